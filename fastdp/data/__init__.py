@@ -1,0 +1,1 @@
+"""Data that does not fit in memory, or should not be copied there."""
