@@ -1,0 +1,69 @@
+# One command each; `make` alone lists them. Everything but gpu-check runs in .venv, which is made on first use.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+GPU_PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+# Written last, removed first: an install that was interrupted leaves no stamp and starts afresh.
+STAMP := $(VENV)/.installed
+
+.PHONY: help venv demo test lint types check bench gpu-check clean distclean
+
+help:  ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
+	@echo 'ARGS="..." is passed on by demo, test, bench and gpu-check; PYTHON=python3.12 chooses the interpreter.'
+
+venv: $(STAMP)  ## make .venv with the pinned versions, and CuPy where there is a GPU
+
+$(STAMP): setup.py pyproject.toml constraints.txt
+	@if [ ! -e $@ ]; then $(PYTHON) -m venv --clear $(VENV); fi
+	@rm -f $@
+	@extras=keras,demo,dev; \
+	if ! $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+	    echo 'Python 3.10: Keras 3.15 needs 3.11, so .venv is made without Keras and torch'; extras=demo,dev; \
+	fi; \
+	if smi=$$(nvidia-smi 2>&1); then \
+	    cuda=$$(sed -nE 's/.*CUDA[A-Za-z ]* Version *: *([0-9]+).*/\1/p' <<<"$$smi" | head -n 1); \
+	    case "$$cuda" in \
+	        12|13) extras=$$extras,cuda$$cuda; echo "CUDA $$cuda driver: with CuPy";; \
+	        *) echo "no CuPy: nvidia-smi names CUDA version '$$cuda', and CuPy 14 needs 12 or 13";; \
+	    esac; \
+	else echo 'no CuPy: nvidia-smi finds no GPU here'; fi; \
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[$$extras]"
+	@touch $@
+
+demo: $(STAMP)  ## train on virtual devices or GPUs and show what happens
+	$(BIN)/python -m fastdp demo $(ARGS)
+
+# One process: the tests start a thread for each virtual device, and more processes would crowd the cores.
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## mypy on fastdp/
+	$(BIN)/mypy fastdp
+
+check: lint types  ## lint and types
+
+bench: $(STAMP)  ## run the benchmarks
+	$(BIN)/python -m fastdp bench $(ARGS)
+
+# For a GPU machine that has its libraries already: no .venv, no network. It may lack pytest-timeout, whose
+# setting pytest then does not know; that warning alone is let through.
+gpu-check:  ## run the GPU tests with $(GPU_PYTHON), installing nothing
+	$(GPU_PYTHON) -m fastdp.cli devices
+	$(GPU_PYTHON) -m pytest tests -m gpu -W 'ignore:Unknown config option:pytest.PytestConfigWarning' $(ARGS)
+
+clean:  ## remove builds and caches
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find fastdp tests bench setup.py -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean  ## remove .venv as well
+	rm -rf $(VENV)

@@ -1,0 +1,126 @@
+"""What all tests share: Keras on torch, GPU tests skipped with a reason, no thread left behind."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["KERAS_BACKEND"] = "torch"  # before any import that could bring Keras in
+
+import ast
+import functools
+import importlib.util
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+try:
+    from hypothesis import settings
+except ImportError:  # a GPU machine that runs the `gpu` tests alone
+    settings = None
+
+# What a test file needs when it imports a name at its top. A file whose need is not installed is left out,
+# and the summary says so.
+NEEDS = {
+    "cupy": ("cupy",),
+    "fastdp.keras": ("keras", "torch"),
+    "fastdp.program.capture": ("torch",),
+    "fastdp.program.keras": ("keras", "torch"),
+    "fastdp.program.torch": ("torch",),
+    "hypothesis": ("hypothesis",),
+    "keras": ("keras", "torch"),
+    "matplotlib": ("matplotlib",),
+    "sklearn": ("sklearn",),
+    "torch": ("torch",),
+}
+
+left_out: dict[str, str] = {}
+
+if settings is not None:
+    # ci: the same examples on every machine. Without a deadline, since a loaded machine is not a bug.
+    settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25)
+    settings.register_profile("dev", deadline=None, max_examples=100)
+    settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def missing_needs(source: str) -> list[str]:
+    """The libraries that a test file's imports at its top need and that are not installed."""
+    names: set[str] = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    needed = {need for key, needs in NEEDS.items() for need in needs if any(_within(n, key) for n in names)}
+    return sorted(need for need in needed if importlib.util.find_spec(need) is None)
+
+
+def _within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out a test file that cannot be imported here for want of an optional library."""
+    if collection_path.suffix != ".py" or not collection_path.name.startswith("test_"):
+        return None
+    missing = missing_needs(collection_path.read_text(encoding="utf-8"))
+    if not missing:
+        return None
+    left_out[collection_path.name] = ", ".join(missing)
+    return True
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name the files left out: a run without Keras must not look like a full one."""
+    if left_out:
+        terminalreporter.section("left out: not installed here")
+        for name, missing in sorted(left_out.items()):
+            terminalreporter.line(f"{name}: needs {missing}")
+
+
+@functools.cache
+def gpu_count() -> tuple[int, str]:
+    """How many GPUs CuPy reaches, and the reason where it is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # CuPy warns of a missing CUDA library or NCCL: the tests find out
+        try:
+            import cupy
+        except ImportError as error:
+            return 0, f"CuPy cannot be imported ({error})"
+        try:
+            return cupy.cuda.runtime.getDeviceCount(), "no GPU"
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            return 0, f"CuPy reaches no GPU ({error})"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip `gpu` tests without a GPU and `peer` tests without two, and say why."""
+    for item in items:
+        needed = 2 if item.get_closest_marker("peer") else 1 if item.get_closest_marker("gpu") else 0
+        if not needed:
+            continue
+        count, reason = gpu_count()
+        if count < needed:
+            why = reason if count == 0 else f"{count} GPU here"
+            item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPU(s): {why}"))
+
+
+def fastdp_threads() -> list[str]:
+    """The names of fastdp's threads that are alive."""
+    return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("fastdp"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_thread_outlives_the_session() -> Iterator[None]:
+    """After the last test, once the process's own virtual devices are closed, no fastdp thread is alive."""
+    yield
+    device = sys.modules.get("fastdp.device")
+    if device is not None:
+        device.set_virtual_devices(0)
+    alive = fastdp_threads()
+    if alive:
+        pytest.fail(f"threads left alive by the tests, close what owns them: {alive}", pytrace=False)

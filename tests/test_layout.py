@@ -1,0 +1,290 @@
+"""The layers of fastdp: who may import whom, which libraries stay where, and how long a file may grow."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "fastdp"
+
+# From the lowest layer to the highest, as path prefixes inside fastdp/; a file belongs to the layer of the
+# longest prefix that fits. A module imports from lower layers only, or from its own where that is a folder or
+# has several prefixes.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("_version.py",),
+    ("errors.py",),
+    ("shard.py",),
+    ("backend/",),
+    ("device.py",),
+    ("launch.py",),
+    ("transfer.py",),
+    ("buckets.py",),
+    ("comm/",),
+    ("program/__init__.py",),  # runs before any module of its folder: alone, so that it cannot pull torch in
+    ("program/base.py",),
+    ("program/arrays.py",),
+    ("program/torch",),
+    ("program/keras", "program/capture"),
+    ("replica.py",),
+    ("engine.py",),
+    ("keras/",),
+    ("data/",),
+    ("cli/",),
+    ("__init__.py",),
+    ("__main__.py",),  # `python -m fastdp`: above everything, nothing imports it
+)
+
+# Modules that may import from a named part of a lower folder only: the engine drives any program, so it knows
+# the protocol and none of the programs.
+ONLY_FROM = {
+    "replica.py": ("program/", ("program/__init__.py", "program/base.py")),
+    "engine.py": ("program/", ("program/__init__.py", "program/base.py")),
+}
+
+MODEL_FILES = ("program/torch", "program/keras", "program/capture", "keras/")
+# Where an optional library may be imported. Elsewhere fastdp must work without it.
+LIBRARIES: dict[str, tuple[str, ...]] = {
+    "torch": MODEL_FILES,
+    "keras": MODEL_FILES,
+    "cupy": ("backend/cuda.py",),
+    "cupyx": ("backend/cuda.py",),
+    "cupy_backends": ("backend/cuda.py", "launch.py"),  # NVRTC without a device, to compile kernels
+}
+
+# Prefixes of files that may load a part of fastdp later than at import, by importlib.import_module.
+LATE_LOADERS: dict[str, str] = {
+    "__init__.py": "the Keras names load on first use, so that `import fastdp` works without Keras and torch",
+    "cli/": "a command loads when it is asked for, so that `devices` and `plan` work without Keras and torch",
+}
+
+# (importing file, imported file) pairs that the layers forbid and that stand for the reason given.
+EXCEPTIONS: dict[tuple[str, str], str] = {}
+
+MODULE_LINES = 400
+FUNCTION_LINES = 80  # without the docstring
+
+
+class Import(NamedTuple):
+    """One imported name: dotted, absolute; `inside` where it stands in a function."""
+
+    name: str
+    line: int
+    inside: bool
+    late: bool
+
+
+def _resolve(module: str | None, level: int, file: str) -> str:
+    """The absolute name of the module in `from <dots><module> import`, in the file at this path."""
+    if not level:
+        return module or ""
+    folder = ("fastdp", *Path(file).parts[:-1])
+    base = folder[: len(folder) - level + 1]
+    return ".".join((*base, module) if module else base)
+
+
+def _imports(tree: ast.AST, file: str, inside: bool = False) -> Iterator[Import]:
+    """All imports of a module; a `from` import gives one for each name."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, node.lineno, inside, False)
+        elif isinstance(node, ast.ImportFrom):
+            module = _resolve(node.module, node.level, file)
+            for alias in node.names:
+                yield Import(f"{module}.{alias.name}", node.lineno, inside, False)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            name = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else "fastdp"
+            yield Import(str(name), node.lineno, inside, True)
+        function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        yield from _imports(node, file, inside or function)
+
+
+def _target(name: str, files: set[str]) -> str | None:
+    """The file inside fastdp/ that a dotted name comes from: a module, or the package that defines it."""
+    parts = name.split(".")[1:]
+    for end in range(len(parts), -1, -1):
+        stem = "/".join(parts[:end])
+        for candidate in (f"{stem}.py", f"{stem}/__init__.py".lstrip("/")):
+            if candidate in files:
+                return candidate
+    return None
+
+
+def _layer(file: str) -> int | None:
+    """The index of the layer whose longest prefix fits, None where no prefix does."""
+    fits = [(len(p), index) for index, layer in enumerate(LAYERS) for p in layer if file.startswith(p)]
+    return max(fits)[1] if fits else None
+
+
+def _is_shared(index: int) -> bool:
+    """Whether files of this layer may import each other."""
+    layer = LAYERS[index]
+    return len(layer) > 1 or not layer[0].endswith(".py")
+
+
+def _forbidden(file: str, target: str) -> str | None:
+    """Why `file` may not import `target`; None where it may."""
+    if target == file or (file, target) in EXCEPTIONS:
+        return None
+    mine, theirs = _layer(file), _layer(target)
+    if mine is None or theirs is None:
+        return None  # reported on its own by the check of every file's layer
+    if theirs > mine or (theirs == mine and not _is_shared(mine)):
+        return f"imports {target}, which is not in a lower layer"
+    folder, allowed = ONLY_FROM.get(file, ("", ()))
+    if folder and target.startswith(folder) and target not in allowed:
+        return f"imports {target}; of {folder} it may know {' and '.join(allowed)} only"
+    return None
+
+
+def _library_problem(file: str, library: str) -> str | None:
+    homes = LIBRARIES.get(library)
+    if homes is None or file.startswith(homes):
+        return None
+    return f"imports {library}, which only {', '.join(homes)} may"
+
+
+def violations(file: str, source: str, files: set[str]) -> list[str]:
+    """What a module's imports break, one line each; empty where all is well.
+
+    Args:
+        file: its path inside fastdp/, with forward slashes.
+        source: its text.
+        files: the paths of all modules inside fastdp/, `file` among them.
+    """
+    if _layer(file) is None:
+        return [f"fastdp/{file} is in no layer: add it to LAYERS in tests/test_layout.py"]
+    found = []
+    for name, line, inside, late in _imports(ast.parse(source), file):
+        top = name.split(".")[0]
+        problems = [_library_problem(file, top)]
+        if top == "fastdp":
+            target = _target(name, files)
+            if late and not file.startswith(tuple(LATE_LOADERS)):
+                problems.append(f"loads {name} by a call: only files in LATE_LOADERS may")
+            elif inside and not late:
+                problems.append(f"imports {name} inside a function")
+            if target is not None and not late:
+                problems.append(_forbidden(file, target))
+        found += [f"fastdp/{file}:{line} {problem}" for problem in problems if problem]
+    return sorted(set(found))
+
+
+def _long_parts(file: str, source: str) -> list[str]:
+    """The module and its functions where they are longer than a reader can hold."""
+    found = []
+    lines = len(source.splitlines())
+    if lines > MODULE_LINES:
+        found.append(f"fastdp/{file} has {lines} lines, at most {MODULE_LINES}: split it by notion")
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        length = node.end_lineno - node.lineno + 1
+        if ast.get_docstring(node) is not None:
+            length -= node.body[0].end_lineno - node.body[0].lineno + 1
+        if length > FUNCTION_LINES:
+            found.append(
+                f"fastdp/{file}:{node.lineno} {node.name} has {length} lines, at most {FUNCTION_LINES}"
+            )
+    return found
+
+
+def _modules() -> dict[str, str]:
+    """Path inside fastdp/ and text of every module."""
+    paths = sorted(PACKAGE.rglob("*.py"))
+    return {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+
+
+MODULES = _modules()
+
+
+def test_there_are_modules_to_check():
+    assert "_version.py" in MODULES
+
+
+@pytest.mark.parametrize("file", MODULES)
+def test_a_module_imports_only_what_its_layer_may_know(file):
+    assert violations(file, MODULES[file], set(MODULES)) == []
+
+
+@pytest.mark.parametrize("file", MODULES)
+def test_modules_and_functions_are_short_enough_to_read(file):
+    assert _long_parts(file, MODULES[file]) == []
+
+
+def test_every_exception_is_still_needed():
+    for file, target in EXCEPTIONS:
+        assert {_target(i.name, set(MODULES)) for i in _imports(ast.parse(MODULES[file]), file)} >= {target}
+
+
+FILES = {
+    "__init__.py", "_version.py", "errors.py", "shard.py", "backend/__init__.py", "backend/base.py",
+    "backend/cuda.py", "backend/host.py", "device.py", "launch.py", "buckets.py", "program/__init__.py",
+    "program/base.py", "program/arrays.py", "program/torch.py", "program/keras.py", "program/capture.py",
+    "replica.py", "engine.py", "keras/__init__.py", "keras/model.py", "cli/__init__.py", "cli/demo.py",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "said"),
+    [
+        ("shard.py", "import fastdp.engine", "imports engine.py, which is not in a lower layer"),
+        ("shard.py", "from fastdp import engine", "imports engine.py, which is not in a lower layer"),
+        ("shard.py", "from fastdp.engine import Engine", "imports engine.py"),
+        ("shard.py", "from . import engine", "imports engine.py"),
+        ("backend/host.py", "from ..device import resolve", "imports device.py"),
+        ("engine.py", "import fastdp", "imports __init__.py"),
+        ("engine.py", "from fastdp.program.torch import TorchProgram", "program/base.py only"),
+        ("replica.py", "from fastdp.program import arrays", "program/base.py only"),
+        ("program/base.py", "from .arrays import Program", "imports program/arrays.py"),
+        ("program/__init__.py", "from fastdp.program.torch import Program", "imports program/torch.py"),
+        ("engine.py", "def f():\n    from fastdp import shard", "inside a function"),
+        ("engine.py", "class A:\n    def f(self):\n        import fastdp.shard", "inside a function"),
+        ("engine.py", "f = lambda: importlib.import_module('fastdp.shard')", "by a call"),
+        ("engine.py", "import torch.nn as nn", "imports torch"),
+        ("replica.py", "def f():\n    from keras import ops", "imports keras"),
+        ("program/arrays.py", "try:\n    import cupy\nexcept ImportError:\n    cupy = None", "imports cupy"),
+        ("launch.py", "import cupy", "imports cupy"),
+        ("engine.py", "importlib.import_module('torch')", "imports torch"),
+        ("helpers.py", "", "add it to LAYERS"),
+    ],
+)
+def test_a_planted_violation_is_found(file, source, said):
+    found = violations(file, source, FILES | {file})
+    assert len(found) == 1
+    assert said in found[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        (
+            "engine.py",
+            "import torchlike\nfrom fastdp.shard import Rows\nfrom fastdp.program import base",
+        ),
+        ("backend/cuda.py", "import cupy\nfrom cupy.cuda import nccl\nfrom .base import Work"),
+        ("launch.py", "from cupy_backends.cuda.libs import nvrtc\nfrom fastdp.backend import cuda"),
+        ("program/capture.py", "import torch\nfrom fastdp.program.keras import KerasProgram"),
+        ("keras/model.py", "import keras\nfrom fastdp.engine import DataParallel\nfrom . import utils"),
+        (
+            "__init__.py",
+            "from fastdp import _version\ndef f():\n    import_module('fastdp.keras')",
+        ),
+        ("cli/demo.py", "from fastdp.keras.model import ParallelModel"),
+    ],
+)
+def test_an_import_that_the_layers_allow_passes(file, source):
+    assert violations(file, source, FILES) == []
+
+
+def test_a_long_module_and_a_long_function_are_found():
+    body = "\n".join("    x = 1" for _ in range(FUNCTION_LINES))
+    assert _long_parts("a.py", f"def f():\n{body}\n") == ["fastdp/a.py:1 f has 81 lines, at most 80"]
+    assert _long_parts("a.py", f'def f():\n    """One\n    two."""\n{body[10:]}\n') == []
+    assert _long_parts("a.py", "x = 1\n" * 401) == [
+        "fastdp/a.py has 401 lines, at most 400: split it by notion"
+    ]
