@@ -58,7 +58,7 @@ bench: $(STAMP)  ## run the benchmarks
 # For a GPU machine that has its libraries already: no .venv, no network. It may lack pytest-timeout, whose
 # setting pytest then does not know; that warning alone is let through.
 gpu-check:  ## run the GPU tests with $(GPU_PYTHON), installing nothing
-	$(GPU_PYTHON) -m fastdp.cli devices
+	$(GPU_PYTHON) -m fastdp devices
 	$(GPU_PYTHON) -m pytest tests -m gpu -W 'ignore:Unknown config option:pytest.PytestConfigWarning' $(ARGS)
 
 clean:  ## remove builds and caches
