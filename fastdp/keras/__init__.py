@@ -1,0 +1,1 @@
+"""The Keras-compatible facade: parallel models and the utilities of `keras.utils`."""

@@ -1,0 +1,137 @@
+"""Unpacking tar and zip archives that may be hostile: nothing is written outside the folder."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Sequence
+
+ARCHIVE_FORMATS = ("tar", "zip")
+
+
+def extract_archive(
+    path: str, folder: str, formats: Sequence[str] = ARCHIVE_FORMATS, *, top_folder: str | None = None
+) -> None:
+    """Unpack `path` into the existing `folder`, over files of the same name.
+
+    The archive is unpacked into a new folder first, and nothing of it reaches `folder` unless all of it is
+    harmless: no absolute path, no `..`, no device, no link that leads out. Files keep their executable bit
+    and no other permission. With `top_folder`, an archive whose content is not one folder of that name is
+    put into such a folder.
+
+    Raises:
+        ValueError: the archive is of no format in `formats`, or a member would leave the folder.
+
+    Example:
+        >>> extract_archive("flowers.tar.gz", "datasets")
+    """
+    is_tar = "tar" in formats and tarfile.is_tarfile(path)
+    if not is_tar and not ("zip" in formats and zipfile.is_zipfile(path)):
+        raise ValueError(
+            f"archive_format must fit the file, expected {' or '.join(formats)}, got {path!r} of another "
+            "format: check what was downloaded, or pass extract=False"
+        )
+    with tempfile.TemporaryDirectory(prefix=".extract-", dir=folder) as temporary:
+        content = tempfile.mkdtemp(dir=temporary)  # a name that no link in the archive can guess
+        if is_tar:
+            _extract_tar(path, content)
+        else:
+            _extract_zip(path, content)
+        if top_folder is not None and os.listdir(content) != [top_folder]:
+            wrapped = tempfile.mkdtemp(dir=temporary)
+            os.rename(content, os.path.join(wrapped, top_folder))
+            content = wrapped
+        _merge(content, folder)
+
+
+def _inside(root: str, name: str, archive: str) -> str:
+    """Where a member goes, once its name is known to stay inside."""
+    parts = pathlib.PurePosixPath(name.replace("\\", "/")).parts
+    if name.startswith(("/", "\\")) or ".." in parts or (os.name == "nt" and ":" in name):
+        raise _leaves_folder(archive, name)
+    return os.path.join(root, *parts)
+
+
+def _leaves_folder(archive: str, name: str) -> ValueError:
+    return ValueError(
+        f"archive members must stay inside their folder, got {name!r} in {archive!r}: nothing was unpacked; "
+        "do not trust this file"
+    )
+
+
+def _extract_zip(path: str, root: str) -> None:
+    """Write a zip's folders and files; links in it come out as files that hold their target."""
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            target = _inside(root, member.filename, path)
+            if member.is_dir():
+                os.makedirs(target, exist_ok=True)
+                continue
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            with archive.open(member) as source, open(target, "wb") as file:
+                shutil.copyfileobj(source, file)
+            _keep_executable(target, member.external_attr >> 16)
+
+
+def _extract_tar(path: str, root: str) -> None:
+    """Write a tar's folders and files, then its links: so nothing is ever written through a link."""
+    links: list[tarfile.TarInfo] = []
+    with tarfile.open(path) as archive:
+        for member in archive:
+            target = _inside(root, member.name, path)
+            if member.isdir():
+                os.makedirs(target, exist_ok=True)
+            elif member.isreg():
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                source = archive.extractfile(member)
+                assert source is not None  # a regular member has content
+                with source, open(target, "wb") as file:
+                    shutil.copyfileobj(source, file)
+                _keep_executable(target, member.mode)
+            elif member.issym() or member.islnk():
+                links.append(member)
+            else:
+                raise _leaves_folder(path, member.name)
+    _make_links(links, root, path)
+
+
+def _make_links(links: list[tarfile.TarInfo], root: str, archive: str) -> None:
+    """Make a tar's links: hard links as copies of files, symbolic ones if they stay inside."""
+    for member in links:
+        if member.islnk():
+            target, source = _inside(root, member.name, archive), _inside(root, member.linkname, archive)
+            if not os.path.isfile(source):
+                raise _leaves_folder(archive, member.name)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            shutil.copyfile(source, target)
+    symbolic = {_inside(root, member.name, archive): member for member in links if member.issym()}
+    for target in symbolic:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+    for target, member in symbolic.items():
+        if os.path.isabs(member.linkname) or os.path.lexists(target):
+            raise _leaves_folder(archive, member.name)
+        os.symlink(member.linkname, target)
+    for target, member in symbolic.items():  # with all of them in place, as one may lead through another
+        real = os.path.realpath(target)
+        if not pathlib.Path(real).is_relative_to(os.path.realpath(root)):
+            raise _leaves_folder(archive, member.name)
+
+
+def _keep_executable(path: str, mode: int) -> None:
+    """Give the file the archive's executable bit for its owner."""
+    if mode & 0o100:
+        os.chmod(path, os.stat(path).st_mode | 0o100)
+
+
+def _merge(source: str, target: str) -> None:
+    """Move the content of one folder into another, replacing files."""
+    for entry in os.scandir(source):
+        place = os.path.join(target, entry.name)
+        if entry.is_dir(follow_symlinks=False) and os.path.isdir(place) and not os.path.islink(place):
+            _merge(entry.path, place)
+        else:
+            os.replace(entry.path, place)
