@@ -31,8 +31,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("program/keras", "program/capture"),
     ("replica.py",),
     ("engine.py",),
-    ("keras/",),
     ("data/",),
+    ("keras/",),
+    ("torch/",),
+    ("wrap.py",),
+    ("utils.py",),
     ("cli/",),
     ("__init__.py",),
     ("__main__.py",),  # `python -m fastdp`: above everything, nothing imports it
@@ -45,7 +48,7 @@ ONLY_FROM = {
     "engine.py": ("program/", ("program/__init__.py", "program/base.py")),
 }
 
-MODEL_FILES = ("program/torch", "program/keras", "program/capture", "keras/")
+MODEL_FILES = ("program/torch", "program/keras", "program/capture", "keras/", "torch/")
 # Where an optional library may be imported. Elsewhere fastdp must work without it.
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "torch": MODEL_FILES,
@@ -58,6 +61,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
 # Prefixes of files that may load a part of fastdp later than at import, by importlib.import_module.
 LATE_LOADERS: dict[str, str] = {
     "__init__.py": "the Keras names load on first use, so that `import fastdp` works without Keras and torch",
+    "wrap.py": "the model's own library decides which side is loaded",
     "cli/": "a command loads when it is asked for, so that `devices` and `plan` work without Keras and torch",
 }
 

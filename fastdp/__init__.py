@@ -1,0 +1,83 @@
+"""fastdp: data-parallel training on all GPUs of a box, from one process, with one line.
+
+    import fastdp
+    parallel = fastdp.wrap(model, gpus=8)
+
+Keras models run on Keras's torch backend: importing fastdp chooses it where nothing else has been chosen
+(no KERAS_BACKEND, no ~/.keras/keras.json, Keras not imported yet).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastdp._version import __version__
+from fastdp.device import DeviceInfo, devices, set_virtual_devices
+from fastdp.engine import DataParallel, StepResult
+from fastdp.errors import DeviceTimeoutError, ReplicaError
+from fastdp.program.arrays import FunctionProgram
+from fastdp.wrap import wrap
+
+if TYPE_CHECKING:
+    from fastdp import utils
+    from fastdp.data.hdf5 import HDF5Matrix
+    from fastdp.keras.parallel import ParallelModel
+    from fastdp.keras.wrap import multi_gpu_model
+
+__all__ = [
+    "DataParallel",
+    "DeviceInfo",
+    "DeviceTimeoutError",
+    "FunctionProgram",
+    "HDF5Matrix",
+    "ParallelModel",
+    "ReplicaError",
+    "StepResult",
+    "__version__",
+    "devices",
+    "multi_gpu_model",
+    "set_virtual_devices",
+    "utils",
+    "wrap",
+]
+
+# Loaded on first use: `import fastdp` works without Keras and torch, and takes no time for them.
+_LATE = {
+    "HDF5Matrix": "fastdp.data.hdf5",
+    "ParallelModel": "fastdp.keras.parallel",
+    "multi_gpu_model": "fastdp.keras.wrap",
+    "utils": "fastdp.utils",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load one of the late names.
+
+    Raises:
+        ImportError: Keras or torch is missing; says how to install them.
+    """
+    if name not in _LATE:
+        raise AttributeError(f"module 'fastdp' has no attribute {name!r}")
+    try:
+        module = importlib.import_module(_LATE[name])
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.split(".")[0] in ("keras", "torch"):
+            raise ImportError(
+                f"fastdp.{name} needs Keras and torch. Install them with: pip install 'fastdp[keras]'"
+            ) from error
+        raise
+    return module if name == "utils" else getattr(module, name)
+
+
+def _choose_backend() -> None:
+    """Make torch Keras's backend where nobody has chosen one."""
+    home = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))
+    if "KERAS_BACKEND" not in os.environ and "keras" not in sys.modules and not (home / "keras.json").exists():
+        os.environ["KERAS_BACKEND"] = "torch"
+
+
+_choose_backend()

@@ -1,0 +1,1 @@
+"""Device layers: `host` (virtual devices on NumPy memory) and `cuda` (CuPy); one small interface, `base`."""

@@ -1,0 +1,28 @@
+"""The command line: `python -m fastdp COMMAND`, also installed as `fastdp`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Sequence
+
+COMMANDS = {
+    "devices": "list the devices that `gpus=` counts",
+    "demo": "train a convolutional network on real digits, on several devices and on one, and compare",
+    "bench": "measure this machine: step time, samples/s and the engine's own cost",
+    "convert": "turn an old parallel-model .h5 file into a plain one",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status.
+
+    Each command is a module of this package with `add_arguments(parser)` and `run(options) -> int`.
+    """
+    parser = argparse.ArgumentParser(prog="fastdp", description="Data-parallel training from one process.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    modules = {name: importlib.import_module(f"fastdp.cli.{name}") for name in COMMANDS}
+    for name, module in modules.items():
+        module.add_arguments(commands.add_parser(name, help=COMMANDS[name], description=module.__doc__))
+    options = parser.parse_args(arguments)
+    return int(modules[options.command].run(options))

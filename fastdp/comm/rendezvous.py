@@ -1,0 +1,63 @@
+"""Where the replicas of a step meet in the middle of their work to exchange a value."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from fastdp.errors import DeviceTimeoutError, StepAborted
+
+
+class Rendezvous:
+    """Lets `size` threads exchange values, again and again, without ever waiting for a thread that failed.
+
+    Args:
+        size: how many take part.
+        timeout: seconds that one exchange may take.
+    """
+
+    def __init__(self, size: int, timeout: float) -> None:
+        self._size = size
+        self._timeout = timeout
+        self._changed = threading.Condition()
+        self._arrived: list[Any] = [None] * size
+        self._count = 0
+        self._round = 0
+        self._values: list[Any] = []
+        self._cause: BaseException | None = None
+
+    def exchange(self, rank: int, value: Any) -> list[Any]:
+        """Give `value`, wait for all others, and get everyone's values in rank order.
+
+        The values are handed over by reference: whoever receives one only reads it.
+
+        Raises:
+            StepAborted: another participant failed.
+            DeviceTimeoutError: somebody did not come in time.
+        """
+        with self._changed:
+            if self._cause is not None:
+                raise StepAborted("The step was stopped by a failure on another device.")
+            turn = self._round
+            self._arrived[rank] = value
+            self._count += 1
+            if self._count == self._size:
+                self._values, self._arrived = self._arrived, [None] * self._size
+                self._count, self._round = 0, turn + 1
+                self._changed.notify_all()
+                return self._values
+            arrived = self._changed.wait_for(lambda: self._round > turn or self._cause, self._timeout)
+            if self._round > turn:
+                return self._values
+            if arrived:
+                raise StepAborted("The step was stopped by a failure on another device.")
+            missing = self._size - self._count
+            raise DeviceTimeoutError(
+                f"{missing} of {self._size} replicas did not reach the exchange within {self._timeout} seconds."
+            )
+
+    def abort(self, cause: BaseException) -> None:
+        """Wake everyone who waits, and refuse everyone who comes: a participant failed."""
+        with self._changed:
+            self._cause = self._cause or cause
+            self._changed.notify_all()

@@ -1,0 +1,354 @@
+"""The engine: scatter, run, reduce, update, merge."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fastdp.backend.host import HostDevice, HostEvent
+from fastdp.buckets import FlatBuffers
+from fastdp.comm.host import HostCommunicator
+from fastdp.comm.rendezvous import Rendezvous
+from fastdp.errors import ReplicaError, StepAborted
+from fastdp.program.base import Context, Memory, Program, Result, Totals
+from fastdp.replica import Replica
+from fastdp.shard import Rows, split_rows
+from fastdp.transfer import Merger, count_rows, scatter
+
+# Steps of different engines that share devices must not interleave: replicas block in exchanges.
+_one_step_at_a_time = threading.RLock()
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step gives the caller: merged outputs (the caller's own), summed numbers, rows."""
+
+    outputs: list[np.ndarray]
+    sums: np.ndarray
+    notes: object
+    rows: int
+
+
+@dataclass(slots=True)
+class Step:
+    """One step in flight."""
+
+    shards: list[Rows]
+    contexts: list[Context]
+    merger: Merger
+    rendezvous: Rendezvous
+    batches: list[list[np.ndarray]] = field(default_factory=list)
+    results: list[Result | None] = field(default_factory=list)
+    totals: Totals | None = None
+    seconds: list[float] = field(default_factory=list)
+    failures: list[tuple[int, BaseException]] = field(default_factory=list)
+
+
+class DataParallel:
+    """Runs a program on several devices as if on one.
+
+    Args:
+        program: what each replica runs (`fastdp.program.base.Program`).
+        devices: one replica per device; their order is the order of the rows.
+        timeout: seconds that one step may take before it is given up.
+        check_replicas: after each update, verify that all replicas are bitwise equal (for debugging).
+
+    The engine owns the replicas' memory. It is used from one thread at a time, and holds no thread of its
+    own: the devices do.
+
+    Raises:
+        ValueError: no device, or one named twice.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        devices: Sequence[HostDevice],
+        *,
+        timeout: float = 1800.0,
+        check_replicas: bool = False,
+    ) -> None:
+        if not devices or len({id(device) for device in devices}) != len(devices):
+            raise ValueError(f"`devices` must be one or more different devices. Received: {list(devices)}")
+        self.program = program
+        self.devices = list(devices)
+        self.timeout = timeout
+        self.check_replicas = check_replicas
+        self.steps = 0
+        self._busy = threading.Lock()
+        self._communicator = HostCommunicator(devices)
+        self._home = program.home(devices[0].empty)
+        self._generation = -1
+        self._threads: int | None = None
+        self.replicas = [self._replicate(rank) for rank in range(len(devices))]
+        self._buckets = self.replicas[0].gradients.buckets()
+        self.timings: list[list[float]] = []
+
+    # The two steps.
+
+    def train(self, batch: Sequence[np.ndarray], *, structure: object = None, wants_outputs: bool = True) -> StepResult:
+        """One training step on a global batch: all replicas end with the same new weights.
+
+        Args:
+            batch: arrays with the same number of rows (>= 1); read, never written, until this returns.
+            structure: handed to the program as `Context.structure`.
+            wants_outputs: merge the replicas' outputs too.
+
+        Raises:
+            ReplicaError: a replica failed (also an instance of what it failed with). No weight changed.
+            DeviceTimeoutError: the step took longer than `timeout` seconds.
+        """
+        with self._begin(batch, structure, wants_outputs) as step:
+            self._scatter(step, batch)
+            self._run(step, Replica.train)
+            self._reduce(step)
+            self._update(step)
+            return self._merge(step)
+
+    def predict(self, batch: Sequence[np.ndarray], *, structure: object = None) -> StepResult:
+        """Forward only, on a global batch. Arguments, result and errors as in `train`."""
+        with self._begin(batch, structure, True) as step:
+            self._scatter(step, batch)
+            self._run(step, Replica.predict)
+            return self._merge(step)
+
+    # The five verbs.
+
+    def _scatter(self, step: Step, batch: Sequence[np.ndarray]) -> None:
+        """Each replica gets its rows of every array."""
+        step.batches = scatter(batch, step.shards)
+
+    def _run(self, step: Step, work: Callable[[Replica, list[np.ndarray], Context], Result]) -> None:
+        """Each replica works on its rows, and writes its outputs to their place."""
+        step.results = [None] * len(step.shards)
+        step.seconds = [0.0] * len(step.shards)
+        for context, replica in zip(step.contexts, self.replicas, strict=False):
+            replica.device.compute.enqueue(lambda c=context, r=replica: _run_replica(step, r, c, work))  # type: ignore[misc]
+
+    def _reduce(self, step: Step) -> None:
+        """Gradients and sums are added up; every replica gets them, those without rows too."""
+        active = [replica.gradients for replica in self.replicas[: len(step.shards)]]
+        self._communicator.all_reduce(active, [replica.gradients for replica in self.replicas], self._buckets)
+        self._communicator.once(lambda: _total(step))
+
+    def _update(self, step: Step) -> None:
+        """Every replica applies the same update to its own copy."""
+
+        def apply(replica: Replica) -> None:
+            assert step.totals is not None
+            try:
+                replica.update(step.totals)
+            except BaseException as error:
+                step.failures.append((replica.rank, error))
+                raise
+
+        for replica in self.replicas:
+            replica.device.compute.enqueue(lambda r=replica: apply(r))  # type: ignore[misc]
+        self._home.generation += 1
+        self._generation = self._home.generation
+
+    def _merge(self, step: Step) -> StepResult:
+        """Wait for the replicas; outputs are together in row order."""
+        self._finish(step)
+        if step.totals is None:
+            _total(step)
+        else:
+            self.program.committed()
+            if self.check_replicas:
+                self.assert_replicas_equal()
+        assert step.totals is not None
+        outputs = step.merger.result() if step.contexts[0].wants_outputs else []
+        self.timings.append(step.seconds)
+        del self.timings[:-1000]
+        return StepResult(outputs, step.totals.sums, step.totals.notes, step.shards[0].total)
+
+    # State.
+
+    def assert_replicas_equal(self) -> None:
+        """Compare all replicas with the first, bit by bit.
+
+        Raises:
+            RuntimeError: a replica's variables or slots differ; the message names the device.
+        """
+        first = self.replicas[0].memory
+        for replica in self.replicas[1:]:
+            for what in ("variables", "slots"):
+                if not getattr(first, what).equals(getattr(replica.memory, what)):
+                    raise RuntimeError(
+                        f"The {what} on {replica.device.name} differ from those on {self.devices[0].name} "
+                        f"after step {self.steps}. This is a bug in fastdp or in the program's update."
+                    )
+
+    def refresh(self) -> None:
+        """Copy the first replica's variables and slots to all others. Enqueued, not waited for."""
+        for what in ("variables", "slots"):
+            buffers: list[FlatBuffers] = [getattr(replica.memory, what) for replica in self.replicas]
+            self._communicator.broadcast(buffers)
+        self.program.committed()
+        self._generation = self._home.generation
+
+    def _replicate(self, rank: int) -> Replica:
+        """Make the replica of one device; the first lives in the program's home."""
+        device, program = self.devices[rank], self.program
+        gradients = FlatBuffers(program.gradients, device.empty)
+        if rank == 0:
+            memory = Memory(self._home.variables, program.home_slots(device.empty), gradients)
+        else:
+            variables = FlatBuffers(self._home.variables.specs, device.empty)
+            memory = Memory(variables, FlatBuffers(program.slots, device.empty), gradients)
+        return Replica(program, device, rank, memory)
+
+    # Around a step.
+
+    def _begin(self, batch: Sequence[np.ndarray], structure: object, wants_outputs: bool) -> _StepScope:
+        """Check the batch, deal out the rows, and make sure that the replicas are up to date."""
+        total = count_rows(batch)
+        shards = split_rows(total, len(self.replicas))
+        rendezvous = Rendezvous(len(shards), self.timeout)
+        contexts = [
+            Context(rank, rows, self.steps, rendezvous, len(shards), batch, structure, wants_outputs)
+            for rank, rows in enumerate(shards)
+        ]
+        return _StepScope(self, Step(shards, contexts, Merger(shards), rendezvous))
+
+    def _finish(self, step: Step) -> None:
+        """Wait until all devices are done; on a failure clean up and raise it."""
+        deadline = time.monotonic() + self.timeout
+        events: list[HostEvent] = [replica.device.compute.record() for replica in self.replicas]
+        try:
+            for event in events:
+                event.finish(deadline - time.monotonic())
+        except BaseException as error:  # a timeout, or an interrupt of this thread: the devices work on
+            step.rendezvous.abort(error)
+            self._generation = -1
+            raise
+        failed = [(rank, event.error) for rank, event in enumerate(events) if event.error is not None]
+        if failed:
+            self._generation = -1
+            for device in self.devices:
+                device.synchronize(self.timeout)
+                device.recover()
+            raise _replica_error(step.failures or failed, step, self.devices)
+
+
+class _StepScope(AbstractContextManager[Step]):
+    """Holds the locks of one step and the program's own scope, and brings stale replicas up to date."""
+
+    def __init__(self, engine: DataParallel, step: Step) -> None:
+        self._engine = engine
+        self._step = step
+        self._running: AbstractContextManager[None] | None = None
+
+    def __enter__(self) -> Step:
+        engine = self._engine
+        if not engine._busy.acquire(blocking=False):
+            raise RuntimeError(
+                "This model is already running a step in another thread. Call fit, evaluate and predict of one "
+                "parallel model from one thread at a time."
+            )
+        try:
+            if not _one_step_at_a_time.acquire(timeout=engine.timeout):
+                raise TimeoutError(f"Another model kept the devices busy for {engine.timeout} seconds.")
+            try:
+                self._prepare()
+            except BaseException:
+                _one_step_at_a_time.release()
+                raise
+        except BaseException:
+            engine._busy.release()
+            raise
+        return self._step
+
+    def _prepare(self) -> None:
+        """Share out the cores and refresh replicas that are stale."""
+        engine = self._engine
+        threads = max(1, (os.cpu_count() or 1) // len(self._step.shards))
+        if engine._generation == -1:
+            for device in engine.devices:
+                device.synchronize(engine.timeout)
+                device.recover()
+        if engine._threads != threads:
+            for device in engine.devices:
+                device.compute.enqueue(lambda: engine.program.prepare_thread(threads))
+            engine._threads = threads
+        # Both are asked: the second also re-adopts variables whose memory was replaced.
+        changed = engine.program.changed_outside()
+        if changed or engine._generation != engine._home.generation:
+            engine.refresh()
+        self._running = engine.program.running(threads)
+        self._running.__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        engine = self._engine
+        try:
+            if self._running is not None:
+                self._running.__exit__(None, None, None)
+        finally:
+            engine.steps += 1
+            _one_step_at_a_time.release()
+            engine._busy.release()
+
+
+def _run_replica(
+    step: Step,
+    replica: Replica,
+    context: Context,
+    work: Callable[[Replica, list[np.ndarray], Context], Result],
+) -> None:
+    """Run one replica's work on its device's worker; a failure wakes the replicas that wait for it."""
+    began = time.perf_counter()
+    try:
+        result = work(replica, step.batches[context.rank], context)
+        if context.wants_outputs:
+            step.merger.write(context.rank, result.outputs)
+        result.outputs = []
+        step.results[context.rank] = result
+    except BaseException as error:
+        step.failures.append((context.rank, error))
+        step.rendezvous.abort(error)
+        raise
+    finally:
+        step.seconds[context.rank] = time.perf_counter() - began
+
+
+def _total(step: Step) -> None:
+    """Add up the replicas' sums, in rank order."""
+    results = [result for result in step.results if result is not None]
+    sums = results[0].sums.copy()
+    for result in results[1:]:
+        sums += result.sums
+    step.totals = Totals(sums, results[0].notes, [result.notes for result in results])
+
+
+def _replica_error(
+    failures: Sequence[tuple[int, BaseException]], step: Step, devices: Sequence[HostDevice]
+) -> ReplicaError:
+    """The error to raise for a failed step: its first cause, with the device and the rows."""
+    causes = [failure for failure in failures if not isinstance(failure[1], StepAborted)] or list(failures)
+    rank, cause = causes[0]
+    total = step.shards[0].total
+    rows = (step.shards[rank].start, step.shards[rank].stop) if rank < len(step.shards) else None
+    where = f"rows {rows[0]} to {rows[1]} of the batch's {total}" if rows else f"no rows of the batch's {total}"
+    message = (
+        f"The replica on {devices[rank].name} ({where}) failed with {type(cause).__name__}: {cause}\n"
+        "The step was stopped and no replica's weights were changed."
+    )
+    error = _error_class(type(cause))(message, device=devices[rank].name, rows=rows)
+    error.__cause__ = cause
+    return error
+
+
+def _error_class(cause: type[BaseException]) -> type[ReplicaError]:
+    """A ReplicaError that is also a `cause` where that is built in, so that `except ValueError` works."""
+    if cause.__module__ != "builtins" or not issubclass(cause, Exception):
+        return ReplicaError
+    try:
+        return type(f"Replica{cause.__name__}", (ReplicaError, cause), {"__module__": ReplicaError.__module__})
+    except TypeError:  # already a base of ReplicaError, or a memory layout of its own (OSError)
+        return ReplicaError

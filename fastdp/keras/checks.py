@@ -1,0 +1,64 @@
+"""Which models can be wrapped; what to do about the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras.src.utils.torch_utils import TorchModuleWrapper
+
+
+def check_backend(caller: str) -> None:
+    """Keras must run on torch.
+
+    Raises:
+        RuntimeError: another backend is active.
+    """
+    backend = keras.backend.backend()
+    if backend != "torch":
+        raise RuntimeError(
+            f"`{caller}` needs Keras's torch backend; the active one is {backend!r}. Set the environment variable "
+            "KERAS_BACKEND=torch before Python starts, or import fastdp before keras."
+        )
+
+
+def check_template(model: Any, *, for_training: bool = False) -> None:
+    """A template is built, has no state that is tied to rows, and leaves its steps to the engine.
+
+    Raises:
+        ValueError: it is not; the message says what to do.
+    """
+    if not model.built or not all(layer.built for layer in model._flatten_layers()):
+        raise ValueError(
+            f"The model {model.name!r} is not built, so it has no weights to replicate. Call it on a batch, call "
+            "model.build(input_shape), or begin it with keras.Input(...), and wrap it then."
+        )
+    _check_batch_size(model)
+    for layer in model._flatten_layers():
+        if getattr(layer, "stateful", False):
+            raise ValueError(
+                f"The layer {layer.name!r} is stateful: its state belongs to the rows of one batch, which devices "
+                "cannot share. Use stateful=False, or train this model on one device without fastdp."
+            )
+        if isinstance(layer, TorchModuleWrapper):
+            raise ValueError(
+                f"The layer {layer.name!r} wraps a torch.nn.Module, which keeps its own parameters and cannot run "
+                "on a replica's. Use Keras layers, or write the whole model as a torch.nn.Module and wrap that."
+            )
+    if for_training:
+        for step in ("train_step", "test_step"):
+            if getattr(type(model), step) is not getattr(keras.Model, step):
+                raise ValueError(
+                    f"The model {model.name!r} overrides {step}(), which fastdp cannot split over devices. Override "
+                    "compute_loss() or compute_metrics() instead: those are honoured."
+                )
+
+
+def _check_batch_size(model: Any) -> None:
+    """No input has a fixed number of rows."""
+    for tensor in keras.tree.flatten(getattr(model, "inputs", None) or []):
+        if tensor is not None and tensor.shape and tensor.shape[0] is not None:
+            raise ValueError(
+                f"The input {tensor.name!r} of model {model.name!r} has a fixed batch size of {tensor.shape[0]}, but "
+                "each device gets only its part of a batch. Leave batch_size out of keras.Input."
+            )

@@ -1,0 +1,68 @@
+"""A model's compile settings, as something to copy and to borrow.
+
+The parallel model is compiled; the template is the model that is saved. So that a file written from the
+template holds the optimizer, an uncompiled template takes over the parallel model's settings, and one that
+its owner compiled keeps its own and merely borrows the other's while it is saved through the parallel model.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+from keras.src.utils.tracking import DotNotTrackScope
+
+_ATTRIBUTES = (
+    "optimizer",
+    "loss",
+    "compiled",
+    "steps_per_execution",
+    "stop_training",
+    "_compile_config",
+    "_compile_loss",
+    "_compile_metrics",
+    "_compiled_trainable_state",
+    "_jit_compile",
+    "_loss_tracker",
+    "_run_eagerly",
+)
+_missing = object()
+_followers: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _read(model: keras.Model) -> dict[str, Any]:
+    """The settings that a model has."""
+    return {name: model.__dict__.get(name, _missing) for name in _ATTRIBUTES}
+
+
+def _write(model: keras.Model, settings: dict[str, Any]) -> None:
+    """Give a model these settings, untracked: they stay the other model's."""
+    with DotNotTrackScope():
+        for name, value in settings.items():
+            if value is not _missing:
+                setattr(model, name, value)
+            elif name in model.__dict__:
+                delattr(model, name)
+
+
+def follow(template: keras.Model, parallel: keras.Model) -> None:
+    """Let an uncompiled template share the parallel model's settings; its owner's own stay untouched."""
+    if template.compiled and template not in _followers:
+        return
+    _write(template, _read(parallel))
+    template.train_function = template.test_function = template.predict_function = None
+    _followers.add(template)
+
+
+@contextmanager
+def borrowed(template: keras.Model, parallel: keras.Model) -> Iterator[None]:
+    """The template with the parallel model's settings, for the time of a `with`."""
+    own = _read(template)
+    _write(template, _read(parallel))
+    try:
+        yield
+    finally:
+        _write(template, own)

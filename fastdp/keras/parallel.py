@@ -1,0 +1,302 @@
+"""`ParallelModel`: a Keras model whose steps run on all devices."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+
+from fastdp.backend.host import HostDevice
+from fastdp.engine import DataParallel, StepResult
+from fastdp.keras.checks import check_template
+from fastdp.keras.compile_state import borrowed, follow
+from fastdp.keras.names import unique_names
+from fastdp.program.keras import KerasProgram, unpack
+from fastdp.program.keras_batch import flatten_batch
+
+
+@keras.saving.register_keras_serializable(package="fastdp")
+class ParallelModel(keras.Model):
+    """The template, trained and run on several devices. Made by `fastdp.wrap` and `multi_gpu_model`.
+
+    Keras's own `fit`, `evaluate` and `predict` loops, data adapters and callbacks run on the host; each
+    train, test and predict step is the engine's. Weights, optimizer state and files are the template's:
+    the two models share every variable.
+
+    Args:
+        template: a built Keras model.
+        devices: where the replicas run; their order is the order of the rows.
+        cpu_merge: merge outputs in host memory. On virtual devices all memory is host memory.
+        sync_batch_norm: BatchNormalization over the global batch instead of each replica's rows.
+        timeout: seconds that one step may take.
+        check_replicas: verify after each step that replicas are bitwise equal.
+    """
+
+    def __init__(
+        self,
+        template: keras.Model,
+        devices: Sequence[HostDevice],
+        *,
+        cpu_merge: bool = True,
+        cpu_relocation: bool = False,
+        sync_batch_norm: bool = False,
+        timeout: float = 1800.0,
+        check_replicas: bool = False,
+    ) -> None:
+        super().__init__(name=f"{template.name}_parallel")
+        check_template(template)
+        self.template = template
+        self.devices = list(devices)
+        self.cpu_merge = cpu_merge
+        self.cpu_relocation = cpu_relocation
+        self._options = {"timeout": timeout, "check_replicas": check_replicas}
+        self._sync_batch_norm = sync_batch_norm
+        self._engine: DataParallel | None = None
+        self._step_losses: list[Any] | None = None
+        self._call_has_training_arg = True
+        self._compute_loss_has_training_arg = True
+        self._merge_layer = _MergedOutputs(name="merged")
+        self.built = True
+
+    # What the model looks like: the template.
+
+    @property
+    def layers(self) -> list[keras.layers.Layer]:
+        """Input layers, the template, and the merge: `layers[-2]` is the template, as in Keras 2."""
+        inputs = [layer for layer in self.template.layers if isinstance(layer, keras.layers.InputLayer)]
+        return [*inputs, self.template, self._merge_layer]
+
+    @layers.setter
+    def layers(self, _: Any) -> None:
+        raise AttributeError("`layers` of a parallel model cannot be set: change the template, and wrap it again.")
+
+    @property
+    def inputs(self) -> Any:
+        """The template's inputs; None for a subclassed model."""
+        return getattr(self.template, "inputs", None)
+
+    @property
+    def outputs(self) -> Any:
+        """The template's outputs; None for a subclassed model."""
+        return getattr(self.template, "outputs", None)
+
+    @property
+    def input_names(self) -> Any:
+        """The template's input names; None for a subclassed model."""
+        return getattr(self.template, "input_names", None)
+
+    @property
+    def output_names(self) -> list[str] | None:
+        """The template's output names, made unique: loss, metric and history keys go by them."""
+        names = getattr(self.template, "output_names", None)
+        return None if names is None else unique_names(names)
+
+    def summary(self, *args: Any, **kwargs: Any) -> None:
+        """Print the template's summary. Arguments as in Keras."""
+        self.template.summary(*args, **kwargs)
+
+    def get_config(self) -> dict[str, Any]:
+        """The template's configuration."""
+        return self.template.get_config()
+
+    def to_json(self, **kwargs: Any) -> str:
+        """The template as JSON: it loads as a plain Keras model."""
+        return self.template.to_json(**kwargs)
+
+    # Files: the template's.
+
+    def save(self, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs: Any) -> None:
+        """Save the template, with this model's loss and optimizer. The file needs no fastdp to load."""
+        with borrowed(self.template, self):
+            self.template.save(filepath, overwrite=overwrite, zipped=zipped, **kwargs)
+
+    def save_weights(self, filepath: Any, overwrite: bool = True, **kwargs: Any) -> None:
+        """Save the template's weights, and this model's optimizer state where the format holds it."""
+        with borrowed(self.template, self):
+            self.template.save_weights(filepath, overwrite=overwrite, **kwargs)
+
+    def load_weights(self, filepath: Any, skip_mismatch: bool = False, **kwargs: Any) -> None:
+        """Load weights into the template; all replicas follow at the next step."""
+        with borrowed(self.template, self):
+            self.template.load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
+
+    def export(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
+        """Export the template. Arguments as in Keras."""
+        return self.template.export(filepath, *args, **kwargs)
+
+    # Compiling.
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Configure training; arguments as in Keras.
+
+        An uncompiled template shares the settings, so that `template.save()` holds the optimizer.
+
+        Raises:
+            ValueError: `steps_per_execution` other than 1; a template with its own `train_step` or `test_step`.
+        """
+        check_template(self.template, for_training=True)
+        jit_compile = kwargs.get("jit_compile", "auto")
+        super().compile(*args, **kwargs)
+        if jit_compile is True:
+            warnings.warn("fastdp runs this model eagerly: `jit_compile=True` has no effect.", stacklevel=2)
+        self._engine = None
+        follow(self.template, self)
+
+    @property
+    def losses(self) -> list[Any]:
+        """The template's additional losses; within a step, those of the global batch."""
+        return self.template.losses if self._step_losses is None else self._step_losses
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Any:
+        """Keras's loss of merged outputs, or that of the template's own `compute_loss`."""
+        if type(self.template).compute_loss is keras.Model.compute_loss:
+            return super().compute_loss(x, y, y_pred, sample_weight, training)
+        with borrowed(self.template, self):
+            return self.template._compute_loss(x, y, y_pred, sample_weight, training)
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        """Keras's metrics of merged outputs, or those of the template's own `compute_metrics`."""
+        if type(self.template).compute_metrics is keras.Model.compute_metrics:
+            return super().compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        with borrowed(self.template, self):
+            return self.template.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    # Running.
+
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        """The outputs for a global batch, merged, without gradients.
+
+        With `training=True` the template itself is called, on the whole batch: a gradient that the caller
+        takes is then right, and computed on one device. While Keras traces shapes it is called too.
+        """
+        if training or keras.src.backend.in_stateless_scope():
+            return (
+                self.template(inputs, training=training)
+                if self.template._call_has_training_arg
+                else self.template(inputs)
+            )
+        return self._predict_outputs((inputs, None, None))
+
+    def make_train_function(self, force: bool = False) -> Callable[..., Any]:
+        """The function that Keras's `fit` calls for each batch."""
+        self._one_step_per_execution()
+        self.train_function = self._on_first(self._train)
+        return self.train_function
+
+    def make_test_function(self, force: bool = False) -> Callable[..., Any]:
+        """The function that Keras's `evaluate` calls for each batch."""
+        self._one_step_per_execution()
+        self.test_function = self._on_first(self._test)
+        return self.test_function
+
+    def make_predict_function(self, force: bool = False) -> Callable[..., Any]:
+        """The function that Keras's `predict` calls for each batch."""
+        self.predict_function = self._on_first(self._predict_outputs)
+        return self.predict_function
+
+    @property
+    def engine(self) -> DataParallel:
+        """The engine, made for the model as it is compiled now."""
+        if self._engine is None or self._stale(self._engine.program):
+            if self.compiled and self.optimizer is not None and not self.optimizer.built:
+                self.optimizer.build(self.template.trainable_variables)
+            program = KerasProgram(
+                self.template,
+                self,
+                sync_batch_norm=self._sync_batch_norm,
+                template_state=lambda: borrowed(self.template, self),
+            )
+            self._engine = DataParallel(program, self.devices, **self._options)
+        return self._engine
+
+    def _stale(self, program: Any) -> bool:
+        """Whether the program was made for other variables than those that are trained now."""
+        if not self.compiled or self.optimizer is None:
+            return False
+        trainable = self.template.trainable_variables
+        slots = self.optimizer.variables
+        return (
+            program.optimizer is not self.optimizer
+            or [id(v) for v in program.trainable] != [id(v) for v in trainable]
+            or [id(v) for v in program.slot_variables] != [id(v) for v in slots]
+        )
+
+    def _train(self, data: Any) -> Any:
+        """One training step; the logs."""
+        arrays, structure = flatten_batch(unpack(data))
+        engine = self.engine
+        program: KerasProgram = engine.program
+        program.inspect(arrays, structure)
+        result = engine.train(arrays, structure=structure, wants_outputs=self._wants_outputs())
+        self._track_loss(result)
+        x, y, sample_weight = structure.pack(arrays)
+        y_pred = result.notes.structure.pack(result.outputs) if result.outputs else None
+        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def _test(self, data: Any) -> Any:
+        """One test step; the logs."""
+        x, y, sample_weight, y_pred, result = self._forward(unpack(data))
+        program: KerasProgram = self.engine.program
+        self._step_losses = [*map(keras.ops.convert_to_tensor, result.sums), *program.regularization()]
+        try:
+            loss = self._compute_loss(x, y, y_pred, sample_weight, training=False)
+        finally:
+            self._step_losses = None
+        self._loss_tracker.update_state(loss, sample_weight=result.rows)
+        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def _predict_outputs(self, data: Any) -> Any:
+        """The merged outputs of one batch."""
+        x, _, _ = unpack(data)
+        return self._forward((x, None, None))[3]
+
+    def _forward(self, data: Any) -> tuple[Any, Any, Any, Any, StepResult]:
+        """Run the replicas forward; the batch as tensors, the merged outputs, the engine's result."""
+        arrays, structure = flatten_batch(data)
+        engine = self.engine
+        engine.program.inspect(arrays, structure)
+        result = engine.predict(arrays, structure=structure)
+        return *structure.pack(arrays), result.notes.structure.pack(result.outputs), result
+
+    def _track_loss(self, result: StepResult) -> None:
+        """Update Keras's trackers of the loss and of its terms, as one device would."""
+        loss, *terms = result.sums[: 1 + result.notes.terms].tolist()
+        self._loss_tracker.update_state(loss, sample_weight=result.rows)
+        metrics = self._compile_loss.metrics if self._compile_loss is not None else []
+        for metric, term in zip(metrics, terms, strict=False):
+            metric.update_state(term, sample_weight=result.rows)
+
+    def _wants_outputs(self) -> bool:
+        """Whether a training step's outputs are looked at: by metrics."""
+        own = type(self.template).compute_metrics is not keras.Model.compute_metrics
+        return own or self._compile_metrics is not None
+
+    def _one_step_per_execution(self) -> None:
+        """Keras's own rule for the torch backend."""
+        if self.steps_per_execution > 1:
+            raise ValueError(
+                "`steps_per_execution` must be 1 with the PyTorch backend. "
+                f"Received: steps_per_execution={self.steps_per_execution}"
+            )
+
+    @staticmethod
+    def _on_first(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Keras hands its functions a list of batches: one."""
+        return lambda data: step(data[0])
+
+
+class _MergedOutputs(keras.layers.Layer):
+    """Stands for the merge of the replicas' outputs in `layers`. It has no weights, and passes values on."""
+
+    def call(self, inputs: Any) -> Any:
+        """The inputs."""
+        return inputs

@@ -1,0 +1,65 @@
+"""Wrapping Keras models: `multi_gpu_model`, and the Keras side of `fastdp.wrap`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from fastdp.device import resolve
+from fastdp.keras.checks import check_backend
+from fastdp.keras.parallel import ParallelModel
+
+
+def multi_gpu_model(
+    model: keras.Model, gpus: Any = None, cpu_merge: bool = True, cpu_relocation: bool = False
+) -> ParallelModel:
+    """Replicate a Keras model on several devices: Keras 2.3.1's function, with its rules for `gpus`.
+
+    The global batch is split over the devices, each runs the model on its rows, and the outputs come back as
+    one batch. Training gives the same weights as one device on the whole batch.
+
+    Args:
+        model: a built Keras model, the template. Its weights are shared, not copied: save it after training.
+        gpus: whole number >= 2, list of at least two device ordinals, or None for all.
+        cpu_merge: merge outputs in host memory; False: on the first device of the list.
+        cpu_relocation: keep the template's weights in host memory. Never clones: weights stay.
+
+    Returns:
+        A Keras model to compile and fit.
+
+    Raises:
+        ValueError: anything wrong with `gpus` (fewer than two devices too), or a model that cannot be replicated.
+        TypeError: `model` is not a Keras model.
+        RuntimeError: Keras runs on another backend than torch.
+
+    Example:
+        >>> parallel = multi_gpu_model(model, gpus=8)  # doctest: +SKIP
+        >>> parallel.compile(loss="categorical_crossentropy", optimizer="rmsprop")  # doctest: +SKIP
+        >>> parallel.fit(x, y, epochs=20, batch_size=256)  # doctest: +SKIP
+        >>> model.save("my_model.h5")  # doctest: +SKIP
+    """
+    check_backend("multi_gpu_model")
+    _check_model(model, "multi_gpu_model")
+    devices = resolve(gpus, minimum=2, caller="multi_gpu_model")
+    return ParallelModel(model, devices, cpu_merge=cpu_merge, cpu_relocation=cpu_relocation)
+
+
+def wrap_keras(model: keras.Model, gpus: Any = None, **options: Any) -> ParallelModel:
+    """`fastdp.wrap` for a Keras model. Arguments as there."""
+    check_backend("fastdp.wrap")
+    _check_model(model, "fastdp.wrap")
+    return ParallelModel(model, resolve(gpus), **options)
+
+
+def _check_model(model: Any, caller: str) -> None:
+    """A Keras model, and not one that is parallel already."""
+    if isinstance(model, ParallelModel):
+        raise ValueError(
+            f"`{caller}` got a model that is parallel already ({model.name!r}). Wrap its template: model.template."
+        )
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            f"`model` must be a keras.Model. Received: {model!r} (of type {type(model).__name__}). For a "
+            "torch.nn.Module use fastdp.wrap."
+        )

@@ -1,0 +1,154 @@
+"""Function programs: a model written with NumPy arrays and gradients of one's own.
+
+The functions see plain arrays. They are pure: what they are given they only read, and what they return
+is copied into the replica's memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastdp.backend.host import HostDevice
+from fastdp.buckets import Allocate, ArraySpec, FlatBuffers
+from fastdp.program.base import Context, Home, Memory, Result, Totals
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(slots=True)
+class _State:
+    parameters: Arrays
+    slots: Arrays
+    gradients: Arrays
+
+
+class FunctionProgram:
+    """A model as three functions over named arrays.
+
+    Args:
+        parameters: initial values by name; copied. `program.parameters` are the trained ones.
+        train: `train(parameters, batch) -> (loss, gradients, outputs)`: the **mean** loss over the rows of
+            `batch` (a list of arrays), its gradients by parameter name, and a list of output arrays with
+            the batch's rows.
+        update: `update(parameters, slots, gradients) -> (parameters, slots)`, from the gradient of the
+            global batch's mean loss; returns new values by name (those left out stay).
+        predict: `predict(parameters, batch) -> outputs`.
+        slots: initial values of the optimizer's state by name; copied.
+
+    Replicas weight their loss and gradient by their share of the rows, so the sum over replicas is the
+    mean over the global batch for any split. The loss must be such a mean: a sum of one term per row,
+    divided by the number of rows.
+
+    Example:
+        >>> program = FunctionProgram({"w": np.zeros(3)}, train, update, predict)  # doctest: +SKIP
+        >>> engine = DataParallel(program, devices)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, np.ndarray],
+        train: Callable[..., Any],
+        update: Callable[..., Any],
+        predict: Callable[..., Any],
+        slots: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        self._train, self._update, self._predict = train, update, predict
+        self._initial = {name: np.asarray(value) for name, value in parameters.items()}
+        self._initial_slots = {name: np.asarray(value) for name, value in (slots or {}).items()}
+        self.gradients = _specs(self._initial)
+        self.slots = _specs(self._initial_slots)
+        self.parameters: Arrays = dict(self._initial)
+        self._home: Home | None = None
+        self._changed = False
+
+    def set_parameters(self, values: Mapping[str, np.ndarray]) -> None:
+        """Overwrite parameters by name; all replicas follow at the next step.
+
+        Raises:
+            KeyError: an unknown name.
+            ValueError: a shape that cannot be broadcast to the parameter's.
+        """
+        unknown = sorted(set(values) - set(self.parameters))
+        if unknown:
+            raise KeyError(f"`values` has unknown parameters {unknown}. Expected: {sorted(self.parameters)}")
+        for name, value in values.items():
+            self.parameters[name][...] = value
+        self._changed = True
+
+    # The protocol of fastdp.program.base.
+
+    def home(self, allocate: Allocate) -> Home:
+        """The first replica's memory; `parameters` become views of it."""
+        if self._home is None:
+            self._home = Home(self.gradients, allocate)
+            for view, (name, value) in zip(self._home.variables.views, self._initial.items(), strict=True):
+                view[...] = value
+                self.parameters[name] = view
+        return self._home
+
+    def home_slots(self, allocate: Allocate) -> FlatBuffers:
+        """The first replica's slots."""
+        flat = FlatBuffers(self.slots, allocate)
+        for view, value in zip(flat.views, self._initial_slots.values(), strict=True):
+            view[...] = value
+        return flat
+
+    def changed_outside(self) -> bool:
+        """Whether `set_parameters` was called."""
+        return self._changed
+
+    def committed(self) -> None:
+        """All replicas are up to date."""
+        self._changed = False
+
+    def bind(self, memory: Memory, device: HostDevice, rank: int) -> _State:
+        """Named views of a replica's memory."""
+        return _State(_named(memory.variables), _named(memory.slots), _named(memory.gradients))
+
+    def prepare_thread(self, threads: int) -> None:
+        """NumPy's own threads are the BLAS library's: left as they are."""
+
+    def running(self, threads: int) -> nullcontext[None]:
+        """Nothing to hold while replicas run."""
+        return nullcontext()
+
+    def train(self, state: _State, batch: list[np.ndarray], context: Context) -> Result:
+        """The replica's share of the mean loss and of its gradient."""
+        loss, gradients, outputs = self._train(state.parameters, batch)
+        _check_names(gradients, state.gradients, "train", "gradients")
+        share = context.rows.share
+        for name, view in state.gradients.items():
+            np.multiply(gradients[name], share, out=view, casting="same_kind")
+        return Result([np.asarray(o) for o in outputs], np.array([float(loss) * share]))
+
+    def update(self, state: _State, totals: Totals) -> None:
+        """New parameters and slots, in place."""
+        parameters, slots = self._update(state.parameters, state.slots, state.gradients)
+        for views, values in ((state.parameters, parameters), (state.slots, slots)):
+            for name, value in values.items():
+                views[name][...] = value
+
+    def predict(self, state: _State, batch: list[np.ndarray], context: Context) -> Result:
+        """Outputs only."""
+        return Result([np.asarray(o) for o in self._predict(state.parameters, batch)])
+
+
+def _specs(values: Mapping[str, np.ndarray]) -> list[ArraySpec]:
+    """Name, shape and dtype of each array."""
+    return [ArraySpec(name, value.shape, value.dtype.name) for name, value in values.items()]
+
+
+def _named(flat: FlatBuffers) -> Arrays:
+    """The views of a flat buffer by name."""
+    return {spec.name: view for spec, view in zip(flat.specs, flat.views, strict=True)}
+
+
+def _check_names(values: Mapping[str, Any], expected: Mapping[str, Any], function: str, what: str) -> None:
+    """Every parameter has its gradient, and nothing else."""
+    if set(values) != set(expected):
+        raise KeyError(f"`{function}` must return {what} for exactly {sorted(expected)}. Received: {sorted(values)}")

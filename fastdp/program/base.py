@@ -1,0 +1,145 @@
+"""The protocol of a program: a model as pure functions over explicit state.
+
+    train(state, batch)   -> gradients, sums, outputs
+    update(state, totals) -> parameters, slots and buffers written in place
+    predict(state, batch) -> sums, outputs
+
+The engine owns the memory: per replica, flat buffers for the variables (parameters and buffers), the
+slots (the optimizer's variables) and the gradients. `bind` makes a replica's state from them. The first
+replica lives in the program's *home*: the memory that the user's own model aliases, so that the model
+is trained in place and is never copied back.
+
+Exactness is the program's half of the bargain. `train` leaves in `state` the gradient of the replica's
+own *contribution* to the loss of the global batch, such that the plain sum over replicas is the gradient
+that one device would have had. `sums` are further numbers of which only the sum over replicas matters
+(loss terms, moments of BatchNorm); their layout is the program's secret, as long as it is the same on
+all replicas of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from fastdp.backend.host import HostDevice
+from fastdp.buckets import Allocate, ArraySpec, FlatBuffers
+from fastdp.comm.rendezvous import Rendezvous
+from fastdp.shard import Rows
+
+
+class Home:
+    """The memory of a program's first replica. Several engines may run on one home.
+
+    Args:
+        variables: specs of parameters and buffers.
+        allocate: the first device's `empty`.
+
+    `generation` counts the updates; an engine that did not make the last one refreshes its replicas.
+    """
+
+    def __init__(self, variables: Sequence[ArraySpec], allocate: Allocate) -> None:
+        self.variables = FlatBuffers(variables, allocate)
+        self.generation = 0
+
+
+@dataclass(slots=True)
+class Memory:
+    """The flat buffers of one replica."""
+
+    variables: FlatBuffers
+    slots: FlatBuffers
+    gradients: FlatBuffers
+
+
+@dataclass(slots=True)
+class Context:
+    """What a replica knows of the step it is in.
+
+    `exchange(value)` gives every replica's value, in rank order, to every replica: it may be called any
+    number of times in the middle of `train` or `predict`, by all replicas in the same order. `batch` is
+    the whole global batch, `structure` what the caller of the step passed along with it.
+    `wants_outputs` is False when nobody will look at the outputs of the step.
+    """
+
+    rank: int
+    rows: Rows
+    step: int
+    rendezvous: Rendezvous
+    size: int
+    batch: Sequence[np.ndarray]
+    structure: Any = None
+    wants_outputs: bool = True
+
+    @classmethod
+    def alone(cls, batch: Sequence[np.ndarray], structure: Any, start: int, stop: int, total: int) -> Context:
+        """The context of rows `[start, stop)` of `total` outside any step: nobody to exchange with."""
+        return cls(0, Rows(start, stop, total), 0, Rendezvous(1, 1.0), 1, batch, structure)
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Everyone's values, in rank order. Read-only, and valid for the step."""
+        return [value] if self.size == 1 else self.rendezvous.exchange(self.rank, value)
+
+
+@dataclass(slots=True)
+class Result:
+    """What one replica gives back: output arrays, numbers to be summed, and notes for `update`.
+
+    `notes` describe the layout of `sums` and whatever else `update` needs to know; those of the first
+    replica serve all.
+    """
+
+    outputs: list[np.ndarray] = field(default_factory=list)
+    sums: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    notes: Any = None
+
+
+@dataclass(slots=True)
+class Totals:
+    """The sums of a step over all replicas, and the first replica's notes."""
+
+    sums: np.ndarray
+    notes: Any
+    every_note: list[Any]
+
+
+class Program(Protocol):
+    """A model that the engine can replicate. State is whatever `bind` returns."""
+
+    gradients: Sequence[ArraySpec]
+    slots: Sequence[ArraySpec]
+
+    def home(self, allocate: Allocate) -> Home:
+        """The memory of the first replica, filled with the model's present values."""
+
+    def home_slots(self, allocate: Allocate) -> FlatBuffers:
+        """The slots of the first replica, filled with their present values."""
+
+    def changed_outside(self) -> bool:
+        """Whether the home's values were changed, since `committed()`, by someone else than `update`."""
+
+    def committed(self) -> None:
+        """The present values of the home are known to all replicas."""
+
+    def bind(self, memory: Memory, device: HostDevice, rank: int) -> Any:
+        """A replica's state over `memory`."""
+
+    def prepare_thread(self, threads: int) -> None:
+        """Called on a device's worker: let it use `threads` cores inside one operation."""
+
+    def running(self, threads: int) -> Any:
+        """A context manager held by the host thread while replicas run."""
+
+    def train(self, state: Any, batch: list[np.ndarray], context: Context) -> Result:
+        """Forward, loss and backward of one replica's rows; gradients go into the state's buffers."""
+
+    def update(self, state: Any, totals: Totals) -> None:
+        """Apply the summed gradients, slots and buffers to the state, in place."""
+
+    def predict(self, state: Any, batch: list[np.ndarray], context: Context) -> Result:
+        """Forward only."""
+
+
+LossFunction = Callable[..., Any]

@@ -1,0 +1,95 @@
+"""Keras's nested batches and outputs as flat lists of arrays, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+
+from fastdp.program.torch_tensors import as_array, as_tensor, dtype_name
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """How a flat list of arrays was nested: `dtypes[i]` is None where the nest held None."""
+
+    nest: Any
+    dtypes: tuple[str | None, ...]
+    names: tuple[str, ...]
+
+    def pack(self, arrays: Sequence[np.ndarray]) -> Any:
+        """The nest again, with tensors that share the arrays' memory."""
+        leaves = iter(arrays)
+        tensors = [None if dtype is None else as_tensor(next(leaves), dtype) for dtype in self.dtypes]
+        return keras.tree.pack_sequence_as(self.nest, tensors)
+
+
+def flatten_batch(data: Any) -> tuple[list[np.ndarray], Structure]:
+    """A batch `(x, y, sample_weight)` as host arrays and their structure.
+
+    Torch tensors and NumPy arrays on the host are not copied.
+    """
+    arrays, dtypes = [], []
+    leaves = keras.tree.flatten(data)
+    for leaf in leaves:
+        if leaf is None:
+            dtypes.append(None)
+            continue
+        tensor = leaf if isinstance(leaf, torch.Tensor) else _host_tensor(leaf)
+        arrays.append(as_array(tensor))
+        dtypes.append(dtype_name(tensor))
+    names = tuple(_names(data))
+    return arrays, Structure(keras.tree.map_structure(lambda _: 0, data), tuple(dtypes), names)
+
+
+def _host_tensor(leaf: Any) -> torch.Tensor:
+    """A NumPy array, or whatever Keras takes for one, as a tensor in host memory."""
+    with keras.device("cpu"):
+        return keras.ops.convert_to_tensor(leaf)
+
+
+def _names(data: Any) -> list[str]:
+    """A readable name for each array of `(x, y, sample_weight)`, for messages."""
+    parts = ("x", "y", "sample_weight")
+    names = []
+    for label, part in zip(parts, data if isinstance(data, tuple) else (data,), strict=False):
+        for path, leaf in keras.tree.flatten_with_path(part) if keras.tree.is_nested(part) else [((), part)]:
+            if leaf is not None:
+                names.append(label + "".join(f"[{key!r}]" for key in path))
+    return names
+
+
+@dataclass(frozen=True, slots=True)
+class OutputStructure:
+    """How a model's outputs were nested, and which of them carried a Keras mask."""
+
+    nest: Any
+    dtypes: tuple[str, ...]
+    masked: tuple[bool, ...]
+
+    def pack(self, arrays: Sequence[np.ndarray]) -> Any:
+        """Tensors over the merged arrays, with their masks; first all outputs, then all masks."""
+        count = len(self.dtypes)
+        tensors = [as_tensor(array, dtype) for array, dtype in zip(arrays[:count], self.dtypes, strict=True)]
+        masks = iter(arrays[count:])
+        for tensor, masked in zip(tensors, self.masked, strict=True):
+            if masked:
+                tensor._keras_mask = torch.from_numpy(next(masks))
+        return keras.tree.pack_sequence_as(self.nest, tensors)
+
+
+def flatten_outputs(outputs: Any) -> tuple[list[np.ndarray], OutputStructure]:
+    """A model's outputs, followed by their masks, as arrays."""
+    leaves = keras.tree.flatten(outputs)
+    masks = [getattr(leaf, "_keras_mask", None) for leaf in leaves]
+    arrays = [as_array(leaf) for leaf in leaves] + [as_array(mask) for mask in masks if mask is not None]
+    structure = OutputStructure(
+        keras.tree.map_structure(lambda _: 0, outputs),
+        tuple(dtype_name(leaf) for leaf in leaves),
+        tuple(mask is not None for mask in masks),
+    )
+    return arrays, structure

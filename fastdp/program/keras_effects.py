@@ -1,0 +1,78 @@
+"""Side effects of a forward pass: `add_loss` terms and variables that the model assigns.
+
+On one device they see the whole batch; a replica sees its rows. To put the replicas' values together one
+must know how a value depends on the rows, which no framework says: `ops.mean(x)` and `ops.sum(x)` are both
+a scalar. So it is found out by trying, once: the model runs on a row a, a row b, and both. With f the value
+(of a variable: how far it moved),
+
+    f(ab) = (f(a) + f(b)) / 2    a mean over rows: replicas are averaged by their share of the rows
+    f(ab) =  f(a) + f(b)         a sum: replicas are added up
+    f(ab) =  f(a) = f(b)         the same on all replicas (seeds, counters of steps)
+
+During the trial, draws are indexed by row as always, and BatchNormalization uses its moving statistics, so
+that nothing else mixes rows.
+"""
+
+from __future__ import annotations
+
+import enum
+import warnings
+
+import keras
+import torch
+
+TOLERANCE = 1e-4
+
+
+class Effect(enum.Enum):
+    """How a value depends on the rows of the batch."""
+
+    SAME = "the same for all rows"
+    MEAN = "a mean over rows"
+    SUM = "a sum over rows"
+    UNKNOWN = "neither a mean nor a sum over rows"
+    UNDECIDED = "zero for the rows tried"
+
+
+def classify(a: torch.Tensor, b: torch.Tensor, both: torch.Tensor) -> Effect:
+    """How a value depends on rows, from its values on row a, row b, and both."""
+    a, b, both = (value.detach().double() for value in (a, b, both))
+    scale = TOLERANCE * max(float(v.abs().max()) if v.numel() else 0.0 for v in (a, b, both))
+    if scale == 0.0:
+        return Effect.UNDECIDED
+
+    def close(left: torch.Tensor, right: torch.Tensor) -> bool:
+        return bool((left - right).abs().max() <= scale)
+
+    is_mean, is_sum = close(both, (a + b) / 2), close(both, a + b)
+    if is_mean and is_sum:
+        return Effect.UNDECIDED
+    if is_mean:
+        return Effect.SAME if close(a, b) else Effect.MEAN
+    return Effect.SUM if is_sum else Effect.UNKNOWN
+
+
+def check_loss(effect: Effect, index: int) -> None:
+    """Refuse an `add_loss` term that no combination of the replicas' values gives exactly.
+
+    Raises:
+        ValueError: the term is neither a mean nor a sum over rows.
+    """
+    if effect is Effect.UNKNOWN:
+        raise ValueError(
+            f"The add_loss() term {index} of this model is {effect.value}, so its value on the whole batch cannot "
+            "be put together from the replicas' rows. Compute it in `loss=` or in `compute_loss`, which fastdp "
+            "runs on the merged outputs, or use gpus=[0]."
+        )
+
+
+def warn_variable(effect: Effect, variable: keras.Variable) -> Effect:
+    """Say once that a variable's replicas are averaged for want of better knowledge."""
+    if effect is not Effect.UNKNOWN:
+        return effect
+    warnings.warn(
+        f"The variable {variable.path} is assigned during the forward pass, and the assigned value is {effect.value}. "
+        "fastdp assigns the replicas' mean, weighted by their rows, which may differ from one device.",
+        stacklevel=2,
+    )
+    return Effect.MEAN

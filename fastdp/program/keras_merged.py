@@ -1,0 +1,133 @@
+"""The loss on the merged outputs: exact for any loss, at the price of one meeting of all replicas.
+
+Every replica gives its outputs; the first computes the real Keras loss on all of them and the gradient by
+each; every replica goes backward from the gradient of its own rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import torch
+
+from fastdp.program.base import Context
+
+
+def merged_loss(
+    program: Any, y_pred: Any, extra: list[torch.Tensor], scope: Any, context: Context
+) -> tuple[list[torch.Tensor], list[torch.Tensor | None], list[torch.Tensor]]:
+    """Where a replica's backward starts, and (on the first replica) the loss and its terms.
+
+    Args:
+        program: the KerasProgram.
+        y_pred: the replica's outputs.
+        extra: the replica's contributions to the `add_loss` terms.
+        scope: the replica's stateless scope, current.
+        context: the replica's place in the step.
+    """
+    leaves = keras.tree.flatten(y_pred)
+    everyone = context.exchange(_Given(leaves, extra, context))
+    answer = _compute(program, y_pred, everyone, scope, context) if context.rank == 0 else None
+    answer = context.exchange(answer)[0]
+    roots: list[torch.Tensor] = []
+    seeds: list[torch.Tensor | None] = []
+    for leaf, gradient in zip(leaves, answer.outputs, strict=True):
+        if gradient is not None and leaf.requires_grad:
+            roots.append(leaf)
+            seeds.append(_own_rows(gradient, leaf, context))
+    for term, gradient in zip(extra, answer.extra, strict=True):
+        if gradient is not None and term.requires_grad:
+            roots.append(term)
+            seeds.append(gradient)
+    if context.rank == 0 and answer.direct is not None:
+        roots.append(answer.direct)
+        seeds.append(None)
+    zeros = [torch.zeros(()) for _ in answer.terms]
+    return roots, seeds, answer.terms if context.rank == 0 else zeros
+
+
+class _Given:
+    """What a replica brings: detached outputs, masks and terms."""
+
+    def __init__(self, leaves: list[torch.Tensor], extra: list[torch.Tensor], context: Context) -> None:
+        self.leaves = [leaf.detach() for leaf in leaves]
+        self.masks = [getattr(leaf, "_keras_mask", None) for leaf in leaves]
+        self.extra = [term.detach() for term in extra]
+        self.rows = context.rows
+
+
+class _Answer:
+    """What the first replica finds: gradients by merged outputs and terms, the loss, and what else of it
+    depends on the weights directly (regularizers)."""
+
+    def __init__(self) -> None:
+        self.outputs: list[torch.Tensor | None] = []
+        self.extra: list[torch.Tensor | None] = []
+        self.terms: list[torch.Tensor] = []
+        self.direct: torch.Tensor | None = None
+
+
+def _compute(program: Any, y_pred: Any, everyone: list[_Given], scope: Any, context: Context) -> _Answer:
+    """Keras's loss on all outputs, and its gradients."""
+    merged = [_merge(parts, everyone) for parts in zip(*(given.leaves for given in everyone), strict=True)]
+    for i, tensor in enumerate(merged):
+        masks = [given.masks[i] for given in everyone]
+        if masks[0] is not None:
+            tensor._keras_mask = torch.cat(masks)
+    extra = [torch.stack(parts).sum() for parts in zip(*(given.extra for given in everyone), strict=True)]
+    inputs = [tensor for tensor in (*merged, *extra) if tensor.is_floating_point()]
+    for tensor in inputs:
+        tensor.requires_grad_()
+    answer = _Answer()
+    nest = keras.tree.pack_sequence_as(y_pred, merged)
+    loss, answer.terms = _loss_of_all(program, nest, extra, scope, context)
+    scaled = program.optimizer.scale_loss(loss)
+    gradients: list[torch.Tensor | None] = [None] * len(inputs)
+    if scaled.requires_grad:
+        # The graph is kept: the weights that the loss uses directly take their gradient from it below.
+        gradients = list(torch.autograd.grad(scaled, inputs, retain_graph=True, allow_unused=True))
+        answer.direct = scaled
+    found = dict(zip(map(id, inputs), gradients, strict=True))
+    answer.outputs = [found.get(id(tensor)) for tensor in merged]
+    answer.extra = [found.get(id(term)) for term in extra]
+    return answer
+
+
+def _loss_of_all(
+    program: Any, y_pred: Any, extra: list[torch.Tensor], scope: Any, context: Context
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The loss of the global batch, and the loss itself with Keras's terms for the record."""
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(context.structure.pack(context.batch))
+    compiled = program.trainer._compile_loss
+    metrics = compiled.metrics if compiled is not None else []
+    for metric in metrics:  # from zero, so that they hold this step's terms alone
+        scope.add_update((metric.total, torch.zeros(())))
+        scope.add_update((metric.count, torch.zeros(())))
+    if program._own_compute_loss:
+        # `self.losses` inside compute_loss reads the scope: let it find the terms of the global batch.
+        scope.losses[:] = extra
+        program.model._loss_ids.update(map(id, extra))
+        loss = program.model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+    else:
+        parts = [compiled(y, y_pred, sample_weight), *extra]
+        parts += [keras.ops.sum(value) for value in program.regularization()]
+        loss = parts[0] if len(parts) == 1 else keras.ops.sum(parts)
+    values = [(scope.get_current_value(m.total), scope.get_current_value(m.count)) for m in metrics]
+    return loss, [loss.detach(), *((total / count).detach() for total, count in values)]
+
+
+def _merge(parts: tuple[torch.Tensor, ...], everyone: list[_Given]) -> torch.Tensor:
+    """Rows in order; an output without axes is averaged by rows."""
+    if parts[0].ndim:
+        return torch.cat(parts)
+    return torch.stack([part * given.rows.share for part, given in zip(parts, everyone, strict=True)]).sum()
+
+
+def _own_rows(gradient: torch.Tensor, leaf: torch.Tensor, context: Context) -> torch.Tensor:
+    """The part of a merged output's gradient that belongs to this replica."""
+    rows = context.rows
+    if leaf.ndim == 0:
+        return gradient * rows.share
+    per_row = leaf.shape[0] // rows.count
+    return gradient[per_row * rows.start : per_row * rows.stop]

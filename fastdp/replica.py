@@ -1,0 +1,44 @@
+"""One program bound to one device."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastdp.backend.host import HostDevice
+from fastdp.buckets import FlatBuffers
+from fastdp.program.base import Context, Memory, Program, Result, Totals
+
+
+class Replica:
+    """A copy of a program's state on a device, and the calls that run there.
+
+    Args:
+        program: what to run.
+        device: where.
+        rank: place among the replicas; it orders rows and sums.
+        memory: the replica's flat buffers, on `device`.
+    """
+
+    def __init__(self, program: Program, device: HostDevice, rank: int, memory: Memory) -> None:
+        self.device = device
+        self.rank = rank
+        self.memory = memory
+        self._program = program
+        self._state = program.bind(memory, device, rank)
+
+    @property
+    def gradients(self) -> FlatBuffers:
+        """The gradient of this replica's contribution; of the whole batch once reduced."""
+        return self.memory.gradients
+
+    def train(self, batch: list[np.ndarray], context: Context) -> Result:
+        """Forward, loss and backward. Runs on the device's worker."""
+        return self._program.train(self._state, batch, context)
+
+    def predict(self, batch: list[np.ndarray], context: Context) -> Result:
+        """Forward only. Runs on the device's worker."""
+        return self._program.predict(self._state, batch, context)
+
+    def update(self, totals: Totals) -> None:
+        """Apply the reduced gradients. Runs on the device's worker."""
+        self._program.update(self._state, totals)

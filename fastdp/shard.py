@@ -1,0 +1,88 @@
+"""Who gets what: rows of the global batch per replica, parameters per bucket. Integers only."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+FIRST_BUCKET_NBYTES = 1 << 20
+BUCKET_NBYTES = 25 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows `[start, stop)` of a global batch of `total` rows that belong to one replica."""
+
+    start: int
+    stop: int
+    total: int
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return self.stop - self.start
+
+    @property
+    def share(self) -> float:
+        """This replica's part of the global batch, in (0, 1]."""
+        return self.count / self.total
+
+
+def split_rows(total: int, parts: int) -> list[Rows]:
+    """Deal `total` rows out to at most `parts` replicas, in row order.
+
+    Row counts differ by at most one, the larger ones first. With fewer rows than replicas, fewer
+    replicas get any: no part is ever empty.
+
+    Raises:
+        ValueError: `total` or `parts` is below 1.
+
+    Example:
+        >>> [rows.count for rows in split_rows(11, 4)]
+        [3, 3, 3, 2]
+    """
+    if total < 1:
+        raise ValueError(f"`total` must be at least 1 row. Received: total={total}")
+    if parts < 1:
+        raise ValueError(f"`parts` must be at least 1 replica. Received: parts={parts}")
+    parts = min(parts, total)
+    size, larger = divmod(total, parts)
+    bounds = [0]
+    for part in range(parts):
+        bounds.append(bounds[-1] + size + (part < larger))
+    return [Rows(start, stop, total) for start, stop in itertools.pairwise(bounds)]
+
+
+def split_range(length: int, parts: int, align: int = 1) -> list[tuple[int, int]]:
+    """Cut `range(length)` into `parts` consecutive pieces whose borders are multiples of `align`.
+
+    Unlike rows, pieces may be empty: this deals out the elements of a flat buffer.
+    """
+    step = -(-length // parts)
+    step += -step % align
+    return [(min(part * step, length), min((part + 1) * step, length)) for part in range(parts)]
+
+
+def plan_buckets(
+    nbytes: Sequence[int], first: int = FIRST_BUCKET_NBYTES, cap: int = BUCKET_NBYTES
+) -> list[tuple[int, int]]:
+    """Group consecutive arrays of the given sizes into buckets `[start, stop)` of about `cap` bytes.
+
+    The first bucket is small (`first` bytes), so that its reduction can start early. An array larger
+    than the limit has a bucket of its own; no array is cut.
+
+    Example:
+        >>> plan_buckets([4, 4, 4, 4], first=4, cap=8)
+        [(0, 1), (1, 3), (3, 4)]
+    """
+    buckets: list[tuple[int, int]] = []
+    start, filled, limit = 0, 0, first
+    for index, size in enumerate(nbytes):
+        if index > start and filled + size > limit:
+            buckets.append((start, index))
+            start, filled, limit = index, 0, cap
+        filled += size
+    if start < len(nbytes):
+        buckets.append((start, len(nbytes)))
+    return buckets

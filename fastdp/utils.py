@@ -1,0 +1,27 @@
+"""The utilities of Keras 2's `keras.utils`, working with Keras 3: change the import, keep the script."""
+
+from fastdp.data.hdf5 import HDF5Matrix
+from fastdp.keras.utils import (
+    CustomObjectScope,
+    Sequence,
+    get_file,
+    get_layer_output,
+    normalize,
+    plot_model,
+    print_summary,
+    to_categorical,
+)
+from fastdp.keras.wrap import multi_gpu_model
+
+__all__ = [
+    "CustomObjectScope",
+    "HDF5Matrix",
+    "Sequence",
+    "get_file",
+    "get_layer_output",
+    "multi_gpu_model",
+    "normalize",
+    "plot_model",
+    "print_summary",
+    "to_categorical",
+]

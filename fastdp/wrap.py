@@ -1,0 +1,65 @@
+"""`fastdp.wrap`: one line for any model."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# The library that a model's class comes from, and the function that wraps such models. Keras's layers are
+# torch modules too on the torch backend, and are looked for first.
+_WRAPPERS = {"keras": ("fastdp.keras.wrap", "wrap_keras"), "torch": ("fastdp.torch.wrap", "wrap_torch")}
+
+
+def wrap(
+    model: Any,
+    gpus: Any = None,
+    *,
+    cpu_merge: bool = True,
+    cpu_relocation: bool = False,
+    sync_batch_norm: bool = False,
+    timeout: float = 1800.0,
+    check_replicas: bool = False,
+) -> Any:
+    """Run a model on several devices as if on one.
+
+    Args:
+        model: a built `keras.Model` (on the torch backend) or a `torch.nn.Module`.
+        gpus: how many devices, a list of their ordinals, or None for all. One device is fine. The order of a
+            list is the order of the rows. With `fastdp.set_virtual_devices(n)` these are virtual devices.
+        cpu_merge: merge outputs in host memory (default), or leave them on the first device.
+        cpu_relocation: keep the model's own weights in host memory.
+        sync_batch_norm: normalize by the global batch instead of each replica's rows.
+        timeout: seconds that one step may take before it is given up.
+        check_replicas: verify after each step that all replicas are bitwise equal (slow; for debugging).
+
+    Returns:
+        For a Keras model a `keras.Model` that shares its weights; for a module a `fastdp.torch.TorchParallel`.
+
+    Raises:
+        ValueError: anything wrong with `gpus`, or a model that cannot be replicated; the message has the remedy.
+        TypeError: `model` is of another kind.
+        ImportError: the model's library is missing.
+
+    Example:
+        >>> fastdp.set_virtual_devices(8)  # doctest: +SKIP
+        >>> parallel = fastdp.wrap(model, gpus=8)  # doctest: +SKIP
+        >>> parallel.compile("adam", "mse")  # doctest: +SKIP
+        >>> parallel.fit(x, y, batch_size=256)  # doctest: +SKIP
+    """
+    libraries = {cls.__module__.split(".")[0] for cls in type(model).__mro__}
+    for library, (module, function) in _WRAPPERS.items():
+        if library in libraries:
+            return getattr(importlib.import_module(module), function)(
+                model,
+                gpus,
+                cpu_merge=cpu_merge,
+                cpu_relocation=cpu_relocation,
+                sync_batch_norm=sync_batch_norm,
+                timeout=timeout,
+                check_replicas=check_replicas,
+            )
+    raise TypeError(
+        "`model` must be a keras.Model or a torch.nn.Module. "
+        f"Received: {model!r} (of type {type(model).__name__}). For a program of NumPy or CuPy functions, make a "
+        "fastdp.FunctionProgram and run it by fastdp.DataParallel."
+    )
