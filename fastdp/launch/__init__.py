@@ -1,0 +1,44 @@
+"""Our CUDA kernels (kernels/*.cu) from Python: compiled by NVRTC on first use, one typed function for each.
+
+functions.py   one function per kernel: slice_rows, concat_rows, all_reduce_*, l2_norm, ...
+    optimizers.py  fused_sgd and fused_adam
+rows.py        how rows become launches;  peers.py  how ranks do
+args.py        the kernels' argument structs, field by field
+launcher.py    the protocol of a device, and its loaded kernels
+cubin.py       sources and the cache of machine code;  nvrtc.py  the compiler
+"""
+
+from fastdp.launch.args import SIGNALS_NBYTES, l2_norm_blocks
+from fastdp.launch.functions import (
+    all_reduce_one_shot,
+    all_reduce_two_shot,
+    check_finite,
+    concat_rows,
+    l2_norm,
+    scale_cast,
+    slice_rows,
+)
+from fastdp.launch.launcher import Kernels, Launcher
+from fastdp.launch.optimizers import fused_adam, fused_sgd
+from fastdp.launch.peers import PeerGroup, coresident_blocks
+from fastdp.launch.rows import RowPiece, RowSlice
+
+__all__ = [
+    "SIGNALS_NBYTES",
+    "Kernels",
+    "Launcher",
+    "PeerGroup",
+    "RowPiece",
+    "RowSlice",
+    "all_reduce_one_shot",
+    "all_reduce_two_shot",
+    "check_finite",
+    "concat_rows",
+    "coresident_blocks",
+    "fused_adam",
+    "fused_sgd",
+    "l2_norm",
+    "l2_norm_blocks",
+    "scale_cast",
+    "slice_rows",
+]

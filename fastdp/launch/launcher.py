@@ -1,0 +1,75 @@
+"""What launches kernels: the protocol of a device, and its kernel files loaded on first use."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from fastdp.launch import args as ka
+from fastdp.launch import cubin
+
+__all__ = ["Kernels", "Launcher"]
+
+
+class Launcher(Protocol):
+    """What a device does for a launch; backend/cuda.py implements it with the driver's calls."""
+
+    def load(self, cubin: bytes) -> Any:
+        """Load machine code into the device's context; returns the module."""
+
+    def function(self, module: Any, name: str) -> Any:
+        """The kernel of this name in a module."""
+
+    def launch(self, function: Any, grid: int, block: int, args: ctypes.Structure, stream: int) -> None:
+        """Enqueue a 1-D launch whose only parameter is `args`, by value; `args` may be dropped on return."""
+
+
+class Kernels:
+    """The kernels of one device, each file compiled and loaded on first use.
+
+    Load before recording a CUDA graph or launching a collective: loading a module may synchronize.
+
+    Args:
+        launcher: of the device.
+        architecture: its compute capability, such as 90.
+        sm_count: its number of multiprocessors.
+        compile_file: from a kernel file's name and an architecture to a cubin.
+
+    Example: `kernels = Kernels(launcher, 90, 132); check_finite(kernels, x, n, "float32", found=f, stream=s)`
+    """
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        architecture: int,
+        sm_count: int,
+        compile_file: Callable[[str, int], bytes] = cubin.cubin,
+    ) -> None:
+        self.sm_count = sm_count
+        self._launcher = launcher
+        self._architecture = architecture
+        self._compile_file = compile_file
+        self._modules: dict[str, Any] = {}
+        self._functions: dict[tuple[str, str], Any] = {}
+
+    def load(self, *files: str) -> None:
+        """Compile and load kernel files now; all of them where none is named."""
+        for file in files or cubin.kernel_names():
+            if file not in self._modules:
+                self._modules[file] = self._launcher.load(self._compile_file(file, self._architecture))
+
+    def launch(
+        self, file: str, entry: str, grid: int, args: ctypes.Structure, stream: int, block: int = ka.THREADS
+    ) -> None:
+        """Launch one entry of a kernel file on the stream."""
+        function = self._functions.get((file, entry))
+        if function is None:
+            self.load(file)
+            function = self._functions[file, entry] = self._launcher.function(self._modules[file], entry)
+        self._launcher.launch(function, grid, block, args, stream)
+
+    def grid(self, n: int, itemsize: int, unroll: int = 1) -> int:
+        """Blocks for a grid-stride loop over packs of such elements, at most eight per multiprocessor."""
+        blocks = ka.ceil_div(n * itemsize, ka.PACK_NBYTES * ka.THREADS * unroll)
+        return min(blocks, self.sm_count * ka.BLOCKS_PER_SM)

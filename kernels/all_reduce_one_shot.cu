@@ -1,0 +1,45 @@
+// all_reduce_one_shot: every rank reads every rank's input once. For small buckets, where latency counts.
+//
+//   output[i] = cast((x_0[i] + x_1[i] + ... + x_{R-1}[i]) * scale)     in fp32, in rank order, on every rank
+//
+//   stage    copy the own input to one half of the own staging buffer
+//   barrier  with the same block of all ranks
+//   sum      read all ranks' staging, write the output (which may be the input)
+//
+// The halves of the staging buffer alternate with the launch number. No barrier at the end is needed: a rank
+// writes a half again two launches later, after a barrier of the launch between, which a peer enters only
+// when its own earlier launch has completed.
+// Grid: 1-D, the same on all ranks, grid-stride over packs of 16 bytes, at most 64 blocks; see
+// peer_signals.cuh for co-residency, graph replay and time-outs.
+// Bytes moved per rank: n * sizeof * (4 local + (R - 1) over the links). fp32, fp16, bf16; R <= 8.
+// NumPy twin: fastdp.kernel_twins.all_reduce
+#include "peer_signals.cuh"
+
+constexpr int kMaxThreads = 512;
+
+template <class T> __device__ __forceinline__ void all_reduce_one_shot_body(const AllReduceArgs& args) {
+    constexpr int count = elements_of<T>::per_pack;
+    if (load_relaxed_system(args.error)) return;
+    const u64 launch = args.signals[args.rank]->launches;
+    const i64 half = (launch & 1) ? args.staging_half_bytes : 0;
+    const T* staged[kMaxRanks];
+#pragma unroll
+    for (int rank = 0; rank < kMaxRanks; ++rank) {
+        staged[rank] = reinterpret_cast<const T*>(rank < args.ranks ? args.staging[rank] + half : nullptr);
+    }
+    const T* input = static_cast<const T*>(args.inputs[args.rank]);
+    T* own = reinterpret_cast<T*>(args.staging[args.rank] + half);
+    const i64 packs = ceil_div(args.n, count);
+    for (i64 pack = grid_thread(); pack < packs; pack += grid_threads()) {
+        store_pack<T, count>(own, pack, args.n, load_pack<T, count>(input, pack, args.n));
+    }
+    if (!rank_barrier(args, launch, 0)) return;
+    for (i64 pack = grid_thread(); pack < packs; pack += grid_threads()) {
+        store_pack<T, count>(static_cast<T*>(args.output), pack, args.n, sum_pack<T>(args, staged, pack));
+    }
+    finish_launch(args, launch);
+}
+
+FASTDP_KERNEL(all_reduce_one_shot_f32, AllReduceArgs, kMaxThreads, all_reduce_one_shot_body<float>(args))
+FASTDP_KERNEL(all_reduce_one_shot_f16, AllReduceArgs, kMaxThreads, all_reduce_one_shot_body<half_t>(args))
+FASTDP_KERNEL(all_reduce_one_shot_bf16, AllReduceArgs, kMaxThreads, all_reduce_one_shot_body<bf16_t>(args))

@@ -1,0 +1,102 @@
+// Barriers between the same block of all ranks, through flags in peer memory.
+//
+// Each rank owns one Signals in plain device memory that all ranks may write (peer access, or the same card).
+// Before the first launch it is zeroed, once; afterwards no host code touches it, so that a recorded CUDA
+// graph replays: the number of a launch is read from device memory and advanced by the last block to finish.
+// All flags only grow. Ranks must make the same sequence of launches with the same grid and block.
+//
+// A block waits only for the blocks of its own index in the other ranks, so all ranks' grids must be able to
+// be resident at once. On one GPU per rank this always holds, since nothing waits for a later block of the
+// same rank. Where R ranks share one card, launch.py bounds each rank's grid by floor(SMs / R), that is one
+// block per SM in the worst case; the launches must also reach the card independently: one stream per rank,
+// none of them the legacy default stream, and CUDA_DEVICE_MAX_CONNECTIONS not below the number of streams in
+// use (its default is 8; CUDA C++ Programming Guide, environment variables).
+//
+// A wait gives up after spin_limit polls: it sets *error to 1 + the rank that did not come, and its block
+// writes no output. A set *error makes every later launch return at once, so that peers fail too instead of
+// hanging. To recover, synchronize all ranks, then zero every Signals and every *error.
+#pragma once
+#include "common.cuh"
+
+constexpr int kMaxRanks = 8;
+constexpr int kMaxSignalBlocks = 64;
+constexpr u64 kBarriersPerLaunch = 2;  // of the kernel that has most
+
+struct Signals {
+    u64 launches;
+    u32 finished_blocks;
+    u32 unused;
+    u64 arrived[kMaxSignalBlocks][kMaxRanks];  // [block][rank that arrived], written by that rank
+};
+
+struct AllReduceArgs {
+    const void* inputs[kMaxRanks];  // in rank order; all_reduce_one_shot reads its own only
+    void* output;                   // may be inputs[rank]
+    u8* staging[kMaxRanks];         // in rank order, each 2 * staging_half_bytes, 16-byte aligned
+    Signals* signals[kMaxRanks];    // in rank order
+    u32* error;
+    i64 n;
+    i64 staging_half_bytes;
+    float scale;
+    int rank;
+    int ranks;
+    u32 spin_limit;
+};
+
+__device__ __forceinline__ bool wait_for(const u64* flag, u64 target, u32 spin_limit) {
+    for (u32 spin = 0; spin < spin_limit; ++spin) {
+        if (load_acquire_system(flag) >= target) return true;
+        if (spin > 256) __nanosleep(64);
+    }
+    return false;
+}
+
+// Barrier `which` of this launch among the blocks of this index; false after a time-out. What any thread of
+// those blocks wrote before it is visible to all threads of this block after it.
+__device__ __forceinline__ bool rank_barrier(const AllReduceArgs& args, u64 launch, u64 which) {
+    const u64 target = launch * kBarriersPerLaunch + which + 1;
+    bool timed_out = false;
+    __syncthreads();
+    for (int peer = threadIdx.x; peer < args.ranks; peer += blockDim.x) {
+        store_release_system(&args.signals[peer]->arrived[blockIdx.x][args.rank], target);
+        if (!wait_for(&args.signals[args.rank]->arrived[blockIdx.x][peer], target, args.spin_limit)) {
+            store_relaxed_system(args.error, 1 + peer);
+            timed_out = true;
+        }
+    }
+    return !__syncthreads_or(timed_out);
+}
+
+// Counts the launch once all blocks have read its number, for the next launch of the stream.
+__device__ __forceinline__ void finish_launch(const AllReduceArgs& args, u64 launch) {
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    Signals* own = args.signals[args.rank];
+    if (add_acquire_release_device(&own->finished_blocks, 1) == gridDim.x - 1) {
+        own->finished_blocks = 0;
+        own->launches = launch + 1;
+    }
+}
+
+// The sum of one pack over all ranks, in rank order, times scale: the same bits on every rank.
+template <class T>
+__device__ __forceinline__ Pack<T, elements_of<T>::per_pack> sum_pack(const AllReduceArgs& args,
+                                                                      const T* const (&arrays)[kMaxRanks], i64 pack) {
+    constexpr int count = elements_of<T>::per_pack;
+    Pack<T, count> x[kMaxRanks];
+#pragma unroll
+    for (int rank = 0; rank < kMaxRanks; ++rank) {
+        if (rank < args.ranks) x[rank] = load_pack<T, count>(arrays[rank], pack, args.n);
+    }
+    Pack<T, count> y;
+#pragma unroll
+    for (int e = 0; e < count; ++e) {
+        float sum = to_float(x[0].at[e]);
+#pragma unroll
+        for (int rank = 1; rank < kMaxRanks; ++rank) {
+            if (rank < args.ranks) sum += to_float(x[rank].at[e]);
+        }
+        y.at[e] = from_float<T>(sum * args.scale);
+    }
+    return y;
+}
