@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ class StepResult:
 
     outputs: list[np.ndarray]
     sums: np.ndarray
-    notes: object
+    notes: Any
     rows: int
 
 

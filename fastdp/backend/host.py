@@ -114,7 +114,7 @@ class HostStream:
                 item()
             # The worker hands every failure on, KeyboardInterrupt and SystemExit too, to the host
             # thread that synchronizes: swallowing one here would lose it, raising would kill the worker.
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001
                 self._error = error
 
 

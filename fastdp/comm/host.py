@@ -33,18 +33,16 @@ class HostCommunicator:
         computed once, so all replicas hold the same. Sources may be targets. fp16 and bf16 are summed in
         fp32, and rounded once.
         """
-        self._everywhere(
-            lambda rank: [
-                _reduce_part(
-                    [source.buffers[bucket.dtype][bucket.start : bucket.stop] for source in sources],
-                    [target.buffers[bucket.dtype][bucket.start : bucket.stop] for target in targets],
-                    bucket.dtype,
-                    rank,
-                    len(self._devices),
-                )
-                for bucket in buckets
-            ]
-        )
+        parts = len(self._devices)
+
+        def reduce(rank: int) -> None:
+            for bucket in buckets:
+                span = slice(bucket.start, bucket.stop)
+                ins = [source.buffers[bucket.dtype][span] for source in sources]
+                outs = [target.buffers[bucket.dtype][span] for target in targets]
+                _reduce_part(ins, outs, bucket.dtype, rank, parts)
+
+        self._everywhere(reduce)
 
     def broadcast(self, buffers: Sequence[FlatBuffers]) -> None:
         """Copy the first device's buffers to all others; each device pulls its own."""
@@ -76,7 +74,8 @@ def _reduce_part(
     for low in range(start, stop, TILE):
         tile = slice(low, min(low + TILE, stop))
         if dtype in ("bfloat16", "float16"):
-            total = _narrow(sum(_widen(source[tile], dtype) for source in sources), dtype)
+            wide = [_widen(source[tile], dtype) for source in sources]
+            total = _narrow(np.add.reduce(wide), dtype)
         elif len(sources) == 1:
             total = sources[0][tile]
         else:

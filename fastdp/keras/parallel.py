@@ -51,7 +51,8 @@ class ParallelModel(keras.Model):
         self.devices = list(devices)
         self.cpu_merge = cpu_merge
         self.cpu_relocation = cpu_relocation
-        self._options = {"timeout": timeout, "check_replicas": check_replicas}
+        self._timeout = timeout
+        self._check_replicas = check_replicas
         self._sync_batch_norm = sync_batch_norm
         self._engine: DataParallel | None = None
         self._step_losses: list[Any] | None = None
@@ -215,7 +216,9 @@ class ParallelModel(keras.Model):
                 sync_batch_norm=self._sync_batch_norm,
                 template_state=lambda: borrowed(self.template, self),
             )
-            self._engine = DataParallel(program, self.devices, **self._options)
+            self._engine = DataParallel(
+                program, self.devices, timeout=self._timeout, check_replicas=self._check_replicas
+            )
         return self._engine
 
     def _stale(self, program: Any) -> bool:
@@ -234,7 +237,7 @@ class ParallelModel(keras.Model):
         """One training step; the logs."""
         arrays, structure = flatten_batch(unpack(data))
         engine = self.engine
-        program: KerasProgram = engine.program
+        program: Any = engine.program
         program.inspect(arrays, structure)
         result = engine.train(arrays, structure=structure, wants_outputs=self._wants_outputs())
         self._track_loss(result)
@@ -245,7 +248,7 @@ class ParallelModel(keras.Model):
     def _test(self, data: Any) -> Any:
         """One test step; the logs."""
         x, y, sample_weight, y_pred, result = self._forward(unpack(data))
-        program: KerasProgram = self.engine.program
+        program: Any = self.engine.program
         self._step_losses = [*map(keras.ops.convert_to_tensor, result.sums), *program.regularization()]
         try:
             loss = self._compute_loss(x, y, y_pred, sample_weight, training=False)
@@ -263,7 +266,8 @@ class ParallelModel(keras.Model):
         """Run the replicas forward; the batch as tensors, the merged outputs, the engine's result."""
         arrays, structure = flatten_batch(data)
         engine = self.engine
-        engine.program.inspect(arrays, structure)
+        program: Any = engine.program
+        program.inspect(arrays, structure)
         result = engine.predict(arrays, structure=structure)
         return *structure.pack(arrays), result.notes.structure.pack(result.outputs), result
 

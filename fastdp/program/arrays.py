@@ -6,7 +6,7 @@ is copied into the replica's memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -60,8 +60,8 @@ class FunctionProgram:
         self._train, self._update, self._predict = train, update, predict
         self._initial = {name: np.asarray(value) for name, value in parameters.items()}
         self._initial_slots = {name: np.asarray(value) for name, value in (slots or {}).items()}
-        self.gradients = _specs(self._initial)
-        self.slots = _specs(self._initial_slots)
+        self.gradients: Sequence[ArraySpec] = _specs(self._initial)
+        self.slots: Sequence[ArraySpec] = _specs(self._initial_slots)
         self.parameters: Arrays = dict(self._initial)
         self._home: Home | None = None
         self._changed = False

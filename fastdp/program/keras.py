@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fastdp.backend.host import HostDevice
-from fastdp.buckets import Allocate, FlatBuffers
+from fastdp.buckets import Allocate, ArraySpec, FlatBuffers
 from fastdp.program.base import Context, Home, Memory, Result, Totals
 from fastdp.program.keras_batch import OutputStructure, Structure, flatten_outputs
 from fastdp.program.keras_effects import Effect, check_loss, classify, warn_variable
@@ -133,12 +133,12 @@ class KerasProgram:
         self._metric_ids = {id(v) for metric in own_metrics for v in metric.variables}
         self._index = {id(v): i for i, v in enumerate(self.variables)}
         self._seed_ids = {id(g.state) for layer in model._flatten_layers() for g in layer._seed_generators}
-        optimizer = trainer.optimizer if trainer.compiled else None
+        optimizer: Any = trainer.optimizer if trainer.compiled else None
         self.trainable = list(model.trainable_variables) if optimizer is not None else []
         self.optimizer = optimizer
         self.slot_variables = list(optimizer.variables) if optimizer is not None else []
-        self.gradients = [spec_of(v.path, v.value) for v in self.trainable]
-        self.slots = [spec_of(v.path, v.value) for v in self.slot_variables]
+        self.gradients: Sequence[ArraySpec] = [spec_of(v.path, v.value) for v in self.trainable]
+        self.slots: Sequence[ArraySpec] = [spec_of(v.path, v.value) for v in self.slot_variables]
         self.effects: dict[int, Effect] = {}
         self.loss_effects: list[Effect] | None = None
         self._shared: SharedLoss | None = None
@@ -275,7 +275,7 @@ class KerasProgram:
         context = run.context
         if not self._loss_is_merged:
             try:
-                parts, terms = list(extra), []
+                parts, terms = list(extra), list[torch.Tensor]()
                 if self._shared is not None:
                     value, terms = self._shared(y, y_pred, sample_weight)
                     parts.insert(0, value)

@@ -33,7 +33,8 @@ def flatten_batch(data: Any) -> tuple[list[np.ndarray], Structure]:
 
     Torch tensors and NumPy arrays on the host are not copied.
     """
-    arrays, dtypes = [], []
+    arrays: list[np.ndarray] = []
+    dtypes: list[str | None] = []
     leaves = keras.tree.flatten(data)
     for leaf in leaves:
         if leaf is None:

@@ -27,9 +27,25 @@ from fastdp.program.keras_scope import running
 
 # Functions of Keras that give one value per sample, from that sample alone.
 _PER_SAMPLE = {
-    getattr(keras.losses, name)
-    for name in ["binary_crossentropy", "binary_focal_crossentropy", "categorical_crossentropy", "categorical_focal_crossentropy", "categorical_generalized_cross_entropy", "categorical_hinge", "cosine_similarity", "ctc", "hinge", "huber", "kl_divergence", "log_cosh", "mean_absolute_error", "mean_absolute_percentage_error", "mean_squared_error", "mean_squared_logarithmic_error", "poisson", "sparse_categorical_crossentropy", "squared_hinge"]
-    if hasattr(keras.losses, name)
+    keras.losses.binary_crossentropy,
+    keras.losses.binary_focal_crossentropy,
+    keras.losses.categorical_crossentropy,
+    keras.losses.categorical_focal_crossentropy,
+    keras.losses.categorical_hinge,
+    keras.losses.categorical_generalized_cross_entropy,
+    keras.losses.cosine_similarity,
+    keras.losses.ctc,
+    keras.losses.hinge,
+    keras.losses.huber,
+    keras.losses.kl_divergence,
+    keras.losses.log_cosh,
+    keras.losses.mean_absolute_error,
+    keras.losses.mean_absolute_percentage_error,
+    keras.losses.mean_squared_error,
+    keras.losses.mean_squared_logarithmic_error,
+    keras.losses.poisson,
+    keras.losses.sparse_categorical_crossentropy,
+    keras.losses.squared_hinge,
 }
 _REDUCTIONS = ("sum", "mean", "sum_over_batch_size", "mean_with_sample_weight")
 
@@ -134,7 +150,7 @@ class _Contribution:
                 weights = keras.ops.convert_to_tensor(weights, dtype=self._loss.dtype)
             denominator = float(apply_mask(weights, mask, dtype=self._loss.dtype, reduction=reduction).sum())
         else:
-            denominator = float(mask.sum())
+            denominator = float(keras.ops.sum(mask))
         total = sum(state.context.exchange(denominator))
         return denominator / total if total else 0.0
 

@@ -31,8 +31,6 @@ from fastdp.program.base import Context
 from fastdp.program.keras_moments import Moments, global_moments, local_moments
 
 _replica = threading.local()
-_patch_lock = threading.Lock()
-_patch_depth = 0
 _originals: list[tuple[Any, str, Any]] = []
 
 
@@ -73,18 +71,36 @@ def replica_scope(state: Running) -> Iterator[Running]:
 @contextmanager
 def replica_aware() -> Iterator[None]:
     """Keep Keras's random ops, BatchNormalization and recurrent dropout aware of replicas."""
-    global _patch_depth
-    with _patch_lock:
-        _patch_depth += 1
-        if _patch_depth == 1:
-            _patch()
+    _patched.enter()
     try:
         yield
     finally:
-        with _patch_lock:
-            _patch_depth -= 1
-            if _patch_depth == 0:
+        _patched.leave()
+
+
+class _Patched:
+    """Counts who needs the replica-aware functions: the first puts them in place, the last takes them out."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._depth = 0
+
+    def enter(self) -> None:
+        """One more needs them."""
+        with self._lock:
+            self._depth += 1
+            if self._depth == 1:
+                _patch()
+
+    def leave(self) -> None:
+        """One less."""
+        with self._lock:
+            self._depth -= 1
+            if self._depth == 0:
                 _unpatch()
+
+
+_patched = _Patched()
 
 
 def _patch() -> None:
