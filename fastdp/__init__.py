@@ -4,12 +4,14 @@
     parallel = fastdp.wrap(model, gpus=8)
 
 Keras models run on Keras's torch backend: importing fastdp chooses it where nothing else has been chosen
-(no KERAS_BACKEND, no ~/.keras/keras.json, Keras not imported yet).
+(no KERAS_BACKEND, no installed backend named in keras.json, Keras not imported yet).
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import json
 import os
 import sys
 from pathlib import Path
@@ -74,9 +76,19 @@ def __getattr__(name: str) -> Any:
 
 
 def _choose_backend() -> None:
-    """Make torch Keras's backend where nobody has chosen one."""
-    home = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))
-    if "KERAS_BACKEND" not in os.environ and "keras" not in sys.modules and not (home / "keras.json").exists():
+    """Make torch Keras's backend where nobody has chosen one.
+
+    Keras writes a keras.json that names TensorFlow when it is first imported, chosen or not: a backend that is
+    named there but not installed is no choice.
+    """
+    if "KERAS_BACKEND" in os.environ or "keras" in sys.modules:
+        return
+    file = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "keras.json"
+    try:
+        named = json.loads(file.read_text()).get("backend", "")
+    except (OSError, ValueError):
+        named = ""
+    if not named or importlib.util.find_spec(named) is None:
         os.environ["KERAS_BACKEND"] = "torch"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from fastdp.engine import DataParallel, StepResult
 from fastdp.keras.checks import check_template
 from fastdp.keras.compile_state import borrowed, follow
 from fastdp.keras.names import unique_names
+from fastdp.keras.streaming import stream_fit, stream_forward
 from fastdp.program.keras import KerasProgram, unpack
 from fastdp.program.keras_batch import flatten_batch
 
@@ -171,6 +173,20 @@ class ParallelModel(keras.Model):
         with borrowed(self.template, self):
             return self.template.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
+    # Keras's own loops, which read matrices on disk batch by batch here.
+
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; arguments as in Keras. `HDF5Matrix` is read by batches; `shuffle="batch"` as in Keras 2."""
+        return super().fit(**stream_fit(_named(keras.Model.fit, args, kwargs)))
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Test; arguments as in Keras. `HDF5Matrix` is read by batches."""
+        return super().evaluate(**stream_forward(_named(keras.Model.evaluate, args, kwargs)))
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict; arguments as in Keras. `HDF5Matrix` is read by batches."""
+        return super().predict(**stream_forward(_named(keras.Model.predict, args, kwargs)))
+
     # Running.
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
@@ -304,3 +320,11 @@ class _MergedOutputs(keras.layers.Layer):
     def call(self, inputs: Any) -> Any:
         """The inputs."""
         return inputs
+
+
+def _named(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name, as `method` would take them."""
+    bound = inspect.signature(method).bind(None, *args, **kwargs)
+    named = dict(bound.arguments)
+    named.pop("self")
+    return {**{k: v for k, v in named.items() if k != "kwargs"}, **named.get("kwargs", {})}

@@ -1,0 +1,103 @@
+"""Arguments of `fit`, `evaluate` and `predict` that Keras would read whole, or understand differently.
+
+Keras converts an `HDF5Matrix` to one NumPy array before the first batch; here it is read batch by batch.
+`shuffle="batch"` means what it meant in Keras 2, for any arrays: the order of whole batches is shuffled,
+the rows inside stay.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from fastdp.data.hdf5 import HDF5Matrix
+from fastdp.keras.data_sets import ArrayBatches
+
+BATCH_SIZE = 32
+
+
+class RowRange:
+    """Rows `[start, stop)` of an array, read when they are asked for."""
+
+    def __init__(self, array: Any, start: int, stop: int) -> None:
+        self._array, self._start = array, start
+        self.shape = (stop - start, *array.shape[1:])
+        self.dtype = array.dtype
+
+    def __getitem__(self, rows: Any) -> Any:
+        """A slice of rows, or rows by number."""
+        if isinstance(rows, slice):
+            start, stop, step = rows.indices(self.shape[0])
+            return self._array[slice(self._start + start, self._start + stop, step)]
+        return self._array[np.asarray(rows) + self._start]
+
+
+def stream_fit(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `fit`, with data sets in the place of matrices on disk."""
+    arguments = dict(arguments)
+    validation = arguments.get("validation_data")
+    if isinstance(validation, (list, tuple)) and _on_disk(list(validation)):
+        size = arguments.get("validation_batch_size") or arguments.get("batch_size")
+        arguments["validation_data"] = _batches(*validation, batch_size=size, shuffle=False)
+        arguments.pop("validation_batch_size", None)
+    data = [arguments.get(name) for name in ("x", "y", "sample_weight")]
+    shuffle = arguments.get("shuffle", True)
+    if not _on_disk(data) and not (isinstance(shuffle, str) and shuffle == "batch" and _arrays(data[0])):
+        return arguments
+    size = arguments.pop("batch_size", None)
+    split = arguments.pop("validation_split", 0.0)
+    if split and validation is None:
+        data, held_out = _split(data, split)
+        arguments["validation_data"] = _batches(
+            *held_out, batch_size=arguments.pop("validation_batch_size", None) or size, shuffle=False
+        )
+    for name in ("x", "y", "sample_weight"):
+        arguments.pop(name, None)
+    return {**arguments, "x": _batches(*data, batch_size=size, shuffle=shuffle), "shuffle": False}
+
+
+def stream_forward(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `evaluate` or `predict`, likewise."""
+    data = [arguments.get(name) for name in ("x", "y", "sample_weight")]
+    if not _on_disk(data):
+        return arguments
+    rest = {k: v for k, v in arguments.items() if k not in ("x", "y", "sample_weight", "batch_size")}
+    return {**rest, "x": _batches(*data, batch_size=arguments.get("batch_size"), shuffle=False)}
+
+
+def _batches(x: Any, y: Any = None, sample_weight: Any = None, *, batch_size: int | None, shuffle: Any) -> ArrayBatches:
+    """A data set of batches."""
+    return ArrayBatches(x, y, sample_weight, batch_size=batch_size or BATCH_SIZE, shuffle=shuffle)
+
+
+def _split(data: list[Any], fraction: float) -> tuple[list[Any], list[Any]]:
+    """The first rows, and the last `fraction` of them, as Keras splits: from the end, before any shuffling.
+
+    Raises:
+        ValueError: one of the parts would be empty.
+    """
+    rows = int(keras.tree.flatten(data[0])[0].shape[0])
+    border = int(rows * (1.0 - fraction))
+    if not 0 < border < rows:
+        raise ValueError(
+            f"`validation_split` must leave rows for training and for validation. Received: "
+            f"validation_split={fraction} of {rows} rows"
+        )
+
+    def cut(part: Any, start: int, stop: int) -> Any:
+        return None if part is None else keras.tree.map_structure(lambda a: RowRange(a, start, stop), part)
+
+    return [cut(part, 0, border) for part in data], [cut(part, border, rows) for part in data]
+
+
+def _on_disk(data: list[Any]) -> bool:
+    """Whether any of the arrays is an HDF5Matrix."""
+    return any(isinstance(leaf, HDF5Matrix) for part in data if part is not None for leaf in keras.tree.flatten(part))
+
+
+def _arrays(x: Any) -> bool:
+    """Whether `x` is arrays, and not a data set or a generator of its own."""
+    leaves = keras.tree.flatten(x)
+    return bool(leaves) and all(hasattr(leaf, "shape") and hasattr(leaf, "__getitem__") for leaf in leaves)
