@@ -44,11 +44,18 @@ class Bucket:
 
 
 def storage_dtype(name: str) -> np.dtype:
-    """The NumPy dtype that stores the dtype called `name`."""
-    try:
-        return np.dtype(name)
-    except TypeError:
-        return np.dtype({"bfloat16": "uint16"}.get(name, "uint8"))
+    """The NumPy dtype that stores the dtype called `name`.
+
+    Raises:
+        TypeError: `name` is no dtype.
+    """
+    # By name, before NumPy is asked: once a library imports ml_dtypes, np.dtype("bfloat16") exists too, and
+    # is not what the collectives and torch expect to find in the buffers.
+    if name == "bfloat16":
+        return np.dtype("uint16")
+    if name.startswith("float8_"):
+        return np.dtype("uint8")
+    return np.dtype(name)
 
 
 class FlatBuffers:

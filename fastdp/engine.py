@@ -8,15 +8,16 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from fastdp.backend.host import HostDevice, HostEvent
+from fastdp.backend.host import HostDevice, joined
 from fastdp.buckets import FlatBuffers
 from fastdp.comm.host import HostCommunicator
 from fastdp.comm.rendezvous import Rendezvous
-from fastdp.errors import ReplicaError, StepAborted
+from fastdp.errors import DeviceTimeoutError, ReplicaError, StepAborted, replica_error_class
 from fastdp.program.base import Context, Memory, Program, Result, Totals
 from fastdp.replica import Replica
 from fastdp.shard import Rows, split_rows
@@ -49,6 +50,9 @@ class Step:
     totals: Totals | None = None
     seconds: list[float] = field(default_factory=list)
     failures: list[tuple[int, BaseException]] = field(default_factory=list)
+    generation: int = -1
+    updates_begun: bool = False
+    updates_done: list[int] = field(default_factory=list)
 
 
 class DataParallel:
@@ -60,7 +64,8 @@ class DataParallel:
         timeout: seconds that one step may take before it is given up.
         check_replicas: after each update, verify that all replicas are bitwise equal (for debugging).
 
-    The engine owns the replicas' memory. It is used from one thread at a time, and holds no thread of its
+    The engine owns the replicas' memory, and a spare copy of the first replica's variables and slots, from
+    which a failed update is taken back. It is used from one thread at a time, and holds no thread of its
     own: the devices do.
 
     Raises:
@@ -87,7 +92,9 @@ class DataParallel:
         self._home = program.home(devices[0].empty)
         self._generation = -1
         self._threads: int | None = None
+        self._unsettled: Step | None = None
         self.replicas = [self._replicate(rank) for rank in range(len(devices))]
+        self._saved = [FlatBuffers(flat.specs, devices[0].empty) for flat in self.replicas[0].lasting]
         self._buckets = self.replicas[0].gradients.buckets()
         self.timings: list[list[float]] = []
 
@@ -135,8 +142,8 @@ class DataParallel:
     def _reduce(self, step: Step) -> None:
         """Gradients and sums are added up; every replica gets them, those without rows too."""
         active = [replica.gradients for replica in self.replicas[: len(step.shards)]]
-        self._communicator.all_reduce(active, [replica.gradients for replica in self.replicas], self._buckets)
-        self._communicator.once(lambda: _total(step))
+        every = [replica.gradients for replica in self.replicas]
+        self._communicator.all_reduce(active, every, self._buckets, once=lambda: _commit(step))
 
     def _update(self, step: Step) -> None:
         """Every replica applies the same update to its own copy."""
@@ -144,15 +151,20 @@ class DataParallel:
         def apply(replica: Replica) -> None:
             assert step.totals is not None
             try:
+                if replica.rank == 0:
+                    self._save()
+                    step.updates_begun = True
                 replica.update(step.totals)
+                step.updates_done.append(replica.rank)
             except BaseException as error:
                 step.failures.append((replica.rank, error))
                 raise
 
+        # Before, not after: an update may happen even when nobody waits for it any more.
+        self._home.generation += 1
+        self._generation = step.generation = self._home.generation
         for replica in self.replicas:
             replica.device.compute.enqueue(lambda r=replica: apply(r))  # type: ignore[misc]
-        self._home.generation += 1
-        self._generation = self._home.generation
 
     def _merge(self, step: Step) -> StepResult:
         """Wait for the replicas; outputs are together in row order."""
@@ -220,22 +232,35 @@ class DataParallel:
 
     def _finish(self, step: Step) -> None:
         """Wait until all devices are done; on a failure clean up and raise it."""
-        deadline = time.monotonic() + self.timeout
-        events: list[HostEvent] = [replica.device.compute.record() for replica in self.replicas]
+        events = [replica.device.compute.record() for replica in self.replicas]
         try:
-            for event in events:
-                event.finish(deadline - time.monotonic())
-        except BaseException as error:  # a timeout, or an interrupt of this thread: the devices work on
-            step.rendezvous.abort(error)
-            self._generation = -1
-            raise
+            joined(events).finish(self.timeout)
+        except DeviceTimeoutError:
+            busy = [d.name for d, event in zip(self.devices, events, strict=True) if not event.done]
+            raise DeviceTimeoutError(f"The step was not done within {self.timeout} seconds on {busy}.") from None
         failed = [(rank, event.error) for rank, event in enumerate(events) if event.error is not None]
         if failed:
-            self._generation = -1
-            for device in self.devices:
-                device.synchronize(self.timeout)
-                device.recover()
+            self._settle()
             raise _replica_error(step.failures or failed, step, self.devices)
+
+    def _save(self) -> None:
+        """Keep the first replica's variables and slots as they are before an update."""
+        for saved, flat in zip(self._saved, self.replicas[0].lasting, strict=True):
+            saved.copy_from(flat)
+
+    def _settle(self) -> None:
+        """Wait for what a failed or abandoned step left on the devices; take back an update that not all made."""
+        for device in self.devices:
+            device.synchronize(self.timeout)
+        for device in self.devices:
+            device.recover()
+        step, self._unsettled = self._unsettled, None
+        if step is None or not step.updates_begun or len(step.updates_done) == len(self.replicas):
+            return
+        if self._home.generation == step.generation:  # else another engine has gone on from what there was
+            for replica in self.replicas:
+                for saved, flat in zip(self._saved, replica.lasting, strict=True):
+                    flat.copy_from(saved)
 
 
 class _StepScope(AbstractContextManager[Step]):
@@ -258,7 +283,8 @@ class _StepScope(AbstractContextManager[Step]):
                 raise TimeoutError(f"Another model kept the devices busy for {engine.timeout} seconds.")
             try:
                 self._prepare()
-            except BaseException:
+            except BaseException as error:
+                self._abandon(error)
                 _one_step_at_a_time.release()
                 raise
         except BaseException:
@@ -270,30 +296,51 @@ class _StepScope(AbstractContextManager[Step]):
         """Share out the cores and refresh replicas that are stale."""
         engine = self._engine
         threads = max(1, (os.cpu_count() or 1) // len(self._step.shards))
-        if engine._generation == -1:
-            for device in engine.devices:
-                device.synchronize(engine.timeout)
-                device.recover()
+        # Left by this engine, or by another one on the same devices.
+        if engine._unsettled is not None or any(device.unsettled for device in engine.devices):
+            engine._settle()
+        engine._unsettled = self._step
         if engine._threads != threads:
             for device in engine.devices:
                 device.compute.enqueue(lambda: engine.program.prepare_thread(threads))
             engine._threads = threads
         # Both are asked: the second also re-adopts variables whose memory was replaced.
         changed = engine.program.changed_outside()
-        if changed or engine._generation != engine._home.generation:
+        if changed:  # `committed()` forgets it: the number tells the other engines on this home
+            engine._home.generation += 1
+        if engine._generation != engine._home.generation:
             engine.refresh()
         self._running = engine.program.running(threads)
         self._running.__enter__()
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         engine = self._engine
         try:
+            if error is None:
+                engine._unsettled = None
+            else:
+                self._abandon(error)
             if self._running is not None:
                 self._running.__exit__(None, None, None)
         finally:
             engine.steps += 1
             _one_step_at_a_time.release()
             engine._busy.release()
+
+    def _abandon(self, error: BaseException) -> None:
+        """Nobody waits for this step any more: stop what still runs, and let the next one clean up.
+
+        After a failure of a replica, a timeout, an interrupt of this thread, or a device that is closed.
+        """
+        self._step.rendezvous.abort(error)
+        self._engine._generation = -1
+        for device in self._engine.devices:
+            device.unsettled = True
 
 
 def _run_replica(
@@ -318,6 +365,13 @@ def _run_replica(
         step.seconds[context.rank] = time.perf_counter() - began
 
 
+def _commit(step: Step) -> None:
+    """Add up the sums, and let the updates begin, on all replicas or on none: not for an abandoned step."""
+    if step.rendezvous.aborted:
+        raise StepAborted("The step was given up before its update.")
+    _total(step)
+
+
 def _total(step: Step) -> None:
     """Add up the replicas' sums, in rank order."""
     results = [result for result in step.results if result is not None]
@@ -340,16 +394,6 @@ def _replica_error(
         f"The replica on {devices[rank].name} ({where}) failed with {type(cause).__name__}: {cause}\n"
         "The step was stopped and no replica's weights were changed."
     )
-    error = _error_class(type(cause))(message, device=devices[rank].name, rows=rows)
+    error = replica_error_class(type(cause))(message, device=devices[rank].name, rows=rows)
     error.__cause__ = cause
     return error
-
-
-def _error_class(cause: type[BaseException]) -> type[ReplicaError]:
-    """A ReplicaError that is also a `cause` where that is built in, so that `except ValueError` works."""
-    if cause.__module__ != "builtins" or not issubclass(cause, Exception):
-        return ReplicaError
-    try:
-        return type(f"Replica{cause.__name__}", (ReplicaError, cause), {"__module__": ReplicaError.__module__})
-    except TypeError:  # already a base of ReplicaError, or a memory layout of its own (OSError)
-        return ReplicaError

@@ -15,6 +15,10 @@ class ReplicaError(RuntimeError):
         self.device = device
         self.rows = rows
 
+    def __str__(self) -> str:
+        # A subclass may also be a KeyError or a UnicodeError, which print their arguments in other ways.
+        return str(self.args[0])
+
 
 class StepAborted(RuntimeError):
     """Raised inside a replica whose step was stopped because another replica failed."""
@@ -22,3 +26,15 @@ class StepAborted(RuntimeError):
 
 class DeviceTimeoutError(TimeoutError):
     """A wait on a device took longer than its limit."""
+
+
+def replica_error_class(cause: type[BaseException]) -> type[ReplicaError]:
+    """A ReplicaError that is also a `cause` where that is built in, so that `except ValueError` works."""
+    if cause.__module__ != "builtins" or not issubclass(cause, Exception):
+        return ReplicaError
+    try:
+        both = type(f"Replica{cause.__name__}", (ReplicaError, cause), {"__module__": ReplicaError.__module__})
+        both("", device="", rows=None)
+    except TypeError:  # already a base of ReplicaError, or not made from a message (ExceptionGroup)
+        return ReplicaError
+    return both

@@ -31,6 +31,11 @@ class Replica:
         """The gradient of this replica's contribution; of the whole batch once reduced."""
         return self.memory.gradients
 
+    @property
+    def lasting(self) -> tuple[FlatBuffers, FlatBuffers]:
+        """What lasts from step to step: variables and slots."""
+        return self.memory.variables, self.memory.slots
+
     def train(self, batch: list[np.ndarray], context: Context) -> Result:
         """Forward, loss and backward. Runs on the device's worker."""
         return self._program.train(self._state, batch, context)

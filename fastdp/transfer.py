@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
@@ -48,8 +49,8 @@ def scatter(arrays: Sequence[np.ndarray], shards: Sequence[Rows]) -> list[Arrays
 class Merger:
     """Collects the outputs of the replicas of one step.
 
-    The first replica to arrive fixes the shapes and allocates the merged arrays (fresh ones: they are the
-    caller's to keep). `write` may be called from any thread, once per replica.
+    The first replica to arrive fixes number, shapes and dtypes, and allocates the merged arrays (fresh ones:
+    they are the caller's to keep). `write` may be called from any thread, once per replica.
     """
 
     def __init__(self, shards: Sequence[Rows]) -> None:
@@ -62,17 +63,29 @@ class Merger:
         """Copy one replica's outputs to their rows.
 
         An output holds `k` entries along its first axis for each row, `k >= 1`, the same for all replicas.
-        An output without axes is averaged over the global batch, weighted by rows.
+        An output without axes is averaged over the global batch, weighted by rows (integers are rounded).
 
         Raises:
-            ValueError: an output whose first axis is not a multiple of the replica's rows.
+            ValueError: an output whose first axis is not a multiple of the replica's rows, or outputs that
+                differ from another replica's in number, dtype or the shape of a row.
         """
         rows = self._shards[rank]
         with self._lock:
             if self._merged is None:
                 self._merged = [self._allocate(output, rows, i) for i, output in enumerate(outputs)]
                 self._scalars = [[np.zeros(0)] * len(self._shards) for _ in outputs]
+        if len(outputs) != len(self._merged):
+            raise ValueError(
+                f"All replicas must return the same number of outputs. Received: {len(outputs)} from one, "
+                f"{len(self._merged)} from another."
+            )
         for i, (merged, output) in enumerate(zip(self._merged, outputs, strict=True)):
+            if output.ndim != merged.ndim or output.shape[1:] != merged.shape[1:] or output.dtype != merged.dtype:
+                raise ValueError(
+                    f"Output {i} must have the same dtype and the same shape of a row on all replicas. Received: "
+                    f"{output.dtype} of shape {output.shape} from one, {merged.dtype} that would be merged to "
+                    f"{merged.shape} from another."
+                )
             if output.ndim == 0:
                 self._scalars[i][rank] = output
                 continue
@@ -86,15 +99,20 @@ class Merger:
         assert self._merged is not None, "no replica has written its outputs"
         for merged, parts in zip(self._merged, self._scalars, strict=True):
             if merged.ndim == 0:
-                mean = sum(float(part) * rows.share for part, rows in zip(parts, self._shards, strict=True))
-                merged[...] = mean
+                merged[...] = self._mean(parts)
         return self._merged
+
+    def _mean(self, parts: Sequence[np.ndarray]) -> object:
+        """The mean of the replicas' scalars over the global batch. A value that all share stays as it is."""
+        total = self._shards[0].total
+        weighted = sum(part.item() * rows.count for part, rows in zip(parts, self._shards, strict=True))
+        return round(Fraction(weighted, total)) if isinstance(weighted, int) else weighted / total
 
     def _allocate(self, output: np.ndarray, rows: Rows, index: int) -> np.ndarray:
         """Room for one merged output."""
         if output.ndim == 0:
             return np.empty((), output.dtype)
-        if output.shape[0] % rows.count:
+        if output.shape[0] == 0 or output.shape[0] % rows.count:
             raise ValueError(self._mismatch(index, output, rows))
         return np.empty((output.shape[0] // rows.count * rows.total, *output.shape[1:]), output.dtype)
 

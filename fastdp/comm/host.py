@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fastdp.backend.host import HostDevice
-from fastdp.buckets import Bucket, FlatBuffers
+from fastdp.backend.host import HostDevice, joined
+from fastdp.buckets import Bucket, FlatBuffers, storage_dtype
 from fastdp.shard import split_range
 
 # 256 KiB of fp32: sums stay in a core's cache between the reads of the sources and the writes.
@@ -25,22 +25,41 @@ class HostCommunicator:
         self._devices = list(devices)
 
     def all_reduce(
-        self, sources: Sequence[FlatBuffers], targets: Sequence[FlatBuffers], buckets: Sequence[Bucket]
+        self,
+        sources: Sequence[FlatBuffers],
+        targets: Sequence[FlatBuffers],
+        buckets: Sequence[Bucket],
+        once: Callable[[], object] | None = None,
     ) -> None:
         """Sum the given buckets of `sources` into each of `targets` (one per device).
 
         Each device sums its part of every bucket in rank order and writes it to all targets: every bit is
         computed once, so all replicas hold the same. Sources may be targets. fp16 and bf16 are summed in
-        fp32, and rounded once.
+        fp32, and rounded once. Infinities and NaNs are values like others: they raise no warning.
+
+        Args:
+            sources: what to add up; one per device, or fewer where some have nothing to add.
+            targets: where the sums go.
+            buckets: which parts of them.
+            once: run on the first device in the same pass, ordered as by `once()`.
+
+        Raises:
+            TypeError: a dtype that is stored but cannot be added here (float8).
         """
+        for dtype in {bucket.dtype for bucket in buckets}:
+            if dtype != "bfloat16" and storage_dtype(dtype).name != dtype:
+                raise TypeError(f"Gradients of dtype {dtype} cannot be all-reduced. Use float32, bfloat16 or float16.")
         parts = len(self._devices)
 
         def reduce(rank: int) -> None:
-            for bucket in buckets:
-                span = slice(bucket.start, bucket.stop)
-                ins = [source.buffers[bucket.dtype][span] for source in sources]
-                outs = [target.buffers[bucket.dtype][span] for target in targets]
-                _reduce_part(ins, outs, bucket.dtype, rank, parts)
+            if once is not None and rank == 0:
+                once()
+            with np.errstate(over="ignore", invalid="ignore"):
+                for bucket in buckets:
+                    span = slice(bucket.start, bucket.stop)
+                    ins = [source.buffers[bucket.dtype][span] for source in sources]
+                    outs = [target.buffers[bucket.dtype][span] for target in targets]
+                    _reduce_part(ins, outs, bucket.dtype, rank, parts)
 
         self._everywhere(reduce)
 
@@ -54,16 +73,15 @@ class HostCommunicator:
 
     def _everywhere(self, work: Callable[[int], object]) -> None:
         """Run `work(rank)` on every communication stream, ordered against all compute streams."""
-        before = [device.compute.record() for device in self._devices]
+        before = joined([device.compute.record() for device in self._devices])
         after = []
         for rank, device in enumerate(self._devices):
-            for event in before:
-                device.communication.wait(event)
+            device.communication.wait(before)
             device.communication.enqueue(lambda rank=rank: work(rank))  # type: ignore[misc]
             after.append(device.communication.record())
+        done = joined(after)
         for device in self._devices:
-            for event in after:
-                device.compute.wait(event)
+            device.compute.wait(done)
 
 
 def _reduce_part(
@@ -73,17 +91,19 @@ def _reduce_part(
     start, stop = split_range(len(targets[0]), parts, align=64)[part]
     for low in range(start, stop, TILE):
         tile = slice(low, min(low + TILE, stop))
-        if dtype in ("bfloat16", "float16"):
-            wide = [_widen(source[tile], dtype) for source in sources]
-            total = _narrow(np.add.reduce(wide), dtype)
-        elif len(sources) == 1:
+        if len(sources) == 1:
             total = sources[0][tile]
+        elif dtype in ("bfloat16", "float16"):
+            wide = _widen(sources[0][tile], dtype)
+            for source in sources[1:]:
+                wide += _widen(source[tile], dtype)
+            total = _narrow(wide, dtype)
         else:
             total = np.add(sources[0][tile], sources[1][tile])
             for source in sources[2:]:
                 total += source[tile]
         for target in targets:
-            if target is not sources[0] or len(sources) > 1:
+            if len(sources) > 1 or not np.may_share_memory(target, total):
                 target[tile] = total
 
 
@@ -97,8 +117,7 @@ def _widen(values: np.ndarray, dtype: str) -> np.ndarray:
 def _narrow(values: np.ndarray, dtype: str) -> np.ndarray:
     """fp32 as 16-bit floats, rounded to nearest even."""
     if dtype == "float16":
-        with np.errstate(over="ignore"):  # a loss-scaled gradient may overflow: infinity is the answer
-            return values.astype(np.float16)
+        return values.astype(np.float16)
     bits = values.view(np.uint32)
     rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)

@@ -37,7 +37,7 @@ class Rendezvous:
         """
         with self._changed:
             if self._cause is not None:
-                raise StepAborted("The step was stopped by a failure on another device.")
+                raise StepAborted("The step was stopped by a failure on another device.") from self._cause
             turn = self._round
             self._arrived[rank] = value
             self._count += 1
@@ -46,18 +46,25 @@ class Rendezvous:
                 self._count, self._round = 0, turn + 1
                 self._changed.notify_all()
                 return self._values
-            arrived = self._changed.wait_for(lambda: self._round > turn or self._cause, self._timeout)
+            self._changed.wait_for(lambda: self._round > turn or self._cause is not None, self._timeout)
             if self._round > turn:
                 return self._values
-            if arrived:
-                raise StepAborted("The step was stopped by a failure on another device.")
+            if self._cause is not None:
+                raise StepAborted("The step was stopped by a failure on another device.") from self._cause
             missing = self._size - self._count
-            raise DeviceTimeoutError(
+            late = DeviceTimeoutError(
                 f"{missing} of {self._size} replicas did not reach the exchange within {self._timeout} seconds."
             )
+            self.abort(late)  # whoever comes now would wait for a participant that has left
+            raise late
+
+    @property
+    def aborted(self) -> bool:
+        """Whether `abort` was called."""
+        return self._cause is not None
 
     def abort(self, cause: BaseException) -> None:
         """Wake everyone who waits, and refuse everyone who comes: a participant failed."""
         with self._changed:
-            self._cause = self._cause or cause
+            self._cause = cause if self._cause is None else self._cause
             self._changed.notify_all()

@@ -64,6 +64,7 @@ class FunctionProgram:
         self.slots: Sequence[ArraySpec] = _specs(self._initial_slots)
         self.parameters: Arrays = dict(self._initial)
         self._home: Home | None = None
+        self._home_slots: FlatBuffers | None = None
         self._changed = False
 
     def set_parameters(self, values: Mapping[str, np.ndarray]) -> None:
@@ -92,11 +93,12 @@ class FunctionProgram:
         return self._home
 
     def home_slots(self, allocate: Allocate) -> FlatBuffers:
-        """The first replica's slots."""
-        flat = FlatBuffers(self.slots, allocate)
-        for view, value in zip(flat.views, self._initial_slots.values(), strict=True):
-            view[...] = value
-        return flat
+        """The first replica's slots; those of every engine on this home, as the parameters are."""
+        if self._home_slots is None:
+            self._home_slots = FlatBuffers(self.slots, allocate)
+            for view, value in zip(self._home_slots.views, self._initial_slots.values(), strict=True):
+                view[...] = value
+        return self._home_slots
 
     def changed_outside(self) -> bool:
         """Whether `set_parameters` was called."""

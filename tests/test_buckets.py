@@ -1,0 +1,130 @@
+"""Flat buffers: where the arrays lie, and that views, copies and comparisons see the same bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastdp.backend.host import HostDevice
+from fastdp.buckets import ArraySpec, FlatBuffers, storage_dtype
+
+DTYPES = ["float16", "bfloat16", "float32", "float64", "int8", "int64", "bool", "complex64", "float8_e4m3fn"]
+empty = HostDevice(0).empty  # a device has a thread only once it has work
+
+
+def dirty(shape, dtype):
+    """Memory that is not zero, as memory that was used before is not."""
+    array = empty(shape, dtype)
+    array.view(np.uint8)[...] = 0xAB
+    return array
+
+
+specs = st.lists(
+    st.builds(
+        ArraySpec,
+        name=st.just("x"),
+        shape=st.lists(st.integers(0, 7), max_size=3).map(tuple),
+        dtype=st.sampled_from(DTYPES),
+    ),
+    max_size=12,
+)
+
+
+@given(specs=specs)
+def test_every_array_begins_at_64_bytes_and_aliases_its_buffer(specs):
+    flat = FlatBuffers(specs, dirty)
+    for view, spec in zip(flat.views, specs, strict=True):
+        buffer = flat.buffers[spec.dtype]
+        assert view.shape == spec.shape
+        assert view.dtype == buffer.dtype == storage_dtype(spec.dtype)
+        if view.size:
+            assert view.__array_interface__["data"][0] % 64 == 0
+            assert np.shares_memory(view, buffer)
+    assert flat.nbytes == sum(buffer.nbytes for buffer in flat.buffers.values())
+
+
+@given(specs=specs)
+def test_arrays_do_not_overlap_and_the_gaps_are_zero(specs):
+    flat = FlatBuffers(specs, dirty)
+    for number, view in enumerate(flat.views):
+        assert not view.any()
+        view[...] = number % 2 + 1
+    for number, view in enumerate(flat.views):
+        assert (view == np.asarray(number % 2 + 1, view.dtype)).all()
+        view[...] = 0
+    assert not any(buffer.view(np.uint8).any() for buffer in flat.buffers.values())
+
+
+@given(specs=specs, first=st.integers(1, 500), cap=st.integers(1, 900))
+def test_buckets_cover_each_buffer_in_order(specs, first, cap):
+    flat = FlatBuffers(specs, empty)
+    buckets = flat.buckets(first, cap)
+    for dtype, buffer in flat.buffers.items():
+        elements = [i for b in buckets if b.dtype == dtype for i in range(b.start, b.stop)]
+        assert elements == list(range(buffer.size))
+    assert {bucket.dtype for bucket in buckets} <= set(flat.buffers)
+
+
+def test_a_bucket_never_cuts_an_array():
+    flat = FlatBuffers([ArraySpec("a", (100,), "float32"), ArraySpec("b", (3,), "float32")], empty)
+    assert [(b.start, b.stop) for b in flat.buckets(first=4, cap=8)] == [(0, 112), (112, 128)]
+
+
+def test_scalars_and_arrays_without_elements_have_views():
+    flat = FlatBuffers([ArraySpec("s", (), "float32"), ArraySpec("z", (0, 3), "float32")], empty)
+    flat.views[0][...] = 2.5
+    assert flat.buffers["float32"][0] == 2.5
+    assert flat.views[1].shape == (0, 3)
+
+
+def test_nothing_at_all_is_fine():
+    flat = FlatBuffers([], empty)
+    assert (flat.views, flat.buckets(), flat.nbytes) == ([], [], 0)
+    assert flat.equals(FlatBuffers([], empty))
+
+
+def pair(dtype="float32"):
+    specs = [ArraySpec("a", (5,), dtype)]
+    return FlatBuffers(specs, empty), FlatBuffers(specs, empty)
+
+
+def test_equality_is_bitwise_so_a_nan_equals_itself_and_minus_zero_is_not_zero():
+    a, b = pair()
+    a.views[0][...] = b.views[0][...] = np.nan
+    assert a.equals(b)
+    a.views[0][...] = 0.0
+    b.views[0][...] = -0.0
+    assert not a.equals(b)
+    assert (a.views[0] == b.views[0]).all()
+
+
+def test_nans_of_different_bits_differ():
+    a, b = pair()
+    a.views[0].view(np.uint32)[...] = 0x7FC00000
+    b.views[0].view(np.uint32)[...] = 0x7FC00001
+    assert not a.equals(b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_changed_bit_is_seen_until_it_is_copied(dtype):
+    a, b = pair(dtype)
+    a.views[0].view(np.uint8)[-1] ^= 1
+    assert not a.equals(b)
+    b.copy_from(a)
+    assert a.equals(b)
+    assert b.views[0].view(np.uint8)[-1] == 1
+
+
+def test_bfloat16_is_stored_as_uint16_also_where_ml_dtypes_gives_numpy_such_a_dtype():
+    pytest.importorskip("ml_dtypes", reason="Keras brings ml_dtypes; without it np.dtype knows no bfloat16")
+    assert np.dtype("bfloat16").name == "bfloat16"
+    assert storage_dtype("bfloat16") == np.dtype(np.uint16)
+    assert storage_dtype("float8_e5m2") == np.dtype(np.uint8)
+
+
+@pytest.mark.parametrize("name", ["float33", "bfloat61"])
+def test_an_unknown_dtype_is_refused(name):
+    with pytest.raises(TypeError, match=name):
+        storage_dtype(name)
