@@ -126,7 +126,7 @@ class _Contribution:
             return values[0]
 
         loss.call = call
-        value = loss(y_true, y_pred, sample_weight)
+        value = loss(y_true, y_pred, own_copy(sample_weight))
         if values[0].ndim == 0 or values[0].shape[0] != state.context.rows.count:
             raise NotPerSample
         mask = _combined_mask(y_pred, values[0])
@@ -145,14 +145,19 @@ class _Contribution:
         if mask is None and not (weighted and sample_weight is not None):
             return state.context.rows.share
         if weighted:
-            weights = sample_weight
+            weights = own_copy(sample_weight)
             if weights is not None:
-                weights = keras.ops.convert_to_tensor(weights, dtype=self._loss.dtype)
+                weights = keras.ops.cast(weights, self._loss.dtype)
             denominator = float(apply_mask(weights, mask, dtype=self._loss.dtype, reduction=reduction).sum())
         else:
             denominator = float(keras.ops.sum(mask))
         total = sum(state.context.exchange(denominator))
         return denominator / total if total else 0.0
+
+
+def own_copy(weights: Any) -> Any:
+    """Weights that Keras may write to: its `apply_mask` multiplies them in place, on torch."""
+    return keras.tree.map_structure(lambda w: None if w is None else keras.ops.copy(w), weights)
 
 
 def _combined_mask(y_pred: Any, values: torch.Tensor) -> torch.Tensor | None:

@@ -12,6 +12,7 @@ import keras
 import torch
 
 from fastdp.program.base import Context
+from fastdp.program.keras_losses import own_copy
 
 
 def merged_loss(
@@ -110,7 +111,7 @@ def _loss_of_all(
         program.model._loss_ids.update(map(id, extra))
         loss = program.model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
     else:
-        parts = [compiled(y, y_pred, sample_weight), *extra]
+        parts = [compiled(y, y_pred, own_copy(sample_weight)), *extra]
         parts += [keras.ops.sum(value) for value in program.regularization()]
         loss = parts[0] if len(parts) == 1 else keras.ops.sum(parts)
     values = [(scope.get_current_value(m.total), scope.get_current_value(m.count)) for m in metrics]
