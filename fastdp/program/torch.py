@@ -1,0 +1,325 @@
+"""The torch program: a step of a real torch.nn.Module as a pure function over explicit state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastdp.backend.host import HostDevice
+from fastdp.buckets import Allocate, ArraySpec, FlatBuffers
+from fastdp.program import torch_norm, torch_random
+from fastdp.program.base import Context, Home, Memory, Result, Totals
+from fastdp.program.torch_batch import (
+    Nest,
+    Structure,
+    flatten_batch,
+    outputs_from_arrays,
+    outputs_to_arrays,
+)
+from fastdp.program.torch_buffers import BufferNotes, assign_buffers, gather_buffers
+from fastdp.program.torch_loss import REDUCTIONS, LossFunction, contribute
+from fastdp.program.torch_module import Adopted, Attributes, ReplicaModule, adopted, replicate, slots_of, tensors_of
+from fastdp.program.torch_optimizer import OptimizerFactory, Optimizers
+from fastdp.program.torch_scope import Handler, ReplicaMode, Running
+from fastdp.program.torch_tensors import intra_op_threads, spec_of
+
+_HANDLERS: dict[Any, Handler] = {**torch_random.HANDLERS, **torch_norm.HANDLERS}
+_NO_STEP = -1
+
+
+@dataclass(slots=True)
+class _State:
+    """A replica. `fresh` is this step's gradient by position, `held` that of the window's earlier calls."""
+
+    replica: ReplicaModule
+    gradients: list[torch.Tensor]
+    trained: list[torch.Tensor]
+    optimizer: torch.optim.Optimizer | None
+    optimized: list[torch.Tensor]
+    fresh: dict[int, torch.Tensor] = field(default_factory=dict)
+    fresh_step: int = _NO_STEP
+    held: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Notes:
+    """What a step's sums mean: the loss, then what `buffers` describe. `used` have a gradient."""
+
+    outputs: Nest | None = None
+    loss_dtype: torch.dtype = torch.float32
+    buffers: BufferNotes = field(default_factory=BufferNotes)
+    used: frozenset[int] = frozenset()
+    step: int = _NO_STEP
+    last: bool = True
+
+
+class TorchProgram:
+    """Runs a torch module as replicas.
+
+    Args:
+        module: the user's own, on the CPU. Its tensors become views of the first replica's memory.
+        loss_fn: `loss_fn(outputs, *targets)`, one number for a batch. None: the program can only predict.
+        optimizer_factory: `optimizer_factory(parameters)` makes a torch optimizer; called once per replica.
+        reduction: None if `loss_fn` may be any function of the batch (computed on the merged outputs);
+            "mean" or "sum" if it is that over samples (each replica computes its own part).
+        sync_batch_norm: batch normalization by the global batch instead of each replica's rows.
+        clip_grad_norm: the largest norm of the gradient of the global batch; None for no limit.
+        accumulate: update once in so many calls, by the mean of their gradients.
+
+    What the replicas' forward passes assign to buffers is put together for the global batch: the running
+    statistics of batch normalization by moments, other floating-point buffers by the replicas' changes
+    weighted by rows, integers and booleans as on the first replica. A buffer that forward gives another
+    shape is a cache, and stays each replica's own.
+
+    Raises:
+        ValueError: an unknown `reduction`, a `clip_grad_norm` or `accumulate` that is not positive.
+
+    Example:
+        >>> program = TorchProgram(module, F.cross_entropy, lambda p: torch.optim.SGD(p, lr=0.1))  # doctest: +SKIP
+        >>> engine = DataParallel(program, devices)  # doctest: +SKIP
+        >>> arrays, structure = program.structure((x,), {}, (y,))  # doctest: +SKIP
+        >>> loss = program.loss(engine.train(arrays, structure=structure))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss_fn: LossFunction | None = None,
+        optimizer_factory: OptimizerFactory | None = None,
+        *,
+        reduction: str | None = None,
+        sync_batch_norm: bool = False,
+        clip_grad_norm: float | None = None,
+        accumulate: int = 1,
+    ) -> None:
+        _check_options(reduction, clip_grad_norm, accumulate)
+        self.module = module
+        self.loss_fn = loss_fn
+        self.reduction = reduction
+        self.sync_batch_norm = sync_batch_norm
+        self.clip_grad_norm = clip_grad_norm
+        self.accumulate = accumulate
+        self.calls = 0
+        self.optimizers = Optimizers(optimizer_factory) if optimizer_factory is not None else None
+        self._slots = slots_of(module)
+        self._differentiable = [
+            i
+            for i, s in enumerate(self._slots)
+            if s.is_parameter and (s.tensor.is_floating_point() or s.tensor.is_complex())
+        ]
+        specs = [spec_of(slot.name, slot.tensor) for slot in self._slots]
+        self.gradients: Sequence[ArraySpec] = (
+            [specs[i] for i in self._differentiable] if self.optimizers is not None else []
+        )
+        self.slots: Sequence[ArraySpec] = []
+        self._attributes = Attributes(module)
+        self._adopted: Adopted | None = None
+        self._states: list[_State] = []
+
+    # Around a step: on the host thread.
+
+    def structure(
+        self, args: Sequence[Any], kwargs: dict[str, Any], targets: Sequence[Any] = ()
+    ) -> tuple[list[np.ndarray], Structure]:
+        """The arrays of a batch, for the engine, and what goes along with them.
+
+        Args:
+            args, kwargs: what the module is called with: tensors or arrays with rows first, in any nest.
+            targets: what `loss_fn` gets beside the outputs.
+        """
+        arrays, nest = flatten_batch((tuple(args), dict(kwargs), tuple(targets)))
+        return arrays, Structure(nest, last=(self.calls + 1) % self.accumulate == 0)
+
+    @staticmethod
+    def loss(result: Any) -> torch.Tensor:
+        """The loss of the global batch, from the engine's result: a tensor without axes, on the CPU."""
+        return torch.tensor(result.sums[0], dtype=result.notes.loss_dtype)
+
+    @staticmethod
+    def outputs(result: Any) -> Any:
+        """The merged outputs, in the module's own structure; the caller's to keep."""
+        return outputs_from_arrays(result.outputs, result.notes.outputs)
+
+    # Memory: the protocol of fastdp.program.base.
+
+    def home(self, allocate: Allocate) -> Home:
+        """The module's own tensors, in flat buffers."""
+        self._adopted = adopted(self.module, allocate)
+        return self._adopted.home
+
+    def home_slots(self, allocate: Allocate) -> FlatBuffers:
+        """None: the optimizers' state is torch's."""
+        return FlatBuffers([], allocate)
+
+    def changed_outside(self) -> bool:
+        """Whether the user assigned a parameter or a buffer, or loaded a state dict."""
+        assert self._adopted is not None
+        changed = self._adopted.changed()
+        if changed:  # so that other engines on this home refresh their replicas too
+            self._adopted.home.generation += 1
+        return changed
+
+    def committed(self) -> None:
+        """All replicas have the present values."""
+        assert self._adopted is not None
+        self._adopted.note()
+
+    def bind(self, memory: Memory, device: HostDevice, rank: int) -> _State:
+        """A replica's copy of the module over its memory, and its optimizer."""
+        assert self._adopted is not None
+        if rank:
+            memory.variables.copy_from(self._adopted.home.variables)
+        replica = replicate(self.module, self._slots, tensors_of(memory.variables))
+        own = [slot.tensor for slot in self._slots if slot.is_parameter] if rank == 0 else replica.parameters
+        optimizer = self.optimizers.add(own) if self.optimizers is not None else None
+        state = _State(
+            replica, tensors_of(memory.gradients), self._pick(replica.parameters), optimizer, self._pick(own)
+        )
+        self._states.append(state)
+        return state
+
+    def prepare_thread(self, threads: int) -> None:
+        """Set the worker's share of the cores."""
+        torch.set_num_threads(threads)
+
+    @contextmanager
+    def running(self, threads: int) -> Iterator[None]:
+        """Bring copies and optimizers in step with the user's, and share out the cores."""
+        self._attributes.follow([state.replica.module for state in self._states])
+        if self.optimizers is not None:
+            self.optimizers.follow()
+        with intra_op_threads(threads):
+            yield
+
+    # The step.
+
+    def train(self, state: _State, batch: list[np.ndarray], context: Context) -> Result:
+        """Forward, this replica's contribution to the loss, and its gradient."""
+        assert self.loss_fn is not None
+        structure: Structure = context.structure
+        args, kwargs, targets = structure.pack(batch)
+        running = Running(context, context.rows, self.sync_batch_norm)
+        users = [self._slots[i].tensor for i in self._differentiable]
+        self._begin(state, users)
+        with torch.enable_grad(), ReplicaMode(running, _HANDLERS), ExitStack() as forward:
+            forward.enter_context(structure.autocast.enter())
+            outputs = state.replica.module(*args, **kwargs)
+            part = contribute(self.reduction, self.loss_fn, outputs, targets, users, running)
+            forward.close()
+            running.backward = True
+            if part.roots:
+                torch.autograd.backward(part.roots, part.seeds)
+        gradients = _collect(state, part.direct)
+        arrays, nest = outputs_to_arrays(outputs) if context.wants_outputs else ([], None)
+        notes = _Notes(nest, part.dtype, step=context.step, last=structure.last)
+        sums = gather_buffers(state.replica, running, notes.buffers)
+        notes.used = self._store(state, gradients, context) if structure.last else frozenset()
+        state.fresh, state.fresh_step = gradients, context.step
+        return Result(arrays, np.concatenate([[part.value], *sums]), notes)
+
+    def predict(self, state: _State, batch: list[np.ndarray], context: Context) -> Result:
+        """Forward only; in training mode too nothing is changed."""
+        structure: Structure = context.structure
+        args, kwargs, _ = structure.pack(batch)
+        state.replica.refresh_buffers()
+        running = Running(context, context.rows, self.sync_batch_norm)
+        with torch.no_grad(), ReplicaMode(running, _HANDLERS), structure.autocast.enter():
+            outputs = state.replica.module(*args, **kwargs)
+        arrays, nest = outputs_to_arrays(outputs)
+        return Result(arrays, np.zeros(1), _Notes(nest))
+
+    def update(self, state: _State, totals: Totals) -> None:
+        """Buffers, then torch's optimizer on the summed gradients; or the gradients are kept for later."""
+        notes: _Notes = totals.notes
+        try:
+            with torch.no_grad():
+                assign_buffers(state.replica.variables, totals.sums[1:], notes.buffers)
+                if notes.last:
+                    self._apply(state, frozenset().union(*(note.used for note in totals.every_note)))
+                elif state.fresh_step == notes.step:
+                    for i, gradient in state.fresh.items():
+                        state.held[i] = state.held[i] + gradient if i in state.held else gradient
+        except BaseException:  # other replicas' optimizers may have moved on
+            if self.optimizers is not None:
+                self.optimizers.suspect = True
+            raise
+        finally:
+            state.fresh, state.fresh_step = {}, _NO_STEP
+
+    # Parts of the step.
+
+    def _pick(self, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Those of a module's parameters that can have a gradient."""
+        at = dict(zip((i for i, s in enumerate(self._slots) if s.is_parameter), parameters, strict=True))
+        return [at[i] for i in self._differentiable]
+
+    def _begin(self, state: _State, users: Sequence[torch.Tensor]) -> None:
+        """Begin with the user's `requires_grad`, no gradients, and the buffers of record."""
+        for own, user in zip(state.trained, users, strict=True):
+            own.grad = None
+            if own.requires_grad is not user.requires_grad:
+                own.requires_grad_(user.requires_grad)
+        state.replica.refresh_buffers()
+
+    def _store(self, state: _State, gradients: dict[int, torch.Tensor], context: Context) -> frozenset[int]:
+        """Gradients of the whole window into the flat buffer; zeros, and a note, where there are none."""
+        parts = [gradients, state.held]
+        if context.rank == 0:  # replicas that get no rows this time: the first brings what they hold
+            parts += [idle.held for idle in self._states[context.size :]]
+        used = frozenset().union(*parts)
+        with torch.no_grad():
+            for i, view in enumerate(state.gradients):
+                found = [part[i] for part in parts if i in part]
+                view.copy_(found[0]) if found else view.zero_()
+                for more in found[1:]:
+                    view.add_(more)
+        return used
+
+    def _apply(self, state: _State, used: frozenset[int]) -> None:
+        """One optimizer step. Gradients that the user's parameters had are put back."""
+        assert state.optimizer is not None
+        before = [parameter.grad for parameter in state.optimized]
+        try:
+            for i, parameter in enumerate(state.optimized):
+                parameter.grad = state.gradients[i] if i in used else None
+            present = [parameter.grad for parameter in state.optimized if parameter.grad is not None]
+            if self.accumulate > 1 and present:
+                torch._foreach_div_(present, float(self.accumulate))
+            if self.clip_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(state.optimized, self.clip_grad_norm)
+            state.optimizer.step()
+            state.held.clear()
+        finally:
+            for parameter, gradient in zip(state.optimized, before, strict=True):
+                parameter.grad = gradient
+
+
+def _collect(state: _State, direct: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """The gradients that backward left on the replica's parameters, by position; dense."""
+    gradients: dict[int, torch.Tensor] = {}
+    for i, parameter in enumerate(state.trained):
+        if parameter.grad is not None:
+            gradients[i] = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+            parameter.grad = None
+    for i, gradient in direct.items():
+        gradients[i] = gradients[i] + gradient if i in gradients else gradient
+    return gradients
+
+
+def _check_options(reduction: str | None, clip_grad_norm: float | None, accumulate: int) -> None:
+    """Options that make sense."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"`reduction` must be one of {REDUCTIONS}: None for any loss, computed on the merged outputs; "
+            f'"mean" or "sum" for a loss that is that over samples. Received: reduction={reduction!r}'
+        )
+    if clip_grad_norm is not None and not clip_grad_norm > 0:
+        raise ValueError(f"`clip_grad_norm` must be None or above 0. Received: clip_grad_norm={clip_grad_norm!r}")
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(f"`accumulate` must be a whole number >= 1. Received: accumulate={accumulate!r}")

@@ -1,0 +1,163 @@
+"""A batch of torch tensors on its way to the replicas, and the replicas' outputs on their way back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from fastdp.program.torch_tensors import as_array, as_tensor, dtype_name
+
+PLAIN = (type(None), bool, int, float, complex, str)
+
+# Whoever reads or forks torch's global generator inside a step holds this.
+global_generator = threading.RLock()
+
+
+@dataclass(frozen=True, slots=True)
+class Nest:
+    """A nest of tensors taken apart: where the tensors were, their dtypes, and what else was in it."""
+
+    spec: Any
+    leaves: tuple[Any, ...]
+    dtypes: tuple[str, ...]
+
+    @classmethod
+    def flatten(cls, values: Any, what: str) -> tuple[Nest, list[torch.Tensor]]:
+        """A nest of tensors, and its tensors with rows. Tensors without axes stay in the nest.
+
+        Raises:
+            TypeError: something that is neither a tensor nor a plain value.
+        """
+        found, spec = pytree.tree_flatten(values)
+        leaves: list[Any] = []
+        tensors: list[torch.Tensor] = []
+        for leaf in found:
+            if isinstance(leaf, torch.Tensor):
+                leaves.append(_HOLE)
+                tensors.append(leaf)
+                continue
+            if not isinstance(leaf, PLAIN):
+                raise TypeError(
+                    f"{what} must be tensors, or nested tuples, lists and dicts of them and of plain values. "
+                    f"Received a {type(leaf).__name__} in it. For a class of your own, register it by "
+                    "torch.utils.pytree.register_pytree_node, or return a tuple or a dict."
+                )
+            leaves.append(leaf)
+        return cls(spec, tuple(leaves), tuple(dtype_name(t) for t in tensors)), tensors
+
+    def pack(self, tensors: Sequence[Any]) -> Any:
+        """The nest with the given tensors in it."""
+        left = iter(tensors)
+        return pytree.tree_unflatten([next(left) if leaf is _HOLE else leaf for leaf in self.leaves], self.spec)
+
+
+class _Hole:
+    """The place of a tensor in a nest."""
+
+
+_HOLE = _Hole()
+
+
+@dataclass(slots=True)
+class Autocast:
+    """The calling thread's autocast on the CPU, which is thread-local: to be entered again by the workers."""
+
+    enabled: bool
+    dtype: torch.dtype
+    cache: bool
+
+    @classmethod
+    def current(cls) -> Autocast:
+        """That of this thread."""
+        return cls(torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled())
+
+    def enter(self) -> Any:
+        """A context manager that is the same autocast on another thread."""
+        return torch.autocast("cpu", dtype=self.dtype, enabled=self.enabled, cache_enabled=self.cache)
+
+
+@dataclass(slots=True)
+class Structure:
+    """What goes to the replicas along with the arrays of a batch.
+
+    `last` says that this call ends a window of gradient accumulation, and updates.
+    """
+
+    nest: Nest
+    autocast: Autocast = field(default_factory=Autocast.current)
+    last: bool = True
+    _seed: int | None = None
+
+    def pack(self, arrays: Sequence[np.ndarray]) -> Any:
+        """The nest over a replica's arrays: `(args, kwargs, targets)`."""
+        return self.nest.pack([as_tensor(a, name) for a, name in zip(arrays, self.nest.dtypes, strict=True)])
+
+    def seed(self) -> int:
+        """The seed of the step's random draws, taken from torch's global generator when first asked for."""
+        with global_generator:
+            if self._seed is None:
+                self._seed = int(torch.randint(0, 2**62, (), dtype=torch.int64))
+            return self._seed
+
+
+def flatten_batch(values: Any) -> tuple[list[np.ndarray], Nest]:
+    """The arrays of a batch (tensors or NumPy arrays in any nest), and the nest. Nothing is copied.
+
+    Tensors without axes and plain values go to every replica as they are. Exceptions to "nothing is copied":
+    read-only arrays and those with negative strides, which torch cannot look at.
+
+    Raises:
+        ValueError: a tensor that is not on the CPU.
+        TypeError: something that is neither a tensor, nor an array, nor a plain value.
+    """
+    nest, tensors = Nest.flatten(pytree.tree_map(_tensor, values), "A batch")
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            raise ValueError(
+                f"A batch must be in host memory, from where each device gets its rows. Received: a tensor on "
+                f"{tensor.device}. Pass it as it comes from the DataLoader, without .to(device)."
+            )
+    scalars = iter([t for t in tensors if t.ndim == 0])
+    leaves, dtypes, rows = [], [], []
+    left = iter(tensors)
+    for leaf in nest.leaves:
+        tensor = next(left) if leaf is _HOLE else None
+        if tensor is not None and tensor.ndim:
+            leaves.append(_HOLE)
+            dtypes.append(dtype_name(tensor))
+            rows.append(as_array(tensor))
+        else:
+            leaves.append(leaf if tensor is None else next(scalars))
+    return rows, Nest(nest.spec, tuple(leaves), tuple(dtypes))
+
+
+def _tensor(value: Any) -> Any:
+    """NumPy arrays and numbers as tensors; the rest as it is."""
+    if isinstance(value, np.generic):
+        return torch.tensor(value.item())
+    if not isinstance(value, np.ndarray):
+        return value
+    if not value.flags.writeable or any(stride < 0 for stride in value.strides):
+        value = value.copy()
+    return torch.from_numpy(value)
+
+
+def outputs_to_arrays(outputs: Any) -> tuple[list[np.ndarray], Nest]:
+    """A replica's outputs as arrays, and their nest. Numbers without axes travel as fp32, to be averaged."""
+    nest, tensors = Nest.flatten(outputs, "The module's outputs")
+    return [as_array(t if t.ndim else t.detach().float()) for t in tensors], nest
+
+
+def outputs_from_arrays(arrays: Sequence[np.ndarray], nest: Nest) -> Any:
+    """The merged outputs, in the module's own structure and dtypes."""
+    tensors = [
+        as_tensor(array, name) if array.ndim else torch.from_numpy(array).to(getattr(torch, name))
+        for array, name in zip(arrays, nest.dtypes, strict=True)
+    ]
+    return nest.pack(tensors)

@@ -1,0 +1,69 @@
+"""What forward assigns to buffers, put together from the replicas for the global batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from fastdp.program.torch_module import ReplicaModule
+from fastdp.program.torch_norm import combine
+from fastdp.program.torch_scope import Running
+
+
+@dataclass(slots=True)
+class BufferNotes:
+    """The layout of a step's numbers: the elements of each `moved`, then the moments of each `normalized`.
+
+    Indices are those of the variables. `constant` have the first replica's value. An entry of `normalized`
+    is a call: the indices of the running mean and variance, and the momentum.
+    """
+
+    moved: list[int] = field(default_factory=list)
+    constant: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    normalized: list[tuple[int, int, float]] = field(default_factory=list)
+
+
+def gather_buffers(replica: ReplicaModule, running: Running, notes: BufferNotes) -> list[np.ndarray]:
+    """A replica's numbers, to be summed over replicas; fills the notes."""
+    sums = []
+    for index, value in replica.changed_buffers():
+        record = replica.variables[index]
+        if running.context.size == 1 or not value.is_floating_point():
+            notes.constant.append((index, value.clone()))
+            continue
+        notes.moved.append(index)
+        moved = (value.double() - record.double()) * running.context.rows.share
+        sums.append(moved.numpy().ravel())
+    for call in running.normalized:
+        mean, variance = replica.index_of(call.mean), replica.index_of(call.variance)
+        if mean is None or variance is None:  # tensors that are no buffers: nobody else sees them
+            _move([call.mean, call.variance], call.momentum, call.sums)
+            continue
+        notes.normalized.append((mean, variance, call.momentum))
+        sums.append(call.sums)
+    return sums
+
+
+def assign_buffers(variables: list[torch.Tensor], sums: np.ndarray, notes: BufferNotes) -> None:
+    """Give buffers their values for the global batch, in place."""
+    for index, value in notes.constant:
+        variables[index].copy_(value)
+    at = 0
+    for index in notes.moved:
+        target = variables[index]
+        moved = torch.from_numpy(sums[at : at + target.numel()]).reshape(target.shape)
+        target.copy_(target.double() + moved)
+        at += target.numel()
+    for mean, variance, momentum in notes.normalized:
+        length = 1 + 2 * variables[mean].numel()
+        _move([variables[mean], variables[variance]], momentum, sums[at : at + length])
+        at += length
+
+
+def _move(running: list[torch.Tensor], momentum: float, sums: np.ndarray) -> None:
+    """Move the running mean and variance towards those of the batch, in their own precision, as torch does."""
+    for target, value in zip(running, combine(sums), strict=True):
+        new = torch.from_numpy(value).to(target.dtype).reshape(target.shape)
+        target.copy_(target * (1.0 - momentum) + new * momentum)

@@ -1,0 +1,174 @@
+"""The loss of the global batch, and where each replica's backward begins.
+
+The loss function sees outputs that are leaves of autograd: the gradient by them is what a replica's
+backward starts from. Three ways, by what the loss is:
+
+    None    any function: computed once, on the outputs and targets of the whole batch
+    "mean"  a mean over samples: each replica computes its own, weighted by its share of the rows
+    "sum"   a sum over samples: each replica computes its own
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastdp.program.base import Context
+from fastdp.program.torch_batch import Nest
+from fastdp.program.torch_scope import Running
+from fastdp.shard import Rows
+
+REDUCTIONS = (None, "mean", "sum")
+LossFunction = Callable[..., Any]
+
+
+@dataclass(slots=True)
+class Contribution:
+    """A replica's part of the loss; its outputs and the gradients that backward starts from.
+
+    `direct` are gradients by parameters that the loss function uses itself, by position.
+    """
+
+    value: float
+    dtype: torch.dtype
+    roots: list[torch.Tensor] = field(default_factory=list)
+    seeds: list[torch.Tensor] = field(default_factory=list)
+    direct: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+def contribute(
+    reduction: str | None,
+    loss_function: LossFunction,
+    outputs: Any,
+    targets: Sequence[Any],
+    parameters: Sequence[torch.Tensor],
+    running: Running,
+) -> Contribution:
+    """This replica's contribution.
+
+    Args:
+        reduction: how the loss is put together, as above.
+        loss_function: `loss_function(outputs, *targets)` gives one number.
+        outputs: the replica's, attached to its graph.
+        targets: the replica's.
+        parameters: the user's own, for loss functions that use them (a penalty, say).
+        running: the replica.
+    """
+    nest, tensors = Nest.flatten(outputs, "The module's outputs")
+    if reduction is None:
+        return _merged(loss_function, nest, tensors, parameters, running)
+    leaves = [_leaf(tensor) for tensor in tensors]
+    loss = _number(loss_function(nest.pack(leaves), *targets))
+    weight = running.context.rows.share if reduction == "mean" else 1.0
+    gradients, direct = _gradients(loss * weight, leaves, parameters)
+    if direct and reduction == "sum":
+        raise ValueError(
+            "A loss function that uses the module's parameters itself would count that part once per device with "
+            'reduction="sum". Use reduction=None.'
+        )
+    return _contribution(float(loss.detach()) * weight, loss, tensors, gradients, direct)
+
+
+def _merged(
+    loss_function: LossFunction,
+    nest: Nest,
+    tensors: Sequence[torch.Tensor],
+    parameters: Sequence[torch.Tensor],
+    running: Running,
+) -> Contribution:
+    """The loss on everyone's outputs, computed by the first replica; each goes on from its own rows."""
+    context = running.context
+    everyone = context.exchange([tensor.detach() for tensor in tensors])
+    answer = None
+    if context.rank == 0:
+        shares = [_share(context, rank) for rank in range(context.size)]
+        leaves = [_leaf(_join(parts, shares)) for parts in zip(*everyone, strict=True)]
+        _, _, targets = context.structure.pack(context.batch)
+        own, running.rows = running.rows, Rows(0, running.rows.total, running.rows.total)
+        try:
+            loss = _number(loss_function(nest.pack(leaves), *targets))
+        finally:
+            running.rows = own
+        gradients, direct = _gradients(loss, leaves, parameters)
+        answer = (loss.detach(), gradients, direct)
+    loss, gradients, direct = context.exchange(answer)[0]
+    mine = [None if g is None else _own(g, t, context.rows) for g, t in zip(gradients, tensors, strict=True)]
+    first = context.rank == 0
+    return _contribution(float(loss) if first else 0.0, loss, tensors, mine, direct if first else {})
+
+
+def _contribution(
+    value: float,
+    loss: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor | None],
+    direct: dict[int, torch.Tensor],
+) -> Contribution:
+    """Keep the outputs that have both a graph and a gradient."""
+    pairs = [(t, g) for t, g in zip(tensors, gradients, strict=True) if g is not None and t.requires_grad]
+    return Contribution(value, loss.dtype, [t for t, _ in pairs], [g for _, g in pairs], direct)
+
+
+def _leaf(tensor: torch.Tensor) -> torch.Tensor:
+    """A leaf of autograd with the tensor's values."""
+    leaf = tensor.detach()
+    return leaf.requires_grad_() if leaf.is_floating_point() or leaf.is_complex() else leaf
+
+
+def _gradients(
+    loss: torch.Tensor, leaves: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor | None], dict[int, torch.Tensor]]:
+    """The loss's gradients by outputs, and by the parameters that it uses itself."""
+    positions = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
+    trained = [i for i, parameter in enumerate(parameters) if parameter.requires_grad]
+    if not loss.requires_grad:
+        raise ValueError(
+            "`loss_fn` must return a number that depends on the module's outputs. Received: one without a gradient. "
+            "Is there a .detach(), .item() or torch.no_grad() in it?"
+        )
+    inputs = [leaves[i] for i in positions] + [parameters[i] for i in trained]
+    found = torch.autograd.grad(loss, inputs, allow_unused=True)
+    by_leaf = dict(zip(positions, found[: len(positions)], strict=True))
+    direct = dict(zip(trained, found[len(positions) :], strict=True))
+    return [by_leaf.get(i) for i in range(len(leaves))], {i: g for i, g in direct.items() if g is not None}
+
+
+def _number(loss: Any) -> torch.Tensor:
+    """The loss as a tensor without axes.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it has more than one element.
+    """
+    if not isinstance(loss, torch.Tensor):
+        raise TypeError(f"`loss_fn` must return a tensor. Received: {loss!r} (of type {type(loss).__name__})")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"`loss_fn` must return one number for the batch. Received: shape {tuple(loss.shape)}. Reduce it, for "
+            "example by .mean()."
+        )
+    return loss.reshape(())
+
+
+def _share(context: Context, rank: int) -> float:
+    """A replica's part of the global batch; rows are dealt out as by `fastdp.shard.split_rows`."""
+    size, larger = divmod(context.rows.total, context.size)
+    return (size + (rank < larger)) / context.rows.total
+
+
+def _join(parts: Sequence[torch.Tensor], shares: Sequence[float]) -> torch.Tensor:
+    """Rows in order; an output without axes is averaged by rows."""
+    if parts[0].ndim:
+        return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    return torch.stack([part * share for part, share in zip(parts, shares, strict=True)]).sum()
+
+
+def _own(gradient: torch.Tensor, tensor: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """The part of a merged output's gradient that belongs to this replica."""
+    if tensor.ndim == 0:
+        return gradient * rows.share
+    per_row = tensor.shape[0] // rows.count
+    return gradient[per_row * rows.start : per_row * rows.stop]

@@ -1,0 +1,213 @@
+"""Replicas of a torch module over the engine's memory, and the user's own module, which shares the first's.
+
+The user's module stays a plain torch module: its parameters and buffers keep their identity, and their
+storage becomes views of the first replica's memory. What runs is always a copy, also on the first device:
+each replica is a deep copy whose parameters lie in its device's flat memory (nothing is copied but
+structure), so that hooks, caches and `training` flags of one thread are not those of another. Buffers are
+run on as scratch copies, so that a step that fails has changed nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdp.buckets import Allocate, FlatBuffers
+from fastdp.program.base import Home
+from fastdp.program.torch_batch import PLAIN
+from fastdp.program.torch_tensors import as_tensor, spec_of
+
+_homes: weakref.WeakKeyDictionary[nn.Module, Adopted] = weakref.WeakKeyDictionary()
+
+
+@dataclass(slots=True)
+class Slot:
+    """Where a module keeps a tensor: `table[key]`, under the dotted `name` of its state dict."""
+
+    name: str
+    table: dict[str, Any]
+    key: str
+    is_parameter: bool
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The tensor that is there now."""
+        return self.table[self.key]
+
+
+def slots_of(module: nn.Module) -> list[Slot]:
+    """All parameters and buffers, each tensor once (tied ones under their first name)."""
+    seen: set[int] = set()
+    found = []
+    for prefix, owner in module.named_modules():
+        for table in (owner._parameters, owner._buffers):
+            for key, tensor in table.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    name = f"{prefix}.{key}" if prefix else key
+                    found.append(Slot(name, table, key, table is owner._parameters))
+    return found
+
+
+def tensors_of(flat: FlatBuffers) -> list[torch.Tensor]:
+    """Tensors over the views of a flat buffer."""
+    return [as_tensor(view, spec.dtype) for view, spec in zip(flat.views, flat.specs, strict=True)]
+
+
+class Adopted:
+    """A module's tensors, whose storage lies in flat buffers: one home for all engines that run the module."""
+
+    def __init__(self, slots: list[Slot], allocate: Allocate) -> None:
+        self.slots = slots
+        self.home = Home([spec_of(slot.name, slot.tensor) for slot in slots], allocate)
+        self._tensors = tensors_of(self.home.variables)
+        self._versions: list[tuple[int, int]] = []
+        self.adopt()
+
+    def adopt(self) -> bool:
+        """Move values whose storage is not ours (any more) into the buffers; True if there were any.
+
+        Raises:
+            RuntimeError: a tensor was replaced by one of another shape or dtype, or taken away.
+        """
+        moved = False
+        for slot, tensor in zip(self.slots, self._tensors, strict=True):
+            value = slot.table.get(slot.key)
+            if value is None or value.shape != tensor.shape or value.dtype != tensor.dtype:
+                now = "is gone" if value is None else f"is now {value.dtype} of shape {tuple(value.shape)}"
+                raise RuntimeError(
+                    f"`{slot.name}` of the module was {tensor.dtype} of shape {tuple(tensor.shape)} when it was "
+                    f"wrapped, and {now}. Wrap the changed module again."
+                )
+            if value.data_ptr() != tensor.data_ptr() and value.numel():
+                with torch.no_grad():
+                    tensor.copy_(value)
+                    value.data = tensor
+                moved = True
+        return moved
+
+    def changed(self) -> bool:
+        """Whether somebody else assigned a parameter or a buffer since `note()`."""
+        return self.adopt() or self._versions != self._now()
+
+    def note(self) -> None:
+        """Remember the tensors as they are now."""
+        self._versions = self._now()
+
+    def _now(self) -> list[tuple[int, int]]:
+        return [(id(slot.tensor), slot.tensor._version) for slot in self.slots]
+
+
+def adopted(module: nn.Module, allocate: Allocate) -> Adopted:
+    """The adopted tensors of a module."""
+    home = _homes.get(module)
+    slots = slots_of(module)
+    if home is None or [s.name for s in home.slots] != [s.name for s in slots]:
+        home = _homes[module] = Adopted(slots, allocate)
+    return home
+
+
+@dataclass(slots=True)
+class _Scratch:
+    """A buffer of a replica: the tensor it runs on, and where its value of record lies in the flat memory."""
+
+    index: int
+    slot: Slot
+    work: torch.Tensor
+    record: torch.Tensor
+    own: bool = False  # resized in forward: the replica's own business from then on
+
+
+@dataclass(slots=True)
+class ReplicaModule:
+    """A replica's copy of the module over its memory; `parameters` in the order of the module's slots."""
+
+    module: nn.Module
+    parameters: list[torch.Tensor]
+    variables: list[torch.Tensor]
+    scratch: list[_Scratch]
+    by_id: dict[int, int] = field(default_factory=dict)
+
+    def refresh_buffers(self) -> None:
+        """Begin a step with the buffers of record."""
+        for one in self.scratch:
+            if not one.own:
+                one.work.copy_(one.record)
+                one.slot.table[one.slot.key] = one.work
+
+    def changed_buffers(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Index and new value of the buffers that forward has assigned."""
+        for one in self.scratch:
+            value = one.slot.table[one.slot.key]
+            if one.own or value is None:
+                continue
+            if value.shape != one.record.shape or value.dtype != one.record.dtype:
+                one.own = True
+            elif value is not one.work or not torch.equal(value, one.record):
+                yield one.index, value.detach()
+
+    def index_of(self, tensor: torch.Tensor) -> int | None:
+        """The index of a buffer by the tensor that forward sees."""
+        return self.by_id.get(id(tensor))
+
+
+def replicate(module: nn.Module, slots: list[Slot], variables: list[torch.Tensor]) -> ReplicaModule:
+    """A copy of the module over `variables`, one for each slot; its structure is copied, its tensors are not.
+
+    Raises:
+        ValueError: something in the module cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    parameters, scratch = [], []
+    for slot, variable in zip(slots, variables, strict=True):
+        if slot.is_parameter:
+            memo[id(slot.tensor)] = nn.Parameter(variable, requires_grad=slot.tensor.requires_grad)
+            parameters.append(memo[id(slot.tensor)])
+        else:
+            memo[id(slot.tensor)] = variable.clone()
+    for owner in module.modules():
+        for value in owner.__dict__.values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:  # left by the last forward pass
+                memo[id(value)] = value.detach().clone()
+    try:
+        replica = copy.deepcopy(module, memo)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"The module {type(module).__name__} cannot be copied, and each device needs a copy of it: {error}. "
+            "Keep what cannot be copied (locks, open files, generators) out of its attributes, or define "
+            "__deepcopy__ on its class."
+        ) from error
+    for index, (slot, own) in enumerate(zip(slots, slots_of(replica), strict=True)):
+        if not slot.is_parameter:
+            scratch.append(_Scratch(index, own, own.tensor, variables[index]))
+    by_id = {id(one.work): one.index for one in scratch}
+    return ReplicaModule(replica, parameters, variables, scratch, by_id)
+
+
+class Attributes:
+    """Plain attributes of a module's parts (`training`, a dropout's `p`): replicas follow the user's module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parts = list(module.modules())
+        self._known = self._now()
+
+    def follow(self, replicas: list[nn.Module]) -> None:
+        """Give the replicas what was changed on the user's module since the last call."""
+        now = self._now()
+        if now == self._known:
+            return
+        for replica in replicas:
+            for part, values, known in zip(replica.modules(), now, self._known, strict=True):
+                for name, value in values.items():
+                    if name not in known or known[name] != value:
+                        part.__dict__[name] = value
+        self._known = now
+
+    def _now(self) -> list[dict[str, Any]]:
+        return [{k: v for k, v in part.__dict__.items() if isinstance(v, PLAIN)} for part in self._parts]

@@ -1,0 +1,103 @@
+"""One torch optimizer per replica, all in step with the first, which is the user's."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+OptimizerFactory = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
+
+
+class Optimizers:
+    """The optimizers of all replicas.
+
+    Args:
+        factory: `factory(parameters)` makes one; called once per replica with equal parameters.
+
+    The first is made over the user's own parameters. Its settings are everyone's: learning rates and
+    whatever else is assigned in its `param_groups` go to the others before each step, and so does its
+    state when it was loaded or when a step failed half-way.
+    """
+
+    def __init__(self, factory: OptimizerFactory) -> None:
+        self._factory = factory
+        self._all: list[torch.optim.Optimizer] = []
+        self._parameters: list[list[torch.Tensor]] = []
+        self._state: Any = None
+        self.suspect = False
+
+    @property
+    def first(self) -> torch.optim.Optimizer:
+        """The user's."""
+        return self._all[0]
+
+    def add(self, parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+        """Make the next replica's optimizer.
+
+        Raises:
+            TypeError: `factory` does not return an optimizer.
+            ValueError: the optimizer is over other parameters, or needs a closure.
+        """
+        optimizer = self._factory(list(parameters))
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                "`optimizer_factory` must make an optimizer from parameters, such as "
+                f"lambda parameters: torch.optim.SGD(parameters, lr=0.1). It returned: {optimizer!r} "
+                f"(of type {type(optimizer).__name__})"
+            )
+        ours = {id(parameter) for parameter in parameters}
+        if any(id(p) not in ours for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                "`optimizer_factory` must make a new optimizer over the parameters that it is given, since every "
+                "device has its own. The one it returned is over others."
+            )
+        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ValueError(
+                f"`optimizer_factory` makes a {type(optimizer).__name__}, which evaluates the model several times "
+                "per step by a closure. fastdp gives one gradient per step: use SGD, Adam, or another without one."
+            )
+        self._all.append(optimizer)
+        self._parameters.append(list(parameters))
+        self._state = self.first.state
+        return optimizer
+
+    def follow(self) -> None:
+        """Bring the others in step with the first. On the host thread, between steps."""
+        first = self.first
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in first.param_groups]
+        for rank, optimizer in enumerate(self._all[1:], start=1):
+            for group in first.param_groups[len(optimizer.param_groups) :]:
+                optimizer.add_param_group({**group, "params": self._translate(group["params"], rank)})
+            for target, source in zip(optimizer.param_groups, groups, strict=True):
+                target.update(copy.deepcopy(source))
+        if self.suspect or first.state is not self._state:
+            self._copy_state()
+        self._state, self.suspect = first.state, False
+
+    def _translate(self, parameters: Sequence[torch.Tensor], rank: int) -> list[torch.Tensor]:
+        """A replica's own parameters in place of the user's.
+
+        Raises:
+            ValueError: a parameter that the module does not have.
+        """
+        own = {id(a): b for a, b in zip(self._parameters[0], self._parameters[rank], strict=True)}
+        if any(id(parameter) not in own for parameter in parameters):
+            raise ValueError(
+                "The optimizer's parameter groups hold a parameter that the module did not have when it was "
+                "wrapped. Wrap the module again, and make the train step anew."
+            )
+        return [own[id(parameter)] for parameter in parameters]
+
+    def _copy_state(self) -> None:
+        """The first optimizer's state for all."""
+        first = self.first
+        for rank, optimizer in enumerate(self._all[1:], start=1):
+            optimizer.state.clear()
+            for parameter, value in first.state.items():
+                (own,) = self._translate([parameter], rank)
+                optimizer.state[own] = copy.deepcopy(value)

@@ -1,0 +1,77 @@
+"""What a replica's thread knows while it runs a module, and how torch functions are bent to it.
+
+A `TorchFunctionMode` is active in the replica's own thread, and in no other: it hands random functions and
+batch normalization to the replica-aware versions of `torch_random` and `torch_norm`. No module is changed,
+and nothing is patched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from fastdp.program.base import Context
+from fastdp.shard import Rows
+
+Handler = Callable[..., Any]
+
+
+@dataclass(slots=True)
+class Normalized:
+    """One call of batch normalization: whose running statistics it moves, how far, and the own moments."""
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    momentum: float
+    sums: Any
+
+
+@dataclass(slots=True)
+class Running:
+    """One replica in one step. `rows` are the rows that it works on: those of the replica, or all of them."""
+
+    context: Context
+    rows: Rows
+    sync_batch_norm: bool = False
+    draws: int = 0
+    backward: bool = False
+    normalized: list[Normalized] = field(default_factory=list)
+
+    def next_draw(self) -> tuple[int, int]:
+        """The key of the next random draw: the step's seed, and the number of the draw in the step.
+
+        Raises:
+            NotImplementedError: in backward, where a checkpoint would need the forward pass's draws again.
+        """
+        if self.backward:
+            raise NotImplementedError(
+                "A random op ran in backward: torch.utils.checkpoint recomputes a part of the module there, and "
+                "fastdp cannot repeat its random draws. Keep dropout and other random ops out of checkpointed parts."
+            )
+        self.draws += 1
+        return self.context.structure.seed(), self.draws
+
+
+class ReplicaMode(TorchFunctionMode):
+    """Runs some torch functions in their replica-aware version.
+
+    Args:
+        running: the replica in this step.
+        handlers: by torch function: `handler(running, function, args, kwargs)`.
+    """
+
+    def __init__(self, running: Running, handlers: dict[Any, Handler]) -> None:
+        super().__init__()
+        self._running = running
+        self._handlers = handlers
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called by torch for every function that a replica's thread calls."""
+        handler = self._handlers.get(func)
+        if handler is None:
+            return func(*args, **(kwargs or {}))
+        return handler(self._running, func, args, kwargs or {})

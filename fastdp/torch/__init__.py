@@ -1,0 +1,5 @@
+"""Torch modules on several devices: `TorchParallel`, which `fastdp.wrap` makes of a torch.nn.Module."""
+
+from fastdp.torch.parallel import TorchParallel, TrainStep
+
+__all__ = ["TorchParallel", "TrainStep"]

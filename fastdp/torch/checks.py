@@ -1,0 +1,83 @@
+"""Which modules can be wrapped; what to do about the others."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from fastdp.program.torch_module import Slot, slots_of
+
+
+def check_module(module: Any) -> None:
+    """A module can be replicated: its structure can be copied, and its tensors lie in host memory.
+
+    Raises:
+        TypeError: it is no torch.nn.Module.
+        ValueError: it cannot be replicated; the message says what to do.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module. Received: {module!r} (of type {type(module).__name__})")
+    for name, part in module.named_modules():
+        _check_kind(name or "model", part)
+    slots = slots_of(module)
+    for slot in slots:
+        _check_tensor(slot)
+    _check_overlap(slots)
+
+
+def _check_kind(name: str, part: nn.Module) -> None:
+    """Not a part that does its own parallelism, or cannot be copied."""
+    kind = type(part).__name__
+    if isinstance(part, torch.jit.ScriptModule):
+        raise ValueError(
+            f"`model` must be a plain torch.nn.Module, but {name!r} is a {kind}, whose random ops and batch "
+            "normalization cannot be split over devices. Wrap the module that it was scripted or traced from."
+        )
+    if isinstance(part, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ValueError(
+            f"`model` must not be parallel already, but {name!r} is a {kind}. Wrap the module inside it: .module"
+        )
+    if isinstance(part, nn.SyncBatchNorm):
+        raise ValueError(
+            f"`model` must not have layers that synchronize processes, but {name!r} is a SyncBatchNorm. Use "
+            "BatchNorm1d to BatchNorm3d, and fastdp.wrap(model, sync_batch_norm=True)."
+        )
+
+
+def _check_tensor(slot: Slot) -> None:
+    """A dense tensor in host memory, with values, and without hooks of its own."""
+    tensor, what = slot.tensor, "parameter" if slot.is_parameter else "buffer"
+    if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+        raise ValueError(
+            f"`model` must have all parameters initialized, but the {what} {slot.name!r} is lazy and has no shape "
+            "yet. Call the model on one batch, and wrap it then."
+        )
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        raise ValueError(
+            f"`model` must have dense parameters and buffers in host memory, from where each device gets its copy, "
+            f"but the {what} {slot.name!r} is {tensor.layout} on {tensor.device}. Call model.to('cpu') first."
+        )
+    if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+        raise ValueError(
+            f"`model` must have no hooks on parameters, but {slot.name!r} has: they would see one replica's part of "
+            "the gradient. Do what the hook does in the optimizer, or in the loss function."
+        )
+
+
+def _check_overlap(slots: list[Slot]) -> None:
+    """Tensors that share memory without being one object would be torn apart."""
+    spans = sorted(
+        (slot.tensor.data_ptr(), slot.tensor.data_ptr() + slot.tensor.numel() * slot.tensor.itemsize, slot.name)
+        for slot in slots
+        if slot.tensor.numel()
+    )
+    for (_, stop, name), (start, _, other) in itertools.pairwise(spans):
+        if start < stop:
+            raise ValueError(
+                f"`model` has {name!r} and {other!r}, which share memory but are two tensors. To tie parameters, "
+                "assign the same nn.Parameter to both."
+            )

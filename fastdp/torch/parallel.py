@@ -1,0 +1,230 @@
+"""`TorchParallel`: a torch module whose steps run on all devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdp.backend.host import HostDevice
+from fastdp.engine import DataParallel
+from fastdp.program.torch import TorchProgram
+from fastdp.program.torch_loss import LossFunction
+from fastdp.program.torch_optimizer import OptimizerFactory
+from fastdp.torch.checks import check_module
+
+
+class TorchParallel:
+    """A module, run and trained on several devices as if on one. Made by `fastdp.wrap`.
+
+    The module stays the user's own plain torch module: training changes it in place, `state_dict` is its
+    own, and it works outside fastdp at any time. Not an nn.Module itself, so no name gets a prefix.
+
+    Args:
+        module: on the CPU, with all parameters initialized.
+        devices: where the replicas run; their order is the order of the rows.
+        cpu_merge: merge outputs in host memory. On virtual devices all memory is host memory.
+        cpu_relocation: likewise without effect on virtual devices.
+        sync_batch_norm: batch normalization over the global batch instead of each replica's rows.
+        timeout: seconds that one step may take.
+        check_replicas: verify after each step that the replicas are bitwise equal.
+
+    Raises:
+        ValueError: a module that cannot be replicated; the message has the remedy.
+
+    What replicas run are copies of the module: hooks, and attributes that forward assigns, are each
+    replica's own. Plain attributes that the user changes (`module.drop.p = 0.2`) reach all replicas.
+
+    Example:
+        >>> fastdp.set_virtual_devices(8)  # doctest: +SKIP
+        >>> dp = fastdp.wrap(module, gpus=8)  # doctest: +SKIP
+        >>> step = dp.train_step(F.cross_entropy, lambda p: torch.optim.SGD(p, lr=0.1))  # doctest: +SKIP
+        >>> for x, y in loader:  # doctest: +SKIP
+        ...     loss = step(x, y)
+        >>> torch.save(dp.state_dict(), "weights.pt")  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        devices: Sequence[HostDevice],
+        *,
+        cpu_merge: bool = True,
+        cpu_relocation: bool = False,
+        sync_batch_norm: bool = False,
+        timeout: float = 1800.0,
+        check_replicas: bool = False,
+    ) -> None:
+        check_module(module)
+        self.module = module
+        self.devices = list(devices)
+        self.cpu_merge = cpu_merge
+        self.cpu_relocation = cpu_relocation
+        self._sync_batch_norm = sync_batch_norm
+        self._options: dict[str, Any] = {"timeout": timeout, "check_replicas": check_replicas}
+        self._program: TorchProgram | None = None
+        self._engine: DataParallel | None = None
+
+    def __repr__(self) -> str:
+        return f"TorchParallel({type(self.module).__name__} on {[device.name for device in self.devices]})"
+
+    # Running.
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's outputs for a global batch, without gradients.
+
+        Args:
+            args, kwargs: what the module takes: tensors or NumPy arrays with rows along the first axis, in
+                any nest of tuples, lists and dicts; tensors without axes and plain values go to all replicas.
+
+        Returns:
+            The outputs as the module gives them, of all rows in order, on the CPU; the caller's to keep. An
+            output without axes is averaged by rows.
+
+        The module's training mode is respected: dropout drops, and batch normalization takes the batch's
+        moments. But this changes nothing: running statistics move in train steps only.
+
+        Raises:
+            ReplicaError: a replica failed (also an instance of the built-in error that it failed with).
+            ValueError: no rows, or arrays of unequal length.
+        """
+        if self._program is None or self._engine is None:
+            self._program = TorchProgram(self.module, sync_batch_norm=self._sync_batch_norm)
+            self._engine = DataParallel(self._program, self.devices, **self._options)
+        arrays, structure = self._program.structure(args, kwargs)
+        return self._program.outputs(self._engine.predict(arrays, structure=structure))
+
+    def train_step(
+        self,
+        loss_fn: LossFunction,
+        optimizer_factory: OptimizerFactory,
+        *,
+        reduction: str | None = None,
+        clip_grad_norm: float | None = None,
+        accumulate: int = 1,
+    ) -> TrainStep:
+        """Make the function that trains on one global batch.
+
+        Args:
+            loss_fn: `loss_fn(outputs, *targets)` gives one number; any function, an nn loss module too.
+            optimizer_factory: `optimizer_factory(parameters)` makes a new torch optimizer. Called once per
+                device; the first one is over the module's own parameters, and becomes `optimizer`.
+            reduction: None: `loss_fn` may be anything, and is computed on the merged outputs (exact for
+                class weights, ignore_index, contrastive losses). "mean" or "sum": `loss_fn` is that over
+                samples, and each replica computes its own part, without waiting for the others.
+            clip_grad_norm: the largest norm of the global batch's gradient.
+            accumulate: update once in so many calls, by the sum of their gradients divided by `accumulate`;
+                only the last of them reduces gradients. Running statistics move in every call.
+
+        Raises:
+            TypeError, ValueError: an option, or an optimizer, that cannot be used; the message has the remedy.
+
+        Example:
+            >>> step = dp.train_step(nn.CrossEntropyLoss(), torch.optim.Adam)  # doctest: +SKIP
+            >>> loss = step(x, y)  # doctest: +SKIP
+        """
+        program = TorchProgram(
+            self.module,
+            loss_fn,
+            optimizer_factory,
+            reduction=reduction,
+            sync_batch_norm=self._sync_batch_norm,
+            clip_grad_norm=clip_grad_norm,
+            accumulate=accumulate,
+        )
+        engine = DataParallel(program, self.devices, **self._options)
+        self._program, self._engine = program, engine
+        return TrainStep(program, engine)
+
+    # What the module has.
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The latest train step's optimizer, for schedulers and checkpoints; None before `train_step`.
+
+        Learning rates and other settings in its `param_groups`, and a state that it loads, reach all replicas.
+        """
+        optimizers = self._program.optimizers if self._program is not None else None
+        return optimizers.first if optimizers is not None else None
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The module's own parameters."""
+        return self.module.parameters()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The module's own state dict: no prefix, nothing of fastdp in it. Its tensors follow the training."""
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load the module's state dict; all replicas have it at the next step."""
+        return self.module.load_state_dict(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> TorchParallel:
+        """Set the module's training mode."""
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> TorchParallel:
+        """Set the module's evaluation mode."""
+        return self.train(False)
+
+
+class TrainStep:
+    """Trains on one global batch per call. Made by `TorchParallel.train_step`."""
+
+    def __init__(self, program: TorchProgram, engine: DataParallel) -> None:
+        self._program = program
+        self._engine = engine
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """This step's optimizer, over the module's own parameters."""
+        assert self._program.optimizers is not None
+        return self._program.optimizers.first
+
+    def __call__(self, inputs: Any, *targets: Any) -> torch.Tensor:
+        """Forward, loss, backward and update on one global batch.
+
+        Args:
+            inputs: what the module gets: a tensor or array with rows first; a tuple or list for several
+                arguments; a dict for keyword arguments.
+            targets: what `loss_fn` gets after the outputs; nests are fine.
+
+        Returns:
+            The loss of the whole batch before the update, a tensor without axes and without gradient.
+
+        The module should be in training mode, as with plain torch. Random draws take one number from torch's
+        global generator per step, if there are any, so `torch.manual_seed` repeats a run.
+
+        Raises:
+            ReplicaError: a replica failed; the message names device and rows. Weights are as before, and the
+                next call works.
+            ValueError: no rows, or arrays of unequal length.
+        """
+        args, kwargs = _arguments(inputs)
+        arrays, structure = self._program.structure(args, kwargs, targets)
+        with _reducing(self._engine, structure.last):
+            result = self._engine.train(arrays, structure=structure, wants_outputs=False)
+        self._program.calls += 1
+        return self._program.loss(result)
+
+
+@contextmanager
+def _reducing(engine: DataParallel, reduce: bool) -> Iterator[None]:
+    """Without `reduce`, the engine's step has no gradients to reduce: they wait on the replicas."""
+    buckets = engine._buckets
+    engine._buckets = buckets if reduce else []
+    try:
+        yield
+    finally:
+        engine._buckets = buckets
+
+
+def _arguments(inputs: Any) -> tuple[Sequence[Any], dict[str, Any]]:
+    """Positional and keyword arguments of the module."""
+    if isinstance(inputs, dict):
+        return (), inputs
+    return (inputs, {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
