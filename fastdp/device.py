@@ -14,6 +14,7 @@ import numpy as np
 import pynvml
 
 from fastdp.backend.host import HostDevice
+from fastdp.errors import DeviceTimeoutError
 
 VIRTUAL_DEVICES_VARIABLE = "FASTDP_VIRTUAL_DEVICES"
 
@@ -42,8 +43,14 @@ class _VirtualDevices:
             dropped = self._devices[count:]
             del self._devices[count:]
             self._asked = count
+        failures = []
         for device in dropped:
-            device.close()
+            try:
+                device.close()
+            except DeviceTimeoutError as error:  # the others are closed first
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     def count(self) -> int:
         """How many were asked for, by a call or else by the environment."""
@@ -114,11 +121,11 @@ def physical_devices() -> list[DeviceInfo]:
         return []
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        found = [(_text(pynvml.nvmlDeviceGetName(h)), pynvml.nvmlDeviceGetMemoryInfo(h).total) for h in handles]
+        found = [(_text(pynvml.nvmlDeviceGetName(h)), _memory_nbytes(h)) for h in handles]
+        visible = _visible_ordinals([_text(pynvml.nvmlDeviceGetUUID(h)) for h in handles])
     finally:
         pynvml.nvmlShutdown()
-    visible = _visible_ordinals(len(found))
-    return [DeviceInfo(i, found[j][0], "cuda", int(found[j][1])) for i, j in enumerate(visible)]
+    return [DeviceInfo(i, found[j][0], "cuda", found[j][1]) for i, j in enumerate(visible)]
 
 
 def resolve(gpus: Any, *, minimum: int = 1, caller: str = "fastdp.wrap") -> list[HostDevice]:
@@ -144,15 +151,14 @@ def resolve(gpus: Any, *, minimum: int = 1, caller: str = "fastdp.wrap") -> list
             "To try it without GPUs, call fastdp.set_virtual_devices(n) first (or set "
             f"{VIRTUAL_DEVICES_VARIABLE}=n). {shown}"
         )
-    if len(set(ordinals)) != len(ordinals):
+    if not isinstance(ordinals, range) and len(set(ordinals)) != len(ordinals):
         raise ValueError(
             f"`gpus` must name each device once. To split one GPU into several, use "
             f"fastdp.set_virtual_devices(n). {shown}"
         )
-    missing = [i for i in ordinals if not 0 <= i < len(available)]
-    if missing:
+    if any(not 0 <= i < len(available) for i in ordinals):
         raise ValueError(
-            f"`{caller}` with gpus={gpus!r} wants the devices {ordinals}, but this machine has "
+            f"`{caller}` with gpus={gpus!r} wants the devices {_shown(ordinals)}, but this machine has "
             f"{len(available)}: {[device.name for device in available]}. Use ordinals from 0 to "
             f"{len(available) - 1}, or fewer devices."
         )
@@ -171,23 +177,31 @@ def resolve(gpus: Any, *, minimum: int = 1, caller: str = "fastdp.wrap") -> list
     return [pool[i] for i in ordinals]
 
 
-def _ordinals(gpus: Any, available: int, caller: str) -> list[int]:
-    """The ordinals that `gpus` names, not yet checked against the machine."""
+def _ordinals(gpus: Any, available: int, caller: str) -> Sequence[int]:
+    """The ordinals that `gpus` names, not yet checked against the machine: however many, not yet listed."""
     if gpus is None:
-        return list(range(available))
+        return range(available)
     count = _whole_number(gpus)
     if count is not None:
         if count < 0:
             raise ValueError(f"`{caller}` needs gpus >= 1 (0 or None for all). Received: gpus={gpus!r}")
-        return list(range(count)) if count else list(range(available))
-    if isinstance(gpus, (list, tuple, range, np.ndarray)) and np.ndim(np.asarray(gpus, object)) == 1:
+        return range(count or available)
+    if isinstance(gpus, range):
+        return gpus or range(available)
+    if isinstance(gpus, (list, tuple)) or (isinstance(gpus, np.ndarray) and gpus.ndim == 1):
         ordinals = [_whole_number(item) for item in gpus]
         if None not in ordinals:
-            return [i for i in ordinals if i is not None] or list(range(available))
+            return [i for i in ordinals if i is not None] or range(available)
     raise ValueError(
         "`gpus` must be None, a whole number, or a list of device ordinals such as [0, 1]. "
         f"Received: gpus={gpus!r} (of type {type(gpus).__name__})"
     )
+
+
+def _shown(ordinals: Sequence[int]) -> str:
+    """The ordinals as a list that fits a message."""
+    first = ", ".join(map(str, ordinals[:16]))
+    return f"[{first}{', ...' if ordinals[16:] else ''}]"
 
 
 def _whole_number(value: Any) -> int | None:
@@ -200,19 +214,37 @@ def _whole_number(value: Any) -> int | None:
         return None
 
 
-def _visible_ordinals(count: int) -> Sequence[int]:
-    """The physical ordinals left by CUDA_VISIBLE_DEVICES: CUDA stops reading at the first invalid one."""
+def _visible_ordinals(uuids: Sequence[str]) -> Sequence[int]:
+    """The physical ordinals left by CUDA_VISIBLE_DEVICES, of GPUs that have these UUIDs.
+
+    As in the CUDA runtime, an entry is an ordinal or the beginning of one GPU's UUID, and reading stops at the
+    first that names no GPU: `-1`, `none` or an empty one hides all that follow. A part of a GPU (MIG-...)
+    counts as a device of its own; only the runtime knows which GPU it is on, so the next one is shown.
+    """
     text = os.environ.get("CUDA_VISIBLE_DEVICES")
     if text is None:
-        return range(count)
+        return range(len(uuids))
     visible: list[int] = []
-    for part in filter(None, (piece.strip() for piece in text.split(","))):
-        # UUIDs (GPU-..., MIG-...) are matched by the CUDA runtime alone; each stands for one device.
-        ordinal = int(part) if part.isdecimal() else len(visible)
-        if not 0 <= ordinal < count or (part.startswith("-")):
+    for part in (piece.strip() for piece in text.split(",")):
+        if part.startswith("GPU-"):
+            matches = [i for i, uuid in enumerate(uuids) if uuid.startswith(part)]
+            ordinal = matches[0] if len(matches) == 1 else -1
+        elif part.startswith("MIG-"):
+            ordinal = min(len(visible), len(uuids) - 1)
+        else:
+            ordinal = int(part) if part.isdecimal() else -1
+        if not 0 <= ordinal < len(uuids):
             break
         visible.append(ordinal)
     return visible
+
+
+def _memory_nbytes(handle: Any) -> int:
+    """A GPU's memory; 0 where NVML cannot tell (GPUs that share the host's memory)."""
+    try:
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+    except pynvml.NVMLError:
+        return 0
 
 
 def _text(name: str | bytes) -> str:
