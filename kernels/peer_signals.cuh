@@ -13,8 +13,9 @@
 // use (its default is 8; CUDA C++ Programming Guide, environment variables).
 //
 // A wait gives up after spin_limit polls: it sets *error to 1 + the rank that did not come, and its block
-// writes no output. A set *error makes every later launch return at once, so that peers fail too instead of
-// hanging. To recover, synchronize all ranks, then zero every Signals and every *error.
+// writes no output. A set *error makes every later launch of that rank return at once, so that its peers time
+// out too. A peer that was merely late may still complete the launch that others gave up, so a step counts
+// only when no rank's *error is set. To recover, synchronize all ranks, then zero every Signals and *error.
 #pragma once
 #include "common.cuh"
 
@@ -42,6 +43,12 @@ struct AllReduceArgs {
     int ranks;
     u32 spin_limit;
 };
+
+// Whether an earlier wait of this rank timed out. One answer for the whole block: a block of this very launch
+// may be setting the flag now.
+__device__ __forceinline__ bool gave_up(const AllReduceArgs& args) {
+    return __syncthreads_or(load_relaxed_system(args.error) != 0);
+}
 
 __device__ __forceinline__ bool wait_for(const u64* flag, u64 target, u32 spin_limit) {
     for (u32 spin = 0; spin < spin_limit; ++spin) {

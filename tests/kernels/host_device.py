@@ -63,14 +63,17 @@ class HostDevice:
     """One runner process."""
 
     def __init__(self, runner: Path, log: Path, sm_count: int = 3) -> None:
-        self._log = log
-        self._file = log.open("wb")
-        self._process = subprocess.Popen(
-            [str(runner)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._file
-        )
+        self._runner, self._log = runner, log
         self._live: list[int] = []
+        self._start()
         self.kernels = Kernels(self, 90, sm_count, compile_file=lambda name, _: name.encode())
         self.launches: list[tuple[str, int, int, ctypes.Structure]] = []
+
+    def _start(self) -> None:
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [str(self._runner)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+            )
 
     # fastdp.launch.Launcher
 
@@ -124,7 +127,14 @@ class HostDevice:
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[HostDevice]:
-        """Free at the end what was allocated inside, after checking the guard zones."""
+        """Free at the end what was allocated inside, after checking the guard zones.
+
+        A process that a sanitizer ended in an earlier scope is replaced.
+        """
+        if self._process.poll() is not None:
+            self._drop()
+            self._start()
+        self._live.clear()
         self.launches.clear()
         yield self
         self.synchronize()
@@ -134,11 +144,14 @@ class HostDevice:
 
     def close(self) -> None:
         """End the process; a leak or a race found at its end is an error."""
-        self._process.stdin.close()
-        code = self._process.wait(timeout=60)
+        self._drop()
+        assert self._process.returncode == 0, self._report()
+
+    def _drop(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait(timeout=60)
         self._process.stdout.close()
-        self._file.close()
-        assert code == 0, self._report()
 
     def _ask(self, message: bytes) -> int:
         self._send(message)

@@ -81,7 +81,7 @@ void run(const Launch& launch, unsigned& seed) {
 }
 
 void synchronize(std::map<unsigned, std::vector<Launch>>& streams) {
-    alarm(100);  // a deadlock ends the process instead of hanging the tests
+    alarm(60);  // a deadlock ends the process instead of hanging the tests
     std::vector<std::thread> workers;
     for (auto& [stream, launches] : streams) {
         workers.emplace_back([&launches, seed = stream + 1]() mutable {

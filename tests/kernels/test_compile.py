@@ -1,0 +1,159 @@
+"""NVRTC compiles every kernel for every architecture it knows, and the cache keeps what it made.
+
+Needs an NVRTC library, for instance of the wheel nvidia-cuda-nvrtc-cu12 (the last to know sm_70); no GPU.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from fastdp.launch import Kernels, cubin, nvrtc
+from fastdp.launch.args import CheckFiniteArgs
+
+ARCHITECTURES = (70, 75, 80, 86, 90, 100, 120)
+ELF = b"\x7fELF"
+
+
+@pytest.fixture(scope="module")
+def compilers() -> list[nvrtc.Nvrtc]:
+    """Every NVRTC of this machine that loads."""
+    found = []
+    for path in nvrtc.find_libraries():
+        try:
+            found.append(nvrtc.Nvrtc(path))
+        except OSError as error:
+            warnings.warn(f"{path} does not load: {error}", RuntimeWarning, stacklevel=1)
+    if not found:
+        pytest.skip("no NVRTC library here: pip install nvidia-cuda-nvrtc-cu12")
+    return found
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTDP_CACHE_DIR", str(tmp_path / "cache"))
+    cubin._warn_without_cache.cache_clear()
+    return tmp_path / "cache"
+
+
+def entries(name: str) -> list[str]:
+    """The kernels that a file defines, from its text; scale_cast makes its names by a macro."""
+    if name == "scale_cast":
+        return [f"scale_cast_{x}_{y}" for x in ("u8", "f32", "f16", "bf16") for y in ("f32", "f16", "bf16")]
+    text = (cubin.kernel_folder() / f"{name}.cu").read_text()
+    found = re.findall(r"^FASTDP_KERNEL\((\w+)", text, re.MULTILINE)
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", cubin.kernel_names())
+def test_every_kernel_compiles_to_machine_code(compilers, cache, name, architecture):
+    able = [compiler for compiler in compilers if architecture in compiler.architectures]
+    if not able:
+        versions = ", ".join("{}.{}".format(*compiler.version) for compiler in compilers)
+        pytest.skip(f"no NVRTC here compiles for sm_{architecture} (found CUDA {versions})")
+    code = cubin.cubin(name, architecture, able[-1])
+    assert code.startswith(ELF)
+    assert [entry for entry in entries(name) if entry.encode() not in code] == []
+
+
+def test_the_second_request_is_read_from_the_cache(compilers, cache):
+    architecture = compilers[0].architectures[-1]
+    first = cubin.cubin("check_finite", architecture, compilers[0])
+    (file,) = cache.iterdir()
+    file.write_bytes(b"from the cache")
+    assert cubin.cubin("check_finite", architecture, compilers[0]) == b"from the cache" != first
+
+
+def test_other_options_architectures_and_sources_have_other_files(compilers, cache, monkeypatch, tmp_path):
+    compiler = compilers[0]
+    for architecture in compiler.architectures[-2:]:
+        cubin.cubin("check_finite", architecture, compiler)
+    monkeypatch.setattr(cubin, "OPTIONS", (*cubin.OPTIONS, "--use_fast_math"))
+    cubin.cubin("check_finite", compiler.architectures[-1], compiler)
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    for path in cubin.kernel_folder().iterdir():
+        (folder / path.name).write_text(path.read_text() + ("// changed\n" if path.suffix == ".cuh" else ""))
+    monkeypatch.setattr(cubin, "kernel_folder", lambda: folder)
+    cubin.cubin("check_finite", compiler.architectures[-1], compiler)
+    assert len(list(cache.iterdir())) == 4
+    assert all(path.suffix == ".cubin" for path in cache.iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_named_once_and_the_code_is_still_compiled(compilers, cache):
+    cache.write_text("a file where the folder should be")
+    architecture = compilers[0].architectures[-1]
+    with pytest.warns(RuntimeWarning, match="FASTDP_CACHE_DIR") as caught:
+        assert cubin.cubin("check_finite", architecture, compilers[0]).startswith(ELF)
+    assert caught
+    assert cubin.cubin("check_finite", architecture, compilers[0]).startswith(ELF)
+
+
+def test_an_architecture_that_the_compiler_does_not_know_is_refused(compilers, cache):
+    with pytest.raises(ValueError, match="architecture=sm_35 is not among those of NVRTC"):
+        cubin.cubin("check_finite", 35, compilers[0])
+
+
+def test_a_mistake_in_the_source_is_reported_with_its_place(compilers):
+    with pytest.raises(nvrtc.NvrtcError, match=r"bad\.cu\(1\)"):
+        compilers[0].compile("int f( {", name="bad.cu")
+
+
+def test_a_compiler_newer_than_the_driver_is_passed_over(compilers):
+    with pytest.raises(nvrtc.NvrtcNotFoundError, match=r"too new.*pip install nvidia-cuda-nvrtc-cu12"):
+        nvrtc.load(newest_major=min(compiler.version[0] for compiler in compilers) - 1)
+    oldest = min(compiler.version[0] for compiler in compilers)
+    assert nvrtc.load(newest_major=oldest).version[0] == oldest
+
+
+def test_kernels_are_compiled_when_first_launched_and_once(compilers, cache):
+    class Recorder:
+        def __init__(self):
+            self.loaded, self.launched = [], []
+
+        def load(self, code):
+            self.loaded.append(code)
+            return len(self.loaded)
+
+        def function(self, module, name):
+            return module, name
+
+        def launch(self, function, grid, block, args, stream):
+            self.launched.append((function, grid, block, stream))
+
+    recorder, architecture = Recorder(), compilers[0].architectures[-1]
+    kernels = Kernels(recorder, architecture, 132, lambda file, arch: cubin.cubin(file, arch, compilers[0]))
+    for stream in (7, 8):
+        kernels.launch("check_finite", "check_finite_f32", 3, CheckFiniteArgs(), stream)
+    assert [code[:4] for code in recorder.loaded] == [ELF]
+    assert recorder.launched == [((1, "check_finite_f32"), 3, 256, 7), ((1, "check_finite_f32"), 3, 256, 8)]
+
+
+def test_the_cache_folder_follows_the_variable_then_the_platform(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTDP_CACHE_DIR", str(tmp_path))
+    assert cubin.cache_folder() == tmp_path
+    monkeypatch.delenv("FASTDP_CACHE_DIR")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cubin.cache_folder() == tmp_path / "xdg" / "fastdp"
+
+
+def test_without_a_library_the_error_says_how_to_get_one(monkeypatch):
+    monkeypatch.setattr(nvrtc, "find_libraries", list)
+    nvrtc.load.cache_clear()
+    with pytest.raises(nvrtc.NvrtcNotFoundError, match="found: none; install the pip wheel"):
+        nvrtc.load()
+    nvrtc.load.cache_clear()
+
+
+def test_importing_the_launcher_and_the_twins_loads_no_cupy_and_no_compiler():
+    """In a fresh process: DESIGN lets only backend/cuda.py import CuPy."""
+    code = "import sys, fastdp.launch, fastdp.kernel_twins; print(sorted(m for m in sys.modules if 'cupy' in m))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ})
+    assert done.stdout.strip() == "[]"
