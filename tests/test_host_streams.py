@@ -1,0 +1,327 @@
+"""The ordering rules of streams and events on virtual devices, and what becomes of failures."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+import time
+
+import pytest
+
+from fastdp.backend.host import HostDevice, HostEvent, joined
+from fastdp.errors import DeviceTimeoutError
+
+LIMIT = 10.0
+
+
+@pytest.fixture
+def devices():
+    made = [HostDevice(index) for index in range(4)]
+    yield made
+    for device in made:
+        device.delay = None
+        device.close(LIMIT)
+    names = {f"fastdp-{device.name}" for device in made}
+    assert not [thread.name for thread in threading.enumerate() if thread.name in names]
+
+
+def random_delay(seed, most=0.001):
+    """A delay that varies from item to item."""
+    draw = random.Random(seed)
+    return lambda: time.sleep(draw.random() * most)
+
+
+class Failure(ValueError):
+    """What failing work raises here."""
+
+
+def fail():
+    raise Failure("planned")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_work_on_one_stream_runs_in_order(devices, seed):
+    seen = []
+    devices[0].delay = random_delay(seed)
+    for number in range(50):
+        devices[0].compute.enqueue(lambda n=number: seen.append(n))
+    devices[0].compute.record().synchronize(LIMIT)
+    assert seen == list(range(50))
+
+
+def race(first, second, ordered):
+    """What a store on `first` and a later load on `second` see, with the store held back until the load ran.
+
+    With a wait between them the load cannot run first, so the store goes on after a moment.
+    """
+    value, loaded, stored = ["before"], threading.Event(), threading.Event()
+
+    def store():
+        loaded.wait(0.2 if ordered else LIMIT)
+        value[0] = "after"
+        stored.set()
+
+    seen = []
+    first.enqueue(store)
+    if ordered:
+        second.wait(first.record())
+    second.enqueue(lambda: (seen.append(value[0]), loaded.set()))
+    second.record().synchronize(LIMIT)
+    assert stored.wait(LIMIT)
+    return seen
+
+
+def test_without_a_wait_streams_of_two_devices_overtake_each_other(devices):
+    assert race(devices[0].compute, devices[1].compute, ordered=False) == ["before"]
+
+
+def test_with_a_wait_streams_of_two_devices_never_overtake_each_other(devices):
+    assert race(devices[0].compute, devices[1].compute, ordered=True) == ["after"]
+
+
+def overtaking(device, ordered):
+    """Work on `compute`, then on `communication`, both enqueued before the worker, held up, may choose."""
+    gate, seen = threading.Event(), []
+    device.copy_in.enqueue(lambda: gate.wait(LIMIT))
+    device.compute.enqueue(lambda: seen.append("compute"))
+    if ordered:
+        device.communication.wait(device.compute.record())
+    device.communication.enqueue(lambda: seen.append("communication"))
+    gate.set()
+    device.synchronize(LIMIT)
+    return seen
+
+
+def test_without_a_wait_two_streams_of_one_device_overtake_each_other(devices):
+    assert overtaking(devices[0], ordered=False) == ["communication", "compute"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_with_a_wait_two_streams_of_one_device_never_overtake_each_other(devices, seed):
+    devices[0].delay = random_delay(seed)
+    assert overtaking(devices[0], ordered=True) == ["compute", "communication"]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_random_graph_of_waits_is_kept_whatever_the_delays(devices, seed):
+    draw = random.Random(seed)
+    streams = [stream for device in devices for stream in device._streams]
+    for number, device in enumerate(devices):
+        device.delay = random_delay(seed * 10 + number, 0.0003)
+    finished, edges, events = [], [], []
+    for number in range(150):
+        stream = draw.choice(streams)
+        for earlier in draw.sample(range(number), min(number, draw.randrange(3))):
+            stream.wait(events[earlier])
+            edges.append((earlier, number))
+        stream.enqueue(lambda n=number: finished.append(n))
+        events.append(stream.record())
+    joined(events).synchronize(LIMIT)
+    place = {number: position for position, number in enumerate(finished)}
+    assert sorted(place) == list(range(150))
+    assert all(place[earlier] < place[later] for earlier, later in edges)
+
+
+def test_a_wait_holds_for_an_event_that_is_recorded_only_later(devices):
+    later, seen = HostEvent(), []
+    devices[0].compute.wait(later)
+    devices[0].compute.enqueue(lambda: seen.append("compute"))
+    done = devices[0].compute.record()
+    devices[0].copy_in.enqueue(lambda: seen.append("copy_in"))
+    devices[0].copy_in.record().synchronize(LIMIT)
+    assert (seen, done.done) == (["copy_in"], False)  # its own stream only is held back
+    devices[1].compute.enqueue(later.complete)
+    done.synchronize(LIMIT)
+    assert seen == ["copy_in", "compute"]
+
+
+def test_a_sleeping_worker_is_woken_by_the_last_of_many_waits(devices):
+    gates = [HostEvent() for _ in range(5)]
+    for gate in gates:
+        devices[0].compute.wait(gate)
+    done = devices[0].compute.record()
+    for gate in reversed(gates):
+        assert not done.done
+        time.sleep(0.002)
+        gate.complete()
+    done.synchronize(2.0)
+
+
+def test_no_wake_up_is_lost_in_many_hand_offs(devices):
+    event = devices[0].compute.record()
+    for turn in range(400):
+        stream = devices[(turn + 1) % 4].compute if turn % 3 else devices[turn % 4].copy_out
+        stream.wait(event)
+        event = stream.record()
+    event.synchronize(LIMIT)
+    for turn in range(300):  # one at a time: the worker is asleep each time
+        devices[turn % 2].compute.record().synchronize(2.0)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_a_joint_event_is_done_when_all_are_and_carries_the_first_error_in_their_order(count):
+    events = [HostEvent() for _ in range(count)]
+    joint = joined(events)
+    errors = [Failure(str(number)) for number in range(count)]
+    for event, error in reversed(list(zip(events, errors, strict=True))):
+        assert not joint.done
+        event.complete(error)
+    assert joint.done
+    assert joint.error is (errors[0] if errors else None)
+
+
+def test_work_behind_a_failure_is_skipped_and_its_event_raises_it(devices):
+    seen, stream = [], devices[0].compute
+    stream.enqueue(lambda: seen.append("before"))
+    before = stream.record()
+    stream.enqueue(fail)
+    stream.enqueue(lambda: seen.append("behind"))
+    with pytest.raises(Failure, match="planned"):
+        stream.record().synchronize(LIMIT)
+    before.synchronize(LIMIT)
+    assert seen == ["before"]
+
+
+def test_events_carry_a_failure_downstream_across_devices_and_nowhere_else(devices):
+    seen = []
+    devices[0].compute.enqueue(fail)
+    for left, right in itertools.pairwise(devices[:3]):
+        right.compute.wait(left.compute.record())
+        right.compute.enqueue(lambda: seen.append("downstream"))
+    with pytest.raises(Failure):
+        devices[2].compute.record().synchronize(LIMIT)
+    devices[2].copy_in.enqueue(lambda: seen.append("other stream"))
+    devices[3].compute.enqueue(lambda: seen.append("other device"))
+    devices[2].copy_in.record().synchronize(LIMIT)
+    devices[3].compute.record().synchronize(LIMIT)
+    assert sorted(seen) == ["other device", "other stream"]
+
+
+def test_the_first_failure_is_kept_when_a_second_one_arrives(devices):
+    stream = devices[0].compute
+    stream.enqueue(fail)
+    other = HostEvent()
+    other.complete(KeyError("second"))
+    stream.wait(other)
+    with pytest.raises(Failure, match="planned"):
+        stream.record().synchronize(LIMIT)
+
+
+def test_recover_clears_a_failure_and_finish_leaves_it_with_the_event(devices):
+    device = devices[0]
+    device.compute.enqueue(fail)
+    event = device.compute.record()
+    event.finish(LIMIT)
+    assert isinstance(event.error, Failure)
+    device.synchronize(LIMIT)
+    device.recover()
+    device.compute.record().synchronize(LIMIT)
+
+
+class FalsyError(Exception):
+    """An error that is false, as one with a length of 0 is."""
+
+    def __len__(self):
+        return 0
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, GeneratorExit, FalsyError])
+def test_any_exception_travels_to_the_waiter_and_the_worker_lives_on(devices, kind):
+    def work():
+        raise kind("from the worker")
+
+    devices[0].compute.enqueue(work)
+    devices[1].compute.wait(devices[0].compute.record())
+    with pytest.raises(kind, match="from the worker"):
+        devices[1].compute.record().synchronize(LIMIT)
+    worker = devices[0]._thread
+    devices[0].recover()
+    devices[0].compute.record().synchronize(LIMIT)
+    assert devices[0]._thread is worker
+    assert worker.is_alive()
+
+
+@pytest.mark.parametrize("timeout", [0.05, 0, -1.0])
+def test_waiting_for_work_that_takes_too_long_raises_and_waiting_again_succeeds(devices, timeout):
+    gate = threading.Event()
+    devices[0].compute.enqueue(lambda: gate.wait(LIMIT))
+    event = devices[0].compute.record()
+    for wait in (event.finish, event.synchronize, devices[0].synchronize):
+        with pytest.raises(DeviceTimeoutError, match=f"timeout={timeout} seconds"):
+            wait(timeout)
+    gate.set()
+    event.synchronize(LIMIT)
+    devices[0].synchronize(LIMIT)
+
+
+def test_the_timeout_of_a_device_is_for_all_its_streams_together(devices):
+    gates = [HostEvent() for _ in devices[0]._streams]
+    for gate, stream in zip(gates, devices[0]._streams, strict=True):
+        stream.wait(gate)
+    timers = [threading.Timer(0.15 * (n + 1), gate.complete) for n, gate in enumerate(gates)]
+    for timer in timers:
+        timer.start()
+    with pytest.raises(DeviceTimeoutError):
+        devices[0].synchronize(0.3)  # each stream on its own would be in time
+    for timer in timers:
+        timer.join(LIMIT)
+
+
+def test_an_infinite_timeout_is_allowed(devices):
+    devices[0].compute.record().finish(float("inf"))
+
+
+def test_close_runs_what_can_run_ends_the_thread_and_refuses_more(devices):
+    device, seen = devices[0], []
+    device.delay = random_delay(1)
+    for number in range(10):
+        device.compute.enqueue(lambda n=number: seen.append(n))
+    thread = device._thread
+    for _ in range(3):
+        device.close(LIMIT)
+    assert seen == list(range(10))
+    assert not thread.is_alive()
+    for refused in (device.compute.record, lambda: device.compute.enqueue(print), device.synchronize):
+        with pytest.raises(RuntimeError, match=r"virtual:0 is closed.*Wrap the model again"):
+            refused()
+
+
+def test_close_of_a_device_that_never_worked_is_fine(devices):
+    devices[0].close()
+    assert devices[0]._thread is None
+
+
+def test_events_left_on_a_closed_device_carry_an_error_so_that_nobody_waits_for_ever(devices):
+    seen = []
+    devices[0].compute.wait(HostEvent())
+    devices[0].compute.enqueue(lambda: seen.append("never"))
+    left = devices[0].compute.record()
+    devices[1].compute.wait(left)
+    downstream = devices[1].compute.record()
+    devices[0].close(LIMIT)
+    for event in (left, downstream):
+        with pytest.raises(RuntimeError, match="virtual:0 is closed"):
+            event.synchronize(LIMIT)
+    assert seen == []
+
+
+def test_close_says_when_the_worker_is_still_busy_and_can_be_called_again(devices):
+    gate = threading.Event()
+    devices[0].compute.enqueue(lambda: gate.wait(LIMIT))
+    for _ in range(2):
+        with pytest.raises(DeviceTimeoutError, match=r"virtual:0 was still busy after timeout=0\.05"):
+            devices[0].close(0.05)
+    gate.set()
+    devices[0].close(LIMIT)
+
+
+def test_an_event_is_done_once_and_keeps_its_first_error():
+    event, calls = HostEvent(), []
+    assert event.notify(lambda: calls.append("woken"))
+    event.complete(Failure("first"))
+    event.complete()
+    assert calls == ["woken"]
+    assert isinstance(event.error, Failure)
+    assert not event.notify(lambda: calls.append("too late"))
+    assert calls == ["woken"]
