@@ -31,32 +31,32 @@ LOOP, BARRIERS, CONCURRENT = 0, 1, 2  # the runner's launch modes
 
 
 def build_runner(folder: Path, sanitizer: str, files: list[str] | None = None) -> Path:
-    """Compile the runner with kernel files (all where None) into `folder`, unless it is there already."""
+    """The runner with kernel files (all where None), compiled into `folder` where it is not there yet."""
+    flags = [*WARNINGS, *FLAGS, f"-fsanitize={sanitizer}"]
+    shared = [HERE / "host_cuda.h", *sorted(kernel_folder().glob("*.cuh"))]
+    kernel = ["-x", "c++", "-include", str(HERE / "host_cuda.h")]
+    objects = [
+        _built(folder, [*flags, *kernel, "-c"], [kernel_folder() / f"{name}.cu"], shared)
+        for name in files or kernel_names()
+    ]
+    return _built(folder, [*flags, "-pthread"], [HERE / "runner.cpp", *objects], shared)
+
+
+def _built(folder: Path, flags: list[str], sources: list[Path], shared: list[Path]) -> Path:
+    """What g++ makes of the sources, kept under a name made of all that it depends on."""
     compiler = shutil.which("g++")
     assert compiler is not None
-    files = files or kernel_names()
-    sources = [kernel_folder() / f"{name}.cu" for name in files]
-    texts = [HERE / "host_cuda.h", HERE / "runner.cpp", *sources, *sorted(kernel_folder().glob("*.cuh"))]
-    flags = [*WARNINGS, *FLAGS, f"-fsanitize={sanitizer}"]
-    digest = hashlib.sha256("\0".join([*flags, *(path.read_text() for path in texts)]).encode()).hexdigest()
-    target = folder / f"runner-{sanitizer.partition(',')[0]}-{digest[:16]}"
-    if target.exists():
-        return target
-    work = folder / f"{target.name}-{os.getpid()}"
-    work.mkdir()
-    for source in sources:
-        extra = ["-x", "c++", "-include", str(HERE / "host_cuda.h"), "-c", str(source)]
-        _run([compiler, *flags, *extra, "-o", str(work / f"{source.stem}.o")])
-    objects = [str(work / f"{name}.o") for name in files]
-    _run([compiler, *flags, "-pthread", str(HERE / "runner.cpp"), *objects, "-o", str(work / "runner")])
-    os.replace(work / "runner", target)
-    shutil.rmtree(work)
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    parts = [version, " ".join(flags).encode(), *(path.read_bytes() for path in [*sources, *shared])]
+    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    target = folder / f"{sources[0].stem}-{digest}"
+    if not target.exists():
+        part = folder / f"{target.name}-{os.getpid()}"
+        command = [compiler, *flags, *(str(path) for path in sources)]
+        done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+        os.replace(part, target)
     return target
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
 
 
 class HostDevice:
