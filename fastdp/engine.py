@@ -236,8 +236,9 @@ class DataParallel:
         try:
             joined(events).finish(self.timeout)
         except DeviceTimeoutError:
-            busy = [d.name for d, event in zip(self.devices, events, strict=True) if not event.done]
-            raise DeviceTimeoutError(f"The step was not done within {self.timeout} seconds on {busy}.") from None
+            busy = [self.devices[rank].name for rank, result in enumerate(step.results) if result is None]
+            what = f"The step on {busy}" if busy else "The update"
+            raise DeviceTimeoutError(f"{what} took longer than timeout={self.timeout} seconds.") from None
         failed = [(rank, event.error) for rank, event in enumerate(events) if event.error is not None]
         if failed:
             self._settle()
