@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import keras
@@ -57,7 +58,6 @@ class ParallelModel(keras.Model):
         self._check_replicas = check_replicas
         self._sync_batch_norm = sync_batch_norm
         self._engine: DataParallel | None = None
-        self._step_losses: list[Any] | None = None
         self._call_has_training_arg = True
         self._compute_loss_has_training_arg = True
         self._merge_layer = _MergedOutputs(name="merged")
@@ -149,8 +149,8 @@ class ParallelModel(keras.Model):
 
     @property
     def losses(self) -> list[Any]:
-        """The template's additional losses; within a step, those of the global batch."""
-        return self.template.losses if self._step_losses is None else self._step_losses
+        """The template's additional losses; within a test step, those of the global batch."""
+        return self.template.losses
 
     def compute_loss(
         self,
@@ -265,11 +265,9 @@ class ParallelModel(keras.Model):
         """One test step; the logs."""
         x, y, sample_weight, y_pred, result = self._forward(unpack(data))
         program: Any = self.engine.program
-        self._step_losses = [*map(keras.ops.convert_to_tensor, result.sums), *program.regularization()]
-        try:
+        added = map(keras.ops.convert_to_tensor, result.sums[: result.notes.terms])
+        with _losses_of_step(self.template, [*added, *program.regularization()]):
             loss = self._compute_loss(x, y, y_pred, sample_weight, training=False)
-        finally:
-            self._step_losses = None
         self._loss_tracker.update_state(loss, sample_weight=result.rows)
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
@@ -285,6 +283,7 @@ class ParallelModel(keras.Model):
         program: Any = engine.program
         program.inspect(arrays, structure)
         result = engine.predict(arrays, structure=structure)
+        program.assign(result.sums, result.notes)
         return *structure.pack(arrays), result.notes.structure.pack(result.outputs), result
 
     def _track_loss(self, result: StepResult) -> None:
@@ -320,6 +319,16 @@ class _MergedOutputs(keras.layers.Layer):
     def call(self, inputs: Any) -> Any:
         """The inputs."""
         return inputs
+
+
+@contextmanager
+def _losses_of_step(template: keras.Model, losses: list[Any]) -> Iterator[None]:
+    """Let `template.losses` be these, also for a `compute_loss` of its own."""
+    template._losses_override[:] = losses
+    try:
+        yield
+    finally:
+        template._losses_override.clear()
 
 
 def _named(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

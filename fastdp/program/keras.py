@@ -216,20 +216,28 @@ class KerasProgram:
         return Result(arrays, np.concatenate(sums), notes)
 
     def predict(self, state: _State, batch: list[np.ndarray], context: Context) -> Result:
-        """Forward only. The sums are the contributions of `add_loss` terms."""
+        """Forward only. The sums are the contributions of `add_loss` terms, then those of assigned variables."""
         x, _, _ = unpack(context.structure.pack(batch))
         run = Running(context, seed=self._seed)
         with torch.no_grad(), replica_scope(run), _Scope(state.mapping, set()) as scope:
             y_pred = self._call(x, training=False)
             extra = self._extra_losses(scope.losses, context)
         arrays, structure = flatten_outputs(y_pred)
-        return Result(arrays, np.array([float(term) for term in extra]), Notes(structure))
+        notes = Notes(structure, len(extra))
+        sums = [np.array([float(term) for term in extra]), *self._effects(scope, state, run, notes)]
+        return Result(arrays, np.concatenate(sums), notes)
+
+    def assign(self, sums: np.ndarray, notes: Notes) -> None:
+        """Give the template the variables that a forward pass assigned: metrics of layers, seeds, counters."""
+        if notes.assigned or notes.constant:
+            with torch.no_grad():
+                self._assign([v.value for v in self.variables], sums[notes.terms :], notes)
 
     def update(self, state: _State, totals: Totals) -> None:
         """Assigned variables, then Keras's optimizer on the summed gradients."""
         notes: Notes = totals.notes
         with torch.no_grad():
-            self._assign(state, totals.sums[1 + notes.terms :], notes)
+            self._assign(state.variables, totals.sums[1 + notes.terms :], notes)
             if not self.trainable:
                 return
             unused = frozenset.intersection(*(note.unused for note in totals.every_note))
@@ -349,19 +357,19 @@ class KerasProgram:
             return Effect.SUM
         return self.effects.get(index, Effect.MEAN if variable.dtype.startswith(("float", "bfloat")) else Effect.SAME)
 
-    def _assign(self, state: _State, sums: np.ndarray, notes: Notes) -> None:
+    def _assign(self, variables: Sequence[torch.Tensor], sums: np.ndarray, notes: Notes) -> None:
         """Give assigned variables their values for the global batch."""
         for i, value in notes.constant:
-            state.variables[i].copy_(value)
+            variables[i].copy_(value)
         at = 0
         for i, _ in notes.assigned:
-            tensor = state.variables[i]
+            tensor = variables[i]
             moved = torch.from_numpy(sums[at : at + tensor.numel()]).reshape(tensor.shape)
             new = tensor.double() + moved
             tensor.copy_(new if tensor.is_floating_point() else new.round())
             at += tensor.numel()
         for layer in notes.normalized:
-            targets = [state.variables[self._index[id(v)]] for v in (layer.moving_mean, layer.moving_variance)]
+            targets = [variables[self._index[id(v)]] for v in (layer.moving_mean, layer.moving_variance)]
             length = 1 + 2 * targets[0].numel()
             for tensor, value in zip(targets, combine(sums[at : at + length]), strict=True):
                 # In the variable's own precision, as Keras does it.
