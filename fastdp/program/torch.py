@@ -26,7 +26,7 @@ from fastdp.program.torch_buffers import BufferNotes, assign_buffers, gather_buf
 from fastdp.program.torch_loss import REDUCTIONS, LossFunction, contribute
 from fastdp.program.torch_module import Adopted, Attributes, ReplicaModule, adopted, replicate, slots_of, tensors_of
 from fastdp.program.torch_optimizer import OptimizerFactory, Optimizers
-from fastdp.program.torch_scope import Handler, ReplicaMode, Running
+from fastdp.program.torch_scope import Handler, ReplicaMode, Running, backward
 from fastdp.program.torch_tensors import intra_op_threads, spec_of
 
 _HANDLERS: dict[Any, Handler] = {**torch_random.HANDLERS, **torch_norm.HANDLERS}
@@ -212,9 +212,8 @@ class TorchProgram:
             outputs = state.replica.module(*args, **kwargs)
             part = contribute(self.reduction, self.loss_fn, outputs, targets, users, running)
             forward.close()
-            running.backward = True
             if part.roots:
-                torch.autograd.backward(part.roots, part.seeds)
+                backward(running, part.roots, part.seeds)
         gradients = _collect(state, part.direct)
         arrays, nest = outputs_to_arrays(outputs) if context.wants_outputs else ([], None)
         notes = _Notes(nest, part.dtype, step=context.step, last=structure.last)

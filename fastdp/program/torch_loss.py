@@ -18,7 +18,7 @@ import torch
 
 from fastdp.program.base import Context
 from fastdp.program.torch_batch import Nest
-from fastdp.program.torch_scope import Running
+from fastdp.program.torch_scope import Running, gradients_of
 from fastdp.shard import Rows
 
 REDUCTIONS = (None, "mean", "sum")
@@ -58,12 +58,13 @@ def contribute(
         running: the replica.
     """
     nest, tensors = Nest.flatten(outputs, "The module's outputs")
+    _check_rows(tensors, running.rows)
     if reduction is None:
         return _merged(loss_function, nest, tensors, parameters, running)
     leaves = [_leaf(tensor) for tensor in tensors]
     loss = _number(loss_function(nest.pack(leaves), *targets))
     weight = running.context.rows.share if reduction == "mean" else 1.0
-    gradients, direct = _gradients(loss * weight, leaves, parameters)
+    gradients, direct = _gradients(running, loss * weight, leaves, parameters)
     if direct and reduction == "sum":
         raise ValueError(
             "A loss function that uses the module's parameters itself would count that part once per device with "
@@ -92,7 +93,7 @@ def _merged(
             loss = _number(loss_function(nest.pack(leaves), *targets))
         finally:
             running.rows = own
-        gradients, direct = _gradients(loss, leaves, parameters)
+        gradients, direct = _gradients(running, loss, leaves, parameters)
         answer = (loss.detach(), gradients, direct)
     loss, gradients, direct = context.exchange(answer)[0]
     mine = [None if g is None else _own(g, t, context.rows) for g, t in zip(gradients, tensors, strict=True)]
@@ -112,6 +113,20 @@ def _contribution(
     return Contribution(value, loss.dtype, [t for t, _ in pairs], [g for _, g in pairs], direct)
 
 
+def _check_rows(tensors: Sequence[torch.Tensor], rows: Rows) -> None:
+    """Outputs have the replica's rows along their first axis, or no axes.
+
+    Raises:
+        ValueError: they have not.
+    """
+    for i, tensor in enumerate(tensors):
+        if tensor.ndim and (tensor.shape[0] < rows.count or tensor.shape[0] % rows.count):
+            raise ValueError(
+                f"Output {i} of the module must have its rows along the first axis (a multiple of {rows.count} for "
+                f"{rows.count} rows), so that the loss can be computed on all. Received: shape {tuple(tensor.shape)}"
+            )
+
+
 def _leaf(tensor: torch.Tensor) -> torch.Tensor:
     """A leaf of autograd with the tensor's values."""
     leaf = tensor.detach()
@@ -119,7 +134,7 @@ def _leaf(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _gradients(
-    loss: torch.Tensor, leaves: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]
+    running: Running, loss: torch.Tensor, leaves: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]
 ) -> tuple[list[torch.Tensor | None], dict[int, torch.Tensor]]:
     """The loss's gradients by outputs, and by the parameters that it uses itself."""
     positions = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
@@ -130,7 +145,7 @@ def _gradients(
             "Is there a .detach(), .item() or torch.no_grad() in it?"
         )
     inputs = [leaves[i] for i in positions] + [parameters[i] for i in trained]
-    found = torch.autograd.grad(loss, inputs, allow_unused=True)
+    found = gradients_of(running, loss, inputs) if inputs else []
     by_leaf = dict(zip(positions, found[: len(positions)], strict=True))
     direct = dict(zip(trained, found[len(positions) :], strict=True))
     return [by_leaf.get(i) for i in range(len(leaves))], {i: g for i, g in direct.items() if g is not None}

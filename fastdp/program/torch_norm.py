@@ -9,8 +9,8 @@ of the global batch. Over replicas r with n_r values each, mean m_r and variance
 which `combine` evaluates from the sums of n_r, n_r m_r and n_r (v_r + m_r^2) in float64.
 
 A replica with a single value per channel, of a batch that has more, gets what the formula gives: the value
-minus itself, zero, scaled and shifted. Torch refuses such a batch on one device, and so it is refused here
-where the *global* batch has a single value per channel.
+minus itself, zero up to rounding, scaled and shifted. Torch refuses such a batch on one device, and so it is
+refused here where the *global* batch has a single value per channel.
 """
 
 from __future__ import annotations

@@ -172,7 +172,7 @@ def _draws(function: Any, args: Any, kwargs: Any) -> bool:
     if function is F.scaled_dot_product_attention:
         return (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)) > 0.0
     if function is F.multi_head_attention_forward:
-        return kwargs.get("training", True) and (args[11] if len(args) > 11 else kwargs["dropout_p"]) > 0.0
+        return kwargs.get("training", True) and (args[10] if len(args) > 10 else kwargs["dropout_p"]) > 0.0
     if function in _RNNS:
         # (..., has_biases, num_layers, dropout, train, bidirectional[, batch_first])
         numbers = [a for a in args if isinstance(a, (bool, int, float))]

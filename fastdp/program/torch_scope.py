@@ -7,11 +7,12 @@ and nothing is patched.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from fastdp.program.base import Context
@@ -54,6 +55,30 @@ class Running:
             )
         self.draws += 1
         return self.context.structure.seed(), self.draws
+
+
+def backward(running: Running, roots: Sequence[torch.Tensor], seeds: Sequence[torch.Tensor]) -> None:
+    """`torch.autograd.backward`, with the replica's mode active inside, where checkpoints recompute.
+
+    Torch hands `backward` itself to the mode, and switches the mode off meanwhile: unless it gets graph
+    edges in place of tensors.
+    """
+    running.backward = True
+    try:
+        torch.autograd.backward([get_gradient_edge(root) for root in roots], list(seeds))
+    finally:
+        running.backward = False
+
+
+def gradients_of(running: Running, loss: torch.Tensor, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor | None]:
+    """`torch.autograd.grad` of one number; None for inputs that it does not depend on. As `backward`."""
+    running.backward = True
+    try:
+        edges = [get_gradient_edge(tensor) for tensor in inputs]
+        seed = torch.ones((), dtype=loss.dtype)
+        return torch.autograd.grad([get_gradient_edge(loss)], edges, [seed], allow_unused=True)
+    finally:
+        running.backward = False
 
 
 class ReplicaMode(TorchFunctionMode):
