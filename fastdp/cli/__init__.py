@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 from collections.abc import Sequence
+
+from fastdp._version import __version__
+from fastdp.cli.optional import MissingLibraryError
 
 COMMANDS = {
     "devices": "list the devices that `gpus=` counts",
@@ -17,12 +21,18 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status.
 
-    Each command is a module of this package with `add_arguments(parser)` and `run(options) -> int`.
+    Each command is a module of this package with `add_arguments(parser)` and `run(options) -> int`. These
+    modules load Keras and other optional libraries in `run`: `devices` and `--help` work without them.
     """
     parser = argparse.ArgumentParser(prog="fastdp", description="Data-parallel training from one process.")
+    parser.add_argument("--version", action="version", version=f"fastdp {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     modules = {name: importlib.import_module(f"fastdp.cli.{name}") for name in COMMANDS}
     for name, module in modules.items():
         module.add_arguments(commands.add_parser(name, help=COMMANDS[name], description=module.__doc__))
     options = parser.parse_args(arguments)
-    return int(modules[options.command].run(options))
+    try:
+        return int(modules[options.command].run(options))
+    except MissingLibraryError as error:
+        print(f"fastdp {options.command}: {error}", file=sys.stderr)
+        return 1

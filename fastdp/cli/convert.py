@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import sys
+
+from fastdp.cli.optional import load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,8 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Convert one file."""
-    convert = importlib.import_module("fastdp.keras.convert").convert
-    convert(options.source, options.destination)
+    """Convert one file; 1 where it cannot be converted."""
+    convert = load("fastdp.keras.convert", "keras").convert
+    try:
+        convert(options.source, options.destination)
+    except (OSError, ValueError) as error:
+        print(f"fastdp convert: {error}", file=sys.stderr)
+        return 1
     print(f"Wrote {options.destination}")
     return 0

@@ -1,0 +1,27 @@
+"""Libraries that only some commands need, loaded when such a command runs."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class MissingLibraryError(ImportError):
+    """A command needs a library that is not installed; the message says how to install it."""
+
+
+def load(name: str, extra: str) -> ModuleType:
+    """The module `name`, which the extra `extra` of fastdp installs.
+
+    Raises:
+        MissingLibraryError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        library = name.split(".")[0]
+        if error.name is None or error.name.split(".")[0] != library:
+            raise
+        raise MissingLibraryError(
+            f"This command needs {library}, which is not installed. Install it with: pip install 'fastdp[{extra}]'"
+        ) from error

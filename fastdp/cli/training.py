@@ -1,0 +1,94 @@
+"""One training run of the demo: the curves, the time of each epoch, and what each device did."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from fastdp.cli.digits import SEED, TRAIN_ROWS, Digits, build_model
+from fastdp.cli.optional import load
+from fastdp.shard import split_rows
+from fastdp.wrap import wrap
+
+
+@dataclass
+class DeviceWork:
+    """What one device did in a step on a full batch."""
+
+    name: str
+    rows: int
+    milliseconds: float
+
+
+@dataclass
+class Run:
+    """One training run: values per epoch, test accuracy, and the template that was trained."""
+
+    model: Any
+    history: dict[str, list[float]]
+    accuracy: float
+    epoch_seconds: list[float]
+    devices: list[DeviceWork]
+
+    @property
+    def label(self) -> str:
+        """Its name in tables and legends."""
+        return f"{len(self.devices)} device" + "s" * (len(self.devices) > 1)
+
+    @property
+    def samples_per_second(self) -> float:
+        """Training rows per second, without validation: the median of the epochs after the first."""
+        return TRAIN_ROWS / statistics.median(self.epoch_seconds[1:] or self.epoch_seconds)
+
+
+def train(digits: Digits, devices: int, *, epochs: int, batch_size: int, verbose: int | str) -> Run:
+    """Train a new model with fixed seeds on the first so many devices."""
+    model = build_model()
+    runner = wrap(model, gpus=devices)
+    optimizer = load("keras", "keras").optimizers.SGD(0.1, momentum=0.9, nesterov=True)
+    runner.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
+    batches = load("fastdp.keras.data_sets", "keras").ArrayBatches
+    clock = _clock(TRAIN_ROWS // batch_size)
+    history = runner.fit(
+        batches(digits.x_train, digits.y_train, batch_size=batch_size, seed=SEED),
+        validation_data=batches(digits.x_test, digits.y_test, batch_size=batch_size, shuffle=False),
+        shuffle=False,  # ArrayBatches has its own order
+        epochs=epochs,
+        verbose=verbose,
+        callbacks=[clock],
+    ).history
+    work = _work(runner, batch_size, clock.steps)
+    return Run(model, history, history["val_accuracy"][-1], clock.seconds, work)
+
+
+def _work(runner: Any, batch_size: int, steps: list[list[float]]) -> list[DeviceWork]:
+    """The median milliseconds of forward and backward on each device."""
+    shards = split_rows(batch_size, len(runner.devices))
+    return [
+        DeviceWork(device.name, rows.count, 1e3 * statistics.median(seconds[rank] for seconds in steps))
+        for rank, (device, rows) in enumerate(zip(runner.devices, shards, strict=False))
+    ]
+
+
+def _clock(full_batches: int) -> Any:
+    """A Keras callback: the seconds that each epoch trained, and each device's in steps on full batches."""
+    callback_class = load("keras", "keras").callbacks.Callback
+
+    class Clock(callback_class):  # type: ignore[misc, valid-type]
+        def on_train_begin(self, logs: Any = None) -> None:
+            self.seconds: list[float] = []
+            self.steps: list[list[float]] = []
+
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            self._began = time.perf_counter()
+
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            if batch < full_batches:
+                self.steps.append(self.model.engine.timings[-1])
+
+        def on_test_begin(self, logs: Any = None) -> None:
+            self.seconds.append(time.perf_counter() - self._began)
+
+    return Clock()

@@ -1,0 +1,133 @@
+"""The command line: what each command says, and that the light ones work without Keras."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import h5py
+import pytest
+
+from fastdp import __version__
+from fastdp.cli import COMMANDS, bench, demo, main
+from fastdp.cli.optional import MissingLibraryError, load
+
+WITHOUT_KERAS = "import sys; sys.modules['keras'] = sys.modules['torch'] = None; "
+
+
+def run(*arguments: str, code: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m fastdp` in a process of its own, without GPUs, and with virtual devices only where asked for."""
+    kept = {name: value for name, value in os.environ.items() if name != "FASTDP_VIRTUAL_DEVICES"}
+    start = ["-c", code + "from fastdp.cli import main; sys.exit(main(sys.argv[1:]))"] if code else ["-m", "fastdp"]
+    return subprocess.run(
+        [sys.executable, "-W", "error", *start, *arguments],
+        env={**kept, "CUDA_VISIBLE_DEVICES": "", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_help_names_every_command():
+    done = run("--help")
+    assert done.returncode == 0
+    for command, what in COMMANDS.items():
+        assert command in done.stdout
+        assert what.split()[0] in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help_without_keras(command):
+    done = run(command, "--help", code=WITHOUT_KERAS)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: fastdp {command}")
+
+
+def test_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"fastdp {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["train"], []])
+def test_an_unknown_command_and_none_are_usage_errors(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_devices_without_any_says_how_to_get_virtual_ones():
+    done = run("devices")
+    assert done.returncode == 0
+    assert "FASTDP_VIRTUAL_DEVICES=4" in done.stdout
+
+
+def test_devices_lists_the_virtual_ones_without_keras():
+    done = run("devices", code=WITHOUT_KERAS, FASTDP_VIRTUAL_DEVICES="2")
+    assert done.stdout.splitlines() == [
+        "0: virtual:0 (virtual, host memory)",
+        "1: virtual:1 (virtual, host memory)",
+    ]
+
+
+def test_demo_without_keras_says_what_to_install(tmp_path):
+    done = run("demo", "--out", str(tmp_path), code="import sys; sys.modules['keras'] = None; ")
+    assert done.returncode == 1
+    assert "pip install 'fastdp[keras]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--devices", "1"), ("--epochs", "0"), ("--batch-size", "1501"), ("--epochs", "many")]
+)
+def test_demo_refuses_values_out_of_range(option, value, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", option, value])
+    assert option in capsys.readouterr().err
+
+
+def test_demo_options_have_the_documented_defaults():
+    parser = demo.argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    options = parser.parse_args([])
+    assert (options.devices, options.epochs, options.batch_size, options.out.as_posix()) == (4, 10, 64, "out/demo")
+
+
+def test_convert_of_a_missing_file_names_it(tmp_path, capsys):
+    assert main(["convert", str(tmp_path / "none.h5"), str(tmp_path / "new.h5")]) == 1
+    assert str(tmp_path / "none.h5") in capsys.readouterr().err
+
+
+def test_convert_never_overwrites_a_file(tmp_path, capsys):
+    source, destination = tmp_path / "old.h5", tmp_path / "new.h5"
+    h5py.File(source, "w").close()
+    destination.write_bytes(b"precious")
+    assert main(["convert", str(source), str(destination)]) == 1
+    assert destination.read_bytes() == b"precious"
+    assert str(destination) in capsys.readouterr().err
+
+
+def test_bench_outside_a_checkout_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "FOLDER", tmp_path / "bench")
+    assert main(["bench", "all_reduce"]) == 1
+    assert "checkout" in capsys.readouterr().err
+
+
+def test_bench_runs_the_question_with_its_flags_and_hands_its_status_on(monkeypatch, tmp_path, capfd):
+    for question in bench.QUESTIONS:
+        (tmp_path / f"{question}.py").write_text(f"import sys; print('{question}', sys.argv[1:]); sys.exit(3)")
+    monkeypatch.setattr(bench, "FOLDER", tmp_path)
+    assert main(["bench", "all", "--quick"]) == 3
+    assert capfd.readouterr().out.splitlines() == [f"{question} ['--quick']" for question in bench.QUESTIONS]
+
+
+def test_every_question_of_the_command_is_a_benchmark_of_the_checkout():
+    for question in bench.QUESTIONS:
+        assert (bench.FOLDER / f"{question}.py").is_file()
+
+
+def test_a_missing_library_names_the_extra_that_brings_it():
+    with pytest.raises(MissingLibraryError, match=r"needs no_such_library.*fastdp\[demo\]"):
+        load("no_such_library.part", "demo")
