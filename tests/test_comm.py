@@ -12,12 +12,12 @@ import pytest
 
 from fastdp.backend.host import HostDevice, HostStream
 from fastdp.buckets import ArraySpec, FlatBuffers
-from fastdp.comm.host import TILE, HostCommunicator
+from fastdp.comm.host import GRAIN, TILE, HostCommunicator
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.errors import DeviceTimeoutError, StepAborted
 
 LIMIT = 10.0
-LENGTHS = [1, 7, 63, 64, 65, 127, 129, 1000, TILE - 1, TILE, TILE + 1, 2 * TILE + 65]
+LENGTHS = [1, 63, 64, 65, 1000, GRAIN - 1, GRAIN, GRAIN + 1, 3 * GRAIN + 9, TILE - 1, TILE, TILE + 1, 2 * TILE + 65]
 TOLERANCE = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 1e-6, "float64": 1e-15, "int64": 0}
 
 
@@ -157,6 +157,19 @@ def test_all_buckets_and_all_dtypes_are_reduced(eight):
     assert all((read(view, spec.dtype) == 6).all() for view, spec in zip(targets[2].views, specs, strict=True))
 
 
+@pytest.mark.parametrize("grains", [(5, 4), (4, 5), (1, 4), (0, 3)])
+def test_every_part_of_every_bucket_is_reduced_whatever_the_other_buckets_lengths(eight, grains):
+    specs = [ArraySpec(f"a{n}", (count * GRAIN,), "float32") for n, count in enumerate(grains)]
+    targets = [FlatBuffers(specs, device.empty) for device in eight[:4]]
+    for target in targets:
+        target.buffers["float32"][...] = 1
+    buckets = targets[0].buckets(first=1, cap=1)
+    HostCommunicator(eight[:4]).all_reduce(targets, targets, buckets)
+    settle(eight[:4])
+    assert len(buckets) == 2
+    assert all((target.buffers["float32"] == 4).all() for target in targets)
+
+
 def test_a_dtype_that_is_stored_as_bytes_is_refused(eight):
     targets = flats(eight[:2], 3, "float8_e5m2")
     with pytest.raises(TypeError, match="float8_e5m2 cannot be all-reduced"):
@@ -183,10 +196,10 @@ def test_once_runs_one_time_after_all_before_it_and_before_all_behind_it(eight):
     assert seen == ["before"] * 8 + ["once"] + ["behind"] * 8
 
 
-def step_with_slow_devices(devices, slow):
+def step_with_slow_devices(devices, slow, length=512):
     """Gradients written on the compute streams, reduced, and read there; `slow` devices write late."""
     count = len(devices)
-    targets = flats(devices, 512, "float32")
+    targets = flats(devices, length, "float32")
     read_back = [None] * count
 
     def write(rank):
@@ -207,16 +220,18 @@ def step_with_slow_devices(devices, slow):
     return all((values == sum(range(count + 1))).all() for values in read_back)
 
 
+@pytest.mark.parametrize("length", [1, 512, 4 * GRAIN])
 @pytest.mark.parametrize("slow", [{0}, {3}, {0, 1}, set()])
-def test_all_reduce_is_ordered_against_compute_before_and_behind_it(eight, slow):
-    assert step_with_slow_devices(eight[:4], slow)
+def test_all_reduce_is_ordered_against_compute_before_and_behind_it(eight, slow, length):
+    assert step_with_slow_devices(eight[:4], slow, length)
 
 
-@pytest.mark.parametrize("name", ["communication", "compute"])
-def test_a_missing_wait_in_the_all_reduce_is_detected(eight, name, monkeypatch):
+@pytest.mark.parametrize("length", [512, 4 * GRAIN])
+@pytest.mark.parametrize(("name", "slow"), [("communication", {3}), ("compute", {0})])
+def test_a_missing_wait_in_the_all_reduce_is_detected(eight, name, slow, length, monkeypatch):
     kept = HostStream.wait
     monkeypatch.setattr(HostStream, "wait", lambda self, event: None if self.name == name else kept(self, event))
-    assert not step_with_slow_devices(eight[:4], {0})
+    assert not step_with_slow_devices(eight[:4], slow, length)
 
 
 def test_a_failure_before_the_all_reduce_reaches_every_device_and_changes_nothing(eight):

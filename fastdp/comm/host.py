@@ -13,6 +13,9 @@ from fastdp.shard import split_range
 # 256 KiB of fp32: sums stay in a core's cache between the reads of the sources and the writes.
 TILE = 1 << 16
 
+# Waking a device's worker costs more than adding so few numbers: a device's part is a multiple of this.
+GRAIN = 1 << 12
+
 
 class HostCommunicator:
     """Collectives over the given devices, in their order.
@@ -61,24 +64,29 @@ class HostCommunicator:
                     outs = [target.buffers[bucket.dtype][span] for target in targets]
                     _reduce_part(ins, outs, bucket.dtype, rank, parts)
 
-        self._everywhere(reduce)
+        # Of every bucket, not of the longest: rounded up to grains, a longer one may have fewer parts.
+        pieces = [split_range(bucket.stop - bucket.start, parts, GRAIN) for bucket in buckets]
+        busy = max((sum(start < stop for start, stop in piece) for piece in pieces), default=0)
+        self._in_order(range(max(1, busy)), reduce)
 
     def broadcast(self, buffers: Sequence[FlatBuffers]) -> None:
         """Copy the first device's buffers to all others; each device pulls its own."""
-        self._everywhere(lambda rank: buffers[rank].copy_from(buffers[0]) if rank else None)
+        others = range(1, len(self._devices))
+        self._in_order(others or [0], lambda rank: buffers[rank].copy_from(buffers[0]))
 
     def once(self, work: Callable[[], object]) -> None:
         """Run `work()` on the first device, after all that was enqueued before and before all that comes."""
-        self._everywhere(lambda rank: work() if rank == 0 else None)
+        self._in_order([0], lambda rank: work())
 
-    def _everywhere(self, work: Callable[[int], object]) -> None:
-        """Run `work(rank)` on every communication stream, ordered against all compute streams."""
+    def _in_order(self, ranks: Sequence[int], work: Callable[[int], object]) -> None:
+        """Run `work(rank)` on these communication streams, ordered against the compute streams of all devices."""
         before = joined([device.compute.record() for device in self._devices])
         after = []
-        for rank, device in enumerate(self._devices):
-            device.communication.wait(before)
-            device.communication.enqueue(lambda rank=rank: work(rank))  # type: ignore[misc]
-            after.append(device.communication.record())
+        for rank in ranks:
+            stream = self._devices[rank].communication
+            stream.wait(before)
+            stream.enqueue(lambda rank=rank: work(rank))  # type: ignore[misc]
+            after.append(stream.record())
         done = joined(after)
         for device in self._devices:
             device.compute.wait(done)
@@ -88,7 +96,7 @@ def _reduce_part(
     sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], dtype: str, part: int, parts: int
 ) -> None:
     """Sum part `part` of `parts` of the sources, in rank order, into all targets."""
-    start, stop = split_range(len(targets[0]), parts, align=64)[part]
+    start, stop = split_range(len(targets[0]), parts, GRAIN)[part]
     for low in range(start, stop, TILE):
         tile = slice(low, min(low + TILE, stop))
         if len(sources) == 1:
