@@ -23,6 +23,7 @@ from fastdp.program.torch_batch import (
     outputs_to_arrays,
 )
 from fastdp.program.torch_buffers import BufferNotes, assign_buffers, gather_buffers
+from fastdp.program.torch_gradients import Gradients
 from fastdp.program.torch_loss import REDUCTIONS, LossFunction, contribute
 from fastdp.program.torch_module import Adopted, Attributes, ReplicaModule, adopted, replicate, slots_of, tensors_of
 from fastdp.program.torch_optimizer import OptimizerFactory, Optimizers
@@ -30,21 +31,16 @@ from fastdp.program.torch_scope import Handler, ReplicaMode, Running, backward
 from fastdp.program.torch_tensors import intra_op_threads, spec_of
 
 _HANDLERS: dict[Any, Handler] = {**torch_random.HANDLERS, **torch_norm.HANDLERS}
-_NO_STEP = -1
 
 
 @dataclass(slots=True)
 class _State:
-    """A replica. `fresh` is this step's gradient by position, `held` that of the window's earlier calls."""
+    """A replica. `optimized` are the parameters that its optimizer moves: the first replica's are the user's."""
 
     replica: ReplicaModule
-    gradients: list[torch.Tensor]
-    trained: list[torch.Tensor]
+    gradients: Gradients
     optimizer: torch.optim.Optimizer | None
     optimized: list[torch.Tensor]
-    fresh: dict[int, torch.Tensor] = field(default_factory=dict)
-    fresh_step: int = _NO_STEP
-    held: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -55,7 +51,7 @@ class _Notes:
     loss_dtype: torch.dtype = torch.float32
     buffers: BufferNotes = field(default_factory=BufferNotes)
     used: frozenset[int] = frozenset()
-    step: int = _NO_STEP
+    step: int = 0
     last: bool = True
 
 
@@ -178,9 +174,8 @@ class TorchProgram:
         replica = replicate(self.module, self._slots, tensors_of(memory.variables))
         own = [slot.tensor for slot in self._slots if slot.is_parameter] if rank == 0 else replica.parameters
         optimizer = self.optimizers.add(own) if self.optimizers is not None else None
-        state = _State(
-            replica, tensors_of(memory.gradients), self._pick(replica.parameters), optimizer, self._pick(own)
-        )
+        gradients = Gradients(self._pick(replica.parameters), tensors_of(memory.gradients))
+        state = _State(replica, gradients, optimizer, self._pick(own))
         self._states.append(state)
         return state
 
@@ -206,7 +201,8 @@ class TorchProgram:
         args, kwargs, targets = structure.pack(batch)
         running = Running(context, context.rows, self.sync_batch_norm)
         users = [self._slots[i].tensor for i in self._differentiable]
-        self._begin(state, users)
+        state.gradients.begin(users)
+        state.replica.refresh_buffers()
         with torch.enable_grad(), ReplicaMode(running, _HANDLERS), ExitStack() as forward:
             forward.enter_context(structure.autocast.enter())
             outputs = state.replica.module(*args, **kwargs)
@@ -214,12 +210,13 @@ class TorchProgram:
             forward.close()
             if part.roots:
                 backward(running, part.roots, part.seeds)
-        gradients = _collect(state, part.direct)
+        state.gradients.collect(part.direct, context.step)
         arrays, nest = outputs_to_arrays(outputs) if context.wants_outputs else ([], None)
         notes = _Notes(nest, part.dtype, step=context.step, last=structure.last)
         sums = gather_buffers(state.replica, running, notes.buffers)
-        notes.used = self._store(state, gradients, context) if structure.last else frozenset()
-        state.fresh, state.fresh_step = gradients, context.step
+        if structure.last:
+            idle = self._states[context.size :] if context.rank == 0 else []
+            notes.used = state.gradients.store([other.gradients for other in idle])
         return Result(arrays, np.concatenate([[part.value], *sums]), notes)
 
     def predict(self, state: _State, batch: list[np.ndarray], context: Context) -> Result:
@@ -241,15 +238,14 @@ class TorchProgram:
                 assign_buffers(state.replica.variables, totals.sums[1:], notes.buffers)
                 if notes.last:
                     self._apply(state, frozenset().union(*(note.used for note in totals.every_note)))
-                elif state.fresh_step == notes.step:
-                    for i, gradient in state.fresh.items():
-                        state.held[i] = state.held[i] + gradient if i in state.held else gradient
+                else:
+                    state.gradients.hold(notes.step)
         except BaseException:  # other replicas' optimizers may have moved on
             if self.optimizers is not None:
                 self.optimizers.suspect = True
             raise
         finally:
-            state.fresh, state.fresh_step = {}, _NO_STEP
+            state.gradients.forget_fresh()
 
     # Parts of the step.
 
@@ -258,57 +254,23 @@ class TorchProgram:
         at = dict(zip((i for i, s in enumerate(self._slots) if s.is_parameter), parameters, strict=True))
         return [at[i] for i in self._differentiable]
 
-    def _begin(self, state: _State, users: Sequence[torch.Tensor]) -> None:
-        """Begin with the user's `requires_grad`, no gradients, and the buffers of record."""
-        for own, user in zip(state.trained, users, strict=True):
-            own.grad = None
-            if own.requires_grad is not user.requires_grad:
-                own.requires_grad_(user.requires_grad)
-        state.replica.refresh_buffers()
-
-    def _store(self, state: _State, gradients: dict[int, torch.Tensor], context: Context) -> frozenset[int]:
-        """Gradients of the whole window into the flat buffer; zeros, and a note, where there are none."""
-        parts = [gradients, state.held]
-        if context.rank == 0:  # replicas that get no rows this time: the first brings what they hold
-            parts += [idle.held for idle in self._states[context.size :]]
-        used = frozenset().union(*parts)
-        with torch.no_grad():
-            for i, view in enumerate(state.gradients):
-                found = [part[i] for part in parts if i in part]
-                view.copy_(found[0]) if found else view.zero_()
-                for more in found[1:]:
-                    view.add_(more)
-        return used
-
     def _apply(self, state: _State, used: frozenset[int]) -> None:
         """One optimizer step. Gradients that the user's parameters had are put back."""
         assert state.optimizer is not None
         before = [parameter.grad for parameter in state.optimized]
         try:
             for i, parameter in enumerate(state.optimized):
-                parameter.grad = state.gradients[i] if i in used else None
+                parameter.grad = state.gradients.flat[i] if i in used else None
             present = [parameter.grad for parameter in state.optimized if parameter.grad is not None]
             if self.accumulate > 1 and present:
                 torch._foreach_div_(present, float(self.accumulate))
             if self.clip_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(state.optimized, self.clip_grad_norm)
             state.optimizer.step()
-            state.held.clear()
+            state.gradients.held.clear()
         finally:
             for parameter, gradient in zip(state.optimized, before, strict=True):
                 parameter.grad = gradient
-
-
-def _collect(state: _State, direct: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-    """The gradients that backward left on the replica's parameters, by position; dense."""
-    gradients: dict[int, torch.Tensor] = {}
-    for i, parameter in enumerate(state.trained):
-        if parameter.grad is not None:
-            gradients[i] = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
-            parameter.grad = None
-    for i, gradient in direct.items():
-        gradients[i] = gradients[i] + gradient if i in gradients else gradient
-    return gradients
 
 
 def _check_options(reduction: str | None, clip_grad_norm: float | None, accumulate: int) -> None:
