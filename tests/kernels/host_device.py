@@ -72,7 +72,11 @@ class HostDevice:
     def _start(self) -> None:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [str(self._runner)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+                [str(self._runner)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1"},  # in the test that it happens in
             )
 
     # fastdp.launch.Launcher
