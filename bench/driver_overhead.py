@@ -4,14 +4,19 @@ A 784-64-10 network written as a FunctionProgram, batch 64, on 1, 2, 4 and 8 vir
 same functions called in a plain loop, in rounds that alternate:
 
     empty      a program that computes nothing with the same parameters: all of its step is the engine
-    network    the real one; `plain` is train and update of the whole batch without the engine
+    network    the real one; `plain` is train and update of the whole batch without the engine; one BLAS thread in all
 
-Then the time of the empty step by verb on the host thread, and the functions of the host thread and of the
+Wall time, and the processor time of all threads together, which hardly depends on what else the machine
+does. Then the time of the empty step by verb on the host thread, and the functions of the host thread and of the
 workers that take the most time of their own, by cProfile: only their order means something, since profiling
 slows calls down. "acquire of lock" is waiting.
 """
 
 from __future__ import annotations
+
+import os
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when NumPy is imported
 
 import cProfile
 import pstats
@@ -107,6 +112,17 @@ def engines(program_class: Any, pools: dict[int, list[HostDevice]]) -> dict[int,
     return {n: DataParallel(program_class(parameters(), train, update, predict), pools[n]) for n in DEVICES}
 
 
+def processor_time(step: Callable[[], object], steps: int) -> float:
+    """Microseconds of processor time per step, of all threads: the median of five runs."""
+    values = []
+    for _ in range(5):
+        began = time.process_time()
+        for _ in range(steps):
+            step()
+        values.append(1e6 * (time.process_time() - began) / steps)
+    return round(statistics.median(values), 1)
+
+
 def by_verb(engine: DataParallel, steps: int) -> dict[str, float]:
     """Median microseconds of each verb on the host thread; `_merge` holds the wait for the devices."""
     seconds: dict[str, list[float]] = {verb: [] for verb in VERBS}
@@ -172,14 +188,11 @@ def main() -> None:
             calls[f"{kind} {count}"] = lambda e=engine: e.train(data, wants_outputs=False)
     times = alternate(calls, rounds=rounds, seconds=seconds)
     micro = {name: spread([1e6 * value for value in values], 4) for name, values in times.items()}
-    rows = [
-        [count, f"{micro[f'empty {count}']['median']:.0f}", f"{micro[f'network {count}']['median']:.0f}"]
-        for count in DEVICES
-    ]
+    processor = {name: processor_time(step, max(1, steps // 5)) for name, step in calls.items()}
     print_table(
-        f"Microseconds per step (median); the network in a plain loop takes {micro['plain']['median']:.0f}",
-        ["devices", "empty", "network"],
-        rows,
+        "Microseconds per step: wall time (median), and processor time of all threads",
+        ["step", "wall", "processor"],
+        [[name, f"{micro[name]['median']:.0f}", f"{processor[name]:.0f}"] for name in calls],
     )
     verbs = {count: by_verb(engine, steps) for count, engine in empty.items()}
     print_table(
@@ -194,7 +207,8 @@ def main() -> None:
     for pool in pools.values():
         for device in pool:
             device.close()
-    finish("driver_overhead", micro, unit="microseconds per step", host_thread_by_verb=verbs, save=asked.save)
+    results = {"wall": micro, "processor": processor, "host_thread_by_verb": verbs}
+    finish("driver_overhead", results, unit="microseconds per step", save=asked.save)
 
 
 if __name__ == "__main__":

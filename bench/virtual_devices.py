@@ -57,7 +57,7 @@ def resnet50() -> keras.Model:
 CASES: tuple[tuple[str, Callable[[], keras.Model], int, int, float], ...] = (
     ("CNN 28x28, batch 128", cnn, 128, 15, 0.5),
     ("MLP 784-512-512-10, batch 128", mlp, 128, 15, 0.3),
-    ("ResNet50 64x64, batch 32", resnet50, 32, 5, 0.1),
+    ("ResNet50 64x64, batch 32", resnet50, 32, 3, 0.1),
 )
 
 
