@@ -86,7 +86,7 @@ def draws(dtype, count, length, seed=0):
 @pytest.mark.parametrize("count", range(1, 9))
 def test_all_reduce_equals_the_exact_sum_and_every_replica_holds_the_same_bits(eight, count, dtype):
     devices = eight[:count]
-    for length in LENGTHS if count in (1, 3, 8) else [65, 1000]:
+    for length in LENGTHS if count in (1, 2, 3, 8) else [65, 1000]:
         values = draws(dtype, count, length)
         targets = flats(devices, length, dtype, values)
         all_reduce(devices, targets, targets)
@@ -109,11 +109,14 @@ def test_replicas_without_rows_get_the_sum_of_those_with_rows(eight, active, dty
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_16_bit_sums_are_rounded_once(eight, dtype):
-    step = np.float32(2.0**-11 if dtype == "float16" else 2.0**-8)  # half a unit in the last place of 1.0
-    targets = flats(eight, 70, dtype, [stored(np.full(70, 1.0 if n == 0 else step), dtype) for n in range(8)])
-    all_reduce(eight, targets, targets)
-    np.testing.assert_array_equal(targets[0].views[0], stored(np.full(70, 1 + 7 * step, np.float32), dtype))
+@pytest.mark.parametrize("count", range(2, 9))  # an even one gives a tie, rounded up or down to even
+def test_16_bit_sums_are_rounded_once_and_to_even(eight, count, dtype):
+    half = np.float32(2.0**-11 if dtype == "float16" else 2.0**-8)  # half a unit in the last place of 1.0
+    values = [stored(np.full(70, half if rank else 1.0, np.float32), dtype) for rank in range(count)]
+    targets = flats(eight[:count], 70, dtype, values)
+    all_reduce(eight[:count], targets, targets)
+    expected = stored(np.full(70, 1 + (count - 1) * half, np.float32), dtype)
+    np.testing.assert_array_equal(targets[0].views[0], expected)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
