@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdp._version import __version__
-from fastdp.device import DeviceInfo, devices, set_virtual_devices
+from fastdp.device import devices, set_virtual_devices
 from fastdp.engine import DataParallel, StepResult
 from fastdp.errors import DeviceTimeoutError, ReplicaError
 from fastdp.program.arrays import FunctionProgram
+from fastdp.topology import DeviceInfo
 from fastdp.wrap import wrap
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Turning `gpus=` into devices; the virtual devices of this process; what the box has, by NVML."""
+"""Turning `gpus=` into devices; the virtual devices of this process."""
 
 from __future__ import annotations
 
@@ -7,26 +7,15 @@ import operator
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pynvml
 
 from fastdp.backend.host import HostDevice
 from fastdp.errors import DeviceTimeoutError
+from fastdp.topology import DeviceInfo, physical_devices
 
 VIRTUAL_DEVICES_VARIABLE = "FASTDP_VIRTUAL_DEVICES"
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceInfo:
-    """What is known of one device: `kind` is "virtual" or "cuda"; memory in bytes, 0 where unknown."""
-
-    index: int
-    name: str
-    kind: str
-    memory_nbytes: int = 0
 
 
 class _VirtualDevices:
@@ -108,24 +97,6 @@ def devices() -> list[DeviceInfo]:
     if _virtual.count():
         return [DeviceInfo(device.index, device.name, device.kind) for device in _virtual.get()]
     return physical_devices()
-
-
-def physical_devices() -> list[DeviceInfo]:
-    """The NVIDIA GPUs that this process may see, by NVML, honouring CUDA_VISIBLE_DEVICES ordinals.
-
-    No CUDA context is made. An empty list where there is no driver.
-    """
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        found = [(_text(pynvml.nvmlDeviceGetName(h)), _memory_nbytes(h)) for h in handles]
-        visible = _visible_ordinals([_text(pynvml.nvmlDeviceGetUUID(h)) for h in handles])
-    finally:
-        pynvml.nvmlShutdown()
-    return [DeviceInfo(i, found[j][0], "cuda", found[j][1]) for i, j in enumerate(visible)]
 
 
 def resolve(gpus: Any, *, minimum: int = 1, caller: str = "fastdp.wrap") -> list[HostDevice]:
@@ -212,41 +183,3 @@ def _whole_number(value: Any) -> int | None:
         return operator.index(value)
     except TypeError:
         return None
-
-
-def _visible_ordinals(uuids: Sequence[str]) -> Sequence[int]:
-    """The physical ordinals left by CUDA_VISIBLE_DEVICES, of GPUs that have these UUIDs.
-
-    As in the CUDA runtime, an entry is an ordinal or the beginning of one GPU's UUID, and reading stops at the
-    first that names no GPU: `-1`, `none` or an empty one hides all that follow. A part of a GPU (MIG-...)
-    counts as a device of its own; only the runtime knows which GPU it is on, so the next one is shown.
-    """
-    text = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if text is None:
-        return range(len(uuids))
-    visible: list[int] = []
-    for part in (piece.strip() for piece in text.split(",")):
-        if part.startswith("GPU-"):
-            matches = [i for i, uuid in enumerate(uuids) if uuid.startswith(part)]
-            ordinal = matches[0] if len(matches) == 1 else -1
-        elif part.startswith("MIG-"):
-            ordinal = min(len(visible), len(uuids) - 1)
-        else:
-            ordinal = int(part) if part.isdecimal() else -1
-        if not 0 <= ordinal < len(uuids):
-            break
-        visible.append(ordinal)
-    return visible
-
-
-def _memory_nbytes(handle: Any) -> int:
-    """A GPU's memory; 0 where NVML cannot tell (GPUs that share the host's memory)."""
-    try:
-        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
-    except pynvml.NVMLError:
-        return 0
-
-
-def _text(name: str | bytes) -> str:
-    """NVML's names are bytes in old releases of its binding."""
-    return name.decode() if isinstance(name, bytes) else name

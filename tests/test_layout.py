@@ -19,8 +19,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors.py",),
     ("shard.py",),
     ("backend/",),
+    ("topology.py",),
     ("device.py",),
-    ("launch.py",),
+    ("kernel_twins.py",),
+    ("launch/",),
     ("transfer.py",),
     ("buckets.py",),
     ("comm/",),
@@ -55,7 +57,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "keras": MODEL_FILES,
     "cupy": ("backend/cuda.py",),
     "cupyx": ("backend/cuda.py",),
-    "cupy_backends": ("backend/cuda.py", "launch.py"),  # NVRTC without a device, to compile kernels
+    "cupy_backends": ("backend/cuda.py",),
 }
 
 # Prefixes of files that may load a part of fastdp later than at import, by importlib.import_module.

@@ -1,0 +1,237 @@
+"""What GPUs this box has, how they are linked, and what is missing to use them: by NVML, without a CUDA context."""
+
+from __future__ import annotations
+
+import ctypes.util
+import importlib.metadata
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pynvml
+
+# The oldest CUDA that CuPy 14's wheels are built for, and the wheels by CUDA major version.
+OLDEST_CUDA = (12, 0)
+CUPY_WHEELS = {12: "cupy-cuda12x", 13: "cupy-cuda13x"}
+NCCL_WHEELS = ("nvidia-nccl-cu12", "nvidia-nccl-cu13")
+
+_ANCESTORS = {
+    0: "same board",
+    10: "one PCIe switch",
+    20: "PCIe switches",
+    30: "PCIe host bridge",
+    40: "same NUMA node",
+    50: "across NUMA nodes",
+}
+_P2P_READ, _P2P_OK = 0, 0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """What is known of one device: `kind` is "virtual" or "cuda".
+
+    Memory is in bytes, 0 where unknown. `compute_capability` is (major, minor), `link` the widest PCIe link that
+    the board and the slot allow, `nvlinks` the number of active NVLinks. `physical` is NVML's ordinal, which
+    differs from `index` where CUDA_VISIBLE_DEVICES selects.
+    """
+
+    index: int
+    name: str
+    kind: str
+    memory_nbytes: int = 0
+    compute_capability: tuple[int, int] | None = None
+    link: str = ""
+    nvlinks: int = 0
+    physical: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """The NVIDIA driver: its own version, and the newest CUDA that it runs as (major, minor)."""
+
+    version: str
+    cuda: tuple[int, int]
+
+
+def physical_devices() -> list[DeviceInfo]:
+    """The NVIDIA GPUs that this process may see, in CUDA's order under CUDA_VISIBLE_DEVICES.
+
+    An empty list where there is no driver: `problems()` tells why.
+    """
+    with _nvml() as error:
+        if error is not None:
+            return []
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        visible = visible_ordinals([_text(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles])
+        return [_describe(index, ordinal, handles[ordinal]) for index, ordinal in enumerate(visible)]
+
+
+def driver() -> Driver | None:
+    """The driver, or None where there is none."""
+    with _nvml() as error:
+        if error is not None:
+            return None
+        cuda = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
+        return Driver(_text(pynvml.nvmlSystemGetDriverVersion()), (cuda // 1000, cuda % 1000 // 10))
+
+
+def peer_matrix(devices: Sequence[DeviceInfo]) -> list[list[str]]:
+    """How each device reaches each other one: "NVLink", else the PCIe path; "no peer access" appended if so.
+
+    Entry [i][j] is the path from `devices[i]` to `devices[j]`; the diagonal is empty.
+    """
+    with _nvml() as error:
+        if error is not None:
+            return [["" for _ in devices] for _ in devices]
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(device.physical) for device in devices]
+        return [["" if a is b else _path(a, b) for b in handles] for a in handles]
+
+
+def problems() -> list[str]:
+    """What keeps this process from using GPUs, each with its remedy. Empty where nothing does."""
+    with _nvml() as error:
+        if isinstance(error, pynvml.NVMLError_LibraryNotFound):
+            return ["No NVIDIA driver is installed (libnvidia-ml.so is missing). Install it from your distribution."]
+        if error is not None:
+            return [
+                f"The NVIDIA driver does not answer ({error}). Load it (modprobe nvidia), or reboot after an update."
+            ]
+        present = pynvml.nvmlDeviceGetCount()
+    found = driver()
+    assert found is not None
+    return [*_hidden(present), *_libraries(found)]
+
+
+def _hidden(present: int) -> Iterator[str]:
+    """GPUs that are there, and that this process does not see."""
+    visible = len(physical_devices())
+    text = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not present:
+        yield "The driver finds no GPU. Check that one is plugged in and passed through to this machine or container."
+    elif visible < present and text is not None:
+        yield (
+            f"CUDA_VISIBLE_DEVICES={text!r} shows {visible} of {present} GPUs. Unset it, or list the ordinals to use."
+        )
+
+
+def _libraries(found: Driver) -> Iterator[str]:
+    """CuPy and NCCL: there, and fit for the driver."""
+    major = found.cuda[0]
+    if found.cuda < OLDEST_CUDA:
+        yield (
+            f"The driver {found.version} runs CUDA {found.cuda[0]}.{found.cuda[1]} at most, and CuPy 14 needs "
+            f"{OLDEST_CUDA[0]}.{OLDEST_CUDA[1]}. Update the driver."
+        )
+        return
+    installed = [wheel for wheel in CUPY_WHEELS.values() if _installed(wheel)]
+    wanted = CUPY_WHEELS.get(min(major, max(CUPY_WHEELS)), "cupy-cuda12x")
+    if not installed:
+        extra = wanted.removeprefix("cupy-").rstrip("x")
+        yield f"CuPy is not installed. Install it with: pip install 'fastdp[{extra}]'"
+    for wheel in installed:
+        if next(m for m, name in CUPY_WHEELS.items() if name == wheel) > major:
+            yield f"{wheel} is newer than the driver {found.version} (CUDA {major}). Install {wanted} instead."
+    if not any(map(_installed, NCCL_WHEELS)) and ctypes.util.find_library("nccl") is None:
+        yield "libnccl is missing. Install it with: pip install nvidia-nccl-cu" + str(min(major, 13))
+
+
+def visible_ordinals(uuids: Sequence[str]) -> Sequence[int]:
+    """The physical ordinals left by CUDA_VISIBLE_DEVICES, of GPUs that have these UUIDs.
+
+    As in the CUDA runtime, an entry is an ordinal or the beginning of one GPU's UUID, and reading stops at the
+    first that names no GPU: `-1`, `none` or an empty one hides all that follow. A part of a GPU (MIG-...)
+    counts as a device of its own; only the runtime knows which GPU it is on, so the next one is shown.
+    """
+    text = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if text is None:
+        return range(len(uuids))
+    visible: list[int] = []
+    for part in (piece.strip() for piece in text.split(",")):
+        if part.startswith("GPU-"):
+            matches = [i for i, uuid in enumerate(uuids) if uuid.startswith(part)]
+            ordinal = matches[0] if len(matches) == 1 else -1
+        elif part.startswith("MIG-"):
+            ordinal = min(len(visible), len(uuids) - 1)
+        else:
+            ordinal = int(part) if part.isdecimal() else -1
+        if not 0 <= ordinal < len(uuids):
+            break
+        visible.append(ordinal)
+    return visible
+
+
+@contextmanager
+def _nvml() -> Iterator[pynvml.NVMLError | None]:
+    """NVML, initialized; the error where it cannot be."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        yield error
+        return
+    try:
+        yield None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _describe(index: int, ordinal: int, handle: Any) -> DeviceInfo:
+    """All that NVML tells of one GPU."""
+    generation = _ask(pynvml.nvmlDeviceGetMaxPcieLinkGeneration, handle)
+    width = _ask(pynvml.nvmlDeviceGetMaxPcieLinkWidth, handle)
+    memory = _ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
+    capability = _ask(pynvml.nvmlDeviceGetCudaComputeCapability, handle)
+    return DeviceInfo(
+        index,
+        _text(pynvml.nvmlDeviceGetName(handle)),
+        "cuda",
+        int(memory.total) if memory is not None else 0,
+        (int(capability[0]), int(capability[1])) if capability is not None else None,
+        f"PCIe {generation} x{width}" if generation and width else "",
+        _count_nvlinks(handle),
+        ordinal,
+    )
+
+
+def _count_nvlinks(handle: Any) -> int:
+    """Active NVLinks; a GPU without that link number ends the count."""
+    active = 0
+    for link in range(pynvml.NVML_NVLINK_MAX_LINKS):
+        state = _ask(pynvml.nvmlDeviceGetNvLinkState, handle, link)
+        if state is None:
+            break
+        active += state == 1
+    return active
+
+
+def _path(a: Any, b: Any) -> str:
+    """How one GPU reaches another."""
+    if _ask(pynvml.nvmlDeviceGetP2PStatus, a, b, pynvml.NVML_P2P_CAPS_INDEX_NVLINK) == _P2P_OK:
+        return "NVLink"
+    ancestor = _ask(pynvml.nvmlDeviceGetTopologyCommonAncestor, a, b)
+    path = _ANCESTORS.get(-1 if ancestor is None else int(ancestor), "unknown path")
+    reads = _ask(pynvml.nvmlDeviceGetP2PStatus, a, b, _P2P_READ) == _P2P_OK
+    return path if reads else f"{path}, no peer access"
+
+
+def _ask(function: Callable[..., Any], *arguments: Any) -> Any:
+    """NVML's answer; None where this GPU or driver has none."""
+    try:
+        return function(*arguments)
+    except pynvml.NVMLError:
+        return None
+
+
+def _installed(distribution: str) -> bool:
+    """Whether a distribution is installed."""
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _text(name: str | bytes) -> str:
+    """NVML's strings are bytes in old releases of its binding."""
+    return name.decode() if isinstance(name, bytes) else name
