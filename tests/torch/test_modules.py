@@ -119,6 +119,44 @@ def test_weights_assigned_in_place_reach_every_train_step_of_the_module():
         torch.testing.assert_close(step(x, y), F.mse_loss(torch.zeros(11, 4), y))
 
 
+def test_weights_that_another_engine_noticed_first_still_reach_this_one():
+    module = nn.Linear(4, 4)
+    dp = fastdp.wrap(module, gpus=3, check_replicas=True)
+    step = dp.train_step(F.mse_loss, sgd)
+    dp.train_step(F.mse_loss, sgd)  # `dp(x)` runs on this one's engine
+    x, y = pair()
+    step(x, y)
+    with torch.no_grad():
+        module.weight.zero_()
+        module.bias.zero_()
+    assert not dp(x).any()
+    torch.testing.assert_close(step(x, y), F.mse_loss(torch.zeros(11, 4), y))
+
+
+def test_an_optimizer_that_fails_on_one_device_leaves_replicas_in_step():
+    calls = []
+
+    class Moody(torch.optim.Adam):
+        def __init__(self, parameters):
+            super().__init__(parameters, lr=0.1)
+            calls.append(self)
+            self.fails = False
+
+        def step(self, closure=None):
+            if self.fails:
+                self.fails = False
+                raise ArithmeticError("not today")
+            return super().step(closure)
+
+    dp = fastdp.wrap(nn.Linear(4, 4), gpus=3, check_replicas=True)
+    step = dp.train_step(F.mse_loss, Moody)
+    first = step(*pair())
+    calls[1].fails = True
+    with pytest.raises(fastdp.ReplicaError, match="virtual:1"):
+        step(*pair())
+    assert [float(step(*pair())) for _ in range(10)][-1] < first
+
+
 def test_the_module_is_a_plain_module_outside_steps():
     module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
     classes = [type(part) for part in module.modules()]
