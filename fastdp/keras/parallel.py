@@ -48,8 +48,8 @@ class ParallelModel(keras.Model):
         timeout: float = 1800.0,
         check_replicas: bool = False,
     ) -> None:
-        super().__init__(name=f"{template.name}_parallel")
         check_template(template)
+        super().__init__(name=f"{template.name}_parallel", dtype=template.dtype_policy)
         self.template = template
         self.devices = list(devices)
         self.cpu_merge = cpu_merge
@@ -255,6 +255,8 @@ class ParallelModel(keras.Model):
         engine = self.engine
         program: Any = engine.program
         program.inspect(arrays, structure)
+        if not program.trainable:
+            warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         result = engine.train(arrays, structure=structure, wants_outputs=self._wants_outputs())
         self._track_loss(result)
         x, y, sample_weight = structure.pack(arrays)

@@ -147,6 +147,7 @@ class KerasProgram:
         self._seed = torch.initial_seed() & 0x7FFFFFFF
         self._loss_is_merged = False
         self._found_not_per_sample = False
+        self._tried_equal_rows = False
         self._adopted: list[Adopted] = []
 
     # Memory: the protocol of fastdp.program.base.
@@ -340,7 +341,8 @@ class KerasProgram:
             if value is before or id(variable) in by_moments:
                 continue
             effect = self._effect(i, variable)
-            if effect is Effect.SAME:
+            # Floats are averaged even so: a value that looked constant on the rows tried may depend on others.
+            if effect is Effect.SAME and not value.is_floating_point():
                 notes.constant.append((i, value.detach()))
                 continue
             notes.assigned.append((i, effect))
@@ -383,20 +385,24 @@ class KerasProgram:
         """Find out, once, how `add_loss` terms and assigned variables depend on the rows.
 
         Runs the model on two rows of the batch, and on each alone, without changing anything. With fewer
-        rows, or values that are all zero, the question is asked again at the next step.
+        rows, rows that are all equal, or values that are all zero, the question is asked again at the next step.
 
         Raises:
             ValueError: an `add_loss` term that cannot be put together from the replicas' rows.
         """
-        open_effects = [e for e in (*self.effects.values(), *(self.loss_effects or [])) if e is Effect.UNDECIDED]
-        if (self.loss_effects is not None and not open_effects) or len(batch[0]) < 2:
+        undecided = Effect.UNDECIDED in (*self.effects.values(), *(self.loss_effects or []))
+        if (self.loss_effects is not None and not undecided and not self._tried_equal_rows) or len(batch[0]) < 2:
             return
+        other = _unlike_first(batch, structure)
+        self._tried_equal_rows = other is None
+        pair = [array[[0, other or 1]] for array in batch]
         with replica_aware():
-            both = self._try_rows(batch, structure, 0, 2)
+            both = self._try_rows(pair, structure, 0, 2)
             if not both[0] and not both[1]:
                 self.loss_effects = []
+                self._tried_equal_rows = False
                 return
-            a, b = (self._try_rows(batch, structure, row, row + 1) for row in (0, 1))
+            a, b = (self._try_rows(pair, structure, row, row + 1) for row in (0, 1))
         self.loss_effects = [classify(*values) for values in zip(a[0], b[0], both[0], strict=True)]
         for index, effect in enumerate(self.loss_effects):
             check_loss(effect, index)
@@ -447,6 +453,15 @@ class _Scope(keras.StatelessScope):
 def unpack(data: Any) -> tuple[Any, Any, Any]:
     """x, y and sample_weight of a batch."""
     return keras.utils.unpack_x_y_sample_weight(data)
+
+
+def _unlike_first(batch: Sequence[np.ndarray], structure: Structure) -> int | None:
+    """The first row whose inputs differ from those of row 0, if there is one."""
+    for row in range(1, len(batch[0])):
+        for array, name in zip(batch, structure.names, strict=True):
+            if name.startswith("x") and not np.array_equal(array[0], array[row]):
+                return row
+    return None
 
 
 def _statistics(layer: keras.layers.Layer) -> list[keras.Variable]:

@@ -118,6 +118,8 @@ def _patch() -> None:
         (DropoutRNNCell, "reset_dropout_mask", _forget_mask("dropout")),
         (DropoutRNNCell, "reset_recurrent_dropout_mask", _forget_mask("recurrent_dropout")),
     ]
+    spatial = (keras.layers.SpatialDropout1D, keras.layers.SpatialDropout2D, keras.layers.SpatialDropout3D)
+    targets += [(layer, "_get_noise_shape", _own_rows(layer._get_noise_shape)) for layer in spatial]
     targets += [(torch_random, name, _by_rows(getattr(torch_random, name))) for name in _SHAPED]
     for owner, name, function in targets:
         _originals.append((owner, name, getattr(owner, name)))
@@ -183,7 +185,9 @@ def _dropout(original: Callable[..., Any]) -> Callable[..., Any]:
         given = noise_shape if noise_shape is not None else [None] * inputs.ndim
         shape = [size if size is not None else inputs.shape[i] for i, size in enumerate(given)]
         rows = state.context.rows
-        by_rows = given[0] is None and inputs.shape[0] == rows.count < rows.total
+        # A single row given in numbers may as well mean one mask for all rows.
+        spans_rows = given[0] is None or 1 < given[0] == rows.count
+        by_rows = spans_rows and inputs.shape[0] == rows.count < rows.total
         if by_rows:
             shape[0] = rows.total
         generator = torch_random.torch_seed_generator(seed)
@@ -195,6 +199,16 @@ def _dropout(original: Callable[..., Any]) -> Callable[..., Any]:
         return torch.where(keep.expand(inputs.shape), scaled, torch.zeros((), dtype=inputs.dtype))
 
     return dropout
+
+
+def _own_rows(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The noise shape of spatial dropout, which says "each row" instead of the replica's number of rows."""
+
+    def noise_shape(layer: Any, inputs: Any) -> Any:
+        shape = original(layer, inputs)
+        return shape if running() is None else (None, *shape[1:])
+
+    return noise_shape
 
 
 def _alone(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -41,7 +41,9 @@ class Twins:
 
     def make(self, gpus: Any) -> Run:
         """A compiled model; `gpus=None` is plain Keras."""
-        keras.utils.clear_session(free_memory=False)
+        policy = keras.config.dtype_policy()
+        keras.utils.clear_session(free_memory=False)  # names start afresh, but so does the dtype policy
+        keras.config.set_dtype_policy(policy)
         keras.utils.set_random_seed(self.seed)
         model = self.build()
         trained = model if gpus is None else fastdp.wrap(model, gpus=gpus, check_replicas=True, **self.wrap)

@@ -131,7 +131,7 @@ def test_fit_with_a_ragged_last_batch_equals_one_device(rows: int, equals_one_de
 
 
 def test_sum_reduction_with_an_l2_regularizer_counts_the_regularizer_once(equals_one_device: Any) -> None:
-    build = lambda: dense(kernel_regularizer=keras.regularizers.L2(0.3))()  # noqa: E731
+    build = dense(kernel_regularizer=keras.regularizers.L2(0.3))
     made = lambda: {"optimizer": keras.optimizers.SGD(1e-2), "loss": keras.losses.MeanSquaredError("sum")}  # noqa: E731
     equals_one_device(build, made, batches([7, 2, 8]), gpus=5)
 

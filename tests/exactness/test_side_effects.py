@@ -1,0 +1,184 @@
+"""What a forward pass leaves behind: added losses, and variables that layers assign."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+import fastdp
+
+layers, ops = keras.layers, keras.ops
+
+
+def batches(sizes: Any = (9, 8, 3, 1)) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(4)
+    return [
+        {"x": rng.normal(size=(n, 3)).astype("float32"), "y": rng.normal(size=(n, 1)).astype("float32")} for n in sizes
+    ]
+
+
+def settings() -> dict[str, Any]:
+    return {"optimizer": keras.optimizers.SGD(0.05), "loss": "mse", "metrics": ["mae"]}
+
+
+def between(layer: Callable[[], keras.layers.Layer]) -> Callable[[], keras.Model]:
+    return lambda: keras.Sequential([keras.Input((3,)), layers.Dense(4), layer(), layers.Dense(1)])
+
+
+class Added(layers.Layer):
+    """Adds a loss of its input."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def call(self, x: Any) -> Any:
+        self.add_loss(self.function(x))
+        return x
+
+
+ADDED: dict[str, Callable[[Any], Any]] = {
+    "mean": lambda x: 0.1 * ops.mean(x**2),
+    "sum": lambda x: 0.01 * ops.sum(x**2),
+}
+
+
+@pytest.mark.parametrize("gpus", [2, 3, 8])
+@pytest.mark.parametrize("kind", ADDED)
+def test_add_loss_of_a_mean_or_a_sum_equals_one_device(kind: str, gpus: int, equals_one_device: Any) -> None:
+    equals_one_device(between(lambda: Added(ADDED[kind])), settings, batches(), gpus=gpus)
+
+
+def test_add_loss_of_a_mean_and_a_sum_together_equals_one_device(equals_one_device: Any) -> None:
+    build = lambda: keras.Sequential(  # noqa: E731
+        [keras.Input((3,)), layers.Dense(4), *(Added(f) for f in ADDED.values()), layers.Dense(1)]
+    )
+    equals_one_device(build, settings, batches(), gpus=3)
+    equals_one_device(build, settings, data=batches()[0], gpus=3, epochs=2, batch_size=4)
+
+
+def test_add_loss_with_a_custom_loss_on_the_merged_outputs_equals_one_device(equals_one_device: Any) -> None:
+    def whole(y_true: Any, y_pred: Any) -> Any:
+        return ops.std(y_true - y_pred)
+
+    made = lambda: {"optimizer": "sgd", "loss": whole}  # noqa: E731
+    equals_one_device(between(lambda: Added(ADDED["sum"])), made, batches((9, 8, 3)), gpus=3)
+
+
+def test_add_loss_that_is_neither_a_mean_nor_a_sum_is_a_value_error() -> None:
+    model = between(lambda: Added(lambda x: ops.sqrt(ops.mean(x**2))))()
+    parallel = fastdp.wrap(model, gpus=3)
+    parallel.compile(**settings())
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=r"add_loss\(\) term 0 .* neither a mean nor a sum"):
+        parallel.train_on_batch(**batches()[0])
+    assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
+
+
+def test_add_loss_that_is_neither_is_found_though_the_first_rows_are_alike() -> None:
+    model = between(lambda: Added(lambda x: ops.max(ops.abs(x))))()
+    parallel = fastdp.wrap(model, gpus=3)
+    parallel.compile(**settings())
+    batch = batches()[0]
+    batch["x"][1] = batch["x"][0]
+    with pytest.raises(ValueError, match="neither a mean nor a sum"):
+        parallel.train_on_batch(**batch)
+
+
+@pytest.mark.parametrize("kind", ["L1", "L2"])
+def test_activity_regularizers_equal_one_device(kind: str, equals_one_device: Any) -> None:
+    build = lambda: keras.Sequential(  # noqa: E731
+        [keras.Input((3,)), layers.Dense(4, activity_regularizer=kind.lower()), layers.Dense(1)]
+    )
+    equals_one_device(build, settings, batches(), gpus=3)
+    equals_one_device(between(lambda: layers.ActivityRegularization(0.1, 0.1)), settings, batches(), gpus=3)
+
+
+def test_spectral_normalization_equals_one_device(equals_one_device: Any) -> None:
+    build = lambda: keras.Sequential(  # noqa: E731
+        [keras.Input((3,)), layers.SpectralNormalization(layers.Dense(4)), layers.Dense(1)]
+    )
+    equals_one_device(build, settings, batches(), gpus=3)
+
+
+class Counter(layers.Layer):
+    """Counts its training steps, and the rows that it has seen."""
+
+    def __init__(self, dtype_of_steps: str = "int32") -> None:
+        super().__init__()
+        self.kind = dtype_of_steps
+
+    def build(self, shape: Any) -> None:
+        self.steps = self.add_weight(shape=(), dtype=self.kind, initializer="zeros", trainable=False)
+        self.rows = self.add_weight(shape=(), dtype="float32", initializer="zeros", trainable=False)
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        if training:
+            self.steps.assign_add(ops.cast(1, self.kind))
+            self.rows.assign_add(float(x.shape[0]))
+        return x
+
+
+@pytest.mark.parametrize("kind", ["int32", "float32"])
+def test_counters_of_steps_and_rows_equal_one_device(kind: str, equals_one_device: Any) -> None:
+    run = equals_one_device(between(lambda: Counter(kind)), settings, batches(), gpus=3)
+    counter = run.model.layers[1]
+    assert (int(counter.steps), int(counter.rows)) == (4, 21)
+
+
+class RunningMean(layers.Layer):
+    def __init__(self, always: bool = False) -> None:
+        super().__init__()
+        self.always = always
+
+    def build(self, shape: Any) -> None:
+        self.mean = self.add_weight(shape=shape[1:], initializer="zeros", trainable=False)
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        if training or self.always:
+            self.mean.assign(0.9 * self.mean + 0.1 * ops.mean(x, axis=0))
+        return x - self.mean
+
+
+def test_a_running_mean_equals_one_device_where_it_is_not_used_in_the_step(equals_one_device: Any) -> None:
+    class Unused(RunningMean):
+        def call(self, x: Any, training: bool = False) -> Any:
+            super().call(x, training)
+            return x
+
+    equals_one_device(between(Unused), settings, batches(), gpus=3)
+    equals_one_device(between(lambda: Unused(always=True)), settings, batches(), gpus=3)
+
+
+def test_a_running_mean_of_equal_first_rows_equals_one_device(equals_one_device: Any) -> None:
+    class Unused(RunningMean):
+        def call(self, x: Any, training: bool = False) -> Any:
+            super().call(x, training)
+            return x
+
+    data = batches()
+    data[0]["x"][1] = data[0]["x"][0]  # says nothing about how the mean depends on rows
+    equals_one_device(between(Unused), settings, data, gpus=3)
+
+
+def test_a_variable_that_is_neither_a_mean_nor_a_sum_of_rows_warns_once() -> None:
+    class Largest(layers.Layer):
+        def build(self, shape: Any) -> None:
+            self.largest = self.add_weight(shape=(), initializer="zeros", trainable=False, name="largest")
+
+        def call(self, x: Any) -> Any:
+            self.largest.assign(ops.max(ops.abs(x)))
+            return x
+
+    parallel = fastdp.wrap(between(Largest)(), gpus=3)
+    parallel.compile(**settings())
+    with pytest.warns(UserWarning, match="largest is assigned during the forward pass"):
+        parallel.train_on_batch(**batches()[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parallel.train_on_batch(**batches()[1])
