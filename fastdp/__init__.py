@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastdp._version import __version__
 from fastdp.device import devices, set_virtual_devices
-from fastdp.engine import DataParallel, StepResult
+from fastdp.engine import DataParallel
 from fastdp.errors import DeviceTimeoutError, ReplicaError
 from fastdp.program.arrays import FunctionProgram
+from fastdp.step import StepResult
 from fastdp.topology import DeviceInfo
 from fastdp.wrap import wrap
 
@@ -86,10 +87,11 @@ def _choose_backend() -> None:
         return
     file = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "keras.json"
     try:
-        named = json.loads(file.read_text()).get("backend", "")
+        settings = json.loads(file.read_text())
     except (OSError, ValueError):
-        named = ""
-    if not named or importlib.util.find_spec(named) is None:
+        settings = {}
+    named = settings.get("backend") if isinstance(settings, dict) else None
+    if not isinstance(named, str) or not named.isidentifier() or importlib.util.find_spec(named) is None:
         os.environ["KERAS_BACKEND"] = "torch"
 
 

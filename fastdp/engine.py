@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
@@ -17,42 +14,15 @@ from fastdp.backend.host import HostDevice, joined
 from fastdp.buckets import FlatBuffers
 from fastdp.comm.host import HostCommunicator
 from fastdp.comm.rendezvous import Rendezvous
-from fastdp.errors import DeviceTimeoutError, ReplicaError, StepAborted, replica_error_class
-from fastdp.program.base import Context, Memory, Program, Result, Totals
+from fastdp.errors import DeviceTimeoutError
+from fastdp.program.base import Context, Memory, Program, Result
 from fastdp.replica import Replica
-from fastdp.shard import Rows, split_rows
+from fastdp.shard import split_rows
+from fastdp.step import Step, StepResult, add_up, commit, run_replica, step_error
 from fastdp.transfer import Merger, count_rows, scatter
 
 # Steps of different engines that share devices must not interleave: replicas block in exchanges.
 _one_step_at_a_time = threading.RLock()
-
-
-@dataclass(slots=True)
-class StepResult:
-    """What a step gives the caller: merged outputs (the caller's own), summed numbers, rows."""
-
-    outputs: list[np.ndarray]
-    sums: np.ndarray
-    notes: Any
-    rows: int
-
-
-@dataclass(slots=True)
-class Step:
-    """One step in flight."""
-
-    shards: list[Rows]
-    contexts: list[Context]
-    merger: Merger
-    rendezvous: Rendezvous
-    batches: list[list[np.ndarray]] = field(default_factory=list)
-    results: list[Result | None] = field(default_factory=list)
-    totals: Totals | None = None
-    seconds: list[float] = field(default_factory=list)
-    failures: list[tuple[int, BaseException]] = field(default_factory=list)
-    generation: int = -1
-    updates_begun: bool = False
-    updates_done: list[int] = field(default_factory=list)
 
 
 class DataParallel:
@@ -64,9 +34,9 @@ class DataParallel:
         timeout: seconds that one step may take before it is given up.
         check_replicas: after each update, verify that all replicas are bitwise equal (for debugging).
 
-    The engine owns the replicas' memory, and a spare copy of the first replica's variables and slots, from
-    which a failed update is taken back. It is used from one thread at a time, and holds no thread of its
-    own: the devices do.
+    The engine owns the replicas' memory, and, for updates that may fail, a spare copy of the first replica's
+    variables and slots, from which a failed update is taken back. It is used from one thread at a time, and
+    holds no thread of its own: the devices do.
 
     Raises:
         ValueError: no device, or one named twice.
@@ -95,6 +65,7 @@ class DataParallel:
         self._unsettled: Step | None = None
         self.replicas = [self._replicate(rank) for rank in range(len(devices))]
         self._saved = [FlatBuffers(flat.specs, devices[0].empty) for flat in self.replicas[0].lasting]
+        self._updated = False
         self._buckets = self.replicas[0].gradients.buckets()
         self.timings: list[list[float]] = []
 
@@ -137,13 +108,13 @@ class DataParallel:
         step.results = [None] * len(step.shards)
         step.seconds = [0.0] * len(step.shards)
         for context, replica in zip(step.contexts, self.replicas, strict=False):
-            replica.device.compute.enqueue(lambda c=context, r=replica: _run_replica(step, r, c, work))  # type: ignore[misc]
+            replica.device.compute.enqueue(lambda c=context, r=replica: run_replica(step, r, c, work))  # type: ignore[misc]
 
     def _reduce(self, step: Step) -> None:
         """Gradients and sums are added up; every replica gets them, those without rows too."""
         active = [replica.gradients for replica in self.replicas[: len(step.shards)]]
         every = [replica.gradients for replica in self.replicas]
-        self._communicator.all_reduce(active, every, self._buckets, once=lambda: _commit(step))
+        self._communicator.all_reduce(active, every, self._buckets, once=lambda: commit(step))
 
     def _update(self, step: Step) -> None:
         """Every replica applies the same update to its own copy."""
@@ -152,10 +123,11 @@ class DataParallel:
             assert step.totals is not None
             try:
                 if replica.rank == 0:
-                    self._save()
+                    step.restorable = self._save()
                     step.updates_begun = True
                 replica.update(step.totals)
                 step.updates_done.append(replica.rank)
+                self._updated = True
             except BaseException as error:
                 step.failures.append((replica.rank, error))
                 raise
@@ -170,7 +142,7 @@ class DataParallel:
         """Wait for the replicas; outputs are together in row order."""
         self._finish(step)
         if step.totals is None:
-            _total(step)
+            add_up(step)
         else:
             self.program.committed()
             if self.check_replicas:
@@ -242,12 +214,22 @@ class DataParallel:
         failed = [(rank, event.error) for rank, event in enumerate(events) if event.error is not None]
         if failed:
             self._settle()
-            raise _replica_error(step.failures or failed, step, self.devices)
+            raise step_error(step.failures or failed, step, self.devices)
 
-    def _save(self) -> None:
-        """Keep the first replica's variables and slots as they are before an update."""
+    def _save(self) -> bool:
+        """Keep the first replica's variables and slots as they are before an update; False if not needed.
+
+        An update that runs none of the user's code and has succeeded before is relied on: copying everything
+        before each step would cost a tenth of a small step.
+        """
+        if self._updated and self.program.update_is_reliable:
+            self._saved = []
+            return False
+        if not self._saved:  # given up before; the program has changed its mind
+            self._saved = [FlatBuffers(flat.specs, self.devices[0].empty) for flat in self.replicas[0].lasting]
         for saved, flat in zip(self._saved, self.replicas[0].lasting, strict=True):
             saved.copy_from(flat)
+        return True
 
     def _settle(self) -> None:
         """Wait for what a failed or abandoned step left on the devices; take back an update that not all made."""
@@ -258,7 +240,9 @@ class DataParallel:
         step, self._unsettled = self._unsettled, None
         if step is None or not step.updates_begun or len(step.updates_done) == len(self.replicas):
             return
-        if self._home.generation == step.generation:  # else another engine has gone on from what there was
+        if (
+            step.restorable and self._home.generation == step.generation
+        ):  # else another engine has gone on from what there was
             for replica in self.replicas:
                 for saved, flat in zip(self._saved, replica.lasting, strict=True):
                     flat.copy_from(saved)
@@ -342,59 +326,3 @@ class _StepScope(AbstractContextManager[Step]):
         self._engine._generation = -1
         for device in self._engine.devices:
             device.unsettled = True
-
-
-def _run_replica(
-    step: Step,
-    replica: Replica,
-    context: Context,
-    work: Callable[[Replica, list[np.ndarray], Context], Result],
-) -> None:
-    """Run one replica's work on its device's worker; a failure wakes the replicas that wait for it."""
-    began = time.perf_counter()
-    try:
-        result = work(replica, step.batches[context.rank], context)
-        if context.wants_outputs:
-            step.merger.write(context.rank, result.outputs)
-        result.outputs = []
-        step.results[context.rank] = result
-    except BaseException as error:
-        step.failures.append((context.rank, error))
-        step.rendezvous.abort(error)
-        raise
-    finally:
-        step.seconds[context.rank] = time.perf_counter() - began
-
-
-def _commit(step: Step) -> None:
-    """Add up the sums, and let the updates begin, on all replicas or on none: not for an abandoned step."""
-    if step.rendezvous.aborted:
-        raise StepAborted("The step was given up before its update.")
-    _total(step)
-
-
-def _total(step: Step) -> None:
-    """Add up the replicas' sums, in rank order."""
-    results = [result for result in step.results if result is not None]
-    sums = results[0].sums.copy()
-    for result in results[1:]:
-        sums += result.sums
-    step.totals = Totals(sums, results[0].notes, [result.notes for result in results])
-
-
-def _replica_error(
-    failures: Sequence[tuple[int, BaseException]], step: Step, devices: Sequence[HostDevice]
-) -> ReplicaError:
-    """The error to raise for a failed step: its first cause, with the device and the rows."""
-    causes = [failure for failure in failures if not isinstance(failure[1], StepAborted)] or list(failures)
-    rank, cause = causes[0]
-    total = step.shards[0].total
-    rows = (step.shards[rank].start, step.shards[rank].stop) if rank < len(step.shards) else None
-    where = f"rows {rows[0]} to {rows[1]} of the batch's {total}" if rows else f"no rows of the batch's {total}"
-    message = (
-        f"The replica on {devices[rank].name} ({where}) failed with {type(cause).__name__}: {cause}\n"
-        "The step was stopped and no replica's weights were changed."
-    )
-    error = replica_error_class(type(cause))(message, device=devices[rank].name, rows=rows)
-    error.__cause__ = cause
-    return error

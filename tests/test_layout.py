@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("program/torch",),
     ("program/keras", "program/capture"),
     ("replica.py",),
+    ("step.py",),
     ("engine.py",),
     ("data/",),
     ("keras/",),
@@ -47,6 +48,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 # the protocol and none of the programs.
 ONLY_FROM = {
     "replica.py": ("program/", ("program/__init__.py", "program/base.py")),
+    "step.py": ("program/", ("program/__init__.py", "program/base.py")),
     "engine.py": ("program/", ("program/__init__.py", "program/base.py")),
 }
 

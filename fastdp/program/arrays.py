@@ -100,6 +100,11 @@ class FunctionProgram:
                 view[...] = value
         return self._home_slots
 
+    @property
+    def update_is_reliable(self) -> bool:
+        """The update is a function of the user's."""
+        return False
+
     def changed_outside(self) -> bool:
         """Whether `set_parameters` was called."""
         return self._changed

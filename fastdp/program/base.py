@@ -18,7 +18,7 @@ all replicas of a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -111,6 +111,10 @@ class Program(Protocol):
     gradients: Sequence[ArraySpec]
     slots: Sequence[ArraySpec]
 
+    @property
+    def update_is_reliable(self) -> bool:
+        """Whether an `update` that has succeeded once will not raise: no code of the user's runs in it."""
+
     def home(self, allocate: Allocate) -> Home:
         """The memory of the first replica, filled with the model's present values."""
 
@@ -141,5 +145,3 @@ class Program(Protocol):
     def predict(self, state: Any, batch: list[np.ndarray], context: Context) -> Result:
         """Forward only."""
 
-
-LossFunction = Callable[..., Any]

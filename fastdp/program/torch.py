@@ -153,13 +153,15 @@ class TorchProgram:
         """None: the optimizers' state is torch's."""
         return FlatBuffers([], allocate)
 
+    @property
+    def update_is_reliable(self) -> bool:
+        """Whether the optimizer is torch's own."""
+        return self.optimizers is not None and self.optimizers.are_torchs_own()
+
     def changed_outside(self) -> bool:
         """Whether the user assigned a parameter or a buffer, or loaded a state dict."""
         assert self._adopted is not None
-        changed = self._adopted.changed()
-        if changed:  # so that other engines on this home refresh their replicas too
-            self._adopted.home.generation += 1
-        return changed
+        return self._adopted.changed()
 
     def committed(self) -> None:
         """All replicas have the present values."""

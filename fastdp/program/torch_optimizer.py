@@ -35,6 +35,10 @@ class Optimizers:
         """The user's."""
         return self._all[0]
 
+    def are_torchs_own(self) -> bool:
+        """Whether a step runs none of the user's code."""
+        return all(type(optimizer).__module__.startswith("torch.optim") for optimizer in self._all)
+
     def add(self, parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
         """Make the next replica's optimizer.
 

@@ -1,0 +1,107 @@
+"""One step in flight: what it carries, and what its replicas do on their devices' workers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fastdp.backend.host import HostDevice
+from fastdp.comm.rendezvous import Rendezvous
+from fastdp.errors import ReplicaError, StepAborted, replica_error_class
+from fastdp.program.base import Context, Result, Totals
+from fastdp.replica import Replica
+from fastdp.shard import Rows
+from fastdp.transfer import Merger
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step gives the caller: merged outputs (the caller's own), summed numbers, rows."""
+
+    outputs: list[np.ndarray]
+    sums: np.ndarray
+    notes: Any
+    rows: int
+
+
+@dataclass(slots=True)
+class Step:
+    """One step in flight."""
+
+    shards: list[Rows]
+    contexts: list[Context]
+    merger: Merger
+    rendezvous: Rendezvous
+    batches: list[list[np.ndarray]] = field(default_factory=list)
+    results: list[Result | None] = field(default_factory=list)
+    totals: Totals | None = None
+    seconds: list[float] = field(default_factory=list)
+    failures: list[tuple[int, BaseException]] = field(default_factory=list)
+    generation: int = -1
+    updates_begun: bool = False
+    restorable: bool = True
+    updates_done: list[int] = field(default_factory=list)
+
+
+def run_replica(
+    step: Step,
+    replica: Replica,
+    context: Context,
+    work: Callable[[Replica, list[np.ndarray], Context], Result],
+) -> None:
+    """Run one replica's work on its device's worker; a failure wakes the replicas that wait for it."""
+    began = time.perf_counter()
+    try:
+        result = work(replica, step.batches[context.rank], context)
+        if context.wants_outputs:
+            step.merger.write(context.rank, result.outputs)
+        result.outputs = []
+        step.results[context.rank] = result
+    except BaseException as error:
+        step.failures.append((context.rank, error))
+        step.rendezvous.abort(error)
+        raise
+    finally:
+        step.seconds[context.rank] = time.perf_counter() - began
+
+
+def commit(step: Step) -> None:
+    """Add up the sums, and let the updates begin, on all replicas or on none: not for an abandoned step."""
+    if step.rendezvous.aborted:
+        raise StepAborted("The step was given up before its update.")
+    add_up(step)
+
+
+def add_up(step: Step) -> None:
+    """Add up the replicas' sums, in rank order."""
+    results = [result for result in step.results if result is not None]
+    sums = results[0].sums.copy()
+    for result in results[1:]:
+        sums += result.sums
+    step.totals = Totals(sums, results[0].notes, [result.notes for result in results])
+
+
+def step_error(
+    failures: Sequence[tuple[int, BaseException]], step: Step, devices: Sequence[HostDevice]
+) -> ReplicaError:
+    """The error to raise for a failed step: its first cause, with the device and the rows."""
+    causes = [failure for failure in failures if not isinstance(failure[1], StepAborted)] or list(failures)
+    rank, cause = causes[0]
+    total = step.shards[0].total
+    rows = (step.shards[rank].start, step.shards[rank].stop) if rank < len(step.shards) else None
+    where = f"rows {rows[0]} to {rows[1]} of the batch's {total}" if rows else f"no rows of the batch's {total}"
+    message = (
+        f"The replica on {devices[rank].name} ({where}) failed with {type(cause).__name__}: {cause}\n"
+        "The step was stopped"
+    )
+    if step.updates_begun and not step.restorable:
+        message += " in the middle of its update: all replicas go on from the weights of the first."
+    else:
+        message += " and no replica's weights were changed."
+    error = replica_error_class(type(cause))(message, device=devices[rank].name, rows=rows)
+    error.__cause__ = cause
+    return error
