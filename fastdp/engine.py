@@ -23,6 +23,7 @@ from fastdp.transfer import Merger, count_rows, scatter
 
 # Steps of different engines that share devices must not interleave: replicas block in exchanges.
 _one_step_at_a_time = threading.RLock()
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class DataParallel:
@@ -280,7 +281,7 @@ class _StepScope(AbstractContextManager[Step]):
     def _prepare(self) -> None:
         """Share out the cores and refresh replicas that are stale."""
         engine = self._engine
-        threads = max(1, (os.cpu_count() or 1) // len(self._step.shards))
+        threads = max(1, _CORES // len(self._step.shards))
         # Left by this engine, or by another one on the same devices.
         if engine._unsettled is not None or any(device.unsettled for device in engine.devices):
             engine._settle()

@@ -11,13 +11,14 @@ from typing import Any
 import keras
 
 from fastdp.backend.host import HostDevice
-from fastdp.engine import DataParallel, StepResult
+from fastdp.engine import DataParallel
 from fastdp.keras.checks import check_template
 from fastdp.keras.compile_state import borrowed, follow
 from fastdp.keras.names import unique_names
 from fastdp.keras.streaming import stream_fit, stream_forward
-from fastdp.program.keras import KerasProgram, unpack
-from fastdp.program.keras_batch import flatten_batch
+from fastdp.program.keras import KerasProgram
+from fastdp.program.keras_batch import flatten_batch, unpack
+from fastdp.step import StepResult
 
 
 @keras.saving.register_keras_serializable(package="fastdp")
@@ -61,6 +62,7 @@ class ParallelModel(keras.Model):
         self._call_has_training_arg = True
         self._compute_loss_has_training_arg = True
         self._merge_layer = _MergedOutputs(name="merged")
+        self._merge_layer.built = True  # Keras builds a model with an unbuilt layer anew before each batch
         self.built = True
 
     # What the model looks like: the template.

@@ -144,4 +144,3 @@ class Program(Protocol):
 
     def predict(self, state: Any, batch: list[np.ndarray], context: Context) -> Result:
         """Forward only."""
-

@@ -94,3 +94,8 @@ def flatten_outputs(outputs: Any) -> tuple[list[np.ndarray], OutputStructure]:
         tuple(mask is not None for mask in masks),
     )
     return arrays, structure
+
+
+def unpack(data: Any) -> tuple[Any, Any, Any]:
+    """x, y and sample_weight of a batch."""
+    return keras.utils.unpack_x_y_sample_weight(data)

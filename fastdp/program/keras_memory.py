@@ -1,0 +1,87 @@
+"""Where the values of Keras variables live: adopted by flat buffers, or given by a scope."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import torch
+
+from fastdp.buckets import Allocate, FlatBuffers
+from fastdp.program.base import Home
+from fastdp.program.torch_tensors import as_tensor, spec_of
+
+_homes: weakref.WeakKeyDictionary[Any, Adopted] = weakref.WeakKeyDictionary()
+
+
+class Adopted:
+    """Keras variables whose values live in flat buffers.
+
+    Args:
+        variables: the variables, in the order of the buffers' views.
+        allocate: memory for the buffers.
+
+    The variables keep their tensors' identity; their storage becomes views of `home.variables`.
+    """
+
+    def __init__(self, variables: Sequence[keras.Variable], allocate: Allocate) -> None:
+        self.variables = list(variables)
+        specs = [spec_of(v.path, v.value) for v in self.variables]
+        self.home = Home(specs, allocate)
+        self._tensors = tensors_of(self.home.variables)
+        self._versions: list[int] = []
+        self.adopt()
+
+    def adopt(self) -> bool:
+        """Move values whose storage is not ours (any more) into the buffers; True if there were any."""
+        moved = False
+        for variable, tensor in zip(self.variables, self._tensors, strict=True):
+            value = variable.value
+            if value.data_ptr() != tensor.data_ptr() and value.numel():
+                with torch.no_grad():
+                    tensor.copy_(value)
+                    value.data = tensor
+                moved = True
+        return moved
+
+    def changed(self) -> bool:
+        """Whether somebody else assigned a variable since `note()`."""
+        return self.adopt() or self._versions != [v.value._version for v in self.variables]
+
+    def note(self) -> None:
+        """Remember the variables as they are now."""
+        self._versions = [v.value._version for v in self.variables]
+
+
+def adopted(owner: Any, variables: Sequence[keras.Variable], allocate: Allocate) -> Adopted:
+    """The adopted variables of a model or an optimizer: one home for all engines that use it."""
+    home = _homes.get(owner)
+    if home is None or [id(v) for v in home.variables] != [id(v) for v in variables]:
+        home = _homes[owner] = Adopted(variables, allocate)
+    return home
+
+
+def tensors_of(flat: FlatBuffers) -> list[torch.Tensor]:
+    """Tensors over the views of a flat buffer."""
+    return [as_tensor(view, spec.dtype) for view, spec in zip(flat.views, flat.specs, strict=True)]
+
+
+class ReplicaScope(keras.StatelessScope):
+    """A stateless scope over a replica's tensors.
+
+    A trainable variable that the forward pass assigns (spectral normalization) becomes a new leaf: as in
+    plain Keras on torch, the gradient is that of the assigned value.
+    """
+
+    def __init__(self, mapping: Sequence[tuple[keras.Variable, torch.Tensor]], leaves: set[int]) -> None:
+        super().__init__(state_mapping=None, collect_losses=True, initialize_variables=False)
+        self.state_mapping = {id(variable): tensor for variable, tensor in mapping}
+        self._leaves = leaves
+
+    def add_update(self, update: tuple[keras.Variable, torch.Tensor]) -> None:
+        """Note an assignment."""
+        variable, value = update
+        value = value.detach().requires_grad_() if id(variable) in self._leaves else value
+        super().add_update((variable, value))

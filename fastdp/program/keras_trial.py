@@ -1,0 +1,116 @@
+"""Finding out how a model's side effects depend on the rows of a batch, by running it on two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+
+from fastdp.program.base import Context
+from fastdp.program.keras_batch import Structure, unpack
+from fastdp.program.keras_effects import Effect, check_loss, classify, warn_variable
+from fastdp.program.keras_memory import ReplicaScope
+from fastdp.program.keras_scope import Running, replica_aware, replica_scope
+
+
+class Effects:
+    """What is known of a model's `add_loss` terms and of the variables that it assigns.
+
+    Args:
+        model: the template.
+        variables: all its variables, as the program numbers them.
+        call: `call(x, training)` runs it.
+        seed: of draws without a seed of their own.
+    """
+
+    def __init__(
+        self, model: keras.Model, variables: Sequence[keras.Variable], call: Callable[[Any, bool], Any], seed: int
+    ) -> None:
+        self._model, self._variables, self._call, self._seed = model, variables, call, seed
+        layers = model._flatten_layers()
+        self._seed_ids = {id(g.state) for layer in layers for g in layer._seed_generators}
+        self._metric_ids = {id(v) for layer in layers for metric in layer._metrics for v in metric.variables}
+        self._assigned: dict[int, Effect] = {}
+        self._losses: list[Effect] | None = None
+        self._tried_equal_rows = False
+
+    def of_losses(self, count: int) -> list[Effect]:
+        """How each of `count` terms depends on the rows: means, as long as nothing is known."""
+        known = self._losses or []
+        return known if len(known) == count else [Effect.MEAN] * count
+
+    def of_variable(self, index: int, variable: keras.Variable) -> Effect:
+        """How an assigned variable's value depends on the rows."""
+        if id(variable) in self._seed_ids:
+            return Effect.SAME
+        if id(variable) in self._metric_ids:
+            return Effect.SUM
+        return self._assigned.get(index, Effect.MEAN if variable.dtype.startswith(("float", "bfloat")) else Effect.SAME)
+
+    def inspect(self, batch: Sequence[np.ndarray], structure: Structure) -> None:
+        """Find out, once, how `add_loss` terms and assigned variables depend on the rows.
+
+        Runs the model on two rows of the batch, and on each alone, without changing anything. With fewer
+        rows, rows that are all equal, or values that are all zero, the question is asked again at the next step.
+
+        Raises:
+            ValueError: an `add_loss` term that cannot be put together from the replicas' rows.
+        """
+        undecided = Effect.UNDECIDED in (*self._assigned.values(), *(self._losses or []))
+        if (self._losses is not None and not undecided and not self._tried_equal_rows) or len(batch[0]) < 2:
+            return
+        other = _unlike_first(batch, structure)
+        self._tried_equal_rows = other is None
+        pair = [array[[0, other or 1]] for array in batch]
+        with replica_aware():
+            both = self._try_rows(pair, structure, 0, 2)
+            if not both[0] and not both[1]:
+                self._losses = []
+                self._tried_equal_rows = False
+                return
+            a, b = (self._try_rows(pair, structure, row, row + 1) for row in (0, 1))
+        self._losses = [classify(*values) for values in zip(a[0], b[0], both[0], strict=True)]
+        for index, effect in enumerate(self._losses):
+            check_loss(effect, index)
+        for i in both[1]:
+            if i in a[1] and i in b[1]:
+                effect = classify(a[1][i], b[1][i], both[1][i])
+                self._assigned[i] = warn_variable(effect, self._variables[i])
+
+    def _try_rows(
+        self, batch: Sequence[np.ndarray], structure: Structure, start: int, stop: int
+    ) -> tuple[list[torch.Tensor], dict[int, torch.Tensor]]:
+        """The `add_loss` terms of some of two rows, and how far they move each variable."""
+        context = Context.alone(batch, structure, start, stop, 2)
+        run = Running(context, frozen_moments=True, seed=self._seed)
+        mapping = [(v, v.value.detach()) for v in self._variables]
+        with torch.no_grad(), replica_scope(run), ReplicaScope(mapping, set()) as scope:
+            x, _, _ = unpack(structure.pack([array[start:stop] for array in batch]))
+            self._call(x, True)
+            losses = [keras.ops.sum(loss) for loss in scope.losses]
+        normalized = {id(v) for layer in self._model._flatten_layers() for v in _statistics(layer)}
+        moved = {}
+        for i, (variable, before) in enumerate(mapping):
+            value = scope.get_current_value(variable)
+            if value is not before and not {id(variable)} & (normalized | self._seed_ids | self._metric_ids):
+                moved[i] = value.double() - before.double()
+        return losses, moved
+
+
+def _unlike_first(batch: Sequence[np.ndarray], structure: Structure) -> int | None:
+    """The first row whose inputs differ from those of row 0, if there is one."""
+    for row in range(1, len(batch[0])):
+        for array, name in zip(batch, structure.names, strict=True):
+            if name.startswith("x") and not np.array_equal(array[0], array[row]):
+                return row
+    return None
+
+
+def _statistics(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """The moving statistics of a BatchNormalization layer; nothing of others."""
+    if not isinstance(layer, keras.layers.BatchNormalization):
+        return []
+    return [v for v in (layer.moving_mean, layer.moving_variance) if v is not None]
