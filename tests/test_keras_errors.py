@@ -54,7 +54,7 @@ def test_a_wrong_input_shape_names_both_shapes_and_the_next_call_works() -> None
     before = parallel.get_weights()
     with pytest.raises(ValueError, match=r"expected.*3.*found shape|incompatible"):
         parallel.train_on_batch(rows_of(8, 5), rows_of(8, 1))
-    with pytest.raises(ValueError, match="incompatible|expected"):
+    with pytest.raises(ValueError, match=r"incompatible|expected"):
         parallel.predict(rows_of(8, 5), verbose=0)
     assert unchanged(before, parallel)
     assert_works(parallel)
@@ -76,7 +76,7 @@ def test_strings_for_numbers_are_a_standard_error() -> None:
 
 
 def test_an_unbuilt_model_says_how_to_build_it() -> None:
-    with pytest.raises(ValueError, match="is not built.*model.build"):
+    with pytest.raises(ValueError, match=r"is not built.*model\.build"):
         fastdp.wrap(keras.Sequential([layers.Dense(1)]), gpus=2)
 
 
@@ -109,7 +109,7 @@ def test_another_backend_is_an_error_that_says_how_to_switch(monkeypatch: pytest
 def test_a_fixed_batch_size_is_a_value_error_that_names_the_input() -> None:
     """keras-team/keras #8397."""
     x = keras.Input(batch_shape=(8, 3), name="eight")
-    with pytest.raises(ValueError, match="'eight'.*fixed batch size of 8"):
+    with pytest.raises(ValueError, match=r"'eight'.*fixed batch size of 8"):
         fastdp.wrap(keras.Model(x, layers.Dense(1)(x)), gpus=2)
 
 
@@ -119,7 +119,7 @@ def test_a_stateful_rnn_is_a_value_error_that_names_the_layer(recurrent: str) ->
     layer = getattr(layers, recurrent)(4, stateful=True, name="memory")
     model = keras.Sequential([layer])
     model.build((8, 5, 3))
-    with pytest.raises(ValueError, match="'memory' is stateful|fixed batch size"):
+    with pytest.raises(ValueError, match=r"'memory' is stateful|fixed batch size"):
         fastdp.wrap(model, gpus=2)
 
 
