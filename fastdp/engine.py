@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 
 import numpy as np
@@ -33,6 +33,9 @@ class DataParallel:
         program: what each replica runs (`fastdp.program.base.Program`).
         devices: one replica per device; their order is the order of the rows.
         timeout: seconds that one step may take before it is given up.
+        update: "first" applies the update on the first device, with all cores, and copies the new variables to the
+            others: on devices that share memory and cores N updates cost N times one. "each" applies it on every
+            device to its own copy, as GPUs do. The results have the same bits.
         check_replicas: after each update, verify that all replicas are bitwise equal (for debugging).
 
     The engine owns the replicas' memory, and, for updates that may fail, a spare copy of the first replica's
@@ -40,7 +43,7 @@ class DataParallel:
     holds no thread of its own: the devices do.
 
     Raises:
-        ValueError: no device, or one named twice.
+        ValueError: no device, or one named twice; an unknown `update`.
     """
 
     def __init__(
@@ -49,12 +52,16 @@ class DataParallel:
         devices: Sequence[HostDevice],
         *,
         timeout: float = 1800.0,
+        update: str = "first",
         check_replicas: bool = False,
     ) -> None:
         if not devices or len({id(device) for device in devices}) != len(devices):
             raise ValueError(f"`devices` must be one or more different devices. Received: {list(devices)}")
+        if update not in ("first", "each"):
+            raise ValueError(f'`update` must be "first" or "each". Received: update={update!r}')
         self.program = program
         self.devices = list(devices)
+        self.update = update
         self.timeout = timeout
         self.check_replicas = check_replicas
         self.steps = 0
@@ -118,7 +125,7 @@ class DataParallel:
         self._communicator.all_reduce(active, every, self._buckets, once=lambda: commit(step))
 
     def _update(self, step: Step) -> None:
-        """Every replica applies the same update to its own copy."""
+        """Every replica gets the same update: by applying it to its own copy, or a copy of the first's."""
 
         def apply(replica: Replica) -> None:
             assert step.totals is not None
@@ -126,7 +133,8 @@ class DataParallel:
                 if replica.rank == 0:
                     step.restorable = self._save()
                     step.updates_begun = True
-                replica.update(step.totals)
+                with self._cores_of_all() if self.update == "first" else nullcontext():
+                    replica.update(step.totals)
                 step.updates_done.append(replica.rank)
                 self._updated = True
             except BaseException as error:
@@ -136,8 +144,10 @@ class DataParallel:
         # Before, not after: an update may happen even when nobody waits for it any more.
         self._home.generation += 1
         self._generation = step.generation = self._home.generation
-        for replica in self.replicas:
+        for replica in self._updating:
             replica.device.compute.enqueue(lambda r=replica: apply(r))  # type: ignore[misc]
+        if len(self._updating) < len(self.replicas):
+            self._communicator.broadcast([replica.memory.variables for replica in self.replicas])
 
     def _merge(self, step: Step) -> StepResult:
         """Wait for the replicas; outputs are together in row order."""
@@ -156,6 +166,20 @@ class DataParallel:
 
     # State.
 
+    @property
+    def _updating(self) -> list[Replica]:
+        """The replicas that apply the update themselves."""
+        return self.replicas if self.update == "each" else self.replicas[:1]
+
+    @contextmanager
+    def _cores_of_all(self) -> Iterator[None]:
+        """On the first device's worker: all cores, while the other devices have nothing to do."""
+        self.program.prepare_thread(_CORES)
+        try:
+            yield
+        finally:
+            self.program.prepare_thread(self._threads or 1)
+
     def assert_replicas_equal(self) -> None:
         """Compare all replicas with the first, bit by bit.
 
@@ -164,7 +188,7 @@ class DataParallel:
         """
         first = self.replicas[0].memory
         for replica in self.replicas[1:]:
-            for what in ("variables", "slots"):
+            for what in ("variables", "slots") if self.update == "each" else ("variables",):
                 if not getattr(first, what).equals(getattr(replica.memory, what)):
                     raise RuntimeError(
                         f"The {what} on {replica.device.name} differ from those on {self.devices[0].name} "
@@ -173,9 +197,9 @@ class DataParallel:
 
     def refresh(self) -> None:
         """Copy the first replica's variables and slots to all others. Enqueued, not waited for."""
-        for what in ("variables", "slots"):
-            buffers: list[FlatBuffers] = [getattr(replica.memory, what) for replica in self.replicas]
-            self._communicator.broadcast(buffers)
+        self._communicator.broadcast([replica.memory.variables for replica in self.replicas])
+        if self.update == "each":
+            self._communicator.broadcast([replica.memory.slots for replica in self.replicas])
         self.program.committed()
         self._generation = self._home.generation
 
@@ -187,7 +211,8 @@ class DataParallel:
             memory = Memory(self._home.variables, program.home_slots(device.empty), gradients)
         else:
             variables = FlatBuffers(self._home.variables.specs, device.empty)
-            memory = Memory(variables, FlatBuffers(program.slots, device.empty), gradients)
+            slots = FlatBuffers(program.slots if self.update == "each" else [], device.empty)
+            memory = Memory(variables, slots, gradients)
         return Replica(program, device, rank, memory)
 
     # Around a step.
@@ -239,11 +264,10 @@ class DataParallel:
         for device in self.devices:
             device.recover()
         step, self._unsettled = self._unsettled, None
-        if step is None or not step.updates_begun or len(step.updates_done) == len(self.replicas):
+        if step is None or not step.updates_begun or len(step.updates_done) == len(self._updating):
             return
-        if (
-            step.restorable and self._home.generation == step.generation
-        ):  # else another engine has gone on from what there was
+        # Another generation: another engine has gone on from what there was.
+        if step.restorable and self._home.generation == step.generation:
             for replica in self.replicas:
                 for saved, flat in zip(self._saved, replica.lasting, strict=True):
                     flat.copy_from(saved)

@@ -30,6 +30,7 @@ NEEDS = {
     "fastdp.program.capture": ("torch",),
     "fastdp.program.keras": ("keras", "torch"),
     "fastdp.program.torch": ("torch",),
+    "fastdp.torch": ("torch",),
     "hypothesis": ("hypothesis",),
     "keras": ("keras", "torch"),
     "matplotlib": ("matplotlib",),

@@ -65,13 +65,27 @@ def batches(count, seed=0, most=40):
     return [[rng.normal(size=(n, WIDTH)).astype("f4"), rng.normal(size=n).astype("f4")] for n in sizes]
 
 
+class Mode:
+    """Where updates are applied, in the test that is running."""
+
+    update = "first"
+
+
+@pytest.fixture(params=["first", "each"], autouse=True)
+def _mode(request, monkeypatch):
+    monkeypatch.setattr(Mode, "update", request.param)
+
+
 def parallel(devices, model=None, **options):
-    return fastdp.DataParallel(model or program(), resolve(devices), **{"timeout": LIMIT, **options})
+    options = {"timeout": LIMIT, "update": Mode.update, **options}
+    return fastdp.DataParallel(model or program(), resolve(devices), **options)
 
 
 def weights(engine):
-    """Copies of every replica's variables and slots, as bytes."""
-    return [b"".join(b.tobytes() for flat in r.lasting for b in flat.buffers.values()) for r in engine.replicas]
+    """Copies of every replica's variables and slots, as bytes; slots are the first's where it alone has them."""
+    first = engine.replicas[0]
+    lasting = [(r.memory.variables, (r if engine.update == "each" else first).memory.slots) for r in engine.replicas]
+    return [b"".join(b.tobytes() for flat in flats for b in flat.buffers.values()) for flats in lasting]
 
 
 def wait_until(condition):
@@ -237,7 +251,8 @@ def failing(stage, trouble, devices=4, **options):
 @pytest.mark.parametrize("device", [0, 2, 3])
 def test_a_failure_names_device_and_rows_changes_no_weight_and_the_next_call_works(stage, device):
     trouble = Trouble()
-    engine, one = failing(stage, trouble), parallel(1)
+    # An update that is to fail on another device than the first must run there.
+    engine, one = failing(stage, trouble, update="each" if stage == "update" and device else Mode.update), parallel(1)
     rng = np.random.default_rng(0)
     batch = [rng.normal(size=(10, WIDTH)).astype("f4"), rng.normal(size=10).astype("f4")]
     engine.train(batch)
@@ -273,7 +288,7 @@ def test_an_update_that_fails_half_way_is_taken_back_on_all_replicas(device, eig
             values["b"] = np.zeros(7)  # cannot be written, after "w" was
         return values, new
 
-    engine = parallel(4, program(update=broken))
+    engine = parallel(4, program(update=broken), update="each" if device else Mode.update)
     batch = batches(1, seed=2, most=30)[0]
     engine.train(batch)
     before = weights(engine)
@@ -537,10 +552,27 @@ def test_outputs_nobody_wants_are_not_merged_and_all_outputs_are_the_callers_own
     np.testing.assert_array_equal(first, kept)
 
 
+def test_updating_on_the_first_device_or_on_each_gives_the_same_bits():
+    results = []
+    for update_on in ("first", "each"):
+        engine = parallel(3, update=update_on)
+        for batch in batches(20, seed=4):
+            engine.train(batch)
+        results.append([replica.memory.variables.buffers["float32"].tobytes() for replica in engine.replicas])
+    assert results[0] == results[1]
+    assert len(set(results[0])) == 1
+
+
+def test_an_unknown_place_for_updates_is_refused():
+    with pytest.raises(ValueError, match=r"`update` must be \"first\" or \"each\"\. Received: update='all'"):
+        parallel(2, update="all")
+
+
 def test_the_replica_check_finds_one_changed_bit():
     engine = parallel(3)
     engine.train(batches(1)[0])
     engine.assert_replicas_equal()
-    engine.replicas[2].memory.slots.buffers["float32"].view(np.uint8)[0] ^= 1
-    with pytest.raises(RuntimeError, match=r"slots on virtual:2 differ from those on virtual:0"):
+    what = "slots" if engine.update == "each" else "variables"
+    getattr(engine.replicas[2].memory, what).buffers["float32"].view(np.uint8)[0] ^= 1
+    with pytest.raises(RuntimeError, match=rf"{what} on virtual:2 differ from those on virtual:0"):
         engine.assert_replicas_equal()

@@ -77,9 +77,7 @@ class HDF5Matrix:
         follow_external: bool = False,
     ) -> None:
         if normalizer is not None and not callable(normalizer):
-            raise TypeError(
-                f"normalizer must be callable or None, got {normalizer!r}: pass a function of one block"
-            )
+            raise TypeError(f"normalizer must be callable or None, got {normalizer!r}: pass a function of one block")
         self.datapath = os.path.abspath(os.fspath(datapath))
         self.dataset = dataset
         self.normalizer = normalizer
@@ -130,9 +128,7 @@ class HDF5Matrix:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
-            raise ValueError(
-                "copy must be None or True, got False: an HDF5Matrix lies in a file, drop copy=False"
-            )
+            raise ValueError("copy must be None or True, got False: an HDF5Matrix lies in a file, drop copy=False")
         block = self._block(range(len(self)))
         return block if dtype is None else block.astype(dtype, copy=False)
 
@@ -197,9 +193,7 @@ def _open_file(path: str) -> h5py.File:
             with open(path, "rb"):
                 pass  # a folder or a file without permission raises its own OSError here
             if not h5py.is_hdf5(path):
-                raise OSError(
-                    f"datapath must be an HDF5 file, got {path!r} of another format: convert it first"
-                )
+                raise OSError(f"datapath must be an HDF5 file, got {path!r} of another format: convert it first")
             file = _open_files[key] = h5py.File(path, "r")
     return file
 
@@ -207,17 +201,11 @@ def _open_file(path: str) -> h5py.File:
 def _check_bounds(start: Any, end: Any, count: int) -> tuple[int, int]:
     """`start` and `end` as ints with 0 <= start <= end <= count."""
     for name, value in (("start", start), ("end", end)):
-        if isinstance(value, (bool, np.bool_)) or not (
-            hasattr(value, "__index__") or (name, value) == ("end", None)
-        ):
-            raise TypeError(
-                f"{name} must be an int, got {value!r} of type {type(value).__name__}: pass a row number"
-            )
+        if isinstance(value, (bool, np.bool_)) or not (hasattr(value, "__index__") or (name, value) == ("end", None)):
+            raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}: pass a row number")
     start, end = operator.index(start), count if end is None else operator.index(end)
     if not 0 <= start <= count:
-        raise ValueError(
-            f"start must be from 0 to {count}, the rows of the data set, got {start}: pass a row in it"
-        )
+        raise ValueError(f"start must be from 0 to {count}, the rows of the data set, got {start}: pass a row in it")
     if not start <= end <= count:
         raise ValueError(
             f"end must be from start={start} to {count}, the rows of the data set, got {end}: "
@@ -236,9 +224,7 @@ def _open_dataset(file: h5py.File, name: str, follow_external: bool) -> h5py.Dat
         shown = ", ".join(repr(path) for path in sorted(found)[:MOST_NAMES_SHOWN]) or "none"
         more = f" and {len(found) - MOST_NAMES_SHOWN} more" if len(found) > MOST_NAMES_SHOWN else ""
         what = "a group" if isinstance(data, h5py.Group) else "no data set"
-        raise KeyError(
-            f"dataset must name a data set of {file.filename!r}: {name!r} is {what}, it has {shown}{more}"
-        )
+        raise KeyError(f"dataset must name a data set of {file.filename!r}: {name!r} is {what}, it has {shown}{more}")
     if not follow_external and (data.external or data.is_virtual):
         raise _leaves_file(file, name, "external storage" if data.external else "a virtual data set")
     if not data.shape:

@@ -34,9 +34,7 @@ def split_key(key: Any, ndim: int) -> tuple[Any, tuple[Any, ...]]:
     rest = parts[1:]
     hidden = ndim - sum(_axes(part) for part in rest)
     if hidden < 0:
-        raise IndexError(
-            f"expected an index over at most {ndim} axes, got {key!r}: drop {-hidden} of its parts"
-        )
+        raise IndexError(f"expected an index over at most {ndim} axes, got {key!r}: drop {-hidden} of its parts")
     if hidden == 0:
         return rest[0], (*rest[1:], Ellipsis)
     return slice(None), (slice(None),) * (hidden - 1) + rest

@@ -68,9 +68,7 @@ class ArrayBatches(keras.utils.PyDataset):
             raise ValueError(f'shuffle must be True, False or "batch", got {shuffle!r}: choose one of them')
         self.batch_size = operator.index(batch_size)
         if self.batch_size < 1:
-            raise ValueError(
-                f"batch_size must be at least 1, got {batch_size}: pass the rows of a global batch"
-            )
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}: pass the rows of a global batch")
         parts = {"x": x, "y": y, "sample_weight": sample_weight}
         self._arrays = tuple(_as_arrays(name, part) for name, part in parts.items() if part is not None)
         self.num_rows = _count_rows(parts.keys(), self._arrays)
@@ -93,9 +91,7 @@ class ArrayBatches(keras.utils.PyDataset):
         else:
             first = int(self._order[index]) * self.batch_size
             rows = slice(first, min(first + self.batch_size, self.num_rows))
-        return tuple(
-            keras.tree.map_structure(lambda array: _read(array, rows), part) for part in self._arrays
-        )
+        return tuple(keras.tree.map_structure(lambda array: _read(array, rows), part) for part in self._arrays)
 
     def on_epoch_end(self) -> None:
         """Draw the order of the next epoch."""

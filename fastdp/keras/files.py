@@ -70,9 +70,7 @@ def get_file(
     path = os.path.join(folder, _check_name(fname, origin))
     archive = path + ".tar.gz" if untar else path
     os.makedirs(os.path.dirname(archive), exist_ok=True)
-    known = os.path.exists(archive) and (
-        algorithm is None or hash_file(archive, algorithm) == _plain(file_hash)
-    )
+    known = os.path.exists(archive) and (algorithm is None or hash_file(archive, algorithm) == _plain(file_hash))
     if not known:
         _fetch(origin, archive, algorithm, _plain(file_hash))
     if untar:
@@ -104,9 +102,7 @@ def _plain(file_hash: str | None) -> str:
 def _check_hash_arguments(file_hash: str, hash_algorithm: str) -> str:
     """The algorithm of `file_hash`, after a look at both."""
     if hash_algorithm not in ("auto", *HEX_DIGITS):
-        raise ValueError(
-            f'hash_algorithm must be "auto", "md5" or "sha256", got {hash_algorithm!r}: choose one'
-        )
+        raise ValueError(f'hash_algorithm must be "auto", "md5" or "sha256", got {hash_algorithm!r}: choose one')
     digits = _plain(file_hash)
     fitting = [name for name, length in HEX_DIGITS.items() if length == len(digits)]
     wanted = fitting if hash_algorithm == "auto" else [hash_algorithm]
@@ -137,15 +133,11 @@ def _check_name(fname: str | os.PathLike[str] | None, origin: str) -> str:
     if fname is None:
         name = os.path.basename(urllib.parse.unquote(urllib.parse.urlsplit(origin).path))
         if name in ("", ".", ".."):
-            raise ValueError(
-                f"fname must be given where origin ends in no file name, got {origin!r}: pass a name"
-            )
+            raise ValueError(f"fname must be given where origin ends in no file name, got {origin!r}: pass a name")
         return name
     name = os.path.expanduser(os.fspath(fname))
     if not os.path.basename(name) or ".." in pathlib.PurePath(name).parts:
-        raise ValueError(
-            f"fname must be a file name or an absolute path without '..', got {name!r}: pass one"
-        )
+        raise ValueError(f"fname must be a file name or an absolute path without '..', got {name!r}: pass one")
     return name
 
 
@@ -161,9 +153,7 @@ def _cache_folder(cache_dir: str | os.PathLike[str] | None, cache_subdir: str) -
         os.makedirs(folder, exist_ok=True)
     except PermissionError as error:
         folder = tempfile.mkdtemp(prefix="keras-")
-        warnings.warn(
-            f"{error}: files go to {folder} for this call, pass cache_dir to keep them", stacklevel=3
-        )
+        warnings.warn(f"{error}: files go to {folder} for this call, pass cache_dir to keep them", stacklevel=3)
     return folder
 
 
@@ -197,8 +187,6 @@ def _download(origin: str, path: str) -> None:
                 done += len(chunk)
                 bar.update(done)
     except urllib.error.URLError as error:
-        raise OSError(
-            f"origin must be a URL that can be fetched, got {origin!r}: {error}; check it"
-        ) from error
+        raise OSError(f"origin must be a URL that can be fetched, got {origin!r}: {error}; check it") from error
     if total is not None and done != total:
         raise OSError(f"origin {origin!r} broke off: expected {total} bytes, got {done}; try again")

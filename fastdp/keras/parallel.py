@@ -34,6 +34,7 @@ class ParallelModel(keras.Model):
         devices: where the replicas run; their order is the order of the rows.
         cpu_merge: merge outputs in host memory. On virtual devices all memory is host memory.
         sync_batch_norm: BatchNormalization over the global batch instead of each replica's rows.
+        update: where the optimizer is applied, "first" or "each"; see `fastdp.wrap`.
         timeout: seconds that one step may take.
         check_replicas: verify after each step that replicas are bitwise equal.
     """
@@ -46,6 +47,7 @@ class ParallelModel(keras.Model):
         cpu_merge: bool = True,
         cpu_relocation: bool = False,
         sync_batch_norm: bool = False,
+        update: str = "first",
         timeout: float = 1800.0,
         check_replicas: bool = False,
     ) -> None:
@@ -55,8 +57,11 @@ class ParallelModel(keras.Model):
         self.devices = list(devices)
         self.cpu_merge = cpu_merge
         self.cpu_relocation = cpu_relocation
-        self._timeout = timeout
-        self._check_replicas = check_replicas
+        self._engine_options: dict[str, Any] = {
+            "update": update,
+            "timeout": timeout,
+            "check_replicas": check_replicas,
+        }
         self._sync_batch_norm = sync_batch_norm
         self._engine: DataParallel | None = None
         self._call_has_training_arg = True
@@ -234,9 +239,7 @@ class ParallelModel(keras.Model):
                 sync_batch_norm=self._sync_batch_norm,
                 template_state=lambda: borrowed(self.template, self),
             )
-            self._engine = DataParallel(
-                program, self.devices, timeout=self._timeout, check_replicas=self._check_replicas
-            )
+            self._engine = DataParallel(program, self.devices, **self._engine_options)
         return self._engine
 
     def _stale(self, program: Any) -> bool:

@@ -39,9 +39,7 @@ def print_summary(
         >>> print_summary(model, line_length=80, positions=[0.5, 0.8, 1.0], print_fn=lines.append)
     """
     if not model.built:
-        raise ValueError(
-            f"model must be built, got {model.name!r} without weights: call build() or fit first"
-        )
+        raise ValueError(f"model must be built, got {model.name!r} without weights: call build() or fit first")
     nodes = None if _is_chain(model) else _nodes(model)
     layers = model.operations if nodes is not None else model.layers
     line_length, ends = _table_columns(line_length, positions, is_chain=nodes is None)

@@ -30,6 +30,7 @@ class TorchParallel:
         cpu_relocation: likewise without effect on virtual devices.
         sync_batch_norm: batch normalization over the global batch instead of each replica's rows.
         timeout: seconds that one step may take.
+        update: where the optimizer is applied, "first" or "each"; see `fastdp.wrap`.
         check_replicas: verify after each step that the replicas are bitwise equal.
 
     Raises:
@@ -55,6 +56,7 @@ class TorchParallel:
         cpu_merge: bool = True,
         cpu_relocation: bool = False,
         sync_batch_norm: bool = False,
+        update: str = "first",
         timeout: float = 1800.0,
         check_replicas: bool = False,
     ) -> None:
@@ -64,7 +66,7 @@ class TorchParallel:
         self.cpu_merge = cpu_merge
         self.cpu_relocation = cpu_relocation
         self._sync_batch_norm = sync_batch_norm
-        self._options: dict[str, Any] = {"timeout": timeout, "check_replicas": check_replicas}
+        self._options: dict[str, Any] = {"update": update, "timeout": timeout, "check_replicas": check_replicas}
         self._program: TorchProgram | None = None
         self._engine: DataParallel | None = None
 
@@ -135,7 +137,9 @@ class TorchParallel:
             clip_grad_norm=clip_grad_norm,
             accumulate=accumulate,
         )
-        engine = DataParallel(program, self.devices, **self._options)
+        # A window of accumulated gradients is kept, and closed, by every replica.
+        options = {**self._options, "update": "each"} if accumulate > 1 else self._options
+        engine = DataParallel(program, self.devices, **options)
         self._program, self._engine = program, engine
         return TrainStep(program, engine)
 

@@ -148,7 +148,7 @@ def test_an_optimizer_that_fails_on_one_device_leaves_replicas_in_step():
                 raise ArithmeticError("not today")
             return super().step(closure)
 
-    dp = fastdp.wrap(nn.Linear(4, 4), gpus=3, check_replicas=True)
+    dp = fastdp.wrap(nn.Linear(4, 4), gpus=3, check_replicas=True, update="each")
     step = dp.train_step(F.mse_loss, Moody)
     first = step(*pair())
     calls[1].fails = True
@@ -277,7 +277,7 @@ def test_a_module_in_bfloat16_trains_with_its_replicas_equal():
 
 
 def test_replicas_that_differ_are_found():
-    dp = fastdp.wrap(nn.Linear(4, 4), gpus=2, check_replicas=True)
+    dp = fastdp.wrap(nn.Linear(4, 4), gpus=2, check_replicas=True, update="each")
     calls = []
 
     def factory(parameters):
