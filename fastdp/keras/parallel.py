@@ -18,6 +18,7 @@ from fastdp.keras.names import unique_names
 from fastdp.keras.streaming import stream_fit, stream_forward
 from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import flatten_batch, unpack
+from fastdp.program.keras_losses import own_copy
 from fastdp.step import StepResult
 
 
@@ -266,7 +267,7 @@ class ParallelModel(keras.Model):
         self._track_loss(result)
         x, y, sample_weight = structure.pack(arrays)
         y_pred = result.notes.structure.pack(result.outputs) if result.outputs else None
-        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        return self.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
 
     def _test(self, data: Any) -> Any:
         """One test step; the logs."""
@@ -274,9 +275,9 @@ class ParallelModel(keras.Model):
         program: Any = self.engine.program
         added = map(keras.ops.convert_to_tensor, result.sums[: result.notes.terms])
         with _losses_of_step(self.template, [*added, *program.regularization()]):
-            loss = self._compute_loss(x, y, y_pred, sample_weight, training=False)
+            loss = self._compute_loss(x, y, y_pred, own_copy(sample_weight), training=False)
         self._loss_tracker.update_state(loss, sample_weight=result.rows)
-        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        return self.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
 
     def _predict_outputs(self, data: Any) -> Any:
         """The merged outputs of one batch."""
