@@ -30,7 +30,9 @@ _ATTRIBUTES = (
     "_run_eagerly",
 )
 _missing = object()
-_followers: weakref.WeakSet[Any] = weakref.WeakSet()
+# Templates that share a parallel model's settings, and the loss tracker they were given: compiled since by its
+# owner, a template has another one.
+_followers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def _read(model: keras.Model) -> dict[str, Any]:
@@ -50,11 +52,22 @@ def _write(model: keras.Model, settings: dict[str, Any]) -> None:
 
 def follow(template: keras.Model, parallel: keras.Model) -> None:
     """Let an uncompiled template share the parallel model's settings; its owner's own stay untouched."""
-    if template.compiled and template not in _followers:
+    if template.compiled and not follows(template, _followers.get(template, _missing)):
         return
-    _write(template, _read(parallel))
+    settings = _read(parallel)
+    # Keyed by layers, the parallel model among them: kept, it would keep the replicas' memory alive.
+    state = settings["_compiled_trainable_state"]
+    if state is not _missing:
+        own = set(map(id, template._flatten_layers()))
+        settings["_compiled_trainable_state"] = {layer: value for layer, value in state.items() if id(layer) in own}
+    _write(template, settings)
     template.train_function = template.test_function = template.predict_function = None
-    _followers.add(template)
+    _followers[template] = parallel._loss_tracker
+
+
+def follows(template: keras.Model, loss_tracker: Any) -> bool:
+    """Whether the template's settings are those that `loss_tracker` came with."""
+    return getattr(template, "_loss_tracker", None) is loss_tracker
 
 
 @contextmanager
