@@ -54,6 +54,19 @@ def check_template(model: Any, *, for_training: bool = False) -> None:
                 )
 
 
+def check_predict_step(model: Any) -> None:
+    """A template's outputs are those of its call.
+
+    Raises:
+        ValueError: it has a `predict_step` of its own.
+    """
+    if type(model).predict_step is not keras.Model.predict_step:
+        raise ValueError(
+            f"The model {model.name!r} overrides predict_step(), which fastdp cannot split over devices. Compute the "
+            "outputs in call(), or call template.predict(), which runs on one device."
+        )
+
+
 def _check_batch_size(model: Any) -> None:
     """No input has a fixed number of rows."""
     for tensor in keras.tree.flatten(getattr(model, "inputs", None) or []):

@@ -12,14 +12,15 @@ import keras
 
 from fastdp.backend.host import HostDevice
 from fastdp.engine import DataParallel
-from fastdp.keras.checks import check_template
-from fastdp.keras.compile_state import borrowed, follow
+from fastdp.keras.checks import check_predict_step, check_template
+from fastdp.keras.compile_state import borrowed, follow, follows
 from fastdp.keras.names import unique_names
 from fastdp.keras.streaming import stream_fit, stream_forward
 from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import flatten_batch, unpack
 from fastdp.program.keras_losses import own_copy
 from fastdp.step import StepResult
+from fastdp.transfer import count_rows
 
 
 @keras.saving.register_keras_serializable(package="fastdp")
@@ -104,6 +105,16 @@ class ParallelModel(keras.Model):
         names = getattr(self.template, "output_names", None)
         return None if names is None else unique_names(names)
 
+    @property
+    def input_shape(self) -> Any:
+        """The template's input shape. A subclassed model has none."""
+        return self.template.input_shape
+
+    @property
+    def output_shape(self) -> Any:
+        """The template's output shape. A subclassed model has none."""
+        return self.template.output_shape
+
     def summary(self, *args: Any, **kwargs: Any) -> None:
         """Print the template's summary. Arguments as in Keras."""
         self.template.summary(*args, **kwargs)
@@ -111,6 +122,19 @@ class ParallelModel(keras.Model):
     def get_config(self) -> dict[str, Any]:
         """The template's configuration."""
         return self.template.get_config()
+
+    @classmethod
+    def from_config(cls, config: Any, custom_objects: Any = None) -> Any:
+        """Refused: a parallel model belongs to the devices of this process. Files and copies are the template's.
+
+        Raises:
+            ValueError: always; says what to copy or save instead.
+        """
+        raise ValueError(
+            "A parallel model cannot be copied, pickled, or loaded as a part of another model. Copy or save its "
+            "template (parallel.template), and wrap the copy by fastdp.wrap. To train a larger model around it, "
+            "build that with the template, and wrap the whole."
+        )
 
     def to_json(self, **kwargs: Any) -> str:
         """The template as JSON: it loads as a plain Keras model."""
@@ -145,7 +169,8 @@ class ParallelModel(keras.Model):
         An uncompiled template shares the settings, so that `template.save()` holds the optimizer.
 
         Raises:
-            ValueError: `steps_per_execution` other than 1; a template with its own `train_step` or `test_step`.
+            ValueError: a template with its own `train_step` or `test_step`. `fit` and `evaluate` refuse
+            `steps_per_execution` other than 1, as Keras does on torch.
         """
         check_template(self.template, for_training=True)
         jit_compile = kwargs.get("jit_compile", "auto")
@@ -173,6 +198,14 @@ class ParallelModel(keras.Model):
             return super().compute_loss(x, y, y_pred, sample_weight, training)
         with borrowed(self.template, self):
             return self.template._compute_loss(x, y, y_pred, sample_weight, training)
+
+    @property
+    def metrics(self) -> list[Any]:
+        """Those of the compile settings, the template's own, and those of its layers, in Keras's order."""
+        if follows(self.template, getattr(self, "_loss_tracker", None)):
+            return self.template.metrics
+        with borrowed(self.template, self):
+            return self.template.metrics
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         """Keras's metrics of merged outputs, or those of the template's own `compute_metrics`."""
@@ -211,6 +244,15 @@ class ParallelModel(keras.Model):
             )
         return self._predict_outputs((inputs, None, None))
 
+    def symbolic_call(self, *args: Any, **kwargs: Any) -> Any:
+        """Become a part of another model: possible, but said aloud, since training that is not parallel."""
+        warnings.warn(
+            f"The parallel model {self.name!r} is used inside another model. Training that one runs on one device, and "
+            "its files cannot be loaded. Build the other model with the template (parallel.template), and wrap it.",
+            stacklevel=2,
+        )
+        return super().symbolic_call(*args, **kwargs)
+
     def make_train_function(self, force: bool = False) -> Callable[..., Any]:
         """The function that Keras's `fit` calls for each batch."""
         self._one_step_per_execution()
@@ -225,6 +267,7 @@ class ParallelModel(keras.Model):
 
     def make_predict_function(self, force: bool = False) -> Callable[..., Any]:
         """The function that Keras's `predict` calls for each batch."""
+        check_predict_step(self.template)
         self.predict_function = self._on_first(self._predict_outputs)
         return self.predict_function
 
@@ -258,6 +301,7 @@ class ParallelModel(keras.Model):
     def _train(self, data: Any) -> Any:
         """One training step; the logs."""
         arrays, structure = flatten_batch(unpack(data))
+        count_rows(arrays, structure.names)
         engine = self.engine
         program: Any = engine.program
         program.inspect(arrays, structure)
@@ -287,6 +331,7 @@ class ParallelModel(keras.Model):
     def _forward(self, data: Any) -> tuple[Any, Any, Any, Any, StepResult]:
         """Run the replicas forward; the batch as tensors, the merged outputs, the engine's result."""
         arrays, structure = flatten_batch(data)
+        count_rows(arrays, structure.names)
         engine = self.engine
         program: Any = engine.program
         program.inspect(arrays, structure)
