@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,13 +16,12 @@ from fastdp.comm.rendezvous import Rendezvous
 from fastdp.errors import DeviceTimeoutError
 from fastdp.program.base import Context, Memory, Program, Result
 from fastdp.replica import Replica
-from fastdp.shard import split_rows
+from fastdp.shard import CORES, split_rows
 from fastdp.step import Step, StepResult, add_up, commit, run_replica, step_error
 from fastdp.transfer import Merger, count_rows, scatter
 
 # Steps of different engines that share devices must not interleave: replicas block in exchanges.
 _one_step_at_a_time = threading.RLock()
-_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class DataParallel:
@@ -174,7 +172,7 @@ class DataParallel:
     @contextmanager
     def _cores_of_all(self) -> Iterator[None]:
         """On the first device's worker: all cores, while the other devices have nothing to do."""
-        self.program.prepare_thread(_CORES)
+        self.program.prepare_thread(CORES)
         try:
             yield
         finally:
@@ -305,7 +303,7 @@ class _StepScope(AbstractContextManager[Step]):
     def _prepare(self) -> None:
         """Share out the cores and refresh replicas that are stale."""
         engine = self._engine
-        threads = max(1, _CORES // len(self._step.shards))
+        threads = max(1, CORES // len(self._step.shards))
         # Left by this engine, or by another one on the same devices.
         if engine._unsettled is not None or any(device.unsettled for device in engine.devices):
             engine._settle()

@@ -17,6 +17,7 @@ def wrap(
     cpu_merge: bool = True,
     cpu_relocation: bool = False,
     sync_batch_norm: bool = False,
+    compile: str | None = None,
     update: str = "first",
     timeout: float = 1800.0,
     check_replicas: bool = False,
@@ -30,6 +31,9 @@ def wrap(
         cpu_merge: merge outputs in host memory (default), or leave them on the first device.
         cpu_relocation: keep the model's own weights in host memory.
         sync_batch_norm: normalize by the global batch instead of each replica's rows.
+        compile: how the steps of a Keras model run. None: eagerly. "trace": captured once per batch shape, and
+            run without Keras's Python. "inductor": that, compiled by TorchInductor (needs a C++ compiler; the second
+            step of a shape waits for it).
         update: "first" applies the optimizer on the first device and copies the new weights to the others: fastest
             where devices share memory and cores. "each" applies it on every device. The results are the same.
         timeout: seconds that one step may take before it is given up.
@@ -58,6 +62,7 @@ def wrap(
                 cpu_merge=cpu_merge,
                 cpu_relocation=cpu_relocation,
                 sync_batch_norm=sync_batch_norm,
+                compile=compile,
                 update=update,
                 timeout=timeout,
                 check_replicas=check_replicas,

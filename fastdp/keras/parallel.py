@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +13,9 @@ from fastdp.backend.host import HostDevice
 from fastdp.engine import DataParallel
 from fastdp.keras.checks import check_predict_step, check_template
 from fastdp.keras.compile_state import borrowed, follow, follows
-from fastdp.keras.names import unique_names
-from fastdp.keras.streaming import stream_fit, stream_forward
+from fastdp.keras.streaming import arguments_by_name, stream_fit, stream_forward
+from fastdp.keras.template_view import TemplateView, merged_outputs
+from fastdp.program.capture import MODES, Captures
 from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import flatten_batch, unpack
 from fastdp.program.keras_losses import own_copy
@@ -24,7 +24,7 @@ from fastdp.transfer import count_rows
 
 
 @keras.saving.register_keras_serializable(package="fastdp")
-class ParallelModel(keras.Model):
+class ParallelModel(TemplateView):
     """The template, trained and run on several devices. Made by `fastdp.wrap` and `multi_gpu_model`.
 
     Keras's own `fit`, `evaluate` and `predict` loops, data adapters and callbacks run on the host; each
@@ -36,6 +36,7 @@ class ParallelModel(keras.Model):
         devices: where the replicas run; their order is the order of the rows.
         cpu_merge: merge outputs in host memory. On virtual devices all memory is host memory.
         sync_batch_norm: BatchNormalization over the global batch instead of each replica's rows.
+        compile: how steps run, None, "trace" or "inductor"; see `fastdp.wrap`.
         update: where the optimizer is applied, "first" or "each"; see `fastdp.wrap`.
         timeout: seconds that one step may take.
         check_replicas: verify after each step that replicas are bitwise equal.
@@ -49,6 +50,7 @@ class ParallelModel(keras.Model):
         cpu_merge: bool = True,
         cpu_relocation: bool = False,
         sync_batch_norm: bool = False,
+        compile: str | None = None,
         update: str = "first",
         timeout: float = 1800.0,
         check_replicas: bool = False,
@@ -56,9 +58,13 @@ class ParallelModel(keras.Model):
         check_template(template)
         super().__init__(name=f"{template.name}_parallel", dtype=template.dtype_policy)
         self.template = template
+        self._merge_layer = merged_outputs()
         self.devices = list(devices)
         self.cpu_merge = cpu_merge
         self.cpu_relocation = cpu_relocation
+        if compile not in MODES:
+            raise ValueError(f"`compile` must be one of {MODES}. Received: compile={compile!r}")
+        self._capture_mode = compile
         self._engine_options: dict[str, Any] = {
             "update": update,
             "timeout": timeout,
@@ -68,98 +74,7 @@ class ParallelModel(keras.Model):
         self._engine: DataParallel | None = None
         self._call_has_training_arg = True
         self._compute_loss_has_training_arg = True
-        self._merge_layer = _MergedOutputs(name="merged")
-        self._merge_layer.built = True  # Keras builds a model with an unbuilt layer anew before each batch
         self.built = True
-
-    # What the model looks like: the template.
-
-    @property
-    def layers(self) -> list[keras.layers.Layer]:
-        """Input layers, the template, and the merge: `layers[-2]` is the template, as in Keras 2."""
-        inputs = [layer for layer in self.template.layers if isinstance(layer, keras.layers.InputLayer)]
-        return [*inputs, self.template, self._merge_layer]
-
-    @layers.setter
-    def layers(self, _: Any) -> None:
-        raise AttributeError("`layers` of a parallel model cannot be set: change the template, and wrap it again.")
-
-    @property
-    def inputs(self) -> Any:
-        """The template's inputs; None for a subclassed model."""
-        return getattr(self.template, "inputs", None)
-
-    @property
-    def outputs(self) -> Any:
-        """The template's outputs; None for a subclassed model."""
-        return getattr(self.template, "outputs", None)
-
-    @property
-    def input_names(self) -> Any:
-        """The template's input names; None for a subclassed model."""
-        return getattr(self.template, "input_names", None)
-
-    @property
-    def output_names(self) -> list[str] | None:
-        """The template's output names, made unique: loss, metric and history keys go by them."""
-        names = getattr(self.template, "output_names", None)
-        return None if names is None else unique_names(names)
-
-    @property
-    def input_shape(self) -> Any:
-        """The template's input shape. A subclassed model has none."""
-        return self.template.input_shape
-
-    @property
-    def output_shape(self) -> Any:
-        """The template's output shape. A subclassed model has none."""
-        return self.template.output_shape
-
-    def summary(self, *args: Any, **kwargs: Any) -> None:
-        """Print the template's summary. Arguments as in Keras."""
-        self.template.summary(*args, **kwargs)
-
-    def get_config(self) -> dict[str, Any]:
-        """The template's configuration."""
-        return self.template.get_config()
-
-    @classmethod
-    def from_config(cls, config: Any, custom_objects: Any = None) -> Any:
-        """Refused: a parallel model belongs to the devices of this process. Files and copies are the template's.
-
-        Raises:
-            ValueError: always; says what to copy or save instead.
-        """
-        raise ValueError(
-            "A parallel model cannot be copied, pickled, or loaded as a part of another model. Copy or save its "
-            "template (parallel.template), and wrap the copy by fastdp.wrap. To train a larger model around it, "
-            "build that with the template, and wrap the whole."
-        )
-
-    def to_json(self, **kwargs: Any) -> str:
-        """The template as JSON: it loads as a plain Keras model."""
-        return self.template.to_json(**kwargs)
-
-    # Files: the template's.
-
-    def save(self, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs: Any) -> None:
-        """Save the template, with this model's loss and optimizer. The file needs no fastdp to load."""
-        with borrowed(self.template, self):
-            self.template.save(filepath, overwrite=overwrite, zipped=zipped, **kwargs)
-
-    def save_weights(self, filepath: Any, overwrite: bool = True, **kwargs: Any) -> None:
-        """Save the template's weights, and this model's optimizer state where the format holds it."""
-        with borrowed(self.template, self):
-            self.template.save_weights(filepath, overwrite=overwrite, **kwargs)
-
-    def load_weights(self, filepath: Any, skip_mismatch: bool = False, **kwargs: Any) -> None:
-        """Load weights into the template; all replicas follow at the next step."""
-        with borrowed(self.template, self):
-            self.template.load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
-
-    def export(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
-        """Export the template. Arguments as in Keras."""
-        return self.template.export(filepath, *args, **kwargs)
 
     # Compiling.
 
@@ -218,15 +133,15 @@ class ParallelModel(keras.Model):
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """Train; arguments as in Keras. `HDF5Matrix` is read by batches; `shuffle="batch"` as in Keras 2."""
-        return super().fit(**stream_fit(_named(keras.Model.fit, args, kwargs)))
+        return super().fit(**stream_fit(arguments_by_name(keras.Model.fit, args, kwargs)))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Test; arguments as in Keras. `HDF5Matrix` is read by batches."""
-        return super().evaluate(**stream_forward(_named(keras.Model.evaluate, args, kwargs)))
+        return super().evaluate(**stream_forward(arguments_by_name(keras.Model.evaluate, args, kwargs)))
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Predict; arguments as in Keras. `HDF5Matrix` is read by batches."""
-        return super().predict(**stream_forward(_named(keras.Model.predict, args, kwargs)))
+        return super().predict(**stream_forward(arguments_by_name(keras.Model.predict, args, kwargs)))
 
     # Running.
 
@@ -283,8 +198,20 @@ class ParallelModel(keras.Model):
                 sync_batch_norm=self._sync_batch_norm,
                 template_state=lambda: borrowed(self.template, self),
             )
+            if self._capture_mode is not None and self.compiled:
+                program.captures = Captures(program, self._capture_mode, len(self.devices))
             self._engine = DataParallel(program, self.devices, **self._engine_options)
         return self._engine
+
+    def report(self) -> list[dict[str, Any]]:
+        """How training steps run: an entry per captured batch shape, or one that says why they run eagerly."""
+        captures = self._captures()
+        return captures.report if captures is not None else [{"how": "eager", "why": "compile=None"}]
+
+    def _captures(self) -> Captures | None:
+        """The captured steps of the present engine."""
+        program: Any = self._engine.program if self._engine is not None else None
+        return program.captures if program is not None else None
 
     def _stale(self, program: Any) -> bool:
         """Whether the program was made for other variables than those that are trained now."""
@@ -307,6 +234,8 @@ class ParallelModel(keras.Model):
         program.inspect(arrays, structure)
         if not program.trainable:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
+        if program.captures is not None:
+            program.captures.prepare(arrays, structure, self._wants_outputs())
         result = engine.train(arrays, structure=structure, wants_outputs=self._wants_outputs())
         self._track_loss(result)
         x, y, sample_weight = structure.pack(arrays)
@@ -366,14 +295,6 @@ class ParallelModel(keras.Model):
         return lambda data: step(data[0])
 
 
-class _MergedOutputs(keras.layers.Layer):
-    """Stands for the merge of the replicas' outputs in `layers`. It has no weights, and passes values on."""
-
-    def call(self, inputs: Any) -> Any:
-        """The inputs."""
-        return inputs
-
-
 @contextmanager
 def _losses_of_step(template: keras.Model, losses: list[Any]) -> Iterator[None]:
     """Let `template.losses` be these, also for a `compute_loss` of its own."""
@@ -382,11 +303,3 @@ def _losses_of_step(template: keras.Model, losses: list[Any]) -> Iterator[None]:
         yield
     finally:
         template._losses_override.clear()
-
-
-def _named(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name, as `method` would take them."""
-    bound = inspect.signature(method).bind(None, *args, **kwargs)
-    named = dict(bound.arguments)
-    named.pop("self")
-    return {**{k: v for k, v in named.items() if k != "kwargs"}, **named.get("kwargs", {})}

@@ -7,6 +7,8 @@ the rows inside stay.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -101,3 +103,11 @@ def _arrays(x: Any) -> bool:
     """Whether `x` is arrays, and not a data set or a generator of its own."""
     leaves = keras.tree.flatten(x)
     return bool(leaves) and all(hasattr(leaf, "shape") and hasattr(leaf, "__getitem__") for leaf in leaves)
+
+
+def arguments_by_name(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name, as `method` would take them."""
+    bound = inspect.signature(method).bind(None, *args, **kwargs)
+    named = dict(bound.arguments)
+    named.pop("self")
+    return {**{k: v for k, v in named.items() if k != "kwargs"}, **named.get("kwargs", {})}

@@ -21,12 +21,12 @@ from fastdp.program.base import Context, Home, Memory, Result, Totals
 from fastdp.program.keras_batch import OutputStructure, Structure, flatten_outputs, unpack
 from fastdp.program.keras_effects import Effect
 from fastdp.program.keras_losses import NotPerSample, SharedLoss
-from fastdp.program.keras_memory import Adopted, ReplicaScope, adopted, tensors_of
+from fastdp.program.keras_memory import Adopted, Mapping, ReplicaScope, adopted, tensors_of
 from fastdp.program.keras_merged import merged_loss
-from fastdp.program.keras_moments import combine
+from fastdp.program.keras_moments import Moments, combine
 from fastdp.program.keras_scope import Running, replica_aware, replica_scope
 from fastdp.program.keras_trial import Effects
-from fastdp.program.torch_tensors import intra_op_threads, spec_of
+from fastdp.program.torch_tensors import as_array, intra_op_threads, spec_of
 
 
 @dataclass(slots=True)
@@ -37,7 +37,7 @@ class _State:
     slots: list[torch.Tensor]
     gradients: list[torch.Tensor]
     leaves: list[torch.Tensor]
-    mapping: list[tuple[keras.Variable, torch.Tensor]]
+    mapping: Mapping
 
 
 @dataclass(slots=True)
@@ -54,6 +54,19 @@ class Notes:
     constant: list[tuple[int, torch.Tensor]] = field(default_factory=list)
     normalized: list[keras.layers.BatchNormalization] = field(default_factory=list)
     unused: frozenset[int] = frozenset()
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What the pure part of a step gives: gradients of the trainable variables (None where there is none), the
+    loss and its terms, outputs and masks, assigned variables by number, moments of batch normalization."""
+
+    gradients: Sequence[torch.Tensor | None]
+    terms: list[torch.Tensor]
+    outputs: list[torch.Tensor]
+    structure: OutputStructure | None
+    assigned: list[tuple[int, torch.Tensor]]
+    moments: list[tuple[keras.layers.BatchNormalization, Moments]]
 
 
 class KerasProgram:
@@ -92,6 +105,7 @@ class KerasProgram:
         self._found_not_per_sample = False
         self.effects = Effects(model, self.variables, self._call, self._seed)
         self._adopted: list[Adopted] = []
+        self.captures: Any = None
 
     # Memory: the protocol of fastdp.program.base.
 
@@ -146,38 +160,49 @@ class KerasProgram:
             stack.enter_context(intra_op_threads(threads))
             if self._own_compute_loss and self._template_state is not None:
                 stack.enter_context(self._template_state())
-            self._prepare_loss()
+            self.prepare_loss()
             yield
 
     # The step.
 
     def train(self, state: _State, batch: list[np.ndarray], context: Context) -> Result:
         """Forward, this replica's contribution to the loss, and its gradient."""
-        x, y, sample_weight = unpack(context.structure.pack(batch))
-        run = Running(context, self.sync_batch_norm, seed=self._seed)
-        with replica_scope(run), ReplicaScope(state.mapping, set(map(id, self.trainable))) as scope:
-            y_pred = self._call(x, training=True)
-            extra = self._extra_losses(scope.losses, context)
-            outputs, seeds, terms = self._loss(y, y_pred, sample_weight, extra, scope, run)
-        leaves = [scope.get_current_value(v) for v in self.trainable]
-        found = torch.autograd.grad(outputs, leaves, seeds, allow_unused=True) if outputs else [None] * len(leaves)
-        unused = self._store_gradients(state, found)
-        arrays, structure = flatten_outputs(y_pred) if context.wants_outputs else ([], None)
-        notes = Notes(structure, len(terms) - 1, unused=unused)
-        sums = [np.array([float(term) for term in terms]), *self._side_effects(scope, state, run, notes)]
-        return Result(arrays, np.concatenate(sums), notes)
+        captured = self.captures.find(batch, context) if self.captures is not None else None
+        if captured is not None:
+            outcome = captured.replay(state.mapping, batch, context)
+        else:
+            outcome = self.compute(state.mapping, context.structure.pack(batch), self.running_replica(context))
+        unused = self._store_gradients(state, outcome.gradients)
+        notes = Notes(outcome.structure, len(outcome.terms) - 1, unused=unused)
+        return self._result(outcome, state, context, notes)
 
     def predict(self, state: _State, batch: list[np.ndarray], context: Context) -> Result:
         """Forward only. The sums are the contributions of `add_loss` terms, then those of assigned variables."""
         x, _, _ = unpack(context.structure.pack(batch))
-        run = Running(context, seed=self._seed)
+        run = self.running_replica(context)
+        run.sync_batch_norm = False
         with torch.no_grad(), replica_scope(run), ReplicaScope(state.mapping, set()) as scope:
             y_pred = self._call(x, training=False)
             extra = self._extra_losses(scope.losses, context)
-        arrays, structure = flatten_outputs(y_pred)
-        notes = Notes(structure, len(extra))
-        sums = [np.array([float(term) for term in extra]), *self._side_effects(scope, state, run, notes)]
-        return Result(arrays, np.concatenate(sums), notes)
+        outputs, structure = flatten_outputs(y_pred)
+        outcome = Outcome([], extra, outputs, structure, scope.assigned(state.mapping), run.moments)
+        return self._result(outcome, state, context, Notes(structure, len(extra)))
+
+    def compute(self, mapping: Mapping, nest: Any, run: Running) -> Outcome:
+        """The pure part of a training step: from variables and a batch to gradients and new values."""
+        x, y, sample_weight = unpack(nest)
+        with replica_scope(run), ReplicaScope(mapping, set(map(id, self.trainable))) as scope:
+            y_pred = self._call(x, training=True)
+            extra = self._extra_losses(scope.losses, run.context)
+            roots, seeds, terms = self._loss(y, y_pred, sample_weight, extra, scope, run)
+        leaves = [scope.get_current_value(v) for v in self.trainable]
+        found = torch.autograd.grad(roots, leaves, seeds, allow_unused=True) if roots else [None] * len(leaves)
+        outputs, structure = flatten_outputs(y_pred) if run.context.wants_outputs else ([], None)
+        return Outcome(found, terms, outputs, structure, scope.assigned(mapping), run.moments)
+
+    def running_replica(self, context: Context) -> Running:
+        """What the thread of a replica knows in a step."""
+        return Running(context, self.sync_batch_norm, seed=self._seed)
 
     def assign(self, sums: np.ndarray, notes: Notes) -> None:
         """Give the template the variables that a forward pass assigned: metrics of layers, seeds, counters."""
@@ -214,6 +239,11 @@ class KerasProgram:
         """This replica's contributions to the `add_loss` terms."""
         factors = [1.0 if e is Effect.SUM else context.rows.share for e in self.effects.of_losses(len(losses))]
         return [keras.ops.sum(loss) * factor for loss, factor in zip(losses, factors, strict=True)]
+
+    @property
+    def is_regularized(self) -> bool:
+        """Whether any trainable weight has a regularizer."""
+        return any(v.regularizer is not None for v in self.trainable)
 
     def regularization(self) -> list[torch.Tensor]:
         """The regularizers of the trainable weights, from the values in the current scope."""
@@ -258,7 +288,7 @@ class KerasProgram:
         found = [scaled] if scaled.requires_grad else []
         return found, [None] * len(found), [total.detach(), *(term.detach() for term in terms)]
 
-    def _prepare_loss(self) -> None:
+    def prepare_loss(self) -> None:
         """Decide how the loss is computed: as contributions of the replicas, or on the merged outputs."""
         compiled = self.trainer._compile_loss
         if self._own_compute_loss or self._found_not_per_sample:
@@ -284,14 +314,14 @@ class KerasProgram:
         """Find out how side effects depend on the rows: before the first steps, on the host thread."""
         self.effects.inspect(batch, structure)
 
-    def _side_effects(self, scope: ReplicaScope, state: _State, run: Running, notes: Notes) -> list[np.ndarray]:
-        """The numbers by which assigned variables are put together, and their notes."""
-        notes.normalized = [layer for layer, _ in run.moments if not layer.renorm]
+    def _result(self, outcome: Outcome, state: _State, context: Context, notes: Notes) -> Result:
+        """Outputs as arrays, and the numbers by which terms and assigned variables are put together."""
+        notes.normalized = [layer for layer, _ in outcome.moments if not layer.renorm]
         by_moments = {id(v) for layer in notes.normalized for v in (layer.moving_mean, layer.moving_variance)}
-        sums = []
-        for i, (variable, before) in enumerate(state.mapping):
-            value = scope.get_current_value(variable)
-            if value is before or id(variable) in by_moments:
+        sums = [np.array([float(term) for term in outcome.terms])]
+        for i, value in outcome.assigned:
+            variable, before = state.mapping[i]
+            if id(variable) in by_moments:
                 continue
             effect = self.effects.of_variable(i, variable)
             # Floats are averaged even so: a value that looked constant on the rows tried may depend on others.
@@ -300,9 +330,10 @@ class KerasProgram:
                 continue
             notes.assigned.append((i, effect))
             moved = value.detach().double() - before.detach().double()
-            moved = moved if effect is Effect.SUM else moved * run.context.rows.share
+            moved = moved if effect is Effect.SUM else moved * context.rows.share
             sums.append(moved.numpy().ravel())
-        return sums + [moments.sums() for layer, moments in run.moments if not layer.renorm]
+        sums += [moments.sums() for layer, moments in outcome.moments if not layer.renorm]
+        return Result([as_array(tensor) for tensor in outcome.outputs], np.concatenate(sums), notes)
 
     def _assign(self, variables: Sequence[torch.Tensor], sums: np.ndarray, notes: Notes) -> None:
         """Give assigned variables their values for the global batch."""

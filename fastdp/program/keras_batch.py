@@ -83,17 +83,16 @@ class OutputStructure:
         return keras.tree.pack_sequence_as(self.nest, tensors)
 
 
-def flatten_outputs(outputs: Any) -> tuple[list[np.ndarray], OutputStructure]:
-    """A model's outputs, followed by their masks, as arrays."""
+def flatten_outputs(outputs: Any) -> tuple[list[torch.Tensor], OutputStructure]:
+    """A model's outputs, followed by their masks, as tensors."""
     leaves = keras.tree.flatten(outputs)
     masks = [getattr(leaf, "_keras_mask", None) for leaf in leaves]
-    arrays = [as_array(leaf) for leaf in leaves] + [as_array(mask) for mask in masks if mask is not None]
     structure = OutputStructure(
         keras.tree.map_structure(lambda _: 0, outputs),
         tuple(dtype_name(leaf) for leaf in leaves),
         tuple(mask is not None for mask in masks),
     )
-    return arrays, structure
+    return [*leaves, *(mask for mask in masks if mask is not None)], structure
 
 
 def unpack(data: Any) -> tuple[Any, Any, Any]:

@@ -16,6 +16,9 @@ from fastdp.program.torch_tensors import as_tensor, spec_of
 _homes: weakref.WeakKeyDictionary[Any, Adopted] = weakref.WeakKeyDictionary()
 
 
+Mapping = list[tuple[keras.Variable, torch.Tensor]]
+
+
 class Adopted:
     """Keras variables whose values live in flat buffers.
 
@@ -79,6 +82,11 @@ class ReplicaScope(keras.StatelessScope):
         super().__init__(state_mapping=None, collect_losses=True, initialize_variables=False)
         self.state_mapping = {id(variable): tensor for variable, tensor in mapping}
         self._leaves = leaves
+
+    def assigned(self, mapping: Mapping) -> list[tuple[int, torch.Tensor]]:
+        """The variables that were assigned within the scope: their places in `mapping`, and their values."""
+        values = ((i, self.get_current_value(v), before) for i, (v, before) in enumerate(mapping))
+        return [(i, value) for i, value, before in values if value is not before]
 
     def add_update(self, update: tuple[keras.Variable, torch.Tensor]) -> None:
         """Note an assignment."""

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import keras
 import torch
@@ -50,6 +50,18 @@ class Running:
     moments: list[tuple[keras.layers.Layer, Moments]] = field(default_factory=list)
     terms: list[torch.Tensor] = field(default_factory=list)
     masks: dict[tuple[int, str], Any] = field(default_factory=dict)
+    draws: Draws | None = None
+
+
+class NotCapturable(Exception):
+    """A step does something that cannot be recorded once and replayed. The message says what."""
+
+
+class Draws(Protocol):
+    """Who decides about random draws while a step is captured."""
+
+    def take(self, draw: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The outcome of `draw()`, or what stands for it."""
 
 
 def running() -> Running | None:
@@ -112,6 +124,7 @@ def _patch() -> None:
         (torch_random, "gamma", _alone(torch_random.gamma)),
         (torch_random, "binomial", _alone(torch_random.binomial)),
         (torch_random, "beta", _alone(torch_random.beta)),
+        (torch_random, "torch_seed_generator", _generator(torch_random.torch_seed_generator)),
         (torch_random, "draw_seed", _draw_seed(torch_random.draw_seed)),
         (DropoutRNNCell, "get_dropout_mask", _own_mask("dropout")),
         (DropoutRNNCell, "get_recurrent_dropout_mask", _own_mask("recurrent_dropout")),
@@ -152,8 +165,15 @@ def _by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def draw(shape: Any, *args: Any, **kwargs: Any) -> Any:
         state = running()
-        whole = _global_shape(shape, state.context) if state else None
-        if state is None or whole is None:
+        if state is None:
+            return original(shape, *args, **kwargs)
+        return _take(state, lambda: rows_of(shape, *args, **kwargs), args, kwargs)
+
+    def rows_of(shape: Any, *args: Any, **kwargs: Any) -> Any:
+        state = running()
+        assert state is not None
+        whole = _global_shape(shape, state.context)
+        if whole is None:
             return original(shape, *args, **kwargs)
         # Inside, `truncated_normal` draws by `normal`: the shapes it asks for are already the batch's.
         with _whole_batch(state):
@@ -161,6 +181,20 @@ def _by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         return drawn[state.context.rows.start : state.context.rows.stop]
 
     return draw
+
+
+def _take(state: Running, draw: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `draw()` gives: now, or as the capture of the step wants it. Draws within draws are its own."""
+    draws = state.draws
+    if draws is None:
+        return draw()
+    if any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
+        raise NotCapturable("a random op whose parameters are computed by the model")
+    state.draws = None
+    try:
+        return draws.take(draw)
+    finally:
+        state.draws = draws
 
 
 @contextmanager
@@ -190,11 +224,16 @@ def _dropout(original: Callable[..., Any]) -> Callable[..., Any]:
         by_rows = spans_rows and inputs.shape[0] == rows.count < rows.total
         if by_rows:
             shape[0] = rows.total
-        generator = torch_random.torch_seed_generator(seed)
-        # The same draw as Keras's seeded dropout: bernoulli of a constant matrix.
-        keep = torch.bernoulli(torch.full(shape, 1.0 - rate), generator=generator).bool()
-        if by_rows:
-            keep = keep[rows.start : rows.stop]
+
+        def mask() -> torch.Tensor:
+            state = running()
+            assert state is not None
+            generator = torch_random.torch_seed_generator(seed)
+            # The same draw as Keras's seeded dropout: bernoulli of a constant matrix.
+            keep = torch.bernoulli(torch.full(shape, 1.0 - rate), generator=generator).bool()
+            return keep[state.context.rows.start : state.context.rows.stop] if by_rows else keep
+
+        keep = _take(state, mask, (), {})
         scaled = inputs / (1.0 - rate)
         return torch.where(keep.expand(inputs.shape), scaled, torch.zeros((), dtype=inputs.dtype))
 
@@ -215,12 +254,27 @@ def _alone(original: Callable[..., Any]) -> Callable[..., Any]:
     """A draw for which Keras sets and restores torch's global generator: one thread at a time."""
 
     def draw(shape: Any, *args: Any, **kwargs: Any) -> Any:
-        if running() is None:
+        state = running()
+        if state is None:
             return original(shape, *args, **kwargs)
+        if state.draws is not None:
+            raise NotCapturable("a random op that is not drawn by rows")
         with _global_generator:
             return original(shape, *args, **kwargs)
 
     return draw
+
+
+def _generator(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Generators for draws that no capture knows how to repeat end it."""
+
+    def torch_seed_generator(seed: Any) -> Any:
+        state = running()
+        if state is not None and state.draws is not None:
+            raise NotCapturable("a random op that is not drawn by rows")
+        return original(seed)
+
+    return torch_seed_generator
 
 
 def _draw_seed(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -31,7 +31,7 @@ class Effects:
     ) -> None:
         self._model, self._variables, self._call, self._seed = model, variables, call, seed
         layers = model._flatten_layers()
-        self._seed_ids = {id(g.state) for layer in layers for g in layer._seed_generators}
+        self.seeds = {id(g.state) for layer in layers for g in layer._seed_generators}
         self._metric_ids = {id(v) for layer in layers for metric in layer._metrics for v in metric.variables}
         self._assigned: dict[int, Effect] = {}
         self._losses: list[Effect] | None = None
@@ -44,7 +44,7 @@ class Effects:
 
     def of_variable(self, index: int, variable: keras.Variable) -> Effect:
         """How an assigned variable's value depends on the rows."""
-        if id(variable) in self._seed_ids:
+        if id(variable) in self.seeds:
             return Effect.SAME
         if id(variable) in self._metric_ids:
             return Effect.SUM
@@ -95,7 +95,7 @@ class Effects:
         moved = {}
         for i, (variable, before) in enumerate(mapping):
             value = scope.get_current_value(variable)
-            if value is not before and not {id(variable)} & (normalized | self._seed_ids | self._metric_ids):
+            if value is not before and not {id(variable)} & (normalized | self.seeds | self._metric_ids):
                 moved[i] = value.double() - before.double()
         return losses, moved
 

@@ -56,11 +56,17 @@ class TorchParallel:
         cpu_merge: bool = True,
         cpu_relocation: bool = False,
         sync_batch_norm: bool = False,
+        compile: str | None = None,
         update: str = "first",
         timeout: float = 1800.0,
         check_replicas: bool = False,
     ) -> None:
         check_module(module)
+        if compile is not None:
+            raise ValueError(
+                "`compile` captures Keras models only. Leave it None for a torch.nn.Module. "
+                f"Received: compile={compile!r}"
+            )
         self.module = module
         self.devices = list(devices)
         self.cpu_merge = cpu_merge
