@@ -1,4 +1,4 @@
-"""What scripts do around `fit`: models with metrics of their own, recompiling, copying, deleting, wrong batches."""
+"""What scripts do around `fit`: any data, callbacks, metrics of their own, copying, deleting, wrong batches."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
+import torch
 
 import fastdp
 
@@ -202,3 +204,121 @@ def test_a_batch_with_wrong_rows_says_which_array(batch: Any, said: str) -> None
         with pytest.raises(ValueError, match=said):
             step(*batch)
     parallel.train_on_batch(X, Y)
+
+
+class Batches(keras.utils.PyDataset):
+    """Batches of 8 rows."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> Any:
+        rows = slice(8 * index, 8 * index + 8)
+        return X[rows], Y[rows], np.linspace(0.5, 1.5, 21)[rows]
+
+
+def generated() -> Iterator[Any]:
+    """Batches of 8 rows, without end."""
+    while True:
+        yield from (Batches()[i] for i in range(3))
+
+
+def loader() -> Any:
+    """A torch loader of batches of 8 rows."""
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.tensor(X), torch.tensor(Y)), batch_size=8)
+
+
+def twins(make: Callable[[], keras.Model], **settings: Callable[[], Any]) -> Iterator[keras.Model]:
+    """The same compiled model, plain and then parallel."""
+    for gpus in (None, 3):
+        keras.utils.set_random_seed(1)
+        template = make()
+        model = template if gpus is None else fastdp.wrap(template, gpus=gpus)
+        model.compile(**{name: value() for name, value in settings.items()})
+        yield model
+
+
+def assert_same_training(one: keras.Model, many: keras.Model) -> None:
+    for expected, found in zip(one.get_weights(), many.get_weights(), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert list(many.history.history) == list(one.history.history)
+    for key, expected in one.history.history.items():
+        np.testing.assert_allclose(many.history.history[key], expected, rtol=1e-5, atol=1e-6)
+
+
+def sgd() -> Any:
+    return keras.optimizers.SGD(0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    ("data", "options"),
+    [
+        (lambda: (generated(),), {"steps_per_epoch": 3}),
+        (lambda: (Batches(),), {}),
+        (lambda: (Batches(workers=2),), {}),
+        (lambda: (loader(),), {}),
+        (lambda: (torch.tensor(X), torch.tensor(Y)), {"batch_size": 8}),
+        (lambda: (X.astype("float64"), Y.astype("float64")), {"batch_size": 8}),
+        (lambda: (X[::-1], np.asfortranarray(Y)), {"batch_size": 8, "validation_split": 0.3}),
+    ],
+    ids=["generator", "PyDataset", "PyDataset with workers", "DataLoader", "torch", "float64", "strided"],
+)
+def test_fit_of_any_source_of_batches_equals_one_device(data: Callable[[], Any], options: dict[str, Any]) -> None:
+    trained = []
+    for model in twins(small, optimizer=sgd, loss=lambda: "mse", metrics=lambda: ["mae"]):
+        model.fit(*data(), epochs=2, shuffle=False, verbose=0, **options)
+        trained.append(model)
+    assert_same_training(*trained)
+
+
+@pytest.mark.parametrize("every", [{"swap_on_epoch": True}, {}], ids=["by epoch", "by evaluation"])
+def test_swapping_in_averaged_weights_equals_one_device(every: dict[str, bool]) -> None:
+    trained = []
+
+    def averaging() -> Any:
+        return keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.8)
+
+    for model in twins(small, optimizer=averaging, loss=lambda: "mse"):
+        swap = keras.callbacks.SwapEMAWeights(**every)
+        model.fit(X, Y, epochs=3, batch_size=8, verbose=0, validation_data=(X, Y), callbacks=[swap])
+        trained.append(model)
+    assert_same_training(*trained)
+
+
+def test_a_csv_log_has_the_columns_and_rows_of_one_device(tmp_path: Path) -> None:
+    logs = []
+    for i, model in enumerate(twins(small, optimizer=sgd, loss=lambda: "mse", metrics=lambda: ["mae"])):
+        log = keras.callbacks.CSVLogger(tmp_path / f"{i}.csv")
+        model.fit(X, Y, epochs=3, batch_size=8, verbose=0, validation_data=(X, Y), callbacks=[log])
+        logs.append((tmp_path / f"{i}.csv").read_text().splitlines())
+    one, many = logs
+    assert many[0] == one[0]
+    values = [np.array([line.split(",") for line in log[1:]], float) for log in (one, many)]
+    np.testing.assert_allclose(values[1], values[0], rtol=1e-5)
+
+
+def test_a_loss_that_is_no_number_ends_training_where_one_device_ends() -> None:
+    broken = X.copy()
+    broken[9] = np.nan
+    ended = []
+    for model in twins(small, optimizer=sgd, loss=lambda: "mse"):
+        seen: list[int] = []
+        batches = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs, seen=seen: seen.append(batch))
+        callbacks = [keras.callbacks.TerminateOnNaN(), batches]
+        model.fit(broken, Y, epochs=3, batch_size=8, shuffle=False, verbose=0, callbacks=callbacks)
+        ended.append((model.stop_training, seen))
+    assert ended[0] == ended[1] == (True, [0, 1])
+
+
+def test_bytes_of_images_are_scaled_on_the_way_in_as_on_one_device() -> None:
+    images = np.random.default_rng(1).integers(0, 256, (21, 8, 8, 3), dtype=np.uint8)
+
+    def build() -> keras.Model:
+        stack = [layers.Rescaling(1 / 255), layers.Conv2D(4, 3), layers.GlobalAveragePooling2D(), layers.Dense(1)]
+        return keras.Sequential([keras.Input((8, 8, 3), dtype="uint8"), *stack])
+
+    trained = []
+    for model in twins(build, optimizer=lambda: keras.optimizers.SGD(0.01), loss=lambda: "mse"):
+        model.fit(images, Y, epochs=2, batch_size=8, shuffle=False, verbose=0)
+        trained.append(model)
+    assert_same_training(*trained)
