@@ -14,7 +14,6 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 import fastdp
-from fastdp.device import resolve
 
 Arrays = dict[str, np.ndarray]
 RATE, MOMENTUM = 0.1, 0.9
@@ -70,7 +69,7 @@ def run(devices: int, epochs: int, batch_size: int) -> tuple[list[float], float]
     program = fastdp.FunctionProgram(
         weights, train, update, predict, slots={name: np.zeros_like(value) for name, value in weights.items()}
     )
-    engine = fastdp.DataParallel(program, resolve(devices))
+    engine = fastdp.DataParallel(program, devices)
     digits = load_digits()
     order = generator.permutation(len(digits.target))
     x, y = digits.data[order] / 16, digits.target[order]

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from fastdp.backend.host import HostDevice, joined
 from fastdp.buckets import FlatBuffers
 from fastdp.comm.host import HostCommunicator
 from fastdp.comm.rendezvous import Rendezvous
+from fastdp.device import resolve
 from fastdp.errors import DeviceTimeoutError
 from fastdp.program.base import Context, Memory, Program, Result
 from fastdp.replica import Replica
@@ -29,7 +31,8 @@ class DataParallel:
 
     Args:
         program: what each replica runs (`fastdp.program.base.Program`).
-        devices: one replica per device; their order is the order of the rows.
+        devices: one replica per device, in the order of the rows: devices, or what `gpus=` takes elsewhere (a
+            number, a list of ordinals, None for all).
         timeout: seconds that one step may take before it is given up.
         update: "first" applies the update on the first device, with all cores, and copies the new variables to the
             others: on devices that share memory and cores N updates cost N times one. "each" applies it on every
@@ -41,18 +44,20 @@ class DataParallel:
     holds no thread of its own: the devices do.
 
     Raises:
-        ValueError: no device, or one named twice; an unknown `update`.
+        ValueError: anything wrong with `devices`; an unknown `update`.
     """
 
     def __init__(
         self,
         program: Program,
-        devices: Sequence[HostDevice],
+        devices: Any = None,
         *,
         timeout: float = 1800.0,
         update: str = "first",
         check_replicas: bool = False,
     ) -> None:
+        if not _are_devices(devices):
+            devices = resolve(devices, caller="fastdp.DataParallel")
         if not devices or len({id(device) for device in devices}) != len(devices):
             raise ValueError(f"`devices` must be one or more different devices. Received: {list(devices)}")
         if update not in ("first", "each"):
@@ -269,6 +274,11 @@ class DataParallel:
             for replica in self.replicas:
                 for saved, flat in zip(self._saved, replica.lasting, strict=True):
                     flat.copy_from(saved)
+
+
+def _are_devices(devices: Any) -> bool:
+    """Whether these are devices, and not numbers that name some."""
+    return isinstance(devices, (list, tuple)) and any(isinstance(device, HostDevice) for device in devices)
 
 
 class _StepScope(AbstractContextManager[Step]):

@@ -65,7 +65,13 @@ def _within(name: str, package: str) -> bool:
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Leave out a test file that cannot be imported here for want of an optional library."""
+    """Leave out a test file, or a folder by its conftest, that cannot be imported for want of a library."""
+    own = collection_path / "conftest.py"
+    if own.is_file() and own != Path(__file__):
+        missing = missing_needs(own.read_text(encoding="utf-8"))
+        if missing:
+            left_out[f"{collection_path.name}/"] = ", ".join(missing)
+        return True if missing else None
     if collection_path.suffix != ".py" or not collection_path.name.startswith("test_"):
         return None
     missing = missing_needs(collection_path.read_text(encoding="utf-8"))

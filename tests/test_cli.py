@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from fastdp import __version__
 from fastdp.cli import COMMANDS, bench, demo, main
 from fastdp.cli.optional import MissingLibraryError, load
 
+needs_keras = pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="Keras is not installed")
+needs_sklearn = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="scikit-learn is not installed")
 WITHOUT_KERAS = "import sys; sys.modules['keras'] = sys.modules['torch'] = None; "
 
 
@@ -72,6 +75,7 @@ def test_devices_lists_the_virtual_ones_without_keras():
     ]
 
 
+@needs_sklearn
 def test_demo_without_keras_says_what_to_install(tmp_path):
     done = run("demo", "--out", str(tmp_path), code="import sys; sys.modules['keras'] = None; ")
     assert done.returncode == 1
@@ -95,11 +99,13 @@ def test_demo_options_have_the_documented_defaults():
     assert (options.devices, options.epochs, options.batch_size, options.out.as_posix()) == (4, 10, 64, "out/demo")
 
 
+@needs_keras
 def test_convert_of_a_missing_file_names_it(tmp_path, capsys):
     assert main(["convert", str(tmp_path / "none.h5"), str(tmp_path / "new.h5")]) == 1
     assert str(tmp_path / "none.h5") in capsys.readouterr().err
 
 
+@needs_keras
 def test_convert_never_overwrites_a_file(tmp_path, capsys):
     source, destination = tmp_path / "old.h5", tmp_path / "new.h5"
     h5py.File(source, "w").close()

@@ -525,9 +525,14 @@ def test_a_batch_that_cannot_be_scattered_is_refused_and_leaves_the_engine_free(
 
 
 def test_an_engine_needs_different_devices(eight_devices):
-    for devices in ([], [eight_devices[0]] * 2):
-        with pytest.raises(ValueError, match="one or more different devices"):
-            fastdp.DataParallel(program(), devices)
+    with pytest.raises(ValueError, match="one or more different devices"):
+        fastdp.DataParallel(program(), [eight_devices[0]] * 2)
+
+
+@pytest.mark.parametrize(("devices", "names"), [(2, [0, 1]), ([3, 1], [3, 1]), (None, range(8)), ([], range(8))])
+def test_an_engine_takes_devices_as_gpus_does(devices, names, eight_devices):
+    engine = fastdp.DataParallel(program(), devices)
+    assert [device.name for device in engine.devices] == [f"virtual:{i}" for i in names]
 
 
 def test_steps_allocate_no_device_memory(monkeypatch):

@@ -80,9 +80,7 @@ def test_a_mask_gives_the_rows_that_numpy_gives(matrix, mask):
 
 @settings(max_examples=200)
 @given(
-    first=st.one_of(
-        row_numbers, st.slices(COUNT), st.lists(row_numbers, min_size=2, max_size=2).map(np.array)
-    ),
+    first=st.one_of(row_numbers, st.slices(COUNT), st.lists(row_numbers, min_size=2, max_size=2).map(np.array)),
     rest=st.tuples(
         st.one_of(st.integers(-4, 3), st.slices(4), st.just(Ellipsis), st.just(np.array([3, 0])), st.none())
     ),
@@ -160,9 +158,7 @@ def test_iteration_gives_each_row_once(matrix):
 
 def test_asarray_reads_everything_and_takes_numpy_2_arguments(matrix):
     np.testing.assert_array_equal(np.asarray(matrix), SLICE, strict=True)
-    np.testing.assert_array_equal(
-        np.array(matrix, dtype=np.float64, copy=True), SLICE.astype(np.float64), strict=True
-    )
+    np.testing.assert_array_equal(np.array(matrix, dtype=np.float64, copy=True), SLICE.astype(np.float64), strict=True)
     with pytest.raises(ValueError, match="copy must be None or True, got False"):
         matrix.__array__(copy=False)
 
@@ -187,9 +183,7 @@ def test_the_normalizer_sees_each_fetched_block_and_decides_dtype_and_shape(path
 
 
 def test_a_normalizer_is_not_called_on_no_rows(path):
-    matrix = HDF5Matrix(
-        path, "labels", normalizer=lambda block: block / np.max(block, initial=1) * len(block[:])
-    )
+    matrix = HDF5Matrix(path, "labels", normalizer=lambda block: block / np.max(block, initial=1) * len(block[:]))
     assert matrix[5:5].shape == (0,)
     assert matrix[5:5].dtype == matrix.dtype == np.float64
 
@@ -227,9 +221,7 @@ def test_a_normalizer_that_cannot_be_called_is_a_type_error(path):
 
 
 def test_a_missing_file_is_a_file_not_found_error_with_its_path(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"datapath must be an existing HDF5 file.*nowhere\.h5"
-    ) as caught:
+    with pytest.raises(FileNotFoundError, match=r"datapath must be an existing HDF5 file.*nowhere\.h5") as caught:
         HDF5Matrix(tmp_path / "nowhere.h5", "x")
     assert caught.value.filename == str(tmp_path / "nowhere.h5")
 
@@ -308,9 +300,7 @@ def test_copies_open_the_file_anew(path, again, monkeypatch, tmp_path):
 def test_a_matrix_can_be_sent_to_another_process(path):
     code = "import pickle, sys; print(pickle.load(sys.stdin.buffer)[-1].sum())"
     data = pickle.dumps(HDF5Matrix(path, "x", START, END))
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], input=data, capture_output=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], input=data, capture_output=True, check=True)
     assert float(done.stdout) == SLICE[-1].sum()
 
 

@@ -195,9 +195,7 @@ def _long_parts(file: str, source: str) -> list[str]:
         if ast.get_docstring(node) is not None:
             length -= node.body[0].end_lineno - node.body[0].lineno + 1
         if length > FUNCTION_LINES:
-            found.append(
-                f"fastdp/{file}:{node.lineno} {node.name} has {length} lines, at most {FUNCTION_LINES}"
-            )
+            found.append(f"fastdp/{file}:{node.lineno} {node.name} has {length} lines, at most {FUNCTION_LINES}")
     return found
 
 
@@ -293,6 +291,4 @@ def test_a_long_module_and_a_long_function_are_found():
     body = "\n".join("    x = 1" for _ in range(FUNCTION_LINES))
     assert _long_parts("a.py", f"def f():\n{body}\n") == ["fastdp/a.py:1 f has 81 lines, at most 80"]
     assert _long_parts("a.py", f'def f():\n    """One\n    two."""\n{body[10:]}\n') == []
-    assert _long_parts("a.py", "x = 1\n" * 401) == [
-        "fastdp/a.py has 401 lines, at most 400: split it by notion"
-    ]
+    assert _long_parts("a.py", "x = 1\n" * 401) == ["fastdp/a.py has 401 lines, at most 400: split it by notion"]

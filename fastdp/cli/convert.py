@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Convert one file; 1 where it cannot be converted."""
+    load("keras", "keras")
     convert = load("fastdp.keras.convert", "keras").convert
     try:
         convert(options.source, options.destination)

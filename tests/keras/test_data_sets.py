@@ -160,9 +160,7 @@ def test_no_more_than_a_batch_is_read_at_once_in_fit_evaluate_and_predict(shuffl
 
 def test_fit_on_batches_equals_fit_on_arrays(matrices):
     model, reference = linear_model(), linear_model()
-    history = model.fit(
-        ArrayBatches(*matrices, batch_size=6, shuffle=False), shuffle=False, epochs=3, verbose=0
-    )
+    history = model.fit(ArrayBatches(*matrices, batch_size=6, shuffle=False), shuffle=False, epochs=3, verbose=0)
     wanted = reference.fit(X, Y, batch_size=6, shuffle=False, epochs=3, verbose=0)
     np.testing.assert_allclose(history.history["loss"], wanted.history["loss"], rtol=1e-6)
     np.testing.assert_allclose(model.layers[0].kernel.numpy(), reference.layers[0].kernel.numpy(), rtol=1e-5)
@@ -178,9 +176,7 @@ def test_fit_honours_sample_weights_and_class_weights():
         model, reference = linear_model(), linear_model()
         model.fit(batches, shuffle=False, verbose=0, **options)
         reference.fit(X, labels, batch_size=6, shuffle=False, verbose=0, **(array_options or options))
-        np.testing.assert_allclose(
-            model.layers[0].kernel.numpy(), reference.layers[0].kernel.numpy(), rtol=1e-5
-        )
+        np.testing.assert_allclose(model.layers[0].kernel.numpy(), reference.layers[0].kernel.numpy(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -127,9 +127,7 @@ def test_a_right_hash_in_each_spelling_is_accepted(origin, cache, hashes):
 
 @pytest.mark.parametrize("hashes", [{"md5_hash": "0" * 32}, {"file_hash": "0" * 64}], ids=str)
 def test_a_wrong_hash_is_a_value_error_and_nothing_is_kept(origin, cache, hashes):
-    with pytest.raises(
-        ValueError, match=r"file_hash must be the (md5|sha256) of .*expected 0+, got [0-9a-f]+"
-    ):
+    with pytest.raises(ValueError, match=r"file_hash must be the (md5|sha256) of .*expected 0+, got [0-9a-f]+"):
         get_file("x.bin", origin, cache_dir=cache, **hashes)
     assert everything_under(cache) == ["datasets"]
 
