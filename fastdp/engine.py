@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
@@ -69,10 +69,10 @@ class DataParallel:
         self.check_replicas = check_replicas
         self.steps = 0
         self._busy = threading.Lock()
+        self._training = False
         self._communicator = HostCommunicator(devices)
         self._home = program.home(devices[0].empty)
         self._generation = -1
-        self._threads: int | None = None
         self._unsettled: Step | None = None
         self.replicas = [self._replicate(rank) for rank in range(len(devices))]
         self._saved = [FlatBuffers(flat.specs, devices[0].empty) for flat in self.replicas[0].lasting]
@@ -94,7 +94,7 @@ class DataParallel:
             ReplicaError: a replica failed (also an instance of what it failed with). No weight changed.
             DeviceTimeoutError: the step took longer than `timeout` seconds.
         """
-        with self._begin(batch, structure, wants_outputs) as step:
+        with self._begin(batch, structure, wants_outputs, trains=True) as step:
             self._scatter(step, batch)
             self._run(step, Replica.train)
             self._reduce(step)
@@ -103,7 +103,7 @@ class DataParallel:
 
     def predict(self, batch: Sequence[np.ndarray], *, structure: object = None) -> StepResult:
         """Forward only, on a global batch. Arguments, result and errors as in `train`."""
-        with self._begin(batch, structure, True) as step:
+        with self._begin(batch, structure, True, trains=False) as step:
             self._scatter(step, batch)
             self._run(step, Replica.predict)
             return self._merge(step)
@@ -136,8 +136,9 @@ class DataParallel:
                 if replica.rank == 0:
                     step.restorable = self._save()
                     step.updates_begun = True
-                with self._cores_of_all() if self.update == "first" else nullcontext():
-                    replica.update(step.totals)
+                # The other devices have nothing to do while the first updates for all.
+                self.program.prepare_thread(CORES if self.update == "first" else step.threads)
+                replica.update(step.totals)
                 step.updates_done.append(replica.rank)
                 self._updated = True
             except BaseException as error:
@@ -173,15 +174,6 @@ class DataParallel:
     def _updating(self) -> list[Replica]:
         """The replicas that apply the update themselves."""
         return self.replicas if self.update == "each" else self.replicas[:1]
-
-    @contextmanager
-    def _cores_of_all(self) -> Iterator[None]:
-        """On the first device's worker: all cores, while the other devices have nothing to do."""
-        self.program.prepare_thread(CORES)
-        try:
-            yield
-        finally:
-            self.program.prepare_thread(self._threads or 1)
 
     def assert_replicas_equal(self) -> None:
         """Compare all replicas with the first, bit by bit.
@@ -220,7 +212,9 @@ class DataParallel:
 
     # Around a step.
 
-    def _begin(self, batch: Sequence[np.ndarray], structure: object, wants_outputs: bool) -> _StepScope:
+    def _begin(
+        self, batch: Sequence[np.ndarray], structure: object, wants_outputs: bool, *, trains: bool
+    ) -> _StepScope:
         """Check the batch, deal out the rows, and make sure that the replicas are up to date."""
         total = count_rows(batch)
         shards = split_rows(total, len(self.replicas))
@@ -229,7 +223,8 @@ class DataParallel:
             Context(rank, rows, self.steps, rendezvous, len(shards), batch, structure, wants_outputs)
             for rank, rows in enumerate(shards)
         ]
-        return _StepScope(self, Step(shards, contexts, Merger(shards), rendezvous))
+        threads = max(1, CORES // len(shards))
+        return _StepScope(self, Step(shards, contexts, Merger(shards), rendezvous, threads), trains)
 
     def _finish(self, step: Step) -> None:
         """Wait until all devices are done; on a failure clean up and raise it."""
@@ -284,18 +279,15 @@ def _are_devices(devices: Any) -> bool:
 class _StepScope(AbstractContextManager[Step]):
     """Holds the locks of one step and the program's own scope, and brings stale replicas up to date."""
 
-    def __init__(self, engine: DataParallel, step: Step) -> None:
+    def __init__(self, engine: DataParallel, step: Step, trains: bool) -> None:
         self._engine = engine
         self._step = step
+        self._trains = trains
         self._running: AbstractContextManager[None] | None = None
 
     def __enter__(self) -> Step:
         engine = self._engine
-        if not engine._busy.acquire(blocking=False):
-            raise RuntimeError(
-                "This model is already running a step in another thread. Call fit, evaluate and predict of one "
-                "parallel model from one thread at a time."
-            )
+        self._take()
         try:
             if not _one_step_at_a_time.acquire(timeout=engine.timeout):
                 raise TimeoutError(f"Another model kept the devices busy for {engine.timeout} seconds.")
@@ -310,18 +302,32 @@ class _StepScope(AbstractContextManager[Step]):
             raise
         return self._step
 
-    def _prepare(self) -> None:
-        """Share out the cores and refresh replicas that are stale."""
+    def _take(self) -> None:
+        """Wait until the engine is free. Two threads that train one model are a mistake, and told so at once.
+
+        Raises:
+            RuntimeError: another thread is training this model.
+            DeviceTimeoutError: the engine was not free in time.
+        """
         engine = self._engine
-        threads = max(1, CORES // len(self._step.shards))
+        if not engine._busy.acquire(blocking=False):
+            if self._trains and engine._training:
+                raise RuntimeError(
+                    "This model is already running a step in another thread. Train one parallel model from one thread "
+                    "at a time."
+                )
+            if not engine._busy.acquire(timeout=engine.timeout):
+                raise DeviceTimeoutError(f"Another thread kept this model busy for {engine.timeout} seconds.")
+        engine._training = self._trains
+
+    def _prepare(self) -> None:
+        """Clean up after a step that nobody waited for, and refresh replicas that are stale."""
+        engine = self._engine
+        threads = self._step.threads
         # Left by this engine, or by another one on the same devices.
         if engine._unsettled is not None or any(device.unsettled for device in engine.devices):
             engine._settle()
         engine._unsettled = self._step
-        if engine._threads != threads:
-            for device in engine.devices:
-                device.compute.enqueue(lambda: engine.program.prepare_thread(threads))
-            engine._threads = threads
         # Both are asked: the second also re-adopts variables whose memory was replaced.
         changed = engine.program.changed_outside()
         if changed:  # `committed()` forgets it: the number tells the other engines on this home

@@ -36,6 +36,10 @@ class Replica:
         """What lasts from step to step: variables and slots."""
         return self.memory.variables, self.memory.slots
 
+    def prepare_thread(self, threads: int) -> None:
+        """Let the device's worker use `threads` cores in one operation. Runs there, before each step's work."""
+        self._program.prepare_thread(threads)
+
     def train(self, batch: list[np.ndarray], context: Context) -> Result:
         """Forward, loss and backward. Runs on the device's worker."""
         return self._program.train(self._state, batch, context)

@@ -36,6 +36,7 @@ class Step:
     contexts: list[Context]
     merger: Merger
     rendezvous: Rendezvous
+    threads: int
     batches: list[list[np.ndarray]] = field(default_factory=list)
     results: list[Result | None] = field(default_factory=list)
     totals: Totals | None = None
@@ -56,6 +57,7 @@ def run_replica(
     """Run one replica's work on its device's worker; a failure wakes the replicas that wait for it."""
     began = time.perf_counter()
     try:
+        replica.prepare_thread(step.threads)
         result = work(replica, step.batches[context.rank], context)
         if context.wants_outputs:
             step.merger.write(context.rank, result.outputs)

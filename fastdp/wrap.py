@@ -32,8 +32,8 @@ def wrap(
         cpu_relocation: keep the model's own weights in host memory.
         sync_batch_norm: normalize by the global batch instead of each replica's rows.
         compile: how the steps of a Keras model run. None: eagerly. "trace": captured once per batch shape, and
-            run without Keras's Python. "inductor": that, compiled by TorchInductor (needs a C++ compiler; the second
-            step of a shape waits for it).
+            run without Keras's Python; what layers read from plain Python attributes is fixed until `compile`.
+            "inductor": that, compiled by TorchInductor (needs a C++ compiler; the second step of a shape waits).
         update: "first" applies the optimizer on the first device and copies the new weights to the others: fastest
             where devices share memory and cores. "each" applies it on every device. The results are the same.
         timeout: seconds that one step may take before it is given up.

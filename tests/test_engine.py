@@ -472,21 +472,41 @@ def test_a_group_of_failures_is_a_readable_replica_error():
 # Threads of the caller.
 
 
-def test_a_second_thread_in_one_engine_is_refused_with_the_reason():
+def test_a_second_thread_that_trains_is_refused_and_one_that_predicts_waits():
     gate = threading.Event()
-    engine, batch, errors = parallel(3, program(gated(gate))), batches(1, seed=4)[0], []
+    engine, batch, found = parallel(3, program(gated(gate))), batches(1, seed=4)[0], []
     first = threading.Thread(target=engine.train, args=(batch,))
     first.start()
     wait_until(engine._busy.locked)
-    for step in (engine.train, engine.predict):
-        with pytest.raises(RuntimeError, match="already running a step in another thread") as caught:
-            step(batch)
-        errors.append(caught.value)
+    with pytest.raises(RuntimeError, match="already running a step in another thread"):
+        engine.train(batch)
+    second = threading.Thread(target=lambda: found.append(engine.predict(batch).outputs[0]))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()
     gate.set()
+    for thread in (first, second):
+        thread.join(LIMIT)
+        assert not thread.is_alive()
+    np.testing.assert_array_equal(found[0], engine.predict(batch).outputs[0])
+
+
+def test_training_waits_for_a_thread_that_predicts():
+    gate = threading.Event()
+
+    def slow(parameters, batch):
+        if threading.current_thread().name == "fastdp-virtual:1":
+            assert gate.wait(LIMIT)
+        return predict(parameters, batch)
+
+    engine, batch = parallel(2, program(predict=slow)), batches(1, seed=4)[0]
+    first = threading.Thread(target=engine.predict, args=(batch,))
+    first.start()
+    wait_until(engine._busy.locked)
+    threading.Timer(0.2, gate.set).start()
+    engine.train(batch)
     first.join(LIMIT)
     assert not first.is_alive()
-    engine.train(batch)
-    assert len(errors) == 2
 
 
 def test_two_engines_on_the_same_devices_from_two_threads_both_finish_as_if_alone():

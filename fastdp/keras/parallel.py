@@ -157,7 +157,7 @@ class ParallelModel(TemplateView):
                 if self.template._call_has_training_arg
                 else self.template(inputs)
             )
-        return self._predict_outputs((inputs, None, None))
+        return self._predict_outputs(self.engine, (inputs, None, None))
 
     def symbolic_call(self, *args: Any, **kwargs: Any) -> Any:
         """Become a part of another model: possible, but said aloud, since training that is not parallel."""
@@ -171,24 +171,24 @@ class ParallelModel(TemplateView):
     def make_train_function(self, force: bool = False) -> Callable[..., Any]:
         """The function that Keras's `fit` calls for each batch."""
         self._one_step_per_execution()
-        self.train_function = self._on_first(self._train)
+        self.train_function = self._on_first(self.engine, self._train)
         return self.train_function
 
     def make_test_function(self, force: bool = False) -> Callable[..., Any]:
         """The function that Keras's `evaluate` calls for each batch."""
         self._one_step_per_execution()
-        self.test_function = self._on_first(self._test)
+        self.test_function = self._on_first(self.engine, self._test)
         return self.test_function
 
     def make_predict_function(self, force: bool = False) -> Callable[..., Any]:
         """The function that Keras's `predict` calls for each batch."""
         check_predict_step(self.template)
-        self.predict_function = self._on_first(self._predict_outputs)
+        self.predict_function = self._on_first(self.engine, self._predict_outputs)
         return self.predict_function
 
     @property
     def engine(self) -> DataParallel:
-        """The engine, made for the model as it is compiled now."""
+        """The engine, made for the model as it is compiled now: asked for where Keras's loops begin."""
         if self._engine is None or self._stale(self._engine.program):
             if self.compiled and self.optimizer is not None and not self.optimizer.built:
                 self.optimizer.build(self.template.trainable_variables)
@@ -225,11 +225,10 @@ class ParallelModel(TemplateView):
             or [id(v) for v in program.slot_variables] != [id(v) for v in slots]
         )
 
-    def _train(self, data: Any) -> Any:
+    def _train(self, engine: DataParallel, data: Any) -> Any:
         """One training step; the logs."""
         arrays, structure = flatten_batch(unpack(data))
         count_rows(arrays, structure.names)
-        engine = self.engine
         program: Any = engine.program
         program.inspect(arrays, structure)
         if not program.trainable:
@@ -242,26 +241,26 @@ class ParallelModel(TemplateView):
         y_pred = result.notes.structure.pack(result.outputs) if result.outputs else None
         return self.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
 
-    def _test(self, data: Any) -> Any:
+    def _test(self, engine: DataParallel, data: Any) -> Any:
         """One test step; the logs."""
-        x, y, sample_weight, y_pred, result = self._forward(unpack(data))
-        program: Any = self.engine.program
+        x, y, sample_weight, y_pred, result = self._forward(engine, unpack(data))
+        program: Any = engine.program
         added = map(keras.ops.convert_to_tensor, result.sums[: result.notes.terms])
         with _losses_of_step(self.template, [*added, *program.regularization()]):
             loss = self._compute_loss(x, y, y_pred, own_copy(sample_weight), training=False)
         self._loss_tracker.update_state(loss, sample_weight=result.rows)
         return self.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
 
-    def _predict_outputs(self, data: Any) -> Any:
+    def _predict_outputs(self, engine: DataParallel, data: Any) -> Any:
         """The merged outputs of one batch."""
         x, _, _ = unpack(data)
-        return self._forward((x, None, None))[3]
+        return self._forward(engine, (x, None, None))[3]
 
-    def _forward(self, data: Any) -> tuple[Any, Any, Any, Any, StepResult]:
+    @staticmethod
+    def _forward(engine: DataParallel, data: Any) -> tuple[Any, Any, Any, Any, StepResult]:
         """Run the replicas forward; the batch as tensors, the merged outputs, the engine's result."""
         arrays, structure = flatten_batch(data)
         count_rows(arrays, structure.names)
-        engine = self.engine
         program: Any = engine.program
         program.inspect(arrays, structure)
         result = engine.predict(arrays, structure=structure)
@@ -290,9 +289,9 @@ class ParallelModel(TemplateView):
             )
 
     @staticmethod
-    def _on_first(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def _on_first(engine: DataParallel, step: Callable[[DataParallel, Any], Any]) -> Callable[[Any], Any]:
         """Keras hands its functions a list of batches: one."""
-        return lambda data: step(data[0])
+        return lambda data: step(engine, data[0])
 
 
 @contextmanager

@@ -36,7 +36,8 @@ from fastdp.program.keras import KerasProgram, Outcome
 from fastdp.program.keras_batch import OutputStructure, Structure
 from fastdp.program.keras_memory import Mapping, ReplicaScope
 from fastdp.program.keras_moments import Moments
-from fastdp.program.keras_scope import NotCapturable, replica_aware, replica_scope
+from fastdp.program.keras_replica import NotCapturable, replica_scope
+from fastdp.program.keras_scope import replica_aware
 from fastdp.program.torch_tensors import as_tensor
 from fastdp.shard import CORES, Rows, split_rows
 

@@ -24,7 +24,8 @@ from fastdp.program.keras_losses import NotPerSample, SharedLoss
 from fastdp.program.keras_memory import Adopted, Mapping, ReplicaScope, adopted, tensors_of
 from fastdp.program.keras_merged import merged_loss
 from fastdp.program.keras_moments import Moments, combine
-from fastdp.program.keras_scope import Running, replica_aware, replica_scope
+from fastdp.program.keras_replica import Running, replica_scope
+from fastdp.program.keras_scope import replica_aware
 from fastdp.program.keras_trial import Effects
 from fastdp.program.torch_tensors import as_array, intra_op_threads, spec_of
 

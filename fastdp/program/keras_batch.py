@@ -84,8 +84,11 @@ class OutputStructure:
 
 
 def flatten_outputs(outputs: Any) -> tuple[list[torch.Tensor], OutputStructure]:
-    """A model's outputs, followed by their masks, as tensors."""
-    leaves = keras.tree.flatten(outputs)
+    """A model's outputs, followed by their masks, as tensors.
+
+    An output without axes is averaged over replicas, as numbers: one of a dtype that NumPy lacks becomes fp32.
+    """
+    leaves = [leaf.detach().float() if leaf.ndim == 0 else leaf for leaf in keras.tree.flatten(outputs)]
     masks = [getattr(leaf, "_keras_mask", None) for leaf in leaves]
     structure = OutputStructure(
         keras.tree.map_structure(lambda _: 0, outputs),

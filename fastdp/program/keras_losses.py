@@ -23,7 +23,7 @@ import torch
 from keras.src.losses.loss import Loss, apply_mask
 from keras.src.losses.losses import LossFunctionWrapper
 
-from fastdp.program.keras_scope import running
+from fastdp.program.keras_replica import running
 
 # Functions of Keras that give one value per sample, from that sample alone.
 _PER_SAMPLE = {

@@ -13,7 +13,8 @@ from fastdp.program.base import Context
 from fastdp.program.keras_batch import Structure, unpack
 from fastdp.program.keras_effects import Effect, check_loss, classify, warn_variable
 from fastdp.program.keras_memory import ReplicaScope
-from fastdp.program.keras_scope import Running, replica_aware, replica_scope
+from fastdp.program.keras_replica import Running, replica_scope
+from fastdp.program.keras_scope import replica_aware
 
 
 class Effects:

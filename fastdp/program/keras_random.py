@@ -1,0 +1,265 @@
+"""Keras's random ops on a replica: draws are indexed by the row of the global batch.
+
+A replica draws for the whole batch, with the seed that one device would use, and keeps its own rows. Each
+function here makes a replica-aware one of Keras's own, which behaves as before in a thread that runs no replica.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from keras.src.backend.torch import random as torch_random
+from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
+
+from fastdp.program.base import Context
+from fastdp.program.keras_replica import NotCapturable, Running, running
+
+SHAPED = ("normal", "uniform", "randint", "truncated_normal")
+_global_generator = threading.Lock()
+
+
+def _global_shape(shape: Any, context: Context) -> tuple[int, ...] | None:
+    """`shape` with the rows of the global batch, if its first axis is the replica's rows."""
+    shape = tuple(int(size) for size in shape)
+    rows = context.rows
+    if shape and shape[0] == rows.count < rows.total:
+        return (rows.total, *shape[1:])
+    return None
+
+
+def by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A draw of the given shape: for the whole batch, of which the replica's rows are kept."""
+
+    def draw(shape: Any, *args: Any, **kwargs: Any) -> Any:
+        state = running()
+        if state is None:
+            return original(shape, *args, **kwargs)
+        return _take(state, lambda: rows_of(shape, *args, **kwargs), args, kwargs)
+
+    def rows_of(shape: Any, *args: Any, **kwargs: Any) -> Any:
+        state = running()
+        assert state is not None
+        whole = _global_shape(shape, state.context)
+        if whole is None:
+            return original(shape, *args, **kwargs)
+        # Inside, `truncated_normal` draws by `normal`: the shapes it asks for are already the batch's.
+        with _whole_batch(state):
+            drawn = original(whole, *args, **kwargs)
+        return drawn[state.context.rows.start : state.context.rows.stop]
+
+    return draw
+
+
+def _take(state: Running, draw: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `draw()` gives: now, or as the capture of the step wants it. Draws within draws are its own."""
+    draws = state.draws
+    if draws is None:
+        return draw()
+    if any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
+        raise NotCapturable("a random op whose parameters are computed by the model")
+    state.draws = None
+    try:
+        return draws.take(draw)
+    finally:
+        state.draws = draws
+
+
+@contextmanager
+def _whole_batch(state: Running) -> Iterator[None]:
+    """Within a draw for the whole batch nothing is sliced a second time."""
+    context = state.context
+    total = context.rows.total
+    state.context = Context.alone(context.batch, context.structure, 0, total, total)
+    try:
+        yield
+    finally:
+        state.context = context
+
+
+def dropout_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Dropout whose mask is drawn for the whole batch, from the layer's own generator, seeded or not."""
+
+    def dropout(inputs: torch.Tensor, rate: float, noise_shape: Any = None, seed: Any = None) -> torch.Tensor:
+        state = running()
+        if state is None or rate in (0.0, 1.0):
+            return original(inputs, rate, noise_shape, seed)
+        given = noise_shape if noise_shape is not None else [None] * inputs.ndim
+        shape = [size if size is not None else inputs.shape[i] for i, size in enumerate(given)]
+        rows = state.context.rows
+        # A single row given in numbers may as well mean one mask for all rows.
+        spans_rows = given[0] is None or 1 < given[0] == rows.count
+        by_rows = spans_rows and inputs.shape[0] == rows.count < rows.total
+        if by_rows:
+            shape[0] = rows.total
+
+        def mask() -> torch.Tensor:
+            state = running()
+            assert state is not None
+            generator = torch_random.torch_seed_generator(seed)
+            # The same draw as Keras's seeded dropout: bernoulli of a constant matrix.
+            keep = torch.bernoulli(torch.full(shape, 1.0 - rate), generator=generator).bool()
+            return keep[state.context.rows.start : state.context.rows.stop] if by_rows else keep
+
+        keep = _take(state, mask, (), {})
+        scaled = inputs / (1.0 - rate)
+        return torch.where(keep.expand(inputs.shape), scaled, torch.zeros((), dtype=inputs.dtype))
+
+    return dropout
+
+
+def own_rows(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The noise shape of spatial dropout, which says "each row" instead of the replica's number of rows."""
+
+    def noise_shape(layer: Any, inputs: Any) -> Any:
+        shape = original(layer, inputs)
+        return shape if running() is None else (None, *shape[1:])
+
+    return noise_shape
+
+
+def alone_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A draw by shape and parameters for which Keras sets torch's global generator: one thread at a time.
+
+    It is made for the whole batch, with all replicas' parameters, and the replica's rows are kept.
+    """
+
+    def draw(shape: Any, *args: Any, **kwargs: Any) -> Any:
+        state = running()
+        if state is None:
+            return original(shape, *args, **kwargs)
+        _not_captured(state)
+        whole = _global_shape(shape, state.context)
+        if whole is not None:
+            shape = whole
+            args = tuple(_of_all(value, state.context) for value in args)
+            kwargs = {name: _of_all(value, state.context) for name, value in kwargs.items()}
+        with _global_generator:
+            drawn = original(shape, *args, **kwargs)
+        rows = state.context.rows
+        return drawn if whole is None else drawn[rows.start : rows.stop]
+
+    return draw
+
+
+def categorical_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Samples by the logits of the whole batch, of which the replica's rows are kept."""
+
+    def categorical(logits: Any, *args: Any, **kwargs: Any) -> Any:
+        state = running()
+        if state is None:
+            return original(logits, *args, **kwargs)
+        _not_captured(state)
+        whole = _of_all(logits, state.context)
+        rows = state.context.rows
+        drawn = original(whole, *args, **kwargs)
+        return drawn if whole is logits else drawn[rows.start : rows.stop]
+
+    return categorical
+
+
+def shuffle_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Shuffling along another axis than the rows: by orders drawn for the whole batch."""
+
+    def shuffle(x: Any, axis: int = 0, seed: Any = None) -> Any:
+        state = running()
+        if state is None:
+            return original(x, axis, seed)
+        _not_captured(state)
+        rows = state.context.rows
+        if x.ndim == 0 or x.shape[0] != rows.count or rows.count == rows.total:
+            return original(x, axis, seed)
+        if axis % x.ndim == 0:
+            if state.context.size == 1:  # a trial
+                return original(x, axis, seed)
+            raise ValueError(
+                "keras.random.shuffle with axis=0 moves rows between the devices that they are dealt out to. Shuffle "
+                "the data instead (fit does), or use gpus=[0]."
+            )
+        axis %= x.ndim
+        generator = torch_random.torch_seed_generator(seed)
+        order = torch.rand((rows.total, *x.shape[1 : axis + 1]), generator=generator).argsort(axis)
+        order = order[rows.start : rows.stop].reshape(*x.shape[: axis + 1], *([1] * (x.ndim - axis - 1)))
+        return x.gather(axis, order.expand(x.shape))
+
+    return shuffle
+
+
+def _of_all(value: Any, context: Context) -> Any:
+    """A tensor of the replica's rows with those of all replicas; anything else as it is."""
+    rows = context.rows
+    if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape[0] != rows.count:
+        return value
+    if context.size == 1:  # all rows are here; in a trial, of some rows of two, the others are made up
+        return value if rows.count == rows.total else value[:1].expand(rows.total, *value.shape[1:])
+    return torch.cat(context.exchange(value.detach()))
+
+
+def _not_captured(state: Running) -> None:
+    """End a capture: this draw cannot be repeated outside the graph."""
+    if state.draws is not None:
+        raise NotCapturable("a random op that is not drawn by rows")
+
+
+def generator_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Generators for draws that no capture knows how to repeat end it."""
+
+    def torch_seed_generator(seed: Any) -> Any:
+        state = running()
+        if state is not None:
+            _not_captured(state)
+        return original(seed)
+
+    return torch_seed_generator
+
+
+def seed_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Seeds of draws without a seed: by step and count, since the global generator is per thread."""
+
+    def draw_seed(seed: Any) -> Any:
+        state = running()
+        if state is None or seed is not None:
+            return original(seed)
+        state.unseeded += 1
+        return torch.tensor([state.seed + state.context.step * 7919, state.unseeded], dtype=torch.int64)
+
+    return draw_seed
+
+
+# Recurrent dropout: Keras caches the masks on the cell, which all replicas share.
+
+
+def own_mask(kind: str) -> Callable[..., Any]:
+    """The replica's own cached mask of a cell."""
+    original = getattr(DropoutRNNCell, f"get_{kind}_mask")
+
+    def get_mask(cell: Any, step_input: Any) -> Any:
+        state = running()
+        if state is None:
+            return original(cell, step_input)
+        rate = getattr(cell, kind)
+        if not rate:
+            return None
+        key = (id(cell), kind)
+        if key not in state.masks:
+            state.masks[key] = cell._create_dropout_mask(step_input, rate)
+        return state.masks[key]
+
+    return get_mask
+
+
+def forget_mask(kind: str) -> Callable[..., Any]:
+    """Forget the replica's cached mask of a cell."""
+    original = getattr(DropoutRNNCell, f"reset_{kind}_mask")
+
+    def reset_mask(cell: Any) -> None:
+        state = running()
+        if state is None:
+            original(cell)
+        else:
+            state.masks.pop((id(cell), kind), None)
+
+    return reset_mask

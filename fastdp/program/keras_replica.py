@@ -1,0 +1,63 @@
+"""What the thread of a replica knows while it runs a Keras model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import keras
+import torch
+
+from fastdp.program.base import Context
+from fastdp.program.keras_moments import Moments
+
+_replica = threading.local()
+
+
+@dataclass(slots=True)
+class Running:
+    """What a replica's thread knows while it runs the model.
+
+    `frozen_moments` makes BatchNormalization use its moving statistics (for probing, where rows must not
+    influence each other).
+    """
+
+    context: Context
+    sync_batch_norm: bool = False
+    frozen_moments: bool = False
+    unseeded: int = 0
+    seed: int = 0
+    moments: list[tuple[keras.layers.Layer, Moments]] = field(default_factory=list)
+    terms: list[torch.Tensor] = field(default_factory=list)
+    masks: dict[tuple[int, str], Any] = field(default_factory=dict)
+    draws: Draws | None = None
+
+
+class NotCapturable(Exception):
+    """A step does something that cannot be recorded once and replayed. The message says what."""
+
+
+class Draws(Protocol):
+    """Who decides about random draws while a step is captured."""
+
+    def take(self, draw: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The outcome of `draw()`, or what stands for it."""
+
+
+def running() -> Running | None:
+    """The replica that this thread is running, if any."""
+    return getattr(_replica, "running", None)
+
+
+@contextmanager
+def replica_scope(state: Running) -> Iterator[Running]:
+    """Mark this thread as running a replica."""
+    before = running()
+    _replica.running = state
+    try:
+        yield state
+    finally:
+        _replica.running = before
