@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("comm/",),
     ("program/__init__.py",),  # runs before any module of its folder: alone, so that it cannot pull torch in
     ("program/base.py",),
-    ("program/arrays.py",),
+    ("program/arrays.py", "program/philox.py"),
     ("program/torch",),
     ("program/keras", "program/capture"),
     ("replica.py",),

@@ -6,17 +6,20 @@ function here makes a replica-aware one of Keras's own, which behaves as before 
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from keras.src.backend.torch import random as torch_random
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
+from keras.src.random.seed_generator import SeedGenerator
 
 from fastdp.program.base import Context
 from fastdp.program.keras_replica import NotCapturable, Running, running
+from fastdp.program.philox import uniform_rows
 
 SHAPED = ("normal", "uniform", "randint", "truncated_normal")
 _global_generator = threading.Lock()
@@ -99,6 +102,8 @@ def dropout_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         def mask() -> torch.Tensor:
             state = running()
             assert state is not None
+            if given[0] is None and _is_unseeded(seed):
+                return _own_draw(seed, state, [inputs.shape[0], *shape[1:]]) < 1.0 - rate
             generator = torch_random.torch_seed_generator(seed)
             # The same draw as Keras's seeded dropout: bernoulli of a constant matrix.
             keep = torch.bernoulli(torch.full(shape, 1.0 - rate), generator=generator).bool()
@@ -119,6 +124,19 @@ def own_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         return shape if running() is None else (None, *shape[1:])
 
     return noise_shape
+
+
+def _is_unseeded(seed: Any) -> bool:
+    """Whether nobody asked for particular numbers: then a replica need not draw for the whole batch."""
+    return seed is None or (isinstance(seed, SeedGenerator) and seed._initial_seed is None)
+
+
+def _own_draw(seed: Any, state: Running, shape: Sequence[int]) -> torch.Tensor:
+    """Uniform numbers for the replica's rows alone, from the generator's present state."""
+    first, second = (int(number) for number in torch_random.draw_seed(seed))
+    rows = state.context.rows
+    start = rows.start if shape[0] == rows.count else 0
+    return torch.from_numpy(uniform_rows((first, second), start, shape[0], math.prod(shape[1:]))).reshape(*shape)
 
 
 def alone_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,14 +18,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
+from fastdp.program.philox import uniform_rows
 from fastdp.program.torch_batch import global_generator
 from fastdp.program.torch_scope import Handler, Running
 
-_PER_BLOCK = 8  # fp32 numbers of one Philox counter
 _SELU_LIMIT = -1.7580993408473766  # what alpha dropout puts in place of a dropped value: -scale * alpha of SELU
 
 
@@ -45,10 +44,7 @@ def uniform(running: Running, shape: Sequence[int], *, by_replica: bool = False)
         number += (running.context.rank if by_replica else 0) << 32
     count, first = (rows.count, rows.start) if of_rows else (1, 0)
     per_row = math.prod(shape) // count
-    blocks = -(-per_row // _PER_BLOCK)
-    philox = np.random.Philox(key=[seed, number], counter=first * blocks)
-    drawn = np.random.Generator(philox).random((count, blocks * _PER_BLOCK), dtype=np.float32)
-    return torch.from_numpy(drawn)[:, :per_row].reshape(shape)
+    return torch.from_numpy(uniform_rows((seed, number), first, count, per_row)).reshape(shape)
 
 
 def normal(running: Running, shape: Sequence[int]) -> torch.Tensor:
