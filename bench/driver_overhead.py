@@ -128,10 +128,10 @@ def by_verb(engine: DataParallel, steps: int) -> dict[str, float]:
     seconds: dict[str, list[float]] = {verb: [] for verb in VERBS}
 
     def timed(verb: str, inner: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
             began = time.perf_counter()
             try:
-                return inner(*arguments)
+                return inner(*arguments, **options)
             finally:
                 seconds[verb].append(time.perf_counter() - began)
 

@@ -12,7 +12,7 @@ import pytest
 
 from fastdp.backend.host import HostDevice, HostStream
 from fastdp.buckets import ArraySpec, FlatBuffers
-from fastdp.comm.host import GRAIN, TILE, HostCommunicator
+from fastdp.comm.host import GRAIN, SMALL_NBYTES, TILE, HostCommunicator
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.errors import DeviceTimeoutError, StepAborted
 
@@ -179,8 +179,10 @@ def test_a_dtype_that_is_stored_as_bytes_is_refused(eight):
         all_reduce(eight[:2], targets, targets)
 
 
-def test_broadcast_gives_all_the_first_devices_values(eight):
-    buffers = flats(eight, 1000, "float32", [np.full(1000, n + 1.0) for n in range(8)])
+@pytest.mark.parametrize("length", [1000, 100_000])  # copied by the first device, and by each
+def test_broadcast_gives_all_the_first_devices_values(eight, length):
+    buffers = flats(eight, length, "float32", [np.full(length, n + 1.0) for n in range(8)])
+    assert (buffers[0].nbytes * 7 > SMALL_NBYTES) == (length > 1000)
     HostCommunicator(eight).broadcast(buffers)
     settle(eight)
     assert all((flat.views[0] == 1.0).all() for flat in buffers)

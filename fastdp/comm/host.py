@@ -15,6 +15,8 @@ TILE = 1 << 16
 
 # Waking a device's worker costs more than adding so few numbers: a device's part is a multiple of this.
 GRAIN = 1 << 12
+# What is copied in about the time that it takes to wake a thread.
+SMALL_NBYTES = 1 << 19
 
 
 class HostCommunicator:
@@ -70,9 +72,15 @@ class HostCommunicator:
         self._in_order(range(max(1, busy)), reduce)
 
     def broadcast(self, buffers: Sequence[FlatBuffers]) -> None:
-        """Copy the first device's buffers to all others; each device pulls its own."""
+        """Copy the first device's buffers to all others; each device pulls its own.
+
+        Small ones are all copied by the first: waking a thread costs more than copying a few pages.
+        """
         others = range(1, len(self._devices))
-        self._in_order(others or [0], lambda rank: buffers[rank].copy_from(buffers[0]))
+        if buffers[0].nbytes * len(others) > SMALL_NBYTES:
+            self._in_order(others, lambda rank: buffers[rank].copy_from(buffers[0]))
+        elif others:
+            self.once(lambda: [buffers[rank].copy_from(buffers[0]) for rank in others])
 
     def once(self, work: Callable[[], object]) -> None:
         """Run `work()` on the first device, after all that was enqueued before and before all that comes."""
