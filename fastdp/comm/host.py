@@ -77,10 +77,15 @@ class HostCommunicator:
         Small ones are all copied by the first: waking a thread costs more than copying a few pages.
         """
         others = range(1, len(self._devices))
+
+        def copy_to(ranks: Sequence[int]) -> None:
+            for rank in ranks:
+                buffers[rank].copy_from(buffers[0])
+
         if buffers[0].nbytes * len(others) > SMALL_NBYTES:
-            self._in_order(others, lambda rank: buffers[rank].copy_from(buffers[0]))
+            self._in_order(others, lambda rank: copy_to([rank]))
         elif others:
-            self.once(lambda: [buffers[rank].copy_from(buffers[0]) for rank in others])
+            self.once(lambda: copy_to(others))
 
     def once(self, work: Callable[[], object]) -> None:
         """Run `work()` on the first device, after all that was enqueued before and before all that comes."""
