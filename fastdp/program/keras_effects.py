@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import enum
 import warnings
+from collections.abc import Sequence
 
 import keras
 import torch
 
 TOLERANCE = 1e-4
+MIXED_TOLERANCE = 1e-3
 
 
 class Effect(enum.Enum):
@@ -76,3 +78,28 @@ def warn_variable(effect: Effect, variable: keras.Variable) -> Effect:
         stacklevel=2,
     )
     return Effect.MEAN
+
+
+def warn_mixed_rows(
+    model: keras.Model, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], both: Sequence[torch.Tensor]
+) -> None:
+    """Warn of a model whose outputs for a row depend on the other rows of the batch.
+
+    A replica sees its own rows only, so such a model gives other results on several devices. Compared are its
+    outputs for rows a and b alone with those for both.
+    """
+    for alone_a, alone_b, together in zip(a, b, both, strict=True):
+        if not together.ndim or not together.is_floating_point() or together.shape[0] != 2 * alone_a.shape[0]:
+            continue
+        apart = torch.cat([alone_a, alone_b]).double()
+        tolerance = MIXED_TOLERANCE * max(1.0, float(apart.abs().max())) if apart.numel() else 0.0
+        if together.dtype.itemsize < 4:
+            tolerance *= 20.0
+        if apart.shape == together.shape and bool(((apart - together.double()).abs() > tolerance).any()):
+            warnings.warn(
+                f"The outputs of {model.name!r} for a row depend on the other rows of the batch, or are drawn at "
+                "random outside of keras.random. Each device sees its own rows only, so results differ from one "
+                "device. BatchNormalization knows about devices (sync_batch_norm=True); other layers must not mix.",
+                stacklevel=2,
+            )
+            return

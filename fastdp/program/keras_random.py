@@ -153,8 +153,8 @@ def alone_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         whole = _global_shape(shape, state.context)
         if whole is not None:
             shape = whole
-            args = tuple(_of_all(value, state.context) for value in args)
-            kwargs = {name: _of_all(value, state.context) for name, value in kwargs.items()}
+            args = tuple(_of_all(value, state) for value in args)
+            kwargs = {name: _of_all(value, state) for name, value in kwargs.items()}
         with _global_generator:
             drawn = original(shape, *args, **kwargs)
         rows = state.context.rows
@@ -171,7 +171,7 @@ def categorical_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         if state is None:
             return original(logits, *args, **kwargs)
         _not_captured(state)
-        whole = _of_all(logits, state.context)
+        whole = _of_all(logits, state)
         rows = state.context.rows
         drawn = original(whole, *args, **kwargs)
         return drawn if whole is logits else drawn[rows.start : rows.stop]
@@ -192,6 +192,7 @@ def shuffle_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(x, axis, seed)
         if axis % x.ndim == 0:
             if state.context.size == 1:  # a trial
+                state.made_up = True
                 return original(x, axis, seed)
             raise ValueError(
                 "keras.random.shuffle with axis=0 moves rows between the devices that they are dealt out to. Shuffle "
@@ -206,13 +207,14 @@ def shuffle_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
     return shuffle
 
 
-def _of_all(value: Any, context: Context) -> Any:
+def _of_all(value: Any, state: Running) -> Any:
     """A tensor of the replica's rows with those of all replicas; anything else as it is."""
-    rows = context.rows
+    context, rows = state.context, state.context.rows
     if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape[0] != rows.count:
         return value
     if context.size == 1:  # all rows are here; in a trial, of some rows of two, the others are made up
-        return value if rows.count == rows.total else value[:1].expand(rows.total, *value.shape[1:])
+        state.made_up = rows.count < rows.total
+        return value[:1].expand(rows.total, *value.shape[1:]) if state.made_up else value
     return torch.cat(context.exchange(value.detach()))
 
 

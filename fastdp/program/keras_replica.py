@@ -21,6 +21,8 @@ _replica = threading.local()
 class Running:
     """What a replica's thread knows while it runs the model.
 
+    `made_up` says that a draw of a trial had to invent the rows that the trial leaves out.
+
     `frozen_moments` makes BatchNormalization use its moving statistics (for probing, where rows must not
     influence each other).
     """
@@ -34,6 +36,7 @@ class Running:
     terms: list[torch.Tensor] = field(default_factory=list)
     masks: dict[tuple[int, str], Any] = field(default_factory=dict)
     draws: Draws | None = None
+    made_up: bool = False
 
 
 class NotCapturable(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -11,7 +12,7 @@ import torch
 
 from fastdp.program.base import Context
 from fastdp.program.keras_batch import Structure, unpack
-from fastdp.program.keras_effects import Effect, check_loss, classify, warn_variable
+from fastdp.program.keras_effects import Effect, check_loss, classify, warn_mixed_rows, warn_variable
 from fastdp.program.keras_memory import ReplicaScope
 from fastdp.program.keras_replica import Running, replica_scope
 from fastdp.program.keras_scope import replica_aware
@@ -52,7 +53,7 @@ class Effects:
         return self._assigned.get(index, Effect.MEAN if variable.dtype.startswith(("float", "bfloat")) else Effect.SAME)
 
     def inspect(self, batch: Sequence[np.ndarray], structure: Structure) -> None:
-        """Find out, once, how `add_loss` terms and assigned variables depend on the rows.
+        """Find out, once, how `add_loss` terms and assigned variables depend on the rows, and warn of mixed rows.
 
         Runs the model on two rows of the batch, and on each alone, without changing anything. With fewer
         rows, rows that are all equal, or values that are all zero, the question is asked again at the next step.
@@ -68,29 +69,27 @@ class Effects:
         pair = [array[[0, other or 1]] for array in batch]
         with replica_aware():
             both = self._try_rows(pair, structure, 0, 2)
-            if not both[0] and not both[1]:
-                self._losses = []
-                self._tried_equal_rows = False
-                return
             a, b = (self._try_rows(pair, structure, row, row + 1) for row in (0, 1))
-        self._losses = [classify(*values) for values in zip(a[0], b[0], both[0], strict=True)]
+        if self._losses is None and a.outputs and b.outputs:
+            warn_mixed_rows(self._model, a.outputs, b.outputs, both.outputs)
+        self._losses = [classify(*values) for values in zip(a.losses, b.losses, both.losses, strict=True)]
         for index, effect in enumerate(self._losses):
             check_loss(effect, index)
-        for i in both[1]:
-            if i in a[1] and i in b[1]:
-                effect = classify(a[1][i], b[1][i], both[1][i])
+        for i in both.moved:
+            if i in a.moved and i in b.moved:
+                effect = classify(a.moved[i], b.moved[i], both.moved[i])
                 self._assigned[i] = warn_variable(effect, self._variables[i])
+        if not both.losses and not both.moved:
+            self._tried_equal_rows = False  # nothing that other rows could tell more about
 
-    def _try_rows(
-        self, batch: Sequence[np.ndarray], structure: Structure, start: int, stop: int
-    ) -> tuple[list[torch.Tensor], dict[int, torch.Tensor]]:
-        """The `add_loss` terms of some of two rows, and how far they move each variable."""
+    def _try_rows(self, batch: Sequence[np.ndarray], structure: Structure, start: int, stop: int) -> _Trial:
+        """Run the model on some of two rows."""
         context = Context.alone(batch, structure, start, stop, 2)
         run = Running(context, frozen_moments=True, seed=self._seed)
         mapping = [(v, v.value.detach()) for v in self._variables]
         with torch.no_grad(), replica_scope(run), ReplicaScope(mapping, set()) as scope:
             x, _, _ = unpack(structure.pack([array[start:stop] for array in batch]))
-            self._call(x, True)
+            outputs = [leaf.detach() for leaf in keras.tree.flatten(self._call(x, True))]
             losses = [keras.ops.sum(loss) for loss in scope.losses]
         normalized = {id(v) for layer in self._model._flatten_layers() for v in _statistics(layer)}
         moved = {}
@@ -98,7 +97,17 @@ class Effects:
             value = scope.get_current_value(variable)
             if value is not before and not {id(variable)} & (normalized | self.seeds | self._metric_ids):
                 moved[i] = value.double() - before.double()
-        return losses, moved
+        return _Trial(losses, moved, [] if run.made_up else outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """What the model did with some rows: `add_loss` terms, how far variables moved by number, outputs (none where
+    draws had to make up rows that were not there)."""
+
+    losses: list[torch.Tensor]
+    moved: dict[int, torch.Tensor]
+    outputs: list[torch.Tensor]
 
 
 def _unlike_first(batch: Sequence[np.ndarray], structure: Structure) -> int | None:

@@ -182,3 +182,29 @@ def test_a_variable_that_is_neither_a_mean_nor_a_sum_of_rows_warns_once() -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         parallel.train_on_batch(**batches()[1])
+
+
+class Centered(layers.Layer):
+    """Subtracts the mean over the batch."""
+
+    def call(self, inputs: Any) -> Any:
+        return inputs - ops.mean(inputs, axis=0, keepdims=True)
+
+
+def test_a_layer_that_mixes_rows_is_warned_of_once() -> None:
+    model = keras.Sequential([keras.Input((4,)), Centered(), layers.Dense(2)])
+    parallel = fastdp.wrap(model, gpus=2)
+    x = np.random.default_rng(0).normal(size=(6, 4)).astype("float32")
+    with pytest.warns(UserWarning, match="depend on the other rows of the batch"):
+        parallel.predict(x, verbose=0)
+    parallel.predict(x, verbose=0)  # a second warning would be an error
+
+
+def test_normalizing_layers_do_not_mix_rows_in_the_trial() -> None:
+    model = keras.Sequential(
+        [keras.Input((4, 4, 6)), layers.Conv2D(6, 2), layers.BatchNormalization(), layers.GroupNormalization(3)]
+    )
+    model.add(layers.LayerNormalization())
+    model.add(layers.Dropout(0.5))
+    x = np.random.default_rng(0).normal(size=(6, 4, 4, 6)).astype("float32")
+    assert fastdp.wrap(model, gpus=2).predict(x, verbose=0).shape == (6, 3, 3, 6)
