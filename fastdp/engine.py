@@ -35,7 +35,7 @@ class DataParallel:
             number, a list of ordinals, None for all).
         timeout: seconds that one step may take before it is given up.
         update: "first" applies the update on the first device, with all cores, and copies the new variables to the
-            others: on devices that share memory and cores N updates cost N times one. "each" applies it on every
+            others, which is faster where devices outnumber the cores that they share. "each" applies it on every
             device to its own copy, as GPUs do. The results have the same bits.
         check_replicas: after each update, verify that all replicas are bitwise equal (for debugging).
 
@@ -243,8 +243,8 @@ class DataParallel:
     def _save(self) -> bool:
         """Keep the first replica's variables and slots as they are before an update; False if not needed.
 
-        An update that runs none of the user's code and has succeeded before is relied on: copying everything
-        before each step would cost a tenth of a small step.
+        An update that runs none of the user's code and has succeeded before is relied on, and saves a copy of all
+        variables and slots.
         """
         if self._updated and self.program.update_is_reliable:
             self._saved = []

@@ -34,8 +34,9 @@ def wrap(
         compile: how the steps of a Keras model run. None: eagerly. "trace": captured once per batch shape, and
             run without Keras's Python; what layers read from plain Python attributes is fixed until `compile`.
             "inductor": that, compiled by TorchInductor (needs a C++ compiler; the second step of a shape waits).
-        update: "first" applies the optimizer on the first device and copies the new weights to the others: fastest
-            where devices share memory and cores. "each" applies it on every device. The results are the same.
+        update: "first" applies the optimizer on the first device and copies the new weights to the others: faster
+            where devices outnumber the cores that they share. "each" applies it on every device. The results are
+            the same.
         timeout: seconds that one step may take before it is given up.
         check_replicas: verify after each step that all replicas are bitwise equal (slow; for debugging).
 

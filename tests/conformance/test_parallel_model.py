@@ -249,3 +249,71 @@ def test_evaluate_and_predict_of_any_row_count_equal_one_device() -> None:
         )
         np.testing.assert_allclose(many.predict(x, verbose=0), one.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
         assert many.test_on_batch(x, y) == pytest.approx(one.test_on_batch(x, y), rel=1e-5)
+
+
+@keras.saving.register_keras_serializable(package="conformance")
+class Configured(keras.Model):
+    """A subclassed model with a config."""
+
+    def __init__(self, units: int = 4, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.units = units
+        self.hidden = layers.Dense(units, activation="tanh")
+        self.last = layers.Dense(1)
+
+    def call(self, inputs: Any) -> Any:
+        return self.last(self.hidden(inputs))
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "units": self.units}
+
+
+def configured() -> keras.Model:
+    model = Configured(5)
+    model(rows_of(1, 3))
+    return model
+
+
+def test_a_subclassed_model_with_a_config_equals_one_device_and_its_file_is_plain(tmp_path: Any) -> None:
+    one, many = both(configured, optimizer="sgd", loss="mse")
+    x, y = rows_of(11, 3), rows_of(11, 1, seed=1)
+    for model in (one, many):
+        model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0)
+    assert_same_weights(one, many)
+    many.save(tmp_path / "configured.keras")
+    loaded = keras.models.load_model(tmp_path / "configured.keras")
+    assert type(loaded) is Configured
+    assert loaded.units == 5
+    np.testing.assert_allclose(loaded.predict(x, verbose=0), one.predict(x, verbose=0), rtol=1e-4, atol=1e-6)
+
+
+def test_two_parallel_models_share_a_template() -> None:
+    keras.utils.set_random_seed(1)
+    one = small()
+    keras.utils.set_random_seed(1)
+    template = small()
+    pair = [fastdp.multi_gpu_model(template, gpus=gpus) for gpus in (2, [3, 1, 0])]
+    x, y = rows_of(10, 3), rows_of(10, 1, seed=1)
+    one.compile("sgd", "mse")
+    for parallel in pair:
+        parallel.compile("sgd", "mse")
+    for turn in range(4):
+        expected = one.train_on_batch(x, y)
+        assert pair[turn % 2].train_on_batch(x, y) == pytest.approx(expected, rel=1e-5)
+    assert_same_weights(one, template)
+    for parallel in pair:
+        np.testing.assert_allclose(parallel.predict(x, verbose=0), one.predict(x, verbose=0), rtol=1e-4, atol=1e-6)
+
+
+def test_a_template_compiled_before_wrapping_trains_as_one_device() -> None:
+    def build() -> keras.Model:
+        model = small()
+        model.compile("adam", "mae")
+        return model
+
+    one, many = both(build, optimizer="sgd", loss="mse")
+    x, y = rows_of(11, 3), rows_of(11, 1, seed=1)
+    expected, found = (m.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0).history for m in (one, many))
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
+    assert_same_weights(one, many)
+    assert many.template.loss == "mae"
