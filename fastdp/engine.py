@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdp.backend.host import HostDevice, joined
+from fastdp.backend.queue import QueueDevice, joined
 from fastdp.buckets import FlatBuffers
 from fastdp.comm.host import HostCommunicator
 from fastdp.comm.rendezvous import Rendezvous
@@ -273,7 +273,7 @@ class DataParallel:
 
 def _are_devices(devices: Any) -> bool:
     """Whether these are devices, and not numbers that name some."""
-    return isinstance(devices, (list, tuple)) and any(isinstance(device, HostDevice) for device in devices)
+    return isinstance(devices, (list, tuple)) and any(isinstance(device, QueueDevice) for device in devices)
 
 
 class _StepScope(AbstractContextManager[Step]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastdp.backend.host import HostDevice
+from fastdp.backend.queue import QueueDevice
 from fastdp.buckets import FlatBuffers
 from fastdp.program.base import Context, Memory, Program, Result, Totals
 
@@ -19,7 +19,7 @@ class Replica:
         memory: the replica's flat buffers, on `device`.
     """
 
-    def __init__(self, program: Program, device: HostDevice, rank: int, memory: Memory) -> None:
+    def __init__(self, program: Program, device: QueueDevice, rank: int, memory: Memory) -> None:
         self.device = device
         self.rank = rank
         self.memory = memory

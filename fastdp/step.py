@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdp.backend.host import HostDevice
+from fastdp.backend.queue import QueueDevice
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.errors import ReplicaError, StepAborted, replica_error_class
 from fastdp.program.base import Context, Result, Totals
@@ -88,7 +88,7 @@ def add_up(step: Step) -> None:
 
 
 def step_error(
-    failures: Sequence[tuple[int, BaseException]], step: Step, devices: Sequence[HostDevice]
+    failures: Sequence[tuple[int, BaseException]], step: Step, devices: Sequence[QueueDevice]
 ) -> ReplicaError:
     """The error to raise for a failed step: its first cause, with the device and the rows."""
     causes = [failure for failure in failures if not isinstance(failure[1], StepAborted)] or list(failures)

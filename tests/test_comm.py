@@ -10,7 +10,8 @@ import time
 import numpy as np
 import pytest
 
-from fastdp.backend.host import HostDevice, HostStream
+from fastdp.backend.host import HostDevice
+from fastdp.backend.queue import QueueStream
 from fastdp.buckets import ArraySpec, FlatBuffers
 from fastdp.comm.host import GRAIN, SMALL_NBYTES, TILE, HostCommunicator
 from fastdp.comm.rendezvous import Rendezvous
@@ -234,8 +235,8 @@ def test_all_reduce_is_ordered_against_compute_before_and_behind_it(eight, slow,
 @pytest.mark.parametrize("length", [512, 4 * GRAIN])
 @pytest.mark.parametrize(("name", "slow"), [("communication", {3}), ("compute", {0})])
 def test_a_missing_wait_in_the_all_reduce_is_detected(eight, name, slow, length, monkeypatch):
-    kept = HostStream.wait
-    monkeypatch.setattr(HostStream, "wait", lambda self, event: None if self.name == name else kept(self, event))
+    kept = QueueStream.wait
+    monkeypatch.setattr(QueueStream, "wait", lambda self, event: None if self.name == name else kept(self, event))
     assert not step_with_slow_devices(eight[:4], slow, length)
 
 

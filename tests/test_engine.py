@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import fastdp
-from fastdp.backend.host import HostDevice, HostEvent
+from fastdp.backend.host import HostDevice
+from fastdp.backend.queue import QueueEvent
 from fastdp.device import resolve
 from fastdp.program.arrays import FunctionProgram
 
@@ -449,7 +450,7 @@ def test_an_interrupt_while_waiting_leaves_the_engine_and_others_on_its_devices_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(HostEvent, "finish", interrupted)
+        patch.setattr(QueueEvent, "finish", interrupted)
         with pytest.raises(KeyboardInterrupt):
             engine.train(batch)
     threading.Timer(0.05, gate.set).start()

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from fastdp.backend.host import HostDevice, HostEvent, joined
+from fastdp.backend.host import HostDevice
+from fastdp.backend.queue import QueueEvent, joined
 from fastdp.errors import DeviceTimeoutError
 
 LIMIT = 10.0
@@ -124,7 +125,7 @@ def test_a_random_graph_of_waits_is_kept_whatever_the_delays(devices, seed):
 
 
 def test_a_wait_holds_for_an_event_that_is_recorded_only_later(devices):
-    later, seen = HostEvent(), []
+    later, seen = QueueEvent(), []
     devices[0].compute.wait(later)
     devices[0].compute.enqueue(lambda: seen.append("compute"))
     done = devices[0].compute.record()
@@ -137,7 +138,7 @@ def test_a_wait_holds_for_an_event_that_is_recorded_only_later(devices):
 
 
 def test_a_sleeping_worker_is_woken_by_the_last_of_many_waits(devices):
-    gates = [HostEvent() for _ in range(5)]
+    gates = [QueueEvent() for _ in range(5)]
     for gate in gates:
         devices[0].compute.wait(gate)
     done = devices[0].compute.record()
@@ -161,7 +162,7 @@ def test_no_wake_up_is_lost_in_many_hand_offs(devices):
 
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_a_joint_event_is_done_when_all_are_and_carries_the_first_error_in_their_order(count):
-    events = [HostEvent() for _ in range(count)]
+    events = [QueueEvent() for _ in range(count)]
     joint = joined(events)
     errors = [Failure(str(number)) for number in range(count)]
     for event, error in reversed(list(zip(events, errors, strict=True))):
@@ -201,7 +202,7 @@ def test_events_carry_a_failure_downstream_across_devices_and_nowhere_else(devic
 def test_the_first_failure_is_kept_when_a_second_one_arrives(devices):
     stream = devices[0].compute
     stream.enqueue(fail)
-    other = HostEvent()
+    other = QueueEvent()
     other.complete(KeyError("second"))
     stream.wait(other)
     with pytest.raises(Failure, match="planned"):
@@ -256,7 +257,7 @@ def test_waiting_for_work_that_takes_too_long_raises_and_waiting_again_succeeds(
 
 
 def test_the_timeout_of_a_device_is_for_all_its_streams_together(devices):
-    gates = [HostEvent() for _ in devices[0]._streams]
+    gates = [QueueEvent() for _ in devices[0]._streams]
     for gate, stream in zip(gates, devices[0]._streams, strict=True):
         stream.wait(gate)
     timers = [threading.Timer(0.15 * (n + 1), gate.complete) for n, gate in enumerate(gates)]
@@ -294,7 +295,7 @@ def test_close_of_a_device_that_never_worked_is_fine(devices):
 
 def test_events_left_on_a_closed_device_carry_an_error_so_that_nobody_waits_for_ever(devices):
     seen = []
-    devices[0].compute.wait(HostEvent())
+    devices[0].compute.wait(QueueEvent())
     devices[0].compute.enqueue(lambda: seen.append("never"))
     left = devices[0].compute.record()
     devices[1].compute.wait(left)
@@ -317,7 +318,7 @@ def test_close_says_when_the_worker_is_still_busy_and_can_be_called_again(device
 
 
 def test_an_event_is_done_once_and_keeps_its_first_error():
-    event, calls = HostEvent(), []
+    event, calls = QueueEvent(), []
     assert event.notify(lambda: calls.append("woken"))
     event.complete(Failure("first"))
     event.complete()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fastdp.backend.host import HostDevice, joined
+from fastdp.backend.queue import QueueDevice, joined
 from fastdp.buckets import Bucket, FlatBuffers, storage_dtype
 from fastdp.shard import split_range
 
@@ -26,7 +26,7 @@ class HostCommunicator:
     that is enqueued later waits for it.
     """
 
-    def __init__(self, devices: Sequence[HostDevice]) -> None:
+    def __init__(self, devices: Sequence[QueueDevice]) -> None:
         self._devices = list(devices)
 
     def all_reduce(

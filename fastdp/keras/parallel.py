@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from fastdp.backend.host import HostDevice
+from fastdp.backend.queue import QueueDevice
 from fastdp.engine import DataParallel
 from fastdp.keras.checks import check_predict_step, check_template
 from fastdp.keras.compile_state import borrowed, follow, follows
@@ -45,7 +45,7 @@ class ParallelModel(TemplateView):
     def __init__(
         self,
         template: keras.Model,
-        devices: Sequence[HostDevice],
+        devices: Sequence[QueueDevice],
         *,
         cpu_merge: bool = True,
         cpu_relocation: bool = False,

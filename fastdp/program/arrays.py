@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdp.backend.host import HostDevice
+from fastdp.backend.queue import QueueDevice
 from fastdp.buckets import Allocate, ArraySpec, FlatBuffers
 from fastdp.program.base import Context, Home, Memory, Result, Totals
 
@@ -113,7 +113,7 @@ class FunctionProgram:
         """All replicas are up to date."""
         self._changed = False
 
-    def bind(self, memory: Memory, device: HostDevice, rank: int) -> _State:
+    def bind(self, memory: Memory, device: QueueDevice, rank: int) -> _State:
         """Named views of a replica's memory."""
         return _State(_named(memory.variables), _named(memory.slots), _named(memory.gradients))
 

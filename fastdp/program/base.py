@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fastdp.backend.host import HostDevice
+from fastdp.backend.queue import QueueDevice
 from fastdp.buckets import Allocate, ArraySpec, FlatBuffers
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.shard import Rows
@@ -127,7 +127,7 @@ class Program(Protocol):
     def committed(self) -> None:
         """The present values of the home are known to all replicas."""
 
-    def bind(self, memory: Memory, device: HostDevice, rank: int) -> Any:
+    def bind(self, memory: Memory, device: QueueDevice, rank: int) -> Any:
         """A replica's state over `memory`."""
 
     def prepare_thread(self, threads: int) -> None:

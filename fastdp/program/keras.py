@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import torch
 
-from fastdp.backend.host import HostDevice
+from fastdp.backend.queue import QueueDevice
 from fastdp.buckets import Allocate, ArraySpec, FlatBuffers
 from fastdp.program.base import Context, Home, Memory, Result, Totals
 from fastdp.program.keras_batch import OutputStructure, Structure, flatten_outputs, unpack
@@ -139,7 +139,7 @@ class KerasProgram:
         for one in self._adopted:
             one.note()
 
-    def bind(self, memory: Memory, device: HostDevice, rank: int) -> _State:
+    def bind(self, memory: Memory, device: QueueDevice, rank: int) -> _State:
         """A replica's tensors over its memory."""
         variables = tensors_of(memory.variables)
         positions = [self._index[id(v)] for v in self.trainable]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastdp.backend.host import HostDevice
+from fastdp.backend.queue import QueueDevice
 from fastdp.buckets import Allocate, ArraySpec, FlatBuffers
 from fastdp.program import torch_norm, torch_random
 from fastdp.program.base import Context, Home, Memory, Result, Totals
@@ -168,7 +168,7 @@ class TorchProgram:
         assert self._adopted is not None
         self._adopted.note()
 
-    def bind(self, memory: Memory, device: HostDevice, rank: int) -> _State:
+    def bind(self, memory: Memory, device: QueueDevice, rank: int) -> _State:
         """A replica's copy of the module over its memory, and its optimizer."""
         assert self._adopted is not None
         if rank:

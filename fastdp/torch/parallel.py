@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdp.backend.host import HostDevice
+from fastdp.backend.queue import QueueDevice
 from fastdp.engine import DataParallel
 from fastdp.program.torch import TorchProgram
 from fastdp.program.torch_loss import LossFunction
@@ -51,7 +51,7 @@ class TorchParallel:
     def __init__(
         self,
         module: nn.Module,
-        devices: Sequence[HostDevice],
+        devices: Sequence[QueueDevice],
         *,
         cpu_merge: bool = True,
         cpu_relocation: bool = False,

@@ -1,0 +1,360 @@
+"""Devices driven by one worker thread each: queues of work with the ordering rules of CUDA streams.
+
+The worker takes, among its device's streams, any whose next item may run; an item behind an event that
+is not issued holds back its own stream only. Host devices (host.py) run the work itself here, so a missing
+`wait` between two streams is a real race, and `QueueDevice.delay` lets a test widen it. CUDA devices
+(cuda/) issue work to the GPU here, and their events are then ordered by the GPU.
+
+What a step of small work costs is the waking of threads. So nobody is woken who could not go on: a wait
+registers with its event only once it is the head of its stream and the worker is about to look for other
+work, and a worker sleeps on a plain lock that is released only where a head became ready.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+from fastdp.backend.base import Work
+from fastdp.errors import DeviceTimeoutError
+
+
+class QueueEvent:
+    """A point in a stream's work; issued exactly once, with or without an error.
+
+    Issued means that the worker has come to it. Where the work itself runs there, it is then done too;
+    a device whose worker only issues work to a GPU has events of its own class, which say more.
+    """
+
+    __slots__ = ("_issued", "_lock", "_wakes", "error", "parts")
+
+    def __init__(self) -> None:
+        self._issued = False
+        self._lock = threading.Lock()
+        self._wakes: list[Callable[[], object]] = []
+        self.error: BaseException | None = None
+        # What of a GPU's is still to be done after this event is issued: of joint events.
+        self.parts: tuple[QueueEvent, ...] = ()
+
+    @property
+    def issued(self) -> bool:
+        """True once the worker has come to the event."""
+        return self._issued
+
+    @property
+    def done(self) -> bool:
+        """True once all work before the event has run, or was skipped."""
+        return self._issued and all(part.done for part in self.parts)
+
+    def leaves(self) -> tuple[QueueEvent, ...]:
+        """The events of GPUs that this one stands for."""
+        return self.parts
+
+    def complete(self, error: BaseException | None = None) -> None:
+        """Mark the event issued and wake those who wait for it. Only the first call counts."""
+        with self._lock:
+            if self._issued:
+                return
+            self.error = error
+            self._issued = True
+            wakes, self._wakes = self._wakes, []
+        for wake in wakes:
+            wake()
+
+    def notify(self, wake: Callable[[], object]) -> bool:
+        """Have `wake()` called, by whoever completes the event. False, and no call, if it is issued already."""
+        with self._lock:
+            if not self._issued:
+                self._wakes.append(wake)
+            return not self._issued
+
+    def synchronize(self, timeout: float | None = None) -> None:
+        """Block until done, then raise the error that the event carries, if any.
+
+        Raises:
+            DeviceTimeoutError: not done within `timeout` seconds.
+        """
+        self.finish(timeout)
+        if self.error is not None:
+            raise self.error
+
+    def finish(self, timeout: float | None = None) -> None:
+        """Block until done, and leave the error, if any, to the caller."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self.wait_issued(timeout)
+        for part in self.parts:
+            part.finish(None if deadline is None else deadline - time.monotonic())
+
+    def wait_issued(self, timeout: float | None = None) -> None:
+        """Block until the worker has come to the event."""
+        gate = threading.Lock()
+        gate.acquire()
+        if not self.notify(gate.release):
+            return
+        seconds = -1.0 if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX)
+        if not gate.acquire(timeout=seconds) and not self._issued:
+            raise DeviceTimeoutError(f"A device was not done with its work within timeout={timeout} seconds.")
+
+
+def joined(events: Sequence[QueueEvent]) -> QueueEvent:
+    """An event that is issued when all of `events` are, and done when they are, with the first error in their order.
+
+    N streams that wait for N others wait for one joint event: N + N links instead of N x N.
+    """
+    joint = QueueEvent()
+    joint.parts = tuple(leaf for event in events for leaf in event.leaves())
+    lock = threading.Lock()
+    left = len(events) + 1
+
+    def arrive() -> None:
+        nonlocal left
+        with lock:
+            left -= 1
+            last = left == 0
+        if last:
+            joint.complete(next((event.error for event in events if event.error is not None), None))
+
+    for event in events:
+        if not event.notify(arrive):
+            arrive()
+    arrive()
+    return joint
+
+
+class QueueStream:
+    """An ordered queue of work for one device's worker."""
+
+    def __init__(self, device: QueueDevice, name: str) -> None:
+        self.name = name
+        self._device = device
+        self._items: deque[Work | QueueEvent | tuple[QueueEvent]] = deque()
+        self._error: BaseException | None = None
+        self._watched: QueueEvent | None = None
+
+    def enqueue(self, work: Work) -> None:
+        """Run `work()` on the worker after everything enqueued before it."""
+        self._device.push(self, work)
+
+    def record(self) -> QueueEvent:
+        """An event that is done when everything enqueued before it is."""
+        event = self._event()
+        self._device.push(self, event)
+        return event
+
+    def wait(self, event: QueueEvent) -> None:
+        """Hold back everything enqueued from now on until `event` is done."""
+        self._device.push(self, (event,))
+
+    def recover(self) -> None:
+        """Forget a failure."""
+        self._error = None
+
+    # What a device whose worker issues work to a GPU does otherwise.
+
+    def _event(self) -> QueueEvent:
+        """A new event for this stream."""
+        return QueueEvent()
+
+    def _passed(self, event: QueueEvent) -> None:
+        """What comes next waits for this event, which is issued. Called with the device's lock held."""
+
+    def _perform(self, work: Work) -> None:
+        """Run one work item on the worker."""
+        work()
+
+    def _mark(self, event: QueueEvent) -> None:
+        """The worker has come to an event of this stream, and is about to complete it."""
+
+    # The queue.
+
+    def _ready(self) -> bool:
+        """Whether there is an item that may run now. Passes the waits whose event is done.
+
+        Called with the device's lock held. A wait that holds the stream back registers for the device to
+        be woken: once, and only now.
+        """
+        while self._items:
+            head = self._items[0]
+            if not isinstance(head, tuple):
+                return True
+            (event,) = head
+            if not event.issued and (event is self._watched or event.notify(self._device.wake)):
+                self._watched = event
+                return False
+            self._watched = None
+            self._items.popleft()
+            if self._error is None:
+                self._error = event.error
+            self._passed(event)
+        return False
+
+    def _run(self, item: Work | QueueEvent | tuple[QueueEvent]) -> None:
+        """Run one item. A failure is kept: it skips the work behind it and marks the events behind it."""
+        if isinstance(item, QueueEvent):
+            try:
+                self._mark(item)
+            except BaseException as error:  # noqa: BLE001, as below
+                self._error = self._error if self._error is not None else error
+            item.complete(self._error)
+        elif self._error is None:
+            assert not isinstance(item, tuple)
+            try:
+                self._perform(item)
+            # The worker hands every failure on, KeyboardInterrupt and SystemExit too, to the host
+            # thread that synchronizes: swallowing one here would lose it, raising would kill the worker.
+            except BaseException as error:  # noqa: BLE001
+                self._error = error
+
+    def _drop(self, error: BaseException) -> list[QueueEvent]:
+        """Empty the queue; gives the events that now have to carry `error`, or an earlier one."""
+        events = [item for item in self._items if isinstance(item, QueueEvent)]
+        self._items.clear()
+        self._error = self._error if self._error is not None else error
+        return events
+
+
+class QueueDevice:
+    """A worker thread and four streams. What memory is, the kinds of devices say.
+
+    Args:
+        index: ordinal among the devices of its kind.
+        name: for people, and in the worker's name.
+        stream: makes a stream of this device from its name.
+
+    The worker starts with the first work and ends with `close()`. `delay` is for tests: called by the
+    worker before each item that it runs. `unsettled` is for the engine: the caller of earlier work went
+    away before it was over, so the streams may still hold work or a failure of it.
+    """
+
+    def __init__(self, index: int, name: str, stream: Callable[[QueueDevice, str], QueueStream] = QueueStream) -> None:
+        self.index = index
+        self.name = name
+        self.delay: Callable[[], None] | None = None
+        self.unsettled = False
+        self._lock = threading.Lock()
+        self._gate = threading.Lock()
+        self._gate.acquire()
+        self._asleep = False
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self.compute = stream(self, "compute")
+        self.copy_in = stream(self, "copy_in")
+        self.copy_out = stream(self, "copy_out")
+        self.communication = stream(self, "communication")
+        self._streams = (self.communication, self.copy_out, self.copy_in, self.compute)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r})"
+
+    def _worker_scope(self) -> AbstractContextManager[object]:
+        """Held by the worker for its whole life."""
+        return nullcontext()
+
+    def push(self, stream: QueueStream, item: Work | QueueEvent | tuple[QueueEvent]) -> None:
+        """Append an item to one of the streams and see that the worker is there, and awake if it can run.
+
+        Raises:
+            RuntimeError: the device is closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise self._closed_error()
+            stream._items.append(item)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name=f"fastdp-{self.name}", daemon=True)
+                self._thread.start()
+            # Behind another item it changes nothing: that one runs soon, or its event wakes the worker.
+            elif self._asleep and len(stream._items) == 1 and stream._ready():
+                self._rouse()
+
+    def wake(self) -> None:
+        """Let the worker look at its streams again: an event became done."""
+        with self._lock:
+            self._rouse()
+
+    def synchronize(self, timeout: float | None = None) -> None:
+        """Block until all streams are idle. Errors stay with their streams' events.
+
+        Raises:
+            DeviceTimeoutError: not idle within `timeout` seconds.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for event in [stream.record() for stream in self._streams]:
+            try:
+                event.finish(None if deadline is None else deadline - time.monotonic())
+            except DeviceTimeoutError:
+                raise DeviceTimeoutError(f"{self.name} was not idle within timeout={timeout} seconds.") from None
+
+    def recover(self) -> None:
+        """Forget failures on all streams."""
+        for stream in self._streams:
+            stream.recover()
+        self.unsettled = False
+
+    def close(self, timeout: float = 60.0) -> None:
+        """Let the worker finish what can still run, and end it. Idempotent.
+
+        What is left waits for events that may never come: it is dropped, and the events behind it carry a
+        RuntimeError, so that nobody waits for them in vain.
+
+        Raises:
+            DeviceTimeoutError: the worker was still busy after `timeout` seconds.
+        """
+        with self._lock:
+            self._closed = True
+            self._rouse()
+            thread = self._thread
+        if thread is None or thread is threading.current_thread():
+            return
+        thread.join(timeout)
+        if thread.is_alive():
+            raise DeviceTimeoutError(f"The worker of {self.name} was still busy after timeout={timeout} seconds.")
+
+    def _closed_error(self) -> RuntimeError:
+        return RuntimeError(
+            f"Device {self.name} is closed (set_virtual_devices was called again, or the "
+            "interpreter is ending). Wrap the model again to use the new devices."
+        )
+
+    def _rouse(self) -> None:
+        """Wake the worker if it sleeps. Called with the lock held."""
+        if self._asleep:
+            self._asleep = False
+            self._gate.release()
+
+    def _next(self) -> tuple[QueueStream, Work | QueueEvent | tuple[QueueEvent]] | None:
+        """A stream whose head may run, and that head, taken off. Called with the lock held."""
+        for stream in self._streams:
+            if stream._items and stream._ready():
+                return stream, stream._items.popleft()
+        return None
+
+    def _work(self) -> None:
+        """The worker's life."""
+        with self._worker_scope():
+            self._loop()
+
+    def _loop(self) -> None:
+        """Run whatever may run, sleep otherwise."""
+        while True:
+            with self._lock:
+                found = self._next()
+                if found is None:
+                    if self._closed:
+                        break
+                    self._asleep = True
+            if found is None:
+                self._gate.acquire()
+                continue
+            if self.delay is not None:
+                self.delay()
+            stream, item = found
+            stream._run(item)
+            del found, item  # what the work holds on to is free before the worker sleeps
+        error = self._closed_error()
+        for stream in self._streams:
+            for event in stream._drop(error):
+                event.complete(stream._error)
