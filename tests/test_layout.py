@@ -65,6 +65,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
 # Prefixes of files that may load a part of fastdp later than at import, by importlib.import_module.
 LATE_LOADERS: dict[str, str] = {
     "__init__.py": "the Keras names load on first use, so that `import fastdp` works without Keras and torch",
+    "backend/__init__.py": "Keras 2's `K.function` keeps its name, and the device layers work without Keras",
     "wrap.py": "the model's own library decides which side is loaded",
     "cli/": "a command loads when it is asked for, so that `devices` and `plan` work without Keras and torch",
 }

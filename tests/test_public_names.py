@@ -101,6 +101,20 @@ def test_an_unknown_name_is_an_attribute_error():
         fastdp.multi_gpu  # noqa: B018
 
 
+def test_keras_2_backend_names_load_where_they_are_asked_for(tmp_path):
+    needs_keras()
+    code = (
+        "import sys; from fastdp import backend as K; print('keras' in sys.modules, K.__all__); "
+        "print(K.function.__name__, 'keras' in sys.modules)"
+    )
+    assert python(code, tmp_path) == "False ['function', 'get_layer_output', 'learning_phase']\nfunction True"
+
+
+def test_a_backend_name_that_keras_2_had_elsewhere_says_where_it_went():
+    with pytest.raises(AttributeError, match=r"no attribute 'mean'.*keras\.ops"):
+        fastdp.backend.mean  # noqa: B018
+
+
 def test_import_fastdp_imports_neither_torch_nor_keras(tmp_path):
     code = "import sys, fastdp; print(sorted({'torch', 'keras', 'tensorflow', 'jax', 'cupy'} & set(sys.modules)))"
     assert python(code, tmp_path) == "[]"
@@ -170,7 +184,7 @@ def test_a_function_program_runs_without_torch_and_keras_and_the_process_ends(tm
     assert python(BLOCKER + ENGINE, tmp_path) == "[3.0, -2.0]"
 
 
-@pytest.mark.parametrize("name", ["multi_gpu_model", "ParallelModel", "utils"])
+@pytest.mark.parametrize("name", ["multi_gpu_model", "ParallelModel", "utils", "backend.function"])
 def test_a_keras_name_without_keras_is_an_import_error_with_the_remedy(tmp_path, name):
     code = f"{BLOCKER}\nimport fastdp\ntry:\n    fastdp.{name}\nexcept ImportError as error:\n    print(error)"
     message = python(code, tmp_path)

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastdp.keras.template_view import TemplateView
+
 
 class LearningPhase:
     """The symbol that stands for training (1) or testing (0) in the inputs of a `function`."""
@@ -93,7 +95,7 @@ def get_layer_output(model: keras.Model, layer: keras.layers.Layer | str | int, 
     """The output of one layer of a model for the inputs `x`.
 
     Args:
-        model: a Sequential or functional model.
+        model: a Sequential or functional model, or a parallel model of one.
         layer: one of its layers, or its name, or its place in `model.layers`.
         x: what the model takes: one array, or a list, tuple or dict of arrays, with any number of rows.
         training: whether layers behave as in training. No weight and no moving statistic changes either way.
@@ -109,6 +111,7 @@ def get_layer_output(model: keras.Model, layer: keras.layers.Layer | str | int, 
         >>> get_layer_output(model, "features", x).shape
         (100, 64)
     """
+    model = model.template if isinstance(model, TemplateView) else model
     if isinstance(layer, str):
         layer = model.get_layer(name=layer)
     elif not isinstance(layer, keras.layers.Layer):

@@ -6,6 +6,8 @@ import keras
 import numpy as np
 import pytest
 
+import fastdp
+from fastdp import backend as K
 from fastdp.keras import utils
 from fastdp.keras.functions import function, learning_phase
 
@@ -267,6 +269,20 @@ def test_get_layer_output_takes_a_name_a_place_or_the_layer(which):
     found = utils.get_layer_output(model, model.layers[0] if which == "layer" else which, X)
     kernel, bias = model.layers[0].get_weights()
     np.testing.assert_allclose(found, X @ kernel + bias, rtol=1e-4, atol=1e-6)
+
+
+def test_get_layer_output_of_a_parallel_model_is_that_of_its_template():
+    model = chain()
+    fastdp.set_virtual_devices(2)
+    parallel = fastdp.multi_gpu_model(model, gpus=2)
+    for which in ("norm", 1, model.layers[1]):
+        found = utils.get_layer_output(parallel, which, X)
+        np.testing.assert_array_equal(found, utils.get_layer_output(model, which, X))
+    fastdp.set_virtual_devices(0)
+
+
+def test_function_and_learning_phase_are_those_of_fastdp_backend():
+    assert (K.function, K.learning_phase) == (function, learning_phase)
 
 
 def test_get_layer_output_in_training_changes_no_moving_statistic():
