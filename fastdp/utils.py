@@ -6,9 +6,11 @@ from fastdp.keras.utils import (
     Sequence,
     get_file,
     get_layer_output,
+    load_weights,
     normalize,
     plot_model,
     print_summary,
+    save_weights,
     to_categorical,
 )
 from fastdp.keras.wrap import multi_gpu_model
@@ -19,9 +21,11 @@ __all__ = [
     "Sequence",
     "get_file",
     "get_layer_output",
+    "load_weights",
     "multi_gpu_model",
     "normalize",
     "plot_model",
     "print_summary",
+    "save_weights",
     "to_categorical",
 ]

@@ -86,10 +86,12 @@ def test_the_names_of_keras_2_utils():
         "Sequence",
         "get_file",
         "get_layer_output",
+        "load_weights",
         "multi_gpu_model",
         "normalize",
         "plot_model",
         "print_summary",
+        "save_weights",
         "to_categorical",
     ]
     assert all(callable(getattr(utils, name)) for name in utils.__all__)

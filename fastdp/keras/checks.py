@@ -30,8 +30,8 @@ def check_template(model: Any, *, for_training: bool = False) -> None:
     """
     if not model.built or not all(layer.built for layer in model._flatten_layers()):
         raise ValueError(
-            f"The model {model.name!r} is not built, so it has no weights to replicate. Call it on a batch, call "
-            "model.build(input_shape), or begin it with keras.Input(...), and wrap it then."
+            f"The model {model.name!r} is not built, so it has no weights to replicate. Begin it with "
+            "keras.Input(shape), call model.build((None, ...)), or call a subclassed model on a batch. Wrap it then."
         )
     _check_batch_size(model)
     for layer in model._flatten_layers():
@@ -73,5 +73,6 @@ def _check_batch_size(model: Any) -> None:
         if tensor is not None and tensor.shape and tensor.shape[0] is not None:
             raise ValueError(
                 f"The input {tensor.name!r} of model {model.name!r} has a fixed batch size of {tensor.shape[0]}, but "
-                "each device gets only its part of a batch. Leave batch_size out of keras.Input."
+                "each device gets only its part of a batch. Leave batch_size out of keras.Input. A Sequential model "
+                "that was built by a call has the size of that batch: begin it with keras.Input(shape)."
             )

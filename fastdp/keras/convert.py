@@ -61,7 +61,7 @@ def convert(
         weights = file["model_weights"] if whole else file
         config = _template_config(file, source) if whole else None
         group = _wrapped_group(weights, source, None if config is None else _name_of(config))
-        names = _read_names(group, "weight_names")
+        names = read_names(group, "weight_names")
         layers = _deal_out(names, _known_layers(config, template))
         if "optimizer_weights" in file:
             warnings.warn(
@@ -139,20 +139,29 @@ def _with_input_layers(config: dict[str, Any]) -> dict[str, Any]:
 
 def _wrapped_group(weights: h5py.Group, source: str, name: str | None) -> h5py.Group:
     """The one group that holds weights."""
-    layer_names = _read_names(weights, "layer_names")
+    layer_names = read_names(weights, "layer_names")
     if not layer_names:
         raise _not_wrapper_shaped(source, "no list of layers")
     missing = [layer for layer in layer_names if not isinstance(weights.get(layer), h5py.Group)]
     if missing:
         raise _not_wrapper_shaped(source, f"no group for the layer {missing[0]!r}")
-    weighty = [layer for layer in layer_names if _read_names(weights[layer], "weight_names")]
+    weighty = [layer for layer in layer_names if read_names(weights[layer], "weight_names")]
     if len(weighty) != 1 or len(layer_names) < 2 or (name is not None and weighty != [name]):
         raise _not_wrapper_shaped(source, f"weights in the layers {weighty}")
     group = weights[weighty[0]]
-    prefixes = {_layer_of(weight) for weight in _read_names(group, "weight_names")}
+    prefixes = {_layer_of(weight) for weight in read_names(group, "weight_names")}
     if prefixes == {weighty[0]}:
         raise _not_wrapper_shaped(source, f"weights in the single layer {weighty[0]!r}, which is no model")
     return group
+
+
+def is_wrapper_shaped(weights: h5py.Group) -> str | None:
+    """The name of the one model that holds all weights of a wrapper-shaped file; None for a plain file."""
+    try:
+        group = _wrapped_group(weights, "", None)
+    except ValueError:
+        return None
+    return str(group.name).rsplit("/", maxsplit=1)[-1]
 
 
 def _layer_of(weight_name: str) -> str:
@@ -223,10 +232,10 @@ def _write(
         layer_group = top.create_group(layer)
         _write_names(layer_group, "weight_names", weight_names)
         for weight in weight_names:
-            layer_group.create_dataset(weight, data=_own_data(group, weight))
+            layer_group.create_dataset(weight, data=own_data(group, weight))
 
 
-def _own_data(group: h5py.Group, name: str) -> np.ndarray[Any, Any]:
+def own_data(group: h5py.Group, name: str) -> np.ndarray[Any, Any]:
     """The values of a weight, which must lie in the file itself."""
     data = group.get(name)
     if not isinstance(data, h5py.Dataset):
@@ -236,7 +245,7 @@ def _own_data(group: h5py.Group, name: str) -> np.ndarray[Any, Any]:
     return np.asarray(data[()])
 
 
-def _read_names(group: h5py.Group, name: str) -> list[str]:
+def read_names(group: h5py.Group, name: str) -> list[str]:
     """A list of names that Keras keeps in one attribute, or split over several."""
     if name in group.attrs:
         chunks = [group.attrs[name]]

@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 
+from fastdp.keras.by_name import is_keras_2_file, load_weights, save_weights
 from fastdp.keras.compile_state import borrowed
 from fastdp.keras.names import unique_names
 
@@ -90,12 +91,21 @@ class TemplateView(keras.Model):
             self.template.save(filepath, overwrite=overwrite, zipped=zipped, **kwargs)
 
     def save_weights(self, filepath: Any, overwrite: bool = True, **kwargs: Any) -> None:
-        """Save the template's weights, and this model's optimizer state where the format holds it."""
+        """Save the template's weights, in Keras 3's format `.weights.h5` or Keras 2's `.h5`."""
+        if is_keras_2_file(filepath):
+            save_weights(self.template, filepath, overwrite, **kwargs)
+            return
         with borrowed(self.template, self):
             self.template.save_weights(filepath, overwrite=overwrite, **kwargs)
 
     def load_weights(self, filepath: Any, skip_mismatch: bool = False, **kwargs: Any) -> None:
-        """Load weights into the template; all replicas follow at the next step."""
+        """Load weights into the template; all replicas follow at the next step.
+
+        `by_name=True` loads the layers of an `.h5` file that have a namesake: see `fastdp.utils.load_weights`.
+        """
+        if is_keras_2_file(filepath) or kwargs.get("by_name"):
+            load_weights(self.template, filepath, skip_mismatch=skip_mismatch, **kwargs)
+            return
         with borrowed(self.template, self):
             self.template.load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
 

@@ -1,0 +1,155 @@
+"""Keras 2's weight files, `model_weights.h5`: written, loaded in order, and loaded by the names of layers.
+
+Such a file has one group for each layer, by the layer's name, with a list of its weights: the trainable ones
+first. A file of a whole model has the same in its group `model_weights`. Keras 3 reads them in order and writes
+only its own `.weights.h5` instead, which knows classes and places and no names.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import h5py
+import keras
+from keras.src.legacy.saving.legacy_h5_format import save_weights_to_hdf5_group
+from numpy.typing import NDArray
+
+from fastdp.keras.convert import is_wrapper_shaped, own_data, read_names
+
+Path = str | os.PathLike[str]
+TOP = "top_level_model_weights"  # the group of the weights that belong to no layer
+
+
+@dataclass(slots=True)
+class _Saved:
+    """The weights of one layer in a file, beside those of the layer of this name."""
+
+    layer: Any
+    variables: list[Any]
+    names: list[str]
+    values: list[NDArray[Any]]
+
+    def mismatch(self) -> str | None:
+        """What does not fit, None where all does."""
+        name = self.layer.name
+        if len(self.values) != len(self.variables):
+            return f"{name!r} has {len(self.variables)} weights, the file has {len(self.values)}"
+        for variable, saved, value in zip(self.variables, self.names, self.values, strict=True):
+            if tuple(variable.shape) != value.shape:
+                return (
+                    f"{name!r} has {variable.name} of shape {tuple(variable.shape)}, the file {saved} of {value.shape}"
+                )
+        return None
+
+    def load(self) -> None:
+        """Assign the values."""
+        for variable, value in zip(self.variables, self.values, strict=True):
+            variable.assign(value)
+        if hasattr(self.layer, "finalize_state"):  # as Keras does: Normalization computes from what is loaded
+            self.layer.finalize_state()
+
+
+def is_keras_2_file(path: Any) -> bool:
+    """Whether this is the name of a Keras 2 weight file, or of a whole model in that format."""
+    name = str(path)
+    return name.endswith((".h5", ".hdf5")) and not name.endswith(".weights.h5")
+
+
+def save_weights(model: keras.Model, filepath: Path, overwrite: bool = True) -> None:
+    """Write the weights of a plain model: see `fastdp.utils.save_weights`."""
+    path = _checked(filepath)
+    if not model.built:
+        raise ValueError(f"The model {model.name!r} is not built, so it has no weights: call it on a batch first.")
+    if os.path.lexists(path) and not overwrite:
+        raise FileExistsError(f"`filepath` must be a new file where overwrite=False. Received: {path!r}, which exists")
+    folder = os.path.dirname(os.path.abspath(path))
+    with tempfile.TemporaryDirectory(prefix=".weights-", dir=folder) as temporary:
+        partial = os.path.join(temporary, "partial.h5")
+        with h5py.File(partial, "w") as file:
+            save_weights_to_hdf5_group(file, model)
+        os.replace(partial, path)
+
+
+def load_weights(model: keras.Model, filepath: Path, *, by_name: bool = False, skip_mismatch: bool = False) -> None:
+    """Load weights into a plain model: see `fastdp.utils.load_weights`."""
+    path = _checked(filepath)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"`filepath` must be an existing file. Received: {path!r}: check the path")
+    with h5py.File(path, "r") as file:
+        group = file["model_weights"] if "layer_names" not in file.attrs and "model_weights" in file else file
+        names = read_names(group, "layer_names")
+        if not names:
+            raise ValueError(
+                f"`filepath` must be a Keras 2 weight file, one group for each layer. Received: {path!r}, which has no "
+                "list of layers. A file in Keras 3's format must be named `.weights.h5`."
+            )
+        _check_not_wrapped(group, model, path)
+        if by_name:
+            _load_by_name(_pairs(group, names, model), names, model, path, skip_mismatch)
+            return
+    model.load_weights(path, skip_mismatch=skip_mismatch)
+
+
+def _checked(filepath: Path) -> str:
+    """The path, of a name that says Keras 2."""
+    path = os.fspath(filepath)
+    if not is_keras_2_file(path):
+        raise ValueError(
+            "`filepath` must end in .h5 or .hdf5, and not in .weights.h5, since only Keras 2's files know the names "
+            f"of layers. Received: {path!r}. Write one by fastdp.utils.save_weights(model, 'weights.h5'), or load "
+            "Keras 3's by model.load_weights(path)."
+        )
+    return path
+
+
+def _check_not_wrapped(group: h5py.Group, model: keras.Model, path: str) -> None:
+    """A file that Keras 2 saved from a parallel model says so; one of a model that is nested likewise is plain."""
+    nested = is_wrapper_shaped(group)
+    if nested is not None and nested not in [layer.name for layer in model.layers]:
+        raise ValueError(
+            f"`filepath` holds all weights inside one model {nested!r}, as files saved from a parallel model of "
+            f"Keras 2 do. Received: {path!r}. Unwrap it by `fastdp convert {os.path.basename(path)} plain.h5`, "
+            "and load that."
+        )
+
+
+def _pairs(group: h5py.Group, names: list[str], model: keras.Model) -> list[_Saved]:
+    """The layers of the file that have a namesake in the model, read."""
+    owners: list[tuple[str, Any, list[Any]]] = [
+        (layer.name, layer, [*layer.trainable_weights, *layer.non_trainable_weights]) for layer in model.layers
+    ]
+    own = [*model._trainable_variables, *model._non_trainable_variables]
+    if TOP in group and own:
+        owners.append((TOP, model, own))
+    pairs = []
+    for name, layer, variables in owners:
+        if name in names or name == TOP:
+            saved = read_names(group[name], "weight_names")
+            if saved or variables:
+                pairs.append(_Saved(layer, variables, saved, [own_data(group[name], key) for key in saved]))
+    return pairs
+
+
+def _load_by_name(pairs: list[_Saved], names: list[str], model: keras.Model, path: str, skip: bool) -> None:
+    """Load what fits; say what does not."""
+    if not pairs:
+        warnings.warn(
+            f"No layer was loaded from {path!r}: it has the layers {names}, and the model {model.name!r} has "
+            f"{[layer.name for layer in model.layers]}.",
+            stacklevel=4,
+        )
+    found = {id(pair): problem for pair in pairs if (problem := pair.mismatch()) is not None}
+    if found and not skip:
+        raise ValueError(
+            f"The layers of the same name must have the same weights as in {path!r}. Received: "
+            f"{'; '.join(found.values())}. Nothing was loaded. Rename these layers, or pass skip_mismatch=True."
+        )
+    for pair in pairs:
+        if id(pair) in found:
+            warnings.warn(f"A layer was not loaded from {path!r}: {found[id(pair)]}.", stacklevel=4)
+        else:
+            pair.load()
