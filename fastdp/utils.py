@@ -1,6 +1,7 @@
 """The utilities of Keras 2's `keras.utils`, working with Keras 3: change the import, keep the script."""
 
 from fastdp.data.hdf5 import HDF5Matrix
+from fastdp.keras.h5_models import load_model
 from fastdp.keras.utils import (
     CustomObjectScope,
     Sequence,
@@ -21,6 +22,7 @@ __all__ = [
     "Sequence",
     "get_file",
     "get_layer_output",
+    "load_model",
     "load_weights",
     "multi_gpu_model",
     "normalize",

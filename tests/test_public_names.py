@@ -86,6 +86,7 @@ def test_the_names_of_keras_2_utils():
         "Sequence",
         "get_file",
         "get_layer_output",
+        "load_model",
         "load_weights",
         "multi_gpu_model",
         "normalize",

@@ -164,6 +164,13 @@ def is_wrapper_shaped(weights: h5py.Group) -> str | None:
     return str(group.name).rsplit("/", maxsplit=1)[-1]
 
 
+def is_wrapper_config(config: dict[str, Any]) -> bool:
+    """Whether this is the configuration of a Keras 2 `multi_gpu_model`: slices of inputs, one model, merges."""
+    layers = _layer_configs(config)
+    classes = [layer["class_name"] for layer in layers if not _layer_configs(layer)]
+    return len(layers) - len(classes) == 1 and "Lambda" in classes and set(classes) <= WRAPPER_LAYERS
+
+
 def _layer_of(weight_name: str) -> str:
     return weight_name.split("/")[0]
 
