@@ -24,6 +24,8 @@ from fastdp.program.keras_losses import NotPerSample, SharedLoss
 from fastdp.program.keras_memory import Adopted, Mapping, ReplicaScope, adopted, tensors_of
 from fastdp.program.keras_merged import merged_loss
 from fastdp.program.keras_moments import Moments, combine
+from fastdp.program.keras_optimizer import slots_of, why_not_now
+from fastdp.program.keras_optimizer_flat import FlatUpdate
 from fastdp.program.keras_replica import Running, replica_scope
 from fastdp.program.keras_scope import replica_aware
 from fastdp.program.keras_trial import Effects
@@ -39,6 +41,7 @@ class _State:
     gradients: list[torch.Tensor]
     leaves: list[torch.Tensor]
     mapping: Mapping
+    flat_update: FlatUpdate | None
 
 
 @dataclass(slots=True)
@@ -90,14 +93,17 @@ class KerasProgram:
         self.sync_batch_norm = sync_batch_norm
         self._template_state = template_state
         own_metrics = [m for layer in model._flatten_layers() for m in layer._metrics]
-        self.variables = list(model.variables) + [v for metric in own_metrics for v in metric.variables]
+        # The trainable ones first: they then lie in memory as their gradients do.
+        every = [*model.trainable_variables, *model.variables, *(v for m in own_metrics for v in m.variables)]
+        self.variables = list({id(v): v for v in every}.values())
         self._index = {id(v): i for i, v in enumerate(self.variables)}
         optimizer: Any = trainer.optimizer if trainer.compiled else None
         self.trainable = list(model.trainable_variables) if optimizer is not None else []
         self.optimizer = optimizer
         self.slot_variables = list(optimizer.variables) if optimizer is not None else []
         self.gradients: Sequence[ArraySpec] = [spec_of(v.path, v.value) for v in self.trainable]
-        self.slots: Sequence[ArraySpec] = [spec_of(v.path, v.value) for v in self.slot_variables]
+        self._slots = slots_of(optimizer, self.trainable)
+        self.slots: Sequence[ArraySpec] = [spec_of(v.path, v.value) for v in self._slots.order]
         self._shared: SharedLoss | None = None
         self._own_compute_loss = type(model).compute_loss is not keras.Model.compute_loss
         # Follows keras.utils.set_random_seed, and takes nothing from any generator.
@@ -119,7 +125,7 @@ class KerasProgram:
         """The optimizer's own variables, in flat buffers."""
         if self.optimizer is None:
             return FlatBuffers([], allocate)
-        self._adopted.append(adopted(self.optimizer, self.slot_variables, allocate))
+        self._adopted.append(adopted(self.optimizer, self._slots.order, allocate))
         return self._adopted[-1].home.variables
 
     @property
@@ -128,6 +134,12 @@ class KerasProgram:
         rate = getattr(self.optimizer, "_learning_rate", None)
         parts = [self.optimizer, rate, *(v.constraint for v in self.trainable)]
         return all(part is None or type(part).__module__.startswith("keras.") for part in parts)
+
+    @property
+    def update_how(self) -> str:
+        """How the optimizer is applied: "flat", to all variables as one, or "per variable: " and the reason."""
+        why = why_not_now(self.optimizer) if self._slots.how == "flat" else ""
+        return f"per variable: {why}" if why else self._slots.how
 
     def changed_outside(self) -> bool:
         """Whether a callback or the user assigned a weight, the learning rate, or anything else."""
@@ -147,7 +159,9 @@ class KerasProgram:
         mapping = list(zip(self.variables, variables, strict=True))
         for i, leaf in zip(positions, leaves, strict=True):
             mapping[i] = (self.variables[i], leaf)
-        return _State(variables, tensors_of(memory.slots), tensors_of(memory.gradients), leaves, mapping)
+        updates = bool(memory.slots.specs) and self._slots.how == "flat"  # without slots another replica does it
+        update = FlatUpdate(self.optimizer, self._slots, self.trainable, memory) if updates else None
+        return _State(variables, tensors_of(memory.slots), tensors_of(memory.gradients), leaves, mapping, update)
 
     def prepare_thread(self, threads: int) -> None:
         """Set the worker's share of the cores."""
@@ -219,10 +233,13 @@ class KerasProgram:
             if not self.trainable:
                 return
             unused = frozenset.intersection(*(note.unused for note in totals.every_note))
+            if state.flat_update is not None and self.update_how == "flat":
+                state.flat_update.apply(unused)
+                return
             gradients = [None if i in unused else g for i, g in enumerate(state.gradients)]
             values = [state.variables[self._index[id(v)]] for v in self.trainable]
             mapping = list(zip(self.trainable, values, strict=True))
-            mapping += zip(self.slot_variables, state.slots, strict=True)
+            mapping += zip(self._slots.order, state.slots, strict=True)
             with keras.StatelessScope(state_mapping=mapping) as scope:
                 self.optimizer.apply(gradients, self.trainable)
             for variable, tensor in mapping:

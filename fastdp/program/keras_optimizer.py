@@ -1,0 +1,115 @@
+"""Which Keras optimizers may act on flat buffers, and how their slots are laid out for it.
+
+An elementwise optimizer treats every number of every variable alike, so that it may be applied to all variables
+of a dtype as one. Its slots are then laid out kind by kind (all momentums, then all velocities), each kind as
+the variables are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+optimizers = keras.optimizers
+ELEMENTWISE = (
+    optimizers.SGD,
+    optimizers.Adam,
+    optimizers.RMSprop,
+    optimizers.Adagrad,
+    optimizers.Adadelta,
+    optimizers.Adamax,
+    optimizers.Nadam,
+    optimizers.Lion,
+    optimizers.Ftrl,
+)
+# Lists of variables that every optimizer has, and that are no slots.
+_LISTS = ("_variables", "_trainable_variables")
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """An attribute of an optimizer that holds one variable (a scalar), or one per trainable variable (a kind)."""
+
+    owner: Any
+    attribute: str
+    variables: tuple[keras.Variable, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """The variables of an optimizer, and of those inside it.
+
+    `how` is "flat", or "per variable: " and the reason. `order` has all variables as they lie in memory: in the
+    optimizer's own order, or kind by kind, then the scalars.
+    """
+
+    how: str
+    order: list[keras.Variable]
+    kinds: list[Slot]
+    scalars: list[Slot]
+
+
+def slots_of(optimizer: Any, trainable: Sequence[keras.Variable]) -> Slots:
+    """How a built optimizer, or None, is applied to these variables."""
+    if optimizer is None:
+        return Slots("per variable: there is no optimizer", [], [], [])
+    variables = list(optimizer.variables)
+    why = _not_elementwise(optimizer, trainable) or why_not_now(optimizer)
+    kinds: list[Slot] = []
+    scalars: list[Slot] = []
+    if not why:
+        for owner in chain(optimizer):
+            kinds += _kinds(owner, trainable)
+            scalars += [Slot(owner, name, (v,)) for name, v in vars(owner).items() if isinstance(v, keras.Variable)]
+        order = list({id(v): v for slot in (*kinds, *scalars) for v in slot.variables}.values())
+        if sorted(map(id, order)) == sorted(map(id, variables)):
+            return Slots("flat", order, kinds, scalars)
+        why = f"{type(optimizer).__name__} has variables that are neither scalars nor one for each weight"
+    return Slots(f"per variable: {why}", variables, [], [])
+
+
+def chain(optimizer: Any) -> list[Any]:
+    """The optimizer and those inside it, from the outermost."""
+    inner = getattr(optimizer, "inner_optimizer", None)
+    return [optimizer] if inner is None else [optimizer, *chain(inner)]
+
+
+def why_not_now(optimizer: Any) -> str:
+    """Settings that may change at any time and that need every variable on its own; empty where there is none."""
+    innermost = chain(optimizer)[-1]
+    if innermost.clipnorm:
+        return "clipnorm is a norm of each variable"
+    rate = innermost._learning_rate
+    if not isinstance(rate, keras.Variable | optimizers.schedules.LearningRateSchedule):
+        return "the learning rate is a function of the user's"
+    return ""
+
+
+def _not_elementwise(optimizer: Any, trainable: Sequence[keras.Variable]) -> str:
+    """What forbids to treat all numbers alike, for good; empty where nothing does."""
+    *wrappers, innermost = chain(optimizer)
+    for one in (*wrappers, innermost):
+        known = ELEMENTWISE if one is innermost else (optimizers.LossScaleOptimizer,)
+        if not isinstance(one, known) or type(one).__module__.split(".")[0] != "keras":
+            return f"{type(one).__name__} is not known to be elementwise"
+    if any(v.constraint is not None for v in trainable):
+        return "variables have constraints"
+    if any(v.overwrite_with_gradient for v in trainable):
+        return "variables are overwritten with their gradients"
+    return ""
+
+
+def _kinds(owner: Any, trainable: Sequence[keras.Variable]) -> list[Slot]:
+    """The attributes that hold a variable for each trainable one, of its shape and dtype."""
+
+    def fits(slots: Any) -> bool:
+        return len(slots) == len(trainable) > 0 and all(
+            isinstance(slot, keras.Variable) and slot.shape == v.shape and slot.dtype == v.dtype
+            for slot, v in zip(slots, trainable, strict=True)
+        )
+
+    lists = {k: v for k, v in vars(owner).items() if isinstance(v, list | tuple) and k not in _LISTS}
+    return [Slot(owner, name, tuple(value)) for name, value in lists.items() if fits(value)]

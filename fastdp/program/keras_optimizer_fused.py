@@ -1,0 +1,54 @@
+"""Update steps that read and write everything once, where torch has a kernel with Keras's formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import torch
+
+# Makes torch's own bias corrections 1 - beta ** step exactly 1 for every beta below 1: Keras's are in the rate.
+_NO_CORRECTION = 1e30
+Step = Callable[[torch.Tensor, Any], None]
+
+
+def fused_step(optimizer: Any, like: torch.Tensor, learning_rate: Any) -> Step | None:
+    """`step(gradient, variable)` for Adam and AdamW on tensors such as `like`, or None.
+
+    Torch's kernel computes `p -= rate * m / (sqrt(v) + epsilon)`, as Keras does. Float16 and bfloat16 are left
+    to Keras, which rounds after each operation where the kernel does not.
+    """
+    if not isinstance(optimizer, keras.optimizers.Adam) or like.dtype not in (torch.float32, torch.float64):
+        return None
+    rate = _adam_rate(optimizer, like, learning_rate)
+    correction = torch.full((), _NO_CORRECTION, device=like.device)
+
+    def step(gradient: torch.Tensor, variable: Any) -> None:
+        i = optimizer._get_variable_index(variable)
+        torch._fused_adam_(
+            [variable.value],
+            [gradient],
+            [optimizer._momentums[i].value],
+            [optimizer._velocities[i].value],
+            [optimizer._velocity_hats[i].value] if optimizer.amsgrad else [],
+            [correction],
+            lr=rate,
+            beta1=float(optimizer.beta_1),
+            beta2=float(optimizer.beta_2),
+            weight_decay=0.0,  # decays before the step in Keras, by the rate without corrections
+            eps=float(optimizer.epsilon),
+            amsgrad=bool(optimizer.amsgrad),
+            maximize=False,
+        )
+
+    return step
+
+
+def _adam_rate(optimizer: Any, like: torch.Tensor, learning_rate: Any) -> torch.Tensor:
+    """Keras's learning rate with its bias corrections, rounded as Keras rounds it."""
+    number = torch.as_tensor(keras.ops.convert_to_tensor(learning_rate)).to(like.dtype)
+    step = keras.ops.convert_to_tensor(optimizer.iterations + 1).to(like.dtype)
+    power_1, power_2 = (torch.full_like(step, beta).pow(step) for beta in (optimizer.beta_1, optimizer.beta_2))
+    rate: torch.Tensor = number * torch.sqrt(1 - power_2) / (1 - power_1)
+    return rate
