@@ -55,7 +55,7 @@ if __name__ == "__main__":
 def fastdp_step(nbytes: int, count: int) -> tuple[Callable[[], object], list[HostDevice]]:
     """One all-reduce of `nbytes` over `count` new virtual devices, waited for."""
     devices = [HostDevice(index) for index in range(count)]
-    buffers = [FlatBuffers([ArraySpec("g", (nbytes // 4,), "float32")], device.empty) for device in devices]
+    buffers = [FlatBuffers([ArraySpec("g", (nbytes // 4,), "float32")], device) for device in devices]
     for buffer in buffers:
         buffer.views[0][...] = 0
     communicator, buckets = HostCommunicator(devices), buffers[0].buckets()

@@ -9,15 +9,28 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
 from fastdp.shard import BUCKET_NBYTES, FIRST_BUCKET_NBYTES, plan_buckets
 
 ALIGNMENT = 64
-Allocate = Callable[[tuple[int, ...], np.dtype], np.ndarray]
+
+
+class Allocator(Protocol):
+    """Whose memory buffers are: a device, and what it does with its arrays."""
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        """An array of zeros in the device's memory, aligned to 64 bytes at least."""
+
+    def copy(self, target: Any, source: Any) -> None:
+        """Copy an array of the same shape and dtype, of this or another device, into an array of this one."""
+
+    def to_host(self, array: Any) -> np.ndarray:
+        """The array's present values in host memory; may share the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +76,15 @@ class FlatBuffers:
 
     Args:
         specs: what to lay out, in this order within each dtype.
-        allocate: `device.empty`; called once per dtype.
+        device: whose memory it is; asked for one array per dtype.
 
     Each array begins at a multiple of 64 bytes; the gaps are zero, so that whole buffers can be
     compared and reduced. `views[i]` has the shape of `specs[i]` and aliases `buffers[specs[i].dtype]`.
     """
 
-    def __init__(self, specs: Sequence[ArraySpec], allocate: Allocate) -> None:
+    def __init__(self, specs: Sequence[ArraySpec], device: Allocator) -> None:
         self.specs = list(specs)
+        self._device = device
         self._spans: list[tuple[int, int]] = []
         lengths: dict[str, int] = {}
         for spec in self.specs:
@@ -78,10 +92,8 @@ class FlatBuffers:
             start = lengths.get(spec.dtype, 0)
             self._spans.append((start, start + spec.size))
             lengths[spec.dtype] = start + spec.size + -spec.size % step
-        self.buffers = {dtype: allocate((n,), storage_dtype(dtype)) for dtype, n in lengths.items()}
-        for buffer in self.buffers.values():
-            buffer[...] = 0
-        self.views = [
+        self.buffers = {dtype: device.zeros((n,), storage_dtype(dtype)) for dtype, n in lengths.items()}
+        self.views: list[Any] = [
             self.buffers[spec.dtype][start:stop].reshape(spec.shape)
             for spec, (start, stop) in zip(self.specs, self._spans, strict=True)
         ]
@@ -94,14 +106,18 @@ class FlatBuffers:
     def copy_from(self, other: FlatBuffers) -> None:
         """Take over the values of `other`, which has the same specs."""
         for dtype, buffer in self.buffers.items():
-            np.copyto(buffer, other.buffers[dtype])
+            self._device.copy(buffer, other.buffers[dtype])
 
     def equals(self, other: FlatBuffers) -> bool:
         """Whether every bit is the same: NaNs of the same bits count as equal."""
         return all(
-            np.array_equal(buffer.view(np.uint8), other.buffers[dtype].view(np.uint8))
-            for dtype, buffer in self.buffers.items()
+            np.array_equal(self._bytes(dtype), other._bytes(dtype))
+            for dtype in self.buffers
         )
+
+    def _bytes(self, dtype: str) -> np.ndarray:
+        """The bits of one buffer, on the host."""
+        return self._device.to_host(self.buffers[dtype]).view(np.uint8)
 
     def buckets(self, first: int = FIRST_BUCKET_NBYTES, cap: int = BUCKET_NBYTES) -> list[Bucket]:
         """The flat buffers cut into buckets at array borders, in the order of the specs."""

@@ -71,11 +71,11 @@ class DataParallel:
         self._busy = threading.Lock()
         self._training = False
         self._communicator = HostCommunicator(devices)
-        self._home = program.home(devices[0].empty)
+        self._home = program.home(devices[0])
         self._generation = -1
         self._unsettled: Step | None = None
         self.replicas = [self._replicate(rank) for rank in range(len(devices))]
-        self._saved = [FlatBuffers(flat.specs, devices[0].empty) for flat in self.replicas[0].lasting]
+        self._saved = [FlatBuffers(flat.specs, devices[0]) for flat in self.replicas[0].lasting]
         self._updated = False
         self._buckets = self.replicas[0].gradients.buckets()
         self.timings: list[list[float]] = []
@@ -201,12 +201,12 @@ class DataParallel:
     def _replicate(self, rank: int) -> Replica:
         """Make the replica of one device; the first lives in the program's home."""
         device, program = self.devices[rank], self.program
-        gradients = FlatBuffers(program.gradients, device.empty)
+        gradients = FlatBuffers(program.gradients, device)
         if rank == 0:
-            memory = Memory(self._home.variables, program.home_slots(device.empty), gradients)
+            memory = Memory(self._home.variables, program.home_slots(device), gradients)
         else:
-            variables = FlatBuffers(self._home.variables.specs, device.empty)
-            slots = FlatBuffers(program.slots if self.update == "each" else [], device.empty)
+            variables = FlatBuffers(self._home.variables.specs, device)
+            slots = FlatBuffers(program.slots if self.update == "each" else [], device)
             memory = Memory(variables, slots, gradients)
         return Replica(program, device, rank, memory)
 
@@ -250,7 +250,7 @@ class DataParallel:
             self._saved = []
             return False
         if not self._saved:  # given up before; the program has changed its mind
-            self._saved = [FlatBuffers(flat.specs, self.devices[0].empty) for flat in self.replicas[0].lasting]
+            self._saved = [FlatBuffers(flat.specs, self.devices[0]) for flat in self.replicas[0].lasting]
         for saved, flat in zip(self._saved, self.replicas[0].lasting, strict=True):
             saved.copy_from(flat)
         return True

@@ -11,14 +11,18 @@ from fastdp.backend.host import HostDevice
 from fastdp.buckets import ArraySpec, FlatBuffers, storage_dtype
 
 DTYPES = ["float16", "bfloat16", "float32", "float64", "int8", "int64", "bool", "complex64", "float8_e4m3fn"]
-empty = HostDevice(0).empty  # a device has a thread only once it has work
 
 
-def dirty(shape, dtype):
-    """Memory that is not zero, as memory that was used before is not."""
-    array = empty(shape, dtype)
-    array.view(np.uint8)[...] = 0xAB
-    return array
+class Dirty(HostDevice):
+    """A device whose memory is not zero, as memory that was used before is not."""
+
+    def empty(self, shape, dtype):
+        array = super().empty(shape, dtype)
+        array.view(np.uint8)[...] = 0xAB
+        return array
+
+
+dirty = Dirty(0)  # a device has a thread only once it has work
 
 
 specs = st.lists(
@@ -59,7 +63,7 @@ def test_arrays_do_not_overlap_and_the_gaps_are_zero(specs):
 
 @given(specs=specs, first=st.integers(1, 500), cap=st.integers(1, 900))
 def test_buckets_cover_each_buffer_in_order(specs, first, cap):
-    flat = FlatBuffers(specs, empty)
+    flat = FlatBuffers(specs, dirty)
     buckets = flat.buckets(first, cap)
     for dtype, buffer in flat.buffers.items():
         elements = [i for b in buckets if b.dtype == dtype for i in range(b.start, b.stop)]
@@ -68,26 +72,26 @@ def test_buckets_cover_each_buffer_in_order(specs, first, cap):
 
 
 def test_a_bucket_never_cuts_an_array():
-    flat = FlatBuffers([ArraySpec("a", (100,), "float32"), ArraySpec("b", (3,), "float32")], empty)
+    flat = FlatBuffers([ArraySpec("a", (100,), "float32"), ArraySpec("b", (3,), "float32")], dirty)
     assert [(b.start, b.stop) for b in flat.buckets(first=4, cap=8)] == [(0, 112), (112, 128)]
 
 
 def test_scalars_and_arrays_without_elements_have_views():
-    flat = FlatBuffers([ArraySpec("s", (), "float32"), ArraySpec("z", (0, 3), "float32")], empty)
+    flat = FlatBuffers([ArraySpec("s", (), "float32"), ArraySpec("z", (0, 3), "float32")], dirty)
     flat.views[0][...] = 2.5
     assert flat.buffers["float32"][0] == 2.5
     assert flat.views[1].shape == (0, 3)
 
 
 def test_nothing_at_all_is_fine():
-    flat = FlatBuffers([], empty)
+    flat = FlatBuffers([], dirty)
     assert (flat.views, flat.buckets(), flat.nbytes) == ([], [], 0)
-    assert flat.equals(FlatBuffers([], empty))
+    assert flat.equals(FlatBuffers([], dirty))
 
 
 def pair(dtype="float32"):
     specs = [ArraySpec("a", (5,), dtype)]
-    return FlatBuffers(specs, empty), FlatBuffers(specs, empty)
+    return FlatBuffers(specs, dirty), FlatBuffers(specs, dirty)
 
 
 def test_equality_is_bitwise_so_a_nan_equals_itself_and_minus_zero_is_not_zero():

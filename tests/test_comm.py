@@ -56,7 +56,7 @@ def read(bits, dtype):
 
 
 def flats(devices, length, dtype, fill=None):
-    made = [FlatBuffers([ArraySpec("a", (length,), dtype)], device.empty) for device in devices]
+    made = [FlatBuffers([ArraySpec("a", (length,), dtype)], device) for device in devices]
     for flat, values in zip(made, fill or [], strict=False):
         flat.views[0][...] = values
     return made
@@ -149,7 +149,7 @@ def test_a_sum_beyond_the_largest_number_is_infinite(eight, dtype):
 
 def test_all_buckets_and_all_dtypes_are_reduced(eight):
     specs = [ArraySpec(f"{dtype}{n}", (90,), dtype) for n in range(5) for dtype in ("float32", "bfloat16", "int64")]
-    targets = [FlatBuffers(specs, device.empty) for device in eight[:3]]
+    targets = [FlatBuffers(specs, device) for device in eight[:3]]
     for target in targets:
         for view, spec in zip(target.views, specs, strict=True):
             view[...] = stored(np.full(90, 2.0), spec.dtype)
@@ -164,7 +164,7 @@ def test_all_buckets_and_all_dtypes_are_reduced(eight):
 @pytest.mark.parametrize("grains", [(5, 4), (4, 5), (1, 4), (0, 3)])
 def test_every_part_of_every_bucket_is_reduced_whatever_the_other_buckets_lengths(eight, grains):
     specs = [ArraySpec(f"a{n}", (count * GRAIN,), "float32") for n, count in enumerate(grains)]
-    targets = [FlatBuffers(specs, device.empty) for device in eight[:4]]
+    targets = [FlatBuffers(specs, device) for device in eight[:4]]
     for target in targets:
         target.buffers["float32"][...] = 1
     buckets = targets[0].buckets(first=1, cap=1)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastdp.backend.queue import QueueDevice
-from fastdp.buckets import Allocate, ArraySpec, FlatBuffers
+from fastdp.buckets import Allocator, ArraySpec, FlatBuffers
 from fastdp.program.base import Context, Home, Memory, Result, Totals
 
 Arrays = dict[str, np.ndarray]
@@ -83,19 +83,19 @@ class FunctionProgram:
 
     # The protocol of fastdp.program.base.
 
-    def home(self, allocate: Allocate) -> Home:
+    def home(self, device: Allocator) -> Home:
         """The first replica's memory; `parameters` become views of it."""
         if self._home is None:
-            self._home = Home(self.gradients, allocate)
+            self._home = Home(self.gradients, device)
             for view, (name, value) in zip(self._home.variables.views, self._initial.items(), strict=True):
                 view[...] = value
                 self.parameters[name] = view
         return self._home
 
-    def home_slots(self, allocate: Allocate) -> FlatBuffers:
+    def home_slots(self, device: Allocator) -> FlatBuffers:
         """The first replica's slots; those of every engine on this home, as the parameters are."""
         if self._home_slots is None:
-            self._home_slots = FlatBuffers(self.slots, allocate)
+            self._home_slots = FlatBuffers(self.slots, device)
             for view, value in zip(self._home_slots.views, self._initial_slots.values(), strict=True):
                 view[...] = value
         return self._home_slots

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fastdp.backend.queue import QueueDevice
-from fastdp.buckets import Allocate, ArraySpec, FlatBuffers
+from fastdp.buckets import Allocator, ArraySpec, FlatBuffers
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.shard import Rows
 
@@ -35,13 +35,13 @@ class Home:
 
     Args:
         variables: specs of parameters and buffers.
-        allocate: the first device's `empty`.
+        device: the first device.
 
     `generation` counts the updates; an engine that did not make the last one refreshes its replicas.
     """
 
-    def __init__(self, variables: Sequence[ArraySpec], allocate: Allocate) -> None:
-        self.variables = FlatBuffers(variables, allocate)
+    def __init__(self, variables: Sequence[ArraySpec], device: Allocator) -> None:
+        self.variables = FlatBuffers(variables, device)
         self.generation = 0
 
 
@@ -115,10 +115,10 @@ class Program(Protocol):
     def update_is_reliable(self) -> bool:
         """Whether an `update` that has succeeded once will not raise: no code of the user's runs in it."""
 
-    def home(self, allocate: Allocate) -> Home:
+    def home(self, device: Allocator) -> Home:
         """The memory of the first replica, filled with the model's present values."""
 
-    def home_slots(self, allocate: Allocate) -> FlatBuffers:
+    def home_slots(self, device: Allocator) -> FlatBuffers:
         """The slots of the first replica, filled with their present values."""
 
     def changed_outside(self) -> bool:

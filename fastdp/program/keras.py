@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fastdp.backend.queue import QueueDevice
-from fastdp.buckets import Allocate, ArraySpec, FlatBuffers
+from fastdp.buckets import Allocator, ArraySpec, FlatBuffers
 from fastdp.program.base import Context, Home, Memory, Result, Totals
 from fastdp.program.keras_batch import OutputStructure, Structure, flatten_outputs, unpack
 from fastdp.program.keras_effects import Effect
@@ -116,16 +116,16 @@ class KerasProgram:
 
     # Memory: the protocol of fastdp.program.base.
 
-    def home(self, allocate: Allocate) -> Home:
+    def home(self, device: Allocator) -> Home:
         """The template's own variables, in flat buffers."""
-        self._adopted = [adopted(self.model, self.variables, allocate)]
+        self._adopted = [adopted(self.model, self.variables, device)]
         return self._adopted[0].home
 
-    def home_slots(self, allocate: Allocate) -> FlatBuffers:
+    def home_slots(self, device: Allocator) -> FlatBuffers:
         """The optimizer's own variables, in flat buffers."""
         if self.optimizer is None:
-            return FlatBuffers([], allocate)
-        self._adopted.append(adopted(self.optimizer, self._slots.order, allocate))
+            return FlatBuffers([], device)
+        self._adopted.append(adopted(self.optimizer, self._slots.order, device))
         return self._adopted[-1].home.variables
 
     @property

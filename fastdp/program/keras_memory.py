@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import torch
 
-from fastdp.buckets import Allocate, FlatBuffers
+from fastdp.buckets import Allocator, FlatBuffers
 from fastdp.program.base import Home
 from fastdp.program.torch_tensors import as_tensor, spec_of
 
@@ -24,15 +24,15 @@ class Adopted:
 
     Args:
         variables: the variables, in the order of the buffers' views.
-        allocate: memory for the buffers.
+        device: whose memory the buffers are.
 
     The variables keep their tensors' identity; their storage becomes views of `home.variables`.
     """
 
-    def __init__(self, variables: Sequence[keras.Variable], allocate: Allocate) -> None:
+    def __init__(self, variables: Sequence[keras.Variable], device: Allocator) -> None:
         self.variables = list(variables)
         specs = [spec_of(v.path, v.value) for v in self.variables]
-        self.home = Home(specs, allocate)
+        self.home = Home(specs, device)
         self._tensors = tensors_of(self.home.variables)
         self._versions: list[int] = []
         self.adopt()
@@ -58,11 +58,11 @@ class Adopted:
         self._versions = [v.value._version for v in self.variables]
 
 
-def adopted(owner: Any, variables: Sequence[keras.Variable], allocate: Allocate) -> Adopted:
+def adopted(owner: Any, variables: Sequence[keras.Variable], device: Allocator) -> Adopted:
     """The adopted variables of a model or an optimizer: one home for all engines that use it."""
     home = _homes.get(owner)
     if home is None or [id(v) for v in home.variables] != [id(v) for v in variables]:
-        home = _homes[owner] = Adopted(variables, allocate)
+        home = _homes[owner] = Adopted(variables, device)
     return home
 
 

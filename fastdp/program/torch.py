@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastdp.backend.queue import QueueDevice
-from fastdp.buckets import Allocate, ArraySpec, FlatBuffers
+from fastdp.buckets import Allocator, ArraySpec, FlatBuffers
 from fastdp.program import torch_norm, torch_random
 from fastdp.program.base import Context, Home, Memory, Result, Totals
 from fastdp.program.torch_batch import (
@@ -144,14 +144,14 @@ class TorchProgram:
 
     # Memory: the protocol of fastdp.program.base.
 
-    def home(self, allocate: Allocate) -> Home:
+    def home(self, device: Allocator) -> Home:
         """The module's own tensors, in flat buffers."""
-        self._adopted = adopted(self.module, allocate)
+        self._adopted = adopted(self.module, device)
         return self._adopted.home
 
-    def home_slots(self, allocate: Allocate) -> FlatBuffers:
+    def home_slots(self, device: Allocator) -> FlatBuffers:
         """None: the optimizers' state is torch's."""
-        return FlatBuffers([], allocate)
+        return FlatBuffers([], device)
 
     @property
     def update_is_reliable(self) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdp.buckets import Allocate, FlatBuffers
+from fastdp.buckets import Allocator, FlatBuffers
 from fastdp.program.base import Home
 from fastdp.program.torch_batch import PLAIN
 from fastdp.program.torch_tensors import as_tensor, spec_of
@@ -63,9 +63,9 @@ def tensors_of(flat: FlatBuffers) -> list[torch.Tensor]:
 class Adopted:
     """A module's tensors, whose storage lies in flat buffers: one home for all engines that run the module."""
 
-    def __init__(self, slots: list[Slot], allocate: Allocate) -> None:
+    def __init__(self, slots: list[Slot], device: Allocator) -> None:
         self.slots = slots
-        self.home = Home([spec_of(slot.name, slot.tensor) for slot in slots], allocate)
+        self.home = Home([spec_of(slot.name, slot.tensor) for slot in slots], device)
         self._tensors = tensors_of(self.home.variables)
         self._versions: list[tuple[int, int]] = []
         self.adopt()
@@ -104,12 +104,12 @@ class Adopted:
         return [(id(slot.tensor), slot.tensor._version) for slot in self.slots]
 
 
-def adopted(module: nn.Module, allocate: Allocate) -> Adopted:
+def adopted(module: nn.Module, device: Allocator) -> Adopted:
     """The adopted tensors of a module."""
     home = _homes.get(module)
     slots = slots_of(module)
     if home is None or [s.name for s in home.slots] != [s.name for s in slots]:
-        home = _homes[module] = Adopted(slots, allocate)
+        home = _homes[module] = Adopted(slots, device)
     return home
 
 
