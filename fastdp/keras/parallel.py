@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -13,14 +12,10 @@ from fastdp.backend.queue import QueueDevice
 from fastdp.engine import DataParallel
 from fastdp.keras.checks import check_predict_step, check_template
 from fastdp.keras.compile_state import borrowed, follow, follows
+from fastdp.keras.steps import Steps
 from fastdp.keras.streaming import arguments_by_name, stream_fit, stream_forward
 from fastdp.keras.template_view import TemplateView, merged_outputs
-from fastdp.program.capture import MODES, Captures
-from fastdp.program.keras import KerasProgram
-from fastdp.program.keras_batch import flatten_batch, unpack
-from fastdp.program.keras_losses import own_copy
-from fastdp.step import StepResult
-from fastdp.transfer import count_rows
+from fastdp.program.capture import MODES
 
 
 @keras.saving.register_keras_serializable(package="fastdp")
@@ -64,14 +59,15 @@ class ParallelModel(TemplateView):
         self.cpu_relocation = cpu_relocation
         if compile not in MODES:
             raise ValueError(f"`compile` must be one of {MODES}. Received: compile={compile!r}")
-        self._capture_mode = compile
-        self._engine_options: dict[str, Any] = {
-            "update": update,
-            "timeout": timeout,
-            "check_replicas": check_replicas,
-        }
-        self._sync_batch_norm = sync_batch_norm
-        self._engine: DataParallel | None = None
+        self._steps = Steps(
+            template,
+            self,
+            devices,
+            capture_mode=compile,
+            sync_batch_norm=sync_batch_norm,
+            template_state=lambda: borrowed(template, self),
+            engine_options={"update": update, "timeout": timeout, "check_replicas": check_replicas},
+        )
         self._call_has_training_arg = True
         self._compute_loss_has_training_arg = True
         self.built = True
@@ -92,7 +88,7 @@ class ParallelModel(TemplateView):
         super().compile(*args, **kwargs)
         if jit_compile is True:
             warnings.warn("fastdp runs this model eagerly: `jit_compile=True` has no effect.", stacklevel=2)
-        self._engine = None
+        self._steps.forget_engine()
         follow(self.template, self)
 
     @property
@@ -157,7 +153,7 @@ class ParallelModel(TemplateView):
                 if self.template._call_has_training_arg
                 else self.template(inputs)
             )
-        return self._predict_outputs(self.engine, (inputs, None, None))
+        return self._steps.predict(self.engine, (inputs, None, None))
 
     def symbolic_call(self, *args: Any, **kwargs: Any) -> Any:
         """Become a part of another model: possible, but said aloud, since training that is not parallel."""
@@ -171,114 +167,30 @@ class ParallelModel(TemplateView):
     def make_train_function(self, force: bool = False) -> Callable[..., Any]:
         """The function that Keras's `fit` calls for each batch."""
         self._one_step_per_execution()
-        self.train_function = self._on_first(self.engine, self._train)
+        self.train_function = self._on_first(self.engine, self._steps.train)
         return self.train_function
 
     def make_test_function(self, force: bool = False) -> Callable[..., Any]:
         """The function that Keras's `evaluate` calls for each batch."""
         self._one_step_per_execution()
-        self.test_function = self._on_first(self.engine, self._test)
+        self.test_function = self._on_first(self.engine, self._steps.test)
         return self.test_function
 
     def make_predict_function(self, force: bool = False) -> Callable[..., Any]:
         """The function that Keras's `predict` calls for each batch."""
         check_predict_step(self.template)
-        self.predict_function = self._on_first(self.engine, self._predict_outputs)
+        self.predict_function = self._on_first(self.engine, self._steps.predict)
         return self.predict_function
 
     @property
     def engine(self) -> DataParallel:
         """The engine, made for the model as it is compiled now: asked for where Keras's loops begin."""
-        if self._engine is None or self._stale(self._engine.program):
-            if self.compiled and self.optimizer is not None and not self.optimizer.built:
-                self.optimizer.build(self.template.trainable_variables)
-            program = KerasProgram(
-                self.template,
-                self,
-                sync_batch_norm=self._sync_batch_norm,
-                template_state=lambda: borrowed(self.template, self),
-            )
-            if self._capture_mode is not None and self.compiled:
-                program.captures = Captures(program, self._capture_mode, len(self.devices))
-            self._engine = DataParallel(program, self.devices, **self._engine_options)
-        return self._engine
+        return self._steps.engine
 
     def report(self) -> list[dict[str, Any]]:
         """How training steps run: an entry per captured batch shape, or one that says why they run eagerly."""
-        captures = self._captures()
+        captures = self._steps.captures
         return captures.report if captures is not None else [{"how": "eager", "why": "compile=None"}]
-
-    def _captures(self) -> Captures | None:
-        """The captured steps of the present engine."""
-        program: Any = self._engine.program if self._engine is not None else None
-        return program.captures if program is not None else None
-
-    def _stale(self, program: Any) -> bool:
-        """Whether the program was made for other variables than those that are trained now."""
-        if not self.compiled or self.optimizer is None:
-            return False
-        trainable = self.template.trainable_variables
-        slots = self.optimizer.variables
-        return (
-            program.optimizer is not self.optimizer
-            or [id(v) for v in program.trainable] != [id(v) for v in trainable]
-            or [id(v) for v in program.slot_variables] != [id(v) for v in slots]
-        )
-
-    def _train(self, engine: DataParallel, data: Any) -> Any:
-        """One training step; the logs."""
-        arrays, structure = flatten_batch(unpack(data))
-        count_rows(arrays, structure.names)
-        program: Any = engine.program
-        program.inspect(arrays, structure)
-        if not program.trainable:
-            warnings.warn("The model does not have any trainable weights.", stacklevel=2)
-        if program.captures is not None:
-            program.captures.prepare(arrays, structure, self._wants_outputs())
-        result = engine.train(arrays, structure=structure, wants_outputs=self._wants_outputs())
-        self._track_loss(result)
-        x, y, sample_weight = structure.pack(arrays)
-        y_pred = result.notes.structure.pack(result.outputs) if result.outputs else None
-        return self.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
-
-    def _test(self, engine: DataParallel, data: Any) -> Any:
-        """One test step; the logs."""
-        x, y, sample_weight, y_pred, result = self._forward(engine, unpack(data))
-        program: Any = engine.program
-        added = map(keras.ops.convert_to_tensor, result.sums[: result.notes.terms])
-        with _losses_of_step(self.template, [*added, *program.regularization()]):
-            loss = self._compute_loss(x, y, y_pred, own_copy(sample_weight), training=False)
-        self._loss_tracker.update_state(loss, sample_weight=result.rows)
-        return self.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
-
-    def _predict_outputs(self, engine: DataParallel, data: Any) -> Any:
-        """The merged outputs of one batch."""
-        x, _, _ = unpack(data)
-        return self._forward(engine, (x, None, None))[3]
-
-    @staticmethod
-    def _forward(engine: DataParallel, data: Any) -> tuple[Any, Any, Any, Any, StepResult]:
-        """Run the replicas forward; the batch as tensors, the merged outputs, the engine's result."""
-        arrays, structure = flatten_batch(data)
-        count_rows(arrays, structure.names)
-        program: Any = engine.program
-        program.inspect(arrays, structure)
-        result = engine.predict(arrays, structure=structure)
-        program.assign(result.sums, result.notes)
-        return *structure.pack(arrays), result.notes.structure.pack(result.outputs), result
-
-    def _track_loss(self, result: StepResult) -> None:
-        """Update Keras's trackers of the loss and of its terms, as one device would."""
-        loss, *terms = result.sums[: 1 + result.notes.terms].tolist()
-        self._loss_tracker.update_state(loss, sample_weight=result.rows)
-        metrics = self._compile_loss.metrics if self._compile_loss is not None else []
-        for metric, term in zip(metrics, terms, strict=False):
-            metric.update_state(term, sample_weight=result.rows)
-
-    def _wants_outputs(self) -> bool:
-        """Whether a training step's outputs are looked at: by metrics."""
-        own = type(self.template).compute_metrics is not keras.Model.compute_metrics
-        return own or self._compile_metrics is not None
 
     def _one_step_per_execution(self) -> None:
         """Keras's own rule for the torch backend."""
@@ -292,13 +204,3 @@ class ParallelModel(TemplateView):
     def _on_first(engine: DataParallel, step: Callable[[DataParallel, Any], Any]) -> Callable[[Any], Any]:
         """Keras hands its functions a list of batches: one."""
         return lambda data: step(engine, data[0])
-
-
-@contextmanager
-def _losses_of_step(template: keras.Model, losses: list[Any]) -> Iterator[None]:
-    """Let `template.losses` be these, also for a `compute_loss` of its own."""
-    template._losses_override[:] = losses
-    try:
-        yield
-    finally:
-        template._losses_override.clear()
