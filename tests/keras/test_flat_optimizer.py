@@ -74,13 +74,13 @@ def default_dtype_policy() -> Iterator[None]:
     keras.config.set_dtype_policy(before)
 
 
-def build(dtypes: tuple[str, str] = ("float32", "float32")) -> keras.Model:
+def build(dtypes: Any = ("float32",) * 3) -> keras.Model:
     """Weights of odd sizes, so that there are gaps between them, and others in between that are not trained."""
     keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(5)
     hidden = layers.Dense(7, activation="tanh", name="hidden", dtype=dtypes[0])
-    norm = layers.BatchNormalization(name="norm", dtype=dtypes[0])
-    return keras.Sequential([keras.Input((3,)), hidden, norm, layers.Dense(2, name="last", dtype=dtypes[1])])
+    norm = layers.BatchNormalization(name="norm", dtype=dtypes[1])
+    return keras.Sequential([keras.Input((3,)), hidden, norm, layers.Dense(2, name="last", dtype=dtypes[2])])
 
 
 def values(variables: Any) -> list[np.ndarray]:
@@ -94,7 +94,7 @@ def gradients(model: keras.Model, step: int) -> list[np.ndarray]:
     return [np.where(rng.random(g.shape) < 0.1, 0, g) for g in found]
 
 
-def plain(make: Make, steps: int, unused: Any = (), dtypes: Any = ("float32", "float32")) -> tuple[Any, Any]:
+def plain(make: Make, steps: int, unused: Any = (), dtypes: Any = ("float32",) * 3) -> tuple[Any, Any]:
     """A model and its optimizer after updates by Keras, variable by variable."""
     model, optimizer = build(dtypes), make()
     optimizer.build(model.trainable_variables)
@@ -106,7 +106,7 @@ def plain(make: Make, steps: int, unused: Any = (), dtypes: Any = ("float32", "f
     return model, optimizer
 
 
-def flat(make: Make, steps: int, unused: Any = (), dtypes: Any = ("float32", "float32")) -> tuple[Any, Any, Any]:
+def flat(make: Make, steps: int, unused: Any = (), dtypes: Any = ("float32",) * 3) -> tuple[Any, Any, Any]:
     """A model, its optimizer and the engine after the same updates by fastdp."""
     model = build(dtypes)
     parallel = fastdp.wrap(model, gpus=1)
@@ -204,16 +204,16 @@ def test_no_gradient_at_all_is_keras_error() -> None:
 @pytest.mark.parametrize("name", ["SGD momentum", "Adam", "RMSprop"])  # Keras's Nadam fails on bfloat16
 def test_other_dtypes_round_as_keras_does(name: str, dtype: str) -> None:
     make = lambda: FORMULAS[name](**({"epsilon": 1e-3} if "SGD" not in name else {}))  # noqa: E731
-    found = flat(make, 4, dtypes=(dtype, dtype))
+    found = flat(make, 4, dtypes=(dtype,) * 3)
     assert found[2].program.update_how == "flat"
-    assert_same(plain(make, 4, dtypes=(dtype, dtype)), found)
+    assert_same(plain(make, 4, dtypes=(dtype,) * 3), found)
 
 
-@pytest.mark.parametrize("dtypes", [("float32", "float64"), ("bfloat16", "float32")])
-@pytest.mark.parametrize("unused", [(), (0, 1, 2, 3)], ids=["all", "only the second dtype"])
+@pytest.mark.parametrize("dtypes", [("float32", "float32", "float64"), ("float32", "bfloat16", "float32")], ids=str)
+@pytest.mark.parametrize("unused", [(), (0, 1), (0, 1, 2, 3)], ids=["all used", "two unused", "four unused"])
 @pytest.mark.parametrize("name", ["SGD momentum", "AdamW", "Ftrl"])
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
-def test_variables_of_two_dtypes(name: str, unused: tuple[int, ...], dtypes: tuple[str, str]) -> None:
+def test_variables_of_two_dtypes_use_the_numbers_of_the_first(name: str, unused: Any, dtypes: Any) -> None:
     found = flat(FORMULAS[name], 4, unused=unused, dtypes=dtypes)
     assert found[2].program.update_how == "flat"
     assert_same(plain(FORMULAS[name], 4, unused=unused, dtypes=dtypes), found)
