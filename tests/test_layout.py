@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("device.py",),
     ("launch/",),
     ("kernel_twins.py",),
+    ("backend/cuda/",),  # launches kernels, so it stands above launch/
     ("transfer.py",),
     ("buckets.py",),
     ("comm/",),
@@ -57,9 +58,9 @@ MODEL_FILES = ("program/torch", "program/keras", "program/capture", "keras/", "t
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "torch": MODEL_FILES,
     "keras": MODEL_FILES,
-    "cupy": ("backend/cuda.py",),
-    "cupyx": ("backend/cuda.py",),
-    "cupy_backends": ("backend/cuda.py",),
+    "cupy": ("backend/cuda/runtime.py", "backend/cuda/nccl.py"),
+    "cupyx": (),
+    "cupy_backends": (),
 }
 
 # Prefixes of files that may load a part of fastdp later than at import, by importlib.import_module.
@@ -154,7 +155,7 @@ def _library_problem(file: str, library: str) -> str | None:
     homes = LIBRARIES.get(library)
     if homes is None or file.startswith(homes):
         return None
-    return f"imports {library}, which only {', '.join(homes)} may"
+    return f"imports {library}, which only {', '.join(homes) or 'nobody'} may"
 
 
 def violations(file: str, source: str, files: set[str]) -> list[str]:
@@ -230,7 +231,7 @@ def test_every_exception_is_still_needed():
 
 FILES = {
     "__init__.py", "_version.py", "errors.py", "shard.py", "backend/__init__.py", "backend/base.py",
-    "backend/cuda.py", "backend/host.py", "device.py", "launch/args.py", "buckets.py", "program/__init__.py",
+    "backend/cuda/runtime.py", "backend/host.py", "device.py", "launch/args.py", "buckets.py", "program/__init__.py",
     "program/base.py", "program/arrays.py", "program/torch.py", "program/keras.py", "program/capture.py",
     "replica.py", "engine.py", "keras/__init__.py", "keras/model.py", "cli/__init__.py", "cli/demo.py",
 }  # fmt: skip
@@ -256,6 +257,8 @@ FILES = {
         ("replica.py", "def f():\n    from keras import ops", "imports keras"),
         ("program/arrays.py", "try:\n    import cupy\nexcept ImportError:\n    cupy = None", "imports cupy"),
         ("launch/nvrtc.py", "import cupy", "imports cupy"),
+        ("backend/cuda/memory.py", "import cupy", "imports cupy"),
+        ("backend/cuda/runtime.py", "from cupy_backends.cuda.libs import nvrtc", "imports cupy_backends"),
         ("engine.py", "importlib.import_module('torch')", "imports torch"),
         ("helpers.py", "", "add it to LAYERS"),
     ],
@@ -273,8 +276,7 @@ def test_a_planted_violation_is_found(file, source, said):
             "engine.py",
             "import torchlike\nfrom fastdp.shard import Rows\nfrom fastdp.program import base",
         ),
-        ("backend/cuda.py", "import cupy\nfrom cupy.cuda import nccl\nfrom .base import Work"),
-        ("backend/cuda.py", "from cupy_backends.cuda.libs import nvrtc\nimport cupy"),
+        ("backend/cuda/runtime.py", "import cupy\nfrom cupy.cuda import nccl\nfrom ..base import Work"),
         ("program/capture.py", "import torch\nfrom fastdp.program.keras import KerasProgram"),
         ("keras/model.py", "import keras\nfrom fastdp.engine import DataParallel\nfrom . import utils"),
         (

@@ -1,0 +1,50 @@
+"""fastdp's kernels on a GPU: the Launcher of fastdp.launch, over the driver's calls."""
+
+from __future__ import annotations
+
+import ctypes
+
+from fastdp.backend.cuda import runtime
+from fastdp.launch import cubin, nvrtc
+from fastdp.launch.launcher import Kernels
+
+__all__ = ["CudaLauncher", "kernels"]
+
+
+class CudaLauncher:
+    """Loads and launches kernels on one device; implements fastdp.launch.Launcher.
+
+    Modules belong to the device's context and live as long as the process, as the context does.
+    """
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+
+    def load(self, cubin: bytes) -> int:
+        """Load machine code into the device's context."""
+        with runtime.on(self._device):
+            return runtime.module_load(cubin)
+
+    def function(self, module: int, name: str) -> int:
+        """The kernel of this name in a module."""
+        with runtime.on(self._device):
+            return runtime.module_function(module, name)
+
+    def launch(self, function: int, grid: int, block: int, args: ctypes.Structure, stream: int) -> None:
+        """Enqueue a launch on one of the device's streams."""
+        with runtime.on(self._device):
+            runtime.launch(function, grid, block, 0, stream, args)
+
+
+def kernels(device: int) -> Kernels:
+    """The kernels of a device, compiled for it by an NVRTC whose machine code its driver takes.
+
+    Raises:
+        fastdp.launch.nvrtc.NvrtcNotFoundError: at the first load, where no such NVRTC is installed.
+    """
+    return Kernels(CudaLauncher(device), runtime.compute_capability(device), runtime.multiprocessors(device), _compiled)
+
+
+def _compiled(name: str, architecture: int) -> bytes:
+    """One kernel file's cubin, from the cache or the compiler."""
+    return cubin.cubin(name, architecture, nvrtc.load(runtime.driver_version() // 1000))

@@ -1,0 +1,141 @@
+"""NCCL's calls, the other half of runtime.py, which hands these names on: communicators of one process.
+
+One thread that drives several communicators encloses each collective, one call per communicator, in
+`nccl_group()`: nothing is enqueued before the group ends. Sums and copies are enqueued on streams of the
+communicators' devices, which need not be current. Errors are `NcclError`, a RuntimeError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from cupy.cuda import nccl
+
+__all__ = [
+    "NCCL_DTYPES",
+    "NcclError",
+    "all_gather",
+    "all_reduce",
+    "broadcast",
+    "nccl_abort",
+    "nccl_async_error",
+    "nccl_available",
+    "nccl_destroy",
+    "nccl_group",
+    "nccl_init_all",
+    "nccl_version",
+    "reduce_scatter",
+]
+
+# Without libnccl CuPy's module has nothing but `available`; no call is made then, and none can fail.
+NcclError: type[RuntimeError] = nccl.NcclError if nccl.available else RuntimeError
+
+# NCCL's numbers of the element types, ncclDataType_t; CuPy gives them names of its own.
+NCCL_DTYPES = {
+    "int8": 0,
+    "uint8": 1,
+    "int32": 2,
+    "uint32": 3,
+    "int64": 4,
+    "uint64": 5,
+    "float16": 6,
+    "float32": 7,
+    "float64": 8,
+    "bfloat16": 9,
+}
+_SUM = 0
+
+
+def nccl_available() -> bool:
+    """Whether CuPy found libnccl."""
+    return bool(nccl.available)
+
+
+def nccl_version() -> int:
+    """Of the library that is loaded, such as 22907 for 2.29.7."""
+    return int(nccl.get_version())
+
+
+def nccl_init_all(devices: Sequence[int]) -> list[Any]:
+    """One communicator per device, in rank order. Allocates, and waits for all of them.
+
+    Raises:
+        ValueError: a device twice: NCCL wants one rank per GPU.
+        NcclError: NCCL cannot connect them.
+    """
+    if len(set(devices)) != len(devices):
+        raise ValueError(f"devices={list(devices)}: expected each GPU once, since NCCL takes one rank per GPU")
+    return list(nccl.NcclCommunicator.initAll(list(devices)))
+
+
+@contextlib.contextmanager
+def nccl_group() -> Iterator[None]:
+    """Collect the collectives of several communicators, and enqueue them together at the end.
+
+    After an exception inside the group is ended too, which may enqueue a collective on some ranks only: abort
+    the communicators then. So check what can be checked before the group.
+    """
+    nccl.groupStart()
+    try:
+        yield
+    except BaseException:
+        # The first failure tells more than what it does to the group.
+        with contextlib.suppress(NcclError):
+            nccl.groupEnd()
+        raise
+    nccl.groupEnd()
+
+
+def _dtype(name: str) -> int:
+    """NCCL's number of an element type."""
+    if name not in NCCL_DTYPES:
+        raise ValueError(f"dtype_name={name!r}: expected one of {', '.join(NCCL_DTYPES)}")
+    return NCCL_DTYPES[name]
+
+
+def all_reduce(comm: Any, send: int, recv: int, count: int, dtype_name: str, stream: int) -> None:
+    """recv = the sum of all ranks' send, `count` elements each; recv may be send."""
+    comm.allReduce(send, recv, count, _dtype(dtype_name), _SUM, stream)
+
+
+def reduce_scatter(comm: Any, send: int, recv: int, count: int, dtype_name: str, stream: int) -> None:
+    """recv = this rank's `count` elements of the sum of all ranks' send, which has count per rank.
+
+    In place where recv is this rank's part of send.
+    """
+    comm.reduceScatter(send, recv, count, _dtype(dtype_name), _SUM, stream)
+
+
+def all_gather(comm: Any, send: int, recv: int, count: int, dtype_name: str, stream: int) -> None:
+    """recv = all ranks' send one after the other, `count` elements each. In place where send is its part of recv."""
+    comm.allGather(send, recv, count, _dtype(dtype_name), stream)
+
+
+def broadcast(comm: Any, send: int, recv: int, count: int, dtype_name: str, stream: int, root: int = 0) -> None:
+    """recv = the root rank's send, `count` elements; recv may be send."""
+    comm.broadcast(send, recv, count, _dtype(dtype_name), root, stream)
+
+
+def nccl_async_error(comm: Any) -> RuntimeError | None:
+    """What went wrong in a collective that was enqueued already, if anything did."""
+    try:
+        comm.check_async_error()
+    except NcclError as error:
+        return error
+    return None
+
+
+def nccl_abort(comm: Any) -> None:
+    """Give up a communicator and whatever hangs in it.
+
+    The communicators that CuPy makes are blocking: aborting one while another thread is inside a call of it is
+    not safe.
+    """
+    comm.abort()
+
+
+def nccl_destroy(comm: Any) -> None:
+    """Destroy a communicator whose collectives are over; of several in one thread, inside a group."""
+    comm.destroy()
