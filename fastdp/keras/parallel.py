@@ -164,6 +164,11 @@ class ParallelModel(TemplateView):
         )
         return super().symbolic_call(*args, **kwargs)
 
+    def _assert_compile_called(self, method_name: str | None = None) -> None:
+        """Keras's check, and its warning of layers frozen since, which Keras 3.15 has and never comes to."""
+        super()._assert_compile_called(method_name)
+        self._warn_if_trainable_state_changed()
+
     def make_train_function(self, force: bool = False) -> Callable[..., Any]:
         """The function that Keras's `fit` calls for each batch."""
         self._one_step_per_execution()

@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras.src import activations, constraints, initializers, losses, metrics, regularizers
 
 from fastdp.keras import by_name as weight_files
 from fastdp.keras.files import get_file
@@ -26,7 +27,38 @@ __all__ = [
     "to_categorical",
 ]
 
-CustomObjectScope = keras.utils.CustomObjectScope
+# Where Keras 3 looks up a regularizer and its kin by name: in these tables, and not in the scope.
+_TABLES: tuple[dict[str, Any], ...] = tuple(
+    module.ALL_OBJECTS_DICT for module in (activations, constraints, initializers, losses, metrics, regularizers)
+)
+
+
+class CustomObjectScope(keras.utils.CustomObjectScope):
+    """Within the `with`, names stand for these classes and functions, in files and as arguments of layers.
+
+    Keras 3's own scope serves files alone: `Dense(3, kernel_regularizer="MyObject")` fails in it. Names are the
+    whole process's while the scope lasts. Where Keras has such a name itself, it is the scope's until the end.
+
+    Args:
+        custom_objects: classes and functions by name.
+
+    Example:
+        >>> with CustomObjectScope({"MyObject": MyObject}):
+        ...     layer = keras.layers.Dense(3, kernel_regularizer="MyObject")
+    """
+
+    def __enter__(self) -> Any:
+        self._hidden = [{name: table[name] for name in self.custom_objects if name in table} for table in _TABLES]
+        for table in _TABLES:
+            table.update(self.custom_objects)
+        return super().__enter__()
+
+    def __exit__(self, *args: Any, **kwargs: Any) -> None:
+        super().__exit__(*args, **kwargs)
+        for table, hidden in zip(_TABLES, self._hidden, strict=True):
+            for name in self.custom_objects:
+                table.pop(name, None)
+            table.update(hidden)
 
 
 class Sequence(keras.utils.PyDataset):

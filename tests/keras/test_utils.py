@@ -87,6 +87,25 @@ def test_custom_object_scope_makes_names_known_inside_only():
     assert keras.utils.get_registered_object("triple") is None
 
 
+class Tenth(keras.regularizers.Regularizer):
+    def __call__(self, x):
+        return 0.1 * keras.ops.sum(keras.ops.square(x))
+
+
+def test_custom_object_scope_gives_arguments_of_layers_their_names_and_takes_them_back():
+    assert issubclass(utils.CustomObjectScope, keras.utils.CustomObjectScope)
+    with utils.CustomObjectScope({"Tenth": Tenth, "l2": Tenth}):
+        with utils.CustomObjectScope({"Tenth": keras.regularizers.L1}):
+            assert isinstance(
+                keras.layers.Dense(1, kernel_regularizer="Tenth").kernel_regularizer, keras.regularizers.L1
+            )
+        for name in ("Tenth", "l2"):
+            assert isinstance(keras.layers.Dense(1, kernel_regularizer=name).kernel_regularizer, Tenth)
+    assert isinstance(keras.layers.Dense(1, kernel_regularizer="l2").kernel_regularizer, keras.regularizers.L2)
+    with pytest.raises(ValueError, match="Tenth"):
+        keras.layers.Dense(1, kernel_regularizer="Tenth")
+
+
 @pytest.mark.parametrize("labels", [[0, 2, 1, 2, 0], [[0], [2], [1], [2], [0]], np.array([0, 2, 1, 2, 0], np.uint8)])
 def test_to_categorical_gives_float32_rows(labels):
     wanted = np.eye(3, dtype=np.float32)[[0, 2, 1, 2, 0]]
