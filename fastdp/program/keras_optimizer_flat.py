@@ -146,7 +146,7 @@ class FlatUpdate:
         for region in sorted(self._regions, key=lambda region: _first_used(region, unused)):
             length = region.variables.numel()
             # On a GPU a large kernel is the better one.
-            size = PIECE if len(self._regions) == 1 and region.variables.device.type == "cpu" else length
+            size = PIECE if region.variables.device.type == "cpu" else length
             alike = [(i in unused, decays[i]) for i in region.members]
             spans = zip(region.starts, [*region.starts[1:], length], alike, strict=True)
             for (is_unused, decay), group in groupby(spans, key=lambda span: span[2]):
