@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ from fastdp.keras.steps import Steps
 from fastdp.keras.streaming import arguments_by_name, stream_fit, stream_forward
 from fastdp.keras.template_view import TemplateView, merged_outputs
 from fastdp.program.capture import MODES
+from fastdp.program.keras_batch import flatten_batch, unpack
+from fastdp.transfer import count_rows
 
 
 @keras.saving.register_keras_serializable(package="fastdp")
@@ -68,6 +71,7 @@ class ParallelModel(TemplateView):
             template_state=lambda: borrowed(template, self),
             engine_options={"update": update, "timeout": timeout, "check_replicas": check_replicas},
         )
+        self._fitting = threading.RLock()
         self._call_has_training_arg = True
         self._compute_loss_has_training_arg = True
         self.built = True
@@ -128,8 +132,20 @@ class ParallelModel(TemplateView):
     # Keras's own loops, which read matrices on disk batch by batch here.
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; arguments as in Keras. `HDF5Matrix` is read by batches; `shuffle="batch"` as in Keras 2."""
-        return super().fit(**stream_fit(arguments_by_name(keras.Model.fit, args, kwargs)))
+        """Train; arguments as in Keras. `HDF5Matrix` is read by batches; `shuffle="batch"` as in Keras 2.
+
+        Raises:
+            RuntimeError: another thread is fitting this model.
+        """
+        if not self._fitting.acquire(blocking=False):
+            raise RuntimeError(
+                f"The model {self.name!r} is already in fit() in another thread. Train one parallel model from one "
+                "thread at a time, or wrap a model for each thread."
+            )
+        try:
+            return super().fit(**stream_fit(arguments_by_name(keras.Model.fit, args, kwargs)))
+        finally:
+            self._fitting.release()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Test; arguments as in Keras. `HDF5Matrix` is read by batches."""
@@ -168,6 +184,13 @@ class ParallelModel(TemplateView):
         """Keras's check, and its warning of layers frozen since, which Keras 3.15 has and never comes to."""
         super()._assert_compile_called(method_name)
         self._warn_if_trainable_state_changed()
+
+    def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        """Build metrics as Keras does, for a batch whose arrays have the same number of rows."""
+        if data_batch is not None:
+            arrays, structure = flatten_batch(unpack(data_batch))
+            count_rows(arrays, structure.names)
+        super()._symbolic_build(iterator, data_batch)
 
     def make_train_function(self, force: bool = False) -> Callable[..., Any]:
         """The function that Keras's `fit` calls for each batch."""
