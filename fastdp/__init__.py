@@ -29,6 +29,7 @@ from fastdp.wrap import wrap
 if TYPE_CHECKING:
     from fastdp import utils
     from fastdp.data.hdf5 import HDF5Matrix
+    from fastdp.keras.install import install, uninstall
     from fastdp.keras.parallel import ParallelModel
     from fastdp.keras.wrap import multi_gpu_model
 
@@ -43,8 +44,10 @@ __all__ = [
     "StepResult",
     "__version__",
     "devices",
+    "install",
     "multi_gpu_model",
     "set_virtual_devices",
+    "uninstall",
     "utils",
     "wrap",
 ]
@@ -53,7 +56,9 @@ __all__ = [
 _LATE = {
     "HDF5Matrix": "fastdp.data.hdf5",
     "ParallelModel": "fastdp.keras.parallel",
+    "install": "fastdp.keras.install",
     "multi_gpu_model": "fastdp.keras.wrap",
+    "uninstall": "fastdp.keras.install",
     "utils": "fastdp.utils",
 }
 

@@ -15,7 +15,7 @@ import pytest
 import fastdp
 
 ROOT = Path(__file__).parents[1]
-LATE = ["HDF5Matrix", "ParallelModel", "multi_gpu_model", "utils"]
+LATE = ["HDF5Matrix", "ParallelModel", "install", "multi_gpu_model", "uninstall", "utils"]
 
 BLOCKER = """
 import sys
@@ -52,8 +52,10 @@ def test_the_public_names_of_fastdp():
         "StepResult",
         "__version__",
         "devices",
+        "install",
         "multi_gpu_model",
         "set_virtual_devices",
+        "uninstall",
         "utils",
         "wrap",
     ]

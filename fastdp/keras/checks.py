@@ -22,8 +22,11 @@ def check_backend(caller: str) -> None:
         )
 
 
-def check_template(model: Any, *, for_training: bool = False) -> None:
+def check_template(model: Any, *, for_training: bool = False, any_batch_size: bool = False) -> None:
     """A template is built, has no state that is tied to rows, and leaves its steps to the engine.
+
+    With `any_batch_size` a fixed batch size of its inputs does not matter: a Sequential model that a first call built
+    has that batch's size, and runs with others.
 
     Raises:
         ValueError: it is not; the message says what to do.
@@ -33,7 +36,8 @@ def check_template(model: Any, *, for_training: bool = False) -> None:
             f"The model {model.name!r} is not built, so it has no weights to replicate. Begin it with "
             "keras.Input(shape), call model.build((None, ...)), or call a subclassed model on a batch. Wrap it then."
         )
-    _check_batch_size(model)
+    if not any_batch_size:
+        _check_batch_size(model)
     for layer in model._flatten_layers():
         if getattr(layer, "stateful", False):
             raise ValueError(

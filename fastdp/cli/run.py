@@ -1,0 +1,103 @@
+"""Run an unmodified Keras script, or a module, on several devices.
+
+Everything but the steps of its models is as with plain `python`: sys.argv, sys.path, `__main__`, exit status and
+tracebacks. Keras runs on torch, whatever backend the script names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import runpy
+import sys
+from pathlib import Path
+from types import TracebackType
+
+from fastdp.cli.optional import load
+from fastdp.device import set_virtual_devices
+
+_RUNPY = ("<frozen runpy>", runpy.__file__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Devices, then the script or module with its own arguments."""
+    parser.usage = "fastdp run [--gpus N | --gpus 0,2] [--virtual N] [options] (script.py | -m module) [arguments ...]"
+    parser.add_argument("--gpus", type=_gpus, default=None, help="how many devices, or which: 0,2 (default: all)")
+    parser.add_argument("--virtual", type=int, metavar="N", help="have N virtual devices, as FASTDP_VIRTUAL_DEVICES=N")
+    parser.add_argument("--compile", choices=["trace", "inductor"], help="capture steps, and compile them")
+    parser.add_argument(
+        "--local-batch-norm", action="store_true", help="normalize by each device's rows, not by the global batch"
+    )
+    parser.add_argument(
+        "-m",
+        dest="module",
+        nargs=argparse.REMAINDER,
+        metavar="module",
+        help="run a module, with what follows as its arguments",
+    )
+    parser.add_argument("script", nargs=argparse.REMAINDER, metavar="script.py", help="the script and its arguments")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Install fastdp and run the script to its end; 2 where there is no such script, as `python` has it."""
+    by_name = options.module is not None
+    command = options.module if by_name else [part for i, part in enumerate(options.script) if i or part != "--"]
+    if not command:
+        return _say("name a script, or a module after -m.", 2)
+    name = command[0]
+    if not by_name and not Path(name).exists():
+        return _say(f"can't open file {str(Path(name).absolute())!r}: no such file", 2)
+    # As `python` does it: the script's own folder, or the current one for a module.
+    sys.path[0] = os.getcwd() if by_name else str(Path(name).resolve().parent)
+    sys.argv[:] = command
+    if by_name and not _module_exists(name):
+        return _say(f"no module named {name}", 1)
+    try:
+        if options.virtual is not None:
+            set_virtual_devices(options.virtual)
+        load("keras", "keras")
+        install = load("fastdp.keras.install", "keras").install
+        install(options.gpus, sync_batch_norm=not options.local_batch_norm, compile=options.compile)
+    except (ValueError, RuntimeError) as error:
+        return _say(str(error), 1)
+    sys.excepthook = _without_own_frames
+    if by_name:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(name, run_name="__main__")
+    return 0
+
+
+def _gpus(text: str) -> int | list[int]:
+    """A number of devices, or a list of ordinals."""
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, or ordinals such as 0,2: {text!r}") from None
+    return numbers if "," in text else numbers[0]
+
+
+def _module_exists(name: str) -> bool:
+    """Whether a module can be found. Imports the packages that it lies in, as `python -m` does."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _say(message: str, status: int) -> int:
+    """Print an error of this command; the exit status."""
+    print(f"fastdp run: {message}", file=sys.stderr)
+    return status
+
+
+def _without_own_frames(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Print an uncaught exception as plain Python does: from the script's first line on."""
+    shown, frame = traceback, traceback
+    while frame is not None:
+        frame, file = frame.tb_next, frame.tb_frame.f_code.co_filename
+        if file == __file__ or (file in _RUNPY and frame is not None and shown is not None and shown.tb_next is frame):
+            shown = frame
+    error.__traceback__ = shown or traceback
+    sys.__excepthook__(kind, error, shown or traceback)
