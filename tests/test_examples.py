@@ -42,6 +42,14 @@ def test_numpy_mlp_has_the_same_losses_on_one_device_and_on_four(tmp_path):
     assert accuracies[0] == accuracies[1] > "0.85"
 
 
+def test_numpy_function_gives_the_same_on_one_device_and_on_several(tmp_path):
+    lines = run("numpy_function.py", "--devices", "3", "--epochs", "6", folder=tmp_path).splitlines()
+    (first, last, right), several = ([float(n) for n in re.findall(r"\d\.\d+", line)] for line in lines)
+    assert several == pytest.approx([first, last, right], rel=1e-9)
+    assert last < first / 4
+    assert right > 0.95
+
+
 def test_keras_fallback_trains_without_devices_and_with_four(tmp_path):
     alone = run("keras_fallback.py", folder=tmp_path).splitlines()
     parallel = run("keras_fallback.py", folder=tmp_path, FASTDP_VIRTUAL_DEVICES="4").splitlines()
