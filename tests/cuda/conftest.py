@@ -1,0 +1,44 @@
+"""The simulated CUDA of tests/cuda: `fake_cuda(count=2, ...)` starts one, and its end checks what is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fake_cupy import installed
+from simulation import Simulation
+
+from fastdp.launch import cubin, nvrtc
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch) -> Iterator[Callable[..., Simulation]]:
+    """Starts a simulated CUDA for the rest of the test; the arguments are Simulation's.
+
+    At the end of the test there must be no violation that the test has not taken out of `violations`, nothing left
+    to run, and nothing left allocated. Kernels are not compiled: a module is its file's name.
+    """
+    started: list[Simulation] = []
+    with contextlib.ExitStack() as stack:
+        monkeypatch.setattr(cubin, "cubin", lambda name, architecture, compiler=None: name.encode())
+        monkeypatch.setattr(nvrtc, "load", lambda newest_major=None: None)
+        for name in ("CUDA_LAUNCH_BLOCKING", "CUDA_MODULE_LOADING", "NCCL_GRAPH_MIXING_SUPPORT"):
+            monkeypatch.setenv(name, "")  # so that it is given back
+            monkeypatch.delenv(name)
+
+        def start(count: int = 2, **options: object) -> Simulation:
+            started.append(stack.enter_context(installed(Simulation(count, **options))))
+            return started[-1]
+
+        yield start
+        for sim in started:
+            gc.collect()
+            assert not sim.violations, sim.violations
+            assert sim.check_end() == []
