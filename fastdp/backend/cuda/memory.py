@@ -1,0 +1,260 @@
+"""Memory that the GPU layer owns: arrays on a device, pinned staging buffers, pinned arrays for the caller.
+
+Nothing here runs in the steady state: cudaMalloc, cudaFree and cudaHostAlloc may wait for all GPUs, and hang while
+one of them waits for a collective. So what the garbage collector finds is put on a list, and is freed at the
+next call that allocates anyway.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastdp.backend.base import Event
+from fastdp.backend.cuda import runtime
+
+__all__ = ["Arena", "PinnedPool", "StagingRing"]
+
+ALIGNMENT = 512  # bytes
+PINNED_CACHE_NBYTES = 1 << 30
+
+
+def _nbytes(shape: Sequence[int], dtype: Any) -> int:
+    return math.prod(shape) * np.dtype(dtype).itemsize
+
+
+class _Block:
+    """Memory that stands for itself: alive as long as an array, or a view of one, lies in it."""
+
+    def __init__(self, ptr: int, nbytes: int) -> None:
+        self.ptr = ptr
+        self.nbytes = nbytes
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        """NumPy's protocol, for pinned memory."""
+        return {"version": 3, "data": (self.ptr, False), "shape": (self.nbytes,), "typestr": "|u1"}
+
+
+class Arena:
+    """The memory of one device, by plain cudaMalloc, which peers and NCCL can reach.
+
+    Args:
+        device: the CUDA ordinal.
+
+    Attributes:
+        allocations: how many times memory was asked of CUDA; constant in the steady state.
+
+    Memory whose arrays are gone is freed by the next `empty`, by `trim` or by `close`. The owner of an arena sees to
+    it that the GPU is done with an array before it drops it.
+    """
+
+    def __init__(self, device: int) -> None:
+        self.device = device
+        self.allocations = 0
+        self._closed = False
+        self._dead: deque[int] = deque()  # appended to by the garbage collector, in any thread
+        self._finalizers: dict[int, weakref.finalize[Any, Any]] = {}
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """An uninitialized cupy.ndarray, 512-byte aligned, that owns its memory together with its views.
+
+        Raises:
+            MemoryError: the device has not that much left; says how much it has.
+            RuntimeError: the arena is closed.
+        """
+        if self._closed:
+            raise RuntimeError(f"The memory of GPU {self.device} is closed; wrap the model again to use it anew.")
+        self.trim()
+        nbytes = _nbytes(shape, dtype)
+        base = self._malloc(nbytes + ALIGNMENT)
+        self.allocations += 1
+        block = _Block(-(-base // ALIGNMENT) * ALIGNMENT, nbytes)
+        self._finalizers[base] = weakref.finalize(block, self._dead.append, base)
+        self._finalizers[base].atexit = False  # the process gives all memory back
+        return runtime.array(block.ptr, shape, dtype, self.device, block)
+
+    def trim(self) -> None:
+        """Free what no array uses any more. Waits for the device where there is such memory."""
+        while self._dead:
+            base = self._dead.popleft()
+            del self._finalizers[base]
+            runtime.free(base)
+
+    def close(self) -> None:
+        """Free everything; arrays that are left point to nothing. Idempotent."""
+        self._closed = True
+        for finalizer in list(self._finalizers.values()):
+            finalizer()
+        self.trim()
+
+    def _malloc(self, nbytes: int) -> int:
+        try:
+            return runtime.malloc(self.device, nbytes)
+        except runtime.CudaError as error:
+            if "MemoryAllocation" not in str(error):
+                raise
+            free, total = runtime.memory_info(self.device)
+            raise MemoryError(
+                f"GPU {self.device} has no room for {nbytes:,} bytes: {free:,} of {total:,} are free. Use a smaller "
+                "batch_size, a smaller model or more GPUs, and see what else runs on it with nvidia-smi."
+            ) from error
+
+
+class _Slot:
+    """One buffer of the ring."""
+
+    def __init__(self) -> None:
+        self.ptr = 0
+        self.nbytes = 0
+        self.in_use_until: Event | None = None
+
+
+class StagingRing:
+    """Pinned buffers through which a host batch goes to the GPUs: one is filled while the others are copied from.
+
+    Args:
+        slots: how many buffers.
+        timeout: seconds that `take` waits for a buffer.
+
+    Attributes:
+        allocations: how many times memory was asked of CUDA; constant once the largest batch has gone through.
+
+    One thread takes and releases, in the same order.
+
+    Example:
+        >>> rows = ring.take(batch.nbytes)  # doctest: +SKIP
+        >>> rows[:] = batch.view(np.uint8).ravel()  # doctest: +SKIP
+        >>> ...  # enqueue the copies to the GPUs                  # doctest: +SKIP
+        >>> ring.release(joined(events))  # doctest: +SKIP
+    """
+
+    def __init__(self, slots: int = 2, timeout: float = 60.0) -> None:
+        if slots < 1:
+            raise ValueError(f"slots={slots}: expected at least 1")
+        self.allocations = 0
+        self._timeout = timeout
+        self._slots = [_Slot() for _ in range(slots)]
+        self._turns = itertools.cycle(self._slots)
+        self._taken: deque[_Slot] = deque()
+
+    def take(self, nbytes: int) -> NDArray[np.uint8]:
+        """`nbytes` of pinned memory that nothing reads any more, for the caller to fill.
+
+        Raises:
+            RuntimeError: all buffers are taken and none was released.
+            fastdp.errors.DeviceTimeoutError: the GPUs still read from the buffer after `timeout` seconds.
+        """
+        if len(self._taken) == len(self._slots):
+            raise RuntimeError(f"all {len(self._slots)} staging buffers are taken: release one with its event first")
+        slot = next(self._turns)
+        self._wait(slot)
+        if slot.nbytes < nbytes:
+            self._resize(slot, nbytes)
+        self._taken.append(slot)
+        return np.asarray(_Block(slot.ptr, nbytes)) if nbytes else np.empty(0, np.uint8)
+
+    def release(self, event: Event) -> None:
+        """The buffer taken first is in use until `event` is done.
+
+        Raises:
+            RuntimeError: none is taken.
+        """
+        if not self._taken:
+            raise RuntimeError("no staging buffer is taken: call take() first")
+        self._taken.popleft().in_use_until = event
+
+    def close(self) -> None:
+        """Wait until the buffers are free, and free them. Idempotent."""
+        for slot in self._slots:
+            self._wait(slot)
+            self._resize(slot, 0)
+        self._taken.clear()
+
+    def _wait(self, slot: _Slot) -> None:
+        """Until nothing reads from it. A failed step's error is the engine's to report, and its buffer is free."""
+        if slot.in_use_until is not None:
+            slot.in_use_until.finish(self._timeout)
+            slot.in_use_until = None
+
+    def _resize(self, slot: _Slot, nbytes: int) -> None:
+        if slot.ptr:
+            runtime.host_free(slot.ptr)
+            slot.ptr = slot.nbytes = 0
+        if nbytes:
+            slot.ptr = runtime.host_alloc(_size_class(nbytes))
+            slot.nbytes = _size_class(nbytes)
+            self.allocations += 1
+
+
+class PinnedPool:
+    """Pinned arrays that belong to the caller, whose memory comes back when they and all their views are gone.
+
+    Args:
+        cache_nbytes: how much memory that nobody uses is kept for later.
+
+    Attributes:
+        allocations: how many times memory was asked of CUDA; constant in the steady state.
+
+    Who enqueues a copy to or from such an array holds on to it until the copy is over.
+    """
+
+    def __init__(self, cache_nbytes: int = PINNED_CACHE_NBYTES) -> None:
+        self.allocations = 0
+        self._cache_nbytes = cache_nbytes
+        self._closed = False
+        self._returned: deque[tuple[int, int]] = deque()  # appended to by the garbage collector, in any thread
+        self._free: dict[int, list[int]] = {}  # addresses by size
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        """An uninitialized NumPy array in pinned memory.
+
+        Raises:
+            RuntimeError: the pool is closed.
+        """
+        if self._closed:
+            raise RuntimeError("the pool of pinned memory is closed")
+        self._collect()
+        nbytes = _nbytes(shape, dtype)
+        if not nbytes:
+            return np.empty(shape, dtype)
+        size = _size_class(nbytes)
+        ready = self._free.get(size)
+        if ready:
+            ptr = ready.pop()
+        else:
+            ptr = runtime.host_alloc(size)
+            self.allocations += 1
+        block = _Block(ptr, nbytes)
+        weakref.finalize(block, self._returned.append, (ptr, size)).atexit = False
+        return np.asarray(block).view(dtype).reshape(shape)
+
+    def close(self) -> None:
+        """Free what nobody uses; call again for the rest, once its arrays are gone."""
+        self._closed = True
+        self._cache_nbytes = 0
+        self._collect()
+
+    def _collect(self) -> None:
+        """Take back what the garbage collector found, and free what is more than the cache holds."""
+        while self._returned:
+            ptr, size = self._returned.popleft()
+            self._free.setdefault(size, []).append(ptr)
+        kept = sum(size * len(ptrs) for size, ptrs in self._free.items())
+        for size in sorted(self._free, reverse=True):
+            while kept > self._cache_nbytes and self._free[size]:
+                runtime.host_free(self._free[size].pop())
+                kept -= size
+
+
+def _size_class(nbytes: int) -> int:
+    """At least nbytes, at most an eighth more (or 4 KiB): sizes that differ a little share memory."""
+    step = max(4096, 1 << max(0, (nbytes - 1).bit_length() - 4))
+    return -(-nbytes // step) * step

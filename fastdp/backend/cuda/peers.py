@@ -1,0 +1,159 @@
+"""Which GPUs reach each other's memory: asked of CUDA, enabled once, and tried by a real copy."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastdp.backend.cuda import runtime
+from fastdp.errors import DeviceTimeoutError
+
+__all__ = ["PeerAccess"]
+
+PATTERN_NBYTES = 1 << 16
+_POLL_SECONDS = 0.0005
+
+
+class PeerAccess:
+    """Direct access between GPUs.
+
+    Args:
+        devices: CUDA ordinals; only these get a context. One that comes twice counts once.
+        timeout: seconds for one trial copy.
+
+    For each ordered pair, CUDA is asked (`cudaDeviceCanAccessPeer`), access is enabled, and a pattern is copied both
+    ways: under some IOMMU and virtual-machine settings CUDA says yes and the bytes do not arrive. Pairs without
+    it go through host memory, which one UserWarning says. Without NVSwitch a GPU has at most 8 peers; beyond
+    that CUDA refuses to enable more, and those pairs go through host memory too.
+
+    Raises:
+        DeviceTimeoutError: a trial copy was not over in time.
+    """
+
+    def __init__(self, devices: Sequence[int], timeout: float = 60.0) -> None:
+        self.devices = tuple(dict.fromkeys(devices))
+        reasons = {
+            (device, peer): _enabled(device, peer) for device in self.devices for peer in self.devices if device != peer
+        }
+        enabled = [pair for pair, reason in reasons.items() if not reason]
+        if enabled:
+            with contextlib.ExitStack() as stack:
+                trials = {device: stack.enter_context(_trial(device)) for device in self.devices}
+                host = stack.enter_context(_pinned(2 * PATTERN_NBYTES))
+                for device, peer in enabled:
+                    if not _copies_arrive(trials[device], trials[peer], host, timeout):
+                        reasons[device, peer] = "CUDA reports access, but a copied pattern did not arrive"
+        self._reached = frozenset(pair for pair, reason in reasons.items() if not reason)
+        self._warn({pair: reason for pair, reason in reasons.items() if reason})
+
+    def direct(self, src: int, dst: int) -> bool:
+        """Whether a copy from src to dst, enqueued on either, and a kernel of either reach the other's memory."""
+        return src == dst or ((src, dst) in self._reached and (dst, src) in self._reached)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every pair is direct."""
+        return all(self.direct(src, dst) for src in self.devices for dst in self.devices)
+
+    def _warn(self, reasons: dict[tuple[int, int], str]) -> None:
+        if not reasons:
+            return
+        pairs: dict[tuple[int, int], str] = {}
+        for (device, peer), reason in reasons.items():
+            pairs.setdefault((min(device, peer), max(device, peer)), reason)
+        said = "; ".join(f"GPU {a} and GPU {b}: {reason}" for (a, b), reason in pairs.items())
+        warnings.warn(
+            f"No direct access between {said}. Copies between them go through host memory, in two steps over PCIe, "
+            "and are slower. `nvidia-smi topo -p2p rw` shows what the driver supports; IOMMU or ACS settings of the "
+            "machine, or of its virtualization, often are the cause.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _enabled(device: int, peer: int) -> str:
+    """Enable access of `device` to `peer`; the reason why not, empty where it is enabled."""
+    if not runtime.can_access_peer(device, peer):
+        return "CUDA reports no peer access"
+    try:
+        runtime.enable_peer_access(device, peer)
+    except runtime.CudaError as error:
+        return f"CUDA does not enable it ({error})"
+    return ""
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What one device needs for trial copies: two buffers, a stream and an event."""
+
+    device: int
+    pattern: int
+    result: int
+    stream: int
+    event: int
+
+
+@contextlib.contextmanager
+def _trial(device: int) -> Iterator[_Trial]:
+    with contextlib.ExitStack() as stack, runtime.on(device):
+        pattern = runtime.malloc(device, PATTERN_NBYTES)
+        stack.callback(runtime.free, pattern)
+        result = runtime.malloc(device, PATTERN_NBYTES)
+        stack.callback(runtime.free, result)
+        stream = runtime.stream_create(device)
+        stack.callback(runtime.stream_destroy, stream)
+        event = runtime.event_create()
+        stack.callback(runtime.event_destroy, event)
+        yield _Trial(device, pattern, result, stream, event)
+
+
+@contextlib.contextmanager
+def _pinned(nbytes: int) -> Iterator[int]:
+    ptr = runtime.host_alloc(nbytes)
+    try:
+        yield ptr
+    finally:
+        runtime.host_free(ptr)
+
+
+def _copies_arrive(own: _Trial, peer: _Trial, host: int, timeout: float) -> bool:
+    """Whether `own`'s stream reads from and writes to the peer's memory."""
+    n, back = PATTERN_NBYTES, host + PATTERN_NBYTES
+    sent = np.ctypeslib.as_array((ctypes.c_uint8 * n).from_address(host))
+    got = np.ctypeslib.as_array((ctypes.c_uint8 * n).from_address(back))
+    for seed, write in ((1, False), (2, True)):
+        sent[:] = np.random.default_rng(seed).integers(0, 256, n, np.uint8)
+        got[:] = 0
+        source, target = (own, peer) if write else (peer, own)
+        # Other bytes first, so that what arrived cannot have been there before.
+        with runtime.on(target.device):
+            runtime.fill_async(target.result, 0, n, target.stream)
+        _finish(target, timeout)
+        runtime.copy_async(source.pattern, host, n, source.stream)
+        _finish(source, timeout)
+        runtime.copy_peer_async(target.result, target.device, source.pattern, source.device, n, own.stream)
+        _finish(own, timeout)
+        runtime.copy_async(back, target.result, n, target.stream)
+        _finish(target, timeout)
+        if not np.array_equal(sent, got):
+            return False
+    return True
+
+
+def _finish(trial: _Trial, timeout: float) -> None:
+    """Wait until the trial's stream is idle."""
+    with runtime.on(trial.device):
+        runtime.event_record(trial.event, trial.stream)
+    deadline = time.monotonic() + timeout
+    while not runtime.event_done(trial.event):
+        if time.monotonic() > deadline:
+            raise DeviceTimeoutError(
+                f"A trial copy on GPU {trial.device} was not over within timeout={timeout} seconds."
+            )
+        time.sleep(_POLL_SECONDS)
