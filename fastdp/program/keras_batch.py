@@ -12,6 +12,11 @@ import torch
 
 from fastdp.program.torch_tensors import as_array, as_tensor, dtype_name
 
+# The nest of most batches: x, y and sample_weight, each one array or None. It needs no walk through the tree.
+_PLAIN = (0, 0, 0)
+_PARTS = ("x", "y", "sample_weight")
+_ARRAY_OR_NONE = (torch.Tensor, np.ndarray, type(None))
+
 
 @dataclass(frozen=True, slots=True)
 class Structure:
@@ -25,7 +30,7 @@ class Structure:
         """The nest again, with tensors that share the arrays' memory."""
         leaves = iter(arrays)
         tensors = [None if dtype is None else as_tensor(next(leaves), dtype) for dtype in self.dtypes]
-        return keras.tree.pack_sequence_as(self.nest, tensors)
+        return tuple(tensors) if self.nest == _PLAIN else keras.tree.pack_sequence_as(self.nest, tensors)
 
 
 def flatten_batch(data: Any) -> tuple[list[np.ndarray], Structure]:
@@ -35,7 +40,8 @@ def flatten_batch(data: Any) -> tuple[list[np.ndarray], Structure]:
     """
     arrays: list[np.ndarray] = []
     dtypes: list[str | None] = []
-    leaves = keras.tree.flatten(data)
+    plain = type(data) is tuple and len(data) == 3 and all(isinstance(part, _ARRAY_OR_NONE) for part in data)
+    leaves = data if plain else keras.tree.flatten(data)
     for leaf in leaves:
         if leaf is None:
             dtypes.append(None)
@@ -43,8 +49,10 @@ def flatten_batch(data: Any) -> tuple[list[np.ndarray], Structure]:
         tensor = leaf if isinstance(leaf, torch.Tensor) else _host_tensor(leaf)
         arrays.append(as_array(tensor))
         dtypes.append(dtype_name(tensor))
-    names = tuple(_names(data))
-    return arrays, Structure(keras.tree.map_structure(lambda _: 0, data), tuple(dtypes), names)
+    if plain:
+        names = [name for name, leaf in zip(_PARTS, data, strict=True) if leaf is not None]
+        return arrays, Structure(_PLAIN, tuple(dtypes), tuple(names))
+    return arrays, Structure(keras.tree.map_structure(lambda _: 0, data), tuple(dtypes), tuple(_names(data)))
 
 
 def _host_tensor(leaf: Any) -> torch.Tensor:
@@ -55,9 +63,8 @@ def _host_tensor(leaf: Any) -> torch.Tensor:
 
 def _names(data: Any) -> list[str]:
     """A readable name for each array of `(x, y, sample_weight)`, for messages."""
-    parts = ("x", "y", "sample_weight")
     names = []
-    for label, part in zip(parts, data if isinstance(data, tuple) else (data,), strict=False):
+    for label, part in zip(_PARTS, data if isinstance(data, tuple) else (data,), strict=False):
         for path, leaf in keras.tree.flatten_with_path(part) if keras.tree.is_nested(part) else [((), part)]:
             if leaf is not None:
                 names.append(label + "".join(f"[{key!r}]" for key in path))

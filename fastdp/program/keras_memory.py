@@ -34,15 +34,17 @@ class Adopted:
         specs = [spec_of(v.path, v.value) for v in self.variables]
         self.home = Home(specs, device)
         self._tensors = tensors_of(self.home.variables)
+        # Asked at each step: an empty tensor has no place of its own.
+        self._pointers = [tensor.data_ptr() if tensor.numel() else None for tensor in self._tensors]
         self._versions: list[int] = []
         self.adopt()
 
     def adopt(self) -> bool:
         """Move values whose storage is not ours (any more) into the buffers; True if there were any."""
         moved = False
-        for variable, tensor in zip(self.variables, self._tensors, strict=True):
-            value = variable.value
-            if value.data_ptr() != tensor.data_ptr() and value.numel():
+        for variable, tensor, pointer in zip(self.variables, self._tensors, self._pointers, strict=True):
+            value = variable._value  # not `.value`, which looks for scopes first: there is none between steps
+            if pointer is not None and value.data_ptr() != pointer:
                 with torch.no_grad():
                     tensor.copy_(value)
                     value.data = tensor
@@ -51,11 +53,11 @@ class Adopted:
 
     def changed(self) -> bool:
         """Whether somebody else assigned a variable since `note()`."""
-        return self.adopt() or self._versions != [v.value._version for v in self.variables]
+        return self.adopt() or self._versions != [v._value._version for v in self.variables]
 
     def note(self) -> None:
         """Remember the variables as they are now."""
-        self._versions = [v.value._version for v in self.variables]
+        self._versions = [v._value._version for v in self.variables]
 
 
 def adopted(owner: Any, variables: Sequence[keras.Variable], device: Allocator) -> Adopted:
