@@ -28,6 +28,7 @@ from keras.src.random.seed_generator import SeedGenerator
 
 from fastdp.program import keras_random
 from fastdp.program.keras_moments import Moments, global_moments, local_moments
+from fastdp.program.keras_recurrent import fused
 from fastdp.program.keras_replica import running
 
 _originals: list[tuple[Any, str, Any]] = []
@@ -86,6 +87,8 @@ def _patch() -> None:
         (DropoutRNNCell, "reset_dropout_mask", keras_random.forget_mask("dropout")),
         (DropoutRNNCell, "reset_recurrent_dropout_mask", keras_random.forget_mask("recurrent_dropout")),
     ]
+    recurrent = (keras.layers.RNN, keras.layers.LSTM, keras.layers.GRU)
+    targets += [(layer, "inner_loop", fused(layer.inner_loop)) for layer in recurrent]
     spatial = (keras.layers.SpatialDropout1D, keras.layers.SpatialDropout2D, keras.layers.SpatialDropout3D)
     targets += [(layer, "_get_noise_shape", keras_random.own_rows(layer._get_noise_shape)) for layer in spatial]
     targets += [(torch_random, name, keras_random.by_rows(getattr(torch_random, name))) for name in keras_random.SHAPED]
