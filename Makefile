@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 # Written last, removed first: an install that was interrupted leaves no stamp and starts afresh.
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test lint types check bench gpu-check clean distclean
+.PHONY: help venv demo test lint types check layers bench gpu-check clean distclean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -51,6 +51,9 @@ types: $(STAMP)  ## mypy on fastdp/
 	$(BIN)/mypy fastdp
 
 check: lint types  ## lint and types
+
+layers: $(STAMP)  ## write docs/layers.md from tests/keras/layer_cases.py
+	$(BIN)/python tests/keras/layer_cases.py
 
 bench: $(STAMP)  ## run the benchmarks
 	$(BIN)/python -m fastdp bench $(ARGS)

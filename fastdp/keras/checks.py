@@ -7,6 +7,8 @@ from typing import Any
 import keras
 from keras.src.utils.torch_utils import TorchModuleWrapper
 
+from fastdp.program.keras_modules import draws_at_random
+
 
 def check_backend(caller: str) -> None:
     """Keras must run on torch.
@@ -22,8 +24,8 @@ def check_backend(caller: str) -> None:
         )
 
 
-def check_template(model: Any, *, for_training: bool = False, any_batch_size: bool = False) -> None:
-    """A template is built, has no state that is tied to rows, and leaves its steps to the engine.
+def check_template(model: Any, *, any_batch_size: bool = False) -> None:
+    """A template is built, and has no state that is tied to rows.
 
     With `any_batch_size` a fixed batch size of its inputs does not matter: a Sequential model that a first call built
     has that batch's size, and runs with others.
@@ -36,38 +38,41 @@ def check_template(model: Any, *, for_training: bool = False, any_batch_size: bo
             f"The model {model.name!r} is not built, so it has no weights to replicate. Begin it with "
             "keras.Input(shape), call model.build((None, ...)), or call a subclassed model on a batch. Wrap it then."
         )
-    if not any_batch_size:
-        _check_batch_size(model)
     for layer in model._flatten_layers():
         if getattr(layer, "stateful", False):
             raise ValueError(
                 f"The layer {layer.name!r} is stateful: its state belongs to the rows of one batch, which devices "
                 "cannot share. Use stateful=False, or train this model on one device without fastdp."
             )
-        if isinstance(layer, TorchModuleWrapper):
+        if isinstance(layer, (keras.layers.MixUp, keras.layers.CutMix)):
             raise ValueError(
-                f"The layer {layer.name!r} wraps a torch.nn.Module, which keeps its own parameters and cannot run "
-                "on a replica's. Use Keras layers, or write the whole model as a torch.nn.Module and wrap that."
+                f"The layer {layer.name!r} mixes rows of the batch, of which each device has its own only. Take it out "
+                "of the model, and apply it to the data before fit (in a generator or a PyDataset)."
             )
-    if for_training:
-        for step in ("train_step", "test_step"):
-            if getattr(type(model), step) is not getattr(keras.Model, step):
-                raise ValueError(
-                    f"The model {model.name!r} overrides {step}(), which fastdp cannot split over devices. Override "
-                    "compute_loss() or compute_metrics() instead: those are honoured."
-                )
+        if isinstance(layer, TorchModuleWrapper):
+            _check_module(layer)
+    if not any_batch_size:
+        _check_batch_size(model)
 
 
-def check_predict_step(model: Any) -> None:
-    """A template's outputs are those of its call.
+def _check_module(layer: Any) -> None:
+    """A wrapped torch module has nothing but parameters, and draws nothing.
 
     Raises:
-        ValueError: it has a `predict_step` of its own.
+        ValueError: it has buffers, or random layers.
     """
-    if type(model).predict_step is not keras.Model.predict_step:
+    remedy = "Use keras.layers for this part, or write the whole model as a torch.nn.Module and wrap that."
+    buffers = [name for name, _ in layer.module.named_buffers()]
+    if buffers:
         raise ValueError(
-            f"The model {model.name!r} overrides predict_step(), which fastdp cannot split over devices. Compute the "
-            "outputs in call(), or call template.predict(), which runs on one device."
+            f"The TorchModuleWrapper {layer.name!r} holds a module that has buffers ({', '.join(buffers[:3])}), which "
+            f"Keras does not track and devices cannot share. {remedy}"
+        )
+    draws = [type(module).__name__ for module in layer.module.modules() if draws_at_random(module)]
+    if draws:
+        raise ValueError(
+            f"The TorchModuleWrapper {layer.name!r} holds a module that draws at random ({draws[0]}), from torch's "
+            f"global generator, which devices cannot share. {remedy}"
         )
 
 

@@ -18,6 +18,7 @@ import torch
 from fastdp.backend.queue import QueueDevice
 from fastdp.buckets import Allocator, ArraySpec, FlatBuffers
 from fastdp.program.base import Context, Home, Memory, Result, Totals
+from fastdp.program.keras_augment import keep_python_draws, writes_to_inputs
 from fastdp.program.keras_batch import OutputStructure, Structure, flatten_outputs, unpack
 from fastdp.program.keras_effects import Effect
 from fastdp.program.keras_losses import NotPerSample, SharedLoss
@@ -113,6 +114,8 @@ class KerasProgram:
         self.effects = Effects(model, self.variables, self._call, self._seed)
         self._adopted: list[Adopted] = []
         self.captures: Any = None
+        self._first_replica: Running | None = None
+        self._writes_to_inputs = writes_to_inputs(model)
 
     # Memory: the protocol of fastdp.program.base.
 
@@ -176,7 +179,9 @@ class KerasProgram:
             if self._own_compute_loss and self._template_state is not None:
                 stack.enter_context(self._template_state())
             self.prepare_loss()
+            self._first_replica = None
             yield
+            keep_python_draws(self._first_replica)
 
     # The step.
 
@@ -184,7 +189,7 @@ class KerasProgram:
         """Forward, this replica's contribution to the loss, and its gradient."""
         captured = self.captures.find(batch, context) if self.captures is not None else None
         if captured is not None:
-            outcome = captured.replay(state.mapping, batch, context)
+            outcome = captured.replay(state.mapping, state.gradients, batch, context)
         else:
             outcome = self.compute(state.mapping, context.structure.pack(batch), self.running_replica(context))
         unused = self._store_gradients(state, outcome.gradients)
@@ -217,7 +222,10 @@ class KerasProgram:
 
     def running_replica(self, context: Context) -> Running:
         """What the thread of a replica knows in a step."""
-        return Running(context, self.sync_batch_norm, seed=self._seed)
+        run = Running(context, self.sync_batch_norm, seed=self._seed, sites=self.effects.sites)
+        if context.rank == 0:
+            self._first_replica = run
+        return run
 
     def assign(self, sums: np.ndarray, notes: Notes) -> None:
         """Give the template the variables that a forward pass assigned: metrics of layers, seeds, counters."""
@@ -251,6 +259,8 @@ class KerasProgram:
 
     def _call(self, x: Any, training: bool) -> Any:
         """The model's outputs, as Keras's own `train_step` gets them."""
+        if self._writes_to_inputs:
+            x = keras.tree.map_structure(torch.clone, x)
         return self.model(x, training=training) if self.model._call_has_training_arg else self.model(x)
 
     def _extra_losses(self, losses: Sequence[torch.Tensor], context: Context) -> list[torch.Tensor]:
@@ -318,10 +328,11 @@ class KerasProgram:
     def _store_gradients(self, state: _State, found: Sequence[torch.Tensor | None]) -> frozenset[int]:
         """Copy gradients into the flat buffer; zeros, and a note, where there are none."""
         unused = frozenset(i for i, gradient in enumerate(found) if gradient is None)
-        used = [i for i in range(len(found)) if i not in unused]
+        # A captured step has written them to their place.
+        moved = [i for i in range(len(found)) if i not in unused and found[i] is not state.gradients[i]]
         with torch.no_grad():
-            if used:
-                torch._foreach_copy_([state.gradients[i] for i in used], [found[i] for i in used])
+            if moved:
+                torch._foreach_copy_([state.gradients[i] for i in moved], [found[i] for i in moved])
             for i in unused:
                 state.gradients[i].zero_()
         return unused

@@ -22,16 +22,26 @@ from fastdp.program.keras_replica import NotCapturable, Running, running
 from fastdp.program.philox import uniform_rows
 
 SHAPED = ("normal", "uniform", "randint", "truncated_normal")
-_global_generator = threading.Lock()
+global_generator = threading.Lock()
 
 
-def _global_shape(shape: Any, context: Context) -> tuple[int, ...] | None:
-    """`shape` with the rows of the global batch, if its first axis is the replica's rows."""
-    shape = tuple(int(size) for size in shape)
-    rows = context.rows
-    if shape and shape[0] == rows.count < rows.total:
-        return (rows.total, *shape[1:])
-    return None
+def _per_row(shape: Any, state: Running, seed: Any) -> int:
+    """How many entries of the first axis of a draw belong to each of the replica's rows; 0: it is not by rows."""
+    rows = state.context.rows
+    if not len(shape) or 2 < rows.count == rows.total:
+        return 0
+    per_row = state.sites.per_row(int(shape[0]), rows.count, seed, state.met)
+    return per_row if rows.count < rows.total else 0
+
+
+def _global_shape(shape: Any, per_row: int, context: Context) -> tuple[int, ...]:
+    """`shape` with the rows of the global batch."""
+    return (context.rows.total * per_row, *(int(size) for size in shape[1:]))
+
+
+def _own(drawn: Any, per_row: int, context: Context) -> Any:
+    """The replica's rows of a draw for the global batch."""
+    return drawn[context.rows.start * per_row : context.rows.stop * per_row]
 
 
 def by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,18 +51,17 @@ def by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         state = running()
         if state is None:
             return original(shape, *args, **kwargs)
-        return _take(state, lambda: rows_of(shape, *args, **kwargs), args, kwargs)
+        per_row = _per_row(shape, state, kwargs.get("seed"))
+        return _take(state, lambda: rows_of(per_row, shape, *args, **kwargs), args, kwargs)
 
-    def rows_of(shape: Any, *args: Any, **kwargs: Any) -> Any:
+    def rows_of(per_row: int, shape: Any, *args: Any, **kwargs: Any) -> Any:
         state = running()
         assert state is not None
-        whole = _global_shape(shape, state.context)
-        if whole is None:
-            return original(shape, *args, **kwargs)
-        # Inside, `truncated_normal` draws by `normal`: the shapes it asks for are already the batch's.
+        whole = _global_shape(shape, per_row, state.context) if per_row else shape
+        # Inside, `truncated_normal` draws by `normal`: the shapes it asks for are already right.
         with _whole_batch(state):
             drawn = original(whole, *args, **kwargs)
-        return drawn[state.context.rows.start : state.context.rows.stop]
+        return _own(drawn, per_row, state.context) if per_row else drawn
 
     return draw
 
@@ -95,19 +104,19 @@ def dropout_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         rows = state.context.rows
         # A single row given in numbers may as well mean one mask for all rows.
         spans_rows = given[0] is None or 1 < given[0] == rows.count
-        by_rows = spans_rows and inputs.shape[0] == rows.count < rows.total
-        if by_rows:
-            shape[0] = rows.total
+        per_row = _per_row(inputs.shape, state, seed) if spans_rows else 0
+        if per_row:
+            shape[0] = rows.total * per_row
 
         def mask() -> torch.Tensor:
             state = running()
             assert state is not None
             if given[0] is None and _is_unseeded(seed):
-                return _own_draw(seed, state, [inputs.shape[0], *shape[1:]]) < 1.0 - rate
+                return _own_draw(seed, state, per_row, [inputs.shape[0], *shape[1:]]) < 1.0 - rate
             generator = torch_random.torch_seed_generator(seed)
             # The same draw as Keras's seeded dropout: bernoulli of a constant matrix.
             keep = torch.bernoulli(torch.full(shape, 1.0 - rate), generator=generator).bool()
-            return keep[state.context.rows.start : state.context.rows.stop] if by_rows else keep
+            return _own(keep, per_row, state.context) if per_row else keep
 
         keep = _take(state, mask, (), {})
         scaled = inputs / (1.0 - rate)
@@ -131,11 +140,10 @@ def _is_unseeded(seed: Any) -> bool:
     return seed is None or (isinstance(seed, SeedGenerator) and seed._initial_seed is None)
 
 
-def _own_draw(seed: Any, state: Running, shape: Sequence[int]) -> torch.Tensor:
+def _own_draw(seed: Any, state: Running, per_row: int, shape: Sequence[int]) -> torch.Tensor:
     """Uniform numbers for the replica's rows alone, from the generator's present state."""
     first, second = (int(number) for number in torch_random.draw_seed(seed))
-    rows = state.context.rows
-    start = rows.start if shape[0] == rows.count else 0
+    start = state.context.rows.start * per_row
     return torch.from_numpy(uniform_rows((first, second), start, shape[0], math.prod(shape[1:]))).reshape(*shape)
 
 
@@ -150,15 +158,14 @@ def alone_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         if state is None:
             return original(shape, *args, **kwargs)
         _not_captured(state)
-        whole = _global_shape(shape, state.context)
-        if whole is not None:
-            shape = whole
-            args = tuple(_of_all(value, state) for value in args)
-            kwargs = {name: _of_all(value, state) for name, value in kwargs.items()}
-        with _global_generator:
+        per_row = _per_row(shape, state, kwargs.get("seed"))
+        if per_row:
+            shape = _global_shape(shape, per_row, state.context)
+            args = tuple(_of_all(value, state, per_row) for value in args)
+            kwargs = {name: _of_all(value, state, per_row) for name, value in kwargs.items()}
+        with global_generator:
             drawn = original(shape, *args, **kwargs)
-        rows = state.context.rows
-        return drawn if whole is None else drawn[rows.start : rows.stop]
+        return _own(drawn, per_row, state.context) if per_row else drawn
 
     return draw
 
@@ -207,14 +214,14 @@ def shuffle_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
     return shuffle
 
 
-def _of_all(value: Any, state: Running) -> Any:
+def _of_all(value: Any, state: Running, per_row: int = 1) -> Any:
     """A tensor of the replica's rows with those of all replicas; anything else as it is."""
     context, rows = state.context, state.context.rows
-    if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape[0] != rows.count:
+    if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape[0] != rows.count * per_row:
         return value
     if context.size == 1:  # all rows are here; in a trial, of some rows of two, the others are made up
         state.made_up = rows.count < rows.total
-        return value[:1].expand(rows.total, *value.shape[1:]) if state.made_up else value
+        return value[:1].expand(rows.total * per_row, *value.shape[1:]) if state.made_up else value
     return torch.cat(context.exchange(value.detach()))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ import keras
 import torch
 
 from fastdp.program.base import Context
+from fastdp.program.keras_draws import DrawSites, Site
 from fastdp.program.keras_moments import Moments
 
 _replica = threading.local()
@@ -37,6 +40,9 @@ class Running:
     masks: dict[tuple[int, str], Any] = field(default_factory=dict)
     draws: Draws | None = None
     made_up: bool = False
+    sites: DrawSites = field(default_factory=DrawSites)
+    met: Counter[Site] = field(default_factory=Counter)
+    python_random: random.Random | None = None
 
 
 class NotCapturable(Exception):

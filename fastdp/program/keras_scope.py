@@ -22,11 +22,14 @@ from typing import Any
 
 import keras
 import torch
+from keras.src.backend.torch import image as torch_image
 from keras.src.backend.torch import random as torch_random
+from keras.src.layers.preprocessing.image_preprocessing import aug_mix
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 from keras.src.random.seed_generator import SeedGenerator
+from keras.src.utils.torch_utils import TorchModuleWrapper
 
-from fastdp.program import keras_random
+from fastdp.program import keras_augment, keras_modules, keras_random
 from fastdp.program.keras_moments import Moments, global_moments, local_moments
 from fastdp.program.keras_recurrent import fused
 from fastdp.program.keras_replica import running
@@ -72,7 +75,7 @@ _patched = _Patched()
 def _patch() -> None:
     """Put the replica-aware functions in place."""
     moments = keras.layers.BatchNormalization._moments
-    targets: list[tuple[Any, str, Callable[..., Any]]] = [
+    targets: list[tuple[Any, str, Any]] = [
         (keras.layers.BatchNormalization, "_moments", _moments(moments)),
         (torch_random, "dropout", keras_random.dropout_by_rows(torch_random.dropout)),
         (torch_random, "gamma", keras_random.alone_by_rows(torch_random.gamma)),
@@ -86,6 +89,13 @@ def _patch() -> None:
         (DropoutRNNCell, "get_recurrent_dropout_mask", keras_random.own_mask("recurrent_dropout")),
         (DropoutRNNCell, "reset_dropout_mask", keras_random.forget_mask("dropout")),
         (DropoutRNNCell, "reset_recurrent_dropout_mask", keras_random.forget_mask("recurrent_dropout")),
+    ]
+    equalization, histogram = keras.layers.Equalization, "_custom_histogram_fixed_width"
+    targets += [
+        (torch_image, "elastic_transform", keras_augment.elastic_by_rows(torch_image.elastic_transform)),
+        (equalization, histogram, keras_augment.histogram_of_batch(getattr(equalization, histogram))),
+        (aug_mix, "py_random", keras_augment.PythonRandom()),
+        (TorchModuleWrapper, "call", keras_modules.call_of_replica(TorchModuleWrapper.call)),
     ]
     recurrent = (keras.layers.RNN, keras.layers.LSTM, keras.layers.GRU)
     targets += [(layer, "inner_loop", fused(layer.inner_loop)) for layer in recurrent]

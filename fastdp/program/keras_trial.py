@@ -12,6 +12,7 @@ import torch
 
 from fastdp.program.base import Context
 from fastdp.program.keras_batch import Structure, unpack
+from fastdp.program.keras_draws import DrawSites
 from fastdp.program.keras_effects import Effect, check_loss, classify, warn_mixed_rows, warn_variable
 from fastdp.program.keras_memory import ReplicaScope
 from fastdp.program.keras_replica import Running, replica_scope
@@ -32,6 +33,7 @@ class Effects:
         self, model: keras.Model, variables: Sequence[keras.Variable], call: Callable[[Any, bool], Any], seed: int
     ) -> None:
         self._model, self._variables, self._call, self._seed = model, variables, call, seed
+        self.sites = DrawSites()
         layers = model._flatten_layers()
         self.seeds = {id(g.state) for layer in layers for g in layer._seed_generators}
         self._metric_ids = {id(v) for layer in layers for metric in layer._metrics for v in metric.variables}
@@ -85,10 +87,10 @@ class Effects:
     def _try_rows(self, batch: Sequence[np.ndarray], structure: Structure, start: int, stop: int) -> _Trial:
         """Run the model on some of two rows."""
         context = Context.alone(batch, structure, start, stop, 2)
-        run = Running(context, frozen_moments=True, seed=self._seed)
+        run = Running(context, frozen_moments=True, seed=self._seed, sites=self.sites)
         mapping = [(v, v.value.detach()) for v in self._variables]
         with torch.no_grad(), replica_scope(run), ReplicaScope(mapping, set()) as scope:
-            x, _, _ = unpack(structure.pack([array[start:stop] for array in batch]))
+            x, _, _ = unpack(structure.pack([array[start:stop].copy() for array in batch]))
             outputs = [leaf.detach() for leaf in keras.tree.flatten(self._call(x, True))]
             losses = [keras.ops.sum(loss) for loss in scope.losses]
         normalized = {id(v) for layer in self._model._flatten_layers() for v in _statistics(layer)}
