@@ -66,7 +66,8 @@ def _workspace_bytes(rows: int, steps: int, features: int, units: int, train: bo
     with unset_fake_temporarily(), torch.no_grad():
         shapes = ((rows, steps, features), (rows, units), (rows, units), (features, 4 * units), (units, 4 * units))
         zeros = [torch.zeros(shape, dtype=torch.float32) for shape in (*shapes, (4 * units,))]
-        return tuple(_lstm_onednn(*zeros, train)[3].shape)
+        x, h, c, kernel, recurrent, bias = zeros
+        return tuple(_lstm_onednn(x, h, c, kernel, recurrent, bias, train)[3].shape)
 
 
 def _lstm_onednn_fake(
