@@ -1,4 +1,4 @@
-"""A model of one's own in NumPy or CuPy, without torch and Keras, on several devices: softmax regression on random waves.
+"""A model of one's own in NumPy or CuPy, without torch and Keras, on several devices: softmax regression.
 
     python examples/numpy_function.py                        # four virtual devices, NumPy
     python examples/numpy_function.py --devices 2 --epochs 5
