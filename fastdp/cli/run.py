@@ -96,7 +96,7 @@ def _without_own_frames(kind: type[BaseException], error: BaseException, traceba
     """Print an uncaught exception as plain Python does: from the script's first line on."""
     shown, frame = traceback, traceback
     while frame is not None:
-        frame, file = frame.tb_next, frame.tb_frame.f_code.co_filename
+        file, frame = frame.tb_frame.f_code.co_filename, frame.tb_next
         if file == __file__ or (file in _RUNPY and frame is not None and shown is not None and shown.tb_next is frame):
             shown = frame
     error.__traceback__ = shown or traceback

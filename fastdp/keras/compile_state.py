@@ -70,6 +70,13 @@ def follows(template: keras.Model, loss_tracker: Any) -> bool:
     return getattr(template, "_loss_tracker", None) is loss_tracker
 
 
+def take_over(parallel: keras.Model, template: keras.Model) -> None:
+    """Give the parallel model the settings of a template that has just been compiled."""
+    _write(parallel, _read(template))
+    parallel._compiled_trainable_state = {layer: layer.trainable for layer in parallel._flatten_layers()}
+    parallel.train_function = parallel.test_function = parallel.predict_function = None
+
+
 @contextmanager
 def borrowed(template: keras.Model, parallel: keras.Model) -> Iterator[None]:
     """The template with the parallel model's settings, for the time of a `with`."""

@@ -21,6 +21,7 @@ from keras.src.backend.torch.trainer import TorchTrainer
 
 from fastdp.device import resolve
 from fastdp.keras.checks import check_backend, check_template
+from fastdp.keras.custom_steps import has_own
 from fastdp.keras.steps import Steps
 
 _KINDS = ("train", "test", "predict")
@@ -135,9 +136,10 @@ class _ParallelFunction:
     def __call__(self, data: Any) -> Any:
         """Run one step."""
         model = self._model()
-        reason = None if self._model_fits else _why_not(model, self._kind)
+        reason = None if self._model_fits else _why_not(model)
         self._model_fits = reason is None
-        reason = reason or _why_not_split(data[0])
+        if reason is None and not has_own(model, f"{self._kind}_step"):
+            reason = _why_not_split(data[0])
         if reason is not None:
             _warn_once(model, self._kind, reason)
             return self._plain(data)
@@ -150,18 +152,16 @@ def _steps_of(model: Any, installed: _Installed) -> Steps:
     known = model.__dict__.get(_STEPS)
     compiled = model._loss_tracker
     if known is None or known[0] is not compiled:
-        known = (compiled, Steps(model, model, installed.devices, **installed.options))
+        known = (compiled, Steps(model, model, installed.devices, strict=False, **installed.options))
         model.__dict__[_STEPS] = known
         installed.models.add(model)
     return known[1]
 
 
-def _why_not(model: Any, kind: str) -> str | None:
+def _why_not(model: Any) -> str | None:
     """Why a step of this model cannot run on several devices; None where it can."""
     if not model.built or not all(layer.built for layer in model._flatten_layers()):
         return "it is not built before its first batch"
-    if getattr(type(model), f"{kind}_step") is not getattr(TorchTrainer, f"{kind}_step"):
-        return f"it overrides {kind}_step()"
     try:
         check_template(model, any_batch_size=isinstance(model, keras.Sequential))
     except ValueError as error:

@@ -11,8 +11,8 @@ import keras
 
 from fastdp.backend.queue import QueueDevice
 from fastdp.engine import DataParallel
-from fastdp.keras.checks import check_predict_step, check_template
-from fastdp.keras.compile_state import borrowed, follow, follows
+from fastdp.keras.checks import check_template
+from fastdp.keras.compile_state import borrowed, follow, follows, take_over
 from fastdp.keras.steps import Steps
 from fastdp.keras.streaming import arguments_by_name, stream_fit, stream_forward
 from fastdp.keras.template_view import TemplateView, merged_outputs
@@ -34,7 +34,7 @@ class ParallelModel(TemplateView):
         devices: where the replicas run; their order is the order of the rows.
         cpu_merge: merge outputs in host memory. On virtual devices all memory is host memory.
         sync_batch_norm: BatchNormalization over the global batch instead of each replica's rows.
-        compile: how steps run, None, "trace" or "inductor"; see `fastdp.wrap`.
+        compile: how steps run, None, "trace", "inductor" or "auto"; see `fastdp.wrap`.
         update: where the optimizer is applied, "first" or "each"; see `fastdp.wrap`.
         timeout: seconds that one step may take.
         check_replicas: verify after each step that replicas are bitwise equal.
@@ -81,17 +81,23 @@ class ParallelModel(TemplateView):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Configure training; arguments as in Keras.
 
-        An uncompiled template shares the settings, so that `template.save()` holds the optimizer.
+        `jit_compile=True` compiles steps, False runs them eagerly; "auto" leaves it to the argument `compile` of
+        `fastdp.wrap`. `run_eagerly=True` runs them eagerly too.
+
+        An uncompiled template shares the settings, so that `template.save()` holds the optimizer. A template with a
+        `compile` of its own is compiled by it, and this model takes its settings over.
 
         Raises:
-            ValueError: a template with its own `train_step` or `test_step`. `fit` and `evaluate` refuse
+            ValueError: a template that can no longer be replicated. `fit` and `evaluate` refuse
             `steps_per_execution` other than 1, as Keras does on torch.
         """
-        check_template(self.template, for_training=True)
+        check_template(self.template)
         jit_compile = kwargs.get("jit_compile", "auto")
-        super().compile(*args, **kwargs)
-        if jit_compile is True:
-            warnings.warn("fastdp runs this model eagerly: `jit_compile=True` has no effect.", stacklevel=2)
+        if type(self.template).compile is not keras.Model.compile:
+            self.template.compile(*args, **kwargs)
+            take_over(self, self.template)
+        else:
+            super().compile(*args, **kwargs)
         self._steps.forget_engine()
         follow(self.template, self)
 
@@ -169,7 +175,7 @@ class ParallelModel(TemplateView):
                 if self.template._call_has_training_arg
                 else self.template(inputs)
             )
-        return self._steps.predict(self.engine, (inputs, None, None))
+        return self._steps.outputs(self.engine, (inputs, None, None))
 
     def symbolic_call(self, *args: Any, **kwargs: Any) -> Any:
         """Become a part of another model: possible, but said aloud, since training that is not parallel."""
@@ -206,7 +212,6 @@ class ParallelModel(TemplateView):
 
     def make_predict_function(self, force: bool = False) -> Callable[..., Any]:
         """The function that Keras's `predict` calls for each batch."""
-        check_predict_step(self.template)
         self.predict_function = self._on_first(self.engine, self._steps.predict)
         return self.predict_function
 

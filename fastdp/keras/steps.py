@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import keras
 
+import torch
 from fastdp.engine import DataParallel
 from fastdp.program.capture import Captures
+from fastdp.keras.custom_steps import LayerCalls, has_own, layer_calls
 from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import flatten_batch, unpack
 from fastdp.program.keras_losses import own_copy
+from fastdp.program.keras_custom import CallProgram
 from fastdp.step import StepResult
 from fastdp.transfer import count_rows
 
@@ -31,6 +34,7 @@ class Steps:
             are one model.
         engine_options: further arguments of `DataParallel`.
     """
+        strict: a step of the template's own in which nothing could be split is an error, not a warning.
 
     def __init__(
         self,
@@ -43,6 +47,7 @@ class Steps:
         template_state: Any = None,
         engine_options: dict[str, Any] | None = None,
     ) -> None:
+        strict: bool = True,
         self.template = template
         self.trainer = trainer
         self.devices = list(devices)
@@ -51,7 +56,9 @@ class Steps:
         self._template_state = template_state
         self._engine_options = engine_options or {}
         self._engine: DataParallel | None = None
+        self._strict = strict
 
+        self._calls: LayerCalls | None = None
     @property
     def engine(self) -> DataParallel:
         """The engine, made for the model as it is compiled now: asked for where Keras's loops begin."""
@@ -59,13 +66,13 @@ class Steps:
             trainer = self.trainer
             if trainer.compiled and trainer.optimizer is not None and not trainer.optimizer.built:
                 trainer.optimizer.build(self.template.trainable_variables)
-            program = KerasProgram(
-                self.template, trainer, sync_batch_norm=self._sync_batch_norm, template_state=self._template_state
-            )
-            if self._capture_mode is not None and trainer.compiled:
+            self.forget_engine()
+            program = self._program()
+            if self._capture_mode is not None and trainer.compiled and not has_own(self.template, "train_step"):
                 program.captures = Captures(program, self._capture_mode, len(self.devices))
             self._engine = DataParallel(program, self.devices, **self._engine_options)
         return self._engine
+            self._calls = LayerCalls(self._engine) if isinstance(program, CallProgram) else None
 
     def forget_engine(self) -> None:
         """The model was compiled anew: the next step makes another engine."""
@@ -87,6 +94,8 @@ class Steps:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         if program.captures is not None:
             program.captures.prepare(arrays, structure, self._wants_outputs())
+        if has_own(self.template, "train_step"):
+            return self._own_step("train_step", data)
         result = engine.train(arrays, structure=structure, wants_outputs=self._wants_outputs())
         self._track_loss(result)
         x, y, sample_weight = structure.pack(arrays)
@@ -104,8 +113,16 @@ class Steps:
         return self.trainer.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
 
     def predict(self, engine: DataParallel, data: Any) -> Any:
-        """The merged outputs of one batch."""
+        """One prediction step; the merged outputs of one batch."""
+        if has_own(self.template, "predict_step"):
+            return self._own_step("predict_step", data)
+        return self.outputs(engine, data)
+
+    def outputs(self, engine: DataParallel, data: Any) -> Any:
+        """The merged outputs of the model itself for one batch."""
         x, _, _ = unpack(data)
+        if has_own(self.template, "test_step"):
+            return self._own_step("test_step", data)
         return self._forward(engine, (x, None, None))[3]
 
     def _stale(self, program: Any) -> bool:
@@ -131,6 +148,42 @@ class Steps:
         program.assign(result.sums, result.notes)
         return *structure.pack(arrays), result.notes.structure.pack(result.outputs), result
 
+    def _program(self) -> KerasProgram:
+        """What the replicas run: whole steps, or single layers too where the template has steps of its own."""
+        options = {"sync_batch_norm": self._sync_batch_norm, "template_state": self._template_state}
+        if any(has_own(self.template, step) for step in ("train_step", "test_step", "predict_step")):
+            own = has_own(self.template, "train_step")
+            return CallProgram(self.template, self.trainer, own_train_step=own, **options)
+        return KerasProgram(self.template, self.trainer, **options)
+
+    def _own_step(self, name: str, data: Any) -> Any:
+        """A step that the template has of its own, with the calls of its layers on all devices.
+
+        Raises:
+            ValueError: no call of a layer could be split, and `strict`.
+        """
+        calls = self._calls
+        assert calls is not None, "a template with a step of its own has a CallProgram"
+        with ExitStack() as stack:
+            if self._template_state is not None:
+                stack.enter_context(self._template_state())
+            if name != "train_step":
+                stack.enter_context(torch.no_grad())
+            stack.enter_context(layer_calls(calls))
+            logs = getattr(self.template, name)(data)
+        if not calls.count and not calls.told and _has_rows(data):
+            why = "; ".join(f"{layer}: {reason}" for layer, reason in calls.refused.items())
+            message = (
+                f"{name}() of the model {self.template.name!r} calls no layer of the model that can be split over "
+                f"devices{' (' + why + ')' if why else ''}, so it ran on one device. Let it call the model's layers on "
+                "batches."
+            )
+            if self._strict:
+                raise ValueError(message)
+            calls.told = True
+            warnings.warn(f"fastdp: {message}", stacklevel=3)
+        return logs
+
     def _track_loss(self, result: StepResult) -> None:
         """Update Keras's trackers of the loss and of its terms, as one device would."""
         loss, *terms = result.sums[: 1 + result.notes.terms].tolist()
@@ -153,3 +206,8 @@ def _losses_of_step(template: Any, losses: list[Any]) -> Iterator[None]:
         yield
     finally:
         template._losses_override.clear()
+def _has_rows(data: Any) -> bool:
+    """Whether a batch has two rows or more, which could have been split."""
+    return any(len(getattr(leaf, "shape", ())) and leaf.shape[0] > 1 for leaf in keras.tree.flatten(data))
+
+

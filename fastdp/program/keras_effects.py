@@ -88,6 +88,17 @@ def warn_mixed_rows(
     A replica sees its own rows only, so such a model gives other results on several devices. Compared are its
     outputs for rows a and b alone with those for both.
     """
+    if mixes_rows(a, b, both):
+        warnings.warn(
+            f"The outputs of {model.name!r} for a row depend on the other rows of the batch, or are drawn at "
+            "random outside of keras.random. Each device sees its own rows only, so results differ from one "
+            "device. BatchNormalization knows about devices (sync_batch_norm=True); other layers must not mix.",
+            stacklevel=2,
+        )
+
+
+def mixes_rows(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], both: Sequence[torch.Tensor]) -> bool:
+    """Whether the outputs for rows a and b together differ from those for each alone."""
     for alone_a, alone_b, together in zip(a, b, both, strict=True):
         if not together.ndim or not together.is_floating_point() or together.shape[0] != 2 * alone_a.shape[0]:
             continue
@@ -96,10 +107,5 @@ def warn_mixed_rows(
         if together.dtype.itemsize < 4:
             tolerance *= 20.0
         if apart.shape == together.shape and bool(((apart - together.double()).abs() > tolerance).any()):
-            warnings.warn(
-                f"The outputs of {model.name!r} for a row depend on the other rows of the batch, or are drawn at "
-                "random outside of keras.random. Each device sees its own rows only, so results differ from one "
-                "device. BatchNormalization knows about devices (sync_batch_norm=True); other layers must not mix.",
-                stacklevel=2,
-            )
-            return
+            return True
+    return False
