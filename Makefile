@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 # Written last, removed first: an install that was interrupted leaves no stamp and starts afresh.
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test lint types check layers bench gpu-check clean distclean
+.PHONY: help venv demo test lint types check layers bench gpu-check clean distclean docs
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -51,6 +51,11 @@ types: $(STAMP)  ## mypy on fastdp/
 	$(BIN)/mypy fastdp
 
 check: lint types  ## lint and types
+
+# MkDocs is needed for this alone, and fetched when it is.
+docs: $(STAMP)  ## the pages of docs/ as a site in build/site
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt mkdocs==1.6.1
+	$(BIN)/mkdocs build --quiet
 
 layers: $(STAMP)  ## write docs/layers.md from tests/keras/layer_cases.py
 	$(BIN)/python tests/keras/layer_cases.py

@@ -1,0 +1,54 @@
+"""The user guide: its code runs, and what it points to is there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import keras  # the guide's first lines need it
+import numpy as np
+import pytest
+
+import fastdp
+
+ROOT = Path(__file__).parents[1]
+GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def no_devices_afterwards() -> Iterator[None]:
+    yield
+    fastdp.set_virtual_devices(0)
+
+
+def test_the_first_lines_train_and_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+    x = np.random.default_rng(0).random((300, 20), np.float32)
+    names: dict[str, Any] = {"x": x, "y": keras.utils.to_categorical(x[:, :10].argmax(axis=1), 10)}
+    exec(code, names)
+    assert len(names["parallel"].devices) == 4
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), names["model"].predict(x, verbose=0))
+
+
+def test_every_script_of_the_faq_is_in_the_guide_and_every_one_named_there_exists() -> None:
+    named = set(re.findall(r"`(\w+\.py)`", GUIDE))
+    there = {path.name for path in (ROOT / "examples" / "faq").glob("*.py")}
+    assert named == there
+
+
+def test_every_name_of_fastdp_in_the_guide_exists() -> None:
+    for name in set(re.findall(r"fastdp\.((?:utils\.|backend\.)?[a-z]\w+)", GUIDE)):
+        thing: Any = fastdp
+        for part in name.split("."):
+            thing = getattr(thing, part)
+
+
+def test_every_page_of_the_site_is_a_file() -> None:
+    pages = re.findall(r": (\w+\.md)", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    links = re.findall(r"\]\((\w+\.md)\)", GUIDE + (ROOT / "docs" / "index.md").read_text(encoding="utf-8"))
+    assert len(pages) >= 5
+    assert [page for page in {*pages, *links} if not (ROOT / "docs" / page).is_file()] == []
