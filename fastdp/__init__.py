@@ -21,6 +21,7 @@ from fastdp._version import __version__
 from fastdp.device import devices, set_virtual_devices
 from fastdp.engine import DataParallel
 from fastdp.errors import DeviceTimeoutError, ReplicaError
+from fastdp.placement import device
 from fastdp.program.arrays import FunctionProgram
 from fastdp.step import StepResult
 from fastdp.topology import DeviceInfo
@@ -43,6 +44,7 @@ __all__ = [
     "ReplicaError",
     "StepResult",
     "__version__",
+    "device",
     "devices",
     "install",
     "multi_gpu_model",

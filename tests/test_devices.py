@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -10,8 +11,9 @@ import pynvml
 import pytest
 
 import fastdp
-import fastdp.device
 from fastdp.device import resolve
+
+devices_module = sys.modules["fastdp.device"]  # the attribute of this name is the function
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +153,7 @@ def test_dropping_devices_ends_their_threads():
 
 
 def test_the_environment_asks_for_virtual_devices_until_a_call_does(monkeypatch):
-    monkeypatch.setattr(fastdp.device, "_virtual", fastdp.device._VirtualDevices())
+    monkeypatch.setattr(devices_module, "_virtual", devices_module._VirtualDevices())
     monkeypatch.setenv("FASTDP_VIRTUAL_DEVICES", " 3 ")
     assert [device.name for device in fastdp.devices()] == ["virtual:0", "virtual:1", "virtual:2"]
     assert {device.kind for device in fastdp.devices()} == {"virtual"}
@@ -163,14 +165,14 @@ def test_the_environment_asks_for_virtual_devices_until_a_call_does(monkeypatch)
 
 @pytest.mark.parametrize("text", ["", " ", "0"])
 def test_an_environment_variable_without_a_count_asks_for_none(monkeypatch, text):
-    monkeypatch.setattr(fastdp.device, "_virtual", fastdp.device._VirtualDevices())
+    monkeypatch.setattr(devices_module, "_virtual", devices_module._VirtualDevices())
     monkeypatch.setenv("FASTDP_VIRTUAL_DEVICES", text)
     assert fastdp.devices() == []
 
 
 @pytest.mark.parametrize("text", ["two", "-1", "2.0", "1e1", "²"])
 def test_a_bad_environment_variable_is_a_value_error_that_names_it(monkeypatch, text):
-    monkeypatch.setattr(fastdp.device, "_virtual", fastdp.device._VirtualDevices())
+    monkeypatch.setattr(devices_module, "_virtual", devices_module._VirtualDevices())
     monkeypatch.setenv("FASTDP_VIRTUAL_DEVICES", text)
     with pytest.raises(ValueError, match="FASTDP_VIRTUAL_DEVICES must be a whole number"):
         fastdp.devices()

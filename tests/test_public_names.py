@@ -51,6 +51,7 @@ def test_the_public_names_of_fastdp():
         "ReplicaError",
         "StepResult",
         "__version__",
+        "device",
         "devices",
         "install",
         "multi_gpu_model",
@@ -126,7 +127,8 @@ def test_import_fastdp_imports_neither_torch_nor_keras(tmp_path):
 
 
 def test_import_fastdp_starts_no_thread_and_makes_no_device(tmp_path):
-    code = "import threading, fastdp, fastdp.device as d; print(threading.active_count(), d._virtual._devices)"
+    devices = "sys.modules['fastdp.device']._virtual._devices"
+    code = f"import threading, sys, fastdp; print(threading.active_count(), {devices})"
     assert python(code, tmp_path, FASTDP_VIRTUAL_DEVICES="4") == "1 []"
 
 

@@ -59,6 +59,11 @@ class Rendezvous:
             raise late
 
     @property
+    def timeout(self) -> float:
+        """Seconds that one exchange may take."""
+        return self._timeout
+
+    @property
     def aborted(self) -> bool:
         """Whether `abort` was called."""
         return self._cause is not None

@@ -9,6 +9,7 @@ import keras
 from fastdp.device import resolve
 from fastdp.keras.checks import check_backend
 from fastdp.keras.parallel import ParallelModel
+from fastdp.keras.placement import check_places, resolve_groups, spans_groups
 
 
 def multi_gpu_model(
@@ -41,6 +42,7 @@ def multi_gpu_model(
     """
     check_backend("multi_gpu_model")
     _check_model(model, "multi_gpu_model")
+    check_places(model, None)
     devices = resolve(gpus, minimum=2, caller="multi_gpu_model")
     return ParallelModel(model, devices, cpu_merge=cpu_merge, cpu_relocation=cpu_relocation)
 
@@ -49,7 +51,11 @@ def wrap_keras(model: keras.Model, gpus: Any = None, **options: Any) -> Parallel
     """`fastdp.wrap` for a Keras model. Arguments as there."""
     check_backend("fastdp.wrap")
     _check_model(model, "fastdp.wrap")
-    return ParallelModel(model, resolve(gpus), **options)
+    groups = resolve_groups(gpus) if spans_groups(gpus) else None
+    check_places(model, groups)
+    parallel = ParallelModel(model, [group[0] for group in groups] if groups else resolve(gpus), **options)
+    parallel.device_groups = groups and tuple(tuple(group) for group in groups)
+    return parallel
 
 
 def _check_model(model: Any, caller: str) -> None:

@@ -27,6 +27,7 @@ from fastdp.program.keras_merged import merged_loss
 from fastdp.program.keras_moments import Moments, combine
 from fastdp.program.keras_optimizer import slots_of, why_not_now
 from fastdp.program.keras_optimizer_flat import FlatUpdate
+from fastdp.program.keras_placed import PlacedGraph, graph_of
 from fastdp.program.keras_replica import Running, replica_scope
 from fastdp.program.keras_scope import replica_aware
 from fastdp.program.keras_trial import Effects
@@ -115,6 +116,7 @@ class KerasProgram:
         self._adopted: list[Adopted] = []
         self.captures: Any = None
         self._first_replica: Running | None = None
+        self._groups: Sequence[Sequence[QueueDevice]] | None = getattr(trainer, "device_groups", None)
         self._writes_to_inputs = writes_to_inputs(model)
 
     # Memory: the protocol of fastdp.program.base.
@@ -216,7 +218,11 @@ class KerasProgram:
             extra = self._extra_losses(scope.losses, run.context)
             roots, seeds, terms = self._loss(y, y_pred, sample_weight, extra, scope, run)
         leaves = [scope.get_current_value(v) for v in self.trainable]
-        found = torch.autograd.grad(roots, leaves, seeds, allow_unused=True) if roots else [None] * len(leaves)
+        found: Sequence[torch.Tensor | None] = [None] * len(leaves)
+        if run.placed is not None:
+            found = run.placed[1].gradients(roots, seeds, leaves)
+        elif roots:
+            found = torch.autograd.grad(roots, leaves, seeds, allow_unused=True)
         outputs, structure = flatten_outputs(y_pred) if run.context.wants_outputs else ([], None)
         return Outcome(found, terms, outputs, structure, scope.assigned(mapping), run.moments)
 
@@ -225,6 +231,8 @@ class KerasProgram:
         run = Running(context, self.sync_batch_norm, seed=self._seed, sites=self.effects.sites)
         if context.rank == 0:
             self._first_replica = run
+        if self._groups is not None:
+            run.placed = graph_of(self.model), PlacedGraph(self._groups[context.rank])
         return run
 
     def assign(self, sums: np.ndarray, notes: Notes) -> None:

@@ -26,6 +26,8 @@ class Running:
 
     `made_up` says that a draw of a trial had to invent the rows that the trial leaves out.
 
+    `placed` holds the graph of a model whose layers run on several devices of the replica, and what runs it.
+
     `frozen_moments` makes BatchNormalization use its moving statistics (for probing, where rows must not
     influence each other).
     """
@@ -43,6 +45,7 @@ class Running:
     sites: DrawSites = field(default_factory=DrawSites)
     met: Counter[Site] = field(default_factory=Counter)
     python_random: random.Random | None = None
+    placed: Any = None
 
 
 class NotCapturable(Exception):

@@ -26,10 +26,11 @@ from keras.src.backend.torch import image as torch_image
 from keras.src.backend.torch import random as torch_random
 from keras.src.layers.preprocessing.image_preprocessing import aug_mix
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
+from keras.src.ops.function import Function
 from keras.src.random.seed_generator import SeedGenerator
 from keras.src.utils.torch_utils import TorchModuleWrapper
 
-from fastdp.program import keras_augment, keras_modules, keras_random
+from fastdp.program import keras_augment, keras_modules, keras_placed, keras_random
 from fastdp.program.keras_moments import Moments, global_moments, local_moments
 from fastdp.program.keras_recurrent import fused
 from fastdp.program.keras_replica import running
@@ -94,6 +95,7 @@ def _patch() -> None:
     targets += [
         (torch_image, "elastic_transform", keras_augment.elastic_by_rows(torch_image.elastic_transform)),
         (equalization, histogram, keras_augment.histogram_of_batch(getattr(equalization, histogram))),
+        (Function, "_run_through_graph", keras_placed.run_through_graph(Function._run_through_graph)),
         (aug_mix, "py_random", keras_augment.PythonRandom()),
         (TorchModuleWrapper, "call", keras_modules.call_of_replica(TorchModuleWrapper.call)),
     ]

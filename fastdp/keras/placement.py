@@ -1,0 +1,132 @@
+"""Where the calls of a Functional model run: noted while it is built, checked when it is wrapped."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+from keras.src.ops.node import Node
+
+from fastdp.backend.host import HostDevice
+from fastdp.device import resolve
+from fastdp.program.keras_placed import PLACE, graph_of, placed_nodes
+
+_current = threading.local()
+
+
+class _Constructors:
+    """Counts the scopes: the first lets Keras's constructors note places, the last gives Keras its own back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._scopes = 0
+        self._originals: dict[Any, Callable[..., None]] = {}
+
+    def enter(self) -> None:
+        """One more scope."""
+        with self._lock:
+            self._scopes += 1
+            if self._scopes == 1:
+                for owner in (Node, keras.layers.Layer):
+                    self._originals[owner] = owner.__init__
+                    owner.__init__ = _noting(owner.__init__)
+
+    def leave(self) -> None:
+        """One less."""
+        with self._lock:
+            self._scopes -= 1
+            while self._originals and not self._scopes:
+                owner, original = self._originals.popitem()
+                owner.__init__ = original
+
+
+_constructors = _Constructors()
+
+
+@contextmanager
+def placed(number: int | None) -> Iterator[None]:
+    """Note `number` on each call of a layer that is recorded, and each layer that is made, by this thread."""
+    before = getattr(_current, "place", ())
+    _current.place = (number,)
+    _constructors.enter()
+    try:
+        yield
+    finally:
+        _constructors.leave()
+        _current.place = before
+
+
+def _noting(original: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that notes the place of what it makes."""
+
+    def init(made: Any, *args: Any, **kwargs: Any) -> None:
+        original(made, *args, **kwargs)
+        place = getattr(_current, "place", ())
+        if place:
+            made.__dict__[PLACE] = place[0]
+
+    return init
+
+
+def spans_groups(gpus: Any) -> bool:
+    """Whether `gpus` gives replicas several devices, as `[(0, 1), (2, 3)]` does."""
+    return isinstance(gpus, (list, tuple)) and any(isinstance(group, (list, tuple)) for group in gpus)
+
+
+def resolve_groups(gpus: Any) -> list[list[HostDevice]]:
+    """The devices of each replica.
+
+    Raises:
+        ValueError: not all entries are groups, a device is there twice, or anything else wrong with `gpus`.
+    """
+    if not all(isinstance(group, (list, tuple)) and group for group in gpus):
+        raise ValueError(
+            "`gpus` must name devices, such as [0, 1], or a group of devices for each replica, such as "
+            f"[(0, 1), (2, 3)]. Received: gpus={gpus!r}"
+        )
+    devices = iter(resolve([number for group in gpus for number in group]))
+    return [[next(devices) for _ in group] for group in gpus]
+
+
+def check_places(model: keras.Model, groups: Sequence[Sequence[Any]] | None) -> None:
+    """Every layer's place is a device of each replica.
+
+    Raises:
+        ValueError: it is not; replicas have several devices for a model without places; a place that is not a call
+            of the model's own graph.
+    """
+    nodes = placed_nodes(graph_of(model))
+    highest = max((place for _, place in nodes if place is not None), default=0)
+    inside = [layer.name for layer in model._flatten_layers() if layer is not model and _has_places(layer)]
+    if inside and groups is not None:
+        raise ValueError(
+            f"The model {inside[0]!r} inside of {model.name!r} has layers that fastdp.device placed. Place the call of "
+            "the whole inner model instead."
+        )
+    if groups is None:
+        if highest:
+            numbers = tuple(range(highest + 1))
+            raise ValueError(
+                f"The model {model.name!r} has layers that fastdp.device placed on device {highest}, so a replica "
+                f"needs {highest + 1} devices. Give a group of them for each replica, such as gpus=[{numbers}]."
+            )
+        return
+    if not nodes:
+        raise ValueError(
+            f"No layer of {model.name!r} is placed, so a replica has no use for several devices. Build it with "
+            "`with fastdp.device(...)` around its branches (Functional and Sequential models), or use gpus=[0, 1]."
+        )
+    short = [group for group in groups if len(group) <= highest]
+    if short:
+        raise ValueError(
+            f"The model {model.name!r} has layers placed on device {highest} of a replica, but a group of `gpus` has "
+            f"{len(short[0])} device(s): {[device.name for device in short[0]]}. Each needs {highest + 1}."
+        )
+
+
+def _has_places(layer: Any) -> bool:
+    """Whether a model inside of another has places of its own."""
+    return isinstance(layer, keras.Model) and any(place for _, place in placed_nodes(graph_of(layer)))
