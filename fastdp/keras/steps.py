@@ -8,15 +8,15 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import keras
-
 import torch
+
 from fastdp.engine import DataParallel
-from fastdp.program.capture import Captures
 from fastdp.keras.custom_steps import LayerCalls, has_own, layer_calls
+from fastdp.program.capture import Captures
 from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import flatten_batch, unpack
-from fastdp.program.keras_losses import own_copy
 from fastdp.program.keras_custom import CallProgram
+from fastdp.program.keras_losses import own_copy
 from fastdp.step import StepResult
 from fastdp.transfer import count_rows
 
@@ -33,8 +33,8 @@ class Steps:
         template_state: a context manager factory that lends the template the trainer's settings; None where they
             are one model.
         engine_options: further arguments of `DataParallel`.
-    """
         strict: a step of the template's own in which nothing could be split is an error, not a warning.
+    """
 
     def __init__(
         self,
@@ -46,8 +46,8 @@ class Steps:
         sync_batch_norm: bool = False,
         template_state: Any = None,
         engine_options: dict[str, Any] | None = None,
-    ) -> None:
         strict: bool = True,
+    ) -> None:
         self.template = template
         self.trainer = trainer
         self.devices = list(devices)
@@ -55,10 +55,10 @@ class Steps:
         self._sync_batch_norm = sync_batch_norm
         self._template_state = template_state
         self._engine_options = engine_options or {}
-        self._engine: DataParallel | None = None
         self._strict = strict
-
+        self._engine: DataParallel | None = None
         self._calls: LayerCalls | None = None
+
     @property
     def engine(self) -> DataParallel:
         """The engine, made for the model as it is compiled now: asked for where Keras's loops begin."""
@@ -71,8 +71,8 @@ class Steps:
             if self._capture_mode is not None and trainer.compiled and not has_own(self.template, "train_step"):
                 program.captures = Captures(program, self._capture_mode, len(self.devices))
             self._engine = DataParallel(program, self.devices, **self._engine_options)
-        return self._engine
             self._calls = LayerCalls(self._engine) if isinstance(program, CallProgram) else None
+        return self._engine
 
     def forget_engine(self) -> None:
         """The model was compiled anew: the next step makes another engine."""
@@ -86,6 +86,8 @@ class Steps:
 
     def train(self, engine: DataParallel, data: Any) -> Any:
         """One training step; the logs."""
+        if has_own(self.template, "train_step"):
+            return self._own_step("train_step", data)
         arrays, structure = flatten_batch(unpack(data))
         count_rows(arrays, structure.names)
         program: Any = engine.program
@@ -94,8 +96,6 @@ class Steps:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         if program.captures is not None:
             program.captures.prepare(arrays, structure, self._wants_outputs())
-        if has_own(self.template, "train_step"):
-            return self._own_step("train_step", data)
         result = engine.train(arrays, structure=structure, wants_outputs=self._wants_outputs())
         self._track_loss(result)
         x, y, sample_weight = structure.pack(arrays)
@@ -104,6 +104,8 @@ class Steps:
 
     def test(self, engine: DataParallel, data: Any) -> Any:
         """One test step; the logs."""
+        if has_own(self.template, "test_step"):
+            return self._own_step("test_step", data)
         x, y, sample_weight, y_pred, result = self._forward(engine, unpack(data))
         program: Any = engine.program
         added = map(keras.ops.convert_to_tensor, result.sums[: result.notes.terms])
@@ -121,8 +123,6 @@ class Steps:
     def outputs(self, engine: DataParallel, data: Any) -> Any:
         """The merged outputs of the model itself for one batch."""
         x, _, _ = unpack(data)
-        if has_own(self.template, "test_step"):
-            return self._own_step("test_step", data)
         return self._forward(engine, (x, None, None))[3]
 
     def _stale(self, program: Any) -> bool:
@@ -136,17 +136,6 @@ class Steps:
             or [id(v) for v in program.trainable] != [id(v) for v in trainable]
             or [id(v) for v in program.slot_variables] != [id(v) for v in slots]
         )
-
-    @staticmethod
-    def _forward(engine: DataParallel, data: Any) -> tuple[Any, Any, Any, Any, StepResult]:
-        """Run the replicas forward; the batch as tensors, the merged outputs, the engine's result."""
-        arrays, structure = flatten_batch(data)
-        count_rows(arrays, structure.names)
-        program: Any = engine.program
-        program.inspect(arrays, structure)
-        result = engine.predict(arrays, structure=structure)
-        program.assign(result.sums, result.notes)
-        return *structure.pack(arrays), result.notes.structure.pack(result.outputs), result
 
     def _program(self) -> KerasProgram:
         """What the replicas run: whole steps, or single layers too where the template has steps of its own."""
@@ -184,6 +173,17 @@ class Steps:
             warnings.warn(f"fastdp: {message}", stacklevel=3)
         return logs
 
+    @staticmethod
+    def _forward(engine: DataParallel, data: Any) -> tuple[Any, Any, Any, Any, StepResult]:
+        """Run the replicas forward; the batch as tensors, the merged outputs, the engine's result."""
+        arrays, structure = flatten_batch(data)
+        count_rows(arrays, structure.names)
+        program: Any = engine.program
+        program.inspect(arrays, structure)
+        result = engine.predict(arrays, structure=structure)
+        program.assign(result.sums, result.notes)
+        return *structure.pack(arrays), result.notes.structure.pack(result.outputs), result
+
     def _track_loss(self, result: StepResult) -> None:
         """Update Keras's trackers of the loss and of its terms, as one device would."""
         loss, *terms = result.sums[: 1 + result.notes.terms].tolist()
@@ -198,6 +198,11 @@ class Steps:
         return own or self.trainer._compile_metrics is not None
 
 
+def _has_rows(data: Any) -> bool:
+    """Whether a batch has two rows or more, which could have been split."""
+    return any(len(getattr(leaf, "shape", ())) and leaf.shape[0] > 1 for leaf in keras.tree.flatten(data))
+
+
 @contextmanager
 def _losses_of_step(template: Any, losses: list[Any]) -> Iterator[None]:
     """Let `template.losses` be these, also for a `compute_loss` of its own."""
@@ -206,8 +211,3 @@ def _losses_of_step(template: Any, losses: list[Any]) -> Iterator[None]:
         yield
     finally:
         template._losses_override.clear()
-def _has_rows(data: Any) -> bool:
-    """Whether a batch has two rows or more, which could have been split."""
-    return any(len(getattr(leaf, "shape", ())) and leaf.shape[0] > 1 for leaf in keras.tree.flatten(data))
-
-
