@@ -34,20 +34,32 @@ class HostClocks:
     """What each host thread knows. Locks, started and joined threads hand it on."""
 
     def __init__(self) -> None:
-        self._clocks: weakref.WeakKeyDictionary[threading.Thread, Clock] = weakref.WeakKeyDictionary()
-        self._inherited: weakref.WeakKeyDictionary[threading.Thread, Clock] = weakref.WeakKeyDictionary()
+        # Not by Thread objects: a thread that is just starting takes locks before it has one.
+        self._local = threading.local()
+        self._last: weakref.WeakKeyDictionary[threading.Thread, Clock] = weakref.WeakKeyDictionary()
 
     def own(self) -> Clock:
         """This thread's clock."""
-        thread = threading.current_thread()
-        clock = self._clocks.get(thread)
-        if clock is None:
-            clock = self._clocks[thread] = dict(self._inherited.get(thread, {}))
-        return clock
+        if not hasattr(self._local, "clock"):
+            self._local.clock = {}
+        return self._local.clock
+
+    def start(self, thread: threading.Thread) -> None:
+        """Have a thread that is about to start know what this one knows, and leave behind what it knows at its end."""
+        known, run = dict(self.own()), thread.run
+
+        def run_knowing() -> None:
+            join(self.own(), known)
+            try:
+                run()
+            finally:
+                self._last[thread] = self.own()
+
+        thread.run = run_knowing
 
     def finished(self, thread: threading.Thread) -> None:
         """This thread has joined another one."""
-        join(self.own(), self._clocks.get(thread, {}))
+        join(self.own(), self._last.get(thread, {}))
 
     @contextlib.contextmanager
     def carried_by_locks(self) -> Iterator[None]:
@@ -55,7 +67,7 @@ class HostClocks:
         start, wait = threading.Thread.start, threading.Thread.join
 
         def start_thread(thread: threading.Thread) -> None:
-            self._inherited[thread] = dict(self.own())
+            self.start(thread)
             start(thread)
 
         def join_thread(thread: threading.Thread, timeout: float | None = None) -> None:

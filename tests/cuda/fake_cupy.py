@@ -2,7 +2,8 @@
 
 `tests/cuda/test_fake.py` holds the names and their parameters to the real CuPy's where that is installed.
 Arrays are NumPy arrays on the simulated GPU's memory: torch.from_dlpack gives a CPU tensor on it. Their arithmetic is
-NumPy's, at once and unseen by the race detector: `Simulation.submit` is the way to put work on a stream.
+NumPy's, at once and unseen by the race detector: `Simulation.submit` is the way to put work on a stream. And
+NumPy takes them without `.get()`, which CuPy refuses.
 """
 
 from __future__ import annotations
@@ -79,9 +80,6 @@ class ndarray(np.ndarray):
     @property
     def device(self):
         return Device(self.data.device_id)
-
-    def __array__(self, *args, **kwargs):
-        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()` to construct one.")
 
     def get(self):
         """A NumPy copy. As on a GPU it waits for the current stream only; here, for nothing."""

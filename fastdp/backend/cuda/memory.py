@@ -7,7 +7,6 @@ next call that allocates anyway.
 
 from __future__ import annotations
 
-import itertools
 import math
 import weakref
 from collections import deque
@@ -142,7 +141,7 @@ class StagingRing:
         self.allocations = 0
         self._timeout = timeout
         self._slots = [_Slot() for _ in range(slots)]
-        self._turns = itertools.cycle(self._slots)
+        self._turn = 0
         self._taken: deque[_Slot] = deque()
 
     def take(self, nbytes: int) -> NDArray[np.uint8]:
@@ -154,8 +153,9 @@ class StagingRing:
         """
         if len(self._taken) == len(self._slots):
             raise RuntimeError(f"all {len(self._slots)} staging buffers are taken: release one with its event first")
-        slot = next(self._turns)
+        slot = self._slots[self._turn]
         self._wait(slot)
+        self._turn = (self._turn + 1) % len(self._slots)
         if slot.nbytes < nbytes:
             self._resize(slot, nbytes)
         self._taken.append(slot)

@@ -33,7 +33,7 @@ class PeerAccess:
     that CUDA refuses to enable more, and those pairs go through host memory too.
 
     Raises:
-        DeviceTimeoutError: a trial copy was not over in time.
+        DeviceTimeoutError: a trial copy was not over in time; what it uses is not freed.
     """
 
     def __init__(self, devices: Sequence[int], timeout: float = 60.0) -> None:
@@ -110,16 +110,23 @@ def _trial(device: int) -> Iterator[_Trial]:
         stack.callback(runtime.stream_destroy, stream)
         event = runtime.event_create()
         stack.callback(runtime.event_destroy, event)
-        yield _Trial(device, pattern, result, stream, event)
+        try:
+            yield _Trial(device, pattern, result, stream, event)
+        except DeviceTimeoutError:
+            stack.pop_all()  # to free it would wait for the copy that hangs
+            raise
 
 
 @contextlib.contextmanager
 def _pinned(nbytes: int) -> Iterator[int]:
-    ptr = runtime.host_alloc(nbytes)
-    try:
-        yield ptr
-    finally:
-        runtime.host_free(ptr)
+    with contextlib.ExitStack() as stack:
+        ptr = runtime.host_alloc(nbytes)
+        stack.callback(runtime.host_free, ptr)
+        try:
+            yield ptr
+        except DeviceTimeoutError:
+            stack.pop_all()  # as above
+            raise
 
 
 def _copies_arrive(own: _Trial, peer: _Trial, host: int, timeout: float) -> bool:

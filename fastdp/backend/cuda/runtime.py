@@ -158,6 +158,11 @@ def enable_peer_access(device: int, peer: int) -> None:
                 raise
 
 
+def torch_device(device: int) -> str:
+    """How torch names a device. Torch and CUDA count the visible ones alike."""
+    return f"cuda:{device}"
+
+
 # Memory
 
 
