@@ -12,7 +12,7 @@ import numpy as np
 
 from fastdp.backend.queue import QueueDevice, joined
 from fastdp.buckets import FlatBuffers
-from fastdp.comm.host import HostCommunicator
+from fastdp.comm.choose import communicator
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.device import resolve
 from fastdp.errors import DeviceTimeoutError
@@ -36,7 +36,9 @@ class DataParallel:
         timeout: seconds that one step may take before it is given up.
         update: "first" applies the update on the first device, with all cores, and copies the new variables to the
             others, which is faster where devices outnumber the cores that they share. "each" applies it on every
-            device to its own copy, as GPUs do. The results have the same bits.
+            device to its own copy. The results have the same bits. None: "each" on GPUs, "first" elsewhere.
+        cpu_merge: merge outputs in host memory; otherwise in that of the device `merge_device`, as its arrays.
+        merge_device: place of a device in `devices`.
         check_replicas: after each update, verify that all replicas are bitwise equal (for debugging).
 
     The engine owns the replicas' memory, and, for updates that may fail, a spare copy of the first replica's
@@ -53,13 +55,22 @@ class DataParallel:
         devices: Any = None,
         *,
         timeout: float = 1800.0,
-        update: str = "first",
+        update: str | None = None,
+        cpu_merge: bool = True,
+        merge_device: int = 0,
         check_replicas: bool = False,
     ) -> None:
         if not _are_devices(devices):
             devices = resolve(devices, caller="fastdp.DataParallel")
         if not devices or len({id(device) for device in devices}) != len(devices):
             raise ValueError(f"`devices` must be one or more different devices. Received: {list(devices)}")
+        if update is None:
+            update = "each" if devices[0].on_gpu else "first"
+        if isinstance(merge_device, bool) or merge_device not in range(len(devices)):
+            raise ValueError(
+                f"`merge_device` must be the place of one of the {len(devices)} devices, from 0. "
+                f"Received: merge_device={merge_device!r}"
+            )
         if update not in ("first", "each"):
             raise ValueError(f'`update` must be "first" or "each". Received: update={update!r}')
         self.program = program
@@ -70,7 +81,8 @@ class DataParallel:
         self.steps = 0
         self._busy = threading.Lock()
         self._training = False
-        self._communicator = HostCommunicator(devices)
+        self._cpu_merge, self._merge_device = cpu_merge, self.devices[merge_device]
+        self._communicator = communicator(self.devices)
         self._home = program.home(devices[0])
         self._generation = -1
         self._unsettled: Step | None = None
@@ -112,7 +124,7 @@ class DataParallel:
 
     def _scatter(self, step: Step, batch: Sequence[np.ndarray]) -> None:
         """Each replica gets its rows of every array."""
-        step.batches = scatter(batch, step.shards)
+        step.batches = scatter(batch, step.shards, self.devices)
 
     def _run(self, step: Step, work: Callable[[Replica, list[np.ndarray], Context], Result]) -> None:
         """Each replica works on its rows, and writes its outputs to their place."""
@@ -220,11 +232,14 @@ class DataParallel:
         shards = split_rows(total, len(self.replicas))
         rendezvous = Rendezvous(len(shards), self.timeout)
         contexts = [
-            Context(rank, rows, self.steps, rendezvous, len(shards), batch, structure, wants_outputs)
+            Context(
+                rank, rows, self.steps, rendezvous, len(shards), batch, structure, wants_outputs, self.devices[rank]
+            )
             for rank, rows in enumerate(shards)
         ]
         threads = max(1, CORES // len(shards))
-        return _StepScope(self, Step(shards, contexts, Merger(shards), rendezvous, threads), trains)
+        merger = Merger(shards, self.devices, self._merge_device, on_host=self._cpu_merge)
+        return _StepScope(self, Step(shards, contexts, merger, rendezvous, threads), trains)
 
     def _finish(self, step: Step) -> None:
         """Wait until all devices are done; on a failure clean up and raise it."""
@@ -239,6 +254,7 @@ class DataParallel:
         if failed:
             self._settle()
             raise step_error(step.failures or failed, step, self.devices)
+        self._communicator.check()
 
     def _save(self) -> bool:
         """Keep the first replica's variables and slots as they are before an update; False if not needed.

@@ -1,7 +1,8 @@
 """Scatter a batch to replicas, and merge their outputs back in row order.
 
-On virtual devices all memory is host memory: a replica's rows are a view of the batch, and merging means
-that each replica writes its rows to their place in the merged array, from its own thread.
+How rows travel is the devices' business. On virtual devices in host memory a replica's rows are a view of the batch;
+a GPU pulls its own over its own link. Merging means that each replica writes its rows to their place in the merged
+array, from its own thread: there is no concatenation.
 """
 
 from __future__ import annotations
@@ -9,12 +10,26 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any, Protocol
 
 import numpy as np
 
 from fastdp.shard import Rows
 
 Arrays = list[np.ndarray]
+
+
+class Carrier(Protocol):
+    """What a device does with rows."""
+
+    def take_rows(self, batch: Sequence[Any], rows: Rows) -> list[Any]:
+        """The device's rows of every array, ordered before what its compute stream gets later."""
+
+    def merged(self, shape: tuple[int, ...], dtype: np.dtype, *, on_host: bool) -> Any:
+        """Room for a merged output, in host memory or the device's own."""
+
+    def put_rows(self, target: Any, output: Any) -> None:
+        """Copy a replica's output to its rows of a merged array, in the order of the worker's stream."""
 
 
 def count_rows(arrays: Sequence[np.ndarray], names: Sequence[str] | None = None) -> int:
@@ -41,20 +56,32 @@ def count_rows(arrays: Sequence[np.ndarray], names: Sequence[str] | None = None)
     return total
 
 
-def scatter(arrays: Sequence[np.ndarray], shards: Sequence[Rows]) -> list[Arrays]:
-    """Each replica's rows of every array: views, no copies; valid as long as the batch is."""
-    return [[array[rows.start : rows.stop] for array in arrays] for rows in shards]
+def scatter(arrays: Sequence[Any], shards: Sequence[Rows], devices: Sequence[Carrier]) -> list[list[Any]]:
+    """Each replica's rows of every array, where the replica is. The batch stays as it is until the step is over."""
+    return [device.take_rows(arrays, rows) for device, rows in zip(devices, shards, strict=False)]
 
 
 class Merger:
     """Collects the outputs of the replicas of one step.
 
     The first replica to arrive fixes number, shapes and dtypes, and allocates the merged arrays (fresh ones:
-    they are the caller's to keep). `write` may be called from any thread, once per replica.
+    they are the caller's to keep). `write` is called once per replica, by its device's worker.
+
+    Args:
+        shards: the replicas' rows.
+        devices: the replicas' devices, in the same order.
+        target: the device that merged arrays belong to.
+        on_host: merge in host memory, not in the target's own.
     """
 
-    def __init__(self, shards: Sequence[Rows]) -> None:
+    def __init__(
+        self, shards: Sequence[Rows], devices: Sequence[Carrier], target: Carrier, *, on_host: bool = True
+    ) -> None:
         self._shards = shards
+        self._devices = devices
+        self._target = target
+        self._on_host = on_host
+        self._kept: list[Any] = []
         self._lock = threading.Lock()
         self._merged: Arrays | None = None
         self._scalars: list[list[np.ndarray]] = []
@@ -92,7 +119,8 @@ class Merger:
             per_row = merged.shape[0] // rows.total
             if output.shape[0] != per_row * rows.count:
                 raise ValueError(self._mismatch(i, output, rows))
-            merged[per_row * rows.start : per_row * rows.stop] = output
+            self._devices[rank].put_rows(merged[per_row * rows.start : per_row * rows.stop], output)
+        self._kept.append(outputs)  # a GPU may still have to read them
 
     def result(self) -> Arrays:
         """The merged arrays. Only after every replica has written."""
@@ -114,7 +142,8 @@ class Merger:
             return np.empty((), output.dtype)
         if output.shape[0] == 0 or output.shape[0] % rows.count:
             raise ValueError(self._mismatch(index, output, rows))
-        return np.empty((output.shape[0] // rows.count * rows.total, *output.shape[1:]), output.dtype)
+        shape = (output.shape[0] // rows.count * rows.total, *output.shape[1:])
+        return self._target.merged(shape, output.dtype, on_host=self._on_host)
 
     @staticmethod
     def _mismatch(index: int, output: np.ndarray, rows: Rows) -> str:

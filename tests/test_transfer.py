@@ -9,14 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastdp.backend.host import HostDevice
 from fastdp.shard import split_rows
 from fastdp.transfer import Merger, count_rows, scatter
+
+HOSTS = [HostDevice(index) for index in range(9)]
 
 
 def merged(total, parts, make, order=None):
     """The outputs `make(rows)` of all replicas, merged; written in `order`."""
     shards = split_rows(total, parts)
-    merger = Merger(shards)
+    merger = Merger(shards, HOSTS, HOSTS[0])
     for rank in order or range(len(shards)):
         merger.write(rank, [np.asarray(output) for output in make(shards[rank])])
     return merger.result()
@@ -24,7 +27,7 @@ def merged(total, parts, make, order=None):
 
 def test_scatter_gives_views_without_copies():
     x, y = np.arange(22).reshape(11, 2), np.arange(11.0)
-    parts = scatter([x, y], split_rows(11, 4))
+    parts = scatter([x, y], split_rows(11, 4), HOSTS)
     assert [len(part[0]) for part in parts] == [3, 3, 3, 2]
     for i, whole in enumerate((x, y)):
         assert all(np.shares_memory(part[i], whole) for part in parts)
@@ -71,7 +74,7 @@ def test_a_scalar_that_all_replicas_share_stays_as_it_is(parts, value):
 )
 def test_outputs_that_do_not_fit_together_are_refused_with_the_reason(outputs, message):
     shards = split_rows(5, 2)
-    merger = Merger(shards)
+    merger = Merger(shards, HOSTS, HOSTS[0])
 
     def write():
         for rank, parts in enumerate(outputs):
@@ -85,7 +88,7 @@ def test_replicas_may_write_at_the_same_time():
     total, parts = 1001, 8
     shards, whole = split_rows(total, parts), np.random.default_rng(0).normal(size=(total, 17))
     for _ in range(20):
-        merger, gate = Merger(shards), threading.Barrier(parts)
+        merger, gate = Merger(shards, HOSTS, HOSTS[0]), threading.Barrier(parts)
 
         def write(rank, merger=merger, gate=gate):
             gate.wait(10)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from fastdp.backend.queue import QueueDevice
+from fastdp.shard import Rows
 
 ALIGNMENT = 64
 
@@ -17,6 +20,9 @@ class HostDevice(QueueDevice):
     """
 
     kind = "virtual"
+    on_gpu = False
+    space = "host"
+    torch_device = "cpu"
 
     def __init__(self, index: int) -> None:
         super().__init__(index, f"virtual:{index}")
@@ -42,3 +48,17 @@ class HostDevice(QueueDevice):
     def to_host(self, array: np.ndarray) -> np.ndarray:
         """The array itself: it is in host memory."""
         return array
+
+    # A batch in, outputs out.
+
+    def take_rows(self, batch: Sequence[np.ndarray], rows: Rows) -> list[np.ndarray]:
+        """This device's rows of every array: views, no copies; valid as long as the batch is."""
+        return [array[rows.start : rows.stop] for array in batch]
+
+    def merged(self, shape: tuple[int, ...], dtype: np.dtype, *, on_host: bool) -> np.ndarray:
+        """Room for a merged output, the caller's to keep. All memory is the host's."""
+        return np.empty(shape, dtype)
+
+    def put_rows(self, target: np.ndarray, output: np.ndarray) -> None:
+        """Copy a replica's output to its rows of the merged array, at once."""
+        target[...] = output

@@ -61,7 +61,8 @@ class Context:
     `exchange(value)` gives every replica's value, in rank order, to every replica: it may be called any
     number of times in the middle of `train` or `predict`, by all replicas in the same order. `batch` is
     the whole global batch, `structure` what the caller of the step passed along with it.
-    `wants_outputs` is False when nobody will look at the outputs of the step.
+    `wants_outputs` is False when nobody will look at the outputs of the step. `device` is the replica's, None
+    outside any step.
     """
 
     rank: int
@@ -72,6 +73,7 @@ class Context:
     batch: Sequence[np.ndarray]
     structure: Any = None
     wants_outputs: bool = True
+    device: Any = None
 
     @classmethod
     def alone(cls, batch: Sequence[np.ndarray], structure: Any, start: int, stop: int, total: int) -> Context:

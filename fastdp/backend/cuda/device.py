@@ -1,0 +1,257 @@
+"""A GPU, or one of several virtual ones on a card: memory, four streams, and copies."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+
+from fastdp.backend.cuda import runtime
+from fastdp.backend.cuda.launcher import kernels
+from fastdp.backend.cuda.memory import Arena, PinnedPool, StagingRing
+from fastdp.backend.cuda.streams import FIRST_PAUSE, LAST_PAUSE, CudaStream, current_stream
+from fastdp.backend.queue import QueueDevice, QueueStream
+from fastdp.errors import DeviceTimeoutError
+from fastdp.shard import Rows
+
+# Where arrays begin in a staging buffer: what the widest loads of the kernels like.
+ALIGNMENT = 256
+# Two: the rows of a step may be copied in while the step before still computes.
+BATCHES_IN_FLIGHT = 2
+
+
+class CudaDevice(QueueDevice):
+    """One GPU.
+
+    Args:
+        index: ordinal among the devices that `gpus=` counts.
+        ordinal: of the card, as CUDA counts the visible ones.
+        virtual: whether this is one of several devices on its card.
+        timeout: seconds that a copy asked for by the host thread may take.
+
+    Arrays are cupy.ndarray over plain cudaMalloc memory, which peers and NCCL reach. All streams are non-blocking;
+    communication has the highest priority, so that a collective starts as soon as its gradients are there.
+    """
+
+    on_gpu = True
+
+    def __init__(self, index: int, ordinal: int, *, virtual: bool = False, timeout: float = 60.0) -> None:
+        self.ordinal = ordinal
+        self.kind = "virtual gpu" if virtual else "gpu"
+        self.space = f"cuda:{ordinal}"
+        self.torch_device = runtime.torch_device(ordinal)
+        self._timeout = timeout
+        first = runtime.stream_priority_range(ordinal)[1]
+        super().__init__(
+            index,
+            f"virtual:{index} (gpu:{ordinal})" if virtual else f"gpu:{ordinal}",
+            lambda device, name: CudaStream(device, name, first if name == "communication" else 0),
+        )
+        self.arena = Arena(ordinal)
+        self.pinned = PinnedPool()
+        self.kernels = kernels(ordinal)
+        self._staging = StagingRing(slots=BATCHES_IN_FLIGHT, timeout=timeout)
+        self._batches: list[Any] = [None] * BATCHES_IN_FLIGHT
+        self._turn = 0
+        self._host_stream = runtime.stream_create(ordinal)
+
+    def close(self, timeout: float = 60.0) -> None:
+        """Let the worker finish, and give streams and pinned memory back. Arrays in use keep their memory."""
+        super().close(timeout)
+        handle, self._host_stream = self._host_stream, 0
+        if not handle:
+            return
+        self._staging.close()
+        self._batches = [None] * BATCHES_IN_FLIGHT
+        self.arena.trim()
+        self.pinned.close()
+        runtime.stream_destroy(handle)
+        for stream in self._streams:
+            assert isinstance(stream, CudaStream)
+            stream.destroy()
+
+    def _worker_scope(self) -> AbstractContextManager[object]:
+        return runtime.on(self.ordinal)
+
+    # Memory: an Allocator (fastdp.buckets).
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        """An uninitialized cupy.ndarray on the GPU. cudaMalloc: not in the steady state."""
+        return self.arena.empty(shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        """A cupy.ndarray of zeros; they are there on return."""
+        array = self.empty(shape, dtype)
+        if array.nbytes:
+            with runtime.on(self.ordinal):
+                runtime.fill_async(runtime.array_pointer(array), 0, array.nbytes, self._host_stream)
+                self._wait_for_host_stream()
+        return array
+
+    def copy(self, target: Any, source: Any) -> None:
+        """Copy an array of this or another GPU, or of the host, into one of this GPU.
+
+        On a worker, in the order of the stream whose work it is; elsewhere at once: the copy is over on return,
+        and what the source holds must be there before.
+        """
+        if not target.nbytes:
+            return
+        if not runtime.is_array(source):
+            pinned = self.pinned.empty(target.shape, target.dtype)
+            pinned[...] = source
+            self._copy_now(runtime.array_pointer(target), pinned.ctypes.data, target.nbytes)
+            return
+        stream = current_stream()
+        with runtime.on(self.ordinal):
+            handle = self._host_stream if stream is None else stream.handle
+            self.copy_rows(target, source, handle)
+            if stream is None:
+                self._wait_for_host_stream()
+
+    def copy_rows(self, target: Any, source: Any, stream: int) -> None:
+        """Enqueue a copy from one GPU's array to another's on a stream."""
+        ends = runtime.array_device(target), runtime.array_device(source)
+        into, out_of = runtime.array_pointer(target), runtime.array_pointer(source)
+        if ends[0] == ends[1]:
+            runtime.copy_async(into, out_of, target.nbytes, stream)
+        else:
+            runtime.copy_peer_async(into, ends[0], out_of, ends[1], target.nbytes, stream)
+
+    def to_host(self, array: Any) -> np.ndarray:
+        """A host array of the present values; waits for the copy, and for nothing else."""
+        pinned = self.pinned.empty(array.shape, array.dtype)
+        if array.nbytes:
+            self._copy_now(pinned.ctypes.data, runtime.array_pointer(array), array.nbytes)
+        return np.array(pinned)
+
+    def wrap(self, pointer: int, shape: tuple[int, ...], dtype: np.dtype, owner: object) -> Any:
+        """A cupy.ndarray over memory of another library's on this GPU, which `owner` keeps alive. C-contiguous."""
+        return runtime.array(pointer, shape, dtype, self.ordinal, owner)
+
+    # A batch in, outputs out.
+
+    def take_rows(self, batch: Sequence[Any], rows: Rows) -> list[Any]:
+        """This GPU's rows of every array of a batch; compute that is enqueued later waits for them.
+
+        Rows of host arrays go through one pinned buffer and one copy on the GPU's own copy stream; those of
+        arrays on a GPU are copied over the link. Valid until the step after the next.
+        """
+        parts = [array[rows.start : rows.stop] for array in batch]
+        sizes = [-(-part.nbytes // ALIGNMENT) * ALIGNMENT for part in parts]
+        block = self._batch_memory(sum(sizes))
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        base = runtime.array_pointer(block)
+        taken = [
+            runtime.array(base + start, part.shape, part.dtype, self.ordinal, block)
+            for start, part in zip(starts, parts, strict=True)
+        ]
+        before = self.compute.record()  # an earlier step may still read what this one overwrites
+        self.copy_in.wait(before)
+        self.copy_in.enqueue(lambda: self._copy_in(taken, parts, starts, sum(sizes)))
+        arrived = self.copy_in.record()
+        self.compute.wait(arrived)
+        return taken
+
+    def _copy_in(self, taken: Sequence[Any], parts: Sequence[Any], starts: Sequence[int], nbytes: int) -> None:
+        """Stage the host rows and enqueue the copies. On the worker, as work of the copy stream."""
+        stream = self.copy_in
+        assert isinstance(stream, CudaStream)
+        host = [i for i, part in enumerate(parts) if part.nbytes and not runtime.is_array(part)]
+        if host:
+            staged = self._staging.take(nbytes)
+            for i in host:
+                room = staged[starts[i] : starts[i] + parts[i].nbytes]
+                np.copyto(room.view(parts[i].dtype).reshape(parts[i].shape), parts[i])
+            # One copy where all rows come from the host; the gaps between arrays go along.
+            if len(host) == len([part for part in parts if part.nbytes]):
+                first, last = host[0], host[-1]
+                length = starts[last] + parts[last].nbytes - starts[first]
+                source = staged.ctypes.data + starts[first]
+                runtime.copy_async(runtime.array_pointer(taken[first]), source, length, stream.handle)
+            else:
+                for i in host:
+                    source = staged.ctypes.data + starts[i]
+                    runtime.copy_async(runtime.array_pointer(taken[i]), source, parts[i].nbytes, stream.handle)
+            event = stream._event()
+            stream._mark(event)
+            event.complete()
+            self._staging.release(event)
+        for target, part in zip(taken, parts, strict=True):
+            if part.nbytes and runtime.is_array(part):
+                self.copy_rows(target, part, stream.handle)
+
+    def _batch_memory(self, nbytes: int) -> Any:
+        """The device memory of the next batch: grown where it is too small, the two in turn."""
+        self._turn = (self._turn + 1) % BATCHES_IN_FLIGHT
+        block = self._batches[self._turn]
+        if block is None or block.nbytes < nbytes:
+            room = 1 << max(12, math.ceil(math.log2(max(1, nbytes))))
+            block = self._batches[self._turn] = self.empty((room,), np.dtype(np.uint8))
+        return block
+
+    def merged(self, shape: tuple[int, ...], dtype: np.dtype, *, on_host: bool) -> Any:
+        """Room for a merged output, the caller's to keep: pinned host memory, or this GPU's."""
+        return self.pinned.empty(shape, dtype) if on_host else self.empty(shape, dtype)
+
+    def put_rows(self, target: Any, output: Any) -> None:
+        """Enqueue the copy of a replica's output to its rows of the merged array. On the worker; both stay alive
+        until the step is over."""
+        stream = current_stream()
+        assert stream is not None and stream.ordinal == self.ordinal
+        if not target.nbytes:
+            return
+        if runtime.is_array(target):
+            self.copy_rows(target, output, stream.handle)
+        else:
+            runtime.copy_async(target.ctypes.data, runtime.array_pointer(output), target.nbytes, stream.handle)
+
+    # Copies that somebody waits for.
+
+    def read(self, array: Any, stream: QueueStream) -> np.ndarray:
+        """The array's values in the order of a stream of this device, whatever thread asks; waits for them."""
+        pinned = self.pinned.empty(array.shape, array.dtype)
+        assert isinstance(stream, CudaStream)
+        with runtime.on(self.ordinal):
+            if array.nbytes:
+                runtime.copy_async(pinned.ctypes.data, runtime.array_pointer(array), array.nbytes, stream.handle)
+            self._wait_for(stream.handle)
+        return np.array(pinned)
+
+    def write(self, array: Any, values: np.ndarray, stream: QueueStream) -> None:
+        """Overwrite the array in the order of a stream of this device; waits until it is done."""
+        pinned = self.pinned.empty(array.shape, array.dtype)
+        pinned[...] = values
+        assert isinstance(stream, CudaStream)
+        with runtime.on(self.ordinal):
+            if array.nbytes:
+                runtime.copy_async(runtime.array_pointer(array), pinned.ctypes.data, array.nbytes, stream.handle)
+            self._wait_for(stream.handle)
+
+    def _copy_now(self, target: int, source: int, nbytes: int) -> None:
+        with runtime.on(self.ordinal):
+            stream = current_stream()
+            # Behind what this worker has enqueued: it is asked for in the middle of that work.
+            handle = self._host_stream if stream is None else stream.handle
+            runtime.copy_async(target, source, nbytes, handle)
+            self._wait_for(handle)
+
+    def _wait_for_host_stream(self) -> None:
+        self._wait_for(self._host_stream)
+
+    def _wait_for(self, handle: int) -> None:
+        """Block until all work of a CUDA stream is done, with the device's time limit."""
+        event = runtime.event_create()
+        try:
+            runtime.event_record(event, handle)
+            deadline, pause = time.monotonic() + self._timeout, FIRST_PAUSE
+            while not runtime.event_done(event):
+                if time.monotonic() > deadline:
+                    raise DeviceTimeoutError(f"{self.name} did not finish a copy within {self._timeout} seconds.")
+                time.sleep(pause)
+                pause = min(1.5 * pause, LAST_PAUSE)
+        finally:
+            runtime.event_destroy(event)

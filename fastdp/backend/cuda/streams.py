@@ -1,0 +1,132 @@
+"""Streams and events of a GPU: the worker issues work in the order of the queue, and the GPU runs it in that order.
+
+An event is *issued* when the worker has recorded it, and *done* when the GPU has come to it. A stream's
+`wait` holds back its queue until the event is issued, and then lets the GPU wait for the rest: no host thread
+ever waits for a GPU but in `finish`.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fastdp.backend.base import Work
+from fastdp.backend.cuda import runtime
+from fastdp.backend.queue import QueueEvent, QueueStream
+from fastdp.errors import DeviceTimeoutError
+
+# Seconds between two looks at an event: at first hardly any, since a step may be over in microseconds.
+FIRST_PAUSE, LAST_PAUSE = 2e-5, 1e-3
+
+_worker = threading.local()
+
+
+class CudaEvent(QueueEvent):
+    """A point in a stream of a GPU."""
+
+    __slots__ = ("handle", "stream")
+
+    def __init__(self, stream: CudaStream) -> None:
+        super().__init__()
+        self.stream = stream
+        self.handle = 0  # until the worker records it
+
+    def __del__(self) -> None:
+        if self.handle and not sys.is_finalizing():
+            runtime.event_destroy(self.handle)
+
+    @property
+    def done(self) -> bool:
+        """True once the GPU has come to the event, or the work before it was skipped."""
+        return self._issued and (not self.handle or self._query())
+
+    def leaves(self) -> tuple[QueueEvent, ...]:
+        """Itself."""
+        return (self,)
+
+    def finish(self, timeout: float | None = None) -> None:
+        """Block until done. A failure on the GPU becomes the event's error."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self.wait_issued(timeout)
+        pause = FIRST_PAUSE
+        while not self.done:
+            if deadline is not None and time.monotonic() > deadline:
+                raise DeviceTimeoutError(f"A GPU was not done with its work within timeout={timeout} seconds.")
+            time.sleep(pause)
+            pause = min(1.5 * pause, LAST_PAUSE)
+
+    def _query(self) -> bool:
+        """Ask CUDA; a failed GPU is done, with an error."""
+        try:
+            with runtime.on(self.stream.ordinal):
+                return runtime.event_done(self.handle)
+        except runtime.CudaError as error:
+            self.error = self.error if self.error is not None else error
+            return True
+
+
+class CudaStream(QueueStream):
+    """An ordered queue of work that a worker issues to one CUDA stream.
+
+    Args:
+        device: a CudaDevice.
+        name: which of its streams.
+        priority: CUDA's; lower numbers go first.
+    """
+
+    def __init__(self, device: Any, name: str, priority: int = 0) -> None:
+        super().__init__(device, name)
+        self.ordinal: int = device.ordinal
+        self.handle = runtime.stream_create(self.ordinal, priority)
+        self._waits: list[CudaEvent] = []
+
+    def destroy(self) -> None:
+        """Give the stream back to CUDA. Idempotent."""
+        handle, self.handle = self.handle, 0
+        if handle:
+            runtime.stream_destroy(handle)
+
+    def _event(self) -> CudaEvent:
+        return CudaEvent(self)
+
+    def _passed(self, event: QueueEvent) -> None:
+        """Keep the event for the worker: CUDA's calls are not made under the device's lock."""
+        self._waits += [leaf for leaf in event.leaves() if isinstance(leaf, CudaEvent) and leaf.stream is not self]
+
+    def _order(self) -> None:
+        """Let the GPU wait for the events that the queue has passed."""
+        waits, self._waits = self._waits, []
+        for event in waits:
+            if event.handle:
+                runtime.stream_wait_event(self.handle, event.handle)
+
+    def _perform(self, work: Work) -> None:
+        self._order()
+        with _current(self), runtime.current_stream(self.ordinal, self.handle):
+            work()
+
+    def _mark(self, event: QueueEvent) -> None:
+        self._order()
+        if isinstance(event, CudaEvent):
+            event.handle = runtime.event_create()
+            runtime.event_record(event.handle, self.handle)
+
+
+def current_stream() -> CudaStream | None:
+    """The stream whose work this thread is issuing, if it is a worker that does."""
+    return getattr(_worker, "stream", None)
+
+
+@contextmanager
+def _current(stream: CudaStream) -> Iterator[None]:
+    """Mark this thread as issuing a stream's work."""
+    before = current_stream()
+    _worker.stream = stream
+    try:
+        yield
+    finally:
+        _worker.stream = before
