@@ -11,11 +11,11 @@ BIN := $(VENV)/bin
 # Written last, removed first: an install that was interrupted leaves no stamp and starts afresh.
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test lint types check layers bench gpu-check clean distclean docs
+.PHONY: help venv demo test lint types check layers bench bench-peers bench-parts conformance gpu-check clean distclean docs
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
-	@echo 'ARGS="..." is passed on by demo, test, bench and gpu-check; PYTHON=python3.12 chooses the interpreter.'
+	@echo 'ARGS="..." is passed on by demo, test, bench, bench-peers, bench-parts and gpu-check; PYTHON=python3.12 chooses the interpreter.'
 
 venv: $(STAMP)  ## make .venv with the pinned versions, and CuPy where there is a GPU
 
@@ -60,8 +60,38 @@ docs: $(STAMP)  ## the pages of docs/ as a site in build/site
 layers: $(STAMP)  ## write docs/layers.md from tests/keras/layer_cases.py
 	$(BIN)/python tests/keras/layer_cases.py
 
+# Keras's tests import more than Keras does: that lies in an environment of its own, on top of .venv.
+conformance: $(STAMP)  ## run Keras's own trainer, callback and model tests on fastdp; writes docs/conformance.md
+	@if [ ! -e .venv-conformance/.installed ]; then \
+	    $(BIN)/python -m venv --clear .venv-conformance; \
+	    $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	        > "$$(.venv-conformance/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"; \
+	    .venv-conformance/bin/python -m pip install --disable-pip-version-check --quiet \
+	        -r bench/keras_conformance_requirements.txt; \
+	    touch .venv-conformance/.installed; \
+	fi
+	.venv-conformance/bin/python bench/keras_conformance.py --write docs/conformance.md $(ARGS)
+
 bench: $(STAMP)  ## run the benchmarks
 	$(BIN)/python -m fastdp bench $(ARGS)
+
+# JAX and TensorFlow lie in an environment of their own. The pins are those of .venv, but for h5py's.
+PEERS := .venv-peers
+PEERS_STAMP := $(PEERS)/.installed
+
+bench-peers: $(PEERS_STAMP)  ## compare with Keras on torch, JAX and TensorFlow, and with torch's DDP; about 15 minutes
+	$(PEERS)/bin/python bench/peers.py $(ARGS)
+
+$(PEERS_STAMP): setup.py pyproject.toml constraints.txt bench/peers_requirements.txt
+	@if [ ! -e $@ ]; then $(PYTHON) -m venv --clear $(PEERS); fi
+	@rm -f $@
+	@grep -v '^h5py==' constraints.txt > $(PEERS)/constraints.txt
+	$(PEERS)/bin/python -m pip install --disable-pip-version-check --quiet -c $(PEERS)/constraints.txt \
+	    -r bench/peers_requirements.txt -e '.[keras,demo]'
+	@touch $@
+
+bench-parts: $(STAMP)  ## time scatter, merge, all-reduce, update and the engine's own cost by pytest-benchmark
+	$(BIN)/python bench/parts/run.py $(ARGS)
 
 # For a GPU machine that has its libraries already: no .venv, no network. It may lack pytest-timeout, whose
 # setting pytest then does not know; that warning alone is let through.
@@ -73,5 +103,5 @@ clean:  ## remove builds and caches
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find fastdp tests bench setup.py -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
-distclean: clean  ## remove .venv as well
-	rm -rf $(VENV)
+distclean: clean  ## remove .venv and .venv-peers as well
+	rm -rf $(VENV) .venv-conformance $(PEERS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import platform
@@ -12,10 +11,9 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 import fastdp
 
@@ -71,7 +69,18 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[objec
 
 def finish(question: str, results: Any, *, libraries: Sequence[str] = ("numpy",), save: bool, **more: Any) -> None:
     """Print the JSON line; with `save`, also write it to bench/results/."""
-    line = {
+    line = result_line(question, results, libraries=libraries, **more)
+    if save:
+        path = RESULTS / (result_name(question, line) + ".json")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(line, indent=1) + "\n", encoding="utf-8")
+        print(f"\nWrote {path}")
+    print(json.dumps(line))
+
+
+def result_line(question: str, results: Any, *, libraries: Sequence[str] = ("numpy",), **more: Any) -> dict[str, Any]:
+    """A result with what measured it: hardware, versions of the libraries that are installed, commit, date."""
+    return {
         "question": question,
         "results": results,
         **more,
@@ -81,13 +90,12 @@ def finish(question: str, results: Any, *, libraries: Sequence[str] = ("numpy",)
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    if save:
-        name = re.sub(r"[^a-z0-9]+", "-", f"{line['hardware']['cpu']}-{os.cpu_count()}-cores".lower())
-        path = RESULTS / f"{question}_{name}_{time.strftime('%Y%m')}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(line, indent=1) + "\n", encoding="utf-8")
-        print(f"\nWrote {path}")
-    print(json.dumps(line))
+
+
+def result_name(question: str, line: Mapping[str, Any]) -> str:
+    """The name of a result's file, without an ending: question, hardware, year and month."""
+    machine = re.sub(r"[^a-z0-9]+", "-", f"{line['hardware']['cpu']}-{os.cpu_count()}-cores".lower())
+    return f"{question}_{machine}_{time.strftime('%Y%m')}"
 
 
 def hardware() -> dict[str, Any]:
@@ -101,8 +109,13 @@ def hardware() -> dict[str, Any]:
 
 
 def _versions(libraries: Sequence[str]) -> dict[str, str]:
-    found = {name: str(importlib.import_module(name).__version__) for name in libraries}
-    return {"python": platform.python_version(), "fastdp": fastdp.__version__, "numpy": np.__version__, **found}
+    found = {"python": platform.python_version(), "fastdp": fastdp.__version__}
+    for name in dict.fromkeys(("numpy", *libraries)):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def _commit() -> str:

@@ -1,0 +1,266 @@
+"""How many samples per second does each way of data-parallel training make, on the same model, data and machine?
+
+fastdp on 1 and 2 virtual devices, beside Keras's `fit` on torch, JAX and TensorFlow, keras.distribution's
+DataParallel over two host devices, MirroredStrategy over two logical CPUs, and plain torch in one process and in
+two with DistributedDataParallel over gloo. All train by SGD with momentum on the same batches; a batch is that of
+all devices together. Each peer is a process of its own that builds, compiles and warms up before anything is
+timed; then they take turns, one round each, and medians over the rounds count.
+
+Peers that train on two devices normalize each device's rows, except JAX's, which normalizes the whole batch. A
+peer that fails, or is late, is recorded with its reason, and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peer_workers.cases import CASES
+from peer_workers.protocol import PREFIX
+from peers_report import draw, markdown
+from report import RESULTS, ratio, result_line, result_name, spread
+
+WORKERS = Path(__file__).parent / "peer_workers"
+
+
+class PeerError(Exception):
+    """A peer did not do what it was asked for; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way to train: a script and its first argument, and the environment that it needs."""
+
+    title: str
+    script: Path
+    how: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+    needs: str = ""
+
+    def command(self, model: str, steps: int) -> list[str]:
+        """What is started to train `model`."""
+        return [sys.executable, str(self.script), self.how, model, str(steps)]
+
+
+def _keras(title: str, how: str, backend: str, needs: str = "") -> Peer:
+    """A Keras peer on a backend."""
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_BACKEND": backend}
+    return Peer(title, WORKERS / "keras_worker.py", how, quiet, needs or backend)
+
+
+PEERS = {
+    "fastdp-1": _keras("fastdp, 1 device", "fastdp-1", "torch"),
+    "fastdp-2": _keras("fastdp, 2 devices", "fastdp-2", "torch"),
+    "keras-torch": _keras("Keras torch, fit", "fit", "torch"),
+    "keras-jax": _keras("Keras JAX, fit", "fit", "jax"),
+    "keras-jax-2": _keras("Keras JAX, DataParallel on 2", "distribution", "jax"),
+    "keras-tf": _keras("Keras TensorFlow, fit", "fit", "tensorflow"),
+    "keras-tf-2": _keras("Keras TensorFlow, Mirrored on 2", "mirrored", "tensorflow"),
+    "torch": Peer("torch, 1 process", WORKERS / "torch_worker.py", "1", needs="torch"),
+    "torch-ddp-2": Peer("torch, DDP of 2 processes", WORKERS / "torch_worker.py", "2", needs="torch"),
+}
+
+
+class Running:
+    """A peer's process, which is ready once this is made.
+
+    Raises:
+        PeerError: a library is missing, or the process ended or was late; the message has the end of its stderr.
+    """
+
+    def __init__(self, peer: Peer, model: str, steps: int, timeout: float) -> None:
+        if peer.needs and importlib.util.find_spec(peer.needs) is None:
+            raise PeerError(f"{peer.needs} is not installed here")
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  closed by close()
+        self._process = subprocess.Popen(
+            peer.command(model, steps),
+            env={**os.environ, **peer.environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            start_new_session=True,  # so that what it starts can be ended with it
+        )
+        self._lines: queue.Queue[str] = queue.Queue()
+        self._reader = threading.Thread(target=self._read, name="peer-reader", daemon=True)
+        self._reader.start()
+        try:
+            self.facts = self._answer(timeout, "building, compiling and warming up")
+        except BaseException:
+            self.close(0.0)
+            raise
+
+    def round(self, timeout: float) -> float:
+        """Train one round; its seconds."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write("round\n")
+            self._process.stdin.flush()
+        except OSError:
+            raise PeerError(self._end()) from None
+        return float(self._answer(timeout, "a round")["seconds"])
+
+    def close(self, patience: float = 20.0) -> None:
+        """Let the process end by itself, end it and all that it started if it does not."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # it was gone already
+            self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(patience)
+        with contextlib.suppress(ProcessLookupError):  # the whole group, what it started too
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._reader.join(10)
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._errors.close()
+
+    def _read(self) -> None:
+        """Queue the answers of the process, and an empty line when it has ended."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(PREFIX):
+                self._lines.put(line.removeprefix(PREFIX))
+        self._lines.put("")
+
+    def _answer(self, timeout: float, what: str) -> dict[str, Any]:
+        """The next answer of the process."""
+        try:
+            line = self._lines.get(timeout=timeout)
+        except queue.Empty:
+            raise PeerError(f"{what} took longer than {timeout:g} seconds") from None
+        if not line:
+            raise PeerError(self._end())
+        return dict(json.loads(line))
+
+    def _end(self) -> str:
+        """Why the process ended: the last line on stderr."""
+        code = self._process.wait()
+        self._errors.seek(0)
+        said = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
+        return f"ended with status {code}: {said[-1][:500] if said else 'it said nothing'}"
+
+
+def measure(model: str, peers: Mapping[str, Peer], asked: argparse.Namespace) -> dict[str, Any]:
+    """All peers on one model: samples per second, the ratio to fastdp's devices, and the reasons of failures."""
+    case = CASES[model]
+    steps = asked.steps or case.steps
+    running, failed = _start(model, peers, steps, asked)
+    seconds: dict[str, list[float]] = {name: [] for name in running}
+    try:
+        for number in range(asked.rounds):
+            for name in list(running):
+                try:
+                    seconds[name].append(running[name].round(asked.timeout))
+                except PeerError as error:
+                    failed[name] = str(error)
+                    seconds.pop(name)
+                    running.pop(name).close(0.0)
+            rates = ", ".join(f"{name} {steps * case.rows / values[-1]:,.0f}" for name, values in seconds.items())
+            say(f"{model}: round {number + 1} of {asked.rounds}: samples/s: {rates}")
+        facts = {name: process.facts for name, process in running.items()}
+    finally:
+        for process in running.values():
+            process.close()
+    for name, reason in failed.items():
+        say(f"{model}: {name} failed: {reason}")
+    rates_of = {name: [steps * case.rows / value for value in values] for name, values in seconds.items()}
+    return {
+        "title": case.title,
+        "rows": case.rows,
+        "steps_per_round": steps,
+        "rounds": asked.rounds,
+        "samples_per_second": {name: spread(values, 5) for name, values in rates_of.items()},
+        "speed_of_fastdp_2_to": {
+            name: ratio(values, seconds["fastdp-2"]) for name, values in seconds.items() if "fastdp-2" in seconds
+        },
+        "facts": facts,
+        "failed": failed,
+    }
+
+
+def _start(
+    model: str, peers: Mapping[str, Peer], steps: int, asked: argparse.Namespace
+) -> tuple[dict[str, Running], dict[str, str]]:
+    """Start all peers, as many at a time as there are cores; those that are ready, and why others are not."""
+    running: dict[str, Running] = {}
+    failed: dict[str, str] = {}
+
+    def start(name: str) -> None:
+        began = time.perf_counter()
+        try:
+            running[name] = Running(peers[name], model, steps, asked.start_timeout)
+            say(f"{model}: {name} is ready after {time.perf_counter() - began:.1f} s")
+        except PeerError as error:
+            failed[name] = str(error)
+
+    with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
+        list(pool.map(start, peers))
+    return {name: running[name] for name in peers if name in running}, failed
+
+
+def say(line: str) -> None:
+    """Progress, with the time since the start."""
+    print(f"[{time.perf_counter() - BEGAN:6.1f} s] {line}", flush=True)
+
+
+BEGAN = time.perf_counter()
+LIBRARIES = ("keras", "torch", "jax", "jaxlib", "tensorflow-cpu", "tensorflow")
+
+
+def parse(arguments: Sequence[str] | None, peers: Mapping[str, Peer]) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=tuple(CASES), default=tuple(CASES), metavar="MODEL")
+    parser.add_argument("--peers", nargs="+", choices=tuple(peers), default=tuple(peers), metavar="PEER")
+    parser.add_argument("--rounds", type=_count, default=5, help="default: 5")
+    parser.add_argument("--steps", type=_count, help="steps of a round (default: the model's own)")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds that one round may take (default: 120)")
+    parser.add_argument("--start-timeout", type=float, default=420.0, help="and the start of a peer (default: 420)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where JSON, table and picture go")
+    return parser.parse_args(arguments)
+
+
+def _count(text: str) -> int:
+    """A whole number from 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
+def main(arguments: Sequence[str] | None = None, peers: Mapping[str, Peer] = PEERS) -> int:
+    """Measure every model, and write what there is after each; 1 if no peer did anything."""
+    asked = parse(arguments, peers)
+    chosen = {name: peers[name] for name in asked.peers}
+    titles = {name: peer.title for name, peer in chosen.items()}
+    asked.out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {}
+    for model in asked.models:
+        results[model] = measure(model, chosen, asked)
+        line = result_line("peers", results, libraries=LIBRARIES, unit="samples per second", titles=titles)
+        name = result_name("peers", line)
+        (asked.out / f"{name}.json").write_text(json.dumps(line, indent=1) + "\n", encoding="utf-8")
+        (asked.out / f"{name}.md").write_text(markdown(line), encoding="utf-8")
+        draw(line, asked.out / f"{name}.png")
+    print(markdown(line))
+    print(f"Wrote {asked.out / name}.json, .md and .png")
+    return 0 if any(result["samples_per_second"] for result in results.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
