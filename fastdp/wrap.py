@@ -33,7 +33,9 @@ def wrap(
         sync_batch_norm: normalize by the global batch instead of each replica's rows.
         compile: how the steps of a Keras model run. None: eagerly. "trace": captured once per batch shape, and
             run without Keras's Python; what layers read from plain Python attributes is fixed until `compile`.
-            "inductor": that, compiled by TorchInductor (needs a C++ compiler; the second step of a shape waits).
+            "inductor": that, and compiled by TorchInductor (needs a C++ compiler) in a process of its own; traced
+            steps go on until the compiled one is there. "auto": traced and compiled once a batch shape has been
+            trained for about as long as each takes. Keras's `compile(jit_compile=...)` overrides it.
         update: "first" applies the optimizer on the first device and copies the new weights to the others: faster
             where devices outnumber the cores that they share. "each" applies it on every device. The results are
             the same.

@@ -62,6 +62,7 @@ class ParallelModel(TemplateView):
         self.cpu_relocation = cpu_relocation
         if compile not in MODES:
             raise ValueError(f"`compile` must be one of {MODES}. Received: compile={compile!r}")
+        self._wrapped_mode = compile
         self._steps = Steps(
             template,
             self,
@@ -99,6 +100,8 @@ class ParallelModel(TemplateView):
         else:
             super().compile(*args, **kwargs)
         self._steps.forget_engine()
+        chosen = {True: "inductor", False: None}.get(jit_compile, self._wrapped_mode)
+        self._steps.capture_by(None if self.run_eagerly else chosen)
         follow(self.template, self)
 
     @property
@@ -221,9 +224,30 @@ class ParallelModel(TemplateView):
         return self._steps.engine
 
     def report(self) -> list[dict[str, Any]]:
-        """How training steps run: an entry per captured batch shape, or one that says why they run eagerly."""
+        """How training steps run: an entry per shape of a replica's rows, or one that says why all run eagerly.
+
+        Each tells `how` ("eager", "traced" or "compiled") and, where it could be more, `why`; its rows, those of the
+        global batch, and the steps so far; of a captured step the number of operations, and the seconds that tracing,
+        compiling (in the background) and loading took.
+        """
         captures = self._steps.captures
         return captures.report if captures is not None else [{"how": "eager", "why": "compile=None"}]
+
+    @property
+    def compiling(self) -> bool:
+        """Whether a step is being compiled in the background, or about to be replaced by its compiled form."""
+        captures = self._steps.captures
+        return captures is not None and captures.compiling
+
+    def wait_compiled(self, timeout: float | None = None) -> None:
+        """Wait until no step is being compiled, and let compiled steps take over. For benches.
+
+        Raises:
+            DeviceTimeoutError: it took longer than `timeout` seconds; compiling goes on.
+        """
+        captures = self._steps.captures
+        if captures is not None:
+            captures.wait(timeout)
 
     def _one_step_per_execution(self) -> None:
         """Keras's own rule for the torch backend."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,7 +29,7 @@ class Steps:
         template: a built Keras model, or any Keras layer that is a trainer too.
         trainer: whose loss, metrics and optimizer apply.
         devices: where the replicas run.
-        capture_mode: None, "trace" or "inductor"; see `fastdp.wrap`.
+        capture_mode: None, "trace", "inductor" or "auto"; see `fastdp.wrap`.
         sync_batch_norm: BatchNormalization over the global batch.
         template_state: a context manager factory that lends the template the trainer's settings; None where they
             are one model.
@@ -75,8 +76,15 @@ class Steps:
         return self._engine
 
     def forget_engine(self) -> None:
-        """The model was compiled anew: the next step makes another engine."""
+        """The model was compiled anew: the next step makes another engine, and what this one compiles is ended."""
+        captures = self.captures
+        if captures is not None:
+            captures.close()
         self._engine = None
+
+    def capture_by(self, mode: str | None) -> None:
+        """Let the next engine capture steps by another mode."""
+        self._capture_mode = mode
 
     @property
     def captures(self) -> Captures | None:
@@ -96,7 +104,10 @@ class Steps:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         if program.captures is not None:
             program.captures.prepare(arrays, structure, self._wants_outputs())
+        began = time.perf_counter()
         result = engine.train(arrays, structure=structure, wants_outputs=self._wants_outputs())
+        if program.captures is not None:
+            program.captures.note(time.perf_counter() - began)
         self._track_loss(result)
         x, y, sample_weight = structure.pack(arrays)
         y_pred = result.notes.structure.pack(result.outputs) if result.outputs else None

@@ -1,49 +1,65 @@
-"""Captured steps: the pure part of a training step, traced once and run without Keras's Python.
+"""Captured steps: the pure part of a training step, run without Keras's Python.
 
-The first step of a batch shape runs eagerly. Before the second one the step is traced with
-`torch.fx.experimental.proxy_tensor.make_fx` into a flat graph of ATen operations over the replica's
-variables, its rows, and the outcomes of its random draws. The draws themselves stay outside: they are
-repeated before each replay, from the same seeds and in the same order as in an eager step, so a captured
-step gives what the eager one gives. Replicas with the same number of rows share a graph.
+A step of a batch shape runs eagerly first, so that training begins at once. Then it is traced
+(`fastdp.program.capture_trace`) into a graph that is replayed, and a process of its own lets TorchInductor compile
+the graph (`fastdp.program.capture_compiler`), while replays go on; the compiled step takes over between two steps.
+Replicas with the same number of rows share a graph. How far this goes is the `mode`:
 
-The graph runs as the Python that torch generates from it ("trace"), or as the C++ that TorchInductor makes of
-it ("inductor"). Tracing and compiling patch torch for the whole process (torch.nn.Module's call, among others),
-so they happen on the host thread while no replica runs: the second step of a shape waits for them.
+    "trace"      traced before the second step of a shape
+    "inductor"   that, and compiled
+    "auto"       traced, and later compiled, once a shape has been trained for about as long as each will take
 
-What cannot be traced (a value that the model reads on the host, an exchange between replicas in the middle
-of a step) runs eagerly for good, with one warning that says why. A trace is of the model as compiled: what a
-layer reads from plain Python attributes is fixed until the next `compile`.
+Tracing happens on the host thread between steps, while no replica runs. What cannot be traced (a value that the
+model reads on the host, an exchange between replicas in the middle of a step) runs eagerly for good, with one
+warning that says why. A trace is of the model as compiled: what a layer reads from plain Python attributes is
+fixed until the next `compile`.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import keras
 import numpy as np
-import torch
-from torch._functorch.compile_utils import fx_graph_cse
-from torch._inductor import compile as inductor_compile
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from fastdp.comm.rendezvous import Rendezvous
+from fastdp.errors import DeviceTimeoutError
 from fastdp.program.base import Context
-from fastdp.program.keras import KerasProgram, Outcome
-from fastdp.program.keras_batch import OutputStructure, Structure
-from fastdp.program.keras_memory import Mapping, ReplicaScope
-from fastdp.program.keras_moments import Moments
-from fastdp.program.keras_replica import NotCapturable, replica_scope
-from fastdp.program.keras_scope import replica_aware
-from fastdp.program.torch_tensors import as_tensor
+from fastdp.program.capture_compiler import BackgroundCompiler, CompileError, Job, missing_compiler
+from fastdp.program.capture_trace import Captured, NoExchange
+from fastdp.program.keras import KerasProgram
+from fastdp.program.keras_batch import Structure
+from fastdp.program.keras_replica import NotCapturable
 from fastdp.shard import CORES, Rows, split_rows
 
+MODES = (None, "trace", "inductor", "auto")
 MOST_SHAPES = 8
-MODES = (None, "trace", "inductor")
-_Draw = Callable[[], torch.Tensor]
+# What "auto" expects work to take, in seconds. A trace takes some ten times an eager step, since it is the same
+# Python under a tracer, and loads parts of torch first; a compilation grows with the number of operations.
+TRACE_SECONDS, TRACE_STEPS = 0.5, 10
+COMPILE_SECONDS, COMPILE_SECONDS_PER_OPERATION = 10.0, 0.02
+# Compiling runs beside the training and is begun before it has paid for itself.
+COMPILE_PATIENCE = 0.25
+_POLL_SECONDS = 0.05
+
+
+@dataclass(slots=True, eq=False)
+class _Shape:
+    """What is known of the steps of one shape of a replica's rows."""
+
+    rows: int
+    of: int
+    steps: int = 0
+    seconds: float = 0.0
+    recent: list[float] = field(default_factory=list)
+    captured: Captured | None = None
+    job: Job | None = None
+    compiled: bool = False
+    why: str = "seen once so far"
 
 
 class Captures:
@@ -51,222 +67,179 @@ class Captures:
 
     Args:
         program: whose steps to capture.
-        mode: "trace" or "inductor".
+        mode: "trace", "inductor" or "auto".
         parts: the number of replicas.
 
-    `report` tells what became of each shape.
+    The host thread calls `prepare` before each training step and `note` after it. `report` tells what became of
+    each shape.
     """
 
     def __init__(self, program: KerasProgram, mode: str, parts: int) -> None:
         self._program, self._mode, self._parts = program, mode, parts
-        self._seen: set[Any] = set()
-        self._captured: dict[Any, Captured] = {}
-        self._refused: str | None = _refusal(program)
+        self._shapes: dict[Any, _Shape] = {}
+        self._present: list[_Shape] = []
+        self._compiler = BackgroundCompiler()
+        self._no_compiler = missing_compiler() if mode != "trace" else 'compile="trace"'
+        self._refused = _refusal(program)
         if self._refused:
-            self._warn()
+            self._warn_eager()
+        elif mode == "inductor" and self._no_compiler:
+            self._warn_traced()
 
     def find(self, batch: Sequence[np.ndarray], context: Context) -> Captured | None:
         """The captured step for a replica's rows, if there is one. From any thread."""
-        return self._captured.get(_key(batch, context, self._program)) if self._captured else None
+        shape = self._shapes.get(_key(batch, context, self._program)) if self._shapes else None
+        return shape.captured if shape is not None else None
 
     def prepare(self, batch: Sequence[np.ndarray], structure: Structure, wants_outputs: bool) -> None:
-        """Capture the steps of a global batch that has been seen before. On the host thread, before the step."""
+        """Capture what it is time for, let compiled steps take over. On the host thread, before the step.
+
+        Args:
+            batch: the arrays of the global batch.
+            structure: their places in the nest that the user gave.
+            wants_outputs: whether the step's outputs are looked at.
+        """
+        self._present = []
         if self._refused:
             return
         self._program.prepare_loss()
-        shapes: dict[Any, tuple[list[np.ndarray], Context]] = {}
+        self._collect()
         for rank, rows in enumerate(split_rows(len(batch[0]), self._parts)):
             context = Context.alone(batch, structure, rows.start, rows.stop, rows.total)
             context.rank, context.wants_outputs = rank, wants_outputs
-            context.size, context.rendezvous = 2, _NoExchange(2, 0.0)
+            context.size, context.rendezvous = 2, NoExchange(2, 0.0)
             own = [array[rows.start : rows.stop] for array in batch]
-            shapes[_key(own, context, self._program)] = own, context
-        for key, (own, context) in shapes.items():
-            if key in self._seen and key not in self._captured and len(self._captured) < MOST_SHAPES:
-                self._capture(key, own, context)
-        self._seen.update(shapes)
+            key = _key(own, context, self._program)
+            shape = self._shapes.setdefault(key, _Shape(rows.count, rows.total))
+            if shape in self._present:
+                continue
+            self._present.append(shape)
+            if shape.captured is None and not self._refused and self._may_trace(shape):
+                self._trace(shape, own, context)
+            if shape.captured is not None and shape.job is None and self._may_compile(shape):
+                shape.job = self._compiler.submit(shape.captured.graph, self._threads(rows))
+                shape.why = "being compiled"
+
+    def note(self, seconds: float) -> None:
+        """Tell how long the step that was prepared took."""
+        for shape in self._present:
+            shape.steps += 1
+            shape.seconds += seconds
+            shape.recent = [*shape.recent[-4:], seconds]
+
+    @property
+    def compiling(self) -> bool:
+        """Whether a step is being compiled, or is compiled and takes over before the next step."""
+        return self._compiler.busy
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until nothing is being compiled any more, and let the compiled steps take over.
+
+        Raises:
+            DeviceTimeoutError: it took longer than `timeout` seconds. Compiling goes on.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self._collect()
+        while self.compiling:
+            if deadline is not None and time.monotonic() > deadline:
+                raise DeviceTimeoutError(f"Steps were still being compiled after timeout={timeout} seconds.")
+            time.sleep(_POLL_SECONDS)
+            self._collect()
+
+    def close(self, why: str = "compiling was ended") -> None:
+        """End compiling. What has been captured so far stays in use."""
+        self._compiler.close()
+        self._no_compiler = self._no_compiler or why
+        for shape in self._shapes.values():
+            if shape.job is not None and not shape.compiled:
+                shape.job, shape.why = None, self._no_compiler
 
     @property
     def report(self) -> list[dict[str, Any]]:
-        """One entry per captured shape, or one that says why steps run eagerly."""
+        """One entry per shape of a replica's rows, or one that says why all steps run eagerly."""
         if self._refused:
             return [{"how": "eager", "why": self._refused}]
-        return [captured.report for captured in self._captured.values()]
+        return [_entry(shape) for shape in self._shapes.values()]
 
-    def _capture(self, key: Any, batch: list[np.ndarray], context: Context) -> None:
-        """Capture one shape; a warning, and no more attempts, if that cannot be done."""
-        if self._refused:
-            return
+    def _may_trace(self, shape: _Shape) -> bool:
+        """Whether it is time to trace."""
+        if shape.steps == 0:
+            return False
+        if sum(other.captured is not None for other in self._shapes.values()) >= MOST_SHAPES:
+            shape.why = f"{MOST_SHAPES} other shapes are captured"
+            return False
+        if self._mode != "auto":
+            return True
+        # The first step of a shape warms things up: the latest ones tell what a step takes.
+        shape.why = "not trained for long enough yet"
+        expected = TRACE_SECONDS + TRACE_STEPS * statistics.median(shape.recent)
+        return shape.steps > 1 and shape.seconds > expected
+
+    def _may_compile(self, shape: _Shape) -> bool:
+        """Whether it is time to compile."""
+        assert shape.captured is not None
+        if self._no_compiler:
+            shape.why = self._no_compiler
+            return False
+        if self._mode != "auto":
+            return True
+        shape.why = "not trained for long enough yet to be compiled"
+        expected = COMPILE_SECONDS + COMPILE_SECONDS_PER_OPERATION * shape.captured.operations
+        return shape.seconds > COMPILE_PATIENCE * expected
+
+    def _trace(self, shape: _Shape, batch: list[np.ndarray], context: Context) -> None:
+        """Trace one shape; a warning, and no more attempts for any shape, if that cannot be done."""
         try:
-            captured = Captured(self._program, batch, context)
-        # RuntimeError is what torch raises for values read on the host while tracing, NotImplementedError
-        # for operations without a trace.
-        except (NotCapturable, RuntimeError, NotImplementedError) as error:
-            self._refused = " ".join(str(error).split()).split(" - ")[0]
-            self._captured.clear()
-            self._warn()
-            return
-        if self._mode == "inductor":
-            captured.compile(max(1, CORES // min(self._parts, context.rows.total)))
-        self._captured[key] = captured
+            shape.captured = Captured(self._program, batch, context)
+            shape.why = ""
+        except NotCapturable as error:
+            self._refused = str(error)
+            self.close()
+            self._shapes.clear()
+            self._warn_eager()
 
-    def _warn(self) -> None:
+    def _collect(self) -> None:
+        """Let compiled steps take over."""
+        for shape in self._shapes.values():
+            job = shape.job
+            if job is None or shape.compiled or not self._compiler.done(job) or shape.captured is None:
+                continue
+            try:
+                shape.captured.run = self._compiler.result(job)
+                shape.compiled, shape.why = True, ""
+            except CompileError as error:
+                self.close(str(error))
+                self._warn_traced()
+
+    def _threads(self, rows: Rows) -> int:
+        """The cores that one replica may use while the others run."""
+        return max(1, CORES // min(self._parts, rows.total))
+
+    def _warn_eager(self) -> None:
         """Say once why steps run eagerly."""
         warnings.warn(
             f"fastdp runs {self._program.model.name!r} eagerly: it cannot be captured because of {self._refused}",
             stacklevel=4,
         )
 
-
-class Captured:
-    """One captured step, for replicas with a given number of rows.
-
-    Args:
-        program: whose step.
-        batch: a replica's rows.
-        context: the replica's place.
-
-    Raises:
-        NotCapturable: the step does something that cannot be replayed.
-        RuntimeError: torch cannot trace it.
-    """
-
-    def __init__(self, program: KerasProgram, batch: list[np.ndarray], context: Context) -> None:
-        began = time.perf_counter()
-        self._program = program
-        variables = [v.value.detach() for v in program.variables]
-        rows = [as_tensor(array, dtype) for array, dtype in zip(batch, _dtypes(context.structure), strict=True)]
-        with replica_aware():
-            recorded = _Recorded()
-            self._eager(variables, rows, context, recorded)
-            self._draws = recorded.draws
-            outcomes = [torch.empty_like(outcome) for outcome in recorded.outcomes]
-            self._layout = _Layout()
-            self._arguments = [*variables, *rows, *outcomes]
-            graph = make_fx(lambda *flat: self._flat(list(flat), len(variables), len(rows), context))(*self._arguments)
-        self._run: Any = _cleaned(graph)
-        self.report: dict[str, Any] = {
-            "how": "traced",
-            "rows": context.rows.count,
-            "operations": sum(node.op == "call_function" for node in self._run.graph.nodes),
-            "trace_seconds": time.perf_counter() - began,
-        }
-
-    def replay(self, mapping: Mapping, batch: list[np.ndarray], context: Context) -> Outcome:
-        """Run the step on a replica's variables and rows. On its device's worker."""
-        rows = [as_tensor(array, dtype) for array, dtype in zip(batch, _dtypes(context.structure), strict=True)]
-        run = self._program.running_replica(context)
-        variables = [tensor.detach() for _, tensor in mapping]
-        with torch.no_grad():
-            with (
-                replica_scope(run),
-                ReplicaScope(list(zip(self._program.variables, variables, strict=True)), set()) as s,
-            ):
-                draws = [draw() for draw in self._draws]
-            seeds = s.assigned(list(zip(self._program.variables, variables, strict=True)))
-            flat = self._run(*variables, *rows, *draws)
-        return self._layout.unflatten(flat, seeds)
-
-    def compile(self, threads: int) -> None:
-        """Let TorchInductor take over, with `threads` cores for one replica."""
-        began = time.perf_counter()
-        with torch._inductor.config.patch({"cpp.threads": threads, "compile_threads": 1}):
-            run = inductor_compile(self._run, self._arguments)
-        self._run = run
-        self.report |= {"how": "compiled", "compile_seconds": time.perf_counter() - began}
-
-    def _eager(self, variables: list[torch.Tensor], rows: list[torch.Tensor], context: Context, draws: Any) -> Outcome:
-        """The step as it is run eagerly, over given tensors."""
-        program = self._program
-        run = program.running_replica(context)
-        run.draws = draws
-        trainable = set(map(id, program.trainable))
-        mapping = [
-            (v, tensor.detach().requires_grad_() if id(v) in trainable else tensor)
-            for v, tensor in zip(program.variables, variables, strict=True)
-        ]
-        return program.compute(mapping, _pack(context.structure, rows), run)
-
-    def _flat(self, tensors: list[torch.Tensor], variables: int, rows: int, context: Context) -> list[torch.Tensor]:
-        """The traced function: a step as tensors in, tensors out."""
-        with torch.enable_grad():
-            draws = _Given(iter(tensors[variables + rows :]))
-            outcome = self._eager(tensors[:variables], tensors[variables : variables + rows], context, draws)
-        if any(id(self._program.variables[i]) in self._program.effects.seeds for i, _ in outcome.assigned):
-            raise NotCapturable("a seed generator that the model reads itself")
-        return self._layout.flatten(outcome)
-
-
-class _NoExchange(Rendezvous):
-    """Ends a capture in which replicas would have to meet. On one device too: what they meet for (the loss of
-    the merged outputs) reads the global batch, which the graph does not have.
-    """
-
-    def exchange(self, rank: int, value: Any) -> list[Any]:
-        """Refuse."""
-        raise NotCapturable("values that replicas exchange in the middle of a step")
-
-
-@dataclass(slots=True)
-class _Layout:
-    """Where in the flat list of a graph's results the parts of an outcome are."""
-
-    gradients: list[int | None] = field(default_factory=list)
-    terms: int = 0
-    outputs: int = 0
-    structure: OutputStructure | None = None
-    assigned: list[int] = field(default_factory=list)
-    moments: list[tuple[Any, float]] = field(default_factory=list)
-
-    def flatten(self, outcome: Outcome) -> list[torch.Tensor]:
-        """An outcome as one list; remembers how."""
-        found = [gradient for gradient in outcome.gradients if gradient is not None]
-        numbers = iter(range(len(found)))
-        self.gradients = [None if gradient is None else next(numbers) for gradient in outcome.gradients]
-        self.terms, self.outputs, self.structure = len(outcome.terms), len(outcome.outputs), outcome.structure
-        self.assigned = [i for i, _ in outcome.assigned]
-        self.moments = [(layer, moments.count) for layer, moments in outcome.moments]
-        statistics = [t for _, moments in outcome.moments for t in (moments.mean, moments.variance)]
-        values = [value for _, value in outcome.assigned]
-        return [t.detach() for t in (*found, *outcome.terms, *outcome.outputs, *values, *statistics)]
-
-    def unflatten(self, flat: Sequence[torch.Tensor], seeds: list[tuple[int, torch.Tensor]]) -> Outcome:
-        """The outcome again, with the seeds that the draws have moved."""
-        rest: Iterator[torch.Tensor] = iter(flat)
-        found = [next(rest) for i in self.gradients if i is not None]
-        return Outcome(
-            [None if i is None else found[i] for i in self.gradients],
-            [next(rest) for _ in range(self.terms)],
-            [next(rest) for _ in range(self.outputs)],
-            self.structure,
-            [*seeds, *((i, next(rest)) for i in self.assigned)],
-            [(layer, Moments(next(rest), next(rest), count)) for layer, count in self.moments],
+    def _warn_traced(self) -> None:
+        """Say once why steps are not compiled."""
+        warnings.warn(
+            f"fastdp runs {self._program.model.name!r} traced and not compiled: {self._no_compiler}", stacklevel=4
         )
 
 
-@dataclass(slots=True)
-class _Recorded:
-    """Draws that are made, and remembered so that they can be made again."""
-
-    draws: list[_Draw] = field(default_factory=list)
-    outcomes: list[torch.Tensor] = field(default_factory=list)
-
-    def take(self, draw: _Draw) -> torch.Tensor:
-        """Draw, and remember."""
-        self.draws.append(draw)
-        self.outcomes.append(draw())
-        return self.outcomes[-1]
-
-
-@dataclass(slots=True)
-class _Given:
-    """Draws that have been made beforehand."""
-
-    outcomes: Iterator[torch.Tensor]
-
-    def take(self, draw: _Draw) -> torch.Tensor:
-        """The next one."""
-        return next(self.outcomes)
+def _entry(shape: _Shape) -> dict[str, Any]:
+    """What is to be said about one shape."""
+    how = "compiled" if shape.compiled else "eager" if shape.captured is None else "traced"
+    entry: dict[str, Any] = {"how": how, "rows": shape.rows, "of": shape.of, "steps": shape.steps}
+    if shape.why:
+        entry["why"] = shape.why
+    if shape.captured is not None:
+        entry |= {"operations": shape.captured.operations, "trace_seconds": shape.captured.seconds}
+    if shape.compiled and shape.job is not None:
+        entry |= {"compile_seconds": shape.job.seconds, "load_seconds": shape.job.load_seconds}
+    return entry
 
 
 def _key(batch: Sequence[np.ndarray], context: Context, program: KerasProgram) -> Any:
@@ -284,27 +257,3 @@ def _refusal(program: KerasProgram) -> str | None:
     if isinstance(program.optimizer, keras.optimizers.LossScaleOptimizer):
         return "loss scaling: the scale changes from step to step"
     return None
-
-
-def _dtypes(structure: Structure) -> list[str]:
-    """The dtypes of the arrays of a batch."""
-    return [dtype for dtype in structure.dtypes if dtype is not None]
-
-
-def _pack(structure: Structure, tensors: Sequence[torch.Tensor]) -> Any:
-    """Tensors in the nest of a batch."""
-    leaves = iter(tensors)
-    return keras.tree.pack_sequence_as(
-        structure.nest, [None if dtype is None else next(leaves) for dtype in structure.dtypes]
-    )
-
-
-def _cleaned(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """Without detaches, dead code and operations that are there twice."""
-    graph = module.graph
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.target is torch.ops.aten.detach.default:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-    graph.eliminate_dead_code()
-    return torch.fx.GraphModule(module, fx_graph_cse(graph))

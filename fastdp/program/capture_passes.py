@@ -1,0 +1,198 @@
+"""Passes over a traced graph: what runs faster and gives the same numbers.
+
+A traced step is a flat graph of ATen operations, in which Keras has left much that a replay need not do: detaches,
+values that are computed twice, numbers that never change, and, around each convolution of its torch backend,
+changes of memory layout. Channels-last memory is what a Keras model's arrays have to begin with (rows, height,
+width, channels seen as torch's order), so a clone to torch's own layout and back again is taken out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch._functorch.compile_utils import fx_graph_cse
+from torch.fx import Graph, GraphModule, Node
+
+from fastdp.program.keras_replica import NotCapturable
+
+aten = torch.ops.aten
+SMALL = 4096  # elements of a constant that is worth keeping
+
+# What computes the same whatever the strides of a four-dimensional operand.
+_ANY_LAYOUT = {
+    aten.convolution.default,
+    aten.convolution_backward.default,
+    aten.max_pool2d_with_indices.default,
+    aten.max_pool2d_with_indices_backward.default,
+    aten.avg_pool2d.default,
+    aten.avg_pool2d_backward.default,
+    aten.constant_pad_nd.default,
+    aten.clone.default,
+    aten.relu.default,
+    aten.threshold_backward.default,
+    aten.add.Tensor,
+    aten.mul.Tensor,
+    aten.permute.default,
+    aten.mean.dim,
+    aten.sum.dim_IntList,
+}
+
+
+def optimized(module: GraphModule) -> GraphModule:
+    """The graph without what a replay need not do. Results are the same to the last bit, but for the order in
+    which a reduction over another memory layout adds up.
+
+    Raises:
+        NotCapturable: the graph draws random numbers, which no capture repeats.
+    """
+    graph = module.graph
+    _refuse_draws(graph)
+    _without_detaches(graph)
+    _with_constants(module)
+    _without_layout_changes(graph)
+    graph.eliminate_dead_code()
+    return GraphModule(module, fx_graph_cse(graph))
+
+
+def stored(module: GraphModule, gradients: int) -> GraphModule:
+    """The graph that writes its first results into buffers, its last inputs, instead of returning them.
+
+    A matrix product of which nothing else is made writes there itself.
+
+    Args:
+        module: a graph whose output is one list.
+        gradients: how many of the first results have a buffer, among the last placeholders, in their order.
+    """
+    graph = module.graph
+    buffers = [node for node in graph.nodes if node.op == "placeholder"][-gradients:] if gradients else []
+    (output,) = graph.find_nodes(op="output")
+    results = list(output.args[0])
+    for result, buffer in zip(results[:gradients], buffers, strict=True):
+        with graph.inserting_before(output):
+            graph.call_function(aten.copy_.default, (buffer, result))
+    output.args = (results[gradients:],)
+    module.recompile()
+    return module
+
+
+def in_place(module: GraphModule) -> GraphModule:
+    """A copy of a graph made by `stored` in which products are written straight to their buffers."""
+    graph = Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    for node in graph.find_nodes(op="call_function", target=aten.copy_.default):
+        buffer, product = node.args
+        if isinstance(product, Node) and product.target is aten.mm.default and len(product.users) == 1:
+            with graph.inserting_before(node):
+                graph.call_function(aten.mm.out, product.args, {"out": buffer})
+            graph.erase_node(node)
+            graph.erase_node(product)
+    return GraphModule(module, graph)
+
+
+def _refuse_draws(graph: Graph) -> None:
+    """End the capture of a step with draws that fastdp does not know of."""
+    for node in _calls(graph):
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise NotCapturable(f"{node.target}, a random op that is not Keras's")
+
+
+def _without_detaches(graph: Graph) -> None:
+    """Nobody differentiates a replay."""
+    for node in list(graph.find_nodes(op="call_function", target=aten.detach.default)):
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
+
+
+def _with_constants(module: GraphModule) -> None:
+    """Compute once what depends on no input."""
+    graph = module.graph
+    mutated = {_base(node.args[0]) for node in _calls(graph) if _mutates(node)}
+    known: dict[Node, torch.Tensor] = {}
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            value = getattr(module, str(node.target))
+        elif (
+            node.op == "call_function"
+            and isinstance(node.target, torch._ops.OpOverload)
+            and isinstance(node.meta.get("val"), torch.Tensor)
+            and node.meta["val"].numel() <= SMALL
+            and all(argument in known for argument in node.all_input_nodes)
+            and not _mutates(node)
+        ):
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
+            value = node.target(*args, **kwargs)
+        else:
+            continue
+        if isinstance(value, torch.Tensor) and _base(node) not in mutated:
+            known[node] = value
+    for number, (node, value) in enumerate(known.items()):
+        if node.op == "get_attr" or all(user in known for user in node.users):
+            continue
+        name = f"_folded_{number}"
+        module.register_buffer(name, value.clone(), persistent=False)
+        with graph.inserting_before(node):
+            constant = graph.get_attr(name)
+        constant.meta = dict(node.meta)
+        node.replace_all_uses_with(constant)
+
+
+def _without_layout_changes(graph: Graph) -> None:
+    """Leave channels-last values where they are: clones that only change the memory layout of what convolutions
+    and pools read are taken out, and what follows is told of its new strides."""
+    mutated = {_base(node.args[0]) for node in _calls(graph) if _mutates(node)}
+    stale: set[Node] = set()
+    for node in list(_calls(graph)):
+        if node in stale:
+            stale.discard(node)
+            _restride(node, stale)
+        if node.target is not aten.clone.default or {_base(node), _base(node.args[0])} & mutated:
+            continue
+        source: Any = node.args[0]
+        before, after = source.meta["val"], node.meta["val"]
+        same = before.stride() == after.stride() and before.storage_offset() == 0 and source.op != "placeholder"
+        to_contiguous = (
+            before.ndim == 4
+            and before.is_contiguous(memory_format=torch.channels_last)
+            and node.kwargs.get("memory_format") in (torch.contiguous_format, torch.channels_last)
+            and all(user.target in _ANY_LAYOUT for user in node.users)
+        )
+        if same or to_contiguous:
+            if not same:
+                stale.update(node.users)
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+
+
+def _restride(node: Node, stale: set[Node]) -> None:
+    """Find a node's new strides after those of its operands changed; its users are told if they did too."""
+    if node.target is aten.view.default:
+        node.target = aten.reshape.default
+    before = node.meta.get("val")
+    target: Any = node.target
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    node.meta["val"] = value = target(*args, **kwargs)
+    if not (isinstance(value, torch.Tensor) and value.stride() == before.stride()):
+        stale.update(user for user in node.users if user.op == "call_function")
+
+
+def _calls(graph: Graph) -> Iterator[Node]:
+    """The operations of a graph."""
+    return (node for node in graph.nodes if node.op == "call_function")
+
+
+def _mutates(node: Node) -> bool:
+    """Whether an operation writes into one of its operands."""
+    target: Callable[..., Any] | Any = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def _base(node: Any) -> Any:
+    """The value whose memory a node shows: through views and operations that write in place."""
+    while isinstance(node, Node) and node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        aliases = node.target._schema.returns and node.target._schema.returns[0].alias_info is not None
+        if not aliases or not node.args or not isinstance(node.args[0], Node):
+            return node
+        node = node.args[0]
+    return node

@@ -1,0 +1,250 @@
+"""One captured step: traced into a flat graph of ATen operations, and replayed.
+
+The graph is a function of a replica's variables, its rows, the outcomes of its random draws and its gradient
+buffers. The draws themselves stay outside: they are repeated before each replay, from the same seeds and in the
+same order as in an eager step, so a captured step gives what the eager one gives. Gradients are written into the
+buffers by the graph itself.
+
+Tracing runs the model on fake tensors, which have shapes and no values: no arithmetic is done. It patches torch
+for the whole process (torch.nn.Module's call, among others), so no replica may run meanwhile.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fastdp.comm.rendezvous import Rendezvous
+from fastdp.program.base import Context
+from fastdp.program.capture_passes import in_place, optimized, stored
+from fastdp.program.keras import KerasProgram, Outcome
+from fastdp.program.keras_batch import OutputStructure, Structure
+from fastdp.program.keras_memory import Mapping, ReplicaScope
+from fastdp.program.keras_moments import Moments
+from fastdp.program.keras_replica import NotCapturable, replica_scope
+from fastdp.program.keras_scope import replica_aware
+from fastdp.program.torch_tensors import as_tensor
+
+_Draw = Callable[[], torch.Tensor]
+
+
+class Captured:
+    """One captured step, for replicas with a given number of rows.
+
+    Args:
+        program: whose step.
+        batch: a replica's rows.
+        context: the replica's place.
+
+    `graph` is what a compiler is given; `run` is what a replay calls, and may be replaced by its equal.
+
+    Raises:
+        NotCapturable: the step does something that cannot be recorded or replayed; the message says what, and where.
+    """
+
+    def __init__(self, program: KerasProgram, batch: list[np.ndarray], context: Context) -> None:
+        began = time.perf_counter()
+        self._program = program
+        variables = [v.value.detach() for v in program.variables]
+        rows = _tensors(batch, context.structure)
+        with replica_aware():
+            recorded = _Recorded()
+            self._eager(variables, rows, context, recorded)
+            self._draws = recorded.draws
+            self._layout = _Layout()
+            arguments = [*variables, *rows, *recorded.outcomes, *(v.value.detach() for v in program.trainable)]
+            counts = len(variables), len(rows), len(recorded.outcomes)
+            traced = _traced(lambda *flat: self._flat(flat, counts, context), arguments)
+        buffers = traced.graph.find_nodes(op="placeholder")[sum(counts) :]
+        for node, number in zip(buffers, self._layout.gradients, strict=True):
+            if number is None:  # no gradient, no buffer
+                traced.graph.erase_node(node)
+        found = sum(number is not None for number in self._layout.gradients)
+        self.graph: GraphModule = stored(optimized(traced), found)
+        self.run: Any = in_place(self.graph)
+        self.operations = sum(node.op == "call_function" for node in self.run.graph.nodes)
+        self.seconds = time.perf_counter() - began
+
+    def replay(
+        self, mapping: Mapping, gradients: Sequence[torch.Tensor], batch: list[np.ndarray], context: Context
+    ) -> Outcome:
+        """Run the step on a replica's variables and rows, its gradients into their buffers. On its device's worker."""
+        rows = _tensors(batch, context.structure)
+        variables = [tensor.detach() for _, tensor in mapping]
+        buffers = [gradient for gradient, i in zip(gradients, self._layout.gradients, strict=True) if i is not None]
+        with torch.no_grad():
+            draws, seeds = self._drawn(variables, context) if self._draws else ([], [])
+            flat = self.run(*variables, *rows, *draws, *buffers)
+        return self._layout.unflatten(flat, buffers, seeds)
+
+    def _drawn(
+        self, variables: list[torch.Tensor], context: Context
+    ) -> tuple[list[torch.Tensor], list[tuple[int, torch.Tensor]]]:
+        """The outcomes of the step's random draws, and the seeds that they have moved."""
+        mapping = list(zip(self._program.variables, variables, strict=True))
+        with replica_scope(self._program.running_replica(context)), ReplicaScope(mapping, set()) as scope:
+            draws = [draw().contiguous() for draw in self._draws]
+        return draws, scope.assigned(mapping)
+
+    def _eager(self, variables: list[torch.Tensor], rows: list[torch.Tensor], context: Context, draws: Any) -> Outcome:
+        """The step as it is run eagerly, over given tensors."""
+        program = self._program
+        run = program.running_replica(context)
+        run.draws = draws
+        trainable = set(map(id, program.trainable))
+        mapping = [
+            (v, tensor.detach().requires_grad_() if id(v) in trainable else tensor)
+            for v, tensor in zip(program.variables, variables, strict=True)
+        ]
+        return program.compute(mapping, _pack(context.structure, rows), run)
+
+    def _flat(
+        self, tensors: Sequence[torch.Tensor], counts: tuple[int, int, int], context: Context
+    ) -> list[torch.Tensor]:
+        """The traced function: a step as tensors in, tensors out. The gradient buffers are for later."""
+        given = iter(tensors)
+        variables, rows, outcomes = ([next(given) for _ in range(count)] for count in counts)
+        with torch.enable_grad():
+            outcome = self._eager(variables, rows, context, _Given(iter(outcomes)))
+        if any(id(self._program.variables[i]) in self._program.effects.seeds for i, _ in outcome.assigned):
+            raise NotCapturable("a seed generator that the model reads itself")
+        return self._layout.flatten(outcome)
+
+
+def _traced(function: Callable[..., Any], arguments: list[torch.Tensor]) -> GraphModule:
+    """The graph of a function.
+
+    Raises:
+        NotCapturable: torch cannot trace it.
+    """
+    filtering = keras.config.is_traceback_filtering_enabled()
+    keras.config.disable_traceback_filtering()  # so that the layers are found in the traceback
+    try:
+        # Without an environment for symbols, so that reading a value on the host is an error that names the operation.
+        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=None)
+        fakes = [mode.from_tensor(argument) for argument in arguments]
+        return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*fakes)
+    except NotCapturable as error:
+        raise NotCapturable(f"{error}{_place(error.__traceback__)}") from error
+    # RuntimeError is what torch raises for values read on the host while tracing (of a kind that names the
+    # operation, `func`), NotImplementedError for operations without a trace.
+    except (RuntimeError, NotImplementedError) as error:
+        operation = getattr(error, "func", None)
+        said = " ".join(str(error).split()).split(" - ")[0]
+        what = f"{operation}, which needs values on the host" if operation is not None else said
+        raise NotCapturable(f"{what}{_place(error.__traceback__)}") from error
+    finally:
+        if filtering:
+            keras.config.enable_traceback_filtering()
+
+
+def _place(trace: TracebackType | None) -> str:
+    """The innermost layer in a traceback, as the end of a sentence."""
+    layers = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(trace)]
+    found = [layer for layer in layers if isinstance(layer, keras.layers.Layer) and not isinstance(layer, keras.Model)]
+    return f", in the layer {found[-1].name!r} ({type(found[-1]).__name__})" if found else ""
+
+
+class NoExchange(Rendezvous):
+    """Ends a capture in which replicas would have to meet. On one device too: what they meet for (the loss of
+    the merged outputs) reads the global batch, which the graph does not have.
+    """
+
+    def exchange(self, rank: int, value: Any) -> list[Any]:
+        """Refuse."""
+        raise NotCapturable("values that replicas exchange in the middle of a step")
+
+
+@dataclass(slots=True)
+class _Layout:
+    """Where in the flat list of a graph's results the parts of an outcome are."""
+
+    gradients: list[int | None] = field(default_factory=list)
+    terms: int = 0
+    outputs: int = 0
+    structure: OutputStructure | None = None
+    assigned: list[int] = field(default_factory=list)
+    moments: list[tuple[Any, float]] = field(default_factory=list)
+
+    def flatten(self, outcome: Outcome) -> list[torch.Tensor]:
+        """An outcome as one list; remembers how."""
+        found = [gradient for gradient in outcome.gradients if gradient is not None]
+        numbers = iter(range(len(found)))
+        self.gradients = [None if gradient is None else next(numbers) for gradient in outcome.gradients]
+        self.terms, self.outputs, self.structure = len(outcome.terms), len(outcome.outputs), outcome.structure
+        self.assigned = [i for i, _ in outcome.assigned]
+        self.moments = [(layer, moments.count) for layer, moments in outcome.moments]
+        statistics = [t for _, moments in outcome.moments for t in (moments.mean, moments.variance)]
+        values = [value for _, value in outcome.assigned]
+        return [t.detach() for t in (*found, *outcome.terms, *outcome.outputs, *values, *statistics)]
+
+    def unflatten(
+        self,
+        flat: Sequence[torch.Tensor],
+        found: Sequence[torch.Tensor],
+        seeds: list[tuple[int, torch.Tensor]],
+    ) -> Outcome:
+        """The outcome again: gradients that are in their buffers, results, the seeds that the draws have moved."""
+        rest: Iterator[torch.Tensor] = iter(flat)
+        return Outcome(
+            [None if i is None else found[i] for i in self.gradients],
+            [next(rest) for _ in range(self.terms)],
+            [next(rest) for _ in range(self.outputs)],
+            self.structure,
+            [*seeds, *((i, next(rest)) for i in self.assigned)],
+            [(layer, Moments(next(rest), next(rest), count)) for layer, count in self.moments],
+        )
+
+
+@dataclass(slots=True)
+class _Recorded:
+    """Draws that are made, and remembered so that they can be made again."""
+
+    draws: list[_Draw] = field(default_factory=list)
+    outcomes: list[torch.Tensor] = field(default_factory=list)
+
+    def take(self, draw: _Draw) -> torch.Tensor:
+        """Draw, and remember."""
+        self.draws.append(draw)
+        self.outcomes.append(draw())
+        return self.outcomes[-1]
+
+
+@dataclass(slots=True)
+class _Given:
+    """Draws that have been made beforehand."""
+
+    outcomes: Iterator[torch.Tensor]
+
+    def take(self, draw: _Draw) -> torch.Tensor:
+        """The next one."""
+        return next(self.outcomes)
+
+
+def _dtypes(structure: Structure) -> list[str]:
+    """The dtypes of the arrays of a batch."""
+    return [dtype for dtype in structure.dtypes if dtype is not None]
+
+
+def _tensors(batch: Sequence[np.ndarray], structure: Structure) -> list[torch.Tensor]:
+    """The arrays of a batch as tensors, in plain layout, as a graph expects them."""
+    return [as_tensor(a, dtype).contiguous() for a, dtype in zip(batch, _dtypes(structure), strict=True)]
+
+
+def _pack(structure: Structure, tensors: Sequence[torch.Tensor]) -> Any:
+    """Tensors in the nest of a batch."""
+    leaves = iter(tensors)
+    return keras.tree.pack_sequence_as(
+        structure.nest, [None if dtype is None else next(leaves) for dtype in structure.dtypes]
+    )

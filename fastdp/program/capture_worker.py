@@ -1,0 +1,43 @@
+"""The process that compiles one captured step: `python -m fastdp.program.capture_worker GRAPH ARTIFACT THREADS CORES`.
+
+It reads a graph, lets TorchInductor compile it for `THREADS` cores, using `CORES` cores itself, and saves what the
+training process can load. It ends with its parent: closing its standard input ends it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import torch
+from torch._inductor import standalone_compile
+
+from fastdp.program.capture_graph import from_bytes
+
+YIELDING = 10  # lower priority than the training it shares the cores with
+
+
+def main(graph: str, artifact: str, threads: str, cores: str) -> None:
+    """Compile the graph in one file into the artifact in another."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.nice(YIELDING)
+    module, inputs, mode = from_bytes(Path(graph).read_bytes())
+    settings = {"cpp.threads": int(threads), "compile_threads": int(cores)}
+    with torch.no_grad(), torch._inductor.config.patch(settings):
+        compiled = standalone_compile(module, inputs, dynamic_shapes="from_example_inputs", fake_mode=mode)
+    unfinished = f"{artifact}.unfinished"
+    compiled.save(path=unfinished, format="binary")
+    Path(unfinished).rename(artifact)
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of standard input; then end this process and the compilers that it started."""
+    os.read(0, 1)  # not sys.stdin: its lock, held here, would abort the interpreter at its end
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,243 @@
+"""Captured steps are compiled in the background: no step waits, results stay, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import torch
+
+import fastdp
+from fastdp.program import capture, capture_compiler
+from fastdp.program.capture_compiler import BackgroundCompiler, CompileError
+from fastdp.program.capture_graph import from_bytes, to_bytes
+from fastdp.program.capture_passes import optimized
+
+L = keras.layers
+WAIT = 240.0
+
+
+@pytest.fixture(autouse=True)
+def _devices(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    fastdp.set_virtual_devices(2)
+    yield
+    fastdp.set_virtual_devices(0)
+    assert not list(tmp_path.glob("fastdp-compile-*"))
+
+
+def small():
+    return [
+        keras.Input((6,)),
+        L.Reshape((6, 1)),
+        L.Conv1D(4, 3, activation="relu"),
+        L.Flatten(),
+        L.Dropout(0.4, seed=1),
+        L.Dense(3, "softmax", kernel_regularizer="l2"),
+    ]
+
+
+def wrapped(mode, layers=small, **options):
+    keras.utils.set_random_seed(5)
+    model = keras.Sequential(layers())
+    parallel = fastdp.wrap(model, gpus=2, compile=mode, check_replicas=True)
+    parallel.compile(keras.optimizers.Adam(0.01), "categorical_crossentropy", metrics=["accuracy"], **options)
+    return parallel
+
+
+def train(parallel, count, seed=0):
+    generator = np.random.default_rng(seed)
+    losses = []
+    for _ in range(count):
+        x = generator.normal(size=(8, 6)).astype("float32")
+        y = np.eye(3, dtype="float32")[generator.integers(0, 3, 8)]
+        losses.append(parallel.train_on_batch(x, y)[0])
+    return losses
+
+
+def hows(parallel):
+    return {entry["how"] for entry in parallel.report()}
+
+
+def graph_of(function, *arguments):
+    return torch.fx.experimental.proxy_tensor.make_fx(function, tracing_mode="fake")(*arguments)
+
+
+@pytest.mark.slow
+def test_a_step_is_compiled_in_the_background_takes_over_and_equals_the_eager_one():
+    eager = wrapped(None)
+    expected = train(eager, 3) + train(eager, 4, seed=1)
+    parallel = wrapped("inductor")
+    losses = train(parallel, 3)
+    assert hows(parallel) == {"traced"}
+    assert parallel.compiling
+    parallel.wait_compiled(WAIT)
+    assert not parallel.compiling
+    losses += train(parallel, 4, seed=1)
+    assert hows(parallel) == {"compiled"}
+    assert all(entry["compile_seconds"] > 0 and entry["load_seconds"] > 0 for entry in parallel.report())
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-6)
+    for weight, other in zip(parallel.get_weights(), eager.get_weights(), strict=True):
+        np.testing.assert_allclose(weight, other, rtol=1e-4, atol=1e-5)
+
+
+def test_waiting_for_the_compiler_has_a_timeout_and_compiling_anew_ends_it():
+    parallel = wrapped("inductor")
+    train(parallel, 2)
+    process = parallel._steps.captures._compiler._started[0].process
+    with pytest.raises(fastdp.DeviceTimeoutError, match=r"timeout=0\.01"):
+        parallel.wait_compiled(0.01)
+    assert process.poll() is None
+    parallel.compile("sgd", "mse")
+    assert process.poll() is not None
+    assert not parallel.compiling
+
+
+def test_a_compiler_that_dies_is_told_once_and_steps_go_on_traced():
+    parallel = wrapped("inductor")
+    train(parallel, 2)
+    process = parallel._steps.captures._compiler._started[0].process
+    process.kill()
+    process.wait()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(parallel, 4)
+    (said,) = [str(w.message) for w in caught if "not compiled" in str(w.message)]
+    assert "ended with status -9" in said
+    assert hows(parallel) == {"traced"}
+    assert not parallel.compiling
+    assert any("status -9" in entry["why"] for entry in parallel.report())
+
+
+def test_without_a_compiler_steps_are_traced_and_a_warning_says_so(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    parallel = wrapped("inductor")
+    with pytest.warns(UserWarning, match=r"no C\+\+ compiler \(no-such-compiler\)"):
+        train(parallel, 3)
+    assert hows(parallel) == {"traced"}
+
+
+def test_a_compiler_that_takes_too_long_is_given_up():
+    compiler = BackgroundCompiler(timeout=0.0)
+    job = compiler.submit(graph_of(lambda a: [a + 1.0], torch.ones(3)), 1)
+    time.sleep(0.01)
+    assert compiler.done(job)
+    with pytest.raises(CompileError, match="longer than"):
+        compiler.result(job)
+    assert job.process.poll() is not None
+    assert not compiler.busy
+
+
+def test_the_worker_ends_with_the_process_that_started_it(tmp_path):
+    code = (
+        "import os, torch, sys\n"
+        "from torch.fx.experimental.proxy_tensor import make_fx\n"
+        "from fastdp.program.capture_compiler import BackgroundCompiler\n"
+        "c = BackgroundCompiler()\n"
+        "j = c.submit(make_fx(lambda a: [a + 1.0], tracing_mode='fake')(torch.ones(3)), 1)\n"
+        "print(j.process.pid, flush=True)\n"
+        "os.kill(os.getpid(), 9) if sys.argv[1] == 'killed' else None\n"
+    )
+    for how in ("killed", "ended"):
+        folder = tmp_path / how
+        folder.mkdir()
+        environment = os.environ | {"TMPDIR": str(folder)}
+        done = subprocess.run(
+            [sys.executable, "-c", code, how], env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        pid = int(done.stdout)
+        deadline = time.monotonic() + 60
+        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+            if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
+                break
+            time.sleep(0.05)
+        assert time.monotonic() < deadline
+    assert not list((tmp_path / "ended").glob("fastdp-compile-*"))
+
+
+def test_auto_runs_eagerly_then_traced_once_a_shape_has_been_trained_for_long(monkeypatch):
+    parallel = wrapped("auto")
+    train(parallel, 4)
+    assert hows(parallel) == {"eager"}
+    assert "not trained for long" in parallel.report()[0]["why"]
+    monkeypatch.setattr(capture, "TRACE_SECONDS", 0.0)
+    monkeypatch.setattr(capture, "TRACE_STEPS", 0)
+    train(parallel, 1)
+    assert hows(parallel) == {"traced"}
+    assert not parallel.compiling
+    monkeypatch.setattr(capture, "COMPILE_PATIENCE", 0.0)
+    train(parallel, 1)
+    assert parallel.compiling
+    parallel._steps.forget_engine()
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "expected"),
+    [
+        ("trace", {"jit_compile": False}, {"eager"}),
+        ("trace", {"jit_compile": "auto"}, {"traced"}),
+        (None, {"jit_compile": "auto"}, {"eager"}),
+        (None, {"jit_compile": True}, {"traced"}),
+        ("trace", {"run_eagerly": True}, {"eager"}),
+    ],
+)
+def test_keras_own_settings_choose_too(mode, options, expected, monkeypatch):
+    monkeypatch.setattr(capture_compiler, "missing_compiler", lambda: None)
+    parallel = wrapped(mode, **options)
+    train(parallel, 2)
+    assert hows(parallel) == expected
+    parallel._steps.forget_engine()
+
+
+def test_a_graph_survives_being_bytes():
+    table = torch.arange(6.0)
+
+    def function(a, b):
+        first, second = torch.split(a * table + torch.zeros(()), 3, dim=-1)
+        return [first @ b, second.sum().to(torch.float64), torch.full((2,), 3.0)]
+
+    arguments = torch.randn(4, 6), torch.randn(3, 2)
+    module = optimized(
+        torch.fx.experimental.proxy_tensor.make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(
+            *arguments
+        )
+    )
+    data, constants = to_bytes(module)
+    loaded, fakes, _ = from_bytes(data)
+    assert [tuple(fake.shape) for fake in fakes] == [(4, 6), (3, 2), *(tuple(c.shape) for c in constants)]
+    for value, other in zip(loaded(*arguments, *constants), function(*arguments), strict=True):
+        assert value.dtype == other.dtype
+        torch.testing.assert_close(value, other)
+
+
+def test_layout_changes_around_convolutions_are_taken_out_and_the_numbers_stay():
+    def network(x, w, v):
+        y = torch.conv2d(x.permute(0, 3, 1, 2), w.permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last))
+        y = y.permute(0, 2, 3, 1).relu().permute(0, 3, 1, 2).contiguous()
+        y = y.contiguous(memory_format=torch.channels_last)
+        y = torch.conv2d(y, v.permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last))
+        return [y.permute(0, 2, 3, 1).reshape(2, -1)]
+
+    arguments = torch.randn(2, 8, 8, 3), torch.randn(3, 3, 3, 4), torch.randn(3, 3, 4, 5)
+    traced = graph_of(network, *arguments)
+    clone = torch.ops.aten.clone.default
+    before = len(traced.graph.find_nodes(op="call_function", target=clone))
+    expected = traced(*arguments)
+    module = optimized(traced)
+    after = len(module.graph.find_nodes(op="call_function", target=clone))
+    assert before == 4
+    assert after == 2  # the kernels'
+    torch.testing.assert_close(module(*arguments), expected)
+
+
+def test_random_ops_that_are_not_keras_own_are_not_captured():
+    with pytest.raises(capture.NotCapturable, match="rand"):
+        optimized(graph_of(lambda a: [a + torch.rand(3)], torch.ones(3)))
