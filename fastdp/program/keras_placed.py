@@ -284,6 +284,15 @@ def _sum(total: torch.Tensor | None, more: torch.Tensor | None) -> torch.Tensor 
     return total + more
 
 
+def gradients_of(
+    run: Running, roots: Sequence[torch.Tensor], seeds: Sequence[Any], leaves: Sequence[torch.Tensor]
+) -> Sequence[torch.Tensor | None]:
+    """Gradients of a step's leaves, through the replica's devices if it has several."""
+    if run.placed is not None:
+        return run.placed[1].gradients(roots, seeds, leaves)
+    return torch.autograd.grad(roots, leaves, seeds, allow_unused=True) if roots else [None] * len(leaves)
+
+
 class _NoMeeting(Rendezvous):
     """Refuses layers that meet their like of other replicas in the middle of a call: two threads would mix them up."""
 

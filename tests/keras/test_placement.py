@@ -136,6 +136,11 @@ def test_dropout_losses_and_statistics_in_branches_equal_plain_keras():
     assert_same(fitted(two_branches(make=make), [(0, 1)]), fitted(two_branches(make=make)))
 
 
+def test_statistics_of_branches_on_two_replicas_are_those_of_replicas_without_places():
+    here = fitted(two_branches(("cpu", "cpu"), make=Rest), 2)
+    assert_same(fitted(two_branches(make=Rest), [(0, 1), (2, 3)]), here)
+
+
 def test_one_layer_with_seeds_in_both_branches_draws_in_the_graphs_order():
     def build():
         layer = keras.layers.Dropout(0.4, seed=5)
