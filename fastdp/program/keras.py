@@ -27,7 +27,7 @@ from fastdp.program.keras_merged import merged_loss
 from fastdp.program.keras_moments import Moments, combine
 from fastdp.program.keras_optimizer import slots_of, why_not_now
 from fastdp.program.keras_optimizer_flat import FlatUpdate
-from fastdp.program.keras_placed import PlacedGraph, graph_of
+from fastdp.program.keras_placed import PlacedGraph, gradients_of, graph_of
 from fastdp.program.keras_replica import Running, replica_scope
 from fastdp.program.keras_scope import replica_aware
 from fastdp.program.keras_trial import Effects
@@ -218,11 +218,7 @@ class KerasProgram:
             extra = self._extra_losses(scope.losses, run.context)
             roots, seeds, terms = self._loss(y, y_pred, sample_weight, extra, scope, run)
         leaves = [scope.get_current_value(v) for v in self.trainable]
-        found: Sequence[torch.Tensor | None] = [None] * len(leaves)
-        if run.placed is not None:
-            found = run.placed[1].gradients(roots, seeds, leaves)
-        elif roots:
-            found = torch.autograd.grad(roots, leaves, seeds, allow_unused=True)
+        found = gradients_of(run, roots, seeds, leaves)
         outputs, structure = flatten_outputs(y_pred) if run.context.wants_outputs else ([], None)
         return Outcome(found, terms, outputs, structure, scope.assigned(mapping), run.moments)
 
