@@ -43,6 +43,7 @@ class LayerCalls:
         self.program: CallProgram = engine.program
         self.count = 0
         self.told = False
+        self.postponed = False
         self.refused: dict[str, str] = {}
         self._own = {id(layer) for layer in self.program.model._flatten_layers()}
         self._known: dict[Any, LayerEffects] = {}
@@ -54,6 +55,7 @@ class LayerCalls:
             return original(layer, *args, **kwargs)
         effects = self._effects(layer, call)
         if effects.refused is not None or not effects.tried:
+            self.postponed = self.postponed or not effects.tried  # rows that are all equal tell nothing
             if effects.refused is not None and layer.name not in self.refused:
                 self.refused[layer.name] = effects.refused
                 warnings.warn(

@@ -75,6 +75,11 @@ class Steps:
             self._calls = LayerCalls(self._engine) if isinstance(program, CallProgram) else None
         return self._engine
 
+    @property
+    def made_engine(self) -> DataParallel | None:
+        """The engine, if there is one by now."""
+        return self._engine
+
     def forget_engine(self) -> None:
         """The model was compiled anew: the next step makes another engine, and what this one compiles is ended."""
         captures = self.captures

@@ -140,7 +140,11 @@ class CallProgram(KerasProgram):
     def knows(self, layer: Any) -> bool:
         """Whether the replicas have all the layer's variables, and their leaves if they are trained."""
         leaves = set(map(id, self.trainable))
-        return all(id(v) in self._index and (not v.value.requires_grad or id(v) in leaves) for v in layer.variables)
+        trains = torch.is_grad_enabled()
+        return all(
+            id(v) in self._index and not (trains and v.value.requires_grad and id(v) not in leaves)
+            for v in layer.variables
+        )
 
     def seeds_now(self) -> Mapping:
         """The states of all seed generators, copied."""

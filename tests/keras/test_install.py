@@ -1,0 +1,162 @@
+"""`fastdp.install`: the user's own model on all devices, and plain Keras where that cannot be."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import keras
+import numpy as np
+import pytest
+from keras.src.backend.torch.trainer import TorchTrainer
+
+import fastdp
+from fastdp.engine import DataParallel
+
+X = np.random.default_rng(0).normal(size=(21, 3)).astype("float32")
+Y = X.sum(axis=1, keepdims=True)
+
+
+@pytest.fixture(autouse=True)
+def devices() -> Iterator[None]:
+    """Two devices; plain Keras afterwards."""
+    fastdp.set_virtual_devices(2)
+    yield
+    fastdp.uninstall()
+    fastdp.set_virtual_devices(0)
+
+
+@pytest.fixture
+def steps(monkeypatch) -> list[tuple[str, int]]:
+    """The engine's steps: kind, and rows."""
+    seen = []
+    for kind in ("train", "predict"):
+        original = getattr(DataParallel, kind)
+        monkeypatch.setattr(
+            DataParallel,
+            kind,
+            lambda self, b, k=kind, o=original, **kw: seen.append((k, len(b[0]))) or o(self, b, **kw),
+        )
+    return seen
+
+
+def small(*first):
+    keras.utils.set_random_seed(3)
+    dense = [keras.layers.Dense(4, activation="tanh"), keras.layers.BatchNormalization(), keras.layers.Dense(1)]
+    model = keras.Sequential([*first, *dense])
+    model.compile(keras.optimizers.Adam(0.01), "mse", metrics=["mae"])
+    return model
+
+
+def everything(model):
+    """All that a model's loops give, one after the other."""
+    fit = model.fit(X, Y, batch_size=8, epochs=3, verbose=0, validation_split=0.2).history
+    on_batch = [model.train_on_batch(X, Y), model.test_on_batch(X, Y)]
+    rest = [model.evaluate(X, Y, verbose=0), model.predict(X, batch_size=4, verbose=0), model.predict_on_batch(X)]
+    return [*fit.values(), *on_batch, *rest]
+
+
+@pytest.mark.parametrize("first", [[], [keras.Input((3,))]])  # built by its first batch, or before
+def test_every_loop_runs_on_the_devices_and_gives_what_plain_keras_gives(first, steps):
+    expected = everything(small(*first))
+    assert steps == []
+    fastdp.install(gpus=2)
+    for found, wanted in zip(everything(small(*first)), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=1e-6)
+    assert steps.count(("train", 8)) == 6
+    assert ("train", 21) in steps
+    assert ("predict", 21) in steps
+
+
+def test_callbacks_see_the_users_model_and_can_stop_it(steps):
+    class Look(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            assert self.model is model
+
+        def on_epoch_end(self, epoch, logs=None):
+            assert self.model.optimizer is model.optimizer
+            self.model.stop_training = epoch == 1
+
+    fastdp.install()
+    model = small()
+    history = model.fit(X, Y, epochs=9, verbose=0, callbacks=[Look()])
+    assert history is model.history
+    assert history.epoch == [0, 1]
+    assert steps
+
+
+def test_uninstall_gives_plain_keras_back(steps):
+    original = TorchTrainer.make_train_function
+    fastdp.install(gpus=2)
+    model = small()
+    model.fit(X, Y, verbose=0)
+    count = len(steps)
+    assert count
+    fastdp.uninstall()
+    assert TorchTrainer.make_train_function is original
+    model.fit(X, Y, verbose=0)
+    model.predict(X, verbose=0)
+    assert len(steps) == count
+
+
+def test_a_model_fitted_before_install_runs_on_the_devices_after_it(steps):
+    model = small()
+    model.fit(X, Y, verbose=0)
+    assert steps == []
+    fastdp.install(gpus=2)
+    model.fit(X, Y, verbose=0)
+    assert steps
+
+
+def test_compiling_and_freezing_anew_trains_what_keras_trains(steps):
+    def weights(model):
+        model.fit(X, Y, epochs=1, verbose=0, shuffle=False)
+        model.layers[0].trainable = False
+        model.compile("sgd", "mae")
+        model.fit(X, Y, epochs=1, verbose=0, shuffle=False)
+        return model.get_weights()
+
+    expected = weights(small())
+    fastdp.install(gpus=2)
+    for found, wanted in zip(weights(small()), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_what_cannot_be_split_runs_as_plain_keras_with_one_warning(steps):
+    model = keras.Sequential([keras.Input(batch_shape=(7, 5, 3)), keras.layers.LSTM(2, stateful=True, name="memory")])
+    x = np.ones((14, 5, 3), "float32")
+    fastdp.install(gpus=2)
+    with pytest.warns(UserWarning, match="predict steps of .* one device, as plain Keras: .*'memory' is stateful"):
+        model.predict(x, batch_size=7, verbose=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="fastdp")
+        model.predict(x, batch_size=7, verbose=0)
+    assert steps == []
+
+
+def test_a_step_of_the_models_own_runs_its_layers_on_the_devices(steps):
+    class Own(keras.Model):
+        def train_step(self, data):
+            return {**super().train_step(data), "ten": 10.0}
+
+    def losses():
+        keras.utils.set_random_seed(3)
+        inputs = keras.Input((3,))
+        model = Own(inputs, keras.layers.Dense(1)(inputs))
+        model.compile("sgd", "mse")
+        return model.fit(X, Y, epochs=2, verbose=0, batch_size=8, shuffle=False).history
+
+    expected = losses()
+    fastdp.install(gpus=2)
+    found = losses()
+    assert found["ten"] == [10.0, 10.0]
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
+    assert ("predict", 8) in steps
+
+
+def test_wrong_arguments_say_so_at_once():
+    with pytest.raises(ValueError, match="gpus=3"):
+        fastdp.install(gpus=3)
+    with pytest.raises(TypeError, match="no option"):
+        fastdp.install(gpus=2, devices=2)
+    fastdp.uninstall()  # nothing is installed: nothing happens

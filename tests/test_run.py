@@ -1,0 +1,97 @@
+"""`fastdp run`: an unmodified script on several devices, with everything around it as with plain Python."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="Keras is not installed")
+ROOT = Path(__file__).parents[1]
+
+TRAINING = """
+import keras, numpy as np, sys
+keras.utils.set_random_seed(1)
+layers = [keras.layers.Dense(4, activation="tanh"), keras.layers.BatchNormalization(), keras.layers.Dense(1)]
+model = keras.Sequential(layers)
+model.compile("adam", "mse")
+x = np.random.default_rng(0).normal(size=(21, 3)).astype("float32")
+history = model.fit(x, x.sum(1, keepdims=True), batch_size=8, epochs=2, verbose=0)
+print([round(loss, 4) for loss in history.history["loss"]])
+print(type(model.train_function).__name__, file=sys.stderr)
+"""
+
+
+def python(*arguments, folder, **environment):
+    """What a process prints, from `folder`."""
+    kept = {k: v for k, v in os.environ.items() if k != "FASTDP_VIRTUAL_DEVICES"}
+    kept |= {"PYTHONPATH": str(ROOT), "KERAS_BACKEND": "torch", "CUDA_VISIBLE_DEVICES": "", **environment}
+    return subprocess.run(
+        [sys.executable, *arguments], env=kept, cwd=folder, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def fastdp_run(*arguments, folder, **environment):
+    return python("-m", "fastdp", "run", *arguments, folder=folder, **environment)
+
+
+def test_a_script_trains_as_plain_python_and_on_the_devices(tmp_path):
+    (tmp_path / "train.py").write_text(TRAINING)
+    plain = python("train.py", folder=tmp_path)
+    parallel = fastdp_run("--virtual", "2", "train.py", folder=tmp_path)
+    assert plain.stdout == parallel.stdout
+    assert parallel.stderr.strip() == "_ParallelFunction"
+    assert plain.stderr.strip() == "function"
+
+
+SHOW = "import sys; print(__name__, sys.argv, sys.path[0], __import__('neighbour').word)"
+
+
+@pytest.mark.parametrize("devices", [["--virtual", "2", "--gpus", "0,1"], []])
+def test_arguments_paths_and_main_are_those_of_plain_python(tmp_path, devices):
+    folder = tmp_path / "scripts"
+    folder.mkdir()
+    (folder / "show.py").write_text(SHOW)
+    (folder / "neighbour.py").write_text("word = 'found'")
+    environment = {} if devices else {"FASTDP_VIRTUAL_DEVICES": "2"}
+    plain = python("scripts/show.py", "--gpus", "7", "-m", folder=tmp_path)
+    parallel = fastdp_run(*devices, "scripts/show.py", "--gpus", "7", "-m", folder=tmp_path, **environment)
+    assert plain.stdout == parallel.stdout
+    assert "found" in plain.stdout
+
+
+def test_a_module_by_name(tmp_path):
+    (tmp_path / "tool.py").write_text("import sys; print(__name__, sys.argv[1:], sys.path[0])")
+    plain = python("-m", "tool", "--virtual", "x", folder=tmp_path)
+    assert fastdp_run("--virtual", "2", "-m", "tool", "--virtual", "x", folder=tmp_path).stdout == plain.stdout
+
+
+@pytest.mark.parametrize("code", ["sys.exit(3)", "sys.exit('bad')", "sys.exit()", "pass", "1 / 0"])
+def test_exit_status_and_traceback_are_those_of_plain_python(tmp_path, code):
+    (tmp_path / "end.py").write_text(f"import sys\ndef f():\n    {code}\nf()\n")
+    plain = python(str(tmp_path / "end.py"), folder=tmp_path)
+    parallel = fastdp_run("--virtual", "2", str(tmp_path / "end.py"), folder=tmp_path)
+    assert (parallel.returncode, parallel.stderr) == (plain.returncode, plain.stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["missing.py"], 2, "can't open file"),
+        (["--virtual", "2", "-m", "no_such_module"], 1, "no module named no_such_module"),
+        (["--virtual", "2", "-m", "no_such.module"], 1, "no module named no_such.module"),
+        ([], 2, "name a script, or a module after -m"),
+        (["--virtual", "2", "--gpus", "3", "a.py"], 1, "wants the devices [0, 1, 2]"),
+        (["--gpus", "many", "a.py"], 2, "must be a number"),
+    ],
+)
+def test_what_cannot_be_run_says_why(tmp_path, arguments, status, message):
+    (tmp_path / "a.py").write_text("")
+    done = fastdp_run(*arguments, folder=tmp_path)
+    assert done.returncode == status
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
