@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -20,6 +21,7 @@ from fastdp.program.base import Context, Memory, Program, Result
 from fastdp.replica import Replica
 from fastdp.shard import CORES, split_rows
 from fastdp.step import Step, StepResult, add_up, commit, run_replica, step_error
+from fastdp.timing import Timings, Watch
 from fastdp.transfer import Merger, count_rows, scatter
 
 # Steps of different engines that share devices must not interleave: replicas block in exchanges.
@@ -91,6 +93,7 @@ class DataParallel:
         self._updated = False
         self._buckets = self.replicas[0].gradients.buckets()
         self.timings: list[list[float]] = []
+        self.times = Timings()
 
     # The two steps.
 
@@ -124,7 +127,9 @@ class DataParallel:
 
     def _scatter(self, step: Step, batch: Sequence[np.ndarray]) -> None:
         """Each replica gets its rows of every array."""
+        step.watch.scattering = time.perf_counter()
         step.batches = scatter(batch, step.shards, self.devices)
+        step.watch.scattered = time.perf_counter()
 
     def _run(self, step: Step, work: Callable[[Replica, list[np.ndarray], Context], Result]) -> None:
         """Each replica works on its rows, and writes its outputs to their place."""
@@ -144,6 +149,7 @@ class DataParallel:
 
         def apply(replica: Replica) -> None:
             assert step.totals is not None
+            step.watch.update_began[replica.rank] = time.perf_counter()
             try:
                 if replica.rank == 0:
                     step.restorable = self._save()
@@ -152,6 +158,7 @@ class DataParallel:
                 self.program.prepare_thread(CORES if self.update == "first" else step.threads)
                 replica.update(step.totals)
                 step.updates_done.append(replica.rank)
+                step.watch.update_ended[replica.rank] = time.perf_counter()
                 self._updated = True
             except BaseException as error:
                 step.failures.append((replica.rank, error))
@@ -168,6 +175,8 @@ class DataParallel:
     def _merge(self, step: Step) -> StepResult:
         """Wait for the replicas; outputs are together in row order."""
         self._finish(step)
+        step.watch.finished = time.perf_counter()
+        trains = step.totals is not None
         if step.totals is None:
             add_up(step)
         else:
@@ -178,6 +187,8 @@ class DataParallel:
         outputs = step.merger.result() if step.contexts[0].wants_outputs else []
         self.timings.append(step.seconds)
         del self.timings[:-1000]
+        if trains:
+            self.times.add(step.watch)
         return StepResult(outputs, step.totals.sums, step.totals.notes, step.shards[0].total)
 
     # State.
@@ -186,6 +197,11 @@ class DataParallel:
     def _updating(self) -> list[Replica]:
         """The replicas that apply the update themselves."""
         return self.replicas if self.update == "each" else self.replicas[:1]
+
+    @property
+    def spare_nbytes(self) -> int:
+        """Bytes of the copy from which a failed update is taken back."""
+        return sum(saved.nbytes for saved in self._saved)
 
     def assert_replicas_equal(self) -> None:
         """Compare all replicas with the first, bit by bit.
@@ -239,7 +255,8 @@ class DataParallel:
         ]
         threads = max(1, CORES // len(shards))
         merger = Merger(shards, self.devices, self._merge_device, on_host=self._cpu_merge)
-        return _StepScope(self, Step(shards, contexts, merger, rendezvous, threads), trains)
+        watch = Watch([rows.count for rows in shards], len(self.replicas))
+        return _StepScope(self, Step(shards, contexts, merger, rendezvous, threads, watch), trains)
 
     def _finish(self, step: Step) -> None:
         """Wait until all devices are done; on a failure clean up and raise it."""

@@ -15,6 +15,7 @@ from fastdp.errors import ReplicaError, StepAborted, replica_error_class
 from fastdp.program.base import Context, Result, Totals
 from fastdp.replica import Replica
 from fastdp.shard import Rows
+from fastdp.timing import Watch
 from fastdp.transfer import Merger
 
 
@@ -37,6 +38,7 @@ class Step:
     merger: Merger
     rendezvous: Rendezvous
     threads: int
+    watch: Watch
     batches: list[list[np.ndarray]] = field(default_factory=list)
     results: list[Result | None] = field(default_factory=list)
     totals: Totals | None = None
@@ -55,12 +57,15 @@ def run_replica(
     work: Callable[[Replica, list[np.ndarray], Context], Result],
 ) -> None:
     """Run one replica's work on its device's worker; a failure wakes the replicas that wait for it."""
-    began = time.perf_counter()
+    watch = step.watch
+    began = watch.compute_began[context.rank] = time.perf_counter()
     try:
         replica.prepare_thread(step.threads)
         result = work(replica, step.batches[context.rank], context)
         if context.wants_outputs:
+            merging = time.perf_counter()
             step.merger.write(context.rank, result.outputs)
+            watch.merging[context.rank] = time.perf_counter() - merging
         result.outputs = []
         step.results[context.rank] = result
     except BaseException as error:
@@ -68,13 +73,15 @@ def run_replica(
         step.rendezvous.abort(error)
         raise
     finally:
-        step.seconds[context.rank] = time.perf_counter() - began
+        watch.compute_ended[context.rank] = time.perf_counter()
+        step.seconds[context.rank] = watch.compute_ended[context.rank] - began
 
 
 def commit(step: Step) -> None:
     """Add up the sums, and let the updates begin, on all replicas or on none: not for an abandoned step."""
     if step.rendezvous.aborted:
         raise StepAborted("The step was given up before its update.")
+    step.watch.arrived = time.perf_counter()
     add_up(step)
 
 

@@ -45,6 +45,8 @@ def run(options: argparse.Namespace) -> int:
     several = _train(digits, names, options)
     runs = [_train(digits, names[:1], options), several]
     print_tables(runs)
+    if _verbosity(options) != 2:  # Keras's fit has printed it there
+        print(f"\n{several.report}\n")
     draw_curves(runs, options.out / "curves.png")
     problems = _check(runs) + _save(runs[-1], digits, options.out)
     print(f"Files in {options.out}: {', '.join(sorted(file.name for file in options.out.iterdir()))}")
@@ -72,8 +74,15 @@ def _choose_devices(count: int) -> list[str]:
 def _train(digits: Digits, names: list[str], options: argparse.Namespace) -> Run:
     """One run on the devices of these names."""
     print(f"Training on {', '.join(names)}")
-    verbose = options.verbose if options.verbose is not None else 1 if sys.stdout.isatty() else 2
+    verbose = _verbosity(options)
     return train(digits, len(names), epochs=options.epochs, batch_size=options.batch_size, verbose=verbose)
+
+
+def _verbosity(options: argparse.Namespace) -> int:
+    """Keras's `verbose`: as asked for, else a bar on a terminal and a line per epoch elsewhere."""
+    if options.verbose is not None:
+        return int(options.verbose)
+    return 1 if sys.stdout.isatty() else 2
 
 
 def _check(runs: list[Run]) -> list[str]:

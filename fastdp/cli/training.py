@@ -31,6 +31,7 @@ class Run:
     accuracy: float
     epoch_seconds: list[float]
     devices: list[DeviceWork]
+    report: str
 
     @property
     def label(self) -> str:
@@ -60,7 +61,7 @@ def train(digits: Digits, devices: int, *, epochs: int, batch_size: int, verbose
         callbacks=[clock],
     ).history
     work = _work(runner, batch_size, clock.steps)
-    return Run(model, history, history["val_accuracy"][-1], clock.seconds, work)
+    return Run(model, history, history["val_accuracy"][-1], clock.seconds, work, str(runner.report()))
 
 
 def _work(runner: Any, batch_size: int, steps: list[list[float]]) -> list[DeviceWork]:

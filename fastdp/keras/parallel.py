@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+from keras.src.utils import io_utils
 
 from fastdp.backend.queue import QueueDevice
 from fastdp.engine import DataParallel
@@ -18,6 +19,7 @@ from fastdp.keras.streaming import arguments_by_name, stream_fit, stream_forward
 from fastdp.keras.template_view import TemplateView, merged_outputs
 from fastdp.program.capture import MODES
 from fastdp.program.keras_batch import flatten_batch, unpack
+from fastdp.report import Report, SmallWorkWarning, make_report
 from fastdp.transfer import count_rows
 
 
@@ -73,6 +75,7 @@ class ParallelModel(TemplateView):
             engine_options={"update": update, "timeout": timeout, "check_replicas": check_replicas},
         )
         self._fitting = threading.RLock()
+        self._small_work = SmallWorkWarning()
         self._call_has_training_arg = True
         self._compute_loss_has_training_arg = True
         self.built = True
@@ -143,6 +146,9 @@ class ParallelModel(TemplateView):
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """Train; arguments as in Keras. `HDF5Matrix` is read by batches; `shuffle="batch"` as in Keras 2.
 
+        With `verbose=2` the report is printed at the end. A warning says once when the work is too small to be
+        shared out.
+
         Raises:
             RuntimeError: another thread is fitting this model.
         """
@@ -152,7 +158,12 @@ class ParallelModel(TemplateView):
                 "thread at a time, or wrap a model for each thread."
             )
         try:
-            return super().fit(**stream_fit(arguments_by_name(keras.Model.fit, args, kwargs)))
+            arguments = arguments_by_name(keras.Model.fit, args, kwargs)
+            history = super().fit(**stream_fit(arguments))
+            if arguments.get("verbose") == 2:
+                io_utils.print_msg(str(self.report()))
+            self._small_work.check(self._steps.made_engine, stacklevel=3)
+            return history
         finally:
             self._fitting.release()
 
@@ -223,15 +234,17 @@ class ParallelModel(TemplateView):
         """The engine, made for the model as it is compiled now: asked for where Keras's loops begin."""
         return self._steps.engine
 
-    def report(self) -> list[dict[str, Any]]:
-        """How training steps run: an entry per shape of a replica's rows, or one that says why all run eagerly.
+    def report(self) -> Report:
+        """How training steps run, what takes the time in them, and where the memory is; printed, it is tables.
 
-        Each tells `how` ("eager", "traced" or "compiled") and, where it could be more, `why`; its rows, those of the
-        global batch, and the steps so far; of a captured step the number of operations, and the seconds that tracing,
-        compiling (in the background) and loading took.
+        As a sequence: an entry per shape of a replica's rows, or one that says why all run eagerly. Each tells `how`
+        ("eager", "traced" or "compiled") and, where it could be more, `why`; its rows, those of the global batch, and
+        the steps so far; of a captured step the number of operations, and the seconds that tracing, compiling (in the
+        background) and loading took.
         """
         captures = self._steps.captures
-        return captures.report if captures is not None else [{"how": "eager", "why": "compile=None"}]
+        entries = captures.report if captures is not None else [{"how": "eager", "why": "compile=None"}]
+        return make_report(self._steps.made_engine, entries)
 
     @property
     def compiling(self) -> bool:

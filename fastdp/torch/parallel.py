@@ -14,6 +14,7 @@ from fastdp.engine import DataParallel
 from fastdp.program.torch import TorchProgram
 from fastdp.program.torch_loss import LossFunction
 from fastdp.program.torch_optimizer import OptimizerFactory
+from fastdp.report import Report, make_report
 from fastdp.torch.checks import check_module
 
 
@@ -148,6 +149,13 @@ class TorchParallel:
         engine = DataParallel(program, self.devices, **options)
         self._program, self._engine = program, engine
         return TrainStep(program, engine)
+
+    def report(self) -> Report:
+        """How steps run, what takes the time in them, and where the memory is; printed, it is tables.
+
+        Of the latest train step that was made, or of calls where there is none.
+        """
+        return make_report(self._engine, [{"how": "eager", "why": "a torch.nn.Module is not captured"}])
 
     # What the module has.
 

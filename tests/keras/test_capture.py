@@ -219,7 +219,7 @@ def test_synchronized_batch_norm_and_loss_scaling_are_known_not_to_be_captured()
 
 def test_without_capture_the_report_says_so():
     _, _, parallel = train(dense, 2, None, count=1)
-    assert parallel.report() == [{"how": "eager", "why": "compile=None"}]
+    assert list(parallel.report()) == [{"how": "eager", "why": "compile=None"}]
 
 
 def test_an_unknown_way_to_compile_is_refused():

@@ -1,0 +1,231 @@
+"""What `report()` of a parallel model tells: how steps run, what takes the time, and where the memory is."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fastdp.engine import DataParallel
+from fastdp.timing import VERBS
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
+# Steps to have timed before anything is said about the size of the work.
+ENOUGH_STEPS = 100
+
+
+@dataclass(frozen=True)
+class DeviceReport:
+    """One device: rows of the latest batch, median seconds by verb, bytes of its part of the model.
+
+    On virtual devices all memory is the host's; `spare` is the copy from which an update that may fail is taken back.
+    """
+
+    name: str
+    rows: int
+    seconds: dict[str, float]
+    nbytes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Report(Sequence[dict[str, Any]]):
+    """How a parallel model's training steps run. As a sequence: the entries of `steps`. As text: tables.
+
+    Attributes:
+        steps: per shape of a replica's rows how it runs and why, or one entry that says why all run eagerly.
+        devices: in the order of the rows; empty before the first step.
+        trained: training steps so far, by the present engine.
+        timed: the latest of them, of which the times are medians.
+        step_seconds: of a whole step in the engine.
+        between_seconds: from one step to the next: waiting for input, callbacks, metrics.
+        overhead_seconds: of a step beyond the work of its slowest device and the update.
+        optimizer: how the optimizer is applied.
+        update: on which devices, "first" or "each".
+        peak_nbytes: the most memory that the process has had, None where the system does not tell.
+    """
+
+    steps: list[dict[str, Any]]
+    devices: list[DeviceReport] = field(default_factory=list)
+    trained: int = 0
+    timed: int = 0
+    step_seconds: float = 0.0
+    between_seconds: float = 0.0
+    overhead_seconds: float = 0.0
+    optimizer: str = ""
+    update: str = ""
+    peak_nbytes: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.steps[index]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain lists, dicts, numbers and strings, for JSON."""
+        return asdict(self)
+
+    @property
+    def too_small(self) -> str:
+        """Why the work is too small to be shared out, and what to do; empty where it is not, or not known yet.
+
+        Sharing out cannot pay where it takes longer than the work that it saves: that of all devices but the
+        slowest.
+        """
+        compute = [device.seconds["compute"] for device in self.devices if device.rows]
+        if self.timed < ENOUGH_STEPS or len(compute) < 2:
+            return ""
+        saved = sum(compute) - max(compute)
+        if self.overhead_seconds <= saved:
+            return ""
+        rows = sum(device.rows for device in self.devices)
+        return (
+            f"fastdp: {len(compute)} devices are slower than one would be on batches of {rows} rows: all but the "
+            f"slowest work for {_ms(saved)} ms in a step, and sharing the work out takes {_ms(self.overhead_seconds)} "
+            "ms. Use a larger batch_size, or fewer devices (gpus=1)."
+        )
+
+    def __str__(self) -> str:
+        parts = [self._header(), _table("How training steps run", *self._how())]
+        if self.timed:
+            rows = [
+                [device.name, str(device.rows), *(_ms(device.seconds[verb]) for verb in VERBS)]
+                for device in self.devices
+            ]
+            title = f"Milliseconds in a step, median of the latest {self.timed}"
+            parts.append(_table(title, ["device", "rows", *VERBS], rows))
+            parts.append(
+                f"A step takes {_ms(self.step_seconds)} ms; from one to the next (input, callbacks, metrics) "
+                f"{_ms(self.between_seconds)} ms."
+            )
+        if self.devices:
+            kinds = list(self.devices[0].nbytes)
+            rows = [[device.name, *(_mb(device.nbytes[kind]) for kind in kinds)] for device in self.devices]
+            parts.append(_table("Memory of the model, MB", ["device", *kinds], rows))
+        if self.peak_nbytes is not None:
+            parts.append(f"The process has had at most {_mb(self.peak_nbytes)} MB of host memory.")
+        return "\n\n".join([*parts, *([self.too_small] if self.too_small else [])])
+
+    def _header(self) -> str:
+        """Devices, steps and the update, in words."""
+        if not self.devices:
+            return "fastdp: no step has run yet."
+        words = f"fastdp: {len(self.devices)} device{'s' * (len(self.devices) > 1)}, {self.trained} training steps."
+        if self.optimizer:
+            where = "on each device" if self.update == "each" else "on the first device, for all"
+            words += f" The optimizer is applied {where}: {self.optimizer}."
+        return words
+
+    def _how(self) -> tuple[list[str], list[list[str]]]:
+        """The entries of `steps` as a table."""
+        known = [key for key in _COLUMNS if any(key in entry for entry in self.steps)]
+        rows = [[_cell(entry.get(key, "")) for key in known] for entry in self.steps]
+        return [_COLUMNS[key] for key in known], rows
+
+
+# The columns that have a place of their own, and their titles; `why` is last, since it is long.
+_COLUMNS = {
+    "how": "how",
+    "rows": "rows",
+    "of": "of batch",
+    "steps": "steps",
+    "operations": "operations",
+    "trace_seconds": "traced in s",
+    "compile_seconds": "compiled in s",
+    "load_seconds": "loaded in s",
+    "why": "why",
+}
+
+
+def make_report(engine: DataParallel | None, steps: list[dict[str, Any]]) -> Report:
+    """The report of an engine, with these entries about its steps; without an engine, of nothing but those."""
+    if engine is None:
+        return Report(steps)
+    times = engine.times
+    devices = []
+    for rank, replica in enumerate(engine.replicas):
+        found = times.device(rank)
+        memory = replica.memory
+        nbytes = {
+            "variables": memory.variables.nbytes,
+            "slots": memory.slots.nbytes,
+            "gradients": memory.gradients.nbytes,
+            "spare": engine.spare_nbytes if rank == 0 else 0,
+        }
+        devices.append(DeviceReport(replica.device.name, found.rows, found.seconds, nbytes))
+    return Report(
+        steps,
+        devices,
+        trained=times.steps,
+        timed=times.timed,
+        step_seconds=times.step,
+        between_seconds=times.between,
+        overhead_seconds=times.overhead,
+        optimizer=str(getattr(engine.program, "update_how", "")),
+        update=engine.update,
+        peak_nbytes=_peak_nbytes(),
+    )
+
+
+class SmallWorkWarning:
+    """Says once that a model's work is too small for its devices."""
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def check(self, engine: DataParallel | None, stacklevel: int = 3) -> None:
+        """Warn if that is known of this engine, and was not said before."""
+        if self._said or engine is None or len(engine.devices) < 2 or engine.times.timed < ENOUGH_STEPS:
+            return
+        message = make_report(engine, []).too_small
+        if message:
+            self._said = True
+            warnings.warn(message, stacklevel=stacklevel)
+
+
+def _peak_nbytes() -> int | None:
+    """The largest resident size that this process has had."""
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f}"
+
+
+def _mb(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.1f}"
+
+
+def _cell(value: object) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _table(title: str, header: list[str], rows: list[list[str]]) -> str:
+    """A title, and columns: numbers on the right, words on the left."""
+    cells = [header, *rows]
+    lines = [title]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    words = [any(not _is_number(row[i]) for row in rows) for i in range(len(header))]
+    for row in cells:
+        padded = [
+            cell.ljust(width) if word else cell.rjust(width)
+            for cell, width, word in zip(row, widths, words, strict=True)
+        ]
+        lines.append(("  " + "  ".join(padded)).rstrip())
+    return "\n".join(lines)
+
+
+def _is_number(text: str) -> bool:
+    return not text.strip("0123456789.,-")

@@ -1,0 +1,117 @@
+"""How long the verbs of a training step take on each device, and the medians over the latest steps.
+
+Times are those of the host thread and of the devices' workers. A GPU's worker launches work and waits for what it
+reads: its time is not the GPU's, which a profiler shows.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+LATEST = 200
+VERBS = ("scatter", "compute", "merge", "wait", "communication", "update")
+
+
+class Watch:
+    """When what happened in one step, in seconds of `time.perf_counter`.
+
+    Each worker writes at its own place, the host thread the rest. `rows` are those of the devices that have any.
+    """
+
+    __slots__ = (
+        "arrived", "began", "compute_began", "compute_ended", "ended", "finished", "merging", "rows", "scattered",
+        "scattering", "update_began", "update_ended",
+    )  # fmt: skip
+
+    def __init__(self, rows: Sequence[int], devices: int) -> None:
+        self.rows = list(rows)
+        self.began = time.perf_counter()
+        self.scattering = self.scattered = self.arrived = self.finished = self.ended = self.began
+        self.compute_began = [0.0] * len(self.rows)
+        self.compute_ended = [0.0] * len(self.rows)
+        self.merging = [0.0] * len(self.rows)
+        self.update_began = [0.0] * devices
+        self.update_ended = [0.0] * devices
+
+    def seconds(self, rank: int) -> dict[str, float]:
+        """Seconds by verb of a device that had rows.
+
+        `wait` is for the slowest device's backward. A device that does not update itself waits for the first one's
+        update, and communication is what happens around it.
+        """
+        updating = rank if self.update_ended[rank] else 0
+        communication = self.update_began[updating] - self.arrived
+        if not all(self.update_ended):  # the new variables are copied from the first device
+            communication += self.finished - self.update_ended[0]
+        return {
+            "scatter": self.scattered - self.scattering,
+            "compute": self.compute_ended[rank] - self.compute_began[rank] - self.merging[rank],
+            "merge": self.merging[rank],
+            "wait": self.arrived - self.compute_ended[rank],
+            "communication": communication,
+            "update": self.update_ended[rank] - self.update_began[rank],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceTimes:
+    """A device's rows of a batch in the latest step, and its median seconds by verb."""
+
+    rows: int
+    seconds: dict[str, float]
+
+
+class Timings:
+    """The watches of the latest training steps of an engine."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._watches: deque[Watch] = deque(maxlen=LATEST)
+        self._between: deque[float] = deque(maxlen=LATEST)
+
+    def add(self, watch: Watch) -> None:
+        """Keep a step that is over."""
+        watch.ended = time.perf_counter()
+        if self._watches:
+            self._between.append(watch.began - self._watches[-1].ended)
+        self._watches.append(watch)
+        self.steps += 1
+
+    @property
+    def timed(self) -> int:
+        """How many steps the medians are of."""
+        return len(self._watches)
+
+    @property
+    def step(self) -> float:
+        """Median seconds of a step in the engine."""
+        return statistics.median([watch.ended - watch.began for watch in self._watches] or [0.0])
+
+    @property
+    def between(self) -> float:
+        """Median seconds from one step to the next: waiting for input, and callbacks and metrics."""
+        return statistics.median(self._between or [0.0])
+
+    def device(self, rank: int) -> DeviceTimes:
+        """One device's times. Zeros where it had no rows in any of the steps."""
+        mine = [watch for watch in self._watches if rank < len(watch.rows)]
+        found = [watch.seconds(rank) for watch in mine]
+        seconds = {verb: statistics.median([one[verb] for one in found] or [0.0]) for verb in VERBS}
+        return DeviceTimes(mine[-1].rows[rank] if mine else 0, seconds)
+
+    @property
+    def overhead(self) -> float:
+        """Median seconds that a step takes beyond its slowest device's work and the update.
+
+        What one device would not need, or hardly: handing work out, reducing, copying, and putting together.
+        """
+        values = []
+        for watch in self._watches:
+            work = max(end - began for began, end in zip(watch.compute_began, watch.compute_ended, strict=True))
+            update = max(end - began for began, end in zip(watch.update_began, watch.update_ended, strict=True))
+            values.append(watch.ended - watch.began - work - update)
+        return statistics.median(values or [0.0])
