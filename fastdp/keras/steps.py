@@ -176,7 +176,7 @@ class Steps:
                 stack.enter_context(torch.no_grad())
             stack.enter_context(layer_calls(calls))
             logs = getattr(self.template, name)(data)
-        if not calls.count and not calls.told and _has_rows(data):
+        if not (calls.count or calls.told or calls.postponed) and _has_rows(data):
             why = "; ".join(f"{layer}: {reason}" for layer, reason in calls.refused.items())
             message = (
                 f"{name}() of the model {self.template.name!r} calls no layer of the model that can be split over "
