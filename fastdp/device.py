@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import importlib
+import importlib.util
 import operator
 import os
 import threading
@@ -12,10 +14,13 @@ from typing import Any
 import numpy as np
 
 from fastdp.backend.host import HostDevice
+from fastdp.backend.queue import QueueDevice
 from fastdp.errors import DeviceTimeoutError
 from fastdp.topology import DeviceInfo, physical_devices
 
 VIRTUAL_DEVICES_VARIABLE = "FASTDP_VIRTUAL_DEVICES"
+VIRTUAL_KIND_VARIABLE = "FASTDP_VIRTUAL_KIND"
+KINDS = ("host", "gpu")
 
 
 class _VirtualDevices:
@@ -24,14 +29,17 @@ class _VirtualDevices:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._asked: int | None = None
-        self._devices: list[HostDevice] = []
+        self._kind: str | None = None
+        self._devices: list[QueueDevice] = []
 
-    def resize(self, count: int) -> None:
-        """Have `count` devices. Devices that stay in range are kept, with the models wrapped on them."""
+    def resize(self, count: int, kind: str | None = None) -> None:
+        """Have `count` devices of a kind. Devices that stay in range are kept, with the models wrapped on them."""
         with self._lock:
-            dropped = self._devices[count:]
-            del self._devices[count:]
+            kept = count if kind in (None, self._kind) or not self._devices else 0
+            dropped = self._devices[kept:]
+            del self._devices[kept:]
             self._asked = count
+            self._kind = kind or self._kind
         failures = []
         for device in dropped:
             try:
@@ -55,26 +63,95 @@ class _VirtualDevices:
             )
         return int(text)
 
-    def get(self) -> list[HostDevice]:
-        """All of them."""
+    @property
+    def kind(self) -> str:
+        """What they are made of: parts of the GPUs where this process can use GPUs, else the host."""
+        if self._kind is None:
+            text = os.environ.get(VIRTUAL_KIND_VARIABLE, "").strip()
+            if text and text not in KINDS:
+                raise ValueError(
+                    f"The environment variable {VIRTUAL_KIND_VARIABLE} must be one of {KINDS}. Received: {text!r}"
+                )
+            self._kind = text or ("gpu" if _has_cupy() and physical_devices() else "host")
+        return self._kind
+
+    def get(self) -> list[Any]:
+        """All of them. Virtual GPUs are dealt out to the cards in turn."""
         with self._lock:
             for index in range(len(self._devices), self.count()):
-                self._devices.append(HostDevice(index))
+                if self.kind == "host":
+                    self._devices.append(HostDevice(index))
+                else:
+                    cards = _cuda("device").runtime.device_count()
+                    self._devices.append(_cuda("device").CudaDevice(index, index % cards, virtual=True))
             return list(self._devices)
 
 
+class _Gpus:
+    """The GPUs of this process. One gets a context when a model is first wrapped on it, and not before."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._devices: dict[int, Any] = {}
+
+    def get(self, ordinal: int) -> Any:
+        """The device of a card."""
+        with self._lock:
+            if ordinal not in self._devices:
+                self._devices[ordinal] = _cuda("device").CudaDevice(ordinal, ordinal)
+            return self._devices[ordinal]
+
+    def close(self) -> None:
+        """Close all of them."""
+        with self._lock:
+            dropped, self._devices = list(self._devices.values()), {}
+        for device in dropped:
+            device.close()
+
+
+def _has_cupy() -> bool:
+    """Whether CuPy is installed."""
+    return importlib.util.find_spec("cupy") is not None
+
+
+def _cuda(module: str) -> Any:
+    """A module of the CUDA layer.
+
+    Raises:
+        ValueError: CuPy is not installed, or finds no CUDA: everything wrong with `gpus` is a ValueError.
+    """
+    try:
+        return importlib.import_module(f"fastdp.backend.cuda.{module}")
+    except ImportError as error:
+        raise ValueError(
+            "To run on GPUs fastdp needs CuPy of the driver's CUDA version: pip install 'fastdp[cuda13]' or "
+            f"'fastdp[cuda12]'; `fastdp devices` says which. Without it, fastdp.set_virtual_devices(n, kind=\"host\") "
+            f"runs on the CPU. Importing it failed with: {error}"
+        ) from error
+
+
 _virtual = _VirtualDevices()
+_gpus = _Gpus()
+atexit.register(_gpus.close)
 atexit.register(lambda: _virtual.resize(0))
 
 
-def set_virtual_devices(count: int) -> None:
-    """Have `count` virtual devices, each backed by host memory and one worker thread.
+def set_virtual_devices(count: int, kind: str | None = None) -> None:
+    """Have `count` virtual devices: parts of the visible GPUs, or of the host.
 
-    Models wrapped before keep working as long as their devices stay in range; `0` closes all of them.
+    On a GPU box each is a part of a card, with its own memory and streams, so that every path of several GPUs
+    can run on one. Elsewhere, or with kind="host", each is a thread on host memory.
+
+    Args:
+        count: how many; 0 closes all of them.
+        kind: "gpu" or "host". None: as before, or else FASTDP_VIRTUAL_KIND, or else "gpu" where there are GPUs and
+            CuPy. Another kind than before closes the devices there are.
+
+    Models wrapped before keep working as long as their devices stay in range.
     The environment variable FASTDP_VIRTUAL_DEVICES does the same for a whole process.
 
     Raises:
-        ValueError: `count` is not a whole number >= 0.
+        ValueError: `count` is not a whole number >= 0; an unknown `kind`.
 
     Example:
         >>> import fastdp
@@ -85,7 +162,9 @@ def set_virtual_devices(count: int) -> None:
     wanted = _whole_number(count)
     if wanted is None or wanted < 0:
         raise ValueError(f"`count` must be a whole number >= 0. Received: count={count!r}")
-    _virtual.resize(wanted)
+    if kind not in (None, *KINDS):
+        raise ValueError(f'`kind` must be "gpu", "host" or None. Received: kind={kind!r}')
+    _virtual.resize(wanted, kind)
 
 
 def devices() -> list[DeviceInfo]:
@@ -99,7 +178,7 @@ def devices() -> list[DeviceInfo]:
     return physical_devices()
 
 
-def resolve(gpus: Any, *, minimum: int = 1, caller: str = "fastdp.wrap") -> list[HostDevice]:
+def resolve(gpus: Any, *, minimum: int = 1, caller: str = "fastdp.wrap") -> list[Any]:
     """Turn the `gpus` argument into devices, by Keras 2.3.1's rules made strict.
 
     `None`, `0` and an empty list mean every device; a whole number means that many; a list, tuple, range
@@ -139,11 +218,8 @@ def resolve(gpus: Any, *, minimum: int = 1, caller: str = "fastdp.wrap") -> list
             f"of {len(available)} available device(s) would be used. For one device use fastdp.wrap, or keep "
             f"the model as it is; without more GPUs, fastdp.set_virtual_devices(n) gives virtual ones. {shown}"
         )
-    if available[0].kind != "virtual":
-        raise ValueError(
-            "This version of fastdp runs on virtual devices only; the CUDA device layer is not part of it. "
-            f"Call fastdp.set_virtual_devices(n) first. Found: {[device.name for device in available]}. {shown}"
-        )
+    if not _virtual.count():
+        return [_gpus.get(i) for i in ordinals]
     pool = _virtual.get()
     return [pool[i] for i in ordinals]
 

@@ -155,7 +155,7 @@ class DataParallel:
                     step.restorable = self._save()
                     step.updates_begun = True
                 # The other devices have nothing to do while the first updates for all.
-                self.program.prepare_thread(CORES if self.update == "first" else step.threads)
+                replica.prepare_thread(CORES if self.update == "first" else step.threads)
                 replica.update(step.totals)
                 step.updates_done.append(replica.rank)
                 step.watch.update_ended[replica.rank] = time.perf_counter()
@@ -248,10 +248,8 @@ class DataParallel:
         shards = split_rows(total, len(self.replicas))
         rendezvous = Rendezvous(len(shards), self.timeout)
         contexts = [
-            Context(
-                rank, rows, self.steps, rendezvous, len(shards), batch, structure, wants_outputs, self.devices[rank]
-            )
-            for rank, rows in enumerate(shards)
+            Context(rank, rows, self.steps, rendezvous, len(shards), batch, structure, wants_outputs, device)
+            for rank, (rows, device) in enumerate(zip(shards, self.devices, strict=False))
         ]
         threads = max(1, CORES // len(shards))
         merger = Merger(shards, self.devices, self._merge_device, on_host=self._cpu_merge)

@@ -38,7 +38,7 @@ class Replica:
 
     def prepare_thread(self, threads: int) -> None:
         """Let the device's worker use `threads` cores in one operation. Runs there, before each step's work."""
-        self._program.prepare_thread(threads)
+        self._program.prepare_thread(threads, self.device)
 
     def train(self, batch: list[np.ndarray], context: Context) -> Result:
         """Forward, loss and backward. Runs on the device's worker."""

@@ -70,6 +70,8 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
 LATE_LOADERS: dict[str, str] = {
     "__init__.py": "the Keras names load on first use, so that `import fastdp` works without Keras and torch",
     "backend/__init__.py": "Keras 2's `K.function` keeps its name, and the device layers work without Keras",
+    "comm/choose.py": "the collectives of GPUs need CuPy, which is there where GPUs are",
+    "device.py": "the GPUs' device layer needs CuPy, which is there where GPUs are",
     "placement.py": "places are noted on Keras models only, so Keras is loaded when the first is",
     "wrap.py": "the model's own library decides which side is loaded",
     "cli/": "a command loads when it is asked for, so that `devices` and `plan` work without Keras and torch",

@@ -51,7 +51,7 @@ class ParallelModel(TemplateView):
         cpu_relocation: bool = False,
         sync_batch_norm: bool = False,
         compile: str | None = None,
-        update: str = "first",
+        update: str | None = None,
         timeout: float = 1800.0,
         check_replicas: bool = False,
     ) -> None:

@@ -63,6 +63,7 @@ class FunctionProgram:
         self.gradients: Sequence[ArraySpec] = _specs(self._initial)
         self.slots: Sequence[ArraySpec] = _specs(self._initial_slots)
         self.parameters: Arrays = dict(self._initial)
+        self._device: Allocator | None = None
         self._home: Home | None = None
         self._home_slots: FlatBuffers | None = None
         self._changed = False
@@ -78,7 +79,13 @@ class FunctionProgram:
         if unknown:
             raise KeyError(f"`values` has unknown parameters {unknown}. Expected: {sorted(self.parameters)}")
         for name, value in values.items():
-            self.parameters[name][...] = value
+            old = self.parameters[name]
+            new = np.empty(old.shape, old.dtype)
+            new[...] = value
+            if self._device is None:
+                old[...] = new
+            else:
+                self._device.copy(old, new)
         self._changed = True
 
     # The protocol of fastdp.program.base.
@@ -87,8 +94,9 @@ class FunctionProgram:
         """The first replica's memory; `parameters` become views of it."""
         if self._home is None:
             self._home = Home(self.gradients, device)
+            self._device = device
             for view, (name, value) in zip(self._home.variables.views, self._initial.items(), strict=True):
-                view[...] = value
+                device.copy(view, value)
                 self.parameters[name] = view
         return self._home
 
@@ -97,7 +105,7 @@ class FunctionProgram:
         if self._home_slots is None:
             self._home_slots = FlatBuffers(self.slots, device)
             for view, value in zip(self._home_slots.views, self._initial_slots.values(), strict=True):
-                view[...] = value
+                device.copy(view, value)
         return self._home_slots
 
     @property
@@ -117,8 +125,8 @@ class FunctionProgram:
         """Named views of a replica's memory."""
         return _State(_named(memory.variables), _named(memory.slots), _named(memory.gradients))
 
-    def prepare_thread(self, threads: int) -> None:
-        """NumPy's own threads are the BLAS library's: left as they are."""
+    def prepare_thread(self, threads: int, device: QueueDevice) -> None:
+        """NumPy's own threads are the BLAS library's: left as they are. CuPy's stream is the device's already."""
 
     def running(self, threads: int) -> nullcontext[None]:
         """Nothing to hold while replicas run."""
@@ -131,7 +139,7 @@ class FunctionProgram:
         share = context.rows.share
         for name, view in state.gradients.items():
             np.multiply(gradients[name], share, out=view, casting="same_kind")
-        return Result([np.asarray(o) for o in outputs], np.array([float(loss) * share]))
+        return Result([_array(o) for o in outputs], np.array([float(loss) * share]))
 
     def update(self, state: _State, totals: Totals) -> None:
         """New parameters and slots, in place."""
@@ -142,12 +150,17 @@ class FunctionProgram:
 
     def predict(self, state: _State, batch: list[np.ndarray], context: Context) -> Result:
         """Outputs only."""
-        return Result([np.asarray(o) for o in self._predict(state.parameters, batch)])
+        return Result([_array(o) for o in self._predict(state.parameters, batch)])
 
 
 def _specs(values: Mapping[str, np.ndarray]) -> list[ArraySpec]:
     """Name, shape and dtype of each array."""
     return [ArraySpec(name, value.shape, value.dtype.name) for name, value in values.items()]
+
+
+def _array(output: Any) -> Any:
+    """An output as an array: a GPU's stays there."""
+    return output if hasattr(output, "__cuda_array_interface__") else np.asarray(output)
 
 
 def _named(flat: FlatBuffers) -> Arrays:

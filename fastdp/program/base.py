@@ -18,7 +18,7 @@ all replicas of a step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -81,8 +81,27 @@ class Context:
         return cls(0, Rows(start, stop, total), 0, Rendezvous(1, 1.0), 1, batch, structure)
 
     def exchange(self, value: Any) -> list[Any]:
-        """Everyone's values, in rank order. Read-only, and valid for the step."""
-        return [value] if self.size == 1 else self.rendezvous.exchange(self.rank, value)
+        """Everyone's values, in rank order. Read-only, and valid for the step.
+
+        Between GPUs tensors go through host memory: the way waits for what they hold, and needs no order between
+        the streams of two threads. A class of values says by `moved(how)` what of it is to be moved.
+        """
+        if self.size == 1:
+            return [value]
+        if self.device is None or not self.device.on_gpu:
+            return self.rendezvous.exchange(self.rank, value)
+        name = self.device.torch_device
+        values = self.rendezvous.exchange(self.rank, _moved(value, lambda tensor: tensor.cpu()))
+        return [_moved(one, lambda tensor: tensor.to(name)) for one in values]
+
+
+def _moved(value: Any, how: Callable[[Any], Any]) -> Any:
+    """A nest of tuples, lists and such classes with its tensors moved; what is no tensor stays."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_moved(one, how) for one in value)
+    if hasattr(value, "moved"):
+        return value.moved(lambda one: _moved(one, how))
+    return how(value) if hasattr(value, "is_cuda") else value
 
 
 @dataclass(slots=True)
@@ -132,8 +151,8 @@ class Program(Protocol):
     def bind(self, memory: Memory, device: QueueDevice, rank: int) -> Any:
         """A replica's state over `memory`."""
 
-    def prepare_thread(self, threads: int) -> None:
-        """Called on a device's worker: let it use `threads` cores inside one operation."""
+    def prepare_thread(self, threads: int, device: QueueDevice) -> None:
+        """Called on a device's worker: let it use `threads` cores inside one operation, and the device's streams."""
 
     def running(self, threads: int) -> Any:
         """A context manager held by the host thread while replicas run."""

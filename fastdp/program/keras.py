@@ -7,7 +7,7 @@ state: no model is ever cloned. The model itself, the *template*, aliases the fi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ from fastdp.program.keras_placed import PlacedGraph, gradients_of, graph_of
 from fastdp.program.keras_replica import Running, replica_scope
 from fastdp.program.keras_scope import replica_aware
 from fastdp.program.keras_trial import Effects
-from fastdp.program.torch_tensors import as_array, intra_op_threads, spec_of
+from fastdp.program.torch_tensors import intra_op_threads, output_array, prepare_worker, settle, spec_of
 
 
 @dataclass(slots=True)
@@ -149,6 +149,8 @@ class KerasProgram:
     def changed_outside(self) -> bool:
         """Whether a callback or the user assigned a weight, the learning rate, or anything else."""
         changed = [one.changed() for one in self._adopted]  # all are asked: asking also adopts
+        if any(changed):
+            settle(v.value for v in self.variables)
         return any(changed)
 
     def committed(self) -> None:
@@ -168,9 +170,9 @@ class KerasProgram:
         update = FlatUpdate(self.optimizer, self._slots, self.trainable, memory) if updates else None
         return _State(variables, tensors_of(memory.slots), tensors_of(memory.gradients), leaves, mapping, update)
 
-    def prepare_thread(self, threads: int) -> None:
+    def prepare_thread(self, threads: int, device: QueueDevice) -> None:
         """Set the worker's share of the cores."""
-        torch.set_num_threads(threads)
+        prepare_worker(threads, device)
 
     @contextmanager
     def running(self, threads: int) -> Iterator[None]:
@@ -203,7 +205,7 @@ class KerasProgram:
         x, _, _ = unpack(context.structure.pack(batch))
         run = self.running_replica(context)
         run.sync_batch_norm = False
-        with torch.no_grad(), replica_scope(run), ReplicaScope(state.mapping, set()) as scope:
+        with _keras_device(context), torch.no_grad(), replica_scope(run), ReplicaScope(state.mapping, set()) as scope:
             y_pred = self._call(x, training=False)
             extra = self._extra_losses(scope.losses, context)
         outputs, structure = flatten_outputs(y_pred)
@@ -213,7 +215,8 @@ class KerasProgram:
     def compute(self, mapping: Mapping, nest: Any, run: Running) -> Outcome:
         """The pure part of a training step: from variables and a batch to gradients and new values."""
         x, y, sample_weight = unpack(nest)
-        with replica_scope(run), ReplicaScope(mapping, set(map(id, self.trainable))) as scope:
+        leaf_ids = set(map(id, self.trainable))
+        with _keras_device(run.context), replica_scope(run), ReplicaScope(mapping, leaf_ids) as scope:
             y_pred = self._call(x, training=True)
             extra = self._extra_losses(scope.losses, run.context)
             roots, seeds, terms = self._loss(y, y_pred, sample_weight, extra, scope, run)
@@ -364,9 +367,9 @@ class KerasProgram:
             notes.assigned.append((i, effect))
             moved = value.detach().double() - before.detach().double()
             moved = moved if effect is Effect.SUM else moved * context.rows.share
-            sums.append(moved.numpy().ravel())
+            sums.append(moved.cpu().numpy().ravel())
         sums += [moments.sums() for layer, moments in outcome.moments if not layer.renorm]
-        return Result([as_array(tensor) for tensor in outcome.outputs], np.concatenate(sums), notes)
+        return Result([output_array(tensor, context.device) for tensor in outcome.outputs], np.concatenate(sums), notes)
 
     def _assign(self, variables: Sequence[torch.Tensor], sums: np.ndarray, notes: Notes) -> None:
         """Give assigned variables their values for the global batch."""
@@ -375,7 +378,7 @@ class KerasProgram:
         at = 0
         for i, _ in notes.assigned:
             tensor = variables[i]
-            moved = torch.from_numpy(sums[at : at + tensor.numel()]).reshape(tensor.shape)
+            moved = torch.from_numpy(sums[at : at + tensor.numel()]).to(tensor.device).reshape(tensor.shape)
             new = tensor.double() + moved
             tensor.copy_(new if tensor.is_floating_point() else new.round())
             at += tensor.numel()
@@ -384,6 +387,12 @@ class KerasProgram:
             length = 1 + 2 * targets[0].numel()
             for tensor, value in zip(targets, combine(sums[at : at + length]), strict=True):
                 # In the variable's own precision, as Keras does it.
-                new = torch.from_numpy(value).to(tensor.dtype).reshape(tensor.shape)
+                new = torch.from_numpy(value).to(tensor.device, tensor.dtype).reshape(tensor.shape)
                 tensor.copy_(tensor * layer.momentum + new * (1.0 - layer.momentum))
             at += length
+
+
+def _keras_device(context: Context) -> Any:
+    """Where Keras puts the tensors that a layer makes: on the replica's own GPU."""
+    on_gpu = context.device is not None and context.device.on_gpu
+    return keras.device(context.device.torch_device) if on_gpu else nullcontext()

@@ -86,7 +86,7 @@ class OutputStructure:
         masks = iter(arrays[count:])
         for tensor, masked in zip(tensors, self.masked, strict=True):
             if masked:
-                tensor._keras_mask = torch.from_numpy(next(masks))
+                tensor._keras_mask = as_tensor(next(masks))
         return keras.tree.pack_sequence_as(self.nest, tensors)
 
 

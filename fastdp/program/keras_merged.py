@@ -6,6 +6,8 @@ each; every replica goes backward from the gradient of its own rows.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -57,6 +59,12 @@ class _Given:
         self.extra = [term.detach() for term in extra]
         self.rows = context.rows
 
+    def moved(self, how: Callable[[Any], Any]) -> _Given:
+        """The same with its tensors moved."""
+        twin = copy.copy(self)
+        twin.leaves, twin.masks, twin.extra = how(self.leaves), how(self.masks), how(self.extra)
+        return twin
+
 
 class _Answer:
     """What the first replica finds: gradients by merged outputs and terms, the loss, and what else of it
@@ -67,6 +75,12 @@ class _Answer:
         self.extra: list[torch.Tensor | None] = []
         self.terms: list[torch.Tensor] = []
         self.direct: torch.Tensor | None = None
+
+    def moved(self, how: Callable[[Any], Any]) -> _Answer:
+        """The same with its tensors moved."""
+        twin = copy.copy(self)
+        twin.outputs, twin.extra, twin.terms = how(self.outputs), how(self.extra), how(self.terms)
+        return twin
 
 
 def _compute(program: Any, y_pred: Any, everyone: list[_Given], scope: Any, context: Context) -> _Answer:

@@ -32,8 +32,8 @@ class Moments:
 
     def sums(self) -> np.ndarray:
         """Count, sums and sums of squares: what is added up over replicas. float64."""
-        mean = self.mean.double().numpy().ravel()
-        square = self.variance.double().numpy().ravel() + mean * mean
+        mean = self.mean.double().cpu().numpy().ravel()
+        square = self.variance.double().cpu().numpy().ravel() + mean * mean
         return np.concatenate([[self.count], self.count * mean, self.count * square])
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from keras.src.backend.torch import random as torch_random
+from keras.src.backend.torch.core import get_device
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 from keras.src.random.seed_generator import SeedGenerator
 
@@ -144,7 +145,8 @@ def _own_draw(seed: Any, state: Running, per_row: int, shape: Sequence[int]) -> 
     """Uniform numbers for the replica's rows alone, from the generator's present state."""
     first, second = (int(number) for number in torch_random.draw_seed(seed))
     start = state.context.rows.start * per_row
-    return torch.from_numpy(uniform_rows((first, second), start, shape[0], math.prod(shape[1:]))).reshape(*shape)
+    rows = torch.from_numpy(uniform_rows((first, second), start, shape[0], math.prod(shape[1:])))
+    return rows.reshape(*shape).to(get_device())
 
 
 def alone_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:

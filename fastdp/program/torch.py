@@ -28,7 +28,7 @@ from fastdp.program.torch_loss import REDUCTIONS, LossFunction, contribute
 from fastdp.program.torch_module import Adopted, Attributes, ReplicaModule, adopted, replicate, slots_of, tensors_of
 from fastdp.program.torch_optimizer import OptimizerFactory, Optimizers
 from fastdp.program.torch_scope import Handler, ReplicaMode, Running, backward
-from fastdp.program.torch_tensors import intra_op_threads, spec_of
+from fastdp.program.torch_tensors import intra_op_threads, prepare_worker, settle, spec_of
 
 _HANDLERS: dict[Any, Handler] = {**torch_random.HANDLERS, **torch_norm.HANDLERS}
 
@@ -161,7 +161,10 @@ class TorchProgram:
     def changed_outside(self) -> bool:
         """Whether the user assigned a parameter or a buffer, or loaded a state dict."""
         assert self._adopted is not None
-        return self._adopted.changed()
+        changed = self._adopted.changed()
+        if changed:
+            settle(slot.tensor for slot in self._slots)
+        return changed
 
     def committed(self) -> None:
         """All replicas have the present values."""
@@ -181,9 +184,9 @@ class TorchProgram:
         self._states.append(state)
         return state
 
-    def prepare_thread(self, threads: int) -> None:
+    def prepare_thread(self, threads: int, device: QueueDevice) -> None:
         """Set the worker's share of the cores."""
-        torch.set_num_threads(threads)
+        prepare_worker(threads, device)
 
     @contextmanager
     def running(self, threads: int) -> Iterator[None]:
@@ -213,7 +216,7 @@ class TorchProgram:
             if part.roots:
                 backward(running, part.roots, part.seeds)
         state.gradients.collect(part.direct, context.step)
-        arrays, nest = outputs_to_arrays(outputs) if context.wants_outputs else ([], None)
+        arrays, nest = outputs_to_arrays(outputs, context.device) if context.wants_outputs else ([], None)
         notes = _Notes(nest, part.dtype, step=context.step, last=structure.last)
         sums = gather_buffers(state.replica, running, notes.buffers)
         if structure.last:
@@ -229,7 +232,7 @@ class TorchProgram:
         running = Running(context, context.rows, self.sync_batch_norm)
         with torch.no_grad(), ReplicaMode(running, _HANDLERS), structure.autocast.enter():
             outputs = state.replica.module(*args, **kwargs)
-        arrays, nest = outputs_to_arrays(outputs)
+        arrays, nest = outputs_to_arrays(outputs, context.device)
         return Result(arrays, np.zeros(1), _Notes(nest))
 
     def update(self, state: _State, totals: Totals) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from fastdp.program.torch_tensors import as_array, as_tensor, dtype_name
+from fastdp.program.torch_tensors import as_array, as_tensor, dtype_name, output_array
 
 PLAIN = (type(None), bool, int, float, complex, str)
 
@@ -148,16 +148,16 @@ def _tensor(value: Any) -> Any:
     return torch.from_numpy(value)
 
 
-def outputs_to_arrays(outputs: Any) -> tuple[list[np.ndarray], Nest]:
+def outputs_to_arrays(outputs: Any, device: Any) -> tuple[list[np.ndarray], Nest]:
     """A replica's outputs as arrays, and their nest. Numbers without axes travel as fp32, to be averaged."""
     nest, tensors = Nest.flatten(outputs, "The module's outputs")
-    return [as_array(t if t.ndim else t.detach().float()) for t in tensors], nest
+    return [output_array(t if t.ndim else t.detach().float(), device) for t in tensors], nest
 
 
 def outputs_from_arrays(arrays: Sequence[np.ndarray], nest: Nest) -> Any:
     """The merged outputs, in the module's own structure and dtypes."""
     tensors = [
-        as_tensor(array, name) if array.ndim else torch.from_numpy(array).to(getattr(torch, name))
+        as_tensor(array, name) if array.ndim else as_tensor(array).to(getattr(torch, name))
         for array, name in zip(arrays, nest.dtypes, strict=True)
     ]
     return nest.pack(tensors)

@@ -35,7 +35,7 @@ def gather_buffers(replica: ReplicaModule, running: Running, notes: BufferNotes)
             continue
         notes.moved.append(index)
         moved = (value.double() - record.double()) * running.context.rows.share
-        sums.append(moved.numpy().ravel())
+        sums.append(moved.cpu().numpy().ravel())
     for call in running.normalized:
         mean, variance = replica.index_of(call.mean), replica.index_of(call.variance)
         if mean is None or variance is None:  # tensors that are no buffers: nobody else sees them
@@ -53,7 +53,7 @@ def assign_buffers(variables: list[torch.Tensor], sums: np.ndarray, notes: Buffe
     at = 0
     for index in notes.moved:
         target = variables[index]
-        moved = torch.from_numpy(sums[at : at + target.numel()]).reshape(target.shape)
+        moved = torch.from_numpy(sums[at : at + target.numel()]).to(target.device).reshape(target.shape)
         target.copy_(target.double() + moved)
         at += target.numel()
     for mean, variance, momentum in notes.normalized:
@@ -65,5 +65,5 @@ def assign_buffers(variables: list[torch.Tensor], sums: np.ndarray, notes: Buffe
 def _move(running: list[torch.Tensor], momentum: float, sums: np.ndarray) -> None:
     """Move the running mean and variance towards those of the batch, in their own precision, as torch does."""
     for target, value in zip(running, combine(sums), strict=True):
-        new = torch.from_numpy(value).to(target.dtype).reshape(target.shape)
+        new = torch.from_numpy(value).to(target.device, target.dtype).reshape(target.shape)
         target.copy_(target * (1.0 - momentum) + new * momentum)

@@ -55,8 +55,8 @@ HANDLERS: dict[Any, Handler] = {F.batch_norm: _batch_norm}
 
 def _sums(mean: torch.Tensor, variance: torch.Tensor, count: int) -> np.ndarray:
     """Count, sums and sums of squares per channel: what is added up over replicas. float64."""
-    mean64 = mean.detach().double().numpy()
-    square = variance.detach().double().numpy() + mean64 * mean64
+    mean64 = mean.detach().double().cpu().numpy()
+    square = variance.detach().double().cpu().numpy() + mean64 * mean64
     return np.concatenate([[float(count)], count * mean64, count * square])
 
 

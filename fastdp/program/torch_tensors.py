@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 
-from fastdp.buckets import ArraySpec
+from fastdp.buckets import ArraySpec, storage_dtype
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
@@ -21,9 +22,12 @@ def spec_of(name: str, tensor: torch.Tensor) -> ArraySpec:
     return ArraySpec(name, tuple(tensor.shape), dtype_name(tensor))
 
 
-def as_tensor(array: np.ndarray, dtype: str | None = None) -> torch.Tensor:
-    """A tensor that shares the array's memory; `dtype` names one that NumPy lacks (bfloat16, float8)."""
-    tensor = torch.from_numpy(array)
+def as_tensor(array: Any, dtype: str | None = None) -> torch.Tensor:
+    """A tensor that shares the memory of an array, on the host or on a GPU.
+
+    `dtype` names one that NumPy lacks (bfloat16, float8).
+    """
+    tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else torch.from_dlpack(array)
     if dtype is not None and dtype_name(tensor) != dtype:
         tensor = tensor.view(getattr(torch, dtype))
     return tensor
@@ -37,6 +41,29 @@ def as_array(tensor: torch.Tensor) -> np.ndarray:
     if tensor.dtype.itemsize == 1 and tensor.dtype.is_floating_point:
         return tensor.view(torch.uint8).numpy()
     return tensor.resolve_conj().resolve_neg().numpy()
+
+
+def output_array(tensor: torch.Tensor, device: Any) -> Any:
+    """A replica's tensor as an array where it is, for the merge: on a GPU, over the tensor's own memory."""
+    if device is None or not device.on_gpu:
+        return as_array(tensor)
+    tensor = tensor.detach().contiguous().resolve_conj().resolve_neg()
+    return device.wrap(tensor.data_ptr(), tuple(tensor.shape), storage_dtype(dtype_name(tensor)), tensor)
+
+
+def prepare_worker(threads: int, device: Any) -> None:
+    """Set a worker's share of the cores, and let torch's work on this thread go to the device's compute stream."""
+    torch.set_num_threads(threads)
+    if device.on_gpu and device.torch_device.startswith("cuda"):
+        handle = device.compute.handle
+        if torch.cuda.current_stream(device.torch_device).cuda_stream != handle:
+            torch.cuda.set_stream(torch.cuda.ExternalStream(handle, device=device.torch_device))
+
+
+def settle(tensors: Iterable[torch.Tensor]) -> None:
+    """Wait for what the calling thread has enqueued on these tensors' GPUs: the engine's streams do not."""
+    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
 
 
 @contextmanager

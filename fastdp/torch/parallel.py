@@ -58,7 +58,7 @@ class TorchParallel:
         cpu_relocation: bool = False,
         sync_batch_norm: bool = False,
         compile: str | None = None,
-        update: str = "first",
+        update: str | None = None,
         timeout: float = 1800.0,
         check_replicas: bool = False,
     ) -> None:

@@ -382,7 +382,7 @@ def build(sim: Simulation) -> dict[str, ModuleType]:
 
 def _forget() -> None:
     """fastdp's modules over CuPy are loaded anew with the next CuPy."""
-    for name in [n for n in sys.modules if n == "fastdp.backend.cuda" or n.startswith("fastdp.backend.cuda.")]:
+    for name in [n for n in sys.modules if n.startswith(("fastdp.backend.cuda", "fastdp.comm.cuda"))]:
         del sys.modules[name]
     backend = sys.modules.get("fastdp.backend")
     if backend is not None and "cuda" in vars(backend):

@@ -201,10 +201,15 @@ class CudaDevice(QueueDevice):
         """Enqueue the copy of a replica's output to its rows of the merged array. On the worker; both stay alive
         until the step is over."""
         stream = current_stream()
-        assert stream is not None and stream.ordinal == self.ordinal
+        assert stream is not None
         if not target.nbytes:
             return
-        if runtime.is_array(target):
+        if not runtime.is_array(output):  # a function of the user's that works on the host
+            if runtime.is_array(target):
+                self.write(target, output, stream)
+            else:
+                np.copyto(target, output)
+        elif runtime.is_array(target):
             self.copy_rows(target, output, stream.handle)
         else:
             runtime.copy_async(target.ctypes.data, runtime.array_pointer(output), target.nbytes, stream.handle)

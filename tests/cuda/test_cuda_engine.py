@@ -1,0 +1,321 @@
+"""The engine on the simulated CUDA: results equal those of the host, in an order that nothing is missing from.
+
+What a replica itself computes runs on host memory at once; to the race detector it is one piece of work on the
+device's compute stream that reads and writes what a replica may touch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+
+import keras
+import numpy as np
+import pytest
+import torch
+
+import fastdp
+from fastdp.backend.host import HostDevice
+from fastdp.buckets import ArraySpec, FlatBuffers
+from fastdp.program.arrays import FunctionProgram
+from fastdp.replica import Replica
+
+LIMIT = 20.0
+
+
+class Gpus:
+    """Devices of the simulated CUDA, and what the replicas on them touch."""
+
+    def __init__(self, sim, monkeypatch):
+        self.sim = sim
+        self.runtime = importlib.import_module("fastdp.backend.cuda.runtime")
+        self.device = importlib.import_module("fastdp.backend.cuda.device")
+        monkeypatch.setattr(self.runtime, "torch_device", lambda ordinal: "cpu")
+        monkeypatch.setattr(self.device.CudaDevice, "wrap", self.wrap)
+        self.made = []
+        for name in ("train", "predict", "update"):
+            monkeypatch.setattr(Replica, name, self._touching(getattr(Replica, name), name))
+
+    def devices(self, count, cards=None):
+        cards = cards or self.sim.count
+        more = [self.device.CudaDevice(i, i % cards, virtual=count > cards) for i in range(count)]
+        self.made += more
+        return more
+
+    @staticmethod
+    def wrap(device, pointer, shape, dtype, owner):
+        """Torch's tensors are on the host here: their values go where a GPU's tensor would be."""
+        values = np.ndarray(shape, dtype, (ctypes.c_char * max(1, owner.nbytes)).from_address(pointer))
+        array = device.empty(shape, np.dtype(dtype))
+        if array.nbytes:
+            np.asarray(array).view(np.ndarray)[...] = values
+        return array
+
+    def _touching(self, work, name):
+        def run(replica, *args):
+            if not replica.device.on_gpu:
+                return work(replica, *args)
+            rt, compute = self.runtime, replica.device.compute.handle
+            flats = [replica.memory.variables, replica.memory.slots, replica.memory.gradients]
+            ranges = [(rt.array_pointer(b), b.nbytes) for flat in flats for b in flat.buffers.values()]
+            batch = args[0] if name != "update" else []
+            reads = ranges + [(rt.array_pointer(a), a.nbytes) for a in batch]
+            self.sim.synchronize(compute)  # what runs below reads host memory now
+            writes = {"train": ranges[-len(flats[2].buffers) or len(ranges) :], "predict": [], "update": ranges}[name]
+            self.sim.submit(compute, name, reads, writes, lambda: None)
+            self.sim.synchronize(compute)
+            return work(replica, *args)
+
+        return run
+
+
+@pytest.fixture
+def gpus(fake_cuda, monkeypatch):
+    boxes = []
+
+    def start(count, **options):
+        boxes.append(Gpus(fake_cuda(count, **options), monkeypatch))
+        return boxes[-1]
+
+    yield start
+    for box in boxes:
+        for device in box.made:
+            device.close(LIMIT)
+        gc.collect()
+        for device in box.made:
+            device.arena.trim()
+            device.pinned.close()
+
+
+def linear(seed=0):
+    """A least-squares line as a function program."""
+    rng = np.random.default_rng(seed)
+
+    def forward(p, batch):
+        return np.array(batch[0] @ p["w"] + p["b"], subok=False)
+
+    def train(p, batch):
+        error = forward(p, batch) - batch[1]
+        n = len(batch[0])
+        gradients = {"w": 2 * batch[0].T @ error / n / error.shape[1], "b": 2 * error.mean(0) / error.shape[1]}
+        return float((error * error).mean()), gradients, [forward(p, batch)]
+
+    def update(p, slots, gradients):
+        return {k: p[k] - 0.1 * gradients[k] for k in p}, {}
+
+    start = {"w": rng.normal(size=(5, 3)).astype("float32"), "b": np.zeros(3, "float32")}
+    return FunctionProgram(start, train, update, lambda p, batch: [forward(p, batch)])
+
+
+def rows(n, seed=1):
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=(n, 5)).astype("float32"), rng.normal(size=(n, 3)).astype("float32")]
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+@pytest.mark.parametrize(("count", "cards"), [(1, 1), (2, 2), (3, 3), (4, 1), (8, 2)])
+@pytest.mark.parametrize("n", [1, 7, 32])
+def test_a_function_program_trains_as_on_the_host(gpus, count, cards, n, seed):
+    box = gpus(cards, seed=seed)
+    ours, theirs = linear(), linear()
+    engine = fastdp.DataParallel(ours, box.devices(count, cards), timeout=LIMIT, check_replicas=True)
+    host = [HostDevice(i) for i in range(count)]
+    reference = fastdp.DataParallel(theirs, host, timeout=LIMIT)
+    for step in range(3):
+        batch = rows(n, step)
+        got, want = engine.train(batch), reference.train(batch)
+        np.testing.assert_allclose(got.outputs[0], want.outputs[0], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(got.sums, want.sums, rtol=1e-6)
+    np.testing.assert_allclose(
+        np.asarray(engine.predict(rows(n)).outputs[0]), reference.predict(rows(n)).outputs[0], rtol=1e-5, atol=1e-6
+    )
+    for device in host:
+        device.close()
+    del engine, ours, got
+    gc.collect()
+
+
+def test_the_steady_state_allocates_nothing_and_waits_for_no_whole_device(gpus):
+    box = gpus(2)
+    engine = fastdp.DataParallel(linear(), box.devices(2), timeout=LIMIT)
+    for _ in range(4):  # the two batch buffers, the staging ring, pinned outputs
+        engine.train(rows(16))
+    before = dict(box.sim.calls)
+    for _ in range(5):
+        engine.train(rows(16))
+    after = box.sim.calls
+    assert after["memcpyAsync"] > before["memcpyAsync"]  # the counter counts
+    for name in ("malloc", "free", "hostAlloc", "freeHost", "deviceSynchronize", "deviceEnablePeerAccess"):
+        assert after[name] == before.get(name, 0), name
+
+
+@pytest.mark.parametrize("missing", ["compute", "communication"])
+def test_a_missing_wait_is_found(gpus, monkeypatch, missing):
+    box = gpus(2)
+    streams = importlib.import_module("fastdp.backend.cuda.streams")
+    engine = fastdp.DataParallel(linear(), box.devices(2), timeout=LIMIT)
+    engine.train(rows(8))
+    kept = streams.CudaStream._passed
+    monkeypatch.setattr(
+        streams.CudaStream, "_passed", lambda self, event: None if self.name == missing else kept(self, event)
+    )
+    box.sim.synchronize = lambda handle: None  # the replicas' own work no longer joins the host
+
+    def two_steps():
+        for _ in range(2):
+            engine.train(rows(8))
+
+    with pytest.raises(RuntimeError, match="nothing orders"):
+        two_steps()
+    assert box.sim.violations
+    box.sim.violations.clear()
+    del box.sim.synchronize
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("cpu_merge", [True, False])
+def test_outputs_are_merged_where_they_are_asked_for(gpus, cpu_merge):
+    box = gpus(3)
+    devices = box.devices(3)
+    engine = fastdp.DataParallel(linear(), devices, timeout=LIMIT, cpu_merge=cpu_merge, merge_device=1)
+    batch = rows(7)
+    (output,) = engine.predict(batch).outputs
+    assert box.runtime.is_array(output) is not cpu_merge
+    if not cpu_merge:
+        assert box.runtime.array_device(output) == devices[1].ordinal
+        output = devices[1].to_host(output)
+    program = linear()
+    np.testing.assert_allclose(output, program._predict(program.parameters, batch)[0], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="merge_device"):
+        fastdp.DataParallel(linear(), devices, merge_device=3)
+
+
+@pytest.mark.parametrize("nccl", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("n", [1, 70_000, 700_000])
+def test_all_reduce_by_every_way(gpus, monkeypatch, nccl, dtype, n):
+    box = gpus(2)
+    monkeypatch.setattr(box.runtime, "nccl_available", lambda: nccl)
+    cuda = importlib.import_module("fastdp.comm.cuda")
+    devices = box.devices(2 if nccl else 4)
+    comm = cuda.CudaCommunicator(devices, LIMIT)
+    spec = [ArraySpec("g", (n,), dtype)]
+    flats = [FlatBuffers(spec, device) for device in devices]
+    host = np.random.default_rng(0).integers(-4, 5, (len(devices), n)).astype("float32")
+
+    def stored(values):
+        return as_stored(values, dtype)
+
+    for device, flat, values in zip(devices, flats, host, strict=True):
+        device.copy(flat.views[0], stored(values))
+    bucket = flats[0].buckets()
+    ways = {comm.how(one) for one in bucket}
+    with pytest.warns(UserWarning, match="host memory") if "host" in ways else nothing():
+        comm.all_reduce(flats[:-1], flats, bucket)  # the last one has no rows
+        for device in devices:
+            device.synchronize(LIMIT)
+    comm.check()
+    want = stored(host[:-1].sum(0))
+    for device, flat in zip(devices, flats, strict=True):
+        assert device.communication.record().finish(LIMIT) is None
+        np.testing.assert_array_equal(device.to_host(flat.views[0]), want)
+    expected = {"host"} if dtype == "float64" and not nccl else {"nccl"} if dtype == "float64" else None
+    if expected:
+        assert ways == expected
+    elif n == 1:
+        assert ways == {"one-shot"}
+    elif n * 4 > cuda.TWO_SHOT_NBYTES and dtype == "float32":
+        assert ("nccl" if nccl else "two-shot") in ways
+    del flats, comm
+    gc.collect()
+
+
+def as_stored(values, dtype):
+    """fp32 numbers as the buffers of `dtype` keep them."""
+    if dtype == "bfloat16":
+        return torch.from_numpy(values).bfloat16().view(torch.int16).numpy().view(np.uint16)
+    return values.astype(dtype)
+
+
+class nothing:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        return False
+
+
+def test_a_failure_of_a_replica_changes_no_weight_and_the_next_step_works(gpus):
+    box = gpus(2)
+    program = linear()
+    engine = fastdp.DataParallel(program, box.devices(2), timeout=LIMIT)
+    engine.train(rows(8))
+    before = engine.replicas[1].device.to_host(engine.replicas[1].memory.variables.buffers["float32"])
+    kept = program._train
+    program._train = lambda p, batch: (_ for _ in ()).throw(FloatingPointError("no number"))
+    with pytest.raises(FloatingPointError, match="no number"):
+        engine.train(rows(8))
+    program._train = kept
+    after = engine.replicas[1].device.to_host(engine.replicas[1].memory.variables.buffers["float32"])
+    np.testing.assert_array_equal(before, after)
+    engine.train(rows(8))
+
+
+def model():
+    keras.utils.set_random_seed(3)
+    inputs = keras.Input((6,))
+    x = keras.layers.Dense(8, activation="tanh")(inputs)
+    x = keras.layers.BatchNormalization()(x)
+    x = keras.layers.Dropout(0.3, seed=5)(x)
+    return keras.Model(inputs, keras.layers.Dense(2)(x))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_keras_model_trains_as_on_the_host(gpus, optimizer):
+    from fastdp.keras.parallel import ParallelModel
+
+    box = gpus(2)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(20, 6)).astype("float32"), rng.normal(size=(20, 2)).astype("float32")
+    results = []
+    host = [HostDevice(i) for i in range(3)]
+    for devices in (host, box.devices(3)):
+        parallel = ParallelModel(model(), devices, timeout=LIMIT, check_replicas=True)
+        parallel.compile(optimizer=optimizer, loss="mse", metrics=["mae"])
+        history = parallel.fit(x, y, batch_size=8, epochs=2, verbose=0, shuffle=False).history
+        results.append((history, parallel.predict(x, batch_size=7, verbose=0), parallel.get_weights()))
+    for key in results[0][0]:
+        np.testing.assert_allclose(results[0][0][key], results[1][0][key], rtol=1e-5)
+    np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-4, atol=1e-5)
+    for a, b in zip(results[0][2], results[1][2], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    for device in host:
+        device.close()
+    # The model's tensors lie in the simulated memory: they go before it does.
+    del parallel, results, devices
+    keras.backend.clear_session()
+    gc.collect()
+
+
+def test_a_torch_module_trains_as_on_the_host(gpus):
+    from fastdp.torch.parallel import TorchParallel
+
+    box = gpus(2)
+    torch.manual_seed(0)
+    x, y = torch.randn(11, 4), torch.randn(11, 1)
+    results = []
+    host = [HostDevice(i) for i in range(3)]
+    for devices in (host, box.devices(3)):
+        torch.manual_seed(1)
+        module = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
+        dp = TorchParallel(module, devices, timeout=LIMIT)
+        step = dp.train_step(torch.nn.functional.mse_loss, lambda p: torch.optim.SGD(p, lr=0.1))
+        losses = [float(step(x, y)) for _ in range(4)]
+        results.append((losses, dp(x).detach().clone()))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-5)
+    for device in host:
+        device.close()
+    del dp, step, module, devices, results
+    gc.collect()
