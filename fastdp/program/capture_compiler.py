@@ -7,12 +7,15 @@ workers, one at a time, and loads what they leave behind.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from collections import deque
@@ -22,6 +25,7 @@ from pathlib import Path
 
 import torch
 from torch._inductor import CompiledArtifact
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch.fx import GraphModule
 
 from fastdp.program.capture_graph import to_bytes
@@ -79,13 +83,16 @@ class BackgroundCompiler:
         job = Job(data, constants, threads)
         self._waiting.append(job)
         self._start_next()
+        _readying()
         return job
 
     def done(self, job: Job) -> bool:
         """Whether `result` would give one now, or raise."""
         if job.process is None:
             return False
-        return job.process.poll() is not None or time.monotonic() - job.began > self._timeout
+        if job.process.poll() is not None:
+            return not _readying().is_alive()
+        return time.monotonic() - job.began > self._timeout
 
     def result(self, job: Job) -> Run:
         """The compiled step of a job that is done. Takes arguments as the graph does; gives a sequence.
@@ -143,6 +150,22 @@ class BackgroundCompiler:
             )
         job.began = time.monotonic()
         self._started.append(job)
+
+
+@functools.cache
+def _readying() -> threading.Thread:
+    """The thread that does, once, what the first loading would lose seconds with: imports, and a look at the CPU.
+
+    It neither traces nor compiles, so it may run beside the replicas. An interpreter that ends waits for it.
+    """
+
+    def ready() -> None:
+        importlib.import_module("torch._inductor.compile_fx")
+        pick_vec_isa()
+
+    thread = threading.Thread(target=ready, name="fastdp-compile-ready")
+    thread.start()
+    return thread
 
 
 def missing_compiler() -> str | None:
