@@ -91,7 +91,7 @@ $(PEERS_STAMP): setup.py pyproject.toml constraints.txt bench/peers_requirements
 	@touch $@
 
 bench-parts: $(STAMP)  ## time scatter, merge, all-reduce, update and the engine's own cost by pytest-benchmark
-	$(BIN)/python bench/parts/run.py $(ARGS)
+	$(BIN)/python bench/run_parts.py $(ARGS)
 
 # For a GPU machine that has its libraries already: no .venv, no network. It may lack pytest-timeout, whose
 # setting pytest then does not know; that warning alone is let through.

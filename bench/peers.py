@@ -1,10 +1,10 @@
 """How many samples per second does each way of data-parallel training make, on the same model, data and machine?
 
-fastdp on 1 and 2 virtual devices, beside Keras's `fit` on torch, JAX and TensorFlow, keras.distribution's
-DataParallel over two host devices, MirroredStrategy over two logical CPUs, and plain torch in one process and in
-two with DistributedDataParallel over gloo. All train by SGD with momentum on the same batches; a batch is that of
-all devices together. Each peer is a process of its own that builds, compiles and warms up before anything is
-timed; then they take turns, one round each, and medians over the rounds count.
+fastdp on 1 and 2 virtual devices with compiled steps, beside Keras's `fit` on torch, JAX and TensorFlow,
+keras.distribution's DataParallel over two host devices, MirroredStrategy over two logical CPUs, and plain torch in
+one process and in two with DistributedDataParallel over gloo. All train by SGD with momentum on the same batches; a
+batch is that of all devices together. Each peer is a process of its own that builds, compiles and warms up before
+anything is timed; then they take turns, one round each, and medians over the rounds count.
 
 Peers that train on two devices normalize each device's rows, except JAX's, which normalizes the whole batch. A
 peer that fails, or is late, is recorded with its reason, and the others go on.

@@ -22,7 +22,7 @@ ENOUGH_STEPS = 100
 
 @dataclass(frozen=True)
 class DeviceReport:
-    """One device: rows of the latest batch, median seconds by verb, bytes of its part of the model.
+    """One device: rows of most of the latest batches, median seconds by verb, bytes of its part of the model.
 
     On virtual devices all memory is the host's; `spare` is the copy from which an update that may fail is taken back.
     """

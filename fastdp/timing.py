@@ -59,7 +59,7 @@ class Watch:
 
 @dataclass(frozen=True, slots=True)
 class DeviceTimes:
-    """A device's rows of a batch in the latest step, and its median seconds by verb."""
+    """A device's rows of most of the latest batches, and its median seconds by verb."""
 
     rows: int
     seconds: dict[str, float]
@@ -101,7 +101,7 @@ class Timings:
         mine = [watch for watch in self._watches if rank < len(watch.rows)]
         found = [watch.seconds(rank) for watch in mine]
         seconds = {verb: statistics.median([one[verb] for one in found] or [0.0]) for verb in VERBS}
-        return DeviceTimes(mine[-1].rows[rank] if mine else 0, seconds)
+        return DeviceTimes(statistics.mode([watch.rows[rank] for watch in mine] or [0]), seconds)
 
     @property
     def overhead(self) -> float:

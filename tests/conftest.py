@@ -34,6 +34,7 @@ NEEDS = {
     "hypothesis": ("hypothesis",),
     "keras": ("keras", "torch"),
     "matplotlib": ("matplotlib",),
+    "pytest_benchmark": ("pytest_benchmark",),
     "sklearn": ("sklearn",),
     "torch": ("torch",),
 }

@@ -1,0 +1,29 @@
+"""What the timed parts share: the folder of the other benchmarks on the path, and virtual devices that are closed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ["KERAS_BACKEND"] = "torch"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from fastdp.backend.host import HostDevice
+
+
+@pytest.fixture
+def devices() -> Iterator[Callable[[int], list[HostDevice]]]:
+    """Makes so many new virtual devices."""
+    made: list[HostDevice] = []
+
+    def make(count: int) -> list[HostDevice]:
+        made.extend(HostDevice(index) for index in range(count))
+        return made[-count:]
+
+    yield make
+    for device in made:
+        device.close()

@@ -1,0 +1,33 @@
+"""The timed parts run, and what was measured is written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest_benchmark  # noqa: F401  names the need, so that this file is left out without it
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCH / "run_parts.py"), "-q", "--benchmark-max-time=0.01", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_medians_of_the_parts_asked_for_are_written(tmp_path):
+    done = run("--out", str(tmp_path), "-k", "scatter or merge", "--benchmark-min-rounds=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("parts_*.json")
+    line = json.loads(path.read_text())
+    assert set(line["results"]) == {f"{part}[{count}]" for part in ("scatter", "merge") for count in (1, 2, 4, 8)}
+    assert all(found["median"] > 0 for found in line["results"].values())
+    assert line["versions"]["pytest-benchmark"]
+
+
+def test_a_part_that_fails_fails_the_run_and_writes_nothing(tmp_path):
+    done = run("--out", str(tmp_path), "-k", "no_such_part")
+    assert done.returncode != 0
+    assert list(tmp_path.iterdir()) == []
