@@ -95,3 +95,14 @@ def test_what_cannot_be_run_says_why(tmp_path, arguments, status, message):
     assert done.returncode == status
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_keras_own_test_of_a_callback_passes_on_the_devices(tmp_path):
+    """A part of `make conformance`, whose other tests import more libraries than .venv has."""
+    spec = importlib.util.find_spec("keras")
+    file = Path(spec.origin).parent / "src" / "callbacks" / "monitor_callback_test.py"
+    settings = ["-q", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={tmp_path}"]
+    done = fastdp_run("--virtual", "2", "-m", "pytest", *settings, str(file), folder=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
