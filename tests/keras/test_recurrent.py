@@ -177,6 +177,7 @@ def test_dropout_of_the_inputs_draws_keras_s_mask(kind, mask, counted):
     "options",
     [
         {"recurrent_dropout": 0.3, "seed": 3},
+        {"dropout": 1.0, "seed": 3},
         {"activation": "relu"},
         {"recurrent_activation": "hard_sigmoid"},
         {"activation": None},
