@@ -8,6 +8,7 @@ import importlib.util
 import operator
 import os
 import threading
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,6 +83,9 @@ class _VirtualDevices:
                 if self.kind == "host":
                     self._devices.append(HostDevice(index))
                 else:
+                    # Read when CUDA starts. Streams that share a connection wait for each other's kernels, and
+                    # those of an all-reduce wait for one another: of the default 8 there are too few.
+                    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
                     cards = _cuda("device").runtime.device_count()
                     self._devices.append(_cuda("device").CudaDevice(index, index % cards, virtual=True))
             return list(self._devices)
@@ -222,6 +226,16 @@ def resolve(gpus: Any, *, minimum: int = 1, caller: str = "fastdp.wrap") -> list
         return [_gpus.get(i) for i in ordinals]
     pool = _virtual.get()
     return [pool[i] for i in ordinals]
+
+
+def warn_of_relocation(asked: bool, devices: Sequence[Any]) -> None:
+    """Say once, where it is asked for, that `cpu_relocation` moves nothing on GPUs."""
+    if asked and any(device.on_gpu for device in devices):
+        warnings.warn(
+            "`cpu_relocation=True` has no effect on GPUs: the model's own weights live in the first GPU's memory, "
+            "where its replica trains them, and are copied to the host when they are read or saved.",
+            stacklevel=4,
+        )
 
 
 def _ordinals(gpus: Any, available: int, caller: str) -> Sequence[int]:

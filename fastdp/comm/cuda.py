@@ -261,7 +261,7 @@ class CudaCommunicator:
         if not needed or (self._groups and self._groups[0].half_nbytes >= half):
             return
         for device in self._devices:
-            device.kernels.load("all_reduce_one_shot", "all_reduce_two_shot")
+            _load_all_reduces(device)
         self._ranks = [
             _PeerRank(
                 device.zeros((2 * half,), np.dtype(np.uint8)),
@@ -286,6 +286,20 @@ class CudaCommunicator:
             )
             for rank in range(ranks)
         ]
+
+
+def _load_all_reduces(device: CudaDevice) -> None:
+    """Launch each all-reduce once for a rank by itself: CUDA may load a kernel at its first launch, and that may
+    wait for a kernel that is running, which would be the one that waits for this launch."""
+    memory = [device.zeros((nbytes,), np.dtype(np.uint8)) for nbytes in (2 * PACK_NBYTES, SIGNALS_NBYTES, 4, 4)]
+    staging, signals, error, x = map(runtime.array_pointer, memory)
+    stream = device.communication
+    assert isinstance(stream, CudaStream)
+    group = PeerGroup(0, (staging,), 2 * PACK_NBYTES, (signals,), error, 1)
+    for dtype in KERNEL_DTYPES:
+        all_reduce_one_shot(device.kernels, group, x=x, y=x, n=1, dtype=dtype, stream=stream.handle)
+        all_reduce_two_shot(device.kernels, group, inputs=[x], y=x, n=1, dtype=dtype, stream=stream.handle)
+    device.read(memory[-1], stream)  # waits
 
 
 def _address(flat: FlatBuffers, bucket: Bucket) -> int:

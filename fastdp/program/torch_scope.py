@@ -75,7 +75,7 @@ def gradients_of(running: Running, loss: torch.Tensor, inputs: Sequence[torch.Te
     running.backward = True
     try:
         edges = [get_gradient_edge(tensor) for tensor in inputs]
-        seed = torch.ones((), dtype=loss.dtype)
+        seed = torch.ones((), dtype=loss.dtype, device=loss.device)
         return torch.autograd.grad([get_gradient_edge(loss)], edges, [seed], allow_unused=True)
     finally:
         running.backward = False

@@ -54,6 +54,11 @@ def output_array(tensor: torch.Tensor, device: Any) -> Any:
 def prepare_worker(threads: int, device: Any) -> None:
     """Set a worker's share of the cores, and let torch's work on this thread go to the device's compute stream."""
     torch.set_num_threads(threads)
+    if device.on_gpu:
+        # Torch runs the backward pass of all replicas on a card in one thread of its own: replicas that meet there
+        # would wait for each other, and what is kept for the worker's thread would be missing. Off, backward
+        # stays in the worker.
+        torch.autograd.set_multithreading_enabled(False)
     if device.on_gpu and device.torch_device.startswith("cuda"):
         handle = device.compute.handle
         if torch.cuda.current_stream(device.torch_device).cuda_stream != handle:
