@@ -7,6 +7,7 @@ training process can load. It ends with its parent: closing its standard input e
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -22,7 +23,7 @@ YIELDING = 10  # lower priority than the training it shares the cores with
 
 def main(graph: str, artifact: str, threads: str, cores: str) -> None:
     """Compile the graph in one file into the artifact in another."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(Path(graph).parent,), daemon=True).start()
     os.nice(YIELDING)
     module, inputs, mode = from_bytes(Path(graph).read_bytes())
     settings = {"cpp.threads": int(threads), "compile_threads": int(cores)}
@@ -33,9 +34,11 @@ def main(graph: str, artifact: str, threads: str, cores: str) -> None:
     Path(unfinished).rename(artifact)
 
 
-def _end_with_parent() -> None:
-    """Wait for the end of standard input; then end this process and the compilers that it started."""
+def _end_with_parent(folder: Path) -> None:
+    """Wait for the end of standard input; then remove the files that a killed parent has left, and end this process
+    and the compilers that it started."""
     os.read(0, 1)  # not sys.stdin: its lock, held here, would abort the interpreter at its end
+    shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
 
 

@@ -160,7 +160,7 @@ def test_the_worker_ends_with_the_process_that_started_it(tmp_path):
                 break
             time.sleep(0.05)
         assert time.monotonic() < deadline
-    assert not list((tmp_path / "ended").glob("fastdp-compile-*"))
+        assert not list(folder.glob("fastdp-compile-*"))
 
 
 def test_auto_runs_eagerly_then_traced_once_a_shape_has_been_trained_for_long(monkeypatch):
