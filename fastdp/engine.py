@@ -5,8 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -17,15 +15,14 @@ from fastdp.comm.choose import communicator
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.device import resolve
 from fastdp.errors import DeviceTimeoutError
+from fastdp.held import HeldGradients
 from fastdp.program.base import Context, Memory, Program, Result
 from fastdp.replica import Replica
 from fastdp.shard import CORES, split_rows
 from fastdp.step import Step, StepResult, add_up, commit, run_replica, step_error
+from fastdp.step_scope import StepScope
 from fastdp.timing import Timings, Watch
 from fastdp.transfer import Merger, count_rows, scatter
-
-# Steps of different engines that share devices must not interleave: replicas block in exchanges.
-_one_step_at_a_time = threading.RLock()
 
 
 class DataParallel:
@@ -62,7 +59,7 @@ class DataParallel:
         merge_device: int = 0,
         check_replicas: bool = False,
     ) -> None:
-        if not _are_devices(devices):
+        if not isinstance(devices, (list, tuple)) or not any(isinstance(one, QueueDevice) for one in devices):
             devices = resolve(devices, caller="fastdp.DataParallel")
         if not devices or len({id(device) for device in devices}) != len(devices):
             raise ValueError(f"`devices` must be one or more different devices. Received: {list(devices)}")
@@ -92,24 +89,30 @@ class DataParallel:
         self._saved = [FlatBuffers(flat.specs, devices[0]) for flat in self.replicas[0].lasting]
         self._updated = False
         self._buckets = self.replicas[0].gradients.buckets()
+        self._held = HeldGradients(self.replicas, self._communicator)
         self.timings: list[list[float]] = []
         self.times = Timings()
 
     # The two steps.
 
-    def train(self, batch: Sequence[np.ndarray], *, structure: object = None, wants_outputs: bool = True) -> StepResult:
+    def train(
+        self, batch: Sequence[np.ndarray], *, structure: object = None, wants_outputs: bool = True, reduce: bool = True
+    ) -> StepResult:
         """One training step on a global batch: all replicas end with the same new weights.
 
         Args:
             batch: arrays with the same number of rows (>= 1); read, never written, until this returns.
             structure: handed to the program as `Context.structure`.
             wants_outputs: merge the replicas' outputs too.
+            reduce: False leaves the gradients on the replicas, for the next step that reduces: gradient
+                accumulation. Loss terms and moments are added up, and the program's `update` runs, in any case.
 
         Raises:
             ReplicaError: a replica failed (also an instance of what it failed with). No weight changed.
             DeviceTimeoutError: the step took longer than `timeout` seconds.
         """
         with self._begin(batch, structure, wants_outputs, trains=True) as step:
+            step.reduces = reduce
             self._scatter(step, batch)
             self._run(step, Replica.train)
             self._reduce(step)
@@ -140,9 +143,13 @@ class DataParallel:
 
     def _reduce(self, step: Step) -> None:
         """Gradients and sums are added up; every replica gets them, those without rows too."""
-        active = [replica.gradients for replica in self.replicas[: len(step.shards)]]
+        if not step.reduces:
+            self._held.reserve(len(step.shards))
+            self._communicator.once(lambda: commit(step))
+            return
+        sources = self._held.hand_over(len(step.shards))
         every = [replica.gradients for replica in self.replicas]
-        self._communicator.all_reduce(active, every, self._buckets, once=lambda: commit(step))
+        self._communicator.all_reduce(every[:sources], every, self._buckets, once=lambda: commit(step))
 
     def _update(self, step: Step) -> None:
         """Every replica gets the same update: by applying it to its own copy, or a copy of the first's."""
@@ -155,7 +162,7 @@ class DataParallel:
                     step.restorable = self._save()
                     step.updates_begun = True
                 # The other devices have nothing to do while the first updates for all.
-                replica.prepare_thread(CORES if self.update == "first" else step.threads)
+                replica.prepare_thread(CORES if len(step.updating) == 1 else step.threads)
                 replica.update(step.totals)
                 step.updates_done.append(replica.rank)
                 step.watch.update_ended[replica.rank] = time.perf_counter()
@@ -167,10 +174,15 @@ class DataParallel:
         # Before, not after: an update may happen even when nobody waits for it any more.
         self._home.generation += 1
         self._generation = step.generation = self._home.generation
-        for replica in self._updating:
+        step.updating = self._updating if step.reduces else self.replicas
+        for replica in step.updating:
             replica.device.compute.enqueue(lambda r=replica: apply(r))  # type: ignore[misc]
-        if len(self._updating) < len(self.replicas):
+        if len(step.updating) < len(self.replicas):
             self._communicator.broadcast([replica.memory.variables for replica in self.replicas])
+        if step.reduces:
+            self._held.clear()
+        else:
+            self._held.keep(len(step.shards))
 
     def _merge(self, step: Step) -> StepResult:
         """Wait for the replicas; outputs are together in row order."""
@@ -192,6 +204,32 @@ class DataParallel:
         return StepResult(outputs, step.totals.sums, step.totals.notes, step.shards[0].total)
 
     # State.
+
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether gradients of earlier steps wait on the replicas, or may do so once a given-up step has ended."""
+        return self._held.count > 0 or self._unsettled is not None
+
+    def fold(self) -> None:
+        """Reduce the gradients that wait on the replicas now, and let the program take them over into its slots.
+
+        Raises:
+            ReplicaError, DeviceTimeoutError: as in `train`.
+        """
+        with self._begin([np.zeros(1)], None, False, trains=False) as step:
+            self.steps -= 1  # it is none
+            sources = self._held.hand_over(0)
+            if not sources:
+                return
+            every = [replica.gradients for replica in self.replicas]
+            self._communicator.all_reduce(every[:sources], every, self._buckets)
+            for replica in self._updating:
+                replica.device.compute.enqueue(replica.fold)
+            self._held.clear()
+            self._home.generation += 1
+            self._generation = self._home.generation
+            self._finish(step)
+            self.program.committed()
 
     @property
     def _updating(self) -> list[Replica]:
@@ -242,7 +280,7 @@ class DataParallel:
 
     def _begin(
         self, batch: Sequence[np.ndarray], structure: object, wants_outputs: bool, *, trains: bool
-    ) -> _StepScope:
+    ) -> StepScope:
         """Check the batch, deal out the rows, and make sure that the replicas are up to date."""
         total = count_rows(batch)
         shards = split_rows(total, len(self.replicas))
@@ -254,7 +292,7 @@ class DataParallel:
         threads = max(1, CORES // len(shards))
         merger = Merger(shards, self.devices, self._merge_device, on_host=self._cpu_merge)
         watch = Watch([rows.count for rows in shards], len(self.replicas))
-        return _StepScope(self, Step(shards, contexts, merger, rendezvous, threads, watch), trains)
+        return StepScope(self, Step(shards, contexts, merger, rendezvous, threads, watch), trains)
 
     def _finish(self, step: Step) -> None:
         """Wait until all devices are done; on a failure clean up and raise it."""
@@ -293,106 +331,10 @@ class DataParallel:
         for device in self.devices:
             device.recover()
         step, self._unsettled = self._unsettled, None
-        if step is None or not step.updates_begun or len(step.updates_done) == len(self._updating):
+        if step is None or not step.updates_begun or len(step.updates_done) == len(step.updating):
             return
         # Another generation: another engine has gone on from what there was.
         if step.restorable and self._home.generation == step.generation:
             for replica in self.replicas:
                 for saved, flat in zip(self._saved, replica.lasting, strict=True):
                     flat.copy_from(saved)
-
-
-def _are_devices(devices: Any) -> bool:
-    """Whether these are devices, and not numbers that name some."""
-    return isinstance(devices, (list, tuple)) and any(isinstance(device, QueueDevice) for device in devices)
-
-
-class _StepScope(AbstractContextManager[Step]):
-    """Holds the locks of one step and the program's own scope, and brings stale replicas up to date."""
-
-    def __init__(self, engine: DataParallel, step: Step, trains: bool) -> None:
-        self._engine = engine
-        self._step = step
-        self._trains = trains
-        self._running: AbstractContextManager[None] | None = None
-
-    def __enter__(self) -> Step:
-        engine = self._engine
-        self._take()
-        try:
-            if not _one_step_at_a_time.acquire(timeout=engine.timeout):
-                raise TimeoutError(f"Another model kept the devices busy for {engine.timeout} seconds.")
-            try:
-                self._prepare()
-            except BaseException as error:
-                self._abandon(error)
-                _one_step_at_a_time.release()
-                raise
-        except BaseException:
-            engine._busy.release()
-            raise
-        return self._step
-
-    def _take(self) -> None:
-        """Wait until the engine is free. Two threads that train one model are a mistake, and told so at once.
-
-        Raises:
-            RuntimeError: another thread is training this model.
-            DeviceTimeoutError: the engine was not free in time.
-        """
-        engine = self._engine
-        if not engine._busy.acquire(blocking=False):
-            if self._trains and engine._training:
-                raise RuntimeError(
-                    "This model is already running a step in another thread. Train one parallel model from one thread "
-                    "at a time."
-                )
-            if not engine._busy.acquire(timeout=engine.timeout):
-                raise DeviceTimeoutError(f"Another thread kept this model busy for {engine.timeout} seconds.")
-        engine._training = self._trains
-
-    def _prepare(self) -> None:
-        """Clean up after a step that nobody waited for, and refresh replicas that are stale."""
-        engine = self._engine
-        threads = self._step.threads
-        # Left by this engine, or by another one on the same devices.
-        if engine._unsettled is not None or any(device.unsettled for device in engine.devices):
-            engine._settle()
-        engine._unsettled = self._step
-        # Both are asked: the second also re-adopts variables whose memory was replaced.
-        changed = engine.program.changed_outside()
-        if changed:  # `committed()` forgets it: the number tells the other engines on this home
-            engine._home.generation += 1
-        if engine._generation != engine._home.generation:
-            engine.refresh()
-        self._running = engine.program.running(threads)
-        self._running.__enter__()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        engine = self._engine
-        try:
-            if error is None:
-                engine._unsettled = None
-            else:
-                self._abandon(error)
-            if self._running is not None:
-                self._running.__exit__(None, None, None)
-        finally:
-            engine.steps += 1
-            _one_step_at_a_time.release()
-            engine._busy.release()
-
-    def _abandon(self, error: BaseException) -> None:
-        """Nobody waits for this step any more: stop what still runs, and let the next one clean up.
-
-        After a failure of a replica, a timeout, an interrupt of this thread, or a device that is closed.
-        """
-        self._step.rendezvous.abort(error)
-        self._engine._generation = -1
-        for device in self._engine.devices:
-            device.unsettled = True

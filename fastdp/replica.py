@@ -51,3 +51,11 @@ class Replica:
     def update(self, totals: Totals) -> None:
         """Apply the reduced gradients. Runs on the device's worker."""
         self._program.update(self._state, totals)
+
+    def accumulate(self, total: FlatBuffers, part: FlatBuffers) -> None:
+        """Add `part` to `total`. Runs on the device's worker."""
+        self._program.accumulate(total, part)
+
+    def fold(self) -> None:
+        """Take over reduced gradients into the slots. Runs on the device's worker."""
+        self._program.fold(self._state)

@@ -48,6 +48,8 @@ class Step:
     updates_begun: bool = False
     restorable: bool = True
     updates_done: list[int] = field(default_factory=list)
+    updating: list[Replica] = field(default_factory=list)
+    reduces: bool = True
 
 
 def run_replica(
@@ -91,7 +93,7 @@ def add_up(step: Step) -> None:
     sums = results[0].sums.copy()
     for result in results[1:]:
         sums += result.sums
-    step.totals = Totals(sums, results[0].notes, [result.notes for result in results])
+    step.totals = Totals(sums, results[0].notes, [result.notes for result in results], step.reduces)
 
 
 def step_error(

@@ -119,11 +119,15 @@ class Result:
 
 @dataclass(slots=True)
 class Totals:
-    """The sums of a step over all replicas, and the first replica's notes."""
+    """The sums of a step over all replicas, and the first replica's notes.
+
+    `reduced` is False where the step's gradients wait for a later reduction: each replica has its own.
+    """
 
     sums: np.ndarray
     notes: Any
     every_note: list[Any]
+    reduced: bool = True
 
 
 class Program(Protocol):
@@ -161,7 +165,17 @@ class Program(Protocol):
         """Forward, loss and backward of one replica's rows; gradients go into the state's buffers."""
 
     def update(self, state: Any, totals: Totals) -> None:
-        """Apply the summed gradients, slots and buffers to the state, in place."""
+        """Apply the summed gradients, slots and buffers to the state, in place.
+
+        Where `totals` are not reduced, it runs on every replica, also on those without slots, and must leave the
+        gradients alone, and all replicas with the same variables.
+        """
+
+    def accumulate(self, total: FlatBuffers, part: FlatBuffers) -> None:
+        """Add `part` to `total`, on the worker of the device that has both. For steps that are not reduced."""
+
+    def fold(self, state: Any) -> None:
+        """Take over reduced gradients into the slots, before the end of their cycle: somebody looks at the slots."""
 
     def predict(self, state: Any, batch: list[np.ndarray], context: Context) -> Result:
         """Forward only."""

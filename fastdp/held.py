@@ -1,0 +1,80 @@
+"""Gradients that wait on their replicas: sums over the steps that are not reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastdp.buckets import FlatBuffers
+from fastdp.comm.choose import Communicator
+from fastdp.replica import Replica
+
+
+class HeldGradients:
+    """The sums of the gradients of steps that were not reduced, one on each replica.
+
+    Args:
+        replicas: all of them.
+        communicator: over their devices.
+
+    A step's own gradient stays in the replica's flat buffer, and is added here once the step has succeeded on all
+    replicas: a step that fails leaves the sums as they were. `count` replicas, the first ones, hold a sum.
+    """
+
+    def __init__(self, replicas: Sequence[Replica], communicator: Communicator) -> None:
+        self.count = 0
+        self._replicas = list(replicas)
+        self._communicator = communicator
+        self._sums: list[FlatBuffers] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sums of all replicas."""
+        return sum(flat.nbytes for flat in self._sums)
+
+    def reserve(self, active: int) -> None:
+        """Memory for the sums of the first `active` replicas. On the host thread, before the step."""
+        for replica in self._replicas[len(self._sums) : active]:
+            self._sums.append(FlatBuffers(replica.gradients.specs, replica.device))
+
+    def keep(self, active: int) -> None:
+        """Add the gradients of the first `active` replicas, when all have made the step's update."""
+        before = self.count
+
+        def over() -> None:
+            self.count = max(before, active)
+
+        def add(replica: Replica, total: FlatBuffers) -> None:
+            if replica.rank < before:
+                replica.accumulate(total, replica.gradients)
+            else:
+                total.copy_from(replica.gradients)
+
+        self._communicator.once(over)
+        for replica, total in zip(self._replicas[:active], self._sums, strict=False):
+            replica.device.compute.enqueue(lambda r=replica, t=total: add(r, t))  # type: ignore[misc]
+
+    def hand_over(self, active: int) -> int:
+        """Add the sums to the gradients of a step with rows on the first `active` replicas.
+
+        Returns:
+            How many replicas, the first ones, have something to be reduced.
+        """
+
+        def give(replica: Replica, total: FlatBuffers) -> None:
+            if replica.rank < active:
+                replica.accumulate(replica.gradients, total)
+            else:
+                replica.gradients.copy_from(total)
+
+        for replica, total in zip(self._replicas[: self.count], self._sums, strict=False):
+            replica.device.compute.enqueue(lambda r=replica, t=total: give(r, t))  # type: ignore[misc]
+        return max(active, self.count)
+
+    def clear(self) -> None:
+        """Forget the sums, when all replicas have used them."""
+
+        def over() -> None:
+            self.count = 0
+
+        if self.count:
+            self._communicator.once(over)

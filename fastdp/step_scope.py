@@ -1,0 +1,108 @@
+"""Around a step: the locks, the program's own scope, and what a step leaves behind that nobody waited for."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+from fastdp.errors import DeviceTimeoutError
+from fastdp.step import Step
+
+# Steps of different engines that share devices must not interleave: replicas block in exchanges.
+_one_step_at_a_time = threading.RLock()
+
+
+class StepScope(AbstractContextManager[Step]):
+    """Holds the locks of one step and the program's own scope, and brings stale replicas up to date.
+
+    A part of the engine (`fastdp.engine.DataParallel`), whose state it reads and sets.
+    """
+
+    def __init__(self, engine: Any, step: Step, trains: bool) -> None:
+        self._engine = engine
+        self._step = step
+        self._trains = trains
+        self._running: AbstractContextManager[None] | None = None
+
+    def __enter__(self) -> Step:
+        engine = self._engine
+        self._take()
+        try:
+            if not _one_step_at_a_time.acquire(timeout=engine.timeout):
+                raise TimeoutError(f"Another model kept the devices busy for {engine.timeout} seconds.")
+            try:
+                self._prepare()
+            except BaseException as error:
+                self._abandon(error)
+                _one_step_at_a_time.release()
+                raise
+        except BaseException:
+            engine._busy.release()
+            raise
+        return self._step
+
+    def _take(self) -> None:
+        """Wait until the engine is free. Two threads that train one model are a mistake, and told so at once.
+
+        Raises:
+            RuntimeError: another thread is training this model.
+            DeviceTimeoutError: the engine was not free in time.
+        """
+        engine = self._engine
+        if not engine._busy.acquire(blocking=False):
+            if self._trains and engine._training:
+                raise RuntimeError(
+                    "This model is already running a step in another thread. Train one parallel model from one thread "
+                    "at a time."
+                )
+            if not engine._busy.acquire(timeout=engine.timeout):
+                raise DeviceTimeoutError(f"Another thread kept this model busy for {engine.timeout} seconds.")
+        engine._training = self._trains
+
+    def _prepare(self) -> None:
+        """Clean up after a step that nobody waited for, and refresh replicas that are stale."""
+        engine = self._engine
+        threads = self._step.threads
+        # Left by this engine, or by another one on the same devices.
+        if engine._unsettled is not None or any(device.unsettled for device in engine.devices):
+            engine._settle()
+        engine._unsettled = self._step
+        # Both are asked: the second also re-adopts variables whose memory was replaced.
+        changed = engine.program.changed_outside()
+        if changed:  # `committed()` forgets it: the number tells the other engines on this home
+            engine._home.generation += 1
+        if engine._generation != engine._home.generation:
+            engine.refresh()
+        self._running = engine.program.running(threads)
+        self._running.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        engine = self._engine
+        try:
+            if error is None:
+                engine._unsettled = None
+            else:
+                self._abandon(error)
+            if self._running is not None:
+                self._running.__exit__(None, None, None)
+        finally:
+            engine.steps += 1
+            _one_step_at_a_time.release()
+            engine._busy.release()
+
+    def _abandon(self, error: BaseException) -> None:
+        """Nobody waits for this step any more: stop what still runs, and let the next one clean up.
+
+        After a failure of a replica, a timeout, an interrupt of this thread, or a device that is closed.
+        """
+        self._step.rendezvous.abort(error)
+        self._engine._generation = -1
+        for device in self._engine.devices:
+            device.unsettled = True
