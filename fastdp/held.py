@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from fastdp.buckets import FlatBuffers
 from fastdp.comm.choose import Communicator
@@ -34,7 +35,8 @@ class HeldGradients:
     def reserve(self, active: int) -> None:
         """Memory for the sums of the first `active` replicas. On the host thread, before the step."""
         for replica in self._replicas[len(self._sums) : active]:
-            self._sums.append(FlatBuffers(replica.gradients.specs, replica.device))
+            device: Any = replica.device
+            self._sums.append(FlatBuffers(replica.gradients.specs, device))
 
     def keep(self, active: int) -> None:
         """Add the gradients of the first `active` replicas, when all have made the step's update."""

@@ -142,11 +142,22 @@ class FunctionProgram:
         return Result([_array(o) for o in outputs], np.array([float(loss) * share]))
 
     def update(self, state: _State, totals: Totals) -> None:
-        """New parameters and slots, in place."""
+        """New parameters and slots, in place; none before the gradients are reduced."""
+        if not totals.reduced:
+            return
         parameters, slots = self._update(state.parameters, state.slots, state.gradients)
         for views, values in ((state.parameters, parameters), (state.slots, slots)):
             for name, value in values.items():
                 views[name][...] = value
+
+    def accumulate(self, total: FlatBuffers, part: FlatBuffers) -> None:
+        """Add `part` to `total`."""
+        for dtype, buffer in total.buffers.items():
+            buffer += part.buffers[dtype]
+
+    def fold(self, state: _State) -> None:
+        """Refused: which slots hold gradients is known to the functions alone."""
+        raise NotImplementedError("A FunctionProgram has no slots for gradients: end the cycle by a step that reduces.")
 
     def predict(self, state: _State, batch: list[np.ndarray], context: Context) -> Result:
         """Outputs only."""

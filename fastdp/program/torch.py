@@ -28,19 +28,23 @@ from fastdp.program.torch_loss import REDUCTIONS, LossFunction, contribute
 from fastdp.program.torch_module import Adopted, Attributes, ReplicaModule, adopted, replicate, slots_of, tensors_of
 from fastdp.program.torch_optimizer import OptimizerFactory, Optimizers
 from fastdp.program.torch_scope import Handler, ReplicaMode, Running, backward
-from fastdp.program.torch_tensors import intra_op_threads, prepare_worker, settle, spec_of
+from fastdp.program.torch_tensors import accumulate, intra_op_threads, prepare_worker, settle, spec_of
 
 _HANDLERS: dict[Any, Handler] = {**torch_random.HANDLERS, **torch_norm.HANDLERS}
 
 
 @dataclass(slots=True)
 class _State:
-    """A replica. `optimized` are the parameters that its optimizer moves: the first replica's are the user's."""
+    """A replica. `optimized` are the parameters that its optimizer moves: the first replica's are the user's.
+
+    `used` are the numbers of the parameters that had a gradient in the earlier calls of an accumulation.
+    """
 
     replica: ReplicaModule
     gradients: Gradients
     optimizer: torch.optim.Optimizer | None
     optimized: list[torch.Tensor]
+    used: frozenset[int] = frozenset()
 
 
 @dataclass(slots=True)
@@ -51,8 +55,6 @@ class _Notes:
     loss_dtype: torch.dtype = torch.float32
     buffers: BufferNotes = field(default_factory=BufferNotes)
     used: frozenset[int] = frozenset()
-    step: int = 0
-    last: bool = True
 
 
 class TorchProgram:
@@ -100,7 +102,7 @@ class TorchProgram:
         self.reduction = reduction
         self.sync_batch_norm = sync_batch_norm
         self.clip_grad_norm = clip_grad_norm
-        self.accumulate = accumulate
+        self.accumulate_calls = accumulate
         self.calls = 0
         self.optimizers = Optimizers(optimizer_factory) if optimizer_factory is not None else None
         self._slots = slots_of(module)
@@ -130,7 +132,12 @@ class TorchProgram:
             targets: what `loss_fn` gets beside the outputs.
         """
         arrays, nest = flatten_batch((tuple(args), dict(kwargs), tuple(targets)))
-        return arrays, Structure(nest, last=(self.calls + 1) % self.accumulate == 0)
+        return arrays, Structure(nest)
+
+    @property
+    def reduces(self) -> bool:
+        """Whether the next call ends a window of gradient accumulation."""
+        return (self.calls + 1) % self.accumulate_calls == 0
 
     @staticmethod
     def loss(result: Any) -> torch.Tensor:
@@ -215,13 +222,9 @@ class TorchProgram:
             forward.close()
             if part.roots:
                 backward(running, part.roots, part.seeds)
-        state.gradients.collect(part.direct, context.step)
         arrays, nest = outputs_to_arrays(outputs, context.device) if context.wants_outputs else ([], None)
-        notes = _Notes(nest, part.dtype, step=context.step, last=structure.last)
+        notes = _Notes(nest, part.dtype, used=state.gradients.store(part.direct))
         sums = gather_buffers(state.replica, running, notes.buffers)
-        if structure.last:
-            idle = self._states[context.size :] if context.rank == 0 else []
-            notes.used = state.gradients.store([other.gradients for other in idle])
         return Result(arrays, np.concatenate([[part.value], *sums]), notes)
 
     def predict(self, state: _State, batch: list[np.ndarray], context: Context) -> Result:
@@ -236,21 +239,27 @@ class TorchProgram:
         return Result(arrays, np.zeros(1), _Notes(nest))
 
     def update(self, state: _State, totals: Totals) -> None:
-        """Buffers, then torch's optimizer on the summed gradients; or the gradients are kept for later."""
+        """Buffers, then torch's optimizer on the summed gradients, at the end of a window."""
         notes: _Notes = totals.notes
         try:
             with torch.no_grad():
                 assign_buffers(state.replica.variables, totals.sums[1:], notes.buffers)
-                if notes.last:
-                    self._apply(state, frozenset().union(*(note.used for note in totals.every_note)))
-                else:
-                    state.gradients.hold(notes.step)
+                used = state.used.union(*(note.used for note in totals.every_note))
+                if totals.reduced:
+                    self._apply(state, used)
+                state.used = frozenset() if totals.reduced else used
         except BaseException:  # other replicas' optimizers may have moved on
             if self.optimizers is not None:
                 self.optimizers.suspect = True
             raise
-        finally:
-            state.gradients.forget_fresh()
+
+    def accumulate(self, total: FlatBuffers, part: FlatBuffers) -> None:
+        """Add gradients up."""
+        accumulate(total, part)
+
+    def fold(self, state: _State) -> None:
+        """Refused: torch's optimizers have no place for gradients of an unfinished window."""
+        raise NotImplementedError("Torch's optimizers do not accumulate gradients: end the window by its last call.")
 
     # Parts of the step.
 
@@ -267,12 +276,11 @@ class TorchProgram:
             for i, parameter in enumerate(state.optimized):
                 parameter.grad = state.gradients.flat[i] if i in used else None
             present = [parameter.grad for parameter in state.optimized if parameter.grad is not None]
-            if self.accumulate > 1 and present:
-                torch._foreach_div_(present, float(self.accumulate))
+            if self.accumulate_calls > 1 and present:
+                torch._foreach_div_(present, float(self.accumulate_calls))
             if self.clip_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(state.optimized, self.clip_grad_norm)
             state.optimizer.step()
-            state.gradients.held.clear()
         finally:
             for parameter, gradient in zip(state.optimized, before, strict=True):
                 parameter.grad = gradient

@@ -84,14 +84,10 @@ class Autocast:
 
 @dataclass(slots=True)
 class Structure:
-    """What goes to the replicas along with the arrays of a batch.
-
-    `last` says that this call ends a window of gradient accumulation, and updates.
-    """
+    """What goes to the replicas along with the arrays of a batch."""
 
     nest: Nest
     autocast: Autocast = field(default_factory=Autocast.current)
-    last: bool = True
     _seed: int | None = None
 
     def pack(self, arrays: Sequence[np.ndarray]) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdp.buckets import ArraySpec, storage_dtype
+from fastdp.buckets import ArraySpec, FlatBuffers, storage_dtype
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
@@ -31,6 +31,13 @@ def as_tensor(array: Any, dtype: str | None = None) -> torch.Tensor:
     if dtype is not None and dtype_name(tensor) != dtype:
         tensor = tensor.view(getattr(torch, dtype))
     return tensor
+
+
+def accumulate(total: FlatBuffers, part: FlatBuffers) -> None:
+    """Add flat buffers to others with the same specs, where they are."""
+    with torch.no_grad():
+        for dtype, buffer in total.buffers.items():
+            as_tensor(buffer, dtype).add_(as_tensor(part.buffers[dtype], dtype))
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:

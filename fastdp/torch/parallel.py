@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastdp.backend.queue import QueueDevice
+from fastdp.device import warn_of_relocation
 from fastdp.engine import DataParallel
 from fastdp.program.torch import TorchProgram
 from fastdp.program.torch_loss import LossFunction
@@ -27,7 +27,7 @@ class TorchParallel:
     Args:
         module: on the CPU, with all parameters initialized.
         devices: where the replicas run; their order is the order of the rows.
-        cpu_merge: merge outputs in host memory. On virtual devices all memory is host memory.
+        cpu_merge: merge outputs in host memory, or on a GPU and leave them there.
         cpu_relocation: likewise without effect on virtual devices.
         sync_batch_norm: batch normalization over the global batch instead of each replica's rows.
         timeout: seconds that one step may take.
@@ -56,6 +56,7 @@ class TorchParallel:
         *,
         cpu_merge: bool = True,
         cpu_relocation: bool = False,
+        merge_device: int = 0,
         sync_batch_norm: bool = False,
         compile: str | None = None,
         update: str | None = None,
@@ -73,7 +74,14 @@ class TorchParallel:
         self.cpu_merge = cpu_merge
         self.cpu_relocation = cpu_relocation
         self._sync_batch_norm = sync_batch_norm
-        self._options: dict[str, Any] = {"update": update, "timeout": timeout, "check_replicas": check_replicas}
+        warn_of_relocation(cpu_relocation, devices)
+        self._options: dict[str, Any] = {
+            "update": update,
+            "timeout": timeout,
+            "check_replicas": check_replicas,
+            "cpu_merge": cpu_merge,
+            "merge_device": merge_device,
+        }
         self._program: TorchProgram | None = None
         self._engine: DataParallel | None = None
 
@@ -144,9 +152,7 @@ class TorchParallel:
             clip_grad_norm=clip_grad_norm,
             accumulate=accumulate,
         )
-        # A window of accumulated gradients is kept, and closed, by every replica.
-        options = {**self._options, "update": "each"} if accumulate > 1 else self._options
-        engine = DataParallel(program, self.devices, **options)
+        engine = DataParallel(program, self.devices, **self._options)
         self._program, self._engine = program, engine
         return TrainStep(program, engine)
 
@@ -224,21 +230,9 @@ class TrainStep:
         """
         args, kwargs = _arguments(inputs)
         arrays, structure = self._program.structure(args, kwargs, targets)
-        with _reducing(self._engine, structure.last):
-            result = self._engine.train(arrays, structure=structure, wants_outputs=False)
+        result = self._engine.train(arrays, structure=structure, wants_outputs=False, reduce=self._program.reduces)
         self._program.calls += 1
         return self._program.loss(result)
-
-
-@contextmanager
-def _reducing(engine: DataParallel, reduce: bool) -> Iterator[None]:
-    """Without `reduce`, the engine's step has no gradients to reduce: they wait on the replicas."""
-    buckets = engine._buckets
-    engine._buckets = buckets if reduce else []
-    try:
-        yield
-    finally:
-        engine._buckets = buckets
 
 
 def _arguments(inputs: Any) -> tuple[Sequence[Any], dict[str, Any]]:
