@@ -1,0 +1,50 @@
+"""What the GPU tests share: helpers of this folder, devices of a real GPU, and the seconds that a wait may take.
+
+Without a GPU each test is skipped with the reason (tests/conftest.py). The checks themselves (`*_checks.py`) take
+the device that they run on: tests/test_gpu_checks.py runs them on simulated ones.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import fastdp
+
+LIMIT = 30.0
+
+
+@pytest.fixture
+def gpus() -> Iterator[Callable[[int], list]]:
+    """`gpus(n)`: n virtual devices on the real GPUs of this machine, closed after the test."""
+    from fastdp import device
+
+    def devices(count: int) -> list:
+        fastdp.set_virtual_devices(count, kind="gpu")
+        return device.resolve(count)
+
+    yield devices
+    gc.collect()
+    fastdp.set_virtual_devices(0)
+
+
+@pytest.fixture
+def hosts() -> Iterator[Callable[[int], list]]:
+    """`hosts(n)`: n virtual devices in host memory, closed after the test."""
+    from fastdp.backend.host import HostDevice
+
+    made: list[HostDevice] = []
+
+    def devices(count: int) -> list:
+        made.extend(HostDevice(i) for i in range(count))
+        return made[-count:]
+
+    yield devices
+    for one in made:
+        one.close(LIMIT)

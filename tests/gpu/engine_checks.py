@@ -1,0 +1,157 @@
+"""The engine on GPUs held to the engine in host memory; the devices come from the caller.
+
+`finish` is applied to what the functions of a program return: on the simulated CUDA an array that arithmetic made is
+not on the GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastdp
+from fastdp import kernel_twins as twins
+from fastdp.buckets import ArraySpec, FlatBuffers
+from fastdp.errors import ReplicaError
+from fastdp.program.arrays import FunctionProgram
+
+LIMIT = 30.0
+POISONED = 1e6
+
+
+def linear(finish: Callable[[Any], Any] = lambda x: x, seed: int = 0) -> FunctionProgram:
+    """A least-squares line with momentum; its functions work on NumPy's and CuPy's arrays. A row that begins with
+    POISONED makes its replica fail."""
+    rng = np.random.default_rng(seed)
+
+    def forward(p, batch):
+        return finish(batch[0] @ p["w"] + p["b"])
+
+    def train(p, batch):
+        if float(batch[0][:, 0].max()) >= POISONED:
+            raise FloatingPointError("a poisoned row")
+        error = forward(p, batch) - batch[1]
+        rows, columns = error.shape
+        gradients = {"w": 2 * batch[0].T @ error / rows / columns, "b": 2 * error.mean(0) / columns}
+        return float((error * error).mean()), gradients, [forward(p, batch)]
+
+    def update(p, slots, gradients):
+        moved = {f"m{k}": 0.9 * slots[f"m{k}"] - 0.1 * gradients[k] for k in p}
+        return {k: p[k] + moved[f"m{k}"] for k in p}, moved
+
+    start = {"w": rng.normal(size=(5, 3)).astype("float32"), "b": np.zeros(3, "float32")}
+    slots = {f"m{k}": np.zeros_like(v) for k, v in start.items()}
+    return FunctionProgram(start, train, update, lambda p, batch: [forward(p, batch)], slots)
+
+
+def rows(n: int, seed: int = 1) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=(n, 5)).astype("float32"), rng.normal(size=(n, 3)).astype("float32")]
+
+
+def trains_as_on_the_host(devices: list, hosts: list, n: int, finish: Callable[[Any], Any] = lambda x: x) -> None:
+    """Three steps and a prediction."""
+    engine = fastdp.DataParallel(linear(finish), devices, timeout=LIMIT, check_replicas=True)
+    reference = fastdp.DataParallel(linear(), hosts, timeout=LIMIT)
+    for step in range(3):
+        batch = rows(n, step)
+        got, want = engine.train(batch), reference.train(batch)
+        np.testing.assert_allclose(got.outputs[0], want.outputs[0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(got.sums, want.sums, rtol=1e-5)
+    got, want = engine.predict(rows(n, 9)).outputs[0], reference.predict(rows(n, 9)).outputs[0]
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(engine.replicas, reference.replicas, strict=True):
+        values = ours.device.to_host(ours.memory.variables.buffers["float32"])
+        np.testing.assert_allclose(values, theirs.memory.variables.buffers["float32"], rtol=1e-5, atol=1e-5)
+
+
+def allocates_nothing_in_the_steady_state(devices: list, finish: Callable[[Any], Any] = lambda x: x) -> dict[str, int]:
+    """After the first steps no step asks CUDA for memory. Returns the counts."""
+    engine = fastdp.DataParallel(linear(finish), devices, timeout=LIMIT)
+
+    def counts() -> dict[str, int]:
+        return {
+            "arena": sum(d.arena.allocations for d in devices),
+            "pinned": sum(d.pinned.allocations for d in devices),
+            "staging": sum(d._staging.allocations for d in devices),
+        }
+
+    for _ in range(4):
+        engine.train(rows(16))
+    before = counts()
+    assert min(before.values()) > 0
+    for _ in range(20):
+        engine.train(rows(16))
+    assert counts() == before
+    return before
+
+
+def recovers_from_a_failure(devices: list, finish: Callable[[Any], Any] = lambda x: x) -> None:
+    """The last replica fails: the error says where, no weight changes, and the next step works."""
+    engine = fastdp.DataParallel(linear(finish), devices, timeout=LIMIT, check_replicas=True)
+    engine.train(rows(16))
+
+    def weights() -> list[np.ndarray]:
+        return [r.device.to_host(r.memory.variables.buffers["float32"]) for r in engine.replicas]
+
+    before = weights()
+    batch = rows(16)
+    batch[0][-1, 0] = POISONED
+    with pytest.raises(FloatingPointError, match="a poisoned row") as caught:
+        engine.train(batch)
+    assert isinstance(caught.value, ReplicaError)
+    for a, b in zip(before, weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    engine.train(rows(16))
+    assert any((a != b).any() for a, b in zip(before, weights(), strict=True))
+
+
+def merges_where_asked(devices: list, finish: Callable[[Any], Any] = lambda x: x) -> None:
+    """Outputs on a GPU hold the values of outputs on the host."""
+    batch = rows(13)
+    engine = fastdp.DataParallel(linear(finish), devices, timeout=LIMIT, cpu_merge=False, merge_device=len(devices) - 1)
+    (output,) = engine.predict(batch).outputs
+    (host,) = fastdp.DataParallel(linear(finish), devices, timeout=LIMIT).predict(batch).outputs
+    np.testing.assert_array_equal(devices[-1].to_host(output), host)
+
+
+def all_reduces(devices: list, n: int, dtype: str, *, idle: int = 0) -> str:
+    """Sums over all but the last `idle` devices, on all; twice on the same memory. Returns the way it went."""
+    from fastdp.comm.cuda import CudaCommunicator
+
+    comm = CudaCommunicator(devices, LIMIT)
+    spec = [ArraySpec("g", (n,), dtype)]
+    flats = [FlatBuffers(spec, device) for device in devices]
+    buckets = flats[0].buckets()
+    ways = sorted({comm.how(bucket) for bucket in buckets})
+    giving = len(devices) - idle
+    for turn in range(2):
+        given = np.random.default_rng(turn).integers(-4, 5, (len(devices), n)).astype("float32")
+        for device, flat, values in zip(devices, flats, given, strict=True):
+            device.copy(flat.views[0], _stored(values, dtype))
+        with _host_warning() if "host" in ways else contextlib.nullcontext():
+            comm.all_reduce(flats[:giving], flats, buckets)
+            for device in devices:
+                device.synchronize(LIMIT)
+        comm.check()
+        want = _stored(given[:giving].sum(0), dtype)
+        for device, flat in zip(devices, flats, strict=True):
+            np.testing.assert_array_equal(device.to_host(flat.views[0]), want)
+    return "+".join(ways)
+
+
+@contextlib.contextmanager
+def _host_warning():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*added up in host memory", category=UserWarning)
+        yield
+
+
+def _stored(values: np.ndarray, dtype: str) -> np.ndarray:
+    """fp32 numbers as the buffers of `dtype` keep them."""
+    return twins.bfloat16_bits(values) if dtype == "bfloat16" else values.astype(dtype)

@@ -1,0 +1,105 @@
+"""Every kernel against its NumPy twin on the card, from one element to more than all multiprocessors hold."""
+
+from __future__ import annotations
+
+import os
+
+import kernel_checks as checks
+import pytest
+from kernel_device import on_device
+
+pytestmark = pytest.mark.gpu
+
+# Under compute-sanitizer, which is many times slower, the large sizes are left out.
+SMALL = bool(os.environ.get("FASTDP_GPU_SMALL"))
+SIZES = [1, 7, 130, 10_007] if SMALL else [1, 7, 130, 10_007, 3_000_001]
+ROWS = [1, 12, 784, 1030] if SMALL else [1, 12, 16, 784, 1023, 3072, 20_001, 150_528]
+
+
+@pytest.fixture(scope="module")
+def device():
+    from fastdp.backend.cuda import runtime
+    from fastdp.backend.cuda.device import CudaDevice
+
+    one = CudaDevice(0, 0)
+    ready, streams = on_device(one)
+    yield ready
+    ready.synchronize()
+    for stream in streams:
+        runtime.stream_destroy(stream)
+    one.close()
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("cast", [None, "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_slice_rows(device, row, cast, shuffled):
+    for leads in ((0, 0), (3, 4), (1, 0)):
+        checks.slice_rows(device, row, cast, shuffled=shuffled, leads=leads, seed=row)
+
+
+def test_slice_rows_finds_a_row_number_out_of_range(device):
+    checks.slice_rows_out_of_range(device)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_concat_rows(device, row):
+    checks.concat_rows(device, [3, 0, 5, 4], row, 0, row)
+    checks.concat_rows(device, [1, 2], row, 5, row)
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("y_dtype", checks.FLOATS)
+@pytest.mark.parametrize("x_dtype", [*checks.FLOATS, "uint8"])
+def test_scale_cast(device, n, x_dtype, y_dtype):
+    checks.scale_cast(device, n, x_dtype, y_dtype, None, 0)
+    checks.scale_cast(device, n, x_dtype, y_dtype, 0.125, 1)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_scale_cast_knows_every_16_bit_number(device, dtype):
+    checks.all_16_bit_numbers(device, dtype)
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("dtype", checks.FLOATS)
+def test_check_finite(device, n, dtype):
+    for bad in (None, float("inf"), float("-inf"), float("nan")):
+        checks.check_finite(device, n, dtype, bad)
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("clip_norm", [None, 0.5, 1e12])
+def test_l2_norm(device, n, clip_norm):
+    checks.l2_norm(device, [("float32", n), ("float16", 12_001), ("bfloat16", 1)], clip_norm)
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("pair", checks.PAIRS)
+def test_fused_sgd(device, n, pair):
+    checks.fused_sgd(device, n, pair, 0.0, False, None)
+    checks.fused_sgd(device, n, pair, 0.9, False, 0.25)
+    checks.fused_sgd(device, n, pair, 0.9, True, None)
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("pair", checks.PAIRS)
+def test_fused_adam(device, n, pair):
+    checks.fused_adam(device, n, pair, False, None)
+    checks.fused_adam(device, n, pair, True, 0.25)
+
+
+@pytest.mark.parametrize("kind", ["one_shot", "two_shot"])
+@pytest.mark.parametrize("dtype", checks.FLOATS)
+def test_all_reduce_of_one_rank(device, kind, dtype):
+    for n in SIZES[:4]:
+        checks.all_reduce(device, kind, 1, n, dtype, blocks=4, threads=128, turns=2)
+
+
+@pytest.mark.skipif(SMALL, reason="the sanitizer may run one kernel at a time, and ranks wait for each other")
+@pytest.mark.parametrize("kind", ["one_shot", "two_shot"])
+@pytest.mark.parametrize("dtype", checks.FLOATS)
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_all_reduce_between_virtual_ranks(device, kind, dtype, ranks):
+    for n in (1, 1000, 65_536 if kind == "one_shot" else 500_001):
+        checks.all_reduce(device, kind, ranks, n, dtype, blocks=8, threads=512, turns=4)

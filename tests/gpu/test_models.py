@@ -1,0 +1,43 @@
+"""Keras models and torch modules on 1, 2, 4 and 8 virtual GPUs equal plain Keras and torch on the same card."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+torch = pytest.importorskip("torch")
+COUNTS = [1, 2, 4, 8]
+
+
+@pytest.fixture
+def keras_checks():
+    keras = pytest.importorskip("keras", reason="Keras is not installed: make gpu-check WHEELS=folder")
+    import model_checks
+
+    yield model_checks
+    keras.backend.clear_session()
+    gc.collect()
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("name", ["mlp", "cnn", "recurrent", "attention"])
+def test_a_keras_model_equals_plain_keras_on_this_card(gpus, keras_checks, name, count, record_property):
+    record_property("largest_difference", keras_checks.a_keras_model_equals_plain_keras(gpus(count), name))
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_adam_on_every_gpu_equals_plain_keras(gpus, keras_checks, count, record_property):
+    record_property("largest_difference", keras_checks.a_keras_model_equals_plain_keras(gpus(count), "mlp", "adam"))
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_batches_of_fewer_rows_than_devices(gpus, keras_checks, count):
+    keras_checks.a_keras_model_equals_plain_keras(gpus(count), "mlp", batch_size=3)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_torch_module_equals_plain_torch_on_this_card(gpus, keras_checks, count, record_property):
+    record_property("largest_difference", keras_checks.a_torch_module_equals_plain_torch(gpus(count), "cuda"))
