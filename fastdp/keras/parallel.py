@@ -11,6 +11,7 @@ import keras
 from keras.src.utils import io_utils
 
 from fastdp.backend.queue import QueueDevice
+from fastdp.device import warn_of_relocation
 from fastdp.engine import DataParallel
 from fastdp.keras.checks import check_template
 from fastdp.keras.compile_state import borrowed, follow, follows, take_over
@@ -34,7 +35,7 @@ class ParallelModel(TemplateView):
     Args:
         template: a built Keras model.
         devices: where the replicas run; their order is the order of the rows.
-        cpu_merge: merge outputs in host memory. On virtual devices all memory is host memory.
+        cpu_merge: merge outputs in host memory, or on a GPU and leave them there.
         sync_batch_norm: BatchNormalization over the global batch instead of each replica's rows.
         compile: how steps run, None, "trace", "inductor" or "auto"; see `fastdp.wrap`.
         update: where the optimizer is applied, "first" or "each"; see `fastdp.wrap`.
@@ -49,6 +50,7 @@ class ParallelModel(TemplateView):
         *,
         cpu_merge: bool = True,
         cpu_relocation: bool = False,
+        merge_device: int = 0,
         sync_batch_norm: bool = False,
         compile: str | None = None,
         update: str | None = None,
@@ -62,6 +64,7 @@ class ParallelModel(TemplateView):
         self.devices = list(devices)
         self.cpu_merge = cpu_merge
         self.cpu_relocation = cpu_relocation
+        warn_of_relocation(cpu_relocation, devices)
         if compile not in MODES:
             raise ValueError(f"`compile` must be one of {MODES}. Received: compile={compile!r}")
         self._wrapped_mode = compile
@@ -72,7 +75,13 @@ class ParallelModel(TemplateView):
             capture_mode=compile,
             sync_batch_norm=sync_batch_norm,
             template_state=lambda: borrowed(template, self),
-            engine_options={"update": update, "timeout": timeout, "check_replicas": check_replicas},
+            engine_options={
+                "update": update,
+                "timeout": timeout,
+                "check_replicas": check_replicas,
+                "cpu_merge": cpu_merge,
+                "merge_device": merge_device,
+            },
         )
         self._fitting = threading.RLock()
         self._small_work = SmallWorkWarning()
@@ -160,6 +169,7 @@ class ParallelModel(TemplateView):
         try:
             arguments = arguments_by_name(keras.Model.fit, args, kwargs)
             history = super().fit(**stream_fit(arguments))
+            self._steps.settle()
             if arguments.get("verbose") == 2:
                 io_utils.print_msg(str(self.report()))
             self._small_work.check(self._steps.made_engine, stacklevel=3)

@@ -87,6 +87,12 @@ class Steps:
             captures.close()
         self._engine = None
 
+    def settle(self) -> None:
+        """Let the optimizer's own accumulators have the gradients of a cycle that is not over."""
+        program: Any = self._engine.program if self._engine is not None else None
+        if program is not None:
+            program.accumulation.settle()
+
     def capture_by(self, mode: str | None) -> None:
         """Let the next engine capture steps by another mode."""
         self._capture_mode = mode
@@ -110,7 +116,9 @@ class Steps:
         if program.captures is not None:
             program.captures.prepare(arrays, structure, self._wants_outputs())
         began = time.perf_counter()
-        result = engine.train(arrays, structure=structure, wants_outputs=self._wants_outputs())
+        reduce = program.accumulation.reduces(engine)
+        result = engine.train(arrays, structure=structure, wants_outputs=self._wants_outputs(), reduce=reduce)
+        program.accumulation.stepped()
         if program.captures is not None:
             program.captures.note(time.perf_counter() - began)
         self._track_loss(result)

@@ -7,7 +7,7 @@ state: no model is ever cloned. The model itself, the *template*, aliases the fi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from fastdp.backend.queue import QueueDevice
 from fastdp.buckets import Allocator, ArraySpec, FlatBuffers
 from fastdp.program.base import Context, Home, Memory, Result, Totals
+from fastdp.program.keras_accumulation import Accumulation
 from fastdp.program.keras_augment import keep_python_draws, writes_to_inputs
 from fastdp.program.keras_batch import OutputStructure, Structure, flatten_outputs, unpack
 from fastdp.program.keras_effects import Effect
@@ -25,13 +26,13 @@ from fastdp.program.keras_losses import NotPerSample, SharedLoss
 from fastdp.program.keras_memory import Adopted, Mapping, ReplicaScope, adopted, tensors_of
 from fastdp.program.keras_merged import merged_loss
 from fastdp.program.keras_moments import Moments, combine
-from fastdp.program.keras_optimizer import slots_of, why_not_now
+from fastdp.program.keras_optimizer import apply_by_variable, slots_of, why_not_now
 from fastdp.program.keras_optimizer_flat import FlatUpdate
 from fastdp.program.keras_placed import PlacedGraph, gradients_of, graph_of
-from fastdp.program.keras_replica import Running, replica_scope
+from fastdp.program.keras_replica import Running, keras_device, replica_scope
 from fastdp.program.keras_scope import replica_aware
 from fastdp.program.keras_trial import Effects
-from fastdp.program.torch_tensors import intra_op_threads, output_array, prepare_worker, settle, spec_of
+from fastdp.program.torch_tensors import accumulate, intra_op_threads, output_array, prepare_worker, settle, spec_of
 
 
 @dataclass(slots=True)
@@ -102,6 +103,7 @@ class KerasProgram:
         optimizer: Any = trainer.optimizer if trainer.compiled else None
         self.trainable = list(model.trainable_variables) if optimizer is not None else []
         self.optimizer = optimizer
+        self.accumulation = Accumulation(optimizer, self.trainable)
         self.slot_variables = list(optimizer.variables) if optimizer is not None else []
         self.gradients: Sequence[ArraySpec] = [spec_of(v.path, v.value) for v in self.trainable]
         self._slots = slots_of(optimizer, self.trainable)
@@ -205,7 +207,7 @@ class KerasProgram:
         x, _, _ = unpack(context.structure.pack(batch))
         run = self.running_replica(context)
         run.sync_batch_norm = False
-        with _keras_device(context), torch.no_grad(), replica_scope(run), ReplicaScope(state.mapping, set()) as scope:
+        with keras_device(context), torch.no_grad(), replica_scope(run), ReplicaScope(state.mapping, set()) as scope:
             y_pred = self._call(x, training=False)
             extra = self._extra_losses(scope.losses, context)
         outputs, structure = flatten_outputs(y_pred)
@@ -216,7 +218,7 @@ class KerasProgram:
         """The pure part of a training step: from variables and a batch to gradients and new values."""
         x, y, sample_weight = unpack(nest)
         leaf_ids = set(map(id, self.trainable))
-        with _keras_device(run.context), replica_scope(run), ReplicaScope(mapping, leaf_ids) as scope:
+        with keras_device(run.context), replica_scope(run), ReplicaScope(mapping, leaf_ids) as scope:
             y_pred = self._call(x, training=True)
             extra = self._extra_losses(scope.losses, run.context)
             roots, seeds, terms = self._loss(y, y_pred, sample_weight, extra, scope, run)
@@ -245,22 +247,27 @@ class KerasProgram:
         notes: Notes = totals.notes
         with torch.no_grad():
             self._assign(state.variables, totals.sums[1 + notes.terms :], notes)
-            if not self.trainable:
+            if not self.trainable or not (totals.reduced or state.slots):  # without slots: all that there is to do
                 return
             unused = frozenset.intersection(*(note.unused for note in totals.every_note))
             if state.flat_update is not None and self.update_how == "flat":
-                state.flat_update.apply(unused)
+                state.flat_update.apply(unused, totals.reduced)
                 return
-            gradients = [None if i in unused else g for i, g in enumerate(state.gradients)]
+            # Before the last step of a cycle Keras gets zeros: what waits on the replicas is not counted twice.
+            given = state.gradients if totals.reduced else [g.new_zeros(()).expand_as(g) for g in state.gradients]
+            gradients = [None if i in unused else g for i, g in enumerate(given)]
             values = [state.variables[self._index[id(v)]] for v in self.trainable]
-            mapping = list(zip(self.trainable, values, strict=True))
-            mapping += zip(self._slots.order, state.slots, strict=True)
-            with keras.StatelessScope(state_mapping=mapping) as scope:
-                self.optimizer.apply(gradients, self.trainable)
-            for variable, tensor in mapping:
-                value = scope.get_current_value(variable)
-                if value is not tensor:
-                    tensor.copy_(value)
+            mapping = [*zip(self.trainable, values, strict=True), *zip(self._slots.order, state.slots, strict=True)]
+            apply_by_variable(self.optimizer, gradients, self.trainable, mapping)
+
+    def accumulate(self, total: FlatBuffers, part: FlatBuffers) -> None:
+        """Add gradients up."""
+        accumulate(total, part)
+
+    def fold(self, state: _State) -> None:
+        """Hand reduced gradients of an unfinished cycle to the optimizer's accumulators."""
+        slots = {id(v): tensor for v, tensor in zip(self._slots.order, state.slots, strict=True)}
+        self.accumulation.fold(slots, state.gradients)
 
     # Parts of the step.
 
@@ -390,9 +397,3 @@ class KerasProgram:
                 new = torch.from_numpy(value).to(tensor.device, tensor.dtype).reshape(tensor.shape)
                 tensor.copy_(tensor * layer.momentum + new * (1.0 - layer.momentum))
             at += length
-
-
-def _keras_device(context: Context) -> Any:
-    """Where Keras puts the tensors that a layer makes: on the replica's own GPU."""
-    on_gpu = context.device is not None and context.device.on_gpu
-    return keras.device(context.device.torch_device) if on_gpu else nullcontext()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
+import torch
 
 optimizers = keras.optimizers
 ELEMENTWISE = (
@@ -69,6 +70,26 @@ def slots_of(optimizer: Any, trainable: Sequence[keras.Variable]) -> Slots:
             return Slots("flat", order, kinds, scalars)
         why = f"{type(optimizer).__name__} has variables that are neither scalars nor one for each weight"
     return Slots(f"per variable: {why}", variables, [], [])
+
+
+def apply_by_variable(
+    optimizer: Any,
+    gradients: Sequence[torch.Tensor | None],
+    trainable: Sequence[keras.Variable],
+    mapping: Sequence[tuple[keras.Variable, torch.Tensor]],
+) -> None:
+    """Keras's own `apply` on tensors in the place of variables, written in place.
+
+    Args:
+        gradients: of the trainable variables, None where there is none.
+        mapping: the trainable variables, then the optimizer's, each with its tensor.
+    """
+    with keras.StatelessScope(state_mapping=mapping) as scope:
+        optimizer.apply(list(gradients), trainable)
+    for variable, tensor in mapping:
+        value = scope.get_current_value(variable)
+        if value is not tensor:
+            tensor.copy_(value)
 
 
 def chain(optimizer: Any) -> list[Any]:

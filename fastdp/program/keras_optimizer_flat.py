@@ -92,8 +92,10 @@ class FlatUpdate:
         self._scalars = [FlatVariable(at[id(slot.variables[0])]) for slot in slots.scalars]
         self._pieces: dict[tuple[frozenset[int], tuple[bool, ...]], _Pieces] = {}
 
-    def apply(self, unused: frozenset[int]) -> None:
+    def apply(self, unused: frozenset[int], reduced: bool = True) -> None:
         """Update variables and slots from the gradients; variables whose numbers are `unused` have none.
+
+        Not `reduced`, the gradients are not those of the batch yet, and Keras is to accumulate nothing.
 
         Raises:
             ValueError: no variable has a gradient, as Keras says it.
@@ -109,7 +111,10 @@ class FlatUpdate:
             while len(self._pieces) >= _REMEMBERED:
                 self._pieces.pop(next(iter(self._pieces)))
             pieces = self._pieces[unused, decays] = self._cut(unused, decays)
-        self._stand_in(pieces).apply(pieces.gradients, pieces.used)
+        stand_in = self._stand_in(pieces)
+        if not reduced:
+            vars(stand_in)["_backend_increment_gradient_accumulators"] = lambda gradients, accumulated: None
+        stand_in.apply(pieces.gradients, pieces.used)
         for region in self._regions:
             if region.gaps.numel():  # 0 / 0 is not zero
                 for tensor in (region.variables, *region.kinds):

@@ -6,7 +6,7 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -73,3 +73,9 @@ def replica_scope(state: Running) -> Iterator[Running]:
         yield state
     finally:
         _replica.running = before
+
+
+def keras_device(context: Context) -> Any:
+    """Where Keras puts the tensors that a layer makes: on the replica's own GPU."""
+    on_gpu = context.device is not None and context.device.on_gpu
+    return keras.device(context.device.torch_device) if on_gpu else nullcontext()
