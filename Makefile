@@ -93,11 +93,10 @@ $(PEERS_STAMP): setup.py pyproject.toml constraints.txt bench/peers_requirements
 bench-parts: $(STAMP)  ## time scatter, merge, all-reduce, update and the engine's own cost by pytest-benchmark
 	$(BIN)/python bench/run_parts.py $(ARGS)
 
-# For a GPU machine that has its libraries already: no .venv, no network. It may lack pytest-timeout, whose
-# setting pytest then does not know; that warning alone is let through.
-gpu-check:  ## run the GPU tests with $(GPU_PYTHON), installing nothing
-	$(GPU_PYTHON) -m fastdp devices
-	$(GPU_PYTHON) -m pytest tests -m gpu -W 'ignore:Unknown config option:pytest.PytestConfigWarning' $(ARGS)
+# For a GPU machine that has its libraries already: no .venv, no network. WHEELS=folder adds Keras from there;
+# STAGE="kernels engine" runs some of its stages.
+gpu-check:  ## prove fastdp on the GPUs of this machine with $(GPU_PYTHON): tests, sanitizers, speed
+	$(GPU_PYTHON) bench/gpu_check.py $(if $(STAGE),--stage $(STAGE)) $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 
 clean:  ## remove builds and caches
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -58,9 +58,7 @@ def slice_rows(device: Any, row: int, cast: str | None, *, shuffled: bool, leads
         out = device.empty(expected.nbytes, lead)
         one = RowSlice(device.put(source, leads[0]), out, 11, row, 23, 3, cast, 1 / 127.5, -1.0)
         error = device.put(np.uint32([0]))
-        launch.slice_rows(
-            device.kernels, [one], index=device.put(index) if shuffled else 0, error=error, stream=0
-        )
+        launch.slice_rows(device.kernels, [one], index=device.put(index) if shuffled else 0, error=error, stream=0)
         assert device.get(out, expected).tobytes() == expected.tobytes()
         assert device.get(error, np.zeros(1, np.uint32))[0] == 0
 
@@ -220,7 +218,9 @@ def fused_adam(device: Any, n: int, pair: tuple[str, str], amsgrad: bool, clip: 
                 assert device.get(address, expected).tobytes() == expected.tobytes()
 
 
-def all_reduce(device: Any, kind: str, ranks: int, n: int, dtype: str, *, blocks: int, threads: int, turns: int) -> None:
+def all_reduce(
+    device: Any, kind: str, ranks: int, n: int, dtype: str, *, blocks: int, threads: int, turns: int
+) -> None:
     """Launches back to back on shared staging, in place every other time, by virtual ranks on one card."""
     per_pack = 16 // np.dtype(NUMPY[dtype]).itemsize
     staged = n if kind == "one_shot" else -(-n // per_pack // ranks + 1) * per_pack + per_pack

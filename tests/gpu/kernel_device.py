@@ -62,7 +62,9 @@ class KernelDevice:
     def write(self, address: int, array: np.ndarray) -> None:
         if array.nbytes:
             self.synchronize()
-            self._device.copy(self._bytes(address, array.nbytes), np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            self._device.copy(
+                self._bytes(address, array.nbytes), np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            )
 
     def get(self, address: int, like: np.ndarray) -> np.ndarray:
         """The array at this address, of the shape and dtype of `like`, after all launches."""

@@ -39,5 +39,7 @@ def test_batches_of_fewer_rows_than_devices(gpus, keras_checks, count):
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_a_torch_module_equals_plain_torch_on_this_card(gpus, keras_checks, count, record_property):
-    record_property("largest_difference", keras_checks.a_torch_module_equals_plain_torch(gpus(count), "cuda"))
+def test_a_torch_module_equals_plain_torch_on_this_card(gpus, count, record_property):
+    import torch_checks
+
+    record_property("largest_difference", torch_checks.a_torch_module_equals_plain_torch(gpus(count), "cuda"))

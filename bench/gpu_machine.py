@@ -1,0 +1,86 @@
+"""Prints one line of JSON: the cards of this machine, their driver, and the versions of what uses them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+from importlib import metadata
+from typing import Any
+
+from report import hardware, result_line
+
+from fastdp import topology
+
+LIBRARIES = ("torch", "keras", "jax", "jaxlib", "cupy-cuda13x", "cupy-cuda12x", "nvidia-cuda-nvrtc", "nvidia-nccl-cu13",
+             "nvidia-nccl-cu12", "nvidia-cudnn-cu13", "triton", "pytest")  # fmt: skip
+QUERY = "name,driver_version,pstate,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,memory.total"
+
+
+def main() -> None:
+    """Find out and print."""
+    found: dict[str, Any] = {"hardware": hardware(), **_of_result_line(), "gpus": [], "reason": ""}
+    driver = topology.driver()
+    if driver is not None:
+        found["driver"] = {"version": driver.version, "cuda": list(driver.cuda)}
+    found["problems"] = topology.problems()
+    found["environment"] = {k: v for k, v in os.environ.items() if k.startswith(("CUDA_", "NCCL_", "CUPY_"))}
+    found["nvidia_smi"] = _nvidia_smi()
+    found |= _cupy()
+    print(json.dumps(found))
+
+
+def _of_result_line() -> dict[str, Any]:
+    """Versions, commit and date as all results have them."""
+    line = result_line("gpu", None, libraries=[name for name in LIBRARIES if _installed(name)])
+    return {key: line[key] for key in ("versions", "commit", "date", "load_average")}
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _nvidia_smi() -> list[str]:
+    """Clocks, power and temperature at the beginning."""
+    try:
+        command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.strip().splitlines()
+
+
+def _cupy() -> dict[str, Any]:
+    """What CUDA itself says, through fastdp's own layer."""
+    if importlib.util.find_spec("cupy") is None:
+        return {"reason": "CuPy is not installed"}
+    try:
+        runtime = importlib.import_module("fastdp.backend.cuda.runtime")
+        cards = runtime.device_count()
+    except (ImportError, RuntimeError) as error:
+        return {"reason": f"CuPy reaches no GPU ({error})"}
+    named = topology.physical_devices()
+    gpus = [
+        {
+            "name": named[i].name if i < len(named) else "gpu",
+            "capability": runtime.compute_capability(i),
+            "multiprocessors": runtime.multiprocessors(i),
+            "pci": runtime.pci_bus_id(i),
+            "memory": runtime.memory_info(i)[1],
+            "nvlinks": named[i].nvlinks if i < len(named) else 0,
+        }
+        for i in range(cards)
+    ]
+    versions = {"driver": runtime.driver_version(), "runtime": runtime.runtime_version()}
+    nccl = runtime.nccl_version() if runtime.nccl_available() else None
+    return {"gpus": gpus, "cuda": versions, "nccl": nccl}
+
+
+if __name__ == "__main__":
+    main()

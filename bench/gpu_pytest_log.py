@@ -1,0 +1,57 @@
+"""A pytest plugin: each test's beginning and end as lines of JSON, so that a run that is cut off still tells what it found.
+
+The file's name is the environment variable FASTDP_GPU_LOG; tests record measurements by `record_property`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import pytest
+
+LINES = 25
+_phases: dict[str, list[pytest.TestReport]] = {}
+
+
+def _write(**line: Any) -> None:
+    path = os.environ.get("FASTDP_GPU_LOG")
+    if path:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, default=str) + "\n")
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    """A test begins."""
+    _write(test=nodeid, began=True)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Setup, call or teardown is over; the three together are the test."""
+    phases = _phases.setdefault(report.nodeid, [])
+    phases.append(report)
+    if report.when != "teardown":
+        return
+    del _phases[report.nodeid]
+    failed = [phase for phase in phases if phase.failed]
+    skipped = [phase for phase in phases if phase.skipped]
+    line: dict[str, Any] = {
+        "test": report.nodeid,
+        "outcome": "failed" if failed else "skipped" if skipped else "passed",
+        "seconds": round(sum(phase.duration for phase in phases), 3),
+        "measured": dict(report.user_properties),
+    }
+    if failed:
+        line["said"] = failed[0].longreprtext.splitlines()[-LINES:]
+    elif skipped:
+        where = skipped[0].longrepr
+        line["reason"] = where[2] if isinstance(where, tuple) else str(where)
+    _write(**line)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """A file that cannot be imported is a failure, not an absence."""
+    if report.failed:
+        said = str(report.longrepr).splitlines()[-LINES:]
+        _write(test=report.nodeid, outcome="failed", seconds=0.0, measured={}, said=said)

@@ -1,0 +1,101 @@
+"""The checks of tests/gpu pass on the simulated CUDA, so that on a real card a failure is the card's."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_cuda_engine import Gpus
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
+
+import engine_checks
+import kernel_checks
+from kernel_device import on_device
+
+LIMIT = 20.0
+
+
+@pytest.fixture
+def box(fake_cuda, monkeypatch):
+    one = Gpus(fake_cuda(1), monkeypatch)
+    yield one
+    gc.collect()
+    for device in one.made:
+        device.close(LIMIT)
+    gc.collect()
+    for device in one.made:
+        device.arena.trim()
+        device.pinned.close()
+
+
+@pytest.fixture
+def hosts():
+    from fastdp.backend.host import HostDevice
+
+    made = [HostDevice(i) for i in range(4)]
+    yield made
+    for device in made:
+        device.close(LIMIT)
+
+
+def off_gpu(values):
+    return np.array(values, subok=False)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_engine_checks(box, hosts, count):
+    engine_checks.trains_as_on_the_host(box.devices(count, 1), hosts[:count], 7, off_gpu)
+
+
+def test_the_checks_of_failures_memory_and_merging(box):
+    devices = box.devices(2, 1)
+    engine_checks.recovers_from_a_failure(devices, off_gpu)
+    assert engine_checks.allocates_nothing_in_the_steady_state(devices, off_gpu)["staging"] > 0
+    engine_checks.merges_where_asked(devices, off_gpu)
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    ("n", "dtype", "way"),
+    [
+        (1, "float16", "one-shot"),
+        (70_000, "float32", "two-shot"),
+        (1000, "float64", "host"),
+        (700_000, "bfloat16", "two-shot"),
+    ],
+)
+def test_the_checks_of_the_all_reduce(box, n, dtype, way):
+    assert engine_checks.all_reduces(box.devices(4, 1), n, dtype, idle=1) == way
+
+
+def test_the_kernel_checks(box):
+    (device,) = box.devices(1)
+    ready, streams = on_device(device)
+    kernel_checks.slice_rows(ready, 784, "float32", shuffled=False, leads=(0, 0), seed=0)
+    kernel_checks.concat_rows(ready, [3, 0, 5], 12, 5, 0)
+    kernel_checks.scale_cast(ready, 130, "float16", "float32", 0.125, 1)
+    kernel_checks.check_finite(ready, 130, "bfloat16", float("inf"))
+    kernel_checks.fused_sgd(ready, 7, ("float32", "float16"), 0.9, True, 0.25)
+    kernel_checks.fused_adam(ready, 7, ("float32", "float32"), True, None)
+    for kind in ("one_shot", "two_shot"):
+        kernel_checks.all_reduce(ready, kind, 3, 1000, "float32", blocks=2, threads=32, turns=2)
+    for stream in streams:
+        box.runtime.stream_destroy(stream)
+
+
+def test_bytes_written_outside_are_found(box):
+    (device,) = box.devices(1)
+    ready, streams = on_device(device, 1)
+
+    def write_past_the_end():
+        with ready.scope():
+            array, before = ready._arrays[ready.empty(16)]
+            device.copy(array[before + 16 : before + 20], np.zeros(4, np.uint8))
+
+    with pytest.raises(AssertionError, match="were written"):
+        write_past_the_end()
+    box.runtime.stream_destroy(streams[0])
