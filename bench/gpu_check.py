@@ -167,7 +167,7 @@ def run_stage(name: str, parts: Sequence[Part], environment: Mapping[str, str]) 
 
 
 def run_part(stage: str, part: Part, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Run one process within its limit, and gather what it wrote line by line, also where it did not come to its end."""
+    """Run one process within its limit, and gather what it wrote line by line, even where it was cut off."""
     if part.needs and shutil.which(part.needs) is None:
         return {"status": "skipped", "reason": f"{part.needs} is not on the PATH"}
     log = SCRATCH / f"{stage}-{part.name}.jsonl"

@@ -1,4 +1,4 @@
-"""A pytest plugin: each test's beginning and end as lines of JSON, so that a run that is cut off still tells what it found.
+"""A pytest plugin: each test's beginning and end as lines of JSON, so that a run that is cut off still tells.
 
 The file's name is the environment variable FASTDP_GPU_LOG; tests record measurements by `record_property`.
 """
