@@ -156,10 +156,11 @@ def test_the_gradient_is_clipped_by_the_norm_of_the_whole_batch(devices):
     assert_equal_modules(module, reference)
 
 
+@pytest.mark.parametrize("update", ["first", "each"])
 @pytest.mark.parametrize("devices", [1, 3, 8])
-def test_accumulated_uneven_batches_give_the_mean_of_their_gradients(devices):
+def test_accumulated_uneven_batches_give_the_mean_of_their_gradients(devices, update):
     module, reference, data = mlp(), mlp(), batches(21, largest=12)
-    step = fastdp.wrap(module, gpus=devices, check_replicas=True).train_step(
+    step = fastdp.wrap(module, gpus=devices, check_replicas=True, update=update).train_step(
         F.cross_entropy, OPTIMIZERS["adam"], accumulate=3, clip_grad_norm=0.5
     )
     before = copy.deepcopy(module.state_dict())
@@ -179,6 +180,36 @@ def test_replicas_without_rows_in_the_last_call_of_a_window_still_give_what_they
     for pair in data:
         step(*pair)
     train_plainly(reference, data, F.cross_entropy, OPTIMIZERS["sgd"], accumulate=2)
+    assert_equal_modules(module, reference)
+
+
+class Choosing(nn.Module):
+    """Uses one of its two layers, as the sign of the first number says."""
+
+    def __init__(self):
+        super().__init__()
+        self.below, self.above = nn.Linear(6, 4), nn.Linear(6, 4)
+        self.double()
+
+    def forward(self, x):
+        return self.below(x) if x[0, 0] < 0 else self.above(x)
+
+
+@pytest.mark.parametrize("update", ["first", "each"])
+def test_a_layer_used_in_any_call_of_a_window_is_updated_and_others_are_not(update):
+    torch.manual_seed(4)
+    module = Choosing()
+    reference = copy.deepcopy(module)
+    x, y = torch.rand(9, 6, dtype=torch.float64) + 0.1, torch.randint(0, 4, (9,))
+    # Weight decay moves a layer with a gradient of zeros, and leaves one without a gradient.
+    factory = lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.5)  # noqa: E731
+    step = fastdp.wrap(module, gpus=3, update=update).train_step(F.cross_entropy, factory, accumulate=2)
+    data = [(x, y), (x, y), (-x, y), (x, y)]
+    for i, pair in enumerate(data):
+        step(*pair)
+        if i == 1:
+            assert torch.equal(module.below.weight, reference.below.weight)
+    train_plainly(reference, data, F.cross_entropy, factory, accumulate=2)
     assert_equal_modules(module, reference)
 
 
