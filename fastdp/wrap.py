@@ -16,6 +16,7 @@ def wrap(
     *,
     cpu_merge: bool = True,
     cpu_relocation: bool = False,
+    merge_device: int = 0,
     sync_batch_norm: bool = False,
     compile: str | None = None,
     update: str | None = None,
@@ -28,8 +29,10 @@ def wrap(
         model: a built `keras.Model` (on the torch backend) or a `torch.nn.Module`.
         gpus: how many devices, a list of their ordinals, or None for all. One device is fine. The order of a
             list is the order of the rows. With `fastdp.set_virtual_devices(n)` these are virtual devices.
-        cpu_merge: merge outputs in host memory (default), or leave them on the first device.
-        cpu_relocation: keep the model's own weights in host memory.
+        cpu_merge: merge outputs in host memory (default), or merge them on a GPU and leave them there.
+        cpu_relocation: keep the model's own weights in host memory. Without effect: on virtual devices they are
+            there, on GPUs a warning says that they are the first GPU's.
+        merge_device: the place in `gpus` of the device that merges with `cpu_merge=False`.
         sync_batch_norm: normalize by the global batch instead of each replica's rows.
         compile: how the steps of a Keras model run. None: eagerly. "trace": captured once per batch shape, and
             run without Keras's Python; what layers read from plain Python attributes is fixed until `compile`.
@@ -38,7 +41,7 @@ def wrap(
             trained for about as long as each takes. Keras's `compile(jit_compile=...)` overrides it.
         update: "first" applies the optimizer on the first device and copies the new weights to the others: faster
             where devices outnumber the cores that they share. "each" applies it on every device. The results are
-            the same.
+            the same. None: "each" on GPUs, "first" elsewhere.
         timeout: seconds that one step may take before it is given up.
         check_replicas: verify after each step that all replicas are bitwise equal (slow; for debugging).
 
@@ -64,6 +67,7 @@ def wrap(
                 gpus,
                 cpu_merge=cpu_merge,
                 cpu_relocation=cpu_relocation,
+                merge_device=merge_device,
                 sync_batch_norm=sync_batch_norm,
                 compile=compile,
                 update=update,

@@ -48,7 +48,7 @@ class CudaDevice(QueueDevice):
         first = runtime.stream_priority_range(ordinal)[1]
         super().__init__(
             index,
-            f"virtual:{index} (gpu:{ordinal})" if virtual else f"gpu:{ordinal}",
+            f"virtual:{index}" if virtual else f"gpu:{ordinal}",
             lambda device, name: CudaStream(device, name, first if name == "communication" else 0),
         )
         self.arena = Arena(ordinal)

@@ -8,6 +8,7 @@ next call that allocates anyway.
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -209,6 +210,7 @@ class PinnedPool:
     def __init__(self, cache_nbytes: int = PINNED_CACHE_NBYTES) -> None:
         self.allocations = 0
         self._cache_nbytes = cache_nbytes
+        self._lock = threading.Lock()
         self._closed = False
         self._returned: deque[tuple[int, int]] = deque()  # appended to by the garbage collector, in any thread
         self._free: dict[int, list[int]] = {}  # addresses by size
@@ -221,17 +223,18 @@ class PinnedPool:
         """
         if self._closed:
             raise RuntimeError("the pool of pinned memory is closed")
-        self._collect()
         nbytes = _nbytes(shape, dtype)
         if not nbytes:
             return np.empty(shape, dtype)
         size = _size_class(nbytes)
-        ready = self._free.get(size)
-        if ready:
-            ptr = ready.pop()
-        else:
-            ptr = runtime.host_alloc(size)
-            self.allocations += 1
+        with self._lock:  # workers of several devices ask the one that outputs are merged on
+            self._collect()
+            ready = self._free.get(size)
+            if ready:
+                ptr = ready.pop()
+            else:
+                ptr = runtime.host_alloc(size)
+                self.allocations += 1
         block = _Block(ptr, nbytes)
         weakref.finalize(block, self._returned.append, (ptr, size)).atexit = False
         return np.asarray(block).view(dtype).reshape(shape)
@@ -240,7 +243,8 @@ class PinnedPool:
         """Free what nobody uses; call again for the rest, once its arrays are gone."""
         self._closed = True
         self._cache_nbytes = 0
-        self._collect()
+        with self._lock:
+            self._collect()
 
     def _collect(self) -> None:
         """Take back what the garbage collector found, and free what is more than the cache holds."""
