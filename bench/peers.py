@@ -149,11 +149,13 @@ class Running:
         return dict(json.loads(line))
 
     def _end(self) -> str:
-        """Why the process ended: the last line on stderr."""
+        """Why the process ended: the first line of its last exception, else the last line on stderr."""
         code = self._process.wait()
         self._errors.seek(0)
-        said = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
-        return f"ended with status {code}: {said[-1][:500] if said else 'it said nothing'}"
+        said = [line for line in self._errors.read().splitlines() if line.strip()]
+        traces = [place for place, line in enumerate(said) if line.startswith("Traceback (")]
+        raised = [line for line in said[traces[-1] + 1 :] if not line.startswith(" ")] if traces else said[-1:]
+        return f"ended with status {code}: {raised[0].strip()[:500] if raised else 'it said nothing'}"
 
 
 def measure(model: str, peers: Mapping[str, Peer], asked: argparse.Namespace) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def prepare():
         with open(os.environ["TURNS"], "a") as file:
             print(how, file=file)
         if how == "dies" and len(rounds) == 2:
-            raise MemoryError("no room")
+            raise MemoryError("no room\\nand more lines")
         if how == "hangs":
             os.fork() or time.sleep(60)
             time.sleep(60)
