@@ -28,13 +28,10 @@ from typing import Any
 
 import numpy as np
 from gpu_parts import emit
+from peer_workers.cases import CASES, Case
 from report import ratio, spread
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "peer_workers"))
-
-from cases import CASES, Case
-
 COUNTS = (1, 2, 4, 8)
 ROUNDS = 5
 STEPS = {"mlp": 30, "resnet50": 6}
@@ -54,7 +51,7 @@ def batches(case: Case, steps: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 def keras_way(name: str, steps: int, rows: int, gpus: Sequence[int] = (), compile: str | None = None) -> Way:
     """Keras's own `fit`, plain or on virtual GPUs."""
-    keras, models = importlib.import_module("keras"), importlib.import_module("keras_models")
+    keras, models = importlib.import_module("keras"), importlib.import_module("peer_workers.keras_models")
     keras.utils.set_random_seed(0)
     model = models.BUILDERS[name]()
     if gpus:
@@ -72,7 +69,7 @@ def keras_way(name: str, steps: int, rows: int, gpus: Sequence[int] = (), compil
 
 def torch_way(name: str, steps: int, mode: str | None) -> Way:
     """torch's usual loop on one GPU; the forward and backward pass compiled with `mode`."""
-    torch, models = importlib.import_module("torch"), importlib.import_module("torch_models")
+    torch, models = importlib.import_module("torch"), importlib.import_module("peer_workers.torch_models")
     case = CASES[name]
     torch.manual_seed(0)
     module = models.BUILDERS[name]().cuda()
@@ -98,7 +95,7 @@ def torch_way(name: str, steps: int, mode: str | None) -> Way:
 
 def facade_way(name: str, steps: int, gpus: Sequence[int]) -> Way:
     """fastdp's torch facade."""
-    torch, models = importlib.import_module("torch"), importlib.import_module("torch_models")
+    torch, models = importlib.import_module("torch"), importlib.import_module("peer_workers.torch_models")
     case = CASES[name]
     torch.manual_seed(0)
     dp = importlib.import_module("fastdp").wrap(models.BUILDERS[name](), gpus=list(gpus))
