@@ -294,9 +294,34 @@ def test_plain_keras_and_another_parallel_model_go_on_with_the_same_cycle() -> N
     assert_same(*runs)
 
 
-def test_what_waits_survives_the_parallel_model_and_no_more_is_kept() -> None:
+def test_another_model_that_predicted_in_between_has_what_was_folded_on_all_its_replicas() -> None:
     data = batches([12] * 6)
-    one, (model, trained) = compiled(None, OPTIMIZERS["sgd"]), compiled(3, OPTIMIZERS["sgd"])
+    one, (model, first) = compiled(None, OPTIMIZERS["sgd"]), compiled(3, OPTIMIZERS["sgd"], update="each")
+    second = fastdp.wrap(model, gpus=2, sync_batch_norm=True, check_replicas=True, update="each")
+    second.compile(optimizer=first.optimizer, loss="mse", metrics=["mae"])
+    for _ in range(2):  # the second time its engine is there already, and making it does not fold
+        train(first, data[:1])
+        second.predict_on_batch(data[0][0])
+    train(second, data[1:2])  # checks that its replicas have the same slots
+    train(first, data[2:])
+    train(one[1], [data[0], *data])
+    assert_same(state(*one), state(model, first))
+
+
+def test_an_engine_on_which_nothing_waits_goes_with_its_parallel_model() -> None:
+    _, trained = compiled(3, OPTIMIZERS["sgd"])
+    train(trained, batches([12] * 3))
+    optimizer, engine = trained.optimizer, weakref.ref(trained.engine)
+    assert waiting(trained) == 0
+    del trained
+    gc.collect()
+    assert engine() is None
+    assert optimizer.built
+
+
+def test_what_waits_survives_the_parallel_model() -> None:
+    data = batches([12] * 6)
+    one, (_, trained) = compiled(None, OPTIMIZERS["sgd"]), compiled(3, OPTIMIZERS["sgd"])
     train(one[1], data[:4])
     train(trained, data[:4])
     optimizer, engine = trained.optimizer, weakref.ref(trained.engine)
@@ -307,7 +332,6 @@ def test_what_waits_survives_the_parallel_model_and_no_more_is_kept() -> None:
     np.testing.assert_array_equal(np.array(copied), np.array(optimizer._accumulated_gradients[-1]))
     found = {f"slot {i}": np.array(v) for i, v in enumerate(optimizer.variables)}
     assert_same({name: v for name, v in state(*one).items() if name.startswith("slot")}, found)
-    fastdp.wrap(model, gpus=1).compile(optimizer=optimizers.SGD(0.1), loss="mse")
 
 
 def test_another_thread_that_looks_waits_for_the_step_in_flight() -> None:
