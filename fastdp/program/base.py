@@ -80,6 +80,11 @@ class Context:
         """The context of rows `[start, stop)` of `total` outside any step: nobody to exchange with."""
         return cls(0, Rows(start, stop, total), 0, Rendezvous(1, 1.0), 1, batch, structure)
 
+    @property
+    def torch_device(self) -> str:
+        """Where torch keeps what the replica works on."""
+        return str(self.device.torch_device) if self.device is not None else "cpu"
+
     def exchange(self, value: Any) -> list[Any]:
         """Everyone's values, in rank order. Read-only, and valid for the step.
 
@@ -90,7 +95,7 @@ class Context:
             return [value]
         if self.device is None or not self.device.on_gpu:
             return self.rendezvous.exchange(self.rank, value)
-        name = self.device.torch_device
+        name = self.torch_device
         values = self.rendezvous.exchange(self.rank, _moved(value, lambda tensor: tensor.cpu()))
         return [_moved(one, lambda tensor: tensor.to(name)) for one in values]
 

@@ -116,12 +116,13 @@ def dropout_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
                 return _own_draw(seed, state, per_row, [inputs.shape[0], *shape[1:]]) < 1.0 - rate
             generator = torch_random.torch_seed_generator(seed)
             # The same draw as Keras's seeded dropout: bernoulli of a constant matrix.
-            keep = torch.bernoulli(torch.full(shape, 1.0 - rate), generator=generator).bool()
+            chance = torch.full(shape, 1.0 - rate, device=generator.device)
+            keep = torch.bernoulli(chance, generator=generator).bool()
             return _own(keep, per_row, state.context) if per_row else keep
 
         keep = _take(state, mask, (), {})
         scaled = inputs / (1.0 - rate)
-        return torch.where(keep.expand(inputs.shape), scaled, torch.zeros((), dtype=inputs.dtype))
+        return torch.where(keep.expand(inputs.shape), scaled, torch.zeros((), dtype=inputs.dtype, device=inputs.device))
 
     return dropout
 
@@ -209,7 +210,8 @@ def shuffle_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
             )
         axis %= x.ndim
         generator = torch_random.torch_seed_generator(seed)
-        order = torch.rand((rows.total, *x.shape[1 : axis + 1]), generator=generator).argsort(axis)
+        shape = (rows.total, *x.shape[1 : axis + 1])
+        order = torch.rand(shape, generator=generator, device=generator.device).argsort(axis)
         order = order[rows.start : rows.stop].reshape(*x.shape[: axis + 1], *([1] * (x.ndim - axis - 1)))
         return x.gather(axis, order.expand(x.shape))
 

@@ -90,9 +90,10 @@ class Structure:
     autocast: Autocast = field(default_factory=Autocast.current)
     _seed: int | None = None
 
-    def pack(self, arrays: Sequence[np.ndarray]) -> Any:
-        """The nest over a replica's arrays: `(args, kwargs, targets)`."""
-        return self.nest.pack([as_tensor(a, name) for a, name in zip(arrays, self.nest.dtypes, strict=True)])
+    def pack(self, arrays: Sequence[np.ndarray], where: str | None = None) -> Any:
+        """The nest over a replica's arrays: `(args, kwargs, targets)`. `where` names a device to copy them to."""
+        tensors = [as_tensor(a, name) for a, name in zip(arrays, self.nest.dtypes, strict=True)]
+        return self.nest.pack(tensors if where is None else [tensor.to(where) for tensor in tensors])
 
     def seed(self) -> int:
         """The seed of the step's random draws, taken from torch's global generator when first asked for."""

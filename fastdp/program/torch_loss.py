@@ -87,7 +87,7 @@ def _merged(
     if context.rank == 0:
         shares = [_share(context, rank) for rank in range(context.size)]
         leaves = [_leaf(_join(parts, shares)) for parts in zip(*everyone, strict=True)]
-        _, _, targets = context.structure.pack(context.batch)
+        _, _, targets = context.structure.pack(context.batch, context.torch_device)
         own, running.rows = running.rows, Rows(0, running.rows.total, running.rows.total)
         try:
             loss = _number(loss_function(nest.pack(leaves), *targets))

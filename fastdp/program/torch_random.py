@@ -44,7 +44,8 @@ def uniform(running: Running, shape: Sequence[int], *, by_replica: bool = False)
         number += (running.context.rank if by_replica else 0) << 32
     count, first = (rows.count, rows.start) if of_rows else (1, 0)
     per_row = math.prod(shape) // count
-    return torch.from_numpy(uniform_rows((seed, number), first, count, per_row)).reshape(shape)
+    drawn = torch.from_numpy(uniform_rows((seed, number), first, count, per_row)).reshape(shape)
+    return drawn.to(running.context.torch_device)
 
 
 def normal(running: Running, shape: Sequence[int]) -> torch.Tensor:
@@ -131,7 +132,8 @@ def _bernoulli(running: Running, function: Any, args: Any, kwargs: Any) -> torch
     """torch.bernoulli(probabilities), as a function or a method."""
     if len(args) > 1 or kwargs:
         return _alone(running, function, args, kwargs)
-    return (uniform(running, args[0].shape, by_replica=True) < args[0]).to(args[0].dtype)
+    drawn = uniform(running, args[0].shape, by_replica=True).to(args[0].device)
+    return (drawn < args[0]).to(args[0].dtype)
 
 
 def _filled(running: Running, function: Any, args: Any, kwargs: Any) -> torch.Tensor:
