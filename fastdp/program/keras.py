@@ -116,6 +116,7 @@ class KerasProgram:
         self._found_not_per_sample = False
         self.effects = Effects(model, self.variables, self._call, self._seed)
         self._adopted: list[Adopted] = []
+        self._first: Any = None
         self.captures: Any = None
         self._first_replica: Running | None = None
         self._groups: Sequence[Sequence[QueueDevice]] | None = getattr(trainer, "device_groups", None)
@@ -125,6 +126,7 @@ class KerasProgram:
 
     def home(self, device: Allocator) -> Home:
         """The template's own variables, in flat buffers."""
+        self._first = device
         self._adopted = [adopted(self.model, self.variables, device)]
         return self._adopted[0].home
 
@@ -355,7 +357,8 @@ class KerasProgram:
 
     def inspect(self, batch: Sequence[np.ndarray], structure: Structure) -> None:
         """Find out how side effects depend on the rows: before the first steps, on the host thread."""
-        self.effects.inspect(batch, structure)
+        with _keras_device(self._first):
+            self.effects.inspect(batch, structure)
 
     def _result(self, outcome: Outcome, state: _State, context: Context, notes: Notes) -> Result:
         """Outputs as arrays, and the numbers by which terms and assigned variables are put together."""
