@@ -116,7 +116,6 @@ class KerasProgram:
         self._found_not_per_sample = False
         self.effects = Effects(model, self.variables, self._call, self._seed)
         self._adopted: list[Adopted] = []
-        self._first: Any = None
         self.captures: Any = None
         self._first_replica: Running | None = None
         self._groups: Sequence[Sequence[QueueDevice]] | None = getattr(trainer, "device_groups", None)
@@ -126,7 +125,6 @@ class KerasProgram:
 
     def home(self, device: Allocator) -> Home:
         """The template's own variables, in flat buffers."""
-        self._first = device
         self._adopted = [adopted(self.model, self.variables, device)]
         return self._adopted[0].home
 
@@ -209,7 +207,7 @@ class KerasProgram:
         x, _, _ = unpack(context.structure.pack(batch))
         run = self.running_replica(context)
         run.sync_batch_norm = False
-        with keras_device(context), torch.no_grad(), replica_scope(run), ReplicaScope(state.mapping, set()) as scope:
+        with keras_device(context.device), torch.no_grad(), replica_scope(run), ReplicaScope(state.mapping, set()) as scope:
             y_pred = self._call(x, training=False)
             extra = self._extra_losses(scope.losses, context)
         outputs, structure = flatten_outputs(y_pred)
@@ -220,7 +218,7 @@ class KerasProgram:
         """The pure part of a training step: from variables and a batch to gradients and new values."""
         x, y, sample_weight = unpack(nest)
         leaf_ids = set(map(id, self.trainable))
-        with keras_device(run.context), replica_scope(run), ReplicaScope(mapping, leaf_ids) as scope:
+        with keras_device(run.context.device), replica_scope(run), ReplicaScope(mapping, leaf_ids) as scope:
             y_pred = self._call(x, training=True)
             extra = self._extra_losses(scope.losses, run.context)
             roots, seeds, terms = self._loss(y, y_pred, sample_weight, extra, scope, run)
@@ -357,7 +355,7 @@ class KerasProgram:
 
     def inspect(self, batch: Sequence[np.ndarray], structure: Structure) -> None:
         """Find out how side effects depend on the rows: before the first steps, on the host thread."""
-        with _keras_device(self._first):
+        with keras_device(self._adopted[0].device if self._adopted else None):
             self.effects.inspect(batch, structure)
 
     def _result(self, outcome: Outcome, state: _State, context: Context, notes: Notes) -> Result:

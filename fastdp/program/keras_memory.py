@@ -33,6 +33,7 @@ class Adopted:
         self.variables = list(variables)
         specs = [spec_of(v.path, v.value) for v in self.variables]
         self.home = Home(specs, device)
+        self.device = device
         self._tensors = tensors_of(self.home.variables)
         # Asked at each step: an empty tensor has no place of its own.
         self._pointers = [tensor.data_ptr() if tensor.numel() else None for tensor in self._tensors]

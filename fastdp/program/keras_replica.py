@@ -75,7 +75,6 @@ def replica_scope(state: Running) -> Iterator[Running]:
         _replica.running = before
 
 
-def keras_device(context: Context) -> Any:
-    """Where Keras puts the tensors that a layer makes: on the replica's own GPU."""
-    on_gpu = context.device is not None and context.device.on_gpu
-    return keras.device(context.device.torch_device) if on_gpu else nullcontext()
+def keras_device(device: Any) -> Any:
+    """Where Keras puts the tensors that a layer makes: on the replica's own GPU. None: where it always does."""
+    return keras.device(device.torch_device) if device is not None and device.on_gpu else nullcontext()
