@@ -59,6 +59,7 @@ import sys
 import numpy as np, cupy
 from cupy.cuda import nccl
 cards = [int(text) for text in sys.argv[1:]]
+# 7 and 0: ncclFloat32 and ncclSum.
 comms = nccl.NcclCommunicator.initAll(cards)
 arrays, streams = [], []
 for rank, card in enumerate(cards):
@@ -68,7 +69,7 @@ for rank, card in enumerate(cards):
         cupy.cuda.runtime.deviceSynchronize()
 nccl.groupStart()
 for comm, array, stream in zip(comms, arrays, streams):
-    comm.allReduce(array.data.ptr, array.data.ptr, array.size, nccl.NCCL_FLOAT32, nccl.NCCL_SUM, stream.ptr)
+    comm.allReduce(array.data.ptr, array.data.ptr, array.size, 7, 0, stream.ptr)
 nccl.groupEnd()
 for stream in streams:
     stream.synchronize()

@@ -71,7 +71,8 @@ def on(device: int) -> Iterator[None]:
     unless it is in use.
     """
     previous = int(cudart.getDevice())
-    if previous == device and device in _entered:
+    if previous == device and device in _entered and driver.ctxGetCurrent():
+        # In a thread that is new to CUDA the driver's own calls, such as a launch, would find no context.
         yield
         return
     in_use = previous in _entered or driver.ctxGetCurrent() != 0
