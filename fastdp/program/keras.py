@@ -207,7 +207,8 @@ class KerasProgram:
         x, _, _ = unpack(context.structure.pack(batch))
         run = self.running_replica(context)
         run.sync_batch_norm = False
-        with keras_device(context.device), torch.no_grad(), replica_scope(run), ReplicaScope(state.mapping, set()) as scope:
+        keras_scope = keras_device(context.device)
+        with keras_scope, torch.no_grad(), replica_scope(run), ReplicaScope(state.mapping, set()) as scope:
             y_pred = self._call(x, training=False)
             extra = self._extra_losses(scope.losses, context)
         outputs, structure = flatten_outputs(y_pred)
@@ -260,9 +261,7 @@ class KerasProgram:
             mapping = [*zip(self.trainable, values, strict=True), *zip(self._slots.order, state.slots, strict=True)]
             apply_by_variable(self.optimizer, gradients, self.trainable, mapping)
 
-    def accumulate(self, total: FlatBuffers, part: FlatBuffers) -> None:
-        """Add gradients up."""
-        accumulate(total, part)
+    accumulate = staticmethod(accumulate)
 
     def fold(self, state: _State) -> None:
         """Hand reduced gradients of an unfinished cycle to the optimizer's accumulators."""
