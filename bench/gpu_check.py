@@ -177,6 +177,8 @@ def run_part(stage: str, part: Part, environment: Mapping[str, str]) -> dict[str
     began = time.monotonic()
     code, output = run_limited(command, {**environment, **part.environment, "FASTDP_GPU_LOG": str(log)}, part.seconds)
     result: dict[str, Any] = {"seconds": round(time.monotonic() - began, 1), "limit": part.seconds, "exit": code}
+    if part.needs and any("Device not supported" in line for line in output):
+        return {"status": "skipped", "reason": f"{part.needs} does not support this machine's GPU", **result}
     lines = read_lines(log)
     if part.tests:
         result.update(count_tests(lines))

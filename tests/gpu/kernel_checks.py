@@ -30,7 +30,8 @@ def values(dtype: str, n: int, rng: np.random.Generator, *, positive: bool = Fal
     """Random numbers of a kernel's element type, over a wide range of magnitudes."""
     if dtype == "uint8":
         return rng.integers(0, 256, n, np.uint8)
-    wide = (rng.standard_normal(n) * 10.0 ** rng.uniform(-3, 3, n)).astype(np.float32)
+    magnitudes = np.exp2(np.arange(-10, 11, dtype=np.float32))
+    wide = rng.standard_normal(n, np.float32) * magnitudes[rng.integers(0, 21, n, np.uint8)]
     out = np.empty(n, NUMPY[dtype])
     twins.scale_cast(np.abs(wide) if positive else wide, out)
     return out
