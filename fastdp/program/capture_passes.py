@@ -39,6 +39,14 @@ _ANY_LAYOUT = {
     aten.sum.dim_IntList,
 }
 
+# Gradients that take the memory layout of the value that was padded, of which torch 2.13 tells TorchInductor that
+# they are contiguous. Of that value they use the shape alone.
+_LAYOUT_OF_PADDED = {
+    aten.replication_pad2d_backward.default,
+    aten.replication_pad3d_backward.default,
+    aten.reflection_pad2d_backward.default,
+}
+
 
 def optimized(module: GraphModule) -> GraphModule:
     """The graph without what a replay need not do. Results are the same to the last bit, but for the order in
@@ -52,6 +60,7 @@ def optimized(module: GraphModule) -> GraphModule:
     _without_detaches(graph)
     _with_constants(module)
     _without_layout_changes(graph)
+    _contiguous_paddings(graph)
     graph.eliminate_dead_code()
     return GraphModule(module, fx_graph_cse(graph))
 
@@ -163,6 +172,19 @@ def _without_layout_changes(graph: Graph) -> None:
                 stale.update(node.users)
             node.replace_all_uses_with(source)
             graph.erase_node(node)
+
+
+def _contiguous_paddings(graph: Graph) -> None:
+    """Let gradients of paddings be contiguous, by an empty value of the padded one's shape in its place."""
+    for node in list(_calls(graph)):
+        if node.target not in _LAYOUT_OF_PADDED:
+            continue
+        padded: Any = node.args[1]
+        value = padded.meta["val"]
+        with graph.inserting_before(node):
+            shape = graph.call_function(aten.new_empty.default, (padded, list(value.shape)))
+        shape.meta["val"] = value.new_empty(value.shape)
+        node.update_arg(1, shape)
 
 
 def _restride(node: Node, stale: set[Node]) -> None:

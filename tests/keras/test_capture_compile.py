@@ -241,3 +241,30 @@ def test_layout_changes_around_convolutions_are_taken_out_and_the_numbers_stay()
 def test_random_ops_that_are_not_keras_own_are_not_captured():
     with pytest.raises(capture.NotCapturable, match="rand"):
         optimized(graph_of(lambda a: [a + torch.rand(3)], torch.ones(3)))
+
+
+@pytest.mark.slow
+def test_pooling_with_same_padding_behind_a_convolution_is_compiled():
+    """torch 2.13 is wrong about the memory layout of the padding's gradient, and the compiled step would fail."""
+
+    def pooled():
+        return [
+            keras.Input((12, 12, 3)),
+            L.Conv2D(8, 3, padding="same"),
+            L.BatchNormalization(),
+            L.MaxPooling2D(3, strides=2, padding="same"),
+            L.SeparableConv2D(8, 3, padding="same", use_bias=False),
+            L.GlobalAveragePooling2D(),
+            L.Dense(3, "softmax"),
+        ]
+
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(8, 12, 12, 3)).astype("float32")
+    y = np.eye(3, dtype="float32")[generator.integers(0, 3, 8)]
+    eager, parallel = wrapped(None, pooled), wrapped("inductor", pooled)
+    expected = [eager.train_on_batch(x, y)[0] for _ in range(6)]
+    losses = [parallel.train_on_batch(x, y)[0] for _ in range(3)]
+    parallel.wait_compiled(WAIT)
+    losses += [parallel.train_on_batch(x, y)[0] for _ in range(3)]
+    assert hows(parallel) == {"compiled"}
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-6)
