@@ -77,8 +77,8 @@ STAGES: dict[str, tuple[Part, ...]] = {
     "engine": (Part("tests", _pytest("tests/gpu/test_engine.py"), 80),),
     "keras": (Part("tests", _pytest("tests/gpu/test_models.py"), 90),),
     "bench": (
-        Part("parts", ("bench/gpu_parts.py",), 60, tests=False),
-        Part("steps", ("bench/gpu_steps.py",), 80, tests=False),
+        Part("parts", ("bench/gpu_parts.py",), 40, tests=False),
+        Part("steps", ("bench/gpu_steps.py",), 100, tests=False),
     ),
 }
 
