@@ -8,6 +8,7 @@ into it: the accumulators' `value` sees to that. So nobody can tell the differen
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,10 +19,18 @@ from fastdp.program.keras_optimizer import chain
 
 
 class Waiting:
-    """The engine whose replicas hold gradients of an unfinished cycle; shared by the optimizer's accumulators."""
+    """The engine whose replicas hold gradients of an unfinished cycle.
+
+    It belongs to the optimizer, as an attribute, and lives as long: the optimizer's accumulators, which are kept
+    where their memory is noted (`keras_memory`), know it weakly.
+    """
 
     def __init__(self) -> None:
         self.engine: Any = None
+
+    def __reduce__(self) -> Any:
+        """On copies of the optimizer nothing waits."""
+        return Waiting, ()
 
     def settle(self) -> None:
         """Let the accumulators have the gradients that wait.
@@ -41,13 +50,14 @@ class Waiting:
 class Accumulator(keras.Variable):
     """One of Keras's accumulated gradients: to look at it is to get what waits on the replicas into it."""
 
-    _waiting: Waiting | None = None
+    _waiting: weakref.ref[Waiting] | None = None
 
     @property
     def value(self) -> torch.Tensor:
         """The accumulated gradient, as Keras has it on one device."""
-        if self._waiting is not None and not keras.src.backend.in_stateless_scope():
-            self._waiting.settle()
+        waiting = self._waiting() if self._waiting is not None else None
+        if waiting is not None and not keras.src.backend.in_stateless_scope():
+            waiting.settle()
         value: torch.Tensor = super().value
         return value
 
@@ -71,12 +81,10 @@ class Accumulation:
         if not self.how.startswith("on the replicas"):
             return
         self._accumulators = [optimizer._accumulated_gradients[optimizer._get_variable_index(v)] for v in trainable]
-        for accumulator in self._accumulators:
-            if isinstance(accumulator, Accumulator) and accumulator._waiting is not None:
-                self._waiting = accumulator._waiting
+        self._waiting = vars(optimizer).setdefault("_fastdp_waiting", self._waiting)  # past Keras's tracking
         for accumulator in self._accumulators:
             accumulator.__class__ = Accumulator
-            accumulator._waiting = self._waiting
+            accumulator._waiting = weakref.ref(self._waiting)
 
     @property
     def how(self) -> str:

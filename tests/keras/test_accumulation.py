@@ -319,6 +319,19 @@ def test_an_engine_on_which_nothing_waits_goes_with_its_parallel_model() -> None
     assert optimizer.built
 
 
+@pytest.mark.parametrize("looked", [False, True])
+def test_an_unfinished_cycle_keeps_nothing_alive_without_its_optimizer(looked: bool) -> None:
+    model, trained = compiled(3, OPTIMIZERS["sgd"])
+    train(trained, batches([12] * 2))
+    if looked:
+        state(model, trained)
+    engine = weakref.ref(trained.engine)
+    del model, trained
+    keras.utils.clear_session()
+    gc.collect()
+    assert engine() is None
+
+
 def test_what_waits_survives_the_parallel_model() -> None:
     data = batches([12] * 6)
     one, (_, trained) = compiled(None, OPTIMIZERS["sgd"]), compiled(3, OPTIMIZERS["sgd"])

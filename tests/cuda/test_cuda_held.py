@@ -1,0 +1,119 @@
+"""Gradients that wait on their replicas, on the simulated CUDA: as on the host, and in order."""
+
+from __future__ import annotations
+
+import gc
+
+import keras
+import numpy as np
+import pytest
+from gpus import Gpus
+
+import fastdp
+from fastdp.backend.host import HostDevice
+from fastdp.keras.parallel import ParallelModel
+from fastdp.program.arrays import FunctionProgram
+from fastdp.replica import Replica
+
+LIMIT = 20.0
+
+
+@pytest.fixture
+def box(fake_cuda, monkeypatch):
+    made = Gpus(fake_cuda(2, seed=0), monkeypatch)
+    original, fold = Replica.accumulate, Replica.fold
+
+    def accumulate(replica, total, part):
+        """One piece of work on the compute stream, which runs on host memory at once."""
+        if replica.device.on_gpu:
+            compute, rt = replica.device.compute.handle, made.runtime
+            ranges = [[(rt.array_pointer(b), b.nbytes) for b in flat.buffers.values()] for flat in (total, part)]
+            made.sim.synchronize(compute)
+            made.sim.submit(compute, "accumulate", [*ranges[0], *ranges[1]], ranges[0], lambda: None)
+            made.sim.synchronize(compute)
+        original(replica, total, part)
+
+    def fold_in_order(replica):
+        """Likewise; it reads the reduced gradients and writes slots."""
+        if replica.device.on_gpu:
+            compute, rt, memory = replica.device.compute.handle, made.runtime, replica.memory
+            ranges = [
+                [(rt.array_pointer(b), b.nbytes) for b in flat.buffers.values()]
+                for flat in (memory.slots, memory.gradients)
+            ]
+            made.sim.synchronize(compute)
+            made.sim.submit(compute, "fold", [*ranges[0], *ranges[1]], ranges[0], lambda: None)
+            made.sim.synchronize(compute)
+        fold(replica)
+
+    monkeypatch.setattr(Replica, "accumulate", accumulate)
+    monkeypatch.setattr(Replica, "fold", fold_in_order)
+    yield made
+    for device in made.made:
+        device.close(LIMIT)
+    gc.collect()
+    for device in made.made:
+        device.arena.trim()
+        device.pinned.close()
+
+
+def linear():
+    def train(p, batch):
+        error = np.array(batch[0] @ p["w"], subok=False) - batch[1]
+        return float((error * error).mean()), {"w": 2 * batch[0].T @ error / len(batch[0])}, []
+
+    def update(p, slots, gradients):
+        return {"w": p["w"] - 0.1 * gradients["w"]}, {}
+
+    return FunctionProgram({"w": np.linspace(-1, 1, 5).astype("float32")}, train, update, lambda p, batch: [])
+
+
+def rows(n, seed):
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=(n, 5)).astype("float32"), rng.normal(size=n).astype("float32")]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_cycles_of_uneven_batches_are_as_on_the_host(box, count):
+    ours, theirs = linear(), linear()
+    host = [HostDevice(i) for i in range(count)]
+    devices = box.devices(count, 2)
+    engines = [
+        fastdp.DataParallel(p, d, timeout=LIMIT, check_replicas=True) for p, d in ((ours, devices), (theirs, host))
+    ]
+    for i, n in enumerate([8, 1, 7, 8, 2, 1, 3, 1, 1]):
+        for engine in engines:
+            engine.train(rows(n, i), reduce=i % 3 == 2)
+    found = devices[0].to_host(ours.parameters["w"])
+    np.testing.assert_allclose(found, theirs.parameters["w"], rtol=1e-5)
+    assert not np.allclose(found, linear().parameters["w"])
+    assert not box.sim.violations
+    for device in host:
+        device.close()
+    del engines, engine, ours
+    gc.collect()
+
+
+def test_a_keras_model_accumulates_as_on_the_host_also_when_somebody_looks(box):
+    host, results = [HostDevice(i) for i in range(3)], []
+    for devices in (host, box.devices(3)):
+        keras.utils.set_random_seed(3)
+        layers = [keras.Input((5,)), keras.layers.Dense(8, activation="tanh"), keras.layers.Dense(1)]
+        parallel = ParallelModel(keras.Sequential(layers), devices, timeout=LIMIT, check_replicas=True)
+        parallel.compile(optimizer=keras.optimizers.SGD(0.1, momentum=0.9, gradient_accumulation_steps=3), loss="mse")
+        seen = []
+        for i, n in enumerate([8, 1, 7, 8, 2, 1, 9]):
+            parallel.train_on_batch(*rows(n, i))
+            if i in (0, 4, 6):
+                seen.append([np.array(v).copy() for v in parallel.optimizer.variables])
+        assert parallel.engine.program.accumulation.how.startswith("on the replicas")
+        results.append([*parallel.get_weights(), *(value for values in seen for value in values)])
+    for theirs, ours in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert not box.sim.violations
+    for device in host:
+        device.close()
+    # The model's tensors lie in the simulated memory: they go before it does.
+    del parallel, devices, layers, results, theirs, ours
+    keras.backend.clear_session()
+    gc.collect()
