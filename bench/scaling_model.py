@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastdp.buckets import BUCKET_NBYTES
+
 MARK = "modelled, not measured"
 COUNTS = (1, 2, 4, 8)
 
@@ -113,7 +115,7 @@ def measured_parts(report: Mapping[str, Any], model: str) -> tuple[dict[int, flo
     return {rows: seconds for rows, seconds in by_rows.items() if rows > 1}, by_rows.get(1, 0.0)
 
 
-def predictions(report: Mapping[str, Any], model: str, nbytes: int, bucket: int = 25 << 20) -> dict[str, Any]:
+def predictions(report: Mapping[str, Any], model: str, nbytes: int, bucket: int = BUCKET_NBYTES) -> dict[str, Any]:
     """Modelled steps of a model with so many bytes of gradients, on 1 to 8 GPUs."""
     by_rows, host = measured_parts(report, model)
     rows = max(by_rows)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_cuda_engine import Gpus
+from gpus import Gpus
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
 

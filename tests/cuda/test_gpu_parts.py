@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cuda_engine import Gpus
+from gpus import Gpus
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
