@@ -89,6 +89,7 @@ class DataParallel:
         self._saved = [FlatBuffers(flat.specs, devices[0]) for flat in self.replicas[0].lasting]
         self._updated = False
         self._buckets = self.replicas[0].gradients.buckets()
+        self._communicator.prepare(self._buckets)
         self._held = HeldGradients(self.replicas, self._communicator)
         self.timings: list[list[float]] = []
         self.times = Timings()

@@ -14,6 +14,9 @@ from fastdp.comm.host import HostCommunicator
 class Communicator(Protocol):
     """Collectives over some devices, ordered after their compute streams; compute enqueued later waits."""
 
+    def prepare(self, buckets: Sequence[Bucket]) -> None:
+        """Have the memory that these buckets need. Between steps."""
+
     def all_reduce(
         self,
         sources: Sequence[FlatBuffers],

@@ -83,6 +83,11 @@ class CudaCommunicator:
             return "two-shot"
         return "nccl" if nccl else "host"
 
+    def prepare(self, buckets: Sequence[Bucket]) -> None:
+        """Have the memory that these buckets need. Between steps: it allocates, and waits for the GPUs."""
+        if len(self._devices) > 1:
+            self._prepare(buckets, [self.how(bucket) for bucket in buckets])
+
     def all_reduce(
         self,
         sources: Sequence[FlatBuffers],

@@ -87,6 +87,9 @@ class HostCommunicator:
         elif others:
             self.once(lambda: copy_to(others))
 
+    def prepare(self, buckets: Sequence[Bucket]) -> None:
+        """Nothing is needed beforehand."""
+
     def check(self) -> None:
         """Nothing fails here unnoticed."""
 
