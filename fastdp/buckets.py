@@ -110,10 +110,7 @@ class FlatBuffers:
 
     def equals(self, other: FlatBuffers) -> bool:
         """Whether every bit is the same: NaNs of the same bits count as equal."""
-        return all(
-            np.array_equal(self._bytes(dtype), other._bytes(dtype))
-            for dtype in self.buffers
-        )
+        return all(np.array_equal(self._bytes(dtype), other._bytes(dtype)) for dtype in self.buffers)
 
     def _bytes(self, dtype: str) -> np.ndarray:
         """The bits of one buffer, on the host."""

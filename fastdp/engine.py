@@ -279,9 +279,7 @@ class DataParallel:
 
     # Around a step.
 
-    def _begin(
-        self, batch: Sequence[np.ndarray], structure: object, wants_outputs: bool, *, trains: bool
-    ) -> StepScope:
+    def _begin(self, batch: Sequence[np.ndarray], structure: object, wants_outputs: bool, *, trains: bool) -> StepScope:
         """Check the batch, deal out the rows, and make sure that the replicas are up to date."""
         total = count_rows(batch)
         shards = split_rows(total, len(self.replicas))
