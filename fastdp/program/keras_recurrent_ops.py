@@ -17,12 +17,16 @@ All float tensors have one dtype. Results own their memory.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.library import custom_op
+
+from fastdp.program.torch_tensors import intra_op_threads
 
 _LSTM = 2  # the number of LSTM among the kinds of recurrent networks that ATen knows
 
@@ -283,6 +287,24 @@ _GRU_INPUTS = "Tensor x, Tensor h, Tensor kernel, Tensor recurrent, Tensor bias,
 _LISTS = "Tensor[] inputs, Tensor[] results, Tensor[] gradients"
 
 
+# Multiply-adds of one time step's recurrent product below which one thread is faster than several that meet at
+# every step; see docs/log.md for what was measured.
+SMALL = 1 << 22
+
+
+def _with_few_threads(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, on one thread where a time step is too small for several to meet over."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        rows, units = (args if isinstance(args[0], Tensor) else args[0])[1].shape
+        alone = torch.get_num_threads() > 1 and rows * units * 4 * units < SMALL
+        with intra_op_threads(1) if alone else nullcontext():
+            return function(*args)
+
+    return run
+
+
 def _registered(name: str, forward: Any, fake: Any, backward: Any, inputs: str, options: str, outputs: int) -> Any:
     """The operation and its backward, registered with torch.
 
@@ -291,6 +313,7 @@ def _registered(name: str, forward: Any, fake: Any, backward: Any, inputs: str, 
         outputs: how many results are differentiable; the others are kept for backward.
     """
     results = ", ".join(["Tensor"] * (4 if name == "lstm_onednn" else 3))
+    forward, backward = _with_few_threads(forward), _with_few_threads(backward)
     op: Any = custom_op(f"fastdp::{name}", forward, mutates_args=(), schema=f"({inputs}{options}) -> ({results})")
     op.register_fake(fake)
     takes_options = options if name == "gru_scan" else ""
