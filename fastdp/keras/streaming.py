@@ -16,6 +16,7 @@ import numpy as np
 
 from fastdp.data.hdf5 import HDF5Matrix
 from fastdp.keras.data_sets import ArrayBatches
+from fastdp.keras.threaded import without_forks
 
 BATCH_SIZE = 32
 
@@ -38,7 +39,7 @@ class RowRange:
 
 def stream_fit(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `fit`, with data sets in the place of matrices on disk."""
-    arguments = dict(arguments)
+    arguments = without_forks(arguments)
     validation = arguments.get("validation_data")
     if isinstance(validation, (list, tuple)) and _on_disk(list(validation)):
         size = arguments.get("validation_batch_size") or arguments.get("batch_size")
@@ -62,6 +63,7 @@ def stream_fit(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def stream_forward(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `evaluate` or `predict`, likewise."""
+    arguments = without_forks(arguments)
     data = [arguments.get(name) for name in ("x", "y", "sample_weight")]
     if not _on_disk(data):
         return arguments
