@@ -61,7 +61,7 @@ def test_worker_processes_become_threads_with_the_same_result():
         found = parallel().fit(forking, epochs=2, shuffle=False, verbose=0).history["loss"]
     assert found == pytest.approx(wanted, rel=1e-6)
     assert {pid for pid, _ in forking.readers} == {os.getpid()}
-    assert forking.epochs == ["begin", "end"] * 2
+    assert forking.epochs == plain.epochs != []
     assert forking.use_multiprocessing is True  # the user's object is as it was
 
 
