@@ -39,7 +39,7 @@ class StepScope(AbstractContextManager[Step]):
                 _one_step_at_a_time.release()
                 raise
         except BaseException:
-            engine._busy.release()
+            self._leave()
             raise
         return self._step
 
@@ -60,6 +60,11 @@ class StepScope(AbstractContextManager[Step]):
             if not engine._busy.acquire(timeout=engine.timeout):
                 raise DeviceTimeoutError(f"Another thread kept this model busy for {engine.timeout} seconds.")
         engine._training = self._trains
+
+    def _leave(self) -> None:
+        """Free the engine. Whoever takes it next has not said yet that it trains: the note of this step goes first."""
+        self._engine._training = False
+        self._engine._busy.release()
 
     def _prepare(self) -> None:
         """Clean up after a step that nobody waited for, and refresh replicas that are stale."""
@@ -95,7 +100,7 @@ class StepScope(AbstractContextManager[Step]):
         finally:
             engine.steps += 1
             _one_step_at_a_time.release()
-            engine._busy.release()
+            self._leave()
 
     def _abandon(self, error: BaseException) -> None:
         """Nobody waits for this step any more: stop what still runs, and let the next one clean up.

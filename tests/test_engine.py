@@ -602,3 +602,15 @@ def test_the_replica_check_finds_one_changed_bit():
     getattr(engine.replicas[2].memory, what).buffers["float32"].view(np.uint8)[0] ^= 1
     with pytest.raises(RuntimeError, match=rf"{what} on virtual:2 differ from those on virtual:0"):
         engine.assert_replicas_equal()
+
+
+def test_a_thread_that_has_just_taken_the_engine_to_look_does_not_pass_for_a_trainer():
+    engine, (first, second) = parallel(2), batches(2)
+    engine.train(first)
+    engine._busy.acquire()  # as whoever looks does, before it says that it does not train
+    release = threading.Timer(0.2, engine._busy.release)
+    release.start()
+    try:
+        assert engine.train(second).rows == len(second[1])
+    finally:
+        release.join(LIMIT)
