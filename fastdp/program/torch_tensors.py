@@ -67,9 +67,6 @@ def prepare_worker(threads: int, device: Any) -> None:
         # stays in the worker.
         torch.autograd.set_multithreading_enabled(False)
     if device.on_gpu and device.torch_device.startswith("cuda"):
-        # Backward on this thread, as on the CPU: torch's own has one thread per card, where two replicas that
-        # meet in the middle of backward would wait for each other for ever.
-        torch.autograd.set_multithreading_enabled(False)
         handle = device.compute.handle
         if torch.cuda.current_stream(device.torch_device).cuda_stream != handle:
             torch.cuda.set_stream(torch.cuda.ExternalStream(handle, device=device.torch_device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import subprocess
 import sys
 from datetime import timedelta
@@ -347,8 +348,12 @@ def ddp_worker(rank: int, folder: str) -> None:
         if rank == 0:
             torch.save(module.state_dict(), f"{folder}/weights.pt")
         distributed.barrier()
+        print("trained", flush=True)
     finally:
         distributed.destroy_process_group()
+    # Not by the interpreter's end: once a process was aborted there ("terminate called without an active exception", a
+    # thread of torch's or gloo's that nobody joined), after all that is compared here was done.
+    os._exit(0)
 
 
 def even_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -360,16 +365,19 @@ def even_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
 def test_even_batches_train_as_distributed_data_parallel_over_gloo(tmp_path):
     script = f"import runpy; runpy.run_path({__file__!r})['ddp_worker']({{rank}}, {str(tmp_path)!r})"
     workers = [
-        subprocess.Popen([sys.executable, "-c", script.format(rank=rank)], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", script.format(rank=rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         for rank in range(2)
     ]
     try:
-        said = [worker.communicate(timeout=120)[1] for worker in workers]
+        said = [worker.communicate(timeout=120) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
             worker.wait()
     assert [worker.returncode for worker in workers] == [0, 0], said
+    assert [out for out, _ in said] == ["trained\n"] * 2, said
     module = mlp()
     step = fastdp.wrap(module, gpus=2).train_step(F.cross_entropy, OPTIMIZERS["sgd"], reduction="mean")
     for x, y in even_batches():
