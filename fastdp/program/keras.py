@@ -32,7 +32,8 @@ from fastdp.program.keras_placed import PlacedGraph, gradients_of, graph_of
 from fastdp.program.keras_replica import Running, keras_device, replica_scope
 from fastdp.program.keras_scope import replica_aware
 from fastdp.program.keras_trial import Effects
-from fastdp.program.torch_tensors import accumulate, intra_op_threads, output_array, prepare_worker, settle, spec_of
+from fastdp.program.torch_tensors import accumulate, output_array, settle, spec_of
+from fastdp.program.torch_threads import prepare_worker, replicas_run
 
 
 @dataclass(slots=True)
@@ -181,7 +182,7 @@ class KerasProgram:
         """Hold what Keras and torch need while replicas run."""
         with ExitStack() as stack:
             stack.enter_context(replica_aware())
-            stack.enter_context(intra_op_threads(threads))
+            stack.enter_context(replicas_run(threads))
             if self._own_compute_loss and self._template_state is not None:
                 stack.enter_context(self._template_state())
             self.prepare_loss()

@@ -28,7 +28,8 @@ from fastdp.program.torch_loss import REDUCTIONS, LossFunction, contribute
 from fastdp.program.torch_module import Adopted, Attributes, ReplicaModule, adopted, replicate, slots_of, tensors_of
 from fastdp.program.torch_optimizer import OptimizerFactory, Optimizers
 from fastdp.program.torch_scope import Handler, ReplicaMode, Running, backward
-from fastdp.program.torch_tensors import accumulate, intra_op_threads, prepare_worker, settle, spec_of
+from fastdp.program.torch_tensors import accumulate, settle, spec_of
+from fastdp.program.torch_threads import prepare_worker, replicas_run
 
 _HANDLERS: dict[Any, Handler] = {**torch_random.HANDLERS, **torch_norm.HANDLERS}
 
@@ -201,7 +202,7 @@ class TorchProgram:
         self._attributes.follow([state.replica.module for state in self._states])
         if self.optimizers is not None:
             self.optimizers.follow()
-        with intra_op_threads(threads):
+        with replicas_run(threads):
             yield
 
     # The step.
