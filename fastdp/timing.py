@@ -23,12 +23,13 @@ class Watch:
     """
 
     __slots__ = (
-        "arrived", "began", "compute_began", "compute_ended", "ended", "finished", "merging", "rows", "scattered",
-        "scattering", "update_began", "update_ended",
+        "arrived", "began", "compute_began", "compute_ended", "early", "ended", "finished", "merging", "rows",
+        "scattered", "scattering", "update_began", "update_ended",
     )  # fmt: skip
 
     def __init__(self, rows: Sequence[int], devices: int) -> None:
         self.rows = list(rows)
+        self.early = 0
         self.began = time.perf_counter()
         self.scattering = self.scattered = self.arrived = self.finished = self.ended = self.began
         self.compute_began = [0.0] * len(self.rows)

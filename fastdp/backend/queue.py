@@ -249,6 +249,11 @@ class QueueDevice:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
 
+    @property
+    def idle(self) -> bool:
+        """Whether the worker sleeps, at the moment of asking."""
+        return self._asleep
+
     def _worker_scope(self) -> AbstractContextManager[object]:
         """Held by the worker for its whole life."""
         return nullcontext()

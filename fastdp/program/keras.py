@@ -6,9 +6,10 @@ state: no model is ever cloned. The model itself, the *template*, aliases the fi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import keras
@@ -32,12 +33,13 @@ from fastdp.program.keras_placed import PlacedGraph, gradients_of, graph_of
 from fastdp.program.keras_replica import Running, keras_device, replica_scope
 from fastdp.program.keras_scope import replica_aware
 from fastdp.program.keras_trial import Effects
+from fastdp.program.torch_arrivals import Arrivals
 from fastdp.program.torch_tensors import accumulate, intra_op_threads, output_array, prepare_worker, settle, spec_of
 
 
 @dataclass(slots=True)
 class _State:
-    """A replica's tensors. `leaves` are the trainable ones, as the leaves of autograd."""
+    """A replica's tensors. `leaves` are the trainable ones, as the leaves of autograd, hooked to `arrivals`."""
 
     variables: list[torch.Tensor]
     slots: list[torch.Tensor]
@@ -45,6 +47,7 @@ class _State:
     leaves: list[torch.Tensor]
     mapping: Mapping
     flat_update: FlatUpdate | None
+    arrivals: Arrivals
 
 
 @dataclass(slots=True)
@@ -170,7 +173,12 @@ class KerasProgram:
             mapping[i] = (self.variables[i], leaf)
         updates = bool(memory.slots.specs) and self._slots.how == "flat"  # without slots another replica does it
         update = FlatUpdate(self.optimizer, self._slots, self.trainable, memory) if updates else None
-        return _State(variables, tensors_of(memory.slots), tensors_of(memory.gradients), leaves, mapping, update)
+        gradients = tensors_of(memory.gradients)
+        arrivals = Arrivals(memory.gradients, gradients)
+        if arrivals.useful:
+            for number, leaf in enumerate(leaves):
+                leaf.register_hook(partial(arrivals.arrived, number))
+        return _State(variables, tensors_of(memory.slots), gradients, leaves, mapping, update, arrivals)
 
     def prepare_thread(self, threads: int, device: QueueDevice) -> None:
         """Set the worker's share of the cores."""
@@ -194,11 +202,18 @@ class KerasProgram:
     def train(self, state: _State, batch: list[np.ndarray], context: Context) -> Result:
         """Forward, this replica's contribution to the loss, and its gradient."""
         captured = self.captures.find(batch, context) if self.captures is not None else None
+        stored: Collection[int] = ()
         if captured is not None:
             outcome = captured.replay(state.mapping, state.gradients, batch, context)
         else:
-            outcome = self.compute(state.mapping, context.structure.pack(batch), self.running_replica(context))
-        unused = self._store_gradients(state, outcome.gradients)
+            # Where a replica spans devices, backward goes call by call: gradients come in parts, from several threads.
+            if state.arrivals.useful and self._groups is None:
+                state.arrivals.begin(context.ready)
+            try:
+                outcome = self.compute(state.mapping, context.structure.pack(batch), self.running_replica(context))
+            finally:
+                stored = state.arrivals.end()
+        unused = self._store_gradients(state, outcome.gradients, stored)
         notes = Notes(outcome.structure, len(outcome.terms) - 1, unused=unused)
         return self._result(outcome, state, context, notes)
 
@@ -338,11 +353,17 @@ class KerasProgram:
             self._shared = SharedLoss(compiled)
             self._loss_is_merged = not self._shared.per_sample
 
-    def _store_gradients(self, state: _State, found: Sequence[torch.Tensor | None]) -> frozenset[int]:
-        """Copy gradients into the flat buffer; zeros, and a note, where there are none."""
+    def _store_gradients(
+        self, state: _State, found: Sequence[torch.Tensor | None], stored: Collection[int] = ()
+    ) -> frozenset[int]:
+        """Copy gradients into the flat buffer; zeros, and a note, where there are none.
+
+        Those of `stored` are there: their buckets have been announced, and may hold the sum of all replicas already.
+        """
         unused = frozenset(i for i, gradient in enumerate(found) if gradient is None)
         # A captured step has written them to their place.
-        moved = [i for i in range(len(found)) if i not in unused and found[i] is not state.gradients[i]]
+        left = [i for i in range(len(found)) if i not in unused and i not in stored]
+        moved = [i for i in left if found[i] is not state.gradients[i]]
         with torch.no_grad():
             if moved:
                 torch._foreach_copy_([state.gradients[i] for i in moved], [found[i] for i in moved])

@@ -90,6 +90,13 @@ class CudaStream(QueueStream):
         if handle:
             runtime.stream_destroy(handle)
 
+    def now(self) -> CudaEvent:
+        """An event at the place that the worker has come to, in the middle of its work. On the worker."""
+        event = self._event()
+        self._mark(event)
+        event.complete()
+        return event
+
     def _event(self) -> CudaEvent:
         return CudaEvent(self)
 
