@@ -272,6 +272,11 @@ class DataParallel:
         return self.replicas if self.update == "each" else self.replicas[:1]
 
     @property
+    def buckets(self) -> int:
+        """In how many buckets the gradients are reduced."""
+        return len(self._buckets)
+
+    @property
     def spare_nbytes(self) -> int:
         """Bytes of the copy from which a failed update is taken back."""
         return sum(saved.nbytes for saved in self._saved)

@@ -19,7 +19,8 @@ VERBS = ("scatter", "compute", "merge", "wait", "communication", "update")
 class Watch:
     """When what happened in one step, in seconds of `time.perf_counter`.
 
-    Each worker writes at its own place, the host thread the rest. `rows` are those of the devices that have any.
+    Each worker writes at its own place, the host thread the rest. `rows` are those of the devices that have any. `early`
+    is how many buckets of gradients were complete on all devices before the slowest one's work was over.
     """
 
     __slots__ = (
@@ -41,7 +42,8 @@ class Watch:
     def seconds(self, rank: int) -> dict[str, float]:
         """Seconds by verb of a device that had rows.
 
-        `wait` is for the slowest device's backward. A device that does not update itself waits for the first one's
+        `wait` is for the slowest device's work. `communication` begins behind it: what is reduced while others still
+        compute costs the step nothing, and is part of their `wait` where a device helps with it. A device that does not update itself waits for the first one's
         update, and communication is what happens around it.
         """
         updating = rank if self.update_ended[rank] else 0
@@ -103,6 +105,11 @@ class Timings:
         found = [watch.seconds(rank) for watch in mine]
         seconds = {verb: statistics.median([one[verb] for one in found] or [0.0]) for verb in VERBS}
         return DeviceTimes(statistics.mode([watch.rows[rank] for watch in mine] or [0]), seconds)
+
+    @property
+    def early(self) -> int:
+        """How many buckets of gradients began to be reduced while a device still computed, in most of the steps."""
+        return statistics.mode([watch.early for watch in self._watches] or [0])
 
     @property
     def overhead(self) -> float:
