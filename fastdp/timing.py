@@ -19,8 +19,8 @@ VERBS = ("scatter", "compute", "merge", "wait", "communication", "update")
 class Watch:
     """When what happened in one step, in seconds of `time.perf_counter`.
 
-    Each worker writes at its own place, the host thread the rest. `rows` are those of the devices that have any. `early`
-    is how many buckets of gradients were complete on all devices before the slowest one's work was over.
+    Each worker writes at its own place, the host thread the rest. `rows` are those of the devices that have any.
+    `early` is how many buckets of gradients were complete on all devices before the slowest one's work was over.
     """
 
     __slots__ = (
@@ -42,9 +42,9 @@ class Watch:
     def seconds(self, rank: int) -> dict[str, float]:
         """Seconds by verb of a device that had rows.
 
-        `wait` is for the slowest device's work. `communication` begins behind it: what is reduced while others still
-        compute costs the step nothing, and is part of their `wait` where a device helps with it. A device that does not update itself waits for the first one's
-        update, and communication is what happens around it.
+        `wait` is for the slowest device's work, and holds what a device reduces meanwhile. `communication` begins
+        behind it. A device that does not update itself waits for the first one's update, and communication is what
+        happens around it.
         """
         updating = rank if self.update_ended[rank] else 0
         communication = self.update_began[updating] - self.arrived

@@ -7,7 +7,8 @@ is not issued holds back its own stream only. Host devices (host.py) run the wor
 
 What a step of small work costs is the waking of threads. So nobody is woken who could not go on: a wait
 registers with its event only once it is the head of its stream and the worker is about to look for other
-work, and a worker sleeps on a plain lock that is released only where a head became ready.
+work, and a worker sleeps on a plain lock that is released only where a head became ready. Waits and records alone wake
+nobody: where the worker sleeps, the worker of another device that completes an event passes them on its way.
 """
 
 from __future__ import annotations
@@ -99,6 +100,25 @@ class QueueEvent:
             raise DeviceTimeoutError(f"A device was not done with its work within timeout={timeout} seconds.")
 
 
+# What this thread is about to complete, where it is in the middle of doing so; whether it is a worker.
+_here = threading.local()
+
+
+def _complete_all(events: list[tuple[QueueEvent, BaseException | None]]) -> None:
+    """Complete events one after the other, with those that become ready by it: a chain of any length needs no stack."""
+    pending = getattr(_here, "pending", None)
+    if pending is not None:
+        pending.extend(events)
+        return
+    _here.pending = pending = deque(events)
+    try:
+        while pending:
+            event, error = pending.popleft()
+            event.complete(error)
+    finally:
+        _here.pending = None
+
+
 def joined(events: Sequence[QueueEvent]) -> QueueEvent:
     """An event that is issued when all of `events` are, and done when they are, with the first error in their order.
 
@@ -125,7 +145,12 @@ def joined(events: Sequence[QueueEvent]) -> QueueEvent:
 
 
 class QueueStream:
-    """An ordered queue of work for one device's worker."""
+    """An ordered queue of work for one device's worker.
+
+    `inline`: an event of this stream is nothing but a mark, and any worker may complete it.
+    """
+
+    inline = True
 
     def __init__(self, device: QueueDevice, name: str) -> None:
         self.name = name
@@ -133,6 +158,7 @@ class QueueStream:
         self._items: deque[Work | QueueEvent | tuple[QueueEvent]] = deque()
         self._error: BaseException | None = None
         self._watched: QueueEvent | None = None
+        self._running = False
 
     def enqueue(self, work: Work) -> None:
         """Run `work()` on the worker after everything enqueued before it."""
@@ -170,16 +196,23 @@ class QueueStream:
 
     # The queue.
 
-    def _ready(self) -> bool:
-        """Whether there is an item that may run now. Passes the waits whose event is done.
+    def _ready(self, *, on_worker: bool) -> bool:
+        """Whether there is an item that the worker has to run now. Passes the waits whose event is done.
 
         Called with the device's lock held. A wait that holds the stream back registers for the device to
-        be woken: once, and only now.
+        be woken: once, and only now. A worker, also of another device, takes off events too, and completes them when
+        it has released the lock. The host thread does not: an interrupt would get between the two.
         """
+        if self._running:
+            return False
         while self._items:
             head = self._items[0]
             if not isinstance(head, tuple):
-                return True
+                if not (on_worker and self.inline and isinstance(head, QueueEvent)):
+                    return True
+                self._items.popleft()
+                self._device.settled.append((head, self._error))
+                continue
             (event,) = head
             if not event.issued and (event is self._watched or event.notify(self._device.wake)):
                 self._watched = event
@@ -238,6 +271,8 @@ class QueueDevice:
         self._gate = threading.Lock()
         self._gate.acquire()
         self._asleep = False
+        # Events that a worker has taken off and is about to complete.
+        self.settled: list[tuple[QueueEvent, BaseException | None]] = []
         self._thread: threading.Thread | None = None
         self._closed = False
         self.compute = stream(self, "compute")
@@ -267,18 +302,31 @@ class QueueDevice:
         with self._lock:
             if self._closed:
                 raise self._closed_error()
+            if stream.inline and isinstance(item, QueueEvent) and not stream._items and not stream._running:
+                item.complete(stream._error)  # nobody else knows it yet
+                return
             stream._items.append(item)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name=f"fastdp-{self.name}", daemon=True)
                 self._thread.start()
             # Behind another item it changes nothing: that one runs soon, or its event wakes the worker.
-            elif self._asleep and len(stream._items) == 1 and stream._ready():
+            elif self._asleep and len(stream._items) == 1 and stream._ready(on_worker=False):
                 self._rouse()
 
     def wake(self) -> None:
-        """Let the worker look at its streams again: an event became done."""
+        """Look at the streams again, since an event became done; the worker is woken if there is work for it."""
         with self._lock:
-            self._rouse()
+            if not self._asleep:
+                return
+            if not getattr(_here, "worker", False):
+                self._rouse()
+                return
+            ready = [stream._ready(on_worker=True) for stream in self._streams]
+            settled, self.settled = self.settled, []
+            if any(ready):
+                self._rouse()
+        if settled:
+            _complete_all(settled)
 
     def synchronize(self, timeout: float | None = None) -> None:
         """Block until all streams are idle. Errors stay with their streams' events.
@@ -333,26 +381,36 @@ class QueueDevice:
     def _next(self) -> tuple[QueueStream, Work | QueueEvent | tuple[QueueEvent]] | None:
         """A stream whose head may run, and that head, taken off. Called with the lock held."""
         for stream in self._streams:
-            if stream._items and stream._ready():
+            if stream._items and stream._ready(on_worker=True):
+                stream._running = True
                 return stream, stream._items.popleft()
         return None
 
     def _work(self) -> None:
         """The worker's life."""
+        _here.worker = True
         with self._worker_scope():
             self._loop()
 
     def _loop(self) -> None:
         """Run whatever may run, sleep otherwise."""
+        stream: QueueStream | None = None
         while True:
             with self._lock:
+                if stream is not None:
+                    stream._running = False
                 found = self._next()
-                if found is None:
+                settled, self.settled = self.settled, []
+                if found is None and not settled:
                     if self._closed:
                         break
                     self._asleep = True
+            if settled:
+                _complete_all(settled)
             if found is None:
-                self._gate.acquire()
+                stream = None
+                if not settled:
+                    self._gate.acquire()
                 continue
             if self.delay is not None:
                 self.delay()

@@ -57,7 +57,8 @@ class HostReduction:
         ]
         self._left = self.pieces = sum(map(len, self._pieces))
         self._lock = threading.Lock()
-        self._taken = 0
+        # Threads that have a piece.
+        self._takers: set[int] = set()
         self._closed = False
         self._error: BaseException | None = None
         self._announced = Announced(len(sources), len(buckets))
@@ -100,7 +101,11 @@ class HostReduction:
                 raise DeviceTimeoutError(f"A device was not done with its work in timeout={timeout} seconds.") from None
             if bucket is None:
                 return
-            self.work([bucket])
+            try:
+                self.work([bucket])
+            except BaseException as error:  # an interrupt, which may have come before the piece was put back
+                self._put_back(error)
+                raise
 
     def _start(self, buckets: Sequence[int]) -> None:
         """Buckets are complete on all replicas: call those who are free, as far as there are cores for them."""
@@ -123,7 +128,7 @@ class HostReduction:
                     error: BaseException | None = None
                     try:
                         self._sum(bucket.dtype, slice(start, min(start + TILE, bucket.stop)))
-                    except BaseException as failure:  # an interrupt of the host thread too: `over` must not get lost
+                    except BaseException as failure:
                         error = failure
                         raise
                     finally:
@@ -143,9 +148,9 @@ class HostReduction:
         with self._lock:
             self._closed = True
             self._error = self._error if self._error is not None else error
-            if self._error is None and self._left > self._taken:
+            if self._error is None and self._left > len(self._takers):
                 self._error = RuntimeError("Gradients were left without being reduced. This is a bug in fastdp.")
-            over = not self._taken
+            over = not self._takers
         if over:
             self.over.complete(self._error)
 
@@ -154,16 +159,18 @@ class HostReduction:
         with self._lock:
             if self._closed or not self._pieces[bucket]:
                 return None
-            self._taken += 1
+            self._takers.add(threading.get_ident())
             return self._pieces[bucket].pop()
 
     def _put_back(self, error: BaseException | None) -> None:
-        """A piece is done, or has failed."""
+        """The piece that this thread has taken is done, or has failed."""
         with self._lock:
-            self._taken -= 1
+            if threading.get_ident() not in self._takers:
+                return
+            self._takers.remove(threading.get_ident())
             self._left -= 1
             self._error = self._error if self._error is not None else error
-            over = self._closed and not self._taken
+            over = self._closed and not self._takers
         if over:
             self.over.complete(self._error)
 

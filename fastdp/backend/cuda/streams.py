@@ -78,6 +78,9 @@ class CudaStream(QueueStream):
         priority: CUDA's; lower numbers go first.
     """
 
+    # An event is recorded in the CUDA stream, by its own worker.
+    inline = False
+
     def __init__(self, device: Any, name: str, priority: int = 0) -> None:
         super().__init__(device, name)
         self.ordinal: int = device.ordinal
