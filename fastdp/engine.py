@@ -155,7 +155,8 @@ class DataParallel:
             self._communicator.once(lambda: commit(step))
             return
         if step.reduction is not None:
-            self._communicator.finish(step.reduction, once=lambda: commit(step))
+            # Devices that do not update wait for the variables of the one that does, and so for the sums.
+            self._communicator.finish(step.reduction, once=lambda: commit(step), readers=len(self._updating))
             return
         sources = self._held.hand_over(len(step.shards))
         self._communicator.all_reduce(*self._ends(sources), self._buckets, once=lambda: commit(step))
@@ -219,7 +220,7 @@ class DataParallel:
 
         Not where sums of earlier steps are still to be added to the gradients.
         """
-        if not step.reduces or self._held.count:
+        if not step.reduces or self._held.count or len(self.replicas) == 1:
             return
         shapes = tuple([array.shape for array in batch])
         warm = self._trained.get(shapes, 0) >= WARM_STEPS

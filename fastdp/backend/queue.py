@@ -125,16 +125,12 @@ def joined(events: Sequence[QueueEvent]) -> QueueEvent:
     N streams that wait for N others wait for one joint event: N + N links instead of N x N.
     """
     joint = QueueEvent()
-    joint.parts = tuple(leaf for event in events for leaf in event.leaves())
-    lock = threading.Lock()
-    left = len(events) + 1
+    joint.parts = tuple([leaf for event in events for leaf in event.leaves()])
+    left = [None] * (len(events) + 1)
 
     def arrive() -> None:
-        nonlocal left
-        with lock:
-            left -= 1
-            last = left == 0
-        if last:
+        left.pop()  # without a lock: two may find that none is left, and the first call of `complete` counts
+        if not left:
             joint.complete(next((event.error for event in events if event.error is not None), None))
 
     for event in events:
@@ -196,7 +192,7 @@ class QueueStream:
 
     # The queue.
 
-    def _ready(self, *, on_worker: bool) -> bool:
+    def _ready(self, on_worker: bool) -> bool:
         """Whether there is an item that the worker has to run now. Passes the waits whose event is done.
 
         Called with the device's lock held. A wait that holds the stream back registers for the device to
@@ -310,7 +306,7 @@ class QueueDevice:
                 self._thread = threading.Thread(target=self._work, name=f"fastdp-{self.name}", daemon=True)
                 self._thread.start()
             # Behind another item it changes nothing: that one runs soon, or its event wakes the worker.
-            elif self._asleep and len(stream._items) == 1 and stream._ready(on_worker=False):
+            elif self._asleep and len(stream._items) == 1 and stream._ready(False):
                 self._rouse()
 
     def wake(self) -> None:
@@ -321,10 +317,10 @@ class QueueDevice:
             if not getattr(_here, "worker", False):
                 self._rouse()
                 return
-            ready = [stream._ready(on_worker=True) for stream in self._streams]
+            for stream in self._streams:
+                if stream._items and stream._ready(True):
+                    self._rouse()
             settled, self.settled = self.settled, []
-            if any(ready):
-                self._rouse()
         if settled:
             _complete_all(settled)
 
@@ -381,7 +377,7 @@ class QueueDevice:
     def _next(self) -> tuple[QueueStream, Work | QueueEvent | tuple[QueueEvent]] | None:
         """A stream whose head may run, and that head, taken off. Called with the lock held."""
         for stream in self._streams:
-            if stream._items and stream._ready(on_worker=True):
+            if stream._items and stream._ready(True):
                 stream._running = True
                 return stream, stream._items.popleft()
         return None
@@ -395,21 +391,23 @@ class QueueDevice:
     def _loop(self) -> None:
         """Run whatever may run, sleep otherwise."""
         stream: QueueStream | None = None
+        sleeps = False
         while True:
             with self._lock:
                 if stream is not None:
                     stream._running = False
                 found = self._next()
                 settled, self.settled = self.settled, []
-                if found is None and not settled:
-                    if self._closed:
+                if found is None:
+                    if self._closed and not settled:
                         break
-                    self._asleep = True
+                    # What is completed below may make an item of this device ready: then it opens the gate.
+                    sleeps = self._asleep = not self._closed
             if settled:
                 _complete_all(settled)
             if found is None:
                 stream = None
-                if not settled:
+                if sleeps:
                     self._gate.acquire()
                 continue
             if self.delay is not None:

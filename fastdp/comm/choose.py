@@ -56,8 +56,14 @@ class Communicator(Protocol):
             warm: such steps have run before, and allocate nothing any more.
         """
 
-    def finish(self, reduction: Any, once: Callable[[], object] | None = None) -> None:
-        """Reduce the rest, after the compute streams of all devices."""
+    def finish(self, reduction: Any, once: Callable[[], object] | None = None, readers: int | None = None) -> None:
+        """Reduce the rest, after the compute streams of all devices.
+
+        Args:
+            reduction: of `begin`.
+            once: as of `all_reduce`.
+            readers: how many devices, the first ones, need to wait for the sums; None for all.
+        """
 
     def all_reduce(
         self,

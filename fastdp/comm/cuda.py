@@ -131,8 +131,11 @@ class CudaCommunicator:
         early = [number for number, way in enumerate(how) if way != "host"] if warm and several else []
         return CudaReduction(self._devices, len(sources), len(buckets), early, issue)
 
-    def finish(self, reduction: CudaReduction, once: Callable[[], object] | None = None) -> None:
-        """Reduce the rest when all replicas are done; `once` as of `all_reduce`."""
+    def finish(
+        self, reduction: CudaReduction, once: Callable[[], object] | None = None, readers: int | None = None
+    ) -> None:
+        """Reduce the rest when all replicas are done; `once` as of `all_reduce`. The compute of all devices waits,
+        whoever the `readers` are: the collectives run on all of them."""
         if len(self._devices) == 1:
             if once is not None:
                 self.once(once)

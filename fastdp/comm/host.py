@@ -200,8 +200,21 @@ class HostCommunicator:
                 raise TypeError(f"Gradients of dtype {dtype} cannot be all-reduced. Use float32, bfloat16 or float16.")
         return HostReduction(self._devices, sources, targets, buckets)
 
-    def finish(self, reduction: HostReduction, once: Callable[[], object] | None = None) -> None:
-        """Reduce the rest when all replicas are done; `once` as of `all_reduce`."""
+    def finish(
+        self, reduction: HostReduction, once: Callable[[], object] | None = None, readers: int | None = None
+    ) -> None:
+        """Reduce the rest when all replicas are done.
+
+        Args:
+            reduction: as `begin` gave it.
+            once: as of `all_reduce`.
+            readers: how many devices, the first ones, have their compute wait for the sums; None for all. The others'
+                must wait for something that comes after, before they compute again.
+        """
+        if len(self._devices) == 1 and not reduction.pieces:
+            if once is not None:
+                self.once(once)
+            return
 
         def work(rank: int) -> None:
             if once is not None and rank == 0:
@@ -213,7 +226,7 @@ class HostCommunicator:
         end = self._before_and_after(range(max(1, helpers)), work)
         if not end.notify(lambda: reduction.close(end.error)):
             reduction.close(end.error)
-        for device in self._devices:
+        for device in self._devices[:readers]:
             device.compute.wait(reduction.over)
 
     def all_reduce(
@@ -241,20 +254,28 @@ class HostCommunicator:
         self.finish(self.begin(sources, targets, buckets), once)
 
     def broadcast(self, buffers: Sequence[FlatBuffers]) -> None:
-        """Copy the first device's buffers to all others; each device pulls its own.
+        """Copy the first device's buffers to all others.
 
-        Small ones are all copied by the first: waking a thread costs more than copying a few pages.
+        A piece is read once and written to all. The first device's worker copies, with as many others as there are
+        cores; a little is copied by the first alone: waking a thread costs more than copying a few pages.
         """
-        others = range(1, len(self._devices))
+        first, others = buffers[0], buffers[1:]
+        if not others:
+            return
+        pieces = [(dtype, at) for dtype, buffer in first.buffers.items() for at in range(0, buffer.size, TILE)]
 
-        def copy_to(ranks: Sequence[int]) -> None:
-            for rank in ranks:
-                buffers[rank].copy_from(buffers[0])
+        def copy(rank: int) -> None:
+            while pieces:
+                try:
+                    dtype, at = pieces.pop()
+                except IndexError:  # another worker took the last one
+                    return
+                span = slice(at, at + TILE)
+                for other in others:
+                    other.buffers[dtype][span] = first.buffers[dtype][span]
 
-        if buffers[0].nbytes * len(others) > SMALL_NBYTES:
-            self._in_order(others, lambda rank: copy_to([rank]))
-        elif others:
-            self.once(lambda: copy_to(others))
+        little = first.nbytes * len(others) <= SMALL_NBYTES
+        self._in_order(range(1 if little else min(len(buffers), CORES, max(1, len(pieces)))), copy)
 
     def prepare(self, buckets: Sequence[Bucket]) -> None:
         """Nothing is needed beforehand."""
@@ -264,7 +285,10 @@ class HostCommunicator:
 
     def once(self, work: Callable[[], object]) -> None:
         """Run `work()` on the first device, after all that was enqueued before and before all that comes."""
-        self._in_order([0], lambda rank: work())
+        if len(self._devices) == 1:
+            self._devices[0].compute.enqueue(work)
+        else:
+            self._in_order([0], lambda rank: work())
 
     def _in_order(self, ranks: Sequence[int], work: Callable[[int], object]) -> None:
         """Run `work(rank)` on these communication streams, ordered against the compute streams of all devices."""
