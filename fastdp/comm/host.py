@@ -78,9 +78,10 @@ class HostReduction:
 
     def ended(self, rank: int) -> None:
         """A replica has all of its gradients. On its worker."""
-        complete = self._announced.end(rank)
-        if complete:
-            self._start(complete)
+        if len(self._buckets) > 1:  # one alone is hardly complete before the last replica is done
+            complete = self._announced.end(rank)
+            if complete:
+                self._start(complete)
 
     def serve(self, until: QueueEvent, timeout: float) -> None:
         """Reduce what becomes complete, on the calling thread, until the event is issued.
