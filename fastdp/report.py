@@ -113,8 +113,8 @@ class Report(Sequence[dict[str, Any]]):
             )
         if self.timed and self.buckets > 1 and len(self.devices) > 1:
             parts.append(
-                f"Of {self.buckets} buckets of gradients, {self.early_buckets} are reduced while a device still computes; "
-                "communication is what comes after."
+                f"Of {self.buckets} buckets of gradients, {self.early_buckets} are reduced while a device still "
+                "computes; communication is what comes after."
             )
         if self.devices:
             kinds = list(self.devices[0].nbytes)

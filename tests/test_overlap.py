@@ -262,6 +262,55 @@ def test_whatever_ends_a_sum_ends_the_step_alone(reduced, kind):
     assert weights(engine) == weights(plain)
 
 
+def test_no_update_begins_before_the_last_piece_is_summed(reduced):
+    engine, plain = parallel(2), parallel(2, announces=False)
+    main, inside, updating = threading.current_thread(), threading.Event(), threading.Event()
+    kept = engine.program._update
+
+    def update(*arguments):
+        updating.set()
+        return kept(*arguments)
+
+    def trouble():
+        if threading.current_thread() is main:
+            inside.set()
+            assert not updating.wait(0.3)
+
+    def wait(rank, bucket, context):
+        assert bucket or inside.wait(LIMIT)
+
+    engine.program._update, engine.program.between, reduced.trouble = update, wait, trouble
+    engine.train(batch(6))
+    assert updating.is_set()
+    reduced.trouble = None
+    plain.train(batch(6))
+    assert weights(engine) == weights(plain)
+
+
+def test_an_interrupt_between_a_sum_and_the_note_of_it_leaves_the_engine_usable(monkeypatch):
+    engine, plain = parallel(2), parallel(2, announces=False)
+    main, kept, hit = threading.current_thread(), HostReduction._put_back, threading.Event()
+
+    def interrupted(reduction, error):
+        if threading.current_thread() is main and not hit.is_set():
+            hit.set()
+            raise KeyboardInterrupt
+        kept(reduction, error)
+
+    def wait(rank, bucket, context):
+        assert bucket or hit.wait(LIMIT)
+
+    monkeypatch.setattr(HostReduction, "_put_back", interrupted)
+    engine.program.between, before = wait, weights(engine)
+    with pytest.raises(KeyboardInterrupt):
+        engine.train(batch(6))
+    began = time.monotonic()
+    for one in (engine, plain):
+        one.train(batch(6, 1))
+    assert time.monotonic() - began < LIMIT / 2
+    assert weights(engine) == weights(plain) != before
+
+
 def test_replicas_that_meet_in_the_middle_of_backward_do_not_wait_for_a_reduction(reduced):
     engine, plain = parallel(4), parallel(4, announces=False)
 

@@ -195,12 +195,10 @@ class QueueStream:
     def _ready(self, on_worker: bool) -> bool:
         """Whether there is an item that the worker has to run now. Passes the waits whose event is done.
 
-        Called with the device's lock held. A wait that holds the stream back registers for the device to
-        be woken: once, and only now. A worker, also of another device, takes off events too, and completes them when
-        it has released the lock. The host thread does not: an interrupt would get between the two.
+        Called with the device's lock held, while the worker runs nothing. A wait that holds the stream back registers
+        for the device to be woken: once, and only now. A worker, also of another device, takes off events too, and
+        completes them when it has released the lock. The host thread does not: an interrupt would get between the two.
         """
-        if self._running:
-            return False
         while self._items:
             head = self._items[0]
             if not isinstance(head, tuple):

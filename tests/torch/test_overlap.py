@@ -152,6 +152,19 @@ def test_the_last_layers_are_reduced_while_backward_is_held_up_before_the_first_
     assert len(waited) == 3
 
 
+def test_from_a_nested_backward_on_nothing_is_announced(monkeypatch):
+    monkeypatch.setattr(FlatBuffers.buckets, "__defaults__", (4, 200))
+    module, other = net(), net()
+    dp, step, _ = trained(module=module, steps=2)
+    module.how = module.then = "reentrant"
+    for _ in range(3):
+        step(*data())
+    early = [watch.early for watch in dp._engine.times._watches]
+    assert early[1] > 0
+    assert early[3:] == [0, 0]
+    assert [p.detach().numpy().tobytes() for p in module.parameters()] == trained(module=other, steps=5)[2]
+
+
 def test_a_module_that_begins_to_run_backward_inside_backward_loses_one_step_and_no_weight(monkeypatch):
     monkeypatch.setattr(FlatBuffers.buckets, "__defaults__", (4, 200))
     module, other = net(), net()
