@@ -6,10 +6,9 @@ state: no model is ever cloned. The model itself, the *template*, aliases the fi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import keras
@@ -175,9 +174,7 @@ class KerasProgram:
         update = FlatUpdate(self.optimizer, self._slots, self.trainable, memory) if updates else None
         gradients = tensors_of(memory.gradients)
         arrivals = Arrivals(memory.gradients, gradients)
-        if arrivals.useful:
-            for number, leaf in enumerate(leaves):
-                leaf.register_hook(partial(arrivals.arrived, number))
+        arrivals.hook(leaves)
         return _State(variables, tensors_of(memory.slots), gradients, leaves, mapping, update, arrivals)
 
     def prepare_thread(self, threads: int, device: QueueDevice) -> None:
@@ -202,18 +199,13 @@ class KerasProgram:
     def train(self, state: _State, batch: list[np.ndarray], context: Context) -> Result:
         """Forward, this replica's contribution to the loss, and its gradient."""
         captured = self.captures.find(batch, context) if self.captures is not None else None
-        stored: Collection[int] = ()
         if captured is not None:
             outcome = captured.replay(state.mapping, state.gradients, batch, context)
         else:
             # Where a replica spans devices, backward goes call by call: gradients come in parts, from several threads.
-            if state.arrivals.useful and self._groups is None:
-                state.arrivals.begin(context.ready)
-            try:
+            with state.arrivals.during(context.ready if self._groups is None else None):
                 outcome = self.compute(state.mapping, context.structure.pack(batch), self.running_replica(context))
-            finally:
-                stored = state.arrivals.end()
-        unused = self._store_gradients(state, outcome.gradients, stored)
+        unused = self._store_gradients(state, outcome.gradients)
         notes = Notes(outcome.structure, len(outcome.terms) - 1, unused=unused)
         return self._result(outcome, state, context, notes)
 
@@ -353,23 +345,10 @@ class KerasProgram:
             self._shared = SharedLoss(compiled)
             self._loss_is_merged = not self._shared.per_sample
 
-    def _store_gradients(
-        self, state: _State, found: Sequence[torch.Tensor | None], stored: Collection[int] = ()
-    ) -> frozenset[int]:
-        """Copy gradients into the flat buffer; zeros, and a note, where there are none.
-
-        Those of `stored` are there: their buckets have been announced, and may hold the sum of all replicas already.
-        """
-        unused = frozenset(i for i, gradient in enumerate(found) if gradient is None)
-        # A captured step has written them to their place.
-        left = [i for i in range(len(found)) if i not in unused and i not in stored]
-        moved = [i for i in left if found[i] is not state.gradients[i]]
-        with torch.no_grad():
-            if moved:
-                torch._foreach_copy_([state.gradients[i] for i in moved], [found[i] for i in moved])
-            for i in unused:
-                state.gradients[i].zero_()
-        return unused
+    @staticmethod
+    def _store_gradients(state: _State, found: Sequence[torch.Tensor | None]) -> frozenset[int]:
+        """Copy gradients into the flat buffer; zeros, and a note, where there are none."""
+        return state.arrivals.store(found)
 
     # Side effects of the forward pass.
 

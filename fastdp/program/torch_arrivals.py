@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -31,6 +33,14 @@ class Arrivals:
         self._here: list[dict[int, torch.Tensor]] = []
         self._ready: Callable[[int], None] | None = None
 
+    def hook(self, leaves: Sequence[torch.Tensor]) -> None:
+        """Have the gradients of these leaves, in the order of the arrays, told to `arrived`.
+
+        For `torch.autograd.grad`, which comes to each leaf once.
+        """
+        for number, leaf in enumerate(leaves if self.useful else ()):
+            leaf.register_hook(partial(self.arrived, number))
+
     def begin(self, ready: Callable[[int], None]) -> None:
         """A step whose complete buckets are to be told to `ready`."""
         self.stored = set()
@@ -52,11 +62,38 @@ class Arrivals:
         here.clear()
         self._ready(bucket)
 
-    def end(self) -> set[int]:
-        """Backward is over. Gives the numbers of the arrays that have been written; all others are the caller's."""
+    def end(self) -> None:
+        """Backward is over. `stored` are the numbers of the arrays that have been written; all others are to be."""
         self._ready = None
         self._here = []
-        return self.stored
+
+    @contextmanager
+    def during(self, ready: Callable[[int], None] | None) -> Iterator[None]:
+        """Around a step whose complete buckets are to be told to `ready`; to nobody where that is None."""
+        self.stored = set()
+        if self.useful and ready is not None:
+            self.begin(ready)
+        try:
+            yield
+        finally:
+            self.end()
+
+    def store(self, found: Sequence[torch.Tensor | None]) -> frozenset[int]:
+        """Copy the step's gradients into the flat buffer; zeros where there are none, whose numbers are given back.
+
+        Those that have been stored are there: their buckets may hold the sum of all replicas already.
+        """
+        stored, self.stored = self.stored, set()
+        unused = frozenset(i for i, gradient in enumerate(found) if gradient is None)
+        # A captured step has written them to their place.
+        left = [i for i in range(len(found)) if i not in unused and i not in stored]
+        moved = [i for i in left if found[i] is not self._views[i]]
+        with torch.no_grad():
+            if moved:
+                torch._foreach_copy_([self._views[i] for i in moved], [found[i] for i in moved])
+            for i in unused:
+                self._views[i].zero_()
+        return unused
 
 
 def dense(gradient: torch.Tensor) -> torch.Tensor:
