@@ -188,7 +188,8 @@ class DataParallel:
         for replica in step.updating:
             replica.device.compute.enqueue(lambda r=replica: apply(r))  # type: ignore[misc]
         if len(step.updating) < len(self.replicas):
-            self._communicator.broadcast([replica.memory.variables for replica in self.replicas])
+            readers = None if step.reduction is None else len(step.updating)
+            self._communicator.broadcast([replica.memory.variables for replica in self.replicas], readers)
         if step.reduces:
             self._held.clear()
         else:

@@ -74,8 +74,13 @@ class Communicator(Protocol):
     ) -> None:
         """Sum the buckets of `sources` into each of `targets`; all get the same bits. Begin and finish in one."""
 
-    def broadcast(self, buffers: Sequence[FlatBuffers]) -> None:
-        """Copy the first device's buffers to all others."""
+    def broadcast(self, buffers: Sequence[FlatBuffers], readers: int | None = None) -> None:
+        """Copy the first device's buffers to all others.
+
+        Args:
+            buffers: one per device.
+            readers: as given to `finish` right before, where only these devices have computed since.
+        """
 
     def once(self, work: Callable[[], object]) -> None:
         """Run `work()` on the first device's worker, between what was enqueued and what comes."""

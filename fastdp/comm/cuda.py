@@ -170,8 +170,8 @@ class CudaCommunicator:
         """
         self.finish(self.begin(sources, targets, buckets), once)
 
-    def broadcast(self, buffers: Sequence[FlatBuffers]) -> None:
-        """Copy the first device's buffers to all others; each pulls its own over its link."""
+    def broadcast(self, buffers: Sequence[FlatBuffers], readers: int | None = None) -> None:
+        """Copy the first device's buffers to all others; each pulls its own over its link, when all have computed."""
         before = joined([device.compute.record() for device in self._devices])
         after = []
         for device, flat in zip(self._devices[1:], buffers[1:], strict=True):

@@ -254,11 +254,15 @@ class HostCommunicator:
         """
         self.finish(self.begin(sources, targets, buckets), once)
 
-    def broadcast(self, buffers: Sequence[FlatBuffers]) -> None:
+    def broadcast(self, buffers: Sequence[FlatBuffers], readers: int | None = None) -> None:
         """Copy the first device's buffers to all others.
 
         A piece is read once and written to all. The first device's worker copies, with as many others as there are
         cores; a little is copied by the first alone: waking a thread costs more than copying a few pages.
+
+        Args:
+            buffers: one per device.
+            readers: as given to `finish` right before: only these devices have computed since.
         """
         first, others = buffers[0], buffers[1:]
         if not others:
@@ -276,7 +280,7 @@ class HostCommunicator:
                     other.buffers[dtype][span] = first.buffers[dtype][span]
 
         little = first.nbytes * len(others) <= SMALL_NBYTES
-        self._in_order(range(1 if little else min(len(buffers), CORES, max(1, len(pieces)))), copy)
+        self._in_order(range(1 if little else min(len(buffers), CORES, max(1, len(pieces)))), copy, readers)
 
     def prepare(self, buckets: Sequence[Bucket]) -> None:
         """Nothing is needed beforehand."""
@@ -291,15 +295,20 @@ class HostCommunicator:
         else:
             self._in_order([0], lambda rank: work())
 
-    def _in_order(self, ranks: Sequence[int], work: Callable[[int], object]) -> None:
+    def _in_order(self, ranks: Sequence[int], work: Callable[[int], object], computing: int | None = None) -> None:
         """Run `work(rank)` on these communication streams, ordered against the compute streams of all devices."""
-        done = self._before_and_after(ranks, work)
+        done = self._before_and_after(ranks, work, computing)
         for device in self._devices:
             device.compute.wait(done)
 
-    def _before_and_after(self, ranks: Sequence[int], work: Callable[[int], object]) -> QueueEvent:
-        """Run `work(rank)` on these communication streams after all compute so far; gives the event of their end."""
-        before = joined([device.compute.record() for device in self._devices])
+    def _before_and_after(
+        self, ranks: Sequence[int], work: Callable[[int], object], computing: int | None = None
+    ) -> QueueEvent:
+        """Run `work(rank)` on these communication streams after all compute so far; gives the event of their end.
+
+        `computing`: how many devices, the first ones, have any compute to wait for.
+        """
+        before = joined([device.compute.record() for device in self._devices[:computing]])
         after = []
         for rank in ranks:
             stream = self._devices[rank].communication
