@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,9 @@ from fastdp.step import Step, StepResult, add_up, commit, run_replica, step_erro
 from fastdp.step_scope import StepScope
 from fastdp.timing import Timings, Watch
 from fastdp.transfer import Merger, count_rows, scatter
+
+# After so many steps of a batch's shape, a GPU's steps allocate nothing any more. Of so many shapes it is known.
+WARM_STEPS, MOST_SHAPES = 2, 256
 
 
 class DataParallel:
@@ -91,6 +95,7 @@ class DataParallel:
         self._buckets = self.replicas[0].gradients.buckets()
         self._communicator.prepare(self._buckets)
         self._held = HeldGradients(self.replicas, self._communicator)
+        self._trained: dict[Any, int] = {}
         self.timings: list[list[float]] = []
         self.times = Timings()
 
@@ -115,6 +120,7 @@ class DataParallel:
         with self._begin(batch, structure, wants_outputs, trains=True) as step:
             step.reduces = reduce
             self._scatter(step, batch)
+            self._listen(step, batch)
             self._run(step, Replica.train)
             self._reduce(step)
             self._update(step)
@@ -148,9 +154,12 @@ class DataParallel:
             self._held.reserve(len(step.shards))
             self._communicator.once(lambda: commit(step))
             return
+        if step.reduction is not None:
+            # Devices that do not update wait for the variables of the one that does, and so for the sums.
+            self._communicator.finish(step.reduction, once=lambda: commit(step), readers=len(self._updating))
+            return
         sources = self._held.hand_over(len(step.shards))
-        every = [replica.gradients for replica in self.replicas]
-        self._communicator.all_reduce(every[:sources], every, self._buckets, once=lambda: commit(step))
+        self._communicator.all_reduce(*self._ends(sources), self._buckets, once=lambda: commit(step))
 
     def _update(self, step: Step) -> None:
         """Every replica gets the same update: by applying it to its own copy, or a copy of the first's."""
@@ -179,7 +188,8 @@ class DataParallel:
         for replica in step.updating:
             replica.device.compute.enqueue(lambda r=replica: apply(r))  # type: ignore[misc]
         if len(step.updating) < len(self.replicas):
-            self._communicator.broadcast([replica.memory.variables for replica in self.replicas])
+            readers = None if step.reduction is None else len(step.updating)
+            self._communicator.broadcast([replica.memory.variables for replica in self.replicas], readers)
         if step.reduces:
             self._held.clear()
         else:
@@ -204,6 +214,33 @@ class DataParallel:
             self.times.add(step.watch)
         return StepResult(outputs, step.totals.sums, step.totals.notes, step.shards[0].total)
 
+    # The reduction.
+
+    def _listen(self, step: Step, batch: Sequence[np.ndarray]) -> None:
+        """Let the replicas announce their buckets, whose reduction then begins while backward goes on.
+
+        Not where sums of earlier steps are still to be added to the gradients.
+        """
+        if not step.reduces or self._held.count or len(self.replicas) == 1:
+            return
+        shapes = tuple([array.shape for array in batch])
+        warm = self._trained.get(shapes, 0) >= WARM_STEPS
+        if not warm:
+            if len(self._trained) >= MOST_SHAPES:
+                self._trained.clear()
+            self._trained[shapes] = self._trained.get(shapes, 0) + 1
+        step.reduction = self._communicator.begin(*self._ends(len(step.shards)), self._buckets, warm=warm)
+        for context in step.contexts:
+            context.ready = partial(step.reduction.ready, context.rank)
+
+    def _ends(self, sources: int) -> tuple[list[FlatBuffers], list[FlatBuffers]]:
+        """The gradients of the first replicas, that have any, and of those that need the sum.
+
+        GPUs all take part in a collective. In host memory a replica that gets the variables instead is left out.
+        """
+        every = [replica.gradients for replica in self.replicas]
+        return every[:sources], every if self.devices[0].on_gpu else every[: len(self._updating)]
+
     # State.
 
     @property
@@ -222,8 +259,7 @@ class DataParallel:
             sources = self._held.hand_over(0)
             if not sources:
                 return
-            every = [replica.gradients for replica in self.replicas]
-            self._communicator.all_reduce(every[:sources], every, self._buckets)
+            self._communicator.all_reduce(*self._ends(sources), self._buckets)
             for replica in self._updating:
                 replica.device.compute.enqueue(replica.fold)
             self._held.clear()
@@ -236,6 +272,11 @@ class DataParallel:
     def _updating(self) -> list[Replica]:
         """The replicas that apply the update themselves."""
         return self.replicas if self.update == "each" else self.replicas[:1]
+
+    @property
+    def buckets(self) -> int:
+        """In how many buckets the gradients are reduced."""
+        return len(self._buckets)
 
     @property
     def spare_nbytes(self) -> int:
@@ -297,7 +338,10 @@ class DataParallel:
         """Wait until all devices are done; on a failure clean up and raise it."""
         events = [replica.device.compute.record() for replica in self.replicas]
         try:
-            joined(events).finish(self.timeout)
+            if step.reduction is not None:
+                step.reduction.serve(joined(events), self.timeout)
+            else:
+                joined(events).finish(self.timeout)
         except DeviceTimeoutError:
             busy = [self.devices[rank].name for rank, result in enumerate(step.results) if result is None]
             what = f"The step on {busy}" if busy else "The update"

@@ -1,8 +1,9 @@
 """Collectives between GPUs: NCCL, our kernels over peer memory for small buckets, and the host where neither can.
 
-All collectives of a step are issued by one thread, the first device's worker: NCCL wants the calls of several
-communicators in one group, and kernels that wait for each other must all be launched before anything waits
-for them. So the first device's communication queue goes first, and the others' follow when it has issued.
+A collective is issued by one thread for all ranks: NCCL wants the calls of several communicators in one group, and
+kernels that wait for each other must all be launched before anything waits for them. At the end of a step's
+backward that is the first device's worker: its communication queue goes first, and the others' follow when it has
+issued. Buckets that are complete earlier are issued by the worker that completes them (`cuda_reduction`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fastdp.backend.cuda.peers import PeerAccess
 from fastdp.backend.cuda.streams import CudaStream
 from fastdp.backend.queue import joined
 from fastdp.buckets import Bucket, FlatBuffers, storage_dtype
+from fastdp.comm.cuda_reduction import CudaReduction
 from fastdp.comm.host import sum_in_order
 from fastdp.launch import SIGNALS_NBYTES, PeerGroup, all_reduce_one_shot, all_reduce_two_shot, coresident_blocks
 from fastdp.launch.args import MAX_RANKS, PACK_NBYTES
@@ -74,7 +76,7 @@ class CudaCommunicator:
 
     def how(self, bucket: Bucket) -> str:
         """How a bucket is reduced: "one-shot", "two-shot", "nccl", or "host" where nothing else can."""
-        nbytes = (bucket.stop - bucket.start) * storage_dtype(bucket.dtype).itemsize
+        nbytes = _nbytes(bucket)
         kernels = self._has_kernels and bucket.dtype in KERNEL_DTYPES
         nccl = bool(self._nccl) and bucket.dtype in NCCL_DTYPES
         if kernels and nbytes <= ONE_SHOT_NBYTES:
@@ -87,6 +89,64 @@ class CudaCommunicator:
         """Have the memory that these buckets need. Between steps: it allocates, and waits for the GPUs."""
         if len(self._devices) > 1:
             self._prepare(buckets, [self.how(bucket) for bucket in buckets])
+
+    def begin(
+        self,
+        sources: Sequence[FlatBuffers],
+        targets: Sequence[FlatBuffers],
+        buckets: Sequence[Bucket],
+        *,
+        warm: bool = True,
+    ) -> CudaReduction:
+        """A reduction whose buckets may be announced one by one, and that `finish` ends. Arguments and errors as of
+        `all_reduce`.
+
+        Args:
+            warm: the step allocates nothing any more. Until it does not, nothing begins early: cudaMalloc on one worker
+                waits for GPUs, and must not come between the launches of a collective by another.
+        """
+        for dtype in {bucket.dtype for bucket in buckets}:
+            if dtype != "bfloat16" and storage_dtype(dtype).name != dtype:
+                raise TypeError(f"Gradients of dtype {dtype} cannot be all-reduced. Use float32, bfloat16 or float16.")
+        if any(source is not target for source, target in zip(sources, targets, strict=False)):
+            raise ValueError("GPUs all-reduce in place: `sources` must be the first of `targets`.")
+        how = [self.how(bucket) for bucket in buckets]
+        several = len(self._devices) > 1
+        if several:
+            self._prepare(buckets, how)
+
+        def issue(numbers: Sequence[int]) -> None:
+            chosen = [(buckets[number], how[number]) for number in numbers]
+            for bucket, _ in chosen:
+                self._zero(targets, bucket, range(len(sources), len(targets)))
+            for bucket, way in chosen:
+                if way not in ("nccl", "host"):
+                    self._by_kernels(targets, bucket, way)
+            self._by_nccl(targets, [bucket for bucket, way in chosen if way == "nccl"])
+            for bucket, way in chosen:
+                if way == "host":
+                    self._by_host(targets, bucket)
+
+        # The way through the host waits for the GPUs: not in the middle of a replica's work.
+        early = [number for number, way in enumerate(how) if way != "host"] if warm and several else []
+        return CudaReduction(self._devices, len(sources), len(buckets), early, issue)
+
+    def finish(
+        self, reduction: CudaReduction, once: Callable[[], object] | None = None, readers: int | None = None
+    ) -> None:
+        """Reduce the rest when all replicas are done; `once` as of `all_reduce`. The compute of all devices waits,
+        whoever the `readers` are: the collectives run on all of them."""
+        if len(self._devices) == 1:
+            if once is not None:
+                self.once(once)
+            return
+
+        def issue() -> None:
+            if once is not None:
+                once()
+            reduction.issue(reduction.rest())
+
+        self._issue(issue)
 
     def all_reduce(
         self,
@@ -108,34 +168,10 @@ class CudaCommunicator:
         Raises:
             TypeError: a dtype that is stored but cannot be added (float8).
         """
-        for dtype in {bucket.dtype for bucket in buckets}:
-            if dtype != "bfloat16" and storage_dtype(dtype).name != dtype:
-                raise TypeError(f"Gradients of dtype {dtype} cannot be all-reduced. Use float32, bfloat16 or float16.")
-        if any(source is not target for source, target in zip(sources, targets, strict=False)):
-            raise ValueError("GPUs all-reduce in place: `sources` must be the first of `targets`.")
-        if len(self._devices) == 1:
-            if once is not None:
-                self.once(once)
-            return
-        how = [self.how(bucket) for bucket in buckets]
-        self._prepare(buckets, how)
+        self.finish(self.begin(sources, targets, buckets), once)
 
-        def issue() -> None:
-            if once is not None:
-                once()
-            self._zero(targets, range(len(sources), len(targets)))
-            for bucket, way in zip(buckets, how, strict=True):
-                if way not in ("nccl", "host"):
-                    self._by_kernels(targets, bucket, way)
-            self._by_nccl(targets, [bucket for bucket, way in zip(buckets, how, strict=True) if way == "nccl"])
-            for bucket, way in zip(buckets, how, strict=True):
-                if way == "host":
-                    self._by_host(targets, bucket)
-
-        self._issue(issue)
-
-    def broadcast(self, buffers: Sequence[FlatBuffers]) -> None:
-        """Copy the first device's buffers to all others; each pulls its own over its link."""
+    def broadcast(self, buffers: Sequence[FlatBuffers], readers: int | None = None) -> None:
+        """Copy the first device's buffers to all others; each pulls its own over its link, when all have computed."""
         before = joined([device.compute.record() for device in self._devices])
         after = []
         for device, flat in zip(self._devices[1:], buffers[1:], strict=True):
@@ -196,13 +232,12 @@ class CudaCommunicator:
 
     # Ways to reduce.
 
-    def _zero(self, targets: Sequence[FlatBuffers], ranks: Sequence[int]) -> None:
+    def _zero(self, targets: Sequence[FlatBuffers], bucket: Bucket, ranks: Sequence[int]) -> None:
         """Those who had no rows add nothing."""
-        for rank in ranks:
-            for buffer in targets[rank].buffers.values():
-                if buffer.nbytes:
-                    with runtime.on(self._cards[rank]):
-                        runtime.fill_async(runtime.array_pointer(buffer), 0, buffer.nbytes, self._stream(rank))
+        nbytes = _nbytes(bucket)
+        for rank in ranks if nbytes else ():
+            with runtime.on(self._cards[rank]):
+                runtime.fill_async(_address(targets[rank], bucket), 0, nbytes, self._stream(rank))
 
     def _by_kernels(self, targets: Sequence[FlatBuffers], bucket: Bucket, way: str) -> None:
         """One launch per rank; then the error flags, for `check`."""
@@ -257,7 +292,7 @@ class CudaCommunicator:
         ranks = len(self._devices)
         needed = 0
         for bucket, way in zip(buckets, how, strict=True):
-            nbytes = (bucket.stop - bucket.start) * storage_dtype(bucket.dtype).itemsize
+            nbytes = _nbytes(bucket)
             if way == "one-shot":
                 needed = max(needed, nbytes)
             elif way == "two-shot":
@@ -305,6 +340,11 @@ def _load_all_reduces(device: CudaDevice) -> None:
         all_reduce_one_shot(device.kernels, group, x=x, y=x, n=1, dtype=dtype, stream=stream.handle)
         all_reduce_two_shot(device.kernels, group, inputs=[x], y=x, n=1, dtype=dtype, stream=stream.handle)
     device.read(memory[-1], stream)  # waits
+
+
+def _nbytes(bucket: Bucket) -> int:
+    """Bytes of a bucket on one device."""
+    return (bucket.stop - bucket.start) * storage_dtype(bucket.dtype).itemsize
 
 
 def _address(flat: FlatBuffers, bucket: Bucket) -> int:

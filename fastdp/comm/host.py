@@ -1,22 +1,179 @@
-"""Collectives on host memory: every device reduces one part of the buffers, for all."""
+"""Collectives on host memory: the buffers are reduced in pieces, each by one thread for all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import numpy as np
 
-from fastdp.backend.queue import QueueDevice, joined
+from fastdp.backend.queue import QueueDevice, QueueEvent, joined
 from fastdp.buckets import Bucket, FlatBuffers, storage_dtype
-from fastdp.shard import split_range
+from fastdp.comm.announced import Announced
+from fastdp.errors import DeviceTimeoutError
+from fastdp.shard import CORES
 
 # 256 KiB of fp32: sums stay in a core's cache between the reads of the sources and the writes.
 TILE = 1 << 16
-
-# Waking a device's worker costs more than adding so few numbers: a device's part is a multiple of this.
-GRAIN = 1 << 12
 # What is copied in about the time that it takes to wake a thread.
 SMALL_NBYTES = 1 << 19
+
+
+class HostReduction:
+    """The reduction of one step's buckets, in pieces that whoever is free takes: each is summed once.
+
+    Before all replicas are done, that is the thread that waits for the step (`serve`), and workers whose replica is
+    done. No worker leaves a replica's backward for it, and none waits for it there: workers that compute keep their
+    cores busy, and a wait for one that is itself waiting for other replicas would never end. What is left then is taken
+    by the workers together.
+
+    Args:
+        devices: all of them.
+        sources, targets, buckets: as of `HostCommunicator.all_reduce`.
+
+    `over` is issued when nobody works on it any more, with the error if it failed.
+    """
+
+    def __init__(
+        self,
+        devices: Sequence[QueueDevice],
+        sources: Sequence[FlatBuffers],
+        targets: Sequence[FlatBuffers],
+        buckets: Sequence[Bucket],
+    ) -> None:
+        self.over = QueueEvent()
+        self._devices = devices
+        self._sources, self._targets, self._buckets = sources, targets, buckets
+        # The sum is made where it belongs, but not over a gradient that is still to be read. That of one replica is
+        # there already; if nobody else needs it, there is nothing to do.
+        in_place = all(source is not targets[0] for source in sources[1:])
+        self._sum_lies_in = sources[0] if len(sources) == 1 else targets[0] if in_place else None
+        trivial = len(sources) == 1 and all(target is sources[0] for target in targets)
+        self._pieces: list[list[int]] = [
+            [] if trivial else list(range(bucket.start, bucket.stop, TILE))[::-1] for bucket in buckets
+        ]
+        self._left = self.pieces = sum(map(len, self._pieces))
+        self._lock = threading.Lock()
+        # Threads that have a piece.
+        self._takers: set[int] = set()
+        self._closed = False
+        self._error: BaseException | None = None
+        self._announced = Announced(len(sources), len(buckets))
+        self._calls: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+
+    @property
+    def early(self) -> int:
+        """How many buckets could be reduced before all replicas were done."""
+        return self._announced.early
+
+    # While replicas work.
+
+    def ready(self, rank: int, bucket: int) -> None:
+        """A replica has its gradients of a bucket. On its worker."""
+        if self._announced.say(rank, bucket):
+            self._start([bucket])
+
+    def ended(self, rank: int) -> None:
+        """A replica has all of its gradients. On its worker."""
+        if len(self._buckets) > 1:  # one alone is hardly complete before the last replica is done
+            complete = self._announced.end(rank)
+            if complete:
+                self._start(complete)
+
+    def serve(self, until: QueueEvent, timeout: float) -> None:
+        """Reduce what becomes complete, on the calling thread, until the event is issued.
+
+        Raises:
+            DeviceTimeoutError: it was not within `timeout` seconds.
+        """
+        if len(self._buckets) < 2:  # complete when its replica is done, or hardly before
+            until.finish(timeout)
+            return
+        deadline = time.monotonic() + timeout
+        if not until.notify(partial(self._calls.put, None)):
+            return
+        while True:
+            try:
+                bucket = self._calls.get(timeout=min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
+            except queue.Empty:
+                raise DeviceTimeoutError(f"A device was not done with its work in timeout={timeout} seconds.") from None
+            if bucket is None:
+                return
+            try:
+                self.work([bucket])
+            except BaseException as error:  # an interrupt, which may have come before the piece was put back
+                self._put_back(error)
+                raise
+
+    def _start(self, buckets: Sequence[int]) -> None:
+        """Buckets are complete on all replicas: call those who are free, as far as there are cores for them."""
+        for bucket in buckets:
+            self._calls.put(bucket)
+        free = CORES - self._announced.working - 1
+        for device in self._devices:
+            if free > 0 and device.idle:
+                device.communication.enqueue(partial(self.work, buckets))
+                free -= 1
+
+    # Pieces.
+
+    def work(self, buckets: Iterable[int]) -> None:
+        """Sum pieces of these buckets as long as there are any. On any thread."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            for number in buckets:
+                bucket = self._buckets[number]
+                while (start := self._take(number)) is not None:
+                    error: BaseException | None = None
+                    try:
+                        self._sum(bucket.dtype, slice(start, min(start + TILE, bucket.stop)))
+                    except BaseException as failure:
+                        error = failure
+                        raise
+                    finally:
+                        self._put_back(error)
+
+    def _sum(self, dtype: str, span: slice) -> None:
+        """Sum one piece, and write it to all targets."""
+        place = self._sum_lies_in
+        out = place.buffers[dtype][span] if place is not None else None
+        total = sum_in_order([source.buffers[dtype][span] for source in self._sources], dtype, out)
+        for target in self._targets:
+            if target is not place:
+                target.buffers[dtype][span] = total
+
+    def close(self, error: BaseException | None) -> None:
+        """No piece is taken from now on: all are done, or the step has failed."""
+        with self._lock:
+            self._closed = True
+            self._error = self._error if self._error is not None else error
+            if self._error is None and self._left > len(self._takers):
+                self._error = RuntimeError("Gradients were left without being reduced. This is a bug in fastdp.")
+            over = not self._takers
+        if over:
+            self.over.complete(self._error)
+
+    def _take(self, bucket: int) -> int | None:
+        """Where a piece begins that nobody has taken."""
+        with self._lock:
+            if self._closed or not self._pieces[bucket]:
+                return None
+            self._takers.add(threading.get_ident())
+            return self._pieces[bucket].pop()
+
+    def _put_back(self, error: BaseException | None) -> None:
+        """The piece that this thread has taken is done, or has failed."""
+        with self._lock:
+            if threading.get_ident() not in self._takers:
+                return
+            self._takers.remove(threading.get_ident())
+            self._left -= 1
+            self._error = self._error if self._error is not None else error
+            over = self._closed and not self._takers
+        if over:
+            self.over.complete(self._error)
 
 
 class HostCommunicator:
@@ -29,6 +186,50 @@ class HostCommunicator:
     def __init__(self, devices: Sequence[QueueDevice]) -> None:
         self._devices = list(devices)
 
+    def begin(
+        self,
+        sources: Sequence[FlatBuffers],
+        targets: Sequence[FlatBuffers],
+        buckets: Sequence[Bucket],
+        *,
+        warm: bool = True,
+    ) -> HostReduction:
+        """A reduction whose buckets may be announced one by one, and that `finish` ends. Arguments and errors as of
+        `all_reduce`; whether the step is `warm` makes no difference here."""
+        for dtype in {bucket.dtype for bucket in buckets}:
+            if dtype != "bfloat16" and storage_dtype(dtype).name != dtype:
+                raise TypeError(f"Gradients of dtype {dtype} cannot be all-reduced. Use float32, bfloat16 or float16.")
+        return HostReduction(self._devices, sources, targets, buckets)
+
+    def finish(
+        self, reduction: HostReduction, once: Callable[[], object] | None = None, readers: int | None = None
+    ) -> None:
+        """Reduce the rest when all replicas are done.
+
+        Args:
+            reduction: as `begin` gave it.
+            once: as of `all_reduce`.
+            readers: how many devices, the first ones, have their compute wait for the sums; None for all. The others'
+                must wait for something that comes after, before they compute again.
+        """
+        if len(self._devices) == 1 and not reduction.pieces:
+            if once is not None:
+                self.once(once)
+            return
+
+        def work(rank: int) -> None:
+            if once is not None and rank == 0:
+                once()
+            reduction.work(range(len(reduction._buckets)))
+
+        # More threads than cores, or than pieces, would only have to be woken.
+        helpers = min(len(self._devices), CORES, reduction.pieces)
+        end = self._before_and_after(range(max(1, helpers)), work)
+        if not end.notify(lambda: reduction.close(end.error)):
+            reduction.close(end.error)
+        for device in self._devices[:readers]:
+            device.compute.wait(reduction.over)
+
     def all_reduce(
         self,
         sources: Sequence[FlatBuffers],
@@ -36,56 +237,50 @@ class HostCommunicator:
         buckets: Sequence[Bucket],
         once: Callable[[], object] | None = None,
     ) -> None:
-        """Sum the given buckets of `sources` into each of `targets` (one per device).
+        """Sum the given buckets of `sources` into each of `targets`.
 
-        Each device sums its part of every bucket in rank order and writes it to all targets: every bit is
+        Each piece of a bucket is summed once, in rank order, and written to all targets: every bit is
         computed once, so all replicas hold the same. Sources may be targets. fp16 and bf16 are summed in
         fp32, and rounded once. Infinities and NaNs are values like others: they raise no warning.
 
         Args:
             sources: what to add up; one per device, or fewer where some have nothing to add.
-            targets: where the sums go.
+            targets: where the sums go; one per device, or fewer where the others do not need them.
             buckets: which parts of them.
             once: run on the first device in the same pass, ordered as by `once()`.
 
         Raises:
             TypeError: a dtype that is stored but cannot be added here (float8).
         """
-        for dtype in {bucket.dtype for bucket in buckets}:
-            if dtype != "bfloat16" and storage_dtype(dtype).name != dtype:
-                raise TypeError(f"Gradients of dtype {dtype} cannot be all-reduced. Use float32, bfloat16 or float16.")
-        parts = len(self._devices)
+        self.finish(self.begin(sources, targets, buckets), once)
 
-        def reduce(rank: int) -> None:
-            if once is not None and rank == 0:
-                once()
-            with np.errstate(over="ignore", invalid="ignore"):
-                for bucket in buckets:
-                    span = slice(bucket.start, bucket.stop)
-                    ins = [source.buffers[bucket.dtype][span] for source in sources]
-                    outs = [target.buffers[bucket.dtype][span] for target in targets]
-                    _reduce_part(ins, outs, bucket.dtype, rank, parts)
+    def broadcast(self, buffers: Sequence[FlatBuffers], readers: int | None = None) -> None:
+        """Copy the first device's buffers to all others.
 
-        # Of every bucket, not of the longest: rounded up to grains, a longer one may have fewer parts.
-        pieces = [split_range(bucket.stop - bucket.start, parts, GRAIN) for bucket in buckets]
-        busy = max((sum(start < stop for start, stop in piece) for piece in pieces), default=0)
-        self._in_order(range(max(1, busy)), reduce)
+        A piece is read once and written to all. The first device's worker copies, with as many others as there are
+        cores; a little is copied by the first alone: waking a thread costs more than copying a few pages.
 
-    def broadcast(self, buffers: Sequence[FlatBuffers]) -> None:
-        """Copy the first device's buffers to all others; each device pulls its own.
-
-        Small ones are all copied by the first: waking a thread costs more than copying a few pages.
+        Args:
+            buffers: one per device.
+            readers: as given to `finish` right before: only these devices have computed since.
         """
-        others = range(1, len(self._devices))
+        first, others = buffers[0], buffers[1:]
+        if not others:
+            return
+        pieces = [(dtype, at) for dtype, buffer in first.buffers.items() for at in range(0, buffer.size, TILE)]
 
-        def copy_to(ranks: Sequence[int]) -> None:
-            for rank in ranks:
-                buffers[rank].copy_from(buffers[0])
+        def copy(rank: int) -> None:
+            while pieces:
+                try:
+                    dtype, at = pieces.pop()
+                except IndexError:  # another worker took the last one
+                    return
+                span = slice(at, at + TILE)
+                for other in others:
+                    other.buffers[dtype][span] = first.buffers[dtype][span]
 
-        if buffers[0].nbytes * len(others) > SMALL_NBYTES:
-            self._in_order(others, lambda rank: copy_to([rank]))
-        elif others:
-            self.once(lambda: copy_to(others))
+        little = first.nbytes * len(others) <= SMALL_NBYTES
+        self._in_order(range(1 if little else min(len(buffers), CORES, max(1, len(pieces)))), copy, readers)
 
     def prepare(self, buckets: Sequence[Bucket]) -> None:
         """Nothing is needed beforehand."""
@@ -95,50 +290,53 @@ class HostCommunicator:
 
     def once(self, work: Callable[[], object]) -> None:
         """Run `work()` on the first device, after all that was enqueued before and before all that comes."""
-        self._in_order([0], lambda rank: work())
+        if len(self._devices) == 1:
+            self._devices[0].compute.enqueue(work)
+        else:
+            self._in_order([0], lambda rank: work())
 
-    def _in_order(self, ranks: Sequence[int], work: Callable[[int], object]) -> None:
+    def _in_order(self, ranks: Sequence[int], work: Callable[[int], object], computing: int | None = None) -> None:
         """Run `work(rank)` on these communication streams, ordered against the compute streams of all devices."""
-        before = joined([device.compute.record() for device in self._devices])
+        done = self._before_and_after(ranks, work, computing)
+        for device in self._devices:
+            device.compute.wait(done)
+
+    def _before_and_after(
+        self, ranks: Sequence[int], work: Callable[[int], object], computing: int | None = None
+    ) -> QueueEvent:
+        """Run `work(rank)` on these communication streams after all compute so far; gives the event of their end.
+
+        `computing`: how many devices, the first ones, have any compute to wait for.
+        """
+        before = joined([device.compute.record() for device in self._devices[:computing]])
         after = []
         for rank in ranks:
             stream = self._devices[rank].communication
             stream.wait(before)
-            stream.enqueue(lambda rank=rank: work(rank))  # type: ignore[misc]
+            stream.enqueue(partial(work, rank))
             after.append(stream.record())
-        done = joined(after)
-        for device in self._devices:
-            device.compute.wait(done)
+        return joined(after)
 
 
-def _reduce_part(
-    sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], dtype: str, part: int, parts: int
-) -> None:
-    """Sum part `part` of `parts` of the sources, in rank order, into all targets."""
-    start, stop = split_range(len(targets[0]), parts, GRAIN)[part]
-    for low in range(start, stop, TILE):
-        tile = slice(low, min(low + TILE, stop))
-        if len(sources) == 1:
-            total = sources[0][tile]
-        elif dtype in ("bfloat16", "float16"):
-            wide = _widen(sources[0][tile], dtype)
-            for source in sources[1:]:
-                wide += _widen(source[tile], dtype)
-            total = _narrow(wide, dtype)
-        else:
-            total = np.add(sources[0][tile], sources[1][tile])
-            for source in sources[2:]:
-                total += source[tile]
-        for target in targets:
-            if len(sources) > 1 or not np.may_share_memory(target, total):
-                target[tile] = total
+def sum_in_order(values: Sequence[np.ndarray], dtype: str, out: np.ndarray | None = None) -> np.ndarray:
+    """The sum of equally long vectors in their order; the vector itself where there is only one.
 
-
-def sum_in_order(values: Sequence[np.ndarray], dtype: str) -> np.ndarray:
-    """The sum of equally long vectors in their order, as the all-reduce computes it."""
-    total = np.empty_like(values[0])
-    with np.errstate(over="ignore", invalid="ignore"):
-        _reduce_part(values, [total], dtype, 0, 1)
+    `out`, where given, gets the sum of several; it may be the first vector, and shares no memory with the others.
+    """
+    if len(values) == 1:
+        return values[0]
+    if dtype in ("bfloat16", "float16"):
+        wide = _widen(values[0], dtype)
+        for value in values[1:]:
+            wide += _widen(value, dtype)
+        total = _narrow(wide, dtype)
+        if out is None:
+            return total
+        out[...] = total
+        return out
+    total = np.add(values[0], values[1], out=out)
+    for value in values[2:]:
+        np.add(total, value, out=total)
     return total
 
 

@@ -176,10 +176,7 @@ class CudaDevice(QueueDevice):
                 for i in host:
                     source = staged.ctypes.data + starts[i]
                     runtime.copy_async(runtime.array_pointer(taken[i]), source, parts[i].nbytes, stream.handle)
-            event = stream._event()
-            stream._mark(event)
-            event.complete()
-            self._staging.release(event)
+            self._staging.release(stream.now())
         for target, part in zip(taken, parts, strict=True):
             if part.nbytes and runtime.is_array(part):
                 self.copy_rows(target, part, stream.handle)
