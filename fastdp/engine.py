@@ -14,6 +14,7 @@ from fastdp.backend.queue import QueueDevice, joined
 from fastdp.buckets import FlatBuffers
 from fastdp.comm.choose import communicator
 from fastdp.comm.rendezvous import Rendezvous
+from fastdp.comm.together import shared_with
 from fastdp.device import resolve
 from fastdp.errors import DeviceTimeoutError
 from fastdp.held import HeldGradients
@@ -95,6 +96,7 @@ class DataParallel:
         self._buckets = self.replicas[0].gradients.buckets()
         self._communicator.prepare(self._buckets)
         self._held = HeldGradients(self.replicas, self._communicator)
+        self._share = shared_with(devices[1:CORES], timeout)
         self._trained: dict[Any, int] = {}
         self.timings: list[list[float]] = []
         self.times = Timings()
@@ -172,7 +174,10 @@ class DataParallel:
                     step.restorable = self._save()
                     step.updates_begun = True
                 # The other devices have nothing to do while the first updates for all.
-                replica.prepare_thread(CORES if len(step.updating) == 1 else step.threads)
+                alone = len(step.updating) == 1 and len(self.replicas) > 1
+                shares = alone and getattr(self.program, "update_is_shared", False)
+                step.totals.share = self._share if shares else None
+                replica.prepare_thread(CORES if alone and not shares else step.threads)
                 replica.update(step.totals)
                 step.updates_done.append(replica.rank)
                 step.watch.update_ended[replica.rank] = time.perf_counter()

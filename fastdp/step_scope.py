@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -24,7 +24,7 @@ class StepScope(AbstractContextManager[Step]):
         self._engine = engine
         self._step = step
         self._trains = trains
-        self._running: AbstractContextManager[None] | None = None
+        self._held = ExitStack()
 
     def __enter__(self) -> Step:
         engine = self._engine
@@ -80,8 +80,11 @@ class StepScope(AbstractContextManager[Step]):
             engine._home.generation += 1
         if engine._generation != engine._home.generation:
             engine.refresh()
-        self._running = engine.program.running(threads)
-        self._running.__enter__()
+        self._held.enter_context(engine.program.running(threads))
+        if len(engine.devices) == 1 and not engine.devices[0].on_gpu:
+            # This thread would only wait for the worker. Torch's operations on several cores also want to be those of
+            # one thread, whose helpers stay awake for them; with a second one they are put to sleep.
+            self._held.enter_context(engine.devices[0].lend())
 
     def __exit__(
         self,
@@ -95,8 +98,7 @@ class StepScope(AbstractContextManager[Step]):
                 engine._unsettled = None
             else:
                 self._abandon(error)
-            if self._running is not None:
-                self._running.__exit__(None, None, None)
+            self._held.close()
         finally:
             engine.steps += 1
             _one_step_at_a_time.release()

@@ -98,8 +98,10 @@ def _may_fuse(convolution: Node) -> bool:
     value, operand, weights = _value(convolution), _value(convolution.args[0]), _value(convolution.args[1])
     own_bias, transposed = convolution.args[2], convolution.args[6]
     plain = own_bias is None and not transposed and value.ndim == 4 and value.dtype == torch.float32
-    return plain and operand.shape[1] > 1 and all(
-        one.is_contiguous(memory_format=torch.channels_last) for one in (value, operand, weights)
+    return (
+        plain
+        and operand.shape[1] > 1
+        and all(one.is_contiguous(memory_format=torch.channels_last) for one in (value, operand, weights))
     )
 
 
@@ -123,7 +125,9 @@ def _pools_without_scatter(graph: Graph) -> None:
         window = _window(pool)
         results = {node.args[1]: node for node in pool.users}
         gradients = list(results[1].users) if 1 in results else []
-        if window is None or any(node.target is not aten.max_pool2d_with_indices_backward.default for node in gradients):
+        if window is None or any(
+            node.target is not aten.max_pool2d_with_indices_backward.default for node in gradients
+        ):
             continue
         with graph.inserting_before(pool):
             largest, place = _pooled(graph, pool, window)
@@ -159,7 +163,7 @@ def _pooled(graph: Graph, pool: Node, window: tuple[int, int]) -> tuple[Node, No
     call = functools.partial(_call, graph)
     height, width = window
     image = call(aten.permute.default, pool.args[0], [0, 2, 3, 1])
-    _, _, rows, columns = _value(pool)[0].shape
+    n, channels, rows, columns = _value(pool)[0].shape
     entries = []
     for number in range(height * width):
         row, column = divmod(number, width)
@@ -171,6 +175,9 @@ def _pooled(graph: Graph, pool: Node, window: tuple[int, int]) -> tuple[Node, No
         largest = call(aten.where.self, more, entry, largest)
         numbered = call(aten.full_like.default, place, float(number))
         place = call(aten.where.self, more, numbered, place)
+    # Seen by its strides, it is written down: else the compiler would keep comparisons, and vectors of bools are slow.
+    strides = [rows * columns * channels, columns * channels, channels, 1]
+    place = call(aten.as_strided.default, place, [n, rows, columns, channels], strides)
     return call(aten.permute.default, largest, [0, 3, 1, 2]), place
 
 
@@ -189,7 +196,9 @@ def _unpooled(graph: Graph, backward: Node, place: Node, window: tuple[int, int]
     zero = call(aten.full.default, [], 0.0, dtype=value.dtype, device=device)
     spread = call(aten.where.self, here, call(aten.reshape.default, image, wide), zero)
     spread = call(aten.reshape.default, spread, [n, rows * height, columns * width, channels])
-    rest = [size - covered for size, covered in zip(_value(pooled).shape[2:], (rows * height, columns * width), strict=True)]
+    rest = [
+        size - covered for size, covered in zip(_value(pooled).shape[2:], (rows * height, columns * width), strict=True)
+    ]
     if any(rest):
         spread = call(aten.constant_pad_nd.default, spread, [0, 0, 0, rest[1], 0, rest[0]], 0.0)
     return call(aten.permute.default, spread, [0, 3, 1, 2])

@@ -348,7 +348,8 @@ def ddp_worker(rank: int, folder: str) -> None:
         if rank == 0:
             torch.save(module.state_dict(), f"{folder}/weights.pt")
         distributed.barrier()
-        print("trained", flush=True)
+        sys.stdout.write("trained\n")
+        sys.stdout.flush()
     finally:
         distributed.destroy_process_group()
     # Not by the interpreter's end: once a process was aborted there ("terminate called without an active exception", a
