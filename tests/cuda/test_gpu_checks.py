@@ -64,6 +64,12 @@ def test_the_checks_of_failures_memory_and_merging(box):
     gc.collect()
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_check_of_buckets_during_backward(box, hosts, count):
+    engine_checks.reduces_during_backward(box.devices(count, 1), hosts[:count], off_gpu)
+    gc.collect()
+
+
 @pytest.mark.parametrize(
     ("n", "dtype", "way"),
     [
