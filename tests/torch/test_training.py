@@ -218,13 +218,13 @@ def test_gradients_are_reduced_in_the_last_call_of_a_window_only(monkeypatch):
     from fastdp.comm.host import HostCommunicator
 
     reduced = []
-    original = HostCommunicator.all_reduce
+    original = HostCommunicator.begin
 
     def spy(self, sources, targets, buckets, **options):
         reduced.append(len(buckets))
-        original(self, sources, targets, buckets, **options)
+        return original(self, sources, targets, buckets, **options)
 
-    monkeypatch.setattr(HostCommunicator, "all_reduce", spy)
+    monkeypatch.setattr(HostCommunicator, "begin", spy)
     step = fastdp.wrap(mlp(), gpus=2).train_step(F.cross_entropy, OPTIMIZERS["sgd"], accumulate=3)
     calls = []
     for x, y in batches(6):
