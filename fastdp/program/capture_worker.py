@@ -29,8 +29,10 @@ def main(graph: str, artifact: str, threads: str, cores: str) -> None:
     os.nice(YIELDING)
     module, inputs, mode = from_bytes(Path(graph).read_bytes())
     settings = {"cpp.threads": int(threads), "compile_threads": int(cores)}
-    with torch.no_grad(), torch._inductor.config.patch(settings):
-        compiled = standalone_compile(module, inputs, dynamic_shapes="from_example_inputs", fake_mode=mode)
+    # The inputs' mode by way of a tracing context: torch 2.11 has no argument for it.
+    context = torch._guards.tracing(torch._guards.TracingContext(mode))
+    with torch.no_grad(), torch._inductor.config.patch(settings), context:
+        compiled = standalone_compile(module, inputs, dynamic_shapes="from_tracing_context")
     unfinished = f"{artifact}.unfinished"
     compiled.save(path=unfinished, format="binary")
     Path(unfinished).rename(artifact)
