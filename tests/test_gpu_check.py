@@ -58,7 +58,7 @@ def bench_part(name, program, seconds=30.0, **more):
     return Part(name, ("-c", program), seconds, tests=False, **more)
 
 
-EMIT = "from gpu_parts import emit; emit(what='copy', GBps=3.0); emit(skipped='jax', reason='not installed')"
+EMIT = "from gpu_card import emit; emit(what='copy', GBps=3.0); emit(skipped='jax', reason='not installed')"
 
 
 def test_tests_are_counted_with_names_reasons_last_lines_and_measurements(scratch):
@@ -177,7 +177,7 @@ def test_stages_are_chosen_by_name(scratch, monkeypatch, capsys):
 
 
 def test_without_a_gpu_nothing_is_proven_and_nothing_goes_among_the_results(scratch, monkeypatch, capsys):
-    nothing = (bench_part("parts", "from gpu_parts import emit; emit(skipped='parts', reason='no card')"),)
+    nothing = (bench_part("parts", "from gpu_card import emit; emit(skipped='parts', reason='no card')"),)
     status, out = run_main(monkeypatch, capsys, scratch, {"bench": nothing})
     assert status == 2
     assert "No GPU: no driver" in out
