@@ -15,7 +15,7 @@ from gpu_cases import CLASSES, Case
 layers = keras.layers
 WARM_UP = 3
 COMPILE_SECONDS = 240.0
-Run = Callable[[], float]
+Run = Callable[..., float]
 
 
 class Positions(layers.Layer):  # type: ignore[misc]
@@ -116,17 +116,18 @@ class Fitted:
 
 
 def wrap_options(how: str) -> dict[str, Any]:
-    """The arguments of `fastdp.wrap` for eager, traced, compiled or graph.
+    """The arguments of `fastdp.wrap` for eager, traced, compiled or graph, or for a compiled graph.
 
     Raises:
         NotImplementedError: this version of fastdp has no such steps.
     """
-    if how == "graph":
-        wrap = importlib.import_module("fastdp").wrap
-        if "graph" not in inspect.signature(wrap).parameters:
-            raise NotImplementedError("fastdp.wrap has no `graph` argument")
-        return {"compile": "trace", "graph": True}
-    return {"compile": {"eager": None, "traced": "trace", "compiled": "inductor"}[how]}
+    modes = {"eager": None, "traced": "trace", "compiled": "inductor", "graph": "trace", "compiled graph": "inductor"}
+    options: dict[str, Any] = {"compile": modes[how]}
+    if "graph" in inspect.signature(importlib.import_module("fastdp").wrap).parameters:
+        return {**options, "graph": "bucket" if "graph" in how else None}
+    if "graph" in how:
+        raise NotImplementedError("fastdp.wrap has no `graph` argument")
+    return options
 
 
 def facts_of(model: Any) -> dict[str, Any]:
@@ -139,47 +140,111 @@ def facts_of(model: Any) -> dict[str, Any]:
     return {"report": report, "capture_seconds": round(max(seconds, default=0.0), 3)}
 
 
-def resident(fitted: Fitted) -> Run:
-    """Steps of the engine on a batch that lies on its first device, as `fed` is on one in host memory."""
-    engine, arrays, structure = _batch(fitted)
-    device = engine.devices[0]
-    there = []
-    for array in arrays:
-        there.append(device.empty(array.shape, array.dtype))
-        device.copy(there[-1], array)
-    return _steps(engine, there, structure)
+class EngineSteps:
+    """Steps of a parallel model's engine, without Keras's loop, on batches that are made beforehand.
 
+    Args:
+        fitted: it has trained, so that its steps are captured.
+    """
 
-def fed(fitted: Fitted) -> Run:
-    """Steps of the engine on a batch in host memory, without Keras's loop."""
-    return _steps(*_batch(fitted))
+    def __init__(self, fitted: Fitted) -> None:
+        flatten = importlib.import_module("fastdp.program.keras_batch").flatten_batch
+        self.engine, self.fitted = fitted.model.engine, fitted
+        x, y = fitted.data
+        spans = [slice(start, start + fitted.rows) for start in (0, fitted.rows)]
+        made = [flatten((x[span], y[span], None)) for span in spans]
+        self.batches, self.structure = [arrays for arrays, _ in made], made[0][1]
 
+    def train(self, batch: Sequence[Any], **more: Any) -> None:
+        """One step, asked for as `fit` asks without metrics."""
+        self.engine.train(batch, structure=self.structure, wants_outputs=False, **more)
 
-def _batch(fitted: Fitted) -> tuple[Any, list[Any], Any]:
-    """The engine of a parallel model that has trained, and its first batch as the engine takes it."""
-    batches = importlib.import_module("fastdp.program.keras_batch")
-    x, y = (array[: fitted.rows] for array in fitted.data)
-    arrays, structure = batches.flatten_batch((x, y, None))
-    return fitted.model.engine, arrays, structure
-
-
-def _steps(engine: Any, arrays: Sequence[Any], structure: Any) -> Run:
-    """A round of steps that nobody waits for longer than the engine does itself."""
-
-    def run(count: int = 1) -> float:
+    def fed(self, count: int) -> float:
+        """On batches in host memory; the next is sent ahead, where the engine can do that, as `fit` has it sent."""
+        stage = getattr(self.engine, "stage", None)
         began = time.perf_counter()
-        for _ in range(count):
-            engine.train(arrays, structure=structure, wants_outputs=False)
-        return time.perf_counter() - began
+        for number in range(count):
+            batch, coming = self.batches[number % 2], self.batches[(number + 1) % 2]
+            self.train(batch, **({} if stage is None else {"while_running": lambda coming=coming: stage(coming)}))
+        seconds = time.perf_counter() - began
+        if stage is not None:
+            self.engine.forget_staged()
+        return seconds
 
-    return run
+    def on_the_card(self) -> Run:
+        """On a batch that lies on the first device already."""
+        device, there = self.engine.devices[0], []
+        for array in self.batches[0]:
+            there.append(device.empty(array.shape, array.dtype))
+            device.copy(there[-1], array)
+
+        def run(count: int) -> float:
+            began = time.perf_counter()
+            for _ in range(count):
+                self.train(there)
+            return time.perf_counter() - began
+
+        return run
+
+    def bare(self, how: str) -> Run:
+        """What the first replica runs, again and again on its worker, with nothing of the engine around it.
+
+        The replay of its graphs and the update, where steps are graphs; else its own forward, backward and update. It
+        is waited for once, at the end.
+
+        Raises:
+            NotImplementedError: graphs were asked for, and none was recorded.
+        """
+        replica = self.engine.replicas[0]
+        kind, noted = type(replica), dict[str, Any]()
+        train, update = kind.train, kind.update
+
+        def note_train(one: Any, batch: Any, context: Any) -> Any:
+            noted.update(batch=batch, context=context)
+            return train(one, batch, context)
+
+        def note_update(one: Any, totals: Any) -> None:
+            noted.update(totals=totals)
+            update(one, totals)
+
+        kind.train, kind.update = note_train, note_update
+        try:
+            self.train(self.batches[0])
+        finally:
+            kind.train, kind.update = train, update
+        batch, context = noted["batch"], noted["context"]
+        step: Callable[[], object] = lambda: replica.train(batch, context)  # noqa: E731
+        if "graph" in how:
+            captured = self.engine.program.captures.find(batch, context)
+            recording = getattr(captured, "recordings", {}).get(0)
+            if recording is None:
+                raise NotImplementedError("no graph was recorded of these steps")
+            tensors = importlib.import_module("fastdp.program.torch_tensors")
+            dtypes = [dtype for dtype in self.structure.dtypes if dtype is not None]
+            rows = [tensors.as_tensor(array, dtype) for array, dtype in zip(batch, dtypes, strict=True)]
+            step = lambda: recording.replay(rows, lambda bucket: None)  # noqa: E731
+
+        def work(count: int) -> None:
+            for _ in range(count):
+                step()
+                replica.update(noted["totals"])
+
+        def run(count: int) -> float:
+            compute = replica.device.compute
+            began = time.perf_counter()
+            compute.enqueue(lambda: work(count))
+            compute.record().synchronize(COMPILE_SECONDS)
+            return time.perf_counter() - began
+
+        return run
 
 
 def prepare(way: str, case: Case, steps: int, where: str) -> tuple[Run, dict[str, Any]]:
     """Build, capture or compile, and warm up; a function that trains a round, and facts.
 
     Args:
-        way: `fit`, or `DEVICES:HOW:PART` by fastdp, with `:fed` or `:resident` behind it for the engine's steps alone.
+        way: `fit`, or `DEVICES:HOW:PART` by fastdp, with `:fed`, `:resident` or `:bare` behind it for what is below
+            Keras's loop: the engine's steps on a batch in host memory or on the card, and the replica's work alone.
     """
     if way == "fit":
         fitted = Fitted(case, steps, lambda model: model)
@@ -193,12 +258,14 @@ def prepare(way: str, case: Case, steps: int, where: str) -> tuple[Run, dict[str
     options = wrap_options(how)
     fitted = Fitted(case, steps, lambda model: fastdp.wrap(model, gpus=int(count), **options), int(part))
     fitted.train(WARM_UP)
-    if how == "compiled":
+    if how.startswith("compiled"):
         fitted.model.wait_compiled(COMPILE_SECONDS)
     fitted.train(WARM_UP)
     facts = {"parameters": fitted.parameters, **facts_of(fitted.model)}
     if not rest:
         return (lambda: fitted.train(steps)), facts
-    run: Any = {"fed": fed, "resident": resident}[rest[0]](fitted)
+    steps_alone = EngineSteps(fitted)
+    made = {"fed": lambda: steps_alone.fed, "resident": steps_alone.on_the_card, "bare": lambda: steps_alone.bare(how)}
+    run = made[rest[0]]()
     run(WARM_UP)
     return (lambda: run(steps)), facts

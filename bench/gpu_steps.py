@@ -9,7 +9,7 @@ show what the engine costs, not what several cards would gain.
 
 fastdp on one device is timed with the rows of a half, a quarter and an eighth of a batch too, for the sum of the parts
 of 2, 4 and 8 replicas, and for bench/scaling_model.py. `fed` and `resident` are the engine's steps without Keras's
-loop, on a batch in host memory and on one that lies on the card.
+loop, on a batch in host memory and on one that lies on the card; `bare` is what the replica runs, without the engine.
 
 After each round each way's medians so far go to FASTDP_GPU_LOG as a line, so that a run that is cut off keeps them: the
 last line of a way counts. A way that fails or is late is left out with its reason.
@@ -47,11 +47,11 @@ ROUND_SECONDS = 60.0
 FEW = {
     "resnet50-bf16-256": ("torch eager", "torch compiled", "Keras torch", "fastdp 1 eager", "fastdp 1 BEST"),
 }
+COMPILED = ("fastdp 1 compiled", "fastdp 1 compiled graph")
 # Ways that each case would take long with, and that say little more than those that are kept.
 WITHOUT = {
-    "resnet50-tf32-32": ("torch DDP, 1 process", "fastdp 1 compiled", "1 row", "fastdp 2 BEST", "fastdp 4 BEST"),
-    "xception-bf16-64": ("fastdp 1 compiled",),
-    "encoder-bf16-32": ("fastdp 1 compiled",),
+    "resnet50-tf32-32": ("torch DDP, 1 process", *COMPILED, "1 row", "fastdp 2 BEST", "fastdp 4 BEST"),
+    "xception-bf16-64": COMPILED,
 }
 
 
@@ -108,11 +108,11 @@ def ways_of(name: str) -> list[Way]:
         Way("Keras JAX", "keras/fit", "keras", backend="jax", needs=("jax", "keras")),
         *(_fastdp(1, best, part) for part in COUNTS[1:]),
         _fastdp(1, best, 0),
-        *(_fastdp(1, best, 1, rest) for rest in ("fed", "resident")),
+        *(_fastdp(1, best, 1, rest) for rest in ("fed", "resident", "bare")),
         Way("torch graph", "torch/graph", "torch"),
         Way("torch DDP, 1 process", "torch/ddp", "torch"),
         *([_fastdp(1, "traced")] if best == "graph" else []),
-        _fastdp(1, "compiled"),
+        _fastdp(1, "compiled graph" if best == "graph" else "compiled"),
     ]
     if name == "mlp":
         ways += [Way(f"fastdp torch {n}", f"torch/facade-{n}", "fastdp torch", n, "eager") for n in (1, 8)]

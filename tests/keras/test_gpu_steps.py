@@ -120,7 +120,9 @@ def test_steps_that_this_version_does_not_have_are_refused_by_name(monkeypatch):
         gpu_keras_ways.wrap_options("graph")
     assert gpu_steps.best_how() == "traced"
     monkeypatch.setattr(fastdp, "wrap", lambda model, gpus=None, *, graph=None: None)
-    assert gpu_keras_ways.wrap_options("graph")["graph"] is True
+    assert gpu_keras_ways.wrap_options("graph") == {"compile": "trace", "graph": "bucket"}
+    assert gpu_keras_ways.wrap_options("compiled graph") == {"compile": "inductor", "graph": "bucket"}
+    assert gpu_keras_ways.wrap_options("traced") == {"compile": "trace", "graph": None}  # "auto" would record
     assert gpu_steps.best_how() == "graph"
 
 
