@@ -29,6 +29,7 @@ class Case:
         optimizer: sgd (with momentum) or adam.
         tokens: the size of the vocabulary, 0 where rows are floats.
         options: of the model's builder, where there is more than one size.
+        at_once: how many processes, each with this model and its batch, are let on the card together.
     """
 
     title: str
@@ -41,6 +42,7 @@ class Case:
     optimizer: str = "sgd"
     tokens: int = 0
     options: Mapping[str, int] = field(default_factory=dict)
+    at_once: int = 24
 
     def data(self, steps: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows and labels of so many batches of `rows`."""
@@ -58,16 +60,17 @@ TINY_ENCODER = {"width": 8, "depth": 2, "heads": 2, "wide": 16, "vocabulary": 50
 
 CASES = {
     "mlp": Case("MLP 784-512-512-10, batch 128, TF32", "mlp", (784,), 128, "tf32", 100, 7),
-    "resnet50-tf32-32": Case("ResNet50 224, batch 32, TF32", "resnet50", (224, 224, 3), 32, "tf32", 8),
-    "resnet50-bf16-32": Case("ResNet50 224, batch 32, bf16", "resnet50", (224, 224, 3), 32, "bf16", 8),
-    "resnet50-bf16-256": Case("ResNet50 224, batch 256, bf16", "resnet50", (224, 224, 3), 256, "bf16", 3),
-    "xception-bf16-64": Case("Xception 299, batch 64, bf16", "xception", (299, 299, 3), 64, "bf16", 4),
+    "resnet50-tf32-32": Case("ResNet50 224, batch 32, TF32", "resnet50", (224, 224, 3), 32, "tf32", 8, at_once=9),
+    "resnet50-bf16-32": Case("ResNet50 224, batch 32, bf16", "resnet50", (224, 224, 3), 32, "bf16", 8, at_once=9),
+    "resnet50-bf16-256": Case("ResNet50 224, batch 256, bf16", "resnet50", (224, 224, 3), 256, "bf16", 3, at_once=4),
+    "xception-bf16-64": Case("Xception 299, batch 64, bf16", "xception", (299, 299, 3), 64, "bf16", 4, at_once=5),
     "encoder-bf16-32": Case(
         "Encoder of BERT-base's size, batch 32 of 128 tokens, bf16",
         *("encoder", (128,), 32, "bf16", 8),
         optimizer="adam",
         tokens=30522,
         options=BERT_BASE,
+        at_once=9,
     ),
     "tiny-mlp": Case("MLP 784-512-512-10, batch 16", "mlp", (784,), 16, "tf32", 2, 2),
     "tiny-encoder": Case(

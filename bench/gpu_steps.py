@@ -3,9 +3,10 @@
     python bench/gpu_steps.py --seconds 200 mlp resnet50-bf16-32
 
 The cases are those of bench/gpu_cases.py. Each way is a process of its own (bench/gpu_worker.py) that builds, captures
-or compiles, and warms up; then they take turns, a round each, and medians over the rounds count. A round trains a few
-batches from host memory, by the wall clock, to its last loss on the host. Virtual GPUs share one card: more of them
-show what the engine costs, not what several cards would gain.
+or compiles, and warms up; then they take turns, a round each, and medians over the rounds count. Where all together
+would not fit on the card, they come in groups, torch eager in each. A round trains a few batches from host memory, by
+the wall clock, to its last loss on the host. Virtual GPUs share one card: more of them show what the engine costs, not
+what several cards would gain.
 
 fastdp on one device is timed with the rows of a half, a quarter and an eighth of a batch too, for the sum of the parts
 of 2, 4 and 8 replicas, and for bench/scaling_model.py. `fed` and `resident` are the engine's steps without Keras's
@@ -43,9 +44,9 @@ WORKER = Path(__file__).parent / "gpu_worker.py"
 COUNTS = (1, 2, 4, 8)
 RESERVE_SECONDS = 12.0  # of a case's time, for its rounds and for ending its processes
 ROUND_SECONDS = 60.0
-# Of the cases that fill the card: a process each for all ways would need more memory than it has.
+# Of the cases that fill the card, the ways that it is worth filling with.
 FEW = {
-    "resnet50-bf16-256": ("torch eager", "torch compiled", "Keras torch", "fastdp 1 eager", "fastdp 1 BEST"),
+    "resnet50-bf16-256": ("torch eager", "fastdp 1 BEST", "Keras torch", "torch compiled", "fastdp 1 eager"),
 }
 COMPILED = ("fastdp 1 compiled", "fastdp 1 compiled graph")
 # Ways that each case would take long with, and that say little more than those that are kept.
@@ -78,6 +79,8 @@ class Way:
     def peer(self) -> Peer:
         """As bench/peers.py starts it."""
         environment = {"KERAS_BACKEND": self.backend, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        if self.devices > 1:  # counts only before CUDA starts, and Keras starts it when the model is built
+            environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
         return Peer(self.title, WORKER, self.worker, environment)
 
 
@@ -96,23 +99,24 @@ def _fastdp(devices: int, how: str, part: int = 1, rest: str = "") -> Way:
 
 
 def ways_of(name: str) -> list[Way]:
-    """What is compared on a case, in the order in which they start and take turns."""
+    """What is compared on a case, in the order in which they start and take turns: what the goals need comes first."""
     best = best_how()
     ways = [
         Way("torch eager", "torch/eager", "torch"),
-        Way("Keras torch", "keras/fit", "keras", needs=("torch", "keras")),
-        _fastdp(1, "eager"),
         _fastdp(1, best),
-        *(_fastdp(count, best) for count in COUNTS[1:]),
-        Way("torch compiled", "torch/compiled", "torch"),
-        Way("Keras JAX", "keras/fit", "keras", backend="jax", needs=("jax", "keras")),
-        *(_fastdp(1, best, part) for part in COUNTS[1:]),
-        _fastdp(1, best, 0),
         *(_fastdp(1, best, 1, rest) for rest in ("fed", "resident", "bare")),
+        Way("Keras torch", "keras/fit", "keras", needs=("torch", "keras")),
+        Way("Keras JAX", "keras/fit", "keras", backend="jax", needs=("jax", "keras")),
+        _fastdp(8, best),
+        _fastdp(1, best, 8),
+        Way("torch compiled", "torch/compiled", "torch"),
+        _fastdp(1, "compiled graph" if best == "graph" else "compiled"),
+        _fastdp(1, "eager"),
+        *([_fastdp(1, "traced")] if best == "graph" else []),
+        *(_fastdp(count, best) for count in (2, 4)),
+        *(_fastdp(1, best, part) for part in (2, 4, 0)),
         Way("torch graph", "torch/graph", "torch"),
         Way("torch DDP, 1 process", "torch/ddp", "torch"),
-        *([_fastdp(1, "traced")] if best == "graph" else []),
-        _fastdp(1, "compiled graph" if best == "graph" else "compiled"),
     ]
     if name == "mlp":
         ways += [Way(f"fastdp torch {n}", f"torch/facade-{n}", "fastdp torch", n, "eager") for n in (1, 8)]
@@ -121,16 +125,37 @@ def ways_of(name: str) -> list[Way]:
     return [way for way in ways if (way.title in named if named else not way.title.endswith(tuple(without) or "\0"))]
 
 
+def waves(ways: Sequence[Way], at_once: int) -> list[list[Way]]:
+    """The ways in groups that fit on the card together, with the first way, which others are compared with, in each."""
+    if len(ways) <= at_once:
+        return [list(ways)]
+    base, others = ways[0], ways[1:]
+    return [[base, *others[place : place + at_once - 1]] for place in range(0, len(others), at_once - 1)]
+
+
 def measure(name: str, ways: Sequence[Way], seconds: float) -> None:
     """All ways on one case, within so many seconds."""
     case, ends = CASES[name], time.monotonic() + seconds
+    groups = waves(ways, case.at_once)
+    for place, group in enumerate(groups):
+        left = ends - time.monotonic()
+        if left < 2 * RESERVE_SECONDS:
+            for way in group[1:]:
+                emit(skipped=f"{name}: {way.title}", reason="no time was left for it")
+            continue
+        measure_wave(name, group, left / (len(groups) - place))
+    print(f"{case.title}: over", flush=True)
+
+
+def measure_wave(name: str, ways: Sequence[Way], seconds: float) -> None:
+    """Ways that run side by side, and take turns."""
+    ends = time.monotonic() + seconds
     running = start(name, ways, seconds - RESERVE_SECONDS)
     try:
         take_turns(name, running, ends)
     finally:
         with ThreadPoolExecutor(max(1, len(running))) as pool:
             list(pool.map(lambda process: process.close(5.0), running.values()))
-    print(f"{case.title}: over", flush=True)
 
 
 def start(name: str, ways: Sequence[Way], seconds: float) -> dict[Way, Running]:
@@ -216,7 +241,10 @@ def card_is_missing() -> str:
         if importlib.util.find_spec(library) is None:
             return f"{library} is not installed"
     asked = [sys.executable, "-c", "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 3)"]
-    return "torch sees no GPU" if subprocess.run(asked, timeout=90, check=False).returncode else ""
+    try:
+        return "torch sees no GPU" if subprocess.run(asked, timeout=120, check=False).returncode else ""
+    except subprocess.TimeoutExpired:
+        return "torch took longer than 120 seconds to look for a GPU"
 
 
 def main() -> int:

@@ -114,6 +114,23 @@ def test_what_a_case_is_measured_with(monkeypatch):
     assert "torch DDP, 1 process" not in [way.title for way in gpu_steps.ways_of("resnet50-tf32-32")]
 
 
+def test_ways_that_do_not_fit_on_the_card_together_come_in_groups_with_the_base_in_each():
+    assert gpu_steps.waves("abcdefg", 7) == [list("abcdefg")]
+    assert gpu_steps.waves("abcdefg", 4) == [list("abcd"), list("aefg")]
+    assert gpu_steps.waves("abcdef", 4) == [list("abcd"), list("aef")]
+    for name, case in CASES.items():
+        groups = gpu_steps.waves(gpu_steps.ways_of(name), case.at_once)
+        assert {group[0].title for group in groups} == {"torch eager"}
+        assert max(map(len, groups)) <= case.at_once
+        if name == "resnet50-bf16-256":
+            continue
+        # What is held to a few percent of each other takes turns.
+        best = gpu_steps.best_how()
+        for pair in (("fed", "resident", "bare"), (f"fastdp 8 {best}", "rows/8")):
+            titles = [[way.title for way in group if way.title.endswith(pair)] for group in groups]
+            assert len(pair) in map(len, titles), (name, titles)
+
+
 def test_steps_that_this_version_does_not_have_are_refused_by_name(monkeypatch):
     monkeypatch.setattr(fastdp, "wrap", lambda model, gpus=None, *, compile=None: None)
     with pytest.raises(NotImplementedError, match="has no `graph` argument"):
