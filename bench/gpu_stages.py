@@ -95,8 +95,8 @@ STAGES: dict[str, tuple[Part, ...]] = {
     "bench-parts": (_parts(110),),
     "bench-mlp": (_steps("steps", 110, "mlp"),),
     "bench-resnet": (_steps("steps", 300, "resnet50-bf16-32", "resnet50-tf32-32"),),
-    "bench-resnet-large": (_steps("steps", 150, "resnet50-bf16-256"),),
-    "bench-xception": (_steps("steps", 180, "xception-bf16-64"),),
-    "bench-encoder": (_steps("steps", 180, "encoder-bf16-32"),),
+    "bench-resnet-large": (_steps("steps", 120, "resnet50-bf16-256"),),
+    "bench-xception": (_steps("steps", 240, "xception-bf16-64"),),
+    "bench-encoder": (_steps("steps", 200, "encoder-bf16-32"),),
 }
 DEFAULT = ("kernels", "engine", "keras", "bench")

@@ -35,7 +35,7 @@ from typing import Any
 
 from gpu_card import emit
 from gpu_cases import CASES, Case
-from peers import Peer, PeerError, Running
+from peer_process import Peer, PeerError, Running
 from report import ratio, spread
 
 import fastdp
@@ -52,7 +52,7 @@ COMPILED = ("fastdp 1 compiled", "fastdp 1 compiled graph")
 # Ways that each case would take long with, and that say little more than those that are kept.
 WITHOUT = {
     "resnet50-tf32-32": ("torch DDP, 1 process", *COMPILED, "1 row", "fastdp 2 BEST", "fastdp 4 BEST"),
-    "xception-bf16-64": COMPILED,
+    "xception-bf16-64": (*COMPILED, "torch DDP, 1 process", "torch graph", "fastdp 1 traced"),
 }
 
 
@@ -122,7 +122,10 @@ def ways_of(name: str) -> list[Way]:
         ways += [Way(f"fastdp torch {n}", f"torch/facade-{n}", "fastdp torch", n, "eager") for n in (1, 8)]
     named = [title.replace("BEST", best) for title in FEW.get(name, ())]
     without = [title.replace("BEST", best) for title in WITHOUT.get(name, ())]
-    return [way for way in ways if (way.title in named if named else not way.title.endswith(tuple(without) or "\0"))]
+    if named:
+        return [way for way in ways if way.title in named]
+    kept = f"fastdp 1 {best}"
+    return [way for way in ways if way.title == kept or not way.title.endswith(tuple(without) or "\0")]
 
 
 def waves(ways: Sequence[Way], at_once: int) -> list[list[Way]]:

@@ -206,6 +206,14 @@ def test_stages_name_files_and_cases_that_exist():
     assert measured == {name for name in CASES if not name.startswith("tiny-")}
 
 
+def test_the_page_names_every_stage_with_its_limit():
+    text = (gpu_check.ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
+    for name, parts in gpu_stages.STAGES.items():
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
+        assert f"| {sum(part.seconds for part in parts):.0f} s |" in row
+        assert row.endswith("| yes |") == (name in gpu_stages.DEFAULT)
+
+
 def test_a_benchmark_plans_to_be_over_before_its_limit():
     part = Part("steps", ("bench/gpu_steps.py", "--seconds", "{seconds}"), 100, tests=False)
     assert part.within(300).command[-1] == "92.0"

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import gpu_keras_ways
 import gpu_steps
 from gpu_cases import CASES
-from peers import PeerError
+from peer_process import PeerError
 
 import fastdp
 
@@ -112,6 +112,18 @@ def test_what_a_case_is_measured_with(monkeypatch):
     # One process for each would not fit on the card.
     assert len(gpu_steps.ways_of("resnet50-bf16-256")) == 5
     assert "torch DDP, 1 process" not in [way.title for way in gpu_steps.ways_of("resnet50-tf32-32")]
+
+
+@pytest.mark.parametrize("best", ["graph", "traced"])
+def test_no_case_is_left_without_the_ways_that_its_goals_need(monkeypatch, best):
+    monkeypatch.setattr(gpu_steps, "best_how", lambda: best)
+    for name in CASES:
+        titles = {way.title for way in gpu_steps.ways_of(name)}
+        assert {"torch eager", "Keras torch", f"fastdp 1 {best}"} <= titles, name
+        if name != "resnet50-bf16-256":
+            alone = {f"fastdp 1 {best}, {rest}" for rest in ("fed", "resident", "bare", "rows/8", "1 row")}
+            assert alone - titles <= {f"fastdp 1 {best}, 1 row"}
+            assert {"Keras JAX", f"fastdp 8 {best}"} <= titles
 
 
 def test_ways_that_do_not_fit_on_the_card_together_come_in_groups_with_the_base_in_each():
