@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -88,7 +89,7 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 open({str(mark)!r}, "w").write(str(child.pid))
 time.sleep(600)
 """
-    result = gpu_check.run_part("bench", bench_part("late", program, 3.0), environment())
+    result = gpu_check.run_part("bench", bench_part("late", program, 10.0), environment())
     assert result["status"] == "timed out"
     deadline = time.monotonic() + 20
     while alive(mark.read_text()) and time.monotonic() < deadline:
@@ -204,6 +205,35 @@ def test_stages_name_files_and_cases_that_exist():
             assert (gpu_check.ROOT / name).is_file(), name
     measured = {word for part in parts for word in part.command if word in CASES}
     assert measured == {name for name in CASES if not name.startswith("tiny-")}
+
+
+def names_of(path):
+    """What a module defines or imports at its top, and the modules beside a package's __init__.py."""
+    found = {one.stem for one in path.parent.iterdir()} if path.name == "__init__.py" else set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found.update(alias.asname or alias.name for alias in node.names)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return found
+
+
+def test_what_runs_on_a_gpu_alone_imports_names_that_exist():
+    """Those files are imported here in part only, and an import inside a test would first fail on a card."""
+    missing, seen = [], 0
+    for file in [*gpu_check.ROOT.glob("tests/gpu/*.py"), *gpu_check.ROOT.glob("bench/gpu_*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fastdp"):
+                continue
+            stem = gpu_check.ROOT / node.module.replace(".", "/")
+            module = stem / "__init__.py" if stem.is_dir() else stem.with_suffix(".py")
+            names = names_of(module) if module.exists() else set()
+            missing += [f"{file.name}: {node.module}.{one.name}" for one in node.names if one.name not in names]
+            seen += 1
+    assert seen > 20
+    assert missing == []
 
 
 def test_the_page_names_every_stage_with_its_limit():

@@ -18,7 +18,7 @@ import engine_checks
 import kernel_checks
 from kernel_device import on_device
 
-from fastdp.program.torch_tensors import prepare_worker
+from fastdp.program.torch_threads import prepare_worker
 
 LIMIT = 20.0
 
