@@ -37,6 +37,8 @@ def main() -> None:
 def _of_result_line() -> dict[str, Any]:
     """Versions, commit and date as all results have them."""
     line = result_line("gpu", None, libraries=[name for name in LIBRARIES if _installed(name)])
+    if line["commit"] == "unknown":  # files that came here without git
+        line["commit"] = os.environ.get("FASTDP_COMMIT", "unknown")
     return {key: line[key] for key in ("versions", "commit", "date", "load_average")}
 
 

@@ -340,3 +340,13 @@ def test_the_machine_is_described_without_a_gpu():
     machine = gpu_check.describe_machine(environment())
     assert machine["versions"]["numpy"] == np.__version__
     assert machine["gpus"] or machine["reason"]
+    assert machine["pcie_generation"] is None or machine["pcie_generation"] > 0
+
+
+def test_files_without_git_get_their_commit_from_the_environment(tmp_path):
+    program = "import gpu_machine, report\n"
+    program += "report._commit = lambda: 'unknown'; print(gpu_machine._of_result_line()['commit'])"
+    for given, want in (({}, "unknown"), ({"FASTDP_COMMIT": "abc1234"}, "abc1234")):
+        how = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 60}
+        done = subprocess.run([sys.executable, "-c", program], env={**environment(), **given}, check=True, **how)
+        assert done.stdout.strip() == want
