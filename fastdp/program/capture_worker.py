@@ -44,8 +44,10 @@ def main(graph: str, artifact: str, threads: str, cores: str) -> None:
 def _compiled(graph: str, settings: dict[str, Any]) -> CompiledArtifact:
     """The graph in a file, compiled with these settings of TorchInductor."""
     module, inputs, mode = from_bytes(Path(graph).read_bytes())
-    with torch.no_grad(), torch._inductor.config.patch(settings):
-        return standalone_compile(module, inputs, dynamic_shapes="from_example_inputs", fake_mode=mode)
+    # The inputs' mode by way of a tracing context: torch 2.11 has no argument for it.
+    context = torch._guards.tracing(torch._guards.TracingContext(mode))
+    with torch.no_grad(), torch._inductor.config.patch(settings), context:
+        return standalone_compile(module, inputs, dynamic_shapes="from_tracing_context")
 
 
 def _end_with_parent(folder: Path) -> None:

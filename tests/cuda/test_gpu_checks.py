@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gpus import Gpus
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
 
@@ -22,19 +21,6 @@ from kernel_device import on_device
 from fastdp.program.torch_threads import prepare_worker
 
 LIMIT = 20.0
-
-
-@pytest.fixture
-def box(fake_cuda, monkeypatch):
-    one = Gpus(fake_cuda(1), monkeypatch)
-    yield one
-    gc.collect()
-    for device in one.made:
-        device.close(LIMIT)
-    gc.collect()
-    for device in one.made:
-        device.arena.trim()
-        device.pinned.close()
 
 
 @pytest.fixture

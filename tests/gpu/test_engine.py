@@ -52,7 +52,7 @@ def test_all_reduce_by_kernels(gpus, count, dtype, n, idle, record_property):
         assert set(way.split("+")) <= {"one-shot", "two-shot"}
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, 4, 8])
 def test_all_reduce_through_the_host(gpus, count):
     way = checks.all_reduces(gpus(count), 100_000, "float64")
     if len({device.ordinal for device in gpus(count)}) < count:
