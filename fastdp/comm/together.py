@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from fastdp.backend.queue import QueueDevice
 from fastdp.errors import DeviceTimeoutError
@@ -14,7 +16,8 @@ Share = Callable[[Sequence[Part]], None]
 
 def shared_with(helpers: Sequence[QueueDevice], timeout: float) -> Share:
     """`share(parts)` runs every part, on the calling worker and on those of `helpers` that are free; returns when all
-    have run. Parts run in any order and at the same time, so they must not depend on each other.
+    have run. Parts run in any order and at the same time, so they must not depend on each other. Each worker begins with
+    the same parts every time, whose memory its core's caches may still hold, and then takes from the others.
 
     The helpers get the work on their `copy_out` streams, which nothing else uses on host memory: so it is not held up
     by what their other streams wait for. A helper that comes late finds nothing left, and nobody waits for it.
@@ -29,18 +32,22 @@ def shared_with(helpers: Sequence[QueueDevice], timeout: float) -> Share:
     """
 
     def share(parts: Sequence[Part]) -> None:
-        left = list(reversed(parts))
+        takers = 1 + min(len(helpers), len(parts) - 1)
+        each = -(-len(parts) // takers)
+        queues = [deque(parts[number * each : (number + 1) * each]) for number in range(takers)]
         errors: list[BaseException] = []
         taken = 0
         changed = threading.Condition()
 
-        def drain() -> None:
+        def drain(number: int) -> None:
             nonlocal taken
             while True:
                 with changed:
-                    if not left or errors:
+                    own = queues[number]
+                    fullest = max(queues, key=len)
+                    if not fullest or errors:
                         return
-                    part = left.pop()
+                    part = own.popleft() if own else fullest.pop()
                     taken += 1
                 error: BaseException | None = None
                 try:
@@ -53,9 +60,9 @@ def shared_with(helpers: Sequence[QueueDevice], timeout: float) -> Share:
                     errors.extend([error] if error is not None else [])
                     changed.notify()
 
-        for helper in helpers[: len(parts) - 1]:
-            helper.copy_out.enqueue(drain)
-        drain()
+        for number, helper in enumerate(helpers[: takers - 1], 1):
+            helper.copy_out.enqueue(partial(drain, number))
+        drain(0)
         with changed:
             if not changed.wait_for(lambda: taken == 0, timeout):
                 raise DeviceTimeoutError(f"A part of an update took longer than timeout={timeout} seconds.")
