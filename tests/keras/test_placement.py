@@ -11,8 +11,17 @@ import keras
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import fastdp
+from fastdp.backend.host import HostDevice
+from fastdp.program import keras_placed, keras_spread
+from fastdp.program.base import Context
+from fastdp.program.keras_memory import ReplicaScope
+from fastdp.program.keras_placed import PlacedGraph, placed_nodes
+from fastdp.program.keras_replica import Running, replica_scope
+from fastdp.program.keras_scope import replica_aware
 
 ROWS = 7
 
@@ -187,7 +196,11 @@ def test_a_failure_on_a_placed_device_stops_the_step_and_the_next_one_works():
             return inputs
 
     layer = Failing()
-    model = two_branches(make=lambda number: layer if number else keras.layers.Identity())
+    a, b = keras.Input((6, 3)), keras.Input((6, 3))
+    with fastdp.device(1):
+        right = keras.layers.LSTM(4)(layer(b))  # is skipped, and what failed is told
+    merged = keras.layers.concatenate([keras.layers.LSTM(4)(a), right])
+    model = keras.Model([a, b], keras.layers.Dense(2)(merged))
     parallel = fastdp.wrap(model, gpus=[(0, 1)])
     parallel.compile("sgd", "mse")
     before = model.get_weights()
@@ -259,3 +272,89 @@ def test_the_faqs_example_runs():
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert "two branches on virtual:0 and virtual:1: loss" in done.stdout
+
+
+class FakeGpu(HostDevice):
+    """A GPU whose tensors have a shape and a place, and no values: torch refuses operations between places."""
+
+    on_gpu = True
+    mode = None
+
+    def __init__(self, index):
+        super().__init__(index)
+        self.torch_device = f"cuda:{index}"
+
+    def _worker_scope(self):
+        return self.mode
+
+
+class Transfers(TorchDispatchMode):
+    """Notes copies from GPU to GPU that torch or Keras makes of its own accord."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        taken = [a.device for a in args if isinstance(a, torch.Tensor)]
+        if isinstance(made, torch.Tensor) and any(there.type == "cuda" and there != made.device for there in taken):
+            self.found.append(f"{func} from {taken} to {made.device}")
+        return made
+
+
+@pytest.fixture
+def fake_gpus(monkeypatch):
+    """Two such GPUs; copies between them are told apart from those that nobody asked for."""
+    transfers = Transfers()
+    monkeypatch.setattr(FakeGpu, "mode", FakeTensorMode(allow_non_fake_inputs=True))
+    monkeypatch.setattr(keras_placed, "prepare_worker", lambda threads, device: None)
+    brought = []
+
+    def arrived(value, device):
+        if str(value.device) == device.torch_device:
+            return value
+        brought.append(device.torch_device)
+        with _disable_current_modes(), FakeGpu.mode:
+            return value.detach().to(device.torch_device)
+
+    work, one_at_a_time = keras_placed._forward, threading.Lock()  # torch's fake mode is of one thread
+
+    def watched(*args):
+        with one_at_a_time, transfers:
+            work(*args)
+
+    monkeypatch.setattr(keras_placed, "_forward", watched)
+    for module in (keras_placed, keras_spread):
+        monkeypatch.setattr(module, "arrived", arrived)
+    gpus = [FakeGpu(0), FakeGpu(1)]
+    yield gpus, brought, transfers.found
+    for gpu in gpus:
+        gpu.close()
+
+
+def test_what_a_placed_layer_makes_and_takes_is_on_its_gpu(fake_gpus):
+    gpus, brought, found = fake_gpus
+    a, b = keras.Input((6, 3)), keras.Input((6, 3))
+    left = keras.layers.Flatten()(keras.layers.Dense(2)(a))
+    with fastdp.device(1):
+        right = keras.layers.Normalization(mean=1.0, variance=2.0)(b)
+        right = keras.layers.Dense(4, "relu")(keras.layers.BatchNormalization()(right))
+        right = keras.layers.Add()([right, keras.layers.Dense(4)(right)])
+        right = keras.layers.GlobalAveragePooling1D()(keras.layers.LayerNormalization()(right))
+    outputs = keras.layers.Dense(2)(keras.layers.concatenate([left, right]))
+    model = keras.Model([a, b], outputs)
+    context = Context.alone([], None, 0, 4, 4)
+    context.device = gpus[0]
+    run = Running(context)
+    run.placed = model, PlacedGraph(gpus)
+    with FakeGpu.mode, torch.no_grad(), keras.device("cuda:0"):
+        values = [(v, torch.empty(v.shape, device="cuda:0")) for v in model.variables]
+        x = [torch.empty(4, 6, 3, device="cuda:0") for _ in range(2)]
+        with replica_aware(), replica_scope(run), ReplicaScope(values, set()):
+            made = model(x, training=False)
+    assert made.device == torch.device("cuda:0")
+    assert found == []
+    assert brought.count("cuda:0") == 1  # the branch's output
+    weights = [v for node, _ in placed_nodes(model) for v in node.operation.weights]
+    assert brought.count("cuda:1") == 1 + len(weights)  # the branch's input
