@@ -15,6 +15,7 @@ from fastdp.device import warn_of_relocation
 from fastdp.engine import DataParallel
 from fastdp.keras.checks import check_template
 from fastdp.keras.compile_state import borrowed, follow, follows, take_over
+from fastdp.keras.custom_steps import check_own_step
 from fastdp.keras.steps import Steps
 from fastdp.keras.streaming import arguments_by_name, stream_fit, stream_forward
 from fastdp.keras.template_view import TemplateView, merged_outputs
@@ -101,10 +102,11 @@ class ParallelModel(TemplateView):
         `compile` of its own is compiled by it, and this model takes its settings over.
 
         Raises:
-            ValueError: a template that can no longer be replicated. `fit` and `evaluate` refuse
-            `steps_per_execution` other than 1, as Keras does on torch.
+            ValueError: a template that can no longer be replicated, or one whose own `train_step` has no layer that
+            could be split. `fit` and `evaluate` refuse `steps_per_execution` other than 1, as Keras does on torch.
         """
         check_template(self.template)
+        check_own_step(self.template)
         jit_compile = kwargs.get("jit_compile", "auto")
         if type(self.template).compile is not keras.Model.compile:
             self.template.compile(*args, **kwargs)
