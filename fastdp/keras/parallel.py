@@ -21,6 +21,7 @@ from fastdp.keras.streaming import arguments_by_name, stream_fit, stream_forward
 from fastdp.keras.template_view import TemplateView, merged_outputs
 from fastdp.program.capture import MODES
 from fastdp.program.keras_batch import flatten_batch, unpack
+from fastdp.program.torch_tensors import peak_nbytes
 from fastdp.report import Report, SmallWorkWarning, make_report
 from fastdp.transfer import count_rows
 
@@ -69,6 +70,7 @@ class ParallelModel(TemplateView):
         if compile not in MODES:
             raise ValueError(f"`compile` must be one of {MODES}. Received: compile={compile!r}")
         self._wrapped_mode = compile
+        self.device_groups: Sequence[Sequence[QueueDevice]] | None = None  # of replicas that span several
         self._steps = Steps(
             template,
             self,
@@ -256,7 +258,8 @@ class ParallelModel(TemplateView):
         """
         captures = self._steps.captures
         entries = captures.report if captures is not None else [{"how": "eager", "why": "compile=None"}]
-        return make_report(self._steps.made_engine, entries)
+        further = [device for group in self.device_groups or () for device in group[1:]]
+        return make_report(self._steps.made_engine, entries, library_nbytes=peak_nbytes, further_devices=further)
 
     @property
     def compiling(self) -> bool:

@@ -93,6 +93,12 @@ class CudaStream(QueueStream):
         if handle:
             runtime.stream_destroy(handle)
 
+    def now(self) -> CudaEvent:
+        """An event at the place that the worker has come to, in the middle of its work. On the worker."""
+        event = super().now()
+        assert isinstance(event, CudaEvent)
+        return event
+
     def follow(self, event: QueueEvent, timeout: float | None = None) -> None:
         """Let the rest of the work come after an event: the worker waits until it is issued, the GPU for the rest."""
         super().follow(event, timeout)
