@@ -208,7 +208,8 @@ def make_report(
     devices = []
     for rank, replica in enumerate(engine.replicas):
         found = times.device(rank)
-        memory, device = replica.memory, replica.device
+        memory = replica.memory
+        device: Any = replica.device
         nbytes = {
             "variables": memory.variables.nbytes,
             "slots": memory.slots.nbytes,

@@ -1,4 +1,4 @@
-"""What a step of a model's own may change, as it was before: so that a step that must not count leaves nothing behind."""
+"""What a step of a model's own may change, as it was before: a step that must not count leaves nothing behind."""
 
 from __future__ import annotations
 

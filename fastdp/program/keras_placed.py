@@ -110,6 +110,7 @@ class PlacedGraph:
         self._devices = devices
         self._home = devices[0]
         self._calls: list[_Call] = []
+        self._inputs: list[tuple[torch.Tensor, Spread]] = []  # with their graph, and cut off it
         self._timeout = 0.0
         self._threads = 1
 
@@ -119,10 +120,15 @@ class PlacedGraph:
         """Keras's `_run_through_graph`, with each call on its device."""
         if run.draws is not None:
             raise NotCapturable("layers placed on several devices")
+        if self._calls:
+            raise NotImplementedError(
+                "A model whose layers fastdp.device placed runs through its layers more than once in a step. Place no "
+                "layers, or let it run through them once."
+            )
         home = self._home
         self._timeout, self._threads = run.context.rendezvous.timeout, torch.get_num_threads()
         given = zip(graph.inputs, keras.tree.flatten(inputs), strict=True)
-        values = {id(x): Spread(y, home) for x, y in given}
+        values = {id(x): self._cut_input(y) for x, y in given}
         variables = {key: Spread(value, home) for key, value in scope.state_mapping.items()}
         self._calls = self._plan(graph, run, lambda device: PlacedScope(variables, scope.leaves, device))
         grad = torch.is_grad_enabled()
@@ -140,13 +146,18 @@ class PlacedGraph:
             scope.losses += [loss.on(home) for loss in call.scope.losses]
         return keras.tree.pack_sequence_as(graph._outputs_struct, [values[id(x)].on(home) for x in graph.outputs])
 
+    def _cut_input(self, value: Any) -> Spread:
+        """An input of the graph, without the graph behind it."""
+        if not isinstance(value, torch.Tensor) or not value.requires_grad:
+            return Spread(value, self._home)
+        self._inputs.append((value, Spread(_without_graph(value), self._home)))
+        return self._inputs[-1][1]
+
     def _moments_at_home(self, call: _Call, moments: Moments) -> Moments:
         """What a call's BatchNormalization has seen, where the step's sums are made."""
         if call.device is self._home:
             return moments
-        return replace(
-            moments, mean=arrived(moments.mean, self._home), variance=arrived(moments.variance, self._home)
-        )
+        return replace(moments, mean=arrived(moments.mean, self._home), variance=arrived(moments.variance, self._home))
 
     def _plan(self, graph: Any, run: Running, scope_on: Callable[[Any], PlacedScope]) -> list[_Call]:
         """The calls of the graph, and which waits for which."""
@@ -174,21 +185,37 @@ class PlacedGraph:
     # Backward.
 
     def gradients(
-        self, roots: Sequence[torch.Tensor], seeds: Sequence[Any], leaves: Sequence[torch.Tensor]
+        self, roots: Sequence[torch.Tensor], seeds: Sequence[Any], leaves: Sequence[torch.Tensor], retain: bool
     ) -> list[torch.Tensor | None]:
         """`torch.autograd.grad` of the whole step; None for leaves that the roots do not depend on."""
-        home = self._home
+        home, keep = self._home, {"allow_unused": True, "retain_graph": retain}
         cut = [seen for call in self._calls for out in call.outputs if (seen := out.seen(home)) is not None]
-        direct = torch.autograd.grad(roots, [*cut, *leaves], seeds, allow_unused=True) if roots else ()
+        cut += [spread.seen(home) for _, spread in self._inputs]
+        direct = torch.autograd.grad(roots, [*cut, *leaves], seeds, **keep) if roots else ()
         first = {id(t): g for t, g in zip([*cut, *leaves], direct, strict=bool(roots)) if g is not None}
-        self._all(self._calls[::-1], lambda call: call.takers, lambda call: _backward(call, home, first))
+        self._all(self._calls[::-1], lambda call: call.takers, lambda call: _backward(call, home, first, keep))
         totals = {id(leaf): first.get(id(leaf)) for leaf in leaves}
         for call in self._calls:
             for spread, local in call.scope.read.values():
                 leaf, gradient = id(spread.seen(home)), call.found.get(id(local))
                 if leaf in totals and gradient is not None:
                     totals[leaf] = _sum(totals[leaf], arrived(gradient, home))
+        pairs = [
+            (value, total) for value, spread in self._inputs if (total := self._of_input(spread, first)) is not None
+        ]
+        if pairs:
+            behind = torch.autograd.grad([v for v, _ in pairs], leaves, [g for _, g in pairs], **keep)
+            for leaf_tensor, gradient in zip(leaves, behind, strict=True):
+                totals[id(leaf_tensor)] = _sum(totals[id(leaf_tensor)], gradient)
         return [totals[id(leaf)] for leaf in leaves]
+
+    def _of_input(self, spread: Spread, first: dict[int, torch.Tensor]) -> torch.Tensor | None:
+        """The gradient of an input of the graph, from all calls that took it."""
+        total = first.get(id(spread.seen(self._home)))
+        for call in self._calls:
+            gradient = call.found.get(id(spread.seen(call.device)))
+            total = _sum(total, None if gradient is None else arrived(gradient, self._home))
+        return total
 
     # Running calls on their devices.
 
@@ -272,18 +299,24 @@ def _cut(call: _Call, result: Any) -> Spread:
     """A result without its graph, as a leaf of whatever takes it."""
     if not isinstance(result, torch.Tensor) or not result.requires_grad:
         return Spread(result, call.device)
-    output = result.detach().requires_grad_()
-    mask = getattr(result, "_keras_mask", None)
-    if mask is not None:
-        output._keras_mask = mask
     call.results.append(result)
-    call.outputs.append(Spread(output, call.device))
+    call.outputs.append(Spread(_without_graph(result), call.device))
     return call.outputs[-1]
 
 
-def _backward(call: _Call, home: Any, first: dict[int, torch.Tensor]) -> None:
+def _without_graph(value: torch.Tensor) -> torch.Tensor:
+    """A leaf of autograd on the same memory, with the mask that Keras has hung on it."""
+    leaf = value.detach().requires_grad_()
+    mask = getattr(value, "_keras_mask", None)
+    if mask is not None:
+        leaf._keras_mask = mask
+    return leaf
+
+
+def _backward(call: _Call, home: Any, first: dict[int, torch.Tensor], keep: dict[str, Any]) -> None:
     """Gradients of what a call was given, from those of its outputs: of the loss, and of all who took them."""
     roots, seeds = [], []
+    call.found = {}
     for result, output in zip(call.results, call.outputs, strict=True):
         parts = [first.get(id(output.seen(home)))]
         parts += [taker.found.get(id(output.seen(taker.device))) for taker in dict.fromkeys(call.takers)]
@@ -295,7 +328,7 @@ def _backward(call: _Call, home: Any, first: dict[int, torch.Tensor]) -> None:
             seeds.append(total)
     wanted = list({id(t): t for t in call.rest}.values())
     if roots and wanted:
-        found = torch.autograd.grad(roots, wanted, seeds, allow_unused=True)
+        found = torch.autograd.grad(roots, wanted, seeds, **keep)
         call.found = {id(t): g for t, g in zip(wanted, found, strict=True) if g is not None}
 
 
@@ -307,12 +340,19 @@ def _sum(total: torch.Tensor | None, more: torch.Tensor | None) -> torch.Tensor 
 
 
 def gradients_of(
-    run: Running, roots: Sequence[torch.Tensor], seeds: Sequence[Any], leaves: Sequence[torch.Tensor]
+    run: Running,
+    roots: Sequence[torch.Tensor],
+    seeds: Sequence[Any],
+    leaves: Sequence[torch.Tensor],
+    *,
+    retain: bool = False,
 ) -> Sequence[torch.Tensor | None]:
-    """Gradients of a step's leaves, through the replica's devices if it has several."""
+    """Gradients of a step's leaves, through the replica's devices if it has several. `retain` allows a second pass."""
     if run.placed is not None:
-        return run.placed[1].gradients(roots, seeds, leaves)
-    return torch.autograd.grad(roots, leaves, seeds, allow_unused=True) if roots else [None] * len(leaves)
+        return run.placed[1].gradients(roots, seeds, leaves, retain)
+    if not roots or not leaves:
+        return [None] * len(leaves)
+    return torch.autograd.grad(roots, leaves, seeds, allow_unused=True, retain_graph=retain)
 
 
 class _NoMeeting(Rendezvous):

@@ -274,6 +274,51 @@ def test_the_faqs_example_runs():
     assert "two branches on virtual:0 and virtual:1: loss" in done.stdout
 
 
+class OwnStep(keras.Model):
+    """Backward twice through one forward pass, and the gradient of the inputs."""
+
+    def train_step(self, data):
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+        x = [one.clone().requires_grad_() for one in x]
+        outputs = self(x, training=True)
+        loss = keras.ops.mean((outputs - y) ** 2)
+        (slope,) = torch.autograd.grad(loss, [x[1]], retain_graph=True)
+        self.zero_grad()
+        loss.backward()
+        gradients = [v.value.grad for v in self.trainable_weights]
+        with torch.no_grad():
+            self.optimizer.apply(gradients, self.trainable_weights)
+        return {"loss": loss.detach(), "slope": slope.norm(), "same": (x[1].grad - slope).norm()}
+
+
+@pytest.mark.parametrize("gpus", [[(0, 1)], [(0, 1), (2, 3)]], ids=str)
+def test_a_train_step_of_the_models_own_goes_through_placed_layers(gpus):
+    def made(groups):
+        placed = two_branches()
+        model = OwnStep(placed.inputs, placed.outputs)
+        runner = fastdp.wrap(model, gpus=groups) if groups else model
+        runner.compile(keras.optimizers.SGD(0.1))
+        x, y = data()
+        logs = runner.fit(x, y, epochs=2, batch_size=5, shuffle=False, verbose=0).history
+        return logs, [np.array(w) for w in model.get_weights()], runner.predict(x, verbose=0)
+
+    found, expected = made(gpus), made(None)
+    assert found[0]["same"] == expected[0]["same"] == [0.0, 0.0]
+    assert_same(found, expected)
+
+
+def test_a_model_that_runs_through_its_placed_layers_twice_is_refused():
+    class Twice(keras.Model):
+        def call(self, inputs, training=None):
+            return super().call(inputs) + super().call(inputs)
+
+    placed = two_branches()
+    parallel = fastdp.wrap(Twice(placed.inputs, placed.outputs), gpus=[(0, 1)])
+    parallel.compile("sgd", "mse")
+    with pytest.raises(NotImplementedError, match="more than once in a step"):
+        parallel.train_on_batch(*data())
+
+
 class FakeGpu(HostDevice):
     """A GPU whose tensors have a shape and a place, and no values: torch refuses operations between places."""
 
