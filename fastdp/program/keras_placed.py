@@ -207,6 +207,8 @@ class PlacedGraph:
             behind = torch.autograd.grad([v for v, _ in pairs], leaves, [g for _, g in pairs], **keep)
             for leaf_tensor, gradient in zip(leaves, behind, strict=True):
                 totals[id(leaf_tensor)] = _sum(totals[id(leaf_tensor)], gradient)
+        if not retain:  # the activations are free before the update
+            self._calls, self._inputs = [], []
         return [totals[id(leaf)] for leaf in leaves]
 
     def _of_input(self, spread: Spread, first: dict[int, torch.Tensor]) -> torch.Tensor | None:

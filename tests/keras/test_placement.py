@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import keras
@@ -305,6 +307,24 @@ def test_a_train_step_of_the_models_own_goes_through_placed_layers(gpus):
     found, expected = made(gpus), made(None)
     assert found[0]["same"] == expected[0]["same"] == [0.0, 0.0]
     assert_same(found, expected)
+
+
+def test_a_step_leaves_no_activations_behind():
+    kept = []
+
+    class Noted(keras.layers.Layer):
+        def call(self, inputs):
+            outputs = inputs * 2.0
+            kept.append(weakref.ref(outputs))
+            return outputs
+
+    parallel = fastdp.wrap(two_branches(make=lambda _: Noted()), gpus=[(0, 1)])
+    parallel.compile("sgd", "mse")
+    for _ in range(2):
+        kept.clear()
+        parallel.train_on_batch(*data())
+    gc.collect()
+    assert [one() for one in kept] == [None, None]
 
 
 def test_a_model_that_runs_through_its_placed_layers_twice_is_refused():
