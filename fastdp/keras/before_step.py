@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 _lock = threading.Lock()
 _watching: dict[int, BeforeStep] = {}  # by thread
-_original: list[Callable[..., Any]] = []
+_originals: dict[Any, Callable[..., Any]] = {}
 
 
 class BeforeStep:
@@ -51,26 +51,20 @@ class BeforeStep:
                 self._torch[id(optimizer)] = optimizer, keras.tree.map_structure(_copied, state)
 
         hook = register_optimizer_step_pre_hook(keep_torch)
-        with _lock:
-            _watching[thread] = self
-            if len(_watching) == 1:
-                _original.append(BaseOptimizer.apply)
-                BaseOptimizer.apply = _keeping(BaseOptimizer.apply)
+        outer = _watch(thread, self)
         try:
             yield
         finally:
             hook.remove()
-            with _lock:
-                del _watching[thread]
-                if not _watching:
-                    BaseOptimizer.apply = _original.pop()
+            _watch(thread, outer)
 
     def restore(self) -> None:
         """Give everything the values of before. Metrics that the step has made begin anew."""
         with torch.no_grad():
             for variable, value, gradient in self._values.values():
                 variable._value.copy_(value)
-                variable._value.grad = gradient
+                if variable._value.is_leaf:
+                    variable._value.grad = gradient
         for optimizer, state in self._torch.values():
             optimizer.load_state_dict(state)
         for metric in [metric for owner in self._owners for metric in owner.metrics]:
@@ -79,9 +73,26 @@ class BeforeStep:
 
     def _keep(self, variables: Sequence[Any]) -> None:
         for variable in variables:
-            if id(variable) not in self._values:
-                tensor = variable._value
-                self._values[id(variable)] = variable, tensor.detach().to("cpu", copy=True), tensor.grad
+            tensor = variable._value  # None before it is initialized
+            if id(variable) not in self._values and tensor is not None:
+                gradient = tensor.grad if tensor.is_leaf else None
+                self._values[id(variable)] = variable, tensor.detach().to("cpu", copy=True), gradient
+
+
+def _watch(thread: int, before: BeforeStep | None) -> BeforeStep | None:
+    """Let a thread's optimizers ask `before`, or nobody; who they asked until now. The last to end undoes the patch."""
+    with _lock:
+        outer = _watching.pop(thread, None)
+        if before is not None:
+            _watching[thread] = before
+        if _watching and not _originals:
+            for owner in (BaseOptimizer, keras.optimizers.LossScaleOptimizer):
+                _originals[owner] = owner.apply
+                owner.apply = _keeping(owner.apply)
+        while _originals and not _watching:
+            owner, original = _originals.popitem()
+            owner.apply = original
+    return outer
 
 
 def _keeping(original: Callable[..., Any]) -> Callable[..., Any]:

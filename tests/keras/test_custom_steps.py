@@ -431,13 +431,25 @@ def test_a_first_batch_that_cannot_be_split_changes_nothing(where):
 
 
 def test_the_optimizers_of_keras_are_its_own_after_the_first_batch():
-    apply = keras.optimizers.SGD.apply
-    keras.utils.set_random_seed(4)
-    model = extended()
+    """Also where a step trains another parallel model by a step of its own."""
+    classes = (keras.optimizers.SGD, keras.optimizers.LossScaleOptimizer)
+    own = [owner.apply for owner in classes]
+    inner = fastdp.wrap(extended(), gpus=2)
+    inner.compile("sgd", "mse")
+
+    class Outer(Extended):
+        def train_step(self, data):
+            assert keras.optimizers.SGD.apply is not own[0]
+            inner.train_on_batch(data[0].numpy(), data[1].numpy())
+            assert keras.optimizers.SGD.apply is not own[0]
+            return super().train_step(data)
+
+    inputs = keras.Input((5,))
+    model = Outer(inputs, keras.layers.Dense(2)(inputs))
     parallel = fastdp.wrap(model, gpus=3)
     parallel.compile("sgd", "mse")
-    parallel.fit(rows(5), rows(2, seed=1), batch_size=BATCH, verbose=0)
-    assert keras.optimizers.SGD.apply is apply
+    parallel.fit(rows(5)[:8], rows(2, seed=1)[:8], batch_size=BATCH, verbose=0)
+    assert [owner.apply for owner in classes] == own
 
 
 def test_a_batch_of_equal_rows_tells_nothing_and_the_next_one_does():
