@@ -401,7 +401,7 @@ def test_a_mark_inside_of_work_lets_another_stream_go_on_before_the_work_is_over
 
     def work():
         seen.append("before the mark")
-        marked.append(first.compute.mark())
+        marked.append(first.compute.now())
         assert go_on.wait(LIMIT)
         seen.append("after it")
 

@@ -232,5 +232,5 @@ def test_gradients_that_a_placed_call_takes_too_early_are_found(box, monkeypatch
         event.complete()
         return event
 
-    kind, text = violation(box, replaced(box, monkeypatch, streams.CudaStream, "mark", unmarked))
+    kind, text = violation(box, replaced(box, monkeypatch, streams.CudaStream, "now", unmarked))
     assert kind is RaceError, text
