@@ -123,7 +123,7 @@ def test_torch_and_the_engine_share_memory_both_ways(gpus):
 
 def test_a_work_s_torch_operations_go_to_its_own_stream(gpus):
     torch = pytest.importorskip("torch")
-    from fastdp.program.torch_tensors import prepare_worker
+    from fastdp.program.torch_threads import prepare_worker
 
     devices, seen = gpus(2), {}
 
