@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -25,12 +25,30 @@ class DeviceReport:
     """One device: rows of most of the latest batches, median seconds by verb, bytes of its part of the model.
 
     On virtual devices all memory is the host's; `spare` is the copy from which an update that may fail is taken back.
+    `peak_nbytes` is that of the device's card, which virtual GPUs may share (`Report.cards`); None in host memory.
     """
 
     name: str
     rows: int
     seconds: dict[str, float]
     nbytes: dict[str, int]
+    peak_nbytes: int | None = None
+
+
+@dataclass(frozen=True)
+class CardReport:
+    """One GPU: the most memory that this process has had in use on it, in bytes.
+
+    `engine_nbytes` are the engine's own buffers, `library_nbytes` what the model's library has allocated (torch:
+    activations and temporaries). Each is a peak of its own, so `peak_nbytes`, their sum, is at least the peak of both.
+    Not in it are CUDA's context, NCCL's buffers, and what the library's allocator keeps for later.
+    """
+
+    name: str
+    devices: list[str]
+    engine_nbytes: int
+    library_nbytes: int
+    peak_nbytes: int
 
 
 @dataclass(frozen=True)
@@ -47,7 +65,8 @@ class Report(Sequence[dict[str, Any]]):
         overhead_seconds: of a step beyond the work of its slowest device and the update.
         optimizer: how the optimizer is applied.
         update: on which devices, "first" or "each".
-        peak_nbytes: the most memory that the process has had, None where the system does not tell.
+        cards: the GPUs of the replicas, and the peak of the memory on each; empty on virtual devices in host memory.
+        peak_nbytes: the most host memory that the process has had, None where the system does not tell.
         buckets: in which the gradients are reduced.
         early_buckets: of these, how many began to be reduced while a device still computed, in most of the timed steps.
     """
@@ -61,6 +80,7 @@ class Report(Sequence[dict[str, Any]]):
     overhead_seconds: float = 0.0
     optimizer: str = ""
     update: str = ""
+    cards: list[CardReport] = field(default_factory=list)
     peak_nbytes: int | None = None
     buckets: int = 0
     early_buckets: int = 0
@@ -120,6 +140,8 @@ class Report(Sequence[dict[str, Any]]):
             kinds = list(self.devices[0].nbytes)
             rows = [[device.name, *(_mb(device.nbytes[kind]) for kind in kinds)] for device in self.devices]
             parts.append(_table("Memory of the model, MB", ["device", *kinds], rows))
+        if self.cards:
+            parts.append(self._peaks())
         if self.peak_nbytes is not None:
             parts.append(f"The process has had at most {_mb(self.peak_nbytes)} MB of host memory.")
         return "\n\n".join([*parts, *([self.too_small] if self.too_small else [])])
@@ -133,6 +155,16 @@ class Report(Sequence[dict[str, Any]]):
             where = "on each device" if self.update == "each" else "on the first device, for all"
             words += f" The optimizer is applied {where}: {self.optimizer}."
         return words
+
+    def _peaks(self) -> str:
+        """The cards as a table, and what the figures are."""
+        rows = [
+            [card.name, " ".join(card.devices), *map(_mb, (card.engine_nbytes, card.library_nbytes, card.peak_nbytes))]
+            for card in self.cards
+        ]
+        table = _table("Peak memory of each GPU, MB", ["gpu", "devices", "engine", "model", "together"], rows)
+        shared = any(len(card.devices) > 1 for card in self.cards)
+        return table + "\n  Devices on one GPU share its figure." * shared
 
     def _how(self) -> tuple[list[str], list[list[str]]]:
         """The entries of `steps` as a table."""
@@ -155,22 +187,36 @@ _COLUMNS = {
 }
 
 
-def make_report(engine: DataParallel | None, steps: list[dict[str, Any]]) -> Report:
-    """The report of an engine, with these entries about its steps; without an engine, of nothing but those."""
+def make_report(
+    engine: DataParallel | None,
+    steps: list[dict[str, Any]],
+    *,
+    library_nbytes: Callable[[Any], int] = lambda device: 0,
+    further_devices: Sequence[Any] = (),
+) -> Report:
+    """The report of an engine, with these entries about its steps; without an engine, of nothing but those.
+
+    Args:
+        library_nbytes: the most that the model's own library has had on a device's card, beyond the engine's memory.
+        further_devices: of replicas that span several, those which are not the engine's.
+    """
     if engine is None:
         return Report(steps)
     times = engine.times
+    cards = _cards([*engine.devices, *further_devices], library_nbytes)
+    peaks = {card.name: card.peak_nbytes for card in cards}
     devices = []
     for rank, replica in enumerate(engine.replicas):
         found = times.device(rank)
         memory = replica.memory
+        device: Any = replica.device
         nbytes = {
             "variables": memory.variables.nbytes,
             "slots": memory.slots.nbytes,
             "gradients": memory.gradients.nbytes,
             "spare": engine.spare_nbytes if rank == 0 else 0,
         }
-        devices.append(DeviceReport(replica.device.name, found.rows, found.seconds, nbytes))
+        devices.append(DeviceReport(device.name, found.rows, found.seconds, nbytes, peaks.get(device.space)))
     return Report(
         steps,
         devices,
@@ -181,10 +227,24 @@ def make_report(engine: DataParallel | None, steps: list[dict[str, Any]]) -> Rep
         overhead_seconds=times.overhead,
         optimizer=str(getattr(engine.program, "update_how", "")),
         update=engine.update,
+        cards=cards,
         peak_nbytes=_peak_nbytes(),
         buckets=engine.buckets,
         early_buckets=times.early,
     )
+
+
+def _cards(devices: Sequence[Any], library_nbytes: Callable[[Any], int]) -> list[CardReport]:
+    """The GPUs of these devices, in their order."""
+    by_card: dict[str, list[Any]] = {}
+    for device in devices:
+        if device.on_gpu:
+            by_card.setdefault(device.space, []).append(device)
+    cards = []
+    for name, there in by_card.items():
+        engine, library = there[0].peak_nbytes, library_nbytes(there[0])
+        cards.append(CardReport(name, [device.name for device in there], engine, library, engine + library))
+    return cards
 
 
 class SmallWorkWarning:

@@ -393,3 +393,45 @@ def test_an_event_is_done_once_and_keeps_its_first_error():
     assert isinstance(event.error, Failure)
     assert not event.notify(lambda: calls.append("too late"))
     assert calls == ["woken"]
+
+
+def test_a_mark_inside_of_work_lets_another_stream_go_on_before_the_work_is_over(devices):
+    first, second = devices[:2]
+    marked, seen, go_on = [], [], threading.Event()
+
+    def work():
+        seen.append("before the mark")
+        marked.append(first.compute.now())
+        assert go_on.wait(LIMIT)
+        seen.append("after it")
+
+    first.compute.enqueue(work)
+    over = first.compute.record()
+    until = time.monotonic() + LIMIT
+    while not marked:
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    second.compute.wait(marked[0])
+    second.compute.enqueue(lambda: seen.append("the other"))
+    second.compute.record().synchronize(LIMIT)
+    go_on.set()
+    over.synchronize(LIMIT)
+    assert seen == ["before the mark", "the other", "after it"]
+
+
+def test_following_inside_of_work_waits_for_the_other_stream_within_a_time_limit(devices):
+    first, second = devices[:2]
+    seen, go_on = [], threading.Event()
+    second.compute.enqueue(lambda: go_on.wait(LIMIT) and seen.append("the other"))
+    event = second.compute.record()
+
+    def work():
+        with pytest.raises(DeviceTimeoutError):
+            first.compute.follow(event, 0.01)
+        go_on.set()
+        first.compute.follow(event, LIMIT)
+        seen.append("behind it")
+
+    first.compute.enqueue(work)
+    first.compute.record().synchronize(LIMIT)
+    assert seen == ["the other", "behind it"]

@@ -26,6 +26,7 @@ class HostDevice(QueueDevice):
     on_gpu = False
     space = "host"
     torch_device = "cpu"
+    peak_nbytes = None  # all have the process's memory
 
     def __init__(self, index: int) -> None:
         keep_freed_memory()

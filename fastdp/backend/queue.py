@@ -61,6 +61,25 @@ class QueueStream:
         """Forget a failure."""
         self._error = None
 
+    # From inside the work that the worker is in the middle of.
+
+    def now(self) -> QueueEvent:
+        """An event at this point of the work: issued on return, and done when what was issued so far is."""
+        event = self._event()
+        self._mark(event)
+        event.complete()
+        return event
+
+    def follow(self, event: QueueEvent, timeout: float | None = None) -> None:
+        """Let the rest of the work come after an event of another stream. Blocks until that is issued.
+
+        An error that the event carries stays with it.
+
+        Raises:
+            DeviceTimeoutError: not issued within `timeout` seconds.
+        """
+        event.wait_issued(timeout)
+
     # What a device whose worker issues work to a GPU does otherwise.
 
     def _event(self) -> QueueEvent:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ from fastdp.launch.args import MAX_RANKS, PACK_NBYTES
 ONE_SHOT_NBYTES = 256 << 10
 TWO_SHOT_NBYTES = 2 << 20
 KERNEL_DTYPES = ("float32", "float16", "bfloat16")
+_unused: deque[Any] = deque()  # appended to by the garbage collector, in any thread
 NCCL_DTYPES = (*KERNEL_DTYPES, "float64", "int8", "uint8", "int32", "int64", "uint32", "uint64")
 
 
@@ -62,13 +64,14 @@ class CudaCommunicator:
     def __init__(self, devices: Sequence[CudaDevice], timeout: float = 60.0) -> None:
         self._devices = list(devices)
         self._cards = [device.ordinal for device in devices]
+        destroy_unused()
         runtime.check_environment(self._cards)
         several = len(devices) > 1
         self._peers = PeerAccess(sorted(set(self._cards)), timeout) if several else None
         self._nccl: list[Any] = []
         if several and len(set(self._cards)) == len(devices) and runtime.nccl_available():
             self._nccl = runtime.nccl_init_all(self._cards)
-            weakref.finalize(self, _destroy, list(self._nccl)).atexit = False
+            weakref.finalize(self, _unused.extend, list(self._nccl)).atexit = False
         self._has_kernels = several and len(devices) <= MAX_RANKS and self._peers is not None and self._peers.complete
         self._ranks: list[_PeerRank] = []
         self._groups: list[PeerGroup] = []
@@ -192,6 +195,7 @@ class CudaCommunicator:
         Raises:
             RuntimeError: NCCL reports a failure, or a rank gave up waiting for the others.
         """
+        destroy_unused()
         for rank, memory in enumerate(self._ranks):
             if memory.seen[0]:
                 raise RuntimeError(
@@ -352,7 +356,10 @@ def _address(flat: FlatBuffers, bucket: Bucket) -> int:
     return runtime.array_pointer(flat.buffers[bucket.dtype]) + bucket.start * storage_dtype(bucket.dtype).itemsize
 
 
-def _destroy(comms: Sequence[Any]) -> None:
-    """Give NCCL's communicators back."""
-    for comm in comms:
-        runtime.nccl_destroy(comm)
+def destroy_unused() -> None:
+    """Give back NCCL's communicators whose engines are gone. Between steps: it waits for the GPUs.
+
+    Not by the garbage collector: it may run while kernels of another engine wait for others that are not launched yet.
+    """
+    while _unused:
+        runtime.nccl_destroy(_unused.popleft())

@@ -16,8 +16,8 @@ Share = Callable[[Sequence[Part]], None]
 
 def shared_with(helpers: Sequence[QueueDevice], timeout: float) -> Share:
     """`share(parts)` runs every part, on the calling worker and on those of `helpers` that are free; returns when all
-    have run. Parts run in any order and at the same time, so they must not depend on each other. Each worker begins with
-    the same parts every time, whose memory its core's caches may still hold, and then takes from the others.
+    have run. Parts run in any order and at the same time, so they must not depend on each other. Each worker begins
+    with the same parts every time, whose memory its core's caches may still hold, and then takes from the others.
 
     The helpers get the work on their `copy_out` streams, which nothing else uses on host memory: so it is not held up
     by what their other streams wait for. A helper that comes late finds nothing left, and nobody waits for it.

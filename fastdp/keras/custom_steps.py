@@ -35,6 +35,25 @@ def has_own(model: Any, step: str) -> bool:
     return getattr(type(model), step) is not getattr(keras.Model, step)
 
 
+def check_own_step(model: Any) -> None:
+    """A model that trains by a step of its own has a layer that the step can call, and that has something to compute.
+
+    Raises:
+        ValueError: it has none. (What the step does with its layers its first batch tells.)
+    """
+    callable_layers = [
+        layer
+        for layer in model._flatten_layers()
+        if layer.weights and type(layer).call not in (keras.Layer.call, keras.Model.call)
+    ]
+    if has_own(model, "train_step") and not callable_layers:
+        raise ValueError(
+            f"The model {model.name!r} trains by a train_step() of its own, and neither has a layer with weights nor a "
+            "call() with some, so there is nothing that devices could share. Let train_step() call layers with the "
+            "weights, or train the model itself on one device (model.fit)."
+        )
+
+
 class LayerCalls:
     """Runs the calls of a model's layers on an engine, whose program is a `CallProgram`."""
 

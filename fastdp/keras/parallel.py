@@ -15,11 +15,13 @@ from fastdp.device import warn_of_relocation
 from fastdp.engine import DataParallel
 from fastdp.keras.checks import check_template
 from fastdp.keras.compile_state import borrowed, follow, follows, take_over
+from fastdp.keras.custom_steps import check_own_step
 from fastdp.keras.steps import Steps
 from fastdp.keras.streaming import arguments_by_name, stream_fit, stream_forward
 from fastdp.keras.template_view import TemplateView, merged_outputs
 from fastdp.program.capture import MODES
 from fastdp.program.keras_batch import flatten_batch, unpack
+from fastdp.program.torch_tensors import peak_nbytes
 from fastdp.report import Report, SmallWorkWarning, make_report
 from fastdp.transfer import count_rows
 
@@ -68,6 +70,7 @@ class ParallelModel(TemplateView):
         if compile not in MODES:
             raise ValueError(f"`compile` must be one of {MODES}. Received: compile={compile!r}")
         self._wrapped_mode = compile
+        self.device_groups: Sequence[Sequence[QueueDevice]] | None = None  # of replicas that span several
         self._steps = Steps(
             template,
             self,
@@ -101,10 +104,11 @@ class ParallelModel(TemplateView):
         `compile` of its own is compiled by it, and this model takes its settings over.
 
         Raises:
-            ValueError: a template that can no longer be replicated. `fit` and `evaluate` refuse
-            `steps_per_execution` other than 1, as Keras does on torch.
+            ValueError: a template that can no longer be replicated, or one whose own `train_step` has no layer that
+            could be split. `fit` and `evaluate` refuse `steps_per_execution` other than 1, as Keras does on torch.
         """
         check_template(self.template)
+        check_own_step(self.template)
         jit_compile = kwargs.get("jit_compile", "auto")
         if type(self.template).compile is not keras.Model.compile:
             self.template.compile(*args, **kwargs)
@@ -254,7 +258,8 @@ class ParallelModel(TemplateView):
         """
         captures = self._steps.captures
         entries = captures.report if captures is not None else [{"how": "eager", "why": "compile=None"}]
-        return make_report(self._steps.made_engine, entries)
+        further = [device for group in self.device_groups or () for device in group[1:]]
+        return make_report(self._steps.made_engine, entries, library_nbytes=peak_nbytes, further_devices=further)
 
     @property
     def compiling(self) -> bool:

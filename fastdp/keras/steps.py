@@ -12,6 +12,7 @@ import keras
 import torch
 
 from fastdp.engine import DataParallel
+from fastdp.keras.before_step import BeforeStep
 from fastdp.keras.custom_steps import LayerCalls, has_own, layer_calls
 from fastdp.program.capture import Captures
 from fastdp.program.keras import KerasProgram
@@ -173,29 +174,44 @@ class Steps:
         """A step that the template has of its own, with the calls of its layers on all devices.
 
         Raises:
-            ValueError: no call of a layer could be split, and `strict`.
+            ValueError: no call of a layer could be split, and `strict`. What the step has changed is taken back.
         """
         calls = self._calls
         assert calls is not None, "a template with a step of its own has a CallProgram"
+        before = None
+        calls.postponed = False
         with ExitStack() as stack:
             if self._template_state is not None:
                 stack.enter_context(self._template_state())
+            if self._strict and not (calls.count or calls.told):
+                before = BeforeStep([self.template, self.trainer])
+                stack.enter_context(before.watching())
             if name != "train_step":
                 stack.enter_context(torch.no_grad())
             stack.enter_context(layer_calls(calls))
             logs = getattr(self.template, name)(data)
-        if not (calls.count or calls.told or calls.postponed) and _has_rows(data):
-            why = "; ".join(f"{layer}: {reason}" for layer, reason in calls.refused.items())
-            message = (
-                f"{name}() of the model {self.template.name!r} calls no layer of the model that can be split over "
-                f"devices{' (' + why + ')' if why else ''}, so it ran on one device. Let it call the model's layers on "
-                "batches."
-            )
-            if self._strict:
-                raise ValueError(message)
-            calls.told = True
-            warnings.warn(f"fastdp: {message}", stacklevel=3)
+            if not (calls.count or calls.told or calls.postponed) and _has_rows(data):
+                if before is not None:
+                    before.restore()
+                self._not_split(name, calls)
         return logs
+
+    def _not_split(self, name: str, calls: LayerCalls) -> None:
+        """Say that a step has run on one device: an error if `strict`, and a warning otherwise."""
+        why = "; ".join(f"{layer}: {reason}" for layer, reason in calls.refused.items())
+        message = (
+            f"{name}() of the model {self.template.name!r} calls no layer of the model that can be split over devices"
+            f"{' (' + why + ')' if why else ''}"
+        )
+        if self._strict:
+            raise ValueError(
+                f"{message}. Weights, optimizers, metrics and seeds are as before this batch. Let it call the model's "
+                "layers on batches, or train the model itself on one device (model.fit)."
+            )
+        calls.told = True
+        warnings.warn(
+            f"fastdp: {message}, so it ran on one device. Let it call the model's layers on batches.", stacklevel=4
+        )
 
     @staticmethod
     def _forward(engine: DataParallel, data: Any) -> tuple[Any, Any, Any, Any, StepResult]:

@@ -28,10 +28,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.program.base import Context
 from fastdp.program.capture_passes import in_place, optimized, stored
-from fastdp.program.keras import KerasProgram, Outcome
+from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import OutputStructure, Structure
 from fastdp.program.keras_memory import Mapping, ReplicaScope
 from fastdp.program.keras_moments import Moments
+from fastdp.program.keras_outcome import Outcome
 from fastdp.program.keras_replica import NotCapturable, replica_scope
 from fastdp.program.keras_scope import replica_aware
 from fastdp.program.torch_tensors import as_tensor

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -20,14 +20,15 @@ from fastdp.buckets import Allocator, ArraySpec, FlatBuffers
 from fastdp.program.base import Context, Home, Memory, Result, Totals
 from fastdp.program.keras_accumulation import Accumulation
 from fastdp.program.keras_augment import keep_python_draws, writes_to_inputs
-from fastdp.program.keras_batch import OutputStructure, Structure, flatten_outputs, unpack
+from fastdp.program.keras_batch import Structure, flatten_outputs, unpack
 from fastdp.program.keras_effects import Effect
 from fastdp.program.keras_losses import NotPerSample, SharedLoss
 from fastdp.program.keras_memory import Adopted, Mapping, ReplicaScope, adopted, tensors_of
 from fastdp.program.keras_merged import merged_loss
-from fastdp.program.keras_moments import Moments, combine
+from fastdp.program.keras_moments import combine
 from fastdp.program.keras_optimizer import apply_by_variable, slots_of, why_not_now
 from fastdp.program.keras_optimizer_flat import FlatUpdate
+from fastdp.program.keras_outcome import Notes, Outcome
 from fastdp.program.keras_placed import PlacedGraph, gradients_of, graph_of
 from fastdp.program.keras_replica import Running, keras_device, replica_scope
 from fastdp.program.keras_scope import replica_aware
@@ -48,35 +49,6 @@ class _State:
     mapping: Mapping
     flat_update: FlatUpdate | None
     arrivals: Arrivals
-
-
-@dataclass(slots=True)
-class Notes:
-    """What a step's sums mean, beside its outputs' structure.
-
-    `sums` holds: the loss; the loss terms; then per entry of `assigned` its elements; then per entry of
-    `normalized` its moments. `constant` are assigned values that are the same on all replicas.
-    """
-
-    structure: OutputStructure | None = None
-    terms: int = 0
-    assigned: list[tuple[int, Effect]] = field(default_factory=list)
-    constant: list[tuple[int, torch.Tensor]] = field(default_factory=list)
-    normalized: list[keras.layers.BatchNormalization] = field(default_factory=list)
-    unused: frozenset[int] = frozenset()
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What the pure part of a step gives: gradients of the trainable variables (None where there is none), the
-    loss and its terms, outputs and masks, assigned variables by number, moments of batch normalization."""
-
-    gradients: Sequence[torch.Tensor | None]
-    terms: list[torch.Tensor]
-    outputs: list[torch.Tensor]
-    structure: OutputStructure | None
-    assigned: list[tuple[int, torch.Tensor]]
-    moments: list[tuple[keras.layers.BatchNormalization, Moments]]
 
 
 class KerasProgram:

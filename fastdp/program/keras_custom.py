@@ -17,11 +17,13 @@ import numpy as np
 import torch
 
 from fastdp.program.base import Context, Result
-from fastdp.program.keras import KerasProgram, Notes, Outcome
+from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import Structure, flatten_outputs, unpack
 from fastdp.program.keras_effects import Effect, classify, mixes_rows
 from fastdp.program.keras_memory import Mapping, ReplicaScope
-from fastdp.program.keras_replica import replica_scope
+from fastdp.program.keras_outcome import Notes, Outcome
+from fastdp.program.keras_placed import gradients_of
+from fastdp.program.keras_replica import Running, replica_scope
 from fastdp.program.keras_scope import replica_aware
 from fastdp.program.keras_trial import Effects, _unlike_first
 from fastdp.program.torch_tensors import as_array
@@ -32,6 +34,7 @@ class _Ran:
     """What a replica keeps of a forward call for the backward one."""
 
     context: Context
+    run: Running
     inputs: list[torch.Tensor]
     leaves: list[torch.Tensor]
     outputs: list[torch.Tensor]
@@ -174,7 +177,7 @@ class CallProgram(KerasProgram):
         outputs, structure = flatten_outputs(y)
         if work.differentiable:
             leaves = [scope.get_current_value(v) for v in work.weights]
-            work.ran[context.rank] = _Ran(context, inputs, leaves, outputs, losses)
+            work.ran[context.rank] = _Ran(context, run, inputs, leaves, outputs, losses)
         detached = [loss.detach() for loss in losses]
         outcome = Outcome([], detached, outputs, structure, scope.assigned(state.mapping), run.moments)
         return self._result(outcome, state, context, Notes(structure, len(losses)))
@@ -196,9 +199,7 @@ class CallProgram(KerasProgram):
                 seeds.append(gradient)
         wanted = [row for row, wants in zip(ran.inputs, work.forward.wants_gradient, strict=True) if wants]
         targets = [*wanted, *ran.leaves]
-        found: Sequence[torch.Tensor | None] = [None] * len(targets)
-        if roots and targets:
-            found = torch.autograd.grad(roots, targets, seeds, allow_unused=True, retain_graph=True)
+        found = gradients_of(ran.run, roots, seeds, targets, retain=True)
         everyone = context.exchange(found[len(wanted) :])
         for i in range(context.rank, len(ran.leaves), context.size):  # each replica adds up its part of the weights
             parts = [part[i] for part in everyone if part[i] is not None]
@@ -217,6 +218,7 @@ class CallProgram(KerasProgram):
         context = Context.alone(batch, work, 0, len(batch[0]), len(batch[0]))
         context.step = work.ran[0].context.step
         run = self.running_replica(context)
+        run.placed = None
         mapping = [(v, v.value) for v in self.variables] + work.seeds
         with replica_aware(), torch.enable_grad(), replica_scope(run), ReplicaScope(mapping, set()) as scope:
             outputs, _ = flatten_outputs(work.call(inputs))

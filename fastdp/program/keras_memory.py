@@ -86,11 +86,10 @@ class ReplicaScope(keras.StatelessScope):
         self.state_mapping = {id(variable): tensor for variable, tensor in mapping}
         self._leaves = leaves
 
-    def shared(self) -> ReplicaScope:
-        """A scope on the same values, for another thread, that collects losses of its own."""
-        scope = ReplicaScope([], self._leaves)
-        scope.state_mapping = self.state_mapping
-        return scope
+    @property
+    def leaves(self) -> set[int]:
+        """Ids of the trainable variables."""
+        return self._leaves
 
     def assigned(self, mapping: Mapping) -> list[tuple[int, torch.Tensor]]:
         """The variables that were assigned within the scope: their places in `mapping`, and their values."""

@@ -57,6 +57,12 @@ def output_array(tensor: torch.Tensor, device: Any) -> Any:
     return device.wrap(tensor.data_ptr(), tuple(tensor.shape), storage_dtype(dtype_name(tensor)), tensor)
 
 
+def peak_nbytes(device: Any) -> int:
+    """The most that torch's allocator has had in use at a time on a device's card: activations, temporaries."""
+    on_cuda = device.on_gpu and device.torch_device.startswith("cuda")
+    return int(torch.cuda.max_memory_allocated(device.torch_device)) if on_cuda else 0
+
+
 def settle(tensors: Iterable[torch.Tensor]) -> None:
     """Wait for what the calling thread has enqueued on these tensors' GPUs: the engine's streams do not."""
     for device in {tensor.device for tensor in tensors if tensor.is_cuda}:

@@ -14,6 +14,7 @@ from fastdp.engine import DataParallel
 from fastdp.program.torch import TorchProgram
 from fastdp.program.torch_loss import LossFunction
 from fastdp.program.torch_optimizer import OptimizerFactory
+from fastdp.program.torch_tensors import peak_nbytes
 from fastdp.report import Report, make_report
 from fastdp.torch.checks import check_module
 
@@ -161,7 +162,8 @@ class TorchParallel:
 
         Of the latest train step that was made, or of calls where there is none.
         """
-        return make_report(self._engine, [{"how": "eager", "why": "a torch.nn.Module is not captured"}])
+        steps = [{"how": "eager", "why": "a torch.nn.Module is not captured"}]
+        return make_report(self._engine, steps, library_nbytes=peak_nbytes)
 
     # What the module has.
 

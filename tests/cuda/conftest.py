@@ -43,6 +43,8 @@ def fake_cuda(monkeypatch) -> Iterator[Callable[..., Simulation]]:
         yield start
         for sim in started:
             gc.collect()
+            if "fastdp.comm.cuda" in sys.modules:
+                sys.modules["fastdp.comm.cuda"].destroy_unused()
             assert not sim.violations, sim.violations
             assert sim.check_end() == []
 

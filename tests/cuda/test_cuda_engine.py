@@ -272,3 +272,18 @@ def test_a_torch_module_trains_as_on_the_host(gpus):
         device.close()
     del dp, step, module, devices, results
     gc.collect()
+
+
+def test_communicators_of_an_engine_that_is_gone_are_destroyed_when_a_step_is_over(gpus):
+    """Not by the garbage collector, which may run between the launches of two kernels that wait for each other."""
+    box = gpus(2)
+    devices = box.devices(2)
+    # In another order: engines on the same devices share their communicators.
+    first, second = (fastdp.DataParallel(linear(), order, timeout=LIMIT) for order in (devices, devices[::-1]))
+    first.train(rows(7))
+    before = box.sim.calls["destroy"]
+    del first
+    gc.collect()
+    assert box.sim.calls["destroy"] == before
+    second.train(rows(7))
+    assert box.sim.calls["destroy"] == before + 2

@@ -34,6 +34,10 @@ def test_adam_and_small_batches(hosts):
     model_checks.a_keras_model_equals_plain_keras(hosts, "mlp", batch_size=3)
 
 
+def test_placed_layers(hosts):
+    model_checks.a_placed_model_equals_plain_keras(hosts, [(1, 3)])
+
+
 def test_a_torch_module(hosts):
     assert torch_checks.a_torch_module_equals_plain_torch(hosts[:3], "cpu") < 1e-4
 

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from torch_checks import full_precision
 
+import fastdp
 from fastdp.keras.parallel import ParallelModel
 
 LIMIT = 60.0
@@ -81,3 +82,36 @@ def a_keras_model_equals_plain_keras(devices: list, name: str, optimizer: str = 
     for a, b in zip(results[1][2], results[0][2], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
     return max(float(np.abs(a - b).max()) for a, b in zip(results[1][2], results[0][2], strict=True))
+
+
+def a_placed_model_equals_plain_keras(devices: list, groups: list[tuple[int, ...]]) -> None:
+    """A shared LSTM that reads two sequences, each on a device of its own, and state of all kinds on the second."""
+
+    def build() -> keras.Model:
+        keras.utils.set_random_seed(3)
+        a, b = keras.Input((6, 5)), keras.Input((6, 5))
+        shared = layers.LSTM(7)
+        left = shared(a)
+        with fastdp.device(1):
+            x = layers.Dropout(0.3, seed=5)(layers.Dense(5, kernel_regularizer="l2")(b))
+            right = layers.BatchNormalization()(shared(x))
+        return keras.Model([a, b], layers.Dense(3)(layers.concatenate([left, right])))
+
+    rng = np.random.default_rng(0)
+    x = [rng.normal(size=(20, 6, 5)).astype("float32") for _ in range(2)]
+    y = rng.normal(size=(20, 3)).astype("float32")
+    results = []
+    with full_precision():
+        for parallel in (False, True):
+            template = model = build()
+            if parallel:
+                chosen = [tuple(devices[i] for i in group) for group in groups]
+                model = ParallelModel(template, [group[0] for group in chosen], timeout=LIMIT, check_replicas=True)
+                model.device_groups = chosen
+            model.compile("adam", "mse")
+            history = model.fit(x, y, batch_size=10, epochs=3, shuffle=False, verbose=0).history
+            results.append((history["loss"], model.predict(x, verbose=0), template.get_weights()))
+    np.testing.assert_allclose(results[1][0], results[0][0], rtol=1e-4)
+    np.testing.assert_allclose(results[1][1], results[0][1], rtol=1e-3, atol=1e-4)
+    for new, old in zip(results[1][2], results[0][2], strict=True):
+        np.testing.assert_allclose(new, old, rtol=1e-3, atol=1e-4)

@@ -38,6 +38,12 @@ def test_batches_of_fewer_rows_than_devices(gpus, keras_checks, count):
     keras_checks.a_keras_model_equals_plain_keras(gpus(count), "mlp", batch_size=3)
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_layers_placed_on_another_gpu_equal_plain_keras(gpus, keras_checks, count):
+    """On one card both are streams of it; with two cards tensors go from one to the other."""
+    keras_checks.a_placed_model_equals_plain_keras(gpus(count), [(0, count - 1)])
+
+
 @pytest.mark.parametrize("count", COUNTS)
 def test_a_torch_module_equals_plain_torch_on_this_card(gpus, count, record_property):
     import torch_checks

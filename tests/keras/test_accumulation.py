@@ -140,7 +140,9 @@ def test_every_number_of_devices_equals_one_at_every_step_that_somebody_looks_at
         train(one[1], [batch])
         train(many[1], [batch])
         if i in (1, 3, 4, 7):
-            assert_same(state(*one), state(*many))
+            # With 2 rows or 1 the gradient through BatchNormalization is a difference of nearly equal numbers, and Adam
+            # divides by what is left of it: processors round that differently for a replica's rows and for the batch's.
+            assert_same(state(*one), state(*many), tolerance=1e-4)
 
 
 @pytest.mark.parametrize("gpus", [2, 5])

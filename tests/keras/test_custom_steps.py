@@ -338,13 +338,129 @@ class NoLayers(keras.Model):
         return {}
 
 
-def test_a_step_that_calls_no_layer_is_an_error_that_says_what_to_do():
+def test_a_model_without_a_layer_that_could_be_called_is_an_error_at_compile():
     parallel = fastdp.wrap(NoLayers(), gpus=3)
+    with pytest.raises(ValueError, match=r"(?s)neither has a layer with weights.*train the model itself on one device"):
+        parallel.compile(optimizer="sgd")
+
+
+class Late(keras.metrics.Metric):
+    """Counts, in a variable that it makes when it first does."""
+
+    def update_state(self):
+        if not self.variables:
+            self.count = self.add_variable((), "zeros", name="count")
+        self.count.assign_add(1.0)
+
+    def result(self):
+        return self.count.value
+
+
+class Unsplittable(keras.Model):
+    """Its one layer mixes rows. Everything that a step can change changes before that is known."""
+
+    def __init__(self, optimizer, elsewhere=None):
+        super().__init__()
+        self.mixing, self.norm = Mixing(), keras.layers.BatchNormalization()
+        self.mixing.build((None, 5))
+        self.norm.build((None, 5))
+        self.dropout = keras.layers.Dropout(0.5, seed=3)
+        self.mean, self.late = keras.metrics.Mean(name="mean"), Late(name="late")
+        self.own = {"optimizer": optimizer}
+        self.used = [optimizer] if elsewhere is None else elsewhere
+        self.built = True
+
+    def train_step(self, data):
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+        drawn = self.dropout(x, training=True) + keras.random.normal((1,))
+        self.norm.moving_mean.assign(self.norm.moving_mean + 1.0)
+        loss = keras.ops.mean((self.mixing(drawn) - keras.ops.mean(y)) ** 2)
+        weights = [self.mixing.scale]
+        self.zero_grad()
+        loss.backward()
+        for optimizer in self.used:
+            if isinstance(optimizer, torch.optim.Optimizer):
+                optimizer.step()
+            else:
+                with torch.no_grad():
+                    optimizer.apply([v.value.grad for v in weights], weights)
+        self.mean.update_state(loss)
+        self.late.update_state()
+        return {"loss": loss.detach()}
+
+
+def everything(model, optimizers):
+    """All that a step may change, as arrays."""
+    seeds = [generator.state for layer in model._flatten_layers() for generator in layer._seed_generators]
+    common = keras.src.random.seed_generator.global_seed_generator().state
+    variables = [*model.variables, *model.metrics_variables, *seeds, common]
+    found = [np.array(v) for v in variables]
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.Optimizer):
+            states = optimizer.state_dict()["state"]
+            found += [np.array(value) for state in states.values() for value in state.values()]
+        else:
+            optimizer.build([model.mixing.scale])  # as the step would
+            found += [np.array(v) for v in optimizer.variables]
+    return found
+
+
+@pytest.mark.parametrize("where", ["an attribute", "elsewhere", "torch"])
+def test_a_first_batch_that_cannot_be_split_changes_nothing(where):
+    adam = keras.optimizers.Adam(0.1)
+    model = Unsplittable(adam)
+    if where == "elsewhere":
+        model.used = (keras.optimizers.RMSprop(0.1),)
+        model.__dict__.pop("own")
+    elif where == "torch":
+        model.used = (torch.optim.Adam([model.mixing.scale.value], 0.1),)
+    used = list(model.used)
+    parallel = fastdp.wrap(model, gpus=3)
     parallel.compile(optimizer="sgd")
-    with pytest.raises(
-        ValueError, match=r"train_step\(\) of the model .* calls no layer of the model that can be split"
-    ):
-        parallel.fit(rows(5), rows(2, seed=1), verbose=0)
+    before = everything(model, [] if where == "elsewhere" else used)
+    message = r"(?s)calls no layer .*can be split.*depend on the other rows.*are as before this batch.*model\.fit"
+    with pytest.warns(UserWarning, match="run on one device"), pytest.raises(ValueError, match=message):
+        parallel.fit(rows(5), rows(2, seed=1), batch_size=BATCH, verbose=0, shuffle=False)
+    after = everything(model, [] if where == "elsewhere" else used)
+    late = after.pop(len(model.variables) + len(model.metrics_variables) - 1)
+    assert late == float(model.late.result()) == 0.0
+    for new, old in zip(after, before, strict=True):
+        np.testing.assert_array_equal(new, old)
+    if where == "elsewhere":  # built by the step itself; its slots are those of a new one
+        assert [float(np.abs(v).max()) for v in used[0].variables if v is not used[0]._learning_rate] == [0.0, 0.0]
+
+
+def test_the_optimizers_of_keras_are_its_own_after_the_first_batch():
+    """Also where a step trains another parallel model by a step of its own."""
+    classes = (keras.optimizers.SGD, keras.optimizers.LossScaleOptimizer)
+    own = [owner.apply for owner in classes]
+    inner = fastdp.wrap(extended(), gpus=2)
+    inner.compile("sgd", "mse")
+
+    class Outer(Extended):
+        def train_step(self, data):
+            assert keras.optimizers.SGD.apply is not own[0]
+            inner.train_on_batch(data[0].numpy(), data[1].numpy())
+            assert keras.optimizers.SGD.apply is not own[0]
+            return super().train_step(data)
+
+    inputs = keras.Input((5,))
+    model = Outer(inputs, keras.layers.Dense(2)(inputs))
+    parallel = fastdp.wrap(model, gpus=3)
+    parallel.compile("sgd", "mse")
+    parallel.fit(rows(5)[:8], rows(2, seed=1)[:8], batch_size=BATCH, verbose=0)
+    assert [owner.apply for owner in classes] == own
+
+
+def test_a_batch_of_equal_rows_tells_nothing_and_the_next_one_does():
+    model = Unsplittable(keras.optimizers.SGD(0.1))
+    model.dropout.rate = 0.0
+    parallel = fastdp.wrap(model, gpus=3)
+    parallel.compile(optimizer="sgd")
+    equal, y = np.ones((4, 5), "float32"), np.ones((4, 2), "float32")
+    parallel.train_on_batch(equal, y)
+    with pytest.warns(UserWarning, match="run on one device"), pytest.raises(ValueError, match="calls no layer"):
+        parallel.train_on_batch(rows(5)[:4], y)
 
 
 def test_a_weight_changed_between_forward_and_backward_is_an_error_as_in_torch():

@@ -13,7 +13,7 @@ import pytest
 import fastdp
 from fastdp.program import keras_optimizer_flat
 from fastdp.program.base import Totals
-from fastdp.program.keras import Notes
+from fastdp.program.keras_outcome import Notes
 
 optimizers, layers = keras.optimizers, keras.layers
 Make = Callable[..., Any]

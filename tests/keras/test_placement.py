@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import fastdp
+from fastdp.backend.host import HostDevice
+from fastdp.program import keras_placed, keras_spread
+from fastdp.program.base import Context
+from fastdp.program.keras_memory import ReplicaScope
+from fastdp.program.keras_placed import PlacedGraph, placed_nodes
+from fastdp.program.keras_replica import Running, replica_scope
+from fastdp.program.keras_scope import replica_aware
 
 ROWS = 7
 
@@ -106,7 +117,8 @@ def test_branches_run_at_the_same_time_forward_and_backward():
     x, y = data(1)  # one row: the model is not tried on rows beforehand, where nothing runs at the same time
     parallel.train_on_batch(x, y)
     # Each waited for the other inside of its call: neither could have ended before the other began.
-    workers = ["fastdp-virtual:0", "fastdp-virtual:1"]
+    # The step of a single replica runs on the thread that asks for it.
+    workers = ["MainThread", "fastdp-virtual:1"]
     assert sorted(seen[:2]) == workers
     assert sorted(seen[2:]) == [f"backward {name}" for name in workers]
 
@@ -174,7 +186,7 @@ def test_layers_made_in_a_scope_run_there_in_a_sequential_model():
     parallel = fastdp.wrap(model, gpus=[(0, 1)])
     seen.clear()
     parallel.predict(np.ones((1, 3), "float32"), verbose=0)
-    assert seen == ["fastdp-virtual:1", "fastdp-virtual:0"]
+    assert seen == ["fastdp-virtual:1", "MainThread"]  # the step of a single replica runs on the thread that asks
 
 
 def test_a_failure_on_a_placed_device_stops_the_step_and_the_next_one_works():
@@ -187,7 +199,11 @@ def test_a_failure_on_a_placed_device_stops_the_step_and_the_next_one_works():
             return inputs
 
     layer = Failing()
-    model = two_branches(make=lambda number: layer if number else keras.layers.Identity())
+    a, b = keras.Input((6, 3)), keras.Input((6, 3))
+    with fastdp.device(1):
+        right = keras.layers.LSTM(4)(layer(b))  # is skipped, and what failed is told
+    merged = keras.layers.concatenate([keras.layers.LSTM(4)(a), right])
+    model = keras.Model([a, b], keras.layers.Dense(2)(merged))
     parallel = fastdp.wrap(model, gpus=[(0, 1)])
     parallel.compile("sgd", "mse")
     before = model.get_weights()
@@ -259,3 +275,152 @@ def test_the_faqs_example_runs():
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert "two branches on virtual:0 and virtual:1: loss" in done.stdout
+
+
+class OwnStep(keras.Model):
+    """Backward twice through one forward pass, and the gradient of the inputs."""
+
+    def train_step(self, data):
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+        x = [one.clone().requires_grad_() for one in x]
+        outputs = self(x, training=True)
+        loss = keras.ops.mean((outputs - y) ** 2)
+        (slope,) = torch.autograd.grad(loss, [x[1]], retain_graph=True)
+        self.zero_grad()
+        loss.backward()
+        gradients = [v.value.grad for v in self.trainable_weights]
+        with torch.no_grad():
+            self.optimizer.apply(gradients, self.trainable_weights)
+        return {"loss": loss.detach(), "slope": slope.norm(), "same": (x[1].grad - slope).norm()}
+
+
+@pytest.mark.parametrize("gpus", [[(0, 1)], [(0, 1), (2, 3)]], ids=str)
+def test_a_train_step_of_the_models_own_goes_through_placed_layers(gpus):
+    def made(groups):
+        placed = two_branches()
+        model = OwnStep(placed.inputs, placed.outputs)
+        runner = fastdp.wrap(model, gpus=groups) if groups else model
+        runner.compile(keras.optimizers.SGD(0.1))
+        x, y = data()
+        logs = runner.fit(x, y, epochs=2, batch_size=5, shuffle=False, verbose=0).history
+        return logs, [np.array(w) for w in model.get_weights()], runner.predict(x, verbose=0)
+
+    found, expected = made(gpus), made(None)
+    assert found[0]["same"] == expected[0]["same"] == [0.0, 0.0]
+    assert_same(found, expected)
+
+
+def test_a_step_leaves_no_activations_behind():
+    kept = []
+
+    class Noted(keras.layers.Layer):
+        def call(self, inputs):
+            outputs = inputs * 2.0
+            kept.append(weakref.ref(outputs))
+            return outputs
+
+    parallel = fastdp.wrap(two_branches(make=lambda _: Noted()), gpus=[(0, 1)])
+    parallel.compile("sgd", "mse")
+    for _ in range(2):
+        kept.clear()
+        parallel.train_on_batch(*data())
+    gc.collect()
+    assert [one() for one in kept] == [None, None]
+
+
+def test_a_model_that_runs_through_its_placed_layers_twice_is_refused():
+    class Twice(keras.Model):
+        def call(self, inputs, training=None):
+            return super().call(inputs) + super().call(inputs)
+
+    placed = two_branches()
+    parallel = fastdp.wrap(Twice(placed.inputs, placed.outputs), gpus=[(0, 1)])
+    parallel.compile("sgd", "mse")
+    with pytest.raises(NotImplementedError, match="more than once in a step"):
+        parallel.train_on_batch(*data())
+
+
+class FakeGpu(HostDevice):
+    """A GPU whose tensors have a shape and a place, and no values: torch refuses operations between places."""
+
+    on_gpu = True
+    mode = None
+
+    def __init__(self, index):
+        super().__init__(index)
+        self.torch_device = f"cuda:{index}"
+
+    def _worker_scope(self):
+        return self.mode
+
+
+class Transfers(TorchDispatchMode):
+    """Notes copies from GPU to GPU that torch or Keras makes of its own accord."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        taken = [a.device for a in args if isinstance(a, torch.Tensor)]
+        if isinstance(made, torch.Tensor) and any(there.type == "cuda" and there != made.device for there in taken):
+            self.found.append(f"{func} from {taken} to {made.device}")
+        return made
+
+
+@pytest.fixture
+def fake_gpus(monkeypatch):
+    """Two such GPUs; copies between them are told apart from those that nobody asked for."""
+    transfers = Transfers()
+    monkeypatch.setattr(FakeGpu, "mode", FakeTensorMode(allow_non_fake_inputs=True))
+    monkeypatch.setattr(keras_placed, "prepare_worker", lambda threads, device: None)
+    brought = []
+
+    def arrived(value, device):
+        if str(value.device) == device.torch_device:
+            return value
+        brought.append(device.torch_device)
+        with _disable_current_modes(), FakeGpu.mode:
+            return value.detach().to(device.torch_device)
+
+    work, one_at_a_time = keras_placed._forward, threading.Lock()  # torch's fake mode is of one thread
+
+    def watched(*args):
+        with one_at_a_time, transfers:
+            work(*args)
+
+    monkeypatch.setattr(keras_placed, "_forward", watched)
+    for module in (keras_placed, keras_spread):
+        monkeypatch.setattr(module, "arrived", arrived)
+    gpus = [FakeGpu(0), FakeGpu(1)]
+    yield gpus, brought, transfers.found
+    for gpu in gpus:
+        gpu.close()
+
+
+def test_what_a_placed_layer_makes_and_takes_is_on_its_gpu(fake_gpus):
+    gpus, brought, found = fake_gpus
+    a, b = keras.Input((6, 3)), keras.Input((6, 3))
+    left = keras.layers.Flatten()(keras.layers.Dense(2)(a))
+    with fastdp.device(1):
+        right = keras.layers.Normalization(mean=1.0, variance=2.0)(b)
+        right = keras.layers.Dense(4, "relu")(keras.layers.BatchNormalization()(right))
+        right = keras.layers.Add()([right, keras.layers.Dense(4)(right)])
+        right = keras.layers.GlobalAveragePooling1D()(keras.layers.LayerNormalization()(right))
+    outputs = keras.layers.Dense(2)(keras.layers.concatenate([left, right]))
+    model = keras.Model([a, b], outputs)
+    context = Context.alone([], None, 0, 4, 4)
+    context.device = gpus[0]
+    run = Running(context)
+    run.placed = model, PlacedGraph(gpus)
+    with FakeGpu.mode, torch.no_grad(), keras.device("cuda:0"):
+        values = [(v, torch.empty(v.shape, device="cuda:0")) for v in model.variables]
+        x = [torch.empty(4, 6, 3, device="cuda:0") for _ in range(2)]
+        with replica_aware(), replica_scope(run), ReplicaScope(values, set()):
+            made = model(x, training=False)
+    assert made.device == torch.device("cuda:0")
+    assert found == []
+    assert brought.count("cuda:0") == 1  # the branch's output
+    weights = [v for node, _ in placed_nodes(model) for v in node.operation.weights]
+    assert brought.count("cuda:1") == 1 + len(weights)  # the branch's input

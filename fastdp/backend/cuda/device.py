@@ -79,6 +79,11 @@ class CudaDevice(QueueDevice):
 
     # Memory: an Allocator (fastdp.buckets).
 
+    @property
+    def peak_nbytes(self) -> int:
+        """The most memory that the engine has had on this card, for all virtual devices that share it."""
+        return self.arena.peak_nbytes
+
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
         """An uninitialized cupy.ndarray on the GPU. cudaMalloc: not in the steady state."""
         return self.arena.empty(shape, dtype)

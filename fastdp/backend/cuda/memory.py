@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +43,24 @@ class _Block:
         return {"version": 3, "data": (self.ptr, False), "shape": (self.nbytes,), "typestr": "|u1"}
 
 
+class _Usage:
+    """What all arenas of a card have of its memory now, and have had at most. In bytes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._nbytes = 0
+        self.peak = 0
+
+    def change(self, nbytes: int) -> None:
+        """More, or less."""
+        with self._lock:
+            self._nbytes += nbytes
+            self.peak = max(self.peak, self._nbytes)
+
+
+_usage: defaultdict[int, _Usage] = defaultdict(_Usage)  # by card
+
+
 class Arena:
     """The memory of one device, by plain cudaMalloc, which peers and NCCL can reach.
 
@@ -62,6 +80,13 @@ class Arena:
         self._closed = False
         self._dead: deque[int] = deque()  # appended to by the garbage collector, in any thread
         self._finalizers: dict[int, weakref.finalize[Any, Any]] = {}
+        self._sizes: dict[int, int] = {}
+        self._usage = _usage[device]
+
+    @property
+    def peak_nbytes(self) -> int:
+        """The most that this arena and the others of its card have had at a time, in this process."""
+        return self._usage.peak
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """An uninitialized cupy.ndarray, 512-byte aligned, that owns its memory together with its views.
@@ -76,6 +101,8 @@ class Arena:
         nbytes = _nbytes(shape, dtype)
         base = self._malloc(nbytes + ALIGNMENT)
         self.allocations += 1
+        self._sizes[base] = nbytes + ALIGNMENT
+        self._usage.change(self._sizes[base])
         block = _Block(-(-base // ALIGNMENT) * ALIGNMENT, nbytes)
         self._finalizers[base] = weakref.finalize(block, self._dead.append, base)
         self._finalizers[base].atexit = False  # the process gives all memory back
@@ -87,6 +114,7 @@ class Arena:
             base = self._dead.popleft()
             del self._finalizers[base]
             runtime.free(base)
+            self._usage.change(-self._sizes.pop(base))
 
     def close(self) -> None:
         """Free everything; arrays that are left point to nothing. Idempotent."""

@@ -95,10 +95,15 @@ class CudaStream(QueueStream):
 
     def now(self) -> CudaEvent:
         """An event at the place that the worker has come to, in the middle of its work. On the worker."""
-        event = self._event()
-        self._mark(event)
-        event.complete()
+        event = super().now()
+        assert isinstance(event, CudaEvent)
         return event
+
+    def follow(self, event: QueueEvent, timeout: float | None = None) -> None:
+        """Let the rest of the work come after an event: the worker waits until it is issued, the GPU for the rest."""
+        super().follow(event, timeout)
+        self._passed(event)
+        self._order()
 
     def _event(self) -> CudaEvent:
         return CudaEvent(self)

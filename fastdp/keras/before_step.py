@@ -1,0 +1,123 @@
+"""What a step of a model's own may change, as it was before: a step that must not count leaves nothing behind."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import torch
+from keras.src.backend.common.global_state import get_global_attribute
+from keras.src.optimizers.base_optimizer import BaseOptimizer
+from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+_lock = threading.Lock()
+_watching: dict[int, BeforeStep] = {}  # by thread
+_originals: dict[Any, Callable[..., Any]] = {}
+
+
+class BeforeStep:
+    """Copies of the variables of a model and of its optimizers, in host memory, taken before a step.
+
+    Args:
+        owners: the model whose step it is, and the one with the compile settings: their weights, statistics, seeds and
+            metrics, and the optimizers among their attributes.
+
+    Optimizers that are found nowhere but in the step's code are copied by `watching`, before they first act.
+    """
+
+    def __init__(self, owners: Sequence[Any]) -> None:
+        self._owners = owners
+        self._values: dict[int, tuple[Any, torch.Tensor, torch.Tensor | None]] = {}
+        self._torch: dict[int, tuple[torch.optim.Optimizer, dict[str, Any]]] = {}
+        for owner in owners:
+            self._keep([*owner.variables, *owner.metrics_variables])
+            for optimizer in _optimizers(vars(owner)):
+                self._keep(optimizer.variables)
+        common = get_global_attribute(GLOBAL_SEED_GENERATOR)
+        self._keep([common.state] if common is not None else [])
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While the step runs on this thread, copy what its optimizers hold before they first act."""
+        thread = threading.get_ident()
+
+        def keep_torch(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            if threading.get_ident() == thread and id(optimizer) not in self._torch:
+                state = optimizer.state_dict()
+                self._torch[id(optimizer)] = optimizer, keras.tree.map_structure(_copied, state)
+
+        hook = register_optimizer_step_pre_hook(keep_torch)
+        outer = _watch(thread, self)
+        try:
+            yield
+        finally:
+            hook.remove()
+            _watch(thread, outer)
+
+    def restore(self) -> None:
+        """Give everything the values of before. Metrics that the step has made begin anew."""
+        with torch.no_grad():
+            for variable, value, gradient in self._values.values():
+                variable._value.copy_(value)
+                if variable._value.is_leaf:
+                    variable._value.grad = gradient
+        for optimizer, state in self._torch.values():
+            optimizer.load_state_dict(state)
+        for metric in [metric for owner in self._owners for metric in owner.metrics]:
+            if any(id(v) not in self._values for v in metric.variables):
+                metric.reset_state()
+
+    def _keep(self, variables: Sequence[Any]) -> None:
+        for variable in variables:
+            tensor = variable._value  # None before it is initialized
+            if id(variable) not in self._values and tensor is not None:
+                gradient = tensor.grad if tensor.is_leaf else None
+                self._values[id(variable)] = variable, tensor.detach().to("cpu", copy=True), gradient
+
+
+def _watch(thread: int, before: BeforeStep | None) -> BeforeStep | None:
+    """Let a thread's optimizers ask `before`, or nobody; who they asked until now. The last to end undoes the patch."""
+    with _lock:
+        outer = _watching.pop(thread, None)
+        if before is not None:
+            _watching[thread] = before
+        if _watching and not _originals:
+            for owner in (BaseOptimizer, keras.optimizers.LossScaleOptimizer):
+                _originals[owner] = owner.apply
+                owner.apply = _keeping(owner.apply)
+        while _originals and not _watching:
+            owner, original = _originals.popitem()
+            owner.apply = original
+    return outer
+
+
+def _keeping(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`apply` of Keras's optimizers; on a thread that is watched the optimizer's variables are copied first."""
+
+    def apply(optimizer: Any, grads: Any, trainable_variables: Any = None) -> Any:
+        before = _watching.get(threading.get_ident())
+        if before is not None:
+            if not optimizer.built and trainable_variables is not None:
+                trainable_variables = list(trainable_variables)
+                optimizer.build(trainable_variables)
+            before._keep(optimizer.variables)
+        return original(optimizer, grads, trainable_variables)
+
+    return apply
+
+
+def _optimizers(values: dict[str, Any]) -> list[BaseOptimizer]:
+    """The Keras optimizers among these attributes, and in their lists and dicts."""
+    found = []
+    for value in values.values():
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+        found += [one for one in inside if isinstance(one, BaseOptimizer)]
+    return found
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
