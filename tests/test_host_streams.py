@@ -435,3 +435,75 @@ def test_following_inside_of_work_waits_for_the_other_stream_within_a_time_limit
     first.compute.enqueue(work)
     first.compute.record().synchronize(LIMIT)
     assert seen == ["the other", "behind it"]
+
+
+# A device that is lent: the thread that would wait does the work.
+
+
+def test_a_lent_device_runs_work_on_the_thread_that_has_it():
+    device, ran = HostDevice(0), []
+    with device.lend():
+        device.compute.enqueue(lambda: ran.append(threading.get_ident()))
+        assert ran == [threading.get_ident()], "at once"
+        event = device.compute.record()
+        assert event.done
+        device.communication.wait(event)
+        device.communication.enqueue(lambda: ran.append(threading.get_ident()))
+    assert ran == [threading.get_ident()] * 2
+    assert device._thread is None, "no worker was needed"
+    device.compute.enqueue(lambda: ran.append(threading.get_ident()))
+    device.synchronize(LIMIT)
+    assert ran[2] != threading.get_ident(), "given back"
+    device.close(LIMIT)
+
+
+def test_work_of_a_lent_device_that_waits_for_others_goes_to_the_worker_in_the_end():
+    device, other, ran = HostDevice(0), HostDevice(1), []
+    gate = threading.Event()
+    other.compute.enqueue(lambda: gate.wait(LIMIT))
+    with device.lend():
+        device.compute.wait(other.compute.record())
+        device.compute.enqueue(lambda: ran.append(1))
+        done = device.compute.record()
+        assert not ran
+    gate.set()
+    done.synchronize(LIMIT)
+    assert ran == [1]
+    for one in (device, other):
+        one.close(LIMIT)
+
+
+def test_a_device_with_work_is_not_lent():
+    device, ran = HostDevice(0), []
+    gate = threading.Event()
+    device.compute.enqueue(lambda: gate.wait(LIMIT))
+    with device.lend():
+        device.compute.enqueue(lambda: ran.append(threading.get_ident()))
+        assert not ran
+        gate.set()
+    device.synchronize(LIMIT)
+    assert ran != [threading.get_ident()]
+    device.close(LIMIT)
+
+
+def test_failures_on_a_lent_device_go_with_its_events_and_an_interrupt_ends_the_work_at_once():
+    device = HostDevice(0)
+
+    def fail() -> None:
+        raise ArithmeticError("work failed")
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with device.lend():
+        device.compute.enqueue(fail)
+        assert isinstance(device.compute.record().error, ArithmeticError)
+        device.recover()
+        with pytest.raises(KeyboardInterrupt):
+            device.compute.enqueue(interrupt)
+    device.recover()
+    ran: list[int] = []
+    device.compute.enqueue(lambda: ran.append(1))
+    device.synchronize(LIMIT)
+    assert ran == [1]
+    device.close(LIMIT)

@@ -1,0 +1,52 @@
+"""Pools of OpenMP threads end with their use."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastdp
+from fastdp.shard import CORES
+
+SCRIPT = """
+import os, threading, torch
+from fastdp.program.torch_threads import end_pool, replicas_run
+
+def helpers():
+    return len(os.listdir("/proc/self/task")) - threading.active_count() - idle
+
+torch.set_num_threads(2)
+idle = 0
+idle = helpers()
+x = torch.randn(512, 512)
+x @ x
+print(helpers())
+end_pool()
+print(helpers())
+torch.relu(torch.randn(1 << 20)); x @ x
+with replicas_run(1):
+    print(helpers())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or CORES < 2, reason="counts threads of Linux, on 2 cores")
+def test_a_pool_ends_when_it_is_told_and_while_replicas_run():
+    said = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=True)
+    assert said.stdout.split() == ["1", "0", "0"]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_training_does_not_depend_on_the_modes_of_the_calling_thread(mode, gpus):
+    fastdp.set_virtual_devices(2)
+    module = torch.nn.Linear(3, 1)
+    before = module.weight.detach().clone()
+    step = fastdp.wrap(module, gpus=gpus).train_step(torch.nn.functional.mse_loss, lambda p: torch.optim.SGD(p, 0.1))
+    x, y = torch.randn(4, 3), torch.randn(4, 1)
+    with mode():
+        step(x, y)
+    assert not torch.equal(module.weight, before)
+    fastdp.set_virtual_devices(0)
