@@ -51,9 +51,7 @@ class HostCommunicator:
         Raises:
             TypeError: a dtype that is stored but cannot be added here (float8).
         """
-        for dtype in {bucket.dtype for bucket in buckets}:
-            if dtype != "bfloat16" and storage_dtype(dtype).name != dtype:
-                raise TypeError(f"Gradients of dtype {dtype} cannot be all-reduced. Use float32, bfloat16 or float16.")
+        refuse_unknown(buckets)
         parts = len(self._devices)
 
         def reduce(rank: int) -> None:
@@ -64,12 +62,51 @@ class HostCommunicator:
                     span = slice(bucket.start, bucket.stop)
                     ins = [source.buffers[bucket.dtype][span] for source in sources]
                     outs = [target.buffers[bucket.dtype][span] for target in targets]
-                    _reduce_part(ins, outs, bucket.dtype, rank, parts)
+                    part = split_range(bucket.stop - bucket.start, parts, GRAIN)[rank]
+                    _reduce_span(ins, outs, bucket.dtype, *part)
 
         # Of every bucket, not of the longest: rounded up to grains, a longer one may have fewer parts.
         pieces = [split_range(bucket.stop - bucket.start, parts, GRAIN) for bucket in buckets]
         busy = max((sum(start < stop for start, stop in piece) for piece in pieces), default=0)
         self._in_order(range(max(1, busy)), reduce)
+
+    def reduce_scatter(
+        self,
+        sources: Sequence[FlatBuffers],
+        targets: Sequence[FlatBuffers],
+        buckets: Sequence[Bucket],
+        once: Callable[[], object] | None = None,
+    ) -> None:
+        """Sum the given buckets of `sources` into `targets`, in each its own rank's part alone (`Bucket.part`).
+
+        What lies outside its own part is undefined afterwards. Arguments, errors, order and bits as in `all_reduce`.
+        """
+        refuse_unknown(buckets)
+        ranks = len(self._devices)
+
+        def reduce(rank: int) -> None:
+            if once is not None and rank == 0:
+                once()
+            with np.errstate(over="ignore", invalid="ignore"):
+                for bucket in buckets:
+                    part = bucket.part(rank, ranks)
+                    ins = [source.buffers[bucket.dtype][part.start : part.stop] for source in sources]
+                    outs = [targets[rank].buffers[bucket.dtype][part.start : part.stop]]
+                    _reduce_span(ins, outs, bucket.dtype, 0, part.stop - part.start)
+
+        self._in_order(range(ranks), reduce)
+
+    def all_gather(self, buffers: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
+        """Copy each rank's own part of the given buckets (`Bucket.part`) from its buffers to all others'. Any dtype."""
+        ranks = len(self._devices)
+
+        def pull(rank: int) -> None:
+            for bucket in buckets:
+                for peer in (*range(rank + 1, ranks), *range(rank)):
+                    buffers[rank].copy_part(buffers[peer], bucket.part(peer, ranks))
+
+        if ranks > 1:
+            self._in_order(range(ranks), pull)
 
     def broadcast(self, buffers: Sequence[FlatBuffers]) -> None:
         """Copy the first device's buffers to all others; each device pulls its own.
@@ -111,11 +148,17 @@ class HostCommunicator:
             device.compute.wait(done)
 
 
-def _reduce_part(
-    sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], dtype: str, part: int, parts: int
+def refuse_unknown(buckets: Sequence[Bucket]) -> None:
+    """Raise TypeError for a dtype that is stored as bytes and cannot be added up (float8)."""
+    for dtype in {bucket.dtype for bucket in buckets}:
+        if dtype != "bfloat16" and storage_dtype(dtype).name != dtype:
+            raise TypeError(f"Gradients of dtype {dtype} cannot be all-reduced. Use float32, bfloat16 or float16.")
+
+
+def _reduce_span(
+    sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], dtype: str, start: int, stop: int
 ) -> None:
-    """Sum part `part` of `parts` of the sources, in rank order, into all targets."""
-    start, stop = split_range(len(targets[0]), parts, GRAIN)[part]
+    """Sum elements [start, stop) of the sources, in rank order, into all targets."""
     for low in range(start, stop, TILE):
         tile = slice(low, min(low + TILE, stop))
         if len(sources) == 1:
@@ -138,7 +181,7 @@ def sum_in_order(values: Sequence[np.ndarray], dtype: str) -> np.ndarray:
     """The sum of equally long vectors in their order, as the all-reduce computes it."""
     total = np.empty_like(values[0])
     with np.errstate(over="ignore", invalid="ignore"):
-        _reduce_part(values, [total], dtype, 0, 1)
+        _reduce_span(values, [total], dtype, 0, len(total))
     return total
 
 

@@ -371,6 +371,7 @@ def build(sim: Simulation) -> dict[str, ModuleType]:
     driver.CUDADriverError = CUDADriverError
     nccl.available, nccl.NcclError, nccl.NcclCommunicator = True, NcclError, make_communicator(sim)
     nccl.get_version = lambda: 22907
+    nccl.get_unique_id = lambda: (sim.handle(),)
     nccl.groupStart, nccl.groupEnd = lambda: group_start(sim), lambda: group_end(sim)
     cuda.runtime, cuda.driver, cuda.nccl = runtime, driver, nccl
     cuda.MemoryPointer, cuda.UnownedMemory, cuda.Device = MemoryPointer, UnownedMemory, Device

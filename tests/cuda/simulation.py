@@ -218,6 +218,8 @@ class Simulation:
         self.modules: dict[int, tuple[int, bytes]] = {}
         self.functions: dict[int, tuple[int, str]] = {}
         self.comms: list = []
+        self.cliques: dict = {}  # of ranks that are made one by one, by their unique id
+        self.ranks_on_a_card = 1  # that NCCL takes
         self.groups: Counter[int] = Counter()  # open ones, by thread
         self.kernel_ranks: dict = {}
         self.captures: list[Capture] = []

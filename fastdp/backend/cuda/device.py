@@ -89,7 +89,7 @@ class CudaDevice(QueueDevice):
         if array.nbytes:
             with runtime.on(self.ordinal):
                 runtime.fill_async(runtime.array_pointer(array), 0, array.nbytes, self._host_stream)
-                self._wait_for_host_stream()
+                self._wait_for(self._host_stream)
         return array
 
     def copy(self, target: Any, source: Any) -> None:
@@ -101,16 +101,12 @@ class CudaDevice(QueueDevice):
         if not target.nbytes:
             return
         if not runtime.is_array(source):
-            pinned = self.pinned.empty(target.shape, target.dtype)
-            pinned[...] = source
-            self._copy_now(runtime.array_pointer(target), pinned.ctypes.data, target.nbytes)
+            self._fill(target, source, self._handle_here())
             return
-        stream = current_stream()
         with runtime.on(self.ordinal):
-            handle = self._host_stream if stream is None else stream.handle
-            self.copy_rows(target, source, handle)
-            if stream is None:
-                self._wait_for_host_stream()
+            self.copy_rows(target, source, self._handle_here())
+            if current_stream() is None:
+                self._wait_for(self._host_stream)
 
     def copy_rows(self, target: Any, source: Any, stream: int) -> None:
         """Enqueue a copy from one GPU's array to another's on a stream."""
@@ -123,10 +119,7 @@ class CudaDevice(QueueDevice):
 
     def to_host(self, array: Any) -> np.ndarray:
         """A host array of the present values; waits for the copy, and for nothing else."""
-        pinned = self.pinned.empty(array.shape, array.dtype)
-        if array.nbytes:
-            self._copy_now(pinned.ctypes.data, runtime.array_pointer(array), array.nbytes)
-        return np.array(pinned)
+        return self._fetch(array, self._handle_here()) if array.nbytes else np.empty(array.shape, array.dtype)
 
     def wrap(self, pointer: int, shape: tuple[int, ...], dtype: np.dtype, owner: object) -> Any:
         """A cupy.ndarray over memory of another library's on this GPU, which `owner` keeps alive. C-contiguous."""
@@ -218,34 +211,36 @@ class CudaDevice(QueueDevice):
 
     def read(self, array: Any, stream: QueueStream) -> np.ndarray:
         """The array's values in the order of a stream of this device, whatever thread asks; waits for them."""
-        pinned = self.pinned.empty(array.shape, array.dtype)
         assert isinstance(stream, CudaStream)
-        with runtime.on(self.ordinal):
-            if array.nbytes:
-                runtime.copy_async(pinned.ctypes.data, runtime.array_pointer(array), array.nbytes, stream.handle)
-            self._wait_for(stream.handle)
-        return np.array(pinned)
+        return self._fetch(array, stream.handle)
 
     def write(self, array: Any, values: np.ndarray, stream: QueueStream) -> None:
         """Overwrite the array in the order of a stream of this device; waits until it is done."""
+        assert isinstance(stream, CudaStream)
+        self._fill(array, values, stream.handle)
+
+    def _fetch(self, array: Any, handle: int) -> np.ndarray:
+        pinned = self.pinned.empty(array.shape, array.dtype)
+        self._copy_now(pinned.ctypes.data, runtime.array_pointer(array) if array.nbytes else 0, array.nbytes, handle)
+        return np.array(pinned)
+
+    def _fill(self, array: Any, values: Any, handle: int) -> None:
         pinned = self.pinned.empty(array.shape, array.dtype)
         pinned[...] = values
-        assert isinstance(stream, CudaStream)
-        with runtime.on(self.ordinal):
-            if array.nbytes:
-                runtime.copy_async(runtime.array_pointer(array), pinned.ctypes.data, array.nbytes, stream.handle)
-            self._wait_for(stream.handle)
+        self._copy_now(runtime.array_pointer(array) if array.nbytes else 0, pinned.ctypes.data, array.nbytes, handle)
 
-    def _copy_now(self, target: int, source: int, nbytes: int) -> None:
+    def _copy_now(self, target: int, source: int, nbytes: int, handle: int) -> None:
+        """Copy in the order of a CUDA stream, and wait for it; of no bytes, wait for what the stream has."""
         with runtime.on(self.ordinal):
-            stream = current_stream()
-            # Behind what this worker has enqueued: it is asked for in the middle of that work.
-            handle = self._host_stream if stream is None else stream.handle
-            runtime.copy_async(target, source, nbytes, handle)
+            if nbytes:
+                runtime.copy_async(target, source, nbytes, handle)
             self._wait_for(handle)
 
-    def _wait_for_host_stream(self) -> None:
-        self._wait_for(self._host_stream)
+    def _handle_here(self) -> int:
+        """The stream whose work this thread issues: behind it lies what is asked for in the middle of it. Elsewhere
+        the host's own stream."""
+        stream = current_stream()
+        return self._host_stream if stream is None else stream.handle
 
     def _wait_for(self, handle: int) -> None:
         """Block until all work of a CUDA stream is done, with the device's time limit."""
