@@ -17,10 +17,10 @@ from fastdp.device import resolve
 from fastdp.errors import DeviceTimeoutError
 from fastdp.held import HeldGradients
 from fastdp.program.base import Context, Memory, Program, Result
-from fastdp.replica import Replica
+from fastdp.replica import Replica, assert_equal
 from fastdp.shard import CORES, split_rows
 from fastdp.step import Step, StepResult, add_up, commit, run_replica, step_error
-from fastdp.step_scope import StepScope
+from fastdp.step_scope import StepScope, meanwhile, one_step_at_a_time
 from fastdp.timing import Timings, Watch
 from fastdp.transfer import Merger, count_rows, scatter
 
@@ -97,7 +97,13 @@ class DataParallel:
     # The two steps.
 
     def train(
-        self, batch: Sequence[np.ndarray], *, structure: object = None, wants_outputs: bool = True, reduce: bool = True
+        self,
+        batch: Sequence[np.ndarray],
+        *,
+        structure: object = None,
+        wants_outputs: bool = True,
+        reduce: bool = True,
+        while_running: Callable[[], object] | None = None,
     ) -> StepResult:
         """One training step on a global batch: all replicas end with the same new weights.
 
@@ -107,6 +113,9 @@ class DataParallel:
             wants_outputs: merge the replicas' outputs too.
             reduce: False leaves the gradients on the replicas, for the next step that reduces: gradient
                 accumulation. Loss terms and moments are added up, and the program's `update` runs, in any case.
+            while_running: called on this thread when all work of the step is enqueued, before it is waited for: to
+                fetch the next batch, and to `stage` it. What it raises ends the step, whose update then may or may
+                not happen.
 
         Raises:
             ReplicaError: a replica failed (also an instance of what it failed with). No weight changed.
@@ -118,7 +127,36 @@ class DataParallel:
             self._run(step, Replica.train)
             self._reduce(step)
             self._update(step)
+            if while_running is not None:
+                meanwhile(step, while_running, lambda: self._merge(step))
             return self._merge(step)
+
+    def stage(self, batch: Sequence[np.ndarray]) -> bool:
+        """Begin to copy the rows of the batch that comes next to the devices, while the present step runs.
+
+        Args:
+            batch: the very arrays that the next `train` or `predict` gets, unchanged from now until it is over.
+
+        On GPUs rows go through the device's pinned buffer, on its copy stream, beside the computation. Another step may
+        come first; of two batches that are staged the second counts. A step that fails forgets it.
+
+        Returns:
+            Whether all rows are on their way. Without memory for them yet, as for the first batches of a size, they
+            are copied when their step begins. Virtual devices in host memory need no copies.
+
+        Raises:
+            ValueError: arrays without rows, or of unequal length.
+        """
+        shards = split_rows(count_rows(batch), len(self.replicas))
+        with one_step_at_a_time:
+            staged = [device.stage_rows(batch, rows) for device, rows in zip(self.devices, shards, strict=False)]
+        return all(staged)
+
+    def forget_staged(self) -> None:
+        """The batch that was staged is not going to come."""
+        with one_step_at_a_time:
+            for device in self.devices:
+                device.forget_staged()
 
     def predict(self, batch: Sequence[np.ndarray], *, structure: object = None) -> StepResult:
         """Forward only, on a global batch. Arguments, result and errors as in `train`."""
@@ -187,6 +225,8 @@ class DataParallel:
 
     def _merge(self, step: Step) -> StepResult:
         """Wait for the replicas; outputs are together in row order."""
+        if step.over:
+            return step.kept()
         self._finish(step)
         step.watch.finished = time.perf_counter()
         trains = step.totals is not None
@@ -248,14 +288,8 @@ class DataParallel:
         Raises:
             RuntimeError: a replica's variables or slots differ; the message names the device.
         """
-        first = self.replicas[0].memory
-        for replica in self.replicas[1:]:
-            for what in ("variables", "slots") if self.update == "each" else ("variables",):
-                if not getattr(first, what).equals(getattr(replica.memory, what)):
-                    raise RuntimeError(
-                        f"The {what} on {replica.device.name} differ from those on {self.devices[0].name} "
-                        f"after step {self.steps}. This is a bug in fastdp or in the program's update."
-                    )
+        what = ("variables", "slots") if self.update == "each" else ("variables",)
+        assert_equal(self.replicas, what, self.steps)
 
     def refresh(self) -> None:
         """Copy the first replica's variables and slots to all others. Enqueued, not waited for."""

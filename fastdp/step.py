@@ -50,6 +50,18 @@ class Step:
     updates_done: list[int] = field(default_factory=list)
     updating: list[Replica] = field(default_factory=list)
     reduces: bool = True
+    # Of a step that ended while its thread did something else: see step_scope.meanwhile.
+    scope: Any = None
+    over: bool = False
+    outcome: StepResult | None = None
+    error: BaseException | None = None
+
+    def kept(self) -> StepResult:
+        """What came of a step that is over; raises what it failed with."""
+        if self.error is not None:
+            raise self.error
+        assert self.outcome is not None
+        return self.outcome
 
 
 def run_replica(

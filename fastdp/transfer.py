@@ -25,6 +25,9 @@ class Carrier(Protocol):
     def take_rows(self, batch: Sequence[Any], rows: Rows) -> list[Any]:
         """The device's rows of every array, ordered before what its compute stream gets later."""
 
+    def stage_rows(self, batch: Sequence[Any], rows: Rows) -> bool:
+        """Begin to bring the rows of the batch that comes next; False where they have to wait for their step."""
+
     def merged(self, shape: tuple[int, ...], dtype: np.dtype, *, on_host: bool) -> Any:
         """Room for a merged output, in host memory or the device's own."""
 

@@ -55,6 +55,13 @@ class HostDevice(QueueDevice):
         """This device's rows of every array: views, no copies; valid as long as the batch is."""
         return [array[rows.start : rows.stop] for array in batch]
 
+    def stage_rows(self, batch: Sequence[np.ndarray], rows: Rows) -> bool:
+        """Nothing is to be copied beforehand: rows are views."""
+        return True
+
+    def forget_staged(self) -> None:
+        """Nothing is staged."""
+
     def merged(self, shape: tuple[int, ...], dtype: np.dtype, *, on_host: bool) -> np.ndarray:
         """Room for a merged output, the caller's to keep. All memory is the host's."""
         return np.empty(shape, dtype)

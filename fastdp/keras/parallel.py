@@ -41,6 +41,11 @@ class ParallelModel(TemplateView):
         update: where the optimizer is applied, "first" or "each"; see `fastdp.wrap`.
         timeout: seconds that one step may take.
         check_replicas: verify after each step that replicas are bitwise equal.
+
+    Attributes:
+        fetch_ahead: `fit` fetches the next batch of an epoch, and sends its rows to the devices, while a step runs.
+            True on GPUs. Set it to False for a data set that reads the model's weights itself: in the middle
+            of a step it may find old ones or new ones.
     """
 
     def __init__(
@@ -84,6 +89,8 @@ class ParallelModel(TemplateView):
             },
         )
         self._fitting = threading.RLock()
+        self._begins_fit = False
+        self.fetch_ahead = any(getattr(device, "on_gpu", False) for device in devices)
         self._small_work = SmallWorkWarning()
         self._call_has_training_arg = True
         self._compute_loss_has_training_arg = True
@@ -168,6 +175,7 @@ class ParallelModel(TemplateView):
             )
         try:
             arguments = arguments_by_name(keras.Model.fit, args, kwargs)
+            self._begins_fit = True
             history = super().fit(**stream_fit(arguments))
             self._steps.settle()
             if arguments.get("verbose") == 2:
@@ -175,6 +183,8 @@ class ParallelModel(TemplateView):
             self._small_work.check(self._steps.made_engine, stacklevel=3)
             return history
         finally:
+            self._begins_fit = False
+            self._steps.end_following()
             self._fitting.release()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
@@ -221,6 +231,10 @@ class ParallelModel(TemplateView):
             arrays, structure = flatten_batch(unpack(data_batch))
             count_rows(arrays, structure.names)
         super()._symbolic_build(iterator, data_batch)
+        if self._begins_fit:
+            self._begins_fit = False
+            if self.fetch_ahead and iterator is not None:
+                self._steps.follow(iterator)
 
     def make_train_function(self, force: bool = False) -> Callable[..., Any]:
         """The function that Keras's `fit` calls for each batch."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -11,17 +10,13 @@ from typing import Any
 import numpy as np
 
 from fastdp.backend.cuda import runtime
+from fastdp.backend.cuda.feed import Feed
 from fastdp.backend.cuda.launcher import kernels
-from fastdp.backend.cuda.memory import Arena, PinnedPool, StagingRing
+from fastdp.backend.cuda.memory import Arena, PinnedPool
 from fastdp.backend.cuda.streams import FIRST_PAUSE, LAST_PAUSE, CudaStream, current_stream
 from fastdp.backend.queue import QueueDevice, QueueStream
 from fastdp.errors import DeviceTimeoutError
 from fastdp.shard import Rows
-
-# Where arrays begin in a staging buffer: what the widest loads of the kernels like.
-ALIGNMENT = 256
-# Two: the rows of a step may be copied in while the step before still computes.
-BATCHES_IN_FLIGHT = 2
 
 
 class CudaDevice(QueueDevice):
@@ -54,9 +49,7 @@ class CudaDevice(QueueDevice):
         self.arena = Arena(ordinal)
         self.pinned = PinnedPool()
         self.kernels = kernels(ordinal)
-        self._staging = StagingRing(slots=BATCHES_IN_FLIGHT, timeout=timeout)
-        self._batches: list[Any] = [None] * BATCHES_IN_FLIGHT
-        self._turn = 0
+        self._feed = Feed(self, timeout)
         self._host_stream = runtime.stream_create(ordinal)
 
     def close(self, timeout: float = 60.0) -> None:
@@ -65,8 +58,7 @@ class CudaDevice(QueueDevice):
         handle, self._host_stream = self._host_stream, 0
         if not handle:
             return
-        self._staging.close()
-        self._batches = [None] * BATCHES_IN_FLIGHT
+        self._feed.close()
         self.arena.trim()
         self.pinned.close()
         runtime.stream_destroy(handle)
@@ -133,58 +125,20 @@ class CudaDevice(QueueDevice):
         Rows of host arrays go through one pinned buffer and one copy on the GPU's own copy stream; those of
         arrays on a GPU are copied over the link. Valid until the step after the next.
         """
-        parts = [array[rows.start : rows.stop] for array in batch]
-        sizes = [-(-part.nbytes // ALIGNMENT) * ALIGNMENT for part in parts]
-        block = self._batch_memory(sum(sizes))
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        base = runtime.array_pointer(block)
-        taken = [
-            runtime.array(base + start, part.shape, part.dtype, self.ordinal, block)
-            for start, part in zip(starts, parts, strict=True)
-        ]
-        before = self.compute.record()  # an earlier step may still read what this one overwrites
-        self.copy_in.wait(before)
-        self.copy_in.enqueue(lambda: self._copy_in(taken, parts, starts, sum(sizes)))
-        arrived = self.copy_in.record()
-        self.compute.wait(arrived)
-        return taken
+        return self._feed.take(batch, rows)
 
-    def _copy_in(self, taken: Sequence[Any], parts: Sequence[Any], starts: Sequence[int], nbytes: int) -> None:
-        """Stage the host rows and enqueue the copies. On the worker, as work of the copy stream."""
-        stream = self.copy_in
-        assert isinstance(stream, CudaStream)
-        host = [i for i, part in enumerate(parts) if part.nbytes and not runtime.is_array(part)]
-        if host:
-            staged = self._staging.take(nbytes)
-            for i in host:
-                room = staged[starts[i] : starts[i] + parts[i].nbytes]
-                np.copyto(room.view(parts[i].dtype).reshape(parts[i].shape), parts[i])
-            # One copy where all rows come from the host; the gaps between arrays go along.
-            if len(host) == len([part for part in parts if part.nbytes]):
-                first, last = host[0], host[-1]
-                length = starts[last] + parts[last].nbytes - starts[first]
-                source = staged.ctypes.data + starts[first]
-                runtime.copy_async(runtime.array_pointer(taken[first]), source, length, stream.handle)
-            else:
-                for i in host:
-                    source = staged.ctypes.data + starts[i]
-                    runtime.copy_async(runtime.array_pointer(taken[i]), source, parts[i].nbytes, stream.handle)
-            event = stream._event()
-            stream._mark(event)
-            event.complete()
-            self._staging.release(event)
-        for target, part in zip(taken, parts, strict=True):
-            if part.nbytes and runtime.is_array(part):
-                self.copy_rows(target, part, stream.handle)
+    def stage_rows(self, batch: Sequence[Any], rows: Rows) -> bool:
+        """Begin to copy the rows that the next `take_rows` of the same arrays asks for; False without room for them."""
+        return self._feed.stage(batch, rows)
 
-    def _batch_memory(self, nbytes: int) -> Any:
-        """The device memory of the next batch: grown where it is too small, the two in turn."""
-        self._turn = (self._turn + 1) % BATCHES_IN_FLIGHT
-        block = self._batches[self._turn]
-        if block is None or block.nbytes < nbytes:
-            room = 1 << max(12, math.ceil(math.log2(max(1, nbytes))))
-            block = self._batches[self._turn] = self.empty((room,), np.dtype(np.uint8))
-        return block
+    def forget_staged(self) -> None:
+        """Nobody will take the rows that are staged."""
+        self._feed.forget()
+
+    def recover(self) -> None:
+        """Forget failures on all streams, and staged rows, which a failure may have kept from coming."""
+        super().recover()
+        self._feed.recover()
 
     def merged(self, shape: tuple[int, ...], dtype: np.dtype, *, on_host: bool) -> Any:
         """Room for a merged output, the caller's to keep: pinned host memory, or this GPU's."""

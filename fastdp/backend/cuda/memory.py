@@ -127,7 +127,7 @@ class StagingRing:
     Attributes:
         allocations: how many times memory was asked of CUDA; constant once the largest batch has gone through.
 
-    One thread takes and releases, in the same order.
+    One thread at a time takes and releases, in the same order.
 
     Example:
         >>> rows = ring.take(batch.nbytes)  # doctest: +SKIP
@@ -144,6 +144,22 @@ class StagingRing:
         self._slots = [_Slot() for _ in range(slots)]
         self._turn = 0
         self._taken: deque[_Slot] = deque()
+
+    @property
+    def room(self) -> int:
+        """Bytes that any of the buffers holds without being asked of CUDA anew."""
+        return min(slot.nbytes for slot in self._slots)
+
+    def reserve(self, nbytes: int) -> None:
+        """Have all buffers hold so much, once nothing reads from them. None is taken meanwhile.
+
+        Raises:
+            fastdp.errors.DeviceTimeoutError: as for `take`.
+        """
+        for slot in self._slots:
+            if slot.nbytes < nbytes:
+                self._wait(slot)
+                self._resize(slot, nbytes)
 
     def take(self, nbytes: int) -> NDArray[np.uint8]:
         """`nbytes` of pinned memory that nothing reads any more, for the caller to fill.

@@ -104,6 +104,13 @@ class CudaStream(QueueStream):
             if event.handle:
                 runtime.stream_wait_event(self.handle, event.handle)
 
+    def mark_now(self) -> CudaEvent:
+        """An event behind what the worker has issued so far. On the worker, in the middle of this stream's work."""
+        event = self._event()
+        self._mark(event)
+        event.complete()
+        return event
+
     def _perform(self, work: Work) -> None:
         self._order()
         with _current(self), runtime.current_stream(self.ordinal, self.handle):
