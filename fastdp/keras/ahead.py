@@ -24,7 +24,7 @@ class Ahead:
         epochs: Keras's iterator over the epochs of this `fit`; its batches go through here from now on.
 
     A data set is asked for its next batch in the middle of a step, never for one beyond the epoch. What it raises then
-    is raised where Keras asks for that batch. A data set may overwrite the arrays of its last batch when it is asked
+    is raised where Keras asks for that batch. A data set may overwrite the tensors of its last batch when it is asked
     for the next: batches of a user's data set are copied as they come, those of arrays are copies already.
     """
 
@@ -69,6 +69,30 @@ class Ahead:
     def _steps_per_epoch(self) -> int | None:
         steps: int | None = self._epochs.steps_per_epoch
         return steps
+
+
+def in_host_memory(epochs: Any) -> None:
+    """Let Keras's iterator over epochs make its tensors in host memory, from where each GPU gets its own rows.
+
+    Keras would copy each batch to its own default device, the first GPU, and the engine back from there. Once for an
+    iterator: Keras keeps that of the validation data.
+    """
+    if getattr(epochs, "_fastdp_in_host_memory", False):
+        return
+    epochs._fastdp_in_host_memory = True
+    begin = epochs._get_iterator
+    epochs._get_iterator = lambda: _fetched_on_host(iter(begin()))
+
+
+def _fetched_on_host(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches, each fetched while the host is Keras's device."""
+    end = object()
+    while True:
+        with keras.device("cpu"):
+            data = next(batches, end)
+        if data is end:
+            return
+        yield data
 
 
 class _Batches:

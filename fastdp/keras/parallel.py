@@ -13,6 +13,7 @@ from keras.src.utils import io_utils
 from fastdp.backend.queue import QueueDevice
 from fastdp.device import warn_of_relocation
 from fastdp.engine import DataParallel
+from fastdp.keras.ahead import in_host_memory
 from fastdp.keras.checks import check_template
 from fastdp.keras.compile_state import borrowed, follow, follows, take_over
 from fastdp.keras.steps import Steps
@@ -231,10 +232,11 @@ class ParallelModel(TemplateView):
             arrays, structure = flatten_batch(unpack(data_batch))
             count_rows(arrays, structure.names)
         super()._symbolic_build(iterator, data_batch)
-        if self._begins_fit:
-            self._begins_fit = False
-            if self.fetch_ahead and iterator is not None:
+        if iterator is not None:
+            in_host_memory(iterator)
+            if self._begins_fit and self.fetch_ahead:
                 self._steps.follow(iterator)
+            self._begins_fit = False
 
     def make_train_function(self, force: bool = False) -> Callable[..., Any]:
         """The function that Keras's `fit` calls for each batch."""

@@ -7,8 +7,12 @@ import contextlib
 import keras
 import numpy as np
 import pytest
+import torch
+from keras.src.backend.torch.core import get_device
+from keras.src.backend.torch.trainer import TorchEpochIterator
 
 import fastdp
+from fastdp.keras.ahead import in_host_memory
 from fastdp.replica import Replica
 
 ROWS = 6
@@ -79,6 +83,25 @@ def test_the_next_batch_is_fetched_in_the_step_and_never_one_beyond_the_epoch():
     assert log.events[began:] == ["epoch 0", *epoch, "epoch 1", *epoch]
 
 
+@pytest.mark.parametrize("ahead", [True, False])
+def test_keras_puts_batches_into_host_memory_and_not_on_a_gpu_of_its_own(ahead):
+    seen, model = [], parallel(ahead)
+
+    class Looking(Data):
+        def __getitem__(self, i):
+            seen.append(str(get_device()))
+            return super().__getitem__(i)
+
+    model.fit(Looking([]), verbose=0, shuffle=False)
+    with keras.device("meta"):
+        seen.clear()
+        adapter = TorchEpochIterator(Looking([]))
+        in_host_memory(adapter)
+        (_, _, ((x, y),)) = next(iter(adapter))
+    assert set(seen) == {"cpu"}
+    assert x.device.type == y.device.type == "cpu"
+
+
 def test_without_it_the_order_is_keras_own():
     log = Log()
     parallel(ahead=False).fit(Data(log.events), verbose=0, callbacks=[log], shuffle=False)
@@ -135,18 +158,19 @@ def test_an_endless_generator_is_asked_for_as_many_batches_as_are_trained(steps)
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_data_set_may_fill_the_same_arrays_again():
+def test_a_data_set_may_fill_the_same_tensors_again():
     # Not a generator: Keras looks at a generator's first batches, all of them, before it trains on the first.
     class Filled(keras.utils.PyDataset):
         def __init__(self):
             super().__init__()
-            self._x, self._y = np.empty((ROWS, 3), "float32"), np.empty((ROWS, 2), "float32")
+            self._x, self._y = torch.empty((ROWS, 3)), torch.empty((ROWS, 2))
 
         def __len__(self):
             return 3
 
         def __getitem__(self, i):
-            self._x[...], self._y[...] = batch(i)
+            for tensor, values in zip((self._x, self._y), batch(i), strict=True):
+                tensor.copy_(torch.from_numpy(values))
             return self._x, self._y
 
     one = parallel().fit(Filled(), verbose=0, shuffle=False).history
