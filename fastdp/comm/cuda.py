@@ -7,6 +7,7 @@ for them. So the first device's communication queue goes first, and the others' 
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 import weakref
@@ -15,6 +16,7 @@ from typing import Any
 
 from fastdp.backend.cuda import runtime
 from fastdp.backend.cuda.device import CudaDevice
+from fastdp.backend.cuda.memory import defer
 from fastdp.backend.cuda.peers import PeerAccess
 from fastdp.backend.queue import joined
 from fastdp.buckets import Bucket, FlatBuffers
@@ -55,7 +57,8 @@ class CudaCommunicator:
         peers = PeerAccess(sorted(set(self._cards)), timeout) if several else None
         self._nccl = _connect(self._cards) if several else []
         if self._nccl:
-            weakref.finalize(self, _destroy, list(self._nccl)).atexit = False
+            # Destroying frees memory of the GPUs: not in the garbage collector.
+            weakref.finalize(self, defer, functools.partial(_destroy, list(self._nccl))).atexit = False
         has_kernels = peers is not None and len(devices) <= MAX_RANKS and peers.complete
         self._kernels = PeerKernels(devices) if has_kernels else None
         self._ways: dict[Bucket, str] = {}

@@ -13,6 +13,7 @@ from fastdp.backend.cuda import runtime
 from fastdp.backend.cuda.feed import Feed
 from fastdp.backend.cuda.launcher import kernels
 from fastdp.backend.cuda.memory import Arena, PinnedPool
+from fastdp.backend.cuda.outputs import OutputPool
 from fastdp.backend.cuda.streams import FIRST_PAUSE, LAST_PAUSE, CudaStream, current_stream
 from fastdp.backend.queue import QueueDevice, QueueStream
 from fastdp.errors import DeviceTimeoutError
@@ -48,6 +49,7 @@ class CudaDevice(QueueDevice):
         )
         self.arena = Arena(ordinal)
         self.pinned = PinnedPool()
+        self.outputs = OutputPool(self.arena)
         self.kernels = kernels(ordinal)
         self._feed = Feed(self, timeout)
         self._host_stream = runtime.stream_create(ordinal)
@@ -59,6 +61,7 @@ class CudaDevice(QueueDevice):
         if not handle:
             return
         self._feed.close()
+        self.outputs.close()
         self.arena.trim()
         self.pinned.close()
         runtime.stream_destroy(handle)
@@ -142,7 +145,7 @@ class CudaDevice(QueueDevice):
 
     def merged(self, shape: tuple[int, ...], dtype: np.dtype, *, on_host: bool) -> Any:
         """Room for a merged output, the caller's to keep: pinned host memory, or this GPU's."""
-        return self.pinned.empty(shape, dtype) if on_host else self.empty(shape, dtype)
+        return (self.pinned if on_host else self.outputs).empty(shape, dtype)
 
     def put_rows(self, target: Any, output: Any) -> None:
         """Enqueue the copy of a replica's output to its rows of the merged array. On the worker; both stay alive

@@ -11,7 +11,7 @@ import math
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from fastdp.backend.base import Event
 from fastdp.backend.cuda import runtime
 
-__all__ = ["Arena", "PinnedPool", "StagingRing"]
+__all__ = ["Arena", "PinnedPool", "StagingRing", "defer", "size_class"]
 
 ALIGNMENT = 512  # bytes
 PINNED_CACHE_NBYTES = 1 << 30
@@ -28,6 +28,15 @@ PINNED_CACHE_NBYTES = 1 << 30
 
 def _nbytes(shape: Sequence[int], dtype: Any) -> int:
     return math.prod(shape) * np.dtype(dtype).itemsize
+
+
+# What the garbage collector found and may not do itself: appended to in any thread.
+_deferred: deque[Callable[[], object]] = deque()
+
+
+def defer(work: Callable[[], object]) -> None:
+    """Have `work()`, which frees something on GPUs, done where memory of any GPU is next allocated or trimmed."""
+    _deferred.append(work)
 
 
 class _Block:
@@ -83,6 +92,8 @@ class Arena:
 
     def trim(self) -> None:
         """Free what no array uses any more. Waits for the device where there is such memory."""
+        while _deferred:
+            _deferred.popleft()()
         while self._dead:
             base = self._dead.popleft()
             del self._finalizers[base]
@@ -206,8 +217,8 @@ class StagingRing:
             runtime.host_free(slot.ptr)
             slot.ptr = slot.nbytes = 0
         if nbytes:
-            slot.ptr = runtime.host_alloc(_size_class(nbytes))
-            slot.nbytes = _size_class(nbytes)
+            slot.ptr = runtime.host_alloc(size_class(nbytes))
+            slot.nbytes = size_class(nbytes)
             self.allocations += 1
 
 
@@ -242,7 +253,7 @@ class PinnedPool:
         nbytes = _nbytes(shape, dtype)
         if not nbytes:
             return np.empty(shape, dtype)
-        size = _size_class(nbytes)
+        size = size_class(nbytes)
         with self._lock:  # workers of several devices ask the one that outputs are merged on
             self._collect()
             ready = self._free.get(size)
@@ -274,7 +285,7 @@ class PinnedPool:
                 kept -= size
 
 
-def _size_class(nbytes: int) -> int:
+def size_class(nbytes: int) -> int:
     """At least nbytes, at most an eighth more (or 4 KiB): sizes that differ a little share memory."""
     step = max(4096, 1 << max(0, (nbytes - 1).bit_length() - 4))
     return -(-nbytes // step) * step
