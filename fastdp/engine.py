@@ -22,7 +22,7 @@ from fastdp.shard import CORES, split_rows
 from fastdp.step import Step, StepResult, add_up, commit, run_replica, step_error
 from fastdp.step_scope import StepScope, meanwhile, one_step_at_a_time
 from fastdp.timing import Timings, Watch
-from fastdp.transfer import Merger, count_rows, scatter
+from fastdp.transfer import Merger, count_rows, scatter, stage
 
 
 class DataParallel:
@@ -90,6 +90,8 @@ class DataParallel:
         self._updated = False
         self._buckets = self.replicas[0].gradients.buckets()
         self._communicator.prepare(self._buckets)
+        for device in () if cpu_merge else self.devices:
+            device.prepare_to_merge()
         self._held = HeldGradients(self.replicas, self._communicator)
         self.timings: list[list[float]] = []
         self.times = Timings()
@@ -149,8 +151,7 @@ class DataParallel:
         """
         shards = split_rows(count_rows(batch), len(self.replicas))
         with one_step_at_a_time:
-            staged = [device.stage_rows(batch, rows) for device, rows in zip(self.devices, shards, strict=False)]
-        return all(staged)
+            return stage(batch, shards, self.devices)
 
     def forget_staged(self) -> None:
         """The batch that was staged is not going to come."""

@@ -66,6 +66,10 @@ class HostDevice(QueueDevice):
         """Room for a merged output, the caller's to keep. All memory is the host's."""
         return np.empty(shape, dtype)
 
-    def put_rows(self, target: np.ndarray, output: np.ndarray) -> None:
-        """Copy a replica's output to its rows of the merged array, at once."""
-        target[...] = output
+    def prepare_to_merge(self) -> None:
+        """Nothing is needed beforehand."""
+
+    def put_rows(self, targets: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
+        """Copy a replica's outputs to their rows of the merged arrays, at once."""
+        for target, output in zip(targets, outputs, strict=True):
+            target[...] = output

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 
 from fastdp.backend.cuda import runtime
-from fastdp.backend.cuda.feed import Feed
+from fastdp.backend.cuda.feed import Feed, Gather
 from fastdp.backend.cuda.launcher import kernels
 from fastdp.backend.cuda.memory import Arena, PinnedPool
 from fastdp.backend.cuda.outputs import OutputPool
+from fastdp.backend.cuda.peers import reaches
 from fastdp.backend.cuda.streams import FIRST_PAUSE, LAST_PAUSE, CudaStream, current_stream
 from fastdp.backend.queue import QueueDevice, QueueStream
 from fastdp.errors import DeviceTimeoutError
+from fastdp.launch import RowPiece, concat_rows
 from fastdp.shard import Rows
 
 
@@ -130,6 +132,21 @@ class CudaDevice(QueueDevice):
         """
         return self._feed.take(batch, rows)
 
+    def gather_rows(
+        self, arrays: Sequence[Any], casts: Sequence[tuple[str, float, float] | None], index: np.ndarray
+    ) -> list[Any]:
+        """Rows, by their numbers, of arrays that lie on this GPU; compute that is enqueued later waits for them.
+
+        Args:
+            arrays: C-contiguous; kept alive by who calls until the step is over.
+            casts: for each None, or (dtype, scale, offset) of the floats that are made of a uint8 one.
+            index: int64 row numbers, all in range.
+
+        Valid as long as what `take_rows` gives.
+        """
+        sources = [Gather(array, *cast) if cast else Gather(array) for array, cast in zip(arrays, casts, strict=True)]
+        return self._feed.gather(sources, index)
+
     def stage_rows(self, batch: Sequence[Any], rows: Rows) -> bool:
         """Begin to copy the rows that the next `take_rows` of the same arrays asks for; False without room for them."""
         return self._feed.stage(batch, rows)
@@ -147,13 +164,32 @@ class CudaDevice(QueueDevice):
         """Room for a merged output, the caller's to keep: pinned host memory, or this GPU's."""
         return (self.pinned if on_host else self.outputs).empty(shape, dtype)
 
-    def put_rows(self, target: Any, output: Any) -> None:
-        """Enqueue the copy of a replica's output to its rows of the merged array. On the worker; both stay alive
-        until the step is over."""
+    def prepare_to_merge(self) -> None:
+        """Have what `put_rows` to a GPU needs: CUDA may wait for the GPU when a kernel is loaded. Between steps."""
+        self.kernels.load("concat_rows")
+
+    def put_rows(self, targets: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """Enqueue the copies of a replica's outputs to their rows of the merged arrays. On the worker; all of them stay
+        alive until the step is over.
+
+        One launch copies several outputs to a GPU whose memory this one's kernels reach.
+        """
         stream = current_stream()
         assert stream is not None
-        if not target.nbytes:
-            return
+        near: list[tuple[Any, Any]] = []
+        far: list[tuple[Any, Any]] = []
+        for pair in zip(targets, outputs, strict=True):
+            if pair[0].nbytes:
+                direct = all(map(runtime.is_array, pair)) and reaches(self.ordinal, runtime.array_device(pair[0]))
+                (near if direct else far).append(pair)
+        if len(near) > 1:
+            concat_rows(self.kernels, [_piece(*pair) for pair in near], stream=stream.handle)
+            near = []
+        for target, output in near + far:
+            self._put(target, output, stream)
+
+    def _put(self, target: Any, output: Any, stream: CudaStream) -> None:
+        """Copy one output."""
         if not runtime.is_array(output):  # a function of the user's that works on the host
             if runtime.is_array(target):
                 self.write(target, output, stream)
@@ -212,3 +248,15 @@ class CudaDevice(QueueDevice):
                 pause = min(1.5 * pause, LAST_PAUSE)
         finally:
             runtime.event_destroy(event)
+
+
+def _piece(target: Any, output: Any) -> RowPiece:
+    """The copy of one output to its place."""
+    rows = output.shape[0]
+    return RowPiece(
+        source=runtime.array_pointer(output),
+        destination=runtime.array_pointer(target),
+        rows=rows,
+        row_nbytes=output.nbytes // rows,
+        destination_row=0,
+    )

@@ -367,6 +367,11 @@ def is_array(x: object) -> bool:
     return isinstance(x, cupy.ndarray)
 
 
+def pointer_device(ptr: int) -> int:
+    """The device that an address of device memory lies on."""
+    return int(cudart.pointerGetAttributes(ptr).device)
+
+
 def array_pointer(x: Any) -> int:
     """The address of a cupy.ndarray's first element."""
     return int(x.data.ptr)
