@@ -229,11 +229,12 @@ def resolve(gpus: Any, *, minimum: int = 1, caller: str = "fastdp.wrap") -> list
 
 
 def warn_of_relocation(asked: bool, devices: Sequence[Any]) -> None:
-    """Say once, where it is asked for, that `cpu_relocation` moves nothing on GPUs."""
+    """Say, where it is asked for, that `cpu_relocation` does not move weights that live on a GPU."""
     if asked and any(device.on_gpu for device in devices):
         warnings.warn(
-            "`cpu_relocation=True` has no effect on GPUs: the model's own weights live in the first GPU's memory, "
-            "where its replica trains them, and are copied to the host when they are read or saved.",
+            "`cpu_relocation=True` has no effect here: the model's own weights live in the memory of a GPU, where a "
+            "replica trains them, and are copied to the host when they are read or saved. It takes effect for a Keras "
+            "model that was not wrapped on GPUs before.",
             stacklevel=4,
         )
 

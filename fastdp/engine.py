@@ -13,12 +13,13 @@ from fastdp.backend.queue import QueueDevice, joined
 from fastdp.buckets import FlatBuffers
 from fastdp.comm.choose import communicator
 from fastdp.comm.rendezvous import Rendezvous
-from fastdp.device import resolve
+from fastdp.device import resolve, warn_of_relocation
 from fastdp.errors import DeviceTimeoutError
 from fastdp.held import HeldGradients
 from fastdp.program.base import Context, Memory, Program, Result
 from fastdp.replica import Replica, assert_equal
 from fastdp.shard import CORES, split_rows
+from fastdp.spare import Spare
 from fastdp.step import Step, StepResult, add_up, commit, run_replica, step_error
 from fastdp.step_scope import StepScope, meanwhile, one_step_at_a_time
 from fastdp.timing import Timings, Watch
@@ -38,6 +39,8 @@ class DataParallel:
             device to its own copy. The results have the same bits. None: "each" on GPUs, "first" elsewhere.
         cpu_merge: merge outputs in host memory; otherwise in that of the device `merge_device`, as its arrays.
         merge_device: place of a device in `devices`.
+        cpu_relocation: the program's own variables live in host memory, and follow after each update; on GPUs the first
+            replica then has a copy like the others. Where they live already, by an engine made before, they stay.
         check_replicas: after each update, verify that all replicas are bitwise equal (for debugging).
 
     The engine owns the replicas' memory, and, for updates that may fail, a spare copy of the first replica's
@@ -57,6 +60,7 @@ class DataParallel:
         update: str | None = None,
         cpu_merge: bool = True,
         merge_device: int = 0,
+        cpu_relocation: bool = False,
         check_replicas: bool = False,
     ) -> None:
         if not isinstance(devices, (list, tuple)) or not any(isinstance(one, QueueDevice) for one in devices):
@@ -82,11 +86,14 @@ class DataParallel:
         self._training = False
         self._cpu_merge, self._merge_device = cpu_merge, self.devices[merge_device]
         self._communicator = communicator(self.devices)
-        self._home = program.home(devices[0])
+        self._home = program.home(devices[0].host_home() if cpu_relocation else devices[0])
+        # The home is elsewhere than the first replica: in host memory, or on another card since an earlier engine.
+        self._apart = self._home.device.space != devices[0].space
+        warn_of_relocation(cpu_relocation and self._home.device.on_gpu, devices)
         self._generation = -1
         self._unsettled: Step | None = None
         self.replicas = [self._replicate(rank) for rank in range(len(devices))]
-        self._saved = [FlatBuffers(flat.specs, devices[0]) for flat in self.replicas[0].lasting]
+        self._spare = Spare(self.replicas[0])
         self._updated = False
         self._buckets = self.replicas[0].gradients.buckets()
         self._communicator.prepare(self._buckets)
@@ -199,7 +206,7 @@ class DataParallel:
             step.watch.update_began[replica.rank] = time.perf_counter()
             try:
                 if replica.rank == 0:
-                    step.restorable = self._save()
+                    step.restorable = self._spare.save(needed=not (self._updated and self.program.update_is_reliable))
                     step.updates_begun = True
                 # The other devices have nothing to do while the first updates for all.
                 replica.prepare_thread(CORES if len(step.updating) == 1 else step.threads)
@@ -219,6 +226,7 @@ class DataParallel:
             replica.device.compute.enqueue(lambda r=replica: apply(r))  # type: ignore[misc]
         if len(step.updating) < len(self.replicas):
             self._communicator.broadcast([replica.memory.variables for replica in self.replicas])
+        self._bring_home(step)
         if step.reduces:
             self._held.clear()
         else:
@@ -268,6 +276,7 @@ class DataParallel:
             for replica in self._updating:
                 replica.device.compute.enqueue(replica.fold)
             self._held.clear()
+            self._bring_home(step)
             self._home.generation += 1
             self._generation = self._home.generation
             self._finish(step)
@@ -281,7 +290,7 @@ class DataParallel:
     @property
     def spare_nbytes(self) -> int:
         """Bytes of the copy from which a failed update is taken back."""
-        return sum(saved.nbytes for saved in self._saved)
+        return self._spare.nbytes
 
     def assert_replicas_equal(self) -> None:
         """Compare all replicas with the first, bit by bit.
@@ -293,23 +302,36 @@ class DataParallel:
         assert_equal(self.replicas, what, self.steps)
 
     def refresh(self) -> None:
-        """Copy the first replica's variables and slots to all others. Enqueued, not waited for."""
+        """Copy the home's variables and the first replica's slots to all others. Enqueued, not waited for."""
+        if self._apart:
+            first = self.replicas[0].memory.variables
+            self._communicator.once(lambda: first.copy_from(self._home.variables))
         self._communicator.broadcast([replica.memory.variables for replica in self.replicas])
         if self.update == "each":
             self._communicator.broadcast([replica.memory.slots for replica in self.replicas])
         self.program.committed()
         self._generation = self._home.generation
 
+    def _bring_home(self, step: Step) -> None:
+        """Let a home elsewhere have the first replica's variables, when all replicas have made the update."""
+
+        def copy() -> None:
+            self._home.variables.copy_from(self.replicas[0].memory.variables)
+            step.came_home = True
+
+        if self._apart:
+            self._communicator.once(copy)
+
     def _replicate(self, rank: int) -> Replica:
         """Make the replica of one device; the first lives in the program's home."""
         device, program = self.devices[rank], self.program
         gradients = FlatBuffers(program.gradients, device)
-        if rank == 0:
-            memory = Memory(self._home.variables, program.home_slots(device), gradients)
-        else:
-            variables = FlatBuffers(self._home.variables.specs, device)
-            slots = FlatBuffers(program.slots if self.update == "each" else [], device)
-            memory = Memory(variables, slots, gradients)
+        first = rank == 0
+        home = self._home.variables
+        variables = home if first and not self._apart else FlatBuffers(home.specs, device)
+        own = program.slots if self.update == "each" else []
+        slots = program.home_slots(device) if first else FlatBuffers(own, device)
+        memory = Memory(variables, slots, gradients)
         return Replica(program, device, rank, memory)
 
     # Around a step.
@@ -343,21 +365,6 @@ class DataParallel:
             raise step_error(step.failures or failed, step, self.devices)
         self._communicator.check()
 
-    def _save(self) -> bool:
-        """Keep the first replica's variables and slots as they are before an update; False if not needed.
-
-        An update that runs none of the user's code and has succeeded before is relied on, and saves a copy of all
-        variables and slots.
-        """
-        if self._updated and self.program.update_is_reliable:
-            self._saved = []
-            return False
-        if not self._saved:  # given up before; the program has changed its mind
-            self._saved = [FlatBuffers(flat.specs, self.devices[0]) for flat in self.replicas[0].lasting]
-        for saved, flat in zip(self._saved, self.replicas[0].lasting, strict=True):
-            saved.copy_from(flat)
-        return True
-
     def _settle(self) -> None:
         """Wait for what a failed or abandoned step left on the devices; take back an update that not all made."""
         for device in self.devices:
@@ -365,10 +372,10 @@ class DataParallel:
         for device in self.devices:
             device.recover()
         step, self._unsettled = self._unsettled, None
-        if step is None or not step.updates_begun or len(step.updates_done) == len(step.updating):
-            return
         # Another generation: another engine has gone on from what there was.
-        if step.restorable and self._home.generation == step.generation:
-            for replica in self.replicas:
-                for saved, flat in zip(self._saved, replica.lasting, strict=True):
-                    flat.copy_from(saved)
+        if step is None or not step.updates_begun or self._home.generation != step.generation:
+            return
+        if step.restorable and len(step.updates_done) < len(step.updating):
+            self._spare.restore(self.replicas)
+        elif self._apart and not step.came_home:  # all go on from the first
+            self._home.variables.copy_from(self.replicas[0].memory.variables)

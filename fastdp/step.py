@@ -50,6 +50,7 @@ class Step:
     updates_done: list[int] = field(default_factory=list)
     updating: list[Replica] = field(default_factory=list)
     reduces: bool = True
+    came_home: bool = False  # the new variables, where the program's own lie elsewhere than a replica's
     # Of a step that ended while its thread did something else: see step_scope.meanwhile.
     scope: Any = None
     over: bool = False

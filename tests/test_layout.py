@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("program/keras", "program/capture"),
     ("replica.py",),
     ("held.py",),
+    ("spare.py",),
     ("step.py",),
     ("step_scope.py",),
     ("engine.py",),

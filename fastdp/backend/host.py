@@ -49,6 +49,10 @@ class HostDevice(QueueDevice):
         """The array itself: it is in host memory."""
         return array
 
+    def host_home(self) -> HostDevice:
+        """Itself: its memory is the host's."""
+        return self
+
     # A batch in, outputs out.
 
     def take_rows(self, batch: Sequence[np.ndarray], rows: Rows) -> list[np.ndarray]:

@@ -11,7 +11,6 @@ import keras
 from keras.src.utils import io_utils
 
 from fastdp.backend.queue import QueueDevice
-from fastdp.device import warn_of_relocation
 from fastdp.engine import DataParallel
 from fastdp.keras.ahead import in_host_memory
 from fastdp.keras.checks import check_template
@@ -70,7 +69,6 @@ class ParallelModel(TemplateView):
         self.devices = list(devices)
         self.cpu_merge = cpu_merge
         self.cpu_relocation = cpu_relocation
-        warn_of_relocation(cpu_relocation, devices)
         if compile not in MODES:
             raise ValueError(f"`compile` must be one of {MODES}. Received: compile={compile!r}")
         self._wrapped_mode = compile
@@ -86,6 +84,7 @@ class ParallelModel(TemplateView):
                 "timeout": timeout,
                 "check_replicas": check_replicas,
                 "cpu_merge": cpu_merge,
+                "cpu_relocation": cpu_relocation,
                 "merge_device": merge_device,
             },
         )

@@ -11,6 +11,7 @@ import numpy as np
 
 from fastdp.backend.cuda import runtime
 from fastdp.backend.cuda.feed import Feed, Gather
+from fastdp.backend.cuda.host_home import HostHome
 from fastdp.backend.cuda.launcher import kernels
 from fastdp.backend.cuda.memory import Arena, PinnedPool
 from fastdp.backend.cuda.outputs import OutputPool
@@ -117,6 +118,15 @@ class CudaDevice(QueueDevice):
     def to_host(self, array: Any) -> np.ndarray:
         """A host array of the present values; waits for the copy, and for nothing else."""
         return self._fetch(array, self._handle_here()) if array.nbytes else np.empty(array.shape, array.dtype)
+
+    def fetch(self, target: np.ndarray, source: Any) -> None:
+        """Copy one of this GPU's arrays into pinned memory, in the order of the stream whose work it is; waits."""
+        if target.nbytes:
+            self._copy_now(target.ctypes.data, runtime.array_pointer(source), target.nbytes, self._handle_here())
+
+    def host_home(self) -> HostHome:
+        """Host memory for a model's own weights, which this GPU copies to and from."""
+        return HostHome(self)
 
     def wrap(self, pointer: int, shape: tuple[int, ...], dtype: np.dtype, owner: object) -> Any:
         """A cupy.ndarray over memory of another library's on this GPU, which `owner` keeps alive. C-contiguous."""
