@@ -49,11 +49,15 @@ class ArraySpec:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Elements `[start, stop)` of the flat buffer of `dtype`, reduced by one collective."""
+    """Elements `[start, stop)` of the flat buffer of `dtype`, reduced by one collective.
+
+    `arrays` are the numbers of the arrays that lie there: the bucket is complete when they all have their values.
+    """
 
     dtype: str
     start: int
     stop: int
+    arrays: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -136,11 +140,16 @@ class FlatBuffers:
         return self._device.to_host(self.buffers[dtype]).view(np.uint8)
 
     def buckets(self, first: int = FIRST_BUCKET_NBYTES, cap: int = BUCKET_NBYTES) -> list[Bucket]:
-        """The flat buffers cut into buckets at array borders, in the order of the specs."""
+        """The flat buffers cut into buckets at array borders, in the order in which backward completes them.
+
+        Backward comes to the last arrays first: so the first bucket of a dtype, the small one, has its last arrays.
+        """
         plan = []
         for dtype, buffer in self.buffers.items():
-            spans = [s for s, spec in zip(self._spans, self.specs, strict=True) if spec.dtype == dtype]
-            starts = [start for start, _ in spans] + [buffer.size]
+            numbers = [number for number, spec in enumerate(self.specs) if spec.dtype == dtype]
+            starts = [self._spans[number][0] for number in numbers] + [buffer.size]
             sizes = [(b - a) * buffer.itemsize for a, b in itertools.pairwise(starts)]
-            plan += [Bucket(dtype, starts[a], starts[b]) for a, b in plan_buckets(sizes, first, cap)]
-        return plan
+            for begin, end in plan_buckets(sizes[::-1], first, cap):
+                low, high = len(sizes) - end, len(sizes) - begin
+                plan.append(Bucket(dtype, starts[low], starts[high], tuple(numbers[low:high])))
+        return sorted(plan, key=lambda bucket: -bucket.arrays[0])

@@ -5,18 +5,20 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from fastdp.backend.queue import QueueDevice, joined
+from fastdp.backend.queue import joined
 from fastdp.buckets import FlatBuffers
 from fastdp.comm.choose import communicator
 from fastdp.comm.rendezvous import Rendezvous
-from fastdp.device import resolve, warn_of_relocation
+from fastdp.device import devices_of_engine
 from fastdp.errors import DeviceTimeoutError
 from fastdp.held import HeldGradients
 from fastdp.program.base import Context, Memory, Program, Result
+from fastdp.relocation import Residence
 from fastdp.replica import Replica, assert_equal
 from fastdp.shard import CORES, split_rows
 from fastdp.spare import Spare
@@ -24,6 +26,9 @@ from fastdp.step import Step, StepResult, add_up, commit, run_replica, step_erro
 from fastdp.step_scope import StepScope, meanwhile, one_step_at_a_time
 from fastdp.timing import Timings, Watch
 from fastdp.transfer import Merger, count_rows, scatter, stage
+
+# After so many steps of a batch's shape, a GPU's steps allocate nothing any more. Of so many shapes it is known.
+WARM_STEPS, MOST_SHAPES = 2, 256
 
 
 class DataParallel:
@@ -63,17 +68,9 @@ class DataParallel:
         cpu_relocation: bool = False,
         check_replicas: bool = False,
     ) -> None:
-        if not isinstance(devices, (list, tuple)) or not any(isinstance(one, QueueDevice) for one in devices):
-            devices = resolve(devices, caller="fastdp.DataParallel")
-        if not devices or len({id(device) for device in devices}) != len(devices):
-            raise ValueError(f"`devices` must be one or more different devices. Received: {list(devices)}")
+        devices = devices_of_engine(devices, merge_device)
         if update is None:
             update = "each" if devices[0].on_gpu else "first"
-        if isinstance(merge_device, bool) or merge_device not in range(len(devices)):
-            raise ValueError(
-                f"`merge_device` must be the place of one of the {len(devices)} devices, from 0. "
-                f"Received: merge_device={merge_device!r}"
-            )
         if update not in ("first", "each"):
             raise ValueError(f'`update` must be "first" or "each". Received: update={update!r}')
         self.program = program
@@ -86,10 +83,8 @@ class DataParallel:
         self._training = False
         self._cpu_merge, self._merge_device = cpu_merge, self.devices[merge_device]
         self._communicator = communicator(self.devices)
-        self._home = program.home(devices[0].host_home() if cpu_relocation else devices[0])
-        # The home is elsewhere than the first replica: in host memory, or on another card since an earlier engine.
-        self._apart = self._home.device.space != devices[0].space
-        warn_of_relocation(cpu_relocation and self._home.device.on_gpu, devices)
+        self._residence = Residence(program, devices, self._communicator, on_host=cpu_relocation)
+        self._home = self._residence.home
         self._generation = -1
         self._unsettled: Step | None = None
         self.replicas = [self._replicate(rank) for rank in range(len(devices))]
@@ -100,6 +95,7 @@ class DataParallel:
         for device in () if cpu_merge else self.devices:
             device.prepare_to_merge()
         self._held = HeldGradients(self.replicas, self._communicator)
+        self._trained: dict[Any, int] = {}
         self.timings: list[list[float]] = []
         self.times = Timings()
 
@@ -122,9 +118,8 @@ class DataParallel:
             wants_outputs: merge the replicas' outputs too.
             reduce: False leaves the gradients on the replicas, for the next step that reduces: gradient
                 accumulation. Loss terms and moments are added up, and the program's `update` runs, in any case.
-            while_running: called on this thread when all work of the step is enqueued, before it is waited for: to
-                fetch the next batch, and to `stage` it. What it raises ends the step, whose update then may or may
-                not happen.
+            while_running: called when all work of the step is enqueued, before it is waited for: to fetch the next
+                batch, and to `stage` it. What it raises ends the step, whose update then may or may not happen.
 
         Raises:
             ReplicaError: a replica failed (also an instance of what it failed with). No weight changed.
@@ -133,6 +128,7 @@ class DataParallel:
         with self._begin(batch, structure, wants_outputs, trains=True) as step:
             step.reduces = reduce
             self._scatter(step, batch)
+            self._listen(step, batch)
             self._run(step, Replica.train)
             self._reduce(step)
             self._update(step)
@@ -146,12 +142,11 @@ class DataParallel:
         Args:
             batch: the very arrays that the next `train` or `predict` gets, unchanged from now until it is over.
 
-        On GPUs rows go through the device's pinned buffer, on its copy stream, beside the computation. Another step may
-        come first; of two batches that are staged the second counts. A step that fails forgets it.
+        On GPUs rows go through pinned memory, on the copy streams, beside the computation. Another step may come first;
+        of two batches that are staged the second counts. A step that fails forgets it.
 
         Returns:
-            Whether all rows are on their way. Without memory for them yet, as for the first batches of a size, they
-            are copied when their step begins. Virtual devices in host memory need no copies.
+            Whether all rows are on their way (or need no copies). Others wait for their step, without memory as yet.
 
         Raises:
             ValueError: arrays without rows, or of unequal length.
@@ -194,9 +189,12 @@ class DataParallel:
             self._held.reserve(len(step.shards))
             self._communicator.once(lambda: commit(step))
             return
+        if step.reduction is not None:
+            # Devices that do not update wait for the variables of the one that does, and so for the sums.
+            self._communicator.finish(step.reduction, once=lambda: commit(step), readers=len(self._updating))
+            return
         sources = self._held.hand_over(len(step.shards))
-        every = [replica.gradients for replica in self.replicas]
-        self._communicator.all_reduce(every[:sources], every, self._buckets, once=lambda: commit(step))
+        self._communicator.all_reduce(*self._ends(sources), self._buckets, once=lambda: commit(step))
 
     def _update(self, step: Step) -> None:
         """Every replica gets the same update: by applying it to its own copy, or a copy of the first's."""
@@ -225,8 +223,9 @@ class DataParallel:
         for replica in step.updating:
             replica.device.compute.enqueue(lambda r=replica: apply(r))  # type: ignore[misc]
         if len(step.updating) < len(self.replicas):
-            self._communicator.broadcast([replica.memory.variables for replica in self.replicas])
-        self._bring_home(step)
+            readers = None if step.reduction is None else len(step.updating)
+            self._communicator.broadcast([replica.memory.variables for replica in self.replicas], readers)
+        self._residence.follow(self.replicas[0].memory.variables, step)
         if step.reduces:
             self._held.clear()
         else:
@@ -253,6 +252,33 @@ class DataParallel:
             self.times.add(step.watch)
         return StepResult(outputs, step.totals.sums, step.totals.notes, step.shards[0].total)
 
+    # The reduction.
+
+    def _listen(self, step: Step, batch: Sequence[np.ndarray]) -> None:
+        """Let the replicas announce their buckets, whose reduction then begins while backward goes on.
+
+        Not where sums of earlier steps are still to be added to the gradients.
+        """
+        if not step.reduces or self._held.count or len(self.replicas) == 1:
+            return
+        shapes = tuple([array.shape for array in batch])
+        warm = self._trained.get(shapes, 0) >= WARM_STEPS
+        if not warm:
+            if len(self._trained) >= MOST_SHAPES:
+                self._trained.clear()
+            self._trained[shapes] = self._trained.get(shapes, 0) + 1
+        step.reduction = self._communicator.begin(*self._ends(len(step.shards)), self._buckets, warm=warm)
+        for context in step.contexts:
+            context.ready = partial(step.reduction.ready, context.rank)
+
+    def _ends(self, sources: int) -> tuple[list[FlatBuffers], list[FlatBuffers]]:
+        """The gradients of the first replicas, that have any, and of those that need the sum.
+
+        GPUs all take part in a collective. In host memory a replica that gets the variables instead is left out.
+        """
+        every = [replica.gradients for replica in self.replicas]
+        return every[:sources], every if self.devices[0].on_gpu else every[: len(self._updating)]
+
     # State.
 
     @property
@@ -271,12 +297,11 @@ class DataParallel:
             sources = self._held.hand_over(0)
             if not sources:
                 return
-            every = [replica.gradients for replica in self.replicas]
-            self._communicator.all_reduce(every[:sources], every, self._buckets)
+            self._communicator.all_reduce(*self._ends(sources), self._buckets)
             for replica in self._updating:
                 replica.device.compute.enqueue(replica.fold)
             self._held.clear()
-            self._bring_home(step)
+            self._residence.follow(self.replicas[0].memory.variables, step)
             self._home.generation += 1
             self._generation = self._home.generation
             self._finish(step)
@@ -286,6 +311,11 @@ class DataParallel:
     def _updating(self) -> list[Replica]:
         """The replicas that apply the update themselves."""
         return self.replicas if self.update == "each" else self.replicas[:1]
+
+    @property
+    def buckets(self) -> int:
+        """In how many buckets the gradients are reduced."""
+        return len(self._buckets)
 
     @property
     def spare_nbytes(self) -> int:
@@ -303,35 +333,20 @@ class DataParallel:
 
     def refresh(self) -> None:
         """Copy the home's variables and the first replica's slots to all others. Enqueued, not waited for."""
-        if self._apart:
-            first = self.replicas[0].memory.variables
-            self._communicator.once(lambda: first.copy_from(self._home.variables))
+        self._residence.lead(self.replicas[0].memory.variables)
         self._communicator.broadcast([replica.memory.variables for replica in self.replicas])
         if self.update == "each":
             self._communicator.broadcast([replica.memory.slots for replica in self.replicas])
         self.program.committed()
         self._generation = self._home.generation
 
-    def _bring_home(self, step: Step) -> None:
-        """Let a home elsewhere have the first replica's variables, when all replicas have made the update."""
-
-        def copy() -> None:
-            self._home.variables.copy_from(self.replicas[0].memory.variables)
-            step.came_home = True
-
-        if self._apart:
-            self._communicator.once(copy)
-
     def _replicate(self, rank: int) -> Replica:
         """Make the replica of one device; the first lives in the program's home."""
         device, program = self.devices[rank], self.program
         gradients = FlatBuffers(program.gradients, device)
-        first = rank == 0
-        home = self._home.variables
-        variables = home if first and not self._apart else FlatBuffers(home.specs, device)
         own = program.slots if self.update == "each" else []
-        slots = program.home_slots(device) if first else FlatBuffers(own, device)
-        memory = Memory(variables, slots, gradients)
+        slots = program.home_slots(device) if rank == 0 else FlatBuffers(own, device)
+        memory = Memory(self._residence.variables(rank, device), slots, gradients)
         return Replica(program, device, rank, memory)
 
     # Around a step.
@@ -354,7 +369,10 @@ class DataParallel:
         """Wait until all devices are done; on a failure clean up and raise it."""
         events = [replica.device.compute.record() for replica in self.replicas]
         try:
-            joined(events).finish(self.timeout)
+            if step.reduction is not None:
+                step.reduction.serve(joined(events), self.timeout)
+            else:
+                joined(events).finish(self.timeout)
         except DeviceTimeoutError:
             busy = [self.devices[rank].name for rank, result in enumerate(step.results) if result is None]
             what = f"The step on {busy}" if busy else "The update"
@@ -377,5 +395,5 @@ class DataParallel:
             return
         if step.restorable and len(step.updates_done) < len(step.updating):
             self._spare.restore(self.replicas)
-        elif self._apart and not step.came_home:  # all go on from the first
+        elif self._residence.apart and not step.came_home:  # all go on from the first
             self._home.variables.copy_from(self.replicas[0].memory.variables)

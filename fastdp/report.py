@@ -48,6 +48,8 @@ class Report(Sequence[dict[str, Any]]):
         optimizer: how the optimizer is applied.
         update: on which devices, "first" or "each".
         peak_nbytes: the most memory that the process has had, None where the system does not tell.
+        buckets: in which the gradients are reduced.
+        early_buckets: of these, how many began to be reduced while a device still computed, in most of the timed steps.
     """
 
     steps: list[dict[str, Any]]
@@ -60,6 +62,8 @@ class Report(Sequence[dict[str, Any]]):
     optimizer: str = ""
     update: str = ""
     peak_nbytes: int | None = None
+    buckets: int = 0
+    early_buckets: int = 0
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -106,6 +110,11 @@ class Report(Sequence[dict[str, Any]]):
             parts.append(
                 f"A step takes {_ms(self.step_seconds)} ms; from one to the next (input, callbacks, metrics) "
                 f"{_ms(self.between_seconds)} ms."
+            )
+        if self.timed and self.buckets > 1 and len(self.devices) > 1:
+            parts.append(
+                f"Of {self.buckets} buckets of gradients, {self.early_buckets} are reduced while a device still "
+                "computes; communication is what comes after."
             )
         if self.devices:
             kinds = list(self.devices[0].nbytes)
@@ -173,6 +182,8 @@ def make_report(engine: DataParallel | None, steps: list[dict[str, Any]]) -> Rep
         optimizer=str(getattr(engine.program, "update_how", "")),
         update=engine.update,
         peak_nbytes=_peak_nbytes(),
+        buckets=engine.buckets,
+        early_buckets=times.early,
     )
 
 

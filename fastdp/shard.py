@@ -57,16 +57,6 @@ def split_rows(total: int, parts: int) -> list[Rows]:
     return [Rows(start, stop, total) for start, stop in itertools.pairwise(bounds)]
 
 
-def split_range(length: int, parts: int, align: int = 1) -> list[tuple[int, int]]:
-    """Cut `range(length)` into `parts` consecutive pieces whose borders are multiples of `align`.
-
-    Unlike rows, pieces may be empty: this deals out the elements of a flat buffer.
-    """
-    step = -(-length // parts)
-    step += -step % align
-    return [(min(part * step, length), min((part + 1) * step, length)) for part in range(parts)]
-
-
 def rank_range(length: int, rank: int, ranks: int, align: int = 1) -> tuple[int, int]:
     """The elements of `range(length)` that belong to one rank between a reduce-scatter and an all-gather.
 

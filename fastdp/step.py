@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastdp.backend.queue import QueueDevice
+from fastdp.comm.choose import Reduction
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.errors import ReplicaError, StepAborted, replica_error_class
 from fastdp.program.base import Context, Result, Totals
@@ -50,6 +51,7 @@ class Step:
     updates_done: list[int] = field(default_factory=list)
     updating: list[Replica] = field(default_factory=list)
     reduces: bool = True
+    reduction: Reduction | None = None
     came_home: bool = False  # the new variables, where the program's own lie elsewhere than a replica's
     # Of a step that ended while its thread did something else: see step_scope.meanwhile.
     scope: Any = None
@@ -83,6 +85,8 @@ def run_replica(
             watch.merging[context.rank] = time.perf_counter() - merging
         result.outputs = []
         step.results[context.rank] = result
+        if step.reduction is not None:
+            step.reduction.ended(context.rank)
     except BaseException as error:
         step.failures.append((context.rank, error))
         step.rendezvous.abort(error)
@@ -97,6 +101,7 @@ def commit(step: Step) -> None:
     if step.rendezvous.aborted:
         raise StepAborted("The step was given up before its update.")
     step.watch.arrived = time.perf_counter()
+    step.watch.early = step.reduction.early if step.reduction is not None else 0
     add_up(step)
 
 

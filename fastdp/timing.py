@@ -20,15 +20,17 @@ class Watch:
     """When what happened in one step, in seconds of `time.perf_counter`.
 
     Each worker writes at its own place, the host thread the rest. `rows` are those of the devices that have any.
+    `early` is how many buckets of gradients were complete on all devices before the slowest one's work was over.
     """
 
     __slots__ = (
-        "arrived", "began", "compute_began", "compute_ended", "ended", "finished", "merging", "rows", "scattered",
-        "scattering", "update_began", "update_ended",
+        "arrived", "began", "compute_began", "compute_ended", "early", "ended", "finished", "merging", "rows",
+        "scattered", "scattering", "update_began", "update_ended",
     )  # fmt: skip
 
     def __init__(self, rows: Sequence[int], devices: int) -> None:
         self.rows = list(rows)
+        self.early = 0
         self.began = time.perf_counter()
         self.scattering = self.scattered = self.arrived = self.finished = self.ended = self.began
         self.compute_began = [0.0] * len(self.rows)
@@ -40,8 +42,9 @@ class Watch:
     def seconds(self, rank: int) -> dict[str, float]:
         """Seconds by verb of a device that had rows.
 
-        `wait` is for the slowest device's backward. A device that does not update itself waits for the first one's
-        update, and communication is what happens around it.
+        `wait` is for the slowest device's work, and holds what a device reduces meanwhile. `communication` begins
+        behind it. A device that does not update itself waits for the first one's update, and communication is what
+        happens around it.
         """
         updating = rank if self.update_ended[rank] else 0
         communication = self.update_began[updating] - self.arrived
@@ -102,6 +105,11 @@ class Timings:
         found = [watch.seconds(rank) for watch in mine]
         seconds = {verb: statistics.median([one[verb] for one in found] or [0.0]) for verb in VERBS}
         return DeviceTimes(statistics.mode([watch.rows[rank] for watch in mine] or [0]), seconds)
+
+    @property
+    def early(self) -> int:
+        """How many buckets of gradients began to be reduced while a device still computed, in most of the steps."""
+        return statistics.mode([watch.early for watch in self._watches] or [0])
 
     @property
     def overhead(self) -> float:

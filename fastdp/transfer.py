@@ -49,6 +49,9 @@ def count_rows(arrays: Sequence[np.ndarray], names: Sequence[str] | None = None)
     Raises:
         ValueError: no array, an array without a first axis, arrays of unequal length, or no rows.
     """
+    counts = {array.shape[0] if array.ndim else 0 for array in arrays}
+    if len(counts) == 1 and 0 not in counts:
+        return counts.pop()
     labels = names or [f"array {i}" for i in range(len(arrays))]
     if not arrays:
         raise ValueError("A batch needs at least one array. Received an empty batch.")

@@ -62,18 +62,28 @@ def test_arrays_do_not_overlap_and_the_gaps_are_zero(specs):
 
 
 @given(specs=specs, first=st.integers(1, 500), cap=st.integers(1, 900))
-def test_buckets_cover_each_buffer_in_order(specs, first, cap):
+def test_buckets_cover_each_buffer_from_its_last_array_to_its_first(specs, first, cap):
     flat = FlatBuffers(specs, dirty)
     buckets = flat.buckets(first, cap)
     for dtype, buffer in flat.buffers.items():
-        elements = [i for b in buckets if b.dtype == dtype for i in range(b.start, b.stop)]
-        assert elements == list(range(buffer.size))
+        mine = [bucket for bucket in buckets if bucket.dtype == dtype]
+        assert [i for b in mine[::-1] for i in range(b.start, b.stop)] == list(range(buffer.size))
+        assert [n for b in mine[::-1] for n in b.arrays] == [n for n, s in enumerate(specs) if s.dtype == dtype]
+        for bucket in mine:
+            spans = [flat._spans[number] for number in bucket.arrays]
+            assert all(bucket.start <= start <= stop <= bucket.stop for start, stop in spans)
+    assert [bucket.arrays[0] for bucket in buckets] == sorted((b.arrays[0] for b in buckets), reverse=True)
     assert {bucket.dtype for bucket in buckets} <= set(flat.buffers)
 
 
 def test_a_bucket_never_cuts_an_array():
     flat = FlatBuffers([ArraySpec("a", (100,), "float32"), ArraySpec("b", (3,), "float32")], dirty)
-    assert [(b.start, b.stop) for b in flat.buckets(first=4, cap=8)] == [(0, 112), (112, 128)]
+    assert [(b.start, b.stop) for b in flat.buckets(first=4, cap=8)] == [(112, 128), (0, 112)]
+
+
+def test_the_first_bucket_is_the_small_one_of_the_last_arrays():
+    flat = FlatBuffers([ArraySpec(name, (1000,), "float32") for name in "abcdef"], dirty)
+    assert [bucket.arrays for bucket in flat.buckets(first=4000, cap=8100)] == [(5,), (3, 4), (1, 2), (0,)]
 
 
 def test_scalars_and_arrays_without_elements_have_views():

@@ -13,11 +13,12 @@ import pytest
 from fastdp.backend.host import HostDevice
 from fastdp.backend.queue import QueueStream
 from fastdp.buckets import ArraySpec, FlatBuffers
-from fastdp.comm.host import GRAIN, SMALL_NBYTES, TILE, HostCommunicator
+from fastdp.comm.host import SMALL_NBYTES, TILE, HostCommunicator
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.errors import DeviceTimeoutError, StepAborted
 
 LIMIT = 10.0
+GRAIN = 1 << 12
 LENGTHS = [1, 63, 64, 65, 1000, GRAIN - 1, GRAIN, GRAIN + 1, 3 * GRAIN + 9, TILE - 1, TILE, TILE + 1, 2 * TILE + 65]
 TOLERANCE = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 1e-6, "float64": 1e-15, "int64": 0}
 

@@ -172,6 +172,73 @@ def test_a_joint_event_is_done_when_all_are_and_carries_the_first_error_in_their
     assert joint.error is (errors[0] if errors else None)
 
 
+@pytest.mark.parametrize("error", [None, Failure("planned")])
+def test_an_event_recorded_while_the_last_work_runs_waits_for_its_end_and_its_error(devices, error):
+    running, gate = threading.Event(), threading.Event()
+
+    def work():
+        running.set()
+        assert gate.wait(LIMIT)
+        if error is not None:
+            raise error
+
+    devices[0].compute.enqueue(work)
+    assert running.wait(LIMIT)
+    event = devices[0].compute.record()  # nothing is queued any more
+    assert not event.done
+    gate.set()
+    event.finish(LIMIT)
+    assert event.error is error
+    assert devices[0].compute.record().error is error
+
+
+def test_waits_and_events_of_sleeping_devices_wake_no_worker_but_that_of_the_work_behind(devices, monkeypatch):
+    for device in devices:
+        device.synchronize(LIMIT)
+    woken, kept, gate = [], type(devices[0])._rouse, threading.Event()
+
+    def rouse(device):
+        if device._asleep:
+            woken.append(device.name)
+        kept(device)
+
+    seen, event = [], None
+    monkeypatch.setattr(type(devices[0]), "_rouse", rouse)
+    devices[0].compute.enqueue(lambda: gate.wait(LIMIT))
+    event = devices[0].compute.record()
+    for device in devices[1:3] * 3:
+        device.compute.wait(event)
+        event = device.compute.record()
+    devices[3].compute.wait(event)
+    devices[3].compute.enqueue(lambda: seen.append("ran"))
+    done = devices[3].compute.record()
+    wait_until_asleep(devices[1:])
+    woken.clear()
+    gate.set()
+    done.synchronize(LIMIT)
+    assert seen == ["ran"]
+    assert woken == [devices[3].name]
+
+
+def wait_until_asleep(devices):
+    deadline = time.monotonic() + LIMIT
+    while not all(device.idle for device in devices):
+        assert time.monotonic() < deadline, "a worker does not go to sleep"
+        time.sleep(0.001)
+
+
+def test_a_chain_of_waits_of_any_length_is_passed_at_once(devices):
+    gate = threading.Event()
+    devices[0].compute.enqueue(lambda: gate.wait(LIMIT))
+    event = devices[0].compute.record()
+    for turn in range(3000):
+        stream = devices[1 + turn % 3].compute
+        stream.wait(event)
+        event = stream.record()
+    gate.set()
+    event.synchronize(LIMIT)
+
+
 def test_work_behind_a_failure_is_skipped_and_its_event_raises_it(devices):
     seen, stream = [], devices[0].compute
     stream.enqueue(lambda: seen.append("before"))

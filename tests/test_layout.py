@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("spare.py",),
     ("step.py",),
     ("step_scope.py",),
+    ("relocation.py",),
     ("engine.py",),
     ("report.py",),
     ("data/",),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdp.shard import plan_buckets, split_range, split_rows
+from fastdp.shard import plan_buckets, split_rows
 
 sizes = st.lists(st.integers(0, 60), max_size=40)
 
@@ -32,14 +32,6 @@ def test_fewer_rows_than_replicas_leave_replicas_out():
 def test_no_rows_and_no_replicas_are_refused(total, parts, name):
     with pytest.raises(ValueError, match=name):
         split_rows(total, parts)
-
-
-@given(length=st.integers(0, 5000), parts=st.integers(1, 12), align=st.integers(1, 130))
-def test_ranges_cover_the_length_and_cut_at_multiples_of_the_alignment(length, parts, align):
-    pieces = split_range(length, parts, align)
-    assert len(pieces) == parts
-    assert [i for start, stop in pieces for i in range(start, stop)] == list(range(length))
-    assert all(start % align == 0 or start == length for start, _ in pieces)
 
 
 @given(sizes=sizes, first=st.integers(1, 50), cap=st.integers(1, 100))

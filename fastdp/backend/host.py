@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fastdp.backend.host_memory import keep_freed_memory
 from fastdp.backend.queue import QueueDevice
 from fastdp.shard import Rows
 
@@ -17,6 +18,8 @@ class HostDevice(QueueDevice):
 
     Args:
         index: ordinal among the virtual devices.
+
+    The first one lets the process keep the memory that steps free, for the next (`host_memory`).
     """
 
     kind = "virtual"
@@ -25,6 +28,7 @@ class HostDevice(QueueDevice):
     torch_device = "cpu"
 
     def __init__(self, index: int) -> None:
+        keep_freed_memory()
         super().__init__(index, f"virtual:{index}")
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -7,7 +7,8 @@ is not issued holds back its own stream only. Host devices (host.py) run the wor
 
 What a step of small work costs is the waking of threads. So nobody is woken who could not go on: a wait
 registers with its event only once it is the head of its stream and the worker is about to look for other
-work, and a worker sleeps on a plain lock that is released only where a head became ready.
+work, and a worker sleeps on a plain lock that is released only where a head became ready. Waits and records alone wake
+nobody: where the worker sleeps, the worker of another device that completes an event passes them on its way.
 """
 
 from __future__ import annotations
@@ -15,117 +16,23 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 from fastdp.backend.base import Work
+from fastdp.backend.events import QueueEvent, complete_all, here, joined
 from fastdp.errors import DeviceTimeoutError
 
-
-class QueueEvent:
-    """A point in a stream's work; issued exactly once, with or without an error.
-
-    Issued means that the worker has come to it. Where the work itself runs there, it is then done too;
-    a device whose worker only issues work to a GPU has events of its own class, which say more.
-    """
-
-    __slots__ = ("_issued", "_lock", "_wakes", "error", "parts")
-
-    def __init__(self) -> None:
-        self._issued = False
-        self._lock = threading.Lock()
-        self._wakes: list[Callable[[], object]] = []
-        self.error: BaseException | None = None
-        # What of a GPU's is still to be done after this event is issued: of joint events.
-        self.parts: tuple[QueueEvent, ...] = ()
-
-    @property
-    def issued(self) -> bool:
-        """True once the worker has come to the event."""
-        return self._issued
-
-    @property
-    def done(self) -> bool:
-        """True once all work before the event has run, or was skipped."""
-        return self._issued and all(part.done for part in self.parts)
-
-    def leaves(self) -> tuple[QueueEvent, ...]:
-        """The events of GPUs that this one stands for."""
-        return self.parts
-
-    def complete(self, error: BaseException | None = None) -> None:
-        """Mark the event issued and wake those who wait for it. Only the first call counts."""
-        with self._lock:
-            if self._issued:
-                return
-            self.error = error
-            self._issued = True
-            wakes, self._wakes = self._wakes, []
-        for wake in wakes:
-            wake()
-
-    def notify(self, wake: Callable[[], object]) -> bool:
-        """Have `wake()` called, by whoever completes the event. False, and no call, if it is issued already."""
-        with self._lock:
-            if not self._issued:
-                self._wakes.append(wake)
-            return not self._issued
-
-    def synchronize(self, timeout: float | None = None) -> None:
-        """Block until done, then raise the error that the event carries, if any.
-
-        Raises:
-            DeviceTimeoutError: not done within `timeout` seconds.
-        """
-        self.finish(timeout)
-        if self.error is not None:
-            raise self.error
-
-    def finish(self, timeout: float | None = None) -> None:
-        """Block until done, and leave the error, if any, to the caller."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        self.wait_issued(timeout)
-        for part in self.parts:
-            part.finish(None if deadline is None else deadline - time.monotonic())
-
-    def wait_issued(self, timeout: float | None = None) -> None:
-        """Block until the worker has come to the event."""
-        gate = threading.Lock()
-        gate.acquire()
-        if not self.notify(gate.release):
-            return
-        seconds = -1.0 if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX)
-        if not gate.acquire(timeout=seconds) and not self._issued:
-            raise DeviceTimeoutError(f"A device was not done with its work within timeout={timeout} seconds.")
-
-
-def joined(events: Sequence[QueueEvent]) -> QueueEvent:
-    """An event that is issued when all of `events` are, and done when they are, with the first error in their order.
-
-    N streams that wait for N others wait for one joint event: N + N links instead of N x N.
-    """
-    joint = QueueEvent()
-    joint.parts = tuple(leaf for event in events for leaf in event.leaves())
-    lock = threading.Lock()
-    left = len(events) + 1
-
-    def arrive() -> None:
-        nonlocal left
-        with lock:
-            left -= 1
-            last = left == 0
-        if last:
-            joint.complete(next((event.error for event in events if event.error is not None), None))
-
-    for event in events:
-        if not event.notify(arrive):
-            arrive()
-    arrive()
-    return joint
+__all__ = ["QueueDevice", "QueueEvent", "QueueStream", "joined"]
 
 
 class QueueStream:
-    """An ordered queue of work for one device's worker."""
+    """An ordered queue of work for one device's worker.
+
+    `inline`: an event of this stream is nothing but a mark, and any worker may complete it.
+    """
+
+    inline = True
 
     def __init__(self, device: QueueDevice, name: str) -> None:
         self.name = name
@@ -133,6 +40,7 @@ class QueueStream:
         self._items: deque[Work | QueueEvent | tuple[QueueEvent]] = deque()
         self._error: BaseException | None = None
         self._watched: QueueEvent | None = None
+        self._running = False
 
     def enqueue(self, work: Work) -> None:
         """Run `work()` on the worker after everything enqueued before it."""
@@ -170,16 +78,21 @@ class QueueStream:
 
     # The queue.
 
-    def _ready(self) -> bool:
-        """Whether there is an item that may run now. Passes the waits whose event is done.
+    def _ready(self, on_worker: bool) -> bool:
+        """Whether there is an item that the worker has to run now. Passes the waits whose event is done.
 
-        Called with the device's lock held. A wait that holds the stream back registers for the device to
-        be woken: once, and only now.
+        Called with the device's lock held, while the worker runs nothing. A wait that holds the stream back registers
+        for the device to be woken: once, and only now. A worker, also of another device, takes off events too, and
+        completes them when it has released the lock. The host thread does not: an interrupt would get between the two.
         """
         while self._items:
             head = self._items[0]
             if not isinstance(head, tuple):
-                return True
+                if not (on_worker and self.inline and isinstance(head, QueueEvent)):
+                    return True
+                self._items.popleft()
+                self._device.settled.append((head, self._error))
+                continue
             (event,) = head
             if not event.issued and (event is self._watched or event.notify(self._device.wake)):
                 self._watched = event
@@ -238,6 +151,8 @@ class QueueDevice:
         self._gate = threading.Lock()
         self._gate.acquire()
         self._asleep = False
+        # Events that a worker has taken off and is about to complete.
+        self.settled: list[tuple[QueueEvent, BaseException | None]] = []
         self._thread: threading.Thread | None = None
         self._closed = False
         self.compute = stream(self, "compute")
@@ -248,6 +163,11 @@ class QueueDevice:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
+
+    @property
+    def idle(self) -> bool:
+        """Whether the worker sleeps, at the moment of asking."""
+        return self._asleep
 
     def _worker_scope(self) -> AbstractContextManager[object]:
         """Held by the worker for its whole life."""
@@ -262,18 +182,31 @@ class QueueDevice:
         with self._lock:
             if self._closed:
                 raise self._closed_error()
+            if stream.inline and isinstance(item, QueueEvent) and not stream._items and not stream._running:
+                item.complete(stream._error)  # nobody else knows it yet
+                return
             stream._items.append(item)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name=f"fastdp-{self.name}", daemon=True)
                 self._thread.start()
             # Behind another item it changes nothing: that one runs soon, or its event wakes the worker.
-            elif self._asleep and len(stream._items) == 1 and stream._ready():
+            elif self._asleep and len(stream._items) == 1 and stream._ready(False):
                 self._rouse()
 
     def wake(self) -> None:
-        """Let the worker look at its streams again: an event became done."""
+        """Look at the streams again, since an event became done; the worker is woken if there is work for it."""
         with self._lock:
-            self._rouse()
+            if not self._asleep:
+                return
+            if not getattr(here, "worker", False):
+                self._rouse()
+                return
+            for stream in self._streams:
+                if stream._items and stream._ready(True):
+                    self._rouse()
+            settled, self.settled = self.settled, []
+        if settled:
+            complete_all(settled)
 
     def synchronize(self, timeout: float | None = None) -> None:
         """Block until all streams are idle. Errors stay with their streams' events.
@@ -328,26 +261,38 @@ class QueueDevice:
     def _next(self) -> tuple[QueueStream, Work | QueueEvent | tuple[QueueEvent]] | None:
         """A stream whose head may run, and that head, taken off. Called with the lock held."""
         for stream in self._streams:
-            if stream._items and stream._ready():
+            if stream._items and stream._ready(True):
+                stream._running = True
                 return stream, stream._items.popleft()
         return None
 
     def _work(self) -> None:
         """The worker's life."""
+        here.worker = True
         with self._worker_scope():
             self._loop()
 
     def _loop(self) -> None:
         """Run whatever may run, sleep otherwise."""
+        stream: QueueStream | None = None
+        sleeps = False
         while True:
             with self._lock:
+                if stream is not None:
+                    stream._running = False
                 found = self._next()
+                settled, self.settled = self.settled, []
                 if found is None:
-                    if self._closed:
+                    if self._closed and not settled:
                         break
-                    self._asleep = True
+                    # What is completed below may make an item of this device ready: then it opens the gate.
+                    sleeps = self._asleep = not self._closed
+            if settled:
+                complete_all(settled)
             if found is None:
-                self._gate.acquire()
+                stream = None
+                if sleeps:
+                    self._gate.acquire()
                 continue
             if self.delay is not None:
                 self.delay()

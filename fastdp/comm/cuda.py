@@ -1,8 +1,9 @@
 """Collectives between GPUs: NCCL, our kernels over peer memory for small buckets, and the host where neither can.
 
-All collectives of a step are issued by one thread, the first device's worker: NCCL wants the calls of several
-communicators in one group, and kernels that wait for each other must all be launched before anything waits
-for them. So the first device's communication queue goes first, and the others' follow when it has issued.
+A collective is issued by one thread for all ranks: NCCL wants the calls of several communicators in one group, and
+kernels that wait for each other must all be launched before anything waits for them. At the end of a step's
+backward that is the first device's worker: its communication queue goes first, and the others' follow when it has
+issued. Buckets that are complete earlier are issued by the worker that completes them (`cuda_reduction`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from fastdp.backend.cuda.peers import PeerAccess
 from fastdp.backend.queue import joined
 from fastdp.buckets import Bucket, FlatBuffers
 from fastdp.comm.cuda_kernels import PeerKernels, address_of, stream_of
-from fastdp.comm.host import refuse_unknown, sum_in_order
+from fastdp.comm.cuda_reduction import CudaReduction
+from fastdp.comm.host import refuse_unknown
+from fastdp.comm.host_reduction import sum_in_order
 from fastdp.comm.ways import (
     MULTI_RANK_VARIABLE,
     nccl_connects,
@@ -74,6 +77,52 @@ class CudaCommunicator:
         if len(self._devices) > 1:
             self._plan(buckets, self._ways, self.how)
 
+    def begin(
+        self,
+        sources: Sequence[FlatBuffers],
+        targets: Sequence[FlatBuffers],
+        buckets: Sequence[Bucket],
+        *,
+        warm: bool = True,
+    ) -> CudaReduction:
+        """A reduction whose buckets may be announced one by one, and that `finish` ends. Arguments and errors as of
+        `all_reduce`.
+
+        Args:
+            warm: the step allocates nothing any more. Until it does not, nothing begins early: cudaMalloc on one worker
+                waits for GPUs, and must not come between the launches of a collective by another.
+        """
+        refuse_unknown(buckets)
+        _check_in_place(sources, targets)
+        several = len(self._devices) > 1
+        ways = self._plan(buckets, self._ways, self.how) if several else []
+
+        def issue(numbers: Sequence[int]) -> None:
+            chosen = [(buckets[number], ways[number]) for number in numbers]
+            self._run(targets, chosen, range(len(sources), len(targets)), self._all_reduce_by_nccl)
+
+        # The way through the host waits for the GPUs: not in the middle of a replica's work.
+        early = [number for number, way in enumerate(ways) if way != "host"] if warm else []
+        return CudaReduction(self._devices, len(sources), len(buckets), early, issue)
+
+    def finish(
+        self, reduction: CudaReduction, once: Callable[[], object] | None = None, readers: int | None = None
+    ) -> None:
+        """Reduce the rest when all replicas are done; `once` as of `all_reduce`. The compute of all devices waits,
+        whoever the `readers` are: the collectives run on all of them."""
+        if len(self._devices) == 1:
+            if once is not None:
+                self.once(once)
+            return
+
+        def issue() -> None:
+            if once is not None:
+                once()
+            reduction.issue(reduction.rest())
+            self._show_errors()
+
+        self._issue(issue)
+
     def all_reduce(
         self,
         sources: Sequence[FlatBuffers],
@@ -94,9 +143,7 @@ class CudaCommunicator:
         Raises:
             TypeError: a dtype that is stored but cannot be added (float8).
         """
-        refuse_unknown(buckets)
-        ways = self._plan(buckets, self._ways, self.how)
-        self._reduce(sources, targets, buckets, ways, once, self._all_reduce_by_nccl)
+        self.finish(self.begin(sources, targets, buckets), once)
 
     def reduce_scatter(
         self,
@@ -111,8 +158,17 @@ class CudaCommunicator:
         summed by other kernels than there has the same bits, what NCCL sums may have others.
         """
         refuse_unknown(buckets)
-        ways = self._plan(buckets, self._scatter_ways, self._how_to_scatter)
-        self._reduce(sources, targets, buckets, ways, once, self._reduce_scatter_by_nccl)
+        _check_in_place(sources, targets)
+        ways = self._plan(buckets, self._scatter_ways, self._how_to_scatter) if len(self._devices) > 1 else []
+
+        def issue() -> None:
+            if once is not None:
+                once()
+            idle = range(len(sources), len(targets))
+            self._run(targets, list(zip(buckets, ways, strict=False)), idle, self._reduce_scatter_by_nccl)
+            self._show_errors()
+
+        self._issue(issue)
 
     def all_gather(self, buffers: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
         """Copy each rank's own part of the given buckets (`Bucket.part`) from its buffers to all others'. Any dtype."""
@@ -132,8 +188,8 @@ class CudaCommunicator:
 
         self._each(range(ranks), pull)
 
-    def broadcast(self, buffers: Sequence[FlatBuffers]) -> None:
-        """Copy the first device's buffers to all others; each pulls its own over its link."""
+    def broadcast(self, buffers: Sequence[FlatBuffers], readers: int | None = None) -> None:
+        """Copy the first device's buffers to all others; each pulls its own over its link, when all have computed."""
         self._each(range(1, len(self._devices)), lambda rank: buffers[rank].copy_from(buffers[0]))
 
     def once(self, work: Callable[[], object]) -> None:
@@ -205,50 +261,34 @@ class CudaCommunicator:
         known.update(fresh)
         return [known[bucket] for bucket in buckets]
 
-    def _reduce(
+    def _run(
         self,
-        sources: Sequence[FlatBuffers],
         targets: Sequence[FlatBuffers],
-        buckets: Sequence[Bucket],
-        ways: Sequence[str],
-        once: Callable[[], object] | None,
+        planned: Sequence[tuple[Bucket, str]],
+        idle: Sequence[int],
         by_nccl: Callable[[Sequence[FlatBuffers], Sequence[Bucket]], None],
     ) -> None:
-        """Issue each bucket's reduction by its way."""
-        if any(source is not target for source, target in zip(sources, targets, strict=False)):
-            raise ValueError("GPUs reduce in place: `sources` must be the first of `targets`.")
-        if len(self._devices) == 1:
-            if once is not None:
-                self.once(once)
-            return
-        planned = list(zip(buckets, ways, strict=True))
+        """Issue each bucket's reduction by its way, for all ranks; those who had no rows add nothing."""
+        for bucket, _ in planned:
+            for rank in idle if bucket.nbytes else ():
+                with runtime.on(self._cards[rank]):
+                    address = address_of(targets[rank], bucket)
+                    runtime.fill_async(address, 0, bucket.nbytes, stream_of(self._devices[rank]))
+        for bucket, way in planned:
+            if way not in ("nccl", "host"):
+                assert self._kernels is not None
+                self._kernels.run(targets, bucket, way)
+        nccl = [bucket for bucket, way in planned if way == "nccl"]
+        if nccl:
+            by_nccl(targets, nccl)
+        for bucket, way in planned:
+            if way == "host":
+                self._by_host(targets, bucket)
 
-        def issue() -> None:
-            if once is not None:
-                once()
-            self._zero(targets, range(len(sources), len(targets)))
-            if self._kernels is not None and any(way not in ("nccl", "host") for way in ways):
-                for bucket, way in planned:
-                    if way not in ("nccl", "host"):
-                        self._kernels.run(targets, bucket, way)
-                self._kernels.show_errors()
-            nccl = [bucket for bucket, way in planned if way == "nccl"]
-            if nccl:
-                by_nccl(targets, nccl)
-            for bucket, way in planned:
-                if way == "host":
-                    self._by_host(targets, bucket)
-
-        self._issue(issue)
-
-    def _zero(self, targets: Sequence[FlatBuffers], ranks: Sequence[int]) -> None:
-        """Those who had no rows add nothing."""
-        for rank in ranks:
-            for buffer in targets[rank].buffers.values():
-                if buffer.nbytes:
-                    with runtime.on(self._cards[rank]):
-                        stream = stream_of(self._devices[rank])
-                        runtime.fill_async(runtime.array_pointer(buffer), 0, buffer.nbytes, stream)
+    def _show_errors(self) -> None:
+        """Have the kernels' error flags copied for `check`, behind the last collective: once in a step."""
+        if self._kernels is not None:
+            self._kernels.show_errors()
 
     def _by_nccl(
         self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket], call: Callable[[int, int, Bucket, int], None]
@@ -317,6 +357,12 @@ class CudaCommunicator:
         total = sum_in_order(values, bucket.dtype)
         for device, end in zip(self._devices, ends, strict=True):
             device.write(end, total, device.communication)
+
+
+def _check_in_place(sources: Sequence[FlatBuffers], targets: Sequence[FlatBuffers]) -> None:
+    """GPUs sum in place."""
+    if any(source is not target for source, target in zip(sources, targets, strict=False)):
+        raise ValueError("GPUs reduce in place: `sources` must be the first of `targets`.")
 
 
 def _parts(bucket: Bucket, ranks: int) -> tuple[int, int, int]:

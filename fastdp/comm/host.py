@@ -1,20 +1,17 @@
-"""Collectives on host memory: every device reduces one part of the buffers, for all."""
+"""Collectives on host memory: the buffers are reduced in pieces, each by one thread for all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
-from fastdp.backend.queue import QueueDevice, joined
+from fastdp.backend.queue import QueueDevice, QueueEvent, joined
 from fastdp.buckets import Bucket, FlatBuffers, storage_dtype
-from fastdp.shard import split_range
+from fastdp.comm.host_reduction import TILE, HostReduction, sum_in_order
+from fastdp.shard import CORES
 
-# 256 KiB of fp32: sums stay in a core's cache between the reads of the sources and the writes.
-TILE = 1 << 16
-
-# Waking a device's worker costs more than adding so few numbers: a device's part is a multiple of this.
-GRAIN = 1 << 12
 # What is copied in about the time that it takes to wake a thread.
 SMALL_NBYTES = 1 << 19
 
@@ -29,6 +26,48 @@ class HostCommunicator:
     def __init__(self, devices: Sequence[QueueDevice]) -> None:
         self._devices = list(devices)
 
+    def begin(
+        self,
+        sources: Sequence[FlatBuffers],
+        targets: Sequence[FlatBuffers],
+        buckets: Sequence[Bucket],
+        *,
+        warm: bool = True,
+    ) -> HostReduction:
+        """A reduction whose buckets may be announced one by one, and that `finish` ends. Arguments and errors as of
+        `all_reduce`; whether the step is `warm` makes no difference here."""
+        refuse_unknown(buckets)
+        return HostReduction(self._devices, sources, targets, buckets)
+
+    def finish(
+        self, reduction: HostReduction, once: Callable[[], object] | None = None, readers: int | None = None
+    ) -> None:
+        """Reduce the rest when all replicas are done.
+
+        Args:
+            reduction: as `begin` gave it.
+            once: as of `all_reduce`.
+            readers: how many devices, the first ones, have their compute wait for the sums; None for all. The others'
+                must wait for something that comes after, before they compute again.
+        """
+        if len(self._devices) == 1 and not reduction.pieces:
+            if once is not None:
+                self.once(once)
+            return
+
+        def work(rank: int) -> None:
+            if once is not None and rank == 0:
+                once()
+            reduction.work(range(len(reduction._buckets)))
+
+        # More threads than cores, or than pieces, would only have to be woken.
+        helpers = min(len(self._devices), CORES, reduction.pieces)
+        end = self._before_and_after(range(max(1, helpers)), work)
+        if not end.notify(lambda: reduction.close(end.error)):
+            reduction.close(end.error)
+        for device in self._devices[:readers]:
+            device.compute.wait(reduction.over)
+
     def all_reduce(
         self,
         sources: Sequence[FlatBuffers],
@@ -36,39 +75,22 @@ class HostCommunicator:
         buckets: Sequence[Bucket],
         once: Callable[[], object] | None = None,
     ) -> None:
-        """Sum the given buckets of `sources` into each of `targets` (one per device).
+        """Sum the given buckets of `sources` into each of `targets`.
 
-        Each device sums its part of every bucket in rank order and writes it to all targets: every bit is
+        Each piece of a bucket is summed once, in rank order, and written to all targets: every bit is
         computed once, so all replicas hold the same. Sources may be targets. fp16 and bf16 are summed in
         fp32, and rounded once. Infinities and NaNs are values like others: they raise no warning.
 
         Args:
             sources: what to add up; one per device, or fewer where some have nothing to add.
-            targets: where the sums go.
+            targets: where the sums go; one per device, or fewer where the others do not need them.
             buckets: which parts of them.
             once: run on the first device in the same pass, ordered as by `once()`.
 
         Raises:
             TypeError: a dtype that is stored but cannot be added here (float8).
         """
-        refuse_unknown(buckets)
-        parts = len(self._devices)
-
-        def reduce(rank: int) -> None:
-            if once is not None and rank == 0:
-                once()
-            with np.errstate(over="ignore", invalid="ignore"):
-                for bucket in buckets:
-                    span = slice(bucket.start, bucket.stop)
-                    ins = [source.buffers[bucket.dtype][span] for source in sources]
-                    outs = [target.buffers[bucket.dtype][span] for target in targets]
-                    part = split_range(bucket.stop - bucket.start, parts, GRAIN)[rank]
-                    _reduce_span(ins, outs, bucket.dtype, *part)
-
-        # Of every bucket, not of the longest: rounded up to grains, a longer one may have fewer parts.
-        pieces = [split_range(bucket.stop - bucket.start, parts, GRAIN) for bucket in buckets]
-        busy = max((sum(start < stop for start, stop in piece) for piece in pieces), default=0)
-        self._in_order(range(max(1, busy)), reduce)
+        self.finish(self.begin(sources, targets, buckets), once)
 
     def reduce_scatter(
         self,
@@ -79,7 +101,8 @@ class HostCommunicator:
     ) -> None:
         """Sum the given buckets of `sources` into `targets`, in each its own rank's part alone (`Bucket.part`).
 
-        What lies outside its own part is undefined afterwards. Arguments, errors, order and bits as in `all_reduce`.
+        What lies outside its own part is undefined afterwards. There is a target for each device. Other arguments,
+        errors, order and bits as in `all_reduce`.
         """
         refuse_unknown(buckets)
         ranks = len(self._devices)
@@ -90,9 +113,10 @@ class HostCommunicator:
             with np.errstate(over="ignore", invalid="ignore"):
                 for bucket in buckets:
                     part = bucket.part(rank, ranks)
-                    ins = [source.buffers[bucket.dtype][part.start : part.stop] for source in sources]
-                    outs = [targets[rank].buffers[bucket.dtype][part.start : part.stop]]
-                    _reduce_span(ins, outs, bucket.dtype, 0, part.stop - part.start)
+                    for low in range(part.start, part.stop, TILE):
+                        tile = slice(low, min(low + TILE, part.stop))
+                        values = [source.buffers[bucket.dtype][tile] for source in sources]
+                        targets[rank].buffers[bucket.dtype][tile] = sum_in_order(values, bucket.dtype)
 
         self._in_order(range(ranks), reduce)
 
@@ -108,21 +132,33 @@ class HostCommunicator:
         if ranks > 1:
             self._in_order(range(ranks), pull)
 
-    def broadcast(self, buffers: Sequence[FlatBuffers]) -> None:
-        """Copy the first device's buffers to all others; each device pulls its own.
+    def broadcast(self, buffers: Sequence[FlatBuffers], readers: int | None = None) -> None:
+        """Copy the first device's buffers to all others.
 
-        Small ones are all copied by the first: waking a thread costs more than copying a few pages.
+        A piece is read once and written to all. The first device's worker copies, with as many others as there are
+        cores; a little is copied by the first alone: waking a thread costs more than copying a few pages.
+
+        Args:
+            buffers: one per device.
+            readers: as given to `finish` right before: only these devices have computed since.
         """
-        others = range(1, len(self._devices))
+        first, others = buffers[0], buffers[1:]
+        if not others:
+            return
+        pieces = [(dtype, at) for dtype, buffer in first.buffers.items() for at in range(0, buffer.size, TILE)]
 
-        def copy_to(ranks: Sequence[int]) -> None:
-            for rank in ranks:
-                buffers[rank].copy_from(buffers[0])
+        def copy(rank: int) -> None:
+            while pieces:
+                try:
+                    dtype, at = pieces.pop()
+                except IndexError:  # another worker took the last one
+                    return
+                span = slice(at, at + TILE)
+                for other in others:
+                    other.buffers[dtype][span] = first.buffers[dtype][span]
 
-        if buffers[0].nbytes * len(others) > SMALL_NBYTES:
-            self._in_order(others, lambda rank: copy_to([rank]))
-        elif others:
-            self.once(lambda: copy_to(others))
+        little = first.nbytes * len(others) <= SMALL_NBYTES
+        self._in_order(range(1 if little else min(len(buffers), CORES, max(1, len(pieces)))), copy, readers)
 
     def prepare(self, buckets: Sequence[Bucket]) -> None:
         """Nothing is needed beforehand."""
@@ -132,20 +168,32 @@ class HostCommunicator:
 
     def once(self, work: Callable[[], object]) -> None:
         """Run `work()` on the first device, after all that was enqueued before and before all that comes."""
-        self._in_order([0], lambda rank: work())
+        if len(self._devices) == 1:
+            self._devices[0].compute.enqueue(work)
+        else:
+            self._in_order([0], lambda rank: work())
 
-    def _in_order(self, ranks: Sequence[int], work: Callable[[int], object]) -> None:
+    def _in_order(self, ranks: Sequence[int], work: Callable[[int], object], computing: int | None = None) -> None:
         """Run `work(rank)` on these communication streams, ordered against the compute streams of all devices."""
-        before = joined([device.compute.record() for device in self._devices])
+        done = self._before_and_after(ranks, work, computing)
+        for device in self._devices:
+            device.compute.wait(done)
+
+    def _before_and_after(
+        self, ranks: Sequence[int], work: Callable[[int], object], computing: int | None = None
+    ) -> QueueEvent:
+        """Run `work(rank)` on these communication streams after all compute so far; gives the event of their end.
+
+        `computing`: how many devices, the first ones, have any compute to wait for.
+        """
+        before = joined([device.compute.record() for device in self._devices[:computing]])
         after = []
         for rank in ranks:
             stream = self._devices[rank].communication
             stream.wait(before)
-            stream.enqueue(lambda rank=rank: work(rank))  # type: ignore[misc]
+            stream.enqueue(partial(work, rank))
             after.append(stream.record())
-        done = joined(after)
-        for device in self._devices:
-            device.compute.wait(done)
+        return joined(after)
 
 
 def refuse_unknown(buckets: Sequence[Bucket]) -> None:
@@ -153,49 +201,3 @@ def refuse_unknown(buckets: Sequence[Bucket]) -> None:
     for dtype in {bucket.dtype for bucket in buckets}:
         if dtype != "bfloat16" and storage_dtype(dtype).name != dtype:
             raise TypeError(f"Gradients of dtype {dtype} cannot be all-reduced. Use float32, bfloat16 or float16.")
-
-
-def _reduce_span(
-    sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], dtype: str, start: int, stop: int
-) -> None:
-    """Sum elements [start, stop) of the sources, in rank order, into all targets."""
-    for low in range(start, stop, TILE):
-        tile = slice(low, min(low + TILE, stop))
-        if len(sources) == 1:
-            total = sources[0][tile]
-        elif dtype in ("bfloat16", "float16"):
-            wide = _widen(sources[0][tile], dtype)
-            for source in sources[1:]:
-                wide += _widen(source[tile], dtype)
-            total = _narrow(wide, dtype)
-        else:
-            total = np.add(sources[0][tile], sources[1][tile])
-            for source in sources[2:]:
-                total += source[tile]
-        for target in targets:
-            if len(sources) > 1 or not np.may_share_memory(target, total):
-                target[tile] = total
-
-
-def sum_in_order(values: Sequence[np.ndarray], dtype: str) -> np.ndarray:
-    """The sum of equally long vectors in their order, as the all-reduce computes it."""
-    total = np.empty_like(values[0])
-    with np.errstate(over="ignore", invalid="ignore"):
-        _reduce_span(values, [total], dtype, 0, len(total))
-    return total
-
-
-def _widen(values: np.ndarray, dtype: str) -> np.ndarray:
-    """16-bit floats as fp32."""
-    if dtype == "float16":
-        return values.astype(np.float32)
-    return (values.astype(np.uint32) << 16).view(np.float32)
-
-
-def _narrow(values: np.ndarray, dtype: str) -> np.ndarray:
-    """fp32 as 16-bit floats, rounded to nearest even."""
-    if dtype == "float16":
-        return values.astype(np.float16)
-    bits = values.view(np.uint32)
-    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)

@@ -55,6 +55,10 @@ class Memory:
     gradients: FlatBuffers
 
 
+def _not_listening(bucket: int) -> None:
+    """Nobody starts a reduction early in this step."""
+
+
 @dataclass(slots=True)
 class Context:
     """What a replica knows of the step it is in.
@@ -64,6 +68,11 @@ class Context:
     the whole global batch, `structure` what the caller of the step passed along with it.
     `wants_outputs` is False when nobody will look at the outputs of the step. `device` is the replica's, None
     outside any step.
+
+    `ready(i)` says, on the replica's worker and in the middle of `train`, that bucket `i` of the flat gradient buffers
+    (`FlatBuffers.buckets()`) has its values, of unused parameters too, on what is the device's compute stream so far:
+    its reduction may start, and the program neither reads nor writes it again in this step. Buckets that are never
+    announced are reduced when `train` is over on all replicas. It never waits for another replica.
     """
 
     rank: int
@@ -75,6 +84,7 @@ class Context:
     structure: Any = None
     wants_outputs: bool = True
     device: Any = None
+    ready: Callable[[int], None] = _not_listening
 
     @classmethod
     def alone(cls, batch: Sequence[np.ndarray], structure: Any, start: int, stop: int, total: int) -> Context:

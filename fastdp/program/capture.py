@@ -30,6 +30,7 @@ import numpy as np
 from fastdp.errors import DeviceTimeoutError
 from fastdp.program.base import Context
 from fastdp.program.capture_compiler import BackgroundCompiler, CompileError, Job, missing_compiler
+from fastdp.program.capture_rewrites import for_compiler
 from fastdp.program.capture_trace import Captured, NoExchange
 from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import Structure
@@ -117,7 +118,7 @@ class Captures:
             if shape.captured is None and not self._refused and self._may_trace(shape):
                 self._trace(shape, own, context)
             if shape.captured is not None and shape.job is None and self._may_compile(shape):
-                shape.job = self._compiler.submit(shape.captured.graph, self._threads(rows))
+                shape.job = self._compiler.submit(for_compiler(shape.captured.graph), self._threads(rows))
                 shape.why = "being compiled"
 
     def note(self, seconds: float) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx import Graph, GraphModule, Node
 
+from fastdp.program.capture_rewrites import fuse_convolutions
 from fastdp.program.keras_replica import NotCapturable
 
 aten = torch.ops.aten
@@ -61,6 +62,7 @@ def optimized(module: GraphModule) -> GraphModule:
     _with_constants(module)
     _without_layout_changes(graph)
     _contiguous_paddings(graph)
+    fuse_convolutions(graph)
     graph.eliminate_dead_code()
     return GraphModule(module, fx_graph_cse(graph))
 
@@ -103,8 +105,18 @@ def in_place(module: GraphModule) -> GraphModule:
 def _refuse_draws(graph: Graph) -> None:
     """End the capture of a step with draws that fastdp does not know of."""
     for node in _calls(graph):
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _drops_nothing(node):
             raise NotCapturable(f"{node.target}, a random op that is not Keras's")
+
+
+def _drops_nothing(node: Node) -> bool:
+    """Whether an operation with dropout inside, an attention, has a rate of zero: then it draws nothing."""
+    target: Any = node.target
+    arguments = [argument.name for argument in target._schema.arguments]
+    if "dropout_p" not in arguments:
+        return False
+    at = arguments.index("dropout_p")
+    return (node.args[at] if at < len(node.args) else node.kwargs.get("dropout_p", 0.0)) == 0.0
 
 
 def _without_detaches(graph: Graph) -> None:

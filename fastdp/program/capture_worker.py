@@ -16,8 +16,10 @@ from pathlib import Path
 import torch
 from torch._inductor import standalone_compile
 
+from fastdp.program import capture_rewrites, keras_recurrent_ops
 from fastdp.program.capture_graph import from_bytes
 
+OWN_OPERATIONS = (capture_rewrites, keras_recurrent_ops)  # graphs may hold them: loading the modules registers them
 YIELDING = 10  # lower priority than the training it shares the cores with
 
 

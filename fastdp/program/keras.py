@@ -32,12 +32,14 @@ from fastdp.program.keras_placed import PlacedGraph, gradients_of, graph_of
 from fastdp.program.keras_replica import Running, keras_device, replica_scope
 from fastdp.program.keras_scope import replica_aware
 from fastdp.program.keras_trial import Effects
-from fastdp.program.torch_tensors import accumulate, intra_op_threads, output_array, prepare_worker, settle, spec_of
+from fastdp.program.torch_arrivals import Arrivals
+from fastdp.program.torch_tensors import accumulate, output_array, settle, spec_of
+from fastdp.program.torch_threads import prepare_worker, replicas_run
 
 
 @dataclass(slots=True)
 class _State:
-    """A replica's tensors. `leaves` are the trainable ones, as the leaves of autograd."""
+    """A replica's tensors. `leaves` are the trainable ones, as the leaves of autograd, hooked to `arrivals`."""
 
     variables: list[torch.Tensor]
     slots: list[torch.Tensor]
@@ -45,6 +47,7 @@ class _State:
     leaves: list[torch.Tensor]
     mapping: Mapping
     flat_update: FlatUpdate | None
+    arrivals: Arrivals
 
 
 @dataclass(slots=True)
@@ -170,7 +173,10 @@ class KerasProgram:
             mapping[i] = (self.variables[i], leaf)
         updates = bool(memory.slots.specs) and self._slots.how == "flat"  # without slots another replica does it
         update = FlatUpdate(self.optimizer, self._slots, self.trainable, memory) if updates else None
-        return _State(variables, tensors_of(memory.slots), tensors_of(memory.gradients), leaves, mapping, update)
+        gradients = tensors_of(memory.gradients)
+        arrivals = Arrivals(memory.gradients, gradients)
+        arrivals.hook(leaves)
+        return _State(variables, tensors_of(memory.slots), gradients, leaves, mapping, update, arrivals)
 
     def prepare_thread(self, threads: int, device: QueueDevice) -> None:
         """Set the worker's share of the cores."""
@@ -181,7 +187,7 @@ class KerasProgram:
         """Hold what Keras and torch need while replicas run."""
         with ExitStack() as stack:
             stack.enter_context(replica_aware())
-            stack.enter_context(intra_op_threads(threads))
+            stack.enter_context(replicas_run(threads))
             if self._own_compute_loss and self._template_state is not None:
                 stack.enter_context(self._template_state())
             self.prepare_loss()
@@ -197,7 +203,9 @@ class KerasProgram:
         if captured is not None:
             outcome = captured.replay(state.mapping, state.gradients, batch, context)
         else:
-            outcome = self.compute(state.mapping, context.structure.pack(batch), self.running_replica(context))
+            # Where a replica spans devices, backward goes call by call: gradients come in parts, from several threads.
+            with state.arrivals.during(context.ready if self._groups is None else None):
+                outcome = self.compute(state.mapping, context.structure.pack(batch), self.running_replica(context))
         unused = self._store_gradients(state, outcome.gradients)
         notes = Notes(outcome.structure, len(outcome.terms) - 1, unused=unused)
         return self._result(outcome, state, context, notes)
@@ -338,17 +346,10 @@ class KerasProgram:
             self._shared = SharedLoss(compiled)
             self._loss_is_merged = not self._shared.per_sample
 
-    def _store_gradients(self, state: _State, found: Sequence[torch.Tensor | None]) -> frozenset[int]:
+    @staticmethod
+    def _store_gradients(state: _State, found: Sequence[torch.Tensor | None]) -> frozenset[int]:
         """Copy gradients into the flat buffer; zeros, and a note, where there are none."""
-        unused = frozenset(i for i, gradient in enumerate(found) if gradient is None)
-        # A captured step has written them to their place.
-        moved = [i for i in range(len(found)) if i not in unused and found[i] is not state.gradients[i]]
-        with torch.no_grad():
-            if moved:
-                torch._foreach_copy_([state.gradients[i] for i in moved], [found[i] for i in moved])
-            for i in unused:
-                state.gradients[i].zero_()
-        return unused
+        return state.arrivals.store(found)
 
     # Side effects of the forward pass.
 

@@ -14,11 +14,13 @@ Step = Callable[[torch.Tensor, Any], None]
 
 
 def fused_step(optimizer: Any, like: torch.Tensor, learning_rate: Any) -> Step | None:
-    """`step(gradient, variable)` for Adam and AdamW on tensors such as `like`, or None.
+    """`step(gradient, variable)` for SGD, Adam and AdamW on tensors such as `like`, or None.
 
-    Torch's kernel computes `p -= rate * m / (sqrt(v) + epsilon)`, as Keras does. Float16 and bfloat16 are left
+    SGD's operations are those of Keras, to the last bit, without the calls around them. Torch's kernel for Adam computes `p -= rate * m / (sqrt(v) + epsilon)`, as Keras does. Float16 and bfloat16 are left
     to Keras, which rounds after each operation where the kernel does not.
     """
+    if isinstance(optimizer, keras.optimizers.SGD):
+        return _sgd_step(optimizer, float(learning_rate))
     if not isinstance(optimizer, keras.optimizers.Adam) or like.dtype not in (torch.float32, torch.float64):
         return None
     rate = _adam_rate(optimizer, like, learning_rate)
@@ -41,6 +43,25 @@ def fused_step(optimizer: Any, like: torch.Tensor, learning_rate: Any) -> Step |
             amsgrad=bool(optimizer.amsgrad),
             maximize=False,
         )
+
+    return step
+
+
+def _sgd_step(optimizer: Any, rate: float) -> Step:
+    """SGD with or without momentum."""
+    momentum = float(optimizer.momentum)
+
+    def step(gradient: torch.Tensor, variable: Any) -> None:
+        value = variable.value
+        if momentum == 0:
+            value.add_(gradient, alpha=-rate)
+            return
+        velocity = optimizer.momentums[optimizer._get_variable_index(variable)].value
+        velocity.mul_(momentum).add_(gradient, alpha=-rate)
+        if optimizer.nesterov:
+            value.add_(gradient, alpha=-rate).add_(velocity, alpha=momentum)
+        else:
+            value.add_(velocity)
 
     return step
 

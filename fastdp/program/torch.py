@@ -13,7 +13,7 @@ from torch import nn
 
 from fastdp.backend.queue import QueueDevice
 from fastdp.buckets import Allocator, ArraySpec, FlatBuffers
-from fastdp.program import torch_norm, torch_random
+from fastdp.program import torch_gradients, torch_norm, torch_random
 from fastdp.program.base import Context, Home, Memory, Result, Totals
 from fastdp.program.torch_batch import (
     Nest,
@@ -28,9 +28,10 @@ from fastdp.program.torch_loss import REDUCTIONS, LossFunction, contribute
 from fastdp.program.torch_module import Adopted, Attributes, ReplicaModule, adopted, replicate, slots_of, tensors_of
 from fastdp.program.torch_optimizer import OptimizerFactory, Optimizers
 from fastdp.program.torch_scope import Handler, ReplicaMode, Running, backward
-from fastdp.program.torch_tensors import accumulate, intra_op_threads, prepare_worker, settle, spec_of
+from fastdp.program.torch_tensors import accumulate, settle, spec_of
+from fastdp.program.torch_threads import prepare_worker, replicas_run
 
-_HANDLERS: dict[Any, Handler] = {**torch_random.HANDLERS, **torch_norm.HANDLERS}
+_HANDLERS: dict[Any, Handler] = {**torch_random.HANDLERS, **torch_norm.HANDLERS, **torch_gradients.HANDLERS}
 
 
 @dataclass(slots=True)
@@ -186,7 +187,7 @@ class TorchProgram:
         replica = replicate(self.module, self._slots, tensors_of(memory.variables))
         own = [slot.tensor for slot in self._slots if slot.is_parameter] if rank == 0 else replica.parameters
         optimizer = self.optimizers.add(own) if self.optimizers is not None else None
-        gradients = Gradients(self._pick(replica.parameters), tensors_of(memory.gradients))
+        gradients = Gradients(self._pick(replica.parameters), memory.gradients, tensors_of(memory.gradients))
         state = _State(replica, gradients, optimizer, self._pick(own))
         self._states.append(state)
         return state
@@ -201,7 +202,7 @@ class TorchProgram:
         self._attributes.follow([state.replica.module for state in self._states])
         if self.optimizers is not None:
             self.optimizers.follow()
-        with intra_op_threads(threads):
+        with replicas_run(threads):
             yield
 
     # The step.
@@ -221,7 +222,8 @@ class TorchProgram:
             part = contribute(self.reduction, self.loss_fn, outputs, targets, users, running)
             forward.close()
             if part.roots:
-                backward(running, part.roots, part.seeds)
+                with state.gradients.announcing(running, part.direct):
+                    backward(running, part.roots, part.seeds)
         arrays, nest = outputs_to_arrays(outputs, context.device) if context.wants_outputs else ([], None)
         notes = _Notes(nest, part.dtype, used=state.gradients.store(part.direct))
         sums = gather_buffers(state.replica, running, notes.buffers)

@@ -2,41 +2,118 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 
+from fastdp.buckets import FlatBuffers
+from fastdp.program.torch_arrivals import Arrivals, dense
+from fastdp.program.torch_scope import Handler, Running
 
-@dataclass(slots=True)
+
 class Gradients:
-    """The gradients of a replica's parameters, by position. `flat` are the views that the engine reduces."""
+    """The gradients of a replica's parameters, by position.
 
-    parameters: list[torch.Tensor]
-    flat: list[torch.Tensor]
+    Args:
+        parameters: the replica's own.
+        buffers: the replica's gradient buffers, which the engine reduces.
+        flat: their arrays as tensors.
+
+    Buckets are announced in the middle of backward from the second step on, where backward runs once. A checkpoint
+    that runs it again inside (`torch.utils.checkpoint` with `use_reentrant=True`) gives a parameter its gradient in
+    parts, of which none says that it is the last: then nothing is announced.
+    """
+
+    def __init__(self, parameters: list[torch.Tensor], buffers: FlatBuffers, flat: list[torch.Tensor]) -> None:
+        self.parameters = parameters
+        self.flat = flat
+        self._arrivals = _Accumulated(buffers, flat)
+        self._hooked: set[int] = set()
+        self._runs_once: bool | None = None
 
     def begin(self, users: Sequence[torch.Tensor]) -> None:
         """No gradients, and the `requires_grad` of the user's parameters."""
-        for own, user in zip(self.parameters, users, strict=True):
+        self._arrivals.stored = set()
+        for i, (own, user) in enumerate(zip(self.parameters, users, strict=True)):
             own.grad = None
             if own.requires_grad is not user.requires_grad:
                 own.requires_grad_(user.requires_grad)
+            if self._arrivals.useful and own.requires_grad and i not in self._hooked:
+                self._hooked.add(i)
+                own.register_post_accumulate_grad_hook(partial(self._arrivals.accumulated, i))
+
+    @contextmanager
+    def announcing(self, running: Running, direct: dict[int, torch.Tensor]) -> Iterator[None]:
+        """Around backward: buckets that become complete are announced.
+
+        `direct` are the gradients found beside backward, by position. They are added.
+        """
+        if self._arrivals.useful and self._runs_once:
+            self._arrivals.running, self._arrivals.direct = running, direct
+            self._arrivals.begin(running.context.ready)
+        try:
+            yield
+        finally:
+            self._arrivals.end()
+            self._arrivals.running, self._arrivals.direct = None, {}
+            self._runs_once = self._runs_once is not False and not running.nested
 
     def store(self, direct: dict[int, torch.Tensor]) -> frozenset[int]:
         """Write what backward left on the parameters, and the gradients found beside it, to the flat buffer.
 
-        Zeros where there is nothing; says where there is.
+        Zeros where there is nothing; says where there is. What has been announced is there already.
         """
-        used = set()
+        stored, self._arrivals.stored = self._arrivals.stored, set()
+        used = set(stored)
         with torch.no_grad():
             for i, (parameter, view) in enumerate(zip(self.parameters, self.flat, strict=True)):
                 found = [g for g in (parameter.grad, direct.get(i)) if g is not None]
                 parameter.grad = None
+                if i in stored:
+                    continue
                 if found:
                     used.add(i)
-                    view.copy_(found[0].to_dense() if found[0].is_sparse else found[0])
+                    view.copy_(dense(found[0]))
                 else:
                     view.zero_()
                 for more in found[1:]:
                     view.add_(more)
         return frozenset(used)
+
+
+class _Accumulated(Arrivals):
+    """Arrivals at parameters, where torch adds up what it finds. Hooks know it, and it knows no parameter."""
+
+    running: Running | None = None
+    direct: dict[int, torch.Tensor]
+
+    def accumulated(self, number: int, parameter: torch.Tensor) -> None:
+        """Called by torch when backward has added to a parameter's gradient.
+
+        Raises:
+            RuntimeError: the gradient grows after it was announced.
+        """
+        if number in self.stored:
+            raise RuntimeError(
+                "A parameter got a further part of its gradient after the first was taken for all of it: a part of the "
+                "module runs backward inside backward, and did not in the step before (torch.utils.checkpoint with "
+                "use_reentrant=True). This step is lost and the next ones take it into account. Better, use "
+                "use_reentrant=False."
+            )
+        if self.running is None or self.running.nested:
+            return
+        assert parameter.grad is not None
+        extra = self.direct.get(number)
+        self.arrived(number, parameter.grad if extra is None else dense(parameter.grad) + extra)
+
+
+def _backward_again(running: Running, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """`backward` on tensors: inside that of a step it is a nested one."""
+    running.nested = running.nested or running.backward
+    return function(*args, **kwargs)
+
+
+HANDLERS: dict[Any, Handler] = {torch.autograd.backward: _backward_again, torch.Tensor.backward: _backward_again}

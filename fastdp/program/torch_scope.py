@@ -33,13 +33,17 @@ class Normalized:
 
 @dataclass(slots=True)
 class Running:
-    """One replica in one step. `rows` are the rows that it works on: those of the replica, or all of them."""
+    """One replica in one step. `rows` are the rows that it works on: those of the replica, or all of them.
+
+    `nested` says that backward has run inside backward.
+    """
 
     context: Context
     rows: Rows
     sync_batch_norm: bool = False
     draws: int = 0
     backward: bool = False
+    nested: bool = False
     normalized: list[Normalized] = field(default_factory=list)
 
     def next_draw(self) -> tuple[int, int]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -58,39 +57,7 @@ def output_array(tensor: torch.Tensor, device: Any) -> Any:
     return device.wrap(tensor.data_ptr(), tuple(tensor.shape), storage_dtype(dtype_name(tensor)), tensor)
 
 
-def prepare_worker(threads: int, device: Any) -> None:
-    """Set a worker's share of the cores, and let torch's work on this thread go to the device's compute stream."""
-    torch.set_num_threads(threads)
-    if device.on_gpu:
-        # Torch runs the backward pass of all replicas on a card in one thread of its own: replicas that meet there
-        # would wait for each other, and what is kept for the worker's thread would be missing. Off, backward
-        # stays in the worker.
-        torch.autograd.set_multithreading_enabled(False)
-    if device.on_gpu and device.torch_device.startswith("cuda"):
-        handle = device.compute.handle
-        if torch.cuda.current_stream(device.torch_device).cuda_stream != handle:
-            torch.cuda.set_stream(torch.cuda.ExternalStream(handle, device=device.torch_device))
-
-
 def settle(tensors: Iterable[torch.Tensor]) -> None:
     """Wait for what the calling thread has enqueued on these tensors' GPUs: the engine's streams do not."""
     for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
         torch.cuda.current_stream(device).synchronize()
-
-
-@contextmanager
-def intra_op_threads(threads: int) -> Iterator[None]:
-    """Let each operation use `threads` cores while replicas run side by side.
-
-    Torch's setting is partly per thread (OpenMP) and partly global (MKL): workers set theirs once, the
-    host thread holds the global one for the time of a step.
-    """
-    before = torch.get_num_threads()
-    if before == threads:
-        yield
-        return
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

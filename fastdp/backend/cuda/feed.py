@@ -244,7 +244,7 @@ class Feed:
                 for i in host:
                     source = pinned.ctypes.data + starts[i]
                     runtime.copy_async(runtime.array_pointer(arrays[i]), source, parts[i].nbytes, stream.handle)
-            self._ring.release(stream.mark_now())
+            self._ring.release(stream.now())
         for caller in callers:
             runtime.stream_wait_event(stream.handle, caller.event)
         near: list[tuple[Any, Any]] = []
@@ -266,7 +266,7 @@ class Feed:
         pinned = self._ring.take(index.nbytes)
         pinned.view(np.int64)[:] = index
         runtime.copy_async(index_at, pinned.ctypes.data, index.nbytes, stream.handle)
-        self._ring.release(stream.mark_now())
+        self._ring.release(stream.now())
         error = runtime.array_pointer(self._error)
         slice_rows(self._device.kernels, slices, index=index_at, error=error, stream=stream.handle)
 

@@ -78,6 +78,9 @@ class CudaStream(QueueStream):
         priority: CUDA's; lower numbers go first.
     """
 
+    # An event is recorded in the CUDA stream, by its own worker.
+    inline = False
+
     def __init__(self, device: Any, name: str, priority: int = 0) -> None:
         super().__init__(device, name)
         self.device = device
@@ -90,6 +93,13 @@ class CudaStream(QueueStream):
         handle, self.handle = self.handle, 0
         if handle:
             runtime.stream_destroy(handle)
+
+    def now(self) -> CudaEvent:
+        """An event at the place that the worker has come to, in the middle of its work. On the worker."""
+        event = self._event()
+        self._mark(event)
+        event.complete()
+        return event
 
     def _event(self) -> CudaEvent:
         return CudaEvent(self)
@@ -104,13 +114,6 @@ class CudaStream(QueueStream):
         for event in waits:
             if event.handle:
                 runtime.stream_wait_event(self.handle, event.handle)
-
-    def mark_now(self) -> CudaEvent:
-        """An event behind what the worker has issued so far. On the worker, in the middle of this stream's work."""
-        event = self._event()
-        self._mark(event)
-        event.complete()
-        return event
 
     def _perform(self, work: Work) -> None:
         self._order()

@@ -1,0 +1,127 @@
+"""Events of queues: points in a stream's work, issued once, and who is woken then."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from fastdp.errors import DeviceTimeoutError
+
+
+class QueueEvent:
+    """A point in a stream's work; issued exactly once, with or without an error.
+
+    Issued means that the worker has come to it. Where the work itself runs there, it is then done too;
+    a device whose worker only issues work to a GPU has events of its own class, which say more.
+    """
+
+    __slots__ = ("_issued", "_lock", "_wakes", "error", "parts")
+
+    def __init__(self) -> None:
+        self._issued = False
+        self._lock = threading.Lock()
+        self._wakes: list[Callable[[], object]] = []
+        self.error: BaseException | None = None
+        # What of a GPU's is still to be done after this event is issued: of joint events.
+        self.parts: tuple[QueueEvent, ...] = ()
+
+    @property
+    def issued(self) -> bool:
+        """True once the worker has come to the event."""
+        return self._issued
+
+    @property
+    def done(self) -> bool:
+        """True once all work before the event has run, or was skipped."""
+        return self._issued and all(part.done for part in self.parts)
+
+    def leaves(self) -> tuple[QueueEvent, ...]:
+        """The events of GPUs that this one stands for."""
+        return self.parts
+
+    def complete(self, error: BaseException | None = None) -> None:
+        """Mark the event issued and wake those who wait for it. Only the first call counts."""
+        with self._lock:
+            if self._issued:
+                return
+            self.error = error
+            self._issued = True
+            wakes, self._wakes = self._wakes, []
+        for wake in wakes:
+            wake()
+
+    def notify(self, wake: Callable[[], object]) -> bool:
+        """Have `wake()` called, by whoever completes the event. False, and no call, if it is issued already."""
+        with self._lock:
+            if not self._issued:
+                self._wakes.append(wake)
+            return not self._issued
+
+    def synchronize(self, timeout: float | None = None) -> None:
+        """Block until done, then raise the error that the event carries, if any.
+
+        Raises:
+            DeviceTimeoutError: not done within `timeout` seconds.
+        """
+        self.finish(timeout)
+        if self.error is not None:
+            raise self.error
+
+    def finish(self, timeout: float | None = None) -> None:
+        """Block until done, and leave the error, if any, to the caller."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self.wait_issued(timeout)
+        for part in self.parts:
+            part.finish(None if deadline is None else deadline - time.monotonic())
+
+    def wait_issued(self, timeout: float | None = None) -> None:
+        """Block until the worker has come to the event."""
+        gate = threading.Lock()
+        gate.acquire()
+        if not self.notify(gate.release):
+            return
+        seconds = -1.0 if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX)
+        if not gate.acquire(timeout=seconds) and not self._issued:
+            raise DeviceTimeoutError(f"A device was not done with its work within timeout={timeout} seconds.")
+
+
+# What this thread is about to complete, where it is in the middle of doing so; whether it is a worker.
+here = threading.local()
+
+
+def complete_all(events: list[tuple[QueueEvent, BaseException | None]]) -> None:
+    """Complete events one after the other, with those that become ready by it: a chain of any length needs no stack."""
+    pending = getattr(here, "pending", None)
+    if pending is not None:
+        pending.extend(events)
+        return
+    here.pending = pending = deque(events)
+    try:
+        while pending:
+            event, error = pending.popleft()
+            event.complete(error)
+    finally:
+        here.pending = None
+
+
+def joined(events: Sequence[QueueEvent]) -> QueueEvent:
+    """An event that is issued when all of `events` are, and done when they are, with the first error in their order.
+
+    N streams that wait for N others wait for one joint event: N + N links instead of N x N.
+    """
+    joint = QueueEvent()
+    joint.parts = tuple([leaf for event in events for leaf in event.leaves()])
+    left = [None] * (len(events) + 1)
+
+    def arrive() -> None:
+        left.pop()  # without a lock: two may find that none is left, and the first call of `complete` counts
+        if not left:
+            joint.complete(next((event.error for event in events if event.error is not None), None))
+
+    for event in events:
+        if not event.notify(arrive):
+            arrive()
+    arrive()
+    return joint
