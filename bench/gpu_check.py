@@ -1,10 +1,10 @@
 """Does fastdp work on the GPUs of this machine, and how fast? One command, one JSON file.
 
-Stages run one after the other, each with its own time limit, and the others go on when one fails: `kernels` (each
-kernel against its NumPy twin, memory and streams; then under compute-sanitizer, where it is installed), `engine`,
-`keras` (models against plain Keras and torch on the same card) and `bench`. What a stage found before its limit counts.
+The stages of bench/gpu_stages.py run one after the other, each with its own time limit, and the others go on when one
+fails. What a stage found before its limit counts, and the file is written anew whenever a part is over and while it
+runs, so that a run that is cut off leaves what it had. At the end the goals of bench/gpu_goals.py are held to it.
 
-    python bench/gpu_check.py [--stage NAME ...] [--wheels FOLDER]
+    python bench/gpu_check.py [--stage NAME ...] [--wheels FOLDER] [--seconds 570]
 
 The status is 0 if all was well, 1 if anything failed, 2 if there was nothing to check, as without a GPU.
 """
@@ -12,6 +12,7 @@ The status is 0 if all was well, 1 if anything failed, 2 if there was nothing to
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -20,10 +21,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import gpu_goals
+from gpu_stages import DEFAULT, STAGES, Part
 
 ROOT = Path(__file__).parents[1]
 SCRATCH = ROOT / "build" / "gpu-check"
@@ -32,105 +35,102 @@ WHEELS = ROOT / "build" / "gpu-wheels"
 FROM_WHEELS = ("keras", "namex", "optree", "rich")
 TAIL = 40
 KILL_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class Part:
-    """One process of a stage.
-
-    Attributes:
-        name: within the stage.
-        command: what is run, after the interpreter where it begins with "-" or with a .py file.
-        seconds: its time limit.
-        tests: whether it is pytest, whose results come through gpu_pytest_log.py.
-        needs: a program that must be on the PATH; the part is skipped, and says so, where it is not.
-        environment: on top of this process's own.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    seconds: float
-    tests: bool = True
-    needs: str = ""
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-
-def _pytest(*arguments: str) -> tuple[str, ...]:
-    """pytest on `gpu` tests: warnings do not fail them, and stacks are shown where one hangs."""
-    quiet = ("-m", "gpu", "-q", "-W", "default", "-p", "no:cacheprovider", "-p", "gpu_pytest_log")
-    return ("-m", "pytest", *quiet, "-o", "faulthandler_timeout=60", *arguments)
-
-
-def _sanitizer(tool: str) -> Part:
-    """The kernel tests at small sizes under one tool of compute-sanitizer."""
-    tests = ("tests/gpu/test_kernels.py", "-k", "784 or 130 or out_of_range", "-x")
-    command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "86", sys.executable, *_pytest(*tests))
-    return Part(tool, command, 45, needs="compute-sanitizer", environment={"FASTDP_GPU_SMALL": "1"})
-
-
-STAGES: dict[str, tuple[Part, ...]] = {
-    "kernels": (
-        Part("tests", _pytest("tests/gpu/test_runtime.py", "tests/gpu/test_kernels.py"), 70),
-        _sanitizer("memcheck"),
-        _sanitizer("racecheck"),
-    ),
-    "engine": (Part("tests", _pytest("tests/gpu/test_engine.py"), 80),),
-    "keras": (Part("tests", _pytest("tests/gpu/test_models.py"), 90),),
-    "bench": (
-        Part("parts", ("bench/gpu_parts.py",), 40, tests=False),
-        Part("steps", ("bench/gpu_steps.py",), 100, tests=False),
-    ),
-}
+SAVE_SECONDS = 5.0  # between two looks at a part that runs
+LEAST_SECONDS = 15.0  # a part that has less left to it is not begun
 
 
 def main() -> int:
     """Run the stages asked for, print, save; the exit status."""
     asked = _arguments()
+    # The file is written by `finally`, and the part that runs is ended with all that it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     SCRATCH.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
     paths = [str(ROOT), str(ROOT / "bench")]
-    if asked.wheels:
-        paths.append(str(install_wheels(Path(asked.wheels))))
+    if asked.wheels and (wheels := install_wheels(Path(asked.wheels))):
+        paths.append(str(wheels))
     environment["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
     machine = describe_machine(environment)
     print(json.dumps(machine, indent=1), flush=True)
     if not machine.get("gpus"):
         print(f"\nNo GPU: {machine.get('reason', 'the machine could not be described')}. The tests will be skipped.")
-    began = time.monotonic()
-    stages = {name: run_stage(name, STAGES[name], environment) for name in asked.stage}
-    report = {"machine": machine, "seconds": round(time.monotonic() - began, 1), "stages": stages}
-    path = write_report(report, Path(asked.results))
-    print("\n" + table(stages))
-    print(f"\nWrote {path}")
-    return status_of(stages)
+    report = Report(machine, Path(asked.results))
+    ends = time.monotonic() + asked.seconds
+    try:
+        for name in asked.stage:
+            run_stage(name, STAGES[name], environment, report, ends)
+    finally:
+        path = report.write()
+        print("\n" + table(report.stages))
+        if any(name.startswith("bench") for name in report.stages):
+            print("\n" + gpu_goals.table(report.goals()))
+        print(f"\nWrote {path}", flush=True)
+    return status_of(report.stages)
+
+
+class Report:
+    """What a run has found, in one file that is written again and again.
+
+    Args:
+        machine: as `describe_machine` gives it.
+        folder: where the file goes if there is a card; else it goes to build/gpu-check/.
+    """
+
+    def __init__(self, machine: Mapping[str, Any], folder: Path) -> None:
+        self.machine = machine
+        self.stages: dict[str, dict[str, Any]] = {}
+        cards = machine.get("gpus") or []
+        card = re.sub(r"[^a-z0-9]+", "-", cards[0]["name"].lower()).strip("-") if cards else "none"
+        self.path = (folder if cards else SCRATCH) / f"gpu_{card}_{time.strftime('%Y%m%d-%H%M%S')}.json"
+        self._began = time.monotonic()
+
+    def goals(self) -> list[dict[str, Any]]:
+        """The goals, held to what has been measured."""
+        return gpu_goals.evaluate({"machine": self.machine, "stages": self.stages})
+
+    def write(self) -> Path:
+        """Write the file; whoever reads it finds the old one or the new one, never half of one."""
+        seconds = round(time.monotonic() - self._began, 1)
+        whole = {"machine": self.machine, "seconds": seconds, "stages": self.stages, "goals": self.goals()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(self.path)
+        return self.path
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--stage", nargs="*", default=[], metavar="NAME", help=f"of {', '.join(STAGES)}; all by default"
+        "--stage", nargs="*", default=[], metavar="NAME", help=f"of {', '.join(STAGES)}; {' '.join(DEFAULT)} by default"
     )
     parser.add_argument("--wheels", default="", help="a folder of wheels that holds Keras and what it needs")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="for all of it; what comes too late is left out")
     parser.add_argument("--results", default=str(ROOT / "bench" / "results"), help="where the JSON file goes")
     asked = parser.parse_args()
     unknown = [name for name in asked.stage if name not in STAGES]
     if unknown:
         parser.error(f"--stage: expected some of {', '.join(STAGES)}. Received: {', '.join(unknown)}")
-    asked.stage = asked.stage or list(STAGES)
+    asked.stage = asked.stage or [name for name in DEFAULT if name in STAGES]
     return asked
 
 
-def install_wheels(folder: Path) -> Path:
-    """Install Keras from a folder of wheels, without a network, into build/gpu-wheels.
+def install_wheels(folder: Path) -> Path | None:
+    """Install those of FROM_WHEELS that are missing here from a folder of wheels, without a network.
+
+    Returns: where they are, build/gpu-wheels; None where nothing is missing.
 
     Raises:
         subprocess.CalledProcessError: pip found no wheel that fits.
     """
+    missing = [name for name in FROM_WHEELS if importlib.util.find_spec(name) is None]
     shutil.rmtree(WHEELS, ignore_errors=True)
+    if not missing:
+        return None
     where = ["--no-index", "--find-links", str(folder), "--target", str(WHEELS)]
     # Without dependencies: --target would bring a second NumPy, or fail for want of one.
     how = ["--no-deps", "--no-cache-dir", "--disable-pip-version-check", "--quiet"]
-    subprocess.run([sys.executable, "-m", "pip", "install", *how, *where, *FROM_WHEELS], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", *how, *where, *missing], check=True)
     return WHEELS
 
 
@@ -139,10 +139,10 @@ def describe_machine(environment: Mapping[str, str]) -> dict[str, Any]:
     command = [sys.executable, str(ROOT / "bench" / "gpu_machine.py")]
     try:
         done = subprocess.run(
-            command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+            command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=150, check=False
         )
     except subprocess.TimeoutExpired:
-        return {"reason": "gpu_machine.py did not end within 60 seconds"}
+        return {"reason": "gpu_machine.py did not end within 150 seconds"}
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         return {"reason": f"gpu_machine.py ended with {done.returncode}: {done.stderr.strip()[-600:]}"}
@@ -152,22 +152,43 @@ def describe_machine(environment: Mapping[str, str]) -> dict[str, Any]:
 # One stage.
 
 
-def run_stage(name: str, parts: Sequence[Part], environment: Mapping[str, str]) -> dict[str, Any]:
-    """Run the parts of a stage; what came of them."""
+def run_stage(
+    name: str, parts: Sequence[Part], environment: Mapping[str, str], report: Report, ends: float
+) -> dict[str, Any]:
+    """Run the parts of a stage until `ends`; what came of them, in the report too."""
     print(f"\n== {name}: at most {sum(part.seconds for part in parts):.0f} seconds", flush=True)
     began = time.monotonic()
-    found = {}
+    found: dict[str, Any] = {}
+    stage = report.stages[name] = {"status": "running", "seconds": 0.0, "parts": found}
     for part in parts:
-        print(f"-- {name}/{part.name}", flush=True)
-        found[part.name] = run_part(name, part, environment)
+        left = ends - time.monotonic()
+        if left < LEAST_SECONDS:
+            found[part.name] = {"status": "skipped", "reason": "no time was left for it"}
+        else:
+            print(f"-- {name}/{part.name}", flush=True)
+
+            def save(result: dict[str, Any], part: Part = part) -> None:
+                found[part.name] = result
+                report.write()
+
+            save(run_part(name, part.within(left), environment, save))
         print(f"-- {name}/{part.name}: {summary(found[part.name])}", flush=True)
+        stage["seconds"] = round(time.monotonic() - began, 1)
     states = [result["status"] for result in found.values()]
-    worst = next((s for s in ("timed out", "failed", "passed") if s in states), "skipped")
-    return {"status": worst, "seconds": round(time.monotonic() - began, 1), "parts": found}
+    stage["status"] = next((s for s in ("timed out", "failed", "passed") if s in states), "skipped")
+    return stage
 
 
-def run_part(stage: str, part: Part, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Run one process within its limit, and gather what it wrote line by line, even where it was cut off."""
+def run_part(
+    stage: str,
+    part: Part,
+    environment: Mapping[str, str],
+    save: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
+    """Run one process within its limit, and gather what it wrote line by line, even where it was cut off.
+
+    `save` is given what there is, now and then, while the process runs.
+    """
     if part.needs and shutil.which(part.needs) is None:
         return {"status": "skipped", "reason": f"{part.needs} is not on the PATH"}
     log = SCRATCH / f"{stage}-{part.name}.jsonl"
@@ -175,20 +196,28 @@ def run_part(stage: str, part: Part, environment: Mapping[str, str]) -> dict[str
     first = part.command[0]
     command = [*([sys.executable] if first.startswith("-") or first.endswith(".py") else []), *part.command]
     began = time.monotonic()
-    code, output = run_limited(command, {**environment, **part.environment, "FASTDP_GPU_LOG": str(log)}, part.seconds)
+    variables = {**environment, **part.environment, "FASTDP_GPU_LOG": str(log)}
+    # Tests that would begin after this are skipped, with that as the reason, and the part ends in time.
+    if part.tests:  # counts only before CUDA starts, and Keras may start it before fastdp can say so
+        variables.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    variables["FASTDP_GPU_TEST_SECONDS"] = str(0.85 * part.seconds)
+
+    def so_far() -> dict[str, Any]:
+        seconds = round(time.monotonic() - began, 1)
+        return {"status": "running", "seconds": seconds, **gathered(part, read_lines(log))}
+
+    save(so_far())
+    code, output = run_limited(command, variables, part.seconds, lambda: save(so_far()))
     result: dict[str, Any] = {"seconds": round(time.monotonic() - began, 1), "limit": part.seconds, "exit": code}
     if part.needs and any("Device not supported" in line for line in output):
         return {"status": "skipped", "reason": f"{part.needs} does not support this machine's GPU", **result}
-    lines = read_lines(log)
+    result.update(gathered(part, read_lines(log)))
     if part.tests:
-        result.update(count_tests(lines))
         # 5: nothing collected, by pytest's own numbers.
         failed = code not in (0, 5) or bool(result["failed"])
         nothing = "skipped" if not result["passed"] else "passed"
         result["status"] = "timed out" if code is None else "failed" if failed else nothing
     else:
-        result["measurements"] = [line for line in lines if "skipped" not in line]
-        result["skipped"] = [line for line in lines if "skipped" in line]
         good = "passed" if result["measurements"] else "skipped"
         result["status"] = "timed out" if code is None else "failed" if code else good
     if result["status"] in ("failed", "timed out"):
@@ -196,13 +225,28 @@ def run_part(stage: str, part: Part, environment: Mapping[str, str]) -> dict[str
     return result
 
 
-def run_limited(command: Sequence[str], environment: Mapping[str, str], seconds: float) -> tuple[int | None, list[str]]:
-    """Run a command in a process group of its own, its output shown as it comes.
+def gathered(part: Part, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a part has written by now: its tests counted, or its measurements, the last of each."""
+    if part.tests:
+        return count_tests(lines)
+    return {
+        "measurements": gpu_goals.latest(line for line in lines if "skipped" not in line),
+        "skipped": [line for line in lines if "skipped" in line],
+    }
+
+
+def run_limited(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    seconds: float,
+    look: Callable[[], None] = lambda: None,
+) -> tuple[int | None, list[str]]:
+    """Run a command in a process group of its own, its output shown as it comes, with a call of `look` now and then.
 
     Returns: its exit status, None where it was ended for its time limit, and its output's lines.
     """
     output = SCRATCH / f"output-{os.getpid()}.txt"
-    with output.open("wb") as file:
+    with output.open("wb") as file, output.open("rb") as shown:
         process = subprocess.Popen(
             list(command),
             env=dict(environment),
@@ -211,17 +255,26 @@ def run_limited(command: Sequence[str], environment: Mapping[str, str], seconds:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        code: int | None
+        ends, code = time.monotonic() + seconds, None
         try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            code = None
+            while code is None and time.monotonic() < ends:
+                try:
+                    code = process.wait(min(SAVE_SECONDS, max(0.0, ends - time.monotonic())))
+                except subprocess.TimeoutExpired:
+                    look()
+                _show(shown.read())
         finally:
             _end(process)
+        _show(shown.read())
     lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
     output.unlink()
-    print("\n".join(lines[-TAIL:]), flush=True)
     return code, lines
+
+
+def _show(data: bytes) -> None:
+    """Print what a part has printed, lines of measurements cut short: they go to the file."""
+    for line in data.decode("utf-8", "replace").splitlines():
+        print(line[:240], flush=True)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -299,17 +352,6 @@ def table(stages: Mapping[str, Mapping[str, Any]]) -> str:
         "  ".join([*(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)), row[3]]) for row in rows
     ]
     return "\n".join([*(line.rstrip() for line in lines), *failures])
-
-
-def write_report(report: Mapping[str, Any], folder: Path) -> Path:
-    """The JSON file: among the results where there is a card, in build/ where there is none to speak of."""
-    cards = report["machine"].get("gpus") or []
-    card = re.sub(r"[^a-z0-9]+", "-", cards[0]["name"].lower()).strip("-") if cards else "none"
-    folder = folder if cards else SCRATCH
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"gpu_{card}_{time.strftime('%Y%m%d')}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return path
 
 
 def status_of(stages: Mapping[str, Mapping[str, Any]]) -> int:

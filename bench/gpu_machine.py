@@ -15,8 +15,9 @@ from report import hardware, result_line
 from fastdp import topology
 
 LIBRARIES = ("torch", "keras", "jax", "jaxlib", "cupy-cuda13x", "cupy-cuda12x", "nvidia-cuda-nvrtc", "nvidia-nccl-cu13",
-             "nvidia-nccl-cu12", "nvidia-cudnn-cu13", "triton", "pytest")  # fmt: skip
+             "nvidia-nccl-cu12", "nvidia-cudnn-cu13", "triton", "pytest", "h5py", "optree", "nvidia-ml-py")  # fmt: skip
 QUERY = "name,driver_version,pstate,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,memory.total"
+LINK = "pcie.link.gen.max"
 
 
 def main() -> None:
@@ -27,7 +28,8 @@ def main() -> None:
         found["driver"] = {"version": driver.version, "cuda": list(driver.cuda)}
     found["problems"] = topology.problems()
     found["environment"] = {k: v for k, v in os.environ.items() if k.startswith(("CUDA_", "NCCL_", "CUPY_"))}
-    found["nvidia_smi"] = _nvidia_smi()
+    found["nvidia_smi"] = _nvidia_smi(QUERY)
+    found["pcie_generation"] = _number(_nvidia_smi(LINK)[1:2])
     found |= _cupy()
     print(json.dumps(found))
 
@@ -35,6 +37,8 @@ def main() -> None:
 def _of_result_line() -> dict[str, Any]:
     """Versions, commit and date as all results have them."""
     line = result_line("gpu", None, libraries=[name for name in LIBRARIES if _installed(name)])
+    if line["commit"] == "unknown":  # files that came here without git
+        line["commit"] = os.environ.get("FASTDP_COMMIT", "unknown")
     return {key: line[key] for key in ("versions", "commit", "date", "load_average")}
 
 
@@ -46,10 +50,15 @@ def _installed(name: str) -> bool:
     return True
 
 
-def _nvidia_smi() -> list[str]:
-    """Clocks, power and temperature at the beginning."""
+def _number(lines: list[str]) -> int | None:
+    """The whole number that nvidia-smi gave, None where it gave none."""
+    return int(lines[0]) if lines and lines[0].strip().isdecimal() else None
+
+
+def _nvidia_smi(query: str) -> list[str]:
+    """A line of titles, and one for each card."""
     try:
-        command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv"]
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return []

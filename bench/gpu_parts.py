@@ -11,139 +11,32 @@ Writes a line of JSON for each measurement, to FASTDP_GPU_LOG where it is set.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
-import json
-import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
+from gpu_card import GRAPH_SECONDS, ROUNDS, SLOWEST, Card, emit
+from gpu_launches import NODES, launches, launches_of_replicas, replays
 from report import spread
 
 from fastdp import launch
 from fastdp.buckets import ArraySpec, FlatBuffers
-from fastdp.launch import RowPiece, RowSlice
+from fastdp.launch import SIGNALS_NBYTES, PeerGroup, RowPiece, RowSlice, coresident_blocks
+from fastdp.launch.args import PACK_NBYTES
 from fastdp.shard import split_rows
 
-SIZES = (64 << 10, 1 << 20, 16 << 20, 256 << 20, 1 << 30)
+# The large ones first: they are what the goals are about.
+SIZES = (64 << 20, 256 << 20, 1 << 30, 16 << 20, 1 << 20, 64 << 10)
 ROW_NBYTES = 3072
-ROUNDS = 7
-GRAPH_SECONDS = 2e-3  # of work in one graph
-SLOWEST = 1e11  # bytes per second, to choose how often a graph repeats a launch
-REDUCED = (64 << 10, 1 << 20, 16 << 20, 64 << 20)
-LAUNCHES = 2000
-
-
-def emit(**line: Any) -> None:
-    """One measurement, or one thing left out (`skipped`): printed, and kept where the stage looks for it."""
-    text = json.dumps(line)
-    print(text, flush=True)
-    path = os.environ.get("FASTDP_GPU_LOG")
-    if path:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(text + "\n")
-
-
-class EventClock:
-    """Seconds between two points of a stream, by CUDA events."""
-
-    how = "CUDA events"
-
-    def __init__(self, device: Any, stream: int) -> None:
-        self._cuda = importlib.import_module("cupy").cuda.runtime
-        self._stream = stream
-        self._ends = self._cuda.eventCreate(), self._cuda.eventCreate()
-
-    def seconds(self, work: Callable[[], object]) -> float:
-        """Enqueue `work()` and wait for it."""
-        self._cuda.eventRecord(self._ends[0], self._stream)
-        work()
-        self._cuda.eventRecord(self._ends[1], self._stream)
-        self._cuda.eventSynchronize(self._ends[1])
-        return float(self._cuda.eventElapsedTime(*self._ends)) / 1e3
-
-    def close(self) -> None:
-        """Give the events back."""
-        for event in self._ends:
-            self._cuda.eventDestroy(event)
-
-
-class WallClock:
-    """The same by the host's clock, waiting for the stream before and after."""
-
-    how = "wall"
-
-    def __init__(self, device: Any, stream: int) -> None:
-        self._device, self._stream = device, stream
-
-    def seconds(self, work: Callable[[], object]) -> float:
-        """Run `work()` and wait for it."""
-        self._device._wait_for(self._stream)
-        began = time.perf_counter()
-        work()
-        self._device._wait_for(self._stream)
-        return time.perf_counter() - began
-
-    def close(self) -> None:
-        """Nothing to give back."""
-
-
-class Card:
-    """A device with a stream and a clock for measuring.
-
-    Args:
-        device: a CudaDevice.
-        clock: EventClock or WallClock.
-        rounds: how many values each median is of.
-    """
-
-    def __init__(self, device: Any, clock: type[Any] = EventClock, rounds: int = ROUNDS) -> None:
-        self.device, self.rounds = device, rounds
-        self.runtime = importlib.import_module("fastdp.backend.cuda.runtime")
-        self.stream = self.runtime.stream_create(device.ordinal)
-        with self.current():
-            self.clock = clock(device, self.stream)
-
-    def current(self) -> AbstractContextManager[None]:
-        """Make the card the thread's."""
-        return self.runtime.on(self.device.ordinal)  # type: ignore[no-any-return]
-
-    def close(self) -> None:
-        """Give stream and events back."""
-        self.clock.close()
-        self.runtime.stream_destroy(self.stream)
-
-    def address(self, array: Any) -> int:
-        """Where an array lies on the card."""
-        return int(self.runtime.array_pointer(array))
-
-    def measure(self, works: Mapping[str, tuple[int, Callable[[], object]]]) -> dict[str, list[float]]:
-        """Seconds of a launch of each work, a value a round. `works` gives bytes moved, and what enqueues one."""
-        graphs: dict[str, tuple[int, int]] = {}
-        with self.current():
-            for name, (nbytes, enqueue) in works.items():
-                enqueue()  # loads the kernel
-                self.device._wait_for(self.stream)
-                times = max(1, min(200, int(GRAPH_SECONDS * SLOWEST / max(1, nbytes))))
-                self.runtime.capture_begin(self.stream)
-                for _ in range(times):
-                    enqueue()
-                graph = self.runtime.capture_end(self.stream)
-                graphs[name] = self.runtime.graph_instantiate(graph), times
-                self.runtime.graph_destroy(graph)
-            found: dict[str, list[float]] = {name: [] for name in graphs}
-            for _ in range(self.rounds + 1):
-                for name, (graph, times) in graphs.items():
-                    replay = lambda graph=graph: self.runtime.graph_launch(graph, self.stream)  # noqa: E731
-                    found[name].append(self.clock.seconds(replay) / times)
-            for graph, _ in graphs.values():
-                self.runtime.graph_exec_destroy(graph)
-        return {name: values[1:] for name, values in found.items()}
+REDUCED = (64 << 20, 16 << 20, 1 << 20, 64 << 10)
+RANKS = (2, 4, 8)
 
 
 def kernels(card: Card, nbytes: int) -> None:
@@ -257,74 +150,139 @@ def all_reduces(devices: Sequence[Any], nbytes: int, rounds: int) -> None:
     )
 
 
-def launches(card: Card, count: int = LAUNCHES) -> None:
-    """What one launch costs the host, when nothing waits: a kernel of ours, a graph, an operation of torch's."""
-    table, at = card.device.kernels, card.address(held := card.device.zeros((64,), np.dtype(np.uint8)))
+def bucket_kernels(card: Card, ranks: int, nbytes: int, way: str) -> None:
+    """The all-reduce kernel alone, by so many ranks that share the card, beside a copy of a bucket.
 
-    def ours() -> None:
-        launch.scale_cast(table, x=at, y=at, n=1, x_dtype="float32", y_dtype="float32", stream=card.stream)
+    Bytes are those that all ranks read and write: by the kernels' first lines 3 + R for each rank and byte of the
+    bucket in one-shot, and 3 in two-shot.
+    """
+    runtime, table, n = card.runtime, card.device.kernels, nbytes // 4
+    staged = nbytes if way == "one-shot" else (-(-nbytes // PACK_NBYTES // ranks) + 2) * PACK_NBYTES
+    half = -(-staged // PACK_NBYTES) * PACK_NBYTES
+    held = [
+        [card.device.zeros((size,), np.dtype(np.uint8)) for size in (nbytes, 2 * half, SIGNALS_NBYTES, 4)]
+        for _ in range(ranks)
+    ]
+    inputs, staging, signals, errors = (tuple(card.address(one[i]) for one in held) for i in range(4))
+    blocks = coresident_blocks(table.sm_count, ranks)
+    groups = [PeerGroup(rank, staging, 2 * half, signals, errors[rank], blocks) for rank in range(ranks)]
+    streams = [runtime.stream_create(card.device.ordinal) for _ in range(ranks)]
+    events = [runtime.event_create() for _ in range(ranks + 1)]
 
-    works: dict[str, Callable[[], object]] = {"a kernel of fastdp": ours}
+    def issue(group: PeerGroup) -> None:
+        options: dict[str, Any] = {"y": inputs[group.rank], "n": n, "dtype": "float32", "stream": streams[group.rank]}
+        if way == "one-shot":
+            launch.all_reduce_one_shot(table, group, x=inputs[group.rank], **options)
+        else:
+            launch.all_reduce_two_shot(table, group, inputs=inputs, **options)
+
+    def reduce(times: int = 1) -> None:
+        runtime.event_record(events[ranks], card.stream)
+        for stream in streams:
+            runtime.stream_wait_event(stream, events[ranks])
+        for _ in range(times):
+            for group in groups:
+                issue(group)
+        for stream, event in zip(streams, events[:ranks], strict=True):
+            runtime.event_record(event, stream)
+            runtime.stream_wait_event(card.stream, event)
+
+    times = max(1, min(50, int(GRAPH_SECONDS * SLOWEST / nbytes)))
     with card.current():
-        ours()
-        card.device._wait_for(card.stream)
-        card.runtime.capture_begin(card.stream)
-        for _ in range(100):
-            ours()
-        graph = card.runtime.capture_end(card.stream)
-        replay = card.runtime.graph_instantiate(graph)
-        card.runtime.graph_destroy(graph)
-        works["a graph of 100 kernels"] = lambda: card.runtime.graph_launch(replay, card.stream)
-        torch = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
-        if torch is not None and torch.cuda.is_available():
-            x = torch.zeros(1, device="cuda")
-            works["an operation of torch"] = lambda: x.mul_(1.0)
-        for name, work in works.items():
-            values = []
-            for _ in range(card.rounds + 1):
-                began = time.perf_counter()
-                for _ in range(count // 20):
-                    work()
-                values.append((time.perf_counter() - began) / (count // 20))
-                card.device._wait_for(card.stream)
-            emit(
-                what=f"host time: {name}", microseconds=spread([1e6 * v for v in values[1:]], 4), clock="wall, unwaited"
+        # Alone first: CUDA may load a kernel at its first launch, and wait for running ones meanwhile.
+        alone = PeerGroup(0, staging[:1], 2 * half, signals[:1], errors[0], 1)
+        if way == "one-shot":
+            launch.all_reduce_one_shot(table, alone, x=inputs[0], y=inputs[0], n=1, dtype="float32", stream=streams[0])
+        else:
+            launch.all_reduce_two_shot(
+                table, alone, inputs=inputs[:1], y=inputs[0], n=1, dtype="float32", stream=streams[0]
             )
-        card.runtime.graph_exec_destroy(replay)
-    del held
+        card.device._wait_for(streams[0])
+        reduce()
+        card.device._wait_for(card.stream)
+        seconds = [card.clock.seconds(lambda: reduce(times)) / times for _ in range(card.rounds + 1)][1:]
+    given_up = [int(card.device.to_host(one[3]).view(np.uint32)[0]) for one in held]
+    for event in events:
+        runtime.event_destroy(event)
+    for stream in streams:
+        runtime.stream_destroy(stream)
+    if any(given_up):
+        raise RuntimeError(f"ranks {[rank for rank, gave in enumerate(given_up) if gave]} gave up waiting")
+    copy = statistics.median(copy_rates(card, nbytes))
+    moved = ranks * nbytes * (3 + ranks if way == "one-shot" else 3)
+    rates = [moved / t / 1e9 for t in seconds]
+    emit(
+        what=f"all_reduce {way} of {ranks} ranks",
+        nbytes=nbytes,
+        GBps=spread(rates, 4),
+        microseconds=spread([1e6 * t for t in seconds], 4),
+        of_copy=round(statistics.median(rates) / copy, 3),
+        clock=card.clock.how,
+    )
+
+
+def copy_rates(card: Card, nbytes: int) -> list[float]:
+    """GB/s of a copy on the card, a value a round."""
+    a, b = (card.device.zeros((nbytes,), np.dtype(np.uint8)) for _ in range(2))
+    there, here = card.address(a), card.address(b)
+    times = card.measure({"copy": (2 * nbytes, lambda: card.runtime.copy_async(there, here, nbytes, card.stream))})
+    return [2 * nbytes / t / 1e9 for t in times["copy"]]
+
+
+def jobs(card: Card, devices: Sequence[Any]) -> list[tuple[str, Callable[[], None]]]:
+    """All that is measured, what matters most first."""
+    found: list[tuple[str, Callable[[], None]]] = [
+        ("launches", lambda: launches(card)),
+        ("eight graphs", lambda: launches_of_replicas(card, len(devices))),
+        *((f"replays of {nodes} nodes", partial(replays, card, nodes)) for nodes in NODES),
+        *((f"kernels at {size}", partial(kernels, card, size)) for size in SIZES),
+        *((f"transfers at {size}", partial(transfers, card, size)) for size in SIZES if size <= 256 << 20),
+    ]
+    for ranks in RANKS:
+        found.append((f"all_reduce kernels of {ranks}", partial(bucket_kernels, card, ranks, 64 << 20, "two-shot")))
+        found.append((f"all_reduce kernels of {ranks}", partial(bucket_kernels, card, ranks, 256 << 10, "one-shot")))
+    found += [
+        (f"all_reduce {count} at {size}", partial(all_reduces, devices[:count], size, ROUNDS))
+        for size in REDUCED
+        for count in RANKS
+    ]
+    return found
+
+
+def run(found: Sequence[tuple[str, Callable[[], None]]], ends: float) -> int:
+    """Measure one after the other until the time is over; how many failed."""
+    failed = 0
+    for name, job in found:
+        if time.monotonic() > ends:
+            emit(skipped=name, reason="no time was left for it")
+            continue
+        try:
+            job()
+        except (RuntimeError, MemoryError, ValueError) as error:  # the other parts can still be measured
+            failed += 1
+            emit(skipped=name, reason=f"{type(error).__name__}: {error}"[:600])
+    return failed
 
 
 def main() -> int:
     """All parts on the first card; the status is 1 if one could not be measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=600.0, help="after which nothing more is begun")
+    ends = time.monotonic() + parser.parse_args().seconds
     if importlib.util.find_spec("cupy") is None:
         emit(skipped="parts", reason="CuPy is not installed")
         return 0
     fastdp = importlib.import_module("fastdp")
-    device = importlib.import_module("fastdp.device")
     runtime = importlib.import_module("fastdp.backend.cuda.runtime")
     try:
         runtime.device_count()
     except RuntimeError as error:
         emit(skipped="parts", reason=str(error))
         return 0
-    fastdp.set_virtual_devices(8, kind="gpu")
-    devices = device.resolve(8)
+    fastdp.set_virtual_devices(max(RANKS), kind="gpu")
+    devices = importlib.import_module("fastdp.device").resolve(max(RANKS))
     card = Card(devices[0])
-    jobs: list[tuple[str, Callable[[], None]]] = [("launches", lambda: launches(card))]
-    jobs += [(f"kernels at {size}", lambda size=size: kernels(card, size)) for size in SIZES]  # type: ignore[misc]
-    jobs += [(f"transfers at {size}", lambda size=size: transfers(card, size)) for size in SIZES[:4]]  # type: ignore[misc]
-    jobs += [
-        (f"all_reduce {count} at {size}", lambda c=count, s=size: all_reduces(devices[:c], s, ROUNDS))  # type: ignore[misc]
-        for count in (2, 4, 8)
-        for size in REDUCED
-    ]
-    failed = 0
-    for name, job in jobs:
-        try:
-            job()
-        except (RuntimeError, MemoryError, ValueError) as error:  # the other parts can still be measured
-            failed += 1
-            emit(skipped=name, reason=f"{type(error).__name__}: {error}")
+    failed = run(jobs(card, devices), ends)
     card.close()
     fastdp.set_virtual_devices(0)
     return 1 if failed else 0

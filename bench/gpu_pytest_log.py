@@ -1,18 +1,21 @@
 """A pytest plugin: each test's beginning and end as lines of JSON, so that a run that is cut off still tells.
 
-The file's name is the environment variable FASTDP_GPU_LOG; tests record measurements by `record_property`.
+The file's name is the environment variable FASTDP_GPU_LOG; tests record measurements by `record_property`. Tests that
+would begin later than FASTDP_GPU_TEST_SECONDS after the start are skipped, so that the run ends by itself.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from typing import Any
 
 import pytest
 
 LINES = 25
 _phases: dict[str, list[pytest.TestReport]] = {}
+_began = time.monotonic()
 
 
 def _write(**line: Any) -> None:
@@ -20,6 +23,13 @@ def _write(**line: Any) -> None:
     if path:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line, default=str) + "\n")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """No more tests when the time is over."""
+    seconds = os.environ.get("FASTDP_GPU_TEST_SECONDS")
+    if seconds and time.monotonic() - _began > float(seconds):
+        pytest.skip("no time was left for it")
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:

@@ -1,259 +1,275 @@
-"""How long is a training step on one card: fastdp on 1, 2, 4 and 8 virtual GPUs, plain Keras, torch eager and compiled?
+"""How long is a training step on one card: fastdp on 1, 2, 4 and 8 virtual GPUs, Keras on torch and JAX, torch's ways?
 
-The MLP and, where Keras is, ResNet50 of bench/peer_workers. A round trains a few batches from host memory, timed by the
-wall clock from its first batch to its last loss on the host; in every round each way takes its turn, and medians over
-the rounds count. Virtual GPUs share one card: more of them show what the engine costs, not what several cards would
-gain. Keras on JAX runs afterwards in a process of its own. TF32 is as the libraries have it by default.
+    python bench/gpu_steps.py --seconds 200 mlp resnet50-bf16-32
 
-fastdp on one device is timed with the rows of a half, a quarter and an eighth of a batch too: bench/scaling_model.py
-reads them.
+The cases are those of bench/gpu_cases.py. Each way is a process of its own (bench/gpu_worker.py) that builds, captures
+or compiles, and warms up; then they take turns, a round each, and medians over the rounds count. Where all together
+would not fit on the card, they come in groups, torch eager in each. A round trains a few batches from host memory, by
+the wall clock, to its last loss on the host. Virtual GPUs share one card: more of them show what the engine costs, not
+what several cards would gain.
 
-Writes a line of JSON for each measurement, to FASTDP_GPU_LOG where it is set.
+fastdp on one device is timed with the rows of a half, a quarter and an eighth of a batch too, for the sum of the parts
+of 2, 4 and 8 replicas, and for bench/scaling_model.py. `fed` and `resident` are the engine's steps without Keras's
+loop, on a batch in host memory and on one that lies on the card; `bare` is what the replica runs, without the engine.
+
+After each round each way's medians so far go to FASTDP_GPU_LOG as a line, so that a run that is cut off keeps them: the
+last line of a way counts. A way that fails or is late is left out with its reason.
 """
 
 from __future__ import annotations
 
-import gc
-import importlib
+import argparse
 import importlib.util
-import json
+import inspect
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from gpu_parts import emit
-from peer_workers.cases import CASES, Case
+from gpu_card import emit
+from gpu_cases import CASES, Case
+from peer_process import Peer, PeerError, Running
 from report import ratio, spread
 
-HERE = Path(__file__).parent
+import fastdp
+
+WORKER = Path(__file__).parent / "gpu_worker.py"
 COUNTS = (1, 2, 4, 8)
-ROUNDS = 5
-STEPS = {"mlp": 30, "resnet50": 4}
-LEFT_OUT = {"resnet50": ("fastdp torch 8", "torch compiled")}  # they would take the time of the others
-JAX_SECONDS = 25.0
-# A way that does not work is left out with its reason, and the others are measured.
-FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, NotImplementedError, MemoryError,
-            ImportError, AssertionError)  # fmt: skip
-
-Way = Callable[[], object]  # trains one round
-
-
-def batches(case: Case, steps: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """A round's data."""
-    x, y = case.data(steps)
-    return x[: steps * rows], y[: steps * rows]
+RESERVE_SECONDS = 12.0  # of a case's time, for its rounds and for ending its processes
+ROUND_SECONDS = 60.0
+# Of the cases that fill the card, the ways that it is worth filling with.
+FEW = {
+    "resnet50-bf16-256": ("torch eager", "fastdp 1 BEST", "Keras torch", "torch compiled", "fastdp 1 eager"),
+}
+COMPILED = ("fastdp 1 compiled", "fastdp 1 compiled graph")
+# Ways that each case would take long with, and that say little more than those that are kept.
+WITHOUT = {
+    "resnet50-tf32-32": ("torch DDP, 1 process", *COMPILED, "1 row", "fastdp 2 BEST", "fastdp 4 BEST"),
+    "xception-bf16-64": (*COMPILED, "torch DDP, 1 process", "torch graph", "fastdp 1 traced"),
+}
 
 
-def keras_way(name: str, steps: int, rows: int, gpus: Sequence[int] = (), compile: str | None = None) -> Way:
-    """Keras's own `fit`, plain or on virtual GPUs."""
-    keras, models = importlib.import_module("keras"), importlib.import_module("peer_workers.keras_models")
-    keras.utils.set_random_seed(0)
-    model = models.BUILDERS[name]()
-    if gpus:
-        model = importlib.import_module("fastdp").wrap(model, gpus=list(gpus), compile=compile)
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.SGD(0.01, momentum=0.9), loss)
-    x, y = batches(CASES[name], steps, rows)
+@dataclass(frozen=True)
+class Way:
+    """One way to train: what is started, and what a line about it says.
 
-    def train() -> None:
-        model.fit(x, y, batch_size=rows, shuffle=False, verbose=0)
+    `part` divides a batch's rows; 0 stands for one row. `how` is fastdp's: eager, traced, compiled or graph.
+    """
 
-    train.model = model  # type: ignore[attr-defined]
-    return train
+    title: str
+    worker: str
+    library: str
+    devices: int = 1
+    how: str = ""
+    part: int = 1
+    backend: str = "torch"
+    needs: tuple[str, ...] = ("torch",)
 
+    def rows(self, case: Case) -> int:
+        """Rows of one of its batches."""
+        return case.rows // self.part if self.part else 1
 
-def torch_way(name: str, steps: int, mode: str | None) -> Way:
-    """torch's usual loop on one GPU; the forward and backward pass compiled with `mode`."""
-    torch, models = importlib.import_module("torch"), importlib.import_module("peer_workers.torch_models")
-    case = CASES[name]
-    torch.manual_seed(0)
-    module = models.BUILDERS[name]().cuda()
-    compiled = module if mode is None else torch.compile(module, mode=mode)
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
-    x, y = (torch.from_numpy(array) for array in batches(case, steps, case.rows))
-    if x.ndim == 4:
-        x = x.permute(0, 3, 1, 2).contiguous()
-    x, y = x.pin_memory(), y.long().pin_memory()
-
-    def train() -> None:
-        for start in range(0, steps * case.rows, case.rows):
-            span = slice(start, start + case.rows)
-            optimizer.zero_grad()
-            outputs = compiled(x[span].to("cuda", non_blocking=True))
-            loss = torch.nn.functional.cross_entropy(outputs, y[span].to("cuda", non_blocking=True))
-            loss.backward()
-            optimizer.step()
-        float(loss.detach())
-
-    return train
+    def peer(self) -> Peer:
+        """As bench/peers.py starts it."""
+        environment = {"KERAS_BACKEND": self.backend, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        if self.devices > 1:  # counts only before CUDA starts, and Keras starts it when the model is built
+            environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
+        return Peer(self.title, WORKER, self.worker, environment)
 
 
-def facade_way(name: str, steps: int, gpus: Sequence[int]) -> Way:
-    """fastdp's torch facade."""
-    torch, models = importlib.import_module("torch"), importlib.import_module("peer_workers.torch_models")
-    case = CASES[name]
-    torch.manual_seed(0)
-    dp = importlib.import_module("fastdp").wrap(models.BUILDERS[name](), gpus=list(gpus))
-    step = dp.train_step(
-        torch.nn.functional.cross_entropy, lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9), reduction="mean"
+def best_how() -> str:
+    """The way of fastdp's steps that several devices are measured with: graphs, where this version has them."""
+    return "graph" if "graph" in inspect.signature(fastdp.wrap).parameters else "traced"
+
+
+def _fastdp(devices: int, how: str, part: int = 1, rest: str = "") -> Way:
+    """A way of fastdp's with a Keras model."""
+    title = (
+        f"fastdp {devices} {how}" + {0: ", 1 row", 1: ""}.get(part, f", rows/{part}") + (f", {rest}" if rest else "")
     )
-    x, y = (torch.from_numpy(array) for array in batches(case, steps, case.rows))
-    x, y = (x.permute(0, 3, 1, 2).contiguous() if x.ndim == 4 else x), y.long()
-
-    def train() -> None:
-        for start in range(0, steps * case.rows, case.rows):
-            step(x[start : start + case.rows], y[start : start + case.rows])
-
-    return train
+    worker = f"fastdp/{devices}:{how}:{part}" + (f":{rest}" if rest else "")
+    return Way(title, worker, "fastdp", devices, how, part, needs=("torch", "keras"))
 
 
-def ways(name: str, steps: int) -> dict[str, Callable[[], Way]]:
-    """What is compared on a model, by name; made one after the other."""
-    rows = CASES[name].rows
-    found: dict[str, Callable[[], Way]] = {}
-    if importlib.util.find_spec("keras") is not None:
-        found["Keras torch"] = lambda: keras_way(name, steps, rows)
-        for count in COUNTS:
-            found[f"fastdp {count}"] = lambda c=count: keras_way(name, steps, rows, range(c))  # type: ignore[misc]
-        found["fastdp 1 traced"] = lambda: keras_way(name, steps, rows, range(1), "trace")
-        for part in COUNTS[1:]:
-            found[f"fastdp 1, rows/{part}"] = lambda p=part: keras_way(name, steps, rows // p, range(1))  # type: ignore[misc]
-        found["fastdp 1, 1 row"] = lambda: keras_way(name, steps, 1, range(1))
-    for count in (1, 8):
-        found[f"fastdp torch {count}"] = lambda c=count: facade_way(name, steps, range(c))  # type: ignore[misc]
-    found["torch eager"] = lambda: torch_way(name, steps, None)
-    found["torch compiled"] = lambda: torch_way(name, steps, "reduce-overhead")
-    return found
+def ways_of(name: str) -> list[Way]:
+    """What is compared on a case, in the order in which they start and take turns: what the goals need comes first."""
+    best = best_how()
+    ways = [
+        Way("torch eager", "torch/eager", "torch"),
+        _fastdp(1, best),
+        *(_fastdp(1, best, 1, rest) for rest in ("fed", "resident", "bare")),
+        Way("Keras torch", "keras/fit", "keras", needs=("torch", "keras")),
+        Way("Keras JAX", "keras/fit", "keras", backend="jax", needs=("jax", "keras")),
+        _fastdp(8, best),
+        _fastdp(1, best, 8),
+        Way("torch compiled", "torch/compiled", "torch"),
+        _fastdp(1, "compiled graph" if best == "graph" else "compiled"),
+        _fastdp(1, "eager"),
+        *([_fastdp(1, "traced")] if best == "graph" else []),
+        *(_fastdp(count, best) for count in (2, 4)),
+        *(_fastdp(1, best, part) for part in (2, 4, 0)),
+        Way("torch graph", "torch/graph", "torch"),
+        Way("torch DDP, 1 process", "torch/ddp", "torch"),
+    ]
+    if name == "mlp":
+        ways += [Way(f"fastdp torch {n}", f"torch/facade-{n}", "fastdp torch", n, "eager") for n in (1, 8)]
+    named = [title.replace("BEST", best) for title in FEW.get(name, ())]
+    without = [title.replace("BEST", best) for title in WITHOUT.get(name, ())]
+    if named:
+        return [way for way in ways if way.title in named]
+    kept = f"fastdp 1 {best}"
+    return [way for way in ways if way.title == kept or not way.title.endswith(tuple(without) or "\0")]
 
 
-def prepared(name: str, makers: dict[str, Callable[[], Way]]) -> dict[str, Way]:
-    """Those that can be made and train one round, which warms them up."""
-    ready = {}
-    for title, make in makers.items():
-        began = time.perf_counter()
-        try:
-            way = make()
-            way()
-            way()
-        except FAILURES as error:
-            emit(skipped=f"{name}: {title}", reason=f"{type(error).__name__}: {error}"[:600])
+def waves(ways: Sequence[Way], at_once: int) -> list[list[Way]]:
+    """The ways in groups that fit on the card together, with the first way, which others are compared with, in each."""
+    if len(ways) <= at_once:
+        return [list(ways)]
+    base, others = ways[0], ways[1:]
+    return [[base, *others[place : place + at_once - 1]] for place in range(0, len(others), at_once - 1)]
+
+
+def measure(name: str, ways: Sequence[Way], seconds: float) -> None:
+    """All ways on one case, within so many seconds."""
+    case, ends = CASES[name], time.monotonic() + seconds
+    groups = waves(ways, case.at_once)
+    for place, group in enumerate(groups):
+        left = ends - time.monotonic()
+        if left < 2 * RESERVE_SECONDS:
+            for way in group[1:]:
+                emit(skipped=f"{name}: {way.title}", reason="no time was left for it")
             continue
-        ready[title] = way
-        print(f"{name}: {title} ready after {time.perf_counter() - began:.1f} s", flush=True)
-    return ready
+        measure_wave(name, group, left / (len(groups) - place))
+    print(f"{case.title}: over", flush=True)
 
 
-def compare(
-    name: str, makers: dict[str, Callable[[], Way]], steps: int, rounds: int = ROUNDS
-) -> dict[str, list[float]]:
-    """Seconds of a step of each way, a value a round; printed and kept as they come."""
-    ready = prepared(name, makers)
-    times: dict[str, list[float]] = {title: [] for title in ready}
-    for _ in range(rounds):
-        for title, way in list(ready.items()):
-            began = time.perf_counter()
+def measure_wave(name: str, ways: Sequence[Way], seconds: float) -> None:
+    """Ways that run side by side, and take turns."""
+    ends = time.monotonic() + seconds
+    running = start(name, ways, seconds - RESERVE_SECONDS)
+    try:
+        take_turns(name, running, ends)
+    finally:
+        with ThreadPoolExecutor(max(1, len(running))) as pool:
+            list(pool.map(lambda process: process.close(5.0), running.values()))
+
+
+def start(name: str, ways: Sequence[Way], seconds: float) -> dict[Way, Running]:
+    """Start all ways side by side; those that are ready in time, with a line of facts each."""
+    case, running, ends = CASES[name], {}, time.monotonic() + seconds
+
+    def begin(way: Way) -> None:
+        missing = [library for library in way.needs if importlib.util.find_spec(library) is None]
+        left = ends - time.monotonic()
+        if missing or left < 1:
+            reason = f"{' and '.join(missing)} not installed" if missing else "no time was left to start it"
+            emit(skipped=f"{name}: {way.title}", reason=reason)
+            return
+        try:
+            running[way] = Running(way.peer(), name, case.steps, left)
+        except PeerError as error:
+            emit(skipped=f"{name}: {way.title}", reason=str(error))
+            return
+        emit(what="ready", case=name, way=way.title, **of_way(way, case), **running[way].facts)
+
+    with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
+        for found in [pool.submit(begin, way) for way in ways]:
+            found.result()
+    return {way: running[way] for way in ways if way in running}
+
+
+def of_way(way: Way, case: Case) -> dict[str, Any]:
+    """What tells a way's lines from others'."""
+    return {"library": way.library, "devices": way.devices, "how": way.how, "rows": way.rows(case), "of": case.rows}
+
+
+def take_turns(name: str, running: dict[Way, Running], ends: float) -> dict[Way, list[float]]:
+    """Rounds in turns, while there is time, and a line for each way after each; seconds of a step, a value a round."""
+    case = CASES[name]
+    times: dict[Way, list[float]] = {way: [] for way in running}
+    for number in range(case.rounds + 1):  # the first warms up
+        for way in list(running):
+            left = ends - time.monotonic()
+            if left < 1:
+                emit(skipped=f"{name}: round {number} of {case.rounds}", reason="its time is over")
+                return times
             try:
-                way()
-            except FAILURES as error:
-                emit(skipped=f"{name}: {title}", reason=f"{type(error).__name__}: {error}"[:600])
-                del ready[title], times[title]
+                seconds = running[way].round(min(left, ROUND_SECONDS)) / case.steps
+            except PeerError as error:
+                emit(skipped=f"{name}: {way.title}", reason=str(error))
+                running.pop(way).close(0.0)
                 continue
-            times[title].append((time.perf_counter() - began) / steps)
-    base = times.get("Keras torch") or times.get("torch eager")
-    for title, seconds in times.items():
-        emit(**step_line(name, title, seconds, base))
-    for title, way in ready.items():
-        report = getattr(getattr(way, "model", None), "report", None)
-        if report is not None:
-            emit(what="report", model=name, way=title, report=str(report()).splitlines())
+            if number:
+                times[way].append(seconds)
+        for way in running:
+            if times[way]:
+                emit(**step_line(name, way, times[way], _base(times)))
     return times
 
 
-def step_line(name: str, title: str, seconds: Sequence[float], base: Sequence[float] | None) -> dict[str, Any]:
-    """One way's times as a measurement."""
-    rows = CASES[name].rows
-    if "rows/" in title:
-        rows //= int(title.rsplit("/", 1)[1])
-    elif "1 row" in title:
-        rows = 1
+def _base(times: Mapping[Way, list[float]]) -> list[float] | None:
+    """The rounds of torch eager."""
+    return next((values for way, values in times.items() if way.title == "torch eager" and values), None)
+
+
+def step_line(name: str, way: Way, seconds: Sequence[float], base: Sequence[float] | None) -> dict[str, Any]:
+    """One way's times so far."""
+    case = CASES[name]
+    comparable = base is not None and len(base) == len(seconds) and way.rows(case) == case.rows
     return {
         "what": "step",
-        "model": name,
-        "way": title,
-        "rows": rows,
+        "case": name,
+        "way": way.title,
+        **of_way(way, case),
+        "rounds": len(seconds),
         "milliseconds": spread([1e3 * value for value in seconds], 4),
-        "samples_per_second": round(rows / statistics.median(seconds), 1),
-        "times_the_base": ratio(seconds, base) if base else None,
-        "clock": "wall, waiting for the last loss",
+        "samples_per_second": round(way.rows(case) / statistics.median(seconds), 1),
+        "of_torch_eager": ratio(seconds, base) if base is not None and comparable else None,
+        "clock": "wall, to the last loss on the host",
     }
 
 
-JAX = """
-import json, os, sys, time
-sys.modules["tensorflow"] = None
-sys.path.insert(0, sys.argv[1])
-import keras
-from cases import CASES
-from keras_models import BUILDERS
-name, steps, rounds = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-case = CASES[name]
-x, y = case.data(steps)
-model = BUILDERS[name]()
-loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-model.compile(keras.optimizers.SGD(0.01, momentum=0.9), loss)
-times = []
-for _ in range(rounds + 2):
-    began = time.perf_counter()
-    model.fit(x, y, batch_size=case.rows, shuffle=False, verbose=0)
-    times.append((time.perf_counter() - began) / steps)
-print(json.dumps(times[2:]))
-"""
-
-
-def jax(name: str, steps: int, rounds: int = ROUNDS) -> None:
-    """Keras on JAX, after the others and not in turns with them."""
-    missing = [library for library in ("keras", "jax") if importlib.util.find_spec(library) is None]
-    if missing:
-        emit(skipped=f"{name}: Keras JAX", reason=f"{' and '.join(missing)} not installed")
-        return
-    environment = {**os.environ, "KERAS_BACKEND": "jax", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    command = [sys.executable, "-c", JAX, str(HERE / "peer_workers"), name, str(steps), str(rounds)]
+def card_is_missing() -> str:
+    """Why nothing can be measured; empty where it can. Asked of a process of its own: this one touches no card."""
+    if os.environ.get("FASTDP_BENCH_DEVICE") == "cpu":
+        return ""
+    for library in ("torch", "cupy"):
+        if importlib.util.find_spec(library) is None:
+            return f"{library} is not installed"
+    asked = [sys.executable, "-c", "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 3)"]
     try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=JAX_SECONDS, check=False
-        )
+        return "torch sees no GPU" if subprocess.run(asked, timeout=120, check=False).returncode else ""
     except subprocess.TimeoutExpired:
-        emit(skipped=f"{name}: Keras JAX", reason=f"not over within {JAX_SECONDS} seconds")
-        return
-    if done.returncode:
-        emit(skipped=f"{name}: Keras JAX", reason=done.stderr.strip()[-600:])
-        return
-    emit(**step_line(name, "Keras JAX (not in turns)", json.loads(done.stdout.strip().splitlines()[-1]), None))
+        return "torch took longer than 120 seconds to look for a GPU"
 
 
 def main() -> int:
-    """The MLP, ResNet50, and both on JAX."""
-    torch = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
-    if torch is None or not torch.cuda.is_available() or importlib.util.find_spec("cupy") is None:
-        emit(skipped="steps", reason="torch sees no GPU, or CuPy is not installed")
+    """Measure the cases that were asked for, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="+", choices=tuple(CASES), metavar="CASE", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--seconds", type=float, default=600.0, help="for all cases together")
+    parser.add_argument("--ways", nargs="*", default=[], metavar="TITLE", help="some of the ways only")
+    asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes of the ways are ended too
+    missing = card_is_missing()
+    if missing:
+        emit(skipped="steps", reason=missing)
         return 0
-    importlib.import_module("fastdp").set_virtual_devices(max(COUNTS), kind="gpu")
-    for name, steps in STEPS.items():
-        makers = ways(name, steps)
-        for title in LEFT_OUT.get(name, ()):
-            del makers[title]
-            emit(skipped=f"{name}: {title}", reason="it would take the time of the others")
-        compare(name, makers, steps, ROUNDS if name == "mlp" else 3)
-        gc.collect()
-    importlib.import_module("fastdp").set_virtual_devices(0)
-    for name, steps in STEPS.items():
-        jax(name, steps)
+    ends = time.monotonic() + asked.seconds
+    for place, name in enumerate(asked.cases):
+        left = ends - time.monotonic()
+        if left < 2 * RESERVE_SECONDS:
+            emit(skipped=name, reason="no time was left for it")
+            continue
+        ways = [way for way in ways_of(name) if not asked.ways or way.title in asked.ways]
+        measure(name, ways, left / (len(asked.cases) - place))
     return 0
 
 

@@ -1,16 +1,18 @@
 """How long would a step take on 2 to 8 real GPUs? MODELLED, NOT MEASURED: arithmetic over parts measured on one.
 
-    python bench/scaling_model.py bench/results/gpu_<card>_<date>.json
+    python bench/scaling_model.py bench/results/gpu_<card>_*.json
 
-A step of n GPUs on a global batch of B rows is taken to last
+For each case of bench/gpu_cases.py that the files measure: MLP, ResNet50, Xception and the encoder; for n GPUs that
+share the case's batch, and for n GPUs with such a batch each. A step of n GPUs on a global batch of B rows is taken to
+last
 
     max(t(B / n), n h) + e
 
 t(r) is the measured step of one device on r rows. h is the host's time to issue a step: that of one device on one row,
 whose work on the GPU is next to nothing. All replicas are issued by one Python process, so their h add up. e is what is
 left of the all-reduce when backward is over. Bucket by bucket it takes l + 2 (n-1)/n bytes / w, with l and w published
-for 8 GPUs on NVSwitch and used for fewer as they are. The engine of today reduces after backward, so e is all of it
-(`overlap=False`); with overlap a bucket starts when its part of backward is over and the bucket before it is reduced.
+for 8 GPUs on NVSwitch and used for fewer as they are. Both ends are given: all of it after backward, and with overlap,
+where a bucket starts when its part of backward is over and the bucket before it is reduced.
 
 The model leaves out: the spread between GPUs, slower links, the copies of a batch to several GPUs at once.
 """
@@ -25,10 +27,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastdp.buckets import BUCKET_NBYTES
+from gpu_goals import GOAL_CASES, Found, measurements
+from gpu_results import merged
+
+from fastdp.shard import BUCKET_NBYTES, FIRST_BUCKET_NBYTES
 
 MARK = "modelled, not measured"
 COUNTS = (1, 2, 4, 8)
+# Whether the global batch grows with the GPUs.
+SHARINGS = {"one batch for all": False, "a batch for each": True}
 
 
 @dataclass(frozen=True)
@@ -100,56 +107,104 @@ def step_seconds(
     return max(computing, gpus * host) + left
 
 
-def measured_parts(report: Mapping[str, Any], model: str) -> tuple[dict[int, float], float]:
-    """(seconds of a step of one device by rows, seconds of the host alone) from a file of gpu_check.py.
+def bucket_sizes(nbytes: int, first: int = FIRST_BUCKET_NBYTES, cap: int = BUCKET_NBYTES) -> list[int]:
+    """Bytes of the buckets of so many bytes of gradients, as if parameters could be cut anywhere: a small one first."""
+    sizes = [min(first, nbytes)] if nbytes else []
+    left = nbytes - sum(sizes)
+    return [*sizes, *(min(cap, left - start) for start in range(0, left, cap))]
+
+
+def measured_parts(found: Found, case: str) -> tuple[dict[int, float], float, int]:
+    """(seconds of a step of one device by rows, seconds of the host alone, bytes of fp32 gradients) of a case.
 
     Raises:
-        ValueError: the file has no steps of fastdp on one device with this model.
+        ValueError: there are no steps of fastdp on one device, whole and in parts, or no count of parameters.
     """
-    parts = report["stages"].get("bench", {"parts": {}})["parts"].get("steps", {"measurements": []})
-    lines = [line for line in parts["measurements"] if line["what"] == "step" and line["model"] == model]
-    ones = [line for line in lines if line["way"] == "fastdp 1" or line["way"].startswith("fastdp 1, ")]
+    how = found.best(case)
+    ones = [
+        line
+        for line in found.named("step", case=case, library="fastdp", devices=1, how=how)
+        if not line["way"].endswith((", fed", ", resident", ", bare"))
+    ]
     by_rows = {line["rows"]: line["milliseconds"]["median"] / 1e3 for line in ones}
-    if not by_rows:
-        raise ValueError(f"no step of fastdp on one device with {model!r}: run make gpu-check STAGE=bench with Keras")
-    return {rows: seconds for rows, seconds in by_rows.items() if rows > 1}, by_rows.get(1, 0.0)
+    parameters = found.ready(case, f"fastdp 1 {how}").get("parameters")
+    if len(by_rows) < 2 or parameters is None:
+        raise ValueError(f"no steps of fastdp on one device with {case!r}: run make gpu-check with its bench stage")
+    return {rows: seconds for rows, seconds in by_rows.items() if rows > 1}, by_rows.get(1, 0.0), 4 * parameters
 
 
-def predictions(report: Mapping[str, Any], model: str, nbytes: int, bucket: int = BUCKET_NBYTES) -> dict[str, Any]:
-    """Modelled steps of a model with so many bytes of gradients, on 1 to 8 GPUs."""
-    by_rows, host = measured_parts(report, model)
-    rows = max(by_rows)
-    buckets = [min(bucket, nbytes - start) for start in range(0, nbytes, bucket)]
-    found: dict[str, Any] = {}
-    for overlap in (False, True):
-        seconds = {n: step_seconds(by_rows, rows, n, buckets, host=host, overlap=overlap) for n in COUNTS}
-        found["with overlap" if overlap else "as the engine is"] = {
-            str(n): {
-                "milliseconds": round(1e3 * value, 4),
-                "speedup": round(seconds[1] / value, 2),
-                "bound_by_host": n * host > by_rows[min(r for r in by_rows if r >= -(-rows // n))],
+def _predicted(
+    by_rows: Mapping[int, float],
+    rows: int,
+    gpus: int,
+    buckets: Sequence[int],
+    host: float,
+    *,
+    grows: bool,
+    overlap: bool,
+) -> dict[str, Any]:
+    """A step of so many GPUs: time, throughput, and how many times that is one GPU's."""
+    total = rows * gpus if grows else rows
+    seconds = step_seconds(by_rows, total, gpus, buckets, host=host, overlap=overlap)
+    one = step_seconds(by_rows, rows, 1, buckets, host=host, overlap=overlap)
+    share = min(r for r in by_rows if r >= -(-total // gpus))
+    return {
+        "milliseconds": round(1e3 * seconds, 4),
+        "samples_per_second": round(total / seconds, 1),
+        "speedup": round(total / seconds / (rows / one), 2),
+        "bound_by_host": gpus * host > by_rows[share],
+    }
+
+
+def predictions(found: Found, case: str) -> dict[str, Any]:
+    """Modelled steps of a case on 1 to 8 GPUs that share its batch.
+
+    Raises:
+        ValueError: the measurements do not suffice.
+    """
+    by_rows, host, nbytes = measured_parts(found, case)
+    rows, buckets = max(by_rows), bucket_sizes(nbytes)
+    modelled: dict[str, Any] = {}
+    for title, grows in SHARINGS.items():
+        for overlap in (False, True):
+            modelled[f"{title}, {'with' if overlap else 'without'} overlap"] = {
+                str(n): _predicted(by_rows, rows, n, buckets, host, grows=grows, overlap=overlap) for n in COUNTS
             }
-            for n, value in seconds.items()
-        }
-    return {"what": MARK, "model": model, "rows": rows, "gradient_nbytes": nbytes, "link": NVSWITCH.source, **found}
+    facts = {"case": case, "rows": rows, "gradient_nbytes": nbytes, "buckets": len(buckets)}
+    return {"what": MARK, **facts, "link": NVSWITCH.source, **modelled}
 
 
-# Bytes of fp32 gradients: MLP 784-512-512-10, and keras.applications' ResNet50 with 10 classes (trainable only).
-GRADIENTS = {"mlp": 4 * 669_706, "resnet50": 4 * 23_555_082}
+def table(predicted: Mapping[str, Any]) -> str:
+    """One case's predictions as plain text, marked as a model in every line."""
+    lines = []
+    for title, by_gpus in predicted.items():
+        for n, one in by_gpus.items() if isinstance(by_gpus, Mapping) else ():
+            bound = ", bound by the host" if one["bound_by_host"] else ""
+            lines.append(
+                f"[{MARK}] {predicted['case']}, {n} GPUs, {title}: {one['milliseconds']} ms, "
+                f"{one['samples_per_second']:,} samples/s, speedup {one['speedup']}{bound}"
+            )
+    return "\n".join(lines)
 
 
 def main() -> int:
-    """Print what the model says of a results file."""
+    """Print what the model says of results files; the status is 1 if they suffice for no case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="a JSON file of make gpu-check")
-    report = json.loads(parser.parse_args().results.read_text(encoding="utf-8"))
+    parser.add_argument("results", nargs="+", type=Path, help="JSON files of make gpu-check")
+    report = merged([json.loads(path.read_text(encoding="utf-8")) for path in sorted(parser.parse_args().results)])
+    found = Found(measurements(report), report["machine"])
     print(f"*** {MARK} ***")
-    for model, nbytes in GRADIENTS.items():
+    said = 0
+    for case in GOAL_CASES:
         try:
-            print(json.dumps(predictions(report, model, nbytes), indent=1))
+            predicted = predictions(found, case)
         except ValueError as error:
-            print(f"{model}: {error}")
-    return 0
+            print(f"{case}: {error}")
+            continue
+        said += 1
+        print(table(predicted))
+        print(json.dumps(predicted))
+    return 0 if said else 1
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from fastdp.backend.queue import joined
 from fastdp.buckets import FlatBuffers
 from fastdp.comm.choose import communicator
 from fastdp.comm.rendezvous import Rendezvous
+from fastdp.comm.together import shared_with
 from fastdp.device import devices_of_engine
 from fastdp.errors import DeviceTimeoutError
 from fastdp.held import HeldGradients
@@ -44,8 +45,7 @@ class DataParallel:
             device to its own copy. The results have the same bits. None: "each" on GPUs, "first" elsewhere.
         cpu_merge: merge outputs in host memory; otherwise in that of the device `merge_device`, as its arrays.
         merge_device: place of a device in `devices`.
-        cpu_relocation: the program's own variables live in host memory, and follow after each update; on GPUs the first
-            replica then has a copy like the others. Where they live already, by an engine made before, they stay.
+        cpu_relocation: the program's own variables live in host memory (see fastdp.relocation).
         check_replicas: after each update, verify that all replicas are bitwise equal (for debugging).
 
     The engine owns the replicas' memory, and, for updates that may fail, a spare copy of the first replica's
@@ -95,6 +95,7 @@ class DataParallel:
         for device in () if cpu_merge else self.devices:
             device.prepare_to_merge()
         self._held = HeldGradients(self.replicas, self._communicator)
+        self._share = shared_with(devices[1:CORES], timeout)
         self._trained: dict[Any, int] = {}
         self.timings: list[list[float]] = []
         self.times = Timings()
@@ -142,8 +143,7 @@ class DataParallel:
         Args:
             batch: the very arrays that the next `train` or `predict` gets, unchanged from now until it is over.
 
-        On GPUs rows go through pinned memory, on the copy streams, beside the computation. Another step may come first;
-        of two batches that are staged the second counts. A step that fails forgets it.
+        Another step may come first; of two batches that are staged the second counts. A step that fails forgets it.
 
         Returns:
             Whether all rows are on their way (or need no copies). Others wait for their step, without memory as yet.
@@ -207,7 +207,10 @@ class DataParallel:
                     step.restorable = self._spare.save(needed=not (self._updated and self.program.update_is_reliable))
                     step.updates_begun = True
                 # The other devices have nothing to do while the first updates for all.
-                replica.prepare_thread(CORES if len(step.updating) == 1 else step.threads)
+                alone = len(step.updating) == 1 and len(self.replicas) > 1
+                shares = alone and getattr(self.program, "update_is_shared", False)
+                step.totals.share = self._share if shares else None
+                replica.prepare_thread(CORES if alone and not shares else step.threads)
                 replica.update(step.totals)
                 step.updates_done.append(replica.rank)
                 step.watch.update_ended[replica.rank] = time.perf_counter()
@@ -346,8 +349,7 @@ class DataParallel:
         gradients = FlatBuffers(program.gradients, device)
         own = program.slots if self.update == "each" else []
         slots = program.home_slots(device) if rank == 0 else FlatBuffers(own, device)
-        memory = Memory(self._residence.variables(rank, device), slots, gradients)
-        return Replica(program, device, rank, memory)
+        return Replica(program, device, rank, Memory(self._residence.variables(rank, device), slots, gradients))
 
     # Around a step.
 
@@ -360,10 +362,10 @@ class DataParallel:
             Context(rank, rows, self.steps, rendezvous, len(shards), batch, structure, wants_outputs, device)
             for rank, (rows, device) in enumerate(zip(shards, self.devices, strict=False))
         ]
-        threads = max(1, CORES // len(shards))
         merger = Merger(shards, self.devices, self._merge_device, on_host=self._cpu_merge)
         watch = Watch([rows.count for rows in shards], len(self.replicas))
-        return StepScope(self, Step(shards, contexts, merger, rendezvous, threads, watch), trains)
+        step = Step(shards, contexts, merger, rendezvous, max(1, CORES // len(shards)), watch)
+        return StepScope(self, step, trains)
 
     def _finish(self, step: Step) -> None:
         """Wait until all devices are done; on a failure clean up and raise it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -56,7 +56,7 @@ class StepScope(AbstractContextManager[Step]):
         self._engine = engine
         self._step = step
         self._trains = trains
-        self._running: AbstractContextManager[None] | None = None
+        self._held = ExitStack()
         self._closed = False
 
     def __enter__(self) -> Step:
@@ -115,8 +115,11 @@ class StepScope(AbstractContextManager[Step]):
             engine._home.generation += 1
         if engine._generation != engine._home.generation:
             engine.refresh()
-        self._running = engine.program.running(threads)
-        self._running.__enter__()
+        self._held.enter_context(engine.program.running(threads))
+        if len(engine.devices) == 1 and not engine.devices[0].on_gpu:
+            # This thread would only wait for the worker. Torch's operations on several cores also want to be those of
+            # one thread, whose helpers stay awake for them; with a second one they are put to sleep.
+            self._held.enter_context(engine.devices[0].lend())
 
     def __exit__(
         self,
@@ -138,8 +141,7 @@ class StepScope(AbstractContextManager[Step]):
                 engine._unsettled = None
             else:
                 self._abandon(error)
-            if self._running is not None:
-                self._running.__exit__(None, None, None)
+            self._held.close()
         finally:
             engine.steps += 1
             one_step_at_a_time.release()

@@ -9,11 +9,13 @@ os.environ["KERAS_BACKEND"] = "torch"  # before any import that could bring Kera
 import ast
 import functools
 import importlib.util
+import json
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -132,3 +134,11 @@ def no_thread_outlives_the_session() -> Iterator[None]:
     alive = fastdp_threads()
     if alive:
         pytest.fail(f"threads left alive by the tests, close what owns them: {alive}", pytrace=False)
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[dict[str, Any]]]:
+    """`measured()`: the lines that the benchmarks of bench/gpu_*.py have written in this test."""
+    log = tmp_path / "measured.jsonl"
+    monkeypatch.setenv("FASTDP_GPU_LOG", str(log))
+    return lambda: [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []

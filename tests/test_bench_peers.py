@@ -61,7 +61,7 @@ def peers():
     finally:
         sys.path.remove(str(BENCH))
         for name in set(sys.modules) - before:
-            if name in ("peers", "report", "peers_report") or name.startswith("peer_workers"):
+            if name in ("peers", "report", "peers_report", "peer_process") or name.startswith("peer_workers"):
                 del sys.modules[name]
 
 

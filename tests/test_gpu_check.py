@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import subprocess
 import sys
 import textwrap
 import time
@@ -15,9 +17,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import gpu_check
-import scaling_model
+import gpu_stages
+from gpu_cases import CASES
 from gpu_check import Part
-from scaling_model import Link
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -58,7 +60,7 @@ def bench_part(name, program, seconds=30.0, **more):
     return Part(name, ("-c", program), seconds, tests=False, **more)
 
 
-EMIT = "from gpu_parts import emit; emit(what='copy', GBps=3.0); emit(skipped='jax', reason='not installed')"
+EMIT = "from gpu_card import emit; emit(what='copy', GBps=3.0); emit(skipped='jax', reason='not installed')"
 
 
 def test_tests_are_counted_with_names_reasons_last_lines_and_measurements(scratch):
@@ -87,7 +89,7 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 open({str(mark)!r}, "w").write(str(child.pid))
 time.sleep(600)
 """
-    result = gpu_check.run_part("bench", bench_part("late", program, 3.0), environment())
+    result = gpu_check.run_part("bench", bench_part("late", program, 10.0), environment())
     assert result["status"] == "timed out"
     deadline = time.monotonic() + 20
     while alive(mark.read_text()) and time.monotonic() < deadline:
@@ -134,6 +136,8 @@ def test_a_program_that_is_missing_skips_its_part(scratch):
 
 def run_main(monkeypatch, capsys, folder, stages, *arguments, gpus=()):
     monkeypatch.setattr(gpu_check, "STAGES", stages)
+    monkeypatch.setattr(gpu_check, "DEFAULT", tuple(stages))
+    monkeypatch.setattr(gpu_check.signal, "signal", lambda *given: None)
     machine = {"gpus": list(gpus), "reason": "no driver"}
     monkeypatch.setattr(gpu_check, "describe_machine", lambda environment: machine)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--results", str(folder / "results"), *arguments])
@@ -158,7 +162,7 @@ def test_a_failing_stage_does_not_keep_the_next_from_running(scratch, monkeypatc
         "bench": "passed",
     }
     assert report["stages"]["kernels"]["parts"]["more"]["status"] == "passed"
-    lines = out[out.index("\nstage ") :].splitlines()
+    lines = out[out.index("\nstage ") : out.index("\ngoal ")].splitlines()
     assert [line.split()[:2] for line in lines if "/" in line and "Wrote" not in line] == [
         ["kernels/parts", "failed"],
         ["kernels/more", "passed"],
@@ -177,7 +181,7 @@ def test_stages_are_chosen_by_name(scratch, monkeypatch, capsys):
 
 
 def test_without_a_gpu_nothing_is_proven_and_nothing_goes_among_the_results(scratch, monkeypatch, capsys):
-    nothing = (bench_part("parts", "from gpu_parts import emit; emit(skipped='parts', reason='no card')"),)
+    nothing = (bench_part("parts", "from gpu_card import emit; emit(skipped='parts', reason='no card')"),)
     status, out = run_main(monkeypatch, capsys, scratch, {"bench": nothing})
     assert status == 2
     assert "No GPU: no driver" in out
@@ -185,73 +189,164 @@ def test_without_a_gpu_nothing_is_proven_and_nothing_goes_among_the_results(scra
     assert list(scratch.glob("gpu_none_*.json"))
 
 
-def test_the_stages_stay_under_eight_minutes_and_name_files_that_exist():
-    parts = [part for stage in gpu_check.STAGES.values() for part in stage]
-    assert sum(part.seconds for part in parts) < 480
+def test_the_stages_that_run_by_default_stay_under_eight_minutes_and_each_fits_a_run_of_ten():
+    default = [part for name in gpu_stages.DEFAULT for part in gpu_stages.STAGES[name]]
+    assert sum(part.seconds for part in default) < 480
+    for name, parts in gpu_stages.STAGES.items():
+        assert sum(part.seconds for part in parts) < 600, name
+
+
+def test_stages_name_files_and_cases_that_exist():
+    parts = [part for stage in gpu_stages.STAGES.values() for part in stage]
     files = [word for part in parts for word in part.command if word.endswith(".py") and "/" in word]
     assert len(files) >= 6
     for name in files:
         if not name.startswith(sys.prefix):
             assert (gpu_check.ROOT / name).is_file(), name
+    measured = {word for part in parts for word in part.command if word in CASES}
+    assert measured == {name for name in CASES if not name.startswith("tiny-")}
+
+
+def names_of(path):
+    """What a module defines or imports at its top, and the modules beside a package's __init__.py."""
+    found = {one.stem for one in path.parent.iterdir()} if path.name == "__init__.py" else set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found.update(alias.asname or alias.name for alias in node.names)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return found
+
+
+def test_what_runs_on_a_gpu_alone_imports_names_that_exist():
+    """Those files are imported here in part only, and an import inside a test would first fail on a card."""
+    missing, seen = [], 0
+    for file in [*gpu_check.ROOT.glob("tests/gpu/*.py"), *gpu_check.ROOT.glob("bench/gpu_*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fastdp"):
+                continue
+            stem = gpu_check.ROOT / node.module.replace(".", "/")
+            module = stem / "__init__.py" if stem.is_dir() else stem.with_suffix(".py")
+            names = names_of(module) if module.exists() else set()
+            missing += [f"{file.name}: {node.module}.{one.name}" for one in node.names if one.name not in names]
+            seen += 1
+    assert seen > 20
+    assert missing == []
+
+
+def test_the_page_names_every_stage_with_its_limit():
+    text = (gpu_check.ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
+    for name, parts in gpu_stages.STAGES.items():
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
+        assert f"| {sum(part.seconds for part in parts):.0f} s |" in row
+        assert row.endswith("| yes |") == (name in gpu_stages.DEFAULT)
+
+
+def test_a_benchmark_plans_to_be_over_before_its_limit():
+    part = Part("steps", ("bench/gpu_steps.py", "--seconds", "{seconds}"), 100, tests=False)
+    assert part.within(300).command[-1] == "92.0"
+    assert part.within(300).seconds == 100
+    assert (part.within(40).seconds, part.within(40).command[-1]) == (40, "32.0")
+
+
+LATE = """
+import time
+from gpu_card import emit
+emit(what="copy", GBps=3.0)
+time.sleep(600)
+"""
+
+
+def test_what_a_run_has_found_is_in_the_file_while_it_still_runs(scratch, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "SAVE_SECONDS", 0.2)
+    seen = []
+    write = gpu_check.Report.write
+
+    def noted(report):
+        path = write(report)
+        seen.append(json.loads(path.read_text())["stages"]["bench"]["parts"]["late"])
+        return path
+
+    monkeypatch.setattr(gpu_check.Report, "write", noted)
+    stages = {"bench": (bench_part("late", LATE, 20.0),)}
+    status, _ = run_main(monkeypatch, capsys, scratch, stages, gpus=[{"name": "card"}])
+    assert status == 1
+    running = [one for one in seen if one["status"] == "running"]
+    assert [{"what": "copy", "GBps": 3.0}] in [one["measurements"] for one in running]
+    assert seen[-1]["status"] == "timed out"
+    assert seen[-1]["measurements"] == [{"what": "copy", "GBps": 3.0}]
+
+
+def test_parts_that_come_too_late_for_the_whole_run_are_left_out(scratch, monkeypatch, capsys):
+    stages = {"kernels": GOOD, "bench": GOOD}
+    status, out = run_main(monkeypatch, capsys, scratch, stages, "--seconds", "5", gpus=[{"name": "card"}])
+    assert status == 2
+    assert out.count("no time was left for it") == 4  # as each comes, and in the table
+
+
+def test_a_run_that_is_ended_ends_what_it_started_and_leaves_its_file(scratch):
+    mark = scratch / "pid"
+    program = f"""
+import os, sys
+sys.path.insert(0, {str(BENCH)!r})
+from pathlib import Path
+import gpu_check
+from gpu_stages import Part
+late = "import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+gpu_check.SCRATCH = Path({str(scratch)!r})
+gpu_check.STAGES = {{"bench": (Part("late", ("-c", late), 500.0, tests=False),)}}
+gpu_check.DEFAULT = ("bench",)
+gpu_check.describe_machine = lambda environment: {{"gpus": [{{"name": "card"}}]}}
+sys.argv = ["gpu_check.py", "--results", {str(scratch / "results")!r}]
+sys.exit(gpu_check.main())
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (mark.exists() and mark.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(30) == 143
+    assert not alive(mark.read_text())
+    (path,) = (scratch / "results").glob("*.json")
+    assert json.loads(path.read_text())["stages"]["bench"]["parts"]["late"]["status"] == "running"
+
+
+def test_tests_that_would_begin_too_late_are_skipped_and_the_run_ends_by_itself(scratch):
+    file = scratch / "test_late.py"
+    file.write_text("import time\ndef test_first(): time.sleep(2)\ndef test_second(): raise AssertionError\n")
+    command = planted(scratch).command[:-1]
+    environment_ = {**environment(), "FASTDP_GPU_TEST_SECONDS": "1", "FASTDP_GPU_LOG": str(scratch / "log")}
+    subprocess.run([sys.executable, *command, str(file)], env=environment_, check=True, timeout=60, cwd=scratch)
+    found = gpu_check.count_tests(gpu_check.read_lines(scratch / "log"))
+    assert (found["passed"], found["failed"], found["skipped"]) == (1, 0, {"Skipped: no time was left for it": 1})
+
+
+def test_only_what_is_missing_is_installed_from_wheels(scratch, monkeypatch):
+    asked = []
+    monkeypatch.setattr(gpu_check, "WHEELS", scratch / "wheels")
+    monkeypatch.setattr(gpu_check.subprocess, "run", lambda command, check: asked.append(command))
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None if name == "optree" else object())
+    assert gpu_check.install_wheels(scratch) == scratch / "wheels"
+    assert asked[0][-1] == "optree"
+    assert not {"keras", "rich"} & set(asked[0])
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: object())
+    assert gpu_check.install_wheels(scratch) is None
+    assert len(asked) == 1
 
 
 def test_the_machine_is_described_without_a_gpu():
     machine = gpu_check.describe_machine(environment())
     assert machine["versions"]["numpy"] == np.__version__
     assert machine["gpus"] or machine["reason"]
+    assert machine["pcie_generation"] is None or machine["pcie_generation"] > 0
 
 
-# The model of several GPUs.
-
-FAST = Link(10e-6, 100e9, "made up")
-
-
-def test_a_bucket_takes_its_latency_and_its_share_of_the_bandwidth():
-    assert FAST.seconds(100_000_000, 1) == 0.0
-    assert FAST.seconds(100_000_000, 2) == pytest.approx(10e-6 + 1e-3)
-    assert FAST.seconds(100_000_000, 8) == pytest.approx(10e-6 + 1.75e-3)
-
-
-def test_without_overlap_all_of_the_all_reduce_is_left():
-    buckets = [50_000_000, 50_000_000]
-    assert scaling_model.reduced_after(buckets, 1.0, 2, FAST, overlap=False) == pytest.approx(2 * 510e-6)
-    assert scaling_model.reduced_after(buckets, 1.0, 1, FAST, overlap=True) == 0.0
-
-
-def test_with_overlap_the_last_bucket_is_left_where_backward_is_long_and_all_where_it_is_short():
-    buckets = [50_000_000, 50_000_000]
-    assert scaling_model.reduced_after(buckets, 1.0, 2, FAST, overlap=True) == pytest.approx(510e-6)
-    assert scaling_model.reduced_after(buckets, 0.0, 2, FAST, overlap=True) == pytest.approx(2 * 510e-6)
-    # Half of backward is 100 us: the first ends at 610 us, the second at 1120, backward at 200.
-    assert scaling_model.reduced_after(buckets, 200e-6, 2, FAST, overlap=True) == pytest.approx(920e-6)
-
-
-def test_a_step_is_computing_or_the_host_whichever_is_longer_and_what_is_left():
-    by_rows = {128: 8e-3, 64: 5e-3, 32: 3e-3, 16: 2e-3}
-    step = lambda n, **more: scaling_model.step_seconds(by_rows, 128, n, [], FAST, **more)  # noqa: E731
-    assert [step(n) for n in (1, 2, 4, 8)] == [8e-3, 5e-3, 3e-3, 2e-3]
-    assert step(8, host=1e-3) == pytest.approx(8e-3)
-    assert scaling_model.step_seconds(by_rows, 100, 3, [], FAST) == 5e-3  # 34 rows: measured for 64
-    with pytest.raises(ValueError, match="expected a measurement of 256 rows or more"):
-        scaling_model.step_seconds(by_rows, 256, 1, [])
-
-
-def report_of(steps):
-    lines = [
-        {"what": "step", "model": "mlp", "way": way, "rows": rows, "milliseconds": {"median": ms}}
-        for way, rows, ms in steps
-    ]
-    return {"stages": {"bench": {"parts": {"steps": {"measurements": lines}}}}}
-
-
-def test_the_model_reads_a_results_file_and_says_that_it_is_a_model():
-    steps = [("fastdp 1", 128, 4.0), ("fastdp 1, rows/2", 64, 3.0), ("fastdp 1, rows/4", 32, 2.0)]
-    steps += [("fastdp 1, rows/8", 16, 1.5), ("fastdp 1, 1 row", 1, 1.0), ("fastdp 8", 128, 99.0)]
-    found = scaling_model.predictions(report_of(steps), "mlp", 1000)
-    assert found["what"] == "modelled, not measured"
-    eight = found["as the engine is"]["8"]
-    assert eight["bound_by_host"]
-    assert eight["milliseconds"] == pytest.approx(8.04, abs=0.01)
-    assert found["as the engine is"]["1"]["speedup"] == 1.0
-    with pytest.raises(ValueError, match="run make gpu-check STAGE=bench"):
-        scaling_model.predictions(report_of([]), "mlp", 1000)
+def test_files_without_git_get_their_commit_from_the_environment(tmp_path):
+    program = "import gpu_machine, report\n"
+    program += "report._commit = lambda: 'unknown'; print(gpu_machine._of_result_line()['commit'])"
+    for given, want in (({}, "unknown"), ({"FASTDP_COMMIT": "abc1234"}, "abc1234")):
+        how = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 60}
+        done = subprocess.run([sys.executable, "-c", program], env={**environment(), **given}, check=True, **how)
+        assert done.stdout.strip() == want

@@ -8,7 +8,8 @@ is not issued holds back its own stream only. Host devices (host.py) run the wor
 What a step of small work costs is the waking of threads. So nobody is woken who could not go on: a wait
 registers with its event only once it is the head of its stream and the worker is about to look for other
 work, and a worker sleeps on a plain lock that is released only where a head became ready. Waits and records alone wake
-nobody: where the worker sleeps, the worker of another device that completes an event passes them on its way.
+nobody: where the worker sleeps, the worker of another device that completes an event passes them on its way. And a
+thread that would only wait for a device may be its worker for that time (`QueueDevice.lend`): then nobody is woken.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from fastdp.backend.base import Work
 from fastdp.backend.events import QueueEvent, complete_all, here, joined
@@ -154,6 +155,8 @@ class QueueDevice:
         # Events that a worker has taken off and is about to complete.
         self.settled: list[tuple[QueueEvent, BaseException | None]] = []
         self._thread: threading.Thread | None = None
+        self._borrower: int | None = None
+        self._serving = False
         self._closed = False
         self.compute = stream(self, "compute")
         self.copy_in = stream(self, "copy_in")
@@ -186,12 +189,46 @@ class QueueDevice:
                 item.complete(stream._error)  # nobody else knows it yet
                 return
             stream._items.append(item)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name=f"fastdp-{self.name}", daemon=True)
-                self._thread.start()
+            borrowed = self._borrower is not None
+            if borrowed:
+                pass
+            elif self._thread is None:
+                self._start()
             # Behind another item it changes nothing: that one runs soon, or its event wakes the worker.
             elif self._asleep and len(stream._items) == 1 and stream._ready(False):
                 self._rouse()
+        if borrowed and self._borrower == threading.get_ident() and not self._serving:
+            self._serve()
+
+    @contextmanager
+    def lend(self) -> Iterator[None]:
+        """Make the calling thread the worker: what it enqueues runs on it, at once where nothing holds it back.
+
+        Nothing is lent while there is work for the worker, or a test delays it. The thread settings that work makes
+        stay with the caller, and a step that runs so cannot be given up by a time-out.
+        """
+        with self._lock:
+            idle = self._asleep or self._thread is None
+            mine = idle and self._borrower is None and self.delay is None and not any(s._items for s in self._streams)
+            if mine and not self._closed:
+                self._borrower, self._asleep = threading.get_ident(), False
+        if not mine:
+            yield
+            return
+        was_worker, here.worker = getattr(here, "worker", False), True
+        try:
+            yield
+        finally:
+            here.worker = was_worker
+            with self._lock:
+                self._borrower = None
+                for stream in self._streams:
+                    stream._running = False
+                self._asleep = self._thread is not None
+                if any(stream._items for stream in self._streams):  # behind events of other devices, or an interrupt
+                    if self._thread is None:
+                        self._start()
+                    self._rouse()
 
     def wake(self) -> None:
         """Look at the streams again, since an event became done; the worker is woken if there is work for it."""
@@ -252,6 +289,11 @@ class QueueDevice:
             "interpreter is ending). Wrap the model again to use the new devices."
         )
 
+    def _start(self) -> None:
+        """Start the worker. Called with the lock held."""
+        self._thread = threading.Thread(target=self._work, name=f"fastdp-{self.name}", daemon=True)
+        self._thread.start()
+
     def _rouse(self) -> None:
         """Wake the worker if it sleeps. Called with the lock held."""
         if self._asleep:
@@ -271,6 +313,30 @@ class QueueDevice:
         here.worker = True
         with self._worker_scope():
             self._loop()
+
+    def _serve(self) -> None:
+        """Run whatever may run, on the thread that the device is lent to. What ends a program ends it at once."""
+        self._serving = True
+        stream: QueueStream | None = None
+        try:
+            while True:
+                with self._lock:
+                    if stream is not None:
+                        stream._running = False
+                    found = self._next()
+                    settled, self.settled = self.settled, []
+                if settled:
+                    complete_all(settled)
+                if found is not None:
+                    stream, item = found
+                    stream._run(item)
+                    del found, item
+                    if isinstance(stream._error, (KeyboardInterrupt, SystemExit)):
+                        raise stream._error
+                elif not settled:
+                    return
+        finally:
+            self._serving = False
 
     def _loop(self) -> None:
         """Run whatever may run, sleep otherwise."""

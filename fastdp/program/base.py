@@ -27,6 +27,7 @@ import numpy as np
 from fastdp.backend.queue import QueueDevice
 from fastdp.buckets import Allocator, ArraySpec, FlatBuffers
 from fastdp.comm.rendezvous import Rendezvous
+from fastdp.comm.together import Share
 from fastdp.shard import Rows
 
 
@@ -137,17 +138,23 @@ class Result:
 class Totals:
     """The sums of a step over all replicas, and the first replica's notes.
 
-    `reduced` is False where the step's gradients wait for a later reduction: each replica has its own.
+    `reduced` is False where the step's gradients wait for a later reduction: each replica has its own. `share`, where
+    it is there, runs the parts of an update on several devices' workers at a time (`fastdp.comm.together`).
     """
 
     sums: np.ndarray
     notes: Any
     every_note: list[Any]
     reduced: bool = True
+    share: Share | None = None
 
 
 class Program(Protocol):
-    """A model that the engine can replicate. State is whatever `bind` returns."""
+    """A model that the engine can replicate. State is whatever `bind` returns.
+
+    A program may also have `update_is_shared`, true where its `update` uses `Totals.share`: it then gets its replica's
+    share of the cores, where other updates that are made for all replicas get all cores for each operation.
+    """
 
     gradients: Sequence[ArraySpec]
     slots: Sequence[ArraySpec]

@@ -163,7 +163,7 @@ def _pooled(graph: Graph, pool: Node, window: tuple[int, int]) -> tuple[Node, No
     call = functools.partial(_call, graph)
     height, width = window
     image = call(aten.permute.default, pool.args[0], [0, 2, 3, 1])
-    _, _, rows, columns = _value(pool)[0].shape
+    n, channels, rows, columns = _value(pool)[0].shape
     entries = []
     for number in range(height * width):
         row, column = divmod(number, width)
@@ -175,6 +175,9 @@ def _pooled(graph: Graph, pool: Node, window: tuple[int, int]) -> tuple[Node, No
         largest = call(aten.where.self, more, entry, largest)
         numbered = call(aten.full_like.default, place, float(number))
         place = call(aten.where.self, more, numbered, place)
+    # Seen by its strides, it is written down: else the compiler would keep comparisons, and vectors of bools are slow.
+    strides = [rows * columns * channels, columns * channels, channels, 1]
+    place = call(aten.as_strided.default, place, [n, rows, columns, channels], strides)
     return call(aten.permute.default, largest, [0, 3, 1, 2]), place
 
 

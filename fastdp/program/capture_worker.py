@@ -12,9 +12,11 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch._inductor import standalone_compile
+from torch._inductor import CompiledArtifact, standalone_compile
+from torch._inductor.exc import InductorError
 
 from fastdp.program import capture_rewrites, keras_recurrent_ops
 from fastdp.program.capture_graph import from_bytes
@@ -27,13 +29,25 @@ def main(graph: str, artifact: str, threads: str, cores: str) -> None:
     """Compile the graph in one file into the artifact in another."""
     threading.Thread(target=_end_with_parent, args=(Path(graph).parent,), daemon=True).start()
     os.nice(YIELDING)
-    module, inputs, mode = from_bytes(Path(graph).read_bytes())
     settings = {"cpp.threads": int(threads), "compile_threads": int(cores)}
-    with torch.no_grad(), torch._inductor.config.patch(settings):
-        compiled = standalone_compile(module, inputs, dynamic_shapes="from_example_inputs", fake_mode=mode)
+    # A C++ wrapper lets go of the interpreter's lock for the whole step. Python's calls kernels with the lock held: of
+    # two replicas one would compute at a time.
+    try:
+        compiled = _compiled(graph, settings | {"cpp_wrapper": True})
+    except InductorError:  # an operation that only Python's wrapper can call
+        compiled = _compiled(graph, settings)
     unfinished = f"{artifact}.unfinished"
     compiled.save(path=unfinished, format="binary")
     Path(unfinished).rename(artifact)
+
+
+def _compiled(graph: str, settings: dict[str, Any]) -> CompiledArtifact:
+    """The graph in a file, compiled with these settings of TorchInductor."""
+    module, inputs, mode = from_bytes(Path(graph).read_bytes())
+    # The inputs' mode by way of a tracing context: torch 2.11 has no argument for it.
+    context = torch._guards.tracing(torch._guards.TracingContext(mode))
+    with torch.no_grad(), torch._inductor.config.patch(settings), context:
+        return standalone_compile(module, inputs, dynamic_shapes="from_tracing_context")
 
 
 def _end_with_parent(folder: Path) -> None:

@@ -146,6 +146,11 @@ class KerasProgram:
         return all(part is None or type(part).__module__.startswith("keras.") for part in parts)
 
     @property
+    def update_is_shared(self) -> bool:
+        """Whether the optimizer is applied to pieces, one thread each."""
+        return self.update_how == "flat"
+
+    @property
     def update_how(self) -> str:
         """How the optimizer is applied: "flat", to all variables as one, or "per variable: " and the reason."""
         why = why_not_now(self.optimizer) if self._slots.how == "flat" else ""
@@ -260,7 +265,7 @@ class KerasProgram:
                 return
             unused = frozenset.intersection(*(note.unused for note in totals.every_note))
             if state.flat_update is not None and self.update_how == "flat":
-                state.flat_update.apply(unused, totals.reduced)
+                state.flat_update.apply(unused, totals.reduced, totals.share)
                 return
             # Before the last step of a cycle Keras gets zeros: what waits on the replicas is not counted twice.
             given = state.gradients if totals.reduced else [g.new_zeros(()).expand_as(g) for g in state.gradients]

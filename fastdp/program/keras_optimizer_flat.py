@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -16,14 +17,18 @@ import keras
 import torch
 
 from fastdp.buckets import FlatBuffers
+from fastdp.comm.together import Share
 from fastdp.program.base import Memory
 from fastdp.program.keras_optimizer import Slots, chain
 from fastdp.program.keras_optimizer_fused import fused_step
 from fastdp.program.torch_tensors import as_tensor, dtype_name
+from fastdp.shard import CORES
 
 # Numbers per piece on a processor: an update passes over its operands several times, and pieces stay in the
 # caches meanwhile. bench/optimizers.py has the figures.
 PIECE = 1 << 18
+# Shared among threads: so many pieces for each core, so that all end at about the same time; none smaller than this.
+SHARED_PIECES, SMALLEST_PIECE = 3, 1 << 14
 _REMEMBERED = 8
 
 
@@ -90,12 +95,13 @@ class FlatUpdate:
         self._regions = _regions(slots, memory)
         at = {id(v): view for v, view in zip(slots.order, _tensors(memory.slots), strict=True)}
         self._scalars = [FlatVariable(at[id(slot.variables[0])]) for slot in slots.scalars]
-        self._pieces: dict[tuple[frozenset[int], tuple[bool, ...]], _Pieces] = {}
+        self._pieces: dict[tuple[frozenset[int], tuple[bool, ...], bool], _Pieces] = {}
 
-    def apply(self, unused: frozenset[int], reduced: bool = True) -> None:
+    def apply(self, unused: frozenset[int], reduced: bool = True, share: Share | None = None) -> None:
         """Update variables and slots from the gradients; variables whose numbers are `unused` have none.
 
-        Not `reduced`, the gradients are not those of the batch yet, and Keras is to accumulate nothing.
+        Not `reduced`, the gradients are not those of the batch yet, and Keras is to accumulate nothing. With `share`
+        several threads update a piece each.
 
         Raises:
             ValueError: no variable has a gradient, as Keras says it.
@@ -106,12 +112,13 @@ class FlatUpdate:
             innermost._filter_empty_gradients(gradients, self._trainable)
         has_decay = innermost.weight_decay is not None
         decays = tuple(has_decay and innermost._use_weight_decay(v) for v in self._trainable)
-        pieces = self._pieces.get((unused, decays))
+        key = unused, decays, share is not None
+        pieces = self._pieces.get(key)
         if pieces is None:
             while len(self._pieces) >= _REMEMBERED:
                 self._pieces.pop(next(iter(self._pieces)))
-            pieces = self._pieces[unused, decays] = self._cut(unused, decays)
-        stand_in = self._stand_in(pieces)
+            pieces = self._pieces[key] = self._cut(unused, decays, share is not None)
+        stand_in = self._stand_in(pieces, share)
         if not reduced:
             vars(stand_in)["_backend_increment_gradient_accumulators"] = lambda gradients, accumulated: None
         stand_in.apply(pieces.gradients, pieces.used)
@@ -120,7 +127,7 @@ class FlatUpdate:
                 for tensor in (region.variables, *region.kinds):
                     tensor.index_fill_(0, region.gaps, 0)
 
-    def _stand_in(self, pieces: _Pieces) -> Any:
+    def _stand_in(self, pieces: _Pieces, share: Share | None) -> Any:
         """An optimizer with the user's settings, over the pieces."""
         inner = None
         for owner in reversed(chain(self._optimizer)):
@@ -140,18 +147,20 @@ class FlatUpdate:
                 own["inner_optimizer"] = inner
             elif len(self._regions) == 1:
                 # With several dtypes Keras computes all of them with the numbers of the first: in one call only.
-                own["_backend_update_step"] = _piece_by_piece(stand_in)
+                own["_backend_update_step"] = _piece_by_piece(stand_in, share)
                 own["_apply_weight_decay"] = lambda variables: None  # done there
             inner = stand_in
         return inner
 
-    def _cut(self, unused: frozenset[int], decays: Sequence[bool]) -> _Pieces:
-        """Pieces of variables that are next to each other and treated alike."""
+    def _cut(self, unused: frozenset[int], decays: Sequence[bool], shared: bool) -> _Pieces:
+        """Pieces of variables that are next to each other and treated alike; if `shared`, a few for each core."""
         pieces = _Pieces([], [[] for _ in self._slots.kinds], {}, {}, [], [])
         for region in sorted(self._regions, key=lambda region: _first_used(region, unused)):
             length = region.variables.numel()
             # On a GPU a large kernel is the better one.
             size = PIECE if region.variables.device.type == "cpu" else length
+            if shared:
+                size = min(size, max(SMALLEST_PIECE, -(-length // (SHARED_PIECES * CORES))))
             alike = [(i in unused, decays[i]) for i in region.members]
             spans = zip(region.starts, [*region.starts[1:], length], alike, strict=True)
             for (is_unused, decay), group in groupby(spans, key=lambda span: span[2]):
@@ -171,7 +180,9 @@ class FlatUpdate:
         return pieces
 
 
-def _piece_by_piece(optimizer: Any) -> Callable[[Sequence[torch.Tensor], Sequence[Any], Any], None]:
+def _piece_by_piece(
+    optimizer: Any, share: Share | None
+) -> Callable[[Sequence[torch.Tensor], Sequence[Any], Any], None]:
     """Weight decay and the update step of one piece after the other, so that a piece stays in the caches."""
     kind = type(optimizer)
 
@@ -180,7 +191,9 @@ def _piece_by_piece(optimizer: Any) -> Callable[[Sequence[torch.Tensor], Sequenc
         # Nadam's product of momentums moves on with each call, but belongs to the step.
         product = getattr(optimizer, "_u_product", None)
         before = None if product is None else product.value.clone()
-        for gradient, variable in zip(gradients, variables, strict=True):
+
+        @torch.no_grad()
+        def update(gradient: torch.Tensor, variable: Any) -> None:
             if optimizer.weight_decay is not None and optimizer._use_weight_decay(variable):
                 kind._apply_weight_decay(optimizer, [variable])
             if product is not None:
@@ -189,6 +202,13 @@ def _piece_by_piece(optimizer: Any) -> Callable[[Sequence[torch.Tensor], Sequenc
                 fused(gradient, variable)
             else:
                 kind._backend_update_step(optimizer, [gradient], [variable], learning_rate)
+
+        parts = [partial(update, *one) for one in zip(gradients, variables, strict=True)]
+        if share is not None and product is None:
+            share(parts)
+        else:
+            for part in parts:
+                part()
 
     return step
 

@@ -16,8 +16,9 @@ Step = Callable[[torch.Tensor, Any], None]
 def fused_step(optimizer: Any, like: torch.Tensor, learning_rate: Any) -> Step | None:
     """`step(gradient, variable)` for SGD, Adam and AdamW on tensors such as `like`, or None.
 
-    SGD's operations are those of Keras, to the last bit, without the calls around them. Torch's kernel for Adam computes `p -= rate * m / (sqrt(v) + epsilon)`, as Keras does. Float16 and bfloat16 are left
-    to Keras, which rounds after each operation where the kernel does not.
+    SGD's operations are those of Keras, to the last bit, without the calls around them. Torch's kernel for Adam
+    computes `p -= rate * m / (sqrt(v) + epsilon)`, as Keras does. Float16 and bfloat16 Adam are left to Keras, which
+    rounds after each operation where the kernel does not.
     """
     if isinstance(optimizer, keras.optimizers.SGD):
         return _sgd_step(optimizer, float(learning_rate))

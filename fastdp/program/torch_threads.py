@@ -11,6 +11,7 @@ more threads than its share.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,22 +19,22 @@ from typing import Any
 
 import torch
 
+from fastdp.shard import CORES
+
 _PAUSE_SOFT = 1  # omp_pause_soft, OpenMP 5.0
 
 
 def _pool_ender() -> Callable[[], object]:
     """OpenMP's own call that ends the calling thread's pool, from the runtime that torch uses."""
-    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
-        library = Path(torch.__file__).parent / "lib" / name
-        if library.exists():
-            # Found through the library's own dependencies: a process may have loaded several OpenMP runtimes.
-            pause = getattr(ctypes.CDLL(str(library)), "omp_pause_resource_all", None)
-            return (lambda: pause(_PAUSE_SOFT)) if pause is not None else lambda: None
-    return lambda: None  # torch without OpenMP
+    folder = Path(torch.__file__).parent / "lib"
+    found = [folder / name for name in ("libtorch_cpu.so", "libtorch_cpu.dylib") if (folder / name).exists()]
+    # Asked of torch's own library, whose dependencies are searched: a process may have loaded several OpenMP runtimes.
+    pause = getattr(ctypes.CDLL(str(found[0])), "omp_pause_resource_all", None) if found else None
+    return functools.partial(pause, _PAUSE_SOFT) if pause is not None else lambda: None
 
 
-# Ends the calling thread's pool of helpers, if it has one; the next operation on several cores makes a new one. It takes
-# about a microsecond without a pool, and twenty with one.
+# Ends the calling thread's pool of helpers, if it has one; the next operation on several cores makes a new one. It
+# takes about a microsecond without a pool, and twenty with one.
 end_pool = _pool_ender()
 
 
@@ -56,13 +57,15 @@ def prepare_worker(threads: int, device: Any) -> None:
 
 @contextmanager
 def replicas_run(threads: int) -> Iterator[None]:
-    """Held by the host thread while replicas run side by side, with `threads` cores each: it has no pool meanwhile.
+    """Held by the host thread while replicas run, with `threads` cores each. With more than one it has no pool.
 
-    Torch's setting is partly per thread (OpenMP) and partly global (MKL): workers set theirs once, the host thread holds
-    the global one for the time of a step.
+    One replica runs on the host thread itself, in those of torch's modes that a worker has. Torch's setting is partly
+    per thread (OpenMP) and partly global (MKL): workers set theirs once, the host thread holds the global one for the
+    time of a step.
     """
-    end_pool()
-    with intra_op_threads(threads):
+    if threads < CORES:
+        end_pool()
+    with intra_op_threads(threads), torch.inference_mode(False), torch.enable_grad():
         yield
 
 

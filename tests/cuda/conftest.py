@@ -13,9 +13,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from fake_cupy import installed
+from gpus import Gpus
 from simulation import Simulation
 
 from fastdp.launch import cubin, nvrtc
+
+CLOSE_SECONDS = 20.0
 
 
 @pytest.fixture
@@ -42,3 +45,17 @@ def fake_cuda(monkeypatch) -> Iterator[Callable[..., Simulation]]:
             gc.collect()
             assert not sim.violations, sim.violations
             assert sim.check_end() == []
+
+
+@pytest.fixture
+def box(fake_cuda, monkeypatch) -> Iterator[Gpus]:
+    """One card of a simulated CUDA; the devices that a test made on it are closed, and their memory is given back."""
+    one = Gpus(fake_cuda(1), monkeypatch)
+    yield one
+    gc.collect()
+    for device in one.made:
+        device.close(CLOSE_SECONDS)
+    gc.collect()
+    for device in one.made:
+        device.arena.trim()
+        device.pinned.close()

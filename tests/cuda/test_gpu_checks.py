@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gpus import Gpus
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
 
@@ -19,22 +18,9 @@ import engine_checks
 import kernel_checks
 from kernel_device import on_device
 
-from fastdp.program.torch_tensors import prepare_worker
+from fastdp.program.torch_threads import prepare_worker
 
 LIMIT = 20.0
-
-
-@pytest.fixture
-def box(fake_cuda, monkeypatch):
-    one = Gpus(fake_cuda(1), monkeypatch)
-    yield one
-    gc.collect()
-    for device in one.made:
-        device.close(LIMIT)
-    gc.collect()
-    for device in one.made:
-        device.arena.trim()
-        device.pinned.close()
 
 
 @pytest.fixture
@@ -61,6 +47,12 @@ def test_the_checks_of_failures_memory_and_merging(box):
     engine_checks.recovers_from_a_failure(devices, off_gpu)
     assert engine_checks.allocates_nothing_in_the_steady_state(devices, off_gpu)["staging"] > 0
     engine_checks.merges_where_asked(devices, off_gpu)
+    gc.collect()
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_check_of_buckets_during_backward(box, hosts, count):
+    engine_checks.reduces_during_backward(box.devices(count, 1), hosts[:count], off_gpu)
     gc.collect()
 
 

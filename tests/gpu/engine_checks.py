@@ -17,8 +17,10 @@ import pytest
 import fastdp
 from fastdp import kernel_twins as twins
 from fastdp.buckets import ArraySpec, FlatBuffers
+from fastdp.engine import WARM_STEPS
 from fastdp.errors import ReplicaError
 from fastdp.program.arrays import FunctionProgram
+from fastdp.program.base import Result
 
 LIMIT = 30.0
 POISONED = 1e6
@@ -109,6 +111,38 @@ def recovers_from_a_failure(devices: list, finish: Callable[[Any], Any] = lambda
         np.testing.assert_array_equal(a, b)
     engine.train(rows(16))
     assert any((a != b).any() for a, b in zip(before, weights(), strict=True))
+
+
+class Announcing(FunctionProgram):
+    """Announces each array's gradient as soon as it has issued it, the last array first."""
+
+    def train(self, state, batch, context):
+        loss, gradients, _ = self._train(state.parameters, batch)
+        share = context.rows.share
+        for bucket, name in enumerate(reversed(state.gradients)):
+            np.multiply(gradients[name], share, out=state.gradients[name], casting="same_kind")
+            context.ready(bucket)
+        return Result([], np.array([loss * share]))
+
+
+def reduces_during_backward(devices: list, hosts: list, finish: Callable[[Any], Any] = lambda x: x) -> int:
+    """Buckets begin before the replicas are done, and the weights are those of the host. Returns how many begin."""
+    engines = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FlatBuffers.buckets, "__defaults__", (4, 4))  # one array per bucket
+        for these, how in ((devices, finish), (hosts, lambda x: x)):
+            program = linear(how)
+            start, slots = program._initial, program._initial_slots
+            program = Announcing(start, program._train, program._update, program._predict, slots)
+            engines.append(fastdp.DataParallel(program, these, timeout=LIMIT, check_replicas=True))
+        for step in range(WARM_STEPS + 20):
+            for engine in engines:
+                engine.train(rows(16, step), wants_outputs=False)
+    for ours, theirs in zip(engines[0].replicas, engines[1].replicas, strict=True):
+        values = ours.device.to_host(ours.memory.variables.buffers["float32"])
+        np.testing.assert_allclose(values, theirs.memory.variables.buffers["float32"], rtol=1e-5, atol=1e-5)
+    assert engines[0].times.early == (2 if len(devices) > 1 else 0)
+    return engines[0].times.early
 
 
 def merges_where_asked(devices: list, finish: Callable[[Any], Any] = lambda x: x) -> None:

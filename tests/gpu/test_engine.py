@@ -31,6 +31,11 @@ def test_a_failed_step_changes_no_weight_and_the_next_one_works(gpus, count):
     checks.recovers_from_a_failure(gpus(count))
 
 
+@pytest.mark.parametrize("count", COUNTS)
+def test_buckets_are_reduced_during_backward(gpus, hosts, count, record_property):
+    record_property("early", checks.reduces_during_backward(gpus(count), hosts(count)))
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_outputs_are_merged_where_they_are_asked_for(gpus, count):
     checks.merges_where_asked(gpus(count))
@@ -47,7 +52,7 @@ def test_all_reduce_by_kernels(gpus, count, dtype, n, idle, record_property):
         assert set(way.split("+")) <= {"one-shot", "two-shot"}
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, 4, 8])
 def test_all_reduce_through_the_host(gpus, count):
     way = checks.all_reduces(gpus(count), 100_000, "float64")
     if len({device.ordinal for device in gpus(count)}) < count:

@@ -28,12 +28,12 @@ def test_a_keras_model_equals_plain_keras_on_this_card(gpus, keras_checks, name,
     record_property("largest_difference", keras_checks.a_keras_model_equals_plain_keras(gpus(count), name))
 
 
-@pytest.mark.parametrize("count", [2, 8])
+@pytest.mark.parametrize("count", COUNTS)
 def test_adam_on_every_gpu_equals_plain_keras(gpus, keras_checks, count, record_property):
     record_property("largest_difference", keras_checks.a_keras_model_equals_plain_keras(gpus(count), "mlp", "adam"))
 
 
-@pytest.mark.parametrize("count", [2, 8])
+@pytest.mark.parametrize("count", COUNTS)
 def test_batches_of_fewer_rows_than_devices(gpus, keras_checks, count):
     keras_checks.a_keras_model_equals_plain_keras(gpus(count), "mlp", batch_size=3)
 

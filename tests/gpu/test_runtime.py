@@ -61,15 +61,16 @@ def test_no_room_is_a_memory_error_that_says_how_much_is_free(gpus):
     assert device.to_host(device.zeros((3,), np.dtype(np.float32))).tolist() == [0, 0, 0]
 
 
-def test_rows_of_host_and_gpu_arrays_of_a_batch_arrive(gpus):
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_rows_of_host_and_gpu_arrays_of_a_batch_arrive(gpus, count):
     from fastdp.shard import split_rows
 
-    devices = gpus(3)
+    devices = gpus(count)
     x = np.random.default_rng(0).normal(size=(11, 7)).astype(np.float32)
     on_gpu = devices[0].empty(x.shape, x.dtype)
     devices[0].copy(on_gpu, x)
     for _ in range(4):  # the two batch buffers, each twice
-        for device, shard in zip(devices, split_rows(11, 3), strict=True):
+        for device, shard in zip(devices, split_rows(11, count), strict=True):
             taken = device.take_rows([x, x.astype(np.float16), on_gpu], shard)
             device.compute.record().finish(LIMIT)
             want = x[shard.start : shard.stop]
@@ -121,11 +122,12 @@ def test_torch_and_the_engine_share_memory_both_ways(gpus):
     np.testing.assert_array_equal(device.to_host(other), np.arange(6).reshape(2, 3).T)
 
 
-def test_a_work_s_torch_operations_go_to_its_own_stream(gpus):
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_a_work_s_torch_operations_go_to_its_own_stream(gpus, count):
     torch = pytest.importorskip("torch")
-    from fastdp.program.torch_tensors import prepare_worker
+    from fastdp.program.torch_threads import prepare_worker
 
-    devices, seen = gpus(2), {}
+    devices, seen = gpus(count), {}
 
     def look(device):
         prepare_worker(1, device)

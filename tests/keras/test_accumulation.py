@@ -34,13 +34,13 @@ def _five_devices() -> Iterator[None]:
 def reduced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of sources of each all-reduce so far."""
     calls: list[int] = []
-    original = HostCommunicator.all_reduce
+    original = HostCommunicator.begin
 
-    def spy(self: Any, sources: Any, *args: Any, **more: Any) -> None:
+    def spy(self: Any, sources: Any, *args: Any, **more: Any) -> Any:
         calls.append(len(sources))
-        original(self, sources, *args, **more)
+        return original(self, sources, *args, **more)
 
-    monkeypatch.setattr(HostCommunicator, "all_reduce", spy)
+    monkeypatch.setattr(HostCommunicator, "begin", spy)
     return calls
 
 

@@ -58,6 +58,22 @@ def recurrent():
     return [keras.Input((6,)), L.Reshape((3, 2)), L.GRU(4), L.Dense(3, "softmax")]
 
 
+class Attention(L.Layer):
+    """Attention of a row's two halves, by torch's fused operation."""
+
+    def __init__(self, dropped=0.0):
+        super().__init__()
+        self.dropped = dropped
+
+    def call(self, inputs):
+        x = inputs.reshape(-1, 1, 2, 3)
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=self.dropped).reshape(-1, 6)
+
+
+def attentive():
+    return [keras.Input((6,)), L.Dense(6), Attention(), L.Dense(3, "softmax")]
+
+
 def batches(count=6, sizes=(8, 8, 7)):
     generator = np.random.default_rng(0)
     for i in range(count):
@@ -82,7 +98,7 @@ def hows(parallel):
 
 
 @pytest.mark.parametrize("gpus", [1, 3])
-@pytest.mark.parametrize("layers", [dense, unseeded, normalized, with_losses, convolutional, recurrent])
+@pytest.mark.parametrize("layers", [dense, unseeded, normalized, with_losses, convolutional, recurrent, attentive])
 def test_traced_steps_equal_eager_ones(layers, gpus):
     expected, expected_weights, _ = train(layers, gpus, None)
     losses, weights, parallel = train(layers, gpus, "trace")
@@ -90,6 +106,14 @@ def test_traced_steps_equal_eager_ones(layers, gpus):
     np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-6)
     for weight, other in zip(weights, expected_weights, strict=True):
         np.testing.assert_allclose(weight, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The outputs of")
+def test_fused_attention_that_draws_by_itself_is_not_captured():
+    layers = [keras.Input((6,)), L.Dense(6), Attention(0.5), L.Dense(3, "softmax")]
+    with pytest.warns(UserWarning, match="a random op that is not Keras's"):
+        _, _, parallel = train(lambda: layers, 1, "trace", count=3)
+    assert hows(parallel) == {"eager"}
 
 
 def test_masks_are_drawn_anew_in_each_replay():

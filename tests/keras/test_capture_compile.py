@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 import fastdp
-from fastdp.program import capture, capture_compiler
+from fastdp.program import capture, capture_compiler, capture_worker
 from fastdp.program.capture_compiler import BackgroundCompiler, CompileError
 from fastdp.program.capture_graph import from_bytes, to_bytes
 from fastdp.program.capture_passes import optimized
@@ -268,3 +269,11 @@ def test_pooling_with_same_padding_behind_a_convolution_is_compiled():
     losses += [parallel.train_on_batch(x, y)[0] for _ in range(3)]
     assert hows(parallel) == {"compiled"}
     np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_compiler_is_asked_by_arguments_that_torch_2_11_has():
+    """`fake_mode=` and `donate_graph_module=` are newer; a call that torch refuses would leave every step traced."""
+    tree = ast.parse(Path(capture_worker.__file__).read_text(encoding="utf-8"))
+    (call,) = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "standalone_compile"]
+    assert len(call.args) == 2
+    assert {keyword.arg for keyword in call.keywords} <= {"dynamic_shapes", "options", "aot"}

@@ -218,13 +218,13 @@ def test_gradients_are_reduced_in_the_last_call_of_a_window_only(monkeypatch):
     from fastdp.comm.host import HostCommunicator
 
     reduced = []
-    original = HostCommunicator.all_reduce
+    original = HostCommunicator.begin
 
     def spy(self, sources, targets, buckets, **options):
         reduced.append(len(buckets))
-        original(self, sources, targets, buckets, **options)
+        return original(self, sources, targets, buckets, **options)
 
-    monkeypatch.setattr(HostCommunicator, "all_reduce", spy)
+    monkeypatch.setattr(HostCommunicator, "begin", spy)
     step = fastdp.wrap(mlp(), gpus=2).train_step(F.cross_entropy, OPTIMIZERS["sgd"], accumulate=3)
     calls = []
     for x, y in batches(6):
@@ -348,7 +348,8 @@ def ddp_worker(rank: int, folder: str) -> None:
         if rank == 0:
             torch.save(module.state_dict(), f"{folder}/weights.pt")
         distributed.barrier()
-        print("trained", flush=True)
+        sys.stdout.write("trained\n")
+        sys.stdout.flush()
     finally:
         distributed.destroy_process_group()
     # Not by the interpreter's end: once a process was aborted there ("terminate called without an active exception", a

@@ -1,0 +1,126 @@
+"""What launches cost the host, when nothing waits: kernels, graphs by their number of nodes, a graph for each replica.
+
+Each launch is timed by itself with an empty queue before it, so that what is measured is the call, not the card.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from gpu_card import Card, emit
+from report import spread
+
+from fastdp import launch
+
+NODES = (1, 10, 100, 1000, 5000)
+LAUNCHES = 40  # timed launches of a round
+
+
+class Nodes:
+    """Work of next to nothing on a card, as a graph of kernels in a chain."""
+
+    def __init__(self, card: Card) -> None:
+        self.card = card
+        self._held = card.device.zeros((64,), np.dtype(np.uint8))
+        self._at = card.address(self._held)
+
+    def kernel(self, stream: int | None = None) -> None:
+        """One kernel on one element."""
+        at, stream = self._at, self.card.stream if stream is None else stream
+        launch.scale_cast(
+            self.card.device.kernels, x=at, y=at, n=1, x_dtype="float32", y_dtype="float32", stream=stream
+        )
+
+    def graph(self, nodes: int) -> int:
+        """So many kernels in a chain, ready to be launched; the caller destroys it."""
+        runtime, stream = self.card.runtime, self.card.stream
+        self.kernel()  # loads it
+        self.card.device._wait_for(stream)
+        runtime.capture_begin(stream)
+        for _ in range(nodes):
+            self.kernel()
+        graph = runtime.capture_end(stream)
+        made: int = runtime.graph_instantiate(graph)
+        runtime.graph_destroy(graph)
+        return made
+
+
+def host_seconds(card: Card, work: Callable[[], object], wait: Callable[[], object]) -> list[float]:
+    """Seconds of a call that enqueues and returns; the median of a round's calls, a value a round."""
+    found = []
+    for _ in range(card.rounds + 1):
+        values = []
+        for _ in range(LAUNCHES):
+            began = time.perf_counter()
+            work()
+            values.append(time.perf_counter() - began)
+            wait()
+        found.append(sorted(values)[len(values) // 2])
+    return found[1:]
+
+
+def launches(card: Card) -> None:
+    """A kernel of ours, and an operation of torch's."""
+    nodes = Nodes(card)
+    works: dict[str, Callable[[], object]] = {"a kernel of fastdp": nodes.kernel}
+    with card.current():
+        nodes.kernel()
+        torch: Any = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
+        if torch is not None and torch.cuda.is_available():
+            x = torch.zeros(1, device="cuda")
+            works["an operation of torch"] = lambda: x.mul_(1.0)
+        for name, work in works.items():
+            seconds = host_seconds(card, work, lambda: card.device._wait_for(card.stream))
+            emit(what=f"host time: {name}", microseconds=_microseconds(seconds), clock="wall, unwaited")
+
+
+def replays(card: Card, nodes: int) -> None:
+    """The launch of a graph of so many kernels in a chain, as a captured step of one replica is."""
+    with card.current():
+        graph = Nodes(card).graph(nodes)
+        replay = lambda: card.runtime.graph_launch(graph, card.stream)  # noqa: E731
+        replay()  # the first uploads it
+        card.device._wait_for(card.stream)
+        seconds = host_seconds(card, replay, lambda: card.device._wait_for(card.stream))
+        card.runtime.graph_exec_destroy(graph)
+    emit(what="host time: replay", nodes=nodes, microseconds=_microseconds(seconds), clock="wall, unwaited")
+
+
+def launches_of_replicas(card: Card, replicas: int, nodes: int = 100) -> None:
+    """One thread launches a graph for each replica, each on a stream of its own."""
+    runtime = card.runtime
+    with card.current():
+        work = [Nodes(card) for _ in range(replicas)]
+        graphs = [one.graph(nodes) for one in work]
+        streams = [runtime.stream_create(card.device.ordinal) for _ in range(replicas)]
+
+        def launch_all() -> None:
+            for graph, stream in zip(graphs, streams, strict=True):
+                runtime.graph_launch(graph, stream)
+
+        def wait() -> None:
+            for stream in streams:
+                card.device._wait_for(stream)
+
+        launch_all()
+        wait()
+        seconds = host_seconds(card, launch_all, wait)
+        for graph, stream in zip(graphs, streams, strict=True):
+            runtime.graph_exec_destroy(graph)
+            runtime.stream_destroy(stream)
+    emit(
+        what="host time: a graph for each replica",
+        replicas=replicas,
+        nodes=nodes,
+        microseconds=_microseconds(seconds),
+        clock="wall, unwaited",
+    )
+
+
+def _microseconds(seconds: list[float]) -> dict[str, float]:
+    return spread([1e6 * value for value in seconds], 4)

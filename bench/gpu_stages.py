@@ -1,0 +1,102 @@
+"""The stages of gpu_check.py: what each runs, and for how long at most.
+
+Those of DEFAULT together stay below eight minutes. Each of the others fits a short run of its own; docs/hardware.md
+says in which order they are worth their time.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+MARGIN_SECONDS = 8.0  # by which a benchmark plans to be over before its limit
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process of a stage.
+
+    Attributes:
+        name: within the stage.
+        command: what is run, after the interpreter where it begins with "-" or with a .py file. {seconds} in it becomes
+            the time that a benchmark may plan with.
+        seconds: its time limit.
+        tests: whether it is pytest, whose results come through gpu_pytest_log.py.
+        needs: a program that must be on the PATH; the part is skipped, and says so, where it is not.
+        environment: on top of this process's own.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+    tests: bool = True
+    needs: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def within(self, seconds: float) -> Part:
+        """The part as it is run where no more than so many seconds are left."""
+        limit = min(self.seconds, seconds)
+        planned = str(max(1.0, limit - MARGIN_SECONDS))
+        return replace(self, seconds=limit, command=tuple(word.replace("{seconds}", planned) for word in self.command))
+
+
+def _pytest(*arguments: str) -> tuple[str, ...]:
+    """pytest: warnings do not fail tests here, and stacks are shown where one hangs."""
+    quiet = ("-q", "-W", "default", "-p", "no:cacheprovider", "-p", "gpu_pytest_log")
+    return ("-m", "pytest", *quiet, "-o", "faulthandler_timeout=60", *arguments)
+
+
+def _gpu_tests(*files: str) -> tuple[str, ...]:
+    """The tests of tests/gpu that need a GPU."""
+    return _pytest("-m", "gpu", *(f"tests/gpu/{file}" for file in files))
+
+
+def _sanitizer(tool: str) -> Part:
+    """The kernel tests at small sizes under one tool of compute-sanitizer."""
+    tests = (*_gpu_tests("test_kernels.py"), "-k", "784 or 130 or out_of_range", "-x")
+    command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "86", sys.executable, *tests)
+    return Part(tool, command, 40, needs="compute-sanitizer", environment={"FASTDP_GPU_SMALL": "1"})
+
+
+def _steps(name: str, seconds: float, *cases: str) -> Part:
+    """Training steps of some cases of bench/gpu_cases.py."""
+    return Part(name, ("bench/gpu_steps.py", "--seconds", "{seconds}", *cases), seconds, tests=False)
+
+
+def _parts(seconds: float) -> Part:
+    """Kernels, transfers, all-reduces and launches."""
+    return Part("parts", ("bench/gpu_parts.py", "--seconds", "{seconds}"), seconds, tests=False)
+
+
+# The exactness suite on the card: what N devices must have in common with one, by topic.
+EXACTNESS = ("test_batch_norm", "test_losses", "test_side_effects", "test_masks_and_outputs", "test_random",
+             "test_optimizers", "test_metrics")  # fmt: skip
+
+
+def _exactness(seconds: float) -> Part:
+    """The tests of tests/exactness with their virtual devices on the card, in full fp32, beside plain Keras on it."""
+    return Part(
+        "exactness", _pytest("-p", "gpu_this_card", *(f"tests/exactness/{name}.py" for name in EXACTNESS)), seconds
+    )
+
+
+STAGES: dict[str, tuple[Part, ...]] = {
+    "kernels": (
+        Part("tests", _gpu_tests("test_runtime.py", "test_kernels.py"), 70),
+        _sanitizer("memcheck"),
+        _sanitizer("racecheck"),
+    ),
+    "engine": (Part("tests", _gpu_tests("test_engine.py"), 70),),
+    "keras": (Part("tests", _gpu_tests("test_models.py"), 80), _exactness(50)),
+    "bench": (_parts(40), _steps("steps", 85, "mlp", "resnet50-bf16-32")),
+    "exactness": (_exactness(300),),
+    "kinds": (Part("tests", _gpu_tests("test_kinds.py"), 280),),
+    "bench-parts": (_parts(110),),
+    "bench-mlp": (_steps("steps", 110, "mlp"),),
+    "bench-resnet": (_steps("steps", 300, "resnet50-bf16-32", "resnet50-tf32-32"),),
+    "bench-resnet-large": (_steps("steps", 120, "resnet50-bf16-256"),),
+    "bench-xception": (_steps("steps", 240, "xception-bf16-64"),),
+    "bench-encoder": (_steps("steps", 200, "encoder-bf16-32"),),
+}
+DEFAULT = ("kernels", "engine", "keras", "bench")

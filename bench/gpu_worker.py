@@ -1,0 +1,58 @@
+"""One way to train one case, in a process of its own: `gpu_worker.py WAY CASE STEPS`, started by bench/gpu_steps.py.
+
+WAY is `torch/...`, `keras/fit` on the backend that KERAS_BACKEND names, or `fastdp/...`. FASTDP_BENCH_DEVICE is cuda,
+or cpu where a test runs it. A process each, so that what fails on the card, or fills it, takes nothing else along.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+if os.environ.get("KERAS_BACKEND") != "tensorflow":  # Keras imports it wherever it is: slower, and more threads
+    sys.modules["tensorflow"] = None  # type: ignore[assignment]
+
+from gpu_cases import CASES
+from peer_workers.protocol import serve
+
+
+def memory() -> dict[str, Any]:
+    """Bytes of the card that this process holds, by NVML, which asks the driver; with what only torch knows beside it.
+
+    The context and the libraries' code are among them. Frameworks keep what they once had, so this is the peak.
+    """
+    found: dict[str, Any] = {}
+    nvml = importlib.import_module("pynvml")
+    try:
+        nvml.nvmlInit()
+        handle = nvml.nvmlDeviceGetHandleByIndex(0)
+        for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle):
+            if process.pid == os.getpid() and process.usedGpuMemory:
+                found["held_nbytes"] = int(process.usedGpuMemory)
+        nvml.nvmlShutdown()
+    except nvml.NVMLError as error:
+        found["nvml"] = str(error)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        found["torch_allocated_peak_nbytes"] = int(torch.cuda.max_memory_allocated())
+        found["torch_reserved_peak_nbytes"] = int(torch.cuda.max_memory_reserved())
+        # What is neither torch's nor anybody's at rest, where the driver does not tell by process.
+        free, total = torch.cuda.mem_get_info()
+        found["card_used_nbytes"] = int(total - free)
+    return found
+
+
+def prepare(way: str, name: str, steps: int) -> tuple[Callable[[], float], dict[str, Any]]:
+    """Build and warm up; a function that trains a round, and facts."""
+    where = os.environ.get("FASTDP_BENCH_DEVICE", "cuda")
+    library, _, how = way.partition("/")
+    ways = importlib.import_module("gpu_torch_ways" if library == "torch" else "gpu_keras_ways")
+    run, facts = ways.prepare(how, CASES[name], steps, where)
+    return run, {**facts, "memory": memory() if where == "cuda" else {}}
+
+
+if __name__ == "__main__":
+    serve(lambda: prepare(sys.argv[1], sys.argv[2], int(sys.argv[3])))

@@ -1,0 +1,69 @@
+"""Eager, traced, compiled and recorded steps of a model held to each other; the devices come from the caller."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from model_checks import KERAS_MODELS, LIMIT, keras_data
+from torch_checks import full_precision
+
+from fastdp.keras.parallel import ParallelModel
+
+# What the report calls the steps of each kind, and the argument `compile` that asks for them.
+KINDS = {
+    "eager": ("eager", None),
+    "traced": ("traced", "trace"),
+    "compiled": ("compiled", "inductor"),
+    "graph": ("graph", "trace"),
+    "compiled graph": ("graph", "inductor"),
+}
+# TorchInductor adds up in another order than ATen.
+TOLERANCE = {"eager": 0.0, "traced": 1e-5, "graph": 1e-5, "compiled": 1e-4, "compiled graph": 1e-4}
+ROWS, BATCH = 32, 16
+COMPILE_SECONDS = 240.0
+
+
+def has_graphs() -> bool:
+    """Whether this version of fastdp records steps as CUDA graphs."""
+    return "graph" in inspect.signature(ParallelModel).parameters
+
+
+def options_of(kind: str) -> dict[str, Any]:
+    """The arguments of ParallelModel for a kind of steps."""
+    graphs = {"graph": "bucket" if "graph" in kind else None} if has_graphs() else {}
+    return {"compile": KINDS[kind][1], **graphs}
+
+
+def a_kind_of_steps_gives_the_losses_of_eager_ones(devices: list, name: str, kind: str) -> float:
+    """Six epochs of two batches, the last three once all is compiled. Returns the largest difference of a loss."""
+    if "graph" in kind and not has_graphs():
+        pytest.skip("this version of fastdp records no CUDA graphs: ParallelModel has no argument `graph`")
+    expected, eager_weights = _trained(devices, name, "eager")
+    losses, weights = _trained(devices, name, kind)
+    np.testing.assert_allclose(losses, expected, rtol=TOLERANCE[kind], err_msg=kind)
+    for ours, theirs in zip(weights, eager_weights, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5, err_msg=kind)
+    return float(np.abs(np.array(losses) - np.array(expected)).max())
+
+
+def _trained(devices: list, name: str, kind: str) -> tuple[list[float], list[np.ndarray]]:
+    """The losses of the epochs and the weights at the end; steps must be of this kind by then."""
+    x, y, _ = keras_data(name, ROWS)
+    with full_precision():
+        keras.utils.set_random_seed(3)
+        model = ParallelModel(KERAS_MODELS[name](), devices, timeout=LIMIT, check_replicas=True, **options_of(kind))
+        # Not Adam: the bias of a convolution before BatchNormalization has a gradient of rounding errors alone.
+        model.compile(
+            keras.optimizers.SGD(0.05, momentum=0.9), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        )
+        how: dict[str, Any] = {"batch_size": BATCH, "epochs": 3, "shuffle": False, "verbose": 0}
+        losses = model.fit(x, y, **how).history["loss"]
+        model.wait_compiled(COMPILE_SECONDS)
+        losses += model.fit(x, y, **how).history["loss"]
+        told = list(model.report())
+        assert {entry["how"] for entry in told} == {KINDS[kind][0]}, told
+        return losses, [np.array(weight) for weight in model.get_weights()]

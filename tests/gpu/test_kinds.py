@@ -1,0 +1,39 @@
+"""Eager, traced, compiled and recorded steps give the same losses on this card, with 1, 2, 4 and 8 virtual GPUs."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+pytest.importorskip("torch")
+COUNTS = [1, 2, 4, 8]
+
+
+@pytest.fixture
+def checks():
+    keras = pytest.importorskip("keras", reason="Keras is not installed: make gpu-check WHEELS=folder")
+    import kinds_checks
+
+    yield kinds_checks
+    keras.backend.clear_session()
+    gc.collect()
+
+
+@pytest.mark.parametrize("kind", ["eager", "traced", "graph"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "attention"])
+@pytest.mark.parametrize("count", COUNTS)
+def test_captured_steps_give_the_losses_of_eager_ones(gpus, checks, count, name, kind, record_property):
+    record_property(
+        "largest_difference", checks.a_kind_of_steps_gives_the_losses_of_eager_ones(gpus(count), name, kind)
+    )
+
+
+@pytest.mark.parametrize("kind", ["compiled", "compiled graph"])
+@pytest.mark.parametrize("count", COUNTS)
+def test_compiled_steps_give_the_losses_of_eager_ones(gpus, checks, count, kind, record_property):
+    record_property(
+        "largest_difference", checks.a_kind_of_steps_gives_the_losses_of_eager_ones(gpus(count), "cnn", kind)
+    )

@@ -1,0 +1,345 @@
+"""What is made of measurements on a card: the goals, the tables of docs/hardware.md, the model of several GPUs.
+
+All of it on records that are made up: every figure here is invented.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+import gpu_goals
+import gpu_results
+import scaling_model
+from gpu_cases import CASES
+from scaling_model import Link
+
+MACHINE = {
+    "gpus": [{"name": "Made-up GPU"}],
+    "driver": {"version": "1.2"},
+    "commit": "abc1234",
+    "date": "2026-11-25",
+    "versions": {"torch": "2.11.0", "numpy": "2.5.2"},
+    "pcie_generation": 5,
+    "nccl": 22907,
+    "hardware": {"cpu": "a processor", "cores": 16},
+}
+
+
+def spread(median):
+    return {"min": median, "q1": median, "median": median, "q3": median, "max": median}
+
+
+def step(case, way, ms, library="fastdp", devices=1, how="graph", rows=None):
+    of = CASES[case].rows
+    rows = of if rows is None else rows
+    line = {"what": "step", "case": case, "way": way, "library": library, "devices": devices, "how": how}
+    speed = {"milliseconds": spread(ms), "samples_per_second": 1e3 * rows / ms, "of_torch_eager": None, "rounds": 5}
+    return {**line, "rows": rows, "of": of, **speed}
+
+
+def ready(case, way, held, **more):
+    return {"what": "ready", "case": case, "way": way, "memory": {"held_nbytes": held}, **more}
+
+
+def steps_of(case, eager, keras, jax, ours, *, eight=None, part=None, fed=None, bare=None):
+    """Steps of a case in milliseconds; fastdp's are of graphs."""
+    rows = CASES[case].rows
+    lines = [
+        step(case, "torch eager", eager, "torch", how=""),
+        step(case, "Keras torch", keras, "keras", how=""),
+        step(case, "Keras JAX", jax, "keras", how=""),
+        step(case, "fastdp 1 eager", 10 * ours, how="eager"),
+        step(case, "fastdp 1 graph", ours),
+        step(case, "fastdp 8 graph", eight or 8 * ours, devices=8),
+        step(case, "fastdp 1 graph, rows/8", part or ours, rows=rows // 8),
+        step(case, "fastdp 1 graph, fed", fed or ours),
+        step(case, "fastdp 1 graph, resident", ours),
+        step(case, "fastdp 1 graph, bare", bare or ours),
+        ready(case, "torch eager", 1_000_000_000, parameters=1000),
+        ready(case, "fastdp 1 graph", 1_100_000_000, parameters=1000, capture_seconds=4.0),
+    ]
+    return lines
+
+
+def parts_lines(share=0.95, h2d=55.0, replay=9.0, eight=60.0):
+    kernels = [
+        {"what": kernel, "nbytes": nbytes, "GBps": spread(2000.0), "of_copy": share}
+        for kernel in ("copy", *gpu_goals.KERNELS[:-1], "all_reduce two-shot of 2 ranks")
+        for nbytes in (1 << 20, 64 << 20)
+    ]
+    return [
+        *kernels,
+        {"what": "pinned to card", "nbytes": 256 << 20, "GBps": spread(h2d)},
+        {"what": "host time: replay", "nodes": 100, "microseconds": spread(replay)},
+        {"what": "host time: a graph for each replica", "replicas": 8, "nodes": 100, "microseconds": spread(eight)},
+    ]
+
+
+def report_of(lines, machine=MACHINE, stage="bench"):
+    part = {"status": "passed", "seconds": 1.0, "measurements": lines, "skipped": []}
+    return {"machine": machine, "stages": {stage: {"status": "passed", "parts": {"all": part}}}}
+
+
+GOOD = [
+    *parts_lines(),
+    *steps_of("mlp", 5.0, 15.0, 2.0, 1.0),
+    *steps_of("resnet50-bf16-32", 13.0, 20.0, 10.0, 10.0),
+    *steps_of("resnet50-bf16-256", 99.0, 200.0, 100.0, 100.0),
+]
+
+
+def verdicts(lines, machine=MACHINE):
+    return {row["goal"]: row["met"] for row in gpu_goals.evaluate(report_of(lines, machine))}
+
+
+def test_goals_that_are_just_reached_are_met():
+    found = verdicts(GOOD)
+    measured = {
+        goal: met for goal, met in found.items() if not goal.startswith(("xception", "encoder", "resnet50-tf32"))
+    }
+    assert len(measured) > 25
+    assert set(measured.values()) == {True}
+
+
+WORSE = [
+    (parts_lines(share=0.89), "beside the card's copy"),
+    (parts_lines(h2d=49.9), "pinned memory to the card"),
+    (parts_lines(replay=10.6), "host time of a replay"),
+    (parts_lines(eight=81.0), "8 graphs launched by one thread"),
+    (steps_of("mlp", 4.9, 99.0, 9.0, 1.0), "mlp: times as fast as torch eager"),
+    (steps_of("mlp", 5.0, 14.9, 9.0, 1.0), "mlp: times as fast as Keras torch"),
+    (steps_of("mlp", 5.0, 99.0, 1.9, 1.0), "mlp: times as fast as Keras JAX"),
+    (steps_of("resnet50-bf16-32", 12.9, 20.0, 10.0, 10.0), "resnet50-bf16-32: times as fast as torch eager"),
+    (steps_of("resnet50-bf16-256", 98.9, 200.0, 100.0, 100.0), "resnet50-bf16-256: times as fast as torch eager"),
+    (steps_of("mlp", 5.0, 15.0, 2.0, 1.0, fed=1.04), "mlp: what feeding costs a step"),
+    (steps_of("mlp", 5.0, 15.0, 2.0, 1.0, bare=0.98), "mlp: one replica over its bare captured step"),
+    (steps_of("mlp", 5.0, 15.0, 2.0, 1.0, eight=8.5), "mlp: 8 virtual replicas over the sum of their parts"),
+    ([ready("mlp", "fastdp 1 graph", 1_160_000_000, capture_seconds=4.0)], "mlp: memory beside torch eager's"),
+    ([ready("mlp", "fastdp 1 graph", 1_100_000_000, capture_seconds=5.1)], "mlp: capture"),
+]
+
+
+@pytest.mark.parametrize(("lines", "goal"), WORSE, ids=[goal for _, goal in WORSE])
+def test_a_goal_that_is_just_missed_is_not_met_and_no_other_changes(lines, goal):
+    before, after = verdicts(GOOD), verdicts([*GOOD, *lines])
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed
+    for name in changed:
+        assert goal in name
+        assert after[name] is False
+
+
+def test_a_goal_without_measurements_is_never_met():
+    found = verdicts([])
+    assert len(found) > 30
+    assert set(found.values()) == {None}
+    rows = gpu_goals.evaluate(report_of([]))
+    assert {row["measured"] for row in rows} == {"not measured"}
+    assert gpu_goals.table(rows).splitlines()[-1] == f"0 met, 0 NOT MET, {len(rows)} not measured"
+
+
+@pytest.mark.parametrize(
+    "lost", ["torch eager", "fastdp 1 graph, resident", "fastdp 8 graph", "fastdp 1 graph, rows/8"]
+)
+def test_a_goal_that_lacks_one_of_its_measurements_is_not_measured(lost):
+    before = verdicts(GOOD)
+    after = verdicts([line for line in GOOD if line.get("way") != lost])
+    gone = [name for name, met in after.items() if met is None and before[name]]
+    assert gone
+    assert False not in after.values()
+
+
+def test_of_a_link_slower_than_pcie_5_nothing_is_asked():
+    for generation in (4, None):
+        found = verdicts(GOOD, {**MACHINE, "pcie_generation": generation})
+        assert found["pinned memory to the card, on PCIe 5"] is None
+
+
+def test_only_the_last_line_about_a_thing_counts():
+    early = step("mlp", "fastdp 1 graph", 50.0)
+    assert verdicts([early, *GOOD]) == verdicts(GOOD)
+    assert verdicts([*GOOD, early])["mlp: times as fast as torch eager"] is False
+
+
+def test_small_sizes_are_not_held_to_the_copy():
+    small = {"what": "fused_adam", "nbytes": 1 << 20, "GBps": spread(10.0), "of_copy": 0.1}
+    assert verdicts([*GOOD, small]) == verdicts(GOOD)
+
+
+def test_memory_without_the_driver_s_word_is_the_allocator_s_and_fastdp_s_own():
+    ours = {
+        "memory": {"torch_reserved_peak_nbytes": 50},
+        "report": {"devices": [{"nbytes": {"variables": 7, "slots": 3}}]},
+    }
+    assert gpu_goals.held(ours) == (60, "torch's allocator and fastdp's report")
+    assert gpu_goals.held({"memory": {}}) is None
+
+
+# The tables.
+
+
+def stage_of_tests(**more):
+    part = {"status": "failed", "passed": 5, "failed": 1, "skipped": {"Skipped: no | card": 2}, "seconds": 3.0}
+    part |= {"failures": [{"test": "tests/gpu/test_x.py::test_bad", "said": []}], "unfinished": [], **more}
+    return {"kernels": {"status": "failed", "parts": {"tests": part}}}
+
+
+def test_the_tables_have_what_was_measured_and_say_what_was_not():
+    report = report_of(GOOD)
+    report["stages"] |= stage_of_tests(unfinished=["tests/gpu/test_x.py::test_late"])
+    text = gpu_results.markdown(report)
+    assert "### 1 x Made-up GPU, 2026-11-25, commit abc1234" in text
+    assert "torch 2.11.0" in text
+    assert "| kernels/tests | failed | 5 | 1 | 2 | 3.0 |" in text
+    assert "Failed: `tests/gpu/test_x.py::test_bad`. Cut off in `tests/gpu/test_x.py::test_late`." in text
+    assert "| fused_adam |  | 2000.0 (0.95) |  | 2000.0 (0.95) |  |  |" in text
+    assert "| mlp: times as fast as torch eager | >= 5 | 5.00 (fastdp 1 graph) | met |" in text
+    assert "| encoder-bf16-32: capture | <= 5 s | not measured | not measured |" in text
+    assert "**Steps: MLP 784-512-512-10, batch 128, TF32**" in text
+    assert "| fastdp 1 graph | 128 | 1.0 | 1.0 to 1.0 | 128,000.0 |  | 1,100 | 4.0 |" in text
+    assert "Xception 299" not in text
+    assert "Skipped: no / card" in text  # a bar would end the cell
+    for block in text.split("\n\n"):
+        if block.startswith("|"):
+            assert len({line.count("|") for line in block.splitlines()}) == 1, block
+
+
+def test_calls_of_one_lease_are_put_together_and_a_stage_that_ran_again_counts_once():
+    first, second, third = report_of(GOOD), report_of([], stage="bench-mlp"), report_of(parts_lines(share=0.5))
+    third["stages"]["bench-mlp"] = {"status": "skipped", "parts": {}}
+    whole = gpu_results.merged([first, second, third])
+    assert list(whole["stages"]) == ["bench", "bench-mlp"]
+    assert whole["stages"]["bench"] is third["stages"]["bench"]
+    assert whole["stages"]["bench-mlp"] is second["stages"]["bench-mlp"]
+
+
+@pytest.mark.parametrize("key", ["gpus", "driver", "commit", "versions"])
+def test_runs_of_different_machines_or_versions_are_not_put_together(key):
+    other = copy.deepcopy(report_of(GOOD))
+    other["machine"][key] = [{"name": "another"}] if key == "gpus" else {"version": "another"}
+    with pytest.raises(ValueError, match="must have the same"):
+        gpu_results.merged([report_of(GOOD), other])
+
+
+def test_tables_replace_what_stands_between_the_marks_and_nothing_else(tmp_path, monkeypatch, capsys):
+    page, results = tmp_path / "page.md", tmp_path / "gpu.json"
+    page.write_text(f"before\n{gpu_results.BEGIN}\nold\n{gpu_results.END}\nafter\n")
+    results.write_text(json.dumps(report_of(GOOD)))
+    monkeypatch.setattr(sys, "argv", ["gpu_results.py", str(results), "--into", str(page)])
+    for _ in range(2):  # it repeats
+        assert gpu_results.main() == 0
+    text = page.read_text()
+    assert text.startswith(f"before\n{gpu_results.BEGIN}\n\n### 1 x Made-up GPU")
+    assert text.endswith(f"\n\n{gpu_results.END}\nafter\n")
+    assert "old" not in text
+    with pytest.raises(ValueError, match="once each"):
+        gpu_results.put_into("no marks", "tables")
+
+
+def test_docs_hardware_has_the_marks():
+    text = (Path(__file__).parents[1] / "docs" / "hardware.md").read_text(encoding="utf-8")
+    assert "tables" in gpu_results.put_into(text, "tables")
+
+
+# The model of several GPUs.
+
+FAST = Link(10e-6, 100e9, "made up")
+
+
+def test_a_bucket_takes_its_latency_and_its_share_of_the_bandwidth():
+    assert FAST.seconds(100_000_000, 1) == 0.0
+    assert FAST.seconds(100_000_000, 2) == pytest.approx(10e-6 + 1e-3)
+    assert FAST.seconds(100_000_000, 8) == pytest.approx(10e-6 + 1.75e-3)
+
+
+def test_without_overlap_all_of_the_all_reduce_is_left():
+    buckets = [50_000_000, 50_000_000]
+    assert scaling_model.reduced_after(buckets, 1.0, 2, FAST, overlap=False) == pytest.approx(2 * 510e-6)
+    assert scaling_model.reduced_after(buckets, 1.0, 1, FAST, overlap=True) == 0.0
+
+
+def test_with_overlap_the_last_bucket_is_left_where_backward_is_long_and_all_where_it_is_short():
+    buckets = [50_000_000, 50_000_000]
+    assert scaling_model.reduced_after(buckets, 1.0, 2, FAST, overlap=True) == pytest.approx(510e-6)
+    assert scaling_model.reduced_after(buckets, 0.0, 2, FAST, overlap=True) == pytest.approx(2 * 510e-6)
+    # Half of backward is 100 us: the first ends at 610 us, the second at 1120, backward at 200.
+    assert scaling_model.reduced_after(buckets, 200e-6, 2, FAST, overlap=True) == pytest.approx(920e-6)
+
+
+def test_a_step_is_computing_or_the_host_whichever_is_longer_and_what_is_left():
+    by_rows = {128: 8e-3, 64: 5e-3, 32: 3e-3, 16: 2e-3}
+    step = lambda n, **more: scaling_model.step_seconds(by_rows, 128, n, [], FAST, **more)  # noqa: E731
+    assert [step(n) for n in (1, 2, 4, 8)] == [8e-3, 5e-3, 3e-3, 2e-3]
+    assert step(8, host=1e-3) == pytest.approx(8e-3)
+    assert scaling_model.step_seconds(by_rows, 100, 3, [], FAST) == 5e-3  # 34 rows: measured for 64
+    with pytest.raises(ValueError, match="expected a measurement of 256 rows or more"):
+        scaling_model.step_seconds(by_rows, 256, 1, [])
+
+
+def modelled(lines, case="mlp"):
+    return scaling_model.predictions(gpu_goals.Found(gpu_goals.measurements(report_of(lines)), MACHINE), case)
+
+
+def parts_of_a_batch(case, *, one_row, parameters):
+    rows = CASES[case].rows
+    lines = [step(case, "fastdp 1 graph", 4.0), step(case, "fastdp 8 graph", 99.0, devices=8)]
+    lines += [step(case, f"fastdp 1 graph, rows/{n}", ms, rows=rows // n) for n, ms in ((2, 3.0), (4, 2.0), (8, 1.5))]
+    lines += [step(case, "fastdp 1 graph, 1 row", one_row, rows=1), step(case, "fastdp 1 eager", 77.0, how="eager")]
+    lines += [step(case, f"fastdp 1 graph, {how}", 66.0) for how in ("fed", "resident", "bare")]
+    return [*lines, ready(case, "fastdp 1 graph", 1, parameters=parameters)]
+
+
+@pytest.mark.parametrize("case", ["mlp", "resnet50-bf16-32", "xception-bf16-64", "encoder-bf16-32"])
+def test_the_model_reads_a_results_file_and_says_that_it_is_a_model(case):
+    found = modelled(parts_of_a_batch(case, one_row=1.0, parameters=250), case)
+    assert found["what"] == "modelled, not measured"
+    assert (found["rows"], found["gradient_nbytes"], found["buckets"]) == (CASES[case].rows, 1000, 1)
+    eight = found["one batch for all, without overlap"]["8"]
+    assert eight["bound_by_host"]
+    assert eight["milliseconds"] == pytest.approx(8.04, abs=0.01)  # 8 times the host's millisecond, and 40 us
+    assert found["one batch for all, without overlap"]["1"]["speedup"] == 1.0
+    assert all("modelled, not measured" in line for line in scaling_model.table(found).splitlines())
+    assert len(scaling_model.table(found).splitlines()) == 16
+
+
+def test_a_batch_for_each_gpu_keeps_the_step_and_multiplies_the_samples():
+    found = modelled(parts_of_a_batch("mlp", one_row=0.1, parameters=0))
+    one, eight = (found["a batch for each, with overlap"][n] for n in ("1", "8"))
+    assert (one["milliseconds"], eight["milliseconds"]) == (4.0, 4.0)
+    assert eight["speedup"] == 8.0
+    assert eight["samples_per_second"] == pytest.approx(8 * one["samples_per_second"])
+
+
+def test_the_first_bucket_is_small_and_all_bytes_are_in_one():
+    mib = 1 << 20
+    assert scaling_model.bucket_sizes(60 * mib) == [mib, 25 * mib, 25 * mib, 9 * mib]
+    assert scaling_model.bucket_sizes(100) == [100]
+    assert scaling_model.bucket_sizes(0) == []
+
+
+@pytest.mark.parametrize("lost", ["fastdp 1 graph, rows/2", "ready"])
+def test_the_model_says_what_it_lacks(lost):
+    lines = parts_of_a_batch("mlp", one_row=1.0, parameters=250)
+    few = [line for line in lines if line["what"] != "ready"] if lost == "ready" else [lines[0], lines[-1]]
+    with pytest.raises(ValueError, match="run make gpu-check with its bench stage"):
+        modelled(few)
+
+
+def test_the_model_prints_every_case_that_was_measured(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps(report_of(parts_of_a_batch("xception-bf16-64", one_row=1.0, parameters=250))))
+    monkeypatch.setattr(sys, "argv", ["scaling_model.py", str(file)])
+    assert scaling_model.main() == 0
+    out = capsys.readouterr().out
+    assert out.startswith("*** modelled, not measured ***")
+    assert "[modelled, not measured] xception-bf16-64, 8 GPUs" in out
+    assert "mlp: no steps of fastdp on one device" in out
+    file.write_text(json.dumps(report_of([])))
+    assert scaling_model.main() == 1
