@@ -143,7 +143,7 @@ class DataParallel:
         Args:
             batch: the very arrays that the next `train` or `predict` gets, unchanged from now until it is over.
 
-        Another step may come first; of two batches that are staged the second counts. A step that fails forgets it.
+        Another step may come first; of two staged batches the second counts. A step that fails forgets it.
 
         Returns:
             Whether all rows are on their way (or need no copies). Others wait for their step, without memory as yet.
@@ -157,9 +157,8 @@ class DataParallel:
 
     def forget_staged(self) -> None:
         """The batch that was staged is not going to come."""
-        with one_step_at_a_time:
-            for device in self.devices:
-                device.forget_staged()
+        for device in self.devices:
+            device.forget_staged()
 
     def predict(self, batch: Sequence[np.ndarray], *, structure: object = None) -> StepResult:
         """Forward only, on a global batch. Arguments, result and errors as in `train`."""
@@ -297,8 +296,7 @@ class DataParallel:
         """
         with self._begin([np.zeros(1)], None, False, trains=False) as step:
             self.steps -= 1  # it is none
-            sources = self._held.hand_over(0)
-            if not sources:
+            if not (sources := self._held.hand_over(0)):
                 return
             self._communicator.all_reduce(*self._ends(sources), self._buckets)
             for replica in self._updating:
