@@ -75,8 +75,11 @@ class PeerKernels:
                 reduce_scatter(device.kernels, group, inputs=addresses, **more)
 
     def show_errors(self) -> None:
-        """Have the ranks' error flags copied to the host, for `given_up`: behind the last launch, once for all."""
-        for device, memory in zip(self._devices, self._ranks, strict=True):
+        """Have the ranks' error flags copied to the host, for `given_up`: behind the last launch, once for all.
+
+        Nothing is there to be copied where no bucket has come this way yet.
+        """
+        for device, memory in zip(self._devices, self._ranks, strict=False):
             flag = runtime.array_pointer(memory.error)
             runtime.copy_async(memory.seen.ctypes.data, flag, memory.seen.nbytes, stream_of(device))
 
