@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fastdp.shard import BUCKET_NBYTES, FIRST_BUCKET_NBYTES, plan_buckets
+from fastdp.shard import BUCKET_NBYTES, FIRST_BUCKET_NBYTES, plan_buckets, rank_range
 
 ALIGNMENT = 64
 
@@ -58,6 +58,20 @@ class Bucket:
     start: int
     stop: int
     arrays: tuple[int, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of these elements."""
+        return (self.stop - self.start) * storage_dtype(self.dtype).itemsize
+
+    def part(self, rank: int, ranks: int) -> Bucket:
+        """What belongs to one rank between a reduce-scatter and an all-gather; may be empty.
+
+        All parts are equally long, a multiple of 64 bytes; the last rank's has the rest too.
+        """
+        align = max(1, ALIGNMENT // storage_dtype(self.dtype).itemsize)
+        first, last = rank_range(self.stop - self.start, rank, ranks, align)
+        return Bucket(self.dtype, self.start + first, self.start + last)
 
 
 def storage_dtype(name: str) -> np.dtype:
@@ -111,6 +125,11 @@ class FlatBuffers:
         """Take over the values of `other`, which has the same specs."""
         for dtype, buffer in self.buffers.items():
             self._device.copy(buffer, other.buffers[dtype])
+
+    def copy_part(self, other: FlatBuffers, part: Bucket) -> None:
+        """Take over one span of the values of `other`, which has the same specs."""
+        span = slice(part.start, part.stop)
+        self._device.copy(self.buffers[part.dtype][span], other.buffers[part.dtype][span])
 
     def equals(self, other: FlatBuffers) -> bool:
         """Whether every bit is the same: NaNs of the same bits count as equal."""

@@ -228,12 +228,31 @@ def resolve(gpus: Any, *, minimum: int = 1, caller: str = "fastdp.wrap") -> list
     return [pool[i] for i in ordinals]
 
 
+def devices_of_engine(devices: Any, merge_device: Any) -> list[Any]:
+    """The devices of `fastdp.DataParallel`: as they are, or as `gpus=` names them.
+
+    Raises:
+        ValueError: none, one that comes twice, a `merge_device` that is no place among them, or as `resolve`.
+    """
+    if not isinstance(devices, (list, tuple)) or not any(isinstance(one, QueueDevice) for one in devices):
+        devices = resolve(devices, caller="fastdp.DataParallel")
+    if not devices or len({id(device) for device in devices}) != len(devices):
+        raise ValueError(f"`devices` must be one or more different devices. Received: {list(devices)}")
+    if isinstance(merge_device, bool) or merge_device not in range(len(devices)):
+        raise ValueError(
+            f"`merge_device` must be the place of one of the {len(devices)} devices, from 0. "
+            f"Received: merge_device={merge_device!r}"
+        )
+    return list(devices)
+
+
 def warn_of_relocation(asked: bool, devices: Sequence[Any]) -> None:
-    """Say once, where it is asked for, that `cpu_relocation` moves nothing on GPUs."""
+    """Say, where it is asked for, that `cpu_relocation` does not move weights that live on a GPU."""
     if asked and any(device.on_gpu for device in devices):
         warnings.warn(
-            "`cpu_relocation=True` has no effect on GPUs: the model's own weights live in the first GPU's memory, "
-            "where its replica trains them, and are copied to the host when they are read or saved.",
+            "`cpu_relocation=True` has no effect here: the model's own weights live in the memory of a GPU, where a "
+            "replica trains them, and are copied to the host when they are read or saved. It takes effect for a Keras "
+            "model that was not wrapped on GPUs before.",
             stacklevel=4,
         )
 

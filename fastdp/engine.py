@@ -10,21 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from fastdp.backend.queue import QueueDevice, joined
+from fastdp.backend.queue import joined
 from fastdp.buckets import FlatBuffers
 from fastdp.comm.choose import communicator
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.comm.together import shared_with
-from fastdp.device import resolve
+from fastdp.device import devices_of_engine
 from fastdp.errors import DeviceTimeoutError
 from fastdp.held import HeldGradients
 from fastdp.program.base import Context, Memory, Program, Result
-from fastdp.replica import Replica
+from fastdp.relocation import Residence
+from fastdp.replica import Replica, assert_equal
 from fastdp.shard import CORES, split_rows
+from fastdp.spare import Spare
 from fastdp.step import Step, StepResult, add_up, commit, run_replica, step_error
-from fastdp.step_scope import StepScope
+from fastdp.step_scope import StepScope, meanwhile, one_step_at_a_time
 from fastdp.timing import Timings, Watch
-from fastdp.transfer import Merger, count_rows, scatter
+from fastdp.transfer import Merger, count_rows, scatter, stage
 
 # After so many steps of a batch's shape, a GPU's steps allocate nothing any more. Of so many shapes it is known.
 WARM_STEPS, MOST_SHAPES = 2, 256
@@ -43,6 +45,7 @@ class DataParallel:
             device to its own copy. The results have the same bits. None: "each" on GPUs, "first" elsewhere.
         cpu_merge: merge outputs in host memory; otherwise in that of the device `merge_device`, as its arrays.
         merge_device: place of a device in `devices`.
+        cpu_relocation: the program's own variables live in host memory (see fastdp.relocation).
         check_replicas: after each update, verify that all replicas are bitwise equal (for debugging).
 
     The engine owns the replicas' memory, and, for updates that may fail, a spare copy of the first replica's
@@ -62,19 +65,12 @@ class DataParallel:
         update: str | None = None,
         cpu_merge: bool = True,
         merge_device: int = 0,
+        cpu_relocation: bool = False,
         check_replicas: bool = False,
     ) -> None:
-        if not isinstance(devices, (list, tuple)) or not any(isinstance(one, QueueDevice) for one in devices):
-            devices = resolve(devices, caller="fastdp.DataParallel")
-        if not devices or len({id(device) for device in devices}) != len(devices):
-            raise ValueError(f"`devices` must be one or more different devices. Received: {list(devices)}")
+        devices = devices_of_engine(devices, merge_device)
         if update is None:
             update = "each" if devices[0].on_gpu else "first"
-        if isinstance(merge_device, bool) or merge_device not in range(len(devices)):
-            raise ValueError(
-                f"`merge_device` must be the place of one of the {len(devices)} devices, from 0. "
-                f"Received: merge_device={merge_device!r}"
-            )
         if update not in ("first", "each"):
             raise ValueError(f'`update` must be "first" or "each". Received: update={update!r}')
         self.program = program
@@ -87,14 +83,17 @@ class DataParallel:
         self._training = False
         self._cpu_merge, self._merge_device = cpu_merge, self.devices[merge_device]
         self._communicator = communicator(self.devices)
-        self._home = program.home(devices[0])
+        self._residence = Residence(program, devices, self._communicator, on_host=cpu_relocation)
+        self._home = self._residence.home
         self._generation = -1
         self._unsettled: Step | None = None
         self.replicas = [self._replicate(rank) for rank in range(len(devices))]
-        self._saved = [FlatBuffers(flat.specs, devices[0]) for flat in self.replicas[0].lasting]
+        self._spare = Spare(self.replicas[0])
         self._updated = False
         self._buckets = self.replicas[0].gradients.buckets()
         self._communicator.prepare(self._buckets)
+        for device in () if cpu_merge else self.devices:
+            device.prepare_to_merge()
         self._held = HeldGradients(self.replicas, self._communicator)
         self._share = shared_with(devices[1:CORES], timeout)
         self._trained: dict[Any, int] = {}
@@ -104,7 +103,13 @@ class DataParallel:
     # The two steps.
 
     def train(
-        self, batch: Sequence[np.ndarray], *, structure: object = None, wants_outputs: bool = True, reduce: bool = True
+        self,
+        batch: Sequence[np.ndarray],
+        *,
+        structure: object = None,
+        wants_outputs: bool = True,
+        reduce: bool = True,
+        while_running: Callable[[], object] | None = None,
     ) -> StepResult:
         """One training step on a global batch: all replicas end with the same new weights.
 
@@ -114,6 +119,8 @@ class DataParallel:
             wants_outputs: merge the replicas' outputs too.
             reduce: False leaves the gradients on the replicas, for the next step that reduces: gradient
                 accumulation. Loss terms and moments are added up, and the program's `update` runs, in any case.
+            while_running: called when all work of the step is enqueued, before it is waited for: to fetch the next
+                batch, and to `stage` it. What it raises ends the step, whose update then may or may not happen.
 
         Raises:
             ReplicaError: a replica failed (also an instance of what it failed with). No weight changed.
@@ -126,7 +133,32 @@ class DataParallel:
             self._run(step, Replica.train)
             self._reduce(step)
             self._update(step)
+            if while_running is not None:
+                meanwhile(step, while_running, lambda: self._merge(step))
             return self._merge(step)
+
+    def stage(self, batch: Sequence[np.ndarray]) -> bool:
+        """Begin to copy the rows of the batch that comes next to the devices, while the present step runs.
+
+        Args:
+            batch: the very arrays that the next `train` or `predict` gets, unchanged from now until it is over.
+
+        Another step may come first; of two staged batches the second counts. A step that fails forgets it.
+
+        Returns:
+            Whether all rows are on their way (or need no copies). Others wait for their step, without memory as yet.
+
+        Raises:
+            ValueError: arrays without rows, or of unequal length.
+        """
+        shards = split_rows(count_rows(batch), len(self.replicas))
+        with one_step_at_a_time:
+            return stage(batch, shards, self.devices)
+
+    def forget_staged(self) -> None:
+        """The batch that was staged is not going to come."""
+        for device in self.devices:
+            device.forget_staged()
 
     def predict(self, batch: Sequence[np.ndarray], *, structure: object = None) -> StepResult:
         """Forward only, on a global batch. Arguments, result and errors as in `train`."""
@@ -171,7 +203,7 @@ class DataParallel:
             step.watch.update_began[replica.rank] = time.perf_counter()
             try:
                 if replica.rank == 0:
-                    step.restorable = self._save()
+                    step.restorable = self._spare.save(needed=not (self._updated and self.program.update_is_reliable))
                     step.updates_begun = True
                 # The other devices have nothing to do while the first updates for all.
                 alone = len(step.updating) == 1 and len(self.replicas) > 1
@@ -195,6 +227,7 @@ class DataParallel:
         if len(step.updating) < len(self.replicas):
             readers = None if step.reduction is None else len(step.updating)
             self._communicator.broadcast([replica.memory.variables for replica in self.replicas], readers)
+        self._residence.follow(self.replicas[0].memory.variables, step)
         if step.reduces:
             self._held.clear()
         else:
@@ -202,6 +235,8 @@ class DataParallel:
 
     def _merge(self, step: Step) -> StepResult:
         """Wait for the replicas; outputs are together in row order."""
+        if step.over:
+            return step.kept()
         self._finish(step)
         step.watch.finished = time.perf_counter()
         trains = step.totals is not None
@@ -261,13 +296,13 @@ class DataParallel:
         """
         with self._begin([np.zeros(1)], None, False, trains=False) as step:
             self.steps -= 1  # it is none
-            sources = self._held.hand_over(0)
-            if not sources:
+            if not (sources := self._held.hand_over(0)):
                 return
             self._communicator.all_reduce(*self._ends(sources), self._buckets)
             for replica in self._updating:
                 replica.device.compute.enqueue(replica.fold)
             self._held.clear()
+            self._residence.follow(self.replicas[0].memory.variables, step)
             self._home.generation += 1
             self._generation = self._home.generation
             self._finish(step)
@@ -286,7 +321,7 @@ class DataParallel:
     @property
     def spare_nbytes(self) -> int:
         """Bytes of the copy from which a failed update is taken back."""
-        return sum(saved.nbytes for saved in self._saved)
+        return self._spare.nbytes
 
     def assert_replicas_equal(self) -> None:
         """Compare all replicas with the first, bit by bit.
@@ -294,17 +329,12 @@ class DataParallel:
         Raises:
             RuntimeError: a replica's variables or slots differ; the message names the device.
         """
-        first = self.replicas[0].memory
-        for replica in self.replicas[1:]:
-            for what in ("variables", "slots") if self.update == "each" else ("variables",):
-                if not getattr(first, what).equals(getattr(replica.memory, what)):
-                    raise RuntimeError(
-                        f"The {what} on {replica.device.name} differ from those on {self.devices[0].name} "
-                        f"after step {self.steps}. This is a bug in fastdp or in the program's update."
-                    )
+        what = ("variables", "slots") if self.update == "each" else ("variables",)
+        assert_equal(self.replicas, what, self.steps)
 
     def refresh(self) -> None:
-        """Copy the first replica's variables and slots to all others. Enqueued, not waited for."""
+        """Copy the home's variables and the first replica's slots to all others. Enqueued, not waited for."""
+        self._residence.lead(self.replicas[0].memory.variables)
         self._communicator.broadcast([replica.memory.variables for replica in self.replicas])
         if self.update == "each":
             self._communicator.broadcast([replica.memory.slots for replica in self.replicas])
@@ -315,13 +345,9 @@ class DataParallel:
         """Make the replica of one device; the first lives in the program's home."""
         device, program = self.devices[rank], self.program
         gradients = FlatBuffers(program.gradients, device)
-        if rank == 0:
-            memory = Memory(self._home.variables, program.home_slots(device), gradients)
-        else:
-            variables = FlatBuffers(self._home.variables.specs, device)
-            slots = FlatBuffers(program.slots if self.update == "each" else [], device)
-            memory = Memory(variables, slots, gradients)
-        return Replica(program, device, rank, memory)
+        own = program.slots if self.update == "each" else []
+        slots = program.home_slots(device) if rank == 0 else FlatBuffers(own, device)
+        return Replica(program, device, rank, Memory(self._residence.variables(rank, device), slots, gradients))
 
     # Around a step.
 
@@ -334,10 +360,10 @@ class DataParallel:
             Context(rank, rows, self.steps, rendezvous, len(shards), batch, structure, wants_outputs, device)
             for rank, (rows, device) in enumerate(zip(shards, self.devices, strict=False))
         ]
-        threads = max(1, CORES // len(shards))
         merger = Merger(shards, self.devices, self._merge_device, on_host=self._cpu_merge)
         watch = Watch([rows.count for rows in shards], len(self.replicas))
-        return StepScope(self, Step(shards, contexts, merger, rendezvous, threads, watch), trains)
+        step = Step(shards, contexts, merger, rendezvous, max(1, CORES // len(shards)), watch)
+        return StepScope(self, step, trains)
 
     def _finish(self, step: Step) -> None:
         """Wait until all devices are done; on a failure clean up and raise it."""
@@ -357,21 +383,6 @@ class DataParallel:
             raise step_error(step.failures or failed, step, self.devices)
         self._communicator.check()
 
-    def _save(self) -> bool:
-        """Keep the first replica's variables and slots as they are before an update; False if not needed.
-
-        An update that runs none of the user's code and has succeeded before is relied on, and saves a copy of all
-        variables and slots.
-        """
-        if self._updated and self.program.update_is_reliable:
-            self._saved = []
-            return False
-        if not self._saved:  # given up before; the program has changed its mind
-            self._saved = [FlatBuffers(flat.specs, self.devices[0]) for flat in self.replicas[0].lasting]
-        for saved, flat in zip(self._saved, self.replicas[0].lasting, strict=True):
-            saved.copy_from(flat)
-        return True
-
     def _settle(self) -> None:
         """Wait for what a failed or abandoned step left on the devices; take back an update that not all made."""
         for device in self.devices:
@@ -379,10 +390,10 @@ class DataParallel:
         for device in self.devices:
             device.recover()
         step, self._unsettled = self._unsettled, None
-        if step is None or not step.updates_begun or len(step.updates_done) == len(step.updating):
-            return
         # Another generation: another engine has gone on from what there was.
-        if step.restorable and self._home.generation == step.generation:
-            for replica in self.replicas:
-                for saved, flat in zip(self._saved, replica.lasting, strict=True):
-                    flat.copy_from(saved)
+        if step is None or not step.updates_begun or self._home.generation != step.generation:
+            return
+        if step.restorable and len(step.updates_done) < len(step.updating):
+            self._spare.restore(self.replicas)
+        elif self._residence.apart and not step.came_home:  # all go on from the first
+            self._home.variables.copy_from(self.replicas[0].memory.variables)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdp.launch import args as ka
+from fastdp.shard import rank_range
 
 __all__ = [
     "all_reduce",
@@ -23,6 +24,7 @@ __all__ = [
     "fused_adam",
     "fused_sgd",
     "l2_norm",
+    "reduce_scatter",
     "scale_cast",
     "slice_rows",
     "to_float32",
@@ -111,6 +113,12 @@ def all_reduce(inputs: Sequence[Array], *, scale: float = 1.0) -> Array:
         for x in inputs[1:]:
             total = total + to_float32(x)
         return _from_float32(total * np.float32(scale), _bits(inputs[0]).dtype)
+
+
+def reduce_scatter(inputs: Sequence[Array], output: Array, rank: int, *, scale: float = 1.0) -> None:
+    """Write the rank's part of the sum over ranks into the output; the parts are those of shard.rank_range."""
+    first, last = rank_range(output.size, rank, len(inputs), ka.PART_NBYTES // output.itemsize)
+    output[first:last] = all_reduce([x[first:last] for x in inputs], scale=scale)
 
 
 def fused_sgd(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from fastdp.backend.queue import QueueDevice
@@ -59,3 +61,15 @@ class Replica:
     def fold(self) -> None:
         """Take over reduced gradients into the slots. Runs on the device's worker."""
         self._program.fold(self._state)
+
+
+def assert_equal(replicas: Sequence[Replica], buffers: Sequence[str], step: int) -> None:
+    """Compare all replicas with the first, bit by bit, in these buffers of their memory; see DataParallel."""
+    first = replicas[0]
+    for replica in replicas[1:]:
+        for what in buffers:
+            if not getattr(first.memory, what).equals(getattr(replica.memory, what)):
+                raise RuntimeError(
+                    f"The {what} on {replica.device.name} differ from those on {first.device.name} "
+                    f"after step {step}. This is a bug in fastdp or in the program's update."
+                )

@@ -57,6 +57,19 @@ def split_rows(total: int, parts: int) -> list[Rows]:
     return [Rows(start, stop, total) for start, stop in itertools.pairwise(bounds)]
 
 
+def rank_range(length: int, rank: int, ranks: int, align: int = 1) -> tuple[int, int]:
+    """The elements of `range(length)` that belong to one rank between a reduce-scatter and an all-gather.
+
+    All ranks have equally many, a multiple of `align`, as NCCL wants it; the last one has the rest too.
+
+    Example:
+        >>> [rank_range(23, rank, 3, align=4) for rank in range(3)]
+        [(0, 4), (4, 8), (8, 23)]
+    """
+    size = length // ranks // align * align
+    return rank * size, length if rank + 1 == ranks else (rank + 1) * size
+
+
 def plan_buckets(
     nbytes: Sequence[int], first: int = FIRST_BUCKET_NBYTES, cap: int = BUCKET_NBYTES
 ) -> list[tuple[int, int]]:

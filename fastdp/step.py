@@ -52,6 +52,19 @@ class Step:
     updating: list[Replica] = field(default_factory=list)
     reduces: bool = True
     reduction: Reduction | None = None
+    came_home: bool = False  # the new variables, where the program's own lie elsewhere than a replica's
+    # Of a step that ended while its thread did something else: see step_scope.meanwhile.
+    scope: Any = None
+    over: bool = False
+    outcome: StepResult | None = None
+    error: BaseException | None = None
+
+    def kept(self) -> StepResult:
+        """What came of a step that is over; raises what it failed with."""
+        if self.error is not None:
+            raise self.error
+        assert self.outcome is not None
+        return self.outcome
 
 
 def run_replica(

@@ -3,15 +3,47 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any
 
 from fastdp.errors import DeviceTimeoutError
-from fastdp.step import Step
+from fastdp.step import Step, StepResult
 
 # Steps of different engines that share devices must not interleave: replicas block in exchanges.
-_one_step_at_a_time = threading.RLock()
+one_step_at_a_time = threading.RLock()
+
+
+_here = threading.local()
+
+
+def meanwhile(step: Step, work: Callable[[], object], end: Callable[[], StepResult]) -> None:
+    """Run `work()` on this thread while a step, all of whose work is enqueued, runs on the devices.
+
+    If `work()` itself begins a step, of this or another model, as a data set may that asks the model: then `end()`
+    waits for the present one first, and its outcome is kept for the thread when it comes back.
+    """
+    _here.open = (step, end)
+    try:
+        work()
+    finally:
+        _here.open = None
+
+
+def _end_open_step() -> None:
+    """End the step in the middle of which this thread begins another one."""
+    opened, _here.open = getattr(_here, "open", None), None
+    if opened is None:
+        return
+    step, end = opened
+    try:
+        step.outcome = end()
+    # Kept whatever it is: it belongs to the caller of that step, who is told when the present work is over.
+    except BaseException as error:  # noqa: BLE001
+        step.error = error
+    step.over = True
+    step.scope.close(step.error)
 
 
 class StepScope(AbstractContextManager[Step]):
@@ -25,18 +57,21 @@ class StepScope(AbstractContextManager[Step]):
         self._step = step
         self._trains = trains
         self._held = ExitStack()
+        self._closed = False
 
     def __enter__(self) -> Step:
         engine = self._engine
+        _end_open_step()
+        self._step.scope = self
         self._take()
         try:
-            if not _one_step_at_a_time.acquire(timeout=engine.timeout):
+            if not one_step_at_a_time.acquire(timeout=engine.timeout):
                 raise TimeoutError(f"Another model kept the devices busy for {engine.timeout} seconds.")
             try:
                 self._prepare()
             except BaseException as error:
                 self._abandon(error)
-                _one_step_at_a_time.release()
+                one_step_at_a_time.release()
                 raise
         except BaseException:
             self._leave()
@@ -92,6 +127,14 @@ class StepScope(AbstractContextManager[Step]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.close(error)
+
+    def close(self, error: BaseException | None) -> None:
+        """End the step; `error` says how it failed. Only the first call counts."""
+        if self._closed:
+            return
+        self._closed = True
+        self._step.scope = None  # no cycle: what the step holds goes when its caller drops it
         engine = self._engine
         try:
             if error is None:
@@ -101,7 +144,7 @@ class StepScope(AbstractContextManager[Step]):
             self._held.close()
         finally:
             engine.steps += 1
-            _one_step_at_a_time.release()
+            one_step_at_a_time.release()
             self._leave()
 
     def _abandon(self, error: BaseException) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -25,11 +25,22 @@ class Carrier(Protocol):
     def take_rows(self, batch: Sequence[Any], rows: Rows) -> list[Any]:
         """The device's rows of every array, ordered before what its compute stream gets later."""
 
+    def stage_rows(self, batch: Sequence[Any], rows: Rows) -> bool:
+        """Begin to bring the rows of the batch that comes next; False where they have to wait for their step."""
+
     def merged(self, shape: tuple[int, ...], dtype: np.dtype, *, on_host: bool) -> Any:
         """Room for a merged output, in host memory or the device's own."""
 
-    def put_rows(self, target: Any, output: Any) -> None:
-        """Copy a replica's output to its rows of a merged array, in the order of the worker's stream."""
+    def put_rows(self, targets: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """Copy a replica's outputs to their rows of the merged arrays, in the order of the worker's stream."""
+
+
+@runtime_checkable
+class Resident(Protocol):
+    """A batch whose rows are on the devices already (fastdp.data.resident)."""
+
+    def rows_on(self, device: Any, rows: Rows) -> list[Any]:
+        """The device's rows of every array, ordered before what its compute stream gets later."""
 
 
 def count_rows(arrays: Sequence[np.ndarray], names: Sequence[str] | None = None) -> int:
@@ -61,7 +72,17 @@ def count_rows(arrays: Sequence[np.ndarray], names: Sequence[str] | None = None)
 
 def scatter(arrays: Sequence[Any], shards: Sequence[Rows], devices: Sequence[Carrier]) -> list[list[Any]]:
     """Each replica's rows of every array, where the replica is. The batch stays as it is until the step is over."""
-    return [device.take_rows(arrays, rows) for device, rows in zip(devices, shards, strict=False)]
+    pairs = zip(devices, shards, strict=False)
+    if isinstance(arrays, Resident):
+        return [arrays.rows_on(device, rows) for device, rows in pairs]
+    return [device.take_rows(arrays, rows) for device, rows in pairs]
+
+
+def stage(arrays: Sequence[Any], shards: Sequence[Rows], devices: Sequence[Carrier]) -> bool:
+    """Begin to bring each replica its rows of the batch that comes next; whether all are on their way."""
+    if isinstance(arrays, Resident):
+        return True  # they are there
+    return all([device.stage_rows(arrays, rows) for device, rows in zip(devices, shards, strict=False)])  # noqa: C419
 
 
 class Merger:
@@ -109,6 +130,7 @@ class Merger:
                 f"All replicas must return the same number of outputs. Received: {len(outputs)} from one, "
                 f"{len(self._merged)} from another."
             )
+        places, placed = [], []
         for i, (merged, output) in enumerate(zip(self._merged, outputs, strict=True)):
             if output.ndim != merged.ndim or output.shape[1:] != merged.shape[1:] or output.dtype != merged.dtype:
                 raise ValueError(
@@ -122,7 +144,10 @@ class Merger:
             per_row = merged.shape[0] // rows.total
             if output.shape[0] != per_row * rows.count:
                 raise ValueError(self._mismatch(i, output, rows))
-            self._devices[rank].put_rows(merged[per_row * rows.start : per_row * rows.stop], output)
+            places.append(merged[per_row * rows.start : per_row * rows.stop])
+            placed.append(output)
+        if placed:
+            self._devices[rank].put_rows(places, placed)
         self._kept.append(outputs)  # a GPU may still have to read them
 
     def result(self) -> Arrays:

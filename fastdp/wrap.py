@@ -30,8 +30,9 @@ def wrap(
         gpus: how many devices, a list of their ordinals, or None for all. One device is fine. The order of a
             list is the order of the rows. With `fastdp.set_virtual_devices(n)` these are virtual devices.
         cpu_merge: merge outputs in host memory (default), or merge them on a GPU and leave them there.
-        cpu_relocation: keep the model's own weights in host memory. Without effect: on virtual devices they are
-            there, on GPUs a warning says that they are the first GPU's.
+        cpu_relocation: keep a Keras model's own weights in host memory: on GPUs they follow after each update, by a
+            copy of all of them, and the first GPU has a replica like the others. On virtual devices they are there
+            anyway. A torch module's stay with the first GPU, which a warning says.
         merge_device: the place in `gpus` of the device that merges with `cpu_merge=False`.
         sync_batch_norm: normalize by the global batch instead of each replica's rows.
         compile: how the steps of a Keras model run. None: eagerly. "trace": captured once per batch shape, and

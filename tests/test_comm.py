@@ -181,6 +181,115 @@ def test_a_dtype_that_is_stored_as_bytes_is_refused(eight):
         all_reduce(eight[:2], targets, targets)
 
 
+def own_parts(targets):
+    """What each rank holds of its own part of every bucket, as one array."""
+    bucket = targets[0].buckets()[0]
+    parts = [bucket.part(rank, len(targets)) for rank in range(len(targets))]
+    assert parts[0].start == bucket.start
+    assert parts[-1].stop == bucket.stop
+    assert all(a.stop == b.start for a, b in itertools.pairwise(parts))
+    assert len({part.stop - part.start for part in parts[:-1]}) <= 1
+    assert all(part.start * t.buffers[part.dtype].itemsize % 64 == 0 for t, part in zip(targets, parts, strict=True))
+    return np.concatenate(
+        [t.buffers[part.dtype][part.start : part.stop] for t, part in zip(targets, parts, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("idle", [0, 1])
+def test_reduce_scatter_leaves_each_rank_its_part_of_the_all_reduces_bits(eight, count, dtype, idle):
+    devices = eight[:count]
+    sources = max(1, count - idle)
+    for length in [1, 17, 65, 1000, 4 * GRAIN + 9, 2 * TILE + 65]:
+        values = draws(dtype, count, length)
+        expected, targets = (flats(devices, length, dtype, values) for _ in range(2))
+        all_reduce(devices, expected[:sources], expected)
+        HostCommunicator(devices).reduce_scatter(targets[:sources], targets, targets[0].buckets())
+        settle(devices)
+        np.testing.assert_array_equal(own_parts(targets), expected[0].buffers[dtype])
+
+
+@pytest.mark.parametrize("dtype", [*TOLERANCE, "float8_e4m3fn", "bool"])
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_all_gather_puts_every_ranks_part_everywhere(eight, count, dtype):
+    devices, rng = eight[:count], np.random.default_rng(0)
+    for length in [1, 65, 1000, 4 * GRAIN + 9]:
+        targets = flats(devices, length, dtype)
+        for target in targets:
+            target.buffers[dtype][...] = rng.integers(0, 2, target.buffers[dtype].shape)
+        expected = own_parts(targets)
+        HostCommunicator(devices).all_gather(targets, targets[0].buckets())
+        settle(devices)
+        assert all((target.buffers[dtype] == expected).all() for target in targets)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_reduce_scatter_and_an_all_gather_are_an_all_reduce_whatever_the_workers_timing(eight, seed):
+    count, length = 8, 3 * GRAIN + 9
+    values = draws("float32", count, length, seed)
+    targets, expected = (flats(eight, length, "float32") for _ in range(2))
+    for flat, one in zip(expected, values, strict=True):
+        flat.views[0][...] = one
+    all_reduce(eight, expected, expected)
+    for number, device in enumerate(eight):
+        draw = random.Random(100 * seed + number)
+        device.delay = lambda draw=draw: time.sleep(draw.random() * 0.003)
+    comm, buckets = HostCommunicator(eight), targets[0].buckets()
+    read_back = [None] * count
+    seen = []
+    for rank, device in enumerate(eight):
+        device.compute.enqueue(lambda r=rank: targets[r].views[0].__setitem__(..., values[r]))
+    comm.reduce_scatter(targets, targets, buckets, once=lambda: seen.append("once"))
+    comm.all_gather(targets, buckets)
+    for rank, device in enumerate(eight):
+        device.compute.enqueue(lambda r=rank: read_back.__setitem__(r, targets[r].views[0].copy()))
+    settle(eight)
+    assert seen == ["once"]
+    for got in read_back:
+        np.testing.assert_array_equal(got, expected[0].views[0])
+
+
+@pytest.mark.parametrize("name", ["communication", "compute"])
+@pytest.mark.parametrize("kind", ["reduce_scatter", "all_gather"])
+def test_a_missing_wait_in_the_other_collectives_is_detected(eight, kind, name, monkeypatch):
+    kept, length, count = QueueStream.wait, 512, 4
+    monkeypatch.setattr(QueueStream, "wait", lambda self, event: None if self.name == name else kept(self, event))
+    targets, read_back = flats(eight[:count], length, "float32"), [None] * count
+    buckets = targets[0].buckets()
+    slow = {"communication": {3}, "compute": {0, 1, 2, 3}}[name]
+
+    def write(rank):
+        time.sleep(0.03 if name == "communication" and rank in slow else 0)
+        targets[rank].views[0][...] = rank + 1
+
+    for rank, device in enumerate(eight[:count]):
+        device.compute.enqueue(lambda r=rank: write(r))
+        if name == "compute":
+            device.communication.enqueue(lambda: time.sleep(0.05))
+    comm = HostCommunicator(eight[:count])
+    if kind == "reduce_scatter":
+        comm.reduce_scatter(targets, targets, buckets)
+    else:
+        comm.all_gather(targets, buckets)
+    for rank, device in enumerate(eight[:count]):
+        device.compute.enqueue(lambda r=rank: read_back.__setitem__(r, targets[r].views[0].copy()))
+    for device in eight[:count]:
+        device.synchronize(LIMIT)
+    parts = [buckets[0].part(rank, count) for rank in range(count)]
+    if kind == "reduce_scatter":
+        right = all((read_back[r][part.start : part.stop] == 10).all() for r, part in enumerate(parts))
+    else:
+        right = all((got[part.start : part.stop] == r + 1).all() for got in read_back for r, part in enumerate(parts))
+    assert not right
+
+
+def test_a_dtype_that_is_stored_as_bytes_is_not_reduce_scattered(eight):
+    targets = flats(eight[:2], 3, "float8_e5m2")
+    with pytest.raises(TypeError, match="float8_e5m2 cannot be all-reduced"):
+        HostCommunicator(eight[:2]).reduce_scatter(targets, targets, targets[0].buckets())
+
+
 @pytest.mark.parametrize("length", [1000, 100_000])  # copied by the first device, and by each
 def test_broadcast_gives_all_the_first_devices_values(eight, length):
     buffers = flats(eight, length, "float32", [np.full(length, n + 1.0) for n in range(8)])

@@ -12,7 +12,7 @@ import pytest
 import fastdp
 from fastdp.buckets import FlatBuffers
 from fastdp.comm.announced import Announced
-from fastdp.comm.host import HostReduction
+from fastdp.comm.host_reduction import HostReduction
 from fastdp.device import resolve
 from fastdp.program.arrays import FunctionProgram
 from fastdp.program.base import Result

@@ -54,16 +54,31 @@ class HostDevice(QueueDevice):
         """The array itself: it is in host memory."""
         return array
 
+    def host_home(self) -> HostDevice:
+        """Itself: its memory is the host's."""
+        return self
+
     # A batch in, outputs out.
 
     def take_rows(self, batch: Sequence[np.ndarray], rows: Rows) -> list[np.ndarray]:
         """This device's rows of every array: views, no copies; valid as long as the batch is."""
         return [array[rows.start : rows.stop] for array in batch]
 
+    def stage_rows(self, batch: Sequence[np.ndarray], rows: Rows) -> bool:
+        """Nothing is to be copied beforehand: rows are views."""
+        return True
+
+    def forget_staged(self) -> None:
+        """Nothing is staged."""
+
     def merged(self, shape: tuple[int, ...], dtype: np.dtype, *, on_host: bool) -> np.ndarray:
         """Room for a merged output, the caller's to keep. All memory is the host's."""
         return np.empty(shape, dtype)
 
-    def put_rows(self, target: np.ndarray, output: np.ndarray) -> None:
-        """Copy a replica's output to its rows of the merged array, at once."""
-        target[...] = output
+    def prepare_to_merge(self) -> None:
+        """Nothing is needed beforehand."""
+
+    def put_rows(self, targets: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
+        """Copy a replica's outputs to their rows of the merged arrays, at once."""
+        for target, output in zip(targets, outputs, strict=True):
+            target[...] = output

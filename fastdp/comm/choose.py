@@ -74,6 +74,18 @@ class Communicator(Protocol):
     ) -> None:
         """Sum the buckets of `sources` into each of `targets`; all get the same bits. Begin and finish in one."""
 
+    def reduce_scatter(
+        self,
+        sources: Sequence[FlatBuffers],
+        targets: Sequence[FlatBuffers],
+        buckets: Sequence[Bucket],
+        once: Callable[[], object] | None = None,
+    ) -> None:
+        """Sum the buckets of `sources` into `targets`, in each its own rank's part alone; the rest is undefined."""
+
+    def all_gather(self, buffers: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
+        """Copy each rank's own part of the buckets to all others' buffers."""
+
     def broadcast(self, buffers: Sequence[FlatBuffers], readers: int | None = None) -> None:
         """Copy the first device's buffers to all others.
 

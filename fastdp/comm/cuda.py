@@ -8,43 +8,31 @@ issued. Buckets that are complete earlier are issued by the worker that complete
 
 from __future__ import annotations
 
+import functools
+import os
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from fastdp.backend.cuda import runtime
 from fastdp.backend.cuda.device import CudaDevice
+from fastdp.backend.cuda.memory import defer, run_deferred
 from fastdp.backend.cuda.peers import PeerAccess
-from fastdp.backend.cuda.streams import CudaStream
 from fastdp.backend.queue import joined
-from fastdp.buckets import Bucket, FlatBuffers, storage_dtype
+from fastdp.buckets import Bucket, FlatBuffers
+from fastdp.comm.cuda_kernels import PeerKernels, address_of, stream_of
 from fastdp.comm.cuda_reduction import CudaReduction
-from fastdp.comm.host import sum_in_order
-from fastdp.launch import SIGNALS_NBYTES, PeerGroup, all_reduce_one_shot, all_reduce_two_shot, coresident_blocks
-from fastdp.launch.args import MAX_RANKS, PACK_NBYTES
-
-# From published figures for eight GPUs on NVLink (docs/log.md), not measured here: one-shot reads every rank's
-# whole bucket, two-shot twice its own part; NCCL wins from a few MiB on.
-ONE_SHOT_NBYTES = 256 << 10
-TWO_SHOT_NBYTES = 2 << 20
-KERNEL_DTYPES = ("float32", "float16", "bfloat16")
-_unused: deque[Any] = deque()  # appended to by the garbage collector, in any thread
-NCCL_DTYPES = (*KERNEL_DTYPES, "float64", "int8", "uint8", "int32", "int64", "uint32", "uint64")
-
-
-@dataclass(slots=True)
-class _PeerRank:
-    """One rank's memory for the kernels over peer memory; the error flag is copied to `seen` after each use."""
-
-    staging: Any
-    signals: Any
-    error: Any
-    seen: np.ndarray
+from fastdp.comm.host import refuse_unknown
+from fastdp.comm.host_reduction import sum_in_order
+from fastdp.comm.ways import (
+    MULTI_RANK_VARIABLE,
+    nccl_connects,
+    way_to_all_gather,
+    way_to_all_reduce,
+    way_to_reduce_scatter,
+)
+from fastdp.launch.args import MAX_RANKS
 
 
 class CudaCommunicator:
@@ -57,6 +45,9 @@ class CudaCommunicator:
     Work goes to the devices' communication streams, is ordered after their compute streams, and compute that is
     enqueued later waits for it. Memory that the kernels need is allocated when larger buckets than before come.
 
+    Sums of our kernels and of the host are in rank order, those of fp16 and bf16 in fp32 with one rounding. NCCL's
+    have an order of its own, the same for all ranks.
+
     Raises:
         RuntimeError: settings under which several GPUs cannot work together (CUDA_LAUNCH_BLOCKING=1).
     """
@@ -64,34 +55,28 @@ class CudaCommunicator:
     def __init__(self, devices: Sequence[CudaDevice], timeout: float = 60.0) -> None:
         self._devices = list(devices)
         self._cards = [device.ordinal for device in devices]
-        destroy_unused()
+        run_deferred()
         runtime.check_environment(self._cards)
         several = len(devices) > 1
-        self._peers = PeerAccess(sorted(set(self._cards)), timeout) if several else None
-        self._nccl: list[Any] = []
-        if several and len(set(self._cards)) == len(devices) and runtime.nccl_available():
-            self._nccl = runtime.nccl_init_all(self._cards)
-            weakref.finalize(self, _unused.extend, list(self._nccl)).atexit = False
-        self._has_kernels = several and len(devices) <= MAX_RANKS and self._peers is not None and self._peers.complete
-        self._ranks: list[_PeerRank] = []
-        self._groups: list[PeerGroup] = []
+        peers = PeerAccess(sorted(set(self._cards)), timeout) if several else None
+        self._nccl = _connect(self._cards) if several else []
+        if self._nccl:
+            # Destroying frees memory of the GPUs: not in the garbage collector.
+            weakref.finalize(self, defer, functools.partial(_destroy, list(self._nccl))).atexit = False
+        has_kernels = peers is not None and len(devices) <= MAX_RANKS and peers.complete
+        self._kernels = PeerKernels(devices) if has_kernels else None
+        self._ways: dict[Bucket, str] = {}
+        self._scatter_ways: dict[Bucket, str] = {}
         self._told = False
 
     def how(self, bucket: Bucket) -> str:
-        """How a bucket is reduced: "one-shot", "two-shot", "nccl", or "host" where nothing else can."""
-        nbytes = _nbytes(bucket)
-        kernels = self._has_kernels and bucket.dtype in KERNEL_DTYPES
-        nccl = bool(self._nccl) and bucket.dtype in NCCL_DTYPES
-        if kernels and nbytes <= ONE_SHOT_NBYTES:
-            return "one-shot"
-        if kernels and (nbytes <= TWO_SHOT_NBYTES or not nccl):
-            return "two-shot"
-        return "nccl" if nccl else "host"
+        """How a bucket is all-reduced: "one-shot", "two-shot", "nccl", or "host" where nothing else can."""
+        return way_to_all_reduce(bucket.dtype, bucket.nbytes, kernels=self._kernels is not None, nccl=bool(self._nccl))
 
     def prepare(self, buckets: Sequence[Bucket]) -> None:
-        """Have the memory that these buckets need. Between steps: it allocates, and waits for the GPUs."""
+        """Have the memory that the all-reduces of these buckets need. Between steps: it may allocate, and wait."""
         if len(self._devices) > 1:
-            self._prepare(buckets, [self.how(bucket) for bucket in buckets])
+            self._plan(buckets, self._ways, self.how)
 
     def begin(
         self,
@@ -108,30 +93,17 @@ class CudaCommunicator:
             warm: the step allocates nothing any more. Until it does not, nothing begins early: cudaMalloc on one worker
                 waits for GPUs, and must not come between the launches of a collective by another.
         """
-        for dtype in {bucket.dtype for bucket in buckets}:
-            if dtype != "bfloat16" and storage_dtype(dtype).name != dtype:
-                raise TypeError(f"Gradients of dtype {dtype} cannot be all-reduced. Use float32, bfloat16 or float16.")
-        if any(source is not target for source, target in zip(sources, targets, strict=False)):
-            raise ValueError("GPUs all-reduce in place: `sources` must be the first of `targets`.")
-        how = [self.how(bucket) for bucket in buckets]
+        refuse_unknown(buckets)
+        _check_in_place(sources, targets)
         several = len(self._devices) > 1
-        if several:
-            self._prepare(buckets, how)
+        ways = self._plan(buckets, self._ways, self.how) if several else []
 
         def issue(numbers: Sequence[int]) -> None:
-            chosen = [(buckets[number], how[number]) for number in numbers]
-            for bucket, _ in chosen:
-                self._zero(targets, bucket, range(len(sources), len(targets)))
-            for bucket, way in chosen:
-                if way not in ("nccl", "host"):
-                    self._by_kernels(targets, bucket, way)
-            self._by_nccl(targets, [bucket for bucket, way in chosen if way == "nccl"])
-            for bucket, way in chosen:
-                if way == "host":
-                    self._by_host(targets, bucket)
+            chosen = [(buckets[number], ways[number]) for number in numbers]
+            self._run(targets, chosen, range(len(sources), len(targets)), self._all_reduce_by_nccl)
 
         # The way through the host waits for the GPUs: not in the middle of a replica's work.
-        early = [number for number, way in enumerate(how) if way != "host"] if warm and several else []
+        early = [number for number, way in enumerate(ways) if way != "host"] if warm else []
         return CudaReduction(self._devices, len(sources), len(buckets), early, issue)
 
     def finish(
@@ -148,6 +120,7 @@ class CudaCommunicator:
             if once is not None:
                 once()
             reduction.issue(reduction.rest())
+            self._show_errors()
 
         self._issue(issue)
 
@@ -173,17 +146,52 @@ class CudaCommunicator:
         """
         self.finish(self.begin(sources, targets, buckets), once)
 
+    def reduce_scatter(
+        self,
+        sources: Sequence[FlatBuffers],
+        targets: Sequence[FlatBuffers],
+        buckets: Sequence[Bucket],
+        once: Callable[[], object] | None = None,
+    ) -> None:
+        """Sum the given buckets of `sources` into `targets`, in each its own rank's part alone (`Bucket.part`).
+
+        What lies outside its own part is undefined afterwards. Arguments, errors and bits as in `all_reduce`; what is
+        summed by other kernels than there has the same bits, what NCCL sums may have others.
+        """
+        refuse_unknown(buckets)
+        _check_in_place(sources, targets)
+        ways = self._plan(buckets, self._scatter_ways, self._how_to_scatter) if len(self._devices) > 1 else []
+
+        def issue() -> None:
+            if once is not None:
+                once()
+            idle = range(len(sources), len(targets))
+            self._run(targets, list(zip(buckets, ways, strict=False)), idle, self._reduce_scatter_by_nccl)
+            self._show_errors()
+
+        self._issue(issue)
+
+    def all_gather(self, buffers: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
+        """Copy each rank's own part of the given buckets (`Bucket.part`) from its buffers to all others'. Any dtype."""
+        ranks = len(self._devices)
+        by_nccl = [one for one in buckets if way_to_all_gather(one.nbytes, nccl=bool(self._nccl)) == "nccl"]
+        if by_nccl:
+            self._issue(lambda: self._all_gather_by_nccl(buffers, by_nccl))
+        copied = [bucket for bucket in buckets if bucket not in by_nccl]
+        if not copied or ranks < 2:
+            return
+
+        def pull(rank: int) -> None:
+            # Ranks start at different peers, so that no link is used by all at once.
+            for peer in (*range(rank + 1, ranks), *range(rank)):
+                for bucket in copied:
+                    buffers[rank].copy_part(buffers[peer], bucket.part(peer, ranks))
+
+        self._each(range(ranks), pull)
+
     def broadcast(self, buffers: Sequence[FlatBuffers], readers: int | None = None) -> None:
         """Copy the first device's buffers to all others; each pulls its own over its link, when all have computed."""
-        before = joined([device.compute.record() for device in self._devices])
-        after = []
-        for device, flat in zip(self._devices[1:], buffers[1:], strict=True):
-            device.communication.wait(before)
-            device.communication.enqueue(lambda flat=flat: flat.copy_from(buffers[0]))  # type: ignore[misc]
-            after.append(device.communication.record())
-        done = joined(after)
-        for device in self._devices:
-            device.compute.wait(done)
+        self._each(range(1, len(self._devices)), lambda rank: buffers[rank].copy_from(buffers[0]))
 
     def once(self, work: Callable[[], object]) -> None:
         """Run `work()` on the first device's worker, after all that was enqueued and before all that comes."""
@@ -195,19 +203,30 @@ class CudaCommunicator:
         Raises:
             RuntimeError: NCCL reports a failure, or a rank gave up waiting for the others.
         """
-        destroy_unused()
-        for rank, memory in enumerate(self._ranks):
-            if memory.seen[0]:
-                raise RuntimeError(
-                    f"The all-reduce on {self._devices[rank].name} gave up waiting for the other GPUs: the gradients "
-                    "of this step are wrong. Run `fastdp devices` to look at the links, and see docs/hardware.md."
-                )
+        for rank in self._kernels.given_up() if self._kernels is not None else ():
+            raise RuntimeError(
+                f"A collective on {self._devices[rank].name} gave up waiting for the other GPUs: the gradients "
+                "of this step are wrong. Run `fastdp devices` to look at the links, and see docs/hardware.md."
+            )
         for rank, comm in enumerate(self._nccl):
             error = runtime.nccl_async_error(comm)
             if error is not None:
                 raise RuntimeError(f"NCCL failed on {self._devices[rank].name}: {error}") from error
 
     # Order.
+
+    def _each(self, ranks: Sequence[int], work: Callable[[int], object]) -> None:
+        """Run `work(rank)` on these ranks' workers, in the order of their communication streams."""
+        before = joined([device.compute.record() for device in self._devices])
+        after = []
+        for rank in ranks:
+            stream = self._devices[rank].communication
+            stream.wait(before)
+            stream.enqueue(lambda rank=rank: work(rank))  # type: ignore[misc]
+            after.append(stream.record())
+        done = joined(after)
+        for device in self._devices:
+            device.compute.wait(done)
 
     def _issue(self, work: Callable[[], object]) -> None:
         """Run `work()`, which issues to all communication streams, on the first device's worker."""
@@ -228,46 +247,97 @@ class CudaCommunicator:
         for device in self._devices:
             device.compute.wait(done)
 
-    def _stream(self, rank: int) -> int:
-        """The CUDA stream of a rank's communication."""
-        stream = self._devices[rank].communication
-        assert isinstance(stream, CudaStream)
-        return stream.handle
-
     # Ways to reduce.
 
-    def _zero(self, targets: Sequence[FlatBuffers], bucket: Bucket, ranks: Sequence[int]) -> None:
-        """Those who had no rows add nothing."""
-        nbytes = _nbytes(bucket)
-        for rank in ranks if nbytes else ():
-            with runtime.on(self._cards[rank]):
-                runtime.fill_async(_address(targets[rank], bucket), 0, nbytes, self._stream(rank))
+    def _how_to_scatter(self, bucket: Bucket) -> str:
+        return way_to_reduce_scatter(
+            bucket.dtype, bucket.nbytes, kernels=self._kernels is not None, nccl=bool(self._nccl)
+        )
 
-    def _by_kernels(self, targets: Sequence[FlatBuffers], bucket: Bucket, way: str) -> None:
-        """One launch per rank; then the error flags, for `check`."""
-        addresses, n = [_address(target, bucket) for target in targets], bucket.stop - bucket.start
-        for rank, (device, group) in enumerate(zip(self._devices, self._groups, strict=True)):
-            y, stream = addresses[rank], self._stream(rank)
-            if way == "one-shot":
-                all_reduce_one_shot(device.kernels, group, x=y, y=y, n=n, dtype=bucket.dtype, stream=stream)
-            else:
-                all_reduce_two_shot(
-                    device.kernels, group, inputs=addresses, y=y, n=n, dtype=bucket.dtype, stream=stream
-                )
-        for rank, memory in enumerate(self._ranks):
-            flag = runtime.array_pointer(memory.error)
-            runtime.copy_async(memory.seen.ctypes.data, flag, memory.seen.nbytes, self._stream(rank))
+    def _plan(self, buckets: Sequence[Bucket], known: dict[Bucket, str], how: Callable[[Bucket], str]) -> list[str]:
+        """The buckets' ways, and memory for those that are new. On the host thread."""
+        fresh = [(bucket, how(bucket)) for bucket in buckets if bucket not in known]
+        if fresh and self._kernels is not None:
+            self._kernels.prepare(fresh)
+        known.update(fresh)
+        return [known[bucket] for bucket in buckets]
 
-    def _by_nccl(self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
-        """All buckets on all ranks in one group."""
-        if not buckets:
-            return
+    def _run(
+        self,
+        targets: Sequence[FlatBuffers],
+        planned: Sequence[tuple[Bucket, str]],
+        idle: Sequence[int],
+        by_nccl: Callable[[Sequence[FlatBuffers], Sequence[Bucket]], None],
+    ) -> None:
+        """Issue each bucket's reduction by its way, for all ranks; those who had no rows add nothing."""
+        for bucket, _ in planned:
+            for rank in idle if bucket.nbytes else ():
+                with runtime.on(self._cards[rank]):
+                    address = address_of(targets[rank], bucket)
+                    runtime.fill_async(address, 0, bucket.nbytes, stream_of(self._devices[rank]))
+        for bucket, way in planned:
+            if way not in ("nccl", "host"):
+                assert self._kernels is not None
+                self._kernels.run(targets, bucket, way)
+        nccl = [bucket for bucket, way in planned if way == "nccl"]
+        if nccl:
+            by_nccl(targets, nccl)
+        for bucket, way in planned:
+            if way == "host":
+                self._by_host(targets, bucket)
+
+    def _show_errors(self) -> None:
+        """Have the kernels' error flags copied for `check`, behind the last collective: once in a step."""
+        if self._kernels is not None:
+            self._kernels.show_errors()
+
+    def _by_nccl(
+        self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket], call: Callable[[int, int, Bucket, int], None]
+    ) -> None:
+        """`call(rank, address, bucket, stream)` for all buckets on all ranks, in one group."""
         with runtime.nccl_group():
             for bucket in buckets:
-                for rank, target in enumerate(targets):
-                    address, n = _address(target, bucket), bucket.stop - bucket.start
-                    with runtime.on(self._cards[rank]):
-                        runtime.all_reduce(self._nccl[rank], address, address, n, bucket.dtype, self._stream(rank))
+                for rank, (device, target) in enumerate(zip(self._devices, targets, strict=True)):
+                    with runtime.on(device.ordinal):
+                        call(rank, address_of(target, bucket), bucket, stream_of(device))
+
+    def _all_reduce_by_nccl(self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
+        def call(rank: int, address: int, bucket: Bucket, stream: int) -> None:
+            n = bucket.stop - bucket.start
+            runtime.all_reduce(self._nccl[rank], address, address, n, bucket.dtype, stream)
+
+        self._by_nccl(targets, buckets, call)
+
+    def _reduce_scatter_by_nccl(self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
+        """NCCL's parts are equally long: what the last one has more is so little that all ranks may have it."""
+
+        def call(rank: int, address: int, bucket: Bucket, stream: int) -> None:
+            comm, ranks = self._nccl[rank], len(self._nccl)
+            n, item, part = _parts(bucket, ranks)
+            if part:
+                own = address + rank * part * item
+                runtime.reduce_scatter(comm, address, own, part, bucket.dtype, stream)
+            if n > ranks * part:
+                rest = address + ranks * part * item
+                runtime.all_reduce(comm, rest, rest, n - ranks * part, bucket.dtype, stream)
+
+        self._by_nccl(targets, buckets, call)
+
+    def _all_gather_by_nccl(self, buffers: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
+        """As bytes, which NCCL copies whatever they mean."""
+
+        def call(rank: int, address: int, bucket: Bucket, stream: int) -> None:
+            comm, ranks = self._nccl[rank], len(self._nccl)
+            n, item, part = _parts(bucket, ranks)
+            if part:
+                own = address + rank * part * item
+                runtime.all_gather(comm, own, address, part * item, "uint8", stream)
+            if n > ranks * part:
+                rest = address + ranks * part * item
+                nbytes = (n - ranks * part) * item
+                runtime.broadcast(comm, rest, rest, nbytes, "uint8", stream, root=ranks - 1)
+
+        self._by_nccl(buffers, buckets, call)
 
     def _by_host(self, targets: Sequence[FlatBuffers], bucket: Bucket) -> None:
         """Through host memory, waiting for each copy: right, and slow. Said once."""
@@ -289,77 +359,39 @@ class CudaCommunicator:
         for device, end in zip(self._devices, ends, strict=True):
             device.write(end, total, device.communication)
 
-    # Memory.
 
-    def _prepare(self, buckets: Sequence[Bucket], how: Sequence[str]) -> None:
-        """See that the kernels' staging holds the largest bucket. On the host thread, between steps."""
-        ranks = len(self._devices)
-        needed = 0
-        for bucket, way in zip(buckets, how, strict=True):
-            nbytes = _nbytes(bucket)
-            if way == "one-shot":
-                needed = max(needed, nbytes)
-            elif way == "two-shot":
-                needed = max(needed, -(-nbytes // ranks) + PACK_NBYTES)
-        half = -(-needed // PACK_NBYTES) * PACK_NBYTES
-        if not needed or (self._groups and self._groups[0].half_nbytes >= half):
-            return
-        for device in self._devices:
-            _load_all_reduces(device)
-        self._ranks = [
-            _PeerRank(
-                device.zeros((2 * half,), np.dtype(np.uint8)),
-                device.zeros((SIGNALS_NBYTES,), np.dtype(np.uint8)),
-                device.zeros((1,), np.dtype(np.uint32)),
-                device.pinned.empty((1,), np.dtype(np.uint32)),
-            )
-            for device in self._devices
-        ]
-        for memory in self._ranks:
-            memory.seen[0] = 0
-        shared = max(self._cards.count(card) for card in self._cards)
-        blocks = min(coresident_blocks(device.kernels.sm_count, shared) for device in self._devices)
-        self._groups = [
-            PeerGroup(
-                rank=rank,
-                staging=tuple(runtime.array_pointer(one.staging) for one in self._ranks),
-                staging_nbytes=2 * half,
-                signals=tuple(runtime.array_pointer(one.signals) for one in self._ranks),
-                error=runtime.array_pointer(self._ranks[rank].error),
-                max_blocks=blocks,
-            )
-            for rank in range(ranks)
-        ]
+def _check_in_place(sources: Sequence[FlatBuffers], targets: Sequence[FlatBuffers]) -> None:
+    """GPUs sum in place."""
+    if any(source is not target for source, target in zip(sources, targets, strict=False)):
+        raise ValueError("GPUs reduce in place: `sources` must be the first of `targets`.")
 
 
-def _load_all_reduces(device: CudaDevice) -> None:
-    """Launch each all-reduce once for a rank by itself: CUDA may load a kernel at its first launch, and that may
-    wait for a kernel that is running, which would be the one that waits for this launch."""
-    memory = [device.zeros((nbytes,), np.dtype(np.uint8)) for nbytes in (2 * PACK_NBYTES, SIGNALS_NBYTES, 4, 4)]
-    staging, signals, error, x = map(runtime.array_pointer, memory)
-    stream = device.communication
-    assert isinstance(stream, CudaStream)
-    group = PeerGroup(0, (staging,), 2 * PACK_NBYTES, (signals,), error, 1)
-    for dtype in KERNEL_DTYPES:
-        all_reduce_one_shot(device.kernels, group, x=x, y=x, n=1, dtype=dtype, stream=stream.handle)
-        all_reduce_two_shot(device.kernels, group, inputs=[x], y=x, n=1, dtype=dtype, stream=stream.handle)
-    device.read(memory[-1], stream)  # waits
+def _parts(bucket: Bucket, ranks: int) -> tuple[int, int, int]:
+    """Elements of a bucket, bytes of one, and elements of each rank's part but the last one's."""
+    first = bucket.part(0, ranks) if ranks > 1 else bucket
+    n = bucket.stop - bucket.start
+    return n, bucket.nbytes // max(1, n), first.stop - first.start
 
 
-def _nbytes(bucket: Bucket) -> int:
-    """Bytes of a bucket on one device."""
-    return (bucket.stop - bucket.start) * storage_dtype(bucket.dtype).itemsize
+def _connect(cards: Sequence[int]) -> list[Any]:
+    """NCCL's communicators for ranks on these cards; none where NCCL is not there, or does not take them."""
+    version = runtime.nccl_version() if runtime.nccl_available() else 0
+    if not nccl_connects(cards, version, os.environ.get(MULTI_RANK_VARIABLE)):
+        return []
+    if len(set(cards)) == len(cards):
+        return runtime.nccl_init_all(cards)
+    try:
+        return runtime.nccl_init_ranks(cards, runtime.on)
+    except runtime.NcclError as error:
+        warnings.warn(
+            f"NCCL {version} does not connect several ranks on one card, though {MULTI_RANK_VARIABLE}=1 asks for it "
+            f"({error}): their collectives run by fastdp's own kernels over peer memory.",
+            stacklevel=3,
+        )
+        return []
 
 
-def _address(flat: FlatBuffers, bucket: Bucket) -> int:
-    """Where a bucket begins in device memory."""
-    return runtime.array_pointer(flat.buffers[bucket.dtype]) + bucket.start * storage_dtype(bucket.dtype).itemsize
-
-
-def destroy_unused() -> None:
-    """Give back NCCL's communicators whose engines are gone. Between steps: it waits for the GPUs.
-
-    Not by the garbage collector: it may run while kernels of another engine wait for others that are not launched yet.
-    """
-    while _unused:
-        runtime.nccl_destroy(_unused.popleft())
+def _destroy(comms: Sequence[Any]) -> None:
+    """Give NCCL's communicators back."""
+    for comm in comms:
+        runtime.nccl_destroy(comm)

@@ -2,178 +2,18 @@
 
 from __future__ import annotations
 
-import queue
-import threading
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 
 from fastdp.backend.queue import QueueDevice, QueueEvent, joined
 from fastdp.buckets import Bucket, FlatBuffers, storage_dtype
-from fastdp.comm.announced import Announced
-from fastdp.errors import DeviceTimeoutError
+from fastdp.comm.host_reduction import TILE, HostReduction, sum_in_order
 from fastdp.shard import CORES
 
-# 256 KiB of fp32: sums stay in a core's cache between the reads of the sources and the writes.
-TILE = 1 << 16
 # What is copied in about the time that it takes to wake a thread.
 SMALL_NBYTES = 1 << 19
-
-
-class HostReduction:
-    """The reduction of one step's buckets, in pieces that whoever is free takes: each is summed once.
-
-    Before all replicas are done, that is the thread that waits for the step (`serve`), and workers whose replica is
-    done. No worker leaves a replica's backward for it, and none waits for it there: workers that compute keep their
-    cores busy, and a wait for one that is itself waiting for other replicas would never end. What is left then is taken
-    by the workers together.
-
-    Args:
-        devices: all of them.
-        sources, targets, buckets: as of `HostCommunicator.all_reduce`.
-
-    `over` is issued when nobody works on it any more, with the error if it failed.
-    """
-
-    def __init__(
-        self,
-        devices: Sequence[QueueDevice],
-        sources: Sequence[FlatBuffers],
-        targets: Sequence[FlatBuffers],
-        buckets: Sequence[Bucket],
-    ) -> None:
-        self.over = QueueEvent()
-        self._devices = devices
-        self._sources, self._targets, self._buckets = sources, targets, buckets
-        # The sum is made where it belongs, but not over a gradient that is still to be read. That of one replica is
-        # there already; if nobody else needs it, there is nothing to do.
-        in_place = all(source is not targets[0] for source in sources[1:])
-        self._sum_lies_in = sources[0] if len(sources) == 1 else targets[0] if in_place else None
-        trivial = len(sources) == 1 and all(target is sources[0] for target in targets)
-        self._pieces: list[list[int]] = [
-            [] if trivial else list(range(bucket.start, bucket.stop, TILE))[::-1] for bucket in buckets
-        ]
-        self._left = self.pieces = sum(map(len, self._pieces))
-        self._lock = threading.Lock()
-        # Threads that have a piece.
-        self._takers: set[int] = set()
-        self._closed = False
-        self._error: BaseException | None = None
-        self._announced = Announced(len(sources), len(buckets))
-        self._calls: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-
-    @property
-    def early(self) -> int:
-        """How many buckets could be reduced before all replicas were done."""
-        return self._announced.early
-
-    # While replicas work.
-
-    def ready(self, rank: int, bucket: int) -> None:
-        """A replica has its gradients of a bucket. On its worker."""
-        if self._announced.say(rank, bucket):
-            self._start([bucket])
-
-    def ended(self, rank: int) -> None:
-        """A replica has all of its gradients. On its worker."""
-        if len(self._buckets) > 1:  # one alone is hardly complete before the last replica is done
-            complete = self._announced.end(rank)
-            if complete:
-                self._start(complete)
-
-    def serve(self, until: QueueEvent, timeout: float) -> None:
-        """Reduce what becomes complete, on the calling thread, until the event is issued.
-
-        Raises:
-            DeviceTimeoutError: it was not within `timeout` seconds.
-        """
-        if len(self._buckets) < 2:  # complete when its replica is done, or hardly before
-            until.finish(timeout)
-            return
-        deadline = time.monotonic() + timeout
-        if not until.notify(partial(self._calls.put, None)):
-            return
-        while True:
-            try:
-                bucket = self._calls.get(timeout=min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
-            except queue.Empty:
-                raise DeviceTimeoutError(f"A device was not done with its work in timeout={timeout} seconds.") from None
-            if bucket is None:
-                return
-            try:
-                self.work([bucket])
-            except BaseException as error:  # an interrupt, which may have come before the piece was put back
-                self._put_back(error)
-                raise
-
-    def _start(self, buckets: Sequence[int]) -> None:
-        """Buckets are complete on all replicas: call those who are free, as far as there are cores for them."""
-        for bucket in buckets:
-            self._calls.put(bucket)
-        free = CORES - self._announced.working - 1
-        for device in self._devices:
-            if free > 0 and device.idle:
-                device.communication.enqueue(partial(self.work, buckets))
-                free -= 1
-
-    # Pieces.
-
-    def work(self, buckets: Iterable[int]) -> None:
-        """Sum pieces of these buckets as long as there are any. On any thread."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            for number in buckets:
-                bucket = self._buckets[number]
-                while (start := self._take(number)) is not None:
-                    error: BaseException | None = None
-                    try:
-                        self._sum(bucket.dtype, slice(start, min(start + TILE, bucket.stop)))
-                    except BaseException as failure:
-                        error = failure
-                        raise
-                    finally:
-                        self._put_back(error)
-
-    def _sum(self, dtype: str, span: slice) -> None:
-        """Sum one piece, and write it to all targets."""
-        place = self._sum_lies_in
-        out = place.buffers[dtype][span] if place is not None else None
-        total = sum_in_order([source.buffers[dtype][span] for source in self._sources], dtype, out)
-        for target in self._targets:
-            if target is not place:
-                target.buffers[dtype][span] = total
-
-    def close(self, error: BaseException | None) -> None:
-        """No piece is taken from now on: all are done, or the step has failed."""
-        with self._lock:
-            self._closed = True
-            self._error = self._error if self._error is not None else error
-            if self._error is None and self._left > len(self._takers):
-                self._error = RuntimeError("Gradients were left without being reduced. This is a bug in fastdp.")
-            over = not self._takers
-        if over:
-            self.over.complete(self._error)
-
-    def _take(self, bucket: int) -> int | None:
-        """Where a piece begins that nobody has taken."""
-        with self._lock:
-            if self._closed or not self._pieces[bucket]:
-                return None
-            self._takers.add(threading.get_ident())
-            return self._pieces[bucket].pop()
-
-    def _put_back(self, error: BaseException | None) -> None:
-        """The piece that this thread has taken is done, or has failed."""
-        with self._lock:
-            if threading.get_ident() not in self._takers:
-                return
-            self._takers.remove(threading.get_ident())
-            self._left -= 1
-            self._error = self._error if self._error is not None else error
-            over = self._closed and not self._takers
-        if over:
-            self.over.complete(self._error)
 
 
 class HostCommunicator:
@@ -196,9 +36,7 @@ class HostCommunicator:
     ) -> HostReduction:
         """A reduction whose buckets may be announced one by one, and that `finish` ends. Arguments and errors as of
         `all_reduce`; whether the step is `warm` makes no difference here."""
-        for dtype in {bucket.dtype for bucket in buckets}:
-            if dtype != "bfloat16" and storage_dtype(dtype).name != dtype:
-                raise TypeError(f"Gradients of dtype {dtype} cannot be all-reduced. Use float32, bfloat16 or float16.")
+        refuse_unknown(buckets)
         return HostReduction(self._devices, sources, targets, buckets)
 
     def finish(
@@ -253,6 +91,46 @@ class HostCommunicator:
             TypeError: a dtype that is stored but cannot be added here (float8).
         """
         self.finish(self.begin(sources, targets, buckets), once)
+
+    def reduce_scatter(
+        self,
+        sources: Sequence[FlatBuffers],
+        targets: Sequence[FlatBuffers],
+        buckets: Sequence[Bucket],
+        once: Callable[[], object] | None = None,
+    ) -> None:
+        """Sum the given buckets of `sources` into `targets`, in each its own rank's part alone (`Bucket.part`).
+
+        What lies outside its own part is undefined afterwards. There is a target for each device. Other arguments,
+        errors, order and bits as in `all_reduce`.
+        """
+        refuse_unknown(buckets)
+        ranks = len(self._devices)
+
+        def reduce(rank: int) -> None:
+            if once is not None and rank == 0:
+                once()
+            with np.errstate(over="ignore", invalid="ignore"):
+                for bucket in buckets:
+                    part = bucket.part(rank, ranks)
+                    for low in range(part.start, part.stop, TILE):
+                        tile = slice(low, min(low + TILE, part.stop))
+                        values = [source.buffers[bucket.dtype][tile] for source in sources]
+                        targets[rank].buffers[bucket.dtype][tile] = sum_in_order(values, bucket.dtype)
+
+        self._in_order(range(ranks), reduce)
+
+    def all_gather(self, buffers: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
+        """Copy each rank's own part of the given buckets (`Bucket.part`) from its buffers to all others'. Any dtype."""
+        ranks = len(self._devices)
+
+        def pull(rank: int) -> None:
+            for bucket in buckets:
+                for peer in (*range(rank + 1, ranks), *range(rank)):
+                    buffers[rank].copy_part(buffers[peer], bucket.part(peer, ranks))
+
+        if ranks > 1:
+            self._in_order(range(ranks), pull)
 
     def broadcast(self, buffers: Sequence[FlatBuffers], readers: int | None = None) -> None:
         """Copy the first device's buffers to all others.
@@ -318,39 +196,8 @@ class HostCommunicator:
         return joined(after)
 
 
-def sum_in_order(values: Sequence[np.ndarray], dtype: str, out: np.ndarray | None = None) -> np.ndarray:
-    """The sum of equally long vectors in their order; the vector itself where there is only one.
-
-    `out`, where given, gets the sum of several; it may be the first vector, and shares no memory with the others.
-    """
-    if len(values) == 1:
-        return values[0]
-    if dtype in ("bfloat16", "float16"):
-        wide = _widen(values[0], dtype)
-        for value in values[1:]:
-            wide += _widen(value, dtype)
-        total = _narrow(wide, dtype)
-        if out is None:
-            return total
-        out[...] = total
-        return out
-    total = np.add(values[0], values[1], out=out)
-    for value in values[2:]:
-        np.add(total, value, out=total)
-    return total
-
-
-def _widen(values: np.ndarray, dtype: str) -> np.ndarray:
-    """16-bit floats as fp32."""
-    if dtype == "float16":
-        return values.astype(np.float32)
-    return (values.astype(np.uint32) << 16).view(np.float32)
-
-
-def _narrow(values: np.ndarray, dtype: str) -> np.ndarray:
-    """fp32 as 16-bit floats, rounded to nearest even."""
-    if dtype == "float16":
-        return values.astype(np.float16)
-    bits = values.view(np.uint32)
-    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+def refuse_unknown(buckets: Sequence[Bucket]) -> None:
+    """Raise TypeError for a dtype that is stored as bytes and cannot be added up (float8)."""
+    for dtype in {bucket.dtype for bucket in buckets}:
+        if dtype != "bfloat16" and storage_dtype(dtype).name != dtype:
+            raise TypeError(f"Gradients of dtype {dtype} cannot be all-reduced. Use float32, bfloat16 or float16.")

@@ -1,1 +1,5 @@
-"""Data that does not fit in memory, or should not be copied there."""
+"""Data sets: on disk (hdf5.py), and on the devices (resident.py)."""
+
+from fastdp.data.resident import DeviceDataset, ResidentBatch, Scaled
+
+__all__ = ["DeviceDataset", "ResidentBatch", "Scaled"]

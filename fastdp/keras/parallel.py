@@ -11,8 +11,8 @@ import keras
 from keras.src.utils import io_utils
 
 from fastdp.backend.queue import QueueDevice
-from fastdp.device import warn_of_relocation
 from fastdp.engine import DataParallel
+from fastdp.keras.ahead import in_host_memory
 from fastdp.keras.checks import check_template
 from fastdp.keras.compile_state import borrowed, follow, follows, take_over
 from fastdp.keras.custom_steps import check_own_step
@@ -43,6 +43,11 @@ class ParallelModel(TemplateView):
         update: where the optimizer is applied, "first" or "each"; see `fastdp.wrap`.
         timeout: seconds that one step may take.
         check_replicas: verify after each step that replicas are bitwise equal.
+
+    Attributes:
+        fetch_ahead: `fit` fetches the next batch of an epoch, and sends its rows to the devices, while a step runs.
+            True on GPUs. Set it to False for a data set that reads the model's weights itself: in the middle
+            of a step it may find old ones or new ones.
     """
 
     def __init__(
@@ -66,7 +71,6 @@ class ParallelModel(TemplateView):
         self.devices = list(devices)
         self.cpu_merge = cpu_merge
         self.cpu_relocation = cpu_relocation
-        warn_of_relocation(cpu_relocation, devices)
         if compile not in MODES:
             raise ValueError(f"`compile` must be one of {MODES}. Received: compile={compile!r}")
         self._wrapped_mode = compile
@@ -83,10 +87,13 @@ class ParallelModel(TemplateView):
                 "timeout": timeout,
                 "check_replicas": check_replicas,
                 "cpu_merge": cpu_merge,
+                "cpu_relocation": cpu_relocation,
                 "merge_device": merge_device,
             },
         )
         self._fitting = threading.RLock()
+        self._begins_fit = False
+        self.fetch_ahead = any(getattr(device, "on_gpu", False) for device in devices)
         self._small_work = SmallWorkWarning()
         self._call_has_training_arg = True
         self._compute_loss_has_training_arg = True
@@ -172,6 +179,7 @@ class ParallelModel(TemplateView):
             )
         try:
             arguments = arguments_by_name(keras.Model.fit, args, kwargs)
+            self._begins_fit = True
             history = super().fit(**stream_fit(arguments))
             self._steps.settle()
             if arguments.get("verbose") == 2:
@@ -179,6 +187,8 @@ class ParallelModel(TemplateView):
             self._small_work.check(self._steps.made_engine, stacklevel=3)
             return history
         finally:
+            self._begins_fit = False
+            self._steps.end_following()
             self._fitting.release()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
@@ -225,6 +235,11 @@ class ParallelModel(TemplateView):
             arrays, structure = flatten_batch(unpack(data_batch))
             count_rows(arrays, structure.names)
         super()._symbolic_build(iterator, data_batch)
+        if iterator is not None:
+            in_host_memory(iterator)
+            if self._begins_fit and self.fetch_ahead:
+                self._steps.follow(iterator)
+            self._begins_fit = False
 
     def make_train_function(self, force: bool = False) -> Callable[..., Any]:
         """The function that Keras's `fit` calls for each batch."""

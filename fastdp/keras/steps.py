@@ -12,6 +12,7 @@ import keras
 import torch
 
 from fastdp.engine import DataParallel
+from fastdp.keras.ahead import Ahead
 from fastdp.keras.before_step import BeforeStep
 from fastdp.keras.custom_steps import LayerCalls, has_own, layer_calls
 from fastdp.program.capture import Captures
@@ -60,6 +61,8 @@ class Steps:
         self._strict = strict
         self._engine: DataParallel | None = None
         self._calls: LayerCalls | None = None
+        # The batches of the present `fit`, where the next one is fetched while a step runs.
+        self.ahead: Ahead | None = None
 
     @property
     def engine(self) -> DataParallel:
@@ -88,6 +91,17 @@ class Steps:
             captures.close()
         self._engine = None
 
+    def follow(self, epochs: Any) -> None:
+        """Fetch the batches of this `fit` ahead; a template's own `train_step` takes them one by one."""
+        if not has_own(self.template, "train_step"):
+            self.ahead = Ahead(epochs)
+
+    def end_following(self) -> None:
+        """`fit` is over."""
+        ahead, self.ahead = self.ahead, None
+        if ahead is not None:
+            ahead.end(self._engine)
+
     def settle(self) -> None:
         """Let the optimizer's own accumulators have the gradients of a cycle that is not over."""
         program: Any = self._engine.program if self._engine is not None else None
@@ -108,7 +122,8 @@ class Steps:
         """One training step; the logs."""
         if has_own(self.template, "train_step"):
             return self._own_step("train_step", data)
-        arrays, structure = flatten_batch(unpack(data))
+        ahead = self.ahead
+        arrays, structure = flatten_batch(unpack(data)) if ahead is None else ahead.flat(data)
         count_rows(arrays, structure.names)
         program: Any = engine.program
         program.inspect(arrays, structure)
@@ -118,7 +133,13 @@ class Steps:
             program.captures.prepare(arrays, structure, self._wants_outputs())
         began = time.perf_counter()
         reduce = program.accumulation.reduces(engine)
-        result = engine.train(arrays, structure=structure, wants_outputs=self._wants_outputs(), reduce=reduce)
+        result = engine.train(
+            arrays,
+            structure=structure,
+            wants_outputs=self._wants_outputs(),
+            reduce=reduce,
+            while_running=None if ahead is None else lambda: ahead.advance(engine),
+        )
         program.accumulation.stepped()
         if program.captures is not None:
             program.captures.note(time.perf_counter() - began)

@@ -1,6 +1,6 @@
 """Our CUDA kernels (kernels/*.cu) from Python: compiled by NVRTC on first use, one typed function for each.
 
-functions.py   one function per kernel: slice_rows, concat_rows, all_reduce_*, l2_norm, ...
+functions.py   one function per kernel: slice_rows, concat_rows, all_reduce_*, reduce_scatter, l2_norm, ...
     optimizers.py  fused_sgd and fused_adam
 rows.py        how rows become launches;  peers.py  how ranks do
 args.py        the kernels' argument structs, field by field
@@ -15,6 +15,7 @@ from fastdp.launch.functions import (
     check_finite,
     concat_rows,
     l2_norm,
+    reduce_scatter,
     scale_cast,
     slice_rows,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "fused_sgd",
     "l2_norm",
     "l2_norm_blocks",
+    "reduce_scatter",
     "scale_cast",
     "slice_rows",
 ]

@@ -16,6 +16,7 @@ __all__ = [
     "MAX_RANKS",
     "MAX_SIGNAL_BLOCKS",
     "PACK_NBYTES",
+    "PART_NBYTES",
     "SIGNALS_NBYTES",
     "SUFFIX",
     "THREADS",
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 PACK_NBYTES = 16  # one access of a thread
+PART_NBYTES = 64  # of which the parts of a reduce-scatter are multiples, all but the last
 THREADS = 256  # per block of all kernels but the all-reduces
 UNROLL = 4  # packs in flight per thread
 SEGMENT_NBYTES = THREADS * UNROLL * PACK_NBYTES  # of output that a block copies at a time
@@ -117,7 +119,7 @@ SIGNALS_NBYTES = ctypes.sizeof(Signals)
 
 
 class AllReduceArgs(ctypes.Structure):
-    """The parameter of all_reduce_one_shot and all_reduce_two_shot."""
+    """The parameter of all_reduce_one_shot, all_reduce_two_shot and reduce_scatter."""
 
     _fields_ = (
         ("inputs", c_void_p * MAX_RANKS),

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from fastdp.launch import args as ka
 from fastdp.launch.launcher import Kernels
-from fastdp.launch.peers import PeerGroup, all_reduce_launch
+from fastdp.launch.peers import PeerGroup, all_reduce_launch, reduce_scatter_launch
 from fastdp.launch.rows import RowPiece, RowSlice, concat_rows_launches, slice_rows_launches
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "check_finite",
     "concat_rows",
     "l2_norm",
+    "reduce_scatter",
     "scale_cast",
     "slice_rows",
 ]
@@ -105,6 +106,35 @@ def all_reduce_two_shot(
     if n:
         file = "all_reduce_two_shot"
         kernels.launch(file, f"{file}_{suffix}", grid, args, stream, group.threads)
+
+
+def reduce_scatter(
+    kernels: Kernels,
+    group: PeerGroup,
+    *,
+    inputs: Sequence[int],
+    y: int,
+    n: int,
+    dtype: str,
+    scale: float = 1.0,
+    stream: int,
+) -> None:
+    """Sum all ranks' inputs, times scale, into this rank's part of y; the rest of y stays as it is.
+
+    Args, where they differ from all_reduce_two_shot:
+        y: address of element 0 of n, of which `fastdp.shard.rank_range` in multiples of 64 bytes are written; may be
+            inputs[rank].
+    Nothing is staged. The sum is in fp32 and in rank order, with the bits of the all-reduces.
+
+    Raises:
+        ValueError: an element type other than the three float types, or not one input per rank.
+    """
+    if len(inputs) != len(group.signals):
+        raise ValueError(f"{len(inputs)} inputs for {len(group.signals)} ranks: expected one for each")
+    suffix = ka.SUFFIX[ka.float_type(dtype, "dtype")]
+    grid, args = reduce_scatter_launch(group, inputs, y, n=n, dtype=dtype, scale=scale)
+    if n:
+        kernels.launch("reduce_scatter", f"reduce_scatter_{suffix}", grid, args, stream, group.threads)
 
 
 def scale_cast(

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastdp.launch import args as ka
+from fastdp.shard import rank_range
 
-__all__ = ["PeerGroup", "all_reduce_launch", "coresident_blocks"]
+__all__ = ["PeerGroup", "all_reduce_launch", "coresident_blocks", "reduce_scatter_launch"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,17 @@ def all_reduce_launch(
     for rank, (x, staging, signals) in enumerate(zip(inputs, group.staging, group.signals, strict=True)):
         args.inputs[rank], args.staging[rank], args.signals[rank] = x, staging, signals
     return min(group.max_blocks, ka.ceil_div(staged_nbytes, ka.PACK_NBYTES * group.threads)), args
+
+
+def reduce_scatter_launch(
+    group: PeerGroup, inputs: Sequence[int], y: int, *, n: int, dtype: str, scale: float
+) -> tuple[int, ka.AllReduceArgs]:
+    """The (grid, argument) of a reduce-scatter: nothing is staged, and the grid fits the longest part, the last."""
+    _, args = all_reduce_launch(group, inputs, y, n=n, staged_n=0, dtype=dtype, scale=scale)
+    ranks = len(group.signals)
+    first, last = rank_range(n, ranks - 1, ranks, ka.PART_NBYTES // ka.ITEMSIZE[dtype])
+    nbytes = (last - first) * ka.ITEMSIZE[dtype]
+    return min(group.max_blocks, ka.ceil_div(nbytes, ka.PACK_NBYTES * group.threads)), args
 
 
 def coresident_blocks(sm_count: int, ranks_on_card: int = 1) -> int:

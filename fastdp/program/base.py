@@ -36,13 +36,14 @@ class Home:
 
     Args:
         variables: specs of parameters and buffers.
-        device: the first device.
+        device: the first device, or the host memory that stands for it.
 
     `generation` counts the updates; an engine that did not make the last one refreshes its replicas.
     """
 
     def __init__(self, variables: Sequence[ArraySpec], device: Allocator) -> None:
         self.variables = FlatBuffers(variables, device)
+        self.device: Any = device
         self.generation = 0
 
 

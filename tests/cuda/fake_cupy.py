@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
+import types
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -76,6 +77,10 @@ class ndarray(np.ndarray):
         if self._mem is None:
             raise AttributeError("the result of arithmetic has no memory on the simulated GPU: write it into a buffer")
         return MemoryPointer(self._mem, self.ctypes.data - self._mem.ptr if self.size else 0)
+
+    @property
+    def __cuda_array_interface__(self):
+        return {"shape": self.shape, "typestr": self.dtype.str, "data": (self.data.ptr, False), "version": 3}
 
     @property
     def device(self):
@@ -209,7 +214,10 @@ def _memory_calls(sim: Simulation) -> list:
     def memsetAsync(ptr, value, size, stream):
         sim.submit(stream, "memsetAsync", [], [(ptr, size)], lambda: ctypes.memset(ptr, value, size), current=True)
 
-    return [malloc, free, hostAlloc, freeHost, memcpyAsync, memcpyPeerAsync, memsetAsync]
+    def pointerGetAttributes(ptr):
+        return types.SimpleNamespace(device=sim.memory.find((ptr, 1), "pointerGetAttributes").device)
+
+    return [pointerGetAttributes, malloc, free, hostAlloc, freeHost, memcpyAsync, memcpyPeerAsync, memsetAsync]
 
 
 def _stream_calls(sim: Simulation) -> list:
@@ -371,6 +379,7 @@ def build(sim: Simulation) -> dict[str, ModuleType]:
     driver.CUDADriverError = CUDADriverError
     nccl.available, nccl.NcclError, nccl.NcclCommunicator = True, NcclError, make_communicator(sim)
     nccl.get_version = lambda: 22907
+    nccl.get_unique_id = lambda: (sim.handle(),)
     nccl.groupStart, nccl.groupEnd = lambda: group_start(sim), lambda: group_end(sim)
     cuda.runtime, cuda.driver, cuda.nccl = runtime, driver, nccl
     cuda.MemoryPointer, cuda.UnownedMemory, cuda.Device = MemoryPointer, UnownedMemory, Device

@@ -47,10 +47,13 @@ class Gpus:
             ranges = [(rt.array_pointer(b), b.nbytes) for flat in flats for b in flat.buffers.values()]
             batch = args[0] if name != "update" else []
             reads = ranges + [(rt.array_pointer(a), a.nbytes) for a in batch]
-            self.sim.synchronize(compute)  # what runs below reads host memory now
             writes = {"train": ranges[-len(flats[2].buffers) or len(ranges) :], "predict": [], "update": ranges}[name]
-            self.sim.submit(compute, name, reads, writes, lambda: None)
-            self.sim.synchronize(compute)
+            # What runs below reads host memory now. With the lock, as CuPy's calls have it: work that another worker
+            # is just running has left its queue, and has not written yet.
+            with self.sim.lock:
+                self.sim.synchronize(compute)
+                self.sim.submit(compute, name, reads, writes, lambda: None)
+                self.sim.synchronize(compute)
             return work(replica, *args)
 
         return run

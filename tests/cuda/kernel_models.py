@@ -11,6 +11,7 @@ from simulated_memory import Range, view
 
 from fastdp import kernel_twins as twins
 from fastdp.launch import args as ka
+from fastdp.shard import rank_range
 
 DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16, "u8": np.uint8}
 CONVERTED = {0: np.uint8, 1: np.float32, 2: np.float16, 3: np.uint16}
@@ -36,7 +37,7 @@ def decode(name: str, params: int, grid: int, block: int) -> Launch:
         if name == base or name.startswith(f"{base}_"):
             args = struct.from_buffer_copy((ctypes.c_char * ctypes.sizeof(struct)).from_address(params))
             types = [DTYPES[suffix] for suffix in name[len(base) + 1 :].split("_") if suffix]
-            if base.startswith("all_reduce"):
+            if struct is ka.AllReduceArgs:
                 return model(args, types[0], (name, grid, block))
             return model(args, *types)
     raise KeyError(f"no model of the kernel {name!r}")
@@ -202,6 +203,25 @@ def _all_reduce(args: ka.AllReduceArgs, dtype, launch: tuple) -> Launch:
     return Launch(reads, writes, lambda: None, tuple(args.signals[: args.ranks]), own, signature, together)
 
 
+def _reduce_scatter(args: ka.AllReduceArgs, dtype, launch: tuple) -> Launch:
+    nbytes, align = args.n * np.dtype(dtype).itemsize, ka.PART_NBYTES // np.dtype(dtype).itemsize
+    whole = _all_reduce(args, dtype, launch)
+    first, last = rank_range(args.n, args.rank, args.ranks, align)
+    own = (args.output + first * np.dtype(dtype).itemsize, (last - first) * np.dtype(dtype).itemsize)
+
+    def together(places: list[tuple[int, int]]) -> None:
+        parts = [view(x, args.n, dtype) for x, _ in places]
+        kept = [part.copy() for part in parts]
+        for rank, (_, y) in enumerate(places):
+            begin, _ = rank_range(args.n, rank, args.ranks, align)
+            output = view(y - begin * np.dtype(dtype).itemsize, args.n, dtype)
+            twins.reduce_scatter(kept, output, rank, scale=args.scale)
+
+    reads = [(args.inputs[args.rank], nbytes)]
+    writes = [own, (args.signals[args.rank], 16)]
+    return Launch(reads, writes, lambda: None, whole.ranks, args.rank, whole.signature, together)
+
+
 def sum_ranks(places: list[tuple[int, int]], n: int, dtype, scale: float) -> None:
     """What an all-reduce kernel writes on every rank, of (input, output) addresses in rank order."""
     total = twins.all_reduce([view(x, n, dtype) for x, _ in places], scale=scale)
@@ -220,4 +240,5 @@ MODELS = {
     "check_finite": (ka.CheckFiniteArgs, _check_finite),
     "all_reduce_one_shot": (ka.AllReduceArgs, _all_reduce),
     "all_reduce_two_shot": (ka.AllReduceArgs, _all_reduce),
+    "reduce_scatter": (ka.AllReduceArgs, _reduce_scatter),
 }

@@ -61,6 +61,7 @@ class Clique:
     gathering: Gathering
     # Outside a group: which communicators each thread has used.
     ungrouped: dict[int, set[int]] = field(default_factory=dict)
+    cards: list[int] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -143,8 +144,25 @@ def make_communicator(sim: Simulation) -> type:
     """The class NcclCommunicator of the simulated module."""
 
     class NcclCommunicator:
-        def __init__(self, comm: Comm) -> None:
-            self._comm = comm
+        def __init__(self, ndev, commId, rank):
+            sim.called("NcclCommunicator")
+            sim.unsafe("ncclCommInitRank")
+            if not sim.thread.group_depth:
+                sim.fail(SimulationError(f"a rank at {site()} waits for the others, which this thread is to make"))
+            device = sim.thread.device
+            sim.enter(device)
+            clique = sim.cliques.setdefault(commId, Clique(ndev, Gathering(ndev)))
+            clique.cards.append(device)
+            if clique.cards.count(device) > sim.ranks_on_a_card:
+                raise NcclError(5)
+            self._comm = Comm(sim, clique, rank, device)
+            sim.comms.append(self._comm)
+
+        @classmethod
+        def _of(cls, comm: Comm):
+            made = cls.__new__(cls)
+            made._comm = comm
+            return made
 
         @staticmethod
         def initAll(devices):
@@ -157,7 +175,7 @@ def make_communicator(sim: Simulation) -> type:
             for device in devices:
                 sim.enter(device)
             sim.comms += comms
-            return [NcclCommunicator(comm) for comm in comms]
+            return [NcclCommunicator._of(comm) for comm in comms]
 
         def allReduce(self, sendbuf, recvbuf, count, datatype, op, stream):
             with sim.lock:

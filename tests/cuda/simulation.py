@@ -218,6 +218,8 @@ class Simulation:
         self.modules: dict[int, tuple[int, bytes]] = {}
         self.functions: dict[int, tuple[int, str]] = {}
         self.comms: list = []
+        self.cliques: dict = {}  # of ranks that are made one by one, by their unique id
+        self.ranks_on_a_card = 1  # that NCCL takes
         self.groups: Counter[int] = Counter()  # open ones, by thread
         self.kernel_ranks: dict = {}
         self.captures: list[Capture] = []
@@ -267,6 +269,10 @@ class Simulation:
 
     def stream(self, handle: int, *, current: bool) -> Stream:
         """The stream of a handle; `current`: its device must be the thread's."""
+        if not handle:  # the default stream of the current device
+            self.enter(self.thread.device)
+            handle = -1 - self.thread.device
+            self.streams.setdefault(handle, Stream(handle, self.thread.device, 0, "CUDA itself"))
         stream = self.streams.get(handle)
         if stream is None or (current and stream.device != self.thread.device):
             raise CUDARuntimeError(400)
@@ -563,7 +569,9 @@ class Simulation:
         self.settle()
         left = [f"never ran: {item.name}" for s in self.streams.values() for item in s.queue if isinstance(item, Op)]
         left += [f"{a.nbytes} bytes of {a.place} from {a.site}, never freed" for a in self.memory.alive()]
-        left += [f"{stream} from {stream.site}, never destroyed" for stream in self.streams.values()]
+        left += [
+            f"{stream} from {stream.site}, never destroyed" for stream in self.streams.values() if stream.handle > 0
+        ]
         left += [f"an event of GPU {event.device} from {event.site}, never destroyed" for event in self.events.values()]
         left += [f"a graph, never destroyed ({len(nodes)} nodes)" for nodes in self.graphs.values()]
         left += [f"a launchable graph, never destroyed ({len(nodes)} nodes)" for nodes in self.execs.values()]

@@ -18,6 +18,7 @@ from gpus import Gpus
 import fastdp
 from fastdp.backend.host import HostDevice
 from fastdp.buckets import ArraySpec, FlatBuffers
+from fastdp.comm.ways import TWO_SHOT_NBYTES
 from fastdp.program.arrays import FunctionProgram
 
 LIMIT = 20.0
@@ -178,7 +179,7 @@ def test_all_reduce_by_every_way(gpus, monkeypatch, nccl, dtype, n):
         assert ways == expected
     elif n == 1:
         assert ways == {"one-shot"}
-    elif n * 4 > cuda.TWO_SHOT_NBYTES and dtype == "float32":
+    elif n * 4 > TWO_SHOT_NBYTES and dtype == "float32":
         assert ("nccl" if nccl else "two-shot") in ways
     del flats, comm
     gc.collect()

@@ -15,6 +15,7 @@ from gpus import Gpus
 import fastdp
 from fastdp.backend.host import HostDevice
 from fastdp.buckets import FlatBuffers
+from fastdp.comm import ways
 from fastdp.engine import WARM_STEPS
 from fastdp.program.arrays import FunctionProgram
 from fastdp.program.base import Result
@@ -31,10 +32,9 @@ def gpus(fake_cuda, monkeypatch):
 
     def start(count, way="kernels", **options):
         boxes.append(Gpus(fake_cuda(count, **options), monkeypatch))
-        cuda = importlib.import_module("fastdp.comm.cuda")
         if way == "nccl":
-            monkeypatch.setattr(cuda, "ONE_SHOT_NBYTES", 0)
-            monkeypatch.setattr(cuda, "TWO_SHOT_NBYTES", 0)
+            monkeypatch.setattr(ways, "ONE_SHOT_NBYTES", 0)
+            monkeypatch.setattr(ways, "TWO_SHOT_NBYTES", 0)
         return boxes[-1]
 
     yield start

@@ -125,20 +125,21 @@ def test_backward_runs_in_the_worker_s_own_thread(box):
     assert torch._C._is_multithreading_enabled()  # the user's own threads keep it
 
 
-def test_each_all_reduce_is_launched_by_itself_before_ranks_wait_for_each_other(box, monkeypatch):
-    cuda = importlib.import_module("fastdp.comm.cuda")
+def test_each_collective_is_launched_by_itself_before_ranks_wait_for_each_other(box, monkeypatch):
+    cuda = importlib.import_module("fastdp.comm.cuda_kernels")
     launched = []
-    for kind in ("one_shot", "two_shot"):
-        original = getattr(cuda, f"all_reduce_{kind}")
+    kinds = ("all_reduce_one_shot", "all_reduce_two_shot", "reduce_scatter")
+    for kind in kinds:
+        original = getattr(cuda, kind)
 
         def noted(kernels, group, *, original=original, kind=kind, **options):
             launched.append((kernels, kind, options["dtype"], len(group.signals)))
             original(kernels, group, **options)
 
-        monkeypatch.setattr(cuda, f"all_reduce_{kind}", noted)
+        monkeypatch.setattr(cuda, kind, noted)
     devices = box.devices(2, 1)
     assert engine_checks.all_reduces(devices, 10, "float16") == "one-shot"
     for device in devices:
         own = [launch[1:] for launch in launched if launch[0] is device.kernels]
-        assert own[:6] == [(kind, t, 1) for t in kernel_checks.FLOATS for kind in ("one_shot", "two_shot")]
-        assert set(own[6:]) == {("one_shot", "float16", 2)}
+        assert own[:9] == [(kind, t, 1) for t in kernel_checks.FLOATS for kind in kinds]
+        assert set(own[9:]) == {("all_reduce_one_shot", "float16", 2)}

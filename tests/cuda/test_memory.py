@@ -236,8 +236,8 @@ def test_a_pool_keeps_no_more_than_its_cache_holds(layer):
 
 
 @pytest.mark.parametrize("nbytes", [1, 4095, 4096, 4097, 65_536, 65_537, 1_000_000, 3 << 30])
-def test_a_size_class_wastes_at_most_an_eighth_or_a_page(layer, nbytes):
+def test_asize_class_wastes_at_most_an_eighth_or_a_page(layer, nbytes):
     _, memory = layer()
-    size = memory._size_class(nbytes)
+    size = memory.size_class(nbytes)
     assert nbytes <= size <= max(nbytes + 4095, nbytes * 9 / 8)
-    assert memory._size_class(size) == size
+    assert memory.size_class(size) == size

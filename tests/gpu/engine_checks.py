@@ -80,7 +80,7 @@ def allocates_nothing_in_the_steady_state(devices: list, finish: Callable[[Any],
         return {
             "arena": sum(d.arena.allocations for d in devices),
             "pinned": sum(d.pinned.allocations for d in devices),
-            "staging": sum(d._staging.allocations for d in devices),
+            "staging": sum(d._feed._ring.allocations for d in devices),
         }
 
     for _ in range(4):

@@ -244,21 +244,37 @@ def all_reduce(
             arrays = [values(dtype, n, np.random.default_rng(100 * turn + rank)) for rank in range(ranks)]
             inputs = [device.put(x) for x in arrays]
             outputs = inputs if turn % 2 else [device.empty(x.nbytes) for x in arrays]
-            sets.append((inputs, outputs, twins.all_reduce(arrays, scale=1 / ranks)))
+            # What the kernel leaves alone is compared too.
+            before = arrays if turn % 2 else [np.full_like(x, 7) for x in arrays]
+            for address, x in zip(outputs, before, strict=True):
+                device.write(address, x)
+            sets.append((inputs, outputs, [_reduced(kind, arrays, x, r, 1 / ranks) for r, x in enumerate(before)]))
         for inputs, outputs, _ in sets:
             for group in groups:
                 _issue(device, kind, group, inputs, outputs[group.rank], n, dtype, 1 / ranks)
         device.synchronize()
         given_up = [int(device.get(error, np.zeros(1, np.uint32))[0]) for error in errors]
         assert given_up == [0] * ranks, "a rank waited in vain for another"
-        for _, outputs, expected in sets:
-            for output in outputs:
+        for _, outputs, wanted in sets:
+            for output, expected in zip(outputs, wanted, strict=True):
                 same_bits(device.get(output, expected), expected)
+
+
+def _reduced(kind, arrays, before, rank, scale):
+    """What a rank's output holds afterwards."""
+    expected = before.copy()
+    if kind == "reduce_scatter":
+        twins.reduce_scatter(arrays, expected, rank, scale=scale)
+    else:
+        expected[:] = twins.all_reduce(arrays, scale=scale)
+    return expected
 
 
 def _issue(device, kind, group, inputs, y, n, dtype, scale):
     options = {"y": y, "n": n, "dtype": dtype, "scale": scale, "stream": group.rank}
     if kind == "one_shot":
         launch.all_reduce_one_shot(device.kernels, group, x=inputs[group.rank], **options)
+    elif kind == "reduce_scatter":
+        launch.reduce_scatter(device.kernels, group, inputs=inputs, **options)
     else:
         launch.all_reduce_two_shot(device.kernels, group, inputs=inputs, **options)

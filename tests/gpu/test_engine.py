@@ -63,9 +63,13 @@ NCCL_RANKS = """
 import sys
 import numpy as np, cupy
 from cupy.cuda import nccl
+from fastdp.backend.cuda import runtime
 cards = [int(text) for text in sys.argv[1:]]
-# 7 and 0: ncclFloat32 and ncclSum.
-comms = nccl.NcclCommunicator.initAll(cards)
+# 7 and 0: ncclFloat32 and ncclSum. As comm/cuda.py connects them.
+if len(set(cards)) == len(cards):
+    comms = runtime.nccl_init_all(cards)
+else:
+    comms = runtime.nccl_init_ranks(cards, runtime.on)
 arrays, streams = [], []
 for rank, card in enumerate(cards):
     with cupy.cuda.Device(card):

@@ -89,7 +89,7 @@ def test_fused_adam(device, n, pair):
     checks.fused_adam(device, n, pair, True, 0.25)
 
 
-@pytest.mark.parametrize("kind", ["one_shot", "two_shot"])
+@pytest.mark.parametrize("kind", ["one_shot", "two_shot", "reduce_scatter"])
 @pytest.mark.parametrize("dtype", checks.FLOATS)
 def test_all_reduce_of_one_rank(device, kind, dtype):
     for n in SIZES[:4]:
@@ -97,7 +97,7 @@ def test_all_reduce_of_one_rank(device, kind, dtype):
 
 
 @pytest.mark.skipif(SMALL, reason="the sanitizer may run one kernel at a time, and ranks wait for each other")
-@pytest.mark.parametrize("kind", ["one_shot", "two_shot"])
+@pytest.mark.parametrize("kind", ["one_shot", "two_shot", "reduce_scatter"])
 @pytest.mark.parametrize("dtype", checks.FLOATS)
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_all_reduce_between_virtual_ranks(device, kind, dtype, ranks):

@@ -44,7 +44,7 @@ def host(pytestconfig, tmp_path_factory) -> Iterator[host_device.HostDevice]:
 @pytest.fixture(scope="session")
 def racing_host(pytestconfig, tmp_path_factory) -> Iterator[host_device.HostDevice]:
     """The all-reduces under the thread sanitizer."""
-    files = ["all_reduce_one_shot", "all_reduce_two_shot"]
+    files = ["all_reduce_one_shot", "all_reduce_two_shot", "reduce_scatter"]
     device = _device(pytestconfig, tmp_path_factory.mktemp("racing"), host_device.THREAD, files)
     try:
         device.synchronize()

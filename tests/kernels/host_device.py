@@ -88,7 +88,7 @@ class HostDevice:
         return name
 
     def launch(self, function: str, grid: int, block: int, args: ctypes.Structure, stream: int) -> None:
-        mode = CONCURRENT if function.startswith("all_reduce") else LOOP
+        mode = CONCURRENT if function.startswith(("all_reduce", "reduce_scatter")) else LOOP
         mode = BARRIERS if function.startswith("l2_norm") else mode
         self.launches.append((function, grid, block, args))
         name, packed = function.encode(), bytes(args)

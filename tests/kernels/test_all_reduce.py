@@ -1,4 +1,4 @@
-"""Both all-reduces give every rank the twin's bits, launch after launch, in any timing, and never hang."""
+"""The all-reduces and the reduce-scatter give every rank the twin's bits, in any timing, and never hang."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastdp.launch import SIGNALS_NBYTES, PeerGroup, coresident_blocks
 
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 STAGING_NBYTES = 2 * 4096
-KINDS = ["one_shot", "two_shot"]
+KINDS = ["one_shot", "two_shot", "reduce_scatter"]
 
 
 def random_array(dtype: str, n: int, seed: int) -> np.ndarray:
@@ -50,6 +50,8 @@ class Ranks:
             options = {"y": outputs[group.rank], "n": n, "dtype": dtype, "scale": scale, "stream": group.rank}
             if kind == "one_shot":
                 launch.all_reduce_one_shot(self.host.kernels, group, x=inputs[group.rank], **options)
+            elif kind == "reduce_scatter":
+                launch.reduce_scatter(self.host.kernels, group, inputs=inputs, **options)
             else:
                 launch.all_reduce_two_shot(self.host.kernels, group, inputs=inputs, **options)
 
@@ -57,15 +59,25 @@ class Ranks:
         return [int(self.host.get(group.error, np.zeros(1, np.uint32))[0]) for group in self.groups]
 
 
+def reduced(kind, arrays, before, scale=1.0):
+    """What each rank's output holds afterwards; a reduce-scatter leaves what is not the rank's own."""
+    if kind != "reduce_scatter":
+        return [twins.all_reduce(arrays, scale=scale)] * len(arrays)
+    results = [x.copy() for x in before]
+    for rank, result in enumerate(results):
+        twins.reduce_scatter(arrays, result, rank, scale=scale)
+    return results
+
+
 def check_once(host, kind, count, n, dtype, *, in_place=False, lead=0, scale=1.0, **options):
     arrays = [random_array(dtype, n, seed) for seed in range(count)]
-    expected = twins.all_reduce(arrays, scale=scale)
     with host.scope():
         ranks = Ranks(host, count, **options)
         inputs = [host.put(x, lead * x.itemsize) for x in arrays]
-        outputs = inputs if in_place else [host.empty(x.nbytes, lead * x.itemsize) for x in arrays]
+        before = arrays if in_place else [np.full_like(x, 7) for x in arrays]
+        outputs = inputs if in_place else [host.put(x, lead * x.itemsize) for x in before]
         ranks.enqueue(kind, inputs, outputs, n, dtype, scale)
-        for output in outputs:
+        for output, expected in zip(outputs, reduced(kind, arrays, before, scale), strict=True):
             assert host.get(output, expected).tobytes() == expected.tobytes()
         assert ranks.errors() == [0] * count
 
@@ -91,21 +103,22 @@ def test_one_thread_in_one_block_is_enough(host, kind):
 
 
 def run_sequence(host, count: int, rounds: int) -> None:
-    """Launches of both kinds and of changing sizes, back to back on shared staging, without a host reset."""
+    """Launches of all kinds and of changing sizes, back to back on shared staging, without a host reset."""
     sizes = [600, 3, 1000, 64, 999, 8]
     with host.scope():
         ranks = Ranks(host, count)
         results = []
         for turn in range(rounds):
-            n, kind = sizes[turn % len(sizes)], KINDS[(turn // 2) % 2]
+            n, kind = sizes[turn % len(sizes)], KINDS[(turn // 2) % 3]
             arrays = [random_array("float32", n, turn * count + rank) for rank in range(count)]
             inputs = [host.put(x) for x in arrays]
-            outputs = inputs if turn % 3 == 0 else [host.empty(x.nbytes) for x in arrays]
+            before = arrays if turn % 4 == 0 else [np.full_like(x, 7) for x in arrays]
+            outputs = inputs if turn % 4 == 0 else [host.put(x) for x in before]
             ranks.enqueue(kind, inputs, outputs, n, "float32")
-            results.append((outputs, twins.all_reduce(arrays)))
+            results.append((outputs, reduced(kind, arrays, before)))
         host.synchronize()
-        for outputs, expected in results:
-            for output in outputs:
+        for outputs, wanted in results:
+            for output, expected in zip(outputs, wanted, strict=True):
                 assert host.get(output, expected).tobytes() == expected.tobytes()
         assert ranks.errors() == [0] * count
 
@@ -126,7 +139,8 @@ def test_a_recorded_launch_replays_with_the_same_bytes(host, kind):
     with host.scope():
         ranks = Ranks(host, count)
         inputs = [host.empty(4 * n) for _ in range(count)]
-        outputs = [host.empty(4 * n) for _ in range(count)]
+        before = [np.full(n, 7, np.float32)] * count
+        outputs = [host.put(x) for x in before]
         ranks.enqueue(kind, inputs, outputs, n, "float32")
         recorded = list(host.launches)
         for turn in range(4):
@@ -136,8 +150,7 @@ def test_a_recorded_launch_replays_with_the_same_bytes(host, kind):
             if turn:
                 for stream, launched in enumerate(recorded):
                     host.launch(*launched, stream=stream)
-            expected = twins.all_reduce(arrays)
-            for output in outputs:
+            for output, expected in zip(outputs, reduced(kind, arrays, before), strict=True):
                 assert host.get(output, expected).tobytes() == expected.tobytes()
 
 
@@ -162,7 +175,7 @@ def test_a_rank_that_never_comes_sets_the_error_flag_and_leaves_the_output(host,
 def test_after_a_time_out_all_ranks_fail_at_the_latest_one_launch_later_and_a_reset_mends_it(host, kind):
     n = 300
     arrays = [random_array("float32", n, rank) for rank in range(2)]
-    expected = twins.all_reduce(arrays)
+    wanted = reduced(kind, arrays, [np.full(n, 7, np.float32)] * 2)
     with host.scope():
         ranks = Ranks(host, 2, spin_limit=2000)
         inputs = [host.put(x) for x in arrays]
@@ -173,13 +186,13 @@ def test_after_a_time_out_all_ranks_fail_at_the_latest_one_launch_later_and_a_re
             host.synchronize()
             ranks.enqueue(kind, inputs, outputs, n, "float32")
         assert min(ranks.errors()) > 0
-        assert (host.get(outputs[0], expected) == 7).all()
+        assert (host.get(outputs[0], wanted[0]) == 7).all()
         for group in ranks.groups:
             host.write(group.signals[group.rank], np.zeros(SIGNALS_NBYTES, np.uint8))
             host.write(group.error, np.zeros(1, np.uint32))
         ranks.groups = [replace(group, spin_limit=50_000_000) for group in ranks.groups]
         ranks.enqueue(kind, inputs, outputs, n, "float32")
-        for output in outputs:
+        for output, expected in zip(outputs, wanted, strict=True):
             assert host.get(output, expected).tobytes() == expected.tobytes()
 
 

@@ -34,7 +34,7 @@ def test_optimizers(host, pair):
     checks.fused_adam(host, 130, pair, True, 0.25)
 
 
-@pytest.mark.parametrize("kind", ["one_shot", "two_shot"])
+@pytest.mark.parametrize("kind", ["one_shot", "two_shot", "reduce_scatter"])
 def test_all_reduce(host, kind):
     checks.all_reduce(host, kind, 1, 130, "float16", blocks=2, threads=8, turns=2)
     checks.all_reduce(host, kind, 3, 1000, "float32", blocks=2, threads=8, turns=3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -11,17 +10,17 @@ from typing import Any
 import numpy as np
 
 from fastdp.backend.cuda import runtime
+from fastdp.backend.cuda.feed import Feed, Gather
+from fastdp.backend.cuda.host_home import HostHome
 from fastdp.backend.cuda.launcher import kernels
-from fastdp.backend.cuda.memory import Arena, PinnedPool, StagingRing
+from fastdp.backend.cuda.memory import Arena, PinnedPool
+from fastdp.backend.cuda.outputs import OutputPool
+from fastdp.backend.cuda.peers import reaches
 from fastdp.backend.cuda.streams import FIRST_PAUSE, LAST_PAUSE, CudaStream, current_stream
 from fastdp.backend.queue import QueueDevice, QueueStream
 from fastdp.errors import DeviceTimeoutError
+from fastdp.launch import RowPiece, concat_rows
 from fastdp.shard import Rows
-
-# Where arrays begin in a staging buffer: what the widest loads of the kernels like.
-ALIGNMENT = 256
-# Two: the rows of a step may be copied in while the step before still computes.
-BATCHES_IN_FLIGHT = 2
 
 
 class CudaDevice(QueueDevice):
@@ -53,10 +52,9 @@ class CudaDevice(QueueDevice):
         )
         self.arena = Arena(ordinal)
         self.pinned = PinnedPool()
+        self.outputs = OutputPool(self.arena)
         self.kernels = kernels(ordinal)
-        self._staging = StagingRing(slots=BATCHES_IN_FLIGHT, timeout=timeout)
-        self._batches: list[Any] = [None] * BATCHES_IN_FLIGHT
-        self._turn = 0
+        self._feed = Feed(self, timeout)
         self._host_stream = runtime.stream_create(ordinal)
 
     def close(self, timeout: float = 60.0) -> None:
@@ -65,8 +63,8 @@ class CudaDevice(QueueDevice):
         handle, self._host_stream = self._host_stream, 0
         if not handle:
             return
-        self._staging.close()
-        self._batches = [None] * BATCHES_IN_FLIGHT
+        self._feed.close()
+        self.outputs.close()
         self.arena.trim()
         self.pinned.close()
         runtime.stream_destroy(handle)
@@ -94,7 +92,7 @@ class CudaDevice(QueueDevice):
         if array.nbytes:
             with runtime.on(self.ordinal):
                 runtime.fill_async(runtime.array_pointer(array), 0, array.nbytes, self._host_stream)
-                self._wait_for_host_stream()
+                self._wait_for(self._host_stream)
         return array
 
     def copy(self, target: Any, source: Any) -> None:
@@ -106,16 +104,12 @@ class CudaDevice(QueueDevice):
         if not target.nbytes:
             return
         if not runtime.is_array(source):
-            pinned = self.pinned.empty(target.shape, target.dtype)
-            pinned[...] = source
-            self._copy_now(runtime.array_pointer(target), pinned.ctypes.data, target.nbytes)
+            self._fill(target, source, self._handle_here())
             return
-        stream = current_stream()
         with runtime.on(self.ordinal):
-            handle = self._host_stream if stream is None else stream.handle
-            self.copy_rows(target, source, handle)
-            if stream is None:
-                self._wait_for_host_stream()
+            self.copy_rows(target, source, self._handle_here())
+            if current_stream() is None:
+                self._wait_for(self._host_stream)
 
     def copy_rows(self, target: Any, source: Any, stream: int) -> None:
         """Enqueue a copy from one GPU's array to another's on a stream."""
@@ -128,10 +122,16 @@ class CudaDevice(QueueDevice):
 
     def to_host(self, array: Any) -> np.ndarray:
         """A host array of the present values; waits for the copy, and for nothing else."""
-        pinned = self.pinned.empty(array.shape, array.dtype)
-        if array.nbytes:
-            self._copy_now(pinned.ctypes.data, runtime.array_pointer(array), array.nbytes)
-        return np.array(pinned)
+        return self._fetch(array, self._handle_here()) if array.nbytes else np.empty(array.shape, array.dtype)
+
+    def fetch(self, target: np.ndarray, source: Any) -> None:
+        """Copy one of this GPU's arrays into pinned memory, in the order of the stream whose work it is; waits."""
+        if target.nbytes:
+            self._copy_now(target.ctypes.data, runtime.array_pointer(source), target.nbytes, self._handle_here())
+
+    def host_home(self) -> HostHome:
+        """Host memory for a model's own weights, which this GPU copies to and from."""
+        return HostHome(self)
 
     def wrap(self, pointer: int, shape: tuple[int, ...], dtype: np.dtype, owner: object) -> Any:
         """A cupy.ndarray over memory of another library's on this GPU, which `owner` keeps alive. C-contiguous."""
@@ -145,67 +145,66 @@ class CudaDevice(QueueDevice):
         Rows of host arrays go through one pinned buffer and one copy on the GPU's own copy stream; those of
         arrays on a GPU are copied over the link. Valid until the step after the next.
         """
-        parts = [array[rows.start : rows.stop] for array in batch]
-        sizes = [-(-part.nbytes // ALIGNMENT) * ALIGNMENT for part in parts]
-        block = self._batch_memory(sum(sizes))
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        base = runtime.array_pointer(block)
-        taken = [
-            runtime.array(base + start, part.shape, part.dtype, self.ordinal, block)
-            for start, part in zip(starts, parts, strict=True)
-        ]
-        before = self.compute.record()  # an earlier step may still read what this one overwrites
-        self.copy_in.wait(before)
-        self.copy_in.enqueue(lambda: self._copy_in(taken, parts, starts, sum(sizes)))
-        arrived = self.copy_in.record()
-        self.compute.wait(arrived)
-        return taken
+        return self._feed.take(batch, rows)
 
-    def _copy_in(self, taken: Sequence[Any], parts: Sequence[Any], starts: Sequence[int], nbytes: int) -> None:
-        """Stage the host rows and enqueue the copies. On the worker, as work of the copy stream."""
-        stream = self.copy_in
-        assert isinstance(stream, CudaStream)
-        host = [i for i, part in enumerate(parts) if part.nbytes and not runtime.is_array(part)]
-        if host:
-            staged = self._staging.take(nbytes)
-            for i in host:
-                room = staged[starts[i] : starts[i] + parts[i].nbytes]
-                np.copyto(room.view(parts[i].dtype).reshape(parts[i].shape), parts[i])
-            # One copy where all rows come from the host; the gaps between arrays go along.
-            if len(host) == len([part for part in parts if part.nbytes]):
-                first, last = host[0], host[-1]
-                length = starts[last] + parts[last].nbytes - starts[first]
-                source = staged.ctypes.data + starts[first]
-                runtime.copy_async(runtime.array_pointer(taken[first]), source, length, stream.handle)
-            else:
-                for i in host:
-                    source = staged.ctypes.data + starts[i]
-                    runtime.copy_async(runtime.array_pointer(taken[i]), source, parts[i].nbytes, stream.handle)
-            self._staging.release(stream.now())
-        for target, part in zip(taken, parts, strict=True):
-            if part.nbytes and runtime.is_array(part):
-                self.copy_rows(target, part, stream.handle)
+    def gather_rows(
+        self, arrays: Sequence[Any], casts: Sequence[tuple[str, float, float] | None], index: np.ndarray
+    ) -> list[Any]:
+        """Rows, by their numbers, of arrays that lie on this GPU; compute that is enqueued later waits for them.
 
-    def _batch_memory(self, nbytes: int) -> Any:
-        """The device memory of the next batch: grown where it is too small, the two in turn."""
-        self._turn = (self._turn + 1) % BATCHES_IN_FLIGHT
-        block = self._batches[self._turn]
-        if block is None or block.nbytes < nbytes:
-            room = 1 << max(12, math.ceil(math.log2(max(1, nbytes))))
-            block = self._batches[self._turn] = self.empty((room,), np.dtype(np.uint8))
-        return block
+        Args:
+            arrays: C-contiguous; kept alive by who calls until the step is over.
+            casts: for each None, or (dtype, scale, offset) of the floats that are made of a uint8 one.
+            index: int64 row numbers, all in range.
+
+        Valid as long as what `take_rows` gives.
+        """
+        sources = [Gather(array, *cast) if cast else Gather(array) for array, cast in zip(arrays, casts, strict=True)]
+        return self._feed.gather(sources, index)
+
+    def stage_rows(self, batch: Sequence[Any], rows: Rows) -> bool:
+        """Begin to copy the rows that the next `take_rows` of the same arrays asks for; False without room for them."""
+        return self._feed.stage(batch, rows)
+
+    def forget_staged(self) -> None:
+        """Nobody will take the rows that are staged."""
+        self._feed.forget()
+
+    def recover(self) -> None:
+        """Forget failures on all streams, and staged rows, which a failure may have kept from coming."""
+        super().recover()
+        self._feed.recover()
 
     def merged(self, shape: tuple[int, ...], dtype: np.dtype, *, on_host: bool) -> Any:
         """Room for a merged output, the caller's to keep: pinned host memory, or this GPU's."""
-        return self.pinned.empty(shape, dtype) if on_host else self.empty(shape, dtype)
+        return (self.pinned if on_host else self.outputs).empty(shape, dtype)
 
-    def put_rows(self, target: Any, output: Any) -> None:
-        """Enqueue the copy of a replica's output to its rows of the merged array. On the worker; both stay alive
-        until the step is over."""
+    def prepare_to_merge(self) -> None:
+        """Have what `put_rows` to a GPU needs: CUDA may wait for the GPU when a kernel is loaded. Between steps."""
+        self.kernels.load("concat_rows")
+
+    def put_rows(self, targets: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """Enqueue the copies of a replica's outputs to their rows of the merged arrays. On the worker; all of them stay
+        alive until the step is over.
+
+        One launch copies several outputs to a GPU whose memory this one's kernels reach.
+        """
         stream = current_stream()
         assert stream is not None
-        if not target.nbytes:
-            return
+        near: list[tuple[Any, Any]] = []
+        far: list[tuple[Any, Any]] = []
+        for pair in zip(targets, outputs, strict=True):
+            if pair[0].nbytes:
+                direct = all(map(runtime.is_array, pair)) and reaches(self.ordinal, runtime.array_device(pair[0]))
+                (near if direct else far).append(pair)
+        if len(near) > 1:
+            concat_rows(self.kernels, [_piece(*pair) for pair in near], stream=stream.handle)
+            near = []
+        for target, output in near + far:
+            self._put(target, output, stream)
+
+    def _put(self, target: Any, output: Any, stream: CudaStream) -> None:
+        """Copy one output."""
         if not runtime.is_array(output):  # a function of the user's that works on the host
             if runtime.is_array(target):
                 self.write(target, output, stream)
@@ -220,34 +219,36 @@ class CudaDevice(QueueDevice):
 
     def read(self, array: Any, stream: QueueStream) -> np.ndarray:
         """The array's values in the order of a stream of this device, whatever thread asks; waits for them."""
-        pinned = self.pinned.empty(array.shape, array.dtype)
         assert isinstance(stream, CudaStream)
-        with runtime.on(self.ordinal):
-            if array.nbytes:
-                runtime.copy_async(pinned.ctypes.data, runtime.array_pointer(array), array.nbytes, stream.handle)
-            self._wait_for(stream.handle)
-        return np.array(pinned)
+        return self._fetch(array, stream.handle)
 
     def write(self, array: Any, values: np.ndarray, stream: QueueStream) -> None:
         """Overwrite the array in the order of a stream of this device; waits until it is done."""
+        assert isinstance(stream, CudaStream)
+        self._fill(array, values, stream.handle)
+
+    def _fetch(self, array: Any, handle: int) -> np.ndarray:
+        pinned = self.pinned.empty(array.shape, array.dtype)
+        self._copy_now(pinned.ctypes.data, runtime.array_pointer(array) if array.nbytes else 0, array.nbytes, handle)
+        return np.array(pinned)
+
+    def _fill(self, array: Any, values: Any, handle: int) -> None:
         pinned = self.pinned.empty(array.shape, array.dtype)
         pinned[...] = values
-        assert isinstance(stream, CudaStream)
-        with runtime.on(self.ordinal):
-            if array.nbytes:
-                runtime.copy_async(runtime.array_pointer(array), pinned.ctypes.data, array.nbytes, stream.handle)
-            self._wait_for(stream.handle)
+        self._copy_now(runtime.array_pointer(array) if array.nbytes else 0, pinned.ctypes.data, array.nbytes, handle)
 
-    def _copy_now(self, target: int, source: int, nbytes: int) -> None:
+    def _copy_now(self, target: int, source: int, nbytes: int, handle: int) -> None:
+        """Copy in the order of a CUDA stream, and wait for it; of no bytes, wait for what the stream has."""
         with runtime.on(self.ordinal):
-            stream = current_stream()
-            # Behind what this worker has enqueued: it is asked for in the middle of that work.
-            handle = self._host_stream if stream is None else stream.handle
-            runtime.copy_async(target, source, nbytes, handle)
+            if nbytes:
+                runtime.copy_async(target, source, nbytes, handle)
             self._wait_for(handle)
 
-    def _wait_for_host_stream(self) -> None:
-        self._wait_for(self._host_stream)
+    def _handle_here(self) -> int:
+        """The stream whose work this thread issues: behind it lies what is asked for in the middle of it. Elsewhere
+        the host's own stream."""
+        stream = current_stream()
+        return self._host_stream if stream is None else stream.handle
 
     def _wait_for(self, handle: int) -> None:
         """Block until all work of a CUDA stream is done, with the device's time limit."""
@@ -262,3 +263,15 @@ class CudaDevice(QueueDevice):
                 pause = min(1.5 * pause, LAST_PAUSE)
         finally:
             runtime.event_destroy(event)
+
+
+def _piece(target: Any, output: Any) -> RowPiece:
+    """The copy of one output to its place."""
+    rows = output.shape[0]
+    return RowPiece(
+        source=runtime.array_pointer(output),
+        destination=runtime.array_pointer(target),
+        rows=rows,
+        row_nbytes=output.nbytes // rows,
+        destination_row=0,
+    )

@@ -11,7 +11,7 @@ import math
 import threading
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from fastdp.backend.base import Event
 from fastdp.backend.cuda import runtime
 
-__all__ = ["Arena", "PinnedPool", "StagingRing"]
+__all__ = ["Arena", "PinnedPool", "StagingRing", "defer", "run_deferred", "size_class"]
 
 ALIGNMENT = 512  # bytes
 PINNED_CACHE_NBYTES = 1 << 30
@@ -28,6 +28,21 @@ PINNED_CACHE_NBYTES = 1 << 30
 
 def _nbytes(shape: Sequence[int], dtype: Any) -> int:
     return math.prod(shape) * np.dtype(dtype).itemsize
+
+
+# What the garbage collector found and may not do itself: appended to in any thread.
+_deferred: deque[Callable[[], object]] = deque()
+
+
+def defer(work: Callable[[], object]) -> None:
+    """Have `work()`, which frees something on GPUs, done where memory of any GPU is next allocated or trimmed."""
+    _deferred.append(work)
+
+
+def run_deferred() -> None:
+    """Do what was deferred. Not while a collective is under way: freeing may wait for the GPUs."""
+    while _deferred:
+        _deferred.popleft()()
 
 
 class _Block:
@@ -110,6 +125,7 @@ class Arena:
 
     def trim(self) -> None:
         """Free what no array uses any more. Waits for the device where there is such memory."""
+        run_deferred()
         while self._dead:
             base = self._dead.popleft()
             del self._finalizers[base]
@@ -155,7 +171,7 @@ class StagingRing:
     Attributes:
         allocations: how many times memory was asked of CUDA; constant once the largest batch has gone through.
 
-    One thread takes and releases, in the same order.
+    One thread at a time takes and releases, in the same order.
 
     Example:
         >>> rows = ring.take(batch.nbytes)  # doctest: +SKIP
@@ -172,6 +188,22 @@ class StagingRing:
         self._slots = [_Slot() for _ in range(slots)]
         self._turn = 0
         self._taken: deque[_Slot] = deque()
+
+    @property
+    def room(self) -> int:
+        """Bytes that any of the buffers holds without being asked of CUDA anew."""
+        return min(slot.nbytes for slot in self._slots)
+
+    def reserve(self, nbytes: int) -> None:
+        """Have all buffers hold so much, once nothing reads from them. None is taken meanwhile.
+
+        Raises:
+            fastdp.errors.DeviceTimeoutError: as for `take`.
+        """
+        for slot in self._slots:
+            if slot.nbytes < nbytes:
+                self._wait(slot)
+                self._resize(slot, nbytes)
 
     def take(self, nbytes: int) -> NDArray[np.uint8]:
         """`nbytes` of pinned memory that nothing reads any more, for the caller to fill.
@@ -218,8 +250,8 @@ class StagingRing:
             runtime.host_free(slot.ptr)
             slot.ptr = slot.nbytes = 0
         if nbytes:
-            slot.ptr = runtime.host_alloc(_size_class(nbytes))
-            slot.nbytes = _size_class(nbytes)
+            slot.ptr = runtime.host_alloc(size_class(nbytes))
+            slot.nbytes = size_class(nbytes)
             self.allocations += 1
 
 
@@ -254,7 +286,7 @@ class PinnedPool:
         nbytes = _nbytes(shape, dtype)
         if not nbytes:
             return np.empty(shape, dtype)
-        size = _size_class(nbytes)
+        size = size_class(nbytes)
         with self._lock:  # workers of several devices ask the one that outputs are merged on
             self._collect()
             ready = self._free.get(size)
@@ -286,7 +318,7 @@ class PinnedPool:
                 kept -= size
 
 
-def _size_class(nbytes: int) -> int:
+def size_class(nbytes: int) -> int:
     """At least nbytes, at most an eighth more (or 4 KiB): sizes that differ a little share memory."""
     step = max(4096, 1 << max(0, (nbytes - 1).bit_length() - 4))
     return -(-nbytes // step) * step

@@ -8,7 +8,8 @@ communicators' devices, which need not be current. Errors are `NcclError`, a Run
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from cupy.cuda import nccl
@@ -25,6 +26,7 @@ __all__ = [
     "nccl_destroy",
     "nccl_group",
     "nccl_init_all",
+    "nccl_init_ranks",
     "nccl_version",
     "reduce_scatter",
 ]
@@ -68,6 +70,21 @@ def nccl_init_all(devices: Sequence[int]) -> list[Any]:
     if len(set(devices)) != len(devices):
         raise ValueError(f"devices={list(devices)}: expected each GPU once, since NCCL takes one rank per GPU")
     return list(nccl.NcclCommunicator.initAll(list(devices)))
+
+
+def nccl_init_ranks(devices: Sequence[int], current: Callable[[int], AbstractContextManager[object]]) -> list[Any]:
+    """As nccl_init_all, one by one in a group: several ranks may name the same device, where NCCL allows it.
+
+    Args:
+        devices: of each rank.
+        current: makes a device the thread's own for a while.
+    """
+    clique, comms = nccl.get_unique_id(), []
+    with nccl_group():
+        for rank, device in enumerate(devices):
+            with current(device):
+                comms.append(nccl.NcclCommunicator(len(devices), clique, rank))
+    return comms
 
 
 @contextlib.contextmanager

@@ -14,10 +14,19 @@ import numpy as np
 from fastdp.backend.cuda import runtime
 from fastdp.errors import DeviceTimeoutError
 
-__all__ = ["PeerAccess"]
+__all__ = ["PeerAccess", "reaches"]
 
 PATTERN_NBYTES = 1 << 16
 _POLL_SECONDS = 0.0005
+
+
+# Ordered pairs of devices whose access was enabled and tried, by any PeerAccess of this process.
+_reached_by_kernels: set[tuple[int, int]] = set()
+
+
+def reaches(device: int, other: int) -> bool:
+    """Whether kernels of `device` are known to reach `other`'s memory."""
+    return device == other or (device, other) in _reached_by_kernels
 
 
 class PeerAccess:
@@ -50,6 +59,7 @@ class PeerAccess:
                     if not _copies_arrive(trials[device], trials[peer], host, timeout):
                         reasons[device, peer] = "CUDA reports access, but a copied pattern did not arrive"
         self._reached = frozenset(pair for pair, reason in reasons.items() if not reason)
+        _reached_by_kernels.update(self._reached)
         self._warn({pair: reason for pair, reason in reasons.items() if reason})
 
     def direct(self, src: int, dst: int) -> bool:

@@ -205,6 +205,9 @@ def fill_async(ptr: int, value: int, nbytes: int, stream: int) -> None:
 
 # Streams and events
 
+# CUDA's own, on which torch and CuPy work unless told otherwise; of the device that is current.
+DEFAULT_STREAM = 0
+
 
 def stream_create(device: int, priority: int = 0) -> int:
     """A stream that the legacy default stream does not block; lower numbers go first, CUDA clamps them."""
@@ -260,7 +263,10 @@ def event_destroy(event: int) -> None:
 
 
 def event_record(event: int, stream: int) -> None:
-    """Have the event done once all work of the stream so far is. Both belong to one device."""
+    """Have the event done once all work of the stream so far is. Both belong to one device.
+
+    On DEFAULT_STREAM: once all work of the current device's streams that do not exclude themselves is (as ours do).
+    """
     cudart.eventRecord(event, stream)
 
 
@@ -359,6 +365,11 @@ def array(ptr: int, shape: tuple[int, ...], dtype: Any, device: int, owner: obje
 def is_array(x: object) -> bool:
     """Whether x is a cupy.ndarray."""
     return isinstance(x, cupy.ndarray)
+
+
+def pointer_device(ptr: int) -> int:
+    """The device that an address of device memory lies on."""
+    return int(cudart.pointerGetAttributes(ptr).device)
 
 
 def array_pointer(x: Any) -> int:

@@ -83,6 +83,7 @@ class CudaStream(QueueStream):
 
     def __init__(self, device: Any, name: str, priority: int = 0) -> None:
         super().__init__(device, name)
+        self.device = device
         self.ordinal: int = device.ordinal
         self.handle = runtime.stream_create(self.ordinal, priority)
         self._waits: list[CudaEvent] = []

@@ -1,0 +1,329 @@
+"""How a batch comes to a GPU: through pinned memory or over a link, into one of two device buffers."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastdp.backend.cuda import runtime
+from fastdp.backend.cuda.memory import StagingRing
+from fastdp.backend.cuda.peers import reaches
+from fastdp.backend.cuda.streams import CudaStream
+from fastdp.backend.queue import QueueEvent
+from fastdp.launch import RowSlice, slice_rows
+from fastdp.shard import Rows
+
+# Where arrays begin in a staging buffer: what the widest loads of the kernels like.
+ALIGNMENT = 256
+# Two: the rows of a step are copied in while the step before still computes.
+BATCHES_IN_FLIGHT = 2
+
+
+@dataclass(slots=True)
+class _Staged:
+    """Rows of a batch that nobody has taken yet. Holds the batch: its arrays stay the ones that they are."""
+
+    batch: list[Any]
+    rows: Rows
+    arrays: list[Any]
+    arrived: QueueEvent
+
+    def holds(self, batch: Sequence[Any], rows: Rows) -> bool:
+        """Whether these are the very same arrays and rows."""
+        same = len(batch) == len(self.batch) and all(a is b for a, b in zip(batch, self.batch, strict=True))
+        return same and rows == self.rows
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """An array on a GPU whose rows are asked for by number; `cast` makes floats x * scale + offset of a uint8 one."""
+
+    array: Any
+    cast: str | None = None
+    scale: float = 1.0
+    offset: float = 0.0
+
+
+class CallersWork:
+    """An event on the current device's default stream, which lives as long as somebody may wait for it."""
+
+    def __init__(self) -> None:
+        self.event = runtime.event_create()
+        runtime.event_record(self.event, runtime.DEFAULT_STREAM)
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            runtime.event_destroy(self.event)
+
+
+class Feed:
+    """The rows of batches on their way to one GPU.
+
+    Args:
+        device: a CudaDevice, on whose copy stream all copies run.
+        timeout: seconds that a pinned buffer may stay in use.
+
+    Rows of host arrays go through one pinned buffer and one copy. Those of arrays on a GPU, behind what the caller has
+    enqueued on that GPU's default stream, are copied over the link, or by one launch for all of them where the
+    GPU's kernels reach their memory. Rows by number of arrays that lie on the GPU are gathered by one launch.
+    A step's rows lie in one of two device buffers until the step after the next takes its own; the other one is for
+    rows that are staged meanwhile. Called from the thread that runs steps.
+    """
+
+    def __init__(self, device: Any, timeout: float) -> None:
+        self._device = device
+        self._timeout = timeout
+        self._ring = StagingRing(slots=BATCHES_IN_FLIGHT, timeout=timeout)
+        self._buffers: list[Any] = [None] * BATCHES_IN_FLIGHT
+        self._turn = 0  # the buffer of the rows that were taken last
+        self._other_is_free: QueueEvent | None = None
+        self._staged: _Staged | None = None
+        self._error: Any = None  # that a gather sets, whose numbers were checked before
+
+    def take(self, batch: Sequence[Any], rows: Rows) -> list[Any]:
+        """The rows of every array; compute that is enqueued later waits for them.
+
+        Rows that were staged are there already, or on their way. Others that are larger than before allocate.
+        """
+        staged = self._staged
+        if staged is not None and staged.holds(batch, rows):
+            self._turn, self._staged = self._other, None
+            # What reads the buffer of the step before is enqueued by now.
+            self._other_is_free = self._device.compute.record()
+        else:
+            parts, sizes = _parts(batch, rows)
+            free = self._turn_over(sum(sizes), sum(sizes) if _from_host(parts) else 0)
+            if _from_gpus(parts):
+                self._device.kernels.load("slice_rows")  # CUDA may wait for the GPU then
+            staged = self._send(batch, rows, parts, sizes, self._turn, free)
+        self._device.compute.wait(staged.arrived)
+        return staged.arrays
+
+    def gather(self, sources: Sequence[Gather], index: np.ndarray) -> list[Any]:
+        """Rows of arrays on this GPU by their numbers, int64 and in range; compute enqueued later waits for them."""
+        rows = len(index)
+        shapes = [(rows, *source.array.shape[1:]) for source in sources]
+        dtypes = [np.dtype(source.cast or source.array.dtype) for source in sources]
+        needed = [index.nbytes, *(math.prod(s) * d.itemsize for s, d in zip(shapes, dtypes, strict=True))]
+        sizes = [-(-nbytes // ALIGNMENT) * ALIGNMENT for nbytes in needed]
+        free = self._turn_over(sum(sizes), index.nbytes)
+        if self._error is None:
+            self._error = self._device.zeros((1,), np.dtype(np.uint32))
+            self._device.kernels.load("slice_rows")
+        buffer, copy_in = self._buffers[self._turn], self._device.copy_in
+        places = [runtime.array_pointer(buffer) + sum(sizes[:i]) for i in range(len(sizes))]
+        slices = [
+            RowSlice(
+                source=runtime.array_pointer(source.array) if source.array.nbytes else 0,
+                destination=place,
+                rows=rows,
+                row_elements=math.prod(shape[1:]) * (1 if source.cast else source.array.dtype.itemsize),
+                source_rows=source.array.shape[0],
+                cast=source.cast,
+                scale=source.scale,
+                offset=source.offset,
+            )
+            for source, place, shape in zip(sources, places[1:], shapes, strict=True)
+        ]
+        copy_in.wait(free)
+        copy_in.enqueue(lambda: self._gather(slices, places[0], index))
+        self._device.compute.wait(copy_in.record())
+        return [
+            runtime.array(place, shape, dtype, self._device.ordinal, (buffer, source.array))
+            for place, shape, dtype, source in zip(places[1:], shapes, dtypes, sources, strict=True)
+        ]
+
+    def stage(self, batch: Sequence[Any], rows: Rows) -> bool:
+        """Begin to copy the rows of the batch that comes next, while a step computes; `take` then finds them.
+
+        Returns:
+            False, and nothing is done, where memory would have to be allocated: CUDA may wait for all GPUs then, which
+            in the middle of a step may wait for each other.
+        """
+        parts, sizes = _parts(batch, rows)
+        self._staged = None
+        buffer = self._buffers[self._other]
+        if buffer is None or buffer.nbytes < sum(sizes) or (_from_host(parts) and self._ring.room < sum(sizes)):
+            return False
+        if _from_gpus(parts):  # nothing to be fetched over the host's link, and perhaps a kernel to be loaded
+            return False
+        self._staged = self._send(batch, rows, parts, sizes, self._other, self._other_is_free)
+        return True
+
+    def forget(self) -> None:
+        """Nobody will take what is staged. Its copy may still run: the next one is behind it."""
+        self._staged = None
+
+    def recover(self) -> None:
+        """After a failure, when nothing runs: what was staged may not have come, and both buffers are free."""
+        self._staged = self._other_is_free = None
+
+    def close(self) -> None:
+        """Give the memory back, when the GPU is done with it."""
+        self.recover()
+        self._error = None
+        self._ring.close()
+        self._buffers = [None] * BATCHES_IN_FLIGHT
+
+    @property
+    def _other(self) -> int:
+        return (self._turn + 1) % BATCHES_IN_FLIGHT
+
+    def _turn_over(self, nbytes: int, pinned_nbytes: int) -> QueueEvent:
+        """Have the buffer of the next rows, and room in pinned memory; the event after which nothing uses it."""
+        # Rows that wait for another step keep their buffer.
+        if self._staged is None:
+            self._turn = self._other
+            self._grow(self._other, nbytes)
+        self._grow(self._turn, nbytes)
+        if self._ring.room < pinned_nbytes:
+            self._device.copy_in.record().wait_issued(self._timeout)  # the worker has nothing to do with the ring
+            self._ring.reserve(pinned_nbytes)
+        self._other_is_free = self._device.compute.record()
+        return self._other_is_free
+
+    def _grow(self, turn: int, nbytes: int) -> None:
+        """Have a buffer of at least `nbytes`."""
+        buffer = self._buffers[turn]
+        if buffer is None or buffer.nbytes < nbytes:
+            room = 1 << max(12, math.ceil(math.log2(max(1, nbytes))))
+            self._buffers[turn] = self._device.empty((room,), np.dtype(np.uint8))
+
+    def _send(
+        self,
+        batch: Sequence[Any],
+        rows: Rows,
+        parts: Sequence[Any],
+        sizes: Sequence[int],
+        turn: int,
+        free: QueueEvent | None,
+    ) -> _Staged:
+        """Enqueue the copies into a buffer, behind the event after which nothing reads it."""
+        buffer, copy_in = self._buffers[turn], self._device.copy_in
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        base = runtime.array_pointer(buffer)
+        arrays = [
+            runtime.array(base + start, part.shape, part.dtype, self._device.ordinal, buffer)
+            for start, part in zip(starts, parts, strict=True)
+        ]
+        if free is not None:
+            copy_in.wait(free)
+        sources = [_behind_caller(ordinal) for ordinal in _from_gpus(parts)]
+        copy_in.enqueue(lambda: self._copy(arrays, parts, starts, sum(sizes), sources))
+        return _Staged(list(batch), rows, arrays, copy_in.record())
+
+    def _copy(
+        self,
+        arrays: Sequence[Any],
+        parts: Sequence[Any],
+        starts: Sequence[int],
+        nbytes: int,
+        callers: Sequence[CallersWork],
+    ) -> None:
+        """Fill a pinned buffer with the host rows, and enqueue the copies. On the worker, as the copy stream's work."""
+        stream = self._device.copy_in
+        assert isinstance(stream, CudaStream)
+        host = _from_host(parts)
+        if host:
+            pinned = self._ring.take(nbytes)
+            for i in host:
+                room = pinned[starts[i] : starts[i] + parts[i].nbytes]
+                np.copyto(room.view(parts[i].dtype).reshape(parts[i].shape), parts[i])
+            # One copy where all rows come from the host; the gaps between arrays go along.
+            if len(host) == len([part for part in parts if part.nbytes]):
+                first, last = host[0], host[-1]
+                length = starts[last] + parts[last].nbytes - starts[first]
+                source = pinned.ctypes.data + starts[first]
+                runtime.copy_async(runtime.array_pointer(arrays[first]), source, length, stream.handle)
+            else:
+                for i in host:
+                    source = pinned.ctypes.data + starts[i]
+                    runtime.copy_async(runtime.array_pointer(arrays[i]), source, parts[i].nbytes, stream.handle)
+            self._ring.release(stream.now())
+        for caller in callers:
+            runtime.stream_wait_event(stream.handle, caller.event)
+        near: list[tuple[Any, Any]] = []
+        far: list[tuple[Any, Any]] = []
+        for target, part in zip(arrays, parts, strict=True):
+            if part.nbytes and runtime.is_array(part):
+                direct = reaches(self._device.ordinal, runtime.array_device(part))
+                (near if direct else far).append((target, part))
+        if len(near) > 1:
+            slice_rows(self._device.kernels, [_whole(*pair) for pair in near], stream=stream.handle)
+            near = []
+        for target, part in near + far:
+            self._device.copy_rows(target, part, stream.handle)
+
+    def _gather(self, slices: Sequence[RowSlice], index_at: int, index: np.ndarray) -> None:
+        """Copy the row numbers to the GPU, and launch. On the worker, as work of the copy stream."""
+        stream = self._device.copy_in
+        assert isinstance(stream, CudaStream)
+        pinned = self._ring.take(index.nbytes)
+        pinned.view(np.int64)[:] = index
+        runtime.copy_async(index_at, pinned.ctypes.data, index.nbytes, stream.handle)
+        self._ring.release(stream.now())
+        error = runtime.array_pointer(self._error)
+        slice_rows(self._device.kernels, slices, index=index_at, error=error, stream=stream.handle)
+
+
+def _whole(target: Any, part: Any) -> RowSlice:
+    """All rows of one array to another place."""
+    rows = part.shape[0]
+    return RowSlice(
+        source=runtime.array_pointer(part),
+        destination=runtime.array_pointer(target),
+        rows=rows,
+        row_elements=part.nbytes // rows,
+        source_rows=rows,
+    )
+
+
+def _behind_caller(ordinal: int) -> CallersWork:
+    """What the caller has enqueued on a GPU so far. On the caller's thread."""
+    with runtime.on(ordinal):
+        return CallersWork()
+
+
+def _parts(batch: Sequence[Any], rows: Rows) -> tuple[list[Any], list[int]]:
+    """The rows of every array, and the bytes that each takes in a buffer."""
+    parts = [_adopted(array)[rows.start : rows.stop] for array in batch]
+    return parts, [-(-part.nbytes // ALIGNMENT) * ALIGNMENT for part in parts]
+
+
+def _adopted(x: Any) -> Any:
+    """An array of another library on a GPU (`__cuda_array_interface__`) as a cupy.ndarray; anything else as it is.
+
+    Raises:
+        ValueError: its elements do not lie in a row: rows are copied as runs of bytes.
+    """
+    if runtime.is_array(x):
+        straight = bool(x.flags.c_contiguous)
+    elif hasattr(x, "__cuda_array_interface__"):
+        found = x.__cuda_array_interface__
+        ptr, shape, dtype = int(found["data"][0]), tuple(found["shape"]), np.dtype(found["typestr"])
+        strides = found.get("strides")
+        straight = strides is None or tuple(strides) == np.empty((0, *shape[1:]), dtype).strides
+        x = runtime.array(ptr, shape, dtype, runtime.pointer_device(ptr), x)
+    else:
+        return x
+    if not straight:
+        raise ValueError(
+            f"An array on a GPU must be C-contiguous to be dealt out by rows. Received: shape {tuple(x.shape)}, whose "
+            "elements do not lie in a row. Pass cupy.ascontiguousarray(array), or tensor.contiguous()."
+        )
+    return x
+
+
+def _from_host(parts: Sequence[Any]) -> list[int]:
+    """Which of the parts lie in host memory, and are not empty."""
+    return [i for i, part in enumerate(parts) if part.nbytes and not runtime.is_array(part)]
+
+
+def _from_gpus(parts: Sequence[Any]) -> list[int]:
+    """The GPUs that parts lie on."""
+    return sorted({runtime.array_device(part) for part in parts if part.nbytes and runtime.is_array(part)})

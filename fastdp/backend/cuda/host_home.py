@@ -1,0 +1,44 @@
+"""Pinned host memory in which a model's own weights live while its replicas run on GPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastdp.backend.cuda import runtime
+from fastdp.backend.cuda.streams import current_stream
+
+
+class HostHome:
+    """An allocator (fastdp.buckets) of host memory that the first GPU copies to and from.
+
+    Args:
+        device: the CudaDevice that copies.
+    """
+
+    on_gpu = False
+    torch_device = "cpu"
+    space = "host"
+
+    def __init__(self, device: Any) -> None:
+        self._device = device
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """A pinned array of zeros."""
+        array: np.ndarray = self._device.pinned.empty(shape, dtype)
+        array[...] = 0
+        return array
+
+    def copy(self, target: np.ndarray, source: Any) -> None:
+        """Copy an array of the host, or of a GPU in the order of the stream whose work a worker issues; waits."""
+        if runtime.is_array(source):
+            # The weights may be another engine's by now, whose first GPU is not the one that they came from.
+            stream = current_stream()
+            (self._device if stream is None else stream.device).fetch(target, source)
+        else:
+            np.copyto(target, source)
+
+    def to_host(self, array: np.ndarray) -> np.ndarray:
+        """The array itself."""
+        return array

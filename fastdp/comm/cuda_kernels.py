@@ -1,0 +1,144 @@
+"""Our kernels over peer memory, launched for all ranks by one thread, and the memory that they need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastdp.backend.cuda import runtime
+from fastdp.backend.cuda.device import CudaDevice
+from fastdp.backend.cuda.streams import CudaStream
+from fastdp.buckets import Bucket, FlatBuffers, storage_dtype
+from fastdp.comm.ways import KERNEL_DTYPES
+from fastdp.launch import (
+    SIGNALS_NBYTES,
+    PeerGroup,
+    all_reduce_one_shot,
+    all_reduce_two_shot,
+    coresident_blocks,
+    reduce_scatter,
+)
+from fastdp.launch.args import PACK_NBYTES
+
+
+@dataclass(slots=True)
+class _PeerRank:
+    """One rank's memory for the kernels; the error flag is copied to `seen` after each use."""
+
+    staging: Any
+    signals: Any
+    error: Any
+    seen: np.ndarray
+
+
+class PeerKernels:
+    """The kernels of ranks that reach each other's memory; several ranks may share a card.
+
+    Args:
+        devices: one per rank.
+
+    All launches of one collective are made by one thread, on the ranks' communication streams.
+    """
+
+    def __init__(self, devices: Sequence[CudaDevice]) -> None:
+        self._devices = list(devices)
+        self._ranks: list[_PeerRank] = []
+        self._groups: list[PeerGroup] = []
+
+    def prepare(self, buckets: Sequence[tuple[Bucket, str]]) -> None:
+        """Have staging for the largest of these buckets, each with its way. Between steps: it may allocate."""
+        needed = 0
+        for bucket, way in buckets:
+            if way == "one-shot":
+                needed = max(needed, bucket.nbytes)
+            elif way == "two-shot":
+                needed = max(needed, -(-bucket.nbytes // len(self._devices)) + PACK_NBYTES)
+            elif way == "kernel":
+                needed = max(needed, PACK_NBYTES)  # stages nothing, and signals as the others do
+        half = -(-needed // PACK_NBYTES) * PACK_NBYTES
+        if needed and not (self._groups and self._groups[0].half_nbytes >= half):
+            self._allocate(half)
+
+    def run(self, targets: Sequence[FlatBuffers], bucket: Bucket, way: str) -> None:
+        """One launch per rank."""
+        addresses, n = [address_of(target, bucket) for target in targets], bucket.stop - bucket.start
+        for rank, (device, group) in enumerate(zip(self._devices, self._groups, strict=True)):
+            more: dict[str, Any] = {"y": addresses[rank], "n": n, "dtype": bucket.dtype, "stream": stream_of(device)}
+            if way == "one-shot":
+                all_reduce_one_shot(device.kernels, group, x=addresses[rank], **more)
+            elif way == "two-shot":
+                all_reduce_two_shot(device.kernels, group, inputs=addresses, **more)
+            else:
+                reduce_scatter(device.kernels, group, inputs=addresses, **more)
+
+    def show_errors(self) -> None:
+        """Have the ranks' error flags copied to the host, for `given_up`: behind the last launch, once for all.
+
+        Nothing is there to be copied where no bucket has come this way yet.
+        """
+        for device, memory in zip(self._devices, self._ranks, strict=False):
+            flag = runtime.array_pointer(memory.error)
+            runtime.copy_async(memory.seen.ctypes.data, flag, memory.seen.nbytes, stream_of(device))
+
+    def given_up(self) -> list[int]:
+        """The ranks that waited for another in vain. Once the GPUs are done with the step."""
+        return [rank for rank, memory in enumerate(self._ranks) if memory.seen[0]]
+
+    def _allocate(self, half: int) -> None:
+        """Staging of two halves, signals and an error flag for each rank."""
+        for device in self._devices:
+            _launch_each_alone(device)
+        self._ranks = [
+            _PeerRank(
+                device.zeros((2 * half,), np.dtype(np.uint8)),
+                device.zeros((SIGNALS_NBYTES,), np.dtype(np.uint8)),
+                device.zeros((1,), np.dtype(np.uint32)),
+                device.pinned.empty((1,), np.dtype(np.uint32)),
+            )
+            for device in self._devices
+        ]
+        for memory in self._ranks:
+            memory.seen[0] = 0
+        cards = [device.ordinal for device in self._devices]
+        shared = max(cards.count(card) for card in cards)
+        blocks = min(coresident_blocks(device.kernels.sm_count, shared) for device in self._devices)
+        self._groups = [
+            PeerGroup(
+                rank=rank,
+                staging=tuple(runtime.array_pointer(one.staging) for one in self._ranks),
+                staging_nbytes=2 * half,
+                signals=tuple(runtime.array_pointer(one.signals) for one in self._ranks),
+                error=runtime.array_pointer(self._ranks[rank].error),
+                max_blocks=blocks,
+            )
+            for rank in range(len(self._devices))
+        ]
+
+
+def _launch_each_alone(device: CudaDevice) -> None:
+    """Launch each kernel once for a rank by itself: CUDA may load a kernel at its first launch, and that may
+    wait for a kernel that is running, which would be the one that waits for this launch."""
+    memory = [device.zeros((nbytes,), np.dtype(np.uint8)) for nbytes in (2 * PACK_NBYTES, SIGNALS_NBYTES, 4, 4)]
+    staging, signals, error, x = map(runtime.array_pointer, memory)
+    group = PeerGroup(0, (staging,), 2 * PACK_NBYTES, (signals,), error, 1)
+    for dtype in KERNEL_DTYPES:
+        more: dict[str, Any] = {"y": x, "n": 1, "dtype": dtype, "stream": stream_of(device)}
+        all_reduce_one_shot(device.kernels, group, x=x, **more)
+        all_reduce_two_shot(device.kernels, group, inputs=[x], **more)
+        reduce_scatter(device.kernels, group, inputs=[x], **more)
+    device.read(memory[-1], device.communication)  # waits
+
+
+def stream_of(device: CudaDevice) -> int:
+    """The CUDA stream of a rank's communication."""
+    stream = device.communication
+    assert isinstance(stream, CudaStream)
+    return stream.handle
+
+
+def address_of(flat: FlatBuffers, bucket: Bucket) -> int:
+    """Where a bucket begins in device memory."""
+    return runtime.array_pointer(flat.buffers[bucket.dtype]) + bucket.start * storage_dtype(bucket.dtype).itemsize

@@ -1,0 +1,50 @@
+"""Where a program's own variables lie, and how they follow where that is elsewhere than the first replica."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastdp.buckets import FlatBuffers
+from fastdp.comm.choose import Communicator
+from fastdp.device import warn_of_relocation
+from fastdp.program.base import Program
+from fastdp.step import Step
+
+
+class Residence:
+    """A program's home, and whether it lies apart from the first device: in host memory, or on another card.
+
+    Args:
+        program: whose home.
+        devices: of the engine.
+        communicator: over them.
+        on_host: have the home in host memory. Where it is already, by an engine made before, it stays.
+
+    In the first device's own memory the home is the first replica's, and nothing has to follow.
+    """
+
+    def __init__(self, program: Program, devices: Any, communicator: Communicator, *, on_host: bool) -> None:
+        self.home = program.home(devices[0].host_home() if on_host else devices[0])
+        self.apart = self.home.device.space != devices[0].space
+        self._communicator = communicator
+        warn_of_relocation(on_host and self.home.device.on_gpu, devices)
+
+    def variables(self, rank: int, device: Any) -> FlatBuffers:
+        """Memory for a replica's variables: of the first the home's, where it is there."""
+        here = rank == 0 and not self.apart
+        return self.home.variables if here else FlatBuffers(self.home.variables.specs, device)
+
+    def follow(self, first: FlatBuffers, step: Step) -> None:
+        """Let the home have the first replica's variables, when all replicas have made the step's update."""
+
+        def copy() -> None:
+            self.home.variables.copy_from(first)
+            step.came_home = True
+
+        if self.apart:
+            self._communicator.once(copy)
+
+    def lead(self, first: FlatBuffers) -> None:
+        """Let the first replica have the home's variables, before they are copied to the others."""
+        if self.apart:
+            self._communicator.once(lambda: first.copy_from(self.home.variables))

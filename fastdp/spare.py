@@ -1,0 +1,49 @@
+"""A copy of what an update changes, from which one that failed is taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastdp.buckets import FlatBuffers
+from fastdp.replica import Replica
+
+
+class Spare:
+    """The first replica's variables and slots as they were before an update.
+
+    Args:
+        replica: the first one.
+
+    An update that runs none of the user's code and has succeeded before is relied on, and saves the copy.
+    """
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+        self._saved = self._made()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copy."""
+        return sum(saved.nbytes for saved in self._saved)
+
+    def save(self, *, needed: bool) -> bool:
+        """Keep the values as they are now, if that is `needed`; whether they are kept. On the first device's worker."""
+        if not needed:
+            self._saved = []
+            return False
+        if not self._saved:  # given up before; the program has changed its mind
+            self._saved = self._made()
+        for saved, flat in zip(self._saved, self._replica.lasting, strict=True):
+            saved.copy_from(flat)
+        return True
+
+    def restore(self, replicas: Sequence[Replica]) -> None:
+        """Give all replicas the values that were kept. When nothing runs."""
+        for replica in replicas:
+            for saved, flat in zip(self._saved, replica.lasting, strict=True):
+                flat.copy_from(saved)
+
+    def _made(self) -> list[FlatBuffers]:
+        device: Any = self._replica.device
+        return [FlatBuffers(flat.specs, device) for flat in self._replica.lasting]
