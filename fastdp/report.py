@@ -183,6 +183,8 @@ _COLUMNS = {
     "trace_seconds": "traced in s",
     "compile_seconds": "compiled in s",
     "load_seconds": "loaded in s",
+    "segments": "graphs",
+    "record_seconds": "recorded in s",
     "why": "why",
 }
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -44,6 +44,22 @@ def _end_open_step() -> None:
         step.error = error
     step.over = True
     step.scope.close(step.error)
+
+
+@contextmanager
+def alone(timeout: float = 1800.0) -> Iterator[None]:
+    """While it lasts no engine of this process runs a step. One that this thread has open is ended first.
+
+    Raises:
+        DeviceTimeoutError: a step took longer than `timeout` seconds.
+    """
+    _end_open_step()
+    if not one_step_at_a_time.acquire(timeout=timeout):
+        raise DeviceTimeoutError(f"Another model kept the devices busy for {timeout} seconds.")
+    try:
+        yield
+    finally:
+        one_step_at_a_time.release()
 
 
 class StepScope(AbstractContextManager[Step]):

@@ -19,6 +19,7 @@ def wrap(
     merge_device: int = 0,
     sync_batch_norm: bool = False,
     compile: str | None = None,
+    graph: str | None = "auto",
     update: str | None = None,
     timeout: float = 1800.0,
     check_replicas: bool = False,
@@ -40,6 +41,11 @@ def wrap(
             "inductor": that, and compiled by TorchInductor (needs a C++ compiler) in a process of its own; traced
             steps go on until the compiled one is there. "auto": traced and compiled once a batch shape has been
             trained for about as long as each takes. Keras's `compile(jit_compile=...)` overrides it.
+        graph: whether captured steps of a Keras model become CUDA graphs. "bucket": the forward and backward pass is
+            recorded once per batch shape (of four shapes at most) and replica, cut where a bucket of gradients is
+            complete, with the all-reduces between the graphs and the update after them. None: no graphs. "auto":
+            "bucket" on GPUs, None elsewhere, where there is nothing to record. A step that cannot be recorded runs
+            as it is captured, and a warning says why. "step", a whole step as one graph, is not built.
         update: "first" applies the optimizer on the first device and copies the new weights to the others: faster
             where devices outnumber the cores that they share. "each" applies it on every device. The results are
             the same. None: "each" on GPUs, "first" elsewhere.
@@ -51,6 +57,7 @@ def wrap(
 
     Raises:
         ValueError: anything wrong with `gpus`, or a model that cannot be replicated; the message has the remedy.
+        NotImplementedError: `graph="step"`.
         TypeError: `model` is of another kind.
         ImportError: the model's library is missing.
 
@@ -71,6 +78,7 @@ def wrap(
                 merge_device=merge_device,
                 sync_batch_norm=sync_batch_norm,
                 compile=compile,
+                graph=graph,
                 update=update,
                 timeout=timeout,
                 check_replicas=check_replicas,

@@ -23,6 +23,7 @@ from fastdp.device import resolve
 from fastdp.keras.checks import check_backend, check_template
 from fastdp.keras.custom_steps import has_own
 from fastdp.keras.steps import Steps
+from fastdp.program.capture_record import chosen_graphs
 
 _KINDS = ("train", "test", "predict")
 _STEPS = "_fastdp_steps"  # in a model's __dict__: so it lives as long as the model, and Keras does not track it
@@ -41,7 +42,14 @@ class _Installed:
 _installed: list[_Installed] = []
 
 
-def install(gpus: Any = None, *, sync_batch_norm: bool = True, compile: str | None = None, **options: Any) -> None:
+def install(
+    gpus: Any = None,
+    *,
+    sync_batch_norm: bool = True,
+    compile: str | None = None,
+    graph: str | None = "auto",
+    **options: Any,
+) -> None:
     """Run every Keras model of this process on several devices, from the next `fit`, `evaluate` or `predict` on.
 
     Nothing of a script changes: callbacks see the user's own model, and files are plain Keras files. A model or a
@@ -52,10 +60,12 @@ def install(gpus: Any = None, *, sync_batch_norm: bool = True, compile: str | No
         gpus: how many devices, a list of their ordinals, or None for all.
         sync_batch_norm: BatchNormalization by the global batch, as plain Keras does; False: by each device's rows.
         compile: how steps run, None, "trace" or "inductor"; see `fastdp.wrap`.
+        graph: whether captured steps become CUDA graphs, "auto", "bucket" or None; see `fastdp.wrap`.
         options: `update`, `timeout` and `check_replicas` of `fastdp.wrap`.
 
     Raises:
-        ValueError: anything wrong with `gpus`.
+        ValueError: anything wrong with `gpus`; an unknown `graph`.
+        NotImplementedError: `graph="step"`.
         TypeError: an unknown option.
         RuntimeError: Keras runs on another backend than torch.
 
@@ -68,8 +78,14 @@ def install(gpus: Any = None, *, sync_batch_norm: bool = True, compile: str | No
     if unknown:
         raise TypeError(f"`fastdp.install` knows no option {sorted(unknown)}.")
     devices = resolve(gpus, caller="fastdp.install")
+    graphs = chosen_graphs(graph, devices, compile)
     uninstall()
-    settings = {"sync_batch_norm": sync_batch_norm, "capture_mode": compile, "engine_options": options}
+    settings = {
+        "sync_batch_norm": sync_batch_norm,
+        "capture_mode": compile,
+        "graphs": graphs,
+        "engine_options": options,
+    }
     installed = _Installed(devices, settings)
     for kind in _KINDS:
         name = f"make_{kind}_function"

@@ -20,6 +20,7 @@ from fastdp.keras.steps import Steps
 from fastdp.keras.streaming import arguments_by_name, stream_fit, stream_forward
 from fastdp.keras.template_view import TemplateView, merged_outputs
 from fastdp.program.capture import MODES
+from fastdp.program.capture_record import chosen_graphs
 from fastdp.program.keras_batch import flatten_batch, unpack
 from fastdp.program.torch_tensors import peak_nbytes
 from fastdp.report import Report, SmallWorkWarning, make_report
@@ -40,6 +41,7 @@ class ParallelModel(TemplateView):
         cpu_merge: merge outputs in host memory, or on a GPU and leave them there.
         sync_batch_norm: BatchNormalization over the global batch instead of each replica's rows.
         compile: how steps run, None, "trace", "inductor" or "auto"; see `fastdp.wrap`.
+        graph: whether captured steps become CUDA graphs, "auto", "bucket" or None; see `fastdp.wrap`.
         update: where the optimizer is applied, "first" or "each"; see `fastdp.wrap`.
         timeout: seconds that one step may take.
         check_replicas: verify after each step that replicas are bitwise equal.
@@ -60,6 +62,7 @@ class ParallelModel(TemplateView):
         merge_device: int = 0,
         sync_batch_norm: bool = False,
         compile: str | None = None,
+        graph: str | None = "auto",
         update: str | None = None,
         timeout: float = 1800.0,
         check_replicas: bool = False,
@@ -80,6 +83,7 @@ class ParallelModel(TemplateView):
             self,
             devices,
             capture_mode=compile,
+            graphs=chosen_graphs(graph, self.devices, compile),
             sync_batch_norm=sync_batch_norm,
             template_state=lambda: borrowed(template, self),
             engine_options={
@@ -267,9 +271,10 @@ class ParallelModel(TemplateView):
         """How training steps run, what takes the time in them, and where the memory is; printed, it is tables.
 
         As a sequence: an entry per shape of a replica's rows, or one that says why all run eagerly. Each tells `how`
-        ("eager", "traced" or "compiled") and, where it could be more, `why`; its rows, those of the global batch, and
-        the steps so far; of a captured step the number of operations, and the seconds that tracing, compiling (in the
-        background) and loading took.
+        ("eager", "traced", "compiled" or "graph") and, where it could be more, `why`; its rows, those of the global
+        batch, and the steps so far; of a captured step the number of operations, and the seconds that tracing,
+        compiling (in the background) and loading took; of a recorded one the number of `replicas` that recorded it and
+        of `segments`, a graph each, and the `record_seconds` and `graph_nbytes` of all these replicas.
         """
         captures = self._steps.captures
         entries = captures.report if captures is not None else [{"how": "eager", "why": "compile=None"}]

@@ -16,11 +16,13 @@ from fastdp.keras.ahead import Ahead
 from fastdp.keras.before_step import BeforeStep
 from fastdp.keras.custom_steps import LayerCalls, has_own, layer_calls
 from fastdp.program.capture import Captures
+from fastdp.program.capture_record import Recorder
 from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import flatten_batch, unpack
 from fastdp.program.keras_custom import CallProgram
 from fastdp.program.keras_losses import own_copy
 from fastdp.step import StepResult
+from fastdp.step_scope import alone
 from fastdp.transfer import count_rows
 
 
@@ -32,6 +34,7 @@ class Steps:
         trainer: whose loss, metrics and optimizer apply.
         devices: where the replicas run.
         capture_mode: None, "trace", "inductor" or "auto"; see `fastdp.wrap`.
+        graphs: record captured steps as CUDA graphs; None: on GPUs.
         sync_batch_norm: BatchNormalization over the global batch.
         template_state: a context manager factory that lends the template the trainer's settings; None where they
             are one model.
@@ -46,6 +49,7 @@ class Steps:
         devices: Sequence[Any],
         *,
         capture_mode: str | None = None,
+        graphs: bool | None = None,
         sync_batch_norm: bool = False,
         template_state: Any = None,
         engine_options: dict[str, Any] | None = None,
@@ -55,6 +59,7 @@ class Steps:
         self.trainer = trainer
         self.devices = list(devices)
         self._capture_mode = capture_mode
+        self._graphs = self.devices[0].on_gpu if graphs is None else graphs
         self._sync_batch_norm = sync_batch_norm
         self._template_state = template_state
         self._engine_options = engine_options or {}
@@ -74,7 +79,8 @@ class Steps:
             self.forget_engine()
             program = self._program()
             if self._capture_mode is not None and trainer.compiled and not has_own(self.template, "train_step"):
-                program.captures = Captures(program, self._capture_mode, len(self.devices))
+                recorder = Recorder(self.template.name, alone) if self._graphs else None
+                program.captures = Captures(program, self._capture_mode, len(self.devices), recorder)
             self._engine = DataParallel(program, self.devices, **self._engine_options)
             self._calls = LayerCalls(self._engine) if isinstance(program, CallProgram) else None
         return self._engine
@@ -89,6 +95,7 @@ class Steps:
         captures = self.captures
         if captures is not None:
             captures.close()
+            captures.forget_graphs()
         self._engine = None
 
     def follow(self, epochs: Any) -> None:

@@ -9,6 +9,9 @@ Replicas with the same number of rows share a graph. How far this goes is the `m
     "inductor"   that, and compiled
     "auto"       traced, and later compiled, once a shape has been trained for about as long as each will take
 
+On GPUs a step that has run traced, or compiled, once is recorded as CUDA graphs on each replica
+(`fastdp.program.capture_record`), which later steps replay; for `MOST_RECORDED` batch shapes of a replica.
+
 Tracing happens on the host thread between steps, while no replica runs. What cannot be traced (a value that the
 model reads on the host, an exchange between replicas in the middle of a step) runs eagerly for good, with one
 warning that says why. A trace is of the model as compiled: what a layer reads from plain Python attributes is
@@ -30,6 +33,7 @@ import numpy as np
 from fastdp.errors import DeviceTimeoutError
 from fastdp.program.base import Context
 from fastdp.program.capture_compiler import BackgroundCompiler, CompileError, Job, missing_compiler
+from fastdp.program.capture_record import Recorder
 from fastdp.program.capture_rewrites import for_compiler
 from fastdp.program.capture_trace import Captured, NoExchange
 from fastdp.program.keras import KerasProgram
@@ -60,6 +64,8 @@ class _Shape:
     captured: Captured | None = None
     job: Job | None = None
     compiled: bool = False
+    since: int = 0  # steps before the present way of replaying
+    no_graph: str = ""
     why: str = "seen once so far"
 
 
@@ -70,13 +76,14 @@ class Captures:
         program: whose steps to capture.
         mode: "trace", "inductor" or "auto".
         parts: the number of replicas.
+        recorder: who records captured steps as CUDA graphs; None where nobody does.
 
     The host thread calls `prepare` before each training step and `note` after it. `report` tells what became of
     each shape.
     """
 
-    def __init__(self, program: KerasProgram, mode: str, parts: int) -> None:
-        self._program, self._mode, self._parts = program, mode, parts
+    def __init__(self, program: KerasProgram, mode: str, parts: int, recorder: Recorder | None = None) -> None:
+        self._program, self._mode, self._parts, self._recorder = program, mode, parts, recorder
         self._shapes: dict[Any, _Shape] = {}
         self._present: list[_Shape] = []
         self._compiler = BackgroundCompiler()
@@ -107,19 +114,19 @@ class Captures:
         self._collect()
         for rank, rows in enumerate(split_rows(len(batch[0]), self._parts)):
             context = Context.alone(batch, structure, rows.start, rows.stop, rows.total)
-            context.rank, context.wants_outputs = rank, wants_outputs
+            context.rank, context.wants_outputs, context.device = rank, wants_outputs, self._program.states[0].device
             context.size, context.rendezvous = 2, NoExchange(2, 0.0)
             own = [array[rows.start : rows.stop] for array in batch]
             key = _key(own, context, self._program)
             shape = self._shapes.setdefault(key, _Shape(rows.count, rows.total))
-            if shape in self._present:
-                continue
-            self._present.append(shape)
-            if shape.captured is None and not self._refused and self._may_trace(shape):
-                self._trace(shape, own, context)
-            if shape.captured is not None and shape.job is None and self._may_compile(shape):
-                shape.job = self._compiler.submit(for_compiler(shape.captured.graph), self._threads(rows))
-                shape.why = "being compiled"
+            if shape not in self._present:
+                self._present.append(shape)
+                if shape.captured is None and not self._refused and self._may_trace(shape):
+                    self._trace(shape, own, context)
+                if shape.captured is not None and shape.job is None and self._may_compile(shape):
+                    shape.job = self._compiler.submit(for_compiler(shape.captured.graph), self._threads(rows))
+                    shape.why = "being compiled"
+            self._record(shape, rank, own, context)
 
     def note(self, seconds: float) -> None:
         """Tell how long the step that was prepared took."""
@@ -154,6 +161,12 @@ class Captures:
         for shape in self._shapes.values():
             if shape.job is not None and not shape.compiled:
                 shape.job, shape.why = None, self._no_compiler
+
+    def forget_graphs(self) -> None:
+        """Give recorded graphs up, and the memory that they hold. Between steps."""
+        for shape in self._shapes.values():
+            if shape.captured is not None:
+                shape.captured.recordings = {}
 
     @property
     def report(self) -> list[dict[str, Any]]:
@@ -192,12 +205,21 @@ class Captures:
         """Trace one shape; a warning, and no more attempts for any shape, if that cannot be done."""
         try:
             shape.captured = Captured(self._program, batch, context)
-            shape.why = ""
+            # Where steps have been trained for longer, it is recorded at once (see `_collect`).
+            shape.since, shape.why = min(shape.steps, 1), ""
         except NotCapturable as error:
             self._refused = str(error)
             self.close()
             self._shapes.clear()
             self._warn_eager()
+
+    def _record(self, shape: _Shape, rank: int, batch: list[np.ndarray], context: Context) -> None:
+        """Have a shape recorded on a replica, once it has run there as it is to be recorded."""
+        compiling = shape.job is not None and not shape.compiled
+        if self._recorder is not None and shape.captured is not None and shape.steps > shape.since and not compiling:
+            state = self._program.states[rank]
+            context.device = state.device
+            shape.no_graph = self._recorder.consider(shape.captured, state, batch, context)
 
     def _collect(self) -> None:
         """Let compiled steps take over."""
@@ -206,8 +228,10 @@ class Captures:
             if job is None or shape.compiled or not self._compiler.done(job) or shape.captured is None:
                 continue
             try:
-                shape.captured.run = self._compiler.result(job)
-                shape.compiled, shape.why = True, ""
+                shape.captured.use(self._compiler.result(job))
+                # Recorded at once where that is done: its first run, which allocates memory, is then not within a step,
+                # in which other replicas may wait for a collective.
+                shape.compiled, shape.since, shape.why = True, shape.steps - 1, ""
             except CompileError as error:
                 self.close(str(error))
                 self._warn_traced()
@@ -233,13 +257,22 @@ class Captures:
 def _entry(shape: _Shape) -> dict[str, Any]:
     """What is to be said about one shape."""
     how = "compiled" if shape.compiled else "eager" if shape.captured is None else "traced"
+    recordings = list(shape.captured.recordings.values()) if shape.captured is not None else []
+    if recordings:
+        how = "graph"
     entry: dict[str, Any] = {"how": how, "rows": shape.rows, "of": shape.of, "steps": shape.steps}
-    if shape.why:
-        entry["why"] = shape.why
+    if shape.why or shape.no_graph:
+        entry["why"] = "; ".join(filter(None, (shape.why, shape.no_graph)))
     if shape.captured is not None:
         entry |= {"operations": shape.captured.operations, "trace_seconds": shape.captured.seconds}
     if shape.compiled and shape.job is not None:
         entry |= {"compile_seconds": shape.job.seconds, "load_seconds": shape.job.load_seconds}
+    if recordings:
+        entry |= {"replicas": len(recordings), "segments": recordings[0].segments}
+        entry |= {
+            "record_seconds": sum(r.seconds for r in recordings),
+            "graph_nbytes": sum(r.nbytes for r in recordings),
+        }
     return entry
 
 

@@ -70,7 +70,7 @@ def optimized(module: GraphModule) -> GraphModule:
 def stored(module: GraphModule, gradients: int) -> GraphModule:
     """The graph that writes its first results into buffers, its last inputs, instead of returning them.
 
-    A matrix product of which nothing else is made writes there itself.
+    Each is written as soon as it has its value, so that a bucket of gradients is complete while backward goes on.
 
     Args:
         module: a graph whose output is one list.
@@ -80,12 +80,22 @@ def stored(module: GraphModule, gradients: int) -> GraphModule:
     buffers = [node for node in graph.nodes if node.op == "placeholder"][-gradients:] if gradients else []
     (output,) = graph.find_nodes(op="output")
     results = list(output.args[0])
+    place = _places(graph, results[:gradients])
     for result, buffer in zip(results[:gradients], buffers, strict=True):
-        with graph.inserting_before(output):
+        with graph.inserting_before(place[result]):
             graph.call_function(aten.copy_.default, (buffer, result))
     output.args = (results[gradients:],)
     module.recompile()
     return module
+
+
+def _places(graph: Graph, values: list[Node]) -> dict[Node, Node]:
+    """For each value the first node before which it is there, and will not be written to any more."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    nodes = list(order)
+    computing = next(i for i, node in enumerate(nodes) if node.op not in ("placeholder", "get_attr"))
+    written = {_base(node.args[0]): order[node] for node in _calls(graph) if _mutates(node)}  # the last time
+    return {value: nodes[max(order[value] + 1, written.get(_base(value), -1) + 1, computing)] for value in values}
 
 
 def in_place(module: GraphModule) -> GraphModule:

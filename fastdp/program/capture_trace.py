@@ -28,14 +28,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.program.base import Context
 from fastdp.program.capture_passes import in_place, optimized, stored
+from fastdp.program.capture_record import Graphs, Recording
+from fastdp.program.capture_segments import Segments, cut, placed, whole
 from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import OutputStructure, Structure
 from fastdp.program.keras_memory import Mapping, ReplicaScope
 from fastdp.program.keras_moments import Moments
 from fastdp.program.keras_outcome import Outcome
-from fastdp.program.keras_replica import NotCapturable, replica_scope
+from fastdp.program.keras_replica import NotCapturable, keras_device, replica_scope
 from fastdp.program.keras_scope import replica_aware
-from fastdp.program.torch_tensors import as_tensor
+from fastdp.program.torch_tensors import as_tensor, settle
 
 _Draw = Callable[[], torch.Tensor]
 
@@ -58,11 +60,13 @@ class Captured:
         began = time.perf_counter()
         self._program = program
         variables = [v.value.detach() for v in program.variables]
-        rows = _tensors(batch, context.structure)
+        self._home = variables[0].device
+        rows = [row.to(self._home) for row in _tensors(batch, context.structure)]
         with replica_aware():
             recorded = _Recorded()
             self._eager(variables, rows, context, recorded)
             self._draws = recorded.draws
+            self._outcomes = recorded.outcomes
             self._layout = _Layout()
             arguments = [*variables, *rows, *recorded.outcomes, *(v.value.detach() for v in program.trainable)]
             counts = len(variables), len(rows), len(recorded.outcomes)
@@ -75,6 +79,9 @@ class Captured:
         self.graph: GraphModule = stored(optimized(traced), found)
         self.run: Any = in_place(self.graph)
         self.operations = sum(node.op == "call_function" for node in self.run.graph.nodes)
+        self.recordings: dict[int, Recording] = {}
+        self._buckets = list(range(len(program.gradient_buckets)))
+        self._steps = self._on_every_device(sum(counts))
         self.seconds = time.perf_counter() - began
 
     def replay(
@@ -82,19 +89,72 @@ class Captured:
     ) -> Outcome:
         """Run the step on a replica's variables and rows, its gradients into their buffers. On its device's worker."""
         rows = _tensors(batch, context.structure)
-        variables = [tensor.detach() for _, tensor in mapping]
-        buffers = [gradient for gradient, i in zip(gradients, self._layout.gradients, strict=True) if i is not None]
+        variables, buffers, others = self._memory(mapping, gradients)
         with torch.no_grad():
+            for gradient in others:
+                gradient.zero_()
             draws, seeds = self._drawn(variables, context) if self._draws else ([], [])
-            flat = self.run(*variables, *rows, *draws, *buffers)
+            recording = self.recordings.get(context.rank)
+            if recording is not None:
+                flat = recording.replay([*rows, *draws], context.ready)
+            else:
+                flat = self._steps[context.torch_device]([*variables, *rows, *draws, *buffers], context.ready)
         return self._layout.unflatten(flat, buffers, seeds)
+
+    def use(self, run: Callable[..., Sequence[torch.Tensor]]) -> None:
+        """Replay by another function that computes the same, on the device that the step was traced on."""
+        step = self._steps[str(self._home)]
+        arguments = len(self.graph.graph.find_nodes(op="placeholder"))
+        self._steps[str(self._home)] = whole(run, arguments, len(step.results), self._buckets)
+        self.recordings = {}
+        self.run = run
+
+    def record(self, graphs: Graphs, state: Any, batch: list[np.ndarray], context: Context) -> None:
+        """Record the step for the replica of `context`, whose worker this is; replays are the recording's from now on.
+
+        The replica's gradients are overwritten.
+
+        Raises:
+            RuntimeError: the step does something that cannot be recorded.
+        """
+        where = context.torch_device
+        inputs = [row.to(where, copy=True) for row in _tensors(batch, context.structure)]
+        inputs += [torch.zeros_like(t, device=_moved(t, self._home, where)).contiguous() for t in self._outcomes]
+        variables, buffers, _ = self._memory(state.mapping, state.gradients)
+        with torch.no_grad():
+            recording = Recording(graphs, self._steps[where], variables, inputs, buffers)
+        self.recordings[context.rank] = recording
+
+    def _memory(
+        self, mapping: Mapping, gradients: Sequence[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+        """A replica's variables, the gradients that the step writes, and those that stay zero."""
+        places = list(zip(gradients, self._layout.gradients, strict=True))
+        buffers = [gradient for gradient, i in places if i is not None]
+        return [tensor.detach() for _, tensor in mapping], buffers, [gradient for gradient, i in places if i is None]
+
+    def _on_every_device(self, before: int) -> dict[str, Segments]:
+        """The step in segments for each device that has a replica; behind `before` arguments are the gradients."""
+        members = self._program.gradient_buckets
+        written = [i for i, number in enumerate(self._layout.gradients) if number is not None]
+        bucket_of = {i: bucket for bucket, inside in enumerate(members) for i in inside}
+        stores = {before + at: bucket_of[i] for at, i in enumerate(written) if i in bucket_of}
+        devices: list[Any] = [state.device for state in self._program.states.values()]
+        steps = {}
+        for where in {str(self._home), *(str(device.torch_device) for device in devices)}:
+            run = self.run if where == str(self._home) else placed(self.run, self._home, torch.device(where))
+            # Nobody waits for the buckets of a single replica.
+            steps[where] = cut(run, stores if len(devices) > 1 else {}, self._buckets)
+            settle([*run.buffers(), *self._outcomes])
+        return steps
 
     def _drawn(
         self, variables: list[torch.Tensor], context: Context
     ) -> tuple[list[torch.Tensor], list[tuple[int, torch.Tensor]]]:
         """The outcomes of the step's random draws, and the seeds that they have moved."""
         mapping = list(zip(self._program.variables, variables, strict=True))
-        with replica_scope(self._program.running_replica(context)), ReplicaScope(mapping, set()) as scope:
+        run = self._program.running_replica(context)
+        with keras_device(context.device), replica_scope(run), ReplicaScope(mapping, set()) as scope:
             draws = [draw().contiguous() for draw in self._draws]
         return draws, scope.assigned(mapping)
 
@@ -231,6 +291,11 @@ class _Given:
     def take(self, draw: _Draw) -> torch.Tensor:
         """The next one."""
         return next(self.outcomes)
+
+
+def _moved(tensor: torch.Tensor, home: torch.device, where: str) -> torch.device:
+    """Where what lay here on the first replica's device lies on another's."""
+    return torch.device(where) if tensor.device == home else tensor.device
 
 
 def _dtypes(structure: Structure) -> list[str]:

@@ -6,9 +6,9 @@ state: no model is ever cloned. The model itself, the *template*, aliases the fi
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -23,7 +23,7 @@ from fastdp.program.keras_augment import keep_python_draws, writes_to_inputs
 from fastdp.program.keras_batch import Structure, flatten_outputs, unpack
 from fastdp.program.keras_effects import Effect
 from fastdp.program.keras_losses import NotPerSample, SharedLoss
-from fastdp.program.keras_memory import Adopted, Mapping, ReplicaScope, adopted, tensors_of
+from fastdp.program.keras_memory import Adopted, Mapping, ReplicaScope, ReplicaState, adopted, tensors_of
 from fastdp.program.keras_merged import merged_loss
 from fastdp.program.keras_moments import combine
 from fastdp.program.keras_optimizer import apply_by_variable, slots_of, why_not_now
@@ -36,19 +36,6 @@ from fastdp.program.keras_trial import Effects
 from fastdp.program.torch_arrivals import Arrivals
 from fastdp.program.torch_tensors import accumulate, output_array, settle, spec_of
 from fastdp.program.torch_threads import prepare_worker, replicas_run
-
-
-@dataclass(slots=True)
-class _State:
-    """A replica's tensors. `leaves` are the trainable ones, as the leaves of autograd, hooked to `arrivals`."""
-
-    variables: list[torch.Tensor]
-    slots: list[torch.Tensor]
-    gradients: list[torch.Tensor]
-    leaves: list[torch.Tensor]
-    mapping: Mapping
-    flat_update: FlatUpdate | None
-    arrivals: Arrivals
 
 
 class KerasProgram:
@@ -92,6 +79,9 @@ class KerasProgram:
         self.effects = Effects(model, self.variables, self._call, self._seed)
         self._adopted: list[Adopted] = []
         self.captures: Any = None
+        # For captured steps: which gradients lie in which of the engine's buckets, and the replicas that are there.
+        self.gradient_buckets: list[tuple[int, ...]] = []
+        self.states: weakref.WeakValueDictionary[int, ReplicaState] = weakref.WeakValueDictionary()
         self._first_replica: Running | None = None
         self._groups: Sequence[Sequence[QueueDevice]] | None = getattr(trainer, "device_groups", None)
         self._writes_to_inputs = writes_to_inputs(model)
@@ -140,7 +130,7 @@ class KerasProgram:
         for one in self._adopted:
             one.note()
 
-    def bind(self, memory: Memory, device: QueueDevice, rank: int) -> _State:
+    def bind(self, memory: Memory, device: QueueDevice, rank: int) -> ReplicaState:
         """A replica's tensors over its memory."""
         variables = tensors_of(memory.variables)
         positions = [self._index[id(v)] for v in self.trainable]
@@ -153,7 +143,11 @@ class KerasProgram:
         gradients = tensors_of(memory.gradients)
         arrivals = Arrivals(memory.gradients, gradients)
         arrivals.hook(leaves)
-        return _State(variables, tensors_of(memory.slots), gradients, leaves, mapping, update, arrivals)
+        slots = tensors_of(memory.slots)
+        state = ReplicaState(device, variables, slots, gradients, leaves, mapping, update, arrivals)
+        self.gradient_buckets = [bucket.arrays for bucket in memory.gradients.buckets()]
+        self.states[rank] = state
+        return state
 
     def prepare_thread(self, threads: int, device: QueueDevice) -> None:
         """Set the worker's share of the cores."""
@@ -174,20 +168,21 @@ class KerasProgram:
 
     # The step.
 
-    def train(self, state: _State, batch: list[np.ndarray], context: Context) -> Result:
+    def train(self, state: ReplicaState, batch: list[np.ndarray], context: Context) -> Result:
         """Forward, this replica's contribution to the loss, and its gradient."""
         captured = self.captures.find(batch, context) if self.captures is not None else None
         if captured is not None:
-            outcome = captured.replay(state.mapping, state.gradients, batch, context)
+            outcome = captured.replay(state.mapping, state.gradients, batch, context)  # writes the gradients
+            unused = frozenset(i for i, gradient in enumerate(outcome.gradients) if gradient is None)
         else:
             # Where a replica spans devices, backward goes call by call: gradients come in parts, from several threads.
             with state.arrivals.during(context.ready if self._groups is None else None):
                 outcome = self.compute(state.mapping, context.structure.pack(batch), self.running_replica(context))
-        unused = self._store_gradients(state, outcome.gradients)
+            unused = self._store_gradients(state, outcome.gradients)
         notes = Notes(outcome.structure, len(outcome.terms) - 1, unused=unused)
         return self._result(outcome, state, context, notes)
 
-    def predict(self, state: _State, batch: list[np.ndarray], context: Context) -> Result:
+    def predict(self, state: ReplicaState, batch: list[np.ndarray], context: Context) -> Result:
         """Forward only. The sums are the contributions of `add_loss` terms, then those of assigned variables."""
         x, _, _ = unpack(context.structure.pack(batch))
         run = self.running_replica(context)
@@ -228,7 +223,7 @@ class KerasProgram:
             with torch.no_grad():
                 self._assign([v.value for v in self.variables], sums[notes.terms :], notes)
 
-    def update(self, state: _State, totals: Totals) -> None:
+    def update(self, state: ReplicaState, totals: Totals) -> None:
         """Assigned variables, then Keras's optimizer on the summed gradients."""
         notes: Notes = totals.notes
         with torch.no_grad():
@@ -248,7 +243,7 @@ class KerasProgram:
 
     accumulate = staticmethod(accumulate)
 
-    def fold(self, state: _State) -> None:
+    def fold(self, state: ReplicaState) -> None:
         """Hand reduced gradients of an unfinished cycle to the optimizer's accumulators."""
         slots = {id(v): tensor for v, tensor in zip(self._slots.order, state.slots, strict=True)}
         self.accumulation.fold(slots, state.gradients)
@@ -324,7 +319,7 @@ class KerasProgram:
             self._loss_is_merged = not self._shared.per_sample
 
     @staticmethod
-    def _store_gradients(state: _State, found: Sequence[torch.Tensor | None]) -> frozenset[int]:
+    def _store_gradients(state: ReplicaState, found: Sequence[torch.Tensor | None]) -> frozenset[int]:
         """Copy gradients into the flat buffer; zeros, and a note, where there are none."""
         return state.arrivals.store(found)
 
@@ -335,7 +330,7 @@ class KerasProgram:
         with keras_device(self._adopted[0].device if self._adopted else None):
             self.effects.inspect(batch, structure)
 
-    def _result(self, outcome: Outcome, state: _State, context: Context, notes: Notes) -> Result:
+    def _result(self, outcome: Outcome, state: ReplicaState, context: Context, notes: Notes) -> Result:
         """Outputs as arrays, and the numbers by which terms and assigned variables are put together."""
         notes.normalized = [layer for layer, _ in outcome.moments if not layer.renorm]
         by_moments = {id(v) for layer in notes.normalized for v in (layer.moving_mean, layer.moving_variance)}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import keras
 import torch
 
+from fastdp.backend.queue import QueueDevice
 from fastdp.buckets import Allocator, FlatBuffers
 from fastdp.program.base import Home
+from fastdp.program.torch_arrivals import Arrivals
 from fastdp.program.torch_tensors import as_tensor, spec_of
 
 _homes: weakref.WeakKeyDictionary[Any, Adopted] = weakref.WeakKeyDictionary()
@@ -72,6 +75,21 @@ def adopted(owner: Any, variables: Sequence[keras.Variable], device: Allocator) 
 def tensors_of(flat: FlatBuffers) -> list[torch.Tensor]:
     """Tensors over the views of a flat buffer."""
     return [as_tensor(view, spec.dtype) for view, spec in zip(flat.views, flat.specs, strict=True)]
+
+
+@dataclass(eq=False)
+class ReplicaState:
+    """A replica's tensors, on its device. `leaves` are the trainable ones, as the leaves of autograd, hooked to
+    `arrivals`; `flat_update` is a `FlatUpdate` where the optimizer acts on flat buffers."""
+
+    device: QueueDevice
+    variables: list[torch.Tensor]
+    slots: list[torch.Tensor]
+    gradients: list[torch.Tensor]
+    leaves: list[torch.Tensor]
+    mapping: Mapping
+    flat_update: Any
+    arrivals: Arrivals
 
 
 class ReplicaScope(keras.StatelessScope):

@@ -60,6 +60,7 @@ class TorchParallel:
         merge_device: int = 0,
         sync_batch_norm: bool = False,
         compile: str | None = None,
+        graph: str | None = "auto",
         update: str | None = None,
         timeout: float = 1800.0,
         check_replicas: bool = False,
@@ -69,6 +70,11 @@ class TorchParallel:
             raise ValueError(
                 "`compile` captures Keras models only. Leave it None for a torch.nn.Module. "
                 f"Received: compile={compile!r}"
+            )
+        if graph not in ("auto", None):
+            raise ValueError(
+                "`graph` records captured steps, which Keras models have only. Leave it "
+                f'"auto" for a torch.nn.Module. Received: graph={graph!r}'
             )
         self.module = module
         self.devices = list(devices)

@@ -160,3 +160,11 @@ def test_wrong_arguments_say_so_at_once():
     with pytest.raises(TypeError, match="no option"):
         fastdp.install(gpus=2, devices=2)
     fastdp.uninstall()  # nothing is installed: nothing happens
+
+
+def test_graph_is_checked_before_anything_is_installed():
+    with pytest.raises(ValueError, match=r"`graph` must be one of .* Received: graph='all'"):
+        fastdp.install(gpus=2, compile="trace", graph="all")
+    with pytest.raises(NotImplementedError, match='`graph="step"`'):
+        fastdp.install(gpus=2, compile="trace", graph="step")
+    assert TorchTrainer.make_train_function.__qualname__.startswith("TorchTrainer.")

@@ -1,0 +1,226 @@
+"""CUDA graphs of captured steps: recorded once per replica and batch shape, then replayed.
+
+A recording has its own place for the rows and the random draws of a step, which are copied there before each replay;
+variables and gradients are where they always are, in the replica's flat buffers; losses and outputs are at the same
+place after every replay, and are read before the next. What is recorded are the segments of the step
+(`fastdp.program.capture_segments`), one graph each, so that collectives go on between them eagerly.
+
+Replicas record one after another, on their own workers and compute streams, while no step of the engine runs: torch
+takes one capture at a time.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from fastdp.program.capture_segments import Segment, Segments, Tensors
+
+GRAPHS = ("auto", "bucket", "step", None)
+# Each has memory of its own for everything that a step computes.
+MOST_RECORDED = 4
+# Runs before the recording, so that nothing is loaded, chosen or allocated for the first time in it.
+WARM_UPS = 2
+
+
+def chosen_graphs(graph: str | None, devices: Sequence[Any], compile: str | None) -> bool:
+    """Whether captured steps are recorded on these devices.
+
+    Raises:
+        ValueError: an unknown `graph`.
+        NotImplementedError: "step".
+    """
+    if graph not in GRAPHS:
+        raise ValueError(f"`graph` must be one of {GRAPHS}. Received: graph={graph!r}")
+    if graph == "step":
+        raise NotImplementedError(
+            '`graph="step"`, a whole step with its collectives in one CUDA graph per GPU, is not built: torch takes '
+            "one capture at a time, and collectives are captured on all GPUs at once. "
+            "Use graph=\"bucket\". Received: graph='step'"
+        )
+    if graph == "bucket" and not devices[0].on_gpu:
+        warnings.warn(
+            'graph="bucket" has nothing to record on virtual devices in host memory: steps run without CUDA graphs. '
+            'Leave it "auto", or use GPUs.',
+            stacklevel=4,
+        )
+    elif graph == "bucket" and compile is None:
+        warnings.warn(
+            'graph="bucket" records captured steps, and compile=None captures none: steps run eagerly unless '
+            'compile(jit_compile=True) is asked for. Pass compile="trace".',
+            stacklevel=4,
+        )
+    return graph is not None and bool(devices[0].on_gpu)
+
+
+class Graph(Protocol):
+    """Recorded work."""
+
+    def replay(self) -> None:
+        """Enqueue the work on the current stream: on the same memory as when it was recorded."""
+
+
+class Graphs(Protocol):
+    """Records work of one replica."""
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that belongs to the graphs recorded so far."""
+
+    def record(self, work: Callable[[], Tensors]) -> tuple[Graph, Tensors]:
+        """The work as a graph, and what it gives: memory that each replay fills anew. On the device's worker.
+
+        Raises:
+            RuntimeError: the work does something that cannot be recorded.
+        """
+
+
+class TorchGraphs:
+    """CUDA graphs by torch, on a device's compute stream, with one pool of memory for all of them.
+
+    They may share it since they are replayed one at a time on one stream, and what one gives is read before the next is
+    replayed. The capture is "thread_local": what other threads do meanwhile (load data, ask for events) is theirs.
+    """
+
+    def __init__(self, device: Any) -> None:
+        self._stream = torch.cuda.ExternalStream(device.compute.handle, device=device.torch_device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+
+    def record(self, work: Callable[[], Tensors]) -> tuple[Graph, Tensors]:
+        """As `Graphs.record`."""
+        if not self._alive:  # torch gives a pool up with its last graph, and refuses to take it up again
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            given = work()
+        self._alive.add(graph)
+        return graph, given
+
+    @property
+    def nbytes(self) -> int:
+        """As torch's allocator tells it."""
+        segments = torch.cuda.memory_snapshot()
+        return sum(one["total_size"] for one in segments if tuple(one["segment_pool_id"]) == tuple(self._pool))
+
+
+class Recording:
+    """A step as recorded on one replica.
+
+    Args:
+        graphs: who records.
+        step: the step in segments, on this replica's device.
+        variables: the replica's, where they stay.
+        inputs: rows and draws, with values to warm up on: memory that the recording keeps.
+        buffers: the replica's gradients that the step writes, where they stay.
+    """
+
+    def __init__(
+        self,
+        graphs: Graphs,
+        step: Segments,
+        variables: list[torch.Tensor],
+        inputs: list[torch.Tensor],
+        buffers: list[torch.Tensor],
+    ) -> None:
+        began, before = time.perf_counter(), graphs.nbytes
+        self._inputs = inputs
+        self._kept = variables, buffers  # the graphs hold their addresses
+        arguments = [*variables, *inputs, *buffers]
+        for _ in range(WARM_UPS):
+            step(arguments, lambda bucket: None)
+        self._graphs: list[tuple[Graph, list[int]]] = []
+
+        def record(part: Segment, given: list[torch.Tensor]) -> Tensors:
+            graph, found = graphs.record(lambda: part.run(*given))
+            self._graphs.append((graph, part.buckets))
+            return found
+
+        self._results = list(step.walk(arguments, record))
+        self.seconds = time.perf_counter() - began
+        self.nbytes = graphs.nbytes - before
+
+    def replay(self, inputs: Tensors, ready: Callable[[int], None]) -> Tensors:
+        """Run the step on these rows and draws; its results, until the next replay. `ready(i)` as in `Segments`."""
+        for place, value in zip(self._inputs, inputs, strict=True):
+            place.copy_(value, non_blocking=True)
+        for graph, buckets in self._graphs:
+            graph.replay()
+            for bucket in buckets:
+                ready(bucket)
+        return self._results
+
+    @property
+    def segments(self) -> int:
+        """How many graphs a step is."""
+        return len(self._graphs)
+
+
+class Recorder:
+    """Has captured steps recorded on a program's replicas, between steps.
+
+    Args:
+        name: the model's, for warnings.
+        alone: a context manager factory, held while a replica records: no step of any engine runs meanwhile.
+        timeout: seconds that one recording may take.
+    """
+
+    def __init__(self, name: str, alone: Callable[[], Any], timeout: float = 600.0) -> None:
+        self._name, self._alone, self._timeout = name, alone, timeout
+        self._graphs: dict[int, Graphs] = {}
+        self._recorded: defaultdict[int, weakref.WeakSet[Recording]] = defaultdict(weakref.WeakSet)
+        self._refused = ""
+
+    def consider(self, captured: Any, state: Any, batch: Sequence[Any], context: Any) -> str:
+        """Record a captured step on the replica of `context` if it is not yet, and may be.
+
+        On the host thread, between steps. What cannot be recorded is told by a warning, and nothing is recorded from
+        then on.
+
+        Returns:
+            Why it is not recorded; empty where it is.
+
+        Raises:
+            DeviceTimeoutError: it took longer than the time limit.
+        """
+        rank = context.rank
+        if rank in captured.recordings:
+            return ""
+        if self._refused or state.device.unsettled:  # a failed step may have left work behind: the next one cleans up
+            return self._refused
+        if len(self._recorded[rank]) >= MOST_RECORDED:
+            return f"no CUDA graph: {MOST_RECORDED} other shapes are recorded"
+        failure = self._record(captured, state, batch, context)
+        if failure:
+            captured.recordings = {}
+            self._refused = f"no CUDA graph: {failure}"
+            message = f"fastdp runs {self._name!r} without CUDA graphs: recording one failed with {failure}"
+            warnings.warn(message, stacklevel=4)
+        else:
+            self._recorded[rank].add(captured.recordings[rank])
+        return self._refused
+
+    def _record(self, captured: Any, state: Any, batch: Sequence[Any], context: Any) -> str:
+        """Record on the replica's worker, and wait; why it failed, if it did."""
+        failures: list[Exception] = []
+        device, rank = state.device, context.rank
+
+        def work() -> None:
+            try:
+                if rank not in self._graphs:
+                    self._graphs[rank] = TorchGraphs(device)
+                captured.record(self._graphs[rank], state, batch, context)
+            # RuntimeError is what torch and CUDA raise for what cannot be recorded, and for want of memory.
+            except (RuntimeError, MemoryError) as error:
+                failures.append(error)
+
+        with self._alone():
+            device.compute.enqueue(work)
+            device.compute.record().synchronize(self._timeout)
+        return f"{type(failures[0]).__name__}: {' '.join(str(failures[0]).split())}" if failures else ""
