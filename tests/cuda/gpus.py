@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import importlib.util
 
 import numpy as np
 
 from fastdp.replica import Replica
+
+# Of one shape and dtype, in one step of a replica.
+OUTPUTS = 8
 
 
 class Gpus:
@@ -18,8 +22,23 @@ class Gpus:
         self.runtime = importlib.import_module("fastdp.backend.cuda.runtime")
         self.device = importlib.import_module("fastdp.backend.cuda.device")
         monkeypatch.setattr(self.runtime, "torch_device", lambda ordinal: "cpu")
-        monkeypatch.setattr(self.device.CudaDevice, "wrap", self.wrap)
+        self._places = {}
+        close = self.device.CudaDevice.close
+
+        def wrap_on(device, *args):
+            return self.wrap(device, *args)
+
+        def close_device(device, *args):
+            self._places.pop(device, None)
+            close(device, *args)
+
+        monkeypatch.setattr(self.device.CudaDevice, "wrap", wrap_on)
+        monkeypatch.setattr(self.device.CudaDevice, "close", close_device)
         self.made = []
+        self.graphs, self.not_recorded = [], set()
+        if importlib.util.find_spec("torch") is not None:
+            record = importlib.import_module("fastdp.program.capture_record")
+            monkeypatch.setattr(record, "TorchGraphs", self.graphs_of)
         for name in ("train", "predict", "update"):
             monkeypatch.setattr(Replica, name, self._touching(getattr(Replica, name), name))
 
@@ -29,11 +48,23 @@ class Gpus:
         self.made += more
         return more
 
-    @staticmethod
-    def wrap(device, pointer, shape, dtype, owner):
-        """Torch's tensors are on the host here: their values go where a GPU's tensor would be."""
+    def graphs_of(self, device):
+        """Torch's CUDA graphs on a device; operations in `not_recorded` cannot be captured."""
+        simulated = importlib.import_module("simulated_graphs")
+        self.graphs.append(simulated.SimulatedGraphs(self.sim, device, self.not_recorded))
+        return self.graphs[-1]
+
+    def wrap(self, device, pointer, shape, dtype, owner):
+        """Torch's tensors are on the host here: their values go where a GPU's tensor would be.
+
+        As torch's allocator, this one asks CUDA for no memory once a step of a shape has run.
+        """
         values = np.ndarray(shape, dtype, (ctypes.c_char * max(1, owner.nbytes)).from_address(pointer))
-        array = device.empty(shape, np.dtype(dtype))
+        places = self._places.setdefault(device, {}).setdefault((shape, np.dtype(dtype)), [])
+        if not places:
+            places += [device.empty(shape, np.dtype(dtype)) for _ in range(OUTPUTS)]
+        places.append(places.pop(0))
+        array = places[-1]
         if array.nbytes:
             np.asarray(array).view(np.ndarray)[...] = values
         return array

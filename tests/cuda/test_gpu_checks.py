@@ -8,6 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
 
 import engine_checks
 import kernel_checks
+import model_checks
 from kernel_device import on_device
 
 from fastdp.program.torch_threads import prepare_worker
@@ -40,6 +42,16 @@ def off_gpu(values):
 @pytest.mark.parametrize("count", [1, 4])
 def test_the_engine_checks(box, hosts, count):
     engine_checks.trains_as_on_the_host(box.devices(count, 1), hosts[:count], 7, off_gpu)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_check_of_recorded_steps(box, name, count):
+    told = model_checks.recorded_steps_equal_traced_and_eager_ones(box.devices(count, 1), name)
+    assert all(entry["graph_nbytes"] > 0 for entry in told)
+    box.graphs.clear()
+    keras.backend.clear_session()
+    gc.collect()
 
 
 def test_the_checks_of_failures_memory_and_merging(box):

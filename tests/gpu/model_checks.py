@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 import numpy as np
+import pytest
 from torch_checks import full_precision
 
 import fastdp
+from fastdp import buckets
 from fastdp.keras.parallel import ParallelModel
 
 LIMIT = 60.0
@@ -115,3 +119,42 @@ def a_placed_model_equals_plain_keras(devices: list, groups: list[tuple[int, ...
     np.testing.assert_allclose(results[1][1], results[0][1], rtol=1e-3, atol=1e-4)
     for new, old in zip(results[1][2], results[0][2], strict=True):
         np.testing.assert_allclose(new, old, rtol=1e-3, atol=1e-4)
+
+
+@contextlib.contextmanager
+def several_buckets() -> Iterator[None]:
+    """Buckets of a few gradients, as a large model has them."""
+    plan = buckets.plan_buckets
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(buckets, "plan_buckets", lambda sizes, first, cap: plan(sizes, 256, 2048))
+        yield
+
+
+def recorded_steps_equal_traced_and_eager_ones(
+    devices: list, name: str, optimizer: str = "sgd"
+) -> list[dict[str, Any]]:
+    """Four epochs of two batch shapes: eager, traced, then as CUDA graphs. Returns what the report tells of those."""
+    x, y, weights = keras_data(name, 20)
+    results: dict[str, Any] = {}
+    with full_precision(), several_buckets():
+        for how, mode, graph in (("eager", None, None), ("traced", "trace", None), ("graph", "trace", "bucket")):
+            keras.utils.set_random_seed(3)
+            options = {"timeout": LIMIT, "check_replicas": True, "compile": mode, "graph": graph}
+            model = ParallelModel(KERAS_MODELS[name](), devices, **options)
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+            model.compile(optimizer=optimizer, loss=loss, metrics=["accuracy"])
+            run = {"batch_size": 12, "epochs": 4, "shuffle": False, "verbose": 0}
+            history = model.fit(x, y, sample_weight=weights, **run).history
+            told = list(model.report())
+            assert {entry["how"] for entry in told} == {how}, told
+            results[how] = history, [np.array(weight) for weight in model.get_weights()], told
+            del model
+    history, values, told = results["graph"]
+    for other, tolerance in (("traced", 1e-6), ("eager", 1e-4)):
+        for key in history:
+            np.testing.assert_allclose(history[key], results[other][0][key], rtol=tolerance, err_msg=f"{other}: {key}")
+        for ours, theirs in zip(values, results[other][1], strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=10 * tolerance, atol=tolerance, err_msg=other)
+    if len(devices) > 1:
+        assert min(entry["segments"] for entry in told) > 1
+    return told

@@ -49,3 +49,11 @@ def test_a_torch_module_equals_plain_torch_on_this_card(gpus, count, record_prop
     import torch_checks
 
     record_property("largest_difference", torch_checks.a_torch_module_equals_plain_torch(gpus(count), "cuda"))
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_recorded_steps_equal_traced_and_eager_ones(gpus, keras_checks, name, count, record_property):
+    told = keras_checks.recorded_steps_equal_traced_and_eager_ones(gpus(count), name)
+    for key in ("operations", "segments", "record_seconds", "graph_nbytes"):
+        record_property(key, [entry[key] for entry in told])
