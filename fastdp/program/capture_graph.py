@@ -6,6 +6,7 @@ at once and makes constants of them. Here the nodes themselves are written down.
 
 from __future__ import annotations
 
+import io
 import operator
 import pickle
 from dataclasses import dataclass
@@ -35,6 +36,25 @@ class _Input:
     device: torch.device
 
 
+class _Pickler(pickle.Pickler):
+    """Writes torch's dtypes, layouts and memory formats by their names in torch.
+
+    Pickle itself looks for the first module that has imported torch, which may be one of the user's: another process
+    would load that.
+    """
+
+    def reducer_override(self, value: Any) -> Any:
+        """How to make a value again."""
+        if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
+            return _constant, (str(value).removeprefix("torch."),)
+        return NotImplemented
+
+
+def _constant(name: str) -> Any:
+    """A constant of torch."""
+    return getattr(torch, name)
+
+
 def to_bytes(module: GraphModule) -> tuple[bytes, list[torch.Tensor]]:
     """A graph whose placeholders have fake tensors as `meta["val"]`, and the constants to hand it.
 
@@ -62,7 +82,9 @@ def to_bytes(module: GraphModule) -> tuple[bytes, list[torch.Tensor]]:
             written = ("output", args) if node.op == "output" else ("call", _name(node.target), args, kwargs)
         numbers[node] = len(nodes)
         nodes.append(written)
-    return pickle.dumps((nodes, inputs, [_input(value) for value in constants])), constants
+    data = io.BytesIO()
+    _Pickler(data).dump((nodes, inputs, [_input(value) for value in constants]))
+    return data.getvalue(), constants
 
 
 def from_bytes(data: bytes) -> tuple[GraphModule, list[torch.Tensor], FakeTensorMode]:

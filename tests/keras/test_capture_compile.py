@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import pickletools
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ import keras
 import numpy as np
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastdp
 from fastdp.program import capture, capture_compiler, capture_worker
@@ -277,3 +279,15 @@ def test_the_compiler_is_asked_by_arguments_that_torch_2_11_has():
     (call,) = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "standalone_compile"]
     assert len(call.args) == 2
     assert {keyword.arg for keyword in call.keywords} <= {"dynamic_shapes", "options", "aot"}
+
+
+def test_a_graph_as_bytes_names_no_module_but_those_that_its_reader_has():
+    def step(x):
+        return [torch.zeros(3, dtype=torch.float64) + x.to(torch.float16, memory_format=torch.contiguous_format)]
+
+    module = make_fx(step, tracing_mode="fake")(torch.ones(3))
+    data, _ = to_bytes(module)
+    strings = {text for _, text, _ in pickletools.genops(data) if isinstance(text, str)}
+    assert {"float64", "float16"} <= strings  # made again by name: pickle would find any module that imported torch
+    modules = {text for text in strings if text in sys.modules}
+    assert modules <= {"fastdp.program.capture_graph", "torch"}
