@@ -203,6 +203,7 @@ class CudaCommunicator:
         Raises:
             RuntimeError: NCCL reports a failure, or a rank gave up waiting for the others.
         """
+        run_deferred()
         for rank in self._kernels.given_up() if self._kernels is not None else ():
             raise RuntimeError(
                 f"A collective on {self._devices[rank].name} gave up waiting for the other GPUs: the gradients "
