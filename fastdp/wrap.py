@@ -18,7 +18,7 @@ def wrap(
     cpu_relocation: bool = False,
     merge_device: int = 0,
     sync_batch_norm: bool = False,
-    compile: str | None = None,
+    compile: str | None = "auto",
     graph: str | None = "auto",
     update: str | None = None,
     timeout: float = 1800.0,
@@ -37,10 +37,12 @@ def wrap(
         merge_device: the place in `gpus` of the device that merges with `cpu_merge=False`.
         sync_batch_norm: normalize by the global batch instead of each replica's rows.
         compile: how the steps of a Keras model run. None: eagerly. "trace": captured once per batch shape, and
-            run without Keras's Python; what layers read from plain Python attributes is fixed until `compile`.
-            "inductor": that, and compiled by TorchInductor (needs a C++ compiler) in a process of its own; traced
-            steps go on until the compiled one is there. "auto": traced and compiled once a batch shape has been
-            trained for about as long as each takes. Keras's `compile(jit_compile=...)` overrides it.
+            run without Keras's Python; captured anew when a plain attribute of a layer changes, but what code of
+            yours reads elsewhere is fixed until `compile`. "inductor": that, and compiled by TorchInductor (needs a
+            C++ compiler) in a process of its own; traced steps go on until the compiled one is there. "auto": traced
+            and compiled once a batch shape has been trained for about as long as each takes, and compiled steps are
+            kept where they are faster; a model with layers or losses of your own runs eagerly. Keras's
+            `compile(jit_compile=...)` overrides it.
         graph: whether captured steps of a Keras model become CUDA graphs. "bucket": the forward and backward pass is
             recorded once per batch shape (of four shapes at most) and replica, cut where a bucket of gradients is
             complete, with the all-reduces between the graphs and the update after them. None: no graphs. "auto":

@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "fastdp run [--gpus N | --gpus 0,2] [--virtual N] [options] (script.py | -m module) [arguments ...]"
     parser.add_argument("--gpus", type=_gpus, default=None, help="how many devices, or which: 0,2 (default: all)")
     parser.add_argument("--virtual", type=int, metavar="N", help="have N virtual devices, as FASTDP_VIRTUAL_DEVICES=N")
-    parser.add_argument("--compile", choices=["trace", "inductor"], help="capture steps, and compile them")
+    parser.add_argument(
+        "--compile", choices=["none", "trace", "inductor", "auto"], default="auto", help="how steps run"
+    )
     parser.add_argument(
         "--local-batch-norm", action="store_true", help="normalize by each device's rows, not by the global batch"
     )
@@ -57,8 +59,9 @@ def run(options: argparse.Namespace) -> int:
         if options.virtual is not None:
             set_virtual_devices(options.virtual)
         load("keras", "keras")
+        compile = None if options.compile == "none" else options.compile
         install = load("fastdp.keras.install", "keras").install
-        install(options.gpus, sync_batch_norm=not options.local_batch_norm, compile=options.compile)
+        install(options.gpus, sync_batch_norm=not options.local_batch_norm, compile=compile)
     except (ValueError, RuntimeError) as error:
         return _say(str(error), 1)
     sys.excepthook = _without_own_frames

@@ -46,7 +46,7 @@ def install(
     gpus: Any = None,
     *,
     sync_batch_norm: bool = True,
-    compile: str | None = None,
+    compile: str | None = "auto",
     graph: str | None = "auto",
     **options: Any,
 ) -> None:
@@ -59,7 +59,7 @@ def install(
     Args:
         gpus: how many devices, a list of their ordinals, or None for all.
         sync_batch_norm: BatchNormalization by the global batch, as plain Keras does; False: by each device's rows.
-        compile: how steps run, None, "trace" or "inductor"; see `fastdp.wrap`.
+        compile: how steps run, "auto", None, "trace" or "inductor"; see `fastdp.wrap`.
         graph: whether captured steps become CUDA graphs, "auto", "bucket" or None; see `fastdp.wrap`.
         options: `update`, `timeout` and `check_replicas` of `fastdp.wrap`.
 

@@ -61,7 +61,7 @@ class ParallelModel(TemplateView):
         cpu_relocation: bool = False,
         merge_device: int = 0,
         sync_batch_norm: bool = False,
-        compile: str | None = None,
+        compile: str | None = "auto",
         graph: str | None = "auto",
         update: str | None = None,
         timeout: float = 1800.0,

@@ -7,15 +7,17 @@ Replicas with the same number of rows share a graph. How far this goes is the `m
 
     "trace"      traced before the second step of a shape
     "inductor"   that, and compiled
-    "auto"       traced, and later compiled, once a shape has been trained for about as long as each will take
+    "auto"       traced, and later compiled, once a shape has been trained for about as long as each will take; on a
+                 processor compiled steps are tried against traced ones, and the faster stay. Steps with code of the
+                 user's in them run eagerly.
 
 On GPUs a step that has run traced, or compiled, once is recorded as CUDA graphs on each replica
 (`fastdp.program.capture_record`), which later steps replay; for `MOST_RECORDED` batch shapes of a replica.
 
 Tracing happens on the host thread between steps, while no replica runs. What cannot be traced (a value that the
 model reads on the host, an exchange between replicas in the middle of a step) runs eagerly for good, with one
-warning that says why. A trace is of the model as compiled: what a layer reads from plain Python attributes is
-fixed until the next `compile`.
+warning that says why. A trace is of the model as it is: when a plain attribute of a layer changes, it is made anew
+(`fastdp.program.capture_guard`).
 """
 
 from __future__ import annotations
@@ -33,9 +35,11 @@ import numpy as np
 from fastdp.errors import DeviceTimeoutError
 from fastdp.program.base import Context
 from fastdp.program.capture_compiler import BackgroundCompiler, CompileError, Job, missing_compiler
+from fastdp.program.capture_guard import Attributes, own_code
 from fastdp.program.capture_record import Recorder
 from fastdp.program.capture_rewrites import for_compiler
 from fastdp.program.capture_trace import Captured, NoExchange
+from fastdp.program.capture_trial import Trial
 from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import Structure
 from fastdp.program.keras_replica import NotCapturable
@@ -49,6 +53,8 @@ TRACE_SECONDS, TRACE_STEPS = 0.5, 10
 COMPILE_SECONDS, COMPILE_SECONDS_PER_OPERATION = 10.0, 0.02
 # Compiling runs beside the training and is begun before it has paid for itself.
 COMPILE_PATIENCE = 0.25
+# A layer whose attributes change again and again changes them itself.
+MOST_CHANGES = 3
 _POLL_SECONDS = 0.05
 
 
@@ -66,6 +72,7 @@ class _Shape:
     compiled: bool = False
     since: int = 0  # steps before the present way of replaying
     no_graph: str = ""
+    trial: Trial | None = None
     why: str = "seen once so far"
 
 
@@ -88,8 +95,13 @@ class Captures:
         self._present: list[_Shape] = []
         self._compiler = BackgroundCompiler()
         self._no_compiler = missing_compiler() if mode != "trace" else 'compile="trace"'
+        self._attributes = Attributes(program.model)
+        self._changes = 0
         self._refused = _refusal(program)
-        if self._refused:
+        own = own_code(program) if mode == "auto" and not self._refused else ""
+        if own:
+            self._refused = f'{own} is code of your own: compile="trace" or "inductor" captures it'
+        elif self._refused and mode != "auto":
             self._warn_eager()
         elif mode == "inductor" and self._no_compiler:
             self._warn_traced()
@@ -108,6 +120,8 @@ class Captures:
             wants_outputs: whether the step's outputs are looked at.
         """
         self._present = []
+        if not self._refused:
+            self._look_at_attributes()
         if self._refused:
             return
         self._program.prepare_loss()
@@ -134,6 +148,8 @@ class Captures:
             shape.steps += 1
             shape.seconds += seconds
             shape.recent = [*shape.recent[-4:], seconds]
+            if shape.trial is not None:
+                shape.trial.note(seconds)
 
     @property
     def compiling(self) -> bool:
@@ -175,6 +191,21 @@ class Captures:
             return [{"how": "eager", "why": self._refused}]
         return [_entry(shape) for shape in self._shapes.values()]
 
+    def _look_at_attributes(self) -> None:
+        """Capture anew when a plain attribute of a layer has changed; run eagerly if that happens again and again."""
+        changed = self._attributes.changed()
+        if not changed:
+            return
+        self._attributes.renew()
+        if not self._shapes:
+            return
+        self._changes += 1
+        self.close("")
+        self._shapes.clear()
+        if self._changes > MOST_CHANGES:
+            self._refused = f"{changed}, which changes while the model trains"
+            self._warn_eager()
+
     def _may_trace(self, shape: _Shape) -> bool:
         """Whether it is time to trace."""
         if shape.steps == 0:
@@ -203,6 +234,7 @@ class Captures:
 
     def _trace(self, shape: _Shape, batch: list[np.ndarray], context: Context) -> None:
         """Trace one shape; a warning, and no more attempts for any shape, if that cannot be done."""
+        self._attributes.renew()
         try:
             shape.captured = Captured(self._program, batch, context)
             # Where steps have been trained for longer, it is recorded at once (see `_collect`).
@@ -228,7 +260,11 @@ class Captures:
             if job is None or shape.compiled or not self._compiler.done(job) or shape.captured is None:
                 continue
             try:
-                shape.captured.use(self._compiler.result(job))
+                compiled = self._compiler.result(job)
+                if self._mode == "auto" and self._recorder is None:
+                    shape.trial = Trial(shape.captured, compiled)
+                else:
+                    shape.captured.use(compiled)
                 # Recorded at once where that is done: its first run, which allocates memory, is then not within a step,
                 # in which other replicas may wait for a collective.
                 shape.compiled, shape.since, shape.why = True, shape.steps - 1, ""
@@ -256,13 +292,14 @@ class Captures:
 
 def _entry(shape: _Shape) -> dict[str, Any]:
     """What is to be said about one shape."""
-    how = "compiled" if shape.compiled else "eager" if shape.captured is None else "traced"
+    slower = shape.trial.why if shape.trial is not None else ""
+    how = "compiled" if shape.compiled and not slower else "eager" if shape.captured is None else "traced"
     recordings = list(shape.captured.recordings.values()) if shape.captured is not None else []
     if recordings:
         how = "graph"
     entry: dict[str, Any] = {"how": how, "rows": shape.rows, "of": shape.of, "steps": shape.steps}
-    if shape.why or shape.no_graph:
-        entry["why"] = "; ".join(filter(None, (shape.why, shape.no_graph)))
+    if shape.why or shape.no_graph or slower:
+        entry["why"] = "; ".join(filter(None, (shape.why, shape.no_graph, slower)))
     if shape.captured is not None:
         entry |= {"operations": shape.captured.operations, "trace_seconds": shape.captured.seconds}
     if shape.compiled and shape.job is not None:
@@ -286,7 +323,8 @@ def _key(batch: Sequence[np.ndarray], context: Context, program: KerasProgram) -
 
 def _refusal(program: KerasProgram) -> str | None:
     """Why no step of a program can be captured, known beforehand."""
-    if program.sync_batch_norm:
+    normalizes = any(isinstance(one, keras.layers.BatchNormalization) for one in program.model._flatten_layers())
+    if program.sync_batch_norm and normalizes:
         return "sync_batch_norm: replicas exchange moments in the middle of a step"
     if isinstance(program.optimizer, keras.optimizers.LossScaleOptimizer):
         return "loss scaling: the scale changes from step to step"

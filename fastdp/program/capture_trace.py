@@ -78,6 +78,7 @@ class Captured:
         found = sum(number is not None for number in self._layout.gradients)
         self.graph: GraphModule = stored(optimized(traced), found)
         self.run: Any = in_place(self.graph)
+        self._traced: tuple[Any, Any] | None = None  # what `use` has replaced
         self.operations = sum(node.op == "call_function" for node in self.run.graph.nodes)
         self.recordings: dict[int, Recording] = {}
         self._buckets = list(range(len(program.gradient_buckets)))
@@ -104,10 +105,17 @@ class Captured:
     def use(self, run: Callable[..., Sequence[torch.Tensor]]) -> None:
         """Replay by another function that computes the same, on the device that the step was traced on."""
         step = self._steps[str(self._home)]
+        self._traced = self._traced or (step, self.run)
         arguments = len(self.graph.graph.find_nodes(op="placeholder"))
         self._steps[str(self._home)] = whole(run, arguments, len(step.results), self._buckets)
         self.recordings = {}
         self.run = run
+
+    def use_traced(self) -> None:
+        """Replay as traced again."""
+        if self._traced is not None:
+            self._steps[str(self._home)], self.run = self._traced
+            self.recordings = {}
 
     def record(self, graphs: Graphs, state: Any, batch: list[np.ndarray], context: Context) -> None:
         """Record the step for the replica of `context`, whose worker this is; replays are the recording's from now on.

@@ -66,7 +66,7 @@ class TorchParallel:
         check_replicas: bool = False,
     ) -> None:
         check_module(module)
-        if compile is not None:
+        if compile not in (None, "auto"):
             raise ValueError(
                 "`compile` captures Keras models only. Leave it None for a torch.nn.Module. "
                 f"Received: compile={compile!r}"

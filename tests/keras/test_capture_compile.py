@@ -19,7 +19,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastdp
-from fastdp.program import capture, capture_compiler, capture_worker
+from fastdp.program import capture, capture_compiler, capture_trial, capture_worker
 from fastdp.program.capture_compiler import BackgroundCompiler, CompileError
 from fastdp.program.capture_graph import from_bytes, to_bytes
 from fastdp.program.capture_passes import optimized
@@ -291,3 +291,140 @@ def test_a_graph_as_bytes_names_no_module_but_those_that_its_reader_has():
     assert {"float64", "float16"} <= strings  # made again by name: pickle would find any module that imported torch
     modules = {text for text in strings if text in sys.modules}
     assert modules <= {"fastdp.program.capture_graph", "torch"}
+
+
+# "auto": what pays, and nothing that could be wrong.
+
+
+def quick(monkeypatch):
+    """Shapes are traced at their second step."""
+    monkeypatch.setattr(capture, "TRACE_SECONDS", 0.0)
+    monkeypatch.setattr(capture, "TRACE_STEPS", 0)
+
+
+@pytest.mark.parametrize(("compiled", "how"), [(0.001, "compiled"), (0.5, "traced")])
+def test_auto_keeps_the_faster_of_the_compiled_and_the_traced_step(compiled, how):
+    class Replaced:
+        """A captured step, of which the trial needs two calls."""
+
+        now = "traced"
+
+        def use(self, run):
+            self.now = run
+
+        def use_traced(self):
+            self.now = "traced"
+
+    captured = Replaced()
+    trial = capture_trial.Trial(captured, "compiled")
+    seen = []
+    for _ in range(2 * capture_trial.STEPS + 3):
+        seen.append(captured.now)
+        trial.note(compiled if captured.now == "compiled" else 0.1)
+    assert seen[: 2 * capture_trial.STEPS] == ["compiled"] * capture_trial.STEPS + ["traced"] * capture_trial.STEPS
+    assert captured.now == how
+    assert trial.why == ("" if how == "compiled" else "a step takes 500.00 ms compiled and 100.00 traced")
+
+
+def test_a_step_that_was_replaced_replays_as_traced_again():
+    parallel = wrapped("trace")
+    train(parallel, 2)
+    shape, _ = parallel._steps.captures._shapes.values()  # the first replica counts the regularizer
+    step, run = dict(shape.captured._steps), shape.captured.run
+    shape.captured.use(run)
+    assert shape.captured._steps != step
+    shape.captured.use_traced()
+    assert (shape.captured._steps, shape.captured.run) == (step, run)
+    train(parallel, 1)
+
+
+@pytest.mark.parametrize("own", ["layer", "lambda", "activation", "regularizer", "loss", "loss class"])
+def test_auto_leaves_steps_with_the_users_code_eager(own, monkeypatch):
+    quick(monkeypatch)
+
+    class Own(keras.layers.Layer):
+        def call(self, x):
+            return x * 2
+
+    class OwnLoss(keras.losses.Loss):
+        def call(self, y, y_pred):
+            return keras.ops.mean((y - y_pred) ** 2, axis=-1)
+
+    class OwnRegularizer(keras.regularizers.Regularizer):
+        def __call__(self, x):
+            return keras.ops.sum(x * x)
+
+    def function(*values):
+        return keras.ops.mean((values[0] - values[-1]) ** 2, axis=-1) if len(values) > 1 else keras.ops.relu(values[0])
+
+    extra = {"layer": Own(), "lambda": keras.layers.Lambda(lambda x: x + 1)}.get(own, keras.layers.ReLU())
+    dense = keras.layers.Dense(
+        2,
+        activation=function if own == "activation" else "tanh",
+        kernel_regularizer=OwnRegularizer() if own == "regularizer" else None,
+    )
+    model = keras.Sequential([keras.Input((3,)), dense, extra])
+    fastdp.set_virtual_devices(2)
+    parallel = fastdp.wrap(model, gpus=2)
+    parallel.compile("sgd", {"loss": function, "loss class": OwnLoss()}.get(own, "mse"))
+    x, y = np.ones((4, 3), np.float32), np.ones((4, 2), np.float32)
+    for _ in range(4):
+        parallel.train_on_batch(x, y)
+    (entry,) = parallel.report()
+    assert entry["how"] == "eager"
+    assert "code of your own" in entry["why"]
+    fastdp.set_virtual_devices(0)
+
+
+def test_keras_own_layers_are_traced_by_default(monkeypatch):
+    quick(monkeypatch)
+    fastdp.set_virtual_devices(2)
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, activation="relu", kernel_regularizer="l2")])
+    parallel = fastdp.wrap(model, gpus=2)
+    parallel.compile("sgd", keras.losses.MeanSquaredError(), metrics=["mae"])
+    x, y = np.ones((4, 3), np.float32), np.ones((4, 2), np.float32)
+    for _ in range(4):
+        parallel.train_on_batch(x, y)
+    assert hows(parallel) == {"traced"}
+    fastdp.set_virtual_devices(0)
+
+
+def test_a_changed_attribute_is_seen_by_the_next_step():
+    """A callback that turns dropout off, as it would see it in plain Keras."""
+    fastdp.set_virtual_devices(2)
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dropout(0.5, seed=1)])
+    parallel = fastdp.wrap(model, gpus=2, compile="trace")
+    parallel.compile("sgd", "mse")
+    x = np.ones((4, 64), np.float32)
+    with pytest.warns(UserWarning, match="does not have any trainable weights"):
+        losses = [parallel.train_on_batch(x, x) for _ in range(3)]
+        assert hows(parallel) == {"traced"}
+        parallel.reset_metrics()
+        model.layers[0].rate = 0.0
+        off = [parallel.train_on_batch(x, x) for _ in range(3)]
+    assert min(losses) > 0.5
+    assert off == [0.0] * 3
+    assert hows(parallel) == {"traced"}, "captured anew"
+    fastdp.set_virtual_devices(0)
+
+
+def test_a_layer_that_changes_its_own_attributes_runs_eagerly():
+    @keras.saving.register_keras_serializable(package="capture_compile")
+    class Counting(keras.layers.Layer):
+        count = 0
+
+        def call(self, x):
+            self.count = self.count + 1
+            return x
+
+    fastdp.set_virtual_devices(1)
+    model = keras.Sequential([keras.Input((3,)), Counting(), keras.layers.Dense(1)])
+    parallel = fastdp.wrap(model, gpus=1, compile="trace")
+    parallel.compile("sgd", "mse")
+    x, y = np.ones((4, 3), np.float32), np.ones((4, 1), np.float32)
+    with pytest.warns(UserWarning, match="count, which changes while the model trains"):
+        for _ in range(12):
+            parallel.train_on_batch(x, y)
+    assert hows(parallel) == {"eager"}
+    fastdp.set_virtual_devices(0)

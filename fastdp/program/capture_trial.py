@@ -1,0 +1,45 @@
+"""Whether a compiled step is faster than the traced one: some steps of each tell."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+
+from fastdp.program.capture_trace import Captured
+
+STEPS = 10  # of each kind
+
+
+class Trial:
+    """Lets a captured step run compiled, then traced, and keeps the faster.
+
+    Compiling is over by then: what was timed while it went on beside the training says little.
+
+    Args:
+        captured: a traced step.
+        compiled: its compiled equal, which is used from now on.
+
+    `why` says, once the trial is over, why the step stays traced; it is empty where it stays compiled.
+    """
+
+    def __init__(self, captured: Captured, compiled: Callable[..., Sequence[torch.Tensor]]) -> None:
+        self._captured, self._compiled = captured, compiled
+        self._seconds: list[float] = []
+        self.why = ""
+        captured.use(compiled)
+
+    def note(self, seconds: float) -> None:
+        """A step has taken so long."""
+        if len(self._seconds) == 2 * STEPS:
+            return
+        self._seconds.append(seconds)
+        if len(self._seconds) == STEPS:
+            self._captured.use_traced()
+        elif len(self._seconds) == 2 * STEPS:
+            compiled, traced = statistics.median(self._seconds[:STEPS]), statistics.median(self._seconds[STEPS:])
+            if compiled <= traced:
+                self._captured.use(self._compiled)
+            else:
+                self.why = f"a step takes {1e3 * compiled:.2f} ms compiled and {1e3 * traced:.2f} traced"
