@@ -331,11 +331,15 @@ def test_a_step_that_was_replaced_replays_as_traced_again():
     train(parallel, 2)
     shape, _ = parallel._steps.captures._shapes.values()  # the first replica counts the regularizer
     step, run = dict(shape.captured._steps), shape.captured.run
-    shape.captured.use(run)
-    assert shape.captured._steps != step
-    shape.captured.use_traced()
-    assert (shape.captured._steps, shape.captured.run) == (step, run)
+    calls = []
+    shape.captured.use(lambda *arguments: calls.append(1) or run(*arguments))
     train(parallel, 1)
+    assert calls == [1]
+    shape.captured.use_traced()
+    assert shape.captured.run is run
+    assert shape.captured._steps["cpu"] is step["cpu"]
+    train(parallel, 1)
+    assert calls == [1]
 
 
 @pytest.mark.parametrize("own", ["layer", "lambda", "activation", "regularizer", "loss", "loss class"])
@@ -393,16 +397,16 @@ def test_a_changed_attribute_is_seen_by_the_next_step():
     """A callback that turns dropout off, as it would see it in plain Keras."""
     fastdp.set_virtual_devices(2)
     keras.utils.set_random_seed(0)
-    model = keras.Sequential([keras.Input((64,)), keras.layers.Dropout(0.5, seed=1)])
+    layers = [keras.layers.Dropout(0.5, seed=1), keras.layers.Dense(1, kernel_initializer="ones")]
+    model = keras.Sequential([keras.Input((64,)), *layers])
     parallel = fastdp.wrap(model, gpus=2, compile="trace")
-    parallel.compile("sgd", "mse")
-    x = np.ones((4, 64), np.float32)
-    with pytest.warns(UserWarning, match="does not have any trainable weights"):
-        losses = [parallel.train_on_batch(x, x) for _ in range(3)]
-        assert hows(parallel) == {"traced"}
-        parallel.reset_metrics()
-        model.layers[0].rate = 0.0
-        off = [parallel.train_on_batch(x, x) for _ in range(3)]
+    parallel.compile(keras.optimizers.SGD(0.0), "mse")
+    x, y = np.ones((4, 64), np.float32), np.full((4, 1), 64, np.float32)
+    losses = [parallel.train_on_batch(x, y) for _ in range(3)]
+    assert hows(parallel) == {"traced"}
+    parallel.reset_metrics()
+    model.layers[0].rate = 0.0
+    off = [parallel.train_on_batch(x, y) for _ in range(3)]
     assert min(losses) > 0.5
     assert off == [0.0] * 3
     assert hows(parallel) == {"traced"}, "captured anew"
@@ -423,8 +427,12 @@ def test_a_layer_that_changes_its_own_attributes_runs_eagerly():
     parallel = fastdp.wrap(model, gpus=1, compile="trace")
     parallel.compile("sgd", "mse")
     x, y = np.ones((4, 3), np.float32), np.ones((4, 1), np.float32)
-    with pytest.warns(UserWarning, match="count, which changes while the model trains"):
+
+    def steps():
         for _ in range(12):
             parallel.train_on_batch(x, y)
+
+    with pytest.warns(UserWarning, match="count, which changes while the model trains"):
+        steps()
     assert hows(parallel) == {"eager"}
     fastdp.set_virtual_devices(0)
