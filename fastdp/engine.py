@@ -39,7 +39,8 @@ class DataParallel:
         program: what each replica runs (`fastdp.program.base.Program`).
         devices: one replica per device, in the order of the rows: devices, or what `gpus=` takes elsewhere (a
             number, a list of ordinals, None for all).
-        timeout: seconds that one step may take before it is given up.
+        timeout: seconds that one step may take before it is given up. On one virtual device a step runs on the
+            thread that asks for it, and nobody is left to give it up.
         update: "first" applies the update on the first device, with all cores, and copies the new variables to the
             others, which is faster where devices outnumber the cores that they share. "each" applies it on every
             device to its own copy. The results have the same bits. None: "each" on GPUs, "first" elsewhere.

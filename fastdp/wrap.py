@@ -51,7 +51,8 @@ def wrap(
         update: "first" applies the optimizer on the first device and copies the new weights to the others: faster
             where devices outnumber the cores that they share. "each" applies it on every device. The results are
             the same. None: "each" on GPUs, "first" elsewhere.
-        timeout: seconds that one step may take before it is given up.
+        timeout: seconds that one step may take before it is given up. On one virtual device a step runs on the
+            thread that asks for it, and nobody is left to give it up.
         check_replicas: verify after each step that all replicas are bitwise equal (slow; for debugging).
 
     Returns:
