@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -116,18 +115,9 @@ class Fitted:
 
 
 def wrap_options(how: str) -> dict[str, Any]:
-    """The arguments of `fastdp.wrap` for eager, traced, compiled or graph, or for a compiled graph.
-
-    Raises:
-        NotImplementedError: this version of fastdp has no such steps.
-    """
+    """The arguments of `fastdp.wrap` for eager, traced, compiled or graph, or for a compiled graph."""
     modes = {"eager": None, "traced": "trace", "compiled": "inductor", "graph": "trace", "compiled graph": "inductor"}
-    options: dict[str, Any] = {"compile": modes[how]}
-    if "graph" in inspect.signature(importlib.import_module("fastdp").wrap).parameters:
-        return {**options, "graph": "bucket" if "graph" in how else None}
-    if "graph" in how:
-        raise NotImplementedError("fastdp.wrap has no `graph` argument")
-    return options
+    return {"compile": modes[how], "graph": "bucket" if "graph" in how else None}
 
 
 def facts_of(model: Any) -> dict[str, Any]:

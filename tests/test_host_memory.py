@@ -6,9 +6,11 @@ import platform
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from fastdp.backend.host_memory import has_own_settings
+from fastdp.backend.host import ALIGNMENT, HostDevice
+from fastdp.backend.host_memory import LARGE_NBYTES, has_own_settings
 
 SCRIPT = """
 import resource, sys, threading
@@ -60,3 +62,17 @@ def test_memory_of_a_step_is_kept_for_the_next():
 )
 def test_settings_of_the_user_are_recognized(environment, own):
     assert has_own_settings(environment) is own
+
+
+@pytest.mark.parametrize("nbytes", [1, LARGE_NBYTES - 1, LARGE_NBYTES, 3 * LARGE_NBYTES + 5])
+def test_memory_of_any_size_is_aligned_zero_and_the_arrays_own(nbytes):
+    device = HostDevice(0)
+    first, second = (device.zeros((nbytes,), np.dtype(np.uint8)) for _ in range(2))
+    for array in (first, second):
+        assert array.ctypes.data % ALIGNMENT == 0
+        assert array.shape == (nbytes,)
+        assert not array.any()
+    first[...] = 7
+    assert not second.any()
+    assert device.empty((nbytes, 2), np.dtype(np.float64)).shape == (nbytes, 2)
+    device.close()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastdp.backend.host_memory import keep_freed_memory
+from fastdp.backend.host_memory import LARGE_NBYTES, keep_freed_memory, large_memory
 from fastdp.backend.queue import QueueDevice
 from fastdp.shard import Rows
 
@@ -36,14 +36,15 @@ class HostDevice(QueueDevice):
         """Uninitialized memory of `shape` and `dtype`, 64-byte aligned, owned by the array."""
         dtype = np.dtype(dtype)
         nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+        raw = large_memory(nbytes) if nbytes >= LARGE_NBYTES else np.empty(nbytes + ALIGNMENT, np.uint8)
         offset = -raw.ctypes.data % ALIGNMENT
         return raw[offset : offset + nbytes].view(dtype).reshape(shape)
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """Memory as of `empty`, all zero."""
         array = self.empty(shape, dtype)
-        array[...] = 0
+        if array.nbytes < LARGE_NBYTES:  # the system gives large ones as zeros, a page when it is first touched
+            array[...] = 0
         return array
 
     def copy(self, target: np.ndarray, source: np.ndarray) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import sys
 from pathlib import Path
 
@@ -18,18 +17,13 @@ from gpu_keras_ways import EngineSteps, Fitted, facts_of
 from fastdp.keras.parallel import ParallelModel
 from fastdp.replica import Replica
 
-WITHOUT_GRAPHS = "graph" not in inspect.signature(ParallelModel).parameters
-reason = "this version of fastdp records no CUDA graphs"
-
 
 def parallel(model, box, how):
-    graph = {} if WITHOUT_GRAPHS else {"graph": "bucket" if how == "graph" else None}
-    return ParallelModel(model, box.devices(1), compile="trace", timeout=60.0, **graph)
+    graph = "bucket" if how == "graph" else None
+    return ParallelModel(model, box.devices(1), compile="trace", timeout=60.0, graph=graph)
 
 
-@pytest.mark.parametrize(
-    "how", ["traced", pytest.param("graph", marks=pytest.mark.skipif(WITHOUT_GRAPHS, reason=reason))]
-)
+@pytest.mark.parametrize("how", ["traced", "graph"])
 def test_steps_below_keras_s_loop_train_and_are_those_that_fit_runs(box, how):
     fitted = Fitted(CASES["tiny-mlp"], 2, lambda model: parallel(model, box, how))
     for _ in range(2):

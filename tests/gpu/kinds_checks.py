@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import keras
 import numpy as np
-import pytest
 from model_checks import KERAS_MODELS, LIMIT, keras_data
 from torch_checks import full_precision
 
@@ -27,21 +25,13 @@ ROWS, BATCH = 32, 16
 COMPILE_SECONDS = 240.0
 
 
-def has_graphs() -> bool:
-    """Whether this version of fastdp records steps as CUDA graphs."""
-    return "graph" in inspect.signature(ParallelModel).parameters
-
-
 def options_of(kind: str) -> dict[str, Any]:
     """The arguments of ParallelModel for a kind of steps."""
-    graphs = {"graph": "bucket" if "graph" in kind else None} if has_graphs() else {}
-    return {"compile": KINDS[kind][1], **graphs}
+    return {"compile": KINDS[kind][1], "graph": "bucket" if "graph" in kind else None}
 
 
 def a_kind_of_steps_gives_the_losses_of_eager_ones(devices: list, name: str, kind: str) -> float:
     """Six epochs of two batches, the last three once all is compiled. Returns the largest difference of a loss."""
-    if "graph" in kind and not has_graphs():
-        pytest.skip("this version of fastdp records no CUDA graphs: ParallelModel has no argument `graph`")
     expected, eager_weights = _trained(devices, name, "eager")
     losses, weights = _trained(devices, name, kind)
     np.testing.assert_allclose(losses, expected, rtol=TOLERANCE[kind], err_msg=kind)
