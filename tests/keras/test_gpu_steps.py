@@ -19,8 +19,6 @@ import gpu_steps
 from gpu_cases import CASES
 from peer_process import PeerError
 
-import fastdp
-
 BENCH = Path(__file__).parents[2] / "bench"
 
 
@@ -143,12 +141,9 @@ def test_ways_that_do_not_fit_on_the_card_together_come_in_groups_with_the_base_
             assert len(pair) in map(len, titles), (name, titles)
 
 
-def test_steps_that_this_version_does_not_have_are_refused_by_name(monkeypatch):
-    monkeypatch.setattr(fastdp, "wrap", lambda model, gpus=None, *, compile=None: None)
-    with pytest.raises(NotImplementedError, match="has no `graph` argument"):
-        gpu_keras_ways.wrap_options("graph")
+def test_steps_are_graphs_where_there_is_a_card(monkeypatch):
     assert gpu_steps.best_how() == "traced"
-    monkeypatch.setattr(fastdp, "wrap", lambda model, gpus=None, *, graph=None: None)
+    monkeypatch.setenv("FASTDP_BENCH_DEVICE", "cuda")
     assert gpu_keras_ways.wrap_options("graph") == {"compile": "trace", "graph": "bucket"}
     assert gpu_keras_ways.wrap_options("compiled graph") == {"compile": "inductor", "graph": "bucket"}
     assert gpu_keras_ways.wrap_options("traced") == {"compile": "trace", "graph": None}  # "auto" would record
