@@ -17,12 +17,13 @@ from fastdp.backend.queue import QueueEvent
 from fastdp.device import resolve
 from fastdp.program.arrays import FunctionProgram
 
-LIMIT = 20.0
-WIDTH = 5
-
 # Seen in two of six whole runs, never alone, and not explained (docs/log.md): told, and no error, in this file alone. Its
 # tests compare numbers, so a product that is wrong still fails them.
 pytestmark = pytest.mark.filterwarnings("default:invalid value encountered in matmul:RuntimeWarning")
+
+
+LIMIT = 20.0
+WIDTH = 5
 
 
 @pytest.fixture(autouse=True)
