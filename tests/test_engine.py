@@ -17,7 +17,7 @@ from fastdp.backend.queue import QueueEvent
 from fastdp.device import resolve
 from fastdp.program.arrays import FunctionProgram
 
-# Seen in two of six whole runs, never alone, and not explained (docs/log.md): told, and no error, in this file alone. Its
+# Seen in some whole runs, never alone, and not explained (docs/log.md): told, and no error, in this file alone. Its
 # tests compare numbers, so a product that is wrong still fails them.
 pytestmark = pytest.mark.filterwarnings("default:invalid value encountered in matmul:RuntimeWarning")
 
