@@ -17,13 +17,9 @@ from fastdp.backend.queue import QueueEvent
 from fastdp.device import resolve
 from fastdp.program.arrays import FunctionProgram
 
-# Seen in some whole runs, never alone, and not explained (docs/log.md): told, and no error, in this file alone. Its
-# tests compare numbers, so a product that is wrong still fails them.
-pytestmark = pytest.mark.filterwarnings("default:invalid value encountered in matmul:RuntimeWarning")
-
-
 LIMIT = 20.0
-WIDTH = 5
+# Not 5: OpenBLAS's float32 product of five columns and a vector computes on what lies on the stack (docs/log.md).
+WIDTH = 6
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +142,7 @@ def test_with_fewer_rows_than_devices_fewer_run_and_all_stay_in_step(rows):
         one.train(batch)
         assert seen == [1] * size
         assert len(set(weights(engine))) == 1
-    np.testing.assert_allclose(engine.program.parameters["w"], one.program.parameters["w"], rtol=1e-5)
+    np.testing.assert_allclose(engine.program.parameters["w"], one.program.parameters["w"], rtol=1e-5, atol=1e-6)
 
 
 def run(count, delays=()):

@@ -65,12 +65,12 @@ def linear():
     def update(p, slots, gradients):
         return {"w": p["w"] - 0.1 * gradients["w"]}, {}
 
-    return FunctionProgram({"w": np.linspace(-1, 1, 5).astype("float32")}, train, update, lambda p, batch: [])
+    return FunctionProgram({"w": np.linspace(-1, 1, 6).astype("float32")}, train, update, lambda p, batch: [])
 
 
 def rows(n, seed):
     rng = np.random.default_rng(seed)
-    return [rng.normal(size=(n, 5)).astype("float32"), rng.normal(size=n).astype("float32")]
+    return [rng.normal(size=(n, 6)).astype("float32"), rng.normal(size=n).astype("float32")]
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
