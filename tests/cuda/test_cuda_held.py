@@ -98,7 +98,7 @@ def test_a_keras_model_accumulates_as_on_the_host_also_when_somebody_looks(box):
     host, results = [HostDevice(i) for i in range(3)], []
     for devices in (host, box.devices(3)):
         keras.utils.set_random_seed(3)
-        layers = [keras.Input((5,)), keras.layers.Dense(8, activation="tanh"), keras.layers.Dense(1)]
+        layers = [keras.Input((6,)), keras.layers.Dense(8, activation="tanh"), keras.layers.Dense(1)]
         parallel = ParallelModel(keras.Sequential(layers), devices, timeout=LIMIT, check_replicas=True)
         parallel.compile(optimizer=keras.optimizers.SGD(0.1, momentum=0.9, gradient_accumulation_steps=3), loss="mse")
         seen = []
