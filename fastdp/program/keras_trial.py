@@ -16,6 +16,7 @@ from fastdp.program.keras_draws import DrawSites
 from fastdp.program.keras_effects import Effect, check_loss, classify, warn_mixed_rows, warn_variable
 from fastdp.program.keras_memory import ReplicaScope
 from fastdp.program.keras_replica import Running, replica_scope
+from fastdp.program.keras_rows import keeps_rows_apart
 from fastdp.program.keras_scope import replica_aware
 
 
@@ -59,10 +60,13 @@ class Effects:
 
         Runs the model on two rows of the batch, and on each alone, without changing anything. With fewer
         rows, rows that are all equal, or values that are all zero, the question is asked again at the next step.
+        A model of layers that are known (`fastdp.program.keras_rows`) is not run: there is nothing to find out.
 
         Raises:
             ValueError: an `add_loss` term that cannot be put together from the replicas' rows.
         """
+        if self._losses is None and keeps_rows_apart(self._model):
+            self._losses = []
         undecided = Effect.UNDECIDED in (*self._assigned.values(), *(self._losses or []))
         if (self._losses is not None and not undecided and not self._tried_equal_rows) or len(batch[0]) < 2:
             return
