@@ -90,7 +90,6 @@ class DataParallel:
         self._unsettled: Step | None = None
         self.replicas = [self._replicate(rank) for rank in range(len(devices))]
         self._spare = Spare(self.replicas[0])
-        self._updated = False
         self._buckets = self.replicas[0].gradients.buckets()
         self._communicator.prepare(self._buckets)
         for device in () if cpu_merge else self.devices:
@@ -204,7 +203,7 @@ class DataParallel:
             step.watch.update_began[replica.rank] = time.perf_counter()
             try:
                 if replica.rank == 0:
-                    step.restorable = self._spare.save(needed=not (self._updated and self.program.update_is_reliable))
+                    step.restorable = self._spare.save()
                     step.updates_begun = True
                 # The other devices have nothing to do while the first updates for all.
                 alone = len(step.updating) == 1 and len(self.replicas) > 1
@@ -214,7 +213,7 @@ class DataParallel:
                 replica.update(step.totals)
                 step.updates_done.append(replica.rank)
                 step.watch.update_ended[replica.rank] = time.perf_counter()
-                self._updated = True
+                self._spare.succeeded = True
             except BaseException as error:
                 step.failures.append((replica.rank, error))
                 raise

@@ -54,6 +54,15 @@ class Replica:
         """Apply the reduced gradients. Runs on the device's worker."""
         self._program.update(self._state, totals)
 
+    @property
+    def update_is_reliable(self) -> bool:
+        """Whether none of the user's code runs in an update."""
+        return self._program.update_is_reliable
+
+    def rehearse_update(self) -> bool:
+        """Try the update on copies; whether that could be done. Runs on the device's worker."""
+        return self._program.rehearse_update(self._state)
+
     def accumulate(self, total: FlatBuffers, part: FlatBuffers) -> None:
         """Add `part` to `total`. Runs on the device's worker."""
         self._program.accumulate(total, part)

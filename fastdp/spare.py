@@ -15,24 +15,36 @@ class Spare:
     Args:
         replica: the first one.
 
-    An update that runs none of the user's code and has succeeded before is relied on, and saves the copy.
+    An update that runs none of the user's code is relied on once it has succeeded, and saves the copy: for a ResNet50
+    with Adam 280 MB. In host memory, where room is no question, succeeding on copies of a few numbers is enough.
+
+    Attributes:
+        succeeded: whether an update has.
     """
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
-        self._saved = self._made()
+        device: Any = replica.device
+        self._in_host_memory = not device.on_gpu
+        self._saved = [] if self._in_host_memory and replica.update_is_reliable else self._made()
+        self.succeeded = False
 
     @property
     def nbytes(self) -> int:
         """Bytes of the copy."""
         return sum(saved.nbytes for saved in self._saved)
 
-    def save(self, *, needed: bool) -> bool:
-        """Keep the values as they are now, if that is `needed`; whether they are kept. On the first device's worker."""
-        if not needed:
+    def save(self) -> bool:
+        """Keep the values as they are now, if that is needed; whether they are kept. On the first device's worker.
+
+        Raises:
+            Exception: what the update itself would raise, before it has changed anything.
+        """
+        replica = self._replica
+        if replica.update_is_reliable and (self.succeeded or (self._in_host_memory and replica.rehearse_update())):
             self._saved = []
             return False
-        if not self._saved:  # given up before; the program has changed its mind
+        if not self._saved:  # the program has changed its mind
             self._saved = self._made()
         for saved, flat in zip(self._saved, self._replica.lasting, strict=True):
             saved.copy_from(flat)

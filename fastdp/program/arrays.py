@@ -113,6 +113,10 @@ class FunctionProgram:
         """The update is a function of the user's."""
         return False
 
+    def rehearse_update(self, state: Any) -> bool:
+        """Not done: what a first update changes is copied before."""
+        return False
+
     def changed_outside(self) -> bool:
         """Whether `set_parameters` was called."""
         return self._changed

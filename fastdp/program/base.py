@@ -163,6 +163,12 @@ class Program(Protocol):
     def update_is_reliable(self) -> bool:
         """Whether an `update` that has succeeded once will not raise: no code of the user's runs in it."""
 
+    def rehearse_update(self, state: Any) -> bool:
+        """Try an update on copies of a few numbers, with the settings and gradients of now; whether that is possible.
+
+        Raises what the update itself would raise. On the replica's worker.
+        """
+
     def home(self, device: Allocator) -> Home:
         """The memory of the first replica, filled with the model's present values."""
 

@@ -107,6 +107,13 @@ class KerasProgram:
         parts = [self.optimizer, rate, *(v.constraint for v in self.trainable)]
         return all(part is None or type(part).__module__.startswith("keras.") for part in parts)
 
+    def rehearse_update(self, state: ReplicaState) -> bool:
+        """Try the optimizer on copies, where it acts on flat buffers."""
+        if state.flat_update is None or self.update_how != "flat":
+            return False
+        state.flat_update.rehearse()
+        return True
+
     @property
     def update_is_shared(self) -> bool:
         """Whether the optimizer is applied to pieces, one thread each."""

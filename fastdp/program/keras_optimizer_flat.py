@@ -7,6 +7,7 @@ accumulated gradients, averages of the weights) it does to the pieces.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -64,6 +65,11 @@ class _Region:
     members: list[int]
     starts: list[int]
     gaps: torch.Tensor
+
+    def first(self) -> _Region:
+        """Copies of the first number of everything."""
+        variables, gradients, *kinds = (t[:1].clone() for t in (self.variables, self.gradients, *self.kinds))
+        return _Region(variables, gradients, kinds, self.members[:1], [0], self.gaps[:0])
 
 
 @dataclass(slots=True)
@@ -126,6 +132,15 @@ class FlatUpdate:
             if region.gaps.numel():  # 0 / 0 is not zero
                 for tensor in (region.variables, *region.kinds):
                     tensor.index_fill_(0, region.gaps, 0)
+
+    def rehearse(self) -> None:
+        """Make an update of copies of one number of each dtype: whatever the settings raise, this raises too."""
+        rehearsal = copy.copy(self)
+        rehearsal._regions = [region.first() for region in self._regions]
+        rehearsal._scalars = [FlatVariable(scalar.value.detach().clone()) for scalar in self._scalars]
+        rehearsal._pieces = {}
+        with torch.no_grad():
+            rehearsal.apply(frozenset())
 
     def _stand_in(self, pieces: _Pieces, share: Share | None) -> Any:
         """An optimizer with the user's settings, over the pieces."""

@@ -166,6 +166,10 @@ class TorchProgram:
         """Whether the optimizer is torch's own."""
         return self.optimizers is not None and self.optimizers.are_torchs_own()
 
+    def rehearse_update(self, state: Any) -> bool:
+        """Not done: what a first update changes is copied before."""
+        return False
+
     def changed_outside(self) -> bool:
         """Whether the user assigned a parameter or a buffer, or loaded a state dict."""
         assert self._adopted is not None
