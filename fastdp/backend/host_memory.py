@@ -7,7 +7,6 @@ time (docs/log.md). Virtual devices compute in such arrays, step after step, so 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import mmap
@@ -28,18 +27,15 @@ LARGE_NBYTES = 4 << 20
 
 
 def large_memory(nbytes: int) -> np.ndarray:
-    """Bytes, all zero, for what lasts: at the border of a page, and in huge pages where the system has them.
+    """Bytes, all zero, for what lasts: pages of the system's that are zeroed when they are first touched.
 
-    Zeroing the flat buffers of a ResNet50 by pages of 4 KiB took 1.5 seconds before its first step. The memory goes
-    back to the system with the array.
+    They are not asked to be huge. In a virtual machine that gives free memory back to its host, as many do, huge pages
+    are what was given back, and touching them is slow: 0.9 of the 2.3 seconds to the end of a ResNet50's first step,
+    where steps are not a per cent faster for them (docs/log.md). The memory goes back to the system with the array.
     """
     if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
         return np.zeros(nbytes, np.uint8)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8)
+    return np.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[2] / "bench"
-QUESTIONS = ("virtual_devices", "driver_overhead", "all_reduce")
+QUESTIONS = ("virtual_devices", "first_step", "driver_overhead", "all_reduce")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

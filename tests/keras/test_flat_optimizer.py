@@ -331,6 +331,47 @@ def test_replicas_are_bitwise_equal_after_flat_updates(how: str) -> None:
     assert parallel.engine.program.update_how == "flat"
 
 
+def lasting(engine: Any) -> list[bytes]:
+    """Variables and slots of all replicas, to the last bit."""
+    flats = [flat for replica in engine.replicas for flat in replica.lasting]
+    return [buffer.tobytes() for flat in flats for buffer in flat.buffers.values()]
+
+
+@pytest.mark.parametrize("around", [{}, *AROUND.values()], ids=["plain", *AROUND])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_rehearsal_changes_nothing(name: str, around: dict[str, Any]) -> None:
+    model, optimizer, engine = flat(lambda: FORMULAS[name](**around), 2)
+    before, iterations = lasting(engine), int(optimizer.iterations)
+    assert engine.program.rehearse_update(engine.replicas[0]._state)
+    assert (lasting(engine), int(optimizer.iterations)) == (before, iterations)
+    assert_gaps_are_zero(engine)
+
+
+@pytest.mark.parametrize("gpus", [1, 3])
+def test_a_first_update_that_fails_in_its_rehearsal_changes_nothing_and_saves_nothing(
+    gpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(optimizer: Any, like: Any, rate: Any) -> Any:
+        def step(gradient: Any, variable: Any) -> None:
+            variable.value.add_(1)  # harmless to a copy
+            raise MemoryError("no room for it")
+
+        return step
+
+    parallel = fastdp.wrap(build(), gpus=gpus, compile=None)
+    parallel.compile(optimizer=FORMULAS["Adam"](), loss="mse")
+    parallel.predict(data()["x"], verbose=0)  # all replicas have the weights
+    before = lasting(parallel.engine)
+    monkeypatch.setattr(keras_optimizer_flat, "fused_step", broken)
+    with pytest.raises(MemoryError, match="no replica's weights were changed"):
+        parallel.fit(**data(), epochs=1, verbose=0)
+    assert lasting(parallel.engine) == before
+    monkeypatch.undo()
+    parallel.fit(**data(), epochs=1, verbose=0)
+    assert lasting(parallel.engine) != before
+    assert parallel.engine._spare.nbytes == 0
+
+
 def test_saved_optimizer_is_kerass_own_and_training_goes_on_from_it(tmp_path: Path) -> None:
     parallel = fastdp.wrap(build(), gpus=2)
     parallel.compile(optimizer=FORMULAS["AMSGrad"](), loss="mse")
