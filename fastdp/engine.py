@@ -23,7 +23,7 @@ from fastdp.relocation import Residence
 from fastdp.replica import Replica, assert_equal
 from fastdp.shard import CORES, split_rows
 from fastdp.spare import Spare
-from fastdp.step import Step, StepResult, add_up, commit, run_replica, step_error
+from fastdp.step import Step, StepResult, add_up, commit, run_replica, run_update, step_error
 from fastdp.step_scope import StepScope, meanwhile, one_step_at_a_time
 from fastdp.timing import Timings, Watch
 from fastdp.transfer import Merger, count_rows, scatter, stage
@@ -197,33 +197,16 @@ class DataParallel:
 
     def _update(self, step: Step) -> None:
         """Every replica gets the same update: by applying it to its own copy, or a copy of the first's."""
-
-        def apply(replica: Replica) -> None:
-            assert step.totals is not None
-            step.watch.update_began[replica.rank] = time.perf_counter()
-            try:
-                if replica.rank == 0:
-                    step.restorable = self._spare.save()
-                    step.updates_begun = True
-                # The other devices have nothing to do while the first updates for all.
-                alone = len(step.updating) == 1 and len(self.replicas) > 1
-                shares = alone and getattr(self.program, "update_is_shared", False)
-                step.totals.share = self._share if shares else None
-                replica.prepare_thread(CORES if alone and not shares else step.threads)
-                replica.update(step.totals)
-                step.updates_done.append(replica.rank)
-                step.watch.update_ended[replica.rank] = time.perf_counter()
-                self._spare.succeeded = True
-            except BaseException as error:
-                step.failures.append((replica.rank, error))
-                raise
-
         # Before, not after: an update may happen even when nobody waits for it any more.
         self._home.generation += 1
         self._generation = step.generation = self._home.generation
         step.updating = self._updating if step.reduces else self.replicas
+        # The other devices have nothing to do while the first updates for all.
+        alone = len(step.updating) == 1 and len(self.replicas) > 1
+        share = self._share if alone and getattr(self.program, "update_is_shared", False) else None
+        threads = CORES if alone and share is None else step.threads
         for replica in step.updating:
-            replica.device.compute.enqueue(lambda r=replica: apply(r))  # type: ignore[misc]
+            replica.device.compute.enqueue(partial(run_update, step, replica, self._spare, threads, share))
         if len(step.updating) < len(self.replicas):
             readers = None if step.reduction is None else len(step.updating)
             self._communicator.broadcast([replica.memory.variables for replica in self.replicas], readers)

@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from fastdp.backend.interrupts import interrupts_wait
 from fastdp.backend.queue import QueueDevice
 from fastdp.comm.choose import Reduction
 from fastdp.comm.rendezvous import Rendezvous
+from fastdp.comm.together import Share
 from fastdp.errors import ReplicaError, StepAborted, replica_error_class
 from fastdp.program.base import Context, Result, Totals
 from fastdp.replica import Replica
 from fastdp.shard import Rows
+from fastdp.spare import Spare
 from fastdp.timing import Watch
 from fastdp.transfer import Merger
 
@@ -112,6 +115,32 @@ def add_up(step: Step) -> None:
     for result in results[1:]:
         sums += result.sums
     step.totals = Totals(sums, results[0].notes, [result.notes for result in results], step.reduces)
+
+
+def run_update(step: Step, replica: Replica, spare: Spare, threads: int, share: Share | None) -> None:
+    """Update one replica on its device's worker; the first one keeps what it changes, where that is needed.
+
+    Args:
+        spare: the first replica's.
+        threads: of one operation.
+        share: the threads that do a piece of the update each, where it is made in pieces.
+    """
+    assert step.totals is not None
+    step.watch.update_began[replica.rank] = time.perf_counter()
+    try:
+        if replica.rank == 0:
+            step.restorable = spare.save()
+            step.updates_begun = True
+        step.totals.share = share
+        replica.prepare_thread(threads)
+        with interrupts_wait():  # the worker may be the thread that waits for it
+            replica.update(step.totals)
+            step.updates_done.append(replica.rank)
+        step.watch.update_ended[replica.rank] = time.perf_counter()
+        spare.succeeded = True
+    except BaseException as error:
+        step.failures.append((replica.rank, error))
+        raise
 
 
 def step_error(

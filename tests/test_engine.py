@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import random
+import signal
 import sys
 import threading
 import time
@@ -436,6 +437,31 @@ def test_a_step_that_takes_too_long_raises_is_never_applied_and_a_later_one_work
     one.train(batch)
     assert len(set(weights(engine))) == 1
     np.testing.assert_allclose(engine.program.parameters["w"], one.program.parameters["w"], rtol=1e-5, atol=1e-6)
+
+
+def test_ctrl_c_in_an_update_on_the_main_thread_comes_when_the_update_is_over():
+    ended = []
+
+    def interrupted(parameters, slots, gradients):
+        if len(ended) == 1:
+            signal.raise_signal(signal.SIGINT)
+        new = update(parameters, slots, gradients)
+        ended.append(new[0]["w"].tobytes())
+        return new
+
+    handler = signal.getsignal(signal.SIGINT)
+    engine, data = parallel(1, program(update=interrupted)), batches(3)
+    engine.train(data[0])
+    with pytest.raises(KeyboardInterrupt):
+        engine.train(data[1])
+    assert len(ended) == 2
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert engine.program.parameters["w"].tobytes() == ended[1]
+    engine.train(data[2])
+    reference = parallel(1)
+    for batch in data:
+        reference.train(batch)
+    assert weights(engine) == weights(reference)
 
 
 @pytest.mark.parametrize("exchange", [False, True])

@@ -340,7 +340,7 @@ def lasting(engine: Any) -> list[bytes]:
 @pytest.mark.parametrize("around", [{}, *AROUND.values()], ids=["plain", *AROUND])
 @pytest.mark.parametrize("name", FORMULAS)
 def test_a_rehearsal_changes_nothing(name: str, around: dict[str, Any]) -> None:
-    model, optimizer, engine = flat(lambda: FORMULAS[name](**around), 2)
+    _model, optimizer, engine = flat(lambda: FORMULAS[name](**around), 2)
     before, iterations = lasting(engine), int(optimizer.iterations)
     assert engine.program.rehearse_update(engine.replicas[0]._state)
     assert (lasting(engine), int(optimizer.iterations)) == (before, iterations)
