@@ -86,7 +86,7 @@ def stage(arrays: Sequence[Any], shards: Sequence[Rows], devices: Sequence[Carri
 
 
 def _are_resident(arrays: Any) -> TypeGuard[Resident]:
-    """Whether the rows of a batch are on the devices already. A protocol is only asked where it must: 15 us each time."""
+    """Whether the rows of a batch are on the devices already. Asking a protocol takes 15 us, so lists are not asked."""
     return not isinstance(arrays, (list, tuple)) and isinstance(arrays, Resident)
 
 

@@ -13,6 +13,7 @@ from keras.src.utils import io_utils
 from fastdp.backend.queue import QueueDevice
 from fastdp.engine import DataParallel
 from fastdp.keras.ahead import in_host_memory
+from fastdp.keras.callbacks import at_once
 from fastdp.keras.checks import check_template
 from fastdp.keras.compile_state import borrowed, follow, follows, take_over
 from fastdp.keras.custom_steps import check_own_step
@@ -184,7 +185,7 @@ class ParallelModel(TemplateView):
         try:
             arguments = arguments_by_name(keras.Model.fit, args, kwargs)
             self._begins_fit = True
-            history = super().fit(**stream_fit(arguments))
+            history = super().fit(**self._told_at_once(stream_fit(arguments)))
             self._steps.settle()
             if arguments.get("verbose") == 2:
                 io_utils.print_msg(str(self.report()))
@@ -197,11 +198,19 @@ class ParallelModel(TemplateView):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Test; arguments as in Keras. `HDF5Matrix` is read by batches."""
-        return super().evaluate(**stream_forward(arguments_by_name(keras.Model.evaluate, args, kwargs)))
+        arguments = stream_forward(arguments_by_name(keras.Model.evaluate, args, kwargs))
+        return super().evaluate(**self._told_at_once(arguments))
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Predict; arguments as in Keras. `HDF5Matrix` is read by batches."""
-        return super().predict(**stream_forward(arguments_by_name(keras.Model.predict, args, kwargs)))
+        arguments = stream_forward(arguments_by_name(keras.Model.predict, args, kwargs))
+        return super().predict(**self._told_at_once(arguments))
+
+    def _told_at_once(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Callbacks in the thread that trains, where it trains on the host: on GPUs it would wait for each batch."""
+        if self.fetch_ahead:
+            return arguments
+        return {**arguments, "callbacks": at_once(arguments.get("callbacks"))}
 
     # Running.
 

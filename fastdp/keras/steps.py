@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import keras
+import numpy as np
 import torch
 
 from fastdp.engine import DataParallel
@@ -255,15 +256,25 @@ class Steps:
     def _track_loss(self, result: StepResult) -> None:
         """Update Keras's trackers of the loss and of its terms, as one device would."""
         loss, *terms = result.sums[: 1 + result.notes.terms].tolist()
-        self.trainer._loss_tracker.update_state(loss, sample_weight=result.rows)
+        _add_to_mean(self.trainer._loss_tracker, loss, result.rows)
         compiled = self.trainer._compile_loss
         for metric, term in zip(compiled.metrics if compiled is not None else [], terms, strict=False):
-            metric.update_state(term, sample_weight=result.rows)
+            _add_to_mean(metric, term, result.rows)
 
     def _wants_outputs(self) -> bool:
         """Whether a training step's outputs are looked at: by metrics."""
         own = type(self.template).compute_metrics is not keras.Model.compute_metrics
         return own or self.trainer._compile_metrics is not None
+
+
+def _add_to_mean(metric: Any, value: float, rows: int) -> None:
+    """`metric.update_state(value, sample_weight=rows)`, for Keras's own mean of float32 without the calls around it."""
+    if type(metric) is not keras.metrics.Mean or metric.dtype != "float32":
+        metric.update_state(value, sample_weight=rows)
+        return
+    with torch.no_grad():
+        metric.total.value.add_(float(np.float32(value) * np.float32(rows)))
+        metric.count.value.add_(float(rows))
 
 
 def _has_rows(data: Any) -> bool:
