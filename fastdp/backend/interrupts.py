@@ -13,15 +13,14 @@ from typing import Any
 def interrupts_wait() -> Iterator[None]:
     """A SIGINT that comes meanwhile is handled at the end, as it would have been: usually by a KeyboardInterrupt.
 
-    Signals reach the main thread alone, so elsewhere nothing is to be done. Where the handler is not Python's to
-    change, the signal goes its way.
+    Signals reach the main thread alone, so elsewhere nothing is to be done. Where SIGINT is ignored, or handled by
+    something else than Python, it goes its way.
     """
-    before = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
-    if not callable(before):
+    if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
         yield
         return
     came: list[tuple[int, Any]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    before: Any = signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
     try:
         yield
     finally:

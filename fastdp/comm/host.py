@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -199,5 +200,10 @@ class HostCommunicator:
 def refuse_unknown(buckets: Sequence[Bucket]) -> None:
     """Raise TypeError for a dtype that is stored as bytes and cannot be added up (float8)."""
     for dtype in {bucket.dtype for bucket in buckets}:
-        if dtype != "bfloat16" and storage_dtype(dtype).name != dtype:
+        if not _can_be_added(dtype):
             raise TypeError(f"Gradients of dtype {dtype} cannot be all-reduced. Use float32, bfloat16 or float16.")
+
+
+@functools.cache
+def _can_be_added(dtype: str) -> bool:
+    return dtype == "bfloat16" or storage_dtype(dtype).name == dtype

@@ -23,6 +23,7 @@ from fastdp.keras.template_view import TemplateView, merged_outputs
 from fastdp.program.capture import MODES
 from fastdp.program.capture_record import chosen_graphs
 from fastdp.program.keras_batch import flatten_batch, unpack
+from fastdp.program.keras_scope import replica_aware
 from fastdp.program.torch_tensors import peak_nbytes
 from fastdp.report import Report, SmallWorkWarning, make_report
 from fastdp.transfer import count_rows
@@ -185,7 +186,8 @@ class ParallelModel(TemplateView):
         try:
             arguments = arguments_by_name(keras.Model.fit, args, kwargs)
             self._begins_fit = True
-            history = super().fit(**self._told_at_once(stream_fit(arguments)))
+            with replica_aware():  # once, not for each step
+                history = super().fit(**self._told_at_once(stream_fit(arguments)))
             self._steps.settle()
             if arguments.get("verbose") == 2:
                 io_utils.print_msg(str(self.report()))

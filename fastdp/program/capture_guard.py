@@ -36,6 +36,8 @@ class Attributes:
 
     def changed(self) -> str:
         """Which attribute has another value now, as `layer.name`; empty if none has."""
+        if [attributes.get(name) for _, attributes, name in self._watched] == self._values:
+            return ""
         for (layer, attributes, name), value in zip(self._watched, self._values, strict=True):
             now = attributes.get(name)
             if now is not value and now != value:

@@ -34,9 +34,13 @@ _REMEMBERED = 8
 
 
 class FlatVariable(keras.Variable):
-    """A Keras variable over memory that belongs to somebody else: assigning writes there."""
+    """A Keras variable over memory that belongs to somebody else: assigning writes there.
+
+    `tensor` is that memory, without what Keras asks before it hands out a variable's value.
+    """
 
     def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
         super().__init__(
             torch.nn.Parameter(tensor, requires_grad=False),
             dtype=dtype_name(tensor),
@@ -130,7 +134,7 @@ class FlatUpdate:
         if len(self._regions) == 1 and not unused and _is_bare(stand_in):
             # What is left of `apply`, whose calls around it took as long as a small network's update.
             stand_in._backend_update_step(pieces.gradients, pieces.used, stand_in.learning_rate)
-            stand_in._iterations.value.add_(1)
+            stand_in._iterations.tensor.add_(1)
         else:
             stand_in.apply(pieces.gradients, pieces.used)
         for region in self._regions:
@@ -216,7 +220,7 @@ def _piece_by_piece(
     kind = type(optimizer)
 
     def step(gradients: Sequence[torch.Tensor], variables: Sequence[Any], learning_rate: Any) -> None:
-        fused = fused_step(optimizer, variables[0].value, learning_rate)
+        fused = fused_step(optimizer, variables[0].tensor, learning_rate)
         # Nadam's product of momentums moves on with each call, but belongs to the step.
         product = getattr(optimizer, "_u_product", None)
         before = None if product is None else product.value.clone()

@@ -30,11 +30,11 @@ def fused_step(optimizer: Any, like: torch.Tensor, learning_rate: Any) -> Step |
     def step(gradient: torch.Tensor, variable: Any) -> None:
         i = optimizer._get_variable_index(variable)
         torch._fused_adam_(
-            [variable.value],
+            [variable.tensor],
             [gradient],
-            [optimizer._momentums[i].value],
-            [optimizer._velocities[i].value],
-            [optimizer._velocity_hats[i].value] if optimizer.amsgrad else [],
+            [optimizer._momentums[i].tensor],
+            [optimizer._velocities[i].tensor],
+            [optimizer._velocity_hats[i].tensor] if optimizer.amsgrad else [],
             [correction],
             lr=rate,
             beta1=float(optimizer.beta_1),
@@ -53,11 +53,11 @@ def _sgd_step(optimizer: Any, rate: float) -> Step:
     momentum = float(optimizer.momentum)
 
     def step(gradient: torch.Tensor, variable: Any) -> None:
-        value = variable.value
+        value = variable.tensor
         if momentum == 0:
             value.add_(gradient, alpha=-rate)
             return
-        velocity = optimizer.momentums[optimizer._get_variable_index(variable)].value
+        velocity = optimizer.momentums[optimizer._get_variable_index(variable)].tensor
         velocity.mul_(momentum).add_(gradient, alpha=-rate)
         if optimizer.nesterov:
             value.add_(gradient, alpha=-rate).add_(velocity, alpha=momentum)
@@ -69,8 +69,11 @@ def _sgd_step(optimizer: Any, rate: float) -> Step:
 
 def _adam_rate(optimizer: Any, like: torch.Tensor, learning_rate: Any) -> torch.Tensor:
     """Keras's learning rate with its bias corrections, rounded as Keras rounds it."""
-    number = torch.as_tensor(keras.ops.convert_to_tensor(learning_rate)).to(like.dtype)
-    step = keras.ops.convert_to_tensor(optimizer.iterations + 1).to(like.dtype)
+    if not isinstance(learning_rate, torch.Tensor):
+        learning_rate = keras.ops.convert_to_tensor(learning_rate)
+    number = learning_rate.to(like.device, like.dtype)
+    iterations = optimizer.iterations  # where gradients are accumulated, Keras counts the updates
+    step = keras.ops.convert_to_tensor(getattr(iterations, "tensor", iterations) + 1).to(like.dtype)
     power_1, power_2 = (torch.full_like(step, beta).pow(step) for beta in (optimizer.beta_1, optimizer.beta_2))
     rate: torch.Tensor = number * torch.sqrt(1 - power_2) / (1 - power_1)
     return rate
