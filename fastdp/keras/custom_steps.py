@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from keras.src.backend import in_stateless_scope
 
-from fastdp.program.keras_batch import flatten_batch
+from fastdp.program.keras_batch import flatten_batch, pack_like
 from fastdp.program.keras_custom import Backward, CallProgram, Forward, LayerEffects
 from fastdp.program.keras_replica import running
 from fastdp.program.torch_tensors import as_tensor
@@ -131,7 +131,7 @@ class _Call:
             leaves[place] = row
             if mask is not None:
                 row._keras_mask = next(masks)
-        args, kwargs = keras.tree.pack_sequence_as(self._nest, leaves)
+        args, kwargs = pack_like(self._nest, leaves)
         return self._original(self.layer, *args, **kwargs)
 
     def on_devices(self, calls: LayerCalls) -> Any:
@@ -152,7 +152,7 @@ class _Call:
         self.layer._clear_losses()
         for loss in losses:
             keras.Layer.add_loss(self.layer, loss)  # a Functional model has none of its own
-        return keras.tree.pack_sequence_as(step.structure.nest, list(outputs[:count]))
+        return pack_like(step.structure.nest, list(outputs[:count]))
 
 
 class _Step:

@@ -31,7 +31,7 @@ from fastdp.program.capture_passes import in_place, optimized, stored
 from fastdp.program.capture_record import Graphs, Recording
 from fastdp.program.capture_segments import Segments, cut, placed, whole
 from fastdp.program.keras import KerasProgram
-from fastdp.program.keras_batch import OutputStructure, Structure
+from fastdp.program.keras_batch import OutputStructure, Structure, pack_like
 from fastdp.program.keras_memory import Mapping, ReplicaScope
 from fastdp.program.keras_moments import Moments
 from fastdp.program.keras_outcome import Outcome
@@ -319,6 +319,4 @@ def _tensors(batch: Sequence[np.ndarray], structure: Structure) -> list[torch.Te
 def _pack(structure: Structure, tensors: Sequence[torch.Tensor]) -> Any:
     """Tensors in the nest of a batch."""
     leaves = iter(tensors)
-    return keras.tree.pack_sequence_as(
-        structure.nest, [None if dtype is None else next(leaves) for dtype in structure.dtypes]
-    )
+    return pack_like(structure.nest, [None if dtype is None else next(leaves) for dtype in structure.dtypes])

@@ -30,7 +30,17 @@ class Structure:
         """The nest again, with tensors that share the arrays' memory."""
         leaves = iter(arrays)
         tensors = [None if dtype is None else as_tensor(next(leaves), dtype) for dtype in self.dtypes]
-        return tuple(tensors) if self.nest == _PLAIN else keras.tree.pack_sequence_as(self.nest, tensors)
+        return tuple(tensors) if self.nest == _PLAIN else pack_like(self.nest, tensors)
+
+
+def pack_like(nest: Any, leaves: Sequence[Any]) -> Any:
+    """Leaves, as `keras.tree.flatten` gives them, in the nest again.
+
+    Keras flattens dicts by sorted keys, and packs them so too. A model may go by the order that its user wrote
+    (`list(inputs.values())`), so dicts keep that of `nest`.
+    """
+    packed = keras.tree.pack_sequence_as(nest, leaves)
+    return keras.tree.map_structure(lambda _, leaf: leaf, nest, packed) if keras.tree.is_nested(nest) else packed
 
 
 def flatten_batch(data: Any) -> tuple[list[np.ndarray], Structure]:
@@ -87,7 +97,7 @@ class OutputStructure:
         for tensor, masked in zip(tensors, self.masked, strict=True):
             if masked:
                 tensor._keras_mask = as_tensor(next(masks))
-        return keras.tree.pack_sequence_as(self.nest, tensors)
+        return pack_like(self.nest, tensors)
 
 
 def flatten_outputs(outputs: Any) -> tuple[list[torch.Tensor], OutputStructure]:

@@ -14,6 +14,7 @@ import keras
 import torch
 
 from fastdp.program.base import Context
+from fastdp.program.keras_batch import pack_like
 from fastdp.program.keras_losses import own_copy
 
 
@@ -95,7 +96,7 @@ def _compute(program: Any, y_pred: Any, everyone: list[_Given], scope: Any, cont
     for tensor in inputs:
         tensor.requires_grad_()
     answer = _Answer()
-    nest = keras.tree.pack_sequence_as(y_pred, merged)
+    nest = pack_like(y_pred, merged)
     loss, answer.terms = _loss_of_all(program, nest, extra, scope, context)
     scaled = program.optimizer.scale_loss(loss)
     gradients: list[torch.Tensor | None] = [None] * len(inputs)
