@@ -24,6 +24,7 @@ from fastdp.keras.checks import check_backend, check_template
 from fastdp.keras.custom_steps import has_own
 from fastdp.keras.steps import Steps
 from fastdp.program.capture_record import chosen_graphs
+from fastdp.program.keras_effects import NotByRowsError
 
 _KINDS = ("train", "test", "predict")
 _STEPS = "_fastdp_steps"  # in a model's __dict__: so it lives as long as the model, and Keras does not track it
@@ -144,23 +145,28 @@ class _ParallelFunction:
     def __init__(self, kind: str, model: weakref.ref[Any], plain: Callable[..., Any], installed: _Installed) -> None:
         self._kind, self._model, self._plain, self._installed = kind, model, plain, installed
         self._model_fits = False
+        self._refused: str | None = None
 
     def look_again(self) -> None:
         """The model may have changed: check it before the next step."""
         self._model_fits = False
+        self._refused = None
 
     def __call__(self, data: Any) -> Any:
         """Run one step."""
         model = self._model()
-        reason = None if self._model_fits else _why_not(model)
-        self._model_fits = reason is None
+        reason = self._refused if self._model_fits else _why_not(model)
+        self._model_fits = reason is None or reason is self._refused
         if reason is None and not has_own(model, f"{self._kind}_step"):
             reason = _why_not_split(data[0])
-        if reason is not None:
-            _warn_once(model, self._kind, reason)
-            return self._plain(data)
-        steps = _steps_of(model, self._installed)
-        return getattr(steps, self._kind)(steps.engine, data[0])
+        if reason is None:
+            steps = _steps_of(model, self._installed)
+            try:
+                return getattr(steps, self._kind)(steps.engine, data[0])
+            except NotByRowsError as error:  # found out before the step: nothing has changed
+                reason = self._refused = str(error)
+        _warn_once(model, self._kind, reason)
+        return self._plain(data)
 
 
 def _steps_of(model: Any, installed: _Installed) -> Steps:

@@ -103,11 +103,10 @@ class LayerEffects(Effects):
         self._losses = [classify(*values) for values in zip(a.losses, b.losses, both.losses, strict=True)]
         if {Effect.UNKNOWN, Effect.UNDECIDED} & set(self._losses):
             self.refused = "its add_loss() is neither known as a mean nor as a sum over rows"
-        for i in both.moved:
-            if i in a.moved and i in b.moved:
-                self._assigned[i] = classify(a.moved[i], b.moved[i], both.moved[i])
-                if self._assigned[i] is Effect.UNKNOWN:
-                    self.refused = f"it assigns {self._variables[i].path}, which is neither a mean nor a sum over rows"
+        self._assigned |= self._moves(a, b, both)
+        for i, effect in self._assigned.items():
+            if effect is Effect.UNKNOWN:
+                self.refused = f"it assigns {self._variables[i].path}, which is neither a mean nor a sum over rows"
 
 
 class CallProgram(KerasProgram):

@@ -26,6 +26,10 @@ TOLERANCE = 1e-4
 MIXED_TOLERANCE = 1e-3
 
 
+class NotByRowsError(ValueError):
+    """A model that no dealing out of rows computes as one device does. The message says what to do."""
+
+
 class Effect(enum.Enum):
     """How a value depends on the rows of the batch."""
 
@@ -58,10 +62,10 @@ def check_loss(effect: Effect, index: int) -> None:
     """Refuse an `add_loss` term that no combination of the replicas' values gives exactly.
 
     Raises:
-        ValueError: the term is neither a mean nor a sum over rows.
+        NotByRowsError: the term is neither a mean nor a sum over rows.
     """
     if effect is Effect.UNKNOWN:
-        raise ValueError(
+        raise NotByRowsError(
             f"The add_loss() term {index} of this model is {effect.value}, so its value on the whole batch cannot "
             "be put together from the replicas' rows. Compute it in `loss=` or in `compute_loss`, which fastdp "
             "runs on the merged outputs, or use gpus=[0]."
@@ -78,6 +82,22 @@ def warn_variable(effect: Effect, variable: keras.Variable) -> Effect:
         stacklevel=2,
     )
     return Effect.MEAN
+
+
+def check_outputs(name: str, alone: Sequence[torch.Tensor], both: Sequence[torch.Tensor]) -> None:
+    """A model's outputs for one row and for two have rows along their first axis, or no axes.
+
+    Raises:
+        NotByRowsError: one has neither.
+    """
+    for i, (one, two) in enumerate(zip(alone, both, strict=True)):
+        if (one.shape[0] * 2 == two.shape[0]) if one.ndim and two.ndim else one.ndim == two.ndim:
+            continue
+        raise NotByRowsError(
+            f"Output {i} of the model {name!r} has shape {tuple(one.shape)} for one row of the batch and "
+            f"{tuple(two.shape)} for two. Rows must lie along the first axis of each output, so that the outputs of "
+            "devices can be put together, for a single row too: ops.squeeze() without axis takes that axis away."
+        )
 
 
 def warn_mixed_rows(

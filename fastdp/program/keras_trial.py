@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,14 @@ import torch
 from fastdp.program.base import Context
 from fastdp.program.keras_batch import Structure, unpack
 from fastdp.program.keras_draws import DrawSites
-from fastdp.program.keras_effects import Effect, check_loss, classify, warn_mixed_rows, warn_variable
+from fastdp.program.keras_effects import (
+    Effect,
+    check_loss,
+    check_outputs,
+    classify,
+    warn_mixed_rows,
+    warn_variable,
+)
 from fastdp.program.keras_memory import ReplicaScope
 from fastdp.program.keras_replica import Running, replica_scope
 from fastdp.program.keras_rows import keeps_rows_apart
@@ -37,7 +46,8 @@ class Effects:
         self.sites = DrawSites()
         layers = model._flatten_layers()
         self.seeds = {id(g.state) for layer in layers for g in layer._seed_generators}
-        self._metric_ids = {id(v) for layer in layers for metric in layer._metrics for v in metric.variables}
+        self._metrics = [[id(v) for v in metric.variables] for layer in layers for metric in layer._metrics]
+        self._metric_ids = {number for metric in self._metrics for number in metric}
         self._assigned: dict[int, Effect] = {}
         self._losses: list[Effect] | None = None
         self._tried_equal_rows = False
@@ -51,9 +61,11 @@ class Effects:
         """How an assigned variable's value depends on the rows."""
         if id(variable) in self.seeds:
             return Effect.SAME
+        if index in self._assigned:
+            return self._assigned[index]
         if id(variable) in self._metric_ids:
             return Effect.SUM
-        return self._assigned.get(index, Effect.MEAN if variable.dtype.startswith(("float", "bfloat")) else Effect.SAME)
+        return Effect.MEAN if variable.dtype.startswith(("float", "bfloat")) else Effect.SAME
 
     def inspect(self, batch: Sequence[np.ndarray], structure: Structure) -> None:
         """Find out, once, how `add_loss` terms and assigned variables depend on the rows, and warn of mixed rows.
@@ -63,7 +75,7 @@ class Effects:
         A model of layers that are known (`fastdp.program.keras_rows`) is not run: there is nothing to find out.
 
         Raises:
-            ValueError: an `add_loss` term that cannot be put together from the replicas' rows.
+            NotByRowsError: an `add_loss` term, or outputs, that cannot be put together from the replicas' rows.
         """
         if self._losses is None and keeps_rows_apart(self._model):
             self._losses = []
@@ -77,23 +89,43 @@ class Effects:
             both = self._try_rows(pair, structure, 0, 2)
             a, b = (self._try_rows(pair, structure, row, row + 1) for row in (0, 1))
         if self._losses is None and a.outputs and b.outputs:
+            check_outputs(self._model.name, a.outputs, both.outputs)
             warn_mixed_rows(self._model, a.outputs, b.outputs, both.outputs)
-        self._losses = [classify(*values) for values in zip(a.losses, b.losses, both.losses, strict=True)]
-        for index, effect in enumerate(self._losses):
+        losses = [classify(*values) for values in zip(a.losses, b.losses, both.losses, strict=True)]
+        for index, effect in enumerate(losses):
             check_loss(effect, index)
-        for i in both.moved:
-            if i in a.moved and i in b.moved:
-                effect = classify(a.moved[i], b.moved[i], both.moved[i])
-                self._assigned[i] = warn_variable(effect, self._variables[i])
+        self._losses = losses  # not before: whoever goes on after the error gets it again
+        self._assigned |= {
+            i: warn_variable(effect, self._variables[i]) for i, effect in self._moves(a, b, both).items()
+        }
         if not both.losses and not both.moved:
             self._tried_equal_rows = False  # nothing that other rows could tell more about
 
+    def _moves(self, a: _Trial, b: _Trial, both: _Trial) -> dict[int, Effect]:
+        """How far variables moved, by number: as a mean over rows, or as what else.
+
+        A layer's metric is updated by numbers of each row, and is a sum over rows, or by one number of the batch
+        (`update_state(ops.mean(...))`), and counts batches. The count says which where the total was zero.
+        """
+        found = {
+            i: classify(a.moved[i], b.moved[i], both.moved[i]) for i in both.moved if i in a.moved and i in b.moved
+        }
+        numbers = {id(self._variables[i]): i for i in found}
+        for metric in self._metrics:
+            of_metric = [numbers[one] for one in metric if one in numbers]
+            by_batch = any(found[i] in (Effect.SAME, Effect.MEAN) for i in of_metric)
+            for i in of_metric:
+                if found[i] is Effect.UNDECIDED:
+                    found[i] = Effect.MEAN if by_batch else Effect.SUM
+        return found
+
     def _try_rows(self, batch: Sequence[np.ndarray], structure: Structure, start: int, stop: int) -> _Trial:
-        """Run the model on some of two rows."""
+        """Run the model on some of two rows. What that fails with says so: the step itself has other rows."""
         context = Context.alone(batch, structure, start, stop, 2)
         run = Running(context, frozen_moments=True, seed=self._seed, sites=self.sites)
         mapping = [(v, v.value.detach()) for v in self._variables]
-        with torch.no_grad(), replica_scope(run), ReplicaScope(mapping, set()) as scope:
+        explained = _explained(stop - start)
+        with explained, torch.no_grad(), replica_scope(run), ReplicaScope(mapping, set()) as scope:
             x, _, _ = unpack(structure.pack([array[start:stop].copy() for array in batch]))
             outputs = [leaf.detach() for leaf in keras.tree.flatten(self._call(x, True))]
             losses = [keras.ops.sum(loss) for loss in scope.losses]
@@ -101,9 +133,23 @@ class Effects:
         moved = {}
         for i, (variable, before) in enumerate(mapping):
             value = scope.get_current_value(variable)
-            if value is not before and not {id(variable)} & (normalized | self.seeds | self._metric_ids):
+            if value is not before and id(variable) not in normalized and id(variable) not in self.seeds:
                 moved[i] = value.double() - before.double()
         return _Trial(losses, moved, [] if run.made_up else outputs)
+
+
+@contextmanager
+def _explained(rows: int) -> Iterator[None]:
+    """Let an error of a trial say what was run."""
+    try:
+        yield
+    except BaseException as error:
+        if sys.version_info >= (3, 11):  # which Keras 3.15 needs anyway
+            error.add_note(
+                f"fastdp ran the model on {rows} of the batch's rows, before the step itself, to find out how its "
+                "outputs and losses depend on the rows."
+            )
+        raise
 
 
 @dataclass(frozen=True, slots=True)

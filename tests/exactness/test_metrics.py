@@ -126,6 +126,32 @@ def test_metrics_of_a_layer_equal_one_device(equals_one_device: Any) -> None:
     equals_one_device(model, made, data=data[0], gpus=3, epochs=2, batch_size=4)
 
 
+def test_metrics_that_a_layer_updates_by_numbers_of_the_batch_equal_one_device(equals_one_device: Any) -> None:
+    class Watched(keras.layers.Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.by_batch = keras.metrics.Mean(name="by_batch")
+            self.by_row = keras.metrics.Mean(name="by_row")
+            self.often_zero = keras.metrics.Mean(name="often_zero")
+            self.in_all = keras.metrics.Sum(name="in_all")
+
+        def call(self, x: Any) -> Any:
+            self.by_batch.update_state(keras.ops.mean(keras.ops.square(x)))
+            self.by_row.update_state(keras.ops.sum(x, axis=-1))
+            self.often_zero.update_state(keras.ops.mean(keras.ops.relu(x - 1.0)))
+            self.in_all.update_state(x)
+            return x
+
+    model = lambda: keras.Sequential([keras.Input((4,)), Watched(), keras.layers.Dense(1)])  # noqa: E731
+    made = lambda: {"optimizer": "sgd", "loss": "mse"}  # noqa: E731
+    data = batches(1, [11, 8, 3])
+    data[0]["x"][:2] = np.minimum(data[0]["x"][:2], 0.5)  # on the rows that are tried nothing is above 1
+    run = equals_one_device(model, made, data, gpus=3)
+    assert set(run.logs[0]) == {"loss", "by_batch", "by_row", "often_zero", "in_all"}
+    assert run.logs[0]["often_zero"] > 0
+    equals_one_device(model, made, data=data[0], gpus=8, epochs=2, batch_size=5)
+
+
 @pytest.mark.parametrize("gpus", [1, 3])
 def test_an_overridden_compute_loss_equals_one_device(gpus: int, equals_one_device: Any) -> None:
     class Own(keras.Model):

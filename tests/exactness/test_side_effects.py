@@ -75,8 +75,9 @@ def test_add_loss_that_is_neither_a_mean_nor_a_sum_is_a_value_error() -> None:
     parallel = fastdp.wrap(model, gpus=3)
     parallel.compile(**settings())
     before = model.get_weights()
-    with pytest.raises(ValueError, match=r"add_loss\(\) term 0 .* neither a mean nor a sum"):
-        parallel.train_on_batch(**batches()[0])
+    for _ in range(2):  # the second time too
+        with pytest.raises(ValueError, match=r"add_loss\(\) term 0 .* neither a mean nor a sum"):
+            parallel.train_on_batch(**batches()[0])
     assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
 
 
@@ -208,3 +209,28 @@ def test_normalizing_layers_do_not_mix_rows_in_the_trial() -> None:
     model.add(layers.Dropout(0.5))
     x = np.random.default_rng(0).normal(size=(6, 4, 4, 6)).astype("float32")
     assert fastdp.wrap(model, gpus=2).predict(x, verbose=0).shape == (6, 3, 3, 6)
+
+
+@pytest.mark.parametrize(
+    ("shaped", "said"),
+    [(ops.transpose, r"shape \(1, 1\) for one row .* \(1, 2\) for two"), (ops.squeeze, r"shape \(\) for one row")],
+    ids=["transposed", "squeezed"],
+)
+def test_outputs_without_rows_first_are_an_error_and_nothing_is_trained(shaped: Any, said: str) -> None:
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(1), layers.Lambda(shaped, output_shape=(None,))])
+    x = np.random.default_rng(0).normal(size=(6, 4)).astype("float32")
+    parallel = fastdp.wrap(model, gpus=2)
+    parallel.compile("sgd", "mse")
+    before = model.get_weights()
+    for call in (parallel.predict_on_batch, lambda x: parallel.train_on_batch(x, x[:, 0])):
+        with pytest.raises(ValueError, match=f"{said}.*Rows must lie along the first axis"):
+            call(x)
+    assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
+
+
+def test_what_the_trial_of_rows_fails_with_says_that_it_was_a_trial() -> None:
+    fours = layers.Lambda(lambda x: ops.reshape(ops.reshape(x, (-1, 4, 4)), (-1, 4)), output_shape=(4,))
+    parallel = fastdp.wrap(keras.Sequential([keras.Input((4,)), fours, layers.Dense(1)]), gpus=2)
+    with pytest.raises(Exception, match="shape") as failed:
+        parallel.predict(np.ones((8, 4)), verbose=0)
+    assert "fastdp ran the model on 2 of the batch's rows, before the step itself" in failed.value.__notes__[0]

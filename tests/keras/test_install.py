@@ -134,6 +134,33 @@ def test_what_cannot_be_split_runs_as_plain_keras_with_one_warning(steps):
     assert steps == []
 
 
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        (lambda: keras.layers.Lambda(keras.ops.squeeze, output_shape=()), "Rows must lie along the first"),
+        (lambda: keras.layers.Dense(1, activity_regularizer=lambda y: keras.ops.max(y**2)), "neither a mean"),
+    ],
+    ids=["an output without rows", "a loss that is no sum"],
+)
+def test_what_turns_out_not_to_go_by_rows_runs_as_plain_keras_with_one_warning(layer, why, steps):
+    def losses():
+        keras.utils.set_random_seed(3)
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1), layer()])
+        model.compile("sgd", "mse")
+        return model, model.fit(X[:20], Y[:20, 0], epochs=2, verbose=0, batch_size=4, shuffle=False).history["loss"]
+
+    _, expected = losses()
+    fastdp.install(gpus=2)
+    with pytest.warns(UserWarning, match=f"train steps of .* one device, as plain Keras: .*{why}") as told:
+        model, found = losses()
+    assert len([one for one in told if "fastdp" in str(one.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="fastdp")
+        model.fit(X[:20], Y[:20, 0], verbose=0, batch_size=4)
+    assert found == expected
+    assert steps == []
+
+
 def test_a_step_of_the_models_own_runs_its_layers_on_the_devices(steps):
     class Own(keras.Model):
         def train_step(self, data):
