@@ -216,19 +216,29 @@ class ParallelModel(TemplateView):
 
     # Running.
 
-    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None, **kwargs: Any) -> Any:
         """The outputs for a global batch, merged, without gradients.
 
         With `training=True` the template itself is called, on the whole batch: a gradient that the caller
-        takes is then right, and computed on one device. While Keras traces shapes it is called too.
+        takes is then right, and computed on one device. While Keras traces shapes it is called too. So it is, with a
+        warning, where it gets a mask or arguments of its own, which devices cannot share.
         """
-        if training or keras.src.backend.in_stateless_scope():
-            return (
-                self.template(inputs, training=training)
-                if self.template._call_has_training_arg
-                else self.template(inputs)
+        masked = any(leaf is not None for leaf in keras.tree.flatten(mask))
+        given = [*(["mask"] if masked else []), *kwargs]
+        if not (training or given or keras.src.backend.in_stateless_scope()):
+            return self._steps.outputs(self.engine, (inputs, None, None))
+        if masked and self.template._call_has_mask_arg:
+            kwargs["mask"] = mask
+        if self.template._call_has_training_arg:
+            kwargs["training"] = training
+        outputs = self.template(inputs, **kwargs)
+        if given and not training:
+            warnings.warn(
+                f"The parallel model {self.name!r} was called with {', '.join(given)}, so its template "
+                f"{self.template.name!r} ran on one device, with all rows.",
+                stacklevel=2,
             )
-        return self._steps.outputs(self.engine, (inputs, None, None))
+        return outputs
 
     def symbolic_call(self, *args: Any, **kwargs: Any) -> Any:
         """Become a part of another model: possible, but said aloud, since training that is not parallel."""
@@ -259,18 +269,18 @@ class ParallelModel(TemplateView):
     def make_train_function(self, force: bool = False) -> Callable[..., Any]:
         """The function that Keras's `fit` calls for each batch."""
         self._one_step_per_execution()
-        self.train_function = self._on_first(self.engine, self._steps.train)
+        self.train_function = self._on_first(self._steps.train)
         return self.train_function
 
     def make_test_function(self, force: bool = False) -> Callable[..., Any]:
         """The function that Keras's `evaluate` calls for each batch."""
         self._one_step_per_execution()
-        self.test_function = self._on_first(self.engine, self._steps.test)
+        self.test_function = self._on_first(self._steps.test)
         return self.test_function
 
     def make_predict_function(self, force: bool = False) -> Callable[..., Any]:
         """The function that Keras's `predict` calls for each batch."""
-        self.predict_function = self._on_first(self.engine, self._steps.predict)
+        self.predict_function = self._on_first(self._steps.predict)
         return self.predict_function
 
     @property
@@ -316,7 +326,7 @@ class ParallelModel(TemplateView):
                 f"Received: steps_per_execution={self.steps_per_execution}"
             )
 
-    @staticmethod
-    def _on_first(engine: DataParallel, step: Callable[[DataParallel, Any], Any]) -> Callable[[Any], Any]:
-        """Keras hands its functions a list of batches: one."""
-        return lambda data: step(engine, data[0])
+    def _on_first(self, step: Callable[[DataParallel, Any], Any]) -> Callable[[Any], Any]:
+        """Keras hands its functions a list of batches: one. The engine is made here, where Keras's loops begin."""
+        assert self.engine is not None
+        return lambda data: step(self._steps.engine_within_loop, data[0])

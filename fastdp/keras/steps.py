@@ -67,6 +67,8 @@ class Steps:
         self._strict = strict
         self._engine: DataParallel | None = None
         self._calls: LayerCalls | None = None
+        self._trains: list[bool] = []
+        self._variables_known = False
         # The batches of the present `fit`, where the next one is fetched while a step runs.
         self.ahead: Ahead | None = None
 
@@ -84,7 +86,31 @@ class Steps:
                 program.captures = Captures(program, self._capture_mode, len(self.devices), recorder)
             self._engine = DataParallel(program, self.devices, **self._engine_options)
             self._calls = LayerCalls(self._engine) if isinstance(program, CallProgram) else None
+            self._trains, self._variables_known = self._trainability(program), False
         return self._engine
+
+    @property
+    def engine_within_loop(self) -> DataParallel:
+        """The engine for the next batch: another where a callback has frozen weights, or changed the optimizer, since.
+
+        Asked for at each batch, so it compares flags, and not the lists of variables that Keras would make of them.
+        """
+        if self._engine is None:
+            return self.engine
+        program: Any = self._engine.program
+        optimizer = self.trainer.optimizer if self.trainer.compiled else None
+        changed = program.optimizer is not optimizer or self._trainability(program) != self._trains
+        return self.engine if changed else self._engine
+
+    def _check_variables(self) -> None:
+        """The optimizer was built for all that is trained: what was thawed since is Keras's error, once asked for."""
+        if not self._variables_known:
+            self.trainer.optimizer._check_variables_are_known(self.template.trainable_variables)
+            self._variables_known = True
+
+    def _trainability(self, program: Any) -> list[bool]:
+        """The flags from which Keras tells the variables that are trained."""
+        return [self.template.trainable, *[variable._trainable for variable in program.variables]]
 
     @property
     def made_engine(self) -> DataParallel | None:
@@ -134,11 +160,13 @@ class Steps:
         arrays, structure = flatten_batch(unpack(data)) if ahead is None else ahead.flat(data)
         count_rows(arrays, structure.names)
         program: Any = engine.program
+        self._check_variables()
         program.inspect(arrays, structure)
         if not program.trainable:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         if program.captures is not None:
-            program.captures.prepare(arrays, structure, self._wants_outputs())
+            with alone():  # torch traces one function at a time, and bends its modules for all threads meanwhile
+                program.captures.prepare(arrays, structure, self._wants_outputs())
         began = time.perf_counter()
         reduce = program.accumulation.reduces(engine)
         result = engine.train(

@@ -108,8 +108,15 @@ def _arrays(x: Any) -> bool:
 
 
 def arguments_by_name(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name, as `method` would take them."""
-    bound = inspect.signature(method).bind(None, *args, **kwargs)
+    """Arguments by name, as `method` would take them.
+
+    Raises:
+        TypeError: it takes no such arguments.
+    """
+    try:
+        bound = inspect.signature(method).bind(None, *args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{method.__name__}() {error}") from None
     named = dict(bound.arguments)
     named.pop("self")
     return {**{k: v for k, v in named.items() if k != "kwargs"}, **named.get("kwargs", {})}

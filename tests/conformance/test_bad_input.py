@@ -127,6 +127,32 @@ def test_freezing_without_compiling_again_gives_keras_warning_once() -> None:
             call(X, Y, **options)
 
 
+def test_thawing_what_the_optimizer_does_not_know_is_keras_own_error() -> None:
+    for devices in (None, 3):
+        template = build()
+        template.get_layer("hidden").trainable = False
+        model = template if devices is None else fastdp.wrap(template, gpus=devices)
+        model.compile("sgd", "mse")
+        model.fit(X, Y, verbose=0)
+        template.get_layer("hidden").trainable = True
+        before = template.get_weights()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*`trainable` state has changed")
+            model.evaluate(X, Y, verbose=0)
+            with pytest.raises(ValueError, match=r"(?s)Unknown variable.*built with.*new optimizer"):
+                model.fit(X, Y, verbose=0)
+        assert all(np.array_equal(a, b) for a, b in zip(before, template.get_weights(), strict=True))
+        model.compile("sgd", "mse")
+        model.fit(X, Y, verbose=0)
+
+
+def test_an_argument_that_fit_does_not_have_names_fit() -> None:
+    parallel = compiled()
+    for method in (parallel.fit, parallel.predict):
+        with pytest.raises(TypeError, match=rf"^{method.__name__}\(\) got an unexpected keyword argument 'nb_epoch'"):
+            method(X, nb_epoch=3)
+
+
 def test_a_parallel_model_inside_wrap_says_to_wrap_its_template() -> None:
     parallel = compiled()
     for wrapper in (fastdp.wrap, fastdp.multi_gpu_model):

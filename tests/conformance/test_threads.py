@@ -189,6 +189,29 @@ def test_what_a_callback_sets_at_the_boundary_of_a_batch_counts_on_all_devices(o
     assert_same_weights(one, many)
 
 
+class FreezesAndChanges(keras.callbacks.Callback):
+    """Freezes a layer for the second epoch, in its middle, and takes another optimizer for the third."""
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        net = self.model.template if isinstance(self.model, fastdp.ParallelModel) else self.model
+        net.layers[0].trainable = self.epoch != 1 or batch != 1
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.epoch = epoch
+        if epoch == 2:
+            self.model.optimizer = keras.optimizers.SGD(0.01)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"update": "each"}, {"compile": "trace"}], ids=["first updates", "each updates", "captured"]
+)
+def test_layers_that_a_callback_freezes_and_its_optimizer_count_from_the_next_batch_on(options: dict[str, Any]) -> None:
+    one, many = made(None), made(3, check_replicas=True, **options)
+    for model in (one, many):
+        model.fit(X, Y, epochs=3, callbacks=[FreezesAndChanges()], **FIT)
+    assert_same_weights(one, many)
+
+
 TENSORBOARD = """
     import glob
     import fastdp

@@ -312,3 +312,77 @@ def test_the_call_of_a_parallel_model_equals_the_templates() -> None:
     for found in (parallel(x), parallel.predict_on_batch(x), parallel.predict(x, batch_size=4, verbose=0)):
         expected = keras.ops.convert_to_numpy(model(x))
         np.testing.assert_allclose(keras.ops.convert_to_numpy(found), expected, rtol=1e-6, atol=1e-7)
+
+
+class ByOrder(keras.Model):
+    """Takes its inputs as they are ordered in their dict, and orders its outputs itself: neither by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = layers.Dense(3)
+
+    def call(self, inputs: Any) -> Any:
+        y = self.out(keras.ops.concatenate(list(inputs.values()), axis=-1))
+        return {"z": y[:, :1], "a": {"y": y[:, 1:2], "b": y[:, 2:]}}
+
+
+@pytest.mark.parametrize(("how", "custom"), [("auto", False), ("trace", False), ("auto", True)])
+def test_dicts_keep_the_order_that_their_user_wrote(how: str | None, custom: bool, equals_one_device: Any) -> None:
+    class WithLoss(ByOrder):
+        def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, *_: Any, **__: Any) -> Any:
+            targets, outputs = (keras.ops.concatenate(_leaves(nest), axis=-1) for nest in (y, y_pred))
+            return keras.ops.mean(keras.ops.square(targets - outputs) * keras.ops.arange(1.0, 4.0))
+
+    def data(rows: int) -> dict[str, Any]:
+        rng = np.random.default_rng(rows)
+        numbers = [rng.normal(size=(rows, size)).astype("float32") for size in (2, 3, 1, 1, 1)]
+        return {
+            "x": {"q": numbers[0], "b": numbers[1]},
+            "y": {"z": numbers[2], "a": {"y": numbers[3], "b": numbers[4]}},
+        }
+
+    def build() -> keras.Model:
+        model = (WithLoss if custom else ByOrder)()
+        model(data(1)["x"])
+        return model
+
+    loss = None if custom else {"z": "mse", "a": {"y": "mae", "b": "mse"}}
+    equals_one_device(build, lambda: {"optimizer": "sgd", "loss": loss}, [data(8)] * 3, wrap={"compile": how})
+    parallel, x = wrap(build(), gpus=3), data(5)["x"]
+    for outputs in (parallel.predict(x, verbose=0), parallel(x), parallel.predict_on_batch(x)):
+        assert [list(outputs), list(outputs["a"])] == [["z", "a"], ["y", "b"]]
+
+
+def _leaves(nest: Any) -> list[Any]:
+    """The values of nested dicts, in the order of the dicts."""
+    return [leaf for value in nest.values() for leaf in (_leaves(value) if isinstance(value, dict) else [value])]
+
+
+@pytest.mark.filterwarnings("ignore:.*does not support masking")  # which Keras says of every model
+def test_a_mask_given_to_a_call_is_used_on_one_device_and_said_so() -> None:
+    inputs = keras.Input((STEPS, 2))
+    model = keras.Model(inputs, layers.Dense(1)(layers.LSTM(3)(inputs)), name="masked")
+    x = np.random.default_rng(0).normal(size=(7, STEPS, 2)).astype("float32")
+    mask = keras.ops.convert_to_tensor(np.arange(STEPS) < np.arange(7)[:, None] % STEPS + 1)
+    expected, unmasked = (keras.ops.convert_to_numpy(model(x, mask=given)) for given in (mask, None))
+    assert not np.allclose(expected, unmasked)
+    with pytest.warns(UserWarning, match="called with mask, so its template 'masked' ran on one device"):
+        found = wrap(model, gpus=3)(x, mask=mask)
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(found), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_arguments_of_a_models_own_reach_it_on_one_device_and_that_is_said() -> None:
+    class Scaled(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = layers.Dense(1)
+
+        def call(self, x: Any, scale: float = 1.0) -> Any:
+            return self.out(x) * scale
+
+    model, x = Scaled(), np.ones((7, 3), "float32")
+    expected = keras.ops.convert_to_numpy(model(x, scale=3.0))
+    parallel = wrap(model, gpus=3)
+    with pytest.warns(UserWarning, match="called with scale, so its template 'scaled' ran on one device"):
+        found = parallel(x, scale=3.0)
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(found), expected, rtol=1e-6)

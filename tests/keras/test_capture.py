@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import keras
 import numpy as np
@@ -251,3 +252,28 @@ def test_an_unknown_way_to_compile_is_refused():
         fastdp.wrap(keras.Sequential(dense()), gpus=2, compile="fast")
     with pytest.raises(ValueError, match=r"Leave it None for a torch\.nn\.Module"):
         fastdp.wrap(torch.nn.Linear(2, 2), gpus=2, compile="trace")
+
+
+def test_two_models_are_captured_in_two_threads_at_once():
+    made = []
+    for seed in (1, 2):
+        keras.utils.set_random_seed(seed)
+        plain = keras.Sequential(dense())
+        parallel = fastdp.wrap(keras.models.clone_model(plain), gpus=2, compile="trace")
+        parallel.template.set_weights(plain.get_weights())
+        for model in (plain, parallel):
+            model.compile("sgd", "categorical_crossentropy")
+        made.append((plain, parallel))
+    data = list(batches(count=9))
+
+    def train(model):
+        for x, y in data:
+            model.train_on_batch(x, y)
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(train, [parallel for _, parallel in made], timeout=300))
+    for plain, parallel in made:
+        train(plain)
+        assert [entry["how"] for entry in parallel.report()] == ["traced"] * len(parallel.report())
+        for found, expected in zip(parallel.get_weights(), plain.get_weights(), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
