@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -29,11 +30,11 @@ class Ahead:
     """
 
     def __init__(self, epochs: Any) -> None:
-        self._epochs = epochs
+        self._epochs = weakref.ref(epochs)
         self._current: _Batches | None = None
         self._copies = not isinstance(epochs.data_adapter, ArrayDataAdapter)
         self._flat: tuple[Any, Flat] | None = None
-        begin = epochs._get_iterator
+        begin = _beginning(epochs)
         epochs._get_iterator = lambda: self._follow(begin())
 
     def flat(self, data: Any) -> Flat:
@@ -45,8 +46,8 @@ class Ahead:
 
     def advance(self, engine: DataParallel) -> None:
         """Fetch the next batch, if this epoch has one, and begin to copy its rows. In the middle of a step."""
-        batches = self._current
-        if batches is None or not batches.fetch(self._steps_per_epoch(), self._epochs._num_batches):
+        batches, epochs = self._current, self._epochs()
+        if batches is None or epochs is None or not batches.fetch(epochs.steps_per_epoch, epochs._num_batches):
             return
         data = batches.fetched
         # What is wrong with a batch its own step finds and tells.
@@ -66,10 +67,6 @@ class Ahead:
         self._current = _Batches(iter(batches), self._copies)
         return self._current
 
-    def _steps_per_epoch(self) -> int | None:
-        steps: int | None = self._epochs.steps_per_epoch
-        return steps
-
 
 def in_host_memory(epochs: Any) -> None:
     """Let Keras's iterator over epochs make its tensors in host memory, from where each GPU gets its own rows.
@@ -80,8 +77,21 @@ def in_host_memory(epochs: Any) -> None:
     if getattr(epochs, "_fastdp_in_host_memory", False):
         return
     epochs._fastdp_in_host_memory = True
-    begin = epochs._get_iterator
+    begin = _beginning(epochs)
     epochs._get_iterator = lambda: _fetched_on_host(iter(begin()))
+
+
+def _beginning(epochs: Any) -> Callable[[], Any]:
+    """`epochs._get_iterator`, for one who replaces it. It keeps `epochs` alive no longer than its owner does.
+
+    In a cycle the iterator over the data would be left to the garbage collector, which may come in the middle of a step
+    on a device's thread: there the iterator of a torch DataLoader waits five seconds for each of its worker processes.
+    """
+    replaced: Callable[[], Any] | None = vars(epochs).get("_get_iterator")
+    if replaced is not None:
+        return replaced
+    begin, owner = type(epochs)._get_iterator, weakref.ref(epochs)
+    return lambda: begin(owner())
 
 
 def _fetched_on_host(batches: Iterator[Any]) -> Iterator[Any]:

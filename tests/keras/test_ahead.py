@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 
 import keras
 import numpy as np
@@ -260,3 +262,33 @@ def test_validation_and_evaluation_in_between_read_their_own_data():
         history = model.fit(x, y, batch_size=6, epochs=3, validation_split=0.3, verbose=0, shuffle="batch").history
         results.append((history, model.evaluate(x, y, verbose=0)))
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_no_data_set_is_left_to_the_garbage_collector(ahead):
+    model, left = parallel(ahead), []
+    gc.collect()
+    gc.disable()
+    try:
+        for method, options in ((model.fit, {"shuffle": False}), (model.evaluate, {}), (model.predict, {})):
+            loader = torch.utils.data.DataLoader(Pairs(), batch_size=ROWS)
+            method(loader, verbose=0, **options)
+            left.append(weakref.ref(loader))
+        loader = torch.utils.data.DataLoader(Pairs(), batch_size=ROWS)
+        model.fit(*batch(0), validation_data=loader, verbose=0)
+        left.append(weakref.ref(loader))
+        del loader
+        assert [one() for one in left] == [None] * 4
+    finally:
+        gc.enable()
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Three batches."""
+
+    def __len__(self):
+        return 3 * ROWS
+
+    def __getitem__(self, i):
+        x, y = batch(i // ROWS)
+        return x[i % ROWS], y[i % ROWS]
