@@ -13,11 +13,12 @@ from torch import nn
 
 from fastdp.backend.queue import QueueDevice
 from fastdp.buckets import Allocator, ArraySpec, FlatBuffers
-from fastdp.program import torch_gradients, torch_norm, torch_random
+from fastdp.program import torch_gradients, torch_norm, torch_random, torch_time_first
 from fastdp.program.base import Context, Home, Memory, Result, Totals
 from fastdp.program.torch_batch import (
     Nest,
     Structure,
+    check_rows,
     flatten_batch,
     outputs_from_arrays,
     outputs_to_arrays,
@@ -31,7 +32,12 @@ from fastdp.program.torch_scope import Handler, ReplicaMode, Running, backward
 from fastdp.program.torch_tensors import accumulate, settle, spec_of
 from fastdp.program.torch_threads import prepare_worker, replicas_run
 
-_HANDLERS: dict[Any, Handler] = {**torch_random.HANDLERS, **torch_norm.HANDLERS, **torch_gradients.HANDLERS}
+_HANDLERS: dict[Any, Handler] = {
+    **torch_random.HANDLERS,
+    **torch_time_first.HANDLERS,
+    **torch_norm.HANDLERS,
+    **torch_gradients.HANDLERS,
+}
 
 
 @dataclass(slots=True)
@@ -120,6 +126,7 @@ class TorchProgram:
         self._attributes = Attributes(module)
         self._adopted: Adopted | None = None
         self._states: list[_State] = []
+        self._told: set[str] = set()
 
     # Around a step: on the host thread.
 
@@ -131,8 +138,13 @@ class TorchProgram:
         Args:
             args, kwargs: what the module is called with: tensors or arrays with rows first, in any nest.
             targets: what `loss_fn` gets beside the outputs.
+
+        Raises:
+            ValueError: arrays with unequal numbers of rows.
         """
-        arrays, nest = flatten_batch((tuple(args), dict(kwargs), tuple(targets)))
+        batch = (tuple(args), dict(kwargs), tuple(targets))
+        arrays, nest = flatten_batch(batch)
+        check_rows(batch, arrays)
         return arrays, Structure(nest)
 
     @property
@@ -216,7 +228,7 @@ class TorchProgram:
         assert self.loss_fn is not None
         structure: Structure = context.structure
         args, kwargs, targets = structure.pack(batch)
-        running = Running(context, context.rows, self.sync_batch_norm)
+        running = Running(context, context.rows, self.sync_batch_norm, told=self._told)
         users = [self._slots[i].tensor for i in self._differentiable]
         state.gradients.begin(users)
         state.replica.refresh_buffers()
@@ -238,7 +250,7 @@ class TorchProgram:
         structure: Structure = context.structure
         args, kwargs, _ = structure.pack(batch)
         state.replica.refresh_buffers()
-        running = Running(context, context.rows, self.sync_batch_norm)
+        running = Running(context, context.rows, self.sync_batch_norm, told=self._told)
         with torch.no_grad(), ReplicaMode(running, _HANDLERS), structure.autocast.enter():
             outputs = state.replica.module(*args, **kwargs)
         arrays, nest = outputs_to_arrays(outputs, context.device)

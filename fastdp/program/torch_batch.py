@@ -134,6 +134,25 @@ def flatten_batch(values: Any) -> tuple[list[np.ndarray], Nest]:
     return rows, Nest(nest.spec, tuple(leaves), tuple(dtypes))
 
 
+def check_rows(batch: Any, arrays: Sequence[np.ndarray]) -> None:
+    """The arrays of `(args, kwargs, targets)` have the same number of rows.
+
+    Raises:
+        ValueError: they have not.
+    """
+    if len({array.shape[0] for array in arrays}) < 2:
+        return
+    rows = {}
+    for path, leaf in pytree.tree_flatten_with_path(batch)[0]:
+        if getattr(leaf, "ndim", 0):
+            part = ("input", "input", "target")[path[0].idx]
+            rows[part + pytree.keystr(path[1:])] = leaf.shape[0]
+    raise ValueError(
+        f"All arrays of a batch must have the same number of rows. Received: {rows}. What is the same for all rows, "
+        "such as the mask of causal attention, belongs into the module: as a buffer, or made in its forward()."
+    )
+
+
 def _tensor(value: Any) -> Any:
     """NumPy arrays and numbers as tensors; the rest as it is."""
     if isinstance(value, np.generic):

@@ -123,7 +123,8 @@ def _check_rows(tensors: Sequence[torch.Tensor], rows: Rows) -> None:
         if tensor.ndim and (tensor.shape[0] < rows.count or tensor.shape[0] % rows.count):
             raise ValueError(
                 f"Output {i} of the module must have its rows along the first axis (a multiple of {rows.count} for "
-                f"{rows.count} rows), so that the loss can be computed on all. Received: shape {tuple(tensor.shape)}"
+                f"{rows.count} rows), so that the loss can be computed on all. Received: shape {tuple(tensor.shape)}. "
+                "Return what the loss needs, and transpose the rest (the states of a torch.nn.LSTM have layers first)."
             )
 
 

@@ -21,9 +21,18 @@ class Optimizers:
     The first is made over the user's own parameters. Its settings are everyone's: learning rates and
     whatever else is assigned in its `param_groups` go to the others before each step, and so does its
     state when it was loaded or when a step failed half-way.
+
+    Raises:
+        TypeError: `factory` is no function, but an optimizer, say.
     """
 
     def __init__(self, factory: OptimizerFactory) -> None:
+        if not callable(factory):
+            raise TypeError(
+                "`optimizer_factory` must be a function that makes an optimizer from parameters, such as "
+                "lambda parameters: torch.optim.SGD(parameters, lr=0.1), since each device has its own. "
+                f"Received: an object of type {type(factory).__name__}"
+            )
         self._factory = factory
         self._all: list[torch.optim.Optimizer] = []
         self._parameters: list[list[torch.Tensor]] = []

@@ -35,7 +35,7 @@ class Normalized:
 class Running:
     """One replica in one step. `rows` are the rows that it works on: those of the replica, or all of them.
 
-    `nested` says that backward has run inside backward.
+    `nested` says that backward has run inside backward. `told` is the program's: what its user has been warned of.
     """
 
     context: Context
@@ -45,6 +45,7 @@ class Running:
     backward: bool = False
     nested: bool = False
     normalized: list[Normalized] = field(default_factory=list)
+    told: set[str] = field(default_factory=set)
 
     def next_draw(self) -> tuple[int, int]:
         """The key of the next random draw: the step's seed, and the number of the draw in the step.

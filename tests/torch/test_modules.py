@@ -304,6 +304,7 @@ def shared_optimizer():
         ({"clip_grad_norm": 0.0}, ValueError, "`clip_grad_norm`"),
         ({"accumulate": 0}, ValueError, "`accumulate`"),
         ({"optimizer_factory": lambda p: None}, TypeError, "`optimizer_factory` must make an optimizer"),
+        ({"optimizer_factory": sgd([nn.Parameter(torch.zeros(2))])}, TypeError, "function that makes .* type SGD"),
         ({"optimizer_factory": shared_optimizer()}, ValueError, "a new optimizer over the parameters"),
         ({"optimizer_factory": torch.optim.LBFGS}, ValueError, "closure"),
     ],
@@ -384,3 +385,50 @@ def test_unequal_rows_are_named():
     step = fastdp.wrap(nn.Linear(4, 4), gpus=2).train_step(F.mse_loss, sgd)
     with pytest.raises(ValueError, match="same number of rows"):
         step(torch.zeros(4, 4), torch.zeros(3, 4))
+
+
+def test_arrays_of_unequal_rows_are_named_as_the_user_has_them_with_the_remedy():
+    module = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 1)
+    step = fastdp.wrap(module, gpus=2).train_step(F.mse_loss, sgd)
+    x, mask = torch.zeros(4, 3, 4), nn.Transformer.generate_square_subsequent_mask(3)
+    said = r"\{\"input\['src'\]\": 4, \"input\['mask'\]\": 3, 'target\[0\]': 4\}\. .*mask.*into the module: as a buffer"
+    with pytest.raises(ValueError, match=said):
+        step({"src": x, "mask": mask}, x)
+
+
+class Attends(nn.Module):
+    """Attention along the axis of the steps, whichever it is."""
+
+    def __init__(self, batch_first):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(4, 2, batch_first=batch_first)
+
+    def forward(self, x):
+        return self.inner(x, x, x, need_weights=False)[0]
+
+
+class Recurs(nn.Module):
+    """A recurrent layer without its states."""
+
+    def __init__(self, kind, batch_first):
+        super().__init__()
+        self.inner = kind(4, 4, batch_first=batch_first)
+
+    def forward(self, x):
+        return self.inner(x)[0]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Attends, *(lambda first, kind=kind: Recurs(kind, first) for kind in (nn.LSTM, nn.GRU, nn.RNN))],
+    ids=["attention", "LSTM", "GRU", "RNN"],
+)
+def test_a_batch_with_time_steps_first_is_warned_of_once(make):
+    time_first, rows_first = torch.randn(8, 5, 4), torch.randn(8, 8, 4)
+    step = fastdp.wrap(make(False), gpus=2).train_step(F.mse_loss, sgd)
+    with pytest.warns(UserWarning, match="deals out the rows of a batch: this device has 4 of 8.*batch_first=True"):
+        step(time_first, time_first)
+    step(time_first, time_first)  # a second warning would be an error
+    step = fastdp.wrap(make(True), gpus=2).train_step(F.mse_loss, sgd)
+    step(rows_first, rows_first)
+    step(torch.randn(8, 4, 4), torch.randn(8, 4, 4))

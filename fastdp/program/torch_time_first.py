@@ -1,0 +1,56 @@
+"""Recurrent layers and attention that go along the first axis, where the rows of the batch are dealt out.
+
+Torch's own default is time first, `(steps, batch, features)`. Whoever hands such a batch over has its time steps dealt
+out to the devices: each runs a part of the sequence, and nothing fails. So it is looked for and told.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from fastdp.program.torch_random import HANDLERS as BY_ROWS
+from fastdp.program.torch_scope import Handler, Running
+
+_BATCH_FIRST = 8  # which argument of torch's recurrent functions it is
+_RECURRENT = {torch.lstm: "LSTM", torch.gru: "GRU", torch.rnn_tanh: "RNN", torch.rnn_relu: "RNN"}
+
+
+def _recurrent(running: Running, function: Any, args: Any, kwargs: Any) -> Any:
+    """A recurrent layer; not one over packed sequences, whose rows are told by other numbers."""
+    if args[0].ndim == 3 and len(args) > _BATCH_FIRST and not args[_BATCH_FIRST]:
+        _look(running, f"an {_RECURRENT[function]}", args[0])
+    return BY_ROWS[function](running, function, args, kwargs)
+
+
+def _attention(running: Running, function: Any, args: Any, kwargs: Any) -> Any:
+    """Attention, which gets time first whatever `batch_first` says."""
+    query = args[0] if args else kwargs["query"]
+    if query.ndim == 3:
+        _look(running, "attention", query)
+    return BY_ROWS[function](running, function, args, kwargs)
+
+
+def _look(running: Running, layer: str, inputs: torch.Tensor) -> None:
+    """Warn once where the rows of the replica are the time steps of a layer, and not its batch."""
+    steps, entries = inputs.shape[:2]
+    suspect = steps == running.rows.count < running.rows.total and entries != steps
+    if not suspect or running.context.rank or running.told:
+        return
+    running.told.add(layer)
+    warnings.warn(
+        f"The module runs {layer} along the first axis of a tensor of shape {tuple(inputs.shape)}, by which fastdp "
+        f"deals out the rows of a batch: this device has {steps} of {running.rows.total}. If these are time steps, "
+        "each device sees a part of every sequence, and results are wrong. Give the batch with its rows first, to "
+        "layers with batch_first=True, or transpose it inside the module.",
+        stacklevel=2,
+    )
+
+
+HANDLERS: dict[Any, Handler] = {
+    **dict.fromkeys(_RECURRENT, _recurrent),
+    F.multi_head_attention_forward: _attention,
+}
