@@ -48,6 +48,14 @@ def test_a_script_trains_as_plain_python_and_on_the_devices(tmp_path):
     assert plain.stderr.strip() == "function"
 
 
+def test_keras_runs_on_torch_whatever_the_environment_names(tmp_path):
+    (tmp_path / "show.py").write_text("import keras; print(keras.backend.backend())")
+    for environment in ({"KERAS_BACKEND": "jax"}, {"KERAS_BACKEND": "torch"}):
+        ran = fastdp_run("--virtual", "2", "show.py", folder=tmp_path, **environment)
+        assert ran.stdout == "torch\n"
+        assert ("not on KERAS_BACKEND=jax" in ran.stderr) == (environment["KERAS_BACKEND"] == "jax")
+
+
 SHOW = "import sys; print(__name__, sys.argv, sys.path[0], __import__('neighbour').word)"
 
 

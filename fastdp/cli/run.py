@@ -58,18 +58,28 @@ def run(options: argparse.Namespace) -> int:
     try:
         if options.virtual is not None:
             set_virtual_devices(options.virtual)
+        _choose_torch()
         load("keras", "keras")
         compile = None if options.compile == "none" else options.compile
         install = load("fastdp.keras.install", "keras").install
         install(options.gpus, sync_batch_norm=not options.local_batch_norm, compile=compile)
     except (ValueError, RuntimeError) as error:
-        return _say(str(error), 1)
+        hint = " Here: fastdp run --virtual n." if "set_virtual_devices" in str(error) else ""
+        return _say(f"{error}{hint}", 1)
     sys.excepthook = _without_own_frames
     if by_name:
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(name, run_name="__main__")
     return 0
+
+
+def _choose_torch() -> None:
+    """Keras's torch backend, whatever the environment or keras.json names; said where that is another."""
+    named = os.environ.get("KERAS_BACKEND", "torch")
+    if named != "torch":
+        _say(f"Keras runs on torch here, and not on KERAS_BACKEND={named}.", 0)
+    os.environ["KERAS_BACKEND"] = "torch"
 
 
 def _gpus(text: str) -> int | list[int]:

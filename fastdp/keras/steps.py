@@ -83,7 +83,7 @@ class Steps:
             program = self._program()
             if self._capture_mode is not None and trainer.compiled and not has_own(self.template, "train_step"):
                 recorder = Recorder(self.template.name, alone) if self._graphs else None
-                program.captures = Captures(program, self._capture_mode, len(self.devices), recorder)
+                program.captures = Captures(program, self._capture_mode, len(self.devices), recorder, alone)
             self._engine = DataParallel(program, self.devices, **self._engine_options)
             self._calls = LayerCalls(self._engine) if isinstance(program, CallProgram) else None
             self._trains, self._variables_known = self._trainability(program), False
@@ -165,8 +165,7 @@ class Steps:
         if not program.trainable:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         if program.captures is not None:
-            with alone():  # torch traces one function at a time, and bends its modules for all threads meanwhile
-                program.captures.prepare(arrays, structure, self._wants_outputs())
+            program.captures.prepare(arrays, structure, self._wants_outputs())
         began = time.perf_counter()
         reduce = program.accumulation.reduces(engine)
         result = engine.train(

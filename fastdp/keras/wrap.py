@@ -65,7 +65,11 @@ def _check_model(model: Any, caller: str) -> None:
             f"`{caller}` got a model that is parallel already ({model.name!r}). Wrap its template: model.template."
         )
     if not isinstance(model, keras.Model):
+        remedy = (
+            "Put a layer into a model, such as keras.Sequential([keras.Input(shape), layer])."
+            if isinstance(model, keras.Layer)
+            else "For a torch.nn.Module use fastdp.wrap."
+        )
         raise TypeError(
-            f"`model` must be a keras.Model. Received: {model!r} (of type {type(model).__name__}). For a "
-            "torch.nn.Module use fastdp.wrap."
+            f"`model` must be a keras.Model. Received: {model!r} (of type {type(model).__name__}). {remedy}"
         )

@@ -25,7 +25,8 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,13 +85,23 @@ class Captures:
         mode: "trace", "inductor" or "auto".
         parts: the number of replicas.
         recorder: who records captured steps as CUDA graphs; None where nobody does.
+        alone: makes a context manager within which no engine of the process runs a step. Torch traces one function at a
+            time, and bends its modules meanwhile for all threads.
 
     The host thread calls `prepare` before each training step and `note` after it. `report` tells what became of
     each shape.
     """
 
-    def __init__(self, program: KerasProgram, mode: str, parts: int, recorder: Recorder | None = None) -> None:
+    def __init__(
+        self,
+        program: KerasProgram,
+        mode: str,
+        parts: int,
+        recorder: Recorder | None = None,
+        alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self._program, self._mode, self._parts, self._recorder = program, mode, parts, recorder
+        self._alone = alone
         self._shapes: dict[Any, _Shape] = {}
         self._present: list[_Shape] = []
         self._compiler = BackgroundCompiler()
@@ -236,7 +247,8 @@ class Captures:
         """Trace one shape; a warning, and no more attempts for any shape, if that cannot be done."""
         self._attributes.renew()
         try:
-            shape.captured = Captured(self._program, batch, context)
+            with self._alone():
+                shape.captured = Captured(self._program, batch, context)
             # Where steps have been trained for longer, it is recorded at once (see `_collect`).
             shape.since, shape.why = min(shape.steps, 1), ""
         except NotCapturable as error:
