@@ -10,11 +10,13 @@ from typing import Any
 import keras  # the guide's first lines need it
 import numpy as np
 import pytest
+import torch
 
 import fastdp
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+CODE = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
 
 
 @pytest.fixture(autouse=True)
@@ -25,13 +27,25 @@ def no_devices_afterwards() -> Iterator[None]:
 
 def test_the_first_lines_train_and_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
     x = np.random.default_rng(0).random((300, 20), np.float32)
     names: dict[str, Any] = {"x": x, "y": keras.utils.to_categorical(x[:, :10].argmax(axis=1), 10)}
-    exec(code, names)
+    exec(CODE[0], names)
     assert len(names["parallel"].devices) == 4
     loaded = keras.models.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(loaded.predict(x, verbose=0), names["model"].predict(x, verbose=0))
+
+
+def test_the_lines_for_a_torch_module_train_it() -> None:
+    fastdp.set_virtual_devices(4)
+    module = torch.nn.Linear(6, 3)
+    before = module.weight.detach().clone()
+    x = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x.argmax(dim=1) % 3), batch_size=8)
+    names: dict[str, Any] = {"fastdp": fastdp, "torch": torch, "module": module, "loader": loader}
+    exec(CODE[1], names)
+    assert len(names["dp"].devices) == 4
+    assert float(names["loss"]) > 0
+    assert not torch.equal(module.weight, before)
 
 
 def test_every_script_of_the_faq_is_in_the_guide_and_every_one_named_there_exists() -> None:
