@@ -297,6 +297,8 @@ class KerasProgram:
                     parts.insert(0, value)
                 if context.rank == 0:
                     parts += [keras.ops.sum(value) for value in self.regularization()]
+                    if not parts:  # as Keras says it
+                        raise ValueError("No loss to compute. Provide a `loss` argument in `compile()`.")
                 return self._roots(parts, terms)
             except NotPerSample:
                 # On all replicas alike; but the others may still be on their way here, so the model's

@@ -45,8 +45,8 @@ class Nest:
             if not isinstance(leaf, PLAIN):
                 raise TypeError(
                     f"{what} must be tensors, or nested tuples, lists and dicts of them and of plain values. "
-                    f"Received a {type(leaf).__name__} in it. For a class of your own, register it by "
-                    "torch.utils.pytree.register_pytree_node, or return a tuple or a dict."
+                    f"Received a {type(leaf).__name__} in it. Return a tuple or a dict; for a dataclass of your own, "
+                    f"torch.export.register_dataclass({type(leaf).__name__}) makes a nest of it."
                 )
             leaves.append(leaf)
         return cls(spec, tuple(leaves), tuple(dtype_name(t) for t in tensors)), tensors

@@ -194,11 +194,22 @@ class Attributes:
     """Plain attributes of a module's parts (`training`, a dropout's `p`): replicas follow the user's module."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._parts = list(module.modules())
+        self._names, self._parts = zip(*module.named_modules(), strict=True)
         self._known = self._now()
+        self._structure = self._structure_now()
 
     def follow(self, replicas: list[nn.Module]) -> None:
-        """Give the replicas what was changed on the user's module since the last call."""
+        """Give the replicas what was changed on the user's module since the last call.
+
+        Raises:
+            RuntimeError: a part, a parameter or a buffer was added, taken away, or replaced by another part.
+        """
+        for name, before, structure in zip(self._names, self._structure, self._structure_now(), strict=True):
+            if before != structure:
+                raise RuntimeError(
+                    f"The parts of `{name or 'model'}` were changed since the module was wrapped, and its replicas "
+                    "have the old ones. Wrap the changed module again, and make the train step anew."
+                )
         now = self._now()
         if now == self._known:
             return
@@ -208,6 +219,10 @@ class Attributes:
                     if name not in known or known[name] != value:
                         part.__dict__[name] = value
         self._known = now
+
+    def _structure_now(self) -> list[tuple[dict[str, Any], list[str], list[str]]]:
+        """Of each part: its own parts, and the names of its parameters and buffers."""
+        return [(dict(part._modules), list(part._parameters), list(part._buffers)) for part in self._parts]
 
     def _now(self) -> list[dict[str, Any]]:
         return [{k: v for k, v in part.__dict__.items() if isinstance(v, PLAIN)} for part in self._parts]

@@ -97,6 +97,16 @@ def test_fewer_losses_than_outputs_give_keras_warning_with_the_variables_that_no
             model.fit(X, [Y, Y], batch_size=8, verbose=0)
 
 
+def test_no_loss_at_all_is_keras_own_error() -> None:
+    parallel = compiled(loss=None)
+    before = parallel.get_weights()
+    for method in (parallel.fit, parallel.evaluate):
+        with pytest.raises(ValueError, match=r"No loss to compute. Provide a `loss` argument in `compile\(\)`"):
+            method(X, Y, verbose=0)
+    parallel.compile("sgd", "mse")
+    assert_untouched_and_works(parallel, before)
+
+
 def test_targets_that_do_not_fit_the_outputs_are_keras_own_error() -> None:
     parallel, plain = compiled(2), build(2)
     plain.compile("sgd", "mse")
