@@ -48,6 +48,14 @@ def test_a_script_trains_as_plain_python_and_on_the_devices(tmp_path):
     assert plain.stderr.strip() == "function"
 
 
+def test_graphs_are_asked_for_as_of_install(tmp_path):
+    (tmp_path / "train.py").write_text(TRAINING)
+    done = fastdp_run("--virtual", "2", "--graph", "step", "train.py", folder=tmp_path)
+    assert 'graph="step" has nothing to record on virtual devices in host memory' in done.stderr
+    assert "_ParallelFunction" in done.stderr
+    assert "invalid choice: 'fast'" in fastdp_run("--graph", "fast", "train.py", folder=tmp_path).stderr
+
+
 SHOW = "import sys; print(__name__, sys.argv, sys.path[0], __import__('neighbour').word)"
 
 
