@@ -115,8 +115,10 @@ class Fitted:
 
 
 def wrap_options(how: str) -> dict[str, Any]:
-    """The arguments of `fastdp.wrap` for eager, traced, compiled or graph, or for a compiled graph."""
+    """The arguments of `fastdp.wrap` for eager, traced, compiled or graph steps, a compiled graph, or a step graph."""
     modes = {"eager": None, "traced": "trace", "compiled": "inductor", "graph": "trace", "compiled graph": "inductor"}
+    if how == "step graph":
+        return {"compile": "trace", "graph": "step"}
     return {"compile": modes[how], "graph": "bucket" if "graph" in how else None}
 
 

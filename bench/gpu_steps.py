@@ -57,7 +57,7 @@ WITHOUT = {
 class Way:
     """One way to train: what is started, and what a line about it says.
 
-    `part` divides a batch's rows; 0 stands for one row. `how` is fastdp's: eager, traced, compiled or graph.
+    `part` divides a batch's rows; 0 stands for one row. `how` is fastdp's: eager, traced, compiled, graph, step graph.
     """
 
     title: str
@@ -117,6 +117,7 @@ def ways_of(name: str) -> list[Way]:
     ]
     if name == "mlp":
         ways += [Way(f"fastdp torch {n}", f"torch/facade-{n}", "fastdp torch", n, "eager") for n in (1, 8)]
+        ways += [_fastdp(count, "step graph") for count in (2, 8) if best == "graph"]
     named = [title.replace("BEST", best) for title in FEW.get(name, ())]
     without = [title.replace("BEST", best) for title in WITHOUT.get(name, ())]
     if named:

@@ -19,6 +19,7 @@ from fastdp.device import devices_of_engine
 from fastdp.errors import DeviceTimeoutError
 from fastdp.held import HeldGradients
 from fastdp.program.base import Context, Memory, Program, Result
+from fastdp.reductions import Reductions
 from fastdp.relocation import Residence
 from fastdp.replica import Replica, assert_equal
 from fastdp.shard import CORES, split_rows
@@ -27,9 +28,6 @@ from fastdp.step import Step, StepResult, add_up, commit, run_replica, run_updat
 from fastdp.step_scope import StepScope, meanwhile, one_step_at_a_time
 from fastdp.timing import Timings, Watch
 from fastdp.transfer import Merger, count_rows, scatter, stage
-
-# After so many steps of a batch's shape, a GPU's steps allocate nothing any more. Of so many shapes it is known.
-WARM_STEPS, MOST_SHAPES = 2, 256
 
 
 class DataParallel:
@@ -96,7 +94,7 @@ class DataParallel:
             device.prepare_to_merge()
         self._held = HeldGradients(self.replicas, self._communicator)
         self._share = shared_with(devices[1:CORES], timeout)
-        self._trained: dict[Any, int] = {}
+        self._reductions = Reductions(program, self._communicator, self._buckets, len(devices))
         self.timings: list[list[float]] = []
         self.times = Timings()
 
@@ -129,7 +127,7 @@ class DataParallel:
         with self._begin(batch, structure, wants_outputs, trains=True) as step:
             step.reduces = reduce
             self._scatter(step, batch)
-            self._listen(step, batch)
+            self._reductions.begin(step, batch, self._held.count, self._ends)
             self._run(step, Replica.train)
             self._reduce(step)
             self._update(step)
@@ -238,23 +236,6 @@ class DataParallel:
         return StepResult(outputs, step.totals.sums, step.totals.notes, step.shards[0].total)
 
     # The reduction.
-
-    def _listen(self, step: Step, batch: Sequence[np.ndarray]) -> None:
-        """Let the replicas announce their buckets, whose reduction then begins while backward goes on.
-
-        Not where sums of earlier steps are still to be added to the gradients.
-        """
-        if not step.reduces or self._held.count or len(self.replicas) == 1:
-            return
-        shapes = tuple([array.shape for array in batch])
-        warm = self._trained.get(shapes, 0) >= WARM_STEPS
-        if not warm:
-            if len(self._trained) >= MOST_SHAPES:
-                self._trained.clear()
-            self._trained[shapes] = self._trained.get(shapes, 0) + 1
-        step.reduction = self._communicator.begin(*self._ends(len(step.shards)), self._buckets, warm=warm)
-        for context in step.contexts:
-            context.ready = partial(step.reduction.ready, context.rank)
 
     def _ends(self, sources: int) -> tuple[list[FlatBuffers], list[FlatBuffers]]:
         """The gradients of the first replicas, that have any, and of those that need the sum.
@@ -372,6 +353,7 @@ class DataParallel:
             device.synchronize(self.timeout)
         for device in self.devices:
             device.recover()
+        self._communicator.recover()
         step, self._unsettled = self._unsettled, None
         # Another generation: another engine has gone on from what there was.
         if step is None or not step.updates_begun or self._home.generation != step.generation:

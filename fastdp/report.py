@@ -183,7 +183,8 @@ _COLUMNS = {
     "trace_seconds": "traced in s",
     "compile_seconds": "compiled in s",
     "load_seconds": "loaded in s",
-    "segments": "graphs",
+    "segments": "segments",
+    "whole_steps": "as one graph",
     "record_seconds": "recorded in s",
     "why": "why",
 }

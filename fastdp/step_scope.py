@@ -169,6 +169,8 @@ class StepScope(AbstractContextManager[Step]):
         After a failure of a replica, a timeout, an interrupt of this thread, or a device that is closed.
         """
         self._step.rendezvous.abort(error)
+        if self._step.reduction is not None:
+            self._step.reduction.abandon(error)
         self._engine._generation = -1
         for device in self._engine.devices:
             device.unsettled = True

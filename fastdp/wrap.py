@@ -47,7 +47,11 @@ def wrap(
             recorded once per batch shape (of four shapes at most) and replica, cut where a bucket of gradients is
             complete, with the all-reduces between the graphs and the update after them. None: no graphs. "auto":
             "bucket" on GPUs, None elsewhere, where there is nothing to record. A step that cannot be recorded runs
-            as it is captured, and a warning says why. "step", a whole step as one graph, is not built.
+            as it is captured, and a warning says why. "step": as "bucket", and the all-reduces are in the graphs too:
+            each GPU's whole forward and backward pass and its collectives are one graph, which its worker launches
+            once. Steps that the graphs are not for (accumulated gradients, fewer rows than devices, a loss of the
+            merged outputs) run as with "bucket"; `report()` says so. It takes more memory, for NCCL's communicators
+            of the graphs. Virtual GPUs that share a card want CUDA_DEVICE_MAX_CONNECTIONS set to four for each.
         update: "first" applies the optimizer on the first device and copies the new weights to the others: faster
             where devices outnumber the cores that they share. "each" applies it on every device. The results are
             the same. None: "each" on GPUs, "first" elsewhere.
@@ -60,7 +64,6 @@ def wrap(
 
     Raises:
         ValueError: anything wrong with `gpus`, or a model that cannot be replicated; the message has the remedy.
-        NotImplementedError: `graph="step"`.
         TypeError: `model` is of another kind.
         ImportError: the model's library is missing.
 

@@ -37,6 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("held.py",),
     ("spare.py",),
     ("step.py",),
+    ("reductions.py",),
     ("step_scope.py",),
     ("relocation.py",),
     ("engine.py",),
@@ -57,6 +58,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 ONLY_FROM = {
     "replica.py": ("program/", ("program/__init__.py", "program/base.py")),
     "step.py": ("program/", ("program/__init__.py", "program/base.py")),
+    "reductions.py": ("program/", ("program/__init__.py", "program/base.py")),
     "engine.py": ("program/", ("program/__init__.py", "program/base.py")),
 }
 

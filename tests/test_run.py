@@ -56,6 +56,14 @@ def test_keras_runs_on_torch_whatever_the_environment_names(tmp_path):
         assert ("not on KERAS_BACKEND=jax" in ran.stderr) == (environment["KERAS_BACKEND"] == "jax")
 
 
+def test_graphs_are_asked_for_as_of_install(tmp_path):
+    (tmp_path / "train.py").write_text(TRAINING)
+    done = fastdp_run("--virtual", "2", "--graph", "step", "train.py", folder=tmp_path)
+    assert 'graph="step" has nothing to record on virtual devices in host memory' in done.stderr
+    assert "_ParallelFunction" in done.stderr
+    assert "invalid choice: 'fast'" in fastdp_run("--graph", "fast", "train.py", folder=tmp_path).stderr
+
+
 SHOW = "import sys; print(__name__, sys.argv, sys.path[0], __import__('neighbour').word)"
 
 

@@ -29,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile", choices=["none", "trace", "inductor", "auto"], default="auto", help="how steps run"
     )
     parser.add_argument(
+        "--graph",
+        choices=["none", "bucket", "step", "auto"],
+        default="auto",
+        help="CUDA graphs of steps: none, one for each bucket of gradients, one for the step with its all-reduces",
+    )
+    parser.add_argument(
         "--local-batch-norm", action="store_true", help="normalize by each device's rows, not by the global batch"
     )
     parser.add_argument(
@@ -62,7 +68,8 @@ def run(options: argparse.Namespace) -> int:
         load("keras", "keras")
         compile = None if options.compile == "none" else options.compile
         install = load("fastdp.keras.install", "keras").install
-        install(options.gpus, sync_batch_norm=not options.local_batch_norm, compile=compile)
+        graph = None if options.graph == "none" else options.graph
+        install(options.gpus, sync_batch_norm=not options.local_batch_norm, compile=compile, graph=graph)
     except (ValueError, RuntimeError) as error:
         hint = " Here: fastdp run --virtual n." if "set_virtual_devices" in str(error) else ""
         return _say(f"{error}{hint}", 1)

@@ -28,6 +28,9 @@ class Reduction(Protocol):
     def ended(self, rank: int) -> None:
         """A replica has all of its gradients. On its worker."""
 
+    def abandon(self, error: BaseException | None) -> None:
+        """Nobody waits for the step any more, which failed with this. On the host thread."""
+
     def serve(self, until: QueueEvent, timeout: float) -> None:
         """Wait until the event is done, on the thread that waits for the step, and make itself useful meanwhile.
 
@@ -99,6 +102,9 @@ class Communicator(Protocol):
 
     def check(self) -> None:
         """Raise RuntimeError if a collective failed without a word. When the step is over."""
+
+    def recover(self) -> None:
+        """Go on after a step that failed. When all devices are idle."""
 
 
 # Connecting GPUs takes a while: models on the same devices share it.

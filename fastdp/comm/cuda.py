@@ -9,11 +9,9 @@ issued. Buckets that are complete earlier are issued by the worker that complete
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from fastdp.backend.cuda import runtime
 from fastdp.backend.cuda.device import CudaDevice
@@ -22,16 +20,14 @@ from fastdp.backend.cuda.peers import PeerAccess
 from fastdp.backend.queue import joined
 from fastdp.buckets import Bucket, FlatBuffers
 from fastdp.comm.cuda_kernels import PeerKernels, address_of, stream_of
+from fastdp.comm.cuda_nccl import NcclCollectives, connect, destroy
 from fastdp.comm.cuda_reduction import CudaReduction
+from fastdp.comm.cuda_whole import Parts, WholeSteps
+from fastdp.comm.cuda_whole_reduction import WholeReduction
+from fastdp.comm.cuda_whole_step import WholeStep
 from fastdp.comm.host import refuse_unknown
 from fastdp.comm.host_reduction import sum_in_order
-from fastdp.comm.ways import (
-    MULTI_RANK_VARIABLE,
-    nccl_connects,
-    way_to_all_gather,
-    way_to_all_reduce,
-    way_to_reduce_scatter,
-)
+from fastdp.comm.ways import way_to_all_gather, way_to_all_reduce, way_to_reduce_scatter
 from fastdp.launch.args import MAX_RANKS
 
 
@@ -59,12 +55,14 @@ class CudaCommunicator:
         runtime.check_environment(self._cards)
         several = len(devices) > 1
         peers = PeerAccess(sorted(set(self._cards)), timeout) if several else None
-        self._nccl = _connect(self._cards) if several else []
+        self._nccl = connect(self._cards) if several else []
         if self._nccl:
             # Destroying frees memory of the GPUs: not in the garbage collector.
-            weakref.finalize(self, defer, functools.partial(_destroy, list(self._nccl))).atexit = False
+            weakref.finalize(self, defer, functools.partial(destroy, list(self._nccl))).atexit = False
+        self._by_nccl = NcclCollectives(self._devices, self._nccl)
         has_kernels = peers is not None and len(devices) <= MAX_RANKS and peers.complete
         self._kernels = PeerKernels(devices) if has_kernels else None
+        self._wholes = WholeSteps(devices, self._kernels)
         self._ways: dict[Bucket, str] = {}
         self._scatter_ways: dict[Bucket, str] = {}
         self._told = False
@@ -100,14 +98,35 @@ class CudaCommunicator:
 
         def issue(numbers: Sequence[int]) -> None:
             chosen = [(buckets[number], ways[number]) for number in numbers]
-            self._run(targets, chosen, range(len(sources), len(targets)), self._all_reduce_by_nccl)
+            self._run(targets, chosen, range(len(sources), len(targets)), self._by_nccl.all_reduce)
 
         # The way through the host waits for the GPUs: not in the middle of a replica's work.
         early = [number for number, way in enumerate(ways) if way != "host"] if warm else []
         return CudaReduction(self._devices, len(sources), len(buckets), early, issue)
 
+    def why_not_whole(self, buckets: Sequence[Bucket]) -> str:
+        """Why a step with these buckets cannot run as one graph for each GPU (`whole_step`); empty where it can."""
+        return self._wholes.why_not([self.how(bucket) for bucket in buckets])
+
+    def whole_step(
+        self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket], parts: Sequence[Parts], timeout: float
+    ) -> WholeStep:
+        """What replicas have recorded as graphs, put together with the all-reduces of their buckets: one graph for each
+        GPU. On the host thread, while no step of any engine runs. Arguments and errors as of `WholeSteps.make`."""
+        ways = self._plan(buckets, self._ways, self.how)
+        return self._wholes.make(self, targets, buckets, ways, parts, timeout)
+
+    def issue(self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket], by_nccl: NcclCollectives) -> None:
+        """All-reduce these buckets now, all ranks' by the calling thread, with what `by_nccl` has for those that NCCL
+        reduces. For `WholeSteps`, whose buckets are planned."""
+        planned = [(bucket, self._ways[bucket]) for bucket in buckets]
+        self._run(targets, planned, (), by_nccl.all_reduce)
+
     def finish(
-        self, reduction: CudaReduction, once: Callable[[], object] | None = None, readers: int | None = None
+        self,
+        reduction: CudaReduction | WholeReduction,
+        once: Callable[[], object] | None = None,
+        readers: int | None = None,
     ) -> None:
         """Reduce the rest when all replicas are done; `once` as of `all_reduce`. The compute of all devices waits,
         whoever the `readers` are: the collectives run on all of them."""
@@ -166,7 +185,7 @@ class CudaCommunicator:
             if once is not None:
                 once()
             idle = range(len(sources), len(targets))
-            self._run(targets, list(zip(buckets, ways, strict=False)), idle, self._reduce_scatter_by_nccl)
+            self._run(targets, list(zip(buckets, ways, strict=False)), idle, self._by_nccl.reduce_scatter)
             self._show_errors()
 
         self._issue(issue)
@@ -176,7 +195,7 @@ class CudaCommunicator:
         ranks = len(self._devices)
         by_nccl = [one for one in buckets if way_to_all_gather(one.nbytes, nccl=bool(self._nccl)) == "nccl"]
         if by_nccl:
-            self._issue(lambda: self._all_gather_by_nccl(buffers, by_nccl))
+            self._issue(lambda: self._by_nccl.all_gather(buffers, by_nccl))
         copied = [bucket for bucket in buckets if bucket not in by_nccl]
         if not copied or ranks < 2:
             return
@@ -209,10 +228,16 @@ class CudaCommunicator:
                 f"A collective on {self._devices[rank].name} gave up waiting for the other GPUs: the gradients "
                 "of this step are wrong. Run `fastdp devices` to look at the links, and see docs/hardware.md."
             )
-        for rank, comm in enumerate(self._nccl):
-            error = runtime.nccl_async_error(comm)
-            if error is not None:
-                raise RuntimeError(f"NCCL failed on {self._devices[rank].name}: {error}") from error
+        for comms in (self._nccl, *self._wholes.comms()):
+            for rank, comm in enumerate(comms):
+                error = runtime.nccl_async_error(comm)
+                if error is not None:
+                    raise RuntimeError(f"NCCL failed on {self._devices[rank].name}: {error}") from error
+
+    def recover(self) -> None:
+        """Let ranks that gave up waiting for others go on. When all devices are idle."""
+        if self._kernels is not None:
+            self._kernels.recover()
 
     # Order.
 
@@ -292,54 +317,6 @@ class CudaCommunicator:
         if self._kernels is not None:
             self._kernels.show_errors()
 
-    def _by_nccl(
-        self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket], call: Callable[[int, int, Bucket, int], None]
-    ) -> None:
-        """`call(rank, address, bucket, stream)` for all buckets on all ranks, in one group."""
-        with runtime.nccl_group():
-            for bucket in buckets:
-                for rank, (device, target) in enumerate(zip(self._devices, targets, strict=True)):
-                    with runtime.on(device.ordinal):
-                        call(rank, address_of(target, bucket), bucket, stream_of(device))
-
-    def _all_reduce_by_nccl(self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
-        def call(rank: int, address: int, bucket: Bucket, stream: int) -> None:
-            n = bucket.stop - bucket.start
-            runtime.all_reduce(self._nccl[rank], address, address, n, bucket.dtype, stream)
-
-        self._by_nccl(targets, buckets, call)
-
-    def _reduce_scatter_by_nccl(self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
-        """NCCL's parts are equally long: what the last one has more is so little that all ranks may have it."""
-
-        def call(rank: int, address: int, bucket: Bucket, stream: int) -> None:
-            comm, ranks = self._nccl[rank], len(self._nccl)
-            n, item, part = _parts(bucket, ranks)
-            if part:
-                own = address + rank * part * item
-                runtime.reduce_scatter(comm, address, own, part, bucket.dtype, stream)
-            if n > ranks * part:
-                rest = address + ranks * part * item
-                runtime.all_reduce(comm, rest, rest, n - ranks * part, bucket.dtype, stream)
-
-        self._by_nccl(targets, buckets, call)
-
-    def _all_gather_by_nccl(self, buffers: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
-        """As bytes, which NCCL copies whatever they mean."""
-
-        def call(rank: int, address: int, bucket: Bucket, stream: int) -> None:
-            comm, ranks = self._nccl[rank], len(self._nccl)
-            n, item, part = _parts(bucket, ranks)
-            if part:
-                own = address + rank * part * item
-                runtime.all_gather(comm, own, address, part * item, "uint8", stream)
-            if n > ranks * part:
-                rest = address + ranks * part * item
-                nbytes = (n - ranks * part) * item
-                runtime.broadcast(comm, rest, rest, nbytes, "uint8", stream, root=ranks - 1)
-
-        self._by_nccl(buffers, buckets, call)
-
     def _by_host(self, targets: Sequence[FlatBuffers], bucket: Bucket) -> None:
         """Through host memory, waiting for each copy: right, and slow. Said once."""
         if not self._told:
@@ -365,34 +342,3 @@ def _check_in_place(sources: Sequence[FlatBuffers], targets: Sequence[FlatBuffer
     """GPUs sum in place."""
     if any(source is not target for source, target in zip(sources, targets, strict=False)):
         raise ValueError("GPUs reduce in place: `sources` must be the first of `targets`.")
-
-
-def _parts(bucket: Bucket, ranks: int) -> tuple[int, int, int]:
-    """Elements of a bucket, bytes of one, and elements of each rank's part but the last one's."""
-    first = bucket.part(0, ranks) if ranks > 1 else bucket
-    n = bucket.stop - bucket.start
-    return n, bucket.nbytes // max(1, n), first.stop - first.start
-
-
-def _connect(cards: Sequence[int]) -> list[Any]:
-    """NCCL's communicators for ranks on these cards; none where NCCL is not there, or does not take them."""
-    version = runtime.nccl_version() if runtime.nccl_available() else 0
-    if not nccl_connects(cards, version, os.environ.get(MULTI_RANK_VARIABLE)):
-        return []
-    if len(set(cards)) == len(cards):
-        return runtime.nccl_init_all(cards)
-    try:
-        return runtime.nccl_init_ranks(cards, runtime.on)
-    except runtime.NcclError as error:
-        warnings.warn(
-            f"NCCL {version} does not connect several ranks on one card, though {MULTI_RANK_VARIABLE}=1 asks for it "
-            f"({error}): their collectives run by fastdp's own kernels over peer memory.",
-            stacklevel=3,
-        )
-        return []
-
-
-def _destroy(comms: Sequence[Any]) -> None:
-    """Give NCCL's communicators back."""
-    for comm in comms:
-        runtime.nccl_destroy(comm)

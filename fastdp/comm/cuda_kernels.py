@@ -48,6 +48,11 @@ class PeerKernels:
         self._ranks: list[_PeerRank] = []
         self._groups: list[PeerGroup] = []
 
+    @property
+    def memory(self) -> object:
+        """Stands for the memory that they use at present, and keeps it."""
+        return self._ranks
+
     def prepare(self, buckets: Sequence[tuple[Bucket, str]]) -> None:
         """Have staging for the largest of these buckets, each with its way. Between steps: it may allocate."""
         needed = 0
@@ -86,6 +91,16 @@ class PeerKernels:
     def given_up(self) -> list[int]:
         """The ranks that waited for another in vain. Once the GPUs are done with the step."""
         return [rank for rank, memory in enumerate(self._ranks) if memory.seen[0]]
+
+    def recover(self) -> None:
+        """Let ranks that gave up go on: signals and error flags as they were at first. When all devices are idle."""
+        flags = [device.to_host(memory.error) for device, memory in zip(self._devices, self._ranks, strict=False)]
+        if not any(flag[0] for flag in flags):  # asked of the GPUs: a step that failed has not shown them
+            return
+        for device, memory in zip(self._devices, self._ranks, strict=True):
+            for array in (memory.signals, memory.error):
+                device.copy(array, np.zeros(array.shape, array.dtype))
+            memory.seen[0] = 0
 
     def _allocate(self, half: int) -> None:
         """Staging of two halves, signals and an error flag for each rank."""

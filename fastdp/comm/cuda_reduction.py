@@ -58,6 +58,9 @@ class CudaReduction:
     def ended(self, rank: int) -> None:
         """A replica has issued all of its work. What it has not announced is left to the end."""
 
+    def abandon(self, error: BaseException | None) -> None:
+        """The step failed. All ranks' parts of a collective are issued together: none is left alone."""
+
     def serve(self, until: QueueEvent, timeout: float) -> None:
         """Wait until the event is done. The GPUs need no help."""
         until.finish(timeout)

@@ -167,6 +167,9 @@ class HostCommunicator:
     def check(self) -> None:
         """Nothing fails here unnoticed."""
 
+    def recover(self) -> None:
+        """Nothing is left of a step that failed."""
+
     def once(self, work: Callable[[], object]) -> None:
         """Run `work()` on the first device, after all that was enqueued before and before all that comes."""
         if len(self._devices) == 1:

@@ -81,6 +81,9 @@ class HostReduction:
             if complete:
                 self._start(complete)
 
+    def abandon(self, error: BaseException | None) -> None:
+        """The step failed. Nobody waits in the middle of a sum."""
+
     def serve(self, until: QueueEvent, timeout: float) -> None:
         """Reduce what becomes complete, on the calling thread, until the event is issued.
 

@@ -61,12 +61,11 @@ def install(
         gpus: how many devices, a list of their ordinals, or None for all.
         sync_batch_norm: BatchNormalization by the global batch, as plain Keras does; False: by each device's rows.
         compile: how steps run, "auto", None, "trace" or "inductor"; see `fastdp.wrap`.
-        graph: whether captured steps become CUDA graphs, "auto", "bucket" or None; see `fastdp.wrap`.
+        graph: whether captured steps become CUDA graphs, "auto", "bucket", "step" or None; see `fastdp.wrap`.
         options: `update`, `timeout` and `check_replicas` of `fastdp.wrap`.
 
     Raises:
         ValueError: anything wrong with `gpus`; an unknown `graph`.
-        NotImplementedError: `graph="step"`.
         TypeError: an unknown option.
         RuntimeError: Keras runs on another backend than torch.
 

@@ -43,7 +43,7 @@ class ParallelModel(TemplateView):
         cpu_merge: merge outputs in host memory, or on a GPU and leave them there.
         sync_batch_norm: BatchNormalization over the global batch instead of each replica's rows.
         compile: how steps run, None, "trace", "inductor" or "auto"; see `fastdp.wrap`.
-        graph: whether captured steps become CUDA graphs, "auto", "bucket" or None; see `fastdp.wrap`.
+        graph: whether captured steps become CUDA graphs, "auto", "bucket", "step" or None; see `fastdp.wrap`.
         update: where the optimizer is applied, "first" or "each"; see `fastdp.wrap`.
         timeout: seconds that one step may take.
         check_replicas: verify after each step that replicas are bitwise equal.

@@ -35,7 +35,7 @@ class Steps:
         trainer: whose loss, metrics and optimizer apply.
         devices: where the replicas run.
         capture_mode: None, "trace", "inductor" or "auto"; see `fastdp.wrap`.
-        graphs: record captured steps as CUDA graphs; None: on GPUs.
+        graphs: how captured steps are recorded as CUDA graphs, "bucket" or "step", or "" for not at all.
         sync_batch_norm: BatchNormalization over the global batch.
         template_state: a context manager factory that lends the template the trainer's settings; None where they
             are one model.
@@ -50,7 +50,7 @@ class Steps:
         devices: Sequence[Any],
         *,
         capture_mode: str | None = None,
-        graphs: bool | None = None,
+        graphs: str = "",
         sync_batch_norm: bool = False,
         template_state: Any = None,
         engine_options: dict[str, Any] | None = None,
@@ -60,7 +60,7 @@ class Steps:
         self.trainer = trainer
         self.devices = list(devices)
         self._capture_mode = capture_mode
-        self._graphs = self.devices[0].on_gpu if graphs is None else graphs
+        self._graphs = graphs
         self._sync_batch_norm = sync_batch_norm
         self._template_state = template_state
         self._engine_options = engine_options or {}
@@ -82,7 +82,8 @@ class Steps:
             self.forget_engine()
             program = self._program()
             if self._capture_mode is not None and trainer.compiled and not has_own(self.template, "train_step"):
-                recorder = Recorder(self.template.name, alone) if self._graphs else None
+                parts = self._graphs == "step"
+                recorder = Recorder(self.template.name, alone, parts=parts) if self._graphs else None
                 program.captures = Captures(program, self._capture_mode, len(self.devices), recorder, alone)
             self._engine = DataParallel(program, self.devices, **self._engine_options)
             self._calls = LayerCalls(self._engine) if isinstance(program, CallProgram) else None

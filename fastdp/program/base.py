@@ -60,6 +60,11 @@ def _not_listening(bucket: int) -> None:
     """Nobody starts a reduction early in this step."""
 
 
+def _no_graph() -> None:
+    """Nobody has a graph of the whole step."""
+    raise RuntimeError("This step has no graph with its collectives.")
+
+
 @dataclass(slots=True)
 class Context:
     """What a replica knows of the step it is in.
@@ -74,6 +79,10 @@ class Context:
     (`FlatBuffers.buckets()`) has its values, of unused parameters too, on what is the device's compute stream so far:
     its reduction may start, and the program neither reads nor writes it again in this step. Buckets that are never
     announced are reduced when `train` is over on all replicas. It never waits for another replica.
+
+    Where `whole` is there, it is what the program's `whole_step` gave for this step: the replica's graph reduces the
+    gradients too. `launch()` launches it on the device's compute stream, and is called exactly once, by all replicas,
+    when the inputs are in place; it waits on the host until all replicas call it, and raises if one of them failed.
     """
 
     rank: int
@@ -86,6 +95,8 @@ class Context:
     wants_outputs: bool = True
     device: Any = None
     ready: Callable[[int], None] = _not_listening
+    whole: Any = None
+    launch: Callable[[], None] = _no_graph
 
     @classmethod
     def alone(cls, batch: Sequence[np.ndarray], structure: Any, start: int, stop: int, total: int) -> Context:
@@ -154,6 +165,12 @@ class Program(Protocol):
 
     A program may also have `update_is_shared`, true where its `update` uses `Totals.share`: it then gets its replica's
     share of the cores, where other updates that are made for all replicas get all cores for each operation.
+
+    And it may have `whole_step(batches, contexts, why_not)`, asked on the host thread before the replicas of a training
+    step run on these rows: whether each of them does all of it, its gradients' all-reduce too, by one graph that is
+    launched once. `why_not` is why that is out of the question in this step, if it is. It gives None, or what goes into
+    `Context.whole` of all replicas, whose `begin()` gives the step's reduction (`fastdp.comm.choose.Reduction`) with
+    `launch(rank, rendezvous)`.
     """
 
     gradients: Sequence[ArraySpec]

@@ -12,7 +12,8 @@ Replicas with the same number of rows share a graph. How far this goes is the `m
                  user's in them run eagerly.
 
 On GPUs a step that has run traced, or compiled, once is recorded as CUDA graphs on each replica
-(`fastdp.program.capture_record`), which later steps replay; for `MOST_RECORDED` batch shapes of a replica.
+(`fastdp.program.capture_record`), which later steps replay; for `MOST_RECORDED` batch shapes of a replica. With
+`graph="step"` they are joined over the replicas, with their collectives (`fastdp.program.capture_whole`).
 
 Tracing happens on the host thread between steps, while no replica runs. What cannot be traced (a value that the
 model reads on the host, an exchange between replicas in the middle of a step) runs eagerly for good, with one
@@ -27,7 +28,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import keras
@@ -35,12 +35,14 @@ import numpy as np
 
 from fastdp.errors import DeviceTimeoutError
 from fastdp.program.base import Context
-from fastdp.program.capture_compiler import BackgroundCompiler, CompileError, Job, missing_compiler
+from fastdp.program.capture_compiler import BackgroundCompiler, CompileError, missing_compiler
 from fastdp.program.capture_guard import Attributes, own_code
 from fastdp.program.capture_record import Recorder
 from fastdp.program.capture_rewrites import for_compiler
+from fastdp.program.capture_shapes import Shape, entry_of, key_of, recordings_of
 from fastdp.program.capture_trace import Captured, NoExchange
 from fastdp.program.capture_trial import Trial
+from fastdp.program.capture_whole import JoinedSteps, Whole
 from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import Structure
 from fastdp.program.keras_replica import NotCapturable
@@ -57,24 +59,6 @@ COMPILE_PATIENCE = 0.25
 # A layer whose attributes change again and again changes them itself.
 MOST_CHANGES = 3
 _POLL_SECONDS = 0.05
-
-
-@dataclass(slots=True, eq=False)
-class _Shape:
-    """What is known of the steps of one shape of a replica's rows."""
-
-    rows: int
-    of: int
-    steps: int = 0
-    seconds: float = 0.0
-    recent: list[float] = field(default_factory=list)
-    captured: Captured | None = None
-    job: Job | None = None
-    compiled: bool = False
-    since: int = 0  # steps before the present way of replaying
-    no_graph: str = ""
-    trial: Trial | None = None
-    why: str = "seen once so far"
 
 
 class Captures:
@@ -102,10 +86,12 @@ class Captures:
     ) -> None:
         self._program, self._mode, self._parts, self._recorder = program, mode, parts, recorder
         self._alone = alone
-        self._shapes: dict[Any, _Shape] = {}
-        self._present: list[_Shape] = []
+        self._shapes: dict[Any, Shape] = {}
+        self._present: list[Shape] = []
         self._compiler = BackgroundCompiler()
         self._no_compiler = missing_compiler() if mode != "trace" else 'compile="trace"'
+        wants_whole = recorder is not None and recorder.parts
+        self._whole = JoinedSteps(recorder, program.spans_devices) if recorder is not None and wants_whole else None
         self._attributes = Attributes(program.model)
         self._changes = 0
         self._refused = _refusal(program)
@@ -119,7 +105,7 @@ class Captures:
 
     def find(self, batch: Sequence[np.ndarray], context: Context) -> Captured | None:
         """The captured step for a replica's rows, if there is one. From any thread."""
-        shape = self._shapes.get(_key(batch, context, self._program)) if self._shapes else None
+        shape = self._shapes.get(key_of(batch, context, self._program)) if self._shapes else None
         return shape.captured if shape is not None else None
 
     def prepare(self, batch: Sequence[np.ndarray], structure: Structure, wants_outputs: bool) -> None:
@@ -131,6 +117,7 @@ class Captures:
             wants_outputs: whether the step's outputs are looked at.
         """
         self._present = []
+        replicas: list[Shape] = []
         if not self._refused:
             self._look_at_attributes()
         if self._refused:
@@ -142,8 +129,8 @@ class Captures:
             context.rank, context.wants_outputs, context.device = rank, wants_outputs, self._program.states[0].device
             context.size, context.rendezvous = 2, NoExchange(2, 0.0)
             own = [array[rows.start : rows.stop] for array in batch]
-            key = _key(own, context, self._program)
-            shape = self._shapes.setdefault(key, _Shape(rows.count, rows.total))
+            key = key_of(own, context, self._program)
+            shape = self._shapes.setdefault(key, Shape(rows.count, rows.total))
             if shape not in self._present:
                 self._present.append(shape)
                 if shape.captured is None and not self._refused and self._may_trace(shape):
@@ -152,6 +139,32 @@ class Captures:
                     shape.job = self._compiler.submit(for_compiler(shape.captured.graph), self._threads(rows))
                     shape.why = "being compiled"
             self._record(shape, rank, own, context)
+            replicas.append(shape)
+        if self._whole is not None:
+            why = self._whole.consider(recordings_of(replicas), self._program.states)
+            for shape in self._present:
+                shape.not_whole = why
+                shape.is_whole = not why and self._parts == 1
+
+    def whole_step(
+        self, batches: Sequence[Sequence[np.ndarray]], contexts: Sequence[Context], why_not: str
+    ) -> Whole | None:
+        """The graphs of a step on these rows that hold its collectives; None where it runs otherwise, which is noted.
+
+        On the host thread, before the step, with the rows on their devices. Arguments as of `Program.whole_step`.
+        """
+        if self._whole is None:
+            return None
+        keys = [key_of(batch, context, self._program) for batch, context in zip(batches, contexts, strict=True)]
+        shapes = [self._shapes[key] for key in keys if key in self._shapes]
+        found = None
+        if not why_not and len(shapes) == len(contexts):
+            found = self._whole.find(recordings_of(shapes))
+        for shape in {id(shape): shape for shape in shapes}.values():
+            shape.is_whole = found is not None
+            shape.whole_steps += found is not None
+            shape.not_whole = "" if found is not None else why_not or shape.not_whole
+        return found
 
     def note(self, seconds: float) -> None:
         """Tell how long the step that was prepared took."""
@@ -200,7 +213,7 @@ class Captures:
         """One entry per shape of a replica's rows, or one that says why all steps run eagerly."""
         if self._refused:
             return [{"how": "eager", "why": self._refused}]
-        return [_entry(shape) for shape in self._shapes.values()]
+        return [entry_of(shape) for shape in self._shapes.values()]
 
     def _look_at_attributes(self) -> None:
         """Capture anew when a plain attribute of a layer has changed; run eagerly if that happens again and again."""
@@ -217,7 +230,7 @@ class Captures:
             self._refused = f"{changed}, which changes while the model trains"
             self._warn_eager()
 
-    def _may_trace(self, shape: _Shape) -> bool:
+    def _may_trace(self, shape: Shape) -> bool:
         """Whether it is time to trace."""
         if shape.steps == 0:
             return False
@@ -231,7 +244,7 @@ class Captures:
         expected = TRACE_SECONDS + TRACE_STEPS * statistics.median(shape.recent)
         return shape.steps > 1 and shape.seconds > expected
 
-    def _may_compile(self, shape: _Shape) -> bool:
+    def _may_compile(self, shape: Shape) -> bool:
         """Whether it is time to compile."""
         assert shape.captured is not None
         if self._no_compiler:
@@ -243,7 +256,7 @@ class Captures:
         expected = COMPILE_SECONDS + COMPILE_SECONDS_PER_OPERATION * shape.captured.operations
         return shape.seconds > COMPILE_PATIENCE * expected
 
-    def _trace(self, shape: _Shape, batch: list[np.ndarray], context: Context) -> None:
+    def _trace(self, shape: Shape, batch: list[np.ndarray], context: Context) -> None:
         """Trace one shape; a warning, and no more attempts for any shape, if that cannot be done."""
         self._attributes.renew()
         try:
@@ -257,7 +270,7 @@ class Captures:
             self._shapes.clear()
             self._warn_eager()
 
-    def _record(self, shape: _Shape, rank: int, batch: list[np.ndarray], context: Context) -> None:
+    def _record(self, shape: Shape, rank: int, batch: list[np.ndarray], context: Context) -> None:
         """Have a shape recorded on a replica, once it has run there as it is to be recorded."""
         compiling = shape.job is not None and not shape.compiled
         if self._recorder is not None and shape.captured is not None and shape.steps > shape.since and not compiling:
@@ -300,37 +313,6 @@ class Captures:
         warnings.warn(
             f"fastdp runs {self._program.model.name!r} traced and not compiled: {self._no_compiler}", stacklevel=4
         )
-
-
-def _entry(shape: _Shape) -> dict[str, Any]:
-    """What is to be said about one shape."""
-    slower = shape.trial.why if shape.trial is not None else ""
-    how = "compiled" if shape.compiled and not slower else "eager" if shape.captured is None else "traced"
-    recordings = list(shape.captured.recordings.values()) if shape.captured is not None else []
-    if recordings:
-        how = "graph"
-    entry: dict[str, Any] = {"how": how, "rows": shape.rows, "of": shape.of, "steps": shape.steps}
-    if shape.why or shape.no_graph or slower:
-        entry["why"] = "; ".join(filter(None, (shape.why, shape.no_graph, slower)))
-    if shape.captured is not None:
-        entry |= {"operations": shape.captured.operations, "trace_seconds": shape.captured.seconds}
-    if shape.compiled and shape.job is not None:
-        entry |= {"compile_seconds": shape.job.seconds, "load_seconds": shape.job.load_seconds}
-    if recordings:
-        entry |= {"replicas": len(recordings), "segments": recordings[0].segments}
-        entry |= {
-            "record_seconds": sum(r.seconds for r in recordings),
-            "graph_nbytes": sum(r.nbytes for r in recordings),
-        }
-    return entry
-
-
-def _key(batch: Sequence[np.ndarray], context: Context, program: KerasProgram) -> Any:
-    """What a graph depends on: rows and their share, shapes, dtypes, and whether regularizers are counted."""
-    shapes = tuple((array.shape[1:], array.dtype.str) for array in batch)
-    first = context.rank == 0 and program.is_regularized
-    rows: Rows = context.rows
-    return rows.count, rows.total, first, context.wants_outputs, shapes, context.structure.dtypes
 
 
 def _refusal(program: KerasProgram) -> str | None:

@@ -29,34 +29,28 @@ MOST_RECORDED = 4
 WARM_UPS = 2
 
 
-def chosen_graphs(graph: str | None, devices: Sequence[Any], compile: str | None) -> bool:
-    """Whether captured steps are recorded on these devices.
+def chosen_graphs(graph: str | None, devices: Sequence[Any], compile: str | None) -> str:
+    """How captured steps are recorded on these devices: "bucket", "step", or not at all, which is "".
 
     Raises:
         ValueError: an unknown `graph`.
-        NotImplementedError: "step".
     """
     if graph not in GRAPHS:
         raise ValueError(f"`graph` must be one of {GRAPHS}. Received: graph={graph!r}")
-    if graph == "step":
-        raise NotImplementedError(
-            '`graph="step"`, a whole step with its collectives in one CUDA graph per GPU, is not built: torch takes '
-            "one capture at a time, and collectives are captured on all GPUs at once. "
-            "Use graph=\"bucket\". Received: graph='step'"
-        )
-    if graph == "bucket" and not devices[0].on_gpu:
+    asked = graph in ("bucket", "step")
+    if asked and not devices[0].on_gpu:
         warnings.warn(
-            'graph="bucket" has nothing to record on virtual devices in host memory: steps run without CUDA graphs. '
+            f'graph="{graph}" has nothing to record on virtual devices in host memory: steps run without CUDA graphs. '
             'Leave it "auto", or use GPUs.',
             stacklevel=4,
         )
-    elif graph == "bucket" and compile is None:
+    elif asked and compile is None:
         warnings.warn(
-            'graph="bucket" records captured steps, and compile=None captures none: steps run eagerly unless '
+            f'graph="{graph}" records captured steps, and compile=None captures none: steps run eagerly unless '
             'compile(jit_compile=True) is asked for. Pass compile="trace".',
             stacklevel=4,
         )
-    return graph is not None and bool(devices[0].on_gpu)
+    return "" if graph is None or not devices[0].on_gpu else "step" if graph == "step" else "bucket"
 
 
 class Graph(Protocol):
@@ -64,6 +58,9 @@ class Graph(Protocol):
 
     def replay(self) -> None:
         """Enqueue the work on the current stream: on the same memory as when it was recorded."""
+
+    def raw_cuda_graph(self) -> int:
+        """The graph as CUDA's handle, of graphs that are to be parts of others. Valid as long as this object is."""
 
 
 class Graphs(Protocol):
@@ -86,9 +83,14 @@ class TorchGraphs:
 
     They may share it since they are replayed one at a time on one stream, and what one gives is read before the next is
     replayed. The capture is "thread_local": what other threads do meanwhile (load data, ask for events) is theirs.
+
+    Args:
+        device: a GPU.
+        parts: the graphs are to be parts of others too, and CUDA's own handles are kept for that.
     """
 
-    def __init__(self, device: Any) -> None:
+    def __init__(self, device: Any, parts: bool = False) -> None:
+        self._parts = parts
         self._stream = torch.cuda.ExternalStream(device.compute.handle, device=device.torch_device)
         self._pool = torch.cuda.graph_pool_handle()
         self._alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
@@ -97,9 +99,11 @@ class TorchGraphs:
         """As `Graphs.record`."""
         if not self._alive:  # torch gives a pool up with its last graph, and refuses to take it up again
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph(keep_graph=True) if self._parts else torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             given = work()
+        if self._parts:
+            graph.instantiate()  # now, not at the first replay: it may ask for memory
         self._alive.add(graph)
         return graph, given
 
@@ -119,6 +123,9 @@ class Recording:
         variables: the replica's, where they stay.
         inputs: rows and draws, with values to warm up on: memory that the recording keeps.
         buffers: the replica's gradients that the step writes, where they stay.
+
+    `whole` is for `fastdp.program.capture_whole`: the graphs that this recording is a part of, with those of the other
+    replicas.
     """
 
     def __init__(
@@ -130,6 +137,7 @@ class Recording:
         buffers: list[torch.Tensor],
     ) -> None:
         began, before = time.perf_counter(), graphs.nbytes
+        self.whole: Any = None
         self._inputs = inputs
         self._kept = variables, buffers  # the graphs hold their addresses
         arguments = [*variables, *inputs, *buffers]
@@ -148,13 +156,28 @@ class Recording:
 
     def replay(self, inputs: Tensors, ready: Callable[[int], None]) -> Tensors:
         """Run the step on these rows and draws; its results, until the next replay. `ready(i)` as in `Segments`."""
-        for place, value in zip(self._inputs, inputs, strict=True):
-            place.copy_(value, non_blocking=True)
+        self._stage(inputs)
         for graph, buckets in self._graphs:
             graph.replay()
             for bucket in buckets:
                 ready(bucket)
         return self._results
+
+    def replay_whole(self, inputs: Tensors, launch: Callable[[], None]) -> Tensors:
+        """As `replay`, where `launch()` launches all of its graphs at once, and the collectives of its buckets."""
+        self._stage(inputs)
+        launch()
+        return self._results
+
+    def _stage(self, inputs: Tensors) -> None:
+        """Bring rows and draws to where the graphs read them."""
+        for place, value in zip(self._inputs, inputs, strict=True):
+            place.copy_(value, non_blocking=True)
+
+    @property
+    def parts(self) -> list[tuple[int, list[int]]]:
+        """The graphs as CUDA's handles, with the buckets that are complete when each is over."""
+        return [(graph.raw_cuda_graph(), list(buckets)) for graph, buckets in self._graphs]
 
     @property
     def segments(self) -> int:
@@ -168,11 +191,12 @@ class Recorder:
     Args:
         name: the model's, for warnings.
         alone: a context manager factory, held while a replica records: no step of any engine runs meanwhile.
+        parts: recordings are to be parts of graphs of whole steps (`fastdp.program.capture_whole`).
         timeout: seconds that one recording may take.
     """
 
-    def __init__(self, name: str, alone: Callable[[], Any], timeout: float = 600.0) -> None:
-        self._name, self._alone, self._timeout = name, alone, timeout
+    def __init__(self, name: str, alone: Callable[[], Any], *, parts: bool = False, timeout: float = 600.0) -> None:
+        self.name, self.alone, self.parts, self.timeout = name, alone, parts, timeout
         self._graphs: dict[int, Graphs] = {}
         self._recorded: defaultdict[int, weakref.WeakSet[Recording]] = defaultdict(weakref.WeakSet)
         self._refused = ""
@@ -200,7 +224,7 @@ class Recorder:
         if failure:
             captured.recordings = {}
             self._refused = f"no CUDA graph: {failure}"
-            message = f"fastdp runs {self._name!r} without CUDA graphs: recording one failed with {failure}"
+            message = f"fastdp runs {self.name!r} without CUDA graphs: recording one failed with {failure}"
             warnings.warn(message, stacklevel=4)
         else:
             self._recorded[rank].add(captured.recordings[rank])
@@ -214,13 +238,13 @@ class Recorder:
         def work() -> None:
             try:
                 if rank not in self._graphs:
-                    self._graphs[rank] = TorchGraphs(device)
+                    self._graphs[rank] = TorchGraphs(device, self.parts)
                 captured.record(self._graphs[rank], state, batch, context)
             # RuntimeError is what torch and CUDA raise for what cannot be recorded, and for want of memory.
             except (RuntimeError, MemoryError) as error:
                 failures.append(error)
 
-        with self._alone():
+        with self.alone():
             device.compute.enqueue(work)
-            device.compute.record().synchronize(self._timeout)
+            device.compute.record().synchronize(self.timeout)
         return f"{type(failures[0]).__name__}: {' '.join(str(failures[0]).split())}" if failures else ""

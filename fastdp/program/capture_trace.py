@@ -96,7 +96,9 @@ class Captured:
                 gradient.zero_()
             draws, seeds = self._drawn(variables, context) if self._draws else ([], [])
             recording = self.recordings.get(context.rank)
-            if recording is not None:
+            if context.whole is not None:
+                flat = context.whole.recordings[context.rank].replay_whole([*rows, *draws], context.launch)
+            elif recording is not None:
                 flat = recording.replay([*rows, *draws], context.ready)
             else:
                 flat = self._steps[context.torch_device]([*variables, *rows, *draws, *buffers], context.ready)

@@ -189,6 +189,10 @@ class KerasProgram:
         notes = Notes(outcome.structure, len(outcome.terms) - 1, unused=unused)
         return self._result(outcome, state, context, notes)
 
+    def whole_step(self, batches: Sequence[list[np.ndarray]], contexts: Sequence[Context], why_not: str) -> Any:
+        """The graphs of a step on these rows that hold its collectives too; None where it has none."""
+        return self.captures.whole_step(batches, contexts, why_not) if self.captures is not None else None
+
     def predict(self, state: ReplicaState, batch: list[np.ndarray], context: Context) -> Result:
         """Forward only. The sums are the contributions of `add_loss` terms, then those of assigned variables."""
         x, _, _ = unpack(context.structure.pack(batch))
@@ -214,6 +218,11 @@ class KerasProgram:
         found = gradients_of(run, roots, seeds, leaves)
         outputs, structure = flatten_outputs(y_pred) if run.context.wants_outputs else ([], None)
         return Outcome(found, terms, outputs, structure, scope.assigned(mapping), run.moments)
+
+    @property
+    def spans_devices(self) -> bool:
+        """Whether a replica has several devices."""
+        return self._groups is not None
 
     def running_replica(self, context: Context) -> Running:
         """What the thread of a replica knows in a step."""

@@ -24,6 +24,7 @@ class Arrivals:
     """
 
     def __init__(self, flat: FlatBuffers, views: Sequence[torch.Tensor]) -> None:
+        self.flat = flat
         buckets = flat.buckets()
         self.useful = len(buckets) > 1
         self.stored: set[int] = set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from fake_cupy import installed
 from gpus import Gpus
 from simulation import Simulation
 
+import fastdp.buckets
 from fastdp.launch import cubin, nvrtc
 
 CLOSE_SECONDS = 20.0
@@ -61,3 +63,37 @@ def box(fake_cuda, monkeypatch) -> Iterator[Gpus]:
     for device in one.made:
         device.arena.trim()
         device.pinned.close()
+
+
+@pytest.fixture
+def recording_gpus(fake_cuda, monkeypatch):
+    """`recording_gpus(count)`: a simulated CUDA of so many cards, for Keras models whose steps are recorded."""
+    boxes = []
+
+    def start(count, **options):
+        boxes.append(Gpus(fake_cuda(count, **options), monkeypatch))
+        return boxes[-1]
+
+    yield start
+    for box in boxes:
+        box.graphs.clear()  # they hold the replicas' memory
+    importlib.import_module("keras").backend.clear_session()
+    gc.collect()
+    for box in boxes:
+        for device in box.made:
+            device.close(CLOSE_SECONDS)
+    gc.collect()
+    for box in boxes:
+        for device in box.made:
+            device.arena.trim()
+            device.pinned.close()
+
+
+@pytest.fixture(params=[False, True], ids=["one bucket", "several buckets"])
+def small_buckets(request, monkeypatch):
+    """Buckets so small that each model has several of them, or one."""
+    if request.param:
+        monkeypatch.setattr(fastdp.buckets, "FIRST_BUCKET_NBYTES", 64)
+        plan = fastdp.buckets.plan_buckets
+        monkeypatch.setattr(fastdp.buckets, "plan_buckets", lambda sizes, first, cap: plan(sizes, 64, 256))
+    return request.param

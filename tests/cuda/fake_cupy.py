@@ -18,6 +18,7 @@ from types import ModuleType
 import kernel_models
 import numpy as np
 import pytest
+from simulated_driver import loaded
 from simulated_memory import SimulationError
 from simulated_nccl import Gathering, NcclError, group_end, group_start, make_communicator
 from simulation import CUDARuntimeError, Event, Simulation, Stream, site
@@ -278,8 +279,15 @@ def _graph_calls(sim: Simulation) -> list:
 
     def graphInstantiate(graph):
         handle = sim.handle()
-        sim.execs[handle] = sim.graphs[graph]
+        sim.execs[handle] = list(sim.graphs[graph])
         return handle
+
+    def graphUpload(graphExec, stream):
+        sim.stream(stream, current=True)
+        if graphExec not in sim.execs:
+            raise CUDARuntimeError(400)
+        sim.unsafe("graphUpload")
+        sim.uploaded.add(graphExec)
 
     def graphLaunch(graphExec, stream):
         sim.graph_launch(graphExec, stream)
@@ -292,7 +300,10 @@ def _graph_calls(sim: Simulation) -> list:
         if sim.execs.pop(graphExec, None) is None:
             raise CUDARuntimeError(400)
 
-    return [streamBeginCapture, streamEndCapture, graphInstantiate, graphLaunch, graphDestroy, graphExecDestroy]
+    return [
+        streamBeginCapture, streamEndCapture, graphInstantiate, graphUpload, graphLaunch, graphDestroy,
+        graphExecDestroy,
+    ]  # fmt: skip
 
 
 def _driver_calls(sim: Simulation) -> list:
@@ -402,7 +413,7 @@ def _forget() -> None:
 def installed(sim: Simulation) -> Iterator[Simulation]:
     """While it lasts `import cupy` gives the simulation, and Python's locks carry its clocks."""
     _forget()
-    with pytest.MonkeyPatch.context() as patch, sim.hosts.carried_by_locks():
+    with pytest.MonkeyPatch.context() as patch, sim.hosts.carried_by_locks(), loaded(sim):
         for name, module in build(sim).items():
             patch.setitem(sys.modules, name, module)
         yield sim

@@ -5,13 +5,17 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.util
+import time
 
 import numpy as np
+from simulation import Op
 
 from fastdp.replica import Replica
 
 # Of one shape and dtype, in one step of a replica.
 OUTPUTS = 8
+# That a launched graph may take, which waits for those of other ranks.
+GRAPH_SECONDS = 20.0
 
 
 class Gpus:
@@ -36,9 +40,13 @@ class Gpus:
         monkeypatch.setattr(self.device.CudaDevice, "close", close_device)
         self.made = []
         self.graphs, self.not_recorded = [], set()
+        self.launches, self.launch_graph = [], self.runtime.graph_launch
+        monkeypatch.setattr(self.runtime, "graph_launch", self._launch)
         if importlib.util.find_spec("torch") is not None:
             record = importlib.import_module("fastdp.program.capture_record")
             monkeypatch.setattr(record, "TorchGraphs", self.graphs_of)
+            replay = record.Recording.replay_whole
+            monkeypatch.setattr(record.Recording, "replay_whole", self._replaying(replay))
         for name in ("train", "predict", "update"):
             monkeypatch.setattr(Replica, name, self._touching(getattr(Replica, name), name))
 
@@ -48,11 +56,35 @@ class Gpus:
         self.made += more
         return more
 
-    def graphs_of(self, device):
+    def graphs_of(self, device, parts=False):
         """Torch's CUDA graphs on a device; operations in `not_recorded` cannot be captured."""
         simulated = importlib.import_module("simulated_graphs")
-        self.graphs.append(simulated.SimulatedGraphs(self.sim, device, self.not_recorded))
+        self.graphs.append(simulated.SimulatedGraphs(self.sim, device, self.not_recorded, parts))
         return self.graphs[-1]
+
+    def _launch(self, graph_exec, stream):
+        """Launch a graph, and note it."""
+        self.launch_graph(graph_exec, stream)
+        self.launches.append((graph_exec, stream))
+
+    def _replaying(self, replay):
+        """What follows a launch on the worker is torch's, and computes at once: so it waits until the graph has run, as
+        on a GPU the worker's stream would."""
+
+        def run(recording, *args):
+            results = replay(recording, *args)
+            stream = importlib.import_module("fastdp.backend.cuda.streams").current_stream().handle
+            deadline = time.monotonic() + GRAPH_SECONDS
+            while True:
+                with self.sim.lock:
+                    self.sim.settle()
+                    items = self.sim.streams[stream].queue
+                    if not any(isinstance(item, Op) and item.graph is not None for item in items):
+                        return results
+                assert time.monotonic() < deadline, f"a graph on stream {stream:#x} waits for other ranks' for ever"
+                time.sleep(1e-4)
+
+        return run
 
     def wrap(self, device, pointer, shape, dtype, owner):
         """Torch's tensors are on the host here: their values go where a GPU's tensor would be.

@@ -9,7 +9,11 @@ on a GPU. What a capture forbids (a value for the host, an allocation by CUDA, w
 
 from __future__ import annotations
 
+import weakref
+
 import torch
+from simulated_memory import SimulationError
+from simulation import Op
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,10 +29,11 @@ class SimulatedGraphs:
         sim: the simulation.
         device: a CudaDevice.
         refused: operations that cannot be recorded; may change.
+        parts: the graphs may be parts of others, which is refused otherwise.
     """
 
-    def __init__(self, sim, device, refused=frozenset()):
-        self.sim, self.device, self.refused = sim, device, refused
+    def __init__(self, sim, device, refused=frozenset(), parts=False):
+        self.sim, self.device, self.refused, self.parts = sim, device, refused, parts
         self.graphs = []
         self.nbytes = 0
 
@@ -44,7 +49,7 @@ class SimulatedGraphs:
             with self.sim.lock:
                 nodes = self.sim.graphs.pop(self.sim.capture_end(handle))
         assert not nodes, f"something else than torch's operations was captured: {nodes}"
-        graph = SimulatedGraph(self.sim, handle, operations.found)
+        graph = SimulatedGraph(self.sim, handle, operations.found, self.parts)
         self.nbytes += sum(tensor.untyped_storage().nbytes() for tensor in graph.made())
         self.graphs.append(graph)
         return graph, given
@@ -53,9 +58,10 @@ class SimulatedGraphs:
 class SimulatedGraph:
     """Operations with the memory that they take and give: (function, args, kwargs, results, whether those are new)."""
 
-    def __init__(self, sim, handle, operations):
-        self.sim, self.handle, self.operations = sim, handle, operations
+    def __init__(self, sim, handle, operations, parts=False):
+        self.sim, self.handle, self.operations, self.parts = sim, handle, operations, parts
         self.replays = self.runs = 0
+        self._raw = 0
 
     def made(self):
         """What lies in memory of the graph's own."""
@@ -63,16 +69,39 @@ class SimulatedGraph:
 
     def replay(self):
         """Enqueue the operations, and let what may run, run. The host does not wait for it."""
-        reads, writes = [], []
-        for _, args, kwargs, results, fresh in self.operations:
-            reads += self._known((args, kwargs))
-            writes += [] if fresh else self._known(results)
+        reads, writes = self._touched()
         self.replays += 1
+        runs = self.runs
         with self.sim.lock:
             self.sim.submit(self.handle, "a graph of torch's", reads, writes, self._run)
             self.sim.settle()
         # What follows on the worker is torch's, and computes at once.
-        assert self.runs == self.replays, "the graph has not run: its stream waits for something"
+        assert self.runs == runs + 1, "the graph has not run: its stream waits for something"
+
+    def raw_cuda_graph(self):
+        """The operations as a graph of CUDA's, of one node. It does not keep torch's memory: this object does."""
+        assert self.parts, "torch destroys the graph once it is instantiated, unless keep_graph is asked for"
+        if not self._raw:
+            sim, itself, stream = self.sim, weakref.ref(self), self.sim.streams[self.handle]
+
+            def run():
+                graph = itself()
+                if graph is None:
+                    sim.fail(SimulationError("a graph runs on memory that torch has given up"))
+                graph._run()
+
+            self._raw = sim.handle()
+            sim.graphs[self._raw] = [(Op("a graph of torch's", stream, *self._touched(), run), frozenset())]
+            weakref.finalize(self, sim.graphs.pop, self._raw)
+        return self._raw
+
+    def _touched(self):
+        """What of the simulated GPU's memory the operations read and write."""
+        reads, writes = [], []
+        for _, args, kwargs, results, fresh in self.operations:
+            reads += self._known((args, kwargs))
+            writes += [] if fresh else self._known(results)
+        return reads, writes
 
     def _known(self, values):
         """The pieces of the simulated GPU's memory among tensors. The rest is torch's own, which nobody else knows."""

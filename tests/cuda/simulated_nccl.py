@@ -94,8 +94,10 @@ class Comm:
             return self.clique.gathering.meet(sim, self.rank, op, (kind, *shape), run)
 
         def enqueue() -> None:
+            if found.capture is None and sim.in_graphs(self):
+                sim.fail(SimulationError(f"{kind} at {place} is eager, on a communicator that is in a graph"))
             name = f"{kind} of rank {self.rank}, called at {place},"
-            sim.submit(stream, name, reads, writes, lambda: None, meet=meet)
+            sim.submit(stream, name, reads, writes, lambda: None, meet=meet, comm=self)
 
         if sim.thread.group_depth:
             sim.thread.group.append(enqueue)
@@ -250,12 +252,18 @@ def make_communicator(sim: Simulation) -> type:
         def abort(self):
             with sim.lock:
                 sim.called("abort")
+                self._outlives_its_graphs()
                 self._comm.drop()
                 self._comm.closed = True
+
+        def _outlives_its_graphs(self):
+            if sim.in_graphs(self._comm):
+                sim.fail(SimulationError(f"a communicator is given up at {site()}, and waits for its graphs for ever"))
 
         def destroy(self):
             with sim.lock:
                 sim.called("destroy")
+                self._outlives_its_graphs()
                 if not self._comm.closed and any(
                     isinstance(op, Op) and op.meeting is not None and op.meeting.ops.get(self._comm.rank) is op
                     for stream in sim.streams.values()

@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from clocks import Clock, HostClocks, join, tick
 from simulated_memory import Allocation, Memory, PeerError, Range, SimulationError
@@ -64,6 +64,7 @@ class Op:
     run: Callable[[], None]
     # Of work that several streams do together: called when it is enqueued, gives where they meet.
     meet: Callable[[Op], Meeting] | None = None
+    comm: object = None  # the communicator whose collective it is
     clock: Clock = field(default_factory=dict)
     meeting: Meeting | None = None
     graph: GraphRun | None = None
@@ -215,6 +216,8 @@ class Simulation:
         self.events: dict[int, Event] = {}
         self.graphs: dict[int, list[tuple[Op, frozenset[int]]]] = {}
         self.execs: dict[int, list[tuple[Op, frozenset[int]]]] = {}
+        self.uploaded: set[int] = set()
+        self.driver: Any = None  # the driver's library
         self.modules: dict[int, tuple[int, bytes]] = {}
         self.functions: dict[int, tuple[int, str]] = {}
         self.comms: list = []
@@ -322,11 +325,12 @@ class Simulation:
         *,
         current: bool = False,
         meet: Callable[[Op], Meeting] | None = None,
+        comm: object = None,
     ) -> None:
         """Enqueue work that touches these (address, nbytes) ranges. Tests may do it for a library of theirs."""
         stream = self.stream(handle, current=current)
         reads, writes = [r for r in reads if r[1]], [w for w in writes if w[1]]
-        op = Op(f"{name} on {stream} at {site()}", stream, reads, writes, run, meet)
+        op = Op(f"{name} on {stream} at {site()}", stream, reads, writes, run, meet, comm)
         for piece in (*reads, *writes):
             self._reachable(op, piece)
         if stream.capture is not None:
@@ -545,6 +549,11 @@ class Simulation:
         self.graphs[graph] = capture.nodes
         return graph
 
+    def in_graphs(self, comm: object) -> bool:
+        """Whether a graph holds collectives of a communicator."""
+        graphs = (*self.graphs.values(), *self.execs.values())
+        return any(op.comm is comm for nodes in graphs for op, _ in nodes)
+
     def graph_launch(self, graph_exec: int, handle: int) -> None:
         nodes, stream = self.execs.get(graph_exec), self.stream(handle, current=True)
         if nodes is None:
@@ -554,7 +563,13 @@ class Simulation:
         run = GraphRun(graph_exec, nodes)
         for index, (node, _) in enumerate(nodes):
             op = Op(
-                f"{node.name}, of a graph launched at {site()}", stream, node.reads, node.writes, node.run, node.meet
+                f"{node.name}, of a graph launched at {site()}",
+                stream,
+                node.reads,
+                node.writes,
+                node.run,
+                node.meet,
+                node.comm,
             )
             op.graph, op.node = run, index
             for piece in (*op.reads, *op.writes):

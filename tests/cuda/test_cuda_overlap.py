@@ -16,9 +16,9 @@ import fastdp
 from fastdp.backend.host import HostDevice
 from fastdp.buckets import FlatBuffers
 from fastdp.comm import ways
-from fastdp.engine import WARM_STEPS
 from fastdp.program.arrays import FunctionProgram
 from fastdp.program.base import Result
+from fastdp.reductions import WARM_STEPS
 
 LIMIT = 20.0
 NAMES = ["first", "second", "last"]

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
 
 import engine_checks
 import kernel_checks
+import kinds_checks
 import model_checks
 from kernel_device import on_device
 
@@ -52,6 +53,13 @@ def test_the_check_of_recorded_steps(box, name, count):
     box.graphs.clear()
     keras.backend.clear_session()
     gc.collect()
+
+
+@pytest.mark.parametrize(("name", "count", "cards", "way"), [("mlp", 2, 2, "nccl"), ("cnn", 3, 1, "kernels")])
+def test_the_check_of_whole_steps(recording_gpus, monkeypatch, name, count, cards, way):
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # as gpu-check has it
+    devices = recording_gpus(cards).devices(count)
+    assert kinds_checks.whole_steps_give_the_losses_of_those_in_buckets(devices, name, way) == 0.0
 
 
 def test_the_checks_of_failures_memory_and_merging(box):

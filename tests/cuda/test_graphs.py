@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import warnings
 
@@ -10,109 +9,18 @@ import keras
 import numpy as np
 import pytest
 import torch
-from gpus import Gpus
+from graph_models import batches, convolutional, dense, embedded, hows, normalized, train, unused, wrapped
 
 import fastdp.buckets
-from fastdp.keras.parallel import ParallelModel
 from fastdp.program import capture, capture_record, capture_trace
 from fastdp.replica import Replica
 
-L = keras.layers
-LIMIT = 20.0
 ORIGINALS = {name: getattr(Replica, name) for name in ("train", "predict", "update")}
 
 
 @pytest.fixture
-def gpus(fake_cuda, monkeypatch):
-    boxes = []
-
-    def start(count, **options):
-        boxes.append(Gpus(fake_cuda(count, **options), monkeypatch))
-        return boxes[-1]
-
-    yield start
-    for box in boxes:
-        box.graphs.clear()  # they hold the replicas' memory
-    keras.backend.clear_session()
-    gc.collect()
-    for box in boxes:
-        for device in box.made:
-            device.close(LIMIT)
-    gc.collect()
-    for box in boxes:
-        for device in box.made:
-            device.arena.trim()
-            device.pinned.close()
-
-
-@pytest.fixture(params=[False, True], ids=["one bucket", "several buckets"])
-def small_buckets(request, monkeypatch):
-    """Buckets so small that each model has several of them, or one."""
-    if request.param:
-        monkeypatch.setattr(fastdp.buckets, "FIRST_BUCKET_NBYTES", 64)
-        plan = fastdp.buckets.plan_buckets
-        monkeypatch.setattr(fastdp.buckets, "plan_buckets", lambda sizes, first, cap: plan(sizes, 64, 256))
-    return request.param
-
-
-def dense():
-    return [
-        keras.Input((6,)),
-        L.Dense(8, "tanh", kernel_regularizer="l2"),
-        L.Dropout(0.4, seed=1),
-        L.Dense(8, "relu"),
-        L.GaussianNoise(0.1),
-        L.Dense(3, "softmax"),
-    ]
-
-
-def normalized():
-    return [keras.Input((6,)), L.Dense(8), L.BatchNormalization(), L.Activation("relu"), L.Dense(3, "softmax")]
-
-
-def convolutional():
-    return [
-        keras.Input((6,)), L.Reshape((6, 1)), L.Conv1D(4, 3, padding="same"), L.MaxPooling1D(2), L.Flatten(),
-        L.Dense(3, "softmax"),
-    ]  # fmt: skip
-
-
-def unused():
-    """A trainable weight that no step uses."""
-    layers = dense()
-    layers[1].add_weight(shape=(5,), name="unused")
-    return layers
-
-
-def embedded():
-    return [keras.Input((6,)), L.Discretization([-1.0, 0.0, 1.0]), L.Embedding(5, 4), L.LSTM(4), L.Dense(3, "softmax")]
-
-
-def batches(count, sizes=(8, 8, 8, 7)):
-    generator = np.random.default_rng(0)
-    for i in range(count):
-        rows = sizes[i % len(sizes)]
-        labels = generator.integers(0, 3, rows)
-        yield generator.normal(size=(rows, 6)).astype("float32"), np.eye(3, dtype="float32")[labels]
-
-
-def wrapped(layers, devices, graph="auto", compile="trace", optimizer=None, **options):
-    keras.utils.set_random_seed(5)
-    parallel = ParallelModel(
-        keras.Sequential(layers()), devices, timeout=LIMIT, compile=compile, graph=graph, check_replicas=True, **options
-    )
-    optimizer = optimizer() if optimizer else keras.optimizers.Adam(0.01)
-    parallel.compile(optimizer, "categorical_crossentropy", metrics=["accuracy"])
-    return parallel
-
-
-def train(parallel, count=12, sizes=(8, 8, 8, 7)):
-    losses = [parallel.train_on_batch(x, y) for x, y in batches(count, sizes)]
-    return losses, [np.array(weight) for weight in parallel.get_weights()]
-
-
-def hows(parallel):
-    return {entry["how"] for entry in parallel.report()}
+def gpus(recording_gpus):
+    return recording_gpus
 
 
 @pytest.mark.parametrize("count", [1, 3])

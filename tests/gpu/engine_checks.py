@@ -17,10 +17,10 @@ import pytest
 import fastdp
 from fastdp import kernel_twins as twins
 from fastdp.buckets import ArraySpec, FlatBuffers
-from fastdp.engine import WARM_STEPS
 from fastdp.errors import ReplicaError
 from fastdp.program.arrays import FunctionProgram
 from fastdp.program.base import Result
+from fastdp.reductions import WARM_STEPS
 
 LIMIT = 30.0
 POISONED = 1e6

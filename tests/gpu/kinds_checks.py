@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
-from model_checks import KERAS_MODELS, LIMIT, keras_data
+import pytest
+from model_checks import KERAS_MODELS, LIMIT, keras_data, several_buckets
 from torch_checks import full_precision
 
+from fastdp.comm import ways
 from fastdp.keras.parallel import ParallelModel
 
 # What the report calls the steps of each kind, and the argument `compile` that asks for them.
@@ -17,17 +21,19 @@ KINDS = {
     "traced": ("traced", "trace"),
     "compiled": ("compiled", "inductor"),
     "graph": ("graph", "trace"),
+    "step graph": ("step graph", "trace"),
     "compiled graph": ("graph", "inductor"),
 }
 # TorchInductor adds up in another order than ATen.
-TOLERANCE = {"eager": 0.0, "traced": 1e-5, "graph": 1e-5, "compiled": 1e-4, "compiled graph": 1e-4}
+TOLERANCE = {"eager": 0.0, "traced": 1e-5, "graph": 1e-5, "step graph": 1e-5, "compiled": 1e-4, "compiled graph": 1e-4}
 ROWS, BATCH = 32, 16
 COMPILE_SECONDS = 240.0
 
 
 def options_of(kind: str) -> dict[str, Any]:
     """The arguments of ParallelModel for a kind of steps."""
-    return {"compile": KINDS[kind][1], "graph": "bucket" if "graph" in kind else None}
+    graph = "step" if kind == "step graph" else "bucket" if "graph" in kind else None
+    return {"compile": KINDS[kind][1], "graph": graph}
 
 
 def a_kind_of_steps_gives_the_losses_of_eager_ones(devices: list, name: str, kind: str) -> float:
@@ -37,6 +43,29 @@ def a_kind_of_steps_gives_the_losses_of_eager_ones(devices: list, name: str, kin
     np.testing.assert_allclose(losses, expected, rtol=TOLERANCE[kind], err_msg=kind)
     for ours, theirs in zip(weights, eager_weights, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5, err_msg=kind)
+    return float(np.abs(np.array(losses) - np.array(expected)).max())
+
+
+@contextlib.contextmanager
+def reduced_by(way: str) -> Iterator[None]:
+    """While it lasts small buckets are reduced as large ones are, if the way is "nccl"."""
+    with pytest.MonkeyPatch.context() as patch:
+        for limit in ("ONE_SHOT_NBYTES", "TWO_SHOT_NBYTES") if way == "nccl" else ():
+            patch.setattr(ways, limit, -1)
+        yield
+
+
+def whole_steps_give_the_losses_of_those_in_buckets(devices: list, name: str, way: str) -> float:
+    """On the same devices, with several buckets, by kernels over peer memory or by NCCL, which wants a card for each.
+
+    Returns the largest difference of a loss.
+    """
+    with several_buckets(), reduced_by(way):
+        losses, weights = _trained(devices, name, "step graph")
+        expected, others = _trained(devices, name, "graph")
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
+    for ours, theirs in zip(weights, others, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
     return float(np.abs(np.array(losses) - np.array(expected)).max())
 
 

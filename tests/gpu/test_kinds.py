@@ -22,13 +22,24 @@ def checks():
     gc.collect()
 
 
-@pytest.mark.parametrize("kind", ["eager", "traced", "graph"])
+@pytest.mark.parametrize("kind", ["eager", "traced", "graph", "step graph"])
 @pytest.mark.parametrize("name", ["mlp", "cnn", "attention"])
 @pytest.mark.parametrize("count", COUNTS)
 def test_captured_steps_give_the_losses_of_eager_ones(gpus, checks, count, name, kind, record_property):
     record_property(
         "largest_difference", checks.a_kind_of_steps_gives_the_losses_of_eager_ones(gpus(count), name, kind)
     )
+
+
+@pytest.mark.parametrize("way", ["kernels", "nccl"])
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+@pytest.mark.parametrize("count", COUNTS[1:])
+def test_whole_steps_give_the_losses_of_those_in_buckets(gpus, checks, count, name, way, record_property):
+    devices = gpus(count)
+    if way == "nccl" and len({device.ordinal for device in devices}) < count:
+        pytest.skip(f"NCCL wants a card for each of {count} ranks")
+    found = checks.whole_steps_give_the_losses_of_those_in_buckets(devices, name, way)
+    record_property("largest_difference", found)
 
 
 @pytest.mark.parametrize("kind", ["compiled", "compiled graph"])

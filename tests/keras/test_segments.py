@@ -185,10 +185,11 @@ def test_what_graph_may_be():
     wrap = functools.partial(fastdp.wrap, keras.Sequential([keras.Input((6,)), L.Dense(3)]), gpus=2)
     with pytest.raises(ValueError, match=r"`graph` must be one of \('auto', 'bucket', 'step', None\).*graph='fast'"):
         wrap(graph="fast")
-    with pytest.raises(NotImplementedError, match=r'`graph="step"`.*Use graph="bucket"'):
-        wrap(graph="step")
-    with pytest.warns(UserWarning, match="nothing to record on virtual devices in host memory"):
-        wrap(graph="bucket", compile="trace")
+    for graph in ("bucket", "step"):
+        with pytest.warns(
+            UserWarning, match=f'graph="{graph}" has nothing to record on virtual devices in host memory'
+        ):
+            wrap(graph=graph, compile="trace")
     for graph in ("auto", None):
         assert wrap(graph=graph, compile="trace") is not None
     module = torch.nn.Linear(2, 2)
@@ -199,12 +200,21 @@ def test_what_graph_may_be():
 
 def test_torch_is_asked_for_graphs_by_names_that_it_has(monkeypatch):
     """Without a GPU: the calls, held to torch's own signatures. What they do there, `make gpu-check` finds out."""
-    cuda, calls = torch.cuda, []
+    cuda, calls, made = torch.cuda, [], []
     signatures = {name: inspect.signature(getattr(cuda, name)) for name in ("graph", "memory_snapshot")}
     external = inspect.signature(cuda.ExternalStream.__new__)
 
     class Graph:
         """As torch.cuda.CUDAGraph, which needs CUDA."""
+
+        def __init__(self, keep_graph=False):
+            made.append(inspect.signature(torch.cuda.graphs.CUDAGraph.__new__).bind(Graph, keep_graph).arguments)
+
+        def instantiate(self):
+            calls.append("instantiated")
+
+        def raw_cuda_graph(self):
+            return 17
 
     @contextlib.contextmanager
     def graph(*args, **options):
@@ -232,3 +242,12 @@ def test_torch_is_asked_for_graphs_by_names_that_it_has(monkeypatch):
     gc.collect()
     graphs.record(list)
     assert calls[-1]["pool"] == (0, 3)  # torch has given the first pool up
+    assert [arguments["keep_graph"] for arguments in made] == [False] * 3
+    made.clear()
+    parts = capture_record.TorchGraphs(device, parts=True)
+    graph, _ = parts.record(list)
+    assert calls[-1] == "instantiated"  # after its capture, not at the first replay
+    assert made[0]["keep_graph"] is True
+    assert graph.raw_cuda_graph() == 17
+    for name in ("instantiate", "raw_cuda_graph"):
+        assert callable(getattr(torch.cuda.graphs.CUDAGraph, name))

@@ -334,6 +334,11 @@ def graph_instantiate(graph: int) -> int:
     return int(cudart.graphInstantiate(graph))
 
 
+def graph_upload(graph_exec: int, stream: int) -> None:
+    """Have the GPU get ready for a graph's first launch, which then allocates nothing. The device must be current."""
+    cudart.graphUpload(graph_exec, stream)
+
+
 def graph_launch(graph_exec: int, stream: int) -> None:
     """Enqueue a whole graph. The stream's device must be current."""
     cudart.graphLaunch(graph_exec, stream)

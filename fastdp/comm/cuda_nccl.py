@@ -1,0 +1,107 @@
+"""NCCL between the ranks of one process: its communicators, and its collectives on the ranks' communication streams."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastdp.backend.cuda import runtime
+from fastdp.backend.cuda.device import CudaDevice
+from fastdp.buckets import Bucket, FlatBuffers
+from fastdp.comm.cuda_kernels import address_of, stream_of
+from fastdp.comm.ways import MULTI_RANK_VARIABLE, nccl_connects
+
+
+class NcclCollectives:
+    """Collectives on some communicators, each issued for all ranks by one thread in one group.
+
+    Args:
+        devices: one per rank.
+        comms: their communicators; none where NCCL is not used.
+    """
+
+    def __init__(self, devices: Sequence[CudaDevice], comms: Sequence[Any]) -> None:
+        self._devices, self._comms = list(devices), list(comms)
+
+    def all_reduce(self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
+        """Sum buckets in place, on all ranks."""
+
+        def call(rank: int, address: int, bucket: Bucket, stream: int) -> None:
+            n = bucket.stop - bucket.start
+            runtime.all_reduce(self._comms[rank], address, address, n, bucket.dtype, stream)
+
+        self._each(targets, buckets, call)
+
+    def reduce_scatter(self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
+        """NCCL's parts are equally long: what the last one has more is so little that all ranks may have it."""
+
+        def call(rank: int, address: int, bucket: Bucket, stream: int) -> None:
+            comm, ranks = self._comms[rank], len(self._comms)
+            n, item, part = _parts(bucket, ranks)
+            if part:
+                own = address + rank * part * item
+                runtime.reduce_scatter(comm, address, own, part, bucket.dtype, stream)
+            if n > ranks * part:
+                rest = address + ranks * part * item
+                runtime.all_reduce(comm, rest, rest, n - ranks * part, bucket.dtype, stream)
+
+        self._each(targets, buckets, call)
+
+    def all_gather(self, buffers: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
+        """As bytes, which NCCL copies whatever they mean."""
+
+        def call(rank: int, address: int, bucket: Bucket, stream: int) -> None:
+            comm, ranks = self._comms[rank], len(self._comms)
+            n, item, part = _parts(bucket, ranks)
+            if part:
+                own = address + rank * part * item
+                runtime.all_gather(comm, own, address, part * item, "uint8", stream)
+            if n > ranks * part:
+                rest = address + ranks * part * item
+                nbytes = (n - ranks * part) * item
+                runtime.broadcast(comm, rest, rest, nbytes, "uint8", stream, root=ranks - 1)
+
+        self._each(buffers, buckets, call)
+
+    def _each(
+        self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket], call: Callable[[int, int, Bucket, int], None]
+    ) -> None:
+        """`call(rank, address, bucket, stream)` for all buckets on all ranks, in one group."""
+        with runtime.nccl_group():
+            for bucket in buckets:
+                for rank, (device, target) in enumerate(zip(self._devices, targets, strict=True)):
+                    with runtime.on(device.ordinal):
+                        call(rank, address_of(target, bucket), bucket, stream_of(device))
+
+
+def _parts(bucket: Bucket, ranks: int) -> tuple[int, int, int]:
+    """Elements of a bucket, bytes of one, and elements of each rank's part but the last one's."""
+    first = bucket.part(0, ranks) if ranks > 1 else bucket
+    n = bucket.stop - bucket.start
+    return n, bucket.nbytes // max(1, n), first.stop - first.start
+
+
+def connect(cards: Sequence[int]) -> list[Any]:
+    """NCCL's communicators for ranks on these cards; none where NCCL is not there, or does not take them."""
+    version = runtime.nccl_version() if runtime.nccl_available() else 0
+    if not nccl_connects(cards, version, os.environ.get(MULTI_RANK_VARIABLE)):
+        return []
+    if len(set(cards)) == len(cards):
+        return runtime.nccl_init_all(cards)
+    try:
+        return runtime.nccl_init_ranks(cards, runtime.on)
+    except runtime.NcclError as error:
+        warnings.warn(
+            f"NCCL {version} does not connect several ranks on one card, though {MULTI_RANK_VARIABLE}=1 asks for it "
+            f"({error}): their collectives run by fastdp's own kernels over peer memory.",
+            stacklevel=3,
+        )
+        return []
+
+
+def destroy(comms: Sequence[Any]) -> None:
+    """Give NCCL's communicators back."""
+    for comm in comms:
+        runtime.nccl_destroy(comm)

@@ -1,0 +1,101 @@
+"""Captured steps joined over the replicas, with the all-reduces of their gradients: one CUDA graph for each GPU.
+
+Each replica's step has been recorded by itself (`fastdp.program.capture_record`), in segments that end where a bucket
+of gradients is complete. `fastdp.comm.cuda_whole` puts them together with the collectives. The recordings stay as they
+are: a step that is not one for the whole graphs replays them, and reduces eagerly.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastdp.comm.choose import communicator
+from fastdp.program.capture_record import Recorder, Recording
+
+
+@dataclass(slots=True)
+class Whole:
+    """What the replicas of one step launch: `step` has the graphs (`fastdp.comm.cuda_whole_step.WholeStep`), and
+    `recordings` the memory in which they find rows and draws and leave results, in the order of the ranks."""
+
+    step: Any
+    recordings: list[Recording]
+
+    def begin(self) -> Any:
+        """The reduction of one step that runs so."""
+        return self.step.begin()
+
+
+class JoinedSteps:
+    """The whole steps of a program.
+
+    Args:
+        recorder: who has recorded, or is going to record, the replicas' parts.
+        spans: whether a replica spans several devices, of which a graph has one.
+    """
+
+    def __init__(self, recorder: Recorder, spans: bool) -> None:
+        self._recorder = recorder
+        self._refused = "a replica spans several devices" if spans else ""
+
+    def consider(self, recordings: Sequence[Recording | None], states: Mapping[int, Any]) -> str:
+        """Join the recordings of a step's replicas if they are not yet, and may be.
+
+        On the host thread, between steps. What cannot be joined is told by a warning, and nothing is from then on.
+
+        Args:
+            recordings: in the order of the ranks; None where a replica has none.
+            states: those of all replicas, by rank.
+
+        Returns:
+            Why they are not joined; empty where they are.
+
+        Raises:
+            DeviceTimeoutError: it took longer than the recorder's time limit.
+        """
+        if self._refused:
+            return self._refused
+        found = [recording for recording in recordings if recording is not None]
+        if len(found) < len(states):
+            few = len(recordings) < len(states)
+            return "fewer rows than devices" if few else "not all replicas are recorded"
+        if len(found) == 1 or self.find(recordings) is not None:  # a single replica's graph has all of its step
+            return ""
+        replicas = [states[rank] for rank in range(len(states))]
+        if any(state.device.unsettled for state in replicas):
+            return "a step has failed"
+        devices = [state.device for state in replicas]
+        targets = [state.arrivals.flat for state in replicas]
+        buckets = targets[0].buckets()
+        try:
+            with self._recorder.alone():
+                collectives: Any = communicator(devices)
+                self._refused = collectives.why_not_whole(buckets)
+                if not self._refused:
+                    parts = [recording.parts for recording in found]
+                    step = collectives.whole_step(targets, buckets, parts, self._recorder.timeout)
+        # RuntimeError is what CUDA, NCCL and torch raise for what cannot be put together, and for want of memory.
+        except (RuntimeError, MemoryError) as error:
+            self._refused = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if self._refused:
+            warnings.warn(
+                f'fastdp runs {self._recorder.name!r} as one graph for each bucket of gradients, not as graph="step": '
+                f"{self._refused}",
+                stacklevel=4,
+            )
+            return self._refused
+        for recording in found:
+            recording.whole = step
+        return ""
+
+    @staticmethod
+    def find(recordings: Sequence[Recording | None]) -> Whole | None:
+        """The graphs that these recordings, of all replicas, are parts of; None where they are not."""
+        found = [recording for recording in recordings if recording is not None]
+        step = found[0].whole if found else None
+        if step is None or step.broken or step.size != len(recordings):
+            return None
+        return Whole(step, found) if all(recording.whole is step for recording in found) else None
