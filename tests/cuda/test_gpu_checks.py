@@ -54,6 +54,13 @@ def test_the_check_of_recorded_steps(box, name, count):
     gc.collect()
 
 
+def test_the_check_of_data_sets(box):
+    model_checks.a_data_set_on_the_devices_equals_arrays(box.devices(4, 1), "cnn")
+    box.graphs.clear()
+    keras.backend.clear_session()
+    gc.collect()
+
+
 def test_the_checks_of_failures_memory_and_merging(box):
     devices = box.devices(2, 1)
     engine_checks.recovers_from_a_failure(devices, off_gpu)
