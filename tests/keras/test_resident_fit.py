@@ -118,10 +118,10 @@ MODELS = [
 ]  # fmt: skip
 
 
-def made(build, devices=3, **options):
+def made(build, devices=3, compile=None, **options):
     keras.utils.set_random_seed(11)
     model, data, settings = build()
-    parallel = fastdp.wrap(model, devices, **options)
+    parallel = fastdp.wrap(model, devices, compile=compile, **options)
     parallel.compile(optimizer="adam", **settings)
     return parallel, data
 
