@@ -18,8 +18,6 @@ from simulation import Simulation
 
 from fastdp.launch import cubin, nvrtc
 
-CLOSE_SECONDS = 20.0
-
 
 @pytest.fixture
 def fake_cuda(monkeypatch) -> Iterator[Callable[..., Simulation]]:
@@ -50,14 +48,21 @@ def fake_cuda(monkeypatch) -> Iterator[Callable[..., Simulation]]:
 
 
 @pytest.fixture
-def box(fake_cuda, monkeypatch) -> Iterator[Gpus]:
-    """One card of a simulated CUDA; the devices that a test made on it are closed, and their memory is given back."""
-    one = Gpus(fake_cuda(1), monkeypatch)
-    yield one
-    gc.collect()
-    for device in one.made:
-        device.close(CLOSE_SECONDS)
-    gc.collect()
-    for device in one.made:
-        device.arena.trim()
-        device.pinned.close()
+def gpus(fake_cuda, monkeypatch) -> Iterator[Callable[..., Gpus]]:
+    """`gpus(count, ...)` starts a simulated CUDA of so many cards, with Simulation's arguments. The devices that a test
+    made on it are closed, and their memory is given back."""
+    boxes: list[Gpus] = []
+
+    def start(count: int, **options: object) -> Gpus:
+        boxes.append(Gpus(fake_cuda(count, **options), monkeypatch))
+        return boxes[-1]
+
+    yield start
+    for box in boxes:
+        box.close()
+
+
+@pytest.fixture
+def box(gpus) -> Gpus:
+    """One card of a simulated CUDA."""
+    return gpus(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import warnings
 
@@ -10,7 +9,6 @@ import keras
 import numpy as np
 import pytest
 import torch
-from gpus import Gpus
 
 import fastdp.buckets
 from fastdp.keras.parallel import ParallelModel
@@ -20,29 +18,6 @@ from fastdp.replica import Replica
 L = keras.layers
 LIMIT = 20.0
 ORIGINALS = {name: getattr(Replica, name) for name in ("train", "predict", "update")}
-
-
-@pytest.fixture
-def gpus(fake_cuda, monkeypatch):
-    boxes = []
-
-    def start(count, **options):
-        boxes.append(Gpus(fake_cuda(count, **options), monkeypatch))
-        return boxes[-1]
-
-    yield start
-    for box in boxes:
-        box.graphs.clear()  # they hold the replicas' memory
-    keras.backend.clear_session()
-    gc.collect()
-    for box in boxes:
-        for device in box.made:
-            device.close(LIMIT)
-    gc.collect()
-    for box in boxes:
-        for device in box.made:
-            device.arena.trim()
-            device.pinned.close()
 
 
 @pytest.fixture(params=[False, True], ids=["one bucket", "several buckets"])

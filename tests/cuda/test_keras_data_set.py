@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-
 import keras
 import numpy as np
 import pytest
-from gpus import Gpus
 
 from fastdp.backend.host import HostDevice
 from fastdp.data import DeviceDataset, Scaled
@@ -16,29 +13,6 @@ from fastdp.keras.parallel import ParallelModel
 L = keras.layers
 LIMIT = 30.0
 ROWS = 22
-
-
-@pytest.fixture
-def gpus(fake_cuda, monkeypatch):
-    """`gpus(cards, ...)`: a simulated CUDA; what its devices and graphs hold is given back."""
-    boxes = []
-
-    def start(cards, **options):
-        boxes.append(Gpus(fake_cuda(cards, **options), monkeypatch))
-        return boxes[-1]
-
-    yield start
-    for box in boxes:
-        box.graphs.clear()
-    keras.backend.clear_session()
-    gc.collect()
-    for box in boxes:
-        for device in box.made:
-            device.close(LIMIT)
-        gc.collect()
-        for device in box.made:
-            device.arena.trim()
-            device.pinned.close()
 
 
 def arrays():
