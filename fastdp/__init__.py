@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdp import data
 from fastdp._version import __version__
 from fastdp.device import devices, set_virtual_devices
 from fastdp.engine import DataParallel
@@ -44,6 +45,7 @@ __all__ = [
     "ReplicaError",
     "StepResult",
     "__version__",
+    "data",
     "device",
     "devices",
     "install",

@@ -43,6 +43,14 @@ class Resident(Protocol):
         """The device's rows of every array, ordered before what its compute stream gets later."""
 
 
+@runtime_checkable
+class ResidentArray(Protocol):
+    """One array of such a batch, whose values nobody has fetched."""
+
+    def batch_of(self, arrays: Sequence[Any]) -> Any:
+        """The batch that has these arrays, a `Resident`; None where they are not all of one."""
+
+
 def count_rows(arrays: Sequence[np.ndarray], names: Sequence[str] | None = None) -> int:
     """The number of rows that all arrays of a batch have.
 

@@ -27,6 +27,14 @@ def test_medians_of_the_parts_asked_for_are_written(tmp_path):
     assert line["versions"]["pytest-benchmark"]
 
 
+def test_a_batch_is_fed_from_arrays_and_from_data_sets(tmp_path):
+    done = run("--out", str(tmp_path), "-k", "feed", "--benchmark-min-rounds=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("parts_*.json")
+    ways = ("float_arrays", "data_set", "data_set_of_bytes")
+    assert set(json.loads(path.read_text())["results"]) == {f"feed[{way}]" for way in ways}
+
+
 def test_a_part_that_fails_fails_the_run_and_writes_nothing(tmp_path):
     done = run("--out", str(tmp_path), "-k", "no_such_part")
     assert done.returncode != 0

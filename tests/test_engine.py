@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from least_squares import WIDTH, predict, train
 
 import fastdp
 from fastdp.backend.host import HostDevice
@@ -19,8 +20,6 @@ from fastdp.device import resolve
 from fastdp.program.arrays import FunctionProgram
 
 LIMIT = 20.0
-# Not 5: OpenBLAS's float32 product of five columns and a vector computes on what lies on the stack (docs/log.md).
-WIDTH = 6
 
 
 @pytest.fixture(autouse=True)
@@ -32,22 +31,10 @@ def eight_devices():
     fastdp.set_virtual_devices(0)
 
 
-def train(parameters, batch):
-    """A linear model with squared error."""
-    x, y = batch
-    error = x @ parameters["w"] + parameters["b"] - y
-    gradients = {"w": 2 * x.T @ error / len(x), "b": 2 * error.mean()}
-    return (error**2).mean(), gradients, [error]
-
-
 def update(parameters, slots, gradients):
     """SGD with momentum."""
     new = {name: 0.9 * slots[name] + gradients[name] for name in slots}
     return {name: parameters[name] - 0.05 * new[name] for name in new}, new
-
-
-def predict(parameters, batch):
-    return [batch[0] @ parameters["w"] + parameters["b"]]
 
 
 def start():

@@ -157,6 +157,12 @@ def test_hdf5_matrices_give_what_arrays_give(run: Run) -> None:
     assert "as from memory: True" in printed
 
 
+def test_a_data_set_on_the_devices_gives_what_arrays_give(run: Run) -> None:
+    names, printed = run("device_dataset.py")
+    assert printed == "predicted (50, 2)\nlosses as from arrays: True\n"
+    assert len(names["history"].history["val_loss"]) == 3
+
+
 def test_the_utilities_work_by_their_old_names(run: Run) -> None:
     names, printed = run("utilities.py")
     assert isinstance(names["layer"].kernel_regularizer, names["MyObject"])

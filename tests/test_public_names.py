@@ -51,6 +51,7 @@ def test_the_public_names_of_fastdp():
         "ReplicaError",
         "StepResult",
         "__version__",
+        "data",
         "device",
         "devices",
         "install",

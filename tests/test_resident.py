@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from least_squares import line
 
 import fastdp
 from fastdp.backend.host import HostDevice
 from fastdp.data import DeviceDataset, Scaled
-from fastdp.program.arrays import FunctionProgram
 
 LIMIT = 10.0
 
@@ -24,20 +24,6 @@ def devices():
 def arrays(rows=23):
     rng = np.random.default_rng(0)
     return [rng.integers(0, 256, (rows, 2, 3)).astype(np.uint8), rng.normal(size=(rows, 2)).astype("float32")]
-
-
-def linear():
-    def forward(p, batch):
-        return batch[0].reshape(len(batch[0]), -1) @ p["w"]
-
-    def train(p, batch):
-        x, error = batch[0].reshape(len(batch[0]), -1), forward(p, batch) - batch[1]
-        return float((error * error).mean()), {"w": 2 * x.T @ error / error.size}, [np.array(forward(p, batch))]
-
-    def update(p, slots, gradients):
-        return {"w": p["w"] - 0.1 * gradients["w"]}, {}
-
-    return FunctionProgram({"w": np.zeros((6, 2), "float32")}, train, update, lambda p, batch: [forward(p, batch)])
 
 
 def test_the_rows_of_a_batch_are_those_of_its_numbers(devices):
@@ -59,7 +45,7 @@ def test_the_rows_of_a_batch_are_those_of_its_numbers(devices):
 def test_an_engine_trains_on_it_as_on_the_arrays(devices, dtype):
     pixels, targets = arrays()
     casts = {0: Scaled(dtype)}
-    engine, reference = (fastdp.DataParallel(linear(), devices, timeout=LIMIT) for _ in range(2))
+    engine, reference = (fastdp.DataParallel(line(2), devices, timeout=LIMIT) for _ in range(2))
     data = DeviceDataset([pixels, targets], engine.devices, casts)
     order = np.random.default_rng(5).permutation(23)
     scaled = (pixels.astype(np.float32) * np.float32(1 / 255)).astype(dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastdp.data.resident_batch import ResidentBatch, places_of
 from fastdp.kernel_twins import slice_rows
-from fastdp.shard import Rows
 from fastdp.transfer import count_rows
 
 FLOATS = ("float32", "float16")
@@ -38,20 +38,28 @@ class DeviceDataset:
     """Arrays that are kept whole in the memory of each device, and batches of their rows.
 
     Args:
-        arrays: with the same number of rows, on the host; not changed as long as the data set is used. Each card gets
-            one copy, which its virtual devices share; virtual devices in host memory use the arrays themselves.
-        devices: those of the engine: `engine.devices`.
-        casts: by place in `arrays`, what becomes of uint8 ones.
+        arrays: with the same number of rows, on the host; not changed as long as the data set is used. A sequence, as
+            an engine's program takes them; for a Keras model `x`, `(x,)`, `(x, y)` or `(x, y, sample_weight)`, of
+            which each may be a list, tuple or dict of arrays. Each card gets one copy, which its virtual devices
+            share; virtual devices in host memory use the arrays themselves.
+        devices: who trains on it: what `fastdp.wrap` gave, or an engine, or the engine's devices (`engine.devices`). A
+            Keras model takes the arrays as its `fit` takes others, so floats in `keras.config.floatx()`, which copies
+            those that are not.
+        casts: what becomes of uint8 arrays: by place, as they come in `arrays`, or by key in a dict of them.
 
-    A step gets its row numbers alone from the host; on a GPU one launch gathers the rows of all arrays. For engines
-    of any program; `parallel.fit` of a Keras model does not take it, since Keras makes its own batches. Not for losses
-    that are computed on the merged outputs.
+    A step gets its row numbers alone from the host. On a GPU one launch gathers the rows of all arrays; in host memory
+    each device's worker gathers its own. `fit`, `evaluate` and `predict` of a Keras model from `fastdp.wrap` take it as
+    `x`, alone; an engine of any program takes its `batches`.
 
     Raises:
         ValueError: arrays of unequal length or without rows, or a cast of an array that is not uint8.
+        TypeError: something that is no array, or has no devices.
         MemoryError: a GPU has not enough room.
 
     Example:
+        >>> data = fastdp.data.DeviceDataset((images, labels), parallel, casts={0: Scaled()})  # doctest: +SKIP
+        >>> parallel.fit(data, batch_size=1024, epochs=10)  # doctest: +SKIP
+
         >>> engine = fastdp.DataParallel(program, 8)  # doctest: +SKIP
         >>> data = fastdp.data.DeviceDataset([images, labels], engine.devices, casts={0: Scaled()})  # doctest: +SKIP
         >>> for epoch in range(10):  # doctest: +SKIP
@@ -59,25 +67,31 @@ class DeviceDataset:
         ...         engine.train(batch)
     """
 
-    def __init__(
-        self, arrays: Sequence[np.ndarray], devices: Sequence[Any], casts: Mapping[int, Scaled] | None = None
-    ) -> None:
-        self.arrays = [np.ascontiguousarray(array) for array in arrays]
+    def __init__(self, arrays: Any, devices: Any, casts: Mapping[int | str, Scaled] | None = None) -> None:
+        owner, devices = devices, _devices_of(devices)
+        if hasattr(owner, "as_fed"):
+            arrays = owner.as_fed(arrays)
+        keys: list[str | None] = []
+        self.arrays: list[np.ndarray] = []
+        # The nest of `arrays`, with places in `self.arrays`.
+        self.nest = places_of(arrays, self.arrays, keys)
         self._rows = count_rows(self.arrays)
-        self._casts = dict(casts or {})
-        for place in self._casts:
-            if place not in range(len(self.arrays)) or self.arrays[place].dtype != np.uint8:
-                what = [str(array.dtype) for array in self.arrays]
-                raise ValueError(f"`casts` may name places of uint8 arrays. Received: place {place} of {what}")
+        self._casts = self._checked_casts(casts or {}, keys)
         # By where the memory is: virtual GPUs of one card have it once.
-        self._copies: dict[str, list[Any]] = {}
-        for device in devices:
-            if device.on_gpu and device.space not in self._copies:
-                self._copies[device.space] = [self._put(device, array) for array in self.arrays]
+        self._gpus = {device.space: device for device in reversed(devices) if device.on_gpu}
+        self._copies = {space: [_put(device, array) for array in self.arrays] for space, device in self._gpus.items()}
 
     def __len__(self) -> int:
         """The number of rows."""
         return self._rows
+
+    def __repr__(self) -> str:
+        """Keras's messages show it where a model that is not fastdp's was given the data set."""
+        where = ", ".join(sorted(self._copies)) or "host memory"
+        return (
+            f"<DeviceDataset of {self._rows} rows in {where}; only the model that fastdp.wrap gives takes rows from "
+            "there>"
+        )
 
     def rows(self, index: Any) -> ResidentBatch:
         """The batch of these rows, in this order; a number may come more than once.
@@ -120,32 +134,52 @@ class DeviceDataset:
             if len(index) == batch_size or not drop_last:
                 yield self.rows(index)
 
-    def gather(self, device: Any, index: NDArray[np.int64]) -> list[Any]:
-        """The rows of every array on a device, ordered before what its compute stream gets later.
+    def with_array(self, array: np.ndarray) -> DeviceDataset:
+        """A data set that has one array more, at the last place, and shares the others with this one."""
+        count_rows([*self.arrays, array])
+        twin = copy.copy(self)
+        twin.arrays = [*self.arrays, np.ascontiguousarray(array)]
+        twin._copies = {
+            space: [*copies, _put(self._gpus[space], twin.arrays[-1])] for space, copies in self._copies.items()
+        }
+        return twin
+
+    def check_devices(self, devices: Sequence[Any]) -> None:
+        """The arrays are where these devices take their rows.
+
+        Raises:
+            ValueError: a GPU that the data set was not made for.
+        """
+        for device in devices:
+            if device.on_gpu and device.space not in self._copies:
+                made_for = f"for {sorted(self._copies)}" if self._copies else "in host memory"
+                raise ValueError(
+                    f"The data set is not on {device.name}: it was made {made_for}. Make it for the model or the "
+                    "engine that trains on it: DeviceDataset(arrays, parallel)."
+                )
+
+    def gather(self, device: Any, index: NDArray[np.int64], places: Sequence[int]) -> list[Any]:
+        """The rows of the arrays at these places on a device, ordered before what its compute stream gets later.
 
         Raises:
             ValueError: a GPU that the data set was not made for.
         """
         if not device.on_gpu:
-            return [self.on_host(place, index) for place in range(len(self.arrays))]
-        if device.space not in self._copies:
-            raise ValueError(
-                f"The data set is not on {device.name}: it was made for {sorted(self._copies)}. Make it with the "
-                "devices of the engine: DeviceDataset(arrays, engine.devices)."
-            )
+            taken = [np.empty((len(index), *row), dtype) for row, dtype in map(self.spec, places)]
+            device.compute.enqueue(lambda: self._take(places, index, taken))
+            return taken
+        self.check_devices([device])
         copies = self._copies[device.space]
-        casts = [self._casts.get(place) for place in range(len(copies))]
+        casts = [self._casts.get(place) for place in places]
         numbers = [None if cast is None else (cast.dtype, cast.scale, cast.offset) for cast in casts]
-        gathered: list[Any] = device.gather_rows(copies, numbers, index)
+        gathered: list[Any] = device.gather_rows([copies[place] for place in places], numbers, index)
         return gathered
 
     def on_host(self, place: int, index: NDArray[np.int64]) -> np.ndarray:
         """Rows of one array, as the devices get them."""
-        array, cast = self.arrays[place], self._casts.get(place)
-        if cast is None:
-            return array[index]
-        taken = np.empty((len(index), *array.shape[1:]), cast.dtype)
-        slice_rows(array, taken, index=index, scale=cast.scale, offset=cast.offset)
+        row, dtype = self.spec(place)
+        taken = np.empty((len(index), *row), dtype)
+        self._take([place], index, [taken])
         return taken
 
     def spec(self, place: int) -> tuple[tuple[int, ...], np.dtype]:
@@ -153,49 +187,50 @@ class DeviceDataset:
         array, cast = self.arrays[place], self._casts.get(place)
         return array.shape[1:], np.dtype(cast.dtype) if cast else array.dtype
 
-    @staticmethod
-    def _put(device: Any, array: np.ndarray) -> Any:
-        """A copy on a GPU, there on return."""
-        copy = device.empty(array.shape, array.dtype)
-        device.copy(copy, array)
-        return copy
+    def _take(self, places: Sequence[int], index: NDArray[np.int64], targets: Sequence[np.ndarray]) -> None:
+        """Gather rows in host memory; the numbers are in range."""
+        for place, target in zip(places, targets, strict=True):
+            array, cast = self.arrays[place], self._casts.get(place)
+            if cast is None:
+                np.take(array, index, axis=0, out=target, mode="clip")  # other modes buffer what they write
+            else:
+                slice_rows(array, target, index=index, scale=cast.scale, offset=cast.offset)
+
+    def _checked_casts(self, casts: Mapping[int | str, Scaled], keys: Sequence[str | None]) -> dict[int, Scaled]:
+        """Casts by place."""
+        found = {}
+        for name, cast in casts.items():
+            places = [place for place, key in enumerate(keys) if name in (place, key)]
+            if len(places) != 1 or self.arrays[places[0]].dtype != np.uint8:
+                what = [
+                    f"{key!r}: {a.dtype}" if key else str(a.dtype) for a, key in zip(self.arrays, keys, strict=True)
+                ]
+                raise ValueError(
+                    "`casts` may name places of uint8 arrays, or keys that one of them has. "
+                    f"Received: place {name!r} of {what}"
+                )
+            found[places[0]] = cast
+        return found
 
 
-class ResidentBatch(Sequence[Any]):
-    """A global batch as row numbers of a `DeviceDataset`; an engine takes it where it takes arrays.
+def _devices_of(owner: Any) -> list[Any]:
+    """The devices of a parallel model or an engine, or a sequence of them as it is.
 
-    Attributes:
-        numbers: of the rows, int64.
+    Raises:
+        TypeError: it has none.
     """
-
-    def __init__(self, data: DeviceDataset, index: NDArray[np.int64]) -> None:
-        self.numbers = index
-        self._data = data
-
-    def __len__(self) -> int:
-        """The number of arrays."""
-        return len(self._data.arrays)
-
-    def __getitem__(self, place: Any) -> Any:
-        """One of the arrays; its values are gathered on the host when somebody asks for them."""
-        return _Column(self._data, range(len(self))[place], self.numbers)
-
-    def rows_on(self, device: Any, rows: Rows) -> list[Any]:
-        """The device's rows of every array."""
-        return self._data.gather(device, self.numbers[rows.start : rows.stop])
+    devices = getattr(owner, "devices", owner)
+    found = list(devices) if isinstance(devices, Sequence) else []
+    if not found or not all(hasattr(device, "on_gpu") for device in found):
+        raise TypeError(
+            "`devices` must be a model from fastdp.wrap, an engine, or the devices of one (engine.devices). "
+            f"Received: {owner!r} (of type {type(owner).__name__}). Wrap a Keras model first: fastdp.wrap(model, gpus)."
+        )
+    return found
 
 
-class _Column:
-    """One array of a batch: its shape and dtype, and its values for whoever asks."""
-
-    def __init__(self, data: DeviceDataset, place: int, index: NDArray[np.int64]) -> None:
-        self._data, self._place, self._index = data, place, index
-        row, self.dtype = data.spec(place)
-        self.shape = (len(index), *row)
-        self.ndim = len(self.shape)
-        self.nbytes = math.prod(self.shape) * self.dtype.itemsize
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """NumPy's protocol."""
-        values = self._data.on_host(self._place, self._index)
-        return values if dtype is None else values.astype(dtype)
+def _put(device: Any, array: np.ndarray) -> Any:
+    """A copy on a GPU, there on return."""
+    made = device.empty(array.shape, array.dtype)
+    device.copy(made, array)
+    return made

@@ -17,6 +17,7 @@ from fastdp.keras.callbacks import at_once
 from fastdp.keras.checks import check_template
 from fastdp.keras.compile_state import borrowed, follow, follows, take_over
 from fastdp.keras.custom_steps import check_own_step
+from fastdp.keras.resident import as_fed, resident_batch, resident_fit, resident_forward
 from fastdp.keras.steps import Steps
 from fastdp.keras.streaming import arguments_by_name, stream_fit, stream_forward
 from fastdp.keras.template_view import TemplateView, merged_outputs
@@ -172,11 +173,14 @@ class ParallelModel(TemplateView):
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """Train; arguments as in Keras. `HDF5Matrix` is read by batches; `shuffle="batch"` as in Keras 2.
 
+        `x` and `validation_data` may be a `fastdp.data.DeviceDataset` each, with targets and weights in it.
+
         With `verbose=2` the report is printed at the end. A warning says once when the work is too small to be
         shared out.
 
         Raises:
             RuntimeError: another thread is fitting this model.
+            ValueError: a DeviceDataset for other devices, or with `y` or `sample_weight` beside it.
         """
         if not self._fitting.acquire(blocking=False):
             raise RuntimeError(
@@ -184,7 +188,7 @@ class ParallelModel(TemplateView):
                 "thread at a time, or wrap a model for each thread."
             )
         try:
-            arguments = arguments_by_name(keras.Model.fit, args, kwargs)
+            arguments = resident_fit(arguments_by_name(keras.Model.fit, args, kwargs), self.devices)
             self._begins_fit = True
             with replica_aware():  # once, not for each step
                 history = super().fit(**self._told_at_once(stream_fit(arguments)))
@@ -199,14 +203,40 @@ class ParallelModel(TemplateView):
             self._fitting.release()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """Test; arguments as in Keras. `HDF5Matrix` is read by batches."""
-        arguments = stream_forward(arguments_by_name(keras.Model.evaluate, args, kwargs))
-        return super().evaluate(**self._told_at_once(arguments))
+        """Test; arguments as in Keras. `HDF5Matrix` is read by batches; `x` may be a DeviceDataset."""
+        arguments = resident_forward(arguments_by_name(keras.Model.evaluate, args, kwargs), self.devices)
+        return super().evaluate(**self._told_at_once(stream_forward(arguments)))
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Predict; arguments as in Keras. `HDF5Matrix` is read by batches."""
-        arguments = stream_forward(arguments_by_name(keras.Model.predict, args, kwargs))
-        return super().predict(**self._told_at_once(arguments))
+        """Predict; arguments as in Keras. `HDF5Matrix` is read by batches; `x` may be a DeviceDataset."""
+        arguments = resident_forward(arguments_by_name(keras.Model.predict, args, kwargs), self.devices)
+        return super().predict(**self._told_at_once(stream_forward(arguments)))
+
+    def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Train on one batch; arguments as in Keras. `x` may be a batch of a DeviceDataset (`data.rows(numbers)`)."""
+        arguments = arguments_by_name(keras.Model.train_on_batch, args, kwargs)
+        return super().train_on_batch(**resident_batch(arguments, self.devices))
+
+    def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Test on one batch; arguments as in `train_on_batch`."""
+        arguments = arguments_by_name(keras.Model.test_on_batch, args, kwargs)
+        return super().test_on_batch(**resident_batch(arguments, self.devices))
+
+    def predict_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict for one batch; arguments as in `train_on_batch`."""
+        arguments = arguments_by_name(keras.Model.predict_on_batch, args, kwargs)
+        return super().predict_on_batch(resident_batch(arguments, self.devices)["x"])
+
+    @staticmethod
+    def as_fed(data: Any) -> Any:
+        """Arrays in any nest as `fit` feeds them to the model: in host memory, floats in `keras.config.floatx()`.
+
+        `DeviceDataset` asks for it. Arrays that are so already are not copied.
+
+        Raises:
+            ValueError: something that Keras takes for no array, or a `floatx` that NumPy lacks.
+        """
+        return as_fed(data)
 
     def _told_at_once(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Callbacks in the thread that trains, where it trains on the host: on GPUs it would wait for each batch."""

@@ -19,12 +19,13 @@ from fastdp.keras.custom_steps import LayerCalls, has_own, layer_calls
 from fastdp.program.capture import Captures
 from fastdp.program.capture_record import Recorder
 from fastdp.program.keras import KerasProgram
-from fastdp.program.keras_batch import flatten_batch, unpack
+from fastdp.program.keras_batch import Structure, flatten_batch, unpack
 from fastdp.program.keras_custom import CallProgram
 from fastdp.program.keras_losses import own_copy
+from fastdp.program.torch_tensors import as_tensor
 from fastdp.step import StepResult
 from fastdp.step_scope import alone
-from fastdp.transfer import count_rows
+from fastdp.transfer import ResidentArray, count_rows
 
 
 class Steps:
@@ -69,6 +70,7 @@ class Steps:
         self._calls: LayerCalls | None = None
         self._trains: list[bool] = []
         self._variables_known = False
+        self._told_of_values = False
         # The batches of the present `fit`, where the next one is fetched while a step runs.
         self.ahead: Ahead | None = None
 
@@ -180,15 +182,18 @@ class Steps:
         if program.captures is not None:
             program.captures.note(time.perf_counter() - began)
         self._track_loss(result)
-        x, y, sample_weight = structure.pack(arrays)
-        y_pred = result.notes.structure.pack(result.outputs) if result.outputs else None
+        x = y = sample_weight = y_pred = None
+        if result.outputs:  # otherwise nobody looks
+            x, y, sample_weight = structure.pack(arrays, inputs=self._has_own_metrics())
+            y_pred = result.notes.structure.pack(result.outputs)
         return self.trainer.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
 
     def test(self, engine: DataParallel, data: Any) -> Any:
         """One test step; the logs."""
         if has_own(self.template, "test_step"):
             return self._own_step("test_step", data)
-        x, y, sample_weight, y_pred, result = self._forward(engine, unpack(data))
+        arrays, structure, y_pred, result = self._forward(engine, unpack(data))
+        x, y, sample_weight = structure.pack(arrays, inputs=self._has_own_metrics() or self._has_own_loss())
         program: Any = engine.program
         added = map(keras.ops.convert_to_tensor, result.sums[: result.notes.terms])
         with _losses_of_step(self.template, [*added, *program.regularization()]):
@@ -205,7 +210,7 @@ class Steps:
     def outputs(self, engine: DataParallel, data: Any) -> Any:
         """The merged outputs of the model itself for one batch."""
         x, _, _ = unpack(data)
-        return self._forward(engine, (x, None, None))[3]
+        return self._forward(engine, (x, None, None))[2]
 
     def _stale(self, program: Any) -> bool:
         """Whether the program was made for other variables than those that are trained now."""
@@ -235,6 +240,7 @@ class Steps:
         """
         calls = self._calls
         assert calls is not None, "a template with a step of its own has a CallProgram"
+        data = self._values(name, data)
         before = None
         calls.postponed = False
         with ExitStack() as stack:
@@ -252,6 +258,19 @@ class Steps:
                     before.restore()
                 self._not_split(name, calls)
         return logs
+
+    def _values(self, name: str, data: Any) -> Any:
+        """A batch of a data set on the devices as tensors in host memory, since such a step works there."""
+        if not any(isinstance(leaf, ResidentArray) for leaf in keras.tree.flatten(data)):
+            return data
+        if not self._told_of_values:
+            self._told_of_values = True
+            warnings.warn(
+                f"fastdp: {name}() of the model {self.template.name!r} is its own and runs on the host, so it gets the "
+                "batches of a DeviceDataset as arrays in host memory: nothing is gained over fit(x, y).",
+                stacklevel=5,
+            )
+        return keras.tree.map_structure(lambda leaf: as_tensor(leaf) if isinstance(leaf, ResidentArray) else leaf, data)
 
     def _not_split(self, name: str, calls: LayerCalls) -> None:
         """Say that a step has run on one device: an error if `strict`, and a warning otherwise."""
@@ -271,15 +290,15 @@ class Steps:
         )
 
     @staticmethod
-    def _forward(engine: DataParallel, data: Any) -> tuple[Any, Any, Any, Any, StepResult]:
-        """Run the replicas forward; the batch as tensors, the merged outputs, the engine's result."""
+    def _forward(engine: DataParallel, data: Any) -> tuple[Any, Structure, Any, StepResult]:
+        """Run the replicas forward; the batch and its structure, the merged outputs, the engine's result."""
         arrays, structure = flatten_batch(data)
         count_rows(arrays, structure.names)
         program: Any = engine.program
         program.inspect(arrays, structure)
         result = engine.predict(arrays, structure=structure)
         program.assign(result.sums, result.notes)
-        return *structure.pack(arrays), result.notes.structure.pack(result.outputs), result
+        return arrays, structure, result.notes.structure.pack(result.outputs), result
 
     def _track_loss(self, result: StepResult) -> None:
         """Update Keras's trackers of the loss and of its terms, as one device would."""
@@ -291,8 +310,15 @@ class Steps:
 
     def _wants_outputs(self) -> bool:
         """Whether a training step's outputs are looked at: by metrics."""
-        own = type(self.template).compute_metrics is not keras.Model.compute_metrics
-        return own or self.trainer._compile_metrics is not None
+        return self._has_own_metrics() or self.trainer._compile_metrics is not None
+
+    def _has_own_metrics(self) -> bool:
+        """Whether the template has a `compute_metrics` of its own, which may look at `x`."""
+        return type(self.template).compute_metrics is not keras.Model.compute_metrics
+
+    def _has_own_loss(self) -> bool:
+        """Whether the template has a `compute_loss` of its own, likewise."""
+        return type(self.template).compute_loss is not keras.Model.compute_loss
 
 
 def _add_to_mean(metric: Any, value: float, rows: int) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fastdp.program.torch_tensors import as_array, as_tensor, dtype_name
+from fastdp.transfer import ResidentArray
 
 # The nest of most batches: x, y and sample_weight, each one array or None. It needs no walk through the tree.
 _PLAIN = (0, 0, 0)
@@ -26,10 +27,17 @@ class Structure:
     dtypes: tuple[str | None, ...]
     names: tuple[str, ...]
 
-    def pack(self, arrays: Sequence[np.ndarray]) -> Any:
-        """The nest again, with tensors that share the arrays' memory."""
+    def pack(self, arrays: Sequence[np.ndarray], *, inputs: bool = True) -> Any:
+        """The nest again, with tensors that share the arrays' memory.
+
+        Without `inputs` there is None for those of `x`: rows that are on the devices are fetched for whoever looks.
+        """
+        skipped = 0 if inputs else 1 if self.nest == _PLAIN else len(keras.tree.flatten(self.nest[0]))
         leaves = iter(arrays)
-        tensors = [None if dtype is None else as_tensor(next(leaves), dtype) for dtype in self.dtypes]
+        tensors: list[Any] = []
+        for place, dtype in enumerate(self.dtypes):
+            array = None if dtype is None else next(leaves)
+            tensors.append(None if array is None or place < skipped else as_tensor(array, dtype))
         return tuple(tensors) if self.nest == _PLAIN else pack_like(self.nest, tensors)
 
 
@@ -43,15 +51,23 @@ def pack_like(nest: Any, leaves: Sequence[Any]) -> Any:
     return keras.tree.map_structure(lambda _, leaf: leaf, nest, packed) if keras.tree.is_nested(nest) else packed
 
 
-def flatten_batch(data: Any) -> tuple[list[np.ndarray], Structure]:
+def flatten_batch(data: Any) -> tuple[Any, Structure]:
     """A batch `(x, y, sample_weight)` as host arrays and their structure.
 
-    Torch tensors and NumPy arrays on the host are not copied.
+    Torch tensors and NumPy arrays on the host are not copied. Arrays of one batch of a data set that is on the devices
+    stay there: they come as such a batch (`fastdp.transfer.Resident`).
     """
     arrays: list[np.ndarray] = []
     dtypes: list[str | None] = []
     plain = type(data) is tuple and len(data) == 3 and all(isinstance(part, _ARRAY_OR_NONE) for part in data)
     leaves = data if plain else keras.tree.flatten(data)
+    present = [] if plain else [leaf for leaf in leaves if leaf is not None]
+    resident = present[0].batch_of(present) if present and isinstance(present[0], ResidentArray) else None
+    if resident is not None:
+        flat = type(data) is tuple and len(data) == 3 and not any(map(keras.tree.is_nested, data))
+        dtypes = [str(leaf.dtype) if leaf is not None else None for leaf in leaves]
+        nest = _PLAIN if flat else keras.tree.map_structure(lambda _: 0, data)
+        return resident, Structure(nest, tuple(dtypes), tuple(_names(data)))
     for leaf in leaves:
         if leaf is None:
             dtypes.append(None)

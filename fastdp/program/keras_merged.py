@@ -114,7 +114,8 @@ def _loss_of_all(
     program: Any, y_pred: Any, extra: list[torch.Tensor], scope: Any, context: Context
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The loss of the global batch, and the loss itself with Keras's terms for the record."""
-    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(context.structure.pack(context.batch))
+    batch = context.structure.pack(context.batch, inputs=program._own_compute_loss)  # Keras's own does not look at x
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
     compiled = program.trainer._compile_loss
     metrics = compiled.metrics if compiled is not None else []
     for metric in metrics:  # from zero, so that they hold this step's terms alone

@@ -84,7 +84,7 @@ class Effects:
             return
         other = _unlike_first(batch, structure)
         self._tried_equal_rows = other is None
-        pair = [array[[0, other or 1]] for array in batch]
+        pair = [np.asarray(array[[0, other or 1]]) for array in batch]
         with replica_aware():
             both = self._try_rows(pair, structure, 0, 2)
             a, b = (self._try_rows(pair, structure, row, row + 1) for row in (0, 1))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +18,6 @@ from simulation import Simulation
 
 import fastdp.buckets
 from fastdp.launch import cubin, nvrtc
-
-CLOSE_SECONDS = 20.0
 
 
 @pytest.fixture
@@ -52,41 +49,24 @@ def fake_cuda(monkeypatch) -> Iterator[Callable[..., Simulation]]:
 
 
 @pytest.fixture
-def box(fake_cuda, monkeypatch) -> Iterator[Gpus]:
-    """One card of a simulated CUDA; the devices that a test made on it are closed, and their memory is given back."""
-    one = Gpus(fake_cuda(1), monkeypatch)
-    yield one
-    gc.collect()
-    for device in one.made:
-        device.close(CLOSE_SECONDS)
-    gc.collect()
-    for device in one.made:
-        device.arena.trim()
-        device.pinned.close()
+def gpus(fake_cuda, monkeypatch) -> Iterator[Callable[..., Gpus]]:
+    """`gpus(count, ...)` starts a simulated CUDA of so many cards, with Simulation's arguments. The devices that a test
+    made on it are closed, and their memory is given back."""
+    boxes: list[Gpus] = []
 
-
-@pytest.fixture
-def recording_gpus(fake_cuda, monkeypatch):
-    """`recording_gpus(count)`: a simulated CUDA of so many cards, for Keras models whose steps are recorded."""
-    boxes = []
-
-    def start(count, **options):
+    def start(count: int, **options: object) -> Gpus:
         boxes.append(Gpus(fake_cuda(count, **options), monkeypatch))
         return boxes[-1]
 
     yield start
     for box in boxes:
-        box.graphs.clear()  # they hold the replicas' memory
-    importlib.import_module("keras").backend.clear_session()
-    gc.collect()
-    for box in boxes:
-        for device in box.made:
-            device.close(CLOSE_SECONDS)
-    gc.collect()
-    for box in boxes:
-        for device in box.made:
-            device.arena.trim()
-            device.pinned.close()
+        box.close()
+
+
+@pytest.fixture
+def box(gpus) -> Gpus:
+    """One card of a simulated CUDA."""
+    return gpus(1)
 
 
 @pytest.fixture(params=[False, True], ids=["one bucket", "several buckets"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import importlib.util
+import sys
 import time
 
 import numpy as np
@@ -42,6 +44,7 @@ class Gpus:
         self.graphs, self.not_recorded = [], set()
         self.launches, self.launch_graph = [], self.runtime.graph_launch
         monkeypatch.setattr(self.runtime, "graph_launch", self._launch)
+        self._ran_keras = False
         if importlib.util.find_spec("torch") is not None:
             record = importlib.import_module("fastdp.program.capture_record")
             monkeypatch.setattr(record, "TorchGraphs", self.graphs_of)
@@ -55,6 +58,19 @@ class Gpus:
         more = [self.device.CudaDevice(i, i % cards, virtual=count > cards) for i in range(count)]
         self.made += more
         return more
+
+    def close(self, seconds=20.0):
+        """Close the devices, and give back their memory, and that of what is left of a test's models and graphs."""
+        self.graphs.clear()  # they hold the replicas' memory
+        if self._ran_keras:
+            sys.modules["keras"].backend.clear_session()
+        gc.collect()
+        for device in self.made:
+            device.close(seconds)
+        gc.collect()
+        for device in self.made:
+            device.arena.trim()
+            device.pinned.close()
 
     def graphs_of(self, device, parts=False):
         """Torch's CUDA graphs on a device; operations in `not_recorded` cannot be captured."""
@@ -105,6 +121,7 @@ class Gpus:
         def run(replica, *args):
             if not replica.device.on_gpu:
                 return work(replica, *args)
+            self._ran_keras = self._ran_keras or hasattr(replica._program, "trainer")
             rt, compute = self.runtime, replica.device.compute.handle
             flats = [replica.memory.variables, replica.memory.slots, replica.memory.gradients]
             ranges = [(rt.array_pointer(b), b.nbytes) for flat in flats for b in flat.buffers.values()]

@@ -7,7 +7,6 @@ import importlib
 
 import numpy as np
 import pytest
-from gpus import Gpus
 
 from fastdp.backend.host import HostDevice
 from fastdp.buckets import ArraySpec, FlatBuffers
@@ -16,24 +15,6 @@ from fastdp.comm.ways import MULTI_RANK_VARIABLE
 
 LIMIT = 20.0
 LENGTHS = {"one part": 1, "uneven": 70_003, "large": 700_009}
-
-
-@pytest.fixture
-def gpus(fake_cuda, monkeypatch):
-    boxes = []
-
-    def start(count, **options):
-        boxes.append(Gpus(fake_cuda(count, **options), monkeypatch))
-        return boxes[-1]
-
-    yield start
-    for box in boxes:
-        for device in box.made:
-            device.close(LIMIT)
-        gc.collect()
-        for device in box.made:
-            device.arena.trim()
-            device.pinned.close()
 
 
 @pytest.fixture(scope="module")

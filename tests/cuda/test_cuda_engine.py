@@ -13,58 +13,14 @@ import keras
 import numpy as np
 import pytest
 import torch
-from gpus import Gpus
+from least_squares import line, rows
 
 import fastdp
 from fastdp.backend.host import HostDevice
 from fastdp.buckets import ArraySpec, FlatBuffers
 from fastdp.comm.ways import TWO_SHOT_NBYTES
-from fastdp.program.arrays import FunctionProgram
 
 LIMIT = 20.0
-
-
-@pytest.fixture
-def gpus(fake_cuda, monkeypatch):
-    boxes = []
-
-    def start(count, **options):
-        boxes.append(Gpus(fake_cuda(count, **options), monkeypatch))
-        return boxes[-1]
-
-    yield start
-    for box in boxes:
-        for device in box.made:
-            device.close(LIMIT)
-        gc.collect()
-        for device in box.made:
-            device.arena.trim()
-            device.pinned.close()
-
-
-def linear(seed=0):
-    """A least-squares line as a function program."""
-    rng = np.random.default_rng(seed)
-
-    def forward(p, batch):
-        return np.array(batch[0] @ p["w"] + p["b"], subok=False)
-
-    def train(p, batch):
-        error = forward(p, batch) - batch[1]
-        n = len(batch[0])
-        gradients = {"w": 2 * batch[0].T @ error / n / error.shape[1], "b": 2 * error.mean(0) / error.shape[1]}
-        return float((error * error).mean()), gradients, [forward(p, batch)]
-
-    def update(p, slots, gradients):
-        return {k: p[k] - 0.1 * gradients[k] for k in p}, {}
-
-    start = {"w": rng.normal(size=(5, 3)).astype("float32"), "b": np.zeros(3, "float32")}
-    return FunctionProgram(start, train, update, lambda p, batch: [forward(p, batch)])
-
-
-def rows(n, seed=1):
-    rng = np.random.default_rng(seed)
-    return [rng.normal(size=(n, 5)).astype("float32"), rng.normal(size=(n, 3)).astype("float32")]
 
 
 @pytest.mark.parametrize("seed", [None, 0])
@@ -72,7 +28,7 @@ def rows(n, seed=1):
 @pytest.mark.parametrize("n", [1, 7, 32])
 def test_a_function_program_trains_as_on_the_host(gpus, count, cards, n, seed):
     box = gpus(cards, seed=seed)
-    ours, theirs = linear(), linear()
+    ours, theirs = line(bias=True), line(bias=True)
     engine = fastdp.DataParallel(ours, box.devices(count, cards), timeout=LIMIT, check_replicas=True)
     host = [HostDevice(i) for i in range(count)]
     reference = fastdp.DataParallel(theirs, host, timeout=LIMIT)
@@ -92,7 +48,7 @@ def test_a_function_program_trains_as_on_the_host(gpus, count, cards, n, seed):
 
 def test_the_steady_state_allocates_nothing_and_waits_for_no_whole_device(gpus):
     box = gpus(2)
-    engine = fastdp.DataParallel(linear(), box.devices(2), timeout=LIMIT)
+    engine = fastdp.DataParallel(line(bias=True), box.devices(2), timeout=LIMIT)
     for _ in range(4):  # the two batch buffers, the staging ring, pinned outputs
         engine.train(rows(16))
     before = dict(box.sim.calls)
@@ -108,7 +64,7 @@ def test_the_steady_state_allocates_nothing_and_waits_for_no_whole_device(gpus):
 def test_a_missing_wait_is_found(gpus, monkeypatch, missing):
     box = gpus(2)
     streams = importlib.import_module("fastdp.backend.cuda.streams")
-    engine = fastdp.DataParallel(linear(), box.devices(2), timeout=LIMIT)
+    engine = fastdp.DataParallel(line(bias=True), box.devices(2), timeout=LIMIT)
     engine.train(rows(8))
     kept = streams.CudaStream._passed
     monkeypatch.setattr(
@@ -132,17 +88,17 @@ def test_a_missing_wait_is_found(gpus, monkeypatch, missing):
 def test_outputs_are_merged_where_they_are_asked_for(gpus, cpu_merge):
     box = gpus(3)
     devices = box.devices(3)
-    engine = fastdp.DataParallel(linear(), devices, timeout=LIMIT, cpu_merge=cpu_merge, merge_device=1)
+    engine = fastdp.DataParallel(line(bias=True), devices, timeout=LIMIT, cpu_merge=cpu_merge, merge_device=1)
     batch = rows(7)
     (output,) = engine.predict(batch).outputs
     assert box.runtime.is_array(output) is not cpu_merge
     if not cpu_merge:
         assert box.runtime.array_device(output) == devices[1].ordinal
         output = devices[1].to_host(output)
-    program = linear()
+    program = line(bias=True)
     np.testing.assert_allclose(output, program._predict(program.parameters, batch)[0], rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="merge_device"):
-        fastdp.DataParallel(linear(), devices, merge_device=3)
+        fastdp.DataParallel(line(bias=True), devices, merge_device=3)
 
 
 @pytest.mark.parametrize("nccl", [True, False])
@@ -202,7 +158,7 @@ class nothing:
 
 def test_a_failure_of_a_replica_changes_no_weight_and_the_next_step_works(gpus):
     box = gpus(2)
-    program = linear()
+    program = line(bias=True)
     engine = fastdp.DataParallel(program, box.devices(2), timeout=LIMIT)
     engine.train(rows(8))
     before = engine.replicas[1].device.to_host(engine.replicas[1].memory.variables.buffers["float32"])
@@ -280,7 +236,7 @@ def test_communicators_of_an_engine_that_is_gone_are_destroyed_when_a_step_is_ov
     box = gpus(2)
     devices = box.devices(2)
     # In another order: engines on the same devices share their communicators.
-    first, second = (fastdp.DataParallel(linear(), order, timeout=LIMIT) for order in (devices, devices[::-1]))
+    first, second = (fastdp.DataParallel(line(bias=True), order, timeout=LIMIT) for order in (devices, devices[::-1]))
     first.train(rows(7))
     before = box.sim.calls["destroy"]
     del first

@@ -7,20 +7,19 @@ import gc
 import keras
 import numpy as np
 import pytest
-from gpus import Gpus
+from least_squares import line, rows
 
 import fastdp
 from fastdp.backend.host import HostDevice
 from fastdp.keras.parallel import ParallelModel
-from fastdp.program.arrays import FunctionProgram
 from fastdp.replica import Replica
 
 LIMIT = 20.0
 
 
 @pytest.fixture
-def box(fake_cuda, monkeypatch):
-    made = Gpus(fake_cuda(2, seed=0), monkeypatch)
+def box(gpus, monkeypatch):
+    made = gpus(2, seed=0)
     original, fold = Replica.accumulate, Replica.fold
 
     def accumulate(replica, total, part):
@@ -48,34 +47,12 @@ def box(fake_cuda, monkeypatch):
 
     monkeypatch.setattr(Replica, "accumulate", accumulate)
     monkeypatch.setattr(Replica, "fold", fold_in_order)
-    yield made
-    for device in made.made:
-        device.close(LIMIT)
-    gc.collect()
-    for device in made.made:
-        device.arena.trim()
-        device.pinned.close()
-
-
-def linear():
-    def train(p, batch):
-        error = np.array(batch[0] @ p["w"], subok=False) - batch[1]
-        return float((error * error).mean()), {"w": 2 * batch[0].T @ error / len(batch[0])}, []
-
-    def update(p, slots, gradients):
-        return {"w": p["w"] - 0.1 * gradients["w"]}, {}
-
-    return FunctionProgram({"w": np.linspace(-1, 1, 6).astype("float32")}, train, update, lambda p, batch: [])
-
-
-def rows(n, seed):
-    rng = np.random.default_rng(seed)
-    return [rng.normal(size=(n, 6)).astype("float32"), rng.normal(size=n).astype("float32")]
+    return made
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_cycles_of_uneven_batches_are_as_on_the_host(box, count):
-    ours, theirs = linear(), linear()
+    ours, theirs = line(None), line(None)
     host = [HostDevice(i) for i in range(count)]
     devices = box.devices(count, 2)
     engines = [
@@ -83,10 +60,10 @@ def test_cycles_of_uneven_batches_are_as_on_the_host(box, count):
     ]
     for i, n in enumerate([8, 1, 7, 8, 2, 1, 3, 1, 1]):
         for engine in engines:
-            engine.train(rows(n, i), reduce=i % 3 == 2)
+            engine.train(rows(n, i, None), reduce=i % 3 == 2)
     found = devices[0].to_host(ours.parameters["w"])
     np.testing.assert_allclose(found, theirs.parameters["w"], rtol=1e-5)
-    assert not np.allclose(found, linear().parameters["w"])
+    assert not np.allclose(found, line(None).parameters["w"])
     assert not box.sim.violations
     for device in host:
         device.close()
@@ -103,7 +80,7 @@ def test_a_keras_model_accumulates_as_on_the_host_also_when_somebody_looks(box):
         parallel.compile(optimizer=keras.optimizers.SGD(0.1, momentum=0.9, gradient_accumulation_steps=3), loss="mse")
         seen = []
         for i, n in enumerate([8, 1, 7, 8, 2, 1, 9]):
-            parallel.train_on_batch(*rows(n, i))
+            parallel.train_on_batch(*rows(n, i, None))
             if i in (0, 4, 6):
                 seen.append([np.array(v).copy() for v in parallel.optimizer.variables])
         assert parallel.engine.program.accumulation.how.startswith("on the replicas")

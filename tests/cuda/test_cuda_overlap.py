@@ -10,7 +10,6 @@ import time
 
 import numpy as np
 import pytest
-from gpus import Gpus
 
 import fastdp
 from fastdp.backend.host import HostDevice
@@ -25,26 +24,17 @@ NAMES = ["first", "second", "last"]
 
 
 @pytest.fixture
-def gpus(fake_cuda, monkeypatch):
+def gpus(gpus, monkeypatch):
     """Devices of a simulated box; one array per bucket."""
     monkeypatch.setattr(FlatBuffers.buckets, "__defaults__", (4, 4))
-    boxes = []
 
     def start(count, way="kernels", **options):
-        boxes.append(Gpus(fake_cuda(count, **options), monkeypatch))
         if way == "nccl":
             monkeypatch.setattr(ways, "ONE_SHOT_NBYTES", 0)
             monkeypatch.setattr(ways, "TWO_SHOT_NBYTES", 0)
-        return boxes[-1]
+        return gpus(count, **options)
 
-    yield start
-    for box in boxes:
-        for device in box.made:
-            device.close(LIMIT)
-        gc.collect()
-        for device in box.made:
-            device.arena.trim()
-            device.pinned.close()
+    return start
 
 
 class Layers(FunctionProgram):

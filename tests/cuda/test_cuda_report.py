@@ -8,7 +8,6 @@ import keras
 import numpy as np
 import pytest
 import torch
-from gpus import Gpus
 from test_placed_on_gpus import shared_lstm
 
 from fastdp.backend.host import HostDevice
@@ -20,9 +19,9 @@ LIMIT = 30.0
 
 
 @pytest.fixture
-def box(fake_cuda, monkeypatch):
+def box(gpus, monkeypatch):
     """Two GPUs, and the most memory that was allocated on each."""
-    made = Gpus(fake_cuda(2), monkeypatch)
+    made = gpus(2)
     made.peaks = [0, 0]
     allocate = made.sim.allocate
 
@@ -34,13 +33,7 @@ def box(fake_cuda, monkeypatch):
         return address
 
     monkeypatch.setattr(made.sim, "allocate", allocating)
-    yield made
-    for device in made.made:
-        device.close(LIMIT)
-    gc.collect()
-    for device in made.made:
-        device.arena.trim()
-        device.pinned.close()
+    return made
 
 
 def trained(devices):

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-
 import numpy as np
 import pytest
-from gpus import Gpus
 
 import fastdp
 from fastdp.backend.host import HostDevice
@@ -14,24 +11,6 @@ from fastdp.data import DeviceDataset, Scaled
 from fastdp.program.arrays import FunctionProgram
 
 LIMIT = 20.0
-
-
-@pytest.fixture
-def gpus(fake_cuda, monkeypatch):
-    boxes = []
-
-    def start(count, **options):
-        boxes.append(Gpus(fake_cuda(count, **options), monkeypatch))
-        return boxes[-1]
-
-    yield start
-    for box in boxes:
-        for device in box.made:
-            device.close(LIMIT)
-        gc.collect()
-        for device in box.made:
-            device.arena.trim()
-            device.pinned.close()
 
 
 def program():

@@ -8,54 +8,12 @@ import importlib
 import keras
 import numpy as np
 import pytest
-from gpus import Gpus
+from least_squares import WIDTH, line, rows
 
 import fastdp
 from fastdp.backend.host import HostDevice
-from fastdp.program.arrays import FunctionProgram
 
 LIMIT = 20.0
-
-
-@pytest.fixture
-def gpus(fake_cuda, monkeypatch):
-    boxes = []
-
-    def start(count, **options):
-        boxes.append(Gpus(fake_cuda(count, **options), monkeypatch))
-        return boxes[-1]
-
-    yield start
-    for box in boxes:
-        for device in box.made:
-            device.close(LIMIT)
-        gc.collect()
-        for device in box.made:
-            device.arena.trim()
-            device.pinned.close()
-
-
-def linear():
-    """A least-squares line as a function program."""
-    rng = np.random.default_rng(0)
-
-    def forward(p, batch):
-        return np.array(batch[0] @ p["w"], subok=False)
-
-    def train(p, batch):
-        error = forward(p, batch) - batch[1]
-        return float((error * error).mean()), {"w": 2 * batch[0].T @ error / error.size}, [forward(p, batch)]
-
-    def update(p, slots, gradients):
-        return {"w": p["w"] - 0.1 * gradients["w"]}, {}
-
-    start = {"w": rng.normal(size=(5, 3)).astype("float32")}
-    return FunctionProgram(start, train, update, lambda p, batch: [forward(p, batch)])
-
-
-def rows(n, seed):
-    rng = np.random.default_rng(seed)
-    return [rng.normal(size=(n, 5)).astype("float32"), rng.normal(size=(n, 3)).astype("float32")]
 
 
 def run(engine, batches, *, staged, meanwhile=lambda i: None):
@@ -74,7 +32,7 @@ def run(engine, batches, *, staged, meanwhile=lambda i: None):
 
 def reference(batches):
     host = [HostDevice(i) for i in range(2)]
-    outputs = run(fastdp.DataParallel(linear(), host, timeout=LIMIT), batches, staged=False)
+    outputs = run(fastdp.DataParallel(line(), host, timeout=LIMIT), batches, staged=False)
     for device in host:
         device.close()
     return outputs
@@ -100,7 +58,7 @@ def test_staged_steps_equal_the_others(gpus, monkeypatch, count, cards, seed):
     watch_pinned_memory(box, monkeypatch)
     devices = box.devices(count, cards)
     batches = [rows(n, i) for i, n in enumerate([16, 16, 16, 13, 16, 1, 16, 16, 3])]
-    engine = fastdp.DataParallel(linear(), devices, timeout=LIMIT, check_replicas=True)
+    engine = fastdp.DataParallel(line(), devices, timeout=LIMIT, check_replicas=True)
     found = []
     for device in devices:
         take, feed = device._feed.take, device._feed
@@ -124,7 +82,7 @@ def test_staged_steps_equal_the_others(gpus, monkeypatch, count, cards, seed):
 def test_copies_of_the_next_batch_are_issued_before_the_step_is_waited_for(gpus):
     box = gpus(2)
     devices = box.devices(2)
-    engine = fastdp.DataParallel(linear(), devices, timeout=LIMIT)
+    engine = fastdp.DataParallel(line(), devices, timeout=LIMIT)
     order, finish, copy = [], engine._finish, box.runtime.copy_async
     feeding = [device.copy_in.handle for device in devices]
 
@@ -156,7 +114,7 @@ def test_copies_of_the_next_batch_are_issued_before_the_step_is_waited_for(gpus)
 
 def test_the_steady_state_allocates_nothing(gpus):
     box = gpus(2)
-    engine = fastdp.DataParallel(linear(), box.devices(2), timeout=LIMIT)
+    engine = fastdp.DataParallel(line(), box.devices(2), timeout=LIMIT)
     run(engine, [rows(16, i) for i in range(4)], staged=True)
     before = dict(box.sim.calls)
     run(engine, [rows(16, i) for i in range(6)], staged=True)
@@ -170,7 +128,7 @@ def test_memory_in_use_that_is_overwritten_is_found(gpus, monkeypatch, wrong):
     box = gpus(2)
     feed = importlib.import_module("fastdp.backend.cuda.feed")
     memory = importlib.import_module("fastdp.backend.cuda.memory")
-    engine = fastdp.DataParallel(linear(), box.devices(2), timeout=LIMIT)
+    engine = fastdp.DataParallel(line(), box.devices(2), timeout=LIMIT)
     run(engine, [rows(16, i) for i in range(3)], staged=True)
     if wrong == "buffer":
         monkeypatch.setattr(feed.Feed, "_other", property(lambda self: self._turn))
@@ -206,7 +164,7 @@ def test_memory_in_use_that_is_overwritten_is_found(gpus, monkeypatch, wrong):
 
 def test_a_failed_step_forgets_what_was_staged_and_the_next_ones_are_right(gpus):
     box = gpus(2)
-    program = linear()
+    program = line()
     engine = fastdp.DataParallel(program, box.devices(2), timeout=LIMIT)
     batches = [rows(16, i) for i in range(6)]
     got = run(engine, batches[:3], staged=True)
@@ -227,7 +185,7 @@ def test_a_failed_step_forgets_what_was_staged_and_the_next_ones_are_right(gpus)
 
 def test_another_batch_may_come_between_and_the_staged_rows_stay(gpus):
     box = gpus(2, seed=3)
-    engine = fastdp.DataParallel(linear(), box.devices(2), timeout=LIMIT)
+    engine = fastdp.DataParallel(line(), box.devices(2), timeout=LIMIT)
     batches = [rows(16, i) for i in range(5)]
     outputs = []
     for i, batch in enumerate(batches):
@@ -245,7 +203,7 @@ def test_another_batch_may_come_between_and_the_staged_rows_stay(gpus):
 
 def test_what_the_hook_raises_ends_the_step_and_the_next_one_works(gpus):
     box = gpus(2)
-    engine = fastdp.DataParallel(linear(), box.devices(2), timeout=LIMIT, check_replicas=True)
+    engine = fastdp.DataParallel(line(), box.devices(2), timeout=LIMIT, check_replicas=True)
     engine.train(rows(8, 0))
     with pytest.raises(IndexError):
         engine.train(rows(8, 1), while_running=[].pop)
@@ -254,9 +212,9 @@ def test_what_the_hook_raises_ends_the_step_and_the_next_one_works(gpus):
 
 def test_a_batch_that_cannot_be_dealt_out_is_not_staged(gpus):
     box = gpus(2)
-    engine = fastdp.DataParallel(linear(), box.devices(2), timeout=LIMIT)
+    engine = fastdp.DataParallel(line(), box.devices(2), timeout=LIMIT)
     with pytest.raises(ValueError, match="same number of rows"):
-        engine.stage([np.zeros((3, 5)), np.zeros((2, 3))])
+        engine.stage([np.zeros((3, WIDTH)), np.zeros((2, 3))])
 
 
 def test_a_keras_model_is_fitted_ahead_with_the_same_result(gpus):

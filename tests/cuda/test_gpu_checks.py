@@ -55,10 +55,17 @@ def test_the_check_of_recorded_steps(box, name, count):
     gc.collect()
 
 
+def test_the_check_of_data_sets(box):
+    model_checks.a_data_set_on_the_devices_equals_arrays(box.devices(4, 1), "cnn")
+    box.graphs.clear()
+    keras.backend.clear_session()
+    gc.collect()
+
+
 @pytest.mark.parametrize(("name", "count", "cards", "way"), [("mlp", 2, 2, "nccl"), ("cnn", 3, 1, "kernels")])
-def test_the_check_of_whole_steps(recording_gpus, monkeypatch, name, count, cards, way):
+def test_the_check_of_whole_steps(gpus, monkeypatch, name, count, cards, way):
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # as gpu-check has it
-    devices = recording_gpus(cards).devices(count)
+    devices = gpus(cards).devices(count)
     assert kinds_checks.whole_steps_give_the_losses_of_those_in_buckets(devices, name, way) == 0.0
 
 

@@ -18,11 +18,6 @@ from fastdp.replica import Replica
 ORIGINALS = {name: getattr(Replica, name) for name in ("train", "predict", "update")}
 
 
-@pytest.fixture
-def gpus(recording_gpus):
-    return recording_gpus
-
-
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("layers", [dense, normalized, convolutional, embedded])
 def test_recorded_steps_equal_traced_ones_bit_for_bit(gpus, small_buckets, layers, count):

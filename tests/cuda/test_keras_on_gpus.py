@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-
 import keras
 import numpy as np
 import pytest
-from gpus import Gpus
 
 from fastdp.keras.parallel import ParallelModel
 
@@ -17,24 +14,15 @@ Y = np.random.default_rng(1).normal(size=(10, 1)).astype("float32")
 
 
 @pytest.fixture
-def start(fake_cuda, monkeypatch):
+def start(gpus):
     """`start(count, ordinals, ...)`: a simulated CUDA of so many GPUs, and devices on some of them."""
-    boxes = []
 
     def started(count, ordinals, **options):
-        box = Gpus(fake_cuda(count, **options), monkeypatch)
+        box = gpus(count, **options)
         box.made += [box.device.CudaDevice(ordinal, ordinal) for ordinal in ordinals]
-        boxes.append(box)
         return box
 
-    yield started
-    for box in boxes:
-        for device in box.made:
-            device.close(LIMIT)
-        gc.collect()
-        for device in box.made:
-            device.arena.trim()
-            device.pinned.close()
+    return started
 
 
 def compiled(box, **options):

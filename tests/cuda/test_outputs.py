@@ -7,7 +7,6 @@ import importlib
 
 import numpy as np
 import pytest
-from gpus import Gpus
 
 import fastdp
 from fastdp.program.arrays import FunctionProgram
@@ -102,24 +101,6 @@ def test_more_than_the_cache_holds_goes_back_to_the_arena(layer):
     arena.trim()
     assert not sim.memory.alive()
     arena.close()
-
-
-@pytest.fixture
-def gpus(fake_cuda, monkeypatch):
-    boxes = []
-
-    def start(count, **options):
-        boxes.append(Gpus(fake_cuda(count, **options), monkeypatch))
-        return boxes[-1]
-
-    yield start
-    for box in boxes:
-        for device in box.made:
-            device.close(LIMIT)
-        gc.collect()
-        for device in box.made:
-            device.arena.trim()
-            device.pinned.close()
 
 
 def scaled():

@@ -5,13 +5,11 @@ Results are held to plain Keras.
 
 from __future__ import annotations
 
-import gc
 import importlib
 
 import keras
 import numpy as np
 import pytest
-from gpus import Gpus
 from simulated_memory import RaceError
 from torch_work import DeviceError, watched
 
@@ -23,17 +21,13 @@ GROUPS = {"one replica": [(0, 1)], "two replicas": [(0, 1), (2, 3)]}
 
 
 @pytest.fixture
-def box(fake_cuda, monkeypatch):
-    """Four GPUs, whose torch operations are watched."""
-    made = Gpus(fake_cuda(4), monkeypatch)
+def box(gpus):
+    """Four GPUs, whose torch operations are watched until their devices are closed."""
+    made = gpus(4)
     with watched(made.sim) as made.work:
         yield made
         for device in made.made:
             device.close(LIMIT)
-    gc.collect()
-    for device in made.made:
-        device.arena.trim()
-        device.pinned.close()
 
 
 def parallel_on(box, model, groups, **options):

@@ -2,56 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 
 import keras
 import numpy as np
 import pytest
-from gpus import Gpus
+from least_squares import line, rows
 
 import fastdp
 from fastdp.backend.host import HostDevice
-from fastdp.program.arrays import FunctionProgram
 
 LIMIT = 20.0
-
-
-@pytest.fixture
-def gpus(fake_cuda, monkeypatch):
-    boxes = []
-
-    def start(count, **options):
-        boxes.append(Gpus(fake_cuda(count, **options), monkeypatch))
-        return boxes[-1]
-
-    yield start
-    for box in boxes:
-        for device in box.made:
-            device.close(LIMIT)
-        keras.backend.clear_session()
-        gc.collect()
-        for device in box.made:
-            device.arena.trim()
-            device.pinned.close()
-
-
-def linear():
-    """A least-squares line as a function program."""
-
-    def train(p, batch):
-        error = batch[0] @ p["w"] - batch[1]
-        return float((error * error).mean()), {"w": 2 * batch[0].T @ error / error.size}, [np.array(error, subok=False)]
-
-    def update(p, slots, gradients):
-        return {"w": p["w"] - 0.1 * gradients["w"]}, {}
-
-    return FunctionProgram({"w": np.ones((5, 3), "float32")}, train, update, lambda p, batch: [batch[0] @ p["w"]])
-
-
-def rows(n, seed):
-    rng = np.random.default_rng(seed)
-    return [rng.normal(size=(n, 5)).astype("float32"), rng.normal(size=(n, 3)).astype("float32")]
 
 
 @pytest.mark.parametrize("seed", [None, 0])
@@ -59,7 +20,7 @@ def rows(n, seed):
 @pytest.mark.parametrize(("count", "cards"), [(1, 1), (2, 2), (4, 1)])
 def test_a_programs_parameters_lie_in_host_memory_and_follow(gpus, count, cards, update, seed):
     box = gpus(cards, seed=seed)
-    ours, theirs = linear(), linear()
+    ours, theirs = line(), line()
     hosts = [HostDevice(i) for i in range(count)]
     engine = fastdp.DataParallel(
         ours, box.devices(count, cards), timeout=LIMIT, update=update, cpu_relocation=True, check_replicas=True
@@ -82,7 +43,7 @@ def test_a_programs_parameters_lie_in_host_memory_and_follow(gpus, count, cards,
 
 def test_a_failed_step_leaves_them_as_they_were(gpus):
     box = gpus(2)
-    program = linear()
+    program = line()
     engine = fastdp.DataParallel(program, box.devices(2), timeout=LIMIT, cpu_relocation=True, check_replicas=True)
     engine.train(rows(8, 0))
     before, good = program.parameters["w"].copy(), (program._train, program._update)
@@ -162,7 +123,7 @@ def in_pinned_memory(sim, variable):
 
 def test_weights_that_live_on_a_gpu_already_stay_there_and_it_is_said(gpus):
     box = gpus(2)
-    program, devices = linear(), box.devices(2)
+    program, devices = line(), box.devices(2)
     first = fastdp.DataParallel(program, devices, timeout=LIMIT)
     with pytest.warns(UserWarning, match="`cpu_relocation=True` has no effect here"):
         second = fastdp.DataParallel(program, devices, timeout=LIMIT, cpu_relocation=True)
@@ -172,7 +133,7 @@ def test_weights_that_live_on_a_gpu_already_stay_there_and_it_is_said(gpus):
 
 def test_an_engine_without_it_goes_on_with_weights_in_host_memory(gpus):
     box = gpus(2)
-    program, devices = linear(), box.devices(2)
+    program, devices = line(), box.devices(2)
     first = fastdp.DataParallel(program, devices, timeout=LIMIT, cpu_relocation=True, check_replicas=True)
     second = fastdp.DataParallel(program, devices[::-1], timeout=LIMIT, check_replicas=True)
     sums = []

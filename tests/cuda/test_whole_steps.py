@@ -41,11 +41,6 @@ def by_nccl(monkeypatch):
     monkeypatch.setattr(fastdp.comm.ways, "TWO_SHOT_NBYTES", -1)
 
 
-@pytest.fixture
-def gpus(recording_gpus):
-    return recording_gpus
-
-
 def delayed(devices, seed=0):
     """Let the workers be late, by as much as chance wants."""
     for device in devices:

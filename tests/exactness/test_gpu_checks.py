@@ -34,6 +34,11 @@ def test_adam_and_small_batches(hosts):
     model_checks.a_keras_model_equals_plain_keras(hosts, "mlp", batch_size=3)
 
 
+@pytest.mark.parametrize("name", ["mlp", "attention"])
+def test_data_sets_on_the_devices(hosts, name):
+    model_checks.a_data_set_on_the_devices_equals_arrays(hosts[:3], name)
+
+
 def test_placed_layers(hosts):
     model_checks.a_placed_model_equals_plain_keras(hosts, [(1, 3)])
 

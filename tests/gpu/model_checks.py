@@ -13,6 +13,7 @@ from torch_checks import full_precision
 
 import fastdp
 from fastdp import buckets
+from fastdp.data import DeviceDataset
 from fastdp.keras.parallel import ParallelModel
 
 LIMIT = 60.0
@@ -119,6 +120,28 @@ def a_placed_model_equals_plain_keras(devices: list, groups: list[tuple[int, ...
     np.testing.assert_allclose(results[1][1], results[0][1], rtol=1e-3, atol=1e-4)
     for new, old in zip(results[1][2], results[0][2], strict=True):
         np.testing.assert_allclose(new, old, rtol=1e-3, atol=1e-4)
+
+
+def a_data_set_on_the_devices_equals_arrays(devices: list, name: str) -> None:
+    """Seven epochs in Keras's shuffled order, with sample weights, on one model; its steps are captured on the way."""
+    data = keras_data(name, 20)
+    results = []
+    with full_precision():
+        for resident in (False, True):
+            keras.utils.set_random_seed(3)
+            model = ParallelModel(KERAS_MODELS[name](), devices, timeout=LIMIT, check_replicas=True, compile="trace")
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+            model.compile(optimizer="sgd", loss=loss, metrics=["accuracy"])
+            names = ("x", "y", "sample_weight")
+            held = {"x": DeviceDataset(data, model)} if resident else dict(zip(names, data, strict=True))
+            history = model.fit(**held, batch_size=12, epochs=7, verbose=0).history
+            outputs = model.predict(held["x"], batch_size=12, verbose=0)
+            results.append((history, outputs, model.evaluate(**held, batch_size=12, verbose=0)))
+            del model, held
+    for key, values in results[0][0].items():
+        np.testing.assert_allclose(results[1][0][key], values, rtol=1e-4, err_msg=key)
+    np.testing.assert_allclose(results[1][1], results[0][1], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(results[1][2], results[0][2], rtol=1e-4)
 
 
 @contextlib.contextmanager

@@ -38,6 +38,12 @@ def test_batches_of_fewer_rows_than_devices(gpus, keras_checks, count):
     keras_checks.a_keras_model_equals_plain_keras(gpus(count), "mlp", batch_size=3)
 
 
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_a_data_set_on_the_gpus_equals_arrays(gpus, keras_checks, name, count):
+    keras_checks.a_data_set_on_the_devices_equals_arrays(gpus(count), name)
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_layers_placed_on_another_gpu_equal_plain_keras(gpus, keras_checks, count):
     """On one card both are streams of it; with two cards tensors go from one to the other."""

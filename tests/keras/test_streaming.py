@@ -113,3 +113,18 @@ def test_row_ranges_slice_and_index_as_the_rows_they_stand_for():
     np.testing.assert_array_equal(rows[1:4], array[3:8][1:4])
     np.testing.assert_array_equal(rows[np.array([4, 0])], array[3:8][[4, 0]])
     assert rows.shape == (5, 2)
+
+
+@pytest.mark.parametrize(("sizes", "expected"), [({}, 32), ({"batch_size": 5}, 5), ({"validation_batch_size": 4}, 4)])
+def test_whole_batches_leave_validation_its_batch_size(sizes, expected):
+    class Sizes(keras.callbacks.Callback):
+        def on_test_batch_end(self, batch, logs=None):
+            self.batches = batch + 1
+
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(size=(ROWS, 6)).astype("float32"), generator.normal(size=(ROWS, 1)).astype("float32")
+    model = fastdp.wrap(keras.Sequential([keras.Input((6,)), keras.layers.Dense(1)]), 2)
+    model.compile("sgd", "mse")
+    sizes_seen = Sizes()
+    model.fit(x, y, shuffle="batch", validation_data=(x, y), callbacks=[sizes_seen], verbose=0, **sizes)
+    assert sizes_seen.batches == -(-ROWS // expected)

@@ -1,0 +1,142 @@
+"""Batches of a `DeviceDataset`: row numbers that an engine and Keras's loops take for arrays; and nests of arrays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastdp.shard import Rows
+
+
+class Source(Protocol):
+    """What a batch needs of its data set."""
+
+    arrays: list[np.ndarray]
+    nest: Any
+
+    def spec(self, place: int) -> tuple[tuple[int, ...], np.dtype]:
+        """Shape of a row of an array, and dtype, as a step gets them."""
+
+    def on_host(self, place: int, index: NDArray[np.int64]) -> np.ndarray:
+        """Rows of one array, as the devices get them."""
+
+    def gather(self, device: Any, index: NDArray[np.int64], places: Sequence[int]) -> list[Any]:
+        """Rows of some arrays on a device."""
+
+    def check_devices(self, devices: Sequence[Any]) -> None:
+        """The arrays are where these devices take their rows."""
+
+
+class ResidentBatch(Sequence[Any]):
+    """A global batch as row numbers of a `DeviceDataset`; an engine takes it where it takes arrays.
+
+    Attributes:
+        numbers: of the rows, int64.
+        data: the data set.
+    """
+
+    def __init__(self, data: Source, index: NDArray[np.int64], places: Sequence[int] | None = None) -> None:
+        self.numbers = index
+        self.data = data
+        self._places = range(len(data.arrays)) if places is None else places
+        self._columns = [ResidentColumn(data, place, index) for place in self._places]
+
+    def __len__(self) -> int:
+        """The number of arrays."""
+        return len(self._columns)
+
+    def __getitem__(self, place: Any) -> Any:
+        """One of the arrays; its values are gathered on the host when somebody asks for them."""
+        return self._columns[place]
+
+    def nested(self) -> Any:
+        """The arrays as they are nested in the data set: `x`, `(x, y)` and so on."""
+        every = [ResidentColumn(self.data, place, self.numbers) for place in range(len(self.data.arrays))]
+        return filled(self.data.nest, every)
+
+    def rows_on(self, device: Any, rows: Rows) -> list[Any]:
+        """The device's rows of every array."""
+        return self.data.gather(device, self.numbers[rows.start : rows.stop], self._places)
+
+
+class ResidentColumn:
+    """One array of a batch: its shape and dtype, and its values for whoever asks, as NumPy's array or by DLPack.
+
+    Rows of it by a slice or by numbers are such an array again; one row is its values.
+    """
+
+    def __init__(self, data: Source, place: int, index: NDArray[np.int64]) -> None:
+        self._data, self._place, self._index = data, place, index
+        row, self.dtype = data.spec(place)
+        self.shape = (len(index), *row)
+        self.ndim = len(self.shape)
+        self.nbytes = math.prod(self.shape) * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self._index)
+
+    def __getitem__(self, rows: Any) -> Any:
+        """Some of the rows, or the values of one."""
+        index = self._index[rows]
+        if np.ndim(index) == 0:
+            return self._data.on_host(self._place, index[None])[0]
+        return ResidentColumn(self._data, self._place, index)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """NumPy's protocol."""
+        values = self._data.on_host(self._place, self._index)
+        return values if dtype is None else values.astype(dtype)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """The values in host memory for another library."""
+        return np.asarray(self).__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """Host memory."""
+        return np.empty(0).__dlpack_device__()
+
+    def batch_of(self, arrays: Sequence[Any]) -> ResidentBatch | None:
+        """The batch that has these arrays, if all are of this one's batch."""
+        for array in arrays:
+            ours = isinstance(array, ResidentColumn)
+            if not ours or array._data is not self._data or array._index is not self._index:
+                return None
+        return ResidentBatch(self._data, self._index, [array._place for array in arrays])
+
+
+def places_of(nest: Any, arrays: list[np.ndarray], keys: list[str | None], key: str | None = None) -> Any:
+    """The nest with the places of its arrays in `arrays`, to which they are added, with the dict's key of each."""
+    if nest is None:
+        return None
+    if isinstance(nest, Mapping):
+        return {name: places_of(part, arrays, keys, str(name)) for name, part in nest.items()}
+    if isinstance(nest, (list, tuple)):
+        return _sequence(nest, [places_of(part, arrays, keys, key) for part in nest])
+    array = np.asarray(nest)
+    if not array.ndim or array.dtype.kind not in "biufc":
+        raise TypeError(
+            f"A data set must hold arrays of numbers with rows. Received: {type(nest).__name__} "
+            f"({array.dtype} of shape {array.shape}). Convert lists of numbers by np.asarray."
+        )
+    arrays.append(np.ascontiguousarray(array))
+    keys.append(key)
+    return len(arrays) - 1
+
+
+def filled(nest: Any, values: Sequence[Any]) -> Any:
+    """A nest of places with what is at these places."""
+    if isinstance(nest, dict):
+        return {name: filled(part, values) for name, part in nest.items()}
+    if isinstance(nest, (list, tuple)):
+        return _sequence(nest, [filled(part, values) for part in nest])
+    return None if nest is None else values[nest]
+
+
+def _sequence(like: Any, parts: list[Any]) -> Any:
+    """A list or a tuple, as `like` is."""
+    return parts if isinstance(like, list) else tuple(parts)
