@@ -11,8 +11,7 @@ class AtOnce(keras.callbacks.Callback):
     """Does nothing, and by being there keeps Keras from telling callbacks of a batch's end in another thread.
 
     Keras does so where no callback asks to be told, for the history and the progress bar alone. On the host's cores
-    that thread takes one from the step that runs: a step of a small network took 4.0 ms with it, and 3.55 without
-    (lower quartiles, docs/log.md).
+    that thread takes one from the step that runs (figures in docs/log.md).
     """
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
