@@ -192,6 +192,11 @@ def test_wrong_arguments_say_so_at_once():
 def test_graph_is_checked_before_anything_is_installed():
     with pytest.raises(ValueError, match=r"`graph` must be one of .* Received: graph='all'"):
         fastdp.install(gpus=2, compile="trace", graph="all")
-    with pytest.raises(NotImplementedError, match='`graph="step"`'):
-        fastdp.install(gpus=2, compile="trace", graph="step")
     assert TorchTrainer.make_train_function.__qualname__.startswith("TorchTrainer.")
+
+
+@pytest.mark.parametrize("graph", ["bucket", "step"])
+def test_graphs_that_are_asked_for_where_there_are_none_are_warned_of(graph):
+    with pytest.warns(UserWarning, match=f'graph="{graph}" has nothing to record on virtual devices'):
+        fastdp.install(gpus=2, compile="trace", graph=graph)
+    assert not TorchTrainer.make_train_function.__qualname__.startswith("TorchTrainer.")
