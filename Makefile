@@ -57,8 +57,8 @@ docs: $(STAMP)  ## the pages of docs/ as a site in build/site
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt mkdocs==1.6.1
 	$(BIN)/mkdocs build --quiet
 
-layers: $(STAMP)  ## write docs/layers.md from tests/keras/layer_cases.py
-	$(BIN)/python tests/keras/layer_cases.py
+layers: $(STAMP)  ## write docs/layers.md from tests/shared/layer_cases.py
+	$(BIN)/python tests/shared/layer_cases.py
 
 # Keras's tests import more than Keras does: that lies in an environment of its own, on top of .venv.
 conformance: $(STAMP)  ## run Keras's own trainer, callback and model tests on fastdp; writes docs/conformance.md

@@ -31,7 +31,8 @@ def large_memory(nbytes: int) -> np.ndarray:
 
     They are not asked to be huge. In a virtual machine that gives free memory back to its host, as many do, huge pages
     are what was given back, and touching them is slow: 0.9 of the 2.3 seconds to the end of a ResNet50's first step,
-    where steps are not a per cent faster for them (docs/log.md). The memory goes back to the system with the array.
+    where steps are not a per cent faster for them (docs/log.md). NumPy's own large arrays ask for them, so they are not
+    used here. The memory goes back to the system with the array.
     """
     if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
         return np.zeros(nbytes, np.uint8)

@@ -50,9 +50,8 @@ def stream_fit(arguments: dict[str, Any]) -> dict[str, Any]:
     if not _on_disk(data) and not (isinstance(shuffle, str) and shuffle == "batch" and _arrays(data[0])):
         return arguments
     size = arguments.pop("batch_size", None)
-    arguments["validation_batch_size"] = (
-        arguments.get("validation_batch_size") or size
-    )  # Keras no longer sees the other
+    # Keras, which would take the other for it, no longer sees that.
+    arguments["validation_batch_size"] = arguments.get("validation_batch_size") or size
     split = arguments.pop("validation_split", 0.0)
     if split and validation is None:
         data, held_out = _split(data, split)

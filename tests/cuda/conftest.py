@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fake_cupy import installed
 from gpus import Gpus
 from simulation import Simulation
+from small_buckets import make_buckets_small
 
-import fastdp.buckets
 from fastdp.launch import cubin, nvrtc
 
 
@@ -73,7 +73,5 @@ def box(gpus) -> Gpus:
 def small_buckets(request, monkeypatch):
     """Buckets so small that each model has several of them, or one."""
     if request.param:
-        monkeypatch.setattr(fastdp.buckets, "FIRST_BUCKET_NBYTES", 64)
-        plan = fastdp.buckets.plan_buckets
-        monkeypatch.setattr(fastdp.buckets, "plan_buckets", lambda sizes, first, cap: plan(sizes, 64, 256))
+        make_buckets_small(monkeypatch)
     return request.param

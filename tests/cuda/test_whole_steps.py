@@ -16,6 +16,7 @@ import pytest
 import torch
 from graph_models import batches, dense, hows, normalized, train, wrapped
 from simulated_memory import RaceError
+from small_buckets import make_buckets_small
 
 import fastdp.comm.ways
 from fastdp.errors import DeviceTimeoutError, ReplicaError
@@ -29,9 +30,7 @@ pytestmark = pytest.mark.usefixtures("few_arrays_in_a_bucket")
 @pytest.fixture
 def few_arrays_in_a_bucket(monkeypatch):
     """Each model has several buckets."""
-    monkeypatch.setattr(fastdp.buckets, "FIRST_BUCKET_NBYTES", 64)
-    plan = fastdp.buckets.plan_buckets
-    monkeypatch.setattr(fastdp.buckets, "plan_buckets", lambda sizes, first, cap: plan(sizes, 64, 256))
+    make_buckets_small(monkeypatch)
 
 
 @pytest.fixture

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import sys
-from pathlib import Path
 
 import keras
+import layer_cases as cases
 import numpy as np
 import pytest
 
 import fastdp
 
-
-def _load_sibling(name):
-    spec = importlib.util.spec_from_file_location(f"fastdp_tests_{name}", Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-cases = _load_sibling("layer_cases")
 # Of Keras and torch alone: a scalar draw of `beta`, transposed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*Tensor.T is deprecated on 0-D tensors:UserWarning")
 

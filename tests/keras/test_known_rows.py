@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import keras
+import layer_cases as cases
 import numpy as np
 import pytest
 
@@ -16,17 +13,6 @@ from fastdp.program.keras_batch import flatten_batch
 from fastdp.program.keras_rows import ROWS_APART, keeps_rows_apart
 
 layers = keras.layers
-
-
-def _load_sibling(name):
-    spec = importlib.util.spec_from_file_location(f"fastdp_tests_{name}", Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-cases = _load_sibling("layer_cases")
 
 
 def bare(case):

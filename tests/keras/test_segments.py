@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import pytest
 import torch
+from small_buckets import make_buckets_small
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastdp
@@ -113,8 +114,7 @@ def test_a_graph_for_another_device_makes_nothing_on_the_first(step):
 
 @pytest.fixture
 def small_buckets(monkeypatch):
-    plan = fastdp.buckets.plan_buckets
-    monkeypatch.setattr(fastdp.buckets, "plan_buckets", lambda sizes, first, cap: plan(sizes, 64, 256))
+    make_buckets_small(monkeypatch)
 
 
 def train(mode, gpus=3):

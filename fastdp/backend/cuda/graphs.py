@@ -7,6 +7,7 @@ reference, "Graph Management".
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import sys
@@ -94,7 +95,8 @@ def chained(segments: Sequence[int], branches: Sequence[tuple[int, int]]) -> int
         if waiting:
             raise ValueError(f"branches={branches}: expected numbers below {len(segments)}, the number of segments")
     except BaseException:
-        _call("cuGraphDestroy", graph)
+        with contextlib.suppress(GraphError):  # the first failure tells more
+            _call("cuGraphDestroy", graph)
         raise
     return int(graph.value or 0)
 

@@ -1,6 +1,6 @@
 """Every public layer of Keras, in a small model that can be trained: what it is tried on, and what must come out.
 
-`python tests/keras/layer_cases.py` (or `make layers`) writes docs/layers.md from this list; test_every_layer.py holds
+`python tests/shared/layer_cases.py` (or `make layers`) writes docs/layers.md from this list; test_every_layer.py holds
 each case to what it claims, and the page to the list.
 """
 
