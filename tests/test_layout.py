@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "fastdp"
 # has several prefixes.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("_version.py",),
-    ("errors.py",),
+    ("errors.py", "warn.py"),
     ("shard.py",),
     ("timing.py",),
     ("backend/",),
