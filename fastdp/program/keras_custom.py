@@ -21,7 +21,7 @@ from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import Structure, flatten_outputs, unpack
 from fastdp.program.keras_effects import Effect, classify, mixes_rows
 from fastdp.program.keras_memory import Mapping, ReplicaScope
-from fastdp.program.keras_outcome import Notes, Outcome
+from fastdp.program.keras_outcome import Notes, Outcome, SideEffects
 from fastdp.program.keras_placed import gradients_of
 from fastdp.program.keras_replica import Running, replica_scope
 from fastdp.program.keras_scope import replica_aware
@@ -178,7 +178,7 @@ class CallProgram(KerasProgram):
             leaves = [scope.get_current_value(v) for v in work.weights]
             work.ran[context.rank] = _Ran(context, run, inputs, leaves, outputs, losses)
         detached = [loss.detach() for loss in losses]
-        outcome = Outcome([], detached, outputs, structure, scope.assigned(state.mapping), run.moments)
+        outcome = Outcome([], detached, outputs, structure, SideEffects.of(scope, state.mapping, run))
         return self._result(outcome, state, context, Notes(structure, len(losses)))
 
     @staticmethod
