@@ -18,9 +18,11 @@ import keras
 import numpy as np
 import torch
 from keras.src.backend import in_stateless_scope
+from keras.src.backend.torch.trainer import TorchTrainer
 
 from fastdp.program.keras_batch import flatten_batch, pack_like
 from fastdp.program.keras_custom import Backward, CallProgram, Forward, LayerEffects
+from fastdp.program.keras_effects import NotByRowsError
 from fastdp.program.keras_replica import running
 from fastdp.program.torch_tensors import as_tensor
 
@@ -31,8 +33,8 @@ _original: list[Callable[..., Any]] = []
 
 
 def has_own(model: Any, step: str) -> bool:
-    """Whether a model has a `train_step`, `test_step` or `predict_step` of its own."""
-    return getattr(type(model), step) is not getattr(keras.Model, step)
+    """Whether a model has a `train_step`, `test_step` or `predict_step` of its own: its class, or the object itself."""
+    return step in vars(model) or getattr(type(model), step) is not getattr(TorchTrainer, step)
 
 
 def check_own_step(model: Any) -> None:
@@ -73,6 +75,14 @@ class LayerCalls:
         if call is None or not call.splits:
             return original(layer, *args, **kwargs)
         effects = self._effects(layer, call)
+        if effects.refused is None and effects.tried:
+            try:
+                outputs = self._on_devices(effects, call)
+            except NotByRowsError as error:  # before anything was assigned
+                effects.refused = str(error)
+            else:
+                self.count += 1
+                return outputs
         if effects.refused is not None or not effects.tried:
             self.postponed = self.postponed or not effects.tried  # rows that are all equal tell nothing
             if effects.refused is not None and layer.name not in self.refused:
@@ -81,8 +91,10 @@ class LayerCalls:
                     f"fastdp: calls of {layer.name!r} from the model's own step run on one device: {effects.refused}.",
                     stacklevel=4,
                 )
-            return original(layer, *args, **kwargs)
-        self.count += 1
+        return original(layer, *args, **kwargs)
+
+    def _on_devices(self, effects: LayerEffects, call: _Call) -> Any:
+        """The merged outputs, which take part in autograd."""
         self.program.effects, before = effects, self.program.effects
         try:
             return call.on_devices(self)
@@ -172,7 +184,8 @@ class _Step:
         self.structure, self.outputs = notes.structure, len(result.outputs)
         dtypes = [*notes.structure.dtypes, *["bool"] * (len(result.outputs) - len(notes.structure.dtypes))]
         merged = [as_tensor(array, dtype) for array, dtype in zip(result.outputs, dtypes, strict=True)]
-        return [*merged, *(torch.tensor(float(value)) for value in result.sums[: notes.terms])]
+        losses = zip(result.sums[: notes.terms].tolist(), self.work.loss_dtypes, strict=True)
+        return [*merged, *(torch.tensor(value, dtype=dtype) for value, dtype in losses)]
 
     def backward(self, gradients: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor | None]:
         """The gradients of the row tensors and of the weights."""

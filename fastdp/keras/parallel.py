@@ -17,6 +17,7 @@ from fastdp.keras.callbacks import at_once
 from fastdp.keras.checks import check_template
 from fastdp.keras.compile_state import borrowed, follow, follows, take_over
 from fastdp.keras.custom_steps import check_own_step
+from fastdp.keras.own_loops import calls_model, is_plain_call, wants_gradient
 from fastdp.keras.resident import as_fed, resident_batch, resident_fit, resident_forward
 from fastdp.keras.steps import Steps
 from fastdp.keras.streaming import arguments_by_name, stream_fit, stream_forward
@@ -246,29 +247,30 @@ class ParallelModel(TemplateView):
 
     # Running.
 
-    def call(self, inputs: Any, training: bool | None = None, mask: Any = None, **kwargs: Any) -> Any:
-        """The outputs for a global batch, merged, without gradients.
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The outputs for a global batch, merged, as the template would give them, with all arguments of its own call.
 
-        With `training=True` the template itself is called, on the whole batch: a gradient that the caller
-        takes is then right, and computed on one device. While Keras traces shapes it is called too. So it is, with a
-        warning, where it gets a mask or arguments of its own, which devices cannot share.
+        They have a gradient where those of the template would: `loss.backward()` gives the template's weights the
+        gradient of one device, and `torch.autograd.grad` works too. What devices cannot share (arguments of unequal
+        numbers of rows, a model whose outputs mix rows) runs on one device, and a warning says once why. A gradient
+        of a gradient is computed on one device.
         """
+        if not calls_model(args, kwargs):
+            return super().__call__(*args, **kwargs)
+        if is_plain_call(args, kwargs) and not wants_gradient(self.template, args, kwargs):
+            return super().__call__(*args, **kwargs)
+        return self._steps.call(_call_layer, args, kwargs)
+
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None, **kwargs: Any) -> Any:
+        """The outputs for a global batch, merged, without gradients. While Keras traces shapes, the template's."""
         masked = any(leaf is not None for leaf in keras.tree.flatten(mask))
-        given = [*(["mask"] if masked else []), *kwargs]
-        if not (training or given or keras.src.backend.in_stateless_scope()):
-            return self._steps.outputs(self.engine, (inputs, None, None))
+        if not (training or kwargs or masked or keras.src.backend.in_stateless_scope()):
+            return self._steps.merged_outputs(inputs)
         if masked and self.template._call_has_mask_arg:
             kwargs["mask"] = mask
         if self.template._call_has_training_arg:
             kwargs["training"] = training
-        outputs = self.template(inputs, **kwargs)
-        if given and not training:
-            warnings.warn(
-                f"The parallel model {self.name!r} was called with {', '.join(given)}, so its template "
-                f"{self.template.name!r} ran on one device, with all rows.",
-                stacklevel=2,
-            )
-        return outputs
+        return self.template(inputs, **kwargs)
 
     def symbolic_call(self, *args: Any, **kwargs: Any) -> Any:
         """Become a part of another model: possible, but said aloud, since training that is not parallel."""
@@ -360,3 +362,8 @@ class ParallelModel(TemplateView):
         """Keras hands its functions a list of batches: one. The engine is made here, where Keras's loops begin."""
         assert self.engine is not None
         return lambda data: step(self._steps.engine_within_loop, data[0])
+
+
+def _call_layer(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """A call as a script makes it."""
+    return layer(*args, **kwargs)

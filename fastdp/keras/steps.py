@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,9 +16,9 @@ from fastdp.engine import DataParallel
 from fastdp.keras.ahead import Ahead
 from fastdp.keras.before_step import BeforeStep
 from fastdp.keras.custom_steps import LayerCalls, has_own, layer_calls
+from fastdp.keras.own_loops import ModelCalls, inside_step
 from fastdp.program.capture import Captures
 from fastdp.program.capture_record import Recorder
-from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import Structure, flatten_batch, unpack
 from fastdp.program.keras_custom import CallProgram
 from fastdp.program.keras_losses import own_copy
@@ -68,6 +68,7 @@ class Steps:
         self._strict = strict
         self._engine: DataParallel | None = None
         self._calls: LayerCalls | None = None
+        self._model_calls: ModelCalls | None = None
         self._trains: list[bool] = []
         self._variables_known = False
         self._told_of_values = False
@@ -82,13 +83,19 @@ class Steps:
             if trainer.compiled and trainer.optimizer is not None and not trainer.optimizer.built:
                 trainer.optimizer.build(self.template.trainable_variables)
             self.forget_engine()
-            program = self._program()
+            program = CallProgram(
+                self.template,
+                trainer,
+                own_train_step=has_own(self.template, "train_step"),
+                sync_batch_norm=self._sync_batch_norm,
+                template_state=self._template_state,
+            )
             if self._capture_mode is not None and trainer.compiled and not has_own(self.template, "train_step"):
                 parts = self._graphs == "step"
                 recorder = Recorder(self.template.name, alone, parts=parts) if self._graphs else None
                 program.captures = Captures(program, self._capture_mode, len(self.devices), recorder, alone)
             self._engine = DataParallel(program, self.devices, **self._engine_options)
-            self._calls = LayerCalls(self._engine) if isinstance(program, CallProgram) else None
+            self._calls = LayerCalls(self._engine)
             self._trains, self._variables_known = self._trainability(program), False
         return self._engine
 
@@ -214,9 +221,9 @@ class Steps:
 
     def _stale(self, program: Any) -> bool:
         """Whether the program was made for other variables than those that are trained now."""
-        if not self.trainer.compiled or self.trainer.optimizer is None:
-            return False
         trainable = self.template.trainable_variables
+        if not self.trainer.compiled or self.trainer.optimizer is None:
+            return [id(v) for v in program.trainable] != [id(v) for v in trainable]
         slots = self.trainer.optimizer.variables
         return (
             program.optimizer is not self.trainer.optimizer
@@ -224,13 +231,18 @@ class Steps:
             or [id(v) for v in program.slot_variables] != [id(v) for v in slots]
         )
 
-    def _program(self) -> KerasProgram:
-        """What the replicas run: whole steps, or single layers too where the template has steps of its own."""
-        options = {"sync_batch_norm": self._sync_batch_norm, "template_state": self._template_state}
-        if any(has_own(self.template, step) for step in ("train_step", "test_step", "predict_step")):
-            own = has_own(self.template, "train_step")
-            return CallProgram(self.template, self.trainer, own_train_step=own, **options)
-        return KerasProgram(self.template, self.trainer, **options)
+    def merged_outputs(self, inputs: Any) -> Any:
+        """The model's outputs for a call by the script itself that needs no gradient."""
+        engine: Any = self.engine
+        engine.program.doubted = True
+        return self.outputs(engine, (inputs, None, None))
+
+    def call(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """One call of the model by the script itself: merged outputs, with a gradient where plain Keras has one."""
+        engine = self.engine_within_loop
+        if self._model_calls is None or self._model_calls.engine is not engine:
+            self._model_calls = ModelCalls(engine)
+        return self._model_calls.run(self.template, original, args, kwargs)
 
     def _own_step(self, name: str, data: Any) -> Any:
         """A step that the template has of its own, with the calls of its layers on all devices.

@@ -19,7 +19,7 @@ import torch
 from fastdp.program.base import Context, Result
 from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import Structure, flatten_outputs, unpack
-from fastdp.program.keras_effects import Effect, classify, mixes_rows
+from fastdp.program.keras_effects import Effect, NotByRowsError, classify, mixes_rows
 from fastdp.program.keras_memory import Mapping, ReplicaScope
 from fastdp.program.keras_outcome import Notes, Outcome, SideEffects
 from fastdp.program.keras_placed import gradients_of
@@ -60,6 +60,7 @@ class Forward:
     differentiable: bool
     ran: dict[int, _Ran] = field(default_factory=dict)
     seeds: Mapping = field(default_factory=list)
+    loss_dtypes: list[torch.dtype] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -120,7 +121,8 @@ class CallProgram(KerasProgram):
     def __init__(self, model: Any, trainer: Any, *, own_train_step: bool, **options: Any) -> None:
         super().__init__(model, trainer, **options)
         self._own_train_step = own_train_step
-        if own_train_step:
+        self.doubted = False
+        if own_train_step or self.optimizer is None:  # leaves of autograd all the same
             self.trainable = list(model.trainable_variables)
             self.gradients = []
             self.slots = []
@@ -134,6 +136,15 @@ class CallProgram(KerasProgram):
             return super().home_slots(device)
         finally:
             self.optimizer = optimizer
+
+    def changed_outside(self) -> bool:
+        """As for any program; also where nobody can tell.
+
+        Torch counts no writes of its fused optimizers and none through `.data`, and both are usual in loops of a
+        script's own: so replicas are refreshed before each call from one, and after each backward pass.
+        """
+        doubted, self.doubted = self.doubted, False
+        return super().changed_outside() or doubted
 
     def effects_of(self, layer: Any, call: Callable[[list[torch.Tensor]], Any]) -> LayerEffects:
         """What is to be found out about a layer."""
@@ -174,6 +185,13 @@ class CallProgram(KerasProgram):
             y = work.call(inputs)
             losses = self._extra_losses(scope.losses, context)
         outputs, structure = flatten_outputs(y)
+        if context.rank == 0:
+            work.loss_dtypes = [loss.dtype for loss in losses]
+            if work.differentiable and feed_each_other(outputs):
+                raise NotByRowsError(
+                    "one of its outputs is computed from another of them, and gradients between them are asked of "
+                    "outputs that were never cut off"
+                )
         if work.differentiable:
             leaves = [scope.get_current_value(v) for v in work.weights]
             work.ran[context.rank] = _Ran(context, run, inputs, leaves, outputs, losses)
@@ -181,9 +199,9 @@ class CallProgram(KerasProgram):
         outcome = Outcome([], detached, outputs, structure, SideEffects.of(scope, state.mapping, run))
         return self._result(outcome, state, context, Notes(structure, len(losses)))
 
-    @staticmethod
-    def _backward(context: Context, work: Backward) -> Result:
+    def _backward(self, context: Context, work: Backward) -> Result:
         """A replica's part of the gradients. Its outputs are those of the row arrays."""
+        self.doubted = True
         ran = work.forward.ran[context.rank]
         ran.context.rendezvous = context.rendezvous  # where synchronized moments meet, backward
         roots, seeds = [], []
@@ -228,3 +246,23 @@ class CallProgram(KerasProgram):
                 "model with sync_batch_norm=True."
             )
         return [*outputs, *losses]
+
+
+def feed_each_other(outputs: Sequence[torch.Tensor]) -> bool:
+    """Whether one of these tensors is computed from another, as autograd's graph has it.
+
+    A script may ask for the gradient of one by the other (of a class's score by a feature map), which there is none of
+    between two outputs of one node.
+    """
+    ends = {output.grad_fn for output in outputs if output.grad_fn is not None}
+    if len(ends) < 2:
+        return False
+    seen, left = set(ends), list(ends)
+    while left:
+        for node, _ in left.pop().next_functions:
+            if node in ends:
+                return True
+            if node is not None and node not in seen:
+                seen.add(node)
+                left.append(node)
+    return False
