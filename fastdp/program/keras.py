@@ -235,7 +235,7 @@ class KerasProgram:
 
     def assign(self, sums: np.ndarray, notes: Notes) -> None:
         """Give the template the variables that a forward pass assigned: metrics of layers, seeds, counters."""
-        if notes.assigned or notes.constant:
+        if notes.assigned or notes.constant or notes.normalized:
             with torch.no_grad():
                 self._assign([v.value for v in self.variables], sums[notes.terms :], notes)
 
