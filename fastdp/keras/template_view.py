@@ -78,7 +78,7 @@ class TemplateView(keras.Model):
 
     @trainable.setter
     def trainable(self, value: bool) -> None:
-        keras.Model.trainable.fset(self, value)  # type: ignore[attr-defined]
+        keras.Model.trainable.fset(self, value)
 
     def get_layer(self, name: str | None = None, index: int | None = None) -> Any:
         """The template, by its name, or one of the template's layers by theirs; by index one of `layers`."""
@@ -149,9 +149,9 @@ class TemplateView(keras.Model):
             if (changed.dtype, changed.device) != (empty.dtype, empty.device):
                 raise ValueError(
                     f"The parameter {name!r} of the parallel model {self.name!r} cannot become {changed.dtype} on "
-                    f"{changed.device}: it is {empty.dtype} on {empty.device}, where the replicas are kept up to date "
-                    "from. Which devices train says gpus= of fastdp.wrap, and which dtype keras.config.set_dtype_policy "
-                    "before the model is made."
+                    f"{changed.device}: it is {empty.dtype} on {empty.device}, and replicas are copies of it. Devices "
+                    "are chosen by gpus= of fastdp.wrap, the dtype by keras.config.set_dtype_policy() before the model "
+                    "is made."
                 )
         return self
 
