@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+from keras.src.models.functional import Functional
 from keras.src.utils.torch_utils import TorchModuleWrapper
 
+from fastdp.keras.custom_steps import OWN_STEPS, has_own
 from fastdp.program.keras_modules import draws_at_random
 
 
@@ -24,6 +26,24 @@ def check_backend(caller: str) -> None:
         )
 
 
+def is_built(model: Any) -> bool:
+    """Whether a model has all the variables that a call of it uses. A layer that it holds and never calls counts not.
+
+    What a functional model calls was called when it was made; of another one its first call tells, which builds
+    whatever it calls. A step of the model's own calls what it likes, and each layer is looked at there.
+    """
+    if not model.built:
+        return False
+    if model._called or type(model).call in (Functional.call, keras.Sequential.call):
+        return True
+    return any(has_own(model, step) for step in OWN_STEPS) or not unbuilt_layers(model)
+
+
+def unbuilt_layers(model: Any) -> list[Any]:
+    """The layers that a model holds and has never called, or that another of its modes calls."""
+    return [layer for layer in model._flatten_layers() if not layer.built]
+
+
 def check_template(model: Any, *, any_batch_size: bool = False) -> None:
     """A template is built, and has no state that is tied to rows.
 
@@ -33,7 +53,7 @@ def check_template(model: Any, *, any_batch_size: bool = False) -> None:
     Raises:
         ValueError: it is not; the message says what to do.
     """
-    if not model.built or not all(layer.built for layer in model._flatten_layers()):
+    if not is_built(model):
         raise ValueError(
             f"The model {model.name!r} is not built, so it has no weights to replicate. Begin it with "
             "keras.Input(shape), call model.build((None, ...)), or call a subclassed model on a batch. Wrap it then."

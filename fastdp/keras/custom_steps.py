@@ -32,6 +32,9 @@ _users = [0]
 _original: list[Callable[..., Any]] = []
 
 
+OWN_STEPS = ("train_step", "test_step", "predict_step")
+
+
 def has_own(model: Any, step: str) -> bool:
     """Whether a model has a `train_step`, `test_step` or `predict_step` of its own: its class, or the object itself."""
     return step in vars(model) or getattr(type(model), step) is not getattr(TorchTrainer, step)

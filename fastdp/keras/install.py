@@ -8,7 +8,6 @@ runs, and one warning says why.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,13 +19,17 @@ import torch
 from keras.src.backend.torch.trainer import TorchTrainer
 
 from fastdp.device import resolve
-from fastdp.keras.checks import check_backend, check_template
+from fastdp.keras.checks import check_backend, check_template, is_built, unbuilt_layers
 from fastdp.keras.custom_steps import has_own
+from fastdp.keras.own_loops import inside_step, is_own_call, say_once
 from fastdp.keras.steps import Steps
+from fastdp.keras.template_view import TemplateView
 from fastdp.program.capture_record import chosen_graphs
 from fastdp.program.keras_effects import NotByRowsError
+from fastdp.warn import warn_user
 
 _KINDS = ("train", "test", "predict")
+NOT_BUILT = "it is not built: it makes its variables when it is called"
 _STEPS = "_fastdp_steps"  # in a model's __dict__: so it lives as long as the model, and Keras does not track it
 
 
@@ -36,8 +39,13 @@ class _Installed:
 
     devices: list[Any]
     options: dict[str, Any]
-    originals: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    originals: list[tuple[Any, str, Callable[..., Any]]] = field(default_factory=list)
     models: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+
+    def put(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
+        """Put a function in the place of Keras's."""
+        self.originals.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, function)
 
 
 _installed: list[_Installed] = []
@@ -89,8 +97,8 @@ def install(
     installed = _Installed(devices, settings)
     for kind in _KINDS:
         name = f"make_{kind}_function"
-        installed.originals[name] = getattr(TorchTrainer, name)
-        setattr(TorchTrainer, name, _maker(kind, installed.originals[name]))
+        installed.put(TorchTrainer, name, _maker(kind, getattr(TorchTrainer, name)))
+    installed.put(keras.Layer, "__call__", _calling(keras.Layer.__call__, installed))
     _installed.append(installed)
 
 
@@ -98,8 +106,8 @@ def uninstall() -> None:
     """Undo `install`: models run as plain Keras runs them. Nothing happens where nothing is installed."""
     while _installed:
         installed = _installed.pop()
-        for name, original in installed.originals.items():
-            setattr(TorchTrainer, name, original)
+        for owner, name, original in installed.originals:
+            setattr(owner, name, original)
         for model in installed.models:
             model.__dict__.pop(_STEPS, None)
             for kind in _KINDS:
@@ -152,11 +160,17 @@ class _ParallelFunction:
         self._refused = None
 
     def __call__(self, data: Any) -> Any:
-        """Run one step."""
-        model = self._model()
+        """Run one step, whose calls of models are its own affair."""
+        with inside_step():
+            return self._step(self._model(), data)
+
+    def _step(self, model: Any, data: Any) -> Any:
+        """One step, on all devices or plain."""
         reason = self._refused if self._model_fits else _why_not(model)
         self._model_fits = reason is None or reason is self._refused
         if reason is None and not has_own(model, f"{self._kind}_step"):
+            if _is_first(model, self._kind) and unbuilt_layers(model):
+                return self._plain(data)  # it builds what such steps call
             reason = _why_not_split(data[0])
         if reason is None:
             steps = _steps_of(model, self._installed)
@@ -166,6 +180,24 @@ class _ParallelFunction:
                 reason = self._refused = str(error)
         _warn_once(model, self._kind, reason)
         return self._plain(data)
+
+
+def _calling(original: Callable[..., Any], installed: _Installed) -> Callable[..., Any]:
+    """`Layer.__call__`, which runs the calls of whole models from a script's own code on all devices."""
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, keras.Model) or isinstance(self, TemplateView) or not is_own_call(self, args, kwargs):
+            return original(self, *args, **kwargs)
+        known = self.__dict__.get(_STEPS)
+        reason = None if known is not None and known[1].is_unchanged() else _why_not(self)
+        if reason is None:
+            return _steps_of(self, installed).call(original, args, kwargs)
+        if reason != NOT_BUILT or not _is_first(self, "call"):
+            say_once(self, reason)
+        with inside_step():
+            return original(self, *args, **kwargs)
+
+    return __call__
 
 
 def _steps_of(model: Any, installed: _Installed) -> Steps:
@@ -181,8 +213,8 @@ def _steps_of(model: Any, installed: _Installed) -> Steps:
 
 def _why_not(model: Any) -> str | None:
     """Why a step of this model cannot run on several devices; None where it can."""
-    if not model.built or not all(layer.built for layer in model._flatten_layers()):
-        return "it is not built before its first batch"
+    if not is_built(model):
+        return NOT_BUILT
     try:
         check_template(model, any_batch_size=isinstance(model, keras.Sequential))
     except ValueError as error:
@@ -206,14 +238,18 @@ def _why_not_split(data: Any) -> str | None:
     return "its batch has no rows" if 0 in rows else None
 
 
+def _is_first(model: Any, kind: str) -> bool:
+    """Whether nothing was run to build the model yet, by such steps. Asked once."""
+    begun = model.__dict__.setdefault("_fastdp_begun", set())
+    first = kind not in begun
+    begun.add(kind)
+    return first
+
+
 def _warn_once(model: Any, kind: str, reason: str) -> None:
     """Say once per model, kind of step and reason that plain Keras runs it."""
     said = model.__dict__.setdefault("_fastdp_said", set())
-    if (kind, reason) in said:
-        return
+    if (kind, reason) in said or (reason == NOT_BUILT and _is_first(model, kind)):
+        return  # or it is built by running it, and nothing is lost
     said.add((kind, reason))
-    if "not built" in reason:  # plain Keras builds it by running it: nothing else is lost
-        return
-    warnings.warn(
-        f"fastdp: {kind} steps of the model {model.name!r} run on one device, as plain Keras: {reason}", stacklevel=3
-    )
+    warn_user(f"fastdp: {kind} steps of the model {model.name!r} run on one device, as plain Keras: {reason}")

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import keras
+import numpy as np
 import torch
 from keras.src.backend.common import global_state
 
@@ -31,6 +32,8 @@ class ModelCalls(LayerCalls):
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
         self._layers = self.program.model._flatten_layers()
+        self._unbuilt = not all(layer.built for layer in self._layers)
+        self._begun: set[Any] = set()
         self._one_at_a_time = threading.RLock()
 
     def run(self, layer: Any, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -38,7 +41,7 @@ class ModelCalls(LayerCalls):
         with self._one_at_a_time, inside_step():
             call = _Call(layer, original, args, _with_context(layer, kwargs))
             reason = why_not_call(call) or self._why_not(layer)
-            if reason is None and call.splits:
+            if reason is None and call.splits and not self._builds(call):
                 effects = self._effects(layer, call)
                 if effects.refused is None and effects.tried:
                     self.program.doubted = True
@@ -47,16 +50,25 @@ class ModelCalls(LayerCalls):
                     except NotByRowsError as error:  # before anything was assigned
                         effects.refused = str(error)
                 reason = effects.refused or (None if effects.tried else "the rows of its batches are all equal")
-        if reason is not None:
-            say_once(layer, reason)
-        return original(layer, *args, **kwargs)
+            if reason is not None:
+                say_once(layer, reason)
+            return original(layer, *args, **kwargs)
+
+    def _builds(self, call: _Call) -> bool:
+        """Whether a call may build layers that no call has built: the first of its kind is plain then."""
+        if not self._unbuilt or call.key in self._begun:
+            return False
+        self._begun.add(call.key)
+        return True
 
     def _why_not(self, layer: Any) -> str | None:
-        """Why no call of the model can be split as it is now; None where it can."""
+        """Why no call of the model can be split as things are; None where it can."""
         if not self.program.knows(layer):
             return "it has weights that the replicas do not have"
         hooked = next((part for part in self._layers if is_hooked(part)), None)
-        return None if hooked is None else f"a hook of torch's on {hooked.name!r} sees the whole batch on one device only"
+        if hooked is not None:
+            return f"a hook of torch's on {hooked.name!r} sees the whole batch on one device only"
+        return _why_not_here()
 
     def _effects(self, layer: Any, call: _Call) -> LayerEffects:
         """What is known of such calls. A model of layers that are known is not tried."""
@@ -98,11 +110,34 @@ def is_hooked(layer: Any) -> bool:
     return any(own.get(name) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"))
 
 
+def _why_not_here() -> str | None:
+    """Why this thread's calls cannot be dealt out to others: what torch keeps for each thread alone."""
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return "torch.autocast holds for this thread alone; use keras.config.set_dtype_policy('mixed_bfloat16') instead"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func and torch.vmap follow operations on this thread alone"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode gradients are followed on this thread alone"
+    if torch._C._len_torch_dispatch_stack():
+        return "a dispatch mode of torch's follows operations on this thread alone"
+    return None
+
+
 def calls_model(args: Any, kwargs: Any) -> bool:
-    """Whether a call computes numbers: it is neither symbolic, nor a part of a step or of another call."""
-    if keras.src.backend.in_stateless_scope() or within_step():
+    """Whether a call computes numbers: it is neither symbolic, nor a part of a step."""
+    if within_step() or keras.src.backend.in_stateless_scope() or torch.compiler.is_compiling():
         return False
     return not any(isinstance(leaf, keras.KerasTensor) for leaf in keras.tree.flatten((args, kwargs)))
+
+
+def is_own_call(model: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a script itself calls a model on a batch of two rows or more that devices could share."""
+    if within_step() or global_state.get_global_attribute("current_call_ctx") is not None:
+        return False
+    if not (model.weights or not model.built) or not calls_model(args, kwargs):
+        return False
+    leaves = keras.tree.flatten((args, kwargs))
+    return any(isinstance(leaf, (torch.Tensor, np.ndarray)) and leaf.ndim and leaf.shape[0] > 1 for leaf in leaves)
 
 
 def is_plain_call(args: Any, kwargs: Any) -> bool:
@@ -149,5 +184,3 @@ def inside_step() -> Iterator[None]:
 def within_step() -> bool:
     """Whether this thread is inside a step."""
     return getattr(_thread, "inside", False)
-
-

@@ -70,6 +70,8 @@ class Steps:
         self._calls: LayerCalls | None = None
         self._model_calls: ModelCalls | None = None
         self._trains: list[bool] = []
+        self._layers: list[Any] = []
+        self._parts = 0
         self._variables_known = False
         self._told_of_values = False
         # The batches of the present `fit`, where the next one is fetched while a step runs.
@@ -78,7 +80,7 @@ class Steps:
     @property
     def engine(self) -> DataParallel:
         """The engine, made for the model as it is compiled now: asked for where Keras's loops begin."""
-        if self._engine is None or self._stale(self._engine.program):
+        if self._engine is None or not self.is_unchanged() or self._stale(self._engine.program):
             trainer = self.trainer
             if trainer.compiled and trainer.optimizer is not None and not trainer.optimizer.built:
                 trainer.optimizer.build(self.template.trainable_variables)
@@ -97,6 +99,8 @@ class Steps:
             self._engine = DataParallel(program, self.devices, **self._engine_options)
             self._calls = LayerCalls(self._engine)
             self._trains, self._variables_known = self._trainability(program), False
+            self._layers = self.template._flatten_layers()
+            self._parts = self._count_parts()
         return self._engine
 
     @property
@@ -110,7 +114,18 @@ class Steps:
         program: Any = self._engine.program
         optimizer = self.trainer.optimizer if self.trainer.compiled else None
         changed = program.optimizer is not optimizer or self._trainability(program) != self._trains
-        return self.engine if changed else self._engine
+        return self.engine if changed or not self.is_unchanged() else self._engine
+
+    def is_unchanged(self) -> bool:
+        """Whether the template has the layers and variables that the engine was made for: none were built since."""
+        return self._engine is not None and self._count_parts() == self._parts
+
+    def _count_parts(self) -> int:
+        """A number that grows with each layer and each variable that the template gets."""
+        return sum(
+            len(layer._layers) + len(layer._trainable_variables) + len(layer._non_trainable_variables)
+            for layer in self._layers
+        )
 
     def _check_variables(self) -> None:
         """The optimizer was built for all that is trained: what was thawed since is Keras's error, once asked for."""
@@ -263,6 +278,7 @@ class Steps:
                 stack.enter_context(before.watching())
             if name != "train_step":
                 stack.enter_context(torch.no_grad())
+            stack.enter_context(inside_step())
             stack.enter_context(layer_calls(calls))
             logs = getattr(self.template, name)(data)
             if not (calls.count or calls.told or calls.postponed) and _has_rows(data):

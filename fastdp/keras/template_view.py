@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+import torch
 
 from fastdp.keras.by_name import is_keras_2_file, load_weights, save_weights
 from fastdp.keras.compile_state import borrowed
@@ -58,6 +60,36 @@ class TemplateView(keras.Model):
         """The template's output shape. A subclassed model has none."""
         return self.template.output_shape
 
+    @property
+    def input(self) -> Any:
+        """The template's input tensors, in their nest. A subclassed model has none."""
+        return self.template.input
+
+    @property
+    def output(self) -> Any:
+        """The template's output tensors, in their nest. A subclassed model has none."""
+        return self.template.output
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the template is trained. Set, it holds for the template and all its layers."""
+        template = self.__dict__.get("_modules", {}).get("template")
+        return self._trainable if template is None else template.trainable
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        keras.Model.trainable.fset(self, value)
+
+    def get_layer(self, name: str | None = None, index: int | None = None) -> Any:
+        """The template, by its name, or one of the template's layers by theirs; by index one of `layers`."""
+        if name is not None and index is None and name not in {layer.name for layer in self.layers}:
+            return self.template.get_layer(name)
+        return super().get_layer(name, index)
+
+    def quantize(self, *args: Any, **kwargs: Any) -> Any:
+        """Quantize the template. Arguments as in Keras."""
+        return self.template.quantize(*args, **kwargs)
+
     def summary(self, *args: Any, **kwargs: Any) -> None:
         """Print the template's summary. Arguments as in Keras."""
         self.template.summary(*args, **kwargs)
@@ -82,6 +114,58 @@ class TemplateView(keras.Model):
     def to_json(self, **kwargs: Any) -> str:
         """The template as JSON: it loads as a plain Keras model."""
         return self.template.to_json(**kwargs)
+
+    # As a module of torch: the template's parameters, under the template's names.
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """The template's parameters with their names, each once. Arguments as in torch."""
+        return self.template.named_parameters(*args, **kwargs)
+
+    def get_parameter(self, target: str) -> torch.nn.Parameter:
+        """One of the template's parameters by its name."""
+        return self.template.get_parameter(target)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """The template's buffers with their names. Arguments as in torch."""
+        return self.template.named_buffers(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The template's, so that it loads into the template too. Arguments as in torch."""
+        return self.template.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load the template's values; all replicas follow at the next step. Arguments as in torch."""
+        return self.template.load_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """What `to`, `cuda`, `half` and the like come to: nothing, where all parameters are so already.
+
+        Raises:
+            ValueError: it would move parameters, or change their dtype.
+        """
+        for name, parameter in self.named_parameters():
+            empty = parameter.detach().new_empty(0)
+            changed = fn(empty)
+            if (changed.dtype, changed.device) != (empty.dtype, empty.device):
+                raise ValueError(
+                    f"The parameter {name!r} of the parallel model {self.name!r} cannot become {changed.dtype} on "
+                    f"{changed.device}: it is {empty.dtype} on {empty.device}, and replicas are copies of it. Devices "
+                    "are chosen by gpus= of fastdp.wrap, the dtype by keras.config.set_dtype_policy() before the model "
+                    "is made."
+                )
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            template = self.__dict__.get("_modules", {}).get("template")
+            if template is None or not hasattr(template, name):
+                raise
+        raise AttributeError(
+            f"A parallel model has no attribute {name!r}; its template has: parallel.template.{name}. (What the "
+            "template's own methods do with its layers runs on one device.)"
+        )
 
     # Files: the template's.
 

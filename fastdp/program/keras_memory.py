@@ -9,10 +9,13 @@ from typing import Any
 
 import keras
 import torch
+from keras.src.backend.common import global_state
+from keras.src.backend.common.variables import initialize_all_variables
 
 from fastdp.backend.queue import QueueDevice
 from fastdp.buckets import Allocator, FlatBuffers
 from fastdp.program.base import Home
+from fastdp.program.keras_effects import NotByRowsError
 from fastdp.program.torch_arrivals import Arrivals
 from fastdp.program.torch_tensors import as_tensor, spec_of
 
@@ -104,6 +107,16 @@ class ReplicaScope(keras.StatelessScope):
         self.state_mapping = {id(variable): tensor for variable, tensor in mapping}
         self._leaves = leaves
 
+    def __exit__(self, *args: Any, **kwargs: Any) -> None:
+        """Leave the scope. Variables that were made in it get values, as the first call of their layer gives them.
+
+        Raises:
+            NotByRowsError: there were any: no replica has them, so what was computed is void.
+        """
+        super().__exit__(*args, **kwargs)
+        if global_state.get_global_attribute("uninitialized_variables"):
+            _refuse_new_variables()
+
     @property
     def leaves(self) -> set[int]:
         """Ids of the trainable variables."""
@@ -119,3 +132,14 @@ class ReplicaScope(keras.StatelessScope):
         variable, value = update
         value = value.detach().requires_grad_() if id(variable) in self._leaves else value.detach()
         super().add_update((variable, value))
+
+
+def _refuse_new_variables() -> None:
+    """Initialize the variables that a replica's thread has made, and say what that means."""
+    made = list(global_state.get_global_attribute("uninitialized_variables"))
+    initialize_all_variables()
+    raise NotByRowsError(
+        f"A layer that had never been called made the variable {made[0].path!r} while devices ran the model, which no "
+        "replica has. It is there now. Let the model call all its layers once, on a batch and with training=True, "
+        "before it is trained on several devices, or before fastdp.wrap."
+    )
