@@ -15,7 +15,8 @@ import torch
 from fastdp.engine import DataParallel
 from fastdp.keras.ahead import Ahead
 from fastdp.keras.before_step import BeforeStep
-from fastdp.keras.custom_steps import LayerCalls, has_own, layer_calls
+from fastdp.keras.custom_steps import has_own, layer_calls
+from fastdp.keras.layer_calls import LayerCalls
 from fastdp.keras.own_loops import ModelCalls, inside_step
 from fastdp.program.capture import Captures
 from fastdp.program.capture_record import Recorder
@@ -236,15 +237,16 @@ class Steps:
 
     def _stale(self, program: Any) -> bool:
         """Whether the program was made for other variables than those that are trained now."""
-        trainable = self.template.trainable_variables
+        if not program.follows_trainable:
+            trainable = self.template.trainable_variables
+            if [id(v) for v in program.trainable] != [id(v) for v in trainable]:
+                return True
         if not self.trainer.compiled or self.trainer.optimizer is None:
-            return [id(v) for v in program.trainable] != [id(v) for v in trainable]
+            return False
         slots = self.trainer.optimizer.variables
-        return (
-            program.optimizer is not self.trainer.optimizer
-            or [id(v) for v in program.trainable] != [id(v) for v in trainable]
-            or [id(v) for v in program.slot_variables] != [id(v) for v in slots]
-        )
+        return program.optimizer is not self.trainer.optimizer or [id(v) for v in program.slot_variables] != [
+            id(v) for v in slots
+        ]
 
     def merged_outputs(self, inputs: Any) -> Any:
         """The model's outputs for a call by the script itself that needs no gradient."""
