@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import keras
@@ -86,6 +86,11 @@ class LayerCalls:
     def refused(self) -> dict[str, str]:
         """The layers of which a call ran on one device, and why."""
         return {name: count.why for name, count in self.counts.items() if count.one_device}
+
+    @property
+    def report(self) -> list[dict[str, Any]]:
+        """The counts, an entry for each layer in the order of their first calls."""
+        return [{"layer": name, **asdict(count)} for name, count in self.counts.items()]
 
     def run(self, layer: Any, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """One call of a layer from a custom step: on all devices if that is possible, else as plain Keras."""

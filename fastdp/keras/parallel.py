@@ -328,11 +328,14 @@ class ParallelModel(TemplateView):
         batch, and the steps so far; of a captured step the number of operations, and the seconds that tracing,
         compiling (in the background) and loading took; of a recorded one the number of `replicas` that recorded it and
         of `segments`, a graph each, and the `record_seconds` and `graph_nbytes` of all these replicas.
+
+        Where the model has steps of its own, `calls` counts the calls of its layers: on all devices, and on one, and why.
         """
         captures = self._steps.captures
         entries = captures.report if captures is not None else [{"how": "eager", "why": "compile=None"}]
         further = [device for group in self.device_groups or () for device in group[1:]]
-        return make_report(self._steps.made_engine, entries, library_nbytes=peak_nbytes, further_devices=further)
+        engine, calls = self._steps.made_engine, self._steps.calls_report
+        return make_report(engine, entries, library_nbytes=peak_nbytes, further_devices=further, calls=calls)
 
     @property
     def compiling(self) -> bool:

@@ -168,6 +168,11 @@ class Steps:
         if program is not None:
             program.accumulation.settle()
 
+    @property
+    def calls_report(self) -> list[dict[str, Any]]:
+        """Of the steps of the template's own: how many calls of each layer were split."""
+        return self._calls.report if self._calls is not None else []
+
     def capture_by(self, mode: str | None) -> None:
         """Let the next engine capture steps by another mode."""
         self._capture_mode = mode

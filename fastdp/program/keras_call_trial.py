@@ -7,6 +7,7 @@ where these are also two rows of the outputs for the whole batch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -95,7 +96,7 @@ class LayerEffects(Effects):
         with attempt, replica_aware():
             both, a, b = (self._on_rows(call, batch, structure, shared, *place) for place in places)
         if attempt.error is not None:
-            self._answer(f"it fails for some of the rows alone: {type(attempt.error).__name__}: {attempt.error}")
+            self._answer(f"it fails for some of the rows alone: {_told(attempt.error)}")
             return None
         self.refused = None
         self._judge(a, b, both)
@@ -171,6 +172,12 @@ class LayerEffects(Effects):
             if value is not before and id(variable) not in others:
                 moved[i] = value.double() - before.double()
         return _Seen(outputs, run.made_up, losses, moved)
+
+
+def _told(error: BaseException) -> str:
+    """An error in one line, without what Keras says around it."""
+    said = re.sub(r"\x1b\[\d*m", "", str(error)).partition("Arguments received by")[0]
+    return f"{type(error).__name__}: {' '.join(said.split())[:200]}"
 
 
 def is_number(output: Any) -> bool:
