@@ -207,6 +207,7 @@ class Steps:
             while_running=None if ahead is None else lambda: ahead.advance(engine),
         )
         program.accumulation.stepped()
+        program.leave_gradients(engine)
         if program.captures is not None:
             program.captures.note(time.perf_counter() - began)
         self._track_loss(result)

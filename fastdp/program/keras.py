@@ -22,6 +22,7 @@ from fastdp.program.keras_accumulation import Accumulation
 from fastdp.program.keras_augment import keep_python_draws, writes_to_inputs
 from fastdp.program.keras_batch import Structure, flatten_outputs, unpack
 from fastdp.program.keras_effects import Effect
+from fastdp.program.keras_gradients import LeftGradients
 from fastdp.program.keras_losses import NotPerSample, SharedLoss
 from fastdp.program.keras_memory import Adopted, Mapping, ReplicaScope, ReplicaState, adopted, tensors_of
 from fastdp.program.keras_merged import merged_loss
@@ -65,6 +66,7 @@ class KerasProgram:
         self.trainable = list(model.trainable_variables) if optimizer is not None else []
         self.optimizer = optimizer
         self.accumulation = Accumulation(optimizer, self.trainable)
+        self._left = LeftGradients(self.trainable)
         self.slot_variables = list(optimizer.variables) if optimizer is not None else []
         self.gradients: Sequence[ArraySpec] = [spec_of(v.path, v.value) for v in self.trainable]
         self._slots = slots_of(optimizer, self.trainable)
@@ -245,6 +247,8 @@ class KerasProgram:
             if not self.trainable or not (totals.reduced or state.slots):  # without slots: all that there is to do
                 return
             unused = frozenset.intersection(*(note.unused for note in totals.every_note))
+            if state is self.states.get(0):
+                self._left.note(unused)
             if state.flat_update is not None and self.update_how == "flat":
                 state.flat_update.apply(unused, totals.reduced, totals.share)
                 return
@@ -254,6 +258,16 @@ class KerasProgram:
             values = [state.variables[self._index[id(v)]] for v in self.trainable]
             mapping = [*zip(self.trainable, values, strict=True), *zip(self._slots.order, state.slots, strict=True)]
             apply_by_variable(self.optimizer, gradients, self.trainable, mapping)
+
+    def leave_gradients(self, engine: Any) -> None:
+        """After a training step, let the template's variables have its gradients, as Keras's trainer leaves them.
+
+        Not where they are accumulated on the replicas: the step's gradient of the whole batch is never made.
+        """
+        if self.accumulation.defers(engine):
+            self._left.forget()
+        else:
+            self._left.leave(self.states[0].gradients)
 
     accumulate = staticmethod(accumulate)
 
