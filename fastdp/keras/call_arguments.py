@@ -1,9 +1,9 @@
-"""The arguments of a layer's call: which of its tensors have the rows of the batch, and which are the same for all rows.
+"""The arguments of a layer's call: which of its tensors have the rows of the batch, and which all rows share.
 
 An axis as long as the batch need not be rows: a mask of T x T, weights of classes, a buffer. So roles are not read off
 lengths. `CallArguments.choices` lists what they may be, the likeliest first, and the layer is tried (see
-`fastdp.program.keras_call_trial`); what it is asked by, `key`, has no number of rows in it, so that a last batch or half
-a batch is known by the one before.
+`fastdp.program.keras_call_trial`). What is found is kept by `key` and `lengths`, which have no number of rows in them:
+a last batch or half a batch is known by the one before.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ Roles = tuple[bool, ...]
 
 _TENSORS = (torch.Tensor, np.ndarray, keras.Variable)
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, np.generic, torch.dtype, np.dtype)
+# What needs no walk through a tree.
+_LEAVES = (*_TENSORS, *_PLAIN)
 # Among more arguments of one length than that, not all ways to deal them out are tried.
 _EVERY_WAY = 4
 
@@ -43,8 +45,11 @@ class CallArguments:
 
     def __init__(self, layer: Any, original: Callable[..., Any], args: Any, kwargs: Any) -> None:
         self.layer, self._original = layer, original
-        self._nest = (args, dict(sorted(kwargs.items())))
-        self._leaves = keras.tree.flatten(self._nest)
+        names = sorted(kwargs)
+        leaves = [*args, *(kwargs[name] for name in names)]
+        self._is_flat = all(isinstance(leaf, _LEAVES) for leaf in leaves)
+        self._nest = (args, {name: kwargs[name] for name in names})
+        self._leaves = leaves if self._is_flat else keras.tree.flatten(self._nest)
         self._places = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, _TENSORS)]
         self.symbolic = any(isinstance(leaf, keras.KerasTensor) for leaf in self._leaves)
         self.tensors = [keras.ops.convert_to_tensor(self._leaves[i]) for i in self._places]
@@ -54,9 +59,12 @@ class CallArguments:
         self.kept = [leaf for leaf in others if not isinstance(leaf, _PLAIN)]
         self.key = (
             id(layer),
-            str(keras.tree.map_structure(type, self._nest)),
+            (len(args), *names) if self._is_flat else str(keras.tree.map_structure(type, self._nest)),
             *(repr(leaf) if isinstance(leaf, _PLAIN) else id(leaf) for leaf in others),
-            *((t.ndim, t.dtype, mask is None) for t, mask in zip(self.tensors, self.masks, strict=True)),
+            *(
+                (place, t.ndim, t.dtype, mask is None)
+                for place, t, mask in zip(self._places, self.tensors, self.masks, strict=True)
+            ),
         )
 
     @property
@@ -102,18 +110,25 @@ class CallArguments:
             return None
         tensors = [*(self.tensors[i] for i in rows), *(self.masks[i] for i in masked)]
         arrays, structure = flatten_batch(([tensor.detach() for tensor in tensors], None, None))
-        return DealtCall(self, rows, masked, [i for i in range(len(roles)) if i not in rows], tensors, arrays, structure)
+        shared = [i for i in range(len(roles)) if i not in rows]
+        return DealtCall(self, rows, masked, shared, tensors, arrays, structure)
 
     def run(self, values: dict[int, torch.Tensor], masks: dict[int, torch.Tensor]) -> Any:
         """The call with other tensors and masks in the place of some."""
         leaves = list(self._leaves)
         for i, tensor in values.items():
-            # Arrays that all rows share stay arrays, and variables are read where they are.
             if i in masks:
-                tensor._keras_mask = masks[i]  # type: ignore[attr-defined]
+                tensor._keras_mask = masks[i]
             leaves[self._places[i]] = tensor
-        args, kwargs = pack_like(self._nest, leaves)
+        args, kwargs = self._packed(leaves)
         return self._original(self.layer, *args, **kwargs)
+
+    def _packed(self, leaves: list[Any]) -> Any:
+        """Leaves as the arguments of the call."""
+        args, kwargs = self._nest
+        if not self._is_flat:
+            return pack_like(self._nest, leaves)
+        return tuple(leaves[: len(args)]), dict(zip(kwargs, leaves[len(args) :], strict=True))
 
 
 @dataclass(frozen=True)
@@ -135,7 +150,7 @@ class DealtCall:
 
     @property
     def shared(self) -> list[torch.Tensor]:
-        """The tensors that all rows share, where a replica has to have its own."""
+        """The tensors that all rows share, as far as a replica has to have its own: NumPy arrays stay what they are."""
         return [self.arguments.tensors[i] for i in self._shared_tensors]
 
     @property

@@ -35,7 +35,7 @@ class Count:
 
 @dataclass(slots=True)
 class Attempt:
-    """What came of a call: its outputs on all devices, or why it cannot be run there. `open`: for all that is known yet."""
+    """What came of a call: its outputs on all devices, or why it cannot be run there. `open`: the next one may be."""
 
     outputs: Any = None
     why_not: str | None = None
@@ -203,6 +203,4 @@ class LayerCalls:
 
 
 _UNFIT_MASK = "the Keras mask of an argument has other rows than the argument"
-_IN_DOUBT = (
-    "several of its arguments are as long as the batch, and the values of this batch do not tell which of them have rows"
-)
+_IN_DOUBT = "several of its arguments are as long as the batch, and their values do not tell which of them have rows"

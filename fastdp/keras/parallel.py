@@ -329,7 +329,7 @@ class ParallelModel(TemplateView):
         compiling (in the background) and loading took; of a recorded one the number of `replicas` that recorded it and
         of `segments`, a graph each, and the `record_seconds` and `graph_nbytes` of all these replicas.
 
-        Where the model has steps of its own, `calls` counts the calls of its layers: on all devices, and on one, and why.
+        Where the model has steps of its own, `calls` counts the calls of its layers: on all devices, on one, and why.
         """
         captures = self._steps.captures
         entries = captures.report if captures is not None else [{"how": "eager", "why": "compile=None"}]

@@ -77,7 +77,7 @@ class OutputForm:
         masks = iter(rows[len(masked) :])
         for tensor, has_mask in zip(rows, masked, strict=False):
             if has_mask:
-                tensor._keras_mask = next(masks)  # type: ignore[attr-defined]
+                tensor._keras_mask = next(masks)
         given = {_ROWS: iter(rows), _NUMBER: iter(numbers)}
         leaves = [next(given[leaf]) if leaf is _ROWS or leaf is _NUMBER else leaf for leaf in self.leaves]
         return pack_like(self.nest, leaves)
@@ -95,8 +95,8 @@ class Forward:
         differentiable: build autograd's graph.
         shared: tensors that are the same for all rows.
 
-    `form` and `number_dtypes` are those of the first replica's outputs; `chained` says that one of these is computed from
-    another, which `refuses_chains` makes an error.
+    `form` and `number_dtypes` are those of the first replica's outputs; `chained` says that one of these is computed
+    from another, which `refuses_chains` makes an error.
     """
 
     call: RowsCall

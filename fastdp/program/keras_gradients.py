@@ -21,6 +21,7 @@ class LeftGradients:
     def __init__(self, trainable: Sequence[keras.Variable]) -> None:
         self._trainable = list(trainable)
         self._unused: frozenset[int] = frozenset()
+        self._views: list[torch.Tensor | None] | None = None
 
     def note(self, unused: frozenset[int]) -> None:
         """The step that is being updated by had no gradient of these, by number."""
@@ -28,11 +29,14 @@ class LeftGradients:
 
     def leave(self, views: Sequence[torch.Tensor]) -> None:
         """Let the variables have the gradients of the step that is over: `views` of the buffer, in their order."""
-        for number, (variable, view) in enumerate(zip(self._trainable, views, strict=True)):
-            value = variable._value
-            wanted = None if number in self._unused else view
-            if value.grad is not wanted and (wanted is None or wanted.device == value.device):
-                value.grad = wanted
+        if self._views is None:  # a gradient cannot lie on a GPU whose variable is in host memory
+            pairs = zip(self._trainable, views, strict=True)
+            self._views = [view if view.device == variable._value.device else None for variable, view in pairs]
+        for variable, view in zip(self._trainable, self._views, strict=True):
+            if variable._value.grad is not view:
+                variable._value.grad = view
+        for number in self._unused:
+            self._trainable[number]._value.grad = None
 
     def forget(self) -> None:
         """No gradient of the whole batch is anywhere: each replica keeps its own until a later step reduces them."""

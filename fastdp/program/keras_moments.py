@@ -51,7 +51,7 @@ def combine(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def statistics(layer: keras.layers.Layer) -> list[keras.Variable]:
-    """The statistics that moments move in a BatchNormalization layer; none of other layers, or of a `call` of its own."""
+    """The statistics that a BatchNormalization layer moves; none of others, or of one with a `call` of its own."""
     if type(layer).call is not keras.layers.BatchNormalization.call or layer.moving_mean is None:
         return []
     if layer.renorm:
@@ -62,7 +62,7 @@ def statistics(layer: keras.layers.Layer) -> list[keras.Variable]:
 def moved_statistics(
     layer: keras.layers.BatchNormalization, values: Sequence[torch.Tensor], mean: np.ndarray, variance: np.ndarray
 ) -> list[torch.Tensor]:
-    """The values of `statistics(layer)` after a batch with this mean and variance (float64 vectors), as Keras moves them.
+    """`statistics(layer)` after a batch with this mean and variance (float64 vectors), as Keras moves them.
 
     In the variables' own precision, as Keras does it.
     """

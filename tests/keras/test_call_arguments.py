@@ -49,7 +49,8 @@ class Own(keras.Model):
         weights = self.trainable_weights
         gradients = [v.value.grad for v in weights]
         with torch.no_grad():
-            self.optimizer.apply([g if g is not None else v.value * 0 for g, v in zip(gradients, weights)], weights)
+            pairs = zip(gradients, weights, strict=True)
+            self.optimizer.apply([v.value * 0 if g is None else g for g, v in pairs], weights)
         return {"loss": loss.detach()}
 
 
@@ -173,7 +174,8 @@ def test_what_all_rows_share_gets_its_gradient(step):
 def test_flags_numbers_strings_and_empty_tensors_are_the_same_for_all_rows():
     def step(layer, x):
         flag = torch.tensor(len(x) > 5)
-        return layer(x, None, weights=None, flag=flag, name="some", functions=[]), layer(x, extra=[np.float32(2.0), None])
+        first = layer(x, None, weights=None, flag=flag, name="some", functions=[])
+        return first, layer(x, extra=[np.float32(2.0), None])
 
     check(tempered, step, [rows(ROWS, 4), rows(5, 4)])
 
@@ -208,7 +210,8 @@ def test_objects_that_look_alike_are_not_taken_for_each_other():
 
 
 def test_arguments_that_are_new_each_time_are_tried_each_time():
-    check(tempered, lambda layer, x: layer(x, functions=(lambda y: y * 2.0,)), [rows(ROWS, 4, seed=i) for i in range(3)])
+    batches = [rows(ROWS, 4, seed=i) for i in range(3)]
+    check(tempered, lambda layer, x: layer(x, functions=(lambda y: y * 2.0,)), batches)
 
 
 def test_large_arrays_in_a_list_count_by_their_values():

@@ -152,5 +152,5 @@ def test_zero_grad_and_gradients_of_a_script_s_own_harm_no_step():
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 def test_gradients_that_are_accumulated_on_the_replicas_are_not_there():
     optimizer = lambda: keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)  # noqa: E731
-    found, plain, _ = seen(optimizer, 3)
+    found, _, _ = seen(optimizer, 3)
     assert all(g is None for batch in found for g in batch)
