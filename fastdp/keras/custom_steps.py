@@ -20,9 +20,10 @@ import torch
 from keras.src.backend import in_stateless_scope
 from keras.src.backend.torch.trainer import TorchTrainer
 
+from fastdp.errors import ReplicaError
 from fastdp.program.keras_batch import flatten_batch, pack_like
 from fastdp.program.keras_custom import Backward, CallProgram, Forward, LayerEffects
-from fastdp.program.keras_effects import NotByRowsError
+from fastdp.program.keras_effects import NotByRowsError, refusal
 from fastdp.program.keras_replica import running
 from fastdp.program.torch_tensors import as_tensor
 
@@ -81,8 +82,8 @@ class LayerCalls:
         if effects.refused is None and effects.tried:
             try:
                 outputs = self._on_devices(effects, call)
-            except NotByRowsError as error:  # before anything was assigned
-                effects.refused = str(error)
+            except (NotByRowsError, ReplicaError) as error:
+                effects.refused = refusal(error)
             else:
                 self.count += 1
                 return outputs
@@ -103,6 +104,9 @@ class LayerCalls:
             return call.on_devices(self)
         finally:
             self.program.effects = before
+
+    def note_second_gradient(self) -> None:
+        """A gradient is computed so that it has one itself."""
 
     def _is_worth_it(self, layer: Any) -> bool:
         """A layer of the model with weights: the others have little to compute, and the host has their inputs."""
@@ -204,6 +208,7 @@ class _Step:
         self, tensors: tuple[torch.Tensor, ...], gradients: tuple[torch.Tensor | None, ...]
     ) -> list[torch.Tensor | None]:
         """The same, as something that can be differentiated again: computed on one device."""
+        self.calls.note_second_gradient()
         count = len(self.work.wants_gradient)
         program = self.calls.program
         program.effects, before = self._effects, program.effects

@@ -19,13 +19,14 @@ import torch
 from keras.src.backend.torch.trainer import TorchTrainer
 
 from fastdp.device import resolve
+from fastdp.errors import ReplicaError
 from fastdp.keras.checks import check_backend, check_template, is_built, unbuilt_layers
 from fastdp.keras.custom_steps import has_own
 from fastdp.keras.own_loops import inside_step, is_own_call, say_once
 from fastdp.keras.steps import Steps
 from fastdp.keras.template_view import TemplateView
 from fastdp.program.capture_record import chosen_graphs
-from fastdp.program.keras_effects import NotByRowsError
+from fastdp.program.keras_effects import NotByRowsError, refusal
 from fastdp.warn import warn_user
 
 _KINDS = ("train", "test", "predict")
@@ -176,8 +177,8 @@ class _ParallelFunction:
             steps = _steps_of(model, self._installed)
             try:
                 return getattr(steps, self._kind)(steps.engine, data[0])
-            except NotByRowsError as error:  # found out before the step: nothing has changed
-                reason = self._refused = str(error)
+            except (NotByRowsError, ReplicaError) as error:  # before weights or anything else changed
+                reason = self._refused = refusal(error)
         _warn_once(model, self._kind, reason)
         return self._plain(data)
 

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from keras.src.backend.common import global_state
 
+from fastdp.errors import ReplicaError
 from fastdp.keras.custom_steps import LayerCalls, _Call
 from fastdp.program.keras_custom import LayerEffects
-from fastdp.program.keras_effects import NotByRowsError
+from fastdp.program.keras_effects import NotByRowsError, refusal
 from fastdp.program.keras_rows import keeps_rows_apart
 from fastdp.warn import warn_user
 
@@ -47,12 +48,16 @@ class ModelCalls(LayerCalls):
                     self.program.doubted = True
                     try:
                         return self._on_devices(effects, call)
-                    except NotByRowsError as error:  # before anything was assigned
-                        effects.refused = str(error)
+                    except (NotByRowsError, ReplicaError) as error:
+                        effects.refused = refusal(error)
                 reason = effects.refused or (None if effects.tried else "the rows of its batches are all equal")
             if reason is not None:
                 say_once(layer, reason)
             return original(layer, *args, **kwargs)
+
+    def note_second_gradient(self) -> None:
+        """Say once that it is computed on one device."""
+        say_once(self.program.model, "gradients of its gradients are asked for (create_graph=True)", "gradients")
 
     def _builds(self, call: _Call) -> bool:
         """Whether a call may build layers that no call has built: the first of its kind is plain then."""
@@ -96,12 +101,12 @@ def why_not_call(call: _Call) -> str | None:
     return None  # no row, or one: nothing that devices could share
 
 
-def say_once(model: Any, reason: str) -> None:
+def say_once(model: Any, reason: str, what: str = "calls") -> None:
     """Say once per model and reason that its calls run on one device."""
     said = model.__dict__.setdefault("_fastdp_said", set())
-    if ("call", reason) not in said:
-        said.add(("call", reason))
-        warn_user(f"fastdp: calls of the model {model.name!r} run on one device, as plain Keras: {reason}.")
+    if (what, reason) not in said:
+        said.add((what, reason))
+        warn_user(f"fastdp: {what} of the model {model.name!r} run on one device, as plain Keras: {reason}.")
 
 
 def is_hooked(layer: Any) -> bool:

@@ -189,8 +189,8 @@ class CallProgram(KerasProgram):
             work.loss_dtypes = [loss.dtype for loss in losses]
             if work.differentiable and feed_each_other(outputs):
                 raise NotByRowsError(
-                    "one of its outputs is computed from another of them, and gradients between them are asked of "
-                    "outputs that were never cut off"
+                    "one of its outputs is computed from another of them, and merged outputs have no gradients by each "
+                    "other"
                 )
         if work.differentiable:
             leaves = [scope.get_current_value(v) for v in work.weights]

@@ -22,12 +22,26 @@ from collections.abc import Sequence
 import keras
 import torch
 
+from fastdp.errors import ReplicaError
+
 TOLERANCE = 1e-4
 MIXED_TOLERANCE = 1e-3
 
 
 class NotByRowsError(ValueError):
     """A model that no dealing out of rows computes as one device does. The message says what to do."""
+
+
+def refusal(error: NotByRowsError | ReplicaError) -> str:
+    """Why a model cannot go by rows, if that is what a step has failed with, before anything changed.
+
+    Raises:
+        ReplicaError: it has failed with something else.
+    """
+    cause = error.__cause__ if isinstance(error, ReplicaError) else error
+    if not isinstance(cause, NotByRowsError):
+        raise error
+    return str(cause)
 
 
 class Effect(enum.Enum):
