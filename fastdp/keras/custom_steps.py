@@ -9,7 +9,6 @@ would see. While it runs, the model's layers and sub-models, called from it, are
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +25,7 @@ from fastdp.program.keras_custom import Backward, CallProgram, Forward, LayerEff
 from fastdp.program.keras_effects import NotByRowsError, refusal
 from fastdp.program.keras_replica import running
 from fastdp.program.torch_tensors import as_tensor
+from fastdp.warn import warn_user
 
 _thread = threading.local()
 _lock = threading.Lock()
@@ -91,9 +91,8 @@ class LayerCalls:
             self.postponed = self.postponed or not effects.tried  # rows that are all equal tell nothing
             if effects.refused is not None and layer.name not in self.refused:
                 self.refused[layer.name] = effects.refused
-                warnings.warn(
-                    f"fastdp: calls of {layer.name!r} from the model's own step run on one device: {effects.refused}.",
-                    stacklevel=4,
+                warn_user(
+                    f"fastdp: calls of {layer.name!r} from the model's own step run on one device: {effects.refused}."
                 )
         return original(layer, *args, **kwargs)
 

@@ -176,7 +176,8 @@ class _ParallelFunction:
         if reason is None:
             steps = _steps_of(model, self._installed)
             try:
-                return getattr(steps, self._kind)(steps.engine, data[0])
+                engine = steps.engine if self._kind == "train" else steps.engine_of_model
+                return getattr(steps, self._kind)(engine, data[0])
             except (NotByRowsError, ReplicaError) as error:  # before weights or anything else changed
                 reason = self._refused = refusal(error)
         _warn_once(model, self._kind, reason)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +28,7 @@ from fastdp.program.keras_scope import replica_aware
 from fastdp.program.torch_tensors import peak_nbytes
 from fastdp.report import Report, SmallWorkWarning, make_report
 from fastdp.transfer import count_rows
+from fastdp.warn import warn_user
 
 
 @keras.saving.register_keras_serializable(package="fastdp")
@@ -196,7 +196,7 @@ class ParallelModel(TemplateView):
             self._steps.settle()
             if arguments.get("verbose") == 2:
                 io_utils.print_msg(str(self.report()))
-            self._small_work.check(self._steps.made_engine, stacklevel=3)
+            self._small_work.check(self._steps.made_engine)
             return history
         finally:
             self._begins_fit = False
@@ -274,10 +274,9 @@ class ParallelModel(TemplateView):
 
     def symbolic_call(self, *args: Any, **kwargs: Any) -> Any:
         """Become a part of another model: possible, but said aloud, since training that is not parallel."""
-        warnings.warn(
+        warn_user(
             f"The parallel model {self.name!r} is used inside another model. Training that one runs on one device, and "
-            "its files cannot be loaded. Build the other model with the template (parallel.template), and wrap it.",
-            stacklevel=2,
+            "its files cannot be loaded. Build the other model with the template (parallel.template), and wrap it."
         )
         return super().symbolic_call(*args, **kwargs)
 
@@ -312,7 +311,8 @@ class ParallelModel(TemplateView):
 
     def make_predict_function(self, force: bool = False) -> Callable[..., Any]:
         """The function that Keras's `predict` calls for each batch."""
-        self.predict_function = self._on_first(self._steps.predict)
+        assert self._steps.engine_of_model is not None
+        self.predict_function = lambda data: self._steps.predict(self._steps.engine_for_calls, data[0])
         return self.predict_function
 
     @property

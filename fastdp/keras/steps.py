@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,6 +18,7 @@ from fastdp.keras.custom_steps import LayerCalls, has_own, layer_calls
 from fastdp.keras.own_loops import ModelCalls, inside_step
 from fastdp.program.capture import Captures
 from fastdp.program.capture_record import Recorder
+from fastdp.program.keras import optimizer_of
 from fastdp.program.keras_batch import Structure, flatten_batch, unpack
 from fastdp.program.keras_custom import CallProgram
 from fastdp.program.keras_losses import own_copy
@@ -26,6 +26,7 @@ from fastdp.program.torch_tensors import as_tensor
 from fastdp.step import StepResult
 from fastdp.step_scope import alone
 from fastdp.transfer import ResidentArray, count_rows
+from fastdp.warn import warn_user
 
 
 class Steps:
@@ -79,20 +80,25 @@ class Steps:
 
     @property
     def engine(self) -> DataParallel:
-        """The engine, made for the model as it is compiled now: asked for where Keras's loops begin."""
+        """The engine, made for the model as it is compiled now: asked for where Keras's loops begin to train."""
+        trainer = self.trainer
+        if trainer.compiled and trainer.optimizer is not None and not trainer.optimizer.built:
+            trainer.optimizer.build(self.template.trainable_variables)
+        return self.engine_of_model
+
+    @property
+    def engine_of_model(self) -> DataParallel:
+        """The engine for the model as it is now. An optimizer without variables as yet is left to who trains first."""
         if self._engine is None or not self.is_unchanged() or self._stale(self._engine.program):
-            trainer = self.trainer
-            if trainer.compiled and trainer.optimizer is not None and not trainer.optimizer.built:
-                trainer.optimizer.build(self.template.trainable_variables)
             self.forget_engine()
             program = CallProgram(
                 self.template,
-                trainer,
+                self.trainer,
                 own_train_step=has_own(self.template, "train_step"),
                 sync_batch_norm=self._sync_batch_norm,
                 template_state=self._template_state,
             )
-            if self._capture_mode is not None and trainer.compiled and not has_own(self.template, "train_step"):
+            if self._capture_mode is not None and program.optimizer is not None and not program.own_train_step:
                 parts = self._graphs == "step"
                 recorder = Recorder(self.template.name, alone, parts=parts) if self._graphs else None
                 program.captures = Captures(program, self._capture_mode, len(self.devices), recorder, alone)
@@ -109,12 +115,22 @@ class Steps:
 
         Asked for at each batch, so it compares flags, and not the lists of variables that Keras would make of them.
         """
-        if self._engine is None:
-            return self.engine
-        program: Any = self._engine.program
         optimizer = self.trainer.optimizer if self.trainer.compiled else None
-        changed = program.optimizer is not optimizer or self._trainability(program) != self._trains
-        return self.engine if changed or not self.is_unchanged() else self._engine
+        return self._engine if self._engine is not None and self._is_for(optimizer) else self.engine
+
+    @property
+    def engine_for_calls(self) -> DataParallel:
+        """The engine for a call that trains nothing by itself: as in a loop, but the optimizer is left as it is."""
+        if self._engine is not None and self._is_for(optimizer_of(self.trainer)):
+            return self._engine
+        return self.engine_of_model
+
+    def _is_for(self, optimizer: Any) -> bool:
+        """Whether the engine was made for this optimizer, and for what is trained now."""
+        program: Any = self._engine.program if self._engine is not None else None
+        if program is None or program.optimizer is not optimizer or self._trainability(program) != self._trains:
+            return False
+        return self.is_unchanged()
 
     def is_unchanged(self) -> bool:
         """Whether the template has the layers and variables that the engine was made for: none were built since."""
@@ -188,7 +204,7 @@ class Steps:
         self._check_variables()
         program.inspect(arrays, structure)
         if not program.trainable:
-            warnings.warn("The model does not have any trainable weights.", stacklevel=2)
+            warn_user("The model does not have any trainable weights.")
         if program.captures is not None:
             program.captures.prepare(arrays, structure, self._wants_outputs())
         began = time.perf_counter()
@@ -237,24 +253,25 @@ class Steps:
     def _stale(self, program: Any) -> bool:
         """Whether the program was made for other variables than those that are trained now."""
         trainable = self.template.trainable_variables
-        if not self.trainer.compiled or self.trainer.optimizer is None:
+        optimizer = optimizer_of(self.trainer)
+        if optimizer is None and program.optimizer is None:
             return [id(v) for v in program.trainable] != [id(v) for v in trainable]
-        slots = self.trainer.optimizer.variables
+        slots = optimizer.variables if optimizer is not None else []
         return (
-            program.optimizer is not self.trainer.optimizer
+            program.optimizer is not optimizer
             or [id(v) for v in program.trainable] != [id(v) for v in trainable]
             or [id(v) for v in program.slot_variables] != [id(v) for v in slots]
         )
 
     def merged_outputs(self, inputs: Any) -> Any:
         """The model's outputs for a call by the script itself that needs no gradient."""
-        engine: Any = self.engine
+        engine: Any = self.engine_for_calls
         engine.program.doubted = True
         return self.outputs(engine, (inputs, None, None))
 
     def call(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """One call of the model by the script itself: merged outputs, with a gradient where plain Keras has one."""
-        engine = self.engine_within_loop
+        engine = self.engine_for_calls
         if self._model_calls is None or self._model_calls.engine is not engine:
             self._model_calls = ModelCalls(engine)
         return self._model_calls.run(self.template, original, args, kwargs)
@@ -293,10 +310,9 @@ class Steps:
             return data
         if not self._told_of_values:
             self._told_of_values = True
-            warnings.warn(
+            warn_user(
                 f"fastdp: {name}() of the model {self.template.name!r} is its own and runs on the host, so it gets the "
-                "batches of a DeviceDataset as arrays in host memory: nothing is gained over fit(x, y).",
-                stacklevel=5,
+                "batches of a DeviceDataset as arrays in host memory: nothing is gained over fit(x, y)."
             )
         return keras.tree.map_structure(lambda leaf: as_tensor(leaf) if isinstance(leaf, ResidentArray) else leaf, data)
 
@@ -313,9 +329,7 @@ class Steps:
                 "layers on batches, or train the model itself on one device (model.fit)."
             )
         calls.told = True
-        warnings.warn(
-            f"fastdp: {message}, so it ran on one device. Let it call the model's layers on batches.", stacklevel=4
-        )
+        warn_user(f"fastdp: {message}, so it ran on one device. Let it call the model's layers on batches.")
 
     @staticmethod
     def _forward(engine: DataParallel, data: Any) -> tuple[Any, Structure, Any, StepResult]:

@@ -38,6 +38,12 @@ from fastdp.program.torch_tensors import accumulate, output_array, settle, spec_
 from fastdp.program.torch_threads import prepare_worker, replicas_run
 
 
+def optimizer_of(trainer: Any) -> Any:
+    """The optimizer of a compiled model; None where it has no variables as yet, and nothing can be trained."""
+    optimizer = trainer.optimizer if trainer.compiled else None
+    return optimizer if optimizer is not None and optimizer.built else None
+
+
 class KerasProgram:
     """Runs a built Keras model as replicas.
 
@@ -62,7 +68,7 @@ class KerasProgram:
         every = [*model.trainable_variables, *model.variables, *(v for m in own_metrics for v in m.variables)]
         self.variables = list({id(v): v for v in every}.values())
         self._index = {id(v): i for i, v in enumerate(self.variables)}
-        optimizer: Any = trainer.optimizer if trainer.compiled else None
+        optimizer = optimizer_of(trainer)
         self.trainable = list(model.trainable_variables) if optimizer is not None else []
         self.optimizer = optimizer
         self.accumulation = Accumulation(optimizer, self.trainable)

@@ -120,7 +120,7 @@ class CallProgram(KerasProgram):
 
     def __init__(self, model: Any, trainer: Any, *, own_train_step: bool, **options: Any) -> None:
         super().__init__(model, trainer, **options)
-        self._own_train_step = own_train_step
+        self.own_train_step = own_train_step
         self.doubted = False
         if own_train_step or self.optimizer is None:  # leaves of autograd all the same
             self.trainable = list(model.trainable_variables)
@@ -129,7 +129,7 @@ class CallProgram(KerasProgram):
 
     def home_slots(self, device: Any) -> Any:
         """No slots where the model's own step updates the weights."""
-        if not self._own_train_step:
+        if not self.own_train_step:
             return super().home_slots(device)
         optimizer, self.optimizer = self.optimizer, None
         try:
