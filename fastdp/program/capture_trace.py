@@ -243,6 +243,7 @@ class _Layout:
 
     gradients: list[int | None] = field(default_factory=list)
     terms: int = 0
+    added: int = 0
     outputs: int = 0
     structure: OutputStructure | None = None
     assigned: list[int] = field(default_factory=list)
@@ -254,6 +255,7 @@ class _Layout:
         numbers = iter(range(len(found)))
         self.gradients = [None if gradient is None else next(numbers) for gradient in outcome.gradients]
         self.terms, self.outputs, self.structure = len(outcome.terms), len(outcome.outputs), outcome.structure
+        self.added = outcome.added
         self.assigned = [i for i, _ in outcome.assigned]
         self.moments = [(layer, moments.count) for layer, moments in outcome.moments]
         statistics = [t for _, moments in outcome.moments for t in (moments.mean, moments.variance)]
@@ -275,6 +277,7 @@ class _Layout:
             self.structure,
             [*seeds, *((i, next(rest)) for i in self.assigned)],
             [(layer, Moments(next(rest), next(rest), count)) for layer, count in self.moments],
+            self.added,
         )
 
 

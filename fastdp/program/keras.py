@@ -26,7 +26,7 @@ from fastdp.program.keras_losses import NotPerSample, SharedLoss
 from fastdp.program.keras_memory import Adopted, Mapping, ReplicaScope, ReplicaState, adopted, tensors_of
 from fastdp.program.keras_merged import merged_loss
 from fastdp.program.keras_moments import combine
-from fastdp.program.keras_optimizer import apply_by_variable, slots_of, why_not_now
+from fastdp.program.keras_optimizer import apply_by_variable, optimizer_of, slots_of, why_not_now
 from fastdp.program.keras_optimizer_flat import FlatUpdate
 from fastdp.program.keras_outcome import Notes, Outcome
 from fastdp.program.keras_placed import PlacedGraph, gradients_of, graph_of
@@ -36,12 +36,6 @@ from fastdp.program.keras_trial import Effects
 from fastdp.program.torch_arrivals import Arrivals
 from fastdp.program.torch_tensors import accumulate, output_array, settle, spec_of
 from fastdp.program.torch_threads import prepare_worker, replicas_run
-
-
-def optimizer_of(trainer: Any) -> Any:
-    """The optimizer of a compiled model; None where it has no variables as yet, and nothing can be trained."""
-    optimizer = trainer.optimizer if trainer.compiled else None
-    return optimizer if optimizer is not None and optimizer.built else None
 
 
 class KerasProgram:
@@ -192,7 +186,7 @@ class KerasProgram:
             with state.arrivals.during(context.ready if self._groups is None else None):
                 outcome = self.compute(state.mapping, context.structure.pack(batch), self.running_replica(context))
             unused = self._store_gradients(state, outcome.gradients)
-        notes = Notes(outcome.structure, len(outcome.terms) - 1, unused=unused)
+        notes = Notes(outcome.structure, len(outcome.terms) - 1, unused=unused, added=outcome.added)
         return self._result(outcome, state, context, notes)
 
     def whole_step(self, batches: Sequence[list[np.ndarray]], contexts: Sequence[Context], why_not: str) -> Any:
@@ -223,7 +217,8 @@ class KerasProgram:
         leaves = [scope.get_current_value(v) for v in self.trainable]
         found = gradients_of(run, roots, seeds, leaves)
         outputs, structure = flatten_outputs(y_pred) if run.context.wants_outputs else ([], None)
-        return Outcome(found, terms, outputs, structure, scope.assigned(mapping), run.moments)
+        terms += [term.detach() for term in extra]
+        return Outcome(found, terms, outputs, structure, scope.assigned(mapping), run.moments, len(extra))
 
     @property
     def spans_devices(self) -> bool:

@@ -18,7 +18,8 @@ class Notes:
     """What a step's sums mean, beside its outputs' structure.
 
     `sums` holds: the loss; the loss terms; then per entry of `assigned` its elements; then per entry of
-    `normalized` its moments. `constant` are assigned values that are the same on all replicas.
+    `normalized` its moments. `constant` are assigned values that are the same on all replicas. The
+    last `added` of the terms are those of `add_loss`.
     """
 
     structure: OutputStructure | None = None
@@ -27,12 +28,14 @@ class Notes:
     constant: list[tuple[int, torch.Tensor]] = field(default_factory=list)
     normalized: list[keras.layers.BatchNormalization] = field(default_factory=list)
     unused: frozenset[int] = frozenset()
+    added: int = 0
 
 
 @dataclass(slots=True)
 class Outcome:
     """What the pure part of a step gives: gradients of the trainable variables (None where there is none), the
-    loss and its terms, outputs and masks, assigned variables by number, moments of batch normalization."""
+    loss and its terms, outputs and masks, assigned variables by number, moments of batch normalization. The last `added` of
+    the terms are those of `add_loss`."""
 
     gradients: Sequence[torch.Tensor | None]
     terms: list[torch.Tensor]
@@ -40,3 +43,4 @@ class Outcome:
     structure: OutputStructure | None
     assigned: list[tuple[int, torch.Tensor]]
     moments: list[tuple[keras.layers.BatchNormalization, Moments]]
+    added: int = 0
