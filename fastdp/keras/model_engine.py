@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from fastdp.engine import DataParallel
 from fastdp.keras.custom_steps import LayerCalls, has_own
 from fastdp.program.capture import Captures
@@ -69,6 +71,16 @@ class ModelEngine:
         """The engine for the model as it is now. An optimizer without variables as yet is left to who trains first."""
         if self._engine is None or not self.is_unchanged() or self._stale(self._engine.program):
             self.forget_engine()
+            self._engine = self._made()
+            self._calls = LayerCalls(self._engine)
+            self._trains, self._variables_known = self._trainability(self._engine.program), False
+            self._layers = self.template._flatten_layers()
+            self._parts = self._count_parts()
+        return self._engine
+
+    def _made(self) -> DataParallel:
+        """An engine."""
+        with torch.inference_mode(False):  # memory that is made in that mode takes no part in autograd ever
             program = CallProgram(
                 self.template,
                 self.trainer,
@@ -80,12 +92,7 @@ class ModelEngine:
                 parts = self._graphs == "step"
                 recorder = Recorder(self.template.name, alone, parts=parts) if self._graphs else None
                 program.captures = Captures(program, self._capture_mode, len(self.devices), recorder, alone)
-            self._engine = DataParallel(program, self.devices, **self._engine_options)
-            self._calls = LayerCalls(self._engine)
-            self._trains, self._variables_known = self._trainability(program), False
-            self._layers = self.template._flatten_layers()
-            self._parts = self._count_parts()
-        return self._engine
+            return DataParallel(program, self.devices, **self._engine_options)
 
     @property
     def engine_within_loop(self) -> DataParallel:

@@ -71,9 +71,9 @@ class ModelCalls(LayerCalls):
         if not self.program.knows(layer):
             return "it has weights that the replicas do not have"
         hooked = next((part for part in self._layers if is_hooked(part)), None)
-        if hooked is not None:
-            return f"a hook of torch's on {hooked.name!r} sees the whole batch on one device only"
-        return _why_not_here()
+        return (
+            None if hooked is None else f"a hook of torch's on {hooked.name!r} sees the whole batch on one device only"
+        )
 
     def _effects(self, layer: Any, call: _Call) -> LayerEffects:
         """What is known of such calls. A model of layers that are known is not tried."""
@@ -115,7 +115,7 @@ def is_hooked(layer: Any) -> bool:
     return any(own.get(name) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"))
 
 
-def _why_not_here() -> str | None:
+def why_not_here() -> str | None:
     """Why this thread's calls cannot be dealt out to others: what torch keeps for each thread alone."""
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return "torch.autocast holds for this thread alone; use keras.config.set_dtype_policy('mixed_bfloat16') instead"

@@ -13,10 +13,10 @@ from fastdp.backend.queue import QueueDevice
 from fastdp.engine import DataParallel
 from fastdp.keras.ahead import in_host_memory
 from fastdp.keras.callbacks import at_once
-from fastdp.keras.checks import check_template
+from fastdp.keras.checks import check_loop, check_template
 from fastdp.keras.compile_state import borrowed, follow, follows, take_over
 from fastdp.keras.custom_steps import check_own_step
-from fastdp.keras.own_loops import calls_model, is_plain_call, wants_gradient
+from fastdp.keras.own_loops import calls_model, is_plain_call, wants_gradient, why_not_here
 from fastdp.keras.resident import as_fed, resident_batch, resident_fit, resident_forward
 from fastdp.keras.steps import Steps
 from fastdp.keras.streaming import arguments_by_name, stream_fit, stream_forward
@@ -183,6 +183,7 @@ class ParallelModel(TemplateView):
             RuntimeError: another thread is fitting this model.
             ValueError: a DeviceDataset for other devices, or with `y` or `sample_weight` beside it.
         """
+        check_loop(self.template, "fit", "make_train_function")
         if not self._fitting.acquire(blocking=False):
             raise RuntimeError(
                 f"The model {self.name!r} is already in fit() in another thread. Train one parallel model from one "
@@ -205,26 +206,31 @@ class ParallelModel(TemplateView):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Test; arguments as in Keras. `HDF5Matrix` is read by batches; `x` may be a DeviceDataset."""
+        check_loop(self.template, "evaluate", "make_test_function")
         arguments = resident_forward(arguments_by_name(keras.Model.evaluate, args, kwargs), self.devices)
         return super().evaluate(**self._told_at_once(stream_forward(arguments)))
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Predict; arguments as in Keras. `HDF5Matrix` is read by batches; `x` may be a DeviceDataset."""
+        check_loop(self.template, "predict", "make_predict_function")
         arguments = resident_forward(arguments_by_name(keras.Model.predict, args, kwargs), self.devices)
         return super().predict(**self._told_at_once(stream_forward(arguments)))
 
     def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Train on one batch; arguments as in Keras. `x` may be a batch of a DeviceDataset (`data.rows(numbers)`)."""
+        check_loop(self.template, "train_on_batch", "make_train_function")
         arguments = arguments_by_name(keras.Model.train_on_batch, args, kwargs)
         return super().train_on_batch(**resident_batch(arguments, self.devices))
 
     def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Test on one batch; arguments as in `train_on_batch`."""
+        check_loop(self.template, "test_on_batch", "make_test_function")
         arguments = arguments_by_name(keras.Model.test_on_batch, args, kwargs)
         return super().test_on_batch(**resident_batch(arguments, self.devices))
 
     def predict_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Predict for one batch; arguments as in `train_on_batch`."""
+        check_loop(self.template, "predict_on_batch", "make_predict_function")
         arguments = arguments_by_name(keras.Model.predict_on_batch, args, kwargs)
         return super().predict_on_batch(resident_batch(arguments, self.devices)["x"])
 
@@ -257,7 +263,8 @@ class ParallelModel(TemplateView):
         """
         if not calls_model(args, kwargs):
             return super().__call__(*args, **kwargs)
-        if is_plain_call(args, kwargs) and not wants_gradient(self.template, args, kwargs):
+        looks_only = is_plain_call(args, kwargs) and not wants_gradient(self.template, args, kwargs)
+        if looks_only and why_not_here() is None:
             return super().__call__(*args, **kwargs)
         return self._steps.call(_call_layer, args, kwargs)
 

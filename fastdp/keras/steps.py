@@ -16,7 +16,7 @@ from fastdp.keras.ahead import Ahead
 from fastdp.keras.before_step import BeforeStep
 from fastdp.keras.custom_steps import LayerCalls, has_own, layer_calls
 from fastdp.keras.model_engine import ModelEngine
-from fastdp.keras.own_loops import ModelCalls, inside_step
+from fastdp.keras.own_loops import ModelCalls, inside_step, say_once, why_not_here
 from fastdp.program.keras_batch import Structure, flatten_batch, unpack
 from fastdp.program.keras_losses import own_copy
 from fastdp.program.torch_tensors import as_tensor
@@ -126,6 +126,11 @@ class Steps(ModelEngine):
 
     def call(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """One call of the model by the script itself: merged outputs, with a gradient where plain Keras has one."""
+        reason = why_not_here()
+        if reason is not None:
+            say_once(self.template, reason)
+            with inside_step():
+                return original(self.template, *args, **kwargs)
         engine = self.engine_for_calls
         if self._model_calls is None or self._model_calls.engine is not engine:
             self._model_calls = ModelCalls(engine)

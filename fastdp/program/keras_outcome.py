@@ -34,8 +34,8 @@ class Notes:
 @dataclass(slots=True)
 class Outcome:
     """What the pure part of a step gives: gradients of the trainable variables (None where there is none), the
-    loss and its terms, outputs and masks, assigned variables by number, moments of batch normalization. The last `added` of
-    the terms are those of `add_loss`."""
+    loss and its terms, outputs and masks, assigned variables by number, moments of batch normalization. The last
+    `added` of the terms are those of `add_loss`."""
 
     gradients: Sequence[torch.Tensor | None]
     terms: list[torch.Tensor]
