@@ -39,17 +39,18 @@ class ModelCalls(LayerCalls):
 
     def run(self, layer: Any, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """One call of the model: on all devices if that is possible, else as plain Keras, which is said once."""
-        with self._one_at_a_time, inside_step():
+        with inside_step():
             call = _Call(layer, original, args, _with_context(layer, kwargs))
             reason = why_not_call(call) or self._why_not(layer)
             if reason is None and call.splits and not self._builds(call):
-                effects = self._effects(layer, call)
-                if effects.refused is None and effects.tried:
-                    self.program.doubted = True
-                    try:
-                        return self._on_devices(effects, call)
-                    except (NotByRowsError, ReplicaError) as error:
-                        effects.refused = refusal(error)
+                with self._one_at_a_time:
+                    effects = self._effects(layer, call)
+                    if effects.refused is None and effects.tried:
+                        self.program.doubted = True
+                        try:
+                            return self._on_devices(effects, call)
+                        except (NotByRowsError, ReplicaError) as error:
+                            effects.refused = refusal(error)
                 reason = effects.refused or (None if effects.tried else "the rows of its batches are all equal")
             if reason is not None:
                 say_once(layer, reason)
@@ -135,11 +136,9 @@ def calls_model(args: Any, kwargs: Any) -> bool:
     return not any(isinstance(leaf, keras.KerasTensor) for leaf in keras.tree.flatten((args, kwargs)))
 
 
-def is_own_call(model: Any, args: Any, kwargs: Any) -> bool:
+def is_own_call(args: Any, kwargs: Any) -> bool:
     """Whether a script itself calls a model on a batch of two rows or more that devices could share."""
-    if within_step() or global_state.get_global_attribute("current_call_ctx") is not None:
-        return False
-    if not (model.weights or not model.built) or not calls_model(args, kwargs):
+    if global_state.get_global_attribute("current_call_ctx") is not None or not calls_model(args, kwargs):
         return False
     leaves = keras.tree.flatten((args, kwargs))
     return any(isinstance(leaf, (torch.Tensor, np.ndarray)) and leaf.ndim and leaf.shape[0] > 1 for leaf in leaves)

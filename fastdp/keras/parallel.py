@@ -16,7 +16,14 @@ from fastdp.keras.callbacks import at_once
 from fastdp.keras.checks import check_loop, check_template
 from fastdp.keras.compile_state import borrowed, follow, follows, take_over
 from fastdp.keras.custom_steps import check_own_step
-from fastdp.keras.own_loops import calls_model, is_plain_call, wants_gradient, why_not_here
+from fastdp.keras.own_loops import (
+    calls_model,
+    is_hooked,
+    is_plain_call,
+    wants_gradient,
+    why_not_here,
+    within_step,
+)
 from fastdp.keras.resident import as_fed, resident_batch, resident_fit, resident_forward
 from fastdp.keras.steps import Steps
 from fastdp.keras.streaming import arguments_by_name, stream_fit, stream_forward
@@ -261,7 +268,7 @@ class ParallelModel(TemplateView):
         numbers of rows, a model whose outputs mix rows) runs on one device, and a warning says once why. A gradient
         of a gradient is computed on one device.
         """
-        if not calls_model(args, kwargs):
+        if is_hooked(self) or not calls_model(args, kwargs):
             return super().__call__(*args, **kwargs)
         looks_only = is_plain_call(args, kwargs) and not wants_gradient(self.template, args, kwargs)
         if looks_only and why_not_here() is None:
@@ -269,15 +276,16 @@ class ParallelModel(TemplateView):
         return self._steps.call(_call_layer, args, kwargs)
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None, **kwargs: Any) -> Any:
-        """The outputs for a global batch, merged, without gradients. While Keras traces shapes, the template's."""
-        masked = any(leaf is not None for leaf in keras.tree.flatten(mask))
-        if not (training or kwargs or masked or keras.src.backend.in_stateless_scope()):
-            return self._steps.merged_outputs(inputs)
-        if masked and self.template._call_has_mask_arg:
+        """As `__call__`, where Keras has something to do before. While shapes are traced, the template itself."""
+        if any(leaf is not None for leaf in keras.tree.flatten(mask)) and self.template._call_has_mask_arg:
             kwargs["mask"] = mask
-        if self.template._call_has_training_arg:
+        if training is not None and self.template._call_has_training_arg:
             kwargs["training"] = training
-        return self.template(inputs, **kwargs)
+        if keras.src.backend.in_stateless_scope() or within_step():
+            return self.template(inputs, **kwargs)
+        if is_plain_call((inputs,), kwargs) and not wants_gradient(self.template, (inputs,), kwargs):
+            return self._steps.merged_outputs(inputs)
+        return self._steps.call(_call_layer, (inputs,), kwargs)
 
     def symbolic_call(self, *args: Any, **kwargs: Any) -> Any:
         """Become a part of another model: possible, but said aloud, since training that is not parallel."""

@@ -186,6 +186,7 @@ class KerasProgram:
             with state.arrivals.during(context.ready if self._groups is None else None):
                 outcome = self.compute(state.mapping, context.structure.pack(batch), self.running_replica(context))
             unused = self._store_gradients(state, outcome.gradients)
+        unused |= {i for i, v in enumerate(self.trainable) if not v._value.requires_grad}  # frozen by torch's means
         notes = Notes(outcome.structure, len(outcome.terms) - 1, unused=unused, added=outcome.added)
         return self._result(outcome, state, context, notes)
 

@@ -156,6 +156,25 @@ def test_freezing_a_parallel_model_freezes_its_template_and_the_other_way_round(
     assert not parallel(X).requires_grad
 
 
+@pytest.mark.parametrize("how", ["wrapped", "installed"])
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+def test_weights_frozen_by_torchs_means_stay_as_they_are(how):
+    def weights(how):
+        keras.utils.set_random_seed(3)
+        model = functional()
+        model.get_layer("hidden").kernel.value.requires_grad_(False)
+        if how == "installed":
+            fastdp.install(gpus=2)
+        parallel = fastdp.wrap(model, gpus=2, sync_batch_norm=True) if how == "wrapped" else model
+        parallel.compile("adam", "mse")
+        parallel.fit(X, Y, batch_size=8, shuffle=False, verbose=0)
+        fastdp.uninstall()
+        return [np.array(v.value.detach()) for v in model.weights]
+
+    for found, wanted in zip(weights(how), weights("plain"), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_what_only_the_template_has_is_pointed_to():
     parallel = fastdp.wrap(subclassed(), gpus=2)
     for name in ("encoder", "encode"):
