@@ -69,6 +69,8 @@ class Report(Sequence[dict[str, Any]]):
         peak_nbytes: the most host memory that the process has had, None where the system does not tell.
         buckets: in which the gradients are reduced.
         early_buckets: of these, how many began to be reduced while a device still computed, in most of the timed steps.
+        calls: in steps of a model's own, per `layer` how many of its calls were `split`, how many ran on `one_device`,
+            and `why`.
     """
 
     steps: list[dict[str, Any]]
@@ -84,6 +86,7 @@ class Report(Sequence[dict[str, Any]]):
     peak_nbytes: int | None = None
     buckets: int = 0
     early_buckets: int = 0
+    calls: list[dict[str, Any]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -120,6 +123,9 @@ class Report(Sequence[dict[str, Any]]):
 
     def __str__(self) -> str:
         parts = [self._header(), _table("How training steps run", *self._how())]
+        if self.calls:
+            rows = [[str(entry[key]) for key in _CALLS] for entry in self.calls]
+            parts.append(_table("Calls of layers in steps of the model's own", list(_CALLS.values()), rows))
         if self.timed:
             rows = [
                 [device.name, str(device.rows), *(_ms(device.seconds[verb]) for verb in VERBS)]
@@ -188,6 +194,7 @@ _COLUMNS = {
     "record_seconds": "recorded in s",
     "why": "why",
 }
+_CALLS = {"layer": "layer", "split": "on all devices", "one_device": "on one device", "why": "why"}
 
 
 def make_report(
@@ -196,10 +203,12 @@ def make_report(
     *,
     library_nbytes: Callable[[Any], int] = lambda device: 0,
     further_devices: Sequence[Any] = (),
+    calls: Sequence[dict[str, Any]] = (),
 ) -> Report:
     """The report of an engine, with these entries about its steps; without an engine, of nothing but those.
 
     Args:
+        calls: of layers, in steps of the model's own.
         library_nbytes: the most that the model's own library has had on a device's card, beyond the engine's memory.
         further_devices: of replicas that span several, those which are not the engine's.
     """
@@ -234,6 +243,7 @@ def make_report(
         peak_nbytes=_peak_nbytes(),
         buckets=engine.buckets,
         early_buckets=times.early,
+        calls=list(calls),
     )
 
 

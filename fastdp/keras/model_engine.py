@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from fastdp.engine import DataParallel
-from fastdp.keras.custom_steps import LayerCalls, has_own
+from fastdp.keras.custom_steps import has_own
+from fastdp.keras.layer_calls import LayerCalls
 from fastdp.program.capture import Captures
 from fastdp.program.capture_record import Recorder
 from fastdp.program.keras_custom import CallProgram
@@ -73,9 +74,10 @@ class ModelEngine:
             self.forget_engine()
             self._engine = self._made()
             self._calls = LayerCalls(self._engine)
-            self._trains, self._variables_known = self._trainability(self._engine.program), False
+            self._variables_known = False
             self._layers = self.template._flatten_layers()
             self._parts = self._count_parts()
+        self._trains = self._trainability(self._engine.program)
         return self._engine
 
     def _made(self) -> DataParallel:
@@ -163,10 +165,8 @@ class ModelEngine:
 
     def _stale(self, program: Any) -> bool:
         """Whether the program was made for other variables than those that are trained now."""
-        trainable = self.template.trainable_variables
+        trainable = program.trainable if program.follows_trainable else self.template.trainable_variables
         optimizer = optimizer_of(self.trainer)
-        if optimizer is None and program.optimizer is None:
-            return [id(v) for v in program.trainable] != [id(v) for v in trainable]
         slots = optimizer.variables if optimizer is not None else []
         return (
             program.optimizer is not optimizer

@@ -12,18 +12,12 @@ from keras.src.utils import io_utils
 from fastdp.backend.queue import QueueDevice
 from fastdp.engine import DataParallel
 from fastdp.keras.ahead import in_host_memory
+from fastdp.keras.call_checks import is_hooked, why_not_here
 from fastdp.keras.callbacks import at_once
 from fastdp.keras.checks import check_loop, check_template
 from fastdp.keras.compile_state import borrowed, follow, follows, take_over
 from fastdp.keras.custom_steps import check_own_step
-from fastdp.keras.own_loops import (
-    calls_model,
-    is_hooked,
-    is_plain_call,
-    wants_gradient,
-    why_not_here,
-    within_step,
-)
+from fastdp.keras.own_loops import calls_model, is_plain_call, wants_gradient, within_step
 from fastdp.keras.resident import as_fed, resident_batch, resident_fit, resident_forward
 from fastdp.keras.steps import Steps
 from fastdp.keras.streaming import arguments_by_name, stream_fit, stream_forward
@@ -343,11 +337,14 @@ class ParallelModel(TemplateView):
         batch, and the steps so far; of a captured step the number of operations, and the seconds that tracing,
         compiling (in the background) and loading took; of a recorded one the number of `replicas` that recorded it and
         of `segments`, a graph each, and the `record_seconds` and `graph_nbytes` of all these replicas.
+
+        Where the model has steps of its own, `calls` counts the calls of its layers: on all devices, and on one, and why.
         """
         captures = self._steps.captures
         entries = captures.report if captures is not None else [{"how": "eager", "why": "compile=None"}]
         further = [device for group in self.device_groups or () for device in group[1:]]
-        return make_report(self._steps.made_engine, entries, library_nbytes=peak_nbytes, further_devices=further)
+        engine, calls = self._steps.made_engine, self._steps.calls_report
+        return make_report(engine, entries, library_nbytes=peak_nbytes, further_devices=further, calls=calls)
 
     @property
     def compiling(self) -> bool:

@@ -14,9 +14,11 @@ import torch
 from fastdp.engine import DataParallel
 from fastdp.keras.ahead import Ahead
 from fastdp.keras.before_step import BeforeStep
-from fastdp.keras.custom_steps import LayerCalls, has_own, layer_calls
+from fastdp.keras.call_checks import why_not_here
+from fastdp.keras.custom_steps import has_own, layer_calls
+from fastdp.keras.layer_calls import LayerCalls
 from fastdp.keras.model_engine import ModelEngine
-from fastdp.keras.own_loops import ModelCalls, inside_step, say_once, why_not_here
+from fastdp.keras.own_loops import ModelCalls, inside_step, say_once
 from fastdp.program.keras_batch import Structure, flatten_batch, unpack
 from fastdp.program.keras_losses import own_copy
 from fastdp.program.torch_tensors import as_tensor
@@ -60,6 +62,11 @@ class Steps(ModelEngine):
             self.trainer.optimizer._check_variables_are_known(self.template.trainable_variables)
             self._variables_known = True
 
+    @property
+    def calls_report(self) -> list[dict[str, Any]]:
+        """Of the steps of the template's own: how many calls of each layer were split."""
+        return self._calls.report if self._calls is not None else []
+
     def train(self, engine: DataParallel, data: Any) -> Any:
         """One training step; the logs."""
         if has_own(self.template, "train_step"):
@@ -84,6 +91,7 @@ class Steps(ModelEngine):
             while_running=None if ahead is None else lambda: ahead.advance(engine),
         )
         program.accumulation.stepped()
+        program.leave_gradients(engine)
         if program.captures is not None:
             program.captures.note(time.perf_counter() - began)
         self._track_loss(result)

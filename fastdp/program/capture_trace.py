@@ -33,8 +33,7 @@ from fastdp.program.capture_segments import Segments, cut, placed, whole
 from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import OutputStructure, Structure, pack_like
 from fastdp.program.keras_memory import Mapping, ReplicaScope
-from fastdp.program.keras_moments import Moments
-from fastdp.program.keras_outcome import Outcome
+from fastdp.program.keras_outcome import EffectsForm, Outcome
 from fastdp.program.keras_replica import NotCapturable, keras_device, replica_scope
 from fastdp.program.keras_scope import replica_aware
 from fastdp.program.torch_tensors import as_tensor, settle
@@ -188,7 +187,7 @@ class Captured:
         variables, rows, outcomes = ([next(given) for _ in range(count)] for count in counts)
         with torch.enable_grad():
             outcome = self._eager(variables, rows, context, _Given(iter(outcomes)))
-        if any(id(self._program.variables[i]) in self._program.effects.seeds for i, _ in outcome.assigned):
+        if any(id(self._program.variables[i]) in self._program.effects.seeds for i, _ in outcome.effects.assigned):
             raise NotCapturable("a seed generator that the model reads itself")
         return self._layout.flatten(outcome)
 
@@ -246,8 +245,7 @@ class _Layout:
     added: int = 0
     outputs: int = 0
     structure: OutputStructure | None = None
-    assigned: list[int] = field(default_factory=list)
-    moments: list[tuple[Any, float]] = field(default_factory=list)
+    effects: EffectsForm = field(default_factory=EffectsForm)
 
     def flatten(self, outcome: Outcome) -> list[torch.Tensor]:
         """An outcome as one list; remembers how."""
@@ -255,12 +253,8 @@ class _Layout:
         numbers = iter(range(len(found)))
         self.gradients = [None if gradient is None else next(numbers) for gradient in outcome.gradients]
         self.terms, self.outputs, self.structure = len(outcome.terms), len(outcome.outputs), outcome.structure
-        self.added = outcome.added
-        self.assigned = [i for i, _ in outcome.assigned]
-        self.moments = [(layer, moments.count) for layer, moments in outcome.moments]
-        statistics = [t for _, moments in outcome.moments for t in (moments.mean, moments.variance)]
-        values = [value for _, value in outcome.assigned]
-        return [t.detach() for t in (*found, *outcome.terms, *outcome.outputs, *values, *statistics)]
+        self.added, self.effects = outcome.added, outcome.effects.form()
+        return [t.detach() for t in (*found, *outcome.terms, *outcome.outputs, *outcome.effects.tensors())]
 
     def unflatten(
         self,
@@ -275,8 +269,7 @@ class _Layout:
             [next(rest) for _ in range(self.terms)],
             [next(rest) for _ in range(self.outputs)],
             self.structure,
-            [*seeds, *((i, next(rest)) for i in self.assigned)],
-            [(layer, Moments(next(rest), next(rest), count)) for layer, count in self.moments],
+            self.effects.filled(rest, seeds),
             self.added,
         )
 

@@ -22,13 +22,13 @@ from fastdp.program.keras_accumulation import Accumulation
 from fastdp.program.keras_augment import keep_python_draws, writes_to_inputs
 from fastdp.program.keras_batch import Structure, flatten_outputs, unpack
 from fastdp.program.keras_effects import Effect
+from fastdp.program.keras_gradients import LeftGradients
 from fastdp.program.keras_losses import NotPerSample, SharedLoss
 from fastdp.program.keras_memory import Adopted, Mapping, ReplicaScope, ReplicaState, adopted, tensors_of
 from fastdp.program.keras_merged import merged_loss
-from fastdp.program.keras_moments import combine
 from fastdp.program.keras_optimizer import apply_by_variable, optimizer_of, slots_of, why_not_now
 from fastdp.program.keras_optimizer_flat import FlatUpdate
-from fastdp.program.keras_outcome import Notes, Outcome
+from fastdp.program.keras_outcome import Notes, Outcome, SideEffects
 from fastdp.program.keras_placed import PlacedGraph, gradients_of, graph_of
 from fastdp.program.keras_replica import Running, keras_device, replica_scope
 from fastdp.program.keras_scope import replica_aware
@@ -66,6 +66,7 @@ class KerasProgram:
         self.trainable = list(model.trainable_variables) if optimizer is not None else []
         self.optimizer = optimizer
         self.accumulation = Accumulation(optimizer, self.trainable)
+        self._left = LeftGradients(self.trainable)
         self.slot_variables = list(optimizer.variables) if optimizer is not None else []
         self.gradients: Sequence[ArraySpec] = [spec_of(v.path, v.value) for v in self.trainable]
         self._slots = slots_of(optimizer, self.trainable)
@@ -198,13 +199,12 @@ class KerasProgram:
         """Forward only. The sums are the contributions of `add_loss` terms, then those of assigned variables."""
         x, _, _ = unpack(context.structure.pack(batch))
         run = self.running_replica(context)
-        run.sync_batch_norm = False
         keras_scope = keras_device(context.device)
         with keras_scope, torch.no_grad(), replica_scope(run), ReplicaScope(state.mapping, set()) as scope:
             y_pred = self._call(x, training=False)
             extra = self._extra_losses(scope.losses, context)
         outputs, structure = flatten_outputs(y_pred)
-        outcome = Outcome([], extra, outputs, structure, scope.assigned(state.mapping), run.moments)
+        outcome = Outcome([], extra, outputs, structure, SideEffects.of(scope, state.mapping, run))
         return self._result(outcome, state, context, Notes(structure, len(extra)))
 
     def compute(self, mapping: Mapping, nest: Any, run: Running) -> Outcome:
@@ -219,7 +219,7 @@ class KerasProgram:
         found = gradients_of(run, roots, seeds, leaves)
         outputs, structure = flatten_outputs(y_pred) if run.context.wants_outputs else ([], None)
         terms += [term.detach() for term in extra]
-        return Outcome(found, terms, outputs, structure, scope.assigned(mapping), run.moments, len(extra))
+        return Outcome(found, terms, outputs, structure, SideEffects.of(scope, mapping, run), len(extra))
 
     @property
     def spans_devices(self) -> bool:
@@ -236,19 +236,21 @@ class KerasProgram:
         return run
 
     def assign(self, sums: np.ndarray, notes: Notes) -> None:
-        """Give the template the variables that a forward pass assigned: metrics of layers, seeds, counters."""
-        if notes.assigned or notes.constant or notes.normalized:
+        """Give the template the variables that a forward pass changed: metrics of layers, seeds, moving statistics."""
+        if notes.effects:
             with torch.no_grad():
-                self._assign([v.value for v in self.variables], sums[notes.terms :], notes)
+                notes.effects.apply([v.value for v in self.variables], sums[notes.terms :], self._index)
 
     def update(self, state: ReplicaState, totals: Totals) -> None:
         """Assigned variables, then Keras's optimizer on the summed gradients."""
         notes: Notes = totals.notes
         with torch.no_grad():
-            self._assign(state.variables, totals.sums[1 + notes.terms :], notes)
+            notes.effects.apply(state.variables, totals.sums[1 + notes.terms :], self._index)
             if not self.trainable or not (totals.reduced or state.slots):  # without slots: all that there is to do
                 return
             unused = frozenset.intersection(*(note.unused for note in totals.every_note))
+            if state is self.states.get(0):
+                self._left.note(unused)
             if state.flat_update is not None and self.update_how == "flat":
                 state.flat_update.apply(unused, totals.reduced, totals.share)
                 return
@@ -258,6 +260,16 @@ class KerasProgram:
             values = [state.variables[self._index[id(v)]] for v in self.trainable]
             mapping = [*zip(self.trainable, values, strict=True), *zip(self._slots.order, state.slots, strict=True)]
             apply_by_variable(self.optimizer, gradients, self.trainable, mapping)
+
+    def leave_gradients(self, engine: Any) -> None:
+        """After a training step, let the template's variables have its gradients, as Keras's trainer leaves them.
+
+        Not where they are accumulated on the replicas: the step's gradient of the whole batch is never made.
+        """
+        if self.accumulation.defers(engine):
+            self._left.forget()
+        else:
+            self._left.leave(self.states[0].gradients)
 
     accumulate = staticmethod(accumulate)
 
@@ -351,42 +363,8 @@ class KerasProgram:
             self.effects.inspect(batch, structure)
 
     def _result(self, outcome: Outcome, state: ReplicaState, context: Context, notes: Notes) -> Result:
-        """Outputs as arrays, and the numbers by which terms and assigned variables are put together."""
-        notes.normalized = [layer for layer, _ in outcome.moments if not layer.renorm]
-        by_moments = {id(v) for layer in notes.normalized for v in (layer.moving_mean, layer.moving_variance)}
-        sums = [np.array([float(term) for term in outcome.terms])]
-        for i, value in outcome.assigned:
-            variable, before = state.mapping[i]
-            if id(variable) in by_moments:
-                continue
-            effect = self.effects.of_variable(i, variable)
-            # Floats are averaged even so: a value that looked constant on the rows tried may depend on others.
-            if effect is Effect.SAME and not value.is_floating_point():
-                notes.constant.append((i, value.detach()))
-                continue
-            notes.assigned.append((i, effect))
-            moved = value.detach().double() - before.detach().double()
-            moved = moved if effect is Effect.SUM else moved * context.rows.share
-            sums.append(moved.cpu().numpy().ravel())
-        sums += [moments.sums() for layer, moments in outcome.moments if not layer.renorm]
-        return Result([output_array(tensor, context.device) for tensor in outcome.outputs], np.concatenate(sums), notes)
-
-    def _assign(self, variables: Sequence[torch.Tensor], sums: np.ndarray, notes: Notes) -> None:
-        """Give assigned variables their values for the global batch."""
-        for i, value in notes.constant:
-            variables[i].copy_(value)
-        at = 0
-        for i, _ in notes.assigned:
-            tensor = variables[i]
-            moved = torch.from_numpy(sums[at : at + tensor.numel()]).to(tensor.device).reshape(tensor.shape)
-            new = tensor.double() + moved
-            tensor.copy_(new if tensor.is_floating_point() else new.round())
-            at += tensor.numel()
-        for layer in notes.normalized:
-            targets = [variables[self._index[id(v)]] for v in (layer.moving_mean, layer.moving_variance)]
-            length = 1 + 2 * targets[0].numel()
-            for tensor, value in zip(targets, combine(sums[at : at + length]), strict=True):
-                # In the variable's own precision, as Keras does it.
-                new = torch.from_numpy(value).to(tensor.device, tensor.dtype).reshape(tensor.shape)
-                tensor.copy_(tensor * layer.momentum + new * (1.0 - layer.momentum))
-            at += length
+        """Outputs as arrays, and the numbers by which terms and side effects are put together."""
+        terms = np.array([float(term) for term in outcome.terms])
+        sums, notes.effects = outcome.effects.summed(state.mapping, context.rows.share, self.effects.of_variable)
+        outputs = [output_array(tensor, context.device) for tensor in outcome.outputs]
+        return Result(outputs, np.concatenate([terms, *sums]), notes)

@@ -119,9 +119,13 @@ class Accumulation:
             self._waiting.settle()
         self._waiting.engine = engine  # before the step: whatever becomes of it, what it leaves is found
         steps = self._optimizer.gradient_accumulation_steps
-        if len(engine.devices) == 1 or not self.how.startswith("on the replicas"):
+        if not self.defers(engine):
             return True
         return (int(self._optimizer._iterations.value) + 1) % int(steps) == 0
+
+    def defers(self, engine: Any) -> bool:
+        """Whether gradients of `engine` stay on its replicas for the length of a cycle."""
+        return bool(self._accumulators) and len(engine.devices) > 1 and self.how.startswith("on the replicas")
 
     def stepped(self) -> None:
         """A step has succeeded: an engine on which nothing waits is not kept alive."""

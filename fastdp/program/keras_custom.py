@@ -8,7 +8,7 @@ rows, and the gradients of the weights are added up over the replicas.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,14 +18,14 @@ import torch
 
 from fastdp.program.base import Context, Result
 from fastdp.program.keras import KerasProgram
-from fastdp.program.keras_batch import Structure, flatten_outputs, unpack
-from fastdp.program.keras_effects import Effect, NotByRowsError, classify, mixes_rows
+from fastdp.program.keras_batch import Structure, flatten_outputs, pack_like, unpack
+from fastdp.program.keras_call_trial import LayerEffects, RowsCall, is_number
+from fastdp.program.keras_effects import Effect, NotByRowsError
 from fastdp.program.keras_memory import Mapping, ReplicaScope
-from fastdp.program.keras_outcome import Notes, Outcome
+from fastdp.program.keras_outcome import Notes, Outcome, SideEffects
 from fastdp.program.keras_placed import gradients_of
-from fastdp.program.keras_replica import Running, replica_scope
+from fastdp.program.keras_replica import Running, keras_device, replica_scope
 from fastdp.program.keras_scope import replica_aware
-from fastdp.program.keras_trial import Effects, _unlike_first
 from fastdp.program.torch_tensors import as_array
 
 
@@ -38,7 +38,49 @@ class _Ran:
     inputs: list[torch.Tensor]
     leaves: list[torch.Tensor]
     outputs: list[torch.Tensor]
-    losses: list[torch.Tensor]
+    numbers: list[torch.Tensor]
+
+
+_ROWS, _NUMBER = object(), object()
+
+
+@dataclass(slots=True)
+class OutputForm:
+    """How the outputs of a call were nested, and where in it there are tensors with rows and tensors of one number.
+
+    Whatever else a layer gives back is kept as it is.
+    """
+
+    nest: Any = None
+    leaves: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, outputs: Any) -> tuple[OutputForm, list[torch.Tensor], list[torch.Tensor]]:
+        """The form of a call's outputs, those with rows, and those of one number."""
+        leaves = keras.tree.flatten(outputs)
+        tensors = [isinstance(leaf, torch.Tensor) for leaf in leaves]
+        kinds = [
+            (_NUMBER if is_number(leaf) else _ROWS) if is_tensor else leaf
+            for leaf, is_tensor in zip(leaves, tensors, strict=True)
+        ]
+        rows = [leaf for leaf, kind in zip(leaves, kinds, strict=True) if kind is _ROWS]
+        numbers = [leaf for leaf, kind in zip(leaves, kinds, strict=True) if kind is _NUMBER]
+        return cls(keras.tree.map_structure(lambda _: 0, outputs), kinds), rows, numbers
+
+    @property
+    def numbers(self) -> int:
+        """How many outputs are one number."""
+        return sum(leaf is _NUMBER for leaf in self.leaves)
+
+    def pack(self, rows: Sequence[torch.Tensor], numbers: Sequence[torch.Tensor], masked: Sequence[bool]) -> Any:
+        """The outputs again. Of `rows` those that are `masked` get the tensors behind them as their Keras masks."""
+        masks = iter(rows[len(masked) :])
+        for tensor, has_mask in zip(rows, masked, strict=False):
+            if has_mask:
+                tensor._keras_mask = next(masks)  # type: ignore[attr-defined]
+        given = {_ROWS: iter(rows), _NUMBER: iter(numbers)}
+        leaves = [next(given[leaf]) if leaf is _ROWS or leaf is _NUMBER else leaf for leaf in self.leaves]
+        return pack_like(self.nest, leaves)
 
 
 @dataclass(slots=True)
@@ -46,68 +88,45 @@ class Forward:
     """One call of a layer.
 
     Args:
-        call: runs the layer on the row arrays (all of them, or a replica's rows).
-        structure: of the row arrays.
-        wants_gradient: for each row array, whether its gradient may be asked for.
+        call: runs the layer on the row tensors (all of them, or a replica's rows) and the shared ones.
+        structure: of the row tensors.
+        rows_want, shared_want: for each row tensor and each shared tensor, whether its gradient may be asked for.
         weights: the trainable variables that the layer may use; none where nothing is differentiated.
         differentiable: build autograd's graph.
+        shared: tensors that are the same for all rows.
+
+    `form` and `number_dtypes` are those of the first replica's outputs; `chained` says that one of these is computed from
+    another, which `refuses_chains` makes an error.
     """
 
-    call: Callable[[list[torch.Tensor]], Any]
+    call: RowsCall
     structure: Structure
-    wants_gradient: list[bool]
+    rows_want: list[bool]
     weights: list[keras.Variable]
     differentiable: bool
+    shared: Sequence[torch.Tensor] = ()
+    shared_want: Sequence[bool] = ()
+    refuses_chains: bool = False
+    chained: bool = False
     ran: dict[int, _Ran] = field(default_factory=dict)
     seeds: Mapping = field(default_factory=list)
-    loss_dtypes: list[torch.dtype] = field(default_factory=list)
+    form: OutputForm = field(default_factory=OutputForm)
+    number_dtypes: list[torch.dtype] = field(default_factory=list)
+
+    @property
+    def leaf_count(self) -> int:
+        """How many tensors there are whose gradients are sums over the replicas: shared ones, then weights."""
+        return sum(self.shared_want) + len(self.weights)
 
 
 @dataclass(slots=True)
 class Backward:
-    """The gradients of one call: those of its merged outputs and losses go in, those of its weights come out."""
+    """The gradients of one call: those of its merged outputs and its numbers go in, those of its leaves come out."""
 
     forward: Forward
     outputs: Sequence[torch.Tensor | None]
-    losses: Sequence[torch.Tensor | None]
-    weights: list[torch.Tensor | None] = field(default_factory=list)
-
-
-class LayerEffects(Effects):
-    """Whether and how one layer can be run by rows: found out by running it on two rows and on each alone.
-
-    `refused` says why it cannot; `tried` whether the question has been answered.
-    """
-
-    tried = False
-    refused: str | None = None
-
-    def inspect(self, batch: Sequence[np.ndarray], structure: Structure) -> None:
-        """Answer the question, once, where the batch has two different rows."""
-        other = _unlike_first(batch, structure)
-        if self.tried or other is None:
-            return
-        pair = [array[[0, other]] for array in batch]
-        with replica_aware():
-            both = self._try_rows(pair, structure, 0, 2)
-            a, b = (self._try_rows(pair, structure, row, row + 1) for row in (0, 1))
-        self.tried = True
-        scalar = any(not out.ndim for out in both.outputs)
-        uneven = any(
-            x.ndim and (x.shape[0] == 0 or xy.shape != (2 * x.shape[0], *x.shape[1:]))
-            for x, xy in zip(a.outputs, both.outputs, strict=True)
-        )
-        if scalar or uneven:
-            self.refused = "its outputs have no rows"
-        elif mixes_rows(a.outputs, b.outputs, both.outputs):
-            self.refused = "its outputs for a row depend on the other rows"
-        self._losses = [classify(*values) for values in zip(a.losses, b.losses, both.losses, strict=True)]
-        if {Effect.UNKNOWN, Effect.UNDECIDED} & set(self._losses):
-            self.refused = "its add_loss() is neither known as a mean nor as a sum over rows"
-        self._assigned |= self._moves(a, b, both)
-        for i, effect in self._assigned.items():
-            if effect is Effect.UNKNOWN:
-                self.refused = f"it assigns {self._variables[i].path}, which is neither a mean nor a sum over rows"
+    numbers: Sequence[torch.Tensor | None]
+    leaves: list[torch.Tensor | None] = field(default_factory=list)
 
 
 class CallProgram(KerasProgram):
@@ -122,8 +141,12 @@ class CallProgram(KerasProgram):
         super().__init__(model, trainer, **options)
         self.own_train_step = own_train_step
         self.doubted = False
-        if own_train_step or self.optimizer is None:  # leaves of autograd all the same
-            self.trainable = list(model.trainable_variables)
+        self.follows_trainable = own_train_step or self.optimizer is None
+        if self.follows_trainable:
+            # Leaves of autograd all the same, and those that are frozen now too: a step may thaw them in its middle.
+            layers = model._flatten_layers()
+            trained = {id(v) for layer in layers for v in (*layer._trainable_variables, *layer.trainable_variables)}
+            self.trainable = [v for v in self.variables if id(v) in trained and v.value.is_floating_point()]
             self.gradients = []
             self.slots = []
 
@@ -146,17 +169,16 @@ class CallProgram(KerasProgram):
         doubted, self.doubted = self.doubted, False
         return super().changed_outside() or doubted
 
-    def effects_of(self, layer: Any, call: Callable[[list[torch.Tensor]], Any]) -> LayerEffects:
-        """What is to be found out about a layer."""
-        return LayerEffects(layer, self.variables, lambda x, _: call(x), self._seed)
+    def effects_of(self, layer: Any) -> LayerEffects:
+        """What is to be found out about calls of a layer."""
+        return LayerEffects(layer, self.variables, lambda x, training: layer(x, training=training), self._seed)
 
-    def knows(self, layer: Any) -> bool:
-        """Whether the replicas have all the layer's variables, and their leaves if they are trained."""
+    def knows(self, variables: Sequence[keras.Variable]) -> bool:
+        """Whether the replicas have these variables, and their leaves if they are trained."""
         leaves = set(map(id, self.trainable))
         trains = torch.is_grad_enabled()
         return all(
-            id(v) in self._index and not (trains and v.value.requires_grad and id(v) not in leaves)
-            for v in layer.variables
+            id(v) in self._index and not (trains and v.value.requires_grad and id(v) not in leaves) for v in variables
         )
 
     def seeds_now(self) -> Mapping:
@@ -176,28 +198,39 @@ class CallProgram(KerasProgram):
     def _forward(self, state: Any, batch: list[np.ndarray], context: Context, work: Forward) -> Result:
         """The layer on a replica's rows."""
         rows, _, _ = unpack(work.structure.pack(batch))
-        pairs = zip(rows, work.wants_gradient, strict=True)
-        inputs = [row.detach().requires_grad_() if wanted else row for row, wanted in pairs]
+        inputs = _leaves(rows, work.rows_want, context.torch_device)
+        shared = _leaves(work.shared, work.shared_want, context.torch_device)
         run = self.running_replica(context)
         weights = set(map(id, work.weights))
         tracing = torch.set_grad_enabled(work.differentiable)
-        with tracing, replica_scope(run), ReplicaScope(state.mapping, weights) as scope:
-            y = work.call(inputs)
+        with tracing, keras_device(context.device), replica_scope(run), ReplicaScope(state.mapping, weights) as scope:
+            y = work.call(inputs, shared)
             losses = self._extra_losses(scope.losses, context)
-        outputs, structure = flatten_outputs(y)
+        form, found, numbers = OutputForm.of(y)
+        outputs, structure = flatten_outputs(found)
         if context.rank == 0:
-            work.loss_dtypes = [loss.dtype for loss in losses]
-            if work.differentiable and feed_each_other(outputs):
+            work.form = form
+            work.number_dtypes = [tensor.dtype for tensor in (*losses, *numbers)]
+            work.chained = work.differentiable and feed_each_other([*outputs, *numbers])
+            if work.chained and work.refuses_chains:
                 raise NotByRowsError(
                     "one of its outputs is computed from another of them, and merged outputs have no gradients by each "
                     "other"
                 )
+        numbers = [*losses, *self._contributions(numbers, context)]
         if work.differentiable:
-            leaves = [scope.get_current_value(v) for v in work.weights]
-            work.ran[context.rank] = _Ran(context, run, inputs, leaves, outputs, losses)
-        detached = [loss.detach() for loss in losses]
-        outcome = Outcome([], detached, outputs, structure, scope.assigned(state.mapping), run.moments)
-        return self._result(outcome, state, context, Notes(structure, len(losses)))
+            wanted = [tensor for tensor, wants in zip(shared, work.shared_want, strict=True) if wants]
+            leaves = [*wanted, *(scope.get_current_value(v) for v in work.weights)]
+            work.ran[context.rank] = _Ran(context, run, inputs, leaves, outputs, numbers)
+        detached = [number.detach() for number in numbers]
+        outcome = Outcome([], detached, outputs, structure, SideEffects.of(scope, state.mapping, run))
+        return self._result(outcome, state, context, Notes(structure, len(numbers)))
+
+    def _contributions(self, numbers: Sequence[torch.Tensor], context: Context) -> list[torch.Tensor]:
+        """This replica's contributions to outputs that are one number for the whole batch."""
+        effects: Any = self.effects
+        factors = [1.0 if effect is Effect.SUM else context.rows.share for effect in effects.numbers]
+        return [number * factor for number, factor in zip(numbers, factors, strict=True)]
 
     def _backward(self, context: Context, work: Backward) -> Result:
         """A replica's part of the gradients. Its outputs are those of the row arrays."""
@@ -209,25 +242,29 @@ class CallProgram(KerasProgram):
             if gradient is not None and output.requires_grad:
                 per_row = output.shape[0] // context.rows.count
                 roots.append(output)
-                seeds.append(gradient[per_row * context.rows.start : per_row * context.rows.stop])
-        for loss, gradient in zip(ran.losses, work.losses, strict=True):
-            if gradient is not None and loss.requires_grad:
-                roots.append(loss)
-                seeds.append(gradient)
-        wanted = [row for row, wants in zip(ran.inputs, work.forward.wants_gradient, strict=True) if wants]
+                rows = gradient[per_row * context.rows.start : per_row * context.rows.stop]
+                seeds.append(rows.to(output.device))
+        for number, gradient in zip(ran.numbers, work.numbers, strict=True):
+            if gradient is not None and number.requires_grad:
+                roots.append(number)
+                seeds.append(gradient.to(number.device, number.dtype))
+        wanted = [row for row, wants in zip(ran.inputs, work.forward.rows_want, strict=True) if wants]
         targets = [*wanted, *ran.leaves]
         found = gradients_of(ran.run, roots, seeds, targets, retain=True)
         everyone = context.exchange(found[len(wanted) :])
-        for i in range(context.rank, len(ran.leaves), context.size):  # each replica adds up its part of the weights
+        for i in range(context.rank, len(ran.leaves), context.size):  # each replica adds up its part of the leaves
             parts = [part[i] for part in everyone if part[i] is not None]
-            work.weights[i] = sum(parts[1:], parts[0]) if parts else None
-        rows = [torch.zeros_like(row) if g is None else g for row, g in zip(wanted, found, strict=False)]
-        return Result([as_array(row) for row in rows], np.zeros(0), Notes())
+            work.leaves[i] = sum(parts[1:], parts[0]) if parts else None
+        rows_found = [torch.zeros_like(row) if g is None else g for row, g in zip(wanted, found, strict=False)]
+        return Result([as_array(row) for row in rows_found], np.zeros(0), Notes())
 
-    def replay(self, work: Forward, inputs: list[torch.Tensor], batch: list[np.ndarray]) -> list[torch.Tensor]:
+    def replay(
+        self, work: Forward, inputs: list[torch.Tensor], shared: list[torch.Tensor], batch: list[np.ndarray]
+    ) -> list[torch.Tensor]:
         """The call again, on the whole batch and on this thread, with a graph that can be differentiated twice.
 
-        Draws come from the seeds of the first time, so the values are the same. Its outputs, then its losses.
+        Draws come from the seeds of the first time, so the values are the same. Its outputs, then its losses, then its
+        outputs of one number.
 
         Raises:
             NotImplementedError: the layer's BatchNormalization used each replica's own moments.
@@ -238,14 +275,20 @@ class CallProgram(KerasProgram):
         run.placed = None
         mapping = [(v, v.value) for v in self.variables] + work.seeds
         with replica_aware(), torch.enable_grad(), replica_scope(run), ReplicaScope(mapping, set()) as scope:
-            outputs, _ = flatten_outputs(work.call(inputs))
+            _, found, numbers = OutputForm.of(work.call(inputs, shared))
             losses = self._extra_losses(scope.losses, context)
         if run.moments and not self.sync_batch_norm:
             raise NotImplementedError(
                 "A gradient of a gradient through BatchNormalization needs the moments of the global batch: wrap the "
                 "model with sync_batch_norm=True."
             )
-        return [*outputs, *losses]
+        return [*flatten_outputs(found)[0], *losses, *numbers]
+
+
+def _leaves(tensors: Sequence[torch.Tensor], wants: Sequence[bool], device: str) -> list[torch.Tensor]:
+    """A replica's own tensors: leaves of autograd where their gradients are wanted."""
+    own = (tensor.detach().to(device) for tensor in tensors)
+    return [one.requires_grad_() if wanted else one for one, wanted in zip(own, wants, strict=True)]
 
 
 def feed_each_other(outputs: Sequence[torch.Tensor]) -> bool:

@@ -133,9 +133,9 @@ class ReplicaScope(keras.StatelessScope):
         return [(i, value) for i, value, before in values if value is not before]
 
     def add_update(self, update: tuple[keras.Variable, torch.Tensor]) -> None:
-        """Note an assignment."""
+        """Note an assignment. No gradient goes through it: in plain Keras it is a copy into the variable's memory."""
         variable, value = update
-        value = value.detach().requires_grad_() if id(variable) in self._leaves else value
+        value = value.detach().requires_grad_() if id(variable) in self._leaves else value.detach()
         super().add_update((variable, value))
 
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import keras
 import numpy as np
 import torch
 
@@ -47,6 +48,40 @@ def combine(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean = sums[1 : 1 + channels] / count
     variance = np.maximum(sums[1 + channels :] / count - mean * mean, 0.0)
     return mean, variance
+
+
+def statistics(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """The statistics that moments move in a BatchNormalization layer; none of other layers, or of a `call` of its own."""
+    if type(layer).call is not keras.layers.BatchNormalization.call or layer.moving_mean is None:
+        return []
+    if layer.renorm:
+        return [layer.renorm_mean, layer.renorm_stddev, layer.moving_mean, layer.moving_stddev, layer.moving_variance]
+    return [layer.moving_mean, layer.moving_variance]
+
+
+def moved_statistics(
+    layer: keras.layers.BatchNormalization, values: Sequence[torch.Tensor], mean: np.ndarray, variance: np.ndarray
+) -> list[torch.Tensor]:
+    """The values of `statistics(layer)` after a batch with this mean and variance (float64 vectors), as Keras moves them.
+
+    In the variables' own precision, as Keras does it.
+    """
+
+    def moved(value: torch.Tensor, batch: np.ndarray, momentum: float) -> torch.Tensor:
+        new = torch.from_numpy(batch).to(value.device, value.dtype).reshape(value.shape)
+        return value * momentum + new * (1.0 - momentum)
+
+    if not layer.renorm:
+        return [moved(value, new, layer.momentum) for value, new in zip(values, (mean, variance), strict=True)]
+    deviation = np.sqrt(variance + layer.epsilon)
+    moving_deviation = moved(values[3], deviation, layer.momentum)
+    return [
+        moved(values[0], mean, layer.renorm_momentum),
+        moved(values[1], deviation, layer.renorm_momentum),
+        moved(values[2], mean, layer.momentum),
+        moving_deviation,
+        torch.relu(moving_deviation * moving_deviation - layer.epsilon),
+    ]
 
 
 def local_moments(

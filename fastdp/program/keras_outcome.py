@@ -1,32 +1,152 @@
-"""What the pure part of a step gives, and what the sums of a step mean."""
+"""What the pure part of a step gives, and what the sums of a step mean.
+
+The side effects of a forward pass are one thing, and listed here alone. On a replica they are `SideEffects`: values of
+assigned variables (counters, metrics of layers, states of seed generators) and moments of BatchNormalization.
+`SideEffects.summed` writes them as numbers to be added up over the replicas, with a `Summed` that says which they are,
+and `Summed.apply` gives variables their values for the global batch. `add_loss()` terms are numbers of the loss: they
+stand before them (`Notes.terms`). Whoever asks whether a forward pass has left anything behind asks the `Summed`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import keras
+import numpy as np
 import torch
 
 from fastdp.program.keras_batch import OutputStructure
 from fastdp.program.keras_effects import Effect
-from fastdp.program.keras_moments import Moments
+from fastdp.program.keras_memory import Mapping, ReplicaScope
+from fastdp.program.keras_moments import Moments, combine, moved_statistics, statistics
+from fastdp.program.keras_replica import Running
+
+
+@dataclass(slots=True)
+class SideEffects:
+    """What a forward pass did on one replica, beside its outputs and losses.
+
+    Args:
+        assigned: the variables that it assigned, by their number in the program, and their values.
+        moments: in the order of the calls, BatchNormalization layers and the moments of their inputs.
+    """
+
+    assigned: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    moments: list[tuple[keras.layers.BatchNormalization, Moments]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, scope: ReplicaScope, mapping: Mapping, run: Running) -> SideEffects:
+        """Those of the forward pass that has run within `scope`, over the variables of `mapping`."""
+        # A layer whose statistics follow a rule of its own assigns them as any layer assigns a variable.
+        return cls(scope.assigned(mapping), [(layer, found) for layer, found in run.moments if statistics(layer)])
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All values, in the order that `EffectsForm.filled` takes them in."""
+        values = [value for _, value in self.assigned]
+        return [*values, *(t for _, found in self.moments for t in (found.mean, found.variance))]
+
+    def form(self) -> EffectsForm:
+        """The same without values: of a step that is captured."""
+        return EffectsForm([i for i, _ in self.assigned], [(layer, found.count) for layer, found in self.moments])
+
+    def summed(
+        self, before: Mapping, share: float, effect_of: Callable[[int, keras.Variable], Effect]
+    ) -> tuple[list[np.ndarray], Summed]:
+        """As float64 numbers of which the sum over replicas counts, and what they stand for.
+
+        Args:
+            before: the variables and their values before the forward pass.
+            share: the replica's part of the rows of the global batch.
+            effect_of: how a variable, by number, depends on the rows.
+        """
+        notes = Summed(normalized=[layer for layer, _ in self.moments])
+        by_moments = {id(v) for layer in notes.normalized for v in statistics(layer)}
+        sums = []
+        for i, value in self.assigned:
+            variable, old = before[i]
+            if id(variable) in by_moments:
+                continue
+            effect = effect_of(i, variable)
+            # Floats are averaged even so: a value that looked constant on the rows tried may depend on others.
+            if effect is Effect.SAME and not value.is_floating_point():
+                notes.constant.append((i, value.detach()))
+                continue
+            notes.assigned.append(i)
+            moved = value.detach().double() - old.detach().double()
+            moved = moved if effect is Effect.SUM else moved * share
+            sums.append(moved.cpu().numpy().ravel())
+        return [*sums, *(moments.sums() for _, moments in self.moments)], notes
+
+
+@dataclass(slots=True)
+class EffectsForm:
+    """Side effects without their values: numbers of variables, and layers with the counts of their moments."""
+
+    assigned: list[int] = field(default_factory=list)
+    moments: list[tuple[Any, float]] = field(default_factory=list)
+
+    def filled(self, values: Iterator[torch.Tensor], seeds: Sequence[tuple[int, torch.Tensor]] = ()) -> SideEffects:
+        """With these values, and the states of the seed generators that were moved outside."""
+        return SideEffects(
+            [*seeds, *((i, next(values)) for i in self.assigned)],
+            [(layer, Moments(next(values), next(values), count)) for layer, count in self.moments],
+        )
+
+
+@dataclass(slots=True)
+class Summed:
+    """The side effects of a step on all replicas; true where there are any.
+
+    The numbers hold, per entry of `assigned`, by how much each element of the variable moves, then per entry of
+    `normalized` its moments. `constant` are assigned values that are the same on all replicas, and need no numbers.
+    """
+
+    assigned: list[int] = field(default_factory=list)
+    constant: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    normalized: list[keras.layers.BatchNormalization] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.assigned or self.constant or self.normalized)
+
+    def apply(self, variables: Sequence[torch.Tensor], sums: np.ndarray, number_of: dict[int, int]) -> None:
+        """Give variables their values for the global batch, in place.
+
+        Args:
+            variables: a replica's, by number.
+            sums: the numbers, added up over the replicas.
+            number_of: of a Keras variable, by its id.
+        """
+        for i, value in self.constant:
+            variables[i].copy_(value)
+        at = 0
+        for i in self.assigned:
+            tensor = variables[i]
+            moved = torch.from_numpy(sums[at : at + tensor.numel()]).to(tensor.device).reshape(tensor.shape)
+            new = tensor.double() + moved
+            tensor.copy_(new if tensor.is_floating_point() else new.round())
+            at += tensor.numel()
+        for layer in self.normalized:
+            targets = [variables[number_of[id(v)]] for v in statistics(layer)]
+            length = 1 + 2 * targets[0].numel()
+            mean, variance = combine(sums[at : at + length])
+            for tensor, new in zip(targets, moved_statistics(layer, targets, mean, variance), strict=True):
+                tensor.copy_(new)
+            at += length
 
 
 @dataclass(slots=True)
 class Notes:
     """What a step's sums mean, beside its outputs' structure.
 
-    `sums` holds: the loss; the loss terms; then per entry of `assigned` its elements; then per entry of
-    `normalized` its moments. `constant` are assigned values that are the same on all replicas. The
-    last `added` of the terms are those of `add_loss`.
+    `sums` holds: the loss; the loss terms (`terms` of them); then the numbers of `effects`. The last `added` of the terms
+    are those of `add_loss`.
     """
 
     structure: OutputStructure | None = None
     terms: int = 0
-    assigned: list[tuple[int, Effect]] = field(default_factory=list)
-    constant: list[tuple[int, torch.Tensor]] = field(default_factory=list)
-    normalized: list[keras.layers.BatchNormalization] = field(default_factory=list)
+    effects: Summed = field(default_factory=Summed)
     unused: frozenset[int] = frozenset()
     added: int = 0
 
@@ -34,13 +154,12 @@ class Notes:
 @dataclass(slots=True)
 class Outcome:
     """What the pure part of a step gives: gradients of the trainable variables (None where there is none), the
-    loss and its terms, outputs and masks, assigned variables by number, moments of batch normalization. The last
-    `added` of the terms are those of `add_loss`."""
+    loss and its terms, outputs and masks, and what the forward pass did beside them. The last `added` of the terms are
+    those of `add_loss`."""
 
     gradients: Sequence[torch.Tensor | None]
     terms: list[torch.Tensor]
     outputs: list[torch.Tensor]
     structure: OutputStructure | None
-    assigned: list[tuple[int, torch.Tensor]]
-    moments: list[tuple[keras.layers.BatchNormalization, Moments]]
+    effects: SideEffects
     added: int = 0

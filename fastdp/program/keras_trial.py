@@ -24,6 +24,7 @@ from fastdp.program.keras_effects import (
     warn_variable,
 )
 from fastdp.program.keras_memory import ReplicaScope
+from fastdp.program.keras_moments import statistics
 from fastdp.program.keras_replica import Running, replica_scope
 from fastdp.program.keras_rows import keeps_rows_apart
 from fastdp.program.keras_scope import replica_aware
@@ -129,7 +130,7 @@ class Effects:
             x, _, _ = unpack(structure.pack([array[start:stop].copy() for array in batch]))
             outputs = [leaf.detach() for leaf in keras.tree.flatten(self._call(x, True))]
             losses = [keras.ops.sum(loss) for loss in scope.losses]
-        normalized = {id(v) for layer in self._model._flatten_layers() for v in _statistics(layer)}
+        normalized = {id(v) for layer in self._model._flatten_layers() for v in statistics(layer)}
         moved = {}
         for i, (variable, before) in enumerate(mapping):
             value = scope.get_current_value(variable)
@@ -169,10 +170,3 @@ def _unlike_first(batch: Sequence[np.ndarray], structure: Structure) -> int | No
             if name.startswith("x") and not np.array_equal(array[0], array[row]):
                 return row
     return None
-
-
-def _statistics(layer: keras.layers.Layer) -> list[keras.Variable]:
-    """The moving statistics of a BatchNormalization layer; nothing of others."""
-    if not isinstance(layer, keras.layers.BatchNormalization):
-        return []
-    return [v for v in (layer.moving_mean, layer.moving_variance) if v is not None]

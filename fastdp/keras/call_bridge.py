@@ -1,0 +1,150 @@
+"""One call of a layer on all devices, as one node of autograd's graph."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+from keras.src.backend.torch.core import get_device
+
+from fastdp.keras.call_arguments import DealtCall
+from fastdp.program.keras_call_trial import LayerEffects
+from fastdp.program.keras_custom import Backward, CallProgram, Forward
+from fastdp.program.torch_tensors import as_tensor
+
+
+def on_devices(calls: Any, effects: LayerEffects, call: DealtCall) -> Any:
+    """The layer on all devices; outputs are merged, and take part in autograd.
+
+    Args:
+        calls: a `LayerCalls`: its engine, whose program is a `CallProgram`; whether it `cuts_outputs`, and refuses
+            those that are computed from one another, since there is no gradient between them; what it notes.
+        effects: what is known of such calls.
+
+    Raises:
+        NotByRowsError: before anything was assigned, where that is so.
+    """
+    program: CallProgram = calls.program
+    layer = call.arguments.layer
+    grad = torch.is_grad_enabled()
+    shared = call.shared
+    rows_want, shared_want = ([grad and _has_gradient(t) for t in tensors] for tensors in (call.tensors, shared))
+    weights = [v for v in layer.variables if v.value.requires_grad] if grad else []
+    differentiable = any(rows_want) or any(shared_want) or bool(weights)
+    work = Forward(call.on_rows, call.structure, rows_want, weights, differentiable, shared, shared_want)
+    work.refuses_chains = calls.cuts_outputs
+    work.seeds = program.seeds_now() if differentiable else []
+    step = _Step(calls, effects, work, call.arrays)
+    tensors = _Bridge.apply(step, *call.tensors, *shared, *(v.value for v in weights))
+    step.given = [weakref.ref(tensor) for tensor in tensors] if work.chained else []
+    outputs, numbers = tensors[: step.outputs], tensors[step.outputs :]
+    losses = len(numbers) - work.form.numbers
+    layer._clear_losses()
+    for loss in numbers[:losses]:
+        keras.Layer.add_loss(layer, loss)  # a Functional model has none of its own
+    return work.form.pack(outputs, numbers[losses:], step.structure.masked)
+
+
+def _has_gradient(tensor: torch.Tensor) -> bool:
+    return tensor.requires_grad and (tensor.is_floating_point() or tensor.is_complex())
+
+
+class _Step:
+    """The two engine steps of one call: forward, and backward if it is asked for."""
+
+    def __init__(self, calls: Any, effects: LayerEffects, work: Forward, arrays: list[np.ndarray]) -> None:
+        self._calls, self._engine = calls, calls.engine
+        self._effects, self.work, self._arrays = effects, work, arrays
+        self.structure: Any = None
+        self.outputs = 0
+        self.given: list[weakref.ref[torch.Tensor]] = []
+
+    def forward(self) -> list[torch.Tensor]:
+        """The merged outputs, their masks, the sums of the `add_loss` terms, and outputs that are one number."""
+        program: CallProgram = self._engine.program
+        program.effects, before = self._effects, program.effects
+        try:
+            result = self._engine.predict(self._arrays, structure=self.work)
+        finally:
+            program.effects = before
+        notes = result.notes
+        program.assign(result.sums, notes)
+        self.structure, self.outputs = notes.structure, len(result.outputs)
+        dtypes = [*notes.structure.dtypes, *["bool"] * (len(result.outputs) - len(notes.structure.dtypes))]
+        device = get_device()  # where plain Keras's would be
+        merged = [as_tensor(array, dtype).to(device) for array, dtype in zip(result.outputs, dtypes, strict=True)]
+        numbers = zip(result.sums[: notes.terms].tolist(), self.work.number_dtypes, strict=True)
+        made = [torch.tensor(n if t.is_floating_point else round(n), dtype=t, device=device) for n, t in numbers]
+        return [*merged, *made]
+
+    def backward(self, gradients: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor | None]:
+        """The gradients of the row tensors, of the shared ones and of the weights."""
+        self._check_chains()
+        forward = self.work
+        work = Backward(forward, gradients[: self.outputs], gradients[self.outputs :])
+        work.leaves = [None] * forward.leaf_count
+        result = self._engine.predict(self._arrays, structure=work)
+        wanted = [d for d, wants in zip(forward.structure.dtypes, forward.rows_want, strict=False) if wants]
+        rows = iter(as_tensor(array, dtype) for array, dtype in zip(result.outputs, wanted, strict=True))
+        leaves = iter(work.leaves)
+        shared = [next(leaves) if wants else None for wants in forward.shared_want]
+        return [*(next(rows) if wants else None for wants in forward.rows_want), *shared, *leaves]
+
+    def _check_chains(self) -> None:
+        """No gradient is kept of an output from which another one was computed: only that of its direct uses is known.
+
+        Raises:
+            NotImplementedError: one is.
+        """
+        for tensor in (ref() for ref in self.given):
+            if tensor is not None and (tensor.retains_grad or tensor._backward_hooks):
+                raise NotImplementedError(
+                    "retain_grad() or a hook on an output of a layer that computes another of its outputs from it: on "
+                    "several devices the gradient between the two is not known. Call the layers one after the other "
+                    "in the step, or train the model itself on one device."
+                )
+
+    def gradients_with_graph(
+        self, tensors: tuple[torch.Tensor, ...], gradients: tuple[torch.Tensor | None, ...]
+    ) -> list[torch.Tensor | None]:
+        """The same, as something that can be differentiated again: computed on one device."""
+        self._calls.note_second_gradient()
+        work = self.work
+        program: CallProgram = self._engine.program
+        rows, others = len(work.rows_want), len(work.rows_want) + len(work.shared_want)
+        program.effects, before = self._effects, program.effects
+        try:
+            roots = program.replay(work, list(tensors[:rows]), list(tensors[rows:others]), self._arrays)
+        finally:
+            program.effects = before
+        pairs = [(r, g) for r, g in zip(roots, gradients, strict=True) if g is not None and r.requires_grad]
+        wants = [*work.rows_want, *work.shared_want, *[True] * len(work.weights)]
+        targets = [tensor for tensor, wanted in zip(tensors, wants, strict=True) if wanted]
+        roots, seeds = [root for root, _ in pairs], [seed for _, seed in pairs]
+        found = iter(torch.autograd.grad(roots, targets, seeds, create_graph=True, allow_unused=True))
+        return [next(found) if wanted else None for wanted in wants]
+
+
+class _Bridge(torch.autograd.Function):
+    """A call on all devices as one node of autograd's graph: row tensors, shared tensors and weights in, merged outputs
+    out."""
+
+    @staticmethod
+    def forward(ctx: Any, step: _Step, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.step = step
+        ctx.save_for_backward(*tensors)  # a weight that is changed before the backward pass is an error, as in torch
+        ctx.set_materialize_grads(False)
+        outputs = step.forward()
+        ctx.mark_non_differentiable(*(t for t in outputs if not (t.is_floating_point() or t.is_complex())))
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return None, *ctx.step.gradients_with_graph(tensors, gradients)
+        found = ctx.step.backward(gradients)
+        return None, *(g if g is None else g.to(t.device) for g, t in zip(found, tensors, strict=True))

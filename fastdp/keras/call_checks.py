@@ -1,0 +1,26 @@
+"""What binds a call to the thread that makes it: then other threads cannot take parts of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def is_hooked(layer: Any) -> bool:
+    """Whether a script has put a hook of torch's on a layer."""
+    own = vars(layer)
+    return any(own.get(name) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"))
+
+
+def why_not_here() -> str | None:
+    """Why this thread's calls cannot be dealt out to others: what torch keeps for each thread alone."""
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return "torch.autocast holds for this thread alone; use keras.config.set_dtype_policy('mixed_bfloat16') instead"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func and torch.vmap follow operations on this thread alone"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode gradients are followed on this thread alone"
+    if torch._C._len_torch_dispatch_stack():
+        return "a dispatch mode of torch's follows operations on this thread alone"
+    return None

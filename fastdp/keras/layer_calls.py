@@ -1,0 +1,210 @@
+"""Which calls of a model's layers run on all devices, and why the others do not: found out once, told once, counted."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import keras
+
+from fastdp.errors import ReplicaError
+from fastdp.keras.call_arguments import CallArguments, DealtCall, Roles
+from fastdp.keras.call_bridge import on_devices
+from fastdp.keras.call_checks import is_hooked, why_not_here
+from fastdp.program.keras_call_trial import LayerEffects
+from fastdp.program.keras_custom import CallProgram
+from fastdp.program.keras_effects import NotByRowsError, refusal
+from fastdp.program.keras_rows import keeps_rows_apart
+from fastdp.warn import warn_user
+
+# Kinds of calls that are remembered: arguments that are new each time must not fill the memory.
+_KINDS = 256
+# How often roles that the values of a batch leave open are looked for again.
+_TRIES = 3
+
+
+@dataclass(slots=True)
+class Count:
+    """How many calls of a layer ran on all devices, how many on one, and the latest reason."""
+
+    split: int = 0
+    one_device: int = 0
+    why: str = ""
+
+
+@dataclass(slots=True)
+class Attempt:
+    """What came of a call: its outputs on all devices, or why it cannot be run there. `open`: for all that is known yet."""
+
+    outputs: Any = None
+    why_not: str | None = None
+    open: bool = False
+
+
+@dataclass(slots=True)
+class _Kind:
+    """What is known of one kind of calls. `open` says that the next one is tried again, as `tries` have been."""
+
+    effects: LayerEffects | None = None
+    roles: Roles = ()
+    why_not: str | None = None
+    open: bool = True
+    tries: int = 0
+    kept: list[Any] = field(default_factory=list)
+
+
+class LayerCalls:
+    """Runs the calls of a model's layers on an engine, whose program is a `CallProgram`.
+
+    Attributes:
+        counts: by the layer's name. Calls with a single row, and of layers without weights, do not count.
+        postponed: whether a call ran on one device because its values left open whether it can be split.
+    """
+
+    # Whether outputs that are computed from one another are refused: a gradient between them may be asked for.
+    cuts_outputs = False
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.program: CallProgram = engine.program
+        self.counts: dict[str, Count] = {}
+        self.told = False
+        self.postponed = False
+        self._own = {id(layer) for layer in self.program.model._flatten_layers()}
+        self._parts: dict[int, tuple[list[Any], list[Any]]] = {}
+        self._kinds: OrderedDict[Any, _Kind] = OrderedDict()
+        self._never_rows: dict[Any, set[int]] = {}
+        self._said: set[tuple[str, str]] = set()
+
+    @property
+    def count(self) -> int:
+        """Calls that ran on all devices."""
+        return sum(count.split for count in self.counts.values())
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """The layers of which a call ran on one device, and why."""
+        return {name: count.why for name, count in self.counts.items() if count.one_device}
+
+    @property
+    def report(self) -> list[dict[str, Any]]:
+        """The counts, an entry for each layer in the order of their first calls."""
+        return [{"layer": name, **asdict(count)} for name, count in self.counts.items()]
+
+    def run(self, layer: Any, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """One call of a layer from a custom step: on all devices if that is possible, else as plain Keras."""
+        if not layer.built or not layer.weights:  # nothing to compute that would pay, and the host has its inputs
+            return original(layer, *args, **kwargs)
+        call = CallArguments(layer, original, args, kwargs)
+        if call.symbolic or call.most_rows < 2:
+            return original(layer, *args, **kwargs)
+        attempt = self.attempt(call)
+        count = self.counts.setdefault(layer.name, Count())
+        if attempt.why_not is None:
+            count.split += 1
+            return attempt.outputs
+        outputs = original(layer, *args, **kwargs)
+        count.one_device, count.why = count.one_device + 1, attempt.why_not
+        known = (layer.name, attempt.why_not)
+        if known not in self._said and not attempt.open:  # behind the call: what it fails with is told alone
+            self._said.add(known)
+            warn_user(
+                f"fastdp: calls of {layer.name!r} from the model's own step run on one device: {attempt.why_not}."
+            )
+        return outputs
+
+    def attempt(self, call: CallArguments) -> Attempt:
+        """One call, on all devices if that is possible."""
+        why_not = self.why_not(call.layer)
+        if why_not is not None:
+            return Attempt(why_not=why_not)
+        kind = self._kind(call)
+        dealt = call.dealt(kind.roles) if kind.why_not is None else None
+        if dealt is None:
+            self.postponed = self.postponed or kind.open
+            return Attempt(why_not=kind.why_not or _UNFIT_MASK, open=kind.open and kind.tries < 2)
+        assert kind.effects is not None
+        try:
+            return Attempt(on_devices(self, kind.effects, dealt))
+        except (NotByRowsError, ReplicaError) as error:  # before anything was assigned
+            kind.why_not = refusal(error)
+            return Attempt(why_not=kind.why_not)
+
+    def note_second_gradient(self) -> None:
+        """A gradient is computed so that it has one itself: on one device."""
+
+    def why_not(self, layer: Any) -> str | None:
+        """Why no call of a layer can be split as things are; None where it can."""
+        if id(layer) not in self._own:
+            return "it is no layer of the model; assign it to an attribute of the model"
+        if id(layer) not in self._parts:  # another engine comes where a layer or a variable does
+            self._parts[id(layer)] = list(layer.variables), layer._flatten_layers()
+        variables, parts = self._parts[id(layer)]
+        if not self.program.knows(variables):
+            return "it has weights that the replicas do not have"
+        hooked = next((part for part in parts if is_hooked(part)), None)
+        if hooked is not None:
+            return f"a hook of torch's on {hooked.name!r} sees the whole batch on one device only"
+        return why_not_here()
+
+    def _kind(self, call: CallArguments) -> _Kind:
+        """What is known of such calls. Nothing in the key says how many rows there are."""
+        key = call.key, call.lengths
+        kind = self._kinds.get(key)
+        if kind is None:
+            kind = self._kinds[key] = _Kind(kept=call.kept)
+            if len(self._kinds) > _KINDS:
+                self._kinds.popitem(last=False)
+        if kind.open:
+            self._look(call, kind)
+            if kind.why_not is None:
+                self._never_rows.setdefault(call.key, set()).update(call.unlike(kind.roles))
+        return kind
+
+    def _look(self, call: CallArguments, kind: _Kind) -> None:
+        """Find out how the call can be dealt out, for the first of its numbers of rows that is possible."""
+        kind.tries += 1
+        first: _Kind | None = None
+        for choice in call.choices():
+            found = [one for roles in choice if (one := self._tried(call, roles, sole=len(choice) == 1)) is not None]
+            passed = [one for one in found if one.why_not is None]
+            if len(passed) > 1:  # with another number of rows it was told
+                never = self._never_rows.get(call.key, set())
+                passed = [one for one in passed if not any(one.roles[i] for i in never)] or passed
+            if len(passed) == 1:
+                kind.effects, kind.roles, kind.why_not, kind.open = passed[0].effects, passed[0].roles, None, False
+                return
+            if passed:
+                kind.why_not, kind.open = _IN_DOUBT, kind.tries < _TRIES
+                return
+            first = first or next(iter(found), None)
+        kind.why_not, kind.open = (first.why_not, first.open) if first is not None else (_UNFIT_MASK, False)
+
+    def _tried(self, call: CallArguments, roles: Roles, *, sole: bool) -> _Kind | None:
+        """A call with these roles, tried; None where they are out of the question."""
+        dealt = call.dealt(roles)
+        if dealt is None:
+            return None
+        effects = self.program.effects_of(call.layer)
+        if sole and self._is_known(call):
+            effects.take_as_known()
+            return _Kind(effects, roles, open=False)
+        rows = effects.try_call(dealt.on_rows, dealt.arrays, dealt.structure, dealt.shared)
+        if effects.refused is None and not sole and not self._is_part(effects, rows, call, dealt):
+            effects.refused = "its outputs for two rows are not those rows of its outputs for the whole batch"
+        return _Kind(effects, roles, effects.refused, open=not effects.tried)
+
+    @staticmethod
+    def _is_part(effects: LayerEffects, rows: Any, call: CallArguments, dealt: DealtCall) -> bool:
+        return effects.is_part_of(rows, call.plain, dealt.arrays, dealt.structure)
+
+    @staticmethod
+    def _is_known(call: CallArguments) -> bool:
+        """Whether a trial could tell nothing: a model of layers that are known, called on its inputs."""
+        return call.is_plain and isinstance(call.layer, keras.Model) and keeps_rows_apart(call.layer)
+
+
+_UNFIT_MASK = "the Keras mask of an argument has other rows than the argument"
+_IN_DOUBT = "several of its arguments are as long as the batch, and the values of this batch do not tell which of them have rows"
