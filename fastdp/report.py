@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fastdp.engine import DataParallel
 from fastdp.timing import VERBS
+from fastdp.warn import warn_user
 
 try:
     import resource
@@ -266,14 +266,14 @@ class SmallWorkWarning:
     def __init__(self) -> None:
         self._said = False
 
-    def check(self, engine: DataParallel | None, stacklevel: int = 3) -> None:
+    def check(self, engine: DataParallel | None) -> None:
         """Warn if that is known of this engine, and was not said before."""
         if self._said or engine is None or len(engine.devices) < 2 or engine.times.timed < ENOUGH_STEPS:
             return
         message = make_report(engine, []).too_small
         if message:
             self._said = True
-            warnings.warn(message, stacklevel=stacklevel)
+            warn_user(message)
 
 
 def _peak_nbytes() -> int | None:

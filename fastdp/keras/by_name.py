@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from keras.src.legacy.saving.legacy_h5_format import save_weights_to_hdf5_group
 from numpy.typing import NDArray
 
 from fastdp.keras.convert import is_wrapper_shaped, own_data, read_names
+from fastdp.warn import warn_user
 
 Path = str | os.PathLike[str]
 TOP = "top_level_model_weights"  # the group of the weights that belong to no layer
@@ -137,10 +137,9 @@ def _pairs(group: h5py.Group, names: list[str], model: keras.Model) -> list[_Sav
 def _load_by_name(pairs: list[_Saved], names: list[str], model: keras.Model, path: str, skip: bool) -> None:
     """Load what fits; say what does not."""
     if not pairs:
-        warnings.warn(
+        warn_user(
             f"No layer was loaded from {path!r}: it has the layers {names}, and the model {model.name!r} has "
-            f"{[layer.name for layer in model.layers]}.",
-            stacklevel=4,
+            f"{[layer.name for layer in model.layers]}."
         )
     found = {id(pair): problem for pair in pairs if (problem := pair.mismatch()) is not None}
     if found and not skip:
@@ -150,6 +149,6 @@ def _load_by_name(pairs: list[_Saved], names: list[str], model: keras.Model, pat
         )
     for pair in pairs:
         if id(pair) in found:
-            warnings.warn(f"A layer was not loaded from {path!r}: {found[id(pair)]}.", stacklevel=4)
+            warn_user(f"A layer was not loaded from {path!r}: {found[id(pair)]}.")
         else:
             pair.load()

@@ -16,18 +16,18 @@ from fastdp.program.keras_custom import Backward, CallProgram, Forward
 from fastdp.program.torch_tensors import as_tensor
 
 
-def on_devices(engine: Any, effects: LayerEffects, call: DealtCall, *, cuts_outputs: bool) -> Any:
+def on_devices(calls: Any, effects: LayerEffects, call: DealtCall) -> Any:
     """The layer on all devices; outputs are merged, and take part in autograd.
 
     Args:
-        engine: whose program is a `CallProgram`.
+        calls: a `LayerCalls`: its engine, whose program is a `CallProgram`; whether it `cuts_outputs`, and refuses
+            those that are computed from one another, since there is no gradient between them; what it notes.
         effects: what is known of such calls.
-        cuts_outputs: outputs that are computed from one another are refused, since there is no gradient between them.
 
     Raises:
         NotByRowsError: before anything was assigned, where that is so.
     """
-    program: CallProgram = engine.program
+    program: CallProgram = calls.program
     layer = call.arguments.layer
     grad = torch.is_grad_enabled()
     shared = call.shared
@@ -35,9 +35,9 @@ def on_devices(engine: Any, effects: LayerEffects, call: DealtCall, *, cuts_outp
     weights = [v for v in layer.variables if v.value.requires_grad] if grad else []
     differentiable = any(rows_want) or any(shared_want) or bool(weights)
     work = Forward(call.on_rows, call.structure, rows_want, weights, differentiable, shared, shared_want)
-    work.refuses_chains = cuts_outputs
+    work.refuses_chains = calls.cuts_outputs
     work.seeds = program.seeds_now() if differentiable else []
-    step = _Step(engine, effects, work, call.arrays)
+    step = _Step(calls, effects, work, call.arrays)
     tensors = _Bridge.apply(step, *call.tensors, *shared, *(v.value for v in weights))
     step.given = [weakref.ref(tensor) for tensor in tensors] if work.chained else []
     outputs, numbers = tensors[: step.outputs], tensors[step.outputs :]
@@ -55,8 +55,9 @@ def _has_gradient(tensor: torch.Tensor) -> bool:
 class _Step:
     """The two engine steps of one call: forward, and backward if it is asked for."""
 
-    def __init__(self, engine: Any, effects: LayerEffects, work: Forward, arrays: list[np.ndarray]) -> None:
-        self._engine, self._effects, self.work, self._arrays = engine, effects, work, arrays
+    def __init__(self, calls: Any, effects: LayerEffects, work: Forward, arrays: list[np.ndarray]) -> None:
+        self._calls, self._engine = calls, calls.engine
+        self._effects, self.work, self._arrays = effects, work, arrays
         self.structure: Any = None
         self.outputs = 0
         self.given: list[weakref.ref[torch.Tensor]] = []
@@ -110,6 +111,7 @@ class _Step:
         self, tensors: tuple[torch.Tensor, ...], gradients: tuple[torch.Tensor | None, ...]
     ) -> list[torch.Tensor | None]:
         """The same, as something that can be differentiated again: computed on one device."""
+        self._calls.note_second_gradient()
         work = self.work
         program: CallProgram = self._engine.program
         rows, others = len(work.rows_want), len(work.rows_want) + len(work.shared_want)

@@ -44,6 +44,26 @@ def unbuilt_layers(model: Any) -> list[Any]:
     return [layer for layer in model._flatten_layers() if not layer.built]
 
 
+def check_loop(model: Any, loop: str, *maker: str) -> None:
+    """A loop of Keras's is what the model's author left as Keras has it: a parallel model runs Keras's own.
+
+    Args:
+        model: the template.
+        loop: the name of the loop ("fit").
+        maker: the name of the function that it asks for its steps ("make_train_function").
+
+    Raises:
+        ValueError: the model has another.
+    """
+    for name in (loop, *maker):
+        if name in vars(model) or getattr(type(model), name) is not getattr(keras.Model, name):
+            raise ValueError(
+                f"The model {model.name!r} has a {name}() of its own, which a parallel model does not run: its "
+                f"{loop}() is Keras's. Call fastdp.install() instead of fastdp.wrap, and {loop}() of the model itself; "
+                "or let what is special about it be a train_step(), test_step() or predict_step(): those are run."
+            )
+
+
 def check_template(model: Any, *, any_batch_size: bool = False) -> None:
     """A template is built, and has no state that is tied to rows.
 

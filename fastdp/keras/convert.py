@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import h5py
 import keras
 import numpy as np
+
+from fastdp.warn import warn_user
 
 ATTRIBUTE_NBYTES = 64512  # HDF5 keeps attributes of an object in a header of 64 KiB; Keras splits lists there
 WRAPPER_LAYERS = {"InputLayer", "Lambda", "Concatenate", "Merge"}
@@ -64,10 +65,7 @@ def convert(
         names = read_names(group, "weight_names")
         layers = _deal_out(names, _known_layers(config, template))
         if "optimizer_weights" in file:
-            warnings.warn(
-                f"{source!r} also holds the optimizer's state, which is left out: compile the model again",
-                stacklevel=2,
-            )
+            warn_user(f"{source!r} also holds the optimizer's state, which is left out: compile the model again")
         folder = os.path.dirname(os.path.abspath(destination))
         with tempfile.TemporaryDirectory(prefix=".convert-", dir=folder) as temporary:
             partial = os.path.join(temporary, "partial.h5")

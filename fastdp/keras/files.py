@@ -9,12 +9,12 @@ import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
-import warnings
 from collections.abc import Sequence
 
 import keras
 
 from fastdp.keras.archives import ARCHIVE_FORMATS, extract_archive
+from fastdp.warn import warn_user
 
 CHUNK_NBYTES = 1 << 20
 NETWORK_TIMEOUT_SECONDS = 60
@@ -153,7 +153,7 @@ def _cache_folder(cache_dir: str | os.PathLike[str] | None, cache_subdir: str) -
         os.makedirs(folder, exist_ok=True)
     except PermissionError as error:
         folder = tempfile.mkdtemp(prefix="keras-")
-        warnings.warn(f"{error}: files go to {folder} for this call, pass cache_dir to keep them", stacklevel=3)
+        warn_user(f"{error}: files go to {folder} for this call, pass cache_dir to keep them")
     return folder
 
 

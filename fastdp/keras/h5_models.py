@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from fastdp.keras.by_name import is_keras_2_file
 from fastdp.keras.convert import is_wrapper_config, read_names
+from fastdp.warn import warn_user
 
 
 def load_model(
@@ -74,7 +74,7 @@ def load_model(
     if not compile:
         return model
     if settings is None:
-        warnings.warn(f"{path!r} has no compile settings: compile the model.", stacklevel=2)
+        warn_user(f"{path!r} has no compile settings: compile the model.")
     else:
         _compile(model, settings, objects)
         _restore(model, slots, path)
@@ -109,10 +109,9 @@ def _restore(model: keras.Model, values: list[NDArray[Any]], path: str) -> None:
     model.optimizer.build(model.trainable_variables)
     variables = model.optimizer.variables
     if [tuple(variable.shape) for variable in variables] != [value.shape for value in values]:
-        warnings.warn(
+        warn_user(
             f"The optimizer's state in {path!r} does not fit a {type(model.optimizer).__name__} of this Keras: the "
-            "optimizer starts anew.",
-            stacklevel=3,
+            "optimizer starts anew."
         )
         return
     for variable, value in zip(variables, values, strict=True):

@@ -1,5 +1,7 @@
 """Unmodified Keras scripts on all devices: `fastdp.install` and `fastdp.uninstall`.
 
+A call of a whole model from the script's own code runs on all devices too (`fastdp.keras.own_loops`).
+
 Keras's `fit`, `evaluate`, `predict` and their `_on_batch` forms ask the model for a function that runs one batch.
 `install` makes Keras's trainer answer with one that runs it on all devices. The loops, callbacks, data adapters,
 metrics and files stay those of the user's own model. Where a model or a batch cannot be split, Keras's own function
@@ -19,13 +21,14 @@ import torch
 from keras.src.backend.torch.trainer import TorchTrainer
 
 from fastdp.device import resolve
+from fastdp.errors import ReplicaError
 from fastdp.keras.checks import check_backend, check_template, is_built, unbuilt_layers
 from fastdp.keras.custom_steps import has_own
 from fastdp.keras.own_loops import inside_step, is_own_call, say_once
 from fastdp.keras.steps import Steps
 from fastdp.keras.template_view import TemplateView
 from fastdp.program.capture_record import chosen_graphs
-from fastdp.program.keras_effects import NotByRowsError
+from fastdp.program.keras_effects import NotByRowsError, refusal
 from fastdp.warn import warn_user
 
 _KINDS = ("train", "test", "predict")
@@ -59,11 +62,12 @@ def install(
     graph: str | None = "auto",
     **options: Any,
 ) -> None:
-    """Run every Keras model of this process on several devices, from the next `fit`, `evaluate` or `predict` on.
+    """Run every Keras model of this process on several devices, from the next `fit`, `evaluate`, `predict` or call on.
 
-    Nothing of a script changes: callbacks see the user's own model, and files are plain Keras files. A model or a
-    batch that cannot be split runs on one device, as plain Keras runs it, and one warning says why. A second call
-    replaces the first.
+    A call is one that the script makes itself, of a whole model (`model(x, training=True)`), on two rows or more: its
+    outputs have the gradient of one device. Nothing of a script changes: callbacks see the user's own model, and files
+    are plain Keras files. A model or a batch that cannot be split runs on one device, as plain Keras runs it, and one
+    warning says why. A second call replaces the first.
 
     Args:
         gpus: how many devices, a list of their ordinals, or None for all.
@@ -175,9 +179,10 @@ class _ParallelFunction:
         if reason is None:
             steps = _steps_of(model, self._installed)
             try:
-                return getattr(steps, self._kind)(steps.engine, data[0])
-            except NotByRowsError as error:  # found out before the step: nothing has changed
-                reason = self._refused = str(error)
+                engine = steps.engine if self._kind == "train" else steps.engine_of_model
+                return getattr(steps, self._kind)(engine, data[0])
+            except (NotByRowsError, ReplicaError) as error:  # before weights or anything else changed
+                reason = self._refused = refusal(error)
         _warn_once(model, self._kind, reason)
         return self._plain(data)
 
@@ -186,9 +191,11 @@ def _calling(original: Callable[..., Any], installed: _Installed) -> Callable[..
     """`Layer.__call__`, which runs the calls of whole models from a script's own code on all devices."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, keras.Model) or isinstance(self, TemplateView) or not is_own_call(self, args, kwargs):
+        if not isinstance(self, keras.Model) or isinstance(self, TemplateView) or not is_own_call(args, kwargs):
             return original(self, *args, **kwargs)
         known = self.__dict__.get(_STEPS)
+        if known is None and self.built and not self.weights:  # nothing to compute that is worth it
+            return original(self, *args, **kwargs)
         reason = None if known is not None and known[1].is_unchanged() else _why_not(self)
         if reason is None:
             return _steps_of(self, installed).call(original, args, kwargs)

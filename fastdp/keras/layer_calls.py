@@ -9,12 +9,13 @@ from typing import Any
 
 import keras
 
+from fastdp.errors import ReplicaError
 from fastdp.keras.call_arguments import CallArguments, DealtCall, Roles
 from fastdp.keras.call_bridge import on_devices
 from fastdp.keras.call_checks import is_hooked, why_not_here
 from fastdp.program.keras_call_trial import LayerEffects
 from fastdp.program.keras_custom import CallProgram
-from fastdp.program.keras_effects import NotByRowsError
+from fastdp.program.keras_effects import NotByRowsError, refusal
 from fastdp.program.keras_rows import keeps_rows_apart
 from fastdp.warn import warn_user
 
@@ -126,10 +127,13 @@ class LayerCalls:
             return Attempt(why_not=kind.why_not or _UNFIT_MASK, open=kind.open and kind.tries < 2)
         assert kind.effects is not None
         try:
-            return Attempt(on_devices(self.engine, kind.effects, dealt, cuts_outputs=self.cuts_outputs))
-        except NotByRowsError as error:  # before anything was assigned
-            kind.why_not = str(error)
+            return Attempt(on_devices(self, kind.effects, dealt))
+        except (NotByRowsError, ReplicaError) as error:  # before anything was assigned
+            kind.why_not = refusal(error)
             return Attempt(why_not=kind.why_not)
+
+    def note_second_gradient(self) -> None:
+        """A gradient is computed so that it has one itself: on one device."""
 
     def why_not(self, layer: Any) -> str | None:
         """Why no call of a layer can be split as things are; None where it can."""

@@ -37,17 +37,22 @@ class ModelCalls(LayerCalls):
 
     def run(self, layer: Any, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """One call of the model: on all devices if that is possible, else as plain Keras, which is said once."""
-        with self._one_at_a_time, inside_step():
+        with inside_step():
             call = CallArguments(layer, original, args, _with_context(layer, kwargs))
             reason = why_not_call(call)
             if reason is None and call.most_rows > 1 and not self._builds(call):
-                attempt = self.attempt(call)
+                with self._one_at_a_time:
+                    attempt = self.attempt(call)
                 if attempt.why_not is None:
                     return attempt.outputs
                 reason = attempt.why_not
             if reason is not None:
                 say_once(layer, reason)
             return original(layer, *args, **kwargs)
+
+    def note_second_gradient(self) -> None:
+        """Say once that it is computed on one device."""
+        say_once(self.program.model, "gradients of its gradients are asked for (create_graph=True)", "gradients")
 
     def attempt(self, call: CallArguments) -> Attempt:
         """As for layers; weights may have been written where nobody can tell."""
@@ -73,12 +78,12 @@ def why_not_call(call: CallArguments) -> str | None:
     return "it was called with tensors that have no rows" if all(not t.ndim for t in call.tensors) else None
 
 
-def say_once(model: Any, reason: str) -> None:
+def say_once(model: Any, reason: str, what: str = "calls") -> None:
     """Say once per model and reason that its calls run on one device."""
     said = model.__dict__.setdefault("_fastdp_said", set())
-    if ("call", reason) not in said:
-        said.add(("call", reason))
-        warn_user(f"fastdp: calls of the model {model.name!r} run on one device, as plain Keras: {reason}.")
+    if (what, reason) not in said:
+        said.add((what, reason))
+        warn_user(f"fastdp: {what} of the model {model.name!r} run on one device, as plain Keras: {reason}.")
 
 
 def calls_model(args: Any, kwargs: Any) -> bool:
@@ -88,11 +93,9 @@ def calls_model(args: Any, kwargs: Any) -> bool:
     return not any(isinstance(leaf, keras.KerasTensor) for leaf in keras.tree.flatten((args, kwargs)))
 
 
-def is_own_call(model: Any, args: Any, kwargs: Any) -> bool:
+def is_own_call(args: Any, kwargs: Any) -> bool:
     """Whether a script itself calls a model on a batch of two rows or more that devices could share."""
-    if within_step() or global_state.get_global_attribute("current_call_ctx") is not None:
-        return False
-    if not (model.weights or not model.built) or not calls_model(args, kwargs):
+    if global_state.get_global_attribute("current_call_ctx") is not None or not calls_model(args, kwargs):
         return False
     leaves = keras.tree.flatten((args, kwargs))
     return any(isinstance(leaf, (torch.Tensor, np.ndarray)) and leaf.ndim and leaf.shape[0] > 1 for leaf in leaves)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,11 +12,12 @@ from keras.src.utils import io_utils
 from fastdp.backend.queue import QueueDevice
 from fastdp.engine import DataParallel
 from fastdp.keras.ahead import in_host_memory
+from fastdp.keras.call_checks import is_hooked, why_not_here
 from fastdp.keras.callbacks import at_once
-from fastdp.keras.checks import check_template
+from fastdp.keras.checks import check_loop, check_template
 from fastdp.keras.compile_state import borrowed, follow, follows, take_over
 from fastdp.keras.custom_steps import check_own_step
-from fastdp.keras.own_loops import calls_model, is_plain_call, wants_gradient
+from fastdp.keras.own_loops import calls_model, is_plain_call, wants_gradient, within_step
 from fastdp.keras.resident import as_fed, resident_batch, resident_fit, resident_forward
 from fastdp.keras.steps import Steps
 from fastdp.keras.streaming import arguments_by_name, stream_fit, stream_forward
@@ -29,6 +29,7 @@ from fastdp.program.keras_scope import replica_aware
 from fastdp.program.torch_tensors import peak_nbytes
 from fastdp.report import Report, SmallWorkWarning, make_report
 from fastdp.transfer import count_rows
+from fastdp.warn import warn_user
 
 
 @keras.saving.register_keras_serializable(package="fastdp")
@@ -183,6 +184,7 @@ class ParallelModel(TemplateView):
             RuntimeError: another thread is fitting this model.
             ValueError: a DeviceDataset for other devices, or with `y` or `sample_weight` beside it.
         """
+        check_loop(self.template, "fit", "make_train_function")
         if not self._fitting.acquire(blocking=False):
             raise RuntimeError(
                 f"The model {self.name!r} is already in fit() in another thread. Train one parallel model from one "
@@ -196,7 +198,7 @@ class ParallelModel(TemplateView):
             self._steps.settle()
             if arguments.get("verbose") == 2:
                 io_utils.print_msg(str(self.report()))
-            self._small_work.check(self._steps.made_engine, stacklevel=3)
+            self._small_work.check(self._steps.made_engine)
             return history
         finally:
             self._begins_fit = False
@@ -205,26 +207,31 @@ class ParallelModel(TemplateView):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Test; arguments as in Keras. `HDF5Matrix` is read by batches; `x` may be a DeviceDataset."""
+        check_loop(self.template, "evaluate", "make_test_function")
         arguments = resident_forward(arguments_by_name(keras.Model.evaluate, args, kwargs), self.devices)
         return super().evaluate(**self._told_at_once(stream_forward(arguments)))
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Predict; arguments as in Keras. `HDF5Matrix` is read by batches; `x` may be a DeviceDataset."""
+        check_loop(self.template, "predict", "make_predict_function")
         arguments = resident_forward(arguments_by_name(keras.Model.predict, args, kwargs), self.devices)
         return super().predict(**self._told_at_once(stream_forward(arguments)))
 
     def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Train on one batch; arguments as in Keras. `x` may be a batch of a DeviceDataset (`data.rows(numbers)`)."""
+        check_loop(self.template, "train_on_batch", "make_train_function")
         arguments = arguments_by_name(keras.Model.train_on_batch, args, kwargs)
         return super().train_on_batch(**resident_batch(arguments, self.devices))
 
     def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Test on one batch; arguments as in `train_on_batch`."""
+        check_loop(self.template, "test_on_batch", "make_test_function")
         arguments = arguments_by_name(keras.Model.test_on_batch, args, kwargs)
         return super().test_on_batch(**resident_batch(arguments, self.devices))
 
     def predict_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Predict for one batch; arguments as in `train_on_batch`."""
+        check_loop(self.template, "predict_on_batch", "make_predict_function")
         arguments = arguments_by_name(keras.Model.predict_on_batch, args, kwargs)
         return super().predict_on_batch(resident_batch(arguments, self.devices)["x"])
 
@@ -255,29 +262,30 @@ class ParallelModel(TemplateView):
         numbers of rows, a model whose outputs mix rows) runs on one device, and a warning says once why. A gradient
         of a gradient is computed on one device.
         """
-        if not calls_model(args, kwargs):
+        if is_hooked(self) or not calls_model(args, kwargs):
             return super().__call__(*args, **kwargs)
-        if is_plain_call(args, kwargs) and not wants_gradient(self.template, args, kwargs):
+        looks_only = is_plain_call(args, kwargs) and not wants_gradient(self.template, args, kwargs)
+        if looks_only and why_not_here() is None:
             return super().__call__(*args, **kwargs)
         return self._steps.call(_call_layer, args, kwargs)
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None, **kwargs: Any) -> Any:
-        """The outputs for a global batch, merged, without gradients. While Keras traces shapes, the template's."""
-        masked = any(leaf is not None for leaf in keras.tree.flatten(mask))
-        if not (training or kwargs or masked or keras.src.backend.in_stateless_scope()):
-            return self._steps.merged_outputs(inputs)
-        if masked and self.template._call_has_mask_arg:
+        """As `__call__`, where Keras has something to do before. While shapes are traced, the template itself."""
+        if any(leaf is not None for leaf in keras.tree.flatten(mask)) and self.template._call_has_mask_arg:
             kwargs["mask"] = mask
-        if self.template._call_has_training_arg:
+        if training is not None and self.template._call_has_training_arg:
             kwargs["training"] = training
-        return self.template(inputs, **kwargs)
+        if keras.src.backend.in_stateless_scope() or within_step():
+            return self.template(inputs, **kwargs)
+        if is_plain_call((inputs,), kwargs) and not wants_gradient(self.template, (inputs,), kwargs):
+            return self._steps.merged_outputs(inputs)
+        return self._steps.call(_call_layer, (inputs,), kwargs)
 
     def symbolic_call(self, *args: Any, **kwargs: Any) -> Any:
         """Become a part of another model: possible, but said aloud, since training that is not parallel."""
-        warnings.warn(
+        warn_user(
             f"The parallel model {self.name!r} is used inside another model. Training that one runs on one device, and "
-            "its files cannot be loaded. Build the other model with the template (parallel.template), and wrap it.",
-            stacklevel=2,
+            "its files cannot be loaded. Build the other model with the template (parallel.template), and wrap it."
         )
         return super().symbolic_call(*args, **kwargs)
 
@@ -312,7 +320,8 @@ class ParallelModel(TemplateView):
 
     def make_predict_function(self, force: bool = False) -> Callable[..., Any]:
         """The function that Keras's `predict` calls for each batch."""
-        self.predict_function = self._on_first(self._steps.predict)
+        assert self._steps.engine_of_model is not None
+        self.predict_function = lambda data: self._steps.predict(self._steps.engine_for_calls, data[0])
         return self.predict_function
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,141 +14,36 @@ import torch
 from fastdp.engine import DataParallel
 from fastdp.keras.ahead import Ahead
 from fastdp.keras.before_step import BeforeStep
+from fastdp.keras.call_checks import why_not_here
 from fastdp.keras.custom_steps import has_own, layer_calls
 from fastdp.keras.layer_calls import LayerCalls
-from fastdp.keras.own_loops import ModelCalls, inside_step
-from fastdp.program.capture import Captures
-from fastdp.program.capture_record import Recorder
+from fastdp.keras.model_engine import ModelEngine
+from fastdp.keras.own_loops import ModelCalls, inside_step, say_once
 from fastdp.program.keras_batch import Structure, flatten_batch, unpack
-from fastdp.program.keras_custom import CallProgram
 from fastdp.program.keras_losses import own_copy
 from fastdp.program.torch_tensors import as_tensor
 from fastdp.step import StepResult
-from fastdp.step_scope import alone
 from fastdp.transfer import ResidentArray, count_rows
+from fastdp.warn import warn_user
 
 
-class Steps:
-    """Steps of `template` with the compile settings of `trainer`: a parallel model's, or the template's own.
+class Steps(ModelEngine):
+    """Steps of a model.
 
     Args:
-        template: a built Keras model, or any Keras layer that is a trainer too.
-        trainer: whose loss, metrics and optimizer apply.
-        devices: where the replicas run.
-        capture_mode: None, "trace", "inductor" or "auto"; see `fastdp.wrap`.
-        graphs: how captured steps are recorded as CUDA graphs, "bucket" or "step", or "" for not at all.
-        sync_batch_norm: BatchNormalization over the global batch.
-        template_state: a context manager factory that lends the template the trainer's settings; None where they
-            are one model.
-        engine_options: further arguments of `DataParallel`.
         strict: a step of the template's own in which nothing could be split is an error, not a warning.
+        options: those of `ModelEngine`.
     """
 
     def __init__(
-        self,
-        template: Any,
-        trainer: Any,
-        devices: Sequence[Any],
-        *,
-        capture_mode: str | None = None,
-        graphs: str = "",
-        sync_batch_norm: bool = False,
-        template_state: Any = None,
-        engine_options: dict[str, Any] | None = None,
-        strict: bool = True,
+        self, template: Any, trainer: Any, devices: Sequence[Any], *, strict: bool = True, **options: Any
     ) -> None:
-        self.template = template
-        self.trainer = trainer
-        self.devices = list(devices)
-        self._capture_mode = capture_mode
-        self._graphs = graphs
-        self._sync_batch_norm = sync_batch_norm
-        self._template_state = template_state
-        self._engine_options = engine_options or {}
+        super().__init__(template, trainer, devices, **options)
         self._strict = strict
-        self._engine: DataParallel | None = None
-        self._calls: LayerCalls | None = None
         self._model_calls: ModelCalls | None = None
-        self._trains: list[bool] = []
-        self._layers: list[Any] = []
-        self._parts = 0
-        self._variables_known = False
         self._told_of_values = False
         # The batches of the present `fit`, where the next one is fetched while a step runs.
         self.ahead: Ahead | None = None
-
-    @property
-    def engine(self) -> DataParallel:
-        """The engine, made for the model as it is compiled now: asked for where Keras's loops begin."""
-        if self._engine is None or not self.is_unchanged() or self._stale(self._engine.program):
-            trainer = self.trainer
-            if trainer.compiled and trainer.optimizer is not None and not trainer.optimizer.built:
-                trainer.optimizer.build(self.template.trainable_variables)
-            self.forget_engine()
-            program = CallProgram(
-                self.template,
-                trainer,
-                own_train_step=has_own(self.template, "train_step"),
-                sync_batch_norm=self._sync_batch_norm,
-                template_state=self._template_state,
-            )
-            if self._capture_mode is not None and trainer.compiled and not has_own(self.template, "train_step"):
-                parts = self._graphs == "step"
-                recorder = Recorder(self.template.name, alone, parts=parts) if self._graphs else None
-                program.captures = Captures(program, self._capture_mode, len(self.devices), recorder, alone)
-            self._engine = DataParallel(program, self.devices, **self._engine_options)
-            self._calls = LayerCalls(self._engine)
-            self._trains, self._variables_known = self._trainability(program), False
-            self._layers = self.template._flatten_layers()
-            self._parts = self._count_parts()
-        return self._engine
-
-    @property
-    def engine_within_loop(self) -> DataParallel:
-        """The engine for the next batch: another where a callback has frozen weights, or changed the optimizer, since.
-
-        Asked for at each batch, so it compares flags, and not the lists of variables that Keras would make of them.
-        """
-        if self._engine is None:
-            return self.engine
-        program: Any = self._engine.program
-        optimizer = self.trainer.optimizer if self.trainer.compiled else None
-        changed = program.optimizer is not optimizer or self._trainability(program) != self._trains
-        return self.engine if changed or not self.is_unchanged() else self._engine
-
-    def is_unchanged(self) -> bool:
-        """Whether the template has the layers and variables that the engine was made for: none were built since."""
-        return self._engine is not None and self._count_parts() == self._parts
-
-    def _count_parts(self) -> int:
-        """A number that grows with each layer and each variable that the template gets."""
-        return sum(
-            len(layer._layers) + len(layer._trainable_variables) + len(layer._non_trainable_variables)
-            for layer in self._layers
-        )
-
-    def _check_variables(self) -> None:
-        """The optimizer was built for all that is trained: what was thawed since is Keras's error, once asked for."""
-        if not self._variables_known:
-            self.trainer.optimizer._check_variables_are_known(self.template.trainable_variables)
-            self._variables_known = True
-
-    def _trainability(self, program: Any) -> list[bool]:
-        """The flags from which Keras tells the variables that are trained."""
-        return [self.template.trainable, *[variable._trainable for variable in program.variables]]
-
-    @property
-    def made_engine(self) -> DataParallel | None:
-        """The engine, if there is one by now."""
-        return self._engine
-
-    def forget_engine(self) -> None:
-        """The model was compiled anew: the next step makes another engine, and what this one compiles is ended."""
-        captures = self.captures
-        if captures is not None:
-            captures.close()
-            captures.forget_graphs()
-        self._engine = None
 
     def follow(self, epochs: Any) -> None:
         """Fetch the batches of this `fit` ahead; a template's own `train_step` takes them one by one."""
@@ -162,26 +56,16 @@ class Steps:
         if ahead is not None:
             ahead.end(self._engine)
 
-    def settle(self) -> None:
-        """Let the optimizer's own accumulators have the gradients of a cycle that is not over."""
-        program: Any = self._engine.program if self._engine is not None else None
-        if program is not None:
-            program.accumulation.settle()
+    def _check_variables(self) -> None:
+        """The optimizer was built for all that is trained: what was thawed since is Keras's error, once asked for."""
+        if not self._variables_known:
+            self.trainer.optimizer._check_variables_are_known(self.template.trainable_variables)
+            self._variables_known = True
 
     @property
     def calls_report(self) -> list[dict[str, Any]]:
         """Of the steps of the template's own: how many calls of each layer were split."""
         return self._calls.report if self._calls is not None else []
-
-    def capture_by(self, mode: str | None) -> None:
-        """Let the next engine capture steps by another mode."""
-        self._capture_mode = mode
-
-    @property
-    def captures(self) -> Captures | None:
-        """The captured steps of the present engine."""
-        program: Any = self._engine.program if self._engine is not None else None
-        return program.captures if program is not None else None
 
     def train(self, engine: DataParallel, data: Any) -> Any:
         """One training step; the logs."""
@@ -194,7 +78,7 @@ class Steps:
         self._check_variables()
         program.inspect(arrays, structure)
         if not program.trainable:
-            warnings.warn("The model does not have any trainable weights.", stacklevel=2)
+            warn_user("The model does not have any trainable weights.")
         if program.captures is not None:
             program.captures.prepare(arrays, structure, self._wants_outputs())
         began = time.perf_counter()
@@ -211,6 +95,7 @@ class Steps:
         if program.captures is not None:
             program.captures.note(time.perf_counter() - began)
         self._track_loss(result)
+        self._leave_losses(result.sums[1 + result.notes.terms - result.notes.added : 1 + result.notes.terms])
         x = y = sample_weight = y_pred = None
         if result.outputs:  # otherwise nobody looks
             x, y, sample_weight = structure.pack(arrays, inputs=self._has_own_metrics())
@@ -241,28 +126,20 @@ class Steps:
         x, _, _ = unpack(data)
         return self._forward(engine, (x, None, None))[2]
 
-    def _stale(self, program: Any) -> bool:
-        """Whether the program was made for other variables than those that are trained now."""
-        if not program.follows_trainable:
-            trainable = self.template.trainable_variables
-            if [id(v) for v in program.trainable] != [id(v) for v in trainable]:
-                return True
-        if not self.trainer.compiled or self.trainer.optimizer is None:
-            return False
-        slots = self.trainer.optimizer.variables
-        return program.optimizer is not self.trainer.optimizer or [id(v) for v in program.slot_variables] != [
-            id(v) for v in slots
-        ]
-
     def merged_outputs(self, inputs: Any) -> Any:
         """The model's outputs for a call by the script itself that needs no gradient."""
-        engine: Any = self.engine
+        engine: Any = self.engine_for_calls
         engine.program.doubted = True
         return self.outputs(engine, (inputs, None, None))
 
     def call(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """One call of the model by the script itself: merged outputs, with a gradient where plain Keras has one."""
-        engine = self.engine_within_loop
+        reason = why_not_here()
+        if reason is not None:
+            say_once(self.template, reason)
+            with inside_step():
+                return original(self.template, *args, **kwargs)
+        engine = self.engine_for_calls
         if self._model_calls is None or self._model_calls.engine is not engine:
             self._model_calls = ModelCalls(engine)
         return self._model_calls.run(self.template, original, args, kwargs)
@@ -301,10 +178,9 @@ class Steps:
             return data
         if not self._told_of_values:
             self._told_of_values = True
-            warnings.warn(
+            warn_user(
                 f"fastdp: {name}() of the model {self.template.name!r} is its own and runs on the host, so it gets the "
-                "batches of a DeviceDataset as arrays in host memory: nothing is gained over fit(x, y).",
-                stacklevel=5,
+                "batches of a DeviceDataset as arrays in host memory: nothing is gained over fit(x, y)."
             )
         return keras.tree.map_structure(lambda leaf: as_tensor(leaf) if isinstance(leaf, ResidentArray) else leaf, data)
 
@@ -321,12 +197,9 @@ class Steps:
                 "layers on batches, or train the model itself on one device (model.fit)."
             )
         calls.told = True
-        warnings.warn(
-            f"fastdp: {message}, so it ran on one device. Let it call the model's layers on batches.", stacklevel=4
-        )
+        warn_user(f"fastdp: {message}, so it ran on one device. Let it call the model's layers on batches.")
 
-    @staticmethod
-    def _forward(engine: DataParallel, data: Any) -> tuple[Any, Structure, Any, StepResult]:
+    def _forward(self, engine: DataParallel, data: Any) -> tuple[Any, Structure, Any, StepResult]:
         """Run the replicas forward; the batch and its structure, the merged outputs, the engine's result."""
         arrays, structure = flatten_batch(data)
         count_rows(arrays, structure.names)
@@ -334,6 +207,7 @@ class Steps:
         program.inspect(arrays, structure)
         result = engine.predict(arrays, structure=structure)
         program.assign(result.sums, result.notes)
+        self._leave_losses(result.sums[: result.notes.terms])
         return arrays, structure, result.notes.structure.pack(result.outputs), result
 
     def _track_loss(self, result: StepResult) -> None:
@@ -343,6 +217,13 @@ class Steps:
         compiled = self.trainer._compile_loss
         for metric, term in zip(compiled.metrics if compiled is not None else [], terms, strict=False):
             _add_to_mean(metric, term, result.rows)
+
+    def _leave_losses(self, values: np.ndarray) -> None:
+        """Let `model.losses` have the `add_loss` terms of this step, as plain Keras leaves them to callbacks."""
+        if values.size:
+            self.template._clear_losses()
+            for value in values.tolist():
+                keras.Layer.add_loss(self.template, keras.ops.convert_to_tensor(value))
 
     def _wants_outputs(self) -> bool:
         """Whether a training step's outputs are looked at: by metrics."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import keras
+
+from fastdp.warn import warn_user
 
 
 class Threaded(keras.utils.PyDataset):
@@ -47,10 +48,9 @@ def without_forks(arguments: dict[str, Any]) -> dict[str, Any]:
     for name in ("x", "validation_data"):
         data = arguments.get(name)
         if isinstance(data, keras.utils.PyDataset) and data.use_multiprocessing and data.workers > 0:
-            warnings.warn(
+            warn_user(
                 f"`use_multiprocessing=True` of {name} would fork this process, whose device threads do not live on in "
-                f"a child: its {data.workers} workers are threads instead. Say use_multiprocessing=False.",
-                stacklevel=4,
+                f"a child: its {data.workers} workers are threads instead. Say use_multiprocessing=False."
             )
             changed[name] = Threaded(data)
     return {**arguments, **changed}

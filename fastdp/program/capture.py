@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -47,6 +46,7 @@ from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import Structure
 from fastdp.program.keras_replica import NotCapturable
 from fastdp.shard import CORES, Rows, split_rows
+from fastdp.warn import warn_user
 
 MODES = (None, "trace", "inductor", "auto")
 MOST_SHAPES = 8
@@ -303,16 +303,11 @@ class Captures:
 
     def _warn_eager(self) -> None:
         """Say once why steps run eagerly."""
-        warnings.warn(
-            f"fastdp runs {self._program.model.name!r} eagerly: it cannot be captured because of {self._refused}",
-            stacklevel=4,
-        )
+        warn_user(f"fastdp runs {self._program.model.name!r} eagerly: it cannot be captured because of {self._refused}")
 
     def _warn_traced(self) -> None:
         """Say once why steps are not compiled."""
-        warnings.warn(
-            f"fastdp runs {self._program.model.name!r} traced and not compiled: {self._no_compiler}", stacklevel=4
-        )
+        warn_user(f"fastdp runs {self._program.model.name!r} traced and not compiled: {self._no_compiler}")
 
 
 def _refusal(program: KerasProgram) -> str | None:

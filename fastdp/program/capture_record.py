@@ -12,7 +12,6 @@ takes one capture at a time.
 from __future__ import annotations
 
 import time
-import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from fastdp.program.capture_segments import Segment, Segments, Tensors
+from fastdp.warn import warn_user
 
 GRAPHS = ("auto", "bucket", "step", None)
 # Each has memory of its own for everything that a step computes.
@@ -39,16 +39,14 @@ def chosen_graphs(graph: str | None, devices: Sequence[Any], compile: str | None
         raise ValueError(f"`graph` must be one of {GRAPHS}. Received: graph={graph!r}")
     asked = graph in ("bucket", "step")
     if asked and not devices[0].on_gpu:
-        warnings.warn(
+        warn_user(
             f'graph="{graph}" has nothing to record on virtual devices in host memory: steps run without CUDA graphs. '
-            'Leave it "auto", or use GPUs.',
-            stacklevel=4,
+            'Leave it "auto", or use GPUs.'
         )
     elif asked and compile is None:
-        warnings.warn(
+        warn_user(
             f'graph="{graph}" records captured steps, and compile=None captures none: steps run eagerly unless '
-            'compile(jit_compile=True) is asked for. Pass compile="trace".',
-            stacklevel=4,
+            'compile(jit_compile=True) is asked for. Pass compile="trace".'
         )
     return "" if graph is None or not devices[0].on_gpu else "step" if graph == "step" else "bucket"
 
@@ -225,7 +223,7 @@ class Recorder:
             captured.recordings = {}
             self._refused = f"no CUDA graph: {failure}"
             message = f"fastdp runs {self.name!r} without CUDA graphs: recording one failed with {failure}"
-            warnings.warn(message, stacklevel=4)
+            warn_user(message)
         else:
             self._recorded[rank].add(captured.recordings[rank])
         return self._refused

@@ -242,6 +242,7 @@ class _Layout:
 
     gradients: list[int | None] = field(default_factory=list)
     terms: int = 0
+    added: int = 0
     outputs: int = 0
     structure: OutputStructure | None = None
     effects: EffectsForm = field(default_factory=EffectsForm)
@@ -252,7 +253,7 @@ class _Layout:
         numbers = iter(range(len(found)))
         self.gradients = [None if gradient is None else next(numbers) for gradient in outcome.gradients]
         self.terms, self.outputs, self.structure = len(outcome.terms), len(outcome.outputs), outcome.structure
-        self.effects = outcome.effects.form()
+        self.added, self.effects = outcome.added, outcome.effects.form()
         return [t.detach() for t in (*found, *outcome.terms, *outcome.outputs, *outcome.effects.tensors())]
 
     def unflatten(
@@ -269,6 +270,7 @@ class _Layout:
             [next(rest) for _ in range(self.outputs)],
             self.structure,
             self.effects.filled(rest, seeds),
+            self.added,
         )
 
 

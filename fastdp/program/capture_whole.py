@@ -7,13 +7,13 @@ are: a step that is not one for the whole graphs replays them, and reduces eager
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastdp.comm.choose import communicator
 from fastdp.program.capture_record import Recorder, Recording
+from fastdp.warn import warn_user
 
 
 @dataclass(slots=True)
@@ -81,10 +81,9 @@ class JoinedSteps:
         except (RuntimeError, MemoryError) as error:
             self._refused = f"{type(error).__name__}: {' '.join(str(error).split())}"
         if self._refused:
-            warnings.warn(
+            warn_user(
                 f'fastdp runs {self._recorder.name!r} as one graph for each bucket of gradients, not as graph="step": '
-                f"{self._refused}",
-                stacklevel=4,
+                f"{self._refused}"
             )
             return self._refused
         for recording in found:

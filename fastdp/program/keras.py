@@ -26,7 +26,7 @@ from fastdp.program.keras_gradients import LeftGradients
 from fastdp.program.keras_losses import NotPerSample, SharedLoss
 from fastdp.program.keras_memory import Adopted, Mapping, ReplicaScope, ReplicaState, adopted, tensors_of
 from fastdp.program.keras_merged import merged_loss
-from fastdp.program.keras_optimizer import apply_by_variable, slots_of, why_not_now
+from fastdp.program.keras_optimizer import apply_by_variable, optimizer_of, slots_of, why_not_now
 from fastdp.program.keras_optimizer_flat import FlatUpdate
 from fastdp.program.keras_outcome import Notes, Outcome, SideEffects
 from fastdp.program.keras_placed import PlacedGraph, gradients_of, graph_of
@@ -62,7 +62,7 @@ class KerasProgram:
         every = [*model.trainable_variables, *model.variables, *(v for m in own_metrics for v in m.variables)]
         self.variables = list({id(v): v for v in every}.values())
         self._index = {id(v): i for i, v in enumerate(self.variables)}
-        optimizer: Any = trainer.optimizer if trainer.compiled else None
+        optimizer = optimizer_of(trainer)
         self.trainable = list(model.trainable_variables) if optimizer is not None else []
         self.optimizer = optimizer
         self.accumulation = Accumulation(optimizer, self.trainable)
@@ -187,7 +187,8 @@ class KerasProgram:
             with state.arrivals.during(context.ready if self._groups is None else None):
                 outcome = self.compute(state.mapping, context.structure.pack(batch), self.running_replica(context))
             unused = self._store_gradients(state, outcome.gradients)
-        notes = Notes(outcome.structure, len(outcome.terms) - 1, unused=unused)
+        unused |= {i for i, v in enumerate(self.trainable) if not v._value.requires_grad}  # frozen by torch's means
+        notes = Notes(outcome.structure, len(outcome.terms) - 1, unused=unused, added=outcome.added)
         return self._result(outcome, state, context, notes)
 
     def whole_step(self, batches: Sequence[list[np.ndarray]], contexts: Sequence[Context], why_not: str) -> Any:
@@ -217,7 +218,8 @@ class KerasProgram:
         leaves = [scope.get_current_value(v) for v in self.trainable]
         found = gradients_of(run, roots, seeds, leaves)
         outputs, structure = flatten_outputs(y_pred) if run.context.wants_outputs else ([], None)
-        return Outcome(found, terms, outputs, structure, SideEffects.of(scope, mapping, run))
+        terms += [term.detach() for term in extra]
+        return Outcome(found, terms, outputs, structure, SideEffects.of(scope, mapping, run), len(extra))
 
     @property
     def spans_devices(self) -> bool:

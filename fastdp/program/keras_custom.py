@@ -139,7 +139,7 @@ class CallProgram(KerasProgram):
 
     def __init__(self, model: Any, trainer: Any, *, own_train_step: bool, **options: Any) -> None:
         super().__init__(model, trainer, **options)
-        self._own_train_step = own_train_step
+        self.own_train_step = own_train_step
         self.doubted = False
         self.follows_trainable = own_train_step or self.optimizer is None
         if self.follows_trainable:
@@ -152,7 +152,7 @@ class CallProgram(KerasProgram):
 
     def home_slots(self, device: Any) -> Any:
         """No slots where the model's own step updates the weights."""
-        if not self._own_train_step:
+        if not self.own_train_step:
             return super().home_slots(device)
         optimizer, self.optimizer = self.optimizer, None
         try:
@@ -214,8 +214,8 @@ class CallProgram(KerasProgram):
             work.chained = work.differentiable and feed_each_other([*outputs, *numbers])
             if work.chained and work.refuses_chains:
                 raise NotByRowsError(
-                    "one of its outputs is computed from another of them, and gradients between them are asked of "
-                    "outputs that were never cut off"
+                    "one of its outputs is computed from another of them, and merged outputs have no gradients by each "
+                    "other"
                 )
         numbers = [*losses, *self._contributions(numbers, context)]
         if work.differentiable:

@@ -16,11 +16,13 @@ that nothing else mixes rows.
 from __future__ import annotations
 
 import enum
-import warnings
 from collections.abc import Sequence
 
 import keras
 import torch
+
+from fastdp.errors import ReplicaError
+from fastdp.warn import warn_user
 
 TOLERANCE = 1e-4
 MIXED_TOLERANCE = 1e-3
@@ -28,6 +30,18 @@ MIXED_TOLERANCE = 1e-3
 
 class NotByRowsError(ValueError):
     """A model that no dealing out of rows computes as one device does. The message says what to do."""
+
+
+def refusal(error: NotByRowsError | ReplicaError) -> str:
+    """Why a model cannot go by rows, if that is what a step has failed with, before anything changed.
+
+    Raises:
+        ReplicaError: it has failed with something else.
+    """
+    cause = error.__cause__ if isinstance(error, ReplicaError) else error
+    if not isinstance(cause, NotByRowsError):
+        raise error
+    return str(cause)
 
 
 class Effect(enum.Enum):
@@ -76,10 +90,9 @@ def warn_variable(effect: Effect, variable: keras.Variable) -> Effect:
     """Say once that a variable's replicas are averaged for want of better knowledge."""
     if effect is not Effect.UNKNOWN:
         return effect
-    warnings.warn(
+    warn_user(
         f"The variable {variable.path} is assigned during the forward pass, and the assigned value is {effect.value}. "
-        "fastdp assigns the replicas' mean, weighted by their rows, which may differ from one device.",
-        stacklevel=2,
+        "fastdp assigns the replicas' mean, weighted by their rows, which may differ from one device."
     )
     return Effect.MEAN
 
@@ -109,11 +122,10 @@ def warn_mixed_rows(
     outputs for rows a and b alone with those for both.
     """
     if mixes_rows(a, b, both):
-        warnings.warn(
+        warn_user(
             f"The outputs of {model.name!r} for a row depend on the other rows of the batch, or are drawn at "
             "random outside of keras.random. Each device sees its own rows only, so results differ from one "
-            "device. BatchNormalization knows about devices (sync_batch_norm=True); other layers must not mix.",
-            stacklevel=2,
+            "device. BatchNormalization knows about devices (sync_batch_norm=True); other layers must not mix."
         )
 
 

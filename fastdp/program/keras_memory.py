@@ -52,6 +52,11 @@ class Adopted:
         for variable, tensor, pointer in zip(self.variables, self._tensors, self._pointers, strict=True):
             value = variable._value  # not `.value`, which looks for scopes first: there is none between steps
             if pointer is not None and value.data_ptr() != pointer:
+                if value.dtype != tensor.dtype:
+                    raise NotByRowsError(
+                        f"The variable {variable.path!r} has become {value.dtype}; the replicas hold it as "
+                        f"{tensor.dtype}. Choose the dtype before the model is made (keras.config.set_dtype_policy)"
+                    )
                 with torch.no_grad():
                     tensor.copy_(value)
                     value.data = tensor

@@ -53,6 +53,12 @@ class Slots:
     scalars: list[Slot]
 
 
+def optimizer_of(trainer: Any) -> Any:
+    """The optimizer of a compiled model; None where it has no variables as yet, and nothing can be trained."""
+    optimizer = trainer.optimizer if trainer.compiled else None
+    return optimizer if optimizer is not None and optimizer.built else None
+
+
 def slots_of(optimizer: Any, trainable: Sequence[keras.Variable]) -> Slots:
     """How a built optimizer, or None, is applied to these variables."""
     if optimizer is None:

@@ -140,22 +140,26 @@ class Summed:
 class Notes:
     """What a step's sums mean, beside its outputs' structure.
 
-    `sums` holds: the loss; the loss terms (`terms` of them); then the numbers of `effects`.
+    `sums` holds: the loss; the loss terms (`terms` of them); then the numbers of `effects`. The last `added` of the terms
+    are those of `add_loss`.
     """
 
     structure: OutputStructure | None = None
     terms: int = 0
     effects: Summed = field(default_factory=Summed)
     unused: frozenset[int] = frozenset()
+    added: int = 0
 
 
 @dataclass(slots=True)
 class Outcome:
     """What the pure part of a step gives: gradients of the trainable variables (None where there is none), the
-    loss and its terms, outputs and masks, and what the forward pass did beside them."""
+    loss and its terms, outputs and masks, and what the forward pass did beside them. The last `added` of the terms are
+    those of `add_loss`."""
 
     gradients: Sequence[torch.Tensor | None]
     terms: list[torch.Tensor]
     outputs: list[torch.Tensor]
     structure: OutputStructure | None
     effects: SideEffects
+    added: int = 0

@@ -6,7 +6,6 @@ out to the devices: each runs a part of the sequence, and nothing fails. So it i
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 
 from fastdp.program.torch_random import HANDLERS as BY_ROWS
 from fastdp.program.torch_scope import Handler, Running
+from fastdp.warn import warn_user
 
 _BATCH_FIRST = 8  # which argument of torch's recurrent functions it is
 _RECURRENT = {torch.lstm: "LSTM", torch.gru: "GRU", torch.rnn_tanh: "RNN", torch.rnn_relu: "RNN"}
@@ -41,12 +41,11 @@ def _look(running: Running, layer: str, inputs: torch.Tensor) -> None:
     if not suspect or running.context.rank or running.told:
         return
     running.told.add(layer)
-    warnings.warn(
+    warn_user(
         f"The module runs {layer} along the first axis of a tensor of shape {tuple(inputs.shape)}, by which fastdp "
         f"deals out the rows of a batch: this device has {steps} of {running.rows.total}. If these are time steps, "
         "each device sees a part of every sequence, and results are wrong. Give the batch with its rows first, to "
-        "layers with batch_first=True, or transpose it inside the module.",
-        stacklevel=2,
+        "layers with batch_first=True, or transpose it inside the module."
     )
 
 

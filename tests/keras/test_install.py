@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+import threading
+import types
 import warnings
 from collections.abc import Iterator
 
 import keras
 import numpy as np
 import pytest
+import torch
 from keras.src.backend.torch.trainer import TorchTrainer
 
 import fastdp
@@ -200,3 +207,189 @@ def test_graphs_that_are_asked_for_where_there_are_none_are_warned_of(graph):
     with pytest.warns(UserWarning, match=f'graph="{graph}" has nothing to record on virtual devices'):
         fastdp.install(gpus=2, compile="trace", graph=graph)
     assert not TorchTrainer.make_train_function.__qualname__.startswith("TorchTrainer.")
+
+
+# Calls by the script, and what runs plain.
+
+
+def test_a_layer_that_is_never_called_keeps_no_model_plain(steps):
+    class Spare(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense, self.never = keras.layers.Dense(1), keras.layers.Dense(5)
+
+        def call(self, x):
+            return self.dense(x)
+
+    def losses():
+        keras.utils.set_random_seed(3)
+        model = Spare()
+        model.compile("sgd", "mse")
+        return model.fit(X, Y, epochs=2, batch_size=8, shuffle=False, verbose=0).history["loss"]
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"`build\(\)` was called on layer")
+        expected = losses()
+        fastdp.install(gpus=2)
+        np.testing.assert_allclose(losses(), expected, rtol=1e-5)
+        parallel = fastdp.wrap(built(Spare()), gpus=2)
+    assert steps.count(("train", 8)) >= 3  # but for the first batch, which may build what training alone calls
+    parallel.compile("sgd", "mse")
+    parallel.fit(X, Y, verbose=0)
+
+
+def built(model):
+    model(X[:1])
+    return model
+
+
+def test_a_model_that_stays_unbuilt_says_so():
+    class Undone(keras.Sequential):
+        def call(self, *args, **kwargs):
+            try:
+                return super().call(*args, **kwargs)
+            finally:
+                self.built = False
+
+    model = Undone([keras.Input((3,)), keras.layers.Dense(1)])
+    model.built = False
+    fastdp.install(gpus=2)
+
+    def predict_three_times():
+        for _ in range(3):
+            model.predict_on_batch(X)
+            model.built = False
+
+    with pytest.warns(UserWarning, match="predict steps of .* one device, as plain Keras: it is not built") as told:
+        predict_three_times()
+    assert [one.filename for one in told if "fastdp" in str(one.message)] == [__file__]
+
+
+@pytest.mark.parametrize("where", ["object", "class"])
+def test_a_train_step_put_in_the_place_of_keras_own_is_run(where, steps, monkeypatch):
+    def halved(self, data):
+        x, y = data
+        loss = ((self(x, training=True) - y) ** 2).mean() / 2
+        self.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            self.optimizer.apply([v.value.grad for v in self.trainable_weights], self.trainable_weights)
+        return {"loss": loss.detach()}
+
+    def losses(how):
+        model = small(keras.Input((3,)))
+        if where == "object":
+            model.train_step = types.MethodType(halved, model)
+        else:
+            monkeypatch.setattr(keras.Model, "train_step", halved, raising=False)
+        parallel = fastdp.wrap(model, gpus=2, sync_batch_norm=True) if how == "wrapped" else model
+        if how == "wrapped":
+            parallel.compile(keras.optimizers.Adam(0.01), "mse", metrics=["mae"])
+        if how == "installed":
+            fastdp.install(gpus=2)
+        return parallel.fit(X, Y, epochs=2, batch_size=8, shuffle=False, verbose=0).history["loss"]
+
+    expected = losses("plain")
+    assert steps == []
+    for how in ("wrapped", "installed"):
+        np.testing.assert_allclose(losses(how), expected, rtol=1e-5)
+        assert ("predict", 8) in steps
+        steps.clear()
+
+
+def test_loops_of_a_models_own_run_on_the_devices(steps):
+    class Loops(keras.Sequential):
+        def make_train_function(self, force=False):
+            self.train_function = lambda data: self.train_step(data[0])
+            return self.train_function
+
+        def fit(self, x, y):
+            return [float(self.train_on_batch(x[:8], y[:8])), super().fit(x, y, verbose=0).history["loss"][0]]
+
+    def losses():
+        keras.utils.set_random_seed(3)
+        model = Loops([keras.Input((3,)), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+        return model.fit(X, Y)
+
+    expected = losses()
+    fastdp.install(gpus=2)
+    np.testing.assert_allclose(losses(), expected, rtol=1e-5)
+    assert steps[:2] == [("predict", 8)] * 2  # forward and backward
+
+
+def test_callbacks_threads_and_models_in_models_use_the_devices(steps):
+    def losses():
+        inner = small(keras.Input((3,)))
+        outer = keras.Sequential([keras.Input((3,)), inner, keras.layers.Dense(1)])
+        outer.compile("sgd", "mse")
+        sums = []
+        look = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs: sums.append(float(inner(X).detach().sum()))
+        )
+        arguments = {"batch_size": 8, "shuffle": False, "verbose": 0}
+        fit = lambda: sums.extend(outer.fit(X, Y, callbacks=[look], **arguments).history["loss"])  # noqa: E731
+        thread = threading.Thread(target=fit)
+        thread.start()
+        thread.join()
+        copy = keras.models.clone_model(outer)
+        copy.set_weights(outer.get_weights())
+        copy.compile("sgd", "mse", run_eagerly=True)
+        return [*sums, *copy.fit(X, Y, **arguments).history["loss"]]
+
+    expected = losses()
+    assert steps == []
+    fastdp.install(gpus=2)
+    np.testing.assert_allclose(losses(), expected, rtol=1e-5)
+    assert steps.count(("train", 8)) == 4
+    assert ("predict", 21) in steps
+
+
+SCRIPT = """
+import warnings
+import keras, numpy as np
+import fastdp
+
+class Stateful(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.total = self.add_weight(shape=(), initializer="zeros", trainable=False, name="total")
+        self.dense = keras.layers.Dense(1)
+
+    def call(self, x):
+        self.total.assign(keras.ops.max(x) + self.total)
+        return self.dense(x) + keras.ops.mean(x)
+
+def main():
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
+    model = Stateful()
+    model(x)
+    if HOW == "installed":
+        fastdp.install(gpus=2)
+    else:
+        model = fastdp.wrap(model, gpus=2)
+    model.compile("sgd", "mse")
+    try:
+        model.fit(x, x[:, :1], verbose=0)
+        model.fit({"a": x}, {"b": [object()] * 8}, verbose=0)
+    except Exception:
+        pass
+    model(x)
+    model(x, training=True)
+    keras.Sequential([keras.Input((3,)), model])
+
+main()
+"""
+
+
+@pytest.mark.parametrize("how", ["installed", "wrapped"])
+def test_every_warning_of_fastdp_points_at_a_line_of_the_script(how, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.replace("HOW", repr(how)))
+    command = [sys.executable, "-W", "always", str(script)]
+    environment = {**os.environ, "FASTDP_VIRTUAL_DEVICES": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    told = [line for line in result.stderr.splitlines() if re.match(r".*\.py:\d+: \w*Warning: ", line)]
+    own = [line for line in told if f"{os.sep}site-packages{os.sep}" not in line]
+    assert own, result.stderr
+    assert all(line.startswith(f"{script}:") for line in own), own

@@ -1,0 +1,175 @@
+"""The engine of a Keras model, made anew where the model, its compile settings or its flags have changed since."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastdp.engine import DataParallel
+from fastdp.keras.custom_steps import has_own
+from fastdp.keras.layer_calls import LayerCalls
+from fastdp.program.capture import Captures
+from fastdp.program.capture_record import Recorder
+from fastdp.program.keras_custom import CallProgram
+from fastdp.program.keras_optimizer import optimizer_of
+from fastdp.step_scope import alone
+
+
+class ModelEngine:
+    """The engine for steps of `template` with the compile settings of `trainer`, and for calls of it.
+
+    Args:
+        template: a built Keras model, or any Keras layer that is a trainer too.
+        trainer: whose loss, metrics and optimizer apply: a parallel model, or the template.
+        devices: where the replicas run.
+        capture_mode: None, "trace", "inductor" or "auto"; see `fastdp.wrap`.
+        graphs: how captured steps are recorded as CUDA graphs, "bucket" or "step", or "" for not at all.
+        sync_batch_norm: BatchNormalization over the global batch.
+        template_state: a context manager factory that lends the template the trainer's settings; None where they
+            are one model.
+        engine_options: further arguments of `DataParallel`.
+    """
+
+    def __init__(
+        self,
+        template: Any,
+        trainer: Any,
+        devices: Sequence[Any],
+        *,
+        capture_mode: str | None = None,
+        graphs: str = "",
+        sync_batch_norm: bool = False,
+        template_state: Any = None,
+        engine_options: dict[str, Any] | None = None,
+    ) -> None:
+        self.template = template
+        self.trainer = trainer
+        self.devices = list(devices)
+        self._capture_mode = capture_mode
+        self._graphs = graphs
+        self._sync_batch_norm = sync_batch_norm
+        self._template_state = template_state
+        self._engine_options = engine_options or {}
+        self._engine: DataParallel | None = None
+        self._calls: LayerCalls | None = None
+        self._trains: list[bool] = []
+        self._layers: list[Any] = []
+        self._parts = 0
+        self._variables_known = False
+
+    @property
+    def engine(self) -> DataParallel:
+        """The engine, made for the model as it is compiled now: asked for where Keras's loops begin to train."""
+        trainer = self.trainer
+        if trainer.compiled and trainer.optimizer is not None and not trainer.optimizer.built:
+            trainer.optimizer.build(self.template.trainable_variables)
+        return self.engine_of_model
+
+    @property
+    def engine_of_model(self) -> DataParallel:
+        """The engine for the model as it is now. An optimizer without variables as yet is left to who trains first."""
+        if self._engine is None or not self.is_unchanged() or self._stale(self._engine.program):
+            self.forget_engine()
+            self._engine = self._made()
+            self._calls = LayerCalls(self._engine)
+            self._variables_known = False
+            self._layers = self.template._flatten_layers()
+            self._parts = self._count_parts()
+        self._trains = self._trainability(self._engine.program)
+        return self._engine
+
+    def _made(self) -> DataParallel:
+        """An engine."""
+        with torch.inference_mode(False):  # memory that is made in that mode takes no part in autograd ever
+            program = CallProgram(
+                self.template,
+                self.trainer,
+                own_train_step=has_own(self.template, "train_step"),
+                sync_batch_norm=self._sync_batch_norm,
+                template_state=self._template_state,
+            )
+            if self._capture_mode is not None and program.optimizer is not None and not program.own_train_step:
+                parts = self._graphs == "step"
+                recorder = Recorder(self.template.name, alone, parts=parts) if self._graphs else None
+                program.captures = Captures(program, self._capture_mode, len(self.devices), recorder, alone)
+            return DataParallel(program, self.devices, **self._engine_options)
+
+    @property
+    def engine_within_loop(self) -> DataParallel:
+        """The engine for the next batch: another where a callback has frozen weights, or changed the optimizer, since.
+
+        Asked for at each batch, so it compares flags, and not the lists of variables that Keras would make of them.
+        """
+        optimizer = self.trainer.optimizer if self.trainer.compiled else None
+        return self._engine if self._engine is not None and self._is_for(optimizer) else self.engine
+
+    @property
+    def engine_for_calls(self) -> DataParallel:
+        """The engine for a call that trains nothing by itself: as in a loop, but the optimizer is left as it is."""
+        if self._engine is not None and self._is_for(optimizer_of(self.trainer)):
+            return self._engine
+        return self.engine_of_model
+
+    def _is_for(self, optimizer: Any) -> bool:
+        """Whether the engine was made for this optimizer, and for what is trained now."""
+        program: Any = self._engine.program if self._engine is not None else None
+        if program is None or program.optimizer is not optimizer or self._trainability(program) != self._trains:
+            return False
+        return self.is_unchanged()
+
+    def is_unchanged(self) -> bool:
+        """Whether the template has the layers and variables that the engine was made for: none were built since."""
+        return self._engine is not None and self._count_parts() == self._parts
+
+    def _count_parts(self) -> int:
+        """A number that grows with each layer and each variable that the template gets."""
+        return sum(
+            len(layer._layers) + len(layer._trainable_variables) + len(layer._non_trainable_variables)
+            for layer in self._layers
+        )
+
+    def _trainability(self, program: Any) -> list[bool]:
+        """The flags from which Keras tells the variables that are trained."""
+        return [self.template.trainable, *[variable._trainable for variable in program.variables]]
+
+    @property
+    def made_engine(self) -> DataParallel | None:
+        """The engine, if there is one by now."""
+        return self._engine
+
+    def forget_engine(self) -> None:
+        """The model was compiled anew: the next step makes another engine, and what this one compiles is ended."""
+        captures = self.captures
+        if captures is not None:
+            captures.close()
+            captures.forget_graphs()
+        self._engine = None
+
+    def settle(self) -> None:
+        """Let the optimizer's own accumulators have the gradients of a cycle that is not over."""
+        program: Any = self._engine.program if self._engine is not None else None
+        if program is not None:
+            program.accumulation.settle()
+
+    def capture_by(self, mode: str | None) -> None:
+        """Let the next engine capture steps by another mode."""
+        self._capture_mode = mode
+
+    @property
+    def captures(self) -> Captures | None:
+        """The captured steps of the present engine."""
+        program: Any = self._engine.program if self._engine is not None else None
+        return program.captures if program is not None else None
+
+    def _stale(self, program: Any) -> bool:
+        """Whether the program was made for other variables than those that are trained now."""
+        trainable = program.trainable if program.follows_trainable else self.template.trainable_variables
+        optimizer = optimizer_of(self.trainer)
+        slots = optimizer.variables if optimizer is not None else []
+        return (
+            program.optimizer is not optimizer
+            or [id(v) for v in program.trainable] != [id(v) for v in trainable]
+            or [id(v) for v in program.slot_variables] != [id(v) for v in slots]
+        )
