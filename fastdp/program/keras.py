@@ -19,9 +19,10 @@ from fastdp.backend.queue import QueueDevice
 from fastdp.buckets import Allocator, ArraySpec, FlatBuffers
 from fastdp.program.base import Context, Home, Memory, Result, Totals
 from fastdp.program.keras_accumulation import Accumulation
-from fastdp.program.keras_augment import keep_python_draws, writes_to_inputs
+from fastdp.program.keras_augment import writes_to_inputs
 from fastdp.program.keras_batch import Structure, flatten_outputs, unpack
 from fastdp.program.keras_effects import Effect
+from fastdp.program.keras_generators import Generators, StepGenerators
 from fastdp.program.keras_losses import NotPerSample, SharedLoss
 from fastdp.program.keras_memory import Adopted, Mapping, ReplicaScope, ReplicaState, adopted, tensors_of
 from fastdp.program.keras_merged import merged_loss
@@ -83,6 +84,7 @@ class KerasProgram:
         self.gradient_buckets: list[tuple[int, ...]] = []
         self.states: weakref.WeakValueDictionary[int, ReplicaState] = weakref.WeakValueDictionary()
         self._first_replica: Running | None = None
+        self._generators: StepGenerators | None = None  # while replicas run
         self._groups: Sequence[Sequence[QueueDevice]] | None = getattr(trainer, "device_groups", None)
         self._writes_to_inputs = writes_to_inputs(model)
 
@@ -169,9 +171,13 @@ class KerasProgram:
             if self._own_compute_loss and self._template_state is not None:
                 stack.enter_context(self._template_state())
             self.prepare_loss()
-            self._first_replica = None
-            yield
-            keep_python_draws(self._first_replica)
+            self._first_replica, self._generators = None, StepGenerators()
+            try:
+                yield
+                if self._first_replica is not None:
+                    self._first_replica.generators.keep()
+            finally:
+                self._generators = None
 
     # The step.
 
@@ -214,8 +220,9 @@ class KerasProgram:
             y_pred = self._call(x, training=True)
             extra = self._extra_losses(scope.losses, run.context)
             roots, seeds, terms = self._loss(y, y_pred, sample_weight, extra, scope, run)
-        leaves = [scope.get_current_value(v) for v in self.trainable]
-        found = gradients_of(run, roots, seeds, leaves)
+            leaves = [scope.get_current_value(v) for v in self.trainable]
+            # Within the scopes: hooks and gradients of the user's, which run in backward, are the replica's too.
+            found = gradients_of(run, roots, seeds, leaves)
         outputs, structure = flatten_outputs(y_pred) if run.context.wants_outputs else ([], None)
         return Outcome(found, terms, outputs, structure, scope.assigned(mapping), run.moments)
 
@@ -226,7 +233,8 @@ class KerasProgram:
 
     def running_replica(self, context: Context) -> Running:
         """What the thread of a replica knows in a step."""
-        run = Running(context, self.sync_batch_norm, seed=self._seed, sites=self.effects.sites)
+        generators = Generators(self._generators)
+        run = Running(context, self.sync_batch_norm, generators=generators, sites=self.effects.sites)
         if context.rank == 0:
             self._first_replica = run
         if self._groups is not None:

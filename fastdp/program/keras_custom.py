@@ -39,6 +39,7 @@ class _Ran:
     leaves: list[torch.Tensor]
     outputs: list[torch.Tensor]
     losses: list[torch.Tensor]
+    scope: ReplicaScope
 
 
 @dataclass(slots=True)
@@ -176,7 +177,7 @@ class CallProgram(KerasProgram):
         outputs, structure = flatten_outputs(y)
         if work.differentiable:
             leaves = [scope.get_current_value(v) for v in work.weights]
-            work.ran[context.rank] = _Ran(context, run, inputs, leaves, outputs, losses)
+            work.ran[context.rank] = _Ran(context, run, inputs, leaves, outputs, losses, scope)
         detached = [loss.detach() for loss in losses]
         outcome = Outcome([], detached, outputs, structure, scope.assigned(state.mapping), run.moments)
         return self._result(outcome, state, context, Notes(structure, len(losses)))
@@ -198,7 +199,8 @@ class CallProgram(KerasProgram):
                 seeds.append(gradient)
         wanted = [row for row, wants in zip(ran.inputs, work.forward.wants_gradient, strict=True) if wants]
         targets = [*wanted, *ran.leaves]
-        found = gradients_of(ran.run, roots, seeds, targets, retain=True)
+        with replica_scope(ran.run), ran.scope:
+            found = gradients_of(ran.run, roots, seeds, targets, retain=True)
         everyone = context.exchange(found[len(wanted) :])
         for i in range(context.rank, len(ran.leaves), context.size):  # each replica adds up its part of the weights
             parts = [part[i] for part in everyone if part[i] is not None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ import torch
 
 from fastdp.program.base import Context
 from fastdp.program.keras_draws import DrawSites, Site
+from fastdp.program.keras_generators import Generators
 from fastdp.program.keras_moments import Moments
 
 _replica = threading.local()
@@ -26,6 +26,9 @@ class Running:
 
     `made_up` says that a draw of a trial had to invent the rows that the trial leaves out.
 
+    `generators` are its copies of the random generators that the model does not hold. `drawing` says that a draw of
+    Keras's is being made, which knows about rows: what it draws by is not looked at again.
+
     `placed` holds the graph of a model whose layers run on several devices of the replica, and what runs it.
 
     `frozen_moments` makes BatchNormalization use its moving statistics (for probing, where rows must not
@@ -35,7 +38,6 @@ class Running:
     context: Context
     sync_batch_norm: bool = False
     frozen_moments: bool = False
-    unseeded: int = 0
     seed: int = 0
     moments: list[tuple[keras.layers.Layer, Moments]] = field(default_factory=list)
     terms: list[torch.Tensor] = field(default_factory=list)
@@ -44,7 +46,8 @@ class Running:
     made_up: bool = False
     sites: DrawSites = field(default_factory=DrawSites)
     met: Counter[Site] = field(default_factory=Counter)
-    python_random: random.Random | None = None
+    generators: Generators = field(default_factory=Generators)
+    drawing: bool = False
     placed: Any = None
 
 
