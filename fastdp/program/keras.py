@@ -32,6 +32,7 @@ from fastdp.program.keras_optimizer_flat import FlatUpdate
 from fastdp.program.keras_outcome import Notes, Outcome
 from fastdp.program.keras_placed import PlacedGraph, gradients_of, graph_of
 from fastdp.program.keras_replica import Running, keras_device, replica_scope
+from fastdp.program.keras_rows import keeps_rows_apart
 from fastdp.program.keras_scope import replica_aware
 from fastdp.program.keras_trial import Effects
 from fastdp.program.torch_arrivals import Arrivals
@@ -87,6 +88,7 @@ class KerasProgram:
         self._generators: StepGenerators | None = None  # while replicas run
         self._groups: Sequence[Sequence[QueueDevice]] | None = getattr(trainer, "device_groups", None)
         self._writes_to_inputs = writes_to_inputs(model)
+        self._is_known = keeps_rows_apart(model)
 
     # Memory: the protocol of fastdp.program.base.
 
@@ -235,6 +237,7 @@ class KerasProgram:
         """What the thread of a replica knows in a step."""
         generators = Generators(self._generators)
         run = Running(context, self.sync_batch_norm, generators=generators, sites=self.effects.sites)
+        run.watches_torch = not self._is_known
         if context.rank == 0:
             self._first_replica = run
         if self._groups is not None:

@@ -23,6 +23,7 @@ from fastdp.program.keras_effects import Effect, classify, mixes_rows
 from fastdp.program.keras_memory import Mapping, ReplicaScope
 from fastdp.program.keras_outcome import Notes, Outcome
 from fastdp.program.keras_placed import gradients_of
+from fastdp.program.keras_recompute import keep_values
 from fastdp.program.keras_replica import Running, replica_scope
 from fastdp.program.keras_scope import replica_aware
 from fastdp.program.keras_trial import Effects, _unlike_first
@@ -174,6 +175,7 @@ class CallProgram(KerasProgram):
         with tracing, replica_scope(run), ReplicaScope(state.mapping, weights) as scope:
             y = work.call(inputs)
             losses = self._extra_losses(scope.losses, context)
+        keep_values(run, scope, state.mapping)
         outputs, structure = flatten_outputs(y)
         if work.differentiable:
             leaves = [scope.get_current_value(v) for v in work.weights]

@@ -286,6 +286,23 @@ def next_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
     return next
 
 
+def states_of_replica(owner: Any) -> list[tuple[Any, str, Any]]:
+    """Torch's functions that seed its global generator, read it or set it, for a replica's copy of it."""
+
+    def aware(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def function(*args: Any) -> Any:
+            state = running()
+            if state is None or state.drawing:
+                return original(*args)
+            state.not_captured("the state of torch's global generator")
+            return state.generators.with_torch(None, lambda: original(*args))
+
+        return function
+
+    names = ("manual_seed", "get_rng_state", "set_rng_state")
+    return [(owner, name, aware(name, getattr(owner, name))) for name in names]
+
+
 # Recurrent dropout: Keras caches the masks on the cell, which all replicas share.
 
 

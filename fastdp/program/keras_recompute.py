@@ -22,12 +22,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
+import keras
 import torch
 from keras.src.backend.common import global_state
 from torch.utils import checkpoint
 
 from fastdp.comm.rendezvous import Rendezvous
-from fastdp.program.keras_memory import ReplicaScope
+from fastdp.program.keras_memory import Mapping, ReplicaScope
 from fastdp.program.keras_replica import Draws, Running, keras_device, replica_scope, running
 
 
@@ -43,8 +44,15 @@ class _Part:
     def __init__(self, function: Callable[..., Any], run: Running, scope: ReplicaScope) -> None:
         self._function = function
         self._run = replace(
-            run, moments=[], masks=dict(run.masks), met=Counter(run.met), generators=run.generators.copy(), placed=None
+            run,
+            moments=[],
+            masks=dict(run.masks),
+            met=Counter(run.met),
+            generators=run.generators.copy(),
+            placed=None,
+            parts=[],
         )
+        run.parts.append(self)
         self._scope = scope.twin()
         self._keras = _keras_state()
         self._given: list[Any] = []
@@ -62,6 +70,11 @@ class _Part:
         finally:
             context.rendezvous, run.draws = meeting, draws
 
+    def keep(self, variable: keras.Variable, value: torch.Tensor, kept: torch.Tensor) -> None:
+        """Use `kept` for a variable that had `value` when the part began."""
+        if self._scope.state_mapping.get(id(variable)) is value:
+            self._scope.state_mapping[id(variable)] = kept
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run it again."""
         again = replace(
@@ -71,6 +84,7 @@ class _Part:
             masks=dict(self._run.masks),
             met=Counter(self._run.met),
             generators=self._run.generators.copy(),
+            parts=[],
             draws=None if self._run.draws is None else _GivenDraws(self._outcomes),
         )
         with ExitStack() as stack:
@@ -128,6 +142,16 @@ class _GivenDraws:
     def take(self, draw: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The outcome of the same draw in forward."""
         return next(self._noted)
+
+
+def keep_values(run: Running, scope: ReplicaScope, mapping: Mapping) -> None:
+    """Let the parts of a forward pass keep what it has assigned since: its memory gets other values before backward."""
+    if run.parts:
+        for i, _ in scope.assigned(mapping):
+            variable, value = mapping[i]
+            kept = value.detach().clone().requires_grad_(value.requires_grad)
+            for part in run.parts:
+                part.keep(variable, value, kept)
 
 
 def _keras_state() -> dict[str, Any]:

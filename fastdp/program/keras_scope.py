@@ -108,6 +108,8 @@ def _patch() -> None:
         (checkpoint, kept, keras_recompute.checkpoint_of_replica(getattr(checkpoint, kept))),
         (checkpoint, "CheckpointFunction", keras_recompute.CheckpointOfReplica(checkpoint.CheckpointFunction)),
     ]
+    for owner in (torch, torch.random):  # Keras and torch read them from either
+        targets += keras_random.states_of_replica(owner)
     recurrent = (keras.layers.RNN, keras.layers.LSTM, keras.layers.GRU)
     targets += [(layer, "inner_loop", fused(layer.inner_loop)) for layer in recurrent]
     spatial = (keras.layers.SpatialDropout1D, keras.layers.SpatialDropout2D, keras.layers.SpatialDropout3D)
