@@ -61,7 +61,7 @@ def _check_other_axes(shape: tuple[int, ...], rest: dict[int, tuple[int, ...]]) 
         raise NotByRowsError(
             f"The model draws random numbers in the shape {shape}, of which another axis than the first follows the number "
             "of rows of the batch, so no device can draw what belongs to its rows. Draw in a shape that begins with the "
-            "rows, and has them in no other axis, or use gpus=[0]."
+            "rows, and has them in no other axis, or train the model itself on one device (model.fit)."
         )
 
 

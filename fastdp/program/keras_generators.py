@@ -29,6 +29,9 @@ from fastdp.program.torch_batch import global_generator
 _COMMON = 0  # the key of Keras's global generator among the seed generators
 _next = SeedGenerator.next
 _spare: list[SeedGenerator] = []
+# Taken before functions of these modules stand for a replica's generators (`fastdp.program.keras_host_draws`).
+_python_state, _set_python_state = random.getstate, random.setstate
+_numpy_state, _set_numpy_state = np.random.get_state, np.random.set_state
 
 
 class StepGenerators:
@@ -183,7 +186,7 @@ class Generators:
         """The replica's copy of Python's generator."""
         if self._python is None:
             self._python = random.Random()
-            self._python.setstate(self.step.state("python", random.getstate))
+            self._python.setstate(self.step.state("python", _python_state))
             if self._branch:
                 self._python.seed(self._python.getrandbits(64) + self._branch)
         return self._python
@@ -193,7 +196,7 @@ class Generators:
         """The replica's copy of NumPy's global generator."""
         if self._numpy is None:
             self._numpy = np.random.RandomState()
-            self._numpy.set_state(self.step.state("numpy", np.random.get_state))
+            self._numpy.set_state(self.step.state("numpy", _numpy_state))
             if self._branch:
                 self._numpy.seed((int(self._numpy.randint(2**31)) + self._branch) % 2**32)
         return self._numpy
@@ -212,9 +215,9 @@ class Generators:
             host = where if isinstance(where, torch.Generator) else self._default(torch.device(where))
             host.set_state(state)
         if self._python is not None:
-            random.setstate(self._python.getstate())
+            _set_python_state(self._python.getstate())
         if self._numpy is not None:
-            np.random.set_state(self._numpy.get_state())
+            _set_numpy_state(self._numpy.get_state())
 
 
 def _spare_generator() -> SeedGenerator:

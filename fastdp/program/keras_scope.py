@@ -33,6 +33,7 @@ from keras.src.utils.torch_utils import TorchModuleWrapper
 from torch.utils import checkpoint
 
 from fastdp.program import keras_augment, keras_modules, keras_placed, keras_random, keras_recompute
+from fastdp.program.keras_host_draws import STAND_INS
 from fastdp.program.keras_moments import Moments, global_moments, local_moments
 from fastdp.program.keras_recurrent import fused
 from fastdp.program.keras_replica import running
@@ -115,7 +116,7 @@ def _patch() -> None:
     spatial = (keras.layers.SpatialDropout1D, keras.layers.SpatialDropout2D, keras.layers.SpatialDropout3D)
     targets += [(layer, "_get_noise_shape", keras_random.own_rows(layer._get_noise_shape)) for layer in spatial]
     targets += [(torch_random, name, keras_random.by_rows(getattr(torch_random, name))) for name in keras_random.SHAPED]
-    for owner, name, function in targets:
+    for owner, name, function in [*targets, *STAND_INS]:
         _originals.append((owner, name, getattr(owner, name)))
         setattr(owner, name, function)
 

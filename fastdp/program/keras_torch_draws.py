@@ -105,8 +105,8 @@ def _with_tensors(state: Any, function: Any, args: Any, kwargs: Any) -> Any:
         return _drawn(state, lambda: function(*args, **kwargs), generator, device)
     if kwargs.get("inplace") or kwargs.get("out") is not None:
         raise NotByRowsError(
-            f"A layer calls {function.__name__} of torch's in place, on an array of rows. Let it make a new array, or use "
-            "gpus=[0]."
+            f"A layer calls {function.__name__} of torch's in place, on an array of rows. Let it make a new array, or "
+            "train the model itself on one device (model.fit)."
         )
     length = tensors[0].shape[0]
 
@@ -150,7 +150,7 @@ def _permuted(state: Any, function: Any, args: Any, kwargs: Any) -> Any:
     if _rows_of(state, (args[0] if args else kwargs["n"],)):
         raise NotByRowsError(
             "A layer permutes the rows of the batch (torch.randperm), which are dealt out to the devices. Shuffle the data "
-            "instead (fit does), or use gpus=[0]."
+            "instead (fit does), or train the model itself on one device (model.fit)."
         )
     return _drawn(state, lambda: function(*args, **kwargs), kwargs.get("generator"), kwargs.get("device"))
 
@@ -161,7 +161,7 @@ def _refused(state: Any, function: Any, args: Any, kwargs: Any) -> Any:
     if draws_in_call(function, args, kwargs) and rows.count < rows.total:
         raise NotByRowsError(
             f"A layer calls torch's {function.__name__} with dropout, which no device can draw for its rows alone. Set its "
-            "dropout to 0 and drop between the calls, or use gpus=[0]."
+            "dropout to 0 and drop between the calls, or train the model itself on one device (model.fit)."
         )
     if not draws_in_call(function, args, kwargs):
         return function(*args, **kwargs)
