@@ -63,7 +63,9 @@ class Generators:
     def __init__(self, step: StepGenerators | None = None, branch: int = 0) -> None:
         self.step = step or StepGenerators()
         self._branch = branch
-        self._seeds: dict[int, tuple[SeedGenerator | None, torch.Tensor]] = {}  # the generators are held: ids stay theirs
+        self._seeds: dict[
+            int, tuple[SeedGenerator | None, torch.Tensor]
+        ] = {}  # the generators are held: ids stay theirs
         self._torch: dict[Any, tuple[torch.Generator, torch.Tensor]] = {}
         self._python: random.Random | None = None
         self._numpy: np.random.RandomState | None = None
@@ -150,7 +152,9 @@ class Generators:
             before = target.get_state()
             target.set_state(self._torch_state(key, generator, device))
             try:
-                return draw()
+                # Whoever watches torch's functions on this thread would take it for a draw of the model's.
+                with torch._C.DisableTorchFunction():
+                    return draw()
             finally:
                 self._torch[key] = generator if generator is not None else device.type, target.get_state()
                 target.set_state(before)

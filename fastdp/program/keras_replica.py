@@ -59,7 +59,6 @@ class Running:
     placed: Any = None
     parts: list[Any] = field(default_factory=list)
 
-
     def not_captured(self, what: str) -> None:
         """End a capture: `what` cannot be repeated outside the graph.
 

@@ -68,7 +68,9 @@ def _created(state: Any, function: Any, args: Any, kwargs: Any) -> Any:
         args = []
     per_row = _rows_of(state, shape)
     whole = _whole_shape(shape, per_row, state) if per_row else shape
-    drawn = _drawn(state, lambda: function(*args[:place], size=whole, **kwargs), kwargs.get("generator"), kwargs.get("device"))
+    drawn = _drawn(
+        state, lambda: function(*args[:place], size=whole, **kwargs), kwargs.get("generator"), kwargs.get("device")
+    )
     return _as_created(_own(drawn, per_row, state), kwargs)
 
 
@@ -138,7 +140,11 @@ def _with_others(value: torch.Tensor, per_row: int, state: Any, by_values: bool)
         return torch.cat(parts)
     if by_values:  # a trial of some of its rows
         state.made_up = True
-        return torch.cat([value[:1].detach()] * (rows.start * per_row) + [value] + [value[:1].detach()] * ((rows.total - rows.stop) * per_row))
+        return torch.cat(
+            [value[:1].detach()] * (rows.start * per_row)
+            + [value]
+            + [value[:1].detach()] * ((rows.total - rows.stop) * per_row)
+        )
     rest = [value.new_zeros(((n * per_row), *value.shape[1:])) for n in (rows.start, rows.total - rows.stop)]
     return torch.cat([rest[0], value, rest[1]])
 
