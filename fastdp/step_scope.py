@@ -157,7 +157,8 @@ class StepScope(AbstractContextManager[Step]):
                 engine._unsettled = None
             else:
                 self._abandon(error)
-            self._held.close()
+            # What is held is told of a failure, which goes its own way.
+            self._held.__exit__(None if error is None else type(error), error, None)
         finally:
             engine.steps += 1
             one_step_at_a_time.release()

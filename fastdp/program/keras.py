@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import keras
@@ -19,7 +19,7 @@ from fastdp.backend.queue import QueueDevice
 from fastdp.buckets import Allocator, ArraySpec, FlatBuffers
 from fastdp.program.base import Context, Home, Memory, Result, Totals
 from fastdp.program.keras_accumulation import Accumulation
-from fastdp.program.keras_augment import keep_python_draws, writes_to_inputs
+from fastdp.program.keras_augment import writes_to_inputs
 from fastdp.program.keras_batch import Structure, flatten_outputs, unpack
 from fastdp.program.keras_effects import Effect
 from fastdp.program.keras_gradients import LeftGradients
@@ -31,7 +31,10 @@ from fastdp.program.keras_optimizer_flat import FlatUpdate
 from fastdp.program.keras_outcome import Notes, Outcome, SideEffects
 from fastdp.program.keras_placed import PlacedGraph, gradients_of, graph_of
 from fastdp.program.keras_replica import Running, keras_device, replica_scope
+from fastdp.program.keras_random import whole_batch
+from fastdp.program.keras_rows import keeps_rows_apart
 from fastdp.program.keras_scope import replica_aware
+from fastdp.program.keras_step_draws import StepDraws
 from fastdp.program.keras_trial import Effects
 from fastdp.program.torch_arrivals import Arrivals
 from fastdp.program.torch_tensors import accumulate, output_array, settle, spec_of
@@ -83,9 +86,12 @@ class KerasProgram:
         # For captured steps: which gradients lie in which of the engine's buckets, and the replicas that are there.
         self.gradient_buckets: list[tuple[int, ...]] = []
         self.states: weakref.WeakValueDictionary[int, ReplicaState] = weakref.WeakValueDictionary()
-        self._first_replica: Running | None = None
+        self._draws = StepDraws()
         self._groups: Sequence[Sequence[QueueDevice]] | None = getattr(trainer, "device_groups", None)
         self._writes_to_inputs = writes_to_inputs(model)
+        regularizers = [v.regularizer for v in self.trainable if v.regularizer is not None]
+        are_known = all(type(one).__module__.startswith("keras.") for one in regularizers)
+        self._is_known = are_known and keeps_rows_apart(model)
 
     # Memory: the protocol of fastdp.program.base.
 
@@ -170,9 +176,8 @@ class KerasProgram:
             if self._own_compute_loss and self._template_state is not None:
                 stack.enter_context(self._template_state())
             self.prepare_loss()
-            self._first_replica = None
+            stack.enter_context(self._draws.during_step())
             yield
-            keep_python_draws(self._first_replica)
 
     # The step.
 
@@ -215,8 +220,9 @@ class KerasProgram:
             y_pred = self._call(x, training=True)
             extra = self._extra_losses(scope.losses, run.context)
             roots, seeds, terms = self._loss(y, y_pred, sample_weight, extra, scope, run)
-        leaves = [scope.get_current_value(v) for v in self.trainable]
-        found = gradients_of(run, roots, seeds, leaves)
+            leaves = [scope.get_current_value(v) for v in self.trainable]
+            # Within the scopes: hooks and gradients of the user's, which run in backward, are the replica's too.
+            found = gradients_of(run, roots, seeds, leaves)
         outputs, structure = flatten_outputs(y_pred) if run.context.wants_outputs else ([], None)
         terms += [term.detach() for term in extra]
         return Outcome(found, terms, outputs, structure, SideEffects.of(scope, mapping, run), len(extra))
@@ -228,9 +234,9 @@ class KerasProgram:
 
     def running_replica(self, context: Context) -> Running:
         """What the thread of a replica knows in a step."""
-        run = Running(context, self.sync_batch_norm, seed=self._seed, sites=self.effects.sites)
-        if context.rank == 0:
-            self._first_replica = run
+        generators = self._draws.of_replica(context.rank)
+        run = Running(context, self.sync_batch_norm, generators=generators, sites=self.effects.sites)
+        run.watches_torch = self._loss_is_merged or not self._is_known
         if self._groups is not None:
             run.placed = graph_of(self.model), PlacedGraph(self._groups[context.rank])
         return run
@@ -259,7 +265,8 @@ class KerasProgram:
             gradients = [None if i in unused else g for i, g in enumerate(given)]
             values = [state.variables[self._index[id(v)]] for v in self.trainable]
             mapping = [*zip(self.trainable, values, strict=True), *zip(self._slots.order, state.slots, strict=True)]
-            apply_by_variable(self.optimizer, gradients, self.trainable, mapping)
+            with nullcontext() if self.update_is_reliable else self._draws.during_update():
+                apply_by_variable(self.optimizer, gradients, self.trainable, mapping)
 
     def leave_gradients(self, engine: Any) -> None:
         """After a training step, let the template's variables have its gradients, as Keras's trainer leaves them.
@@ -319,7 +326,8 @@ class KerasProgram:
                     value, terms = self._shared(y, y_pred, sample_weight)
                     parts.insert(0, value)
                 if context.rank == 0:
-                    parts += [keras.ops.sum(value) for value in self.regularization()]
+                    with whole_batch(run):
+                        parts += [keras.ops.sum(value) for value in self.regularization()]
                     if not parts:  # as Keras says it
                         raise ValueError("No loss to compute. Provide a `loss` argument in `compile()`.")
                 return self._roots(parts, terms)

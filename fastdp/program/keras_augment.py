@@ -9,12 +9,12 @@ from typing import Any
 import keras
 import torch
 
-from fastdp.program.keras_random import global_generator
-from fastdp.program.keras_replica import NotCapturable, Running, running
+from fastdp.program.keras_random import whole_batch
+from fastdp.program.keras_replica import NotCapturable, running
 
 
 class PythonRandom:
-    """Stands for the module `random` in Keras's AugMix, which chooses its operations by Python's generator.
+    """Stands for the module `random` where Keras uses it: AugMix chooses its operations by it, and seeds come from it.
 
     Every replica draws from a copy of that generator as it was before the step, so all choose what one device would.
     """
@@ -25,23 +25,13 @@ class PythonRandom:
             return getattr(random, name)
         if state.draws is not None:
             raise NotCapturable("a choice by Python's random generator")
-        if state.python_random is None:
-            state.python_random = random.Random()
-            state.python_random.setstate(random.getstate())
-        return getattr(state.python_random, name)
-
-
-def keep_python_draws(first: Running | None) -> None:
-    """After a step, move Python's generator on by what the first replica drew."""
-    if first is not None and first.python_random is not None:
-        random.setstate(first.python_random.getstate())
+        return getattr(state.generators.python, name)
 
 
 def elastic_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Elastic transformation of the rows among all rows of the batch, drawn by the step.
+    """Elastic transformation of the rows among all rows of the batch.
 
-    Keras 3.15 on torch draws it from torch's global generator, whatever the seed: the same on any number of devices
-    here, but not Keras's numbers.
+    Keras 3.15 on torch draws it from torch's global generator, whatever the seed.
     """
 
     def elastic_transform(images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -50,15 +40,13 @@ def elastic_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(images, *args, **kwargs)
         if state.draws is not None:
             raise NotCapturable("an elastic transformation, which draws from torch's global generator")
-        state.unseeded += 1
         rows, before = state.context.rows, images
         by_rows = images.ndim == 4 and images.shape[0] == rows.count
         if by_rows:
             rest = [images.new_zeros((n, *images.shape[1:])) for n in (rows.start, rows.total - rows.stop)]
             images = torch.cat([rest[0], before, rest[1]])
-        with global_generator, torch.random.fork_rng(devices=[]):
-            torch.manual_seed(state.seed + 7919 * state.context.step + state.unseeded)
-            moved = original(images, *args, **kwargs)
+        with whole_batch(state, drawing=True):
+            moved = state.generators.with_torch(None, lambda: original(images, *args, **kwargs), images.device)
         return moved[rows.start : rows.stop] if by_rows else moved
 
     return elastic_transform

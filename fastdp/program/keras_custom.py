@@ -24,6 +24,7 @@ from fastdp.program.keras_effects import Effect, NotByRowsError
 from fastdp.program.keras_memory import Mapping, ReplicaScope
 from fastdp.program.keras_outcome import Notes, Outcome, SideEffects
 from fastdp.program.keras_placed import gradients_of
+from fastdp.program.keras_recompute import keep_values
 from fastdp.program.keras_replica import Running, keras_device, replica_scope
 from fastdp.program.keras_scope import replica_aware
 from fastdp.program.torch_tensors import as_array
@@ -39,6 +40,7 @@ class _Ran:
     leaves: list[torch.Tensor]
     outputs: list[torch.Tensor]
     numbers: list[torch.Tensor]
+    scope: ReplicaScope
 
 
 _ROWS, _NUMBER = object(), object()
@@ -206,6 +208,7 @@ class CallProgram(KerasProgram):
         with tracing, keras_device(context.device), replica_scope(run), ReplicaScope(state.mapping, weights) as scope:
             y = work.call(inputs, shared)
             losses = self._extra_losses(scope.losses, context)
+        keep_values(run, scope, state.mapping)
         form, found, numbers = OutputForm.of(y)
         outputs, structure = flatten_outputs(found)
         if context.rank == 0:
@@ -221,7 +224,7 @@ class CallProgram(KerasProgram):
         if work.differentiable:
             wanted = [tensor for tensor, wants in zip(shared, work.shared_want, strict=True) if wants]
             leaves = [*wanted, *(scope.get_current_value(v) for v in work.weights)]
-            work.ran[context.rank] = _Ran(context, run, inputs, leaves, outputs, numbers)
+            work.ran[context.rank] = _Ran(context, run, inputs, leaves, outputs, numbers, scope)
         detached = [number.detach() for number in numbers]
         outcome = Outcome([], detached, outputs, structure, SideEffects.of(scope, state.mapping, run))
         return self._result(outcome, state, context, Notes(structure, len(numbers)))
@@ -250,7 +253,8 @@ class CallProgram(KerasProgram):
                 seeds.append(gradient.to(number.device, number.dtype))
         wanted = [row for row, wants in zip(ran.inputs, work.forward.rows_want, strict=True) if wants]
         targets = [*wanted, *ran.leaves]
-        found = gradients_of(ran.run, roots, seeds, targets, retain=True)
+        with replica_scope(ran.run), ran.scope:
+            found = gradients_of(ran.run, roots, seeds, targets, retain=True)
         everyone = context.exchange(found[len(wanted) :])
         for i in range(context.rank, len(ran.leaves), context.size):  # each replica adds up its part of the leaves
             parts = [part[i] for part in everyone if part[i] is not None]

@@ -127,6 +127,12 @@ class ReplicaScope(keras.StatelessScope):
         """Ids of the trainable variables."""
         return self._leaves
 
+    def twin(self) -> ReplicaScope:
+        """A scope with the present values, whose assignments this one does not see."""
+        twin = ReplicaScope([], self._leaves)
+        twin.state_mapping = dict(self.state_mapping)
+        return twin
+
     def assigned(self, mapping: Mapping) -> list[tuple[int, torch.Tensor]]:
         """The variables that were assigned within the scope: their places in `mapping`, and their values."""
         values = ((i, self.get_current_value(v), before) for i, (v, before) in enumerate(mapping))

@@ -16,6 +16,8 @@ import torch
 from fastdp.program.base import Context
 from fastdp.program.keras_batch import pack_like
 from fastdp.program.keras_losses import own_copy
+from fastdp.program.keras_random import whole_batch
+from fastdp.program.keras_replica import running
 
 
 def merged_loss(
@@ -32,7 +34,12 @@ def merged_loss(
     """
     leaves = keras.tree.flatten(y_pred)
     everyone = context.exchange(_Given(leaves, extra, context))
-    answer = _compute(program, y_pred, everyone, scope, context) if context.rank == 0 else None
+    answer = None
+    if context.rank == 0:
+        run = running()
+        assert run is not None, "a replica computes the loss"
+        with whole_batch(run):  # draws of the loss are of all rows
+            answer = _compute(program, y_pred, everyone, scope, context)
     answer = context.exchange(answer)[0]
     roots: list[torch.Tensor] = []
     seeds: list[torch.Tensor | None] = []

@@ -140,6 +140,7 @@ class PlacedGraph:
         self._all(self._calls, lambda call: call.sources, work)
         # From here on the replica's own worker goes on with it: on the first device.
         scope.state_mapping.update((key, spread.on(home)) for key, spread in variables.items())
+        run.generators.join([call.run.generators for call in self._calls])
         for call in self._calls:
             run.moments += [(layer, self._moments_at_home(call, moments)) for layer, moments in call.run.moments]
             run.made_up |= call.run.made_up
@@ -164,9 +165,11 @@ class PlacedGraph:
         maker: dict[int, _Call] = {}
         last: dict[int, _Call] = {}
         calls = []
-        for number, node in enumerate(_nodes(graph)):
+        nodes = _nodes(graph)
+        generators = run.generators.branches(len(nodes))
+        for number, node in enumerate(nodes):
             device = self._devices[_place(node) or 0]
-            own = replace(run, moments=[], masks={}, met=Counter(), unseeded=1000 * number)
+            own = replace(run, moments=[], masks={}, met=Counter(), generators=generators[number])
             if device is not self._home:
                 own.context = replace(run.context, device=device)
                 if run.context.size > 1:

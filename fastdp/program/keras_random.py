@@ -7,9 +7,9 @@ function here makes a replica-aware one of Keras's own, which behaves as before 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,11 +19,13 @@ from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 from keras.src.random.seed_generator import SeedGenerator
 
 from fastdp.program.base import Context
+from fastdp.program.keras_generators import CommonGenerator, is_held_by_scope
 from fastdp.program.keras_replica import NotCapturable, Running, running
 from fastdp.program.philox import uniform_rows
+from fastdp.program.torch_batch import global_generator
+from fastdp.shard import Rows
 
 SHAPED = ("normal", "uniform", "randint", "truncated_normal")
-global_generator = threading.Lock()
 
 
 def _per_row(shape: Any, state: Running, seed: Any) -> int:
@@ -31,7 +33,8 @@ def _per_row(shape: Any, state: Running, seed: Any) -> int:
     rows = state.context.rows
     if not len(shape) or 2 < rows.count == rows.total:
         return 0
-    per_row = state.sites.per_row(int(shape[0]), rows.count, seed, state.met)
+    sizes = tuple(int(size) for size in shape)
+    per_row = state.sites.per_row(sizes, rows.count, seed, state.met, trial=state.frozen_moments)
     return per_row if rows.count < rows.total else 0
 
 
@@ -60,7 +63,7 @@ def by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         assert state is not None
         whole = _global_shape(shape, per_row, state.context) if per_row else shape
         # Inside, `truncated_normal` draws by `normal`: the shapes it asks for are already right.
-        with _whole_batch(state):
+        with whole_batch(state, drawing=True):
             drawn = original(whole, *args, **kwargs)
         return _own(drawn, per_row, state.context) if per_row else drawn
 
@@ -82,15 +85,19 @@ def _take(state: Running, draw: Callable[[], Any], args: tuple[Any, ...], kwargs
 
 
 @contextmanager
-def _whole_batch(state: Running) -> Iterator[None]:
-    """Within a draw for the whole batch nothing is sliced a second time."""
-    context = state.context
+def whole_batch(state: Running, *, drawing: bool = False) -> Iterator[None]:
+    """What runs in it is about the whole batch: a draw in it is not sliced, or not a second time.
+
+    With `drawing` it is itself one of Keras's draws.
+    """
+    context, before = state.context, state.drawing
     total = context.rows.total
-    state.context = Context.alone(context.batch, context.structure, 0, total, total)
+    state.context = replace(context, rank=0, rows=Rows(0, total, total), size=1)
+    state.drawing = before or drawing
     try:
         yield
     finally:
-        state.context = context
+        state.context, state.drawing = context, before
 
 
 def dropout_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,21 +110,22 @@ def dropout_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         given = noise_shape if noise_shape is not None else [None] * inputs.ndim
         shape = [size if size is not None else inputs.shape[i] for i, size in enumerate(given)]
         rows = state.context.rows
-        # A single row given in numbers may as well mean one mask for all rows.
-        spans_rows = given[0] is None or 1 < given[0] == rows.count
-        per_row = _per_row(inputs.shape, state, seed) if spans_rows else 0
+        per_row = _per_row(inputs.shape if given[0] is None else shape, state, seed)
         if per_row:
             shape[0] = rows.total * per_row
+        # Plain Keras draws these by torch's own dropout, from torch's global generator.
+        owes_nothing = noise_shape is None and _is_unseeded(seed)
 
         def mask() -> torch.Tensor:
             state = running()
             assert state is not None
-            if given[0] is None and _is_unseeded(seed):
-                return _own_draw(seed, state, per_row, [inputs.shape[0], *shape[1:]]) < 1.0 - rate
+            if owes_nothing:
+                return _own_draw(state, per_row, [inputs.shape[0], *shape[1:]]) < 1.0 - rate
             generator = torch_random.torch_seed_generator(seed)
             # The same draw as Keras's seeded dropout: bernoulli of a constant matrix.
             chance = torch.full(shape, 1.0 - rate, device=generator.device)
-            keep = torch.bernoulli(chance, generator=generator).bool()
+            with whole_batch(state, drawing=True):
+                keep = torch.bernoulli(chance, generator=generator).bool()
             return _own(keep, per_row, state.context) if per_row else keep
 
         keep = _take(state, mask, (), {})
@@ -142,11 +150,14 @@ def _is_unseeded(seed: Any) -> bool:
     return seed is None or (isinstance(seed, SeedGenerator) and seed._initial_seed is None)
 
 
-def _own_draw(seed: Any, state: Running, per_row: int, shape: Sequence[int]) -> torch.Tensor:
-    """Uniform numbers for the replica's rows alone, from the generator's present state."""
-    first, second = (int(number) for number in torch_random.draw_seed(seed))
+def _own_draw(state: Running, per_row: int, shape: Sequence[int]) -> torch.Tensor:
+    """Uniform numbers for the replica's rows alone.
+
+    By torch's global generator, which plain Keras draws them from: `set_random_seed` makes them repeat.
+    """
     start = state.context.rows.start * per_row
-    rows = torch.from_numpy(uniform_rows((first, second), start, shape[0], math.prod(shape[1:])))
+    key = state.generators.draw_number()
+    rows = torch.from_numpy(uniform_rows(key, start, shape[0], math.prod(shape[1:])))
     return rows.reshape(*shape).to(get_device())
 
 
@@ -166,7 +177,7 @@ def alone_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
             shape = _global_shape(shape, per_row, state.context)
             args = tuple(_of_all(value, state, per_row) for value in args)
             kwargs = {name: _of_all(value, state, per_row) for name, value in kwargs.items()}
-        with global_generator:
+        with global_generator, whole_batch(state, drawing=True):
             drawn = original(shape, *args, **kwargs)
         return _own(drawn, per_row, state.context) if per_row else drawn
 
@@ -183,7 +194,8 @@ def categorical_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         _not_captured(state)
         whole = _of_all(logits, state)
         rows = state.context.rows
-        drawn = original(whole, *args, **kwargs)
+        with whole_batch(state, drawing=True):
+            drawn = original(whole, *args, **kwargs)
         return drawn if whole is logits else drawn[rows.start : rows.stop]
 
     return categorical
@@ -199,11 +211,13 @@ def shuffle_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         _not_captured(state)
         rows = state.context.rows
         if x.ndim == 0 or x.shape[0] != rows.count or rows.count == rows.total:
-            return original(x, axis, seed)
+            with whole_batch(state, drawing=True):
+                return original(x, axis, seed)
         if axis % x.ndim == 0:
             if state.context.size == 1:  # a trial
                 state.made_up = True
-                return original(x, axis, seed)
+                with whole_batch(state, drawing=True):
+                    return original(x, axis, seed)
             raise ValueError(
                 "keras.random.shuffle with axis=0 moves rows between the devices that they are dealt out to. Shuffle "
                 "the data instead (fit does), or use gpus=[0]."
@@ -211,7 +225,8 @@ def shuffle_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         axis %= x.ndim
         generator = torch_random.torch_seed_generator(seed)
         shape = (rows.total, *x.shape[1 : axis + 1])
-        order = torch.rand(shape, generator=generator, device=generator.device).argsort(axis)
+        with whole_batch(state, drawing=True):
+            order = torch.rand(shape, generator=generator, device=generator.device).argsort(axis)
         order = order[rows.start : rows.stop].reshape(*x.shape[: axis + 1], *([1] * (x.ndim - axis - 1)))
         return x.gather(axis, order.expand(x.shape))
 
@@ -247,17 +262,45 @@ def generator_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
     return torch_seed_generator
 
 
-def seed_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Seeds of draws without a seed: by step and count, since the global generator is per thread."""
+def global_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Keras's global seed generator: the host thread's, as the replica moves it. Keras has one for each thread."""
 
-    def draw_seed(seed: Any) -> Any:
+    def global_seed_generator() -> Any:
         state = running()
-        if state is None or seed is not None:
-            return original(seed)
-        state.unseeded += 1
-        return torch.tensor([state.seed + state.context.step * 7919, state.unseeded], dtype=torch.int64)
+        return original() if state is None else CommonGenerator(state.generators)
 
-    return draw_seed
+    return global_seed_generator
+
+
+def next_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The next seed of a generator, of one that is none of the model's too."""
+
+    def next(generator: Any, ordered: bool = True) -> Any:  # noqa: A001
+        state = running()
+        if state is None or is_held_by_scope(generator):
+            return original(generator, ordered)
+        if state.draws is not None:
+            raise NotCapturable("a seed generator that the model reads itself")
+        return state.generators.next_seed(generator, ordered)
+
+    return next
+
+
+def states_of_replica(owner: Any) -> list[tuple[Any, str, Any]]:
+    """Torch's functions that seed its global generator, read it or set it, for a replica's copy of it."""
+
+    def aware(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def function(*args: Any) -> Any:
+            state = running()
+            if state is None or state.drawing:
+                return original(*args)
+            state.not_captured("the state of torch's global generator")
+            return state.generators.with_torch(None, lambda: original(*args))
+
+        return function
+
+    names = ("manual_seed", "get_rng_state", "set_rng_state")
+    return [(owner, name, aware(name, getattr(owner, name))) for name in names]
 
 
 # Recurrent dropout: Keras caches the masks on the cell, which all replicas share.

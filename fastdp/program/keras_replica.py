@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,9 +12,12 @@ from typing import Any, Protocol
 import keras
 import torch
 
+from fastdp.program import keras_torch_draws
 from fastdp.program.base import Context
 from fastdp.program.keras_draws import DrawSites, Site
+from fastdp.program.keras_generators import Generators
 from fastdp.program.keras_moments import Moments
+from fastdp.program.torch_scope import ReplicaMode
 
 _replica = threading.local()
 
@@ -26,6 +28,14 @@ class Running:
 
     `made_up` says that a draw of a trial had to invent the rows that the trial leaves out.
 
+    `generators` are its copies of the random generators that the model does not hold. `drawing` says that a draw of
+    Keras's is being made, which knows about rows: what it draws by is not looked at again.
+
+    `watches_torch` says that torch's own random functions, called by this thread, draw by rows: not where the model is
+    known to call none, since watching costs a microsecond for each function of torch's that is called.
+
+    `parts` are those of the forward pass that backward runs again (`fastdp.program.keras_recompute`).
+
     `placed` holds the graph of a model whose layers run on several devices of the replica, and what runs it.
 
     `frozen_moments` makes BatchNormalization use its moving statistics (for probing, where rows must not
@@ -35,7 +45,6 @@ class Running:
     context: Context
     sync_batch_norm: bool = False
     frozen_moments: bool = False
-    unseeded: int = 0
     seed: int = 0
     moments: list[tuple[keras.layers.Layer, Moments]] = field(default_factory=list)
     terms: list[torch.Tensor] = field(default_factory=list)
@@ -44,8 +53,20 @@ class Running:
     made_up: bool = False
     sites: DrawSites = field(default_factory=DrawSites)
     met: Counter[Site] = field(default_factory=Counter)
-    python_random: random.Random | None = None
+    generators: Generators = field(default_factory=Generators)
+    drawing: bool = False
+    watches_torch: bool = True
     placed: Any = None
+    parts: list[Any] = field(default_factory=list)
+
+    def not_captured(self, what: str) -> None:
+        """End a capture: `what` cannot be repeated outside the graph.
+
+        Raises:
+            NotCapturable: the step is being captured.
+        """
+        if self.draws is not None:
+            raise NotCapturable(what)
 
 
 class NotCapturable(Exception):
@@ -70,7 +91,8 @@ def replica_scope(state: Running) -> Iterator[Running]:
     before = running()
     _replica.running = state
     try:
-        yield state
+        with ReplicaMode(state, keras_torch_draws.HANDLERS) if state.watches_torch else nullcontext():
+            yield state
     finally:
         _replica.running = before
 

@@ -6,8 +6,8 @@ replica, and puts them back afterwards.
 
 Random draws are indexed by the global row: a replica draws for the whole global batch, with the seed
 that one device would use, and keeps its own rows. So 1, 2 and 8 devices see the same masks and noise, and
-with a seed they are those of plain Keras. (Unseeded dropout is drawn from the layer's seed generator;
-plain Keras draws it from torch's global generator, which threads would share.)
+they are those of plain Keras. (Unseeded dropout takes one number for each step from torch's global generator, where
+plain Keras draws all of it.)
 
 BatchNormalization's moments are recorded, so that the moving statistics can be updated with the mean and
 the variance of the global batch; with `sync_batch_norm` they are those of the global batch to begin with.
@@ -27,10 +27,13 @@ from keras.src.backend.torch import random as torch_random
 from keras.src.layers.preprocessing.image_preprocessing import aug_mix
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 from keras.src.ops.function import Function
+from keras.src.random import seed_generator
 from keras.src.random.seed_generator import SeedGenerator
 from keras.src.utils.torch_utils import TorchModuleWrapper
+from torch.utils import checkpoint
 
-from fastdp.program import keras_augment, keras_modules, keras_placed, keras_random
+from fastdp.program import keras_augment, keras_modules, keras_placed, keras_random, keras_recompute
+from fastdp.program.keras_host_draws import STAND_INS
 from fastdp.program.keras_moments import Moments, global_moments, local_moments
 from fastdp.program.keras_recurrent import fused
 from fastdp.program.keras_replica import running
@@ -85,7 +88,9 @@ def _patch() -> None:
         (torch_random, "categorical", keras_random.categorical_by_rows(torch_random.categorical)),
         (torch_random, "shuffle", keras_random.shuffle_by_rows(torch_random.shuffle)),
         (torch_random, "torch_seed_generator", keras_random.generator_of_replica(torch_random.torch_seed_generator)),
-        (torch_random, "draw_seed", keras_random.seed_of_replica(torch_random.draw_seed)),
+        (seed_generator, "global_seed_generator", keras_random.global_of_replica(seed_generator.global_seed_generator)),
+        (seed_generator, "python_random", keras_augment.PythonRandom()),
+        (SeedGenerator, "next", keras_random.next_of_replica(SeedGenerator.next)),
         (DropoutRNNCell, "get_dropout_mask", keras_random.own_mask("dropout")),
         (DropoutRNNCell, "get_recurrent_dropout_mask", keras_random.own_mask("recurrent_dropout")),
         (DropoutRNNCell, "reset_dropout_mask", keras_random.forget_mask("dropout")),
@@ -99,12 +104,19 @@ def _patch() -> None:
         (aug_mix, "py_random", keras_augment.PythonRandom()),
         (TorchModuleWrapper, "call", keras_modules.call_of_replica(TorchModuleWrapper.call)),
     ]
+    kept = "_checkpoint_without_reentrant_generator"
+    targets += [
+        (checkpoint, kept, keras_recompute.checkpoint_of_replica(getattr(checkpoint, kept))),
+        (checkpoint, "CheckpointFunction", keras_recompute.CheckpointOfReplica(checkpoint.CheckpointFunction)),
+    ]
+    for owner in (torch, torch.random):  # Keras and torch read them from either
+        targets += keras_random.states_of_replica(owner)
     recurrent = (keras.layers.RNN, keras.layers.LSTM, keras.layers.GRU)
     targets += [(layer, "inner_loop", fused(layer.inner_loop)) for layer in recurrent]
     spatial = (keras.layers.SpatialDropout1D, keras.layers.SpatialDropout2D, keras.layers.SpatialDropout3D)
     targets += [(layer, "_get_noise_shape", keras_random.own_rows(layer._get_noise_shape)) for layer in spatial]
     targets += [(torch_random, name, keras_random.by_rows(getattr(torch_random, name))) for name in keras_random.SHAPED]
-    for owner, name, function in targets:
+    for owner, name, function in [*targets, *STAND_INS]:
         _originals.append((owner, name, getattr(owner, name)))
         setattr(owner, name, function)
 

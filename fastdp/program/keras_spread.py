@@ -72,6 +72,10 @@ class PlacedScope(ReplicaScope):
         self._device = device
         self.read: dict[int, tuple[Spread, torch.Tensor]] = {}
 
+    def twin(self) -> PlacedScope:
+        """A scope with the present values, whose assignments this one does not see."""
+        return PlacedScope(dict(self._variables), self._leaves, self._device)
+
     def get_current_value(self, variable: keras.Variable) -> torch.Tensor | None:
         """The value on the call's device."""
         spread = self._variables.get(id(variable))

@@ -23,6 +23,7 @@ from fastdp.program.keras_effects import (
     warn_mixed_rows,
     warn_variable,
 )
+from fastdp.program.keras_host_draws import held_generators_stay
 from fastdp.program.keras_memory import ReplicaScope
 from fastdp.program.keras_moments import statistics
 from fastdp.program.keras_replica import Running, replica_scope
@@ -126,7 +127,8 @@ class Effects:
         run = Running(context, frozen_moments=True, seed=self._seed, sites=self.sites)
         mapping = [(v, v.value.detach()) for v in self._variables]
         explained = _explained(stop - start)
-        with explained, torch.no_grad(), replica_scope(run), ReplicaScope(mapping, set()) as scope:
+        held = held_generators_stay(self._model)
+        with explained, held, torch.no_grad(), replica_scope(run), ReplicaScope(mapping, set()) as scope:
             x, _, _ = unpack(structure.pack([array[start:stop].copy() for array in batch]))
             outputs = [leaf.detach() for leaf in keras.tree.flatten(self._call(x, True))]
             losses = [keras.ops.sum(loss) for loss in scope.losses]

@@ -56,7 +56,7 @@ def normal(running: Running, shape: Sequence[int]) -> torch.Tensor:
 
 def _dropout(running: Running, function: Any, args: Any, kwargs: Any) -> torch.Tensor:
     """F.dropout, and F.dropout1d to F.dropout3d, which drop whole channels; torch.dropout."""
-    x, p, training, inplace = _dropout_arguments(function, args, kwargs)
+    x, p, training, inplace = dropout_arguments(function, args, kwargs)
     if not training or p == 0.0:
         return x
     if p == 1.0:
@@ -68,7 +68,7 @@ def _dropout(running: Running, function: Any, args: Any, kwargs: Any) -> torch.T
 
 def _alpha_dropout(running: Running, function: Any, args: Any, kwargs: Any) -> torch.Tensor:
     """F.alpha_dropout and F.feature_alpha_dropout: dropped values saturate; mean and variance are kept."""
-    x, p, training, inplace = _dropout_arguments(function, args, kwargs)
+    x, p, training, inplace = dropout_arguments(function, args, kwargs)
     if not training or p == 0.0:
         return x
     if p == 1.0:
@@ -79,7 +79,7 @@ def _alpha_dropout(running: Running, function: Any, args: Any, kwargs: Any) -> t
     return x.mul_(keep * scale).add_(shift) if inplace else x * (keep * scale) + shift
 
 
-def _dropout_arguments(function: Any, args: Any, kwargs: Any) -> tuple[torch.Tensor, float, bool, bool]:
+def dropout_arguments(function: Any, args: Any, kwargs: Any) -> tuple[torch.Tensor, float, bool, bool]:
     """Input, probability, whether it is active, whether it is in place.
 
     Raises:
@@ -153,7 +153,7 @@ def _filled(running: Running, function: Any, args: Any, kwargs: Any) -> torch.Te
 
 def _alone(running: Running, function: Any, args: Any, kwargs: Any) -> Any:
     """A function that draws inside itself: one thread at a time, from the global generator, seeded and put back."""
-    if kwargs.get("generator") is not None or not _draws(function, args, kwargs):
+    if kwargs.get("generator") is not None or not draws_in_call(function, args, kwargs):
         return function(*args, **kwargs)
     seed, number = running.next_draw()
     with global_generator:
@@ -165,7 +165,7 @@ def _alone(running: Running, function: Any, args: Any, kwargs: Any) -> Any:
             torch.set_rng_state(before)
 
 
-def _draws(function: Any, args: Any, kwargs: Any) -> bool:
+def draws_in_call(function: Any, args: Any, kwargs: Any) -> bool:
     """Whether this call draws anything: attention without dropout need not wait for others."""
     if function is F.scaled_dot_product_attention:
         return (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)) > 0.0
