@@ -264,7 +264,13 @@ def more_arguments(parallel):
     model(X[:1])
     model = parallel(model)
     for _ in range(2):
-        for more in ({}, {"training": True}, {"scale": X[:, :1]}, {"scale": 2.0, "training": True}):
+        for more in (
+            {},
+            {"training": True},
+            {"scale": X[:, :1]},
+            {"scale": X[0, :4]},
+            {"scale": 2.0, "training": True},
+        ):
             y = model(X, **more)
             y.square().sum().backward()
             yield y
@@ -389,15 +395,6 @@ def vectorized(parallel):
         yield torch.func.vmap(model)(torch.from_numpy(X).reshape(11, 2, 6))
 
 
-def unequal_rows(parallel):
-    """An argument that has other rows."""
-    model = Scaled()
-    model(X[:1])
-    model = parallel(model)
-    for _ in range(2):
-        yield model(X, scale=X[0, :4])
-
-
 @pytest.mark.parametrize("how", ["wrapped", "installed"])
 @pytest.mark.parametrize(
     ("loop", "why"),
@@ -406,7 +403,6 @@ def unequal_rows(parallel):
         (hooked, "hook of torch's"),
         (mixed_precision, "autocast"),
         (vectorized, "vmap"),
-        (unequal_rows, "unequal numbers of rows"),
     ],
     ids=lambda part: part.__name__ if callable(part) else "",
 )
