@@ -140,8 +140,8 @@ class Summed:
 class Notes:
     """What a step's sums mean, beside its outputs' structure.
 
-    `sums` holds: the loss; the loss terms (`terms` of them); then the numbers of `effects`. The last `added` of the terms
-    are those of `add_loss`.
+    `sums` holds: the loss; the loss terms (`terms` of them); then the numbers of `effects`. The last `added` of the
+    terms are those of `add_loss`.
     """
 
     structure: OutputStructure | None = None
