@@ -88,7 +88,8 @@ class Steps(ModelEngine):
             structure=structure,
             wants_outputs=self._wants_outputs(),
             reduce=reduce,
-            while_running=None if ahead is None else lambda: ahead.advance(engine),
+            # What draws while batches are made must come after the step's own draws.
+            while_running=None if ahead is None or program.draws.moves else lambda: ahead.advance(engine),
         )
         program.accumulation.stepped()
         program.leave_gradients(engine)

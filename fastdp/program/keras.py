@@ -30,8 +30,8 @@ from fastdp.program.keras_optimizer import apply_by_variable, optimizer_of, slot
 from fastdp.program.keras_optimizer_flat import FlatUpdate
 from fastdp.program.keras_outcome import Notes, Outcome, SideEffects
 from fastdp.program.keras_placed import PlacedGraph, gradients_of, graph_of
-from fastdp.program.keras_replica import Running, keras_device, replica_scope
 from fastdp.program.keras_random import whole_batch
+from fastdp.program.keras_replica import Running, keras_device, replica_scope
 from fastdp.program.keras_rows import keeps_rows_apart
 from fastdp.program.keras_scope import replica_aware
 from fastdp.program.keras_step_draws import StepDraws
@@ -86,7 +86,7 @@ class KerasProgram:
         # For captured steps: which gradients lie in which of the engine's buckets, and the replicas that are there.
         self.gradient_buckets: list[tuple[int, ...]] = []
         self.states: weakref.WeakValueDictionary[int, ReplicaState] = weakref.WeakValueDictionary()
-        self._draws = StepDraws()
+        self.draws = StepDraws()
         self._groups: Sequence[Sequence[QueueDevice]] | None = getattr(trainer, "device_groups", None)
         self._writes_to_inputs = writes_to_inputs(model)
         regularizers = [v.regularizer for v in self.trainable if v.regularizer is not None]
@@ -176,7 +176,7 @@ class KerasProgram:
             if self._own_compute_loss and self._template_state is not None:
                 stack.enter_context(self._template_state())
             self.prepare_loss()
-            stack.enter_context(self._draws.during_step())
+            stack.enter_context(self.draws.during_step())
             yield
 
     # The step.
@@ -234,7 +234,7 @@ class KerasProgram:
 
     def running_replica(self, context: Context) -> Running:
         """What the thread of a replica knows in a step."""
-        generators = self._draws.of_replica(context.rank)
+        generators = self.draws.of_replica(context.rank)
         run = Running(context, self.sync_batch_norm, generators=generators, sites=self.effects.sites)
         run.watches_torch = self._loss_is_merged or not self._is_known
         if self._groups is not None:
@@ -265,7 +265,7 @@ class KerasProgram:
             gradients = [None if i in unused else g for i, g in enumerate(given)]
             values = [state.variables[self._index[id(v)]] for v in self.trainable]
             mapping = [*zip(self.trainable, values, strict=True), *zip(self._slots.order, state.slots, strict=True)]
-            with nullcontext() if self.update_is_reliable else self._draws.during_update():
+            with nullcontext() if self.update_is_reliable else self.draws.during_update():
                 apply_by_variable(self.optimizer, gradients, self.trainable, mapping)
 
     def leave_gradients(self, engine: Any) -> None:

@@ -59,9 +59,9 @@ def _check_other_axes(shape: tuple[int, ...], rest: dict[int, tuple[int, ...]]) 
     """Refuse a draw that one device makes in a shape of which a replica's rows are no slice of whole rows."""
     if len(set(rest.values())) > 1:
         raise NotByRowsError(
-            f"The model draws random numbers in the shape {shape}, of which another axis than the first follows the number "
-            "of rows of the batch, so no device can draw what belongs to its rows. Draw in a shape that begins with the "
-            "rows, and has them in no other axis, or train the model itself on one device (model.fit)."
+            f"The model draws random numbers in the shape {shape}, of which another axis than the first follows the "
+            "number of rows of the batch, so no device can draw what belongs to its rows. Draw in a shape that begins "
+            "with the rows, and has them in no other axis, or train the model itself on one device (model.fit)."
         )
 
 

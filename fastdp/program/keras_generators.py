@@ -1,11 +1,11 @@
 """Random generators that no model holds, in a step of several replicas.
 
 Keras's global seed generator, seed generators that a layer keeps where Keras does not find them, torch's global
-generator, Python's and NumPy's: on one device a step reads and moves each of them once. Here every replica moves a copy of
-its own, all copies start from the state before the step, and afterwards the host's generators take over the state of the
-first replica's copies. So a step draws what one device would draw, and whoever draws after it too: the script between
-two batches, another model, `set_random_seed`. A step that fails leaves the generators as they were before it, and so
-does a step that is only tried.
+generator, Python's and NumPy's: on one device a step reads and moves each of them once. Here every replica moves a
+copy of its own, all copies start from the state before the step, and afterwards the host's generators take over the
+state of the first replica's copies. So a step draws what one device would draw, and whoever draws after it too: the
+script between two batches, another model, `set_random_seed`. A step that fails leaves the generators as they were
+before it, and so does a step that is only tried.
 
 Nothing is read or copied before a draw asks for it.
 """

@@ -2,8 +2,9 @@
 
 While replicas run, the functions of the modules `random` and `numpy.random` stand for a replica's own copies of these
 generators, in the threads that run one (`fastdp.program.keras_generators`). NumPy's draws of a shape that follows the
-rows are made for the whole batch, and the replica keeps its own. Functions that a script has imported by name from these
-modules, and generators that a layer holds, are out of reach: the trial of a model finds that it draws from them.
+rows are made for the whole batch, and the replica keeps its own. Functions that a script has imported by name from
+these modules, and generators that a layer holds, are out of reach: the trial of a model finds that it draws from
+them.
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ def _check_parameters(state: Running, name: str, parameters: Any) -> None:
     """Refuse a draw whose parameters are one for each row: a replica has those of its own rows only."""
     if any(_rows_of(state, np.shape(value)) for value in parameters):
         raise NotByRowsError(
-            f"A layer calls numpy.random.{name} with parameters for each row of the batch. Draw numbers of a fixed kind, with "
-            "size=, and scale them, or train the model itself on one device (model.fit)."
+            f"A layer calls numpy.random.{name} with parameters for each row of the batch. Draw numbers of a fixed "
+            "kind, with size=, and scale them, or train the model itself on one device (model.fit)."
         )
 
 
@@ -114,7 +115,7 @@ STAND_INS = _stand_ins()
 
 @contextmanager
 def held_generators_stay(model: keras.Model) -> Iterator[None]:
-    """Leave generators that layers hold, and the global ones, as they are; refuse a model that has drawn from them here.
+    """Leave generators that layers hold, and the global ones, as they are; refuse a model that draws from them here.
 
     Raises:
         NotByRowsError: it has. Each replica would draw from them in turn, in no order.
@@ -136,8 +137,8 @@ def held_generators_stay(model: keras.Model) -> Iterator[None]:
             _set_state(generator, state)
     if moved:
         raise NotByRowsError(
-            f"The model draws random numbers by {moved[0]}, which all devices would share. Draw by keras.random, torch, "
-            "random.function() or numpy.random.function(), or train the model itself on one device (model.fit)."
+            f"The model draws random numbers by {moved[0]}, which all devices would share. Draw by keras.random, "
+            "torch, random.function() or numpy.random.function(), or train the model itself on one device (model.fit)."
         )
 
 

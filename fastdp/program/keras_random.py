@@ -275,7 +275,7 @@ def global_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
 def next_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
     """The next seed of a generator, of one that is none of the model's too."""
 
-    def next(generator: Any, ordered: bool = True) -> Any:  # noqa: A001
+    def next(generator: Any, ordered: bool = True) -> Any:
         state = running()
         if state is None or is_held_by_scope(generator):
             return original(generator, ordered)

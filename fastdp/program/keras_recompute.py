@@ -1,16 +1,16 @@
-"""Model code that runs again in backward: `keras.remat`, `keras.RematScope` and `torch.utils.checkpoint` inside a layer.
+"""Model code that runs again in backward: `keras.remat`, `keras.RematScope`, `torch.utils.checkpoint` in a layer.
 
-A checkpoint forgets what its part of the model has computed, and backward runs the part again. By then the replica's forward
-pass is over: its scope is left, its generators have moved on, its statistics are noted. So the state of the replica is noted
-where a part begins, and the part runs again from it, on whatever thread backward runs: with the same variables, the same draws,
-and what other replicas gave in forward in place of new meetings. What it records, assigns and adds then is dropped: it
-counts once.
+A checkpoint forgets what its part of the model has computed, and backward runs the part again. By then the replica's
+forward pass is over: its scope is left, its generators have moved on, its statistics are noted. So the state of the
+replica is noted where a part begins, and the part runs again from it, on whatever thread backward runs: with the same
+variables, the same draws, and what other replicas gave in forward in place of new meetings. What it records, assigns
+and adds then is dropped: it counts once.
 
 Plain Keras moves a layer's seed again, so that a seeded dropout drops other units in backward than in forward, and
 moves the statistics of BatchNormalization twice. Here the gradient is that of the forward pass.
 
-The reentrant kind of checkpoint cannot be differentiated by `torch.autograd.grad`; in a replica it is the other kind, with
-the same values and gradients.
+The reentrant kind of checkpoint cannot be differentiated by `torch.autograd.grad`; in a replica it is the other kind,
+with the same values and gradients.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class _Noting(Rendezvous):
     def exchange(self, rank: int, value: Any) -> list[Any]:
         """Everyone's values."""
         self._noted.append(self._inner.exchange(rank, value))
-        return self._noted[-1]  # type: ignore[no-any-return]
+        return self._noted[-1]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -118,7 +118,7 @@ class _Given(Rendezvous):
 
     def exchange(self, rank: int, value: Any) -> list[Any]:
         """Everyone's values of then."""
-        return next(self._noted)  # type: ignore[no-any-return]
+        return next(self._noted)
 
 
 class _NotingDraws:

@@ -91,7 +91,8 @@ def replica_scope(state: Running) -> Iterator[Running]:
     before = running()
     _replica.running = state
     try:
-        with ReplicaMode(state, keras_torch_draws.HANDLERS) if state.watches_torch else nullcontext():
+        mode: Any = ReplicaMode
+        with mode(state, keras_torch_draws.HANDLERS) if state.watches_torch else nullcontext():
             yield state
     finally:
         _replica.running = before

@@ -11,9 +11,13 @@ from fastdp.program.keras_replica import Running, replica_scope
 
 
 class StepDraws:
-    """Hands each replica of a step its generators, and keeps the first one's after the step."""
+    """Hands each replica of a step its generators, and keeps the first one's after the step.
+
+    `moves` says whether steps draw from generators of the host's, as far as the last one has shown; at first they may.
+    """
 
     def __init__(self) -> None:
+        self.moves = True
         self._step: StepGenerators | None = None
         self._first: Generators | None = None
         self._updated: Generators | None = None
@@ -25,6 +29,7 @@ class StepDraws:
         try:
             yield
             last = self._updated or self._first
+            self.moves = last is not None and last.used
             if last is not None:
                 last.keep()
         finally:

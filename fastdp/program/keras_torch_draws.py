@@ -1,21 +1,20 @@
 """Torch's own random functions, called by a Keras layer on a replica.
 
 All threads share torch's global generator. A replica has a copy of its own, in the state before the step
-(`fastdp.program.keras_generators`): it makes each draw for the whole batch and keeps its own rows, so that it draws what one
-device would. (In a model with unseeded Dropout layers, which take one number from the generator where plain Keras draws all,
-draws of torch's differ from plain Keras's, and are the same on any number of devices.)
+(`fastdp.program.keras_generators`): it makes each draw for the whole batch and keeps its own rows, so that it draws
+what one device would. (In a model with unseeded Dropout layers, which take one number from the generator where plain
+Keras draws all, draws of torch's differ from plain Keras's, and are the same on any number of devices.)
 
-    by rows           what is shaped like an array of rows: rand, randn, randint, normal, bernoulli, the functions `_like`
-                      another array, the methods that fill one, dropout of all kinds, gumbel_softmax
+    by rows           what is shaped like an array of rows: rand, randn, randint, normal, bernoulli, the functions
+                      `_like` another array, the methods that fill one, dropout of all kinds, gumbel_softmax
     by all rows       what draws as often as the values ask for: multinomial, poisson, binomial, gamma, rrelu. Replicas
                       exchange their rows for it.
-    refused           what has its rows somewhere else: RNNs and multi-head attention of torch's with dropout, fractional
-                      pooling; a permutation of the rows
+    refused           what has its rows somewhere else: RNNs and multi-head attention of torch's with dropout,
+                      fractional pooling; a permutation of the rows
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -132,7 +131,7 @@ def _draws(function: Any, args: Any, kwargs: Any) -> bool:
 
 
 def _with_others(value: torch.Tensor, per_row: int, state: Any, by_values: bool) -> torch.Tensor:
-    """The replica's rows among those of all; the others' are zeros where they do not matter. Gradients reach its own."""
+    """The replica's rows among those of all, where these matter, or zeros. Gradients reach its own."""
     context, rows = state.context, state.context.rows
     if by_values and context.size > 1:
         parts = list(context.exchange(value.detach()))
@@ -155,8 +154,8 @@ def _permuted(state: Any, function: Any, args: Any, kwargs: Any) -> Any:
         return function(*args, **kwargs)
     if _rows_of(state, (args[0] if args else kwargs["n"],)):
         raise NotByRowsError(
-            "A layer permutes the rows of the batch (torch.randperm), which are dealt out to the devices. Shuffle the data "
-            "instead (fit does), or train the model itself on one device (model.fit)."
+            "A layer permutes the rows of the batch (torch.randperm), which are dealt out to the devices. Shuffle the "
+            "data instead (fit does), or train the model itself on one device (model.fit)."
         )
     return _drawn(state, lambda: function(*args, **kwargs), kwargs.get("generator"), kwargs.get("device"))
 
@@ -166,8 +165,8 @@ def _refused(state: Any, function: Any, args: Any, kwargs: Any) -> Any:
     rows = state.context.rows
     if draws_in_call(function, args, kwargs) and rows.count < rows.total:
         raise NotByRowsError(
-            f"A layer calls torch's {function.__name__} with dropout, which no device can draw for its rows alone. Set its "
-            "dropout to 0 and drop between the calls, or train the model itself on one device (model.fit)."
+            f"A layer calls torch's {function.__name__} with dropout, which no device can draw for its rows alone. Set "
+            "its dropout to 0 and drop between the calls, or train the model itself on one device (model.fit)."
         )
     if not draws_in_call(function, args, kwargs):
         return function(*args, **kwargs)

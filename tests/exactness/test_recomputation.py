@@ -1,7 +1,7 @@
 """Model code that runs again in backward (`keras.remat`, `torch.utils.checkpoint`) trains as the same model without it.
 
-Plain Keras itself does not: it moves seeds and statistics twice, drops other units in backward than in forward, and fails
-where a layer inside learns from its caller that it trains. So the equal of a model is the model without checkpoints.
+Plain Keras itself does not: it moves seeds and statistics twice, drops other units in backward than in forward, and
+fails where a layer inside learns from its caller that it trains. So the equal of a model is the model without checkpoints.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Counting(keras.layers.Layer):
 
 class TorchDropout(keras.layers.Layer):
     def call(self, x: Any) -> Any:
-        return torch.nn.functional.dropout(x, 0.5) * torch.rand(4)
+        return torch.nn.functional.dropout(x, 0.5) * torch.rand(4, device=x.device)
 
 
 INNER: dict[str, Callable[[], keras.layers.Layer]] = {
@@ -131,9 +131,7 @@ def test_a_checkpoint_changes_nothing(inner: str, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["remat", "reentrant"])
-@pytest.mark.parametrize(
-    "inner", ["Dropout", "Dropout with a seed", "GaussianNoise", "everything"]
-)
+@pytest.mark.parametrize("inner", ["Dropout", "Dropout with a seed", "GaussianNoise", "everything"])
 def test_a_captured_step_with_a_checkpoint_is_right(inner: str, how: str) -> None:
     assert_same(reference(inner), trained(inner, how, 2, compile="trace"))
 
