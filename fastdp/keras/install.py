@@ -25,6 +25,7 @@ from fastdp.keras.custom_steps import has_own
 from fastdp.keras.steps import Steps
 from fastdp.program.capture_record import chosen_graphs
 from fastdp.program.keras_effects import NotByRowsError
+from fastdp.program.keras_row_policy import check_policy
 
 _KINDS = ("train", "test", "predict")
 _STEPS = "_fastdp_steps"  # in a model's __dict__: so it lives as long as the model, and Keras does not track it
@@ -49,6 +50,7 @@ def install(
     sync_batch_norm: bool = True,
     compile: str | None = "auto",
     graph: str | None = "auto",
+    rows: str | None = "merge",
     **options: Any,
 ) -> None:
     """Run every Keras model of this process on several devices, from the next `fit`, `evaluate` or `predict` on.
@@ -62,10 +64,13 @@ def install(
         sync_batch_norm: BatchNormalization by the global batch, as plain Keras does; False: by each device's rows.
         compile: how steps run, "auto", None, "trace" or "inductor"; see `fastdp.wrap`.
         graph: whether captured steps become CUDA graphs, "auto", "bucket", "step" or None; see `fastdp.wrap`.
+        rows: layers that mix the rows of a batch: "merge" runs them on the whole batch on each device, as plain Keras does,
+            and a model that has no such layer of its own to tell from the rest runs as plain Keras; "replica" lets each
+            device go by its own rows. None: as "merge", but plain Keras runs every such model whose outputs have rows.
         options: `update`, `timeout` and `check_replicas` of `fastdp.wrap`.
 
     Raises:
-        ValueError: anything wrong with `gpus`; an unknown `graph`.
+        ValueError: anything wrong with `gpus`; an unknown `graph` or `rows`.
         TypeError: an unknown option.
         RuntimeError: Keras runs on another backend than torch.
 
@@ -79,12 +84,14 @@ def install(
         raise TypeError(f"`fastdp.install` knows no option {sorted(unknown)}.")
     devices = resolve(gpus, caller="fastdp.install")
     graphs = chosen_graphs(graph, devices, compile)
+    check_policy(rows)
     uninstall()
     settings = {
         "sync_batch_norm": sync_batch_norm,
         "capture_mode": compile,
         "graphs": graphs,
         "engine_options": options,
+        "rows": rows,
     }
     installed = _Installed(devices, settings)
     for kind in _KINDS:
@@ -173,7 +180,7 @@ def _steps_of(model: Any, installed: _Installed) -> Steps:
     known = model.__dict__.get(_STEPS)
     compiled = model._loss_tracker
     if known is None or known[0] is not compiled:
-        known = (compiled, Steps(model, model, installed.devices, strict=False, **installed.options))
+        known = (compiled, Steps(model, model, installed.devices, strict=False, falls_back=True, **installed.options))
         model.__dict__[_STEPS] = known
         installed.models.add(model)
     return known[1]

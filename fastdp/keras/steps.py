@@ -21,7 +21,9 @@ from fastdp.program.capture_record import Recorder
 from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import Structure, flatten_batch, unpack
 from fastdp.program.keras_custom import CallProgram
+from fastdp.program.keras_effects import UndecidedError
 from fastdp.program.keras_losses import own_copy
+from fastdp.program.keras_row_policy import check_policy
 from fastdp.program.torch_tensors import as_tensor
 from fastdp.step import StepResult
 from fastdp.step_scope import alone
@@ -42,6 +44,8 @@ class Steps:
             are one model.
         engine_options: further arguments of `DataParallel`.
         strict: a step of the template's own in which nothing could be split is an error, not a warning.
+        rows: what to do about rows that meet, None, "merge" or "replica"; see `fastdp.wrap`.
+        falls_back: the caller runs plain Keras where the model cannot be split.
     """
 
     def __init__(
@@ -56,7 +60,10 @@ class Steps:
         template_state: Any = None,
         engine_options: dict[str, Any] | None = None,
         strict: bool = True,
+        rows: str | None = None,
+        falls_back: bool = False,
     ) -> None:
+        check_policy(rows)
         self.template = template
         self.trainer = trainer
         self.devices = list(devices)
@@ -66,6 +73,7 @@ class Steps:
         self._template_state = template_state
         self._engine_options = engine_options or {}
         self._strict = strict
+        self._rows, self._falls_back = rows, falls_back
         self._engine: DataParallel | None = None
         self._calls: LayerCalls | None = None
         self._trains: list[bool] = []
@@ -171,19 +179,19 @@ class Steps:
             program.captures.prepare(arrays, structure, self._wants_outputs())
         began = time.perf_counter()
         reduce = program.accumulation.reduces(engine)
-        result = engine.train(
-            arrays,
-            structure=structure,
-            wants_outputs=self._wants_outputs(),
-            reduce=reduce,
-            while_running=None if ahead is None else lambda: ahead.advance(engine),
-        )
+        options = {"structure": structure, "wants_outputs": self._wants_outputs(), "reduce": reduce}
+        meanwhile = None if ahead is None else lambda: ahead.advance(engine)
+        try:
+            result = engine.train(arrays, while_running=meanwhile, **options)
+        except UndecidedError:  # before anything was changed
+            program.inspect(arrays, structure, every_row=True)
+            result = engine.train(arrays, **options)
         program.accumulation.stepped()
         if program.captures is not None:
             program.captures.note(time.perf_counter() - began)
         self._track_loss(result)
         x = y = sample_weight = y_pred = None
-        if result.outputs:  # otherwise nobody looks
+        if result.notes.structure is not None:  # otherwise nobody looks
             x, y, sample_weight = structure.pack(arrays, inputs=self._has_own_metrics())
             y_pred = result.notes.structure.pack(result.outputs)
         return self.trainer.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
@@ -226,7 +234,13 @@ class Steps:
 
     def _program(self) -> KerasProgram:
         """What the replicas run: whole steps, or single layers too where the template has steps of its own."""
-        options = {"sync_batch_norm": self._sync_batch_norm, "template_state": self._template_state}
+        options = {
+            "sync_batch_norm": self._sync_batch_norm,
+            "template_state": self._template_state,
+            "replicas": len(self.devices),
+            "rows": self._rows,
+            "falls_back": self._falls_back,
+        }
         if any(has_own(self.template, step) for step in ("train_step", "test_step", "predict_step")):
             own = has_own(self.template, "train_step")
             return CallProgram(self.template, self.trainer, own_train_step=own, **options)
@@ -295,9 +309,14 @@ class Steps:
         arrays, structure = flatten_batch(data)
         count_rows(arrays, structure.names)
         program: Any = engine.program
-        program.inspect(arrays, structure)
-        result = engine.predict(arrays, structure=structure)
-        program.assign(result.sums, result.notes)
+        program.inspect(arrays, structure, training=False)
+        try:
+            result = engine.predict(arrays, structure=structure)
+            program.assign(result.sums, result.notes, result.every_note)
+        except UndecidedError:  # before anything was changed
+            program.inspect(arrays, structure, training=False, every_row=True)
+            result = engine.predict(arrays, structure=structure)
+            program.assign(result.sums, result.notes, result.every_note)
         return arrays, structure, result.notes.structure.pack(result.outputs), result
 
     def _track_loss(self, result: StepResult) -> None:

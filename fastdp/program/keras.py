@@ -20,21 +20,22 @@ from fastdp.buckets import Allocator, ArraySpec, FlatBuffers
 from fastdp.program.base import Context, Home, Memory, Result, Totals
 from fastdp.program.keras_accumulation import Accumulation
 from fastdp.program.keras_augment import keep_python_draws, writes_to_inputs
-from fastdp.program.keras_batch import Structure, flatten_outputs, unpack
-from fastdp.program.keras_effects import Effect
+from fastdp.program.keras_batch import OutputStructure, Structure, flatten_outputs, unpack
+from fastdp.program.keras_effects import Effect, Layout
 from fastdp.program.keras_losses import NotPerSample, SharedLoss
 from fastdp.program.keras_memory import Adopted, Mapping, ReplicaScope, ReplicaState, adopted, tensors_of
 from fastdp.program.keras_merged import merged_loss
-from fastdp.program.keras_moments import combine
 from fastdp.program.keras_optimizer import apply_by_variable, slots_of, why_not_now
 from fastdp.program.keras_optimizer_flat import FlatUpdate
 from fastdp.program.keras_outcome import Notes, Outcome
 from fastdp.program.keras_placed import PlacedGraph, gradients_of, graph_of
-from fastdp.program.keras_replica import Running, keras_device, replica_scope
+from fastdp.program.keras_replica import NotCapturable, Running, keras_device, replica_scope
+from fastdp.program.keras_results import assign, result_of
+from fastdp.program.keras_row_policy import ModelEffects, Policy
 from fastdp.program.keras_scope import replica_aware
 from fastdp.program.keras_trial import Effects
 from fastdp.program.torch_arrivals import Arrivals
-from fastdp.program.torch_tensors import accumulate, output_array, settle, spec_of
+from fastdp.program.torch_tensors import accumulate, settle, spec_of
 from fastdp.program.torch_threads import prepare_worker, replicas_run
 
 
@@ -48,10 +49,21 @@ class KerasProgram:
         sync_batch_norm: normalize by the global batch.
         template_state: a context manager factory held while replicas run, for templates whose own
             `compute_loss` wants the trainer's compile state.
+        replicas: how many there are; one has nothing to find out about rows.
+        rows: what to do about rows that meet; see `fastdp.wrap`.
+        falls_back: the caller has another way where a model cannot be split.
     """
 
     def __init__(
-        self, model: keras.Model, trainer: Any, *, sync_batch_norm: bool = False, template_state: Any = None
+        self,
+        model: keras.Model,
+        trainer: Any,
+        *,
+        sync_batch_norm: bool = False,
+        template_state: Any = None,
+        replicas: int = 2,
+        rows: str | None = None,
+        falls_back: bool = False,
     ) -> None:
         self.model = model
         self.trainer = trainer
@@ -76,7 +88,11 @@ class KerasProgram:
         self._seed = torch.initial_seed() & 0x7FFFFFFF
         self._loss_is_merged = False
         self._found_not_per_sample = False
-        self.effects = Effects(model, self.variables, self._call, self._seed)
+        self._replicas = replicas
+        about = (model, self.variables, self._call, self._seed)
+        policy = Policy(rows, falls_back)
+        self.effects: Any = ModelEffects(*about, training=True, policy=policy)
+        self.forward_effects = ModelEffects(*about, self.effects.sites, training=False, policy=policy)
         self._adopted: list[Adopted] = []
         self.captures: Any = None
         # For captured steps: which gradients lie in which of the engine's buckets, and the replicas that are there.
@@ -196,15 +212,15 @@ class KerasProgram:
     def predict(self, state: ReplicaState, batch: list[np.ndarray], context: Context) -> Result:
         """Forward only. The sums are the contributions of `add_loss` terms, then those of assigned variables."""
         x, _, _ = unpack(context.structure.pack(batch))
-        run = self.running_replica(context)
+        run = self.running_replica(context, training=False)
         run.sync_batch_norm = False
         keras_scope = keras_device(context.device)
         with keras_scope, torch.no_grad(), replica_scope(run), ReplicaScope(state.mapping, set()) as scope:
             y_pred = self._call(x, training=False)
-            extra = self._extra_losses(scope.losses, context)
-        outputs, structure = flatten_outputs(y_pred)
+            extra = self._extra_losses(scope.losses, context, self.forward_effects)
+        outputs, structure = flatten_outputs(y_pred, self.forward_effects.layouts, context.rows)
         outcome = Outcome([], extra, outputs, structure, scope.assigned(state.mapping), run.moments)
-        return self._result(outcome, state, context, Notes(structure, len(extra)))
+        return self._result(outcome, state, context, Notes(structure, len(extra)), self.forward_effects)
 
     def compute(self, mapping: Mapping, nest: Any, run: Running) -> Outcome:
         """The pure part of a training step: from variables and a batch to gradients and new values."""
@@ -216,34 +232,43 @@ class KerasProgram:
             roots, seeds, terms = self._loss(y, y_pred, sample_weight, extra, scope, run)
         leaves = [scope.get_current_value(v) for v in self.trainable]
         found = gradients_of(run, roots, seeds, leaves)
-        outputs, structure = flatten_outputs(y_pred) if run.context.wants_outputs else ([], None)
+        outputs, structure = self._outputs(y_pred, run) if run.context.wants_outputs else ([], None)
         return Outcome(found, terms, outputs, structure, scope.assigned(mapping), run.moments)
+
+    def _outputs(self, y_pred: Any, run: Running) -> tuple[list[torch.Tensor], OutputStructure]:
+        """A training step's outputs."""
+        outputs, structure = flatten_outputs(y_pred, self.effects.layouts, run.context.rows)
+        if structure.whole and run.draws is not None:
+            raise NotCapturable("outputs that are the same for all rows")
+        return outputs, structure
 
     @property
     def spans_devices(self) -> bool:
         """Whether a replica has several devices."""
         return self._groups is not None
 
-    def running_replica(self, context: Context) -> Running:
+    def running_replica(self, context: Context, *, training: bool = True) -> Running:
         """What the thread of a replica knows in a step."""
-        run = Running(context, self.sync_batch_norm, seed=self._seed, sites=self.effects.sites)
+        effects: Effects = self.effects if training else self.forward_effects
+        run = Running(context, self.sync_batch_norm, seed=self._seed, sites=effects.sites, units=effects.units())
         if context.rank == 0:
             self._first_replica = run
         if self._groups is not None:
             run.placed = graph_of(self.model), PlacedGraph(self._groups[context.rank])
         return run
 
-    def assign(self, sums: np.ndarray, notes: Notes) -> None:
+    def assign(self, sums: np.ndarray, notes: Notes, every_note: Sequence[Notes] = ()) -> None:
         """Give the template the variables that a forward pass assigned: metrics of layers, seeds, counters."""
-        if notes.assigned or notes.constant:
+        if notes.assigned or any(note.kept for note in every_note or [notes]):
             with torch.no_grad():
-                self._assign([v.value for v in self.variables], sums[notes.terms :], notes)
+                values = [v.value for v in self.variables]
+                assign(values, sums[notes.terms :], every_note or [notes], self._index, self.forward_effects)
 
     def update(self, state: ReplicaState, totals: Totals) -> None:
         """Assigned variables, then Keras's optimizer on the summed gradients."""
         notes: Notes = totals.notes
         with torch.no_grad():
-            self._assign(state.variables, totals.sums[1 + notes.terms :], notes)
+            assign(state.variables, totals.sums[1 + notes.terms :], totals.every_note, self._index, self.effects)
             if not self.trainable or not (totals.reduced or state.slots):  # without slots: all that there is to do
                 return
             unused = frozenset.intersection(*(note.unused for note in totals.every_note))
@@ -272,10 +297,20 @@ class KerasProgram:
             x = keras.tree.map_structure(torch.clone, x)
         return self.model(x, training=training) if self.model._call_has_training_arg else self.model(x)
 
-    def _extra_losses(self, losses: Sequence[torch.Tensor], context: Context) -> list[torch.Tensor]:
-        """This replica's contributions to the `add_loss` terms."""
-        factors = [1.0 if e is Effect.SUM else context.rows.share for e in self.effects.of_losses(len(losses))]
-        return [keras.ops.sum(loss) * factor for loss, factor in zip(losses, factors, strict=True)]
+    def _extra_losses(
+        self, losses: Sequence[torch.Tensor], context: Context, effects: Effects | None = None
+    ) -> list[torch.Tensor]:
+        """This replica's contributions to the `add_loss` terms.
+
+        Raises:
+            UndecidedError: one that was zero when the model was tried is not any more.
+        """
+        effects = effects or self.effects
+        known, values = effects.of_losses(len(losses)), [keras.ops.sum(loss) for loss in losses]
+        if Effect.UNDECIDED in known and context.size > 1:
+            effects.check_undecided(known, values)
+        factors = [1.0 if effect is Effect.SUM else context.rows.share for effect in known]
+        return [value * factor for value, factor in zip(values, factors, strict=True)]
 
     @property
     def is_regularized(self) -> bool:
@@ -330,7 +365,7 @@ class KerasProgram:
     def prepare_loss(self) -> None:
         """Decide how the loss is computed: as contributions of the replicas, or on the merged outputs."""
         compiled = self.trainer._compile_loss
-        if self._own_compute_loss or self._found_not_per_sample:
+        if self._own_compute_loss or self._found_not_per_sample or not self.effects.outputs_are_plain:
             self._loss_is_merged = True
         elif self._shared is None and compiled is not None and compiled.built:
             self._shared = SharedLoss(compiled)
@@ -343,48 +378,23 @@ class KerasProgram:
 
     # Side effects of the forward pass.
 
-    def inspect(self, batch: Sequence[np.ndarray], structure: Structure) -> None:
-        """Find out how side effects depend on the rows: before the first steps, on the host thread."""
+    def inspect(
+        self, batch: Sequence[np.ndarray], structure: Structure, *, training: bool = True, every_row: bool = False
+    ) -> None:
+        """Find out how outputs and side effects depend on the rows: before the first steps, on the host thread."""
+        if self._replicas == 1:
+            return
+        effects = self.effects if training else self.forward_effects
         with keras_device(self._adopted[0].device if self._adopted else None):
-            self.effects.inspect(batch, structure)
+            effects.inspect(batch, structure, every_row=every_row)
 
-    def _result(self, outcome: Outcome, state: ReplicaState, context: Context, notes: Notes) -> Result:
-        """Outputs as arrays, and the numbers by which terms and assigned variables are put together."""
-        notes.normalized = [layer for layer, _ in outcome.moments if not layer.renorm]
-        by_moments = {id(v) for layer in notes.normalized for v in (layer.moving_mean, layer.moving_variance)}
-        sums = [np.array([float(term) for term in outcome.terms])]
-        for i, value in outcome.assigned:
-            variable, before = state.mapping[i]
-            if id(variable) in by_moments:
-                continue
-            effect = self.effects.of_variable(i, variable)
-            # Floats are averaged even so: a value that looked constant on the rows tried may depend on others.
-            if effect is Effect.SAME and not value.is_floating_point():
-                notes.constant.append((i, value.detach()))
-                continue
-            notes.assigned.append((i, effect))
-            moved = value.detach().double() - before.detach().double()
-            moved = moved if effect is Effect.SUM else moved * context.rows.share
-            sums.append(moved.cpu().numpy().ravel())
-        sums += [moments.sums() for layer, moments in outcome.moments if not layer.renorm]
-        return Result([output_array(tensor, context.device) for tensor in outcome.outputs], np.concatenate(sums), notes)
+    @property
+    def most_replicas(self) -> int:
+        """How many replicas may share a step."""
+        return 1 if self.effects.alone or self.forward_effects.alone else self._replicas
 
-    def _assign(self, variables: Sequence[torch.Tensor], sums: np.ndarray, notes: Notes) -> None:
-        """Give assigned variables their values for the global batch."""
-        for i, value in notes.constant:
-            variables[i].copy_(value)
-        at = 0
-        for i, _ in notes.assigned:
-            tensor = variables[i]
-            moved = torch.from_numpy(sums[at : at + tensor.numel()]).to(tensor.device).reshape(tensor.shape)
-            new = tensor.double() + moved
-            tensor.copy_(new if tensor.is_floating_point() else new.round())
-            at += tensor.numel()
-        for layer in notes.normalized:
-            targets = [variables[self._index[id(v)]] for v in (layer.moving_mean, layer.moving_variance)]
-            length = 1 + 2 * targets[0].numel()
-            for tensor, value in zip(targets, combine(sums[at : at + length]), strict=True):
-                # In the variable's own precision, as Keras does it.
-                new = torch.from_numpy(value).to(tensor.device, tensor.dtype).reshape(tensor.shape)
-                tensor.copy_(tensor * layer.momentum + new * (1.0 - layer.momentum))
-            at += length
+    def _result(
+        self, outcome: Outcome, state: ReplicaState, context: Context, notes: Notes, effects: Effects | None = None
+    ) -> Result:
+        """What a replica gives to be added up."""
+        return result_of(outcome, state, context, notes, effects or self.effects)

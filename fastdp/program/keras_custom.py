@@ -100,12 +100,12 @@ class LayerEffects(Effects):
             self.refused = "its outputs have no rows"
         elif mixes_rows(a.outputs, b.outputs, both.outputs):
             self.refused = "its outputs for a row depend on the other rows"
-        self._losses = [classify(*values) for values in zip(a.losses, b.losses, both.losses, strict=True)]
-        if {Effect.UNKNOWN, Effect.UNDECIDED} & set(self._losses):
+        self._losses = [classify((x, y), xy) for x, y, xy in zip(a.losses, b.losses, both.losses, strict=True)]
+        if not {Effect.MEAN, Effect.SUM, Effect.SAME}.issuperset(self._losses):
             self.refused = "its add_loss() is neither known as a mean nor as a sum over rows"
         self._assigned |= self._moves(a, b, both)
         for i, effect in self._assigned.items():
-            if effect is Effect.UNKNOWN:
+            if effect not in (Effect.MEAN, Effect.SUM, Effect.SAME, Effect.UNDECIDED):
                 self.refused = f"it assigns {self._variables[i].path}, which is neither a mean nor a sum over rows"
 
 

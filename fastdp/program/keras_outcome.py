@@ -18,13 +18,14 @@ class Notes:
     """What a step's sums mean, beside its outputs' structure.
 
     `sums` holds: the loss; the loss terms; then per entry of `assigned` its elements; then per entry of
-    `normalized` its moments. `constant` are assigned values that are the same on all replicas.
+    `normalized` its moments. `kept` are assigned values, by number, that are no sums: the same on all replicas, or
+    extremes.
     """
 
     structure: OutputStructure | None = None
     terms: int = 0
     assigned: list[tuple[int, Effect]] = field(default_factory=list)
-    constant: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    kept: list[tuple[int, Effect, torch.Tensor]] = field(default_factory=list)
     normalized: list[keras.layers.BatchNormalization] = field(default_factory=list)
     unused: frozenset[int] = frozenset()
 

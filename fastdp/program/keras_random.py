@@ -29,7 +29,7 @@ global_generator = threading.Lock()
 def _per_row(shape: Any, state: Running, seed: Any) -> int:
     """How many entries of the first axis of a draw belong to each of the replica's rows; 0: it is not by rows."""
     rows = state.context.rows
-    if not len(shape) or 2 < rows.count == rows.total:
+    if not len(shape) or 3 < rows.count == rows.total:
         return 0
     per_row = state.sites.per_row(int(shape[0]), rows.count, seed, state.met)
     return per_row if rows.count < rows.total else 0

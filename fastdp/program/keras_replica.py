@@ -26,6 +26,9 @@ class Running:
 
     `made_up` says that a draw of a trial had to invent the rows that the trial leaves out.
 
+    `units` records the calls of layers and operations, or runs some of them on merged inputs
+    (`fastdp.program.keras_units.Units`).
+
     `placed` holds the graph of a model whose layers run on several devices of the replica, and what runs it.
 
     `frozen_moments` makes BatchNormalization use its moving statistics (for probing, where rows must not
@@ -46,6 +49,7 @@ class Running:
     met: Counter[Site] = field(default_factory=Counter)
     python_random: random.Random | None = None
     placed: Any = None
+    units: Any = None
 
 
 class NotCapturable(Exception):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fastdp
-from fastdp.program import keras_trial
+from fastdp.program import keras_row_policy, keras_trial
 from fastdp.program.keras_batch import flatten_batch
 from fastdp.program.keras_rows import ROWS_APART, keeps_rows_apart
 
@@ -42,9 +42,11 @@ KNOWN, LAYERS = known()
 def tried(model, x):
     """What three runs of the model on rows of x show."""
     shown = []
-    trial = keras_trial.Effects(model, model.variables, lambda x, training: model(x, training=training), seed=1)
+    call = lambda x, training: model(x, training=training)  # noqa: E731
+    policy = keras_row_policy.Policy()  # rows that meet are an error
+    trial = keras_row_policy.ModelEffects(model, model.variables, call, 1, training=True, policy=policy)
     run = trial._try_rows
-    trial._try_rows = lambda *arguments: shown.append(run(*arguments)) or shown[-1]
+    trial._try_rows = lambda *arguments, **options: shown.append(run(*arguments, **options)) or shown[-1]
     trial.inspect(*flatten_batch((x, None, None)))
     return shown
 
@@ -54,8 +56,8 @@ def test_the_trial_finds_nothing_in_a_layer_that_is_known(name, monkeypatch):
     model = bare(cases.CASES[name])
     x = cases.CASES[name].batch(5)[0]
     assert tried(model, x) == []
-    monkeypatch.setattr(keras_trial, "keeps_rows_apart", lambda model: False)
-    shown = tried(model, x)  # a warning of rows that meet is an error here
+    monkeypatch.setattr(keras_row_policy, "keeps_rows_apart", lambda model: False)
+    shown = tried(model, x)
     assert [len(trial.outputs) > 0 for trial in shown] == [True] * 3
     assert all(not trial.losses and not trial.moved for trial in shown)
 
