@@ -17,6 +17,7 @@ from fastdp.program.base import Context
 from fastdp.program.keras_batch import layouts_of, pack_like
 from fastdp.program.keras_effects import Effect, Layout
 from fastdp.program.keras_losses import own_copy
+from fastdp.program.keras_units import own_part
 
 
 def merged_loss(
@@ -158,4 +159,4 @@ def _own_rows(gradient: torch.Tensor, layout: Layout, context: Context) -> torch
     rows = context.rows
     if layout.axis is None:
         return gradient if layout.effect is Effect.SUM else gradient * rows.share
-    return gradient.narrow(layout.axis, layout.per_row * rows.start, layout.per_row * rows.count)
+    return own_part(gradient, layout.axis, rows)

@@ -13,13 +13,15 @@ import torch
 from fastdp.program.keras_batch import Structure
 from fastdp.program.keras_effects import TOLERANCE, Effect, Layout, classify, layout_of, values_agree
 from fastdp.program.keras_trial import Effects, Trial
-from fastdp.program.keras_units import Call, Plan, Unit
+from fastdp.program.keras_units import Call, Plan, Recorder, Unit
 
 # How values without rows may depend on them and still be put together from the replicas'.
 _OF_OUTPUTS = (Effect.MEAN, Effect.SUM)
 _OF_LOSSES = (Effect.MEAN, Effect.SUM, Effect.SAME, Effect.UNDECIDED)
 _OF_VARIABLES = (*_OF_LOSSES, Effect.LARGEST, Effect.SMALLEST)
 _MOST_PLANS = 50
+# What a model's own code fails with on rows that it was not made for.
+FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(slots=True)
@@ -67,18 +69,25 @@ class Tried:
 
     def _parts(self, plans: dict[Unit, Plan]) -> tuple[Trial, Trial]:
         """The trials of the two parts."""
-        first, second = (
-            self._run(self._arrays, start, stop, plans=plans, whole=self.whole)
-            for start, stop in ((0, self._cut), (self._cut, self.total))
-        )
-        return first, second
+        return self._part(0, self._cut, plans), self._part(self._cut, self.total, plans)
+
+    def _part(self, start: int, stop: int, plans: dict[Unit, Plan]) -> Trial:
+        """The trial of a part. With plans a unit may fail: one that needs all rows of two values, and has them of one."""
+        recorder = Recorder(plans, self.whole.calls)
+        try:
+            return self._run(self._arrays, start, stop, recorder=recorder)
+        except FAILURES:
+            failed = recorder.failed
+            if not plans or failed is None:
+                raise
+            return Trial([], {}, [], {**recorder.calls, failed.unit: failed}, recorder.losses, failed.unit)
 
     def _otherwise(self, plans: dict[Unit, Plan], shifted: Sequence[int] = ()) -> tuple[Trial, Trial, Trial]:
         """The parts and the whole in reverse order of the rows, or with other values of some variables."""
         arrays = self._arrays if shifted else [array[::-1].copy() for array in self._arrays]
         whole = self._run(arrays, 0, self.total, shifted=shifted)
         a, b = (
-            self._run(arrays, start, stop, plans=plans, whole=whole, shifted=shifted)
+            self._run(arrays, start, stop, recorder=Recorder(plans, whole.calls), shifted=shifted)
             for start, stop in ((0, self._cut), (self._cut, self.total))
         )
         return a, b, whole
@@ -90,7 +99,11 @@ class Tried:
         if plans:
             self.parts = self._parts(plans)
         (a, b), whole = self.parts, self.whole
-        layouts: list[Layout] = []
+        if a.failed or b.failed:
+            layouts = [Layout(Effect.UNKNOWN)] * len(whole.outputs)
+            losses = [Effect.UNKNOWN] * len(whole.losses)
+            return Verdict(layouts, losses, {}, list(range(len(layouts))), list(range(len(losses))))
+        layouts = []
         if a.outputs and b.outputs:
             layouts = self._layouts(a.outputs, b.outputs, whole.outputs) or [Layout(Effect.UNKNOWN)] * len(whole.outputs)
         losses = [Effect.UNKNOWN] * len(whole.losses)
@@ -180,6 +193,10 @@ class Tried:
         terms, written = set(verdict.terms), set(verdict.variables)
         open_ones = [call for unit, call in self.whole.calls.items() if unit not in plans]
         given = [call for call in open_ones if self._all_local(call, "given")]
+        failed = next((part.failed for part in self.parts if part.failed is not None), None)
+        for call in given:
+            if call.unit == failed:
+                return call
         for call in given:
             if call.losses & terms or call.written & written:
                 return call
@@ -195,15 +212,16 @@ class Tried:
         layouts = self._of_call(call, what)
         return layouts is not None and all(layout.is_local for layout in layouts)
 
-    def _of_call(self, call: Call, what: str) -> list[Layout] | None:
-        a, b = (part.calls.get(call.unit) for part in self.parts)
+    def _of_call(self, call: Call, what: str, parts: Sequence[Trial] = ()) -> list[Layout] | None:
+        a, b = (part.calls.get(call.unit) for part in parts or self.parts)
         if a is None or b is None:
             return None
         return self._layouts(getattr(a, what), getattr(b, what), getattr(call, what))
 
     def _plan(self, call: Call) -> Plan | None:
         """How the unit runs on merged inputs."""
-        given, made = self._of_call(call, "given"), self._of_call(call, "made")
+        # What it gives, it gives for all rows: as it did in the trials where each part was a batch of its own.
+        given, made = self._of_call(call, "given"), self._of_call(call, "made", self._apart)
         if given is None or made is None:
             return None
         return Plan(call.operation, title(call.operation), tuple(given), tuple(made))

@@ -19,7 +19,7 @@ import torch
 
 from fastdp.program.keras_batch import Structure
 from fastdp.program.keras_effects import Effect, Layout, NotByRowsError, UndecidedError
-from fastdp.program.keras_mixing import Tried, Verdict, capital, title
+from fastdp.program.keras_mixing import FAILURES, Tried, Verdict, capital, title
 from fastdp.program.keras_replica import NotCapturable, running
 from fastdp.program.keras_rows import keeps_rows_apart
 from fastdp.program.keras_scope import replica_aware
@@ -29,8 +29,6 @@ from fastdp.warn import warn_user
 
 POLICIES = (None, "merge", "replica")
 
-# What a model's own code fails with on rows that it was not made for.
-_FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _MOST_TRIALS = 4
 _REMEDIES = (
     'Pass rows="merge" to fastdp.wrap: it then runs on the whole batch on each device, which is exact. Or pass '
@@ -160,7 +158,7 @@ class ModelEffects(Effects):
             arrays = [np.asarray(array[chosen]) for array in batch]
             try:
                 tried = Tried(self, arrays, structure, cut)
-            except _FAILURES as error:
+            except FAILURES as error:
                 failed = failed or error
                 continue
             self._trials += 1

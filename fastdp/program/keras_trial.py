@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from fastdp.program.keras_draws import DrawSites
 from fastdp.program.keras_effects import Effect, Layout, classify
 from fastdp.program.keras_memory import Mapping, ReplicaScope
 from fastdp.program.keras_replica import Running, replica_scope
-from fastdp.program.keras_units import Call, Plan, Recorder, Unit, tensors_in
+from fastdp.program.keras_units import Call, Recorder, Unit, tensors_in
 
 
 class Effects:
@@ -118,8 +119,7 @@ class Effects:
         start: int,
         stop: int,
         *,
-        plans: dict[Unit, Plan] | None = None,
-        whole: Trial | None = None,
+        recorder: Recorder | None = None,
         shifted: Sequence[int] = (),
     ) -> Trial:
         """Run the model on some of the batch's rows. What that fails with says so: the step itself has other rows.
@@ -128,18 +128,17 @@ class Effects:
             batch: the rows that are tried, all of them.
             structure: theirs.
             start, stop: the rows of `batch` that it is run on.
-            plans: units that are run on merged inputs.
-            whole: the trial with all rows, which has them.
+            recorder: of the units.
             shifted: numbers of variables that are one larger than they are.
         """
         context = Context.alone(batch, structure, start, stop, len(batch[0]))
-        recorder = Recorder(plans or {}, whole.calls if whole is not None else None)
+        recorder = recorder or Recorder()
         run = Running(context, frozen_moments=True, seed=self._seed, sites=self.sites, units=recorder)
         mapping = [(v, v.value.detach()) for v in self._variables]
         for i in shifted:
             mapping[i] = (mapping[i][0], mapping[i][1] + 1)
         scope = _TrialScope(mapping, recorder)
-        with _explained(stop - start), torch.no_grad(), replica_scope(run), scope:
+        with _quiet(), _explained(stop - start), torch.no_grad(), replica_scope(run), scope:
             x, _, _ = unpack(structure.pack([array[start:stop].copy() for array in batch]))
             outputs = [leaf.detach() for leaf in tensors_in(self._call(x, self.training))]
             losses = [keras.ops.sum(loss) for loss in scope.losses]
@@ -166,6 +165,14 @@ class _TrialScope(ReplicaScope):
         if number is not None:
             self._recorder.wrote(number)
         super().add_update(update)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings: the step itself does not have these rows alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager
@@ -197,13 +204,14 @@ def generators_kept() -> Iterator[None]:
 @dataclass(frozen=True, slots=True)
 class Trial:
     """What the model did with some rows: `add_loss` terms, how far variables moved by number, outputs (none where
-    draws had to make up rows that were not there), its units, and the layer of each term."""
+    draws had to make up rows that were not there), its units, the layer of each term, and the unit that failed."""
 
     losses: list[torch.Tensor]
     moved: dict[int, torch.Tensor]
     outputs: list[torch.Tensor]
     calls: dict[Unit, Call]
     layers: list[Any]
+    failed: Unit | None = None
 
 
 def unlike_rows(batch: Sequence[np.ndarray], structure: Structure, wanted: int) -> list[int]:

@@ -87,10 +87,11 @@ class Recorder:
         whole: the calls of the trial with all rows, whose inputs are the merged ones; None in that trial itself.
     """
 
-    def __init__(self, plans: dict[Unit, Plan], whole: dict[Unit, Call] | None = None) -> None:
+    def __init__(self, plans: dict[Unit, Plan] | None = None, whole: dict[Unit, Call] | None = None) -> None:
         self.calls: dict[Unit, Call] = {}  # in the order in which they ended: inner ones first
         self.losses: list[Any] = []  # the layer of each loss
-        self._plans, self._whole = plans, whole
+        self.failed: Call | None = None  # the innermost one that did
+        self._plans, self._whole = plans or {}, whole
         self._met: Counter[int] = Counter()
         self._open: list[Call] = []
         self._inside = False
@@ -108,6 +109,9 @@ class Recorder:
                 call.outputs = run(operation, *args, **kwargs)
             else:
                 call.outputs = self._merged(plan, run, call, state)
+        except BaseException:
+            self.failed = self.failed or call
+            raise
         finally:
             self._open.pop()
         self.calls[unit] = call
@@ -220,7 +224,7 @@ def gathered(nest: Any, plan: Plan, context: Context) -> Any:
 def _gather(tensor: torch.Tensor, layout: Layout, context: Context) -> torch.Tensor:
     """A tensor with all replicas' rows, and with the mask that Keras has hung on it."""
     assert layout.axis is not None
-    whole = _Gather.apply(tensor, layout, context)
+    whole = _Gather.apply(tensor, layout.axis, context)
     mask = getattr(tensor, "_keras_mask", None)
     if mask is not None:
         whole._keras_mask = torch.cat(context.exchange(mask), min(layout.axis, mask.ndim - 1))
@@ -231,19 +235,19 @@ class _Gather(torch.autograd.Function):
     """The rows of all replicas, in order."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, layout: Layout, context: Context) -> torch.Tensor:
+    def forward(ctx: Any, tensor: torch.Tensor, axis: int, context: Context) -> torch.Tensor:
         """One exchange."""
-        ctx.layout, ctx.context = layout, context
-        ctx.set_materialize_grads(True)
-        return torch.cat(context.exchange(tensor.detach()), layout.axis or 0)
+        parts = context.exchange(tensor.detach())
+        ctx.axis, ctx.context = axis, context
+        ctx.start, ctx.length = sum(part.shape[axis] for part in parts[: context.rank]), tensor.shape[axis]
+        return torch.cat(parts, axis)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
         """What all replicas' losses say of the replica's rows."""
-        parts = ctx.context.exchange(gradient)
-        own = [_rows_of(part, ctx.layout, ctx.context.rows) for part in parts]
-        total = own[0].clone()
-        for part in own[1:]:
+        first, *others = (part.narrow(ctx.axis, ctx.start, ctx.length) for part in ctx.context.exchange(gradient))
+        total = first.clone()
+        for part in others:
             total += part
         return total, None, None
 
@@ -259,25 +263,27 @@ def own_rows(outputs: Any, plan: Plan, rows: Rows) -> Any:
         raise NotByRowsError(f"{plan.name} gives another number of outputs than when fastdp tried it. Use gpus=[0].")
     kept = []
     for tensor, layout in zip(made, plan.outputs, strict=True):
-        if layout.axis is None:
+        axis = layout.axis
+        if axis is None:
             kept.append(tensor)
             continue
-        if tensor.ndim <= layout.axis or tensor.shape[layout.axis] != layout.per_row * rows.total:
+        if tensor.ndim <= axis or tensor.shape[axis] % rows.total or not tensor.shape[axis]:
             raise NotByRowsError(
                 f"{plan.name} gives a shape of {tuple(tensor.shape)} for {rows.total} rows, of which fastdp took axis "
-                f"{layout.axis} for {layout.per_row} for each row: the shape depends on values. Use gpus=[0]."
+                f"{axis} for that of the rows: the shape depends on values. Use gpus=[0]."
             )
-        own = _rows_of(tensor, layout, rows)
+        own = own_part(tensor, axis, rows)
         mask = getattr(tensor, "_keras_mask", None)
         if mask is not None:
-            own._keras_mask = _rows_of(mask, layout, rows)
+            own._keras_mask = own_part(mask, min(axis, mask.ndim - 1), rows)
         kept.append(own)
     return with_tensors(outputs, kept)
 
 
-def _rows_of(tensor: torch.Tensor, layout: Layout, rows: Rows) -> torch.Tensor:
-    """The replica's rows of a tensor for all rows."""
-    return tensor.narrow(layout.axis or 0, layout.per_row * rows.start, layout.per_row * rows.count)
+def own_part(tensor: torch.Tensor, axis: int, rows: Rows) -> torch.Tensor:
+    """The replica's rows of a tensor for all rows, with as many entries for each as there are."""
+    per_row = tensor.shape[axis] // rows.total
+    return tensor.narrow(axis, per_row * rows.start, per_row * rows.count)
 
 
 # What Keras's functions become.
