@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fastdp.engine import DataParallel
+from fastdp.errors import ReplicaError
 from fastdp.keras.ahead import Ahead
 from fastdp.keras.before_step import BeforeStep
 from fastdp.keras.custom_steps import LayerCalls, has_own, layer_calls
@@ -21,7 +22,7 @@ from fastdp.program.capture_record import Recorder
 from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import Structure, flatten_batch, unpack
 from fastdp.program.keras_custom import CallProgram
-from fastdp.program.keras_effects import UndecidedError
+from fastdp.program.keras_effects import NotByRowsError, UndecidedError
 from fastdp.program.keras_losses import own_copy
 from fastdp.program.keras_row_policy import check_policy
 from fastdp.program.torch_tensors import as_tensor
@@ -181,11 +182,13 @@ class Steps:
         reduce = program.accumulation.reduces(engine)
         options = {"structure": structure, "wants_outputs": self._wants_outputs(), "reduce": reduce}
         meanwhile = None if ahead is None else lambda: ahead.advance(engine)
-        try:
-            result = engine.train(arrays, while_running=meanwhile, **options)
-        except UndecidedError:  # before anything was changed
-            program.inspect(arrays, structure, every_row=True)
-            result = engine.train(arrays, **options)
+        with _cause_of_row_errors():
+            try:
+                result = engine.train(arrays, while_running=meanwhile, **options)
+            except ReplicaError as error:  # before anything was changed
+                _check_is_undecided(error)
+                program.inspect(arrays, structure, every_row=True)
+                result = engine.train(arrays, **options)
         program.accumulation.stepped()
         if program.captures is not None:
             program.captures.note(time.perf_counter() - began)
@@ -310,13 +313,15 @@ class Steps:
         count_rows(arrays, structure.names)
         program: Any = engine.program
         program.inspect(arrays, structure, training=False)
-        try:
-            result = engine.predict(arrays, structure=structure)
-            program.assign(result.sums, result.notes, result.every_note)
-        except UndecidedError:  # before anything was changed
-            program.inspect(arrays, structure, training=False, every_row=True)
-            result = engine.predict(arrays, structure=structure)
-            program.assign(result.sums, result.notes, result.every_note)
+        with _cause_of_row_errors():
+            try:
+                result = engine.predict(arrays, structure=structure)
+                program.assign(result.sums, result.notes, result.every_note)
+            except (ReplicaError, UndecidedError) as error:  # before anything was changed
+                _check_is_undecided(error)
+                program.inspect(arrays, structure, training=False, every_row=True)
+                result = engine.predict(arrays, structure=structure)
+                program.assign(result.sums, result.notes, result.every_note)
         return arrays, structure, result.notes.structure.pack(result.outputs), result
 
     def _track_loss(self, result: StepResult) -> None:
@@ -348,6 +353,23 @@ def _add_to_mean(metric: Any, value: float, rows: int) -> None:
     with torch.no_grad():
         metric.total.value.add_(float(np.float32(value) * np.float32(rows)))
         metric.count.value.add_(float(rows))
+
+
+def _check_is_undecided(error: BaseException) -> None:
+    """Go on only where a step has shown what the rows that were tried had not."""
+    if not isinstance(error, UndecidedError) and not isinstance(error.__cause__, UndecidedError):
+        raise error
+
+
+@contextmanager
+def _cause_of_row_errors() -> Iterator[None]:
+    """Of a model that cannot be computed by rows that is the error, not one of a replica."""
+    try:
+        yield
+    except ReplicaError as error:
+        if isinstance(error.__cause__, NotByRowsError):
+            raise error.__cause__ from None
+        raise
 
 
 def _has_rows(data: Any) -> bool:

@@ -191,8 +191,8 @@ class Tried:
     def _culprit(self, verdict: Verdict, plans: dict[Unit, Plan]) -> Call | None:
         """The innermost unit that is given rows, and loses them: first those that say so by losses and variables."""
         terms, written = set(verdict.terms), set(verdict.variables)
-        open_ones = [call for unit, call in self.whole.calls.items() if unit not in plans]
-        given = [call for call in open_ones if self._all_local(call, "given")]
+        others = [call for unit, call in self.whole.calls.items() if unit not in plans]
+        given = [call for call in others if self._all_local(call, "given")]
         failed = next((part.failed for part in self.parts if part.failed is not None), None)
         for call in given:
             if call.unit == failed:
@@ -200,12 +200,14 @@ class Tried:
         for call in given:
             if call.losses & terms or call.written & written:
                 return call
-        for call in given:
-            if not self._all_local(call, "made"):
-                return call
-        # What is given as rows and gives rows still reads, or assigns, a variable that differs between replicas.
-        differ = {i for i, effect in verdict.moves.items() if effect is not Effect.SAME}
-        return next((call for call in given if call.written & differ), None)
+        planned = [self.whole.calls[unit] for unit in plans]
+        if not all(self._all_local(call, "made") for call in planned):
+            # What has all rows, and differs still, reads a variable that differs between replicas.
+            differ = {i for i, effect in verdict.moves.items() if effect is not Effect.SAME}
+            writer = next((call for call in given if call.written & differ), None)
+            if writer is not None:
+                return writer
+        return next((call for call in given if not self._all_local(call, "made")), None)
 
     def _all_local(self, call: Call, what: str) -> bool:
         """Whether replicas have of a unit's tensors what one device has. False too where it is not in all trials."""
@@ -241,9 +243,10 @@ class Tried:
         model = self._effects._model
         for i in verdict.terms:
             layer = self.whole.layers[i] if i < len(self.whole.layers) else model
+            in_call = any(i in call.losses for call in self.whole.calls.values())
             return (
-                f"The add_loss() term of {title(layer)} is {verdict.losses[i].value}, so its value on the whole batch "
-                "cannot be put together from the devices' rows. An activity regularizer is such a term too."
+                f"The {'add_loss() term' if in_call else 'activity regularizer'} of {title(layer)} is "
+                f"{verdict.losses[i].value}, so its value on the whole batch cannot be put together from the devices' rows."
             )
         for i in verdict.variables:
             who = next((c for c in self.whole.calls.values() if i in c.written), None)
