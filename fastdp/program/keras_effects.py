@@ -144,6 +144,4 @@ def classify(parts: Sequence[torch.Tensor], whole: torch.Tensor, rows: Sequence[
 
 def mixes_rows(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], both: Sequence[torch.Tensor]) -> bool:
     """Whether any output for rows a and b together is not that for each alone, put behind each other."""
-    return any(
-        layout_of((x, y), xy, (1, 1)).effect is Effect.UNKNOWN for x, y, xy in zip(a, b, both, strict=True)
-    )
+    return any(layout_of((x, y), xy, (1, 1)).effect is Effect.UNKNOWN for x, y, xy in zip(a, b, both, strict=True))

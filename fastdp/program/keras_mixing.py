@@ -1,4 +1,4 @@
-"""Finding where the rows of a batch meet in a model: trials on parts of some rows, what they show, and which unit it is."""
+"""Finding where the rows of a batch meet in a model: trials on parts of some rows, and which unit it is."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Tried:
         return self._part(0, self._cut, plans), self._part(self._cut, self.total, plans)
 
     def _part(self, start: int, stop: int, plans: dict[Unit, Plan]) -> Trial:
-        """The trial of a part. With plans a unit may fail: one that needs all rows of two values, and has them of one."""
+        """The trial of a part. With plans a unit may fail: that of two values has all rows of one."""
         recorder = Recorder(plans, self.whole.calls)
         try:
             return self._run(self._arrays, start, stop, recorder=recorder)
@@ -105,7 +105,9 @@ class Tried:
             return Verdict(layouts, losses, {}, list(range(len(layouts))), list(range(len(losses))))
         layouts = []
         if a.outputs and b.outputs:
-            layouts = self._layouts(a.outputs, b.outputs, whole.outputs) or [Layout(Effect.UNKNOWN)] * len(whole.outputs)
+            layouts = self._layouts(a.outputs, b.outputs, whole.outputs) or [Layout(Effect.UNKNOWN)] * len(
+                whole.outputs
+            )
         losses = [Effect.UNKNOWN] * len(whole.losses)
         if len(a.losses) == len(b.losses) == len(whole.losses):
             pairs = zip(a.losses, b.losses, whole.losses, strict=True)
@@ -161,7 +163,10 @@ class Tried:
     def is_repeatable(self) -> bool:
         """Whether the model gives the same for the same rows once more: nothing is drawn outside of keras.random."""
         again = self._run(self._arrays, 0, self.total)
-        pairs = [*zip(again.outputs, self.whole.outputs, strict=False), *zip(again.losses, self.whole.losses, strict=False)]
+        pairs = [
+            *zip(again.outputs, self.whole.outputs, strict=False),
+            *zip(again.losses, self.whole.losses, strict=False),
+        ]
         pairs += [(again.moved[i], value) for i, value in self.whole.moved.items() if i in again.moved]
         return all(x.shape == y.shape and values_agree(x, y) for x, y in pairs)
 
@@ -233,8 +238,9 @@ class Tried:
     def shapes(self, i: int) -> str:
         """What an output's shapes are."""
         shapes = [tuple(trial.outputs[i].shape) for trial in (self._apart[0], self.whole)]
+        name = self._effects._model.name
         return (
-            f"Output {i} of the model {self._effects._model.name!r} has shape {shapes[0]} for {_rows(self.rows[0])} and "
+            f"Output {i} of the model {name!r} has shape {shapes[0]} for {_rows(self.rows[0])} and "
             f"{shapes[1]} for {_rows(self.total)}, so devices that have some rows each cannot put it together."
         )
 
@@ -246,19 +252,20 @@ class Tried:
             in_call = any(i in call.losses for call in self.whole.calls.values())
             return (
                 f"The {'add_loss() term' if in_call else 'activity regularizer'} of {title(layer)} is "
-                f"{verdict.losses[i].value}, so its value on the whole batch cannot be put together from the devices' rows."
+                f"{verdict.losses[i].value}, so its value on the whole batch cannot be put together from the devices' "
+                "rows."
             )
         for i in verdict.variables:
             who = next((c for c in self.whole.calls.values() if i in c.written), None)
             return (
                 f"{capital(title(who.operation if who else model))} assigns the variable "
-                f"{self._effects._variables[i].path} in its forward pass, and the value is {verdict.moves[i].value}, so it "
-                "cannot be put together from the devices' rows."
+                f"{self._effects._variables[i].path} in its forward pass, and the value is {verdict.moves[i].value}, so "
+                "it cannot be put together from the devices' rows."
             )
         names = ", ".join(dict.fromkeys(title(call.operation) for call in culprits)) or title(model)
         return (
-            f"{capital(names)} mixes the rows of the batch: what it gives for a row depends on the others, of which each "
-            "device has its own only."
+            f"{capital(names)} mixes the rows of the batch: what it gives for a row depends on the others, of which "
+            "each device has its own only."
         )
 
 
@@ -278,7 +285,13 @@ def _are_equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 def title(operation: Any) -> str:
     """How messages call a unit."""
-    kind = "model" if isinstance(operation, keras.Model) else "layer" if isinstance(operation, keras.Layer) else "operation"
+    kind = (
+        "model"
+        if isinstance(operation, keras.Model)
+        else "layer"
+        if isinstance(operation, keras.Layer)
+        else "operation"
+    )
     return f"the {kind} {operation.name!r} ({type(operation).__name__})"
 
 

@@ -105,7 +105,7 @@ def _together(every_note: Sequence[Notes], effects: Effects) -> list[tuple[int, 
 def _otherwise(effects: Effects, i: int) -> NotByRowsError:
     """A variable has moved in another way than the trial has shown."""
     return UndecidedError(
-        f"The variable {effects.path(i)} is assigned in the forward pass, and depends on the rows in another way than on "
-        'the rows that fastdp has tried. Let its layer compute it from a mean or a sum over rows, pass rows="replica" to '
-        "fastdp.wrap to let the devices' values be averaged, or use gpus=[0]."
+        f"The variable {effects.path(i)} is assigned in the forward pass, and depends on the rows in another way than "
+        "on the rows that fastdp has tried. Let its layer compute it from a mean or a sum over rows, pass "
+        'rows="replica" to fastdp.wrap to let the devices\' values be averaged, or use gpus=[0].'
     )

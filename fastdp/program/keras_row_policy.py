@@ -120,7 +120,9 @@ class ModelEffects(Effects):
             return
         for effect, value in zip(known, values, strict=True):
             if effect is Effect.UNDECIDED and bool(value != 0):
-                raise UndecidedError("An add_loss() term was zero for the rows that fastdp has tried, and is not any more.")
+                raise UndecidedError(
+                    "An add_loss() term was zero for the rows that fastdp has tried, and is not any more."
+                )
 
     # Asking.
 
@@ -178,8 +180,8 @@ class ModelEffects(Effects):
         """
         said = str(failed).strip().splitlines()
         why = (
-            f"The model {self._model.name!r} runs on the whole batch, and fails on some of its rows, so each device cannot "
-            f"have some ({type(failed).__name__}: {said[0] if said else ''})."
+            f"The model {self._model.name!r} runs on the whole batch, and fails on some of its rows, so each device "
+            f"cannot have some ({type(failed).__name__}: {said[0] if said else ''})."
         )
         if self._policy.rows == "merge":
             self._run_alone(why)
@@ -212,7 +214,9 @@ class ModelEffects(Effects):
         if self._policy.rows == "replica":
             self._let_replicas(verdict, tried, story)
             return
-        grown = next((i for i in verdict.outputs if not verdict.layouts[i].stacks and tried.whole.outputs[i].ndim), None)
+        grown = next(
+            (i for i in verdict.outputs if not verdict.layouts[i].stacks and tried.whole.outputs[i].ndim), None
+        )
         if self._policy.rows is None and grown is None and not (verdict.is_affine and merged is not None):
             raise NotByRowsError(f"{story} {_REMEDIES}")
         if merged is None:
@@ -222,8 +226,8 @@ class ModelEffects(Effects):
         if self._policy.rows is None and grown is not None:
             names = ", ".join(dict.fromkeys(title(call.operation) for call in culprits))
             self._policy.say(
-                f"fastdp: {tried.shapes(grown)} So {names} runs on the whole batch on each device, which gives what one "
-                'device gives. rows="merge" of fastdp.wrap asks for that without this warning.'
+                f"fastdp: {tried.shapes(grown)} So {names} runs on the whole batch on each device, which gives what "
+                'one device gives. rows="merge" of fastdp.wrap asks for that without this warning.'
             )
 
     def _keep(self, verdict: Verdict, tried: Tried, plans: dict[Unit, Plan]) -> None:
@@ -252,7 +256,8 @@ class ModelEffects(Effects):
             verdict.moves[i] = Effect.MEAN
         self._keep(verdict, tried, {})
         self._policy.say(
-            f'fastdp: {story} Each device goes by its own rows, as rows="replica" says, so results differ from one device.'
+            f'fastdp: {story} Each device goes by its own rows, as rows="replica" says, so results differ from one '
+            "device."
         )
 
     def _run_alone(self, why: str) -> None:

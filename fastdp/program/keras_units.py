@@ -161,8 +161,8 @@ class Merged:
         if unit[1] >= self._calls[unit[0]]:
             raise NotByRowsError(
                 f"{operation.name!r} mixes the rows of the batch, and is called more often in a step than when fastdp "
-                "tried the model: in compute_loss, or again in backward (RematScope). Such a call cannot be merged. Use "
-                "gpus=[0]."
+                "tried the model: in compute_loss, or again in backward (RematScope). Such a call cannot be merged. "
+                "Use gpus=[0]."
             )
         plan = self._plans.get(unit)
         if plan is None or self._inside or state.context.size == 1:
@@ -228,7 +228,7 @@ def _gather(tensor: torch.Tensor, layout: Layout, context: Context) -> torch.Ten
     mask = getattr(tensor, "_keras_mask", None)
     if mask is not None:
         whole._keras_mask = torch.cat(context.exchange(mask), min(layout.axis, mask.ndim - 1))
-    return whole  # type: ignore[no-any-return]
+    return whole
 
 
 class _Gather(torch.autograd.Function):
@@ -243,7 +243,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat(parts, axis)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """What all replicas' losses say of the replica's rows."""
         first, *others = (part.narrow(ctx.axis, ctx.start, ctx.length) for part in ctx.context.exchange(gradient))
         total = first.clone()
@@ -292,7 +292,7 @@ def own_part(tensor: torch.Tensor, axis: int, rows: Rows) -> torch.Tensor:
 def call_of_unit(original: Callable[..., Any]) -> Callable[..., Any]:
     """`Operation.__call__`, through which layers and single operations go, with a say for the replica's units."""
 
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         state = running()
         if state is None or state.units is None:
             return original(self, *args, **kwargs)

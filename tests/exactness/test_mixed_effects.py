@@ -80,9 +80,7 @@ BY_MERGING: dict[str, Callable[[Any, Any], Any]] = {
 
 @pytest.mark.parametrize("gpus", GPUS)
 @pytest.mark.parametrize("kind", BY_MERGING)
-def test_variables_of_any_dependence_equal_one_device_when_merged(
-    kind: str, gpus: int, equals_one_device: Any
-) -> None:
+def test_variables_of_any_dependence_equal_one_device_when_merged(kind: str, gpus: int, equals_one_device: Any) -> None:
     equals_one_device(
         between(lambda: Keeping(BY_MERGING[kind])), settings, batches(), gpus=gpus, wrap={"rows": "merge"}
     )
@@ -121,7 +119,7 @@ class Quantizer(layers.Layer):
 
     def build(self, shape: Any) -> None:
         rng = np.random.default_rng(0).normal(size=(5, shape[-1])).astype("float32")
-        make = lambda value: keras.initializers.Constant(value)  # noqa: E731
+        make = keras.initializers.Constant
         self.counts = self.add_weight(shape=(5,), initializer="ones", trainable=False)
         self.sums = self.add_weight(shape=(5, shape[-1]), initializer=make(rng), trainable=False)
         self.codes = self.add_weight(shape=(5, shape[-1]), initializer=make(rng), trainable=False)
@@ -245,7 +243,7 @@ LOSSES: dict[str, Callable[[Any], Any]] = {
     "root of a mean": lambda x: ops.sqrt(ops.mean(x**2)),
     "deviation": lambda x: ops.mean(ops.std(x, axis=0)),
     "largest": lambda x: 0.1 * ops.max(ops.abs(x)),
-    "median": lambda x: ops.median(x),
+    "median": ops.median,
     "covariance": lambda x: ops.sum(ops.matmul(ops.transpose(x), x) ** 2) * 1e-3,
 }
 
@@ -267,9 +265,8 @@ def test_losses_of_any_dependence_are_an_error_that_names_the_layer(kind: str) -
 
 
 def test_an_activity_regularizer_of_the_batch_names_its_layer_and_runs_on_one_device(equals_one_device: Any) -> None:
-    spread = lambda x: ops.std(x)  # noqa: E731
     build = lambda: keras.Sequential(  # noqa: E731
-        [keras.Input((3,)), layers.Dense(4, activity_regularizer=spread, name="spread"), layers.Dense(1)]
+        [keras.Input((3,)), layers.Dense(4, activity_regularizer=ops.std, name="spread"), layers.Dense(1)]
     )
     parallel = fastdp.wrap(build(), gpus=2)
     parallel.compile(**settings())
@@ -282,11 +279,11 @@ def test_an_activity_regularizer_of_the_batch_names_its_layer_and_runs_on_one_de
 # Under fastdp.install, which promises plain Keras's numbers.
 
 INSTALLED = {
-    "a layer that mixes": (lambda: Read(), False),
+    "a layer that mixes": (Read, False),
     "a decaying sum": (lambda: Keeping(EXACT["a decaying sum"]), False),
-    "a codebook": (lambda: Quantizer(), False),
+    "a codebook": (Quantizer, False),
     "a loss": (lambda: Added(LOSSES["deviation"]), False),
-    "a regularizer": (lambda: layers.Dense(4, activity_regularizer=lambda x: ops.std(x)), True),
+    "a regularizer": (lambda: layers.Dense(4, activity_regularizer=ops.std), True),
 }
 
 

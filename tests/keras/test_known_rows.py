@@ -71,6 +71,11 @@ def dense(**options):
     return keras.Sequential([keras.Input((4,)), layers.Dense(4, **options)])
 
 
+def numbers(layer):
+    x = keras.Input(())
+    return keras.Model(x, layer(x))
+
+
 def functional(make):
     x = keras.Input((4, 4))
     return keras.Model(x, make(x))
@@ -113,6 +118,14 @@ ANYTHING = {
     "statistics beyond the usual": lambda: functional(layers.BatchNormalization(renorm=True)),
     "a mean over the rows": lambda: functional(lambda x: x - keras.ops.mean(x, axis=0, keepdims=True)),
     "unequal ranks": lambda: functional(lambda x: x + layers.Flatten()(x[:, :1])),
+    "a softmax over one number for each row": lambda: numbers(layers.Softmax()),
+    "an operation as activation": lambda: dense(activation=keras.ops.transpose),
+    "a layer over the rows as activation": lambda: dense(activation=layers.Softmax(axis=0)),
+    "a matrix of scales": lambda: functional(layers.Rescaling(np.ones((4, 1, 1)))),
+    "attention over the rows": lambda: functional(lambda x: layers.MultiHeadAttention(1, 2, attention_axes=(0,))(x, x)),
+    "a constant among the arguments": lambda: functional(
+        lambda x: layers.MultiHeadAttention(1, 2)(x, x, attention_mask=np.ones((4, 4, 4)))
+    ),
     "a lambda": lambda: functional(layers.Lambda(lambda x: x * 2)),
     "one of these in a model in a model": lambda: functional(keras.Sequential([keras.Sequential([Doubled()])])),
 }
