@@ -61,11 +61,11 @@ def wrap(
         check_replicas: verify after each step that all replicas are bitwise equal (slow; for debugging).
         rows: what to do about layers of a Keras model that mix the rows of a batch (a mean over the batch, averages
             that a layer keeps of it), where each device has its own rows only. fastdp tries the model on some rows
-            before its first step, and finds them. "merge": such a layer runs on the rows of all devices, on each of them, and
-            gives what one device gives; where the model's own `call` mixes, the model runs on one device, and a warning
-            says so. "replica": each device goes by its own rows, as in Keras 2, which a warning says. None: an error
-            that names the layer; but a model whose outputs could not be put together otherwise (logits of shape
-            (batch, batch)) is merged, with a warning.
+            before its first step, and finds them. "merge": such a layer runs on the rows of all devices, on each of
+            them, and gives what one device gives; where the model's own `call` mixes, the model runs on one device, and
+            a warning says so. "replica": each device goes by its own rows, as in Keras 2, which a warning says. None:
+            an error that names the layer; but a model whose outputs could not be put together otherwise (logits of
+            shape (batch, batch)) is merged, with a warning.
 
     Returns:
         For a Keras model a `keras.Model` that shares its weights; for a module a `fastdp.torch.TorchParallel`.

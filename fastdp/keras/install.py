@@ -65,8 +65,8 @@ def install(
         compile: how steps run, "auto", None, "trace" or "inductor"; see `fastdp.wrap`.
         graph: whether captured steps become CUDA graphs, "auto", "bucket", "step" or None; see `fastdp.wrap`.
         rows: layers that mix the rows of a batch: "merge" runs them on the whole batch on each device, which gives
-            plain Keras's numbers, and plain Keras runs a model whose own `call` mixes; "replica" lets each device go by its
-            own rows. None: plain Keras runs every model that mixes rows, but for those whose outputs need merging.
+            plain Keras's numbers, and plain Keras runs a model whose own `call` mixes; "replica" lets each device go by
+            its own rows. None: plain Keras runs every model that mixes rows, but for those whose outputs need merging.
         options: `update`, `timeout` and `check_replicas` of `fastdp.wrap`.
 
     Raises:

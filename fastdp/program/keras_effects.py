@@ -28,7 +28,7 @@ import torch
 TOLERANCE = 1e-4
 MIXED_TOLERANCE = 1e-3
 # Of numbers that are all but zero: what is left where others cancel.
-ROUNDING = 1e-7
+ROUNDING = 1e-6
 
 
 class NotByRowsError(ValueError):

@@ -258,9 +258,9 @@ class Tried:
         for i in verdict.variables:
             who = next((c for c in self.whole.calls.values() if i in c.written), None)
             return (
-                f"{capital(title(who.operation if who else model))} assigns the variable "
-                f"{self._effects._variables[i].path} in its forward pass, and the value is {verdict.moves[i].value}, so "
-                "it cannot be put together from the devices' rows."
+                f"{capital(title(who.operation if who else model))} assigns the variable {self._effects.path(i)} in "
+                f"its forward pass, and the value is {verdict.moves[i].value}, so it cannot be put together from the "
+                "devices' rows."
             )
         names = ", ".join(dict.fromkeys(title(call.operation) for call in culprits)) or title(model)
         return (

@@ -188,7 +188,7 @@ class ModelEffects(Effects):
         elif self._policy.rows is None:
             raise NotByRowsError(f"{why} {_REMEDIES}") from failed
         else:
-            self._losses = []
+            self._losses, self._trials = [], _MOST_TRIALS
             self._policy.say(f'fastdp: {why} Devices get their own rows even so, by rows="replica".')
 
     # Deciding.

@@ -465,3 +465,78 @@ def test_a_model_that_runs_on_halves_only_is_run_by_rows() -> None:
         [keras.Input((4,)), layers.Lambda(fours, output_shape=(4,)), layers.Dense(2)]
     )
     assert_alike(trained(build, "mse", 2, (8, 8)), trained(build, "mse", None, (8, 8)))
+
+
+# In company.
+
+
+def test_a_step_with_merged_inputs_runs_eagerly_and_says_why() -> None:
+    model = between(lambda: Applied(FUNCTIONS["less its mean"], name="mixer"))()
+    parallel = fastdp.wrap(model, gpus=2, rows="merge", compile="trace")
+    parallel.compile(**settings())
+    with pytest.warns(UserWarning, match="eagerly"):
+        assert [parallel.train_on_batch(**batch)[0] > 0 for batch in batches((8, 8, 8))] == [True] * 3
+    (entry,) = list(parallel.report())
+    assert entry["how"] == "eager"
+    assert "the layer 'mixer' (Applied), which runs on the merged inputs of all replicas" in entry["why"]
+
+
+def test_masks_go_with_merged_inputs(equals_one_device: Any) -> None:
+    class Behind(layers.Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.supports_masking = True
+
+        def call(self, x: Any, mask: Any = None) -> Any:
+            seen = ops.cast(ops.expand_dims(mask, -1), x.dtype)
+            return x - ops.sum(x * seen, axis=(0, 1)) / ops.sum(seen)
+
+    def build() -> keras.Model:
+        numbers = keras.Input((4,))
+        h = layers.Embedding(9, 3, mask_zero=True)(ops.cast(ops.abs(numbers * 4), "int32"))
+        masked = layers.Masking()(keras.layers.Reshape((4, 1))(numbers))
+        return keras.Model(numbers, layers.LSTM(2)(Behind()(layers.Add()([h, masked]))))
+
+    rounded = [{**batch, "x": np.round(batch["x"])} for batch in batches()]
+    equals_one_device(build, settings, rounded, gpus=3, wrap={"rows": "merge"})
+
+
+def test_gradients_are_accumulated_as_on_one_device(equals_one_device: Any) -> None:
+    made = lambda: {"optimizer": keras.optimizers.Adam(0.01, gradient_accumulation_steps=2), "loss": "mse"}  # noqa: E731
+    equals_one_device(between(Discriminating), made, batches((9, 8, 3, 5)), gpus=3, wrap={"rows": "merge"})
+
+
+def test_embeddings_multiplied_over_the_whole_batch_equal_one_device(equals_one_device: Any) -> None:
+    class Recommender(keras.Model):
+        """As in keras.io's collaborative filtering: the product goes over the batch too."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.users, self.films, self.bias = (layers.Embedding(5, size) for size in (3, 3, 1))
+            for part in (self.users, self.films, self.bias):
+                part.build((None,))
+            self.built = True
+
+        def call(self, x: Any) -> Any:
+            numbers = ops.cast(ops.abs(x), "int32")
+            users, films = self.users(numbers[:, 0]), self.films(numbers[:, 1])
+            return ops.sigmoid(ops.tensordot(users, films, 2) + self.bias(numbers[:, 0]))
+
+    narrow = batches(outputs=1)
+    with pytest.warns(UserWarning, match=r"one device, with all rows. The model '.*' \(Recommender\) mixes the rows"):
+        equals_one_device(Recommender, settings, narrow, gpus=3, wrap={"rows": "merge"})
+
+
+def test_fewer_rows_than_devices_and_one_row_at_first(equals_one_device: Any) -> None:
+    equals_one_device(MIXING["less its mean"], settings, batches((1, 2, 3, 9)), gpus=8, wrap={"rows": "merge"})
+    equals_one_device(MIXING["operations: twice"], settings, batches((2, 2, 9)), gpus=8, wrap={"rows": "merge"})
+
+
+def test_what_trials_draw_is_given_back() -> None:
+    import torch
+
+    parallel = fastdp.wrap(between(lambda: Applied(FUNCTIONS["rolled"]))(), gpus=2, rows="merge")
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    parallel.predict_on_batch(batches()[0]["x"])
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
