@@ -168,7 +168,7 @@ class _Step:
         """The merged outputs, their masks, and the sums of the `add_loss` terms."""
         result = self.calls.engine.predict(self._arrays, structure=self.work)
         notes = result.notes
-        self.calls.program.assign(result.sums, notes)
+        self.calls.program.assign(result.sums, notes, result.every_note, self._effects)
         self.structure, self.outputs = notes.structure, len(result.outputs)
         dtypes = [*notes.structure.dtypes, *["bool"] * (len(result.outputs) - len(notes.structure.dtypes))]
         merged = [as_tensor(array, dtype) for array, dtype in zip(result.outputs, dtypes, strict=True)]

@@ -20,8 +20,7 @@ from fastdp.buckets import Allocator, ArraySpec, FlatBuffers
 from fastdp.program.base import Context, Home, Memory, Result, Totals
 from fastdp.program.keras_accumulation import Accumulation
 from fastdp.program.keras_augment import keep_python_draws, writes_to_inputs
-from fastdp.program.keras_batch import OutputStructure, Structure, flatten_outputs, unpack
-from fastdp.program.keras_effects import Effect
+from fastdp.program.keras_batch import Structure, flatten_outputs, unpack
 from fastdp.program.keras_losses import NotPerSample, SharedLoss
 from fastdp.program.keras_memory import Adopted, Mapping, ReplicaScope, ReplicaState, adopted, tensors_of
 from fastdp.program.keras_merged import merged_loss
@@ -232,15 +231,13 @@ class KerasProgram:
             roots, seeds, terms = self._loss(y, y_pred, sample_weight, extra, scope, run)
         leaves = [scope.get_current_value(v) for v in self.trainable]
         found = gradients_of(run, roots, seeds, leaves)
-        outputs, structure = self._outputs(y_pred, run) if run.context.wants_outputs else ([], None)
+        outputs: list[torch.Tensor] = []
+        structure: OutputStructure | None = None
+        if run.context.wants_outputs:
+            outputs, structure = flatten_outputs(y_pred, self.effects.layouts, run.context.rows)
+            if structure.whole and run.draws is not None:
+                raise NotCapturable("outputs that are the same for all rows")
         return Outcome(found, terms, outputs, structure, scope.assigned(mapping), run.moments)
-
-    def _outputs(self, y_pred: Any, run: Running) -> tuple[list[torch.Tensor], OutputStructure]:
-        """A training step's outputs."""
-        outputs, structure = flatten_outputs(y_pred, self.effects.layouts, run.context.rows)
-        if structure.whole and run.draws is not None:
-            raise NotCapturable("outputs that are the same for all rows")
-        return outputs, structure
 
     @property
     def spans_devices(self) -> bool:
@@ -257,12 +254,14 @@ class KerasProgram:
             run.placed = graph_of(self.model), PlacedGraph(self._groups[context.rank])
         return run
 
-    def assign(self, sums: np.ndarray, notes: Notes, every_note: Sequence[Notes] = ()) -> None:
+    def assign(
+        self, sums: np.ndarray, notes: Notes, every_note: Sequence[Notes], effects: Effects | None = None
+    ) -> None:
         """Give the template the variables that a forward pass assigned: metrics of layers, seeds, counters."""
-        if notes.assigned or any(note.kept for note in every_note or [notes]):
+        if notes.assigned or any(note.kept for note in every_note):
             with torch.no_grad():
                 values = [v.value for v in self.variables]
-                assign(values, sums[notes.terms :], every_note or [notes], self._index, self.forward_effects)
+                assign(values, sums[notes.terms :], every_note, self._index, effects or self.forward_effects)
 
     def update(self, state: ReplicaState, totals: Totals) -> None:
         """Assigned variables, then Keras's optimizer on the summed gradients."""
@@ -300,17 +299,8 @@ class KerasProgram:
     def _extra_losses(
         self, losses: Sequence[torch.Tensor], context: Context, effects: Effects | None = None
     ) -> list[torch.Tensor]:
-        """This replica's contributions to the `add_loss` terms.
-
-        Raises:
-            UndecidedError: one that was zero when the model was tried is not any more.
-        """
-        effects = effects or self.effects
-        known, values = effects.of_losses(len(losses)), [keras.ops.sum(loss) for loss in losses]
-        if Effect.UNDECIDED in known and context.size > 1:
-            effects.check_undecided(known, values)
-        factors = [1.0 if effect is Effect.SUM else context.rows.share for effect in known]
-        return [value * factor for value, factor in zip(values, factors, strict=True)]
+        """This replica's contributions to the `add_loss` terms."""
+        return (effects or self.effects).contributions(losses, context)
 
     @property
     def is_regularized(self) -> bool:

@@ -82,14 +82,20 @@ class Tried:
                 raise
             return Trial([], {}, [], {**recorder.calls, failed.unit: failed}, recorder.losses, failed.unit)
 
-    def _otherwise(self, plans: dict[Unit, Plan], shifted: Sequence[int] = ()) -> tuple[Trial, Trial, Trial]:
-        """The parts and the whole in reverse order of the rows, or with other values of some variables."""
+    def _otherwise(self, plans: dict[Unit, Plan], shifted: Sequence[int] = ()) -> tuple[Trial, Trial, Trial] | None:
+        """The parts and the whole in reverse order of the rows, or with other values of some variables.
+
+        None where the model fails on that.
+        """
         arrays = self._arrays if shifted else [array[::-1].copy() for array in self._arrays]
-        whole = self._run(arrays, 0, self.total, shifted=shifted)
-        a, b = (
-            self._run(arrays, start, stop, recorder=Recorder(plans, whole.calls), shifted=shifted)
-            for start, stop in ((0, self._cut), (self._cut, self.total))
-        )
+        try:
+            whole = self._run(arrays, 0, self.total, shifted=shifted)
+            a, b = (
+                self._run(arrays, start, stop, recorder=Recorder(plans, whole.calls), shifted=shifted)
+                for start, stop in ((0, self._cut), (self._cut, self.total))
+            )
+        except FAILURES:
+            return None
         return a, b, whole
 
     # What the trials show.
@@ -133,12 +139,12 @@ class Tried:
         found |= dict.fromkeys((a.moved.keys() | b.moved.keys() | whole.moved.keys()) - found.keys(), Effect.UNKNOWN)
         doubtful = [i for i, effect in found.items() if effect in (Effect.LARGEST, Effect.SMALLEST, Effect.UNKNOWN)]
         if doubtful:
-            c, d, reverse = self._otherwise(plans)
-            again = effects._moves(c, d, reverse, self.rows)
+            reverse = self._otherwise(plans)
+            again = effects._moves(*reverse, self.rows) if reverse is not None else {}
             for i in doubtful:
                 if again.get(i) is found[i] is not Effect.UNKNOWN:
                     continue
-                parts = _without_rows(i, a, b, whole), _without_rows(i, c, d, reverse)
+                parts = _without_rows(i, a, b, whole), _without_rows(i, *reverse) if reverse is not None else None
                 found[i] = Effect.AFFINE if _are_equal(*parts) else Effect.UNKNOWN
         sums = [
             i
@@ -148,7 +154,8 @@ class Tried:
             and effects._variables[i].dtype.startswith(("float", "bfloat"))
         ]
         if sums:
-            again = effects._moves(*self._otherwise(plans, sums), self.rows)
+            shifted = self._otherwise(plans, sums)
+            again = effects._moves(*shifted, self.rows) if shifted is not None else {}
             found |= {i: Effect.AFFINE for i in sums if again.get(i) is not Effect.SUM}
         return found
 

@@ -155,8 +155,9 @@ class ModelEffects(Effects):
         every = list(range(count))
         unlike = unlike_rows(batch, structure, 3)
         some = [*unlike, *(row for row in every if row not in unlike)][: min(count, 3)]
+        halves = [(every, (count + 1) // 2)]
         failed: Exception | None = None
-        for chosen, cut in [(every, count // 2)] if every_row else [(some, 1), (every, count // 2)]:
+        for chosen, cut in halves if every_row else [(some, 1), *halves]:
             arrays = [np.asarray(array[chosen]) for array in batch]
             try:
                 tried = Tried(self, arrays, structure, cut)

@@ -77,6 +77,18 @@ class Effects:
     def check_undecided(self, known: Sequence[Effect], values: Sequence[torch.Tensor]) -> None:
         """Nothing is asked again."""
 
+    def contributions(self, losses: Sequence[torch.Tensor], context: Context) -> list[torch.Tensor]:
+        """A replica's contributions to the `add_loss` terms.
+
+        Raises:
+            UndecidedError: one that was zero when the model was tried is not any more.
+        """
+        known, values = self.of_losses(len(losses)), [keras.ops.sum(loss) for loss in losses]
+        if Effect.UNDECIDED in known and context.size > 1:
+            self.check_undecided(known, values)
+        factors = [1.0 if effect is Effect.SUM else context.rows.share for effect in known]
+        return [value * factor for value, factor in zip(values, factors, strict=True)]
+
     def of_losses(self, count: int) -> list[Effect]:
         """How each of `count` terms depends on the rows: means, as long as nothing is known."""
         known = self._losses or []

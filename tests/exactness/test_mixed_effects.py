@@ -226,6 +226,22 @@ def test_what_is_assigned_in_some_steps_only_equals_one_device(gpus: int, equals
     equals_one_device(between(Sometimes), settings, batches((9, 8, 7, 6, 5, 4)), gpus=gpus)
 
 
+def test_what_looked_the_same_and_is_not_stops_the_step_before_its_update() -> None:
+    model = between(lambda: Keeping(lambda v, x: ops.where(x[0] > 50, x[0], 1.0), name="keeper"))()
+    model.layers[0].set_weights([np.ones((3, 4), "float32"), np.zeros(4, "float32")])
+    parallel = fastdp.wrap(model, gpus=2)
+    parallel.compile(**settings())
+    first, second = batches((9, 9))
+    parallel.train_on_batch(**first)
+    assert np.all(np.asarray(model.layers[1].kept.value.detach()) == 1)
+    before = [np.asarray(v.value.detach()).copy() for v in model.variables]
+    second["x"][5] = 70.0  # the first row of the second device
+    with pytest.raises(ValueError, match=r"The layer 'keeper' \(Keeping\) assigns the variable .*keeper/kept"):
+        parallel.train_on_batch(**second)
+    after = [np.asarray(v.value.detach()) for v in model.variables]
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 # add_loss and activity regularizers.
 
 
