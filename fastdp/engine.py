@@ -22,7 +22,7 @@ from fastdp.program.base import Context, Memory, Program, Result
 from fastdp.reductions import Reductions
 from fastdp.relocation import Residence
 from fastdp.replica import Replica, assert_equal
-from fastdp.shard import CORES, split_rows
+from fastdp.shard import CORES, Rows, split_rows
 from fastdp.spare import Spare
 from fastdp.step import Step, StepResult, add_up, commit, run_replica, run_update, step_error
 from fastdp.step_scope import StepScope, meanwhile, one_step_at_a_time
@@ -149,7 +149,7 @@ class DataParallel:
         Raises:
             ValueError: arrays without rows, or of unequal length.
         """
-        shards = split_rows(count_rows(batch), len(self.replicas))
+        shards = self._deal_out(count_rows(batch))
         with one_step_at_a_time:
             return stage(batch, shards, self.devices)
 
@@ -233,7 +233,8 @@ class DataParallel:
         del self.timings[:-1000]
         if trains:
             self.times.add(step.watch)
-        return StepResult(outputs, step.totals.sums, step.totals.notes, step.shards[0].total)
+        notes, every_note = step.totals.notes, step.totals.every_note
+        return StepResult(outputs, step.totals.sums, notes, step.shards[0].total, every_note)
 
     # The reduction.
 
@@ -318,7 +319,7 @@ class DataParallel:
     def _begin(self, batch: Sequence[np.ndarray], structure: object, wants_outputs: bool, *, trains: bool) -> StepScope:
         """Check the batch, deal out the rows, and make sure that the replicas are up to date."""
         total = count_rows(batch)
-        shards = split_rows(total, len(self.replicas))
+        shards = self._deal_out(total)
         rendezvous = Rendezvous(len(shards), self.timeout)
         contexts = [
             Context(rank, rows, self.steps, rendezvous, len(shards), batch, structure, wants_outputs, device)
@@ -328,6 +329,11 @@ class DataParallel:
         watch = Watch([rows.count for rows in shards], len(self.replicas))
         step = Step(shards, contexts, merger, rendezvous, max(1, CORES // len(shards)), watch)
         return StepScope(self, step, trains)
+
+    def _deal_out(self, total: int) -> list[Rows]:
+        """The rows of each replica that has any."""
+        most = getattr(self.program, "most_replicas", len(self.replicas))
+        return split_rows(total, min(most, len(self.replicas)))
 
     def _finish(self, step: Step) -> None:
         """Wait until all devices are done; on a failure clean up and raise it."""

@@ -25,12 +25,14 @@ from fastdp.transfer import Merger
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step gives the caller: merged outputs (the caller's own), summed numbers, rows."""
+    """What a step gives the caller: merged outputs (the caller's own), summed numbers, rows, and the notes of the first
+    replica and of all."""
 
     outputs: list[np.ndarray]
     sums: np.ndarray
     notes: Any
     rows: int
+    every_note: list[Any] = field(default_factory=list)
 
 
 @dataclass(slots=True)

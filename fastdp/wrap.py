@@ -23,6 +23,7 @@ def wrap(
     update: str | None = None,
     timeout: float = 1800.0,
     check_replicas: bool = False,
+    rows: str | None = None,
 ) -> Any:
     """Run a model on several devices as if on one.
 
@@ -58,6 +59,13 @@ def wrap(
         timeout: seconds that one step may take before it is given up. On one virtual device a step runs on the
             thread that asks for it, and nobody is left to give it up.
         check_replicas: verify after each step that all replicas are bitwise equal (slow; for debugging).
+        rows: what to do about layers of a Keras model that mix the rows of a batch (a mean over the batch, averages
+            that a layer keeps of it), where each device has its own rows only. fastdp tries the model on some rows
+            before its first step, and finds them. "merge": such a layer runs on the rows of all devices, on each of
+            them, and gives what one device gives; where the model's own `call` mixes, the model runs on one device, and
+            a warning says so. "replica": each device goes by its own rows, as in Keras 2, which a warning says. None:
+            an error that names the layer; but a model whose outputs could not be put together otherwise (logits of
+            shape (batch, batch)) is merged, with a warning.
 
     Returns:
         For a Keras model a `keras.Model` that shares its weights; for a module a `fastdp.torch.TorchParallel`.
@@ -88,9 +96,21 @@ def wrap(
                 update=update,
                 timeout=timeout,
                 check_replicas=check_replicas,
+                **({"rows": rows} if library == "keras" else _no_rows(rows)),
             )
     raise TypeError(
         "`model` must be a keras.Model or a torch.nn.Module. "
         f"Received: {model!r} (of type {type(model).__name__}). For a program of NumPy or CuPy functions, make a "
         "fastdp.FunctionProgram and run it by fastdp.DataParallel."
     )
+
+
+def _no_rows(rows: str | None) -> dict[str, Any]:
+    """Nothing for a torch module, which is not tried.
+
+    Raises:
+        ValueError: it was asked for even so.
+    """
+    if rows is not None:
+        raise ValueError(f"`rows` is for Keras models. Received: rows={rows!r} for a torch.nn.Module. Leave it out.")
+    return {}

@@ -71,7 +71,7 @@ class _Step:
         finally:
             program.effects = before
         notes = result.notes
-        program.assign(result.sums, notes)
+        program.assign(result.sums, notes, result.every_note, self._effects)
         self.structure, self.outputs = notes.structure, len(result.outputs)
         dtypes = [*notes.structure.dtypes, *["bool"] * (len(result.outputs) - len(notes.structure.dtypes))]
         device = get_device()  # where plain Keras's would be

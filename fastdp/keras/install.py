@@ -29,6 +29,7 @@ from fastdp.keras.steps import Steps
 from fastdp.keras.template_view import TemplateView
 from fastdp.program.capture_record import chosen_graphs
 from fastdp.program.keras_effects import NotByRowsError, refusal
+from fastdp.program.keras_row_policy import check_policy
 from fastdp.warn import warn_user
 
 _KINDS = ("train", "test", "predict")
@@ -60,6 +61,7 @@ def install(
     sync_batch_norm: bool = True,
     compile: str | None = "auto",
     graph: str | None = "auto",
+    rows: str | None = "merge",
     **options: Any,
 ) -> None:
     """Run every Keras model of this process on several devices, from the next `fit`, `evaluate`, `predict` or call on.
@@ -74,10 +76,13 @@ def install(
         sync_batch_norm: BatchNormalization by the global batch, as plain Keras does; False: by each device's rows.
         compile: how steps run, "auto", None, "trace" or "inductor"; see `fastdp.wrap`.
         graph: whether captured steps become CUDA graphs, "auto", "bucket", "step" or None; see `fastdp.wrap`.
+        rows: layers that mix the rows of a batch: "merge" runs them on the whole batch on each device, which gives
+            plain Keras's numbers, and plain Keras runs a model whose own `call` mixes; "replica" lets each device go by
+            its own rows. None: plain Keras runs every model that mixes rows, but for those whose outputs need merging.
         options: `update`, `timeout` and `check_replicas` of `fastdp.wrap`.
 
     Raises:
-        ValueError: anything wrong with `gpus`; an unknown `graph`.
+        ValueError: anything wrong with `gpus`; an unknown `graph` or `rows`.
         TypeError: an unknown option.
         RuntimeError: Keras runs on another backend than torch.
 
@@ -91,12 +96,14 @@ def install(
         raise TypeError(f"`fastdp.install` knows no option {sorted(unknown)}.")
     devices = resolve(gpus, caller="fastdp.install")
     graphs = chosen_graphs(graph, devices, compile)
+    check_policy(rows)
     uninstall()
     settings = {
         "sync_batch_norm": sync_batch_norm,
         "capture_mode": compile,
         "graphs": graphs,
         "engine_options": options,
+        "rows": rows,
     }
     installed = _Installed(devices, settings)
     for kind in _KINDS:
@@ -212,7 +219,7 @@ def _steps_of(model: Any, installed: _Installed) -> Steps:
     known = model.__dict__.get(_STEPS)
     compiled = model._loss_tracker
     if known is None or known[0] is not compiled:
-        known = (compiled, Steps(model, model, installed.devices, strict=False, **installed.options))
+        known = (compiled, Steps(model, model, installed.devices, strict=False, falls_back=True, **installed.options))
         model.__dict__[_STEPS] = known
         installed.models.add(model)
     return known[1]

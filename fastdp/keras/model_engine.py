@@ -14,6 +14,7 @@ from fastdp.program.capture import Captures
 from fastdp.program.capture_record import Recorder
 from fastdp.program.keras_custom import CallProgram
 from fastdp.program.keras_optimizer import optimizer_of
+from fastdp.program.keras_row_policy import check_policy
 from fastdp.step_scope import alone
 
 
@@ -29,6 +30,8 @@ class ModelEngine:
         sync_batch_norm: BatchNormalization over the global batch.
         template_state: a context manager factory that lends the template the trainer's settings; None where they
             are one model.
+        rows: what to do about rows that meet, None, "merge" or "replica"; see `fastdp.wrap`.
+        falls_back: the caller runs plain Keras where the model cannot be split.
         engine_options: further arguments of `DataParallel`.
     """
 
@@ -42,8 +45,11 @@ class ModelEngine:
         graphs: str = "",
         sync_batch_norm: bool = False,
         template_state: Any = None,
+        rows: str | None = None,
+        falls_back: bool = False,
         engine_options: dict[str, Any] | None = None,
     ) -> None:
+        check_policy(rows)
         self.template = template
         self.trainer = trainer
         self.devices = list(devices)
@@ -51,6 +57,7 @@ class ModelEngine:
         self._graphs = graphs
         self._sync_batch_norm = sync_batch_norm
         self._template_state = template_state
+        self._rows, self._falls_back = rows, falls_back
         self._engine_options = engine_options or {}
         self._engine: DataParallel | None = None
         self._calls: LayerCalls | None = None
@@ -89,6 +96,9 @@ class ModelEngine:
                 own_train_step=has_own(self.template, "train_step"),
                 sync_batch_norm=self._sync_batch_norm,
                 template_state=self._template_state,
+                replicas=len(self.devices),
+                rows=self._rows,
+                falls_back=self._falls_back,
             )
             if self._capture_mode is not None and program.optimizer is not None and not program.own_train_step:
                 parts = self._graphs == "step"

@@ -50,6 +50,7 @@ class ParallelModel(TemplateView):
         update: where the optimizer is applied, "first" or "each"; see `fastdp.wrap`.
         timeout: seconds that one step may take.
         check_replicas: verify after each step that replicas are bitwise equal.
+        rows: what to do about layers that mix the rows of a batch, None, "merge" or "replica"; see `fastdp.wrap`.
 
     Attributes:
         fetch_ahead: `fit` fetches the next batch of an epoch, and sends its rows to the devices, while a step runs.
@@ -71,6 +72,7 @@ class ParallelModel(TemplateView):
         update: str | None = None,
         timeout: float = 1800.0,
         check_replicas: bool = False,
+        rows: str | None = None,
     ) -> None:
         check_template(template)
         super().__init__(name=f"{template.name}_parallel", dtype=template.dtype_policy)
@@ -91,6 +93,7 @@ class ParallelModel(TemplateView):
             graphs=chosen_graphs(graph, self.devices, compile),
             sync_batch_norm=sync_batch_norm,
             template_state=lambda: borrowed(template, self),
+            rows=rows,
             engine_options={
                 "update": update,
                 "timeout": timeout,

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fastdp.engine import DataParallel
+from fastdp.errors import ReplicaError
 from fastdp.keras.ahead import Ahead
 from fastdp.keras.before_step import BeforeStep
 from fastdp.keras.call_checks import why_not_here
@@ -20,6 +21,7 @@ from fastdp.keras.layer_calls import LayerCalls
 from fastdp.keras.model_engine import ModelEngine
 from fastdp.keras.own_loops import ModelCalls, inside_step, say_once
 from fastdp.program.keras_batch import Structure, flatten_batch, unpack
+from fastdp.program.keras_effects import NotByRowsError, UndecidedError
 from fastdp.program.keras_losses import own_copy
 from fastdp.program.torch_tensors import as_tensor
 from fastdp.step import StepResult
@@ -83,14 +85,16 @@ class Steps(ModelEngine):
             program.captures.prepare(arrays, structure, self._wants_outputs())
         began = time.perf_counter()
         reduce = program.accumulation.reduces(engine)
-        result = engine.train(
-            arrays,
-            structure=structure,
-            wants_outputs=self._wants_outputs(),
-            reduce=reduce,
-            # What draws while batches are made must come after the step's own draws.
-            while_running=None if ahead is None or program.draws.moves else lambda: ahead.advance(engine),
-        )
+        options = {"structure": structure, "wants_outputs": self._wants_outputs(), "reduce": reduce}
+        # What draws while batches are made must come after the step's own draws.
+        meanwhile = None if ahead is None or program.draws.moves else lambda: ahead.advance(engine)
+        with _cause_of_row_errors():
+            try:
+                result = engine.train(arrays, while_running=meanwhile, **options)
+            except ReplicaError as error:  # before anything was changed
+                _check_is_undecided(error)
+                program.inspect(arrays, structure, every_row=True)
+                result = engine.train(arrays, **options)
         program.accumulation.stepped()
         program.leave_gradients(engine)
         if program.captures is not None:
@@ -98,7 +102,7 @@ class Steps(ModelEngine):
         self._track_loss(result)
         self._leave_losses(result.sums[1 + result.notes.terms - result.notes.added : 1 + result.notes.terms])
         x = y = sample_weight = y_pred = None
-        if result.outputs:  # otherwise nobody looks
+        if result.notes.structure is not None:  # otherwise nobody looks
             x, y, sample_weight = structure.pack(arrays, inputs=self._has_own_metrics())
             y_pred = result.notes.structure.pack(result.outputs)
         return self.trainer.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
@@ -205,9 +209,16 @@ class Steps(ModelEngine):
         arrays, structure = flatten_batch(data)
         count_rows(arrays, structure.names)
         program: Any = engine.program
-        program.inspect(arrays, structure)
-        result = engine.predict(arrays, structure=structure)
-        program.assign(result.sums, result.notes)
+        program.inspect(arrays, structure, training=False)
+        with _cause_of_row_errors():
+            try:
+                result = engine.predict(arrays, structure=structure)
+                program.assign(result.sums, result.notes, result.every_note)
+            except (ReplicaError, UndecidedError) as error:  # before anything was changed
+                _check_is_undecided(error)
+                program.inspect(arrays, structure, training=False, every_row=True)
+                result = engine.predict(arrays, structure=structure)
+                program.assign(result.sums, result.notes, result.every_note)
         self._leave_losses(result.sums[: result.notes.terms])
         return arrays, structure, result.notes.structure.pack(result.outputs), result
 
@@ -247,6 +258,23 @@ def _add_to_mean(metric: Any, value: float, rows: int) -> None:
     with torch.no_grad():
         metric.total.value.add_(float(np.float32(value) * np.float32(rows)))
         metric.count.value.add_(float(rows))
+
+
+def _check_is_undecided(error: BaseException) -> None:
+    """Go on only where a step has shown what the rows that were tried had not."""
+    if not isinstance(error, UndecidedError) and not isinstance(error.__cause__, UndecidedError):
+        raise error
+
+
+@contextmanager
+def _cause_of_row_errors() -> Iterator[None]:
+    """Of a model that cannot be computed by rows that is the error, not one of a replica."""
+    try:
+        yield
+    except ReplicaError as error:
+        if isinstance(error.__cause__, NotByRowsError):
+            raise error.__cause__ from None
+        raise
 
 
 def _has_rows(data: Any) -> bool:

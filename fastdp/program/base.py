@@ -166,6 +166,8 @@ class Program(Protocol):
     A program may also have `update_is_shared`, true where its `update` uses `Totals.share`: it then gets its replica's
     share of the cores, where other updates that are made for all replicas get all cores for each operation.
 
+    Likewise `most_replicas`, asked before each step: how many replicas may share its rows.
+
     And it may have `whole_step(batches, contexts, why_not)`, asked on the host thread before the replicas of a training
     step run on these rows: whether each of them does all of it, its gradients' all-reduce too, by one graph that is
     launched once. `why_not` is why that is out of the question in this step, if it is. It gives None, or what goes into

@@ -124,7 +124,7 @@ class Captures:
             return
         self._program.prepare_loss()
         self._collect()
-        for rank, rows in enumerate(split_rows(len(batch[0]), self._parts)):
+        for rank, rows in enumerate(split_rows(len(batch[0]), min(self._parts, self._program.most_replicas))):
             context = Context.alone(batch, structure, rows.start, rows.stop, rows.total)
             context.rank, context.wants_outputs, context.device = rank, wants_outputs, self._program.states[0].device
             context.size, context.rendezvous = 2, NoExchange(2, 0.0)

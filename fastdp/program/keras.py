@@ -20,18 +20,18 @@ from fastdp.buckets import Allocator, ArraySpec, FlatBuffers
 from fastdp.program.base import Context, Home, Memory, Result, Totals
 from fastdp.program.keras_accumulation import Accumulation
 from fastdp.program.keras_augment import writes_to_inputs
-from fastdp.program.keras_batch import Structure, flatten_outputs, unpack
-from fastdp.program.keras_effects import Effect
+from fastdp.program.keras_batch import OutputStructure, Structure, flatten_outputs, unpack
 from fastdp.program.keras_gradients import LeftGradients
 from fastdp.program.keras_losses import NotPerSample, SharedLoss
 from fastdp.program.keras_memory import Adopted, Mapping, ReplicaScope, ReplicaState, adopted, tensors_of
 from fastdp.program.keras_merged import merged_loss
 from fastdp.program.keras_optimizer import apply_by_variable, optimizer_of, slots_of, why_not_now
 from fastdp.program.keras_optimizer_flat import FlatUpdate
-from fastdp.program.keras_outcome import Notes, Outcome, SideEffects
+from fastdp.program.keras_outcome import Notes, Outcome, SideEffects, Summed
 from fastdp.program.keras_placed import PlacedGraph, gradients_of, graph_of
 from fastdp.program.keras_random import whole_batch
-from fastdp.program.keras_replica import Running, keras_device, replica_scope
+from fastdp.program.keras_replica import NotCapturable, Running, keras_device, replica_scope
+from fastdp.program.keras_row_policy import ModelEffects, Policy
 from fastdp.program.keras_rows import keeps_rows_apart
 from fastdp.program.keras_scope import replica_aware
 from fastdp.program.keras_step_draws import StepDraws
@@ -51,10 +51,21 @@ class KerasProgram:
         sync_batch_norm: normalize by the global batch.
         template_state: a context manager factory held while replicas run, for templates whose own
             `compute_loss` wants the trainer's compile state.
+        replicas: how many there are; one has nothing to find out about rows.
+        rows: what to do about rows that meet; see `fastdp.wrap`.
+        falls_back: the caller has another way where a model cannot be split.
     """
 
     def __init__(
-        self, model: keras.Model, trainer: Any, *, sync_batch_norm: bool = False, template_state: Any = None
+        self,
+        model: keras.Model,
+        trainer: Any,
+        *,
+        sync_batch_norm: bool = False,
+        template_state: Any = None,
+        replicas: int = 2,
+        rows: str | None = None,
+        falls_back: bool = False,
     ) -> None:
         self.model = model
         self.trainer = trainer
@@ -80,7 +91,11 @@ class KerasProgram:
         self._seed = torch.initial_seed() & 0x7FFFFFFF
         self._loss_is_merged = False
         self._found_not_per_sample = False
-        self.effects = Effects(model, self.variables, self._call, self._seed)
+        self._replicas = replicas
+        about = (model, self.variables, self._call, self._seed)
+        policy = Policy(rows, falls_back)
+        self.effects: Any = ModelEffects(*about, training=True, policy=policy)
+        self.forward_effects = ModelEffects(*about, self.effects.sites, training=False, policy=policy)
         self._adopted: list[Adopted] = []
         self.captures: Any = None
         # For captured steps: which gradients lie in which of the engine's buckets, and the replicas that are there.
@@ -203,14 +218,14 @@ class KerasProgram:
     def predict(self, state: ReplicaState, batch: list[np.ndarray], context: Context) -> Result:
         """Forward only. The sums are the contributions of `add_loss` terms, then those of assigned variables."""
         x, _, _ = unpack(context.structure.pack(batch))
-        run = self.running_replica(context)
+        run = self.running_replica(context, training=False)
         keras_scope = keras_device(context.device)
         with keras_scope, torch.no_grad(), replica_scope(run), ReplicaScope(state.mapping, set()) as scope:
             y_pred = self._call(x, training=False)
-            extra = self._extra_losses(scope.losses, context)
-        outputs, structure = flatten_outputs(y_pred)
+            extra = self._extra_losses(scope.losses, context, self.forward_effects)
+        outputs, structure = flatten_outputs(y_pred, self.forward_effects.layouts, context.rows)
         outcome = Outcome([], extra, outputs, structure, SideEffects.of(scope, state.mapping, run))
-        return self._result(outcome, state, context, Notes(structure, len(extra)))
+        return self._result(outcome, state, context, Notes(structure, len(extra)), self.forward_effects)
 
     def compute(self, mapping: Mapping, nest: Any, run: Running) -> Outcome:
         """The pure part of a training step: from variables and a batch to gradients and new values."""
@@ -223,7 +238,12 @@ class KerasProgram:
             leaves = [scope.get_current_value(v) for v in self.trainable]
             # Within the scopes: hooks and gradients of the user's, which run in backward, are the replica's too.
             found = gradients_of(run, roots, seeds, leaves)
-        outputs, structure = flatten_outputs(y_pred) if run.context.wants_outputs else ([], None)
+        outputs: list[torch.Tensor] = []
+        structure: OutputStructure | None = None
+        if run.context.wants_outputs:
+            outputs, structure = flatten_outputs(y_pred, self.effects.layouts, run.context.rows)
+            if structure.whole and run.draws is not None:
+                raise NotCapturable("outputs that are the same for all rows")
         terms += [term.detach() for term in extra]
         return Outcome(found, terms, outputs, structure, SideEffects.of(scope, mapping, run), len(extra))
 
@@ -232,26 +252,36 @@ class KerasProgram:
         """Whether a replica has several devices."""
         return self._groups is not None
 
-    def running_replica(self, context: Context) -> Running:
+    def running_replica(self, context: Context, *, training: bool = True) -> Running:
         """What the thread of a replica knows in a step."""
+        effects: Effects = self.effects if training else self.forward_effects
         generators = self.draws.of_replica(context.rank)
-        run = Running(context, self.sync_batch_norm, generators=generators, sites=self.effects.sites)
+        run = Running(context, self.sync_batch_norm, generators=generators, sites=effects.sites, units=effects.units())
         run.watches_torch = self._loss_is_merged or not self._is_known
         if self._groups is not None:
             run.placed = graph_of(self.model), PlacedGraph(self._groups[context.rank])
         return run
 
-    def assign(self, sums: np.ndarray, notes: Notes) -> None:
-        """Give the template the variables that a forward pass changed: metrics of layers, seeds, moving statistics."""
-        if notes.effects:
+    def assign(
+        self, sums: np.ndarray, notes: Notes, every_note: Sequence[Notes], effects: Effects | None = None
+    ) -> None:
+        """Give the template the variables that a forward pass changed: metrics of layers, seeds, moving statistics.
+
+        Raises:
+            UndecidedError: a variable moved otherwise than in the trial. Nothing has been assigned.
+        """
+        every = [note.effects for note in every_note]
+        if any(every):
+            values = [v.value for v in self.variables]
             with torch.no_grad():
-                notes.effects.apply([v.value for v in self.variables], sums[notes.terms :], self._index)
+                Summed.apply(every, values, sums[notes.terms :], self._index, effects or self.forward_effects)
 
     def update(self, state: ReplicaState, totals: Totals) -> None:
         """Assigned variables, then Keras's optimizer on the summed gradients."""
         notes: Notes = totals.notes
         with torch.no_grad():
-            notes.effects.apply(state.variables, totals.sums[1 + notes.terms :], self._index)
+            every = [note.effects for note in totals.every_note]
+            Summed.apply(every, state.variables, totals.sums[1 + notes.terms :], self._index, self.effects)
             if not self.trainable or not (totals.reduced or state.slots):  # without slots: all that there is to do
                 return
             unused = frozenset.intersection(*(note.unused for note in totals.every_note))
@@ -293,10 +323,11 @@ class KerasProgram:
             x = keras.tree.map_structure(torch.clone, x)
         return self.model(x, training=training) if self.model._call_has_training_arg else self.model(x)
 
-    def _extra_losses(self, losses: Sequence[torch.Tensor], context: Context) -> list[torch.Tensor]:
+    def _extra_losses(
+        self, losses: Sequence[torch.Tensor], context: Context, effects: Effects | None = None
+    ) -> list[torch.Tensor]:
         """This replica's contributions to the `add_loss` terms."""
-        factors = [1.0 if e is Effect.SUM else context.rows.share for e in self.effects.of_losses(len(losses))]
-        return [keras.ops.sum(loss) * factor for loss, factor in zip(losses, factors, strict=True)]
+        return (effects or self.effects).contributions(losses, context)
 
     @property
     def is_regularized(self) -> bool:
@@ -352,7 +383,7 @@ class KerasProgram:
     def prepare_loss(self) -> None:
         """Decide how the loss is computed: as contributions of the replicas, or on the merged outputs."""
         compiled = self.trainer._compile_loss
-        if self._own_compute_loss or self._found_not_per_sample:
+        if self._own_compute_loss or self._found_not_per_sample or not self.effects.outputs_are_plain:
             self._loss_is_merged = True
         elif self._shared is None and compiled is not None and compiled.built:
             self._shared = SharedLoss(compiled)
@@ -365,14 +396,26 @@ class KerasProgram:
 
     # Side effects of the forward pass.
 
-    def inspect(self, batch: Sequence[np.ndarray], structure: Structure) -> None:
-        """Find out how side effects depend on the rows: before the first steps, on the host thread."""
+    def inspect(
+        self, batch: Sequence[np.ndarray], structure: Structure, *, training: bool = True, every_row: bool = False
+    ) -> None:
+        """Find out how outputs and side effects depend on the rows: before the first steps, on the host thread."""
+        if self._replicas == 1:
+            return
+        effects = self.effects if training else self.forward_effects
         with keras_device(self._adopted[0].device if self._adopted else None):
-            self.effects.inspect(batch, structure)
+            effects.inspect(batch, structure, every_row=every_row)
 
-    def _result(self, outcome: Outcome, state: ReplicaState, context: Context, notes: Notes) -> Result:
+    @property
+    def most_replicas(self) -> int:
+        """How many replicas may share a step."""
+        return 1 if self.effects.alone or self.forward_effects.alone else self._replicas
+
+    def _result(
+        self, outcome: Outcome, state: ReplicaState, context: Context, notes: Notes, effects: Effects | None = None
+    ) -> Result:
         """Outputs as arrays, and the numbers by which terms and side effects are put together."""
         terms = np.array([float(term) for term in outcome.terms])
-        sums, notes.effects = outcome.effects.summed(state.mapping, context.rows.share, self.effects.of_variable)
+        sums, notes.effects = outcome.effects.summed(state.mapping, context.rows.share, effects or self.effects)
         outputs = [output_array(tensor, context.device) for tensor in outcome.outputs]
         return Result(outputs, np.concatenate([terms, *sums]), notes)

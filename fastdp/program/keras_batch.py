@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
 import numpy as np
 import torch
 
+from fastdp.program.keras_effects import MEAN_SCALAR, ROWS_FIRST, Effect, Layout
 from fastdp.program.torch_tensors import as_array, as_tensor, dtype_name
+from fastdp.shard import Rows
 from fastdp.transfer import ResidentArray
 
 # The nest of most batches: x, y and sample_weight, each one array or None. It needs no walk through the tree.
@@ -99,36 +101,93 @@ def _names(data: Any) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class OutputStructure:
-    """How a model's outputs were nested, and which of them carried a Keras mask."""
+    """How a model's outputs were nested, and which of them carried a Keras mask.
+
+    `axes` tells along which axis each output, and then each mask, has its rows: the outputs of replicas are merged
+    along their first. None stands for one that each replica has whole; `whole` are the first replica's own of these.
+    """
 
     nest: Any
     dtypes: tuple[str, ...]
     masked: tuple[bool, ...]
+    axes: tuple[int | None, ...] = ()
+    whole: tuple[torch.Tensor, ...] = ()
 
     def pack(self, arrays: Sequence[np.ndarray]) -> Any:
         """Tensors over the merged arrays, with their masks; first all outputs, then all masks."""
-        count = len(self.dtypes)
-        tensors = [as_tensor(array, dtype) for array, dtype in zip(arrays[:count], self.dtypes, strict=True)]
-        masks = iter(arrays[count:])
+        dtypes = [*self.dtypes, *("bool" for masked in self.masked if masked)]
+        merged, whole = iter(arrays), iter(self.whole)
+        every = [
+            next(whole) if axis is None else _along(axis, as_tensor(next(merged), dtype))
+            for axis, dtype in zip(self.axes, dtypes, strict=True)
+        ]
+        tensors, masks = every[: len(self.dtypes)], iter(every[len(self.dtypes) :])
         for tensor, masked in zip(tensors, self.masked, strict=True):
             if masked:
-                tensor._keras_mask = as_tensor(next(masks))
+                tensor._keras_mask = next(masks)
         return pack_like(self.nest, tensors)
 
 
-def flatten_outputs(outputs: Any) -> tuple[list[torch.Tensor], OutputStructure]:
-    """A model's outputs, followed by their masks, as tensors.
+def _along(axis: int, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor whose first axis becomes another."""
+    return tensor.movedim(0, axis) if axis else tensor
 
-    An output without axes is averaged over replicas, as numbers: one of a dtype that NumPy lacks becomes fp32.
+
+def layouts_of(leaves: Sequence[torch.Tensor], known: Sequence[Layout] | None, rows: Rows | None) -> list[Layout]:
+    """How a replica's outputs lie over its rows: as the trial has shown, or by their first axis.
+
+    Where one replica has all rows, what is no multiple of them is whole.
+    """
+    if known is not None and len(known) == len(leaves):
+        return list(known)
+    found = []
+    for leaf in leaves:
+        if not leaf.ndim:
+            found.append(MEAN_SCALAR)
+        elif rows is not None and rows.count == rows.total and (not leaf.shape[0] or leaf.shape[0] % rows.count):
+            found.append(Layout(Effect.SAME))
+        else:
+            found.append(ROWS_FIRST if rows is None else replace(ROWS_FIRST, per_row=leaf.shape[0] // rows.count))
+    return found
+
+
+def flatten_outputs(
+    outputs: Any, known: Sequence[Layout] | None = None, rows: Rows | None = None
+) -> tuple[list[torch.Tensor], OutputStructure]:
+    """A model's outputs that are merged by rows, followed by their masks, as tensors with rows first; and the rest.
+
+    An output without axes is averaged over replicas by rows, as numbers: one of a dtype that NumPy lacks becomes fp32.
+
+    Args:
+        outputs: a replica's.
+        known: how they depend on the rows, where that is known.
+        rows: the replica's; None where each output is known to have rows first.
     """
     leaves = [leaf.detach().float() if leaf.ndim == 0 else leaf for leaf in keras.tree.flatten(outputs)]
     masks = [getattr(leaf, "_keras_mask", None) for leaf in leaves]
+    layouts = layouts_of(leaves, known, rows)
+    merged: list[torch.Tensor] = []
+    whole: list[torch.Tensor] = []
+    axes: list[int | None] = []
+    of_masks = [(mask, layout) for mask, layout in zip(masks, layouts, strict=True) if mask is not None]
+    for leaf, layout in [*zip(leaves, layouts, strict=True), *of_masks]:
+        if layout.effect is Effect.SAME:
+            axes.append(None)
+            whole.append(leaf.detach().cpu().clone())
+            continue
+        axis = 0 if layout.axis is None else min(layout.axis, leaf.ndim - 1)
+        axes.append(axis)
+        if layout.effect is Effect.SUM and rows is not None:  # the mean of these is the sum
+            leaf = leaf * (rows.total / rows.count)
+        merged.append(leaf.movedim(axis, 0) if axis else leaf)
     structure = OutputStructure(
         keras.tree.map_structure(lambda _: 0, outputs),
         tuple(dtype_name(leaf) for leaf in leaves),
         tuple(mask is not None for mask in masks),
+        tuple(axes),
+        tuple(whole),
     )
-    return [*leaves, *(mask for mask in masks if mask is not None)], structure
+    return merged, structure
 
 
 def unpack(data: Any) -> tuple[Any, Any, Any]:

@@ -29,6 +29,9 @@ from fastdp.program.keras_trial import Effects
 # A call by rows: the row tensors, then the tensors that all rows share.
 RowsCall = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], Any]
 
+# What the replicas' values give the value for the whole batch by; UNDECIDED is asked again.
+_PUT_TOGETHER = frozenset((Effect.MEAN, Effect.SUM, Effect.SAME, Effect.UNDECIDED))
+
 
 @dataclass(slots=True)
 class _Seen:
@@ -130,20 +133,20 @@ class LayerEffects(Effects):
         self._answer(why_not_by_rows(a, b, both))
         if self.refused is not None:
             return
-        self.numbers = [classify(*values) for values in zip(a.numbers, b.numbers, both.numbers, strict=True)]
-        if Effect.UNKNOWN in self.numbers:
+        self.numbers = [classify((x, y), xy) for x, y, xy in zip(a.numbers, b.numbers, both.numbers, strict=True)]
+        if not _PUT_TOGETHER.issuperset(self.numbers):
             self.refused = "one of its outputs is a number that is neither a mean nor a sum over rows"
         if len({len(seen.losses) for seen in (a, b, both)}) > 1:
             self.refused = "it calls add_loss() more often for some rows than for others"
             return
-        self._losses = [classify(*values) for values in zip(a.losses, b.losses, both.losses, strict=True)]
-        if Effect.UNKNOWN in self._losses:
+        self._losses = [classify((x, y), xy) for x, y, xy in zip(a.losses, b.losses, both.losses, strict=True)]
+        if not _PUT_TOGETHER.issuperset(self._losses):
             self.refused = "its add_loss() is neither a mean nor a sum over rows"
         elif Effect.UNDECIDED in (*self._losses, *self.numbers):
             self.tried, self.refused = False, "its add_loss() or output is zero for the rows tried: no mean, no sum"
         self._assigned |= self._moves(a, b, both)  # type: ignore[arg-type]
         for i, effect in self._assigned.items():
-            if effect is Effect.UNKNOWN:
+            if effect not in _PUT_TOGETHER:
                 self._answer(f"it assigns {self._variables[i].path}, which is neither a mean nor a sum over rows")
 
     def _on_rows(

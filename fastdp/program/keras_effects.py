@@ -1,35 +1,44 @@
-"""Side effects of a forward pass: `add_loss` terms and variables that the model assigns.
+"""How values of a forward pass depend on the rows of a batch: outputs, `add_loss` terms, variables that are assigned.
 
 On one device they see the whole batch; a replica sees its rows. To put the replicas' values together one
 must know how a value depends on the rows, which no framework says: `ops.mean(x)` and `ops.sum(x)` are both
-a scalar. So it is found out by trying, once: the model runs on a row a, a row b, and both. With f the value
-(of a variable: how far it moved),
+a scalar, and (2, 2) may be two rows of two numbers or a number for each pair of rows. So it is found out by trying,
+once: the model runs on some rows, on the others, and on all of them. With f the value (of a variable: how far it
+moved) of n rows,
 
-    f(ab) = (f(a) + f(b)) / 2    a mean over rows: replicas are averaged by their share of the rows
-    f(ab) =  f(a) + f(b)         a sum: replicas are added up
-    f(ab) =  f(a) = f(b)         the same on all replicas (seeds, counters of steps)
+    f(ab) = [f(a), f(b)] along one axis               rows: replicas' values are put behind each other
+    f(ab) = (n_a f(a) + n_b f(b)) / (n_a + n_b)       a mean over rows: replicas are averaged by their share of the rows
+    f(ab) = f(a) + f(b)                               a sum: replicas are added up
+    f(ab) = f(a) = f(b)                               the same on all replicas (seeds, counters of steps)
+    f(ab) = max(f(a), f(b)), or min                   an extreme: of the replicas' values
 
-During the trial, draws are indexed by row as always, and BatchNormalization uses its moving statistics, so
-that nothing else mixes rows.
+The two parts have unequal numbers of rows where there are enough, so that neither a median is taken for a mean nor an
+axis of two for two rows. During the trial, draws are indexed by row as always, and BatchNormalization uses its moving
+statistics, so that nothing else mixes rows.
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-import keras
 import torch
 
 from fastdp.errors import ReplicaError
-from fastdp.warn import warn_user
 
 TOLERANCE = 1e-4
 MIXED_TOLERANCE = 1e-3
+# Of numbers that are all but zero: what is left where others cancel.
+ROUNDING = 1e-6
 
 
 class NotByRowsError(ValueError):
     """A model that no dealing out of rows computes as one device does. The message says what to do."""
+
+
+class UndecidedError(NotByRowsError):
+    """A step shows what the rows that were tried had not shown. Nothing has changed: the question is asked again."""
 
 
 def refusal(error: NotByRowsError | ReplicaError) -> str:
@@ -47,97 +56,106 @@ def refusal(error: NotByRowsError | ReplicaError) -> str:
 class Effect(enum.Enum):
     """How a value depends on the rows of the batch."""
 
+    ROWS = "rows along one axis"
     SAME = "the same for all rows"
     MEAN = "a mean over rows"
     SUM = "a sum over rows"
+    LARGEST = "the largest over rows"
+    SMALLEST = "the smallest over rows"
+    AFFINE = "a sum over rows and a part that is there without rows"
     UNKNOWN = "neither a mean nor a sum over rows"
     UNDECIDED = "zero for the rows tried"
 
 
-def classify(a: torch.Tensor, b: torch.Tensor, both: torch.Tensor) -> Effect:
-    """How a value depends on rows, from its values on row a, row b, and both."""
-    a, b, both = (value.detach().double() for value in (a, b, both))
-    scale = TOLERANCE * max(float(v.abs().max()) if v.numel() else 0.0 for v in (a, b, both))
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a tensor depends on the rows.
+
+    Args:
+        effect: ROWS, or how a value without rows is put together from the replicas'.
+        axis: the first axis that is as long as there are rows, times `per_row`; None where none is.
+        stacks: whether that is the only axis whose length depends on the rows.
+
+    Of an UNKNOWN one that stacks the shape is that of rows, and the values mix them.
+    """
+
+    effect: Effect
+    axis: int | None = None
+    per_row: int = 1
+    stacks: bool = False
+
+    @property
+    def is_local(self) -> bool:
+        """Whether a replica has of it what one device has: its rows of it, or all of it."""
+        return self.effect in (Effect.ROWS, Effect.SAME)
+
+
+ROWS_FIRST = Layout(Effect.ROWS, 0, 1, True)
+MEAN_SCALAR = Layout(Effect.MEAN)
+
+
+def layout_of(parts: Sequence[torch.Tensor], whole: torch.Tensor, rows: Sequence[int]) -> Layout:
+    """How a tensor depends on rows: by its whole shapes, and all its values.
+
+    Args:
+        parts: the tensor for each part of some rows, in order.
+        whole: the tensor for all these rows.
+        rows: how many rows each part has.
+    """
+    if any(part.ndim != whole.ndim or part.dtype != whole.dtype for part in parts):
+        return Layout(Effect.UNKNOWN)
+    total = sum(rows)
+    unequal = [axis for axis, size in enumerate(whole.shape) if any(part.shape[axis] != size for part in parts)]
+    if not unequal:
+        effect = classify(parts, whole, rows)
+        return Layout(Effect.SAME if effect is Effect.UNDECIDED else effect)
+    for axis in unequal:
+        per_row = whole.shape[axis] // total
+        sizes = [part.shape[axis] for part in parts]
+        if per_row and whole.shape[axis] == per_row * total and sizes == [per_row * count for count in rows]:
+            stacks = unequal == [axis]
+            apart = stacks and values_agree(torch.cat(list(parts), axis), whole)
+            return Layout(Effect.ROWS if apart else Effect.UNKNOWN, axis, per_row, stacks)
+    return Layout(Effect.UNKNOWN)
+
+
+def values_agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two tensors of one shape are the same but for rounding; whole numbers exactly."""
+    if not expected.is_floating_point():
+        return bool((found == expected).all())
+    found, expected = found.detach().double(), expected.detach()
+    tolerance = MIXED_TOLERANCE * (20.0 if expected.dtype.itemsize < 4 else 1.0)
+    expected = expected.double()
+    finite = expected[torch.isfinite(expected)].abs()
+    scale = float(finite.max()) if finite.numel() else 0.0
+    return torch.allclose(found, expected, rtol=0.0, atol=max(tolerance * scale, ROUNDING), equal_nan=True)
+
+
+def classify(parts: Sequence[torch.Tensor], whole: torch.Tensor, rows: Sequence[int] = (1, 1)) -> Effect:
+    """How a value without rows depends on them, from its values on parts of the rows, and on all of them."""
+    values = [part.detach().double() for part in parts]
+    whole = whole.detach().double()
+    scale = TOLERANCE * max(float(v.abs().max()) if v.numel() else 0.0 for v in (*values, whole))
     if scale == 0.0:
         return Effect.UNDECIDED
 
-    def close(left: torch.Tensor, right: torch.Tensor) -> bool:
-        return bool((left - right).abs().max() <= scale)
+    def close(found: torch.Tensor) -> bool:
+        return bool((found - whole).abs().max() <= scale)
 
-    is_mean, is_sum = close(both, (a + b) / 2), close(both, a + b)
+    shares = zip(values, rows, strict=True)
+    is_mean, is_sum = close(sum(value * count for value, count in shares) / sum(rows)), close(sum(values))
     if is_mean and is_sum:
         return Effect.UNDECIDED
     if is_mean:
-        return Effect.SAME if close(a, b) else Effect.MEAN
-    return Effect.SUM if is_sum else Effect.UNKNOWN
-
-
-def check_loss(effect: Effect, index: int) -> None:
-    """Refuse an `add_loss` term that no combination of the replicas' values gives exactly.
-
-    Raises:
-        NotByRowsError: the term is neither a mean nor a sum over rows.
-    """
-    if effect is Effect.UNKNOWN:
-        raise NotByRowsError(
-            f"The add_loss() term {index} of this model is {effect.value}, so its value on the whole batch cannot "
-            "be put together from the replicas' rows. Compute it in `loss=` or in `compute_loss`, which fastdp "
-            "runs on the merged outputs, or use gpus=[0]."
-        )
-
-
-def warn_variable(effect: Effect, variable: keras.Variable) -> Effect:
-    """Say once that a variable's replicas are averaged for want of better knowledge."""
-    if effect is not Effect.UNKNOWN:
-        return effect
-    warn_user(
-        f"The variable {variable.path} is assigned during the forward pass, and the assigned value is {effect.value}. "
-        "fastdp assigns the replicas' mean, weighted by their rows, which may differ from one device."
-    )
-    return Effect.MEAN
-
-
-def check_outputs(name: str, alone: Sequence[torch.Tensor], both: Sequence[torch.Tensor]) -> None:
-    """A model's outputs for one row and for two have rows along their first axis, or no axes.
-
-    Raises:
-        NotByRowsError: one has neither.
-    """
-    for i, (one, two) in enumerate(zip(alone, both, strict=True)):
-        if (one.shape[0] * 2 == two.shape[0]) if one.ndim and two.ndim else one.ndim == two.ndim:
-            continue
-        raise NotByRowsError(
-            f"Output {i} of the model {name!r} has shape {tuple(one.shape)} for one row of the batch and "
-            f"{tuple(two.shape)} for two. Rows must lie along the first axis of each output, so that the outputs of "
-            "devices can be put together, for a single row too: ops.squeeze() without axis takes that axis away."
-        )
-
-
-def warn_mixed_rows(
-    model: keras.Model, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], both: Sequence[torch.Tensor]
-) -> None:
-    """Warn of a model whose outputs for a row depend on the other rows of the batch.
-
-    A replica sees its own rows only, so such a model gives other results on several devices. Compared are its
-    outputs for rows a and b alone with those for both.
-    """
-    if mixes_rows(a, b, both):
-        warn_user(
-            f"The outputs of {model.name!r} for a row depend on the other rows of the batch, or are drawn at "
-            "random outside of keras.random. Each device sees its own rows only, so results differ from one "
-            "device. BatchNormalization knows about devices (sync_batch_norm=True); other layers must not mix."
-        )
+        return Effect.SAME if all(close(value) for value in values) else Effect.MEAN
+    if is_sum:
+        return Effect.SUM
+    stacked = torch.stack(values)
+    if close(stacked.amax(0)):
+        return Effect.LARGEST
+    return Effect.SMALLEST if close(stacked.amin(0)) else Effect.UNKNOWN
 
 
 def mixes_rows(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], both: Sequence[torch.Tensor]) -> bool:
-    """Whether the outputs for rows a and b together differ from those for each alone."""
-    for alone_a, alone_b, together in zip(a, b, both, strict=True):
-        if not together.ndim or not together.is_floating_point() or together.shape[0] != 2 * alone_a.shape[0]:
-            continue
-        apart = torch.cat([alone_a, alone_b]).double()
-        tolerance = MIXED_TOLERANCE * max(1.0, float(apart.abs().max())) if apart.numel() else 0.0
-        if together.dtype.itemsize < 4:
-            tolerance *= 20.0
-        if apart.shape == together.shape and bool(((apart - together.double()).abs() > tolerance).any()):
-            return True
-    return False
+    """Whether any output for rows a and b together is not that for each alone, put behind each other."""
+    return any(layout_of((x, y), xy, (1, 1)).effect is Effect.UNKNOWN for x, y, xy in zip(a, b, both, strict=True))

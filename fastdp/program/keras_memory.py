@@ -103,8 +103,8 @@ class ReplicaState:
 class ReplicaScope(keras.StatelessScope):
     """A stateless scope over a replica's tensors.
 
-    A trainable variable that the forward pass assigns (spectral normalization) becomes a new leaf: as in
-    plain Keras on torch, the gradient is that of the assigned value.
+    As in plain Keras on torch, an assigned value has no gradient behind it. A trainable variable that the forward pass
+    assigns (spectral normalization) becomes a new leaf, and its gradient is that of the assigned value.
     """
 
     def __init__(self, mapping: Sequence[tuple[keras.Variable, torch.Tensor]], leaves: set[int]) -> None:

@@ -7,17 +7,19 @@ each; every replica goes backward from the gradient of its own rows.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import torch
 
 from fastdp.program.base import Context
-from fastdp.program.keras_batch import pack_like
+from fastdp.program.keras_batch import layouts_of, pack_like
+from fastdp.program.keras_effects import Effect, Layout
 from fastdp.program.keras_losses import own_copy
 from fastdp.program.keras_random import whole_batch
 from fastdp.program.keras_replica import running
+from fastdp.program.keras_units import own_part
 
 
 def merged_loss(
@@ -33,20 +35,21 @@ def merged_loss(
         context: the replica's place in the step.
     """
     leaves = keras.tree.flatten(y_pred)
+    layouts = layouts_of(leaves, program.effects.layouts, context.rows)
     everyone = context.exchange(_Given(leaves, extra, context))
     answer = None
     if context.rank == 0:
         run = running()
         assert run is not None, "a replica computes the loss"
         with whole_batch(run):  # draws of the loss are of all rows
-            answer = _compute(program, y_pred, everyone, scope, context)
+            answer = _compute(program, y_pred, layouts, everyone, scope, context)
     answer = context.exchange(answer)[0]
     roots: list[torch.Tensor] = []
     seeds: list[torch.Tensor | None] = []
-    for leaf, gradient in zip(leaves, answer.outputs, strict=True):
+    for place, (leaf, gradient) in enumerate(zip(leaves, answer.outputs, strict=True)):
         if gradient is not None and leaf.requires_grad:
             roots.append(leaf)
-            seeds.append(_own_rows(gradient, leaf, context))
+            seeds.append(_own_rows(gradient, layouts[place], context))
     for term, gradient in zip(extra, answer.extra, strict=True):
         if gradient is not None and term.requires_grad:
             roots.append(term)
@@ -91,13 +94,17 @@ class _Answer:
         return twin
 
 
-def _compute(program: Any, y_pred: Any, everyone: list[_Given], scope: Any, context: Context) -> _Answer:
+def _compute(
+    program: Any, y_pred: Any, layouts: list[Layout], everyone: list[_Given], scope: Any, context: Context
+) -> _Answer:
     """Keras's loss on all outputs, and its gradients."""
-    merged = [_merge(parts, everyone) for parts in zip(*(given.leaves for given in everyone), strict=True)]
+    columns = zip(layouts, *(given.leaves for given in everyone), strict=True)
+    merged = [_merge(layout, parts, everyone) for layout, *parts in columns]
     for i, tensor in enumerate(merged):
         masks = [given.masks[i] for given in everyone]
         if masks[0] is not None:
-            tensor._keras_mask = torch.cat(masks)
+            axis = layouts[i].axis
+            tensor._keras_mask = masks[0] if axis is None else torch.cat(masks, min(axis, masks[0].ndim - 1))
     extra = [torch.stack(parts).sum() for parts in zip(*(given.extra for given in everyone), strict=True)]
     inputs = [tensor for tensor in (*merged, *extra) if tensor.is_floating_point()]
     for tensor in inputs:
@@ -141,17 +148,22 @@ def _loss_of_all(
     return loss, [loss.detach(), *((total / count).detach() for total, count in values)]
 
 
-def _merge(parts: tuple[torch.Tensor, ...], everyone: list[_Given]) -> torch.Tensor:
-    """Rows in order; an output without axes is averaged by rows."""
-    if parts[0].ndim:
-        return torch.cat(parts)
-    return torch.stack([part * given.rows.share for part, given in zip(parts, everyone, strict=True)]).sum()
+def _merge(layout: Layout, parts: Sequence[torch.Tensor], everyone: list[_Given]) -> torch.Tensor:
+    """Rows in order; an output without rows is the same on all replicas, or added up, or averaged by rows."""
+    if layout.axis is not None:
+        return torch.cat(list(parts), layout.axis)
+    if layout.effect is Effect.SAME:
+        return parts[0].clone()
+    factors = [1.0 if layout.effect is Effect.SUM else given.rows.share for given in everyone]
+    return torch.stack([part * factor for part, factor in zip(parts, factors, strict=True)]).sum()
 
 
-def _own_rows(gradient: torch.Tensor, leaf: torch.Tensor, context: Context) -> torch.Tensor:
-    """The part of a merged output's gradient that belongs to this replica."""
+def _own_rows(gradient: torch.Tensor, layout: Layout, context: Context) -> torch.Tensor:
+    """The part of a merged output's gradient that belongs to this replica.
+
+    Of an output that all replicas have, each takes its share: what it depends on is counted once.
+    """
     rows = context.rows
-    if leaf.ndim == 0:
-        return gradient * rows.share
-    per_row = leaf.shape[0] // rows.count
-    return gradient[per_row * rows.start : per_row * rows.stop]
+    if layout.axis is None:
+        return gradient if layout.effect is Effect.SUM else gradient * rows.share
+    return own_part(gradient, layout.axis, rows)

@@ -9,7 +9,7 @@ stand before them (`Notes.terms`). Whoever asks whether a forward pass has left 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +18,13 @@ import numpy as np
 import torch
 
 from fastdp.program.keras_batch import OutputStructure
-from fastdp.program.keras_effects import Effect
+from fastdp.program.keras_effects import Effect, UndecidedError, values_agree
 from fastdp.program.keras_memory import Mapping, ReplicaScope
 from fastdp.program.keras_moments import Moments, combine, moved_statistics, statistics
 from fastdp.program.keras_replica import Running
+from fastdp.program.keras_trial import Effects
+
+_EXTREMES = {Effect.LARGEST: torch.amax, Effect.SMALLEST: torch.amin}
 
 
 @dataclass(slots=True)
@@ -51,15 +54,13 @@ class SideEffects:
         """The same without values: of a step that is captured."""
         return EffectsForm([i for i, _ in self.assigned], [(layer, found.count) for layer, found in self.moments])
 
-    def summed(
-        self, before: Mapping, share: float, effect_of: Callable[[int, keras.Variable], Effect]
-    ) -> tuple[list[np.ndarray], Summed]:
+    def summed(self, before: Mapping, share: float, effects: Effects) -> tuple[list[np.ndarray], Summed]:
         """As float64 numbers of which the sum over replicas counts, and what they stand for.
 
         Args:
             before: the variables and their values before the forward pass.
             share: the replica's part of the rows of the global batch.
-            effect_of: how a variable, by number, depends on the rows.
+            effects: how variables depend on the rows.
         """
         notes = Summed(normalized=[layer for layer, _ in self.moments])
         by_moments = {id(v) for layer in notes.normalized for v in statistics(layer)}
@@ -68,15 +69,14 @@ class SideEffects:
             variable, old = before[i]
             if id(variable) in by_moments:
                 continue
-            effect = effect_of(i, variable)
-            # Floats are averaged even so: a value that looked constant on the rows tried may depend on others.
-            if effect is Effect.SAME and not value.is_floating_point():
-                notes.constant.append((i, value.detach()))
-                continue
-            notes.assigned.append(i)
-            moved = value.detach().double() - old.detach().double()
-            moved = moved if effect is Effect.SUM else moved * share
-            sums.append(moved.cpu().numpy().ravel())
+            effect = effects.of_variable(i, variable)
+            if effect in (Effect.MEAN, Effect.SUM):
+                notes.assigned.append(i)
+                moved = value.detach().double() - old.detach().double()
+                moved = moved if effect is Effect.SUM else moved * share
+                sums.append(moved.cpu().numpy().ravel())
+            elif effect is not Effect.UNDECIDED or not torch.equal(value, old):
+                notes.kept.append((i, effect, value.detach()))
         return [*sums, *(moments.sums() for _, moments in self.moments)], notes
 
 
@@ -100,40 +100,86 @@ class Summed:
     """The side effects of a step on all replicas; true where there are any.
 
     The numbers hold, per entry of `assigned`, by how much each element of the variable moves, then per entry of
-    `normalized` its moments. `constant` are assigned values that are the same on all replicas, and need no numbers.
+    `normalized` its moments. `kept` are assigned values, by number, that are no sums: the same on all replicas, or
+    extremes over them.
     """
 
     assigned: list[int] = field(default_factory=list)
-    constant: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    kept: list[tuple[int, Effect, torch.Tensor]] = field(default_factory=list)
     normalized: list[keras.layers.BatchNormalization] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.assigned or self.constant or self.normalized)
+        return bool(self.assigned or self.kept or self.normalized)
 
-    def apply(self, variables: Sequence[torch.Tensor], sums: np.ndarray, number_of: dict[int, int]) -> None:
+    @staticmethod
+    def apply(
+        every: Sequence[Summed],
+        variables: Sequence[torch.Tensor],
+        sums: np.ndarray,
+        number_of: dict[int, int],
+        effects: Effects,
+    ) -> None:
         """Give variables their values for the global batch, in place.
 
         Args:
+            every: of all replicas.
             variables: a replica's, by number.
             sums: the numbers, added up over the replicas.
             number_of: of a Keras variable, by its id.
+            effects: how variables depend on the rows.
+
+        Raises:
+            UndecidedError: a variable moved otherwise than in the trial. Nothing has been assigned.
         """
-        for i, value in self.constant:
+        first = every[0]
+        for i, value in _kept_of_all(every, effects):
             variables[i].copy_(value)
         at = 0
-        for i in self.assigned:
+        for i in first.assigned:
             tensor = variables[i]
             moved = torch.from_numpy(sums[at : at + tensor.numel()]).to(tensor.device).reshape(tensor.shape)
             new = tensor.double() + moved
             tensor.copy_(new if tensor.is_floating_point() else new.round())
             at += tensor.numel()
-        for layer in self.normalized:
+        for layer in first.normalized:
             targets = [variables[number_of[id(v)]] for v in statistics(layer)]
             length = 1 + 2 * targets[0].numel()
             mean, variance = combine(sums[at : at + length])
             for tensor, new in zip(targets, moved_statistics(layer, targets, mean, variance), strict=True):
                 tensor.copy_(new)
             at += length
+
+
+def _kept_of_all(every: Sequence[Summed], effects: Effects) -> list[tuple[int, torch.Tensor]]:
+    """Values that are the same on all replicas, and extremes."""
+    first = every[0]
+    if len(every) == 1:
+        return [(i, value) for i, _, value in first.kept]
+    if len({tuple(i for i, _, _ in one.kept) for one in every}) > 1:
+        raise _moved_otherwise(effects, min(i for one in every for i, _, _ in one.kept))
+    found = []
+    for place, (i, effect, value) in enumerate(first.kept):
+        if effects.is_seed(i):
+            found.append((i, value))
+            continue
+        values = [value, *(one.kept[place][2].to(value.device) for one in every[1:])]
+        if effect in _EXTREMES:
+            found.append((i, _EXTREMES[effect](torch.stack(values), 0)))
+            continue
+        are_same = all(torch.equal(value, other) or values_agree(other, value) for other in values[1:])
+        if not are_same or (effect is Effect.UNDECIDED and not effects.asked_of_every_row):
+            raise _moved_otherwise(effects, i)
+        found.append((i, value))
+    return found
+
+
+def _moved_otherwise(effects: Effects, i: int) -> UndecidedError:
+    """A variable has moved in another way than the trial has shown."""
+    return UndecidedError(
+        f"The variable {effects.path(i)} is assigned in the forward pass, and depends on the rows in another way than "
+        "on the rows that fastdp has tried. Let its layer compute it from a mean or a sum over rows, pass "
+        'rows="replica" to fastdp.wrap to let the devices\' values be averaged, or use gpus=[0].'
+    )
 
 
 @dataclass(slots=True)

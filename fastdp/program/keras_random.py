@@ -31,7 +31,7 @@ SHAPED = ("normal", "uniform", "randint", "truncated_normal")
 def _per_row(shape: Any, state: Running, seed: Any) -> int:
     """How many entries of the first axis of a draw belong to each of the replica's rows; 0: it is not by rows."""
     rows = state.context.rows
-    if not len(shape) or 2 < rows.count == rows.total:
+    if not len(shape) or 3 < rows.count == rows.total:
         return 0
     sizes = tuple(int(size) for size in shape)
     per_row = state.sites.per_row(sizes, rows.count, seed, state.met, trial=state.frozen_moments)

@@ -36,6 +36,9 @@ class Running:
 
     `parts` are those of the forward pass that backward runs again (`fastdp.program.keras_recompute`).
 
+    `units` records the calls of layers and operations, or runs some of them on merged inputs
+    (`fastdp.program.keras_units.Units`).
+
     `placed` holds the graph of a model whose layers run on several devices of the replica, and what runs it.
 
     `frozen_moments` makes BatchNormalization use its moving statistics (for probing, where rows must not
@@ -57,6 +60,7 @@ class Running:
     drawing: bool = False
     watches_torch: bool = True
     placed: Any = None
+    units: Any = None
     parts: list[Any] = field(default_factory=list)
 
     def not_captured(self, what: str) -> None:

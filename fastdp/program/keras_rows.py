@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import numpy as np
 
 layers = keras.layers
 # The output for a row depends on that row alone, or on the others by BatchNormalization, which knows of devices; and
@@ -41,6 +42,7 @@ ROWS_APART = frozenset(
 )
 
 
+_ACTIVATIONS = keras.activations.relu.__module__
 # Single operations between the layers of a functional model that go number by number.
 _BY_NUMBER = ("Add", "Subtract", "Multiply", "Divide")
 
@@ -63,7 +65,7 @@ def _full_name(thing: Any) -> str:
 def _is_known(part: Any) -> bool:
     """Whether a part of a functional model is a layer that is known, as are all layers in it, or goes by numbers."""
     if isinstance(part, layers.Layer):
-        return all(
+        return _is_called_plainly(part) and all(
             type(layer) in ROWS_APART and not _is_altered(layer) and _settings_are_known(layer)
             for layer in part._flatten_layers()
         )
@@ -77,6 +79,19 @@ def _is_known(part: Any) -> bool:
     )
 
 
+def _is_called_plainly(layer: Any) -> bool:
+    """Whether a layer gets nothing but the graph's tensors, of which the last axis is not that of the rows.
+
+    A constant among its arguments may have an axis that the user means for rows.
+    """
+    nodes = layer._inbound_nodes
+    given = [leaf for node in nodes for leaf in keras.tree.flatten((node.arguments.args, node.arguments.kwargs))]
+    least = 1 if type(layer) in (layers.Embedding, layers.Identity, layers.Flatten) else 2
+    return all(isinstance(leaf, (keras.KerasTensor, bool, int, float, str, type(None))) for leaf in given) and all(
+        len(tensor.shape) >= least for node in nodes for tensor in node.input_tensors
+    )
+
+
 def _is_altered(layer: Any) -> bool:
     """Whether a layer's object has a `call` of its own, hooks of torch's, or losses."""
     own = vars(layer)
@@ -87,7 +102,9 @@ def _is_altered(layer: Any) -> bool:
 def _settings_are_known(layer: Any) -> bool:
     """Whether no setting of a layer's is code of the user's, makes losses or states, or reaches across rows."""
     functions = (getattr(layer, name, None) for name in ("activation", "recurrent_activation"))
-    if any(f is not None and not str(getattr(f, "__module__", "")).startswith("keras.") for f in functions):
+    if not all(f is None or _is_activation(f) for f in functions):
+        return False
+    if type(layer) is layers.Rescaling and (np.ndim(layer.scale) > 1 or np.ndim(layer.offset) > 1):
         return False
     if getattr(layer, "activity_regularizer", None) is not None or getattr(layer, "stateful", False):
         return False
@@ -96,11 +113,16 @@ def _settings_are_known(layer: Any) -> bool:
     noise = getattr(layer, "noise_shape", None)
     if (noise is not None and noise[0] is not None) or getattr(layer, "quantization_mode", None) is not None:
         return False
-    axes = getattr(layer, "axis", None)
-    if not all(isinstance(axis, int) and (axis == -1 or axis > 0) for axis in _as_tuple(axes)):
+    axes = (*_as_tuple(getattr(layer, "axis", None)), *_as_tuple(getattr(layer, "_attention_axes", None)))
+    if not all(isinstance(axis, int) and (axis == -1 or axis > 0) for axis in axes):
         return False
     equation = getattr(layer, "equation", None)
     return equation is None or _rows_first(equation)
+
+
+def _is_activation(function: Any) -> bool:
+    """Whether a function is one of Keras's activations, which go along the last axis. A layer is asked by itself."""
+    return isinstance(function, layers.Layer) or getattr(function, "__module__", "") == _ACTIVATIONS
 
 
 def _as_tuple(axes: Any) -> tuple[Any, ...]:

@@ -32,7 +32,14 @@ from keras.src.random.seed_generator import SeedGenerator
 from keras.src.utils.torch_utils import TorchModuleWrapper
 from torch.utils import checkpoint
 
-from fastdp.program import keras_augment, keras_modules, keras_placed, keras_random, keras_recompute
+from fastdp.program import (
+    keras_augment,
+    keras_modules,
+    keras_placed,
+    keras_random,
+    keras_recompute,
+    keras_units,
+)
 from fastdp.program.keras_host_draws import STAND_INS
 from fastdp.program.keras_moments import Moments, global_moments, local_moments
 from fastdp.program.keras_recurrent import fused
@@ -102,6 +109,8 @@ def _patch() -> None:
         (equalization, histogram, keras_augment.histogram_of_batch(getattr(equalization, histogram))),
         (Function, "_run_through_graph", keras_placed.run_through_graph(Function._run_through_graph)),
         (aug_mix, "py_random", keras_augment.PythonRandom()),
+        (keras.Operation, "__call__", keras_units.call_of_unit(keras.Operation.__call__)),
+        (keras.Layer, "add_loss", keras_units.loss_of_unit(keras.Layer.add_loss)),
         (TorchModuleWrapper, "call", keras_modules.call_of_replica(TorchModuleWrapper.call)),
     ]
     kept = "_checkpoint_without_reentrant_generator"

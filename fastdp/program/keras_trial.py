@@ -1,8 +1,10 @@
-"""Finding out how a model's side effects depend on the rows of a batch, by running it on two of them."""
+"""Running a model on some rows of a batch, without changing anything, to see how what it does depends on them."""
 
 from __future__ import annotations
 
+import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,44 +17,79 @@ import torch
 from fastdp.program.base import Context
 from fastdp.program.keras_batch import Structure, unpack
 from fastdp.program.keras_draws import DrawSites
-from fastdp.program.keras_effects import (
-    Effect,
-    check_loss,
-    check_outputs,
-    classify,
-    warn_mixed_rows,
-    warn_variable,
-)
+from fastdp.program.keras_effects import Effect, Layout, classify
 from fastdp.program.keras_host_draws import held_generators_stay
-from fastdp.program.keras_memory import ReplicaScope
+from fastdp.program.keras_memory import Mapping, ReplicaScope
 from fastdp.program.keras_moments import statistics
 from fastdp.program.keras_replica import Running, replica_scope
-from fastdp.program.keras_rows import keeps_rows_apart
-from fastdp.program.keras_scope import replica_aware
+from fastdp.program.keras_units import Call, Recorder, Unit, tensors_in
 
 
 class Effects:
-    """What is known of a model's `add_loss` terms and of the variables that it assigns.
+    """What is known of `add_loss` terms and of the variables that a model or a layer assigns.
 
     Args:
         model: the template.
         variables: all its variables, as the program numbers them.
         call: `call(x, training)` runs it.
         seed: of draws without a seed of their own.
+        sites: what is known of its draws.
     """
 
+    training = True
+    layouts: Sequence[Layout] | None = None
+    alone = False
+    asked_of_every_row = True
+
     def __init__(
-        self, model: keras.Model, variables: Sequence[keras.Variable], call: Callable[[Any, bool], Any], seed: int
+        self,
+        model: Any,
+        variables: Sequence[keras.Variable],
+        call: Callable[[Any, bool], Any],
+        seed: int,
+        sites: DrawSites | None = None,
     ) -> None:
         self._model, self._variables, self._call, self._seed = model, variables, call, seed
-        self.sites = DrawSites()
+        self.sites = DrawSites() if sites is None else sites
         layers = model._flatten_layers()
         self.seeds = {id(g.state) for layer in layers for g in layer._seed_generators}
         self._metrics = [[id(v) for v in metric.variables] for layer in layers for metric in layer._metrics]
         self._metric_ids = {number for metric in self._metrics for number in metric}
         self._assigned: dict[int, Effect] = {}
         self._losses: list[Effect] | None = None
-        self._tried_equal_rows = False
+
+    def units(self) -> Any:
+        """What has a say in how the units of a replica's forward pass run, if anything has."""
+        return None
+
+    @property
+    def outputs_are_plain(self) -> bool:
+        """Whether all outputs have rows first, or are a mean over rows."""
+        layouts = self.layouts or []
+        return all((one.effect is Effect.ROWS and not one.axis) or one.effect is Effect.MEAN for one in layouts)
+
+    def is_seed(self, index: int) -> bool:
+        """Whether a variable is the state of a random generator, which moves alike on all replicas."""
+        return id(self._variables[index]) in self.seeds
+
+    def path(self, index: int) -> str:
+        """A variable's path."""
+        return str(self._variables[index].path)
+
+    def check_undecided(self, known: Sequence[Effect], values: Sequence[torch.Tensor]) -> None:
+        """Nothing is asked again."""
+
+    def contributions(self, losses: Sequence[torch.Tensor], context: Context) -> list[torch.Tensor]:
+        """A replica's contributions to the `add_loss` terms.
+
+        Raises:
+            UndecidedError: one that was zero when the model was tried is not any more.
+        """
+        known, values = self.of_losses(len(losses)), [keras.ops.sum(loss) for loss in losses]
+        if Effect.UNDECIDED in known and context.size > 1:
+            self.check_undecided(known, values)
+        factors = [1.0 if effect is Effect.SUM else context.rows.share for effect in known]
+        return [value * factor for value, factor in zip(values, factors, strict=True)]
 
     def of_losses(self, count: int) -> list[Effect]:
         """How each of `count` terms depends on the rows: means, as long as nothing is known."""
@@ -69,48 +106,16 @@ class Effects:
             return Effect.SUM
         return Effect.MEAN if variable.dtype.startswith(("float", "bfloat")) else Effect.SAME
 
-    def inspect(self, batch: Sequence[np.ndarray], structure: Structure) -> None:
-        """Find out, once, how `add_loss` terms and assigned variables depend on the rows, and warn of mixed rows.
-
-        Runs the model on two rows of the batch, and on each alone, without changing anything. With fewer
-        rows, rows that are all equal, or values that are all zero, the question is asked again at the next step.
-        A model of layers that are known (`fastdp.program.keras_rows`) is not run: there is nothing to find out.
-
-        Raises:
-            NotByRowsError: an `add_loss` term, or outputs, that cannot be put together from the replicas' rows.
-        """
-        if self._losses is None and keeps_rows_apart(self._model):
-            self._losses = []
-        undecided = Effect.UNDECIDED in (*self._assigned.values(), *(self._losses or []))
-        if (self._losses is not None and not undecided and not self._tried_equal_rows) or len(batch[0]) < 2:
-            return
-        other = _unlike_first(batch, structure)
-        self._tried_equal_rows = other is None
-        pair = [np.asarray(array[[0, other or 1]]) for array in batch]
-        with replica_aware():
-            both = self._try_rows(pair, structure, 0, 2)
-            a, b = (self._try_rows(pair, structure, row, row + 1) for row in (0, 1))
-        if self._losses is None and a.outputs and b.outputs:
-            check_outputs(self._model.name, a.outputs, both.outputs)
-            warn_mixed_rows(self._model, a.outputs, b.outputs, both.outputs)
-        losses = [classify(*values) for values in zip(a.losses, b.losses, both.losses, strict=True)]
-        for index, effect in enumerate(losses):
-            check_loss(effect, index)
-        self._losses = losses  # not before: whoever goes on after the error gets it again
-        self._assigned |= {
-            i: warn_variable(effect, self._variables[i]) for i, effect in self._moves(a, b, both).items()
-        }
-        if not both.losses and not both.moved:
-            self._tried_equal_rows = False  # nothing that other rows could tell more about
-
-    def _moves(self, a: _Trial, b: _Trial, both: _Trial) -> dict[int, Effect]:
+    def _moves(self, a: Trial, b: Trial, both: Trial, rows: Sequence[int] = (1, 1)) -> dict[int, Effect]:
         """How far variables moved, by number: as a mean over rows, or as what else.
 
         A layer's metric is updated by numbers of each row, and is a sum over rows, or by one number of the batch
         (`update_state(ops.mean(...))`), and counts batches. The count says which where the total was zero.
         """
         found = {
-            i: classify(a.moved[i], b.moved[i], both.moved[i]) for i in both.moved if i in a.moved and i in b.moved
+            i: classify((a.moved[i], b.moved[i]), both.moved[i], rows)
+            for i in both.moved
+            if i in a.moved and i in b.moved
         }
         numbers = {id(self._variables[i]): i for i in found}
         for metric in self._metrics:
@@ -121,16 +126,36 @@ class Effects:
                     found[i] = Effect.MEAN if by_batch else Effect.SUM
         return found
 
-    def _try_rows(self, batch: Sequence[np.ndarray], structure: Structure, start: int, stop: int) -> _Trial:
-        """Run the model on some of two rows. What that fails with says so: the step itself has other rows."""
-        context = Context.alone(batch, structure, start, stop, 2)
-        run = Running(context, frozen_moments=True, seed=self._seed, sites=self.sites)
+    def _try_rows(
+        self,
+        batch: Sequence[np.ndarray],
+        structure: Structure,
+        start: int,
+        stop: int,
+        *,
+        recorder: Recorder | None = None,
+        shifted: Sequence[int] = (),
+    ) -> Trial:
+        """Run the model on some of the batch's rows. What that fails with says so: the step itself has other rows.
+
+        Args:
+            batch: the rows that are tried, all of them.
+            structure: theirs.
+            start, stop: the rows of `batch` that it is run on.
+            recorder: of the units.
+            shifted: numbers of variables that are one larger than they are.
+        """
+        context = Context.alone(batch, structure, start, stop, len(batch[0]))
+        recorder = recorder or Recorder()
+        run = Running(context, frozen_moments=True, seed=self._seed, sites=self.sites, units=recorder)
         mapping = [(v, v.value.detach()) for v in self._variables]
-        explained = _explained(stop - start)
+        for i in shifted:
+            mapping[i] = (mapping[i][0], mapping[i][1] + 1)
+        scope = _TrialScope(mapping, recorder)
         held = held_generators_stay(self._model)
-        with explained, held, torch.no_grad(), replica_scope(run), ReplicaScope(mapping, set()) as scope:
+        with _quiet(), _explained(stop - start), held, torch.no_grad(), replica_scope(run), scope:
             x, _, _ = unpack(structure.pack([array[start:stop].copy() for array in batch]))
-            outputs = [leaf.detach() for leaf in keras.tree.flatten(self._call(x, True))]
+            outputs = [leaf.detach() for leaf in tensors_in(self._call(x, self.training))]
             losses = [keras.ops.sum(loss) for loss in scope.losses]
         normalized = {id(v) for layer in self._model._flatten_layers() for v in statistics(layer)}
         moved = {}
@@ -138,7 +163,31 @@ class Effects:
             value = scope.get_current_value(variable)
             if value is not before and id(variable) not in normalized and id(variable) not in self.seeds:
                 moved[i] = value.double() - before.double()
-        return _Trial(losses, moved, [] if run.made_up else outputs)
+        return Trial(losses, moved, [] if run.made_up else outputs, recorder.calls, recorder.losses)
+
+
+class _TrialScope(ReplicaScope):
+    """A scope that tells the recorder which unit assigns a variable."""
+
+    def __init__(self, mapping: Mapping, recorder: Recorder) -> None:
+        super().__init__(mapping, set())
+        self._numbers = {id(variable): i for i, (variable, _) in enumerate(mapping)}
+        self._recorder = recorder
+
+    def add_update(self, update: tuple[keras.Variable, torch.Tensor]) -> None:
+        """Note an assignment, and by whom."""
+        number = self._numbers.get(id(update[0]))
+        if number is not None:
+            self._recorder.wrote(number)
+        super().add_update(update)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings: the step itself does not have these rows alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager
@@ -155,20 +204,44 @@ def _explained(rows: int) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Leave the global generators of torch, NumPy and Python where they were: the step draws from them, not a trial."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(python_state)
+
+
 @dataclass(frozen=True, slots=True)
-class _Trial:
+class Trial:
     """What the model did with some rows: `add_loss` terms, how far variables moved by number, outputs (none where
-    draws had to make up rows that were not there)."""
+    draws had to make up rows that were not there), its units, the layer of each term, and the unit that failed."""
 
     losses: list[torch.Tensor]
     moved: dict[int, torch.Tensor]
     outputs: list[torch.Tensor]
+    calls: dict[Unit, Call]
+    layers: list[Any]
+    failed: Unit | None = None
+
+
+def unlike_rows(batch: Sequence[np.ndarray], structure: Structure, wanted: int) -> list[int]:
+    """Up to `wanted` rows whose inputs all differ, the first row first."""
+    places = [i for i, name in enumerate(structure.names) if name.startswith("x")]
+    found = [0]
+    for row in range(1, len(batch[0])):
+        if len(found) == wanted:
+            break
+        if all(any(not np.array_equal(batch[i][row], batch[i][other]) for i in places) for other in found):
+            found.append(row)
+    return found
 
 
 def _unlike_first(batch: Sequence[np.ndarray], structure: Structure) -> int | None:
     """The first row whose inputs differ from those of row 0, if there is one."""
-    for row in range(1, len(batch[0])):
-        for array, name in zip(batch, structure.names, strict=True):
-            if name.startswith("x") and not np.array_equal(array[0], array[row]):
-                return row
-    return None
+    rows = unlike_rows(batch, structure, 2)
+    return rows[1] if len(rows) > 1 else None

@@ -144,10 +144,10 @@ def test_what_cannot_be_split_runs_as_plain_keras_with_one_warning(steps):
 @pytest.mark.parametrize(
     ("layer", "why"),
     [
-        (lambda: keras.layers.Lambda(keras.ops.squeeze, output_shape=()), "Rows must lie along the first"),
-        (lambda: keras.layers.Dense(1, activity_regularizer=lambda y: keras.ops.max(y**2)), "neither a mean"),
+        (lambda: keras.layers.Lambda(lambda x: x * torch.rand(x.shape), output_shape=(1,)), "outside of keras.random"),
+        (lambda: keras.layers.Dense(1, activity_regularizer=lambda y: keras.ops.max(y**2)), "the largest over rows"),
     ],
-    ids=["an output without rows", "a loss that is no sum"],
+    ids=["draws that devices cannot share", "a loss that is no sum"],
 )
 def test_what_turns_out_not_to_go_by_rows_runs_as_plain_keras_with_one_warning(layer, why, steps):
     def losses():

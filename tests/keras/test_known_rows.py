@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fastdp
-from fastdp.program import keras_trial
+from fastdp.program import keras_row_policy, keras_trial
 from fastdp.program.keras_batch import flatten_batch
 from fastdp.program.keras_rows import ROWS_APART, keeps_rows_apart
 
@@ -42,9 +42,11 @@ KNOWN, LAYERS = known()
 def tried(model, x):
     """What three runs of the model on rows of x show."""
     shown = []
-    trial = keras_trial.Effects(model, model.variables, lambda x, training: model(x, training=training), seed=1)
+    call = lambda x, training: model(x, training=training)  # noqa: E731
+    policy = keras_row_policy.Policy()  # rows that meet are an error
+    trial = keras_row_policy.ModelEffects(model, model.variables, call, 1, training=True, policy=policy)
     run = trial._try_rows
-    trial._try_rows = lambda *arguments: shown.append(run(*arguments)) or shown[-1]
+    trial._try_rows = lambda *arguments, **options: shown.append(run(*arguments, **options)) or shown[-1]
     trial.inspect(*flatten_batch((x, None, None)))
     return shown
 
@@ -54,8 +56,8 @@ def test_the_trial_finds_nothing_in_a_layer_that_is_known(name, monkeypatch):
     model = bare(cases.CASES[name])
     x = cases.CASES[name].batch(5)[0]
     assert tried(model, x) == []
-    monkeypatch.setattr(keras_trial, "keeps_rows_apart", lambda model: False)
-    shown = tried(model, x)  # a warning of rows that meet is an error here
+    monkeypatch.setattr(keras_row_policy, "keeps_rows_apart", lambda model: False)
+    shown = tried(model, x)
     assert [len(trial.outputs) > 0 for trial in shown] == [True] * 3
     assert all(not trial.losses and not trial.moved for trial in shown)
 
@@ -67,6 +69,11 @@ def test_every_layer_that_is_known_is_in_a_case():
 
 def dense(**options):
     return keras.Sequential([keras.Input((4,)), layers.Dense(4, **options)])
+
+
+def numbers(layer):
+    x = keras.Input(())
+    return keras.Model(x, layer(x))
 
 
 def functional(make):
@@ -111,6 +118,14 @@ ANYTHING = {
     "statistics beyond the usual": lambda: functional(layers.BatchNormalization(renorm=True)),
     "a mean over the rows": lambda: functional(lambda x: x - keras.ops.mean(x, axis=0, keepdims=True)),
     "unequal ranks": lambda: functional(lambda x: x + layers.Flatten()(x[:, :1])),
+    "a softmax over one number for each row": lambda: numbers(layers.Softmax()),
+    "an operation as activation": lambda: dense(activation=keras.ops.transpose),
+    "a layer over the rows as activation": lambda: dense(activation=layers.Softmax(axis=0)),
+    "a matrix of scales": lambda: functional(layers.Rescaling(np.ones((4, 1, 1)))),
+    "attention over the rows": lambda: functional(lambda x: layers.MultiHeadAttention(1, 2, attention_axes=(0,))(x, x)),
+    "a constant among the arguments": lambda: functional(
+        lambda x: layers.MultiHeadAttention(1, 2)(x, x, attention_mask=np.ones((4, 4, 4)))
+    ),
     "a lambda": lambda: functional(layers.Lambda(lambda x: x * 2)),
     "one of these in a model in a model": lambda: functional(keras.Sequential([keras.Sequential([Doubled()])])),
 }
