@@ -35,6 +35,22 @@ def test_the_first_lines_train_and_save(tmp_path: Path, monkeypatch: pytest.Monk
     np.testing.assert_array_equal(loaded.predict(x, verbose=0), names["model"].predict(x, verbose=0))
 
 
+def test_the_lines_of_an_own_loop_train_as_on_one_device() -> None:
+    x = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
+    weights = []
+    for count in (0, 3):
+        fastdp.set_virtual_devices(count)
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3, kernel_regularizer="l2")])
+        parallel = fastdp.wrap(model, gpus=3) if count else model
+        batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x[:, :3]), batch_size=8)
+        loss = torch.nn.functional.mse_loss
+        exec(CODE[1], {"torch": torch, "parallel": parallel, "batches": batches, "loss_function": loss})
+        weights.append(model.get_weights())
+    for found, wanted in zip(*weights, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_the_lines_for_a_torch_module_train_it() -> None:
     fastdp.set_virtual_devices(4)
     module = torch.nn.Linear(6, 3)
@@ -42,7 +58,7 @@ def test_the_lines_for_a_torch_module_train_it() -> None:
     x = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x.argmax(dim=1) % 3), batch_size=8)
     names: dict[str, Any] = {"fastdp": fastdp, "torch": torch, "module": module, "loader": loader}
-    exec(CODE[1], names)
+    exec(CODE[2], names)
     assert len(names["dp"].devices) == 4
     assert float(names["loss"]) > 0
     assert not torch.equal(module.weight, before)
