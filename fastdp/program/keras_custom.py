@@ -20,6 +20,7 @@ from fastdp.program.base import Context, Result
 from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import Structure, flatten_outputs, unpack
 from fastdp.program.keras_effects import Effect, classify, mixes_rows
+from fastdp.program.keras_generators import Generators
 from fastdp.program.keras_memory import Mapping, ReplicaScope
 from fastdp.program.keras_outcome import Notes, Outcome
 from fastdp.program.keras_placed import gradients_of
@@ -221,7 +222,7 @@ class CallProgram(KerasProgram):
         context = Context.alone(batch, work, 0, len(batch[0]), len(batch[0]))
         context.step = work.ran[0].context.step
         run = self.running_replica(context)
-        run.placed = None
+        run.placed, run.generators = None, Generators(work.ran[0].run.generators.step)
         mapping = [(v, v.value) for v in self.variables] + work.seeds
         with replica_aware(), torch.enable_grad(), replica_scope(run), ReplicaScope(mapping, set()) as scope:
             outputs, _ = flatten_outputs(work.call(inputs))
