@@ -101,12 +101,12 @@ class KerasProgram:
         # For captured steps: which gradients lie in which of the engine's buckets, and the replicas that are there.
         self.gradient_buckets: list[tuple[int, ...]] = []
         self.states: weakref.WeakValueDictionary[int, ReplicaState] = weakref.WeakValueDictionary()
-        self.draws = StepDraws()
         self._groups: Sequence[Sequence[QueueDevice]] | None = getattr(trainer, "device_groups", None)
         self._writes_to_inputs = writes_to_inputs(model)
         regularizers = [v.regularizer for v in self.trainable if v.regularizer is not None]
         are_known = all(type(one).__module__.startswith("keras.") for one in regularizers)
         self._is_known = are_known and keeps_rows_apart(model)
+        self.draws = StepDraws(moves=bool(self.effects.seeds) or not self._is_known)
 
     # Memory: the protocol of fastdp.program.base.
 

@@ -21,6 +21,7 @@ from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import Structure, flatten_outputs, pack_like, unpack
 from fastdp.program.keras_call_trial import LayerEffects, RowsCall, is_number
 from fastdp.program.keras_effects import Effect, NotByRowsError
+from fastdp.program.keras_generators import Generators
 from fastdp.program.keras_memory import Mapping, ReplicaScope
 from fastdp.program.keras_outcome import Notes, Outcome, SideEffects
 from fastdp.program.keras_placed import gradients_of
@@ -276,7 +277,7 @@ class CallProgram(KerasProgram):
         context = Context.alone(batch, work, 0, len(batch[0]), len(batch[0]))
         context.step = work.ran[0].context.step
         run = self.running_replica(context)
-        run.placed = None
+        run.placed, run.generators = None, Generators(work.ran[0].run.generators.step)
         mapping = [(v, v.value) for v in self.variables] + work.seeds
         with replica_aware(), torch.enable_grad(), replica_scope(run), ReplicaScope(mapping, set()) as scope:
             _, found, numbers = OutputForm.of(work.call(inputs, shared))

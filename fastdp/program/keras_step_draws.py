@@ -13,11 +13,11 @@ from fastdp.program.keras_replica import Running, replica_scope
 class StepDraws:
     """Hands each replica of a step its generators, and keeps the first one's after the step.
 
-    `moves` says whether steps draw from generators of the host's, as far as the last one has shown; at first they may.
+    `moves` says whether steps draw from generators of the host's, as far as the last one has shown; before any it is `moves`.
     """
 
-    def __init__(self) -> None:
-        self.moves = True
+    def __init__(self, moves: bool) -> None:
+        self.moves = moves
         self._step: StepGenerators | None = None
         self._first: Generators | None = None
         self._updated: Generators | None = None

@@ -37,7 +37,7 @@ def _rows_of(state: Any, shape: Any) -> int:
 
 def _drawn(state: Any, draw: Callable[[], Any], generator: Any, device: Any) -> Any:
     """A draw by the replica's own copy of a generator."""
-    state.not_captured("a random draw of torch's own")
+    state.not_captured("a random op that is not Keras's")
     return state.generators.with_torch(generator, draw, device if device is not None else torch.get_default_device())
 
 

@@ -1,7 +1,8 @@
 """Model code that runs again in backward (`keras.remat`, `torch.utils.checkpoint`) trains as the same model without it.
 
 Plain Keras itself does not: it moves seeds and statistics twice, drops other units in backward than in forward, and
-fails where a layer inside learns from its caller that it trains. So the equal of a model is the model without checkpoints.
+fails where a layer inside learns from its caller that it trains. So what a model is compared with is the model without
+checkpoints.
 """
 
 from __future__ import annotations
