@@ -20,7 +20,7 @@ statistics, so that nothing else mixes rows.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,9 @@ from fastdp.errors import ReplicaError
 
 TOLERANCE = 1e-4
 MIXED_TOLERANCE = 1e-3
+# Where it is known how far off rounding may be: what is allowed in any case, and how many times the noise.
+ROUNDING_TOLERANCE = 5e-6
+NOISE_FACTOR = 10.0
 # Of numbers that are all but zero: what is left where others cancel.
 ROUNDING = 1e-6
 
@@ -94,13 +97,19 @@ ROWS_FIRST = Layout(Effect.ROWS, 0, 1, True)
 MEAN_SCALAR = Layout(Effect.MEAN)
 
 
-def layout_of(parts: Sequence[torch.Tensor], whole: torch.Tensor, rows: Sequence[int]) -> Layout:
+def layout_of(
+    parts: Sequence[torch.Tensor],
+    whole: torch.Tensor,
+    rows: Sequence[int],
+    noise: Callable[[], float] | None = None,
+) -> Layout:
     """How a tensor depends on rows: by its whole shapes, and all its values.
 
     Args:
         parts: the tensor for each part of some rows, in order.
         whole: the tensor for all these rows.
         rows: how many rows each part has.
+        noise: how far off rounding may be, where that is known. Asked only if it matters.
     """
     if any(part.ndim != whole.ndim or part.dtype != whole.dtype for part in parts):
         return Layout(Effect.UNKNOWN)
@@ -114,21 +123,26 @@ def layout_of(parts: Sequence[torch.Tensor], whole: torch.Tensor, rows: Sequence
         sizes = [part.shape[axis] for part in parts]
         if per_row and whole.shape[axis] == per_row * total and sizes == [per_row * count for count in rows]:
             stacks = unequal == [axis]
-            apart = stacks and values_agree(torch.cat(list(parts), axis), whole)
+            apart = stacks and values_agree(torch.cat(list(parts), axis), whole, noise)
             return Layout(Effect.ROWS if apart else Effect.UNKNOWN, axis, per_row, stacks)
     return Layout(Effect.UNKNOWN)
 
 
-def values_agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether two tensors of one shape are the same but for rounding; whole numbers exactly."""
+def values_agree(found: torch.Tensor, expected: torch.Tensor, noise: Callable[[], float] | None = None) -> bool:
+    """Whether two tensors of one shape are the same but for rounding; whole numbers exactly, if without noise."""
     if not expected.is_floating_point():
-        return bool((found == expected).all())
+        return bool((found == expected).all()) or (noise is not None and noise() > 0.0)
     found, expected = found.detach().double(), expected.detach()
-    tolerance = MIXED_TOLERANCE * (20.0 if expected.dtype.itemsize < 4 else 1.0)
+    tolerance = MIXED_TOLERANCE if noise is None else ROUNDING_TOLERANCE
+    tolerance = tolerance if expected.dtype.itemsize >= 4 else 20 * MIXED_TOLERANCE
     expected = expected.double()
     finite = expected[torch.isfinite(expected)].abs()
     scale = float(finite.max()) if finite.numel() else 0.0
-    return torch.allclose(found, expected, rtol=0.0, atol=max(tolerance * scale, ROUNDING), equal_nan=True)
+
+    def close(atol: float) -> bool:
+        return torch.allclose(found, expected, rtol=0.0, atol=max(atol, ROUNDING), equal_nan=True)
+
+    return close(tolerance * scale) or (noise is not None and close(NOISE_FACTOR * noise()))
 
 
 def classify(parts: Sequence[torch.Tensor], whole: torch.Tensor, rows: Sequence[int] = (1, 1)) -> Effect:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import keras
@@ -20,6 +21,7 @@ _OF_OUTPUTS = (Effect.MEAN, Effect.SUM)
 _OF_LOSSES = (Effect.MEAN, Effect.SUM, Effect.SAME, Effect.UNDECIDED)
 _OF_VARIABLES = (*_OF_LOSSES, Effect.LARGEST, Effect.SMALLEST)
 _MOST_PLANS = 50
+_LAST_BITS = 5e-7
 # What a model's own code fails with on rows that it was not made for.
 FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -63,6 +65,7 @@ class Tried:
         self.rows = cut, self.total - cut
         self.whole = self._run(arrays, 0, self.total)
         self.parts = self._apart = self._parts({})
+        self._noisy: Trial | None = None
 
     def _run(self, arrays: Sequence[np.ndarray], start: int, stop: int, **options: Any) -> Trial:
         return self._effects._try_rows(arrays, self._structure, start, stop, **options)
@@ -109,11 +112,9 @@ class Tried:
             layouts = [Layout(Effect.UNKNOWN)] * len(whole.outputs)
             losses = [Effect.UNKNOWN] * len(whole.losses)
             return Verdict(layouts, losses, {}, list(range(len(layouts))), list(range(len(losses))))
-        layouts = []
+        layouts, unknown = [], [Layout(Effect.UNKNOWN)] * len(whole.outputs)
         if a.outputs and b.outputs:
-            layouts = self._layouts(a.outputs, b.outputs, whole.outputs) or [Layout(Effect.UNKNOWN)] * len(
-                whole.outputs
-            )
+            layouts = self._layouts(a.outputs, b.outputs, whole.outputs, lambda trial: trial.outputs) or unknown
         losses = [Effect.UNKNOWN] * len(whole.losses)
         if len(a.losses) == len(b.losses) == len(whole.losses):
             pairs = zip(a.losses, b.losses, whole.losses, strict=True)
@@ -160,12 +161,31 @@ class Tried:
         return found
 
     def _layouts(
-        self, first: Sequence[torch.Tensor], second: Sequence[torch.Tensor], whole: Sequence[torch.Tensor]
+        self,
+        first: Sequence[torch.Tensor],
+        second: Sequence[torch.Tensor],
+        whole: Sequence[torch.Tensor],
+        of: Callable[[Trial], Sequence[torch.Tensor]],
     ) -> list[Layout] | None:
-        """How tensors depend on the rows; None where there are more of them for some rows than for others."""
+        """How tensors depend on the rows; None where there are more of them for some rows than for others.
+
+        `of` finds such tensors in a trial.
+        """
         if not len(first) == len(second) == len(whole):
             return None
-        return [layout_of((x, y), xy, self.rows) for x, y, xy in zip(first, second, whole, strict=True)]
+        return [
+            layout_of((x, y), xy, self.rows, partial(self._noise, i, xy, of))
+            for i, (x, y, xy) in enumerate(zip(first, second, whole, strict=True))
+        ]
+
+    def _noise(self, i: int, whole: torch.Tensor, of: Callable[[Trial], Sequence[torch.Tensor]]) -> float:
+        """How far off rounding may be in a tensor: as far as when all variables are off in their last bits."""
+        if self._noisy is None:
+            self._noisy = self._run(self._arrays, 0, self.total, jitter=_LAST_BITS)
+        found = of(self._noisy)
+        if i >= len(found) or found[i].shape != whole.shape or not whole.numel():
+            return 0.0
+        return float((found[i].double() - whole.double()).abs().nan_to_num(0.0, 0.0, 0.0).max())
 
     def is_repeatable(self) -> bool:
         """Whether the model gives the same for the same rows once more: nothing is drawn outside of keras.random."""
@@ -230,7 +250,12 @@ class Tried:
         a, b = (part.calls.get(call.unit) for part in parts or self.parts)
         if a is None or b is None:
             return None
-        return self._layouts(getattr(a, what), getattr(b, what), getattr(call, what))
+
+        def of(trial: Trial) -> Sequence[torch.Tensor]:
+            noisy = trial.calls.get(call.unit)
+            return getattr(noisy, what) if noisy is not None else ()
+
+        return self._layouts(getattr(a, what), getattr(b, what), getattr(call, what), of)
 
     def _plan(self, call: Call) -> Plan | None:
         """How the unit runs on merged inputs."""

@@ -135,6 +135,7 @@ class Effects:
         *,
         recorder: Recorder | None = None,
         shifted: Sequence[int] = (),
+        jitter: float = 0.0,
     ) -> Trial:
         """Run the model on some of the batch's rows. What that fails with says so: the step itself has other rows.
 
@@ -144,6 +145,7 @@ class Effects:
             start, stop: the rows of `batch` that it is run on.
             recorder: of the units.
             shifted: numbers of variables that are one larger than they are.
+            jitter: by which part of them variables are off at random.
         """
         context = Context.alone(batch, structure, start, stop, len(batch[0]))
         recorder = recorder or Recorder()
@@ -151,6 +153,8 @@ class Effects:
         mapping = [(v, v.value.detach()) for v in self._variables]
         for i in shifted:
             mapping[i] = (mapping[i][0], mapping[i][1] + 1)
+        if jitter:
+            mapping = [(v, _jittered(value, jitter)) for v, value in mapping]
         scope = _TrialScope(mapping, recorder)
         held = held_generators_stay(self._model)
         with _quiet(), _explained(stop - start), held, torch.no_grad(), replica_scope(run), scope:
@@ -164,6 +168,11 @@ class Effects:
             if value is not before and id(variable) not in normalized and id(variable) not in self.seeds:
                 moved[i] = value.double() - before.double()
         return Trial(losses, moved, [] if run.made_up else outputs, recorder.calls, recorder.losses)
+
+
+def _jittered(value: torch.Tensor, part: float) -> torch.Tensor:
+    """A value that is off by some part of it."""
+    return value * (1.0 + part * torch.randn_like(value)) if value.is_floating_point() else value
 
 
 class _TrialScope(ReplicaScope):
