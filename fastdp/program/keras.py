@@ -332,8 +332,9 @@ class KerasProgram:
         compiled = self.trainer._compile_loss
         if self._own_compute_loss or self._found_not_per_sample:
             self._loss_is_merged = True
-        elif self._shared is None and compiled is not None and compiled.built:
-            self._shared = SharedLoss(compiled)
+        elif compiled is not None and compiled.built:
+            if self._shared is None or not self._shared.is_of(compiled):
+                self._shared = SharedLoss(compiled)
             self._loss_is_merged = not self._shared.per_sample
 
     @staticmethod
