@@ -28,7 +28,7 @@ from fastdp.program.capture_watch import Watch
 _LIBRARIES = {"keras", "torch", "numpy", "fastdp", "builtins", *sys.stdlib_module_names}
 # Equal where `==` says so, and never changed in place. Classes whose `==` is identity are added by `_by_value`.
 _VALUES = (int, float, complex, str, bytes, bool, type(None), range, slice, enum.Enum, np.generic, np.dtype)
-_VALUES += (torch.dtype, torch.device, torch.layout, torch.memory_format, keras.DTypePolicy, types.MethodType)
+_VALUES += (torch.dtype, torch.device, torch.layout, torch.memory_format, keras.DTypePolicy, types.MethodType, types.CodeType)
 _CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque)
 _UNREAD = (
     keras.Optimizer,
@@ -126,6 +126,12 @@ class Reach:
                 self._watch.object(mapping, key, name)
             self.walk(mapping[key], name)
 
+    def _attribute(self, owner: Any, name: str, what: str) -> None:
+        """One attribute of an object that has no mapping of them."""
+        value = getattr(owner, name)
+        self._watch.attribute(owner, name, what, _by_value(value))
+        self.walk(value, what)
+
     def _container(self, container: Any, what: str) -> None:
         """What is in a container. Where `==` tells about all of it, it has been seen to."""
         if not _by_value(container):
@@ -150,12 +156,15 @@ class Reach:
         """The attributes of an object, and its class."""
         if isinstance(value, keras.layers.Layer):
             what = value.name
-        attributes = getattr(value, "__dict__", None)
-        if attributes is not None:
+        attributes = getattr(value, "__dict__", {})
+        if attributes:
             names = self._read_names(value, attributes)
             self._mapping(attributes, names, what)
             if not isinstance(value, keras.Model):
                 self._watch.size(attributes, what)
+        modules = attributes.get("_modules") if isinstance(value, keras.layers.Layer) else None
+        if modules and not all(isinstance(module, keras.layers.Layer) for module in modules.values()):
+            self._mapping(attributes, ["_modules"], what)
         # Constants among the operands of a functional model.
         for node in [node for nodes in getattr(value, "_nodes_by_depth", {}).values() for node in nodes]:
             for argument in node.arguments._flat_arguments:
@@ -163,7 +172,7 @@ class Reach:
         for cls in type(value).__mro__:
             for name in _slots(cls):
                 if hasattr(value, name):
-                    self.walk(getattr(value, name), f"{what}.{name}")
+                    self._attribute(value, name, what)
             self._class(cls)
 
     def _read_names(self, value: Any, attributes: dict[str, Any]) -> list[str]:
@@ -202,20 +211,19 @@ class Reach:
     def _function(self, function: Any, what: str) -> None:
         """What a function of the user's reads without being given it; what a method or a partial is bound to."""
         if isinstance(function, functools.partial):
-            for part in (function.func, function.args, function.keywords):
-                self.walk(part, what)
+            for name in ("func", "args", "keywords"):
+                self._attribute(function, name, what)
             return
         if isinstance(function, types.MethodType):
             self.walk(function.__self__, what)
         function = getattr(function, "__func__", function)
         if not isinstance(function, types.FunctionType) or not is_own(function):
             return
-        for part in (function.__defaults__, function.__kwdefaults__):
-            self.walk(part, what)
+        for name in ("__code__", "__defaults__", "__kwdefaults__"):
+            self._attribute(function, name, f"{function.__qualname__}()")
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             if cell != types.CellType():  # an empty one
-                self._watch.cell(cell, f"{name} in {function.__qualname__}()")
-                self.walk(cell.cell_contents, name)
+                self._attribute(cell, "cell_contents", f"{name} in {function.__qualname__}()")
         names = set(_names_in_code(function.__code__))
         known = function.__globals__
         named = sorted(names & known.keys())

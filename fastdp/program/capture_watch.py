@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter, is_, itemgetter, methodcaller
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ MOST_PLACES = 20_000
 MOST_NBYTES = 1 << 16  # of all contents that are compared
 SMALL_NBYTES = 1 << 12  # of a tensor that is compared by content too
 _version, _address, _content = attrgetter("_version"), methodcaller("data_ptr"), methodcaller("tobytes")
-_cell_contents, _regularizer = attrgetter("cell_contents"), attrgetter("_regularizer")
+_regularizer = attrgetter("_regularizer")
 
 
 @dataclass(slots=True)
@@ -100,11 +101,16 @@ class Watch:
             self._objects.add((itemgetter(key), owner), what)
             self._held.append((key, owner[key]))
 
-    def cell(self, cell: Any, what: str) -> None:
-        """That a closure's cell holds the same object."""
+    def attribute(self, owner: Any, name: str, what: str, by_value: bool) -> None:
+        """An attribute of something without a mapping of attributes: by `==`, or that it stays the same object."""
         if self._has_room(1, what):
-            self._objects.add((_cell_contents, cell), what)
-            self._held.append(("cell_contents", cell.cell_contents))
+            places = self._values if by_value else self._objects
+            places.add((attrgetter(name), owner), what)
+            if by_value:
+                places.then[-1] = _copied(places.then[-1])
+                self._names.append([name])
+            else:
+                self._held.append((name, getattr(owner, name)))
 
     def size(self, owner: Any, what: str) -> None:
         """That a mapping has no more keys, and no fewer."""
@@ -168,6 +174,8 @@ class Watch:
     def _which(self, i: int) -> str:
         """Which of the values of one mapping has changed."""
         owner, names = self._values.sources[i][1], self._names[i]
+        if len(names) == 1:
+            return f".{names[0]}"
         for name, then in zip(names, self._then(i), strict=True):
             if not _Places(self._values.read, [(itemgetter(name), owner)], [then]).same():
                 return f".{name}"
@@ -207,9 +215,9 @@ def _copied(value: Any) -> Any:
 
 
 def _put(owner: Any, items: dict[Any, Any]) -> None:
-    """Write to what a place lies in: a dict or list, a class, or a closure's cell."""
-    if isinstance(owner, (dict, list)):
-        for key, value in items.items():
+    """Write to what a place lies in: a dict or list, or an object such as a closure's cell. A class is left alone."""
+    for key, value in items.items():
+        if isinstance(owner, (dict, list)):
             owner[key] = value
-    elif hasattr(owner, "cell_contents"):
-        owner.cell_contents = items["cell_contents"]
+        elif not isinstance(owner, MappingProxyType):
+            setattr(owner, key, value)

@@ -438,7 +438,7 @@ class Module(torch.nn.Module):
 
 def with_module():
     torch.manual_seed(0)
-    return sequential(keras.layers.TorchModuleWrapper(Module()))
+    return sequential(L.TorchModuleWrapper(Module(), output_shape=(None, 4)))
 
 
 def module_factor(model, _):
@@ -525,26 +525,40 @@ class Large(L.Layer):
         return x * ops.convert_to_tensor(self.array.mean(axis=(0, 1)))
 
 
-def eager_because(why, build):
+def trained_eagerly(build, mode):
+    """The model, and the losses, of steps on one device."""
     np.random.seed(3)
-    plain, _ = losses(build, lambda *_: None)
-    np.random.seed(3)
-    with pytest.warns(UserWarning, match=why):
-        found, _ = losses(build, lambda *_: None, 1, how=None)
-    np.testing.assert_allclose(found, plain, rtol=2e-5)
+    keras.utils.set_random_seed(7)
+    model = build()
+    parallel = fastdp.wrap(model, gpus=1, compile=mode)
+    parallel.compile(keras.optimizers.SGD(), "mse")
+    found = [float(parallel.train_on_batch(x, y)) for x, y in batches()]
+    assert {entry["how"] for entry in parallel.report()} == {"eager"}
+    return model.layers[0], found
 
 
-def test_a_layer_that_counts_its_calls_runs_eagerly_and_counts_right():
-    eager_because("seen, which changes while the model trains", lambda: sequential(Counting()))
+@pytest.mark.filterwarnings("ignore:The outputs of")
+def test_a_layer_that_counts_its_calls_runs_eagerly_and_a_trace_does_not_count():
+    layer, expected = trained_eagerly(lambda: sequential(Counting()), None)
+    with pytest.warns(UserWarning, match="which changes while the model trains"):
+        other, found = trained_eagerly(lambda: sequential(Counting()), "trace")
+    assert (other.seen, other.kept) == (layer.seen, layer.kept)
+    assert found == expected
 
 
+@pytest.mark.filterwarnings("ignore:The outputs of")
 @pytest.mark.parametrize("make", [lambda: None, lambda: np.random.default_rng(0), lambda: np.random.RandomState(0)])
-def test_a_layer_that_draws_from_numpy_runs_eagerly_and_draws_the_same(make):
-    eager_because("draws random numbers from", lambda: sequential(Drawing(make())))
+def test_a_layer_that_draws_from_numpy_runs_eagerly_and_a_trace_draws_nothing(make):
+    _, expected = trained_eagerly(lambda: sequential(Drawing(make())), None)
+    with pytest.warns(UserWarning, match="draws random numbers from"):
+        _, found = trained_eagerly(lambda: sequential(Drawing(make())), "trace")
+    assert found == expected
 
 
 def test_a_large_array_that_anybody_may_write_to_is_not_captured():
-    eager_because("an array too large", lambda: sequential(Large()))
+    with pytest.warns(UserWarning, match="an array too large"):
+        _, found = trained_eagerly(lambda: sequential(Large()), "trace")
+    np.testing.assert_allclose(found, losses(lambda: sequential(Large()), lambda *_: None, optimizer=keras.optimizers.SGD)[0], rtol=2e-5)
 
 
 def test_a_large_array_that_nobody_may_write_to_is_captured():
