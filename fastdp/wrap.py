@@ -21,6 +21,7 @@ def wrap(
     compile: str | None = "auto",
     graph: str | None = "auto",
     update: str | None = None,
+    deterministic: bool = False,
     timeout: float = 1800.0,
     check_replicas: bool = False,
 ) -> Any:
@@ -55,6 +56,11 @@ def wrap(
         update: "first" applies the optimizer on the first device and copies the new weights to the others: faster
             where devices outnumber the cores that they share. "each" applies it on every device. The results are
             the same. None: "each" on GPUs, "first" elsewhere.
+        deterministic: results repeat bit for bit, from run to run on one machine with the same devices and cores.
+            Torch's deterministic algorithms are used while a step runs; an operation that has none is an error.
+            Nothing goes by the clock: "auto" traces the second step of a batch shape and compiles none, and with
+            "inductor" that step waits for the compiler. Slower. On GPUs the environment variable
+            CUBLAS_WORKSPACE_CONFIG has to be set, which is done here if torch has not used a GPU yet.
         timeout: seconds that one step may take before it is given up. On one virtual device a step runs on the
             thread that asks for it, and nobody is left to give it up.
         check_replicas: verify after each step that all replicas are bitwise equal (slow; for debugging).
@@ -86,6 +92,7 @@ def wrap(
                 compile=compile,
                 graph=graph,
                 update=update,
+                deterministic=deterministic,
                 timeout=timeout,
                 check_replicas=check_replicas,
             )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ from fastdp.keras.custom_steps import has_own
 from fastdp.keras.steps import Steps
 from fastdp.program.capture_record import chosen_graphs
 from fastdp.program.keras_effects import NotByRowsError
+from fastdp.program.torch_deterministic import check_deterministic, deterministic_algorithms
 
 _KINDS = ("train", "test", "predict")
 _STEPS = "_fastdp_steps"  # in a model's __dict__: so it lives as long as the model, and Keras does not track it
@@ -49,6 +51,7 @@ def install(
     sync_batch_norm: bool = True,
     compile: str | None = "auto",
     graph: str | None = "auto",
+    deterministic: bool = False,
     **options: Any,
 ) -> None:
     """Run every Keras model of this process on several devices, from the next `fit`, `evaluate` or `predict` on.
@@ -62,6 +65,7 @@ def install(
         sync_batch_norm: BatchNormalization by the global batch, as plain Keras does; False: by each device's rows.
         compile: how steps run, "auto", None, "trace" or "inductor"; see `fastdp.wrap`.
         graph: whether captured steps become CUDA graphs, "auto", "bucket", "step" or None; see `fastdp.wrap`.
+        deterministic: results repeat bit for bit; see `fastdp.wrap`.
         options: `update`, `timeout` and `check_replicas` of `fastdp.wrap`.
 
     Raises:
@@ -79,11 +83,14 @@ def install(
         raise TypeError(f"`fastdp.install` knows no option {sorted(unknown)}.")
     devices = resolve(gpus, caller="fastdp.install")
     graphs = chosen_graphs(graph, devices, compile)
+    if deterministic:
+        check_deterministic(devices)
     uninstall()
     settings = {
         "sync_batch_norm": sync_batch_norm,
         "capture_mode": compile,
         "graphs": graphs,
+        "deterministic": deterministic,
         "engine_options": options,
     }
     installed = _Installed(devices, settings)
@@ -165,7 +172,8 @@ class _ParallelFunction:
             except NotByRowsError as error:  # found out before the step: nothing has changed
                 reason = self._refused = str(error)
         _warn_once(model, self._kind, reason)
-        return self._plain(data)
+        with deterministic_algorithms() if self._installed.options["deterministic"] else nullcontext():
+            return self._plain(data)
 
 
 def _steps_of(model: Any, installed: _Installed) -> Steps:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import keras
@@ -22,10 +23,22 @@ from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import Structure, flatten_batch, unpack
 from fastdp.program.keras_custom import CallProgram
 from fastdp.program.keras_losses import own_copy
+from fastdp.program.torch_deterministic import check_deterministic, deterministic_algorithms
 from fastdp.program.torch_tensors import as_tensor
 from fastdp.step import StepResult
 from fastdp.step_scope import alone
 from fastdp.transfer import ResidentArray, count_rows
+
+
+def _deterministic_if_asked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of `Steps` that uses torch's deterministic algorithms, where that is asked for."""
+
+    @functools.wraps(step)
+    def run(self: Steps, engine: DataParallel, data: Any) -> Any:
+        with deterministic_algorithms() if self._deterministic else nullcontext():
+            return step(self, engine, data)
+
+    return run
 
 
 class Steps:
@@ -38,6 +51,7 @@ class Steps:
         capture_mode: None, "trace", "inductor" or "auto"; see `fastdp.wrap`.
         graphs: how captured steps are recorded as CUDA graphs, "bucket" or "step", or "" for not at all.
         sync_batch_norm: BatchNormalization over the global batch.
+        deterministic: results repeat bit for bit; see `fastdp.wrap`.
         template_state: a context manager factory that lends the template the trainer's settings; None where they
             are one model.
         engine_options: further arguments of `DataParallel`.
@@ -53,6 +67,7 @@ class Steps:
         capture_mode: str | None = None,
         graphs: str = "",
         sync_batch_norm: bool = False,
+        deterministic: bool = False,
         template_state: Any = None,
         engine_options: dict[str, Any] | None = None,
         strict: bool = True,
@@ -63,6 +78,9 @@ class Steps:
         self._capture_mode = capture_mode
         self._graphs = graphs
         self._sync_batch_norm = sync_batch_norm
+        self._deterministic = deterministic
+        if deterministic:
+            check_deterministic(devices)
         self._template_state = template_state
         self._engine_options = engine_options or {}
         self._strict = strict
@@ -86,7 +104,9 @@ class Steps:
             if self._capture_mode is not None and trainer.compiled and not has_own(self.template, "train_step"):
                 parts = self._graphs == "step"
                 recorder = Recorder(self.template.name, alone, parts=parts) if self._graphs else None
-                program.captures = Captures(program, self._capture_mode, len(self.devices), recorder, alone)
+                program.captures = Captures(
+                    program, self._capture_mode, len(self.devices), recorder, alone, self._deterministic
+                )
             self._engine = DataParallel(program, self.devices, **self._engine_options)
             self._calls = LayerCalls(self._engine) if isinstance(program, CallProgram) else None
             self._trains, self._variables_known = self._trainability(program), False
@@ -155,6 +175,7 @@ class Steps:
         program: Any = self._engine.program if self._engine is not None else None
         return program.captures if program is not None else None
 
+    @_deterministic_if_asked
     def train(self, engine: DataParallel, data: Any) -> Any:
         """One training step; the logs."""
         if has_own(self.template, "train_step"):
@@ -188,6 +209,7 @@ class Steps:
             y_pred = result.notes.structure.pack(result.outputs)
         return self.trainer.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
 
+    @_deterministic_if_asked
     def test(self, engine: DataParallel, data: Any) -> Any:
         """One test step; the logs."""
         if has_own(self.template, "test_step"):
@@ -201,12 +223,14 @@ class Steps:
         self.trainer._loss_tracker.update_state(loss, sample_weight=result.rows)
         return self.trainer.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
 
+    @_deterministic_if_asked
     def predict(self, engine: DataParallel, data: Any) -> Any:
         """One prediction step; the merged outputs of one batch."""
         if has_own(self.template, "predict_step"):
             return self._own_step("predict_step", data)
         return self.outputs(engine, data)
 
+    @_deterministic_if_asked
     def outputs(self, engine: DataParallel, data: Any) -> Any:
         """The merged outputs of the model itself for one batch."""
         x, _, _ = unpack(data)

@@ -73,6 +73,8 @@ class Captures:
         recorder: who records captured steps as CUDA graphs; None where nobody does.
         alone: makes a context manager within which no engine of the process runs a step. Torch traces one function at a
             time, and bends its modules meanwhile for all threads.
+        deterministic: how a step runs goes by the number of steps, and not by the clock. "auto" traces the second step
+            of a shape, and compiles none; with "inductor" that step waits for the compiler.
 
     The host thread calls `prepare` before each training step and `note` after it. `report` tells what became of
     each shape.
@@ -85,7 +87,9 @@ class Captures:
         parts: int,
         recorder: Recorder | None = None,
         alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+        deterministic: bool = False,
     ) -> None:
+        self._deterministic = deterministic
         self._program, self._mode, self._parts, self._recorder = program, mode, parts, recorder
         self._alone = alone
         self._shapes: dict[Any, Shape] = {}
@@ -143,6 +147,8 @@ class Captures:
                 if shape.captured is not None and shape.job is None and self._may_compile(shape):
                     shape.job = self._compiler.submit(for_compiler(shape.captured.graph), self._threads(rows))
                     shape.why = "being compiled"
+                    if self._deterministic:
+                        self.wait()
             self._record(shape, rank, own, context)
             replicas.append(shape)
         if self._whole is not None:
@@ -246,7 +252,7 @@ class Captures:
         if sum(other.captured is not None for other in self._shapes.values()) >= MOST_SHAPES:
             shape.why = f"{MOST_SHAPES} other shapes are captured"
             return False
-        if self._mode != "auto":
+        if self._mode != "auto" or self._deterministic:
             return True
         # The first step of a shape warms things up: the latest ones tell what a step takes.
         shape.why = "not trained for long enough yet"
@@ -258,6 +264,9 @@ class Captures:
         assert shape.captured is not None
         if self._no_compiler:
             shape.why = self._no_compiler
+            return False
+        if self._mode == "auto" and self._deterministic:
+            shape.why = 'deterministic=True: compiled with compile="inductor" only'
             return False
         if self._mode != "auto":
             return True
