@@ -232,7 +232,7 @@ class Captures:
         return f'{own} is code of your own: compile="trace" or "inductor" captures it' if own else None
 
     def _look_for_changes(self) -> None:
-        """Capture anew when something that traces have read has changed; run eagerly if that happens again and again."""
+        """Capture anew when something that traces have read has changed; run eagerly if it changes again and again."""
         captured = [shape for shape in self._shapes.values() if shape.captured is not None]
         changed = self._guard.changed() if captured else ""
         if not changed:

@@ -1,8 +1,8 @@
 """What a captured step has fixed of Python, compared before each step.
 
-A trace reads attributes, tensors, arrays and settings once. A callback that lowers `dropout.rate`, a second `adapt()` of a
-Normalization layer, another activation would be seen by an eager step and not by a captured one: so all that can be
-reached from the layers and losses (`fastdp.program.capture_reach`) is compared, in microseconds
+A trace reads attributes, tensors, arrays and settings once. A callback that lowers `dropout.rate`, a second `adapt()`
+of a Normalization layer, another activation would be seen by an eager step and not by a captured one: so all that can
+be reached from the layers and losses (`fastdp.program.capture_reach`) is compared, in microseconds
 (`fastdp.program.capture_watch`), and the settings of Keras and torch that change results. What cannot be compared is
 not captured.
 """

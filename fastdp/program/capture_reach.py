@@ -27,8 +27,17 @@ from fastdp.program.capture_watch import Watch
 
 _LIBRARIES = {"keras", "torch", "numpy", "fastdp", "builtins", *sys.stdlib_module_names}
 # Equal where `==` says so, and never changed in place. Classes whose `==` is identity are added by `_by_value`.
-_VALUES = (int, float, complex, str, bytes, bool, type(None), range, slice, enum.Enum, np.generic, np.dtype)
-_VALUES += (torch.dtype, torch.device, torch.layout, torch.memory_format, keras.DTypePolicy, types.MethodType, types.CodeType)
+_VALUES: tuple[type, ...] = (int, float, complex, str, bytes, bool, type(None), range, slice)
+_VALUES += (enum.Enum, np.generic, np.dtype)
+_VALUES += (
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    keras.DTypePolicy,
+    types.MethodType,
+    types.CodeType,
+)
 _CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque)
 _UNREAD = (
     keras.Optimizer,
@@ -45,7 +54,16 @@ _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.
 # What every layer has, and a call reads.
 _READ_OF_EVERY_LAYER = {"_dtype_policy", "activity_regularizer", "_trainable", "autocast", "_supports_masking"}
 _UNREAD_OF_MODELS = {"history", "stop_training", "_epoch_iterator", "_nodes", "_nodes_by_depth", "_operations_by_depth"}
-_UNREAD_OF_MODELS |= {"_compile_config", "_compiled_trainable_state", "_inputs", "_outputs", "_inputs_struct", "_outputs_struct", "_fastdp_steps", "_fastdp_said"}
+_UNREAD_OF_MODELS |= {
+    "_compile_config",
+    "_compiled_trainable_state",
+    "_inputs",
+    "_outputs",
+    "_inputs_struct",
+    "_outputs_struct",
+    "_fastdp_steps",
+    "_fastdp_said",
+}
 # The modules of classes that layers and models derive from: of these a call comes to `call` and `__call__` alone.
 _COMMON = {
     f"keras.src.{name}"
@@ -63,7 +81,17 @@ _COMMON = {
     )
 }
 # Functions of Keras's layers that a call does not come to.
-_NOT_CALLED = ("__init__", "build", "config", "adapt", "compute_output", "_own_variables", "enable_lora", "_spec", "_repr")
+_NOT_CALLED = (
+    "__init__",
+    "build",
+    "config",
+    "adapt",
+    "compute_output",
+    "_own_variables",
+    "enable_lora",
+    "_spec",
+    "_repr",
+)
 
 
 class Reach:
@@ -190,7 +218,8 @@ class Reach:
             if name not in unread and not isinstance(one, _UNREAD) and id(one) not in self._inputs
         ]
         if isinstance(value, keras.layers.Layer) and not isinstance(value, keras.Model) and not is_own(type(value)):
-            read = _names_in_calls(type(value)) | _READ_OF_EVERY_LAYER
+            cls: Any = type(value)
+            read = _names_in_calls(cls) | _READ_OF_EVERY_LAYER
             names = [name for name in names if name in read]
         return names
 
@@ -229,7 +258,9 @@ class Reach:
         named = sorted(names & known.keys())
         self._mapping(known, [n for n in named if not isinstance(known[n], types.ModuleType)], function.__module__)
         for module in [known[n] for n in named if isinstance(known[n], types.ModuleType) and is_own(known[n])]:
-            inside = [n for n in sorted(names & vars(module).keys()) if not isinstance(vars(module)[n], types.ModuleType)]
+            inside = [
+                n for n in sorted(names & vars(module).keys()) if not isinstance(vars(module)[n], types.ModuleType)
+            ]
             self._mapping(vars(module), inside, module.__name__)
 
 
@@ -254,7 +285,8 @@ def _by_value(value: Any) -> bool:
     """Whether `==` tells all there is to know of a value where it stands."""
     if isinstance(value, _CONTAINERS):
         return all(map(_by_value, value.values() if isinstance(value, dict) else list(value)))
-    return isinstance(value, _VALUES) or type(value).__eq__ is object.__eq__
+    own_equality: Any = type(value).__eq__
+    return isinstance(value, _VALUES) or own_equality is object.__eq__
 
 
 def _slots(cls: type) -> Iterator[str]:
@@ -278,7 +310,7 @@ def _functions(cls: type) -> dict[str, Any]:
 
 @functools.cache
 def _names_in_calls(cls: type) -> frozenset[str]:
-    """The names in the functions of one of Keras's layers, and of those that it is made of, which a call may come to."""
+    """The names in the functions of one of Keras's layers, and of its bases, which a call may come to."""
     found: set[str] = set()
     for base in cls.__mro__:
         for function in _functions(base).values() if base is not keras.layers.Layer else ():

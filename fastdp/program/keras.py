@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import keras
@@ -86,7 +86,7 @@ class KerasProgram:
         self._first_replica: Running | None = None
         self._groups: Sequence[Sequence[QueueDevice]] | None = getattr(trainer, "device_groups", None)
         self._writes_to_inputs = writes_to_inputs(model)
-        self._autocast: Autocast | None = None
+        self._autocast = Autocast.current()  # of the thread that asks for steps
 
     # Memory: the protocol of fastdp.program.base.
 
@@ -186,7 +186,7 @@ class KerasProgram:
             unused = frozenset(i for i, gradient in enumerate(outcome.gradients) if gradient is None)
         else:
             # Where a replica spans devices, backward goes call by call: gradients come in parts, from several threads.
-            with state.arrivals.during(context.ready if self._groups is None else None), self._as_on_host():
+            with state.arrivals.during(context.ready if self._groups is None else None), self._autocast.enter():
                 outcome = self.compute(state.mapping, context.structure.pack(batch), self.running_replica(context))
             unused = self._store_gradients(state, outcome.gradients)
         notes = Notes(outcome.structure, len(outcome.terms) - 1, unused=unused)
@@ -202,7 +202,13 @@ class KerasProgram:
         run = self.running_replica(context)
         run.sync_batch_norm = False
         keras_scope = keras_device(context.device)
-        with keras_scope, self._as_on_host(), torch.no_grad(), replica_scope(run), ReplicaScope(state.mapping, set()) as scope:
+        with (
+            keras_scope,
+            self._autocast.enter(),
+            torch.no_grad(),
+            replica_scope(run),
+            ReplicaScope(state.mapping, set()) as scope,
+        ):
             y_pred = self._call(x, training=False)
             extra = self._extra_losses(scope.losses, context)
         outputs, structure = flatten_outputs(y_pred)
@@ -221,10 +227,6 @@ class KerasProgram:
         found = gradients_of(run, roots, seeds, leaves)
         outputs, structure = flatten_outputs(y_pred) if run.context.wants_outputs else ([], None)
         return Outcome(found, terms, outputs, structure, scope.assigned(mapping), run.moments)
-
-    def _as_on_host(self) -> Any:
-        """The autocast of the thread that asked for the step, on a replica's thread."""
-        return self._autocast.enter() if self._autocast is not None and self._autocast.enabled else nullcontext()
 
     @property
     def spans_devices(self) -> bool:

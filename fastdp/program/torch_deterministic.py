@@ -1,7 +1,8 @@
-"""Steps that repeat bit for bit: torch's deterministic algorithms, while a step runs, and nothing that the clock decides.
+"""Steps that repeat bit for bit: torch's deterministic algorithms while a step runs.
 
-Everything else of a step repeats anyway: sums are taken in the order of the replicas, whoever comes first, random draws
-are indexed by row, and each operation uses the same number of cores in each step.
+Nothing goes by the clock then (`fastdp.program.capture`). Everything else of a step repeats anyway: sums are taken in
+the order of the replicas, whoever comes first, random draws are indexed by row, and each operation uses the same number
+of cores in each step.
 """
 
 from __future__ import annotations
@@ -88,9 +89,9 @@ def check_deterministic(devices: Sequence[Any]) -> None:
         return
     if torch.cuda.is_initialized():
         raise RuntimeError(
-            f"`deterministic=True` needs the environment variable {_WORKSPACE}={_WORKSPACES[0]} before torch first uses "
-            f"a GPU, which it has done already. Received: {_WORKSPACE}={os.environ.get(_WORKSPACE)!r}. Set it before "
-            "Python starts."
+            f"`deterministic=True` needs {_WORKSPACE}={_WORKSPACES[0]} in the environment before torch first uses a GPU, "
+            f"which it has done already. Received: {_WORKSPACE}={os.environ.get(_WORKSPACE)!r}. Set it before Python "
+            "starts."
         )
     os.environ[_WORKSPACE] = _WORKSPACES[0]
 

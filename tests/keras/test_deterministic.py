@@ -37,15 +37,9 @@ def bits_of(runs, seed):
 
 def test_two_processes_learn_the_same_bits():
     runs = [f"{name},auto,{n}" for name in ("convolutional", "recurrent", "embedded", "torch") for n in (1, 2, 3, 8)]
-    runs += ["convolutional,None,3"]
+    runs += ["convolutional,None,3", "words,inductor,2"]
     first, second = (bits_of(runs, seed) for seed in (1, 2))
     assert list(first) == runs
-    assert first == second
-
-
-def test_two_processes_that_compile_learn_the_same_bits():
-    first, second = (bits_of(["words,inductor,2"], seed) for seed in (3, 4))
-    assert len(first) == 1
     assert first == second
 
 
@@ -123,7 +117,7 @@ def test_an_operation_without_a_deterministic_form_is_torchs_error_with_layer_an
     template = keras.Sequential([keras.Input((6,)), L.Dense(4), Putting(name="puts"), L.Dense(3)])
     parallel = fastdp.wrap(template, gpus=gpus, deterministic=True)
     parallel.compile("sgd", "mse")
-    with pytest.raises(RuntimeError, match="put_? does not have a deterministic implementation") as caught:
+    with pytest.raises(RuntimeError, match=r"put_? does not have a deterministic implementation") as caught:
         parallel.train_on_batch(*data())
     notes = " ".join(caught.value.__notes__)
     assert "puts" in notes
@@ -159,5 +153,5 @@ def test_on_gpus_cublas_is_told_before_torch_uses_one_and_later_it_is_an_error(m
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     torch_deterministic.check_deterministic([Card()])
     monkeypatch.setenv(name, "")
-    with pytest.raises(RuntimeError, match=f"{name}=:4096:8 before torch first uses"):
+    with pytest.raises(RuntimeError, match=f"{name}=:4096:8 in the environment before torch"):
         torch_deterministic.check_deterministic([Card()])

@@ -1,6 +1,6 @@
 """Training runs in a process of its own, which prints the bits of what each has learned.
 
-    python repeated.py DELAY_SEED MODEL,COMPILE,DEVICES ...
+python repeated.py DELAY_SEED MODEL,COMPILE,DEVICES ...
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def main(delay_seed, *runs):
         device.delay = lambda draw=draw: time.sleep(draw.random() * 0.0005)
     for run in runs:
         name, mode, devices = run.split(",")
-        print(run, train(name, None if mode == "None" else mode, int(devices)), flush=True)
+        sys.stdout.write(f"{run} {train(name, None if mode == 'None' else mode, int(devices))}\n")
 
 
 if __name__ == "__main__":

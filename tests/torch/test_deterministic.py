@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ def _devices():
 
 
 class Noting(torch.nn.Module):
-    seen: list[bool] = []
+    seen: ClassVar[list[bool]] = []
 
     def __init__(self, puts=False):
         super().__init__()
