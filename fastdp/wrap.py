@@ -38,9 +38,9 @@ def wrap(
         merge_device: the place in `gpus` of the device that merges with `cpu_merge=False`.
         sync_batch_norm: normalize by the global batch instead of each replica's rows.
         compile: how the steps of a Keras model run. None: eagerly. "trace": captured once per batch shape, and
-            run without Keras's Python; captured anew when something that it has read in Python changes; what code
-            of yours gets from files, the clock or objects of C libraries is fixed until `compile`. "inductor": that, and compiled by TorchInductor (needs a
-            C++ compiler) in a process of its own; traced steps go on until the compiled one is there. "auto": traced
+            run without Keras's Python; captured anew when something that it has read in Python changes. What code of
+            yours gets from files, the clock or objects of C libraries is fixed until `compile`. "inductor": that, and
+            compiled by TorchInductor (needs a C++ compiler) in a process of its own; traced steps go on until the compiled one is there. "auto": traced
             and compiled once a batch shape has been trained for about as long as each takes, and compiled steps are
             kept where they are faster; a model with layers or losses of your own runs eagerly. Keras's
             `compile(jit_compile=...)` overrides it.

@@ -49,6 +49,7 @@ _UNREAD = (
     keras.callbacks.Callback,
     Tracker,
     inspect.Signature,
+    torch.nn.ParameterDict,  # in which Keras keeps a layer's weights for torch
 )
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 # What every layer has, and a call reads.
@@ -191,7 +192,8 @@ class Reach:
             if not isinstance(value, keras.Model):
                 self._watch.size(attributes, what)
         modules = attributes.get("_modules") if isinstance(value, keras.layers.Layer) else None
-        if modules and not all(isinstance(module, keras.layers.Layer) for module in modules.values()):
+        own = (keras.layers.Layer, torch.nn.ParameterDict)
+        if modules and not all(isinstance(module, own) for module in modules.values()):
             self._mapping(attributes, ["_modules"], what)
         # Constants among the operands of a functional model.
         for node in [node for nodes in getattr(value, "_nodes_by_depth", {}).values() for node in nodes]:

@@ -90,8 +90,8 @@ def check_deterministic(devices: Sequence[Any]) -> None:
     if torch.cuda.is_initialized():
         raise RuntimeError(
             f"`deterministic=True` needs {_WORKSPACE}={_WORKSPACES[0]} in the environment before torch first uses a "
-            f"GPU, which it has done already. Received: {_WORKSPACE}={os.environ.get(_WORKSPACE)!r}. Set it before Python "
-            "starts."
+            f"GPU, which it has done already. Received: {_WORKSPACE}={os.environ.get(_WORKSPACE)!r}. "
+            "Set it before Python starts."
         )
     os.environ[_WORKSPACE] = _WORKSPACES[0]
 
