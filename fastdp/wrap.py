@@ -40,10 +40,10 @@ def wrap(
         compile: how the steps of a Keras model run. None: eagerly. "trace": captured once per batch shape, and
             run without Keras's Python; captured anew when something that it has read in Python changes. What code of
             yours gets from files, the clock or objects of C libraries is fixed until `compile`. "inductor": that, and
-            compiled by TorchInductor (needs a C++ compiler) in a process of its own; traced steps go on until the compiled one is there. "auto": traced
-            and compiled once a batch shape has been trained for about as long as each takes, and compiled steps are
-            kept where they are faster; a model with layers or losses of your own runs eagerly. Keras's
-            `compile(jit_compile=...)` overrides it.
+            compiled by TorchInductor (needs a C++ compiler) in a process of its own; traced steps go on until the
+            compiled one is there. "auto": traced and compiled once a batch shape has been trained for about as long
+            as each takes, and compiled steps are kept where they are faster; a model with layers or losses of your own
+            runs eagerly. Keras's `compile(jit_compile=...)` overrides it.
         graph: whether captured steps of a Keras model become CUDA graphs. "bucket": the forward and backward pass is
             recorded once per batch shape (of four shapes at most) and replica, cut where a bucket of gradients is
             complete, with the all-reduces between the graphs and the update after them. None: no graphs. "auto":
