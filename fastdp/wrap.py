@@ -21,6 +21,7 @@ def wrap(
     compile: str | None = "auto",
     graph: str | None = "auto",
     update: str | None = None,
+    deterministic: bool = False,
     timeout: float = 1800.0,
     check_replicas: bool = False,
     rows: str | None = None,
@@ -38,12 +39,12 @@ def wrap(
         merge_device: the place in `gpus` of the device that merges with `cpu_merge=False`.
         sync_batch_norm: normalize by the global batch instead of each replica's rows.
         compile: how the steps of a Keras model run. None: eagerly. "trace": captured once per batch shape, and
-            run without Keras's Python; captured anew when a plain attribute of a layer changes, but what code of
-            yours reads elsewhere is fixed until `compile`. "inductor": that, and compiled by TorchInductor (needs a
-            C++ compiler) in a process of its own; traced steps go on until the compiled one is there. "auto": traced
-            and compiled once a batch shape has been trained for about as long as each takes, and compiled steps are
-            kept where they are faster; a model with layers or losses of your own runs eagerly. Keras's
-            `compile(jit_compile=...)` overrides it.
+            run without Keras's Python; captured anew when something that it has read in Python changes. What code of
+            yours gets from files, the clock or objects of C libraries is fixed until `compile`. "inductor": that, and
+            compiled by TorchInductor (needs a C++ compiler) in a process of its own; traced steps go on until the
+            compiled one is there. "auto": traced and compiled once a batch shape has been trained for about as long
+            as each takes, and compiled steps are kept where they are faster; a model with layers or losses of your own
+            runs eagerly. Keras's `compile(jit_compile=...)` overrides it.
         graph: whether captured steps of a Keras model become CUDA graphs. "bucket": the forward and backward pass is
             recorded once per batch shape (of four shapes at most) and replica, cut where a bucket of gradients is
             complete, with the all-reduces between the graphs and the update after them. None: no graphs. "auto":
@@ -56,6 +57,11 @@ def wrap(
         update: "first" applies the optimizer on the first device and copies the new weights to the others: faster
             where devices outnumber the cores that they share. "each" applies it on every device. The results are
             the same. None: "each" on GPUs, "first" elsewhere.
+        deterministic: results repeat bit for bit, from run to run on one machine with the same devices and cores.
+            Torch's deterministic algorithms are used while a step runs; an operation that has none is an error.
+            Nothing goes by the clock: "auto" traces the second step of a batch shape and compiles none, and with
+            "inductor" that step waits for the compiler. Slower. On GPUs the environment variable
+            CUBLAS_WORKSPACE_CONFIG has to be set, which is done here if torch has not used a GPU yet.
         timeout: seconds that one step may take before it is given up. On one virtual device a step runs on the
             thread that asks for it, and nobody is left to give it up.
         check_replicas: verify after each step that all replicas are bitwise equal (slow; for debugging).
@@ -94,6 +100,7 @@ def wrap(
                 compile=compile,
                 graph=graph,
                 update=update,
+                deterministic=deterministic,
                 timeout=timeout,
                 check_replicas=check_replicas,
                 **({"rows": rows} if library == "keras" else _no_rows(rows)),

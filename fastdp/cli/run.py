@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="CUDA graphs of steps: none, one for each bucket of gradients, one for the step with its all-reduces",
     )
     parser.add_argument(
+        "--deterministic", action="store_true", help="results repeat bit for bit; operations that cannot are errors"
+    )
+    parser.add_argument(
         "--local-batch-norm", action="store_true", help="normalize by each device's rows, not by the global batch"
     )
     parser.add_argument(
@@ -69,7 +72,13 @@ def run(options: argparse.Namespace) -> int:
         compile = None if options.compile == "none" else options.compile
         install = load("fastdp.keras.install", "keras").install
         graph = None if options.graph == "none" else options.graph
-        install(options.gpus, sync_batch_norm=not options.local_batch_norm, compile=compile, graph=graph)
+        install(
+            options.gpus,
+            sync_batch_norm=not options.local_batch_norm,
+            compile=compile,
+            graph=graph,
+            deterministic=options.deterministic,
+        )
     except (ValueError, RuntimeError) as error:
         hint = " Here: fastdp run --virtual n." if "set_virtual_devices" in str(error) else ""
         return _say(f"{error}{hint}", 1)

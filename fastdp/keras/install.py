@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ from fastdp.keras.template_view import TemplateView
 from fastdp.program.capture_record import chosen_graphs
 from fastdp.program.keras_effects import NotByRowsError, refusal
 from fastdp.program.keras_row_policy import check_policy
+from fastdp.program.torch_deterministic import check_deterministic, deterministic_algorithms
 from fastdp.warn import warn_user
 
 _KINDS = ("train", "test", "predict")
@@ -62,6 +64,7 @@ def install(
     compile: str | None = "auto",
     graph: str | None = "auto",
     rows: str | None = "merge",
+    deterministic: bool = False,
     **options: Any,
 ) -> None:
     """Run every Keras model of this process on several devices, from the next `fit`, `evaluate`, `predict` or call on.
@@ -79,6 +82,7 @@ def install(
         rows: layers that mix the rows of a batch: "merge" runs them on the whole batch on each device, which gives
             plain Keras's numbers, and plain Keras runs a model whose own `call` mixes; "replica" lets each device go by
             its own rows. None: plain Keras runs every model that mixes rows, but for those whose outputs need merging.
+        deterministic: results repeat bit for bit; see `fastdp.wrap`.
         options: `update`, `timeout` and `check_replicas` of `fastdp.wrap`.
 
     Raises:
@@ -97,11 +101,14 @@ def install(
     devices = resolve(gpus, caller="fastdp.install")
     graphs = chosen_graphs(graph, devices, compile)
     check_policy(rows)
+    if deterministic:
+        check_deterministic(devices)
     uninstall()
     settings = {
         "sync_batch_norm": sync_batch_norm,
         "capture_mode": compile,
         "graphs": graphs,
+        "deterministic": deterministic,
         "engine_options": options,
         "rows": rows,
     }
@@ -191,7 +198,8 @@ class _ParallelFunction:
             except (NotByRowsError, ReplicaError) as error:  # before weights or anything else changed
                 reason = self._refused = refusal(error)
         _warn_once(model, self._kind, reason)
-        return self._plain(data)
+        with deterministic_algorithms() if self._installed.options["deterministic"] else nullcontext():
+            return self._plain(data)
 
 
 def _calling(original: Callable[..., Any], installed: _Installed) -> Callable[..., Any]:

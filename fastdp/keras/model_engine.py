@@ -14,7 +14,8 @@ from fastdp.program.capture import Captures
 from fastdp.program.capture_record import Recorder
 from fastdp.program.keras_custom import CallProgram
 from fastdp.program.keras_optimizer import optimizer_of
-from fastdp.program.keras_row_policy import check_policy
+from fastdp.program.keras_row_policy import Policy
+from fastdp.program.torch_deterministic import check_deterministic
 from fastdp.step_scope import alone
 
 
@@ -28,6 +29,7 @@ class ModelEngine:
         capture_mode: None, "trace", "inductor" or "auto"; see `fastdp.wrap`.
         graphs: how captured steps are recorded as CUDA graphs, "bucket" or "step", or "" for not at all.
         sync_batch_norm: BatchNormalization over the global batch.
+        deterministic: results repeat bit for bit; see `fastdp.wrap`.
         template_state: a context manager factory that lends the template the trainer's settings; None where they
             are one model.
         rows: what to do about rows that meet, None, "merge" or "replica"; see `fastdp.wrap`.
@@ -44,20 +46,23 @@ class ModelEngine:
         capture_mode: str | None = None,
         graphs: str = "",
         sync_batch_norm: bool = False,
+        deterministic: bool = False,
         template_state: Any = None,
         rows: str | None = None,
         falls_back: bool = False,
         engine_options: dict[str, Any] | None = None,
     ) -> None:
-        check_policy(rows)
         self.template = template
         self.trainer = trainer
         self.devices = list(devices)
         self._capture_mode = capture_mode
         self._graphs = graphs
         self._sync_batch_norm = sync_batch_norm
+        self._deterministic = deterministic
+        if deterministic:
+            check_deterministic(devices)
         self._template_state = template_state
-        self._rows, self._falls_back = rows, falls_back
+        self._policy = Policy(rows, falls_back)
         self._engine_options = engine_options or {}
         self._engine: DataParallel | None = None
         self._calls: LayerCalls | None = None
@@ -97,13 +102,14 @@ class ModelEngine:
                 sync_batch_norm=self._sync_batch_norm,
                 template_state=self._template_state,
                 replicas=len(self.devices),
-                rows=self._rows,
-                falls_back=self._falls_back,
+                policy=self._policy,
             )
             if self._capture_mode is not None and program.optimizer is not None and not program.own_train_step:
                 parts = self._graphs == "step"
                 recorder = Recorder(self.template.name, alone, parts=parts) if self._graphs else None
-                program.captures = Captures(program, self._capture_mode, len(self.devices), recorder, alone)
+                program.captures = Captures(
+                    program, self._capture_mode, len(self.devices), recorder, alone, self._deterministic
+                )
             return DataParallel(program, self.devices, **self._engine_options)
 
     @property

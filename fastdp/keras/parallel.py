@@ -48,6 +48,7 @@ class ParallelModel(TemplateView):
         compile: how steps run, None, "trace", "inductor" or "auto"; see `fastdp.wrap`.
         graph: whether captured steps become CUDA graphs, "auto", "bucket", "step" or None; see `fastdp.wrap`.
         update: where the optimizer is applied, "first" or "each"; see `fastdp.wrap`.
+        deterministic: results repeat bit for bit; see `fastdp.wrap`.
         timeout: seconds that one step may take.
         check_replicas: verify after each step that replicas are bitwise equal.
         rows: what to do about layers that mix the rows of a batch, None, "merge" or "replica"; see `fastdp.wrap`.
@@ -70,6 +71,7 @@ class ParallelModel(TemplateView):
         compile: str | None = "auto",
         graph: str | None = "auto",
         update: str | None = None,
+        deterministic: bool = False,
         timeout: float = 1800.0,
         check_replicas: bool = False,
         rows: str | None = None,
@@ -92,6 +94,7 @@ class ParallelModel(TemplateView):
             capture_mode=compile,
             graphs=chosen_graphs(graph, self.devices, compile),
             sync_batch_norm=sync_batch_norm,
+            deterministic=deterministic,
             template_state=lambda: borrowed(template, self),
             rows=rows,
             engine_options={

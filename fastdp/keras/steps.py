@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import keras
@@ -23,10 +24,22 @@ from fastdp.keras.own_loops import ModelCalls, inside_step, say_once
 from fastdp.program.keras_batch import Structure, flatten_batch, unpack
 from fastdp.program.keras_effects import NotByRowsError, UndecidedError
 from fastdp.program.keras_losses import own_copy
+from fastdp.program.torch_deterministic import deterministic_algorithms
 from fastdp.program.torch_tensors import as_tensor
 from fastdp.step import StepResult
 from fastdp.transfer import ResidentArray, count_rows
 from fastdp.warn import warn_user
+
+
+def _deterministic_if_asked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of `Steps` that uses torch's deterministic algorithms, where that is asked for."""
+
+    @functools.wraps(step)
+    def run(self: Steps, engine: DataParallel, data: Any) -> Any:
+        with deterministic_algorithms() if self._deterministic else nullcontext():
+            return step(self, engine, data)
+
+    return run
 
 
 class Steps(ModelEngine):
@@ -69,6 +82,7 @@ class Steps(ModelEngine):
         """Of the steps of the template's own: how many calls of each layer were split."""
         return self._calls.report if self._calls is not None else []
 
+    @_deterministic_if_asked
     def train(self, engine: DataParallel, data: Any) -> Any:
         """One training step; the logs."""
         if has_own(self.template, "train_step"):
@@ -107,6 +121,7 @@ class Steps(ModelEngine):
             y_pred = result.notes.structure.pack(result.outputs)
         return self.trainer.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
 
+    @_deterministic_if_asked
     def test(self, engine: DataParallel, data: Any) -> Any:
         """One test step; the logs."""
         if has_own(self.template, "test_step"):
@@ -120,12 +135,14 @@ class Steps(ModelEngine):
         self.trainer._loss_tracker.update_state(loss, sample_weight=result.rows)
         return self.trainer.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
 
+    @_deterministic_if_asked
     def predict(self, engine: DataParallel, data: Any) -> Any:
         """One prediction step; the merged outputs of one batch."""
         if has_own(self.template, "predict_step"):
             return self._own_step("predict_step", data)
         return self.outputs(engine, data)
 
+    @_deterministic_if_asked
     def outputs(self, engine: DataParallel, data: Any) -> Any:
         """The merged outputs of the model itself for one batch."""
         x, _, _ = unpack(data)

@@ -17,8 +17,8 @@ On GPUs a step that has run traced, or compiled, once is recorded as CUDA graphs
 
 Tracing happens on the host thread between steps, while no replica runs. What cannot be traced (a value that the
 model reads on the host, an exchange between replicas in the middle of a step) runs eagerly for good, with one
-warning that says why. A trace is of the model as it is: when a plain attribute of a layer changes, it is made anew
-(`fastdp.program.capture_guard`).
+warning that says why. A trace is of the model as it is: when something that it has read of Python changes, it is made
+anew (`fastdp.program.capture_guard`).
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ from typing import Any
 
 import keras
 import numpy as np
+import torch
 
 from fastdp.errors import DeviceTimeoutError
 from fastdp.program.base import Context
 from fastdp.program.capture_compiler import BackgroundCompiler, CompileError, missing_compiler
-from fastdp.program.capture_guard import Attributes, own_code
+from fastdp.program.capture_guard import Guard
+from fastdp.program.capture_own_code import own_code
 from fastdp.program.capture_record import Recorder
 from fastdp.program.capture_rewrites import for_compiler
 from fastdp.program.capture_shapes import Shape, entry_of, key_of, recordings_of
@@ -56,8 +58,8 @@ TRACE_SECONDS, TRACE_STEPS = 0.5, 10
 COMPILE_SECONDS, COMPILE_SECONDS_PER_OPERATION = 10.0, 0.02
 # Compiling runs beside the training and is begun before it has paid for itself.
 COMPILE_PATIENCE = 0.25
-# A layer whose attributes change again and again changes them itself.
-MOST_CHANGES = 3
+# A model that changes again and again, without so many steps between, changes itself.
+MOST_CHANGES, STEPS_BETWEEN_CHANGES = 3, 50
 _POLL_SECONDS = 0.05
 
 
@@ -71,6 +73,8 @@ class Captures:
         recorder: who records captured steps as CUDA graphs; None where nobody does.
         alone: makes a context manager within which no engine of the process runs a step. Torch traces one function at a
             time, and bends its modules meanwhile for all threads.
+        deterministic: how a step runs goes by the number of steps, and not by the clock. "auto" traces the second step
+            of a shape, and compiles none; with "inductor" that step waits for the compiler.
 
     The host thread calls `prepare` before each training step and `note` after it. `report` tells what became of
     each shape.
@@ -83,7 +87,9 @@ class Captures:
         parts: int,
         recorder: Recorder | None = None,
         alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+        deterministic: bool = False,
     ) -> None:
+        self._deterministic = deterministic
         self._program, self._mode, self._parts, self._recorder = program, mode, parts, recorder
         self._alone = alone
         self._shapes: dict[Any, Shape] = {}
@@ -92,20 +98,21 @@ class Captures:
         self._no_compiler = missing_compiler() if mode != "trace" else 'compile="trace"'
         wants_whole = recorder is not None and recorder.parts
         self._whole = JoinedSteps(recorder, program.spans_devices) if recorder is not None and wants_whole else None
-        self._attributes = Attributes(program.model)
+        self._guard = Guard(program)
         self._changes = 0
+        self._eager_now = False
         self._refused = _refusal(program)
-        own = own_code(program) if mode == "auto" and not self._refused else ""
-        if own:
-            self._refused = f'{own} is code of your own: compile="trace" or "inductor" captures it'
-        elif self._refused and mode != "auto":
+        self._refused = self._refused or self._own_code()
+        if self._refused and mode != "auto":
             self._warn_eager()
         elif mode == "inductor" and self._no_compiler:
             self._warn_traced()
 
     def find(self, batch: Sequence[np.ndarray], context: Context) -> Captured | None:
         """The captured step for a replica's rows, if there is one. From any thread."""
-        shape = self._shapes.get(key_of(batch, context, self._program)) if self._shapes else None
+        if self._eager_now or not self._shapes:
+            return None
+        shape = self._shapes.get(key_of(batch, context, self._program))
         return shape.captured if shape is not None else None
 
     def prepare(self, batch: Sequence[np.ndarray], structure: Structure, wants_outputs: bool) -> None:
@@ -118,9 +125,11 @@ class Captures:
         """
         self._present = []
         replicas: list[Shape] = []
+        # Anomaly detection is of autograd, which a captured step does without.
+        self._eager_now = torch.is_anomaly_enabled()
         if not self._refused:
-            self._look_at_attributes()
-        if self._refused:
+            self._look_for_changes()
+        if self._refused or self._eager_now:
             return
         self._program.prepare_loss()
         self._collect()
@@ -138,6 +147,8 @@ class Captures:
                 if shape.captured is not None and shape.job is None and self._may_compile(shape):
                     shape.job = self._compiler.submit(for_compiler(shape.captured.graph), self._threads(rows))
                     shape.why = "being compiled"
+                    if self._deterministic:
+                        self.wait()
             self._record(shape, rank, own, context)
             replicas.append(shape)
         if self._whole is not None:
@@ -153,7 +164,7 @@ class Captures:
 
         On the host thread, before the step, with the rows on their devices. Arguments as of `Program.whole_step`.
         """
-        if self._whole is None:
+        if self._whole is None or self._eager_now:
             return None
         keys = [key_of(batch, context, self._program) for batch, context in zip(batches, contexts, strict=True)]
         shapes = [self._shapes[key] for key in keys if key in self._shapes]
@@ -215,17 +226,21 @@ class Captures:
             return [{"how": "eager", "why": self._refused}]
         return [entry_of(shape) for shape in self._shapes.values()]
 
-    def _look_at_attributes(self) -> None:
-        """Capture anew when a plain attribute of a layer has changed; run eagerly if that happens again and again."""
-        changed = self._attributes.changed()
+    def _own_code(self) -> str | None:
+        """Why "auto" leaves steps eager that run code of the user's."""
+        own = own_code(self._program) if self._mode == "auto" else ""
+        return f'{own} is code of your own: compile="trace" or "inductor" captures it' if own else None
+
+    def _look_for_changes(self) -> None:
+        """Capture anew when something that traces have read has changed; run eagerly if it changes again and again."""
+        captured = [shape for shape in self._shapes.values() if shape.captured is not None]
+        changed = self._guard.changed() if captured else ""
         if not changed:
             return
-        self._attributes.renew()
-        if not self._shapes:
-            return
-        self._changes += 1
+        self._changes = 1 if sum(shape.steps for shape in captured) > STEPS_BETWEEN_CHANGES else self._changes + 1
         self.close("")
         self._shapes.clear()
+        self._refused = self._own_code()
         if self._changes > MOST_CHANGES:
             self._refused = f"{changed}, which changes while the model trains"
             self._warn_eager()
@@ -237,7 +252,7 @@ class Captures:
         if sum(other.captured is not None for other in self._shapes.values()) >= MOST_SHAPES:
             shape.why = f"{MOST_SHAPES} other shapes are captured"
             return False
-        if self._mode != "auto":
+        if self._mode != "auto" or self._deterministic:
             return True
         # The first step of a shape warms things up: the latest ones tell what a step takes.
         shape.why = "not trained for long enough yet"
@@ -250,6 +265,9 @@ class Captures:
         if self._no_compiler:
             shape.why = self._no_compiler
             return False
+        if self._mode == "auto" and self._deterministic:
+            shape.why = 'deterministic=True: compiled with compile="inductor" only'
+            return False
         if self._mode != "auto":
             return True
         shape.why = "not trained for long enough yet to be compiled"
@@ -258,9 +276,9 @@ class Captures:
 
     def _trace(self, shape: Shape, batch: list[np.ndarray], context: Context) -> None:
         """Trace one shape; a warning, and no more attempts for any shape, if that cannot be done."""
-        self._attributes.renew()
         try:
-            with self._alone():
+            self._guard.renew()
+            with self._alone(), self._guard.tracing():
                 shape.captured = Captured(self._program, batch, context)
             # Where steps have been trained for longer, it is recorded at once (see `_collect`).
             shape.since, shape.why = min(shape.steps, 1), ""

@@ -83,13 +83,14 @@ def to_bytes(module: GraphModule) -> tuple[bytes, list[torch.Tensor]]:
         numbers[node] = len(nodes)
         nodes.append(written)
     data = io.BytesIO()
-    _Pickler(data).dump((nodes, inputs, [_input(value) for value in constants]))
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    _Pickler(data).dump((nodes, inputs, [_input(value) for value in constants], deterministic))
     return data.getvalue(), constants
 
 
 def from_bytes(data: bytes) -> tuple[GraphModule, list[torch.Tensor], FakeTensorMode]:
     """The graph again, with fake tensors for its inputs, and their mode."""
-    nodes, inputs, constants = pickle.loads(data)
+    nodes, inputs, constants, _ = pickle.loads(data)
     graph = Graph()
     mode = FakeTensorMode(shape_env=ShapeEnv())
     made: list[Node] = []
@@ -110,6 +111,11 @@ def from_bytes(data: bytes) -> tuple[GraphModule, list[torch.Tensor], FakeTensor
             for one in (*inputs, *constants)
         ]
     return GraphModule(torch.nn.Module(), graph), fakes, mode
+
+
+def is_deterministic(data: bytes) -> bool:
+    """Whether torch's deterministic algorithms were asked for when the graph was written: atomic sums are none."""
+    return bool(pickle.loads(data)[3])
 
 
 def _input(tensor: torch.Tensor) -> _Input:

@@ -144,6 +144,8 @@ def _with_constants(module: GraphModule) -> None:
     for node in list(graph.nodes):
         if node.op == "get_attr":
             value = getattr(module, str(node.target))
+            if value.numel() > SMALL:  # the model's own, perhaps: what is written to it is read by the next step
+                continue
         elif (
             node.op == "call_function"
             and isinstance(node.target, torch._ops.OpOverload)

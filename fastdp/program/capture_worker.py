@@ -19,7 +19,7 @@ from torch._inductor import CompiledArtifact, standalone_compile
 from torch._inductor.exc import InductorError
 
 from fastdp.program import capture_rewrites, keras_recurrent_ops
-from fastdp.program.capture_graph import from_bytes
+from fastdp.program.capture_graph import from_bytes, is_deterministic
 
 OWN_OPERATIONS = (capture_rewrites, keras_recurrent_ops)  # graphs may hold them: loading the modules registers them
 YIELDING = 10  # lower priority than the training it shares the cores with
@@ -43,7 +43,9 @@ def main(graph: str, artifact: str, threads: str, cores: str) -> None:
 
 def _compiled(graph: str, settings: dict[str, Any]) -> CompiledArtifact:
     """The graph in a file, compiled with these settings of TorchInductor."""
-    module, inputs, mode = from_bytes(Path(graph).read_bytes())
+    data = Path(graph).read_bytes()
+    torch.use_deterministic_algorithms(is_deterministic(data))
+    module, inputs, mode = from_bytes(data)
     # The inputs' mode by way of a tracing context: torch 2.11 has no argument for it.
     context = torch._guards.tracing(torch._guards.TracingContext(mode))
     with torch.no_grad(), torch._inductor.config.patch(settings), context:

@@ -37,6 +37,7 @@ from fastdp.program.keras_scope import replica_aware
 from fastdp.program.keras_step_draws import StepDraws
 from fastdp.program.keras_trial import Effects
 from fastdp.program.torch_arrivals import Arrivals
+from fastdp.program.torch_batch import Autocast
 from fastdp.program.torch_tensors import accumulate, output_array, settle, spec_of
 from fastdp.program.torch_threads import prepare_worker, replicas_run
 
@@ -52,8 +53,7 @@ class KerasProgram:
         template_state: a context manager factory held while replicas run, for templates whose own
             `compute_loss` wants the trainer's compile state.
         replicas: how many there are; one has nothing to find out about rows.
-        rows: what to do about rows that meet; see `fastdp.wrap`.
-        falls_back: the caller has another way where a model cannot be split.
+        policy: what to do about rows that meet.
     """
 
     def __init__(
@@ -64,8 +64,7 @@ class KerasProgram:
         sync_batch_norm: bool = False,
         template_state: Any = None,
         replicas: int = 2,
-        rows: str | None = None,
-        falls_back: bool = False,
+        policy: Policy | None = None,
     ) -> None:
         self.model = model
         self.trainer = trainer
@@ -93,7 +92,7 @@ class KerasProgram:
         self._found_not_per_sample = False
         self._replicas = replicas
         about = (model, self.variables, self._call, self._seed)
-        policy = Policy(rows, falls_back)
+        policy = policy or Policy()
         self.effects: Any = ModelEffects(*about, training=True, policy=policy)
         self.forward_effects = ModelEffects(*about, self.effects.sites, training=False, policy=policy)
         self._adopted: list[Adopted] = []
@@ -107,6 +106,7 @@ class KerasProgram:
         are_known = all(type(one).__module__.startswith("keras.") for one in regularizers)
         self._is_known = are_known and keeps_rows_apart(model)
         self.draws = StepDraws(moves=bool(self.effects.seeds) or not self._is_known)
+        self._autocast = Autocast.current()  # of the thread that asks for steps
 
     # Memory: the protocol of fastdp.program.base.
 
@@ -192,6 +192,7 @@ class KerasProgram:
                 stack.enter_context(self._template_state())
             self.prepare_loss()
             stack.enter_context(self.draws.during_step())
+            self._autocast = Autocast.current()
             yield
 
     # The step.
@@ -204,7 +205,7 @@ class KerasProgram:
             unused = frozenset(i for i, gradient in enumerate(outcome.gradients) if gradient is None)
         else:
             # Where a replica spans devices, backward goes call by call: gradients come in parts, from several threads.
-            with state.arrivals.during(context.ready if self._groups is None else None):
+            with state.arrivals.during(context.ready if self._groups is None else None), self._autocast.enter():
                 outcome = self.compute(state.mapping, context.structure.pack(batch), self.running_replica(context))
             unused = self._store_gradients(state, outcome.gradients)
         unused |= {i for i, v in enumerate(self.trainable) if not v._value.requires_grad}  # frozen by torch's means
@@ -220,7 +221,13 @@ class KerasProgram:
         x, _, _ = unpack(context.structure.pack(batch))
         run = self.running_replica(context, training=False)
         keras_scope = keras_device(context.device)
-        with keras_scope, torch.no_grad(), replica_scope(run), ReplicaScope(state.mapping, set()) as scope:
+        with (
+            keras_scope,
+            self._autocast.enter(),
+            torch.no_grad(),
+            replica_scope(run),
+            ReplicaScope(state.mapping, set()) as scope,
+        ):
             y_pred = self._call(x, training=False)
             extra = self._extra_losses(scope.losses, context, self.forward_effects)
         outputs, structure = flatten_outputs(y_pred, self.forward_effects.layouts, context.rows)
@@ -385,8 +392,9 @@ class KerasProgram:
         compiled = self.trainer._compile_loss
         if self._own_compute_loss or self._found_not_per_sample or not self.effects.outputs_are_plain:
             self._loss_is_merged = True
-        elif self._shared is None and compiled is not None and compiled.built:
-            self._shared = SharedLoss(compiled)
+        elif compiled is not None and compiled.built:
+            if self._shared is None or not self._shared.is_of(compiled):
+                self._shared = SharedLoss(compiled)
             self._loss_is_merged = not self._shared.per_sample
 
     @staticmethod

@@ -72,16 +72,23 @@ class SharedLoss:
     Args:
         compiled: the model's `CompileLoss`, built.
 
-    `per_sample` tells whether every one of the compiled losses can be shared out.
     """
 
     def __init__(self, compiled: Any) -> None:
-        flat = compiled._flat_losses
-        self.per_sample = all(is_per_sample(entry.loss) for entry in flat)
+        self._flat = flat = list(compiled._flat_losses)
         # Keras's own walk over outputs, targets, weights and loss weights, with other leaves.
         self._compiled = _shallow_copy(compiled)
         self._compiled._flat_losses = [entry._replace(loss=_Contribution(entry.loss)) for entry in flat]
         self._compiled._metrics = [_NoMetric() for _ in compiled.metrics]
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether every one of the compiled losses, as they are now, can be shared out."""
+        return all(is_per_sample(entry.loss) for entry in self._flat)
+
+    def is_of(self, compiled: Any) -> bool:
+        """Whether it was made of the losses that `compiled` has now."""
+        return self._flat == compiled._flat_losses
 
     def __call__(self, y: Any, y_pred: Any, sample_weight: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The replica's contribution to the compiled loss, and to each of its terms, unweighted.

@@ -11,11 +11,15 @@ from typing import Any
 import keras
 import torch
 
+from fastdp.program.capture_reach import Reach
+from fastdp.program.capture_watch import Watch
 from fastdp.program.keras_replica import running
 
 # By layer: the module's structure, once for each thread that runs replicas; `functional_call` swaps the parameters
-# in the structure that it calls. The copies share the parameters themselves.
-_structures: weakref.WeakKeyDictionary[Any, dict[int, torch.nn.Module]] = weakref.WeakKeyDictionary()
+# in the structure that it calls. The copies share the parameters themselves. They are made anew when the module is no
+# longer what it was.
+_structures: weakref.WeakKeyDictionary[Any, tuple[Watch, dict[int, torch.nn.Module]]] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
 
 
 def call_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,8 +39,13 @@ def call_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _structure(layer: Any) -> torch.nn.Module:
     """This thread's copy of the layer's module, with the same parameters."""
-    copies = _structures.setdefault(layer, {})
-    thread = threading.get_ident()
+    with _lock:
+        known = _structures.get(layer)
+        if known is None or known[0].changed():
+            watch = Watch()
+            Reach(watch, layer.variables, set()).walk(layer.module, layer.name)
+            known = _structures[layer] = watch, {}
+    copies, thread = known[1], threading.get_ident()
     if thread not in copies:
         copies[thread] = copy.deepcopy(layer.module, {id(p): p for p in layer.module.parameters()})
     return copies[thread]

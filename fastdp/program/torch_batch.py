@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,7 +79,9 @@ class Autocast:
         return cls(torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled())
 
     def enter(self) -> Any:
-        """A context manager that is the same autocast on another thread."""
+        """A context manager that is the same autocast on another thread, where it is off."""
+        if not self.enabled:
+            return nullcontext()
         return torch.autocast("cpu", dtype=self.dtype, enabled=self.enabled, cache_enabled=self.cache)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from fastdp.backend.queue import QueueDevice
 from fastdp.device import warn_of_relocation
 from fastdp.engine import DataParallel
 from fastdp.program.torch import TorchProgram
+from fastdp.program.torch_deterministic import check_deterministic, deterministic_algorithms
 from fastdp.program.torch_loss import LossFunction
 from fastdp.program.torch_optimizer import OptimizerFactory
 from fastdp.program.torch_tensors import peak_nbytes
@@ -33,6 +35,7 @@ class TorchParallel:
         sync_batch_norm: batch normalization over the global batch instead of each replica's rows.
         timeout: seconds that one step may take.
         update: where the optimizer is applied, "first" or "each"; see `fastdp.wrap`.
+        deterministic: results repeat bit for bit; see `fastdp.wrap`.
         check_replicas: verify after each step that the replicas are bitwise equal.
 
     Raises:
@@ -62,6 +65,7 @@ class TorchParallel:
         compile: str | None = None,
         graph: str | None = "auto",
         update: str | None = None,
+        deterministic: bool = False,
         timeout: float = 1800.0,
         check_replicas: bool = False,
     ) -> None:
@@ -81,6 +85,9 @@ class TorchParallel:
         self.cpu_merge = cpu_merge
         self.cpu_relocation = cpu_relocation
         self._sync_batch_norm = sync_batch_norm
+        if deterministic:
+            check_deterministic(devices)
+        self._scope = deterministic_algorithms if deterministic else nullcontext
         warn_of_relocation(cpu_relocation, devices)
         self._options: dict[str, Any] = {
             "update": update,
@@ -119,7 +126,8 @@ class TorchParallel:
             self._program = TorchProgram(self.module, sync_batch_norm=self._sync_batch_norm)
             self._engine = DataParallel(self._program, self.devices, **self._options)
         arrays, structure = self._program.structure(args, kwargs)
-        return self._program.outputs(self._engine.predict(arrays, structure=structure))
+        with self._scope():
+            return self._program.outputs(self._engine.predict(arrays, structure=structure))
 
     def train_step(
         self,
@@ -161,7 +169,7 @@ class TorchParallel:
         )
         engine = DataParallel(program, self.devices, **self._options)
         self._program, self._engine = program, engine
-        return TrainStep(program, engine)
+        return TrainStep(program, engine, self._scope)
 
     def report(self) -> Report:
         """How steps run, what takes the time in them, and where the memory is; printed, it is tables.
@@ -207,9 +215,10 @@ class TorchParallel:
 class TrainStep:
     """Trains on one global batch per call. Made by `TorchParallel.train_step`."""
 
-    def __init__(self, program: TorchProgram, engine: DataParallel) -> None:
+    def __init__(self, program: TorchProgram, engine: DataParallel, scope: Callable[[], Any] = nullcontext) -> None:
         self._program = program
         self._engine = engine
+        self._scope = scope
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -238,7 +247,9 @@ class TrainStep:
         """
         args, kwargs = _arguments(inputs)
         arrays, structure = self._program.structure(args, kwargs, targets)
-        result = self._engine.train(arrays, structure=structure, wants_outputs=False, reduce=self._program.reduces)
+        with self._scope():
+            reduces = self._program.reduces
+            result = self._engine.train(arrays, structure=structure, wants_outputs=False, reduce=reduces)
         self._program.calls += 1
         return self._program.loss(result)
 

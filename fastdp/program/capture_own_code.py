@@ -1,0 +1,48 @@
+"""Which part of a training step is code of the user's: nobody can tell all that it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+from torch.nn.modules import module as torch_module
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of each layer
+
+
+def own_code(program: Any) -> str:
+    """What of a training step is code of the user's, in words; empty where all of it is Keras's."""
+    model = program.model
+    for layer in model._flatten_layers():
+        if not _is_keras(type(layer)) or isinstance(layer, (keras.layers.Lambda, keras.layers.TorchModuleWrapper)):
+            return f"the layer {layer.name!r} ({type(layer).__name__})"
+        if "call" in vars(layer) or not _is_keras(type(layer).call):
+            return f"call() of {layer.name!r}"
+        if any(getattr(layer, name) for name in HOOKS):
+            return f"a hook of {layer.name!r}"
+        activation = getattr(layer, "activation", None)
+        if activation is not None and not _is_keras(activation):
+            return f"the activation of {layer.name!r}"
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return "a hook of all modules"
+    for variable in program.trainable:
+        if variable.regularizer is not None and not _is_keras(type(variable.regularizer)):
+            return f"the regularizer of {variable.path!r}"
+    for loss in _losses(program.trainer._compile_loss):
+        if not _is_keras(loss):
+            return f"the loss {getattr(loss, '__name__', type(loss).__name__)!r}"
+    return ""
+
+
+def _losses(compiled: Any) -> Iterator[Any]:
+    """The losses that were given to `compile`: functions, also those in Keras's wrappers, and classes."""
+    for loss in keras.tree.flatten(compiled._user_loss) if compiled is not None else []:
+        if loss is not None and not isinstance(loss, str):
+            yield getattr(loss, "fn", type(loss) if isinstance(loss, keras.Loss) else loss)
+
+
+def _is_keras(thing: Any) -> bool:
+    """Whether a class or function is Keras's own. Activations may be objects: then their class counts."""
+    module = getattr(thing, "__module__", None) or type(thing).__module__
+    return str(module).split(".")[0] == "keras"

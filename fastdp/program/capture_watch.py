@@ -1,0 +1,223 @@
+"""Values in Python that must stay as they are: a flat list of places, compared in one pass.
+
+`fastdp.program.capture_reach` finds the places. What `==` tells reliably is compared so (it asks for identity first).
+Tensors, arrays and containers are compared by identity where they stand, and what is in them by itself: tensors by
+version and address, small ones in host memory by content too, arrays by content.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter, is_, itemgetter, methodcaller
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+
+MOST_PLACES = 20_000
+MOST_NBYTES = 1 << 16  # of all contents that are compared
+SMALL_NBYTES = 1 << 12  # of a tensor that is compared by content too
+_version, _address, _content = attrgetter("_version"), methodcaller("data_ptr"), methodcaller("tobytes")
+_regularizer = attrgetter("_regularizer")
+
+
+@dataclass(slots=True)
+class _Places:
+    """Places of one kind: `read(sources)` gives what is there now, `then` is what was."""
+
+    read: Callable[[list[Any]], list[Any]]
+    sources: list[Any] = field(default_factory=list)
+    then: list[Any] = field(default_factory=list)
+    what: list[str] = field(default_factory=list)
+
+    def add(self, source: Any, what: str) -> None:
+        """One more place, which is now as it is to stay."""
+        self.sources.append(source)
+        self.then += self.read([source])
+        self.what.append(what)
+
+    def same(self) -> bool:
+        """Whether all are as they were."""
+        try:
+            return self.read(self.sources) == self.then
+        # A key, or what a cell held, is gone; or a value's own `==` does not tell.
+        except (LookupError, ValueError, TypeError, RuntimeError):
+            return False
+
+    def changes(self) -> list[int]:
+        """The numbers of those that are not."""
+        own = [_Places(self.read, [source], [then]) for source, then in zip(self.sources, self.then, strict=True)]
+        return [i for i, one in enumerate(own) if not one.same()]
+
+
+class Watch:
+    """Places, and what was there when they were added.
+
+    `refused` says what cannot be compared before each step, in words; empty where everything can be.
+    """
+
+    def __init__(self) -> None:
+        self.refused = ""
+        self._values = _Places(lambda sources: [get(owner) for get, owner in sources])
+        self._objects = _Places(lambda sources: [id(get(owner)) for get, owner in sources])
+        self._sizes = _Places(lambda sources: list(map(len, sources)))
+        self._elements = _Places(lambda sources: [[*map(id, source)] for source in sources])
+        self._versions = _Places(lambda sources: list(map(_version, sources)))
+        self._addresses = _Places(lambda sources: list(map(_address, sources)))
+        self._contents = _Places(lambda sources: list(map(_content, sources)))
+        self._regularizers = _Places(lambda sources: list(map(_regularizer, sources)))
+        self._kinds = [
+            self._values,
+            self._objects,
+            self._sizes,
+            self._elements,
+            self._versions,
+            self._addresses,
+            self._contents,
+            self._regularizers,
+        ]
+        self._names: list[Sequence[Any]] = []  # the keys of each place of `_values`
+        self._held: list[tuple[Any, Any]] = []  # the key and the object of each place of `_objects`
+        self._held_in: list[list[Any]] = []  # the objects of each place of `_elements`
+        self._keys: list[frozenset[Any]] = []  # of each place of `_sizes`
+        self._count = self._nbytes = 0
+
+    # What to watch.
+
+    def values(self, owner: Any, names: Sequence[Any], what: str) -> None:
+        """Those under keys of a mapping, by `==`; of containers that is of what they hold."""
+        if names and self._has_room(len(names), what):
+            self._values.add((itemgetter(*names), owner), what)
+            self._names.append(names)
+            self._values.then[-1] = _copied(self._values.then[-1])
+
+    def object(self, owner: Any, key: Any, what: str) -> None:
+        """That `owner[key]` stays the same object."""
+        if self._has_room(1, what):
+            self._objects.add((itemgetter(key), owner), what)
+            self._held.append((key, owner[key]))
+
+    def attribute(self, owner: Any, name: str, what: str, by_value: bool) -> None:
+        """An attribute of something without a mapping of attributes: by `==`, or that it stays the same object."""
+        if self._has_room(1, what):
+            places = self._values if by_value else self._objects
+            places.add((attrgetter(name), owner), what)
+            if by_value:
+                places.then[-1] = _copied(places.then[-1])
+                self._names.append([name])
+            else:
+                self._held.append((name, getattr(owner, name)))
+
+    def size(self, owner: Any, what: str) -> None:
+        """That a mapping has no more keys, and no fewer."""
+        if self._has_room(1, what):
+            self._sizes.add(owner, what)
+            self._keys.append(frozenset(owner))
+
+    def elements(self, container: Any, what: str) -> None:
+        """That a list, set or deque holds the same objects."""
+        if self._has_room(len(container), what):
+            self._elements.add(container, what)
+            self._held_in.append(list(container))
+
+    def tensor(self, tensor: torch.Tensor, what: str) -> None:
+        """A tensor's version and address; its content too where it is small and in host memory."""
+        if tensor.is_inference():
+            self.refused = self.refused or f"{what}, a tensor of torch.inference_mode(), which counts no changes"
+        elif tensor.layout == torch.strided and self._has_room(1, what):
+            self._versions.add(tensor, what)
+            self._addresses.add(tensor, what)
+            nbytes = tensor.numel() * tensor.element_size()
+            plain = tensor.device.type == "cpu" and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+            if plain and 0 < nbytes <= min(SMALL_NBYTES, MOST_NBYTES - self._nbytes):
+                self._nbytes += nbytes
+                self._contents.add(tensor.detach().reshape(-1).view(torch.uint8).numpy(), what)
+
+    def array(self, array: np.ndarray, what: str) -> None:
+        """An array's content. One that nobody may write to stays as it is."""
+        if not array.flags.writeable:
+            return
+        if array.dtype.hasobject or self._nbytes + array.nbytes > MOST_NBYTES:
+            self.refused = self.refused or (
+                f"{what}, an array too large to compare before each step: array.setflags(write=False) says that it "
+                "stays as it is"
+            )
+        elif self._has_room(1, what):
+            self._nbytes += array.nbytes
+            self._contents.add(array, what)
+
+    def regularizer(self, variable: Any, what: str) -> None:
+        """The regularizer of a variable."""
+        if self._has_room(1, what):
+            self._regularizers.add(variable, what)
+
+    def _has_room(self, count: int, what: str) -> bool:
+        self._count += count
+        if self._count > MOST_PLACES:
+            self.refused = self.refused or f"{what}: more than {MOST_PLACES} values to compare before each step"
+        return self._count <= MOST_PLACES
+
+    # Comparing.
+
+    def changed(self) -> str:
+        """What is not as it was, in words; empty if everything is."""
+        for kind in self._kinds:
+            if kind.sources and not kind.same():
+                for i in kind.changes():
+                    return f"{kind.what[i]}{self._which(i) if kind is self._values else ''}"
+        return ""
+
+    def _which(self, i: int) -> str:
+        """Which of the values of one mapping has changed."""
+        owner, names = self._values.sources[i][1], self._names[i]
+        if len(names) == 1:
+            return f".{names[0]}"
+        for name, then in zip(names, self._then(i), strict=True):
+            if not _Places(self._values.read, [(itemgetter(name), owner)], [then]).same():
+                return f".{name}"
+        return ""
+
+    def _then(self, i: int) -> Sequence[Any]:
+        """What was under the keys of one mapping."""
+        return self._values.then[i] if len(self._names[i]) > 1 else [self._values.then[i]]
+
+    def restore(self) -> None:
+        """Let everything be as it was, as far as this can be written to: after a run that must not count."""
+        for i in self._values.changes():
+            _put(self._values.sources[i][1], dict(zip(self._names[i], self._then(i), strict=True)))
+        for i in self._objects.changes():
+            _put(self._objects.sources[i][1], dict([self._held[i]]))
+        for i in self._sizes.changes():
+            mapping = self._sizes.sources[i]
+            for key in [key for key in mapping if key not in self._keys[i]] if isinstance(mapping, dict) else ():
+                del mapping[key]
+        for i in self._elements.changes():
+            container = self._elements.sources[i]
+            container.clear()
+            (container.update if isinstance(container, set) else container.extend)(self._held_in[i])
+        for i in self._contents.changes():
+            array = self._contents.sources[i]
+            array[...] = np.frombuffer(self._contents.then[i], array.dtype).reshape(array.shape)
+
+
+def _copied(value: Any) -> Any:
+    """A value whose containers are copies, in any nest of them."""
+    if isinstance(value, dict):
+        return {key: _copied(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        copies = list(map(_copied, value))
+        return copies if isinstance(value, list) else value if all(map(is_, copies, value)) else tuple(copies)
+    return copy.copy(value) if isinstance(value, (set, deque)) else value
+
+
+def _put(owner: Any, items: dict[Any, Any]) -> None:
+    """Write to what a place lies in: a dict or list, or an object such as a closure's cell. A class is left alone."""
+    for key, value in items.items():
+        if isinstance(owner, (dict, list)):
+            owner[key] = value
+        elif not isinstance(owner, MappingProxyType):
+            setattr(owner, key, value)
