@@ -13,7 +13,8 @@ from fastdp.program.keras_replica import Running, replica_scope
 class StepDraws:
     """Hands each replica of a step its generators, and keeps the first one's after the step.
 
-    `moves` says whether steps draw from generators of the host's, as far as the last one has shown; before any it is `moves`.
+    Args:
+        moves: whether steps may draw from generators of the host's; afterwards what the last step has shown.
     """
 
     def __init__(self, moves: bool) -> None:
