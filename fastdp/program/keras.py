@@ -22,6 +22,7 @@ from fastdp.program.keras_accumulation import Accumulation
 from fastdp.program.keras_augment import keep_python_draws, writes_to_inputs
 from fastdp.program.keras_batch import Structure, flatten_outputs, unpack
 from fastdp.program.keras_effects import Effect
+from fastdp.program.keras_indices import RowsNamed
 from fastdp.program.keras_losses import NotPerSample, SharedLoss
 from fastdp.program.keras_memory import Adopted, Mapping, ReplicaScope, ReplicaState, adopted, tensors_of
 from fastdp.program.keras_merged import merged_loss
@@ -178,14 +179,16 @@ class KerasProgram:
     def train(self, state: ReplicaState, batch: list[np.ndarray], context: Context) -> Result:
         """Forward, this replica's contribution to the loss, and its gradient."""
         captured = self.captures.find(batch, context) if self.captures is not None else None
-        if captured is not None:
-            outcome = captured.replay(state.mapping, state.gradients, batch, context)  # writes the gradients
-            unused = frozenset(i for i, gradient in enumerate(outcome.gradients) if gradient is None)
-        else:
-            # Where a replica spans devices, backward goes call by call: gradients come in parts, from several threads.
-            with state.arrivals.during(context.ready if self._groups is None else None):
-                outcome = self.compute(state.mapping, context.structure.pack(batch), self.running_replica(context))
-            unused = self._store_gradients(state, outcome.gradients)
+        with RowsNamed(self, batch, context, state.mapping, trains=True):
+            if captured is not None:
+                outcome = captured.replay(state.mapping, state.gradients, batch, context)  # writes the gradients
+                unused = frozenset(i for i, gradient in enumerate(outcome.gradients) if gradient is None)
+            else:
+                # Where a replica spans devices, backward goes call by call: gradients come in parts, from several
+                # threads.
+                with state.arrivals.during(context.ready if self._groups is None else None):
+                    outcome = self.compute(state.mapping, context.structure.pack(batch), self.running_replica(context))
+                unused = self._store_gradients(state, outcome.gradients)
         notes = Notes(outcome.structure, len(outcome.terms) - 1, unused=unused)
         return self._result(outcome, state, context, notes)
 
@@ -199,7 +202,8 @@ class KerasProgram:
         run = self.running_replica(context)
         run.sync_batch_norm = False
         keras_scope = keras_device(context.device)
-        with keras_scope, torch.no_grad(), replica_scope(run), ReplicaScope(state.mapping, set()) as scope:
+        named = RowsNamed(self, batch, context, state.mapping)
+        with keras_scope, torch.no_grad(), replica_scope(run), ReplicaScope(state.mapping, set()) as scope, named:
             y_pred = self._call(x, training=False)
             extra = self._extra_losses(scope.losses, context)
         outputs, structure = flatten_outputs(y_pred)
@@ -345,7 +349,9 @@ class KerasProgram:
 
     def inspect(self, batch: Sequence[np.ndarray], structure: Structure) -> None:
         """Find out how side effects depend on the rows: before the first steps, on the host thread."""
-        with keras_device(self._adopted[0].device if self._adopted else None):
+        context = Context.alone(batch, structure, 0, len(batch[0]), len(batch[0]))
+        context.device = self._adopted[0].device if self._adopted else None
+        with keras_device(context.device), RowsNamed(self, batch, context):
             self.effects.inspect(batch, structure)
 
     def _result(self, outcome: Outcome, state: ReplicaState, context: Context, notes: Notes) -> Result:
