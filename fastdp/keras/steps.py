@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import keras
@@ -21,6 +22,7 @@ from fastdp.program.capture_record import Recorder
 from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import Structure, flatten_batch, unpack
 from fastdp.program.keras_custom import CallProgram
+from fastdp.program.keras_indices import IndicesNamed, rows_of
 from fastdp.program.keras_losses import own_copy
 from fastdp.program.torch_tensors import as_tensor
 from fastdp.step import StepResult
@@ -197,9 +199,16 @@ class Steps:
         program: Any = engine.program
         added = map(keras.ops.convert_to_tensor, result.sums[: result.notes.terms])
         with _losses_of_step(self.template, [*added, *program.regularization()]):
-            loss = self.trainer._compute_loss(x, y, y_pred, own_copy(sample_weight), training=False)
+            with IndicesNamed(partial(self._loss_of_rows, (x, y, y_pred, sample_weight)), 0, result.rows):
+                loss = self.trainer._compute_loss(x, y, y_pred, own_copy(sample_weight), training=False)
         self.trainer._loss_tracker.update_state(loss, sample_weight=result.rows)
         return self.trainer.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
+
+    def _loss_of_rows(self, data: tuple[Any, ...], start: int, stop: int) -> None:
+        """The loss of some rows, which counts nowhere."""
+        x, y, y_pred, weights = keras.tree.map_structure(partial(rows_of, start=start, stop=stop), data)
+        with keras.StatelessScope():
+            self.trainer._compute_loss(x, y, y_pred, own_copy(weights), training=False)
 
     def predict(self, engine: DataParallel, data: Any) -> Any:
         """One prediction step; the merged outputs of one batch."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import keras
@@ -20,6 +21,7 @@ from fastdp.program.base import Context, Result
 from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import Structure, flatten_outputs, unpack
 from fastdp.program.keras_effects import Effect, classify, mixes_rows
+from fastdp.program.keras_indices import IndicesNamed
 from fastdp.program.keras_memory import Mapping, ReplicaScope
 from fastdp.program.keras_outcome import Notes, Outcome
 from fastdp.program.keras_placed import gradients_of
@@ -170,7 +172,8 @@ class CallProgram(KerasProgram):
         run = self.running_replica(context)
         weights = set(map(id, work.weights))
         tracing = torch.set_grad_enabled(work.differentiable)
-        with tracing, replica_scope(run), ReplicaScope(state.mapping, weights) as scope:
+        named = IndicesNamed(partial(self._on_rows, state, work, rows, context), context.rows.start, context.rows.stop)
+        with tracing, replica_scope(run), ReplicaScope(state.mapping, weights) as scope, named:
             y = work.call(inputs)
             losses = self._extra_losses(scope.losses, context)
         outputs, structure = flatten_outputs(y)
@@ -180,6 +183,14 @@ class CallProgram(KerasProgram):
         detached = [loss.detach() for loss in losses]
         outcome = Outcome([], detached, outputs, structure, scope.assigned(state.mapping), run.moments)
         return self._result(outcome, state, context, Notes(structure, len(losses)))
+
+    def _on_rows(self, state: Any, work: Forward, rows: Any, context: Context, start: int, stop: int) -> None:
+        """The layer on some of a replica's rows, which counts nowhere."""
+        first = context.rows.start
+        part = [row[start - first : stop - first].detach() for row in rows]
+        run = Running(Context.alone(part, work, start, stop, context.rows.total), sites=self.effects.sites)
+        with torch.no_grad(), replica_scope(run), ReplicaScope(state.mapping, set()):
+            work.call(part)
 
     @staticmethod
     def _backward(context: Context, work: Backward) -> Result:

@@ -53,6 +53,11 @@ class IndicesNamed:
             raise found.kind(found.message) from error
 
 
+def rows_of(leaf: Any, start: int, stop: int) -> Any:
+    """Some rows of a leaf of a batch or of outputs; of what has no rows all of it."""
+    return leaf[start:stop] if getattr(leaf, "ndim", 0) else leaf
+
+
 class RowsNamed(IndicesNamed):
     """The same for a replica's step.
 

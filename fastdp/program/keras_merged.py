@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import keras
@@ -15,6 +17,7 @@ import torch
 
 from fastdp.program.base import Context
 from fastdp.program.keras_batch import pack_like
+from fastdp.program.keras_indices import IndicesNamed, rows_of
 from fastdp.program.keras_losses import own_copy
 
 
@@ -97,7 +100,8 @@ def _compute(program: Any, y_pred: Any, everyone: list[_Given], scope: Any, cont
         tensor.requires_grad_()
     answer = _Answer()
     nest = pack_like(y_pred, merged)
-    loss, answer.terms = _loss_of_all(program, nest, extra, scope, context)
+    with IndicesNamed(partial(_of_rows, program, nest, scope, context), 0, context.rows.total):
+        loss, answer.terms = _loss_of_all(program, nest, extra, scope, context)
     scaled = program.optimizer.scale_loss(loss)
     gradients: list[torch.Tensor | None] = [None] * len(inputs)
     if scaled.requires_grad:
@@ -108,6 +112,13 @@ def _compute(program: Any, y_pred: Any, everyone: list[_Given], scope: Any, cont
     answer.outputs = [found.get(id(tensor)) for tensor in merged]
     answer.extra = [found.get(id(term)) for term in extra]
     return answer
+
+
+def _of_rows(program: Any, y_pred: Any, scope: Any, context: Context, start: int, stop: int) -> None:
+    """The loss of some rows of the global batch, which counts nowhere."""
+    part = replace(context, batch=[array[start:stop] for array in context.batch])
+    outputs = keras.tree.map_structure(lambda leaf: rows_of(leaf.detach(), start, stop), y_pred)
+    _loss_of_all(program, outputs, [], scope, part)
 
 
 def _loss_of_all(
