@@ -152,7 +152,7 @@ class _Call:
         self.layer._clear_losses()
         for loss in losses:
             keras.Layer.add_loss(self.layer, loss)  # a Functional model has none of its own
-        return pack_like(step.structure.nest, list(outputs[:count]))
+        return step.structure.nested(outputs[:count])
 
 
 class _Step:

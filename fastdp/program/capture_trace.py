@@ -273,6 +273,8 @@ class _Layout:
 
     def flatten(self, outcome: Outcome) -> list[torch.Tensor]:
         """An outcome as one list; remembers how."""
+        if outcome.structure is not None and any(value is not None for _, value in outcome.structure.plain):
+            raise NotCapturable("outputs that are no tensors, which may be others in each call")
         found = [gradient for gradient in outcome.gradients if gradient is not None]
         numbers = iter(range(len(found)))
         self.gradients = [None if gradient is None else next(numbers) for gradient in outcome.gradients]

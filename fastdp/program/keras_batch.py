@@ -99,11 +99,16 @@ def _names(data: Any) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class OutputStructure:
-    """How a model's outputs were nested, and which of them carried a Keras mask."""
+    """How a model's outputs were nested, which of them carried a Keras mask, and those that are no tensors.
+
+    `dtypes` and `masked` are of the tensors. `plain` has the place among all leaves, and the value, of the others: None,
+    numbers, strings, NumPy arrays, objects. They are those of one replica.
+    """
 
     nest: Any
     dtypes: tuple[str, ...]
     masked: tuple[bool, ...]
+    plain: tuple[tuple[int, Any], ...] = ()
 
     def pack(self, arrays: Sequence[np.ndarray]) -> Any:
         """Tensors over the merged arrays, with their masks; first all outputs, then all masks."""
@@ -113,20 +118,41 @@ class OutputStructure:
         for tensor, masked in zip(tensors, self.masked, strict=True):
             if masked:
                 tensor._keras_mask = as_tensor(next(masks))
-        return pack_like(self.nest, tensors)
+        return self.nested(tensors)
+
+    def nested(self, tensors: Sequence[Any]) -> Any:
+        """These for the tensors, and the other leaves, in the nest."""
+        return pack_like(self.nest, with_plain(tensors, self.plain))
+
+
+def with_plain(tensors: Sequence[Any], plain: Sequence[tuple[int, Any]]) -> list[Any]:
+    """All leaves in their order: `tensors`, and among them, at their places, those that are none."""
+    leaves = list(tensors)
+    for place, value in plain:
+        leaves.insert(place, value)
+    return leaves
+
+
+def split_leaves(outputs: Any) -> tuple[list[torch.Tensor], tuple[tuple[int, Any], ...]]:
+    """The tensors among the leaves of outputs, and the place and value of each leaf that is none."""
+    leaves = keras.tree.flatten(outputs)
+    plain = tuple((i, leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor))
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], plain
 
 
 def flatten_outputs(outputs: Any) -> tuple[list[torch.Tensor], OutputStructure]:
-    """A model's outputs, followed by their masks, as tensors.
+    """A model's outputs, followed by their masks, as tensors; leaves that are no tensors are in the structure.
 
     An output without axes is averaged over replicas, as numbers: one of a dtype that NumPy lacks becomes fp32.
     """
-    leaves = [leaf.detach().float() if leaf.ndim == 0 else leaf for leaf in keras.tree.flatten(outputs)]
+    tensors, plain = split_leaves(outputs)
+    leaves = [leaf.detach().float() if leaf.ndim == 0 else leaf for leaf in tensors]
     masks = [getattr(leaf, "_keras_mask", None) for leaf in leaves]
     structure = OutputStructure(
         keras.tree.map_structure(lambda _: 0, outputs),
         tuple(dtype_name(leaf) for leaf in leaves),
         tuple(mask is not None for mask in masks),
+        plain,
     )
     return [*leaves, *(mask for mask in masks if mask is not None)], structure
 

@@ -20,11 +20,12 @@ import torch
 from fastdp.program.base import Context, Result
 from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import Structure, flatten_outputs, unpack
-from fastdp.program.keras_effects import Effect, classify, mixes_rows
+from fastdp.program.keras_effects import Effect, NotByRowsError, classify, mixes_rows
 from fastdp.program.keras_indices import IndicesNamed
 from fastdp.program.keras_memory import Mapping, ReplicaScope
 from fastdp.program.keras_outcome import Notes, Outcome
 from fastdp.program.keras_placed import gradients_of
+from fastdp.program.keras_plain import check_same
 from fastdp.program.keras_replica import Running, replica_scope
 from fastdp.program.keras_scope import replica_aware
 from fastdp.program.keras_trial import Effects, _unlike_first
@@ -93,6 +94,11 @@ class LayerEffects(Effects):
             both = self._try_rows(pair, structure, 0, 2)
             a, b = (self._try_rows(pair, structure, row, row + 1) for row in (0, 1))
         self.tried = True
+        try:
+            check_same([a.plain, b.plain, both.plain], both.nest)
+        except NotByRowsError as error:
+            self.refused = str(error)
+            return
         scalar = any(not out.ndim for out in both.outputs)
         uneven = any(
             x.ndim and (x.shape[0] == 0 or xy.shape != (2 * x.shape[0], *x.shape[1:]))

@@ -16,9 +16,10 @@ import keras
 import torch
 
 from fastdp.program.base import Context
-from fastdp.program.keras_batch import pack_like
+from fastdp.program.keras_batch import pack_like, split_leaves, with_plain
 from fastdp.program.keras_indices import IndicesNamed, rows_of
 from fastdp.program.keras_losses import own_copy
+from fastdp.program.keras_plain import Plain, check_same
 
 
 def merged_loss(
@@ -33,8 +34,8 @@ def merged_loss(
         scope: the replica's stateless scope, current.
         context: the replica's place in the step.
     """
-    leaves = keras.tree.flatten(y_pred)
-    everyone = context.exchange(_Given(leaves, extra, context))
+    leaves, plain = split_leaves(y_pred)
+    everyone = context.exchange(_Given(leaves, plain, extra, context))
     answer = _compute(program, y_pred, everyone, scope, context) if context.rank == 0 else None
     answer = context.exchange(answer)[0]
     roots: list[torch.Tensor] = []
@@ -55,12 +56,13 @@ def merged_loss(
 
 
 class _Given:
-    """What a replica brings: detached outputs, masks and terms."""
+    """What a replica brings: detached outputs, those that are no tensors, masks and terms."""
 
-    def __init__(self, leaves: list[torch.Tensor], extra: list[torch.Tensor], context: Context) -> None:
+    def __init__(self, leaves: list[torch.Tensor], plain: Plain, extra: list[torch.Tensor], context: Context) -> None:
         self.leaves = [leaf.detach() for leaf in leaves]
         self.masks = [getattr(leaf, "_keras_mask", None) for leaf in leaves]
         self.extra = [term.detach() for term in extra]
+        self.plain = plain
         self.rows = context.rows
 
     def moved(self, how: Callable[[Any], Any]) -> _Given:
@@ -89,6 +91,7 @@ class _Answer:
 
 def _compute(program: Any, y_pred: Any, everyone: list[_Given], scope: Any, context: Context) -> _Answer:
     """Keras's loss on all outputs, and its gradients."""
+    check_same([given.plain for given in everyone], y_pred)
     merged = [_merge(parts, everyone) for parts in zip(*(given.leaves for given in everyone), strict=True)]
     for i, tensor in enumerate(merged):
         masks = [given.masks[i] for given in everyone]
@@ -99,7 +102,7 @@ def _compute(program: Any, y_pred: Any, everyone: list[_Given], scope: Any, cont
     for tensor in inputs:
         tensor.requires_grad_()
     answer = _Answer()
-    nest = pack_like(y_pred, merged)
+    nest = pack_like(y_pred, with_plain(merged, everyone[0].plain))
     with IndicesNamed(partial(_of_rows, program, nest, scope, context), 0, context.rows.total):
         loss, answer.terms = _loss_of_all(program, nest, extra, scope, context)
     scaled = program.optimizer.scale_loss(loss)
@@ -117,7 +120,7 @@ def _compute(program: Any, y_pred: Any, everyone: list[_Given], scope: Any, cont
 def _of_rows(program: Any, y_pred: Any, scope: Any, context: Context, start: int, stop: int) -> None:
     """The loss of some rows of the global batch, which counts nowhere."""
     part = replace(context, batch=[array[start:stop] for array in context.batch])
-    outputs = keras.tree.map_structure(lambda leaf: rows_of(leaf.detach(), start, stop), y_pred)
+    outputs = keras.tree.map_structure(lambda leaf: rows_of(getattr(leaf, "detach", lambda: leaf)(), start, stop), y_pred)
     _loss_of_all(program, outputs, [], scope, part)
 
 

@@ -11,6 +11,7 @@ import torch
 from fastdp.program.keras_batch import OutputStructure
 from fastdp.program.keras_effects import Effect
 from fastdp.program.keras_moments import Moments
+from fastdp.program.keras_plain import check_same
 
 
 @dataclass(slots=True)
@@ -27,6 +28,17 @@ class Notes:
     constant: list[tuple[int, torch.Tensor]] = field(default_factory=list)
     normalized: list[keras.layers.BatchNormalization] = field(default_factory=list)
     unused: frozenset[int] = frozenset()
+
+    @staticmethod
+    def agree(every: Sequence[Notes]) -> None:
+        """Before an update: what no sum puts together is the same on all replicas.
+
+        Raises:
+            NotByRowsError: outputs that are no tensors differ.
+        """
+        structures = [notes.structure for notes in every if notes.structure is not None]
+        if any(structure.plain for structure in structures):
+            check_same([structure.plain for structure in structures], structures[0].nest)
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fastdp.program.base import Context
-from fastdp.program.keras_batch import Structure, unpack
+from fastdp.program.keras_batch import Structure, split_leaves, unpack
 from fastdp.program.keras_draws import DrawSites
 from fastdp.program.keras_effects import (
     Effect,
@@ -24,6 +24,7 @@ from fastdp.program.keras_effects import (
     warn_variable,
 )
 from fastdp.program.keras_memory import ReplicaScope
+from fastdp.program.keras_plain import Plain, check_same
 from fastdp.program.keras_replica import Running, replica_scope
 from fastdp.program.keras_rows import keeps_rows_apart
 from fastdp.program.keras_scope import replica_aware
@@ -88,6 +89,7 @@ class Effects:
         with replica_aware():
             both = self._try_rows(pair, structure, 0, 2)
             a, b = (self._try_rows(pair, structure, row, row + 1) for row in (0, 1))
+        check_same([a.plain, b.plain, both.plain], both.nest)
         if self._losses is None and a.outputs and b.outputs:
             check_outputs(self._model.name, a.outputs, both.outputs)
             warn_mixed_rows(self._model, a.outputs, b.outputs, both.outputs)
@@ -127,7 +129,9 @@ class Effects:
         explained = _explained(stop - start)
         with explained, torch.no_grad(), replica_scope(run), ReplicaScope(mapping, set()) as scope:
             x, _, _ = unpack(structure.pack([array[start:stop].copy() for array in batch]))
-            outputs = [leaf.detach() for leaf in keras.tree.flatten(self._call(x, True))]
+            nest = self._call(x, True)
+            tensors, plain = split_leaves(nest)
+            outputs = [leaf.detach() for leaf in tensors]
             losses = [keras.ops.sum(loss) for loss in scope.losses]
         normalized = {id(v) for layer in self._model._flatten_layers() for v in _statistics(layer)}
         moved = {}
@@ -135,7 +139,7 @@ class Effects:
             value = scope.get_current_value(variable)
             if value is not before and id(variable) not in normalized and id(variable) not in self.seeds:
                 moved[i] = value.double() - before.double()
-        return _Trial(losses, moved, [] if run.made_up else outputs)
+        return _Trial(losses, moved, [] if run.made_up else outputs, plain, nest)
 
 
 @contextmanager
@@ -160,6 +164,8 @@ class _Trial:
     losses: list[torch.Tensor]
     moved: dict[int, torch.Tensor]
     outputs: list[torch.Tensor]
+    plain: Plain = ()
+    nest: Any = None
 
 
 def _unlike_first(batch: Sequence[np.ndarray], structure: Structure) -> int | None:
