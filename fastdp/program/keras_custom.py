@@ -90,15 +90,15 @@ class LayerEffects(Effects):
         if self.tried or other is None:
             return
         pair = [array[[0, other]] for array in batch]
-        with replica_aware():
-            both = self._try_rows(pair, structure, 0, 2)
-            a, b = (self._try_rows(pair, structure, row, row + 1) for row in (0, 1))
-        self.tried = True
         try:
+            with replica_aware():
+                both = self._try_rows(pair, structure, 0, 2)
+                a, b = (self._try_rows(pair, structure, row, row + 1) for row in (0, 1))
             check_same([a.plain, b.plain, both.plain], both.nest)
         except NotByRowsError as error:
-            self.refused = str(error)
+            self.tried, self.refused = True, str(error)
             return
+        self.tried = True
         scalar = any(not out.ndim for out in both.outputs)
         uneven = any(
             x.ndim and (x.shape[0] == 0 or xy.shape != (2 * x.shape[0], *x.shape[1:]))
