@@ -18,7 +18,7 @@ _PARALLEL = ("ParallelModel", "TorchParallel")  # by name: their modules import 
 _OTHER_MODULES = {
     "torch.nn.parallel": "give the TorchModuleWrapper the module inside it (.module), and leave its devices to fastdp.",
     "torch.distributed": "give the TorchModuleWrapper the module as it was before, and leave its devices to fastdp.",
-    "torch._dynamo": "give the TorchModuleWrapper the module that was compiled (._orig_mod); fastdp compiles whole steps.",
+    "torch._dynamo": "give the TorchModuleWrapper the module that was compiled (._orig_mod).",
     "torch.jit": "give the TorchModuleWrapper the module from which it was made.",
     "torch.ao": "a quantized module's scale depends on all rows of a batch. Train the module as it was before.",
 }
@@ -67,8 +67,8 @@ def check_template(model: Any, *, any_batch_size: bool = False) -> None:
             _check_module(layer.name, layer.module)
         elif _is_parallel(layer):
             raise ValueError(
-                f"The model {model.name!r} has a layer that is parallel already ({layer.name!r}). Build it with the model "
-                "that you wrapped (parallel.template), and wrap it."
+                f"The model {model.name!r} has a layer that is parallel already ({layer.name!r}). Build it with the "
+                "model that you wrapped (parallel.template), and wrap it."
             )
         _check_hidden(layer)
     _check_shared(model)

@@ -198,9 +198,9 @@ class Steps:
         x, y, sample_weight = structure.pack(arrays, inputs=self._has_own_metrics() or self._has_own_loss())
         program: Any = engine.program
         added = map(keras.ops.convert_to_tensor, result.sums[: result.notes.terms])
-        with _losses_of_step(self.template, [*added, *program.regularization()]):
-            with IndicesNamed(partial(self._loss_of_rows, (x, y, y_pred, sample_weight)), 0, result.rows):
-                loss = self.trainer._compute_loss(x, y, y_pred, own_copy(sample_weight), training=False)
+        named = IndicesNamed(partial(self._loss_of_rows, (x, y, y_pred, sample_weight)), 0, result.rows)
+        with _losses_of_step(self.template, [*added, *program.regularization()]), named:
+            loss = self.trainer._compute_loss(x, y, y_pred, own_copy(sample_weight), training=False)
         self.trainer._loss_tracker.update_state(loss, sample_weight=result.rows)
         return self.trainer.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
 

@@ -67,8 +67,8 @@ class BackgroundCompiler:
 
     Nothing here waits but `close()`, for a process that it has killed. A compiler that is forgotten, and the
     interpreter's end, kill the worker and remove its files too; a process that was forked meanwhile leaves both alone.
-    Whatever keeps a graph from being compiled (no space, no folder for temporary files, no process to be had, a compiler
-    that fails, what it leaves behind) is the `CompileError` of `result`.
+    Whatever keeps a graph from being compiled (no space, no folder for temporary files, no process to be had, a
+    compiler that fails, what it leaves behind) is the `CompileError` of `result`.
     """
 
     def __init__(self, timeout: float = 1800.0) -> None:

@@ -84,7 +84,7 @@ def _replace(node: Node, place: tuple[int, int | None], value: Node) -> None:
     if at < len(node.args):
         node.args = (*node.args[:at], replaced, *node.args[at + 1 :])
     else:
-        name = node.target._schema.arguments[at].name  # type: ignore[union-attr]
+        name = node.target._schema.arguments[at].name
         node.kwargs = {**node.kwargs, name: replaced}
 
 

@@ -40,7 +40,7 @@ from fastdp.program.keras_moments import Moments
 from fastdp.program.keras_outcome import Outcome
 from fastdp.program.keras_replica import NotCapturable, keras_device, replica_scope
 from fastdp.program.keras_scope import replica_aware
-from fastdp.program.torch_indices import checked_one_hot
+from fastdp.program.torch_indices import CheckedOneHot
 from fastdp.program.torch_tensors import as_tensor, settle
 
 _Draw = Callable[[], torch.Tensor]
@@ -117,7 +117,7 @@ class Captured:
         return for_compiler(guarded(self.graph) if self._home.type == "cpu" else self.graph)
 
     def checked(self, run: Callable[..., Sequence[torch.Tensor]]) -> Callable[..., Sequence[torch.Tensor]]:
-        """What `to_compile` gave, compiled, as something to `use`: wrong indices, and its own failures, end no process."""
+        """What `to_compile` gave, compiled, as something to `use`: wrong indices, and failures of its own, end nothing."""
         (output,) = self.graph.graph.find_nodes(op="output")
         return Compiled(run, self.run, len(output.args[0])) if self._home.type == "cpu" else run
 
@@ -227,7 +227,7 @@ def _traced(function: Callable[..., Any], arguments: list[torch.Tensor]) -> Grap
         # Without an environment for symbols, so that reading a value on the host is an error that names the operation.
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=None)
         fakes = [mode.from_tensor(argument) for argument in arguments]
-        with checked_one_hot():
+        with CheckedOneHot():
             return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*fakes)
     except NotCapturable as error:
         raise NotCapturable(f"{error}{_place(error.__traceback__)}") from error

@@ -101,8 +101,8 @@ def _names(data: Any) -> list[str]:
 class OutputStructure:
     """How a model's outputs were nested, which of them carried a Keras mask, and those that are no tensors.
 
-    `dtypes` and `masked` are of the tensors. `plain` has the place among all leaves, and the value, of the others: None,
-    numbers, strings, NumPy arrays, objects. They are those of one replica.
+    `dtypes` and `masked` are of the tensors. `plain` has the place among all leaves, and the value, of the others:
+    None, numbers, strings, NumPy arrays, objects. They are those of one replica.
     """
 
     nest: Any

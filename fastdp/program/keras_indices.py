@@ -1,4 +1,4 @@
-"""Errors of wrong labels and indices, told in the terms of the user's model: which layer or loss, which row, which range.
+"""Errors of wrong labels and indices, told in the terms of the user's model: which layer or loss, range and row.
 
 Torch's own errors name neither. When a step fails with one, it is run again on the same rows while each operation's
 indices are looked at before it runs (`fastdp.program.torch_indices.Watch`), and then on halves of the rows, until one
@@ -22,7 +22,7 @@ from fastdp.program.keras_batch import unpack
 from fastdp.program.keras_memory import Mapping, ReplicaScope
 from fastdp.program.keras_replica import Running, keras_device, replica_scope
 from fastdp.program.keras_scope import replica_aware
-from fastdp.program.torch_indices import Watch, Wrong, checked_one_hot
+from fastdp.program.torch_indices import CheckedOneHot, Watch, Wrong
 
 _CLASSES: tuple[type[Exception], ...] = (IndexError, ValueError, RuntimeError)  # what torch raises for an index
 
@@ -69,7 +69,9 @@ class RowsNamed(IndicesNamed):
         trains: forward, loss and backward, or forward alone.
     """
 
-    def __init__(self, program: Any, batch: Any, context: Context, mapping: Mapping | None = None, trains: bool = False):
+    def __init__(
+        self, program: Any, batch: Any, context: Context, mapping: Mapping | None = None, trains: bool = False
+    ):
         super().__init__(self._on_rows, context.rows.start, context.rows.stop)
         self._program, self._batch, self._context = program, batch, context
         self._mapping, self._trains = mapping, trains
@@ -109,7 +111,8 @@ class _Named:
         row = f" in row {self.row} of the batch" if self.row is not None else ""
         if use.high is None:
             return f"{self.place} divides whole numbers by 0{row}."
-        return f"{self.place} got {self.argument} out of range: {use.expected} expected. Received: {self.wrong.found}{row}."
+        found = f"{use.expected} expected. Received: {self.wrong.found}{row}."
+        return f"{self.place} got {self.argument} out of range: {found}"
 
 
 def _found(again: Callable[[int, int], Any], start: int, stop: int) -> _Named | None:
@@ -141,7 +144,7 @@ def _look(again: Callable[[int, int], Any], start: int, stop: int) -> _Named | N
         raise error
 
     try:
-        with checked_one_hot(), Watch(told):
+        with CheckedOneHot(), Watch(told):
             again(start, stop)
     except _CLASSES:
         pass  # that of the index; or another, of which the step's own error tells

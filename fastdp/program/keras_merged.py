@@ -120,7 +120,9 @@ def _compute(program: Any, y_pred: Any, everyone: list[_Given], scope: Any, cont
 def _of_rows(program: Any, y_pred: Any, scope: Any, context: Context, start: int, stop: int) -> None:
     """The loss of some rows of the global batch, which counts nowhere."""
     part = replace(context, batch=[array[start:stop] for array in context.batch])
-    outputs = keras.tree.map_structure(lambda leaf: rows_of(getattr(leaf, "detach", lambda: leaf)(), start, stop), y_pred)
+    outputs = keras.tree.map_structure(
+        lambda leaf: rows_of(getattr(leaf, "detach", lambda: leaf)(), start, stop), y_pred
+    )
     _loss_of_all(program, outputs, [], scope, part)
 
 

@@ -1,8 +1,8 @@
 """Outputs that are no tensors: None, numbers, strings, NumPy arrays, objects.
 
-Nobody can put them together from the rows of several devices. What is the same on all replicas is the value for the whole
-batch too, as far as that can be known: a trial on one row and on two tells what depends on their number, and each step
-compares what the replicas gave. A number that a model takes from its rows (`x.shape[0]`) is an error that names it.
+Nobody can put them together from the rows of several devices. What is the same on all replicas is the value for the
+whole batch too, as far as that can be known: a trial on one row and on two tells what depends on their number, and each
+step compares what the replicas gave. A number that a model takes from its rows (`x.shape[0]`) is an error that names it.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ def check_same(every: Sequence[Plain], nest: Any) -> None:
     for others in every[1:]:
         if [place for place, _ in others] != [place for place, _ in every[0]]:
             raise NotByRowsError(
-                "The model's outputs are tensors for some rows and no tensors for others, so they cannot be put together "
-                "from the rows of several devices. Return the same kinds of outputs for all rows, or use gpus=[0]."
+                "The model's outputs are tensors for some rows and no tensors for others, so they cannot be put "
+                "together from the rows of several devices. Return the same kinds of outputs for all rows, or use "
+                "gpus=[0]."
             )
         for (place, value), (_, other) in zip(every[0], others, strict=True):
             if not _same(value, other):
                 raise NotByRowsError(
-                    f"The model's output {_name(nest, place)} is no tensor but {_said(value)}, which depends on the rows: "
-                    f"other rows gave {_said(other)}. What devices make of their rows can be put together only from "
-                    "tensors. Return a tensor with a row for each row of the batch, or take the value after the merge, "
+                    f"The model's output {_name(nest, place)} is no tensor but {_said(value)}, which depends on the "
+                    f"rows: other rows gave {_said(other)}. What devices make of their rows can be put together only "
+                    "from tensors. Return a tensor with a row for each row of the batch, or take the value after the merge, "
                     "or use gpus=[0]."
                 )
 

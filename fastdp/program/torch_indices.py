@@ -156,11 +156,11 @@ def _is_index(value: Any, value_of: Callable[[Any], Any]) -> bool:
     return isinstance(tensor, torch.Tensor) and not (tensor.is_floating_point() or tensor.is_complex())
 
 
-class checked_one_hot(torch.overrides.TorchFunctionMode):  # noqa: N801: used as a function
+class CheckedOneHot(torch.overrides.TorchFunctionMode):
     """Within it `torch.nn.functional.one_hot` is traced with its check of the classes.
 
-    torch's own reads the largest class on the host, and leaves that out where there are no values, so that a trace would
-    make rows of zeros of classes that do not exist.
+    torch's own reads the largest class on the host, and leaves that out where there are no values, so that a trace
+    would make rows of zeros of classes that do not exist.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""Outputs that are no tensors: as in plain Keras where they are the same on all devices, an error or a fallback where not."""
+"""Outputs that are no tensors: as in plain Keras where all devices have the same, an error or a fallback elsewhere."""
 
 from __future__ import annotations
 
@@ -148,9 +148,7 @@ def test_the_merged_loss_gets_them_too():
 
     plain, parallel = made(lambda x: [None, 2], kind=Own), made(lambda x: [None, 2], 3, kind=Own)
     for _ in range(2):
-        np.testing.assert_allclose(
-            parallel.train_on_batch(X, {"a": Y}), plain.train_on_batch(X, {"a": Y}), rtol=1e-5
-        )
+        np.testing.assert_allclose(parallel.train_on_batch(X, {"a": Y}), plain.train_on_batch(X, {"a": Y}), rtol=1e-5)
     for weight, other in zip(parallel.get_weights(), plain.get_weights(), strict=True):
         np.testing.assert_allclose(weight, other, rtol=1e-5, atol=1e-6)
 

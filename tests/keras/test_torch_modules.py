@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 
 import keras
 import numpy as np
@@ -87,6 +88,12 @@ def parametrized():
     return module
 
 
+def jit_traced():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.trace(nn.Linear(4, 3), torch.zeros(2, 4))
+
+
 def model_of(module):
     keras.utils.set_random_seed(2)
     wrapper = L.TorchModuleWrapper(module, output_shape=(None, 3))
@@ -114,7 +121,7 @@ REFUSED = {
     "DataParallel": (lambda: nn.DataParallel(nn.Linear(4, 3)), r"DataParallel.*\.module"),
     "DataParallel inside": (lambda: nn.Sequential(nn.DataParallel(nn.Linear(4, 3))), r"DataParallel.*\.module"),
     "compiled": (lambda: torch.compile(nn.Linear(4, 3), backend="eager"), r"OptimizedModule.*_orig_mod"),
-    "traced": (lambda: torch.jit.trace(nn.Linear(4, 3), torch.zeros(2, 4)), "from which it was made"),
+    "traced": (jit_traced, "from which it was made"),
     "buffers": (lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), "buffers.*keras.layers"),
     "spectral norm": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)), "buffers.*keras.layers"),
     "dropout": (lambda: nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)), "draws at random.*keras.layers"),
@@ -169,7 +176,7 @@ def test_a_module_in_two_wrappers_is_an_error_and_in_one_layer_called_twice_righ
     module = nn.Linear(4, 4)
     inputs = keras.Input((4,))
     two = [L.TorchModuleWrapper(module, output_shape=(None, 4)) for _ in range(2)]
-    with pytest.raises(ValueError, match="share one tensor.*call that layer twice"):
+    with pytest.raises(ValueError, match=r"share one tensor.*call that layer twice"):
         fastdp.wrap(keras.Model(inputs, two[1](two[0](inputs))), gpus=2)
 
     def once(wrapped):
