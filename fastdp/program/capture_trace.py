@@ -117,7 +117,7 @@ class Captured:
         return for_compiler(guarded(self.graph) if self._home.type == "cpu" else self.graph)
 
     def checked(self, run: Callable[..., Sequence[torch.Tensor]]) -> Callable[..., Sequence[torch.Tensor]]:
-        """What `to_compile` gave, compiled, as something to `use`: wrong indices, and failures of its own, end nothing."""
+        """What `to_compile` gave, compiled, as something to `use`: wrong indices and own failures end nothing."""
         (output,) = self.graph.graph.find_nodes(op="output")
         return Compiled(run, self.run, len(output.args[0])) if self._home.type == "cpu" else run
 

@@ -2,7 +2,8 @@
 
 Nobody can put them together from the rows of several devices. What is the same on all replicas is the value for the
 whole batch too, as far as that can be known: a trial on one row and on two tells what depends on their number, and each
-step compares what the replicas gave. A number that a model takes from its rows (`x.shape[0]`) is an error that names it.
+step compares what the replicas gave. A number that a model takes from its rows (`x.shape[0]`) is an error that names
+it.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ def check_same(every: Sequence[Plain], nest: Any) -> None:
             if not _same(value, other):
                 raise NotByRowsError(
                     f"The model's output {_name(nest, place)} is no tensor but {_said(value)}, which depends on the "
-                    f"rows: other rows gave {_said(other)}. What devices make of their rows can be put together only "
-                    "from tensors. Return a tensor with a row for each row of the batch, or take the value after the merge, "
-                    "or use gpus=[0]."
+                    f"rows: other rows gave {_said(other)}. What devices make of their rows can be put together "
+                    "only from tensors. Return a tensor with a row for each row of the batch, or take the value after "
+                    "the merge, or use gpus=[0]."
                 )
 
 
