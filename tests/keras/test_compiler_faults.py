@@ -31,10 +31,11 @@ L = keras.layers
 def _nothing_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(capture, "missing_compiler", lambda: None)
+    before = set(threading.enumerate())
     yield
     fastdp.set_virtual_devices(0)
     assert not list(tmp_path.glob("fastdp-compile-*"))
-    assert not [thread for thread in threading.enumerate() if "compile" in thread.name and thread.is_alive()]
+    assert not [thread for thread in set(threading.enumerate()) - before if "compile" in thread.name]
 
 
 @pytest.fixture(autouse=True)
