@@ -116,7 +116,11 @@ def add_up(step: Step) -> None:
     sums = results[0].sums.copy()
     for result in results[1:]:
         sums += result.sums
-    step.totals = Totals(sums, results[0].notes, [result.notes for result in results], step.reduces)
+    every_note = [result.notes for result in results]
+    agree = getattr(results[0].notes, "agree", None)
+    if agree is not None and len(results) > 1:
+        agree(every_note)
+    step.totals = Totals(sums, results[0].notes, every_note, step.reduces)
 
 
 def run_update(step: Step, replica: Replica, spare: Spare, threads: int, share: Share | None) -> None:

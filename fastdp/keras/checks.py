@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import keras
+import torch
 from keras.src.models.functional import Functional
 from keras.src.utils.torch_utils import TorchModuleWrapper
 
 from fastdp.keras.custom_steps import OWN_STEPS, has_own
-from fastdp.program.keras_modules import draws_at_random
+from fastdp.program.keras_modules import REMEDY, draws_at_random, structure_of
+
+_PARALLEL = ("ParallelModel", "TorchParallel")  # by name: their modules import this one, and torch's side is optional
+
+# Modules of torch's that are other modules in disguise, by where their class is from, and what to do about them.
+_OTHER_MODULES = {
+    "torch.nn.parallel": "give the TorchModuleWrapper the module inside it (.module), and leave its devices to fastdp.",
+    "torch.distributed": "give the TorchModuleWrapper the module as it was before, and leave its devices to fastdp.",
+    "torch._dynamo": "give the TorchModuleWrapper the module that was compiled (._orig_mod).",
+    "torch.jit": "give the TorchModuleWrapper the module from which it was made.",
+    "torch.ao": "a quantized module's scale depends on all rows of a batch. Train the module as it was before.",
+}
 
 
 def check_backend(caller: str) -> None:
@@ -90,30 +104,94 @@ def check_template(model: Any, *, any_batch_size: bool = False) -> None:
                 "of the model, and apply it to the data before fit (in a generator or a PyDataset)."
             )
         if isinstance(layer, TorchModuleWrapper):
-            _check_module(layer)
+            _check_module(layer.name, layer.module)
+        elif _is_parallel(layer):
+            raise ValueError(
+                f"The model {model.name!r} has a layer that is parallel already ({layer.name!r}). Build it with the "
+                "model that you wrapped (parallel.template), and wrap it."
+            )
+        _check_hidden(layer)
+    _check_shared(model)
     if not any_batch_size:
         _check_batch_size(model)
 
 
-def _check_module(layer: Any) -> None:
-    """A wrapped torch module has nothing but parameters, and draws nothing.
+def _check_module(name: str, module: Any) -> None:
+    """A torch module inside a Keras model has nothing but parameters, draws nothing, and runs on one device.
+
+    What its forward pass does with random numbers and attributes the first batch tells (`program/keras_modules.py`).
 
     Raises:
-        ValueError: it has buffers, or random layers.
+        ValueError: it has buffers, or random layers, or is of a kind that replicas cannot run on their own parameters.
     """
-    remedy = "Use keras.layers for this part, or write the whole model as a torch.nn.Module and wrap that."
-    buffers = [name for name, _ in layer.module.named_buffers()]
+    said = f"The TorchModuleWrapper {name!r} holds"
+    for inside in module.modules():
+        known = [remedy for where, remedy in _OTHER_MODULES.items() if type(inside).__module__.startswith(where)]
+        if known or isinstance(inside, torch.jit.ScriptModule):
+            remedy = known[0] if known else _OTHER_MODULES["torch.jit"]
+            raise ValueError(f"{said} a {type(inside).__name__}, which replicas cannot run: {remedy}")
+    buffers = [name for name, _ in module.named_buffers()]
     if buffers:
         raise ValueError(
-            f"The TorchModuleWrapper {layer.name!r} holds a module that has buffers ({', '.join(buffers[:3])}), which "
-            f"Keras does not track and devices cannot share. {remedy}"
+            f"{said} a module that has buffers ({', '.join(buffers[:3])}), which Keras does not track and devices "
+            f"cannot share. {REMEDY}"
         )
-    draws = [type(module).__name__ for module in layer.module.modules() if draws_at_random(module)]
+    if any(isinstance(parameter, torch.nn.UninitializedParameter) for parameter in module.parameters()):
+        raise ValueError(f"{said} a module with lazy parameters that have no shape yet. Call it on a batch first.")
+    draws = [type(inside).__name__ for inside in module.modules() if draws_at_random(inside)]
     if draws:
         raise ValueError(
-            f"The TorchModuleWrapper {layer.name!r} holds a module that draws at random ({draws[0]}), from torch's "
-            f"global generator, which devices cannot share. {remedy}"
+            f"{said} a module that draws at random ({draws[0]}), from torch's global generator, which devices cannot "
+            f"share. {REMEDY}"
         )
+    try:
+        structure_of(module)
+    # What copying raises: locks, files and threads (TypeError), tensors inside a graph (RuntimeError), and others.
+    except (TypeError, RuntimeError, AttributeError, ValueError, copy.Error, pickle.PickleError) as error:
+        raise ValueError(
+            f"{said} a module that cannot be copied for each replica ({type(error).__name__}: {error}). {REMEDY}"
+        ) from error
+
+
+def _check_hidden(layer: Any) -> None:
+    """Modules that Keras does not find, in a list or a dict of a layer, are checked as those that it wraps.
+
+    Raises:
+        ValueError: one of them, or a model of fastdp's.
+    """
+    for key, value in vars(layer).items():
+        if key.startswith("_"):  # Keras's and torch's own
+            continue
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+        for one in inside:
+            if _is_parallel(one):
+                raise ValueError(
+                    f"The layer {layer.name!r} holds a model that is parallel already ({key}). Build it with the model "
+                    "that you wrapped."
+                )
+            if isinstance(one, torch.nn.Module) and not isinstance(one, keras.Layer) and one is not value:
+                _check_module(layer.name, one)
+
+
+def _is_parallel(thing: Any) -> bool:
+    """Whether this is a parallel model of fastdp's."""
+    return any(one.__module__.startswith("fastdp.") and one.__name__ in _PARALLEL for one in type(thing).__mro__)
+
+
+def _check_shared(model: Any) -> None:
+    """No two variables are one tensor: each gets memory of its own.
+
+    Raises:
+        ValueError: two are, such as those of two wrappers around one torch module.
+    """
+    known: dict[int, Any] = {}
+    for variable in {id(v): v for v in model.variables}.values():
+        other = known.setdefault(id(variable._value), variable)
+        if other is not variable and variable._value is not None:
+            raise ValueError(
+                f"The variables {other.path!r} and {variable.path!r} share one tensor, as those of two "
+                "TorchModuleWrappers around one torch module do. Wrap the module once, and call that layer twice."
+            )
 
 
 def _check_batch_size(model: Any) -> None:

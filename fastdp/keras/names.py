@@ -23,3 +23,25 @@ def unique_names(names: Sequence[str]) -> list[str]:
         seen.add(candidate)
         unique.append(candidate)
     return unique
+
+
+def numbered_names(names: Sequence[str]) -> list[str]:
+    """Names made unique as `multi_gpu_model` of Keras 2.3 did: all of a repeated name get numbers, from `_1` on.
+
+    Here too none gets a name that another output has; Keras 2.3 refused such models.
+
+    Example:
+        >>> numbered_names(["a", "b", "a"])
+        ['a_1', 'b', 'a_2']
+    """
+    taken = set(names)
+    numbers: dict[str, int] = {}
+    unique = []
+    for name in names:
+        candidate = name
+        while names.count(name) > 1 and candidate in taken:
+            numbers[name] = numbers.get(name, 0) + 1
+            candidate = f"{name}_{numbers[name]}"
+        taken.add(candidate)
+        unique.append(candidate)
+    return unique

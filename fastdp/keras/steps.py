@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import keras
@@ -23,6 +24,7 @@ from fastdp.keras.model_engine import ModelEngine
 from fastdp.keras.own_loops import ModelCalls, inside_step, say_once
 from fastdp.program.keras_batch import Structure, flatten_batch, unpack
 from fastdp.program.keras_effects import NotByRowsError, UndecidedError
+from fastdp.program.keras_indices import IndicesNamed, rows_of
 from fastdp.program.keras_losses import own_copy
 from fastdp.program.torch_deterministic import deterministic_algorithms
 from fastdp.program.torch_tensors import as_tensor
@@ -130,10 +132,17 @@ class Steps(ModelEngine):
         x, y, sample_weight = structure.pack(arrays, inputs=self._has_own_metrics() or self._has_own_loss())
         program: Any = engine.program
         added = map(keras.ops.convert_to_tensor, result.sums[: result.notes.terms])
-        with _losses_of_step(self.template, [*added, *program.regularization()]):
+        named = IndicesNamed(partial(self._loss_of_rows, (x, y, y_pred, sample_weight)), 0, result.rows)
+        with _losses_of_step(self.template, [*added, *program.regularization()]), named:
             loss = self.trainer._compute_loss(x, y, y_pred, own_copy(sample_weight), training=False)
         self.trainer._loss_tracker.update_state(loss, sample_weight=result.rows)
         return self.trainer.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
+
+    def _loss_of_rows(self, data: tuple[Any, ...], start: int, stop: int) -> None:
+        """The loss of some rows, which counts nowhere."""
+        x, y, y_pred, weights = keras.tree.map_structure(partial(rows_of, start=start, stop=stop), data)
+        with keras.StatelessScope():
+            self.trainer._compute_loss(x, y, y_pred, own_copy(weights), training=False)
 
     @_deterministic_if_asked
     def predict(self, engine: DataParallel, data: Any) -> Any:

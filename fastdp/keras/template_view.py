@@ -10,7 +10,7 @@ import torch
 
 from fastdp.keras.by_name import is_keras_2_file, load_weights, save_weights
 from fastdp.keras.compile_state import borrowed
-from fastdp.keras.names import unique_names
+from fastdp.keras.names import numbered_names, unique_names
 
 
 class TemplateView(keras.Model):
@@ -18,6 +18,7 @@ class TemplateView(keras.Model):
 
     template: keras.Model
     _merge_layer: keras.layers.Layer
+    numbers_all_outputs = False  # of a repeated name, the first too: as Keras 2.3's multi_gpu_model
 
     @property
     def layers(self) -> list[keras.layers.Layer]:
@@ -48,7 +49,9 @@ class TemplateView(keras.Model):
     def output_names(self) -> list[str] | None:
         """The template's output names, made unique: loss, metric and history keys go by them."""
         names = getattr(self.template, "output_names", None)
-        return None if names is None else unique_names(names)
+        if names is None:
+            return None
+        return numbered_names(names) if self.numbers_all_outputs else unique_names(names)
 
     @property
     def input_shape(self) -> Any:

@@ -27,7 +27,7 @@ def multi_gpu_model(
         cpu_relocation: keep the template's weights in host memory. Never clones: weights stay.
 
     Returns:
-        A Keras model to compile and fit.
+        A Keras model to compile and fit. Outputs of one name are called `name_1`, `name_2` and so on.
 
     Raises:
         ValueError: anything wrong with `gpus` (fewer than two devices too), or a model that cannot be replicated.
@@ -44,7 +44,9 @@ def multi_gpu_model(
     _check_model(model, "multi_gpu_model")
     check_places(model, None)
     devices = resolve(gpus, minimum=2, caller="multi_gpu_model")
-    return ParallelModel(model, devices, cpu_merge=cpu_merge, cpu_relocation=cpu_relocation)
+    parallel = ParallelModel(model, devices, cpu_merge=cpu_merge, cpu_relocation=cpu_relocation)
+    parallel.numbers_all_outputs = True
+    return parallel
 
 
 def wrap_keras(model: keras.Model, gpus: Any = None, **options: Any) -> ParallelModel:

@@ -137,7 +137,8 @@ class Result:
     """What one replica gives back: output arrays, numbers to be summed, and notes for `update`.
 
     `notes` describe the layout of `sums` and whatever else `update` needs to know; those of the first
-    replica serve all.
+    replica serve all. They may have `agree(every)`, which raises if those of the replicas contradict each other, before
+    any update.
     """
 
     outputs: list[np.ndarray] = field(default_factory=list)

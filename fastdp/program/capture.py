@@ -36,10 +36,10 @@ import torch
 from fastdp.errors import DeviceTimeoutError
 from fastdp.program.base import Context
 from fastdp.program.capture_compiler import BackgroundCompiler, CompileError, missing_compiler
+from fastdp.program.capture_faults import Attempt
 from fastdp.program.capture_guard import Guard
 from fastdp.program.capture_own_code import own_code
 from fastdp.program.capture_record import Recorder
-from fastdp.program.capture_rewrites import for_compiler
 from fastdp.program.capture_shapes import Shape, entry_of, key_of, recordings_of
 from fastdp.program.capture_trace import Captured, NoExchange
 from fastdp.program.capture_trial import Trial
@@ -145,8 +145,7 @@ class Captures:
                 if shape.captured is None and not self._refused and self._may_trace(shape):
                     self._trace(shape, own, context)
                 if shape.captured is not None and shape.job is None and self._may_compile(shape):
-                    shape.job = self._compiler.submit(for_compiler(shape.captured.graph), self._threads(rows))
-                    shape.why = "being compiled"
+                    self._submit(shape, shape.captured, rows)
                     if self._deterministic:
                         self.wait()
             self._record(shape, rank, own, context)
@@ -276,17 +275,27 @@ class Captures:
 
     def _trace(self, shape: Shape, batch: list[np.ndarray], context: Context) -> None:
         """Trace one shape; a warning, and no more attempts for any shape, if that cannot be done."""
-        try:
+        with Attempt() as attempt:
             self._guard.renew()
             with self._alone(), self._guard.tracing():
                 shape.captured = Captured(self._program, batch, context)
+        if attempt.error is None:
             # Where steps have been trained for longer, it is recorded at once (see `_collect`).
             shape.since, shape.why = min(shape.steps, 1), ""
-        except NotCapturable as error:
-            self._refused = str(error)
-            self.close()
-            self._shapes.clear()
-            self._warn_eager()
+            return
+        expected = isinstance(attempt.error, NotCapturable)
+        self._refused = str(attempt.error) if expected else f"an error while it was traced, {attempt.why}"
+        self.close()
+        self._shapes.clear()
+        self._warn_eager()
+
+    def _submit(self, shape: Shape, captured: Captured, rows: Rows) -> None:
+        """Have a captured step compiled; a warning, and no more compiling, if that cannot even begin."""
+        with Attempt() as attempt:
+            shape.job = self._compiler.submit(captured.to_compile(), self._threads(rows))
+            shape.why = "being compiled"
+        if attempt.error is not None:
+            self._give_up_compiling(attempt.why)
 
     def _record(self, shape: Shape, rank: int, batch: list[np.ndarray], context: Context) -> None:
         """Have a shape recorded on a replica, once it has run there as it is to be recorded."""
@@ -299,21 +308,40 @@ class Captures:
     def _collect(self) -> None:
         """Let compiled steps take over."""
         for shape in self._shapes.values():
-            job = shape.job
-            if job is None or shape.compiled or not self._compiler.done(job) or shape.captured is None:
+            captured, job = shape.captured, shape.job
+            if captured is None or job is None:
                 continue
-            try:
-                compiled = self._compiler.result(job)
+            if shape.compiled:
+                if captured.failed:
+                    self._go_back(shape, captured)
+                continue
+            with Attempt() as attempt:
+                if not self._compiler.done(job):
+                    continue
+                compiled = captured.checked(self._compiler.result(job))
                 if self._mode == "auto" and self._recorder is None:
-                    shape.trial = Trial(shape.captured, compiled)
+                    shape.trial = Trial(captured, compiled)
                 else:
-                    shape.captured.use(compiled)
+                    captured.use(compiled)
                 # Recorded at once where that is done: its first run, which allocates memory, is then not within a step,
                 # in which other replicas may wait for a collective.
                 shape.compiled, shape.since, shape.why = True, shape.steps - 1, ""
-            except CompileError as error:
-                self.close(str(error))
-                self._warn_traced()
+            if attempt.error is not None:
+                self._give_up_compiling(str(attempt.error) if type(attempt.error) is CompileError else attempt.why)
+
+    def _go_back(self, shape: Shape, captured: Captured) -> None:
+        """Let a step whose compiled form has failed be the traced one for good."""
+        why = captured.failed
+        captured.use_traced()
+        shape.job, shape.trial, shape.compiled, shape.why = None, None, False, why
+        self._give_up_compiling(why)
+
+    def _give_up_compiling(self, why: str) -> None:
+        """Compile nothing any more, and say so, once."""
+        told = bool(self._no_compiler)
+        self.close(why)
+        if not told:
+            self._warn_traced()
 
     def _threads(self, rows: Rows) -> int:
         """The cores that one replica may use while the others run."""

@@ -20,14 +20,15 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch._inductor import CompiledArtifact
-from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch.fx import GraphModule
 
+from fastdp.program.capture_faults import Attempt, in_words
 from fastdp.program.capture_graph import to_bytes
 from fastdp.shard import CORES
 
@@ -54,6 +55,8 @@ class Job:
     began: float = 0.0
     seconds: float = 0.0
     load_seconds: float = 0.0
+    parent: int = field(default_factory=os.getpid)
+    failure: str = ""
 
 
 class BackgroundCompiler:
@@ -63,7 +66,9 @@ class BackgroundCompiler:
         timeout: seconds after which a worker is given up.
 
     Nothing here waits but `close()`, for a process that it has killed. A compiler that is forgotten, and the
-    interpreter's end, kill the worker and remove its files too.
+    interpreter's end, kill the worker and remove its files too; a process that was forked meanwhile leaves both alone.
+    Whatever keeps a graph from being compiled (no space, no folder for temporary files, no process to be had, a
+    compiler that fails, what it leaves behind) is the `CompileError` of `result`.
     """
 
     def __init__(self, timeout: float = 1800.0) -> None:
@@ -79,27 +84,34 @@ class BackgroundCompiler:
 
     def submit(self, module: GraphModule, threads: int) -> Job:
         """Have a graph compiled, whose operations may use `threads` cores."""
-        data, constants = to_bytes(module)
+        with Attempt() as attempt:
+            data, constants = to_bytes(module)
+        if attempt.error is not None:
+            return Job(b"", [], threads, failure=f"the graph cannot be handed to the compiler: {attempt.why}")
         job = Job(data, constants, threads)
         self._waiting.append(job)
         self._start_next()
-        _readying()
         return job
 
     def done(self, job: Job) -> bool:
         """Whether `result` would give one now, or raise."""
+        if job.failure:
+            return True
         if job.process is None:
             return False
         if job.process.poll() is not None:
-            return not _readying().is_alive()
+            return _readying().over
         return time.monotonic() - job.began > self._timeout
 
     def result(self, job: Job) -> Run:
         """The compiled step of a job that is done. Takes arguments as the graph does; gives a sequence.
 
         Raises:
-            CompileError: the worker failed, was killed or took too long.
+            CompileError: the worker could not be started, failed, was killed or took too long; or what it has made
+                cannot be loaded.
         """
+        if job.failure:
+            raise CompileError(job.failure)
         assert job.process is not None
         assert job.folder is not None
         job.seconds = time.monotonic() - job.began
@@ -111,15 +123,16 @@ class BackgroundCompiler:
             if status != 0 or not artifact.exists():
                 raise CompileError(f"the compiler's process ended with status {status}: {_last_line(job.folder)}")
             began = time.perf_counter()
-            try:
-                run = CompiledArtifact.load(path=str(artifact), format="binary")
-            except (AssertionError, RuntimeError, OSError, ImportError) as error:
-                raise CompileError(f"the compiled step cannot be loaded: {error or type(error).__name__}") from error
+            with Attempt() as attempt:
+                run = _artifact_class().load(path=str(artifact), format="binary")
+            if attempt.error is not None:
+                raise CompileError(f"the compiled step cannot be loaded: {attempt.why}") from attempt.error
             job.load_seconds = time.perf_counter() - began
             constants = job.constants
             return (lambda *arguments: run(*arguments, *constants)) if constants else run
         finally:
-            self._started.remove(job)
+            if job in self._started:
+                self._started.remove(job)
             _discard(job)
             self._start_next()
 
@@ -128,44 +141,71 @@ class BackgroundCompiler:
         _end(self._started, self._waiting)
 
     def _start_next(self) -> None:
-        """Start the worker for the next job, if none is at work."""
-        if self._started or not self._waiting:
-            return
-        job = self._waiting.popleft()
-        job.folder = Path(tempfile.mkdtemp(prefix="fastdp-compile-"))
-        (job.folder / "graph").write_bytes(job.data)
-        command = [sys.executable, "-m", "fastdp.program.capture_worker", str(job.folder / "graph")]
-        command += [str(job.folder / "artifact"), str(job.threads), str(max(1, CORES // 2))]
-        # The parent may have found fastdp by a path of its own; the worker must find the same.
-        paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        with (job.folder / "errors").open("wb") as errors:
-            job.process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                env=environment,
-                start_new_session=True,
-            )
-        job.began = time.monotonic()
-        self._started.append(job)
+        """Start the worker for the next job, if none is at work. A job whose worker cannot be started has failed."""
+        while self._waiting and not self._started:
+            job = self._waiting.popleft()
+            with Attempt() as attempt:
+                _readying()
+                _start(job)
+                self._started.append(job)
+            if attempt.error is not None:
+                _discard(job)
+                job.failure = f"the compiler's process cannot be started: {attempt.why}"
+
+
+def _start(job: Job) -> None:
+    """Write a job's graph down, and start its worker."""
+    if not sys.executable:
+        raise FileNotFoundError("sys.executable does not say where Python is")
+    job.folder = Path(tempfile.mkdtemp(prefix="fastdp-compile-"))
+    (job.folder / "graph").write_bytes(job.data)
+    command = [sys.executable, "-m", "fastdp.program.capture_worker", str(job.folder / "graph")]
+    command += [str(job.folder / "artifact"), str(job.threads), str(max(1, CORES // 2))]
+    # The parent may have found fastdp by a path of its own; the worker must find the same.
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    with (job.folder / "errors").open("wb") as errors:
+        job.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            env=environment,
+            start_new_session=True,
+        )
+    job.began = time.monotonic()
+
+
+class _Ready(threading.Thread):
+    """Does, once, what the first loading would lose seconds with: imports, and a look at the CPU.
+
+    It neither traces nor compiles, so it may run beside the replicas. An interpreter that ends waits for it. What it
+    fails with the loading tells.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(name="fastdp-compile-ready")
+        self.over = False
+
+    def run(self) -> None:
+        """On the thread."""
+        with Attempt():
+            importlib.import_module("torch._inductor.compile_fx")
+            importlib.import_module("torch._inductor.cpu_vec_isa").pick_vec_isa()
+        self.over = True
 
 
 @functools.cache
-def _readying() -> threading.Thread:
-    """The thread that does, once, what the first loading would lose seconds with: imports, and a look at the CPU.
-
-    It neither traces nor compiles, so it may run beside the replicas. An interpreter that ends waits for it.
-    """
-
-    def ready() -> None:
-        importlib.import_module("torch._inductor.compile_fx")
-        pick_vec_isa()
-
-    thread = threading.Thread(target=ready, name="fastdp-compile-ready")
+def _readying() -> _Ready:
+    """The thread, started."""
+    thread = _Ready()
     thread.start()
     return thread
+
+
+def _artifact_class() -> Any:
+    """What loads a compiled graph: part of TorchInductor, which is loaded where it is needed, and may be missing."""
+    return importlib.import_module("torch._inductor").CompiledArtifact
 
 
 def missing_compiler() -> str | None:
@@ -178,19 +218,27 @@ def missing_compiler() -> str | None:
 
 def _last_line(folder: Path) -> str:
     """What the worker said last."""
-    lines = (folder / "errors").read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
+    try:
+        lines = (folder / "errors").read_text(errors="replace").strip().splitlines()
+    except OSError as error:  # somebody has cleaned up
+        return in_words(error)
+    said = "".join(c if c.isprintable() else " " for c in lines[-1]) if lines else ""
+    return said[:300] or "it said nothing"
 
 
 def _discard(job: Job) -> None:
-    """End a job's process and those that it started, and remove its files."""
+    """End a job's process and those that it started, and remove its files. In the process that started it alone."""
+    if job.parent != os.getpid():
+        return
     process = job.process
     if process is not None:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        with suppress(OSError):  # it has ended meanwhile
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         assert process.stdin is not None
-        process.stdin.close()
+        with suppress(OSError):
+            process.stdin.close()
     if job.folder is not None:
         shutil.rmtree(job.folder, ignore_errors=True)
 

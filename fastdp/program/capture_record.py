@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
+from fastdp.program.capture_faults import Attempt
 from fastdp.program.capture_segments import Segment, Segments, Tensors
 from fastdp.warn import warn_user
 
@@ -230,19 +231,16 @@ class Recorder:
 
     def _record(self, captured: Any, state: Any, batch: Sequence[Any], context: Any) -> str:
         """Record on the replica's worker, and wait; why it failed, if it did."""
-        failures: list[Exception] = []
+        attempt = Attempt()
         device, rank = state.device, context.rank
 
         def work() -> None:
-            try:
+            with attempt:
                 if rank not in self._graphs:
                     self._graphs[rank] = TorchGraphs(device, self.parts)
                 captured.record(self._graphs[rank], state, batch, context)
-            # RuntimeError is what torch and CUDA raise for what cannot be recorded, and for want of memory.
-            except (RuntimeError, MemoryError) as error:
-                failures.append(error)
 
         with self.alone():
             device.compute.enqueue(work)
             device.compute.record().synchronize(self.timeout)
-        return f"{type(failures[0]).__name__}: {' '.join(str(failures[0]).split())}" if failures else ""
+        return attempt.why

@@ -27,8 +27,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.program.base import Context
+from fastdp.program.capture_faults import Compiled
+from fastdp.program.capture_indices import guarded
 from fastdp.program.capture_passes import in_place, optimized, stored
 from fastdp.program.capture_record import Graphs, Recording
+from fastdp.program.capture_rewrites import for_compiler
 from fastdp.program.capture_segments import Segments, cut, placed, whole
 from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import OutputStructure, Structure, pack_like
@@ -36,6 +39,7 @@ from fastdp.program.keras_memory import Mapping, ReplicaScope
 from fastdp.program.keras_outcome import EffectsForm, Outcome
 from fastdp.program.keras_replica import NotCapturable, keras_device, replica_scope
 from fastdp.program.keras_scope import replica_aware
+from fastdp.program.torch_indices import CheckedOneHot
 from fastdp.program.torch_tensors import as_tensor, settle
 
 _Draw = Callable[[], torch.Tensor]
@@ -102,6 +106,24 @@ class Captured:
             else:
                 flat = self._steps[context.torch_device]([*variables, *rows, *draws, *buffers], context.ready)
         return self._layout.unflatten(flat, buffers, seeds)
+
+    def to_compile(self) -> GraphModule:
+        """The graph that a compiler is given.
+
+        Raises:
+            NotImplementedError: it has indices of which fastdp does not know the range.
+        """
+        return for_compiler(guarded(self.graph) if self._home.type == "cpu" else self.graph)
+
+    def checked(self, run: Callable[..., Sequence[torch.Tensor]]) -> Callable[..., Sequence[torch.Tensor]]:
+        """What `to_compile` gave, compiled, as something to `use`: wrong indices and own failures end nothing."""
+        (output,) = self.graph.graph.find_nodes(op="output")
+        return Compiled(run, self.run, len(output.args[0])) if self._home.type == "cpu" else run
+
+    @property
+    def failed(self) -> str:
+        """Why the compiled step is given up; empty where it is not."""
+        return self.run.failed if isinstance(self.run, Compiled) else ""
 
     def use(self, run: Callable[..., Sequence[torch.Tensor]]) -> None:
         """Replay by another function that computes the same, on the device that the step was traced on."""
@@ -204,7 +226,8 @@ def _traced(function: Callable[..., Any], arguments: list[torch.Tensor]) -> Grap
         # Without an environment for symbols, so that reading a value on the host is an error that names the operation.
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=None)
         fakes = [mode.from_tensor(argument) for argument in arguments]
-        return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*fakes)
+        with CheckedOneHot():
+            return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*fakes)
     except NotCapturable as error:
         raise NotCapturable(f"{error}{_place(error.__traceback__)}") from error
     # RuntimeError is what torch raises for values read on the host while tracing (of a kind that names the
@@ -249,6 +272,8 @@ class _Layout:
 
     def flatten(self, outcome: Outcome) -> list[torch.Tensor]:
         """An outcome as one list; remembers how."""
+        if outcome.structure is not None and any(value is not None for _, value in outcome.structure.plain):
+            raise NotCapturable("outputs that are no tensors, which may be others in each call")
         found = [gradient for gradient in outcome.gradients if gradient is not None]
         numbers = iter(range(len(found)))
         self.gradients = [None if gradient is None else next(numbers) for gradient in outcome.gradients]

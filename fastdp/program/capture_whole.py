@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastdp.comm.choose import communicator
+from fastdp.errors import DeviceTimeoutError
+from fastdp.program.capture_faults import Attempt
 from fastdp.program.capture_record import Recorder, Recording
 from fastdp.warn import warn_user
 
@@ -70,16 +72,15 @@ class JoinedSteps:
         devices = [state.device for state in replicas]
         targets = [state.arrivals.flat for state in replicas]
         buckets = targets[0].buckets()
-        try:
-            with self._recorder.alone():
-                collectives: Any = communicator(devices)
-                self._refused = collectives.why_not_whole(buckets)
-                if not self._refused:
-                    parts = [recording.parts for recording in found]
-                    step = collectives.whole_step(targets, buckets, parts, self._recorder.timeout)
-        # RuntimeError is what CUDA, NCCL and torch raise for what cannot be put together, and for want of memory.
-        except (RuntimeError, MemoryError) as error:
-            self._refused = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        with self._recorder.alone(), Attempt() as attempt:
+            collectives: Any = communicator(devices)
+            self._refused = collectives.why_not_whole(buckets)
+            if not self._refused:
+                parts = [recording.parts for recording in found]
+                step = collectives.whole_step(targets, buckets, parts, self._recorder.timeout)
+        if isinstance(attempt.error, DeviceTimeoutError):
+            raise attempt.error  # work that does not end is on the devices
+        self._refused = self._refused or attempt.why
         if self._refused:
             warn_user(
                 f'fastdp runs {self._recorder.name!r} as one graph for each bucket of gradients, not as graph="step": '

@@ -22,6 +22,7 @@ from fastdp.program.keras_accumulation import Accumulation
 from fastdp.program.keras_augment import writes_to_inputs
 from fastdp.program.keras_batch import OutputStructure, Structure, flatten_outputs, unpack
 from fastdp.program.keras_gradients import LeftGradients
+from fastdp.program.keras_indices import RowsNamed
 from fastdp.program.keras_losses import NotPerSample, SharedLoss
 from fastdp.program.keras_memory import Adopted, Mapping, ReplicaScope, ReplicaState, adopted, tensors_of
 from fastdp.program.keras_merged import merged_loss
@@ -200,14 +201,16 @@ class KerasProgram:
     def train(self, state: ReplicaState, batch: list[np.ndarray], context: Context) -> Result:
         """Forward, this replica's contribution to the loss, and its gradient."""
         captured = self.captures.find(batch, context) if self.captures is not None else None
-        if captured is not None:
-            outcome = captured.replay(state.mapping, state.gradients, batch, context)  # writes the gradients
-            unused = frozenset(i for i, gradient in enumerate(outcome.gradients) if gradient is None)
-        else:
-            # Where a replica spans devices, backward goes call by call: gradients come in parts, from several threads.
-            with state.arrivals.during(context.ready if self._groups is None else None), self._autocast.enter():
-                outcome = self.compute(state.mapping, context.structure.pack(batch), self.running_replica(context))
-            unused = self._store_gradients(state, outcome.gradients)
+        with RowsNamed(self, batch, context, state.mapping, trains=True):
+            if captured is not None:
+                outcome = captured.replay(state.mapping, state.gradients, batch, context)  # writes the gradients
+                unused = frozenset(i for i, gradient in enumerate(outcome.gradients) if gradient is None)
+            else:
+                # Where a replica spans devices, backward goes call by call: gradients come in parts, from several
+                # threads.
+                with state.arrivals.during(context.ready if self._groups is None else None), self._autocast.enter():
+                    outcome = self.compute(state.mapping, context.structure.pack(batch), self.running_replica(context))
+                unused = self._store_gradients(state, outcome.gradients)
         unused |= {i for i, v in enumerate(self.trainable) if not v._value.requires_grad}  # frozen by torch's means
         notes = Notes(outcome.structure, len(outcome.terms) - 1, unused=unused, added=outcome.added)
         return self._result(outcome, state, context, notes)
@@ -221,12 +224,14 @@ class KerasProgram:
         x, _, _ = unpack(context.structure.pack(batch))
         run = self.running_replica(context, training=False)
         keras_scope = keras_device(context.device)
+        named = RowsNamed(self, batch, context, state.mapping)
         with (
             keras_scope,
             self._autocast.enter(),
             torch.no_grad(),
             replica_scope(run),
             ReplicaScope(state.mapping, set()) as scope,
+            named,
         ):
             y_pred = self._call(x, training=False)
             extra = self._extra_losses(scope.losses, context, self.forward_effects)
@@ -411,7 +416,9 @@ class KerasProgram:
         if self._replicas == 1:
             return
         effects = self.effects if training else self.forward_effects
-        with keras_device(self._adopted[0].device if self._adopted else None):
+        context = Context.alone(batch, structure, 0, len(batch[0]), len(batch[0]))
+        context.device = self._adopted[0].device if self._adopted else None
+        with keras_device(context.device), RowsNamed(self, batch, context):
             effects.inspect(batch, structure, every_row=every_row)
 
     @property

@@ -101,10 +101,12 @@ def _names(data: Any) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class OutputStructure:
-    """How a model's outputs were nested, and which of them carried a Keras mask.
+    """How a model's outputs were nested, which of them carried a Keras mask, and those that are no tensors.
 
-    `axes` tells along which axis each output, and then each mask, has its rows: the outputs of replicas are merged
-    along their first. None stands for one that each replica has whole; `whole` are the first replica's own of these.
+    `dtypes` and `masked` are of the tensors. `axes` tells along which axis each of them, and then each mask, has its
+    rows: the outputs of replicas are merged along their first. None stands for one that each replica has whole; `whole`
+    are the first replica's own of these. `plain` has the place among all leaves, and the value, of the leaves that are
+    no tensors: None, numbers, strings, NumPy arrays, objects. They are those of one replica.
     """
 
     nest: Any
@@ -112,6 +114,7 @@ class OutputStructure:
     masked: tuple[bool, ...]
     axes: tuple[int | None, ...] = ()
     whole: tuple[torch.Tensor, ...] = ()
+    plain: tuple[tuple[int, Any], ...] = ()
 
     def pack(self, arrays: Sequence[np.ndarray]) -> Any:
         """Tensors over the merged arrays, with their masks; first all outputs, then all masks."""
@@ -125,7 +128,26 @@ class OutputStructure:
         for tensor, masked in zip(tensors, self.masked, strict=True):
             if masked:
                 tensor._keras_mask = next(masks)
-        return pack_like(self.nest, tensors)
+        return self.nested(tensors)
+
+    def nested(self, tensors: Sequence[Any]) -> Any:
+        """These for the tensors, and the other leaves, in the nest."""
+        return pack_like(self.nest, with_plain(tensors, self.plain))
+
+
+def with_plain(tensors: Sequence[Any], plain: Sequence[tuple[int, Any]]) -> list[Any]:
+    """All leaves in their order: `tensors`, and among them, at their places, those that are none."""
+    leaves = list(tensors)
+    for place, value in plain:
+        leaves.insert(place, value)
+    return leaves
+
+
+def split_leaves(outputs: Any) -> tuple[list[torch.Tensor], tuple[tuple[int, Any], ...]]:
+    """The tensors among the leaves of outputs, and the place and value of each leaf that is none."""
+    leaves = keras.tree.flatten(outputs)
+    plain = tuple((i, leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor))
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], plain
 
 
 def _along(axis: int, tensor: torch.Tensor) -> torch.Tensor:
@@ -163,7 +185,8 @@ def flatten_outputs(
         known: how they depend on the rows, where that is known.
         rows: the replica's; None where each output is known to have rows first.
     """
-    leaves = [leaf.detach().float() if leaf.ndim == 0 else leaf for leaf in keras.tree.flatten(outputs)]
+    tensors, plain = split_leaves(outputs)
+    leaves = [leaf.detach().float() if leaf.ndim == 0 else leaf for leaf in tensors]
     masks = [getattr(leaf, "_keras_mask", None) for leaf in leaves]
     layouts = layouts_of(leaves, known, rows)
     merged: list[torch.Tensor] = []
@@ -186,6 +209,7 @@ def flatten_outputs(
         tuple(mask is not None for mask in masks),
         tuple(axes),
         tuple(whole),
+        plain,
     )
     return merged, structure
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import keras
@@ -22,6 +23,7 @@ from fastdp.program.keras_batch import Structure, flatten_outputs, pack_like, un
 from fastdp.program.keras_call_trial import LayerEffects, RowsCall, is_number
 from fastdp.program.keras_effects import Effect, NotByRowsError
 from fastdp.program.keras_generators import Generators
+from fastdp.program.keras_indices import IndicesNamed
 from fastdp.program.keras_memory import Mapping, ReplicaScope
 from fastdp.program.keras_outcome import Notes, Outcome, SideEffects
 from fastdp.program.keras_placed import gradients_of
@@ -206,7 +208,17 @@ class CallProgram(KerasProgram):
         run = self.running_replica(context)
         weights = set(map(id, work.weights))
         tracing = torch.set_grad_enabled(work.differentiable)
-        with tracing, keras_device(context.device), replica_scope(run), ReplicaScope(state.mapping, weights) as scope:
+        named = IndicesNamed(
+            partial(self._on_rows, state, work, rows, shared, context), context.rows.start, context.rows.stop
+        )
+        with (
+            tracing,
+            keras_device(context.device),
+            self._autocast.enter(),
+            replica_scope(run),
+            ReplicaScope(state.mapping, weights) as scope,
+            named,
+        ):
             y = work.call(inputs, shared)
             losses = self._extra_losses(scope.losses, context)
         keep_values(run, scope, state.mapping)
@@ -235,6 +247,16 @@ class CallProgram(KerasProgram):
         effects: Any = self.effects
         factors = [1.0 if effect is Effect.SUM else context.rows.share for effect in effects.numbers]
         return [number * factor for number, factor in zip(numbers, factors, strict=True)]
+
+    def _on_rows(
+        self, state: Any, work: Forward, rows: Any, shared: Any, context: Context, start: int, stop: int
+    ) -> None:
+        """The layer on some of a replica's rows, which counts nowhere."""
+        first = context.rows.start
+        part = [row[start - first : stop - first].detach() for row in rows]
+        run = Running(Context.alone(part, work, start, stop, context.rows.total), sites=self.effects.sites)
+        with torch.no_grad(), replica_scope(run), ReplicaScope(state.mapping, set()):
+            work.call(part, shared)
 
     def _backward(self, context: Context, work: Backward) -> Result:
         """A replica's part of the gradients. Its outputs are those of the row arrays."""

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import keras
 import torch
 
 from fastdp.program.base import Context
-from fastdp.program.keras_batch import layouts_of, pack_like
+from fastdp.program.keras_batch import layouts_of, pack_like, split_leaves, with_plain
 from fastdp.program.keras_effects import Effect, Layout
+from fastdp.program.keras_indices import IndicesNamed, rows_of
 from fastdp.program.keras_losses import own_copy
+from fastdp.program.keras_plain import Plain, check_same
 from fastdp.program.keras_random import whole_batch
 from fastdp.program.keras_replica import running
 from fastdp.program.keras_units import own_part
@@ -34,9 +38,9 @@ def merged_loss(
         scope: the replica's stateless scope, current.
         context: the replica's place in the step.
     """
-    leaves = keras.tree.flatten(y_pred)
+    leaves, plain = split_leaves(y_pred)
     layouts = layouts_of(leaves, program.effects.layouts, context.rows)
-    everyone = context.exchange(_Given(leaves, extra, context))
+    everyone = context.exchange(_Given(leaves, plain, extra, context))
     answer = None
     if context.rank == 0:
         run = running()
@@ -62,12 +66,13 @@ def merged_loss(
 
 
 class _Given:
-    """What a replica brings: detached outputs, masks and terms."""
+    """What a replica brings: detached outputs, those that are no tensors, masks and terms."""
 
-    def __init__(self, leaves: list[torch.Tensor], extra: list[torch.Tensor], context: Context) -> None:
+    def __init__(self, leaves: list[torch.Tensor], plain: Plain, extra: list[torch.Tensor], context: Context) -> None:
         self.leaves = [leaf.detach() for leaf in leaves]
         self.masks = [getattr(leaf, "_keras_mask", None) for leaf in leaves]
         self.extra = [term.detach() for term in extra]
+        self.plain = plain
         self.rows = context.rows
 
     def moved(self, how: Callable[[Any], Any]) -> _Given:
@@ -98,6 +103,7 @@ def _compute(
     program: Any, y_pred: Any, layouts: list[Layout], everyone: list[_Given], scope: Any, context: Context
 ) -> _Answer:
     """Keras's loss on all outputs, and its gradients."""
+    check_same([given.plain for given in everyone], y_pred)
     columns = zip(layouts, *(given.leaves for given in everyone), strict=True)
     merged = [_merge(layout, parts, everyone) for layout, *parts in columns]
     for i, tensor in enumerate(merged):
@@ -110,8 +116,9 @@ def _compute(
     for tensor in inputs:
         tensor.requires_grad_()
     answer = _Answer()
-    nest = pack_like(y_pred, merged)
-    loss, answer.terms = _loss_of_all(program, nest, extra, scope, context)
+    nest = pack_like(y_pred, with_plain(merged, everyone[0].plain))
+    with IndicesNamed(partial(_of_rows, program, nest, scope, context), 0, context.rows.total):
+        loss, answer.terms = _loss_of_all(program, nest, extra, scope, context)
     scaled = program.optimizer.scale_loss(loss)
     gradients: list[torch.Tensor | None] = [None] * len(inputs)
     if scaled.requires_grad:
@@ -122,6 +129,15 @@ def _compute(
     answer.outputs = [found.get(id(tensor)) for tensor in merged]
     answer.extra = [found.get(id(term)) for term in extra]
     return answer
+
+
+def _of_rows(program: Any, y_pred: Any, scope: Any, context: Context, start: int, stop: int) -> None:
+    """The loss of some rows of the global batch, which counts nowhere."""
+    part = replace(context, batch=[array[start:stop] for array in context.batch])
+    outputs = keras.tree.map_structure(
+        lambda leaf: rows_of(getattr(leaf, "detach", lambda: leaf)(), start, stop), y_pred
+    )
+    _loss_of_all(program, outputs, [], scope, part)
 
 
 def _loss_of_all(

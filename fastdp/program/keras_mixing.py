@@ -13,6 +13,7 @@ import torch
 
 from fastdp.program.keras_batch import Structure
 from fastdp.program.keras_effects import TOLERANCE, Effect, Layout, classify, layout_of, values_agree
+from fastdp.program.keras_plain import check_same
 from fastdp.program.keras_trial import Effects, Trial
 from fastdp.program.keras_units import Call, Plan, Recorder, Unit
 
@@ -65,6 +66,7 @@ class Tried:
         self.rows = cut, self.total - cut
         self.whole = self._run(arrays, 0, self.total)
         self.parts = self._apart = self._parts({})
+        check_same([trial.plain for trial in (*self.parts, self.whole)], self.whole.nest)
         self._noisy: Trial | None = None
 
     def _run(self, arrays: Sequence[np.ndarray], start: int, stop: int, **options: Any) -> Trial:

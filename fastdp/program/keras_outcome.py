@@ -21,6 +21,7 @@ from fastdp.program.keras_batch import OutputStructure
 from fastdp.program.keras_effects import Effect, UndecidedError, values_agree
 from fastdp.program.keras_memory import Mapping, ReplicaScope
 from fastdp.program.keras_moments import Moments, combine, moved_statistics, statistics
+from fastdp.program.keras_plain import check_same
 from fastdp.program.keras_replica import Running
 from fastdp.program.keras_trial import Effects
 
@@ -195,6 +196,17 @@ class Notes:
     effects: Summed = field(default_factory=Summed)
     unused: frozenset[int] = frozenset()
     added: int = 0
+
+    @staticmethod
+    def agree(every: Sequence[Notes]) -> None:
+        """Before an update: what no sum puts together is the same on all replicas.
+
+        Raises:
+            NotByRowsError: outputs that are no tensors differ.
+        """
+        structures = [notes.structure for notes in every if notes.structure is not None]
+        if any(structure.plain for structure in structures):
+            check_same([structure.plain for structure in structures], structures[0].nest)
 
 
 @dataclass(slots=True)

@@ -15,14 +15,15 @@ import numpy as np
 import torch
 
 from fastdp.program.base import Context
-from fastdp.program.keras_batch import Structure, unpack
+from fastdp.program.keras_batch import Structure, split_leaves, unpack
 from fastdp.program.keras_draws import DrawSites
 from fastdp.program.keras_effects import Effect, Layout, classify
 from fastdp.program.keras_host_draws import held_generators_stay
 from fastdp.program.keras_memory import Mapping, ReplicaScope
 from fastdp.program.keras_moments import statistics
+from fastdp.program.keras_plain import Plain
 from fastdp.program.keras_replica import Running, replica_scope
-from fastdp.program.keras_units import Call, Recorder, Unit, tensors_in
+from fastdp.program.keras_units import Call, Recorder, Unit
 
 
 class Effects:
@@ -159,7 +160,9 @@ class Effects:
         held = held_generators_stay(self._model)
         with _quiet(), _explained(stop - start), held, torch.no_grad(), replica_scope(run), scope:
             x, _, _ = unpack(structure.pack([array[start:stop].copy() for array in batch]))
-            outputs = [leaf.detach() for leaf in tensors_in(self._call(x, self.training))]
+            nest = self._call(x, self.training)
+            tensors, plain = split_leaves(nest)
+            outputs = [leaf.detach() for leaf in tensors]
             losses = [keras.ops.sum(loss) for loss in scope.losses]
         normalized = {id(v) for layer in self._model._flatten_layers() for v in statistics(layer)}
         moved = {}
@@ -167,7 +170,8 @@ class Effects:
             value = scope.get_current_value(variable)
             if value is not before and id(variable) not in normalized and id(variable) not in self.seeds:
                 moved[i] = value.double() - before.double()
-        return Trial(losses, moved, [] if run.made_up else outputs, recorder.calls, recorder.losses)
+        found = [] if run.made_up else outputs
+        return Trial(losses, moved, found, recorder.calls, recorder.losses, plain=plain, nest=nest)
 
 
 def _jittered(value: torch.Tensor, part: float) -> torch.Tensor:
@@ -236,6 +240,8 @@ class Trial:
     calls: dict[Unit, Call]
     layers: list[Any]
     failed: Unit | None = None
+    plain: Plain = ()
+    nest: Any = None
 
 
 def unlike_rows(batch: Sequence[np.ndarray], structure: Structure, wanted: int) -> list[int]:

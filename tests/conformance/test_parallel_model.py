@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import fastdp
+from fastdp.keras.names import numbered_names, unique_names
 
 layers = keras.layers
 
@@ -104,14 +105,42 @@ def test_history_metric_and_loss_keys_go_by_the_templates_output_names() -> None
         assert found[key] == pytest.approx(value, rel=1e-5), key
 
 
-def test_duplicate_output_names_get_numbers_and_none_is_lost() -> None:
-    """Keras 2.3.1's own case: a Siamese model whose outputs come from one layer."""
+def siamese() -> keras.Model:
+    """Keras 2.3.1's own case: outputs that come from one layer."""
     a, b, shared = keras.Input((3,)), keras.Input((3,)), layers.Dense(1, name="shared")
-    parallel = fastdp.multi_gpu_model(keras.Model([a, b], [shared(a), shared(b)]), gpus=2)
-    assert parallel.output_names == ["shared", "shared_1"]
-    parallel.compile("sgd", ["mse", "mae"])
-    logs = parallel.train_on_batch([rows_of(5, 3)] * 2, [rows_of(5, 1)] * 2, return_dict=True)
-    assert set(logs) == {"loss", "shared_loss", "shared_1_loss"}
+    return keras.Model([a, b], [shared(a), shared(b)])
+
+
+def test_duplicate_output_names_get_numbers_and_none_is_lost() -> None:
+    """All of them under `multi_gpu_model`, as in Keras 2.3; from the second on under `wrap`."""
+    for make, names in (
+        (fastdp.multi_gpu_model, ["shared_1", "shared_2"]),
+        (fastdp.wrap, ["shared", "shared_1"]),
+    ):
+        x, y = [rows_of(5, 3)] * 2, [rows_of(5, 1)] * 2
+        parallel = make(siamese(), gpus=2)
+        assert parallel.output_names == names
+        parallel.compile("sgd", ["mse", "mae"], metrics=[["mse"], ["mae"]])
+        logs = parallel.train_on_batch(x, y, return_dict=True)
+        metrics = {f"{names[0]}_mse", f"{names[1]}_mae"}
+        assert set(logs) == {"loss", *(f"{name}_loss" for name in names), *metrics}
+        assert set(parallel.fit(x, y, verbose=0).history) == set(logs)
+        assert set(parallel.evaluate(x, y, verbose=0, return_dict=True)) == set(logs)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["a"], ["a"]),
+        (["a", "b"], ["a", "b"]),
+        (["a", "b", "a"], ["a_1", "b", "a_2"]),
+        (["a", "a", "a_1", "a"], ["a_2", "a_3", "a_1", "a_4"]),
+        (["a", "a", "a_1", "a_1"], ["a_2", "a_3", "a_1_1", "a_1_2"]),
+    ],
+)
+def test_numbers_of_output_names_never_collide(names: list[str], expected: list[str]) -> None:
+    assert numbered_names(names) == expected
+    assert len(set(unique_names(names))) == len(names)
 
 
 @pytest.mark.parametrize("cpu_merge", [True, False])
