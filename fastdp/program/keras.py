@@ -23,19 +23,17 @@ from fastdp.program.keras_augment import writes_to_inputs
 from fastdp.program.keras_batch import OutputStructure, Structure, flatten_outputs, unpack
 from fastdp.program.keras_gradients import LeftGradients
 from fastdp.program.keras_indices import RowsNamed
-from fastdp.program.keras_losses import NotPerSample, SharedLoss
 from fastdp.program.keras_memory import Adopted, Mapping, ReplicaScope, ReplicaState, adopted, tensors_of
-from fastdp.program.keras_merged import merged_loss
 from fastdp.program.keras_optimizer import apply_by_variable, optimizer_of, slots_of, why_not_now
 from fastdp.program.keras_optimizer_flat import FlatUpdate
 from fastdp.program.keras_outcome import Notes, Outcome, SideEffects, Summed
 from fastdp.program.keras_placed import PlacedGraph, gradients_of, graph_of
-from fastdp.program.keras_random import whole_batch
 from fastdp.program.keras_replica import NotCapturable, Running, keras_device, replica_scope
 from fastdp.program.keras_row_policy import ModelEffects, Policy
 from fastdp.program.keras_rows import keeps_rows_apart
 from fastdp.program.keras_scope import replica_aware
 from fastdp.program.keras_step_draws import StepDraws
+from fastdp.program.keras_training_loss import TrainingLoss
 from fastdp.program.keras_trial import Effects
 from fastdp.program.torch_arrivals import Arrivals
 from fastdp.program.torch_batch import Autocast
@@ -85,17 +83,14 @@ class KerasProgram:
         self.gradients: Sequence[ArraySpec] = [spec_of(v.path, v.value) for v in self.trainable]
         self._slots = slots_of(optimizer, self.trainable)
         self.slots: Sequence[ArraySpec] = [spec_of(v.path, v.value) for v in self._slots.order]
-        self._shared: SharedLoss | None = None
-        self._own_compute_loss = type(model).compute_loss is not keras.Model.compute_loss
         # Follows keras.utils.set_random_seed, and takes nothing from any generator.
         self._seed = torch.initial_seed() & 0x7FFFFFFF
-        self._loss_is_merged = False
-        self._found_not_per_sample = False
         self._replicas = replicas
         about = (model, self.variables, self._call, self._seed)
         policy = policy or Policy()
         self.effects: Any = ModelEffects(*about, training=True, policy=policy)
         self.forward_effects = ModelEffects(*about, self.effects.sites, training=False, policy=policy)
+        self.loss = TrainingLoss(model, trainer, optimizer, self.effects)
         self._adopted: list[Adopted] = []
         self.captures: Any = None
         # For captured steps: which gradients lie in which of the engine's buckets, and the replicas that are there.
@@ -189,7 +184,7 @@ class KerasProgram:
         with ExitStack() as stack:
             stack.enter_context(replica_aware())
             stack.enter_context(replicas_run(threads))
-            if self._own_compute_loss and self._template_state is not None:
+            if self.loss.is_own and self._template_state is not None:
                 stack.enter_context(self._template_state())
             self.prepare_loss()
             stack.enter_context(self.draws.during_step())
@@ -246,7 +241,7 @@ class KerasProgram:
         with keras_device(run.context.device), replica_scope(run), ReplicaScope(mapping, leaf_ids) as scope:
             y_pred = self._call(x, training=True)
             extra = self._extra_losses(scope.losses, run.context)
-            roots, seeds, terms = self._loss(y, y_pred, sample_weight, extra, scope, run)
+            roots, seeds, terms = self.loss(y, y_pred, sample_weight, extra, scope, run)
             leaves = [scope.get_current_value(v) for v in self.trainable]
             # Within the scopes: hooks and gradients of the user's, which run in backward, are the replica's too.
             found = gradients_of(run, roots, seeds, leaves)
@@ -269,7 +264,7 @@ class KerasProgram:
         effects: Effects = self.effects if training else self.forward_effects
         generators = self.draws.of_replica(context.rank)
         run = Running(context, self.sync_batch_norm, generators=generators, sites=effects.sites, units=effects.units())
-        run.watches_torch = self._loss_is_merged or not self._is_known
+        run.watches_torch = self.loss.is_merged or not self._is_known
         if self._groups is not None:
             run.placed = graph_of(self.model), PlacedGraph(self._groups[context.rank])
         return run
@@ -348,59 +343,11 @@ class KerasProgram:
 
     def regularization(self) -> list[torch.Tensor]:
         """The regularizers of the trainable weights, from the values in the current scope."""
-        regularized = [v for v in self.model.trainable_weights if v.regularizer is not None]
-        return [v.regularizer(v.value) for v in regularized]
-
-    def _loss(
-        self,
-        y: Any,
-        y_pred: Any,
-        sample_weight: Any,
-        extra: list[torch.Tensor],
-        scope: ReplicaScope,
-        run: Running,
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor | None], list[torch.Tensor]]:
-        """Where backward starts: tensors and their gradients; and the loss with its terms, for the record."""
-        context = run.context
-        if not self._loss_is_merged:
-            try:
-                parts, terms = list(extra), list[torch.Tensor]()
-                if self._shared is not None:
-                    value, terms = self._shared(y, y_pred, sample_weight)
-                    parts.insert(0, value)
-                if context.rank == 0:
-                    with whole_batch(run):
-                        parts += [keras.ops.sum(value) for value in self.regularization()]
-                    if not parts:  # as Keras says it
-                        raise ValueError("No loss to compute. Provide a `loss` argument in `compile()`.")
-                return self._roots(parts, terms)
-            except NotPerSample:
-                # On all replicas alike; but the others may still be on their way here, so the model's
-                # standing decision is left to the host thread.
-                self._found_not_per_sample = True
-        return merged_loss(self, y_pred, extra, scope, context)
-
-    def _roots(
-        self, parts: list[torch.Tensor], terms: list[torch.Tensor]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor | None], list[torch.Tensor]]:
-        """Backward from the sum of all parts."""
-        if not parts:
-            zero = torch.zeros(())
-            return [], [], [zero]
-        total = parts[0] if len(parts) == 1 else keras.ops.sum(parts)
-        scaled = self.optimizer.scale_loss(total)
-        found = [scaled] if scaled.requires_grad else []
-        return found, [None] * len(found), [total.detach(), *(term.detach() for term in terms)]
+        return self.loss.regularization()
 
     def prepare_loss(self) -> None:
         """Decide how the loss is computed: as contributions of the replicas, or on the merged outputs."""
-        compiled = self.trainer._compile_loss
-        if self._own_compute_loss or self._found_not_per_sample or not self.effects.outputs_are_plain:
-            self._loss_is_merged = True
-        elif compiled is not None and compiled.built:
-            if self._shared is None or not self._shared.is_of(compiled):
-                self._shared = SharedLoss(compiled)
-            self._loss_is_merged = not self._shared.per_sample
+        self.loss.prepare()
 
     @staticmethod
     def _store_gradients(state: ReplicaState, found: Sequence[torch.Tensor | None]) -> frozenset[int]:

@@ -22,6 +22,7 @@ from fastdp.program.keras_batch import Structure, unpack
 from fastdp.program.keras_effects import MIXED_TOLERANCE, Effect, classify
 from fastdp.program.keras_memory import ReplicaScope
 from fastdp.program.keras_moments import statistics
+from fastdp.program.keras_plain import is_same
 from fastdp.program.keras_replica import Running, replica_scope
 from fastdp.program.keras_scope import replica_aware
 from fastdp.program.keras_trial import Effects
@@ -206,7 +207,7 @@ def why_not_by_rows(a: _Seen, b: _Seen, both: _Seen) -> str | None:
         return "it gives more outputs for some rows than for others"
     for one, other, two in zip(a.outputs, b.outputs, both.outputs, strict=True):
         if not all(isinstance(out, torch.Tensor) for out in (one, other, two)):
-            if not (one is two or (type(one) is type(other) is type(two) and is_plain(one) and one == other == two)):
+            if not (is_same(one, two) and is_same(other, two)):
                 return f"one of its outputs is no tensor ({type(two).__name__}) and differs from rows to rows"
             continue
         if is_number(one) and is_number(other) and is_number(two):
@@ -222,11 +223,6 @@ def why_not_by_rows(a: _Seen, b: _Seen, both: _Seen) -> str | None:
         if known and not is_close(torch.cat([one, other]), two):
             return "its outputs for a row depend on the other rows"
     return None
-
-
-def is_plain(value: Any) -> bool:
-    """Whether a value may be compared with another one by `==`."""
-    return isinstance(value, (bool, int, float, str, bytes, type(None)))
 
 
 def is_close(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -32,7 +32,7 @@ def merged_loss(
     """Where a replica's backward starts, and (on the first replica) the loss and its terms.
 
     Args:
-        program: the KerasProgram.
+        program: the program's `TrainingLoss`.
         y_pred: the replica's outputs.
         extra: the replica's contributions to the `add_loss` terms.
         scope: the replica's stateless scope, current.
@@ -144,14 +144,14 @@ def _loss_of_all(
     program: Any, y_pred: Any, extra: list[torch.Tensor], scope: Any, context: Context
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The loss of the global batch, and the loss itself with Keras's terms for the record."""
-    batch = context.structure.pack(context.batch, inputs=program._own_compute_loss)  # Keras's own does not look at x
+    batch = context.structure.pack(context.batch, inputs=program.is_own)  # Keras's own does not look at x
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
     compiled = program.trainer._compile_loss
     metrics = compiled.metrics if compiled is not None else []
     for metric in metrics:  # from zero, so that they hold this step's terms alone
         scope.add_update((metric.total, torch.zeros(())))
         scope.add_update((metric.count, torch.zeros(())))
-    if program._own_compute_loss:
+    if program.is_own:
         # `self.losses` inside compute_loss reads the scope: let it find the terms of the global batch.
         scope.losses[:] = extra
         program.model._loss_ids.update(map(id, extra))

@@ -37,7 +37,7 @@ def check_same(every: Sequence[Plain], nest: Any) -> None:
                 "gpus=[0]."
             )
         for (place, value), (_, other) in zip(every[0], others, strict=True):
-            if not _same(value, other):
+            if not is_same(value, other):
                 raise NotByRowsError(
                     f"The model's output {_name(nest, place)} is no tensor but {_said(value)}, which depends on the "
                     f"rows: other rows gave {_said(other)}. What devices make of their rows can be put together "
@@ -46,7 +46,7 @@ def check_same(every: Sequence[Plain], nest: Any) -> None:
                 )
 
 
-def _same(value: Any, other: Any) -> bool:
+def is_same(value: Any, other: Any) -> bool:
     """Whether two values are one, or equal in class and content."""
     if value is other:
         return True
