@@ -155,7 +155,8 @@ class Effects:
         for i in shifted:
             mapping[i] = (mapping[i][0], mapping[i][1] + 1)
         if jitter:
-            mapping = [(v, _jittered(value, jitter)) for v, value in mapping]
+            generator = torch.Generator().manual_seed(0)
+            mapping = [(v, _jittered(value, jitter, generator)) for v, value in mapping]
         scope = _TrialScope(mapping, recorder)
         held = held_generators_stay(self._model)
         with _quiet(), _explained(stop - start), held, torch.no_grad(), replica_scope(run), scope:
@@ -174,9 +175,11 @@ class Effects:
         return Trial(losses, moved, found, recorder.calls, recorder.losses, plain=plain, nest=nest)
 
 
-def _jittered(value: torch.Tensor, part: float) -> torch.Tensor:
+def _jittered(value: torch.Tensor, part: float, generator: torch.Generator) -> torch.Tensor:
     """A value that is off by some part of it."""
-    return value * (1.0 + part * torch.randn_like(value)) if value.is_floating_point() else value
+    if not value.is_floating_point():
+        return value
+    return value * (1.0 + part * torch.randn(value.shape, generator=generator).to(value.device, value.dtype))
 
 
 class _TrialScope(ReplicaScope):
@@ -242,6 +245,13 @@ class Trial:
     failed: Unit | None = None
     plain: Plain = ()
     nest: Any = None
+
+
+def seed_generators(seed: int) -> None:
+    """Let the global generators of the host draw the same in each trial. Within `generators_kept`."""
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    random.seed(seed)
 
 
 def unlike_rows(batch: Sequence[np.ndarray], structure: Structure, wanted: int) -> list[int]:

@@ -145,7 +145,7 @@ def test_what_cannot_be_split_runs_as_plain_keras_with_one_warning(steps):
     ("layer", "why"),
     [
         (lambda: keras.layers.Lambda(lambda x: x * torch.rand(x.shape), output_shape=(1,)), "outside of keras.random"),
-        (lambda: keras.layers.Dense(1, activity_regularizer=lambda y: keras.ops.max(y**2)), "the largest over rows"),
+        (lambda: keras.layers.Dense(1, activity_regularizer=lambda y: keras.ops.max(y**2)), "neither a mean"),
     ],
     ids=["draws that devices cannot share", "a loss that is no sum"],
 )
