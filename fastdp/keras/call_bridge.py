@@ -43,8 +43,9 @@ def on_devices(calls: Any, effects: LayerEffects, call: DealtCall) -> Any:
     outputs, numbers = tensors[: step.outputs], tensors[step.outputs :]
     losses = len(numbers) - work.form.numbers
     layer._clear_losses()
-    for loss in numbers[:losses]:
-        keras.Layer.add_loss(layer, loss)  # a Functional model has none of its own
+    # Each with the layer that added it: another call of that layer clears it, as in plain Keras.
+    for loss, owner in zip(numbers[:losses], work.added_by, strict=True):
+        keras.Layer.add_loss(layer if owner is None else owner, loss)  # a Functional model has no method of its own
     return work.form.pack(outputs, numbers[losses:], step.structure.masked)
 
 

@@ -25,7 +25,7 @@ from fastdp.program.keras_moments import statistics
 from fastdp.program.keras_plain import is_same
 from fastdp.program.keras_replica import Running, replica_scope
 from fastdp.program.keras_scope import replica_aware
-from fastdp.program.keras_trial import Effects
+from fastdp.program.keras_trial import Effects, quiet
 
 # A call by rows: the row tensors, then the tensors that all rows share.
 RowsCall = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], Any]
@@ -163,7 +163,7 @@ class LayerEffects(Effects):
         context = Context.alone(batch, structure, start, stop, len(batch[0]))
         run = Running(context, frozen_moments=True, seed=self._seed, sites=self.sites)
         mapping = [(v, v.value.detach()) for v in self._variables]
-        with torch.no_grad(), replica_scope(run), ReplicaScope(mapping, set()) as scope:
+        with quiet(), torch.no_grad(), replica_scope(run), ReplicaScope(mapping, set()) as scope:
             rows, _, _ = unpack(structure.pack([array[start:stop].copy() for array in batch]))
             outputs = keras.tree.flatten(call(rows, [tensor.detach() for tensor in shared]))
             masks = [getattr(out, "_keras_mask", None) for out in outputs]

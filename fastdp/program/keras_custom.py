@@ -100,8 +100,9 @@ class Forward:
         differentiable: build autograd's graph.
         shared: tensors that are the same for all rows.
 
-    `form` and `number_dtypes` are those of the first replica's outputs; `chained` says that one of these is computed
-    from another, which `refuses_chains` makes an error.
+    `form` and `number_dtypes` are those of the first replica's outputs, `added_by` the layers of its `add_loss` terms
+    (None: it is not known). `chained` says that one output is computed from another, which `refuses_chains` makes an
+    error.
     """
 
     call: RowsCall
@@ -117,6 +118,7 @@ class Forward:
     seeds: Mapping = field(default_factory=list)
     form: OutputForm = field(default_factory=OutputForm)
     number_dtypes: list[torch.dtype] = field(default_factory=list)
+    added_by: list[Any] = field(default_factory=list)
 
     @property
     def leaf_count(self) -> int:
@@ -227,6 +229,7 @@ class CallProgram(KerasProgram):
         if context.rank == 0:
             work.form = form
             work.number_dtypes = [tensor.dtype for tensor in (*losses, *numbers)]
+            work.added_by = [run.added_by.get(id(loss)) for loss in scope.losses]
             work.chained = work.differentiable and feed_each_other([*outputs, *numbers])
             if work.chained and work.refuses_chains:
                 raise NotByRowsError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 import torch
+from keras.src.backend import in_stateless_scope
 from keras.src.backend.common import global_state
 from keras.src.backend.common.variables import initialize_all_variables
 
@@ -119,7 +120,8 @@ class ReplicaScope(keras.StatelessScope):
             NotByRowsError: there were any: no replica has them, so what was computed is void.
         """
         super().__exit__(*args, **kwargs)
-        if global_state.get_global_attribute("uninitialized_variables"):
+        # Within another scope they wait for its end: there nothing can be initialized.
+        if not in_stateless_scope() and global_state.get_global_attribute("uninitialized_variables"):
             _refuse_new_variables()
 
     @property
@@ -149,6 +151,10 @@ def _refuse_new_variables() -> None:
     """Initialize the variables that a replica's thread has made, and say what that means."""
     made = list(global_state.get_global_attribute("uninitialized_variables"))
     initialize_all_variables()
+    # A generator that a call makes for itself is its own affair: replicas know how to draw by it.
+    made = [variable for variable in made if variable.name != "seed_generator_state"]
+    if not made:
+        return
     raise NotByRowsError(
         f"A layer that had never been called made the variable {made[0].path!r} while devices ran the model, which no "
         "replica has. It is there now. Let the model call all its layers once, on a batch and with training=True, "

@@ -68,10 +68,11 @@ class Tried:
         self.parts = self._apart = self._parts({})
         check_same([trial.plain for trial in (*self.parts, self.whole)], self.whole.nest)
         self._noisy: Trial | None = None
+        self._repeats: bool | None = None
 
-    def _run(self, arrays: Sequence[np.ndarray], start: int, stop: int, seed: int = 1, **options: Any) -> Trial:
+    def _run(self, arrays: Sequence[np.ndarray], start: int, stop: int, **options: Any) -> Trial:
         """One trial. What is drawn outside of keras.random is drawn alike in all."""
-        seed_generators(seed)
+        seed_generators()
         return self._effects._try_rows(arrays, self._structure, start, stop, **options)
 
     def _parts(self, plans: dict[Unit, Plan]) -> tuple[Trial, Trial]:
@@ -184,6 +185,8 @@ class Tried:
 
     def _noise(self, i: int, whole: torch.Tensor, of: Callable[[Trial], Sequence[torch.Tensor]]) -> float:
         """How far off rounding may be in a tensor: as far as when all variables are off in their last bits."""
+        if not self.is_repeatable():  # what is drawn is no rounding
+            return 0.0
         if self._noisy is None:
             self._noisy = self._run(self._arrays, 0, self.total, jitter=_LAST_BITS)
         found = of(self._noisy)
@@ -192,14 +195,16 @@ class Tried:
         return float((found[i].double() - whole.double()).abs().nan_to_num(0.0, 0.0, 0.0).max())
 
     def is_repeatable(self) -> bool:
-        """Whether the model gives the same for the same rows once more: nothing is drawn outside of keras.random."""
-        again = self._run(self._arrays, 0, self.total, seed=2)
-        pairs = [
-            *zip(again.outputs, self.whole.outputs, strict=False),
-            *zip(again.losses, self.whole.losses, strict=False),
-        ]
-        pairs += [(again.moved[i], value) for i, value in self.whole.moved.items() if i in again.moved]
-        return all(x.shape == y.shape and values_agree(x, y) for x, y in pairs)
+        """Whether the model gives the same for the same rows once more: it draws nothing that devices cannot share."""
+        if self._repeats is None:
+            again = self._run(self._arrays, 0, self.total)
+            pairs = [
+                *zip(again.outputs, self.whole.outputs, strict=False),
+                *zip(again.losses, self.whole.losses, strict=False),
+            ]
+            pairs += [(again.moved[i], value) for i, value in self.whole.moved.items() if i in again.moved]
+            self._repeats = all(x.shape == y.shape and values_agree(x, y) for x, y in pairs)
+        return self._repeats
 
     # Which units it is.
 

@@ -36,6 +36,8 @@ class Running:
 
     `parts` are those of the forward pass that backward runs again (`fastdp.program.keras_recompute`).
 
+    `added_by` has the layer of each `add_loss` term, by the term's identity.
+
     `units` records the calls of layers and operations, or runs some of them on merged inputs
     (`fastdp.program.keras_units.Units`).
 
@@ -61,6 +63,7 @@ class Running:
     watches_torch: bool = True
     placed: Any = None
     units: Any = None
+    added_by: dict[int, Any] = field(default_factory=dict)
     parts: list[Any] = field(default_factory=list)
 
     def not_captured(self, what: str) -> None:

@@ -161,6 +161,9 @@ class ModelEffects(Effects):
             arrays = [np.asarray(array[chosen]) for array in batch]
             try:
                 tried = Tried(self, arrays, structure, cut)
+            except NotByRowsError as error:  # it says why itself
+                self._cannot_try(error, str(error))
+                return None
             except FAILURES as error:
                 failed = failed or error
                 continue
@@ -170,22 +173,24 @@ class ModelEffects(Effects):
         assert failed is not None
         # Where it fails on the whole batch too, that is the error that plain Keras ends with.
         self._try_rows([np.asarray(array[every]) for array in batch], structure, 0, count)
-        self._cannot_try(failed)
+        said = str(failed).strip().splitlines()
+        self._cannot_try(
+            failed,
+            f"The model {self._model.name!r} runs on the whole batch, and fails on some of its rows, so each device "
+            f"cannot have some ({type(failed).__name__}: {said[0] if said else ''}).",
+        )
         return None
 
-    def _cannot_try(self, failed: Exception) -> None:
-        """The model runs on the whole batch, and not on some of its rows.
+    def _cannot_try(self, failed: Exception, why: str) -> None:
+        """The model cannot run on some of the batch's rows.
 
         Raises:
-            NotByRowsError: nobody has said what to do then.
+            NotByRowsError: nobody has said what to do then, or no device could do it for its rows.
         """
-        said = str(failed).strip().splitlines()
-        why = (
-            f"The model {self._model.name!r} runs on the whole batch, and fails on some of its rows, so each device "
-            f"cannot have some ({type(failed).__name__}: {said[0] if said else ''})."
-        )
         if self._policy.rows == "merge":
             self._run_alone(why)
+        elif isinstance(failed, NotByRowsError):
+            raise failed
         elif self._policy.rows is None:
             raise NotByRowsError(f"{why} {_REMEDIES}") from failed
         else:

@@ -302,13 +302,15 @@ def call_of_unit(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def loss_of_unit(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`Layer.add_loss`, which tells the replica's units whose loss it is."""
+    """`Layer.add_loss`, which notes whose loss it is, for the replica's units too."""
 
     def add_loss(self: Any, loss: Any) -> None:
         state = running()
-        if state is not None and state.units is not None:
-            for _ in keras.tree.flatten(loss):
-                state.units.added(self)
+        if state is not None:
+            for term in keras.tree.flatten(loss):
+                state.added_by[id(term)] = self
+                if state.units is not None:
+                    state.units.added(self)
         original(self, loss)
 
     return add_loss

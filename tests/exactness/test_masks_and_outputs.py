@@ -359,30 +359,37 @@ def _leaves(nest: Any) -> list[Any]:
 
 
 @pytest.mark.filterwarnings("ignore:.*does not support masking")  # which Keras says of every model
-def test_a_mask_given_to_a_call_is_used_on_one_device_and_said_so() -> None:
+def test_a_mask_given_to_a_call_is_dealt_out_with_the_rows() -> None:
     inputs = keras.Input((STEPS, 2))
     model = keras.Model(inputs, layers.Dense(1)(layers.LSTM(3)(inputs)), name="masked")
     x = np.random.default_rng(0).normal(size=(7, STEPS, 2)).astype("float32")
     mask = keras.ops.convert_to_tensor(np.arange(STEPS) < np.arange(7)[:, None] % STEPS + 1)
     expected, unmasked = (keras.ops.convert_to_numpy(model(x, mask=given)) for given in (mask, None))
     assert not np.allclose(expected, unmasked)
-    with pytest.warns(UserWarning, match="called with mask, so its template 'masked' ran on one device"):
-        found = wrap(model, gpus=3)(x, mask=mask)
+    found = wrap(model, gpus=3)(x, mask=mask)  # a warning would be an error
     np.testing.assert_allclose(keras.ops.convert_to_numpy(found), expected, rtol=1e-6, atol=1e-7)
 
 
-def test_arguments_of_a_models_own_reach_it_on_one_device_and_that_is_said() -> None:
-    class Scaled(keras.Model):
-        def __init__(self) -> None:
-            super().__init__()
-            self.out = layers.Dense(1)
+class Scaled(keras.Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = layers.Dense(1)
 
-        def call(self, x: Any, scale: float = 1.0) -> Any:
-            return self.out(x) * scale
+    def call(self, x: Any, scale: float = 1.0) -> Any:
+        return self.out(x) * scale
 
+
+def test_arguments_of_a_models_own_reach_it_on_all_devices() -> None:
+    model, x = Scaled(), np.random.default_rng(0).normal(size=(7, 3)).astype("float32")
+    expected = keras.ops.convert_to_numpy(model(x, scale=3.0))
+    found = wrap(model, gpus=3)(x, scale=3.0)
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(found), expected, rtol=1e-6)
+
+
+def test_rows_that_are_all_equal_tell_nothing_so_such_a_call_runs_on_one_device_and_says_so() -> None:
     model, x = Scaled(), np.ones((7, 3), "float32")
     expected = keras.ops.convert_to_numpy(model(x, scale=3.0))
     parallel = wrap(model, gpus=3)
-    with pytest.warns(UserWarning, match="called with scale, so its template 'scaled' ran on one device"):
+    with pytest.warns(UserWarning, match="on one device, as plain Keras: the rows of its arguments are all equal"):
         found = parallel(x, scale=3.0)
     np.testing.assert_allclose(keras.ops.convert_to_numpy(found), expected, rtol=1e-6)

@@ -1,0 +1,120 @@
+"""Models and training steps that nobody thought of, on several devices and on one, in float64."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import random_models
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from keras.src import backend
+from keras.src.backend.common import dtypes
+
+import fastdp
+
+SIZES = (7, 4, 9, 1)  # rows of the batches
+TOLERANCE = 1e-9
+
+
+@contextmanager
+def double_precision() -> Iterator[None]:
+    """Keras in float64 throughout. By itself it computes means, among others, of float64 numbers in float32."""
+    floatx, original = keras.config.floatx(), dtypes.result_type
+
+    def result_type(*given: Any) -> str:
+        names = [keras.backend.standardize_dtype(one) for one in given if one is not None]
+        return "float64" if "float64" in names else original(*given)
+
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    dtypes.result_type = backend.result_type = result_type
+    try:
+        yield
+    finally:
+        dtypes.result_type = backend.result_type = original
+        keras.config.set_floatx(floatx)
+        keras.config.set_dtype_policy(floatx)
+
+
+@pytest.fixture(autouse=True)
+def _double_precision() -> Iterator[None]:
+    with double_precision():
+        yield
+
+
+def numbers(
+    make: Callable[[int], tuple[keras.Model, list[str]]], seed: int, gpus: int | None, **wrap: Any
+) -> dict[str, np.ndarray]:
+    """Everything that training leaves behind, by name. `gpus=None` is plain Keras."""
+    keras.utils.clear_session(free_memory=False)
+    keras.config.set_dtype_policy("float64")
+    keras.utils.set_random_seed(seed)
+    model, kinds = make(seed)
+    own = isinstance(model, random_models.OwnStep)
+    outputs = 1 if own else len(model.outputs)
+    rng = np.random.default_rng(seed)
+    trained = model if gpus is None else fastdp.wrap(model, gpus=gpus, check_replicas=True, **wrap)
+    trained.compile(keras.optimizers.SGD(0.05, momentum=0.5), None if own else ["mse", "mae"][:outputs])
+    found: dict[str, np.ndarray] = {}
+    for step, rows in enumerate(SIZES):
+        x, y = random_models.batch(kinds, outputs, rows, rng)
+        logs = trained.train_on_batch(x, y, return_dict=True)
+        found |= {f"step {step}: {name}": np.asarray(value, np.float64) for name, value in logs.items()}
+    x, y = random_models.batch(kinds, outputs, 5, rng)
+    for i, output in enumerate(keras.tree.flatten(trained.predict(x, batch_size=3, verbose=0))):
+        found[f"prediction {i}"] = np.asarray(output, np.float64)
+    if not own:
+        logs = trained.evaluate(x, y, batch_size=3, verbose=0, return_dict=True)
+        found |= {f"test: {name}": np.asarray(value, np.float64) for name, value in logs.items()}
+    for i, variable in enumerate(model.variables):
+        found[f"variable {i} {variable.name}"] = np.asarray(keras.ops.convert_to_numpy(variable), np.float64)
+    found["drawn afterwards"] = keras.ops.convert_to_numpy(keras.random.uniform((2,)))
+    return found
+
+
+def assert_equal(one: dict[str, np.ndarray], many: dict[str, np.ndarray]) -> None:
+    assert list(many) == list(one)
+    for name, expected in one.items():
+        assert np.isfinite(expected).all(), f"the reference's own {name} is not finite"
+        scale = float(np.abs(expected).max()) if expected.size else 0.0
+        np.testing.assert_allclose(many[name], expected, rtol=TOLERANCE, atol=TOLERANCE * scale + 1e-12, err_msg=name)
+
+
+SLOW = settings(suppress_health_check=list(HealthCheck), print_blob=True)
+SEEDS = st.integers(0, 10**6)
+DEVICES = st.sampled_from([2, 3, 8])
+
+
+@SLOW
+@given(seed=SEEDS, gpus=DEVICES, compile=st.sampled_from([None, None, "trace"]))
+def test_a_random_graph_trains_as_on_one_device(seed: int, gpus: int, compile: str | None) -> None:
+    one = numbers(random_models.functional, seed, None)
+    many = numbers(random_models.functional, seed, gpus, compile=compile, sync_batch_norm=True)
+    assert_equal(one, many)
+
+
+@SLOW
+@given(seed=SEEDS, gpus=DEVICES)
+def test_random_calls_in_a_step_of_the_models_own_train_as_on_one_device(seed: int, gpus: int) -> None:
+    assert_equal(
+        numbers(random_models.own_step, seed, None),
+        numbers(random_models.own_step, seed, gpus, sync_batch_norm=True),
+    )
+
+
+@pytest.mark.parametrize("make", [random_models.functional, random_models.own_step])
+def test_the_generators_use_all_of_their_parts(make: Any) -> None:
+    """Else what looks like a proof of all parts is one of a few."""
+    seen: set[str] = set()
+    for seed in itertools.islice(itertools.count(), 150):
+        model, _ = make(seed)
+        seen |= {type(layer).__name__ for layer in model._flatten_layers()} | set(getattr(model, "pieces", ()))
+    expected = {"Noise", "Statistics", "Gate", "Dropout", "BatchNormalization", "LSTM", "GRU", "Conv2D", "Embedding"}
+    expected |= set(random_models.OwnStep.PIECES) if make is random_models.own_step else {"Concatenate", "Multiply"}
+    assert expected <= seen, f"never made: {sorted(expected - seen)}"
