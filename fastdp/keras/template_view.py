@@ -66,12 +66,12 @@ class TemplateView(keras.Model):
     @property
     def input(self) -> Any:
         """The template's input tensors, in their nest. A subclassed model has none."""
-        return self.template.input
+        return super().input if self._inbound_nodes else self.template.input  # as a part of another model
 
     @property
     def output(self) -> Any:
         """The template's output tensors, in their nest. A subclassed model has none."""
-        return self.template.output
+        return super().output if self._inbound_nodes else self.template.output
 
     @property
     def trainable(self) -> bool:

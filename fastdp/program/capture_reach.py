@@ -257,7 +257,7 @@ class Reach:
                 self._attribute(cell, "cell_contents", f"{name} in {function.__qualname__}()")
         names = set(_names_in_code(function.__code__))
         known = function.__globals__
-        named = sorted(names & known.keys())
+        named = sorted(name for name in names & known.keys() if not name.startswith("@"))  # pytest's, for `assert`
         self._mapping(known, [n for n in named if not isinstance(known[n], types.ModuleType)], function.__module__)
         for module in [known[n] for n in named if isinstance(known[n], types.ModuleType) and is_own(known[n])]:
             inside = [

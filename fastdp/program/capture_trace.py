@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -65,7 +66,7 @@ class Captured:
         variables = [v.value.detach() for v in program.variables]
         self._home = variables[0].device
         rows = [row.to(self._home) for row in _tensors(batch, context.structure)]
-        with replica_aware():
+        with replica_aware(), _place_named():
             recorded = _Recorded()
             self._eager(variables, rows, context, recorded)
             self._draws = recorded.draws
@@ -220,23 +221,32 @@ def _traced(function: Callable[..., Any], arguments: list[torch.Tensor]) -> Grap
     Raises:
         NotCapturable: torch cannot trace it.
     """
-    filtering = keras.config.is_traceback_filtering_enabled()
-    keras.config.disable_traceback_filtering()  # so that the layers are found in the traceback
     try:
         # Without an environment for symbols, so that reading a value on the host is an error that names the operation.
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=None)
         fakes = [mode.from_tensor(argument) for argument in arguments]
         with CheckedOneHot():
             return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*fakes)
-    except NotCapturable as error:
-        raise NotCapturable(f"{error}{_place(error.__traceback__)}") from error
     # RuntimeError is what torch raises for values read on the host while tracing (of a kind that names the
     # operation, `func`), NotImplementedError for operations without a trace.
     except (RuntimeError, NotImplementedError) as error:
         operation = getattr(error, "func", None)
         said = " ".join(str(error).split()).split(" - ")[0]
         what = f"{operation}, which needs values on the host" if operation is not None else said
-        raise NotCapturable(f"{what}{_place(error.__traceback__)}") from error
+        raise NotCapturable(what) from error
+
+
+@contextmanager
+def _place_named() -> Iterator[None]:
+    """What cannot be captured says in which layer it is. Meanwhile Keras leaves tracebacks and errors as they are."""
+    filtering = keras.config.is_traceback_filtering_enabled()
+    keras.config.disable_traceback_filtering()
+    try:
+        yield
+    except NotCapturable as error:
+        cause = error.__cause__
+        place = _place(error.__traceback__) or (_place(cause.__traceback__) if cause is not None else "")
+        raise NotCapturable(f"{error}{place}") from error
     finally:
         if filtering:
             keras.config.enable_traceback_filtering()

@@ -19,9 +19,11 @@ import torch
 from fastdp.errors import ReplicaError, StepAborted
 from fastdp.program.base import Context
 from fastdp.program.keras_batch import unpack
+from fastdp.program.keras_effects import NotByRowsError
 from fastdp.program.keras_memory import Mapping, ReplicaScope
 from fastdp.program.keras_replica import Running, keras_device, replica_scope
 from fastdp.program.keras_scope import replica_aware
+from fastdp.program.keras_trial import generators_kept
 from fastdp.program.torch_indices import CheckedOneHot, Watch, Wrong
 
 _CLASSES: tuple[type[Exception], ...] = (IndexError, ValueError, RuntimeError)  # what torch raises for an index
@@ -46,9 +48,10 @@ class IndicesNamed:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
-        if not isinstance(error, _CLASSES) or isinstance(error, (ReplicaError, StepAborted)):
+        if not isinstance(error, _CLASSES) or isinstance(error, (ReplicaError, StepAborted, NotByRowsError)):
             return
-        found = _found(self._again, self._start, self._stop)
+        with generators_kept():  # the step has drawn already
+            found = _found(self._again, self._start, self._stop)
         if found is not None:
             raise found.kind(found.message) from error
 

@@ -65,9 +65,10 @@ def test_the_order_of_a_list_is_the_order_of_the_rows(gpus: Any) -> None:
             return x
 
     parallel = fastdp.multi_gpu_model(keras.Sequential([keras.Input((1,)), Where()]), gpus=gpus)
-    parallel.predict_on_batch(np.zeros((4, 1), "float32"))  # on the first batch rows are tried out on the host
+    x = np.arange(4, dtype="float32")[:, None]
+    parallel.predict_on_batch(x)  # on the first batch rows are tried out on the host
     seen.clear()
-    parallel.predict_on_batch(np.arange(4, dtype="float32")[:, None])
+    parallel.predict_on_batch(x)
     assert seen == {f"fastdp-virtual:{gpus[0]}": 0, f"fastdp-virtual:{gpus[1]}": 2}
 
 

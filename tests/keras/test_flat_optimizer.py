@@ -360,6 +360,7 @@ def test_a_first_update_that_fails_in_its_rehearsal_changes_nothing_and_saves_no
 
     parallel = fastdp.wrap(build(), gpus=gpus, compile=None)
     parallel.compile(optimizer=FORMULAS["Adam"](), loss="mse")
+    assert parallel.engine.program.slot_variables  # made for training, before anything is predicted
     parallel.predict(data()["x"], verbose=0)  # all replicas have the weights
     before = lasting(parallel.engine)
     monkeypatch.setattr(keras_optimizer_flat, "fused_step", broken)

@@ -127,11 +127,11 @@ def test_leaves_that_depend_on_the_rows_are_named_under_wrap_and_run_plain_under
 
 def test_what_only_the_step_itself_tells_is_an_error_before_the_update():
     def after_the_trial(x):
-        return x.shape[0] if x.shape[0] > 2 else 0
+        return x.shape[0] if x.shape[0] > 3 else 0
 
     parallel = made(after_the_trial, 2)  # 7 rows: 4 and 3
     before = parallel.get_weights()
-    with pytest.raises(fastdp.ReplicaError, match=r"outputs\['z'\] is no tensor but int 4.* int 3"):
+    with pytest.raises(NotByRowsError, match=r"outputs\['z'\] is no tensor but int 4.* int 0"):
         parallel.train_on_batch(X, {"a": Y})
     with pytest.raises(NotByRowsError, match=r"outputs\['z'\]"):
         parallel.predict_on_batch(X)
