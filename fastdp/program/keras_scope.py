@@ -32,14 +32,7 @@ from keras.src.random.seed_generator import SeedGenerator
 from keras.src.utils.torch_utils import TorchModuleWrapper
 from torch.utils import checkpoint
 
-from fastdp.program import (
-    keras_augment,
-    keras_modules,
-    keras_placed,
-    keras_random,
-    keras_recompute,
-    keras_units,
-)
+from fastdp.program import keras_augment, keras_modules, keras_placed, keras_random, keras_recompute, keras_units
 from fastdp.program.keras_host_draws import STAND_INS
 from fastdp.program.keras_moments import Moments, global_moments, local_moments
 from fastdp.program.keras_recurrent import fused
