@@ -12,7 +12,7 @@
 // Grid: 1-D, the same on all ranks, grid-stride over packs of 16 bytes, at most 64 blocks; see
 // peer_signals.cuh for co-residency, graph replay and time-outs.
 // Bytes moved per rank: n * sizeof * (4 local + (R - 1) over the links). fp32, fp16, bf16; R <= 8.
-// NumPy twin: fastdp.kernel_twins.all_reduce
+// NumPy twin: fastdp.launch.reference.all_reduce
 #include "peer_signals.cuh"
 
 constexpr int kMaxThreads = 512;

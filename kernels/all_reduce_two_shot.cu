@@ -13,7 +13,7 @@
 // Grid: 1-D, the same on all ranks, grid-stride over the packs of a slice, at most 64 blocks; see
 // peer_signals.cuh for co-residency, graph replay and time-outs. Inputs must be visible to all peers.
 // Bytes moved per rank: n * sizeof * ((2 R - 2) / R over the links + (2 + R) / R local). fp32, fp16, bf16;
-// R <= 8. NumPy twin: fastdp.kernel_twins.all_reduce
+// R <= 8. NumPy twin: fastdp.launch.reference.all_reduce
 #include "peer_signals.cuh"
 
 constexpr int kMaxThreads = 512;

@@ -5,7 +5,7 @@
 // x: fp32, fp16 or bf16. An element is finite unless all bits of its exponent are set.
 // Grid: 1-D grid-stride over packs of 16 bytes, 256 threads, 4 packs in flight per thread; the last pack and
 // an array that is not 16-byte aligned go by elements.
-// Bytes moved: n * sizeof(x). NumPy twin: fastdp.kernel_twins.check_finite
+// Bytes moved: n * sizeof(x). NumPy twin: fastdp.launch.reference.check_finite
 #include "common.cuh"
 
 constexpr int kThreads = 256;

@@ -8,7 +8,7 @@
 // threads; a block copies segments of 16 KiB, 4 independent 16-byte loads per thread, with the ends of an
 // unaligned destination by bytes and an unaligned source by word shifts.
 // Pointers may be local, peer or pinned host. Bytes moved: 2 x sum of the pieces (one read, one write).
-// NumPy twin: fastdp.kernel_twins.concat_rows
+// NumPy twin: fastdp.launch.reference.concat_rows
 #include "row_copy.cuh"
 
 constexpr int kMaxPieces = 120;  // 120 x 32 bytes + 8 stay below the 4,096 bytes of kernel parameters

@@ -15,7 +15,7 @@
 // Grid: 1-D grid-stride over packs of 16 bytes of the wider type, 256 threads; the last pack and arrays that
 // are not 16-byte aligned go by elements.
 // Bytes moved: n * (2 w + 2 m + 2 v + g), plus 2 v_hat with amsgrad; 28 (36) bytes per fp32 element.
-// NumPy twin: fastdp.kernel_twins.fused_adam
+// NumPy twin: fastdp.launch.reference.fused_adam
 #include "common.cuh"
 
 constexpr int kThreads = 256;

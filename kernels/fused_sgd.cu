@@ -12,7 +12,7 @@
 // Grid: 1-D grid-stride over packs of 16 bytes of the wider type, 256 threads; the last pack and arrays that
 // are not 16-byte aligned go by elements.
 // Bytes moved: n * (2 w + g) without, n * (2 w + 2 m + g) with momentum; 20 bytes per fp32 element.
-// NumPy twin: fastdp.kernel_twins.fused_sgd
+// NumPy twin: fastdp.launch.reference.fused_sgd
 #include "common.cuh"
 
 constexpr int kThreads = 256;

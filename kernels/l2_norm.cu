@@ -11,7 +11,7 @@
 // halves, and one block adds all partials in fp64. No atomics.
 // Grid: partial: 1-D, at most 1,024 blocks, 256 threads, grid-stride over packs of 16 bytes, 4 packs in
 // flight per thread; finish: one block of 256 threads. x: fp32, fp16 or bf16.
-// Bytes moved: n * sizeof(x), plus 16 per block. NumPy twin: fastdp.kernel_twins.l2_norm
+// Bytes moved: n * sizeof(x), plus 16 per block. NumPy twin: fastdp.launch.reference.l2_norm
 #include "common.cuh"
 
 constexpr int kThreads = 256;

@@ -14,7 +14,7 @@
 // Grid: 1-D, the same on all ranks, grid-stride over the packs of a part, at most 64 blocks; see
 // peer_signals.cuh for co-residency, graph replay and time-outs. Inputs must be visible to all peers.
 // Bytes moved per rank: n * sizeof * ((R - 1) / R over the links + 2 / R local). fp32, fp16, bf16; R <= 8.
-// NumPy twin: fastdp.kernel_twins.reduce_scatter
+// NumPy twin: fastdp.launch.reference.reduce_scatter
 #include "peer_signals.cuh"
 
 constexpr int kMaxThreads = 512;

@@ -4,7 +4,7 @@
 // element sizes are equal.
 // Grid: 1-D grid-stride over packs of 16 bytes of the wider type, 256 threads, two packs in flight per
 // thread; the last pack and arrays that are not 16-byte aligned go by elements.
-// Bytes moved: n * (sizeof(x) + sizeof(y)). NumPy twin: fastdp.kernel_twins.scale_cast
+// Bytes moved: n * (sizeof(x) + sizeof(y)). NumPy twin: fastdp.launch.reference.scale_cast
 #include "common.cuh"
 
 constexpr int kThreads = 256;

@@ -12,7 +12,7 @@
 //   vector  > 0  gather: rows shorter than a segment; thread t takes input vectors of `vector` bytes t,
 //                t + threads, ... of the flat output; its row and column advance without a division
 // Pointers may be local, peer or pinned host. Bytes moved: one read and one write of each element, plus
-// 8 bytes per row for the index. NumPy twin: fastdp.kernel_twins.slice_rows
+// 8 bytes per row for the index. NumPy twin: fastdp.launch.reference.slice_rows
 #include "row_copy.cuh"
 
 constexpr int kMaxCopies = 52;  // 52 x 72 bytes + 24 stay below the 4,096 bytes of kernel parameters

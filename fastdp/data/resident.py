@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdp.data.resident_batch import ResidentBatch, places_of
-from fastdp.kernel_twins import slice_rows
+from fastdp.launch.reference import slice_rows
 from fastdp.transfer import count_rows
 
 FLOATS = ("float32", "float16")

@@ -2,9 +2,9 @@
 
 functions.py   one function per kernel: slice_rows, concat_rows, all_reduce_*, reduce_scatter, l2_norm, ...
     optimizers.py  fused_sgd and fused_adam
-rows.py        how rows become launches;  peers.py  how ranks do
+rows.py        how rows become launches;  peer_group.py  how ranks do
 args.py        the kernels' argument structs, field by field
-launcher.py    the protocol of a device, and its loaded kernels
+loader.py    the protocol of a device, and its loaded kernels
 cubin.py       sources and the cache of machine code;  nvrtc.py  the compiler
 """
 
@@ -19,9 +19,9 @@ from fastdp.launch.functions import (
     scale_cast,
     slice_rows,
 )
-from fastdp.launch.launcher import Kernels, Launcher
+from fastdp.launch.loader import Kernels, Launcher
 from fastdp.launch.optimizers import fused_adam, fused_sgd
-from fastdp.launch.peers import PeerGroup, coresident_blocks
+from fastdp.launch.peer_group import PeerGroup, coresident_blocks
 from fastdp.launch.rows import RowPiece, RowSlice
 
 __all__ = [

@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastdp.launch import args as ka
-from fastdp.launch.launcher import Kernels
-from fastdp.launch.peers import PeerGroup, all_reduce_launch, reduce_scatter_launch
+from fastdp.launch.loader import Kernels
+from fastdp.launch.peer_group import PeerGroup, all_reduce_launch, reduce_scatter_launch
 from fastdp.launch.rows import RowPiece, RowSlice, concat_rows_launches, slice_rows_launches
 
 __all__ = [

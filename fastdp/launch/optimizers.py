@@ -6,7 +6,7 @@ Keras can exclude variables from weight decay: keep them in a flat buffer, or a 
 from __future__ import annotations
 
 from fastdp.launch import args as ka
-from fastdp.launch.launcher import Kernels
+from fastdp.launch.loader import Kernels
 
 __all__ = ["fused_adam", "fused_sgd"]
 

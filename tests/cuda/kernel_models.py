@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from simulated_memory import Range, view
 
-from fastdp import kernel_twins as twins
 from fastdp.launch import args as ka
+from fastdp.launch import reference as twins
 from fastdp.shard import rank_range
 
 DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16, "u8": np.uint8}

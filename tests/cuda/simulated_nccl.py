@@ -11,7 +11,7 @@ import numpy as np
 from simulated_memory import Range, SimulationError, view
 from simulation import CUDARuntimeError, Meeting, Op, Simulation, site
 
-from fastdp import kernel_twins as twins
+from fastdp.launch import reference as twins
 
 DTYPES = [np.int8, np.uint8, np.int32, np.uint32, np.int64, np.uint64, np.float16, np.float32, np.float64, np.uint16]
 BFLOAT16 = 9

@@ -18,7 +18,7 @@ from simulation import Simulation
 
 from fastdp.launch import all_reduce_one_shot, check_finite, fused_sgd
 from fastdp.launch.args import SIGNALS_NBYTES
-from fastdp.launch.peers import PeerGroup
+from fastdp.launch.peer_group import PeerGroup
 
 N = 256
 

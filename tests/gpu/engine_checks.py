@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 import fastdp
-from fastdp import kernel_twins as twins
 from fastdp.buckets import ArraySpec, FlatBuffers
 from fastdp.errors import ReplicaError
+from fastdp.launch import reference as twins
 from fastdp.program.arrays import FunctionProgram
 from fastdp.program.base import Result
 from fastdp.reductions import WARM_STEPS

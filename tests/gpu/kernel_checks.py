@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fastdp import kernel_twins as twins
 from fastdp import launch
 from fastdp.launch import SIGNALS_NBYTES, PeerGroup, RowPiece, RowSlice
+from fastdp.launch import reference as twins
 
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "uint8": np.uint8}
 FLOATS = ("float32", "float16", "bfloat16")

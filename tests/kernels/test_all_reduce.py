@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fastdp import kernel_twins as twins
 from fastdp import launch
 from fastdp.launch import SIGNALS_NBYTES, PeerGroup, coresident_blocks
+from fastdp.launch import reference as twins
 
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 STAGING_NBYTES = 2 * 4096

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdp import kernel_twins as twins
 from fastdp import launch
+from fastdp.launch import reference as twins
 
 FLOATS = ("float32", "float16", "bfloat16")
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "uint8": np.uint8}

@@ -6,7 +6,7 @@ import ctypes
 
 from fastdp.backend.cuda import runtime
 from fastdp.launch import cubin, nvrtc
-from fastdp.launch.launcher import Kernels
+from fastdp.launch.loader import Kernels
 
 __all__ = ["CudaLauncher", "kernels"]
 
