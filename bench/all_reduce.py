@@ -20,7 +20,7 @@ import numpy as np
 from report import alternate, finish, options, print_table, spread
 
 from fastdp.backend.host import HostDevice
-from fastdp.buckets import ArraySpec, FlatBuffers
+from fastdp.buffers import ArraySpec, FlatBuffers
 from fastdp.comm.host import HostCommunicator
 
 SIZES = (64 << 10, 1 << 20, 8 << 20, 64 << 20)

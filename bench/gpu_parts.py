@@ -27,7 +27,7 @@ from gpu_launches import NODES, launches, launches_of_replicas, replays
 from report import spread
 
 from fastdp import launch
-from fastdp.buckets import ArraySpec, FlatBuffers
+from fastdp.buffers import ArraySpec, FlatBuffers
 from fastdp.launch import SIGNALS_NBYTES, PeerGroup, RowPiece, RowSlice, coresident_blocks
 from fastdp.launch.args import PACK_NBYTES
 from fastdp.shard import split_rows

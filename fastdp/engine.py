@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastdp.backend.queue import joined
-from fastdp.buckets import FlatBuffers
+from fastdp.buffers import FlatBuffers
 from fastdp.comm.choose import communicator
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.comm.together import shared_with

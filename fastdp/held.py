@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastdp.buckets import FlatBuffers
+from fastdp.buffers import FlatBuffers
 from fastdp.comm.choose import Communicator
 from fastdp.replica import Replica
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdp.buckets import Bucket, FlatBuffers
+from fastdp.buffers import Bucket, FlatBuffers
 from fastdp.comm.choose import Communicator
 from fastdp.program.base import Program
 from fastdp.step import Step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastdp.buckets import FlatBuffers
+from fastdp.buffers import FlatBuffers
 from fastdp.comm.choose import Communicator
 from fastdp.device import warn_of_relocation
 from fastdp.program.base import Program

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastdp.backend.queue import QueueDevice
-from fastdp.buckets import FlatBuffers
+from fastdp.buffers import FlatBuffers
 from fastdp.program.base import Context, Memory, Program, Result, Totals
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from fastdp.backend.host import HostDevice
 from fastdp.backend.queue import QueueStream
-from fastdp.buckets import ArraySpec, FlatBuffers
+from fastdp.buffers import ArraySpec, FlatBuffers
 from fastdp.comm.host import SMALL_NBYTES, TILE, HostCommunicator
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.errors import DeviceTimeoutError, StepAborted

@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_version.py",),
     ("errors.py", "warn.py"),
     ("shard.py",),
-    ("buckets.py",),
+    ("buffers.py",),
     ("launch/",),
     ("launch/reference.py",),
     ("backend/base.py", "backend/events.py", "backend/queue.py", "comm/together.py"),
@@ -323,7 +323,7 @@ def test_every_exception_is_still_needed():
 
 FILES = {
     "__init__.py", "_version.py", "errors.py", "shard.py", "backend/__init__.py", "backend/base.py",
-    "backend/cuda/runtime.py", "backend/host.py", "device.py", "launch/args.py", "buckets.py", "program/__init__.py",
+    "backend/cuda/runtime.py", "backend/host.py", "device.py", "launch/args.py", "buffers.py", "program/__init__.py",
     "program/base.py", "program/arrays.py", "program/torch.py", "program/keras.py", "program/capture.py",
     "replica.py", "engine.py", "keras/__init__.py", "keras/model.py", "cli/__init__.py", "cli/demo.py",
 }  # fmt: skip

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fastdp
-from fastdp.buckets import FlatBuffers
+from fastdp.buffers import FlatBuffers
 from fastdp.comm.announced import Announced
 from fastdp.comm.host_reduction import HostReduction
 from fastdp.device import resolve

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from fastdp.backend.queue import QueueEvent
-from fastdp.buckets import Bucket, FlatBuffers
+from fastdp.buffers import Bucket, FlatBuffers
 from fastdp.comm.host import HostCommunicator
 
 

@@ -18,7 +18,7 @@ from fastdp.backend.cuda.device import CudaDevice
 from fastdp.backend.cuda.memory import defer, run_deferred
 from fastdp.backend.cuda.peers import PeerAccess
 from fastdp.backend.queue import joined
-from fastdp.buckets import Bucket, FlatBuffers
+from fastdp.buffers import Bucket, FlatBuffers
 from fastdp.comm.cuda_kernels import PeerKernels, address_of, stream_of
 from fastdp.comm.cuda_nccl import NcclCollectives, connect, destroy
 from fastdp.comm.cuda_reduction import CudaReduction

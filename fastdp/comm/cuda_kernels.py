@@ -11,7 +11,7 @@ import numpy as np
 from fastdp.backend.cuda import runtime
 from fastdp.backend.cuda.device import CudaDevice
 from fastdp.backend.cuda.streams import CudaStream
-from fastdp.buckets import Bucket, FlatBuffers, storage_dtype
+from fastdp.buffers import Bucket, FlatBuffers, storage_dtype
 from fastdp.comm.ways import KERNEL_DTYPES
 from fastdp.launch import (
     SIGNALS_NBYTES,

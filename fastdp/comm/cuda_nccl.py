@@ -9,7 +9,7 @@ from typing import Any
 
 from fastdp.backend.cuda import runtime
 from fastdp.backend.cuda.device import CudaDevice
-from fastdp.buckets import Bucket, FlatBuffers
+from fastdp.buffers import Bucket, FlatBuffers
 from fastdp.comm.cuda_kernels import address_of, stream_of
 from fastdp.comm.ways import MULTI_RANK_VARIABLE, nccl_connects
 

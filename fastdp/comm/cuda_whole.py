@@ -22,7 +22,7 @@ from fastdp.backend.cuda import runtime
 from fastdp.backend.cuda.device import CudaDevice
 from fastdp.backend.cuda.graphs import chained
 from fastdp.backend.queue import joined
-from fastdp.buckets import Bucket, FlatBuffers
+from fastdp.buffers import Bucket, FlatBuffers
 from fastdp.comm.cuda_kernels import PeerKernels, stream_of
 from fastdp.comm.cuda_nccl import NcclCollectives, connect
 from fastdp.comm.cuda_whole_step import Held, Owner, WholeStep

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from fastdp.backend.queue import QueueDevice, QueueEvent, joined
-from fastdp.buckets import Bucket, FlatBuffers, storage_dtype
+from fastdp.buffers import Bucket, FlatBuffers, storage_dtype
 from fastdp.comm.host_reduction import TILE, HostReduction, sum_in_order
 from fastdp.shard import CORES
 

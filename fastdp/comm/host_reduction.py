@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from fastdp.backend.queue import QueueDevice, QueueEvent
-from fastdp.buckets import Bucket, FlatBuffers
+from fastdp.buffers import Bucket, FlatBuffers
 from fastdp.comm.announced import Announced
 from fastdp.errors import DeviceTimeoutError
 from fastdp.shard import CORES

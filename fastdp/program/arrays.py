@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastdp.backend.queue import QueueDevice
-from fastdp.buckets import Allocator, ArraySpec, FlatBuffers
+from fastdp.buffers import Allocator, ArraySpec, FlatBuffers
 from fastdp.program.base import Context, Home, Memory, Result, Totals
 
 Arrays = dict[str, np.ndarray]

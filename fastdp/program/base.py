@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fastdp.backend.queue import QueueDevice
-from fastdp.buckets import Allocator, ArraySpec, FlatBuffers
+from fastdp.buffers import Allocator, ArraySpec, FlatBuffers
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.comm.together import Share
 from fastdp.shard import Rows

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fastdp.backend.queue import QueueDevice
-from fastdp.buckets import Allocator, ArraySpec, FlatBuffers
+from fastdp.buffers import Allocator, ArraySpec, FlatBuffers
 from fastdp.program.base import Context, Home, Memory, Result, Totals
 from fastdp.program.keras_accumulation import Accumulation
 from fastdp.program.keras_augment import writes_to_inputs

@@ -17,7 +17,7 @@ from typing import Any
 import keras
 import torch
 
-from fastdp.buckets import FlatBuffers
+from fastdp.buffers import FlatBuffers
 from fastdp.comm.together import Share
 from fastdp.program.base import Memory
 from fastdp.program.keras_optimizer import Slots, chain

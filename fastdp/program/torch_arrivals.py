@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from fastdp.buckets import FlatBuffers
+from fastdp.buffers import FlatBuffers
 
 
 class Arrivals:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastdp.buckets import FlatBuffers
+from fastdp.buffers import FlatBuffers
 from fastdp.program.torch_arrivals import Arrivals, dense
 from fastdp.program.torch_scope import Handler, Running
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdp.buckets import ArraySpec, FlatBuffers, storage_dtype
+from fastdp.buffers import ArraySpec, FlatBuffers, storage_dtype
 
 
 def dtype_name(tensor: torch.Tensor) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fastdp.backend.host import HostDevice
-from fastdp.buckets import ArraySpec, FlatBuffers
+from fastdp.buffers import ArraySpec, FlatBuffers
 from fastdp.comm.host import HostCommunicator
 from fastdp.comm.ways import MULTI_RANK_VARIABLE
 

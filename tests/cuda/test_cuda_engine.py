@@ -17,7 +17,7 @@ from least_squares import line, rows
 
 import fastdp
 from fastdp.backend.host import HostDevice
-from fastdp.buckets import ArraySpec, FlatBuffers
+from fastdp.buffers import ArraySpec, FlatBuffers
 from fastdp.comm.ways import TWO_SHOT_NBYTES
 
 LIMIT = 20.0

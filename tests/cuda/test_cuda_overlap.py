@@ -13,7 +13,7 @@ import pytest
 
 import fastdp
 from fastdp.backend.host import HostDevice
-from fastdp.buckets import FlatBuffers
+from fastdp.buffers import FlatBuffers
 from fastdp.comm import ways
 from fastdp.program.arrays import FunctionProgram
 from fastdp.program.base import Result

@@ -11,7 +11,7 @@ import pytest
 import torch
 from graph_models import batches, convolutional, dense, embedded, hows, normalized, train, unused, wrapped
 
-import fastdp.buckets
+import fastdp.buffers
 from fastdp.program import capture, capture_record, capture_trace
 from fastdp.replica import Replica
 
@@ -294,7 +294,7 @@ def test_a_replay_that_nothing_orders_after_the_collectives_of_the_step_before_i
 
 def test_a_bucket_that_is_announced_before_its_graph_is_launched_is_found(gpus, monkeypatch):
     monkeypatch.setattr(
-        fastdp.buckets, "plan_buckets", lambda sizes, first, cap: [(i, i + 1) for i in range(len(sizes))]
+        fastdp.buffers, "plan_buckets", lambda sizes, first, cap: [(i, i + 1) for i in range(len(sizes))]
     )
     box = gpus(2)
     parallel = wrapped(normalized, box.devices(2))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import fastdp
-from fastdp.buckets import ArraySpec, FlatBuffers
+from fastdp.buffers import ArraySpec, FlatBuffers
 from fastdp.errors import ReplicaError
 from fastdp.launch import reference as twins
 from fastdp.program.arrays import FunctionProgram

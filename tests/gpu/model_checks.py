@@ -12,7 +12,7 @@ import pytest
 from torch_checks import full_precision
 
 import fastdp
-from fastdp import buckets
+from fastdp import buffers
 from fastdp.data import DeviceDataset
 from fastdp.keras.parallel import ParallelModel
 
@@ -147,9 +147,9 @@ def a_data_set_on_the_devices_equals_arrays(devices: list, name: str) -> None:
 @contextlib.contextmanager
 def several_buckets() -> Iterator[None]:
     """Buckets of a few gradients, as a large model has them."""
-    plan = buckets.plan_buckets
+    plan = buffers.plan_buckets
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(buckets, "plan_buckets", lambda sizes, first, cap: plan(sizes, 256, 2048))
+        patch.setattr(buffers, "plan_buckets", lambda sizes, first, cap: plan(sizes, 256, 2048))
         yield
 
 

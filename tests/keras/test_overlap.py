@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastdp
-from fastdp.buckets import FlatBuffers
+from fastdp.buffers import FlatBuffers
 from fastdp.comm.host_reduction import HostReduction
 
 LIMIT = 20.0

@@ -16,7 +16,7 @@ from small_buckets import make_buckets_small
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastdp
-import fastdp.buckets
+import fastdp.buffers
 from fastdp.program import capture_record, capture_trace
 from fastdp.program.capture_passes import in_place, stored
 from fastdp.program.capture_segments import cut, placed

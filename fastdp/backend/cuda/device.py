@@ -75,7 +75,7 @@ class CudaDevice(QueueDevice):
     def _worker_scope(self) -> AbstractContextManager[object]:
         return runtime.on(self.ordinal)
 
-    # Memory: an Allocator (fastdp.buckets).
+    # Memory: an Allocator (fastdp.buffers).
 
     @property
     def peak_nbytes(self) -> int:

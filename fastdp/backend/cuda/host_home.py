@@ -11,7 +11,7 @@ from fastdp.backend.cuda.streams import current_stream
 
 
 class HostHome:
-    """An allocator (fastdp.buckets) of host memory that the first GPU copies to and from.
+    """An allocator (fastdp.buffers) of host memory that the first GPU copies to and from.
 
     Args:
         device: the CudaDevice that copies.
