@@ -153,3 +153,28 @@ class FlatBuffers:
                 low, high = len(sizes) - end, len(sizes) - begin
                 plan.append(Bucket(dtype, starts[low], starts[high], tuple(numbers[low:high])))
         return sorted(plan, key=lambda bucket: -bucket.arrays[0])
+
+
+class Home:
+    """The memory of a program's first replica. Several engines may run on one home.
+
+    Args:
+        variables: specs of parameters and buffers.
+        device: the first device, or the host memory that stands for it.
+
+    `generation` counts the updates; an engine that did not make the last one refreshes its replicas.
+    """
+
+    def __init__(self, variables: Sequence[ArraySpec], device: Allocator) -> None:
+        self.variables = FlatBuffers(variables, device)
+        self.device: Any = device
+        self.generation = 0
+
+
+@dataclass(slots=True)
+class Memory:
+    """The flat buffers of one replica."""
+
+    variables: FlatBuffers
+    slots: FlatBuffers
+    gradients: FlatBuffers

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from fastdp.backend.queue import joined
-from fastdp.buffers import FlatBuffers
+from fastdp.buffers import FlatBuffers, Memory
 from fastdp.comm.choose import communicator
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.comm.together import shared_with
 from fastdp.device import devices_of_engine
 from fastdp.errors import DeviceTimeoutError
 from fastdp.held import HeldGradients
-from fastdp.program.base import Context, Memory, Program, Result
+from fastdp.program.base import Context, Program, Result
 from fastdp.reductions import Reductions
 from fastdp.relocation import Residence
 from fastdp.replica import Replica, assert_equal

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastdp.backend.queue import QueueDevice
-from fastdp.buffers import FlatBuffers
-from fastdp.program.base import Context, Memory, Program, Result, Totals
+from fastdp.buffers import FlatBuffers, Memory
+from fastdp.program.base import Context, Program, Result, Totals
 
 
 class Replica:

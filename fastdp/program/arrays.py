@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from fastdp.backend.queue import QueueDevice
-from fastdp.buffers import Allocator, ArraySpec, FlatBuffers
-from fastdp.program.base import Context, Home, Memory, Result, Totals
+from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
+from fastdp.program.base import Context, Result, Totals
 
 Arrays = dict[str, np.ndarray]
 

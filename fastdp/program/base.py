@@ -25,35 +25,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from fastdp.backend.queue import QueueDevice
-from fastdp.buffers import Allocator, ArraySpec, FlatBuffers
+from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.comm.together import Share
 from fastdp.shard import Rows
-
-
-class Home:
-    """The memory of a program's first replica. Several engines may run on one home.
-
-    Args:
-        variables: specs of parameters and buffers.
-        device: the first device, or the host memory that stands for it.
-
-    `generation` counts the updates; an engine that did not make the last one refreshes its replicas.
-    """
-
-    def __init__(self, variables: Sequence[ArraySpec], device: Allocator) -> None:
-        self.variables = FlatBuffers(variables, device)
-        self.device: Any = device
-        self.generation = 0
-
-
-@dataclass(slots=True)
-class Memory:
-    """The flat buffers of one replica."""
-
-    variables: FlatBuffers
-    slots: FlatBuffers
-    gradients: FlatBuffers
 
 
 def _not_listening(bucket: int) -> None:

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from fastdp.backend.queue import QueueDevice
-from fastdp.buffers import Allocator, ArraySpec, FlatBuffers
-from fastdp.program.base import Context, Home, Memory, Result, Totals
+from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
+from fastdp.program.base import Context, Result, Totals
 from fastdp.program.keras_accumulation import Accumulation
 from fastdp.program.keras_augment import writes_to_inputs
 from fastdp.program.keras_batch import OutputStructure, Structure, flatten_outputs, unpack

@@ -14,8 +14,7 @@ from keras.src.backend.common import global_state
 from keras.src.backend.common.variables import initialize_all_variables
 
 from fastdp.backend.queue import QueueDevice
-from fastdp.buffers import Allocator, FlatBuffers
-from fastdp.program.base import Home
+from fastdp.buffers import Allocator, FlatBuffers, Home
 from fastdp.program.keras_effects import NotByRowsError
 from fastdp.program.torch_arrivals import Arrivals
 from fastdp.program.torch_tensors import as_tensor, spec_of

@@ -17,9 +17,8 @@ from typing import Any
 import keras
 import torch
 
-from fastdp.buffers import FlatBuffers
+from fastdp.buffers import FlatBuffers, Memory
 from fastdp.comm.together import Share
-from fastdp.program.base import Memory
 from fastdp.program.keras_optimizer import Slots, chain
 from fastdp.program.keras_optimizer_fused import fused_step
 from fastdp.program.torch_tensors import as_tensor, dtype_name

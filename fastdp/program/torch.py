@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from fastdp.backend.queue import QueueDevice
-from fastdp.buffers import Allocator, ArraySpec, FlatBuffers
+from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
 from fastdp.program import torch_gradients, torch_norm, torch_random, torch_time_first
-from fastdp.program.base import Context, Home, Memory, Result, Totals
+from fastdp.program.base import Context, Result, Totals
 from fastdp.program.torch_batch import (
     Nest,
     Structure,

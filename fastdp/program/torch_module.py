@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdp.buffers import Allocator, FlatBuffers
-from fastdp.program.base import Home
+from fastdp.buffers import Allocator, FlatBuffers, Home
 from fastdp.program.torch_batch import PLAIN
 from fastdp.program.torch_tensors import as_tensor, spec_of
 
