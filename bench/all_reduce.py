@@ -19,9 +19,9 @@ from collections.abc import Callable
 import numpy as np
 from report import alternate, finish, options, print_table, spread
 
-from fastdp.backend.host import HostDevice
 from fastdp.buffers import ArraySpec, FlatBuffers
 from fastdp.comm.host import HostCommunicator
+from fastdp.runtime.host.device import HostDevice
 
 SIZES = (64 << 10, 1 << 20, 8 << 20, 64 << 20)
 DEVICES = (2, 4, 8)

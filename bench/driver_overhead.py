@@ -31,8 +31,8 @@ import numpy as np
 from report import alternate, finish, options, print_table, spread
 
 from fastdp import DataParallel, FunctionProgram
-from fastdp.backend.host import HostDevice
 from fastdp.program.base import Result
+from fastdp.runtime.host.device import HostDevice
 
 ROWS = 64
 DEVICES = (1, 2, 4, 8)

@@ -80,7 +80,7 @@ class Card:
 
     def __init__(self, device: Any, clock: type[Any] = EventClock, rounds: int = ROUNDS) -> None:
         self.device, self.rounds = device, rounds
-        self.runtime = importlib.import_module("fastdp.backend.cuda.runtime")
+        self.runtime = importlib.import_module("fastdp.runtime.cuda.cupy_api")
         self.stream = self.runtime.stream_create(device.ordinal)
         with self.current():
             self.clock = clock(device, self.stream)

@@ -12,7 +12,7 @@ from typing import Any
 
 from report import hardware, result_line
 
-from fastdp import topology
+from fastdp.runtime import topology
 
 LIBRARIES = ("torch", "keras", "jax", "jaxlib", "cupy-cuda13x", "cupy-cuda12x", "nvidia-cuda-nvrtc", "nvidia-nccl-cu13",
              "nvidia-nccl-cu12", "nvidia-cudnn-cu13", "triton", "pytest", "h5py", "optree", "nvidia-ml-py")  # fmt: skip
@@ -70,7 +70,7 @@ def _cupy() -> dict[str, Any]:
     if importlib.util.find_spec("cupy") is None:
         return {"reason": "CuPy is not installed"}
     try:
-        runtime = importlib.import_module("fastdp.backend.cuda.runtime")
+        runtime = importlib.import_module("fastdp.runtime.cuda.cupy_api")
         cards = runtime.device_count()
     except (ImportError, RuntimeError) as error:
         return {"reason": f"CuPy reaches no GPU ({error})"}

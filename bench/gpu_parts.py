@@ -273,14 +273,14 @@ def main() -> int:
         emit(skipped="parts", reason="CuPy is not installed")
         return 0
     fastdp = importlib.import_module("fastdp")
-    runtime = importlib.import_module("fastdp.backend.cuda.runtime")
+    runtime = importlib.import_module("fastdp.runtime.cuda.cupy_api")
     try:
         runtime.device_count()
     except RuntimeError as error:
         emit(skipped="parts", reason=str(error))
         return 0
     fastdp.set_virtual_devices(max(RANKS), kind="gpu")
-    devices = importlib.import_module("fastdp.device").resolve(max(RANKS))
+    devices = importlib.import_module("fastdp.runtime.select").resolve(max(RANKS))
     card = Card(devices[0])
     failed = run(jobs(card, devices), ends)
     card.close()

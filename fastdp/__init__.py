@@ -17,15 +17,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdp import backend as backend
 from fastdp import data
 from fastdp._version import __version__
-from fastdp.device import devices, set_virtual_devices
 from fastdp.engine import DataParallel
 from fastdp.errors import DeviceTimeoutError, ReplicaError
 from fastdp.placement import device
 from fastdp.program.arrays import FunctionProgram
+from fastdp.runtime.select import devices, set_virtual_devices
+from fastdp.runtime.topology import DeviceInfo
 from fastdp.step import StepResult
-from fastdp.topology import DeviceInfo
 from fastdp.wrap import wrap
 
 if TYPE_CHECKING:

@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from fastdp.backend.queue import joined
 from fastdp.buffers import FlatBuffers, Memory
 from fastdp.comm.choose import communicator
 from fastdp.comm.rendezvous import Rendezvous
-from fastdp.comm.together import shared_with
-from fastdp.device import devices_of_engine
 from fastdp.errors import DeviceTimeoutError
 from fastdp.held import HeldGradients
 from fastdp.program.base import Context, Program, Result
 from fastdp.reductions import Reductions
 from fastdp.relocation import Residence
 from fastdp.replica import Replica, assert_equal
+from fastdp.runtime.queue import joined
+from fastdp.runtime.select import devices_of_engine
+from fastdp.runtime.work_stealing import shared_with
 from fastdp.shard import CORES, Rows, split_rows
 from fastdp.spare import Spare
 from fastdp.step import Step, StepResult, add_up, commit, run_replica, run_update, step_error

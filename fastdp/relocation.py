@@ -6,8 +6,8 @@ from typing import Any
 
 from fastdp.buffers import FlatBuffers
 from fastdp.comm.choose import Communicator
-from fastdp.device import warn_of_relocation
 from fastdp.program.base import Program
+from fastdp.runtime.select import warn_of_relocation
 from fastdp.step import Step
 
 

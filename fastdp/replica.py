@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastdp.backend.queue import QueueDevice
 from fastdp.buffers import FlatBuffers, Memory
 from fastdp.program.base import Context, Program, Result, Totals
+from fastdp.runtime.queue import QueueDevice
 
 
 class Replica:

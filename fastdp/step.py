@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from fastdp.backend.interrupts import interrupts_wait
-from fastdp.backend.queue import QueueDevice
 from fastdp.comm.choose import Reduction
 from fastdp.comm.rendezvous import Rendezvous
-from fastdp.comm.together import Share
 from fastdp.errors import ReplicaError, StepAborted, replica_error_class
 from fastdp.program.base import Context, Result, Totals
 from fastdp.replica import Replica
+from fastdp.runtime.interrupts import interrupts_wait
+from fastdp.runtime.queue import QueueDevice
+from fastdp.runtime.work_stealing import Share
 from fastdp.shard import Rows
 from fastdp.spare import Spare
 from fastdp.timing import Watch

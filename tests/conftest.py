@@ -128,7 +128,7 @@ def fastdp_threads() -> list[str]:
 def no_thread_outlives_the_session() -> Iterator[None]:
     """After the last test, once the process's own virtual devices are closed, no fastdp thread is alive."""
     yield
-    device = sys.modules.get("fastdp.device")
+    device = sys.modules.get("fastdp.runtime.select")
     if device is not None:
         device.set_virtual_devices(0)
     alive = fastdp_threads()

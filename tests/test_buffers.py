@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdp.backend.host import HostDevice
 from fastdp.buffers import ArraySpec, FlatBuffers, storage_dtype
+from fastdp.runtime.host.device import HostDevice
 
 DTYPES = ["float16", "bfloat16", "float32", "float64", "int8", "int64", "bool", "complex64", "float8_e4m3fn"]
 

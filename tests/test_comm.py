@@ -10,12 +10,12 @@ import time
 import numpy as np
 import pytest
 
-from fastdp.backend.host import HostDevice
-from fastdp.backend.queue import QueueStream
 from fastdp.buffers import ArraySpec, FlatBuffers
 from fastdp.comm.host import SMALL_NBYTES, TILE, HostCommunicator
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.errors import DeviceTimeoutError, StepAborted
+from fastdp.runtime.host.device import HostDevice
+from fastdp.runtime.queue import QueueStream
 
 LIMIT = 10.0
 GRAIN = 1 << 12

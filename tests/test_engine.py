@@ -14,10 +14,10 @@ import pytest
 from least_squares import WIDTH, predict, train
 
 import fastdp
-from fastdp.backend.host import HostDevice
-from fastdp.backend.queue import QueueEvent
-from fastdp.device import resolve
 from fastdp.program.arrays import FunctionProgram
+from fastdp.runtime.host.device import HostDevice
+from fastdp.runtime.queue import QueueEvent
+from fastdp.runtime.select import resolve
 
 LIMIT = 20.0
 

@@ -13,8 +13,8 @@ from least_squares import WIDTH
 
 import fastdp
 from fastdp.comm.host import HostCommunicator
-from fastdp.device import resolve
 from fastdp.program.arrays import FunctionProgram
+from fastdp.runtime.select import resolve
 
 RATE = 0.05
 

@@ -13,9 +13,9 @@ import fastdp
 from fastdp.buffers import FlatBuffers
 from fastdp.comm.announced import Announced
 from fastdp.comm.host_reduction import HostReduction
-from fastdp.device import resolve
 from fastdp.program.arrays import FunctionProgram
 from fastdp.program.base import Result
+from fastdp.runtime.select import resolve
 
 LIMIT = 20.0
 NAMES = ["first", "second", "third", "last"]

@@ -128,7 +128,7 @@ def test_import_fastdp_imports_neither_torch_nor_keras(tmp_path):
 
 
 def test_import_fastdp_starts_no_thread_and_makes_no_device(tmp_path):
-    devices = "sys.modules['fastdp.device']._virtual._devices"
+    devices = "sys.modules['fastdp.runtime.select']._virtual._devices"
     code = f"import threading, sys, fastdp; print(threading.active_count(), {devices})"
     assert python(code, tmp_path, FASTDP_VIRTUAL_DEVICES="4") == "1 []"
 
@@ -165,7 +165,7 @@ def test_a_keras_json_that_names_no_installed_backend_is_no_choice(tmp_path, tex
 ENGINE = """
 import numpy as np
 import fastdp
-from fastdp.device import resolve
+from fastdp.runtime.select import resolve
 
 fastdp.set_virtual_devices(3)
 

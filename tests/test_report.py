@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from fastdp import DataParallel, FunctionProgram
-from fastdp.backend.host import HostDevice
 from fastdp.report import ENOUGH_STEPS, SmallWorkWarning, make_report
+from fastdp.runtime.host.device import HostDevice
 from fastdp.timing import LATEST, VERBS, Timings, Watch
 
 

@@ -7,8 +7,8 @@ import pytest
 from least_squares import line
 
 import fastdp
-from fastdp.backend.host import HostDevice
 from fastdp.data import DeviceDataset, Scaled
+from fastdp.runtime.host.device import HostDevice
 
 LIMIT = 10.0
 

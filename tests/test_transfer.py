@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdp.backend.host import HostDevice
+from fastdp.runtime.host.device import HostDevice
 from fastdp.shard import split_rows
 from fastdp.transfer import Merger, count_rows, scatter
 

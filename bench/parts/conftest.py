@@ -12,7 +12,7 @@ import pytest
 os.environ["KERAS_BACKEND"] = "torch"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fastdp.backend.host import HostDevice
+from fastdp.runtime.host.device import HostDevice
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from fastdp.cli.digits import TRAIN_ROWS, Digits, open_digits, write_digits
 from fastdp.cli.optional import load
 from fastdp.cli.report import draw_curves, json_line, loss_difference, print_tables
 from fastdp.cli.training import Run, train
-from fastdp.device import devices, resolve, set_virtual_devices
+from fastdp.runtime.select import devices, resolve, set_virtual_devices
 
 LEAST_ACCURACY = 0.97
 LARGEST_LOSS_DIFFERENCE = 1e-4

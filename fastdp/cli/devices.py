@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from fastdp.device import VIRTUAL_DEVICES_VARIABLE, devices
-from fastdp.topology import DeviceInfo, driver, peer_matrix, problems
+from fastdp.runtime.select import VIRTUAL_DEVICES_VARIABLE, devices
+from fastdp.runtime.topology import DeviceInfo, driver, peer_matrix, problems
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from fastdp.cli.optional import load
-from fastdp.device import set_virtual_devices
+from fastdp.runtime.select import set_virtual_devices
 
 _RUNPY = ("<frozen runpy>", runpy.__file__)
 

@@ -7,9 +7,9 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from fastdp.backend.queue import QueueEvent
 from fastdp.buffers import Bucket, FlatBuffers
 from fastdp.comm.host import HostCommunicator
+from fastdp.runtime.queue import QueueEvent
 
 
 class Reduction(Protocol):

@@ -13,11 +13,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 
-from fastdp.backend.cuda import runtime
-from fastdp.backend.cuda.device import CudaDevice
-from fastdp.backend.cuda.memory import defer, run_deferred
-from fastdp.backend.cuda.peers import PeerAccess
-from fastdp.backend.queue import joined
 from fastdp.buffers import Bucket, FlatBuffers
 from fastdp.comm.cuda_kernels import PeerKernels, address_of, stream_of
 from fastdp.comm.cuda_nccl import NcclCollectives, connect, destroy
@@ -29,6 +24,11 @@ from fastdp.comm.host import refuse_unknown
 from fastdp.comm.host_reduction import sum_in_order
 from fastdp.comm.ways import way_to_all_gather, way_to_all_reduce, way_to_reduce_scatter
 from fastdp.launch.args import MAX_RANKS
+from fastdp.runtime.cuda import cupy_api
+from fastdp.runtime.cuda.device import CudaDevice
+from fastdp.runtime.cuda.memory import defer, run_deferred
+from fastdp.runtime.cuda.peer_access import PeerAccess
+from fastdp.runtime.queue import joined
 
 
 class CudaCommunicator:
@@ -52,7 +52,7 @@ class CudaCommunicator:
         self._devices = list(devices)
         self._cards = [device.ordinal for device in devices]
         run_deferred()
-        runtime.check_environment(self._cards)
+        cupy_api.check_environment(self._cards)
         several = len(devices) > 1
         peers = PeerAccess(sorted(set(self._cards)), timeout) if several else None
         self._nccl = connect(self._cards) if several else []
@@ -230,7 +230,7 @@ class CudaCommunicator:
             )
         for comms in (self._nccl, *self._wholes.comms()):
             for rank, comm in enumerate(comms):
-                error = runtime.nccl_async_error(comm)
+                error = cupy_api.nccl_async_error(comm)
                 if error is not None:
                     raise RuntimeError(f"NCCL failed on {self._devices[rank].name}: {error}") from error
 
@@ -298,9 +298,9 @@ class CudaCommunicator:
         """Issue each bucket's reduction by its way, for all ranks; those who had no rows add nothing."""
         for bucket, _ in planned:
             for rank in idle if bucket.nbytes else ():
-                with runtime.on(self._cards[rank]):
+                with cupy_api.on(self._cards[rank]):
                     address = address_of(targets[rank], bucket)
-                    runtime.fill_async(address, 0, bucket.nbytes, stream_of(self._devices[rank]))
+                    cupy_api.fill_async(address, 0, bucket.nbytes, stream_of(self._devices[rank]))
         for bucket, way in planned:
             if way not in ("nccl", "host"):
                 assert self._kernels is not None

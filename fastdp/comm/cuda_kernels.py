@@ -8,9 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from fastdp.backend.cuda import runtime
-from fastdp.backend.cuda.device import CudaDevice
-from fastdp.backend.cuda.streams import CudaStream
 from fastdp.buffers import Bucket, FlatBuffers, storage_dtype
 from fastdp.comm.ways import KERNEL_DTYPES
 from fastdp.launch import (
@@ -22,6 +19,9 @@ from fastdp.launch import (
     reduce_scatter,
 )
 from fastdp.launch.args import PACK_NBYTES
+from fastdp.runtime.cuda import cupy_api
+from fastdp.runtime.cuda.device import CudaDevice
+from fastdp.runtime.cuda.streams import CudaStream
 
 
 @dataclass(slots=True)
@@ -85,8 +85,8 @@ class PeerKernels:
         Nothing is there to be copied where no bucket has come this way yet.
         """
         for device, memory in zip(self._devices, self._ranks, strict=False):
-            flag = runtime.array_pointer(memory.error)
-            runtime.copy_async(memory.seen.ctypes.data, flag, memory.seen.nbytes, stream_of(device))
+            flag = cupy_api.array_pointer(memory.error)
+            cupy_api.copy_async(memory.seen.ctypes.data, flag, memory.seen.nbytes, stream_of(device))
 
     def given_up(self) -> list[int]:
         """The ranks that waited for another in vain. Once the GPUs are done with the step."""
@@ -123,10 +123,10 @@ class PeerKernels:
         self._groups = [
             PeerGroup(
                 rank=rank,
-                staging=tuple(runtime.array_pointer(one.staging) for one in self._ranks),
+                staging=tuple(cupy_api.array_pointer(one.staging) for one in self._ranks),
                 staging_nbytes=2 * half,
-                signals=tuple(runtime.array_pointer(one.signals) for one in self._ranks),
-                error=runtime.array_pointer(self._ranks[rank].error),
+                signals=tuple(cupy_api.array_pointer(one.signals) for one in self._ranks),
+                error=cupy_api.array_pointer(self._ranks[rank].error),
                 max_blocks=blocks,
             )
             for rank in range(len(self._devices))
@@ -137,7 +137,7 @@ def _launch_each_alone(device: CudaDevice) -> None:
     """Launch each kernel once for a rank by itself: CUDA may load a kernel at its first launch, and that may
     wait for a kernel that is running, which would be the one that waits for this launch."""
     memory = [device.zeros((nbytes,), np.dtype(np.uint8)) for nbytes in (2 * PACK_NBYTES, SIGNALS_NBYTES, 4, 4)]
-    staging, signals, error, x = map(runtime.array_pointer, memory)
+    staging, signals, error, x = map(cupy_api.array_pointer, memory)
     group = PeerGroup(0, (staging,), 2 * PACK_NBYTES, (signals,), error, 1)
     for dtype in KERNEL_DTYPES:
         more: dict[str, Any] = {"y": x, "n": 1, "dtype": dtype, "stream": stream_of(device)}
@@ -156,4 +156,4 @@ def stream_of(device: CudaDevice) -> int:
 
 def address_of(flat: FlatBuffers, bucket: Bucket) -> int:
     """Where a bucket begins in device memory."""
-    return runtime.array_pointer(flat.buffers[bucket.dtype]) + bucket.start * storage_dtype(bucket.dtype).itemsize
+    return cupy_api.array_pointer(flat.buffers[bucket.dtype]) + bucket.start * storage_dtype(bucket.dtype).itemsize

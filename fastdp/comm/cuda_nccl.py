@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastdp.backend.cuda import runtime
-from fastdp.backend.cuda.device import CudaDevice
 from fastdp.buffers import Bucket, FlatBuffers
 from fastdp.comm.cuda_kernels import address_of, stream_of
 from fastdp.comm.ways import MULTI_RANK_VARIABLE, nccl_connects
+from fastdp.runtime.cuda import cupy_api
+from fastdp.runtime.cuda.device import CudaDevice
 
 
 class NcclCollectives:
@@ -30,7 +30,7 @@ class NcclCollectives:
 
         def call(rank: int, address: int, bucket: Bucket, stream: int) -> None:
             n = bucket.stop - bucket.start
-            runtime.all_reduce(self._comms[rank], address, address, n, bucket.dtype, stream)
+            cupy_api.all_reduce(self._comms[rank], address, address, n, bucket.dtype, stream)
 
         self._each(targets, buckets, call)
 
@@ -42,10 +42,10 @@ class NcclCollectives:
             n, item, part = _parts(bucket, ranks)
             if part:
                 own = address + rank * part * item
-                runtime.reduce_scatter(comm, address, own, part, bucket.dtype, stream)
+                cupy_api.reduce_scatter(comm, address, own, part, bucket.dtype, stream)
             if n > ranks * part:
                 rest = address + ranks * part * item
-                runtime.all_reduce(comm, rest, rest, n - ranks * part, bucket.dtype, stream)
+                cupy_api.all_reduce(comm, rest, rest, n - ranks * part, bucket.dtype, stream)
 
         self._each(targets, buckets, call)
 
@@ -57,11 +57,11 @@ class NcclCollectives:
             n, item, part = _parts(bucket, ranks)
             if part:
                 own = address + rank * part * item
-                runtime.all_gather(comm, own, address, part * item, "uint8", stream)
+                cupy_api.all_gather(comm, own, address, part * item, "uint8", stream)
             if n > ranks * part:
                 rest = address + ranks * part * item
                 nbytes = (n - ranks * part) * item
-                runtime.broadcast(comm, rest, rest, nbytes, "uint8", stream, root=ranks - 1)
+                cupy_api.broadcast(comm, rest, rest, nbytes, "uint8", stream, root=ranks - 1)
 
         self._each(buffers, buckets, call)
 
@@ -69,10 +69,10 @@ class NcclCollectives:
         self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket], call: Callable[[int, int, Bucket, int], None]
     ) -> None:
         """`call(rank, address, bucket, stream)` for all buckets on all ranks, in one group."""
-        with runtime.nccl_group():
+        with cupy_api.nccl_group():
             for bucket in buckets:
                 for rank, (device, target) in enumerate(zip(self._devices, targets, strict=True)):
-                    with runtime.on(device.ordinal):
+                    with cupy_api.on(device.ordinal):
                         call(rank, address_of(target, bucket), bucket, stream_of(device))
 
 
@@ -85,14 +85,14 @@ def _parts(bucket: Bucket, ranks: int) -> tuple[int, int, int]:
 
 def connect(cards: Sequence[int]) -> list[Any]:
     """NCCL's communicators for ranks on these cards; none where NCCL is not there, or does not take them."""
-    version = runtime.nccl_version() if runtime.nccl_available() else 0
+    version = cupy_api.nccl_version() if cupy_api.nccl_available() else 0
     if not nccl_connects(cards, version, os.environ.get(MULTI_RANK_VARIABLE)):
         return []
     if len(set(cards)) == len(cards):
-        return runtime.nccl_init_all(cards)
+        return cupy_api.nccl_init_all(cards)
     try:
-        return runtime.nccl_init_ranks(cards, runtime.on)
-    except runtime.NcclError as error:
+        return cupy_api.nccl_init_ranks(cards, cupy_api.on)
+    except cupy_api.NcclError as error:
         warnings.warn(
             f"NCCL {version} does not connect several ranks on one card, though {MULTI_RANK_VARIABLE}=1 asks for it "
             f"({error}): their collectives run by fastdp's own kernels over peer memory.",
@@ -104,4 +104,4 @@ def connect(cards: Sequence[int]) -> list[Any]:
 def destroy(comms: Sequence[Any]) -> None:
     """Give NCCL's communicators back."""
     for comm in comms:
-        runtime.nccl_destroy(comm)
+        cupy_api.nccl_destroy(comm)

@@ -11,11 +11,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
-from fastdp.backend.cuda import runtime
-from fastdp.backend.cuda.device import CudaDevice
-from fastdp.backend.cuda.streams import CudaEvent, CudaStream
-from fastdp.backend.queue import QueueEvent
 from fastdp.comm.announced import Announced
+from fastdp.runtime.cuda import cupy_api
+from fastdp.runtime.cuda.device import CudaDevice
+from fastdp.runtime.cuda.streams import CudaEvent, CudaStream
+from fastdp.runtime.queue import QueueEvent
 
 Issue = Callable[[Sequence[int]], None]
 
@@ -80,8 +80,8 @@ class CudaReduction:
             for device in self._devices:
                 stream = device.communication
                 assert isinstance(stream, CudaStream)
-                with runtime.on(device.ordinal):
+                with cupy_api.on(device.ordinal):
                     for event in self._events[bucket]:
-                        runtime.stream_wait_event(stream.handle, event.handle)
+                        cupy_api.stream_wait_event(stream.handle, event.handle)
             self.issue([bucket])
             self.early += 1

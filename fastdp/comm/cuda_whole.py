@@ -18,16 +18,16 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastdp.backend.cuda import runtime
-from fastdp.backend.cuda.device import CudaDevice
-from fastdp.backend.cuda.graphs import chained
-from fastdp.backend.queue import joined
 from fastdp.buffers import Bucket, FlatBuffers
 from fastdp.comm.cuda_kernels import PeerKernels, stream_of
 from fastdp.comm.cuda_nccl import NcclCollectives, connect
 from fastdp.comm.cuda_whole_step import Held, Owner, WholeStep
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.errors import StepAborted
+from fastdp.runtime.cuda import cupy_api
+from fastdp.runtime.cuda.child_graphs import chained
+from fastdp.runtime.cuda.device import CudaDevice
+from fastdp.runtime.queue import joined
 
 # Of a replica: its graphs in their order, each with the buckets that are complete when it is over.
 Parts = Sequence[tuple[int, Sequence[int]]]
@@ -104,7 +104,7 @@ class WholeSteps:
             finally:
                 for graphs in captured:
                     for graph in graphs[len(made) :]:  # the others are kept with what they are parts of
-                        runtime.graph_destroy(graph)
+                        cupy_api.graph_destroy(graph)
 
         try:
             self._on_first(communicator, build, timeout)
@@ -154,8 +154,8 @@ class WholeSteps:
         failed: BaseException | None = None
         try:
             for device in self._devices:
-                with runtime.on(device.ordinal):
-                    runtime.capture_begin(stream_of(device))
+                with cupy_api.on(device.ordinal):
+                    cupy_api.capture_begin(stream_of(device))
                 begun.append(stream_of(device))
             communicator.issue(targets, [bucket], NcclCollectives(self._devices, owner.held.comms))
         except BaseException as error:
@@ -164,12 +164,12 @@ class WholeSteps:
         finally:
             for stream in begun:  # all of them, whatever happens: a stream under capture runs nothing
                 try:
-                    graphs.append(runtime.capture_end(stream))
-                except runtime.CudaError as error:
+                    graphs.append(cupy_api.capture_end(stream))
+                except cupy_api.CudaError as error:
                     failed = failed or error
             if failed is not None:
                 for graph in graphs:
-                    runtime.graph_destroy(graph)
+                    cupy_api.graph_destroy(graph)
         if failed is not None:
             raise failed
         return graphs
@@ -181,15 +181,15 @@ class WholeSteps:
         device = self._devices[rank]
         behind = {number: at for at, (_, complete) in enumerate(parts) for number in complete}
         branches = [(behind[number], graph) for number, graph in zip(order, collectives, strict=True)]
-        with runtime.on(device.ordinal):
+        with cupy_api.on(device.ordinal):
             graph, ready = chained([graph for graph, _ in parts], branches), 0
             try:
-                ready = runtime.graph_instantiate(graph)
-                runtime.graph_upload(ready, stream_of(device))
+                ready = cupy_api.graph_instantiate(graph)
+                cupy_api.graph_upload(ready, stream_of(device))
             except BaseException:
                 if ready:
-                    runtime.graph_exec_destroy(ready)
-                runtime.graph_destroy(graph)
+                    cupy_api.graph_exec_destroy(ready)
+                cupy_api.graph_destroy(graph)
                 raise
         owner.held.add(device.ordinal, [graph, *collectives], ready)
         return ready

@@ -6,9 +6,9 @@ import threading
 from collections.abc import Sequence
 from typing import Protocol
 
-from fastdp.backend.queue import QueueEvent
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.errors import StepAborted
+from fastdp.runtime.queue import QueueEvent
 
 # A launch returns at once, or CUDA is beyond help.
 _LAUNCH_SECONDS = 30.0

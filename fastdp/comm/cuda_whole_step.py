@@ -8,13 +8,13 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from fastdp.backend.cuda import runtime
-from fastdp.backend.cuda.device import CudaDevice
-from fastdp.backend.cuda.memory import defer
-from fastdp.backend.cuda.streams import CudaStream
 from fastdp.comm.cuda_kernels import PeerKernels
 from fastdp.comm.cuda_nccl import destroy
 from fastdp.comm.cuda_whole_reduction import WholeReduction
+from fastdp.runtime.cuda import cupy_api
+from fastdp.runtime.cuda.device import CudaDevice
+from fastdp.runtime.cuda.memory import defer
+from fastdp.runtime.cuda.streams import CudaStream
 
 # NCCL waits, when it is asked to abort, until the GPUs have left its kernels.
 _ABORT_SECONDS = 30.0
@@ -42,10 +42,10 @@ class Held:
             gone = [one for one in self._graphs if launchable is None or one[2] in launchable]
             self._graphs = [one for one in self._graphs if one not in gone]
         for ordinal, graphs, ready in gone:
-            with runtime.on(ordinal):
-                runtime.graph_exec_destroy(ready)
+            with cupy_api.on(ordinal):
+                cupy_api.graph_exec_destroy(ready)
                 for graph in graphs:
-                    runtime.graph_destroy(graph)
+                    cupy_api.graph_destroy(graph)
 
     def destroy(self) -> None:
         """Give everything back."""
@@ -57,7 +57,7 @@ class Held:
         self.broken = True
         self.drop()
         for comm in self._take():
-            runtime.nccl_abort(comm)
+            cupy_api.nccl_abort(comm)
 
     def _take(self) -> list[Any]:
         with self._lock:
@@ -119,8 +119,8 @@ class WholeStep:
         device = self._devices[rank]
         stream = device.compute
         assert isinstance(stream, CudaStream)
-        with runtime.on(device.ordinal):
-            runtime.graph_launch(self._launchable[rank], stream.handle)
+        with cupy_api.on(device.ordinal):
+            cupy_api.graph_launch(self._launchable[rank], stream.handle)
 
     def abort(self) -> None:
         """Have the GPUs leave its collectives, and never launch it again. Kernels of ours give up by themselves."""

@@ -10,10 +10,10 @@ from functools import partial
 
 import numpy as np
 
-from fastdp.backend.queue import QueueDevice, QueueEvent
 from fastdp.buffers import Bucket, FlatBuffers
 from fastdp.comm.announced import Announced
 from fastdp.errors import DeviceTimeoutError
+from fastdp.runtime.queue import QueueDevice, QueueEvent
 from fastdp.shard import CORES
 
 # 256 KiB of fp32: sums stay in a core's cache between the reads of the sources and the writes.

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from keras.src.backend.torch.trainer import TorchTrainer
 
-from fastdp.device import resolve
 from fastdp.errors import ReplicaError
 from fastdp.keras.checks import check_backend, check_template, is_built, unbuilt_layers
 from fastdp.keras.custom_steps import has_own
@@ -32,6 +31,7 @@ from fastdp.program.capture_record import chosen_graphs
 from fastdp.program.keras_effects import NotByRowsError, refusal
 from fastdp.program.keras_row_policy import check_policy
 from fastdp.program.torch_deterministic import check_deterministic, deterministic_algorithms
+from fastdp.runtime.select import resolve
 from fastdp.warn import warn_user
 
 _KINDS = ("train", "test", "predict")

@@ -10,9 +10,9 @@ from typing import Any
 import keras
 from keras.src.ops.node import Node
 
-from fastdp.backend.host import HostDevice
-from fastdp.device import resolve
 from fastdp.program.keras_placed import PLACE, graph_of, placed_nodes
+from fastdp.runtime.host.device import HostDevice
+from fastdp.runtime.select import resolve
 
 _current = threading.local()
 

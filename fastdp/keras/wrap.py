@@ -6,10 +6,10 @@ from typing import Any
 
 import keras
 
-from fastdp.device import resolve
 from fastdp.keras.checks import check_backend
 from fastdp.keras.parallel import ParallelModel
 from fastdp.keras.placement import check_places, resolve_groups, spans_groups
+from fastdp.runtime.select import resolve
 
 
 def multi_gpu_model(

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from fastdp.backend.queue import QueueDevice
 from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
 from fastdp.program.base import Context, Result, Totals
+from fastdp.runtime.queue import QueueDevice
 
 Arrays = dict[str, np.ndarray]
 

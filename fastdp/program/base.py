@@ -24,10 +24,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fastdp.backend.queue import QueueDevice
 from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
 from fastdp.comm.rendezvous import Rendezvous
-from fastdp.comm.together import Share
+from fastdp.runtime.queue import QueueDevice
+from fastdp.runtime.work_stealing import Share
 from fastdp.shard import Rows
 
 
@@ -126,7 +126,7 @@ class Totals:
     """The sums of a step over all replicas, and the first replica's notes.
 
     `reduced` is False where the step's gradients wait for a later reduction: each replica has its own. `share`, where
-    it is there, runs the parts of an update on several devices' workers at a time (`fastdp.comm.together`).
+    it is there, runs the parts of an update on several devices' workers at a time (`fastdp.runtime.work_stealing`).
     """
 
     sums: np.ndarray

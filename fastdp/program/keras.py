@@ -15,7 +15,6 @@ import keras
 import numpy as np
 import torch
 
-from fastdp.backend.queue import QueueDevice
 from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
 from fastdp.program.base import Context, Result, Totals
 from fastdp.program.keras_accumulation import Accumulation
@@ -39,6 +38,7 @@ from fastdp.program.torch_arrivals import Arrivals
 from fastdp.program.torch_batch import Autocast
 from fastdp.program.torch_tensors import accumulate, output_array, settle, spec_of
 from fastdp.program.torch_threads import prepare_worker, replicas_run
+from fastdp.runtime.queue import QueueDevice
 
 
 class KerasProgram:

@@ -13,11 +13,11 @@ from keras.src.backend import in_stateless_scope
 from keras.src.backend.common import global_state
 from keras.src.backend.common.variables import initialize_all_variables
 
-from fastdp.backend.queue import QueueDevice
 from fastdp.buffers import Allocator, FlatBuffers, Home
 from fastdp.program.keras_effects import NotByRowsError
 from fastdp.program.torch_arrivals import Arrivals
 from fastdp.program.torch_tensors import as_tensor, spec_of
+from fastdp.runtime.queue import QueueDevice
 
 _homes: weakref.WeakKeyDictionary[Any, Adopted] = weakref.WeakKeyDictionary()
 

@@ -18,10 +18,10 @@ import keras
 import torch
 
 from fastdp.buffers import FlatBuffers, Memory
-from fastdp.comm.together import Share
 from fastdp.program.keras_optimizer import Slots, chain
 from fastdp.program.keras_optimizer_fused import fused_step
 from fastdp.program.torch_tensors import as_tensor, dtype_name
+from fastdp.runtime.work_stealing import Share
 from fastdp.shard import CORES
 
 # Numbers per piece on a processor: an update passes over its operands several times, and pieces stay in the

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastdp.backend.queue import QueueDevice
 from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
 from fastdp.program import torch_gradients, torch_norm, torch_random, torch_time_first
 from fastdp.program.base import Context, Result, Totals
@@ -31,6 +30,7 @@ from fastdp.program.torch_optimizer import OptimizerFactory, Optimizers
 from fastdp.program.torch_scope import Handler, ReplicaMode, Running, backward
 from fastdp.program.torch_tensors import accumulate, settle, spec_of
 from fastdp.program.torch_threads import prepare_worker, replicas_run
+from fastdp.runtime.queue import QueueDevice
 
 _HANDLERS: dict[Any, Handler] = {
     **torch_random.HANDLERS,

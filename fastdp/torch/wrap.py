@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastdp.device import resolve
+from fastdp.runtime.select import resolve
 from fastdp.torch.checks import check_module
 from fastdp.torch.parallel import TorchParallel
 

@@ -42,8 +42,8 @@ def fake_cuda(monkeypatch) -> Iterator[Callable[..., Simulation]]:
         yield start
         for sim in started:
             gc.collect()
-            if "fastdp.backend.cuda.memory" in sys.modules:
-                sys.modules["fastdp.backend.cuda.memory"].run_deferred()
+            if "fastdp.runtime.cuda.memory" in sys.modules:
+                sys.modules["fastdp.runtime.cuda.memory"].run_deferred()
             assert not sim.violations, sim.violations
             assert sim.check_end() == []
 

@@ -402,11 +402,11 @@ def build(sim: Simulation) -> dict[str, ModuleType]:
 
 def _forget() -> None:
     """fastdp's modules over CuPy are loaded anew with the next CuPy."""
-    for name in [n for n in sys.modules if n.startswith(("fastdp.backend.cuda", "fastdp.comm.cuda"))]:
+    for name in [n for n in sys.modules if n.startswith(("fastdp.runtime.cuda", "fastdp.comm.cuda"))]:
         del sys.modules[name]
-    backend = sys.modules.get("fastdp.backend")
-    if backend is not None and "cuda" in vars(backend):
-        del backend.cuda
+        package, _, own = name.rpartition(".")
+        if package in sys.modules:
+            vars(sys.modules[package]).pop(own, None)
 
 
 @contextlib.contextmanager

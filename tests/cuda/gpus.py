@@ -25,8 +25,8 @@ class Gpus:
 
     def __init__(self, sim, monkeypatch):
         self.sim = sim
-        self.runtime = importlib.import_module("fastdp.backend.cuda.runtime")
-        self.device = importlib.import_module("fastdp.backend.cuda.device")
+        self.runtime = importlib.import_module("fastdp.runtime.cuda.cupy_api")
+        self.device = importlib.import_module("fastdp.runtime.cuda.device")
         monkeypatch.setattr(self.runtime, "torch_device", lambda ordinal: "cpu")
         self._places = {}
         close = self.device.CudaDevice.close
@@ -89,7 +89,7 @@ class Gpus:
 
         def run(recording, *args):
             results = replay(recording, *args)
-            stream = importlib.import_module("fastdp.backend.cuda.streams").current_stream().handle
+            stream = importlib.import_module("fastdp.runtime.cuda.streams").current_stream().handle
             deadline = time.monotonic() + GRAPH_SECONDS
             while True:
                 with self.sim.lock:

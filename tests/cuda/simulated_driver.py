@@ -1,6 +1,7 @@
 """The CUDA driver's library on the simulated CUDA, as ctypes loads it: graphs that are put together of others.
 
-The functions are C functions of ctypes', so what `fastdp.backend.cuda.graphs` hands over goes the way of a real call.
+The functions are C functions of ctypes', so what `fastdp.runtime.cuda.child_graphs` hands over goes the way of a real
+call.
 """
 
 from __future__ import annotations

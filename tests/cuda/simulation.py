@@ -22,7 +22,7 @@ from clocks import Clock, HostClocks, join, tick
 from simulated_memory import Allocation, Memory, PeerError, Range, SimulationError
 
 HERE = str(Path(__file__).parent)
-HIDDEN = ("backend/cuda/runtime.py", "backend/cuda/nccl.py", "/contextlib.py")
+HIDDEN = ("runtime/cuda/cupy_api.py", "runtime/cuda/cupy_nccl.py", "/contextlib.py")
 
 
 class CUDARuntimeError(RuntimeError):

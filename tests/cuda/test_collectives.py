@@ -8,10 +8,10 @@ import importlib
 import numpy as np
 import pytest
 
-from fastdp.backend.host import HostDevice
 from fastdp.buffers import ArraySpec, FlatBuffers
 from fastdp.comm.host import HostCommunicator
 from fastdp.comm.ways import MULTI_RANK_VARIABLE
+from fastdp.runtime.host.device import HostDevice
 
 LIMIT = 20.0
 LENGTHS = {"one part": 1, "uneven": 70_003, "large": 700_009}
@@ -141,7 +141,7 @@ def test_float8_is_gathered_and_not_summed(gpus):
 @pytest.mark.parametrize("missing", ["compute", "communication"])
 def test_a_missing_wait_is_found(gpus, monkeypatch, collective, missing):
     box = gpus(2)
-    streams = importlib.import_module("fastdp.backend.cuda.streams")
+    streams = importlib.import_module("fastdp.runtime.cuda.streams")
     devices = box.devices(2)
     n = 5000
     flats = flats_on(devices, n, "float32", whole_numbers(2, n, "float32"))

@@ -16,9 +16,9 @@ import torch
 from least_squares import line, rows
 
 import fastdp
-from fastdp.backend.host import HostDevice
 from fastdp.buffers import ArraySpec, FlatBuffers
 from fastdp.comm.ways import TWO_SHOT_NBYTES
+from fastdp.runtime.host.device import HostDevice
 
 LIMIT = 20.0
 
@@ -63,7 +63,7 @@ def test_the_steady_state_allocates_nothing_and_waits_for_no_whole_device(gpus):
 @pytest.mark.parametrize("missing", ["compute", "communication"])
 def test_a_missing_wait_is_found(gpus, monkeypatch, missing):
     box = gpus(2)
-    streams = importlib.import_module("fastdp.backend.cuda.streams")
+    streams = importlib.import_module("fastdp.runtime.cuda.streams")
     engine = fastdp.DataParallel(line(bias=True), box.devices(2), timeout=LIMIT)
     engine.train(rows(8))
     kept = streams.CudaStream._passed

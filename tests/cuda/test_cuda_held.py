@@ -10,9 +10,9 @@ import pytest
 from least_squares import line, rows
 
 import fastdp
-from fastdp.backend.host import HostDevice
 from fastdp.keras.parallel import ParallelModel
 from fastdp.replica import Replica
+from fastdp.runtime.host.device import HostDevice
 
 LIMIT = 20.0
 

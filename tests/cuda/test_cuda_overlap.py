@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 import fastdp
-from fastdp.backend.host import HostDevice
 from fastdp.buffers import FlatBuffers
 from fastdp.comm import ways
 from fastdp.program.arrays import FunctionProgram
 from fastdp.program.base import Result
 from fastdp.reductions import WARM_STEPS
+from fastdp.runtime.host.device import HostDevice
 
 LIMIT = 20.0
 NAMES = ["first", "second", "last"]
@@ -58,7 +58,7 @@ class Layers(FunctionProgram):
         if not device.on_gpu:
             target[...] = values
             return
-        pointer = importlib.import_module("fastdp.backend.cuda.runtime").array_pointer(view)
+        pointer = importlib.import_module("fastdp.runtime.cuda.cupy_api").array_pointer(view)
 
         def run():
             target[...] = values

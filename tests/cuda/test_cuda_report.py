@@ -10,9 +10,9 @@ import pytest
 import torch
 from test_placed_on_gpus import shared_lstm
 
-from fastdp.backend.host import HostDevice
 from fastdp.keras.parallel import ParallelModel
 from fastdp.program.torch_tensors import peak_nbytes
+from fastdp.runtime.host.device import HostDevice
 from fastdp.torch.parallel import TorchParallel
 
 LIMIT = 30.0

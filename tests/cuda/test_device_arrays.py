@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import fastdp
-from fastdp.backend.host import HostDevice
 from fastdp.data import DeviceDataset, Scaled
 from fastdp.program.arrays import FunctionProgram
+from fastdp.runtime.host.device import HostDevice
 
 LIMIT = 20.0
 

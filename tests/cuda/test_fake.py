@@ -75,7 +75,7 @@ def box(fake_cuda):
 
     def open_box(count: int = 2, **options) -> Box:
         sim = fake_cuda(count, **options)
-        from fastdp.backend.cuda import runtime as rt
+        from fastdp.runtime.cuda import cupy_api as rt
 
         opened.append(Box(sim, rt))
         return opened[-1]
@@ -255,7 +255,7 @@ def test_pageable_memory_and_the_end_of_an_allocation_are_no_places_to_copy_from
 
 def test_a_context_on_another_gpu_is_found(fake_cuda):
     sim = fake_cuda(3, contexts_on=[1, 2])
-    from fastdp.backend.cuda import runtime as rt
+    from fastdp.runtime.cuda import cupy_api as rt
 
     rt.memory_info(2)
     assert rt.compute_capability(0) == 90  # asks without a context
@@ -266,7 +266,7 @@ def test_a_context_on_another_gpu_is_found(fake_cuda):
 
 def test_leaks_and_unfinished_work_are_listed(fake_cuda):
     sim = fake_cuda(2)
-    from fastdp.backend.cuda import runtime as rt
+    from fastdp.runtime.cuda import cupy_api as rt
 
     p, h, s = rt.malloc(0, 64), rt.host_alloc(64), rt.stream_create(0)
     with rt.on(0):
@@ -510,7 +510,7 @@ def test_captured_collectives_run_when_all_ranks_are_launched(box):
 
 def test_kernels_run_their_twins_and_declare_what_they_touch(box):
     b = box()
-    from fastdp.backend.cuda.launcher import kernels
+    from fastdp.runtime.cuda.kernel_launcher import kernels
 
     k, s, t = kernels(0), b.stream(), b.stream()
     w, g, lr, found = b.memory(), b.memory(), b.memory(), b.memory()
@@ -528,7 +528,7 @@ def test_kernels_run_their_twins_and_declare_what_they_touch(box):
 
 def test_a_kernel_needs_its_own_device(box):
     b = box()
-    from fastdp.backend.cuda.launcher import kernels
+    from fastdp.runtime.cuda.kernel_launcher import kernels
 
     with pytest.raises(b.rt.DriverError, match="INVALID_HANDLE"):
         check_finite(kernels(0), x=b.memory(), n=1, dtype="float32", found=b.memory(), stream=b.stream(1))
@@ -537,7 +537,7 @@ def test_a_kernel_needs_its_own_device(box):
 @pytest.mark.parametrize("seed", [None, 4])
 def test_peer_all_reduces_meet(box, seed):
     b = box(2, seed=seed)
-    from fastdp.backend.cuda.launcher import kernels
+    from fastdp.runtime.cuda.kernel_launcher import kernels
 
     xs, streams = [b.memory(d) for d in (0, 1)], [b.stream(d) for d in (0, 1)]
     staging = tuple(b.memory(d, 1024) for d in (0, 1))

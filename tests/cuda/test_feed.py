@@ -11,7 +11,7 @@ import pytest
 from least_squares import WIDTH, line, rows
 
 import fastdp
-from fastdp.backend.host import HostDevice
+from fastdp.runtime.host.device import HostDevice
 
 LIMIT = 20.0
 
@@ -40,7 +40,7 @@ def reference(batches):
 
 def watch_pinned_memory(box, monkeypatch):
     """Let the race detector see that the host fills the buffers of the rings."""
-    memory = importlib.import_module("fastdp.backend.cuda.memory")
+    memory = importlib.import_module("fastdp.runtime.cuda.memory")
     take = memory.StagingRing.take
 
     def noted(ring, nbytes):
@@ -126,8 +126,8 @@ def test_the_steady_state_allocates_nothing(gpus):
 @pytest.mark.parametrize("wrong", ["buffer", "pinned"])
 def test_memory_in_use_that_is_overwritten_is_found(gpus, monkeypatch, wrong):
     box = gpus(2)
-    feed = importlib.import_module("fastdp.backend.cuda.feed")
-    memory = importlib.import_module("fastdp.backend.cuda.memory")
+    feed = importlib.import_module("fastdp.runtime.cuda.feed")
+    memory = importlib.import_module("fastdp.runtime.cuda.memory")
     engine = fastdp.DataParallel(line(), box.devices(2), timeout=LIMIT)
     run(engine, [rows(16, i) for i in range(3)], staged=True)
     if wrong == "buffer":

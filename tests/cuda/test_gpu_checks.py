@@ -28,7 +28,7 @@ LIMIT = 20.0
 
 @pytest.fixture
 def hosts():
-    from fastdp.backend.host import HostDevice
+    from fastdp.runtime.host.device import HostDevice
 
     made = [HostDevice(i) for i in range(4)]
     yield made

@@ -276,7 +276,7 @@ def test_replays_allocate_nothing_and_wait_for_no_whole_device(gpus, small_bucke
 
 def test_a_replay_that_nothing_orders_after_the_collectives_of_the_step_before_is_found(gpus, monkeypatch):
     box = gpus(2)
-    streams = importlib.import_module("fastdp.backend.cuda.streams")
+    streams = importlib.import_module("fastdp.runtime.cuda.streams")
     parallel = wrapped(normalized, box.devices(2))
     train(parallel, 4, sizes=(8,))
     passed = streams.CudaStream._passed

@@ -6,9 +6,9 @@ import keras
 import numpy as np
 import pytest
 
-from fastdp.backend.host import HostDevice
 from fastdp.data import DeviceDataset, Scaled
 from fastdp.keras.parallel import ParallelModel
+from fastdp.runtime.host.device import HostDevice
 
 L = keras.layers
 LIMIT = 30.0

@@ -32,7 +32,7 @@ def layer(fake_cuda):
 
     def start(**options):
         sim = fake_cuda(2, **options)
-        from fastdp.backend.cuda import memory
+        from fastdp.runtime.cuda import memory
 
         return sim, memory
 
@@ -84,18 +84,18 @@ def test_a_full_gpu_is_a_memory_error_with_its_numbers(layer):
 
 def test_freeing_memory_that_the_gpu_may_use_is_caught(layer):
     sim, memory = layer()
-    from fastdp.backend.cuda import runtime
+    from fastdp.runtime.cuda import cupy_api
 
-    arena, stream = memory.Arena(0), runtime.stream_create(0)
+    arena, stream = memory.Arena(0), cupy_api.stream_create(0)
     array = arena.empty((8,), np.uint8)
-    runtime.fill_async(array.data.ptr, 0, 8, stream)
+    cupy_api.fill_async(array.data.ptr, 0, 8, stream)
     with pytest.raises(AssertionError, match="nobody has waited"):
         arena.close()
     sim.violations.clear()
     sim.synchronize(stream)
     for allocation in sim.memory.alive():  # the arena has given it up
-        runtime.free(allocation.lo)
-    runtime.stream_destroy(stream)
+        cupy_api.free(allocation.lo)
+    cupy_api.stream_destroy(stream)
 
 
 # StagingRing

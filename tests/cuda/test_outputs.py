@@ -20,8 +20,8 @@ def layer(fake_cuda):
 
     def start(**options):
         sim = fake_cuda(2, **options)
-        modules = ("memory", "outputs", "runtime")
-        return sim, *(importlib.import_module(f"fastdp.backend.cuda.{name}") for name in modules)
+        modules = ("memory", "outputs", "cupy_api")
+        return sim, *(importlib.import_module(f"fastdp.runtime.cuda.{name}") for name in modules)
 
     return start
 

@@ -211,15 +211,15 @@ def test_a_weight_left_on_the_first_gpu_is_found(box, monkeypatch):
 
 
 def test_an_output_taken_too_early_is_found(box, monkeypatch):
-    streams = importlib.import_module("fastdp.backend.cuda.streams")
+    streams = importlib.import_module("fastdp.runtime.cuda.streams")
     issued_only = streams.QueueStream.follow
     kind, text = violation(box, replaced(box, monkeypatch, streams.CudaStream, "follow", issued_only))
     assert kind is RaceError, text
 
 
 def test_gradients_that_a_placed_call_takes_too_early_are_found(box, monkeypatch):
-    streams = importlib.import_module("fastdp.backend.cuda.streams")
-    queue = importlib.import_module("fastdp.backend.queue")
+    streams = importlib.import_module("fastdp.runtime.cuda.streams")
+    queue = importlib.import_module("fastdp.runtime.queue")
 
     def unmarked(stream):
         event = queue.QueueEvent()

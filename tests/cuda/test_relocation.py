@@ -10,7 +10,7 @@ import pytest
 from least_squares import line, rows
 
 import fastdp
-from fastdp.backend.host import HostDevice
+from fastdp.runtime.host.device import HostDevice
 
 LIMIT = 20.0
 

@@ -279,7 +279,7 @@ def test_what_cannot_be_put_together_is_said_once_and_steps_run_in_buckets(gpus,
     elif what == "child":
         monkeypatch.setattr(importlib.import_module("simulated_graphs").SimulatedGraph, "raw_cuda_graph", lambda _: 3)
     elif what == "allReduce":  # the first is eager and warms up
-        nccl, calls = importlib.import_module("fastdp.backend.cuda.runtime"), []
+        nccl, calls = importlib.import_module("fastdp.runtime.cuda.cupy_api"), []
         all_reduce = nccl.all_reduce
 
         def refusing(*args):
@@ -509,7 +509,7 @@ def test_kernels_that_move_to_other_memory_have_graphs_made_anew(gpus):
 @pytest.mark.usefixtures("by_nccl")
 def test_a_collective_that_does_not_come_after_its_segment_is_found(gpus, monkeypatch):
     box = gpus(2)
-    graphs = importlib.import_module("fastdp.backend.cuda.graphs")
+    graphs = importlib.import_module("fastdp.runtime.cuda.child_graphs")
     add = graphs._add
 
     def forgetful(graph, after, child):
@@ -572,7 +572,7 @@ def test_collectives_are_in_one_order_on_all_ranks_though_they_are_cut_in_other_
 def test_segments_are_a_chain_and_branches_another_beside_it(gpus):
     box = gpus(1)
     (device,) = box.devices(1)
-    graphs = importlib.import_module("fastdp.backend.cuda.graphs")
+    graphs = importlib.import_module("fastdp.runtime.cuda.child_graphs")
     recorder = box.graphs_of(device, parts=True)
     x = torch.ones(3)
     kept = [recorder.record(lambda: [x + 1])[0] for _ in range(6)]

@@ -188,14 +188,14 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def _current() -> Any:
-    return importlib.import_module("fastdp.backend.cuda.streams").current_stream()
+    return importlib.import_module("fastdp.runtime.cuda.streams").current_stream()
 
 
 @contextlib.contextmanager
 def watched(sim: Simulation) -> Iterator[TorchWork]:
     """While it lasts all workers' operations are watched, and copies between GPUs are noted."""
     work = TorchWork(sim)
-    streams = importlib.import_module("fastdp.backend.cuda.streams")
+    streams = importlib.import_module("fastdp.runtime.cuda.streams")
     perform, modes = streams.CudaStream._perform, threading.local()
 
     def watch(stream: Any, item: Any) -> None:

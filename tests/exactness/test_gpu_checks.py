@@ -13,7 +13,7 @@ import kinds_checks
 import model_checks
 import torch_checks
 
-from fastdp.backend.host import HostDevice
+from fastdp.runtime.host.device import HostDevice
 
 
 @pytest.fixture

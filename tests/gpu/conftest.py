@@ -23,11 +23,11 @@ LIMIT = 30.0
 @pytest.fixture
 def gpus() -> Iterator[Callable[[int], list]]:
     """`gpus(n)`: n virtual devices on the real GPUs of this machine, closed after the test."""
-    from fastdp import device
+    from fastdp.runtime import select
 
     def devices(count: int) -> list:
         fastdp.set_virtual_devices(count, kind="gpu")
-        return device.resolve(count)
+        return select.resolve(count)
 
     yield devices
     gc.collect()
@@ -37,7 +37,7 @@ def gpus() -> Iterator[Callable[[int], list]]:
 @pytest.fixture
 def hosts() -> Iterator[Callable[[int], list]]:
     """`hosts(n)`: n virtual devices in host memory, closed after the test."""
-    from fastdp.backend.host import HostDevice
+    from fastdp.runtime.host.device import HostDevice
 
     made: list[HostDevice] = []
 

@@ -97,7 +97,7 @@ class KernelDevice:
 
 def on_device(device: Any, count: int = 8) -> tuple[KernelDevice, list[int]]:
     """A kernel device with `count` streams of its own, which the caller destroys."""
-    from fastdp.backend.cuda import runtime
+    from fastdp.runtime.cuda import cupy_api
 
-    streams = [runtime.stream_create(device.ordinal) for _ in range(count)]
+    streams = [cupy_api.stream_create(device.ordinal) for _ in range(count)]
     return KernelDevice(device, streams), streams

@@ -63,7 +63,7 @@ NCCL_RANKS = """
 import sys
 import numpy as np, cupy
 from cupy.cuda import nccl
-from fastdp.backend.cuda import runtime
+from fastdp.runtime.cuda import runtime
 cards = [int(text) for text in sys.argv[1:]]
 # 7 and 0: ncclFloat32 and ncclSum. As comm/cuda.py connects them.
 if len(set(cards)) == len(cards):
@@ -97,33 +97,33 @@ def nccl_in_a_process(*cards: int, **environment: str) -> subprocess.CompletedPr
 
 
 def needs_nccl(at_least: int = 0) -> None:
-    from fastdp.backend.cuda import runtime
+    from fastdp.runtime.cuda import cupy_api
 
-    if not runtime.nccl_available():
+    if not cupy_api.nccl_available():
         pytest.skip("CuPy finds no libnccl")
-    if runtime.nccl_version() < at_least:
-        pytest.skip(f"NCCL {runtime.nccl_version()} is older than {at_least}")
+    if cupy_api.nccl_version() < at_least:
+        pytest.skip(f"NCCL {cupy_api.nccl_version()} is older than {at_least}")
 
 
 def test_nccl_with_one_rank(gpus):
     needs_nccl()
-    from fastdp.backend.cuda import runtime
+    from fastdp.runtime.cuda import cupy_api
 
     (device,) = gpus(1)
-    (comm,) = runtime.nccl_init_all([device.ordinal])
+    (comm,) = cupy_api.nccl_init_all([device.ordinal])
     try:
         for dtype in ("float32", "float16", "bfloat16", "float64", "int32"):
             stored = np.dtype("uint16" if dtype == "bfloat16" else dtype)
             values = np.arange(1000).astype(stored)
             array = device.empty(values.shape, stored)
             device.copy(array, values)
-            pointer = runtime.array_pointer(array)
-            with runtime.nccl_group(), runtime.on(device.ordinal):
-                runtime.all_reduce(comm, pointer, pointer, 1000, dtype, device.communication.handle)
+            pointer = cupy_api.array_pointer(array)
+            with cupy_api.nccl_group(), cupy_api.on(device.ordinal):
+                cupy_api.all_reduce(comm, pointer, pointer, 1000, dtype, device.communication.handle)
             np.testing.assert_array_equal(device.read(array, device.communication), values)
-        assert runtime.nccl_async_error(comm) is None
+        assert cupy_api.nccl_async_error(comm) is None
     finally:
-        runtime.nccl_destroy(comm)
+        cupy_api.nccl_destroy(comm)
 
 
 def test_nccl_with_two_ranks_on_one_card(record_property):

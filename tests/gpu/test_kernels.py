@@ -18,15 +18,15 @@ ROWS = [1, 12, 784, 1030] if SMALL else [1, 12, 16, 784, 1023, 3072, 20_001, 150
 
 @pytest.fixture(scope="module")
 def device():
-    from fastdp.backend.cuda import runtime
-    from fastdp.backend.cuda.device import CudaDevice
+    from fastdp.runtime.cuda import cupy_api
+    from fastdp.runtime.cuda.device import CudaDevice
 
     one = CudaDevice(0, 0)
     ready, streams = on_device(one)
     yield ready
     ready.synchronize()
     for stream in streams:
-        runtime.stream_destroy(stream)
+        cupy_api.stream_destroy(stream)
     one.close()
 
 

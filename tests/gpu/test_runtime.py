@@ -23,7 +23,7 @@ def test_arrays_go_to_the_card_and_back(gpus, dtype, n):
 
 def test_an_event_holds_back_another_stream(gpus):
     """Sixteen long copies on one stream; what waits for their event sees the last one's bytes."""
-    from fastdp.backend.cuda import runtime
+    from fastdp.runtime.cuda import cupy_api
 
     (device,) = gpus(1)
     n = 32 << 20
@@ -41,7 +41,7 @@ def test_an_event_holds_back_another_stream(gpus):
     done = b.record()
     done.finish(LIMIT)
     assert (device.to_host(seen) == 3).all()
-    assert runtime.array_device(seen) == device.ordinal
+    assert cupy_api.array_device(seen) == device.ordinal
 
 
 def test_pinned_memory_comes_back_when_its_arrays_are_gone(gpus):
@@ -79,29 +79,29 @@ def test_rows_of_host_and_gpu_arrays_of_a_batch_arrive(gpus, count):
 
 
 def test_a_captured_graph_replays(gpus):
-    from fastdp.backend.cuda import runtime
     from fastdp.launch import scale_cast
+    from fastdp.runtime.cuda import cupy_api
 
     (device,) = gpus(1)
     device.kernels.load("scale_cast")
     x, y = (device.zeros((1000,), np.dtype(np.float32)) for _ in range(2))
-    pointers = {"x": runtime.array_pointer(x), "y": runtime.array_pointer(y)}
+    pointers = {"x": cupy_api.array_pointer(x), "y": cupy_api.array_pointer(y)}
     how = {"n": 1000, "x_dtype": "float32", "y_dtype": "float32", "scale": 2.0}
     stream = device.compute.handle
     scale_cast(device.kernels, **pointers, **how, stream=stream)  # loads it
     device._wait_for(stream)
-    with runtime.on(device.ordinal):
-        runtime.capture_begin(stream)
+    with cupy_api.on(device.ordinal):
+        cupy_api.capture_begin(stream)
         scale_cast(device.kernels, **pointers, **how, stream=stream)
-        graph = runtime.capture_end(stream)
-        launchable = runtime.graph_instantiate(graph)
-        runtime.graph_destroy(graph)
+        graph = cupy_api.capture_end(stream)
+        launchable = cupy_api.graph_instantiate(graph)
+        cupy_api.graph_destroy(graph)
         for turn in (1.0, 5.0):
             device.copy(x, np.full(1000, turn, np.float32))
-            runtime.graph_launch(launchable, stream)
+            cupy_api.graph_launch(launchable, stream)
             device._wait_for(stream)
             assert (device.to_host(y) == 2 * turn).all()
-        runtime.graph_exec_destroy(launchable)
+        cupy_api.graph_exec_destroy(launchable)
 
 
 def test_torch_and_the_engine_share_memory_both_ways(gpus):
@@ -140,7 +140,7 @@ def test_a_work_s_torch_operations_go_to_its_own_stream(gpus, count):
 
 
 def test_one_card_reaches_itself(gpus):
-    from fastdp.backend.cuda.peers import PeerAccess
+    from fastdp.runtime.cuda.peer_access import PeerAccess
 
     gpus(1)
     assert PeerAccess([0], LIMIT).complete
@@ -148,7 +148,7 @@ def test_one_card_reaches_itself(gpus):
 
 @pytest.mark.peer
 def test_two_cards_reach_each_other_or_say_why_not(gpus, record_property, recwarn):
-    from fastdp.backend.cuda.peers import PeerAccess
+    from fastdp.runtime.cuda.peer_access import PeerAccess
 
     gpus(2)
     complete = PeerAccess([0, 1], LIMIT).complete
@@ -157,10 +157,10 @@ def test_two_cards_reach_each_other_or_say_why_not(gpus, record_property, recwar
 
 
 def test_priorities_and_versions(gpus, record_property):
-    from fastdp.backend.cuda import runtime
+    from fastdp.runtime.cuda import cupy_api
 
     (device,) = gpus(1)
-    least, greatest = runtime.stream_priority_range(device.ordinal)
+    least, greatest = cupy_api.stream_priority_range(device.ordinal)
     record_property("priorities", [least, greatest])
     assert greatest <= least
-    assert runtime.driver_version() >= runtime.runtime_version() // 1000 * 1000
+    assert cupy_api.driver_version() >= cupy_api.runtime_version() // 1000 * 1000

@@ -17,13 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import fastdp
-from fastdp.backend.host import HostDevice
 from fastdp.program import keras_placed, keras_spread
 from fastdp.program.base import Context
 from fastdp.program.keras_memory import ReplicaScope
 from fastdp.program.keras_placed import PlacedGraph, placed_nodes
 from fastdp.program.keras_replica import Running, replica_scope
 from fastdp.program.keras_scope import replica_aware
+from fastdp.runtime.host.device import HostDevice
 
 ROWS = 7
 

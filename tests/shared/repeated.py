@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import fastdp
-from fastdp.device import resolve
+from fastdp.runtime.select import resolve
 
 L = keras.layers
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from fastdp.backend.cuda import runtime
-from fastdp.backend.cuda.memory import StagingRing
-from fastdp.backend.cuda.peers import reaches
-from fastdp.backend.cuda.streams import CudaStream
-from fastdp.backend.queue import QueueEvent
 from fastdp.launch import RowSlice, slice_rows
+from fastdp.runtime.cuda import cupy_api
+from fastdp.runtime.cuda.memory import StagingRing
+from fastdp.runtime.cuda.peer_access import reaches
+from fastdp.runtime.cuda.streams import CudaStream
+from fastdp.runtime.queue import QueueEvent
 from fastdp.shard import Rows
 
 # Where arrays begin in a staging buffer: what the widest loads of the kernels like.
@@ -53,12 +53,12 @@ class CallersWork:
     """An event on the current device's default stream, which lives as long as somebody may wait for it."""
 
     def __init__(self) -> None:
-        self.event = runtime.event_create()
-        runtime.event_record(self.event, runtime.DEFAULT_STREAM)
+        self.event = cupy_api.event_create()
+        cupy_api.event_record(self.event, cupy_api.DEFAULT_STREAM)
 
     def __del__(self) -> None:
         if not sys.is_finalizing():
-            runtime.event_destroy(self.event)
+            cupy_api.event_destroy(self.event)
 
 
 class Feed:
@@ -116,10 +116,10 @@ class Feed:
             self._error = self._device.zeros((1,), np.dtype(np.uint32))
             self._device.kernels.load("slice_rows")
         buffer, copy_in = self._buffers[self._turn], self._device.copy_in
-        places = [runtime.array_pointer(buffer) + sum(sizes[:i]) for i in range(len(sizes))]
+        places = [cupy_api.array_pointer(buffer) + sum(sizes[:i]) for i in range(len(sizes))]
         slices = [
             RowSlice(
-                source=runtime.array_pointer(source.array) if source.array.nbytes else 0,
+                source=cupy_api.array_pointer(source.array) if source.array.nbytes else 0,
                 destination=place,
                 rows=rows,
                 row_elements=math.prod(shape[1:]) * (1 if source.cast else source.array.dtype.itemsize),
@@ -134,7 +134,7 @@ class Feed:
         copy_in.enqueue(lambda: self._gather(slices, places[0], index))
         self._device.compute.wait(copy_in.record())
         return [
-            runtime.array(place, shape, dtype, self._device.ordinal, (buffer, source.array))
+            cupy_api.array(place, shape, dtype, self._device.ordinal, (buffer, source.array))
             for place, shape, dtype, source in zip(places[1:], shapes, dtypes, sources, strict=True)
         ]
 
@@ -206,9 +206,9 @@ class Feed:
         """Enqueue the copies into a buffer, behind the event after which nothing reads it."""
         buffer, copy_in = self._buffers[turn], self._device.copy_in
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        base = runtime.array_pointer(buffer)
+        base = cupy_api.array_pointer(buffer)
         arrays = [
-            runtime.array(base + start, part.shape, part.dtype, self._device.ordinal, buffer)
+            cupy_api.array(base + start, part.shape, part.dtype, self._device.ordinal, buffer)
             for start, part in zip(starts, parts, strict=True)
         ]
         if free is not None:
@@ -239,19 +239,19 @@ class Feed:
                 first, last = host[0], host[-1]
                 length = starts[last] + parts[last].nbytes - starts[first]
                 source = pinned.ctypes.data + starts[first]
-                runtime.copy_async(runtime.array_pointer(arrays[first]), source, length, stream.handle)
+                cupy_api.copy_async(cupy_api.array_pointer(arrays[first]), source, length, stream.handle)
             else:
                 for i in host:
                     source = pinned.ctypes.data + starts[i]
-                    runtime.copy_async(runtime.array_pointer(arrays[i]), source, parts[i].nbytes, stream.handle)
+                    cupy_api.copy_async(cupy_api.array_pointer(arrays[i]), source, parts[i].nbytes, stream.handle)
             self._ring.release(stream.now())
         for caller in callers:
-            runtime.stream_wait_event(stream.handle, caller.event)
+            cupy_api.stream_wait_event(stream.handle, caller.event)
         near: list[tuple[Any, Any]] = []
         far: list[tuple[Any, Any]] = []
         for target, part in zip(arrays, parts, strict=True):
-            if part.nbytes and runtime.is_array(part):
-                direct = reaches(self._device.ordinal, runtime.array_device(part))
+            if part.nbytes and cupy_api.is_array(part):
+                direct = reaches(self._device.ordinal, cupy_api.array_device(part))
                 (near if direct else far).append((target, part))
         if len(near) > 1:
             slice_rows(self._device.kernels, [_whole(*pair) for pair in near], stream=stream.handle)
@@ -265,9 +265,9 @@ class Feed:
         assert isinstance(stream, CudaStream)
         pinned = self._ring.take(index.nbytes)
         pinned.view(np.int64)[:] = index
-        runtime.copy_async(index_at, pinned.ctypes.data, index.nbytes, stream.handle)
+        cupy_api.copy_async(index_at, pinned.ctypes.data, index.nbytes, stream.handle)
         self._ring.release(stream.now())
-        error = runtime.array_pointer(self._error)
+        error = cupy_api.array_pointer(self._error)
         slice_rows(self._device.kernels, slices, index=index_at, error=error, stream=stream.handle)
 
 
@@ -275,8 +275,8 @@ def _whole(target: Any, part: Any) -> RowSlice:
     """All rows of one array to another place."""
     rows = part.shape[0]
     return RowSlice(
-        source=runtime.array_pointer(part),
-        destination=runtime.array_pointer(target),
+        source=cupy_api.array_pointer(part),
+        destination=cupy_api.array_pointer(target),
         rows=rows,
         row_elements=part.nbytes // rows,
         source_rows=rows,
@@ -285,7 +285,7 @@ def _whole(target: Any, part: Any) -> RowSlice:
 
 def _behind_caller(ordinal: int) -> CallersWork:
     """What the caller has enqueued on a GPU so far. On the caller's thread."""
-    with runtime.on(ordinal):
+    with cupy_api.on(ordinal):
         return CallersWork()
 
 
@@ -301,14 +301,14 @@ def _adopted(x: Any) -> Any:
     Raises:
         ValueError: its elements do not lie in a row: rows are copied as runs of bytes.
     """
-    if runtime.is_array(x):
+    if cupy_api.is_array(x):
         straight = bool(x.flags.c_contiguous)
     elif hasattr(x, "__cuda_array_interface__"):
         found = x.__cuda_array_interface__
         ptr, shape, dtype = int(found["data"][0]), tuple(found["shape"]), np.dtype(found["typestr"])
         strides = found.get("strides")
         straight = strides is None or tuple(strides) == np.empty((0, *shape[1:]), dtype).strides
-        x = runtime.array(ptr, shape, dtype, runtime.pointer_device(ptr), x)
+        x = cupy_api.array(ptr, shape, dtype, cupy_api.pointer_device(ptr), x)
     else:
         return x
     if not straight:
@@ -321,9 +321,9 @@ def _adopted(x: Any) -> Any:
 
 def _from_host(parts: Sequence[Any]) -> list[int]:
     """Which of the parts lie in host memory, and are not empty."""
-    return [i for i, part in enumerate(parts) if part.nbytes and not runtime.is_array(part)]
+    return [i for i, part in enumerate(parts) if part.nbytes and not cupy_api.is_array(part)]
 
 
 def _from_gpus(parts: Sequence[Any]) -> list[int]:
     """The GPUs that parts lie on."""
-    return sorted({runtime.array_device(part) for part in parts if part.nbytes and runtime.is_array(part)})
+    return sorted({cupy_api.array_device(part) for part in parts if part.nbytes and cupy_api.is_array(part)})

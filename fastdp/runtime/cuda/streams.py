@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fastdp.backend.base import Work
-from fastdp.backend.cuda import runtime
-from fastdp.backend.queue import QueueEvent, QueueStream
 from fastdp.errors import DeviceTimeoutError
+from fastdp.runtime.base import Work
+from fastdp.runtime.cuda import cupy_api
+from fastdp.runtime.queue import QueueEvent, QueueStream
 
 # Seconds between two looks at an event: at first hardly any, since a step may be over in microseconds.
 FIRST_PAUSE, LAST_PAUSE = 2e-5, 1e-3
@@ -37,7 +37,7 @@ class CudaEvent(QueueEvent):
 
     def __del__(self) -> None:
         if self.handle and not sys.is_finalizing():
-            runtime.event_destroy(self.handle)
+            cupy_api.event_destroy(self.handle)
 
     @property
     def done(self) -> bool:
@@ -62,9 +62,9 @@ class CudaEvent(QueueEvent):
     def _query(self) -> bool:
         """Ask CUDA; a failed GPU is done, with an error."""
         try:
-            with runtime.on(self.stream.ordinal):
-                return runtime.event_done(self.handle)
-        except runtime.CudaError as error:
+            with cupy_api.on(self.stream.ordinal):
+                return cupy_api.event_done(self.handle)
+        except cupy_api.CudaError as error:
             self.error = self.error if self.error is not None else error
             return True
 
@@ -85,14 +85,14 @@ class CudaStream(QueueStream):
         super().__init__(device, name)
         self.device = device
         self.ordinal: int = device.ordinal
-        self.handle = runtime.stream_create(self.ordinal, priority)
+        self.handle = cupy_api.stream_create(self.ordinal, priority)
         self._waits: list[CudaEvent] = []
 
     def destroy(self) -> None:
         """Give the stream back to CUDA. Idempotent."""
         handle, self.handle = self.handle, 0
         if handle:
-            runtime.stream_destroy(handle)
+            cupy_api.stream_destroy(handle)
 
     def now(self) -> CudaEvent:
         """An event at the place that the worker has come to, in the middle of its work. On the worker."""
@@ -118,18 +118,18 @@ class CudaStream(QueueStream):
         waits, self._waits = self._waits, []
         for event in waits:
             if event.handle:
-                runtime.stream_wait_event(self.handle, event.handle)
+                cupy_api.stream_wait_event(self.handle, event.handle)
 
     def _perform(self, work: Work) -> None:
         self._order()
-        with _current(self), runtime.current_stream(self.ordinal, self.handle):
+        with _current(self), cupy_api.current_stream(self.ordinal, self.handle):
             work()
 
     def _mark(self, event: QueueEvent) -> None:
         self._order()
         if isinstance(event, CudaEvent):
-            event.handle = runtime.event_create()
-            runtime.event_record(event.handle, self.handle)
+            event.handle = cupy_api.event_create()
+            cupy_api.event_record(event.handle, self.handle)
 
 
 def current_stream() -> CudaStream | None:

@@ -1,6 +1,6 @@
 """CUDA graphs put together of others, as child graphs: by the driver's own library, for want of such calls in CuPy.
 
-The handles are those of runtime.py: a graph is the same object to every CUDA runtime of the process (CuPy's, torch's)
+The handles are those of cupy_api.py: a graph is the same object to every CUDA runtime of the process (CuPy's, torch's)
 and to the one driver below them, which alone is asked here, through ctypes. Source of the calls: the CUDA driver API
 reference, "Graph Management".
 """

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from fastdp.backend.cuda import runtime
-from fastdp.backend.cuda.streams import current_stream
+from fastdp.runtime.cuda import cupy_api
+from fastdp.runtime.cuda.streams import current_stream
 
 
 class HostHome:
@@ -32,7 +32,7 @@ class HostHome:
 
     def copy(self, target: np.ndarray, source: Any) -> None:
         """Copy an array of the host, or of a GPU in the order of the stream whose work a worker issues; waits."""
-        if runtime.is_array(source):
+        if cupy_api.is_array(source):
             # The weights may be another engine's by now, whose first GPU is not the one that they came from.
             stream = current_stream()
             (self._device if stream is None else stream.device).fetch(target, source)

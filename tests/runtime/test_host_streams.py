@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from fastdp.backend.host import HostDevice
-from fastdp.backend.queue import QueueEvent, joined
 from fastdp.errors import DeviceTimeoutError
+from fastdp.runtime.host.device import HostDevice
+from fastdp.runtime.queue import QueueEvent, joined
 
 LIMIT = 10.0
 

@@ -14,7 +14,7 @@ from fastdp.errors import DeviceTimeoutError
 def peers(fake_cuda):
     def start(count, devices, timeout=60.0, setup=None, **options):
         sim = fake_cuda(count, **options)
-        from fastdp.backend.cuda.peers import PeerAccess
+        from fastdp.runtime.cuda.peer_access import PeerAccess
 
         if setup is not None:
             setup(sim)

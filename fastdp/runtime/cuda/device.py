@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from fastdp.backend.cuda import runtime
-from fastdp.backend.cuda.feed import Feed, Gather
-from fastdp.backend.cuda.host_home import HostHome
-from fastdp.backend.cuda.launcher import kernels
-from fastdp.backend.cuda.memory import Arena, PinnedPool
-from fastdp.backend.cuda.outputs import OutputPool
-from fastdp.backend.cuda.peers import reaches
-from fastdp.backend.cuda.streams import FIRST_PAUSE, LAST_PAUSE, CudaStream, current_stream
-from fastdp.backend.queue import QueueDevice, QueueStream
 from fastdp.errors import DeviceTimeoutError
 from fastdp.launch import RowPiece, concat_rows
+from fastdp.runtime.cuda import cupy_api
+from fastdp.runtime.cuda.feed import Feed, Gather
+from fastdp.runtime.cuda.kernel_launcher import kernels
+from fastdp.runtime.cuda.memory import Arena, PinnedPool
+from fastdp.runtime.cuda.outputs import OutputPool
+from fastdp.runtime.cuda.peer_access import reaches
+from fastdp.runtime.cuda.pinned_home import HostHome
+from fastdp.runtime.cuda.streams import FIRST_PAUSE, LAST_PAUSE, CudaStream, current_stream
+from fastdp.runtime.queue import QueueDevice, QueueStream
 from fastdp.shard import Rows
 
 
@@ -42,9 +42,9 @@ class CudaDevice(QueueDevice):
         self.ordinal = ordinal
         self.kind = "virtual gpu" if virtual else "gpu"
         self.space = f"cuda:{ordinal}"
-        self.torch_device = runtime.torch_device(ordinal)
+        self.torch_device = cupy_api.torch_device(ordinal)
         self._timeout = timeout
-        first = runtime.stream_priority_range(ordinal)[1]
+        first = cupy_api.stream_priority_range(ordinal)[1]
         super().__init__(
             index,
             f"virtual:{index}" if virtual else f"gpu:{ordinal}",
@@ -55,7 +55,7 @@ class CudaDevice(QueueDevice):
         self.outputs = OutputPool(self.arena)
         self.kernels = kernels(ordinal)
         self._feed = Feed(self, timeout)
-        self._host_stream = runtime.stream_create(ordinal)
+        self._host_stream = cupy_api.stream_create(ordinal)
 
     def close(self, timeout: float = 60.0) -> None:
         """Let the worker finish, and give streams and pinned memory back. Arrays in use keep their memory."""
@@ -67,13 +67,13 @@ class CudaDevice(QueueDevice):
         self.outputs.close()
         self.arena.trim()
         self.pinned.close()
-        runtime.stream_destroy(handle)
+        cupy_api.stream_destroy(handle)
         for stream in self._streams:
             assert isinstance(stream, CudaStream)
             stream.destroy()
 
     def _worker_scope(self) -> AbstractContextManager[object]:
-        return runtime.on(self.ordinal)
+        return cupy_api.on(self.ordinal)
 
     # Memory: an Allocator (fastdp.buffers).
 
@@ -90,8 +90,8 @@ class CudaDevice(QueueDevice):
         """A cupy.ndarray of zeros; they are there on return."""
         array = self.empty(shape, dtype)
         if array.nbytes:
-            with runtime.on(self.ordinal):
-                runtime.fill_async(runtime.array_pointer(array), 0, array.nbytes, self._host_stream)
+            with cupy_api.on(self.ordinal):
+                cupy_api.fill_async(cupy_api.array_pointer(array), 0, array.nbytes, self._host_stream)
                 self._wait_for(self._host_stream)
         return array
 
@@ -103,22 +103,22 @@ class CudaDevice(QueueDevice):
         """
         if not target.nbytes:
             return
-        if not runtime.is_array(source):
+        if not cupy_api.is_array(source):
             self._fill(target, source, self._handle_here())
             return
-        with runtime.on(self.ordinal):
+        with cupy_api.on(self.ordinal):
             self.copy_rows(target, source, self._handle_here())
             if current_stream() is None:
                 self._wait_for(self._host_stream)
 
     def copy_rows(self, target: Any, source: Any, stream: int) -> None:
         """Enqueue a copy from one GPU's array to another's on a stream."""
-        ends = runtime.array_device(target), runtime.array_device(source)
-        into, out_of = runtime.array_pointer(target), runtime.array_pointer(source)
+        ends = cupy_api.array_device(target), cupy_api.array_device(source)
+        into, out_of = cupy_api.array_pointer(target), cupy_api.array_pointer(source)
         if ends[0] == ends[1]:
-            runtime.copy_async(into, out_of, target.nbytes, stream)
+            cupy_api.copy_async(into, out_of, target.nbytes, stream)
         else:
-            runtime.copy_peer_async(into, ends[0], out_of, ends[1], target.nbytes, stream)
+            cupy_api.copy_peer_async(into, ends[0], out_of, ends[1], target.nbytes, stream)
 
     def to_host(self, array: Any) -> np.ndarray:
         """A host array of the present values; waits for the copy, and for nothing else."""
@@ -127,7 +127,7 @@ class CudaDevice(QueueDevice):
     def fetch(self, target: np.ndarray, source: Any) -> None:
         """Copy one of this GPU's arrays into pinned memory, in the order of the stream whose work it is; waits."""
         if target.nbytes:
-            self._copy_now(target.ctypes.data, runtime.array_pointer(source), target.nbytes, self._handle_here())
+            self._copy_now(target.ctypes.data, cupy_api.array_pointer(source), target.nbytes, self._handle_here())
 
     def host_home(self) -> HostHome:
         """Host memory for a model's own weights, which this GPU copies to and from."""
@@ -135,7 +135,7 @@ class CudaDevice(QueueDevice):
 
     def wrap(self, pointer: int, shape: tuple[int, ...], dtype: np.dtype, owner: object) -> Any:
         """A cupy.ndarray over memory of another library's on this GPU, which `owner` keeps alive. C-contiguous."""
-        return runtime.array(pointer, shape, dtype, self.ordinal, owner)
+        return cupy_api.array(pointer, shape, dtype, self.ordinal, owner)
 
     # A batch in, outputs out.
 
@@ -195,7 +195,7 @@ class CudaDevice(QueueDevice):
         far: list[tuple[Any, Any]] = []
         for pair in zip(targets, outputs, strict=True):
             if pair[0].nbytes:
-                direct = all(map(runtime.is_array, pair)) and reaches(self.ordinal, runtime.array_device(pair[0]))
+                direct = all(map(cupy_api.is_array, pair)) and reaches(self.ordinal, cupy_api.array_device(pair[0]))
                 (near if direct else far).append(pair)
         if len(near) > 1:
             concat_rows(self.kernels, [_piece(*pair) for pair in near], stream=stream.handle)
@@ -205,15 +205,15 @@ class CudaDevice(QueueDevice):
 
     def _put(self, target: Any, output: Any, stream: CudaStream) -> None:
         """Copy one output."""
-        if not runtime.is_array(output):  # a function of the user's that works on the host
-            if runtime.is_array(target):
+        if not cupy_api.is_array(output):  # a function of the user's that works on the host
+            if cupy_api.is_array(target):
                 self.write(target, output, stream)
             else:
                 np.copyto(target, output)
-        elif runtime.is_array(target):
+        elif cupy_api.is_array(target):
             self.copy_rows(target, output, stream.handle)
         else:
-            runtime.copy_async(target.ctypes.data, runtime.array_pointer(output), target.nbytes, stream.handle)
+            cupy_api.copy_async(target.ctypes.data, cupy_api.array_pointer(output), target.nbytes, stream.handle)
 
     # Copies that somebody waits for.
 
@@ -229,19 +229,19 @@ class CudaDevice(QueueDevice):
 
     def _fetch(self, array: Any, handle: int) -> np.ndarray:
         pinned = self.pinned.empty(array.shape, array.dtype)
-        self._copy_now(pinned.ctypes.data, runtime.array_pointer(array) if array.nbytes else 0, array.nbytes, handle)
+        self._copy_now(pinned.ctypes.data, cupy_api.array_pointer(array) if array.nbytes else 0, array.nbytes, handle)
         return np.array(pinned)
 
     def _fill(self, array: Any, values: Any, handle: int) -> None:
         pinned = self.pinned.empty(array.shape, array.dtype)
         pinned[...] = values
-        self._copy_now(runtime.array_pointer(array) if array.nbytes else 0, pinned.ctypes.data, array.nbytes, handle)
+        self._copy_now(cupy_api.array_pointer(array) if array.nbytes else 0, pinned.ctypes.data, array.nbytes, handle)
 
     def _copy_now(self, target: int, source: int, nbytes: int, handle: int) -> None:
         """Copy in the order of a CUDA stream, and wait for it; of no bytes, wait for what the stream has."""
-        with runtime.on(self.ordinal):
+        with cupy_api.on(self.ordinal):
             if nbytes:
-                runtime.copy_async(target, source, nbytes, handle)
+                cupy_api.copy_async(target, source, nbytes, handle)
             self._wait_for(handle)
 
     def _handle_here(self) -> int:
@@ -252,25 +252,25 @@ class CudaDevice(QueueDevice):
 
     def _wait_for(self, handle: int) -> None:
         """Block until all work of a CUDA stream is done, with the device's time limit."""
-        event = runtime.event_create()
+        event = cupy_api.event_create()
         try:
-            runtime.event_record(event, handle)
+            cupy_api.event_record(event, handle)
             deadline, pause = time.monotonic() + self._timeout, FIRST_PAUSE
-            while not runtime.event_done(event):
+            while not cupy_api.event_done(event):
                 if time.monotonic() > deadline:
                     raise DeviceTimeoutError(f"{self.name} did not finish a copy within {self._timeout} seconds.")
                 time.sleep(pause)
                 pause = min(1.5 * pause, LAST_PAUSE)
         finally:
-            runtime.event_destroy(event)
+            cupy_api.event_destroy(event)
 
 
 def _piece(target: Any, output: Any) -> RowPiece:
     """The copy of one output to its place."""
     rows = output.shape[0]
     return RowPiece(
-        source=runtime.array_pointer(output),
-        destination=runtime.array_pointer(target),
+        source=cupy_api.array_pointer(output),
+        destination=cupy_api.array_pointer(target),
         rows=rows,
         row_nbytes=output.nbytes // rows,
         destination_row=0,

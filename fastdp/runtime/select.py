@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from fastdp.backend.host import HostDevice
-from fastdp.backend.queue import QueueDevice
 from fastdp.errors import DeviceTimeoutError
-from fastdp.topology import DeviceInfo, physical_devices
+from fastdp.runtime.host.device import HostDevice
+from fastdp.runtime.queue import QueueDevice
+from fastdp.runtime.topology import DeviceInfo, physical_devices
 
 VIRTUAL_DEVICES_VARIABLE = "FASTDP_VIRTUAL_DEVICES"
 VIRTUAL_KIND_VARIABLE = "FASTDP_VIRTUAL_KIND"
@@ -125,7 +125,7 @@ def _cuda(module: str) -> Any:
         ValueError: CuPy is not installed, or finds no CUDA: everything wrong with `gpus` is a ValueError.
     """
     try:
-        return importlib.import_module(f"fastdp.backend.cuda.{module}")
+        return importlib.import_module(f"fastdp.runtime.cuda.{module}")
     except ImportError as error:
         raise ValueError(
             "To run on GPUs fastdp needs CuPy of the driver's CUDA version: pip install 'fastdp[cuda13]' or "

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdp.backend.base import Event
-from fastdp.backend.cuda import runtime
+from fastdp.runtime.base import Event
+from fastdp.runtime.cuda import cupy_api
 
 __all__ = ["Arena", "PinnedPool", "StagingRing", "defer", "run_deferred", "size_class"]
 
@@ -121,7 +121,7 @@ class Arena:
         block = _Block(-(-base // ALIGNMENT) * ALIGNMENT, nbytes)
         self._finalizers[base] = weakref.finalize(block, self._dead.append, base)
         self._finalizers[base].atexit = False  # the process gives all memory back
-        return runtime.array(block.ptr, shape, dtype, self.device, block)
+        return cupy_api.array(block.ptr, shape, dtype, self.device, block)
 
     def trim(self) -> None:
         """Free what no array uses any more. Waits for the device where there is such memory."""
@@ -129,7 +129,7 @@ class Arena:
         while self._dead:
             base = self._dead.popleft()
             del self._finalizers[base]
-            runtime.free(base)
+            cupy_api.free(base)
             self._usage.change(-self._sizes.pop(base))
 
     def close(self) -> None:
@@ -141,11 +141,11 @@ class Arena:
 
     def _malloc(self, nbytes: int) -> int:
         try:
-            return runtime.malloc(self.device, nbytes)
-        except runtime.CudaError as error:
+            return cupy_api.malloc(self.device, nbytes)
+        except cupy_api.CudaError as error:
             if "MemoryAllocation" not in str(error):
                 raise
-            free, total = runtime.memory_info(self.device)
+            free, total = cupy_api.memory_info(self.device)
             raise MemoryError(
                 f"GPU {self.device} has no room for {nbytes:,} bytes: {free:,} of {total:,} are free. Use a smaller "
                 "batch_size, a smaller model or more GPUs, and see what else runs on it with nvidia-smi."
@@ -247,10 +247,10 @@ class StagingRing:
 
     def _resize(self, slot: _Slot, nbytes: int) -> None:
         if slot.ptr:
-            runtime.host_free(slot.ptr)
+            cupy_api.host_free(slot.ptr)
             slot.ptr = slot.nbytes = 0
         if nbytes:
-            slot.ptr = runtime.host_alloc(size_class(nbytes))
+            slot.ptr = cupy_api.host_alloc(size_class(nbytes))
             slot.nbytes = size_class(nbytes)
             self.allocations += 1
 
@@ -293,7 +293,7 @@ class PinnedPool:
             if ready:
                 ptr = ready.pop()
             else:
-                ptr = runtime.host_alloc(size)
+                ptr = cupy_api.host_alloc(size)
                 self.allocations += 1
         block = _Block(ptr, nbytes)
         weakref.finalize(block, self._returned.append, (ptr, size)).atexit = False
@@ -314,7 +314,7 @@ class PinnedPool:
         kept = sum(size * len(ptrs) for size, ptrs in self._free.items())
         for size in sorted(self._free, reverse=True):
             while kept > self._cache_nbytes and self._free[size]:
-                runtime.host_free(self._free[size].pop())
+                cupy_api.host_free(self._free[size].pop())
                 kept -= size
 
 

@@ -1,4 +1,4 @@
-"""CUDA as plain functions over ints; with nccl.py, whose names it hands on, all that imports CuPy.
+"""CUDA as plain functions over ints; with cupy_nccl.py, whose names it hands on, all that imports CuPy.
 
 Pointers, streams, events, graphs and modules are the handles that CUDA gives, as ints; devices are CUDA
 ordinals. Functions that name a device make it current for their own time; the others act on the thread's
@@ -22,7 +22,7 @@ import numpy as np
 from cupy.cuda import driver
 from cupy.cuda import runtime as cudart
 
-from fastdp.backend.cuda.nccl import *  # noqa: F403  the other half, one namespace
+from fastdp.runtime.cuda.cupy_nccl import *  # noqa: F403  the other half, one namespace
 
 CudaError: type[RuntimeError] = cudart.CUDARuntimeError
 DriverError: type[RuntimeError] = driver.CUDADriverError

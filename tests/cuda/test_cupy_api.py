@@ -15,7 +15,7 @@ import pytest
 def runtime(fake_cuda):
     def start(*args, **options):
         sim = fake_cuda(*args, **options)
-        from fastdp.backend.cuda import runtime
+        from fastdp.runtime.cuda import cupy_api as runtime
 
         return sim, runtime
 
@@ -169,7 +169,7 @@ import fastdp
 fastdp.set_virtual_devices(1)
 print(len(fastdp.devices()))
 try:
-    import fastdp.backend.cuda.memory
+    import fastdp.runtime.cuda.memory
 except ImportError as error:
     print(error.name)
 """

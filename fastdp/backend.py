@@ -1,15 +1,17 @@
-"""Device layers: `host` (virtual devices on NumPy memory) and `cuda` (CuPy); one small interface, `base`.
+"""Keras 2's `keras.backend`, as far as scripts need it for intermediate outputs: `K.function`, `K.learning_phase`.
 
-Scripts written for Keras 2 say `from keras import backend as K`. What they use of it for intermediate outputs,
-`K.function` and `K.learning_phase`, is found here too, so that they change that line alone:
-`from fastdp import backend as K`. It lives in `fastdp.keras.functions`, and is loaded when it is asked for: the
-device layers know neither Keras nor torch.
+Scripts written for Keras 2 say `from keras import backend as K`; they change that line alone:
+`from fastdp import backend as K`. The functions live in `fastdp.keras.functions`, which is loaded when one is asked
+for, so that `import fastdp` needs neither Keras nor torch.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastdp.keras.functions import function, get_layer_output, learning_phase
 
 __all__ = ["function", "get_layer_output", "learning_phase"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ctypes
 
-from fastdp.backend.cuda import runtime
 from fastdp.launch import cubin, nvrtc
 from fastdp.launch.loader import Kernels
+from fastdp.runtime.cuda import cupy_api
 
 __all__ = ["CudaLauncher", "kernels"]
 
@@ -22,18 +22,18 @@ class CudaLauncher:
 
     def load(self, cubin: bytes) -> int:
         """Load machine code into the device's context."""
-        with runtime.on(self._device):
-            return runtime.module_load(cubin)
+        with cupy_api.on(self._device):
+            return cupy_api.module_load(cubin)
 
     def function(self, module: int, name: str) -> int:
         """The kernel of this name in a module."""
-        with runtime.on(self._device):
-            return runtime.module_function(module, name)
+        with cupy_api.on(self._device):
+            return cupy_api.module_function(module, name)
 
     def launch(self, function: int, grid: int, block: int, args: ctypes.Structure, stream: int) -> None:
         """Enqueue a launch on one of the device's streams."""
-        with runtime.on(self._device):
-            runtime.launch(function, grid, block, 0, stream, args)
+        with cupy_api.on(self._device):
+            cupy_api.launch(function, grid, block, 0, stream, args)
 
 
 def kernels(device: int) -> Kernels:
@@ -42,9 +42,11 @@ def kernels(device: int) -> Kernels:
     Raises:
         fastdp.launch.nvrtc.NvrtcNotFoundError: at the first load, where no such NVRTC is installed.
     """
-    return Kernels(CudaLauncher(device), runtime.compute_capability(device), runtime.multiprocessors(device), _compiled)
+    return Kernels(
+        CudaLauncher(device), cupy_api.compute_capability(device), cupy_api.multiprocessors(device), _compiled
+    )
 
 
 def _compiled(name: str, architecture: int) -> bytes:
     """One kernel file's cubin, from the cache or the compiler."""
-    return cubin.cubin(name, architecture, nvrtc.load(runtime.driver_version() // 1000))
+    return cubin.cubin(name, architecture, nvrtc.load(cupy_api.driver_version() // 1000))

@@ -9,13 +9,13 @@ import sys
 import numpy as np
 import pytest
 
-from fastdp.backend.host import ALIGNMENT, HostDevice
-from fastdp.backend.host_memory import LARGE_NBYTES, has_own_settings
+from fastdp.runtime.host.device import ALIGNMENT, HostDevice
+from fastdp.runtime.host.resources import LARGE_NBYTES, has_own_settings
 
 SCRIPT = """
 import resource, sys, threading
 import numpy as np
-from fastdp.backend.host import HostDevice
+from fastdp.runtime.host.device import HostDevice
 
 def work():
     for _ in range(3):

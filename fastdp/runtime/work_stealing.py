@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from fastdp.backend.queue import QueueDevice
 from fastdp.errors import DeviceTimeoutError
+from fastdp.runtime.queue import QueueDevice
 
 Part = Callable[[], object]
 Share = Callable[[Sequence[Part]], None]

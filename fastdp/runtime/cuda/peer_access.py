@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastdp.backend.cuda import runtime
 from fastdp.errors import DeviceTimeoutError
+from fastdp.runtime.cuda import cupy_api
 
 __all__ = ["PeerAccess", "reaches"]
 
@@ -89,11 +89,11 @@ class PeerAccess:
 
 def _enabled(device: int, peer: int) -> str:
     """Enable access of `device` to `peer`; the reason why not, empty where it is enabled."""
-    if not runtime.can_access_peer(device, peer):
+    if not cupy_api.can_access_peer(device, peer):
         return "CUDA reports no peer access"
     try:
-        runtime.enable_peer_access(device, peer)
-    except runtime.CudaError as error:
+        cupy_api.enable_peer_access(device, peer)
+    except cupy_api.CudaError as error:
         return f"CUDA does not enable it ({error})"
     return ""
 
@@ -111,15 +111,15 @@ class _Trial:
 
 @contextlib.contextmanager
 def _trial(device: int) -> Iterator[_Trial]:
-    with contextlib.ExitStack() as stack, runtime.on(device):
-        pattern = runtime.malloc(device, PATTERN_NBYTES)
-        stack.callback(runtime.free, pattern)
-        result = runtime.malloc(device, PATTERN_NBYTES)
-        stack.callback(runtime.free, result)
-        stream = runtime.stream_create(device)
-        stack.callback(runtime.stream_destroy, stream)
-        event = runtime.event_create()
-        stack.callback(runtime.event_destroy, event)
+    with contextlib.ExitStack() as stack, cupy_api.on(device):
+        pattern = cupy_api.malloc(device, PATTERN_NBYTES)
+        stack.callback(cupy_api.free, pattern)
+        result = cupy_api.malloc(device, PATTERN_NBYTES)
+        stack.callback(cupy_api.free, result)
+        stream = cupy_api.stream_create(device)
+        stack.callback(cupy_api.stream_destroy, stream)
+        event = cupy_api.event_create()
+        stack.callback(cupy_api.event_destroy, event)
         try:
             yield _Trial(device, pattern, result, stream, event)
         except DeviceTimeoutError:
@@ -130,8 +130,8 @@ def _trial(device: int) -> Iterator[_Trial]:
 @contextlib.contextmanager
 def _pinned(nbytes: int) -> Iterator[int]:
     with contextlib.ExitStack() as stack:
-        ptr = runtime.host_alloc(nbytes)
-        stack.callback(runtime.host_free, ptr)
+        ptr = cupy_api.host_alloc(nbytes)
+        stack.callback(cupy_api.host_free, ptr)
         try:
             yield ptr
         except DeviceTimeoutError:
@@ -149,14 +149,14 @@ def _copies_arrive(own: _Trial, peer: _Trial, host: int, timeout: float) -> bool
         got[:] = 0
         source, target = (own, peer) if write else (peer, own)
         # Other bytes first, so that what arrived cannot have been there before.
-        with runtime.on(target.device):
-            runtime.fill_async(target.result, 0, n, target.stream)
+        with cupy_api.on(target.device):
+            cupy_api.fill_async(target.result, 0, n, target.stream)
         _finish(target, timeout)
-        runtime.copy_async(source.pattern, host, n, source.stream)
+        cupy_api.copy_async(source.pattern, host, n, source.stream)
         _finish(source, timeout)
-        runtime.copy_peer_async(target.result, target.device, source.pattern, source.device, n, own.stream)
+        cupy_api.copy_peer_async(target.result, target.device, source.pattern, source.device, n, own.stream)
         _finish(own, timeout)
-        runtime.copy_async(back, target.result, n, target.stream)
+        cupy_api.copy_async(back, target.result, n, target.stream)
         _finish(target, timeout)
         if not np.array_equal(sent, got):
             return False
@@ -165,10 +165,10 @@ def _copies_arrive(own: _Trial, peer: _Trial, host: int, timeout: float) -> bool
 
 def _finish(trial: _Trial, timeout: float) -> None:
     """Wait until the trial's stream is idle."""
-    with runtime.on(trial.device):
-        runtime.event_record(trial.event, trial.stream)
+    with cupy_api.on(trial.device):
+        cupy_api.event_record(trial.event, trial.stream)
     deadline = time.monotonic() + timeout
-    while not runtime.event_done(trial.event):
+    while not cupy_api.event_done(trial.event):
         if time.monotonic() > deadline:
             raise DeviceTimeoutError(
                 f"A trial copy on GPU {trial.device} was not over within timeout={timeout} seconds."

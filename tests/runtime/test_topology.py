@@ -11,8 +11,8 @@ import pynvml
 import pytest
 
 import fastdp
-from fastdp import topology
 from fastdp.cli import main
+from fastdp.runtime import topology
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastdp.backend.host_memory import LARGE_NBYTES, keep_freed_memory, large_memory
-from fastdp.backend.queue import QueueDevice
+from fastdp.runtime.host.resources import LARGE_NBYTES, keep_freed_memory, large_memory
+from fastdp.runtime.queue import QueueDevice
 from fastdp.shard import Rows
 
 ALIGNMENT = 64

@@ -6,9 +6,9 @@ import threading
 
 import pytest
 
-from fastdp.backend.host import HostDevice
-from fastdp.comm.together import shared_with
 from fastdp.errors import DeviceTimeoutError
+from fastdp.runtime.host.device import HostDevice
+from fastdp.runtime.work_stealing import shared_with
 
 LIMIT = 10.0
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fastdp.backend.cuda import runtime
-from fastdp.backend.cuda.memory import Arena, size_class
+from fastdp.runtime.cuda import cupy_api
+from fastdp.runtime.cuda.memory import Arena, size_class
 
 # Bytes that nobody uses and that are kept for later, for each device.
 OUTPUT_CACHE_NBYTES = 1 << 30
@@ -45,7 +45,7 @@ class _Idle:
 
     def ready(self) -> bool:
         """Whether it may be written; never waits."""
-        if self._event and runtime.event_done(self._event):
+        if self._event and cupy_api.event_done(self._event):
             self.drop_event()
         return not self._event
 
@@ -53,7 +53,7 @@ class _Idle:
         """Give the event back."""
         event, self._event = self._event, 0
         if event:
-            runtime.event_destroy(event)
+            cupy_api.event_destroy(event)
 
 
 class OutputPool:
@@ -95,7 +95,7 @@ class OutputPool:
                 memory = self._arena.empty((size,), np.dtype(np.uint8))
         owner = _Owner(memory)
         weakref.finalize(owner, self._returned.put, memory).atexit = False
-        return runtime.array(runtime.array_pointer(memory), shape, dtype, self._arena.device, owner)
+        return cupy_api.array(cupy_api.array_pointer(memory), shape, dtype, self._arena.device, owner)
 
     def close(self) -> None:
         """Give all blocks that nobody uses back to the arena, and those in use when their arrays go. Idempotent."""
@@ -111,9 +111,9 @@ class OutputPool:
         """Take in what came back, and give what is more than the cache holds to the arena."""
         while self._returned.found:
             memory = self._returned.found.popleft()
-            with runtime.on(self._arena.device):
-                event = runtime.event_create()
-                runtime.event_record(event, runtime.DEFAULT_STREAM)
+            with cupy_api.on(self._arena.device):
+                event = cupy_api.event_create()
+                cupy_api.event_record(event, cupy_api.DEFAULT_STREAM)
             self._idle.setdefault(memory.nbytes, []).append(_Idle(memory, event))
         kept = sum(size * len(blocks) for size, blocks in self._idle.items())
         for size in sorted(self._idle, reverse=True):

@@ -11,9 +11,9 @@ import pynvml
 import pytest
 
 import fastdp
-from fastdp.device import resolve
+from fastdp.runtime.select import resolve
 
-devices_module = sys.modules["fastdp.device"]  # the attribute of this name is the function
+devices_module = sys.modules["fastdp.runtime.select"]  # the attribute of this name is the function
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,9 @@
 """Devices driven by one worker thread each: queues of work with the ordering rules of CUDA streams.
 
 The worker takes, among its device's streams, any whose next item may run; an item behind an event that
-is not issued holds back its own stream only. Host devices (host.py) run the work itself here, so a missing
-`wait` between two streams is a real race, and `QueueDevice.delay` lets a test widen it. CUDA devices
-(cuda/) issue work to the GPU here, and their events are then ordered by the GPU.
+is not issued holds back its own stream only. Host devices (runtime/host/device.py) run the work itself here, so a
+missing `wait` between two streams is a real race, and `QueueDevice.delay` lets a test widen it. CUDA devices (cuda/)
+issue work to the GPU here, and their events are then ordered by the GPU.
 
 What a step of small work costs is the waking of threads. So nobody is woken who could not go on: a wait
 registers with its event only once it is the head of its stream and the worker is about to look for other
@@ -20,9 +20,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from fastdp.backend.base import Work
-from fastdp.backend.events import QueueEvent, complete_all, here, joined
 from fastdp.errors import DeviceTimeoutError
+from fastdp.runtime.base import Work
+from fastdp.runtime.events import QueueEvent, complete_all, here, joined
 
 __all__ = ["QueueDevice", "QueueEvent", "QueueStream", "joined"]
 

@@ -1,0 +1,1 @@
+"""Devices: streams, events and queues, which devices `gpus=` means, and what the box has."""

@@ -1,0 +1,1 @@
+"""Virtual devices: one worker thread each, on host memory."""
