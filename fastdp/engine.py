@@ -19,10 +19,11 @@ from fastdp.program.base import Context, Program, Result
 from fastdp.reductions import Reductions
 from fastdp.relocation import Residence
 from fastdp.replica import Replica, assert_equal
+from fastdp.runtime.host.resources import CORES
 from fastdp.runtime.queue import joined
 from fastdp.runtime.select import devices_of_engine
 from fastdp.runtime.work_stealing import shared_with
-from fastdp.shard import CORES, Rows, split_rows
+from fastdp.shard import Rows, split_rows
 from fastdp.spare import Spare
 from fastdp.step import Step, StepResult, add_up, commit, run_replica, run_update, step_error
 from fastdp.step_scope import StepScope, meanwhile, one_step_at_a_time

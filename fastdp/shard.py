@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# The cores that this process may use, shared out among the devices that compute on them.
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 FIRST_BUCKET_NBYTES = 1 << 20
 BUCKET_NBYTES = 25 << 20
 

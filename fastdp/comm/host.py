@@ -10,8 +10,8 @@ import numpy as np
 
 from fastdp.buffers import Bucket, FlatBuffers, storage_dtype
 from fastdp.comm.host_reduction import TILE, HostReduction, sum_in_order
+from fastdp.runtime.host.resources import CORES
 from fastdp.runtime.queue import QueueDevice, QueueEvent, joined
-from fastdp.shard import CORES
 
 # What is copied in about the time that it takes to wake a thread.
 SMALL_NBYTES = 1 << 19

@@ -13,8 +13,8 @@ import numpy as np
 from fastdp.buffers import Bucket, FlatBuffers
 from fastdp.comm.announced import Announced
 from fastdp.errors import DeviceTimeoutError
+from fastdp.runtime.host.resources import CORES
 from fastdp.runtime.queue import QueueDevice, QueueEvent
-from fastdp.shard import CORES
 
 # 256 KiB of fp32: sums stay in a core's cache between the reads of the sources and the writes.
 TILE = 1 << 16

@@ -47,7 +47,8 @@ from fastdp.program.capture_whole import JoinedSteps, Whole
 from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import Structure
 from fastdp.program.keras_replica import NotCapturable
-from fastdp.shard import CORES, Rows, split_rows
+from fastdp.runtime.host.resources import CORES
+from fastdp.shard import Rows, split_rows
 from fastdp.warn import warn_user
 
 MODES = (None, "trace", "inductor", "auto")

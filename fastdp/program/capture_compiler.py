@@ -30,7 +30,7 @@ from torch.fx import GraphModule
 
 from fastdp.program.capture_faults import Attempt, in_words
 from fastdp.program.capture_graph import to_bytes
-from fastdp.shard import CORES
+from fastdp.runtime.host.resources import CORES
 
 COMPILERS = ("g++", "clang++", "c++")
 Run = Callable[..., Sequence[torch.Tensor]]

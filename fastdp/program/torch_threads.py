@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fastdp.shard import CORES
+from fastdp.runtime.host.resources import CORES
 
 _PAUSE_SOFT = 1  # omp_pause_soft, OpenMP 5.0
 

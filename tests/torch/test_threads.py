@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastdp
-from fastdp.shard import CORES
+from fastdp.runtime.host.resources import CORES
 
 SCRIPT = """
 import os, threading, torch

@@ -16,6 +16,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+# The cores that this process may use, shared out among the devices that compute on them.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 # From GNU's malloc.h: which setting, and its value in bytes.
 _SETTINGS = {
     -3: 1 << 30,  # M_MMAP_THRESHOLD: arrays below 1 GiB come from the heap, not from a mapping of their own
