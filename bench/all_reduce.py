@@ -20,7 +20,7 @@ import numpy as np
 from report import alternate, finish, options, print_table, spread
 
 from fastdp.buffers import ArraySpec, FlatBuffers
-from fastdp.comm.host import HostCommunicator
+from fastdp.comm.host.communicator import HostCommunicator
 from fastdp.runtime.host.device import HostDevice
 
 SIZES = (64 << 10, 1 << 20, 8 << 20, 64 << 20)

@@ -123,7 +123,7 @@ def wall(work: Callable[[], object], rounds: int, times: int = 1) -> list[float]
 
 def all_reduces(devices: Sequence[Any], nbytes: int, rounds: int) -> None:
     """The engine's all-reduce of one bucket per device, waited for."""
-    comm = importlib.import_module("fastdp.comm.cuda").CudaCommunicator(devices, 60.0)
+    comm = importlib.import_module("fastdp.comm.cuda.communicator").CudaCommunicator(devices, 60.0)
     flats = [FlatBuffers([ArraySpec("g", (nbytes // 4,), "float32")], device) for device in devices]
     for device, flat in zip(devices, flats, strict=True):
         device.copy(flat.views[0], np.zeros(flat.views[0].shape, np.float32))

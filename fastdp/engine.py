@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from fastdp.buffers import FlatBuffers, Memory
-from fastdp.comm.choose import communicator
 from fastdp.comm.rendezvous import Rendezvous
+from fastdp.comm.scatter_merge import Merger, count_rows, scatter, stage
+from fastdp.comm.select import communicator
 from fastdp.errors import DeviceTimeoutError
 from fastdp.held import HeldGradients
 from fastdp.program.base import Context, Program, Result
@@ -28,7 +29,6 @@ from fastdp.spare import Spare
 from fastdp.step import Step, StepResult, add_up, commit, run_replica, run_update, step_error
 from fastdp.step_scope import StepScope, meanwhile, one_step_at_a_time
 from fastdp.timing import Timings, Watch
-from fastdp.transfer import Merger, count_rows, scatter, stage
 
 
 class DataParallel:

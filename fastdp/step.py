@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from fastdp.comm.choose import Reduction
 from fastdp.comm.rendezvous import Rendezvous
+from fastdp.comm.scatter_merge import Merger
+from fastdp.comm.select import Reduction
 from fastdp.errors import ReplicaError, StepAborted, replica_error_class
 from fastdp.program.base import Context, Result, Totals
 from fastdp.replica import Replica
@@ -20,7 +21,6 @@ from fastdp.runtime.work_stealing import Share
 from fastdp.shard import Rows
 from fastdp.spare import Spare
 from fastdp.timing import Watch
-from fastdp.transfer import Merger
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ import pytest
 from least_squares import WIDTH
 
 import fastdp
-from fastdp.comm.host import HostCommunicator
+from fastdp.comm.host.communicator import HostCommunicator
 from fastdp.program.arrays import FunctionProgram
 from fastdp.runtime.select import resolve
 

@@ -26,10 +26,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("runtime/topology.py",),
     ("runtime/select.py",),
     ("runtime/cuda/",),
-    ("comm/", "transfer.py"),
-    ("comm/host",),
-    ("comm/cuda", "comm/ways.py"),
-    ("comm/choose.py",),
+    ("comm/",),
+    ("comm/host/",),
+    ("comm/cuda/",),
+    ("comm/select.py",),
     (
         "program/keras_recurrent_ops.py",
         "program/philox.py",
@@ -135,7 +135,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
 LATE_LOADERS: dict[str, str] = {
     "__init__.py": "the Keras names load on first use, so that `import fastdp` works without Keras and torch",
     "backend.py": "Keras 2's `K.function` keeps its name, and `import fastdp` works without Keras",
-    "comm/choose.py": "the collectives of GPUs need CuPy, which is there where GPUs are",
+    "comm/select.py": "the collectives of GPUs need CuPy, which is there where GPUs are",
     "runtime/select.py": "the GPUs' device layer needs CuPy, which is there where GPUs are",
     "placement.py": "places are noted on Keras models only, so Keras is loaded when the first is",
     "wrap.py": "the model's own library decides which side is loaded",

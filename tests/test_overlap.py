@@ -11,8 +11,8 @@ import pytest
 
 import fastdp
 from fastdp.buffers import FlatBuffers
-from fastdp.comm.announced import Announced
-from fastdp.comm.host_reduction import HostReduction
+from fastdp.comm.host.reduction import HostReduction
+from fastdp.comm.ready_buckets import Announced
 from fastdp.program.arrays import FunctionProgram
 from fastdp.program.base import Result
 from fastdp.runtime.select import resolve

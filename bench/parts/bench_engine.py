@@ -8,8 +8,8 @@ import pytest
 from all_reduce import fastdp_step, numpy_step
 
 from fastdp import DataParallel
+from fastdp.comm.scatter_merge import Merger, scatter
 from fastdp.shard import split_rows
-from fastdp.transfer import Merger, scatter
 
 DEVICES = (1, 2, 4, 8)
 ROWS, COLUMNS = 1024, 1000

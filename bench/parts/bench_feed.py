@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from keras.src.backend.torch.trainer import TorchEpochIterator
 
+from fastdp.comm.scatter_merge import scatter
 from fastdp.data import DeviceDataset, Scaled
 from fastdp.keras.resident import ResidentRows
 from fastdp.program.keras_batch import flatten_batch, unpack
 from fastdp.shard import split_rows
-from fastdp.transfer import scatter
 
 COUNT, ROWS, BATCH = 4, 2048, 256
 SECONDS = 60.0

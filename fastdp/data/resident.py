@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastdp.comm.scatter_merge import count_rows
 from fastdp.data.resident_batch import ResidentBatch, places_of
 from fastdp.launch.reference import slice_rows
-from fastdp.transfer import count_rows
 
 FLOATS = ("float32", "float16")
 

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 from keras.src.utils import io_utils
 
+from fastdp.comm.scatter_merge import count_rows
 from fastdp.engine import DataParallel
 from fastdp.keras.ahead import in_host_memory
 from fastdp.keras.call_checks import is_hooked, why_not_here
@@ -28,7 +29,6 @@ from fastdp.program.keras_scope import replica_aware
 from fastdp.program.torch_tensors import peak_nbytes
 from fastdp.report import Report, SmallWorkWarning, make_report
 from fastdp.runtime.queue import QueueDevice
-from fastdp.transfer import count_rows
 from fastdp.warn import warn_user
 
 

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import torch
 
+from fastdp.comm.scatter_merge import ResidentArray, count_rows
 from fastdp.engine import DataParallel
 from fastdp.errors import ReplicaError
 from fastdp.keras.ahead import Ahead
@@ -29,7 +30,6 @@ from fastdp.program.keras_losses import own_copy
 from fastdp.program.torch_deterministic import deterministic_algorithms
 from fastdp.program.torch_tensors import as_tensor
 from fastdp.step import StepResult
-from fastdp.transfer import ResidentArray, count_rows
 from fastdp.warn import warn_user
 
 

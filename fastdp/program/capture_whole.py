@@ -1,8 +1,8 @@
 """Captured steps joined over the replicas, with the all-reduces of their gradients: one CUDA graph for each GPU.
 
 Each replica's step has been recorded by itself (`fastdp.program.capture_record`), in segments that end where a bucket
-of gradients is complete. `fastdp.comm.cuda_whole` puts them together with the collectives. The recordings stay as they
-are: a step that is not one for the whole graphs replays them, and reduces eagerly.
+of gradients is complete. `fastdp.comm.cuda.step_graph.build` puts them together with the collectives. The recordings
+stay as they are: a step that is not one for the whole graphs replays them, and reduces eagerly.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastdp.comm.choose import communicator
+from fastdp.comm.select import communicator
 from fastdp.errors import DeviceTimeoutError
 from fastdp.program.capture_faults import Attempt
 from fastdp.program.capture_record import Recorder, Recording
@@ -20,7 +20,7 @@ from fastdp.warn import warn_user
 
 @dataclass(slots=True)
 class Whole:
-    """What the replicas of one step launch: `step` has the graphs (`fastdp.comm.cuda_whole_step.WholeStep`), and
+    """What the replicas of one step launch: `step` has the graphs (`fastdp.comm.cuda.step_graph.graph.WholeStep`), and
     `recordings` the memory in which they find rows and draws and leave results, in the order of the ranks."""
 
     step: Any

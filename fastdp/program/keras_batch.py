@@ -10,10 +10,10 @@ import keras
 import numpy as np
 import torch
 
+from fastdp.comm.scatter_merge import ResidentArray
 from fastdp.program.keras_effects import MEAN_SCALAR, ROWS_FIRST, Effect, Layout
 from fastdp.program.torch_tensors import as_array, as_tensor, dtype_name
 from fastdp.shard import Rows
-from fastdp.transfer import ResidentArray
 
 # The nest of most batches: x, y and sample_weight, each one array or None. It needs no walk through the tree.
 _PLAIN = (0, 0, 0)
@@ -57,7 +57,7 @@ def flatten_batch(data: Any) -> tuple[Any, Structure]:
     """A batch `(x, y, sample_weight)` as host arrays and their structure.
 
     Torch tensors and NumPy arrays on the host are not copied. Arrays of one batch of a data set that is on the devices
-    stay there: they come as such a batch (`fastdp.transfer.Resident`).
+    stay there: they come as such a batch (`fastdp.comm.scatter_merge.Resident`).
     """
     arrays: list[np.ndarray] = []
     dtypes: list[str | None] = []

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from fastdp.buffers import ArraySpec, FlatBuffers
-from fastdp.comm.host import HostCommunicator
-from fastdp.comm.ways import MULTI_RANK_VARIABLE
+from fastdp.comm.cuda.algorithm import MULTI_RANK_VARIABLE
+from fastdp.comm.host.communicator import HostCommunicator
 from fastdp.runtime.host.device import HostDevice
 
 LIMIT = 20.0
@@ -26,7 +26,7 @@ def hosts():
 
 
 def communicator(devices):
-    return importlib.import_module("fastdp.comm.cuda").CudaCommunicator(devices, LIMIT)
+    return importlib.import_module("fastdp.comm.cuda.communicator").CudaCommunicator(devices, LIMIT)
 
 
 def flats_on(devices, n, dtype, values):

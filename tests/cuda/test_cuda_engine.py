@@ -17,7 +17,7 @@ from least_squares import line, rows
 
 import fastdp
 from fastdp.buffers import ArraySpec, FlatBuffers
-from fastdp.comm.ways import TWO_SHOT_NBYTES
+from fastdp.comm.cuda.algorithm import TWO_SHOT_NBYTES
 from fastdp.runtime.host.device import HostDevice
 
 LIMIT = 20.0
@@ -107,7 +107,7 @@ def test_outputs_are_merged_where_they_are_asked_for(gpus, cpu_merge):
 def test_all_reduce_by_every_way(gpus, monkeypatch, nccl, dtype, n):
     box = gpus(2)
     monkeypatch.setattr(box.runtime, "nccl_available", lambda: nccl)
-    cuda = importlib.import_module("fastdp.comm.cuda")
+    cuda = importlib.import_module("fastdp.comm.cuda.communicator")
     devices = box.devices(2 if nccl else 4)
     comm = cuda.CudaCommunicator(devices, LIMIT)
     spec = [ArraySpec("g", (n,), dtype)]

@@ -13,7 +13,7 @@ import pytest
 
 import fastdp
 from fastdp.buffers import FlatBuffers
-from fastdp.comm import ways
+from fastdp.comm.cuda import algorithm
 from fastdp.program.arrays import FunctionProgram
 from fastdp.program.base import Result
 from fastdp.reductions import WARM_STEPS
@@ -30,8 +30,8 @@ def gpus(gpus, monkeypatch):
 
     def start(count, way="kernels", **options):
         if way == "nccl":
-            monkeypatch.setattr(ways, "ONE_SHOT_NBYTES", 0)
-            monkeypatch.setattr(ways, "TWO_SHOT_NBYTES", 0)
+            monkeypatch.setattr(algorithm, "ONE_SHOT_NBYTES", 0)
+            monkeypatch.setattr(algorithm, "TWO_SHOT_NBYTES", 0)
         return gpus(count, **options)
 
     return start
@@ -89,7 +89,7 @@ class Issued:
 
     def __init__(self, monkeypatch):
         self.buckets, self._changed = [], threading.Condition()
-        reduction = importlib.import_module("fastdp.comm.cuda_reduction").CudaReduction
+        reduction = importlib.import_module("fastdp.comm.cuda.reduction").CudaReduction
         kept = reduction._begin
 
         def begin(this, bucket):
@@ -169,7 +169,7 @@ def test_a_collective_that_waits_for_no_gradient_is_found(gpus, monkeypatch):
     box = gpus(2, seed=1)
     engine = fastdp.DataParallel(program(box.sim), box.devices(2), timeout=LIMIT)
     warm(engine, 6)
-    reduction = importlib.import_module("fastdp.comm.cuda_reduction")
+    reduction = importlib.import_module("fastdp.comm.cuda.reduction")
     monkeypatch.setattr(reduction, "runtime", Deaf(reduction.runtime))
 
     def steps():

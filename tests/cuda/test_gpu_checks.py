@@ -153,7 +153,7 @@ def test_backward_runs_in_the_worker_s_own_thread(box):
 
 
 def test_each_collective_is_launched_by_itself_before_ranks_wait_for_each_other(box, monkeypatch):
-    cuda = importlib.import_module("fastdp.comm.cuda_kernels")
+    cuda = importlib.import_module("fastdp.comm.cuda.peer_kernels")
     launched = []
     kinds = ("all_reduce_one_shot", "all_reduce_two_shot", "reduce_scatter")
     for kind in kinds:

@@ -156,7 +156,7 @@ def merges_where_asked(devices: list, finish: Callable[[Any], Any] = lambda x: x
 
 def all_reduces(devices: list, n: int, dtype: str, *, idle: int = 0) -> str:
     """Sums over all but the last `idle` devices, on all; twice on the same memory. Returns the way it went."""
-    from fastdp.comm.cuda import CudaCommunicator
+    from fastdp.comm.cuda.communicator import CudaCommunicator
 
     comm = CudaCommunicator(devices, LIMIT)
     spec = [ArraySpec("g", (n,), dtype)]

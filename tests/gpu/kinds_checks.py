@@ -12,7 +12,7 @@ import pytest
 from model_checks import KERAS_MODELS, LIMIT, keras_data, several_buckets
 from torch_checks import full_precision
 
-from fastdp.comm import ways
+from fastdp.comm.cuda import algorithm
 from fastdp.keras.parallel import ParallelModel
 
 # What the report calls the steps of each kind, and the argument `compile` that asks for them.
@@ -51,7 +51,7 @@ def reduced_by(way: str) -> Iterator[None]:
     """While it lasts small buckets are reduced as large ones are, if the way is "nccl"."""
     with pytest.MonkeyPatch.context() as patch:
         for limit in ("ONE_SHOT_NBYTES", "TWO_SHOT_NBYTES") if way == "nccl" else ():
-            patch.setattr(ways, limit, -1)
+            patch.setattr(algorithm, limit, -1)
         yield
 
 

@@ -65,7 +65,7 @@ import numpy as np, cupy
 from cupy.cuda import nccl
 from fastdp.runtime.cuda import runtime
 cards = [int(text) for text in sys.argv[1:]]
-# 7 and 0: ncclFloat32 and ncclSum. As comm/cuda.py connects them.
+# 7 and 0: ncclFloat32 and ncclSum. As comm/cuda/communicator.py connects them.
 if len(set(cards)) == len(cards):
     comms = runtime.nccl_init_all(cards)
 else:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import fastdp
-from fastdp.comm.host import HostCommunicator
+from fastdp.comm.host.communicator import HostCommunicator
 
 optimizers = keras.optimizers
 SIZES = [12, 7, 10, 2, 9, 11, 1, 8]  # with 2 rows and 1 row some replicas have none

@@ -11,7 +11,7 @@ import torch
 
 import fastdp
 from fastdp.buffers import FlatBuffers
-from fastdp.comm.host_reduction import HostReduction
+from fastdp.comm.host.reduction import HostReduction
 
 LIMIT = 20.0
 

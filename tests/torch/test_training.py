@@ -215,7 +215,7 @@ def test_a_layer_used_in_any_call_of_a_window_is_updated_and_others_are_not(upda
 
 
 def test_gradients_are_reduced_in_the_last_call_of_a_window_only(monkeypatch):
-    from fastdp.comm.host import HostCommunicator
+    from fastdp.comm.host.communicator import HostCommunicator
 
     reduced = []
     original = HostCommunicator.begin

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastdp.comm.scatter_merge import Merger, count_rows, scatter
 from fastdp.runtime.host.device import HostDevice
 from fastdp.shard import split_rows
-from fastdp.transfer import Merger, count_rows, scatter
 
 HOSTS = [HostDevice(index) for index in range(9)]
 

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from fastdp.buffers import Bucket, FlatBuffers
-from fastdp.comm.announced import Announced
+from fastdp.comm.ready_buckets import Announced
 from fastdp.errors import DeviceTimeoutError
 from fastdp.runtime.host.resources import CORES
 from fastdp.runtime.queue import QueueDevice, QueueEvent

@@ -8,9 +8,9 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from fastdp.comm.cuda_kernels import PeerKernels
-from fastdp.comm.cuda_nccl import destroy
-from fastdp.comm.cuda_whole_reduction import WholeReduction
+from fastdp.comm.cuda.nccl import destroy
+from fastdp.comm.cuda.peer_kernels import PeerKernels
+from fastdp.comm.cuda.step_graph.reduction import WholeReduction
 from fastdp.runtime.cuda import cupy_api
 from fastdp.runtime.cuda.device import CudaDevice
 from fastdp.runtime.cuda.memory import defer

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from fastdp.buffers import Bucket, FlatBuffers
-from fastdp.comm.host import HostCommunicator
+from fastdp.comm.host.communicator import HostCommunicator
 from fastdp.runtime.queue import QueueEvent
 
 
@@ -116,7 +116,7 @@ def communicator(devices: Sequence[Any], timeout: float = 60.0) -> Communicator:
 
     Raises:
         ValueError: GPUs together with virtual devices in host memory.
-        RuntimeError: GPUs that cannot work together as the process is set up; see fastdp.comm.cuda.
+        RuntimeError: GPUs that cannot work together as the process is set up; see fastdp.comm.cuda.communicator.
     """
     on_gpu = {device.on_gpu for device in devices}
     if len(on_gpu) > 1:
@@ -127,5 +127,7 @@ def communicator(devices: Sequence[Any], timeout: float = 60.0) -> Communicator:
     found: Communicator | None = _connected.get(key)
     if found is None:
         # Not imported above: it needs CuPy, which is there where GPUs are.
-        found = _connected[key] = importlib.import_module("fastdp.comm.cuda").CudaCommunicator(devices, timeout)
+        found = _connected[key] = importlib.import_module("fastdp.comm.cuda.communicator").CudaCommunicator(
+            devices, timeout
+        )
     return found

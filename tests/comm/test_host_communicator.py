@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fastdp.buffers import ArraySpec, FlatBuffers
-from fastdp.comm.host import SMALL_NBYTES, TILE, HostCommunicator
+from fastdp.comm.host.communicator import SMALL_NBYTES, TILE, HostCommunicator
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.errors import DeviceTimeoutError, StepAborted
 from fastdp.runtime.host.device import HostDevice

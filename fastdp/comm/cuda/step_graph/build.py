@@ -19,9 +19,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastdp.buffers import Bucket, FlatBuffers
-from fastdp.comm.cuda_kernels import PeerKernels, stream_of
-from fastdp.comm.cuda_nccl import NcclCollectives, connect
-from fastdp.comm.cuda_whole_step import Held, Owner, WholeStep
+from fastdp.comm.cuda.nccl import NcclCollectives, connect
+from fastdp.comm.cuda.peer_kernels import PeerKernels, stream_of
+from fastdp.comm.cuda.step_graph.graph import Held, Owner, WholeStep
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.errors import StepAborted
 from fastdp.runtime.cuda import cupy_api

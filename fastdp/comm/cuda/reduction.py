@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
-from fastdp.comm.announced import Announced
+from fastdp.comm.ready_buckets import Announced
 from fastdp.runtime.cuda import cupy_api
 from fastdp.runtime.cuda.device import CudaDevice
 from fastdp.runtime.cuda.streams import CudaEvent, CudaStream

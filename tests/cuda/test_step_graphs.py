@@ -18,7 +18,7 @@ from graph_models import batches, dense, hows, normalized, train, wrapped
 from simulated_memory import RaceError
 from small_buckets import make_buckets_small
 
-import fastdp.comm.ways
+import fastdp.comm.cuda.algorithm
 from fastdp.errors import DeviceTimeoutError, ReplicaError
 from fastdp.program import capture_record
 from fastdp.program.capture_whole import JoinedSteps
@@ -36,8 +36,8 @@ def few_arrays_in_a_bucket(monkeypatch):
 @pytest.fixture
 def by_nccl(monkeypatch):
     """NCCL reduces small buckets too."""
-    monkeypatch.setattr(fastdp.comm.ways, "ONE_SHOT_NBYTES", -1)
-    monkeypatch.setattr(fastdp.comm.ways, "TWO_SHOT_NBYTES", -1)
+    monkeypatch.setattr(fastdp.comm.cuda.algorithm, "ONE_SHOT_NBYTES", -1)
+    monkeypatch.setattr(fastdp.comm.cuda.algorithm, "TWO_SHOT_NBYTES", -1)
 
 
 def delayed(devices, seed=0):
@@ -159,7 +159,7 @@ def test_a_step_is_one_launch_per_device_and_nothing_is_reduced_or_allocated_bes
 def test_every_graph_is_uploaded_before_it_is_launched_and_first_launched_between_steps(gpus, monkeypatch):
     box = gpus(2)
     seen, inside = [], []
-    whole = importlib.import_module("fastdp.comm.cuda_whole_step").WholeStep
+    whole = importlib.import_module("fastdp.comm.cuda.step_graph.graph").WholeStep
     launch, run = whole.launch, Replica.train
 
     def noted(self, rank):
@@ -252,7 +252,7 @@ def test_virtual_gpus_of_one_card_want_queues_of_their_own(gpus, monkeypatch):
 
 def test_gradients_that_are_added_up_in_host_memory_and_replicas_that_span_devices_are_refused(gpus):
     box = gpus(2)
-    whole = importlib.import_module("fastdp.comm.cuda_whole").WholeSteps(box.devices(2), None)
+    whole = importlib.import_module("fastdp.comm.cuda.step_graph.build").WholeSteps(box.devices(2), None)
     assert whole.why_not(["nccl", "one-shot"]) == ""
     assert whole.why_not(["nccl", "host"]) == "gradients are added up in host memory"
     recorder = capture_record.Recorder("model", threading.Lock, parts=True)

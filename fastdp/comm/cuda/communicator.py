@@ -14,15 +14,15 @@ import weakref
 from collections.abc import Callable, Sequence
 
 from fastdp.buffers import Bucket, FlatBuffers
-from fastdp.comm.cuda_kernels import PeerKernels, address_of, stream_of
-from fastdp.comm.cuda_nccl import NcclCollectives, connect, destroy
-from fastdp.comm.cuda_reduction import CudaReduction
-from fastdp.comm.cuda_whole import Parts, WholeSteps
-from fastdp.comm.cuda_whole_reduction import WholeReduction
-from fastdp.comm.cuda_whole_step import WholeStep
-from fastdp.comm.host import refuse_unknown
-from fastdp.comm.host_reduction import sum_in_order
-from fastdp.comm.ways import way_to_all_gather, way_to_all_reduce, way_to_reduce_scatter
+from fastdp.comm.cuda.algorithm import way_to_all_gather, way_to_all_reduce, way_to_reduce_scatter
+from fastdp.comm.cuda.nccl import NcclCollectives, connect, destroy
+from fastdp.comm.cuda.peer_kernels import PeerKernels, address_of, stream_of
+from fastdp.comm.cuda.reduction import CudaReduction
+from fastdp.comm.cuda.step_graph.build import Parts, WholeSteps
+from fastdp.comm.cuda.step_graph.graph import WholeStep
+from fastdp.comm.cuda.step_graph.reduction import WholeReduction
+from fastdp.comm.host.communicator import refuse_unknown
+from fastdp.comm.host.reduction import sum_in_order
 from fastdp.launch.args import MAX_RANKS
 from fastdp.runtime.cuda import cupy_api
 from fastdp.runtime.cuda.device import CudaDevice

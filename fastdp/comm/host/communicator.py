@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from fastdp.buffers import Bucket, FlatBuffers, storage_dtype
-from fastdp.comm.host_reduction import TILE, HostReduction, sum_in_order
+from fastdp.comm.host.reduction import TILE, HostReduction, sum_in_order
 from fastdp.runtime.host.resources import CORES
 from fastdp.runtime.queue import QueueDevice, QueueEvent, joined
 

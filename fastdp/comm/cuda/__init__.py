@@ -1,0 +1,1 @@
+"""Collectives of GPUs: NCCL, or kernels over peer memory."""

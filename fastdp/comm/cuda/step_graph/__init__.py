@@ -1,0 +1,1 @@
+"""A captured step and its all-reduces as one CUDA graph per GPU."""
