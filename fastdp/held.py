@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastdp.buffers import FlatBuffers
-from fastdp.comm.select import Communicator
+from fastdp.comm.base import Communicator
 from fastdp.replica import Replica
 
 

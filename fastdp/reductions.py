@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastdp.buffers import Bucket, FlatBuffers
-from fastdp.comm.select import Communicator
+from fastdp.comm.base import Communicator
 from fastdp.program.base import Program
 from fastdp.step import Step
 

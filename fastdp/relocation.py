@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastdp.buffers import FlatBuffers
-from fastdp.comm.select import Communicator
+from fastdp.comm.base import Communicator
 from fastdp.program.base import Program
 from fastdp.runtime.select import warn_of_relocation
 from fastdp.step import Step

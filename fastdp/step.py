@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from fastdp.comm.base import Reduction
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.comm.scatter_merge import Merger
-from fastdp.comm.select import Reduction
 from fastdp.errors import ReplicaError, StepAborted, replica_error_class
 from fastdp.program.base import Context, Result, Totals
 from fastdp.replica import Replica

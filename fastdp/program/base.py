@@ -147,7 +147,7 @@ class Program(Protocol):
     And it may have `whole_step(batches, contexts, why_not)`, asked on the host thread before the replicas of a training
     step run on these rows: whether each of them does all of it, its gradients' all-reduce too, by one graph that is
     launched once. `why_not` is why that is out of the question in this step, if it is. It gives None, or what goes into
-    `Context.whole` of all replicas, whose `begin()` gives the step's reduction (`fastdp.comm.select.Reduction`) with
+    `Context.whole` of all replicas, whose `begin()` gives the step's reduction (`fastdp.comm.base.Reduction`) with
     `launch(rank, rendezvous)`.
     """
 
