@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from fastdp.buffers import FlatBuffers, Memory
+from fastdp.comm.batch import count_rows
 from fastdp.comm.rendezvous import Rendezvous
-from fastdp.comm.scatter_merge import Merger, count_rows, scatter, stage
+from fastdp.comm.scatter_merge import Merger, scatter, stage
 from fastdp.comm.select import communicator
 from fastdp.errors import DeviceTimeoutError
 from fastdp.held import HeldGradients

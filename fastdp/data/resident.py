@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdp.comm.scatter_merge import count_rows
+from fastdp.comm.batch import count_rows
 from fastdp.data.resident_batch import ResidentBatch, places_of
 from fastdp.launch.reference import slice_rows
 

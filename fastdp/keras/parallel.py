@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from keras.src.utils import io_utils
 
-from fastdp.comm.scatter_merge import count_rows
+from fastdp.comm.batch import count_rows
 from fastdp.engine import DataParallel
 from fastdp.keras.ahead import in_host_memory
 from fastdp.keras.call_checks import is_hooked, why_not_here

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import torch
 
-from fastdp.comm.scatter_merge import ResidentArray, count_rows
+from fastdp.comm.batch import ResidentArray, count_rows
 from fastdp.engine import DataParallel
 from fastdp.errors import ReplicaError
 from fastdp.keras.ahead import Ahead

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import torch
 
-from fastdp.comm.scatter_merge import ResidentArray
+from fastdp.comm.batch import ResidentArray
 from fastdp.program.keras_effects import MEAN_SCALAR, ROWS_FIRST, Effect, Layout
 from fastdp.program.torch_tensors import as_array, as_tensor, dtype_name
 from fastdp.shard import Rows
@@ -57,7 +57,7 @@ def flatten_batch(data: Any) -> tuple[Any, Structure]:
     """A batch `(x, y, sample_weight)` as host arrays and their structure.
 
     Torch tensors and NumPy arrays on the host are not copied. Arrays of one batch of a data set that is on the devices
-    stay there: they come as such a batch (`fastdp.comm.scatter_merge.Resident`).
+    stay there: they come as such a batch (`fastdp.comm.batch.Resident`).
     """
     arrays: list[np.ndarray] = []
     dtypes: list[str | None] = []

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdp.comm.scatter_merge import Merger, count_rows, scatter
+from fastdp.comm.batch import count_rows
+from fastdp.comm.scatter_merge import Merger, scatter
 from fastdp.runtime.host.device import HostDevice
 from fastdp.shard import split_rows
 
