@@ -211,7 +211,7 @@ class EngineSteps:
             recording = getattr(captured, "recordings", {}).get(0)
             if recording is None:
                 raise NotImplementedError("no graph was recorded of these steps")
-            tensors = importlib.import_module("fastdp.program.torch_tensors")
+            tensors = importlib.import_module("fastdp.tensors.arrays")
             dtypes = [dtype for dtype in self.structure.dtypes if dtype is not None]
             rows = [tensors.as_tensor(array, dtype) for array, dtype in zip(batch, dtypes, strict=True)]
             step = lambda: recording.replay(rows, lambda bucket: None)  # noqa: E731

@@ -32,6 +32,7 @@ NEEDS = {
     "fastdp.program.capture": ("torch",),
     "fastdp.program.keras": ("keras", "torch"),
     "fastdp.program.torch": ("torch",),
+    "fastdp.tensors": ("torch",),
     "fastdp.torch": ("torch",),
     "hypothesis": ("hypothesis",),
     "keras": ("keras", "torch"),

@@ -13,7 +13,7 @@ from keras.src.backend.torch.core import get_device
 from fastdp.keras.call_arguments import DealtCall
 from fastdp.program.keras_call_trial import LayerEffects
 from fastdp.program.keras_custom import Backward, CallProgram, Forward
-from fastdp.program.torch_tensors import as_tensor
+from fastdp.tensors.arrays import as_tensor
 
 
 def on_devices(calls: Any, effects: LayerEffects, call: DealtCall) -> Any:

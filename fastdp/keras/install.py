@@ -30,8 +30,8 @@ from fastdp.keras.template_view import TemplateView
 from fastdp.program.capture_record import chosen_graphs
 from fastdp.program.keras_effects import NotByRowsError, refusal
 from fastdp.program.keras_row_policy import check_policy
-from fastdp.program.torch_deterministic import check_deterministic, deterministic_algorithms
 from fastdp.runtime.select import resolve
+from fastdp.tensors.deterministic import check_deterministic, deterministic_algorithms
 from fastdp.warn import warn_user
 
 _KINDS = ("train", "test", "predict")

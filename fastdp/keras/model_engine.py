@@ -15,8 +15,8 @@ from fastdp.program.capture_record import Recorder
 from fastdp.program.keras_custom import CallProgram
 from fastdp.program.keras_optimizer import optimizer_of
 from fastdp.program.keras_row_policy import Policy
-from fastdp.program.torch_deterministic import check_deterministic
 from fastdp.step_scope import alone
+from fastdp.tensors.deterministic import check_deterministic
 
 
 class ModelEngine:

@@ -26,9 +26,9 @@ from fastdp.program.capture import MODES
 from fastdp.program.capture_record import chosen_graphs
 from fastdp.program.keras_batch import flatten_batch, unpack
 from fastdp.program.keras_scope import replica_aware
-from fastdp.program.torch_tensors import peak_nbytes
 from fastdp.report import Report, SmallWorkWarning, make_report
 from fastdp.runtime.queue import QueueDevice
+from fastdp.tensors.arrays import peak_nbytes
 from fastdp.warn import warn_user
 
 

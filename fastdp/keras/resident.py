@@ -19,7 +19,7 @@ from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from fastdp.data.resident import DeviceDataset
 from fastdp.data.resident_batch import ResidentBatch, ResidentColumn, filled
 from fastdp.keras.data_sets import ArrayBatches
-from fastdp.program.torch_tensors import dtype_name
+from fastdp.tensors.arrays import dtype_name
 
 
 def as_fed(data: Any) -> Any:

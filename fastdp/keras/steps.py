@@ -27,9 +27,9 @@ from fastdp.program.keras_batch import Structure, flatten_batch, unpack
 from fastdp.program.keras_effects import NotByRowsError, UndecidedError
 from fastdp.program.keras_indices import IndicesNamed, rows_of
 from fastdp.program.keras_losses import own_copy
-from fastdp.program.torch_deterministic import deterministic_algorithms
-from fastdp.program.torch_tensors import as_tensor
 from fastdp.step import StepResult
+from fastdp.tensors.arrays import as_tensor
+from fastdp.tensors.deterministic import deterministic_algorithms
 from fastdp.warn import warn_user
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from fastdp.program.torch_indices import Use, bound, uses
+from fastdp.tensors.indices import Use, bound, uses
 
 aten = torch.ops.aten
 

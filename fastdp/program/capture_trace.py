@@ -40,8 +40,8 @@ from fastdp.program.keras_memory import Mapping, ReplicaScope
 from fastdp.program.keras_outcome import EffectsForm, Outcome
 from fastdp.program.keras_replica import NotCapturable, keras_device, replica_scope
 from fastdp.program.keras_scope import replica_aware
-from fastdp.program.torch_indices import CheckedOneHot
-from fastdp.program.torch_tensors import as_tensor, settle
+from fastdp.tensors.arrays import as_tensor, settle
+from fastdp.tensors.indices import CheckedOneHot
 
 _Draw = Callable[[], torch.Tensor]
 

@@ -18,10 +18,11 @@ import torch
 from torch._inductor import CompiledArtifact, standalone_compile
 from torch._inductor.exc import InductorError
 
-from fastdp.program import capture_rewrites, keras_recurrent_ops
+from fastdp.program import capture_rewrites
 from fastdp.program.capture_graph import from_bytes, is_deterministic
+from fastdp.tensors import recurrent_ops
 
-OWN_OPERATIONS = (capture_rewrites, keras_recurrent_ops)  # graphs may hold them: loading the modules registers them
+OWN_OPERATIONS = (capture_rewrites, recurrent_ops)  # graphs may hold them: loading the modules registers them
 YIELDING = 10  # lower priority than the training it shares the cores with
 
 

@@ -34,11 +34,11 @@ from fastdp.program.keras_scope import replica_aware
 from fastdp.program.keras_step_draws import StepDraws
 from fastdp.program.keras_training_loss import TrainingLoss
 from fastdp.program.keras_trial import Effects
-from fastdp.program.torch_arrivals import Arrivals
 from fastdp.program.torch_batch import Autocast
-from fastdp.program.torch_tensors import accumulate, output_array, settle, spec_of
-from fastdp.program.torch_threads import prepare_worker, replicas_run
 from fastdp.runtime.queue import QueueDevice
+from fastdp.tensors.arrays import accumulate, output_array, settle, spec_of
+from fastdp.tensors.gradient_buckets import Arrivals
+from fastdp.tensors.threads import prepare_worker, replicas_run
 
 
 class KerasProgram:

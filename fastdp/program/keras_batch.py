@@ -12,8 +12,8 @@ import torch
 
 from fastdp.comm.batch import ResidentArray
 from fastdp.program.keras_effects import MEAN_SCALAR, ROWS_FIRST, Effect, Layout
-from fastdp.program.torch_tensors import as_array, as_tensor, dtype_name
 from fastdp.shard import Rows
+from fastdp.tensors.arrays import as_array, as_tensor, dtype_name
 
 # The nest of most batches: x, y and sample_weight, each one array or None. It needs no walk through the tree.
 _PLAIN = (0, 0, 0)

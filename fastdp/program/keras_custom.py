@@ -30,7 +30,7 @@ from fastdp.program.keras_placed import gradients_of
 from fastdp.program.keras_recompute import keep_values
 from fastdp.program.keras_replica import Running, keras_device, replica_scope
 from fastdp.program.keras_scope import replica_aware
-from fastdp.program.torch_tensors import as_array
+from fastdp.tensors.arrays import as_array
 
 
 @dataclass(slots=True)

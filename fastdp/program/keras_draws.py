@@ -71,7 +71,9 @@ def _site(seed: Any) -> Site:
     stack: list[tuple[CodeType, int]] = []
     while frame is not None and _is_drawing(frame.f_globals.get("__name__", "")):
         frame = frame.f_back  # type: ignore[assignment]
-    while frame is not None and not frame.f_globals.get("__name__", "").startswith("fastdp.program."):
+    while frame is not None and not frame.f_globals.get("__name__", "").startswith(
+        ("fastdp.program.", "fastdp.capture.", "fastdp.tensors.")
+    ):
         stack.append((frame.f_code, frame.f_lasti))
         frame = frame.f_back  # type: ignore[assignment]
     return id(seed) if isinstance(seed, SeedGenerator) else 0, tuple(stack)

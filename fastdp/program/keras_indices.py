@@ -1,7 +1,7 @@
 """Errors of wrong labels and indices, told in the terms of the user's model: which layer or loss, range and row.
 
 Torch's own errors name neither. When a step fails with one, it is run again on the same rows while each operation's
-indices are looked at before it runs (`fastdp.program.torch_indices.Watch`), and then on halves of the rows, until one
+indices are looked at before it runs (`fastdp.tensors.indices.Watch`), and then on halves of the rows, until one
 row is left. A step that succeeds pays nothing.
 """
 
@@ -24,7 +24,7 @@ from fastdp.program.keras_memory import Mapping, ReplicaScope
 from fastdp.program.keras_replica import Running, keras_device, replica_scope
 from fastdp.program.keras_scope import replica_aware
 from fastdp.program.keras_trial import generators_kept
-from fastdp.program.torch_indices import CheckedOneHot, Watch, Wrong
+from fastdp.tensors.indices import CheckedOneHot, Watch, Wrong
 
 _CLASSES: tuple[type[Exception], ...] = (IndexError, ValueError, RuntimeError)  # what torch raises for an index
 

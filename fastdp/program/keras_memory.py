@@ -15,9 +15,9 @@ from keras.src.backend.common.variables import initialize_all_variables
 
 from fastdp.buffers import Allocator, FlatBuffers, Home
 from fastdp.program.keras_effects import NotByRowsError
-from fastdp.program.torch_arrivals import Arrivals
-from fastdp.program.torch_tensors import as_tensor, spec_of
 from fastdp.runtime.queue import QueueDevice
+from fastdp.tensors.arrays import as_tensor, spec_of
+from fastdp.tensors.gradient_buckets import Arrivals
 
 _homes: weakref.WeakKeyDictionary[Any, Adopted] = weakref.WeakKeyDictionary()
 

@@ -20,9 +20,9 @@ import torch
 from fastdp.buffers import FlatBuffers, Memory
 from fastdp.program.keras_optimizer import Slots, chain
 from fastdp.program.keras_optimizer_fused import fused_step
-from fastdp.program.torch_tensors import as_tensor, dtype_name
 from fastdp.runtime.host.resources import CORES
 from fastdp.runtime.work_stealing import Share
+from fastdp.tensors.arrays import as_tensor, dtype_name
 
 # Numbers per piece on a processor: an update passes over its operands several times, and pieces stay in the
 # caches meanwhile. bench/optimizers.py has the figures.

@@ -26,8 +26,8 @@ from fastdp.comm.rendezvous import Rendezvous
 from fastdp.program.keras_moments import Moments
 from fastdp.program.keras_replica import NotCapturable, Running, keras_device, replica_scope, running
 from fastdp.program.keras_spread import PlacedScope, Spread
-from fastdp.program.torch_peers import arrived
-from fastdp.program.torch_threads import prepare_worker
+from fastdp.tensors.device_copies import arrived
+from fastdp.tensors.threads import prepare_worker
 
 PLACE = "_fastdp_place"
 

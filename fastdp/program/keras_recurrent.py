@@ -16,8 +16,8 @@ import keras
 import torch
 from keras.src.backend.torch.rnn import cudnn_ok
 
-from fastdp.program.keras_recurrent_ops import gru_scan, has_onednn, lstm_onednn, lstm_scan
 from fastdp.program.keras_replica import running
+from fastdp.tensors.recurrent_ops import gru_scan, has_onednn, lstm_onednn, lstm_scan
 
 _Outputs = tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]
 

@@ -13,7 +13,7 @@ import keras
 import torch
 
 from fastdp.program.keras_memory import ReplicaScope
-from fastdp.program.torch_peers import arrived
+from fastdp.tensors.device_copies import arrived
 
 
 class Spread:

@@ -28,9 +28,9 @@ from fastdp.program.torch_loss import REDUCTIONS, LossFunction, contribute
 from fastdp.program.torch_module import Adopted, Attributes, ReplicaModule, adopted, replicate, slots_of, tensors_of
 from fastdp.program.torch_optimizer import OptimizerFactory, Optimizers
 from fastdp.program.torch_scope import Handler, ReplicaMode, Running, backward
-from fastdp.program.torch_tensors import accumulate, settle, spec_of
-from fastdp.program.torch_threads import prepare_worker, replicas_run
 from fastdp.runtime.queue import QueueDevice
+from fastdp.tensors.arrays import accumulate, settle, spec_of
+from fastdp.tensors.threads import prepare_worker, replicas_run
 
 _HANDLERS: dict[Any, Handler] = {
     **torch_random.HANDLERS,

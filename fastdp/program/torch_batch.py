@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from fastdp.program.torch_tensors import as_array, as_tensor, dtype_name, output_array
+from fastdp.tensors.arrays import as_array, as_tensor, dtype_name, output_array
 
 PLAIN = (type(None), bool, int, float, complex, str)
 

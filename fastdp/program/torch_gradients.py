@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from fastdp.buffers import FlatBuffers
-from fastdp.program.torch_arrivals import Arrivals, dense
 from fastdp.program.torch_scope import Handler, Running
+from fastdp.tensors.gradient_buckets import Arrivals, dense
 
 
 class Gradients:

@@ -20,7 +20,7 @@ from torch import nn
 
 from fastdp.buffers import Allocator, FlatBuffers, Home
 from fastdp.program.torch_batch import PLAIN
-from fastdp.program.torch_tensors import as_tensor, spec_of
+from fastdp.tensors.arrays import as_tensor, spec_of
 
 _homes: weakref.WeakKeyDictionary[nn.Module, Adopted] = weakref.WeakKeyDictionary()
 

@@ -11,13 +11,13 @@ from torch import nn
 
 from fastdp.engine import DataParallel
 from fastdp.program.torch import TorchProgram
-from fastdp.program.torch_deterministic import check_deterministic, deterministic_algorithms
 from fastdp.program.torch_loss import LossFunction
 from fastdp.program.torch_optimizer import OptimizerFactory
-from fastdp.program.torch_tensors import peak_nbytes
 from fastdp.report import Report, make_report
 from fastdp.runtime.queue import QueueDevice
 from fastdp.runtime.select import warn_of_relocation
+from fastdp.tensors.arrays import peak_nbytes
+from fastdp.tensors.deterministic import check_deterministic, deterministic_algorithms
 from fastdp.torch.checks import check_module
 
 

@@ -11,8 +11,8 @@ import torch
 from test_placed_on_gpus import shared_lstm
 
 from fastdp.keras.parallel import ParallelModel
-from fastdp.program.torch_tensors import peak_nbytes
 from fastdp.runtime.host.device import HostDevice
+from fastdp.tensors.arrays import peak_nbytes
 from fastdp.torch.parallel import TorchParallel
 
 LIMIT = 30.0

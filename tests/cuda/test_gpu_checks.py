@@ -21,7 +21,7 @@ import kinds_checks
 import model_checks
 from kernel_device import on_device
 
-from fastdp.program.torch_threads import prepare_worker
+from fastdp.tensors.threads import prepare_worker
 
 LIMIT = 20.0
 

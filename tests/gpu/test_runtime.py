@@ -106,7 +106,7 @@ def test_a_captured_graph_replays(gpus):
 
 def test_torch_and_the_engine_share_memory_both_ways(gpus):
     torch = pytest.importorskip("torch")
-    from fastdp.program.torch_tensors import as_tensor, output_array
+    from fastdp.tensors.arrays import as_tensor, output_array
 
     (device,) = gpus(1)
     array = device.zeros((4, 3), np.dtype(np.float32))
@@ -125,7 +125,7 @@ def test_torch_and_the_engine_share_memory_both_ways(gpus):
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_a_work_s_torch_operations_go_to_its_own_stream(gpus, count):
     torch = pytest.importorskip("torch")
-    from fastdp.program.torch_threads import prepare_worker
+    from fastdp.tensors.threads import prepare_worker
 
     devices, seen = gpus(count), {}
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fastdp
-from fastdp.program import torch_deterministic
+from fastdp.tensors import deterministic
 
 L = keras.layers
 ROOT = Path(__file__).parents[2]
@@ -148,10 +148,10 @@ class Card:
 def test_on_gpus_cublas_is_told_before_torch_uses_one_and_later_it_is_an_error(monkeypatch):
     name = "CUBLAS_WORKSPACE_CONFIG"
     monkeypatch.setenv(name, "")
-    torch_deterministic.check_deterministic([Card()])
+    deterministic.check_deterministic([Card()])
     assert os.environ[name] == ":4096:8"
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    torch_deterministic.check_deterministic([Card()])
+    deterministic.check_deterministic([Card()])
     monkeypatch.setenv(name, "")
     with pytest.raises(RuntimeError, match=f"{name}=:4096:8 in the environment before torch"):
-        torch_deterministic.check_deterministic([Card()])
+        deterministic.check_deterministic([Card()])

@@ -9,10 +9,10 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastdp
-from fastdp.program import keras_recurrent_ops as recurrent_ops
 from fastdp.program.base import Context
 from fastdp.program.keras_replica import Running, replica_scope
 from fastdp.program.keras_scope import replica_aware
+from fastdp.tensors import recurrent_ops
 
 L = keras.layers
 ROWS, STEPS, FEATURES, UNITS = 5, 7, 3, 4

@@ -13,7 +13,7 @@ from fastdp.runtime.host.resources import CORES
 
 SCRIPT = """
 import os, threading, torch
-from fastdp.program.torch_threads import end_pool, replicas_run
+from fastdp.tensors.threads import end_pool, replicas_run
 
 def helpers():
     return len(os.listdir("/proc/self/task")) - threading.active_count() - idle

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.library import custom_op
 
-from fastdp.program.torch_threads import intra_op_threads
+from fastdp.tensors.threads import intra_op_threads
 
 _LSTM = 2  # the number of LSTM among the kinds of recurrent networks that ATen knows
 

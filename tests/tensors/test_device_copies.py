@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastdp.program import torch_peers
+from fastdp.tensors import device_copies
 
 FIRST, SECOND = SimpleNamespace(torch_device="cuda:0"), SimpleNamespace(torch_device="cuda:1")
 
@@ -33,7 +33,7 @@ class Stream:
 def said(monkeypatch):
     """What is asked of torch's streams and its allocator, in order."""
     said = []
-    monkeypatch.setattr(torch_peers, "_lanes", SimpleNamespace())
+    monkeypatch.setattr(device_copies, "_lanes", SimpleNamespace())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(f"compute of {device}", said))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(f"lane of {device}", said))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
@@ -51,7 +51,7 @@ def said(monkeypatch):
 
 def test_a_copy_takes_a_lane_between_the_two_waits_and_its_source_is_kept(said):
     value = torch.empty(3, device="cuda:0")
-    made = torch_peers.arrived(value, SECOND)
+    made = device_copies.arrived(value, SECOND)
     assert made.device == torch.device("cuda:1")
     assert said == [
         "lane of cuda:0 waits for compute of cuda:1",
@@ -67,21 +67,21 @@ def test_a_lane_is_made_once(said, monkeypatch):
     made, stream = [], torch.cuda.Stream
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or stream(device))
     for device in ("cuda:0", "cuda:0", "cuda:2"):
-        torch_peers.arrived(torch.empty(3, device=device), SECOND)
+        device_copies.arrived(torch.empty(3, device=device), SECOND)
     assert made == [torch.device("cuda:0"), torch.device("cuda:2")]
 
 
 def test_on_the_same_card_nothing_is_copied_and_memory_is_kept_for_the_other_stream(said):
     value = torch.empty(3, device="cuda:1")
-    assert torch_peers.arrived(value, SECOND) is value
+    assert device_copies.arrived(value, SECOND) is value
     assert said == ["kept for compute of cuda:1"]
 
 
 def test_what_is_on_the_host_is_copied_by_the_gpu_that_takes_it(said):
-    assert torch_peers.arrived(torch.empty(3), FIRST).device == torch.device("cuda:0")
+    assert device_copies.arrived(torch.empty(3), FIRST).device == torch.device("cuda:0")
     assert said == ["copy to cuda:0"]
 
 
 def test_in_host_memory_nothing_is_copied():
     value = torch.ones(3, requires_grad=True)
-    assert torch_peers.arrived(value, SimpleNamespace(torch_device="cpu")) is value
+    assert device_copies.arrived(value, SimpleNamespace(torch_device="cpu")) is value

@@ -1,0 +1,1 @@
+"""Torch that Keras and torch programs share: arrays, gradient buckets, draws, threads, copies."""
