@@ -29,7 +29,7 @@ except ImportError:  # a GPU machine that runs the `gpu` tests alone
 NEEDS = {
     "cupy": ("cupy",),
     "fastdp.keras": ("keras", "torch"),
-    "fastdp.program.capture": ("torch",),
+    "fastdp.capture": ("keras", "torch"),
     "fastdp.program.keras": ("keras", "torch"),
     "fastdp.program.torch": ("torch",),
     "fastdp.tensors": ("torch",),

@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("comm/cuda/",),
     ("comm/select.py",),
     ("tensors/",),
-    ("program/capture",),  # below the programs: what it still knows of them stands in EXCEPTIONS
+    ("capture/",),  # below the programs: what it still knows of them stands in EXCEPTIONS
     ("data/",),
     ("program/__init__.py",),  # runs before any module of its folder: alone, so that it cannot pull torch in
     ("program/base.py",),
@@ -70,16 +70,16 @@ ONLY_FROM = {
 
 # Where an optional library may be imported. Elsewhere fastdp must work without it.
 LIBRARIES: dict[str, tuple[str, ...]] = {
-    "torch": ("keras/", "program/capture", "program/keras", "program/torch", "tensors/", "torch/"),
+    "torch": ("capture/", "keras/", "program/keras", "program/torch", "tensors/", "torch/"),
     # Of capture/, which is to know no Keras, these still do.
     "keras": (
         "keras/",
         "program/keras",
-        "program/capture.py",
-        "program/capture_guard.py",
-        "program/capture_own_code.py",
-        "program/capture_reach.py",
-        "program/capture_trace.py",
+        "capture/guard.py",
+        "capture/own_code.py",
+        "capture/reach.py",
+        "capture/steps.py",
+        "capture/trace.py",
     ),
     "cupy": ("runtime/cuda/cupy_api.py", "runtime/cuda/cupy_nccl.py"),
     "cupyx": (),
@@ -101,11 +101,11 @@ LATE_LOADERS: dict[str, str] = {
 # To do: capture/ knows Keras programs. What it needs of a model (its pure step, what makes a trace stale, whether
 # the user's code runs in it) is to be a protocol of its own that programs implement; each line here then goes.
 CAPTURE_KNOWS = {
-    "program/capture.py": ("program/base.py", "program/keras.py", "program/keras_batch.py", "program/keras_replica.py"),
-    "program/capture_guard.py": ("program/keras_replica.py", "program/keras_scope.py"),
-    "program/capture_passes.py": ("program/keras_replica.py",),
-    "program/capture_shapes.py": ("program/base.py", "program/keras.py"),
-    "program/capture_trace.py": (
+    "capture/graph/passes.py": ("program/keras_replica.py",),
+    "capture/guard.py": ("program/keras_replica.py", "program/keras_scope.py"),
+    "capture/shapes.py": ("program/base.py", "program/keras.py"),
+    "capture/steps.py": ("program/base.py", "program/keras.py", "program/keras_batch.py", "program/keras_replica.py"),
+    "capture/trace.py": (
         "program/base.py",
         "program/keras.py",
         "program/keras_batch.py",
@@ -293,7 +293,7 @@ FILES = {
     "program/arrays.py",
     "program/torch.py",
     "program/keras.py",
-    "program/capture.py",
+    "capture/steps.py",
     "replica.py",
     "engine.py",
     "keras/__init__.py",
@@ -343,7 +343,7 @@ def test_a_planted_violation_is_found(file, source, said):
             "import torchlike\nfrom fastdp.shard import Rows\nfrom fastdp.program import base",
         ),
         ("runtime/cuda/cupy_api.py", "import cupy\nfrom cupy.cuda import nccl\nfrom ..base import Work"),
-        ("program/capture.py", "import torch\nfrom fastdp.program.keras import KerasProgram"),
+        ("capture/steps.py", "import torch\nfrom fastdp.program.keras import KerasProgram"),
         ("keras/model.py", "import keras\nfrom fastdp.engine import DataParallel\nfrom . import utils"),
         (
             "__init__.py",

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from keras.src.backend.torch.trainer import TorchTrainer
 
+from fastdp.capture.cuda_graphs.recording import chosen_graphs
 from fastdp.errors import ReplicaError
 from fastdp.keras.checks import check_backend, check_template, is_built, unbuilt_layers
 from fastdp.keras.custom_steps import has_own
 from fastdp.keras.own_loops import inside_step, is_own_call, say_once
 from fastdp.keras.steps import Steps
 from fastdp.keras.template_view import TemplateView
-from fastdp.program.capture_record import chosen_graphs
 from fastdp.program.keras_effects import NotByRowsError, refusal
 from fastdp.program.keras_row_policy import check_policy
 from fastdp.runtime.select import resolve

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from fastdp.capture.cuda_graphs.recording import Recorder
+from fastdp.capture.steps import Captures
 from fastdp.engine import DataParallel
 from fastdp.keras.custom_steps import has_own
 from fastdp.keras.layer_calls import LayerCalls
-from fastdp.program.capture import Captures
-from fastdp.program.capture_record import Recorder
 from fastdp.program.keras_custom import CallProgram
 from fastdp.program.keras_optimizer import optimizer_of
 from fastdp.program.keras_row_policy import Policy

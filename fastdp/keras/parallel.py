@@ -9,6 +9,8 @@ from typing import Any
 import keras
 from keras.src.utils import io_utils
 
+from fastdp.capture.cuda_graphs.recording import chosen_graphs
+from fastdp.capture.steps import MODES
 from fastdp.comm.batch import count_rows
 from fastdp.engine import DataParallel
 from fastdp.keras.ahead import in_host_memory
@@ -22,8 +24,6 @@ from fastdp.keras.resident import as_fed, resident_batch, resident_fit, resident
 from fastdp.keras.steps import Steps
 from fastdp.keras.streaming import arguments_by_name, stream_fit, stream_forward
 from fastdp.keras.template_view import TemplateView, merged_outputs
-from fastdp.program.capture import MODES
-from fastdp.program.capture_record import chosen_graphs
 from fastdp.program.keras_batch import flatten_batch, unpack
 from fastdp.program.keras_scope import replica_aware
 from fastdp.report import Report, SmallWorkWarning, make_report

@@ -13,8 +13,8 @@ import keras
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdp.program.capture_reach import Reach
-from fastdp.program.capture_watch import Watch
+from fastdp.capture.reach import Reach
+from fastdp.capture.watch import Watch
 from fastdp.program.keras_effects import NotByRowsError
 from fastdp.program.keras_replica import running
 

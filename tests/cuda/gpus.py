@@ -46,7 +46,7 @@ class Gpus:
         monkeypatch.setattr(self.runtime, "graph_launch", self._launch)
         self._ran_keras = False
         if importlib.util.find_spec("torch") is not None:
-            record = importlib.import_module("fastdp.program.capture_record")
+            record = importlib.import_module("fastdp.capture.cuda_graphs.recording")
             monkeypatch.setattr(record, "TorchGraphs", self.graphs_of)
             replay = record.Recording.replay_whole
             monkeypatch.setattr(record.Recording, "replay_whole", self._replaying(replay))

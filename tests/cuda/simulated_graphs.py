@@ -1,4 +1,5 @@
-"""A stand-in for torch's CUDA graphs, on the simulated CUDA: what `fastdp.program.capture_record.TorchGraphs` does.
+"""A stand-in for torch's CUDA graphs, on the simulated CUDA: what `fastdp.capture.cuda_graphs.recording.TorchGraphs`
+does.
 
 While it records nothing is computed: each operation is noted with the memory that it takes and gives, and what it
 would give is garbage. A replay computes the operations again, in order, on that same memory, as one piece of work on

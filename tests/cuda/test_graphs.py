@@ -12,7 +12,9 @@ import torch
 from graph_models import batches, convolutional, dense, embedded, hows, normalized, train, unused, wrapped
 
 import fastdp.buffers
-from fastdp.program import capture, capture_record, capture_trace
+from fastdp.capture import steps as capture_steps
+from fastdp.capture import trace as capture_trace
+from fastdp.capture.cuda_graphs import recording
 from fastdp.replica import Replica
 
 ORIGINALS = {name: getattr(Replica, name) for name in ("train", "predict", "update")}
@@ -309,7 +311,7 @@ def test_a_bucket_that_is_announced_before_its_graph_is_launched_is_found(gpus, 
             graph.replay()
         return self._results
 
-    monkeypatch.setattr(capture_record.Recording, "replay", too_early)
+    monkeypatch.setattr(recording.Recording, "replay", too_early)
     with pytest.raises(RuntimeError, match="nothing orders"):
         train(parallel, 2, sizes=(8,))
     assert any("a graph of torch's" in str(violation) for violation in box.sim.violations)
@@ -317,8 +319,8 @@ def test_a_bucket_that_is_announced_before_its_graph_is_launched_is_found(gpus, 
 
 
 def test_a_step_that_is_traced_late_is_recorded_before_it_runs(gpus, monkeypatch):
-    monkeypatch.setattr(capture, "TRACE_SECONDS", -1.0)
-    monkeypatch.setattr(capture, "TRACE_STEPS", 0)
+    monkeypatch.setattr(capture_steps, "TRACE_SECONDS", -1.0)
+    monkeypatch.setattr(capture_steps, "TRACE_STEPS", 0)
     box = gpus(1)
     parallel = wrapped(normalized, box.devices(2), compile="auto")
     seen = []

@@ -19,9 +19,9 @@ from simulated_memory import RaceError
 from small_buckets import make_buckets_small
 
 import fastdp.comm.cuda.algorithm
+from fastdp.capture.cuda_graphs import recording
+from fastdp.capture.cuda_graphs.step_graphs import JoinedSteps
 from fastdp.errors import DeviceTimeoutError, ReplicaError
-from fastdp.program import capture_record
-from fastdp.program.capture_whole import JoinedSteps
 from fastdp.replica import Replica
 
 pytestmark = pytest.mark.usefixtures("few_arrays_in_a_bucket")
@@ -255,7 +255,7 @@ def test_gradients_that_are_added_up_in_host_memory_and_replicas_that_span_devic
     whole = importlib.import_module("fastdp.comm.cuda.step_graph.build").WholeSteps(box.devices(2), None)
     assert whole.why_not(["nccl", "one-shot"]) == ""
     assert whole.why_not(["nccl", "host"]) == "gradients are added up in host memory"
-    recorder = capture_record.Recorder("model", threading.Lock, parts=True)
+    recorder = recording.Recorder("model", threading.Lock, parts=True)
     assert JoinedSteps(recorder, spans=True).consider([], {}) == "a replica spans several devices"
 
 
@@ -310,7 +310,7 @@ def test_what_cannot_be_put_together_is_said_once_and_steps_run_in_buckets(gpus,
 
 def failing(box, rank, error):
     """Have the recording of a rank fail before its launch; gives back how to end that."""
-    stage = capture_record.Recording._stage
+    stage = recording.Recording._stage
     replica = {}
 
     def staged(self, inputs):
@@ -332,7 +332,7 @@ def test_a_failure_before_a_launch_lets_nobody_launch_and_changes_no_weight(gpus
     staged, replica = failing(box, 1, FloatingPointError("no number"))
     x, y = next(batches(1))
     with monkeypatch.context() as patch:
-        patch.setattr(capture_record.Recording, "_stage", staged)
+        patch.setattr(recording.Recording, "_stage", staged)
         with pytest.raises(FloatingPointError, match=r"gpu:1.*no number"):
             parallel.train_on_batch(x, y)
     assert replica["failed"]
@@ -358,7 +358,7 @@ def test_without_the_barrier_others_would_launch_and_wait(gpus, monkeypatch):
     rendezvous = importlib.import_module("fastdp.comm.rendezvous").Rendezvous
     x, y = next(batches(1))
     with monkeypatch.context() as patch:
-        patch.setattr(capture_record.Recording, "_stage", staged)
+        patch.setattr(recording.Recording, "_stage", staged)
         patch.setattr(rendezvous, "exchange", lambda self, rank, value: [])
         patch.setattr(parallel.engine, "timeout", 2.0)
         with pytest.raises((FloatingPointError, DeviceTimeoutError)):
@@ -430,7 +430,7 @@ def test_a_replica_that_does_not_come_in_time(gpus, monkeypatch):
     parallel = wrapped(normalized, devices, graph="step")
     train(parallel, 6, sizes=(8,))
     launches, late = launched(box, devices), threading.Event()
-    stage = capture_record.Recording._stage
+    stage = recording.Recording._stage
 
     def staged(self, inputs):
         if threading.current_thread().name.endswith(":1"):
@@ -439,7 +439,7 @@ def test_a_replica_that_does_not_come_in_time(gpus, monkeypatch):
 
     x, y = next(batches(1))
     with monkeypatch.context() as patch:
-        patch.setattr(capture_record.Recording, "_stage", staged)
+        patch.setattr(recording.Recording, "_stage", staged)
         patch.setattr(parallel.engine, "timeout", 0.5)
         with pytest.raises(TimeoutError):
             parallel.train_on_batch(x, y)

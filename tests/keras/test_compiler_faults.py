@@ -20,9 +20,11 @@ import numpy as np
 import pytest
 
 import fastdp
-from fastdp.program import capture, capture_compiler, capture_trace
-from fastdp.program.capture_compiler import BackgroundCompiler
-from fastdp.program.capture_faults import Attempt, Compiled, in_words
+from fastdp.capture import steps as capture_steps
+from fastdp.capture import trace as capture_trace
+from fastdp.capture.compile import compiler as background
+from fastdp.capture.compile.compiler import BackgroundCompiler
+from fastdp.capture.faults import Attempt, Compiled, in_words
 
 L = keras.layers
 
@@ -30,7 +32,7 @@ L = keras.layers
 @pytest.fixture(autouse=True)
 def _nothing_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(capture, "missing_compiler", lambda: None)
+    monkeypatch.setattr(capture_steps, "missing_compiler", lambda: None)
     before = set(threading.enumerate())
     yield
     fastdp.set_virtual_devices(0)
@@ -41,7 +43,7 @@ def _nothing_is_left(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def _ready(monkeypatch):
     """What the thread loads takes seconds, and has a test of its own."""
-    monkeypatch.setattr(capture_compiler, "_readying", lambda: SimpleNamespace(over=True))
+    monkeypatch.setattr(background, "_readying", lambda: SimpleNamespace(over=True))
 
 
 def made():
@@ -133,13 +135,13 @@ def test_a_python_that_does_not_know_where_it_is(executable, monkeypatch):
 
 
 def test_no_free_thread(monkeypatch):
-    monkeypatch.setattr(capture_compiler, "_readying", raising(RuntimeError("can't start new thread")))
+    monkeypatch.setattr(background, "_readying", raising(RuntimeError("can't start new thread")))
     trains_right_and_says_once("can't start new thread")
 
 
 @pytest.mark.parametrize("error", [pickle.PicklingError("no bytes"), TypeError("no bytes"), RecursionError("no bytes")])
 def test_a_graph_that_cannot_be_written(error, monkeypatch):
-    monkeypatch.setattr(capture_compiler, "to_bytes", raising(error))
+    monkeypatch.setattr(background, "to_bytes", raising(error))
     trains_right_and_says_once("no bytes")
 
 
@@ -181,7 +183,7 @@ def test_an_artifact_that_is_cut_off(content, monkeypatch):
 @pytest.mark.parametrize("error", [OSError("libgomp.so.1: cannot open"), ImportError("noexec"), AttributeError("x")])
 def test_an_artifact_that_cannot_be_loaded(error, monkeypatch):
     worker_is(monkeypatch, "open(sys.argv[2], 'wb').write(b'something')")
-    monkeypatch.setattr(capture_compiler, "_artifact_class", lambda: SimpleNamespace(load=raising(error)))
+    monkeypatch.setattr(background, "_artifact_class", lambda: SimpleNamespace(load=raising(error)))
     trains_right_and_says_once(in_words(error))
 
 
@@ -200,7 +202,7 @@ def test_a_torch_without_its_compiler(monkeypatch):
 
 def test_a_worker_that_hangs_is_killed(monkeypatch):
     worker_is(monkeypatch, "time.sleep(600)")
-    monkeypatch.setattr(capture, "BackgroundCompiler", lambda: BackgroundCompiler(timeout=0.05))
+    monkeypatch.setattr(capture_steps, "BackgroundCompiler", lambda: BackgroundCompiler(timeout=0.05))
     processes = []
 
     def between(parallel):
@@ -219,7 +221,7 @@ def test_a_compiled_step_that_fails_later_goes_back_to_the_traced_one(monkeypatc
         raise RuntimeError("the kernel is no more")
 
     worker_is(monkeypatch, "open(sys.argv[2], 'wb').write(b'something')")
-    monkeypatch.setattr(capture_compiler, "_artifact_class", lambda: SimpleNamespace(load=lambda **_: run))
+    monkeypatch.setattr(background, "_artifact_class", lambda: SimpleNamespace(load=lambda **_: run))
     trains_right_and_says_once("the kernel is no more")
     assert 1 <= len(calls) <= 2  # both replicas share it
 
@@ -248,11 +250,11 @@ def test_the_cleaning_up_fails(monkeypatch):
 def test_a_forked_process_leaves_the_worker_alone(monkeypatch):
     worker_is(monkeypatch, "time.sleep(600)")
     compiler = BackgroundCompiler()
-    job = capture_compiler.Job(b"", [], 1)
+    job = background.Job(b"", [], 1)
     compiler._waiting.append(job)
     compiler._start_next()
     monkeypatch.setattr(os, "getpid", lambda: -1)
-    capture_compiler._end([job], compiler._waiting)
+    background._end([job], compiler._waiting)
     assert job.process.poll() is None
     assert job.folder.exists()
     monkeypatch.undo()
@@ -267,7 +269,7 @@ def test_what_the_loading_thread_fails_with_ends_nothing(name, monkeypatch):
         raise OSError(f"{name}: read-only file system")
 
     monkeypatch.setattr(importlib, "import_module", imported)
-    thread = capture_compiler._Ready()
+    thread = background._Ready()
     thread.start()
     thread.join()
     assert thread.over

@@ -12,9 +12,9 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastdp
-from fastdp.program.capture_compiler import BackgroundCompiler
-from fastdp.program.capture_indices import guarded
-from fastdp.program.capture_passes import optimized
+from fastdp.capture.compile.compiler import BackgroundCompiler
+from fastdp.capture.graph.indices import guarded
+from fastdp.capture.graph.passes import optimized
 
 L = keras.layers
 ROWS = 16
@@ -29,7 +29,7 @@ def _devices():
 @pytest.fixture
 def compiles_at_once(monkeypatch):
     """A compiler that gives the graph back as it got it: its checks are those of a compiled one."""
-    monkeypatch.setattr("fastdp.program.capture.missing_compiler", lambda: None)
+    monkeypatch.setattr("fastdp.capture.steps.missing_compiler", lambda: None)
 
     class Job:
         seconds = load_seconds = 0.0

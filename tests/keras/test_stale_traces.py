@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastdp
-from fastdp.program import capture
+from fastdp.capture import steps as capture_steps
 
 L = keras.layers
 ops = keras.ops
@@ -598,11 +598,11 @@ def test_anomaly_detection_runs_steps_eagerly_while_it_is_on():
 
 
 def test_changes_far_apart_are_captured_anew_each_time(monkeypatch):
-    monkeypatch.setattr(capture, "STEPS_BETWEEN_CHANGES", 2)
+    monkeypatch.setattr(capture_steps, "STEPS_BETWEEN_CHANGES", 2)
     model = dense()
     parallel = fastdp.wrap(model, gpus=1, compile="trace")
     parallel.compile("sgd", "mse")
-    for number in range(2 * capture.MOST_CHANGES):
+    for number in range(2 * capture_steps.MOST_CHANGES):
         model.layers[0].kernel_regularizer.l2 = 0.01 * number
         for x, y in list(batches())[:4]:
             parallel.train_on_batch(x, y)
@@ -611,16 +611,16 @@ def test_changes_far_apart_are_captured_anew_each_time(monkeypatch):
 
 @pytest.mark.parametrize("change", [adapt_again])
 def test_in_auto_mode(change, monkeypatch):
-    monkeypatch.setattr(capture, "TRACE_SECONDS", 0.0)
-    monkeypatch.setattr(capture, "TRACE_STEPS", 0)
+    monkeypatch.setattr(capture_steps, "TRACE_SECONDS", 0.0)
+    monkeypatch.setattr(capture_steps, "TRACE_STEPS", 0)
     plain, _ = losses(normalized, change)
     found, _ = losses(normalized, change, 2, mode="auto")
     np.testing.assert_allclose(found, plain, rtol=2e-5)
 
 
 def test_code_of_ones_own_that_comes_later_is_not_captured_in_auto_mode(monkeypatch):
-    monkeypatch.setattr(capture, "TRACE_SECONDS", 0.0)
-    monkeypatch.setattr(capture, "TRACE_STEPS", 0)
+    monkeypatch.setattr(capture_steps, "TRACE_SECONDS", 0.0)
+    monkeypatch.setattr(capture_steps, "TRACE_STEPS", 0)
     change = setting("activation", Scaled(2.0))
     plain, _ = losses(dense, change)
     keras.utils.set_random_seed(7)

@@ -17,9 +17,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastdp
 import fastdp.buffers
-from fastdp.program import capture_record, capture_trace
-from fastdp.program.capture_passes import in_place, stored
-from fastdp.program.capture_segments import cut, placed
+from fastdp.capture import trace as capture_trace
+from fastdp.capture.cuda_graphs import recording
+from fastdp.capture.graph.passes import in_place, stored
+from fastdp.capture.graph.segments import cut, placed
 
 aten = torch.ops.aten
 L = keras.layers
@@ -229,7 +230,7 @@ def test_torch_is_asked_for_graphs_by_names_that_it_has(monkeypatch):
     segment = {"segment_pool_id": (0, 2), "total_size": 512}
     monkeypatch.setattr(cuda, "memory_snapshot", lambda: [segment, segment, {**segment, "segment_pool_id": (0, 0)}])
     device = types.SimpleNamespace(compute=types.SimpleNamespace(handle=7), torch_device="cuda:1")
-    graphs = capture_record.TorchGraphs(device)
+    graphs = recording.TorchGraphs(device)
     kept = [graphs.record(lambda: [3])[0] for _ in range(2)]
     assert [call["pool"] for call in calls] == [(0, 2), (0, 2)]
     assert {call["capture_error_mode"] for call in calls} == {"thread_local"}
@@ -244,7 +245,7 @@ def test_torch_is_asked_for_graphs_by_names_that_it_has(monkeypatch):
     assert calls[-1]["pool"] == (0, 3)  # torch has given the first pool up
     assert [arguments["keep_graph"] for arguments in made] == [False] * 3
     made.clear()
-    parts = capture_record.TorchGraphs(device, parts=True)
+    parts = recording.TorchGraphs(device, parts=True)
     graph, _ = parts.record(list)
     assert calls[-1] == "instantiated"  # after its capture, not at the first replay
     assert made[0]["keep_graph"] is True

@@ -3,7 +3,7 @@
 A recording has its own place for the rows and the random draws of a step, which are copied there before each replay;
 variables and gradients are where they always are, in the replica's flat buffers; losses and outputs are at the same
 place after every replay, and are read before the next. What is recorded are the segments of the step
-(`fastdp.program.capture_segments`), one graph each, so that collectives go on between them eagerly.
+(`fastdp.capture.graph.segments`), one graph each, so that collectives go on between them eagerly.
 
 Replicas record one after another, on their own workers and compute streams, while no step of the engine runs: torch
 takes one capture at a time.
@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 import torch
 
-from fastdp.program.capture_faults import Attempt
-from fastdp.program.capture_segments import Segment, Segments, Tensors
+from fastdp.capture.faults import Attempt
+from fastdp.capture.graph.segments import Segment, Segments, Tensors
 from fastdp.warn import warn_user
 
 GRAPHS = ("auto", "bucket", "step", None)
@@ -123,8 +123,8 @@ class Recording:
         inputs: rows and draws, with values to warm up on: memory that the recording keeps.
         buffers: the replica's gradients that the step writes, where they stay.
 
-    `whole` is for `fastdp.program.capture_whole`: the graphs that this recording is a part of, with those of the other
-    replicas.
+    `whole` is for `fastdp.capture.cuda_graphs.step_graphs`: the graphs that this recording is a part of, with those of
+    the other replicas.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class Recorder:
     Args:
         name: the model's, for warnings.
         alone: a context manager factory, held while a replica records: no step of any engine runs meanwhile.
-        parts: recordings are to be parts of graphs of whole steps (`fastdp.program.capture_whole`).
+        parts: recordings are to be parts of graphs of whole steps (`fastdp.capture.cuda_graphs.step_graphs`).
         timeout: seconds that one recording may take.
     """
 

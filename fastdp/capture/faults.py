@@ -56,7 +56,7 @@ class Compiled:
 
     Args:
         run: the compiled graph. Its last result says whether an index was out of range
-            (`fastdp.program.capture_indices`).
+            (`fastdp.capture.graph.indices`).
         traced: the same step as it was traced, which raises for such an index.
         results: how many the traced one gives.
 

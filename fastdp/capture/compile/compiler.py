@@ -1,7 +1,7 @@
 """Compiling captured steps in the background, in a process of its own.
 
 TorchInductor patches torch for its whole process while it works, so it must not share one with replicas that run.
-A worker (`fastdp.program.capture_worker`) compiles one graph and ends; this module starts, watches and ends
+A worker (`fastdp.capture.compile.worker`) compiles one graph and ends; this module starts, watches and ends
 workers, one at a time, and loads what they leave behind.
 """
 
@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fastdp.program.capture_faults import Attempt, in_words
-from fastdp.program.capture_graph import to_bytes
+from fastdp.capture.faults import Attempt, in_words
+from fastdp.capture.graph.serialize import to_bytes
 from fastdp.runtime.host.resources import CORES
 
 COMPILERS = ("g++", "clang++", "c++")
@@ -159,10 +159,10 @@ def _start(job: Job) -> None:
         raise FileNotFoundError("sys.executable does not say where Python is")
     job.folder = Path(tempfile.mkdtemp(prefix="fastdp-compile-"))
     (job.folder / "graph").write_bytes(job.data)
-    command = [sys.executable, "-m", "fastdp.program.capture_worker", str(job.folder / "graph")]
+    command = [sys.executable, "-m", "fastdp.capture.compile.worker", str(job.folder / "graph")]
     command += [str(job.folder / "artifact"), str(job.threads), str(max(1, CORES // 2))]
     # The parent may have found fastdp by a path of its own; the worker must find the same.
-    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with (job.folder / "errors").open("wb") as errors:
         job.process = subprocess.Popen(

@@ -2,8 +2,8 @@
 
 A trace reads attributes, tensors, arrays and settings once. A callback that lowers `dropout.rate`, a second `adapt()`
 of a Normalization layer, another activation would be seen by an eager step and not by a captured one: so all that can
-be reached from the layers and losses (`fastdp.program.capture_reach`) is compared, in microseconds
-(`fastdp.program.capture_watch`), and the settings of Keras and torch that change results. What cannot be compared is
+be reached from the layers and losses (`fastdp.capture.reach`) is compared, in microseconds
+(`fastdp.capture.watch`), and the settings of Keras and torch that change results. What cannot be compared is
 not captured.
 """
 
@@ -21,10 +21,10 @@ import torch
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
+from fastdp.capture.own_code import HOOKS
+from fastdp.capture.reach import Reach
+from fastdp.capture.watch import Watch
 from fastdp.program import keras_scope
-from fastdp.program.capture_own_code import HOOKS
-from fastdp.program.capture_reach import Reach
-from fastdp.program.capture_watch import Watch
 from fastdp.program.keras_replica import NotCapturable
 
 

@@ -1,4 +1,4 @@
-"""The process that compiles one captured step: `python -m fastdp.program.capture_worker GRAPH ARTIFACT THREADS CORES`.
+"""The process that compiles one captured step: `python -m fastdp.capture.compile.worker GRAPH ARTIFACT THREADS CORES`.
 
 It reads a graph, lets TorchInductor compile it for `THREADS` cores, using `CORES` cores itself, and saves what the
 training process can load. It ends with its parent: closing its standard input ends it.
@@ -18,11 +18,11 @@ import torch
 from torch._inductor import CompiledArtifact, standalone_compile
 from torch._inductor.exc import InductorError
 
-from fastdp.program import capture_rewrites
-from fastdp.program.capture_graph import from_bytes, is_deterministic
+from fastdp.capture.graph import rewrites
+from fastdp.capture.graph.serialize import from_bytes, is_deterministic
 from fastdp.tensors import recurrent_ops
 
-OWN_OPERATIONS = (capture_rewrites, recurrent_ops)  # graphs may hold them: loading the modules registers them
+OWN_OPERATIONS = (rewrites, recurrent_ops)  # graphs may hold them: loading the modules registers them
 YIELDING = 10  # lower priority than the training it shares the cores with
 
 

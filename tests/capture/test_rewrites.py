@@ -11,8 +11,8 @@ import torch
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fastdp.program.capture_passes import optimized, stored
-from fastdp.program.capture_rewrites import for_compiler
+from fastdp.capture.graph.passes import optimized, stored
+from fastdp.capture.graph.rewrites import for_compiler
 
 F = torch.nn.functional
 aten = torch.ops.aten

@@ -1,8 +1,8 @@
 """Captured steps: the pure part of a training step, run without Keras's Python.
 
 A step of a batch shape runs eagerly first, so that training begins at once. Then it is traced
-(`fastdp.program.capture_trace`) into a graph that is replayed, and a process of its own lets TorchInductor compile
-the graph (`fastdp.program.capture_compiler`), while replays go on; the compiled step takes over between two steps.
+(`fastdp.capture.trace`) into a graph that is replayed, and a process of its own lets TorchInductor compile
+the graph (`fastdp.capture.compile.compiler`), while replays go on; the compiled step takes over between two steps.
 Replicas with the same number of rows share a graph. How far this goes is the `mode`:
 
     "trace"      traced before the second step of a shape
@@ -12,13 +12,13 @@ Replicas with the same number of rows share a graph. How far this goes is the `m
                  user's in them run eagerly.
 
 On GPUs a step that has run traced, or compiled, once is recorded as CUDA graphs on each replica
-(`fastdp.program.capture_record`), which later steps replay; for `MOST_RECORDED` batch shapes of a replica. With
-`graph="step"` they are joined over the replicas, with their collectives (`fastdp.program.capture_whole`).
+(`fastdp.capture.cuda_graphs.recording`), which later steps replay; for `MOST_RECORDED` batch shapes of a replica. With
+`graph="step"` they are joined over the replicas, with their collectives (`fastdp.capture.cuda_graphs.step_graphs`).
 
 Tracing happens on the host thread between steps, while no replica runs. What cannot be traced (a value that the
 model reads on the host, an exchange between replicas in the middle of a step) runs eagerly for good, with one
 warning that says why. A trace is of the model as it is: when something that it has read of Python changes, it is made
-anew (`fastdp.program.capture_guard`).
+anew (`fastdp.capture.guard`).
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ import keras
 import numpy as np
 import torch
 
+from fastdp.capture.compile.compiler import BackgroundCompiler, CompileError, missing_compiler
+from fastdp.capture.cuda_graphs.recording import Recorder
+from fastdp.capture.cuda_graphs.step_graphs import JoinedSteps, Whole
+from fastdp.capture.faults import Attempt
+from fastdp.capture.guard import Guard
+from fastdp.capture.own_code import own_code
+from fastdp.capture.shapes import Shape, entry_of, key_of, recordings_of
+from fastdp.capture.speed_trial import Trial
+from fastdp.capture.trace import Captured, NoExchange
 from fastdp.errors import DeviceTimeoutError
 from fastdp.program.base import Context
-from fastdp.program.capture_compiler import BackgroundCompiler, CompileError, missing_compiler
-from fastdp.program.capture_faults import Attempt
-from fastdp.program.capture_guard import Guard
-from fastdp.program.capture_own_code import own_code
-from fastdp.program.capture_record import Recorder
-from fastdp.program.capture_shapes import Shape, entry_of, key_of, recordings_of
-from fastdp.program.capture_trace import Captured, NoExchange
-from fastdp.program.capture_trial import Trial
-from fastdp.program.capture_whole import JoinedSteps, Whole
 from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import Structure
 from fastdp.program.keras_replica import NotCapturable

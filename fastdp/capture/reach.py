@@ -23,7 +23,7 @@ import torch
 from keras.src.backend.common.variables import Variable
 from keras.src.utils.tracking import Tracker
 
-from fastdp.program.capture_watch import Watch
+from fastdp.capture.watch import Watch
 
 _LIBRARIES = {"keras", "torch", "numpy", "fastdp", "builtins", *sys.stdlib_module_names}
 # Equal where `==` says so, and never changed in place. Classes whose `==` is identity are added by `_by_value`.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fastdp.program.capture_trace import Captured
+from fastdp.capture.trace import Captured
 
 STEPS = 10  # of each kind
 

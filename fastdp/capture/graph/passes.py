@@ -15,7 +15,7 @@ import torch
 from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx import Graph, GraphModule, Node
 
-from fastdp.program.capture_rewrites import fuse_convolutions
+from fastdp.capture.graph.rewrites import fuse_convolutions
 from fastdp.program.keras_replica import NotCapturable
 
 aten = torch.ops.aten

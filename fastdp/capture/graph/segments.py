@@ -2,7 +2,7 @@
 
 A segment is a run of the graph's operations, as a graph of its own. What later segments need of a segment's values
 is handed on from one to the next. One after the other they compute what the whole graph computes, operation by
-operation. A CUDA graph is recorded of each (`fastdp.program.capture_record`).
+operation. A CUDA graph is recorded of each (`fastdp.capture.cuda_graphs.recording`).
 """
 
 from __future__ import annotations

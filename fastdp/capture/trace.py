@@ -26,14 +26,14 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fastdp.capture.cuda_graphs.recording import Graphs, Recording
+from fastdp.capture.faults import Compiled
+from fastdp.capture.graph.indices import guarded
+from fastdp.capture.graph.passes import in_place, optimized, stored
+from fastdp.capture.graph.rewrites import for_compiler
+from fastdp.capture.graph.segments import Segments, cut, placed, whole
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.program.base import Context
-from fastdp.program.capture_faults import Compiled
-from fastdp.program.capture_indices import guarded
-from fastdp.program.capture_passes import in_place, optimized, stored
-from fastdp.program.capture_record import Graphs, Recording
-from fastdp.program.capture_rewrites import for_compiler
-from fastdp.program.capture_segments import Segments, cut, placed, whole
 from fastdp.program.keras import KerasProgram
 from fastdp.program.keras_batch import OutputStructure, Structure, pack_like
 from fastdp.program.keras_memory import Mapping, ReplicaScope

@@ -1,8 +1,8 @@
 """Captured steps joined over the replicas, with the all-reduces of their gradients: one CUDA graph for each GPU.
 
-Each replica's step has been recorded by itself (`fastdp.program.capture_record`), in segments that end where a bucket
-of gradients is complete. `fastdp.comm.cuda.step_graph.build` puts them together with the collectives. The recordings
-stay as they are: a step that is not one for the whole graphs replays them, and reduces eagerly.
+Each replica's step has been recorded by itself (`fastdp.capture.cuda_graphs.recording`), in segments that end where a
+bucket of gradients is complete. `fastdp.comm.cuda.step_graph.build` puts them together with the collectives. The
+recordings stay as they are: a step that is not one for the whole graphs replays them, and reduces eagerly.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastdp.capture.cuda_graphs.recording import Recorder, Recording
+from fastdp.capture.faults import Attempt
 from fastdp.comm.select import communicator
 from fastdp.errors import DeviceTimeoutError
-from fastdp.program.capture_faults import Attempt
-from fastdp.program.capture_record import Recorder, Recording
 from fastdp.warn import warn_user
 
 

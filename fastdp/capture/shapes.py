@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from fastdp.capture.compile.compiler import Job
+from fastdp.capture.cuda_graphs.recording import Recording
+from fastdp.capture.speed_trial import Trial
+from fastdp.capture.trace import Captured
 from fastdp.program.base import Context
-from fastdp.program.capture_compiler import Job
-from fastdp.program.capture_record import Recording
-from fastdp.program.capture_trace import Captured
-from fastdp.program.capture_trial import Trial
 from fastdp.program.keras import KerasProgram
 from fastdp.shard import Rows
 

@@ -19,10 +19,13 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastdp
-from fastdp.program import capture, capture_compiler, capture_trial, capture_worker
-from fastdp.program.capture_compiler import BackgroundCompiler, CompileError
-from fastdp.program.capture_graph import from_bytes, to_bytes
-from fastdp.program.capture_passes import optimized
+from fastdp.capture import speed_trial
+from fastdp.capture import steps as capture_steps
+from fastdp.capture.compile import compiler as background
+from fastdp.capture.compile import worker as compile_worker
+from fastdp.capture.compile.compiler import BackgroundCompiler, CompileError
+from fastdp.capture.graph.passes import optimized
+from fastdp.capture.graph.serialize import from_bytes, to_bytes
 
 L = keras.layers
 WAIT = 240.0
@@ -143,7 +146,7 @@ def test_the_worker_ends_with_the_process_that_started_it(tmp_path):
     code = (
         "import os, torch, sys\n"
         "from torch.fx.experimental.proxy_tensor import make_fx\n"
-        "from fastdp.program.capture_compiler import BackgroundCompiler\n"
+        "from fastdp.capture.compile.compiler import BackgroundCompiler\n"
         "c = BackgroundCompiler()\n"
         "j = c.submit(make_fx(lambda a: [a + 1.0], tracing_mode='fake')(torch.ones(3)), 1)\n"
         "print(j.process.pid, flush=True)\n"
@@ -171,12 +174,12 @@ def test_auto_runs_eagerly_then_traced_once_a_shape_has_been_trained_for_long(mo
     train(parallel, 4)
     assert hows(parallel) == {"eager"}
     assert "not trained for long" in parallel.report()[0]["why"]
-    monkeypatch.setattr(capture, "TRACE_SECONDS", 0.0)
-    monkeypatch.setattr(capture, "TRACE_STEPS", 0)
+    monkeypatch.setattr(capture_steps, "TRACE_SECONDS", 0.0)
+    monkeypatch.setattr(capture_steps, "TRACE_STEPS", 0)
     train(parallel, 1)
     assert hows(parallel) == {"traced"}
     assert not parallel.compiling
-    monkeypatch.setattr(capture, "COMPILE_PATIENCE", 0.0)
+    monkeypatch.setattr(capture_steps, "COMPILE_PATIENCE", 0.0)
     train(parallel, 1)
     assert parallel.compiling
     parallel._steps.forget_engine()
@@ -193,7 +196,7 @@ def test_auto_runs_eagerly_then_traced_once_a_shape_has_been_trained_for_long(mo
     ],
 )
 def test_keras_own_settings_choose_too(mode, options, expected, monkeypatch):
-    monkeypatch.setattr(capture_compiler, "missing_compiler", lambda: None)
+    monkeypatch.setattr(background, "missing_compiler", lambda: None)
     parallel = wrapped(mode, **options)
     train(parallel, 2)
     assert hows(parallel) == expected
@@ -242,7 +245,7 @@ def test_layout_changes_around_convolutions_are_taken_out_and_the_numbers_stay()
 
 
 def test_random_ops_that_are_not_keras_own_are_not_captured():
-    with pytest.raises(capture.NotCapturable, match="rand"):
+    with pytest.raises(capture_steps.NotCapturable, match="rand"):
         optimized(graph_of(lambda a: [a + torch.rand(3)], torch.ones(3)))
 
 
@@ -275,7 +278,7 @@ def test_pooling_with_same_padding_behind_a_convolution_is_compiled():
 
 def test_the_compiler_is_asked_by_arguments_that_torch_2_11_has():
     """`fake_mode=` and `donate_graph_module=` are newer; a call that torch refuses would leave every step traced."""
-    tree = ast.parse(Path(capture_worker.__file__).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(compile_worker.__file__).read_text(encoding="utf-8"))
     (call,) = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "standalone_compile"]
     assert len(call.args) == 2
     assert {keyword.arg for keyword in call.keywords} <= {"dynamic_shapes", "options", "aot"}
@@ -290,7 +293,7 @@ def test_a_graph_as_bytes_names_no_module_but_those_that_its_reader_has():
     strings = {text for _, text, _ in pickletools.genops(data) if isinstance(text, str)}
     assert {"float64", "float16"} <= strings  # made again by name: pickle would find any module that imported torch
     modules = {text for text in strings if text in sys.modules}
-    assert modules <= {"fastdp.program.capture_graph", "torch"}
+    assert modules <= {"fastdp.capture.graph.serialize", "torch"}
 
 
 # "auto": what pays, and nothing that could be wrong.
@@ -298,8 +301,8 @@ def test_a_graph_as_bytes_names_no_module_but_those_that_its_reader_has():
 
 def quick(monkeypatch):
     """Shapes are traced at their second step."""
-    monkeypatch.setattr(capture, "TRACE_SECONDS", 0.0)
-    monkeypatch.setattr(capture, "TRACE_STEPS", 0)
+    monkeypatch.setattr(capture_steps, "TRACE_SECONDS", 0.0)
+    monkeypatch.setattr(capture_steps, "TRACE_STEPS", 0)
 
 
 @pytest.mark.parametrize(("compiled", "how"), [(0.001, "compiled"), (0.5, "traced")])
@@ -316,12 +319,12 @@ def test_auto_keeps_the_faster_of_the_compiled_and_the_traced_step(compiled, how
             self.now = "traced"
 
     captured = Replaced()
-    trial = capture_trial.Trial(captured, "compiled")
+    trial = speed_trial.Trial(captured, "compiled")
     seen = []
-    for _ in range(2 * capture_trial.STEPS + 3):
+    for _ in range(2 * speed_trial.STEPS + 3):
         seen.append(captured.now)
         trial.note(compiled if captured.now == "compiled" else 0.1)
-    assert seen[: 2 * capture_trial.STEPS] == ["compiled"] * capture_trial.STEPS + ["traced"] * capture_trial.STEPS
+    assert seen[: 2 * speed_trial.STEPS] == ["compiled"] * speed_trial.STEPS + ["traced"] * speed_trial.STEPS
     assert captured.now == how
     assert trial.why == ("" if how == "compiled" else "a step takes 500.00 ms compiled and 100.00 traced")
 

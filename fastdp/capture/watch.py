@@ -1,6 +1,6 @@
 """Values in Python that must stay as they are: a flat list of places, compared in one pass.
 
-`fastdp.program.capture_reach` finds the places. What `==` tells reliably is compared so (it asks for identity first).
+`fastdp.capture.reach` finds the places. What `==` tells reliably is compared so (it asks for identity first).
 Tensors, arrays and containers are compared by identity where they stand, and what is in them by itself: tensors by
 version and address, small ones in host memory by content too, arrays by content.
 """

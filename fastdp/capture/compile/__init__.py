@@ -1,0 +1,1 @@
+"""Captured steps compiled by TorchInductor, in a process of its own."""

@@ -1,0 +1,1 @@
+"""Captured steps recorded as CUDA graphs."""

@@ -1,0 +1,1 @@
+"""Passes over the graph of a captured step."""
