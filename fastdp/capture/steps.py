@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from fastdp.capture.compile.compiler import BackgroundCompiler, CompileError, missing_compiler
-from fastdp.capture.cuda_graphs.recording import Recorder
+from fastdp.capture.cuda_graphs.recorder import Recorder
 from fastdp.capture.cuda_graphs.step_graphs import JoinedSteps, Whole
 from fastdp.capture.faults import Attempt
 from fastdp.capture.guard import Guard

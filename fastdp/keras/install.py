@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from keras.src.backend.torch.trainer import TorchTrainer
 
-from fastdp.capture.cuda_graphs.recording import chosen_graphs
+from fastdp.capture.cuda_graphs.recorder import chosen_graphs
 from fastdp.errors import ReplicaError
 from fastdp.keras.checks import check_backend, check_template, is_built, unbuilt_layers
 from fastdp.keras.custom_steps import has_own

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastdp.capture.cuda_graphs.recording import Recorder
+from fastdp.capture.cuda_graphs.recorder import Recorder
 from fastdp.capture.steps import Captures
 from fastdp.engine import DataParallel
 from fastdp.keras.custom_steps import has_own

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from keras.src.utils import io_utils
 
-from fastdp.capture.cuda_graphs.recording import chosen_graphs
+from fastdp.capture.cuda_graphs.recorder import chosen_graphs
 from fastdp.capture.steps import MODES
 from fastdp.comm.batch import count_rows
 from fastdp.engine import DataParallel

@@ -46,10 +46,10 @@ class Gpus:
         monkeypatch.setattr(self.runtime, "graph_launch", self._launch)
         self._ran_keras = False
         if importlib.util.find_spec("torch") is not None:
-            record = importlib.import_module("fastdp.capture.cuda_graphs.recording")
-            monkeypatch.setattr(record, "TorchGraphs", self.graphs_of)
-            replay = record.Recording.replay_whole
-            monkeypatch.setattr(record.Recording, "replay_whole", self._replaying(replay))
+            graphs = "fastdp.capture.cuda_graphs"
+            monkeypatch.setattr(importlib.import_module(f"{graphs}.recorder"), "TorchGraphs", self.graphs_of)
+            recording = importlib.import_module(f"{graphs}.recording").Recording
+            monkeypatch.setattr(recording, "replay_whole", self._replaying(recording.replay_whole))
         for name in ("train", "predict", "update"):
             monkeypatch.setattr(Replica, name, self._touching(getattr(Replica, name), name))
 

@@ -19,7 +19,7 @@ from simulated_memory import RaceError
 from small_buckets import make_buckets_small
 
 import fastdp.comm.cuda.algorithm
-from fastdp.capture.cuda_graphs import recording
+from fastdp.capture.cuda_graphs import recorder, recording
 from fastdp.capture.cuda_graphs.step_graphs import JoinedSteps
 from fastdp.errors import DeviceTimeoutError, ReplicaError
 from fastdp.replica import Replica
@@ -255,8 +255,8 @@ def test_gradients_that_are_added_up_in_host_memory_and_replicas_that_span_devic
     whole = importlib.import_module("fastdp.comm.cuda.step_graph.build").WholeSteps(box.devices(2), None)
     assert whole.why_not(["nccl", "one-shot"]) == ""
     assert whole.why_not(["nccl", "host"]) == "gradients are added up in host memory"
-    recorder = recording.Recorder("model", threading.Lock, parts=True)
-    assert JoinedSteps(recorder, spans=True).consider([], {}) == "a replica spans several devices"
+    one = recorder.Recorder("model", threading.Lock, parts=True)
+    assert JoinedSteps(one, spans=True).consider([], {}) == "a replica spans several devices"
 
 
 @pytest.mark.parametrize(

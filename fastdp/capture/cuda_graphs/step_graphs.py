@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastdp.capture.cuda_graphs.recording import Recorder, Recording
+from fastdp.capture.cuda_graphs.recorder import Recorder
+from fastdp.capture.cuda_graphs.recording import Recording
 from fastdp.capture.faults import Attempt
 from fastdp.comm.select import communicator
 from fastdp.errors import DeviceTimeoutError

@@ -1,0 +1,102 @@
+"""Which batch shapes of a replica are recorded as CUDA graphs, and where recordings are kept."""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastdp.capture.cuda_graphs.recording import Graphs, Recording, TorchGraphs
+from fastdp.capture.faults import Attempt
+from fastdp.warn import warn_user
+
+GRAPHS = ("auto", "bucket", "step", None)
+
+
+# Each has memory of its own for everything that a step computes.
+MOST_RECORDED = 4
+
+
+def chosen_graphs(graph: str | None, devices: Sequence[Any], compile: str | None) -> str:
+    """How captured steps are recorded on these devices: "bucket", "step", or not at all, which is "".
+
+    Raises:
+        ValueError: an unknown `graph`.
+    """
+    if graph not in GRAPHS:
+        raise ValueError(f"`graph` must be one of {GRAPHS}. Received: graph={graph!r}")
+    asked = graph in ("bucket", "step")
+    if asked and not devices[0].on_gpu:
+        warn_user(
+            f'graph="{graph}" has nothing to record on virtual devices in host memory: steps run without CUDA graphs. '
+            'Leave it "auto", or use GPUs.'
+        )
+    elif asked and compile is None:
+        warn_user(
+            f'graph="{graph}" records captured steps, and compile=None captures none: steps run eagerly unless '
+            'compile(jit_compile=True) is asked for. Pass compile="trace".'
+        )
+    return "" if graph is None or not devices[0].on_gpu else "step" if graph == "step" else "bucket"
+
+
+class Recorder:
+    """Has captured steps recorded on a program's replicas, between steps.
+
+    Args:
+        name: the model's, for warnings.
+        alone: a context manager factory, held while a replica records: no step of any engine runs meanwhile.
+        parts: recordings are to be parts of graphs of whole steps (`fastdp.capture.cuda_graphs.step_graphs`).
+        timeout: seconds that one recording may take.
+    """
+
+    def __init__(self, name: str, alone: Callable[[], Any], *, parts: bool = False, timeout: float = 600.0) -> None:
+        self.name, self.alone, self.parts, self.timeout = name, alone, parts, timeout
+        self._graphs: dict[int, Graphs] = {}
+        self._recorded: defaultdict[int, weakref.WeakSet[Recording]] = defaultdict(weakref.WeakSet)
+        self._refused = ""
+
+    def consider(self, captured: Any, state: Any, batch: Sequence[Any], context: Any) -> str:
+        """Record a captured step on the replica of `context` if it is not yet, and may be.
+
+        On the host thread, between steps. What cannot be recorded is told by a warning, and nothing is recorded from
+        then on.
+
+        Returns:
+            Why it is not recorded; empty where it is.
+
+        Raises:
+            DeviceTimeoutError: it took longer than the time limit.
+        """
+        rank = context.rank
+        if rank in captured.recordings:
+            return ""
+        if self._refused or state.device.unsettled:  # a failed step may have left work behind: the next one cleans up
+            return self._refused
+        if len(self._recorded[rank]) >= MOST_RECORDED:
+            return f"no CUDA graph: {MOST_RECORDED} other shapes are recorded"
+        failure = self._record(captured, state, batch, context)
+        if failure:
+            captured.recordings = {}
+            self._refused = f"no CUDA graph: {failure}"
+            message = f"fastdp runs {self.name!r} without CUDA graphs: recording one failed with {failure}"
+            warn_user(message)
+        else:
+            self._recorded[rank].add(captured.recordings[rank])
+        return self._refused
+
+    def _record(self, captured: Any, state: Any, batch: Sequence[Any], context: Any) -> str:
+        """Record on the replica's worker, and wait; why it failed, if it did."""
+        attempt = Attempt()
+        device, rank = state.device, context.rank
+
+        def work() -> None:
+            with attempt:
+                if rank not in self._graphs:
+                    self._graphs[rank] = TorchGraphs(device, self.parts)
+                captured.record(self._graphs[rank], state, batch, context)
+
+        with self.alone():
+            device.compute.enqueue(work)
+            device.compute.record().synchronize(self.timeout)
+        return attempt.why
