@@ -12,7 +12,7 @@ from fastdp.shard import Rows
 
 @runtime_checkable
 class Resident(Protocol):
-    """A batch whose rows are on the devices already (fastdp.data.resident)."""
+    """A batch whose rows are on the devices already (fastdp.data.device_dataset)."""
 
     def rows_on(self, device: Any, rows: Rows) -> list[Any]:
         """The device's rows of every array, ordered before what its compute stream gets later."""

@@ -1,6 +1,6 @@
-"""Data sets: on disk (hdf5.py), and on the devices (resident.py)."""
+"""Data sets: on disk (hdf5.py), and on the devices (device_dataset.py)."""
 
-from fastdp.data.resident import DeviceDataset, Scaled
-from fastdp.data.resident_batch import ResidentBatch
+from fastdp.data.device_dataset import DeviceDataset, Scaled
+from fastdp.data.row_batch import ResidentBatch
 
 __all__ = ["DeviceDataset", "ResidentBatch", "Scaled"]

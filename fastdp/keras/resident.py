@@ -2,7 +2,7 @@
 
 Keras's loops take a data adapter in the place of arrays. The one here is Keras's own for arrays, so that batch sizes,
 shuffling with its seeds, and class weights are Keras's. But its batches hold arrays that are nothing but a shape, a
-dtype and row numbers (`fastdp.data.resident_batch`), which `flatten_batch` hands on to the engine.
+dtype and row numbers (`fastdp.data.row_batch`), which `flatten_batch` hands on to the engine.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from keras.src.trainers.data_adapters import array_slicing
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 
-from fastdp.data.resident import DeviceDataset
-from fastdp.data.resident_batch import ResidentBatch, ResidentColumn, filled
+from fastdp.data.device_dataset import DeviceDataset
+from fastdp.data.row_batch import ResidentBatch, ResidentColumn, filled
 from fastdp.keras.data_sets import ArrayBatches
 from fastdp.tensors.arrays import dtype_name
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdp.comm.batch import count_rows
-from fastdp.data.resident_batch import ResidentBatch, places_of
+from fastdp.data.row_batch import ResidentBatch, places_of
 from fastdp.launch.reference import slice_rows
 
 FLOATS = ("float32", "float16")
