@@ -23,7 +23,7 @@ from fastdp._version import __version__
 from fastdp.engine import DataParallel
 from fastdp.errors import DeviceTimeoutError, ReplicaError
 from fastdp.placement import device
-from fastdp.program.arrays import FunctionProgram
+from fastdp.program.functions import FunctionProgram
 from fastdp.runtime.select import devices, set_virtual_devices
 from fastdp.runtime.topology import DeviceInfo
 from fastdp.step import StepResult

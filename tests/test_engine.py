@@ -14,7 +14,7 @@ import pytest
 from least_squares import WIDTH, predict, train
 
 import fastdp
-from fastdp.program.arrays import FunctionProgram
+from fastdp.program.functions import FunctionProgram
 from fastdp.runtime.host.device import HostDevice
 from fastdp.runtime.queue import QueueEvent
 from fastdp.runtime.select import resolve

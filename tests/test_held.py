@@ -13,7 +13,7 @@ from least_squares import WIDTH
 
 import fastdp
 from fastdp.comm.host.communicator import HostCommunicator
-from fastdp.program.arrays import FunctionProgram
+from fastdp.program.functions import FunctionProgram
 from fastdp.runtime.select import resolve
 
 RATE = 0.05

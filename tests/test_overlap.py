@@ -13,8 +13,8 @@ import fastdp
 from fastdp.buffers import FlatBuffers
 from fastdp.comm.host.reduction import HostReduction
 from fastdp.comm.ready_buckets import Announced
-from fastdp.program.arrays import FunctionProgram
 from fastdp.program.base import Result
+from fastdp.program.functions import FunctionProgram
 from fastdp.runtime.select import resolve
 
 LIMIT = 20.0

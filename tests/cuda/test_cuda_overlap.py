@@ -14,8 +14,8 @@ import pytest
 import fastdp
 from fastdp.buffers import FlatBuffers
 from fastdp.comm.cuda import algorithm
-from fastdp.program.arrays import FunctionProgram
 from fastdp.program.base import Result
+from fastdp.program.functions import FunctionProgram
 from fastdp.reductions import WARM_STEPS
 from fastdp.runtime.host.device import HostDevice
 

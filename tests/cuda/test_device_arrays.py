@@ -7,7 +7,7 @@ import pytest
 
 import fastdp
 from fastdp.data import DeviceDataset, Scaled
-from fastdp.program.arrays import FunctionProgram
+from fastdp.program.functions import FunctionProgram
 from fastdp.runtime.host.device import HostDevice
 
 LIMIT = 20.0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fastdp
-from fastdp.program.arrays import FunctionProgram
+from fastdp.program.functions import FunctionProgram
 
 LIMIT = 20.0
 

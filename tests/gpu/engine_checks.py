@@ -18,8 +18,8 @@ import fastdp
 from fastdp.buffers import ArraySpec, FlatBuffers
 from fastdp.errors import ReplicaError
 from fastdp.launch import reference as twins
-from fastdp.program.arrays import FunctionProgram
 from fastdp.program.base import Result
+from fastdp.program.functions import FunctionProgram
 from fastdp.reductions import WARM_STEPS
 
 LIMIT = 30.0

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdp.program.arrays import FunctionProgram
+from fastdp.program.functions import FunctionProgram
 
 # Not 5: OpenBLAS's float32 product of five columns and a vector computes on what lies on the stack (docs/log.md).
 WIDTH = 6
