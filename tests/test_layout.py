@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("program/__init__.py",),  # runs before any module of its folder: alone, so that it cannot pull torch in
     ("program/base.py",),
     ("program/functions.py",),
-    ("program/torch",),
+    ("program/torch/",),
     ("program/keras",),
     ("runtime/interrupts.py", "timing.py"),
     ("replica.py",),
@@ -70,7 +70,7 @@ ONLY_FROM = {
 
 # Where an optional library may be imported. Elsewhere fastdp must work without it.
 LIBRARIES: dict[str, tuple[str, ...]] = {
-    "torch": ("capture/", "keras/", "program/keras", "program/torch", "tensors/", "torch/"),
+    "torch": ("capture/", "keras/", "program/keras", "program/torch/", "tensors/", "torch/"),
     # Of capture/, which is to know no Keras, these still do.
     "keras": (
         "keras/",
@@ -291,7 +291,7 @@ FILES = {
     "program/__init__.py",
     "program/base.py",
     "program/functions.py",
-    "program/torch.py",
+    "program/torch/program.py",
     "program/keras.py",
     "capture/steps.py",
     "replica.py",
@@ -312,10 +312,10 @@ FILES = {
         ("shard.py", "from . import engine", "imports engine.py"),
         ("runtime/host/device.py", "from ..select import resolve", "imports runtime/select.py"),
         ("engine.py", "import fastdp", "imports __init__.py"),
-        ("engine.py", "from fastdp.program.torch import TorchProgram", "program/base.py only"),
+        ("engine.py", "from fastdp.program.torch.program import TorchProgram", "program/base.py only"),
         ("replica.py", "from fastdp.program import functions", "program/base.py only"),
         ("program/base.py", "from .functions import Program", "imports program/functions.py"),
-        ("program/__init__.py", "from fastdp.program.torch import Program", "imports program/torch.py"),
+        ("program/__init__.py", "from fastdp.program.torch.program import Program", "imports program/torch/program.py"),
         ("engine.py", "def f():\n    from fastdp import shard", "inside a function"),
         ("engine.py", "class A:\n    def f(self):\n        import fastdp.shard", "inside a function"),
         ("engine.py", "f = lambda: importlib.import_module('fastdp.shard')", "by a call"),

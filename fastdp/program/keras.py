@@ -34,7 +34,7 @@ from fastdp.program.keras_scope import replica_aware
 from fastdp.program.keras_step_draws import StepDraws
 from fastdp.program.keras_training_loss import TrainingLoss
 from fastdp.program.keras_trial import Effects
-from fastdp.program.torch_batch import Autocast
+from fastdp.program.torch.batch import Autocast
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import accumulate, output_array, settle, spec_of
 from fastdp.tensors.gradient_buckets import Arrivals

@@ -81,5 +81,5 @@ def _site(seed: Any) -> Site:
 
 def _is_drawing(module: str) -> bool:
     """Whether a frame belongs to the draw itself."""
-    own = ("fastdp.program.keras_random", "fastdp.program.keras_torch_draws", "fastdp.program.torch_scope")
+    own = ("fastdp.program.keras_random", "fastdp.program.keras_torch_draws", "fastdp.program.torch.replica")
     return module.startswith((*own, "keras.src.random", "keras.src.backend.torch.random"))

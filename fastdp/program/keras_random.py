@@ -21,7 +21,7 @@ from keras.src.random.seed_generator import SeedGenerator
 from fastdp.program.base import Context
 from fastdp.program.keras_generators import CommonGenerator, is_held_by_scope
 from fastdp.program.keras_replica import NotCapturable, Running, running
-from fastdp.program.torch_batch import global_generator
+from fastdp.program.torch.batch import global_generator
 from fastdp.shard import Rows
 from fastdp.tensors.random import uniform_rows
 

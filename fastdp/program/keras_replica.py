@@ -17,7 +17,7 @@ from fastdp.program.base import Context
 from fastdp.program.keras_draws import DrawSites, Site
 from fastdp.program.keras_generators import Generators
 from fastdp.program.keras_moments import Moments
-from fastdp.program.torch_scope import ReplicaMode
+from fastdp.program.torch.replica import ReplicaMode
 
 _replica = threading.local()
 

@@ -22,8 +22,8 @@ import torch
 from torch.nn import functional as F
 
 from fastdp.program.keras_effects import NotByRowsError
-from fastdp.program.torch_random import draws_in_call, dropout_arguments
-from fastdp.program.torch_scope import Handler
+from fastdp.program.torch.random import draws_in_call, dropout_arguments
+from fastdp.program.torch.replica import Handler
 
 
 def _rows_of(state: Any, shape: Any) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from fastdp.program.torch_module import Slot, slots_of
+from fastdp.program.torch.module import Slot, slots_of
 
 
 def check_module(module: Any) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from fastdp.engine import DataParallel
-from fastdp.program.torch import TorchProgram
-from fastdp.program.torch_loss import LossFunction
-from fastdp.program.torch_optimizer import OptimizerFactory
+from fastdp.program.torch.loss import LossFunction
+from fastdp.program.torch.optimizer import OptimizerFactory
+from fastdp.program.torch.program import TorchProgram
 from fastdp.report import Report, make_report
 from fastdp.runtime.queue import QueueDevice
 from fastdp.runtime.select import warn_of_relocation

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from fastdp.program.base import Context
-from fastdp.program.torch_batch import Nest
-from fastdp.program.torch_scope import Running, gradients_of
+from fastdp.program.torch.batch import Nest
+from fastdp.program.torch.replica import Running, gradients_of
 from fastdp.shard import Rows
 
 REDUCTIONS = (None, "mean", "sum")

@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from fastdp.program.base import Context
-from fastdp.program.torch_scope import Handler, Normalized, Running
+from fastdp.program.torch.replica import Handler, Normalized, Running
 
 _NAMES = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 

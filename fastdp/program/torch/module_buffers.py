@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from fastdp.program.torch_module import ReplicaModule
-from fastdp.program.torch_norm import combine
-from fastdp.program.torch_scope import Running
+from fastdp.program.torch.batch_norm import combine
+from fastdp.program.torch.module import ReplicaModule
+from fastdp.program.torch.replica import Running
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fastdp.buffers import Allocator, FlatBuffers, Home
-from fastdp.program.torch_batch import PLAIN
+from fastdp.program.torch.batch import PLAIN
 from fastdp.tensors.arrays import as_tensor, spec_of
 
 _homes: weakref.WeakKeyDictionary[nn.Module, Adopted] = weakref.WeakKeyDictionary()

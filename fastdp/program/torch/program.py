@@ -12,9 +12,12 @@ import torch
 from torch import nn
 
 from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
-from fastdp.program import torch_gradients, torch_norm, torch_random, torch_time_first
 from fastdp.program.base import Context, Result, Totals
-from fastdp.program.torch_batch import (
+from fastdp.program.torch import batch_axis
+from fastdp.program.torch import batch_norm as torch_batch_norm
+from fastdp.program.torch import gradients as torch_gradients
+from fastdp.program.torch import random as torch_random
+from fastdp.program.torch.batch import (
     Nest,
     Structure,
     check_rows,
@@ -22,20 +25,20 @@ from fastdp.program.torch_batch import (
     outputs_from_arrays,
     outputs_to_arrays,
 )
-from fastdp.program.torch_buffers import BufferNotes, assign_buffers, gather_buffers
-from fastdp.program.torch_gradients import Gradients
-from fastdp.program.torch_loss import REDUCTIONS, LossFunction, contribute
-from fastdp.program.torch_module import Adopted, Attributes, ReplicaModule, adopted, replicate, slots_of, tensors_of
-from fastdp.program.torch_optimizer import OptimizerFactory, Optimizers
-from fastdp.program.torch_scope import Handler, ReplicaMode, Running, backward
+from fastdp.program.torch.gradients import Gradients
+from fastdp.program.torch.loss import REDUCTIONS, LossFunction, contribute
+from fastdp.program.torch.module import Adopted, Attributes, ReplicaModule, adopted, replicate, slots_of, tensors_of
+from fastdp.program.torch.module_buffers import BufferNotes, assign_buffers, gather_buffers
+from fastdp.program.torch.optimizer import OptimizerFactory, Optimizers
+from fastdp.program.torch.replica import Handler, ReplicaMode, Running, backward
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import accumulate, settle, spec_of
 from fastdp.tensors.threads import prepare_worker, replicas_run
 
 _HANDLERS: dict[Any, Handler] = {
     **torch_random.HANDLERS,
-    **torch_time_first.HANDLERS,
-    **torch_norm.HANDLERS,
+    **batch_axis.HANDLERS,
+    **torch_batch_norm.HANDLERS,
     **torch_gradients.HANDLERS,
 }
 

@@ -9,9 +9,9 @@ import torch
 
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.program.base import Context
-from fastdp.program.torch_batch import Structure, flatten_batch
-from fastdp.program.torch_random import uniform
-from fastdp.program.torch_scope import Running
+from fastdp.program.torch.batch import Structure, flatten_batch
+from fastdp.program.torch.random import uniform
+from fastdp.program.torch.replica import Running
 from fastdp.shard import Rows
 
 # Stands in for a GPU: a tensor of torch's "meta" device cannot be mixed with the host's.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastdp.buffers import FlatBuffers
-from fastdp.program.torch_scope import Handler, Running
+from fastdp.program.torch.replica import Handler, Running
 from fastdp.tensors.gradient_buckets import Arrivals, dense
 
 

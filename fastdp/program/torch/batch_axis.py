@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from fastdp.program.torch_random import HANDLERS as BY_ROWS
-from fastdp.program.torch_scope import Handler, Running
+from fastdp.program.torch.random import HANDLERS as BY_ROWS
+from fastdp.program.torch.replica import Handler, Running
 from fastdp.warn import warn_user
 
 _BATCH_FIRST = 8  # which argument of torch's recurrent functions it is
