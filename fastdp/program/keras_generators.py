@@ -24,7 +24,7 @@ from keras.src.backend.common.global_state import get_global_attribute, set_glob
 from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, SeedGenerator
 
 from fastdp.program.keras_memory import ReplicaScope
-from fastdp.program.torch.batch import global_generator
+from fastdp.tensors.random import global_generator
 
 _COMMON = 0  # the key of Keras's global generator among the seed generators
 _next = SeedGenerator.next

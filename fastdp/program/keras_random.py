@@ -21,9 +21,8 @@ from keras.src.random.seed_generator import SeedGenerator
 from fastdp.program.base import Context
 from fastdp.program.keras_generators import CommonGenerator, is_held_by_scope
 from fastdp.program.keras_replica import NotCapturable, Running, running
-from fastdp.program.torch.batch import global_generator
 from fastdp.shard import Rows
-from fastdp.tensors.random import uniform_rows
+from fastdp.tensors.random import global_generator, uniform_rows
 
 SHAPED = ("normal", "uniform", "randint", "truncated_normal")
 

@@ -7,6 +7,8 @@ all splits of the batch agree.
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 
 _PER_BLOCK = 8  # fp32 numbers of one counter
@@ -24,3 +26,7 @@ def uniform_rows(key: tuple[int, int], first: int, count: int, per_row: int) -> 
     philox = np.random.Philox(key=[number & 0xFFFFFFFFFFFFFFFF for number in key], counter=first * blocks)
     drawn = np.random.Generator(philox).random((count, blocks * _PER_BLOCK), dtype=np.float32)
     return drawn[:, :per_row]
+
+
+# Whoever reads or forks torch's global generator inside a step holds this.
+global_generator = threading.RLock()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -13,11 +12,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fastdp.tensors.arrays import as_array, as_tensor, dtype_name, output_array
+from fastdp.tensors.random import global_generator
 
 PLAIN = (type(None), bool, int, float, complex, str)
-
-# Whoever reads or forks torch's global generator inside a step holds this.
-global_generator = threading.RLock()
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from fastdp.program.torch.batch import global_generator
 from fastdp.program.torch.replica import Handler, Running
-from fastdp.tensors.random import uniform_rows
+from fastdp.tensors.random import global_generator, uniform_rows
 
 _SELU_LIMIT = -1.7580993408473766  # what alpha dropout puts in place of a dropped value: -scale * alpha of SELU
 
