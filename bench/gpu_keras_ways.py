@@ -140,7 +140,7 @@ class EngineSteps:
     """
 
     def __init__(self, fitted: Fitted) -> None:
-        flatten = importlib.import_module("fastdp.program.keras_batch").flatten_batch
+        flatten = importlib.import_module("fastdp.program.keras.batch").flatten_batch
         self.engine, self.fitted = fitted.model.engine, fitted
         x, y = fitted.data
         spans = [slice(start, start + fitted.rows) for start in (0, fitted.rows)]

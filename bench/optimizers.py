@@ -26,8 +26,8 @@ from virtual_devices import mlp, resnet50
 
 import fastdp
 from fastdp.program.base import Totals
-from fastdp.program.keras import Notes
-from fastdp.program.keras_optimizer_flat import FlatUpdate
+from fastdp.program.keras.optimizer.flat import FlatUpdate
+from fastdp.program.keras.program import Notes
 
 # Name, model, rows of the batch, rounds, seconds of each in a round.
 CASES: tuple[tuple[str, Callable[[], keras.Model], int, int, float], ...] = (

@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("program/base.py",),
     ("program/functions.py",),
     ("program/torch/",),
-    ("program/keras",),
+    ("program/keras/",),
     ("runtime/interrupts.py", "timing.py"),
     ("replica.py",),
     ("held.py",),
@@ -70,11 +70,11 @@ ONLY_FROM = {
 
 # Where an optional library may be imported. Elsewhere fastdp must work without it.
 LIBRARIES: dict[str, tuple[str, ...]] = {
-    "torch": ("capture/", "keras/", "program/keras", "program/torch/", "tensors/", "torch/"),
+    "torch": ("capture/", "keras/", "program/keras/", "program/torch/", "tensors/", "torch/"),
     # Of capture/, which is to know no Keras, these still do.
     "keras": (
         "keras/",
-        "program/keras",
+        "program/keras/",
         "capture/guard.py",
         "capture/own_code.py",
         "capture/reach.py",
@@ -101,18 +101,23 @@ LATE_LOADERS: dict[str, str] = {
 # To do: capture/ knows Keras programs. What it needs of a model (its pure step, what makes a trace stale, whether
 # the user's code runs in it) is to be a protocol of its own that programs implement; each line here then goes.
 CAPTURE_KNOWS = {
-    "capture/graph/passes.py": ("program/keras_replica.py",),
-    "capture/guard.py": ("program/keras_replica.py", "program/keras_scope.py"),
-    "capture/shapes.py": ("program/base.py", "program/keras.py"),
-    "capture/steps.py": ("program/base.py", "program/keras.py", "program/keras_batch.py", "program/keras_replica.py"),
+    "capture/graph/passes.py": ("program/keras/replica.py",),
+    "capture/guard.py": ("program/keras/patches.py", "program/keras/replica.py"),
+    "capture/shapes.py": ("program/base.py", "program/keras/program.py"),
+    "capture/steps.py": (
+        "program/base.py",
+        "program/keras/batch.py",
+        "program/keras/program.py",
+        "program/keras/replica.py",
+    ),
     "capture/trace.py": (
         "program/base.py",
-        "program/keras.py",
-        "program/keras_batch.py",
-        "program/keras_memory.py",
-        "program/keras_outcome.py",
-        "program/keras_replica.py",
-        "program/keras_scope.py",
+        "program/keras/batch.py",
+        "program/keras/patches.py",
+        "program/keras/program.py",
+        "program/keras/replica.py",
+        "program/keras/step_sums.py",
+        "program/keras/variables.py",
     ),
 }
 EXCEPTIONS: dict[tuple[str, str], str] = {
@@ -292,7 +297,7 @@ FILES = {
     "program/base.py",
     "program/functions.py",
     "program/torch/program.py",
-    "program/keras.py",
+    "program/keras/program.py",
     "capture/steps.py",
     "replica.py",
     "engine.py",
@@ -343,7 +348,7 @@ def test_a_planted_violation_is_found(file, source, said):
             "import torchlike\nfrom fastdp.shard import Rows\nfrom fastdp.program import base",
         ),
         ("runtime/cuda/cupy_api.py", "import cupy\nfrom cupy.cuda import nccl\nfrom ..base import Work"),
-        ("capture/steps.py", "import torch\nfrom fastdp.program.keras import KerasProgram"),
+        ("capture/steps.py", "import torch\nfrom fastdp.program.keras.program import KerasProgram"),
         ("keras/model.py", "import keras\nfrom fastdp.engine import DataParallel\nfrom . import utils"),
         (
             "__init__.py",

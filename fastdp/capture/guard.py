@@ -24,8 +24,8 @@ from torch.utils.hooks import RemovableHandle
 from fastdp.capture.own_code import HOOKS
 from fastdp.capture.reach import Reach
 from fastdp.capture.watch import Watch
-from fastdp.program import keras_scope
-from fastdp.program.keras_replica import NotCapturable
+from fastdp.program.keras import patches
+from fastdp.program.keras.replica import NotCapturable
 
 
 class Guard:
@@ -168,8 +168,8 @@ def _which(before: tuple[Any, ...], now: tuple[Any, ...]) -> str:
 
 def _patched() -> set[tuple[Any, str]]:
     """The functions of Keras that are others while replicas run: that is no change."""
-    with keras_scope.replica_aware():
-        return {(owner, name) for owner, name, _ in keras_scope._originals}
+    with patches.replica_aware():
+        return {(owner, name) for owner, name, _ in patches._originals}
 
 
 def _state_of(generator: Any) -> Any:

@@ -13,7 +13,7 @@ from fastdp.capture.cuda_graphs.recording import Recording
 from fastdp.capture.speed_trial import Trial
 from fastdp.capture.trace import Captured
 from fastdp.program.base import Context
-from fastdp.program.keras import KerasProgram
+from fastdp.program.keras.program import KerasProgram
 from fastdp.shard import Rows
 
 

@@ -44,9 +44,9 @@ from fastdp.capture.speed_trial import Trial
 from fastdp.capture.trace import Captured, NoExchange
 from fastdp.errors import DeviceTimeoutError
 from fastdp.program.base import Context
-from fastdp.program.keras import KerasProgram
-from fastdp.program.keras_batch import Structure
-from fastdp.program.keras_replica import NotCapturable
+from fastdp.program.keras.batch import Structure
+from fastdp.program.keras.program import KerasProgram
+from fastdp.program.keras.replica import NotCapturable
 from fastdp.runtime.host.resources import CORES
 from fastdp.shard import Rows, split_rows
 from fastdp.warn import warn_user

@@ -13,7 +13,7 @@ import torch
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 
 from fastdp.engine import DataParallel
-from fastdp.program.keras_batch import Structure, flatten_batch, unpack
+from fastdp.program.keras.batch import Structure, flatten_batch, unpack
 
 Flat = tuple[list[np.ndarray], Structure]
 

@@ -2,8 +2,8 @@
 
 An axis as long as the batch need not be rows: a mask of T x T, weights of classes, a buffer. So roles are not read off
 lengths. `CallArguments.choices` lists what they may be, the likeliest first, and the layer is tried (see
-`fastdp.program.keras_call_trial`). What is found is kept by `key` and `lengths`, which have no number of rows in them:
-a last batch or half a batch is known by the one before.
+`fastdp.program.keras.rows.call_probe`). What is found is kept by `key` and `lengths`, which have no number of rows in
+them: a last batch or half a batch is known by the one before.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import torch
 
-from fastdp.program.keras_batch import Structure, flatten_batch, pack_like
+from fastdp.program.keras.batch import Structure, flatten_batch, pack_like
 
 # For each tensor of a call, whether it is dealt out by rows.
 Roles = tuple[bool, ...]

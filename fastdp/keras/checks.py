@@ -12,7 +12,7 @@ from keras.src.models.functional import Functional
 from keras.src.utils.torch_utils import TorchModuleWrapper
 
 from fastdp.keras.custom_steps import OWN_STEPS, has_own
-from fastdp.program.keras_modules import REMEDY, draws_at_random, structure_of
+from fastdp.program.keras.torch_modules import REMEDY, draws_at_random, structure_of
 
 _PARALLEL = ("ParallelModel", "TorchParallel")  # by name: their modules import this one, and torch's side is optional
 
@@ -119,7 +119,8 @@ def check_template(model: Any, *, any_batch_size: bool = False) -> None:
 def _check_module(name: str, module: Any) -> None:
     """A torch module inside a Keras model has nothing but parameters, draws nothing, and runs on one device.
 
-    What its forward pass does with random numbers and attributes the first batch tells (`program/keras_modules.py`).
+    What its forward pass does with random numbers and attributes the first batch tells
+    (`program/keras/torch_modules.py`).
 
     Raises:
         ValueError: it has buffers, or random layers, or is of a kind that replicas cannot run on their own parameters.

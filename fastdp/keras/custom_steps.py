@@ -18,7 +18,7 @@ from keras.src.backend import in_stateless_scope
 from keras.src.backend.torch.trainer import TorchTrainer
 
 from fastdp.keras.layer_calls import LayerCalls
-from fastdp.program.keras_replica import running
+from fastdp.program.keras.replica import running
 
 _thread = threading.local()
 _lock = threading.Lock()

@@ -28,8 +28,8 @@ from fastdp.keras.custom_steps import has_own
 from fastdp.keras.own_loops import inside_step, is_own_call, say_once
 from fastdp.keras.steps import Steps
 from fastdp.keras.template_view import TemplateView
-from fastdp.program.keras_effects import NotByRowsError, refusal
-from fastdp.program.keras_row_policy import check_policy
+from fastdp.program.keras.rows.effects import NotByRowsError, refusal
+from fastdp.program.keras.rows.policy import check_policy
 from fastdp.runtime.select import resolve
 from fastdp.tensors.deterministic import check_deterministic, deterministic_algorithms
 from fastdp.warn import warn_user

@@ -13,10 +13,10 @@ from fastdp.errors import ReplicaError
 from fastdp.keras.call_arguments import CallArguments, DealtCall, Roles
 from fastdp.keras.call_bridge import on_devices
 from fastdp.keras.call_checks import is_hooked, why_not_here
-from fastdp.program.keras_call_trial import LayerEffects
-from fastdp.program.keras_custom import CallProgram
-from fastdp.program.keras_effects import NotByRowsError, refusal
-from fastdp.program.keras_rows import keeps_rows_apart
+from fastdp.program.keras.layer_calls import CallProgram
+from fastdp.program.keras.rows.call_probe import LayerEffects
+from fastdp.program.keras.rows.effects import NotByRowsError, refusal
+from fastdp.program.keras.rows.known_layers import keeps_rows_apart
 from fastdp.warn import warn_user
 
 # Kinds of calls that are remembered: arguments that are new each time must not fill the memory.

@@ -12,9 +12,9 @@ from fastdp.capture.steps import Captures
 from fastdp.engine import DataParallel
 from fastdp.keras.custom_steps import has_own
 from fastdp.keras.layer_calls import LayerCalls
-from fastdp.program.keras_custom import CallProgram
-from fastdp.program.keras_optimizer import optimizer_of
-from fastdp.program.keras_row_policy import Policy
+from fastdp.program.keras.layer_calls import CallProgram
+from fastdp.program.keras.optimizer.slots import optimizer_of
+from fastdp.program.keras.rows.policy import Policy
 from fastdp.step_scope import alone
 from fastdp.tensors.deterministic import check_deterministic
 

@@ -24,8 +24,8 @@ from fastdp.keras.resident import as_fed, resident_batch, resident_fit, resident
 from fastdp.keras.steps import Steps
 from fastdp.keras.streaming import arguments_by_name, stream_fit, stream_forward
 from fastdp.keras.template_view import TemplateView, merged_outputs
-from fastdp.program.keras_batch import flatten_batch, unpack
-from fastdp.program.keras_scope import replica_aware
+from fastdp.program.keras.batch import flatten_batch, unpack
+from fastdp.program.keras.patches import replica_aware
 from fastdp.report import Report, SmallWorkWarning, make_report
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import peak_nbytes

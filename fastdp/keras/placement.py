@@ -10,7 +10,7 @@ from typing import Any
 import keras
 from keras.src.ops.node import Node
 
-from fastdp.program.keras_placed import PLACE, graph_of, placed_nodes
+from fastdp.program.keras.placement.graph import PLACE, graph_of, placed_nodes
 from fastdp.runtime.host.device import HostDevice
 from fastdp.runtime.select import resolve
 

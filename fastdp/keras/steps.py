@@ -23,10 +23,10 @@ from fastdp.keras.custom_steps import has_own, layer_calls
 from fastdp.keras.layer_calls import LayerCalls
 from fastdp.keras.model_engine import ModelEngine
 from fastdp.keras.own_loops import ModelCalls, inside_step, say_once
-from fastdp.program.keras_batch import Structure, flatten_batch, unpack
-from fastdp.program.keras_effects import NotByRowsError, UndecidedError
-from fastdp.program.keras_indices import IndicesNamed, rows_of
-from fastdp.program.keras_losses import own_copy
+from fastdp.program.keras.batch import Structure, flatten_batch, unpack
+from fastdp.program.keras.indices import IndicesNamed, rows_of
+from fastdp.program.keras.loss.per_sample import own_copy
+from fastdp.program.keras.rows.effects import NotByRowsError, UndecidedError
 from fastdp.step import StepResult
 from fastdp.tensors.arrays import as_tensor
 from fastdp.tensors.deterministic import deterministic_algorithms

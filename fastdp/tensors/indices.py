@@ -3,7 +3,7 @@
 Kernels check their indices while they run. In a compiled one the check throws in the middle of a parallel region, which
 ends the whole process; on a GPU it ends the CUDA context. So indices are looked at outside of them
 (`fastdp.capture.graph.indices`), and an error of any kind of step is explained from here
-(`fastdp.program.keras_indices`). Whole numbers that others are divided by are of the same kind: zero among them throws.
+(`fastdp.program.keras.indices`). Whole numbers that others are divided by are of the same kind: zero among them throws.
 """
 
 from __future__ import annotations

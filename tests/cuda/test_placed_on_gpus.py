@@ -198,7 +198,7 @@ def violation(box, parallel):
 
 
 def test_a_weight_left_on_the_first_gpu_is_found(box, monkeypatch):
-    spread = importlib.import_module("fastdp.program.keras_spread")
+    spread = importlib.import_module("fastdp.program.keras.placement.values")
     read = spread.PlacedScope.get_current_value
 
     def on_the_first(scope, variable):

@@ -221,6 +221,6 @@ def watched(sim: Simulation) -> Iterator[TorchWork]:
             base.Context, "exchange", lambda c, value: work.exchange(c, value) if c.size > 1 else exchange(c, value)
         )
         patch.setattr(streams.CudaStream, "_perform", watch)
-        for module in ("keras_spread", "keras_placed"):
-            patch.setattr(importlib.import_module(f"fastdp.program.{module}"), "arrived", arrived)
+        for module in ("values", "graph"):
+            patch.setattr(importlib.import_module(f"fastdp.program.keras.placement.{module}"), "arrived", arrived)
         yield work

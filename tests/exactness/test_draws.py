@@ -16,7 +16,7 @@ from keras.src.random.seed_generator import global_seed_generator
 from torch.nn import functional as F
 
 import fastdp
-from fastdp.program.keras_batch import flatten_batch
+from fastdp.program.keras.batch import flatten_batch
 
 layers, draw = keras.layers, keras.random
 

@@ -17,12 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import fastdp
-from fastdp.program import keras_placed, keras_spread
 from fastdp.program.base import Context
-from fastdp.program.keras_memory import ReplicaScope
-from fastdp.program.keras_placed import PlacedGraph, placed_nodes
-from fastdp.program.keras_replica import Running, replica_scope
-from fastdp.program.keras_scope import replica_aware
+from fastdp.program.keras.patches import replica_aware
+from fastdp.program.keras.placement import graph as placed_graph
+from fastdp.program.keras.placement import values as placed_values
+from fastdp.program.keras.placement.graph import PlacedGraph, placed_nodes
+from fastdp.program.keras.replica import Running, replica_scope
+from fastdp.program.keras.variables import ReplicaScope
 from fastdp.runtime.host.device import HostDevice
 
 ROWS = 7
@@ -374,7 +375,7 @@ def fake_gpus(monkeypatch):
     """Two such GPUs; copies between them are told apart from those that nobody asked for."""
     transfers = Transfers()
     monkeypatch.setattr(FakeGpu, "mode", FakeTensorMode(allow_non_fake_inputs=True))
-    monkeypatch.setattr(keras_placed, "prepare_worker", lambda threads, device: None)
+    monkeypatch.setattr(placed_graph, "prepare_worker", lambda threads, device: None)
     brought = []
 
     def arrived(value, device):
@@ -384,14 +385,14 @@ def fake_gpus(monkeypatch):
         with _disable_current_modes(), FakeGpu.mode:
             return value.detach().to(device.torch_device)
 
-    work, one_at_a_time = keras_placed._forward, threading.Lock()  # torch's fake mode is of one thread
+    work, one_at_a_time = placed_graph._forward, threading.Lock()  # torch's fake mode is of one thread
 
     def watched(*args):
         with one_at_a_time, transfers:
             work(*args)
 
-    monkeypatch.setattr(keras_placed, "_forward", watched)
-    for module in (keras_placed, keras_spread):
+    monkeypatch.setattr(placed_graph, "_forward", watched)
+    for module in (placed_graph, placed_values):
         monkeypatch.setattr(module, "arrived", arrived)
     gpus = [FakeGpu(0), FakeGpu(1)]
     yield gpus, brought, transfers.found

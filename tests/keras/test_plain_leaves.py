@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import fastdp
-from fastdp.program.keras_effects import NotByRowsError
-from fastdp.program.keras_plain import check_same
+from fastdp.program.keras.plain_outputs import check_same
+from fastdp.program.keras.rows.effects import NotByRowsError
 
 OBJECT = object()
 SAME = {

@@ -1,0 +1,1 @@
+"""keras.Model as replicas."""

@@ -1,0 +1,1 @@
+"""A replica's part of the loss of the global batch."""

@@ -1,0 +1,185 @@
+"""The loss on the merged outputs: exact for any loss, at the price of one meeting of all replicas.
+
+Every replica gives its outputs; the first computes the real Keras loss on all of them and the gradient by
+each; every replica goes backward from the gradient of its own rows.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import keras
+import torch
+
+from fastdp.program.base import Context
+from fastdp.program.keras.batch import layouts_of, pack_like, split_leaves, with_plain
+from fastdp.program.keras.indices import IndicesNamed, rows_of
+from fastdp.program.keras.loss.per_sample import own_copy
+from fastdp.program.keras.plain_outputs import Plain, check_same
+from fastdp.program.keras.random.ops import whole_batch
+from fastdp.program.keras.replica import running
+from fastdp.program.keras.rows.effects import Effect, Layout
+from fastdp.program.keras.rows.units import own_part
+
+
+def merged_loss(
+    program: Any, y_pred: Any, extra: list[torch.Tensor], scope: Any, context: Context
+) -> tuple[list[torch.Tensor], list[torch.Tensor | None], list[torch.Tensor]]:
+    """Where a replica's backward starts, and (on the first replica) the loss and its terms.
+
+    Args:
+        program: the program's `TrainingLoss`.
+        y_pred: the replica's outputs.
+        extra: the replica's contributions to the `add_loss` terms.
+        scope: the replica's stateless scope, current.
+        context: the replica's place in the step.
+    """
+    leaves, plain = split_leaves(y_pred)
+    layouts = layouts_of(leaves, program.effects.layouts, context.rows)
+    everyone = context.exchange(_Given(leaves, plain, extra, context))
+    answer = None
+    if context.rank == 0:
+        run = running()
+        assert run is not None, "a replica computes the loss"
+        with whole_batch(run):  # draws of the loss are of all rows
+            answer = _compute(program, y_pred, layouts, everyone, scope, context)
+    answer = context.exchange(answer)[0]
+    roots: list[torch.Tensor] = []
+    seeds: list[torch.Tensor | None] = []
+    for place, (leaf, gradient) in enumerate(zip(leaves, answer.outputs, strict=True)):
+        if gradient is not None and leaf.requires_grad:
+            roots.append(leaf)
+            seeds.append(_own_rows(gradient, layouts[place], context))
+    for term, gradient in zip(extra, answer.extra, strict=True):
+        if gradient is not None and term.requires_grad:
+            roots.append(term)
+            seeds.append(gradient)
+    if context.rank == 0 and answer.direct is not None:
+        roots.append(answer.direct)
+        seeds.append(None)
+    zeros = [torch.zeros(()) for _ in answer.terms]
+    return roots, seeds, answer.terms if context.rank == 0 else zeros
+
+
+class _Given:
+    """What a replica brings: detached outputs, those that are no tensors, masks and terms."""
+
+    def __init__(self, leaves: list[torch.Tensor], plain: Plain, extra: list[torch.Tensor], context: Context) -> None:
+        self.leaves = [leaf.detach() for leaf in leaves]
+        self.masks = [getattr(leaf, "_keras_mask", None) for leaf in leaves]
+        self.extra = [term.detach() for term in extra]
+        self.plain = plain
+        self.rows = context.rows
+
+    def moved(self, how: Callable[[Any], Any]) -> _Given:
+        """The same with its tensors moved."""
+        twin = copy.copy(self)
+        twin.leaves, twin.masks, twin.extra = how(self.leaves), how(self.masks), how(self.extra)
+        return twin
+
+
+class _Answer:
+    """What the first replica finds: gradients by merged outputs and terms, the loss, and what else of it
+    depends on the weights directly (regularizers)."""
+
+    def __init__(self) -> None:
+        self.outputs: list[torch.Tensor | None] = []
+        self.extra: list[torch.Tensor | None] = []
+        self.terms: list[torch.Tensor] = []
+        self.direct: torch.Tensor | None = None
+
+    def moved(self, how: Callable[[Any], Any]) -> _Answer:
+        """The same with its tensors moved."""
+        twin = copy.copy(self)
+        twin.outputs, twin.extra, twin.terms = how(self.outputs), how(self.extra), how(self.terms)
+        return twin
+
+
+def _compute(
+    program: Any, y_pred: Any, layouts: list[Layout], everyone: list[_Given], scope: Any, context: Context
+) -> _Answer:
+    """Keras's loss on all outputs, and its gradients."""
+    check_same([given.plain for given in everyone], y_pred)
+    columns = zip(layouts, *(given.leaves for given in everyone), strict=True)
+    merged = [_merge(layout, parts, everyone) for layout, *parts in columns]
+    for i, tensor in enumerate(merged):
+        masks = [given.masks[i] for given in everyone]
+        if masks[0] is not None:
+            axis = layouts[i].axis
+            tensor._keras_mask = masks[0] if axis is None else torch.cat(masks, min(axis, masks[0].ndim - 1))
+    extra = [torch.stack(parts).sum() for parts in zip(*(given.extra for given in everyone), strict=True)]
+    inputs = [tensor for tensor in (*merged, *extra) if tensor.is_floating_point()]
+    for tensor in inputs:
+        tensor.requires_grad_()
+    answer = _Answer()
+    nest = pack_like(y_pred, with_plain(merged, everyone[0].plain))
+    with IndicesNamed(partial(_of_rows, program, nest, scope, context), 0, context.rows.total):
+        loss, answer.terms = _loss_of_all(program, nest, extra, scope, context)
+    scaled = program.optimizer.scale_loss(loss)
+    gradients: list[torch.Tensor | None] = [None] * len(inputs)
+    if scaled.requires_grad:
+        # The graph is kept: the weights that the loss uses directly take their gradient from it below.
+        gradients = list(torch.autograd.grad(scaled, inputs, retain_graph=True, allow_unused=True))
+        answer.direct = scaled
+    found = dict(zip(map(id, inputs), gradients, strict=True))
+    answer.outputs = [found.get(id(tensor)) for tensor in merged]
+    answer.extra = [found.get(id(term)) for term in extra]
+    return answer
+
+
+def _of_rows(program: Any, y_pred: Any, scope: Any, context: Context, start: int, stop: int) -> None:
+    """The loss of some rows of the global batch, which counts nowhere."""
+    part = replace(context, batch=[array[start:stop] for array in context.batch])
+    outputs = keras.tree.map_structure(
+        lambda leaf: rows_of(getattr(leaf, "detach", lambda: leaf)(), start, stop), y_pred
+    )
+    _loss_of_all(program, outputs, [], scope, part)
+
+
+def _loss_of_all(
+    program: Any, y_pred: Any, extra: list[torch.Tensor], scope: Any, context: Context
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The loss of the global batch, and the loss itself with Keras's terms for the record."""
+    batch = context.structure.pack(context.batch, inputs=program.is_own)  # Keras's own does not look at x
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+    compiled = program.trainer._compile_loss
+    metrics = compiled.metrics if compiled is not None else []
+    for metric in metrics:  # from zero, so that they hold this step's terms alone
+        scope.add_update((metric.total, torch.zeros(())))
+        scope.add_update((metric.count, torch.zeros(())))
+    if program.is_own:
+        # `self.losses` inside compute_loss reads the scope: let it find the terms of the global batch.
+        scope.losses[:] = extra
+        program.model._loss_ids.update(map(id, extra))
+        loss = program.model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+    else:
+        parts = [compiled(y, y_pred, own_copy(sample_weight)), *extra]
+        parts += [keras.ops.sum(value) for value in program.regularization()]
+        loss = parts[0] if len(parts) == 1 else keras.ops.sum(parts)
+    values = [(scope.get_current_value(m.total), scope.get_current_value(m.count)) for m in metrics]
+    return loss, [loss.detach(), *((total / count).detach() for total, count in values)]
+
+
+def _merge(layout: Layout, parts: Sequence[torch.Tensor], everyone: list[_Given]) -> torch.Tensor:
+    """Rows in order; an output without rows is the same on all replicas, or added up, or averaged by rows."""
+    if layout.axis is not None:
+        return torch.cat(list(parts), layout.axis)
+    if layout.effect is Effect.SAME:
+        return parts[0].clone()
+    factors = [1.0 if layout.effect is Effect.SUM else given.rows.share for given in everyone]
+    return torch.stack([part * factor for part, factor in zip(parts, factors, strict=True)]).sum()
+
+
+def _own_rows(gradient: torch.Tensor, layout: Layout, context: Context) -> torch.Tensor:
+    """The part of a merged output's gradient that belongs to this replica.
+
+    Of an output that all replicas have, each takes its share: what it depends on is counted once.
+    """
+    rows = context.rows
+    if layout.axis is None:
+        return gradient if layout.effect is Effect.SUM else gradient * rows.share
+    return own_part(gradient, layout.axis, rows)

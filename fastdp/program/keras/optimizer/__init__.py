@@ -1,0 +1,1 @@
+"""Keras optimizers on flat buffers, or variable by variable."""

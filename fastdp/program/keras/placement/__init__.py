@@ -1,0 +1,1 @@
+"""A replica that spans several devices."""

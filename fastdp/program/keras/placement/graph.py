@@ -1,0 +1,385 @@
+"""A replica that spans several devices: the calls of a Functional model run where `fastdp.device` placed them.
+
+The model's graph is cut into its calls. A call that is placed on another device of the replica is enqueued on that
+device's worker, behind the events of the calls whose outputs it takes; everything else runs on the replica's own
+worker, which waits for an output only where it takes it. So branches run at the same time, and so do their backward
+passes: the outputs of each call are cut off the graph of autograd and become leaves of the next one's, and the
+gradient goes back call by call, each on its device. Inputs, variables and gradients are brought from device to device
+by whoever takes them (`fastdp.program.keras.placement.values`).
+
+Random draws, losses and moments are put in the order of the graph, whatever the order in time. A layer that is called
+twice and that has state (seeds, statistics) is called in the order of the graph.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import keras
+import torch
+from keras.src.ops.function import Function
+
+from fastdp.comm.rendezvous import Rendezvous
+from fastdp.program.keras.batch_norm import Moments
+from fastdp.program.keras.placement.values import PlacedScope, Spread
+from fastdp.program.keras.replica import NotCapturable, Running, keras_device, replica_scope, running
+from fastdp.tensors.device_copies import arrived
+from fastdp.tensors.threads import prepare_worker
+
+PLACE = "_fastdp_place"
+
+
+def graph_of(model: keras.Model) -> Any:
+    """The graph of calls that a model runs, None if it has none."""
+    if isinstance(model, keras.Sequential):
+        return model._functional
+    return model if isinstance(model, Function) else None
+
+
+def placed_nodes(graph: Any) -> list[tuple[Any, int | None]]:
+    """The calls of a graph that have a place, and the place."""
+    nodes = _nodes(graph) if graph is not None else []
+    return [(node, _place(node)) for node in nodes if _has_place(node)]
+
+
+def _nodes(graph: Any) -> list[Any]:
+    """The calls of a graph, each after those whose outputs it takes."""
+    by_depth = graph._nodes_by_depth
+    nodes = [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth]]
+    return [node for node in nodes if node.operation is not None and not node.is_input]
+
+
+def _has_place(node: Any) -> bool:
+    return PLACE in node.__dict__ or PLACE in getattr(node.operation, "__dict__", {})
+
+
+def _place(node: Any) -> int | None:
+    """A call's own place, or else that of its layer."""
+    return node.__dict__.get(PLACE, getattr(node.operation, "__dict__", {}).get(PLACE))
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call of the graph in one step, on a device of the replica.
+
+    `results` still have their graph, `outputs` are cut off it. `found` are the gradients, by id of the tensors that the
+    call was given.
+    """
+
+    number: int
+    node: Any
+    device: Any
+    run: Running
+    scope: PlacedScope
+    sources: list[_Call] = field(default_factory=list)
+    takers: list[_Call] = field(default_factory=list)
+    event: Any = None
+    error: BaseException | None = None
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    results: list[torch.Tensor] = field(default_factory=list)
+    outputs: list[Spread] = field(default_factory=list)
+    found: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def state(self) -> set[int]:
+        """What of it must not be called twice at a time."""
+        layers = self.node.operation._flatten_layers() if isinstance(self.node.operation, keras.layers.Layer) else []
+        return {id(layer) for layer in layers if layer._non_trainable_variables or layer._seed_generators}
+
+    @property
+    def rest(self) -> list[torch.Tensor]:
+        """The tensors that it was given and may be differentiated by."""
+        return [*self.inputs, *(local for _, local in self.scope.read.values())]
+
+
+class PlacedGraph:
+    """One forward pass of a placed model, and its backward pass.
+
+    Args:
+        devices: of the replica; the first is the one whose worker runs this, and whose memory the variables are in.
+
+    A call is given its inputs and variables on its own device, and whoever takes its outputs brings them over. On GPUs
+    a device's stream waits for the events of the calls before, and the first device's, at the end of each pass, for
+    all: what comes after on it is ordered behind whatever a placed call has read.
+    """
+
+    def __init__(self, devices: Sequence[Any]) -> None:
+        self._devices = devices
+        self._home = devices[0]
+        self._calls: list[_Call] = []
+        self._inputs: list[tuple[torch.Tensor, Spread]] = []  # with their graph, and cut off it
+        self._timeout = 0.0
+        self._threads = 1
+
+    # Forward.
+
+    def forward(self, graph: Any, inputs: Any, operation_fn: Callable[..., Any], run: Running, scope: Any) -> Any:
+        """Keras's `_run_through_graph`, with each call on its device."""
+        if run.draws is not None:
+            raise NotCapturable("layers placed on several devices")
+        if self._calls:
+            raise NotImplementedError(
+                "A model whose layers fastdp.device placed runs through its layers more than once in a step. Place no "
+                "layers, or let it run through them once."
+            )
+        home = self._home
+        self._timeout, self._threads = run.context.rendezvous.timeout, torch.get_num_threads()
+        given = zip(graph.inputs, keras.tree.flatten(inputs), strict=True)
+        values = {id(x): self._cut_input(y) for x, y in given}
+        variables = {key: Spread(value, home) for key, value in scope.state_mapping.items()}
+        self._calls = self._plan(graph, run, lambda device: PlacedScope(variables, scope.leaves, device))
+        grad = torch.is_grad_enabled()
+
+        def work(call: _Call) -> None:
+            with torch.set_grad_enabled(grad), keras_device(call.device), replica_scope(call.run), call.scope:
+                _forward(call, values, operation_fn)
+
+        self._all(self._calls, lambda call: call.sources, work)
+        # From here on the replica's own worker goes on with it: on the first device.
+        scope.state_mapping.update((key, spread.on(home)) for key, spread in variables.items())
+        run.generators.join([call.run.generators for call in self._calls])
+        for call in self._calls:
+            run.moments += [(layer, self._moments_at_home(call, moments)) for layer, moments in call.run.moments]
+            run.made_up |= call.run.made_up
+            scope.losses += [loss.on(home) for loss in call.scope.losses]
+        return keras.tree.pack_sequence_as(graph._outputs_struct, [values[id(x)].on(home) for x in graph.outputs])
+
+    def _cut_input(self, value: Any) -> Spread:
+        """An input of the graph, without the graph behind it."""
+        if not isinstance(value, torch.Tensor) or not value.requires_grad:
+            return Spread(value, self._home)
+        self._inputs.append((value, Spread(_without_graph(value), self._home)))
+        return self._inputs[-1][1]
+
+    def _moments_at_home(self, call: _Call, moments: Moments) -> Moments:
+        """What a call's BatchNormalization has seen, where the step's sums are made."""
+        if call.device is self._home:
+            return moments
+        return replace(moments, mean=arrived(moments.mean, self._home), variance=arrived(moments.variance, self._home))
+
+    def _plan(self, graph: Any, run: Running, scope_on: Callable[[Any], PlacedScope]) -> list[_Call]:
+        """The calls of the graph, and which waits for which."""
+        maker: dict[int, _Call] = {}
+        last: dict[int, _Call] = {}
+        calls = []
+        nodes = _nodes(graph)
+        generators = run.generators.branches(len(nodes))
+        for number, node in enumerate(nodes):
+            device = self._devices[_place(node) or 0]
+            own = replace(run, moments=[], masks={}, met=Counter(), generators=generators[number])
+            if device is not self._home:
+                own.context = replace(run.context, device=device)
+                if run.context.size > 1:
+                    own.context.rendezvous = _NoMeeting(run.context.size, 0.0)
+            call = _Call(number, node, device, own, scope_on(device))
+            for source in [maker[id(x)] for x in node.input_tensors if id(x) in maker]:
+                call.sources.append(source)
+                source.takers.append(call)
+            for key in call.state:
+                call.sources += [last[key]] if key in last else []
+                last[key] = call
+            maker.update((id(x), call) for x in node.outputs)
+            calls.append(call)
+        return calls
+
+    # Backward.
+
+    def gradients(
+        self, roots: Sequence[torch.Tensor], seeds: Sequence[Any], leaves: Sequence[torch.Tensor], retain: bool
+    ) -> list[torch.Tensor | None]:
+        """`torch.autograd.grad` of the whole step; None for leaves that the roots do not depend on."""
+        home, keep = self._home, {"allow_unused": True, "retain_graph": retain}
+        cut = [seen for call in self._calls for out in call.outputs if (seen := out.seen(home)) is not None]
+        cut += [spread.seen(home) for _, spread in self._inputs]
+        direct = torch.autograd.grad(roots, [*cut, *leaves], seeds, **keep) if roots else ()
+        first = {id(t): g for t, g in zip([*cut, *leaves], direct, strict=bool(roots)) if g is not None}
+        self._all(self._calls[::-1], lambda call: call.takers, lambda call: _backward(call, home, first, keep))
+        totals = {id(leaf): first.get(id(leaf)) for leaf in leaves}
+        for call in self._calls:
+            for spread, local in call.scope.read.values():
+                leaf, gradient = id(spread.seen(home)), call.found.get(id(local))
+                if leaf in totals and gradient is not None:
+                    totals[leaf] = _sum(totals[leaf], arrived(gradient, home))
+        pairs = [
+            (value, total) for value, spread in self._inputs if (total := self._of_input(spread, first)) is not None
+        ]
+        if pairs:
+            behind = torch.autograd.grad([v for v, _ in pairs], leaves, [g for _, g in pairs], **keep)
+            for leaf_tensor, gradient in zip(leaves, behind, strict=True):
+                totals[id(leaf_tensor)] = _sum(totals[id(leaf_tensor)], gradient)
+        if not retain:  # the activations are free before the update
+            self._calls, self._inputs = [], []
+        return [totals[id(leaf)] for leaf in leaves]
+
+    def _of_input(self, spread: Spread, first: dict[int, torch.Tensor]) -> torch.Tensor | None:
+        """The gradient of an input of the graph, from all calls that took it."""
+        total = first.get(id(spread.seen(self._home)))
+        for call in self._calls:
+            gradient = call.found.get(id(spread.seen(call.device)))
+            total = _sum(total, None if gradient is None else arrived(gradient, self._home))
+        return total
+
+    # Running calls on their devices.
+
+    def _all(
+        self, calls: Sequence[_Call], after: Callable[[_Call], list[_Call]], work: Callable[[_Call], None]
+    ) -> None:
+        """Run `work` for each call, on its device, after those that `after` names."""
+        home = self._home
+        left, begun = list(calls), set[_Call]()
+        awaited = {other for call in calls if call.device is not home for other in after(call)}
+        for call in calls:
+            call.event = None
+        start = home.compute.now()  # behind it are the batch, the variables, and the first gradients
+        try:
+            while left:
+                for call in [c for c in left if c.device is not home]:
+                    if begun.issuperset(after(call)):
+                        self._enqueue(call, start, after(call), work)
+                        begun.add(call)
+                        left.remove(call)
+                own = next((c for c in left if c.device is home and begun.issuperset(after(c))), None)
+                if own is not None:
+                    self._wait(after(own))
+                    work(own)
+                    own.event = home.compute.now() if own in awaited else None
+                    begun.add(own)
+                    left.remove(own)
+        finally:  # nobody else may touch the step's state once this is over
+            failed = self._settle(begun)
+        if failed is not None:
+            raise failed
+
+    def _enqueue(self, call: _Call, start: Any, before: Sequence[_Call], work: Callable[[_Call], None]) -> None:
+        """Hand a call to its device's worker. Its failure is kept, and the device stays usable."""
+        stream = call.device.compute
+
+        def run() -> None:
+            call.error = next((other.error for other in before if other.error is not None), None)
+            if call.error is not None:
+                return
+            try:
+                prepare_worker(self._threads, call.device)
+                work(call)
+            # Handed to the replica's own worker, which raises it: KeyboardInterrupt and SystemExit too.
+            except BaseException as error:  # noqa: BLE001
+                call.error = error
+
+        for event in [start, *(other.event for other in before if other.event is not None)]:
+            stream.wait(event)
+        stream.enqueue(run)
+        call.event = stream.record()
+
+    def _wait(self, calls: Sequence[_Call]) -> None:
+        """Go on behind calls on other devices; raise what went wrong there."""
+        for call in calls:
+            if call.device is not self._home:
+                self._home.compute.follow(call.event, self._timeout)
+            if call.error is not None:
+                raise call.error
+
+    def _settle(self, calls: set[_Call]) -> BaseException | None:
+        """Go on behind all that was enqueued; the first failure by the order of the graph."""
+        for call in calls:
+            if call.device is not self._home:
+                self._home.compute.follow(call.event, self._timeout)
+        return next((c.error for c in sorted(calls, key=lambda c: c.number) if c.error is not None), None)
+
+
+def _forward(call: _Call, values: dict[int, Spread], operation_fn: Callable[..., Any]) -> None:
+    """Call the layer, and cut its outputs and losses off its graph."""
+    given = {id(x): values[id(x)].on(call.device) for x in call.node.input_tensors}
+    call.inputs = [t for t in given.values() if isinstance(t, torch.Tensor) and t.requires_grad]
+    args, kwargs = call.node.arguments.fill_in(given)
+    made = keras.tree.flatten(operation_fn(call.node.operation)(*args, **kwargs))
+    for x, result in zip(call.node.outputs, made, strict=True):
+        values[id(x)] = _cut(call, result)
+    call.scope.losses[:] = [_cut(call, loss) for loss in call.scope.losses]
+
+
+def _cut(call: _Call, result: Any) -> Spread:
+    """A result without its graph, as a leaf of whatever takes it."""
+    if not isinstance(result, torch.Tensor) or not result.requires_grad:
+        return Spread(result, call.device)
+    call.results.append(result)
+    call.outputs.append(Spread(_without_graph(result), call.device))
+    return call.outputs[-1]
+
+
+def _without_graph(value: torch.Tensor) -> torch.Tensor:
+    """A leaf of autograd on the same memory, with the mask that Keras has hung on it."""
+    leaf = value.detach().requires_grad_()
+    mask = getattr(value, "_keras_mask", None)
+    if mask is not None:
+        leaf._keras_mask = mask
+    return leaf
+
+
+def _backward(call: _Call, home: Any, first: dict[int, torch.Tensor], keep: dict[str, Any]) -> None:
+    """Gradients of what a call was given, from those of its outputs: of the loss, and of all who took them."""
+    roots, seeds = [], []
+    call.found = {}
+    for result, output in zip(call.results, call.outputs, strict=True):
+        parts = [first.get(id(output.seen(home)))]
+        parts += [taker.found.get(id(output.seen(taker.device))) for taker in dict.fromkeys(call.takers)]
+        total = None
+        for part in parts:
+            total = _sum(total, None if part is None else arrived(part, call.device))
+        if total is not None:
+            roots.append(result)
+            seeds.append(total)
+    wanted = list({id(t): t for t in call.rest}.values())
+    if roots and wanted:
+        found = torch.autograd.grad(roots, wanted, seeds, **keep)
+        call.found = {id(t): g for t, g in zip(wanted, found, strict=True) if g is not None}
+
+
+def _sum(total: torch.Tensor | None, more: torch.Tensor | None) -> torch.Tensor | None:
+    """A sum in which None is nothing."""
+    if total is None or more is None:
+        return more if total is None else total
+    return total + more
+
+
+def gradients_of(
+    run: Running,
+    roots: Sequence[torch.Tensor],
+    seeds: Sequence[Any],
+    leaves: Sequence[torch.Tensor],
+    *,
+    retain: bool = False,
+) -> Sequence[torch.Tensor | None]:
+    """Gradients of a step's leaves, through the replica's devices if it has several. `retain` allows a second pass."""
+    if run.placed is not None:
+        return run.placed[1].gradients(roots, seeds, leaves, retain)
+    if not roots or not leaves:
+        return [None] * len(leaves)
+    return torch.autograd.grad(roots, leaves, seeds, allow_unused=True, retain_graph=retain)
+
+
+class _NoMeeting(Rendezvous):
+    """Refuses layers that meet their like of other replicas in the middle of a call: two threads would mix them up."""
+
+    def exchange(self, rank: int, value: Any) -> list[Any]:
+        """Refuse."""
+        raise NotImplementedError(
+            "A layer that fastdp.device placed on another device of its replica exchanges values with the other "
+            "replicas (sync_batch_norm=True, equalization, draws by rows). Place it on the host, or use one replica."
+        )
+
+
+def run_through_graph(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Keras's walk through a graph; that of a replica which spans devices goes to them."""
+
+    def run(graph: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        state = running()
+        if state is None or state.placed is None or state.placed[0] is not graph:
+            return original(graph, inputs, *args, **kwargs)
+        operation_fn = kwargs.get("operation_fn", args[0] if args else lambda op: op)
+        scope = keras.src.backend.common.stateless_scope.get_stateless_scope()
+        return state.placed[1].forward(graph, inputs, operation_fn, replace(state, placed=None), scope)
+
+    return run

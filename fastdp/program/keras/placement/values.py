@@ -1,0 +1,93 @@
+"""The values of one step of a replica that spans devices: where each was made, and its copies elsewhere.
+
+A variable's value lives on the replica's first device. A call that is placed on another one reads a copy, made once
+per step and device, and the gradient of the copy is brought back. What a placed call assigns lives on its device until
+somebody else reads it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import torch
+
+from fastdp.program.keras.variables import ReplicaScope
+from fastdp.tensors.device_copies import arrived
+
+
+class Spread:
+    """A value of one step, made on one device of the replica.
+
+    Args:
+        value: a tensor, cut off autograd's graph; anything else is the same everywhere.
+        device: whose worker made it.
+
+    Where it is differentiated each device's tensor is a leaf of its own, unless both are the same memory: calls give
+    gradients by leaves, and whoever owns the value adds them up.
+    """
+
+    def __init__(self, value: Any, device: Any) -> None:
+        self._by_device = {device: value}
+        self._value = value
+
+    def on(self, device: Any) -> Any:
+        """The value for a call on `device`: on its worker, whose stream waits for who made it."""
+        if device not in self._by_device:
+            self._by_device[device] = self._brought(device)
+        return self._by_device[device]
+
+    def seen(self, device: Any) -> Any:
+        """What calls on `device` were given; None if they never asked."""
+        return self._by_device.get(device)
+
+    def _brought(self, device: Any) -> Any:
+        value = self._value
+        if not isinstance(value, torch.Tensor):
+            return value
+        moved, mask = arrived(value, device), getattr(value, "_keras_mask", None)
+        mask = None if mask is None else arrived(mask, device)
+        if moved is value:  # one leaf for both
+            return value
+        if mask is not None:
+            moved._keras_mask = mask
+        return moved.requires_grad_(value.requires_grad)
+
+
+class PlacedScope(ReplicaScope):
+    """A replica's scope for one call, on the device of the call: variables are brought there when they are read.
+
+    Args:
+        variables: the replica's values by id of the variable, shared by the calls of a step; an assignment is seen by
+            the calls after this one.
+        leaves: ids of the trainable variables.
+        device: of the call.
+
+    `read` are the differentiable values that the call has read, by id of the tensor it got.
+    """
+
+    def __init__(self, variables: dict[int, Spread], leaves: set[int], device: Any) -> None:
+        super().__init__([], leaves)
+        self._variables = variables
+        self._device = device
+        self.read: dict[int, tuple[Spread, torch.Tensor]] = {}
+
+    def twin(self) -> PlacedScope:
+        """A scope with the present values, whose assignments this one does not see."""
+        return PlacedScope(dict(self._variables), self._leaves, self._device)
+
+    def get_current_value(self, variable: keras.Variable) -> torch.Tensor | None:
+        """The value on the call's device."""
+        spread = self._variables.get(id(variable))
+        if spread is None:
+            return None
+        value: torch.Tensor = spread.on(self._device)
+        if value.requires_grad:
+            self.read[id(value)] = spread, value
+        return value
+
+    def add_update(self, update: tuple[keras.Variable, torch.Tensor]) -> None:
+        """Note an assignment."""
+        super().add_update(update)
+        key = id(update[0])
+        self._variables[key] = Spread(self.state_mapping[key], self._device)

@@ -1,0 +1,70 @@
+"""Outputs that are no tensors: None, numbers, strings, NumPy arrays, objects.
+
+Nobody can put them together from the rows of several devices. What is the same on all replicas is the value for the
+whole batch too, as far as that can be known: a trial on one row and on two tells what depends on their number, and each
+step compares what the replicas gave. A number that a model takes from its rows (`x.shape[0]`) is an error that names
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from fastdp.program.keras.rows.effects import NotByRowsError
+
+Plain = Sequence[tuple[int, Any]]
+
+
+def check_same(every: Sequence[Plain], nest: Any) -> None:
+    """Compare the leaves that are no tensors: those of several replicas, or of several numbers of rows.
+
+    Args:
+        every: place and value of each, by replica.
+        nest: of the outputs, for the message.
+
+    Raises:
+        NotByRowsError: they are not the same.
+    """
+    for others in every[1:]:
+        if [place for place, _ in others] != [place for place, _ in every[0]]:
+            raise NotByRowsError(
+                "The model's outputs are tensors for some rows and no tensors for others, so they cannot be put "
+                "together from the rows of several devices. Return the same kinds of outputs for all rows, or use "
+                "gpus=[0]."
+            )
+        for (place, value), (_, other) in zip(every[0], others, strict=True):
+            if not is_same(value, other):
+                raise NotByRowsError(
+                    f"The model's output {_name(nest, place)} is no tensor but {_said(value)}, which depends on the "
+                    f"rows: other rows gave {_said(other)}. What devices make of their rows can be put together "
+                    "only from tensors. Return a tensor with a row for each row of the batch, or take the value after "
+                    "the merge, or use gpus=[0]."
+                )
+
+
+def is_same(value: Any, other: Any) -> bool:
+    """Whether two values are one, or equal in class and content."""
+    if value is other:
+        return True
+    if type(value) is not type(other):
+        return False
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.dtype == other.dtype and np.array_equal(value, other, equal_nan=value.dtype.kind in "fc")
+    if isinstance(value, float):
+        return value == other or (value != value and other != other)
+    return (value == other) is True
+
+
+def _name(nest: Any, place: int) -> str:
+    """A leaf as one would write it behind the outputs."""
+    path = [path for path, _ in keras.tree.flatten_with_path(nest)][place] if keras.tree.is_nested(nest) else ()
+    return "outputs" + "".join(f"[{key!r}]" for key in path)
+
+
+def _said(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

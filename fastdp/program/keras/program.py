@@ -1,0 +1,383 @@
+"""The Keras program: a step of a real Keras model as a pure function over explicit state.
+
+A replica is the same Python object as the user's model, run under a `StatelessScope` on another device's
+state: no model is ever cloned. The model itself, the *template*, aliases the first replica's memory.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+
+from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
+from fastdp.program.base import Context, Result, Totals
+from fastdp.program.keras.batch import OutputStructure, Structure, flatten_outputs, unpack
+from fastdp.program.keras.gradients import LeftGradients
+from fastdp.program.keras.indices import RowsNamed
+from fastdp.program.keras.optimizer.accumulation import Accumulation
+from fastdp.program.keras.optimizer.flat import FlatUpdate
+from fastdp.program.keras.optimizer.slots import apply_by_variable, optimizer_of, slots_of, why_not_now
+from fastdp.program.keras.patches import replica_aware
+from fastdp.program.keras.placement.graph import PlacedGraph, gradients_of, graph_of
+from fastdp.program.keras.random.augmentation import writes_to_inputs
+from fastdp.program.keras.random.step_draws import StepDraws
+from fastdp.program.keras.replica import NotCapturable, Running, keras_device, replica_scope
+from fastdp.program.keras.rows.known_layers import keeps_rows_apart
+from fastdp.program.keras.rows.policy import ModelEffects, Policy
+from fastdp.program.keras.rows.probe import Effects
+from fastdp.program.keras.step_sums import Notes, Outcome, SideEffects, Summed
+from fastdp.program.keras.training_loss import TrainingLoss
+from fastdp.program.keras.variables import Adopted, Mapping, ReplicaScope, ReplicaState, adopted, tensors_of
+from fastdp.program.torch.batch import Autocast
+from fastdp.runtime.queue import QueueDevice
+from fastdp.tensors.arrays import accumulate, output_array, settle, spec_of
+from fastdp.tensors.gradient_buckets import Arrivals
+from fastdp.tensors.threads import prepare_worker, replicas_run
+
+
+class KerasProgram:
+    """Runs a built Keras model as replicas.
+
+    Args:
+        model: the template.
+        trainer: whose compiled loss and optimizer apply: the parallel model, or the template itself. Not
+            compiled, the program can only predict.
+        sync_batch_norm: normalize by the global batch.
+        template_state: a context manager factory held while replicas run, for templates whose own
+            `compute_loss` wants the trainer's compile state.
+        replicas: how many there are; one has nothing to find out about rows.
+        policy: what to do about rows that meet.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        trainer: Any,
+        *,
+        sync_batch_norm: bool = False,
+        template_state: Any = None,
+        replicas: int = 2,
+        policy: Policy | None = None,
+    ) -> None:
+        self.model = model
+        self.trainer = trainer
+        self.sync_batch_norm = sync_batch_norm
+        self._template_state = template_state
+        own_metrics = [m for layer in model._flatten_layers() for m in layer._metrics]
+        # The trainable ones first: they then lie in memory as their gradients do.
+        every = [*model.trainable_variables, *model.variables, *(v for m in own_metrics for v in m.variables)]
+        self.variables = list({id(v): v for v in every}.values())
+        self._index = {id(v): i for i, v in enumerate(self.variables)}
+        optimizer = optimizer_of(trainer)
+        self.trainable = list(model.trainable_variables) if optimizer is not None else []
+        self.optimizer = optimizer
+        self.accumulation = Accumulation(optimizer, self.trainable)
+        self._left = LeftGradients(self.trainable)
+        self.slot_variables = list(optimizer.variables) if optimizer is not None else []
+        self.gradients: Sequence[ArraySpec] = [spec_of(v.path, v.value) for v in self.trainable]
+        self._slots = slots_of(optimizer, self.trainable)
+        self.slots: Sequence[ArraySpec] = [spec_of(v.path, v.value) for v in self._slots.order]
+        # Follows keras.utils.set_random_seed, and takes nothing from any generator.
+        self._seed = torch.initial_seed() & 0x7FFFFFFF
+        self._replicas = replicas
+        about = (model, self.variables, self._call, self._seed)
+        policy = policy or Policy()
+        self.effects: Any = ModelEffects(*about, training=True, policy=policy)
+        self.forward_effects = ModelEffects(*about, self.effects.sites, training=False, policy=policy)
+        self.loss = TrainingLoss(model, trainer, optimizer, self.effects)
+        self._adopted: list[Adopted] = []
+        self.captures: Any = None
+        # For captured steps: which gradients lie in which of the engine's buckets, and the replicas that are there.
+        self.gradient_buckets: list[tuple[int, ...]] = []
+        self.states: weakref.WeakValueDictionary[int, ReplicaState] = weakref.WeakValueDictionary()
+        self._groups: Sequence[Sequence[QueueDevice]] | None = getattr(trainer, "device_groups", None)
+        self._writes_to_inputs = writes_to_inputs(model)
+        regularizers = [v.regularizer for v in self.trainable if v.regularizer is not None]
+        are_known = all(type(one).__module__.startswith("keras.") for one in regularizers)
+        self._is_known = are_known and keeps_rows_apart(model)
+        self.draws = StepDraws(moves=bool(self.effects.seeds) or not self._is_known)
+        self._autocast = Autocast.current()  # of the thread that asks for steps
+
+    # Memory: the protocol of fastdp.program.base.
+
+    def home(self, device: Allocator) -> Home:
+        """The template's own variables, in flat buffers."""
+        self._adopted = [adopted(self.model, self.variables, device)]
+        return self._adopted[0].home
+
+    def home_slots(self, device: Allocator) -> FlatBuffers:
+        """The optimizer's own variables, in flat buffers."""
+        if self.optimizer is None:
+            return FlatBuffers([], device)
+        self._adopted.append(adopted(self.optimizer, self._slots.order, device))
+        return self._adopted[-1].home.variables
+
+    @property
+    def update_is_reliable(self) -> bool:
+        """Whether optimizer, learning rate and constraints are Keras's own."""
+        rate = getattr(self.optimizer, "_learning_rate", None)
+        parts = [self.optimizer, rate, *(v.constraint for v in self.trainable)]
+        return all(part is None or type(part).__module__.startswith("keras.") for part in parts)
+
+    def rehearse_update(self, state: ReplicaState) -> bool:
+        """Try the optimizer on copies, where it acts on flat buffers."""
+        if state.flat_update is None or self.update_how != "flat":
+            return False
+        state.flat_update.rehearse()
+        return True
+
+    @property
+    def update_is_shared(self) -> bool:
+        """Whether the optimizer is applied to pieces, one thread each."""
+        return self.update_how == "flat"
+
+    @property
+    def update_how(self) -> str:
+        """How the optimizer is applied: "flat", to all variables as one, or "per variable: " and the reason."""
+        why = why_not_now(self.optimizer) if self._slots.how == "flat" else ""
+        return f"per variable: {why}" if why else self._slots.how
+
+    def changed_outside(self) -> bool:
+        """Whether a callback or the user assigned a weight, the learning rate, or anything else."""
+        changed = [one.changed() for one in self._adopted]  # all are asked: asking also adopts
+        if any(changed):
+            settle(v.value for v in self.variables)
+        return any(changed)
+
+    def committed(self) -> None:
+        """All replicas have the present values."""
+        for one in self._adopted:
+            one.note()
+
+    def bind(self, memory: Memory, device: QueueDevice, rank: int) -> ReplicaState:
+        """A replica's tensors over its memory."""
+        variables = tensors_of(memory.variables)
+        positions = [self._index[id(v)] for v in self.trainable]
+        leaves = [variables[i].detach().requires_grad_() for i in positions]
+        mapping = list(zip(self.variables, variables, strict=True))
+        for i, leaf in zip(positions, leaves, strict=True):
+            mapping[i] = (self.variables[i], leaf)
+        updates = bool(memory.slots.specs) and self._slots.how == "flat"  # without slots another replica does it
+        update = FlatUpdate(self.optimizer, self._slots, self.trainable, memory) if updates else None
+        gradients = tensors_of(memory.gradients)
+        arrivals = Arrivals(memory.gradients, gradients)
+        arrivals.hook(leaves)
+        slots = tensors_of(memory.slots)
+        state = ReplicaState(device, variables, slots, gradients, leaves, mapping, update, arrivals)
+        self.gradient_buckets = [bucket.arrays for bucket in memory.gradients.buckets()]
+        self.states[rank] = state
+        return state
+
+    def prepare_thread(self, threads: int, device: QueueDevice) -> None:
+        """Set the worker's share of the cores."""
+        prepare_worker(threads, device)
+
+    @contextmanager
+    def running(self, threads: int) -> Iterator[None]:
+        """Hold what Keras and torch need while replicas run."""
+        with ExitStack() as stack:
+            stack.enter_context(replica_aware())
+            stack.enter_context(replicas_run(threads))
+            if self.loss.is_own and self._template_state is not None:
+                stack.enter_context(self._template_state())
+            self.prepare_loss()
+            stack.enter_context(self.draws.during_step())
+            self._autocast = Autocast.current()
+            yield
+
+    # The step.
+
+    def train(self, state: ReplicaState, batch: list[np.ndarray], context: Context) -> Result:
+        """Forward, this replica's contribution to the loss, and its gradient."""
+        captured = self.captures.find(batch, context) if self.captures is not None else None
+        with RowsNamed(self, batch, context, state.mapping, trains=True):
+            if captured is not None:
+                outcome = captured.replay(state.mapping, state.gradients, batch, context)  # writes the gradients
+                unused = frozenset(i for i, gradient in enumerate(outcome.gradients) if gradient is None)
+            else:
+                # Where a replica spans devices, backward goes call by call: gradients come in parts, from several
+                # threads.
+                with state.arrivals.during(context.ready if self._groups is None else None), self._autocast.enter():
+                    outcome = self.compute(state.mapping, context.structure.pack(batch), self.running_replica(context))
+                unused = self._store_gradients(state, outcome.gradients)
+        unused |= {i for i, v in enumerate(self.trainable) if not v._value.requires_grad}  # frozen by torch's means
+        notes = Notes(outcome.structure, len(outcome.terms) - 1, unused=unused, added=outcome.added)
+        return self._result(outcome, state, context, notes)
+
+    def whole_step(self, batches: Sequence[list[np.ndarray]], contexts: Sequence[Context], why_not: str) -> Any:
+        """The graphs of a step on these rows that hold its collectives too; None where it has none."""
+        return self.captures.whole_step(batches, contexts, why_not) if self.captures is not None else None
+
+    def predict(self, state: ReplicaState, batch: list[np.ndarray], context: Context) -> Result:
+        """Forward only. The sums are the contributions of `add_loss` terms, then those of assigned variables."""
+        x, _, _ = unpack(context.structure.pack(batch))
+        run = self.running_replica(context, training=False)
+        keras_scope = keras_device(context.device)
+        named = RowsNamed(self, batch, context, state.mapping)
+        with (
+            keras_scope,
+            self._autocast.enter(),
+            torch.no_grad(),
+            replica_scope(run),
+            ReplicaScope(state.mapping, set()) as scope,
+            named,
+        ):
+            y_pred = self._call(x, training=False)
+            extra = self._extra_losses(scope.losses, context, self.forward_effects)
+        outputs, structure = flatten_outputs(y_pred, self.forward_effects.layouts, context.rows)
+        outcome = Outcome([], extra, outputs, structure, SideEffects.of(scope, state.mapping, run))
+        return self._result(outcome, state, context, Notes(structure, len(extra)), self.forward_effects)
+
+    def compute(self, mapping: Mapping, nest: Any, run: Running) -> Outcome:
+        """The pure part of a training step: from variables and a batch to gradients and new values."""
+        x, y, sample_weight = unpack(nest)
+        leaf_ids = set(map(id, self.trainable))
+        with keras_device(run.context.device), replica_scope(run), ReplicaScope(mapping, leaf_ids) as scope:
+            y_pred = self._call(x, training=True)
+            extra = self._extra_losses(scope.losses, run.context)
+            roots, seeds, terms = self.loss(y, y_pred, sample_weight, extra, scope, run)
+            leaves = [scope.get_current_value(v) for v in self.trainable]
+            # Within the scopes: hooks and gradients of the user's, which run in backward, are the replica's too.
+            found = gradients_of(run, roots, seeds, leaves)
+        outputs: list[torch.Tensor] = []
+        structure: OutputStructure | None = None
+        if run.context.wants_outputs:
+            outputs, structure = flatten_outputs(y_pred, self.effects.layouts, run.context.rows)
+            if structure.whole and run.draws is not None:
+                raise NotCapturable("outputs that are the same for all rows")
+        terms += [term.detach() for term in extra]
+        return Outcome(found, terms, outputs, structure, SideEffects.of(scope, mapping, run), len(extra))
+
+    @property
+    def spans_devices(self) -> bool:
+        """Whether a replica has several devices."""
+        return self._groups is not None
+
+    def running_replica(self, context: Context, *, training: bool = True) -> Running:
+        """What the thread of a replica knows in a step."""
+        effects: Effects = self.effects if training else self.forward_effects
+        generators = self.draws.of_replica(context.rank)
+        run = Running(context, self.sync_batch_norm, generators=generators, sites=effects.sites, units=effects.units())
+        run.watches_torch = self.loss.is_merged or not self._is_known
+        if self._groups is not None:
+            run.placed = graph_of(self.model), PlacedGraph(self._groups[context.rank])
+        return run
+
+    def assign(
+        self, sums: np.ndarray, notes: Notes, every_note: Sequence[Notes], effects: Effects | None = None
+    ) -> None:
+        """Give the template the variables that a forward pass changed: metrics of layers, seeds, moving statistics.
+
+        Raises:
+            UndecidedError: a variable moved otherwise than in the trial. Nothing has been assigned.
+        """
+        every = [note.effects for note in every_note]
+        if any(every):
+            values = [v.value for v in self.variables]
+            with torch.no_grad():
+                Summed.apply(every, values, sums[notes.terms :], self._index, effects or self.forward_effects)
+
+    def update(self, state: ReplicaState, totals: Totals) -> None:
+        """Assigned variables, then Keras's optimizer on the summed gradients."""
+        notes: Notes = totals.notes
+        with torch.no_grad():
+            every = [note.effects for note in totals.every_note]
+            Summed.apply(every, state.variables, totals.sums[1 + notes.terms :], self._index, self.effects)
+            if not self.trainable or not (totals.reduced or state.slots):  # without slots: all that there is to do
+                return
+            unused = frozenset.intersection(*(note.unused for note in totals.every_note))
+            if state is self.states.get(0):
+                self._left.note(unused)
+            if state.flat_update is not None and self.update_how == "flat":
+                state.flat_update.apply(unused, totals.reduced, totals.share)
+                return
+            # Before the last step of a cycle Keras gets zeros: what waits on the replicas is not counted twice.
+            given = state.gradients if totals.reduced else [g.new_zeros(()).expand_as(g) for g in state.gradients]
+            gradients = [None if i in unused else g for i, g in enumerate(given)]
+            values = [state.variables[self._index[id(v)]] for v in self.trainable]
+            mapping = [*zip(self.trainable, values, strict=True), *zip(self._slots.order, state.slots, strict=True)]
+            with nullcontext() if self.update_is_reliable else self.draws.during_update():
+                apply_by_variable(self.optimizer, gradients, self.trainable, mapping)
+
+    def leave_gradients(self, engine: Any) -> None:
+        """After a training step, let the template's variables have its gradients, as Keras's trainer leaves them.
+
+        Not where they are accumulated on the replicas: the step's gradient of the whole batch is never made.
+        """
+        if self.accumulation.defers(engine):
+            self._left.forget()
+        else:
+            self._left.leave(self.states[0].gradients)
+
+    accumulate = staticmethod(accumulate)
+
+    def fold(self, state: ReplicaState) -> None:
+        """Hand reduced gradients of an unfinished cycle to the optimizer's accumulators."""
+        slots = {id(v): tensor for v, tensor in zip(self._slots.order, state.slots, strict=True)}
+        self.accumulation.fold(slots, state.gradients)
+
+    # Parts of the step.
+
+    def _call(self, x: Any, training: bool) -> Any:
+        """The model's outputs, as Keras's own `train_step` gets them."""
+        if self._writes_to_inputs:
+            x = keras.tree.map_structure(torch.clone, x)
+        return self.model(x, training=training) if self.model._call_has_training_arg else self.model(x)
+
+    def _extra_losses(
+        self, losses: Sequence[torch.Tensor], context: Context, effects: Effects | None = None
+    ) -> list[torch.Tensor]:
+        """This replica's contributions to the `add_loss` terms."""
+        return (effects or self.effects).contributions(losses, context)
+
+    @property
+    def is_regularized(self) -> bool:
+        """Whether any trainable weight has a regularizer."""
+        return any(v.regularizer is not None for v in self.trainable)
+
+    def regularization(self) -> list[torch.Tensor]:
+        """The regularizers of the trainable weights, from the values in the current scope."""
+        return self.loss.regularization()
+
+    def prepare_loss(self) -> None:
+        """Decide how the loss is computed: as contributions of the replicas, or on the merged outputs."""
+        self.loss.prepare()
+
+    @staticmethod
+    def _store_gradients(state: ReplicaState, found: Sequence[torch.Tensor | None]) -> frozenset[int]:
+        """Copy gradients into the flat buffer; zeros, and a note, where there are none."""
+        return state.arrivals.store(found)
+
+    # Side effects of the forward pass.
+
+    def inspect(
+        self, batch: Sequence[np.ndarray], structure: Structure, *, training: bool = True, every_row: bool = False
+    ) -> None:
+        """Find out how outputs and side effects depend on the rows: before the first steps, on the host thread."""
+        if self._replicas == 1:
+            return
+        effects = self.effects if training else self.forward_effects
+        context = Context.alone(batch, structure, 0, len(batch[0]), len(batch[0]))
+        context.device = self._adopted[0].device if self._adopted else None
+        with keras_device(context.device), RowsNamed(self, batch, context):
+            effects.inspect(batch, structure, every_row=every_row)
+
+    @property
+    def most_replicas(self) -> int:
+        """How many replicas may share a step."""
+        return 1 if self.effects.alone or self.forward_effects.alone else self._replicas
+
+    def _result(
+        self, outcome: Outcome, state: ReplicaState, context: Context, notes: Notes, effects: Effects | None = None
+    ) -> Result:
+        """Outputs as arrays, and the numbers by which terms and side effects are put together."""
+        terms = np.array([float(term) for term in outcome.terms])
+        sums, notes.effects = outcome.effects.summed(state.mapping, context.rows.share, effects or self.effects)
+        outputs = [output_array(tensor, context.device) for tensor in outcome.outputs]
+        return Result(outputs, np.concatenate([terms, *sums]), notes)

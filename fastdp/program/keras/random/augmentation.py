@@ -1,0 +1,71 @@
+"""Image augmentation whose draws Keras makes outside of `keras.random`, made to follow the rows of the batch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import torch
+
+from fastdp.program.keras.random.ops import whole_batch
+from fastdp.program.keras.replica import NotCapturable, running
+
+
+class PythonRandom:
+    """Stands for the module `random` where Keras uses it: AugMix chooses its operations by it, and seeds come from it.
+
+    Every replica draws from a copy of that generator as it was before the step, so all choose what one device would.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        state = running()
+        if state is None:
+            return getattr(random, name)
+        if state.draws is not None:
+            raise NotCapturable("a choice by Python's random generator")
+        return getattr(state.generators.python, name)
+
+
+def elastic_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Elastic transformation of the rows among all rows of the batch.
+
+    Keras 3.15 on torch draws it from torch's global generator, whatever the seed.
+    """
+
+    def elastic_transform(images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        state = running()
+        if state is None:
+            return original(images, *args, **kwargs)
+        if state.draws is not None:
+            raise NotCapturable("an elastic transformation, which draws from torch's global generator")
+        rows, before = state.context.rows, images
+        by_rows = images.ndim == 4 and images.shape[0] == rows.count
+        if by_rows:
+            rest = [images.new_zeros((n, *images.shape[1:])) for n in (rows.start, rows.total - rows.stop)]
+            images = torch.cat([rest[0], before, rest[1]])
+        with whole_batch(state, drawing=True):
+            moved = state.generators.with_torch(None, lambda: original(images, *args, **kwargs), images.device)
+        return moved[rows.start : rows.stop] if by_rows else moved
+
+    return elastic_transform
+
+
+def histogram_of_batch(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Equalization's histogram, which Keras takes over all rows of the batch: that of all replicas' rows."""
+
+    def histogram(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        counts = original(layer, *args, **kwargs)
+        state = running()
+        if state is None:
+            return counts
+        state.made_up |= state.context.rows.count < state.context.rows.total and state.context.size == 1
+        return sum(state.context.exchange(counts))
+
+    return histogram
+
+
+def writes_to_inputs(model: keras.Model) -> bool:
+    """Whether a layer adds to its inputs in place, as Keras's RandomBrightness does: they may be the user's batch."""
+    return any(isinstance(layer, keras.layers.RandomBrightness) for layer in model._flatten_layers())

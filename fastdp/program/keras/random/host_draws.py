@@ -1,0 +1,166 @@
+"""Python's and NumPy's global generators, drawn from by a layer on a replica.
+
+While replicas run, the functions of the modules `random` and `numpy.random` stand for a replica's own copies of these
+generators, in the threads that run one (`fastdp.program.keras.random.generators`). NumPy's draws of a shape that
+follows the rows are made for the whole batch, and the replica keeps its own. Functions that a script has imported by
+name from these modules, and generators that a layer holds, are out of reach: the trial of a model finds that it draws
+from them.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+
+from fastdp.program.keras.replica import Running, running
+from fastdp.program.keras.rows.effects import NotByRowsError
+
+# Where the size stands among the arguments of NumPy's functions.
+_SIZE_AT = {
+    **dict.fromkeys(("random_sample", "random", "standard_normal", "standard_exponential", "standard_cauchy"), 0),
+    **dict.fromkeys(("exponential", "rayleigh", "poisson", "geometric", "chisquare", "pareto", "weibull", "power"), 1),
+    **dict.fromkeys(("zipf", "standard_t", "standard_gamma", "logseries", "choice", "dirichlet"), 1),
+    **dict.fromkeys(("uniform", "normal", "gamma", "beta", "binomial", "negative_binomial", "laplace", "logistic"), 2),
+    **dict.fromkeys(("lognormal", "gumbel", "vonmises", "wald", "f", "noncentral_chisquare", "multinomial"), 2),
+    **dict.fromkeys(("multivariate_normal", "randint", "random_integers"), 2),
+    **dict.fromkeys(("triangular", "hypergeometric", "noncentral_f"), 3),
+}
+_BY_DIMENSIONS = ("rand", "randn")
+_HELD = (np.random.Generator, np.random.RandomState, random.Random)
+
+
+def _python(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of the module `random`."""
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        state = running()
+        if state is None:
+            return original(*args, **kwargs)
+        state.not_captured("a draw by Python's random generator")
+        return getattr(state.generators.python, name)(*args, **kwargs)
+
+    return function
+
+
+def _numpy(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of the module `numpy.random`."""
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        state = running()
+        if state is None:
+            return original(*args, **kwargs)
+        state.not_captured("a draw by NumPy's random generator")
+        draw = getattr(state.generators.numpy, name)
+        if name in _BY_DIMENSIONS:
+            per_row = _rows_of(state, args)
+            whole = (state.context.rows.total * per_row, *args[1:]) if per_row else args
+            return _own(draw(*whole), per_row, state)
+        if name not in _SIZE_AT:
+            return draw(*args, **kwargs)
+        at, given = _SIZE_AT[name], dict(kwargs)
+        size = given.pop("size", args[at] if len(args) > at else None)
+        shape = () if size is None else tuple(np.atleast_1d(size).tolist())
+        per_row = _rows_of(state, shape)
+        if not per_row:
+            _check_parameters(state, name, args[:at])
+            return draw(*args, **kwargs)
+        whole = (state.context.rows.total * per_row, *shape[1:])
+        return _own(draw(*args[:at], *args[at + 1 :], size=whole, **given), per_row, state)
+
+    return function
+
+
+def _rows_of(state: Running, shape: Any) -> int:
+    """How many entries of the first axis belong to each of the replica's rows; 0: it is not by rows."""
+    rows = state.context.rows
+    if not shape or 2 < rows.count == rows.total:
+        return 0
+    factor = state.sites.per_row(tuple(shape), rows.count, None, state.met, trial=state.frozen_moments)
+    return factor if rows.count < rows.total else 0
+
+
+def _own(drawn: Any, per_row: int, state: Running) -> Any:
+    rows = state.context.rows
+    return drawn[rows.start * per_row : rows.stop * per_row].copy() if per_row else drawn
+
+
+def _check_parameters(state: Running, name: str, parameters: Any) -> None:
+    """Refuse a draw whose parameters are one for each row: a replica has those of its own rows only."""
+    if any(_rows_of(state, np.shape(value)) for value in parameters):
+        raise NotByRowsError(
+            f"A layer calls numpy.random.{name} with parameters for each row of the batch. Draw numbers of a fixed "
+            "kind, with size=, and scale them, or train the model itself on one device (model.fit)."
+        )
+
+
+def _stand_ins() -> list[tuple[Any, str, Any]]:
+    """What stands for the functions of both modules."""
+    found = []
+    for owner, generator, aware in ((random, random._inst, _python), (np.random, np.random.mtrand._rand, _numpy)):
+        for name in dir(owner):
+            original = getattr(owner, name)
+            if getattr(original, "__self__", None) is generator:
+                found.append((owner, name, aware(name, original)))
+    return found
+
+
+STAND_INS = _stand_ins()
+
+
+@contextmanager
+def held_generators_stay(model: keras.Model) -> Iterator[None]:
+    """Leave generators that layers hold, and the global ones, as they are; refuse a model that draws from them here.
+
+    Raises:
+        NotByRowsError: it has. Each replica would draw from them in turn, in no order.
+    """
+    held = [
+        (value, f"a generator that the layer {layer.name!r} holds as {name!r}")
+        for layer in model._flatten_layers()
+        for name, value in vars(layer).items()
+        if isinstance(value, _HELD)
+    ]
+    held += [(random._inst, "a function of the module random, imported by name")]
+    held += [(np.random.mtrand._rand, "a function of the module numpy.random, imported by name")]
+    before = [_state(generator) for generator, _ in held]
+    try:
+        yield
+        moved = [what for (generator, what), state in zip(held, before, strict=True) if _state(generator) != state]
+    finally:
+        for (generator, _), state in zip(held, before, strict=True):
+            _set_state(generator, state)
+    if moved:
+        raise NotByRowsError(
+            f"The model draws random numbers by {moved[0]}, which all devices would share. Draw by keras.random, "
+            "torch, random.function() or numpy.random.function(), or train the model itself on one device (model.fit)."
+        )
+
+
+def _state(generator: Any) -> Any:
+    """The state of a generator, to be compared."""
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    bits = generator.bit_generator if isinstance(generator, np.random.Generator) else generator._bit_generator
+    return copy.deepcopy(keras.tree.map_structure(lambda v: v.tolist() if isinstance(v, np.ndarray) else v, bits.state))
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    """Put a generator back."""
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        bits = generator.bit_generator if isinstance(generator, np.random.Generator) else generator._bit_generator
+        bits.state = _as_arrays(state)
+
+
+def _as_arrays(state: Any) -> Any:
+    """Lists of words as arrays again."""
+    if isinstance(state, dict):
+        return {name: _as_arrays(value) for name, value in state.items()}
+    return np.array(state, dtype=np.uint32) if isinstance(state, list) else state

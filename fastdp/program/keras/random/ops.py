@@ -1,0 +1,338 @@
+"""Keras's random ops on a replica: draws are indexed by the row of the global batch.
+
+A replica draws for the whole batch, with the seed that one device would use, and keeps its own rows. Each
+function here makes a replica-aware one of Keras's own, which behaves as before in a thread that runs no replica.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from keras.src.backend.torch import random as torch_random
+from keras.src.backend.torch.core import get_device
+from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
+from keras.src.random.seed_generator import SeedGenerator
+
+from fastdp.program.base import Context
+from fastdp.program.keras.random.generators import CommonGenerator, is_held_by_scope
+from fastdp.program.keras.replica import NotCapturable, Running, running
+from fastdp.shard import Rows
+from fastdp.tensors.random import global_generator, uniform_rows
+
+SHAPED = ("normal", "uniform", "randint", "truncated_normal")
+
+
+def _per_row(shape: Any, state: Running, seed: Any) -> int:
+    """How many entries of the first axis of a draw belong to each of the replica's rows; 0: it is not by rows."""
+    rows = state.context.rows
+    if not len(shape) or 3 < rows.count == rows.total:
+        return 0
+    sizes = tuple(int(size) for size in shape)
+    per_row = state.sites.per_row(sizes, rows.count, seed, state.met, trial=state.frozen_moments)
+    return per_row if rows.count < rows.total else 0
+
+
+def _global_shape(shape: Any, per_row: int, context: Context) -> tuple[int, ...]:
+    """`shape` with the rows of the global batch."""
+    return (context.rows.total * per_row, *(int(size) for size in shape[1:]))
+
+
+def _own(drawn: Any, per_row: int, context: Context) -> Any:
+    """The replica's rows of a draw for the global batch."""
+    return drawn[context.rows.start * per_row : context.rows.stop * per_row]
+
+
+def by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A draw of the given shape: for the whole batch, of which the replica's rows are kept."""
+
+    def draw(shape: Any, *args: Any, **kwargs: Any) -> Any:
+        state = running()
+        if state is None:
+            return original(shape, *args, **kwargs)
+        per_row = _per_row(shape, state, kwargs.get("seed"))
+        return _take(state, lambda: rows_of(per_row, shape, *args, **kwargs), args, kwargs)
+
+    def rows_of(per_row: int, shape: Any, *args: Any, **kwargs: Any) -> Any:
+        state = running()
+        assert state is not None
+        whole = _global_shape(shape, per_row, state.context) if per_row else shape
+        # Inside, `truncated_normal` draws by `normal`: the shapes it asks for are already right.
+        with whole_batch(state, drawing=True):
+            drawn = original(whole, *args, **kwargs)
+        return _own(drawn, per_row, state.context) if per_row else drawn
+
+    return draw
+
+
+def _take(state: Running, draw: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `draw()` gives: now, or as the capture of the step wants it. Draws within draws are its own."""
+    draws = state.draws
+    if draws is None:
+        return draw()
+    if any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
+        raise NotCapturable("a random op whose parameters are computed by the model")
+    state.draws = None
+    try:
+        return draws.take(draw)
+    finally:
+        state.draws = draws
+
+
+@contextmanager
+def whole_batch(state: Running, *, drawing: bool = False) -> Iterator[None]:
+    """What runs in it is about the whole batch: a draw in it is not sliced, or not a second time.
+
+    With `drawing` it is itself one of Keras's draws.
+    """
+    context, before = state.context, state.drawing
+    total = context.rows.total
+    state.context = replace(context, rank=0, rows=Rows(0, total, total), size=1)
+    state.drawing = before or drawing
+    try:
+        yield
+    finally:
+        state.context, state.drawing = context, before
+
+
+def dropout_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Dropout whose mask is drawn for the whole batch, from the layer's own generator, seeded or not."""
+
+    def dropout(inputs: torch.Tensor, rate: float, noise_shape: Any = None, seed: Any = None) -> torch.Tensor:
+        state = running()
+        if state is None or rate in (0.0, 1.0):
+            return original(inputs, rate, noise_shape, seed)
+        given = noise_shape if noise_shape is not None else [None] * inputs.ndim
+        shape = [size if size is not None else inputs.shape[i] for i, size in enumerate(given)]
+        rows = state.context.rows
+        per_row = _per_row(inputs.shape if given[0] is None else shape, state, seed)
+        if per_row:
+            shape[0] = rows.total * per_row
+        # Plain Keras draws these by torch's own dropout, from torch's global generator.
+        owes_nothing = noise_shape is None and _is_unseeded(seed)
+
+        def mask() -> torch.Tensor:
+            state = running()
+            assert state is not None
+            if owes_nothing:
+                return _own_draw(state, per_row, [inputs.shape[0], *shape[1:]]) < 1.0 - rate
+            generator = torch_random.torch_seed_generator(seed)
+            # The same draw as Keras's seeded dropout: bernoulli of a constant matrix.
+            chance = torch.full(shape, 1.0 - rate, device=generator.device)
+            with whole_batch(state, drawing=True):
+                keep = torch.bernoulli(chance, generator=generator).bool()
+            return _own(keep, per_row, state.context) if per_row else keep
+
+        keep = _take(state, mask, (), {})
+        scaled = inputs / (1.0 - rate)
+        return torch.where(keep.expand(inputs.shape), scaled, torch.zeros((), dtype=inputs.dtype, device=inputs.device))
+
+    return dropout
+
+
+def own_rows(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The noise shape of spatial dropout, which says "each row" instead of the replica's number of rows."""
+
+    def noise_shape(layer: Any, inputs: Any) -> Any:
+        shape = original(layer, inputs)
+        return shape if running() is None else (None, *shape[1:])
+
+    return noise_shape
+
+
+def _is_unseeded(seed: Any) -> bool:
+    """Whether nobody asked for particular numbers: then a replica need not draw for the whole batch."""
+    return seed is None or (isinstance(seed, SeedGenerator) and seed._initial_seed is None)
+
+
+def _own_draw(state: Running, per_row: int, shape: Sequence[int]) -> torch.Tensor:
+    """Uniform numbers for the replica's rows alone.
+
+    By torch's global generator, which plain Keras draws them from: `set_random_seed` makes them repeat.
+    """
+    start = state.context.rows.start * per_row
+    key = state.generators.draw_number()
+    rows = torch.from_numpy(uniform_rows(key, start, shape[0], math.prod(shape[1:])))
+    return rows.reshape(*shape).to(get_device())
+
+
+def alone_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A draw by shape and parameters for which Keras sets torch's global generator: one thread at a time.
+
+    It is made for the whole batch, with all replicas' parameters, and the replica's rows are kept.
+    """
+
+    def draw(shape: Any, *args: Any, **kwargs: Any) -> Any:
+        state = running()
+        if state is None:
+            return original(shape, *args, **kwargs)
+        _not_captured(state)
+        per_row = _per_row(shape, state, kwargs.get("seed"))
+        if per_row:
+            shape = _global_shape(shape, per_row, state.context)
+            args = tuple(_of_all(value, state, per_row) for value in args)
+            kwargs = {name: _of_all(value, state, per_row) for name, value in kwargs.items()}
+        with global_generator, whole_batch(state, drawing=True):
+            drawn = original(shape, *args, **kwargs)
+        return _own(drawn, per_row, state.context) if per_row else drawn
+
+    return draw
+
+
+def categorical_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Samples by the logits of the whole batch, of which the replica's rows are kept."""
+
+    def categorical(logits: Any, *args: Any, **kwargs: Any) -> Any:
+        state = running()
+        if state is None:
+            return original(logits, *args, **kwargs)
+        _not_captured(state)
+        whole = _of_all(logits, state)
+        rows = state.context.rows
+        with whole_batch(state, drawing=True):
+            drawn = original(whole, *args, **kwargs)
+        return drawn if whole is logits else drawn[rows.start : rows.stop]
+
+    return categorical
+
+
+def shuffle_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Shuffling along another axis than the rows: by orders drawn for the whole batch."""
+
+    def shuffle(x: Any, axis: int = 0, seed: Any = None) -> Any:
+        state = running()
+        if state is None:
+            return original(x, axis, seed)
+        _not_captured(state)
+        rows = state.context.rows
+        if x.ndim == 0 or x.shape[0] != rows.count or rows.count == rows.total:
+            with whole_batch(state, drawing=True):
+                return original(x, axis, seed)
+        if axis % x.ndim == 0:
+            if state.context.size == 1:  # a trial
+                state.made_up = True
+                with whole_batch(state, drawing=True):
+                    return original(x, axis, seed)
+            raise ValueError(
+                "keras.random.shuffle with axis=0 moves rows between the devices that they are dealt out to. Shuffle "
+                "the data instead (fit does), or use gpus=[0]."
+            )
+        axis %= x.ndim
+        generator = torch_random.torch_seed_generator(seed)
+        shape = (rows.total, *x.shape[1 : axis + 1])
+        with whole_batch(state, drawing=True):
+            order = torch.rand(shape, generator=generator, device=generator.device).argsort(axis)
+        order = order[rows.start : rows.stop].reshape(*x.shape[: axis + 1], *([1] * (x.ndim - axis - 1)))
+        return x.gather(axis, order.expand(x.shape))
+
+    return shuffle
+
+
+def _of_all(value: Any, state: Running, per_row: int = 1) -> Any:
+    """A tensor of the replica's rows with those of all replicas; anything else as it is."""
+    context, rows = state.context, state.context.rows
+    if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape[0] != rows.count * per_row:
+        return value
+    if context.size == 1:  # all rows are here; in a trial, of some rows of two, the others are made up
+        state.made_up = rows.count < rows.total
+        return value[:1].expand(rows.total * per_row, *value.shape[1:]) if state.made_up else value
+    return torch.cat(context.exchange(value.detach()))
+
+
+def _not_captured(state: Running) -> None:
+    """End a capture: this draw cannot be repeated outside the graph."""
+    if state.draws is not None:
+        raise NotCapturable("a random op that is not drawn by rows")
+
+
+def generator_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Generators for draws that no capture knows how to repeat end it."""
+
+    def torch_seed_generator(seed: Any) -> Any:
+        state = running()
+        if state is not None:
+            _not_captured(state)
+        return original(seed)
+
+    return torch_seed_generator
+
+
+def global_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Keras's global seed generator: the host thread's, as the replica moves it. Keras has one for each thread."""
+
+    def global_seed_generator() -> Any:
+        state = running()
+        return original() if state is None else CommonGenerator(state.generators)
+
+    return global_seed_generator
+
+
+def next_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The next seed of a generator, of one that is none of the model's too."""
+
+    def next(generator: Any, ordered: bool = True) -> Any:
+        state = running()
+        if state is None or is_held_by_scope(generator):
+            return original(generator, ordered)
+        if state.draws is not None:
+            raise NotCapturable("a seed generator that the model reads itself")
+        return state.generators.next_seed(generator, ordered)
+
+    return next
+
+
+def states_of_replica(owner: Any) -> list[tuple[Any, str, Any]]:
+    """Torch's functions that seed its global generator, read it or set it, for a replica's copy of it."""
+
+    def aware(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def function(*args: Any) -> Any:
+            state = running()
+            if state is None or state.drawing:
+                return original(*args)
+            state.not_captured("the state of torch's global generator")
+            return state.generators.with_torch(None, lambda: original(*args))
+
+        return function
+
+    names = ("manual_seed", "get_rng_state", "set_rng_state")
+    return [(owner, name, aware(name, getattr(owner, name))) for name in names]
+
+
+# Recurrent dropout: Keras caches the masks on the cell, which all replicas share.
+
+
+def own_mask(kind: str) -> Callable[..., Any]:
+    """The replica's own cached mask of a cell."""
+    original = getattr(DropoutRNNCell, f"get_{kind}_mask")
+
+    def get_mask(cell: Any, step_input: Any) -> Any:
+        state = running()
+        if state is None:
+            return original(cell, step_input)
+        rate = getattr(cell, kind)
+        if not rate:
+            return None
+        key = (id(cell), kind)
+        if key not in state.masks:
+            state.masks[key] = cell._create_dropout_mask(step_input, rate)
+        return state.masks[key]
+
+    return get_mask
+
+
+def forget_mask(kind: str) -> Callable[..., Any]:
+    """Forget the replica's cached mask of a cell."""
+    original = getattr(DropoutRNNCell, f"reset_{kind}_mask")
+
+    def reset_mask(cell: Any) -> None:
+        state = running()
+        if state is None:
+            original(cell)
+        else:
+            state.masks.pop((id(cell), kind), None)
+
+    return reset_mask

@@ -1,0 +1,110 @@
+"""What the thread of a replica knows while it runs a Keras model."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import keras
+import torch
+
+from fastdp.program.base import Context
+from fastdp.program.keras.batch_norm import Moments
+from fastdp.program.keras.draw_sites import DrawSites, Site
+from fastdp.program.keras.random import torch_draws
+from fastdp.program.keras.random.generators import Generators
+from fastdp.program.torch.replica import ReplicaMode
+
+_replica = threading.local()
+
+
+@dataclass(slots=True)
+class Running:
+    """What a replica's thread knows while it runs the model.
+
+    `made_up` says that a draw of a trial had to invent the rows that the trial leaves out.
+
+    `generators` are its copies of the random generators that the model does not hold. `drawing` says that a draw of
+    Keras's is being made, which knows about rows: what it draws by is not looked at again.
+
+    `watches_torch` says that torch's own random functions, called by this thread, draw by rows: not where the model is
+    known to call none, since watching costs a microsecond for each function of torch's that is called.
+
+    `parts` are those of the forward pass that backward runs again (`fastdp.program.keras.recompute`).
+
+    `added_by` has the layer of each `add_loss` term, by the term's identity.
+
+    `units` records the calls of layers and operations, or runs some of them on merged inputs
+    (`fastdp.program.keras.rows.units.Units`).
+
+    `placed` holds the graph of a model whose layers run on several devices of the replica, and what runs it.
+
+    `frozen_moments` makes BatchNormalization use its moving statistics (for probing, where rows must not
+    influence each other).
+    """
+
+    context: Context
+    sync_batch_norm: bool = False
+    frozen_moments: bool = False
+    seed: int = 0
+    moments: list[tuple[keras.layers.Layer, Moments]] = field(default_factory=list)
+    terms: list[torch.Tensor] = field(default_factory=list)
+    masks: dict[tuple[int, str], Any] = field(default_factory=dict)
+    draws: Draws | None = None
+    made_up: bool = False
+    sites: DrawSites = field(default_factory=DrawSites)
+    met: Counter[Site] = field(default_factory=Counter)
+    generators: Generators = field(default_factory=Generators)
+    drawing: bool = False
+    watches_torch: bool = True
+    placed: Any = None
+    units: Any = None
+    added_by: dict[int, Any] = field(default_factory=dict)
+    parts: list[Any] = field(default_factory=list)
+
+    def not_captured(self, what: str) -> None:
+        """End a capture: `what` cannot be repeated outside the graph.
+
+        Raises:
+            NotCapturable: the step is being captured.
+        """
+        if self.draws is not None:
+            raise NotCapturable(what)
+
+
+class NotCapturable(Exception):
+    """A step does something that cannot be recorded once and replayed. The message says what."""
+
+
+class Draws(Protocol):
+    """Who decides about random draws while a step is captured."""
+
+    def take(self, draw: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The outcome of `draw()`, or what stands for it."""
+
+
+def running() -> Running | None:
+    """The replica that this thread is running, if any."""
+    return getattr(_replica, "running", None)
+
+
+@contextmanager
+def replica_scope(state: Running) -> Iterator[Running]:
+    """Mark this thread as running a replica."""
+    before = running()
+    _replica.running = state
+    try:
+        mode: Any = ReplicaMode
+        with mode(state, torch_draws.HANDLERS) if state.watches_torch else nullcontext():
+            yield state
+    finally:
+        _replica.running = before
+
+
+def keras_device(device: Any) -> Any:
+    """Where Keras puts the tensors that a layer makes: on the replica's own GPU. None: where it always does."""
+    return keras.device(device.torch_device) if device is not None and device.on_gpu else nullcontext()

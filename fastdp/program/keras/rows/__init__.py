@@ -1,0 +1,1 @@
+"""How losses, variables and outputs of a model depend on the rows of a batch."""

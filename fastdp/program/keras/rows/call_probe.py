@@ -1,0 +1,239 @@
+"""Finding out whether and how one call of a layer can be run by rows: by running it on two rows and on each alone.
+
+The layer's own calls tell, not the lengths of its arguments. A call can be dealt out where each output of two rows is
+that of the one above that of the other, and where another argument is as long as the batch, so that roles are in doubt,
+where these are also two rows of the outputs for the whole batch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+
+from fastdp.program.base import Context
+from fastdp.program.keras.batch import Structure, unpack
+from fastdp.program.keras.batch_norm import statistics
+from fastdp.program.keras.patches import replica_aware
+from fastdp.program.keras.plain_outputs import is_same
+from fastdp.program.keras.replica import Running, replica_scope
+from fastdp.program.keras.rows.effects import MIXED_TOLERANCE, Effect, classify
+from fastdp.program.keras.rows.probe import Effects, quiet
+from fastdp.program.keras.variables import ReplicaScope
+
+# A call by rows: the row tensors, then the tensors that all rows share.
+RowsCall = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], Any]
+
+# What the replicas' values give the value for the whole batch by; UNDECIDED is asked again.
+_PUT_TOGETHER = frozenset((Effect.MEAN, Effect.SUM, Effect.SAME, Effect.UNDECIDED))
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What a layer did with some rows: outputs (their values unknown where draws made up rows that were not there),
+    `add_loss` terms, how far variables moved by number."""
+
+    outputs: list[Any]
+    made_up: bool
+    losses: list[torch.Tensor] = field(default_factory=list)
+    moved: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def numbers(self) -> list[torch.Tensor]:
+        """The outputs that are one number."""
+        return [out for out in self.outputs if is_number(out)]
+
+
+class Attempt:
+    """A `with` in which code that fails has answered a question: `error` is what it raised, and goes no further.
+
+    For trials, which the user's program does not make: whatever a layer raises there tells that it cannot be run so.
+    """
+
+    error: BaseException | None = None
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        self.error = error
+        return isinstance(error, Exception)
+
+
+class LayerEffects(Effects):
+    """What is known of calls of one layer with certain arguments.
+
+    `refused` says why they cannot be run by rows; `tried` whether the question has been answered; `numbers` how those
+    outputs depend on the rows that are one number.
+    """
+
+    tried = False
+    refused: str | None = None
+    numbers: Sequence[Effect] = ()
+
+    def take_as_known(self) -> None:
+        """The layer keeps rows apart, adds no losses and assigns nothing: it needs no trial."""
+        self.tried, self._losses = True, []
+
+    def try_call(
+        self, call: RowsCall, batch: Sequence[np.ndarray], structure: Structure, shared: Sequence[torch.Tensor]
+    ) -> Any:
+        """Answer the question. Gives what two rows of the outputs of the whole batch are to be compared with.
+
+        Where all rows of the batch are equal it stays open, and there is nothing to compare. So it does where an
+        `add_loss` term is zero for the rows tried.
+        """
+        start = unlike_next(batch)
+        if start is None:
+            self.refused = "the rows of its arguments are all equal, so nothing tells whether it mixes them"
+            return None
+        places = ((start, start + 2), (start, start + 1), (start + 1, start + 2))
+        attempt = Attempt()
+        with attempt, replica_aware():
+            both, a, b = (self._on_rows(call, batch, structure, shared, *place) for place in places)
+        if attempt.error is not None:
+            self._answer(f"it fails for some of the rows alone: {_told(attempt.error)}")
+            return None
+        self.refused = None
+        self._judge(a, b, both)
+        return start, both
+
+    def is_part_of(self, rows: Any, call: Callable[[], Any], batch: Sequence[np.ndarray], structure: Structure) -> bool:
+        """Whether what `try_call` gave are rows of the outputs of `call()` for the whole batch."""
+        start, both = rows
+        count = len(batch[0])
+        attempt = Attempt()
+        with attempt, replica_aware():
+            whole = self._on_rows(lambda *_: call(), batch, structure, (), 0, count)
+        if attempt.error is not None or len(whole.outputs) != len(both.outputs):
+            return False
+        for part, out in zip(both.outputs, whole.outputs, strict=True):
+            if not isinstance(part, torch.Tensor) or is_number(part):
+                continue
+            per_row = part.shape[0] // 2
+            if not isinstance(out, torch.Tensor) or out.shape != (per_row * count, *part.shape[1:]):
+                return False
+            known = not (both.made_up or whole.made_up)
+            if known and not is_close(part, out[per_row * start : per_row * (start + 2)]):
+                return False
+        return True
+
+    def _answer(self, refused: str | None) -> None:
+        self.tried, self.refused = True, refused
+
+    def _judge(self, a: _Seen, b: _Seen, both: _Seen) -> None:
+        """From the outcomes of rows a and b alone, and of both."""
+        self._answer(why_not_by_rows(a, b, both))
+        if self.refused is not None:
+            return
+        self.numbers = [classify((x, y), xy) for x, y, xy in zip(a.numbers, b.numbers, both.numbers, strict=True)]
+        if not _PUT_TOGETHER.issuperset(self.numbers):
+            self.refused = "one of its outputs is a number that is neither a mean nor a sum over rows"
+        if len({len(seen.losses) for seen in (a, b, both)}) > 1:
+            self.refused = "it calls add_loss() more often for some rows than for others"
+            return
+        self._losses = [classify((x, y), xy) for x, y, xy in zip(a.losses, b.losses, both.losses, strict=True)]
+        if not _PUT_TOGETHER.issuperset(self._losses):
+            self.refused = "its add_loss() is neither a mean nor a sum over rows"
+        elif Effect.UNDECIDED in (*self._losses, *self.numbers):
+            self.tried, self.refused = False, "its add_loss() or output is zero for the rows tried: no mean, no sum"
+        self._assigned |= self._moves(a, b, both)  # type: ignore[arg-type]
+        for i, effect in self._assigned.items():
+            if effect not in _PUT_TOGETHER:
+                self._answer(f"it assigns {self._variables[i].path}, which is neither a mean nor a sum over rows")
+
+    def _on_rows(
+        self,
+        call: RowsCall,
+        batch: Sequence[np.ndarray],
+        structure: Structure,
+        shared: Sequence[torch.Tensor],
+        start: int,
+        stop: int,
+    ) -> _Seen:
+        """The layer on some rows of the batch, without changing anything."""
+        context = Context.alone(batch, structure, start, stop, len(batch[0]))
+        run = Running(context, frozen_moments=True, seed=self._seed, sites=self.sites)
+        mapping = [(v, v.value.detach()) for v in self._variables]
+        with quiet(), torch.no_grad(), replica_scope(run), ReplicaScope(mapping, set()) as scope:
+            rows, _, _ = unpack(structure.pack([array[start:stop].copy() for array in batch]))
+            outputs = keras.tree.flatten(call(rows, [tensor.detach() for tensor in shared]))
+            masks = [getattr(out, "_keras_mask", None) for out in outputs]
+            losses = [keras.ops.sum(loss) for loss in scope.losses]
+        outputs += [mask for mask in masks if mask is not None]
+        others = {id(v) for layer in self._model._flatten_layers() for v in statistics(layer)} | self.seeds
+        moved = {}
+        for i, (variable, before) in enumerate(mapping):
+            value = scope.get_current_value(variable)
+            if value is not before and id(variable) not in others:
+                moved[i] = value.double() - before.double()
+        return _Seen(outputs, run.made_up, losses, moved)
+
+
+def _told(error: BaseException) -> str:
+    """An error in one line, without what Keras says around it."""
+    said = re.sub(r"\x1b\[\d*m", "", str(error)).partition("Arguments received by")[0]
+    return f"{type(error).__name__}: {' '.join(said.split())[:200]}"
+
+
+def is_number(output: Any) -> bool:
+    """Whether an output of a layer is one number."""
+    return isinstance(output, torch.Tensor) and not output.ndim
+
+
+def unlike_next(batch: Sequence[np.ndarray]) -> int | None:
+    """The first row that differs from the next one, in all arrays if there is such a row; None where all are equal."""
+    found = None
+    for row in range(len(batch[0]) - 1):
+        unlike = [not np.array_equal(array[row], array[row + 1]) for array in batch]
+        if all(unlike):
+            return row
+        if found is None and any(unlike):
+            found = row
+    return found
+
+
+def why_not_by_rows(a: _Seen, b: _Seen, both: _Seen) -> str | None:
+    """Why the outputs for rows a and b together are not those for a above those for b; None where they are."""
+    if not len(a.outputs) == len(b.outputs) == len(both.outputs):
+        return "it gives more outputs for some rows than for others"
+    for one, other, two in zip(a.outputs, b.outputs, both.outputs, strict=True):
+        if not all(isinstance(out, torch.Tensor) for out in (one, other, two)):
+            if not (is_same(one, two) and is_same(other, two)):
+                return f"one of its outputs is no tensor ({type(two).__name__}) and differs from rows to rows"
+            continue
+        if is_number(one) and is_number(other) and is_number(two):
+            continue
+        if not one.ndim or not one.shape[0] or two.shape != (2 * one.shape[0], *one.shape[1:]):
+            return (
+                f"one of its outputs has the shape {tuple(two.shape)} for two rows and {tuple(one.shape)} for one, so "
+                "rows do not lie along its first axis alone"
+            )
+        if other.shape != one.shape or two.dtype != one.dtype:
+            return "the shapes or dtypes of its outputs depend on the values"
+        known = not (a.made_up or b.made_up or both.made_up)
+        if known and not is_close(torch.cat([one, other]), two):
+            return "its outputs for a row depend on the other rows"
+    return None
+
+
+def is_close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether tensors of one shape are equal, as far as different ways to compute them allow."""
+    if not (one.is_floating_point() or one.is_complex()):
+        return bool(torch.equal(one, other))
+    precise = torch.complex128 if one.is_complex() else torch.float64
+    left, right = one.detach().to(precise), other.detach().to(precise)
+    finite = left[torch.isfinite(left)].abs()
+    tolerance = MIXED_TOLERANCE * max(1.0, float(finite.max()) if finite.numel() else 0.0)
+    if one.dtype.itemsize < 4:
+        tolerance *= 20.0
+    same = ((left - right).abs() <= tolerance) | (left == right) | (torch.isnan(left) & torch.isnan(right))
+    return bool(same.all())

@@ -1,0 +1,136 @@
+"""Models of which it is known without a trial that rows do not meet in their forward pass, and that it assigns nothing.
+
+Most models are made of Keras's own layers alone, and what those do to rows is known; the trial on two rows
+(`fastdp.program.keras.rows.probe`) is three calls of the model before the first step, half a second for a ResNet50.
+`tests/program/keras/test_known_layers.py` holds every layer below to the trial's verdict.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+
+layers = keras.layers
+# The output for a row depends on that row alone, or on the others by BatchNormalization, which knows of devices; and
+# nothing is assigned but its statistics. Draws, where there are any, are of shapes that begin with the rows.
+ROWS_APART = frozenset(
+    (
+        *(layers.InputLayer, layers.Identity, layers.Dense, layers.EinsumDense, layers.Embedding),
+        *(layers.Activation, layers.ReLU, layers.LeakyReLU, layers.ELU, layers.PReLU, layers.Softmax),
+        *(layers.Conv1D, layers.Conv2D, layers.Conv3D),
+        *(layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose),
+        *(layers.DepthwiseConv1D, layers.DepthwiseConv2D, layers.SeparableConv1D, layers.SeparableConv2D),
+        *(layers.MaxPooling1D, layers.MaxPooling2D, layers.MaxPooling3D),
+        *(layers.AveragePooling1D, layers.AveragePooling2D, layers.AveragePooling3D),
+        *(layers.GlobalMaxPooling1D, layers.GlobalMaxPooling2D, layers.GlobalMaxPooling3D),
+        *(layers.GlobalAveragePooling1D, layers.GlobalAveragePooling2D, layers.GlobalAveragePooling3D),
+        *(layers.BatchNormalization, layers.LayerNormalization, layers.GroupNormalization, layers.RMSNormalization),
+        *(layers.UnitNormalization, layers.Rescaling, layers.Normalization),
+        *(layers.Flatten, layers.Reshape, layers.Permute, layers.RepeatVector),
+        *(layers.ZeroPadding1D, layers.ZeroPadding2D, layers.ZeroPadding3D),
+        *(layers.Cropping1D, layers.Cropping2D, layers.Cropping3D),
+        *(layers.UpSampling1D, layers.UpSampling2D, layers.UpSampling3D),
+        *(layers.Add, layers.Subtract, layers.Multiply, layers.Average, layers.Maximum, layers.Minimum),
+        *(layers.Concatenate, layers.Dropout, layers.SpatialDropout1D, layers.SpatialDropout2D),
+        *(layers.SpatialDropout3D, layers.GaussianNoise, layers.GaussianDropout),
+        *(layers.MultiHeadAttention, layers.GroupQueryAttention),
+        *(layers.LSTM, layers.LSTMCell, layers.GRU, layers.GRUCell, layers.SimpleRNN, layers.SimpleRNNCell),
+        layers.Bidirectional,
+    )
+)
+
+
+_ACTIVATIONS = keras.activations.relu.__module__
+# Single operations between the layers of a functional model that go number by number.
+_BY_NUMBER = ("Add", "Subtract", "Multiply", "Divide")
+
+
+def keeps_rows_apart(model: keras.Model) -> bool:
+    """Whether all of a model is known: it needs no trial. False wherever anything is the user's, or not known."""
+    graph = model._functional if type(model) is keras.Sequential else model
+    # Not a subclass of the user's, whose `call` may do anything.
+    if _full_name(graph) != "keras.src.models.functional.Functional" or _is_altered(model):
+        return False
+    return all(
+        keeps_rows_apart(part) if isinstance(part, keras.Model) else _is_known(part) for part in graph.operations
+    )
+
+
+def _full_name(thing: Any) -> str:
+    return f"{type(thing).__module__}.{type(thing).__name__}"
+
+
+def _is_known(part: Any) -> bool:
+    """Whether a part of a functional model is a layer that is known, as are all layers in it, or goes by numbers."""
+    if isinstance(part, layers.Layer):
+        return _is_called_plainly(part) and all(
+            type(layer) in ROWS_APART and not _is_altered(layer) and _settings_are_known(layer)
+            for layer in part._flatten_layers()
+        )
+    if _full_name(part) not in {f"keras.src.ops.numpy.{name}" for name in _BY_NUMBER}:
+        return False
+    # Of unequal ranks the rows of one meet another axis of the other.
+    return all(
+        len({len(tensor.shape) for tensor in node.input_tensors}) == 1
+        and all(isinstance(value, (keras.KerasTensor, int, float)) for value in keras.tree.flatten(node.arguments.args))
+        for node in part._inbound_nodes
+    )
+
+
+def _is_called_plainly(layer: Any) -> bool:
+    """Whether a layer gets nothing but the graph's tensors, of which the last axis is not that of the rows.
+
+    A constant among its arguments may have an axis that the user means for rows.
+    """
+    nodes = layer._inbound_nodes
+    given = [leaf for node in nodes for leaf in keras.tree.flatten((node.arguments.args, node.arguments.kwargs))]
+    least = 1 if type(layer) in (layers.Embedding, layers.Identity, layers.Flatten) else 2
+    return all(isinstance(leaf, (keras.KerasTensor, bool, int, float, str, type(None))) for leaf in given) and all(
+        len(tensor.shape) >= least for node in nodes for tensor in node.input_tensors
+    )
+
+
+def _is_altered(layer: Any) -> bool:
+    """Whether a layer's object has a `call` of its own, hooks of torch's, or losses."""
+    own = vars(layer)
+    hooks = any(own.get(name) for name in ("_forward_hooks", "_forward_pre_hooks"))
+    return "call" in own or "__call__" in own or hooks or bool(layer._losses)
+
+
+def _settings_are_known(layer: Any) -> bool:
+    """Whether no setting of a layer's is code of the user's, makes losses or states, or reaches across rows."""
+    functions = (getattr(layer, name, None) for name in ("activation", "recurrent_activation"))
+    if not all(f is None or _is_activation(f) for f in functions):
+        return False
+    if type(layer) is layers.Rescaling and (np.ndim(layer.scale) > 1 or np.ndim(layer.offset) > 1):
+        return False
+    if getattr(layer, "activity_regularizer", None) is not None or getattr(layer, "stateful", False):
+        return False
+    if getattr(layer, "renorm", False):  # assigns more than its statistics
+        return False
+    noise = getattr(layer, "noise_shape", None)
+    if (noise is not None and noise[0] is not None) or getattr(layer, "quantization_mode", None) is not None:
+        return False
+    axes = (*_as_tuple(getattr(layer, "axis", None)), *_as_tuple(getattr(layer, "_attention_axes", None)))
+    if not all(isinstance(axis, int) and (axis == -1 or axis > 0) for axis in axes):
+        return False
+    equation = getattr(layer, "equation", None)
+    return equation is None or _rows_first(equation)
+
+
+def _is_activation(function: Any) -> bool:
+    """Whether a function is one of Keras's activations, which go along the last axis. A layer is asked by itself."""
+    return isinstance(function, layers.Layer) or getattr(function, "__module__", "") == _ACTIVATIONS
+
+
+def _as_tuple(axes: Any) -> tuple[Any, ...]:
+    return () if axes is None else tuple(axes) if isinstance(axes, (list, tuple)) else (axes,)
+
+
+def _rows_first(equation: str) -> bool:
+    """Whether an einsum's first axis, of the inputs and not of the weights, is the first of its outputs too."""
+    operands, _, outputs = equation.replace(" ", "").partition("->")
+    inputs, _, weights = operands.partition(",")
+    return inputs[:1] == outputs[:1] != "" and inputs[0] not in weights

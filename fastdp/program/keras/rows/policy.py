@@ -1,0 +1,278 @@
+"""What is done about a model in which rows meet: the answer to `rows=` of `fastdp.wrap`.
+
+The model is tried on some rows. Where its outputs, `add_loss` terms and assigned variables can be put together from
+the replicas' rows, there is nothing to do. Otherwise the units are looked for in which rows meet
+(`fastdp.program.keras.rows.mixing`), to be run on merged inputs. Where no unit can be told from the rest of the model,
+the model runs on one device.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+
+from fastdp.program.keras.batch import Structure
+from fastdp.program.keras.patches import replica_aware
+from fastdp.program.keras.replica import NotCapturable, running
+from fastdp.program.keras.rows.effects import Effect, Layout, NotByRowsError, UndecidedError
+from fastdp.program.keras.rows.known_layers import keeps_rows_apart
+from fastdp.program.keras.rows.mixing import FAILURES, Tried, Verdict, capital, title
+from fastdp.program.keras.rows.probe import Effects, generators_kept, unlike_rows
+from fastdp.program.keras.rows.units import Merged, Plan, Unit
+from fastdp.warn import warn_user
+
+POLICIES = (None, "merge", "replica")
+
+_MOST_TRIALS = 4
+_REMEDIES = (
+    'Pass rows="merge" to fastdp.wrap: it then runs on the whole batch on each device, which is exact. Or pass '
+    'rows="replica": each device goes by its own rows, as in Keras 2, and results differ from one device. Or use '
+    "gpus=[0]."
+)
+
+
+def check_policy(rows: Any) -> None:
+    """`rows` is one that there is.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if rows not in POLICIES:
+        raise ValueError(f"`rows` must be one of {POLICIES}. Received: rows={rows!r}")
+
+
+@dataclass(slots=True)
+class Policy:
+    """What to do about rows that meet.
+
+    Args:
+        rows: None, "merge" or "replica"; see `fastdp.wrap`.
+        falls_back: whoever asks has plain Keras to fall back to, so no model runs on one device here.
+        said: warnings of the model that were given.
+    """
+
+    rows: str | None = None
+    falls_back: bool = False
+    said: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        check_policy(self.rows)
+
+    def say(self, message: str) -> None:
+        """Warn, once."""
+        if message not in self.said:
+            self.said.add(message)
+            warn_user(message)
+
+
+class ModelEffects(Effects):
+    """What is known of a whole model, and what is done about it.
+
+    Args:
+        arguments: those of `Effects`.
+        training: whether it is for training steps, or for those that only go forward.
+        policy: what to do about rows that meet.
+
+    Attributes:
+        layouts: how the model's outputs depend on the rows; None as long as nothing is known.
+        alone: whether the model runs on one device, with all rows.
+    """
+
+    def __init__(self, *arguments: Any, training: bool, policy: Policy) -> None:
+        super().__init__(*arguments)
+        self.training, self._policy = training, policy
+        self._plans: dict[Unit, Plan] = {}
+        self._calls: dict[int, int] = {}
+        self._trials = self._rows_tried = 0
+        self._unlike = True
+        self.layouts, self.alone = None, False
+        self.asked_of_every_row = False
+
+    def units(self) -> Merged | None:
+        """What runs some units of one forward pass of a replica on merged inputs, if any are planned."""
+        return Merged(self._plans, self._calls) if self._plans else None
+
+    def of_variable(self, index: int, variable: keras.Variable) -> Effect:
+        """How an assigned variable's value depends on the rows. One that the trial has not seen move is undecided."""
+        effect = super().of_variable(index, variable)
+        seen = index in self._assigned or id(variable) in self.seeds or id(variable) in self._metric_ids
+        if seen or not self._trials:
+            return effect
+        return Effect.MEAN if self._policy.rows == "replica" else Effect.UNDECIDED
+
+    def check_undecided(self, known: Sequence[Effect], values: Sequence[torch.Tensor]) -> None:
+        """Losses that were zero for the rows that were tried have to be zero still.
+
+        Raises:
+            UndecidedError: one is not.
+            NotCapturable: a trace cannot ask.
+        """
+        state = running()
+        if state is not None and state.draws is not None:
+            raise NotCapturable("an add_loss() term that was zero when the model was tried")
+        if self.asked_of_every_row:
+            return
+        for effect, value in zip(known, values, strict=True):
+            if effect is Effect.UNDECIDED and bool(value != 0):
+                raise UndecidedError(
+                    "An add_loss() term was zero for the rows that fastdp has tried, and is not any more."
+                )
+
+    # Asking.
+
+    def inspect(self, batch: Sequence[np.ndarray], structure: Structure, *, every_row: bool = False) -> None:
+        """Find out, once, how outputs, `add_loss` terms and assigned variables depend on the rows.
+
+        Runs the model on three rows of the batch, on one of them, and on the other two, without changing anything. With
+        fewer rows, or rows that are all equal, the question is asked again at the next steps; with `every_row` it is
+        asked now, of all rows. A model of layers that are known (`fastdp.program.keras.rows.known_layers`) is not run:
+        there is nothing to find out.
+
+        Raises:
+            NotByRowsError: what cannot be put together from the replicas' rows, and is not to be merged.
+        """
+        count = len(batch[0])
+        if self._losses is None and keeps_rows_apart(self._model):
+            self._losses, self._rows_tried = [], 3
+        open_question = self._losses is None or self._rows_tried < min(3, count) or not self._unlike
+        if count < 2 or self.alone or not (every_row or (open_question and self._trials < _MOST_TRIALS)):
+            return
+        self.asked_of_every_row |= every_row
+        with replica_aware(), generators_kept():
+            tried = self._tried(batch, structure, every_row)
+            if tried is not None:
+                self._decide(tried)
+
+    def _tried(self, batch: Sequence[np.ndarray], structure: Structure, every_row: bool) -> Tried | None:
+        """The model on some rows; None where it cannot be run so, and that is dealt with."""
+        count = len(batch[0])
+        every = list(range(count))
+        unlike = unlike_rows(batch, structure, 3)
+        some = [*unlike, *(row for row in every if row not in unlike)][: min(count, 3)]
+        halves = [(every, (count + 1) // 2)]
+        failed: Exception | None = None
+        for chosen, cut in halves if every_row else [(some, 1), *halves]:
+            arrays = [np.asarray(array[chosen]) for array in batch]
+            try:
+                tried = Tried(self, arrays, structure, cut)
+            except NotByRowsError as error:  # it says why itself
+                self._cannot_try(error, str(error))
+                return None
+            except FAILURES as error:
+                failed = failed or error
+                continue
+            self._trials += 1
+            self._rows_tried, self._unlike = max(self._rows_tried, len(chosen)), len(unlike) > 1
+            return tried
+        assert failed is not None
+        # Where it fails on the whole batch too, that is the error that plain Keras ends with.
+        self._try_rows([np.asarray(array[every]) for array in batch], structure, 0, count)
+        said = str(failed).strip().splitlines()
+        self._cannot_try(
+            failed,
+            f"The model {self._model.name!r} runs on the whole batch, and fails on some of its rows, so each device "
+            f"cannot have some ({type(failed).__name__}: {said[0] if said else ''}).",
+        )
+        return None
+
+    def _cannot_try(self, failed: Exception, why: str) -> None:
+        """The model cannot run on some of the batch's rows.
+
+        Raises:
+            NotByRowsError: nobody has said what to do then, or no device could do it for its rows.
+        """
+        if self._policy.rows == "merge":
+            self._run_alone(why)
+        elif isinstance(failed, NotByRowsError):
+            raise failed
+        elif self._policy.rows is None:
+            raise NotByRowsError(f"{why} {_REMEDIES}") from failed
+        else:
+            self._losses, self._trials = [], _MOST_TRIALS
+            self._policy.say(f'fastdp: {why} Devices get their own rows even so, by rows="replica".')
+
+    # Deciding.
+
+    def _decide(self, tried: Tried) -> None:
+        """Do as the policy says about what the trials show.
+
+        Raises:
+            NotByRowsError: the model might be meant to go by each device's rows, and nobody has said so.
+        """
+        verdict = tried.verdict({})
+        if verdict.is_well:
+            self._keep(verdict, tried, {})
+            return
+        repeats = tried.is_repeatable()
+        plans, culprits, merged = tried.merged(verdict) if repeats else ({}, [], None)
+        story = tried.story(verdict, culprits)
+        if not repeats:
+            story = (
+                f"{capital(title(self._model))} gives other numbers for the same rows: it draws at random outside "
+                "of keras.random, which devices cannot share."
+            )
+        if self._policy.rows == "replica":
+            self._let_replicas(verdict, tried, story)
+            return
+        grown = next(
+            (i for i in verdict.outputs if not verdict.layouts[i].stacks and tried.whole.outputs[i].ndim), None
+        )
+        if self._policy.rows is None and grown is None and not (verdict.is_affine and merged is not None):
+            raise NotByRowsError(f"{story} {_REMEDIES}")
+        if merged is None:
+            self._run_alone(story if grown is None else f"{story} {tried.shapes(grown)}")
+            return
+        self._keep(merged, tried, plans)
+        if self._policy.rows is None and grown is not None:
+            names = ", ".join(dict.fromkeys(title(call.operation) for call in culprits))
+            self._policy.say(
+                f"fastdp: {tried.shapes(grown)} So {names} runs on the whole batch on each device, which gives what "
+                'one device gives. rows="merge" of fastdp.wrap asks for that without this warning.'
+            )
+
+    def _keep(self, verdict: Verdict, tried: Tried, plans: dict[Unit, Plan]) -> None:
+        """This is how things are from now on."""
+        counts = Counter(unit[0] for unit in tried.whole.calls)
+        self._plans, self._calls = plans, {unit[0]: counts[unit[0]] for unit in plans}
+        self.layouts = verdict.layouts or None
+        self._losses = verdict.losses
+        self._assigned |= verdict.moves
+
+    def _let_replicas(self, verdict: Verdict, tried: Tried, story: str) -> None:
+        """Each replica goes by its own rows, which was asked for.
+
+        Raises:
+            NotByRowsError: outputs that cannot be put together at all.
+        """
+        for i in verdict.outputs:
+            layout, has_axes = verdict.layouts[i], tried.whole.outputs[i].ndim > 0
+            if has_axes and not layout.stacks:
+                raise NotByRowsError(f'{tried.shapes(i)} {story} Leave out rows="replica", or use gpus=[0].')
+            by_rows = Layout(Effect.ROWS, layout.axis, layout.per_row, True)
+            verdict.layouts[i] = by_rows if has_axes else Layout(Effect.MEAN)
+        for i in verdict.terms:
+            verdict.losses[i] = Effect.MEAN
+        for i in verdict.variables:
+            verdict.moves[i] = Effect.MEAN
+        self._keep(verdict, tried, {})
+        self._policy.say(
+            f'fastdp: {story} Each device goes by its own rows, as rows="replica" says, so results differ from one '
+            "device."
+        )
+
+    def _run_alone(self, why: str) -> None:
+        """Let the model run on one device.
+
+        Raises:
+            NotByRowsError: whoever asks has plain Keras for that.
+        """
+        if self._policy.falls_back:
+            raise NotByRowsError(why)
+        self._plans, self._calls, self.layouts, self._losses, self.alone = {}, {}, None, [], True
+        self._policy.say(f"fastdp: the model {self._model.name!r} runs on one device, with all rows. {why}")

@@ -1,0 +1,272 @@
+"""Running a model on some rows of a batch, without changing anything, to see how what it does depends on them."""
+
+from __future__ import annotations
+
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+
+from fastdp.program.base import Context
+from fastdp.program.keras.batch import Structure, split_leaves, unpack
+from fastdp.program.keras.batch_norm import statistics
+from fastdp.program.keras.draw_sites import DrawSites
+from fastdp.program.keras.plain_outputs import Plain
+from fastdp.program.keras.random.host_draws import held_generators_stay
+from fastdp.program.keras.replica import Running, replica_scope
+from fastdp.program.keras.rows.effects import Effect, Layout, classify
+from fastdp.program.keras.rows.units import Call, Recorder, Unit
+from fastdp.program.keras.variables import Mapping, ReplicaScope
+
+
+class Effects:
+    """What is known of `add_loss` terms and of the variables that a model or a layer assigns.
+
+    Args:
+        model: the template.
+        variables: all its variables, as the program numbers them.
+        call: `call(x, training)` runs it.
+        seed: of draws without a seed of their own.
+        sites: what is known of its draws.
+    """
+
+    training = True
+    layouts: Sequence[Layout] | None = None
+    alone = False
+    asked_of_every_row = True
+
+    def __init__(
+        self,
+        model: Any,
+        variables: Sequence[keras.Variable],
+        call: Callable[[Any, bool], Any],
+        seed: int,
+        sites: DrawSites | None = None,
+    ) -> None:
+        self._model, self._variables, self._call, self._seed = model, variables, call, seed
+        self.sites = DrawSites() if sites is None else sites
+        layers = model._flatten_layers()
+        self.seeds = {id(g.state) for layer in layers for g in layer._seed_generators}
+        self._metrics = [[id(v) for v in metric.variables] for layer in layers for metric in layer._metrics]
+        self._metric_ids = {number for metric in self._metrics for number in metric}
+        self._assigned: dict[int, Effect] = {}
+        self._losses: list[Effect] | None = None
+
+    def units(self) -> Any:
+        """What has a say in how the units of a replica's forward pass run, if anything has."""
+        return None
+
+    @property
+    def outputs_are_plain(self) -> bool:
+        """Whether all outputs have rows first, or are a mean over rows."""
+        layouts = self.layouts or []
+        return all((one.effect is Effect.ROWS and not one.axis) or one.effect is Effect.MEAN for one in layouts)
+
+    def is_seed(self, index: int) -> bool:
+        """Whether a variable is the state of a random generator, which moves alike on all replicas."""
+        return id(self._variables[index]) in self.seeds
+
+    def path(self, index: int) -> str:
+        """A variable's path."""
+        return str(self._variables[index].path)
+
+    def check_undecided(self, known: Sequence[Effect], values: Sequence[torch.Tensor]) -> None:
+        """Nothing is asked again."""
+
+    def contributions(self, losses: Sequence[torch.Tensor], context: Context) -> list[torch.Tensor]:
+        """A replica's contributions to the `add_loss` terms.
+
+        Raises:
+            UndecidedError: one that was zero when the model was tried is not any more.
+        """
+        known, values = self.of_losses(len(losses)), [keras.ops.sum(loss) for loss in losses]
+        if Effect.UNDECIDED in known and context.size > 1:
+            self.check_undecided(known, values)
+        factors = [1.0 if effect is Effect.SUM else context.rows.share for effect in known]
+        return [value * factor for value, factor in zip(values, factors, strict=True)]
+
+    def of_losses(self, count: int) -> list[Effect]:
+        """How each of `count` terms depends on the rows: means, as long as nothing is known."""
+        known = self._losses or []
+        return known if len(known) == count else [Effect.MEAN] * count
+
+    def of_variable(self, index: int, variable: keras.Variable) -> Effect:
+        """How an assigned variable's value depends on the rows."""
+        if id(variable) in self.seeds:
+            return Effect.SAME
+        if index in self._assigned:
+            return self._assigned[index]
+        if id(variable) in self._metric_ids:
+            return Effect.SUM
+        return Effect.MEAN if variable.dtype.startswith(("float", "bfloat")) else Effect.SAME
+
+    def _moves(self, a: Trial, b: Trial, both: Trial, rows: Sequence[int] = (1, 1)) -> dict[int, Effect]:
+        """How far variables moved, by number: as a mean over rows, or as what else.
+
+        A layer's metric is updated by numbers of each row, and is a sum over rows, or by one number of the batch
+        (`update_state(ops.mean(...))`), and counts batches. The count says which where the total was zero.
+        """
+        found = {
+            i: classify((a.moved[i], b.moved[i]), both.moved[i], rows)
+            for i in both.moved
+            if i in a.moved and i in b.moved
+        }
+        numbers = {id(self._variables[i]): i for i in found}
+        for metric in self._metrics:
+            of_metric = [numbers[one] for one in metric if one in numbers]
+            by_batch = any(found[i] in (Effect.SAME, Effect.MEAN) for i in of_metric)
+            for i in of_metric:
+                if found[i] is Effect.UNDECIDED:
+                    found[i] = Effect.MEAN if by_batch else Effect.SUM
+        return found
+
+    def _try_rows(
+        self,
+        batch: Sequence[np.ndarray],
+        structure: Structure,
+        start: int,
+        stop: int,
+        *,
+        recorder: Recorder | None = None,
+        shifted: Sequence[int] = (),
+        jitter: float = 0.0,
+    ) -> Trial:
+        """Run the model on some of the batch's rows. What that fails with says so: the step itself has other rows.
+
+        Args:
+            batch: the rows that are tried, all of them.
+            structure: theirs.
+            start, stop: the rows of `batch` that it is run on.
+            recorder: of the units.
+            shifted: numbers of variables that are one larger than they are.
+            jitter: by which part of them variables are off at random.
+        """
+        context = Context.alone(batch, structure, start, stop, len(batch[0]))
+        recorder = recorder or Recorder()
+        run = Running(context, frozen_moments=True, seed=self._seed, sites=self.sites, units=recorder)
+        mapping = [(v, v.value.detach()) for v in self._variables]
+        for i in shifted:
+            mapping[i] = (mapping[i][0], mapping[i][1] + 1)
+        if jitter:
+            generator = torch.Generator().manual_seed(0)
+            mapping = [(v, _jittered(value, jitter, generator)) for v, value in mapping]
+        scope = _TrialScope(mapping, recorder)
+        held = held_generators_stay(self._model)
+        with quiet(), _explained(stop - start), held, torch.no_grad(), replica_scope(run), scope:
+            x, _, _ = unpack(structure.pack([array[start:stop].copy() for array in batch]))
+            nest = self._call(x, self.training)
+            tensors, plain = split_leaves(nest)
+            outputs = [leaf.detach() for leaf in tensors]
+            losses = [keras.ops.sum(loss) for loss in scope.losses]
+        normalized = {id(v) for layer in self._model._flatten_layers() for v in statistics(layer)}
+        moved = {}
+        for i, (variable, before) in enumerate(mapping):
+            value = scope.get_current_value(variable)
+            if value is not before and id(variable) not in normalized and id(variable) not in self.seeds:
+                moved[i] = value.double() - before.double()
+        found = [] if run.made_up else outputs
+        return Trial(losses, moved, found, recorder.calls, recorder.losses, plain=plain, nest=nest)
+
+
+def _jittered(value: torch.Tensor, part: float, generator: torch.Generator) -> torch.Tensor:
+    """A value that is off by some part of it."""
+    if not value.is_floating_point():
+        return value
+    return value * (1.0 + part * torch.randn(value.shape, generator=generator).to(value.device, value.dtype))
+
+
+class _TrialScope(ReplicaScope):
+    """A scope that tells the recorder which unit assigns a variable."""
+
+    def __init__(self, mapping: Mapping, recorder: Recorder) -> None:
+        super().__init__(mapping, set())
+        self._numbers = {id(variable): i for i, (variable, _) in enumerate(mapping)}
+        self._recorder = recorder
+
+    def add_update(self, update: tuple[keras.Variable, torch.Tensor]) -> None:
+        """Note an assignment, and by whom."""
+        number = self._numbers.get(id(update[0]))
+        if number is not None:
+            self._recorder.wrote(number)
+        super().add_update(update)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings: the step itself does not have these rows alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _explained(rows: int) -> Iterator[None]:
+    """Let an error of a trial say what was run."""
+    try:
+        yield
+    except BaseException as error:
+        if sys.version_info >= (3, 11):  # which Keras 3.15 needs anyway
+            error.add_note(
+                f"fastdp ran the model on {rows} of the batch's rows, before the step itself, to find out how its "
+                "outputs and losses depend on the rows."
+            )
+        raise
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Leave the global generators of torch, NumPy and Python where they were: the step draws from them, not a trial."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(python_state)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What the model did with some rows: `add_loss` terms, how far variables moved by number, outputs (none where
+    draws had to make up rows that were not there), its units, the layer of each term, and the unit that failed."""
+
+    losses: list[torch.Tensor]
+    moved: dict[int, torch.Tensor]
+    outputs: list[torch.Tensor]
+    calls: dict[Unit, Call]
+    layers: list[Any]
+    failed: Unit | None = None
+    plain: Plain = ()
+    nest: Any = None
+
+
+def seed_generators() -> None:
+    """Let the global generators of the host draw the same in each trial. Within `generators_kept`."""
+    torch.default_generator.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    random.seed(1)
+
+
+def unlike_rows(batch: Sequence[np.ndarray], structure: Structure, wanted: int) -> list[int]:
+    """Up to `wanted` rows whose inputs all differ, the first row first."""
+    places = [i for i, name in enumerate(structure.names) if name.startswith("x")]
+    found = [0]
+    for row in range(1, len(batch[0])):
+        if len(found) == wanted:
+            break
+        if all(any(not np.array_equal(batch[i][row], batch[i][other]) for i in places) for other in found):
+            found.append(row)
+    return found
+
+
+def _unlike_first(batch: Sequence[np.ndarray], structure: Structure) -> int | None:
+    """The first row whose inputs differ from those of row 0, if there is one."""
+    rows = unlike_rows(batch, structure, 2)
+    return rows[1] if len(rows) > 1 else None

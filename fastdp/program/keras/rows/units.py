@@ -1,0 +1,316 @@
+"""The units of a model's forward pass: calls of layers and of single operations, as they are tried and merged.
+
+A unit is one call, told by its operation and by how often that was called before in the same pass. A trial records what
+each unit is given and what it gives (`Recorder`). A unit that mixes the rows of the batch is run on merged inputs
+(`Merged`): each replica gathers the rows of all, runs the unit as one device would, and keeps its rows of what has
+any. Gathering is differentiable: backward adds up what all replicas' losses say of a row, wherever that row came from.
+So weights, draws, losses and variables inside are those of one device, and each device computes the unit for the
+whole batch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import keras
+import torch
+
+from fastdp.program.base import Context
+from fastdp.program.keras.batch import pack_like
+from fastdp.program.keras.replica import NotCapturable, Running, running
+from fastdp.program.keras.rows.effects import Layout, NotByRowsError
+from fastdp.shard import Rows
+
+# An operation's identity, and which of its calls in a forward pass.
+Unit = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a unit is run on merged inputs: how its tensors lie, those that it is given and those that it gives.
+
+    Args:
+        operation: whose call it is.
+        name: its title in messages.
+        inputs: of its tensors, in the order of `keras.tree.flatten`.
+        outputs: likewise. One that has an axis of rows is kept by rows, any other whole.
+    """
+
+    operation: Any
+    name: str
+    inputs: tuple[Layout, ...]
+    outputs: tuple[Layout, ...]
+
+
+class Units(Protocol):
+    """Who has a say in how the units of a forward pass are run."""
+
+    def call(self, run: Callable[..., Any], operation: Any, args: Any, kwargs: Any, state: Running) -> Any:
+        """What `run(operation, *args, **kwargs)` gives, or what stands for it."""
+
+    def added(self, layer: Any) -> None:
+        """A layer adds a loss."""
+
+
+@dataclass(slots=True)
+class Call:
+    """What a trial saw of one unit; `written` are the variables that it assigns, `losses` the terms that it adds."""
+
+    unit: Unit
+    operation: Any
+    args: Any
+    kwargs: Any
+    outputs: Any = None
+    written: set[int] = field(default_factory=set)
+    losses: set[int] = field(default_factory=set)
+
+    @property
+    def given(self) -> list[torch.Tensor]:
+        """The tensors among its arguments."""
+        return tensors_in((self.args, self.kwargs))
+
+    @property
+    def made(self) -> list[torch.Tensor]:
+        """The tensors among its outputs."""
+        return tensors_in(self.outputs)
+
+
+class Recorder:
+    """Records the units of one trial.
+
+    Args:
+        plans: of the units that are run on merged inputs.
+        whole: the calls of the trial with all rows, whose inputs are the merged ones; None in that trial itself.
+    """
+
+    def __init__(self, plans: dict[Unit, Plan] | None = None, whole: dict[Unit, Call] | None = None) -> None:
+        self.calls: dict[Unit, Call] = {}  # in the order in which they ended: inner ones first
+        self.losses: list[Any] = []  # the layer of each loss
+        self.failed: Call | None = None  # the innermost one that did
+        self._plans, self._whole = plans or {}, whole
+        self._met: Counter[int] = Counter()
+        self._open: list[Call] = []
+        self._inside = False
+
+    def call(self, run: Callable[..., Any], operation: Any, args: Any, kwargs: Any, state: Running) -> Any:
+        """Run a unit, and note it."""
+        unit = _next_unit(self._met, operation)
+        if self._inside:
+            return run(operation, *args, **kwargs)
+        call = Call(unit, operation, args, kwargs)
+        plan = self._plans.get(unit) if self._whole is not None else None
+        self._open.append(call)
+        try:
+            if plan is None:
+                call.outputs = run(operation, *args, **kwargs)
+            else:
+                call.outputs = self._merged(plan, run, call, state)
+        except BaseException:
+            self.failed = self.failed or call
+            raise
+        finally:
+            self._open.pop()
+        self.calls[unit] = call
+        return call.outputs
+
+    def _merged(self, plan: Plan, run: Callable[..., Any], call: Call, state: Running) -> Any:
+        """Run a unit on the inputs that all rows gave it."""
+        assert self._whole is not None
+        whole, rows = self._whole[call.unit], state.context.rows
+        self._inside = True
+        try:
+            with as_one_device(state):
+                return own_rows(run(call.operation, *whole.args, **whole.kwargs), plan, rows)
+        finally:
+            self._inside = False
+
+    def added(self, layer: Any) -> None:
+        """Note whose loss it is. That of an activity regularizer comes when the layer's own unit is over."""
+        if any(call.operation is layer for call in self._open):
+            self._open[-1].losses.add(len(self.losses))
+        self.losses.append(layer)
+
+    def wrote(self, variable: int) -> None:
+        """Note that the present unit assigns a variable."""
+        if self._open:
+            self._open[-1].written.add(variable)
+
+
+class Merged:
+    """Runs some units of one forward pass of a replica on merged inputs.
+
+    Args:
+        plans: theirs.
+        calls: how often each of their operations is called in a pass, by its identity.
+    """
+
+    def __init__(self, plans: dict[Unit, Plan], calls: dict[int, int]) -> None:
+        self._plans, self._calls = plans, calls
+        self._met: Counter[int] = Counter()
+        self._inside = False
+
+    def call(self, run: Callable[..., Any], operation: Any, args: Any, kwargs: Any, state: Running) -> Any:
+        """Run a unit, on merged inputs where that is planned."""
+        if id(operation) not in self._calls:
+            return run(operation, *args, **kwargs)
+        unit = _next_unit(self._met, operation)
+        if unit[1] >= self._calls[unit[0]]:
+            raise NotByRowsError(
+                f"{operation.name!r} mixes the rows of the batch, and is called more often in a step than when fastdp "
+                "tried the model: in compute_loss, or again in backward (RematScope). Such a call cannot be merged. "
+                "Use gpus=[0]."
+            )
+        plan = self._plans.get(unit)
+        if plan is None or self._inside or state.context.size == 1:
+            return run(operation, *args, **kwargs)
+        if state.draws is not None:
+            raise NotCapturable(f"{plan.name}, which runs on the merged inputs of all replicas")
+        context = state.context
+        args, kwargs = gathered((args, kwargs), plan, context)
+        self._inside = True
+        try:
+            with as_one_device(state):
+                return own_rows(run(operation, *args, **kwargs), plan, context.rows)
+        finally:
+            self._inside = False
+
+    def added(self, layer: Any) -> None:
+        """Of no interest."""
+
+
+def _next_unit(met: Counter[int], operation: Any) -> Unit:
+    """Which call of the operation this is."""
+    met[id(operation)] += 1
+    return id(operation), met[id(operation)] - 1
+
+
+def tensors_in(nest: Any) -> list[torch.Tensor]:
+    """The tensors of a nest."""
+    return [leaf for leaf in keras.tree.flatten(nest) if isinstance(leaf, torch.Tensor)]
+
+
+def with_tensors(nest: Any, tensors: Sequence[torch.Tensor]) -> Any:
+    """A nest with other tensors in the places of its own."""
+    rest = iter(tensors)
+    leaves = [next(rest) if isinstance(leaf, torch.Tensor) else leaf for leaf in keras.tree.flatten(nest)]
+    return pack_like(nest, leaves)
+
+
+@contextmanager
+def as_one_device(state: Running) -> Iterator[None]:
+    """Within it the replica has all rows, and nobody to meet."""
+    context = state.context
+    total = context.rows.total
+    state.context = replace(context, rows=Rows(0, total, total), size=1)
+    try:
+        yield
+    finally:
+        state.context = context
+
+
+# Rows together and apart.
+
+
+def gathered(nest: Any, plan: Plan, context: Context) -> Any:
+    """Arguments with the rows of all replicas."""
+    given = zip(tensors_in(nest), plan.inputs, strict=True)
+    return with_tensors(nest, [_gather(x, layout, context) if layout.axis is not None else x for x, layout in given])
+
+
+def _gather(tensor: torch.Tensor, layout: Layout, context: Context) -> torch.Tensor:
+    """A tensor with all replicas' rows, and with the mask that Keras has hung on it."""
+    assert layout.axis is not None
+    whole = _Gather.apply(tensor, layout.axis, context)
+    mask = getattr(tensor, "_keras_mask", None)
+    if mask is not None:
+        whole._keras_mask = torch.cat(context.exchange(mask), min(layout.axis, mask.ndim - 1))
+    return whole
+
+
+class _Gather(torch.autograd.Function):
+    """The rows of all replicas, in order."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, axis: int, context: Context) -> torch.Tensor:
+        """One exchange."""
+        parts = context.exchange(tensor.detach())
+        ctx.axis, ctx.context = axis, context
+        ctx.start, ctx.length = sum(part.shape[axis] for part in parts[: context.rank]), tensor.shape[axis]
+        return torch.cat(parts, axis)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """What all replicas' losses say of the replica's rows."""
+        first, *others = (part.narrow(ctx.axis, ctx.start, ctx.length) for part in ctx.context.exchange(gradient))
+        total = first.clone()
+        for part in others:
+            total += part
+        return total, None, None
+
+
+def own_rows(outputs: Any, plan: Plan, rows: Rows) -> Any:
+    """Outputs for all rows: the replica's rows of those that have any, the others whole.
+
+    Raises:
+        NotByRowsError: an output has another shape than the trial has shown.
+    """
+    made = tensors_in(outputs)
+    if len(made) != len(plan.outputs):
+        raise NotByRowsError(f"{plan.name} gives another number of outputs than when fastdp tried it. Use gpus=[0].")
+    kept = []
+    for tensor, layout in zip(made, plan.outputs, strict=True):
+        axis = layout.axis
+        if axis is None:
+            kept.append(tensor)
+            continue
+        if tensor.ndim <= axis or tensor.shape[axis] % rows.total or not tensor.shape[axis]:
+            raise NotByRowsError(
+                f"{plan.name} gives a shape of {tuple(tensor.shape)} for {rows.total} rows, of which fastdp took axis "
+                f"{axis} for that of the rows: the shape depends on values. Use gpus=[0]."
+            )
+        own = own_part(tensor, axis, rows)
+        mask = getattr(tensor, "_keras_mask", None)
+        if mask is not None:
+            own._keras_mask = own_part(mask, min(axis, mask.ndim - 1), rows)
+        kept.append(own)
+    return with_tensors(outputs, kept)
+
+
+def own_part(tensor: torch.Tensor, axis: int, rows: Rows) -> torch.Tensor:
+    """The replica's rows of a tensor for all rows, with as many entries for each as there are."""
+    per_row = tensor.shape[axis] // rows.total
+    return tensor.narrow(axis, per_row * rows.start, per_row * rows.count)
+
+
+# What Keras's functions become.
+
+
+def call_of_unit(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`Operation.__call__`, through which layers and single operations go, with a say for the replica's units."""
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = running()
+        if state is None or state.units is None:
+            return original(self, *args, **kwargs)
+        return state.units.call(original, self, args, kwargs, state)
+
+    return __call__
+
+
+def loss_of_unit(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`Layer.add_loss`, which notes whose loss it is, for the replica's units too."""
+
+    def add_loss(self: Any, loss: Any) -> None:
+        state = running()
+        if state is not None:
+            for term in keras.tree.flatten(loss):
+                state.added_by[id(term)] = self
+                if state.units is not None:
+                    state.units.added(self)
+        original(self, loss)
+
+    return add_loss

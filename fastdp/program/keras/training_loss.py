@@ -1,0 +1,100 @@
+"""The loss of a training step: where a replica's backward pass starts, from its own rows or from the merged outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import torch
+
+from fastdp.program.keras.loss.merged import merged_loss
+from fastdp.program.keras.loss.per_sample import NotPerSample, SharedLoss
+from fastdp.program.keras.random.ops import whole_batch
+from fastdp.program.keras.replica import Running
+from fastdp.program.keras.rows.probe import Effects
+from fastdp.program.keras.variables import ReplicaScope
+
+# Where backward starts: tensors, their gradients (None: one), and the loss with its terms, for the record.
+Roots = tuple[list[torch.Tensor], list[torch.Tensor | None], list[torch.Tensor]]
+
+
+class TrainingLoss:
+    """The loss that a model was compiled with.
+
+    Args:
+        model: the template.
+        trainer: whose compile settings apply.
+        optimizer: scales the loss.
+        effects: how the model's outputs depend on the rows, in training.
+
+    `is_merged` says that it is computed on the merged outputs of all replicas: the model computes it itself, or it is
+    no sum over samples.
+    """
+
+    def __init__(self, model: keras.Model, trainer: Any, optimizer: Any, effects: Effects) -> None:
+        self.model, self.trainer, self.optimizer, self.effects = model, trainer, optimizer, effects
+        self.is_own = type(model).compute_loss is not keras.Model.compute_loss
+        self.is_merged = False
+        self._shared: SharedLoss | None = None
+        self._found_not_per_sample = False
+
+    def prepare(self) -> None:
+        """Decide how the loss is computed: as contributions of the replicas, or on the merged outputs."""
+        compiled = self.trainer._compile_loss
+        if self.is_own or self._found_not_per_sample or not self.effects.outputs_are_plain:
+            self.is_merged = True
+        elif compiled is not None and compiled.built:
+            if self._shared is None or not self._shared.is_of(compiled):
+                self._shared = SharedLoss(compiled)
+            self.is_merged = not self._shared.per_sample
+
+    def regularization(self) -> list[torch.Tensor]:
+        """The regularizers of the trainable weights, from the values in the current scope."""
+        regularized = [v for v in self.model.trainable_weights if v.regularizer is not None]
+        return [v.regularizer(v.value) for v in regularized]
+
+    def __call__(
+        self,
+        y: Any,
+        y_pred: Any,
+        sample_weight: Any,
+        extra: list[torch.Tensor],
+        scope: ReplicaScope,
+        run: Running,
+    ) -> Roots:
+        """Where a replica's backward starts.
+
+        Args:
+            y, sample_weight: the replica's rows.
+            y_pred: its outputs.
+            extra: its contributions to the `add_loss` terms.
+            scope: its stateless scope, current.
+            run: the replica.
+        """
+        context = run.context
+        if not self.is_merged:
+            try:
+                parts, terms = list(extra), list[torch.Tensor]()
+                if self._shared is not None:
+                    value, terms = self._shared(y, y_pred, sample_weight)
+                    parts.insert(0, value)
+                if context.rank == 0:
+                    with whole_batch(run):
+                        parts += [keras.ops.sum(value) for value in self.regularization()]
+                    if not parts:  # as Keras says it
+                        raise ValueError("No loss to compute. Provide a `loss` argument in `compile()`.")
+                return self._roots(parts, terms)
+            except NotPerSample:
+                # On all replicas alike; but the others may still be on their way here, so the model's
+                # standing decision is left to the host thread.
+                self._found_not_per_sample = True
+        return merged_loss(self, y_pred, extra, scope, context)
+
+    def _roots(self, parts: list[torch.Tensor], terms: list[torch.Tensor]) -> Roots:
+        """Backward from the sum of all parts."""
+        if not parts:
+            return [], [], [torch.zeros(())]
+        total = parts[0] if len(parts) == 1 else keras.ops.sum(parts)
+        scaled = self.optimizer.scale_loss(total)
+        found = [scaled] if scaled.requires_grad else []
+        return found, [None] * len(found), [total.detach(), *(term.detach() for term in terms)]

@@ -1,0 +1,161 @@
+"""Where the values of Keras variables live: adopted by flat buffers, or given by a scope."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import torch
+from keras.src.backend import in_stateless_scope
+from keras.src.backend.common import global_state
+from keras.src.backend.common.variables import initialize_all_variables
+
+from fastdp.buffers import Allocator, FlatBuffers, Home
+from fastdp.program.keras.rows.effects import NotByRowsError
+from fastdp.runtime.queue import QueueDevice
+from fastdp.tensors.arrays import as_tensor, spec_of
+from fastdp.tensors.gradient_buckets import Arrivals
+
+_homes: weakref.WeakKeyDictionary[Any, Adopted] = weakref.WeakKeyDictionary()
+
+
+Mapping = list[tuple[keras.Variable, torch.Tensor]]
+
+
+class Adopted:
+    """Keras variables whose values live in flat buffers.
+
+    Args:
+        variables: the variables, in the order of the buffers' views.
+        device: whose memory the buffers are.
+
+    The variables keep their tensors' identity; their storage becomes views of `home.variables`.
+    """
+
+    def __init__(self, variables: Sequence[keras.Variable], device: Allocator) -> None:
+        self.variables = list(variables)
+        specs = [spec_of(v.path, v.value) for v in self.variables]
+        self.home = Home(specs, device)
+        self.device = device
+        self._tensors = tensors_of(self.home.variables)
+        # Asked at each step: an empty tensor has no place of its own.
+        self._pointers = [tensor.data_ptr() if tensor.numel() else None for tensor in self._tensors]
+        self._versions: list[int] = []
+        self.adopt()
+
+    def adopt(self) -> bool:
+        """Move values whose storage is not ours (any more) into the buffers; True if there were any."""
+        moved = False
+        for variable, tensor, pointer in zip(self.variables, self._tensors, self._pointers, strict=True):
+            value = variable._value  # not `.value`, which looks for scopes first: there is none between steps
+            if pointer is not None and value.data_ptr() != pointer:
+                if value.dtype != tensor.dtype:
+                    raise NotByRowsError(
+                        f"The variable {variable.path!r} has become {value.dtype}; the replicas hold it as "
+                        f"{tensor.dtype}. Choose the dtype before the model is made (keras.config.set_dtype_policy)"
+                    )
+                with torch.no_grad():
+                    tensor.copy_(value)
+                    value.data = tensor
+                moved = True
+        return moved
+
+    def changed(self) -> bool:
+        """Whether somebody else assigned a variable since `note()`."""
+        return self.adopt() or self._versions != [v._value._version for v in self.variables]
+
+    def note(self) -> None:
+        """Remember the variables as they are now."""
+        self._versions = [v._value._version for v in self.variables]
+
+
+def adopted(owner: Any, variables: Sequence[keras.Variable], device: Allocator) -> Adopted:
+    """The adopted variables of a model or an optimizer: one home for all engines that use it."""
+    home = _homes.get(owner)
+    if home is None or [id(v) for v in home.variables] != [id(v) for v in variables]:
+        home = _homes[owner] = Adopted(variables, device)
+    return home
+
+
+def tensors_of(flat: FlatBuffers) -> list[torch.Tensor]:
+    """Tensors over the views of a flat buffer."""
+    return [as_tensor(view, spec.dtype) for view, spec in zip(flat.views, flat.specs, strict=True)]
+
+
+@dataclass(eq=False)
+class ReplicaState:
+    """A replica's tensors, on its device. `leaves` are the trainable ones, as the leaves of autograd, hooked to
+    `arrivals`; `flat_update` is a `FlatUpdate` where the optimizer acts on flat buffers."""
+
+    device: QueueDevice
+    variables: list[torch.Tensor]
+    slots: list[torch.Tensor]
+    gradients: list[torch.Tensor]
+    leaves: list[torch.Tensor]
+    mapping: Mapping
+    flat_update: Any
+    arrivals: Arrivals
+
+
+class ReplicaScope(keras.StatelessScope):
+    """A stateless scope over a replica's tensors.
+
+    As in plain Keras on torch, an assigned value has no gradient behind it. A trainable variable that the forward pass
+    assigns (spectral normalization) becomes a new leaf, and its gradient is that of the assigned value.
+    """
+
+    def __init__(self, mapping: Sequence[tuple[keras.Variable, torch.Tensor]], leaves: set[int]) -> None:
+        super().__init__(state_mapping=None, collect_losses=True, initialize_variables=False)
+        self.state_mapping = {id(variable): tensor for variable, tensor in mapping}
+        self._leaves = leaves
+
+    def __exit__(self, *args: Any, **kwargs: Any) -> None:
+        """Leave the scope. Variables that were made in it get values, as the first call of their layer gives them.
+
+        Raises:
+            NotByRowsError: there were any: no replica has them, so what was computed is void.
+        """
+        super().__exit__(*args, **kwargs)
+        # Within another scope they wait for its end: there nothing can be initialized.
+        if not in_stateless_scope() and global_state.get_global_attribute("uninitialized_variables"):
+            _refuse_new_variables()
+
+    @property
+    def leaves(self) -> set[int]:
+        """Ids of the trainable variables."""
+        return self._leaves
+
+    def twin(self) -> ReplicaScope:
+        """A scope with the present values, whose assignments this one does not see."""
+        twin = ReplicaScope([], self._leaves)
+        twin.state_mapping = dict(self.state_mapping)
+        return twin
+
+    def assigned(self, mapping: Mapping) -> list[tuple[int, torch.Tensor]]:
+        """The variables that were assigned within the scope: their places in `mapping`, and their values."""
+        values = ((i, self.get_current_value(v), before) for i, (v, before) in enumerate(mapping))
+        return [(i, value) for i, value, before in values if value is not before]
+
+    def add_update(self, update: tuple[keras.Variable, torch.Tensor]) -> None:
+        """Note an assignment. No gradient goes through it: in plain Keras it is a copy into the variable's memory."""
+        variable, value = update
+        value = value.detach().requires_grad_() if id(variable) in self._leaves else value.detach()
+        super().add_update((variable, value))
+
+
+def _refuse_new_variables() -> None:
+    """Initialize the variables that a replica's thread has made, and say what that means."""
+    made = list(global_state.get_global_attribute("uninitialized_variables"))
+    initialize_all_variables()
+    # A generator that a call makes for itself is its own affair: replicas know how to draw by it.
+    made = [variable for variable in made if variable.name != "seed_generator_state"]
+    if not made:
+        return
+    raise NotByRowsError(
+        f"A layer that had never been called made the variable {made[0].path!r} while devices ran the model, which no "
+        "replica has. It is there now. Let the model call all its layers once, on a batch and with training=True, "
+        "before it is trained on several devices, or before fastdp.wrap."
+    )
