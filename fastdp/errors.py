@@ -38,3 +38,7 @@ def replica_error_class(cause: type[BaseException]) -> type[ReplicaError]:
     except TypeError:  # already a base of ReplicaError, or not made from a message (ExceptionGroup)
         return ReplicaError
     return both
+
+
+class NotCapturable(Exception):
+    """A step does something that cannot be recorded once and replayed. The message says what."""

@@ -101,15 +101,9 @@ LATE_LOADERS: dict[str, str] = {
 # To do: capture/ knows Keras programs. What it needs of a model (its pure step, what makes a trace stale, whether
 # the user's code runs in it) is to be a protocol of its own that programs implement; each line here then goes.
 CAPTURE_KNOWS = {
-    "capture/graph/passes.py": ("program/keras/replica.py",),
-    "capture/guard.py": ("program/keras/patches.py", "program/keras/replica.py"),
+    "capture/guard.py": ("program/keras/patches.py",),
     "capture/shapes.py": ("program/base.py", "program/keras/program.py"),
-    "capture/steps.py": (
-        "program/base.py",
-        "program/keras/batch.py",
-        "program/keras/program.py",
-        "program/keras/replica.py",
-    ),
+    "capture/steps.py": ("program/base.py", "program/keras/batch.py", "program/keras/program.py"),
     "capture/trace.py": (
         "program/base.py",
         "program/keras/batch.py",

@@ -24,8 +24,8 @@ from torch.utils.hooks import RemovableHandle
 from fastdp.capture.own_code import HOOKS
 from fastdp.capture.reach import Reach
 from fastdp.capture.watch import Watch
+from fastdp.errors import NotCapturable
 from fastdp.program.keras import patches
-from fastdp.program.keras.replica import NotCapturable
 
 
 class Guard:

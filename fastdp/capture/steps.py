@@ -42,11 +42,10 @@ from fastdp.capture.own_code import own_code
 from fastdp.capture.shapes import Shape, entry_of, key_of, recordings_of
 from fastdp.capture.speed_trial import Trial
 from fastdp.capture.trace import Captured, NoExchange
-from fastdp.errors import DeviceTimeoutError
+from fastdp.errors import DeviceTimeoutError, NotCapturable
 from fastdp.program.base import Context
 from fastdp.program.keras.batch import Structure
 from fastdp.program.keras.program import KerasProgram
-from fastdp.program.keras.replica import NotCapturable
 from fastdp.runtime.host.resources import CORES
 from fastdp.shard import Rows, split_rows
 from fastdp.warn import warn_user

@@ -33,11 +33,12 @@ from fastdp.capture.graph.passes import in_place, optimized, stored
 from fastdp.capture.graph.rewrites import for_compiler
 from fastdp.capture.graph.segments import Segments, cut, placed, whole
 from fastdp.comm.rendezvous import Rendezvous
+from fastdp.errors import NotCapturable
 from fastdp.program.base import Context
 from fastdp.program.keras.batch import OutputStructure, Structure, pack_like
 from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.program import KerasProgram
-from fastdp.program.keras.replica import NotCapturable, keras_device, replica_scope
+from fastdp.program.keras.replica import keras_device, replica_scope
 from fastdp.program.keras.step_sums import EffectsForm, Outcome
 from fastdp.program.keras.variables import Mapping, ReplicaScope
 from fastdp.tensors.arrays import as_tensor, settle

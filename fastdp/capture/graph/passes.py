@@ -16,7 +16,7 @@ from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx import Graph, GraphModule, Node
 
 from fastdp.capture.graph.rewrites import fuse_convolutions
-from fastdp.program.keras.replica import NotCapturable
+from fastdp.errors import NotCapturable
 
 aten = torch.ops.aten
 SMALL = 4096  # elements of a constant that is worth keeping

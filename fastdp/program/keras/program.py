@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
+from fastdp.errors import NotCapturable
 from fastdp.program.base import Context, Result, Totals
 from fastdp.program.keras.batch import OutputStructure, Structure, flatten_outputs, unpack
 from fastdp.program.keras.gradients import LeftGradients
@@ -27,7 +28,7 @@ from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.placement.graph import PlacedGraph, gradients_of, graph_of
 from fastdp.program.keras.random.augmentation import writes_to_inputs
 from fastdp.program.keras.random.step_draws import StepDraws
-from fastdp.program.keras.replica import NotCapturable, Running, keras_device, replica_scope
+from fastdp.program.keras.replica import Running, keras_device, replica_scope
 from fastdp.program.keras.rows.known_layers import keeps_rows_apart
 from fastdp.program.keras.rows.policy import ModelEffects, Policy
 from fastdp.program.keras.rows.probe import Effects

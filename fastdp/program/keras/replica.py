@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import keras
 import torch
 
+from fastdp.errors import NotCapturable
 from fastdp.program.base import Context
 from fastdp.program.keras.batch_norm import Moments
 from fastdp.program.keras.draw_sites import DrawSites, Site
@@ -74,10 +75,6 @@ class Running:
         """
         if self.draws is not None:
             raise NotCapturable(what)
-
-
-class NotCapturable(Exception):
-    """A step does something that cannot be recorded once and replayed. The message says what."""
 
 
 class Draws(Protocol):

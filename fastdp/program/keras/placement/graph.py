@@ -23,9 +23,10 @@ import torch
 from keras.src.ops.function import Function
 
 from fastdp.comm.rendezvous import Rendezvous
+from fastdp.errors import NotCapturable
 from fastdp.program.keras.batch_norm import Moments
 from fastdp.program.keras.placement.values import PlacedScope, Spread
-from fastdp.program.keras.replica import NotCapturable, Running, keras_device, replica_scope, running
+from fastdp.program.keras.replica import Running, keras_device, replica_scope, running
 from fastdp.tensors.device_copies import arrived
 from fastdp.tensors.threads import prepare_worker
 

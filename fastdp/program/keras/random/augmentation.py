@@ -9,8 +9,9 @@ from typing import Any
 import keras
 import torch
 
+from fastdp.errors import NotCapturable
 from fastdp.program.keras.random.ops import whole_batch
-from fastdp.program.keras.replica import NotCapturable, running
+from fastdp.program.keras.replica import running
 
 
 class PythonRandom:

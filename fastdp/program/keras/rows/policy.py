@@ -17,9 +17,10 @@ import keras
 import numpy as np
 import torch
 
+from fastdp.errors import NotCapturable
 from fastdp.program.keras.batch import Structure
 from fastdp.program.keras.patches import replica_aware
-from fastdp.program.keras.replica import NotCapturable, running
+from fastdp.program.keras.replica import running
 from fastdp.program.keras.rows.effects import Effect, Layout, NotByRowsError, UndecidedError
 from fastdp.program.keras.rows.known_layers import keeps_rows_apart
 from fastdp.program.keras.rows.mixing import FAILURES, Tried, Verdict, capital, title

@@ -19,9 +19,10 @@ from typing import Any, Protocol
 import keras
 import torch
 
+from fastdp.errors import NotCapturable
 from fastdp.program.base import Context
 from fastdp.program.keras.batch import pack_like
-from fastdp.program.keras.replica import NotCapturable, Running, running
+from fastdp.program.keras.replica import Running, running
 from fastdp.program.keras.rows.effects import Layout, NotByRowsError
 from fastdp.shard import Rows
 
