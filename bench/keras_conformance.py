@@ -30,7 +30,7 @@ REASONS = ROOT / "bench" / "keras_conformance_reasons.json"
 # Counts the engine's steps, so that a run in which nothing was parallel cannot look like a pass.
 PLUGIN = """
 import atexit, json, os
-from fastdp.engine import DataParallel
+from fastdp.engine.data_parallel import DataParallel
 
 counts = {"train": 0, "predict": 0, "several replicas": 0}
 

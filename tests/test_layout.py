@@ -38,16 +38,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("program/functions.py",),
     ("program/torch/",),
     ("program/keras/",),
-    ("runtime/interrupts.py", "timing.py"),
-    ("replica.py",),
-    ("held.py",),
-    ("spare.py",),
-    ("step.py",),
-    ("reductions.py",),
-    ("step_scope.py",),
-    ("relocation.py",),
-    ("engine.py",),
-    ("report.py",),
+    ("engine/interrupts.py", "engine/timing.py"),
+    ("engine/replicas.py",),
+    ("engine/accumulation.py",),
+    ("engine/rollback.py",),
+    ("engine/step.py",),
+    ("engine/reductions.py",),
+    ("engine/step_scope.py",),
+    ("engine/home.py",),
+    ("engine/data_parallel.py",),
+    ("engine/__init__.py",),
+    ("engine/report.py",),
     ("keras/",),
     ("torch/",),
     ("placement.py",),
@@ -59,13 +60,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__.py",),  # `python -m fastdp`: above everything, nothing imports it
 )
 
-# Modules that may import from a named part of a lower folder only: the engine drives any program, so it knows
-# the protocol and none of the programs.
+# Prefixes of files that may import a named part of a lower folder only: the engine drives any program, so it
+# knows the protocol and none of the programs.
 ONLY_FROM = {
-    "replica.py": ("program/", ("program/__init__.py", "program/base.py")),
-    "step.py": ("program/", ("program/__init__.py", "program/base.py")),
-    "reductions.py": ("program/", ("program/__init__.py", "program/base.py")),
-    "engine.py": ("program/", ("program/__init__.py", "program/base.py")),
+    "engine/": ("program/", ("program/__init__.py", "program/base.py")),
 }
 
 # Where an optional library may be imported. Elsewhere fastdp must work without it.
@@ -293,8 +291,8 @@ FILES = {
     "program/torch/program.py",
     "program/keras/program.py",
     "capture/steps.py",
-    "replica.py",
-    "engine.py",
+    "engine/replicas.py",
+    "engine/data_parallel.py",
     "keras/__init__.py",
     "keras/model.py",
     "cli/__init__.py",
@@ -305,26 +303,34 @@ FILES = {
 @pytest.mark.parametrize(
     ("file", "source", "said"),
     [
-        ("shard.py", "import fastdp.engine", "imports engine.py, which is not in a lower layer"),
-        ("shard.py", "from fastdp import engine", "imports engine.py, which is not in a lower layer"),
-        ("shard.py", "from fastdp.engine import Engine", "imports engine.py"),
-        ("shard.py", "from . import engine", "imports engine.py"),
+        (
+            "shard.py",
+            "import fastdp.engine.data_parallel",
+            "imports engine/data_parallel.py, which is not in a lower layer",
+        ),
+        (
+            "shard.py",
+            "from fastdp.engine import data_parallel",
+            "imports engine/data_parallel.py, which is not in a lower layer",
+        ),
+        ("shard.py", "from fastdp.engine.data_parallel import Engine", "imports engine/data_parallel.py"),
+        ("shard.py", "from .engine import data_parallel", "imports engine/data_parallel.py"),
         ("runtime/host/device.py", "from ..select import resolve", "imports runtime/select.py"),
-        ("engine.py", "import fastdp", "imports __init__.py"),
-        ("engine.py", "from fastdp.program.torch.program import TorchProgram", "program/base.py only"),
-        ("replica.py", "from fastdp.program import functions", "program/base.py only"),
+        ("engine/data_parallel.py", "import fastdp", "imports __init__.py"),
+        ("engine/data_parallel.py", "from fastdp.program.torch.program import TorchProgram", "program/base.py only"),
+        ("engine/replicas.py", "from fastdp.program import functions", "program/base.py only"),
         ("program/base.py", "from .functions import Program", "imports program/functions.py"),
         ("program/__init__.py", "from fastdp.program.torch.program import Program", "imports program/torch/program.py"),
-        ("engine.py", "def f():\n    from fastdp import shard", "inside a function"),
-        ("engine.py", "class A:\n    def f(self):\n        import fastdp.shard", "inside a function"),
-        ("engine.py", "f = lambda: importlib.import_module('fastdp.shard')", "by a call"),
-        ("engine.py", "import torch.nn as nn", "imports torch"),
-        ("replica.py", "def f():\n    from keras import ops", "imports keras"),
+        ("engine/data_parallel.py", "def f():\n    from fastdp import shard", "inside a function"),
+        ("engine/data_parallel.py", "class A:\n    def f(self):\n        import fastdp.shard", "inside a function"),
+        ("engine/data_parallel.py", "f = lambda: importlib.import_module('fastdp.shard')", "by a call"),
+        ("engine/data_parallel.py", "import torch.nn as nn", "imports torch"),
+        ("engine/replicas.py", "def f():\n    from keras import ops", "imports keras"),
         ("program/functions.py", "try:\n    import cupy\nexcept ImportError:\n    cupy = None", "imports cupy"),
         ("launch/nvrtc.py", "import cupy", "imports cupy"),
         ("runtime/cuda/memory.py", "import cupy", "imports cupy"),
         ("runtime/cuda/cupy_api.py", "from cupy_backends.cuda.libs import nvrtc", "imports cupy_backends"),
-        ("engine.py", "importlib.import_module('torch')", "imports torch"),
+        ("engine/data_parallel.py", "importlib.import_module('torch')", "imports torch"),
         ("helpers.py", "", "add it to LAYERS"),
     ],
 )
@@ -338,12 +344,12 @@ def test_a_planted_violation_is_found(file, source, said):
     ("file", "source"),
     [
         (
-            "engine.py",
+            "engine/data_parallel.py",
             "import torchlike\nfrom fastdp.shard import Rows\nfrom fastdp.program import base",
         ),
         ("runtime/cuda/cupy_api.py", "import cupy\nfrom cupy.cuda import nccl\nfrom ..base import Work"),
         ("capture/steps.py", "import torch\nfrom fastdp.program.keras.program import KerasProgram"),
-        ("keras/model.py", "import keras\nfrom fastdp.engine import DataParallel\nfrom . import utils"),
+        ("keras/model.py", "import keras\nfrom fastdp.engine.data_parallel import DataParallel\nfrom . import utils"),
         (
             "__init__.py",
             "from fastdp import _version\ndef f():\n    import_module('fastdp.keras')",

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 
-from fastdp.engine import DataParallel
+from fastdp.engine.data_parallel import DataParallel
 from fastdp.program.keras.batch import Structure, flatten_batch, unpack
 
 Flat = tuple[list[np.ndarray], Structure]

@@ -9,13 +9,13 @@ import torch
 
 from fastdp.capture.cuda_graphs.recorder import Recorder
 from fastdp.capture.steps import Captures
-from fastdp.engine import DataParallel
+from fastdp.engine.data_parallel import DataParallel
+from fastdp.engine.step_scope import alone
 from fastdp.keras.custom_steps import has_own
 from fastdp.keras.layer_calls import LayerCalls
 from fastdp.program.keras.layer_calls import CallProgram
 from fastdp.program.keras.optimizer.slots import optimizer_of
 from fastdp.program.keras.rows.policy import Policy
-from fastdp.step_scope import alone
 from fastdp.tensors.deterministic import check_deterministic
 
 

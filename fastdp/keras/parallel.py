@@ -12,7 +12,8 @@ from keras.src.utils import io_utils
 from fastdp.capture.cuda_graphs.recorder import chosen_graphs
 from fastdp.capture.steps import MODES
 from fastdp.comm.batch import count_rows
-from fastdp.engine import DataParallel
+from fastdp.engine.data_parallel import DataParallel
+from fastdp.engine.report import Report, SmallWorkWarning, make_report
 from fastdp.keras.ahead import in_host_memory
 from fastdp.keras.call_checks import is_hooked, why_not_here
 from fastdp.keras.callbacks import at_once
@@ -26,7 +27,6 @@ from fastdp.keras.streaming import arguments_by_name, stream_fit, stream_forward
 from fastdp.keras.template_view import TemplateView, merged_outputs
 from fastdp.program.keras.batch import flatten_batch, unpack
 from fastdp.program.keras.patches import replica_aware
-from fastdp.report import Report, SmallWorkWarning, make_report
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import peak_nbytes
 from fastdp.warn import warn_user

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from fastdp.comm.batch import ResidentArray, count_rows
-from fastdp.engine import DataParallel
+from fastdp.engine.data_parallel import DataParallel
+from fastdp.engine.step import StepResult
 from fastdp.errors import ReplicaError
 from fastdp.keras.ahead import Ahead
 from fastdp.keras.before_step import BeforeStep
@@ -27,7 +28,6 @@ from fastdp.program.keras.batch import Structure, flatten_batch, unpack
 from fastdp.program.keras.indices import IndicesNamed, rows_of
 from fastdp.program.keras.loss.per_sample import own_copy
 from fastdp.program.keras.rows.effects import NotByRowsError, UndecidedError
-from fastdp.step import StepResult
 from fastdp.tensors.arrays import as_tensor
 from fastdp.tensors.deterministic import deterministic_algorithms
 from fastdp.warn import warn_user

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdp.engine import DataParallel
+from fastdp.engine.data_parallel import DataParallel
+from fastdp.engine.report import Report, make_report
 from fastdp.program.torch.loss import LossFunction
 from fastdp.program.torch.optimizer import OptimizerFactory
 from fastdp.program.torch.program import TorchProgram
-from fastdp.report import Report, make_report
 from fastdp.runtime.queue import QueueDevice
 from fastdp.runtime.select import warn_of_relocation
 from fastdp.tensors.arrays import peak_nbytes

@@ -12,7 +12,7 @@ import time
 import numpy as np
 from simulation import Op
 
-from fastdp.replica import Replica
+from fastdp.engine.replicas import Replica
 
 # Of one shape and dtype, in one step of a replica.
 OUTPUTS = 8

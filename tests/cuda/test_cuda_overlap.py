@@ -14,9 +14,9 @@ import pytest
 import fastdp
 from fastdp.buffers import FlatBuffers
 from fastdp.comm.cuda import algorithm
+from fastdp.engine.reductions import WARM_STEPS
 from fastdp.program.base import Result
 from fastdp.program.functions import FunctionProgram
-from fastdp.reductions import WARM_STEPS
 from fastdp.runtime.host.device import HostDevice
 
 LIMIT = 20.0

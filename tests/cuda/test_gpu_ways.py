@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 from gpu_cases import CASES
 from gpu_keras_ways import EngineSteps, Fitted, facts_of
 
+from fastdp.engine.replicas import Replica
 from fastdp.keras.parallel import ParallelModel
-from fastdp.replica import Replica
 
 
 def parallel(model, box, how):

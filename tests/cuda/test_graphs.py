@@ -15,7 +15,7 @@ import fastdp.buffers
 from fastdp.capture import steps as capture_steps
 from fastdp.capture import trace as capture_trace
 from fastdp.capture.cuda_graphs import recording
-from fastdp.replica import Replica
+from fastdp.engine.replicas import Replica
 
 ORIGINALS = {name: getattr(Replica, name) for name in ("train", "predict", "update")}
 

@@ -21,8 +21,8 @@ from small_buckets import make_buckets_small
 import fastdp.comm.cuda.algorithm
 from fastdp.capture.cuda_graphs import recorder, recording
 from fastdp.capture.cuda_graphs.step_graphs import JoinedSteps
+from fastdp.engine.replicas import Replica
 from fastdp.errors import DeviceTimeoutError, ReplicaError
-from fastdp.replica import Replica
 
 pytestmark = pytest.mark.usefixtures("few_arrays_in_a_bucket")
 

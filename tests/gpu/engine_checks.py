@@ -16,11 +16,11 @@ import pytest
 
 import fastdp
 from fastdp.buffers import ArraySpec, FlatBuffers
+from fastdp.engine.reductions import WARM_STEPS
 from fastdp.errors import ReplicaError
 from fastdp.launch import reference as twins
 from fastdp.program.base import Result
 from fastdp.program.functions import FunctionProgram
-from fastdp.reductions import WARM_STEPS
 
 LIMIT = 30.0
 POISONED = 1e6

@@ -14,8 +14,8 @@ from keras.src.backend.torch.core import get_device
 from keras.src.backend.torch.trainer import TorchEpochIterator
 
 import fastdp
+from fastdp.engine.replicas import Replica
 from fastdp.keras.ahead import in_host_memory
-from fastdp.replica import Replica
 
 ROWS = 6
 

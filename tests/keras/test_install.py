@@ -19,7 +19,7 @@ from keras.src.backend.torch.trainer import TorchTrainer
 from numpy.random import rand  # by name: out of fastdp's reach
 
 import fastdp
-from fastdp.engine import DataParallel
+from fastdp.engine.data_parallel import DataParallel
 
 
 def drawn_like(x: torch.Tensor) -> torch.Tensor:

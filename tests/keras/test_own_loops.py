@@ -15,7 +15,7 @@ import torch
 from keras import layers
 
 import fastdp
-from fastdp.engine import DataParallel
+from fastdp.engine.data_parallel import DataParallel
 
 # Keras, of models without a build() of their own that hold a layer which their first call does not build.
 pytestmark = pytest.mark.filterwarnings(r"ignore:`build\(\)` was called on layer")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastdp
-from fastdp.report import ENOUGH_STEPS, Report
+from fastdp.engine.report import ENOUGH_STEPS, Report
 
 
 @pytest.fixture(autouse=True)

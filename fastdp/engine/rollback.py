@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastdp.buffers import FlatBuffers
-from fastdp.replica import Replica
+from fastdp.engine.replicas import Replica
 
 
 class Spare:

@@ -10,8 +10,8 @@ import numpy as np
 
 from fastdp.buffers import Bucket, FlatBuffers
 from fastdp.comm.base import Communicator
+from fastdp.engine.step import Step
 from fastdp.program.base import Program
-from fastdp.step import Step
 
 # After so many steps of a batch's shape, a GPU's steps allocate nothing any more. Of so many shapes it is known.
 WARM_STEPS, MOST_SHAPES = 2, 256

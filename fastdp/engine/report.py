@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fastdp.engine import DataParallel
-from fastdp.timing import VERBS
+from fastdp.engine.data_parallel import DataParallel
+from fastdp.engine.timing import VERBS
 from fastdp.warn import warn_user
 
 try:

@@ -10,8 +10,8 @@ import pytest
 from least_squares import line, rows
 
 import fastdp
+from fastdp.engine.replicas import Replica
 from fastdp.keras.parallel import ParallelModel
-from fastdp.replica import Replica
 from fastdp.runtime.host.device import HostDevice
 
 LIMIT = 20.0

@@ -6,9 +6,9 @@ from typing import Any
 
 from fastdp.buffers import FlatBuffers
 from fastdp.comm.base import Communicator
+from fastdp.engine.step import Step
 from fastdp.program.base import Program
 from fastdp.runtime.select import warn_of_relocation
-from fastdp.step import Step
 
 
 class Residence:

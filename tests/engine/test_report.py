@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from fastdp import DataParallel, FunctionProgram
-from fastdp.report import ENOUGH_STEPS, SmallWorkWarning, make_report
+from fastdp.engine.report import ENOUGH_STEPS, SmallWorkWarning, make_report
+from fastdp.engine.timing import LATEST, VERBS, Timings, Watch
 from fastdp.runtime.host.device import HostDevice
-from fastdp.timing import LATEST, VERBS, Timings, Watch
 
 
 def watch(compute: list[float], *, before: float = 0.0, reduce: float = 0.0, update: float = 0.0) -> Watch:

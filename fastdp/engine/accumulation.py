@@ -7,7 +7,7 @@ from typing import Any
 
 from fastdp.buffers import FlatBuffers
 from fastdp.comm.base import Communicator
-from fastdp.replica import Replica
+from fastdp.engine.replicas import Replica
 
 
 class HeldGradients:

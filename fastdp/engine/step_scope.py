@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
+from fastdp.engine.step import Step, StepResult
 from fastdp.errors import DeviceTimeoutError
-from fastdp.step import Step, StepResult
 
 # Steps of different engines that share devices must not interleave: replicas block in exchanges.
 one_step_at_a_time = threading.RLock()
@@ -65,7 +65,7 @@ def alone(timeout: float = 1800.0) -> Iterator[None]:
 class StepScope(AbstractContextManager[Step]):
     """Holds the locks of one step and the program's own scope, and brings stale replicas up to date.
 
-    A part of the engine (`fastdp.engine.DataParallel`), whose state it reads and sets.
+    A part of the engine (`fastdp.engine.data_parallel.DataParallel`), whose state it reads and sets.
     """
 
     def __init__(self, engine: Any, step: Step, trains: bool) -> None:

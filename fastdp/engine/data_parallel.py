@@ -15,21 +15,21 @@ from fastdp.comm.batch import count_rows
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.comm.scatter_merge import Merger, scatter, stage
 from fastdp.comm.select import communicator
+from fastdp.engine.accumulation import HeldGradients
+from fastdp.engine.home import Residence
+from fastdp.engine.reductions import Reductions
+from fastdp.engine.replicas import Replica, assert_equal
+from fastdp.engine.rollback import Spare
+from fastdp.engine.step import Step, StepResult, add_up, commit, run_replica, run_update, step_error
+from fastdp.engine.step_scope import StepScope, meanwhile, one_step_at_a_time
+from fastdp.engine.timing import Timings, Watch
 from fastdp.errors import DeviceTimeoutError
-from fastdp.held import HeldGradients
 from fastdp.program.base import Context, Program, Result
-from fastdp.reductions import Reductions
-from fastdp.relocation import Residence
-from fastdp.replica import Replica, assert_equal
 from fastdp.runtime.host.resources import CORES
 from fastdp.runtime.queue import joined
 from fastdp.runtime.select import devices_of_engine
 from fastdp.runtime.work_stealing import shared_with
 from fastdp.shard import Rows, split_rows
-from fastdp.spare import Spare
-from fastdp.step import Step, StepResult, add_up, commit, run_replica, run_update, step_error
-from fastdp.step_scope import StepScope, meanwhile, one_step_at_a_time
-from fastdp.timing import Timings, Watch
 
 
 class DataParallel:
@@ -46,7 +46,7 @@ class DataParallel:
             device to its own copy. The results have the same bits. None: "each" on GPUs, "first" elsewhere.
         cpu_merge: merge outputs in host memory; otherwise in that of the device `merge_device`, as its arrays.
         merge_device: place of a device in `devices`.
-        cpu_relocation: the program's own variables live in host memory (see fastdp.relocation).
+        cpu_relocation: the program's own variables live in host memory (see fastdp.engine.home).
         check_replicas: after each update, verify that all replicas are bitwise equal (for debugging).
 
     The engine owns the replicas' memory, and, for updates that may fail, a spare copy of the first replica's

@@ -12,15 +12,15 @@ import numpy as np
 from fastdp.comm.base import Reduction
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.comm.scatter_merge import Merger
+from fastdp.engine.interrupts import interrupts_wait
+from fastdp.engine.replicas import Replica
+from fastdp.engine.rollback import Spare
+from fastdp.engine.timing import Watch
 from fastdp.errors import ReplicaError, StepAborted, replica_error_class
 from fastdp.program.base import Context, Result, Totals
-from fastdp.replica import Replica
-from fastdp.runtime.interrupts import interrupts_wait
 from fastdp.runtime.queue import QueueDevice
 from fastdp.runtime.work_stealing import Share
 from fastdp.shard import Rows
-from fastdp.spare import Spare
-from fastdp.timing import Watch
 
 
 @dataclass(slots=True)
