@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fastdp import utils
     from fastdp.data.hdf5 import HDF5Matrix
     from fastdp.keras.install import install, uninstall
-    from fastdp.keras.parallel import ParallelModel
+    from fastdp.keras.parallel_model import ParallelModel
     from fastdp.keras.wrap import multi_gpu_model
 
 __all__ = [
@@ -60,7 +60,7 @@ __all__ = [
 # Loaded on first use: `import fastdp` works without Keras and torch, and takes no time for them.
 _LATE = {
     "HDF5Matrix": "fastdp.data.hdf5",
-    "ParallelModel": "fastdp.keras.parallel",
+    "ParallelModel": "fastdp.keras.parallel_model",
     "install": "fastdp.keras.install",
     "multi_gpu_model": "fastdp.keras.wrap",
     "uninstall": "fastdp.keras.install",

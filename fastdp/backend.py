@@ -1,8 +1,8 @@
 """Keras 2's `keras.backend`, as far as scripts need it for intermediate outputs: `K.function`, `K.learning_phase`.
 
 Scripts written for Keras 2 say `from keras import backend as K`; they change that line alone:
-`from fastdp import backend as K`. The functions live in `fastdp.keras.functions`, which is loaded when one is asked
-for, so that `import fastdp` needs neither Keras nor torch.
+`from fastdp import backend as K`. The functions live in `fastdp.keras.keras2.functions`, which is loaded when one is
+asked for, so that `import fastdp` needs neither Keras nor torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastdp.keras.functions import function, get_layer_output, learning_phase
+    from fastdp.keras.keras2.functions import function, get_layer_output, learning_phase
 
 __all__ = ["function", "get_layer_output", "learning_phase"]
 
@@ -29,7 +29,7 @@ def __getattr__(name: str) -> Any:
             "Keras 3 has the arithmetic in keras.ops"
         )
     try:
-        module = importlib.import_module("fastdp.keras.functions")
+        module = importlib.import_module("fastdp.keras.keras2.functions")
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.split(".")[0] in ("keras", "torch"):
             raise ImportError(

@@ -1,8 +1,8 @@
 """The utilities of Keras 2's `keras.utils`, working with Keras 3: change the import, keep the script."""
 
 from fastdp.data.hdf5 import HDF5Matrix
-from fastdp.keras.h5_models import load_model
-from fastdp.keras.utils import (
+from fastdp.keras.h5_files.h5_models import load_model
+from fastdp.keras.keras2.utils import (
     CustomObjectScope,
     Sequence,
     get_file,

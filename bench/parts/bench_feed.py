@@ -9,7 +9,7 @@ from keras.src.backend.torch.trainer import TorchEpochIterator
 
 from fastdp.comm.scatter_merge import scatter
 from fastdp.data import DeviceDataset, Scaled
-from fastdp.keras.resident import ResidentRows
+from fastdp.keras.fit.device_dataset import ResidentRows
 from fastdp.program.keras.batch import flatten_batch, unpack
 from fastdp.shard import split_rows
 

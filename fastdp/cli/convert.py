@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Convert one file; 1 where it cannot be converted."""
     load("keras", "keras")
-    convert = load("fastdp.keras.convert", "keras").convert
+    convert = load("fastdp.keras.h5_files.convert", "keras").convert
     try:
         convert(options.source, options.destination)
     except (OSError, ValueError) as error:

@@ -50,7 +50,7 @@ def train(digits: Digits, devices: int, *, epochs: int, batch_size: int, verbose
     runner = wrap(model, gpus=devices)
     optimizer = load("keras", "keras").optimizers.SGD(0.1, momentum=0.9, nesterov=True)
     runner.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
-    batches = load("fastdp.keras.data_sets", "keras").ArrayBatches
+    batches = load("fastdp.keras.fit.array_batches", "keras").ArrayBatches
     clock = _clock(TRAIN_ROWS // batch_size)
     history = runner.fit(
         batches(digits.x_train, digits.y_train, batch_size=batch_size, seed=SEED),

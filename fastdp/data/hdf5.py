@@ -50,7 +50,7 @@ class HDF5Matrix:
     back. A copy or an unpickled matrix opens the file anew, by its absolute path.
 
     `np.asarray(matrix)` reads everything. Plain Keras does that too in `fit`, `evaluate` and `predict`:
-    give it `fastdp.keras.data_sets.ArrayBatches` to read batch by batch; parallel models do so by themselves.
+    give it `fastdp.keras.fit.array_batches.ArrayBatches` to read batch by batch; parallel models do so by themselves.
 
     Raises:
         FileNotFoundError: there is no file `datapath`.

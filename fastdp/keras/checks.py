@@ -11,7 +11,7 @@ import torch
 from keras.src.models.functional import Functional
 from keras.src.utils.torch_utils import TorchModuleWrapper
 
-from fastdp.keras.custom_steps import OWN_STEPS, has_own
+from fastdp.keras.steps.custom import OWN_STEPS, has_own
 from fastdp.program.keras.torch_modules import REMEDY, draws_at_random, structure_of
 
 _PARALLEL = ("ParallelModel", "TorchParallel")  # by name: their modules import this one, and torch's side is optional

@@ -1,6 +1,6 @@
 """Unmodified Keras scripts on all devices: `fastdp.install` and `fastdp.uninstall`.
 
-A call of a whole model from the script's own code runs on all devices too (`fastdp.keras.own_loops`).
+A call of a whole model from the script's own code runs on all devices too (`fastdp.keras.steps.own_loops`).
 
 Keras's `fit`, `evaluate`, `predict` and their `_on_batch` forms ask the model for a function that runs one batch.
 `install` makes Keras's trainer answer with one that runs it on all devices. The loops, callbacks, data adapters,
@@ -24,9 +24,9 @@ from keras.src.backend.torch.trainer import TorchTrainer
 from fastdp.capture.cuda_graphs.recorder import chosen_graphs
 from fastdp.errors import ReplicaError
 from fastdp.keras.checks import check_backend, check_template, is_built, unbuilt_layers
-from fastdp.keras.custom_steps import has_own
-from fastdp.keras.own_loops import inside_step, is_own_call, say_once
-from fastdp.keras.steps import Steps
+from fastdp.keras.steps.custom import has_own
+from fastdp.keras.steps.own_loops import inside_step, is_own_call, say_once
+from fastdp.keras.steps.standard import Steps
 from fastdp.keras.template_view import TemplateView
 from fastdp.program.keras.rows.effects import NotByRowsError, refusal
 from fastdp.program.keras.rows.policy import check_policy

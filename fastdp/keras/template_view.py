@@ -8,8 +8,8 @@ from typing import Any
 import keras
 import torch
 
-from fastdp.keras.by_name import is_keras_2_file, load_weights, save_weights
 from fastdp.keras.compile_state import borrowed
+from fastdp.keras.h5_files.by_name import is_keras_2_file, load_weights, save_weights
 from fastdp.keras.names import numbered_names, unique_names
 
 

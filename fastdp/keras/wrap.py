@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from fastdp.keras.checks import check_backend
-from fastdp.keras.parallel import ParallelModel
+from fastdp.keras.parallel_model import ParallelModel
 from fastdp.keras.placement import check_places, resolve_groups, spans_groups
 from fastdp.runtime.select import resolve
 

@@ -1,8 +1,8 @@
 """What users of multi_gpu_model complained about, and what must be true here; each test names the threads.
 
-Where another file holds a complaint's tests: files in test_files.py and tests/keras/test_by_name.py, old parallel files
-in tests/keras/test_convert.py, `gpus` in test_gpus.py, metrics, losses, masks and BatchNormalization in
-tests/exactness/, wrong input in test_bad_input.py.
+Where another file holds a complaint's tests: files in test_files.py and tests/keras/h5_files/test_by_name.py, old
+parallel files in tests/keras/h5_files/test_convert.py, `gpus` in test_gpus.py, metrics, losses, masks and
+BatchNormalization in tests/exactness/, wrong input in test_bad_input.py.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from least_squares import line, rows
 
 import fastdp
 from fastdp.engine.replicas import Replica
-from fastdp.keras.parallel import ParallelModel
+from fastdp.keras.parallel_model import ParallelModel
 from fastdp.runtime.host.device import HostDevice
 
 LIMIT = 20.0

@@ -183,7 +183,7 @@ def model():
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_a_keras_model_trains_as_on_the_host(gpus, optimizer):
-    from fastdp.keras.parallel import ParallelModel
+    from fastdp.keras.parallel_model import ParallelModel
 
     box = gpus(2)
     rng = np.random.default_rng(0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_placed_on_gpus import shared_lstm
 
-from fastdp.keras.parallel import ParallelModel
+from fastdp.keras.parallel_model import ParallelModel
 from fastdp.runtime.host.device import HostDevice
 from fastdp.tensors.arrays import peak_nbytes
 from fastdp.torch.parallel import TorchParallel

@@ -218,7 +218,7 @@ def test_a_batch_that_cannot_be_dealt_out_is_not_staged(gpus):
 
 
 def test_a_keras_model_is_fitted_ahead_with_the_same_result(gpus):
-    from fastdp.keras.parallel import ParallelModel
+    from fastdp.keras.parallel_model import ParallelModel
 
     box = gpus(2)
     rng = np.random.default_rng(0)

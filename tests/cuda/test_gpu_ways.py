@@ -15,7 +15,7 @@ from gpu_cases import CASES
 from gpu_keras_ways import EngineSteps, Fitted, facts_of
 
 from fastdp.engine.replicas import Replica
-from fastdp.keras.parallel import ParallelModel
+from fastdp.keras.parallel_model import ParallelModel
 
 
 def parallel(model, box, how):

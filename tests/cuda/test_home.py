@@ -84,7 +84,7 @@ class Halving(keras.callbacks.Callback):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_a_template_keeps_its_weights_and_goes_on_sharing_them(gpus, optimizer, tmp_path):
-    from fastdp.keras.parallel import ParallelModel
+    from fastdp.keras.parallel_model import ParallelModel
 
     box = gpus(2)
     x, y = data()

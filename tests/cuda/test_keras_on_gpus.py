@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from fastdp.keras.parallel import ParallelModel
+from fastdp.keras.parallel_model import ParallelModel
 
 LIMIT = 30.0
 X = np.random.default_rng(0).normal(size=(10, 8)).astype("float32")

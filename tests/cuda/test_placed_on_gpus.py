@@ -14,7 +14,7 @@ from simulated_memory import RaceError
 from torch_work import DeviceError, watched
 
 import fastdp
-from fastdp.keras.parallel import ParallelModel
+from fastdp.keras.parallel_model import ParallelModel
 
 LIMIT = 30.0
 GROUPS = {"one replica": [(0, 1)], "two replicas": [(0, 1), (2, 3)]}

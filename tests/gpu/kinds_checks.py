@@ -13,7 +13,7 @@ from model_checks import KERAS_MODELS, LIMIT, keras_data, several_buckets
 from torch_checks import full_precision
 
 from fastdp.comm.cuda import algorithm
-from fastdp.keras.parallel import ParallelModel
+from fastdp.keras.parallel_model import ParallelModel
 
 # What the report calls the steps of each kind, and the argument `compile` that asks for them.
 KINDS = {

@@ -14,7 +14,7 @@ from torch_checks import full_precision
 import fastdp
 from fastdp import buffers
 from fastdp.data import DeviceDataset
-from fastdp.keras.parallel import ParallelModel
+from fastdp.keras.parallel_model import ParallelModel
 
 LIMIT = 60.0
 layers = keras.layers

@@ -18,7 +18,7 @@ from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 
 from fastdp.data.device_dataset import DeviceDataset
 from fastdp.data.row_batch import ResidentBatch, ResidentColumn, filled
-from fastdp.keras.data_sets import ArrayBatches
+from fastdp.keras.fit.array_batches import ArrayBatches
 from fastdp.tensors.arrays import dtype_name
 
 

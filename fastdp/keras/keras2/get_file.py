@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import keras
 
-from fastdp.keras.archives import ARCHIVE_FORMATS, extract_archive
+from fastdp.keras.keras2.archives import ARCHIVE_FORMATS, extract_archive
 from fastdp.warn import warn_user
 
 CHUNK_NBYTES = 1 << 20

@@ -16,8 +16,8 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdp.keras.by_name import is_keras_2_file
-from fastdp.keras.convert import is_wrapper_config, read_names
+from fastdp.keras.h5_files.by_name import is_keras_2_file
+from fastdp.keras.h5_files.convert import is_wrapper_config, read_names
 from fastdp.warn import warn_user
 
 

@@ -14,16 +14,16 @@ from fastdp.capture.steps import MODES
 from fastdp.comm.batch import count_rows
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.report import Report, SmallWorkWarning, make_report
-from fastdp.keras.ahead import in_host_memory
-from fastdp.keras.call_checks import is_hooked, why_not_here
-from fastdp.keras.callbacks import at_once
 from fastdp.keras.checks import check_loop, check_template
 from fastdp.keras.compile_state import borrowed, follow, follows, take_over
-from fastdp.keras.custom_steps import check_own_step
-from fastdp.keras.own_loops import calls_model, is_plain_call, wants_gradient, within_step
-from fastdp.keras.resident import as_fed, resident_batch, resident_fit, resident_forward
-from fastdp.keras.steps import Steps
-from fastdp.keras.streaming import arguments_by_name, stream_fit, stream_forward
+from fastdp.keras.fit.arguments import arguments_by_name, stream_fit, stream_forward
+from fastdp.keras.fit.callbacks import at_once
+from fastdp.keras.fit.device_dataset import as_fed, resident_batch, resident_fit, resident_forward
+from fastdp.keras.fit.prefetch import in_host_memory
+from fastdp.keras.steps.call_checks import is_hooked, why_not_here
+from fastdp.keras.steps.custom import check_own_step
+from fastdp.keras.steps.own_loops import calls_model, is_plain_call, wants_gradient, within_step
+from fastdp.keras.steps.standard import Steps
 from fastdp.keras.template_view import TemplateView, merged_outputs
 from fastdp.program.keras.batch import flatten_batch, unpack
 from fastdp.program.keras.patches import replica_aware

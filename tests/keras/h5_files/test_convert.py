@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from fastdp.keras.convert import convert
+from fastdp.keras.h5_files.convert import convert
 
 
 def template(seed=0):

@@ -17,7 +17,7 @@ import keras
 from keras.src.legacy.saving.legacy_h5_format import save_weights_to_hdf5_group
 from numpy.typing import NDArray
 
-from fastdp.keras.convert import is_wrapper_shaped, own_data, read_names
+from fastdp.keras.h5_files.convert import is_wrapper_shaped, own_data, read_names
 from fastdp.warn import warn_user
 
 Path = str | os.PathLike[str]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdp.data.hdf5 import HDF5Matrix
-from fastdp.keras.data_sets import ArrayBatches
+from fastdp.keras.fit.array_batches import ArrayBatches
 
 ROWS = 23
 X = np.random.default_rng(0).normal(size=(ROWS, 5)).astype(np.float32)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fastdp
-from fastdp.keras.streaming import RowRange
+from fastdp.keras.fit.arguments import RowRange
 
 ROWS = 40
 

@@ -8,10 +8,10 @@ import keras
 import numpy as np
 from keras.src import activations, constraints, initializers, losses, metrics, regularizers
 
-from fastdp.keras import by_name as weight_files
-from fastdp.keras.files import get_file
-from fastdp.keras.functions import get_layer_output
-from fastdp.keras.summary import print_summary
+from fastdp.keras.h5_files import by_name as weight_files
+from fastdp.keras.keras2.functions import get_layer_output
+from fastdp.keras.keras2.get_file import get_file
+from fastdp.keras.keras2.summary import print_summary
 from fastdp.keras.template_view import TemplateView
 
 __all__ = [

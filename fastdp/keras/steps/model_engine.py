@@ -11,8 +11,8 @@ from fastdp.capture.cuda_graphs.recorder import Recorder
 from fastdp.capture.steps import Captures
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.step_scope import alone
-from fastdp.keras.custom_steps import has_own
-from fastdp.keras.layer_calls import LayerCalls
+from fastdp.keras.steps.custom import has_own
+from fastdp.keras.steps.layer_calls import LayerCalls
 from fastdp.program.keras.layer_calls import CallProgram
 from fastdp.program.keras.optimizer.slots import optimizer_of
 from fastdp.program.keras.rows.policy import Policy

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fastdp.data import DeviceDataset, Scaled
-from fastdp.keras.parallel import ParallelModel
+from fastdp.keras.parallel_model import ParallelModel
 from fastdp.runtime.host.device import HostDevice
 
 L = keras.layers

@@ -15,8 +15,8 @@ import keras
 import numpy as np
 
 from fastdp.data.hdf5 import HDF5Matrix
-from fastdp.keras.data_sets import ArrayBatches
-from fastdp.keras.threaded import without_forks
+from fastdp.keras.fit.array_batches import ArrayBatches
+from fastdp.keras.fit.threaded import without_forks
 
 BATCH_SIZE = 32
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdp.keras.files import get_file, hash_file
+from fastdp.keras.keras2.get_file import get_file, hash_file
 
 CONTENT = b"eight rows of data"
 MD5, SHA256 = hashlib.md5(CONTENT).hexdigest(), hashlib.sha256(CONTENT).hexdigest()

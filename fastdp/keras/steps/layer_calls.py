@@ -10,9 +10,9 @@ from typing import Any
 import keras
 
 from fastdp.errors import ReplicaError
-from fastdp.keras.call_arguments import CallArguments, DealtCall, Roles
-from fastdp.keras.call_bridge import on_devices
-from fastdp.keras.call_checks import is_hooked, why_not_here
+from fastdp.keras.steps.call_arguments import CallArguments, DealtCall, Roles
+from fastdp.keras.steps.call_bridge import on_devices
+from fastdp.keras.steps.call_checks import is_hooked, why_not_here
 from fastdp.program.keras.layer_calls import CallProgram
 from fastdp.program.keras.rows.call_probe import LayerEffects
 from fastdp.program.keras.rows.effects import NotByRowsError, refusal

@@ -17,13 +17,13 @@ from fastdp.comm.batch import ResidentArray, count_rows
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.step import StepResult
 from fastdp.errors import ReplicaError
-from fastdp.keras.ahead import Ahead
-from fastdp.keras.before_step import BeforeStep
-from fastdp.keras.call_checks import why_not_here
-from fastdp.keras.custom_steps import has_own, layer_calls
-from fastdp.keras.layer_calls import LayerCalls
-from fastdp.keras.model_engine import ModelEngine
-from fastdp.keras.own_loops import ModelCalls, inside_step, say_once
+from fastdp.keras.fit.prefetch import Ahead
+from fastdp.keras.steps.call_checks import why_not_here
+from fastdp.keras.steps.custom import has_own, layer_calls
+from fastdp.keras.steps.layer_calls import LayerCalls
+from fastdp.keras.steps.model_engine import ModelEngine
+from fastdp.keras.steps.own_loops import ModelCalls, inside_step, say_once
+from fastdp.keras.steps.rollback import BeforeStep
 from fastdp.program.keras.batch import Structure, flatten_batch, unpack
 from fastdp.program.keras.indices import IndicesNamed, rows_of
 from fastdp.program.keras.loss.per_sample import own_copy

@@ -15,7 +15,7 @@ from keras.src.backend.torch.trainer import TorchEpochIterator
 
 import fastdp
 from fastdp.engine.replicas import Replica
-from fastdp.keras.ahead import in_host_memory
+from fastdp.keras.fit.prefetch import in_host_memory
 
 ROWS = 6
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from keras.src.backend.torch.core import get_device
 
-from fastdp.keras.call_arguments import DealtCall
+from fastdp.keras.steps.call_arguments import DealtCall
 from fastdp.program.keras.layer_calls import Backward, CallProgram, Forward
 from fastdp.program.keras.rows.call_probe import LayerEffects
 from fastdp.tensors.arrays import as_tensor

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from keras.src.backend.common import global_state
 
-from fastdp.keras.call_arguments import CallArguments
-from fastdp.keras.layer_calls import Attempt, LayerCalls
+from fastdp.keras.steps.call_arguments import CallArguments
+from fastdp.keras.steps.layer_calls import Attempt, LayerCalls
 from fastdp.warn import warn_user
 
 _thread = threading.local()

@@ -3,7 +3,7 @@
 The step runs once per batch on the host thread, as its author wrote it, with the whole batch: losses, metrics,
 gradients (`loss.backward()`, `v.value.grad`, `torch.autograd.grad`) and optimizers, however many, see what one device
 would see. While it runs, the model's layers and sub-models, called from it, are run by the replicas on their rows
-(`fastdp.keras.layer_calls`). A call that cannot be split runs on one device, as plain Keras runs it.
+(`fastdp.keras.steps.layer_calls`). A call that cannot be split runs on one device, as plain Keras runs it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import keras
 from keras.src.backend import in_stateless_scope
 from keras.src.backend.torch.trainer import TorchTrainer
 
-from fastdp.keras.layer_calls import LayerCalls
+from fastdp.keras.steps.layer_calls import LayerCalls
 from fastdp.program.keras.replica import running
 
 _thread = threading.local()

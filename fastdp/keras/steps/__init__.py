@@ -1,0 +1,1 @@
+"""What Keras's loops call for each batch."""
