@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -10,7 +10,7 @@ import torch
 
 from fastdp.keras.compile_state import borrowed
 from fastdp.keras.h5_files.by_name import is_keras_2_file, load_weights, save_weights
-from fastdp.keras.names import numbered_names, unique_names
+from fastdp.keras.names import numbered_names
 
 
 class TemplateView(keras.Model):
@@ -215,3 +215,23 @@ def merged_outputs() -> keras.layers.Layer:
     layer = _MergedOutputs(name="merged")
     layer.built = True
     return layer
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Names made unique: repeats get `_1`, `_2`, ... in order, and never a name that another output has.
+
+    Example:
+        >>> unique_names(["a", "a", "a_1", "a"])
+        ['a', 'a_2', 'a_1', 'a_3']
+    """
+    taken = set(names)
+    seen: set[str] = set()
+    unique = []
+    for name in names:
+        candidate, number = name, 0
+        while candidate in seen or (number and candidate in taken):
+            number += 1
+            candidate = f"{name}_{number}"
+        seen.add(candidate)
+        unique.append(candidate)
+    return unique

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import fastdp
-from fastdp.keras.names import numbered_names, unique_names
+from fastdp.keras.names import numbered_names
+from fastdp.keras.template_view import unique_names
 
 layers = keras.layers
 
