@@ -1,5 +1,5 @@
 """Torch modules on several devices: `TorchParallel`, which `fastdp.wrap` makes of a torch.nn.Module."""
 
-from fastdp.torch.parallel import TorchParallel, TrainStep
+from fastdp.torch.parallel_module import TorchParallel, TrainStep
 
 __all__ = ["TorchParallel", "TrainStep"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastdp.runtime.select import resolve
 from fastdp.torch.checks import check_module
-from fastdp.torch.parallel import TorchParallel
+from fastdp.torch.parallel_module import TorchParallel
 
 
 def wrap_torch(module: Any, gpus: Any = None, **options: Any) -> TorchParallel:

@@ -209,7 +209,7 @@ def test_a_keras_model_trains_as_on_the_host(gpus, optimizer):
 
 
 def test_a_torch_module_trains_as_on_the_host(gpus):
-    from fastdp.torch.parallel import TorchParallel
+    from fastdp.torch.parallel_module import TorchParallel
 
     box = gpus(2)
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ from test_placed_on_gpus import shared_lstm
 from fastdp.keras.parallel_model import ParallelModel
 from fastdp.runtime.host.device import HostDevice
 from fastdp.tensors.arrays import peak_nbytes
-from fastdp.torch.parallel import TorchParallel
+from fastdp.torch.parallel_module import TorchParallel
 
 LIMIT = 30.0
 

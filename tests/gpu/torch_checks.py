@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from fastdp.torch.parallel import TorchParallel
+from fastdp.torch.parallel_module import TorchParallel
 
 LIMIT = 60.0
 
