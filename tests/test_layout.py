@@ -296,7 +296,7 @@ FILES = {
     "keras/__init__.py",
     "keras/model.py",
     "cli/__init__.py",
-    "cli/demo.py",
+    "cli/demo/__init__.py",
 }
 
 
@@ -354,7 +354,7 @@ def test_a_planted_violation_is_found(file, source, said):
             "__init__.py",
             "from fastdp import _version\ndef f():\n    import_module('fastdp.keras')",
         ),
-        ("cli/demo.py", "from fastdp.keras.model import ParallelModel"),
+        ("cli/demo/__init__.py", "from fastdp.keras.model import ParallelModel"),
     ],
 )
 def test_an_import_that_the_layers_allow_passes(file, source):

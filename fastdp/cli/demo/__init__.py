@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from fastdp.cli.digits import TRAIN_ROWS, Digits, open_digits, write_digits
+from fastdp.cli.demo.digits import TRAIN_ROWS, Digits, open_digits, write_digits
+from fastdp.cli.demo.report import draw_curves, json_line, loss_difference, print_tables
+from fastdp.cli.demo.training import Run, train
 from fastdp.cli.optional import load
-from fastdp.cli.report import draw_curves, json_line, loss_difference, print_tables
-from fastdp.cli.training import Run, train
 from fastdp.runtime.select import devices, resolve, set_virtual_devices
 
 LEAST_ACCURACY = 0.97

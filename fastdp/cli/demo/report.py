@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from fastdp._version import __version__
+from fastdp.cli.demo.training import Run
 from fastdp.cli.optional import load
-from fastdp.cli.training import Run
 
 
 def loss_difference(runs: Sequence[Run]) -> float:
