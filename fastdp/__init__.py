@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from fastdp import backend as backend
 from fastdp import data
 from fastdp._version import __version__
+from fastdp.api import wrap
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.step import StepResult
 from fastdp.errors import DeviceTimeoutError, ReplicaError
@@ -27,7 +28,6 @@ from fastdp.placement import device
 from fastdp.program.functions import FunctionProgram
 from fastdp.runtime.select import devices, set_virtual_devices
 from fastdp.runtime.topology import DeviceInfo
-from fastdp.wrap import wrap
 
 if TYPE_CHECKING:
     from fastdp import utils

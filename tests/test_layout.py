@@ -52,7 +52,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("keras/",),
     ("torch/",),
     ("placement.py",),
-    ("wrap.py",),
+    ("api.py",),
     ("utils.py",),
     ("backend.py",),
     ("cli/",),
@@ -91,7 +91,7 @@ LATE_LOADERS: dict[str, str] = {
     "comm/select.py": "the collectives of GPUs need CuPy, which is there where GPUs are",
     "runtime/select.py": "the GPUs' device layer needs CuPy, which is there where GPUs are",
     "placement.py": "places are noted on Keras models only, so Keras is loaded when the first is",
-    "wrap.py": "the model's own library decides which side is loaded",
+    "api.py": "the model's own library decides which side is loaded",
     "cli/": "a command loads when it is asked for, so that `devices` and `plan` work without Keras and torch",
 }
 

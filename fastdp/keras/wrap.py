@@ -51,8 +51,8 @@ def multi_gpu_model(
 
 def wrap_keras(model: keras.Model, gpus: Any = None, **options: Any) -> ParallelModel:
     """`fastdp.wrap` for a Keras model. Arguments as there."""
-    check_backend("fastdp.wrap")
-    _check_model(model, "fastdp.wrap")
+    check_backend("fastdp.api")
+    _check_model(model, "fastdp.api")
     groups = resolve_groups(gpus) if spans_groups(gpus) else None
     check_places(model, groups)
     parallel = ParallelModel(model, [group[0] for group in groups] if groups else resolve(gpus), **options)

@@ -182,7 +182,7 @@ def devices() -> list[DeviceInfo]:
     return physical_devices()
 
 
-def resolve(gpus: Any, *, minimum: int = 1, caller: str = "fastdp.wrap") -> list[Any]:
+def resolve(gpus: Any, *, minimum: int = 1, caller: str = "fastdp.api") -> list[Any]:
     """Turn the `gpus` argument into devices, by Keras 2.3.1's rules made strict.
 
     `None`, `0` and an empty list mean every device; a whole number means that many; a list, tuple, range

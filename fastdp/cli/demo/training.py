@@ -7,10 +7,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from fastdp.api import wrap
 from fastdp.cli.demo.digits import SEED, TRAIN_ROWS, Digits, build_model
 from fastdp.cli.optional import load
 from fastdp.shard import split_rows
-from fastdp.wrap import wrap
 
 
 @dataclass
