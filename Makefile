@@ -96,7 +96,7 @@ bench-parts: $(STAMP)  ## time scatter, merge, all-reduce, update and the engine
 # For a GPU machine that has its libraries already: no .venv, no network. WHEELS=folder adds Keras from there;
 # STAGE="kernels engine" runs some of its stages.
 gpu-check:  ## prove fastdp on the GPUs of this machine with $(GPU_PYTHON): tests, sanitizers, speed
-	$(GPU_PYTHON) bench/gpu_check.py $(if $(STAGE),--stage $(STAGE)) $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
+	$(GPU_PYTHON) bench/gpu/check.py $(if $(STAGE),--stage $(STAGE)) $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 
 clean:  ## remove builds and caches
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -139,7 +139,7 @@ def no_thread_outlives_the_session() -> Iterator[None]:
 
 @pytest.fixture
 def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[dict[str, Any]]]:
-    """`measured()`: the lines that the benchmarks of bench/gpu_*.py have written in this test."""
+    """`measured()`: the lines that the benchmarks of bench/gpu/*.py have written in this test."""
     log = tmp_path / "measured.jsonl"
     monkeypatch.setenv("FASTDP_GPU_LOG", str(log))
     return lambda: [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []

@@ -1,4 +1,4 @@
-"""bench/gpu_parts.py runs to its end on the simulated CUDA: its calls are right; its figures mean nothing there."""
+"""bench/gpu/parts.py runs to its end on the simulated CUDA: its calls are right; its figures mean nothing there."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import gpu_launches
-import gpu_parts
-from gpu_card import Card, WallClock
+from bench.gpu import launches as gpu_launches
+from bench.gpu import parts as gpu_parts
+from bench.gpu.card import Card, WallClock
 
 
 @pytest.fixture

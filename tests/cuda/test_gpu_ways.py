@@ -1,4 +1,4 @@
-"""The engine's steps that bench/gpu_keras_ways.py times below Keras's loop, on the simulated CUDA."""
+"""The engine's steps that bench/gpu/keras_ways.py times below Keras's loop, on the simulated CUDA."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from pathlib import Path
 import keras
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from gpu_cases import CASES
-from gpu_keras_ways import EngineSteps, Fitted, facts_of
-
+from bench.gpu.cases import CASES
+from bench.gpu.keras_ways import EngineSteps, Fitted, facts_of
 from fastdp.engine.replicas import Replica
 from fastdp.keras.parallel_model import ParallelModel
 

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from gpu_card import Card, emit
-from report import spread
 
+from bench.gpu.card import Card, emit
+from bench.report import spread
 from fastdp import launch
 
 NODES = (1, 10, 100, 1000, 5000)

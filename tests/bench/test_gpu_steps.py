@@ -1,4 +1,4 @@
-"""bench/gpu_steps.py compares ways of training on virtual devices in host memory, with tiny models."""
+"""bench/gpu/steps.py compares ways of training on virtual devices in host memory, with tiny models."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import gpu_keras_ways
-import gpu_steps
-from gpu_cases import CASES
 from peer_process import PeerError
+
+from bench.gpu import keras_ways as gpu_keras_ways
+from bench.gpu import steps as gpu_steps
+from bench.gpu.cases import CASES
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -78,10 +79,10 @@ def test_a_run_that_is_ended_leaves_no_process_behind_and_keeps_what_it_found(tm
     # Rounds without end, so that it is ended in the middle of them.
     program = f"""
 import dataclasses, sys
-sys.path.insert(0, {str(BENCH)!r})
-import gpu_cases, gpu_steps
+sys.path.insert(0, {str(BENCH.parent)!r})
+from bench.gpu import cases as gpu_cases, gpu_steps
 gpu_cases.CASES["tiny-mlp"] = dataclasses.replace(gpu_cases.CASES["tiny-mlp"], rounds=10**6)
-sys.argv = ["gpu_steps.py", "--seconds", "300", "tiny-mlp", "--ways", "torch eager"]
+sys.argv = ["steps.py", "--seconds", "300", "tiny-mlp", "--ways", "torch eager"]
 sys.exit(gpu_steps.main())
 """
     environment = {**os.environ, "FASTDP_GPU_LOG": str(log)}

@@ -1,4 +1,4 @@
-"""Keras's `fit` on the cases of gpu_cases.py, plain on any backend and by fastdp: what bench/gpu_worker.py runs."""
+"""Keras's `fit` on the cases of cases.py, plain on any backend and by fastdp: what bench/gpu/worker.py runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
-from gpu_cases import CLASSES, Case
+
+from bench.gpu.cases import CLASSES, Case
 
 layers = keras.layers
 WARM_UP = 3

@@ -1,4 +1,4 @@
-"""torch's own ways to train the cases of gpu_cases.py, and fastdp's torch facade: what bench/gpu_worker.py runs.
+"""torch's own ways to train the cases of cases.py, and fastdp's torch facade: what bench/gpu/worker.py runs.
 
 The usual advice for speed is taken: channels last, fused optimizers, TF32, gradients set to None, pinned input that is
 copied without waiting.
@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpu_cases import CLASSES, Case
 from peer_workers.torch_models import BUILDERS
 from torch import nn
 from torch.nn import functional
 
 import fastdp
+from bench.gpu.cases import CLASSES, Case
 
 WARM_UP = 3
 Run = Callable[[], float]

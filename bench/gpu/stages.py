@@ -1,4 +1,4 @@
-"""The stages of gpu_check.py: what each runs, and for how long at most.
+"""The stages of check.py: what each runs, and for how long at most.
 
 Those of DEFAULT together stay below eight minutes. Each of the others fits a short run of its own; docs/hardware.md
 says in which order they are worth their time.
@@ -22,7 +22,7 @@ class Part:
         command: what is run, after the interpreter where it begins with "-" or with a .py file. {seconds} in it becomes
             the time that a benchmark may plan with.
         seconds: its time limit.
-        tests: whether it is pytest, whose results come through gpu_pytest_log.py.
+        tests: whether it is pytest, whose results come through pytest_log.py.
         needs: a program that must be on the PATH; the part is skipped, and says so, where it is not.
         environment: on top of this process's own.
     """
@@ -43,7 +43,7 @@ class Part:
 
 def _pytest(*arguments: str) -> tuple[str, ...]:
     """pytest: warnings do not fail tests here, and stacks are shown where one hangs."""
-    quiet = ("-q", "-W", "default", "-p", "no:cacheprovider", "-p", "gpu_pytest_log")
+    quiet = ("-q", "-W", "default", "-p", "no:cacheprovider", "-p", "bench.gpu.pytest_log")
     return ("-m", "pytest", *quiet, "-o", "faulthandler_timeout=60", *arguments)
 
 
@@ -60,13 +60,13 @@ def _sanitizer(tool: str) -> Part:
 
 
 def _steps(name: str, seconds: float, *cases: str) -> Part:
-    """Training steps of some cases of bench/gpu_cases.py."""
-    return Part(name, ("bench/gpu_steps.py", "--seconds", "{seconds}", *cases), seconds, tests=False)
+    """Training steps of some cases of bench/gpu/cases.py."""
+    return Part(name, ("bench/gpu/steps.py", "--seconds", "{seconds}", *cases), seconds, tests=False)
 
 
 def _parts(seconds: float) -> Part:
     """Kernels, transfers, all-reduces and launches."""
-    return Part("parts", ("bench/gpu_parts.py", "--seconds", "{seconds}"), seconds, tests=False)
+    return Part("parts", ("bench/gpu/parts.py", "--seconds", "{seconds}"), seconds, tests=False)
 
 
 # The exactness suite on the card: what N devices must have in common with one, by topic.
@@ -77,7 +77,9 @@ EXACTNESS = ("test_batch_norm", "test_losses", "test_side_effects", "test_masks_
 def _exactness(seconds: float) -> Part:
     """The tests of tests/exactness with their virtual devices on the card, in full fp32, beside plain Keras on it."""
     return Part(
-        "exactness", _pytest("-p", "gpu_this_card", *(f"tests/exactness/{name}.py" for name in EXACTNESS)), seconds
+        "exactness",
+        _pytest("-p", "bench.gpu.pytest_this_card", *(f"tests/exactness/{name}.py" for name in EXACTNESS)),
+        seconds,
     )
 
 

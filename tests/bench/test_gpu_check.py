@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import gpu_check
-import gpu_stages
-from gpu_cases import CASES
-from gpu_check import Part
+from bench.gpu import check as gpu_check
+from bench.gpu import stages as gpu_stages
+from bench.gpu.cases import CASES
+from bench.gpu.check import Part
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = Path(__file__).parents[2] / "bench"
 
 TESTS = """
 import pytest
@@ -45,13 +45,23 @@ def scratch(tmp_path, monkeypatch):
 
 
 def environment():
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCH), str(BENCH.parent)])}
+    return {**os.environ, "PYTHONPATH": str(BENCH.parent)}
 
 
 def planted(folder, *, sleep=0, skip="", seconds=60.0):
     file = folder / "test_planted.py"
     file.write_text(textwrap.dedent(TESTS.format(sleep=sleep, skip=skip)))
-    command = ("-m", "pytest", "-q", "-c", str(folder / "none.ini"), "--rootdir", str(folder), "-p", "gpu_pytest_log")
+    command = (
+        "-m",
+        "pytest",
+        "-q",
+        "-c",
+        str(folder / "none.ini"),
+        "--rootdir",
+        str(folder),
+        "-p",
+        "bench.gpu.pytest_log",
+    )
     (folder / "none.ini").write_text("[pytest]\n")
     return Part("tests", (*command, str(file)), seconds)
 
@@ -60,7 +70,7 @@ def bench_part(name, program, seconds=30.0, **more):
     return Part(name, ("-c", program), seconds, tests=False, **more)
 
 
-EMIT = "from gpu_card import emit; emit(what='copy', GBps=3.0); emit(skipped='jax', reason='not installed')"
+EMIT = "from bench.gpu.card import emit; emit(what='copy', GBps=3.0); emit(skipped='jax', reason='not installed')"
 
 
 def test_tests_are_counted_with_names_reasons_last_lines_and_measurements(scratch):
@@ -140,7 +150,7 @@ def run_main(monkeypatch, capsys, folder, stages, *arguments, gpus=()):
     monkeypatch.setattr(gpu_check.signal, "signal", lambda *given: None)
     machine = {"gpus": list(gpus), "reason": "no driver"}
     monkeypatch.setattr(gpu_check, "describe_machine", lambda environment: machine)
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--results", str(folder / "results"), *arguments])
+    monkeypatch.setattr(sys, "argv", ["check.py", "--results", str(folder / "results"), *arguments])
     status = gpu_check.main()
     return status, capsys.readouterr().out
 
@@ -181,7 +191,7 @@ def test_stages_are_chosen_by_name(scratch, monkeypatch, capsys):
 
 
 def test_without_a_gpu_nothing_is_proven_and_nothing_goes_among_the_results(scratch, monkeypatch, capsys):
-    nothing = (bench_part("parts", "from gpu_card import emit; emit(skipped='parts', reason='no card')"),)
+    nothing = (bench_part("parts", "from bench.gpu.card import emit; emit(skipped='parts', reason='no card')"),)
     status, out = run_main(monkeypatch, capsys, scratch, {"bench": nothing})
     assert status == 2
     assert "No GPU: no driver" in out
@@ -223,7 +233,7 @@ def names_of(path):
 def test_what_runs_on_a_gpu_alone_imports_names_that_exist():
     """Those files are imported here in part only, and an import inside a test would first fail on a card."""
     missing, seen = [], 0
-    for file in [*gpu_check.ROOT.glob("tests/gpu/*.py"), *gpu_check.ROOT.glob("bench/gpu_*.py")]:
+    for file in [*gpu_check.ROOT.glob("tests/gpu/*.py"), *gpu_check.ROOT.glob("bench/gpu/*.py")]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if not (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fastdp"):
                 continue
@@ -245,7 +255,7 @@ def test_the_page_names_every_stage_with_its_limit():
 
 
 def test_a_benchmark_plans_to_be_over_before_its_limit():
-    part = Part("steps", ("bench/gpu_steps.py", "--seconds", "{seconds}"), 100, tests=False)
+    part = Part("steps", ("bench/gpu/steps.py", "--seconds", "{seconds}"), 100, tests=False)
     assert part.within(300).command[-1] == "92.0"
     assert part.within(300).seconds == 100
     assert (part.within(40).seconds, part.within(40).command[-1]) == (40, "32.0")
@@ -253,7 +263,7 @@ def test_a_benchmark_plans_to_be_over_before_its_limit():
 
 LATE = """
 import time
-from gpu_card import emit
+from bench.gpu.card import emit
 emit(what="copy", GBps=3.0)
 time.sleep(600)
 """
@@ -290,16 +300,16 @@ def test_a_run_that_is_ended_ends_what_it_started_and_leaves_its_file(scratch):
     mark = scratch / "pid"
     program = f"""
 import os, sys
-sys.path.insert(0, {str(BENCH)!r})
+sys.path.insert(0, {str(BENCH.parent)!r})
 from pathlib import Path
-import gpu_check
-from gpu_stages import Part
+from bench.gpu import check as gpu_check
+from bench.gpu.stages import Part
 late = "import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
 gpu_check.SCRATCH = Path({str(scratch)!r})
 gpu_check.STAGES = {{"bench": (Part("late", ("-c", late), 500.0, tests=False),)}}
 gpu_check.DEFAULT = ("bench",)
 gpu_check.describe_machine = lambda environment: {{"gpus": [{{"name": "card"}}]}}
-sys.argv = ["gpu_check.py", "--results", {str(scratch / "results")!r}]
+sys.argv = ["check.py", "--results", {str(scratch / "results")!r}]
 sys.exit(gpu_check.main())
 """
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
@@ -344,7 +354,7 @@ def test_the_machine_is_described_without_a_gpu():
 
 
 def test_files_without_git_get_their_commit_from_the_environment(tmp_path):
-    program = "import gpu_machine, report\n"
+    program = "from bench import report\nfrom bench.gpu import machine as gpu_machine\n"
     program += "report._commit = lambda: 'unknown'; print(gpu_machine._of_result_line()['commit'])"
     for given, want in (({}, "unknown"), ({"FASTDP_COMMIT": "abc1234"}, "abc1234")):
         how = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 60}

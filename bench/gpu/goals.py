@@ -1,4 +1,4 @@
-"""The goals that fastdp has on a card, and what a run of gpu_check.py measured of each.
+"""The goals that fastdp has on a card, and what a run of check.py measured of each.
 
 A goal is met or not, or "not measured": where a measurement that it needs is missing it is never met.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from gpu_cases import CASES
+from bench.gpu.cases import CASES
 
 Line = Mapping[str, Any]
 

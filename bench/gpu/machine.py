@@ -7,11 +7,14 @@ import importlib.util
 import json
 import os
 import subprocess
+import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-from report import hardware, result_line
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from bench.report import hardware, result_line
 from fastdp.runtime import topology
 
 LIBRARIES = ("torch", "keras", "jax", "jaxlib", "cupy-cuda13x", "cupy-cuda12x", "nvidia-cuda-nvrtc", "nvidia-nccl-cu13",

@@ -1,4 +1,4 @@
-"""One way to train one case, in a process of its own: `gpu_worker.py WAY CASE STEPS`, started by bench/gpu_steps.py.
+"""One way to train one case, in a process of its own: `worker.py WAY CASE STEPS`, started by bench/gpu/steps.py.
 
 WAY is `torch/...`, `keras/fit` on the backend that KERAS_BACKEND names, or `fastdp/...`. FASTDP_BENCH_DEVICE is cuda,
 or cpu where a test runs it. A process each, so that what fails on the card, or fills it, takes nothing else along.
@@ -10,13 +10,17 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 if os.environ.get("KERAS_BACKEND") != "tensorflow":  # Keras imports it wherever it is: slower, and more threads
     sys.modules["tensorflow"] = None  # type: ignore[assignment]
 
-from gpu_cases import CASES
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from peer_workers.protocol import serve
+
+from bench.gpu.cases import CASES
 
 
 def memory() -> dict[str, Any]:
@@ -49,7 +53,7 @@ def prepare(way: str, name: str, steps: int) -> tuple[Callable[[], float], dict[
     """Build and warm up; a function that trains a round, and facts."""
     where = os.environ.get("FASTDP_BENCH_DEVICE", "cuda")
     library, _, how = way.partition("/")
-    ways = importlib.import_module("gpu_torch_ways" if library == "torch" else "gpu_keras_ways")
+    ways = importlib.import_module("bench.gpu.torch_ways" if library == "torch" else "bench.gpu.keras_ways")
     run, facts = ways.prepare(how, CASES[name], steps, where)
     return run, {**facts, "memory": memory() if where == "cuda" else {}}
 

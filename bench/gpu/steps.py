@@ -1,15 +1,15 @@
 """How long is a training step on one card: fastdp on 1, 2, 4 and 8 virtual GPUs, Keras on torch and JAX, torch's ways?
 
-    python bench/gpu_steps.py --seconds 200 mlp resnet50-bf16-32
+    python bench/gpu/steps.py --seconds 200 mlp resnet50-bf16-32
 
-The cases are those of bench/gpu_cases.py. Each way is a process of its own (bench/gpu_worker.py) that builds, captures
+The cases are those of bench/gpu/cases.py. Each way is a process of its own (bench/gpu/worker.py) that builds, captures
 or compiles, and warms up; then they take turns, a round each, and medians over the rounds count. Where all together
 would not fit on the card, they come in groups, torch eager in each. A round trains a few batches from host memory, by
 the wall clock, to its last loss on the host. Virtual GPUs share one card: more of them show what the engine costs, not
 what several cards would gain.
 
 fastdp on one device is timed with the rows of a half, a quarter and an eighth of a batch too, for the sum of the parts
-of 2, 4 and 8 replicas, and for bench/scaling_model.py. `fed` and `resident` are the engine's steps without Keras's
+of 2, 4 and 8 replicas, and for bench/gpu/scaling_model.py. `fed` and `resident` are the engine's steps without Keras's
 loop, on a batch in host memory and on one that lies on the card; `bare` is what the replica runs, without the engine.
 
 After each round each way's medians so far go to FASTDP_GPU_LOG as a line, so that a run that is cut off keeps them: the
@@ -32,12 +32,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_card import emit
-from gpu_cases import CASES, Case
-from peer_process import Peer, PeerError, Running
-from report import ratio, spread
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-WORKER = Path(__file__).parent / "gpu_worker.py"
+from peer_process import Peer, PeerError, Running
+
+from bench.gpu.card import emit
+from bench.gpu.cases import CASES, Case
+from bench.report import ratio, spread
+
+WORKER = Path(__file__).parent / "worker.py"
 COUNTS = (1, 2, 4, 8)
 RESERVE_SECONDS = 12.0  # of a case's time, for its rounds and for ending its processes
 ROUND_SECONDS = 60.0

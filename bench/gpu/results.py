@@ -1,7 +1,7 @@
-"""Turns the JSON files of gpu_check.py into the tables of docs/hardware.md, so that no figure is typed by hand.
+"""Turns the JSON files of check.py into the tables of docs/hardware.md, so that no figure is typed by hand.
 
-    python bench/gpu_results.py bench/results/gpu_<card>_*.json                        # prints
-    python bench/gpu_results.py bench/results/gpu_<card>_*.json --into docs/hardware.md
+    python bench/gpu/results.py bench/results/gpu_<card>_*.json                        # prints
+    python bench/gpu/results.py bench/results/gpu_<card>_*.json --into docs/hardware.md
 
 Several files are the calls of one lease, in the order of their names: of a stage that ran more than once the last run
 counts. They must be of one card, driver and commit, and of the same versions. With --into, what stands between the two
@@ -17,11 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import gpu_goals
-from gpu_cases import CASES
-from gpu_goals import Found, Line, held
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-BEGIN = "<!-- results of make gpu-check: written by bench/gpu_results.py -->"
+from bench.gpu import goals as gpu_goals
+from bench.gpu.cases import CASES
+from bench.gpu.goals import Found, Line, held
+
+BEGIN = "<!-- results of make gpu-check: written by bench/gpu/results.py -->"
 END = "<!-- end of results -->"
 SIZES = {64 << 10: "64 KiB", 1 << 20: "1 MiB", 16 << 20: "16 MiB", 64 << 20: "64 MiB", 256 << 20: "256 MiB",
          1 << 30: "1 GiB"}  # fmt: skip

@@ -1,8 +1,8 @@
 """How long would a step take on 2 to 8 real GPUs? MODELLED, NOT MEASURED: arithmetic over parts measured on one.
 
-    python bench/scaling_model.py bench/results/gpu_<card>_*.json
+    python bench/gpu/scaling_model.py bench/results/gpu_<card>_*.json
 
-For each case of bench/gpu_cases.py that the files measure: MLP, ResNet50, Xception and the encoder; for n GPUs that
+For each case of bench/gpu/cases.py that the files measure: MLP, ResNet50, Xception and the encoder; for n GPUs that
 share the case's batch, and for n GPUs with such a batch each. A step of n GPUs on a global batch of B rows is taken to
 last
 
@@ -27,9 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_goals import GOAL_CASES, Found, measurements
-from gpu_results import merged
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from bench.gpu.goals import GOAL_CASES, Found, measurements
+from bench.gpu.results import merged
 from fastdp.shard import BUCKET_NBYTES, FIRST_BUCKET_NBYTES
 
 MARK = "modelled, not measured"

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import gpu_goals
-import gpu_results
-import scaling_model
-from gpu_cases import CASES
-from scaling_model import Link
+from bench.gpu import goals as gpu_goals
+from bench.gpu import results as gpu_results
+from bench.gpu import scaling_model as scaling_model
+from bench.gpu.cases import CASES
+from bench.gpu.scaling_model import Link
 
 MACHINE = {
     "gpus": [{"name": "Made-up GPU"}],
@@ -232,7 +232,7 @@ def test_tables_replace_what_stands_between_the_marks_and_nothing_else(tmp_path,
     page, results = tmp_path / "page.md", tmp_path / "gpu.json"
     page.write_text(f"before\n{gpu_results.BEGIN}\nold\n{gpu_results.END}\nafter\n")
     results.write_text(json.dumps(report_of(GOOD)))
-    monkeypatch.setattr(sys, "argv", ["gpu_results.py", str(results), "--into", str(page)])
+    monkeypatch.setattr(sys, "argv", ["results.py", str(results), "--into", str(page)])
     for _ in range(2):  # it repeats
         assert gpu_results.main() == 0
     text = page.read_text()
@@ -244,7 +244,7 @@ def test_tables_replace_what_stands_between_the_marks_and_nothing_else(tmp_path,
 
 
 def test_docs_hardware_has_the_marks():
-    text = (Path(__file__).parents[1] / "docs" / "hardware.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "hardware.md").read_text(encoding="utf-8")
     assert "tables" in gpu_results.put_into(text, "tables")
 
 

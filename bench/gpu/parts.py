@@ -19,13 +19,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gpu_card import GRAPH_SECONDS, ROUNDS, SLOWEST, Card, emit
-from gpu_launches import NODES, launches, launches_of_replicas, replays
-from report import spread
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from bench.gpu.card import GRAPH_SECONDS, ROUNDS, SLOWEST, Card, emit
+from bench.gpu.launches import NODES, launches, launches_of_replicas, replays
+from bench.report import spread
 from fastdp import launch
 from fastdp.buffers import ArraySpec, FlatBuffers
 from fastdp.launch import SIGNALS_NBYTES, PeerGroup, RowPiece, RowSlice, coresident_blocks

@@ -1,10 +1,10 @@
 """Does fastdp work on the GPUs of this machine, and how fast? One command, one JSON file.
 
-The stages of bench/gpu_stages.py run one after the other, each with its own time limit, and the others go on when one
+The stages of bench/gpu/stages.py run one after the other, each with its own time limit, and the others go on when one
 fails. What a stage found before its limit counts, and the file is written anew whenever a part is over and while it
-runs, so that a run that is cut off leaves what it had. At the end the goals of bench/gpu_goals.py are held to it.
+runs, so that a run that is cut off leaves what it had. At the end the goals of bench/gpu/goals.py are held to it.
 
-    python bench/gpu_check.py [--stage NAME ...] [--wheels FOLDER] [--seconds 570]
+    python bench/gpu/check.py [--stage NAME ...] [--wheels FOLDER] [--seconds 570]
 
 The status is 0 if all was well, 1 if anything failed, 2 if there was nothing to check, as without a GPU.
 """
@@ -25,10 +25,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import gpu_goals
-from gpu_stages import DEFAULT, STAGES, Part
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-ROOT = Path(__file__).parents[1]
+from bench.gpu import goals as gpu_goals
+from bench.gpu.stages import DEFAULT, STAGES, Part
+
+ROOT = Path(__file__).parents[2]
 SCRATCH = ROOT / "build" / "gpu-check"
 WHEELS = ROOT / "build" / "gpu-wheels"
 # What is installed from a folder of wheels: Keras and what it imports that comes with neither torch nor CuPy.
@@ -46,7 +48,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     SCRATCH.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
-    paths = [str(ROOT), str(ROOT / "bench")]
+    paths = [str(ROOT)]
     if asked.wheels and (wheels := install_wheels(Path(asked.wheels))):
         paths.append(str(wheels))
     environment["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -136,16 +138,16 @@ def install_wheels(folder: Path) -> Path | None:
 
 def describe_machine(environment: Mapping[str, str]) -> dict[str, Any]:
     """Cards, driver and versions, found out by a process of its own: this one never touches CUDA."""
-    command = [sys.executable, str(ROOT / "bench" / "gpu_machine.py")]
+    command = [sys.executable, str(ROOT / "bench" / "gpu" / "machine.py")]
     try:
         done = subprocess.run(
             command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=150, check=False
         )
     except subprocess.TimeoutExpired:
-        return {"reason": "gpu_machine.py did not end within 150 seconds"}
+        return {"reason": "machine.py did not end within 150 seconds"}
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
-        return {"reason": f"gpu_machine.py ended with {done.returncode}: {done.stderr.strip()[-600:]}"}
+        return {"reason": f"machine.py ended with {done.returncode}: {done.stderr.strip()[-600:]}"}
     return dict(json.loads(lines[-1]))
 
 
@@ -305,7 +307,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def count_tests(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What gpu_pytest_log.py wrote, put together: counts, failures with their last lines, skips by reason."""
+    """What pytest_log.py wrote, put together: counts, failures with their last lines, skips by reason."""
     ended = [line for line in lines if "outcome" in line]
     done = {line["test"] for line in ended}
     reasons: dict[str, int] = {}
