@@ -80,14 +80,14 @@ PEERS := .venv-peers
 PEERS_STAMP := $(PEERS)/.installed
 
 bench-peers: $(PEERS_STAMP)  ## compare with Keras on torch, JAX and TensorFlow, and with torch's DDP; about 15 minutes
-	$(PEERS)/bin/python bench/peers.py $(ARGS)
+	$(PEERS)/bin/python bench/frameworks/compare.py $(ARGS)
 
-$(PEERS_STAMP): setup.py pyproject.toml constraints.txt bench/peers_requirements.txt
+$(PEERS_STAMP): setup.py pyproject.toml constraints.txt bench/frameworks/requirements.txt
 	@if [ ! -e $@ ]; then $(PYTHON) -m venv --clear $(PEERS); fi
 	@rm -f $@
 	@grep -v '^h5py==' constraints.txt > $(PEERS)/constraints.txt
 	$(PEERS)/bin/python -m pip install --disable-pip-version-check --quiet -c $(PEERS)/constraints.txt \
-	    -r bench/peers_requirements.txt -e '.[keras,demo]'
+	    -r bench/frameworks/requirements.txt -e '.[keras,demo]'
 	@touch $@
 
 bench-parts: $(STAMP)  ## time scatter, merge, all-reduce, update and the engine's own cost by pytest-benchmark

@@ -2,7 +2,7 @@
 
 From a built model to the end of its first `train_on_batch`: wrapping, `compile`, the optimizer's slots, the forward
 and backward passes and the first update. Plain Keras on torch and fastdp on one and two virtual devices, each in a
-fresh process, in rounds that alternate. The models are those of the comparison (bench/peer_workers).
+fresh process, in rounds that alternate. The models are those of the comparison (bench/frameworks).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import time
 os.environ["KERAS_BACKEND"] = "torch"
 
 import keras
-from peer_workers.cases import CASES
-from peer_workers.keras_models import BUILDERS
+from frameworks.cases import CASES
+from frameworks.keras_models import BUILDERS
 from report import finish, options, print_table, spread
 
 import fastdp

@@ -34,8 +34,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from peer_process import Peer, PeerError, Running
-
+from bench.frameworks.process import Peer, PeerError, Running
 from bench.gpu.card import emit
 from bench.gpu.cases import CASES, Case
 from bench.report import ratio, spread
@@ -77,7 +76,7 @@ class Way:
         return case.rows // self.part if self.part else 1
 
     def peer(self) -> Peer:
-        """As bench/peers.py starts it."""
+        """As bench/frameworks/compare.py starts it."""
         environment = {"KERAS_BACKEND": self.backend, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         if self.devices > 1:  # counts only before CUDA starts, and Keras starts it when the model is built
             environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"

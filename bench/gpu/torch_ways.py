@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peer_workers.torch_models import BUILDERS
 from torch import nn
 from torch.nn import functional
 
 import fastdp
+from bench.frameworks.torch_models import BUILDERS
 from bench.gpu.cases import CLASSES, Case
 
 WARM_UP = 3

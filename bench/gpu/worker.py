@@ -18,8 +18,7 @@ if os.environ.get("KERAS_BACKEND") != "tensorflow":  # Keras imports it wherever
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from peer_workers.protocol import serve
-
+from bench.frameworks.protocol import serve
 from bench.gpu.cases import CASES
 
 

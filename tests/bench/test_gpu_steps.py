@@ -14,8 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from peer_process import PeerError
-
+from bench.frameworks.process import PeerError
 from bench.gpu import keras_ways as gpu_keras_ways
 from bench.gpu import steps as gpu_steps
 from bench.gpu.cases import CASES

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import sys
@@ -12,12 +12,13 @@ from pathlib import Path
 import matplotlib  # noqa: F401  draws the picture; names the need, so that this file is left out without it
 import pytest
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = Path(__file__).parents[2] / "bench"
+sys.path.insert(0, str(BENCH.parent))
 
 PEER = f"""
 import os, sys, time
-sys.path.insert(0, {str(BENCH / "peer_workers")!r})
-from protocol import serve
+sys.path.insert(0, {str(BENCH.parent)!r})
+from bench.frameworks.protocol import serve
 how, model, steps = sys.argv[1:]
 print("printed, and no answer", end="")
 
@@ -48,21 +49,8 @@ serve(prepare)
 
 @pytest.fixture(scope="module")
 def peers():
-    """bench/peers.py as a module, with bench/ on the path as when it is run."""
-    sys.path.insert(0, str(BENCH))
-    before = set(sys.modules)
-    try:
-        spec = importlib.util.spec_from_file_location("peers", BENCH / "peers.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules["peers"] = module = importlib.util.module_from_spec(spec)  # dataclasses look it up
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(BENCH))
-        for name in set(sys.modules) - before:
-            if name in ("peers", "report", "peers_report", "peer_process") or name.startswith("peer_workers"):
-                del sys.modules[name]
+    """bench/frameworks/compare.py as a module."""
+    return importlib.import_module("bench.frameworks.compare")
 
 
 @pytest.fixture

@@ -11,15 +11,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from cases import CASES
-from protocol import serve
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from torch import nn
-from torch_models import BUILDERS
+
+from bench.frameworks.cases import CASES
+from bench.frameworks.protocol import serve
+from bench.frameworks.torch_models import BUILDERS
 
 WARM_UP = 3
 

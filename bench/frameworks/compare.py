@@ -22,12 +22,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from peer_process import Peer, PeerError, Running
-from peer_workers.cases import CASES
-from peers_report import draw, markdown
-from report import RESULTS, ratio, result_line, result_name, spread
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-WORKERS = Path(__file__).parent / "peer_workers"
+from bench.frameworks.cases import CASES
+from bench.frameworks.process import Peer, PeerError, Running
+from bench.frameworks.table import draw, markdown
+from bench.report import RESULTS, ratio, result_line, result_name, spread
+
+WORKERS = Path(__file__).parent
 
 
 def _keras(title: str, how: str, backend: str, needs: str = "") -> Peer:

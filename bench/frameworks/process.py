@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peer_workers.protocol import PREFIX
+from bench.frameworks.protocol import PREFIX
 
 
 class PeerError(Exception):

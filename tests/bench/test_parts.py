@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest_benchmark  # noqa: F401  names the need, so that this file is left out without it
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = Path(__file__).parents[2] / "bench"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

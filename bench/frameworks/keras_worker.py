@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 if sys.argv[1] == "distribution":  # read when JAX is imported
@@ -23,9 +24,12 @@ if os.environ.get("KERAS_BACKEND") != "tensorflow":  # Keras imports it wherever
     sys.modules["tensorflow"] = None  # type: ignore[assignment]
 
 import keras
-from cases import CASES
-from keras_models import BUILDERS
-from protocol import serve
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from bench.frameworks.cases import CASES
+from bench.frameworks.keras_models import BUILDERS
+from bench.frameworks.protocol import serve
 
 WARM_UP = 3
 
