@@ -10,7 +10,7 @@ from fastdp.comm.base import Communicator
 from fastdp.engine.replicas import Replica
 
 
-class HeldGradients:
+class AccumulatedGradients:
     """The sums of the gradients of steps that were not reduced, one on each replica.
 
     Args:

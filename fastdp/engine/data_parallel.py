@@ -15,7 +15,7 @@ from fastdp.comm.batch import count_rows
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.comm.scatter_merge import Merger, scatter, stage
 from fastdp.comm.select import communicator
-from fastdp.engine.accumulation import HeldGradients
+from fastdp.engine.accumulation import AccumulatedGradients
 from fastdp.engine.home import Residence
 from fastdp.engine.reductions import Reductions
 from fastdp.engine.replicas import Replica, assert_equal
@@ -94,7 +94,7 @@ class DataParallel:
         self._communicator.prepare(self._buckets)
         for device in () if cpu_merge else self.devices:
             device.prepare_to_merge()
-        self._held = HeldGradients(self.replicas, self._communicator)
+        self._held = AccumulatedGradients(self.replicas, self._communicator)
         self._share = shared_with(devices[1:CORES], timeout)
         self._reductions = Reductions(program, self._communicator, self._buckets, len(devices))
         self.timings: list[list[float]] = []
