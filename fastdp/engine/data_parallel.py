@@ -19,7 +19,7 @@ from fastdp.engine.accumulation import AccumulatedGradients
 from fastdp.engine.home import Residence
 from fastdp.engine.reductions import Reductions
 from fastdp.engine.replicas import Replica, assert_equal
-from fastdp.engine.rollback import Spare
+from fastdp.engine.rollback import Rollback
 from fastdp.engine.step import Step, StepResult, add_up, commit, run_replica, run_update, step_error
 from fastdp.engine.step_scope import StepScope, meanwhile, one_step_at_a_time
 from fastdp.engine.timing import Timings, Watch
@@ -89,7 +89,7 @@ class DataParallel:
         self._generation = -1
         self._unsettled: Step | None = None
         self.replicas = [self._replicate(rank) for rank in range(len(devices))]
-        self._spare = Spare(self.replicas[0])
+        self._spare = Rollback(self.replicas[0])
         self._buckets = self.replicas[0].gradients.buckets()
         self._communicator.prepare(self._buckets)
         for device in () if cpu_merge else self.devices:

@@ -9,7 +9,7 @@ from fastdp.buffers import FlatBuffers
 from fastdp.engine.replicas import Replica
 
 
-class Spare:
+class Rollback:
     """The first replica's variables and slots as they were before an update.
 
     Args:

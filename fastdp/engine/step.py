@@ -14,7 +14,7 @@ from fastdp.comm.rendezvous import Rendezvous
 from fastdp.comm.scatter_merge import Merger
 from fastdp.engine.interrupts import interrupts_wait
 from fastdp.engine.replicas import Replica
-from fastdp.engine.rollback import Spare
+from fastdp.engine.rollback import Rollback
 from fastdp.engine.timing import Watch
 from fastdp.errors import ReplicaError, StepAborted, replica_error_class
 from fastdp.program.base import Context, Result, Totals
@@ -123,7 +123,7 @@ def add_up(step: Step) -> None:
     step.totals = Totals(sums, results[0].notes, every_note, step.reduces)
 
 
-def run_update(step: Step, replica: Replica, spare: Spare, threads: int, share: Share | None) -> None:
+def run_update(step: Step, replica: Replica, spare: Rollback, threads: int, share: Share | None) -> None:
     """Update one replica on its device's worker; the first one keeps what it changes, where that is needed.
 
     Args:

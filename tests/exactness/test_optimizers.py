@@ -240,7 +240,7 @@ def test_recompiling_after_freezing_a_layer_equals_one_device(twins: Any) -> Non
 
 
 def test_unused_trainable_variables_warn_as_in_keras_and_stay(equals_one_device: Any) -> None:
-    class Spare(keras.Model):
+    class Rollback(keras.Model):
         def __init__(self) -> None:
             super().__init__()
             self.used, self.spare = layers.Dense(2), layers.Dense(2)
@@ -249,7 +249,7 @@ def test_unused_trainable_variables_warn_as_in_keras_and_stay(equals_one_device:
             return self.used(x)
 
     def make() -> keras.Model:
-        model = Spare()
+        model = Rollback()
         model.spare.build((None, 3))
         model(np.zeros((1, 3), "float32"))
         return model

@@ -219,7 +219,7 @@ def test_graphs_that_are_asked_for_where_there_are_none_are_warned_of(graph):
 
 
 def test_a_layer_that_is_never_called_keeps_no_model_plain(steps):
-    class Spare(keras.Model):
+    class Rollback(keras.Model):
         def __init__(self):
             super().__init__()
             self.dense, self.never = keras.layers.Dense(1), keras.layers.Dense(5)
@@ -229,7 +229,7 @@ def test_a_layer_that_is_never_called_keeps_no_model_plain(steps):
 
     def losses():
         keras.utils.set_random_seed(3)
-        model = Spare()
+        model = Rollback()
         model.compile("sgd", "mse")
         return model.fit(X, Y, epochs=2, batch_size=8, shuffle=False, verbose=0).history["loss"]
 
@@ -238,7 +238,7 @@ def test_a_layer_that_is_never_called_keeps_no_model_plain(steps):
         expected = losses()
         fastdp.install(gpus=2)
         np.testing.assert_allclose(losses(), expected, rtol=1e-5)
-        parallel = fastdp.wrap(built(Spare()), gpus=2)
+        parallel = fastdp.wrap(built(Rollback()), gpus=2)
     assert steps.count(("train", 8)) >= 3  # but for the first batch, which may build what training alone calls
     parallel.compile("sgd", "mse")
     parallel.fit(X, Y, verbose=0)
