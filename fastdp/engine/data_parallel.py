@@ -16,7 +16,7 @@ from fastdp.comm.rendezvous import Rendezvous
 from fastdp.comm.scatter_merge import Merger, scatter, stage
 from fastdp.comm.select import communicator
 from fastdp.engine.accumulation import AccumulatedGradients
-from fastdp.engine.home import Residence
+from fastdp.engine.home import HomeMemory
 from fastdp.engine.reductions import Reductions
 from fastdp.engine.replicas import Replica, assert_equal
 from fastdp.engine.rollback import Rollback
@@ -84,7 +84,7 @@ class DataParallel:
         self._training = False
         self._cpu_merge, self._merge_device = cpu_merge, self.devices[merge_device]
         self._communicator = communicator(self.devices)
-        self._residence = Residence(program, devices, self._communicator, on_host=cpu_relocation)
+        self._residence = HomeMemory(program, devices, self._communicator, on_host=cpu_relocation)
         self._home = self._residence.home
         self._generation = -1
         self._unsettled: Step | None = None

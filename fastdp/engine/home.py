@@ -11,7 +11,7 @@ from fastdp.program.base import Program
 from fastdp.runtime.select import warn_of_relocation
 
 
-class Residence:
+class HomeMemory:
     """A program's home, and whether it lies apart from the first device: in host memory, or on another card.
 
     Args:
