@@ -22,7 +22,7 @@ from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.placement import graph as placed_graph
 from fastdp.program.keras.placement import values as placed_values
 from fastdp.program.keras.placement.graph import PlacedGraph, placed_nodes
-from fastdp.program.keras.replica import Running, replica_scope
+from fastdp.program.keras.replica import ReplicaContext, replica_scope
 from fastdp.program.keras.variables import ReplicaScope
 from fastdp.runtime.host.device import HostDevice
 
@@ -413,7 +413,7 @@ def test_what_a_placed_layer_makes_and_takes_is_on_its_gpu(fake_gpus):
     model = keras.Model([a, b], outputs)
     context = Context.alone([], None, 0, 4, 4)
     context.device = gpus[0]
-    run = Running(context)
+    run = ReplicaContext(context)
     run.placed = model, PlacedGraph(gpus)
     with FakeGpu.mode, torch.no_grad(), keras.device("cuda:0"):
         values = [(v, torch.empty(v.shape, device="cuda:0")) for v in model.variables]

@@ -20,7 +20,7 @@ from fastdp.errors import ReplicaError, StepAborted
 from fastdp.program.base import Context
 from fastdp.program.keras.batch import unpack
 from fastdp.program.keras.patches import replica_aware
-from fastdp.program.keras.replica import Running, keras_device, replica_scope
+from fastdp.program.keras.replica import ReplicaContext, keras_device, replica_scope
 from fastdp.program.keras.rows.effects import NotByRowsError
 from fastdp.program.keras.rows.probe import generators_kept
 from fastdp.program.keras.variables import Mapping, ReplicaScope
@@ -85,7 +85,7 @@ class RowsNamed(IndicesNamed):
         rows = [array[start - first : stop - first] for array in self._batch]
         alone = Context.alone(rows, context.structure, start, stop, context.rows.total)
         alone.device, alone.wants_outputs = context.device, False
-        run = Running(alone, program.sync_batch_norm, seed=program._seed, sites=program.effects.sites)
+        run = ReplicaContext(alone, program.sync_batch_norm, seed=program._seed, sites=program.effects.sites)
         mapping = self._mapping or [(v, v.value) for v in program.variables]
         nest = context.structure.pack(rows)
         with replica_aware():

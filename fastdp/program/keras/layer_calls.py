@@ -25,7 +25,7 @@ from fastdp.program.keras.placement.graph import gradients_of
 from fastdp.program.keras.program import KerasProgram
 from fastdp.program.keras.random.generators import Generators
 from fastdp.program.keras.recompute import keep_values
-from fastdp.program.keras.replica import Running, keras_device, replica_scope
+from fastdp.program.keras.replica import ReplicaContext, keras_device, replica_scope
 from fastdp.program.keras.rows.call_probe import LayerEffects, RowsCall, is_number
 from fastdp.program.keras.rows.effects import Effect, NotByRowsError
 from fastdp.program.keras.step_sums import Notes, Outcome, SideEffects
@@ -38,7 +38,7 @@ class _Ran:
     """What a replica keeps of a forward call for the backward one."""
 
     context: Context
-    run: Running
+    run: ReplicaContext
     inputs: list[torch.Tensor]
     leaves: list[torch.Tensor]
     outputs: list[torch.Tensor]
@@ -257,7 +257,7 @@ class CallProgram(KerasProgram):
         """The layer on some of a replica's rows, which counts nowhere."""
         first = context.rows.start
         part = [row[start - first : stop - first].detach() for row in rows]
-        run = Running(Context.alone(part, work, start, stop, context.rows.total), sites=self.effects.sites)
+        run = ReplicaContext(Context.alone(part, work, start, stop, context.rows.total), sites=self.effects.sites)
         with torch.no_grad(), replica_scope(run), ReplicaScope(state.mapping, set()):
             work.call(part, shared)
 

@@ -28,7 +28,7 @@ from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.placement.graph import PlacedGraph, gradients_of, graph_of
 from fastdp.program.keras.random.augmentation import writes_to_inputs
 from fastdp.program.keras.random.step_draws import StepDraws
-from fastdp.program.keras.replica import Running, keras_device, replica_scope
+from fastdp.program.keras.replica import ReplicaContext, keras_device, replica_scope
 from fastdp.program.keras.rows.known_layers import keeps_rows_apart
 from fastdp.program.keras.rows.policy import ModelEffects, Policy
 from fastdp.program.keras.rows.probe import Effects
@@ -235,7 +235,7 @@ class KerasProgram:
         outcome = Outcome([], extra, outputs, structure, SideEffects.of(scope, state.mapping, run))
         return self._result(outcome, state, context, Notes(structure, len(extra)), self.forward_effects)
 
-    def compute(self, mapping: Mapping, nest: Any, run: Running) -> Outcome:
+    def compute(self, mapping: Mapping, nest: Any, run: ReplicaContext) -> Outcome:
         """The pure part of a training step: from variables and a batch to gradients and new values."""
         x, y, sample_weight = unpack(nest)
         leaf_ids = set(map(id, self.trainable))
@@ -260,11 +260,13 @@ class KerasProgram:
         """Whether a replica has several devices."""
         return self._groups is not None
 
-    def running_replica(self, context: Context, *, training: bool = True) -> Running:
+    def running_replica(self, context: Context, *, training: bool = True) -> ReplicaContext:
         """What the thread of a replica knows in a step."""
         effects: Effects = self.effects if training else self.forward_effects
         generators = self.draws.of_replica(context.rank)
-        run = Running(context, self.sync_batch_norm, generators=generators, sites=effects.sites, units=effects.units())
+        run = ReplicaContext(
+            context, self.sync_batch_norm, generators=generators, sites=effects.sites, units=effects.units()
+        )
         run.watches_torch = self.loss.is_merged or not self._is_known
         if self._groups is not None:
             run.placed = graph_of(self.model), PlacedGraph(self._groups[context.rank])

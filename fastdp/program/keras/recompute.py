@@ -28,7 +28,7 @@ from keras.src.backend.common import global_state
 from torch.utils import checkpoint
 
 from fastdp.comm.rendezvous import Rendezvous
-from fastdp.program.keras.replica import Draws, Running, keras_device, replica_scope, running
+from fastdp.program.keras.replica import Draws, ReplicaContext, keras_device, replica_scope, running
 from fastdp.program.keras.variables import Mapping, ReplicaScope
 
 
@@ -41,7 +41,7 @@ class _Part:
         scope: the replica's scope then.
     """
 
-    def __init__(self, function: Callable[..., Any], run: Running, scope: ReplicaScope) -> None:
+    def __init__(self, function: Callable[..., Any], run: ReplicaContext, scope: ReplicaScope) -> None:
         self._function = function
         self._run = replace(
             run,
@@ -59,7 +59,7 @@ class _Part:
         self._outcomes: list[torch.Tensor] = []
 
     @contextmanager
-    def noting(self, run: Running) -> Iterator[None]:
+    def noting(self, run: ReplicaContext) -> Iterator[None]:
         """While the part runs for the first time: note what replicas exchange, and the draws of a captured step."""
         context, draws, meeting = run.context, run.draws, run.context.rendezvous
         context.rendezvous = _Noting(meeting, self._given)
@@ -144,7 +144,7 @@ class _GivenDraws:
         return next(self._noted)
 
 
-def keep_values(run: Running, scope: ReplicaScope, mapping: Mapping) -> None:
+def keep_values(run: ReplicaContext, scope: ReplicaScope, mapping: Mapping) -> None:
     """Let the parts of a forward pass keep what it has assigned since: its memory gets other values before backward."""
     if run.parts:
         for i, _ in scope.assigned(mapping):
@@ -175,7 +175,7 @@ def _with_keras_state(state: dict[str, Any]) -> Iterator[None]:
         mine.update(before)
 
 
-def _part(function: Callable[..., Any]) -> tuple[_Part, Running] | None:
+def _part(function: Callable[..., Any]) -> tuple[_Part, ReplicaContext] | None:
     """The part that begins here, if a replica runs here."""
     run, scope = running(), global_state.get_global_attribute("stateless_scope")
     if run is None or not isinstance(scope, ReplicaScope):

@@ -24,7 +24,7 @@ _replica = threading.local()
 
 
 @dataclass(slots=True)
-class Running:
+class ReplicaContext:
     """What a replica's thread knows while it runs the model.
 
     `made_up` says that a draw of a trial had to invent the rows that the trial leaves out.
@@ -84,13 +84,13 @@ class Draws(Protocol):
         """The outcome of `draw()`, or what stands for it."""
 
 
-def running() -> Running | None:
+def running() -> ReplicaContext | None:
     """The replica that this thread is running, if any."""
     return getattr(_replica, "running", None)
 
 
 @contextmanager
-def replica_scope(state: Running) -> Iterator[Running]:
+def replica_scope(state: ReplicaContext) -> Iterator[ReplicaContext]:
     """Mark this thread as running a replica."""
     before = running()
     _replica.running = state

@@ -20,7 +20,7 @@ import torch
 from fastdp.program.keras.batch import OutputStructure
 from fastdp.program.keras.batch_norm import Moments, combine, moved_statistics, statistics
 from fastdp.program.keras.plain_outputs import check_same
-from fastdp.program.keras.replica import Running
+from fastdp.program.keras.replica import ReplicaContext
 from fastdp.program.keras.rows.effects import Effect, UndecidedError, values_agree
 from fastdp.program.keras.rows.probe import Effects
 from fastdp.program.keras.variables import Mapping, ReplicaScope
@@ -41,7 +41,7 @@ class SideEffects:
     moments: list[tuple[keras.layers.BatchNormalization, Moments]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, scope: ReplicaScope, mapping: Mapping, run: Running) -> SideEffects:
+    def of(cls, scope: ReplicaScope, mapping: Mapping, run: ReplicaContext) -> SideEffects:
         """Those of the forward pass that has run within `scope`, over the variables of `mapping`."""
         # A layer whose statistics follow a rule of its own assigns them as any layer assigns a variable.
         return cls(scope.assigned(mapping), [(layer, found) for layer, found in run.moments if statistics(layer)])

@@ -10,7 +10,7 @@ import torch
 from fastdp.program.keras.loss.merged import merged_loss
 from fastdp.program.keras.loss.per_sample import NotPerSample, SharedLoss
 from fastdp.program.keras.random.ops import whole_batch
-from fastdp.program.keras.replica import Running
+from fastdp.program.keras.replica import ReplicaContext
 from fastdp.program.keras.rows.probe import Effects
 from fastdp.program.keras.variables import ReplicaScope
 
@@ -60,7 +60,7 @@ class TrainingLoss:
         sample_weight: Any,
         extra: list[torch.Tensor],
         scope: ReplicaScope,
-        run: Running,
+        run: ReplicaContext,
     ) -> Roots:
         """Where a replica's backward starts.
 

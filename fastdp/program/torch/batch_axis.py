@@ -12,21 +12,21 @@ import torch
 from torch.nn import functional as F
 
 from fastdp.program.torch.random import HANDLERS as BY_ROWS
-from fastdp.program.torch.replica import Handler, Running
+from fastdp.program.torch.replica import Handler, ReplicaContext
 from fastdp.warn import warn_user
 
 _BATCH_FIRST = 8  # which argument of torch's recurrent functions it is
 _RECURRENT = {torch.lstm: "LSTM", torch.gru: "GRU", torch.rnn_tanh: "RNN", torch.rnn_relu: "RNN"}
 
 
-def _recurrent(running: Running, function: Any, args: Any, kwargs: Any) -> Any:
+def _recurrent(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> Any:
     """A recurrent layer; not one over packed sequences, whose rows are told by other numbers."""
     if args[0].ndim == 3 and len(args) > _BATCH_FIRST and not args[_BATCH_FIRST]:
         _look(running, f"an {_RECURRENT[function]}", args[0])
     return BY_ROWS[function](running, function, args, kwargs)
 
 
-def _attention(running: Running, function: Any, args: Any, kwargs: Any) -> Any:
+def _attention(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> Any:
     """Attention, which gets time first whatever `batch_first` says."""
     query = args[0] if args else kwargs["query"]
     if query.ndim == 3:
@@ -34,7 +34,7 @@ def _attention(running: Running, function: Any, args: Any, kwargs: Any) -> Any:
     return BY_ROWS[function](running, function, args, kwargs)
 
 
-def _look(running: Running, layer: str, inputs: torch.Tensor) -> None:
+def _look(running: ReplicaContext, layer: str, inputs: torch.Tensor) -> None:
     """Warn once where the rows of the replica are the time steps of a layer, and not its batch."""
     steps, entries = inputs.shape[:2]
     suspect = steps == running.rows.count < running.rows.total and entries != steps

@@ -22,12 +22,12 @@ import torch
 from torch.nn import functional as F
 
 from fastdp.program.base import Context
-from fastdp.program.torch.replica import Handler, Normalized, Running
+from fastdp.program.torch.replica import Handler, Normalized, ReplicaContext
 
 _NAMES = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
 
-def _batch_norm(running: Running, function: Any, args: Any, kwargs: Any) -> torch.Tensor:
+def _batch_norm(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> torch.Tensor:
     """F.batch_norm, with its arguments."""
     given: dict[str, Any] = {"training": False, "momentum": 0.1, "eps": 1e-5, "weight": None, "bias": None}
     given |= dict(zip(_NAMES, args, strict=False)) | kwargs

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastdp.buffers import FlatBuffers
-from fastdp.program.torch.replica import Handler, Running
+from fastdp.program.torch.replica import Handler, ReplicaContext
 from fastdp.tensors.gradient_buckets import Arrivals, dense
 
 
@@ -46,7 +46,7 @@ class Gradients:
                 own.register_post_accumulate_grad_hook(partial(self._arrivals.accumulated, i))
 
     @contextmanager
-    def announcing(self, running: Running, direct: dict[int, torch.Tensor]) -> Iterator[None]:
+    def announcing(self, running: ReplicaContext, direct: dict[int, torch.Tensor]) -> Iterator[None]:
         """Around backward: buckets that become complete are announced.
 
         `direct` are the gradients found beside backward, by position. They are added.
@@ -87,7 +87,7 @@ class Gradients:
 class _Accumulated(Arrivals):
     """Arrivals at parameters, where torch adds up what it finds. Hooks know it, and it knows no parameter."""
 
-    running: Running | None = None
+    running: ReplicaContext | None = None
     direct: dict[int, torch.Tensor]
 
     def accumulated(self, number: int, parameter: torch.Tensor) -> None:
@@ -110,7 +110,7 @@ class _Accumulated(Arrivals):
         self.arrived(number, parameter.grad if extra is None else dense(parameter.grad) + extra)
 
 
-def _backward_again(running: Running, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _backward_again(running: ReplicaContext, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """`backward` on tensors: inside that of a step it is a nested one."""
     running.nested = running.nested or running.backward
     return function(*args, **kwargs)

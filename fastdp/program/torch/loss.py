@@ -18,7 +18,7 @@ import torch
 
 from fastdp.program.base import Context
 from fastdp.program.torch.batch import Nest
-from fastdp.program.torch.replica import Running, gradients_of
+from fastdp.program.torch.replica import ReplicaContext, gradients_of
 from fastdp.shard import Rows
 
 REDUCTIONS = (None, "mean", "sum")
@@ -45,7 +45,7 @@ def contribute(
     outputs: Any,
     targets: Sequence[Any],
     parameters: Sequence[torch.Tensor],
-    running: Running,
+    running: ReplicaContext,
 ) -> Contribution:
     """This replica's contribution.
 
@@ -78,7 +78,7 @@ def _merged(
     nest: Nest,
     tensors: Sequence[torch.Tensor],
     parameters: Sequence[torch.Tensor],
-    running: Running,
+    running: ReplicaContext,
 ) -> Contribution:
     """The loss on everyone's outputs, computed by the first replica; each goes on from its own rows."""
     context = running.context
@@ -135,7 +135,7 @@ def _leaf(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _gradients(
-    running: Running, loss: torch.Tensor, leaves: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]
+    running: ReplicaContext, loss: torch.Tensor, leaves: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]
 ) -> tuple[list[torch.Tensor | None], dict[int, torch.Tensor]]:
     """The loss's gradients by outputs, and by the parameters that it uses itself."""
     positions = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]

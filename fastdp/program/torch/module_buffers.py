@@ -9,7 +9,7 @@ import torch
 
 from fastdp.program.torch.batch_norm import combine
 from fastdp.program.torch.module import ReplicaModule
-from fastdp.program.torch.replica import Running
+from fastdp.program.torch.replica import ReplicaContext
 
 
 @dataclass(slots=True)
@@ -25,7 +25,7 @@ class BufferNotes:
     normalized: list[tuple[int, int, float]] = field(default_factory=list)
 
 
-def gather_buffers(replica: ReplicaModule, running: Running, notes: BufferNotes) -> list[np.ndarray]:
+def gather_buffers(replica: ReplicaModule, running: ReplicaContext, notes: BufferNotes) -> list[np.ndarray]:
     """A replica's numbers, to be summed over replicas; fills the notes."""
     sums = []
     for index, value in replica.changed_buffers():

@@ -30,7 +30,7 @@ from fastdp.program.torch.loss import REDUCTIONS, LossFunction, contribute
 from fastdp.program.torch.module import Adopted, Attributes, ReplicaModule, adopted, replicate, slots_of, tensors_of
 from fastdp.program.torch.module_buffers import BufferNotes, assign_buffers, gather_buffers
 from fastdp.program.torch.optimizer import OptimizerFactory, Optimizers
-from fastdp.program.torch.replica import Handler, ReplicaMode, Running, backward
+from fastdp.program.torch.replica import Handler, ReplicaContext, ReplicaMode, backward
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import accumulate, settle, spec_of
 from fastdp.tensors.threads import prepare_worker, replicas_run
@@ -231,7 +231,7 @@ class TorchProgram:
         assert self.loss_fn is not None
         structure: Structure = context.structure
         args, kwargs, targets = structure.pack(batch)
-        running = Running(context, context.rows, self.sync_batch_norm, told=self._told)
+        running = ReplicaContext(context, context.rows, self.sync_batch_norm, told=self._told)
         users = [self._slots[i].tensor for i in self._differentiable]
         state.gradients.begin(users)
         state.replica.refresh_buffers()
@@ -253,7 +253,7 @@ class TorchProgram:
         structure: Structure = context.structure
         args, kwargs, _ = structure.pack(batch)
         state.replica.refresh_buffers()
-        running = Running(context, context.rows, self.sync_batch_norm, told=self._told)
+        running = ReplicaContext(context, context.rows, self.sync_batch_norm, told=self._told)
         with torch.no_grad(), ReplicaMode(running, _HANDLERS), structure.autocast.enter():
             outputs = state.replica.module(*args, **kwargs)
         arrays, nest = outputs_to_arrays(outputs, context.device)

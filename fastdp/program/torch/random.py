@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from fastdp.program.torch.replica import Handler, Running
+from fastdp.program.torch.replica import Handler, ReplicaContext
 from fastdp.tensors.random import global_generator, uniform_rows
 
 _SELU_LIMIT = -1.7580993408473766  # what alpha dropout puts in place of a dropped value: -scale * alpha of SELU
 
 
-def uniform(running: Running, shape: Sequence[int], *, by_replica: bool = False) -> torch.Tensor:
+def uniform(running: ReplicaContext, shape: Sequence[int], *, by_replica: bool = False) -> torch.Tensor:
     """fp32 numbers in [0, 1) for an array of a replica.
 
     Args:
@@ -47,13 +47,13 @@ def uniform(running: Running, shape: Sequence[int], *, by_replica: bool = False)
     return drawn.to(running.context.torch_device)
 
 
-def normal(running: Running, shape: Sequence[int]) -> torch.Tensor:
+def normal(running: ReplicaContext, shape: Sequence[int]) -> torch.Tensor:
     """fp32 numbers of the standard normal distribution, by Box and Muller; rows as in `uniform`."""
     radius = torch.sqrt(-2.0 * torch.log1p(-uniform(running, shape)))
     return radius * torch.cos(2.0 * math.pi * uniform(running, shape))
 
 
-def _dropout(running: Running, function: Any, args: Any, kwargs: Any) -> torch.Tensor:
+def _dropout(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> torch.Tensor:
     """F.dropout, and F.dropout1d to F.dropout3d, which drop whole channels; torch.dropout."""
     x, p, training, inplace = dropout_arguments(function, args, kwargs)
     if not training or p == 0.0:
@@ -65,7 +65,7 @@ def _dropout(running: Running, function: Any, args: Any, kwargs: Any) -> torch.T
     return x.mul_(keep) if inplace else x * keep
 
 
-def _alpha_dropout(running: Running, function: Any, args: Any, kwargs: Any) -> torch.Tensor:
+def _alpha_dropout(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> torch.Tensor:
     """F.alpha_dropout and F.feature_alpha_dropout: dropped values saturate; mean and variance are kept."""
     x, p, training, inplace = dropout_arguments(function, args, kwargs)
     if not training or p == 0.0:
@@ -111,7 +111,7 @@ def _mask_shape(function: Any, x: torch.Tensor) -> tuple[int, ...]:
     return (*x.shape[:channels], *(1 for _ in x.shape[channels:]))
 
 
-def _created(running: Running, function: Any, args: Any, kwargs: Any) -> torch.Tensor:
+def _created(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> torch.Tensor:
     """torch.rand and torch.randn, and their `_like`s."""
     if "generator" in kwargs:
         return function(*args, **kwargs)
@@ -127,7 +127,7 @@ def _created(running: Running, function: Any, args: Any, kwargs: Any) -> torch.T
     return result if out is None else out.copy_(result)
 
 
-def _bernoulli(running: Running, function: Any, args: Any, kwargs: Any) -> torch.Tensor:
+def _bernoulli(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> torch.Tensor:
     """torch.bernoulli(probabilities), as a function or a method."""
     if len(args) > 1 or kwargs:
         return _alone(running, function, args, kwargs)
@@ -135,7 +135,7 @@ def _bernoulli(running: Running, function: Any, args: Any, kwargs: Any) -> torch
     return (drawn < args[0]).to(args[0].dtype)
 
 
-def _filled(running: Running, function: Any, args: Any, kwargs: Any) -> torch.Tensor:
+def _filled(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> torch.Tensor:
     """Tensor.bernoulli_, Tensor.uniform_ and Tensor.normal_."""
     if kwargs.get("generator") is not None:
         return function(*args, **kwargs)
@@ -150,7 +150,7 @@ def _filled(running: Running, function: Any, args: Any, kwargs: Any) -> torch.Te
     return x.copy_(normal(running, x.shape) * high + low)
 
 
-def _alone(running: Running, function: Any, args: Any, kwargs: Any) -> Any:
+def _alone(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> Any:
     """A function that draws inside itself: one thread at a time, from the global generator, seeded and put back."""
     if kwargs.get("generator") is not None or not draws_in_call(function, args, kwargs):
         return function(*args, **kwargs)

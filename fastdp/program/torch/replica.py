@@ -32,7 +32,7 @@ class Normalized:
 
 
 @dataclass(slots=True)
-class Running:
+class ReplicaContext:
     """One replica in one step. `rows` are the rows that it works on: those of the replica, or all of them.
 
     `nested` says that backward has run inside backward. `told` is the program's: what its user has been warned of.
@@ -62,7 +62,7 @@ class Running:
         return self.context.structure.seed(), self.draws
 
 
-def backward(running: Running, roots: Sequence[torch.Tensor], seeds: Sequence[torch.Tensor]) -> None:
+def backward(running: ReplicaContext, roots: Sequence[torch.Tensor], seeds: Sequence[torch.Tensor]) -> None:
     """`torch.autograd.backward`, with the replica's mode active inside, where checkpoints recompute.
 
     Torch hands `backward` itself to the mode, and switches the mode off meanwhile: unless it gets graph
@@ -75,7 +75,9 @@ def backward(running: Running, roots: Sequence[torch.Tensor], seeds: Sequence[to
         running.backward = False
 
 
-def gradients_of(running: Running, loss: torch.Tensor, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor | None]:
+def gradients_of(
+    running: ReplicaContext, loss: torch.Tensor, inputs: Sequence[torch.Tensor]
+) -> Sequence[torch.Tensor | None]:
     """`torch.autograd.grad` of one number; None for inputs that it does not depend on. As `backward`."""
     running.backward = True
     try:
@@ -94,7 +96,7 @@ class ReplicaMode(TorchFunctionMode):
         handlers: by torch function: `handler(running, function, args, kwargs)`.
     """
 
-    def __init__(self, running: Running, handlers: dict[Any, Handler]) -> None:
+    def __init__(self, running: ReplicaContext, handlers: dict[Any, Handler]) -> None:
         super().__init__()
         self._running = running
         self._handlers = handlers

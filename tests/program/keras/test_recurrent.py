@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fastdp
 from fastdp.program.base import Context
 from fastdp.program.keras.patches import replica_aware
-from fastdp.program.keras.replica import Running, replica_scope
+from fastdp.program.keras.replica import ReplicaContext, replica_scope
 from fastdp.tensors import recurrent_ops
 
 L = keras.layers
@@ -47,7 +47,7 @@ def counted(monkeypatch):
 def on_replica(function):
     """`function()` as the thread of a replica that has all rows runs it."""
     context = Context.alone([np.zeros((ROWS, 1))], None, 0, ROWS, ROWS)
-    with replica_aware(), replica_scope(Running(context)):
+    with replica_aware(), replica_scope(ReplicaContext(context)):
         return function()
 
 

@@ -11,7 +11,7 @@ from fastdp.comm.rendezvous import Rendezvous
 from fastdp.program.base import Context
 from fastdp.program.torch.batch import Structure, flatten_batch
 from fastdp.program.torch.random import uniform
-from fastdp.program.torch.replica import Running
+from fastdp.program.torch.replica import ReplicaContext
 from fastdp.shard import Rows
 
 # Stands in for a GPU: a tensor of torch's "meta" device cannot be mixed with the host's.
@@ -24,8 +24,8 @@ def context(device):
 
 
 def test_random_draws():
-    assert uniform(Running(context(META), Rows(0, 4, 8)), (4, 2)).device.type == "meta"
-    assert uniform(Running(context(None), Rows(0, 4, 8)), (4, 2)).device.type == "cpu"
+    assert uniform(ReplicaContext(context(META), Rows(0, 4, 8)), (4, 2)).device.type == "meta"
+    assert uniform(ReplicaContext(context(None), Rows(0, 4, 8)), (4, 2)).device.type == "cpu"
 
 
 def test_targets_of_a_merged_loss():

@@ -26,7 +26,7 @@ from fastdp.comm.rendezvous import Rendezvous
 from fastdp.errors import NotCapturable
 from fastdp.program.keras.batch_norm import Moments
 from fastdp.program.keras.placement.values import PlacedScope, Spread
-from fastdp.program.keras.replica import Running, keras_device, replica_scope, running
+from fastdp.program.keras.replica import ReplicaContext, keras_device, replica_scope, running
 from fastdp.tensors.device_copies import arrived
 from fastdp.tensors.threads import prepare_worker
 
@@ -73,7 +73,7 @@ class _Call:
     number: int
     node: Any
     device: Any
-    run: Running
+    run: ReplicaContext
     scope: PlacedScope
     sources: list[_Call] = field(default_factory=list)
     takers: list[_Call] = field(default_factory=list)
@@ -117,7 +117,9 @@ class PlacedGraph:
 
     # Forward.
 
-    def forward(self, graph: Any, inputs: Any, operation_fn: Callable[..., Any], run: Running, scope: Any) -> Any:
+    def forward(
+        self, graph: Any, inputs: Any, operation_fn: Callable[..., Any], run: ReplicaContext, scope: Any
+    ) -> Any:
         """Keras's `_run_through_graph`, with each call on its device."""
         if run.draws is not None:
             raise NotCapturable("layers placed on several devices")
@@ -161,7 +163,7 @@ class PlacedGraph:
             return moments
         return replace(moments, mean=arrived(moments.mean, self._home), variance=arrived(moments.variance, self._home))
 
-    def _plan(self, graph: Any, run: Running, scope_on: Callable[[Any], PlacedScope]) -> list[_Call]:
+    def _plan(self, graph: Any, run: ReplicaContext, scope_on: Callable[[Any], PlacedScope]) -> list[_Call]:
         """The calls of the graph, and which waits for which."""
         maker: dict[int, _Call] = {}
         last: dict[int, _Call] = {}
@@ -346,7 +348,7 @@ def _sum(total: torch.Tensor | None, more: torch.Tensor | None) -> torch.Tensor 
 
 
 def gradients_of(
-    run: Running,
+    run: ReplicaContext,
     roots: Sequence[torch.Tensor],
     seeds: Sequence[Any],
     leaves: Sequence[torch.Tensor],

@@ -18,7 +18,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from fastdp.program.keras.replica import Running, running
+from fastdp.program.keras.replica import ReplicaContext, running
 from fastdp.program.keras.rows.effects import NotByRowsError
 
 # Where the size stands among the arguments of NumPy's functions.
@@ -76,7 +76,7 @@ def _numpy(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _rows_of(state: Running, shape: Any) -> int:
+def _rows_of(state: ReplicaContext, shape: Any) -> int:
     """How many entries of the first axis belong to each of the replica's rows; 0: it is not by rows."""
     rows = state.context.rows
     if not shape or 2 < rows.count == rows.total:
@@ -85,12 +85,12 @@ def _rows_of(state: Running, shape: Any) -> int:
     return factor if rows.count < rows.total else 0
 
 
-def _own(drawn: Any, per_row: int, state: Running) -> Any:
+def _own(drawn: Any, per_row: int, state: ReplicaContext) -> Any:
     rows = state.context.rows
     return drawn[rows.start * per_row : rows.stop * per_row].copy() if per_row else drawn
 
 
-def _check_parameters(state: Running, name: str, parameters: Any) -> None:
+def _check_parameters(state: ReplicaContext, name: str, parameters: Any) -> None:
     """Refuse a draw whose parameters are one for each row: a replica has those of its own rows only."""
     if any(_rows_of(state, np.shape(value)) for value in parameters):
         raise NotByRowsError(

@@ -21,14 +21,14 @@ from keras.src.random.seed_generator import SeedGenerator
 from fastdp.errors import NotCapturable
 from fastdp.program.base import Context
 from fastdp.program.keras.random.generators import CommonGenerator, is_held_by_scope
-from fastdp.program.keras.replica import Running, running
+from fastdp.program.keras.replica import ReplicaContext, running
 from fastdp.shard import Rows
 from fastdp.tensors.random import global_generator, uniform_rows
 
 SHAPED = ("normal", "uniform", "randint", "truncated_normal")
 
 
-def _per_row(shape: Any, state: Running, seed: Any) -> int:
+def _per_row(shape: Any, state: ReplicaContext, seed: Any) -> int:
     """How many entries of the first axis of a draw belong to each of the replica's rows; 0: it is not by rows."""
     rows = state.context.rows
     if not len(shape) or 3 < rows.count == rows.total:
@@ -70,7 +70,7 @@ def by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
     return draw
 
 
-def _take(state: Running, draw: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _take(state: ReplicaContext, draw: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What `draw()` gives: now, or as the capture of the step wants it. Draws within draws are its own."""
     draws = state.draws
     if draws is None:
@@ -85,7 +85,7 @@ def _take(state: Running, draw: Callable[[], Any], args: tuple[Any, ...], kwargs
 
 
 @contextmanager
-def whole_batch(state: Running, *, drawing: bool = False) -> Iterator[None]:
+def whole_batch(state: ReplicaContext, *, drawing: bool = False) -> Iterator[None]:
     """What runs in it is about the whole batch: a draw in it is not sliced, or not a second time.
 
     With `drawing` it is itself one of Keras's draws.
@@ -150,7 +150,7 @@ def _is_unseeded(seed: Any) -> bool:
     return seed is None or (isinstance(seed, SeedGenerator) and seed._initial_seed is None)
 
 
-def _own_draw(state: Running, per_row: int, shape: Sequence[int]) -> torch.Tensor:
+def _own_draw(state: ReplicaContext, per_row: int, shape: Sequence[int]) -> torch.Tensor:
     """Uniform numbers for the replica's rows alone.
 
     By torch's global generator, which plain Keras draws them from: `set_random_seed` makes them repeat.
@@ -233,7 +233,7 @@ def shuffle_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
     return shuffle
 
 
-def _of_all(value: Any, state: Running, per_row: int = 1) -> Any:
+def _of_all(value: Any, state: ReplicaContext, per_row: int = 1) -> Any:
     """A tensor of the replica's rows with those of all replicas; anything else as it is."""
     context, rows = state.context, state.context.rows
     if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape[0] != rows.count * per_row:
@@ -244,7 +244,7 @@ def _of_all(value: Any, state: Running, per_row: int = 1) -> Any:
     return torch.cat(context.exchange(value.detach()))
 
 
-def _not_captured(state: Running) -> None:
+def _not_captured(state: ReplicaContext) -> None:
     """End a capture: this draw cannot be repeated outside the graph."""
     if state.draws is not None:
         raise NotCapturable("a random op that is not drawn by rows")

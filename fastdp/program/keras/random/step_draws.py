@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from fastdp.program.base import Context
 from fastdp.program.keras.random.generators import Generators, StepGenerators
-from fastdp.program.keras.replica import Running, replica_scope
+from fastdp.program.keras.replica import ReplicaContext, replica_scope
 
 
 class StepDraws:
@@ -49,7 +49,7 @@ class StepDraws:
         if self._first is None:
             yield
             return
-        run = Running(Context.alone([], None, 0, 1, 1), generators=self._first.copy())
+        run = ReplicaContext(Context.alone([], None, 0, 1, 1), generators=self._first.copy())
         with replica_scope(run):
             yield
         self._updated = run.generators  # alike on all replicas

@@ -22,7 +22,7 @@ from fastdp.program.keras.batch import Structure, unpack
 from fastdp.program.keras.batch_norm import statistics
 from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.plain_outputs import is_same
-from fastdp.program.keras.replica import Running, replica_scope
+from fastdp.program.keras.replica import ReplicaContext, replica_scope
 from fastdp.program.keras.rows.effects import MIXED_TOLERANCE, Effect, classify
 from fastdp.program.keras.rows.probe import Effects, quiet
 from fastdp.program.keras.variables import ReplicaScope
@@ -161,7 +161,7 @@ class LayerEffects(Effects):
     ) -> _Seen:
         """The layer on some rows of the batch, without changing anything."""
         context = Context.alone(batch, structure, start, stop, len(batch[0]))
-        run = Running(context, frozen_moments=True, seed=self._seed, sites=self.sites)
+        run = ReplicaContext(context, frozen_moments=True, seed=self._seed, sites=self.sites)
         mapping = [(v, v.value.detach()) for v in self._variables]
         with quiet(), torch.no_grad(), replica_scope(run), ReplicaScope(mapping, set()) as scope:
             rows, _, _ = unpack(structure.pack([array[start:stop].copy() for array in batch]))

@@ -20,7 +20,7 @@ from fastdp.program.keras.batch_norm import statistics
 from fastdp.program.keras.draw_sites import DrawSites
 from fastdp.program.keras.plain_outputs import Plain
 from fastdp.program.keras.random.host_draws import held_generators_stay
-from fastdp.program.keras.replica import Running, replica_scope
+from fastdp.program.keras.replica import ReplicaContext, replica_scope
 from fastdp.program.keras.rows.effects import Effect, Layout, classify
 from fastdp.program.keras.rows.units import Call, Recorder, Unit
 from fastdp.program.keras.variables import Mapping, ReplicaScope
@@ -150,7 +150,7 @@ class Effects:
         """
         context = Context.alone(batch, structure, start, stop, len(batch[0]))
         recorder = recorder or Recorder()
-        run = Running(context, frozen_moments=True, seed=self._seed, sites=self.sites, units=recorder)
+        run = ReplicaContext(context, frozen_moments=True, seed=self._seed, sites=self.sites, units=recorder)
         mapping = [(v, v.value.detach()) for v in self._variables]
         for i in shifted:
             mapping[i] = (mapping[i][0], mapping[i][1] + 1)

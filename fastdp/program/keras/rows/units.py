@@ -22,7 +22,7 @@ import torch
 from fastdp.errors import NotCapturable
 from fastdp.program.base import Context
 from fastdp.program.keras.batch import pack_like
-from fastdp.program.keras.replica import Running, running
+from fastdp.program.keras.replica import ReplicaContext, running
 from fastdp.program.keras.rows.effects import Layout, NotByRowsError
 from fastdp.shard import Rows
 
@@ -50,7 +50,7 @@ class Plan:
 class Units(Protocol):
     """Who has a say in how the units of a forward pass are run."""
 
-    def call(self, run: Callable[..., Any], operation: Any, args: Any, kwargs: Any, state: Running) -> Any:
+    def call(self, run: Callable[..., Any], operation: Any, args: Any, kwargs: Any, state: ReplicaContext) -> Any:
         """What `run(operation, *args, **kwargs)` gives, or what stands for it."""
 
     def added(self, layer: Any) -> None:
@@ -97,7 +97,7 @@ class Recorder:
         self._open: list[Call] = []
         self._inside = False
 
-    def call(self, run: Callable[..., Any], operation: Any, args: Any, kwargs: Any, state: Running) -> Any:
+    def call(self, run: Callable[..., Any], operation: Any, args: Any, kwargs: Any, state: ReplicaContext) -> Any:
         """Run a unit, and note it."""
         unit = _next_unit(self._met, operation)
         if self._inside:
@@ -118,7 +118,7 @@ class Recorder:
         self.calls[unit] = call
         return call.outputs
 
-    def _merged(self, plan: Plan, run: Callable[..., Any], call: Call, state: Running) -> Any:
+    def _merged(self, plan: Plan, run: Callable[..., Any], call: Call, state: ReplicaContext) -> Any:
         """Run a unit on the inputs that all rows gave it."""
         assert self._whole is not None
         whole, rows = self._whole[call.unit], state.context.rows
@@ -154,7 +154,7 @@ class Merged:
         self._met: Counter[int] = Counter()
         self._inside = False
 
-    def call(self, run: Callable[..., Any], operation: Any, args: Any, kwargs: Any, state: Running) -> Any:
+    def call(self, run: Callable[..., Any], operation: Any, args: Any, kwargs: Any, state: ReplicaContext) -> Any:
         """Run a unit, on merged inputs where that is planned."""
         if id(operation) not in self._calls:
             return run(operation, *args, **kwargs)
@@ -202,7 +202,7 @@ def with_tensors(nest: Any, tensors: Sequence[torch.Tensor]) -> Any:
 
 
 @contextmanager
-def as_one_device(state: Running) -> Iterator[None]:
+def as_one_device(state: ReplicaContext) -> Iterator[None]:
     """Within it the replica has all rows, and nobody to meet."""
     context = state.context
     total = context.rows.total
