@@ -19,7 +19,7 @@ from fastdp.engine.timing import Watch
 from fastdp.errors import ReplicaError, StepAborted, replica_error_class
 from fastdp.program.base import Context, Result, Totals
 from fastdp.runtime.queue import QueueDevice
-from fastdp.runtime.work_stealing import Share
+from fastdp.runtime.work_stealing import WorkStealing
 from fastdp.shard import Rows
 
 
@@ -123,7 +123,7 @@ def add_up(step: Step) -> None:
     step.totals = Totals(sums, results[0].notes, every_note, step.reduces)
 
 
-def run_update(step: Step, replica: Replica, spare: Rollback, threads: int, share: Share | None) -> None:
+def run_update(step: Step, replica: Replica, spare: Rollback, threads: int, share: WorkStealing | None) -> None:
     """Update one replica on its device's worker; the first one keeps what it changes, where that is needed.
 
     Args:

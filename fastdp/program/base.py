@@ -27,7 +27,7 @@ import numpy as np
 from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.runtime.queue import QueueDevice
-from fastdp.runtime.work_stealing import Share
+from fastdp.runtime.work_stealing import WorkStealing
 from fastdp.shard import Rows
 
 
@@ -133,7 +133,7 @@ class Totals:
     notes: Any
     every_note: list[Any]
     reduced: bool = True
-    share: Share | None = None
+    share: WorkStealing | None = None
 
 
 class Program(Protocol):

@@ -11,10 +11,10 @@ from fastdp.errors import DeviceTimeoutError
 from fastdp.runtime.queue import QueueDevice
 
 Part = Callable[[], object]
-Share = Callable[[Sequence[Part]], None]
+WorkStealing = Callable[[Sequence[Part]], None]
 
 
-def shared_with(helpers: Sequence[QueueDevice], timeout: float) -> Share:
+def shared_with(helpers: Sequence[QueueDevice], timeout: float) -> WorkStealing:
     """`share(parts)` runs every part, on the calling worker and on those of `helpers` that are free; returns when all
     have run. Parts run in any order and at the same time, so they must not depend on each other. Each worker begins
     with the same parts every time, whose memory its core's caches may still hold, and then takes from the others.

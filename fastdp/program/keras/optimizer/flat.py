@@ -21,7 +21,7 @@ from fastdp.buffers import FlatBuffers, Memory
 from fastdp.program.keras.optimizer.fused import fused_step
 from fastdp.program.keras.optimizer.slots import Slots, chain
 from fastdp.runtime.host.resources import CORES
-from fastdp.runtime.work_stealing import Share
+from fastdp.runtime.work_stealing import WorkStealing
 from fastdp.tensors.arrays import as_tensor, dtype_name
 
 # Numbers per piece on a processor: an update passes over its operands several times, and pieces stay in the
@@ -106,7 +106,7 @@ class FlatUpdate:
         self._scalars = [FlatVariable(at[id(slot.variables[0])]) for slot in slots.scalars]
         self._pieces: dict[tuple[frozenset[int], tuple[bool, ...], bool], _Pieces] = {}
 
-    def apply(self, unused: frozenset[int], reduced: bool = True, share: Share | None = None) -> None:
+    def apply(self, unused: frozenset[int], reduced: bool = True, share: WorkStealing | None = None) -> None:
         """Update variables and slots from the gradients; variables whose numbers are `unused` have none.
 
         Not `reduced`, the gradients are not those of the batch yet, and Keras is to accumulate nothing. With `share`
@@ -150,7 +150,7 @@ class FlatUpdate:
         with torch.no_grad():
             rehearsal.apply(frozenset())
 
-    def _stand_in(self, pieces: _Pieces, share: Share | None) -> Any:
+    def _stand_in(self, pieces: _Pieces, share: WorkStealing | None) -> Any:
         """An optimizer with the user's settings, over the pieces."""
         inner = None
         for owner in reversed(chain(self._optimizer)):
@@ -213,7 +213,7 @@ def _is_bare(optimizer: Any) -> bool:
 
 
 def _piece_by_piece(
-    optimizer: Any, share: Share | None
+    optimizer: Any, share: WorkStealing | None
 ) -> Callable[[Sequence[torch.Tensor], Sequence[Any], Any], None]:
     """Weight decay and the update step of one piece after the other, so that a piece stays in the caches."""
     kind = type(optimizer)
