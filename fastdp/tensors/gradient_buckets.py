@@ -11,7 +11,7 @@ import torch
 from fastdp.buffers import FlatBuffers
 
 
-class Arrivals:
+class GradientBuckets:
     """One replica's gradients, as backward comes to them.
 
     Args:

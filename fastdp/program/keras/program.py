@@ -38,7 +38,7 @@ from fastdp.program.keras.variables import Adopted, Mapping, ReplicaScope, Repli
 from fastdp.program.torch.batch import Autocast
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import accumulate, output_array, settle, spec_of
-from fastdp.tensors.gradient_buckets import Arrivals
+from fastdp.tensors.gradient_buckets import GradientBuckets
 from fastdp.tensors.threads import prepare_worker, replicas_run
 
 
@@ -167,7 +167,7 @@ class KerasProgram:
         updates = bool(memory.slots.specs) and self._slots.how == "flat"  # without slots another replica does it
         update = FlatUpdate(self.optimizer, self._slots, self.trainable, memory) if updates else None
         gradients = tensors_of(memory.gradients)
-        arrivals = Arrivals(memory.gradients, gradients)
+        arrivals = GradientBuckets(memory.gradients, gradients)
         arrivals.hook(leaves)
         slots = tensors_of(memory.slots)
         state = ReplicaState(device, variables, slots, gradients, leaves, mapping, update, arrivals)

@@ -17,7 +17,7 @@ from fastdp.buffers import Allocator, FlatBuffers, Home
 from fastdp.program.keras.rows.effects import NotByRowsError
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import as_tensor, spec_of
-from fastdp.tensors.gradient_buckets import Arrivals
+from fastdp.tensors.gradient_buckets import GradientBuckets
 
 _homes: weakref.WeakKeyDictionary[Any, Adopted] = weakref.WeakKeyDictionary()
 
@@ -97,7 +97,7 @@ class ReplicaState:
     leaves: list[torch.Tensor]
     mapping: Mapping
     flat_update: Any
-    arrivals: Arrivals
+    arrivals: GradientBuckets
 
 
 class ReplicaScope(keras.StatelessScope):

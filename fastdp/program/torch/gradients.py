@@ -11,7 +11,7 @@ import torch
 
 from fastdp.buffers import FlatBuffers
 from fastdp.program.torch.replica import Handler, ReplicaContext
-from fastdp.tensors.gradient_buckets import Arrivals, dense
+from fastdp.tensors.gradient_buckets import GradientBuckets, dense
 
 
 class Gradients:
@@ -84,7 +84,7 @@ class Gradients:
         return frozenset(used)
 
 
-class _Accumulated(Arrivals):
+class _Accumulated(GradientBuckets):
     """Arrivals at parameters, where torch adds up what it finds. Hooks know it, and it knows no parameter."""
 
     running: ReplicaContext | None = None
