@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 
-class Announced:
+class ReadyBuckets:
     """Counts, from the workers of all replicas, who has said what.
 
     Args:

@@ -12,7 +12,7 @@ import pytest
 import fastdp
 from fastdp.buffers import FlatBuffers
 from fastdp.comm.host.reduction import HostReduction
-from fastdp.comm.ready_buckets import Announced
+from fastdp.comm.ready_buckets import ReadyBuckets
 from fastdp.program.base import Result
 from fastdp.program.functions import FunctionProgram
 from fastdp.runtime.select import resolve
@@ -346,7 +346,7 @@ def test_a_closed_device_fails_the_step_and_hangs_nobody(reduced, devices):
 
 
 def test_a_bucket_is_complete_when_all_have_announced_it_and_once():
-    announced = Announced(2, 3)
+    announced = ReadyBuckets(2, 3)
     assert not announced.say(0, 1)
     assert not announced.say(0, 1)
     assert announced.say(1, 1)

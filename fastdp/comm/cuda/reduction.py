@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
-from fastdp.comm.ready_buckets import Announced
+from fastdp.comm.ready_buckets import ReadyBuckets
 from fastdp.runtime.cuda import cupy_api
 from fastdp.runtime.cuda.device import CudaDevice
 from fastdp.runtime.cuda.streams import CudaEvent, CudaStream
@@ -38,7 +38,7 @@ class CudaReduction:
         self._devices = devices
         self._may = frozenset(early)
         self.issue = issue
-        self._announced = Announced(sources, buckets)
+        self._announced = ReadyBuckets(sources, buckets)
         self._left = list(range(buckets))
         self._events: list[list[CudaEvent]] = [[] for _ in range(buckets)]
         self._issuing = threading.Lock()

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from fastdp.buffers import Bucket, FlatBuffers
-from fastdp.comm.ready_buckets import Announced
+from fastdp.comm.ready_buckets import ReadyBuckets
 from fastdp.errors import DeviceTimeoutError
 from fastdp.runtime.host.resources import CORES
 from fastdp.runtime.queue import QueueDevice, QueueEvent
@@ -59,7 +59,7 @@ class HostReduction:
         self._takers: set[int] = set()
         self._closed = False
         self._error: BaseException | None = None
-        self._announced = Announced(len(sources), len(buckets))
+        self._announced = ReadyBuckets(len(sources), len(buckets))
         self._calls: queue.SimpleQueue[int | None] = queue.SimpleQueue()
 
     @property
