@@ -252,7 +252,7 @@ def test_virtual_gpus_of_one_card_want_queues_of_their_own(gpus, monkeypatch):
 
 def test_gradients_that_are_added_up_in_host_memory_and_replicas_that_span_devices_are_refused(gpus):
     box = gpus(2)
-    whole = importlib.import_module("fastdp.comm.cuda.step_graph.build").WholeSteps(box.devices(2), None)
+    whole = importlib.import_module("fastdp.comm.cuda.step_graph.build").StepGraphs(box.devices(2), None)
     assert whole.why_not(["nccl", "one-shot"]) == ""
     assert whole.why_not(["nccl", "host"]) == "gradients are added up in host memory"
     one = recorder.Recorder("model", threading.Lock, parts=True)

@@ -18,7 +18,7 @@ from fastdp.comm.cuda.algorithm import way_to_all_gather, way_to_all_reduce, way
 from fastdp.comm.cuda.nccl import NcclCollectives, connect, destroy
 from fastdp.comm.cuda.peer_kernels import PeerKernels, address_of, stream_of
 from fastdp.comm.cuda.reduction import CudaReduction
-from fastdp.comm.cuda.step_graph.build import Parts, WholeSteps
+from fastdp.comm.cuda.step_graph.build import Parts, StepGraphs
 from fastdp.comm.cuda.step_graph.graph import WholeStep
 from fastdp.comm.cuda.step_graph.reduction import WholeReduction
 from fastdp.comm.host.communicator import refuse_unknown
@@ -62,7 +62,7 @@ class CudaCommunicator:
         self._by_nccl = NcclCollectives(self._devices, self._nccl)
         has_kernels = peers is not None and len(devices) <= MAX_RANKS and peers.complete
         self._kernels = PeerKernels(devices) if has_kernels else None
-        self._wholes = WholeSteps(devices, self._kernels)
+        self._wholes = StepGraphs(devices, self._kernels)
         self._ways: dict[Bucket, str] = {}
         self._scatter_ways: dict[Bucket, str] = {}
         self._told = False
@@ -112,13 +112,13 @@ class CudaCommunicator:
         self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket], parts: Sequence[Parts], timeout: float
     ) -> WholeStep:
         """What replicas have recorded as graphs, put together with the all-reduces of their buckets: one graph for each
-        GPU. On the host thread, while no step of any engine runs. Arguments and errors as of `WholeSteps.make`."""
+        GPU. On the host thread, while no step of any engine runs. Arguments and errors as of `StepGraphs.make`."""
         ways = self._plan(buckets, self._ways, self.how)
         return self._wholes.make(self, targets, buckets, ways, parts, timeout)
 
     def issue(self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket], by_nccl: NcclCollectives) -> None:
         """All-reduce these buckets now, all ranks' by the calling thread, with what `by_nccl` has for those that NCCL
-        reduces. For `WholeSteps`, whose buckets are planned."""
+        reduces. For `StepGraphs`, whose buckets are planned."""
         planned = [(bucket, self._ways[bucket]) for bucket in buckets]
         self._run(targets, planned, (), by_nccl.all_reduce)
 

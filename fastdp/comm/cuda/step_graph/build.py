@@ -37,7 +37,7 @@ Parts = Sequence[tuple[int, Sequence[int]]]
 _VARIABLE, _QUEUES, _QUEUES_OF_A_REPLICA = "CUDA_DEVICE_MAX_CONNECTIONS", 8, 4
 
 
-class WholeSteps:
+class StepGraphs:
     """Makes whole steps of some GPUs.
 
     Args:

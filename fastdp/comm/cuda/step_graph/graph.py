@@ -77,7 +77,7 @@ class Owner:
 
 
 class WholeStep:
-    """The graphs of one step, ready to be launched; made by `WholeSteps.make`.
+    """The graphs of one step, ready to be launched; made by `StepGraphs.make`.
 
     Args:
         owner: of the communicators in them.
