@@ -159,7 +159,7 @@ def test_a_step_is_one_launch_per_device_and_nothing_is_reduced_or_allocated_bes
 def test_every_graph_is_uploaded_before_it_is_launched_and_first_launched_between_steps(gpus, monkeypatch):
     box = gpus(2)
     seen, inside = [], []
-    whole = importlib.import_module("fastdp.comm.cuda.step_graph.graph").WholeStep
+    whole = importlib.import_module("fastdp.comm.cuda.step_graph.graph").StepGraph
     launch, run = whole.launch, Replica.train
 
     def noted(self, rank):

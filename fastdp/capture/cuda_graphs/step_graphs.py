@@ -21,7 +21,7 @@ from fastdp.warn import warn_user
 
 @dataclass(slots=True)
 class Whole:
-    """What the replicas of one step launch: `step` has the graphs (`fastdp.comm.cuda.step_graph.graph.WholeStep`), and
+    """What the replicas of one step launch: `step` has the graphs (`fastdp.comm.cuda.step_graph.graph.StepGraph`), and
     `recordings` the memory in which they find rows and draws and leave results, in the order of the ranks."""
 
     step: Any

@@ -19,7 +19,7 @@ from fastdp.comm.cuda.nccl import NcclCollectives, connect, destroy
 from fastdp.comm.cuda.peer_kernels import PeerKernels, address_of, stream_of
 from fastdp.comm.cuda.reduction import CudaReduction
 from fastdp.comm.cuda.step_graph.build import Parts, StepGraphs
-from fastdp.comm.cuda.step_graph.graph import WholeStep
+from fastdp.comm.cuda.step_graph.graph import StepGraph
 from fastdp.comm.cuda.step_graph.reduction import WholeReduction
 from fastdp.comm.host.communicator import refuse_unknown
 from fastdp.comm.host.reduction import sum_in_order
@@ -110,7 +110,7 @@ class CudaCommunicator:
 
     def whole_step(
         self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket], parts: Sequence[Parts], timeout: float
-    ) -> WholeStep:
+    ) -> StepGraph:
         """What replicas have recorded as graphs, put together with the all-reduces of their buckets: one graph for each
         GPU. On the host thread, while no step of any engine runs. Arguments and errors as of `StepGraphs.make`."""
         ways = self._plan(buckets, self._ways, self.how)

@@ -21,7 +21,7 @@ from typing import Any
 from fastdp.buffers import Bucket, FlatBuffers
 from fastdp.comm.cuda.nccl import NcclCollectives, connect
 from fastdp.comm.cuda.peer_kernels import PeerKernels, stream_of
-from fastdp.comm.cuda.step_graph.graph import Held, Owner, WholeStep
+from fastdp.comm.cuda.step_graph.graph import Held, Owner, StepGraph
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.errors import StepAborted
 from fastdp.runtime.cuda import cupy_api
@@ -75,7 +75,7 @@ class StepGraphs:
         ways: Sequence[str],
         parts: Sequence[Parts],
         timeout: float,
-    ) -> WholeStep:
+    ) -> StepGraph:
         """The graphs of a step, which has been launched once. On the host thread, while no step of any engine runs.
 
         Args:
@@ -114,7 +114,7 @@ class StepGraphs:
         early = sum(
             all(number not in complete for rank in parts for _, complete in rank[-1:]) for number in range(len(buckets))
         )
-        step = WholeStep(owner, self._devices, made, early, list(targets), self._kernels)
+        step = StepGraph(owner, self._devices, made, early, list(targets), self._kernels)
         self._warm_up(step, timeout)
         return step
 
@@ -194,7 +194,7 @@ class StepGraphs:
         owner.held.add(device.ordinal, [graph, *collectives], ready)
         return ready
 
-    def _warm_up(self, step: WholeStep, timeout: float) -> None:
+    def _warm_up(self, step: StepGraph, timeout: float) -> None:
         """Launch a step for the first time, as it always is: by all workers, behind a barrier."""
         reduction, rendezvous = step.begin(), Rendezvous(step.size, timeout)
         failures: list[BaseException] = []

@@ -76,7 +76,7 @@ class Owner:
         weakref.finalize(self, defer, held.destroy).atexit = False
 
 
-class WholeStep:
+class StepGraph:
     """The graphs of one step, ready to be launched; made by `StepGraphs.make`.
 
     Args:

@@ -15,7 +15,7 @@ _LAUNCH_SECONDS = 30.0
 
 
 class Launchable(Protocol):
-    """The graphs of a step: `fastdp.comm.cuda.step_graph.build.WholeStep`."""
+    """The graphs of a step: `fastdp.comm.cuda.step_graph.build.StepGraph`."""
 
     early: int
     size: int
