@@ -20,7 +20,7 @@ from fastdp.comm.cuda.peer_kernels import PeerKernels, address_of, stream_of
 from fastdp.comm.cuda.reduction import CudaReduction
 from fastdp.comm.cuda.step_graph.build import Parts, StepGraphs
 from fastdp.comm.cuda.step_graph.graph import StepGraph
-from fastdp.comm.cuda.step_graph.reduction import WholeReduction
+from fastdp.comm.cuda.step_graph.reduction import StepGraphReduction
 from fastdp.comm.host.communicator import refuse_unknown
 from fastdp.comm.host.reduction import sum_in_order
 from fastdp.launch.args import MAX_RANKS
@@ -124,7 +124,7 @@ class CudaCommunicator:
 
     def finish(
         self,
-        reduction: CudaReduction | WholeReduction,
+        reduction: CudaReduction | StepGraphReduction,
         once: Callable[[], object] | None = None,
         readers: int | None = None,
     ) -> None:

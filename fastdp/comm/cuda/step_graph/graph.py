@@ -10,7 +10,7 @@ from typing import Any
 
 from fastdp.comm.cuda.nccl import destroy
 from fastdp.comm.cuda.peer_kernels import PeerKernels
-from fastdp.comm.cuda.step_graph.reduction import WholeReduction
+from fastdp.comm.cuda.step_graph.reduction import StepGraphReduction
 from fastdp.runtime.cuda import cupy_api
 from fastdp.runtime.cuda.device import CudaDevice
 from fastdp.runtime.cuda.memory import defer
@@ -110,9 +110,9 @@ class StepGraph:
         moved = self._kernels is not None and self._kernels.memory is not self._memory
         return self._owner.held.broken or moved
 
-    def begin(self) -> WholeReduction:
+    def begin(self) -> StepGraphReduction:
         """The reduction of one step that runs so. On the host thread, before its replicas run."""
-        return WholeReduction(self)
+        return StepGraphReduction(self)
 
     def launch(self, rank: int) -> None:
         """Enqueue a rank's graph on its compute stream. On its worker."""

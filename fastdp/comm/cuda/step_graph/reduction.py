@@ -27,7 +27,7 @@ class Launchable(Protocol):
         """Have GPUs leave the collectives that they wait in."""
 
 
-class WholeReduction:
+class StepGraphReduction:
     """The reduction of a step in which the graphs of the replicas reduce the gradients themselves.
 
     Args:
