@@ -18,7 +18,7 @@ from fastdp.program.keras.batch import Structure, flatten_batch, unpack
 Flat = tuple[list[np.ndarray], Structure]
 
 
-class Ahead:
+class Prefetch:
     """The batches of one `fit`, of which one is fetched ahead within an epoch.
 
     Args:

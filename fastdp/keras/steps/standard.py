@@ -17,7 +17,7 @@ from fastdp.comm.batch import ResidentArray, count_rows
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.step import StepResult
 from fastdp.errors import ReplicaError
-from fastdp.keras.fit.prefetch import Ahead
+from fastdp.keras.fit.prefetch import Prefetch
 from fastdp.keras.steps.call_checks import why_not_here
 from fastdp.keras.steps.custom import has_own, layer_calls
 from fastdp.keras.steps.layer_calls import LayerCalls
@@ -60,12 +60,12 @@ class Steps(ModelEngine):
         self._model_calls: ModelCalls | None = None
         self._told_of_values = False
         # The batches of the present `fit`, where the next one is fetched while a step runs.
-        self.ahead: Ahead | None = None
+        self.ahead: Prefetch | None = None
 
     def follow(self, epochs: Any) -> None:
         """Fetch the batches of this `fit` ahead; a template's own `train_step` takes them one by one."""
         if not has_own(self.template, "train_step"):
-            self.ahead = Ahead(epochs)
+            self.ahead = Prefetch(epochs)
 
     def end_following(self) -> None:
         """`fit` is over."""
