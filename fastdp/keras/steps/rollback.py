@@ -15,11 +15,11 @@ from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 _lock = threading.Lock()
-_watching: dict[int, BeforeStep] = {}  # by thread
+_watching: dict[int, StepRollback] = {}  # by thread
 _originals: dict[Any, Callable[..., Any]] = {}
 
 
-class BeforeStep:
+class StepRollback:
     """Copies of the variables of a model and of its optimizers, in host memory, taken before a step.
 
     Args:
@@ -79,7 +79,7 @@ class BeforeStep:
                 self._values[id(variable)] = variable, tensor.detach().to("cpu", copy=True), gradient
 
 
-def _watch(thread: int, before: BeforeStep | None) -> BeforeStep | None:
+def _watch(thread: int, before: StepRollback | None) -> StepRollback | None:
     """Let a thread's optimizers ask `before`, or nobody; who they asked until now. The last to end undoes the patch."""
     with _lock:
         outer = _watching.pop(thread, None)

@@ -23,7 +23,7 @@ from fastdp.keras.steps.custom import has_own, layer_calls
 from fastdp.keras.steps.layer_calls import LayerCalls
 from fastdp.keras.steps.model_engine import ModelEngine
 from fastdp.keras.steps.own_loops import ModelCalls, inside_step, say_once
-from fastdp.keras.steps.rollback import BeforeStep
+from fastdp.keras.steps.rollback import StepRollback
 from fastdp.program.keras.batch import Structure, flatten_batch, unpack
 from fastdp.program.keras.indices import IndicesNamed, rows_of
 from fastdp.program.keras.loss.per_sample import own_copy
@@ -190,7 +190,7 @@ class Steps(ModelEngine):
             if self._template_state is not None:
                 stack.enter_context(self._template_state())
             if self._strict and not (calls.count or calls.told):
-                before = BeforeStep([self.template, self.trainer])
+                before = StepRollback([self.template, self.trainer])
                 stack.enter_context(before.watching())
             if name != "train_step":
                 stack.enter_context(torch.no_grad())
