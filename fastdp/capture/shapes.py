@@ -10,7 +10,7 @@ import numpy as np
 
 from fastdp.capture.compile.compiler import Job
 from fastdp.capture.cuda_graphs.recording import Recording
-from fastdp.capture.speed_trial import Trial
+from fastdp.capture.speed_trial import SpeedTrial
 from fastdp.capture.trace import Captured
 from fastdp.program.base import Context
 from fastdp.program.keras.program import KerasProgram
@@ -34,7 +34,7 @@ class Shape:
     is_whole: bool = False  # the latest step was one graph for each GPU, with its collectives
     whole_steps: int = 0
     not_whole: str = ""
-    trial: Trial | None = None
+    trial: SpeedTrial | None = None
     why: str = "seen once so far"
 
 

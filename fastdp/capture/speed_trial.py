@@ -12,7 +12,7 @@ from fastdp.capture.trace import Captured
 STEPS = 10  # of each kind
 
 
-class Trial:
+class SpeedTrial:
     """Lets a captured step run compiled, then traced, and keeps the faster.
 
     Compiling is over by then: what was timed while it went on beside the training says little.

@@ -40,7 +40,7 @@ from fastdp.capture.faults import Attempt
 from fastdp.capture.guard import Guard
 from fastdp.capture.own_code import own_code
 from fastdp.capture.shapes import Shape, entry_of, key_of, recordings_of
-from fastdp.capture.speed_trial import Trial
+from fastdp.capture.speed_trial import SpeedTrial
 from fastdp.capture.trace import Captured, NoExchange
 from fastdp.errors import DeviceTimeoutError, NotCapturable
 from fastdp.program.base import Context
@@ -320,7 +320,7 @@ class Captures:
                     continue
                 compiled = captured.checked(self._compiler.result(job))
                 if self._mode == "auto" and self._recorder is None:
-                    shape.trial = Trial(captured, compiled)
+                    shape.trial = SpeedTrial(captured, compiled)
                 else:
                     captured.use(compiled)
                 # Recorded at once where that is done: its first run, which allocates memory, is then not within a step,

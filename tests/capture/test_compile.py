@@ -319,7 +319,7 @@ def test_auto_keeps_the_faster_of_the_compiled_and_the_traced_step(compiled, how
             self.now = "traced"
 
     captured = Replaced()
-    trial = speed_trial.Trial(captured, "compiled")
+    trial = speed_trial.SpeedTrial(captured, "compiled")
     seen = []
     for _ in range(2 * speed_trial.STEPS + 3):
         seen.append(captured.now)
