@@ -25,7 +25,7 @@ from keras.src.ops.function import Function
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.errors import NotCapturable
 from fastdp.program.keras.batch_norm import Moments
-from fastdp.program.keras.placement.values import PlacedScope, Spread
+from fastdp.program.keras.placement.values import PlacedScope, PlacedValues
 from fastdp.program.keras.replica import ReplicaContext, keras_device, replica_scope, running
 from fastdp.tensors.device_copies import arrived
 from fastdp.tensors.threads import prepare_worker
@@ -81,7 +81,7 @@ class _Call:
     error: BaseException | None = None
     inputs: list[torch.Tensor] = field(default_factory=list)
     results: list[torch.Tensor] = field(default_factory=list)
-    outputs: list[Spread] = field(default_factory=list)
+    outputs: list[PlacedValues] = field(default_factory=list)
     found: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -111,7 +111,7 @@ class PlacedGraph:
         self._devices = devices
         self._home = devices[0]
         self._calls: list[_Call] = []
-        self._inputs: list[tuple[torch.Tensor, Spread]] = []  # with their graph, and cut off it
+        self._inputs: list[tuple[torch.Tensor, PlacedValues]] = []  # with their graph, and cut off it
         self._timeout = 0.0
         self._threads = 1
 
@@ -132,7 +132,7 @@ class PlacedGraph:
         self._timeout, self._threads = run.context.rendezvous.timeout, torch.get_num_threads()
         given = zip(graph.inputs, keras.tree.flatten(inputs), strict=True)
         values = {id(x): self._cut_input(y) for x, y in given}
-        variables = {key: Spread(value, home) for key, value in scope.state_mapping.items()}
+        variables = {key: PlacedValues(value, home) for key, value in scope.state_mapping.items()}
         self._calls = self._plan(graph, run, lambda device: PlacedScope(variables, scope.leaves, device))
         grad = torch.is_grad_enabled()
 
@@ -150,11 +150,11 @@ class PlacedGraph:
             scope.losses += [loss.on(home) for loss in call.scope.losses]
         return keras.tree.pack_sequence_as(graph._outputs_struct, [values[id(x)].on(home) for x in graph.outputs])
 
-    def _cut_input(self, value: Any) -> Spread:
+    def _cut_input(self, value: Any) -> PlacedValues:
         """An input of the graph, without the graph behind it."""
         if not isinstance(value, torch.Tensor) or not value.requires_grad:
-            return Spread(value, self._home)
-        self._inputs.append((value, Spread(_without_graph(value), self._home)))
+            return PlacedValues(value, self._home)
+        self._inputs.append((value, PlacedValues(_without_graph(value), self._home)))
         return self._inputs[-1][1]
 
     def _moments_at_home(self, call: _Call, moments: Moments) -> Moments:
@@ -217,7 +217,7 @@ class PlacedGraph:
             self._calls, self._inputs = [], []
         return [totals[id(leaf)] for leaf in leaves]
 
-    def _of_input(self, spread: Spread, first: dict[int, torch.Tensor]) -> torch.Tensor | None:
+    def _of_input(self, spread: PlacedValues, first: dict[int, torch.Tensor]) -> torch.Tensor | None:
         """The gradient of an input of the graph, from all calls that took it."""
         total = first.get(id(spread.seen(self._home)))
         for call in self._calls:
@@ -292,7 +292,7 @@ class PlacedGraph:
         return next((c.error for c in sorted(calls, key=lambda c: c.number) if c.error is not None), None)
 
 
-def _forward(call: _Call, values: dict[int, Spread], operation_fn: Callable[..., Any]) -> None:
+def _forward(call: _Call, values: dict[int, PlacedValues], operation_fn: Callable[..., Any]) -> None:
     """Call the layer, and cut its outputs and losses off its graph."""
     given = {id(x): values[id(x)].on(call.device) for x in call.node.input_tensors}
     call.inputs = [t for t in given.values() if isinstance(t, torch.Tensor) and t.requires_grad]
@@ -303,12 +303,12 @@ def _forward(call: _Call, values: dict[int, Spread], operation_fn: Callable[...,
     call.scope.losses[:] = [_cut(call, loss) for loss in call.scope.losses]
 
 
-def _cut(call: _Call, result: Any) -> Spread:
+def _cut(call: _Call, result: Any) -> PlacedValues:
     """A result without its graph, as a leaf of whatever takes it."""
     if not isinstance(result, torch.Tensor) or not result.requires_grad:
-        return Spread(result, call.device)
+        return PlacedValues(result, call.device)
     call.results.append(result)
-    call.outputs.append(Spread(_without_graph(result), call.device))
+    call.outputs.append(PlacedValues(_without_graph(result), call.device))
     return call.outputs[-1]
 
 

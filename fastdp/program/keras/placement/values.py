@@ -16,7 +16,7 @@ from fastdp.program.keras.variables import ReplicaScope
 from fastdp.tensors.device_copies import arrived
 
 
-class Spread:
+class PlacedValues:
     """A value of one step, made on one device of the replica.
 
     Args:
@@ -66,11 +66,11 @@ class PlacedScope(ReplicaScope):
     `read` are the differentiable values that the call has read, by id of the tensor it got.
     """
 
-    def __init__(self, variables: dict[int, Spread], leaves: set[int], device: Any) -> None:
+    def __init__(self, variables: dict[int, PlacedValues], leaves: set[int], device: Any) -> None:
         super().__init__([], leaves)
         self._variables = variables
         self._device = device
-        self.read: dict[int, tuple[Spread, torch.Tensor]] = {}
+        self.read: dict[int, tuple[PlacedValues, torch.Tensor]] = {}
 
     def twin(self) -> PlacedScope:
         """A scope with the present values, whose assignments this one does not see."""
@@ -90,4 +90,4 @@ class PlacedScope(ReplicaScope):
         """Note an assignment."""
         super().add_update(update)
         key = id(update[0])
-        self._variables[key] = Spread(self.state_mapping[key], self._device)
+        self._variables[key] = PlacedValues(self.state_mapping[key], self._device)
