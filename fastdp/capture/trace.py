@@ -39,7 +39,7 @@ from fastdp.program.keras.batch import OutputStructure, Structure, pack_like
 from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.program import KerasProgram
 from fastdp.program.keras.replica import keras_device, replica_scope
-from fastdp.program.keras.step_sums import EffectsForm, Outcome
+from fastdp.program.keras.step_sums import EffectsForm, StepSums
 from fastdp.program.keras.variables import Mapping, ReplicaScope
 from fastdp.tensors.arrays import as_tensor, settle
 from fastdp.tensors.indices import CheckedOneHot
@@ -92,7 +92,7 @@ class Captured:
 
     def replay(
         self, mapping: Mapping, gradients: Sequence[torch.Tensor], batch: list[np.ndarray], context: Context
-    ) -> Outcome:
+    ) -> StepSums:
         """Run the step on a replica's variables and rows, its gradients into their buffers. On its device's worker."""
         rows = _tensors(batch, context.structure)
         variables, buffers, others = self._memory(mapping, gradients)
@@ -191,7 +191,7 @@ class Captured:
             draws = [draw().contiguous() for draw in self._draws]
         return draws, scope.assigned(mapping)
 
-    def _eager(self, variables: list[torch.Tensor], rows: list[torch.Tensor], context: Context, draws: Any) -> Outcome:
+    def _eager(self, variables: list[torch.Tensor], rows: list[torch.Tensor], context: Context, draws: Any) -> StepSums:
         """The step as it is run eagerly, over given tensors."""
         program = self._program
         run = program.running_replica(context)
@@ -281,7 +281,7 @@ class _Layout:
     structure: OutputStructure | None = None
     effects: EffectsForm = field(default_factory=EffectsForm)
 
-    def flatten(self, outcome: Outcome) -> list[torch.Tensor]:
+    def flatten(self, outcome: StepSums) -> list[torch.Tensor]:
         """An outcome as one list; remembers how."""
         if outcome.structure is not None and any(value is not None for _, value in outcome.structure.plain):
             raise NotCapturable("outputs that are no tensors, which may be others in each call")
@@ -297,10 +297,10 @@ class _Layout:
         flat: Sequence[torch.Tensor],
         found: Sequence[torch.Tensor],
         seeds: list[tuple[int, torch.Tensor]],
-    ) -> Outcome:
+    ) -> StepSums:
         """The outcome again: gradients that are in their buffers, results, the seeds that the draws have moved."""
         rest: Iterator[torch.Tensor] = iter(flat)
-        return Outcome(
+        return StepSums(
             [None if i is None else found[i] for i in self.gradients],
             [next(rest) for _ in range(self.terms)],
             [next(rest) for _ in range(self.outputs)],

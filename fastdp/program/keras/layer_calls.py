@@ -28,7 +28,7 @@ from fastdp.program.keras.recompute import keep_values
 from fastdp.program.keras.replica import ReplicaContext, keras_device, replica_scope
 from fastdp.program.keras.rows.call_probe import LayerEffects, RowsCall, is_number
 from fastdp.program.keras.rows.effects import Effect, NotByRowsError
-from fastdp.program.keras.step_sums import Notes, Outcome, SideEffects
+from fastdp.program.keras.step_sums import Notes, SideEffects, StepSums
 from fastdp.program.keras.variables import Mapping, ReplicaScope
 from fastdp.tensors.arrays import as_array
 
@@ -242,7 +242,7 @@ class CallProgram(KerasProgram):
             leaves = [*wanted, *(scope.get_current_value(v) for v in work.weights)]
             work.ran[context.rank] = _Ran(context, run, inputs, leaves, outputs, numbers, scope)
         detached = [number.detach() for number in numbers]
-        outcome = Outcome([], detached, outputs, structure, SideEffects.of(scope, state.mapping, run))
+        outcome = StepSums([], detached, outputs, structure, SideEffects.of(scope, state.mapping, run))
         return self._result(outcome, state, context, Notes(structure, len(numbers)))
 
     def _contributions(self, numbers: Sequence[torch.Tensor], context: Context) -> list[torch.Tensor]:

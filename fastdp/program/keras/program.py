@@ -32,7 +32,7 @@ from fastdp.program.keras.replica import ReplicaContext, keras_device, replica_s
 from fastdp.program.keras.rows.known_layers import keeps_rows_apart
 from fastdp.program.keras.rows.policy import ModelEffects, Policy
 from fastdp.program.keras.rows.probe import Effects
-from fastdp.program.keras.step_sums import Notes, Outcome, SideEffects, Summed
+from fastdp.program.keras.step_sums import Notes, SideEffects, StepSums, Summed
 from fastdp.program.keras.training_loss import TrainingLoss
 from fastdp.program.keras.variables import Adopted, Mapping, ReplicaScope, ReplicaState, adopted, tensors_of
 from fastdp.program.torch.batch import Autocast
@@ -232,10 +232,10 @@ class KerasProgram:
             y_pred = self._call(x, training=False)
             extra = self._extra_losses(scope.losses, context, self.forward_effects)
         outputs, structure = flatten_outputs(y_pred, self.forward_effects.layouts, context.rows)
-        outcome = Outcome([], extra, outputs, structure, SideEffects.of(scope, state.mapping, run))
+        outcome = StepSums([], extra, outputs, structure, SideEffects.of(scope, state.mapping, run))
         return self._result(outcome, state, context, Notes(structure, len(extra)), self.forward_effects)
 
-    def compute(self, mapping: Mapping, nest: Any, run: ReplicaContext) -> Outcome:
+    def compute(self, mapping: Mapping, nest: Any, run: ReplicaContext) -> StepSums:
         """The pure part of a training step: from variables and a batch to gradients and new values."""
         x, y, sample_weight = unpack(nest)
         leaf_ids = set(map(id, self.trainable))
@@ -253,7 +253,7 @@ class KerasProgram:
             if structure.whole and run.draws is not None:
                 raise NotCapturable("outputs that are the same for all rows")
         terms += [term.detach() for term in extra]
-        return Outcome(found, terms, outputs, structure, SideEffects.of(scope, mapping, run), len(extra))
+        return StepSums(found, terms, outputs, structure, SideEffects.of(scope, mapping, run), len(extra))
 
     @property
     def spans_devices(self) -> bool:
@@ -377,7 +377,7 @@ class KerasProgram:
         return 1 if self.effects.alone or self.forward_effects.alone else self._replicas
 
     def _result(
-        self, outcome: Outcome, state: ReplicaState, context: Context, notes: Notes, effects: Effects | None = None
+        self, outcome: StepSums, state: ReplicaState, context: Context, notes: Notes, effects: Effects | None = None
     ) -> Result:
         """Outputs as arrays, and the numbers by which terms and side effects are put together."""
         terms = np.array([float(term) for term in outcome.terms])

@@ -210,7 +210,7 @@ class Notes:
 
 
 @dataclass(slots=True)
-class Outcome:
+class StepSums:
     """What the pure part of a step gives: gradients of the trainable variables (None where there is none), the
     loss and its terms, outputs and masks, and what the forward pass did beside them. The last `added` of the terms are
     those of `add_loss`."""
