@@ -79,7 +79,7 @@ def test_a_run_that_is_ended_leaves_no_process_behind_and_keeps_what_it_found(tm
     program = f"""
 import dataclasses, sys
 sys.path.insert(0, {str(BENCH.parent)!r})
-from bench.gpu import cases as gpu_cases, gpu_steps
+from bench.gpu import cases as gpu_cases, steps as gpu_steps
 gpu_cases.CASES["tiny-mlp"] = dataclasses.replace(gpu_cases.CASES["tiny-mlp"], rounds=10**6)
 sys.argv = ["steps.py", "--seconds", "300", "tiny-mlp", "--ways", "torch eager"]
 sys.exit(gpu_steps.main())

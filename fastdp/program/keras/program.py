@@ -252,7 +252,7 @@ class KerasProgram:
             outputs, structure = flatten_outputs(y_pred, self.effects.layouts, run.context.rows)
             if structure.whole and run.draws is not None:
                 raise NotCapturable("outputs that are the same for all rows")
-        terms += [term.detach() for term in extra]
+        terms = [*terms, *(term.detach() for term in extra)]  # a new list: replicas may share the loss's own
         return StepSums(found, terms, outputs, structure, SideEffects.of(scope, mapping, run), len(extra))
 
     @property
