@@ -11,12 +11,20 @@ import keras
 import numpy as np
 import pytest
 import random_models
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from keras.src import backend
 from keras.src.backend.common import dtypes
 
 import fastdp
+
+pytestmark = [
+    # What Keras says of a mask that ends, and fastdp of a step that runs in another way than asked for, with the same
+    # numbers: random models meet all of these.
+    pytest.mark.filterwarnings("ignore:.*does not support masking:UserWarning"),
+    pytest.mark.filterwarnings("ignore:fastdp runs .* eagerly:UserWarning"),
+    pytest.mark.filterwarnings("ignore:fastdp. calls of .* run on one device:UserWarning"),
+]
 
 SIZES = (7, 4, 9, 1)  # rows of the batches
 TOLERANCE = 1e-9
@@ -81,7 +89,7 @@ def numbers(
 def assert_equal(one: dict[str, np.ndarray], many: dict[str, np.ndarray]) -> None:
     assert list(many) == list(one)
     for name, expected in one.items():
-        assert np.isfinite(expected).all(), f"the reference's own {name} is not finite"
+        assume(np.isfinite(expected).all())  # a random model may diverge
         scale = float(np.abs(expected).max()) if expected.size else 0.0
         np.testing.assert_allclose(many[name], expected, rtol=TOLERANCE, atol=TOLERANCE * scale + 1e-12, err_msg=name)
 
