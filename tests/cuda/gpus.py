@@ -14,6 +14,9 @@ from simulation import Op
 
 from fastdp.engine.replicas import Replica
 
+if importlib.util.find_spec("torch") is not None:  # loaded before anything stands in for what it loads
+    importlib.import_module("fastdp.capture.cuda_graphs.recorder")
+
 # Of one shape and dtype, in one step of a replica.
 OUTPUTS = 8
 # That a launched graph may take, which waits for those of other ranks.
