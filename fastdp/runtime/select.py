@@ -86,7 +86,7 @@ class _VirtualDevices:
                     # Read when CUDA starts. Streams that share a connection wait for each other's kernels, and
                     # those of an all-reduce wait for one another: of the default 8 there are too few.
                     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-                    cards = _cuda("device").runtime.device_count()
+                    cards = _cuda("cupy_api").device_count()
                     self._devices.append(_cuda("device").CudaDevice(index, index % cards, virtual=True))
             return list(self._devices)
 
