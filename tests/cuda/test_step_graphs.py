@@ -520,8 +520,8 @@ def test_a_collective_that_does_not_come_after_its_segment_is_found(gpus, monkey
     monkeypatch.setattr(graphs, "_add", forgetful)
     devices = box.devices(2)
     parallel = wrapped(normalized, devices, graph="step")
-    # The graphs are launched once before the step that is to use them: what goes wrong there is told, and ends no step by
-    # itself. Here the next step comes upon the same accesses, which nothing has ordered since.
+    # The graphs are launched once before the step that is to use them: what goes wrong there is told, and ends no step
+    # by itself. Here the next step comes upon the same accesses, which nothing has ordered since.
     said = r"RaceError: allReduce .* nothing orders it after a graph of torch's"
     with pytest.warns(UserWarning, match=said), pytest.raises(ReplicaError, match="RaceError"):
         train(parallel, 6, sizes=(8,))
