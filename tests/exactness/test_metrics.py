@@ -184,3 +184,29 @@ def test_an_overridden_compute_metrics_equals_one_device(equals_one_device: Any)
     made = lambda: {"optimizer": "sgd", "loss": "mse", "metrics": ["mae"]}  # noqa: E731
     run = equals_one_device(model, made, batches(1, [11, 8, 2]), gpus=3)
     assert "largest" in run.logs[0]
+
+
+@pytest.mark.parametrize("gpus", [1, 3])
+def test_a_metric_that_an_overridden_compute_loss_updates_equals_one_device(gpus: int, equals_one_device: Any) -> None:
+    class Own(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.custom = keras.metrics.Mean(name="custom")
+            self.dense = keras.layers.Dense(1, activity_regularizer="l2")
+
+        def call(self, x: Any) -> Any:
+            return self.dense(x)
+
+        def compute_loss(
+            self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+        ) -> Any:
+            loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+            self.custom.update_state(sum(self.losses))
+            return loss
+
+    def model() -> keras.Model:
+        made = Own()
+        made(np.zeros((2, 4), "float32"))
+        return made
+
+    equals_one_device(model, lambda: {"optimizer": "sgd", "loss": "mse"}, batches(1, [11, 8, 2]), gpus=gpus)

@@ -37,6 +37,8 @@ class ReplicaContext:
 
     `parts` are those of the forward pass that backward runs again (`fastdp.program.keras.recompute`).
 
+    `by_loss` has the ids of variables that the loss of the merged outputs has assigned.
+
     `added_by` has the layer of each `add_loss` term, by the term's identity.
 
     `units` records the calls of layers and operations, or runs some of them on merged inputs
@@ -65,6 +67,7 @@ class ReplicaContext:
     placed: Any = None
     units: Any = None
     added_by: dict[int, Any] = field(default_factory=dict)
+    by_loss: frozenset[int] = frozenset()
     parts: list[Any] = field(default_factory=list)
 
     def not_captured(self, what: str) -> None:

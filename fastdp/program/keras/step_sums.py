@@ -35,16 +35,19 @@ class SideEffects:
     Args:
         assigned: the variables that it assigned, by their number in the program, and their values.
         moments: in the order of the calls, BatchNormalization layers and the moments of their inputs.
+        by_loss: ids of variables that the loss of the merged outputs has assigned, on the first replica alone.
     """
 
     assigned: list[tuple[int, torch.Tensor]] = field(default_factory=list)
     moments: list[tuple[keras.layers.BatchNormalization, Moments]] = field(default_factory=list)
+    by_loss: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, scope: ReplicaScope, mapping: Mapping, run: ReplicaContext) -> SideEffects:
         """Those of the forward pass that has run within `scope`, over the variables of `mapping`."""
         # A layer whose statistics follow a rule of its own assigns them as any layer assigns a variable.
-        return cls(scope.assigned(mapping), [(layer, found) for layer, found in run.moments if statistics(layer)])
+        moments = [(layer, found) for layer, found in run.moments if statistics(layer)]
+        return cls(scope.assigned(mapping), moments, run.by_loss)
 
     def tensors(self) -> list[torch.Tensor]:
         """All values, in the order that `EffectsForm.filled` takes them in."""
@@ -69,6 +72,9 @@ class SideEffects:
         for i, value in self.assigned:
             variable, old = before[i]
             if id(variable) in by_moments:
+                continue
+            if id(variable) in self.by_loss:
+                notes.kept.append((i, Effect.FIRST, value.detach()))
                 continue
             effect = effects.of_variable(i, variable)
             if effect in (Effect.MEAN, Effect.SUM):
@@ -153,17 +159,17 @@ class Summed:
 
 def _kept_of_all(every: Sequence[Summed], effects: Effects) -> list[tuple[int, torch.Tensor]]:
     """Values that are the same on all replicas, and extremes."""
-    first = every[0]
     if len(every) == 1:
-        return [(i, value) for i, _, value in first.kept]
-    if len({tuple(i for i, _, _ in one.kept) for one in every}) > 1:
-        raise _moved_otherwise(effects, min(i for one in every for i, _, _ in one.kept))
-    found = []
-    for place, (i, effect, value) in enumerate(first.kept):
+        return [(i, value) for i, _, value in every[0].kept]
+    found = [(i, value) for i, effect, value in every[0].kept if effect is Effect.FIRST]
+    by_all = [[entry for entry in one.kept if entry[1] is not Effect.FIRST] for one in every]
+    if len({tuple(i for i, _, _ in kept) for kept in by_all}) > 1:
+        raise _moved_otherwise(effects, min(i for kept in by_all for i, _, _ in kept))
+    for place, (i, effect, value) in enumerate(by_all[0]):
         if effects.is_seed(i):
             found.append((i, value))
             continue
-        values = [value, *(one.kept[place][2].to(value.device) for one in every[1:])]
+        values = [value, *(kept[place][2].to(value.device) for kept in by_all[1:])]
         if effect in _EXTREMES:
             found.append((i, _EXTREMES[effect](torch.stack(values), 0)))
             continue

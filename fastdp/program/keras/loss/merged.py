@@ -45,8 +45,10 @@ def merged_loss(
     if context.rank == 0:
         run = running()
         assert run is not None, "a replica computes the loss"
+        before = dict(scope.state_mapping)
         with whole_batch(run):  # draws of the loss are of all rows
             answer = _compute(program, y_pred, layouts, everyone, scope, context)
+        run.by_loss = frozenset(n for n, value in scope.state_mapping.items() if before.get(n) is not value)
     answer = context.exchange(answer)[0]
     roots: list[torch.Tensor] = []
     seeds: list[torch.Tensor | None] = []

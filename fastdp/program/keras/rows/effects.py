@@ -66,6 +66,7 @@ class Effect(enum.Enum):
     LARGEST = "the largest over rows"
     SMALLEST = "the smallest over rows"
     AFFINE = "a sum over rows and a part that is there without rows"
+    FIRST = "of all rows, computed by the first replica"
     UNKNOWN = "neither a mean nor a sum over rows"
     UNDECIDED = "zero for the rows tried"
 
