@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 # Written last, removed first: an install that was interrupted leaves no stamp and starts afresh.
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test lint types check layers bench bench-peers bench-parts conformance gpu-check clean distclean docs
+.PHONY: help venv demo test lint types check layers modules bench bench-peers bench-parts conformance gpu-check clean distclean docs
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -59,6 +59,9 @@ docs: $(STAMP)  ## the pages of docs/ as a site in build/site
 
 layers: $(STAMP)  ## write docs/layers.md from tests/shared/layer_cases.py
 	$(BIN)/python tests/shared/layer_cases.py
+
+modules: $(STAMP)  ## write the lists of packages in README.md, docs/design.md and docs/modules.md
+	$(BIN)/python tests/shared/packages.py
 
 # Keras's tests import more than Keras does: that lies in an environment of its own, on top of .venv.
 conformance: $(STAMP)  ## run Keras's own trainer, callback and model tests on fastdp; writes docs/conformance.md

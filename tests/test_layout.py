@@ -3,62 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import packages
 import pytest
-
-PACKAGE = Path(__file__).parents[1] / "fastdp"
-
-# From the lowest layer to the highest, as path prefixes inside fastdp/; a file belongs to the layer of the
-# longest prefix that fits. A module imports from lower layers only, or from its own where that is a folder or
-# has several prefixes.
-LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_version.py",),
-    ("errors.py", "warn.py"),
-    ("shard.py",),
-    ("buffers.py",),
-    ("launch/",),
-    ("launch/reference.py",),
-    ("runtime/",),
-    ("runtime/host/",),
-    ("runtime/topology.py",),
-    ("runtime/select.py",),
-    ("runtime/cuda/",),
-    ("comm/",),
-    ("comm/host/",),
-    ("comm/cuda/",),
-    ("comm/select.py",),
-    ("tensors/",),
-    ("capture/",),  # below the programs: what it still knows of them stands in EXCEPTIONS
-    ("data/",),
-    ("program/__init__.py",),  # runs before any module of its folder: alone, so that it cannot pull torch in
-    ("program/base.py",),
-    ("program/functions.py",),
-    ("program/torch/",),
-    ("program/keras/",),
-    ("engine/interrupts.py", "engine/timing.py"),
-    ("engine/replicas.py",),
-    ("engine/accumulation.py",),
-    ("engine/rollback.py",),
-    ("engine/step.py",),
-    ("engine/reductions.py",),
-    ("engine/step_scope.py",),
-    ("engine/home.py",),
-    ("engine/data_parallel.py",),
-    ("engine/__init__.py",),
-    ("engine/report.py",),
-    ("keras/",),
-    ("torch/",),
-    ("placement.py",),
-    ("api.py",),
-    ("utils.py",),
-    ("backend.py",),
-    ("cli/",),
-    ("__init__.py",),
-    ("__main__.py",),  # `python -m fastdp`: above everything, nothing imports it
-)
 
 # Prefixes of files that may import a named part of a lower folder only: the engine drives any program, so it
 # knows the protocol and none of the programs.
@@ -168,15 +119,9 @@ def _target(name: str, files: set[str]) -> str | None:
     return None
 
 
-def _layer(file: str) -> int | None:
-    """The index of the layer whose longest prefix fits, None where no prefix does."""
-    fits = [(len(p), index) for index, layer in enumerate(LAYERS) for p in layer if file.startswith(p)]
-    return max(fits)[1] if fits else None
-
-
 def _is_shared(index: int) -> bool:
     """Whether files of this layer may import each other."""
-    layer = LAYERS[index]
+    layer = packages.LAYERS[index]
     return len(layer) > 1 or not layer[0].endswith(".py")
 
 
@@ -184,7 +129,7 @@ def _forbidden(file: str, target: str) -> str | None:
     """Why `file` may not import `target`; None where it may."""
     if target == file or (file, target) in EXCEPTIONS:
         return None
-    mine, theirs = _layer(file), _layer(target)
+    mine, theirs = packages.layer_of(file), packages.layer_of(target)
     if mine is None or theirs is None:
         return None  # reported on its own by the check of every file's layer
     if theirs > mine or (theirs == mine and not _is_shared(mine)):
@@ -210,8 +155,8 @@ def violations(file: str, source: str, files: set[str]) -> list[str]:
         source: its text.
         files: the paths of all modules inside fastdp/, `file` among them.
     """
-    if _layer(file) is None:
-        return [f"fastdp/{file} is in no layer: add it to LAYERS in tests/test_layout.py"]
+    if packages.layer_of(file) is None:
+        return [f"fastdp/{file} is in no layer: add it to LAYERS in tests/shared/packages.py"]
     found = []
     for name, line, inside, late in _imports(ast.parse(source), file):
         top = name.split(".")[0]
@@ -245,13 +190,7 @@ def _long_parts(file: str, source: str) -> list[str]:
     return found
 
 
-def _modules() -> dict[str, str]:
-    """Path inside fastdp/ and text of every module."""
-    paths = sorted(PACKAGE.rglob("*.py"))
-    return {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in paths}
-
-
-MODULES = _modules()
+MODULES = packages.modules()
 
 
 def test_there_are_modules_to_check():
@@ -359,6 +298,25 @@ def test_a_planted_violation_is_found(file, source, said):
 )
 def test_an_import_that_the_layers_allow_passes(file, source):
     assert violations(file, source, FILES) == []
+
+
+@pytest.mark.parametrize("file", MODULES)
+def test_the_first_line_of_a_module_says_in_a_sentence_what_it_is_for(file):
+    said = packages.sentence_of(MODULES[file])
+    assert re.fullmatch(r"[A-Z`].{20,110}\.", said), f"fastdp/{file} begins with {said!r}: write one sentence"
+
+
+def test_the_lists_of_packages_in_the_pages_are_those_of_the_code():
+    for path, name, block in packages.blocks(MODULES):
+        text = path.read_text("utf-8")
+        assert packages.placed(text, name, block) == text, f"`make modules` writes the list in {path.name}"
+    page = packages.ROOT / "docs" / "modules.md"
+    assert page.read_text("utf-8") == packages.page(MODULES), "`make modules` writes docs/modules.md"
+
+
+def test_a_page_without_a_place_for_a_list_is_an_error():
+    with pytest.raises(ValueError, match="no place for the list 'packages'"):
+        packages.placed("<!-- packages -->", "packages", "    api.py")
 
 
 def test_a_long_module_and_a_long_function_are_found():
