@@ -1,4 +1,4 @@
-"""fastdp: data-parallel training on all GPUs of a box, from one process, with one line.
+"""Data-parallel training on all GPUs of a box, from one process, with one line.
 
     import fastdp
     parallel = fastdp.wrap(model, gpus=8)

@@ -1,4 +1,4 @@
-"""`python -m fastdp`."""
+"""Runs the command line: `python -m fastdp`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`fastdp.wrap`: one line for any model."""
+"""`fastdp.wrap`: runs any Keras model or torch module on several devices."""
 
 from __future__ import annotations
 

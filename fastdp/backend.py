@@ -1,4 +1,4 @@
-"""Keras 2's `keras.backend`, as far as scripts need it for intermediate outputs: `K.function`, `K.learning_phase`.
+"""Keras 2's `keras.backend` as far as scripts need it for intermediate outputs: `K.function`, `K.learning_phase`.
 
 Scripts written for Keras 2 say `from keras import backend as K`; they change that line alone:
 `from fastdp import backend as K`. The functions live in `fastdp.keras.keras2.functions`, which is loaded when one is

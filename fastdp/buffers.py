@@ -1,4 +1,4 @@
-"""Parameters, gradients and slots of a replica as a few flat buffers, and views back.
+"""Flat buffers: the parameters, gradients and optimizer slots of a replica in one array per dtype, with views.
 
 Collectives, copies between replicas and comparisons act on the flat buffers; programs see the views.
 NumPy has no bfloat16 or float8: such arrays are kept as unsigned integers of the same size under their

@@ -1,4 +1,4 @@
-"""The errors of a step, which say where and on which rows it went wrong."""
+"""The errors of fastdp: they name the device and the rows where a step went wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`with fastdp.device("gpu:1"):` around a part of a model's building: device parallelism inside a replica."""
+"""`fastdp.device`: places parts of a model on devices inside a replica while the model is built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who gets what: rows of the global batch per replica, parameters per bucket. Integers only."""
+"""Splits a global batch into rows per replica, and parameters into buckets. Integers only."""
 
 from __future__ import annotations
 

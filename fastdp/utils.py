@@ -1,4 +1,4 @@
-"""The utilities of Keras 2's `keras.utils`, working with Keras 3: change the import, keep the script."""
+"""The utilities of Keras 2's `keras.utils` for Keras 3: change the import, keep the script."""
 
 from fastdp.data.hdf5 import HDF5Matrix
 from fastdp.keras.h5_files.h5_models import load_model

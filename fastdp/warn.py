@@ -1,4 +1,4 @@
-"""Warnings that point at the user's own line, however deep in fastdp, Keras or torch they arise."""
+"""Issues warnings that point at the user's own line, however deep in fastdp, Keras or torch they arise."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Captured steps: traced once per batch shape, replayed, compiled, recorded as CUDA graphs."""
+"""Captured training steps: traced once per batch shape, replayed, compiled, recorded as CUDA graphs."""

@@ -1,4 +1,4 @@
-"""What goes wrong with an optimization ends no step: it is kept, told once, and the step runs without it."""
+"""Keeps the failure of an optimization from ending a step: it is told once, and the step runs without it."""
 
 from __future__ import annotations
 

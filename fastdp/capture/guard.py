@@ -1,4 +1,4 @@
-"""What a captured step has fixed of Python, compared before each step.
+"""Compares, before each step, what a trace has read of Python with what is there now.
 
 A trace reads attributes, tensors, arrays and settings once. A callback that lowers `dropout.rate`, a second `adapt()`
 of a Normalization layer, another activation would be seen by an eager step and not by a captured one: so all that can

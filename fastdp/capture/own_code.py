@@ -1,4 +1,4 @@
-"""Which part of a training step is code of the user's: nobody can tell all that it reads."""
+"""Finds the code of the user's that a training step runs: nobody can tell all that it reads."""
 
 from __future__ import annotations
 

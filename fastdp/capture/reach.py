@@ -1,4 +1,4 @@
-"""What a traced step has read of Python: everything that can be reached from a model's layers and losses.
+"""Finds everything in Python that a traced step may have read: a walk over the model's objects.
 
 The walk follows attributes, containers and torch modules, and, of code that is not Keras's or torch's, the globals,
 closures and defaults that functions name and what classes hold. It leaves out what no step reads (initializers,

@@ -1,4 +1,4 @@
-"""What is known of the captured steps of one batch shape, and what `report()` tells of it."""
+"""The record of each batch shape: whether its steps are traced, compiled or recorded, and what `report()` tells."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a compiled step is faster than the traced one: some steps of each tell."""
+"""Times some compiled and some traced steps, and keeps the faster."""
 
 from __future__ import annotations
 

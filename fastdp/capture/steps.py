@@ -1,4 +1,4 @@
-"""Captured steps: the pure part of a training step, run without Keras's Python.
+"""Decides for each batch shape when its training steps are traced, compiled and recorded.
 
 A step of a batch shape runs eagerly first, so that training begins at once. Then it is traced
 (`fastdp.capture.trace`) into a graph that is replayed, and a process of its own lets TorchInductor compile

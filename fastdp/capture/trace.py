@@ -1,4 +1,4 @@
-"""One captured step: traced into a flat graph of ATen operations, and replayed.
+"""Traces one training step into a flat graph of ATen operations, and replays it.
 
 The graph is a function of a replica's variables, its rows, the outcomes of its random draws and its gradient
 buffers. The draws themselves stay outside: they are repeated before each replay, from the same seeds and in the

@@ -1,4 +1,4 @@
-"""Values in Python that must stay as they are: a flat list of places, compared in one pass.
+"""A flat list of Python values that must stay as they are, compared in one fast pass.
 
 `fastdp.capture.reach` finds the places. What `==` tells reliably is compared so (it asks for identity first).
 Tensors, arrays and containers are compared by identity where they stand, and what is in them by itself: tensors by

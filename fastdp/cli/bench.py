@@ -1,4 +1,4 @@
-"""Run the benchmarks of a checkout of fastdp; each prints a table and ends with one JSON line."""
+"""The command `bench`: runs the benchmarks of a checkout; each prints a table and ends with one JSON line."""
 
 from __future__ import annotations
 

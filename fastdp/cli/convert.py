@@ -1,4 +1,4 @@
-"""Turn an .h5 file that Keras 2 wrote from a parallel model into a plain file of the model inside."""
+"""The command `convert`: turns an .h5 file of a Keras 2 parallel model into a plain file of the model inside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""List the devices that `gpus=` counts, how they are linked, and what is missing to use GPUs."""
+"""The command `devices`: lists what `gpus=` counts, how GPUs are linked, and what is missing to use them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Libraries that only some commands need, loaded when such a command runs."""
+"""Loads libraries that only some commands need, when such a command runs."""
 
 from __future__ import annotations
 

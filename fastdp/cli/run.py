@@ -1,4 +1,4 @@
-"""Run an unmodified Keras script, or a module, on several devices.
+"""The command `run`: runs an unmodified Keras script, or a module, on several devices.
 
 Everything but the steps and the calls of its models is as with plain `python`: sys.argv, sys.path, `__main__`, exit
 status and tracebacks. Keras runs on torch, whatever backend the script names.

@@ -1,1 +1,1 @@
-"""Collectives between the replicas of one process, and the rendezvous of their host threads."""
+"""Scatters batches, merges outputs and reduces gradients between the replicas of one process."""

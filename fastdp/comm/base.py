@@ -1,4 +1,4 @@
-"""What a communicator and the reduction of one step do, on any kind of device."""
+"""The interface of a communicator, and of the all-reduce of one step, on any kind of device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A global batch: its rows counted and checked, and batches that lie on the devices."""
+"""A global batch: its rows counted and checked once, in host memory or on the devices."""
 
 from __future__ import annotations
 

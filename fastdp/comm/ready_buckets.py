@@ -1,4 +1,4 @@
-"""Which buckets of a step the replicas have announced as complete, while their backward goes on."""
+"""Tracks which gradient buckets of a step all replicas have completed while backward goes on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the replicas of a step meet in the middle of their work to exchange a value."""
+"""A meeting point where the replicas of a step exchange values in the middle of their work."""
 
 from __future__ import annotations
 

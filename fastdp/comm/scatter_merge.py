@@ -1,4 +1,4 @@
-"""Scatter a batch to replicas, and merge their outputs back in row order.
+"""Scatters a batch to the replicas by rows, and merges their outputs in row order.
 
 How rows travel is the devices' business. On virtual devices in host memory a replica's rows are a view of the batch;
 a GPU pulls its own over its own link. Merging means that each replica writes its rows to their place in the merged

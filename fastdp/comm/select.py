@@ -1,4 +1,4 @@
-"""Which collectives some devices have."""
+"""Chooses the communicator for some devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets: on disk (hdf5.py), and on the devices (device_dataset.py)."""
+"""Data sets on disk (hdf5.py) and on the devices (device_dataset.py)."""
 
 from fastdp.data.device_dataset import DeviceDataset, Scaled
 from fastdp.data.row_batch import ResidentBatch

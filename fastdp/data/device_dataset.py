@@ -1,4 +1,4 @@
-"""A data set that lies on the devices: steps gather their rows there, by number, and nothing comes from the host."""
+"""`DeviceDataset`: a data set that lies on the devices, whose steps gather their rows there by number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches of a `DeviceDataset`: row numbers that an engine and Keras's loops take for arrays; and nests of arrays."""
+"""Batches of a `DeviceDataset`: row numbers that an engine and Keras's loops take for arrays."""
 
 from __future__ import annotations
 

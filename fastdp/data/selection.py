@@ -1,4 +1,4 @@
-"""Which rows an index means: NumPy's rules for the first axis, as plain integers."""
+"""Turns an index into row numbers by NumPy's rules for the first axis."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients that wait on their replicas: sums over the steps that are not reduced."""
+"""Gradients that wait on their replicas for a later all-reduce: gradient accumulation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine: scatter, run, reduce, update, merge."""
+"""`DataParallel`: runs a program on several devices as if on one, by scatter, run, reduce, update and merge."""
 
 from __future__ import annotations
 

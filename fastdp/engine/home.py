@@ -1,4 +1,4 @@
-"""Where a program's own variables lie, and how they follow where that is elsewhere than the first replica."""
+"""Where the model's own weights lie, and how they follow the first replica where that is elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C waits for what must not be left in the middle."""
+"""Holds Ctrl-C back while an update must not be left half done."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the gradients of a step are reduced: while backward goes on, within the replicas' own graphs, or at the end."""
+"""Chooses how the gradients of a step are reduced: during backward, inside CUDA graphs, or at the end."""
 
 from __future__ import annotations
 

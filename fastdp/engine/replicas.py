@@ -1,4 +1,4 @@
-"""One program bound to one device."""
+"""A replica: one program bound to one device and its memory."""
 
 from __future__ import annotations
 

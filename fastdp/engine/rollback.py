@@ -1,4 +1,4 @@
-"""A copy of what an update changes, from which one that failed is taken back."""
+"""A snapshot of variables and slots, used to roll back a failed update."""
 
 from __future__ import annotations
 

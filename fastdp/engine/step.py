@@ -1,4 +1,4 @@
-"""One step in flight: what it carries, and what its replicas do on their devices' workers."""
+"""One training step in flight: what it carries, and what its replicas do on their devices' workers."""
 
 from __future__ import annotations
 

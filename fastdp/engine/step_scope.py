@@ -1,4 +1,4 @@
-"""Around a step: the locks, the program's own scope, and what a step leaves behind that nobody waited for."""
+"""The locks and scopes around a step, and what happens to a step that nobody waits for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long the verbs of a training step take on each device, and the medians over the latest steps.
+"""Times each verb of a training step on each device, and gives medians over the latest steps.
 
 Times are those of the host thread and of the devices' workers. A GPU's worker launches work and waits for what it
 reads: its time is not the GPU's, which a profiler shows.

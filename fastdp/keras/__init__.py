@@ -1,1 +1,1 @@
-"""The Keras-compatible facade: parallel models and the utilities of `keras.utils`."""
+"""The Keras facade: `multi_gpu_model`, parallel models, `install`, and Keras 2's utilities."""

@@ -1,4 +1,4 @@
-"""Which models can be wrapped; what to do about the others."""
+"""Checks whether a Keras model can be wrapped, and says what to do if not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's compile settings, as something to copy and to borrow.
+"""The compile settings of a Keras model, copied and lent between a template and its parallel model.
 
 The parallel model is compiled; the template is the model that is saved. So that a file written from the
 template holds the optimizer, an uncompiled template takes over the parallel model's settings, and one that

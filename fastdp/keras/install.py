@@ -1,4 +1,4 @@
-"""Unmodified Keras scripts on all devices: `fastdp.install` and `fastdp.uninstall`.
+"""`fastdp.install`: runs unmodified Keras scripts on all devices.
 
 A call of a whole model from the script's own code runs on all devices too (`fastdp.keras.steps.own_loops`).
 

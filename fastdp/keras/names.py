@@ -1,4 +1,4 @@
-"""Names of outputs."""
+"""Makes the names of a model's outputs unique, as Keras 2's `multi_gpu_model` did."""
 
 from __future__ import annotations
 

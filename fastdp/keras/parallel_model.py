@@ -1,4 +1,4 @@
-"""`ParallelModel`: a Keras model whose steps run on all devices."""
+"""`ParallelModel`: a Keras model whose training, test and predict steps run on all devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the calls of a Functional model run: noted while it is built, checked when it is wrapped."""
+"""Notes on which device `fastdp.device` places each call of a Functional model while it is built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a parallel model looks like from outside: the template, and its files."""
+"""Makes a parallel model look like its template: layers, weights, summary, files."""
 
 from __future__ import annotations
 

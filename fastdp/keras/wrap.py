@@ -1,4 +1,4 @@
-"""Wrapping Keras models: `multi_gpu_model`, and the Keras side of `fastdp.wrap`."""
+"""Wraps Keras models: `multi_gpu_model`, and the Keras side of `fastdp.wrap`."""
 
 from __future__ import annotations
 

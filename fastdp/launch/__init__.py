@@ -1,4 +1,4 @@
-"""Our CUDA kernels (kernels/*.cu) from Python: compiled by NVRTC on first use, one typed function for each.
+"""Our CUDA kernels (kernels/*.cu): compiled by NVRTC on first use, launched by one typed function each.
 
 functions.py   one function per kernel: slice_rows, concat_rows, all_reduce_*, reduce_scatter, l2_norm, ...
     optimizers.py  fused_sgd and fused_adam

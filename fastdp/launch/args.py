@@ -1,4 +1,4 @@
-"""What a kernel launch is made of, as numbers: argument structs, sizes of grids, element types.
+"""The arguments of a kernel launch as numbers: structs, grid sizes, element types.
 
 Each struct mirrors the one of the same name in kernels/*.cu, field by field; tests/kernels checks their sizes
 against the compiled ones. Pointers are device addresses as ints, 0 for none.

@@ -1,4 +1,4 @@
-"""The kernels' sources and their cubins, compiled on first use and kept on disk per architecture."""
+"""Compiles the kernels' sources on first use and keeps the cubins on disk, per architecture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One typed function per kernel: checks its arguments, packs them and computes the grid.
+"""One typed function per kernel: it checks arguments, packs them and computes the grid.
 
 The optimizer steps are in optimizers.py, under the same rules.
 

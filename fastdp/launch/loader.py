@@ -1,4 +1,4 @@
-"""What launches kernels: the protocol of a device, and its kernel files loaded on first use."""
+"""Loads kernel files on first use, and defines what a device must do to launch them."""
 
 from __future__ import annotations
 

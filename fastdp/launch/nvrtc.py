@@ -1,4 +1,4 @@
-"""NVIDIA's runtime compiler through ctypes: CUDA source to a cubin, with no driver, GPU or CuPy.
+"""NVIDIA's runtime compiler through ctypes: CUDA source to a cubin, without driver, GPU or CuPy.
 
 Source of the calls: NVRTC's user guide. The library comes from a pip wheel (`nvidia-cuda-nvrtc` for CUDA 13,
 `nvidia-cuda-nvrtc-cu12` for CUDA 12; torch's CUDA builds bring one) or from a CUDA toolkit.

@@ -1,4 +1,4 @@
-"""A rank among the ranks it all-reduces with through peer memory, and the launch that follows. Ints only."""
+"""Computes the launch of an all-reduce over peer memory for one rank among its peers. Integers only."""
 
 from __future__ import annotations
 

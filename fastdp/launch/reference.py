@@ -1,4 +1,4 @@
-"""The NumPy twin of each kernel in kernels/*.cu: the same results, bit for bit, on host arrays.
+"""NumPy references of the kernels in kernels/*.cu: the same results, bit for bit, on host arrays.
 
 The tests hold the kernels to these, and virtual devices may run them. All arithmetic is fp32 with one
 rounding at the end. bfloat16 arrays are uint16 arrays of its bits, or of the dtype of that name where ml_dtypes is

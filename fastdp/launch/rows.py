@@ -1,4 +1,4 @@
-"""How rows become launches of slice_rows and concat_rows: runs of bytes, vector widths, blocks. Ints only."""
+"""Computes the launches of slice_rows and concat_rows: runs of bytes, vector widths, blocks. Integers only."""
 
 from __future__ import annotations
 

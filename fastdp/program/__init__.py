@@ -1,1 +1,1 @@
-"""What a replica runs: NumPy functions, a torch.nn.Module or a Keras model, behind one protocol (`base`)."""
+"""What a replica runs: a NumPy or CuPy function, a torch.nn.Module or a Keras model, as a `Program`."""

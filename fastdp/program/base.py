@@ -1,4 +1,4 @@
-"""The protocol of a program: a model as pure functions over explicit state.
+"""`Program`: the base class of what a replica runs, a model as pure functions over explicit state.
 
     train(state, batch)   -> gradients, sums, outputs
     update(state, totals) -> parameters, slots and buffers written in place

@@ -1,4 +1,4 @@
-"""Function programs: a model written with NumPy arrays and gradients of one's own.
+"""`FunctionProgram`: a model written as NumPy or CuPy functions with gradients of one's own.
 
 The functions see plain arrays. They are pure: what they are given they only read, and what they return
 is copied into the replica's memory.

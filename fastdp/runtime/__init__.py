@@ -1,1 +1,1 @@
-"""Devices: streams, events and queues, which devices `gpus=` means, and what the box has."""
+"""Devices, their streams, events and queues; which devices `gpus=` means; what the box has."""

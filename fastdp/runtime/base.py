@@ -1,4 +1,4 @@
-"""The interface of a device layer.
+"""The interface of a device and of what it works with.
 
 A device runs work on *streams*. Work on one stream runs in order. Streams run independently, and are
 ordered against each other by *events* alone: `stream.record()` gives an event that completes when all

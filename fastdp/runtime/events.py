@@ -1,4 +1,4 @@
-"""Events of queues: points in a stream's work, issued once, and who is woken then."""
+"""Events of queues: points in a stream's work, and the threads that wait for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Devices driven by one worker thread each: queues of work with the ordering rules of CUDA streams.
+"""Queues of work, one worker thread per device, with the ordering rules of CUDA streams.
 
 The worker takes, among its device's streams, any whose next item may run; an item behind an event that
 is not issued holds back its own stream only. Host devices (runtime/host/device.py) run the work itself here, so a

@@ -1,4 +1,4 @@
-"""Turning `gpus=` into devices; the virtual devices of this process."""
+"""Turns `gpus=` into devices, and makes the virtual devices of this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What GPUs this box has, how they are linked, and what is missing to use them: by NVML, without a CUDA context."""
+"""Which GPUs this box has, how they are linked, and what is missing to use them; by NVML, without CUDA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work of one worker that other devices' workers take part in: on host memory any thread can do any part of it."""
+"""Lets the workers of idle devices take pieces of another worker's work in host memory."""
 
 from __future__ import annotations
 

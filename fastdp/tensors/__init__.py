@@ -1,1 +1,1 @@
-"""Torch that Keras and torch programs share: arrays, gradient buckets, draws, threads, copies."""
+"""Torch code that Keras and torch programs share: storage, gradient buckets, draws, threads."""

@@ -1,4 +1,4 @@
-"""Torch tensors over the engine's arrays, without copies, both ways."""
+"""Torch tensors over the engine's arrays, and arrays over tensors, without copies."""
 
 from __future__ import annotations
 

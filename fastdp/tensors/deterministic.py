@@ -1,4 +1,4 @@
-"""Steps that repeat bit for bit: torch's deterministic algorithms while a step runs.
+"""Switches torch's deterministic algorithms on while a step runs.
 
 Nothing goes by the clock then (`fastdp.capture.steps`). Everything else of a step repeats anyway: sums are taken in
 the order of the replicas, whoever comes first, random draws are indexed by row, and each operation uses the same number

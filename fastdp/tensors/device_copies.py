@@ -1,4 +1,4 @@
-"""Tensors that go from one device of a replica to another, in the order of the engine's streams.
+"""Copies tensors between the devices of a replica, in the order of the engine's streams.
 
 Torch copies between two GPUs on the current stream of the one that is copied from. On the worker of the other device
 that is none of the engine's streams, so copies take a *lane*: a stream of the worker's own on the other GPU, which

@@ -1,4 +1,4 @@
-"""Gradients on their way from backward into the flat buffer: each bucket is announced as soon as it is complete."""
+"""Writes gradients into the flat buffer during backward, and announces each bucket that is complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which operations of torch read indices, and which indices they may get.
+"""Which operations of torch read indices, and which range each index may have.
 
 Kernels check their indices while they run. In a compiled one the check throws in the middle of a parallel region, which
 ends the whole process; on a GPU it ends the CUDA context. So indices are looked at outside of them

@@ -1,4 +1,4 @@
-"""Random numbers indexed by the row of the global batch.
+"""Random numbers indexed by the row of the global batch: a counter-based generator (Philox).
 
 Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) is counter-based: each row of an
 array has its own stretch of counters, so a replica computes the numbers of its own rows, and of no others, and

@@ -1,4 +1,4 @@
-"""LSTM and GRU over all time steps as single torch operations, forward and backward, with Keras's gate order.
+"""LSTM and GRU over all time steps as single torch operations, forward and backward, in Keras's gate order.
 
     lstm_onednn   oneDNN's LSTM: float32 on a CPU; gives outputs, the last h and the last c
     lstm_scan     the same by ATen operations on any device; gives all h and all c

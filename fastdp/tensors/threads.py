@@ -1,4 +1,4 @@
-"""How many cores torch's operations use, per thread: the workers of devices share them.
+"""How many cores a torch operation uses on each thread: the workers of devices share them.
 
 Torch's operations run on OpenMP. Each thread that runs one on several cores gets a pool of helpers of its own, which
 outlives the operation. While all pools together have no more threads than there are cores, helpers wait for the next

@@ -1,4 +1,4 @@
-"""Torch modules on several devices: `TorchParallel`, which `fastdp.wrap` makes of a torch.nn.Module."""
+"""The torch facade: `TorchParallel`, which `fastdp.wrap` makes of a torch.nn.Module."""
 
 from fastdp.torch.parallel_module import TorchParallel, TrainStep
 

@@ -1,4 +1,4 @@
-"""Which modules can be wrapped; what to do about the others."""
+"""Checks whether a torch module can be wrapped, and says what to do if not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`TorchParallel`: a torch module whose steps run on all devices."""
+"""`TorchParallel`: a torch module whose train and predict steps run on all devices."""
 
 from __future__ import annotations
 

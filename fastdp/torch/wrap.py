@@ -1,4 +1,4 @@
-"""The torch side of `fastdp.wrap`."""
+"""Wraps torch modules: the torch side of `fastdp.wrap`."""
 
 from __future__ import annotations
 

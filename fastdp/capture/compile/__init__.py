@@ -1,1 +1,1 @@
-"""Captured steps compiled by TorchInductor, in a process of its own."""
+"""Compiles captured steps by TorchInductor, in a process of its own."""

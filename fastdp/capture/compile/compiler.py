@@ -1,4 +1,4 @@
-"""Compiling captured steps in the background, in a process of its own.
+"""Starts the process that compiles a captured step, loads what it made, and ends it.
 
 TorchInductor patches torch for its whole process while it works, so it must not share one with replicas that run.
 A worker (`fastdp.capture.compile.worker`) compiles one graph and ends; this module starts, watches and ends

@@ -1,7 +1,8 @@
-"""The process that compiles one captured step: `python -m fastdp.capture.compile.worker GRAPH ARTIFACT THREADS CORES`.
+"""The process that compiles one captured step by TorchInductor.
 
-It reads a graph, lets TorchInductor compile it for `THREADS` cores, using `CORES` cores itself, and saves what the
-training process can load. It ends with its parent: closing its standard input ends it.
+`python -m fastdp.capture.compile.worker GRAPH ARTIFACT THREADS CORES` reads a graph, lets TorchInductor compile it for
+`THREADS` cores, using `CORES` cores itself, and saves what the training process can load. It ends with its parent:
+closing its standard input ends it.
 """
 
 from __future__ import annotations

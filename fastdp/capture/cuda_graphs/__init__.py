@@ -1,1 +1,1 @@
-"""Captured steps recorded as CUDA graphs."""
+"""Records captured steps as CUDA graphs and replays them."""

@@ -1,4 +1,4 @@
-"""Which batch shapes of a replica are recorded as CUDA graphs, and where recordings are kept."""
+"""Decides which batch shapes of a replica are recorded as CUDA graphs, and keeps the recordings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CUDA graphs of captured steps: recorded once per replica and batch shape, then replayed.
+"""One captured step of one replica as CUDA graphs: recorded once, then replayed.
 
 A recording has its own place for the rows and the random draws of a step, which are copied there before each replay;
 variables and gradients are where they always are, in the replica's flat buffers; losses and outputs are at the same

@@ -1,4 +1,4 @@
-"""Captured steps joined over the replicas, with the all-reduces of their gradients: one CUDA graph for each GPU.
+"""Joins the recordings of all replicas and their all-reduces: one CUDA graph per GPU for a whole step.
 
 Each replica's step has been recorded by itself (`fastdp.capture.cuda_graphs.recording`), in segments that end where a
 bucket of gradients is complete. `fastdp.comm.cuda.step_graph.build` puts them together with the collectives. The

@@ -1,4 +1,4 @@
-"""Compiled steps with wrong indices: the graph tells of them, and never takes them.
+"""Makes compiled steps report indices out of range instead of ending the process.
 
 A kernel that TorchInductor makes checks each index, and throws, in a parallel region, where nothing can catch it: the
 process ends. Turning the check off would read other memory in silence. So in the graph that is compiled each index is

@@ -1,4 +1,4 @@
-"""Passes over a traced graph: what runs faster and gives the same numbers.
+"""Optimizes a traced graph without changing its numbers: dead code, copies, stores into gradient buffers.
 
 A traced step is a flat graph of ATen operations, in which Keras has left much that a replay need not do: detaches,
 values that are computed twice, numbers that never change, and, around each convolution of its torch backend,

@@ -1,4 +1,4 @@
-"""What a captured graph becomes on a CPU: the same numbers, to the last bit, by operations that cost less there.
+"""Replaces operations of a graph on a CPU by cheaper ones that give the same bits.
 
 For every replay:
 

@@ -1,4 +1,4 @@
-"""A captured step cut where buckets of gradients are complete, so that they can be reduced while backward goes on.
+"""Cuts a captured step where a bucket of gradients is complete, so that its all-reduce overlaps with backward.
 
 A segment is a run of the graph's operations, as a graph of its own. What later segments need of a segment's values
 is handed on from one to the next. One after the other they compute what the whole graph computes, operation by

@@ -1,4 +1,4 @@
-"""Traced graphs as bytes, for another process to compile.
+"""Turns traced graphs into bytes and back, for the process that compiles them.
 
 Pickling a `GraphModule` as torch does traces it anew on loading, which runs operations without operands (`zeros`)
 at once and makes constants of them. Here the nodes themselves are written down.

@@ -1,4 +1,4 @@
-"""Train a convolutional network on handwritten digits, on several devices and on one, and compare."""
+"""The command `demo`: trains a convolutional network on handwritten digits on several devices and on one."""
 
 from __future__ import annotations
 

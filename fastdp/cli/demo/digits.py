@@ -1,4 +1,4 @@
-"""The demo's data and model: 1,797 handwritten digits, and a convolutional network for them."""
+"""The data and the model of the demo: 1,797 handwritten digits, and a convolutional network for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the demo shows and writes: tables, a picture of the curves, and the JSON line."""
+"""What the demo prints and writes: tables, a picture of the curves, and the JSON line."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Collectives of GPUs: NCCL, or kernels over peer memory."""
+"""Collectives of GPUs: NCCL, or our kernels over peer memory."""

@@ -1,4 +1,4 @@
-"""By which way GPUs reduce and gather a bucket, and whether NCCL may connect them: decisions, without a GPU."""
+"""Chooses the algorithm of a collective by size and links: our kernels, NCCL or the host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Collectives between GPUs: NCCL, our kernels over peer memory for small buckets, and the host where neither can.
+"""The communicator of GPUs: NCCL, our kernels over peer memory for small buckets, the host where neither can.
 
 A collective is issued by one thread for all ranks: NCCL wants the calls of several communicators in one group, and
 kernels that wait for each other must all be launched before anything waits for them. At the end of a step's

@@ -1,4 +1,4 @@
-"""NCCL between the ranks of one process: its communicators, and its collectives on the ranks' communication streams."""
+"""NCCL between the ranks of one process: its communicators, and its collectives on their streams."""
 
 from __future__ import annotations
 

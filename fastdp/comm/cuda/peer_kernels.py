@@ -1,4 +1,4 @@
-"""Our kernels over peer memory, launched for all ranks by one thread, and the memory that they need."""
+"""Launches our all-reduce kernels over peer memory for all ranks, and holds the memory that they need."""
 
 from __future__ import annotations
 

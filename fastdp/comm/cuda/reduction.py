@@ -1,4 +1,4 @@
-"""The all-reduce of one step on GPUs, whose buckets begin while the replicas' backward goes on.
+"""The all-reduce of one step on GPUs, bucket by bucket while backward goes on.
 
 A replica announces a bucket at the place that its compute stream has come to: an event is recorded there, and nobody
 waits. The worker that completes a bucket issues its collective, for all ranks in one go, to the communication

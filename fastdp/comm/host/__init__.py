@@ -1,1 +1,1 @@
-"""Collectives of virtual devices: sums in rank order, by threads that are free."""
+"""Collectives of virtual devices: sums in rank order, by whichever thread is free."""

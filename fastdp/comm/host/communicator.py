@@ -1,4 +1,4 @@
-"""Collectives on host memory: the buffers are reduced in pieces, each by one thread for all."""
+"""The communicator of virtual devices: buffers are reduced in pieces, each by one thread for all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The all-reduce of one step in host memory, in pieces that whoever is free sums."""
+"""The all-reduce of one step in host memory, in pieces that any free thread sums while backward goes on."""
 
 from __future__ import annotations
 

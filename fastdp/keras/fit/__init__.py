@@ -1,1 +1,1 @@
-"""What fit, evaluate and predict read their batches from, and how."""
+"""Where `fit`, `evaluate` and `predict` get their batches from."""

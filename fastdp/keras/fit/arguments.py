@@ -1,4 +1,4 @@
-"""Arguments of `fit`, `evaluate` and `predict` that Keras would read whole, or understand differently.
+"""Arguments of `fit`, `evaluate` and `predict` that Keras would read whole or understand differently.
 
 Keras converts an `HDF5Matrix` to one NumPy array before the first batch; here it is read batch by batch.
 `shuffle="batch"` means what it meant in Keras 2, for any arrays: the order of whole batches is shuffled,

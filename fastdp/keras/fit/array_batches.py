@@ -1,4 +1,4 @@
-"""`ArrayBatches`: global batches of arrays that need not fit in memory, for `fit` and its like."""
+"""`ArrayBatches`: global batches of arrays that need not fit in memory, for `fit`, `evaluate` and `predict`."""
 
 from __future__ import annotations
 

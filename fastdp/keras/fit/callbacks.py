@@ -1,4 +1,4 @@
-"""Callbacks are told of a batch's end by the thread that trains."""
+"""Tells callbacks of a batch's end on the thread that trains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fit`, `evaluate` and `predict` on a `DeviceDataset`: Keras deals out row numbers, and the rows are on the devices.
+"""`fit`, `evaluate` and `predict` on a `DeviceDataset`: Keras deals out row numbers, the rows stay on the devices.
 
 Keras's loops take a data adapter in the place of arrays. The one here is Keras's own for arrays, so that batch sizes,
 shuffling with its seeds, and class weights are Keras's. But its batches hold arrays that are nothing but a shape, a

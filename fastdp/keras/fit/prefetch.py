@@ -1,4 +1,4 @@
-"""While the GPUs run a step, the host fetches the next batch of `fit` and sends its rows."""
+"""Fetches the next batch of `fit` and sends its rows to the GPUs while a step runs."""
 
 from __future__ import annotations
 

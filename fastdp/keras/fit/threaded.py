@@ -1,4 +1,4 @@
-"""Data sets whose workers are threads: a process that has device threads, or CUDA, must not be forked."""
+"""Makes the workers of a data set threads: a process with device threads or CUDA must not be forked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keras 2's weight files, `model_weights.h5`: written, loaded in order, and loaded by the names of layers.
+"""Writes and loads Keras 2's weight files, in order or by the names of layers.
 
 Such a file has one group for each layer, by the layer's name, with a list of its weights: the trainable ones
 first. A file of a whole model has the same in its group `model_weights`. Keras 3 reads them in order and writes

@@ -1,4 +1,4 @@
-"""`convert`: Keras 2 files saved from a `multi_gpu_model` into files of the model that was wrapped.
+"""Converts Keras 2 files of a `multi_gpu_model` into files of the model that was wrapped.
 
 Such a file holds the wrapper: input layers, slices, one nested model with all the weights under it, and
 merges. Keras writes a nested model's weights as one list, the trainable ones of all layers first, then the

@@ -1,4 +1,4 @@
-"""`load_model` of Keras 2: an `.h5` file comes back compiled, with its optimizer's state, ready to train on.
+"""`load_model` for `.h5` files of Keras 2: the model comes back compiled, with its optimizer's state.
 
 Keras 3.15 writes these files whole and reads them in part: it builds the optimizer for no variables, so that
 training ends with "Unknown variable", and it cannot read losses and metrics that were given by name.

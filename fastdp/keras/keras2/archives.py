@@ -1,4 +1,4 @@
-"""Unpacking tar and zip archives that may be hostile: nothing is written outside the folder."""
+"""Unpacks tar and zip archives that may be hostile: nothing is written outside the folder."""
 
 from __future__ import annotations
 

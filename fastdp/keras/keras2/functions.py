@@ -1,4 +1,4 @@
-"""Intermediate outputs: `function` and `learning_phase` as in Keras 2's backend, and `get_layer_output`."""
+"""Intermediate outputs as in Keras 2's backend: `function`, `learning_phase`, and `get_layer_output`."""
 
 from __future__ import annotations
 

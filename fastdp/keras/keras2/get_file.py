@@ -1,4 +1,4 @@
-"""`get_file` with Keras 2's arguments: download once, check, unpack, keep in a cache folder."""
+"""`get_file` with Keras 2's arguments: downloads once, checks, unpacks, keeps in a cache folder."""
 
 from __future__ import annotations
 

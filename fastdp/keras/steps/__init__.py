@@ -1,1 +1,1 @@
-"""What Keras's loops call for each batch."""
+"""The train, test and predict steps that Keras's loops call for each batch."""

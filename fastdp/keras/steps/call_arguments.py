@@ -1,4 +1,4 @@
-"""The arguments of a layer's call: which of its tensors have the rows of the batch, and which all rows share.
+"""Finds out which arguments of a layer's call have the rows of the batch, and which all rows share.
 
 An axis as long as the batch need not be rows: a mask of T x T, weights of classes, a buffer. So roles are not read off
 lengths. `CallArguments.choices` lists what they may be, the likeliest first, and the layer is tried (see

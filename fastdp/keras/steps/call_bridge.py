@@ -1,4 +1,4 @@
-"""One call of a layer on all devices, as one node of autograd's graph."""
+"""Runs one call of a layer on all devices as one node of autograd's graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What binds a call to the thread that makes it: then other threads cannot take parts of it."""
+"""Checks whether a call is bound to its thread, so that other threads cannot take parts of it."""
 
 from __future__ import annotations
 

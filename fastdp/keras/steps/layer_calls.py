@@ -1,4 +1,4 @@
-"""Which calls of a model's layers run on all devices, and why the others do not: found out once, told once, counted."""
+"""Decides which calls of a model's layers run on all devices; says once why others do not, and counts both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine of a Keras model, made anew where the model, its compile settings or its flags have changed since."""
+"""The engine of a Keras model, made anew when the model, its compile settings or its flags have changed."""
 
 from __future__ import annotations
 

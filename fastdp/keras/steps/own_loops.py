@@ -1,4 +1,4 @@
-"""Calls of a whole model from a loop that a script writes itself, on all devices, with gradients.
+"""Runs the calls of a whole model from a script's own training loop on all devices, with gradients.
 
 `y = model(x)` gives the merged outputs as one node of autograd's graph: `loss.backward()` deals out their gradient by
 rows, and the weights' `.grad` get the sum over the devices, which is one device's gradient. What happens in between

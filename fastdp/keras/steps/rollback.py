@@ -1,4 +1,4 @@
-"""What a step of a model's own may change, as it was before: a step that must not count leaves nothing behind."""
+"""A snapshot of what a model's own step may change, used to roll back a step that must not count."""
 
 from __future__ import annotations
 

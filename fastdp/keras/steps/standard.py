@@ -1,4 +1,4 @@
-"""The train, test and predict steps of a Keras model on several devices: what Keras's loops call for each batch."""
+"""Keras's standard train, test and predict steps on several devices."""
 
 from __future__ import annotations
 

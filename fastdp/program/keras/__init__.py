@@ -1,1 +1,1 @@
-"""keras.Model as replicas."""
+"""Keras models as replicas."""

@@ -1,4 +1,4 @@
-"""Keras's nested batches and outputs as flat lists of arrays, and back."""
+"""Flattens Keras's nested batches and outputs into lists of arrays, and packs them again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mean and variance of a batch that lies on several replicas.
+"""BatchNormalization on replicas: moments of the global batch, and moving statistics that follow them.
 
 Over replicas r with n_r values each, mean m_r and variance v_r, the law of total variance gives
 

@@ -1,4 +1,4 @@
-"""Which random draws are by rows: told by how the first axis of a draw's shape follows the number of rows."""
+"""Finds out which random draws are by rows, from how their shapes follow the number of rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Keras's trainer leaves behind after a training step: the gradient of each trained variable, `v.value.grad`."""
+"""Leaves `v.value.grad` behind after a training step, as Keras's own trainer does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors of wrong labels and indices, told in the terms of the user's model: which layer or loss, range and row.
+"""Turns errors of wrong labels and indices into ones that name the layer or loss, the range and the row.
 
 Torch's own errors name neither. When a step fails with one, it is run again on the same rows while each operation's
 indices are looked at before it runs (`fastdp.tensors.indices.Watch`), and then on halves of the rows, until one

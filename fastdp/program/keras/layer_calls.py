@@ -1,4 +1,4 @@
-"""Single calls of layers on several devices, forward and backward: what a model's own `train_step` is made of.
+"""Runs single calls of a model's layers on several devices, forward and backward.
 
 A train step that a user wrote runs once, on the host, with the whole batch, so whatever it computes from losses,
 gradients and metrics is as on one device. Only the calls of layers inside it are dealt out: each replica runs the

@@ -1,4 +1,4 @@
-"""The replica that a thread is running, and what of Keras is bent for it while it runs.
+"""Patches Keras so that random ops and normalization know their replica while replicas run.
 
 Keras's random ops and BatchNormalization know nothing of replicas. While replicas run, `replica_aware`
 puts a few functions of Keras in place of others, which behave as before in every thread that runs no

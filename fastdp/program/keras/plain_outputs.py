@@ -1,4 +1,4 @@
-"""Outputs that are no tensors: None, numbers, strings, NumPy arrays, objects.
+"""Outputs of a model that are no tensors: None, numbers, strings, NumPy arrays, objects.
 
 Nobody can put them together from the rows of several devices. What is the same on all replicas is the value for the
 whole batch too, as far as that can be known: a trial on one row and on two tells what depends on their number, and each

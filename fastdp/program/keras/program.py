@@ -1,4 +1,4 @@
-"""The Keras program: a step of a real Keras model as a pure function over explicit state.
+"""`KerasProgram`: the steps of a real Keras model as pure functions over explicit state.
 
 A replica is the same Python object as the user's model, run under a `StatelessScope` on another device's
 state: no model is ever cloned. The model itself, the *template*, aliases the first replica's memory.

@@ -1,4 +1,4 @@
-"""Model code that runs again in backward: `keras.remat`, `keras.RematScope`, `torch.utils.checkpoint` in a layer.
+"""Model code that runs again in backward: `keras.remat`, `keras.RematScope`, `torch.utils.checkpoint`.
 
 A checkpoint forgets what its part of the model has computed, and backward runs the part again. By then the replica's
 forward pass is over: its scope is left, its generators have moved on, its statistics are noted. So the state of the

@@ -1,4 +1,4 @@
-"""Keras's LSTM and GRU on a replica: all time steps as one operation, where Keras loops over them in Python.
+"""Keras's LSTM and GRU on a replica: all time steps as one operation instead of a Python loop.
 
 Where a layer asks for what the operations do not know (other activations, dropout within the recurrence, a cell of
 its own), and where Keras would call cuDNN by itself, Keras's own code runs unchanged.

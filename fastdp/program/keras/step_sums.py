@@ -1,4 +1,4 @@
-"""What the pure part of a step gives, and what the sums of a step mean.
+"""What a training step gives besides outputs: gradients, loss terms and side effects, summed over replicas.
 
 The side effects of a forward pass are one thing, and listed here alone. On a replica they are `SideEffects`: values of
 assigned variables (counters, metrics of layers, states of seed generators) and moments of BatchNormalization.

@@ -1,4 +1,4 @@
-"""A torch module inside a Keras model (`TorchModuleWrapper`), run on a replica's parameters."""
+"""Runs a torch module inside a Keras model (`TorchModuleWrapper`) on a replica's parameters."""
 
 from __future__ import annotations
 

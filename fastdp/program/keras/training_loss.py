@@ -1,4 +1,4 @@
-"""The loss of a training step: where a replica's backward pass starts, from its own rows or from the merged outputs."""
+"""The loss of a training step on a replica, of its own rows or of the merged outputs: where backward starts."""
 
 from __future__ import annotations
 

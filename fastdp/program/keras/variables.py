@@ -1,4 +1,4 @@
-"""Where the values of Keras variables live: adopted by flat buffers, or given by a scope."""
+"""Where the values of Keras variables live: in flat buffers, or in the scope of a replica."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""torch.nn.Module as replicas."""
+"""Torch modules as replicas."""

@@ -1,4 +1,4 @@
-"""A batch of torch tensors on its way to the replicas, and the replicas' outputs on their way back."""
+"""Flattens batches of torch tensors into arrays for the replicas, and packs their outputs again."""
 
 from __future__ import annotations
 

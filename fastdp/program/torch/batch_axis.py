@@ -1,4 +1,4 @@
-"""Recurrent layers and attention that go along the first axis, where the rows of the batch are dealt out.
+"""Detects recurrent layers and attention whose batch axis is not the first.
 
 Torch's own default is time first, `(steps, batch, features)`. Whoever hands such a batch over has its time steps dealt
 out to the devices: each runs a part of the sequence, and nothing fails. So it is looked for and told.

@@ -1,4 +1,4 @@
-"""Batch normalization on replicas: whose rows normalize, and how the running statistics follow the batch.
+"""Batch normalization of torch modules on replicas: moments of the global batch, running statistics.
 
 Each replica normalizes by its own rows, or with `sync_batch_norm` by all rows of the global batch, forward
 and backward. Either way the running statistics move once per call, by the mean and the (unbiased) variance

@@ -1,4 +1,4 @@
-"""A replica's gradients: from backward into the flat buffer."""
+"""Brings the gradients of a replica's module from backward into its flat buffer."""
 
 from __future__ import annotations
 

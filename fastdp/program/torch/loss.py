@@ -1,4 +1,4 @@
-"""The loss of the global batch, and where each replica's backward begins.
+"""The loss of the global batch for torch modules, and where each replica's backward begins.
 
 The loss function sees outputs that are leaves of autograd: the gradient by them is what a replica's
 backward starts from. Three ways, by what the loss is:

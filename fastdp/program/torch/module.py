@@ -1,4 +1,4 @@
-"""Replicas of a torch module over the engine's memory, and the user's own module, which shares the first's.
+"""Copies a torch module for each replica, over the engine's memory.
 
 The user's module stays a plain torch module: its parameters and buffers keep their identity, and their
 storage becomes views of the first replica's memory. What runs is always a copy, also on the first device:

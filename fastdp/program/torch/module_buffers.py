@@ -1,4 +1,4 @@
-"""What forward assigns to buffers, put together from the replicas for the global batch."""
+"""Combines what the replicas' forward passes assign to a module's buffers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One torch optimizer per replica, all in step with the first, which is the user's."""
+"""One torch optimizer per replica, all kept in step with the first, which is the user's."""
 
 from __future__ import annotations
 

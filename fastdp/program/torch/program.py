@@ -1,4 +1,4 @@
-"""The torch program: a step of a real torch.nn.Module as a pure function over explicit state."""
+"""`TorchProgram`: the steps of a real torch.nn.Module as pure functions over explicit state."""
 
 from __future__ import annotations
 

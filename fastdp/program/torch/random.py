@@ -1,4 +1,4 @@
-"""Random functions whose draws are indexed by the row of the global batch.
+"""Torch's random functions with draws indexed by the row of the global batch.
 
 A draw of a step has a key: the step's seed (one number from torch's global generator, taken only if the
 step draws at all, so `torch.manual_seed` makes a run repeat) and the number of the draw. From it Philox, a

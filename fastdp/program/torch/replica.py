@@ -1,4 +1,4 @@
-"""What a replica's thread knows while it runs a module, and how torch functions are bent to it.
+"""What the thread of a replica knows while it runs a torch module, and how torch functions follow it.
 
 A `TorchFunctionMode` is active in the replica's own thread, and in no other: it hands random functions and
 batch normalization to the replica-aware versions of `torch_random` and `torch_norm`. No module is changed,

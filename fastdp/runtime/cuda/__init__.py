@@ -1,1 +1,1 @@
-"""The device layer of NVIDIA GPUs. Its modules need CuPy, so only what uses GPUs imports them."""
+"""GPUs, through CuPy: only what uses GPUs imports these modules."""

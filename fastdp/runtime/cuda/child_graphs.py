@@ -1,4 +1,4 @@
-"""CUDA graphs put together of others, as child graphs: by the driver's own library, for want of such calls in CuPy.
+"""Builds CUDA graphs from child graphs through the driver API, which CuPy does not expose.
 
 The handles are those of cupy_api.py: a graph is the same object to every CUDA runtime of the process (CuPy's, torch's)
 and to the one driver below them, which alone is asked here, through ctypes. Source of the calls: the CUDA driver API

@@ -1,4 +1,4 @@
-"""CUDA as plain functions over ints; with cupy_nccl.py, whose names it hands on, all that imports CuPy.
+"""CUDA's runtime as plain functions over integers: with cupy_nccl.py all that imports CuPy.
 
 Pointers, streams, events, graphs and modules are the handles that CUDA gives, as ints; devices are CUDA
 ordinals. Functions that name a device make it current for their own time; the others act on the thread's

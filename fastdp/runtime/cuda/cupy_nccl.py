@@ -1,4 +1,4 @@
-"""NCCL's calls, the other half of cupy_api.py, which hands these names on: communicators of one process.
+"""NCCL's calls through CuPy: the communicators of one process.
 
 One thread that drives several communicators encloses each collective, one call per communicator, in
 `nccl_group()`: nothing is enqueued before the group ends. Sums and copies are enqueued on streams of the

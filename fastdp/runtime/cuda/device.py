@@ -1,4 +1,4 @@
-"""A GPU, or one of several virtual ones on a card: memory, four streams, and copies."""
+"""A GPU, or one of several virtual ones on a card: its memory, four streams, and copies."""
 
 from __future__ import annotations
 

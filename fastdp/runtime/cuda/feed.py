@@ -1,4 +1,4 @@
-"""How a batch comes to a GPU: through pinned memory or over a link, into one of two device buffers."""
+"""Brings a batch to a GPU, through pinned memory or over a link, into one of two device buffers."""
 
 from __future__ import annotations
 

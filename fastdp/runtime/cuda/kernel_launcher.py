@@ -1,4 +1,4 @@
-"""fastdp's kernels on a GPU: the Launcher of fastdp.launch, over the driver's calls."""
+"""Launches fastdp's kernels on a GPU through the driver API."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory that the GPU layer owns: arrays on a device, pinned staging buffers, pinned arrays for the caller.
+"""GPU memory that is reused: arrays on a device, pinned staging buffers, pinned arrays for the caller.
 
 Nothing here runs in the steady state: cudaMalloc, cudaFree and cudaHostAlloc may wait for all GPUs, and hang while
 one of them waits for a collective. So what the garbage collector finds is put on a list, and is freed at the

@@ -1,4 +1,4 @@
-"""Outputs that are merged on a GPU and are the caller's: memory that comes back to be used again."""
+"""Memory of outputs that are merged on a GPU: the caller's until it drops them, then used again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which GPUs reach each other's memory: asked of CUDA, enabled once, and tried by a real copy."""
+"""Finds out which GPUs reach each other's memory: asks CUDA, enables it once, tries a real copy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streams and events of a GPU: the worker issues work in the order of the queue, and the GPU runs it in that order.
+"""Streams and events of a GPU, on which a worker issues work in the order of its queue.
 
 An event is *issued* when the worker has recorded it, and *done* when the GPU has come to it. A stream's
 `wait` holds back its queue until the event is issued, and then lets the GPU wait for the rest: no host thread

@@ -1,4 +1,4 @@
-"""Virtual devices in host memory: the worker of each device runs the work itself, on NumPy arrays."""
+"""A virtual device: a worker thread that runs its work on NumPy arrays in host memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Host memory that is freed in one step is there for the next: what a GPU's caching allocator does, for the host.
+"""The cores that replicas share, and host memory that one step frees for the next.
 
 GNU's malloc gives large arrays back to the system when they are freed, and a step that allocates them again has each of
 their pages cleared and mapped anew: 5,600 pages a step for a small convolutional network of 128 rows, a third of its

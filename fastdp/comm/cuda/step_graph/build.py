@@ -1,4 +1,4 @@
-"""Whole training steps as CUDA graphs, one for each GPU: what a replica has recorded, and its buckets' all-reduces.
+"""Builds the CUDA graph of a whole training step per GPU from recorded segments and captured all-reduces.
 
 The collectives are captured apart from the replicas' work, on the communication streams of all GPUs by one thread, as
 NCCL wants it, and on communicators that nobody uses eagerly once they are in a graph. A graph of each GPU is then put

@@ -1,4 +1,4 @@
-"""The graphs of a whole training step, and what CUDA and NCCL hold for them."""
+"""Owns the CUDA graphs of a whole training step, and what CUDA and NCCL hold for them."""
 
 from __future__ import annotations
 

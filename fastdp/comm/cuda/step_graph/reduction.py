@@ -1,4 +1,4 @@
-"""One training step of all GPUs that runs as a graph for each: who launches when, and what happens if one does not."""
+"""One training step that runs as a CUDA graph per GPU: who launches when, and what happens if one does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss on the merged outputs: exact for any loss, at the price of one meeting of all replicas.
+"""The loss of the merged outputs: exact for any loss, at the price of one meeting of all replicas.
 
 Every replica gives its outputs; the first computes the real Keras loss on all of them and the gradient by
 each; every replica goes backward from the gradient of its own rows.

@@ -1,4 +1,4 @@
-"""What one replica contributes to the loss of the global batch.
+"""What one replica contributes to a loss that is a sum over samples.
 
 A Keras loss is a numerator over a denominator. With the loss L_r that Keras computes on a replica's rows
 and the denominators D_r of the replica and D of the global batch, the replica's contribution is

@@ -1,4 +1,4 @@
-"""Gradient accumulation without an all-reduce in the inner steps of a cycle.
+"""Keras's gradient accumulation without an all-reduce in the inner steps of a cycle.
 
 Keras adds each step's gradient to the optimizer's accumulators, which are slots that files hold. Here the gradients
 of inner steps wait on their replicas instead, and are reduced once, with those of the cycle's last step. Whoever

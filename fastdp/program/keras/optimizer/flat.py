@@ -1,4 +1,4 @@
-"""A Keras optimizer applied to flat buffers: one update instead of one per variable.
+"""Applies a Keras optimizer to flat buffers: one update instead of one per variable.
 
 The mathematics stay Keras's. A *stand-in* of the user's optimizer, of the same class and with the same settings, is
 given variables that are pieces of the flat buffers. Whatever Keras does around an update (loss scaling, clipping,

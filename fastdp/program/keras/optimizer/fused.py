@@ -1,4 +1,4 @@
-"""Update steps that read and write everything once, where torch has a kernel with Keras's formula."""
+"""Adam's update by torch's fused kernel, which reads and writes everything once."""
 
 from __future__ import annotations
 

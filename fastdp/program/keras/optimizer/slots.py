@@ -1,4 +1,4 @@
-"""Which Keras optimizers may act on flat buffers, and how their slots are laid out for it.
+"""Decides which Keras optimizers may act on flat buffers, and lays their slots out for it.
 
 An elementwise optimizer treats every number of every variable alike, so that it may be applied to all variables
 of a dtype as one. Its slots are then laid out kind by kind (all momentums, then all velocities), each kind as

@@ -1,4 +1,4 @@
-"""A replica that spans several devices: the calls of a Functional model run where `fastdp.device` placed them.
+"""Runs the calls of a Functional model on the devices where `fastdp.device` placed them.
 
 The model's graph is cut into its calls. A call that is placed on another device of the replica is enqueued on that
 device's worker, behind the events of the calls whose outputs it takes; everything else runs on the replica's own

@@ -1,1 +1,1 @@
-"""Random draws by global row."""
+"""Random draws of Keras models by the row of the global batch."""

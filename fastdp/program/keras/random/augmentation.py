@@ -1,4 +1,4 @@
-"""Image augmentation whose draws Keras makes outside of `keras.random`, made to follow the rows of the batch."""
+"""Makes image augmentation that draws outside of `keras.random` follow the rows of the global batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random generators that no model holds, in a step of several replicas.
+"""Copies the random generators that no model holds for each replica of a step.
 
 Keras's global seed generator, seed generators that a layer keeps where Keras does not find them, torch's global
 generator, Python's and NumPy's: on one device a step reads and moves each of them once. Here every replica moves a

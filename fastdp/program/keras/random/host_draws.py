@@ -1,4 +1,4 @@
-"""Python's and NumPy's global generators, drawn from by a layer on a replica.
+"""Lets a layer draw from Python's and NumPy's global generators on a replica.
 
 While replicas run, the functions of the modules `random` and `numpy.random` stand for a replica's own copies of these
 generators, in the threads that run one (`fastdp.program.keras.random.generators`). NumPy's draws of a shape that

@@ -1,4 +1,4 @@
-"""Keras's random ops on a replica: draws are indexed by the row of the global batch.
+"""Keras's random operations on a replica: draws are indexed by the row of the global batch.
 
 A replica draws for the whole batch, with the seed that one device would use, and keeps its own rows. Each
 function here makes a replica-aware one of Keras's own, which behaves as before in a thread that runs no replica.

@@ -1,4 +1,4 @@
-"""The random generators of a program's steps: where replicas start, and what the host keeps."""
+"""Sets the random generators for a step: where replicas start, and which state the host keeps afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Torch's own random functions, called by a Keras layer on a replica.
+"""Lets a Keras layer call torch's own random functions on a replica.
 
 All threads share torch's global generator. A replica has a copy of its own, in the state before the step
 (`fastdp.program.keras.random.generators`): it makes each draw for the whole batch and keeps its own rows, so that it

@@ -1,1 +1,1 @@
-"""How losses, variables and outputs of a model depend on the rows of a batch."""
+"""How losses, variables and outputs of a Keras model depend on the rows of a batch."""

@@ -1,4 +1,4 @@
-"""Finding out whether and how one call of a layer can be run by rows: by running it on two rows and on each alone.
+"""Finds out whether one call of a layer can be split by rows: runs it on two rows and on each alone.
 
 The layer's own calls tell, not the lengths of its arguments. A call can be dealt out where each output of two rows is
 that of the one above that of the other, and where another argument is as long as the batch, so that roles are in doubt,

@@ -1,4 +1,4 @@
-"""How values of a forward pass depend on the rows of a batch: outputs, `add_loss` terms, variables that are assigned.
+"""How outputs, `add_loss` terms and assigned variables depend on the rows of a batch.
 
 On one device they see the whole batch; a replica sees its rows. To put the replicas' values together one
 must know how a value depends on the rows, which no framework says: `ops.mean(x)` and `ops.sum(x)` are both

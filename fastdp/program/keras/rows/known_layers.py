@@ -1,4 +1,4 @@
-"""Models of which it is known without a trial that rows do not meet in their forward pass, and that it assigns nothing.
+"""Recognizes models of Keras's own layers in which rows never meet: these need no trial.
 
 Most models are made of Keras's own layers alone, and what those do to rows is known; the trial on two rows
 (`fastdp.program.keras.rows.probe`) is three calls of the model before the first step, half a second for a ResNet50.

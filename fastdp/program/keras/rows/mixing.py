@@ -1,4 +1,4 @@
-"""Finding where the rows of a batch meet in a model: trials on parts of some rows, and which unit it is."""
+"""Finds where the rows of a batch meet in a model, by trials on some of its rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is done about a model in which rows meet: the answer to `rows=` of `fastdp.wrap`.
+"""Decides what is done about a model in which rows meet: the argument `rows=` of `fastdp.wrap`.
 
 The model is tried on some rows. Where its outputs, `add_loss` terms and assigned variables can be put together from
 the replicas' rows, there is nothing to do. Otherwise the units are looked for in which rows meet

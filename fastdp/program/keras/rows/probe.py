@@ -1,4 +1,4 @@
-"""Running a model on some rows of a batch, without changing anything, to see how what it does depends on them."""
+"""Runs a model on some rows of a batch, without changing it, to see how its values depend on them."""
 
 from __future__ import annotations
 

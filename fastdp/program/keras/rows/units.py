@@ -1,4 +1,4 @@
-"""The units of a model's forward pass: calls of layers and of single operations, as they are tried and merged.
+"""The units of a model's forward pass (calls of layers and operations), as they are tried and merged.
 
 A unit is one call, told by its operation and by how often that was called before in the same pass. A trial records what
 each unit is given and what it gives (`Recorder`). A unit that mixes the rows of the batch is run on merged inputs
