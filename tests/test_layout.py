@@ -51,10 +51,9 @@ LATE_LOADERS: dict[str, str] = {
 # the user's code runs in it) is to be a protocol of its own that programs implement; each line here then goes.
 CAPTURE_KNOWS = {
     "capture/guard.py": ("program/keras/patches.py",),
-    "capture/shapes.py": ("program/base.py", "program/keras/program.py"),
-    "capture/steps.py": ("program/base.py", "program/keras/batch.py", "program/keras/program.py"),
+    "capture/shapes.py": ("program/keras/program.py",),
+    "capture/steps.py": ("program/keras/batch.py", "program/keras/program.py"),
     "capture/trace.py": (
-        "program/base.py",
         "program/keras/batch.py",
         "program/keras/patches.py",
         "program/keras/program.py",

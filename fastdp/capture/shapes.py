@@ -12,7 +12,7 @@ from fastdp.capture.compile.compiler import Job
 from fastdp.capture.cuda_graphs.recording import Recording
 from fastdp.capture.speed_trial import SpeedTrial
 from fastdp.capture.trace import Captured
-from fastdp.program.base import Context
+from fastdp.comm.context import Context
 from fastdp.program.keras.program import KerasProgram
 from fastdp.shard import Rows
 

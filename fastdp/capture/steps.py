@@ -42,8 +42,8 @@ from fastdp.capture.own_code import own_code
 from fastdp.capture.shapes import Shape, entry_of, key_of, recordings_of
 from fastdp.capture.speed_trial import SpeedTrial
 from fastdp.capture.trace import Captured, NoExchange
+from fastdp.comm.context import Context
 from fastdp.errors import DeviceTimeoutError, NotCapturable
-from fastdp.program.base import Context
 from fastdp.program.keras.batch import Structure
 from fastdp.program.keras.program import KerasProgram
 from fastdp.runtime.host.resources import CORES

@@ -32,9 +32,9 @@ from fastdp.capture.graph.indices import guarded
 from fastdp.capture.graph.passes import in_place, optimized, stored
 from fastdp.capture.graph.rewrites import for_compiler
 from fastdp.capture.graph.segments import Segments, cut, placed, whole
+from fastdp.comm.context import Context
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.errors import NotCapturable
-from fastdp.program.base import Context
 from fastdp.program.keras.batch import OutputStructure, Structure, pack_like
 from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.program import KerasProgram

@@ -12,6 +12,7 @@ import numpy as np
 
 from fastdp.buffers import FlatBuffers, Memory
 from fastdp.comm.batch import count_rows
+from fastdp.comm.context import Context
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.comm.scatter_merge import Merger, scatter, stage
 from fastdp.comm.select import communicator
@@ -24,7 +25,7 @@ from fastdp.engine.step import Step, StepResult, add_up, commit, run_replica, ru
 from fastdp.engine.step_scope import StepScope, meanwhile, one_step_at_a_time
 from fastdp.engine.timing import Timings, Watch
 from fastdp.errors import DeviceTimeoutError
-from fastdp.program.base import Context, Program, Result
+from fastdp.program.base import Program, Result
 from fastdp.runtime.host.resources import CORES
 from fastdp.runtime.queue import joined
 from fastdp.runtime.select import devices_of_engine

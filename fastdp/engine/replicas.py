@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastdp.buffers import FlatBuffers, Memory
-from fastdp.program.base import Context, Program, Result, Totals
+from fastdp.comm.context import Context
+from fastdp.program.base import Program, Result, Totals
 from fastdp.runtime.queue import QueueDevice
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastdp.comm.base import Reduction
+from fastdp.comm.context import Context
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.comm.scatter_merge import Merger
 from fastdp.engine.interrupts import interrupts_wait
@@ -17,7 +18,7 @@ from fastdp.engine.replicas import Replica
 from fastdp.engine.rollback import Rollback
 from fastdp.engine.timing import Watch
 from fastdp.errors import ReplicaError, StepAborted, replica_error_class
-from fastdp.program.base import Context, Result, Totals
+from fastdp.program.base import Result, Totals
 from fastdp.runtime.queue import QueueDevice
 from fastdp.runtime.work_stealing import WorkStealing
 from fastdp.shard import Rows

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
-from fastdp.program.base import Context, Result, Totals
+from fastdp.comm.context import Context
+from fastdp.program.base import Result, Totals
 from fastdp.runtime.queue import QueueDevice
 
 Arrays = dict[str, np.ndarray]

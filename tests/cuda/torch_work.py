@@ -22,7 +22,7 @@ from simulation import Simulation
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from fastdp.program import base
+from fastdp.comm import context as contexts
 
 
 class DeviceError(SimulationError):
@@ -84,9 +84,9 @@ class TorchWork:
             self.after([tensor])
             return tensor
 
-        given = base._moved(value, out)
+        given = contexts._moved(value, out)
         self._sim.synchronize(stream.handle)
-        return [base._moved(one, back) for one in context.rendezvous.exchange(context.rank, given)]
+        return [contexts._moved(one, back) for one in context.rendezvous.exchange(context.rank, given)]
 
     def before(self, func: Any, tensors: list[tuple[torch.Tensor, bool]]) -> None:
         """An operation reads, and perhaps writes, these tensors."""
@@ -215,10 +215,10 @@ def watched(sim: Simulation) -> Iterator[TorchWork]:
     def arrived(value: torch.Tensor, device: Any) -> torch.Tensor:
         return work.arrived(value, device)
 
-    exchange = base.Context.exchange
+    exchange = contexts.Context.exchange
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            base.Context, "exchange", lambda c, value: work.exchange(c, value) if c.size > 1 else exchange(c, value)
+            contexts.Context, "exchange", lambda c, value: work.exchange(c, value) if c.size > 1 else exchange(c, value)
         )
         patch.setattr(streams.CudaStream, "_perform", watch)
         for module in ("values", "graph"):

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import fastdp
-from fastdp.program.base import Context
+from fastdp.comm.context import Context
 from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.placement import graph as placed_graph
 from fastdp.program.keras.placement import values as placed_values

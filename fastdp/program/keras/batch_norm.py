@@ -20,7 +20,7 @@ import keras
 import numpy as np
 import torch
 
-from fastdp.program.base import Context
+from fastdp.comm.context import Context
 
 
 @dataclass(slots=True)

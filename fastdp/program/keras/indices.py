@@ -16,8 +16,8 @@ from typing import Any
 import keras
 import torch
 
+from fastdp.comm.context import Context
 from fastdp.errors import ReplicaError, StepAborted
-from fastdp.program.base import Context
 from fastdp.program.keras.batch import unpack
 from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.replica import ReplicaContext, keras_device, replica_scope

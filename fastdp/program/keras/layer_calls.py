@@ -17,7 +17,8 @@ import keras
 import numpy as np
 import torch
 
-from fastdp.program.base import Context, Result
+from fastdp.comm.context import Context
+from fastdp.program.base import Result
 from fastdp.program.keras.batch import Structure, flatten_outputs, pack_like, unpack
 from fastdp.program.keras.indices import IndicesNamed
 from fastdp.program.keras.patches import replica_aware

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
+from fastdp.comm.context import Context
 from fastdp.errors import NotCapturable
-from fastdp.program.base import Context, Result, Totals
+from fastdp.program.base import Result, Totals
 from fastdp.program.keras.batch import OutputStructure, Structure, flatten_outputs, unpack
 from fastdp.program.keras.gradients import LeftGradients
 from fastdp.program.keras.indices import RowsNamed

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import keras
 import torch
 
+from fastdp.comm.context import Context
 from fastdp.errors import NotCapturable
-from fastdp.program.base import Context
 from fastdp.program.keras.batch_norm import Moments
 from fastdp.program.keras.draw_sites import DrawSites, Site
 from fastdp.program.keras.random import torch_draws

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from fastdp.program.base import Context
+from fastdp.comm.context import Context
 from fastdp.program.torch.replica import Handler, Normalized, ReplicaContext
 
 _NAMES = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")

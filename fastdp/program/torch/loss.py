@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastdp.program.base import Context
+from fastdp.comm.context import Context
 from fastdp.program.torch.batch import Nest
 from fastdp.program.torch.replica import ReplicaContext, gradients_of
 from fastdp.shard import Rows

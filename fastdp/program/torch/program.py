@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
-from fastdp.program.base import Context, Result, Totals
+from fastdp.comm.context import Context
+from fastdp.program.base import Result, Totals
 from fastdp.program.torch import batch_axis
 from fastdp.program.torch import batch_norm as torch_batch_norm
 from fastdp.program.torch import gradients as torch_gradients

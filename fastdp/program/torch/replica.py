@@ -15,7 +15,7 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from fastdp.program.base import Context
+from fastdp.comm.context import Context
 from fastdp.shard import Rows
 
 Handler = Callable[..., Any]

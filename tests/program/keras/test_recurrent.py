@@ -9,7 +9,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastdp
-from fastdp.program.base import Context
+from fastdp.comm.context import Context
 from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.replica import ReplicaContext, replica_scope
 from fastdp.tensors import recurrent_ops

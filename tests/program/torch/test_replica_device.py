@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from fastdp.comm.context import Context
 from fastdp.comm.rendezvous import Rendezvous
-from fastdp.program.base import Context
 from fastdp.program.torch.batch import Structure, flatten_batch
 from fastdp.program.torch.random import uniform
 from fastdp.program.torch.replica import ReplicaContext

@@ -15,7 +15,7 @@ from typing import Any
 import keras
 import torch
 
-from fastdp.program.base import Context
+from fastdp.comm.context import Context
 from fastdp.program.keras.batch import layouts_of, pack_like, split_leaves, with_plain
 from fastdp.program.keras.indices import IndicesNamed, rows_of
 from fastdp.program.keras.loss.per_sample import own_copy

@@ -18,8 +18,8 @@ from keras.src.backend.torch.core import get_device
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 from keras.src.random.seed_generator import SeedGenerator
 
+from fastdp.comm.context import Context
 from fastdp.errors import NotCapturable
-from fastdp.program.base import Context
 from fastdp.program.keras.random.generators import CommonGenerator, is_held_by_scope
 from fastdp.program.keras.replica import ReplicaContext, running
 from fastdp.shard import Rows

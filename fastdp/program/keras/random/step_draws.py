@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fastdp.program.base import Context
+from fastdp.comm.context import Context
 from fastdp.program.keras.random.generators import Generators, StepGenerators
 from fastdp.program.keras.replica import ReplicaContext, replica_scope
 

@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import torch
 
-from fastdp.program.base import Context
+from fastdp.comm.context import Context
 from fastdp.program.keras.batch import Structure, unpack
 from fastdp.program.keras.batch_norm import statistics
 from fastdp.program.keras.patches import replica_aware

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import torch
 
-from fastdp.program.base import Context
+from fastdp.comm.context import Context
 from fastdp.program.keras.batch import Structure, split_leaves, unpack
 from fastdp.program.keras.batch_norm import statistics
 from fastdp.program.keras.draw_sites import DrawSites

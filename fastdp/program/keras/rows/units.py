@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import keras
 import torch
 
+from fastdp.comm.context import Context
 from fastdp.errors import NotCapturable
-from fastdp.program.base import Context
 from fastdp.program.keras.batch import pack_like
 from fastdp.program.keras.replica import ReplicaContext, running
 from fastdp.program.keras.rows.effects import Layout, NotByRowsError
