@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from fastdp.options import Options
+
 # The library that a model's class comes from, and the function that wraps such models. Keras's layers are
 # torch modules too on the torch backend, and are looked for first.
 _WRAPPERS = {"keras": ("fastdp.keras.wrap", "wrap_keras"), "torch": ("fastdp.torch.wrap", "wrap_torch")}
@@ -87,37 +89,25 @@ def wrap(
         >>> parallel.compile("adam", "mse")  # doctest: +SKIP
         >>> parallel.fit(x, y, batch_size=256)  # doctest: +SKIP
     """
+    options = Options(
+        cpu_merge=cpu_merge,
+        cpu_relocation=cpu_relocation,
+        merge_device=merge_device,
+        sync_batch_norm=sync_batch_norm,
+        compile=compile,
+        graph=graph,
+        update=update,
+        deterministic=deterministic,
+        timeout=timeout,
+        check_replicas=check_replicas,
+        rows=rows,
+    )
     libraries = {cls.__module__.split(".")[0] for cls in type(model).__mro__}
     for library, (module, function) in _WRAPPERS.items():
         if library in libraries:
-            return getattr(importlib.import_module(module), function)(
-                model,
-                gpus,
-                cpu_merge=cpu_merge,
-                cpu_relocation=cpu_relocation,
-                merge_device=merge_device,
-                sync_batch_norm=sync_batch_norm,
-                compile=compile,
-                graph=graph,
-                update=update,
-                deterministic=deterministic,
-                timeout=timeout,
-                check_replicas=check_replicas,
-                **({"rows": rows} if library == "keras" else _no_rows(rows)),
-            )
+            return getattr(importlib.import_module(module), function)(model, gpus, options)
     raise TypeError(
         "`model` must be a keras.Model or a torch.nn.Module. "
         f"Received: {model!r} (of type {type(model).__name__}). For a program of NumPy or CuPy functions, make a "
         "fastdp.FunctionProgram and run it by fastdp.DataParallel."
     )
-
-
-def _no_rows(rows: str | None) -> dict[str, Any]:
-    """Nothing for a torch module, which is not tried.
-
-    Raises:
-        ValueError: it was asked for even so.
-    """
-    if rows is not None:
-        raise ValueError(f"`rows` is for Keras models. Received: rows={rows!r} for a torch.nn.Module. Leave it out.")
-    return {}

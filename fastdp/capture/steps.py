@@ -50,7 +50,6 @@ from fastdp.runtime.host.resources import CORES
 from fastdp.shard import Rows, split_rows
 from fastdp.warn import warn_user
 
-MODES = (None, "trace", "inductor", "auto")
 MOST_SHAPES = 8
 # What "auto" expects work to take, in seconds. A trace takes some ten times an eager step, since it is the same
 # Python under a tracer, and loads parts of torch first; a compilation grows with the number of operations.

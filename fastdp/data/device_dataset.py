@@ -223,7 +223,7 @@ def _devices_of(owner: Any) -> list[Any]:
     found = list(devices) if isinstance(devices, Sequence) else []
     if not found or not all(hasattr(device, "on_gpu") for device in found):
         raise TypeError(
-            "`devices` must be a model from fastdp.api, an engine, or the devices of one (engine.devices). "
+            "`devices` must be a model from fastdp.wrap, an engine, or the devices of one (engine.devices). "
             f"Received: {owner!r} (of type {type(owner).__name__}). Wrap a Keras model first: fastdp.wrap(model, gpus)."
         )
     return found

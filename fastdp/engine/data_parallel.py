@@ -25,6 +25,7 @@ from fastdp.engine.step import Step, StepResult, add_up, commit, run_replica, ru
 from fastdp.engine.step_scope import StepScope, meanwhile, one_step_at_a_time
 from fastdp.engine.timing import Timings, Watch
 from fastdp.errors import DeviceTimeoutError
+from fastdp.options import Options
 from fastdp.program.base import Program, Result
 from fastdp.runtime.host.resources import CORES
 from fastdp.runtime.queue import joined
@@ -40,15 +41,9 @@ class DataParallel:
         program: what each replica runs (`fastdp.program.base.Program`).
         devices: one replica per device, in the order of the rows: devices, or what `gpus=` takes elsewhere (a
             number, a list of ordinals, None for all).
-        timeout: seconds that one step may take before it is given up. On one virtual device a step runs on the
-            thread that asks for it, and nobody is left to give it up.
-        update: "first" applies the update on the first device, with all cores, and copies the new variables to the
-            others, which is faster where devices outnumber the cores that they share. "each" applies it on every
-            device to its own copy. The results have the same bits. None: "each" on GPUs, "first" elsewhere.
-        cpu_merge: merge outputs in host memory; otherwise in that of the device `merge_device`, as its arrays.
-        merge_device: place of a device in `devices`.
-        cpu_relocation: the program's own variables live in host memory (see fastdp.engine.home).
-        check_replicas: after each update, verify that all replicas are bitwise equal (for debugging).
+        timeout, update, cpu_merge, merge_device, cpu_relocation, check_replicas: as in `fastdp.wrap`, which says what
+            each is for.
+        options: all of them in one, in place of these keywords.
 
     The engine owns the replicas' memory, and, for updates that may fail, a spare copy of the first replica's
     variables and slots, from which a failed update is taken back. It is used from one thread at a time, and
@@ -69,23 +64,29 @@ class DataParallel:
         merge_device: int = 0,
         cpu_relocation: bool = False,
         check_replicas: bool = False,
+        options: Options | None = None,
     ) -> None:
-        devices = devices_of_engine(devices, merge_device)
-        if update is None:
-            update = "each" if devices[0].on_gpu else "first"
-        if update not in ("first", "each"):
-            raise ValueError(f'`update` must be "first" or "each". Received: update={update!r}')
+        if options is None:
+            options = Options(
+                timeout=timeout,
+                update=update,
+                cpu_merge=cpu_merge,
+                merge_device=merge_device,
+                cpu_relocation=cpu_relocation,
+                check_replicas=check_replicas,
+            )
+        devices = devices_of_engine(devices, options.merge_device)
         self.program = program
         self.devices = list(devices)
-        self.update = update
-        self.timeout = timeout
-        self.check_replicas = check_replicas
+        self.update = options.update or ("each" if devices[0].on_gpu else "first")
+        self.timeout = options.timeout
+        self.check_replicas = options.check_replicas
         self.steps = 0
         self._busy = threading.Lock()
         self._training = False
-        self._cpu_merge, self._merge_device = cpu_merge, self.devices[merge_device]
+        self._cpu_merge, self._merge_device = options.cpu_merge, self.devices[options.merge_device]
         self._communicator = communicator(self.devices)
-        self._residence = HomeMemory(program, devices, self._communicator, on_host=cpu_relocation)
+        self._residence = HomeMemory(program, devices, self._communicator, on_host=options.cpu_relocation)
         self._home = self._residence.home
         self._generation = -1
         self._unsettled: Step | None = None
@@ -93,10 +94,10 @@ class DataParallel:
         self._spare = Rollback(self.replicas[0])
         self._buckets = self.replicas[0].gradients.buckets()
         self._communicator.prepare(self._buckets)
-        for device in () if cpu_merge else self.devices:
+        for device in () if options.cpu_merge else self.devices:
             device.prepare_to_merge()
         self._held = AccumulatedGradients(self.replicas, self._communicator)
-        self._share = shared_with(devices[1:CORES], timeout)
+        self._share = shared_with(devices[1:CORES], options.timeout)
         self._reductions = Reductions(program, self._communicator, self._buckets, len(devices))
         self.timings: list[list[float]] = []
         self.times = Timings()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -11,8 +12,12 @@ import torch
 from keras.src.models.functional import Functional
 from keras.src.utils.torch_utils import TorchModuleWrapper
 
+from fastdp.capture.cuda_graphs.recorder import warn_of_graphs
 from fastdp.keras.steps.custom import OWN_STEPS, has_own
+from fastdp.options import Options
 from fastdp.program.keras.torch_modules import REMEDY, draws_at_random, structure_of
+from fastdp.runtime.queue import QueueDevice
+from fastdp.tensors.deterministic import check_deterministic
 
 _PARALLEL = ("ParallelModel", "TorchParallel")  # by name: their modules import this one, and torch's side is optional
 
@@ -38,6 +43,17 @@ def check_backend(caller: str) -> None:
             f"`{caller}` needs Keras's torch backend; the active one is {backend!r}. Set the environment variable "
             "KERAS_BACKEND=torch before Python starts, or import fastdp before keras."
         )
+
+
+def check_options(options: Options, devices: Sequence[QueueDevice]) -> None:
+    """What a Keras model's options ask of the devices; warns of graphs that there are none to record of.
+
+    Raises:
+        RuntimeError: `deterministic`, and torch has used a GPU already.
+    """
+    warn_of_graphs(options, devices)
+    if options.deterministic:
+        check_deterministic(devices)
 
 
 def is_built(model: Any) -> bool:

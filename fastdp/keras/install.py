@@ -21,17 +21,17 @@ import numpy as np
 import torch
 from keras.src.backend.torch.trainer import TorchTrainer
 
-from fastdp.capture.cuda_graphs.recorder import chosen_graphs
 from fastdp.errors import ReplicaError
-from fastdp.keras.checks import check_backend, check_template, is_built, unbuilt_layers
+from fastdp.keras.checks import check_backend, check_options, check_template, is_built, unbuilt_layers
 from fastdp.keras.steps.custom import has_own
 from fastdp.keras.steps.own_loops import inside_step, is_own_call, say_once
 from fastdp.keras.steps.standard import Steps
 from fastdp.keras.template_view import TemplateView
+from fastdp.options import Options
 from fastdp.program.keras.rows.effects import NotByRowsError, refusal
-from fastdp.program.keras.rows.policy import check_policy
+from fastdp.runtime.queue import QueueDevice
 from fastdp.runtime.select import resolve
-from fastdp.tensors.deterministic import check_deterministic, deterministic_algorithms
+from fastdp.tensors.deterministic import deterministic_algorithms
 from fastdp.warn import warn_user
 
 _KINDS = ("train", "test", "predict")
@@ -43,8 +43,8 @@ _STEPS = "_fastdp_steps"  # in a model's __dict__: so it lives as long as the mo
 class _Installed:
     """What `install` was asked for, and what `uninstall` has to undo."""
 
-    devices: list[Any]
-    options: dict[str, Any]
+    devices: list[QueueDevice]
+    options: Options
     originals: list[tuple[Any, str, Callable[..., Any]]] = field(default_factory=list)
     models: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
 
@@ -77,16 +77,14 @@ def install(
     Args:
         gpus: how many devices, a list of their ordinals, or None for all.
         sync_batch_norm: BatchNormalization by the global batch, as plain Keras does; False: by each device's rows.
-        compile: how steps run, "auto", None, "trace" or "inductor"; see `fastdp.wrap`.
-        graph: whether captured steps become CUDA graphs, "auto", "bucket", "step" or None; see `fastdp.wrap`.
         rows: layers that mix the rows of a batch: "merge" runs them on the whole batch on each device, which gives
             plain Keras's numbers, and plain Keras runs a model whose own `call` mixes; "replica" lets each device go by
             its own rows. None: plain Keras runs every model that mixes rows, but for those whose outputs need merging.
-        deterministic: results repeat bit for bit; see `fastdp.wrap`.
-        options: `update`, `timeout` and `check_replicas` of `fastdp.wrap`.
+        compile, graph, deterministic: as in `fastdp.wrap`.
+        options: `update`, `timeout` and `check_replicas`, likewise.
 
     Raises:
-        ValueError: anything wrong with `gpus`; an unknown `graph` or `rows`.
+        ValueError: anything wrong with `gpus`; an unknown `compile`, `graph`, `rows` or `update`.
         TypeError: an unknown option.
         RuntimeError: Keras runs on another backend than torch.
 
@@ -99,20 +97,17 @@ def install(
     if unknown:
         raise TypeError(f"`fastdp.install` knows no option {sorted(unknown)}.")
     devices = resolve(gpus, caller="fastdp.install")
-    graphs = chosen_graphs(graph, devices, compile)
-    check_policy(rows)
-    if deterministic:
-        check_deterministic(devices)
+    chosen = Options(
+        sync_batch_norm=sync_batch_norm,
+        compile=compile,
+        graph=graph,
+        rows=rows,
+        deterministic=deterministic,
+        **options,
+    )
+    check_options(chosen, devices)
     uninstall()
-    settings = {
-        "sync_batch_norm": sync_batch_norm,
-        "capture_mode": compile,
-        "graphs": graphs,
-        "deterministic": deterministic,
-        "engine_options": options,
-        "rows": rows,
-    }
-    installed = _Installed(devices, settings)
+    installed = _Installed(devices, chosen)
     for kind in _KINDS:
         name = f"make_{kind}_function"
         installed.put(TorchTrainer, name, _maker(kind, getattr(TorchTrainer, name)))
@@ -198,7 +193,7 @@ class _ParallelFunction:
             except (NotByRowsError, ReplicaError) as error:  # before weights or anything else changed
                 reason = self._refused = refusal(error)
         _warn_once(model, self._kind, reason)
-        with deterministic_algorithms() if self._installed.options["deterministic"] else nullcontext():
+        with deterministic_algorithms() if self._installed.options.deterministic else nullcontext():
             return self._plain(data)
 
 
@@ -227,7 +222,7 @@ def _steps_of(model: Any, installed: _Installed) -> Steps:
     known = model.__dict__.get(_STEPS)
     compiled = model._loss_tracker
     if known is None or known[0] is not compiled:
-        known = (compiled, Steps(model, model, installed.devices, strict=False, falls_back=True, **installed.options))
+        known = (compiled, Steps(model, model, installed.devices, installed.options, falls_back=True))
         model.__dict__[_STEPS] = known
         installed.models.add(model)
     return known[1]

@@ -9,12 +9,10 @@ from typing import Any
 import keras
 from keras.src.utils import io_utils
 
-from fastdp.capture.cuda_graphs.recorder import chosen_graphs
-from fastdp.capture.steps import MODES
 from fastdp.comm.batch import count_rows
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.report import Report, SmallWorkWarning, make_report
-from fastdp.keras.checks import check_loop, check_template
+from fastdp.keras.checks import check_loop, check_options, check_template
 from fastdp.keras.compile_state import borrowed, follow, follows, take_over
 from fastdp.keras.fit.arguments import arguments_by_name, stream_fit, stream_forward
 from fastdp.keras.fit.callbacks import at_once
@@ -25,6 +23,7 @@ from fastdp.keras.steps.custom import check_own_step
 from fastdp.keras.steps.own_loops import calls_model, is_plain_call, wants_gradient, within_step
 from fastdp.keras.steps.standard import Steps
 from fastdp.keras.template_view import TemplateView, merged_outputs
+from fastdp.options import Options
 from fastdp.program.keras.batch import flatten_batch, unpack
 from fastdp.program.keras.patches import replica_aware
 from fastdp.runtime.queue import QueueDevice
@@ -43,15 +42,9 @@ class ParallelModel(TemplateView):
     Args:
         template: a built Keras model.
         devices: where the replicas run; their order is the order of the rows.
-        cpu_merge: merge outputs in host memory, or on a GPU and leave them there.
-        sync_batch_norm: BatchNormalization over the global batch instead of each replica's rows.
-        compile: how steps run, None, "trace", "inductor" or "auto"; see `fastdp.wrap`.
-        graph: whether captured steps become CUDA graphs, "auto", "bucket", "step" or None; see `fastdp.wrap`.
-        update: where the optimizer is applied, "first" or "each"; see `fastdp.wrap`.
-        deterministic: results repeat bit for bit; see `fastdp.wrap`.
-        timeout: seconds that one step may take.
-        check_replicas: verify after each step that replicas are bitwise equal.
-        rows: what to do about layers that mix the rows of a batch, None, "merge" or "replica"; see `fastdp.wrap`.
+        options: what was chosen; `fastdp.wrap` says what each option is for.
+        device_groups: all devices of each replica, where replicas span several; `devices` has the first of each.
+        numbers_all_outputs: of outputs with one name, the first gets a number too, as in Keras 2.
 
     Attributes:
         fetch_ahead: `fit` fetches the next batch of an epoch, and sends its rows to the devices, while a step runs.
@@ -63,52 +56,26 @@ class ParallelModel(TemplateView):
         self,
         template: keras.Model,
         devices: Sequence[QueueDevice],
+        options: Options,
         *,
-        cpu_merge: bool = True,
-        cpu_relocation: bool = False,
-        merge_device: int = 0,
-        sync_batch_norm: bool = False,
-        compile: str | None = "auto",
-        graph: str | None = "auto",
-        update: str | None = None,
-        deterministic: bool = False,
-        timeout: float = 1800.0,
-        check_replicas: bool = False,
-        rows: str | None = None,
+        device_groups: Sequence[Sequence[QueueDevice]] | None = None,
+        numbers_all_outputs: bool = False,
     ) -> None:
         check_template(template)
+        check_options(options, devices)
         super().__init__(name=f"{template.name}_parallel", dtype=template.dtype_policy)
         self.template = template
         self._merge_layer = merged_outputs()
         self.devices = list(devices)
-        self.cpu_merge = cpu_merge
-        self.cpu_relocation = cpu_relocation
-        if compile not in MODES:
-            raise ValueError(f"`compile` must be one of {MODES}. Received: compile={compile!r}")
-        self._wrapped_mode = compile
-        self.device_groups: Sequence[Sequence[QueueDevice]] | None = None  # of replicas that span several
-        self._steps = Steps(
-            template,
-            self,
-            devices,
-            capture_mode=compile,
-            graphs=chosen_graphs(graph, self.devices, compile),
-            sync_batch_norm=sync_batch_norm,
-            deterministic=deterministic,
-            template_state=lambda: borrowed(template, self),
-            rows=rows,
-            engine_options={
-                "update": update,
-                "timeout": timeout,
-                "check_replicas": check_replicas,
-                "cpu_merge": cpu_merge,
-                "cpu_relocation": cpu_relocation,
-                "merge_device": merge_device,
-            },
-        )
+        self.device_groups = device_groups
+        self.numbers_all_outputs = numbers_all_outputs
+        self.cpu_merge = options.cpu_merge
+        self.cpu_relocation = options.cpu_relocation
+        self._options = options
+        self._steps = Steps(template, self, devices, options, template_state=lambda: borrowed(template, self))
         self._fitting = threading.RLock()
         self._begins_fit = False
-        self.fetch_ahead = any(getattr(device, "on_gpu", False) for device in devices)
+        self.fetch_ahead = any(device.on_gpu for device in devices)
         self._small_work = SmallWorkWarning()
         self._call_has_training_arg = True
         self._compute_loss_has_training_arg = True
@@ -138,7 +105,7 @@ class ParallelModel(TemplateView):
         else:
             super().compile(*args, **kwargs)
         self._steps.forget_engine()
-        chosen = {True: "inductor", False: None}.get(jit_compile, self._wrapped_mode)
+        chosen = {True: "inductor", False: None}.get(jit_compile, self._options.compile)
         self._steps.capture_by(None if self.run_eagerly else chosen)
         follow(self.template, self)
 

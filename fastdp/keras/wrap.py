@@ -9,6 +9,7 @@ import keras
 from fastdp.keras.checks import check_backend
 from fastdp.keras.parallel_model import ParallelModel
 from fastdp.keras.placement import check_places, resolve_groups, spans_groups
+from fastdp.options import Options
 from fastdp.runtime.select import resolve
 
 
@@ -44,20 +45,18 @@ def multi_gpu_model(
     _check_model(model, "multi_gpu_model")
     check_places(model, None)
     devices = resolve(gpus, minimum=2, caller="multi_gpu_model")
-    parallel = ParallelModel(model, devices, cpu_merge=cpu_merge, cpu_relocation=cpu_relocation)
-    parallel.numbers_all_outputs = True
-    return parallel
+    options = Options(cpu_merge=cpu_merge, cpu_relocation=cpu_relocation)
+    return ParallelModel(model, devices, options, numbers_all_outputs=True)
 
 
-def wrap_keras(model: keras.Model, gpus: Any = None, **options: Any) -> ParallelModel:
+def wrap_keras(model: keras.Model, gpus: Any, options: Options) -> ParallelModel:
     """`fastdp.wrap` for a Keras model. Arguments as there."""
-    check_backend("fastdp.api")
-    _check_model(model, "fastdp.api")
+    check_backend("fastdp.wrap")
+    _check_model(model, "fastdp.wrap")
     groups = resolve_groups(gpus) if spans_groups(gpus) else None
     check_places(model, groups)
-    parallel = ParallelModel(model, [group[0] for group in groups] if groups else resolve(gpus), **options)
-    parallel.device_groups = groups and tuple(tuple(group) for group in groups)
-    return parallel
+    devices = [group[0] for group in groups] if groups else resolve(gpus)
+    return ParallelModel(model, devices, options, device_groups=groups and tuple(map(tuple, groups)))
 
 
 def _check_model(model: Any, caller: str) -> None:

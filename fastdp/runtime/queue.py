@@ -162,6 +162,11 @@ class QueueDevice:
     away before it was over, so the streams may still hold work or a failure of it.
     """
 
+    kind: str  # "virtual", "gpu" or "virtual gpu"
+    on_gpu: bool
+    space: str  # whose memory its arrays are in: "host", or that of a card
+    torch_device: str
+
     def __init__(self, index: int, name: str, stream: Callable[[QueueDevice, str], QueueStream] = QueueStream) -> None:
         self.index = index
         self.name = name

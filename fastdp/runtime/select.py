@@ -8,7 +8,6 @@ import importlib.util
 import operator
 import os
 import threading
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from fastdp.errors import DeviceTimeoutError
 from fastdp.runtime.host.device import HostDevice
 from fastdp.runtime.queue import QueueDevice
 from fastdp.runtime.topology import DeviceInfo, physical_devices
+from fastdp.warn import warn_user
 
 VIRTUAL_DEVICES_VARIABLE = "FASTDP_VIRTUAL_DEVICES"
 VIRTUAL_KIND_VARIABLE = "FASTDP_VIRTUAL_KIND"
@@ -182,7 +182,7 @@ def devices() -> list[DeviceInfo]:
     return physical_devices()
 
 
-def resolve(gpus: Any, *, minimum: int = 1, caller: str = "fastdp.api") -> list[Any]:
+def resolve(gpus: Any, *, minimum: int = 1, caller: str = "fastdp.wrap") -> list[Any]:
     """Turn the `gpus` argument into devices, by Keras 2.3.1's rules made strict.
 
     `None`, `0` and an empty list mean every device; a whole number means that many; a list, tuple, range
@@ -249,11 +249,10 @@ def devices_of_engine(devices: Any, merge_device: Any) -> list[Any]:
 def warn_of_relocation(asked: bool, devices: Sequence[Any]) -> None:
     """Say, where it is asked for, that `cpu_relocation` does not move weights that live on a GPU."""
     if asked and any(device.on_gpu for device in devices):
-        warnings.warn(
+        warn_user(
             "`cpu_relocation=True` has no effect here: the model's own weights live in the memory of a GPU, where a "
             "replica trains them, and are copied to the host when they are read or saved. It takes effect for a Keras "
-            "model that was not wrapped on GPUs before.",
-            stacklevel=4,
+            "model that was not wrapped on GPUs before."
         )
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from fastdp.options import Options
 from fastdp.program.torch.module import Slot, slots_of
+from fastdp.runtime.queue import QueueDevice
+from fastdp.runtime.select import warn_of_relocation
+from fastdp.tensors.deterministic import check_deterministic
 
 
 def check_module(module: Any) -> None:
@@ -27,6 +32,32 @@ def check_module(module: Any) -> None:
     for slot in slots:
         _check_tensor(slot)
     _check_overlap(slots)
+
+
+def check_options(options: Options, devices: Sequence[QueueDevice]) -> None:
+    """Nothing is asked for that Keras models have only.
+
+    Raises:
+        ValueError: it is; the message says what to leave out.
+        RuntimeError: `deterministic`, and torch has used a GPU already.
+    """
+    if options.compile not in (None, "auto"):
+        raise ValueError(
+            "`compile` captures Keras models only. Leave it None for a torch.nn.Module. "
+            f"Received: compile={options.compile!r}"
+        )
+    if options.graph not in ("auto", None):
+        raise ValueError(
+            "`graph` records captured steps, which Keras models have only. Leave it "
+            f'"auto" for a torch.nn.Module. Received: graph={options.graph!r}'
+        )
+    if options.rows is not None:
+        raise ValueError(
+            f"`rows` is for Keras models. Received: rows={options.rows!r} for a torch.nn.Module. Leave it out."
+        )
+    if options.deterministic:
+        check_deterministic(devices)
+    warn_of_relocation(options.cpu_relocation, devices)
 
 
 def _check_kind(name: str, part: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,14 +12,14 @@ from torch import nn
 
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.report import Report, make_report
+from fastdp.options import Options
 from fastdp.program.torch.loss import LossFunction
 from fastdp.program.torch.optimizer import OptimizerFactory
 from fastdp.program.torch.program import TorchProgram
 from fastdp.runtime.queue import QueueDevice
-from fastdp.runtime.select import warn_of_relocation
 from fastdp.tensors.arrays import peak_nbytes
-from fastdp.tensors.deterministic import check_deterministic, deterministic_algorithms
-from fastdp.torch.checks import check_module
+from fastdp.tensors.deterministic import deterministic_algorithms
+from fastdp.torch.checks import check_module, check_options
 
 
 class TorchParallel:
@@ -30,13 +31,7 @@ class TorchParallel:
     Args:
         module: on the CPU, with all parameters initialized.
         devices: where the replicas run; their order is the order of the rows.
-        cpu_merge: merge outputs in host memory, or on a GPU and leave them there.
-        cpu_relocation: likewise without effect on virtual devices.
-        sync_batch_norm: batch normalization over the global batch instead of each replica's rows.
-        timeout: seconds that one step may take.
-        update: where the optimizer is applied, "first" or "each"; see `fastdp.wrap`.
-        deterministic: results repeat bit for bit; see `fastdp.wrap`.
-        check_replicas: verify after each step that the replicas are bitwise equal.
+        options: what was chosen; `fastdp.wrap` says what each option is for.
 
     Raises:
         ValueError: a module that cannot be replicated; the message has the remedy.
@@ -57,45 +52,16 @@ class TorchParallel:
         self,
         module: nn.Module,
         devices: Sequence[QueueDevice],
-        *,
-        cpu_merge: bool = True,
-        cpu_relocation: bool = False,
-        merge_device: int = 0,
-        sync_batch_norm: bool = False,
-        compile: str | None = None,
-        graph: str | None = "auto",
-        update: str | None = None,
-        deterministic: bool = False,
-        timeout: float = 1800.0,
-        check_replicas: bool = False,
+        options: Options,
     ) -> None:
         check_module(module)
-        if compile not in (None, "auto"):
-            raise ValueError(
-                "`compile` captures Keras models only. Leave it None for a torch.nn.Module. "
-                f"Received: compile={compile!r}"
-            )
-        if graph not in ("auto", None):
-            raise ValueError(
-                "`graph` records captured steps, which Keras models have only. Leave it "
-                f'"auto" for a torch.nn.Module. Received: graph={graph!r}'
-            )
+        check_options(options, devices)
         self.module = module
         self.devices = list(devices)
-        self.cpu_merge = cpu_merge
-        self.cpu_relocation = cpu_relocation
-        self._sync_batch_norm = sync_batch_norm
-        if deterministic:
-            check_deterministic(devices)
-        self._scope = deterministic_algorithms if deterministic else nullcontext
-        warn_of_relocation(cpu_relocation, devices)
-        self._options: dict[str, Any] = {
-            "update": update,
-            "timeout": timeout,
-            "check_replicas": check_replicas,
-            "cpu_merge": cpu_merge,
-            "merge_device": merge_device,
-        }
+        self.cpu_merge = options.cpu_merge
+        self.cpu_relocation = options.cpu_relocation
+        self._options = replace(options, cpu_relocation=False)  # a module's parameters stay with the first device
+        self._scope = deterministic_algorithms if options.deterministic else nullcontext
         self._program: TorchProgram | None = None
         self._engine: DataParallel | None = None
 
@@ -123,8 +89,8 @@ class TorchParallel:
             ValueError: no rows, or arrays of unequal length.
         """
         if self._program is None or self._engine is None:
-            self._program = TorchProgram(self.module, sync_batch_norm=self._sync_batch_norm)
-            self._engine = DataParallel(self._program, self.devices, **self._options)
+            self._program = TorchProgram(self.module, sync_batch_norm=self._options.sync_batch_norm)
+            self._engine = DataParallel(self._program, self.devices, options=self._options)
         arrays, structure = self._program.structure(args, kwargs)
         with self._scope():
             return self._program.outputs(self._engine.predict(arrays, structure=structure))
@@ -163,11 +129,11 @@ class TorchParallel:
             loss_fn,
             optimizer_factory,
             reduction=reduction,
-            sync_batch_norm=self._sync_batch_norm,
+            sync_batch_norm=self._options.sync_batch_norm,
             clip_grad_norm=clip_grad_norm,
             accumulate=accumulate,
         )
-        engine = DataParallel(program, self.devices, **self._options)
+        engine = DataParallel(program, self.devices, options=self._options)
         self._program, self._engine = program, engine
         return TrainStep(program, engine, self._scope)
 

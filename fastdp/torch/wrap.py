@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastdp.options import Options
 from fastdp.runtime.select import resolve
 from fastdp.torch.checks import check_module
 from fastdp.torch.parallel_module import TorchParallel
 
 
-def wrap_torch(module: Any, gpus: Any = None, **options: Any) -> TorchParallel:
+def wrap_torch(module: Any, gpus: Any, options: Options) -> TorchParallel:
     """`fastdp.wrap` for a torch.nn.Module. Arguments as there.
 
     Returns:
@@ -17,12 +18,12 @@ def wrap_torch(module: Any, gpus: Any = None, **options: Any) -> TorchParallel:
 
     Raises:
         TypeError: `module` is no torch.nn.Module.
-        ValueError: anything wrong with `gpus`, or a module that cannot be replicated.
+        ValueError: anything wrong with `gpus`, a module that cannot be replicated, or an option for Keras models.
 
     Example:
-        >>> dp = wrap_torch(module, gpus=8)  # doctest: +SKIP
+        >>> dp = wrap_torch(module, 8, Options())  # doctest: +SKIP
     """
     if isinstance(module, TorchParallel):
         raise ValueError("`model` is parallel already. Wrap its module: model.module")
     check_module(module)
-    return TorchParallel(module, resolve(gpus), **options)
+    return TorchParallel(module, resolve(gpus), options)

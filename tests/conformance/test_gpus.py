@@ -104,6 +104,13 @@ def test_wrap_takes_the_same_and_one_device_too() -> None:
         assert [device.index for device in fastdp.wrap(model(), gpus=gpus).devices] == expected
 
 
+def test_errors_of_wrap_name_it() -> None:
+    with pytest.raises(ValueError, match=r"`fastdp\.wrap` with gpus=9 wants the devices"):
+        fastdp.wrap(model(), gpus=9)
+    with pytest.raises(ValueError, match=r"`fastdp\.wrap` got a model that is parallel already"):
+        fastdp.wrap(fastdp.wrap(model(), gpus=2), gpus=2)
+
+
 def test_the_documented_idiom_falls_back_to_the_model_itself() -> None:
     fastdp.set_virtual_devices(1)
     made = model()

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 from fastdp.keras.parallel_model import ParallelModel
+from fastdp.options import Options
 
 L = keras.layers
 LIMIT = 20.0
@@ -54,9 +55,8 @@ def batches(count, sizes=(8, 8, 8, 7)):
 
 def wrapped(layers, devices, graph="auto", compile="trace", optimizer=None, **options):
     keras.utils.set_random_seed(5)
-    parallel = ParallelModel(
-        keras.Sequential(layers()), devices, timeout=LIMIT, compile=compile, graph=graph, check_replicas=True, **options
-    )
+    chosen = Options(timeout=LIMIT, compile=compile, graph=graph, check_replicas=True, **options)
+    parallel = ParallelModel(keras.Sequential(layers()), devices, chosen)
     optimizer = optimizer() if optimizer else keras.optimizers.Adam(0.01)
     parallel.compile(optimizer, "categorical_crossentropy", metrics=["accuracy"])
     return parallel

@@ -12,6 +12,7 @@ from least_squares import line, rows
 import fastdp
 from fastdp.engine.replicas import Replica
 from fastdp.keras.parallel_model import ParallelModel
+from fastdp.options import Options
 from fastdp.runtime.host.device import HostDevice
 
 LIMIT = 20.0
@@ -76,7 +77,7 @@ def test_a_keras_model_accumulates_as_on_the_host_also_when_somebody_looks(box):
     for devices in (host, box.devices(3)):
         keras.utils.set_random_seed(3)
         layers = [keras.Input((6,)), keras.layers.Dense(8, activation="tanh"), keras.layers.Dense(1)]
-        parallel = ParallelModel(keras.Sequential(layers), devices, timeout=LIMIT, check_replicas=True)
+        parallel = ParallelModel(keras.Sequential(layers), devices, Options(timeout=LIMIT, check_replicas=True))
         parallel.compile(optimizer=keras.optimizers.SGD(0.1, momentum=0.9, gradient_accumulation_steps=3), loss="mse")
         seen = []
         for i, n in enumerate([8, 1, 7, 8, 2, 1, 9]):

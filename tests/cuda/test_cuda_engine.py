@@ -18,6 +18,7 @@ from least_squares import line, rows
 import fastdp
 from fastdp.buffers import ArraySpec, FlatBuffers
 from fastdp.comm.cuda.algorithm import TWO_SHOT_NBYTES
+from fastdp.options import Options
 from fastdp.runtime.host.device import HostDevice
 
 LIMIT = 20.0
@@ -191,7 +192,7 @@ def test_a_keras_model_trains_as_on_the_host(gpus, optimizer):
     results = []
     host = [HostDevice(i) for i in range(3)]
     for devices in (host, box.devices(3)):
-        parallel = ParallelModel(model(), devices, timeout=LIMIT, check_replicas=True)
+        parallel = ParallelModel(model(), devices, Options(timeout=LIMIT, check_replicas=True))
         parallel.compile(optimizer=optimizer, loss="mse", metrics=["mae"])
         history = parallel.fit(x, y, batch_size=8, epochs=2, verbose=0, shuffle=False).history
         results.append((history, parallel.predict(x, batch_size=7, verbose=0), parallel.get_weights()))
@@ -219,7 +220,7 @@ def test_a_torch_module_trains_as_on_the_host(gpus):
     for devices in (host, box.devices(3)):
         torch.manual_seed(1)
         module = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
-        dp = TorchParallel(module, devices, timeout=LIMIT)
+        dp = TorchParallel(module, devices, Options(timeout=LIMIT))
         step = dp.train_step(torch.nn.functional.mse_loss, lambda p: torch.optim.SGD(p, lr=0.1))
         losses = [float(step(x, y)) for _ in range(4)]
         results.append((losses, dp(x).detach().clone()))

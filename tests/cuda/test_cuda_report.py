@@ -11,6 +11,7 @@ import torch
 from test_placed_on_gpus import shared_lstm
 
 from fastdp.keras.parallel_model import ParallelModel
+from fastdp.options import Options
 from fastdp.runtime.host.device import HostDevice
 from fastdp.tensors.arrays import peak_nbytes
 from fastdp.torch.parallel_module import TorchParallel
@@ -39,7 +40,7 @@ def box(gpus, monkeypatch):
 def trained(devices):
     # More than the patterns that links between cards are tried with at the beginning.
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(20000), keras.layers.Dense(1)])
-    parallel = ParallelModel(model, devices, timeout=LIMIT)
+    parallel = ParallelModel(model, devices, Options(timeout=LIMIT))
     parallel.compile("adam", "mse")
     parallel.fit(np.ones((30, 8), "float32"), np.ones((30, 1), "float32"), batch_size=10, verbose=0)
     return parallel
@@ -84,7 +85,7 @@ def test_torchs_part_is_added_on_its_card(box, monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", {"cuda:0": 5_000_000, "cuda:1": 7_000_000}.__getitem__)
     devices = box.devices(2)
     parallel = trained(devices)
-    dp = TorchParallel(torch.nn.Linear(8, 1), devices, timeout=LIMIT)
+    dp = TorchParallel(torch.nn.Linear(8, 1), devices, Options(timeout=LIMIT))
     step = dp.train_step(torch.nn.MSELoss(), torch.optim.Adam)
     step(torch.ones(6, 8), torch.ones(6, 1))
     for device in devices:
@@ -99,8 +100,8 @@ def test_torchs_part_is_added_on_its_card(box, monkeypatch):
 
 def test_a_gpu_that_only_placed_layers_use_is_there_too(box):
     devices = box.devices(2)
-    parallel = ParallelModel(shared_lstm(), devices[:1], timeout=LIMIT)
-    parallel.device_groups = (tuple(devices),)
+    groups = (tuple(devices),)
+    parallel = ParallelModel(shared_lstm(), devices[:1], Options(timeout=LIMIT), device_groups=groups)
     parallel.predict([np.ones((2, 5, 3), "float32")] * 2, verbose=0)
     assert [card.devices for card in parallel.report().cards] == [["gpu:0"], ["gpu:1"]]
 

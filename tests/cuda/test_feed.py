@@ -11,6 +11,7 @@ import pytest
 from least_squares import WIDTH, line, rows
 
 import fastdp
+from fastdp.options import Options
 from fastdp.runtime.host.device import HostDevice
 
 LIMIT = 20.0
@@ -229,7 +230,7 @@ def test_a_keras_model_is_fitted_ahead_with_the_same_result(gpus):
         keras.utils.set_random_seed(3)
         inputs = keras.Input((6,))
         template = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.Dense(4, activation="tanh")(inputs)))
-        parallel = ParallelModel(template, devices, timeout=LIMIT)
+        parallel = ParallelModel(template, devices, Options(timeout=LIMIT))
         assert parallel.fetch_ahead
         if ahead is not None:
             parallel.fetch_ahead = ahead

@@ -15,11 +15,12 @@ from bench.gpu.cases import CASES
 from bench.gpu.keras_ways import EngineSteps, Fitted, facts_of
 from fastdp.engine.replicas import Replica
 from fastdp.keras.parallel_model import ParallelModel
+from fastdp.options import Options
 
 
 def parallel(model, box, how):
     graph = "bucket" if how == "graph" else None
-    return ParallelModel(model, box.devices(1), compile="trace", timeout=60.0, graph=graph)
+    return ParallelModel(model, box.devices(1), Options(compile="trace", timeout=60.0, graph=graph))
 
 
 @pytest.mark.parametrize("how", ["traced", "graph"])

@@ -10,6 +10,7 @@ import pytest
 from least_squares import line, rows
 
 import fastdp
+from fastdp.options import Options
 from fastdp.runtime.host.device import HostDevice
 
 LIMIT = 20.0
@@ -96,7 +97,7 @@ def test_a_template_keeps_its_weights_and_goes_on_sharing_them(gpus, optimizer, 
         model.set_weights(loaded)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            parallel = ParallelModel(model, devices, timeout=LIMIT, cpu_relocation=True, check_replicas=True)
+            parallel = ParallelModel(model, devices, Options(timeout=LIMIT, cpu_relocation=True, check_replicas=True))
         parallel.compile(optimizer=optimizer, loss="mse", metrics=["mae"])
         for a, b in zip(parallel.get_weights(), loaded, strict=True):
             np.testing.assert_array_equal(a, b)

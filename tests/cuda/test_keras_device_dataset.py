@@ -8,6 +8,7 @@ import pytest
 
 from fastdp.data import DeviceDataset, Scaled
 from fastdp.keras.parallel_model import ParallelModel
+from fastdp.options import Options
 from fastdp.runtime.host.device import HostDevice
 
 L = keras.layers
@@ -29,7 +30,7 @@ def wrapped(devices, loss="sparse_categorical_crossentropy", **options):
     joined = L.Concatenate()([L.Flatten()(pixels), more])
     hidden = L.Dropout(0.3, seed=1)(L.Dense(6, "tanh")(joined))
     model = keras.Model({"pixels": pixels, "more": more}, L.Dense(3, "softmax")(hidden))
-    parallel = ParallelModel(model, devices, timeout=LIMIT, check_replicas=True, **options)
+    parallel = ParallelModel(model, devices, Options(timeout=LIMIT, check_replicas=True, **options))
     parallel.compile(keras.optimizers.Adam(0.01), loss, metrics=["accuracy"], weighted_metrics=["accuracy"])
     return parallel
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fastdp.keras.parallel_model import ParallelModel
+from fastdp.options import Options
 
 LIMIT = 30.0
 X = np.random.default_rng(0).normal(size=(10, 8)).astype("float32")
@@ -28,7 +29,7 @@ def start(gpus):
 def compiled(box, **options):
     keras.utils.set_random_seed(1)
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4, "tanh"), keras.layers.Dense(1)])
-    parallel = ParallelModel(model, box.made, timeout=LIMIT, **options)
+    parallel = ParallelModel(model, box.made, Options(timeout=LIMIT, **options))
     parallel.compile("adam", "mse", metrics=["mae"])
     return parallel
 

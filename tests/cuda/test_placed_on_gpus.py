@@ -15,6 +15,7 @@ from torch_work import DeviceError, watched
 
 import fastdp
 from fastdp.keras.parallel_model import ParallelModel
+from fastdp.options import Options
 
 LIMIT = 30.0
 GROUPS = {"one replica": [(0, 1)], "two replicas": [(0, 1), (2, 3)]}
@@ -33,9 +34,8 @@ def box(gpus):
 def parallel_on(box, model, groups, **options):
     devices = box.devices(4)
     groups = [tuple(devices[i] for i in group) for group in groups]
-    parallel = ParallelModel(model, [group[0] for group in groups], timeout=LIMIT, check_replicas=True, **options)
-    parallel.device_groups = groups
-    return parallel
+    chosen = Options(timeout=LIMIT, check_replicas=True, **options)
+    return ParallelModel(model, [group[0] for group in groups], chosen, device_groups=groups)
 
 
 def data(rows=7):

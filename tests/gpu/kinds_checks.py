@@ -14,6 +14,7 @@ from torch_checks import full_precision
 
 from fastdp.comm.cuda import algorithm
 from fastdp.keras.parallel_model import ParallelModel
+from fastdp.options import Options
 
 # What the report calls the steps of each kind, and the argument `compile` that asks for them.
 KINDS = {
@@ -74,7 +75,8 @@ def _trained(devices: list, name: str, kind: str) -> tuple[list[float], list[np.
     x, y, _ = keras_data(name, ROWS)
     with full_precision():
         keras.utils.set_random_seed(3)
-        model = ParallelModel(KERAS_MODELS[name](), devices, timeout=LIMIT, check_replicas=True, **options_of(kind))
+        options = Options(timeout=LIMIT, check_replicas=True, **options_of(kind))
+        model = ParallelModel(KERAS_MODELS[name](), devices, options)
         # Not Adam: the bias of a convolution before BatchNormalization has a gradient of rounding errors alone.
         model.compile(
             keras.optimizers.SGD(0.05, momentum=0.9), keras.losses.SparseCategoricalCrossentropy(from_logits=True)

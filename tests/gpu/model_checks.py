@@ -15,6 +15,7 @@ import fastdp
 from fastdp import buffers
 from fastdp.data import DeviceDataset
 from fastdp.keras.parallel_model import ParallelModel
+from fastdp.options import Options
 
 LIMIT = 60.0
 layers = keras.layers
@@ -75,7 +76,8 @@ def a_keras_model_equals_plain_keras(devices: list, name: str, optimizer: str = 
             keras.utils.set_random_seed(3)
             model = KERAS_MODELS[name]()
             if parallel:
-                model = ParallelModel(model, devices, timeout=LIMIT, check_replicas=True, sync_batch_norm=True)
+                options = Options(timeout=LIMIT, check_replicas=True, sync_batch_norm=True)
+                model = ParallelModel(model, devices, options)
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
             model.compile(optimizer=optimizer, loss=loss, metrics=["accuracy"])
             how = {"batch_size": batch_size, "verbose": 0}
@@ -111,8 +113,9 @@ def a_placed_model_equals_plain_keras(devices: list, groups: list[tuple[int, ...
             template = model = build()
             if parallel:
                 chosen = [tuple(devices[i] for i in group) for group in groups]
-                model = ParallelModel(template, [group[0] for group in chosen], timeout=LIMIT, check_replicas=True)
-                model.device_groups = chosen
+                options = Options(timeout=LIMIT, check_replicas=True)
+                firsts = [group[0] for group in chosen]
+                model = ParallelModel(template, firsts, options, device_groups=chosen)
             model.compile("adam", "mse")
             history = model.fit(x, y, batch_size=10, epochs=3, shuffle=False, verbose=0).history
             results.append((history["loss"], model.predict(x, verbose=0), template.get_weights()))
@@ -129,7 +132,8 @@ def a_data_set_on_the_devices_equals_arrays(devices: list, name: str) -> None:
     with full_precision():
         for resident in (False, True):
             keras.utils.set_random_seed(3)
-            model = ParallelModel(KERAS_MODELS[name](), devices, timeout=LIMIT, check_replicas=True, compile="trace")
+            options = Options(timeout=LIMIT, check_replicas=True, compile="trace")
+            model = ParallelModel(KERAS_MODELS[name](), devices, options)
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
             model.compile(optimizer="sgd", loss=loss, metrics=["accuracy"])
             names = ("x", "y", "sample_weight")
@@ -162,8 +166,8 @@ def recorded_steps_equal_traced_and_eager_ones(
     with full_precision(), several_buckets():
         for how, mode, graph in (("eager", None, None), ("traced", "trace", None), ("graph", "trace", "bucket")):
             keras.utils.set_random_seed(3)
-            options = {"timeout": LIMIT, "check_replicas": True, "compile": mode, "graph": graph}
-            model = ParallelModel(KERAS_MODELS[name](), devices, **options)
+            options = Options(timeout=LIMIT, check_replicas=True, compile=mode, graph=graph)
+            model = ParallelModel(KERAS_MODELS[name](), devices, options)
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
             model.compile(optimizer=optimizer, loss=loss, metrics=["accuracy"])
             run = {"batch_size": 12, "epochs": 4, "shuffle": False, "verbose": 0}

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from fastdp.options import Options
 from fastdp.torch.parallel_module import TorchParallel
 
 LIMIT = 60.0
@@ -49,7 +50,7 @@ def a_torch_module_equals_plain_torch(devices: list, where: str, rows: int = 11)
             optimizer.step()
             expected.append(float(loss.detach()))
         module = torch_module()
-        dp = TorchParallel(module, devices, sync_batch_norm=True, timeout=LIMIT, check_replicas=True)
+        dp = TorchParallel(module, devices, Options(sync_batch_norm=True, timeout=LIMIT, check_replicas=True))
         step = dp.train_step(torch.nn.functional.cross_entropy, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
         got = [float(step(x, y)) for _ in range(4)]
         np.testing.assert_allclose(got, expected, rtol=1e-4)

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "fastdp"
 # prefixes.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("_version.py",),
-    ("errors.py", "warn.py"),
+    ("errors.py", "warn.py", "options.py"),
     ("shard.py",),
     ("buffers.py",),
     ("launch/",),

@@ -363,12 +363,13 @@ def test_a_module_that_cannot_be_replicated_is_refused_with_the_remedy(make, sai
 
 
 def test_wrapping_twice_and_wrong_gpus_are_value_errors():
+    from fastdp.options import Options
     from fastdp.torch.wrap import wrap_torch
 
     dp = fastdp.wrap(nn.Linear(2, 2), gpus=2)
     assert isinstance(dp, TorchParallel)
     with pytest.raises(ValueError, match="parallel already"):
-        wrap_torch(dp, gpus=2)
+        wrap_torch(dp, 2, Options())
     with pytest.raises(ValueError, match="gpus"):
         fastdp.wrap(nn.Linear(2, 2), gpus=9)
 

@@ -9,35 +9,35 @@ from typing import Any
 
 from fastdp.capture.cuda_graphs.recording import Graphs, Recording, TorchGraphs
 from fastdp.capture.faults import Attempt
+from fastdp.options import Options
+from fastdp.runtime.queue import QueueDevice
 from fastdp.warn import warn_user
-
-GRAPHS = ("auto", "bucket", "step", None)
-
 
 # Each has memory of its own for everything that a step computes.
 MOST_RECORDED = 4
 
 
-def chosen_graphs(graph: str | None, devices: Sequence[Any], compile: str | None) -> str:
-    """How captured steps are recorded on these devices: "bucket", "step", or not at all, which is "".
+def chosen_graphs(options: Options, devices: Sequence[QueueDevice]) -> str:
+    """How captured steps are recorded on these devices: "bucket", "step", or not at all, which is ""."""
+    if options.graph is None or not devices[0].on_gpu:
+        return ""
+    return "step" if options.graph == "step" else "bucket"
 
-    Raises:
-        ValueError: an unknown `graph`.
-    """
-    if graph not in GRAPHS:
-        raise ValueError(f"`graph` must be one of {GRAPHS}. Received: graph={graph!r}")
-    asked = graph in ("bucket", "step")
-    if asked and not devices[0].on_gpu:
+
+def warn_of_graphs(options: Options, devices: Sequence[QueueDevice]) -> None:
+    """Say, where graphs are asked for, that there is nothing to record."""
+    if options.graph not in ("bucket", "step"):
+        return
+    if not devices[0].on_gpu:
         warn_user(
-            f'graph="{graph}" has nothing to record on virtual devices in host memory: steps run without CUDA graphs. '
-            'Leave it "auto", or use GPUs.'
+            f'graph="{options.graph}" has nothing to record on virtual devices in host memory: steps run without CUDA '
+            'graphs. Leave it "auto", or use GPUs.'
         )
-    elif asked and compile is None:
+    elif options.compile is None:
         warn_user(
-            f'graph="{graph}" records captured steps, and compile=None captures none: steps run eagerly unless '
+            f'graph="{options.graph}" records captured steps, and compile=None captures none: steps run eagerly unless '
             'compile(jit_compile=True) is asked for. Pass compile="trace".'
         )
-    return "" if graph is None or not devices[0].on_gpu else "step" if graph == "step" else "bucket"
 
 
 class Recorder:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-from fastdp.capture.cuda_graphs.recorder import Recorder
+from fastdp.capture.cuda_graphs.recorder import Recorder, chosen_graphs
 from fastdp.capture.steps import Captures
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.step_scope import alone
 from fastdp.keras.steps.custom import has_own
 from fastdp.keras.steps.layer_calls import LayerCalls
+from fastdp.options import Options
 from fastdp.program.keras.layer_calls import CallProgram
 from fastdp.program.keras.optimizer.slots import optimizer_of
 from fastdp.program.keras.rows.policy import Policy
-from fastdp.tensors.deterministic import check_deterministic
+from fastdp.runtime.queue import QueueDevice
 
 
 class ModelEngine:
@@ -26,44 +28,31 @@ class ModelEngine:
         template: a built Keras model, or any Keras layer that is a trainer too.
         trainer: whose loss, metrics and optimizer apply: a parallel model, or the template.
         devices: where the replicas run.
-        capture_mode: None, "trace", "inductor" or "auto"; see `fastdp.wrap`.
-        graphs: how captured steps are recorded as CUDA graphs, "bucket" or "step", or "" for not at all.
-        sync_batch_norm: BatchNormalization over the global batch.
-        deterministic: results repeat bit for bit; see `fastdp.wrap`.
+        options: what was chosen for the model.
         template_state: a context manager factory that lends the template the trainer's settings; None where they
             are one model.
-        rows: what to do about rows that meet, None, "merge" or "replica"; see `fastdp.wrap`.
         falls_back: the caller runs plain Keras where the model cannot be split.
-        engine_options: further arguments of `DataParallel`.
     """
 
     def __init__(
         self,
         template: Any,
         trainer: Any,
-        devices: Sequence[Any],
+        devices: Sequence[QueueDevice],
+        options: Options,
         *,
-        capture_mode: str | None = None,
-        graphs: str = "",
-        sync_batch_norm: bool = False,
-        deterministic: bool = False,
-        template_state: Any = None,
-        rows: str | None = None,
+        template_state: Callable[[], AbstractContextManager[None]] | None = None,
         falls_back: bool = False,
-        engine_options: dict[str, Any] | None = None,
     ) -> None:
         self.template = template
         self.trainer = trainer
         self.devices = list(devices)
-        self._capture_mode = capture_mode
-        self._graphs = graphs
-        self._sync_batch_norm = sync_batch_norm
-        self._deterministic = deterministic
-        if deterministic:
-            check_deterministic(devices)
+        self._options = options
+        self._capture_mode = options.compile
+        self._graphs = chosen_graphs(options, self.devices)
         self._template_state = template_state
-        self._policy = Policy(rows, falls_back)
-        self._engine_options = engine_options or {}
+        self._falls_back = falls_back
+        self._policy = Policy(options.rows, falls_back)
         self._engine: DataParallel | None = None
         self._calls: LayerCalls | None = None
         self._trains: list[bool] = []
@@ -99,7 +88,7 @@ class ModelEngine:
                 self.template,
                 self.trainer,
                 own_train_step=has_own(self.template, "train_step"),
-                sync_batch_norm=self._sync_batch_norm,
+                sync_batch_norm=self._options.sync_batch_norm,
                 template_state=self._template_state,
                 replicas=len(self.devices),
                 policy=self._policy,
@@ -108,9 +97,9 @@ class ModelEngine:
                 parts = self._graphs == "step"
                 recorder = Recorder(self.template.name, alone, parts=parts) if self._graphs else None
                 program.captures = Captures(
-                    program, self._capture_mode, len(self.devices), recorder, alone, self._deterministic
+                    program, self._capture_mode, len(self.devices), recorder, alone, self._options.deterministic
                 )
-            return DataParallel(program, self.devices, **self._engine_options)
+            return DataParallel(program, self.devices, options=self._options)
 
     @property
     def engine_within_loop(self) -> DataParallel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -38,29 +38,23 @@ def _deterministic_if_asked(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(step)
     def run(self: Steps, engine: DataParallel, data: Any) -> Any:
-        with deterministic_algorithms() if self._deterministic else nullcontext():
+        with deterministic_algorithms() if self._options.deterministic else nullcontext():
             return step(self, engine, data)
 
     return run
 
 
 class Steps(ModelEngine):
-    """Steps of a model.
+    """Steps of a model. Arguments as in `ModelEngine`.
 
-    Args:
-        strict: a step of the template's own in which nothing could be split is an error, not a warning.
-        options: those of `ModelEngine`.
+    A step of the template's own in which nothing could be split is a warning where the caller falls back to plain
+    Keras, and an error elsewhere.
     """
 
-    def __init__(
-        self, template: Any, trainer: Any, devices: Sequence[Any], *, strict: bool = True, **options: Any
-    ) -> None:
-        super().__init__(template, trainer, devices, **options)
-        self._strict = strict
-        self._model_calls: ModelCalls | None = None
-        self._told_of_values = False
-        # The batches of the present `fit`, where the next one is fetched while a step runs.
-        self.ahead: Prefetch | None = None
+    _model_calls: ModelCalls | None = None
+    _told_of_values = False
+    # The batches of the present `fit`, where the next one is fetched while a step runs.
+    ahead: Prefetch | None = None
 
     def follow(self, epochs: Any) -> None:
         """Fetch the batches of this `fit` ahead; a template's own `train_step` takes them one by one."""
@@ -179,7 +173,8 @@ class Steps(ModelEngine):
         """A step that the template has of its own, with the calls of its layers on all devices.
 
         Raises:
-            ValueError: no call of a layer could be split, and `strict`. What the step has changed is taken back.
+            ValueError: no call of a layer could be split, and the caller does not fall back to plain Keras. What the
+                step has changed is taken back.
         """
         calls = self._calls
         assert calls is not None, "a template with a step of its own has a CallProgram"
@@ -189,7 +184,7 @@ class Steps(ModelEngine):
         with ExitStack() as stack:
             if self._template_state is not None:
                 stack.enter_context(self._template_state())
-            if self._strict and not (calls.count or calls.told):
+            if not (self._falls_back or calls.count or calls.told):
                 before = StepRollback([self.template, self.trainer])
                 stack.enter_context(before.watching())
             if name != "train_step":
@@ -216,13 +211,13 @@ class Steps(ModelEngine):
         return keras.tree.map_structure(lambda leaf: as_tensor(leaf) if isinstance(leaf, ResidentArray) else leaf, data)
 
     def _not_split(self, name: str, calls: LayerCalls) -> None:
-        """Say that a step has run on one device: an error if `strict`, and a warning otherwise."""
+        """Say that a step has run on one device: a warning where the caller falls back to plain Keras, or an error."""
         why = "; ".join(f"{layer}: {reason}" for layer, reason in calls.refused.items())
         message = (
             f"{name}() of the model {self.template.name!r} calls no layer of the model that can be split over devices"
             f"{' (' + why + ')' if why else ''}"
         )
-        if self._strict:
+        if not self._falls_back:
             raise ValueError(
                 f"{message}. Weights, optimizers, metrics and seeds are as before this batch. Let it call the model's "
                 "layers on batches, or train the model itself on one device (model.fit)."

@@ -434,7 +434,7 @@ def test_a_model_without_fastdp_is_told_whose_data_set_it_is():
         parallel.template.fit(held, verbose=0)
     for owner in (parallel.template, 8, []):
         with pytest.raises(
-            TypeError, match=r"`devices` must be a model from fastdp.api, an engine.*fastdp.wrap\(model"
+            TypeError, match=r"`devices` must be a model from fastdp.wrap, an engine.*fastdp.wrap\(model"
         ):
             DeviceDataset((x, y), owner)
     with pytest.raises((TypeError, ValueError), match="Invalid dtype: object"):

@@ -28,24 +28,12 @@ from fastdp.program.keras.rows.probe import Effects, generators_kept, unlike_row
 from fastdp.program.keras.rows.units import Merged, Plan, Unit
 from fastdp.warn import warn_user
 
-POLICIES = (None, "merge", "replica")
-
 _MOST_TRIALS = 4
 _REMEDIES = (
     'Pass rows="merge" to fastdp.wrap: it then runs on the whole batch on each device, which is exact. Or pass '
     'rows="replica": each device goes by its own rows, as in Keras 2, and results differ from one device. Or use '
     "gpus=[0]."
 )
-
-
-def check_policy(rows: Any) -> None:
-    """`rows` is one that there is.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if rows not in POLICIES:
-        raise ValueError(f"`rows` must be one of {POLICIES}. Received: rows={rows!r}")
 
 
 @dataclass(slots=True)
@@ -61,9 +49,6 @@ class Policy:
     rows: str | None = None
     falls_back: bool = False
     said: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        check_policy(self.rows)
 
     def say(self, message: str) -> None:
         """Warn, once."""

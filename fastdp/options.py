@@ -1,0 +1,44 @@
+"""What a user chooses about a parallel model: one object that travels whole from `fastdp.wrap` to the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+COMPILE_MODES = (None, "trace", "inductor", "auto")
+GRAPHS = ("auto", "bucket", "step", None)
+UPDATES = ("first", "each", None)
+ROW_POLICIES = (None, "merge", "replica")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The keyword arguments of `fastdp.wrap`, which says what each is for, checked once.
+
+    The defaults are those of `fastdp.wrap`, `fastdp.multi_gpu_model` and `fastdp.DataParallel`. What depends on the
+    devices (which of them merges, what None stands for on GPUs) is decided by whoever has them.
+
+    Raises:
+        ValueError: an unknown `compile`, `graph`, `update` or `rows`.
+    """
+
+    cpu_merge: bool = True
+    cpu_relocation: bool = False
+    merge_device: int = 0
+    sync_batch_norm: bool = False
+    compile: str | None = "auto"
+    graph: str | None = "auto"
+    update: str | None = None
+    deterministic: bool = False
+    timeout: float = 1800.0
+    check_replicas: bool = False
+    rows: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.compile not in COMPILE_MODES:
+            raise ValueError(f"`compile` must be one of {COMPILE_MODES}. Received: compile={self.compile!r}")
+        if self.graph not in GRAPHS:
+            raise ValueError(f"`graph` must be one of {GRAPHS}. Received: graph={self.graph!r}")
+        if self.update not in UPDATES:
+            raise ValueError(f'`update` must be "first" or "each". Received: update={self.update!r}')
+        if self.rows not in ROW_POLICIES:
+            raise ValueError(f"`rows` must be one of {ROW_POLICIES}. Received: rows={self.rows!r}")

@@ -1,0 +1,80 @@
+"""The options of a parallel model: one list of defaults, checked once."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import numpy as np
+import pytest
+
+import fastdp
+from fastdp.options import Options
+
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(Options)}
+
+
+def keywords(function):
+    """The keyword arguments of a function that are options, with their defaults."""
+    return {name: p.default for name, p in inspect.signature(function).parameters.items() if name in DEFAULTS}
+
+
+def test_wrap_takes_every_option_with_its_default():
+    assert keywords(fastdp.wrap) == DEFAULTS
+
+
+def test_the_engine_has_the_same_defaults():
+    names = ["timeout", "update", "cpu_merge", "merge_device", "cpu_relocation", "check_replicas"]
+    assert keywords(fastdp.DataParallel) == {name: DEFAULTS[name] for name in names}
+
+
+def test_multi_gpu_model_has_the_same_defaults():
+    pytest.importorskip("keras")
+    pytest.importorskip("torch")
+    assert keywords(fastdp.multi_gpu_model) == {name: DEFAULTS[name] for name in ("cpu_merge", "cpu_relocation")}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        (
+            "compile",
+            "fast",
+            r"`compile` must be one of \(None, 'trace', 'inductor', 'auto'\)\. Received: compile='fast'",
+        ),
+        ("graph", "all", r"`graph` must be one of \('auto', 'bucket', 'step', None\)\. Received: graph='all'"),
+        ("update", "all", r"`update` must be \"first\" or \"each\"\. Received: update='all'"),
+        ("rows", "merged", r"`rows` must be one of \(None, 'merge', 'replica'\)\. Received: rows='merged'"),
+    ],
+)
+def test_an_unknown_choice_is_a_value_error(name, value, expected):
+    with pytest.raises(ValueError, match=expected):
+        Options(**{name: value})
+
+
+def test_options_do_not_change():
+    options = Options(rows="merge")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.rows = "replica"
+
+
+def program():
+    def train(parameters, batch):
+        return batch[0].sum(), {"w": parameters["w"]}, []
+
+    return fastdp.FunctionProgram({"w": np.zeros(2)}, train, lambda p, s, g: (p, s), lambda p, batch: [])
+
+
+@pytest.fixture
+def two_devices():
+    fastdp.set_virtual_devices(2)
+    yield
+    fastdp.set_virtual_devices(0)
+
+
+@pytest.mark.usefixtures("two_devices")
+def test_an_engine_takes_its_options_one_by_one_or_in_one():
+    one_by_one = fastdp.DataParallel(program(), 2, timeout=60.0, update="each", check_replicas=True)
+    in_one = fastdp.DataParallel(program(), 2, options=Options(timeout=60.0, update="each", check_replicas=True))
+    for engine in (one_by_one, in_one):
+        assert (engine.timeout, engine.update, engine.check_replicas) == (60.0, "each", True)
