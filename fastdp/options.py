@@ -1,4 +1,4 @@
-"""What a user chooses about a parallel model: one object that travels whole from `fastdp.wrap` to the engine."""
+"""The options of a parallel model: one checked object that travels whole from `fastdp.wrap` to the engine."""
 
 from __future__ import annotations
 
