@@ -1,8 +1,8 @@
 """Finds out whether one call of a layer can be split by rows: runs it on two rows and on each alone.
 
-The layer's own calls tell, not the lengths of its arguments. A call can be dealt out where each output of two rows is
-that of the one above that of the other, and where another argument is as long as the batch, so that roles are in doubt,
-where these are also two rows of the outputs for the whole batch.
+The decision rests on actual calls of the layer, not on the lengths of its arguments. A call can be split if each output
+for two rows is the output for one row stacked on the output for the other. If another argument is as long as the batch,
+so that its role is ambiguous, the two rows must also match those rows of the outputs for the whole batch.
 """
 
 from __future__ import annotations
@@ -30,14 +30,20 @@ from fastdp.program.keras.variables import ReplicaScope
 # A call by rows: the row tensors, then the tensors that all rows share.
 RowsCall = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], Any]
 
-# What the replicas' values give the value for the whole batch by; UNDECIDED is asked again.
+# Effects by which the replicas' values combine to the value for the whole batch; UNDECIDED is tried again.
 _PUT_TOGETHER = frozenset((Effect.MEAN, Effect.SUM, Effect.SAME, Effect.UNDECIDED))
 
 
 @dataclass(slots=True)
 class _Seen:
-    """What a layer did with some rows: outputs (their values unknown where draws made up rows that were not there),
-    `add_loss` terms, how far variables moved by number."""
+    """What a layer did with some rows.
+
+    Attributes:
+        outputs: the outputs.
+        made_up: whether draws invented values for missing rows, so that the outputs' values are unknown.
+        losses: the `add_loss` terms.
+        moved: the changes of variables, by number.
+    """
 
     outputs: list[Any]
     made_up: bool
@@ -46,14 +52,14 @@ class _Seen:
 
     @property
     def numbers(self) -> list[torch.Tensor]:
-        """The outputs that are one number."""
+        """The scalar outputs."""
         return [out for out in self.outputs if is_number(out)]
 
 
 class Attempt:
-    """A `with` in which code that fails has answered a question: `error` is what it raised, and goes no further.
+    """A context manager that catches an exception of a trial and keeps it as `error`.
 
-    For trials, which the user's program does not make: whatever a layer raises there tells that it cannot be run so.
+    The user's program does not make trials. Whatever a layer raises in one means that it cannot be run that way.
     """
 
     error: BaseException | None = None
@@ -69,10 +75,12 @@ class Attempt:
 
 
 class LayerEffects(Effects):
-    """What is known of calls of one layer with certain arguments.
+    """What is known about the calls of one layer with certain arguments.
 
-    `refused` says why they cannot be run by rows; `tried` whether the question has been answered; `numbers` how those
-    outputs depend on the rows that are one number.
+    Attributes:
+        tried: whether the trial gave an answer.
+        refused: why the calls cannot be split by rows; None if they can.
+        numbers: how the scalar outputs depend on the rows.
     """
 
     tried = False
@@ -80,15 +88,15 @@ class LayerEffects(Effects):
     numbers: Sequence[Effect] = ()
 
     def take_as_known(self) -> None:
-        """The layer keeps rows apart, adds no losses and assigns nothing: it needs no trial."""
+        """Skip the trial: the layer keeps rows apart, adds no losses and assigns nothing."""
         self.tried, self._losses = True, []
 
     def try_call(
         self, call: RowsCall, batch: Sequence[np.ndarray], structure: Structure, shared: Sequence[torch.Tensor]
     ) -> Any:
-        """Answer the question. Gives what two rows of the outputs of the whole batch are to be compared with.
+        """Try the call on two rows and on each alone. Returns the rows for `is_part_of` to compare.
 
-        Where all rows of the batch are equal it stays open, and there is nothing to compare. So it does where an
+        The question stays open if all rows of the batch are equal (there is nothing to compare then) or if an
         `add_loss` term is zero for the rows tried.
         """
         start = unlike_next(batch)
@@ -107,7 +115,7 @@ class LayerEffects(Effects):
         return start, both
 
     def is_part_of(self, rows: Any, call: Callable[[], Any], batch: Sequence[np.ndarray], structure: Structure) -> bool:
-        """Whether what `try_call` gave are rows of the outputs of `call()` for the whole batch."""
+        """Whether the result of `try_call` equals the same rows of the outputs of `call()` for the whole batch."""
         start, both = rows
         count = len(batch[0])
         attempt = Attempt()
@@ -130,7 +138,7 @@ class LayerEffects(Effects):
         self.tried, self.refused = True, refused
 
     def _judge(self, a: _Seen, b: _Seen, both: _Seen) -> None:
-        """From the outcomes of rows a and b alone, and of both."""
+        """Judge from the results for rows a and b alone and for both."""
         self._answer(why_not_by_rows(a, b, both))
         if self.refused is not None:
             return
@@ -159,7 +167,7 @@ class LayerEffects(Effects):
         start: int,
         stop: int,
     ) -> _Seen:
-        """The layer on some rows of the batch, without changing anything."""
+        """Run the layer on some rows of the batch, without changing anything."""
         context = Context.alone(batch, structure, start, stop, len(batch[0]))
         run = ReplicaContext(context, frozen_moments=True, seed=self._seed, sites=self.sites)
         mapping = [(v, v.value.detach()) for v in self._variables]
@@ -179,18 +187,18 @@ class LayerEffects(Effects):
 
 
 def _told(error: BaseException) -> str:
-    """An error in one line, without what Keras says around it."""
+    """An error in one line, without the text that Keras adds."""
     said = re.sub(r"\x1b\[\d*m", "", str(error)).partition("Arguments received by")[0]
     return f"{type(error).__name__}: {' '.join(said.split())[:200]}"
 
 
 def is_number(output: Any) -> bool:
-    """Whether an output of a layer is one number."""
+    """Whether an output of a layer is a scalar tensor."""
     return isinstance(output, torch.Tensor) and not output.ndim
 
 
 def unlike_next(batch: Sequence[np.ndarray]) -> int | None:
-    """The first row that differs from the next one, in all arrays if there is such a row; None where all are equal."""
+    """The first row that differs from the next row, if possible in all arrays; None if all rows are equal."""
     found = None
     for row in range(len(batch[0]) - 1):
         unlike = [not np.array_equal(array[row], array[row + 1]) for array in batch]
@@ -202,7 +210,7 @@ def unlike_next(batch: Sequence[np.ndarray]) -> int | None:
 
 
 def why_not_by_rows(a: _Seen, b: _Seen, both: _Seen) -> str | None:
-    """Why the outputs for rows a and b together are not those for a above those for b; None where they are."""
+    """Why the outputs for rows a and b together are not those for a stacked on those for b; None if they are."""
     if not len(a.outputs) == len(b.outputs) == len(both.outputs):
         return "it gives more outputs for some rows than for others"
     for one, other, two in zip(a.outputs, b.outputs, both.outputs, strict=True):
@@ -226,7 +234,7 @@ def why_not_by_rows(a: _Seen, b: _Seen, both: _Seen) -> str | None:
 
 
 def is_close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether tensors of one shape are equal, as far as different ways to compute them allow."""
+    """Whether two tensors of equal shape are equal up to rounding."""
     if not (one.is_floating_point() or one.is_complex()):
         return bool(torch.equal(one, other))
     precise = torch.complex128 if one.is_complex() else torch.float64

@@ -1,20 +1,19 @@
 """How outputs, `add_loss` terms and assigned variables depend on the rows of a batch.
 
-On one device they see the whole batch; a replica sees its rows. To put the replicas' values together one
-must know how a value depends on the rows, which no framework says: `ops.mean(x)` and `ops.sum(x)` are both
-a scalar, and (2, 2) may be two rows of two numbers or a number for each pair of rows. So it is found out by trying,
-once: the model runs on some rows, on the others, and on all of them. With f the value (of a variable: how far it
-moved) of n rows,
+On one device these values see the whole batch; on a replica they see only its rows. To combine the replicas' values,
+fastdp must know how a value depends on the rows, and no framework says that: `ops.mean(x)` and `ops.sum(x)` are both
+scalars, and (2, 2) may be two rows of two numbers or one number per pair of rows. So fastdp tries the model once: on
+some rows, on the other rows, and on all of them. Let f be the value for n rows (for a variable, its change):
 
-    f(ab) = [f(a), f(b)] along one axis               rows: replicas' values are put behind each other
-    f(ab) = (n_a f(a) + n_b f(b)) / (n_a + n_b)       a mean over rows: replicas are averaged by their share of the rows
-    f(ab) = f(a) + f(b)                               a sum: replicas are added up
-    f(ab) = f(a) = f(b)                               the same on all replicas (seeds, counters of steps)
-    f(ab) = max(f(a), f(b)), or min                   an extreme: of the replicas' values
+    f(ab) = [f(a), f(b)] along one axis               rows: concatenate the replicas' values
+    f(ab) = (n_a f(a) + n_b f(b)) / (n_a + n_b)       a mean over rows: average, weighted by the number of rows
+    f(ab) = f(a) + f(b)                               a sum: add the replicas' values
+    f(ab) = f(a) = f(b)                               the same on all replicas (seeds, step counters)
+    f(ab) = max(f(a), f(b)), or min                   an extreme of the replicas' values
 
-The two parts have unequal numbers of rows where there are enough, so that neither a median is taken for a mean nor an
-axis of two for two rows. During the trial, draws are indexed by row as always, and BatchNormalization uses its moving
-statistics, so that nothing else mixes rows.
+The two parts have different numbers of rows if there are enough rows. Otherwise a median could pass for a mean, and an
+axis of length two for two rows. During the trial, draws are indexed by row as always, and BatchNormalization uses its
+moving statistics, so that nothing else mixes rows.
 """
 
 from __future__ import annotations
@@ -29,26 +28,26 @@ from fastdp.errors import ReplicaError
 
 TOLERANCE = 1e-4
 MIXED_TOLERANCE = 1e-3
-# Where it is known how far off rounding may be: what is allowed in any case, and how many times the noise.
+# If the rounding noise is known: the tolerance that is always allowed, and the allowed multiple of the noise.
 ROUNDING_TOLERANCE = 5e-6
 NOISE_FACTOR = 10.0
-# Of numbers that are all but zero: what is left where others cancel.
+# Absolute tolerance for numbers near zero, where larger terms cancel.
 ROUNDING = 1e-6
 
 
 class NotByRowsError(ValueError):
-    """A model that no dealing out of rows computes as one device does. The message says what to do."""
+    """Splitting the batch by rows cannot give what one device computes. The message says what to do."""
 
 
 class UndecidedError(NotByRowsError):
-    """A step shows what the rows that were tried had not shown. Nothing has changed: the question is asked again."""
+    """A step shows an effect that the trial's rows did not show. Nothing has changed; the model is tried again."""
 
 
 def refusal(error: NotByRowsError | ReplicaError) -> str:
-    """Why a model cannot go by rows, if that is what a step has failed with, before anything changed.
+    """The reason why a model cannot be split by rows, from the error of a step that failed before changing anything.
 
     Raises:
-        ReplicaError: it has failed with something else.
+        ReplicaError: `error` itself, if its cause is something else.
     """
     cause = error.__cause__ if isinstance(error, ReplicaError) else error
     if not isinstance(cause, NotByRowsError):
@@ -76,11 +75,12 @@ class Layout:
     """How a tensor depends on the rows.
 
     Args:
-        effect: ROWS, or how a value without rows is put together from the replicas'.
-        axis: the first axis that is as long as there are rows, times `per_row`; None where none is.
-        stacks: whether that is the only axis whose length depends on the rows.
+        effect: ROWS, or how a value without rows is combined from the replicas' values.
+        axis: the first axis of length `per_row` times the number of rows; None if there is none.
+        per_row: entries along `axis` for each row.
+        stacks: whether `axis` is the only axis whose length depends on the rows.
 
-    Of an UNKNOWN one that stacks the shape is that of rows, and the values mix them.
+    If `effect` is UNKNOWN and `stacks` is true, the shape is split by rows but the values mix rows.
     """
 
     effect: Effect
@@ -90,7 +90,7 @@ class Layout:
 
     @property
     def is_local(self) -> bool:
-        """Whether a replica has of it what one device has: its rows of it, or all of it."""
+        """Whether a replica holds the same numbers as one device: its rows of the tensor, or all of it."""
         return self.effect in (Effect.ROWS, Effect.SAME)
 
 
@@ -104,13 +104,13 @@ def layout_of(
     rows: Sequence[int],
     noise: Callable[[], float] | None = None,
 ) -> Layout:
-    """How a tensor depends on rows: by its whole shapes, and all its values.
+    """How a tensor depends on the rows, judged by its shapes and all its values.
 
     Args:
-        parts: the tensor for each part of some rows, in order.
-        whole: the tensor for all these rows.
-        rows: how many rows each part has.
-        noise: how far off rounding may be, where that is known. Asked only if it matters.
+        parts: the tensor for each part of the rows, in order.
+        whole: the tensor for all rows.
+        rows: the number of rows of each part.
+        noise: returns the size of rounding errors, if known. Called only if it matters.
     """
     if any(part.ndim != whole.ndim or part.dtype != whole.dtype for part in parts):
         return Layout(Effect.UNKNOWN)
@@ -130,7 +130,7 @@ def layout_of(
 
 
 def values_agree(found: torch.Tensor, expected: torch.Tensor, noise: Callable[[], float] | None = None) -> bool:
-    """Whether two tensors of one shape are the same but for rounding; whole numbers exactly, if without noise."""
+    """Whether two tensors of equal shape agree up to rounding; integers must be equal unless there is noise."""
     if not expected.is_floating_point():
         return bool((found == expected).all()) or (noise is not None and noise() > 0.0)
     found, expected = found.detach().double(), expected.detach()
@@ -147,7 +147,7 @@ def values_agree(found: torch.Tensor, expected: torch.Tensor, noise: Callable[[]
 
 
 def classify(parts: Sequence[torch.Tensor], whole: torch.Tensor, rows: Sequence[int] = (1, 1)) -> Effect:
-    """How a value without rows depends on them, from its values on parts of the rows, and on all of them."""
+    """How a value without a row axis depends on the rows, from its values for parts of the rows and for all."""
     values = [part.detach().double() for part in parts]
     whole = whole.detach().double()
     scale = TOLERANCE * max(float(v.abs().max()) if v.numel() else 0.0 for v in (*values, whole))
@@ -172,5 +172,5 @@ def classify(parts: Sequence[torch.Tensor], whole: torch.Tensor, rows: Sequence[
 
 
 def mixes_rows(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], both: Sequence[torch.Tensor]) -> bool:
-    """Whether any output for rows a and b together is not that for each alone, put behind each other."""
+    """Whether any output for rows a and b together differs from the outputs for each alone, concatenated."""
     return any(layout_of((x, y), xy, (1, 1)).effect is Effect.UNKNOWN for x, y, xy in zip(a, b, both, strict=True))

@@ -1,8 +1,8 @@
 """Recognizes models of Keras's own layers in which rows never meet: these need no trial.
 
-Most models are made of Keras's own layers alone, and what those do to rows is known; the trial on two rows
-(`fastdp.program.keras.rows.probe`) is three calls of the model before the first step, half a second for a ResNet50.
-`tests/program/keras/test_known_layers.py` holds every layer below to the trial's verdict.
+Most models consist only of Keras's own layers, whose effect on rows is known. The trial
+(`fastdp.program.keras.rows.probe`) costs three calls of the model before the first step, half a second for a ResNet50.
+`tests/program/keras/test_known_layers.py` checks every layer below against the trial's verdict.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import keras
 import numpy as np
 
 layers = keras.layers
-# The output for a row depends on that row alone, or on the others by BatchNormalization, which knows of devices; and
-# nothing is assigned but its statistics. Draws, where there are any, are of shapes that begin with the rows.
+# Layers whose output for a row depends on that row alone, and BatchNormalization, which fastdp runs across devices.
+# They assign no variables except its statistics. Their draws have shapes that begin with the rows.
 ROWS_APART = frozenset(
     (
         *(layers.InputLayer, layers.Identity, layers.Dense, layers.EinsumDense, layers.Embedding),
@@ -43,14 +43,14 @@ ROWS_APART = frozenset(
 
 
 _ACTIVATIONS = keras.activations.relu.__module__
-# Single operations between the layers of a functional model that go number by number.
+# Elementwise operations between the layers of a functional model.
 _BY_NUMBER = ("Add", "Subtract", "Multiply", "Divide")
 
 
 def keeps_rows_apart(model: keras.Model) -> bool:
-    """Whether all of a model is known: it needs no trial. False wherever anything is the user's, or not known."""
+    """Whether all parts of a model are known, so that it needs no trial. False if any part is user code or unknown."""
     graph = model._functional if type(model) is keras.Sequential else model
-    # Not a subclass of the user's, whose `call` may do anything.
+    # The `call` of a user's subclass may do anything.
     if _full_name(graph) != "keras.src.models.functional.Functional" or _is_altered(model):
         return False
     return all(
@@ -63,7 +63,7 @@ def _full_name(thing: Any) -> str:
 
 
 def _is_known(part: Any) -> bool:
-    """Whether a part of a functional model is a layer that is known, as are all layers in it, or goes by numbers."""
+    """Whether a part of a functional model is a known layer with only known layers inside, or an elementwise op."""
     if isinstance(part, layers.Layer):
         return _is_called_plainly(part) and all(
             type(layer) in ROWS_APART and not _is_altered(layer) and _settings_are_known(layer)
@@ -71,7 +71,7 @@ def _is_known(part: Any) -> bool:
         )
     if _full_name(part) not in {f"keras.src.ops.numpy.{name}" for name in _BY_NUMBER}:
         return False
-    # Of unequal ranks the rows of one meet another axis of the other.
+    # If ranks differ, broadcasting aligns the rows of one operand with another axis of the other.
     return all(
         len({len(tensor.shape) for tensor in node.input_tensors}) == 1
         and all(isinstance(value, (keras.KerasTensor, int, float)) for value in keras.tree.flatten(node.arguments.args))
@@ -80,9 +80,9 @@ def _is_known(part: Any) -> bool:
 
 
 def _is_called_plainly(layer: Any) -> bool:
-    """Whether a layer gets nothing but the graph's tensors, of which the last axis is not that of the rows.
+    """Whether a layer gets only the graph's tensors and plain values, and no tensor's last axis is the row axis.
 
-    A constant among its arguments may have an axis that the user means for rows.
+    An array among the arguments may have an axis that the user means as rows.
     """
     nodes = layer._inbound_nodes
     given = [leaf for node in nodes for leaf in keras.tree.flatten((node.arguments.args, node.arguments.kwargs))]
@@ -93,14 +93,14 @@ def _is_called_plainly(layer: Any) -> bool:
 
 
 def _is_altered(layer: Any) -> bool:
-    """Whether a layer's object has a `call` of its own, hooks of torch's, or losses."""
+    """Whether the layer object itself has a replaced `call`, torch hooks, or losses."""
     own = vars(layer)
     hooks = any(own.get(name) for name in ("_forward_hooks", "_forward_pre_hooks"))
     return "call" in own or "__call__" in own or hooks or bool(layer._losses)
 
 
 def _settings_are_known(layer: Any) -> bool:
-    """Whether no setting of a layer's is code of the user's, makes losses or states, or reaches across rows."""
+    """Whether no setting of a layer is user code, adds losses or state, or mixes rows."""
     functions = (getattr(layer, name, None) for name in ("activation", "recurrent_activation"))
     if not all(f is None or _is_activation(f) for f in functions):
         return False
@@ -108,7 +108,7 @@ def _settings_are_known(layer: Any) -> bool:
         return False
     if getattr(layer, "activity_regularizer", None) is not None or getattr(layer, "stateful", False):
         return False
-    if getattr(layer, "renorm", False):  # assigns more than its statistics
+    if getattr(layer, "renorm", False):  # assigns more variables than the statistics
         return False
     noise = getattr(layer, "noise_shape", None)
     if (noise is not None and noise[0] is not None) or getattr(layer, "quantization_mode", None) is not None:
@@ -121,7 +121,7 @@ def _settings_are_known(layer: Any) -> bool:
 
 
 def _is_activation(function: Any) -> bool:
-    """Whether a function is one of Keras's activations, which go along the last axis. A layer is asked by itself."""
+    """Whether a function is a Keras activation; these act along the last axis. Layers are checked separately."""
     return isinstance(function, layers.Layer) or getattr(function, "__module__", "") == _ACTIVATIONS
 
 
@@ -130,7 +130,7 @@ def _as_tuple(axes: Any) -> tuple[Any, ...]:
 
 
 def _rows_first(equation: str) -> bool:
-    """Whether an einsum's first axis, of the inputs and not of the weights, is the first of its outputs too."""
+    """Whether the first axis of an einsum's inputs is also the first of its outputs, and is no axis of the weights."""
     operands, _, outputs = equation.replace(" ", "").partition("->")
     inputs, _, weights = operands.partition(",")
     return inputs[:1] == outputs[:1] != "" and inputs[0] not in weights

@@ -17,20 +17,24 @@ from fastdp.program.keras.rows.effects import TOLERANCE, Effect, Layout, classif
 from fastdp.program.keras.rows.probe import Effects, Trial, seed_generators
 from fastdp.program.keras.rows.units import Call, Plan, Recorder, Unit
 
-# How values without rows may depend on them and still be put together from the replicas'.
+# Effects by which values without a row axis can be combined from the replicas' values.
 _OF_OUTPUTS = (Effect.MEAN, Effect.SUM)
 _OF_LOSSES = (Effect.MEAN, Effect.SUM, Effect.SAME, Effect.UNDECIDED)
 _OF_VARIABLES = (*_OF_LOSSES, Effect.LARGEST, Effect.SMALLEST)
 _MOST_PLANS = 50
 _LAST_BITS = 5e-7
-# What a model's own code fails with on rows that it was not made for.
+# Errors that a model's own code may raise on rows that it was not made for.
 FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(slots=True)
 class Verdict:
-    """How everything depends on the rows, and what of it replicas cannot give: the numbers of outputs, of `add_loss`
-    terms and of variables."""
+    """How everything depends on the rows, and what replicas cannot compute.
+
+    Attributes:
+        layouts, losses, moves: how outputs, `add_loss` terms and variables depend on the rows.
+        outputs, terms, variables: the numbers of those that cannot be combined from the replicas' rows.
+    """
 
     layouts: list[Layout]
     losses: list[Effect]
@@ -41,23 +45,23 @@ class Verdict:
 
     @property
     def is_well(self) -> bool:
-        """Whether all can be put together from the replicas' rows."""
+        """Whether everything can be combined from the replicas' rows."""
         return not (self.outputs or self.terms or self.variables)
 
     @property
     def is_affine(self) -> bool:
-        """Whether nothing but sums is amiss, which have a part that is there without rows."""
+        """Whether the only obstacles are variables that change by a sum over rows plus a part independent of rows."""
         return not (self.outputs or self.terms) and all(self.moves[i] is Effect.AFFINE for i in self.variables)
 
 
 class Tried:
-    """A model on some rows: on all of them, and on two parts.
+    """The results of a model on some rows: on all of them, and on two parts.
 
     Args:
         effects: runs the model.
         arrays: the rows.
-        structure: theirs.
-        cut: where the second part begins.
+        structure: the structure of `arrays`.
+        cut: the first row of the second part.
     """
 
     def __init__(self, effects: Effects, arrays: Sequence[np.ndarray], structure: Structure, cut: int) -> None:
@@ -71,7 +75,7 @@ class Tried:
         self._repeats: bool | None = None
 
     def _run(self, arrays: Sequence[np.ndarray], start: int, stop: int, **options: Any) -> Trial:
-        """One trial. What is drawn outside of keras.random is drawn alike in all."""
+        """Run one trial. Draws outside keras.random are the same in all trials."""
         seed_generators()
         return self._effects._try_rows(arrays, self._structure, start, stop, **options)
 
@@ -80,7 +84,7 @@ class Tried:
         return self._part(0, self._cut, plans), self._part(self._cut, self.total, plans)
 
     def _part(self, start: int, stop: int, plans: dict[Unit, Plan]) -> Trial:
-        """The trial of a part. With plans a unit may fail: that of two values has all rows of one."""
+        """The trial of a part. With plans a unit may fail: only one of its two values may have all rows."""
         recorder = Recorder(plans, self.whole.calls)
         try:
             return self._run(self._arrays, start, stop, recorder=recorder)
@@ -91,9 +95,9 @@ class Tried:
             return Trial([], {}, [], {**recorder.calls, failed.unit: failed}, recorder.losses, failed.unit)
 
     def _otherwise(self, plans: dict[Unit, Plan], shifted: Sequence[int] = ()) -> tuple[Trial, Trial, Trial] | None:
-        """The parts and the whole in reverse order of the rows, or with other values of some variables.
+        """Trials of the parts and the whole with the rows reversed, or with other values of some variables.
 
-        None where the model fails on that.
+        Returns None if the model fails on these.
         """
         arrays = self._arrays if shifted else [array[::-1].copy() for array in self._arrays]
         try:
@@ -106,10 +110,10 @@ class Tried:
             return None
         return a, b, whole
 
-    # What the trials show.
+    # Results of the trials.
 
     def verdict(self, plans: dict[Unit, Plan]) -> Verdict:
-        """How everything depends on the rows, with some units on merged inputs."""
+        """How everything depends on the rows, with the planned units on merged inputs."""
         if plans:
             self.parts = self._parts(plans)
         (a, b), whole = self.parts, self.whole
@@ -137,8 +141,9 @@ class Tried:
     def _moves(self, plans: dict[Unit, Plan]) -> dict[int, Effect]:
         """How assigned variables depend on the rows.
 
-        An extreme has to be one for the rows in reverse too: the last row's value may be the largest by chance. A sum
-        has to be one for other values of the variable too: what is there without rows may be a multiple of zero.
+        An extreme must also be one with the rows reversed: the last row's value may be the largest by chance. A sum
+        must also be one for other values of the variable: a part independent of rows may be a multiple of the variable,
+        which may be zero.
         """
         effects, (a, b), whole = self._effects, self.parts, self.whole
         found = effects._moves(a, b, whole, self.rows)
@@ -172,9 +177,9 @@ class Tried:
         whole: Sequence[torch.Tensor],
         of: Callable[[Trial], Sequence[torch.Tensor]],
     ) -> list[Layout] | None:
-        """How tensors depend on the rows; None where there are more of them for some rows than for others.
+        """How tensors depend on the rows; None if their number differs between the trials.
 
-        `of` finds such tensors in a trial.
+        `of` returns such tensors from a trial.
         """
         if not len(first) == len(second) == len(whole):
             return None
@@ -184,8 +189,8 @@ class Tried:
         ]
 
     def _noise(self, i: int, whole: torch.Tensor, of: Callable[[Trial], Sequence[torch.Tensor]]) -> float:
-        """How far off rounding may be in a tensor: as far as when all variables are off in their last bits."""
-        if not self.is_repeatable():  # what is drawn is no rounding
+        """The size of rounding errors in a tensor: its change when all variables change in their last bits."""
+        if not self.is_repeatable():  # the difference would come from draws, not from rounding
             return 0.0
         if self._noisy is None:
             self._noisy = self._run(self._arrays, 0, self.total, jitter=_LAST_BITS)
@@ -195,7 +200,7 @@ class Tried:
         return float((found[i].double() - whole.double()).abs().nan_to_num(0.0, 0.0, 0.0).max())
 
     def is_repeatable(self) -> bool:
-        """Whether the model gives the same for the same rows once more: it draws nothing that devices cannot share."""
+        """Whether a second run on the same rows gives the same result: all draws can be shared by devices."""
         if self._repeats is None:
             again = self._run(self._arrays, 0, self.total)
             pairs = [
@@ -206,12 +211,12 @@ class Tried:
             self._repeats = all(x.shape == y.shape and values_agree(x, y) for x, y in pairs)
         return self._repeats
 
-    # Which units it is.
+    # Finding the units.
 
     def merged(self, verdict: Verdict) -> tuple[dict[Unit, Plan], list[Call], Verdict | None]:
-        """Plans by which all is well, the units, and the verdict then; no verdict where no plan makes it so.
+        """Plans that make the verdict good, the units that mix rows, and the new verdict.
 
-        Where it is the model itself that mixes rows, there is nothing smaller to plan.
+        Returns no plans and no verdict if no plans help. If the model itself mixes rows, no smaller unit can be merged.
         """
         plans: dict[Unit, Plan] = {}
         culprits: list[Call] = []
@@ -230,7 +235,7 @@ class Tried:
         return {}, culprits, None
 
     def _culprit(self, verdict: Verdict, plans: dict[Unit, Plan]) -> Call | None:
-        """The innermost unit that is given rows, and loses them: first those that say so by losses and variables."""
+        """The innermost unit that gets rows and mixes them. Units found by their losses and variables come first."""
         terms, written = set(verdict.terms), set(verdict.variables)
         others = [call for unit, call in self.whole.calls.items() if unit not in plans]
         given = [call for call in others if self._all_local(call, "given")]
@@ -243,7 +248,7 @@ class Tried:
                 return call
         planned = [self.whole.calls[unit] for unit in plans]
         if not all(self._all_local(call, "made") for call in planned):
-            # What has all rows, and differs still, reads a variable that differs between replicas.
+            # A unit that has all rows and still differs reads a variable that differs between replicas.
             differ = {i for i, effect in verdict.moves.items() if effect is not Effect.SAME}
             writer = next((call for call in given if call.written & differ), None)
             if writer is not None:
@@ -251,7 +256,7 @@ class Tried:
         return next((call for call in given if not self._all_local(call, "made")), None)
 
     def _all_local(self, call: Call, what: str) -> bool:
-        """Whether replicas have of a unit's tensors what one device has. False too where it is not in all trials."""
+        """Whether replicas hold the same numbers of a unit's tensors as one device. False if a trial lacks the unit."""
         layouts = self._of_call(call, what)
         return layouts is not None and all(layout.is_local for layout in layouts)
 
@@ -267,17 +272,17 @@ class Tried:
         return self._layouts(getattr(a, what), getattr(b, what), getattr(call, what), of)
 
     def _plan(self, call: Call) -> Plan | None:
-        """How the unit runs on merged inputs."""
-        # What it gives, it gives for all rows: as it did in the trials where each part was a batch of its own.
+        """The plan to run the unit on merged inputs; None if the trials differ in its tensors."""
+        # A merged unit computes all rows, so its outputs lie as in the trials where each part was a whole batch.
         given, made = self._of_call(call, "given"), self._of_call(call, "made", self._apart)
         if given is None or made is None:
             return None
         return Plan(call.operation, title(call.operation), tuple(given), tuple(made))
 
-    # Words.
+    # Messages.
 
     def shapes(self, i: int) -> str:
-        """What an output's shapes are."""
+        """A sentence about an output's shapes."""
         shapes = [tuple(trial.outputs[i].shape) for trial in (self._apart[0], self.whole)]
         name = self._effects._model.name
         return (
@@ -286,7 +291,7 @@ class Tried:
         )
 
     def story(self, verdict: Verdict, culprits: Sequence[Call]) -> str:
-        """What mixes rows, and how that shows."""
+        """A sentence that says what mixes rows, and how that shows."""
         model = self._effects._model
         for i in verdict.terms:
             layer = self.whole.layers[i] if i < len(self.whole.layers) else model
@@ -311,7 +316,7 @@ class Tried:
 
 
 def _without_rows(i: int, a: Trial, b: Trial, whole: Trial) -> torch.Tensor | None:
-    """How far a variable would move without rows, if it moves by that and a sum over rows."""
+    """A variable's change without any rows, assuming that it changes by this and a sum over rows."""
     if not (i in a.moved and i in b.moved and i in whole.moved):
         return None
     return a.moved[i] + b.moved[i] - whole.moved[i]
@@ -325,7 +330,7 @@ def _are_equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 
 def title(operation: Any) -> str:
-    """How messages call a unit."""
+    """A unit's name in messages."""
     kind = (
         "model"
         if isinstance(operation, keras.Model)
@@ -337,7 +342,7 @@ def title(operation: Any) -> str:
 
 
 def capital(text: str) -> str:
-    """As the beginning of a sentence."""
+    """The text with its first letter in upper case."""
     return text[:1].upper() + text[1:]
 
 

@@ -1,9 +1,9 @@
-"""Decides what is done about a model in which rows meet: the argument `rows=` of `fastdp.wrap`.
+"""Decides how to run a model in which rows meet: the argument `rows=` of `fastdp.wrap`.
 
-The model is tried on some rows. Where its outputs, `add_loss` terms and assigned variables can be put together from
-the replicas' rows, there is nothing to do. Otherwise the units are looked for in which rows meet
-(`fastdp.program.keras.rows.mixing`), to be run on merged inputs. Where no unit can be told from the rest of the model,
-the model runs on one device.
+The model is tried on some rows. If its outputs, `add_loss` terms and assigned variables can be combined from the
+replicas' shards, nothing needs to be done. Otherwise the trial searches for the units in which rows meet
+(`fastdp.program.keras.rows.mixing`) and runs them on merged inputs. If no such unit can be isolated, the whole model
+runs on one device.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Policy:
 
     Args:
         rows: None, "merge" or "replica"; see `fastdp.wrap`.
-        falls_back: whoever asks has plain Keras to fall back to, so no model runs on one device here.
-        said: warnings of the model that were given.
+        falls_back: the caller falls back to plain Keras, so the model is never run on one device here.
+        said: warnings already given for the model.
     """
 
     rows: str | None = None
@@ -58,15 +58,15 @@ class Policy:
 
 
 class ModelEffects(Effects):
-    """What is known of a whole model, and what is done about it.
+    """What is known about a whole model, and how to run it.
 
     Args:
         arguments: those of `Effects`.
-        training: whether it is for training steps, or for those that only go forward.
+        training: whether this is for training steps or for forward-only steps.
         policy: what to do about rows that meet.
 
     Attributes:
-        layouts: how the model's outputs depend on the rows; None as long as nothing is known.
+        layouts: how the model's outputs depend on the rows; None while unknown.
         alone: whether the model runs on one device, with all rows.
     """
 
@@ -81,11 +81,11 @@ class ModelEffects(Effects):
         self.asked_of_every_row = False
 
     def units(self) -> Merged | None:
-        """What runs some units of one forward pass of a replica on merged inputs, if any are planned."""
+        """A runner for the units planned on merged inputs, for one forward pass of a replica; None without plans."""
         return Merged(self._plans, self._calls) if self._plans else None
 
     def of_variable(self, index: int, variable: keras.Variable) -> Effect:
-        """How an assigned variable's value depends on the rows. One that the trial has not seen move is undecided."""
+        """How an assigned variable's value depends on the rows; UNDECIDED if the trial did not see it move."""
         effect = super().of_variable(index, variable)
         seen = index in self._assigned or id(variable) in self.seeds or id(variable) in self._metric_ids
         if seen or not self._trials:
@@ -93,11 +93,11 @@ class ModelEffects(Effects):
         return Effect.MEAN if self._policy.rows == "replica" else Effect.UNDECIDED
 
     def check_undecided(self, known: Sequence[Effect], values: Sequence[torch.Tensor]) -> None:
-        """Losses that were zero for the rows that were tried have to be zero still.
+        """Check that losses which were zero in the trial are still zero.
 
         Raises:
-            UndecidedError: one is not.
-            NotCapturable: a trace cannot ask.
+            UndecidedError: a loss is no longer zero.
+            NotCapturable: called while tracing, where values cannot be read.
         """
         state = running()
         if state is not None and state.draws is not None:
@@ -110,18 +110,17 @@ class ModelEffects(Effects):
                     "An add_loss() term was zero for the rows that fastdp has tried, and is not any more."
                 )
 
-    # Asking.
+    # Trials.
 
     def inspect(self, batch: Sequence[np.ndarray], structure: Structure, *, every_row: bool = False) -> None:
-        """Find out, once, how outputs, `add_loss` terms and assigned variables depend on the rows.
+        """Determine, once, how outputs, `add_loss` terms and assigned variables depend on the rows.
 
-        Runs the model on three rows of the batch, on one of them, and on the other two, without changing anything. With
-        fewer rows, or rows that are all equal, the question is asked again at the next steps; with `every_row` it is
-        asked now, of all rows. A model of layers that are known (`fastdp.program.keras.rows.known_layers`) is not run:
-        there is nothing to find out.
+        Runs the model on three rows of the batch, on one of them, and on the other two, without changing anything. If
+        there are fewer rows, or all are equal, the next steps try again; `every_row` tries now, on all rows. A model
+        made of known layers (`fastdp.program.keras.rows.known_layers`) needs no trial.
 
         Raises:
-            NotByRowsError: what cannot be put together from the replicas' rows, and is not to be merged.
+            NotByRowsError: something can neither be combined from the replicas' shards nor may be merged.
         """
         count = len(batch[0])
         if self._losses is None and keeps_rows_apart(self._model):
@@ -136,7 +135,7 @@ class ModelEffects(Effects):
                 self._decide(tried)
 
     def _tried(self, batch: Sequence[np.ndarray], structure: Structure, every_row: bool) -> Tried | None:
-        """The model on some rows; None where it cannot be run so, and that is dealt with."""
+        """Run the model on some rows. Returns None if that fails and the failure has been handled."""
         count = len(batch[0])
         every = list(range(count))
         unlike = unlike_rows(batch, structure, 3)
@@ -147,7 +146,7 @@ class ModelEffects(Effects):
             arrays = [np.asarray(array[chosen]) for array in batch]
             try:
                 tried = Tried(self, arrays, structure, cut)
-            except NotByRowsError as error:  # it says why itself
+            except NotByRowsError as error:  # its message gives the reason
                 self._cannot_try(error, str(error))
                 return None
             except FAILURES as error:
@@ -157,7 +156,7 @@ class ModelEffects(Effects):
             self._rows_tried, self._unlike = max(self._rows_tried, len(chosen)), len(unlike) > 1
             return tried
         assert failed is not None
-        # Where it fails on the whole batch too, that is the error that plain Keras ends with.
+        # If the model fails on the whole batch too, plain Keras raises the same error.
         self._try_rows([np.asarray(array[every]) for array in batch], structure, 0, count)
         said = str(failed).strip().splitlines()
         self._cannot_try(
@@ -168,10 +167,10 @@ class ModelEffects(Effects):
         return None
 
     def _cannot_try(self, failed: Exception, why: str) -> None:
-        """The model cannot run on some of the batch's rows.
+        """Handle a model that cannot run on a part of the batch.
 
         Raises:
-            NotByRowsError: nobody has said what to do then, or no device could do it for its rows.
+            NotByRowsError: `rows` is None, or the model cannot run on any device's shard.
         """
         if self._policy.rows == "merge":
             self._run_alone(why)
@@ -183,13 +182,13 @@ class ModelEffects(Effects):
             self._losses, self._trials = [], _MOST_TRIALS
             self._policy.say(f'fastdp: {why} Devices get their own rows even so, by rows="replica".')
 
-    # Deciding.
+    # Decisions.
 
     def _decide(self, tried: Tried) -> None:
-        """Do as the policy says about what the trials show.
+        """Apply the policy to the results of the trials.
 
         Raises:
-            NotByRowsError: the model might be meant to go by each device's rows, and nobody has said so.
+            NotByRowsError: `rows` is None, and the user may or may not want each device to use only its own rows.
         """
         verdict = tried.verdict({})
         if verdict.is_well:
@@ -223,7 +222,7 @@ class ModelEffects(Effects):
             )
 
     def _keep(self, verdict: Verdict, tried: Tried, plans: dict[Unit, Plan]) -> None:
-        """This is how things are from now on."""
+        """Store the verdict and the plans for the following steps."""
         counts = Counter(unit[0] for unit in tried.whole.calls)
         self._plans, self._calls = plans, {unit[0]: counts[unit[0]] for unit in plans}
         self.layouts = verdict.layouts or None
@@ -231,10 +230,10 @@ class ModelEffects(Effects):
         self._assigned |= verdict.moves
 
     def _let_replicas(self, verdict: Verdict, tried: Tried, story: str) -> None:
-        """Each replica goes by its own rows, which was asked for.
+        """Let each replica use only its own rows, as `rows="replica"` requests.
 
         Raises:
-            NotByRowsError: outputs that cannot be put together at all.
+            NotByRowsError: the outputs cannot be combined at all.
         """
         for i in verdict.outputs:
             layout, has_axes = verdict.layouts[i], tried.whole.outputs[i].ndim > 0
@@ -253,10 +252,10 @@ class ModelEffects(Effects):
         )
 
     def _run_alone(self, why: str) -> None:
-        """Let the model run on one device.
+        """Run the model on one device from now on.
 
         Raises:
-            NotByRowsError: whoever asks has plain Keras for that.
+            NotByRowsError: the caller falls back to plain Keras instead.
         """
         if self._policy.falls_back:
             raise NotByRowsError(why)

@@ -27,14 +27,14 @@ from fastdp.program.keras.variables import Mapping, ReplicaScope
 
 
 class Effects:
-    """What is known of `add_loss` terms and of the variables that a model or a layer assigns.
+    """What is known about the `add_loss` terms and the assigned variables of a model or a layer.
 
     Args:
         model: the template.
-        variables: all its variables, as the program numbers them.
-        call: `call(x, training)` runs it.
-        seed: of draws without a seed of their own.
-        sites: what is known of its draws.
+        variables: all variables of the model, in the program's numbering.
+        call: `call(x, training)` runs the model.
+        seed: seed of draws that have no seed themselves.
+        sites: what is known about the model's draws.
     """
 
     training = True
@@ -60,17 +60,17 @@ class Effects:
         self._losses: list[Effect] | None = None
 
     def units(self) -> Any:
-        """What has a say in how the units of a replica's forward pass run, if anything has."""
+        """An object that controls how the units of a replica's forward pass run; None if nothing does."""
         return None
 
     @property
     def outputs_are_plain(self) -> bool:
-        """Whether all outputs have rows first, or are a mean over rows."""
+        """Whether each output has its rows on axis 0 or is a mean over rows."""
         layouts = self.layouts or []
         return all((one.effect is Effect.ROWS and not one.axis) or one.effect is Effect.MEAN for one in layouts)
 
     def is_seed(self, index: int) -> bool:
-        """Whether a variable is the state of a random generator, which moves alike on all replicas."""
+        """Whether a variable is the state of a random generator, which changes equally on all replicas."""
         return id(self._variables[index]) in self.seeds
 
     def path(self, index: int) -> str:
@@ -78,13 +78,13 @@ class Effects:
         return str(self._variables[index].path)
 
     def check_undecided(self, known: Sequence[Effect], values: Sequence[torch.Tensor]) -> None:
-        """Nothing is asked again."""
+        """Do nothing: no question is asked again."""
 
     def contributions(self, losses: Sequence[torch.Tensor], context: Context) -> list[torch.Tensor]:
         """A replica's contributions to the `add_loss` terms.
 
         Raises:
-            UndecidedError: one that was zero when the model was tried is not any more.
+            UndecidedError: a term that was zero in the trial is no longer zero.
         """
         known, values = self.of_losses(len(losses)), [keras.ops.sum(loss) for loss in losses]
         if Effect.UNDECIDED in known and context.size > 1:
@@ -93,7 +93,7 @@ class Effects:
         return [value * factor for value, factor in zip(values, factors, strict=True)]
 
     def of_losses(self, count: int) -> list[Effect]:
-        """How each of `count` terms depends on the rows: means, as long as nothing is known."""
+        """How each of `count` terms depends on the rows; a mean while unknown."""
         known = self._losses or []
         return known if len(known) == count else [Effect.MEAN] * count
 
@@ -108,10 +108,11 @@ class Effects:
         return Effect.MEAN if variable.dtype.startswith(("float", "bfloat")) else Effect.SAME
 
     def _moves(self, a: Trial, b: Trial, both: Trial, rows: Sequence[int] = (1, 1)) -> dict[int, Effect]:
-        """How far variables moved, by number: as a mean over rows, or as what else.
+        """How the changes of variables depend on the rows, by the variable's number.
 
-        A layer's metric is updated by numbers of each row, and is a sum over rows, or by one number of the batch
-        (`update_state(ops.mean(...))`), and counts batches. The count says which where the total was zero.
+        A layer may update its metric with one number per row; the metric is then a sum over rows. Or it updates it with
+        one number per batch (`update_state(ops.mean(...))`), which counts batches. If the total was zero, the metric's
+        count tells which case it is.
         """
         found = {
             i: classify((a.moved[i], b.moved[i]), both.moved[i], rows)
@@ -138,15 +139,15 @@ class Effects:
         shifted: Sequence[int] = (),
         jitter: float = 0.0,
     ) -> Trial:
-        """Run the model on some of the batch's rows. What that fails with says so: the step itself has other rows.
+        """Run the model on some rows of the batch. An error gets a note that names the trial and its number of rows.
 
         Args:
-            batch: the rows that are tried, all of them.
-            structure: theirs.
-            start, stop: the rows of `batch` that it is run on.
-            recorder: of the units.
-            shifted: numbers of variables that are one larger than they are.
-            jitter: by which part of them variables are off at random.
+            batch: all rows that are tried.
+            structure: the structure of `batch`.
+            start, stop: the range of rows of `batch` to run on.
+            recorder: records the units.
+            shifted: numbers of the variables to which 1 is added for this trial.
+            jitter: relative size of random perturbations of the variables.
         """
         context = Context.alone(batch, structure, start, stop, len(batch[0]))
         recorder = recorder or Recorder()
@@ -176,14 +177,14 @@ class Effects:
 
 
 def _jittered(value: torch.Tensor, part: float, generator: torch.Generator) -> torch.Tensor:
-    """A value that is off by some part of it."""
+    """The value with random relative perturbations of size `part`."""
     if not value.is_floating_point():
         return value
     return value * (1.0 + part * torch.randn(value.shape, generator=generator).to(value.device, value.dtype))
 
 
 class _TrialScope(ReplicaScope):
-    """A scope that tells the recorder which unit assigns a variable."""
+    """A scope that reports assigned variables to the recorder."""
 
     def __init__(self, mapping: Mapping, recorder: Recorder) -> None:
         super().__init__(mapping, set())
@@ -191,7 +192,7 @@ class _TrialScope(ReplicaScope):
         self._recorder = recorder
 
     def add_update(self, update: tuple[keras.Variable, torch.Tensor]) -> None:
-        """Note an assignment, and by whom."""
+        """Record an assignment and the unit that made it."""
         number = self._numbers.get(id(update[0]))
         if number is not None:
             self._recorder.wrote(number)
@@ -200,7 +201,7 @@ class _TrialScope(ReplicaScope):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings: the step itself does not have these rows alone."""
+    """Suppress warnings: the step itself does not run on these rows alone."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -208,11 +209,11 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _explained(rows: int) -> Iterator[None]:
-    """Let an error of a trial say what was run."""
+    """Add a note to an error of a trial that says what was run."""
     try:
         yield
     except BaseException as error:
-        if sys.version_info >= (3, 11):  # which Keras 3.15 needs anyway
+        if sys.version_info >= (3, 11):  # Keras 3.15 requires it anyway
             error.add_note(
                 f"fastdp ran the model on {rows} of the batch's rows, before the step itself, to find out how its "
                 "outputs and losses depend on the rows."
@@ -222,7 +223,7 @@ def _explained(rows: int) -> Iterator[None]:
 
 @contextmanager
 def generators_kept() -> Iterator[None]:
-    """Leave the global generators of torch, NumPy and Python where they were: the step draws from them, not a trial."""
+    """Restore the global generators of torch, NumPy and Python afterwards: a trial must not advance them."""
     numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
     try:
         with torch.random.fork_rng(devices=[]):
@@ -234,8 +235,16 @@ def generators_kept() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What the model did with some rows: `add_loss` terms, how far variables moved by number, outputs (none where
-    draws had to make up rows that were not there), its units, the layer of each term, and the unit that failed."""
+    """What the model did with some rows.
+
+    Attributes:
+        losses: the `add_loss` terms.
+        moved: the changes of variables, by number.
+        outputs: the outputs; empty if draws had to invent values for missing rows.
+        calls: the units.
+        layers: the layer of each term.
+        failed: the unit that failed.
+    """
 
     losses: list[torch.Tensor]
     moved: dict[int, torch.Tensor]
@@ -248,14 +257,14 @@ class Trial:
 
 
 def seed_generators() -> None:
-    """Let the global generators of the host draw the same in each trial. Within `generators_kept`."""
+    """Seed the host's global generators equally for each trial. Call it inside `generators_kept`."""
     torch.default_generator.manual_seed(1)
     np.random.seed(1)  # noqa: NPY002
     random.seed(1)
 
 
 def unlike_rows(batch: Sequence[np.ndarray], structure: Structure, wanted: int) -> list[int]:
-    """Up to `wanted` rows whose inputs all differ, the first row first."""
+    """Up to `wanted` rows whose inputs differ pairwise, starting with row 0."""
     places = [i for i, name in enumerate(structure.names) if name.startswith("x")]
     found = [0]
     for row in range(1, len(batch[0])):

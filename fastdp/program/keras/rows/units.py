@@ -1,11 +1,11 @@
 """The units of a model's forward pass (calls of layers and operations), as they are tried and merged.
 
-A unit is one call, told by its operation and by how often that was called before in the same pass. A trial records what
-each unit is given and what it gives (`Recorder`). A unit that mixes the rows of the batch is run on merged inputs
-(`Merged`): each replica gathers the rows of all, runs the unit as one device would, and keeps its rows of what has
-any. Gathering is differentiable: backward adds up what all replicas' losses say of a row, wherever that row came from.
-So weights, draws, losses and variables inside are those of one device, and each device computes the unit for the
-whole batch.
+A unit is one call, identified by its operation and the number of earlier calls of that operation in the same pass. A
+trial records the inputs and outputs of each unit (`Recorder`). A unit that mixes the rows of the batch runs on merged
+inputs (`Merged`): each replica gathers the rows of all replicas, runs the unit as one device would, and keeps its own
+rows of each output that has rows. The gather is differentiable: its backward sums the gradients of a row from all
+replicas' losses. So weights, draws, losses and variables inside are those of one device, and each device computes the
+unit for the whole batch.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from fastdp.program.keras.replica import ReplicaContext, running
 from fastdp.program.keras.rows.effects import Layout, NotByRowsError
 from fastdp.shard import Rows
 
-# An operation's identity, and which of its calls in a forward pass.
+# An operation's id, and the number of its call in a forward pass.
 Unit = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a unit is run on merged inputs: how its tensors lie, those that it is given and those that it gives.
+    """How to run a unit on merged inputs.
 
     Args:
-        operation: whose call it is.
+        operation: the operation that is called.
         name: its title in messages.
-        inputs: of its tensors, in the order of `keras.tree.flatten`.
-        outputs: likewise. One that has an axis of rows is kept by rows, any other whole.
+        inputs: layouts of its input tensors, in the order of `keras.tree.flatten`.
+        outputs: layouts of its output tensors, likewise. A replica keeps its rows of an output with a row axis, and the
+            whole of any other output.
     """
 
     operation: Any
@@ -48,18 +49,18 @@ class Plan:
 
 
 class Units(Protocol):
-    """Who has a say in how the units of a forward pass are run."""
+    """Controls how the units of a forward pass run."""
 
     def call(self, run: Callable[..., Any], operation: Any, args: Any, kwargs: Any, state: ReplicaContext) -> Any:
-        """What `run(operation, *args, **kwargs)` gives, or what stands for it."""
+        """The result of `run(operation, *args, **kwargs)`, or a replacement for it."""
 
     def added(self, layer: Any) -> None:
-        """A layer adds a loss."""
+        """Called when a layer adds a loss."""
 
 
 @dataclass(slots=True)
 class Call:
-    """What a trial saw of one unit; `written` are the variables that it assigns, `losses` the terms that it adds."""
+    """A unit as a trial saw it. `written` are the variables that it assigns, `losses` the terms that it adds."""
 
     unit: Unit
     operation: Any
@@ -84,21 +85,21 @@ class Recorder:
     """Records the units of one trial.
 
     Args:
-        plans: of the units that are run on merged inputs.
-        whole: the calls of the trial with all rows, whose inputs are the merged ones; None in that trial itself.
+        plans: the plans of the units that run on merged inputs.
+        whole: the calls of the trial with all rows, whose inputs are the merged inputs; None in that trial itself.
     """
 
     def __init__(self, plans: dict[Unit, Plan] | None = None, whole: dict[Unit, Call] | None = None) -> None:
-        self.calls: dict[Unit, Call] = {}  # in the order in which they ended: inner ones first
+        self.calls: dict[Unit, Call] = {}  # in the order in which they ended: inner calls first
         self.losses: list[Any] = []  # the layer of each loss
-        self.failed: Call | None = None  # the innermost one that did
+        self.failed: Call | None = None  # the innermost call that failed
         self._plans, self._whole = plans or {}, whole
         self._met: Counter[int] = Counter()
         self._open: list[Call] = []
         self._inside = False
 
     def call(self, run: Callable[..., Any], operation: Any, args: Any, kwargs: Any, state: ReplicaContext) -> Any:
-        """Run a unit, and note it."""
+        """Run a unit and record it."""
         unit = _next_unit(self._met, operation)
         if self._inside:
             return run(operation, *args, **kwargs)
@@ -119,7 +120,7 @@ class Recorder:
         return call.outputs
 
     def _merged(self, plan: Plan, run: Callable[..., Any], call: Call, state: ReplicaContext) -> Any:
-        """Run a unit on the inputs that all rows gave it."""
+        """Run a unit on the inputs that it had in the trial with all rows."""
         assert self._whole is not None
         whole, rows = self._whole[call.unit], state.context.rows
         self._inside = True
@@ -130,13 +131,13 @@ class Recorder:
             self._inside = False
 
     def added(self, layer: Any) -> None:
-        """Note whose loss it is. That of an activity regularizer comes when the layer's own unit is over."""
+        """Record which layer added a loss. An activity regularizer adds its loss after the layer's unit has ended."""
         if any(call.operation is layer for call in self._open):
             self._open[-1].losses.add(len(self.losses))
         self.losses.append(layer)
 
     def wrote(self, variable: int) -> None:
-        """Note that the present unit assigns a variable."""
+        """Record that the current unit assigns a variable."""
         if self._open:
             self._open[-1].written.add(variable)
 
@@ -145,8 +146,8 @@ class Merged:
     """Runs some units of one forward pass of a replica on merged inputs.
 
     Args:
-        plans: theirs.
-        calls: how often each of their operations is called in a pass, by its identity.
+        plans: the plans of these units.
+        calls: the number of calls of each operation in a pass, by the operation's id.
     """
 
     def __init__(self, plans: dict[Unit, Plan], calls: dict[int, int]) -> None:
@@ -155,7 +156,7 @@ class Merged:
         self._inside = False
 
     def call(self, run: Callable[..., Any], operation: Any, args: Any, kwargs: Any, state: ReplicaContext) -> Any:
-        """Run a unit, on merged inputs where that is planned."""
+        """Run a unit, on merged inputs if it has a plan."""
         if id(operation) not in self._calls:
             return run(operation, *args, **kwargs)
         unit = _next_unit(self._met, operation)
@@ -180,11 +181,11 @@ class Merged:
             self._inside = False
 
     def added(self, layer: Any) -> None:
-        """Of no interest."""
+        """Do nothing."""
 
 
 def _next_unit(met: Counter[int], operation: Any) -> Unit:
-    """Which call of the operation this is."""
+    """The unit of this call of the operation; counts the call."""
     met[id(operation)] += 1
     return id(operation), met[id(operation)] - 1
 
@@ -195,7 +196,7 @@ def tensors_in(nest: Any) -> list[torch.Tensor]:
 
 
 def with_tensors(nest: Any, tensors: Sequence[torch.Tensor]) -> Any:
-    """A nest with other tensors in the places of its own."""
+    """The nest with its tensors replaced by `tensors`."""
     rest = iter(tensors)
     leaves = [next(rest) if isinstance(leaf, torch.Tensor) else leaf for leaf in keras.tree.flatten(nest)]
     return pack_like(nest, leaves)
@@ -203,7 +204,7 @@ def with_tensors(nest: Any, tensors: Sequence[torch.Tensor]) -> Any:
 
 @contextmanager
 def as_one_device(state: ReplicaContext) -> Iterator[None]:
-    """Within it the replica has all rows, and nobody to meet."""
+    """Inside this context the replica has all rows and is the only one."""
     context = state.context
     total = context.rows.total
     state.context = replace(context, rows=Rows(0, total, total), size=1)
@@ -213,7 +214,7 @@ def as_one_device(state: ReplicaContext) -> Iterator[None]:
         state.context = context
 
 
-# Rows together and apart.
+# Gathering rows, and taking a replica's rows.
 
 
 def gathered(nest: Any, plan: Plan, context: Context) -> Any:
@@ -223,7 +224,7 @@ def gathered(nest: Any, plan: Plan, context: Context) -> Any:
 
 
 def _gather(tensor: torch.Tensor, layout: Layout, context: Context) -> torch.Tensor:
-    """A tensor with all replicas' rows, and with the mask that Keras has hung on it."""
+    """A tensor with the rows of all replicas, and with its Keras mask."""
     assert layout.axis is not None
     whole = _Gather.apply(tensor, layout.axis, context)
     mask = getattr(tensor, "_keras_mask", None)
@@ -237,7 +238,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, axis: int, context: Context) -> torch.Tensor:
-        """One exchange."""
+        """Gather the rows with one exchange."""
         parts = context.exchange(tensor.detach())
         ctx.axis, ctx.context = axis, context
         ctx.start, ctx.length = sum(part.shape[axis] for part in parts[: context.rank]), tensor.shape[axis]
@@ -245,7 +246,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """What all replicas' losses say of the replica's rows."""
+        """Sum the gradients of this replica's rows over all replicas' losses."""
         first, *others = (part.narrow(ctx.axis, ctx.start, ctx.length) for part in ctx.context.exchange(gradient))
         total = first.clone()
         for part in others:
@@ -254,10 +255,10 @@ class _Gather(torch.autograd.Function):
 
 
 def own_rows(outputs: Any, plan: Plan, rows: Rows) -> Any:
-    """Outputs for all rows: the replica's rows of those that have any, the others whole.
+    """From outputs for all rows, take the replica's rows of those that have rows and the whole of the others.
 
     Raises:
-        NotByRowsError: an output has another shape than the trial has shown.
+        NotByRowsError: the number or the shape of the outputs differs from the trial.
     """
     made = tensors_in(outputs)
     if len(made) != len(plan.outputs):
@@ -282,16 +283,16 @@ def own_rows(outputs: Any, plan: Plan, rows: Rows) -> Any:
 
 
 def own_part(tensor: torch.Tensor, axis: int, rows: Rows) -> torch.Tensor:
-    """The replica's rows of a tensor for all rows, with as many entries for each as there are."""
+    """The replica's rows of a tensor for all rows. A row may have several entries along the axis."""
     per_row = tensor.shape[axis] // rows.total
     return tensor.narrow(axis, per_row * rows.start, per_row * rows.count)
 
 
-# What Keras's functions become.
+# Patches of Keras's functions.
 
 
 def call_of_unit(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`Operation.__call__`, through which layers and single operations go, with a say for the replica's units."""
+    """Wrap `Operation.__call__`, which calls layers and single operations, so that the replica's units control it."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         state = running()
@@ -303,7 +304,7 @@ def call_of_unit(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def loss_of_unit(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`Layer.add_loss`, which notes whose loss it is, for the replica's units too."""
+    """Wrap `Layer.add_loss` to record which layer added the loss, also for the replica's units."""
 
     def add_loss(self: Any, loss: Any) -> None:
         state = running()
