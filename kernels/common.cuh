@@ -75,10 +75,12 @@ template <> struct From<half_t> {  // round to nearest even, overflow to infinit
 #endif
     }
 };
-template <> struct From<bf16_t> {  // round to nearest even; cvt.rn.bf16 needs sm_80, this runs everywhere
+// Round to nearest even; every NaN becomes 0x7fc0, as in fastdp/bfloat16.py and torch on the host (the hardware's own
+// cvt.rn.bf16, which needs sm_80, makes it 0x7fff).
+template <> struct From<bf16_t> {
     static __device__ __forceinline__ bf16_t of(float x) {
         const u32 bits = float_bits(x);
-        if ((bits & 0x7fffffffu) > 0x7f800000u) return bf16_t{static_cast<u16>(0x7fff)};
+        if ((bits & 0x7fffffffu) > 0x7f800000u) return bf16_t{static_cast<u16>(0x7fc0)};
         return bf16_t{static_cast<u16>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
     }
 };

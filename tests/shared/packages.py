@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_version.py",),
     ("errors.py", "warn.py", "options.py"),
     ("shard.py",),
+    ("bfloat16.py",),
     ("buffers.py",),
     ("launch/",),
     ("launch/reference.py",),

@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 
+from fastdp.bfloat16 import from_bfloat16, to_bfloat16
 from fastdp.buffers import Bucket, FlatBuffers
 from fastdp.comm.ready_buckets import ReadyBuckets
 from fastdp.errors import DeviceTimeoutError
@@ -201,15 +202,9 @@ def sum_in_order(values: Sequence[np.ndarray], dtype: str, out: np.ndarray | Non
 
 def _widen(values: np.ndarray, dtype: str) -> np.ndarray:
     """16-bit floats as fp32."""
-    if dtype == "float16":
-        return values.astype(np.float32)
-    return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32) if dtype == "float16" else from_bfloat16(values)
 
 
 def _narrow(values: np.ndarray, dtype: str) -> np.ndarray:
     """fp32 as 16-bit floats, rounded to nearest even."""
-    if dtype == "float16":
-        return values.astype(np.float16)
-    bits = values.view(np.uint32)
-    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+    return values.astype(np.float16) if dtype == "float16" else to_bfloat16(values)
