@@ -13,8 +13,7 @@ from bench.gpu.cases import CASES
 Line = Mapping[str, Any]
 
 LARGE = 64_000_000  # bytes from which a kernel is held to the card's copy
-KERNELS = ("slice_rows", "slice_rows shuffled", "concat_rows", "scale_cast fp32 to bf16", "fused_sgd momentum",
-           "fused_adam", "all_reduce two-shot")  # fmt: skip
+KERNELS = ("slice_rows", "slice_rows shuffled", "concat_rows", "all_reduce two-shot")
 PCIE = 5
 MLP = (("torch eager", 5.0), ("Keras torch", 15.0), ("Keras JAX", 2.0))
 RESNET = (("torch eager", 1.3), ("Keras torch", 2.0), ("Keras JAX", 1.0))

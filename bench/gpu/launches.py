@@ -16,6 +16,8 @@ import numpy as np
 from bench.gpu.card import Card, emit
 from bench.report import spread
 from fastdp import launch
+from fastdp.launch import SIGNALS_NBYTES, PeerGroup
+from fastdp.launch.args import PACK_NBYTES
 
 NODES = (1, 10, 100, 1000, 5000)
 LAUNCHES = 40  # timed launches of a round
@@ -26,14 +28,16 @@ class Nodes:
 
     def __init__(self, card: Card) -> None:
         self.card = card
-        self._held = card.device.zeros((64,), np.dtype(np.uint8))
-        self._at = card.address(self._held)
+        sizes = (2 * PACK_NBYTES, SIGNALS_NBYTES, 4, 4)
+        self._held = [card.device.zeros((size,), np.dtype(np.uint8)) for size in sizes]
+        staging, signals, error, self._at = map(card.address, self._held)
+        self._alone = PeerGroup(0, (staging,), 2 * PACK_NBYTES, (signals,), error, 1, threads=32)
 
     def kernel(self, stream: int | None = None) -> None:
-        """One kernel on one element."""
+        """One kernel on one element, with arguments as long as those of most: an all-reduce of one rank."""
         at, stream = self._at, self.card.stream if stream is None else stream
-        launch.scale_cast(
-            self.card.device.kernels, x=at, y=at, n=1, x_dtype="float32", y_dtype="float32", stream=stream
+        launch.all_reduce_one_shot(
+            self.card.device.kernels, self._alone, x=at, y=at, n=1, dtype="float32", stream=stream
         )
 
     def graph(self, nodes: int) -> int:

@@ -43,14 +43,10 @@ RANKS = (2, 4, 8)
 
 
 def kernels(card: Card, nbytes: int) -> None:
-    """Every kernel over buffers of `nbytes`, and the copy."""
-    buffers = [card.device.zeros((nbytes,), np.dtype(np.uint8)) for _ in range(4)]
-    a, b, c, d = (card.address(buffer) for buffer in buffers)
-    n, rows = nbytes // 4, nbytes // ROW_NBYTES
-    small = card.device.zeros((64,), np.dtype(np.uint8))
-    lr, iterations, flag, norm = (card.address(small) + 16 * i for i in range(4))
-    blocks = launch.l2_norm_blocks(n, 4)
-    partials = card.address(held := card.device.zeros((8 * blocks,), np.dtype(np.uint8)))
+    """The kernels that move rows, over buffers of `nbytes`, and the copy."""
+    held = [card.device.zeros((size,), np.dtype(np.uint8)) for size in (nbytes, nbytes, 4)]
+    a, b, flag = map(card.address, held)
+    rows = nbytes // ROW_NBYTES
     order = np.random.default_rng(0).permutation(rows).astype(np.int64)
     shuffle = card.device.empty(order.shape, order.dtype)
     card.device.copy(shuffle, order)
@@ -58,7 +54,6 @@ def kernels(card: Card, nbytes: int) -> None:
     one, piece = RowSlice(a, b, rows, ROW_NBYTES, rows), RowPiece(a, b, rows, ROW_NBYTES, 0)
     on = {"stream": card.stream}
     table = card.device.kernels
-    state = {"weights": a, "gradients": b, "momentums": c, "learning_rate": lr, "n": n, "dtype": "float32", **on}
     works: dict[str, tuple[int, Callable[[], object]]] = {
         "copy": (2 * nbytes, lambda: card.runtime.copy_async(b, a, nbytes, card.stream)),
         "slice_rows": (2 * rows * ROW_NBYTES, lambda: launch.slice_rows(table, [one], **on)),
@@ -67,17 +62,6 @@ def kernels(card: Card, nbytes: int) -> None:
             lambda: launch.slice_rows(table, [one], index=index, error=flag, **on),
         ),
         "concat_rows": (2 * rows * ROW_NBYTES, lambda: launch.concat_rows(table, [piece], **on)),
-        "scale_cast fp32 to bf16": (
-            6 * n,
-            lambda: launch.scale_cast(table, x=a, y=b, n=n, x_dtype="float32", y_dtype="bfloat16", **on),
-        ),
-        "l2_norm": (
-            4 * n,
-            lambda: launch.l2_norm(table, [(a, n, "float32")], partials=partials, norm=norm, scale=norm + 4, **on),
-        ),
-        "check_finite": (4 * n, lambda: launch.check_finite(table, x=a, n=n, dtype="float32", found=flag, **on)),
-        "fused_sgd momentum": (20 * n, lambda: launch.fused_sgd(table, momentum=0.9, **state)),
-        "fused_adam": (28 * n, lambda: launch.fused_adam(table, velocities=d, iterations=iterations, **state)),
     }
     times = card.measure(works)
     copy = statistics.median(works["copy"][0] / t for t in times["copy"])

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_double, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from ctypes import c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 
 __all__ = [
     "ITEMSIZE",
-    "L2_NORM_MAX_BLOCKS",
     "MAX_RANKS",
     "MAX_SIGNAL_BLOCKS",
     "PACK_NBYTES",
@@ -22,19 +21,12 @@ __all__ = [
     "THREADS",
     "UNROLL",
     "AllReduceArgs",
-    "CheckFiniteArgs",
     "ConcatRowsArgs",
-    "FusedAdamArgs",
-    "FusedSgdArgs",
-    "L2NormFinishArgs",
-    "L2NormPartialArgs",
     "Piece",
     "RowCopy",
-    "ScaleCastArgs",
     "SliceRowsArgs",
     "ceil_div",
     "float_type",
-    "l2_norm_blocks",
     "share_blocks",
 ]
 
@@ -44,7 +36,6 @@ THREADS = 256  # per block of all kernels but the all-reduces
 UNROLL = 4  # packs in flight per thread
 SEGMENT_NBYTES = THREADS * UNROLL * PACK_NBYTES  # of output that a block copies at a time
 BLOCKS_PER_SM = 8  # 8 x 256 threads fill an SM of every data-centre GPU since Volta
-L2_NORM_MAX_BLOCKS = 1024  # fixed, so that the order of the sum depends on the size alone
 MAX_COPIES = 52  # arrays in one launch of slice_rows
 MAX_PIECES = 120  # runs in one launch of concat_rows
 MAX_RANKS = 8
@@ -136,86 +127,6 @@ class AllReduceArgs(ctypes.Structure):
     )
 
 
-class FusedSgdArgs(ctypes.Structure):
-    """The parameter of fused_sgd."""
-
-    _fields_ = (
-        ("weights", c_void_p),
-        ("momentums", c_void_p),
-        ("gradients", c_void_p),
-        ("learning_rate", c_void_p),
-        ("clip_scale", c_void_p),
-        ("skip", c_void_p),
-        ("n", c_int64),
-        ("momentum", c_float),
-        ("weight_decay", c_float),
-        ("nesterov", c_int32),
-    )
-
-
-class FusedAdamArgs(ctypes.Structure):
-    """The parameter of fused_adam."""
-
-    _fields_ = (
-        ("weights", c_void_p),
-        ("momentums", c_void_p),
-        ("velocities", c_void_p),
-        ("velocity_hats", c_void_p),
-        ("gradients", c_void_p),
-        ("learning_rate", c_void_p),
-        ("iterations", c_void_p),
-        ("clip_scale", c_void_p),
-        ("skip", c_void_p),
-        ("n", c_int64),
-        ("beta_1", c_float),
-        ("beta_2", c_float),
-        ("one_minus_beta_1", c_float),
-        ("one_minus_beta_2", c_float),
-        ("epsilon", c_float),
-        ("weight_decay", c_float),
-    )
-
-
-class ScaleCastArgs(ctypes.Structure):
-    """The parameter of scale_cast."""
-
-    _fields_ = (
-        ("x", c_void_p),
-        ("y", c_void_p),
-        ("device_scale", c_void_p),
-        ("n", c_int64),
-        ("scale", c_float),
-    )
-
-
-class L2NormPartialArgs(ctypes.Structure):
-    """The parameter of l2_norm_partial."""
-
-    _fields_ = (("x", c_void_p), ("partials", c_void_p), ("n", c_int64))
-
-
-class L2NormFinishArgs(ctypes.Structure):
-    """The parameter of l2_norm_finish."""
-
-    _fields_ = (
-        ("partials", c_void_p),
-        ("norm", c_void_p),
-        ("scale", c_void_p),
-        ("count", c_int64),
-        ("clip_norm", c_float),
-        ("inverse_clip_norm", c_float),
-    )
-
-
-class CheckFiniteArgs(ctypes.Structure):
-    """The parameter of check_finite."""
-
-    _fields_ = (("x", c_void_p), ("found", c_void_p), ("n", c_int64))
-
-
-PARTIAL_NBYTES = ctypes.sizeof(c_double)  # of one partial sum of l2_norm
-
-
 def float_type(dtype: str, argument: str) -> str:
     """The type itself if it is a float type; else a ValueError that names the argument."""
     if dtype not in FLOATS:
@@ -226,11 +137,6 @@ def float_type(dtype: str, argument: str) -> str:
 def ceil_div(a: int, b: int) -> int:
     """a / b, rounded up; a >= 0, b > 0."""
     return -(-a // b)
-
-
-def l2_norm_blocks(n: int, itemsize: int) -> int:
-    """How many partial sums l2_norm makes of n elements of this size."""
-    return min(L2_NORM_MAX_BLOCKS, ceil_div(n * itemsize, THREADS * UNROLL * PACK_NBYTES))
 
 
 def share_blocks(units: Sequence[int], most: int) -> list[int]:

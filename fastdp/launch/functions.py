@@ -1,7 +1,5 @@
 """One typed function per kernel: it checks arguments, packs them and computes the grid.
 
-The optimizer steps are in optimizers.py, under the same rules.
-
 The functions take device addresses as ints (0 for none), sizes in elements, element types by Keras's names
 and a stream handle; they enqueue and return. They know neither CuPy nor a GPU: a Launcher does what needs
 one. The caller owns all memory and keeps it alive until the stream has run the launch. Pointers may be of any
@@ -20,11 +18,8 @@ from fastdp.launch.rows import RowPiece, RowSlice, concat_rows_launches, slice_r
 __all__ = [
     "all_reduce_one_shot",
     "all_reduce_two_shot",
-    "check_finite",
     "concat_rows",
-    "l2_norm",
     "reduce_scatter",
-    "scale_cast",
     "slice_rows",
 ]
 
@@ -135,86 +130,3 @@ def reduce_scatter(
     grid, args = reduce_scatter_launch(group, inputs, y, n=n, dtype=dtype, scale=scale)
     if n:
         kernels.launch("reduce_scatter", f"reduce_scatter_{suffix}", grid, args, stream, group.threads)
-
-
-def scale_cast(
-    kernels: Kernels,
-    *,
-    x: int,
-    y: int,
-    n: int,
-    x_dtype: str,
-    y_dtype: str,
-    scale: float = 1.0,
-    device_scale: int = 0,
-    stream: int,
-) -> None:
-    """y = cast(x * scale) over n elements; y may be x where both element sizes are equal.
-
-    Args:
-        x_dtype: "uint8" or a float type; y_dtype: a float type.
-        device_scale: fp32 in device memory, multiplied onto scale when the kernel runs; 0 for none.
-
-    Raises:
-        ValueError: an element type without a kernel.
-    """
-    if x_dtype != "uint8":
-        ka.float_type(x_dtype, "x_dtype")
-    entry = f"scale_cast_{ka.SUFFIX[x_dtype]}_{ka.SUFFIX[ka.float_type(y_dtype, 'y_dtype')]}"
-    args = ka.ScaleCastArgs(x=x, y=y, device_scale=device_scale, n=n, scale=scale)
-    if n:
-        itemsize = max(ka.ITEMSIZE[x_dtype], ka.ITEMSIZE[y_dtype])
-        kernels.launch("scale_cast", entry, kernels.grid(n, itemsize, unroll=2), args, stream)
-
-
-def l2_norm(
-    kernels: Kernels,
-    buffers: Sequence[tuple[int, int, str]],
-    *,
-    partials: int,
-    norm: int,
-    scale: int,
-    clip_norm: float | None = None,
-    stream: int,
-) -> None:
-    """The Euclidean norm over all buffers, and the factor of Keras's global_clipnorm; it repeats bit for bit.
-
-    Args:
-        buffers: (address, n, element type) of each.
-        partials: fp64 scratch in device memory, the sum of l2_norm_blocks over the buffers.
-        norm, scale: fp32 in device memory, written; scale is 1 without clip_norm, NaN for a norm that is not
-            finite. fused_sgd and fused_adam take it as clip_scale.
-
-    Raises:
-        ValueError: a buffer that is not of a float type, or a clip_norm that is not positive.
-    """
-    if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"clip_norm={clip_norm}: expected None or a number above 0")
-    count = 0
-    for address, n, dtype in buffers:
-        blocks = ka.l2_norm_blocks(n, ka.ITEMSIZE[ka.float_type(dtype, "buffers")])
-        if blocks:
-            partial = ka.L2NormPartialArgs(x=address, partials=partials + count * ka.PARTIAL_NBYTES, n=n)
-            kernels.launch("l2_norm", f"l2_norm_partial_{ka.SUFFIX[dtype]}", blocks, partial, stream)
-        count += blocks
-    args = ka.L2NormFinishArgs(
-        partials=partials,
-        norm=norm,
-        scale=scale,
-        count=count,
-        clip_norm=clip_norm or 0.0,
-        inverse_clip_norm=1.0 / clip_norm if clip_norm else 0.0,
-    )
-    kernels.launch("l2_norm", "l2_norm_finish", 1, args, stream)
-
-
-def check_finite(kernels: Kernels, *, x: int, n: int, dtype: str, found: int, stream: int) -> None:
-    """Set the uint32 at `found` to 1 if any of n elements is an infinity or a NaN; else leave it.
-
-    Raises:
-        ValueError: not a float type.
-    """
-    entry = f"check_finite_{ka.SUFFIX[ka.float_type(dtype, 'dtype')]}"
-    if n:
-        grid = kernels.grid(n, ka.ITEMSIZE[dtype], unroll=ka.UNROLL)
-        kernels.launch("check_finite", entry, grid, ka.CheckFiniteArgs(x=x, found=found, n=n), stream)

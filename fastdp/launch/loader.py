@@ -13,7 +13,7 @@ __all__ = ["Kernels", "Launcher"]
 
 
 class Launcher(Protocol):
-    """What a device does for a launch; backend/cuda.py implements it with the driver's calls."""
+    """What a device does for a launch; runtime/cuda/kernel_launcher.py implements it with the driver's calls."""
 
     def load(self, cubin: bytes) -> Any:
         """Load machine code into the device's context; returns the module."""
@@ -36,7 +36,7 @@ class Kernels:
         sm_count: its number of multiprocessors.
         compile_file: from a kernel file's name and an architecture to a cubin.
 
-    Example: `kernels = Kernels(launcher, 90, 132); check_finite(kernels, x, n, "float32", found=f, stream=s)`
+    Example: `kernels = Kernels(launcher, 90, 132); concat_rows(kernels, [RowPiece(x, y, 8, 4, 0)], stream=s)`
     """
 
     def __init__(
@@ -68,8 +68,3 @@ class Kernels:
             self.load(file)
             function = self._functions[file, entry] = self._launcher.function(self._modules[file], entry)
         self._launcher.launch(function, grid, block, args, stream)
-
-    def grid(self, n: int, itemsize: int, unroll: int = 1) -> int:
-        """Blocks for a grid-stride loop over packs of such elements, at most eight per multiprocessor."""
-        blocks = ka.ceil_div(n * itemsize, ka.PACK_NBYTES * ka.THREADS * unroll)
-        return min(blocks, self.sm_count * ka.BLOCKS_PER_SM)

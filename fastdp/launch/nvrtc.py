@@ -96,7 +96,7 @@ class Nvrtc:
     Raises:
         OSError: the library cannot be loaded.
 
-    Example: `Nvrtc(find_libraries()[0]).compile(source, name="l2_norm.cu", options=("-arch=sm_90",))`
+    Example: `Nvrtc(find_libraries()[0]).compile(source, name="concat_rows.cu", options=("-arch=sm_90",))`
     """
 
     def __init__(self, path: Path) -> None:

@@ -169,8 +169,14 @@ def test_only_the_last_line_about_a_thing_counts():
 
 
 def test_small_sizes_are_not_held_to_the_copy():
-    small = {"what": "fused_adam", "nbytes": 1 << 20, "GBps": spread(10.0), "of_copy": 0.1}
+    small = {"what": "concat_rows", "nbytes": 1 << 20, "GBps": spread(10.0), "of_copy": 0.1}
     assert verdicts([*GOOD, small]) == verdicts(GOOD)
+
+
+def test_a_report_of_kernels_that_are_gone_is_still_read():
+    old = {"what": "fused_adam", "nbytes": 64 << 20, "GBps": spread(10.0), "of_copy": 0.1}
+    assert verdicts([*GOOD, old]) == verdicts(GOOD)
+    assert "| fused_adam |  10.0 (0.10) |" in gpu_results.markdown(report_of([old])).replace("|  |", "|")
 
 
 def test_memory_without_the_driver_s_word_is_the_allocator_s_and_fastdp_s_own():
@@ -199,7 +205,7 @@ def test_the_tables_have_what_was_measured_and_say_what_was_not():
     assert "torch 2.11.0" in text
     assert "| kernels/tests | failed | 5 | 1 | 2 | 3.0 |" in text
     assert "Failed: `tests/gpu/test_x.py::test_bad`. Cut off in `tests/gpu/test_x.py::test_late`." in text
-    assert "| fused_adam |  | 2000.0 (0.95) |  | 2000.0 (0.95) |  |  |" in text
+    assert "| concat_rows |  | 2000.0 (0.95) |  | 2000.0 (0.95) |  |  |" in text
     assert "| mlp: times as fast as torch eager | >= 5 | 5.00 (fastdp 1 graph) | met |" in text
     assert "| encoder-bf16-32: capture | <= 5 s | not measured | not measured |" in text
     assert "**Steps: MLP 784-512-512-10, batch 128, TF32**" in text

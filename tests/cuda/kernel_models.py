@@ -96,99 +96,6 @@ def _concat_rows(args: ka.ConcatRowsArgs) -> Launch:
     return Launch([(p.source, p.nbytes) for p in pieces], [(p.destination, p.nbytes) for p in pieces], run)
 
 
-def _fused_sgd(args: ka.FusedSgdArgs, weight, gradient) -> Launch:
-    own, given = _nbytes(args.n, weight, gradient)
-    state = _pieces((args.weights, own), (args.momentums, own))
-    reads = [(args.gradients, given), *_pieces((args.learning_rate, 4), (args.clip_scale, 4), (args.skip, 4))]
-
-    def run() -> None:
-        twins.fused_sgd(
-            view(args.weights, args.n, weight),
-            view(args.gradients, args.n, gradient),
-            learning_rate=_scalar(args.learning_rate, np.float32, 0),
-            momentums=view(args.momentums, args.n, weight) if args.momentums else None,
-            momentum=args.momentum,
-            nesterov=bool(args.nesterov),
-            weight_decay=args.weight_decay,
-            clip_scale=_scalar(args.clip_scale, np.float32, 1),
-            skip=bool(_scalar(args.skip, np.uint32, 0)),
-        )
-
-    return Launch(reads, state, run)
-
-
-def _fused_adam(args: ka.FusedAdamArgs, weight, gradient) -> Launch:
-    own, given = _nbytes(args.n, weight, gradient)
-    names = ("weights", "momentums", "velocities", "velocity_hats")
-    state = _pieces(*((getattr(args, name), own) for name in names))
-    scalars = _pieces((args.learning_rate, 4), (args.iterations, 8), (args.clip_scale, 4), (args.skip, 4))
-
-    def run() -> None:
-        weights, momentums, velocities, hats = (
-            view(getattr(args, name), args.n, weight) if getattr(args, name) else None for name in names
-        )
-        twins.fused_adam(
-            weights,
-            momentums,
-            velocities,
-            view(args.gradients, args.n, gradient),
-            learning_rate=_scalar(args.learning_rate, np.float32, 0),
-            iterations=int(_scalar(args.iterations, np.int64, 0)),
-            velocity_hats=hats,
-            # The shortest decimal of the fp32 value is what the caller wrote, so that 1 - beta rounds as its own.
-            beta_1=float(str(np.float32(args.beta_1))),
-            beta_2=float(str(np.float32(args.beta_2))),
-            epsilon=args.epsilon,
-            weight_decay=args.weight_decay,
-            clip_scale=_scalar(args.clip_scale, np.float32, 1),
-            skip=bool(_scalar(args.skip, np.uint32, 0)),
-        )
-
-    return Launch([(args.gradients, given), *scalars], state, run)
-
-
-def _scale_cast(args: ka.ScaleCastArgs, source, target) -> Launch:
-    read, written = _nbytes(args.n, source, target)
-
-    def run() -> None:
-        scale = float(_scalar(args.device_scale, np.float32, 1)) if args.device_scale else None
-        x, y = view(args.x, args.n, source), view(args.y, args.n, target)
-        twins.scale_cast(x, y, scale=args.scale, device_scale=scale)
-
-    return Launch([(args.x, read), *_pieces((args.device_scale, 4))], [(args.y, written)], run)
-
-
-def _l2_norm_partial(args: ka.L2NormPartialArgs, dtype) -> Launch:
-    blocks = ka.l2_norm_blocks(args.n, np.dtype(dtype).itemsize)
-
-    def run() -> None:
-        view(args.partials, blocks, np.float64)[:] = twins._partials(view(args.x, args.n, dtype))
-
-    return Launch([(args.x, *_nbytes(args.n, dtype))], [(args.partials, 8 * blocks)], run)
-
-
-def _l2_norm_finish(args: ka.L2NormFinishArgs) -> Launch:
-    def run() -> None:
-        partials = view(args.partials, args.count, np.float64)
-        rows = -(-args.count // ka.THREADS)
-        threads = np.pad(partials, (0, rows * ka.THREADS - args.count)).reshape(rows, ka.THREADS)
-        with np.errstate(all="ignore"):
-            norm = np.float32(np.sqrt(twins._tree(twins._sum_in_order(threads, np.float64))))
-            shrink = np.minimum(np.float32(1) / norm, np.float32(args.inverse_clip_norm))
-            scale = np.float32(args.clip_norm) * shrink + (norm - norm) if args.clip_norm else 1
-        view(args.norm, 1, np.float32)[0], view(args.scale, 1, np.float32)[0] = norm, scale
-
-    return Launch([(args.partials, 8 * args.count)], [(args.norm, 4), (args.scale, 4)], run)
-
-
-def _check_finite(args: ka.CheckFiniteArgs, dtype) -> Launch:
-    def run() -> None:
-        if twins.check_finite(view(args.x, args.n, dtype)):
-            view(args.found, 1, np.uint32)[0] = 1
-
-    return Launch([(args.x, *_nbytes(args.n, dtype))], [(args.found, 4)], run)
-
-
 def _all_reduce(args: ka.AllReduceArgs, dtype, launch: tuple) -> Launch:
     (nbytes,) = _nbytes(args.n, dtype)
     own = args.rank
@@ -232,12 +139,6 @@ def sum_ranks(places: list[tuple[int, int]], n: int, dtype, scale: float) -> Non
 MODELS = {
     "slice_rows": (ka.SliceRowsArgs, _slice_rows),
     "concat_rows": (ka.ConcatRowsArgs, _concat_rows),
-    "fused_sgd": (ka.FusedSgdArgs, _fused_sgd),
-    "fused_adam": (ka.FusedAdamArgs, _fused_adam),
-    "scale_cast": (ka.ScaleCastArgs, _scale_cast),
-    "l2_norm_partial": (ka.L2NormPartialArgs, _l2_norm_partial),
-    "l2_norm_finish": (ka.L2NormFinishArgs, _l2_norm_finish),
-    "check_finite": (ka.CheckFiniteArgs, _check_finite),
     "all_reduce_one_shot": (ka.AllReduceArgs, _all_reduce),
     "all_reduce_two_shot": (ka.AllReduceArgs, _all_reduce),
     "reduce_scatter": (ka.AllReduceArgs, _reduce_scatter),

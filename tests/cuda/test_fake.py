@@ -16,7 +16,7 @@ from fake_cupy import build
 from simulated_memory import AddressError, PeerError, RaceError, SimulationError
 from simulation import Simulation
 
-from fastdp.launch import all_reduce_one_shot, check_finite, fused_sgd
+from fastdp.launch import RowPiece, RowSlice, all_reduce_one_shot, concat_rows, slice_rows
 from fastdp.launch.args import SIGNALS_NBYTES
 from fastdp.launch.peer_group import PeerGroup
 
@@ -513,17 +513,16 @@ def test_kernels_run_their_twins_and_declare_what_they_touch(box):
     from fastdp.runtime.cuda.kernel_launcher import kernels
 
     k, s, t = kernels(0), b.stream(), b.stream()
-    w, g, lr, found = b.memory(), b.memory(), b.memory(), b.memory()
-    for ptr, value in ((w, 1.0), (g, 0.5), (lr, 0.1)):
-        b.rt.array(ptr, (8,), np.float32, 0, None)[:] = value
-    b.fill(found, 0, s)
-    fused_sgd(k, weights=w, gradients=g, learning_rate=lr, n=8, dtype="float32", stream=s)
-    check_finite(k, x=w, n=8, dtype="float32", found=found, stream=s)
+    x, y, z = b.memory(), b.memory(), b.memory()
+    b.rt.array(x, (8,), np.float32, 0, None)[:] = np.arange(8)
+    concat_rows(k, [RowPiece(x, y, 2, 16, 0)], stream=s)
+    slice_rows(k, [RowSlice(y, z, 1, 16, 2, 1)], stream=s)
     b.finish()
-    assert values(b, w, 8) == [float(np.float32(1) - np.float32(0.5) * np.float32(0.1))] * 8
-    b.fill(g, 0, t)
-    with caught(b.sim, RaceError, "kernel fused_sgd_f32_f32 .* reads .* GPU 0"):
-        fused_sgd(k, weights=w, gradients=g, learning_rate=lr, n=8, dtype="float32", stream=s)
+    assert values(b, y, 8) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert values(b, z, 4) == [4, 5, 6, 7]
+    b.fill(x, 0, t)
+    with caught(b.sim, RaceError, "kernel concat_rows .* reads .* GPU 0"):
+        concat_rows(k, [RowPiece(x, y, 2, 16, 0)], stream=s)
 
 
 def test_a_kernel_needs_its_own_device(box):
@@ -531,7 +530,7 @@ def test_a_kernel_needs_its_own_device(box):
     from fastdp.runtime.cuda.kernel_launcher import kernels
 
     with pytest.raises(b.rt.DriverError, match="INVALID_HANDLE"):
-        check_finite(kernels(0), x=b.memory(), n=1, dtype="float32", found=b.memory(), stream=b.stream(1))
+        concat_rows(kernels(0), [RowPiece(b.memory(), b.memory(), 1, 4, 0)], stream=b.stream(1))
 
 
 @pytest.mark.parametrize("seed", [None, 4])

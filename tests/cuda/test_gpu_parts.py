@@ -36,8 +36,6 @@ def test_kernels_transfers_and_launches(card, measured):
         "copy",
         "slice_rows shuffled",
         "concat_rows",
-        "fused_adam",
-        "l2_norm",
         "pinned to card",
         "take_rows (wall)",
         "host time: a kernel of fastdp",

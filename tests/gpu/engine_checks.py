@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 import fastdp
+from fastdp.bfloat16 import to_bfloat16
 from fastdp.buffers import ArraySpec, FlatBuffers
 from fastdp.engine.reductions import WARM_STEPS
 from fastdp.errors import ReplicaError
-from fastdp.launch import reference as twins
 from fastdp.program.base import Result
 from fastdp.program.functions import FunctionProgram
 
@@ -188,4 +188,4 @@ def _host_warning():
 
 def _stored(values: np.ndarray, dtype: str) -> np.ndarray:
     """fp32 numbers as the buffers of `dtype` keep them."""
-    return twins.bfloat16_bits(values) if dtype == "bfloat16" else values.astype(dtype)
+    return to_bfloat16(values) if dtype == "bfloat16" else values.astype(dtype)

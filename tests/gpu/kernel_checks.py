@@ -11,30 +11,25 @@ from typing import Any
 import numpy as np
 
 from fastdp import launch
+from fastdp.bfloat16 import to_bfloat16
 from fastdp.launch import SIGNALS_NBYTES, PeerGroup, RowPiece, RowSlice
 from fastdp.launch import reference as twins
 
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "uint8": np.uint8}
 FLOATS = ("float32", "float16", "bfloat16")
-PAIRS = [
-    ("float32", "float32"),
-    ("float32", "float16"),
-    ("float32", "bfloat16"),
-    ("float16", "float16"),
-    ("bfloat16", "bfloat16"),
-]
 POISON = 0xCD
 
 
-def values(dtype: str, n: int, rng: np.random.Generator, *, positive: bool = False) -> np.ndarray:
-    """Random numbers of a kernel's element type, over a wide range of magnitudes."""
-    if dtype == "uint8":
-        return rng.integers(0, 256, n, np.uint8)
+def stored(values: np.ndarray, dtype: str) -> np.ndarray:
+    """fp32 numbers rounded to a kernel's element type."""
+    with np.errstate(all="ignore"):
+        return to_bfloat16(values) if dtype == "bfloat16" else values.astype(NUMPY[dtype])
+
+
+def values(dtype: str, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Random numbers of a float type, over a wide range of magnitudes."""
     magnitudes = np.exp2(np.arange(-10, 11, dtype=np.float32))
-    wide = rng.standard_normal(n, np.float32) * magnitudes[rng.integers(0, 21, n, np.uint8)]
-    out = np.empty(n, NUMPY[dtype])
-    twins.scale_cast(np.abs(wide) if positive else wide, out)
-    return out
+    return stored(rng.standard_normal(n, np.float32) * magnitudes[rng.integers(0, 21, n, np.uint8)], dtype)
 
 
 def same_bits(actual: np.ndarray, expected: np.ndarray) -> None:
@@ -92,153 +87,84 @@ def concat_rows(device: Any, counts: list[int], row: int, lead: int, seed: int) 
         assert device.get(out, expected).tobytes() == expected.tobytes()
 
 
-def scale_cast(device: Any, n: int, x_dtype: str, y_dtype: str, device_scale: float | None, lead: int) -> None:
-    """y = cast(x * scale)."""
-    x = values(x_dtype, n, np.random.default_rng(n))
-    expected = np.zeros(n, NUMPY[y_dtype])
-    twins.scale_cast(x, expected, scale=1 / 255, device_scale=device_scale)
-    with device.scope():
-        y = device.empty(expected.nbytes, lead * expected.itemsize)
-        factor = 0 if device_scale is None else device.put(np.float32([device_scale]))
-        launch.scale_cast(
-            device.kernels,
-            x=device.put(x, lead * x.itemsize),
-            y=y,
-            n=n,
-            x_dtype=x_dtype,
-            y_dtype=y_dtype,
-            scale=1 / 255,
-            device_scale=factor,
-            stream=0,
-        )
-        same_bits(device.get(y, expected), expected)
-
-
 def all_16_bit_numbers(device: Any, dtype: str) -> None:
-    """Each of the 65,536 becomes the fp32 of equal value, and comes back."""
+    """Each of the 65,536 becomes the fp32 of equal value, and comes back: the sum over one rank."""
     x = np.arange(65536, dtype=np.uint32).astype(np.uint16)
     x = x.view(np.float16) if dtype == "float16" else x
-    wide = twins.to_float32(x)
+    same_bits(reduced_once(device, [x], dtype), x)
+
+
+def rounding(device: Any, dtype: str) -> None:
+    """fp32 becomes the nearest 16-bit number, and ties go to even: halfway between all neighbours, and beside that."""
+    numbers = np.arange(65536, dtype=np.uint32).astype(np.uint16)
+    numbers = numbers.view(np.float16) if dtype == "float16" else numbers
+    wide = twins.to_float32(numbers)
+    order = np.argsort(wide[np.isfinite(wide)])
+    numbers = numbers[np.isfinite(wide)][order]
+    low, high = np.tile(numbers[:-1], 3), np.tile(numbers[1:], 3)
+    with np.errstate(all="ignore"):
+        least = np.spacing(np.abs(twins.to_float32(low) + twins.to_float32(high)))
+        beside = least * np.repeat(np.float32([0, 1, -1]), len(numbers) - 1)
+    arrays = [low, high, stored(np.where(np.isfinite(beside), beside, np.float32(0)), dtype)]
+    same_bits(reduced_once(device, arrays, dtype, 0.5), twins.all_reduce(arrays, scale=0.5))
+
+
+def overflow_and_nan(device: Any, dtype: str) -> None:
+    """Beyond the largest number lies infinity; what is no number has the bits that torch gives it, in bfloat16."""
+    largest, half = {"float16": (65504.0, 16.0), "bfloat16": (3.3895313892515355e38, 2.0**119)}[dtype]
+    inf, nan = np.inf, np.nan
+    first = stored(np.float32([largest, largest, -largest, inf, -inf, inf, nan, -nan]), dtype)
+    second = stored(np.float32([half, half * 0.99, -half, 1.0, 1.0, -inf, 1.0, nan]), dtype)
+    found = reduced_once(device, [first, second], dtype)
+    np.testing.assert_array_equal(
+        twins.to_float32(found), np.float32([inf, np.float32(largest), -inf, inf, -inf, nan, nan, nan])
+    )
+    same_bits(found, twins.all_reduce([first, second]))
+    if dtype == "bfloat16":
+        assert [hex(bits) for bits in found[5:]] == ["0x7fc0"] * 3
+
+
+def reduced_once(device: Any, arrays: list[np.ndarray], dtype: str, scale: float = 1.0) -> np.ndarray:
+    """What the one-shot all-reduce of these arrays, one a rank, gives the first rank."""
+    n = arrays[0].size
     with device.scope():
-        y, z = device.empty(wide.nbytes), device.empty(x.nbytes)
-        launch.scale_cast(device.kernels, x=device.put(x), y=y, n=x.size, x_dtype=dtype, y_dtype="float32", stream=0)
-        launch.scale_cast(device.kernels, x=y, y=z, n=x.size, x_dtype="float32", y_dtype=dtype, stream=0)
-        same_bits(device.get(y, wide), wide)
-        same_bits(device.get(z, x), x)
+        groups = _ranks(device, "one_shot", len(arrays), arrays[0].nbytes, dtype, blocks=2, threads=8)
+        inputs = [device.put(x) for x in arrays]
+        outputs = [device.empty(x.nbytes) for x in arrays]
+        for group in groups:
+            _issue(device, "one_shot", group, inputs, outputs[group.rank], n, dtype, scale)
+        device.synchronize()
+        return device.get(outputs[0], arrays[0])
 
 
-def check_finite(device: Any, n: int, dtype: str, bad: float | None) -> None:
-    """The flag is set by one bad element, and by nothing else."""
-    x = values(dtype, n, np.random.default_rng(n))
-    if bad is not None:
-        x[2 * n // 3] = twins.bfloat16_bits(np.float32([bad]))[0] if dtype == "bfloat16" else bad
-    with device.scope():
-        found = device.put(np.uint32([0]))
-        launch.check_finite(device.kernels, x=device.put(x), n=n, dtype=dtype, found=found, stream=0)
-        assert device.get(found, np.zeros(1, np.uint32))[0] == int(bad is not None)
-
-
-def l2_norm(device: Any, sizes: list[tuple[str, int]], clip_norm: float | None) -> None:
-    """Norm and clip factor over several buffers."""
-    rng = np.random.default_rng(7)
-    arrays = [values(dtype, n, rng) for dtype, n in sizes]
-    expected = twins.l2_norm(arrays, clip_norm=clip_norm)
-    with device.scope():
-        count = sum(launch.l2_norm_blocks(x.size, x.itemsize) for x in arrays)
-        partials, norm, scale = device.empty(8 * count), device.empty(4), device.empty(4)
-        buffers = [(device.put(x), x.size, dtype) for x, (dtype, _) in zip(arrays, sizes, strict=True)]
-        for _ in range(2):  # it repeats bit for bit
-            launch.l2_norm(
-                device.kernels, buffers, partials=partials, norm=norm, scale=scale, clip_norm=clip_norm, stream=0
-            )
-            one = np.zeros(1, np.float32)
-            same_bits(np.concatenate([device.get(norm, one), device.get(scale, one)]), np.float32(expected))
-
-
-def fused_sgd(device: Any, n: int, pair: tuple[str, str], momentum: float, nesterov: bool, clip: float | None) -> None:
-    """Three steps, the second skipped."""
-    rng = np.random.default_rng(n)
-    w, g, m = values(pair[0], n, rng), values(pair[1], n, rng), values(pair[0], n, rng)
-    options = {"momentum": momentum, "nesterov": nesterov, "weight_decay": 0.01}
-    with device.scope():
-        weights, gradients, momentums = (device.put(x) for x in (w, g, m))
-        lr, skip = device.put(np.float32([0.1])), device.put(np.uint32([0]))
-        scale = 0 if clip is None else device.put(np.float32([clip]))
-        for step in range(3):
-            device.write(skip, np.uint32([step == 1]))
-            launch.fused_sgd(
-                device.kernels,
-                weights=weights,
-                gradients=gradients,
-                momentums=momentums if momentum else 0,
-                learning_rate=lr,
-                n=n,
-                dtype=pair[0],
-                gradient_dtype=pair[1],
-                clip_scale=scale,
-                skip=skip,
-                stream=0,
-                **options,
-            )
-            slots = {"momentums": m if momentum else None, "clip_scale": 1.0 if clip is None else clip}
-            twins.fused_sgd(w, g, learning_rate=0.1, skip=step == 1, **slots, **options)
-            assert device.get(weights, w).tobytes() == w.tobytes()
-            assert device.get(momentums, m).tobytes() == m.tobytes()
-
-
-def fused_adam(device: Any, n: int, pair: tuple[str, str], amsgrad: bool, clip: float | None) -> None:
-    """Three steps from a late iteration on."""
-    rng = np.random.default_rng(n)
-    w, g, m = values(pair[0], n, rng), values(pair[1], n, rng), values(pair[0], n, rng)
-    v, hat = values(pair[0], n, rng, positive=True), values(pair[0], n, rng, positive=True)
-    with device.scope():
-        at = [device.put(x) for x in (w, m, v, hat, g)]
-        lr, iterations = device.put(np.float32([0.01])), device.empty(8)
-        scale = 0 if clip is None else device.put(np.float32([clip]))
-        for step in (0, 1, 2**33):
-            device.write(iterations, np.int64([step]))
-            launch.fused_adam(
-                device.kernels,
-                weights=at[0],
-                momentums=at[1],
-                velocities=at[2],
-                velocity_hats=at[3] if amsgrad else 0,
-                gradients=at[4],
-                learning_rate=lr,
-                iterations=iterations,
-                n=n,
-                dtype=pair[0],
-                gradient_dtype=pair[1],
-                weight_decay=0.01,
-                clip_scale=scale,
-                stream=0,
-            )
-            hats = {"velocity_hats": hat if amsgrad else None, "clip_scale": 1.0 if clip is None else clip}
-            twins.fused_adam(w, m, v, g, learning_rate=0.01, iterations=step, weight_decay=0.01, **hats)
-            for address, expected in zip(at, (w, m, v, hat, g), strict=True):
-                assert device.get(address, expected).tobytes() == expected.tobytes()
+def _ranks(
+    device: Any, kind: str, ranks: int, staged_nbytes: int, dtype: str, *, blocks: int, threads: int
+) -> list[PeerGroup]:
+    """Virtual ranks on one card, whose kernel is loaded."""
+    half = -(-staged_nbytes // 16) * 16
+    staging = tuple(device.empty(2 * half) for _ in range(ranks))
+    signals = tuple(device.put(np.zeros(SIGNALS_NBYTES, np.uint8)) for _ in range(ranks))
+    errors = [device.put(np.zeros(1, np.uint32)) for _ in range(ranks)]
+    # Each rank alone first: CUDA may load a kernel at its first launch, and wait for running ones meanwhile.
+    alone = PeerGroup(0, staging[:1], 2 * half, (device.put(np.zeros(SIGNALS_NBYTES, np.uint8)),), errors[0], 1, 32)
+    scratch = device.put(np.zeros(8, NUMPY[dtype]))
+    _issue(device, kind, alone, [scratch], scratch, 1, dtype, 1.0)
+    device.synchronize()
+    return [
+        PeerGroup(rank, staging, 2 * half, signals, errors[rank], blocks, threads, spin_limit=5_000_000)
+        for rank in range(ranks)
+    ]
 
 
 def all_reduce(
     device: Any, kind: str, ranks: int, n: int, dtype: str, *, blocks: int, threads: int, turns: int
 ) -> None:
     """Launches back to back on shared staging, in place every other time, by virtual ranks on one card."""
-    per_pack = 16 // np.dtype(NUMPY[dtype]).itemsize
+    itemsize = np.dtype(NUMPY[dtype]).itemsize
+    per_pack = 16 // itemsize
     staged = n if kind == "one_shot" else -(-n // per_pack // ranks + 1) * per_pack + per_pack
-    half = -(-staged * np.dtype(NUMPY[dtype]).itemsize // 16) * 16
     with device.scope():
-        staging = tuple(device.empty(2 * half) for _ in range(ranks))
-        signals = tuple(device.put(np.zeros(SIGNALS_NBYTES, np.uint8)) for _ in range(ranks))
-        errors = [device.put(np.zeros(1, np.uint32)) for _ in range(ranks)]
-        groups = [
-            PeerGroup(rank, staging, 2 * half, signals, errors[rank], blocks, threads, spin_limit=5_000_000)
-            for rank in range(ranks)
-        ]
-        # Each rank alone first: CUDA may load a kernel at its first launch, and wait for running ones meanwhile.
-        alone = PeerGroup(0, staging[:1], 2 * half, (device.put(np.zeros(SIGNALS_NBYTES, np.uint8)),), errors[0], 1, 32)
-        scratch = device.put(np.zeros(per_pack, NUMPY[dtype]))
-        _issue(device, kind, alone, [scratch], scratch, 1, dtype, 1.0)
-        device.synchronize()
+        groups = _ranks(device, kind, ranks, staged * itemsize, dtype, blocks=blocks, threads=threads)
         sets = []
         for turn in range(turns):
             arrays = [values(dtype, n, np.random.default_rng(100 * turn + rank)) for rank in range(ranks)]
@@ -253,7 +179,7 @@ def all_reduce(
             for group in groups:
                 _issue(device, kind, group, inputs, outputs[group.rank], n, dtype, 1 / ranks)
         device.synchronize()
-        given_up = [int(device.get(error, np.zeros(1, np.uint32))[0]) for error in errors]
+        given_up = [int(device.get(group.error, np.zeros(1, np.uint32))[0]) for group in groups]
         assert given_up == [0] * ranks, "a rank waited in vain for another"
         for _, outputs, wanted in sets:
             for output, expected in zip(outputs, wanted, strict=True):

@@ -1,8 +1,7 @@
 // A CPU that stands in for a CUDA device: what kernels/*.cu need of the CUDA language, for g++.
 //
-// A launch runs in one of three modes (see runner.cpp):
+// A launch runs in one of two modes (see runner.cpp):
 //   loop        one OS thread runs all blocks and threads in turn; a barrier is an error
-//   barriers    the threads of a block are OS threads, blocks run in turn
 //   concurrent  all threads of all blocks are OS threads, as the signals between ranks need
 #pragma once
 #include <pthread.h>
@@ -20,7 +19,6 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
-#define __shared__ static  // so a kernel with shared memory must not run in the concurrent mode
 
 struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };

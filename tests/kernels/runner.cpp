@@ -67,8 +67,6 @@ void run(const Launch& launch, unsigned& seed) {
     for (unsigned block = 0; block < launch.grid; ++block) {
         if (launch.mode == 0) {
             for (unsigned thread = 0; thread < launch.block; ++thread) run_thread(launch, block, thread);
-        } else if (launch.mode == 1) {
-            run_block_with_barriers(launch, block);
         } else {
             const unsigned delay = rand_r(&seed) % 300;  // ranks and blocks meet in every order
             blocks.emplace_back([&launch, block, delay] {

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fastdp import launch
+from fastdp.bfloat16 import to_bfloat16
 from fastdp.launch import SIGNALS_NBYTES, PeerGroup, coresident_blocks
 from fastdp.launch import reference as twins
 
@@ -18,9 +19,7 @@ KINDS = ["one_shot", "two_shot", "reduce_scatter"]
 
 def random_array(dtype: str, n: int, seed: int) -> np.ndarray:
     values = np.random.default_rng(seed).standard_normal(n).astype(np.float32) * 100
-    out = np.empty(n, NUMPY[dtype])
-    twins.scale_cast(values, out)
-    return out
+    return to_bfloat16(values) if dtype == "bfloat16" else values.astype(NUMPY[dtype])
 
 
 class Ranks:

@@ -13,7 +13,7 @@ import warnings
 import pytest
 
 from fastdp.launch import Kernels, cubin, nvrtc
-from fastdp.launch.args import CheckFiniteArgs
+from fastdp.launch.args import ConcatRowsArgs
 
 ARCHITECTURES = (70, 75, 80, 86, 90, 100, 120)
 ELF = b"\x7fELF"
@@ -41,9 +41,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def entries(name: str) -> list[str]:
-    """The kernels that a file defines, from its text; scale_cast makes its names by a macro."""
-    if name == "scale_cast":
-        return [f"scale_cast_{x}_{y}" for x in ("u8", "f32", "f16", "bf16") for y in ("f32", "f16", "bf16")]
+    """The kernels that a file defines, from its text."""
     text = (cubin.kernel_folder() / f"{name}.cu").read_text()
     found = re.findall(r"^FASTDP_KERNEL\((\w+)", text, re.MULTILINE)
     assert found
@@ -64,24 +62,24 @@ def test_every_kernel_compiles_to_machine_code(compilers, cache, name, architect
 
 def test_the_second_request_is_read_from_the_cache(compilers, cache):
     architecture = compilers[0].architectures[-1]
-    first = cubin.cubin("check_finite", architecture, compilers[0])
+    first = cubin.cubin("concat_rows", architecture, compilers[0])
     (file,) = cache.iterdir()
     file.write_bytes(b"from the cache")
-    assert cubin.cubin("check_finite", architecture, compilers[0]) == b"from the cache" != first
+    assert cubin.cubin("concat_rows", architecture, compilers[0]) == b"from the cache" != first
 
 
 def test_other_options_architectures_and_sources_have_other_files(compilers, cache, monkeypatch, tmp_path):
     compiler = compilers[0]
     for architecture in compiler.architectures[-2:]:
-        cubin.cubin("check_finite", architecture, compiler)
+        cubin.cubin("concat_rows", architecture, compiler)
     monkeypatch.setattr(cubin, "OPTIONS", (*cubin.OPTIONS, "--use_fast_math"))
-    cubin.cubin("check_finite", compiler.architectures[-1], compiler)
+    cubin.cubin("concat_rows", compiler.architectures[-1], compiler)
     folder = tmp_path / "kernels"
     folder.mkdir()
     for path in cubin.kernel_folder().iterdir():
         (folder / path.name).write_text(path.read_text() + ("// changed\n" if path.suffix == ".cuh" else ""))
     monkeypatch.setattr(cubin, "kernel_folder", lambda: folder)
-    cubin.cubin("check_finite", compiler.architectures[-1], compiler)
+    cubin.cubin("concat_rows", compiler.architectures[-1], compiler)
     assert len(list(cache.iterdir())) == 4
     assert all(path.suffix == ".cubin" for path in cache.iterdir())
 
@@ -90,14 +88,14 @@ def test_a_cache_that_cannot_be_written_is_named_once_and_the_code_is_still_comp
     cache.write_text("a file where the folder should be")
     architecture = compilers[0].architectures[-1]
     with pytest.warns(RuntimeWarning, match="FASTDP_CACHE_DIR") as caught:
-        assert cubin.cubin("check_finite", architecture, compilers[0]).startswith(ELF)
+        assert cubin.cubin("concat_rows", architecture, compilers[0]).startswith(ELF)
     assert caught
-    assert cubin.cubin("check_finite", architecture, compilers[0]).startswith(ELF)
+    assert cubin.cubin("concat_rows", architecture, compilers[0]).startswith(ELF)
 
 
 def test_an_architecture_that_the_compiler_does_not_know_is_refused(compilers, cache):
     with pytest.raises(ValueError, match="architecture=sm_35 is not among those of NVRTC"):
-        cubin.cubin("check_finite", 35, compilers[0])
+        cubin.cubin("concat_rows", 35, compilers[0])
 
 
 def test_a_mistake_in_the_source_is_reported_with_its_place(compilers):
@@ -130,9 +128,9 @@ def test_kernels_are_compiled_when_first_launched_and_once(compilers, cache):
     recorder, architecture = Recorder(), compilers[0].architectures[-1]
     kernels = Kernels(recorder, architecture, 132, lambda file, arch: cubin.cubin(file, arch, compilers[0]))
     for stream in (7, 8):
-        kernels.launch("check_finite", "check_finite_f32", 3, CheckFiniteArgs(), stream)
+        kernels.launch("concat_rows", "concat_rows", 3, ConcatRowsArgs(), stream)
     assert [code[:4] for code in recorder.loaded] == [ELF]
-    assert recorder.launched == [((1, "check_finite_f32"), 3, 256, 7), ((1, "check_finite_f32"), 3, 256, 8)]
+    assert recorder.launched == [((1, "concat_rows"), 3, 256, 7), ((1, "concat_rows"), 3, 256, 8)]
 
 
 def test_the_cache_folder_follows_the_variable_then_the_platform(monkeypatch, tmp_path):

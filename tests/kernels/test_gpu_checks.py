@@ -20,18 +20,11 @@ def test_rows(host, shuffled, cast):
     checks.concat_rows(host, [3, 0, 5], 784, 5, 0)
 
 
-def test_elementwise(host):
-    checks.scale_cast(host, 1000, "uint8", "float16", 0.125, 1)
-    checks.all_16_bit_numbers(host, "bfloat16")
-    for bad in (None, float("nan")):
-        checks.check_finite(host, 130, "float16", bad)
-    checks.l2_norm(host, [("float32", 10_007), ("bfloat16", 1)], 0.5)
-
-
-@pytest.mark.parametrize("pair", checks.PAIRS)
-def test_optimizers(host, pair):
-    checks.fused_sgd(host, 130, pair, 0.9, True, 0.25)
-    checks.fused_adam(host, 130, pair, True, 0.25)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_numbers_of_16_bits(host, dtype):
+    checks.all_16_bit_numbers(host, dtype)
+    checks.rounding(host, dtype)
+    checks.overflow_and_nan(host, dtype)
 
 
 @pytest.mark.parametrize("kind", ["one_shot", "two_shot", "reduce_scatter"])
