@@ -36,8 +36,8 @@ def test_of_numbers_torch_s_vectorized_loops_give_the_same():
 
 
 def test_what_is_too_large_becomes_infinite_and_every_nan_the_same():
-    largest = np.float32(3.3895313892515355e38)
-    given = np.float32([largest, largest * np.float32(1.00196), 3.4028235e38, -3.4028235e38, 1e-45, -1e-45])
+    below, halfway = np.uint32([0x7F7F7FFF, 0x7F7F8000]).view(np.float32)  # between the largest number and the next
+    given = np.float32([below, halfway, 3.4028235e38, -3.4028235e38, 1e-45, -1e-45])
     assert [hex(bits) for bits in to_bfloat16(given)] == ["0x7f7f", "0x7f80", "0x7f80", "0xff80", "0x0", "0x8000"]
     nans = np.uint32([0x7FC00000, 0x7F800001, 0xFFC00000, 0xFFFFFFFF]).view(np.float32)
     assert set(to_bfloat16(nans)) == {0x7FC0}
@@ -59,7 +59,7 @@ def test_the_reduction_in_host_memory_and_the_kernels_twin_round_alike():
     from fastdp.launch import reference
 
     values = np.float32([1.0, np.inf, np.nan, 3.3895313892515355e38, 1.0])
-    others = np.float32([2.0**-9, -np.inf, 0.0, 3.3895313892515355e38, 2.0**-8 + 2.0**-9])
+    others = np.float32([2.0**-9, -np.inf, 0.0, 3.3895313892515355e38, 3 * 2.0**-8])
     pair = [to_bfloat16(values), to_bfloat16(others)]
     with np.errstate(all="ignore"):
         on_host = sum_in_order(pair, "bfloat16")

@@ -15,7 +15,7 @@ import torch
 from fastdp.comm.context import Context
 from fastdp.errors import NotCapturable
 from fastdp.program.keras.batch_norm import Moments
-from fastdp.program.keras.draw_sites import DrawSites, Site
+from fastdp.program.keras.random.draw_sites import DrawSites, Site
 from fastdp.program.keras.random import torch_draws
 from fastdp.program.keras.random.generators import Generators
 from fastdp.program.torch.replica import ReplicaMode
