@@ -32,6 +32,11 @@ def as_tensor(array: Any, dtype: str | None = None) -> torch.Tensor:
     return tensor
 
 
+def tensors_of(flat: FlatBuffers) -> list[torch.Tensor]:
+    """Tensors over the views of flat buffers."""
+    return [as_tensor(view, spec.dtype) for view, spec in zip(flat.views, flat.specs, strict=True)]
+
+
 def accumulate(total: FlatBuffers, part: FlatBuffers) -> None:
     """Add flat buffers to others with the same specs, where they are."""
     with torch.no_grad():

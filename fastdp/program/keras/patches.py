@@ -16,7 +16,7 @@ the variance of the global batch; with `sync_batch_norm` they are those of the g
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,13 +33,12 @@ from keras.src.utils.torch_utils import TorchModuleWrapper
 from torch.utils import checkpoint
 
 from fastdp.program.keras import recompute, torch_modules
-from fastdp.program.keras.batch_norm import Moments, global_moments, local_moments
+from fastdp.program.keras.batch_norm import moments_of_replica
 from fastdp.program.keras.placement import graph as placed_graph
 from fastdp.program.keras.random import augmentation
 from fastdp.program.keras.random import ops as random_ops
 from fastdp.program.keras.random.host_draws import STAND_INS
 from fastdp.program.keras.recurrent import fused
-from fastdp.program.keras.replica import running
 from fastdp.program.keras.rows import units
 
 _originals: list[tuple[Any, str, Any]] = []
@@ -84,7 +83,7 @@ def _patch() -> None:
     """Put the replica-aware functions in place."""
     moments = keras.layers.BatchNormalization._moments
     targets: list[tuple[Any, str, Any]] = [
-        (keras.layers.BatchNormalization, "_moments", _moments(moments)),
+        (keras.layers.BatchNormalization, "_moments", moments_of_replica(moments)),
         (torch_random, "dropout", random_ops.dropout_by_rows(torch_random.dropout)),
         (torch_random, "gamma", random_ops.alone_by_rows(torch_random.gamma)),
         (torch_random, "binomial", random_ops.alone_by_rows(torch_random.binomial)),
@@ -120,7 +119,7 @@ def _patch() -> None:
     recurrent = (keras.layers.RNN, keras.layers.LSTM, keras.layers.GRU)
     targets += [(layer, "inner_loop", fused(layer.inner_loop)) for layer in recurrent]
     spatial = (keras.layers.SpatialDropout1D, keras.layers.SpatialDropout2D, keras.layers.SpatialDropout3D)
-    targets += [(layer, "_get_noise_shape", random_ops.own_rows(layer._get_noise_shape)) for layer in spatial]
+    targets += [(layer, "_get_noise_shape", random_ops.noise_shape(layer._get_noise_shape)) for layer in spatial]
     targets += [(torch_random, name, random_ops.by_rows(getattr(torch_random, name))) for name in random_ops.SHAPED]
     for owner, name, function in [*targets, *STAND_INS]:
         _originals.append((owner, name, getattr(owner, name)))
@@ -131,29 +130,6 @@ def _unpatch() -> None:
     """Put Keras's own functions back."""
     while _originals:
         setattr(*_originals.pop())
-
-
-# BatchNormalization.
-
-
-def _moments(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Moments that are recorded, and those of the global batch where that is asked for."""
-
-    def moments(layer: Any, inputs: torch.Tensor, mask: torch.Tensor | None) -> Any:
-        state = running()
-        if state is None:
-            return original(layer, inputs, mask)
-        if state.frozen_moments:
-            return layer.moving_mean.value.to(inputs.dtype), layer.moving_variance.value.to(inputs.dtype)
-        axes = layer._reduction_axes
-        if state.sync_batch_norm and state.context.size > 1:
-            mean, variance, count = global_moments(inputs, mask, axes, state.context)
-        else:
-            mean, variance, count = local_moments(original(layer, inputs, mask), inputs, mask, axes)
-        state.moments.append((layer, Moments(mean.detach(), variance.detach(), count)))
-        return mean, variance
-
-    return moments
 
 
 def seed_generators(model: keras.Model) -> list[SeedGenerator]:

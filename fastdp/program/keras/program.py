@@ -35,10 +35,10 @@ from fastdp.program.keras.rows.policy import ModelEffects, Policy
 from fastdp.program.keras.rows.probe import Effects
 from fastdp.program.keras.step_sums import Notes, SideEffects, StepSums, Summed
 from fastdp.program.keras.training_loss import TrainingLoss
-from fastdp.program.keras.variables import Adopted, Mapping, ReplicaScope, ReplicaState, adopted, tensors_of
-from fastdp.program.torch.batch import Autocast
+from fastdp.program.keras.variables import AdoptedVariables, Mapping, ReplicaScope, ReplicaState, adopted
 from fastdp.runtime.queue import QueueDevice
-from fastdp.tensors.arrays import accumulate, output_array, settle, spec_of
+from fastdp.tensors.arrays import accumulate, output_array, settle, spec_of, tensors_of
+from fastdp.tensors.autocast import Autocast
 from fastdp.tensors.gradient_buckets import GradientBuckets
 from fastdp.tensors.threads import prepare_worker, replicas_run
 
@@ -93,7 +93,7 @@ class KerasProgram:
         self.effects: Any = ModelEffects(*about, training=True, policy=policy)
         self.forward_effects = ModelEffects(*about, self.effects.sites, training=False, policy=policy)
         self.loss = TrainingLoss(model, trainer, optimizer, self.effects)
-        self._adopted: list[Adopted] = []
+        self._adopted: list[AdoptedVariables] = []
         self.captures: Any = None
         # For captured steps: which gradients lie in which of the engine's buckets, and the replicas that are there.
         self.gradient_buckets: list[tuple[int, ...]] = []
@@ -368,7 +368,7 @@ class KerasProgram:
             return
         effects = self.effects if training else self.forward_effects
         context = Context.alone(batch, structure, 0, len(batch[0]), len(batch[0]))
-        context.device = self._adopted[0].device if self._adopted else None
+        context.device = self._adopted[0].home.device if self._adopted else None
         with keras_device(context.device), RowsNamed(self, batch, context):
             effects.inspect(batch, structure, every_row=every_row)
 

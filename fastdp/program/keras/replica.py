@@ -14,11 +14,11 @@ import torch
 
 from fastdp.comm.context import Context
 from fastdp.errors import NotCapturable
-from fastdp.program.keras.batch_norm import Moments
-from fastdp.program.keras.random.draw_sites import DrawSites, Site
 from fastdp.program.keras.random import torch_draws
+from fastdp.program.keras.random.draw_sites import DrawSites, Site
 from fastdp.program.keras.random.generators import Generators
-from fastdp.program.torch.replica import ReplicaMode
+from fastdp.tensors.function_mode import ReplicaMode
+from fastdp.tensors.moments import Moments
 
 _replica = threading.local()
 
@@ -69,6 +69,20 @@ class ReplicaContext:
     added_by: dict[int, Any] = field(default_factory=dict)
     by_loss: frozenset[int] = frozenset()
     parts: list[Any] = field(default_factory=list)
+
+    def entries_per_row(self, shape: Any, seed: Any = None) -> int:
+        """How many entries of the first axis of a draw belong to each of the replica's rows; 0: it is not by rows.
+
+        Args:
+            shape: of the draw.
+            seed: what it is seeded with.
+        """
+        rows = self.context.rows
+        if not len(shape) or 3 < rows.count == rows.total:  # a model is tried on three rows at the most
+            return 0
+        sizes = tuple(int(size) for size in shape)
+        per_row = self.sites.per_row(sizes, rows.count, seed, self.met, trial=self.frozen_moments)
+        return per_row if rows.count < rows.total else 0
 
     def not_captured(self, what: str) -> None:
         """End a capture: `what` cannot be repeated outside the graph.

@@ -18,12 +18,14 @@ import numpy as np
 import torch
 
 from fastdp.program.keras.batch import OutputStructure
-from fastdp.program.keras.batch_norm import Moments, combine, moved_statistics, statistics
+from fastdp.program.keras.batch_norm import moved_statistics, statistics
 from fastdp.program.keras.plain_outputs import check_same
 from fastdp.program.keras.replica import ReplicaContext
 from fastdp.program.keras.rows.effects import Effect, UndecidedError, values_agree
 from fastdp.program.keras.rows.probe import Effects
 from fastdp.program.keras.variables import Mapping, ReplicaScope
+from fastdp.tensors.moments import Moments, combine
+from fastdp.tensors.sums import move, movement
 
 _EXTREMES = {Effect.LARGEST: torch.amax, Effect.SMALLEST: torch.amin}
 
@@ -79,9 +81,7 @@ class SideEffects:
             effect = effects.of_variable(i, variable)
             if effect in (Effect.MEAN, Effect.SUM):
                 notes.assigned.append(i)
-                moved = value.detach().double() - old.detach().double()
-                moved = moved if effect is Effect.SUM else moved * share
-                sums.append(moved.cpu().numpy().ravel())
+                sums.append(movement(value, old, 1.0 if effect is Effect.SUM else share))
             elif effect is not Effect.UNDECIDED or not torch.equal(value, old):
                 notes.kept.append((i, effect, value.detach()))
         return [*sums, *(moments.sums() for _, moments in self.moments)], notes
@@ -143,11 +143,9 @@ class Summed:
             variables[i].copy_(value)
         at = 0
         for i in first.assigned:
-            tensor = variables[i]
-            moved = torch.from_numpy(sums[at : at + tensor.numel()]).to(tensor.device).reshape(tensor.shape)
-            new = tensor.double() + moved
-            tensor.copy_(new if tensor.is_floating_point() else new.round())
-            at += tensor.numel()
+            length = variables[i].numel()
+            move(variables[i], sums[at : at + length])
+            at += length
         for layer in first.normalized:
             targets = [variables[number_of[id(v)]] for v in statistics(layer)]
             length = 1 + 2 * targets[0].numel()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,76 +12,55 @@ from keras.src.backend import in_stateless_scope
 from keras.src.backend.common import global_state
 from keras.src.backend.common.variables import initialize_all_variables
 
-from fastdp.buffers import Allocator, FlatBuffers, Home
+from fastdp.buffers import Allocator
 from fastdp.program.keras.rows.effects import NotByRowsError
 from fastdp.runtime.queue import QueueDevice
-from fastdp.tensors.arrays import as_tensor, spec_of
+from fastdp.tensors.adopted import Adopted, Homes
+from fastdp.tensors.arrays import spec_of
 from fastdp.tensors.gradient_buckets import GradientBuckets
-
-_homes: weakref.WeakKeyDictionary[Any, Adopted] = weakref.WeakKeyDictionary()
-
 
 Mapping = list[tuple[keras.Variable, torch.Tensor]]
 
 
-class Adopted:
+class AdoptedVariables(Adopted):
     """Keras variables whose values live in flat buffers.
 
     Args:
         variables: the variables, in the order of the buffers' views.
         device: whose memory the buffers are.
-
-    The variables keep their tensors' identity; their storage becomes views of `home.variables`.
     """
 
     def __init__(self, variables: Sequence[keras.Variable], device: Allocator) -> None:
         self.variables = list(variables)
-        specs = [spec_of(v.path, v.value) for v in self.variables]
-        self.home = Home(specs, device)
-        self.device = device
-        self._tensors = tensors_of(self.home.variables)
-        # Asked at each step: an empty tensor has no place of its own.
-        self._pointers = [tensor.data_ptr() if tensor.numel() else None for tensor in self._tensors]
-        self._versions: list[int] = []
-        self.adopt()
+        super().__init__([spec_of(v.path, v.value) for v in self.variables], device)
 
-    def adopt(self) -> bool:
-        """Move values whose storage is not ours (any more) into the buffers; True if there were any."""
-        moved = False
-        for variable, tensor, pointer in zip(self.variables, self._tensors, self._pointers, strict=True):
-            value = variable._value  # not `.value`, which looks for scopes first: there is none between steps
-            if pointer is not None and value.data_ptr() != pointer:
-                if value.dtype != tensor.dtype:
-                    raise NotByRowsError(
-                        f"The variable {variable.path!r} has become {value.dtype}; the replicas hold it as "
-                        f"{tensor.dtype}. Choose the dtype before the model is made (keras.config.set_dtype_policy)"
-                    )
-                with torch.no_grad():
-                    tensor.copy_(value)
-                    value.data = tensor
-                moved = True
-        return moved
+    def present(self) -> list[torch.Tensor]:
+        """The variables' values: not by `.value`, which looks for scopes first. There is none between steps."""
+        return [variable._value for variable in self.variables]
 
-    def changed(self) -> bool:
-        """Whether somebody else assigned a variable since `note()`."""
-        return self.adopt() or self._versions != [v._value._version for v in self.variables]
+    def marks(self) -> list[int]:
+        """The values' versions."""
+        return [variable._value._version for variable in self.variables]
 
-    def note(self) -> None:
-        """Remember the variables as they are now."""
-        self._versions = [v._value._version for v in self.variables]
+    def check(self, number: int, value: torch.Tensor, kept: torch.Tensor) -> None:
+        """Refuse another dtype.
+
+        Raises:
+            NotByRowsError: it has one.
+        """
+        if value.dtype != kept.dtype:
+            raise NotByRowsError(
+                f"The variable {self.variables[number].path!r} has become {value.dtype}; the replicas hold it as "
+                f"{kept.dtype}. Choose the dtype before the model is made (keras.config.set_dtype_policy)"
+            )
 
 
-def adopted(owner: Any, variables: Sequence[keras.Variable], device: Allocator) -> Adopted:
-    """The adopted variables of a model or an optimizer: one home for all engines that use it."""
-    home = _homes.get(owner)
-    if home is None or [id(v) for v in home.variables] != [id(v) for v in variables]:
-        home = _homes[owner] = Adopted(variables, device)
-    return home
+_homes: Homes[AdoptedVariables] = Homes()
 
 
-def tensors_of(flat: FlatBuffers) -> list[torch.Tensor]:
-    """Tensors over the views of a flat buffer."""
-    return [as_tensor(view, spec.dtype) for view, spec in zip(flat.views, flat.specs, strict=True)]
+def adopted(owner: Any, variables: Sequence[keras.Variable], device: Allocator) -> AdoptedVariables:
+    """The adopted variables of a model or an optimizer."""
+    return _homes.of(owner, [id(v) for v in variables], lambda: AdoptedVariables(variables, device))
 
 
 @dataclass(eq=False)

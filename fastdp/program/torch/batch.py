@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fastdp.tensors.arrays import as_array, as_tensor, dtype_name, output_array
+from fastdp.tensors.autocast import Autocast
 from fastdp.tensors.random import global_generator
 
 PLAIN = (type(None), bool, int, float, complex, str)
@@ -60,26 +60,6 @@ class _Hole:
 
 
 _HOLE = _Hole()
-
-
-@dataclass(slots=True)
-class Autocast:
-    """The calling thread's autocast on the CPU, which is thread-local: to be entered again by the workers."""
-
-    enabled: bool
-    dtype: torch.dtype
-    cache: bool
-
-    @classmethod
-    def current(cls) -> Autocast:
-        """That of this thread."""
-        return cls(torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled())
-
-    def enter(self) -> Any:
-        """A context manager that is the same autocast on another thread, where it is off."""
-        if not self.enabled:
-            return nullcontext()
-        return torch.autocast("cpu", dtype=self.dtype, enabled=self.enabled, cache_enabled=self.cache)
 
 
 @dataclass(slots=True)

@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from fastdp.program.torch.random import HANDLERS as BY_ROWS
-from fastdp.program.torch.replica import Handler, ReplicaContext
+from fastdp.program.torch.replica import ReplicaContext
+from fastdp.tensors.function_mode import Handler
 from fastdp.warn import warn_user
 
 _BATCH_FIRST = 8  # which argument of torch's recurrent functions it is

@@ -2,11 +2,7 @@
 
 Each replica normalizes by its own rows, or with `sync_batch_norm` by all rows of the global batch, forward
 and backward. Either way the running statistics move once per call, by the mean and the (unbiased) variance
-of the global batch. Over replicas r with n_r values each, mean m_r and variance v_r,
-
-    n = sum n_r,   mean = sum n_r m_r / n,   variance = sum n_r (v_r + (m_r - mean)^2) / n
-
-which `combine` evaluates from the sums of n_r, n_r m_r and n_r (v_r + m_r^2) in float64.
+of the global batch (`fastdp.tensors.moments`).
 
 A replica with a single value per channel, of a batch that has more, gets what the formula gives: the value
 minus itself, zero up to rounding, scaled and shifted. Torch refuses such a batch on one device, and so it is
@@ -17,12 +13,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
 from fastdp.comm.context import Context
-from fastdp.program.torch.replica import Handler, Normalized, ReplicaContext
+from fastdp.program.torch.replica import Normalized, ReplicaContext
+from fastdp.tensors.function_mode import Handler
+from fastdp.tensors.moments import Moments, global_moments, unbiased
 
 _NAMES = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
@@ -45,27 +42,12 @@ def _batch_norm(running: ReplicaContext, function: Any, args: Any, kwargs: Any) 
         )
     if mean is not None and not running.backward:
         biased = own_variance.double() * ((count - 1) / count) if count > 1 else torch.zeros_like(own_mean).double()
-        sums = _sums(own_mean, biased, count)
+        sums = Moments(own_mean, biased, count).sums()
         running.normalized.append(Normalized(mean, variance, float(given["momentum"]), sums))
     return y
 
 
 HANDLERS: dict[Any, Handler] = {F.batch_norm: _batch_norm}
-
-
-def _sums(mean: torch.Tensor, variance: torch.Tensor, count: int) -> np.ndarray:
-    """Count, sums and sums of squares per channel: what is added up over replicas. float64."""
-    mean64 = mean.detach().double().cpu().numpy()
-    square = variance.detach().double().cpu().numpy() + mean64 * mean64
-    return np.concatenate([[float(count)], count * mean64, count * square])
-
-
-def combine(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and unbiased variance of the global batch from the sum of all replicas' `_sums`, float64."""
-    count, channels = float(sums[0]), (len(sums) - 1) // 2
-    mean = sums[1 : 1 + channels] / count
-    variance = np.maximum(sums[1 + channels :] / count - mean * mean, 0.0)
-    return mean, variance * (count / max(count - 1.0, 1.0))
 
 
 def _synchronized(
@@ -77,7 +59,8 @@ def _synchronized(
         wide = x if x.dtype == torch.float64 else x.float()
         count = x.numel() // x.shape[1]
         own_variance, own_mean = torch.var_mean(wide, axes, correction=0)
-    mean, variance = _GlobalMoments.apply(wide if not x.requires_grad else x.to(wide.dtype), context)
+    wide = wide if not x.requires_grad else x.to(wide.dtype)
+    mean, variance = global_moments(wide, None, axes, context.exchange, torch.float64)
     shape = [1, -1] + [1] * (x.ndim - 2)
     scale = torch.rsqrt(variance + eps)
     y = (x.to(wide.dtype) - mean.reshape(shape)) * scale.reshape(shape)
@@ -85,31 +68,4 @@ def _synchronized(
         y = y * weight.to(y.dtype).reshape(shape)
     if bias is not None:
         y = y + bias.to(y.dtype).reshape(shape)
-    return y.to(x.dtype), own_mean, own_variance * (count / max(count - 1, 1))
-
-
-class _GlobalMoments(torch.autograd.Function):
-    """Mean and variance per channel over all replicas' values."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums are exchanged twice: the second time about the global mean, so nothing cancels."""
-        axes = [axis for axis in range(x.ndim) if axis != 1]
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        parts = context.exchange((x.numel() // x.shape[1], x.sum(axes, dtype=torch.float64)))
-        total = sum(part[0] for part in parts)
-        mean = (sum(part[1] for part in parts) / total).to(x.dtype)
-        centered = x - mean.reshape(shape)
-        squares = context.exchange((centered * centered).sum(axes, dtype=torch.float64))
-        ctx.save_for_backward(centered)
-        ctx.total, ctx.shape, ctx.context = total, shape, context
-        return mean, (sum(squares) / total).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """d/dx of mean is 1/n, of variance 2 (x - mean)/n, times the gradients of all replicas' losses."""
-        (centered,) = ctx.saved_tensors
-        parts = ctx.context.exchange(tuple(gradients))
-        of_mean = sum(part[0] for part in parts) / ctx.total
-        of_variance = sum(part[1] for part in parts) / ctx.total
-        return of_mean.reshape(ctx.shape) + 2.0 * centered * of_variance.reshape(ctx.shape), None
+    return y.to(x.dtype), own_mean, own_variance * unbiased(count)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from fastdp.buffers import FlatBuffers
-from fastdp.program.torch.replica import Handler, ReplicaContext
+from fastdp.program.torch.replica import ReplicaContext
+from fastdp.tensors.function_mode import Handler
 from fastdp.tensors.gradient_buckets import GradientBuckets, dense
 
 

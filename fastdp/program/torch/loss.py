@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from fastdp.comm.context import Context
 from fastdp.program.torch.batch import Nest
 from fastdp.program.torch.replica import ReplicaContext, gradients_of
-from fastdp.shard import Rows
+from fastdp.shard import Rows, split_rows
+from fastdp.tensors.sums import weighted_sum
 
 REDUCTIONS = (None, "mean", "sum")
 LossFunction = Callable[..., Any]
@@ -85,7 +85,7 @@ def _merged(
     everyone = context.exchange([tensor.detach() for tensor in tensors])
     answer = None
     if context.rank == 0:
-        shares = [_share(context, rank) for rank in range(context.size)]
+        shares = [rows.share for rows in split_rows(context.rows.total, context.size)]
         leaves = [_leaf(_join(parts, shares)) for parts in zip(*everyone, strict=True)]
         _, _, targets = context.structure.pack(context.batch, context.torch_device)
         own, running.rows = running.rows, Rows(0, running.rows.total, running.rows.total)
@@ -169,17 +169,11 @@ def _number(loss: Any) -> torch.Tensor:
     return loss.reshape(())
 
 
-def _share(context: Context, rank: int) -> float:
-    """A replica's part of the global batch; rows are dealt out as by `fastdp.shard.split_rows`."""
-    size, larger = divmod(context.rows.total, context.size)
-    return (size + (rank < larger)) / context.rows.total
-
-
 def _join(parts: Sequence[torch.Tensor], shares: Sequence[float]) -> torch.Tensor:
     """Rows in order; an output without axes is averaged by rows."""
     if parts[0].ndim:
         return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-    return torch.stack([part * share for part, share in zip(parts, shares, strict=True)]).sum()
+    return weighted_sum(parts, shares)
 
 
 def _own(gradient: torch.Tensor, tensor: torch.Tensor, rows: Rows) -> torch.Tensor:

@@ -10,7 +10,6 @@ run on as scratch copies, so that a step that fails has changed nothing.
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,11 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdp.buffers import Allocator, FlatBuffers, Home
+from fastdp.buffers import Allocator
 from fastdp.program.torch.batch import PLAIN
-from fastdp.tensors.arrays import as_tensor, spec_of
-
-_homes: weakref.WeakKeyDictionary[nn.Module, Adopted] = weakref.WeakKeyDictionary()
+from fastdp.tensors.adopted import Adopted, Homes
+from fastdp.tensors.arrays import spec_of
 
 
 @dataclass(slots=True)
@@ -54,62 +52,45 @@ def slots_of(module: nn.Module) -> list[Slot]:
     return found
 
 
-def tensors_of(flat: FlatBuffers) -> list[torch.Tensor]:
-    """Tensors over the views of a flat buffer."""
-    return [as_tensor(view, spec.dtype) for view, spec in zip(flat.views, flat.specs, strict=True)]
-
-
-class Adopted:
-    """A module's tensors, whose storage lies in flat buffers: one home for all engines that run the module."""
+class AdoptedSlots(Adopted):
+    """A module's tensors, whose storage lies in flat buffers."""
 
     def __init__(self, slots: list[Slot], device: Allocator) -> None:
         self.slots = slots
-        self.home = Home([spec_of(slot.name, slot.tensor) for slot in slots], device)
-        self._tensors = tensors_of(self.home.variables)
-        self._versions: list[tuple[int, int]] = []
-        self.adopt()
+        self._kinds = [(slot.tensor.dtype, slot.tensor.shape) for slot in slots]
+        super().__init__([spec_of(slot.name, slot.tensor) for slot in slots], device)
 
-    def adopt(self) -> bool:
-        """Move values whose storage is not ours (any more) into the buffers; True if there were any.
+    def present(self) -> Iterator[torch.Tensor]:
+        """The module's tensors.
 
         Raises:
-            RuntimeError: a tensor was replaced by one of another shape or dtype, or taken away.
+            RuntimeError: one was replaced by one of another shape or dtype, or taken away.
         """
-        moved = False
-        for slot, tensor in zip(self.slots, self._tensors, strict=True):
+        for slot, (dtype, shape) in zip(self.slots, self._kinds, strict=True):
             value = slot.table.get(slot.key)
-            if value is None or value.shape != tensor.shape or value.dtype != tensor.dtype:
+            if value is None or value.shape != shape or value.dtype != dtype:
                 now = "is gone" if value is None else f"is now {value.dtype} of shape {tuple(value.shape)}"
                 raise RuntimeError(
-                    f"`{slot.name}` of the module was {tensor.dtype} of shape {tuple(tensor.shape)} when it was "
+                    f"`{slot.name}` of the module was {dtype} of shape {tuple(shape)} when it was "
                     f"wrapped, and {now}. Wrap the changed module again."
                 )
-            if value.data_ptr() != tensor.data_ptr() and value.numel():
-                with torch.no_grad():
-                    tensor.copy_(value)
-                    value.data = tensor
-                moved = True
-        return moved
+            yield value
 
-    def changed(self) -> bool:
-        """Whether somebody else assigned a parameter or a buffer since `note()`."""
-        return self.adopt() or self._versions != self._now()
+    def check(self, number: int, value: torch.Tensor, kept: torch.Tensor) -> None:
+        """Nothing: `present` has looked at all."""
 
-    def note(self) -> None:
-        """Remember the tensors as they are now."""
-        self._versions = self._now()
-
-    def _now(self) -> list[tuple[int, int]]:
+    def marks(self) -> list[tuple[int, int]]:
+        """Which tensors they are, and their versions."""
         return [(id(slot.tensor), slot.tensor._version) for slot in self.slots]
 
 
-def adopted(module: nn.Module, device: Allocator) -> Adopted:
+_homes: Homes[AdoptedSlots] = Homes()
+
+
+def adopted(module: nn.Module, device: Allocator) -> AdoptedSlots:
     """The adopted tensors of a module."""
-    home = _homes.get(module)
     slots = slots_of(module)
-    if home is None or [s.name for s in home.slots] != [s.name for s in slots]:
-        home = _homes[module] = Adopted(slots, device)
-    return home
+    return _homes.of(module, [slot.name for slot in slots], lambda: AdoptedSlots(slots, device))
 
 
 @dataclass(slots=True)

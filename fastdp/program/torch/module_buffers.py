@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from fastdp.program.torch.batch_norm import combine
 from fastdp.program.torch.module import ReplicaModule
 from fastdp.program.torch.replica import ReplicaContext
+from fastdp.tensors.moments import combine, unbiased
+from fastdp.tensors.sums import like, move, movement
 
 
 @dataclass(slots=True)
@@ -34,8 +35,7 @@ def gather_buffers(replica: ReplicaModule, running: ReplicaContext, notes: Buffe
             notes.constant.append((index, value.clone()))
             continue
         notes.moved.append(index)
-        moved = (value.double() - record.double()) * running.context.rows.share
-        sums.append(moved.cpu().numpy().ravel())
+        sums.append(movement(value, record, running.context.rows.share))
     for call in running.normalized:
         mean, variance = replica.index_of(call.mean), replica.index_of(call.variance)
         if mean is None or variance is None:  # tensors that are no buffers: nobody else sees them
@@ -52,10 +52,9 @@ def assign_buffers(variables: list[torch.Tensor], sums: np.ndarray, notes: Buffe
         variables[index].copy_(value)
     at = 0
     for index in notes.moved:
-        target = variables[index]
-        moved = torch.from_numpy(sums[at : at + target.numel()]).to(target.device).reshape(target.shape)
-        target.copy_(target.double() + moved)
-        at += target.numel()
+        length = variables[index].numel()
+        move(variables[index], sums[at : at + length])
+        at += length
     for mean, variance, momentum in notes.normalized:
         length = 1 + 2 * variables[mean].numel()
         _move([variables[mean], variables[variance]], momentum, sums[at : at + length])
@@ -64,6 +63,6 @@ def assign_buffers(variables: list[torch.Tensor], sums: np.ndarray, notes: Buffe
 
 def _move(running: list[torch.Tensor], momentum: float, sums: np.ndarray) -> None:
     """Move the running mean and variance towards those of the batch, in their own precision, as torch does."""
-    for target, value in zip(running, combine(sums), strict=True):
-        new = torch.from_numpy(value).to(target.device, target.dtype).reshape(target.shape)
-        target.copy_(target * (1.0 - momentum) + new * momentum)
+    mean, variance = combine(sums)
+    for target, value in zip(running, (mean, variance * unbiased(float(sums[0]))), strict=True):
+        target.copy_(target * (1.0 - momentum) + like(value, target) * momentum)

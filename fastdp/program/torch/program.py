@@ -28,12 +28,13 @@ from fastdp.program.torch.batch import (
 )
 from fastdp.program.torch.gradients import Gradients
 from fastdp.program.torch.loss import REDUCTIONS, LossFunction, contribute
-from fastdp.program.torch.module import Adopted, Attributes, ReplicaModule, adopted, replicate, slots_of, tensors_of
+from fastdp.program.torch.module import AdoptedSlots, Attributes, ReplicaModule, adopted, replicate, slots_of
 from fastdp.program.torch.module_buffers import BufferNotes, assign_buffers, gather_buffers
 from fastdp.program.torch.optimizer import OptimizerFactory, Optimizers
-from fastdp.program.torch.replica import Handler, ReplicaContext, ReplicaMode, backward
+from fastdp.program.torch.replica import ReplicaContext, backward
 from fastdp.runtime.queue import QueueDevice
-from fastdp.tensors.arrays import accumulate, settle, spec_of
+from fastdp.tensors.arrays import accumulate, settle, spec_of, tensors_of
+from fastdp.tensors.function_mode import Handler, ReplicaMode
 from fastdp.tensors.threads import prepare_worker, replicas_run
 
 _HANDLERS: dict[Any, Handler] = {
@@ -128,7 +129,7 @@ class TorchProgram:
         )
         self.slots: Sequence[ArraySpec] = []
         self._attributes = Attributes(module)
-        self._adopted: Adopted | None = None
+        self._adopted: AdoptedSlots | None = None
         self._states: list[_State] = []
         self._told: set[str] = set()
 

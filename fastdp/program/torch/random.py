@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from fastdp.program.torch.replica import Handler, ReplicaContext
-from fastdp.tensors.random import global_generator, uniform_rows
+from fastdp.program.torch.replica import ReplicaContext
+from fastdp.tensors.function_mode import Handler
+from fastdp.tensors.random import global_generator, uniform_tensor
+from fastdp.tensors.random_functions import RNNS, draws_in_call, dropout_arguments
 
 _SELU_LIMIT = -1.7580993408473766  # what alpha dropout puts in place of a dropped value: -scale * alpha of SELU
 
@@ -42,9 +44,7 @@ def uniform(running: ReplicaContext, shape: Sequence[int], *, by_replica: bool =
     if not of_rows:
         number += (running.context.rank if by_replica else 0) << 32
     count, first = (rows.count, rows.start) if of_rows else (1, 0)
-    per_row = math.prod(shape) // count
-    drawn = torch.from_numpy(uniform_rows((seed, number), first, count, per_row)).reshape(shape)
-    return drawn.to(running.context.torch_device)
+    return uniform_tensor((seed, number), first, count, shape, running.context.torch_device)
 
 
 def normal(running: ReplicaContext, shape: Sequence[int]) -> torch.Tensor:
@@ -76,20 +76,6 @@ def _alpha_dropout(running: ReplicaContext, function: Any, args: Any, kwargs: An
     scale = 1.0 / math.sqrt((1.0 - p) * (1.0 + p * _SELU_LIMIT**2))
     shift = scale * _SELU_LIMIT * ((1.0 - keep) - p)
     return x.mul_(keep * scale).add_(shift) if inplace else x * (keep * scale) + shift
-
-
-def dropout_arguments(function: Any, args: Any, kwargs: Any) -> tuple[torch.Tensor, float, bool, bool]:
-    """Input, probability, whether it is active, whether it is in place.
-
-    Raises:
-        ValueError: a probability outside [0, 1].
-    """
-    named = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
-    named["p"] = named.pop("train_p", named.get("p", 0.5))
-    training = named.get("training", named.get("train", function is not F.alpha_dropout))
-    if not 0.0 <= named["p"] <= 1.0:
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {named['p']}")
-    return named["input"], float(named["p"]), bool(training), bool(named.get("inplace", False))
 
 
 _CHANNEL_AXES = {F.dropout1d: 2, F.dropout2d: 3, F.dropout3d: 4}  # axes of an input without rows
@@ -164,23 +150,8 @@ def _alone(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> An
             torch.set_rng_state(before)
 
 
-def draws_in_call(function: Any, args: Any, kwargs: Any) -> bool:
-    """Whether this call draws anything: attention without dropout need not wait for others."""
-    if function is F.scaled_dot_product_attention:
-        return (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)) > 0.0
-    if function is F.multi_head_attention_forward:
-        return kwargs.get("training", True) and (args[10] if len(args) > 10 else kwargs["dropout_p"]) > 0.0
-    if function in _RNNS:
-        # (..., has_biases, num_layers, dropout, train, bidirectional[, batch_first])
-        numbers = [a for a in args if isinstance(a, (bool, int, float))]
-        return float(numbers[2]) > 0.0 and bool(numbers[3])
-    return True
-
-
-_RNNS = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
-
 ALONE = (
-    *_RNNS,
+    *RNNS,
     F.scaled_dot_product_attention,
     F.multi_head_attention_forward,
     F.gumbel_softmax,

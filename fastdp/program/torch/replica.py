@@ -1,24 +1,16 @@
-"""What the thread of a replica knows while it runs a torch module, and how torch functions follow it.
-
-A `TorchFunctionMode` is active in the replica's own thread, and in no other: it hands random functions and
-batch normalization to the replica-aware versions of `torch_random` and `torch_norm`. No module is changed,
-and nothing is patched.
-"""
+"""What a replica's thread knows while it runs a module, and backward in the replica's own mode."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.autograd.graph import get_gradient_edge
-from torch.overrides import TorchFunctionMode
 
 from fastdp.comm.context import Context
 from fastdp.shard import Rows
-
-Handler = Callable[..., Any]
 
 
 @dataclass(slots=True)
@@ -86,24 +78,3 @@ def gradients_of(
         return torch.autograd.grad([get_gradient_edge(loss)], edges, [seed], allow_unused=True)
     finally:
         running.backward = False
-
-
-class ReplicaMode(TorchFunctionMode):
-    """Runs some torch functions in their replica-aware version.
-
-    Args:
-        running: the replica in this step.
-        handlers: by torch function: `handler(running, function, args, kwargs)`.
-    """
-
-    def __init__(self, running: ReplicaContext, handlers: dict[Any, Handler]) -> None:
-        super().__init__()
-        self._running = running
-        self._handlers = handlers
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Called by torch for every function that a replica's thread calls."""
-        handler = self._handlers.get(func)
-        if handler is None:
-            return func(*args, **(kwargs or {}))
-        return handler(self._running, func, args, kwargs or {})

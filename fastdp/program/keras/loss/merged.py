@@ -24,6 +24,7 @@ from fastdp.program.keras.random.ops import whole_batch
 from fastdp.program.keras.replica import running
 from fastdp.program.keras.rows.effects import Effect, Layout
 from fastdp.program.keras.rows.units import own_part
+from fastdp.tensors.sums import weighted_sum
 
 
 def merged_loss(
@@ -173,7 +174,7 @@ def _merge(layout: Layout, parts: Sequence[torch.Tensor], everyone: list[_Given]
     if layout.effect is Effect.SAME:
         return parts[0].clone()
     factors = [1.0 if layout.effect is Effect.SUM else given.rows.share for given in everyone]
-    return torch.stack([part * factor for part, factor in zip(parts, factors, strict=True)]).sum()
+    return weighted_sum(parts, factors)
 
 
 def _own_rows(gradient: torch.Tensor, layout: Layout, context: Context) -> torch.Tensor:

@@ -24,10 +24,10 @@ from keras.src.ops.function import Function
 
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.errors import NotCapturable
-from fastdp.program.keras.batch_norm import Moments
 from fastdp.program.keras.placement.values import PlacedScope, PlacedValues
 from fastdp.program.keras.replica import ReplicaContext, keras_device, replica_scope, running
 from fastdp.tensors.device_copies import arrived
+from fastdp.tensors.moments import Moments
 from fastdp.tensors.threads import prepare_worker
 
 PLACE = "_fastdp_place"

@@ -9,7 +9,6 @@ from typing import Any
 import keras
 import torch
 
-from fastdp.errors import NotCapturable
 from fastdp.program.keras.random.ops import whole_batch
 from fastdp.program.keras.replica import running
 
@@ -24,8 +23,7 @@ class PythonRandom:
         state = running()
         if state is None:
             return getattr(random, name)
-        if state.draws is not None:
-            raise NotCapturable("a choice by Python's random generator")
+        state.not_captured("a choice by Python's random generator")
         return getattr(state.generators.python, name)
 
 
@@ -39,8 +37,7 @@ def elastic_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         state = running()
         if state is None:
             return original(images, *args, **kwargs)
-        if state.draws is not None:
-            raise NotCapturable("an elastic transformation, which draws from torch's global generator")
+        state.not_captured("an elastic transformation, which draws from torch's global generator")
         rows, before = state.context.rows, images
         by_rows = images.ndim == 4 and images.shape[0] == rows.count
         if by_rows:

@@ -81,5 +81,5 @@ def _site(seed: Any) -> Site:
 
 def _is_drawing(module: str) -> bool:
     """Whether a frame belongs to the draw itself."""
-    own = ("fastdp.program.keras.random.ops", "fastdp.program.keras.random.torch_draws", "fastdp.program.torch.replica")
+    own = ("fastdp.program.keras.random.", "fastdp.program.keras.replica", "fastdp.tensors.function_mode")
     return module.startswith((*own, "keras.src.random", "keras.src.backend.torch.random"))

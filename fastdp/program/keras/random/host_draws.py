@@ -20,6 +20,7 @@ import numpy as np
 
 from fastdp.program.keras.replica import ReplicaContext, running
 from fastdp.program.keras.rows.effects import NotByRowsError
+from fastdp.tensors.random import own_rows, whole_shape
 
 # Where the size stands among the arguments of NumPy's functions.
 _SIZE_AT = {
@@ -58,41 +59,31 @@ def _numpy(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         state.not_captured("a draw by NumPy's random generator")
         draw = getattr(state.generators.numpy, name)
         if name in _BY_DIMENSIONS:
-            per_row = _rows_of(state, args)
-            whole = (state.context.rows.total * per_row, *args[1:]) if per_row else args
+            per_row = state.entries_per_row(args)
+            whole = whole_shape(args, per_row, state.context.rows) if per_row else args
             return _own(draw(*whole), per_row, state)
         if name not in _SIZE_AT:
             return draw(*args, **kwargs)
         at, given = _SIZE_AT[name], dict(kwargs)
         size = given.pop("size", args[at] if len(args) > at else None)
         shape = () if size is None else tuple(np.atleast_1d(size).tolist())
-        per_row = _rows_of(state, shape)
+        per_row = state.entries_per_row(shape)
         if not per_row:
             _check_parameters(state, name, args[:at])
             return draw(*args, **kwargs)
-        whole = (state.context.rows.total * per_row, *shape[1:])
+        whole = whole_shape(shape, per_row, state.context.rows)
         return _own(draw(*args[:at], *args[at + 1 :], size=whole, **given), per_row, state)
 
     return function
 
 
-def _rows_of(state: ReplicaContext, shape: Any) -> int:
-    """How many entries of the first axis belong to each of the replica's rows; 0: it is not by rows."""
-    rows = state.context.rows
-    if not shape or 2 < rows.count == rows.total:
-        return 0
-    factor = state.sites.per_row(tuple(shape), rows.count, None, state.met, trial=state.frozen_moments)
-    return factor if rows.count < rows.total else 0
-
-
 def _own(drawn: Any, per_row: int, state: ReplicaContext) -> Any:
-    rows = state.context.rows
-    return drawn[rows.start * per_row : rows.stop * per_row].copy() if per_row else drawn
+    return own_rows(drawn, per_row, state.context.rows).copy() if per_row else drawn
 
 
 def _check_parameters(state: ReplicaContext, name: str, parameters: Any) -> None:
     """Refuse a draw whose parameters are one for each row: a replica has those of its own rows only."""
-    if any(_rows_of(state, np.shape(value)) for value in parameters):
+    if any(state.entries_per_row(np.shape(value)) for value in parameters):
         raise NotByRowsError(
             f"A layer calls numpy.random.{name} with parameters for each row of the batch. Draw numbers of a fixed "
             "kind, with size=, and scale them, or train the model itself on one device (model.fit)."

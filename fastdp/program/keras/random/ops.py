@@ -6,7 +6,6 @@ function here makes a replica-aware one of Keras's own, which behaves as before 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,34 +17,14 @@ from keras.src.backend.torch.core import get_device
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 from keras.src.random.seed_generator import SeedGenerator
 
-from fastdp.comm.context import Context
 from fastdp.errors import NotCapturable
 from fastdp.program.keras.random.generators import CommonGenerator, is_held_by_scope
 from fastdp.program.keras.replica import ReplicaContext, running
 from fastdp.shard import Rows
-from fastdp.tensors.random import global_generator, uniform_rows
+from fastdp.tensors.random import global_generator, own_rows, uniform_tensor, whole_shape
 
+_NOT_BY_ROWS = "a random op that is not drawn by rows"
 SHAPED = ("normal", "uniform", "randint", "truncated_normal")
-
-
-def _per_row(shape: Any, state: ReplicaContext, seed: Any) -> int:
-    """How many entries of the first axis of a draw belong to each of the replica's rows; 0: it is not by rows."""
-    rows = state.context.rows
-    if not len(shape) or 3 < rows.count == rows.total:
-        return 0
-    sizes = tuple(int(size) for size in shape)
-    per_row = state.sites.per_row(sizes, rows.count, seed, state.met, trial=state.frozen_moments)
-    return per_row if rows.count < rows.total else 0
-
-
-def _global_shape(shape: Any, per_row: int, context: Context) -> tuple[int, ...]:
-    """`shape` with the rows of the global batch."""
-    return (context.rows.total * per_row, *(int(size) for size in shape[1:]))
-
-
-def _own(drawn: Any, per_row: int, context: Context) -> Any:
-    """The replica's rows of a draw for the global batch."""
-    return drawn[context.rows.start * per_row : context.rows.stop * per_row]
 
 
 def by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,17 +34,17 @@ def by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         state = running()
         if state is None:
             return original(shape, *args, **kwargs)
-        per_row = _per_row(shape, state, kwargs.get("seed"))
+        per_row = state.entries_per_row(shape, kwargs.get("seed"))
         return _take(state, lambda: rows_of(per_row, shape, *args, **kwargs), args, kwargs)
 
     def rows_of(per_row: int, shape: Any, *args: Any, **kwargs: Any) -> Any:
         state = running()
         assert state is not None
-        whole = _global_shape(shape, per_row, state.context) if per_row else shape
+        whole = whole_shape(shape, per_row, state.context.rows) if per_row else shape
         # Inside, `truncated_normal` draws by `normal`: the shapes it asks for are already right.
         with whole_batch(state, drawing=True):
             drawn = original(whole, *args, **kwargs)
-        return _own(drawn, per_row, state.context) if per_row else drawn
+        return own_rows(drawn, per_row, state.context.rows)
 
     return draw
 
@@ -110,7 +89,7 @@ def dropout_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         given = noise_shape if noise_shape is not None else [None] * inputs.ndim
         shape = [size if size is not None else inputs.shape[i] for i, size in enumerate(given)]
         rows = state.context.rows
-        per_row = _per_row(inputs.shape if given[0] is None else shape, state, seed)
+        per_row = state.entries_per_row(inputs.shape if given[0] is None else shape, seed)
         if per_row:
             shape[0] = rows.total * per_row
         # Plain Keras draws these by torch's own dropout, from torch's global generator.
@@ -126,7 +105,7 @@ def dropout_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
             chance = torch.full(shape, 1.0 - rate, device=generator.device)
             with whole_batch(state, drawing=True):
                 keep = torch.bernoulli(chance, generator=generator).bool()
-            return _own(keep, per_row, state.context) if per_row else keep
+            return own_rows(keep, per_row, state.context.rows)
 
         keep = _take(state, mask, (), {})
         scaled = inputs / (1.0 - rate)
@@ -135,14 +114,14 @@ def dropout_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
     return dropout
 
 
-def own_rows(original: Callable[..., Any]) -> Callable[..., Any]:
+def noise_shape(original: Callable[..., Any]) -> Callable[..., Any]:
     """The noise shape of spatial dropout, which says "each row" instead of the replica's number of rows."""
 
-    def noise_shape(layer: Any, inputs: Any) -> Any:
+    def of_rows(layer: Any, inputs: Any) -> Any:
         shape = original(layer, inputs)
         return shape if running() is None else (None, *shape[1:])
 
-    return noise_shape
+    return of_rows
 
 
 def _is_unseeded(seed: Any) -> bool:
@@ -156,9 +135,7 @@ def _own_draw(state: ReplicaContext, per_row: int, shape: Sequence[int]) -> torc
     By torch's global generator, which plain Keras draws them from: `set_random_seed` makes them repeat.
     """
     start = state.context.rows.start * per_row
-    key = state.generators.draw_number()
-    rows = torch.from_numpy(uniform_rows(key, start, shape[0], math.prod(shape[1:])))
-    return rows.reshape(*shape).to(get_device())
+    return uniform_tensor(state.generators.draw_number(), start, shape[0], shape, get_device())
 
 
 def alone_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -171,15 +148,15 @@ def alone_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         state = running()
         if state is None:
             return original(shape, *args, **kwargs)
-        _not_captured(state)
-        per_row = _per_row(shape, state, kwargs.get("seed"))
+        state.not_captured(_NOT_BY_ROWS)
+        per_row = state.entries_per_row(shape, kwargs.get("seed"))
         if per_row:
-            shape = _global_shape(shape, per_row, state.context)
+            shape = whole_shape(shape, per_row, state.context.rows)
             args = tuple(_of_all(value, state, per_row) for value in args)
             kwargs = {name: _of_all(value, state, per_row) for name, value in kwargs.items()}
         with global_generator, whole_batch(state, drawing=True):
             drawn = original(shape, *args, **kwargs)
-        return _own(drawn, per_row, state.context) if per_row else drawn
+        return own_rows(drawn, per_row, state.context.rows)
 
     return draw
 
@@ -191,7 +168,7 @@ def categorical_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         state = running()
         if state is None:
             return original(logits, *args, **kwargs)
-        _not_captured(state)
+        state.not_captured(_NOT_BY_ROWS)
         whole = _of_all(logits, state)
         rows = state.context.rows
         with whole_batch(state, drawing=True):
@@ -208,7 +185,7 @@ def shuffle_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         state = running()
         if state is None:
             return original(x, axis, seed)
-        _not_captured(state)
+        state.not_captured(_NOT_BY_ROWS)
         rows = state.context.rows
         if x.ndim == 0 or x.shape[0] != rows.count or rows.count == rows.total:
             with whole_batch(state, drawing=True):
@@ -244,19 +221,13 @@ def _of_all(value: Any, state: ReplicaContext, per_row: int = 1) -> Any:
     return torch.cat(context.exchange(value.detach()))
 
 
-def _not_captured(state: ReplicaContext) -> None:
-    """End a capture: this draw cannot be repeated outside the graph."""
-    if state.draws is not None:
-        raise NotCapturable("a random op that is not drawn by rows")
-
-
 def generator_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
     """Generators for draws that no capture knows how to repeat end it."""
 
     def torch_seed_generator(seed: Any) -> Any:
         state = running()
         if state is not None:
-            _not_captured(state)
+            state.not_captured(_NOT_BY_ROWS)
         return original(seed)
 
     return torch_seed_generator
@@ -279,8 +250,7 @@ def next_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
         state = running()
         if state is None or is_held_by_scope(generator):
             return original(generator, ordered)
-        if state.draws is not None:
-            raise NotCapturable("a seed generator that the model reads itself")
+        state.not_captured("a seed generator that the model reads itself")
         return state.generators.next_seed(generator, ordered)
 
     return next

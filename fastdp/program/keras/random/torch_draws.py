@@ -22,32 +22,15 @@ import torch
 from torch.nn import functional as F
 
 from fastdp.program.keras.rows.effects import NotByRowsError
-from fastdp.program.torch.random import draws_in_call, dropout_arguments
-from fastdp.program.torch.replica import Handler
-
-
-def _rows_of(state: Any, shape: Any) -> int:
-    """How many entries of the first axis belong to each of the replica's rows; 0: it is not by rows."""
-    rows = state.context.rows
-    if not len(shape) or 2 < rows.count == rows.total:
-        return 0
-    factor = state.sites.per_row(tuple(map(int, shape)), rows.count, None, state.met, trial=state.frozen_moments)
-    return int(factor) if rows.count < rows.total else 0
+from fastdp.tensors.function_mode import Handler
+from fastdp.tensors.random import own_rows, whole_shape
+from fastdp.tensors.random_functions import RNNS, draws_in_call, dropout_arguments
 
 
 def _drawn(state: Any, draw: Callable[[], Any], generator: Any, device: Any) -> Any:
     """A draw by the replica's own copy of a generator."""
     state.not_captured("a random op that is not Keras's")
     return state.generators.with_torch(generator, draw, device if device is not None else torch.get_default_device())
-
-
-def _own(drawn: torch.Tensor, per_row: int, state: Any) -> torch.Tensor:
-    rows = state.context.rows
-    return drawn[rows.start * per_row : rows.stop * per_row] if per_row else drawn
-
-
-def _whole_shape(shape: Any, per_row: int, state: Any) -> tuple[int, ...]:
-    return (state.context.rows.total * per_row, *shape[1:])
 
 
 def _created(state: Any, function: Any, args: Any, kwargs: Any) -> Any:
@@ -65,12 +48,12 @@ def _created(state: Any, function: Any, args: Any, kwargs: Any) -> Any:
     else:
         shape = tuple(args[0]) if args and not isinstance(args[0], int) else tuple(args)
         args = []
-    per_row = _rows_of(state, shape)
-    whole = _whole_shape(shape, per_row, state) if per_row else shape
+    per_row, rows = state.entries_per_row(shape), state.context.rows
+    whole = whole_shape(shape, per_row, rows) if per_row else shape
     drawn = _drawn(
         state, lambda: function(*args[:place], size=whole, **kwargs), kwargs.get("generator"), kwargs.get("device")
     )
-    return _as_created(_own(drawn, per_row, state), kwargs)
+    return _as_created(own_rows(drawn, per_row, rows), kwargs)
 
 
 def _as_created(drawn: torch.Tensor, kwargs: Any) -> torch.Tensor:
@@ -87,12 +70,12 @@ def _filled(state: Any, function: Any, args: Any, kwargs: Any) -> Any:
     x, tensors = args[0], [value for value in (*args[1:], *kwargs.values()) if isinstance(value, torch.Tensor)]
     if state.drawing or x.ndim == 0 or tensors:
         return _with_tensors(state, function, args, kwargs)
-    per_row, generator = _rows_of(state, x.shape), kwargs.get("generator")
+    per_row, rows, generator = state.entries_per_row(x.shape), state.context.rows, kwargs.get("generator")
     if not per_row:
         return _drawn(state, lambda: function(*args, **kwargs), generator, x.device)
-    whole = torch.empty(_whole_shape(x.shape, per_row, state), dtype=x.dtype, device=x.device)
+    whole = torch.empty(whole_shape(x.shape, per_row, rows), dtype=x.dtype, device=x.device)
     _drawn(state, lambda: function(whole, *args[1:], **kwargs), generator, x.device)
-    return x.copy_(_own(whole, per_row, state))
+    return x.copy_(own_rows(whole, per_row, rows))
 
 
 def _with_tensors(state: Any, function: Any, args: Any, kwargs: Any) -> Any:
@@ -101,7 +84,7 @@ def _with_tensors(state: Any, function: Any, args: Any, kwargs: Any) -> Any:
         return function(*args, **kwargs)
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
     generator, device = kwargs.get("generator"), tensors[0].device if tensors else kwargs.get("device")
-    per_row = _rows_of(state, tensors[0].shape) if tensors else 0
+    per_row = state.entries_per_row(tensors[0].shape) if tensors else 0
     if not per_row:
         return _drawn(state, lambda: function(*args, **kwargs), generator, device)
     if kwargs.get("inplace") or kwargs.get("out") is not None:
@@ -117,7 +100,8 @@ def _with_tensors(state: Any, function: Any, args: Any, kwargs: Any) -> Any:
         return _with_others(value, per_row, state, function in _BY_VALUES)
 
     args, kwargs = [whole(value) for value in args], {name: whole(value) for name, value in kwargs.items()}
-    return _own(_drawn(state, lambda: function(*args, **kwargs), generator, device), per_row, state)
+    drawn = _drawn(state, lambda: function(*args, **kwargs), generator, device)
+    return own_rows(drawn, per_row, state.context.rows)
 
 
 def _draws(function: Any, args: Any, kwargs: Any) -> bool:
@@ -152,7 +136,7 @@ def _permuted(state: Any, function: Any, args: Any, kwargs: Any) -> Any:
     """torch.randperm."""
     if state.drawing:
         return function(*args, **kwargs)
-    if _rows_of(state, (args[0] if args else kwargs["n"],)):
+    if state.entries_per_row((args[0] if args else kwargs["n"],)):
         raise NotByRowsError(
             "A layer permutes the rows of the batch (torch.randperm), which are dealt out to the devices. Shuffle the "
             "data instead (fit does), or train the model itself on one device (model.fit)."
@@ -191,7 +175,7 @@ _WITH_TENSORS = (
     *(F.scaled_dot_product_attention, *_BY_VALUES),
 )
 _REFUSED = (
-    *(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, F.multi_head_attention_forward),
+    *(*RNNS, F.multi_head_attention_forward),
     *(F.fractional_max_pool2d, F.fractional_max_pool3d),
 )
 

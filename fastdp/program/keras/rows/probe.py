@@ -17,8 +17,8 @@ import torch
 from fastdp.comm.context import Context
 from fastdp.program.keras.batch import Structure, split_leaves, unpack
 from fastdp.program.keras.batch_norm import statistics
-from fastdp.program.keras.random.draw_sites import DrawSites
 from fastdp.program.keras.plain_outputs import Plain
+from fastdp.program.keras.random.draw_sites import DrawSites
 from fastdp.program.keras.random.host_draws import held_generators_stay
 from fastdp.program.keras.replica import ReplicaContext, replica_scope
 from fastdp.program.keras.rows.effects import Effect, Layout, classify

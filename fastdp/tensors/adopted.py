@@ -1,0 +1,94 @@
+"""Tensors of a user's model or optimizer whose storage lives in flat buffers, and who else changes them."""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from fastdp.buffers import Allocator, ArraySpec, Home
+from fastdp.tensors.arrays import tensors_of
+
+
+class Adopted(ABC):
+    """The tensors of an owner, in flat buffers. They keep their identity; their storage becomes views of `home`.
+
+    Args:
+        specs: of the tensors, in the order of `present`.
+        device: whose memory the buffers are.
+    """
+
+    def __init__(self, specs: Sequence[ArraySpec], device: Allocator) -> None:
+        self.home = Home(specs, device)
+        self._tensors = tensors_of(self.home.variables)
+        # Asked at each step: an empty tensor has no place of its own.
+        self._pointers = [tensor.data_ptr() if tensor.numel() else None for tensor in self._tensors]
+        self._marks: list[Any] = []
+        self.adopt()
+
+    @abstractmethod
+    def present(self) -> Iterable[torch.Tensor]:
+        """The owner's tensors as they are now.
+
+        Raises:
+            RuntimeError: the owner has other ones than it had.
+        """
+
+    @abstractmethod
+    def marks(self) -> list[Any]:
+        """What an assignment by anybody changes: of each tensor its version, and what else tells."""
+
+    @abstractmethod
+    def check(self, number: int, value: torch.Tensor, kept: torch.Tensor) -> None:
+        """Refuse a value that cannot be moved to its place `kept`. `number` is the tensor's."""
+
+    def adopt(self) -> bool:
+        """Move values whose storage is not ours (any more) into the buffers; True if there were any.
+
+        Raises:
+            RuntimeError, NotByRowsError: as `present` and `check` do.
+        """
+        moved = False
+        places = zip(self.present(), self._tensors, self._pointers, strict=True)
+        for number, (value, tensor, pointer) in enumerate(places):
+            if pointer is not None and value.data_ptr() != pointer:
+                self.check(number, value, tensor)
+                with torch.no_grad():
+                    tensor.copy_(value)
+                    value.data = tensor
+                moved = True
+        return moved
+
+    def changed(self) -> bool:
+        """Whether somebody else assigned a tensor since `note()`."""
+        return self.adopt() or self._marks != self.marks()
+
+    def note(self) -> None:
+        """Remember the tensors as they are now."""
+        self._marks = self.marks()
+
+
+Kind = TypeVar("Kind", bound=Adopted)
+
+
+class Homes(Generic[Kind]):
+    """One home for each owner, for all engines that use it, as long as the owner lives."""
+
+    def __init__(self) -> None:
+        self._homes: weakref.WeakKeyDictionary[Any, tuple[object, Kind]] = weakref.WeakKeyDictionary()
+
+    def of(self, owner: Any, tensors: object, make: Callable[[], Kind]) -> Kind:
+        """The owner's home; made by `make` where it has none, or one of other tensors.
+
+        Args:
+            owner: a model or an optimizer.
+            tensors: names the owner's tensors; equal as long as they are the same.
+            make: the new home. It holds no reference to the owner.
+        """
+        found = self._homes.get(owner)
+        if found is None or found[0] != tensors:
+            found = self._homes[owner] = (tensors, make())
+        return found[1]

@@ -1,0 +1,31 @@
+"""Runs some of torch's functions in another version, in the thread of a replica and in no other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.overrides import TorchFunctionMode
+
+Handler = Callable[..., Any]
+
+
+class ReplicaMode(TorchFunctionMode):
+    """Runs some torch functions in their replica-aware version. No module is changed, and nothing is patched.
+
+    Args:
+        running: what the replica's thread knows in this step.
+        handlers: by torch function: `handler(running, function, args, kwargs)`.
+    """
+
+    def __init__(self, running: object, handlers: dict[Any, Handler]) -> None:
+        super().__init__()
+        self._running = running
+        self._handlers = handlers
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called by torch for every function that a replica's thread calls."""
+        handler = self._handlers.get(func)
+        if handler is None:
+            return func(*args, **(kwargs or {}))
+        return handler(self._running, func, args, kwargs or {})

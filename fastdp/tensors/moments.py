@@ -1,0 +1,126 @@
+"""Mean and variance of a batch that lies on several replicas.
+
+Over replicas r with n_r values each, mean m_r and variance v_r, the law of total variance gives
+
+    n = sum n_r,   mean = sum n_r m_r / n,   variance = sum n_r (v_r + (m_r - mean)^2) / n
+
+`combine` evaluates it from the sums of n_r, n_r m_r and n_r (v_r + m_r^2) in float64, where the difference of
+squares costs nothing that float32 statistics would notice. The backward pass of the synchronized moments
+needs one more exchange, of the gradients of mean and variance: every value of the global batch moves the
+same two numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+Exchange = Callable[[Any], Sequence[Any]]
+
+
+@dataclass(slots=True)
+class Moments:
+    """Mean and (biased) variance per channel, and the number of values that they were taken over."""
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    count: float
+
+    def sums(self) -> np.ndarray:
+        """Count, sums and sums of squares: what is added up over replicas. float64."""
+        mean = self.mean.detach().double().cpu().numpy().ravel()
+        square = self.variance.detach().double().cpu().numpy().ravel() + mean * mean
+        return np.concatenate([[self.count], self.count * mean, self.count * square])
+
+
+def combine(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of the global batch from the summed `Moments.sums()`, as float64 vectors.
+
+    A batch without values (all of it masked) has mean and variance 0.
+    """
+    count = max(float(sums[0]), np.finfo(np.float64).tiny)
+    channels = (len(sums) - 1) // 2
+    mean = sums[1 : 1 + channels] / count
+    variance = np.maximum(sums[1 + channels :] / count - mean * mean, 0.0)
+    return mean, variance
+
+
+def unbiased(count: float) -> float:
+    """What a variance over so many values is multiplied with, to estimate that of what they were drawn from."""
+    return count / max(count - 1, 1)
+
+
+def count_of(inputs: torch.Tensor, mask: torch.Tensor | None, axes: Sequence[int]) -> float:
+    """How many values per channel the moments over these axes are taken over.
+
+    Args:
+        inputs: the values, channels last where there is a mask.
+        mask: which of them count; has the axes of `inputs` but the last, of which some may be 1.
+        axes: all but that of the channels.
+    """
+    if mask is None:
+        return float(math.prod(inputs.shape[axis] for axis in axes))
+    per_entry = inputs[..., 0].numel() / mask.numel()  # a mask entry may stand for several values
+    return float(mask.sum()) * per_entry
+
+
+def global_moments(
+    inputs: torch.Tensor,
+    mask: torch.Tensor | None,
+    axes: Sequence[int],
+    exchange: Exchange,
+    sum_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of the global batch, differentiable, in the dtype of the inputs.
+
+    Args:
+        inputs, mask, axes: as of `count_of`.
+        exchange: gives what all replicas gave it, in their order. Every replica makes the same calls.
+        sum_dtype: what sums over a replica's values are taken in; None for the dtype of the inputs.
+    """
+    mean, variance = _GlobalMoments.apply(inputs, mask, tuple(axes), exchange, sum_dtype)
+    return mean, variance
+
+
+class _GlobalMoments(torch.autograd.Function):
+    """Mean and variance over all replicas' values."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: torch.Tensor,
+        mask: torch.Tensor | None,
+        axes: tuple[int, ...],
+        exchange: Exchange,
+        sum_dtype: torch.dtype | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums are exchanged twice: the second time about the global mean, so nothing cancels."""
+        weights = None if mask is None else mask.unsqueeze(-1).to(inputs.dtype).expand(inputs.shape)
+        values = inputs if weights is None else inputs * weights
+        parts = exchange((count_of(inputs, mask, axes), values.sum(axes, dtype=sum_dtype)))
+        total = max(sum(part[0] for part in parts), torch.finfo(torch.float64).tiny)
+        mean = sum(part[1].double() for part in parts) / total
+        shape = [1 if axis in axes else size for axis, size in enumerate(inputs.shape)]
+        centered = inputs - mean.to(inputs.dtype).reshape(shape)
+        if weights is not None:
+            centered = centered * weights
+        squares = exchange((centered * centered).sum(axes, dtype=sum_dtype))
+        variance = sum(square.double() for square in squares) / total
+        ctx.save_for_backward(centered, weights)
+        ctx.total, ctx.shape, ctx.exchange = total, shape, exchange
+        return mean.to(inputs.dtype), variance.to(inputs.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        """d/dx of mean is 1/n, of variance 2 (x - mean)/n, times the gradients of all replicas' losses."""
+        centered, weights = ctx.saved_tensors
+        parts = ctx.exchange(tuple(gradients))
+        of_mean = sum(part[0] for part in parts).reshape(ctx.shape) / ctx.total
+        of_variance = sum(part[1] for part in parts).reshape(ctx.shape) / ctx.total
+        first = of_mean.expand(centered.shape) if weights is None else of_mean * weights
+        return first + 2.0 * centered * of_variance, None, None, None, None
