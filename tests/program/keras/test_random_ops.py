@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 
 import fastdp
+from fastdp.program.base import Context
+from fastdp.program.keras.patches import replica_aware
+from fastdp.program.keras.replica import ReplicaContext, replica_scope
 
 ROWS = 10
 
@@ -85,3 +88,14 @@ def test_an_output_without_axes_is_the_mean_over_rows_in_any_dtype(policy):
         keras.config.set_dtype_policy(before)
     merged = parallel(np.array([[1.0] * 4, [1.0] * 4, [0.0] * 4], "float32"))
     assert float(merged.detach()) == pytest.approx(8.0 / 3.0, rel=1e-2)
+
+
+def test_draws_of_numpy_s_generator_are_told_apart_by_their_place_in_the_code():
+    replica = ReplicaContext(Context.alone([], None, 0, 1, 2))
+    with replica_aware(), replica_scope(replica):
+        for _ in range(2):
+            np.random.rand(1)  # noqa: NPY002
+        np.random.rand(1)  # noqa: NPY002
+    places = list(replica.met.items())
+    assert [count for _, count in places] == [2, 1]
+    assert all("test_random_ops" in site[1][0][0].co_filename for site, _ in places)
