@@ -1,4 +1,4 @@
-"""bfloat16 numbers in NumPy, which lacks the type: arrays of their bits, to and from fp32.
+"""Converts fp32 numbers to bfloat16 and back: NumPy lacks the type, and its arrays hold the bits.
 
 The rounding is torch's own (`c10::BFloat16`), and that of kernels/common.cuh: to the nearest, ties to even; what is too
 large becomes an infinity, and every NaN becomes 0x7fc0. (Torch's vectorized loops leave other bits of a NaN: those are

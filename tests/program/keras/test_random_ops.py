@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fastdp
-from fastdp.program.base import Context
+from fastdp.comm.context import Context
 from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.replica import ReplicaContext, replica_scope
 
