@@ -8,6 +8,7 @@ os.environ["KERAS_BACKEND"] = "torch"  # before any import that could bring Kera
 
 import ast
 import functools
+import gc
 import importlib.util
 import json
 import sys
@@ -118,6 +119,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if count < needed:
             why = reason if count == 0 else f"{count} GPU here"
             item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPU(s): {why}"))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what lasts as long as the process out of every later garbage collection.
+
+    Torch, Keras and the test files are a million objects, which a full collection looks at each time: about half a
+    second, and the tests of memory ask for several each. What a test makes comes later, and is collected as ever.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def fastdp_threads() -> list[str]:
