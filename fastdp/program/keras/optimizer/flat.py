@@ -1,8 +1,8 @@
 """Applies a Keras optimizer to flat buffers: one update instead of one per variable.
 
-The mathematics stay Keras's. A *stand-in* of the user's optimizer, of the same class and with the same settings, is
-given variables that are pieces of the flat buffers. Whatever Keras does around an update (loss scaling, clipping,
-accumulated gradients, averages of the weights) it does to the pieces.
+Keras still does the math. A *stand-in* for the user's optimizer, of the same class and with the same settings, gets
+variables that are pieces of the flat buffers. Keras applies everything around an update (loss scaling, clipping,
+gradient accumulation, weight averages) to the pieces.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from fastdp.runtime.host.resources import CORES
 from fastdp.runtime.work_stealing import WorkStealing
 from fastdp.tensors.arrays import as_tensor, dtype_name
 
-# Numbers per piece on a processor: an update passes over its operands several times, and pieces stay in the
-# caches meanwhile. bench/optimizers.py has the figures.
+# Elements per piece on a CPU. An update passes over its operands several times, and a piece stays in the caches
+# meanwhile. bench/optimizers.py has the measurements.
 PIECE = 1 << 18
-# Shared among threads: so many pieces for each core, so that all end at about the same time; none smaller than this.
+# With several threads: pieces per core, so that all threads end at about the same time, and the smallest piece.
 SHARED_PIECES, SMALLEST_PIECE = 3, 1 << 14
 _REMEMBERED = 8
 
 
 class FlatVariable(keras.Variable):
-    """A Keras variable over memory that belongs to somebody else: assigning writes there.
+    """A Keras variable over memory that it does not own. An assignment writes to that memory.
 
-    `tensor` is that memory, without what Keras asks before it hands out a variable's value.
+    `tensor` is that memory; reading it skips the checks that Keras makes when a variable's value is read.
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -49,7 +49,7 @@ class FlatVariable(keras.Variable):
         )
 
     def _convert_to_tensor(self, value: Any, dtype: Any = None) -> torch.Tensor:
-        """Tensors stay on their device: Keras would move them to that of the calling thread."""
+        """Keep a tensor on its device. Keras would move it to the calling thread's device."""
         if isinstance(value, torch.Tensor) and (dtype is None or dtype_name(value) == dtype):
             return value
         return super()._convert_to_tensor(value, dtype)
@@ -57,9 +57,9 @@ class FlatVariable(keras.Variable):
 
 @dataclass(slots=True)
 class _Region:
-    """All trainable variables of one dtype: their memory, that of their gradients and of each kind of slots.
+    """All trainable variables of one dtype: the memory of the variables, the gradients and each kind of slots.
 
-    `members` are the numbers of the variables, `starts` where they begin. The gaps between them stay zero.
+    `members` are the numbers of the variables, `starts` their offsets. The gaps between them stay zero.
     """
 
     variables: torch.Tensor
@@ -70,14 +70,14 @@ class _Region:
     gaps: torch.Tensor
 
     def first(self) -> _Region:
-        """Copies of the first number of everything."""
+        """A region with copies of the first element of each buffer."""
         variables, gradients, *kinds = (t[:1].clone() for t in (self.variables, self.gradients, *self.kinds))
         return _Region(variables, gradients, kinds, self.members[:1], [0], self.gaps[:0])
 
 
 @dataclass(slots=True)
 class _Pieces:
-    """The flat buffers cut into pieces whose variables are treated alike."""
+    """The flat buffers split into pieces whose variables are treated alike."""
 
     variables: list[FlatVariable]
     kinds: list[list[FlatVariable]]
@@ -91,9 +91,9 @@ class FlatUpdate:
     """The update of one replica.
 
     Args:
-        optimizer: the user's, built; its settings are read at each update, its own variables are left alone.
+        optimizer: the user's built optimizer. Each update reads its settings; its own variables stay unchanged.
         slots: its slots, laid out for flat buffers.
-        trainable: the variables that it trains, the first ones in `memory.variables`.
+        trainable: the variables to train, the first ones in `memory.variables`.
         memory: the replica's buffers, written in place.
     """
 
@@ -107,16 +107,18 @@ class FlatUpdate:
         self._pieces: dict[tuple[frozenset[int], tuple[bool, ...], bool], _Pieces] = {}
 
     def apply(self, unused: frozenset[int], reduced: bool = True, share: WorkStealing | None = None) -> None:
-        """Update variables and slots from the gradients; variables whose numbers are `unused` have none.
+        """Update variables and slots from the gradients.
 
-        Not `reduced`, the gradients are not those of the batch yet, and Keras is to accumulate nothing. With `share`
-        several threads update a piece each.
+        Args:
+            unused: numbers of the variables without a gradient.
+            reduced: whether the gradients are those of the whole batch. If not, Keras does not accumulate them.
+            share: distributes the pieces to several threads.
 
         Raises:
-            ValueError: no variable has a gradient, as Keras says it.
+            ValueError: no variable has a gradient; Keras's own message.
         """
         innermost = chain(self._optimizer)[-1]
-        if unused:  # Keras warns of them, or refuses if there are no others
+        if unused:  # Keras warns about them, or raises if there are no others
             gradients = [None if i in unused else True for i in range(len(self._trainable))]
             innermost._filter_empty_gradients(gradients, self._trainable)
         has_decay = innermost.weight_decay is not None
@@ -131,7 +133,7 @@ class FlatUpdate:
         if not reduced:
             vars(stand_in)["_backend_increment_gradient_accumulators"] = lambda gradients, accumulated: None
         if len(self._regions) == 1 and not unused and _is_bare(stand_in):
-            # What is left of `apply`, whose calls around it took as long as a small network's update.
+            # The core of `apply`. Its surrounding calls took as long as the update of a small network.
             stand_in._backend_update_step(pieces.gradients, pieces.used, stand_in.learning_rate)
             stand_in._iterations.tensor.add_(1)
         else:
@@ -142,7 +144,7 @@ class FlatUpdate:
                     tensor.index_fill_(0, region.gaps, 0)
 
     def rehearse(self) -> None:
-        """Make an update of copies of one number of each dtype: whatever the settings raise, this raises too."""
+        """Update copies of one element per dtype, to raise any error of the settings before a real update."""
         rehearsal = copy.copy(self)
         rehearsal._regions = [region.first() for region in self._regions]
         rehearsal._scalars = [FlatVariable(scalar.value.detach().clone()) for scalar in self._scalars]
@@ -151,7 +153,7 @@ class FlatUpdate:
             rehearsal.apply(frozenset())
 
     def _stand_in(self, pieces: _Pieces, share: WorkStealing | None) -> Any:
-        """An optimizer with the user's settings, over the pieces."""
+        """An optimizer with the user's settings whose variables are the pieces."""
         inner = None
         for owner in reversed(chain(self._optimizer)):
             stand_in = object.__new__(type(owner))
@@ -169,18 +171,19 @@ class FlatUpdate:
             if inner is not None:
                 own["inner_optimizer"] = inner
             elif len(self._regions) == 1:
-                # With several dtypes Keras computes all of them with the numbers of the first: in one call only.
+                # With several dtypes Keras computes all of them with the scalars of the first dtype, so they need one
+                # common call.
                 own["_backend_update_step"] = _piece_by_piece(stand_in, share)
-                own["_apply_weight_decay"] = lambda variables: None  # done there
+                own["_apply_weight_decay"] = lambda variables: None  # `_piece_by_piece` does it
             inner = stand_in
         return inner
 
     def _cut(self, unused: frozenset[int], decays: Sequence[bool], shared: bool) -> _Pieces:
-        """Pieces of variables that are next to each other and treated alike; if `shared`, a few for each core."""
+        """Split the buffers into pieces of adjacent variables that are treated alike; if `shared`, a few per core."""
         pieces = _Pieces([], [[] for _ in self._slots.kinds], {}, {}, [], [])
         for region in sorted(self._regions, key=lambda region: _first_used(region, unused)):
             length = region.variables.numel()
-            # On a GPU a large kernel is the better one.
+            # On a GPU one large kernel is faster.
             size = PIECE if region.variables.device.type == "cpu" else length
             if shared:
                 size = min(size, max(SMALLEST_PIECE, -(-length // (SHARED_PIECES * CORES))))
@@ -204,7 +207,7 @@ class FlatUpdate:
 
 
 def _is_bare(optimizer: Any) -> bool:
-    """Whether Keras's `apply` does nothing but decay, the update step, and count."""
+    """Whether Keras's `apply` only decays the weights, runs the update step and counts."""
     around = (
         *(optimizer.gradient_accumulation_steps, optimizer.use_ema, optimizer.loss_scale_factor),
         *(optimizer.clipnorm, optimizer.clipvalue, optimizer.global_clipnorm),
@@ -215,12 +218,12 @@ def _is_bare(optimizer: Any) -> bool:
 def _piece_by_piece(
     optimizer: Any, share: WorkStealing | None
 ) -> Callable[[Sequence[torch.Tensor], Sequence[Any], Any], None]:
-    """Weight decay and the update step of one piece after the other, so that a piece stays in the caches."""
+    """An update step that decays and updates one piece after the other, so that a piece stays in the caches."""
     kind = type(optimizer)
 
     def step(gradients: Sequence[torch.Tensor], variables: Sequence[Any], learning_rate: Any) -> None:
         fused = fused_step(optimizer, variables[0].tensor, learning_rate)
-        # Nadam's product of momentums moves on with each call, but belongs to the step.
+        # Nadam's product of momentums changes with each call, but should change once per step.
         product = getattr(optimizer, "_u_product", None)
         before = None if product is None else product.value.clone()
 
@@ -278,7 +281,7 @@ def _regions(slots: Slots, memory: Memory) -> list[_Region]:
 
 
 def _starts(flat: torch.Tensor, views: Sequence[torch.Tensor]) -> list[int]:
-    """Where views begin in their flat buffer, in elements."""
+    """The offsets of views in their flat buffer, in elements."""
     return [(view.data_ptr() - flat.data_ptr()) // flat.itemsize for view in views]
 
 

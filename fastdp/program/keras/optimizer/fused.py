@@ -8,17 +8,18 @@ from typing import Any
 import keras
 import torch
 
-# Makes torch's own bias corrections 1 - beta ** step exactly 1 for every beta below 1: Keras's are in the rate.
+# A step count at which torch's bias corrections 1 - beta ** step are exactly 1 for every beta below 1. Keras's
+# corrections are part of the learning rate.
 _NO_CORRECTION = 1e30
 Step = Callable[[torch.Tensor, Any], None]
 
 
 def fused_step(optimizer: Any, like: torch.Tensor, learning_rate: Any) -> Step | None:
-    """`step(gradient, variable)` for SGD, Adam and AdamW on tensors such as `like`, or None.
+    """`step(gradient, variable)` for SGD, Adam and AdamW on tensors like `like`; None for anything else.
 
-    SGD's operations are those of Keras, to the last bit, without the calls around them. Torch's kernel for Adam
-    computes `p -= rate * m / (sqrt(v) + epsilon)`, as Keras does. Float16 and bfloat16 Adam are left to Keras, which
-    rounds after each operation where the kernel does not.
+    SGD runs Keras's operations, bitwise equal, without the calls around them. Torch's kernel for Adam computes
+    `p -= rate * m / (sqrt(v) + epsilon)`, as Keras does. Adam in float16 and bfloat16 is left to Keras, which rounds
+    after each operation; the kernel does not.
     """
     if isinstance(optimizer, keras.optimizers.SGD):
         return _sgd_step(optimizer, float(learning_rate))
@@ -39,7 +40,7 @@ def fused_step(optimizer: Any, like: torch.Tensor, learning_rate: Any) -> Step |
             lr=rate,
             beta1=float(optimizer.beta_1),
             beta2=float(optimizer.beta_2),
-            weight_decay=0.0,  # decays before the step in Keras, by the rate without corrections
+            weight_decay=0.0,  # Keras decays before the step, by the rate without corrections
             eps=float(optimizer.epsilon),
             amsgrad=bool(optimizer.amsgrad),
             maximize=False,
@@ -68,11 +69,11 @@ def _sgd_step(optimizer: Any, rate: float) -> Step:
 
 
 def _adam_rate(optimizer: Any, like: torch.Tensor, learning_rate: Any) -> torch.Tensor:
-    """Keras's learning rate with its bias corrections, rounded as Keras rounds it."""
+    """Keras's learning rate with bias corrections, rounded as Keras rounds it."""
     if not isinstance(learning_rate, torch.Tensor):
         learning_rate = keras.ops.convert_to_tensor(learning_rate)
     number = learning_rate.to(like.device, like.dtype)
-    iterations = optimizer.iterations  # where gradients are accumulated, Keras counts the updates
+    iterations = optimizer.iterations  # with gradient accumulation Keras counts updates here
     step = keras.ops.convert_to_tensor(getattr(iterations, "tensor", iterations) + 1).to(like.dtype)
     power_1, power_2 = (torch.full_like(step, beta).pow(step) for beta in (optimizer.beta_1, optimizer.beta_2))
     rate: torch.Tensor = number * torch.sqrt(1 - power_2) / (1 - power_1)

@@ -1,8 +1,8 @@
 """Decides which Keras optimizers may act on flat buffers, and lays their slots out for it.
 
-An elementwise optimizer treats every number of every variable alike, so that it may be applied to all variables
-of a dtype as one. Its slots are then laid out kind by kind (all momentums, then all velocities), each kind as
-the variables are.
+An elementwise optimizer treats every element of every variable alike, so it can be applied to all variables of a dtype
+as one buffer. Its slots are then laid out kind by kind (all momentums, then all velocities), each kind in the layout of
+the variables.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ ELEMENTWISE = (
     optimizers.Lion,
     optimizers.Ftrl,
 )
-# Lists of variables that every optimizer has, and that are no slots.
+# Lists of variables in every optimizer that are not slots.
 _LISTS = ("_variables", "_trainable_variables")
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """An attribute of an optimizer that holds one variable (a scalar), or one per trainable variable (a kind)."""
+    """An attribute of an optimizer that holds one variable (a scalar) or one per trainable variable (a kind)."""
 
     owner: Any
     attribute: str
@@ -41,10 +41,10 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """The variables of an optimizer, and of those inside it.
+    """The variables of an optimizer and of the optimizers inside it.
 
-    `how` is "flat", or "per variable: " and the reason. `order` has all variables as they lie in memory: in the
-    optimizer's own order, or kind by kind, then the scalars.
+    `how` is "flat", or "per variable: " and the reason. `order` lists all variables as they lie in memory: kind by
+    kind, then the scalars, if flat; else in the optimizer's own order.
     """
 
     how: str
@@ -54,13 +54,13 @@ class Slots:
 
 
 def optimizer_of(trainer: Any) -> Any:
-    """The optimizer of a compiled model; None where it has no variables as yet, and nothing can be trained."""
+    """The optimizer of a compiled model; None if it is not built yet, so that nothing can be trained."""
     optimizer = trainer.optimizer if trainer.compiled else None
     return optimizer if optimizer is not None and optimizer.built else None
 
 
 def slots_of(optimizer: Any, trainable: Sequence[keras.Variable]) -> Slots:
-    """How a built optimizer, or None, is applied to these variables."""
+    """How to apply a built optimizer (or None) to these variables."""
     if optimizer is None:
         return Slots("per variable: there is no optimizer", [], [], [])
     variables = list(optimizer.variables)
@@ -84,11 +84,11 @@ def apply_by_variable(
     trainable: Sequence[keras.Variable],
     mapping: Sequence[tuple[keras.Variable, torch.Tensor]],
 ) -> None:
-    """Keras's own `apply` on tensors in the place of variables, written in place.
+    """Run Keras's own `apply` on tensors instead of variables. The tensors are updated in place.
 
     Args:
-        gradients: of the trainable variables, None where there is none.
-        mapping: the trainable variables, then the optimizer's, each with its tensor.
+        gradients: gradients of the trainable variables; None for a variable without one.
+        mapping: the trainable variables, then the optimizer's variables, each with its tensor.
     """
     with keras.StatelessScope(state_mapping=mapping) as scope:
         optimizer.apply(list(gradients), trainable)
@@ -99,13 +99,13 @@ def apply_by_variable(
 
 
 def chain(optimizer: Any) -> list[Any]:
-    """The optimizer and those inside it, from the outermost."""
+    """The optimizer and the optimizers inside it, outermost first."""
     inner = getattr(optimizer, "inner_optimizer", None)
     return [optimizer] if inner is None else [optimizer, *chain(inner)]
 
 
 def why_not_now(optimizer: Any) -> str:
-    """Settings that may change at any time and that need every variable on its own; empty where there is none."""
+    """Why the current settings need an update per variable; empty if they do not. Settings may change at any time."""
     innermost = chain(optimizer)[-1]
     if innermost.clipnorm:
         return "clipnorm is a norm of each variable"
@@ -116,7 +116,7 @@ def why_not_now(optimizer: Any) -> str:
 
 
 def _not_elementwise(optimizer: Any, trainable: Sequence[keras.Variable]) -> str:
-    """What forbids to treat all numbers alike, for good; empty where nothing does."""
+    """Why elements cannot all be treated alike, for reasons that cannot change later; empty if they can."""
     *wrappers, innermost = chain(optimizer)
     for one in (*wrappers, innermost):
         known = ELEMENTWISE if one is innermost else (optimizers.LossScaleOptimizer,)
@@ -130,7 +130,7 @@ def _not_elementwise(optimizer: Any, trainable: Sequence[keras.Variable]) -> str
 
 
 def _kinds(owner: Any, trainable: Sequence[keras.Variable]) -> list[Slot]:
-    """The attributes that hold a variable for each trainable one, of its shape and dtype."""
+    """The attributes that hold one variable per trainable variable, of the same shape and dtype."""
 
     def fits(slots: Any) -> bool:
         return len(slots) == len(trainable) > 0 and all(

@@ -1,14 +1,14 @@
 """Runs the calls of a Functional model on the devices where `fastdp.device` placed them.
 
-The model's graph is cut into its calls. A call that is placed on another device of the replica is enqueued on that
-device's worker, behind the events of the calls whose outputs it takes; everything else runs on the replica's own
-worker, which waits for an output only where it takes it. So branches run at the same time, and so do their backward
-passes: the outputs of each call are cut off the graph of autograd and become leaves of the next one's, and the
-gradient goes back call by call, each on its device. Inputs, variables and gradients are brought from device to device
-by whoever takes them (`fastdp.program.keras.placement.values`).
+The model's graph is split into its calls. A call placed on another device of the replica is enqueued on that device's
+worker and waits for the events of the calls whose outputs it reads. All other calls run on the replica's own worker,
+which waits for an output only when it reads it. So branches run at the same time, and so do their backward passes: the
+outputs of each call are detached from autograd's graph and become leaves of the next call's graph, and backward runs
+call by call, each on its device. The reader of an input, variable or gradient moves it to its own device
+(`fastdp.program.keras.placement.values`).
 
-Random draws, losses and moments are put in the order of the graph, whatever the order in time. A layer that is called
-twice and that has state (seeds, statistics) is called in the order of the graph.
+Random draws, losses and moments follow the order of the graph, regardless of the order in time. A layer that has state
+(seeds, statistics) and is called twice is called in the order of the graph.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ PLACE = "_fastdp_place"
 
 
 def graph_of(model: keras.Model) -> Any:
-    """The graph of calls that a model runs, None if it has none."""
+    """The graph of calls that a model runs; None if it has none."""
     if isinstance(model, keras.Sequential):
         return model._functional
     return model if isinstance(model, Function) else None
 
 
 def placed_nodes(graph: Any) -> list[tuple[Any, int | None]]:
-    """The calls of a graph that have a place, and the place."""
+    """The calls of a graph that have a place, each with its place."""
     nodes = _nodes(graph) if graph is not None else []
     return [(node, _place(node)) for node in nodes if _has_place(node)]
 
 
 def _nodes(graph: Any) -> list[Any]:
-    """The calls of a graph, each after those whose outputs it takes."""
+    """The calls of a graph in topological order."""
     by_depth = graph._nodes_by_depth
     nodes = [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth]]
     return [node for node in nodes if node.operation is not None and not node.is_input]
@@ -58,7 +58,7 @@ def _has_place(node: Any) -> bool:
 
 
 def _place(node: Any) -> int | None:
-    """A call's own place, or else that of its layer."""
+    """The place of a call, or else of its layer."""
     return node.__dict__.get(PLACE, getattr(node.operation, "__dict__", {}).get(PLACE))
 
 
@@ -66,8 +66,8 @@ def _place(node: Any) -> int | None:
 class _Call:
     """One call of the graph in one step, on a device of the replica.
 
-    `results` still have their graph, `outputs` are cut off it. `found` are the gradients, by id of the tensors that the
-    call was given.
+    `results` are attached to autograd's graph, `outputs` are detached from it. `found` are the gradients, by id of the
+    tensors that the call got.
     """
 
     number: int
@@ -86,13 +86,13 @@ class _Call:
 
     @property
     def state(self) -> set[int]:
-        """What of it must not be called twice at a time."""
+        """The ids of its layers with state, which must not be called twice at a time."""
         layers = self.node.operation._flatten_layers() if isinstance(self.node.operation, keras.layers.Layer) else []
         return {id(layer) for layer in layers if layer._non_trainable_variables or layer._seed_generators}
 
     @property
     def rest(self) -> list[torch.Tensor]:
-        """The tensors that it was given and may be differentiated by."""
+        """The differentiable tensors that the call got: inputs and variables."""
         return [*self.inputs, *(local for _, local in self.scope.read.values())]
 
 
@@ -100,18 +100,18 @@ class PlacedGraph:
     """One forward pass of a placed model, and its backward pass.
 
     Args:
-        devices: of the replica; the first is the one whose worker runs this, and whose memory the variables are in.
+        devices: the replica's devices. The worker of the first one runs this code, and its memory holds the variables.
 
-    A call is given its inputs and variables on its own device, and whoever takes its outputs brings them over. On GPUs
-    a device's stream waits for the events of the calls before, and the first device's, at the end of each pass, for
-    all: what comes after on it is ordered behind whatever a placed call has read.
+    A call gets its inputs and variables on its own device, and the reader of an output moves it. On GPUs a device's
+    stream waits for the events of the calls before. At the end of each pass the first device's stream waits for all
+    calls, so later work on it cannot overwrite anything that a placed call still reads.
     """
 
     def __init__(self, devices: Sequence[Any]) -> None:
         self._devices = devices
         self._home = devices[0]
         self._calls: list[_Call] = []
-        self._inputs: list[tuple[torch.Tensor, PlacedValues]] = []  # with their graph, and cut off it
+        self._inputs: list[tuple[torch.Tensor, PlacedValues]] = []  # attached to autograd's graph, and detached
         self._timeout = 0.0
         self._threads = 1
 
@@ -141,7 +141,7 @@ class PlacedGraph:
                 _forward(call, values, operation_fn)
 
         self._all(self._calls, lambda call: call.sources, work)
-        # From here on the replica's own worker goes on with it: on the first device.
+        # From here on the replica's own worker uses the results, on the first device.
         scope.state_mapping.update((key, spread.on(home)) for key, spread in variables.items())
         run.generators.join([call.run.generators for call in self._calls])
         for call in self._calls:
@@ -151,20 +151,20 @@ class PlacedGraph:
         return keras.tree.pack_sequence_as(graph._outputs_struct, [values[id(x)].on(home) for x in graph.outputs])
 
     def _cut_input(self, value: Any) -> PlacedValues:
-        """An input of the graph, without the graph behind it."""
+        """An input of the graph, detached from autograd's graph."""
         if not isinstance(value, torch.Tensor) or not value.requires_grad:
             return PlacedValues(value, self._home)
         self._inputs.append((value, PlacedValues(_without_graph(value), self._home)))
         return self._inputs[-1][1]
 
     def _moments_at_home(self, call: _Call, moments: Moments) -> Moments:
-        """What a call's BatchNormalization has seen, where the step's sums are made."""
+        """The moments that a call's BatchNormalization has seen, on the first device, where the step sums them."""
         if call.device is self._home:
             return moments
         return replace(moments, mean=arrived(moments.mean, self._home), variance=arrived(moments.variance, self._home))
 
     def _plan(self, graph: Any, run: ReplicaContext, scope_on: Callable[[Any], PlacedScope]) -> list[_Call]:
-        """The calls of the graph, and which waits for which."""
+        """The calls of the graph, with their dependencies."""
         maker: dict[int, _Call] = {}
         last: dict[int, _Call] = {}
         calls = []
@@ -193,7 +193,7 @@ class PlacedGraph:
     def gradients(
         self, roots: Sequence[torch.Tensor], seeds: Sequence[Any], leaves: Sequence[torch.Tensor], retain: bool
     ) -> list[torch.Tensor | None]:
-        """`torch.autograd.grad` of the whole step; None for leaves that the roots do not depend on."""
+        """Gradients of the whole step, as from `torch.autograd.grad`; None for leaves that the roots do not use."""
         home, keep = self._home, {"allow_unused": True, "retain_graph": retain}
         cut = [seen for call in self._calls for out in call.outputs if (seen := out.seen(home)) is not None]
         cut += [spread.seen(home) for _, spread in self._inputs]
@@ -213,12 +213,12 @@ class PlacedGraph:
             behind = torch.autograd.grad([v for v, _ in pairs], leaves, [g for _, g in pairs], **keep)
             for leaf_tensor, gradient in zip(leaves, behind, strict=True):
                 totals[id(leaf_tensor)] = _sum(totals[id(leaf_tensor)], gradient)
-        if not retain:  # the activations are free before the update
+        if not retain:  # frees the activations before the update
             self._calls, self._inputs = [], []
         return [totals[id(leaf)] for leaf in leaves]
 
     def _of_input(self, spread: PlacedValues, first: dict[int, torch.Tensor]) -> torch.Tensor | None:
-        """The gradient of an input of the graph, from all calls that took it."""
+        """The gradient of an input of the graph, summed over all calls that read it."""
         total = first.get(id(spread.seen(self._home)))
         for call in self._calls:
             gradient = call.found.get(id(spread.seen(call.device)))
@@ -230,13 +230,13 @@ class PlacedGraph:
     def _all(
         self, calls: Sequence[_Call], after: Callable[[_Call], list[_Call]], work: Callable[[_Call], None]
     ) -> None:
-        """Run `work` for each call, on its device, after those that `after` names."""
+        """Run `work` for each call on its device, after the calls that `after` returns for it."""
         home = self._home
         left, begun = list(calls), set[_Call]()
         awaited = {other for call in calls if call.device is not home for other in after(call)}
         for call in calls:
             call.event = None
-        start = home.compute.now()  # behind it are the batch, the variables, and the first gradients
+        start = home.compute.now()  # after the batch, the variables and the first gradients
         try:
             while left:
                 for call in [c for c in left if c.device is not home]:
@@ -251,13 +251,13 @@ class PlacedGraph:
                     own.event = home.compute.now() if own in awaited else None
                     begun.add(own)
                     left.remove(own)
-        finally:  # nobody else may touch the step's state once this is over
+        finally:  # when this returns, no other worker may still touch the step's state
             failed = self._settle(begun)
         if failed is not None:
             raise failed
 
     def _enqueue(self, call: _Call, start: Any, before: Sequence[_Call], work: Callable[[_Call], None]) -> None:
-        """Hand a call to its device's worker. Its failure is kept, and the device stays usable."""
+        """Enqueue a call on its device's worker. A failure is stored in the call, and the device stays usable."""
         stream = call.device.compute
 
         def run() -> None:
@@ -267,7 +267,7 @@ class PlacedGraph:
             try:
                 prepare_worker(self._threads, call.device)
                 work(call)
-            # Handed to the replica's own worker, which raises it: KeyboardInterrupt and SystemExit too.
+            # The replica's own worker raises it, KeyboardInterrupt and SystemExit included.
             except BaseException as error:  # noqa: BLE001
                 call.error = error
 
@@ -277,7 +277,7 @@ class PlacedGraph:
         call.event = stream.record()
 
     def _wait(self, calls: Sequence[_Call]) -> None:
-        """Go on behind calls on other devices; raise what went wrong there."""
+        """Wait for calls on other devices, and raise their errors."""
         for call in calls:
             if call.device is not self._home:
                 self._home.compute.follow(call.event, self._timeout)
@@ -285,7 +285,7 @@ class PlacedGraph:
                 raise call.error
 
     def _settle(self, calls: set[_Call]) -> BaseException | None:
-        """Go on behind all that was enqueued; the first failure by the order of the graph."""
+        """Wait for all enqueued calls. Returns the first error in the order of the graph."""
         for call in calls:
             if call.device is not self._home:
                 self._home.compute.follow(call.event, self._timeout)
@@ -293,7 +293,7 @@ class PlacedGraph:
 
 
 def _forward(call: _Call, values: dict[int, PlacedValues], operation_fn: Callable[..., Any]) -> None:
-    """Call the layer, and cut its outputs and losses off its graph."""
+    """Call the layer, and detach its outputs and losses from autograd's graph."""
     given = {id(x): values[id(x)].on(call.device) for x in call.node.input_tensors}
     call.inputs = [t for t in given.values() if isinstance(t, torch.Tensor) and t.requires_grad]
     args, kwargs = call.node.arguments.fill_in(given)
@@ -304,7 +304,7 @@ def _forward(call: _Call, values: dict[int, PlacedValues], operation_fn: Callabl
 
 
 def _cut(call: _Call, result: Any) -> PlacedValues:
-    """A result without its graph, as a leaf of whatever takes it."""
+    """A result, detached as a leaf for the calls that read it."""
     if not isinstance(result, torch.Tensor) or not result.requires_grad:
         return PlacedValues(result, call.device)
     call.results.append(result)
@@ -313,7 +313,7 @@ def _cut(call: _Call, result: Any) -> PlacedValues:
 
 
 def _without_graph(value: torch.Tensor) -> torch.Tensor:
-    """A leaf of autograd on the same memory, with the mask that Keras has hung on it."""
+    """A leaf of autograd on the same memory, with the tensor's Keras mask."""
     leaf = value.detach().requires_grad_()
     mask = getattr(value, "_keras_mask", None)
     if mask is not None:
@@ -322,7 +322,10 @@ def _without_graph(value: torch.Tensor) -> torch.Tensor:
 
 
 def _backward(call: _Call, home: Any, first: dict[int, torch.Tensor], keep: dict[str, Any]) -> None:
-    """Gradients of what a call was given, from those of its outputs: of the loss, and of all who took them."""
+    """Compute the gradients of a call's inputs and variables from those of its outputs.
+
+    An output's gradient is the sum over the loss and all calls that read the output.
+    """
     roots, seeds = [], []
     call.found = {}
     for result, output in zip(call.results, call.outputs, strict=True):
@@ -341,7 +344,7 @@ def _backward(call: _Call, home: Any, first: dict[int, torch.Tensor], keep: dict
 
 
 def _sum(total: torch.Tensor | None, more: torch.Tensor | None) -> torch.Tensor | None:
-    """A sum in which None is nothing."""
+    """The sum of two gradients, where None counts as zero."""
     if total is None or more is None:
         return more if total is None else total
     return total + more
@@ -355,7 +358,7 @@ def gradients_of(
     *,
     retain: bool = False,
 ) -> Sequence[torch.Tensor | None]:
-    """Gradients of a step's leaves, through the replica's devices if it has several. `retain` allows a second pass."""
+    """Gradients of a step's leaves, across all devices of the replica. `retain` allows a second pass."""
     if run.placed is not None:
         return run.placed[1].gradients(roots, seeds, leaves, retain)
     if not roots or not leaves:
@@ -364,7 +367,7 @@ def gradients_of(
 
 
 class _NoMeeting(Rendezvous):
-    """Refuses layers that meet their like of other replicas in the middle of a call: two threads would mix them up."""
+    """Refuses an exchange with other replicas in the middle of a call: exchanges of two threads would get mixed up."""
 
     def exchange(self, rank: int, value: Any) -> list[Any]:
         """Refuse."""
@@ -375,7 +378,7 @@ class _NoMeeting(Rendezvous):
 
 
 def run_through_graph(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Keras's walk through a graph; that of a replica which spans devices goes to them."""
+    """Wrap Keras's walk through a graph: for a replica that spans devices, calls run on their devices."""
 
     def run(graph: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         state = running()

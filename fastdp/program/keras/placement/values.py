@@ -1,8 +1,8 @@
 """The values of one step of a replica that spans devices: where each was made, and its copies elsewhere.
 
-A variable's value lives on the replica's first device. A call that is placed on another one reads a copy, made once
-per step and device, and the gradient of the copy is brought back. What a placed call assigns lives on its device until
-somebody else reads it.
+A variable's value lives on the replica's first device. A call placed on another device reads a copy, made once per step
+and device, and the gradient of the copy is moved back. A value that a placed call assigns stays on its device until
+another call reads it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class PlacedValues:
     """A value of one step, made on one device of the replica.
 
     Args:
-        value: a tensor, cut off autograd's graph; anything else is the same everywhere.
-        device: whose worker made it.
+        value: a tensor, detached from autograd's graph; anything else is the same on all devices.
+        device: the device whose worker made the value.
 
-    Where it is differentiated each device's tensor is a leaf of its own, unless both are the same memory: calls give
-    gradients by leaves, and whoever owns the value adds them up.
+    If the value is differentiable, each device's tensor is a separate leaf, unless two share memory. Calls return
+    gradients per leaf, and the owner of the value sums them.
     """
 
     def __init__(self, value: Any, device: Any) -> None:
@@ -32,13 +32,13 @@ class PlacedValues:
         self._value = value
 
     def on(self, device: Any) -> Any:
-        """The value for a call on `device`: on its worker, whose stream waits for who made it."""
+        """The value for a call on `device`. Runs on that device's worker; its stream waits for the value."""
         if device not in self._by_device:
             self._by_device[device] = self._brought(device)
         return self._by_device[device]
 
     def seen(self, device: Any) -> Any:
-        """What calls on `device` were given; None if they never asked."""
+        """The value that calls on `device` got; None if no call there read it."""
         return self._by_device.get(device)
 
     def _brought(self, device: Any) -> Any:
@@ -47,7 +47,7 @@ class PlacedValues:
             return value
         moved, mask = arrived(value, device), getattr(value, "_keras_mask", None)
         mask = None if mask is None else arrived(mask, device)
-        if moved is value:  # one leaf for both
+        if moved is value:  # both devices share the leaf
             return value
         if mask is not None:
             moved._keras_mask = mask
@@ -55,15 +55,16 @@ class PlacedValues:
 
 
 class PlacedScope(ReplicaScope):
-    """A replica's scope for one call, on the device of the call: variables are brought there when they are read.
+    """A replica's scope for one call: it copies variables to the call's device when they are read.
 
     Args:
-        variables: the replica's values by id of the variable, shared by the calls of a step; an assignment is seen by
-            the calls after this one.
+        variables: the replica's values by id of the variable, shared by the calls of a step. Later calls see the
+            assignments of this one.
         leaves: ids of the trainable variables.
-        device: of the call.
+        device: the device of the call.
 
-    `read` are the differentiable values that the call has read, by id of the tensor it got.
+    Attributes:
+        read: the differentiable values that the call has read, by id of the tensor that it got.
     """
 
     def __init__(self, variables: dict[int, PlacedValues], leaves: set[int], device: Any) -> None:
@@ -73,7 +74,7 @@ class PlacedScope(ReplicaScope):
         self.read: dict[int, tuple[PlacedValues, torch.Tensor]] = {}
 
     def twin(self) -> PlacedScope:
-        """A scope with the present values, whose assignments this one does not see."""
+        """A scope with the current values. This scope does not see its assignments."""
         return PlacedScope(dict(self._variables), self._leaves, self._device)
 
     def get_current_value(self, variable: keras.Variable) -> torch.Tensor | None:
@@ -87,7 +88,7 @@ class PlacedScope(ReplicaScope):
         return value
 
     def add_update(self, update: tuple[keras.Variable, torch.Tensor]) -> None:
-        """Note an assignment."""
+        """Record an assignment, with its value on the call's device."""
         super().add_update(update)
         key = id(update[0])
         self._variables[key] = PlacedValues(self.state_mapping[key], self._device)
