@@ -9,10 +9,10 @@ import torch
 
 
 class LeftGradients:
-    """The gradients of the latest step, as views of the first replica's buffer: nothing is copied.
+    """The gradients of the latest step, as views of the first replica's buffer, without a copy.
 
-    As in plain Keras they are those of the loss, scaled where the optimizer scales it, before any clipping; None for a
-    variable that the loss did not depend on. The next step overwrites the memory.
+    As in plain Keras, they are the gradients of the loss before any clipping, scaled if the optimizer scales the loss,
+    and None for a variable that the loss did not depend on. The next step overwrites the memory.
 
     Args:
         trainable: the variables that are trained.
@@ -24,12 +24,12 @@ class LeftGradients:
         self._views: list[torch.Tensor | None] | None = None
 
     def note(self, unused: frozenset[int]) -> None:
-        """The step that is being updated by had no gradient of these, by number."""
+        """Record the numbers of the variables without a gradient in the current step."""
         self._unused = unused
 
     def leave(self, views: Sequence[torch.Tensor]) -> None:
-        """Let the variables have the gradients of the step that is over: `views` of the buffer, in their order."""
-        if self._views is None:  # a gradient cannot lie on a GPU whose variable is in host memory
+        """Set the gradients of the finished step. `views` are the buffer's views, in the order of the variables."""
+        if self._views is None:  # a variable in host memory cannot have its gradient on a GPU
             pairs = zip(self._trainable, views, strict=True)
             self._views = [view if view.device == variable._value.device else None for variable, view in pairs]
         for variable, view in zip(self._trainable, self._views, strict=True):
@@ -39,6 +39,6 @@ class LeftGradients:
             self._trainable[number]._value.grad = None
 
     def forget(self) -> None:
-        """No gradient of the whole batch is anywhere: each replica keeps its own until a later step reduces them."""
+        """Remove the gradients: each replica keeps its own, unreduced, until a later step reduces them."""
         for variable in self._trainable:
             variable._value.grad = None

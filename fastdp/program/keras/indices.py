@@ -1,8 +1,8 @@
 """Turns errors of wrong labels and indices into ones that name the layer or loss, the range and the row.
 
-Torch's own errors name neither. When a step fails with one, it is run again on the same rows while each operation's
-indices are looked at before it runs (`fastdp.tensors.indices.Watch`), and then on halves of the rows, until one
-row is left. A step that succeeds pays nothing.
+Torch's own errors name none of these. When a step fails with such an error, it runs again on the same rows while each
+operation's indices are checked first (`fastdp.tensors.indices.Watch`), and then on halves of the rows until one row is
+left. A step that succeeds pays nothing.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _CLASSES: tuple[type[Exception], ...] = (IndexError, ValueError, RuntimeError)  
 
 
 class IndicesNamed:
-    """A context in which the error of a wrong index is exchanged for one that says which, of the same class.
+    """A context manager that replaces the error of a wrong index by one that names the index, of the same class.
 
     Args:
-        again: `again(start, stop)` does the work once more, on these of the rows, without changing anything.
-        start, stop: the rows, as numbers within the global batch.
+        again: `again(start, stop)` repeats the work on these rows, without changing anything.
+        start, stop: the range of rows within the global batch.
 
     Raises:
-        IndexError, ValueError, RuntimeError: whatever torch raises for the index, with layer or loss, range, value and
-            row in its message. Errors of other causes pass.
+        IndexError, ValueError, RuntimeError: the class that torch raises for the index, with layer or loss, range,
+            value and row in the message. Errors with other causes pass through.
     """
 
     def __init__(self, again: Callable[[int, int], Any], start: int, stop: int) -> None:
@@ -50,26 +50,26 @@ class IndicesNamed:
     def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
         if not isinstance(error, _CLASSES) or isinstance(error, (ReplicaError, StepAborted, NotByRowsError)):
             return
-        with generators_kept():  # the step has drawn already
+        with generators_kept():  # the step has already drawn
             found = _found(self._again, self._start, self._stop)
         if found is not None:
             raise found.kind(found.message) from error
 
 
 def rows_of(leaf: Any, start: int, stop: int) -> Any:
-    """Some rows of a leaf of a batch or of outputs; of what has no rows all of it."""
+    """Some rows of a leaf of a batch or of outputs; the whole leaf if it has no rows."""
     return leaf[start:stop] if getattr(leaf, "ndim", 0) else leaf
 
 
 class RowsNamed(IndicesNamed):
-    """The same for a replica's step.
+    """`IndicesNamed` for a replica's step.
 
     Args:
         program: the `KerasProgram`.
         batch: the replica's rows.
-        context: its place.
+        context: the replica's place in the step.
         mapping: the replica's variables; None for the model's own.
-        trains: forward, loss and backward, or forward alone.
+        trains: whether the step runs forward, loss and backward, or only forward.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class RowsNamed(IndicesNamed):
         self._mapping, self._trains = mapping, trains
 
     def _on_rows(self, start: int, stop: int) -> None:
-        """The step on some of the rows, by itself: nobody to exchange with, and nothing is kept."""
+        """Run the step on some of the rows, without an exchange, and keep nothing."""
         program, context, first = self._program, self._context, self._context.rows.start
         rows = [array[start - first : stop - first] for array in self._batch]
         alone = Context.alone(rows, context.structure, start, stop, context.rows.total)
@@ -99,7 +99,7 @@ class RowsNamed(IndicesNamed):
 
 @dataclass(frozen=True, slots=True)
 class _Named:
-    """A wrong index, where it was met, and the class of torch's own error."""
+    """A wrong index, where it occurred, and the class of torch's own error."""
 
     wrong: Wrong
     place: str
@@ -109,7 +109,7 @@ class _Named:
 
     @property
     def message(self) -> str:
-        """All that is known."""
+        """The error message."""
         use = self.wrong.use
         row = f" in row {self.row} of the batch" if self.row is not None else ""
         if use.high is None:
@@ -119,7 +119,7 @@ class _Named:
 
 
 def _found(again: Callable[[int, int], Any], start: int, stop: int) -> _Named | None:
-    """The first wrong index of some rows, and its row where that is the same with fewer rows."""
+    """The first wrong index of some rows; its row too, if halving the rows leads to the same place."""
     first = _look(again, start, stop)
     if first is None:
         return None
@@ -131,7 +131,7 @@ def _found(again: Callable[[int, int], Any], start: int, stop: int) -> _Named | 
             stop = middle
         else:
             found, start = _look(again, middle, stop), middle
-        if found is None or found.place != first.place:  # not found by rows: it has to do with several
+        if found is None or found.place != first.place:  # the error involves several rows
             return first
         last = found
     return _Named(last.wrong, last.place, last.argument, last.kind, start)
@@ -150,12 +150,12 @@ def _look(again: Callable[[int, int], Any], start: int, stop: int) -> _Named | N
         with CheckedOneHot(), Watch(told):
             again(start, stop)
     except _CLASSES:
-        pass  # that of the index; or another, of which the step's own error tells
+        pass  # the error of the index, or another one, which the step's own error reports
     return found[0] if found else None
 
 
 def _place() -> tuple[str, str]:
-    """The innermost layer or loss that is being called, and what it calls its indices."""
+    """The innermost layer or loss that is being called, and the name of its indices in messages."""
     frame = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")

@@ -1,9 +1,8 @@
 """Outputs of a model that are no tensors: None, numbers, strings, NumPy arrays, objects.
 
-Nobody can put them together from the rows of several devices. What is the same on all replicas is the value for the
-whole batch too, as far as that can be known: a trial on one row and on two tells what depends on their number, and each
-step compares what the replicas gave. A number that a model takes from its rows (`x.shape[0]`) is an error that names
-it.
+Such outputs cannot be combined from the rows of several devices. If all replicas return the same value, it is taken as
+the value for the whole batch. A trial on different numbers of rows detects values that depend on that number, and each
+step compares the replicas' values. A number that depends on the rows (`x.shape[0]`) raises an error that names it.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ Plain = Sequence[tuple[int, Any]]
 
 
 def check_same(every: Sequence[Plain], nest: Any) -> None:
-    """Compare the leaves that are no tensors: those of several replicas, or of several numbers of rows.
+    """Compare the leaves that are not tensors, from several replicas or several numbers of rows.
 
     Args:
-        every: place and value of each, by replica.
-        nest: of the outputs, for the message.
+        every: place and value of each leaf, by replica.
+        nest: the outputs, for the message.
 
     Raises:
-        NotByRowsError: they are not the same.
+        NotByRowsError: the leaves differ.
     """
     for others in every[1:]:
         if [place for place, _ in others] != [place for place, _ in every[0]]:
@@ -47,7 +46,7 @@ def check_same(every: Sequence[Plain], nest: Any) -> None:
 
 
 def is_same(value: Any, other: Any) -> bool:
-    """Whether two values are one, or equal in class and content."""
+    """Whether two values are the same object, or equal in class and content."""
     if value is other:
         return True
     if type(value) is not type(other):
@@ -60,7 +59,7 @@ def is_same(value: Any, other: Any) -> bool:
 
 
 def _name(nest: Any, place: int) -> str:
-    """A leaf as one would write it behind the outputs."""
+    """A leaf as an expression such as `outputs['a'][0]`."""
     path = [path for path, _ in keras.tree.flatten_with_path(nest)][place] if keras.tree.is_nested(nest) else ()
     return "outputs" + "".join(f"[{key!r}]" for key in path)
 

@@ -1,16 +1,16 @@
 """Model code that runs again in backward: `keras.remat`, `keras.RematScope`, `torch.utils.checkpoint`.
 
-A checkpoint forgets what its part of the model has computed, and backward runs the part again. By then the replica's
-forward pass is over: its scope is left, its generators have moved on, its statistics are noted. So the state of the
-replica is noted where a part begins, and the part runs again from it, on whatever thread backward runs: with the same
-variables, the same draws, and what other replicas gave in forward in place of new meetings. What it records, assigns
-and adds then is dropped: it counts once.
+A checkpoint discards the activations of its part of the model, and backward runs the part again. By then the replica's
+forward pass is over: its scope has been left, its generators have advanced, its statistics are recorded. So fastdp
+saves the replica's state where a part begins. The part runs again from that state, on whichever thread backward runs,
+with the same variables, the same draws and the values that other replicas sent in forward, without a new exchange.
+Whatever it records, assigns or adds the second time is dropped, so everything counts once.
 
-Plain Keras moves a layer's seed again, so that a seeded dropout drops other units in backward than in forward, and
-moves the statistics of BatchNormalization twice. Here the gradient is that of the forward pass.
+Plain Keras advances a layer's seed again, so that a seeded dropout drops other units in backward than in forward, and
+updates the statistics of BatchNormalization twice. Here the gradient is that of the forward pass.
 
-The reentrant kind of checkpoint cannot be differentiated by `torch.autograd.grad`; in a replica it is the other kind,
-with the same values and gradients.
+`torch.autograd.grad` cannot differentiate the reentrant kind of checkpoint. A replica uses the non-reentrant kind
+instead, with the same values and gradients.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from fastdp.program.keras.variables import Mapping, ReplicaScope
 
 
 class _Part:
-    """A part of a model that a checkpoint runs, and runs again.
+    """A part of a model that a checkpoint runs in forward and again in backward.
 
     Args:
-        function: what the checkpoint runs.
-        run: the replica, at the beginning of the part.
-        scope: the replica's scope then.
+        function: the function that the checkpoint runs.
+        run: the replica at the beginning of the part.
+        scope: the replica's scope at that time.
     """
 
     def __init__(self, function: Callable[..., Any], run: ReplicaContext, scope: ReplicaScope) -> None:
@@ -60,7 +60,7 @@ class _Part:
 
     @contextmanager
     def noting(self, run: ReplicaContext) -> Iterator[None]:
-        """While the part runs for the first time: note what replicas exchange, and the draws of a captured step."""
+        """During the first run of the part, record what replicas exchange and the draws of a captured step."""
         context, draws, meeting = run.context, run.draws, run.context.rendezvous
         context.rendezvous = _Noting(meeting, self._given)
         if draws is not None:
@@ -71,12 +71,12 @@ class _Part:
             context.rendezvous, run.draws = meeting, draws
 
     def keep(self, variable: keras.Variable, value: torch.Tensor, kept: torch.Tensor) -> None:
-        """Use `kept` for a variable that had `value` when the part began."""
+        """Use `kept` in the second run for a variable that had `value` when the part began."""
         if self._scope.state_mapping.get(id(variable)) is value:
             self._scope.state_mapping[id(variable)] = kept
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run it again."""
+        """Run the part again."""
         again = replace(
             self._run,
             context=replace(self._run.context, rendezvous=_Given(self._given)),
@@ -96,13 +96,13 @@ class _Part:
 
 
 class _Noting(Rendezvous):
-    """Meets as another one does, and notes what it gave."""
+    """Delegates to another rendezvous and records its results."""
 
     def __init__(self, inner: Rendezvous, noted: list[Any]) -> None:
         self._inner, self._noted = inner, noted
 
     def exchange(self, rank: int, value: Any) -> list[Any]:
-        """Everyone's values."""
+        """The values of all replicas."""
         self._noted.append(self._inner.exchange(rank, value))
         return self._noted[-1]
 
@@ -111,18 +111,18 @@ class _Noting(Rendezvous):
 
 
 class _Given(Rendezvous):
-    """Gives what was exchanged before, in the same order."""
+    """Returns the recorded exchanges in the same order."""
 
     def __init__(self, noted: Sequence[Any]) -> None:
         self._noted = iter(noted)
 
     def exchange(self, rank: int, value: Any) -> list[Any]:
-        """Everyone's values of then."""
+        """The values of all replicas in forward."""
         return next(self._noted)
 
 
 class _NotingDraws:
-    """Decides about draws as another one does, and notes their outcomes."""
+    """Delegates draws to another object and records their outcomes."""
 
     def __init__(self, inner: Draws, noted: list[torch.Tensor]) -> None:
         self._inner, self._noted = inner, noted
@@ -134,7 +134,7 @@ class _NotingDraws:
 
 
 class _GivenDraws:
-    """Gives the outcomes of before, in the same order."""
+    """Returns the recorded outcomes in the same order."""
 
     def __init__(self, noted: Sequence[torch.Tensor]) -> None:
         self._noted = iter(noted)
@@ -145,7 +145,7 @@ class _GivenDraws:
 
 
 def keep_values(run: ReplicaContext, scope: ReplicaScope, mapping: Mapping) -> None:
-    """Let the parts of a forward pass keep what it has assigned since: its memory gets other values before backward."""
+    """Give the parts of a forward pass copies of the assigned variables, whose memory changes before backward."""
     if run.parts:
         for i, _ in scope.assigned(mapping):
             variable, value = mapping[i]
@@ -155,7 +155,7 @@ def keep_values(run: ReplicaContext, scope: ReplicaScope, mapping: Mapping) -> N
 
 
 def _keras_state() -> dict[str, Any]:
-    """What Keras knows of this thread: the mode of the layer that calls others, the autocast scope, and more."""
+    """Keras's state of this thread: the training mode of the calling layer, the autocast scope, and more."""
     state = dict(vars(global_state.GLOBAL_STATE_TRACKER))
     if state.get("current_call_ctx") is not None:  # Keras changes it in place
         state["current_call_ctx"] = copy.copy(state["current_call_ctx"])
@@ -164,7 +164,7 @@ def _keras_state() -> dict[str, Any]:
 
 @contextmanager
 def _with_keras_state(state: dict[str, Any]) -> Iterator[None]:
-    """Let Keras know of this thread what it knew then."""
+    """Set Keras's state of this thread to an earlier one."""
     mine = vars(global_state.GLOBAL_STATE_TRACKER)
     before = dict(mine)
     mine.update(state)
@@ -176,7 +176,7 @@ def _with_keras_state(state: dict[str, Any]) -> Iterator[None]:
 
 
 def _part(function: Callable[..., Any]) -> tuple[_Part, ReplicaContext] | None:
-    """The part that begins here, if a replica runs here."""
+    """The part that begins here; None if this thread runs no replica."""
     run, scope = running(), global_state.get_global_attribute("stateless_scope")
     if run is None or not isinstance(scope, ReplicaScope):
         return None
@@ -184,7 +184,7 @@ def _part(function: Callable[..., Any]) -> tuple[_Part, ReplicaContext] | None:
 
 
 def checkpoint_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The generator behind checkpoints that are not reentrant: until it is resumed, the part runs in forward."""
+    """Wrap the generator behind non-reentrant checkpoints. The part's forward run lasts until it is resumed."""
 
     def generator(function: Callable[..., Any], preserve: bool, *args: Any, **kwargs: Any) -> Iterator[None]:
         found = _part(function)
@@ -192,7 +192,7 @@ def checkpoint_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
             yield from original(function, preserve, *args, **kwargs)
             return
         part, run = found
-        # The state of torch's generators is the replica's own: what all replicas share stays untouched.
+        # The replica has its own copies of torch's generators, so the shared ones need not be saved and restored.
         with part.noting(run):
             yield from original(part, False, *args, **kwargs)
 
@@ -200,7 +200,7 @@ def checkpoint_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class CheckpointOfReplica:
-    """Stands for torch's `CheckpointFunction`, the reentrant kind."""
+    """Replaces torch's `CheckpointFunction`, the reentrant kind."""
 
     def __init__(self, original: Any) -> None:
         self._original = original
@@ -209,7 +209,7 @@ class CheckpointOfReplica:
         return getattr(self._original, name)
 
     def apply(self, function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-        """Run the part; as torch does it, nothing in it is differentiated unless an argument is."""
+        """Run the part. As in torch, it is differentiated only if one of its arguments is."""
         if running() is None:
             return self._original.apply(function, preserve, *args)
         if not any(isinstance(value, torch.Tensor) and value.requires_grad for value in args):

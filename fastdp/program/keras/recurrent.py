@@ -1,10 +1,10 @@
 """Keras's LSTM and GRU on a replica: all time steps as one operation instead of a Python loop.
 
-Where a layer asks for what the operations do not know (other activations, dropout within the recurrence, a cell of
-its own), and where Keras would call cuDNN by itself, Keras's own code runs unchanged.
+Keras's own code runs unchanged if a layer uses features that the operations do not support (other activations, dropout
+within the recurrence, a custom cell), and if Keras would call cuDNN itself.
 
-A mask says which steps of a row count: at the others state and output stay what they were. So the operation runs
-on the steps that count, moved to the front of each row, and its outputs are dealt back to where they belong.
+A mask says which steps of a row count; at the other steps, state and output keep their values. So the operation runs on
+the counted steps, moved to the front of each row, and its outputs are scattered back to their places.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _Outputs = tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]
 
 
 def fused(original: Callable[..., Any]) -> Callable[..., Any]:
-    """An `inner_loop` of Keras's recurrent layers that runs as one operation in the thread of a replica."""
+    """Wrap `inner_loop` of Keras's recurrent layers: on a replica's thread it runs as one operation."""
 
     def inner_loop(layer: Any, sequences: Any, initial_state: Any, mask: Any, training: Any = False) -> Any:
         found = keras.tree.flatten(mask)
@@ -42,9 +42,9 @@ def fused(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fits(layer: Any, sequences: Any, mask: Any, training: Any) -> bool:
-    """Whether the operations know all that the layer asks for, and Keras knows nothing faster."""
+    """Whether the operations support all settings of the layer, and Keras has nothing faster."""
     cell = layer.cell
-    # A cell below keras.layers.RNN has a policy, and layers of its own kind have hooks, that the loop would honour.
+    # Keras's loop respects the dtype policy of a cell in keras.layers.RNN and the hooks of subclasses.
     plain = type(cell) in (keras.layers.LSTMCell, keras.layers.GRUCell)
     if (
         not plain
@@ -61,7 +61,7 @@ def _fits(layer: Any, sequences: Any, mask: Any, training: Any) -> bool:
         return False
     cudnn = getattr(layer, "use_cudnn", False)
     if mask is not None:
-        # What Keras refuses, it refuses itself.
+        # Keras's own code raises for what Keras does not support.
         return mask.ndim == 2 and cudnn is not True and not (layer.unroll and layer.go_backwards)
     by_itself = cudnn_ok(cell.activation, cell.recurrent_activation, layer.unroll, cell.use_bias)
     return not (sequences.is_cuda and cudnn and by_itself and getattr(cell, "reset_after", True))
@@ -71,7 +71,8 @@ def _run(layer: Any, sequences: torch.Tensor, states: list[torch.Tensor], mask: 
     """The last output, all outputs, and the last states."""
     steps = None if mask is None else _Steps(mask.bool())
     given = sequences.dtype
-    # Half precision is computed in single precision and rounded at the end: closer to the truth than each step rounded.
+    # Half precision is computed in single precision and rounded at the end, which is more accurate than rounding each
+    # step.
     dtype = given if given == torch.float64 else torch.float32
     x = (sequences if steps is None else steps.gathered(sequences)).to(dtype)
     states = [state.to(dtype) for state in states]
@@ -83,7 +84,7 @@ def _run(layer: Any, sequences: torch.Tensor, states: list[torch.Tensor], mask: 
         outputs = every[0]
         last = last or [sequence[:, -1] for sequence in every]
     else:
-        # Who returns no state has no use for the last c: any does.
+        # A layer that returns no state does not use the last c, so any value will do.
         last = [steps.last(*pair) for pair in zip(every, states, strict=False)] + states[len(every) :]
         outputs = steps.scattered(every[0], layer.zero_output_for_mask)
     return outputs[:, -1].to(given), outputs.to(given), [state.to(given) for state in last]
@@ -92,7 +93,7 @@ def _run(layer: Any, sequences: torch.Tensor, states: list[torch.Tensor], mask: 
 def _lstm(
     layer: Any, x: torch.Tensor, states: list[torch.Tensor], whole: bool
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """h of all steps, and the last h and c; with `whole`, h and c of all steps."""
+    """h of all steps, and the last h and c; with `whole`, h and c of all steps, and no last states."""
     kernel, recurrent, bias = (_weight(layer.cell, name, x) for name in ("kernel", "recurrent_kernel", "bias"))
     if bias is None:
         bias = x.new_zeros(kernel.shape[1])
@@ -119,10 +120,10 @@ def _weight(cell: Any, name: str, x: torch.Tensor) -> Any:
 
 
 class _Steps:
-    """Where the steps that count are, per row.
+    """The positions of the counted steps in each row.
 
     Args:
-        mask: (rows, steps), true where a step counts.
+        mask: of shape (rows, steps), true where a step counts.
     """
 
     def __init__(self, mask: torch.Tensor) -> None:
@@ -131,24 +132,24 @@ class _Steps:
         self._count = mask.cumsum(1)
 
     def gathered(self, sequences: torch.Tensor) -> torch.Tensor:
-        """The steps that count first, in their order."""
+        """The sequences with the counted steps moved to the front, in order."""
         return sequences.gather(1, _expanded(self._order, sequences))
 
     def scattered(self, sequences: torch.Tensor, zeros: bool) -> torch.Tensor:
-        """Each step's output back in its place; at others the one before, or zeros."""
+        """Move each counted step's output back to its place; other steps get the output before them, or zeros."""
         placed = sequences.gather(1, _expanded((self._count - 1).clamp(min=0), sequences))
         shown = self._mask if zeros else self._count > 0
         return torch.where(shown[..., None], placed, torch.zeros((), dtype=placed.dtype, device=placed.device))
 
     def last(self, sequences: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-        """The state after the last step that counts; the first state where none does."""
+        """The state after the last counted step; the initial state if no step counts."""
         count = self._count[:, -1:]
         found = sequences.gather(1, _expanded((count - 1).clamp(min=0), sequences))[:, 0]
         return torch.where(count > 0, found, first)
 
 
 def _expanded(index: torch.Tensor, sequences: torch.Tensor) -> torch.Tensor:
-    """An index of steps for all features."""
+    """An index of steps, expanded to all features."""
     return index[..., None].expand(-1, -1, sequences.shape[2])
 
 

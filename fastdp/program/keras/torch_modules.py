@@ -20,15 +20,14 @@ from fastdp.program.keras.rows.effects import NotByRowsError
 
 REMEDY = "Use keras.layers for this part, or write the whole model as a torch.nn.Module and wrap that."
 
-# By layer: the module's structure, once for each thread that runs replicas; `functional_call` swaps the parameters
-# in the structure that it calls. The copies share the parameters themselves. They are made anew when the module is no
-# longer what it was.
+# By layer: one copy of the module's structure per thread that runs replicas, because `functional_call` swaps the
+# parameters in the module that it calls. The copies share the parameters. They are rebuilt when the module changes.
 _structures: weakref.WeakKeyDictionary[Any, tuple[Watch, dict[int, torch.nn.Module]]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
 def call_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`TorchModuleWrapper.call` on the values that the replica's scope has for the module's parameters."""
+    """Wrap `TorchModuleWrapper.call` to use the replica's values of the module's parameters."""
 
     def call(layer: Any, *args: Any, training: bool | None = None, **kwargs: Any) -> Any:
         state = running()
@@ -59,7 +58,7 @@ def _structure(layer: Any) -> torch.nn.Module:
 
 
 def structure_of(module: torch.nn.Module) -> torch.nn.Module:
-    """A copy of a module with the same parameters, and the same tensors where they belong to autograd's graph."""
+    """A copy of a module that shares its parameters and the tensors that belong to autograd's graph."""
     shared = {id(p): p for p in module.parameters()}
     for inside in module.modules():
         shared |= {id(v): v for v in vars(inside).values() if isinstance(v, torch.Tensor) and not v.is_leaf}
@@ -74,7 +73,7 @@ class _NoDraws(TorchDispatchMode):
         self._name = name
 
     def __torch_dispatch__(self, target: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run what draws nothing."""
+        """Run an operation unless it draws random numbers."""
         if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
             raise NotByRowsError(
                 f"The TorchModuleWrapper {self._name!r} holds a module that draws at random in its forward pass "
@@ -85,10 +84,10 @@ class _NoDraws(TorchDispatchMode):
 
 @contextmanager
 def _watched(name: str, module: torch.nn.Module) -> Iterator[None]:
-    """While a trial on a few rows runs a module's copy, look whether it draws, or keeps anything.
+    """While a trial runs a module's copy, check that it neither draws random numbers nor changes its state.
 
     Raises:
-        NotByRowsError: it does.
+        NotByRowsError: the module does.
     """
     before = _state(module)
     with _NoDraws(name):
@@ -103,10 +102,10 @@ def _watched(name: str, module: torch.nn.Module) -> Iterator[None]:
 
 
 def _state(module: torch.nn.Module) -> dict[str, Any]:
-    """What the modules inside one hold beside parameters, buffers and each other, with lists and dicts copied."""
+    """All attributes of the modules inside except parameters, buffers and submodules, with containers copied."""
     found = {}
     for path, inside in module.named_modules():
-        # The weight that `torch.nn.utils.weight_norm` makes of its parameters at each call.
+        # The weight that `torch.nn.utils.weight_norm` computes from its parameters at each call.
         made = {getattr(hook, "name", "") for hook in inside._forward_pre_hooks.values()}
         for key, value in vars(inside).items():
             if key not in made and not (key.startswith("_") and key in vars(_PLAIN)):
@@ -116,7 +115,7 @@ def _state(module: torch.nn.Module) -> dict[str, Any]:
 
 
 def _is_kept(before: Any, after: Any) -> bool:
-    """Whether an attribute is as it was."""
+    """Whether an attribute is unchanged."""
     plain = (int, float, str, bool, list, dict, set, bytearray)
     return before is after or (type(before) is type(after) and isinstance(before, plain) and before == after)
 
@@ -125,7 +124,7 @@ _PLAIN = torch.nn.Module()
 
 
 def draws_at_random(module: torch.nn.Module) -> bool:
-    """Whether a module of torch's own draws random numbers in training."""
+    """Whether one of torch's own modules draws random numbers in training."""
     if isinstance(module, (torch.nn.modules.dropout._DropoutNd, torch.nn.RReLU)):
         return True
     return isinstance(module, (torch.nn.RNNBase, torch.nn.MultiheadAttention)) and module.dropout > 0

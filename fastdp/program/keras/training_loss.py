@@ -14,7 +14,7 @@ from fastdp.program.keras.replica import ReplicaContext
 from fastdp.program.keras.rows.probe import Effects
 from fastdp.program.keras.variables import ReplicaScope
 
-# Where backward starts: tensors, their gradients (None: one), and the loss with its terms, for the record.
+# Where backward starts: tensors, their gradients (None means 1), and the loss and its terms to record.
 Roots = tuple[list[torch.Tensor], list[torch.Tensor | None], list[torch.Tensor]]
 
 
@@ -23,12 +23,14 @@ class TrainingLoss:
 
     Args:
         model: the template.
-        trainer: whose compile settings apply.
+        trainer: the model with the compile settings.
         optimizer: scales the loss.
-        effects: how the model's outputs depend on the rows, in training.
+        effects: how the model's outputs depend on the rows in training.
 
-    `is_merged` says that it is computed on the merged outputs of all replicas: the model computes it itself, or it is
-    no sum over samples.
+    Attributes:
+        is_own: whether the model computes the loss itself.
+        is_merged: whether the loss is computed on the merged outputs of all replicas, because the model computes it
+            itself or it is not a sum over samples.
     """
 
     def __init__(self, model: keras.Model, trainer: Any, optimizer: Any, effects: Effects) -> None:
@@ -39,7 +41,7 @@ class TrainingLoss:
         self._found_not_per_sample = False
 
     def prepare(self) -> None:
-        """Decide how the loss is computed: as contributions of the replicas, or on the merged outputs."""
+        """Decide whether to compute the loss as contributions of the replicas or on the merged outputs."""
         compiled = self.trainer._compile_loss
         if self.is_own or self._found_not_per_sample or not self.effects.outputs_are_plain:
             self.is_merged = True
@@ -62,13 +64,13 @@ class TrainingLoss:
         scope: ReplicaScope,
         run: ReplicaContext,
     ) -> Roots:
-        """Where a replica's backward starts.
+        """Compute the loss; returns where the replica's backward starts.
 
         Args:
             y, sample_weight: the replica's rows.
-            y_pred: its outputs.
-            extra: its contributions to the `add_loss` terms.
-            scope: its stateless scope, current.
+            y_pred: the replica's outputs.
+            extra: the replica's contributions to the `add_loss` terms.
+            scope: the replica's stateless scope, which must be active.
             run: the replica.
         """
         context = run.context
@@ -81,17 +83,17 @@ class TrainingLoss:
                 if context.rank == 0:
                     with whole_batch(run):
                         parts += [keras.ops.sum(value) for value in self.regularization()]
-                    if not parts:  # as Keras says it
+                    if not parts:  # Keras's own message
                         raise ValueError("No loss to compute. Provide a `loss` argument in `compile()`.")
                 return self._roots(parts, terms)
             except NotPerSample:
-                # On all replicas alike; but the others may still be on their way here, so the model's
-                # standing decision is left to the host thread.
+                # All replicas get here, but some may still be on the way, so the host thread changes the decision for
+                # the next steps.
                 self._found_not_per_sample = True
         return merged_loss(self, y_pred, extra, scope, context)
 
     def _roots(self, parts: list[torch.Tensor], terms: list[torch.Tensor]) -> Roots:
-        """Backward from the sum of all parts."""
+        """The roots for a backward pass from the sum of all parts."""
         if not parts:
             return [], [], [torch.zeros(())]
         total = parts[0] if len(parts) == 1 else keras.ops.sum(parts)

@@ -1,7 +1,7 @@
-"""The loss of the merged outputs: exact for any loss, at the price of one meeting of all replicas.
+"""The loss of the merged outputs: exact for any loss, at the cost of synchronizing all replicas once.
 
-Every replica gives its outputs; the first computes the real Keras loss on all of them and the gradient by
-each; every replica goes backward from the gradient of its own rows.
+All replicas gather their outputs. The first replica computes Keras's own loss on them and its gradient with respect to
+each. Every replica runs backward from the gradient of its own rows.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ from fastdp.tensors.sums import weighted_sum
 def merged_loss(
     program: Any, y_pred: Any, extra: list[torch.Tensor], scope: Any, context: Context
 ) -> tuple[list[torch.Tensor], list[torch.Tensor | None], list[torch.Tensor]]:
-    """Where a replica's backward starts, and (on the first replica) the loss and its terms.
+    """The tensors where a replica's backward starts, their gradients, and the loss and its terms.
+
+    Only the first replica returns the values of the loss and its terms; the others return zeros.
 
     Args:
         program: the program's `TrainingLoss`.
         y_pred: the replica's outputs.
         extra: the replica's contributions to the `add_loss` terms.
-        scope: the replica's stateless scope, current.
+        scope: the replica's stateless scope, which must be active.
         context: the replica's place in the step.
     """
     leaves, plain = split_leaves(y_pred)
@@ -47,7 +49,7 @@ def merged_loss(
         run = running()
         assert run is not None, "a replica computes the loss"
         before = dict(scope.state_mapping)
-        with whole_batch(run):  # draws of the loss are of all rows
+        with whole_batch(run):  # the loss draws for all rows
             answer = _compute(program, y_pred, layouts, everyone, scope, context)
         run.by_loss = frozenset(n for n, value in scope.state_mapping.items() if before.get(n) is not value)
     answer = context.exchange(answer)[0]
@@ -69,7 +71,7 @@ def merged_loss(
 
 
 class _Given:
-    """What a replica brings: detached outputs, those that are no tensors, masks and terms."""
+    """What a replica contributes: its detached outputs, outputs that are not tensors, masks and terms."""
 
     def __init__(self, leaves: list[torch.Tensor], plain: Plain, extra: list[torch.Tensor], context: Context) -> None:
         self.leaves = [leaf.detach() for leaf in leaves]
@@ -86,8 +88,13 @@ class _Given:
 
 
 class _Answer:
-    """What the first replica finds: gradients by merged outputs and terms, the loss, and what else of it
-    depends on the weights directly (regularizers)."""
+    """What the first replica computes.
+
+    Attributes:
+        outputs, extra: gradients with respect to the merged outputs and the `add_loss` terms; None without one.
+        terms: the loss and its terms.
+        direct: the loss in autograd's graph, if it can be differentiated: it may use weights directly (regularizers).
+    """
 
     def __init__(self) -> None:
         self.outputs: list[torch.Tensor | None] = []
@@ -135,7 +142,7 @@ def _compute(
 
 
 def _of_rows(program: Any, y_pred: Any, scope: Any, context: Context, start: int, stop: int) -> None:
-    """The loss of some rows of the global batch, which counts nowhere."""
+    """Compute the loss of some rows of the global batch, without recording it."""
     part = replace(context, batch=[array[start:stop] for array in context.batch])
     outputs = keras.tree.map_structure(
         lambda leaf: rows_of(getattr(leaf, "detach", lambda: leaf)(), start, stop), y_pred
@@ -146,16 +153,16 @@ def _of_rows(program: Any, y_pred: Any, scope: Any, context: Context, start: int
 def _loss_of_all(
     program: Any, y_pred: Any, extra: list[torch.Tensor], scope: Any, context: Context
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The loss of the global batch, and the loss itself with Keras's terms for the record."""
-    batch = context.structure.pack(context.batch, inputs=program.is_own)  # Keras's own does not look at x
+    """The loss of the global batch, and detached values to record: the loss and Keras's terms."""
+    batch = context.structure.pack(context.batch, inputs=program.is_own)  # Keras's own loss does not use x
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
     compiled = program.trainer._compile_loss
     metrics = compiled.metrics if compiled is not None else []
-    for metric in metrics:  # from zero, so that they hold this step's terms alone
+    for metric in metrics:  # reset, so that they hold only this step's terms
         scope.add_update((metric.total, torch.zeros(())))
         scope.add_update((metric.count, torch.zeros(())))
     if program.is_own:
-        # `self.losses` inside compute_loss reads the scope: let it find the terms of the global batch.
+        # `self.losses` inside compute_loss reads the scope, so the scope gets the terms of the global batch.
         scope.losses[:] = extra
         program.model._loss_ids.update(map(id, extra))
         loss = program.model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
@@ -168,7 +175,7 @@ def _loss_of_all(
 
 
 def _merge(layout: Layout, parts: Sequence[torch.Tensor], everyone: list[_Given]) -> torch.Tensor:
-    """Rows in order; an output without rows is the same on all replicas, or added up, or averaged by rows."""
+    """Concatenate rows in order. An output without rows is taken from one replica, summed, or averaged by rows."""
     if layout.axis is not None:
         return torch.cat(list(parts), layout.axis)
     if layout.effect is Effect.SAME:
@@ -180,7 +187,7 @@ def _merge(layout: Layout, parts: Sequence[torch.Tensor], everyone: list[_Given]
 def _own_rows(gradient: torch.Tensor, layout: Layout, context: Context) -> torch.Tensor:
     """The part of a merged output's gradient that belongs to this replica.
 
-    Of an output that all replicas have, each takes its share: what it depends on is counted once.
+    If all replicas have the same output, each takes its share of the gradient, so that it is counted once in total.
     """
     rows = context.rows
     if layout.axis is None:

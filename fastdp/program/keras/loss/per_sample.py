@@ -5,13 +5,13 @@ and the denominators D_r of the replica and D of the global batch, the replica's
 
     C_r = L_r * D_r / D,       so that       sum C_r = L
 
-for every reduction: D counts rows ("sum_over_batch_size", "mean"), unmasked entries (the same with a
-mask), or adds up weights ("mean_with_sample_weight"); for "sum" D_r / D is 1. Counts of rows are known
-beforehand; masks and weights are exchanged between the replicas in the middle of the step.
+for every reduction: D is the number of rows ("sum_over_batch_size", "mean"), the number of unmasked entries (the same
+reductions with a mask), or the sum of the weights ("mean_with_sample_weight"). For "sum" D_r / D is 1. The numbers of
+rows are known beforehand; the replicas exchange the other denominators in the middle of the step.
 
-This holds for losses that are sums over samples. Keras's own are, with a few exceptions; of a user's
-function nobody can know. All others are computed on the merged outputs of all replicas, where they are
-exact whatever they do, and their gradient is scattered back.
+This holds for losses that are sums over samples. Keras's own losses are, with a few exceptions; of a user's function
+this is unknown. Any other loss is computed on the merged outputs of all replicas, which is always exact, and its
+gradient is scattered back.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from keras.src.losses.losses import LossFunctionWrapper
 
 from fastdp.program.keras.replica import running
 
-# Functions of Keras that give one value per sample, from that sample alone.
+# Keras's functions that compute one value per sample from that sample alone.
 _PER_SAMPLE = {
     keras.losses.binary_crossentropy,
     keras.losses.binary_focal_crossentropy,
@@ -51,11 +51,11 @@ _REDUCTIONS = ("sum", "mean", "sum_over_batch_size", "mean_with_sample_weight")
 
 
 class NotPerSample(Exception):
-    """A loss turned out to give something else than one value per sample."""
+    """A loss did not return one value per sample."""
 
 
 def is_per_sample(loss: Loss) -> bool:
-    """Whether `loss` is known to be a sum over samples, so that replicas can share it out."""
+    """Whether `loss` is known to be a sum over samples, so that replicas can split it."""
     return (
         isinstance(loss, LossFunctionWrapper)
         and type(loss).__call__ is Loss.__call__
@@ -67,34 +67,33 @@ def is_per_sample(loss: Loss) -> bool:
 
 
 class SharedLoss:
-    """The compiled loss of a model, as each replica's contribution to it.
+    """Computes a replica's contribution to the compiled loss of a model.
 
     Args:
         compiled: the model's `CompileLoss`, built.
-
     """
 
     def __init__(self, compiled: Any) -> None:
         self._flat = flat = list(compiled._flat_losses)
-        # Keras's own walk over outputs, targets, weights and loss weights, with other leaves.
+        # Keras's own traversal of outputs, targets, weights and loss weights, with other leaves.
         self._compiled = _shallow_copy(compiled)
         self._compiled._flat_losses = [entry._replace(loss=_Contribution(entry.loss)) for entry in flat]
         self._compiled._metrics = [_NoMetric() for _ in compiled.metrics]
 
     @property
     def per_sample(self) -> bool:
-        """Whether every one of the compiled losses, as they are now, can be shared out."""
+        """Whether all compiled losses, in their current state, can be split by samples."""
         return all(is_per_sample(entry.loss) for entry in self._flat)
 
     def is_of(self, compiled: Any) -> bool:
-        """Whether it was made of the losses that `compiled` has now."""
+        """Whether this was made from the losses that `compiled` has now."""
         return self._flat == compiled._flat_losses
 
     def __call__(self, y: Any, y_pred: Any, sample_weight: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The replica's contribution to the compiled loss, and to each of its terms, unweighted.
+        """The replica's contributions to the compiled loss and, unweighted, to each of its terms.
 
         Raises:
-            NotPerSample: a loss gave something else than one value per row. On all replicas alike.
+            NotPerSample: a loss did not return one value per row. All replicas raise it.
         """
         terms: list[torch.Tensor] = []
         _Contribution.terms_of_this_thread(terms)
@@ -102,21 +101,21 @@ class SharedLoss:
 
 
 class _NoMetric:
-    """Stands in for the metric of one loss term: it is updated once, with the sum over replicas."""
+    """Replaces the metric of one loss term, which is updated once with the sum over replicas."""
 
     def update_state(self, value: Any, sample_weight: Any = None) -> None:
-        """Nothing: the terms are kept by `_Contribution`."""
+        """Do nothing: `_Contribution` keeps the terms."""
 
 
 class _Contribution:
-    """A Keras loss whose value is the replica's contribution."""
+    """A Keras loss that returns the replica's contribution."""
 
     def __init__(self, loss: Loss) -> None:
         self._loss = loss
 
     @staticmethod
     def terms_of_this_thread(terms: list[torch.Tensor]) -> None:
-        """Collect the terms computed by this thread from now on in `terms`."""
+        """Append the terms that this thread computes from now on to `terms`."""
         state = running()
         assert state is not None, "a contribution is computed by a replica"
         state.terms = terms
@@ -163,7 +162,7 @@ class _Contribution:
 
 
 def own_copy(weights: Any) -> Any:
-    """Weights that Keras may write to: its `apply_mask` multiplies them in place, on torch."""
+    """A copy of the weights that Keras may overwrite: on torch its `apply_mask` multiplies them in place."""
     return keras.tree.map_structure(lambda w: None if w is None else keras.ops.copy(w), weights)
 
 
@@ -177,7 +176,7 @@ def _combined_mask(y_pred: Any, values: torch.Tensor) -> torch.Tensor | None:
 
 
 def _shallow_copy(loss: Any) -> Any:
-    """The same attributes in another object (Keras's own copying goes through serialization)."""
+    """A new object with the same attributes. Keras's own copy would go through serialization."""
     twin = object.__new__(type(loss))
     twin.__dict__.update(loss.__dict__)
     return twin
