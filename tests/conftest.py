@@ -30,7 +30,7 @@ except ImportError:  # a GPU machine that runs the `gpu` tests alone
 NEEDS = {
     "cupy": ("cupy",),
     "fastdp.keras": ("keras", "torch"),
-    "fastdp.capture": ("keras", "torch"),
+    "fastdp.capture": ("torch",),
     "fastdp.program.keras": ("keras", "torch"),
     "fastdp.program.torch": ("torch",),
     "fastdp.tensors": ("torch",),

@@ -21,16 +21,7 @@ ONLY_FROM = {
 # Where an optional library may be imported. Elsewhere fastdp must work without it.
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "torch": ("capture/", "keras/", "program/keras/", "program/torch/", "tensors/", "torch/"),
-    # Of capture/, which is to know no Keras, these still do.
-    "keras": (
-        "keras/",
-        "program/keras/",
-        "capture/guard.py",
-        "capture/own_code.py",
-        "capture/reach.py",
-        "capture/steps.py",
-        "capture/trace.py",
-    ),
+    "keras": ("keras/", "program/keras/"),
     "cupy": ("runtime/cuda/cupy_api.py", "runtime/cuda/cupy_nccl.py"),
     "cupyx": (),
     "cupy_backends": (),
@@ -45,28 +36,6 @@ LATE_LOADERS: dict[str, str] = {
     "placement.py": "places are noted on Keras models only, so Keras is loaded when the first is",
     "api.py": "the model's own library decides which side is loaded",
     "cli/": "a command loads when it is asked for, so that `devices` and `plan` work without Keras and torch",
-}
-
-# (importing file, imported file) pairs that the layers forbid and that stand for the reason given.
-# To do: capture/ knows Keras programs. What it needs of a model (its pure step, what makes a trace stale, whether
-# the user's code runs in it) is to be a protocol of its own that programs implement; each line here then goes.
-CAPTURE_KNOWS = {
-    "capture/guard.py": ("program/keras/patches.py",),
-    "capture/shapes.py": ("program/keras/program.py",),
-    "capture/steps.py": ("program/keras/batch.py", "program/keras/program.py"),
-    "capture/trace.py": (
-        "program/keras/batch.py",
-        "program/keras/patches.py",
-        "program/keras/program.py",
-        "program/keras/replica.py",
-        "program/keras/step_sums.py",
-        "program/keras/variables.py",
-    ),
-}
-EXCEPTIONS: dict[tuple[str, str], str] = {
-    (file, target): "captured steps are still those of Keras programs alone"
-    for file, targets in CAPTURE_KNOWS.items()
-    for target in targets
 }
 
 MODULE_LINES = 400
@@ -127,7 +96,7 @@ def _is_shared(index: int) -> bool:
 
 def _forbidden(file: str, target: str) -> str | None:
     """Why `file` may not import `target`; None where it may."""
-    if target == file or (file, target) in EXCEPTIONS:
+    if target == file:
         return None
     mine, theirs = packages.layer_of(file), packages.layer_of(target)
     if mine is None or theirs is None:
@@ -208,11 +177,6 @@ def test_modules_and_functions_are_short_enough_to_read(file):
     assert _long_parts(file, MODULES[file]) == []
 
 
-def test_every_exception_is_still_needed():
-    for file, target in EXCEPTIONS:
-        assert {_target(i.name, set(MODULES)) for i in _imports(ast.parse(MODULES[file]), file)} >= {target}
-
-
 FILES = {
     "__init__.py",
     "_version.py",
@@ -272,6 +236,9 @@ FILES = {
         ("engine/data_parallel.py", "import torch.nn as nn", "imports torch"),
         ("engine/replicas.py", "def f():\n    from keras import ops", "imports keras"),
         ("program/functions.py", "try:\n    import cupy\nexcept ImportError:\n    cupy = None", "imports cupy"),
+        ("capture/steps.py", "import keras", "imports keras"),
+        ("capture/steps.py", "from fastdp.program.base import Program", "imports program/base.py"),
+        ("capture/steps.py", "from fastdp.program.keras.program import KerasProgram", "not in a lower layer"),
         ("launch/nvrtc.py", "import cupy", "imports cupy"),
         ("runtime/cuda/memory.py", "import cupy", "imports cupy"),
         ("runtime/cuda/cupy_api.py", "from cupy_backends.cuda.libs import nvrtc", "imports cupy_backends"),
@@ -293,7 +260,7 @@ def test_a_planted_violation_is_found(file, source, said):
             "import torchlike\nfrom fastdp.shard import Rows\nfrom fastdp.program import base",
         ),
         ("runtime/cuda/cupy_api.py", "import cupy\nfrom cupy.cuda import nccl\nfrom ..base import Work"),
-        ("capture/steps.py", "import torch\nfrom fastdp.program.keras.program import KerasProgram"),
+        ("capture/steps.py", "import torch\nfrom fastdp.shard import Rows"),
         ("keras/model.py", "import keras\nfrom fastdp.engine.data_parallel import DataParallel\nfrom . import utils"),
         (
             "__init__.py",

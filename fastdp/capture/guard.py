@@ -1,10 +1,9 @@
 """Compares, before each step, what a trace has read of Python with what is there now.
 
 A trace reads attributes, tensors, arrays and settings once. A callback that lowers `dropout.rate`, a second `adapt()`
-of a Normalization layer, another activation would be seen by an eager step and not by a captured one: so all that can
-be reached from the layers and losses (`fastdp.capture.reach`) is compared, in microseconds
-(`fastdp.capture.watch`), and the settings of Keras and torch that change results. What cannot be compared is
-not captured.
+of a Normalization layer, another activation would be seen by an eager step and not by a captured one: so all that the
+step reads (`PureStep.watch`) is compared, in microseconds (`fastdp.capture.watch`), and the settings of torch that
+change results. What cannot be compared is not captured.
 """
 
 from __future__ import annotations
@@ -15,30 +14,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import keras
 import numpy as np
 import torch
-from torch.nn.modules import module as torch_module
-from torch.utils.hooks import RemovableHandle
 
-from fastdp.capture.own_code import HOOKS
-from fastdp.capture.reach import Reach
+from fastdp.capture.pure_step import PureStep
 from fastdp.capture.watch import Watch
 from fastdp.errors import NotCapturable
-from fastdp.program.keras import patches
 
 
 class Guard:
-    """What the steps of a program read, as it was when they were captured."""
+    """What a step reads, as it was when it was captured."""
 
-    def __init__(self, program: Any) -> None:
-        self._program = program
+    def __init__(self, step: PureStep[Any]) -> None:
+        self._step = step
         self._watch = Watch()
         self._settings = settings()
-        self._generators: list[tuple[Any, str]] = []
-        self._loss: Any = None
-        self._hooks: list[list[Any]] = []
-        self._hooks_registered = 0
 
     def renew(self) -> None:
         """Take what is there now for what counts.
@@ -46,45 +36,16 @@ class Guard:
         Raises:
             NotCapturable: something cannot be compared before each step; the message says what.
         """
-        program = self._program
         self._watch = Watch()
-        reach = Reach(self._watch, program.variables, _patched())
-        for layer in program.model._flatten_layers():
-            reach.walk(layer, layer.name)
-        for variable in program.trainable:
-            reach.walk(variable, variable.path)
-        self._loss = program.trainer._compile_loss
-        reach.walk(self._loss, "loss")
-        if program.optimizer is not None:
-            self._watch.values(vars(program.optimizer), ["loss_scale_factor"], program.optimizer.name)
-        self._hooks, self._hooks_registered = self._present_hooks(), RemovableHandle.next_id
-        for layer in program.model._flatten_layers():
-            for name in HOOKS:
-                hooks = getattr(layer, name)
-                if hooks:  # where there is none, none can be removed
-                    reach.walk(hooks, f"a hook of {layer.name}")
-                    self._watch.values(vars(layer), [name], layer.name)
-        self._generators = reach.generators
+        self._step.watch(self._watch)
         self._settings = settings()
         if self._watch.refused:
             raise NotCapturable(self._watch.refused)
 
     def changed(self) -> str:
-        """What is not as it was, as `layer.name` or in other words; empty if everything is."""
-        if settings() != self._settings:
-            return _which(self._settings, settings())
-        if self._program.trainer._compile_loss is not self._loss:
-            return "the compiled loss"
-        if RemovableHandle.next_id != self._hooks_registered:  # a hook of something has come
-            self._hooks_registered = RemovableHandle.next_id
-            if self._present_hooks() != self._hooks:
-                return "a hook of a layer"
-        return self._watch.changed()
-
-    def _present_hooks(self) -> list[list[Any]]:
-        """The hooks of all layers."""
-        layers = self._program.model._flatten_layers()
-        return [list(hooks.values()) for layer in layers for name in HOOKS if (hooks := getattr(layer, name))]
+        """What is not as it was, in words that name it; empty if everything is."""
+        now = settings()
+        return _which(self._settings, now) if now != self._settings else self._watch.changed()
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
@@ -93,7 +54,7 @@ class Guard:
         Raises:
             NotCapturable: it has changed something that it reads, or has drawn random numbers of Python's or NumPy's.
         """
-        generators = [(random, "random"), (np.random, "numpy.random"), *self._generators]
+        generators = [(random, "random"), (np.random, "numpy.random"), *self._watch.generators]
         states = [_state_of(generator) for generator, _ in generators]
         try:
             yield
@@ -112,11 +73,8 @@ class Guard:
 
 
 def settings() -> tuple[Any, ...]:
-    """The settings of Keras and torch that change what a step computes, in the order of `_SETTINGS`."""
+    """The settings of torch that change what a step computes, in the order of `_SETTINGS`."""
     return (
-        keras.config.floatx(),
-        keras.config.epsilon(),
-        keras.config.image_data_format(),
         torch.get_default_dtype(),
         torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
         torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
@@ -132,15 +90,10 @@ def settings() -> tuple[Any, ...]:
         torch._C._get_flash_sdp_enabled(),
         torch._C._get_mem_efficient_sdp_enabled(),
         torch._C._get_math_sdp_enabled(),
-        len(torch_module._global_forward_hooks),
-        len(torch_module._global_forward_pre_hooks),
     )
 
 
 _SETTINGS = (
-    "keras.config.floatx()",
-    "keras.config.epsilon()",
-    "keras.config.image_data_format()",
     "torch.get_default_dtype()",
     "torch.autocast",
     "torch.autocast",
@@ -156,20 +109,12 @@ _SETTINGS = (
     "torch.backends.cuda.enable_flash_sdp()",
     "torch.backends.cuda.enable_mem_efficient_sdp()",
     "torch.backends.cuda.enable_math_sdp()",
-    "global forward hooks",
-    "global forward hooks",
 )
 
 
 def _which(before: tuple[Any, ...], now: tuple[Any, ...]) -> str:
     """The first setting that differs."""
     return next(name for name, one, other in zip(_SETTINGS, before, now, strict=True) if one != other)
-
-
-def _patched() -> set[tuple[Any, str]]:
-    """The functions of Keras that are others while replicas run: that is no change."""
-    with patches.replica_aware():
-        return {(owner, name) for owner, name, _ in patches._originals}
 
 
 def _state_of(generator: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ class SpeedTrial:
     `why` says, once the trial is over, why the step stays traced; it is empty where it stays compiled.
     """
 
-    def __init__(self, captured: Captured, compiled: Callable[..., Sequence[torch.Tensor]]) -> None:
+    def __init__(self, captured: Captured[Any], compiled: Callable[..., Sequence[torch.Tensor]]) -> None:
         self._captured, self._compiled = captured, compiled
         self._seconds: list[float] = []
         self.why = ""

@@ -27,25 +27,22 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Generic
 
-import keras
 import numpy as np
 import torch
 
 from fastdp.capture.compile.compiler import BackgroundCompiler, CompileError, missing_compiler
 from fastdp.capture.cuda_graphs.recorder import Recorder
-from fastdp.capture.cuda_graphs.step_graphs import JoinedSteps, Whole
+from fastdp.capture.cuda_graphs.step_graphs import RecordedStepGraph, StepGraphJoiner
 from fastdp.capture.faults import Attempt
 from fastdp.capture.guard import Guard
-from fastdp.capture.own_code import own_code
+from fastdp.capture.pure_step import OutcomeT, PureStep
 from fastdp.capture.shapes import Shape, entry_of, key_of, recordings_of
 from fastdp.capture.speed_trial import SpeedTrial
 from fastdp.capture.trace import Captured, NoExchange
 from fastdp.comm.context import Context
 from fastdp.errors import DeviceTimeoutError, NotCapturable
-from fastdp.program.keras.batch import Structure
-from fastdp.program.keras.program import KerasProgram
 from fastdp.runtime.host.resources import CORES
 from fastdp.shard import Rows, split_rows
 from fastdp.warn import warn_user
@@ -62,11 +59,11 @@ MOST_CHANGES, STEPS_BETWEEN_CHANGES = 3, 50
 _POLL_SECONDS = 0.05
 
 
-class Captures:
-    """The captured steps of a program, by batch shape.
+class Captures(Generic[OutcomeT]):
+    """The captured steps of a model, by batch shape.
 
     Args:
-        program: whose steps to capture.
+        step: to capture.
         mode: "trace", "inductor" or "auto".
         parts: the number of replicas.
         recorder: who records captured steps as CUDA graphs; None where nobody does.
@@ -81,7 +78,7 @@ class Captures:
 
     def __init__(
         self,
-        program: KerasProgram,
+        step: PureStep[OutcomeT],
         mode: str,
         parts: int,
         recorder: Recorder | None = None,
@@ -89,55 +86,54 @@ class Captures:
         deterministic: bool = False,
     ) -> None:
         self._deterministic = deterministic
-        self._program, self._mode, self._parts, self._recorder = program, mode, parts, recorder
+        self._step, self._mode, self._parts, self._recorder = step, mode, parts, recorder
         self._alone = alone
-        self._shapes: dict[Any, Shape] = {}
-        self._present: list[Shape] = []
+        self._shapes: dict[Any, Shape[OutcomeT]] = {}
+        self._present: list[Shape[OutcomeT]] = []
         self._compiler = BackgroundCompiler()
         self._no_compiler = missing_compiler() if mode != "trace" else 'compile="trace"'
-        wants_whole = recorder is not None and recorder.parts
-        self._whole = JoinedSteps(recorder, program.spans_devices) if recorder is not None and wants_whole else None
-        self._guard = Guard(program)
+        joins = recorder is not None and recorder.parts
+        self._step_graphs = StepGraphJoiner(recorder, step.spans_devices) if recorder is not None and joins else None
+        self._guard = Guard(step)
         self._changes = 0
         self._eager_now = False
-        self._refused = _refusal(program)
-        self._refused = self._refused or self._own_code()
+        self._refused = step.why_never() or self._own_code()
         if self._refused and mode != "auto":
             self._warn_eager()
         elif mode == "inductor" and self._no_compiler:
             self._warn_traced()
 
-    def find(self, batch: Sequence[np.ndarray], context: Context) -> Captured | None:
+    def find(self, batch: Sequence[np.ndarray], context: Context) -> Captured[OutcomeT] | None:
         """The captured step for a replica's rows, if there is one. From any thread."""
         if self._eager_now or not self._shapes:
             return None
-        shape = self._shapes.get(key_of(batch, context, self._program))
+        shape = self._shapes.get(key_of(batch, context, self._step))
         return shape.captured if shape is not None else None
 
-    def prepare(self, batch: Sequence[np.ndarray], structure: Structure, wants_outputs: bool) -> None:
+    def prepare(self, batch: Sequence[np.ndarray], structure: Any, wants_outputs: bool) -> None:
         """Capture what it is time for, let compiled steps take over. On the host thread, before the step.
 
         Args:
             batch: the arrays of the global batch.
-            structure: their places in the nest that the user gave.
+            structure: what goes along with them, as `Context.structure`.
             wants_outputs: whether the step's outputs are looked at.
         """
         self._present = []
-        replicas: list[Shape] = []
+        replicas: list[Shape[OutcomeT]] = []
         # Anomaly detection is of autograd, which a captured step does without.
         self._eager_now = torch.is_anomaly_enabled()
         if not self._refused:
             self._look_for_changes()
         if self._refused or self._eager_now:
             return
-        self._program.prepare_loss()
+        self._step.prepare()
         self._collect()
-        for rank, rows in enumerate(split_rows(len(batch[0]), min(self._parts, self._program.most_replicas))):
+        for rank, rows in enumerate(split_rows(len(batch[0]), min(self._parts, self._step.most_replicas))):
             context = Context.alone(batch, structure, rows.start, rows.stop, rows.total)
-            context.rank, context.wants_outputs, context.device = rank, wants_outputs, self._program.states[0].device
+            context.rank, context.wants_outputs, context.device = rank, wants_outputs, self._step.replicas[0].device
             context.size, context.rendezvous = 2, NoExchange(2, 0.0)
             own = [array[rows.start : rows.stop] for array in batch]
-            key = key_of(own, context, self._program)
+            key = key_of(own, context, self._step)
             shape = self._shapes.setdefault(key, Shape(rows.count, rows.total))
             if shape not in self._present:
                 self._present.append(shape)
@@ -149,30 +145,30 @@ class Captures:
                         self.wait()
             self._record(shape, rank, own, context)
             replicas.append(shape)
-        if self._whole is not None:
-            why = self._whole.consider(recordings_of(replicas), self._program.states)
+        if self._step_graphs is not None:
+            why = self._step_graphs.consider(recordings_of(replicas), self._step.replicas)
             for shape in self._present:
-                shape.not_whole = why
-                shape.is_whole = not why and self._parts == 1
+                shape.no_step_graph = why
+                shape.ran_step_graph = not why and self._parts == 1
 
-    def whole_step(
+    def step_graph(
         self, batches: Sequence[Sequence[np.ndarray]], contexts: Sequence[Context], why_not: str
-    ) -> Whole | None:
+    ) -> RecordedStepGraph | None:
         """The graphs of a step on these rows that hold its collectives; None where it runs otherwise, which is noted.
 
-        On the host thread, before the step, with the rows on their devices. Arguments as of `Program.whole_step`.
+        On the host thread, before the step, with the rows on their devices. `why_not` as of `Program.whole_step`.
         """
-        if self._whole is None or self._eager_now:
+        if self._step_graphs is None or self._eager_now:
             return None
-        keys = [key_of(batch, context, self._program) for batch, context in zip(batches, contexts, strict=True)]
+        keys = [key_of(batch, context, self._step) for batch, context in zip(batches, contexts, strict=True)]
         shapes = [self._shapes[key] for key in keys if key in self._shapes]
         found = None
         if not why_not and len(shapes) == len(contexts):
-            found = self._whole.find(recordings_of(shapes))
+            found = self._step_graphs.find(recordings_of(shapes))
         for shape in {id(shape): shape for shape in shapes}.values():
-            shape.is_whole = found is not None
-            shape.whole_steps += found is not None
-            shape.not_whole = "" if found is not None else why_not or shape.not_whole
+            shape.ran_step_graph = found is not None
+            shape.step_graph_steps += found is not None
+            shape.no_step_graph = "" if found is not None else why_not or shape.no_step_graph
         return found
 
     def note(self, seconds: float) -> None:
@@ -224,10 +220,10 @@ class Captures:
             return [{"how": "eager", "why": self._refused}]
         return [entry_of(shape) for shape in self._shapes.values()]
 
-    def _own_code(self) -> str | None:
-        """Why "auto" leaves steps eager that run code of the user's."""
-        own = own_code(self._program) if self._mode == "auto" else ""
-        return f'{own} is code of your own: compile="trace" or "inductor" captures it' if own else None
+    def _own_code(self) -> str:
+        """Why "auto" leaves steps eager that run code of the user's; empty where it does not."""
+        own = self._step.own_code() if self._mode == "auto" else ""
+        return f'{own} is code of your own: compile="trace" or "inductor" captures it' if own else ""
 
     def _look_for_changes(self) -> None:
         """Capture anew when something that traces have read has changed; run eagerly if it changes again and again."""
@@ -243,7 +239,7 @@ class Captures:
             self._refused = f"{changed}, which changes while the model trains"
             self._warn_eager()
 
-    def _may_trace(self, shape: Shape) -> bool:
+    def _may_trace(self, shape: Shape[OutcomeT]) -> bool:
         """Whether it is time to trace."""
         if shape.steps == 0:
             return False
@@ -257,7 +253,7 @@ class Captures:
         expected = TRACE_SECONDS + TRACE_STEPS * statistics.median(shape.recent)
         return shape.steps > 1 and shape.seconds > expected
 
-    def _may_compile(self, shape: Shape) -> bool:
+    def _may_compile(self, shape: Shape[OutcomeT]) -> bool:
         """Whether it is time to compile."""
         assert shape.captured is not None
         if self._no_compiler:
@@ -272,12 +268,12 @@ class Captures:
         expected = COMPILE_SECONDS + COMPILE_SECONDS_PER_OPERATION * shape.captured.operations
         return shape.seconds > COMPILE_PATIENCE * expected
 
-    def _trace(self, shape: Shape, batch: list[np.ndarray], context: Context) -> None:
+    def _trace(self, shape: Shape[OutcomeT], batch: list[np.ndarray], context: Context) -> None:
         """Trace one shape; a warning, and no more attempts for any shape, if that cannot be done."""
         with Attempt() as attempt:
             self._guard.renew()
             with self._alone(), self._guard.tracing():
-                shape.captured = Captured(self._program, batch, context)
+                shape.captured = Captured(self._step, batch, context)
         if attempt.error is None:
             # Where steps have been trained for longer, it is recorded at once (see `_collect`).
             shape.since, shape.why = min(shape.steps, 1), ""
@@ -288,7 +284,7 @@ class Captures:
         self._shapes.clear()
         self._warn_eager()
 
-    def _submit(self, shape: Shape, captured: Captured, rows: Rows) -> None:
+    def _submit(self, shape: Shape[OutcomeT], captured: Captured[OutcomeT], rows: Rows) -> None:
         """Have a captured step compiled; a warning, and no more compiling, if that cannot even begin."""
         with Attempt() as attempt:
             shape.job = self._compiler.submit(captured.to_compile(), self._threads(rows))
@@ -296,13 +292,13 @@ class Captures:
         if attempt.error is not None:
             self._give_up_compiling(attempt.why)
 
-    def _record(self, shape: Shape, rank: int, batch: list[np.ndarray], context: Context) -> None:
+    def _record(self, shape: Shape[OutcomeT], rank: int, batch: list[np.ndarray], context: Context) -> None:
         """Have a shape recorded on a replica, once it has run there as it is to be recorded."""
         compiling = shape.job is not None and not shape.compiled
         if self._recorder is not None and shape.captured is not None and shape.steps > shape.since and not compiling:
-            state = self._program.states[rank]
-            context.device = state.device
-            shape.no_graph = self._recorder.consider(shape.captured, state, batch, context)
+            replica = self._step.replicas[rank]
+            context.device = replica.device
+            shape.no_graph = self._recorder.consider(shape.captured, replica, batch, context)
 
     def _collect(self) -> None:
         """Let compiled steps take over."""
@@ -328,7 +324,7 @@ class Captures:
             if attempt.error is not None:
                 self._give_up_compiling(str(attempt.error) if type(attempt.error) is CompileError else attempt.why)
 
-    def _go_back(self, shape: Shape, captured: Captured) -> None:
+    def _go_back(self, shape: Shape[OutcomeT], captured: Captured[OutcomeT]) -> None:
         """Let a step whose compiled form has failed be the traced one for good."""
         why = captured.failed
         captured.use_traced()
@@ -348,18 +344,8 @@ class Captures:
 
     def _warn_eager(self) -> None:
         """Say once why steps run eagerly."""
-        warn_user(f"fastdp runs {self._program.model.name!r} eagerly: it cannot be captured because of {self._refused}")
+        warn_user(f"fastdp runs {self._step.name!r} eagerly: it cannot be captured because of {self._refused}")
 
     def _warn_traced(self) -> None:
         """Say once why steps are not compiled."""
-        warn_user(f"fastdp runs {self._program.model.name!r} traced and not compiled: {self._no_compiler}")
-
-
-def _refusal(program: KerasProgram) -> str | None:
-    """Why no step of a program can be captured, known beforehand."""
-    normalizes = any(isinstance(one, keras.layers.BatchNormalization) for one in program.model._flatten_layers())
-    if program.sync_batch_norm and normalizes:
-        return "sync_batch_norm: replicas exchange moments in the middle of a step"
-    if isinstance(program.optimizer, keras.optimizers.LossScaleOptimizer):
-        return "loss scaling: the scale changes from step to step"
-    return None
+        warn_user(f"fastdp runs {self._step.name!r} traced and not compiled: {self._no_compiler}")

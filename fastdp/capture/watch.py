@@ -22,7 +22,6 @@ MOST_PLACES = 20_000
 MOST_NBYTES = 1 << 16  # of all contents that are compared
 SMALL_NBYTES = 1 << 12  # of a tensor that is compared by content too
 _version, _address, _content = attrgetter("_version"), methodcaller("data_ptr"), methodcaller("tobytes")
-_regularizer = attrgetter("_regularizer")
 
 
 @dataclass(slots=True)
@@ -54,14 +53,32 @@ class _Places:
         return [i for i, one in enumerate(own) if not one.same()]
 
 
+class _Renewed:
+    """What a function gives, asked for again where a mark that is quickly read has moved since."""
+
+    def __init__(self, ask: Callable[[], Any], mark: Callable[[], Any]) -> None:
+        self._ask, self._mark = ask, mark
+        self._marked, self._given = mark(), ask()
+
+    def __call__(self) -> Any:
+        """What it gives now."""
+        mark = self._mark()
+        if mark != self._marked:
+            self._marked, self._given = mark, self._ask()
+        return self._given
+
+
 class Watch:
     """Places, and what was there when they were added.
 
-    `refused` says what cannot be compared before each step, in words; empty where everything can be.
+    `refused` says what cannot be compared before each step, in words; empty where everything can be. `generators` are
+    generators of random numbers that were met on the way, with their names: they are not compared.
     """
 
     def __init__(self) -> None:
         self.refused = ""
+        self.generators: list[tuple[Any, str]] = []
+        self._answers = _Places(lambda sources: [ask() for ask in sources])
         self._values = _Places(lambda sources: [get(owner) for get, owner in sources])
         self._objects = _Places(lambda sources: [id(get(owner)) for get, owner in sources])
         self._sizes = _Places(lambda sources: list(map(len, sources)))
@@ -69,8 +86,9 @@ class Watch:
         self._versions = _Places(lambda sources: list(map(_version, sources)))
         self._addresses = _Places(lambda sources: list(map(_address, sources)))
         self._contents = _Places(lambda sources: list(map(_content, sources)))
-        self._regularizers = _Places(lambda sources: list(map(_regularizer, sources)))
+        self._of_many: dict[str, _Places] = {}  # by the attribute's name
         self._kinds = [
+            self._answers,
             self._values,
             self._objects,
             self._sizes,
@@ -78,7 +96,6 @@ class Watch:
             self._versions,
             self._addresses,
             self._contents,
-            self._regularizers,
         ]
         self._names: list[Sequence[Any]] = []  # the keys of each place of `_values`
         self._held: list[tuple[Any, Any]] = []  # the key and the object of each place of `_objects`
@@ -150,10 +167,20 @@ class Watch:
             self._nbytes += array.nbytes
             self._contents.add(array, what)
 
-    def regularizer(self, variable: Any, what: str) -> None:
-        """The regularizer of a variable."""
+    def attribute_of_many(self, owner: Any, name: str, what: str) -> None:
+        """An attribute that many objects have, by `==`. Compared faster than by `attribute`, and not restored."""
         if self._has_room(1, what):
-            self._regularizers.add(variable, what)
+            places = self._of_many.get(name)
+            if places is None:
+                read = attrgetter(name)
+                places = self._of_many[name] = _Places(lambda sources: list(map(read, sources)))
+                self._kinds.append(places)
+            places.add(owner, what)
+
+    def answer(self, ask: Callable[[], Any], what: str, mark: Callable[[], Any] | None = None) -> None:
+        """What a function gives, by `==`; not restored. Where there is a `mark`, it is asked only if that has moved."""
+        if self._has_room(1, what):
+            self._answers.add(ask if mark is None else _Renewed(ask, mark), what)
 
     def _has_room(self, count: int, what: str) -> bool:
         self._count += count

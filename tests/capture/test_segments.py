@@ -144,11 +144,11 @@ def test_steps_in_segments_on_virtual_devices_tell_each_bucket_once_and_give_wha
     told = []
     replay = capture_trace.Captured.replay
 
-    def noted(self, mapping, gradients, batch, context):
-        mine = []
+    def noted(self, replica, batch, context):
+        mine, gradients = [], replica.gradients
         context.ready = lambda bucket: mine.append((bucket, [gradients[i].clone() for i in members[bucket]]))
-        members = self._program.gradient_buckets
-        outcome = replay(self, mapping, gradients, batch, context)
+        members = [bucket.arrays for bucket in replica.gradient_buffers.buckets()]
+        outcome = replay(self, replica, batch, context)
         told.append(mine)
         for bucket, values in mine:  # nothing has been written to a bucket after it was complete
             assert all(torch.equal(a, gradients[i]) for a, i in zip(values, members[bucket], strict=True))

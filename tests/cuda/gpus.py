@@ -52,7 +52,8 @@ class Gpus:
             graphs = "fastdp.capture.cuda_graphs"
             monkeypatch.setattr(importlib.import_module(f"{graphs}.recorder"), "TorchGraphs", self.graphs_of)
             recording = importlib.import_module(f"{graphs}.recording").Recording
-            monkeypatch.setattr(recording, "replay_whole", self._replaying(recording.replay_whole))
+            replay = recording.replay_in_step_graph
+            monkeypatch.setattr(recording, "replay_in_step_graph", self._replaying(replay))
         for name in ("train", "predict", "update"):
             monkeypatch.setattr(Replica, name, self._touching(getattr(Replica, name), name))
 

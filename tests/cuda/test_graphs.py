@@ -42,13 +42,13 @@ def test_each_bucket_is_told_once_when_its_graph_has_been_launched(gpus, small_b
     told = []
     replay = capture_trace.Captured.replay
 
-    def noted(self, mapping, gradients, batch, context):
-        mine = []
-        members = self._program.gradient_buckets
+    def noted(self, replica, batch, context):
+        mine, gradients = [], replica.gradients
+        members = [bucket.arrays for bucket in replica.gradient_buffers.buckets()]
         context.ready = lambda bucket: mine.append((bucket, [gradients[i].clone() for i in members[bucket]]))
         for gradient in gradients:
             gradient.fill_(float("nan"))
-        outcome = replay(self, mapping, gradients, batch, context)
+        outcome = replay(self, replica, batch, context)
         assert sorted(bucket for bucket, _ in mine) == list(range(len(members)))
         for bucket, values in mine:
             assert all(torch.equal(a, gradients[i]) for a, i in zip(values, members[bucket], strict=True))

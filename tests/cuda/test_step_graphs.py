@@ -20,7 +20,7 @@ from small_buckets import make_buckets_small
 
 import fastdp.comm.cuda.algorithm
 from fastdp.capture.cuda_graphs import recorder, recording
-from fastdp.capture.cuda_graphs.step_graphs import JoinedSteps
+from fastdp.capture.cuda_graphs.step_graphs import StepGraphJoiner
 from fastdp.engine.replicas import Replica
 from fastdp.errors import DeviceTimeoutError, ReplicaError
 
@@ -256,7 +256,7 @@ def test_gradients_that_are_added_up_in_host_memory_and_replicas_that_span_devic
     assert whole.why_not(["nccl", "one-shot"]) == ""
     assert whole.why_not(["nccl", "host"]) == "gradients are added up in host memory"
     one = recorder.Recorder("model", threading.Lock, parts=True)
-    assert JoinedSteps(one, spans=True).consider([], {}) == "a replica spans several devices"
+    assert StepGraphJoiner(one, spans=True).consider([], {}) == "a replica spans several devices"
 
 
 @pytest.mark.parametrize(

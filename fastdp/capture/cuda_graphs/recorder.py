@@ -9,6 +9,9 @@ from typing import Any
 
 from fastdp.capture.cuda_graphs.recording import Graphs, Recording, TorchGraphs
 from fastdp.capture.faults import Attempt
+from fastdp.capture.pure_step import ReplicaTensors
+from fastdp.capture.trace import Captured
+from fastdp.comm.context import Context
 from fastdp.options import Options
 from fastdp.runtime.queue import QueueDevice
 from fastdp.warn import warn_user
@@ -56,7 +59,7 @@ class Recorder:
         self._recorded: defaultdict[int, weakref.WeakSet[Recording]] = defaultdict(weakref.WeakSet)
         self._refused = ""
 
-    def consider(self, captured: Any, state: Any, batch: Sequence[Any], context: Any) -> str:
+    def consider(self, captured: Captured[Any], replica: ReplicaTensors, batch: Sequence[Any], context: Context) -> str:
         """Record a captured step on the replica of `context` if it is not yet, and may be.
 
         On the host thread, between steps. What cannot be recorded is told by a warning, and nothing is recorded from
@@ -71,11 +74,11 @@ class Recorder:
         rank = context.rank
         if rank in captured.recordings:
             return ""
-        if self._refused or state.device.unsettled:  # a failed step may have left work behind: the next one cleans up
+        if self._refused or replica.device.unsettled:  # a failed step may have left work behind: the next one cleans up
             return self._refused
         if len(self._recorded[rank]) >= MOST_RECORDED:
             return f"no CUDA graph: {MOST_RECORDED} other shapes are recorded"
-        failure = self._record(captured, state, batch, context)
+        failure = self._record(captured, replica, batch, context)
         if failure:
             captured.recordings = {}
             self._refused = f"no CUDA graph: {failure}"
@@ -85,16 +88,16 @@ class Recorder:
             self._recorded[rank].add(captured.recordings[rank])
         return self._refused
 
-    def _record(self, captured: Any, state: Any, batch: Sequence[Any], context: Any) -> str:
+    def _record(self, captured: Captured[Any], replica: ReplicaTensors, batch: Sequence[Any], context: Context) -> str:
         """Record on the replica's worker, and wait; why it failed, if it did."""
         attempt = Attempt()
-        device, rank = state.device, context.rank
+        device, rank = replica.device, context.rank
 
         def work() -> None:
             with attempt:
                 if rank not in self._graphs:
                     self._graphs[rank] = TorchGraphs(device, self.parts)
-                captured.record(self._graphs[rank], state, batch, context)
+                captured.record(self._graphs[rank], replica, batch, context)
 
         with self.alone():
             device.compute.enqueue(work)

@@ -95,8 +95,8 @@ class Recording:
         inputs: rows and draws, with values to warm up on: memory that the recording keeps.
         buffers: the replica's gradients that the step writes, where they stay.
 
-    `whole` is for `fastdp.capture.cuda_graphs.step_graphs`: the graphs that this recording is a part of, with those of
-    the other replicas.
+    `step_graph` is for `fastdp.capture.cuda_graphs.step_graphs`: the graphs that this recording is a part of, with
+    those of the other replicas.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Recording:
         buffers: list[torch.Tensor],
     ) -> None:
         began, before = time.perf_counter(), graphs.nbytes
-        self.whole: Any = None
+        self.step_graph: Any = None
         self._inputs = inputs
         self._kept = variables, buffers  # the graphs hold their addresses
         arguments = [*variables, *inputs, *buffers]
@@ -134,7 +134,7 @@ class Recording:
                 ready(bucket)
         return self._results
 
-    def replay_whole(self, inputs: Tensors, launch: Callable[[], None]) -> Tensors:
+    def replay_in_step_graph(self, inputs: Tensors, launch: Callable[[], None]) -> Tensors:
         """As `replay`, where `launch()` launches all of its graphs at once, and the collectives of its buckets."""
         self._stage(inputs)
         launch()

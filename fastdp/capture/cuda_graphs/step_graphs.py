@@ -2,7 +2,7 @@
 
 Each replica's step has been recorded by itself (`fastdp.capture.cuda_graphs.recording`), in segments that end where a
 bucket of gradients is complete. `fastdp.comm.cuda.step_graph.build` puts them together with the collectives. The
-recordings stay as they are: a step that is not one for the whole graphs replays them, and reduces eagerly.
+recordings stay as they are: a step that is not one for the step graphs replays them, and reduces eagerly.
 """
 
 from __future__ import annotations
@@ -14,26 +14,27 @@ from typing import Any
 from fastdp.capture.cuda_graphs.recorder import Recorder
 from fastdp.capture.cuda_graphs.recording import Recording
 from fastdp.capture.faults import Attempt
+from fastdp.capture.pure_step import ReplicaTensors
 from fastdp.comm.select import communicator
 from fastdp.errors import DeviceTimeoutError
 from fastdp.warn import warn_user
 
 
 @dataclass(slots=True)
-class Whole:
-    """What the replicas of one step launch: `step` has the graphs (`fastdp.comm.cuda.step_graph.graph.StepGraph`), and
+class RecordedStepGraph:
+    """What the replicas of one step launch: `graph` has all ranks' (`fastdp.comm.cuda.step_graph.graph.StepGraph`), and
     `recordings` the memory in which they find rows and draws and leave results, in the order of the ranks."""
 
-    step: Any
+    graph: Any
     recordings: list[Recording]
 
     def begin(self) -> Any:
         """The reduction of one step that runs so."""
-        return self.step.begin()
+        return self.graph.begin()
 
 
-class JoinedSteps:
-    """The whole steps of a program.
+class StepGraphJoiner:
+    """The step graphs of a model.
 
     Args:
         recorder: who has recorded, or is going to record, the replicas' parts.
@@ -44,14 +45,14 @@ class JoinedSteps:
         self._recorder = recorder
         self._refused = "a replica spans several devices" if spans else ""
 
-    def consider(self, recordings: Sequence[Recording | None], states: Mapping[int, Any]) -> str:
+    def consider(self, recordings: Sequence[Recording | None], replicas: Mapping[int, ReplicaTensors]) -> str:
         """Join the recordings of a step's replicas if they are not yet, and may be.
 
         On the host thread, between steps. What cannot be joined is told by a warning, and nothing is from then on.
 
         Args:
             recordings: in the order of the ranks; None where a replica has none.
-            states: those of all replicas, by rank.
+            replicas: all of them, by rank.
 
         Returns:
             Why they are not joined; empty where they are.
@@ -62,23 +63,23 @@ class JoinedSteps:
         if self._refused:
             return self._refused
         found = [recording for recording in recordings if recording is not None]
-        if len(found) < len(states):
-            few = len(recordings) < len(states)
+        if len(found) < len(replicas):
+            few = len(recordings) < len(replicas)
             return "fewer rows than devices" if few else "not all replicas are recorded"
         if len(found) == 1 or self.find(recordings) is not None:  # a single replica's graph has all of its step
             return ""
-        replicas = [states[rank] for rank in range(len(states))]
-        if any(state.device.unsettled for state in replicas):
+        ranked = [replicas[rank] for rank in range(len(replicas))]
+        if any(replica.device.unsettled for replica in ranked):
             return "a step has failed"
-        devices = [state.device for state in replicas]
-        targets = [state.arrivals.flat for state in replicas]
+        devices = [replica.device for replica in ranked]
+        targets = [replica.gradient_buffers for replica in ranked]
         buckets = targets[0].buckets()
         with self._recorder.alone(), Attempt() as attempt:
             collectives: Any = communicator(devices)
             self._refused = collectives.why_not_whole(buckets)
             if not self._refused:
                 parts = [recording.parts for recording in found]
-                step = collectives.whole_step(targets, buckets, parts, self._recorder.timeout)
+                graph = collectives.whole_step(targets, buckets, parts, self._recorder.timeout)
         if isinstance(attempt.error, DeviceTimeoutError):
             raise attempt.error  # work that does not end is on the devices
         self._refused = self._refused or attempt.why
@@ -89,14 +90,14 @@ class JoinedSteps:
             )
             return self._refused
         for recording in found:
-            recording.whole = step
+            recording.step_graph = graph
         return ""
 
     @staticmethod
-    def find(recordings: Sequence[Recording | None]) -> Whole | None:
+    def find(recordings: Sequence[Recording | None]) -> RecordedStepGraph | None:
         """The graphs that these recordings, of all replicas, are parts of; None where they are not."""
         found = [recording for recording in recordings if recording is not None]
-        step = found[0].whole if found else None
-        if step is None or step.broken or step.size != len(recordings):
+        graph = found[0].step_graph if found else None
+        if graph is None or graph.broken or graph.size != len(recordings):
             return None
-        return Whole(step, found) if all(recording.whole is step for recording in found) else None
+        return RecordedStepGraph(graph, found) if all(recording.step_graph is graph for recording in found) else None

@@ -15,9 +15,11 @@ from fastdp.engine.step_scope import alone
 from fastdp.keras.steps.custom import has_own
 from fastdp.keras.steps.layer_calls import LayerCalls
 from fastdp.options import Options
+from fastdp.program.keras.capture.pure_step import KerasPureStep
 from fastdp.program.keras.layer_calls import CallProgram
 from fastdp.program.keras.optimizer.slots import optimizer_of
 from fastdp.program.keras.rows.policy import Policy
+from fastdp.program.keras.step_sums import StepSums
 from fastdp.runtime.queue import QueueDevice
 
 
@@ -96,8 +98,9 @@ class ModelEngine:
             if self._capture_mode is not None and program.optimizer is not None and not program.own_train_step:
                 parts = self._graphs == "step"
                 recorder = Recorder(self.template.name, alone, parts=parts) if self._graphs else None
-                program.captures = Captures(
-                    program, self._capture_mode, len(self.devices), recorder, alone, self._options.deterministic
+                step = KerasPureStep(program)
+                program.capture_by(
+                    Captures(step, self._capture_mode, len(self.devices), recorder, alone, self._options.deterministic)
                 )
             return DataParallel(program, self.devices, options=self._options)
 
@@ -163,7 +166,7 @@ class ModelEngine:
         self._capture_mode = mode
 
     @property
-    def captures(self) -> Captures | None:
+    def captures(self) -> Captures[StepSums] | None:
         """The captured steps of the present engine."""
         program: Any = self._engine.program if self._engine is not None else None
         return program.captures if program is not None else None

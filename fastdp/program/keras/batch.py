@@ -42,6 +42,16 @@ class Structure:
             tensors.append(None if array is None or place < skipped else as_tensor(array, dtype))
         return tuple(tensors) if self.nest == _PLAIN else pack_like(self.nest, tensors)
 
+    def tensors(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """The arrays as tensors that share their memory, as flat as they are."""
+        dtypes = [dtype for dtype in self.dtypes if dtype is not None]
+        return [as_tensor(array, dtype) for array, dtype in zip(arrays, dtypes, strict=True)]
+
+    def nested(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """Such tensors in the nest."""
+        leaves = iter(tensors)
+        return pack_like(self.nest, [None if dtype is None else next(leaves) for dtype in self.dtypes])
+
 
 def pack_like(nest: Any, leaves: Sequence[Any]) -> Any:
     """Leaves, as `keras.tree.flatten` gives them, in the nest again.

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
+from fastdp.capture.steps import Captures
 from fastdp.comm.context import Context
 from fastdp.errors import NotCapturable
 from fastdp.program.base import Result, Totals
@@ -94,9 +95,7 @@ class KerasProgram:
         self.forward_effects = ModelEffects(*about, self.effects.sites, training=False, policy=policy)
         self.loss = TrainingLoss(model, trainer, optimizer, self.effects)
         self._adopted: list[AdoptedVariables] = []
-        self.captures: Any = None
-        # For captured steps: which gradients lie in which of the engine's buckets, and the replicas that are there.
-        self.gradient_buckets: list[tuple[int, ...]] = []
+        self._captures: Captures[StepSums] | None = None
         self.states: weakref.WeakValueDictionary[int, ReplicaState] = weakref.WeakValueDictionary()
         self._groups: Sequence[Sequence[QueueDevice]] | None = getattr(trainer, "device_groups", None)
         self._writes_to_inputs = writes_to_inputs(model)
@@ -160,7 +159,7 @@ class KerasProgram:
     def bind(self, memory: Memory, device: QueueDevice, rank: int) -> ReplicaState:
         """A replica's tensors over its memory."""
         variables = tensors_of(memory.variables)
-        positions = [self._index[id(v)] for v in self.trainable]
+        positions = self.trained
         leaves = [variables[i].detach().requires_grad_() for i in positions]
         mapping = list(zip(self.variables, variables, strict=True))
         for i, leaf in zip(positions, leaves, strict=True):
@@ -172,7 +171,6 @@ class KerasProgram:
         arrivals.hook(leaves)
         slots = tensors_of(memory.slots)
         state = ReplicaState(device, variables, slots, gradients, leaves, mapping, update, arrivals)
-        self.gradient_buckets = [bucket.arrays for bucket in memory.gradients.buckets()]
         self.states[rank] = state
         return state
 
@@ -195,12 +193,21 @@ class KerasProgram:
 
     # The step.
 
+    @property
+    def captures(self) -> Captures[StepSums] | None:
+        """The captured steps; None where all steps run eagerly."""
+        return self._captures
+
+    def capture_by(self, captures: Captures[StepSums]) -> None:
+        """Let training steps be those that are captured here, of this program, where there is one."""
+        self._captures = captures
+
     def train(self, state: ReplicaState, batch: list[np.ndarray], context: Context) -> Result:
         """Forward, this replica's contribution to the loss, and its gradient."""
-        captured = self.captures.find(batch, context) if self.captures is not None else None
+        captured = self._captures.find(batch, context) if self._captures is not None else None
         with RowsNamed(self, batch, context, state.mapping, trains=True):
             if captured is not None:
-                outcome = captured.replay(state.mapping, state.gradients, batch, context)  # writes the gradients
+                outcome = captured.replay(state, batch, context)  # writes the gradients
                 unused = frozenset(i for i, gradient in enumerate(outcome.gradients) if gradient is None)
             else:
                 # Where a replica spans devices, backward goes call by call: gradients come in parts, from several
@@ -214,7 +221,7 @@ class KerasProgram:
 
     def whole_step(self, batches: Sequence[list[np.ndarray]], contexts: Sequence[Context], why_not: str) -> Any:
         """The graphs of a step on these rows that hold its collectives too; None where it has none."""
-        return self.captures.whole_step(batches, contexts, why_not) if self.captures is not None else None
+        return self._captures.step_graph(batches, contexts, why_not) if self._captures is not None else None
 
     def predict(self, state: ReplicaState, batch: list[np.ndarray], context: Context) -> Result:
         """Forward only. The sums are the contributions of `add_loss` terms, then those of assigned variables."""
@@ -339,6 +346,11 @@ class KerasProgram:
     ) -> list[torch.Tensor]:
         """This replica's contributions to the `add_loss` terms."""
         return (effects or self.effects).contributions(losses, context)
+
+    @property
+    def trained(self) -> list[int]:
+        """The numbers of the trainable variables."""
+        return [self._index[id(v)] for v in self.trainable]
 
     @property
     def is_regularized(self) -> bool:

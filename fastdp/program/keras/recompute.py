@@ -27,8 +27,9 @@ import torch
 from keras.src.backend.common import global_state
 from torch.utils import checkpoint
 
+from fastdp.capture.pure_step import Draws
 from fastdp.comm.rendezvous import Rendezvous
-from fastdp.program.keras.replica import Draws, ReplicaContext, keras_device, replica_scope, running
+from fastdp.program.keras.replica import ReplicaContext, keras_device, replica_scope, running
 from fastdp.program.keras.variables import Mapping, ReplicaScope
 
 

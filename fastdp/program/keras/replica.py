@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import keras
 import torch
 
+from fastdp.capture.pure_step import Draws
 from fastdp.comm.context import Context
 from fastdp.errors import NotCapturable
 from fastdp.program.keras.random import torch_draws
@@ -92,13 +93,6 @@ class ReplicaContext:
         """
         if self.draws is not None:
             raise NotCapturable(what)
-
-
-class Draws(Protocol):
-    """Who decides about random draws while a step is captured."""
-
-    def take(self, draw: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The outcome of `draw()`, or what stands for it."""
 
 
 def running() -> ReplicaContext | None:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import keras
 import numpy as np
 import torch
 
+from fastdp.errors import NotCapturable
 from fastdp.program.keras.batch import OutputStructure
 from fastdp.program.keras.batch_norm import moved_statistics, statistics
 from fastdp.program.keras.plain_outputs import check_same
@@ -225,3 +227,37 @@ class StepSums:
     structure: OutputStructure | None
     effects: SideEffects
     added: int = 0
+
+    def flatten(self) -> tuple[list[torch.Tensor], StepSumsForm]:
+        """The tensors beside the gradients, in the order that `StepSumsForm.filled` takes them in, and the rest.
+
+        Raises:
+            NotCapturable: outputs that are no tensors.
+        """
+        if self.structure is not None and any(value is not None for _, value in self.structure.plain):
+            raise NotCapturable("outputs that are no tensors, which may be others in each call")
+        counts = len(self.terms), len(self.outputs)
+        form = StepSumsForm(*counts, self.structure, self.effects.form(), self.added)
+        return [*self.terms, *self.outputs, *self.effects.tensors()], form
+
+
+@dataclass(slots=True)
+class StepSumsForm:
+    """What a step gives, without its tensors: of a step that is captured."""
+
+    terms: int
+    outputs: int
+    structure: OutputStructure | None
+    effects: EffectsForm
+    added: int
+
+    def filled(
+        self,
+        gradients: Sequence[torch.Tensor | None],
+        values: Iterator[torch.Tensor],
+        moved: Sequence[tuple[int, torch.Tensor]],
+    ) -> StepSums:
+        """With these gradients and values, and the states of the seed generators that were moved outside."""
+        terms = list(islice(values, self.terms))
+        outputs = list(islice(values, self.outputs))
+        return StepSums(gradients, terms, outputs, self.structure, self.effects.filled(values, moved), self.added)

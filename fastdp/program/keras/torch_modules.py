@@ -13,8 +13,8 @@ import keras
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdp.capture.reach import Reach
 from fastdp.capture.watch import Watch
+from fastdp.program.keras.capture.reach import reach_of
 from fastdp.program.keras.replica import running
 from fastdp.program.keras.rows.effects import NotByRowsError
 
@@ -49,7 +49,7 @@ def _structure(layer: Any) -> torch.nn.Module:
         known = _structures.get(layer)
         if known is None or known[0].changed():
             watch = Watch()
-            Reach(watch, layer.variables, set()).walk(layer.module, layer.name)
+            reach_of(watch, layer.variables).walk(layer.module, layer.name)
             known = _structures[layer] = watch, {}
     copies, thread = known[1], threading.get_ident()
     if thread not in copies:

@@ -77,6 +77,11 @@ class ReplicaState:
     flat_update: Any
     arrivals: GradientBuckets
 
+    @property
+    def gradient_buffers(self) -> FlatBuffers:
+        """The flat buffers of which `gradients` are views."""
+        return self.arrivals.flat
+
 
 class ReplicaScope(keras.StatelessScope):
     """A stateless scope over a replica's tensors.

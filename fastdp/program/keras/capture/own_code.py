@@ -1,4 +1,4 @@
-"""Finds the code of the user's that a training step runs: nobody can tell all that it reads."""
+"""Finds the code of the user's that a step of a Keras model runs: nobody can tell all that it reads."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 import keras
 from torch.nn.modules import module as torch_module
 
+from fastdp.program.keras.program import KerasProgram
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of each layer
 
 
-def own_code(program: Any) -> str:
+def own_code(program: KerasProgram) -> str:
     """What of a training step is code of the user's, in words; empty where all of it is Keras's."""
     model = program.model
     for layer in model._flatten_layers():

@@ -1,0 +1,54 @@
+"""Lists what a trace of a Keras model's step has read: layers, losses, hooks, and Keras's settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
+
+from fastdp.capture.watch import Watch
+from fastdp.program.keras import patches
+from fastdp.program.keras.capture.own_code import HOOKS
+from fastdp.program.keras.capture.reach import reach_of
+from fastdp.program.keras.program import KerasProgram
+
+
+def watch_step(watch: Watch, program: KerasProgram) -> None:
+    """Add all that a training step of a program reads beside its variables and its batch."""
+    layers, trainer = program.model._flatten_layers(), program.trainer
+    watch.answer(keras.config.floatx, "keras.config.floatx()")
+    watch.answer(keras.config.epsilon, "keras.config.epsilon()")
+    watch.answer(keras.config.image_data_format, "keras.config.image_data_format()")
+    watch.size(torch_module._global_forward_hooks, "global forward hooks")
+    watch.size(torch_module._global_forward_pre_hooks, "global forward hooks")
+    reach = reach_of(watch, program.variables, _patched())
+    for layer in layers:
+        reach.walk(layer, layer.name)
+    for variable in program.trainable:
+        reach.walk(variable, variable.path)
+    watch.attribute(trainer, "_compile_loss", "the compiled loss", by_value=False)
+    reach.walk(trainer._compile_loss, "loss")
+    if program.optimizer is not None:
+        watch.values(vars(program.optimizer), ["loss_scale_factor"], program.optimizer.name)
+    # Those that may come: looked for where a hook of whatever object has been registered.
+    watch.answer(lambda: _hooks(program.model), "a hook of a layer", lambda: RemovableHandle.next_id)
+    for layer in layers:
+        for name in HOOKS:
+            hooks = getattr(layer, name)
+            if hooks:  # where there is none, none can be removed
+                reach.walk(hooks, f"a hook of {layer.name}")
+                watch.values(vars(layer), [name], layer.name)
+
+
+def _hooks(model: keras.Model) -> list[list[Any]]:
+    """The hooks of all layers."""
+    layers = model._flatten_layers()
+    return [list(hooks.values()) for layer in layers for name in HOOKS if (hooks := getattr(layer, name))]
+
+
+def _patched() -> frozenset[tuple[Any, str]]:
+    """The functions of Keras that are others while replicas run: that is no change."""
+    with patches.replica_aware():
+        return frozenset((owner, name) for owner, name, _ in patches._originals)

@@ -1,0 +1,145 @@
+"""`KerasPureStep`: the training step of a Keras program as captured steps ask for it."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import keras
+import torch
+
+from fastdp.capture.pure_step import Draw, Draws, Moved
+from fastdp.capture.watch import Watch
+from fastdp.comm.context import Context
+from fastdp.errors import NotCapturable
+from fastdp.program.keras.capture.guard import watch_step
+from fastdp.program.keras.capture.own_code import own_code
+from fastdp.program.keras.patches import replica_aware
+from fastdp.program.keras.program import KerasProgram
+from fastdp.program.keras.replica import keras_device, replica_scope
+from fastdp.program.keras.step_sums import StepSums, StepSumsForm
+from fastdp.program.keras.variables import ReplicaScope, ReplicaState
+
+
+class KerasPureStep:
+    """As `PureStep`, whose outcome is `StepSums`.
+
+    Args:
+        program: whose step.
+    """
+
+    def __init__(self, program: KerasProgram) -> None:
+        self._program = program
+
+    @property
+    def name(self) -> str:
+        """As `PureStep.name`."""
+        return str(self._program.model.name)
+
+    @property
+    def variables(self) -> list[torch.Tensor]:
+        """As `PureStep.variables`."""
+        return [variable.value.detach() for variable in self._program.variables]
+
+    @property
+    def trained(self) -> list[int]:
+        """As `PureStep.trained`."""
+        return self._program.trained
+
+    @property
+    def replicas(self) -> Mapping[int, ReplicaState]:
+        """As `PureStep.replicas`."""
+        return self._program.states
+
+    @property
+    def most_replicas(self) -> int:
+        """As `PureStep.most_replicas`."""
+        return self._program.most_replicas
+
+    @property
+    def spans_devices(self) -> bool:
+        """As `PureStep.spans_devices`."""
+        return self._program.spans_devices
+
+    def why_never(self) -> str:
+        """As `PureStep.why_never`."""
+        program = self._program
+        normalizes = any(isinstance(one, keras.layers.BatchNormalization) for one in program.model._flatten_layers())
+        if program.sync_batch_norm and normalizes:
+            return "sync_batch_norm: replicas exchange moments in the middle of a step"
+        if isinstance(program.optimizer, keras.optimizers.LossScaleOptimizer):
+            return "loss scaling: the scale changes from step to step"
+        return ""
+
+    def own_code(self) -> str:
+        """As `PureStep.own_code`."""
+        return own_code(self._program)
+
+    def prepare(self) -> None:
+        """As `PureStep.prepare`: how the loss is computed."""
+        self._program.prepare_loss()
+
+    def key(self, context: Context) -> tuple[bool, Any]:
+        """As `PureStep.key`. The first replica counts regularizers, and NumPy does not know all dtypes of the batch."""
+        return context.rank == 0 and self._program.is_regularized, context.structure.dtypes
+
+    def rows(self, batch: Sequence[Any], context: Context) -> list[torch.Tensor]:
+        """As `PureStep.rows`."""
+        return [tensor.contiguous() for tensor in context.structure.tensors(batch)]
+
+    def compute(
+        self, variables: Sequence[torch.Tensor], rows: Sequence[torch.Tensor], context: Context, draws: Draws
+    ) -> StepSums:
+        """As `PureStep.compute`."""
+        program = self._program
+        run = program.running_replica(context)
+        run.draws = draws
+        mapping = list(zip(program.variables, variables, strict=True))
+        return program.compute(mapping, context.structure.nested(rows), run)
+
+    def flatten(self, outcome: StepSums) -> tuple[list[torch.Tensor], StepSumsForm]:
+        """As `PureStep.flatten`."""
+        program = self._program
+        if any(id(program.variables[i]) in program.effects.seeds for i, _ in outcome.effects.assigned):
+            raise NotCapturable("a seed generator that the model reads itself")
+        return outcome.flatten()
+
+    def draw(
+        self, draws: Sequence[Draw], variables: Sequence[torch.Tensor], context: Context
+    ) -> tuple[list[torch.Tensor], Moved]:
+        """As `PureStep.draw`."""
+        mapping = list(zip(self._program.variables, variables, strict=True))
+        run = self._program.running_replica(context)
+        with keras_device(context.device), replica_scope(run), ReplicaScope(mapping, set()) as scope:
+            outcomes = [draw().contiguous() for draw in draws]
+        return outcomes, scope.assigned(mapping)
+
+    @contextmanager
+    def tracing(self) -> Iterator[None]:
+        """As `PureStep.tracing`. Meanwhile Keras leaves tracebacks and errors as they are."""
+        filtering = keras.config.is_traceback_filtering_enabled()
+        keras.config.disable_traceback_filtering()
+        try:
+            with replica_aware():
+                yield
+        except NotCapturable as error:
+            cause = error.__cause__
+            place = _place(error.__traceback__) or (_place(cause.__traceback__) if cause is not None else "")
+            raise NotCapturable(f"{error}{place}") from error
+        finally:
+            if filtering:
+                keras.config.enable_traceback_filtering()
+
+    def watch(self, watch: Watch) -> None:
+        """As `PureStep.watch`."""
+        watch_step(watch, self._program)
+
+
+def _place(trace: TracebackType | None) -> str:
+    """The innermost layer in a traceback, as the end of a sentence."""
+    layers = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(trace)]
+    found = [layer for layer in layers if isinstance(layer, keras.layers.Layer) and not isinstance(layer, keras.Model)]
+    return f", in the layer {found[-1].name!r} ({type(found[-1]).__name__})" if found else ""
