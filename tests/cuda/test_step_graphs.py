@@ -314,7 +314,7 @@ def failing(box, rank, error):
     replica = {}
 
     def staged(self, inputs):
-        if self.whole is not None and threading.current_thread().name.endswith(f":{rank}"):
+        if self.step_graph is not None and threading.current_thread().name.endswith(f":{rank}"):
             replica["failed"] = True
             raise error
         stage(self, inputs)
