@@ -12,7 +12,7 @@ from keras.src.backend import in_stateless_scope
 from keras.src.backend.common import global_state
 from keras.src.backend.common.variables import initialize_all_variables
 
-from fastdp.buffers import Allocator
+from fastdp.buffers import Allocator, FlatBuffers
 from fastdp.program.keras.rows.effects import NotByRowsError
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.adopted import Adopted, Homes
