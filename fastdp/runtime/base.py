@@ -1,12 +1,12 @@
 """The interface of a device and of what it works with.
 
-A device runs work on *streams*. Work on one stream runs in order. Streams run independently, and are
-ordered against each other by *events* alone: `stream.record()` gives an event that completes when all
-work enqueued so far has, and `other.wait(event)` holds back what is enqueued on `other` afterwards.
+A device runs work on *streams*. Work on one stream runs in order. Streams run independently; only *events*
+order them against each other: `stream.record()` returns an event that completes when all work enqueued so
+far has, and `other.wait(event)` holds back work that is enqueued on `other` afterwards.
 
-A failure travels the same way. Once some work on a stream has raised, the stream skips what follows it,
-and every event recorded on it carries the exception to whoever waits, so that nothing downstream of a
-failure ever runs. `recover()` clears the stream when the caller has dealt with it.
+A failure propagates the same way. Once work on a stream has raised, the stream skips the rest, and every
+event recorded on it carries the exception to its waiters, so nothing downstream of a failure ever runs.
+`recover()` clears the stream when the caller has handled the failure.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Event(Protocol):
 
     @property
     def error(self) -> BaseException | None:
-        """What went wrong before this event, if anything did."""
+        """The exception raised by work before this event, if any."""
 
     def synchronize(self, timeout: float | None = None) -> None:
-        """Block the host until the event is done; re-raise the error that it carries."""
+        """Block the host until the event is done; re-raise the error it carries."""
 
     def finish(self, timeout: float | None = None) -> None:
-        """Block the host until the event is done; the error stays with the event."""
+        """Block the host until the event is done; do not raise the error it carries."""
 
 
 class Stream(Protocol):
@@ -50,7 +50,7 @@ class Stream(Protocol):
         """Hold back everything enqueued from now on until `event` is done."""
 
     def recover(self) -> None:
-        """Forget a failure. Only when the stream has nothing left to run."""
+        """Clear a failure. Call it only when the stream has nothing left to run."""
 
 
 class Device(Protocol):

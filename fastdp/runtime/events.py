@@ -13,8 +13,8 @@ from fastdp.errors import DeviceTimeoutError
 class QueueEvent:
     """A point in a stream's work; issued exactly once, with or without an error.
 
-    Issued means that the worker has come to it. Where the work itself runs there, it is then done too;
-    a device whose worker only issues work to a GPU has events of its own class, which say more.
+    An event is issued when the worker has reached it. If the worker also runs the work, the event is then done. If the
+    worker only issues work to a GPU, the device uses its own event class, which tells the two apart.
     """
 
     __slots__ = ("_issued", "_lock", "_wakes", "error", "parts")
@@ -24,12 +24,12 @@ class QueueEvent:
         self._lock = threading.Lock()
         self._wakes: list[Callable[[], object]] = []
         self.error: BaseException | None = None
-        # What of a GPU's is still to be done after this event is issued: of joint events.
+        # For joint events: GPU events that may still be pending after this event is issued.
         self.parts: tuple[QueueEvent, ...] = ()
 
     @property
     def issued(self) -> bool:
-        """True once the worker has come to the event."""
+        """True once the worker has reached the event."""
         return self._issued
 
     @property
@@ -38,11 +38,11 @@ class QueueEvent:
         return self._issued and all(part.done for part in self.parts)
 
     def leaves(self) -> tuple[QueueEvent, ...]:
-        """The events of GPUs that this one stands for."""
+        """The GPU events that this one combines."""
         return self.parts
 
     def complete(self, error: BaseException | None = None) -> None:
-        """Mark the event issued and wake those who wait for it. Only the first call counts."""
+        """Mark the event issued and wake its waiters. Only the first call counts."""
         with self._lock:
             if self._issued:
                 return
@@ -53,14 +53,14 @@ class QueueEvent:
             wake()
 
     def notify(self, wake: Callable[[], object]) -> bool:
-        """Have `wake()` called, by whoever completes the event. False, and no call, if it is issued already."""
+        """Have the thread that completes the event call `wake()`. Returns False, without a call, if already issued."""
         with self._lock:
             if not self._issued:
                 self._wakes.append(wake)
             return not self._issued
 
     def synchronize(self, timeout: float | None = None) -> None:
-        """Block until done, then raise the error that the event carries, if any.
+        """Block until done, then raise the error the event carries, if any.
 
         Raises:
             DeviceTimeoutError: not done within `timeout` seconds.
@@ -70,14 +70,14 @@ class QueueEvent:
             raise self.error
 
     def finish(self, timeout: float | None = None) -> None:
-        """Block until done, and leave the error, if any, to the caller."""
+        """Block until done, without raising the error the event may carry."""
         deadline = None if timeout is None else time.monotonic() + timeout
         self.wait_issued(timeout)
         for part in self.parts:
             part.finish(None if deadline is None else deadline - time.monotonic())
 
     def wait_issued(self, timeout: float | None = None) -> None:
-        """Block until the worker has come to the event."""
+        """Block until the worker has reached the event."""
         gate = threading.Lock()
         gate.acquire()
         if not self.notify(gate.release):
@@ -87,12 +87,12 @@ class QueueEvent:
             raise DeviceTimeoutError(f"A device was not done with its work within timeout={timeout} seconds.")
 
 
-# What this thread is about to complete, where it is in the middle of doing so; whether it is a worker.
+# Thread state: `pending`, the events that this thread is completing; `worker`, whether it is a worker.
 here = threading.local()
 
 
 def complete_all(events: list[tuple[QueueEvent, BaseException | None]]) -> None:
-    """Complete events one after the other, with those that become ready by it: a chain of any length needs no stack."""
+    """Complete events in a loop, including those that become ready by it, so that a long chain does not recurse."""
     pending = getattr(here, "pending", None)
     if pending is not None:
         pending.extend(events)
@@ -107,7 +107,7 @@ def complete_all(events: list[tuple[QueueEvent, BaseException | None]]) -> None:
 
 
 def joined(events: Sequence[QueueEvent]) -> QueueEvent:
-    """An event that is issued when all of `events` are, and done when they are, with the first error in their order.
+    """An event that is issued and done when all of `events` are, and carries the first error in their order.
 
     N streams that wait for N others wait for one joint event: N + N links instead of N x N.
     """
@@ -116,7 +116,7 @@ def joined(events: Sequence[QueueEvent]) -> QueueEvent:
     left = [None] * (len(events) + 1)
 
     def arrive() -> None:
-        left.pop()  # without a lock: two may find that none is left, and the first call of `complete` counts
+        left.pop()  # no lock needed: two threads may both find `left` empty, but only the first `complete` counts
         if not left:
             joint.complete(next((event.error for event in events if event.error is not None), None))
 

@@ -1,15 +1,15 @@
 """Queues of work, one worker thread per device, with the ordering rules of CUDA streams.
 
-The worker takes, among its device's streams, any whose next item may run; an item behind an event that
-is not issued holds back its own stream only. Host devices (runtime/host/device.py) run the work itself here, so a
+The worker picks any stream of its device whose next item may run. An item that waits for an event that is not
+issued holds back its own stream only. Host devices (runtime/host/device.py) run the work itself on the worker, so a
 missing `wait` between two streams is a real race, and `QueueDevice.delay` lets a test widen it. CUDA devices (cuda/)
-issue work to the GPU here, and their events are then ordered by the GPU.
+issue work to the GPU on the worker, and the GPU orders their events.
 
-What a step of small work costs is the waking of threads. So nobody is woken who could not go on: a wait
-registers with its event only once it is the head of its stream and the worker is about to look for other
-work, and a worker sleeps on a plain lock that is released only where a head became ready. Waits and records alone wake
-nobody: where the worker sleeps, the worker of another device that completes an event passes them on its way. And a
-thread that would only wait for a device may be its worker for that time (`QueueDevice.lend`): then nobody is woken.
+Waking threads dominates the cost of a step of small work, so a thread is woken only if it can make progress. A wait
+registers with its event only once it is the head of its stream and the worker is about to look for other work. A
+worker sleeps on a plain lock, which is released only when a head becomes ready. Waits and records alone wake no thread:
+while a worker sleeps, the worker of another device that completes an event processes them. A thread that would only
+wait for a device may act as its worker meanwhile (`QueueDevice.lend`), so that no thread is woken at all.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["QueueDevice", "QueueEvent", "QueueStream", "joined"]
 class QueueStream:
     """An ordered queue of work for one device's worker.
 
-    `inline`: an event of this stream is nothing but a mark, and any worker may complete it.
+    `inline`: an event of this stream is only a mark, and any worker may complete it.
     """
 
     inline = True
@@ -58,52 +58,53 @@ class QueueStream:
         self._device.push(self, (event,))
 
     def recover(self) -> None:
-        """Forget a failure."""
+        """Clear a failure."""
         self._error = None
 
-    # From inside the work that the worker is in the middle of.
+    # Called from inside the work that the worker is running.
 
     def now(self) -> QueueEvent:
-        """An event at this point of the work: issued on return, and done when what was issued so far is."""
+        """An event at this point of the work: issued on return, done when all work issued so far is."""
         event = self._event()
         self._mark(event)
         event.complete()
         return event
 
     def follow(self, event: QueueEvent, timeout: float | None = None) -> None:
-        """Let the rest of the work come after an event of another stream. Blocks until that is issued.
+        """Order the rest of the work after an event of another stream. Blocks until the event is issued.
 
-        An error that the event carries stays with it.
+        Does not raise the error the event may carry.
 
         Raises:
             DeviceTimeoutError: not issued within `timeout` seconds.
         """
         event.wait_issued(timeout)
 
-    # What a device whose worker issues work to a GPU does otherwise.
+    # Overridden by devices whose worker issues work to a GPU.
 
     def _event(self) -> QueueEvent:
         """A new event for this stream."""
         return QueueEvent()
 
     def _passed(self, event: QueueEvent) -> None:
-        """What comes next waits for this event, which is issued. Called with the device's lock held."""
+        """Order the next items after this event, which is issued. Called with the device's lock held."""
 
     def _perform(self, work: Work) -> None:
         """Run one work item on the worker."""
         work()
 
     def _mark(self, event: QueueEvent) -> None:
-        """The worker has come to an event of this stream, and is about to complete it."""
+        """Called when the worker has reached an event of this stream and is about to complete it."""
 
     # The queue.
 
     def _ready(self, on_worker: bool) -> bool:
-        """Whether there is an item that the worker has to run now. Passes the waits whose event is done.
+        """Whether the head is an item for the worker to run now. Removes waits whose event is issued.
 
         Called with the device's lock held, while the worker runs nothing. A wait that holds the stream back registers
-        for the device to be woken: once, and only now. A worker, also of another device, takes off events too, and
-        completes them when it has released the lock. The host thread does not: an interrupt would get between the two.
+        the device to be woken: once, and only here. A worker, also one of another device, removes events too and
+        completes them after it has released the lock. The host thread does not, because an interrupt could come
+        between the two.
         """
         while self._items:
             head = self._items[0]
@@ -125,7 +126,7 @@ class QueueStream:
         return False
 
     def _run(self, item: Work | QueueEvent | tuple[QueueEvent]) -> None:
-        """Run one item. A failure is kept: it skips the work behind it and marks the events behind it."""
+        """Run one item. The stream keeps a failure: later work is skipped, and later events carry it."""
         if isinstance(item, QueueEvent):
             try:
                 self._mark(item)
@@ -136,13 +137,13 @@ class QueueStream:
             assert not isinstance(item, tuple)
             try:
                 self._perform(item)
-            # The worker hands every failure on, KeyboardInterrupt and SystemExit too, to the host
-            # thread that synchronizes: swallowing one here would lose it, raising would kill the worker.
+            # The worker passes every failure, including KeyboardInterrupt and SystemExit, to the host
+            # thread that synchronizes. Swallowing it here would lose it; raising would kill the worker.
             except BaseException as error:  # noqa: BLE001
                 self._error = error
 
     def _drop(self, error: BaseException) -> list[QueueEvent]:
-        """Empty the queue; gives the events that now have to carry `error`, or an earlier one."""
+        """Empty the queue; returns its events, which must carry `error` or an earlier one."""
         events = [item for item in self._items if isinstance(item, QueueEvent)]
         self._items.clear()
         self._error = self._error if self._error is not None else error
@@ -150,16 +151,16 @@ class QueueStream:
 
 
 class QueueDevice:
-    """A worker thread and four streams. What memory is, the kinds of devices say.
+    """A worker thread and four streams. Subclasses define the device's memory.
 
     Args:
         index: ordinal among the devices of its kind.
-        name: for people, and in the worker's name.
+        name: shown in messages and in the worker thread's name.
         stream: makes a stream of this device from its name.
 
-    The worker starts with the first work and ends with `close()`. `delay` is for tests: called by the
-    worker before each item that it runs. `unsettled` is for the engine: the caller of earlier work went
-    away before it was over, so the streams may still hold work or a failure of it.
+    The worker starts with the first work and ends with `close()`. `delay` is for tests: the worker calls it
+    before each item it runs. `unsettled` is for the engine: the caller of earlier work left before that work
+    was done, so the streams may still hold the work or its failure.
     """
 
     kind: str  # "virtual", "gpu" or "virtual gpu"
@@ -176,7 +177,7 @@ class QueueDevice:
         self._gate = threading.Lock()
         self._gate.acquire()
         self._asleep = False
-        # Events that a worker has taken off and is about to complete.
+        # Events that a worker has removed from streams and is about to complete.
         self.settled: list[tuple[QueueEvent, BaseException | None]] = []
         self._thread: threading.Thread | None = None
         self._borrower: int | None = None
@@ -193,15 +194,15 @@ class QueueDevice:
 
     @property
     def idle(self) -> bool:
-        """Whether the worker sleeps, at the moment of asking."""
+        """Whether the worker sleeps at the time of the call."""
         return self._asleep
 
     def _worker_scope(self) -> AbstractContextManager[object]:
-        """Held by the worker for its whole life."""
+        """The context in which the worker runs for its whole life."""
         return nullcontext()
 
     def push(self, stream: QueueStream, item: Work | QueueEvent | tuple[QueueEvent]) -> None:
-        """Append an item to one of the streams and see that the worker is there, and awake if it can run.
+        """Append an item to one of the streams. Starts the worker if needed, and wakes it if the item can run.
 
         Raises:
             RuntimeError: the device is closed.
@@ -210,7 +211,7 @@ class QueueDevice:
             if self._closed:
                 raise self._closed_error()
             if stream.inline and isinstance(item, QueueEvent) and not stream._items and not stream._running:
-                item.complete(stream._error)  # nobody else knows it yet
+                item.complete(stream._error)  # no other thread knows the event yet
                 return
             stream._items.append(item)
             borrowed = self._borrower is not None
@@ -218,7 +219,7 @@ class QueueDevice:
                 pass
             elif self._thread is None:
                 self._start()
-            # Behind another item it changes nothing: that one runs soon, or its event wakes the worker.
+            # Behind another item no wake-up is needed: that item runs soon, or its event wakes the worker.
             elif self._asleep and len(stream._items) == 1 and stream._ready(False):
                 self._rouse()
         if borrowed and self._borrower == threading.get_ident() and not self._serving:
@@ -226,10 +227,10 @@ class QueueDevice:
 
     @contextmanager
     def lend(self) -> Iterator[None]:
-        """Make the calling thread the worker: what it enqueues runs on it, at once where nothing holds it back.
+        """Make the calling thread the worker: work that it enqueues runs on it, at once if nothing holds it back.
 
-        Nothing is lent while there is work for the worker, or a test delays it. The thread settings that work makes
-        stay with the caller, and a step that runs so cannot be given up by a time-out.
+        Does nothing while the worker has work or a test delays it. Thread settings that the work changes persist in
+        the calling thread, and a step that runs this way cannot be stopped by a time-out.
         """
         with self._lock:
             idle = self._asleep or self._thread is None
@@ -249,13 +250,13 @@ class QueueDevice:
                 for stream in self._streams:
                     stream._running = False
                 self._asleep = self._thread is not None
-                if any(stream._items for stream in self._streams):  # behind events of other devices, or an interrupt
+                if any(stream._items for stream in self._streams):  # they wait for other devices, or an interrupt came
                     if self._thread is None:
                         self._start()
                     self._rouse()
 
     def wake(self) -> None:
-        """Look at the streams again, since an event became done; the worker is woken if there is work for it."""
+        """Check the streams again after an event was issued; wake the worker if it has work."""
         with self._lock:
             if not self._asleep:
                 return
@@ -283,16 +284,16 @@ class QueueDevice:
                 raise DeviceTimeoutError(f"{self.name} was not idle within timeout={timeout} seconds.") from None
 
     def recover(self) -> None:
-        """Forget failures on all streams."""
+        """Clear failures on all streams."""
         for stream in self._streams:
             stream.recover()
         self.unsettled = False
 
     def close(self, timeout: float = 60.0) -> None:
-        """Let the worker finish what can still run, and end it. Idempotent.
+        """Let the worker finish all work that can still run, then stop it. Idempotent.
 
-        What is left waits for events that may never come: it is dropped, and the events behind it carry a
-        RuntimeError, so that nobody waits for them in vain.
+        The remaining items wait for events that may never complete. They are dropped, and their events carry a
+        RuntimeError, so that no thread waits for them forever.
 
         Raises:
             DeviceTimeoutError: the worker was still busy after `timeout` seconds.
@@ -325,7 +326,7 @@ class QueueDevice:
             self._gate.release()
 
     def _next(self) -> tuple[QueueStream, Work | QueueEvent | tuple[QueueEvent]] | None:
-        """A stream whose head may run, and that head, taken off. Called with the lock held."""
+        """Remove a head that may run; returns its stream and the head. Called with the lock held."""
         for stream in self._streams:
             if stream._items and stream._ready(True):
                 stream._running = True
@@ -333,13 +334,13 @@ class QueueDevice:
         return None
 
     def _work(self) -> None:
-        """The worker's life."""
+        """The worker thread's main function."""
         here.worker = True
         with self._worker_scope():
             self._loop()
 
     def _serve(self) -> None:
-        """Run whatever may run, on the thread that the device is lent to. What ends a program ends it at once."""
+        """Run all items that may run, on the borrowing thread. KeyboardInterrupt and SystemExit are raised at once."""
         self._serving = True
         stream: QueueStream | None = None
         try:
@@ -363,7 +364,7 @@ class QueueDevice:
             self._serving = False
 
     def _loop(self) -> None:
-        """Run whatever may run, sleep otherwise."""
+        """Run items that may run; sleep when there are none."""
         stream: QueueStream | None = None
         sleeps = False
         while True:
@@ -375,7 +376,7 @@ class QueueDevice:
                 if found is None:
                     if self._closed and not settled:
                         break
-                    # What is completed below may make an item of this device ready: then it opens the gate.
+                    # Completing `settled` below may make an item of this device ready, which then opens the gate.
                     sleeps = self._asleep = not self._closed
             if settled:
                 complete_all(settled)
@@ -388,7 +389,7 @@ class QueueDevice:
                 self.delay()
             stream, item = found
             stream._run(item)
-            del found, item  # what the work holds on to is free before the worker sleeps
+            del found, item  # frees the objects that the work references before the worker sleeps
         error = self._closed_error()
         for stream in self._streams:
             for event in stream._drop(error):

@@ -25,7 +25,7 @@ KINDS = ("host", "gpu")
 
 
 class _VirtualDevices:
-    """The virtual devices of this process. Made on first use, closed at exit."""
+    """The virtual devices of this process. Created on first use, closed at exit."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -34,7 +34,7 @@ class _VirtualDevices:
         self._devices: list[QueueDevice] = []
 
     def resize(self, count: int, kind: str | None = None) -> None:
-        """Have `count` devices of a kind. Devices that stay in range are kept, with the models wrapped on them."""
+        """Set the count and kind. Devices that stay in range are kept, and models wrapped on them keep working."""
         with self._lock:
             kept = count if kind in (None, self._kind) or not self._devices else 0
             dropped = self._devices[kept:]
@@ -51,7 +51,7 @@ class _VirtualDevices:
             raise failures[0]
 
     def count(self) -> int:
-        """How many were asked for, by a call or else by the environment."""
+        """The requested number: from a call, else from the environment."""
         if self._asked is not None:
             return self._asked
         text = os.environ.get(VIRTUAL_DEVICES_VARIABLE, "").strip()
@@ -66,7 +66,7 @@ class _VirtualDevices:
 
     @property
     def kind(self) -> str:
-        """What they are made of: parts of the GPUs where this process can use GPUs, else the host."""
+        """What the devices are parts of: "gpu" if the process can use GPUs, else "host"."""
         if self._kind is None:
             text = os.environ.get(VIRTUAL_KIND_VARIABLE, "").strip()
             if text and text not in KINDS:
@@ -77,14 +77,14 @@ class _VirtualDevices:
         return self._kind
 
     def get(self) -> list[Any]:
-        """All of them. Virtual GPUs are dealt out to the cards in turn."""
+        """All virtual devices. Virtual GPUs are assigned to the cards round-robin."""
         with self._lock:
             for index in range(len(self._devices), self.count()):
                 if self.kind == "host":
                     self._devices.append(HostDevice(index))
                 else:
-                    # Read when CUDA starts. Streams that share a connection wait for each other's kernels, and
-                    # those of an all-reduce wait for one another: of the default 8 there are too few.
+                    # Read when CUDA starts. Streams that share a connection wait for each other's kernels, and the
+                    # kernels of an all-reduce wait for one another, so the default of 8 connections is too low.
                     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
                     cards = _cuda("cupy_api").device_count()
                     self._devices.append(_cuda("device").CudaDevice(index, index % cards, virtual=True))
@@ -92,21 +92,21 @@ class _VirtualDevices:
 
 
 class _Gpus:
-    """The GPUs of this process. One gets a context when a model is first wrapped on it, and not before."""
+    """The GPUs of this process. A GPU gets a context only when a model is first wrapped on it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._devices: dict[int, Any] = {}
 
     def get(self, ordinal: int) -> Any:
-        """The device of a card."""
+        """The device for a card."""
         with self._lock:
             if ordinal not in self._devices:
                 self._devices[ordinal] = _cuda("device").CudaDevice(ordinal, ordinal)
             return self._devices[ordinal]
 
     def close(self) -> None:
-        """Close all of them."""
+        """Close all GPUs."""
         with self._lock:
             dropped, self._devices = list(self._devices.values()), {}
         for device in dropped:
@@ -119,10 +119,10 @@ def _has_cupy() -> bool:
 
 
 def _cuda(module: str) -> Any:
-    """A module of the CUDA layer.
+    """Import a module of fastdp.runtime.cuda.
 
     Raises:
-        ValueError: CuPy is not installed, or finds no CUDA: everything wrong with `gpus` is a ValueError.
+        ValueError: CuPy is not installed or finds no CUDA. Every problem with `gpus` is a ValueError.
     """
     try:
         return importlib.import_module(f"fastdp.runtime.cuda.{module}")
@@ -141,15 +141,15 @@ atexit.register(lambda: _virtual.resize(0))
 
 
 def set_virtual_devices(count: int, kind: str | None = None) -> None:
-    """Have `count` virtual devices: parts of the visible GPUs, or of the host.
+    """Set the number of virtual devices, which are parts of the visible GPUs or of the host.
 
-    On a GPU box each is a part of a card, with its own memory and streams, so that every path of several GPUs
-    can run on one. Elsewhere, or with kind="host", each is a thread on host memory.
+    On a machine with GPUs, each virtual device is a part of a card with its own memory and streams, so that every code
+    path for several GPUs can run on one. Elsewhere, or with kind="host", each is a thread on host memory.
 
     Args:
-        count: how many; 0 closes all of them.
-        kind: "gpu" or "host". None: as before, or else FASTDP_VIRTUAL_KIND, or else "gpu" where there are GPUs and
-            CuPy. Another kind than before closes the devices there are.
+        count: number of devices; 0 closes all of them.
+        kind: "gpu" or "host". None: the kind used before, else FASTDP_VIRTUAL_KIND, else "gpu" if there are GPUs and
+            CuPy. A change of kind closes the existing devices.
 
     Models wrapped before keep working as long as their devices stay in range.
     The environment variable FASTDP_VIRTUAL_DEVICES does the same for a whole process.
@@ -172,10 +172,10 @@ def set_virtual_devices(count: int, kind: str | None = None) -> None:
 
 
 def devices() -> list[DeviceInfo]:
-    """The devices that `gpus=` counts: the virtual ones if any were asked for, else the visible GPUs.
+    """The devices that `gpus=` counts: the virtual devices if any were requested, else the visible GPUs.
 
     Raises:
-        ValueError: FASTDP_VIRTUAL_DEVICES holds no whole number.
+        ValueError: FASTDP_VIRTUAL_DEVICES is not a whole number.
     """
     if _virtual.count():
         return [DeviceInfo(device.index, device.name, device.kind) for device in _virtual.get()]
@@ -183,18 +183,18 @@ def devices() -> list[DeviceInfo]:
 
 
 def resolve(gpus: Any, *, minimum: int = 1, caller: str = "fastdp.wrap") -> list[Any]:
-    """Turn the `gpus` argument into devices, by Keras 2.3.1's rules made strict.
+    """Turn the `gpus` argument into devices, by a strict version of Keras 2.3.1's rules.
 
     `None`, `0` and an empty list mean every device; a whole number means that many; a list, tuple, range
     or array of ints names ordinals, whose order is the order of the rows.
 
     Args:
-        gpus: what the user passed.
-        minimum: the fewest devices that make sense to the caller.
-        caller: the public function, for the message.
+        gpus: the argument as the user passed it.
+        minimum: the smallest number of devices that the caller accepts.
+        caller: name of the public function, for messages.
 
     Raises:
-        ValueError: anything wrong with `gpus`: documented scripts catch it.
+        ValueError: any problem with `gpus`; documented scripts catch this error.
     """
     available = devices()
     ordinals = _ordinals(gpus, len(available), caller)
@@ -229,10 +229,10 @@ def resolve(gpus: Any, *, minimum: int = 1, caller: str = "fastdp.wrap") -> list
 
 
 def devices_of_engine(devices: Any, merge_device: Any) -> list[Any]:
-    """The devices of `fastdp.DataParallel`: as they are, or as `gpus=` names them.
+    """The devices of `fastdp.DataParallel`, given as device objects or in any form that `gpus=` takes.
 
     Raises:
-        ValueError: none, one that comes twice, a `merge_device` that is no place among them, or as `resolve`.
+        ValueError: no device, a duplicate, a `merge_device` out of range, or as in `resolve`.
     """
     if not isinstance(devices, (list, tuple)) or not any(isinstance(one, QueueDevice) for one in devices):
         devices = resolve(devices, caller="fastdp.DataParallel")
@@ -247,7 +247,7 @@ def devices_of_engine(devices: Any, merge_device: Any) -> list[Any]:
 
 
 def warn_of_relocation(asked: bool, devices: Sequence[Any]) -> None:
-    """Say, where it is asked for, that `cpu_relocation` does not move weights that live on a GPU."""
+    """Warn that `cpu_relocation`, if requested, does not move weights that live on a GPU."""
     if asked and any(device.on_gpu for device in devices):
         warn_user(
             "`cpu_relocation=True` has no effect here: the model's own weights live in the memory of a GPU, where a "
@@ -257,7 +257,7 @@ def warn_of_relocation(asked: bool, devices: Sequence[Any]) -> None:
 
 
 def _ordinals(gpus: Any, available: int, caller: str) -> Sequence[int]:
-    """The ordinals that `gpus` names, not yet checked against the machine: however many, not yet listed."""
+    """The ordinals that `gpus` names, not checked against the machine. A large count stays a range."""
     if gpus is None:
         return range(available)
     count = _whole_number(gpus)
@@ -278,13 +278,13 @@ def _ordinals(gpus: Any, available: int, caller: str) -> Sequence[int]:
 
 
 def _shown(ordinals: Sequence[int]) -> str:
-    """The ordinals as a list that fits a message."""
+    """The ordinals as text, cut to a length that fits a message."""
     first = ", ".join(map(str, ordinals[:16]))
     return f"[{first}{', ...' if ordinals[16:] else ''}]"
 
 
 def _whole_number(value: Any) -> int | None:
-    """`value` as an int if it is one (NumPy's too, a bool not); None otherwise."""
+    """`value` as an int if it is a Python or NumPy integer (bool excluded), else None."""
     if isinstance(value, (bool, np.bool_, np.ndarray)):
         return None
     try:

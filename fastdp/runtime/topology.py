@@ -30,11 +30,11 @@ _P2P_READ, _P2P_OK = 0, 0
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """What is known of one device: `kind` is "virtual" or "cuda".
+    """Properties of one device: `kind` is "virtual" or "cuda".
 
-    Memory is in bytes, 0 where unknown. `compute_capability` is (major, minor), `link` the widest PCIe link that
+    Memory is in bytes, 0 if unknown. `compute_capability` is (major, minor), `link` the widest PCIe link that
     the board and the slot allow, `nvlinks` the number of active NVLinks. `physical` is NVML's ordinal, which
-    differs from `index` where CUDA_VISIBLE_DEVICES selects.
+    differs from `index` if CUDA_VISIBLE_DEVICES selects devices.
     """
 
     index: int
@@ -49,7 +49,7 @@ class DeviceInfo:
 
 @dataclass(frozen=True, slots=True)
 class Driver:
-    """The NVIDIA driver: its own version, and the newest CUDA that it runs as (major, minor)."""
+    """The NVIDIA driver: its version, and the newest CUDA version that it supports, as (major, minor)."""
 
     version: str
     cuda: tuple[int, int]
@@ -58,7 +58,7 @@ class Driver:
 def physical_devices() -> list[DeviceInfo]:
     """The NVIDIA GPUs that this process may see, in CUDA's order under CUDA_VISIBLE_DEVICES.
 
-    An empty list where there is no driver: `problems()` tells why.
+    Empty without a driver; `problems()` tells why.
     """
     with _nvml() as error:
         if error is not None:
@@ -69,7 +69,7 @@ def physical_devices() -> list[DeviceInfo]:
 
 
 def driver() -> Driver | None:
-    """The driver, or None where there is none."""
+    """The driver, or None if there is none."""
     with _nvml() as error:
         if error is not None:
             return None
@@ -78,7 +78,7 @@ def driver() -> Driver | None:
 
 
 def peer_matrix(devices: Sequence[DeviceInfo]) -> list[list[str]]:
-    """How each device reaches each other one: "NVLink", else the PCIe path; "no peer access" appended if so.
+    """How each device reaches each other: "NVLink", else the PCIe path, with "no peer access" appended if so.
 
     Entry [i][j] is the path from `devices[i]` to `devices[j]`; the diagonal is empty.
     """
@@ -90,7 +90,7 @@ def peer_matrix(devices: Sequence[DeviceInfo]) -> list[list[str]]:
 
 
 def problems() -> list[str]:
-    """What keeps this process from using GPUs, each with its remedy. Empty where nothing does."""
+    """The problems that keep this process from using GPUs, each with its remedy; empty if there are none."""
     with _nvml() as error:
         if isinstance(error, pynvml.NVMLError_LibraryNotFound):
             return ["No NVIDIA driver is installed (libnvidia-ml.so is missing). Install it from your distribution."]
@@ -105,7 +105,7 @@ def problems() -> list[str]:
 
 
 def _hidden(present: int) -> Iterator[str]:
-    """GPUs that are there, and that this process does not see."""
+    """Problems with GPUs that are missing or hidden from this process."""
     visible = len(physical_devices())
     text = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not present:
@@ -117,7 +117,7 @@ def _hidden(present: int) -> Iterator[str]:
 
 
 def _libraries(found: Driver) -> Iterator[str]:
-    """CuPy and NCCL: there, and fit for the driver."""
+    """Problems with CuPy and NCCL: not installed, or not compatible with the driver."""
     major = found.cuda[0]
     if found.cuda < OLDEST_CUDA:
         yield (
@@ -138,11 +138,11 @@ def _libraries(found: Driver) -> Iterator[str]:
 
 
 def visible_ordinals(uuids: Sequence[str]) -> Sequence[int]:
-    """The physical ordinals left by CUDA_VISIBLE_DEVICES, of GPUs that have these UUIDs.
+    """The physical ordinals that CUDA_VISIBLE_DEVICES leaves visible, among GPUs with these UUIDs.
 
-    As in the CUDA runtime, an entry is an ordinal or the beginning of one GPU's UUID, and reading stops at the
-    first that names no GPU: `-1`, `none` or an empty one hides all that follow. A part of a GPU (MIG-...)
-    counts as a device of its own; only the runtime knows which GPU it is on, so the next one is shown.
+    As in the CUDA runtime, an entry is an ordinal or a prefix of one GPU's UUID, and reading stops at the first
+    entry that names no GPU: `-1`, `none` or an empty entry hides all that follow. A MIG instance (MIG-...)
+    counts as one device; only the runtime knows which GPU it is on, so the next GPU is reported.
     """
     text = os.environ.get("CUDA_VISIBLE_DEVICES")
     if text is None:
@@ -164,7 +164,7 @@ def visible_ordinals(uuids: Sequence[str]) -> Sequence[int]:
 
 @contextmanager
 def _nvml() -> Iterator[pynvml.NVMLError | None]:
-    """NVML, initialized; the error where it cannot be."""
+    """Initialize NVML; yields None, or the error if that fails."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
@@ -177,7 +177,7 @@ def _nvml() -> Iterator[pynvml.NVMLError | None]:
 
 
 def _describe(index: int, ordinal: int, handle: Any) -> DeviceInfo:
-    """All that NVML tells of one GPU."""
+    """The properties of one GPU according to NVML."""
     generation = _ask(pynvml.nvmlDeviceGetMaxPcieLinkGeneration, handle)
     width = _ask(pynvml.nvmlDeviceGetMaxPcieLinkWidth, handle)
     memory = _ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
@@ -195,7 +195,7 @@ def _describe(index: int, ordinal: int, handle: Any) -> DeviceInfo:
 
 
 def _count_nvlinks(handle: Any) -> int:
-    """Active NVLinks; a GPU without that link number ends the count."""
+    """The number of active NVLinks; the first link number that the GPU does not have ends the count."""
     active = 0
     for link in range(pynvml.NVML_NVLINK_MAX_LINKS):
         state = _ask(pynvml.nvmlDeviceGetNvLinkState, handle, link)
@@ -216,7 +216,7 @@ def _path(a: Any, b: Any) -> str:
 
 
 def _ask(function: Callable[..., Any], *arguments: Any) -> Any:
-    """NVML's answer; None where this GPU or driver has none."""
+    """NVML's answer, or None if this GPU or driver does not support the query."""
     try:
         return function(*arguments)
     except pynvml.NVMLError:
@@ -233,5 +233,5 @@ def _installed(distribution: str) -> bool:
 
 
 def _text(name: str | bytes) -> str:
-    """NVML's strings are bytes in old releases of its binding."""
+    """Decode a string, which old releases of NVML's binding return as bytes."""
     return name.decode() if isinstance(name, bytes) else name

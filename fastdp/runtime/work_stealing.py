@@ -15,20 +15,22 @@ WorkStealing = Callable[[Sequence[Part]], None]
 
 
 def shared_with(helpers: Sequence[QueueDevice], timeout: float) -> WorkStealing:
-    """`share(parts)` runs every part, on the calling worker and on those of `helpers` that are free; returns when all
-    have run. Parts run in any order and at the same time, so they must not depend on each other. Each worker begins
-    with the same parts every time, whose memory its core's caches may still hold, and then takes from the others.
+    """Returns `share(parts)`, which runs every part on the calling worker and on the free workers among `helpers`.
 
-    The helpers get the work on their `copy_out` streams, which nothing else uses on host memory: so it is not held up
-    by what their other streams wait for. A helper that comes late finds nothing left, and nobody waits for it.
+    `share` returns when all parts have run. Parts run concurrently and in any order, so they must not depend on each
+    other. Each worker starts with the same parts every time, whose memory may still be in its core's caches, and then
+    steals from the others.
+
+    The helpers get the work on their `copy_out` streams, which host devices use for nothing else, so waits on other
+    streams do not delay it. A helper that starts late finds no parts left, and `share` does not wait for it.
 
     Args:
-        helpers: devices whose workers may take part; not the calling worker's.
+        helpers: devices whose workers may take part, without the calling worker's device.
         timeout: seconds to wait for parts that helpers have taken.
 
     Raises:
-        BaseException: what a part raised; parts that nobody has taken yet are then left out.
-        DeviceTimeoutError: a helper did not end its part in time.
+        BaseException: raised by a part; parts that no worker has taken yet are then skipped.
+        DeviceTimeoutError: a helper did not finish its part in time.
     """
 
     def share(parts: Sequence[Part]) -> None:
@@ -52,7 +54,7 @@ def shared_with(helpers: Sequence[QueueDevice], timeout: float) -> WorkStealing:
                 error: BaseException | None = None
                 try:
                     part()
-                # Handed on to the worker whose work it is: here it would end another device's stream.
+                # Passed to the calling worker. Raised here, it would fail a stream of the helper's device.
                 except BaseException as failure:  # noqa: BLE001
                     error = failure
                 with changed:

@@ -1,8 +1,8 @@
 """Builds CUDA graphs from child graphs through the driver API, which CuPy does not expose.
 
-The handles are those of cupy_api.py: a graph is the same object to every CUDA runtime of the process (CuPy's, torch's)
-and to the one driver below them, which alone is asked here, through ctypes. Source of the calls: the CUDA driver API
-reference, "Graph Management".
+The handles are the same as in cupy_api.py: every CUDA runtime of the process (CuPy's, torch's) shares one driver, and
+a graph is the same object to all of them. This module calls only the driver, through ctypes. Source of the calls: the
+CUDA driver API reference, "Graph Management".
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CALLS = {
 
 
 class GraphError(RuntimeError):
-    """The driver cannot put a graph together; the message holds its own name for why."""
+    """The driver cannot build a graph; the message holds the driver's error name."""
 
 
 @functools.cache
@@ -35,7 +35,7 @@ def _library() -> Any:
     """The driver's library.
 
     Raises:
-        GraphError: there is none, or one without these calls.
+        GraphError: the library is missing, or lacks these calls.
     """
     try:
         library = ctypes.CDLL(_LIBRARY)
@@ -51,10 +51,10 @@ def _library() -> Any:
 
 
 def _call(name: str, *arguments: object) -> None:
-    """Call the driver, in the context that is current.
+    """Call the driver in the current context.
 
     Raises:
-        GraphError: it refuses.
+        GraphError: the call failed.
     """
     library = _library()
     status = getattr(library, name)(*arguments)
@@ -65,21 +65,21 @@ def _call(name: str, *arguments: object) -> None:
 
 
 def chained(segments: Sequence[int], branches: Sequence[tuple[int, int]]) -> int:
-    """A graph that runs segments one after the other, and branches beside them, one after the other too.
+    """Build a graph that runs the segments in sequence and, in parallel to them, the branches in sequence.
 
     Args:
-        segments: graphs, which are copied.
-        branches: pairs (number of a segment, graph): the branch begins when that segment and the branches before it are
-            over. Copied too.
+        segments: graphs; they are copied.
+        branches: pairs (index of a segment, graph); they are copied. A branch starts when its segment and the branches
+            before it are done.
 
     Returns:
-        The graph, which the caller destroys (`runtime.graph_destroy`). What is enqueued behind its launch comes after
-        all of its segments and branches.
+        The graph, which the caller destroys (`cupy_api.graph_destroy`). Work enqueued after its launch runs after all
+        segments and branches.
 
-    The device that the graphs were recorded on must be current.
+    The device on which the graphs were recorded must be current.
 
     Raises:
-        GraphError: there is no driver, or it refuses: graphs that allocate memory, for one, cannot be copied.
+        GraphError: there is no driver, or a call failed; for example, graphs that allocate memory cannot be copied.
     """
     graph = _HANDLE()
     _call("cuGraphCreate", ctypes.byref(graph), 0)
@@ -88,21 +88,21 @@ def chained(segments: Sequence[int], branches: Sequence[tuple[int, int]]) -> int
         waiting, last = list(branches), 0
         for number, segment in enumerate(segments):
             ends.append(_add(graph, ends[-1:], segment))
-            # In their order: one that could begin waits behind one that cannot yet.
+            # Branches keep their order: one that could start waits behind one that cannot yet.
             while waiting and waiting[0][0] <= number:
                 after, branch = waiting.pop(0)
                 last = _add(graph, [ends[after], *([last] if last else [])], branch)
         if waiting:
             raise ValueError(f"branches={branches}: expected numbers below {len(segments)}, the number of segments")
     except BaseException:
-        with contextlib.suppress(GraphError):  # the first failure tells more
+        with contextlib.suppress(GraphError):  # the first failure is more informative
             _call("cuGraphDestroy", graph)
         raise
     return int(graph.value or 0)
 
 
 def _add(graph: ctypes.c_void_p, after: Sequence[int], child: int) -> int:
-    """Add a copy of a graph as a node that comes after these nodes; the node."""
+    """Add a copy of a graph as a child node that depends on the nodes `after`; returns the node."""
     node, before = _HANDLE(), (_HANDLE * len(after))(*after)
     _call("cuGraphAddChildGraphNode", ctypes.byref(node), graph, before, len(after), child)
     return int(node.value or 0)

@@ -1,12 +1,12 @@
 """CUDA's runtime as plain functions over integers: with cupy_nccl.py all that imports CuPy.
 
-Pointers, streams, events, graphs and modules are the handles that CUDA gives, as ints; devices are CUDA
-ordinals. Functions that name a device make it current for their own time; the others act on the thread's
-current device, or where their handle belongs. Nothing here waits for a GPU.
+Pointers, streams, events, graphs and modules are CUDA's handles as ints; devices are CUDA ordinals. Functions that
+take a device make it current during the call; the others act on the thread's current device, or on the device
+of their handle. Nothing here waits for a GPU.
 
-Errors are CuPy's: `CudaError`, `DriverError` and `NcclError`, each a RuntimeError whose text is CUDA's own name
-and sentence, such as "cudaErrorMemoryAllocation: out of memory". An asynchronous failure of earlier work is
-raised by whatever call comes next, and by `event_done`.
+Errors are CuPy's: `CudaError`, `DriverError` and `NcclError`, each a RuntimeError with CUDA's error name and
+description, such as "cudaErrorMemoryAllocation: out of memory". The next call after an asynchronous failure,
+whichever it is, raises the failure, and so does `event_done`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import numpy as np
 from cupy.cuda import driver
 from cupy.cuda import runtime as cudart
 
-from fastdp.runtime.cuda.cupy_nccl import *  # noqa: F403  the other half, one namespace
+from fastdp.runtime.cuda.cupy_nccl import *  # noqa: F403  re-exported, so that callers use one namespace
 
 CudaError: type[RuntimeError] = cudart.CUDARuntimeError
 DriverError: type[RuntimeError] = driver.CUDADriverError
 
-# What CuPy 14 does not name: cudaErrorNotReady, cudaErrorPeerAccessAlreadyEnabled, the two halves of the
-# compute capability (cudaDevAttrComputeCapabilityMajor and -Minor).
+# Constants that CuPy 14 lacks: cudaErrorNotReady, cudaErrorPeerAccessAlreadyEnabled, and the two halves of
+# the compute capability (cudaDevAttrComputeCapabilityMajor and -Minor).
 _NOT_READY = 600
 _PEER_ACCESS_ALREADY_ENABLED = 704
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
@@ -39,16 +39,16 @@ _CAPTURE_MODES = {
     "relaxed": cudart.streamCaptureModeRelaxed,
 }
 
-# Set where several GPUs work together, unless the user chose otherwise.
+# Set when several GPUs work together, unless the user has set them.
 _SEVERAL_GPUS_ENVIRONMENT = {
-    # A kernel that is loaded at its first launch may wait for the whole GPU, and so for a collective that waits
-    # for that very launch. Counts only before CUDA's first call in the process.
+    # Loading a kernel at its first launch may wait for the whole GPU, and so for a collective that waits for
+    # that very launch. Takes effect only if set before the first CUDA call of the process.
     "CUDA_MODULE_LOADING": "EAGER",
-    # NCCL otherwise orders captured against eager collectives with extra events; fastdp mixes them on no communicator.
+    # By default NCCL orders captured and eager collectives with extra events. fastdp mixes them on no communicator.
     "NCCL_GRAPH_MIXING_SUPPORT": "0",
 }
-# CUPY_CUDA_ARRAY_INTERFACE_SYNC stays as it is: fastdp hands memory over by pointers and DLPack, and without that
-# synchronization the user's own arrays from other libraries would race.
+# CUPY_CUDA_ARRAY_INTERFACE_SYNC is not changed. fastdp passes memory by pointers and DLPack and does not need it, but
+# the user's arrays from other libraries would race without that synchronization.
 
 # The devices whose context this process has entered by `on`.
 _entered: set[int] = set()
@@ -58,21 +58,21 @@ _entered: set[int] = set()
 
 
 def device_count() -> int:
-    """How many GPUs CUDA_VISIBLE_DEVICES leaves; makes no context."""
+    """The number of GPUs that CUDA_VISIBLE_DEVICES leaves visible; creates no context."""
     return int(cudart.getDeviceCount())
 
 
 @contextlib.contextmanager
 def on(device: int) -> Iterator[None]:
-    """Make a device current in this thread, and give back the one before.
+    """Make a device current in this thread, and restore the previous one on exit.
 
-    Since CUDA 12, to make a device current gives it a context, which takes hundreds of megabytes. So a thread
-    that has not used CUDA yet, and stands at device 0 by default, stays on `device`: device 0 gets no context
-    unless it is in use.
+    Since CUDA 12, making a device current creates its context, which takes hundreds of megabytes. A thread that
+    has not used CUDA yet has device 0 as its default. Such a thread stays on `device`, so that device 0 gets no
+    context unless it is in use.
     """
     previous = int(cudart.getDevice())
     if previous == device and device in _entered and driver.ctxGetCurrent():
-        # In a thread that is new to CUDA the driver's own calls, such as a launch, would find no context.
+        # Without a current context, as in a thread new to CUDA, driver calls such as a launch would fail.
         yield
         return
     in_use = previous in _entered or driver.ctxGetCurrent() != 0
@@ -86,10 +86,10 @@ def on(device: int) -> Iterator[None]:
 
 
 def check_environment(devices: Sequence[int]) -> None:
-    """Refuse settings under which these devices cannot work together, and choose those that the user left open.
+    """Reject settings under which these devices cannot work together, and set those that the user left unset.
 
-    Call before the first CUDA work. Sets CUDA_MODULE_LOADING and NCCL_GRAPH_MIXING_SUPPORT where there are
-    several devices and neither is set.
+    Call before the first CUDA call. With several devices, sets CUDA_MODULE_LOADING and
+    NCCL_GRAPH_MIXING_SUPPORT, each unless it is already set.
 
     Raises:
         RuntimeError: CUDA_LAUNCH_BLOCKING=1 with several devices.
@@ -115,42 +115,42 @@ def memory_info(device: int) -> tuple[int, int]:
 
 
 def compute_capability(device: int) -> int:
-    """Such as 90; makes no context."""
+    """The compute capability as an integer, such as 90; creates no context."""
     major = cudart.deviceGetAttribute(_CAPABILITY_MAJOR, device)
     return int(major * 10 + cudart.deviceGetAttribute(_CAPABILITY_MINOR, device))
 
 
 def multiprocessors(device: int) -> int:
-    """How many multiprocessors the device has; makes no context."""
+    """The device's number of multiprocessors; creates no context."""
     return int(cudart.deviceGetAttribute(cudart.cudaDevAttrMultiProcessorCount, device))
 
 
 def driver_version() -> int:
-    """The newest CUDA that the driver runs, as 1000 * major + 10 * minor; 0 without a driver."""
+    """The newest CUDA version that the driver supports, as 1000 * major + 10 * minor; 0 without a driver."""
     return int(cudart.driverGetVersion())
 
 
 def runtime_version() -> int:
-    """The CUDA runtime in CuPy, as 1000 * major + 10 * minor."""
+    """The version of CuPy's CUDA runtime, as 1000 * major + 10 * minor."""
     return int(cudart.runtimeGetVersion())
 
 
 def pci_bus_id(device: int) -> str:
-    """Such as "00000000:3B:00.0", as NVML writes it; makes no context.
+    """The PCI bus ID in NVML's format, such as "00000000:3B:00.0"; creates no context.
 
-    The device's UUID would be no key: CuPy cuts it off at its first zero byte.
+    The device's UUID cannot serve as a key: CuPy truncates it at the first zero byte.
     """
     domain, rest = str(cudart.deviceGetPCIBusId(device)).split(":", 1)
     return f"{domain.zfill(8)}:{rest}".upper()
 
 
 def can_access_peer(device: int, peer: int) -> bool:
-    """Whether CUDA says that `device` can reach `peer`'s memory; some platforms say so and cannot."""
+    """Whether CUDA reports that `device` can access `peer`'s memory; on some platforms the report is wrong."""
     return bool(cudart.deviceCanAccessPeer(device, peer))
 
 
 def enable_peer_access(device: int, peer: int) -> None:
-    """Let work on `device` reach `peer`'s memory. Fine if it is enabled already, by torch for example."""
+    """Let work on `device` access `peer`'s memory. No error if it is already enabled, for example by torch."""
     with on(device):
         try:
             cudart.deviceEnablePeerAccess(peer)
@@ -160,7 +160,7 @@ def enable_peer_access(device: int, peer: int) -> None:
 
 
 def torch_device(device: int) -> str:
-    """How torch names a device. Torch and CUDA count the visible ones alike."""
+    """The device's name in torch, which numbers the visible devices as CUDA does."""
     return f"cuda:{device}"
 
 
@@ -168,33 +168,33 @@ def torch_device(device: int) -> str:
 
 
 def malloc(device: int, nbytes: int) -> int:
-    """Plain cudaMalloc: memory that peers and NCCL may reach. May wait for all GPUs: never in the steady state."""
+    """cudaMalloc: memory that peers and NCCL can access. May wait for all GPUs, so not for the steady state."""
     with on(device):
         return int(cudart.malloc(nbytes))
 
 
 def free(ptr: int) -> None:
-    """Free what malloc gave; waits for the device."""
+    """Free memory from `malloc`; waits for the device."""
     cudart.free(ptr)
 
 
 def host_alloc(nbytes: int) -> int:
-    """Pinned host memory, pinned for every device. May wait for all GPUs: never in the steady state."""
+    """Host memory that is pinned for every device. May wait for all GPUs, so not for the steady state."""
     return int(cudart.hostAlloc(nbytes, cudart.hostAllocPortable))
 
 
 def host_free(ptr: int) -> None:
-    """Free what host_alloc gave."""
+    """Free memory from `host_alloc`."""
     cudart.freeHost(ptr)
 
 
 def copy_async(dst: int, src: int, nbytes: int, stream: int) -> None:
-    """Copy; CUDA sees by the addresses where they lie. Host memory must be pinned."""
+    """Enqueue a copy; CUDA infers the direction from the addresses. Host memory must be pinned."""
     cudart.memcpyAsync(dst, src, nbytes, cudart.memcpyDefault, stream)
 
 
 def copy_peer_async(dst: int, dst_device: int, src: int, src_device: int, nbytes: int, stream: int) -> None:
-    """Copy between devices, over their link where peer access is enabled."""
+    """Enqueue a copy between devices; it goes over their link if peer access is enabled."""
     cudart.memcpyPeerAsync(dst, dst_device, src, src_device, nbytes, stream)
 
 
@@ -205,25 +205,25 @@ def fill_async(ptr: int, value: int, nbytes: int, stream: int) -> None:
 
 # Streams and events
 
-# CUDA's own, on which torch and CuPy work unless told otherwise; of the device that is current.
+# CUDA's legacy default stream of the current device, which torch and CuPy use by default.
 DEFAULT_STREAM = 0
 
 
 def stream_create(device: int, priority: int = 0) -> int:
-    """A stream that the legacy default stream does not block; lower numbers go first, CUDA clamps them."""
+    """A stream that the legacy default stream does not block; lower priorities run first, CUDA clamps them."""
     with on(device):
         return int(cudart.streamCreateWithPriority(cudart.streamNonBlocking, priority))
 
 
 def stream_destroy(stream: int) -> None:
-    """Destroy it; its enqueued work still runs."""
+    """Destroy a stream; its enqueued work still runs."""
     cudart.streamDestroy(stream)
 
 
 def stream_priority_range(device: int | None = None) -> tuple[int, int]:
     """(least, greatest) priority, such as (0, -5), of a device (None: the current one).
 
-    CuPy does not have cudaDeviceGetStreamPriorityRange: CUDA's clamping tells the same.
+    CuPy lacks cudaDeviceGetStreamPriorityRange, so the range is read from how CUDA clamps extreme priorities.
     """
     ends = []
     for asked in (2**20, -(2**20)):
@@ -237,13 +237,13 @@ def stream_priority_range(device: int | None = None) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def current_stream(device: int, stream: int) -> Iterator[None]:
-    """Run CuPy code of others on this device and stream."""
+    """Make third-party CuPy code run on this device and stream."""
     with on(device), cupy.cuda.Stream.from_external(_Handle(stream)):
         yield
 
 
 class _Handle:
-    """A stream as other libraries exchange them: the CUDA stream protocol, version 0."""
+    """A stream for other libraries, by the CUDA stream protocol, version 0."""
 
     def __init__(self, stream: int) -> None:
         self._stream = stream
@@ -258,25 +258,25 @@ def event_create() -> int:
 
 
 def event_destroy(event: int) -> None:
-    """Destroy it; a stream that waits for it still does."""
+    """Destroy an event; a stream that waits for it still does."""
     cudart.eventDestroy(event)
 
 
 def event_record(event: int, stream: int) -> None:
-    """Have the event done once all work of the stream so far is. Both belong to one device.
+    """Complete the event once all work enqueued on the stream so far is done. Both belong to one device.
 
-    On DEFAULT_STREAM: once all work of the current device's streams that do not exclude themselves is (as ours do).
+    On DEFAULT_STREAM, the event also covers all blocking streams of the current device. fastdp's are non-blocking.
     """
     cudart.eventRecord(event, stream)
 
 
 def event_done(event: int) -> bool:
-    """Whether the work before the event is over; True for one that was never recorded.
+    """Whether the work before the event is done; True for an event that was never recorded.
 
     Raises:
         CudaError: earlier work failed.
     """
-    # CuPy gives this call's status back instead of raising.
+    # CuPy returns this call's status instead of raising.
     status = int(cudart.eventQuery(event))
     if status not in (0, _NOT_READY):
         cudart.check_status(status)
@@ -284,7 +284,7 @@ def event_done(event: int) -> bool:
 
 
 def stream_wait_event(stream: int, event: int) -> None:
-    """Hold back what is enqueued from now on until the event, as last recorded, is done."""
+    """Hold back work enqueued from now on until the event, as last recorded, is done."""
     cudart.streamWaitEvent(stream, event)
 
 
@@ -297,7 +297,7 @@ def module_load(image: bytes) -> int:
 
 
 def module_unload(module: int) -> None:
-    """Unload it; no kernel of it may be running."""
+    """Unload a module; none of its kernels may be running."""
     driver.moduleUnload(module)
 
 
@@ -307,7 +307,7 @@ def module_function(module: int, name: str) -> int:
 
 
 def launch(function: int, grid: int, block: int, shared: int, stream: int, params: bytes | ctypes.Structure) -> None:
-    """Launch a kernel whose one parameter is a struct by value; CUDA has copied it on return.
+    """Launch a kernel that takes one struct by value; CUDA has copied the struct on return.
 
     The stream's device must be current.
     """
@@ -320,22 +320,22 @@ def launch(function: int, grid: int, block: int, shared: int, stream: int, param
 
 
 def capture_begin(stream: int, mode: str = "thread_local") -> None:
-    """Record what is enqueued from now on instead of running it; `mode` says whose unsafe calls are refused."""
+    """Record work enqueued from now on instead of running it; `mode` sets whose unsafe calls CUDA rejects."""
     cudart.streamBeginCapture(stream, _CAPTURE_MODES[mode])
 
 
 def capture_end(stream: int) -> int:
-    """End the recording on the stream that it began on; gives the graph, which the caller destroys."""
+    """End the recording on the stream where it began; returns the graph, which the caller destroys."""
     return int(cudart.streamEndCapture(stream))
 
 
 def graph_instantiate(graph: int) -> int:
-    """Make it launchable; the graph itself may be destroyed then."""
+    """Create a launchable graph; the source graph may then be destroyed."""
     return int(cudart.graphInstantiate(graph))
 
 
 def graph_upload(graph_exec: int, stream: int) -> None:
-    """Have the GPU get ready for a graph's first launch, which then allocates nothing. The device must be current."""
+    """Prepare the GPU for a graph's first launch, which then allocates nothing. The device must be current."""
     cudart.graphUpload(graph_exec, stream)
 
 
@@ -358,7 +358,7 @@ def graph_destroy(graph: int) -> None:
 
 
 def array(ptr: int, shape: tuple[int, ...], dtype: Any, device: int, owner: object) -> Any:
-    """A cupy.ndarray, C-contiguous, over memory that `owner`, kept alive by the array and its views, frees."""
+    """A C-contiguous cupy.ndarray over memory of `owner`, which the array and its views keep alive."""
     dtype = np.dtype(dtype)
     nbytes = dtype.itemsize
     for length in shape:
@@ -373,7 +373,7 @@ def is_array(x: object) -> bool:
 
 
 def pointer_device(ptr: int) -> int:
-    """The device that an address of device memory lies on."""
+    """The device of an address in device memory."""
     return int(cudart.pointerGetAttributes(ptr).device)
 
 
@@ -383,5 +383,5 @@ def array_pointer(x: Any) -> int:
 
 
 def array_device(x: Any) -> int:
-    """The device that a cupy.ndarray's memory lies on."""
+    """The device of a cupy.ndarray's memory."""
     return int(x.data.device_id)

@@ -1,7 +1,7 @@
 """NCCL's calls through CuPy: the communicators of one process.
 
-One thread that drives several communicators encloses each collective, one call per communicator, in
-`nccl_group()`: nothing is enqueued before the group ends. Sums and copies are enqueued on streams of the
+A thread that drives several communicators puts each collective, one call per communicator, into one
+`nccl_group()`, which enqueues the calls when it ends. Collectives are enqueued on streams of the
 communicators' devices, which need not be current. Errors are `NcclError`, a RuntimeError.
 """
 
@@ -31,10 +31,10 @@ __all__ = [
     "reduce_scatter",
 ]
 
-# Without libnccl CuPy's module has nothing but `available`; no call is made then, and none can fail.
+# Without libnccl, CuPy's module has only `available`; fastdp then makes no NCCL call.
 NcclError: type[RuntimeError] = nccl.NcclError if nccl.available else RuntimeError
 
-# NCCL's numbers of the element types, ncclDataType_t; CuPy gives them names of its own.
+# NCCL's codes of element types (ncclDataType_t), by NumPy's dtype names; CuPy uses other names.
 NCCL_DTYPES = {
     "int8": 0,
     "uint8": 1,
@@ -56,16 +56,16 @@ def nccl_available() -> bool:
 
 
 def nccl_version() -> int:
-    """Of the library that is loaded, such as 22907 for 2.29.7."""
+    """The version of the loaded library, such as 22907 for 2.29.7."""
     return int(nccl.get_version())
 
 
 def nccl_init_all(devices: Sequence[int]) -> list[Any]:
-    """One communicator per device, in rank order. Allocates, and waits for all of them.
+    """One communicator per device, in rank order. Allocates memory, and waits for all devices.
 
     Raises:
-        ValueError: a device twice: NCCL wants one rank per GPU.
-        NcclError: NCCL cannot connect them.
+        ValueError: a device comes twice; NCCL requires one rank per GPU.
+        NcclError: NCCL cannot connect the devices.
     """
     if len(set(devices)) != len(devices):
         raise ValueError(f"devices={list(devices)}: expected each GPU once, since NCCL takes one rank per GPU")
@@ -73,11 +73,11 @@ def nccl_init_all(devices: Sequence[int]) -> list[Any]:
 
 
 def nccl_init_ranks(devices: Sequence[int], current: Callable[[int], AbstractContextManager[object]]) -> list[Any]:
-    """As nccl_init_all, one by one in a group: several ranks may name the same device, where NCCL allows it.
+    """As nccl_init_all, but one by one in a group, so that several ranks may share a device if NCCL allows it.
 
     Args:
-        devices: of each rank.
-        current: makes a device the thread's own for a while.
+        devices: the device of each rank.
+        current: context manager that makes a device current in the thread.
     """
     clique, comms = nccl.get_unique_id(), []
     with nccl_group():
@@ -89,16 +89,16 @@ def nccl_init_ranks(devices: Sequence[int], current: Callable[[int], AbstractCon
 
 @contextlib.contextmanager
 def nccl_group() -> Iterator[None]:
-    """Collect the collectives of several communicators, and enqueue them together at the end.
+    """Collect the collectives of several communicators and enqueue them together at the end.
 
-    After an exception inside the group is ended too, which may enqueue a collective on some ranks only: abort
-    the communicators then. So check what can be checked before the group.
+    An exception inside also ends the group, which may enqueue a collective on some ranks only. Abort the
+    communicators then, and validate arguments before entering the group.
     """
     nccl.groupStart()
     try:
         yield
     except BaseException:
-        # The first failure tells more than what it does to the group.
+        # The first failure is more informative than its effect on the group.
         with contextlib.suppress(NcclError):
             nccl.groupEnd()
         raise
@@ -106,7 +106,7 @@ def nccl_group() -> Iterator[None]:
 
 
 def _dtype(name: str) -> int:
-    """NCCL's number of an element type."""
+    """NCCL's code of an element type."""
     if name not in NCCL_DTYPES:
         raise ValueError(f"dtype_name={name!r}: expected one of {', '.join(NCCL_DTYPES)}")
     return NCCL_DTYPES[name]
@@ -118,15 +118,15 @@ def all_reduce(comm: Any, send: int, recv: int, count: int, dtype_name: str, str
 
 
 def reduce_scatter(comm: Any, send: int, recv: int, count: int, dtype_name: str, stream: int) -> None:
-    """recv = this rank's `count` elements of the sum of all ranks' send, which has count per rank.
+    """recv = this rank's `count` elements of the sum of all ranks' send; send has `count` elements per rank.
 
-    In place where recv is this rank's part of send.
+    In place if recv is this rank's part of send.
     """
     comm.reduceScatter(send, recv, count, _dtype(dtype_name), _SUM, stream)
 
 
 def all_gather(comm: Any, send: int, recv: int, count: int, dtype_name: str, stream: int) -> None:
-    """recv = all ranks' send one after the other, `count` elements each. In place where send is its part of recv."""
+    """recv = all ranks' send, concatenated, `count` elements each. In place if send is its part of recv."""
     comm.allGather(send, recv, count, _dtype(dtype_name), stream)
 
 
@@ -136,7 +136,7 @@ def broadcast(comm: Any, send: int, recv: int, count: int, dtype_name: str, stre
 
 
 def nccl_async_error(comm: Any) -> RuntimeError | None:
-    """What went wrong in a collective that was enqueued already, if anything did."""
+    """The error of a collective that was already enqueued, if any."""
     try:
         comm.check_async_error()
     except NcclError as error:
@@ -145,14 +145,13 @@ def nccl_async_error(comm: Any) -> RuntimeError | None:
 
 
 def nccl_abort(comm: Any) -> None:
-    """Give up a communicator and whatever hangs in it.
+    """Abort a communicator and the collectives that hang in it.
 
-    The communicators that CuPy makes are blocking: aborting one while another thread is inside a call of it is
-    not safe.
+    CuPy creates blocking communicators: aborting one while another thread is inside one of its calls is not safe.
     """
     comm.abort()
 
 
 def nccl_destroy(comm: Any) -> None:
-    """Destroy a communicator whose collectives are over; of several in one thread, inside a group."""
+    """Destroy a communicator whose collectives are done. One thread destroys several inside a group."""
     comm.destroy()

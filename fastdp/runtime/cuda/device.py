@@ -28,12 +28,12 @@ class CudaDevice(QueueDevice):
 
     Args:
         index: ordinal among the devices that `gpus=` counts.
-        ordinal: of the card, as CUDA counts the visible ones.
+        ordinal: CUDA's ordinal of the card among the visible ones.
         virtual: whether this is one of several devices on its card.
-        timeout: seconds that a copy asked for by the host thread may take.
+        timeout: seconds that a synchronous copy of the host thread may take.
 
-    Arrays are cupy.ndarray over plain cudaMalloc memory, which peers and NCCL reach. All streams are non-blocking;
-    communication has the highest priority, so that a collective starts as soon as its gradients are there.
+    Arrays are cupy.ndarray over plain cudaMalloc memory, which peers and NCCL can access. All streams are non-blocking.
+    The communication stream has the highest priority, so that a collective starts as soon as its gradients are ready.
     """
 
     on_gpu = True
@@ -58,7 +58,7 @@ class CudaDevice(QueueDevice):
         self._host_stream = cupy_api.stream_create(ordinal)
 
     def close(self, timeout: float = 60.0) -> None:
-        """Let the worker finish, and give streams and pinned memory back. Arrays in use keep their memory."""
+        """Let the worker finish, then free streams and pinned memory. Arrays in use keep their memory."""
         super().close(timeout)
         handle, self._host_stream = self._host_stream, 0
         if not handle:
@@ -79,15 +79,15 @@ class CudaDevice(QueueDevice):
 
     @property
     def peak_nbytes(self) -> int:
-        """The most memory that the engine has had on this card, for all virtual devices that share it."""
+        """The engine's peak memory on this card, over all virtual devices that share it."""
         return self.arena.peak_nbytes
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
-        """An uninitialized cupy.ndarray on the GPU. cudaMalloc: not in the steady state."""
+        """An uninitialized cupy.ndarray on the GPU. Calls cudaMalloc, so not for the steady state."""
         return self.arena.empty(shape, dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
-        """A cupy.ndarray of zeros; they are there on return."""
+        """A cupy.ndarray of zeros, already filled on return."""
         array = self.empty(shape, dtype)
         if array.nbytes:
             with cupy_api.on(self.ordinal):
@@ -98,8 +98,8 @@ class CudaDevice(QueueDevice):
     def copy(self, target: Any, source: Any) -> None:
         """Copy an array of this or another GPU, or of the host, into one of this GPU.
 
-        On a worker, in the order of the stream whose work it is; elsewhere at once: the copy is over on return,
-        and what the source holds must be there before.
+        On a worker, the copy runs in the order of the stream whose work calls it. On other threads it is
+        synchronous, and the source's values must be ready before the call.
         """
         if not target.nbytes:
             return
@@ -121,73 +121,73 @@ class CudaDevice(QueueDevice):
             cupy_api.copy_peer_async(into, ends[0], out_of, ends[1], target.nbytes, stream)
 
     def to_host(self, array: Any) -> np.ndarray:
-        """A host array of the present values; waits for the copy, and for nothing else."""
+        """A host array of the current values; waits only for the copy."""
         return self._fetch(array, self._handle_here()) if array.nbytes else np.empty(array.shape, array.dtype)
 
     def fetch(self, target: np.ndarray, source: Any) -> None:
-        """Copy one of this GPU's arrays into pinned memory, in the order of the stream whose work it is; waits."""
+        """Copy an array of this GPU into pinned memory, in the order of the stream whose work calls it; waits."""
         if target.nbytes:
             self._copy_now(target.ctypes.data, cupy_api.array_pointer(source), target.nbytes, self._handle_here())
 
     def host_home(self) -> HostHome:
-        """Host memory for a model's own weights, which this GPU copies to and from."""
+        """An allocator of host memory for a model's own weights; this GPU copies to and from it."""
         return HostHome(self)
 
     def wrap(self, pointer: int, shape: tuple[int, ...], dtype: np.dtype, owner: object) -> Any:
-        """A cupy.ndarray over memory of another library's on this GPU, which `owner` keeps alive. C-contiguous."""
+        """A C-contiguous cupy.ndarray over another library's memory on this GPU, which `owner` keeps alive."""
         return cupy_api.array(pointer, shape, dtype, self.ordinal, owner)
 
     # A batch in, outputs out.
 
     def take_rows(self, batch: Sequence[Any], rows: Rows) -> list[Any]:
-        """This GPU's rows of every array of a batch; compute that is enqueued later waits for them.
+        """This GPU's rows of every array of a batch; compute work enqueued later waits for them.
 
-        Rows of host arrays go through one pinned buffer and one copy on the GPU's own copy stream; those of
-        arrays on a GPU are copied over the link. Valid until the step after the next.
+        Rows of host arrays go through one pinned buffer and one copy on this GPU's copy stream. Rows of arrays
+        on a GPU are copied over the link. Valid until the step after the next.
         """
         return self._feed.take(batch, rows)
 
     def gather_rows(
         self, arrays: Sequence[Any], casts: Sequence[tuple[str, float, float] | None], index: np.ndarray
     ) -> list[Any]:
-        """Rows, by their numbers, of arrays that lie on this GPU; compute that is enqueued later waits for them.
+        """Gather rows by number from arrays on this GPU; compute work enqueued later waits for them.
 
         Args:
-            arrays: C-contiguous; kept alive by who calls until the step is over.
-            casts: for each None, or (dtype, scale, offset) of the floats that are made of a uint8 one.
+            arrays: C-contiguous; the caller keeps them alive until the step is done.
+            casts: per array None, or (dtype, scale, offset) of the floats to which a uint8 array is converted.
             index: int64 row numbers, all in range.
 
-        Valid as long as what `take_rows` gives.
+        Valid as long as the result of `take_rows`.
         """
         sources = [Gather(array, *cast) if cast else Gather(array) for array, cast in zip(arrays, casts, strict=True)]
         return self._feed.gather(sources, index)
 
     def stage_rows(self, batch: Sequence[Any], rows: Rows) -> bool:
-        """Begin to copy the rows that the next `take_rows` of the same arrays asks for; False without room for them."""
+        """Prefetch the rows for the next `take_rows` of the same arrays; False if there is no room for them."""
         return self._feed.stage(batch, rows)
 
     def forget_staged(self) -> None:
-        """Nobody will take the rows that are staged."""
+        """Discard the staged rows."""
         self._feed.forget()
 
     def recover(self) -> None:
-        """Forget failures on all streams, and staged rows, which a failure may have kept from coming."""
+        """Clear failures on all streams, and discard staged rows, which a failure may have left incomplete."""
         super().recover()
         self._feed.recover()
 
     def merged(self, shape: tuple[int, ...], dtype: np.dtype, *, on_host: bool) -> Any:
-        """Room for a merged output, the caller's to keep: pinned host memory, or this GPU's."""
+        """An uninitialized array for a merged output, owned by the caller: in pinned host memory or on this GPU."""
         return (self.pinned if on_host else self.outputs).empty(shape, dtype)
 
     def prepare_to_merge(self) -> None:
-        """Have what `put_rows` to a GPU needs: CUDA may wait for the GPU when a kernel is loaded. Between steps."""
+        """Load the kernel that `put_rows` uses. Call between steps: CUDA may wait for the GPU to load a kernel."""
         self.kernels.load("concat_rows")
 
     def put_rows(self, targets: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """Enqueue the copies of a replica's outputs to their rows of the merged arrays. On the worker; all of them stay
-        alive until the step is over.
+        """Enqueue copies of a replica's outputs to their rows of the merged arrays.
 
-        One launch copies several outputs to a GPU whose memory this one's kernels reach.
+        Called on the worker. The caller keeps all arrays alive until the step is done. One launch copies several
+        outputs to a GPU whose memory this GPU's kernels can access.
         """
         stream = current_stream()
         assert stream is not None
@@ -205,7 +205,7 @@ class CudaDevice(QueueDevice):
 
     def _put(self, target: Any, output: Any, stream: CudaStream) -> None:
         """Copy one output."""
-        if not cupy_api.is_array(output):  # a function of the user's that works on the host
+        if not cupy_api.is_array(output):  # from a user function that computes on the host
             if cupy_api.is_array(target):
                 self.write(target, output, stream)
             else:
@@ -215,10 +215,10 @@ class CudaDevice(QueueDevice):
         else:
             cupy_api.copy_async(target.ctypes.data, cupy_api.array_pointer(output), target.nbytes, stream.handle)
 
-    # Copies that somebody waits for.
+    # Synchronous copies.
 
     def read(self, array: Any, stream: QueueStream) -> np.ndarray:
-        """The array's values in the order of a stream of this device, whatever thread asks; waits for them."""
+        """Read the array's values in the order of a stream of this device, from any thread; waits for them."""
         assert isinstance(stream, CudaStream)
         return self._fetch(array, stream.handle)
 
@@ -238,15 +238,15 @@ class CudaDevice(QueueDevice):
         self._copy_now(cupy_api.array_pointer(array) if array.nbytes else 0, pinned.ctypes.data, array.nbytes, handle)
 
     def _copy_now(self, target: int, source: int, nbytes: int, handle: int) -> None:
-        """Copy in the order of a CUDA stream, and wait for it; of no bytes, wait for what the stream has."""
+        """Copy in the order of a CUDA stream and wait for it. With no bytes, wait for the stream's earlier work."""
         with cupy_api.on(self.ordinal):
             if nbytes:
                 cupy_api.copy_async(target, source, nbytes, handle)
             self._wait_for(handle)
 
     def _handle_here(self) -> int:
-        """The stream whose work this thread issues: behind it lies what is asked for in the middle of it. Elsewhere
-        the host's own stream."""
+        """The CUDA stream whose work this thread is issuing, so that calls from inside the work keep its order; on
+        other threads, the host's stream."""
         stream = current_stream()
         return self._host_stream if stream is None else stream.handle
 

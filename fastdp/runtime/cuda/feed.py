@@ -18,15 +18,15 @@ from fastdp.runtime.cuda.streams import CudaStream
 from fastdp.runtime.queue import QueueEvent
 from fastdp.shard import Rows
 
-# Where arrays begin in a staging buffer: what the widest loads of the kernels like.
+# Alignment of arrays in a staging buffer, enough for the widest loads of the kernels.
 ALIGNMENT = 256
-# Two: the rows of a step are copied in while the step before still computes.
+# Two buffers: the rows of a step are copied in while the previous step still computes.
 BATCHES_IN_FLIGHT = 2
 
 
 @dataclass(slots=True)
 class _Staged:
-    """Rows of a batch that nobody has taken yet. Holds the batch: its arrays stay the ones that they are."""
+    """Rows of a batch that no step has taken yet. Keeps the batch alive, so that its arrays keep their identity."""
 
     batch: list[Any]
     rows: Rows
@@ -34,14 +34,14 @@ class _Staged:
     arrived: QueueEvent
 
     def holds(self, batch: Sequence[Any], rows: Rows) -> bool:
-        """Whether these are the very same arrays and rows."""
+        """Whether these are the same array objects and rows."""
         same = len(batch) == len(self.batch) and all(a is b for a, b in zip(batch, self.batch, strict=True))
         return same and rows == self.rows
 
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """An array on a GPU whose rows are asked for by number; `cast` makes floats x * scale + offset of a uint8 one."""
+    """An array on a GPU to gather rows from; `cast` is the float dtype of x * scale + offset for a uint8 array."""
 
     array: Any
     cast: str | None = None
@@ -50,7 +50,7 @@ class Gather:
 
 
 class CallersWork:
-    """An event on the current device's default stream, which lives as long as somebody may wait for it."""
+    """An event on the current device's default stream, destroyed when the last reference goes."""
 
     def __init__(self) -> None:
         self.event = cupy_api.event_create()
@@ -62,17 +62,17 @@ class CallersWork:
 
 
 class Feed:
-    """The rows of batches on their way to one GPU.
+    """Copies the rows of batches to one GPU.
 
     Args:
         device: a CudaDevice, on whose copy stream all copies run.
         timeout: seconds that a pinned buffer may stay in use.
 
-    Rows of host arrays go through one pinned buffer and one copy. Those of arrays on a GPU, behind what the caller has
-    enqueued on that GPU's default stream, are copied over the link, or by one launch for all of them where the
-    GPU's kernels reach their memory. Rows by number of arrays that lie on the GPU are gathered by one launch.
-    A step's rows lie in one of two device buffers until the step after the next takes its own; the other one is for
-    rows that are staged meanwhile. Called from the thread that runs steps.
+    Rows of host arrays go through one pinned buffer and one copy. Rows of arrays on a GPU are copied over the link, or
+    by one launch for all of them if this GPU's kernels can access their memory; the copies run after the work that the
+    caller has enqueued on that GPU's default stream. One launch gathers rows by number from arrays on this GPU.
+    A step's rows stay in one of two device buffers until the step after the next takes its rows; the other buffer
+    is for rows that are staged meanwhile. Call it from the thread that runs steps.
     """
 
     def __init__(self, device: Any, timeout: float) -> None:
@@ -80,32 +80,32 @@ class Feed:
         self._timeout = timeout
         self._ring = StagingRing(slots=BATCHES_IN_FLIGHT, timeout=timeout)
         self._buffers: list[Any] = [None] * BATCHES_IN_FLIGHT
-        self._turn = 0  # the buffer of the rows that were taken last
+        self._turn = 0  # the buffer with the rows taken last
         self._other_is_free: QueueEvent | None = None
         self._staged: _Staged | None = None
-        self._error: Any = None  # that a gather sets, whose numbers were checked before
+        self._error: Any = None  # the kernel's error flag; never read, since row numbers are checked before
 
     def take(self, batch: Sequence[Any], rows: Rows) -> list[Any]:
-        """The rows of every array; compute that is enqueued later waits for them.
+        """The rows of every array; compute work enqueued later waits for them.
 
-        Rows that were staged are there already, or on their way. Others that are larger than before allocate.
+        Staged rows have arrived or are being copied. Other rows are copied now; a larger batch than before allocates.
         """
         staged = self._staged
         if staged is not None and staged.holds(batch, rows):
             self._turn, self._staged = self._other, None
-            # What reads the buffer of the step before is enqueued by now.
+            # All work that reads the previous step's buffer is enqueued by now.
             self._other_is_free = self._device.compute.record()
         else:
             parts, sizes = _parts(batch, rows)
             free = self._turn_over(sum(sizes), sum(sizes) if _from_host(parts) else 0)
             if _from_gpus(parts):
-                self._device.kernels.load("slice_rows")  # CUDA may wait for the GPU then
+                self._device.kernels.load("slice_rows")  # here, because CUDA may wait for the GPU to load it
             staged = self._send(batch, rows, parts, sizes, self._turn, free)
         self._device.compute.wait(staged.arrived)
         return staged.arrays
 
     def gather(self, sources: Sequence[Gather], index: np.ndarray) -> list[Any]:
-        """Rows of arrays on this GPU by their numbers, int64 and in range; compute enqueued later waits for them."""
+        """Gather rows by number (int64, in range) from arrays on this GPU; later compute work waits for them."""
         rows = len(index)
         shapes = [(rows, *source.array.shape[1:]) for source in sources]
         dtypes = [np.dtype(source.cast or source.array.dtype) for source in sources]
@@ -139,32 +139,32 @@ class Feed:
         ]
 
     def stage(self, batch: Sequence[Any], rows: Rows) -> bool:
-        """Begin to copy the rows of the batch that comes next, while a step computes; `take` then finds them.
+        """Prefetch the rows of the next batch while a step computes; `take` then finds them.
 
         Returns:
-            False, and nothing is done, where memory would have to be allocated: CUDA may wait for all GPUs then, which
-            in the middle of a step may wait for each other.
+            False, without copying, if memory would have to be allocated: CUDA may then wait for all GPUs, which may
+            wait for each other in the middle of a step. Also False if an array lies on a GPU.
         """
         parts, sizes = _parts(batch, rows)
         self._staged = None
         buffer = self._buffers[self._other]
         if buffer is None or buffer.nbytes < sum(sizes) or (_from_host(parts) and self._ring.room < sum(sizes)):
             return False
-        if _from_gpus(parts):  # nothing to be fetched over the host's link, and perhaps a kernel to be loaded
+        if _from_gpus(parts):  # they do not use the host's link, and a kernel may have to be loaded
             return False
         self._staged = self._send(batch, rows, parts, sizes, self._other, self._other_is_free)
         return True
 
     def forget(self) -> None:
-        """Nobody will take what is staged. Its copy may still run: the next one is behind it."""
+        """Discard the staged rows. Their copy may still run; later copies are ordered after it."""
         self._staged = None
 
     def recover(self) -> None:
-        """After a failure, when nothing runs: what was staged may not have come, and both buffers are free."""
+        """Reset after a failure, when nothing runs: staged rows may be incomplete, and both buffers are free."""
         self._staged = self._other_is_free = None
 
     def close(self) -> None:
-        """Give the memory back, when the GPU is done with it."""
+        """Free the memory once the GPU is done with it."""
         self.recover()
         self._error = None
         self._ring.close()
@@ -175,20 +175,20 @@ class Feed:
         return (self._turn + 1) % BATCHES_IN_FLIGHT
 
     def _turn_over(self, nbytes: int, pinned_nbytes: int) -> QueueEvent:
-        """Have the buffer of the next rows, and room in pinned memory; the event after which nothing uses it."""
-        # Rows that wait for another step keep their buffer.
+        """Select a buffer for the next rows and reserve pinned memory; returns the event after which it is free."""
+        # Staged rows for another step keep their buffer.
         if self._staged is None:
             self._turn = self._other
             self._grow(self._other, nbytes)
         self._grow(self._turn, nbytes)
         if self._ring.room < pinned_nbytes:
-            self._device.copy_in.record().wait_issued(self._timeout)  # the worker has nothing to do with the ring
+            self._device.copy_in.record().wait_issued(self._timeout)  # then the worker does not use the ring
             self._ring.reserve(pinned_nbytes)
         self._other_is_free = self._device.compute.record()
         return self._other_is_free
 
     def _grow(self, turn: int, nbytes: int) -> None:
-        """Have a buffer of at least `nbytes`."""
+        """Grow a device buffer to at least `nbytes`."""
         buffer = self._buffers[turn]
         if buffer is None or buffer.nbytes < nbytes:
             room = 1 << max(12, math.ceil(math.log2(max(1, nbytes))))
@@ -203,7 +203,7 @@ class Feed:
         turn: int,
         free: QueueEvent | None,
     ) -> _Staged:
-        """Enqueue the copies into a buffer, behind the event after which nothing reads it."""
+        """Enqueue the copies into a buffer, after the event `free` that ends its use."""
         buffer, copy_in = self._buffers[turn], self._device.copy_in
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         base = cupy_api.array_pointer(buffer)
@@ -225,7 +225,7 @@ class Feed:
         nbytes: int,
         callers: Sequence[CallersWork],
     ) -> None:
-        """Fill a pinned buffer with the host rows, and enqueue the copies. On the worker, as the copy stream's work."""
+        """Fill a pinned buffer with the host rows, and enqueue the copies. Runs on the worker as copy stream work."""
         stream = self._device.copy_in
         assert isinstance(stream, CudaStream)
         host = _from_host(parts)
@@ -234,7 +234,7 @@ class Feed:
             for i in host:
                 room = pinned[starts[i] : starts[i] + parts[i].nbytes]
                 np.copyto(room.view(parts[i].dtype).reshape(parts[i].shape), parts[i])
-            # One copy where all rows come from the host; the gaps between arrays go along.
+            # One copy if all rows come from the host, including the gaps between arrays.
             if len(host) == len([part for part in parts if part.nbytes]):
                 first, last = host[0], host[-1]
                 length = starts[last] + parts[last].nbytes - starts[first]
@@ -260,7 +260,7 @@ class Feed:
             self._device.copy_rows(target, part, stream.handle)
 
     def _gather(self, slices: Sequence[RowSlice], index_at: int, index: np.ndarray) -> None:
-        """Copy the row numbers to the GPU, and launch. On the worker, as work of the copy stream."""
+        """Copy the row numbers to the GPU and launch the gather. Runs on the worker as copy stream work."""
         stream = self._device.copy_in
         assert isinstance(stream, CudaStream)
         pinned = self._ring.take(index.nbytes)
@@ -272,7 +272,7 @@ class Feed:
 
 
 def _whole(target: Any, part: Any) -> RowSlice:
-    """All rows of one array to another place."""
+    """The copy of all rows of an array to another place."""
     rows = part.shape[0]
     return RowSlice(
         source=cupy_api.array_pointer(part),
@@ -284,22 +284,22 @@ def _whole(target: Any, part: Any) -> RowSlice:
 
 
 def _behind_caller(ordinal: int) -> CallersWork:
-    """What the caller has enqueued on a GPU so far. On the caller's thread."""
+    """An event after all work that the caller has enqueued on a GPU so far. Called on the caller's thread."""
     with cupy_api.on(ordinal):
         return CallersWork()
 
 
 def _parts(batch: Sequence[Any], rows: Rows) -> tuple[list[Any], list[int]]:
-    """The rows of every array, and the bytes that each takes in a buffer."""
+    """The rows of every array, and the aligned size of each in a buffer."""
     parts = [_adopted(array)[rows.start : rows.stop] for array in batch]
     return parts, [-(-part.nbytes // ALIGNMENT) * ALIGNMENT for part in parts]
 
 
 def _adopted(x: Any) -> Any:
-    """An array of another library on a GPU (`__cuda_array_interface__`) as a cupy.ndarray; anything else as it is.
+    """Another library's GPU array (`__cuda_array_interface__`) as a cupy.ndarray; anything else unchanged.
 
     Raises:
-        ValueError: its elements do not lie in a row: rows are copied as runs of bytes.
+        ValueError: the array is not C-contiguous; rows are copied as runs of bytes.
     """
     if cupy_api.is_array(x):
         straight = bool(x.flags.c_contiguous)
@@ -320,10 +320,10 @@ def _adopted(x: Any) -> Any:
 
 
 def _from_host(parts: Sequence[Any]) -> list[int]:
-    """Which of the parts lie in host memory, and are not empty."""
+    """The indices of parts in host memory that are not empty."""
     return [i for i, part in enumerate(parts) if part.nbytes and not cupy_api.is_array(part)]
 
 
 def _from_gpus(parts: Sequence[Any]) -> list[int]:
-    """The GPUs that parts lie on."""
+    """The ordinals of the GPUs with non-empty parts."""
     return sorted({cupy_api.array_device(part) for part in parts if part.nbytes and cupy_api.is_array(part)})

@@ -14,7 +14,7 @@ __all__ = ["CudaLauncher", "kernels"]
 class CudaLauncher:
     """Loads and launches kernels on one device; implements fastdp.launch.Launcher.
 
-    Modules belong to the device's context and live as long as the process, as the context does.
+    Modules belong to the device's context, which lives as long as the process.
     """
 
     def __init__(self, device: int) -> None:
@@ -37,10 +37,10 @@ class CudaLauncher:
 
 
 def kernels(device: int) -> Kernels:
-    """The kernels of a device, compiled for it by an NVRTC whose machine code its driver takes.
+    """The kernels of a device, compiled by an NVRTC whose machine code the driver accepts.
 
     Raises:
-        fastdp.launch.nvrtc.NvrtcNotFoundError: at the first load, where no such NVRTC is installed.
+        fastdp.launch.nvrtc.NvrtcNotFoundError: raised at the first load if no such NVRTC is installed.
     """
     return Kernels(
         CudaLauncher(device), cupy_api.compute_capability(device), cupy_api.multiprocessors(device), _compiled

@@ -1,8 +1,8 @@
 """GPU memory that is reused: arrays on a device, pinned staging buffers, pinned arrays for the caller.
 
-Nothing here runs in the steady state: cudaMalloc, cudaFree and cudaHostAlloc may wait for all GPUs, and hang while
-one of them waits for a collective. So what the garbage collector finds is put on a list, and is freed at the
-next call that allocates anyway.
+The steady state calls no CUDA allocator: cudaMalloc, cudaFree and cudaHostAlloc may wait for all GPUs, and hang while
+one of them waits for a collective. Memory that the garbage collector finds is therefore put on a list, and freed
+by the next call that allocates anyway.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ def _nbytes(shape: Sequence[int], dtype: Any) -> int:
     return math.prod(shape) * np.dtype(dtype).itemsize
 
 
-# What the garbage collector found and may not do itself: appended to in any thread.
+# Work that finalizers must not do themselves; any thread may append to it.
 _deferred: deque[Callable[[], object]] = deque()
 
 
 def defer(work: Callable[[], object]) -> None:
-    """Have `work()`, which frees something on GPUs, done where memory of any GPU is next allocated or trimmed."""
+    """Defer `work()`, which frees GPU resources, to the next allocation or trim of any GPU's memory."""
     _deferred.append(work)
 
 
 def run_deferred() -> None:
-    """Do what was deferred. Not while a collective is under way: freeing may wait for the GPUs."""
+    """Run the deferred work. Do not call it during a collective: freeing may wait for the GPUs."""
     while _deferred:
         _deferred.popleft()()
 
 
 class _Block:
-    """Memory that stands for itself: alive as long as an array, or a view of one, lies in it."""
+    """A block of memory, alive as long as an array or a view uses it."""
 
     def __init__(self, ptr: int, nbytes: int) -> None:
         self.ptr = ptr
@@ -59,7 +59,7 @@ class _Block:
 
 
 class _Usage:
-    """What all arenas of a card have of its memory now, and have had at most. In bytes."""
+    """Current and peak memory of all arenas of a card, in bytes."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -67,7 +67,7 @@ class _Usage:
         self.peak = 0
 
     def change(self, nbytes: int) -> None:
-        """More, or less."""
+        """Add `nbytes`, which may be negative."""
         with self._lock:
             self._nbytes += nbytes
             self.peak = max(self.peak, self._nbytes)
@@ -77,37 +77,37 @@ _usage: defaultdict[int, _Usage] = defaultdict(_Usage)  # by card
 
 
 class Arena:
-    """The memory of one device, by plain cudaMalloc, which peers and NCCL can reach.
+    """The memory of one device, from plain cudaMalloc, which peers and NCCL can access.
 
     Args:
         device: the CUDA ordinal.
 
     Attributes:
-        allocations: how many times memory was asked of CUDA; constant in the steady state.
+        allocations: number of allocations from CUDA; constant in the steady state.
 
-    Memory whose arrays are gone is freed by the next `empty`, by `trim` or by `close`. The owner of an arena sees to
-    it that the GPU is done with an array before it drops it.
+    The next `empty`, `trim` or `close` frees memory whose arrays are gone. The owner of an arena must not drop an
+    array before the GPU is done with it.
     """
 
     def __init__(self, device: int) -> None:
         self.device = device
         self.allocations = 0
         self._closed = False
-        self._dead: deque[int] = deque()  # appended to by the garbage collector, in any thread
+        self._dead: deque[int] = deque()  # the garbage collector appends to it, in any thread
         self._finalizers: dict[int, weakref.finalize[Any, Any]] = {}
         self._sizes: dict[int, int] = {}
         self._usage = _usage[device]
 
     @property
     def peak_nbytes(self) -> int:
-        """The most that this arena and the others of its card have had at a time, in this process."""
+        """Peak memory of all arenas of this card together, in this process."""
         return self._usage.peak
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """An uninitialized cupy.ndarray, 512-byte aligned, that owns its memory together with its views.
 
         Raises:
-            MemoryError: the device has not that much left; says how much it has.
+            MemoryError: the device has not enough free memory; the message says how much is free.
             RuntimeError: the arena is closed.
         """
         if self._closed:
@@ -120,11 +120,11 @@ class Arena:
         self._usage.change(self._sizes[base])
         block = _Block(-(-base // ALIGNMENT) * ALIGNMENT, nbytes)
         self._finalizers[base] = weakref.finalize(block, self._dead.append, base)
-        self._finalizers[base].atexit = False  # the process gives all memory back
+        self._finalizers[base].atexit = False  # process exit frees all memory
         return cupy_api.array(block.ptr, shape, dtype, self.device, block)
 
     def trim(self) -> None:
-        """Free what no array uses any more. Waits for the device where there is such memory."""
+        """Free memory that no array uses any more. Waits for the device if there is such memory."""
         run_deferred()
         while self._dead:
             base = self._dead.popleft()
@@ -133,7 +133,7 @@ class Arena:
             self._usage.change(-self._sizes.pop(base))
 
     def close(self) -> None:
-        """Free everything; arrays that are left point to nothing. Idempotent."""
+        """Free everything; remaining arrays become invalid. Idempotent."""
         self._closed = True
         for finalizer in list(self._finalizers.values()):
             finalizer()
@@ -162,16 +162,16 @@ class _Slot:
 
 
 class StagingRing:
-    """Pinned buffers through which a host batch goes to the GPUs: one is filled while the others are copied from.
+    """A ring of pinned buffers for copying host batches to GPUs: one is filled while copies read from the others.
 
     Args:
-        slots: how many buffers.
+        slots: number of buffers.
         timeout: seconds that `take` waits for a buffer.
 
     Attributes:
-        allocations: how many times memory was asked of CUDA; constant once the largest batch has gone through.
+        allocations: number of allocations from CUDA; constant after the largest batch.
 
-    One thread at a time takes and releases, in the same order.
+    One thread at a time takes and releases buffers, in the same order.
 
     Example:
         >>> rows = ring.take(batch.nbytes)  # doctest: +SKIP
@@ -191,14 +191,14 @@ class StagingRing:
 
     @property
     def room(self) -> int:
-        """Bytes that any of the buffers holds without being asked of CUDA anew."""
+        """Size in bytes of the smallest buffer, which `take` serves without an allocation."""
         return min(slot.nbytes for slot in self._slots)
 
     def reserve(self, nbytes: int) -> None:
-        """Have all buffers hold so much, once nothing reads from them. None is taken meanwhile.
+        """Grow all buffers to `nbytes`, once no copy reads from them. No buffer may be taken.
 
         Raises:
-            fastdp.errors.DeviceTimeoutError: as for `take`.
+            fastdp.errors.DeviceTimeoutError: as in `take`.
         """
         for slot in self._slots:
             if slot.nbytes < nbytes:
@@ -206,7 +206,7 @@ class StagingRing:
                 self._resize(slot, nbytes)
 
     def take(self, nbytes: int) -> NDArray[np.uint8]:
-        """`nbytes` of pinned memory that nothing reads any more, for the caller to fill.
+        """`nbytes` of pinned memory for the caller to fill; no copy reads from it any more.
 
         Raises:
             RuntimeError: all buffers are taken and none was released.
@@ -223,24 +223,24 @@ class StagingRing:
         return np.asarray(_Block(slot.ptr, nbytes)) if nbytes else np.empty(0, np.uint8)
 
     def release(self, event: Event) -> None:
-        """The buffer taken first is in use until `event` is done.
+        """Release the buffer taken first; it stays in use until `event` is done.
 
         Raises:
-            RuntimeError: none is taken.
+            RuntimeError: no buffer is taken.
         """
         if not self._taken:
             raise RuntimeError("no staging buffer is taken: call take() first")
         self._taken.popleft().in_use_until = event
 
     def close(self) -> None:
-        """Wait until the buffers are free, and free them. Idempotent."""
+        """Wait until the buffers are unused, and free them. Idempotent."""
         for slot in self._slots:
             self._wait(slot)
             self._resize(slot, 0)
         self._taken.clear()
 
     def _wait(self, slot: _Slot) -> None:
-        """Until nothing reads from it. A failed step's error is the engine's to report, and its buffer is free."""
+        """Wait until no copy reads from the buffer. The engine reports a failed step's error; its buffer is free."""
         if slot.in_use_until is not None:
             slot.in_use_until.finish(self._timeout)
             slot.in_use_until = None
@@ -256,15 +256,15 @@ class StagingRing:
 
 
 class PinnedPool:
-    """Pinned arrays that belong to the caller, whose memory comes back when they and all their views are gone.
+    """Pinned arrays owned by the caller; the memory returns to the pool when an array and all its views are gone.
 
     Args:
-        cache_nbytes: how much memory that nobody uses is kept for later.
+        cache_nbytes: how much unused memory is kept for later.
 
     Attributes:
-        allocations: how many times memory was asked of CUDA; constant in the steady state.
+        allocations: number of allocations from CUDA; constant in the steady state.
 
-    Who enqueues a copy to or from such an array holds on to it until the copy is over.
+    Code that enqueues a copy to or from such an array must keep a reference until the copy is done.
     """
 
     def __init__(self, cache_nbytes: int = PINNED_CACHE_NBYTES) -> None:
@@ -272,7 +272,7 @@ class PinnedPool:
         self._cache_nbytes = cache_nbytes
         self._lock = threading.Lock()
         self._closed = False
-        self._returned: deque[tuple[int, int]] = deque()  # appended to by the garbage collector, in any thread
+        self._returned: deque[tuple[int, int]] = deque()  # the garbage collector appends to it, in any thread
         self._free: dict[int, list[int]] = {}  # addresses by size
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
@@ -287,7 +287,7 @@ class PinnedPool:
         if not nbytes:
             return np.empty(shape, dtype)
         size = size_class(nbytes)
-        with self._lock:  # workers of several devices ask the one that outputs are merged on
+        with self._lock:  # workers of several devices allocate from the device on which outputs are merged
             self._collect()
             ready = self._free.get(size)
             if ready:
@@ -300,14 +300,14 @@ class PinnedPool:
         return np.asarray(block).view(dtype).reshape(shape)
 
     def close(self) -> None:
-        """Free what nobody uses; call again for the rest, once its arrays are gone."""
+        """Free unused memory. Call again once the remaining arrays are gone."""
         self._closed = True
         self._cache_nbytes = 0
         with self._lock:
             self._collect()
 
     def _collect(self) -> None:
-        """Take back what the garbage collector found, and free what is more than the cache holds."""
+        """Take back memory of dead arrays, and free what exceeds the cache."""
         while self._returned:
             ptr, size = self._returned.popleft()
             self._free.setdefault(size, []).append(ptr)
@@ -319,6 +319,6 @@ class PinnedPool:
 
 
 def size_class(nbytes: int) -> int:
-    """At least nbytes, at most an eighth more (or 4 KiB): sizes that differ a little share memory."""
+    """Round nbytes up by at most an eighth (or 4 KiB), so that similar sizes share memory."""
     step = max(4096, 1 << max(0, (nbytes - 1).bit_length() - 4))
     return -(-nbytes // step) * step

@@ -12,19 +12,19 @@ import numpy as np
 from fastdp.runtime.cuda import cupy_api
 from fastdp.runtime.cuda.memory import Arena, size_class
 
-# Bytes that nobody uses and that are kept for later, for each device.
+# Unused bytes that each device keeps for later.
 OUTPUT_CACHE_NBYTES = 1 << 30
 
 
 class _Owner:
-    """Alive as long as an array of the caller's, or a view of one, lies in the memory."""
+    """Alive as long as an array of the caller, or a view of it, uses the memory."""
 
     def __init__(self, memory: Any) -> None:
         self.memory = memory
 
 
 class _Returned:
-    """Where the garbage collector puts what it finds, in any thread: no call of CUDA is made there."""
+    """Collects blocks from the garbage collector, in any thread, without calling CUDA."""
 
     def __init__(self) -> None:
         self.open = True
@@ -37,36 +37,36 @@ class _Returned:
 
 
 class _Idle:
-    """A block that no array uses, and the event after which no work that its caller enqueued does."""
+    """A block that no array uses, and the event that ends its use by work that its caller enqueued."""
 
     def __init__(self, memory: Any, event: int) -> None:
         self.memory = memory
         self._event = event
 
     def ready(self) -> bool:
-        """Whether it may be written; never waits."""
+        """Whether the block may be written; never waits."""
         if self._event and cupy_api.event_done(self._event):
             self.drop_event()
         return not self._event
 
     def drop_event(self) -> None:
-        """Give the event back."""
+        """Destroy the event."""
         event, self._event = self._event, 0
         if event:
             cupy_api.event_destroy(event)
 
 
 class OutputPool:
-    """Arrays on one GPU that belong to the caller, whose memory is used again when they and all their views are gone.
+    """Arrays on one GPU owned by the caller; the memory is reused when an array and all its views are gone.
 
     Args:
-        arena: whose memory it is.
-        cache_nbytes: how much that nobody uses is kept for later.
+        arena: where the memory comes from.
+        cache_nbytes: how much unused memory is kept for later.
 
-    A block is written again once the work has run that its caller enqueued on CUDA's default stream before the last
-    array was dropped: it is what torch and CuPy use unless told otherwise, and blocking streams wait for each other
-    through it. Who reads an array on a non-blocking stream keeps it until that work is over. No GPU and no thread waits
-    for a block: one that is not ready is left for the next time. So a steady state has a few, and allocates none.
+    A block is reused once all work has run that was enqueued on CUDA's default stream before its last array was
+    dropped. Torch and CuPy use this stream by default, and blocking streams synchronize with it. Code that reads an
+    array on a non-blocking stream must keep a reference until that work is done. Neither a GPU nor a thread waits for a
+    block: one that is not ready is skipped. The steady state therefore cycles through a few blocks and allocates none.
     """
 
     def __init__(self, arena: Arena, cache_nbytes: int = OUTPUT_CACHE_NBYTES) -> None:
@@ -80,7 +80,7 @@ class OutputPool:
         """An uninitialized cupy.ndarray. Called by any worker.
 
         Raises:
-            MemoryError, RuntimeError: as `Arena.empty`.
+            MemoryError, RuntimeError: as in `Arena.empty`.
         """
         nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         size = size_class(max(1, nbytes))
@@ -98,7 +98,7 @@ class OutputPool:
         return cupy_api.array(cupy_api.array_pointer(memory), shape, dtype, self._arena.device, owner)
 
     def close(self) -> None:
-        """Give all blocks that nobody uses back to the arena, and those in use when their arrays go. Idempotent."""
+        """Return unused blocks to the arena, and each other block when its arrays are gone. Idempotent."""
         with self._lock:
             self._returned.open = False
             self._returned.found.clear()
@@ -108,7 +108,7 @@ class OutputPool:
             self._idle.clear()
 
     def _collect(self) -> None:
-        """Take in what came back, and give what is more than the cache holds to the arena."""
+        """Take back blocks of dead arrays, and return what exceeds the cache to the arena."""
         while self._returned.found:
             memory = self._returned.found.popleft()
             with cupy_api.on(self._arena.device):

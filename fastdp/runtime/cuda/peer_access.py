@@ -20,12 +20,12 @@ PATTERN_NBYTES = 1 << 16
 _POLL_SECONDS = 0.0005
 
 
-# Ordered pairs of devices whose access was enabled and tried, by any PeerAccess of this process.
+# Ordered pairs of devices whose access any PeerAccess of this process has enabled and tested.
 _reached_by_kernels: set[tuple[int, int]] = set()
 
 
 def reaches(device: int, other: int) -> bool:
-    """Whether kernels of `device` are known to reach `other`'s memory."""
+    """Whether kernels of `device` are known to reach the memory of `other`."""
     return device == other or (device, other) in _reached_by_kernels
 
 
@@ -33,16 +33,16 @@ class PeerAccess:
     """Direct access between GPUs.
 
     Args:
-        devices: CUDA ordinals; only these get a context. One that comes twice counts once.
+        devices: CUDA ordinals; only these get a context. Duplicates count once.
         timeout: seconds for one trial copy.
 
-    For each ordered pair, CUDA is asked (`cudaDeviceCanAccessPeer`), access is enabled, and a pattern is copied both
-    ways: under some IOMMU and virtual-machine settings CUDA says yes and the bytes do not arrive. Pairs without
-    it go through host memory, which one UserWarning says. Without NVSwitch a GPU has at most 8 peers; beyond
-    that CUDA refuses to enable more, and those pairs go through host memory too.
+    For each ordered pair, the constructor queries CUDA (`cudaDeviceCanAccessPeer`), enables access, and copies a
+    pattern both ways: under some IOMMU and virtual-machine settings CUDA reports access and the bytes do not
+    arrive. Pairs without access copy through host memory; one UserWarning lists them. Without NVSwitch a GPU has at
+    most 8 peers; CUDA refuses to enable more, and those pairs go through host memory too.
 
     Raises:
-        DeviceTimeoutError: a trial copy was not over in time; what it uses is not freed.
+        DeviceTimeoutError: a trial copy did not finish in time; its memory is not freed.
     """
 
     def __init__(self, devices: Sequence[int], timeout: float = 60.0) -> None:
@@ -63,7 +63,7 @@ class PeerAccess:
         self._warn({pair: reason for pair, reason in reasons.items() if reason})
 
     def direct(self, src: int, dst: int) -> bool:
-        """Whether a copy from src to dst, enqueued on either, and a kernel of either reach the other's memory."""
+        """Whether copies, enqueued on either device, and kernels of either device reach the other's memory."""
         return src == dst or ((src, dst) in self._reached and (dst, src) in self._reached)
 
     @property
@@ -88,7 +88,7 @@ class PeerAccess:
 
 
 def _enabled(device: int, peer: int) -> str:
-    """Enable access of `device` to `peer`; the reason why not, empty where it is enabled."""
+    """Enable access of `device` to `peer`; returns the reason for a failure, or an empty string."""
     if not cupy_api.can_access_peer(device, peer):
         return "CUDA reports no peer access"
     try:
@@ -100,7 +100,7 @@ def _enabled(device: int, peer: int) -> str:
 
 @dataclass(frozen=True)
 class _Trial:
-    """What one device needs for trial copies: two buffers, a stream and an event."""
+    """The resources of one device for trial copies: two buffers, a stream and an event."""
 
     device: int
     pattern: int
@@ -123,7 +123,7 @@ def _trial(device: int) -> Iterator[_Trial]:
         try:
             yield _Trial(device, pattern, result, stream, event)
         except DeviceTimeoutError:
-            stack.pop_all()  # to free it would wait for the copy that hangs
+            stack.pop_all()  # freeing the memory would wait for the copy that hangs
             raise
 
 
@@ -148,7 +148,7 @@ def _copies_arrive(own: _Trial, peer: _Trial, host: int, timeout: float) -> bool
         sent[:] = np.random.default_rng(seed).integers(0, 256, n, np.uint8)
         got[:] = 0
         source, target = (own, peer) if write else (peer, own)
-        # Other bytes first, so that what arrived cannot have been there before.
+        # Clear the target first, so that a match proves that the copy arrived.
         with cupy_api.on(target.device):
             cupy_api.fill_async(target.result, 0, n, target.stream)
         _finish(target, timeout)

@@ -11,10 +11,10 @@ from fastdp.runtime.cuda.streams import current_stream
 
 
 class HostHome:
-    """An allocator (fastdp.buffers) of host memory that the first GPU copies to and from.
+    """An allocator (fastdp.buffers) of pinned host memory that the first GPU copies to and from.
 
     Args:
-        device: the CudaDevice that copies.
+        device: the CudaDevice that runs the copies.
     """
 
     on_gpu = False
@@ -31,9 +31,9 @@ class HostHome:
         return array
 
     def copy(self, target: np.ndarray, source: Any) -> None:
-        """Copy an array of the host, or of a GPU in the order of the stream whose work a worker issues; waits."""
+        """Copy a host or GPU array and wait. On a worker, a GPU copy keeps the order of the stream it issues to."""
         if cupy_api.is_array(source):
-            # The weights may be another engine's by now, whose first GPU is not the one that they came from.
+            # The weights may belong to another engine by now, whose first GPU is a different one.
             stream = current_stream()
             (self._device if stream is None else stream.device).fetch(target, source)
         else:

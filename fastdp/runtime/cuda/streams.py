@@ -1,8 +1,8 @@
 """Streams and events of a GPU, on which a worker issues work in the order of its queue.
 
-An event is *issued* when the worker has recorded it, and *done* when the GPU has come to it. A stream's
-`wait` holds back its queue until the event is issued, and then lets the GPU wait for the rest: no host thread
-ever waits for a GPU but in `finish`.
+An event is *issued* when the worker has recorded it, and *done* when the GPU has reached it. A stream's
+`wait` holds back its queue until the event is issued, and then makes the GPU wait for it. A host thread
+waits for a GPU only in `finish`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastdp.runtime.base import Work
 from fastdp.runtime.cuda import cupy_api
 from fastdp.runtime.queue import QueueEvent, QueueStream
 
-# Seconds between two looks at an event: at first hardly any, since a step may be over in microseconds.
+# Seconds between two polls of an event: short at first, since a step may take only microseconds.
 FIRST_PAUSE, LAST_PAUSE = 2e-5, 1e-3
 
 _worker = threading.local()
@@ -41,11 +41,11 @@ class CudaEvent(QueueEvent):
 
     @property
     def done(self) -> bool:
-        """True once the GPU has come to the event, or the work before it was skipped."""
+        """True once the GPU has reached the event, or the work before it was skipped."""
         return self._issued and (not self.handle or self._query())
 
     def leaves(self) -> tuple[QueueEvent, ...]:
-        """Itself."""
+        """The event itself."""
         return (self,)
 
     def finish(self, timeout: float | None = None) -> None:
@@ -60,7 +60,7 @@ class CudaEvent(QueueEvent):
             pause = min(1.5 * pause, LAST_PAUSE)
 
     def _query(self) -> bool:
-        """Ask CUDA; a failed GPU is done, with an error."""
+        """Query CUDA. An event on a failed GPU counts as done, with an error."""
         try:
             with cupy_api.on(self.stream.ordinal):
                 return cupy_api.event_done(self.handle)
@@ -75,10 +75,10 @@ class CudaStream(QueueStream):
     Args:
         device: a CudaDevice.
         name: which of its streams.
-        priority: CUDA's; lower numbers go first.
+        priority: CUDA's priority; lower numbers run first.
     """
 
-    # An event is recorded in the CUDA stream, by its own worker.
+    # The stream's own worker must record its events in the CUDA stream.
     inline = False
 
     def __init__(self, device: Any, name: str, priority: int = 0) -> None:
@@ -89,19 +89,19 @@ class CudaStream(QueueStream):
         self._waits: list[CudaEvent] = []
 
     def destroy(self) -> None:
-        """Give the stream back to CUDA. Idempotent."""
+        """Destroy the CUDA stream. Idempotent."""
         handle, self.handle = self.handle, 0
         if handle:
             cupy_api.stream_destroy(handle)
 
     def now(self) -> CudaEvent:
-        """An event at the place that the worker has come to, in the middle of its work. On the worker."""
+        """An event at the current point of the work. Called on the worker."""
         event = super().now()
         assert isinstance(event, CudaEvent)
         return event
 
     def follow(self, event: QueueEvent, timeout: float | None = None) -> None:
-        """Let the rest of the work come after an event: the worker waits until it is issued, the GPU for the rest."""
+        """Order the rest of the work after an event: the worker waits until it is issued, the GPU until it is done."""
         super().follow(event, timeout)
         self._passed(event)
         self._order()
@@ -110,11 +110,11 @@ class CudaStream(QueueStream):
         return CudaEvent(self)
 
     def _passed(self, event: QueueEvent) -> None:
-        """Keep the event for the worker: CUDA's calls are not made under the device's lock."""
+        """Keep the event for the worker, so that no CUDA call runs under the device's lock."""
         self._waits += [leaf for leaf in event.leaves() if isinstance(leaf, CudaEvent) and leaf.stream is not self]
 
     def _order(self) -> None:
-        """Let the GPU wait for the events that the queue has passed."""
+        """Make the GPU wait for the events that the queue has passed."""
         waits, self._waits = self._waits, []
         for event in waits:
             if event.handle:
@@ -133,7 +133,7 @@ class CudaStream(QueueStream):
 
 
 def current_stream() -> CudaStream | None:
-    """The stream whose work this thread is issuing, if it is a worker that does."""
+    """The stream whose work this thread is issuing, or None if it is not a worker at work."""
     return getattr(_worker, "stream", None)
 
 

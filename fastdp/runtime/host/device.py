@@ -19,14 +19,14 @@ class HostDevice(QueueDevice):
     Args:
         index: ordinal among the virtual devices.
 
-    The first one lets the process keep the memory that steps free, for the next (`host_memory`).
+    The first device makes malloc keep the memory that steps free, for the next step (host/resources.py).
     """
 
     kind = "virtual"
     on_gpu = False
     space = "host"
     torch_device = "cpu"
-    peak_nbytes = None  # all have the process's memory
+    peak_nbytes = None  # all devices share the process's memory
 
     def __init__(self, index: int) -> None:
         keep_freed_memory()
@@ -41,45 +41,45 @@ class HostDevice(QueueDevice):
         return raw[offset : offset + nbytes].view(dtype).reshape(shape)
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """Memory as of `empty`, all zero."""
+        """Memory as from `empty`, filled with zeros."""
         array = self.empty(shape, dtype)
-        if array.nbytes < LARGE_NBYTES:  # the system gives large ones as zeros, a page when it is first touched
+        if array.nbytes < LARGE_NBYTES:  # the system zeroes the pages of large arrays when they are first touched
             array[...] = 0
         return array
 
     def copy(self, target: np.ndarray, source: np.ndarray) -> None:
-        """Copy an array into another of the same shape and dtype, at once."""
+        """Copy an array into another of the same shape and dtype, synchronously."""
         np.copyto(target, source)
 
     def to_host(self, array: np.ndarray) -> np.ndarray:
-        """The array itself: it is in host memory."""
+        """The array itself, which is already in host memory."""
         return array
 
     def host_home(self) -> HostDevice:
-        """Itself: its memory is the host's."""
+        """The device itself, whose memory is host memory."""
         return self
 
     # A batch in, outputs out.
 
     def take_rows(self, batch: Sequence[np.ndarray], rows: Rows) -> list[np.ndarray]:
-        """This device's rows of every array: views, no copies; valid as long as the batch is."""
+        """This device's rows of every array, as views; valid as long as the batch is."""
         return [array[rows.start : rows.stop] for array in batch]
 
     def stage_rows(self, batch: Sequence[np.ndarray], rows: Rows) -> bool:
-        """Nothing is to be copied beforehand: rows are views."""
+        """Does nothing: rows are views, so there is nothing to copy ahead."""
         return True
 
     def forget_staged(self) -> None:
         """Nothing is staged."""
 
     def merged(self, shape: tuple[int, ...], dtype: np.dtype, *, on_host: bool) -> np.ndarray:
-        """Room for a merged output, the caller's to keep. All memory is the host's."""
+        """An uninitialized array for a merged output, owned by the caller. Always in host memory."""
         return np.empty(shape, dtype)
 
     def prepare_to_merge(self) -> None:
-        """Nothing is needed beforehand."""
+        """Does nothing."""
 
     def put_rows(self, targets: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
-        """Copy a replica's outputs to their rows of the merged arrays, at once."""
+        """Copy a replica's outputs to their rows of the merged arrays, synchronously."""
         for target, output in zip(targets, outputs, strict=True):
             target[...] = output

@@ -1,8 +1,8 @@
 """The cores that replicas share, and host memory that one step frees for the next.
 
-GNU's malloc gives large arrays back to the system when they are freed, and a step that allocates them again has each of
-their pages cleared and mapped anew: 5,600 pages a step for a small convolutional network of 128 rows, a third of its
-time (docs/log.md). Virtual devices compute in such arrays, step after step, so this process keeps them.
+glibc's malloc returns large arrays to the system when they are freed. A step that allocates them again pays for
+clearing and mapping every page: 5,600 pages per step for a small convolutional network with 128 rows, a third of its
+time (docs/log.md). Virtual devices allocate such arrays in every step, so the process keeps freed memory.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from collections.abc import Mapping
 
 import numpy as np
 
-# The cores that this process may use, shared out among the devices that compute on them.
+# The number of cores that this process may use; the devices that compute on them share them.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-# From GNU's malloc.h: which setting, and its value in bytes.
+# Parameters of mallopt (glibc's malloc.h) and their values in bytes.
 _SETTINGS = {
-    -3: 1 << 30,  # M_MMAP_THRESHOLD: arrays below 1 GiB come from the heap, not from a mapping of their own
-    -1: (1 << 31) - 1,  # M_TRIM_THRESHOLD: the heap's free end is given back only beyond 2 GiB
-    -2: 64 << 20,  # M_TOP_PAD: a heap grows, and is kept, by this much at least
+    -3: 1 << 30,  # M_MMAP_THRESHOLD: arrays below 1 GiB come from the heap, not from a separate mapping
+    -1: (1 << 31) - 1,  # M_TRIM_THRESHOLD: free memory at the heap's end is returned only beyond 2 GiB
+    -2: 64 << 20,  # M_TOP_PAD: a heap grows by at least this much, and keeps this much when trimmed
 }
-# From here on memory is asked of the system, and not of malloc.
+# Arrays of at least this size come from the system instead of malloc.
 LARGE_NBYTES = 4 << 20
 
 
 def large_memory(nbytes: int) -> np.ndarray:
-    """Bytes, all zero, for what lasts: pages of the system's that are zeroed when they are first touched.
+    """Zeroed bytes for long-lived arrays, in pages that the system zeroes when they are first touched.
 
-    They are not asked to be huge. In a virtual machine that gives free memory back to its host, as many do, huge pages
-    are what was given back, and touching them is slow: 0.9 of the 2.3 seconds to the end of a ResNet50's first step,
-    where steps are not a per cent faster for them (docs/log.md). NumPy's own large arrays ask for them, so they are not
-    used here. The memory goes back to the system with the array.
+    The mapping does not ask for huge pages. Many virtual machines return free memory to their host, huge pages first,
+    so touching huge pages is slow: 0.9 of the 2.3 seconds until the end of a ResNet50's first step, while they make
+    steps less than one percent faster (docs/log.md). Large NumPy arrays ask for huge pages, so they are not used here.
+    The memory returns to the system when the array is freed.
     """
     if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
         return np.zeros(nbytes, np.uint8)
@@ -44,10 +44,10 @@ def large_memory(nbytes: int) -> np.ndarray:
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Let this process's malloc keep what is freed; whether it does. Once, and for the whole process.
+    """Make malloc keep freed memory; returns whether it does. Runs once and affects the whole process.
 
-    Settings of the user's own are left alone: any variable MALLOC_..., or glibc.malloc in GLIBC_TUNABLES. So are other
-    C libraries, and allocators that take malloc's place.
+    Does not change the user's own settings (any MALLOC_... variable, or glibc.malloc in GLIBC_TUNABLES), other C
+    libraries, or allocators that replace malloc.
     """
     if platform.libc_ver()[0] != "glibc" or has_own_settings(os.environ):
         return False
@@ -56,6 +56,6 @@ def keep_freed_memory() -> bool:
 
 
 def has_own_settings(environment: Mapping[str, str]) -> bool:
-    """Whether the user has set how malloc behaves."""
+    """Whether the environment configures malloc."""
     tunables = environment.get("GLIBC_TUNABLES", "")
     return "glibc.malloc" in tunables or any(name.startswith("MALLOC_") for name in environment)
