@@ -19,7 +19,7 @@ FLOATS = ("float32", "float16")
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """What a uint8 array becomes on its way into a step: `x * scale + offset` in fp32, rounded to `dtype`.
+    """Converts a uint8 array on its way into a step: `x * scale + offset` in fp32, rounded to `dtype`.
 
     Raises:
         ValueError: a dtype other than "float32" and "float16".
@@ -35,26 +35,26 @@ class Scaled:
 
 
 class DeviceDataset:
-    """Arrays that are kept whole in the memory of each device, and batches of their rows.
+    """Arrays kept whole in the memory of each device, and batches of their rows.
 
     Args:
-        arrays: with the same number of rows, on the host; not changed as long as the data set is used. A sequence, as
-            an engine's program takes them; for a Keras model `x`, `(x,)`, `(x, y)` or `(x, y, sample_weight)`, of
-            which each may be a list, tuple or dict of arrays. Each card gets one copy, which its virtual devices
-            share; virtual devices in host memory use the arrays themselves.
-        devices: who trains on it: what `fastdp.wrap` gave, or an engine, or the engine's devices (`engine.devices`). A
-            Keras model takes the arrays as its `fit` takes others, so floats in `keras.config.floatx()`, which copies
-            those that are not.
-        casts: what becomes of uint8 arrays: by place, as they come in `arrays`, or by key in a dict of them.
+        arrays: host arrays with the same number of rows; do not change them while the data set is in use. A sequence,
+            as an engine's program takes them; for a Keras model `x`, `(x,)`, `(x, y)` or `(x, y, sample_weight)`, each
+            of which may be a list, tuple or dict of arrays. Each card gets one copy, which its virtual devices share;
+            virtual devices in host memory use the arrays themselves.
+        devices: the model or engine that trains on the data: the result of `fastdp.wrap`, an engine, or its
+            `engine.devices`. For a Keras model, arrays are converted as in `fit`: floats become
+            `keras.config.floatx()`, which copies those of another dtype.
+        casts: conversions of uint8 arrays, by position in `arrays` or by key in a dict of arrays.
 
-    A step gets its row numbers alone from the host. On a GPU one launch gathers the rows of all arrays; in host memory
-    each device's worker gathers its own. `fit`, `evaluate` and `predict` of a Keras model from `fastdp.wrap` take it as
-    `x`, alone; an engine of any program takes its `batches`.
+    The host sends only row numbers to a step. On a GPU one launch gathers the rows of all arrays; in host memory each
+    device's worker gathers its own rows. `fit`, `evaluate` and `predict` of a Keras model from `fastdp.wrap` take the
+    data set as their only data argument `x`; engines of any program take its `batches`.
 
     Raises:
-        ValueError: arrays of unequal length or without rows, or a cast of an array that is not uint8.
-        TypeError: something that is no array, or has no devices.
-        MemoryError: a GPU has not enough room.
+        ValueError: the arrays differ in length or have no rows, or a cast names an array that is not uint8.
+        TypeError: an item is not an array, or `devices` has no devices.
+        MemoryError: a GPU has too little free memory.
 
     Example:
         >>> data = fastdp.data.DeviceDataset((images, labels), parallel, casts={0: Scaled()})  # doctest: +SKIP
@@ -73,11 +73,11 @@ class DeviceDataset:
             arrays = owner.as_fed(arrays)
         keys: list[str | None] = []
         self.arrays: list[np.ndarray] = []
-        # The nest of `arrays`, with places in `self.arrays`.
+        # The structure of `arrays`, with indices into `self.arrays` as leaves.
         self.nest = places_of(arrays, self.arrays, keys)
         self._rows = count_rows(self.arrays)
         self._casts = self._checked_casts(casts or {}, keys)
-        # By where the memory is: virtual GPUs of one card have it once.
+        # Keyed by memory space, so that the virtual GPUs of a card share one copy.
         self._gpus = {device.space: device for device in reversed(devices) if device.on_gpu}
         self._copies = {space: [_put(device, array) for array in self.arrays] for space, device in self._gpus.items()}
 
@@ -86,7 +86,7 @@ class DeviceDataset:
         return self._rows
 
     def __repr__(self) -> str:
-        """Keras's messages show it where a model that is not fastdp's was given the data set."""
+        """Appears in Keras's messages when a model that fastdp did not wrap gets the data set."""
         where = ", ".join(sorted(self._copies)) or "host memory"
         return (
             f"<DeviceDataset of {self._rows} rows in {where}; only the model that fastdp.wrap gives takes rows from "
@@ -94,11 +94,11 @@ class DeviceDataset:
         )
 
     def rows(self, index: Any) -> ResidentBatch:
-        """The batch of these rows, in this order; a number may come more than once.
+        """The batch of these rows, in this order; numbers may repeat.
 
         Raises:
-            ValueError: no rows, or not a vector of whole numbers.
-            IndexError: a number out of range; negative ones do not count from the end.
+            ValueError: `index` is empty, or not a vector of whole numbers.
+            IndexError: a number is out of range; negative numbers do not count from the end.
         """
         numbers = np.asarray(index)
         if numbers.ndim != 1 or not numbers.size or numbers.dtype.kind not in "iu":
@@ -118,13 +118,13 @@ class DeviceDataset:
         """The batches of one epoch.
 
         Args:
-            batch_size: rows of a global batch; the last one may have fewer.
-            shuffle: deal the rows out in a random order.
-            seed: of that order; None for another one each time.
-            drop_last: leave out a last batch with fewer rows.
+            batch_size: rows of a global batch; the last batch may have fewer.
+            shuffle: take the rows in a random order.
+            seed: seed of that order; None gives another order each time.
+            drop_last: omit a last batch that has fewer rows.
 
         Raises:
-            ValueError: `batch_size` below 1.
+            ValueError: `batch_size` is below 1.
         """
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1. Received: batch_size={batch_size}")
@@ -135,7 +135,7 @@ class DeviceDataset:
                 yield self.rows(index)
 
     def with_array(self, array: np.ndarray) -> DeviceDataset:
-        """A data set that has one array more, at the last place, and shares the others with this one."""
+        """A data set with one more array at the end, which shares the others with this one."""
         count_rows([*self.arrays, array])
         twin = copy.copy(self)
         twin.arrays = [*self.arrays, np.ascontiguousarray(array)]
@@ -145,10 +145,10 @@ class DeviceDataset:
         return twin
 
     def check_devices(self, devices: Sequence[Any]) -> None:
-        """The arrays are where these devices take their rows.
+        """Check that the arrays are in the memory of these devices.
 
         Raises:
-            ValueError: a GPU that the data set was not made for.
+            ValueError: the data set was not made for one of the GPUs.
         """
         for device in devices:
             if device.on_gpu and device.space not in self._copies:
@@ -159,10 +159,10 @@ class DeviceDataset:
                 )
 
     def gather(self, device: Any, index: NDArray[np.int64], places: Sequence[int]) -> list[Any]:
-        """The rows of the arrays at these places on a device, ordered before what its compute stream gets later.
+        """Gather rows of the arrays at these places on a device, ordered before later work on its compute stream.
 
         Raises:
-            ValueError: a GPU that the data set was not made for.
+            ValueError: the data set was not made for this GPU.
         """
         if not device.on_gpu:
             taken = [np.empty((len(index), *row), dtype) for row, dtype in map(self.spec, places)]
@@ -176,23 +176,23 @@ class DeviceDataset:
         return gathered
 
     def on_host(self, place: int, index: NDArray[np.int64]) -> np.ndarray:
-        """Rows of one array, as the devices get them."""
+        """Rows of one array, converted as on the devices."""
         row, dtype = self.spec(place)
         taken = np.empty((len(index), *row), dtype)
         self._take([place], index, [taken])
         return taken
 
     def spec(self, place: int) -> tuple[tuple[int, ...], np.dtype]:
-        """Shape of a row, and dtype, as a step gets them."""
+        """Row shape and dtype as a step gets them."""
         array, cast = self.arrays[place], self._casts.get(place)
         return array.shape[1:], np.dtype(cast.dtype) if cast else array.dtype
 
     def _take(self, places: Sequence[int], index: NDArray[np.int64], targets: Sequence[np.ndarray]) -> None:
-        """Gather rows in host memory; the numbers are in range."""
+        """Gather rows in host memory; row numbers must be in range."""
         for place, target in zip(places, targets, strict=True):
             array, cast = self.arrays[place], self._casts.get(place)
             if cast is None:
-                np.take(array, index, axis=0, out=target, mode="clip")  # other modes buffer what they write
+                np.take(array, index, axis=0, out=target, mode="clip")  # other modes buffer the output
             else:
                 slice_rows(array, target, index=index, scale=cast.scale, offset=cast.offset)
 
@@ -214,10 +214,10 @@ class DeviceDataset:
 
 
 def _devices_of(owner: Any) -> list[Any]:
-    """The devices of a parallel model or an engine, or a sequence of them as it is.
+    """The devices of a parallel model or an engine; a sequence of devices as a list.
 
     Raises:
-        TypeError: it has none.
+        TypeError: `owner` has no devices.
     """
     devices = getattr(owner, "devices", owner)
     found = list(devices) if isinstance(devices, Sequence) else []
@@ -230,7 +230,7 @@ def _devices_of(owner: Any) -> list[Any]:
 
 
 def _put(device: Any, array: np.ndarray) -> Any:
-    """A copy on a GPU, there on return."""
+    """Copy an array to a GPU; the copy is complete on return."""
     made = device.empty(array.shape, array.dtype)
     device.copy(made, array)
     return made

@@ -19,7 +19,7 @@ from fastdp.data.selection import parse_rows, read_rows, split_key
 
 Normalizer = Callable[[Any], Any]
 
-# One read-only handle a file, by (device, inode): HDF5 closes it when the last matrix lets go of it.
+# One read-only handle per file, by (device, inode). HDF5 closes it when the last matrix drops it.
 _open_files: weakref.WeakValueDictionary[tuple[int, int], h5py.File] = weakref.WeakValueDictionary()
 _open_files_lock = threading.Lock()
 
@@ -32,33 +32,33 @@ class HDF5Matrix:
 
     Args:
         datapath: path of the HDF5 file, which is only ever opened for reading.
-        dataset: name of a data set in it, with at least one axis: `"x"`, `"train/images"`.
+        dataset: name of a data set in the file, with at least one axis: `"x"`, `"train/images"`.
         start: first row, an int from 0.
         end: row after the last one; None means all rows.
-        normalizer: called on each block that is fetched, rows first (for `matrix[3]` on that one row), and
-            returns the block to use instead. It is called once on one row here, to learn shape and dtype.
-        follow_external: also read data that lies outside `datapath`: external links, external storage and
-            virtual data sets. Off, because a file from elsewhere could name any file of this machine.
+        normalizer: called on each fetched block, rows first (for `matrix[3]` on that one row); returns the
+            block to use instead. The constructor calls it once on one row to learn shape and dtype.
+        follow_external: also read data outside `datapath`: external links, external storage and virtual data
+            sets. Off by default, because a file from elsewhere could name any file of this machine.
 
     Indexing follows NumPy: an int, a slice with any step, a list or array of ints (in any order, repeated or
     not), a boolean mask, an Ellipsis, or a tuple whose first element addresses rows. Rows count from
     `start`; a single row or an index list past the end is an error, a slice stops there. Each result is a
-    new array that belongs to the caller.
+    new array that the caller owns.
 
     `shape` and `dtype` are those after the normalizer. Reading is thread-safe (HDF5 reads one at a time).
-    Matrices on one file share one handle; `close()`, or leaving a `with` block, gives this matrix's share
-    back. A copy or an unpickled matrix opens the file anew, by its absolute path.
+    Matrices on one file share one handle; `close()`, or leaving a `with` block, releases this matrix's
+    reference. A copy or an unpickled matrix reopens the file by its absolute path.
 
-    `np.asarray(matrix)` reads everything. Plain Keras does that too in `fit`, `evaluate` and `predict`:
-    give it `fastdp.keras.fit.array_batches.ArrayBatches` to read batch by batch; parallel models do so by themselves.
+    `np.asarray(matrix)` reads everything, and so do `fit`, `evaluate` and `predict` of plain Keras. Pass
+    `fastdp.keras.fit.array_batches.ArrayBatches` to read batch by batch; parallel models do this by themselves.
 
     Raises:
         FileNotFoundError: there is no file `datapath`.
         OSError: the file is not HDF5.
         KeyError: `dataset` is not a data set of the file; the message lists those that are.
         TypeError: `start` or `end` is not an int, or `normalizer` is not callable.
-        ValueError: `start` or `end` lies outside the data set, it has no rows axis, or its data lies
-            outside the file. Also on reading, once the matrix is closed.
+        ValueError: `start` or `end` lies outside the data set, the data set has no rows axis, or its data lies
+            outside the file. Also raised by reads after `close()`.
 
     Example:
         >>> x = HDF5Matrix("train.h5", "x", start=0, end=50_000, normalizer=lambda block: block / 255)
@@ -93,7 +93,7 @@ class HDF5Matrix:
 
     @property
     def ndim(self) -> int:
-        """Number of axes, the rows' included."""
+        """Number of axes, including the rows."""
         return len(self.shape)
 
     @property
@@ -133,7 +133,7 @@ class HDF5Matrix:
         return block if dtype is None else block.astype(dtype, copy=False)
 
     def close(self) -> None:
-        """Stop reading: the file is closed once no other matrix uses it. Closing twice does nothing."""
+        """Release the file, which closes once no other matrix uses it. Idempotent."""
         self._data = self._file = None
 
     def __enter__(self) -> HDF5Matrix:
@@ -165,22 +165,22 @@ class HDF5Matrix:
         return data
 
     def _row(self, row: int) -> Any:
-        """One row through the normalizer, without the rows' axis."""
+        """One normalized row, without the rows axis."""
         value = self._open()[self.start + row]
         return value if self.normalizer is None else np.asarray(self.normalizer(value))[()]
 
     def _block(self, rows: range | NDArray[np.int64]) -> NDArray[Any]:
-        """Several rows through the normalizer."""
+        """Several normalized rows."""
         block = read_rows(self._open(), rows, self.start)
         if self.normalizer is None:
             return block
-        if len(block) == 0:  # a normalizer may well fail on nothing: np.max does
+        if len(block) == 0:  # a normalizer may fail on an empty block, as np.max does
             return np.empty((0, *self.shape[1:]), self.dtype)
         return np.asarray(self.normalizer(block))
 
 
 def _open_file(path: str) -> h5py.File:
-    """The shared read-only handle of the file that lies at `path` now."""
+    """The shared read-only handle of the file that is now at `path`."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -189,7 +189,7 @@ def _open_file(path: str) -> h5py.File:
     key = (status.st_dev, status.st_ino)
     with _open_files_lock:
         file = _open_files.get(key)
-        if not file:  # none yet, or one that somebody closed by hand
+        if not file:  # none yet, or a handle that was closed elsewhere
             with open(path, "rb"):
                 pass  # a folder or a file without permission raises its own OSError here
             if not h5py.is_hdf5(path):
@@ -215,7 +215,7 @@ def _check_bounds(start: Any, end: Any, count: int) -> tuple[int, int]:
 
 
 def _open_dataset(file: h5py.File, name: str, follow_external: bool) -> h5py.Dataset:
-    """The data set `name`, which has rows and, unless told otherwise, lies in the file itself."""
+    """Open the data set `name`. It must have rows and, unless `follow_external`, lie in the file itself."""
     place = name if follow_external else _resolve(file, name)
     data = None if place is None else file.get(place)
     if not isinstance(data, h5py.Dataset):
@@ -235,7 +235,7 @@ def _open_dataset(file: h5py.File, name: str, follow_external: bool) -> h5py.Dat
 
 
 def _resolve(file: h5py.File, name: str) -> str | None:
-    """The path of hard links that `name` stands for, or None: follows soft links, refuses external ones."""
+    """Resolve `name` to a path of hard links, or None. Follows soft links, rejects external ones."""
     parts, here, soft_links = name.split("/"), "/", 0
     while parts:
         part = parts.pop(0)

@@ -13,29 +13,29 @@ from fastdp.shard import Rows
 
 
 class Source(Protocol):
-    """What a batch needs of its data set."""
+    """The part of a data set that a batch uses."""
 
     arrays: list[np.ndarray]
     nest: Any
 
     def spec(self, place: int) -> tuple[tuple[int, ...], np.dtype]:
-        """Shape of a row of an array, and dtype, as a step gets them."""
+        """Row shape and dtype of an array as a step gets them."""
 
     def on_host(self, place: int, index: NDArray[np.int64]) -> np.ndarray:
-        """Rows of one array, as the devices get them."""
+        """Rows of one array, converted as on the devices."""
 
     def gather(self, device: Any, index: NDArray[np.int64], places: Sequence[int]) -> list[Any]:
-        """Rows of some arrays on a device."""
+        """Gather rows of some arrays on a device."""
 
     def check_devices(self, devices: Sequence[Any]) -> None:
-        """The arrays are where these devices take their rows."""
+        """Check that the arrays are in the memory of these devices."""
 
 
 class ResidentBatch(Sequence[Any]):
-    """A global batch as row numbers of a `DeviceDataset`; an engine takes it where it takes arrays.
+    """A global batch as row numbers of a `DeviceDataset`; engines take it in place of arrays.
 
     Attributes:
-        numbers: of the rows, int64.
+        numbers: the row numbers, int64.
         data: the data set.
     """
 
@@ -50,11 +50,11 @@ class ResidentBatch(Sequence[Any]):
         return len(self._columns)
 
     def __getitem__(self, place: Any) -> Any:
-        """One of the arrays; its values are gathered on the host when somebody asks for them."""
+        """One of the arrays; its values are gathered on the host only when they are read."""
         return self._columns[place]
 
     def nested(self) -> Any:
-        """The arrays as they are nested in the data set: `x`, `(x, y)` and so on."""
+        """The arrays in the structure of the data set: `x`, `(x, y)` and so on."""
         every = [ResidentColumn(self.data, place, self.numbers) for place in range(len(self.data.arrays))]
         return filled(self.data.nest, every)
 
@@ -64,9 +64,9 @@ class ResidentBatch(Sequence[Any]):
 
 
 class ResidentColumn:
-    """One array of a batch: its shape and dtype, and its values for whoever asks, as NumPy's array or by DLPack.
+    """One array of a batch: shape, dtype and, on demand, its values as a NumPy array or by DLPack.
 
-    Rows of it by a slice or by numbers are such an array again; one row is its values.
+    A slice or a list of rows gives a ResidentColumn again; a single row gives its values.
     """
 
     def __init__(self, data: Source, place: int, index: NDArray[np.int64]) -> None:
@@ -93,15 +93,15 @@ class ResidentColumn:
         return values if dtype is None else values.astype(dtype)
 
     def __dlpack__(self, **options: Any) -> Any:
-        """The values in host memory for another library."""
+        """Export the values, in host memory, to another library."""
         return np.asarray(self).__dlpack__(**options)
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        """Host memory."""
+        """DLPack's device of host memory."""
         return np.empty(0).__dlpack_device__()
 
     def batch_of(self, arrays: Sequence[Any]) -> ResidentBatch | None:
-        """The batch that has these arrays, if all are of this one's batch."""
+        """The batch of these arrays if all belong to the same batch as this one, else None."""
         for array in arrays:
             ours = isinstance(array, ResidentColumn)
             if not ours or array._data is not self._data or array._index is not self._index:
@@ -110,7 +110,11 @@ class ResidentColumn:
 
 
 def places_of(nest: Any, arrays: list[np.ndarray], keys: list[str | None], key: str | None = None) -> Any:
-    """The nest with the places of its arrays in `arrays`, to which they are added, with the dict's key of each."""
+    """Append the arrays of a nested structure to `arrays`, and the dict key of each to `keys`.
+
+    Returns:
+        The structure with each array replaced by its index in `arrays`.
+    """
     if nest is None:
         return None
     if isinstance(nest, Mapping):
@@ -129,7 +133,7 @@ def places_of(nest: Any, arrays: list[np.ndarray], keys: list[str | None], key: 
 
 
 def filled(nest: Any, values: Sequence[Any]) -> Any:
-    """A nest of places with what is at these places."""
+    """Replace each index in a nested structure by the value at that index."""
     if isinstance(nest, dict):
         return {name: filled(part, values) for name, part in nest.items()}
     if isinstance(nest, (list, tuple)):
@@ -138,5 +142,5 @@ def filled(nest: Any, values: Sequence[Any]) -> Any:
 
 
 def _sequence(like: Any, parts: list[Any]) -> Any:
-    """A list or a tuple, as `like` is."""
+    """`parts` as a list or a tuple, like `like`."""
     return parts if isinstance(like, list) else tuple(parts)

@@ -12,13 +12,13 @@ Rows = int | range | NDArray[np.int64]
 
 
 def split_key(key: Any, ndim: int) -> tuple[Any, tuple[Any, ...]]:
-    """Split an index into what addresses the rows and what applies to the fetched block.
+    """Split an index into the part for the rows and the parts for the fetched block.
 
-    `ndim` is the number of axes of the array. An Ellipsis in front is written out, so that the first part
-    always addresses axis 0.
+    `ndim` is the number of axes of the array. A leading Ellipsis is expanded, so that the first part always
+    addresses axis 0.
 
     Raises:
-        IndexError: more axes are addressed than there are.
+        IndexError: the index addresses more axes than there are.
 
     Example:
         >>> split_key((slice(4), 0), ndim=3)
@@ -41,7 +41,7 @@ def split_key(key: Any, ndim: int) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _axes(part: Any) -> int:
-    """How many axes one part of an index uses up."""
+    """The number of axes that one part of an index consumes."""
     if part is None:
         return 0
     array = np.asarray(part) if isinstance(part, (list, np.ndarray)) else None
@@ -52,10 +52,10 @@ def parse_rows(key: Any, count: int) -> Rows:
     """Turn the row part of an index into rows of `[0, count)`.
 
     Returns an int for one row, a range for a slice (clamped to the rows that exist, as NumPy does) and an
-    int64 array for index lists and masks: in the order asked for, repeated rows repeated.
+    int64 array for index lists and masks, in the requested order and with repetitions.
 
     Raises:
-        IndexError: a row does not exist, a mask has another length, or `key` is no index at all.
+        IndexError: a row does not exist, a mask has a wrong length, or `key` is not an index.
 
     Example:
         >>> parse_rows(-1, 10), parse_rows(slice(None, None, -4), 10), parse_rows([3, -1, 3], 10)
@@ -77,7 +77,7 @@ def parse_rows(key: Any, count: int) -> Rows:
 
 
 def _parse_array(key: Any, count: int) -> NDArray[np.int64]:
-    """A list, range or array of indices or of booleans, as non-negative rows."""
+    """Convert a list, range or array of indices or booleans to non-negative rows."""
     array = np.asarray(key)
     if array.size == 0 and not isinstance(key, np.ndarray):
         array = array.astype(np.int64)
@@ -109,11 +109,11 @@ def _not_an_index(key: Any) -> IndexError:
 
 
 def read_rows(data: Any, rows: range | NDArray[np.int64], first_row: int = 0) -> NDArray[Any]:
-    """Read rows of an array that slices and takes increasing, unique index lists: an `h5py.Dataset`.
+    """Read rows of an array that supports slices and increasing, unique index lists, such as an `h5py.Dataset`.
 
     `rows` (a range, or 1-D non-negative ints in any order, repeated or not) counts from `first_row` of
-    `data`. Returns a new C-contiguous array of the caller's, shape `(len(rows),) + data.shape[1:]`, rows in
-    the order asked for. Each row is read once; lists that are dense are read as one slice.
+    `data`. Returns a new C-contiguous array that the caller owns, shape `(len(rows),) + data.shape[1:]`, rows
+    in the requested order. Each row is read once; dense lists are read as one slice.
 
     Example:
         >>> read_rows(np.arange(10) * 10, np.array([3, 1, 3]), first_row=2)
