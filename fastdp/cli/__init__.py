@@ -20,10 +20,10 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status.
+    """Run one command and return the exit status.
 
-    Each command is a module of this package with `add_arguments(parser)` and `run(options) -> int`. These
-    modules load Keras and other optional libraries in `run`: `devices` and `--help` work without them.
+    Each command is a module of this package with `add_arguments(parser)` and `run(options) -> int`. The modules
+    load Keras and other optional libraries only in `run`, so that `devices` and `--help` work without them.
     """
     parser = argparse.ArgumentParser(prog="fastdp", description="Data-parallel training from one process.")
     parser.add_argument("--version", action="version", version=f"fastdp {__version__}")

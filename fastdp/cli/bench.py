@@ -12,14 +12,14 @@ QUESTIONS = ("virtual_devices", "first_step", "driver_overhead", "all_reduce")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which benchmark, and whether to keep the result."""
+    """Add the benchmark to run and whether to save its result."""
     parser.add_argument("question", nargs="?", choices=(*QUESTIONS, "all"), default="all", help="default: all")
     parser.add_argument("--save", action="store_true", help="write the result to bench/results/")
     parser.add_argument("--quick", action="store_true", help="few rounds: to see that it works, not to measure")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run each in a process of its own, so that none inherits another's threads and memory."""
+    """Run each benchmark in its own process, so that none inherits another's threads and memory."""
     if not (FOLDER / "virtual_devices.py").is_file():
         print(
             f"fastdp bench: the benchmarks belong to a checkout of fastdp, and there is no {FOLDER}. "

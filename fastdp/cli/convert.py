@@ -9,13 +9,13 @@ from fastdp.cli.optional import load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where from and where to."""
+    """Add source and destination."""
     parser.add_argument("source", help="the old .h5 file")
     parser.add_argument("destination", help="the file to write; must not exist")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Convert one file; 1 where it cannot be converted."""
+    """Convert one file; returns 1 if it cannot be converted."""
     load("keras", "keras")
     convert = load("fastdp.keras.h5_files.convert", "keras").convert
     try:

@@ -9,7 +9,7 @@ from fastdp.runtime.topology import DeviceInfo, driver, peer_matrix, problems
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """No arguments."""
+    """The command takes no arguments."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
             for other, path in zip(gpus, row, strict=True):
                 if path:
                     print(f"{device.index} -> {other.index}: {path}")
-    if len(gpus) == len(found):  # with virtual devices nobody asked for GPUs
+    if len(gpus) == len(found):  # a user of virtual devices did not ask for GPUs
         for problem in problems():
             print(problem)
     if not found:
@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _line(device: DeviceInfo) -> str:
-    """One device in words."""
+    """The line that describes one device."""
     facts = [device.kind, f"{device.memory_nbytes / 2**30:.1f} GiB" if device.memory_nbytes else "host memory"]
     if device.compute_capability is not None:
         facts.append("compute capability {}.{}".format(*device.compute_capability))

@@ -11,10 +11,10 @@ class MissingLibraryError(ImportError):
 
 
 def load(name: str, extra: str) -> ModuleType:
-    """The module `name`, which the extra `extra` of fastdp installs.
+    """Import the module `name`, which fastdp's extra `extra` installs.
 
     Raises:
-        MissingLibraryError: it is not installed.
+        MissingLibraryError: the library is not installed.
     """
     try:
         return importlib.import_module(name)

@@ -21,7 +21,7 @@ _RUNPY = ("<frozen runpy>", runpy.__file__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Devices, then the script or module with its own arguments."""
+    """Add devices and options, then the script or module with its own arguments."""
     parser.usage = "fastdp run [--gpus N | --gpus 0,2] [--virtual N] [options] (script.py | -m module) [arguments ...]"
     parser.add_argument("--gpus", type=_gpus, default=None, help="how many devices, or which: 0,2 (default: all)")
     parser.add_argument("--virtual", type=int, metavar="N", help="have N virtual devices, as FASTDP_VIRTUAL_DEVICES=N")
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Install fastdp and run the script to its end; 2 where there is no such script, as `python` has it."""
+    """Install fastdp and run the script to its end; returns 2 if there is no such script, as `python` does."""
     by_name = options.module is not None
     command = options.module if by_name else [part for i, part in enumerate(options.script) if i or part != "--"]
     if not command:
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     name = command[0]
     if not by_name and not Path(name).exists():
         return _say(f"can't open file {str(Path(name).absolute())!r}: no such file", 2)
-    # As `python` does it: the script's own folder, or the current one for a module.
+    # As in `python`: the script's own folder, or the current folder for a module.
     sys.path[0] = os.getcwd() if by_name else str(Path(name).resolve().parent)
     sys.argv[:] = command
     if by_name and not _module_exists(name):
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _choose_torch() -> None:
-    """Keras's torch backend, whatever the environment or keras.json names; said where that is another."""
+    """Select Keras's torch backend; print a note if KERAS_BACKEND names another."""
     named = os.environ.get("KERAS_BACKEND", "torch")
     if named != "torch":
         _say(f"Keras runs on torch here, and not on KERAS_BACKEND={named}.", 0)
@@ -99,7 +99,7 @@ def _choose_torch() -> None:
 
 
 def _gpus(text: str) -> int | list[int]:
-    """A number of devices, or a list of ordinals."""
+    """Parse a number of devices or a list of ordinals."""
     try:
         numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
@@ -108,7 +108,7 @@ def _gpus(text: str) -> int | list[int]:
 
 
 def _module_exists(name: str) -> bool:
-    """Whether a module can be found. Imports the packages that it lies in, as `python -m` does."""
+    """Whether a module can be found. Imports its parent packages, as `python -m` does."""
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
@@ -116,13 +116,13 @@ def _module_exists(name: str) -> bool:
 
 
 def _say(message: str, status: int) -> int:
-    """Print an error of this command; the exit status."""
+    """Print an error of this command and return the exit status."""
     print(f"fastdp run: {message}", file=sys.stderr)
     return status
 
 
 def _without_own_frames(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Print an uncaught exception as plain Python does: from the script's first line on."""
+    """Print an uncaught exception as plain Python does, with a traceback that starts in the script."""
     shown, frame = traceback, traceback
     while frame is not None:
         file, frame = frame.tb_frame.f_code.co_filename, frame.tb_next

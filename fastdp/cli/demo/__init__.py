@@ -21,7 +21,7 @@ LARGEST_LOSS_DIFFERENCE = 1e-4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """How many devices, how long, how big a batch, where to write."""
+    """Add the number of devices, epochs, batch size and output folder."""
     parser.add_argument("--devices", type=_between(2, 64), default=4, metavar="N", help="how many (default: 4)")
     parser.add_argument("--epochs", type=_between(1, 1000), default=10, metavar="N", help="default: 10")
     parser.add_argument(
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train on all devices and on one, compare, and write files; 1 if something is wrong."""
+    """Train on all devices and on one, compare, and write files; returns 1 if a check fails."""
     began = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
     names = _choose_devices(options.devices)
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     several = _train(digits, names, options)
     runs = [_train(digits, names[:1], options), several]
     print_tables(runs)
-    if _verbosity(options) != 2:  # Keras's fit has printed it there
+    if _verbosity(options) != 2:  # with verbose=2, fit has already printed it
         print(f"\n{several.report}\n")
     draw_curves(runs, options.out / "curves.png")
     problems = _check(runs) + _save(runs[-1], digits, options.out)
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _choose_devices(count: int) -> list[str]:
-    """Devices for the demo: those that are there if they are enough, else virtual ones; their names."""
+    """Choose the existing devices if there are enough, else virtual ones; returns their names."""
     found = devices()
     if len(found) > 1 and found[0].kind != "virtual":
         count = min(count, len(found))
@@ -72,21 +72,21 @@ def _choose_devices(count: int) -> list[str]:
 
 
 def _train(digits: Digits, names: list[str], options: argparse.Namespace) -> Run:
-    """One run on the devices of these names."""
+    """Train once on the devices with these names."""
     print(f"Training on {', '.join(names)}")
     verbose = _verbosity(options)
     return train(digits, len(names), epochs=options.epochs, batch_size=options.batch_size, verbose=verbose)
 
 
 def _verbosity(options: argparse.Namespace) -> int:
-    """Keras's `verbose`: as asked for, else a bar on a terminal and a line per epoch elsewhere."""
+    """Keras's `verbose`: the user's value, else a bar on a terminal and a line per epoch elsewhere."""
     if options.verbose is not None:
         return int(options.verbose)
     return 1 if sys.stdout.isatty() else 2
 
 
 def _check(runs: list[Run]) -> list[str]:
-    """What is wrong with the results, one sentence each."""
+    """Problems with the results, one sentence each."""
     problems = []
     if runs[-1].accuracy < LEAST_ACCURACY:
         problems.append(
@@ -102,7 +102,7 @@ def _check(runs: list[Run]) -> list[str]:
 
 
 def _save(trained: Run, digits: Digits, out: Path) -> list[str]:
-    """Save the template in both formats and load them with plain Keras; the files that predict otherwise."""
+    """Save the template in both formats and load it with plain Keras; returns the files that predict differently."""
     load_model = load("keras", "keras").models.load_model
     images = np.asarray(digits.x_test)
     expected = trained.model.predict(images, verbose=0)

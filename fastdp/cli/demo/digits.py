@@ -19,7 +19,7 @@ LARGEST_PIXEL = 16
 
 @dataclass(frozen=True)
 class Digits:
-    """Images scaled to [0, 1] of shape (rows, 8, 8, 1), and labels 0 to 9; both read from disk by rows."""
+    """Images of shape (rows, 8, 8, 1), scaled to [0, 1], and labels 0 to 9; both are read from disk by rows."""
 
     x_train: HDF5Matrix
     y_train: HDF5Matrix
@@ -37,7 +37,7 @@ def write_digits(path: Path) -> None:
 
 
 def open_digits(path: Path) -> Digits:
-    """The first 1,500 rows of the file to train on, the others to test on."""
+    """Open the file: the first 1,500 rows are for training, the rest for testing."""
     return Digits(
         HDF5Matrix(path, "x", end=TRAIN_ROWS, normalizer=_scale),
         HDF5Matrix(path, "y", end=TRAIN_ROWS),
@@ -47,11 +47,11 @@ def open_digits(path: Path) -> Digits:
 
 
 def build_model() -> Any:
-    """A new convolutional network; its weights and dropout masks are the same each time.
+    """A new convolutional network with the same weights and dropout masks each time.
 
-    Everything is chosen so that rounding stays rounding. BatchNormalization normalizes by each replica's own
-    rows unless `sync_batch_norm=True`. With ReLU and max pooling, losses on one and on four devices drifted
-    apart by 1e-3 and more in trials, perhaps at ReLU's kink, where the blank margins lie; SiLU is smooth.
+    The layers are chosen so that rounding differences stay small. BatchNormalization normalizes by each replica's own
+    rows unless `sync_batch_norm=True`. In trials with ReLU and max pooling, the losses on one and on four devices
+    drifted apart by 1e-3 and more, perhaps at ReLU's kink, where the blank margins lie; SiLU is smooth.
     """
     keras = load("keras", "keras")
     keras.utils.set_random_seed(SEED)

@@ -22,7 +22,7 @@ def loss_difference(runs: Sequence[Run]) -> float:
 
 
 def print_tables(runs: Sequence[Run]) -> None:
-    """Losses per epoch, then accuracy and speed, then what each device did in a step."""
+    """Print losses per epoch, then accuracy and speed, then rows and time of each device in a step."""
     console, tables = load("rich.console", "keras").Console(), load("rich.table", "keras")
     losses = tables.Table("epoch", *(run.label for run in runs), "difference", title="Training loss")
     for epoch, values in enumerate(zip(*(run.history["loss"] for run in runs), strict=True), 1):
@@ -40,7 +40,7 @@ def print_tables(runs: Sequence[Run]) -> None:
 
 
 def draw_curves(runs: Sequence[Run], path: Path) -> None:
-    """Training loss and test accuracy of all runs, as a PNG. Needs no display."""
+    """Draw training loss and test accuracy of all runs into a PNG file. Needs no display."""
     figure = load("matplotlib.figure", "demo").Figure(figsize=(9, 4), layout="constrained")
     panels = figure.subplots(1, 2)
     styles = ["-", "--"]
@@ -55,7 +55,7 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
 
 
 def json_line(runs: Sequence[Run], devices: Sequence[str], seconds: float) -> str:
-    """The result on one line; `accuracy` is that of the run on all devices."""
+    """The result as one line of JSON; `accuracy` is from the run on all devices."""
     return json.dumps(
         {
             "accuracy": round(runs[-1].accuracy, 4),
@@ -69,6 +69,6 @@ def json_line(runs: Sequence[Run], devices: Sequence[str], seconds: float) -> st
 
 
 def _versions() -> dict[str, Any]:
-    """What ran."""
+    """The versions of Python and the libraries."""
     libraries = {name: str(load(name, "keras").__version__) for name in ("keras", "torch", "numpy")}
     return {"fastdp": __version__, "python": platform.python_version(), **libraries}

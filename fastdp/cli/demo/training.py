@@ -15,7 +15,7 @@ from fastdp.shard import split_rows
 
 @dataclass
 class DeviceWork:
-    """What one device did in a step on a full batch."""
+    """Rows and time of one device in a step on a full batch."""
 
     name: str
     rows: int
@@ -24,7 +24,7 @@ class DeviceWork:
 
 @dataclass
 class Run:
-    """One training run: values per epoch, test accuracy, and the template that was trained."""
+    """One training run: values per epoch, test accuracy and the trained template."""
 
     model: Any
     history: dict[str, list[float]]
@@ -45,7 +45,7 @@ class Run:
 
 
 def train(digits: Digits, devices: int, *, epochs: int, batch_size: int, verbose: int | str) -> Run:
-    """Train a new model with fixed seeds on the first so many devices."""
+    """Train a new model with fixed seeds on the first `devices` devices."""
     model = build_model()
     runner = wrap(model, gpus=devices)
     optimizer = load("keras", "keras").optimizers.SGD(0.1, momentum=0.9, nesterov=True)
@@ -74,7 +74,7 @@ def _work(runner: Any, batch_size: int, steps: list[list[float]]) -> list[Device
 
 
 def _clock(full_batches: int) -> Any:
-    """A Keras callback: the seconds that each epoch trained, and each device's in steps on full batches."""
+    """A Keras callback that records the training seconds per epoch, and per device in steps on full batches."""
     callback_class = load("keras", "keras").callbacks.Callback
 
     class Clock(callback_class):  # type: ignore[misc, valid-type]
