@@ -3,8 +3,8 @@
     import fastdp
     parallel = fastdp.wrap(model, gpus=8)
 
-Keras models run on Keras's torch backend: importing fastdp chooses it where nothing else has been chosen
-(no KERAS_BACKEND, no installed backend named in keras.json, Keras not imported yet).
+Keras models run on Keras's torch backend. Importing fastdp selects it unless a backend is already selected
+(by KERAS_BACKEND, by an installed backend named in keras.json, or because Keras is already imported).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ __all__ = [
     "wrap",
 ]
 
-# Loaded on first use: `import fastdp` works without Keras and torch, and takes no time for them.
+# Loaded on first use, so that `import fastdp` is fast and works without Keras and torch.
 _LATE = {
     "HDF5Matrix": "fastdp.data.hdf5",
     "ParallelModel": "fastdp.keras.parallel_model",
@@ -69,10 +69,10 @@ _LATE = {
 
 
 def __getattr__(name: str) -> Any:
-    """Load one of the late names.
+    """Load one of the names in `_LATE`.
 
     Raises:
-        ImportError: Keras or torch is missing; says how to install them.
+        ImportError: Keras or torch is missing; the message says how to install them.
     """
     if name not in _LATE:
         raise AttributeError(f"module 'fastdp' has no attribute {name!r}")
@@ -88,10 +88,10 @@ def __getattr__(name: str) -> Any:
 
 
 def _choose_backend() -> None:
-    """Make torch Keras's backend where nobody has chosen one.
+    """Make torch Keras's backend unless the user has chosen one.
 
-    Keras writes a keras.json that names TensorFlow when it is first imported, chosen or not: a backend that is
-    named there but not installed is no choice.
+    On its first import Keras writes a keras.json that names TensorFlow. A backend that is named there but not
+    installed therefore does not count as chosen.
     """
     if "KERAS_BACKEND" in os.environ or "keras" in sys.modules:
         return

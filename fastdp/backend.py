@@ -1,8 +1,8 @@
 """Keras 2's `keras.backend` as far as scripts need it for intermediate outputs: `K.function`, `K.learning_phase`.
 
-Scripts written for Keras 2 say `from keras import backend as K`; they change that line alone:
-`from fastdp import backend as K`. The functions live in `fastdp.keras.keras2.functions`, which is loaded when one is
-asked for, so that `import fastdp` needs neither Keras nor torch.
+Scripts written for Keras 2 say `from keras import backend as K` and change only that line:
+`from fastdp import backend as K`. The functions live in `fastdp.keras.keras2.functions`, which is loaded on first use,
+so that `import fastdp` needs neither Keras nor torch.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def __getattr__(name: str) -> Any:
     """Load one of Keras 2's names.
 
     Raises:
-        AttributeError: there is no such name; Keras 3 has the arithmetic of Keras 2's backend in `keras.ops`.
-        ImportError: Keras or torch is missing; says how to install them.
+        AttributeError: unknown name; for the arithmetic of Keras 2's backend, use Keras 3's `keras.ops`.
+        ImportError: Keras or torch is missing; the message says how to install them.
     """
     if name not in __all__:
         raise AttributeError(

@@ -6,8 +6,8 @@ from __future__ import annotations
 class ReplicaError(RuntimeError):
     """One replica failed; the step was stopped and no replica's weights were changed.
 
-    The original exception is the `__cause__`. `device` is the device's name; `rows` the half-open range
-    of rows of the global batch that the replica was working on, or None outside a batch.
+    The original exception is the `__cause__`. `device` is the device's name. `rows` is the half-open range
+    of global-batch rows that the replica was processing, or None outside a batch.
     """
 
     def __init__(self, message: str, *, device: str, rows: tuple[int, int] | None) -> None:
@@ -16,7 +16,7 @@ class ReplicaError(RuntimeError):
         self.rows = rows
 
     def __str__(self) -> str:
-        # A subclass may also be a KeyError or a UnicodeError, which print their arguments in other ways.
+        # A subclass may also be a KeyError or a UnicodeError, which format their arguments differently.
         return str(self.args[0])
 
 
@@ -29,13 +29,13 @@ class DeviceTimeoutError(TimeoutError):
 
 
 def replica_error_class(cause: type[BaseException]) -> type[ReplicaError]:
-    """A ReplicaError that is also a `cause` where that is built in, so that `except ValueError` works."""
+    """A subclass of ReplicaError and, if `cause` is built in, of `cause`, so that `except ValueError` works."""
     if cause.__module__ != "builtins" or not issubclass(cause, Exception):
         return ReplicaError
     try:
         both = type(f"Replica{cause.__name__}", (ReplicaError, cause), {"__module__": ReplicaError.__module__})
         both("", device="", rows=None)
-    except TypeError:  # already a base of ReplicaError, or not made from a message (ExceptionGroup)
+    except TypeError:  # already a base of ReplicaError, or needs more than a message (ExceptionGroup)
         return ReplicaError
     return both
 

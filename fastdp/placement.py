@@ -13,11 +13,11 @@ _NAME = re.compile(r"/?(?:(?:gpu|cuda|virtual):(\d+)|(?:cpu|host)(?::0)?)", re.I
 
 @contextmanager
 def device(place: Any) -> Iterator[None]:
-    """Place the Keras layers that are called or created inside, while a Functional or Sequential model is built.
+    """Place Keras layers that are created or called in this context, while a Functional or Sequential model is built.
 
-    The number is that of a device within a replica: with `fastdp.wrap(model, gpus=[(0, 1), (2, 3)])` the first
-    replica runs what is placed on "gpu:1" on device 1, the second on device 3. What is placed nowhere, or on "cpu",
-    runs on the replica's first worker. A call's place comes before that of its layer. Files do not keep places.
+    The number counts the devices within a replica: with `fastdp.wrap(model, gpus=[(0, 1), (2, 3)])` the first replica
+    runs layers placed on "gpu:1" on device 1, the second replica on device 3. Layers without a place, or on "cpu", run
+    on the replica's first worker. The place of a call overrides the place of its layer. Saved files do not keep places.
 
     Args:
         place: "gpu:1", "virtual:1" (the same), or 1; "cpu" for the host.
@@ -30,7 +30,7 @@ def device(place: Any) -> Iterator[None]:
         ...     encoded_b = shared_lstm(tweet_b)
     """
     number = _number(place)
-    # Keras is imported only where somebody builds a model of it.
+    # Keras is imported only when a Keras model is built.
     placed = importlib.import_module("fastdp.keras.placement").placed
     with placed(number):
         yield

@@ -30,10 +30,10 @@ class Rows:
 
 
 def split_rows(total: int, parts: int) -> list[Rows]:
-    """Deal `total` rows out to at most `parts` replicas, in row order.
+    """Split `total` rows among at most `parts` replicas, in row order.
 
-    Row counts differ by at most one, the larger ones first. With fewer rows than replicas, fewer
-    replicas get any: no part is ever empty.
+    Row counts differ by at most one, larger counts first. With fewer rows than replicas there are fewer
+    parts, so no part is empty.
 
     Raises:
         ValueError: `total` or `parts` is below 1.
@@ -57,7 +57,8 @@ def split_rows(total: int, parts: int) -> list[Rows]:
 def rank_range(length: int, rank: int, ranks: int, align: int = 1) -> tuple[int, int]:
     """The elements of `range(length)` that belong to one rank between a reduce-scatter and an all-gather.
 
-    All ranks have equally many, a multiple of `align`, as NCCL wants it; the last one has the rest too.
+    All ranks have the same number of elements, a multiple of `align`, as NCCL requires; the last rank also has
+    the remainder.
 
     Example:
         >>> [rank_range(23, rank, 3, align=4) for rank in range(3)]
@@ -73,7 +74,7 @@ def plan_buckets(
     """Group consecutive arrays of the given sizes into buckets `[start, stop)` of about `cap` bytes.
 
     The first bucket is small (`first` bytes), so that its reduction can start early. An array larger
-    than the limit has a bucket of its own; no array is cut.
+    than the limit gets its own bucket; arrays are never split.
 
     Example:
         >>> plan_buckets([4, 4, 4, 4], first=4, cap=8)

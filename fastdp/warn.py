@@ -5,18 +5,18 @@ from __future__ import annotations
 import sys
 import warnings
 
-# Frames of these packages are not the user's: those that a step passes through on its way from the script.
+# Packages whose frames are skipped: a step passes through them on its way from the user's script.
 _PASSED_THROUGH = frozenset(("fastdp", "keras", "torch", "contextlib", "functools", "runpy", "threading", "concurrent"))
 
 
 def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn as if from the innermost line outside fastdp, Keras and torch.
 
-    The warning filters of Python go by that line's module, and the message names its file. On a thread that no line of
-    the user's has started it is the thread's outermost frame.
+    Python's warning filters use that line's module, and the message names its file. If a thread has no frame outside
+    these packages, its outermost frame is used.
 
     Args:
-        message: what to say.
+        message: the text of the warning.
         category: the class of the warning.
 
     Example:
