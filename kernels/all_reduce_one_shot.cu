@@ -1,14 +1,14 @@
-// all_reduce_one_shot: every rank reads every rank's input once. For small buckets, where latency counts.
+// all_reduce_one_shot: every rank reads every rank's input once. For small buckets, where latency dominates.
 //
 //   output[i] = cast((x_0[i] + x_1[i] + ... + x_{R-1}[i]) * scale)     in fp32, in rank order, on every rank
 //
-//   stage    copy the own input to one half of the own staging buffer
+//   stage    copy this rank's input to one half of its staging buffer
 //   barrier  with the same block of all ranks
-//   sum      read all ranks' staging, write the output (which may be the input)
+//   sum      read all ranks' staging buffers, write the output (which may be the input)
 //
-// The halves of the staging buffer alternate with the launch number. No barrier at the end is needed: a rank
-// writes a half again two launches later, after a barrier of the launch between, which a peer enters only
-// when its own earlier launch has completed.
+// The halves of the staging buffer alternate with the launch number, so no final barrier is needed: a rank
+// rewrites a half two launches later, after the barrier of the launch in between, which a peer enters only
+// when its previous launch has completed.
 // Grid: 1-D, the same on all ranks, grid-stride over packs of 16 bytes, at most 64 blocks; see
 // peer_signals.cuh for co-residency, graph replay and time-outs.
 // Bytes moved per rank: n * sizeof * (4 local + (R - 1) over the links). fp32, fp16, bf16; R <= 8.

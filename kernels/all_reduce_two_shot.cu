@@ -3,13 +3,13 @@
 //   output[i] = cast((x_0[i] + x_1[i] + ... + x_{R-1}[i]) * scale)     in fp32, in rank order, on every rank
 //
 //   barrier         all inputs are ready
-//   reduce-scatter  rank r sums slice r of all ranks' inputs into one half of its own staging buffer
-//   barrier         all slices are summed, and nobody reads an input any more
-//   all-gather      read slice q from rank q's staging, write the output (which may be the own input)
+//   reduce-scatter  rank r sums slice r of all ranks' inputs into one half of its staging buffer
+//   barrier         all slices are summed, and no rank reads an input any more
+//   all-gather      read slice q from rank q's staging buffer, write the output (which may be the input)
 //
 // Slice q is packs [q * S, q * S + S) with S = ceil(packs / R); the last slices may be short or empty. A
-// thread reads only what the threads of its own place wrote in the other ranks, so the two barriers between
-// blocks of one index are enough. The staging halves alternate as in all_reduce_one_shot.
+// thread reads only data written by the threads with its index in the other ranks, so two barriers between
+// blocks of the same index suffice. The staging halves alternate as in all_reduce_one_shot.
 // Grid: 1-D, the same on all ranks, grid-stride over the packs of a slice, at most 64 blocks; see
 // peer_signals.cuh for co-residency, graph replay and time-outs. Inputs must be visible to all peers.
 // Bytes moved per rank: n * sizeof * ((2 R - 2) / R over the links + (2 + R) / R local). fp32, fp16, bf16;
@@ -37,7 +37,7 @@ template <class T> __device__ __forceinline__ void all_reduce_two_shot_body(cons
     }
     if (!rank_barrier(args, launch, 1)) return;
     for (int turn = 0; turn < args.ranks; ++turn) {
-        const int peer = (args.rank + turn) % args.ranks;  // ranks start at different peers: no hot link
+        const int peer = (args.rank + turn) % args.ranks;  // each rank starts at another peer, to spread the links
         const T* summed = reinterpret_cast<const T*>(args.staging[peer] + half);
         const i64 first = slice * peer;
         for (i64 pack = grid_thread(); pack < slice && first + pack < packs; pack += grid_threads()) {

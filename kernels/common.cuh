@@ -1,11 +1,11 @@
 // What every kernel file shares: element types, 16-byte packs, grid-stride indices, system-scope signals.
 //
-// The files compile in two ways from the same text. NVRTC compiles them for a GPU without any header from
-// the CUDA toolkit, so fp16 and bf16 are plain 16-bit structs here, converted by PTX or bit arithmetic.
-// tests/kernels/host_cuda.h compiles them with g++ for the CPU (it defines FASTDP_HOST_CUDA).
+// The same source compiles in two ways. NVRTC compiles it for a GPU without any header from the CUDA
+// toolkit, so fp16 and bf16 are plain 16-bit structs here, converted by PTX or bit arithmetic.
+// tests/kernels/host_cuda.h compiles it with g++ for the CPU (it defines FASTDP_HOST_CUDA).
 //
 // Arithmetic is fp32 with one rounding at the store. The build passes --fmad=false: no kernel is bound by
-// arithmetic, and without contraction each result equals that of its NumPy twin bit for bit.
+// arithmetic, and without contraction each result equals its NumPy twin's bit for bit.
 #pragma once
 
 using u8 = unsigned char;
@@ -22,7 +22,7 @@ struct bf16_t { u16 bits; };  // upper half of an IEEE binary32
     extern "C" void name(const Args args) { __VA_ARGS__; } \
     static host_cuda::Registration register_##name(#name, name);
 #else
-// One kernel entry: its only parameter is one struct by value, so that launch.py packs a single object.
+// One kernel entry. Its only parameter is a struct by value, so that launch.py packs a single object.
 #define FASTDP_KERNEL(name, Args, threads, ...) \
     extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args args) { \
         __VA_ARGS__; \
@@ -86,7 +86,7 @@ template <> struct From<bf16_t> {
 };
 template <class T> __device__ __forceinline__ T from_float(float x) { return From<T>::of(x); }
 
-// ---- packs: a fixed number of elements in one access where the address allows it ------------------------
+// ---- packs: a fixed number of elements, in one access if the address is aligned -------------------------
 
 template <int nbytes> struct Word;
 template <> struct Word<1> { using type = u8; };
@@ -143,8 +143,8 @@ __device__ __forceinline__ i64 grid_thread() { return static_cast<i64>(blockIdx.
 __device__ __forceinline__ i64 grid_threads() { return static_cast<i64>(gridDim.x) * blockDim.x; }
 
 // ---- signals ------------------------------------------------------------------------------------------
-// PTX memory model: a release at system scope publishes what happened before it, including what the other
-// threads of the block wrote before a __syncthreads; the acquire that reads it sees all of that.
+// PTX memory model: a release at system scope publishes all earlier writes, including those that the other
+// threads of the block made before a __syncthreads. The acquire that reads the flag sees all of them.
 
 __device__ __forceinline__ void store_release_system(u64* p, u64 value) {
 #ifdef FASTDP_HOST_CUDA
@@ -174,7 +174,7 @@ __device__ __forceinline__ u32 add_acquire_release_device(u32* p, u32 value) {
 #endif
 }
 
-// Flags that the host reads after synchronizing: whole words, no order promised.
+// Flags that the host reads after synchronizing: whole words, no ordering guaranteed.
 __device__ __forceinline__ void store_relaxed_system(u32* p, u32 value) {
 #ifdef FASTDP_HOST_CUDA
     __atomic_store_n(p, value, __ATOMIC_RELAXED);

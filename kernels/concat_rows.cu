@@ -1,12 +1,12 @@
-// concat_rows: every replica's rows of every output, each to its place in the merged buffer, in one launch.
+// concat_rows: copies every replica's rows of every output to their place in the merged buffer, in one launch.
 //
 //   destination[j][destination_row[j] + r, :] = source[j][r, :]      for each piece j and row r < rows[j]
 //
-// The rows of a piece are contiguous on both sides, so a piece is one run of bytes: launch.py folds
-// destination_row into the pointer. Ragged row counts are just runs of different length.
+// The rows of a piece are contiguous on both sides, so a piece is one run of bytes; launch.py folds
+// destination_row into the pointer. Unequal row counts are runs of different length.
 // Grid: 1-D; piece j owns blocks [first_block, first_block + blocks), in proportion to its bytes; 256
-// threads; a block copies segments of 16 KiB, 4 independent 16-byte loads per thread, with the ends of an
-// unaligned destination by bytes and an unaligned source by word shifts.
+// threads; a block copies segments of 16 KiB, 4 independent 16-byte loads per thread. The ends of an
+// unaligned destination are copied by bytes, an unaligned source by word shifts.
 // Pointers may be local, peer or pinned host. Bytes moved: 2 x sum of the pieces (one read, one write).
 // NumPy twin: fastdp.launch.reference.concat_rows
 #include "row_copy.cuh"

@@ -1,27 +1,27 @@
 // Barriers between the same block of all ranks, through flags in peer memory.
 //
-// Each rank owns one Signals in plain device memory that all ranks may write (peer access, or the same card).
-// Before the first launch it is zeroed, once; afterwards no host code touches it, so that a recorded CUDA
-// graph replays: the number of a launch is read from device memory and advanced by the last block to finish.
-// All flags only grow. Ranks must make the same sequence of launches with the same grid and block.
+// Each rank owns one Signals in plain device memory that all ranks can write (peer access, or the same card).
+// The host zeroes it once, before the first launch, and never touches it again, so that a recorded CUDA graph
+// can be replayed: kernels read the launch number from device memory, and the last block to finish increments
+// it. All flags only grow. Ranks must make the same sequence of launches with the same grid and block.
 //
-// A block waits only for the blocks of its own index in the other ranks, so all ranks' grids must be able to
-// be resident at once. On one GPU per rank this always holds, since nothing waits for a later block of the
-// same rank. Where R ranks share one card, launch.py bounds each rank's grid by floor(SMs / R), that is one
-// block per SM in the worst case; the launches must also reach the card independently: one stream per rank,
+// A block waits only for the blocks with its index in the other ranks, so the grids of all ranks must be
+// resident at the same time. With one GPU per rank this always holds, since no block waits for a later block of
+// the same rank. If R ranks share one card, launch.py limits each rank's grid to floor(SMs / R), that is one
+// block per SM in the worst case. The launches must also reach the card independently: one stream per rank,
 // none of them the legacy default stream, and CUDA_DEVICE_MAX_CONNECTIONS not below the number of streams in
 // use (its default is 8; CUDA C++ Programming Guide, environment variables).
 //
-// A wait gives up after spin_limit polls: it sets *error to 1 + the rank that did not come, and its block
-// writes no output. A set *error makes every later launch of that rank return at once, so that its peers time
-// out too. A peer that was merely late may still complete the launch that others gave up, so a step counts
-// only when no rank's *error is set. To recover, synchronize all ranks, then zero every Signals and *error.
+// A wait gives up after spin_limit polls: it sets *error to 1 + the missing rank, and its block writes no
+// output. While *error is set, every later launch of that rank returns at once, so that its peers time out too.
+// A peer that was only late may still complete the launch that others gave up, so a step is valid only if no
+// rank's *error is set. To recover, synchronize all ranks, then zero every Signals and *error.
 #pragma once
 #include "common.cuh"
 
 constexpr int kMaxRanks = 8;
 constexpr int kMaxSignalBlocks = 64;
-constexpr u64 kBarriersPerLaunch = 2;  // of the kernel that has most
+constexpr u64 kBarriersPerLaunch = 2;  // the maximum over all kernels
 
 struct Signals {
     u64 launches;
@@ -31,7 +31,7 @@ struct Signals {
 };
 
 struct AllReduceArgs {
-    const void* inputs[kMaxRanks];  // in rank order; all_reduce_one_shot reads its own only
+    const void* inputs[kMaxRanks];  // in rank order; all_reduce_one_shot reads only inputs[rank]
     void* output;                   // may be inputs[rank]
     u8* staging[kMaxRanks];         // in rank order, each 2 * staging_half_bytes, 16-byte aligned
     Signals* signals[kMaxRanks];    // in rank order
@@ -44,8 +44,8 @@ struct AllReduceArgs {
     u32 spin_limit;
 };
 
-// Whether an earlier wait of this rank timed out. One answer for the whole block: a block of this very launch
-// may be setting the flag now.
+// Whether an earlier wait of this rank timed out. The whole block gets one answer, since another block of this
+// launch may be setting the flag now.
 __device__ __forceinline__ bool gave_up(const AllReduceArgs& args) {
     return __syncthreads_or(load_relaxed_system(args.error) != 0);
 }
@@ -58,8 +58,8 @@ __device__ __forceinline__ bool wait_for(const u64* flag, u64 target, u32 spin_l
     return false;
 }
 
-// Barrier `which` of this launch among the blocks of this index; false after a time-out. What any thread of
-// those blocks wrote before it is visible to all threads of this block after it.
+// Barrier `which` of this launch among the blocks of this index in all ranks; false after a time-out. Writes of
+// any thread of those blocks before the barrier are visible to all threads of this block after it.
 __device__ __forceinline__ bool rank_barrier(const AllReduceArgs& args, u64 launch, u64 which) {
     const u64 target = launch * kBarriersPerLaunch + which + 1;
     bool timed_out = false;
@@ -74,7 +74,7 @@ __device__ __forceinline__ bool rank_barrier(const AllReduceArgs& args, u64 laun
     return !__syncthreads_or(timed_out);
 }
 
-// Counts the launch once all blocks have read its number, for the next launch of the stream.
+// Increments the launch number once all blocks have read it, for the next launch of the stream.
 __device__ __forceinline__ void finish_launch(const AllReduceArgs& args, u64 launch) {
     __syncthreads();
     if (threadIdx.x != 0) return;

@@ -1,16 +1,16 @@
-// reduce_scatter: each rank sums its own part of all ranks' inputs, read through peer memory.
+// reduce_scatter: each rank sums its part of all ranks' inputs, which it reads through peer memory.
 //
 //   output[i] = cast((x_0[i] + x_1[i] + ... + x_{R-1}[i]) * scale)     in fp32, in rank order,
 //                                                                      for i in the rank's part of [0, n) only
 //
 //   barrier  all inputs are ready
-//   sum      read the own part of all ranks' inputs, write it to the output (which may be the own input)
-//   barrier  nobody reads an input any more
+//   sum      read this rank's part of all ranks' inputs, write the output (which may be the input)
+//   barrier  no rank reads an input any more
 //
-// Part q is elements [q * S, q * S + S) with S = n / R rounded down to whole 64 bytes; the last one goes on to n.
-// So all parts but the last are equally long, as NCCL's reduce-scatter has them. No rank writes what another
-// reads, so nothing is staged. A thread's reads lie between the two barriers of its block's index, and a rank's
-// kernel is over when all its blocks have passed them: work behind it may overwrite the input.
+// Part q is elements [q * S, q * S + S) with S = n / R rounded down to whole 64 bytes; the last part extends to
+// n. All parts but the last have the same length, as in NCCL's reduce-scatter. No rank writes data that another
+// reads, so nothing is staged. A thread's reads lie between the two barriers of its block, and a rank's kernel
+// ends when all its blocks have passed them, so later work may overwrite the input.
 // Grid: 1-D, the same on all ranks, grid-stride over the packs of a part, at most 64 blocks; see
 // peer_signals.cuh for co-residency, graph replay and time-outs. Inputs must be visible to all peers.
 // Bytes moved per rank: n * sizeof * ((R - 1) / R over the links + 2 / R local). fp32, fp16, bf16; R <= 8.

@@ -1,7 +1,7 @@
 // Row copies shared by slice_rows and concat_rows: segments with unaligned ends, and flat gathers of rows.
 //
-// A conversion says how one vector of input elements becomes one vector of output elements. The output
-// vector is always 16 bytes: CopyBytes takes 16 bytes in, Cast<float> 4, Cast<half_t> and Cast<bf16_t> 8.
+// A conversion turns one vector of input elements into one vector of output elements. The output vector
+// always has 16 bytes; the input vector has 16 for CopyBytes, 4 for Cast<float>, 8 for Cast<half_t> and Cast<bf16_t>.
 #pragma once
 #include "common.cuh"
 
@@ -33,7 +33,7 @@ template <class T> struct Cast {  // y = cast(x * scale + offset)
     }
 };
 
-// nbytes at any address p, by aligned 4-byte words and a shift; never outside [begin, end).
+// Loads nbytes from any address p by aligned 4-byte words and a shift; never reads outside [begin, end).
 template <int nbytes>
 __device__ __forceinline__ Pack<u8, nbytes> load_unaligned(const u8* p, const u8* begin, const u8* end) {
     union { Pack<u8, nbytes> pack; u32 words[nbytes / 4]; } x;
@@ -55,7 +55,7 @@ __device__ __forceinline__ Pack<u8, nbytes> load_unaligned(const u8* p, const u8
     return x.pack;
 }
 
-// One block converts n elements. [begin, end) bounds what may be read; `out` is aligned to its element.
+// One block converts n elements. It reads only in [begin, end); `out` is aligned to its element.
 template <class Conversion>
 __device__ __forceinline__ void copy_segment(typename Conversion::Out* out, const u8* in, i64 n, const u8* begin,
                                              const u8* end, const Conversion& convert) {

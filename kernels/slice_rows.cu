@@ -1,16 +1,16 @@
-// slice_rows: a device's rows of every array of a batch, in one launch.
+// slice_rows: copies a device's rows of every array of a batch, in one launch.
 //
 //   destination[j][r, :] = convert_j(source[j][index ? index[first_row + r] : first_row + r, :])
-//   convert: the bytes as they are, or cast(x * scale + offset) from uint8 to fp32, fp16 or bf16
+//   convert: the bytes unchanged, or cast(x * scale + offset) from uint8 to fp32, fp16 or bf16
 //
-// Without an index the rows are contiguous and launch.py folds first_row into the pointer and all rows into
-// one. An index outside [0, source_rows) leaves its row unwritten and sets *error to 1.
+// Without an index the rows are contiguous: launch.py folds first_row into the pointer and all rows into one.
+// An index outside [0, source_rows) leaves its row unwritten and sets *error to 1.
 // Grid: 1-D; array j owns blocks [first_block, first_block + blocks), in proportion to its bytes; 256
 // threads. Two layouts, chosen by launch.py:
-//   vector == 0  segments: a block takes 16 KiB of one row (contiguous arrays, long rows); unaligned ends
-//                by elements, an unaligned source by word shifts
-//   vector  > 0  gather: rows shorter than a segment; thread t takes input vectors of `vector` bytes t,
-//                t + threads, ... of the flat output; its row and column advance without a division
+//   vector == 0  segments: a block copies 16 KiB of one row (contiguous arrays, long rows), unaligned ends
+//                by element, an unaligned source by word shifts
+//   vector  > 0  gather: rows shorter than a segment; thread t copies input vectors of `vector` bytes number
+//                t, t + threads, ... of the flat output, and advances row and column without a division
 // Pointers may be local, peer or pinned host. Bytes moved: one read and one write of each element, plus
 // 8 bytes per row for the index. NumPy twin: fastdp.launch.reference.slice_rows
 #include "row_copy.cuh"
@@ -23,7 +23,7 @@ struct RowCopy {
     const u8* source;
     void* destination;
     i64 rows;
-    i64 row_elements;  // bytes, where the conversion is kBytes
+    i64 row_elements;  // bytes if the conversion is kBytes
     i64 source_rows;
     i64 first_row;
     u32 first_block;
@@ -41,7 +41,7 @@ struct SliceRowsArgs {
     RowCopy copies[kMaxCopies];
 };
 
-// The source row of output row r, or -1 where the index is out of bounds.
+// The source row of output row r, or -1 if the index is out of bounds.
 __device__ __forceinline__ i64 source_row(const i64* index, const RowCopy& copy, i64 r) {
     if (!index) return r;
     const i64 row = index[copy.first_row + r];
