@@ -14,9 +14,10 @@ from fastdp.program.keras.replica import running
 
 
 class PythonRandom:
-    """Stands for the module `random` where Keras uses it: AugMix chooses its operations by it, and seeds come from it.
+    """Replaces the module `random` inside Keras, where AugMix chooses its operations and seeds are made with it.
 
-    Every replica draws from a copy of that generator as it was before the step, so all choose what one device would.
+    Every replica draws from its own copy of that generator in the state before the step, so all replicas choose what
+    one device would choose.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -28,9 +29,9 @@ class PythonRandom:
 
 
 def elastic_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Elastic transformation of the rows among all rows of the batch.
+    """Wrap the elastic transformation: draw for all rows of the batch, and keep the replica's rows.
 
-    Keras 3.15 on torch draws it from torch's global generator, whatever the seed.
+    Keras 3.15 on torch draws it from torch's global generator and ignores the seed.
     """
 
     def elastic_transform(images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -51,7 +52,7 @@ def elastic_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def histogram_of_batch(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Equalization's histogram, which Keras takes over all rows of the batch: that of all replicas' rows."""
+    """Wrap the histogram of Equalization, which Keras takes over all rows: sum it over all replicas."""
 
     def histogram(layer: Any, *args: Any, **kwargs: Any) -> Any:
         counts = original(layer, *args, **kwargs)
@@ -65,5 +66,5 @@ def histogram_of_batch(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def writes_to_inputs(model: keras.Model) -> bool:
-    """Whether a layer adds to its inputs in place, as Keras's RandomBrightness does: they may be the user's batch."""
+    """Whether a layer writes to its inputs, which may be the user's batch. Keras's RandomBrightness does."""
     return any(isinstance(layer, keras.layers.RandomBrightness) for layer in model._flatten_layers())

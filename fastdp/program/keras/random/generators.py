@@ -1,13 +1,13 @@
 """Copies the random generators that no model holds for each replica of a step.
 
-Keras's global seed generator, seed generators that a layer keeps where Keras does not find them, torch's global
-generator, Python's and NumPy's: on one device a step reads and moves each of them once. Here every replica moves a
-copy of its own, all copies start from the state before the step, and afterwards the host's generators take over the
-state of the first replica's copies. So a step draws what one device would draw, and whoever draws after it too: the
-script between two batches, another model, `set_random_seed`. A step that fails leaves the generators as they were
-before it, and so does a step that is only tried.
+These are Keras's global seed generator, seed generators that a layer holds where Keras does not find them, and the
+global generators of torch, Python and NumPy. On one device a step reads and advances each of them once. Here every
+replica advances its own copy. All copies start from the state before the step, and afterwards the host's generators
+take over the state of the first replica's copies. So a step draws what one device would draw, and so does any code
+after it: the script between two batches, another model, `set_random_seed`. A step that fails, or is only a trial,
+leaves the generators unchanged.
 
-Nothing is read or copied before a draw asks for it.
+A generator is read and copied only when the first draw needs it.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from fastdp.tensors.random import global_generator
 _COMMON = 0  # the key of Keras's global generator among the seed generators
 _next = SeedGenerator.next
 _spare: list[SeedGenerator] = []
-# Taken before functions of these modules stand for a replica's generators (`fastdp.program.keras.random.host_draws`).
+# Saved before the functions of these modules are replaced (`fastdp.program.keras.random.host_draws`).
 _python_state, _set_python_state = random.getstate, random.setstate
 _numpy_state, _set_numpy_state = np.random.get_state, np.random.set_state
 
 
 class StepGenerators:
-    """The generators of the host thread as they were when a step began; made on that thread. From any thread."""
+    """The states of the host thread's generators when a step began. Made on that thread, read from any thread."""
 
     def __init__(self) -> None:
         self.common: SeedGenerator | None = get_global_attribute(GLOBAL_SEED_GENERATOR)
@@ -44,7 +44,7 @@ class StepGenerators:
         self._states: dict[Any, Any] = {}
 
     def state(self, key: Any, read: Callable[[], Any]) -> Any:
-        """What `read()` gave when the first replica asked for it."""
+        """The result of `read()` at the first call for this key."""
         with self._lock:
             if key not in self._states:
                 self._states[key] = read()
@@ -55,9 +55,9 @@ class Generators:
     """One replica's copies of the generators that the model does not hold.
 
     Args:
-        step: where they start.
-        branch: of a part of a replica that runs beside its other parts, in no order in time: its number. It draws from
-            streams of its own, which are not those of one device.
+        step: the states from which the copies start.
+        branch: number of a part of the replica that runs concurrently with its other parts. It draws from its own
+            streams, which differ from those of one device. 0 for the whole replica.
     """
 
     def __init__(self, step: StepGenerators | None = None, branch: int = 0) -> None:
@@ -65,7 +65,7 @@ class Generators:
         self._branch = branch
         self._seeds: dict[
             int, tuple[SeedGenerator | None, torch.Tensor]
-        ] = {}  # the generators are held: ids stay theirs
+        ] = {}  # holds the generators, so that their ids stay unique
         self._torch: dict[Any, tuple[torch.Generator, torch.Tensor]] = {}
         self._python: random.Random | None = None
         self._numpy: np.random.RandomState | None = None
@@ -78,7 +78,7 @@ class Generators:
         return bool(self._seeds or self._torch or self._python or self._numpy)
 
     def copy(self) -> Generators:
-        """The same, in the same state, to be moved apart from it."""
+        """A copy in the same state that advances independently."""
         twin = Generators(self.step, self._branch)
         twin._seeds, twin._torch = dict(self._seeds), dict(self._torch)
         twin._key, twin._made = self._key, self._made
@@ -91,11 +91,11 @@ class Generators:
         return twin
 
     def branches(self, count: int) -> list[Generators]:
-        """Generators for parts that run at the same time. Each step has others."""
+        """Generators for parts that run at the same time. They differ in each step."""
         return [Generators(self.step, 1 + number) for number in range(count)]
 
     def join(self, branches: list[Generators]) -> None:
-        """Move on past what branches have drawn, by one draw of each kind."""
+        """Advance by one draw of each kind that the branches have used."""
         if any(one._seeds for one in branches):
             self.next_seed(None, ordered=False)
         if any(one._torch or one._key is not None for one in branches):
@@ -108,9 +108,9 @@ class Generators:
     # Keras.
 
     def next_seed(self, generator: SeedGenerator | None, ordered: bool) -> torch.Tensor:
-        """`SeedGenerator.next` of a generator that is none of the model's; None is Keras's global one.
+        """`SeedGenerator.next` for a generator that does not belong to the model; None is Keras's global one.
 
-        Where nobody has drawn from that since `set_random_seed`, Keras makes it, from Python's generator.
+        Keras makes the global one from Python's generator at the first draw after `set_random_seed`.
         """
         key = _COMMON if generator is None else id(generator)
         if generator is None:
@@ -129,7 +129,7 @@ class Generators:
         if generator is None:
             state = torch.tensor([self.python.randint(1, int(1e9)), 0], dtype=torch.int32)  # as `make_default_seed`
         else:
-            variable = generator.state  # made in the step, it has no value yet
+            variable = generator.state  # has no value yet if it was made in the step
 
             def present() -> tuple[SeedGenerator, torch.Tensor]:
                 value = variable.value if variable._value is None else variable._value
@@ -141,9 +141,9 @@ class Generators:
     # torch.
 
     def with_torch(self, generator: torch.Generator | None, draw: Callable[[], Any], device: Any = "cpu") -> Any:
-        """What `draw()` gives, which draws from torch's global generator of a device, or from `generator`.
+        """The result of `draw()`, which draws from torch's global generator of a device, or from `generator`.
 
-        It runs alone, with the generator in the replica's own state.
+        The generator is set to the replica's state for the draw, and no other thread draws meanwhile.
         """
         device = torch.device(device)
         target = generator if generator is not None else self._default(device)
@@ -152,7 +152,7 @@ class Generators:
             before = target.get_state()
             target.set_state(self._torch_state(key, generator, device))
             try:
-                # Whoever watches torch's functions on this thread would take it for a draw of the model's.
+                # A function mode on this thread would handle it as a draw of the model.
                 with torch._C.DisableTorchFunction():
                     return draw()
             finally:
@@ -160,7 +160,7 @@ class Generators:
                 target.set_state(before)
 
     def _torch_state(self, key: Any, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
-        """The state of the replica's copy of a generator of torch."""
+        """The state of the replica's copy of a torch generator."""
         if key in self._torch:
             return self._torch[key][1]
         host = generator if generator is not None else self._default(torch.device(device.type))
@@ -171,13 +171,13 @@ class Generators:
         return state
 
     def _default(self, device: torch.device) -> torch.Generator:
-        """Torch's global generator of a device; without a number, of that which the host thread works on."""
+        """Torch's global generator of a device; of the host thread's current GPU if the device has no index."""
         if device.type != "cuda":
             return torch.default_generator
         return torch.cuda.default_generators[self.step.card if device.index is None else device.index]
 
     def draw_number(self) -> tuple[int, int]:
-        """The key of a draw that owes nobody particular numbers: the step's, from torch's generator, and a count."""
+        """The key of an unseeded draw: a number of the step, drawn from torch's generator, and a count."""
         if self._key is None:
             self._key = self.with_torch(None, lambda: int(torch.randint(2**62, (), dtype=torch.int64)))
         self._made += 1
@@ -206,7 +206,7 @@ class Generators:
         return self._numpy
 
     def keep(self) -> None:
-        """Give the host's generators the state of these. On the host thread, after the step."""
+        """Copy the states to the host's generators. Called on the host thread, after the step."""
         for key, (generator, state) in self._seeds.items():
             if generator is None:
                 generator = _made_global()
@@ -225,21 +225,21 @@ class Generators:
 
 
 def _spare_generator() -> SeedGenerator:
-    """A generator that is lent to whoever needs Keras's arithmetic before Keras has made its own."""
+    """A generator used for Keras's arithmetic before Keras has made its global one."""
     if not _spare:
         _spare.append(_new_generator())
     return _spare[0]
 
 
 def _made_global() -> SeedGenerator:
-    """Keras's global generator of this thread, made as Keras makes it."""
+    """Make Keras's global generator of this thread, as Keras does."""
     generator = _new_generator()
     set_global_attribute(GLOBAL_SEED_GENERATOR, generator)
     return generator
 
 
 def _new_generator() -> SeedGenerator:
-    """A generator without a seed of its own, made outside of any scope. It takes nothing from Python's generator."""
+    """An unseeded generator, made outside any scope and without a draw from Python's generator."""
     scope = get_global_attribute("stateless_scope")
     set_global_attribute("stateless_scope", None)
     try:
@@ -251,7 +251,7 @@ def _new_generator() -> SeedGenerator:
 
 
 class CommonGenerator:
-    """Stands for Keras's global generator where a replica draws."""
+    """Replaces Keras's global generator on a replica."""
 
     _initial_seed = None
 
@@ -259,11 +259,11 @@ class CommonGenerator:
         self._generators = generators
 
     def next(self, ordered: bool = True) -> torch.Tensor:
-        """Keras's own numbers."""
+        """The next seed of the replica's copy of Keras's global generator."""
         return self._generators.next_seed(None, ordered)
 
 
 def is_held_by_scope(generator: SeedGenerator) -> bool:
-    """Whether the present scope has a value for a generator's state: it is one of the model's."""
+    """Whether the current scope has a value for a generator's state, because the generator belongs to the model."""
     scope = get_global_attribute("stateless_scope")
     return not isinstance(scope, ReplicaScope) or scope.get_current_value(generator.state) is not None

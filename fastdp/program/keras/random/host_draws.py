@@ -1,10 +1,10 @@
 """Lets a layer draw from Python's and NumPy's global generators on a replica.
 
-While replicas run, the functions of the modules `random` and `numpy.random` stand for a replica's own copies of these
-generators, in the threads that run one (`fastdp.program.keras.random.generators`). NumPy's draws of a shape that
-follows the rows are made for the whole batch, and the replica keeps its own. Functions that a script has imported by
-name from these modules, and generators that a layer holds, are out of reach: the trial of a model finds that it draws
-from them.
+While replicas run, the functions of the modules `random` and `numpy.random` are patched. In a thread that runs a
+replica, they draw from the replica's own copies of these generators (`fastdp.program.keras.random.generators`). A NumPy
+draw whose shape follows the rows is made for the whole batch, and the replica keeps its own rows. Functions that a
+script imported by name from these modules, and generators that a layer holds, cannot be patched; the trial of a model
+detects draws from them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastdp.program.keras.replica import ReplicaContext, running
 from fastdp.program.keras.rows.effects import NotByRowsError
 from fastdp.tensors.random import own_rows, whole_shape
 
-# Where the size stands among the arguments of NumPy's functions.
+# The position of the size among the arguments of NumPy's functions.
 _SIZE_AT = {
     **dict.fromkeys(("random_sample", "random", "standard_normal", "standard_exponential", "standard_cauchy"), 0),
     **dict.fromkeys(("exponential", "rayleigh", "poisson", "geometric", "chisquare", "pareto", "weibull", "power"), 1),
@@ -37,7 +37,7 @@ _HELD = (np.random.Generator, np.random.RandomState, random.Random)
 
 
 def _python(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of the module `random`."""
+    """Wrap a function of the module `random`."""
 
     def function(*args: Any, **kwargs: Any) -> Any:
         state = running()
@@ -50,7 +50,7 @@ def _python(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _numpy(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of the module `numpy.random`."""
+    """Wrap a function of the module `numpy.random`."""
 
     def function(*args: Any, **kwargs: Any) -> Any:
         state = running()
@@ -82,7 +82,7 @@ def _own(drawn: Any, per_row: int, state: ReplicaContext) -> Any:
 
 
 def _check_parameters(state: ReplicaContext, name: str, parameters: Any) -> None:
-    """Refuse a draw whose parameters are one for each row: a replica has those of its own rows only."""
+    """Refuse a draw with parameters for each row, because a replica has only the parameters of its own rows."""
     if any(state.entries_per_row(np.shape(value)) for value in parameters):
         raise NotByRowsError(
             f"A layer calls numpy.random.{name} with parameters for each row of the batch. Draw numbers of a fixed "
@@ -91,7 +91,7 @@ def _check_parameters(state: ReplicaContext, name: str, parameters: Any) -> None
 
 
 def _stand_ins() -> list[tuple[Any, str, Any]]:
-    """What stands for the functions of both modules."""
+    """The wrapped functions of both modules, each with its owner and name."""
     found = []
     for owner, generator, aware in ((random, random._inst, _python), (np.random, np.random.mtrand._rand, _numpy)):
         for name in dir(owner):
@@ -106,10 +106,10 @@ STAND_INS = _stand_ins()
 
 @contextmanager
 def held_generators_stay(model: keras.Model) -> Iterator[None]:
-    """Leave generators that layers hold, and the global ones, as they are; refuse a model that draws from them here.
+    """Restore the generators that layers hold, and the global ones; refuse a model that draws from them.
 
     Raises:
-        NotByRowsError: it has. Each replica would draw from them in turn, in no order.
+        NotByRowsError: the model drew from one. Replicas would draw from it in no defined order.
     """
     held = [
         (value, f"a generator that the layer {layer.name!r} holds as {name!r}")
@@ -134,7 +134,7 @@ def held_generators_stay(model: keras.Model) -> Iterator[None]:
 
 
 def _state(generator: Any) -> Any:
-    """The state of a generator, to be compared."""
+    """The state of a generator, as comparable values."""
     if isinstance(generator, random.Random):
         return generator.getstate()
     bits = generator.bit_generator if isinstance(generator, np.random.Generator) else generator._bit_generator
@@ -142,7 +142,7 @@ def _state(generator: Any) -> Any:
 
 
 def _set_state(generator: Any, state: Any) -> None:
-    """Put a generator back."""
+    """Restore a generator's state."""
     if isinstance(generator, random.Random):
         generator.setstate(state)
     else:
@@ -151,7 +151,7 @@ def _set_state(generator: Any, state: Any) -> None:
 
 
 def _as_arrays(state: Any) -> Any:
-    """Lists of words as arrays again."""
+    """Convert lists of words back to arrays."""
     if isinstance(state, dict):
         return {name: _as_arrays(value) for name, value in state.items()}
     return np.array(state, dtype=np.uint32) if isinstance(state, list) else state

@@ -1,7 +1,7 @@
 """Keras's random operations on a replica: draws are indexed by the row of the global batch.
 
-A replica draws for the whole batch, with the seed that one device would use, and keeps its own rows. Each
-function here makes a replica-aware one of Keras's own, which behaves as before in a thread that runs no replica.
+A replica draws for the whole batch, with the seed that one device would use, and keeps its own rows. Each function here
+wraps one of Keras's functions to make it aware of replicas. In a thread that runs no replica, it behaves as before.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SHAPED = ("normal", "uniform", "randint", "truncated_normal")
 
 
 def by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A draw of the given shape: for the whole batch, of which the replica's rows are kept."""
+    """Wrap a draw of a given shape: draw for the whole batch, and keep the replica's rows."""
 
     def draw(shape: Any, *args: Any, **kwargs: Any) -> Any:
         state = running()
@@ -41,7 +41,7 @@ def by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         state = running()
         assert state is not None
         whole = whole_shape(shape, per_row, state.context.rows) if per_row else shape
-        # Inside, `truncated_normal` draws by `normal`: the shapes it asks for are already right.
+        # `truncated_normal` calls `normal` inside, with a shape that is already right.
         with whole_batch(state, drawing=True):
             drawn = original(whole, *args, **kwargs)
         return own_rows(drawn, per_row, state.context.rows)
@@ -50,7 +50,7 @@ def by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _take(state: ReplicaContext, draw: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What `draw()` gives: now, or as the capture of the step wants it. Draws within draws are its own."""
+    """The result of `draw()`, or what the step's capture puts in its place. Nested draws belong to `draw()`."""
     draws = state.draws
     if draws is None:
         return draw()
@@ -65,9 +65,9 @@ def _take(state: ReplicaContext, draw: Callable[[], Any], args: tuple[Any, ...],
 
 @contextmanager
 def whole_batch(state: ReplicaContext, *, drawing: bool = False) -> Iterator[None]:
-    """What runs in it is about the whole batch: a draw in it is not sliced, or not a second time.
+    """Inside this context the replica sees the whole batch: its draws are not sliced, or not sliced again.
 
-    With `drawing` it is itself one of Keras's draws.
+    `drawing` says that the code inside is itself one of Keras's draws.
     """
     context, before = state.context, state.drawing
     total = context.rows.total
@@ -80,7 +80,7 @@ def whole_batch(state: ReplicaContext, *, drawing: bool = False) -> Iterator[Non
 
 
 def dropout_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Dropout whose mask is drawn for the whole batch, from the layer's own generator, seeded or not."""
+    """Wrap dropout: draw the mask for the whole batch from the layer's own generator, seeded or not."""
 
     def dropout(inputs: torch.Tensor, rate: float, noise_shape: Any = None, seed: Any = None) -> torch.Tensor:
         state = running()
@@ -92,7 +92,7 @@ def dropout_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         per_row = state.entries_per_row(inputs.shape if given[0] is None else shape, seed)
         if per_row:
             shape[0] = rows.total * per_row
-        # Plain Keras draws these by torch's own dropout, from torch's global generator.
+        # Plain Keras draws these with torch's own dropout, from torch's global generator.
         owes_nothing = noise_shape is None and _is_unseeded(seed)
 
         def mask() -> torch.Tensor:
@@ -115,7 +115,7 @@ def dropout_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def noise_shape(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The noise shape of spatial dropout, which says "each row" instead of the replica's number of rows."""
+    """Wrap the noise shape of spatial dropout: it has None for the rows instead of the replica's number of rows."""
 
     def of_rows(layer: Any, inputs: Any) -> Any:
         shape = original(layer, inputs)
@@ -125,23 +125,24 @@ def noise_shape(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_unseeded(seed: Any) -> bool:
-    """Whether nobody asked for particular numbers: then a replica need not draw for the whole batch."""
+    """Whether the user set no seed, so that a replica need not draw for the whole batch."""
     return seed is None or (isinstance(seed, SeedGenerator) and seed._initial_seed is None)
 
 
 def _own_draw(state: ReplicaContext, per_row: int, shape: Sequence[int]) -> torch.Tensor:
-    """Uniform numbers for the replica's rows alone.
+    """Uniform numbers for the replica's rows only.
 
-    By torch's global generator, which plain Keras draws them from: `set_random_seed` makes them repeat.
+    Their key comes from torch's global generator, from which plain Keras draws them, so `set_random_seed` makes them
+    repeatable.
     """
     start = state.context.rows.start * per_row
     return uniform_tensor(state.generators.draw_number(), start, shape[0], shape, get_device())
 
 
 def alone_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A draw by shape and parameters for which Keras sets torch's global generator: one thread at a time.
+    """Wrap a draw for which Keras seeds torch's global generator, so that only one thread draws at a time.
 
-    It is made for the whole batch, with all replicas' parameters, and the replica's rows are kept.
+    The draw is made for the whole batch, with the parameters of all replicas; the replica keeps its rows.
     """
 
     def draw(shape: Any, *args: Any, **kwargs: Any) -> Any:
@@ -162,7 +163,7 @@ def alone_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def categorical_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Samples by the logits of the whole batch, of which the replica's rows are kept."""
+    """Wrap `categorical`: sample with the logits of the whole batch, and keep the replica's rows."""
 
     def categorical(logits: Any, *args: Any, **kwargs: Any) -> Any:
         state = running()
@@ -179,7 +180,7 @@ def categorical_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def shuffle_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Shuffling along another axis than the rows: by orders drawn for the whole batch."""
+    """Wrap `shuffle` along an axis other than the rows: draw the orders for the whole batch."""
 
     def shuffle(x: Any, axis: int = 0, seed: Any = None) -> Any:
         state = running()
@@ -211,18 +212,18 @@ def shuffle_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _of_all(value: Any, state: ReplicaContext, per_row: int = 1) -> Any:
-    """A tensor of the replica's rows with those of all replicas; anything else as it is."""
+    """Gather a tensor of the replica's rows from all replicas. Anything else is returned unchanged."""
     context, rows = state.context, state.context.rows
     if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape[0] != rows.count * per_row:
         return value
-    if context.size == 1:  # all rows are here; in a trial, of some rows of two, the others are made up
+    if context.size == 1:  # all rows are here; in a trial, missing rows are invented
         state.made_up = rows.count < rows.total
         return value[:1].expand(rows.total * per_row, *value.shape[1:]) if state.made_up else value
     return torch.cat(context.exchange(value.detach()))
 
 
 def generator_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Generators for draws that no capture knows how to repeat end it."""
+    """Wrap Keras's function that makes a torch generator: draws from it cannot be captured."""
 
     def torch_seed_generator(seed: Any) -> Any:
         state = running()
@@ -234,7 +235,7 @@ def generator_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def global_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Keras's global seed generator: the host thread's, as the replica moves it. Keras has one for each thread."""
+    """Wrap Keras's global seed generator: use the replica's copy of the host thread's. Keras has one per thread."""
 
     def global_seed_generator() -> Any:
         state = running()
@@ -244,7 +245,7 @@ def global_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def next_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The next seed of a generator, of one that is none of the model's too."""
+    """Wrap `SeedGenerator.next` for generators that do not belong to the model."""
 
     def next(generator: Any, ordered: bool = True) -> Any:
         state = running()
@@ -257,7 +258,7 @@ def next_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def states_of_replica(owner: Any) -> list[tuple[Any, str, Any]]:
-    """Torch's functions that seed its global generator, read it or set it, for a replica's copy of it."""
+    """Torch's functions that seed, read or set its global generator, wrapped to use the replica's copy."""
 
     def aware(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def function(*args: Any) -> Any:
@@ -273,11 +274,11 @@ def states_of_replica(owner: Any) -> list[tuple[Any, str, Any]]:
     return [(owner, name, aware(name, getattr(owner, name))) for name in names]
 
 
-# Recurrent dropout: Keras caches the masks on the cell, which all replicas share.
+# Recurrent dropout: Keras caches the masks on the cell, but all replicas share the cell.
 
 
 def own_mask(kind: str) -> Callable[..., Any]:
-    """The replica's own cached mask of a cell."""
+    """Wrap a cell's getter of a mask: the cached mask belongs to the replica."""
     original = getattr(DropoutRNNCell, f"get_{kind}_mask")
 
     def get_mask(cell: Any, step_input: Any) -> Any:
@@ -296,7 +297,7 @@ def own_mask(kind: str) -> Callable[..., Any]:
 
 
 def forget_mask(kind: str) -> Callable[..., Any]:
-    """Forget the replica's cached mask of a cell."""
+    """Wrap a cell's reset of a mask: forget the replica's cached mask."""
     original = getattr(DropoutRNNCell, f"reset_{kind}_mask")
 
     def reset_mask(cell: Any) -> None:

@@ -11,10 +11,10 @@ from fastdp.program.keras.replica import ReplicaContext, replica_scope
 
 
 class StepDraws:
-    """Hands each replica of a step its generators, and keeps the first one's after the step.
+    """Gives each replica of a step its generators, and keeps those of the first replica after the step.
 
     Args:
-        moves: whether steps may draw from generators of the host's; afterwards what the last step has shown.
+        moves: whether steps may draw from the host's generators. After a step the attribute says whether it did.
     """
 
     def __init__(self, moves: bool) -> None:
@@ -25,7 +25,7 @@ class StepDraws:
 
     @contextmanager
     def during_step(self) -> Iterator[None]:
-        """Held by the host thread while replicas run. A step that fails leaves all generators as they were."""
+        """Entered by the host thread while replicas run. A failed step leaves all generators unchanged."""
         self._step, self._first, self._updated = StepGenerators(), None, None
         try:
             yield
@@ -37,7 +37,7 @@ class StepDraws:
             self._step = None
 
     def of_replica(self, rank: int) -> Generators:
-        """The generators of one replica; outside any step those of a trial, which nobody keeps."""
+        """The generators of one replica. Outside a step they are for a trial and are discarded."""
         generators = Generators(self._step)
         if rank == 0:
             self._first = generators
@@ -45,11 +45,11 @@ class StepDraws:
 
     @contextmanager
     def during_update(self) -> Iterator[None]:
-        """Let an optimizer draw: on each replica from where the first one's forward pass has got to."""
+        """Let an optimizer draw: each replica continues from the first replica's state after its forward pass."""
         if self._first is None:
             yield
             return
         run = ReplicaContext(Context.alone([], None, 0, 1, 1), generators=self._first.copy())
         with replica_scope(run):
             yield
-        self._updated = run.generators  # alike on all replicas
+        self._updated = run.generators  # equal on all replicas

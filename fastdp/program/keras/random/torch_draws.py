@@ -1,16 +1,17 @@
 """Lets a Keras layer call torch's own random functions on a replica.
 
-All threads share torch's global generator. A replica has a copy of its own, in the state before the step
-(`fastdp.program.keras.random.generators`): it makes each draw for the whole batch and keeps its own rows, so that it
-draws what one device would. (In a model with unseeded Dropout layers, which take one number from the generator where
-plain Keras draws all, draws of torch's differ from plain Keras's, and are the same on any number of devices.)
+All threads share torch's global generator. A replica has its own copy, in the state before the step
+(`fastdp.program.keras.random.generators`). It makes each draw for the whole batch and keeps its own rows, so that it
+draws what one device would. (Unseeded Dropout layers take one number from the generator where plain Keras draws the
+whole mask. In a model with such layers, draws by torch differ from plain Keras's, but are the same on any number of
+devices.)
 
-    by rows           what is shaped like an array of rows: rand, randn, randint, normal, bernoulli, the functions
-                      `_like` another array, the methods that fill one, dropout of all kinds, gumbel_softmax
-    by all rows       what draws as often as the values ask for: multinomial, poisson, binomial, gamma, rrelu. Replicas
-                      exchange their rows for it.
-    refused           what has its rows somewhere else: RNNs and multi-head attention of torch's with dropout,
-                      fractional pooling; a permutation of the rows
+    by rows           functions whose result is shaped like an array of rows: rand, randn, randint, normal, bernoulli,
+                      the functions `*_like`, the methods that fill an array, all kinds of dropout, gumbel_softmax
+    by all rows       functions whose number of draws depends on the values: multinomial, poisson, binomial, gamma,
+                      rrelu. Replicas exchange their rows for these.
+    refused           functions whose rows are not first: torch's RNNs and multi-head attention with dropout,
+                      fractional pooling; and a permutation of the rows
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from fastdp.tensors.random_functions import RNNS, draws_in_call, dropout_argumen
 
 
 def _drawn(state: Any, draw: Callable[[], Any], generator: Any, device: Any) -> Any:
-    """A draw by the replica's own copy of a generator."""
+    """Draw from the replica's own copy of a generator."""
     state.not_captured("a random op that is not Keras's")
     return state.generators.with_torch(generator, draw, device if device is not None else torch.get_default_device())
 
 
 def _created(state: Any, function: Any, args: Any, kwargs: Any) -> Any:
-    """rand, randn, randint, and normal of a given shape."""
+    """Handle rand, randn, randint, and normal with a given shape."""
     place = _SIZE_BEHIND[function]
     if state.drawing or kwargs.get("out") is not None or (function is torch.normal and not _is_sized(args, kwargs)):
         return _with_tensors(state, function, args, kwargs)
@@ -57,7 +58,7 @@ def _created(state: Any, function: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _as_created(drawn: torch.Tensor, kwargs: Any) -> torch.Tensor:
-    """A part of a larger array as an array of its own."""
+    """Make a leaf of a part of a larger draw, if `requires_grad` is given."""
     return drawn.detach().clone().requires_grad_() if kwargs.get("requires_grad") else drawn
 
 
@@ -66,7 +67,7 @@ def _is_sized(args: Any, kwargs: Any) -> bool:
 
 
 def _filled(state: Any, function: Any, args: Any, kwargs: Any) -> Any:
-    """The methods that fill an array."""
+    """Handle the methods that fill an array."""
     x, tensors = args[0], [value for value in (*args[1:], *kwargs.values()) if isinstance(value, torch.Tensor)]
     if state.drawing or x.ndim == 0 or tensors:
         return _with_tensors(state, function, args, kwargs)
@@ -79,7 +80,7 @@ def _filled(state: Any, function: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _with_tensors(state: Any, function: Any, args: Any, kwargs: Any) -> Any:
-    """A function of arrays of rows."""
+    """Handle a function of arrays of rows."""
     if state.drawing or not _draws(function, args, kwargs):
         return function(*args, **kwargs)
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
@@ -115,13 +116,16 @@ def _draws(function: Any, args: Any, kwargs: Any) -> bool:
 
 
 def _with_others(value: torch.Tensor, per_row: int, state: Any, by_values: bool) -> torch.Tensor:
-    """The replica's rows among those of all, where these matter, or zeros. Gradients reach its own."""
+    """The replica's rows placed among the other replicas' rows if `by_values`, else among zeros.
+
+    Gradients flow to its own rows only.
+    """
     context, rows = state.context, state.context.rows
     if by_values and context.size > 1:
         parts = list(context.exchange(value.detach()))
         parts[context.rank] = value
         return torch.cat(parts)
-    if by_values:  # a trial of some of its rows
+    if by_values:  # a trial on some of the rows
         state.made_up = True
         return torch.cat(
             [value[:1].detach()] * (rows.start * per_row)
@@ -133,7 +137,7 @@ def _with_others(value: torch.Tensor, per_row: int, state: Any, by_values: bool)
 
 
 def _permuted(state: Any, function: Any, args: Any, kwargs: Any) -> Any:
-    """torch.randperm."""
+    """Handle torch.randperm."""
     if state.drawing:
         return function(*args, **kwargs)
     if state.entries_per_row((args[0] if args else kwargs["n"],)):
@@ -145,7 +149,7 @@ def _permuted(state: Any, function: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _refused(state: Any, function: Any, args: Any, kwargs: Any) -> Any:
-    """A function that draws where its rows are not first."""
+    """Handle a function whose draws do not have the rows first."""
     rows = state.context.rows
     if draws_in_call(function, args, kwargs) and rows.count < rows.total:
         raise NotByRowsError(
@@ -157,10 +161,10 @@ def _refused(state: Any, function: Any, args: Any, kwargs: Any) -> Any:
     return _drawn(state, lambda: function(*args, **kwargs), None, None)
 
 
-# How many arguments come before the size, given by name.
+# The number of arguments before the size, by function.
 _SIZE_BEHIND: dict[Any, int] = {torch.rand: 0, torch.randn: 0, torch.randint: 2, torch.normal: 2}
 _FILLS = ("normal_", "uniform_", "bernoulli_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_")
-# They draw as often as the values ask for.
+# Their number of draws depends on the values.
 _BY_VALUES = {
     *(torch.multinomial, torch.Tensor.multinomial, torch.poisson, torch.binomial, torch.rrelu, F.rrelu),
     *(torch._standard_gamma, torch._sample_dirichlet),
