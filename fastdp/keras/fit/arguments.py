@@ -1,8 +1,8 @@
 """Arguments of `fit`, `evaluate` and `predict` that Keras would read whole or understand differently.
 
 Keras converts an `HDF5Matrix` to one NumPy array before the first batch; here it is read batch by batch.
-`shuffle="batch"` means what it meant in Keras 2, for any arrays: the order of whole batches is shuffled,
-the rows inside stay.
+`shuffle="batch"` works as in Keras 2, for any arrays: it shuffles the order of whole batches, and the rows inside a
+batch stay in order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BATCH_SIZE = 32
 
 
 class RowRange:
-    """Rows `[start, stop)` of an array, read when they are asked for."""
+    """Rows `[start, stop)` of an array, read on access."""
 
     def __init__(self, array: Any, start: int, stop: int) -> None:
         self._array, self._start = array, start
@@ -38,7 +38,7 @@ class RowRange:
 
 
 def stream_fit(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `fit`, with data sets in the place of matrices on disk."""
+    """The arguments of `fit`, with matrices on disk replaced by data sets."""
     arguments = without_forks(arguments)
     validation = arguments.get("validation_data")
     if isinstance(validation, (list, tuple)) and _on_disk(list(validation)):
@@ -50,7 +50,7 @@ def stream_fit(arguments: dict[str, Any]) -> dict[str, Any]:
     if not _on_disk(data) and not (isinstance(shuffle, str) and shuffle == "batch" and _arrays(data[0])):
         return arguments
     size = arguments.pop("batch_size", None)
-    # Keras, which would take the other for it, no longer sees that.
+    # Keras uses `batch_size` as the default of `validation_batch_size`, but no longer gets `batch_size`.
     arguments["validation_batch_size"] = arguments.get("validation_batch_size") or size
     split = arguments.pop("validation_split", 0.0)
     if split and validation is None:
@@ -64,7 +64,7 @@ def stream_fit(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def stream_forward(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `evaluate` or `predict`, likewise."""
+    """The arguments of `evaluate` or `predict`, with matrices on disk replaced by data sets."""
     arguments = without_forks(arguments)
     data = [arguments.get(name) for name in ("x", "y", "sample_weight")]
     if not _on_disk(data):
@@ -79,7 +79,7 @@ def _batches(x: Any, y: Any = None, sample_weight: Any = None, *, batch_size: in
 
 
 def _split(data: list[Any], fraction: float) -> tuple[list[Any], list[Any]]:
-    """The first rows, and the last `fraction` of them, as Keras splits: from the end, before any shuffling.
+    """Split off the last `fraction` of the rows, before any shuffling, as Keras does.
 
     Raises:
         ValueError: one of the parts would be empty.
@@ -104,16 +104,16 @@ def _on_disk(data: list[Any]) -> bool:
 
 
 def _arrays(x: Any) -> bool:
-    """Whether `x` is arrays, and not a data set or a generator of its own."""
+    """Whether `x` consists of arrays, and is not a data set or a generator."""
     leaves = keras.tree.flatten(x)
     return bool(leaves) and all(hasattr(leaf, "shape") and hasattr(leaf, "__getitem__") for leaf in leaves)
 
 
 def arguments_by_name(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name, as `method` would take them.
+    """The arguments by name, bound to the signature of `method`.
 
     Raises:
-        TypeError: it takes no such arguments.
+        TypeError: `method` does not accept these arguments.
     """
     try:
         bound = inspect.signature(method).bind(None, *args, **kwargs)

@@ -13,37 +13,37 @@ from numpy.typing import NDArray
 
 
 class ArrayBatches(keras.utils.PyDataset):
-    """Global batches of arrays, each batch read when it is needed.
+    """Global batches of arrays. Each batch is read when it is needed.
 
     Args:
         x: inputs: one array, or a list, tuple or dict of arrays, as the model takes them. An array is
-            anything with a `shape` that slices by rows: `HDF5Matrix`, `h5py.Dataset`, NumPy, memory-mapped,
-            torch. All have the same number of rows. None is copied or converted as a whole, except
-            pandas columns.
-        y: targets, in the same way, or None.
-        sample_weight: weights, in the same way, or None; needs `y`.
+            anything with a `shape` that can be sliced by rows: `HDF5Matrix`, `h5py.Dataset`, NumPy,
+            memory-mapped, torch. All arrays have the same number of rows. No array is copied or converted
+            as a whole, except pandas columns.
+        y: targets in the same form, or None.
+        sample_weight: weights in the same form, or None; needs `y`.
         batch_size: rows of a global batch; the last batch may be smaller.
-        shuffle: `True` draws a new permutation of all rows each epoch and reads the rows of a batch in
-            rising order, then puts them in the drawn order. `"batch"` shuffles the order of whole batches:
-            rows inside stay together and in order, and an incomplete last batch stays last, so that each
-            batch is one read. `False` keeps all as it is.
+        shuffle: `True` draws a new permutation of all rows for each epoch, reads the rows of a batch in
+            rising order and puts them in the drawn order. `"batch"` shuffles the order of whole batches:
+            the rows of a batch stay together and in order, and an incomplete last batch stays last, so that
+            each batch is one read. `False` keeps the order.
         seed: an int for the same order in each run; None draws one from Python's `random`, which
             `keras.utils.set_random_seed` seeds.
-        **kwargs: `workers`, `use_multiprocessing`, `max_queue_size`, as `keras.utils.PyDataset` takes them.
+        **kwargs: `workers`, `use_multiprocessing`, `max_queue_size`, as for `keras.utils.PyDataset`.
 
     `batches[i]` is a tuple `(x,)`, `(x, y)` or `(x, y, sample_weight)` of new NumPy arrays that belong to
-    the caller. Floating point arrays come in `keras.config.floatx()`, as from Keras's own array input.
-    The order is a function of seed and epoch alone; `on_epoch_end` starts the next: Keras
-    calls it after each epoch and once before the first.
+    the caller. Floating point arrays have the dtype `keras.config.floatx()`, as from Keras's own array
+    input. The order depends only on seed and epoch. `on_epoch_end` starts the next epoch; Keras calls it
+    after each epoch and once before the first.
 
-    Pass `shuffle=False` to `fit` along with this: Keras by itself shuffles the order of the batches once
-    more, whatever this object was told.
+    Pass `shuffle=False` to `fit` together with this object. Otherwise Keras shuffles the order of the
+    batches once more, regardless of the `shuffle` given here.
 
     Raises:
-        ValueError: row counts differ or are 0, `batch_size` is below 1, `shuffle` is something else, or
-            `sample_weight` comes without `y`.
-        TypeError: something in `x`, `y` or `sample_weight` is no array, or `batch_size` is no int.
-        IndexError: a batch past the last one is asked for.
+        ValueError: the numbers of rows differ or are 0, `batch_size` is below 1, `shuffle` has another
+            value, or `sample_weight` comes without `y`.
+        TypeError: an entry of `x`, `y` or `sample_weight` is not an array, or `batch_size` is not an int.
+        IndexError: the index is past the last batch.
 
     Example:
         >>> x, y = HDF5Matrix("train.h5", "x"), HDF5Matrix("train.h5", "y")
@@ -94,7 +94,7 @@ class ArrayBatches(keras.utils.PyDataset):
         return tuple(keras.tree.map_structure(lambda array: _read(array, rows), part) for part in self._arrays)
 
     def on_epoch_end(self) -> None:
-        """Draw the order of the next epoch."""
+        """Start the next epoch, and draw its order."""
         self.epoch += 1
         self._order = self._draw_order()
 
@@ -110,7 +110,7 @@ class ArrayBatches(keras.utils.PyDataset):
 
 
 def _as_arrays(name: str, part: Any) -> Any:
-    """The structure `part` with each leaf checked to be an array; pandas columns become NumPy arrays."""
+    """Check that each leaf of `part` is an array; pandas columns become NumPy arrays."""
 
     def check(leaf: Any) -> Any:
         leaf = leaf.to_numpy() if hasattr(leaf, "iloc") else leaf

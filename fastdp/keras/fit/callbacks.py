@@ -8,10 +8,10 @@ import keras
 
 
 class AtOnce(keras.callbacks.Callback):
-    """Does nothing, and by being there keeps Keras from telling callbacks of a batch's end in another thread.
+    """Does nothing, but its presence keeps Keras from calling callbacks in another thread at the end of a batch.
 
-    Keras does so where no callback asks to be told, for the history and the progress bar alone. On the host's cores
-    that thread takes one from the step that runs (figures in docs/log.md).
+    Keras uses that thread, for the history and the progress bar, if no callback has a hook for the end of a batch. On a
+    CPU the thread takes a core from the running step (measured in docs/log.md).
     """
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -25,7 +25,7 @@ class AtOnce(keras.callbacks.Callback):
 
 
 def at_once(callbacks: Any) -> Any:
-    """The callbacks of a `fit`, `evaluate` or `predict` with `AtOnce` among them; a list of Keras's own stays."""
+    """The callbacks of `fit`, `evaluate` or `predict` with `AtOnce` added; a Keras `CallbackList` stays as it is."""
     if isinstance(callbacks, keras.callbacks.CallbackList):
         return callbacks
     return [*keras.tree.flatten(callbacks), AtOnce()] if callbacks else [AtOnce()]

@@ -1,8 +1,8 @@
 """`fit`, `evaluate` and `predict` on a `DeviceDataset`: Keras deals out row numbers, the rows stay on the devices.
 
-Keras's loops take a data adapter in the place of arrays. The one here is Keras's own for arrays, so that batch sizes,
-shuffling with its seeds, and class weights are Keras's. But its batches hold arrays that are nothing but a shape, a
-dtype and row numbers (`fastdp.data.row_batch`), which `flatten_batch` hands on to the engine.
+Keras's loops accept a data adapter instead of arrays. The adapter here derives from Keras's own for arrays, so batch
+sizes, shuffling with its seeds, and class weights are Keras's. Its batches hold arrays that consist only of a shape, a
+dtype and row numbers (`fastdp.data.row_batch`); `flatten_batch` passes them to the engine.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from fastdp.tensors.arrays import dtype_name
 
 
 def as_fed(data: Any) -> Any:
-    """Arrays in any nest as Keras's `fit` would feed them to the model, whole and in host memory.
+    """Convert arrays in any nest as Keras's `fit` would before it feeds them, whole and in host memory.
 
-    By Keras's own conversion: floats become `keras.config.floatx()`, types that torch lacks wider ones. Arrays that are
-    so already are not copied.
+    Keras's own conversion turns floats into `keras.config.floatx()` and dtypes that torch lacks into wider ones. Arrays
+    that need no conversion are not copied.
 
     Raises:
-        ValueError: something that Keras takes for no array, or `floatx` is a type that NumPy lacks.
+        ValueError: Keras does not accept a leaf as an array, or NumPy lacks the dtype `floatx`.
     """
     return keras.tree.map_structure(lambda leaf: None if leaf is None else _array_as_fed(leaf), data)
 
 
 def _array_as_fed(array: Any) -> np.ndarray:
-    """One array."""
+    """Convert one array."""
     sliceable = array_slicing.convert_to_sliceable(array, target_backend="torch")
     with keras.device("cpu"):
         row = keras.ops.convert_to_tensor(sliceable.convert_to_torch_compatible(sliceable[:1]))
@@ -51,11 +51,11 @@ def _array_as_fed(array: Any) -> np.ndarray:
 
 
 def resident_fit(arguments: dict[str, Any], devices: Sequence[Any]) -> dict[str, Any]:
-    """The arguments of `fit`, with adapters in the place of data sets on the devices.
+    """The arguments of `fit`, with data sets on the devices replaced by adapters.
 
     Raises:
-        ValueError: targets or weights beside a data set, a data set for other devices or one that Keras's arguments do
-            not fit.
+        ValueError: targets or weights are given in addition to a data set, the data set is for other devices, or it
+            does not fit Keras's arguments.
     """
     arguments = dict(arguments)
     sizes = arguments.get("validation_batch_size"), arguments.get("batch_size")
@@ -87,7 +87,7 @@ def resident_fit(arguments: dict[str, Any], devices: Sequence[Any]) -> dict[str,
 
 
 def resident_forward(arguments: dict[str, Any], devices: Sequence[Any]) -> dict[str, Any]:
-    """The arguments of `evaluate` or `predict`, likewise."""
+    """The arguments of `evaluate` or `predict`, with a data set on the devices replaced by an adapter."""
     data = arguments.get("x")
     if not isinstance(data, DeviceDataset):
         return arguments
@@ -97,10 +97,10 @@ def resident_forward(arguments: dict[str, Any], devices: Sequence[Any]) -> dict[
 
 
 def resident_batch(arguments: dict[str, Any], devices: Sequence[Any]) -> dict[str, Any]:
-    """The arguments of `train_on_batch` and its like, with the arrays of a batch in the place of the batch.
+    """The arguments of `train_on_batch` and the like, with a batch replaced by its arrays.
 
     Raises:
-        ValueError: targets or weights beside the batch, or a data set for other devices.
+        ValueError: targets or weights are given in addition to the batch, or the data set is for other devices.
     """
     batch = arguments.get("x")
     if not isinstance(batch, ResidentBatch):
@@ -112,7 +112,7 @@ def resident_batch(arguments: dict[str, Any], devices: Sequence[Any]) -> dict[st
 
 
 def _check_alone(arguments: dict[str, Any], *others: str) -> None:
-    """Targets and weights are in the data set."""
+    """Refuse targets and weights in addition to a data set, which has its own."""
     beside = [name for name in ("y", "sample_weight", *others) if arguments.get(name) is not None]
     if beside:
         raise ValueError(
@@ -122,10 +122,10 @@ def _check_alone(arguments: dict[str, Any], *others: str) -> None:
 
 
 def _check_as_fed(data: DeviceDataset) -> None:
-    """The arrays have types that Keras feeds to models.
+    """Check that the arrays have dtypes that Keras feeds to models.
 
     Raises:
-        ValueError: they have not, as those of a data set for an engine may.
+        ValueError: they do not; a data set made for an engine may have others.
     """
     for place, array in enumerate(data.arrays):
         fed = as_fed(array[:1]).dtype
@@ -141,16 +141,17 @@ class ResidentRows(ArrayDataAdapter):
 
     Args:
         data: the data set.
-        devices: those that train on it.
-        rows: numbers of the rows that take part.
-        sizes: of a global batch: the first that is not None or 0 counts; without one Keras's default.
-        steps: of an epoch, if it is known, for that default.
+        devices: the devices that train on it.
+        rows: numbers of the rows to use.
+        sizes: candidates for the size of a global batch. The first that is neither None nor 0 counts; without one, the
+            size is Keras's default.
+        steps: number of steps of an epoch, if known, for that default.
         shuffle: True, False or "batch", as in `fit` of a parallel model.
         class_weight: as in `fit`. The weights of all rows become one more array of the data set.
 
     Raises:
-        ValueError: a data set for other devices, one that does not nest as `x`, `(x, y)` or `(x, y, sample_weight)`, or
-            whatever Keras finds wrong with its arrays and `class_weight`.
+        ValueError: the data set is for other devices, its nest is not `x`, `(x, y)` or `(x, y, sample_weight)`, or
+            Keras rejects its arrays or `class_weight`.
     """
 
     def __init__(
@@ -166,7 +167,7 @@ class ResidentRows(ArrayDataAdapter):
         data.check_devices(devices)
         _check_as_fed(data)
         size = next(filter(None, sizes), None)
-        # Views: of the rows in use Keras wants to know how many there are, and the classes.
+        # Views of the rows in use: Keras needs their number and the classes.
         views = [array[rows[0] : rows[-1] + 1] for array in data.arrays]
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(filled(data.nest, views))
         super().__init__(x, y, sample_weight, size, steps, shuffle, class_weight)
@@ -184,7 +185,7 @@ class ResidentRows(ArrayDataAdapter):
         packed: Any = self._inputs
         nest = keras.tree.map_structure(place_of, packed)
         dealt = _Rows(data.with_array(*weights) if weights else data, nest, rows)
-        self._inputs: Any = rows  # what the adapter itself deals out
+        self._inputs: Any = rows  # the base class deals out row numbers
         self._order = _WholeBatches(len(rows), self.batch_size) if shuffle == "batch" else None
         self._dealt = dealt
 
@@ -200,7 +201,7 @@ class ResidentRows(ArrayDataAdapter):
 
 
 class _Rows(torch.utils.data.Dataset[Any]):
-    """Batches of a data set on the devices by the numbers of their rows, nested as Keras feeds them."""
+    """Makes batches of a data set on the devices from row numbers, nested as Keras feeds them."""
 
     def __init__(self, data: DeviceDataset, nest: Any, rows: np.ndarray) -> None:
         self._data, self._nest, self._rows = data, nest, rows
@@ -220,7 +221,7 @@ class _Rows(torch.utils.data.Dataset[Any]):
 
 
 class _WholeBatches(torch.utils.data.Sampler[list[int]]):
-    """The rows of whole batches in a shuffled order, as `fit(shuffle="batch")` has them for arrays."""
+    """The rows of whole batches in shuffled order, as `fit(shuffle="batch")` orders arrays."""
 
     def __init__(self, rows: int, batch_size: int) -> None:
         self.batches = ArrayBatches(np.arange(rows), batch_size=batch_size, shuffle="batch")

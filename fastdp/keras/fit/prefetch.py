@@ -19,14 +19,14 @@ Flat = tuple[list[np.ndarray], Structure]
 
 
 class Prefetch:
-    """The batches of one `fit`, of which one is fetched ahead within an epoch.
+    """The batches of one `fit`. Within an epoch, one batch is fetched ahead.
 
     Args:
-        epochs: Keras's iterator over the epochs of this `fit`; its batches go through here from now on.
+        epochs: Keras's iterator over the epochs of this `fit`. From now on its batches pass through this object.
 
-    A data set is asked for its next batch in the middle of a step, never for one beyond the epoch. What it raises then
-    is raised where Keras asks for that batch. A data set may overwrite the tensors of its last batch when it is asked
-    for the next: batches of a user's data set are copied as they come, those of arrays are copies already.
+    The next batch is fetched in the middle of a step, but never one beyond the epoch. An error of the data set is
+    raised when Keras requests that batch. A data set may reuse the tensors of its last batch for the next one, so
+    batches of a user's data set are copied; batches of arrays are copies already.
     """
 
     def __init__(self, epochs: Any) -> None:
@@ -38,26 +38,26 @@ class Prefetch:
         epochs._get_iterator = lambda: self._follow(begin())
 
     def flat(self, data: Any) -> Flat:
-        """The batch as arrays: those that were staged, if it is the one that was fetched ahead."""
+        """The batch as arrays; the staged arrays if the batch was fetched ahead."""
         known, self._flat = self._flat, None
         if known is not None and known[0] is data:
             return known[1]
         return flatten_batch(unpack(data))
 
     def advance(self, engine: DataParallel) -> None:
-        """Fetch the next batch, if this epoch has one, and begin to copy its rows. In the middle of a step."""
+        """Fetch the epoch's next batch, if there is one, and start to copy its rows. Called in the middle of a step."""
         batches, epochs = self._current, self._epochs()
         if batches is None or epochs is None or not batches.fetch(epochs.steps_per_epoch, epochs._num_batches):
             return
         data = batches.fetched
-        # What is wrong with a batch its own step finds and tells.
+        # An invalid batch raises in its own step.
         with contextlib.suppress(TypeError, ValueError):
             flat = flatten_batch(unpack(data))
             engine.stage(flat[0])
             self._flat = data, flat
 
     def end(self, engine: DataParallel | None) -> None:
-        """What was fetched and not taken is dropped: `fit` is over."""
+        """Drop a batch that was fetched and not used, at the end of `fit`."""
         fetched = self._flat is not None
         self._current = self._flat = None
         if fetched and engine is not None:
@@ -69,10 +69,10 @@ class Prefetch:
 
 
 def in_host_memory(epochs: Any) -> None:
-    """Let Keras's iterator over epochs make its tensors in host memory, from where each GPU gets its own rows.
+    """Make Keras's iterator over epochs create its tensors in host memory, from where each GPU gets its own rows.
 
-    Keras would copy each batch to its own default device, the first GPU, and the engine back from there. Once for an
-    iterator: Keras keeps that of the validation data.
+    Otherwise Keras would copy each batch to its default device, the first GPU, and the engine would copy it back. An
+    iterator is changed only once, because Keras keeps the one for the validation data.
     """
     if getattr(epochs, "_fastdp_in_host_memory", False):
         return
@@ -82,10 +82,10 @@ def in_host_memory(epochs: Any) -> None:
 
 
 def _beginning(epochs: Any) -> Callable[[], Any]:
-    """`epochs._get_iterator`, for one who replaces it. It keeps `epochs` alive no longer than its owner does.
+    """`epochs._get_iterator` for code that replaces it, without a strong reference to `epochs`.
 
-    In a cycle the iterator over the data would be left to the garbage collector, which may come in the middle of a step
-    on a device's thread: there the iterator of a torch DataLoader waits five seconds for each of its worker processes.
+    A reference cycle would leave the iterator over the data to the garbage collector, which may run in the middle of a
+    step on a device's thread. There the iterator of a torch DataLoader waits five seconds for each worker process.
     """
     replaced: Callable[[], Any] | None = vars(epochs).get("_get_iterator")
     if replaced is not None:
@@ -95,7 +95,7 @@ def _beginning(epochs: Any) -> Callable[[], Any]:
 
 
 def _fetched_on_host(batches: Iterator[Any]) -> Iterator[Any]:
-    """The same batches, each fetched while the host is Keras's device."""
+    """The same batches, each fetched while Keras's device is the CPU."""
     end = object()
     while True:
         with keras.device("cpu"):
@@ -106,7 +106,7 @@ def _fetched_on_host(batches: Iterator[Any]) -> Iterator[Any]:
 
 
 class _Batches:
-    """Keras's iterator over batches, which may hold the next one already, or what fetching it raised."""
+    """Keras's iterator over batches. It may already hold the next batch, or the error that fetching it raised."""
 
     def __init__(self, batches: Iterator[Any], copies: bool) -> None:
         self._batches = batches
@@ -132,14 +132,14 @@ class _Batches:
         return data
 
     def fetch(self, steps_per_epoch: int | None, count: int | None) -> bool:
-        """Fetch the next batch if the epoch has one: of its steps, and of `count` in all, where those are known."""
+        """Fetch the next batch, unless the epoch's steps or the `count` batches in total (if known) are used up."""
         over = (steps_per_epoch and self._taken % steps_per_epoch == 0) or (count and self._taken >= count)
         if self._holds or over:
             return False
         self._holds = True
         try:
             self.fetched = self._next()
-        # Whatever it is, Keras's loop gets it where it asks for this batch.
+        # Any error is raised in Keras's loop when it requests this batch.
         except BaseException as error:  # noqa: BLE001
             self._error = error
         return self._error is None
@@ -150,7 +150,7 @@ class _Batches:
 
 
 def _copy(leaf: Any) -> Any:
-    """An array in host memory of its own; anything else as it is."""
+    """A copy of an array in host memory; anything else unchanged."""
     if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided and not leaf.is_cuda:
         return leaf.clone()
     return leaf.copy() if isinstance(leaf, np.ndarray) else leaf

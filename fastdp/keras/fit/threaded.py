@@ -10,7 +10,7 @@ from fastdp.warn import warn_user
 
 
 class Threaded(keras.utils.PyDataset):
-    """A `PyDataset` that asked for worker processes, read by as many threads.
+    """Reads a `PyDataset` that requested worker processes with the same number of threads.
 
     Args:
         data: the user's data set; it is not changed.
@@ -22,7 +22,7 @@ class Threaded(keras.utils.PyDataset):
 
     @property
     def num_batches(self) -> int | None:
-        """As the data set says; None for one without an end."""
+        """The data set's number of batches; None if it is infinite."""
         return self._data.num_batches
 
     def __getitem__(self, index: int) -> Any:
@@ -30,19 +30,19 @@ class Threaded(keras.utils.PyDataset):
         return self._data[index]
 
     def on_epoch_begin(self) -> None:
-        """Hand it on."""
+        """Call the data set's own."""
         self._data.on_epoch_begin()
 
     def on_epoch_end(self) -> None:
-        """Hand it on."""
+        """Call the data set's own."""
         self._data.on_epoch_end()
 
 
 def without_forks(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `fit` and its like, with threads in the place of worker processes; said by a UserWarning.
+    """The arguments of `fit` and the like, with worker processes replaced by threads. Gives a UserWarning.
 
-    Keras forks its worker processes and waits for them without a time limit: a forked child has none of the device
-    threads, holds locks that nobody will release, and may not touch CUDA (keras-team/keras #11634, #10948).
+    Keras forks its worker processes and waits for them without a timeout. A forked child has no device threads,
+    inherits locks that are never released, and must not use CUDA (keras-team/keras #11634, #10948).
     """
     changed = {}
     for name in ("x", "validation_data"):
