@@ -1,8 +1,8 @@
 """Writes and loads Keras 2's weight files, in order or by the names of layers.
 
-Such a file has one group for each layer, by the layer's name, with a list of its weights: the trainable ones
-first. A file of a whole model has the same in its group `model_weights`. Keras 3 reads them in order and writes
-only its own `.weights.h5` instead, which knows classes and places and no names.
+Such a file has one group per layer, named after the layer, with a list of its weights, trainable weights first. A file
+of a whole model has the same in its group `model_weights`. Keras 3 reads these files in order, but writes only its own
+`.weights.h5`, which identifies layers by class and position, not by name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TOP = "top_level_model_weights"  # the group of the weights that belong to no la
 
 @dataclass(slots=True)
 class _Saved:
-    """The weights of one layer in a file, beside those of the layer of this name."""
+    """The weights of one layer in a file, together with the variables of the layer of this name."""
 
     layer: Any
     variables: list[Any]
@@ -34,7 +34,7 @@ class _Saved:
     values: list[NDArray[Any]]
 
     def mismatch(self) -> str | None:
-        """What does not fit, None where all does."""
+        """A description of what does not fit; None if everything fits."""
         name = self.layer.name
         if len(self.values) != len(self.variables):
             return f"{name!r} has {len(self.variables)} weights, the file has {len(self.values)}"
@@ -46,15 +46,15 @@ class _Saved:
         return None
 
     def load(self) -> None:
-        """Assign the values."""
+        """Assign the values to the variables."""
         for variable, value in zip(self.variables, self.values, strict=True):
             variable.assign(value)
-        if hasattr(self.layer, "finalize_state"):  # as Keras does: Normalization computes from what is loaded
+        if hasattr(self.layer, "finalize_state"):  # as in Keras: Normalization computes values from loaded weights
             self.layer.finalize_state()
 
 
 def is_keras_2_file(path: Any) -> bool:
-    """Whether this is the name of a Keras 2 weight file, or of a whole model in that format."""
+    """Whether a file name is that of a Keras 2 weight file or of a whole model in that format."""
     name = str(path)
     return name.endswith((".h5", ".hdf5")) and not name.endswith(".weights.h5")
 
@@ -95,7 +95,7 @@ def load_weights(model: keras.Model, filepath: Path, *, by_name: bool = False, s
 
 
 def _checked(filepath: Path) -> str:
-    """The path, of a name that says Keras 2."""
+    """The path, checked to have an ending of Keras 2's files."""
     path = os.fspath(filepath)
     if not is_keras_2_file(path):
         raise ValueError(
@@ -107,7 +107,7 @@ def _checked(filepath: Path) -> str:
 
 
 def _check_not_wrapped(group: h5py.Group, model: keras.Model, path: str) -> None:
-    """A file that Keras 2 saved from a parallel model says so; one of a model that is nested likewise is plain."""
+    """Refuse a file saved from a parallel model of Keras 2. A model with the same nesting may load such a file."""
     nested = is_wrapper_shaped(group)
     if nested is not None and nested not in [layer.name for layer in model.layers]:
         raise ValueError(
@@ -118,7 +118,7 @@ def _check_not_wrapped(group: h5py.Group, model: keras.Model, path: str) -> None
 
 
 def _pairs(group: h5py.Group, names: list[str], model: keras.Model) -> list[_Saved]:
-    """The layers of the file that have a namesake in the model, read."""
+    """Read the layers of the file whose names occur in the model."""
     owners: list[tuple[str, Any, list[Any]]] = [
         (layer.name, layer, [*layer.trainable_weights, *layer.non_trainable_weights]) for layer in model.layers
     ]
@@ -135,7 +135,7 @@ def _pairs(group: h5py.Group, names: list[str], model: keras.Model) -> list[_Sav
 
 
 def _load_by_name(pairs: list[_Saved], names: list[str], model: keras.Model, path: str, skip: bool) -> None:
-    """Load what fits; say what does not."""
+    """Load the layers that fit. Raise or warn about the others."""
     if not pairs:
         warn_user(
             f"No layer was loaded from {path!r}: it has the layers {names}, and the model {model.name!r} has "

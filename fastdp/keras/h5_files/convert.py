@@ -1,8 +1,8 @@
 """Converts Keras 2 files of a `multi_gpu_model` into files of the model that was wrapped.
 
-Such a file holds the wrapper: input layers, slices, one nested model with all the weights under it, and
-merges. Keras writes a nested model's weights as one list, the trainable ones of all layers first, then the
-others; a plain file has one list for each layer. So the list is dealt out to layers by the weights' names.
+Such a file holds the wrapper: input layers, slices, one nested model with all the weights, and merges. Keras writes a
+nested model's weights as one list: the trainable weights of all layers, then the others. A plain file has one list per
+layer. So the weights of the list are assigned to layers by their names.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def convert(
     """Write the weights in a wrapper-shaped `.h5` file as a file of the wrapped model, and return its path.
 
     Args:
-        source: a file that `save()` or `save_weights()` of a Keras 2 `multi_gpu_model` wrote; only read.
+        source: a file written by `save()` or `save_weights()` of a Keras 2 `multi_gpu_model`. It is only read.
         destination: a new file whose name ends in `.h5` or `.hdf5`. A weight file becomes a weight file for
-            `model.load_weights`; a file of a whole model becomes one, uncompiled.
+            `model.load_weights`; a file of a whole model becomes such a file, uncompiled.
         template: the model to load into, for the names and the order of its layers; its weights are not
-            touched. Needed for a weight file in two cases that it cannot tell by itself: some layers were
-            frozen when it was saved, or the model holds models in turn. Files of whole models know both.
+            touched. A weight file needs it if some layers were frozen when it was saved, or if the model
+            contains other models. Files of whole models hold this information themselves.
 
-    Values and dtypes stay as they are. The file appears only once it is complete.
+    Values and dtypes do not change. The file appears only when it is complete.
 
     Raises:
         FileNotFoundError: there is no file `source`.
@@ -48,7 +48,7 @@ def convert(
         OSError: `source` is not HDF5.
 
     Warns:
-        UserWarning: the file also held an optimizer's state, which is left out.
+        UserWarning: the file also holds an optimizer's state, which is left out.
 
     Example:
         >>> convert("parallel.h5", "template.h5")
@@ -97,7 +97,7 @@ def _not_wrapper_shaped(source: str, found: str) -> ValueError:
 
 
 def _template_config(file: h5py.File, source: str) -> dict[str, Any]:
-    """The configuration of the wrapped model, from that of the wrapper."""
+    """The configuration of the wrapped model, taken from the wrapper's configuration."""
     text = file.attrs.get("model_config")
     if text is None:
         raise _not_wrapper_shaped(source, "weights of a whole model but no model_config")
@@ -115,14 +115,14 @@ def _template_config(file: h5py.File, source: str) -> dict[str, Any]:
 
 
 def _layer_configs(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The configurations of a model's layers; nothing for a layer that is no model."""
+    """The configurations of a model's layers; empty for a layer that is not a model."""
     inner = config.get("config")
     layers = inner if isinstance(inner, list) else inner.get("layers") if isinstance(inner, dict) else None
     return layers or []
 
 
 def _with_input_layers(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with each Sequential's input shape in an InputLayer, where Keras 3 looks for it."""
+    """The configuration with each Sequential's input shape moved to an InputLayer, where Keras 3 expects it."""
     layers = [_with_input_layers(layer) for layer in _layer_configs(config)]
     if not layers:
         return config
@@ -174,7 +174,7 @@ def _layer_of(weight_name: str) -> str:
 
 
 def _known_layers(config: dict[str, Any] | None, template: keras.Model | None) -> dict[str, set[str]] | None:
-    """The names that weights of each top layer may start with; None where the layers are not known."""
+    """The prefixes that weights of each top-level layer may have; None if the layers are unknown."""
     if config is not None:
         return {_name_of(layer): _inner_names(layer) for layer in _layer_configs(config)}
     if template is not None:
@@ -183,7 +183,7 @@ def _known_layers(config: dict[str, Any] | None, template: keras.Model | None) -
 
 
 def _names_inside(layer: Any) -> set[str]:
-    """A Keras layer's own name and those of all layers inside it."""
+    """The names of a Keras layer and of all layers inside it."""
     return {layer.name}.union(*(_names_inside(inner) for inner in getattr(layer, "layers", ())))
 
 
@@ -193,12 +193,12 @@ def _name_of(layer: dict[str, Any]) -> str:
 
 
 def _inner_names(layer: dict[str, Any]) -> set[str]:
-    """A layer's own name and those of all layers inside it."""
+    """The names in a layer's configuration: of the layer and of all layers inside it."""
     return {_name_of(layer)}.union(*(_inner_names(inner) for inner in _layer_configs(layer)))
 
 
 def _deal_out(weight_names: Sequence[str], known: dict[str, set[str]] | None) -> Layers:
-    """The weights of each layer, layers in the model's order, weights in the order of the list."""
+    """Assign weights to layers. Layers are in the model's order, weights in the order of the list."""
     if known is None:
         found: Layers = {}
         for weight in weight_names:
@@ -223,7 +223,7 @@ def _deal_out(weight_names: Sequence[str], known: dict[str, set[str]] | None) ->
 def _write(
     target: h5py.File, config: dict[str, Any] | None, layers: Layers, group: h5py.Group, old: h5py.Group
 ) -> None:
-    """Write the template's file: its weights, and its configuration where the source had one."""
+    """Write the template's file: its weights, and its configuration if the source has one."""
     top: h5py.Group = target
     if config is not None:
         target.attrs["model_config"] = json.dumps(_with_input_layers(config)).encode()
@@ -241,7 +241,7 @@ def _write(
 
 
 def own_data(group: h5py.Group, name: str) -> np.ndarray[Any, Any]:
-    """The values of a weight, which must lie in the file itself."""
+    """The values of a weight, which must be stored in the file itself."""
     data = group.get(name)
     if not isinstance(data, h5py.Dataset):
         raise ValueError(f"source must hold each weight it lists, got none for {name!r}: the file is damaged")
@@ -251,7 +251,7 @@ def own_data(group: h5py.Group, name: str) -> np.ndarray[Any, Any]:
 
 
 def read_names(group: h5py.Group, name: str) -> list[str]:
-    """A list of names that Keras keeps in one attribute, or split over several."""
+    """Read a list of names that Keras stores in one attribute or splits over several."""
     if name in group.attrs:
         chunks = [group.attrs[name]]
     else:
@@ -262,7 +262,7 @@ def read_names(group: h5py.Group, name: str) -> list[str]:
 
 
 def _write_names(group: h5py.Group, name: str, names: Sequence[str]) -> None:
-    """Store a list of names as Keras reads it."""
+    """Store a list of names in the form that Keras reads."""
     array = np.array([item.encode() for item in names], dtype=bytes if names else "S1")
     parts = max(1, -(-array.nbytes // ATTRIBUTE_NBYTES))
     while any(chunk.nbytes > ATTRIBUTE_NBYTES for chunk in np.array_split(array, parts)):

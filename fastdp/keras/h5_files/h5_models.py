@@ -1,7 +1,7 @@
 """`load_model` for `.h5` files of Keras 2: the model comes back compiled, with its optimizer's state.
 
-Keras 3.15 writes these files whole and reads them in part: it builds the optimizer for no variables, so that
-training ends with "Unknown variable", and it cannot read losses and metrics that were given by name.
+Keras 3.15 writes these files completely but reads them only in part: it builds the optimizer without variables, so that
+training fails with "Unknown variable", and it cannot read losses and metrics that were given by name.
 """
 
 from __future__ import annotations
@@ -27,22 +27,23 @@ def load_model(
     compile: bool = True,
     safe_mode: bool = True,
 ) -> keras.Model:
-    """Load a model as `keras.models.load_model` does, and one from an `.h5` file with its optimizer's state too.
+    """Load a model as `keras.models.load_model` does; from an `.h5` file, load its optimizer's state too.
 
     Args:
-        filepath: a file that `save()` of a model or of a parallel model wrote: `.keras`, `.h5` or `.hdf5`.
+        filepath: a file written by `save()` of a model or a parallel model: `.keras`, `.h5` or `.hdf5`.
         custom_objects: classes and functions by name.
-        compile: with the loss, metrics and optimizer of the file.
+        compile: whether to compile the model with the loss, metrics and optimizer of the file.
         safe_mode: refuse lambdas, as in Keras.
 
-    Returns a plain Keras model: train it as it is, or wrap it, on any number of devices.
+    Returns a plain Keras model: train it as it is, or wrap it on any number of devices.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not a file of a whole model; or one of a Keras 2 `multi_gpu_model`, which `fastdp convert` unwraps.
+        ValueError: the file does not hold a whole model, or holds a Keras 2 `multi_gpu_model`, which `fastdp convert`
+            unwraps.
 
     Warns:
-        UserWarning: the file has no compile settings, or an optimizer's state that does not fit.
+        UserWarning: the file has no compile settings, or its optimizer's state does not fit.
 
     Example:
         >>> model.save("my_model.h5")
@@ -82,7 +83,7 @@ def load_model(
 
 
 def _compile(model: keras.Model, settings: dict[str, Any], objects: dict[str, Any]) -> None:
-    """Compile with the settings of a file, in which a loss or a metric is a name or a configuration."""
+    """Compile with the settings of a file, where a loss or a metric is a name or a configuration."""
 
     def read(value: Any) -> Any:
         if isinstance(value, dict) and "class_name" in value:
@@ -103,7 +104,7 @@ def _compile(model: keras.Model, settings: dict[str, Any], objects: dict[str, An
 
 
 def _restore(model: keras.Model, values: list[NDArray[Any]], path: str) -> None:
-    """Give the optimizer its state."""
+    """Restore the optimizer's state."""
     if not values:
         return
     model.optimizer.build(model.trainable_variables)

@@ -18,13 +18,13 @@ def extract_archive(
 ) -> None:
     """Unpack `path` into the existing `folder`, over files of the same name.
 
-    The archive is unpacked into a new folder first, and nothing of it reaches `folder` unless all of it is
-    harmless: no absolute path, no `..`, no device, no link that leads out. Files keep their executable bit
-    and no other permission. With `top_folder`, an archive whose content is not one folder of that name is
-    put into such a folder.
+    The archive is first unpacked into a new folder. Its content moves to `folder` only if all of it is
+    harmless: no absolute path, no `..`, no device, no link that leads out. Files keep only their
+    executable bit. With `top_folder`, an archive whose content is not a single folder of that name is
+    unpacked into such a folder.
 
     Raises:
-        ValueError: the archive is of no format in `formats`, or a member would leave the folder.
+        ValueError: the archive has none of the `formats`, or a member would leave the folder.
 
     Example:
         >>> extract_archive("flowers.tar.gz", "datasets")
@@ -49,7 +49,7 @@ def extract_archive(
 
 
 def _inside(root: str, name: str, archive: str) -> str:
-    """Where a member goes, once its name is known to stay inside."""
+    """The target path of a member, after checking that it stays inside the folder."""
     parts = pathlib.PurePosixPath(name.replace("\\", "/")).parts
     if name.startswith(("/", "\\")) or ".." in parts or (os.name == "nt" and ":" in name):
         raise _leaves_folder(archive, name)
@@ -64,7 +64,7 @@ def _leaves_folder(archive: str, name: str) -> ValueError:
 
 
 def _extract_zip(path: str, root: str) -> None:
-    """Write a zip's folders and files; links in it come out as files that hold their target."""
+    """Write a zip's folders and files. Links become files that contain their target."""
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             target = _inside(root, member.filename, path)
@@ -78,7 +78,7 @@ def _extract_zip(path: str, root: str) -> None:
 
 
 def _extract_tar(path: str, root: str) -> None:
-    """Write a tar's folders and files, then its links: so nothing is ever written through a link."""
+    """Write a tar's folders and files, then its links, so that nothing is written through a link."""
     links: list[tarfile.TarInfo] = []
     with tarfile.open(path) as archive:
         for member in archive:
@@ -100,7 +100,7 @@ def _extract_tar(path: str, root: str) -> None:
 
 
 def _make_links(links: list[tarfile.TarInfo], root: str, archive: str) -> None:
-    """Make a tar's links: hard links as copies of files, symbolic ones if they stay inside."""
+    """Make a tar's links: copy the file for a hard link, and allow symbolic links that stay inside the folder."""
     for member in links:
         if member.islnk():
             target, source = _inside(root, member.name, archive), _inside(root, member.linkname, archive)
@@ -115,14 +115,14 @@ def _make_links(links: list[tarfile.TarInfo], root: str, archive: str) -> None:
         if os.path.isabs(member.linkname) or os.path.lexists(target):
             raise _leaves_folder(archive, member.name)
         os.symlink(member.linkname, target)
-    for target, member in symbolic.items():  # with all of them in place, as one may lead through another
+    for target, member in symbolic.items():  # after all links exist, because one may lead through another
         real = os.path.realpath(target)
         if not pathlib.Path(real).is_relative_to(os.path.realpath(root)):
             raise _leaves_folder(archive, member.name)
 
 
 def _keep_executable(path: str, mode: int) -> None:
-    """Give the file the archive's executable bit for its owner."""
+    """Set the file's executable bit for its owner if the archive has it."""
     if mode & 0o100:
         os.chmod(path, os.stat(path).st_mode | 0o100)
 

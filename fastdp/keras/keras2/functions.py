@@ -13,7 +13,7 @@ from fastdp.keras.template_view import TemplateView
 
 
 class LearningPhase:
-    """The symbol that stands for training (1) or testing (0) in the inputs of a `function`."""
+    """The symbol for training (1) or testing (0) in the inputs of a `function`."""
 
     def __repr__(self) -> str:
         return "learning_phase()"
@@ -23,7 +23,7 @@ _LEARNING_PHASE = LearningPhase()
 
 
 def learning_phase() -> LearningPhase:
-    """The symbol for "training or testing", always the same one, for the inputs of `function`.
+    """The symbol for "training or testing" in the inputs of `function`; always the same object.
 
     Example:
         >>> f = function([model.layers[0].input, learning_phase()], [model.layers[3].output])
@@ -33,7 +33,7 @@ def learning_phase() -> LearningPhase:
 
 
 class Function:
-    """What `function` returns: call it with one value for each input."""
+    """The callable that `function` returns. Call it with one value for each input."""
 
     def __init__(self, inputs: Any, outputs: Any) -> None:
         self._inputs = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
@@ -67,21 +67,21 @@ class Function:
 
 
 def function(inputs: Any, outputs: Any) -> Function:
-    """A callable from values of some tensors of a model to the values of others: `K.function` of Keras 2.
+    """A callable that computes some tensors of a model from the values of others: Keras 2's `K.function`.
 
     Args:
-        inputs: symbolic tensors, as `layer.input` or `model.inputs` give them, and possibly
+        inputs: symbolic tensors, such as `layer.input` or `model.inputs`, and possibly
             `learning_phase()`; a list or a single one.
-        outputs: symbolic tensors that can be computed from them, such as `layer.output`.
+        outputs: symbolic tensors that can be computed from the inputs, such as `layer.output`.
 
-    The result takes one array for each input, in a list, and returns NumPy arrays of the caller's: a list
-    where `outputs` is one. Without `learning_phase()`, or with 0 there, layers behave as in `predict`; with
-    1 as in training (dropout drops), but no weight and no moving statistic changes. The weights are the
-    model's own, as they are at each call. All rows run at once, on the device of the weights.
+    The result takes a list with one array for each input and returns NumPy arrays owned by the caller, in a
+    list if `outputs` is a list. Without `learning_phase()`, or with the value 0 for it, layers behave as in
+    `predict`. With 1 they behave as in training (dropout drops), but no weight and no moving statistic
+    changes. Each call uses the model's current weights. All rows run at once, on the device of the weights.
 
     Raises:
-        ValueError: something is no symbolic tensor, the outputs do not follow from the inputs, or a call
-            passes another number of values.
+        ValueError: an entry is not a symbolic tensor, the outputs cannot be computed from the inputs, or a
+            call passes another number of values.
 
     Example:
         >>> features = function([model.layers[0].input, learning_phase()], [model.layers[3].output])
@@ -96,16 +96,16 @@ def get_layer_output(model: keras.Model, layer: keras.layers.Layer | str | int, 
 
     Args:
         model: a Sequential or functional model, or a parallel model of one.
-        layer: one of its layers, or its name, or its place in `model.layers`.
-        x: what the model takes: one array, or a list, tuple or dict of arrays, with any number of rows.
-        training: whether layers behave as in training. No weight and no moving statistic changes either way.
+        layer: one of its layers, or its name, or its index in `model.layers`.
+        x: the model's input: one array, or a list, tuple or dict of arrays, with any number of rows.
+        training: whether layers behave as in training. In both cases no weight and no moving statistic changes.
 
-    Returns one NumPy array of the caller's, or a list of them for a layer with several outputs; for a layer
-    that is called several times, the output of its first call.
+    Returns a NumPy array owned by the caller, or a list of them for a layer with several outputs. For a layer
+    that is called several times, it is the output of the first call.
 
     Raises:
-        ValueError: the model has no such layer, or no graph of layers: a subclassed model returns what you
-            want from its own `call`.
+        ValueError: the model has no such layer, or has no graph of layers. A subclassed model can return any
+            value from its own `call`.
 
     Example:
         >>> get_layer_output(model, "features", x).shape
@@ -151,7 +151,7 @@ def _arrange(model: keras.Model, x: Any) -> list[Any]:
 
 
 def _run(model: keras.Model, values: list[Any], training: bool) -> list[NDArray[Any]]:
-    """Run a functional model without changing its state, save that random layers draw on."""
+    """Run a functional model without changing its state, except that random generators advance."""
     state = model.non_trainable_variables
     with torch.no_grad():
         outputs, after = model.stateless_call(

@@ -35,28 +35,28 @@ def get_file(
 ) -> str:
     """Download a file unless it is in the cache, and return its path.
 
-    Keras 3's own function unpacks elsewhere, returns another path and keeps a file whose hash is wrong; this
-    one has Keras 2's arguments and return values.
+    Keras 3's own function unpacks to another place, returns another path and keeps a file whose hash is
+    wrong. This function has Keras 2's arguments and return values.
 
     Args:
         fname: name of the file in the cache, or an absolute path; None takes the last part of the URL.
-        origin: URL; `file://` too.
+        origin: URL, which may be a `file://` URL.
         untar: unpack a tar archive, kept as `<fname>.tar.gz`, and return the folder `fname` instead. It is
-            unpacked once a download. An archive without a top folder of that name is unpacked into a new one.
+            unpacked once per download. An archive without a top folder of that name is unpacked into a new one.
         md5_hash: old name of `file_hash` with `hash_algorithm="md5"`.
         file_hash: hexadecimal hash that the file must have. A cached file with another hash is fetched again.
         cache_subdir: folder inside `cache_dir`, or an absolute path.
-        hash_algorithm: "md5", "sha256", or "auto" to go by the length of the hash.
-        extract: unpack the archive into its folder, on each call, and return the path of the archive.
+        hash_algorithm: "md5", "sha256", or "auto" to infer it from the length of the hash.
+        extract: unpack the archive into its folder on each call, and return the path of the archive.
         archive_format: "tar", "zip", "auto" for both, a list of these, or None to unpack nothing.
         cache_dir: None means `$KERAS_HOME`, else `~/.keras`.
 
-    The file appears under its name only once it is whole and its hash is right, so that processes which ask
-    for it at the same time do no harm. No archive member is written outside its folder.
+    The file appears under its name only when it is complete and its hash is right, so several processes may
+    fetch it at the same time. No archive member is written outside its folder.
 
     Raises:
-        ValueError: the hash is wrong (nothing is kept), the hash or the name makes no sense, the archive is
-            of another format or holds a path or link that leaves its folder.
+        ValueError: the hash is wrong (nothing is kept), the hash or the name is invalid, or the archive has
+            another format or holds a path or link that leaves its folder.
         OSError: the origin cannot be fetched, or the folder cannot be written.
 
     Example:
@@ -82,7 +82,7 @@ def get_file(
 
 
 def hash_file(path: str | os.PathLike[str], algorithm: str = "sha256") -> str:
-    """The hash of a file in lower-case hexadecimal, `algorithm` being "sha256" or "md5".
+    """The hash of a file in lower-case hexadecimal. `algorithm` is "sha256" or "md5".
 
     Example:
         >>> hash_file("train.h5")[:8]
@@ -100,7 +100,7 @@ def _plain(file_hash: str | None) -> str:
 
 
 def _check_hash_arguments(file_hash: str, hash_algorithm: str) -> str:
-    """The algorithm of `file_hash`, after a look at both."""
+    """The algorithm of `file_hash`, after checking both arguments."""
     if hash_algorithm not in ("auto", *HEX_DIGITS):
         raise ValueError(f'hash_algorithm must be "auto", "md5" or "sha256", got {hash_algorithm!r}: choose one')
     digits = _plain(file_hash)
@@ -129,7 +129,7 @@ def _check_formats(archive_format: str | Sequence[str] | None) -> list[str]:
 
 
 def _check_name(fname: str | os.PathLike[str] | None, origin: str) -> str:
-    """The file's name, from the URL where none is given."""
+    """The file's name; the last part of the URL if none is given."""
     if fname is None:
         name = os.path.basename(urllib.parse.unquote(urllib.parse.urlsplit(origin).path))
         if name in ("", ".", ".."):
@@ -142,7 +142,7 @@ def _check_name(fname: str | os.PathLike[str] | None, origin: str) -> str:
 
 
 def _cache_folder(cache_dir: str | os.PathLike[str] | None, cache_subdir: str) -> str:
-    """The folder for the file, made if need be; for a home that cannot be written, a temporary one."""
+    """The folder for the file, created if needed; a temporary folder if the home cannot be written."""
     if cache_dir is not None:
         folder = os.path.join(os.path.expanduser(os.fspath(cache_dir)), cache_subdir)
         os.makedirs(folder, exist_ok=True)
@@ -164,7 +164,7 @@ def _fetch(origin: str, path: str, algorithm: str | None, file_hash: str) -> Non
         _download(origin, partial)
         found = None if algorithm is None else hash_file(partial, algorithm)
         if found is not None and found != file_hash:
-            pathlib.Path(path).unlink(missing_ok=True)  # what lies there has another hash too
+            pathlib.Path(path).unlink(missing_ok=True)  # an existing file has a wrong hash too
             raise ValueError(
                 f"file_hash must be the {algorithm} of {origin!r}: expected {file_hash}, got {found}; "
                 "the file was not kept. Check the hash, or fetch from a source you trust"
@@ -173,7 +173,7 @@ def _fetch(origin: str, path: str, algorithm: str | None, file_hash: str) -> Non
 
 
 def _download(origin: str, path: str) -> None:
-    """Copy what lies at a URL into a new file, with Keras's progress bar."""
+    """Download a URL into a new file, with Keras's progress bar."""
     try:
         with (
             urllib.request.urlopen(origin, timeout=NETWORK_TIMEOUT_SECONDS) as response,

@@ -25,14 +25,14 @@ def print_summary(
     Args:
         model: a built Keras model.
         line_length: characters in a line; 65, or 98 with four columns, unless given.
-        positions: where each column ends, rising: fractions of the line where the last one is at most 1,
-            numbers of characters otherwise. Those for columns that are not shown are left out.
+        positions: the rising end of each column: fractions of the line if the last one is at most 1, else
+            numbers of characters. Positions of columns that are not shown are ignored.
         print_fn: called with each line; None prints it.
 
-    Parameters are counted once, also those of shared layers.
+    Parameters of shared layers are counted once.
 
     Raises:
-        ValueError: the model is not built, or `line_length` or `positions` make no table.
+        ValueError: the model is not built, or `line_length` or `positions` are invalid.
 
     Example:
         >>> lines = []
@@ -87,7 +87,7 @@ def _table_columns(
 
 
 def _format_row(fields: Sequence[str], ends: Sequence[int]) -> str:
-    """One line: each field cut or filled up to its column's end, with a space before the next."""
+    """Format one line: truncate or pad each field to its column's end, with a space before the next field."""
     line = ""
     for field, end in zip(fields, ends, strict=False):
         line = f"{line[:-1]} {field}" if line else field
@@ -101,7 +101,7 @@ def _nodes(model: Any) -> list[Any]:
 
 
 def _is_chain(model: Any) -> bool:
-    """Whether the layers follow one another, each called once; subclassed models are shown as if so."""
+    """Whether the layers form a chain, each called once. Subclassed models are shown as a chain too."""
     if isinstance(model, keras.Sequential) or not hasattr(model, "_nodes_by_depth"):
         return True
     depths = list(model._nodes_by_depth.values())
@@ -125,7 +125,7 @@ def _connections(layer: Any, nodes: list[Any]) -> list[str]:
 
 
 def _output_shape(layer: Any) -> str:
-    """The shape or shapes of a layer's first output, "?" where no graph knows them."""
+    """The shape or shapes of a layer's first output; "?" if no graph has them."""
     try:
         output = layer.output
     except (AttributeError, ValueError):  # never called on a symbolic tensor
@@ -143,6 +143,6 @@ def _parameter_count(layer: Any) -> str:
 
 
 def _count(weights: Sequence[Any]) -> int:
-    """Elements of all weights, each weight once."""
+    """The number of elements of all weights; each weight counts once."""
     distinct = {id(weight): weight for weight in weights}
     return sum(int(keras.ops.size(weight)) for weight in distinct.values())

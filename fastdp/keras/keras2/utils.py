@@ -27,17 +27,17 @@ __all__ = [
     "to_categorical",
 ]
 
-# Where Keras 3 looks up a regularizer and its kin by name: in these tables, and not in the scope.
+# Keras 3 looks up regularizers, activations and the like by name in these tables, not in the scope.
 _TABLES: tuple[dict[str, Any], ...] = tuple(
     module.ALL_OBJECTS_DICT for module in (activations, constraints, initializers, losses, metrics, regularizers)
 )
 
 
 class CustomObjectScope(keras.utils.CustomObjectScope):
-    """Within the `with`, names stand for these classes and functions, in files and as arguments of layers.
+    """Registers names for classes and functions inside a `with`, for files and for arguments of layers.
 
-    Keras 3's own scope serves files alone: `Dense(3, kernel_regularizer="MyObject")` fails in it. Names are the
-    whole process's while the scope lasts. Where Keras has such a name itself, it is the scope's until the end.
+    Keras 3's own scope works only for files: `Dense(3, kernel_regularizer="MyObject")` fails in it. The names apply to
+    the whole process while the scope lasts, and override names of Keras.
 
     Args:
         custom_objects: classes and functions by name.
@@ -62,12 +62,12 @@ class CustomObjectScope(keras.utils.CustomObjectScope):
 
 
 class Sequence(keras.utils.PyDataset):
-    """Base of data sets that return one batch an index: `keras.utils.PyDataset`, for Keras 2 subclasses too.
+    """Base class of data sets that return one batch per index: `keras.utils.PyDataset`, also for Keras 2 code.
 
-    A subclass has `__len__`, the number of batches, and `__getitem__(i)`, a tuple `(x,)`, `(x, y)` or
-    `(x, y, sample_weight)` of arrays with the rows of global batch `i`; it may have `on_epoch_end`. Its
-    `__init__` need not call `super().__init__()`, which Keras 3 asks for, and may do so to set `workers`,
-    `use_multiprocessing` and `max_queue_size`.
+    A subclass has `__len__`, the number of batches, and `__getitem__(i)`, which returns a tuple `(x,)`,
+    `(x, y)` or `(x, y, sample_weight)` of arrays with the rows of global batch `i`. It may have
+    `on_epoch_end`. Its `__init__` need not call `super().__init__()`, which Keras 3 requires, but may call it
+    to set `workers`, `use_multiprocessing` and `max_queue_size`.
 
     Example:
         >>> class Squares(Sequence):
@@ -92,9 +92,9 @@ def to_categorical(y: Any, num_classes: int | None = None, dtype: Any = "float32
     Args:
         y: ints from 0, of any shape; a last axis of length 1 is dropped.
         num_classes: length of a row; None means the greatest number in `y` plus one.
-        dtype: of the result.
+        dtype: dtype of the result.
 
-    Returns a new array of shape `y.shape + (num_classes,)`; for a tensor, a tensor.
+    Returns a new array of shape `y.shape + (num_classes,)`; a tensor if `y` is a tensor.
 
     Raises:
         ValueError: a number in `y` is not from 0 to `num_classes - 1`, or `y` is empty without `num_classes`.
@@ -126,7 +126,7 @@ def to_categorical(y: Any, num_classes: int | None = None, dtype: Any = "float32
 
 
 def normalize(x: Any, axis: int = -1, order: Any = 2) -> Any:
-    """Divide an array by its norm along an axis; where the norm is 0, the array stays 0.
+    """Divide an array by its norm along an axis. If the norm is 0, the values stay 0.
 
     Keras 3.15's own function fails for `axis=0`.
 
@@ -135,7 +135,7 @@ def normalize(x: Any, axis: int = -1, order: Any = 2) -> Any:
         axis: the axis to take norms along.
         order: as in `numpy.linalg.norm`: 1, 2, `np.inf`, ...
 
-    Returns a new array of the shape of `x`; for a tensor, a tensor.
+    Returns a new array of the shape of `x`; a tensor if `x` is a tensor.
 
     Example:
         >>> normalize(np.array([[3.0, 4.0]]))
@@ -157,9 +157,9 @@ def plot_model(
     expand_nested: bool = False,
     dpi: int = 96,
 ) -> Any:
-    """Draw a model's graph into a file, by `keras.utils.plot_model` with Keras 2's arguments and defaults.
+    """Draw a model's graph to a file with `keras.utils.plot_model`, with Keras 2's arguments and defaults.
 
-    Needs `pydot` and Graphviz. Returns what Keras returns: an image to show in a notebook, or None.
+    Needs `pydot` and Graphviz. Returns the same as Keras: an image to show in a notebook, or None.
 
     Raises:
         ImportError: `pydot` or Graphviz is missing.
@@ -180,19 +180,19 @@ def plot_model(
 
 
 def save_weights(model: keras.Model, filepath: weight_files.Path, overwrite: bool = True) -> None:
-    """Write a model's weights as Keras 2's `save_weights` did: a file that loads in order and by name.
+    """Write a model's weights as Keras 2's `save_weights` did: a file that can be loaded in order and by name.
 
-    Keras 3's own format, `.weights.h5`, knows the classes and the places of layers, and not their names.
+    Keras 3's own format, `.weights.h5`, stores the classes and positions of layers, but not their names.
 
     Args:
-        model: a built model; of a parallel model its template's weights.
-        filepath: ends in `.h5` or `.hdf5`, and not in `.weights.h5`.
-        overwrite: replace a file that exists.
+        model: a built model. For a parallel model, the template's weights are written.
+        filepath: a path that ends in `.h5` or `.hdf5`, but not in `.weights.h5`.
+        overwrite: whether to replace an existing file.
 
-    The file appears only once it is complete. Any Keras loads it, without fastdp.
+    The file appears only when it is complete. Any Keras loads it without fastdp.
 
     Raises:
-        ValueError: another ending; a model that is not built.
+        ValueError: `filepath` has another ending, or the model is not built.
         FileExistsError: the file exists and `overwrite` is False.
 
     Example:
@@ -207,22 +207,23 @@ def load_weights(
     """Load a weight file of Keras 2's format, or the weights of a whole model's `.h5` file.
 
     Args:
-        model: a built model; of a parallel model its template, and all replicas follow at the next step.
-        filepath: ends in `.h5` or `.hdf5`, and not in `.weights.h5`.
-        by_name: load the layers that have a namesake in the file, and leave the others as they are. Otherwise all
-            layers are loaded, in their order.
-        skip_mismatch: leave layers (by name) or weights (in order) of another shape as they are, and warn of
-            each, instead of raising.
+        model: a built model. For a parallel model, the template is loaded, and all replicas follow at the next step.
+        filepath: a path that ends in `.h5` or `.hdf5`, but not in `.weights.h5`.
+        by_name: load the layers whose names are in the file, and leave the others unchanged. Otherwise all layers are
+            loaded, in order.
+        skip_mismatch: leave layers (by name) or weights (in order) of another shape unchanged, and warn about each,
+            instead of raising.
 
-    By name, either all layers with a namesake change, or none.
+    By name, either all layers whose names are in the file change, or none, unless mismatches are skipped.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another ending, a file of something else, layers whose weights have other shapes (all are named),
-            or a file saved from a Keras 2 `multi_gpu_model`, which `fastdp convert` unwraps.
+        ValueError: `filepath` has another ending, the file holds something else, layers have weights of other shapes
+            (the message names all of them), or the file was saved from a Keras 2 `multi_gpu_model`, which
+            `fastdp convert` unwraps.
 
     Warns:
-        UserWarning: by name, nothing was loaded; a mismatch was skipped.
+        UserWarning: no layer was loaded by name, or a mismatch was skipped.
 
     Example:
         >>> load_weights(model, "my_model_weights.h5", by_name=True)
