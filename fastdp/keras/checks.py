@@ -19,9 +19,9 @@ from fastdp.program.keras.torch_modules import REMEDY, draws_at_random, structur
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.deterministic import check_deterministic
 
-_PARALLEL = ("ParallelModel", "TorchParallel")  # by name: their modules import this one, and torch's side is optional
+_PARALLEL = ("ParallelModel", "TorchParallel")  # by name: their modules import this one, and torch's facade is optional
 
-# Modules of torch's that are other modules in disguise, by where their class is from, and what to do about them.
+# Torch modules that wrap or replace other modules, by the package of their class, and what to use instead.
 _OTHER_MODULES = {
     "torch.nn.parallel": "give the TorchModuleWrapper the module inside it (.module), and leave its devices to fastdp.",
     "torch.distributed": "give the TorchModuleWrapper the module as it was before, and leave its devices to fastdp.",
@@ -32,7 +32,7 @@ _OTHER_MODULES = {
 
 
 def check_backend(caller: str) -> None:
-    """Keras must run on torch.
+    """Check that Keras runs on torch.
 
     Raises:
         RuntimeError: another backend is active.
@@ -46,10 +46,10 @@ def check_backend(caller: str) -> None:
 
 
 def check_options(options: Options, devices: Sequence[QueueDevice]) -> None:
-    """What a Keras model's options ask of the devices; warns of graphs that there are none to record of.
+    """Check a Keras model's options against the devices. Warns if graphs are requested that cannot be recorded.
 
     Raises:
-        RuntimeError: `deterministic`, and torch has used a GPU already.
+        RuntimeError: `deterministic` is set, but torch has already used a GPU.
     """
     warn_of_graphs(options, devices)
     if options.deterministic:
@@ -57,10 +57,10 @@ def check_options(options: Options, devices: Sequence[QueueDevice]) -> None:
 
 
 def is_built(model: Any) -> bool:
-    """Whether a model has all the variables that a call of it uses. A layer that it holds and never calls counts not.
+    """Whether a model has all variables that its call uses. A layer that it holds but never calls does not count.
 
-    What a functional model calls was called when it was made; of another one its first call tells, which builds
-    whatever it calls. A step of the model's own calls what it likes, and each layer is looked at there.
+    A functional model has called its layers when it was made. Any other model builds the layers that it uses in its
+    first call. A model's own step may call any layer; layers are checked there.
     """
     if not model.built:
         return False
@@ -70,20 +70,20 @@ def is_built(model: Any) -> bool:
 
 
 def unbuilt_layers(model: Any) -> list[Any]:
-    """The layers that a model holds and has never called, or that another of its modes calls."""
+    """The layers of a model that are not built: they were never called, or only another mode calls them."""
     return [layer for layer in model._flatten_layers() if not layer.built]
 
 
 def check_loop(model: Any, loop: str, *maker: str) -> None:
-    """A loop of Keras's is what the model's author left as Keras has it: a parallel model runs Keras's own.
+    """Check that the model does not override one of Keras's loops, because a parallel model runs Keras's own.
 
     Args:
         model: the template.
         loop: the name of the loop ("fit").
-        maker: the name of the function that it asks for its steps ("make_train_function").
+        maker: the name of the method that makes the loop's step function ("make_train_function").
 
     Raises:
-        ValueError: the model has another.
+        ValueError: the model overrides one of them.
     """
     for name in (loop, *maker):
         if name in vars(model) or getattr(type(model), name) is not getattr(keras.Model, name):
@@ -95,13 +95,13 @@ def check_loop(model: Any, loop: str, *maker: str) -> None:
 
 
 def check_template(model: Any, *, any_batch_size: bool = False) -> None:
-    """A template is built, and has no state that is tied to rows.
+    """Check that a template is built and has no state that is tied to rows.
 
-    With `any_batch_size` a fixed batch size of its inputs does not matter: a Sequential model that a first call built
-    has that batch's size, and runs with others.
+    `any_batch_size` allows inputs with a fixed batch size: a Sequential model that was built by its first call has the
+    size of that batch, but runs with others.
 
     Raises:
-        ValueError: it is not; the message says what to do.
+        ValueError: a check fails; the message says what to do.
     """
     if not is_built(model):
         raise ValueError(
@@ -133,13 +133,13 @@ def check_template(model: Any, *, any_batch_size: bool = False) -> None:
 
 
 def _check_module(name: str, module: Any) -> None:
-    """A torch module inside a Keras model has nothing but parameters, draws nothing, and runs on one device.
+    """Check that a torch module inside a Keras model has only parameters, draws nothing and runs on one device.
 
-    What its forward pass does with random numbers and attributes the first batch tells
+    Random draws and changed attributes in its forward pass are found with the first batch
     (`program/keras/torch_modules.py`).
 
     Raises:
-        ValueError: it has buffers, or random layers, or is of a kind that replicas cannot run on their own parameters.
+        ValueError: the module has buffers or random layers, or replicas cannot run its class on their own parameters.
     """
     said = f"The TorchModuleWrapper {name!r} holds"
     for inside in module.modules():
@@ -163,7 +163,7 @@ def _check_module(name: str, module: Any) -> None:
         )
     try:
         structure_of(module)
-    # What copying raises: locks, files and threads (TypeError), tensors inside a graph (RuntimeError), and others.
+    # Errors of copying: locks, files and threads raise TypeError, tensors inside a graph RuntimeError, and others.
     except (TypeError, RuntimeError, AttributeError, ValueError, copy.Error, pickle.PickleError) as error:
         raise ValueError(
             f"{said} a module that cannot be copied for each replica ({type(error).__name__}: {error}). {REMEDY}"
@@ -171,13 +171,13 @@ def _check_module(name: str, module: Any) -> None:
 
 
 def _check_hidden(layer: Any) -> None:
-    """Modules that Keras does not find, in a list or a dict of a layer, are checked as those that it wraps.
+    """Check modules that Keras does not track, in a list or a dict of a layer, like those that it wraps.
 
     Raises:
-        ValueError: one of them, or a model of fastdp's.
+        ValueError: a module fails a check, or is a parallel model.
     """
     for key, value in vars(layer).items():
-        if key.startswith("_"):  # Keras's and torch's own
+        if key.startswith("_"):  # attributes of Keras and torch
             continue
         inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
         for one in inside:
@@ -191,15 +191,15 @@ def _check_hidden(layer: Any) -> None:
 
 
 def _is_parallel(thing: Any) -> bool:
-    """Whether this is a parallel model of fastdp's."""
+    """Whether this is one of fastdp's parallel models."""
     return any(one.__module__.startswith("fastdp.") and one.__name__ in _PARALLEL for one in type(thing).__mro__)
 
 
 def _check_shared(model: Any) -> None:
-    """No two variables are one tensor: each gets memory of its own.
+    """Check that no two variables share a tensor, because each variable gets its own memory.
 
     Raises:
-        ValueError: two are, such as those of two wrappers around one torch module.
+        ValueError: two variables do, such as those of two wrappers around one torch module.
     """
     known: dict[int, Any] = {}
     for variable in {id(v): v for v in model.variables}.values():
@@ -212,7 +212,7 @@ def _check_shared(model: Any) -> None:
 
 
 def _check_batch_size(model: Any) -> None:
-    """No input has a fixed number of rows."""
+    """Check that no input has a fixed number of rows."""
     for tensor in keras.tree.flatten(getattr(model, "inputs", None) or []):
         if tensor is not None and tensor.shape and tensor.shape[0] is not None:
             raise ValueError(

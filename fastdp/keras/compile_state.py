@@ -1,8 +1,8 @@
 """The compile settings of a Keras model, copied and lent between a template and its parallel model.
 
-The parallel model is compiled; the template is the model that is saved. So that a file written from the
-template holds the optimizer, an uncompiled template takes over the parallel model's settings, and one that
-its owner compiled keeps its own and merely borrows the other's while it is saved through the parallel model.
+The parallel model is compiled, but the template is saved, and a file written from the template must hold the optimizer.
+So an uncompiled template shares the parallel model's settings. A template that the user compiled keeps its own settings
+and borrows the parallel model's only while it is saved through the parallel model.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ _ATTRIBUTES = (
     "_run_eagerly",
 )
 _missing = object()
-# Templates that share a parallel model's settings, and the loss tracker they were given: compiled since by its
-# owner, a template has another one.
+# Templates that share a parallel model's settings, and the loss tracker that they got with them. If the user compiles a
+# template later, it has another loss tracker.
 _followers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def _read(model: keras.Model) -> dict[str, Any]:
-    """The settings that a model has."""
+    """Read a model's settings."""
     return {name: model.__dict__.get(name, _missing) for name in _ATTRIBUTES}
 
 
 def _write(model: keras.Model, settings: dict[str, Any]) -> None:
-    """Give a model these settings, untracked: they stay the other model's."""
+    """Give a model these settings. They are not tracked, because they belong to the other model."""
     with DotNotTrackScope():
         for name, value in settings.items():
             if value is not _missing:
@@ -51,11 +51,11 @@ def _write(model: keras.Model, settings: dict[str, Any]) -> None:
 
 
 def follow(template: keras.Model, parallel: keras.Model) -> None:
-    """Let an uncompiled template share the parallel model's settings; its owner's own stay untouched."""
+    """Let a template that the user has not compiled share the parallel model's settings."""
     if template.compiled and not follows(template, _followers.get(template, _missing)):
         return
     settings = _read(parallel)
-    # Keyed by layers, the parallel model among them: kept, it would keep the replicas' memory alive.
+    # Its keys are layers, including the parallel model, which would keep the replicas' memory alive.
     state = settings["_compiled_trainable_state"]
     if state is not _missing:
         own = set(map(id, template._flatten_layers()))
@@ -66,12 +66,12 @@ def follow(template: keras.Model, parallel: keras.Model) -> None:
 
 
 def follows(template: keras.Model, loss_tracker: Any) -> bool:
-    """Whether the template's settings are those that `loss_tracker` came with."""
+    """Whether the template's settings belong to `loss_tracker`."""
     return getattr(template, "_loss_tracker", None) is loss_tracker
 
 
 def take_over(parallel: keras.Model, template: keras.Model) -> None:
-    """Give the parallel model the settings of a template that has just been compiled."""
+    """Give the parallel model the settings of a newly compiled template."""
     _write(parallel, _read(template))
     parallel._compiled_trainable_state = {layer: layer.trainable for layer in parallel._flatten_layers()}
     parallel.train_function = parallel.test_function = parallel.predict_function = None
@@ -79,7 +79,7 @@ def take_over(parallel: keras.Model, template: keras.Model) -> None:
 
 @contextmanager
 def borrowed(template: keras.Model, parallel: keras.Model) -> Iterator[None]:
-    """The template with the parallel model's settings, for the time of a `with`."""
+    """Give the template the parallel model's settings for the duration of a `with`."""
     own = _read(template)
     _write(template, _read(parallel))
     try:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 
 def numbered_names(names: Sequence[str]) -> list[str]:
-    """Names made unique as `multi_gpu_model` of Keras 2.3 did: all of a repeated name get numbers, from `_1` on.
+    """Make names unique as Keras 2.3's `multi_gpu_model` did: all copies of a repeated name get numbers, from `_1`.
 
-    Here too none gets a name that another output has; Keras 2.3 refused such models.
+    A new name never equals the name of another output; Keras 2.3 refused such models.
 
     Example:
         >>> numbered_names(["a", "b", "a"])

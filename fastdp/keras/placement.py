@@ -18,7 +18,7 @@ _current = threading.local()
 
 
 class _Constructors:
-    """Counts the scopes: the first lets Keras's constructors note places, the last gives Keras its own back."""
+    """Counts the open scopes: the first patches Keras's constructors to record places, the last restores them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -26,7 +26,7 @@ class _Constructors:
         self._originals: dict[Any, Callable[..., None]] = {}
 
     def enter(self) -> None:
-        """One more scope."""
+        """Open a scope."""
         with self._lock:
             self._scopes += 1
             if self._scopes == 1:
@@ -35,7 +35,7 @@ class _Constructors:
                     owner.__init__ = _noting(owner.__init__)
 
     def leave(self) -> None:
-        """One less."""
+        """Close a scope."""
         with self._lock:
             self._scopes -= 1
             while self._originals and not self._scopes:
@@ -48,7 +48,7 @@ _constructors = _Constructors()
 
 @contextmanager
 def placed(number: int | None) -> Iterator[None]:
-    """Note `number` on each call of a layer that is recorded, and each layer that is made, by this thread."""
+    """Record `number` on each layer that this thread makes and each call of a layer that it records in a graph."""
     before = getattr(_current, "place", ())
     _current.place = (number,)
     _constructors.enter()
@@ -60,7 +60,7 @@ def placed(number: int | None) -> Iterator[None]:
 
 
 def _noting(original: Callable[..., None]) -> Callable[..., None]:
-    """A constructor that notes the place of what it makes."""
+    """Wrap a constructor to record the place on the new object."""
 
     def init(made: Any, *args: Any, **kwargs: Any) -> None:
         original(made, *args, **kwargs)
@@ -80,7 +80,7 @@ def resolve_groups(gpus: Any) -> list[list[HostDevice]]:
     """The devices of each replica.
 
     Raises:
-        ValueError: not all entries are groups, a device is there twice, or anything else wrong with `gpus`.
+        ValueError: an entry is not a group, a device occurs twice, or `gpus` is invalid otherwise.
     """
     if not all(isinstance(group, (list, tuple)) and group for group in gpus):
         raise ValueError(
@@ -92,11 +92,11 @@ def resolve_groups(gpus: Any) -> list[list[HostDevice]]:
 
 
 def check_places(model: keras.Model, groups: Sequence[Sequence[Any]] | None) -> None:
-    """Every layer's place is a device of each replica.
+    """Check that every layer's place is a device of each replica.
 
     Raises:
-        ValueError: it is not; replicas have several devices for a model without places; a place that is not a call
-            of the model's own graph.
+        ValueError: a place is missing in a replica, replicas have several devices but the model has no places, or a
+            model inside this one has places.
     """
     nodes = placed_nodes(graph_of(model))
     highest = max((place for _, place in nodes if place is not None), default=0)
@@ -128,5 +128,5 @@ def check_places(model: keras.Model, groups: Sequence[Sequence[Any]] | None) -> 
 
 
 def _has_places(layer: Any) -> bool:
-    """Whether a model inside of another has places of its own."""
+    """Whether a layer is a model whose own layers have places."""
     return isinstance(layer, keras.Model) and any(place for _, place in placed_nodes(graph_of(layer)))

@@ -18,7 +18,7 @@ class TemplateView(keras.Model):
 
     template: keras.Model
     _merge_layer: keras.layers.Layer
-    numbers_all_outputs = False  # of a repeated name, the first too: as Keras 2.3's multi_gpu_model
+    numbers_all_outputs = False  # also number the first of repeated names, as Keras 2.3's multi_gpu_model
 
     @property
     def layers(self) -> list[keras.layers.Layer]:
@@ -47,7 +47,7 @@ class TemplateView(keras.Model):
 
     @property
     def output_names(self) -> list[str] | None:
-        """The template's output names, made unique: loss, metric and history keys go by them."""
+        """The template's output names, made unique. Keys of losses, metrics and the history use them."""
         names = getattr(self.template, "output_names", None)
         if names is None:
             return None
@@ -66,7 +66,7 @@ class TemplateView(keras.Model):
     @property
     def input(self) -> Any:
         """The template's input tensors, in their nest. A subclassed model has none."""
-        return super().input if self._inbound_nodes else self.template.input  # as a part of another model
+        return super().input if self._inbound_nodes else self.template.input  # inside another model: its input there
 
     @property
     def output(self) -> Any:
@@ -75,7 +75,7 @@ class TemplateView(keras.Model):
 
     @property
     def trainable(self) -> bool:
-        """Whether the template is trained. Set, it holds for the template and all its layers."""
+        """Whether the template is trainable. Setting it applies to the template and all its layers."""
         template = self.__dict__.get("_modules", {}).get("template")
         return self._trainable if template is None else template.trainable
 
@@ -84,7 +84,7 @@ class TemplateView(keras.Model):
         keras.Model.trainable.fset(self, value)
 
     def get_layer(self, name: str | None = None, index: int | None = None) -> Any:
-        """The template, by its name, or one of the template's layers by theirs; by index one of `layers`."""
+        """By name: the template, or one of the template's layers. By index: one of `layers`."""
         if name is not None and index is None and name not in {layer.name for layer in self.layers}:
             return self.template.get_layer(name)
         return super().get_layer(name, index)
@@ -103,10 +103,10 @@ class TemplateView(keras.Model):
 
     @classmethod
     def from_config(cls, config: Any, custom_objects: Any = None) -> Any:
-        """Refused: a parallel model belongs to the devices of this process. Files and copies are the template's.
+        """Refuse: a parallel model belongs to the devices of this process. Copy or save the template instead.
 
         Raises:
-            ValueError: always; says what to copy or save instead.
+            ValueError: always; the message says what to copy or save instead.
         """
         raise ValueError(
             "A parallel model cannot be copied, pickled, or loaded as a part of another model. Copy or save its "
@@ -115,17 +115,17 @@ class TemplateView(keras.Model):
         )
 
     def to_json(self, **kwargs: Any) -> str:
-        """The template as JSON: it loads as a plain Keras model."""
+        """The template as JSON, which loads as a plain Keras model."""
         return self.template.to_json(**kwargs)
 
-    # As a module of torch: the template's parameters, under the template's names.
+    # The torch module interface: the template's parameters under the template's names.
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """The template's parameters with their names, each once. Arguments as in torch."""
         return self.template.named_parameters(*args, **kwargs)
 
     def get_parameter(self, target: str) -> torch.nn.Parameter:
-        """One of the template's parameters by its name."""
+        """One of the template's parameters, by name."""
         return self.template.get_parameter(target)
 
     def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -133,7 +133,7 @@ class TemplateView(keras.Model):
         return self.template.named_buffers(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The template's, so that it loads into the template too. Arguments as in torch."""
+        """The template's state dict, which loads into the template too. Arguments as in torch."""
         return self.template.state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -141,10 +141,10 @@ class TemplateView(keras.Model):
         return self.template.load_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """What `to`, `cuda`, `half` and the like come to: nothing, where all parameters are so already.
+        """Implement `to`, `cuda`, `half` and the like: do nothing if no parameter would change.
 
         Raises:
-            ValueError: it would move parameters, or change their dtype.
+            ValueError: a parameter would move or change its dtype.
         """
         for name, parameter in self.named_parameters():
             empty = parameter.detach().new_empty(0)
@@ -173,7 +173,7 @@ class TemplateView(keras.Model):
     # Files: the template's.
 
     def save(self, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs: Any) -> None:
-        """Save the template, with this model's loss and optimizer. The file needs no fastdp to load."""
+        """Save the template with this model's loss and optimizer. Loading the file does not need fastdp."""
         with borrowed(self.template, self):
             self.template.save(filepath, overwrite=overwrite, zipped=zipped, **kwargs)
 
@@ -188,7 +188,7 @@ class TemplateView(keras.Model):
     def load_weights(self, filepath: Any, skip_mismatch: bool = False, **kwargs: Any) -> None:
         """Load weights into the template; all replicas follow at the next step.
 
-        `by_name=True` loads the layers of an `.h5` file that have a namesake: see `fastdp.utils.load_weights`.
+        `by_name=True` loads layers of an `.h5` file by their names; see `fastdp.utils.load_weights`.
         """
         if is_keras_2_file(filepath) or kwargs.get("by_name"):
             load_weights(self.template, filepath, skip_mismatch=skip_mismatch, **kwargs)
@@ -202,7 +202,7 @@ class TemplateView(keras.Model):
 
 
 class _MergedOutputs(keras.layers.Layer):
-    """Stands for the merge of the replicas' outputs in `layers`. It has no weights, and passes values on."""
+    """Represents the merge of the replicas' outputs in `layers`. It has no weights and returns its inputs."""
 
     def call(self, inputs: Any) -> Any:
         """The inputs."""
@@ -210,15 +210,16 @@ class _MergedOutputs(keras.layers.Layer):
 
 
 def merged_outputs() -> keras.layers.Layer:
-    """The last of a parallel model's `layers`; built, since Keras builds a model with an unbuilt layer anew for
-    each batch."""
+    """The last of a parallel model's `layers`. It is built, because Keras rebuilds a model with an unbuilt layer for
+    each batch.
+    """
     layer = _MergedOutputs(name="merged")
     layer.built = True
     return layer
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
-    """Names made unique: repeats get `_1`, `_2`, ... in order, and never a name that another output has.
+    """Make names unique: repeats get `_1`, `_2`, ... in order. A new name never equals that of another output.
 
     Example:
         >>> unique_names(["a", "a", "a_1", "a"])
