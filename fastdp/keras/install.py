@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import keras
@@ -28,6 +29,7 @@ from fastdp.keras.steps.own_loops import inside_step, is_own_call, say_once
 from fastdp.keras.steps.standard import Steps
 from fastdp.keras.template_view import TemplateView
 from fastdp.options import Options
+from fastdp.patching import Patch
 from fastdp.program.keras.rows.effects import NotByRowsError, refusal
 from fastdp.runtime.queue import QueueDevice
 from fastdp.runtime.select import resolve
@@ -41,20 +43,14 @@ _STEPS = "_fastdp_steps"  # in a model's __dict__: so it lives as long as the mo
 
 @dataclass(slots=True)
 class _Installed:
-    """What `install` was asked for, and what `uninstall` has to undo."""
+    """What `install` was asked for, and the models that run so since."""
 
     devices: list[QueueDevice]
     options: Options
-    originals: list[tuple[Any, str, Callable[..., Any]]] = field(default_factory=list)
-    models: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
-
-    def put(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
-        """Put a function in the place of Keras's."""
-        self.originals.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, function)
+    models: weakref.WeakSet[keras.Model] = field(default_factory=weakref.WeakSet)
 
 
-_installed: list[_Installed] = []
+_installed: list[_Installed] = []  # one, or none
 
 
 def install(
@@ -107,20 +103,15 @@ def install(
     )
     check_options(chosen, devices)
     uninstall()
-    installed = _Installed(devices, chosen)
-    for kind in _KINDS:
-        name = f"make_{kind}_function"
-        installed.put(TorchTrainer, name, _maker(kind, getattr(TorchTrainer, name)))
-    installed.put(keras.Layer, "__call__", _calling(keras.Layer.__call__, installed))
-    _installed.append(installed)
+    _patch.enter()
+    _installed.append(_Installed(devices, chosen))
 
 
 def uninstall() -> None:
     """Undo `install`: models run as plain Keras runs them. Nothing happens where nothing is installed."""
     while _installed:
         installed = _installed.pop()
-        for owner, name, original in installed.originals:
-            setattr(owner, name, original)
+        _patch.leave()
         for model in installed.models:
             model.__dict__.pop(_STEPS, None)
             for kind in _KINDS:
@@ -129,10 +120,13 @@ def uninstall() -> None:
 
 
 def _maker(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    """A trainer's `make_..._function` that gives a parallel function."""
+    """A trainer's `make_..._function` that gives a parallel function while fastdp is installed."""
     name = f"{kind}_function"
 
-    def make_function(self: Any, force: bool = False) -> Any:
+    def make_function(self: keras.Model, force: bool = False) -> Any:
+        installed = _now()
+        if installed is None:
+            return original(self, force=force)
         present = getattr(self, name)
         if present is not None and not force and not _made_by_keras(present):
             if isinstance(present, _ParallelFunction):
@@ -140,7 +134,7 @@ def _maker(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
             return present  # or the script's own
         setattr(self, name, None)
         original(self, force=force)
-        parallel = _ParallelFunction(kind, weakref.ref(self), getattr(self, name), _installed[-1])
+        parallel = _ParallelFunction(kind, weakref.ref(self), getattr(self, name), installed)
         setattr(self, name, parallel)
         return parallel
 
@@ -197,11 +191,14 @@ class _ParallelFunction:
             return self._plain(data)
 
 
-def _calling(original: Callable[..., Any], installed: _Installed) -> Callable[..., Any]:
+def _calling(original: Callable[..., Any]) -> Callable[..., Any]:
     """`Layer.__call__`, which runs the calls of whole models from a script's own code on all devices."""
 
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self: keras.Layer, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, keras.Model) or isinstance(self, TemplateView) or not is_own_call(args, kwargs):
+            return original(self, *args, **kwargs)
+        installed = _now()
+        if installed is None:
             return original(self, *args, **kwargs)
         known = self.__dict__.get(_STEPS)
         if known is None and self.built and not self.weights:  # nothing to compute that is worth it
@@ -215,6 +212,19 @@ def _calling(original: Callable[..., Any], installed: _Installed) -> Callable[..
             return original(self, *args, **kwargs)
 
     return __call__
+
+
+_patch = Patch(
+    [
+        *((TorchTrainer, f"make_{kind}_function", partial(_maker, kind)) for kind in _KINDS),
+        (keras.Layer, "__call__", _calling),
+    ]
+)
+
+
+def _now() -> _Installed | None:
+    """What is installed now."""
+    return next(iter(_installed), None)
 
 
 def _steps_of(model: Any, installed: _Installed) -> Steps:

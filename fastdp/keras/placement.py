@@ -10,53 +10,31 @@ from typing import Any
 import keras
 from keras.src.ops.node import Node
 
+from fastdp.patching import Patch
 from fastdp.program.keras.placement.graph import PLACE, graph_of, placed_nodes
-from fastdp.runtime.host.device import HostDevice
+from fastdp.runtime.queue import QueueDevice
 from fastdp.runtime.select import resolve
 
-_current = threading.local()
+
+class _Thread(threading.local):
+    """The numbers of the devices that `placed` was asked for on this thread, the innermost last."""
+
+    places: tuple[int | None, ...] = ()
 
 
-class _Constructors:
-    """Counts the open scopes: the first patches Keras's constructors to record places, the last restores them."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._scopes = 0
-        self._originals: dict[Any, Callable[..., None]] = {}
-
-    def enter(self) -> None:
-        """Open a scope."""
-        with self._lock:
-            self._scopes += 1
-            if self._scopes == 1:
-                for owner in (Node, keras.layers.Layer):
-                    self._originals[owner] = owner.__init__
-                    owner.__init__ = _noting(owner.__init__)
-
-    def leave(self) -> None:
-        """Close a scope."""
-        with self._lock:
-            self._scopes -= 1
-            while self._originals and not self._scopes:
-                owner, original = self._originals.popitem()
-                owner.__init__ = original
-
-
-_constructors = _Constructors()
+_thread = _Thread()
 
 
 @contextmanager
 def placed(number: int | None) -> Iterator[None]:
     """Record `number` on each layer that this thread makes and each call of a layer that it records in a graph."""
-    before = getattr(_current, "place", ())
-    _current.place = (number,)
-    _constructors.enter()
-    try:
-        yield
-    finally:
-        _constructors.leave()
-        _current.place = before
+    outer = _thread.places
+    with _constructors:
+        _thread.places = (*outer, number)
+        try:
+            yield
+        finally:
+            _thread.places = outer
 
 
 def _noting(original: Callable[..., None]) -> Callable[..., None]:
@@ -64,11 +42,13 @@ def _noting(original: Callable[..., None]) -> Callable[..., None]:
 
     def init(made: Any, *args: Any, **kwargs: Any) -> None:
         original(made, *args, **kwargs)
-        place = getattr(_current, "place", ())
-        if place:
-            made.__dict__[PLACE] = place[0]
+        if _thread.places:
+            made.__dict__[PLACE] = _thread.places[-1]
 
     return init
+
+
+_constructors = Patch((owner, "__init__", _noting) for owner in (Node, keras.layers.Layer))
 
 
 def spans_groups(gpus: Any) -> bool:
@@ -76,7 +56,7 @@ def spans_groups(gpus: Any) -> bool:
     return isinstance(gpus, (list, tuple)) and any(isinstance(group, (list, tuple)) for group in gpus)
 
 
-def resolve_groups(gpus: Any) -> list[list[HostDevice]]:
+def resolve_groups(gpus: Any) -> list[list[QueueDevice]]:
     """The devices of each replica.
 
     Raises:

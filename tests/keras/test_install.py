@@ -112,6 +112,55 @@ def test_uninstall_gives_plain_keras_back(steps):
     assert len(steps) == count
 
 
+def test_uninstall_in_the_middle_of_a_step_of_the_models_own_leaves_keras_s_functions_behind():
+    class Model(keras.Model):
+        def train_step(self, data):
+            fastdp.uninstall()
+            self.layers[-1](data[0])
+            return {"loss": 1.0}
+
+    before = [getattr(TorchTrainer, f"make_{kind}_function") for kind in ("train", "test", "predict")]
+    call = keras.Layer.__call__
+    inputs = keras.Input((3,))
+    model = Model(inputs, keras.layers.Dense(1)(inputs))
+    model.compile("sgd", "mse")
+    fastdp.install(gpus=2)
+    model.train_on_batch(X, Y)
+    assert [getattr(TorchTrainer, f"make_{kind}_function") for kind in ("train", "test", "predict")] == before
+    assert keras.Layer.__call__ is call
+
+
+def over(function):
+    """A function of a script's own that calls this one."""
+
+    def theirs(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return theirs
+
+
+def test_what_a_script_has_put_over_fastdps_functions_stays_and_runs_plain_keras_after_uninstall(steps):
+    call, make = keras.Layer.__call__, TorchTrainer.make_train_function
+    model = small(keras.Input((3,)))
+    fastdp.install(gpus=2)
+    ours, made = keras.Layer.__call__, TorchTrainer.make_train_function
+    try:
+        keras.Layer.__call__ = over(ours)
+        TorchTrainer.make_train_function = over(made)
+        fastdp.uninstall()
+        model(X)
+        model.train_on_batch(X, Y)
+        assert steps == []
+        assert keras.Layer.__call__.__name__ == TorchTrainer.make_train_function.__name__ == "theirs"
+        fastdp.install(gpus=2)
+        model(X)
+        model.train_on_batch(X, Y)
+        assert [kind for kind, _ in steps] == ["predict", "train"]
+        fastdp.uninstall()
+    finally:
+        keras.Layer.__call__, TorchTrainer.make_train_function = call, make
+
+
 def test_a_model_fitted_before_install_runs_on_the_devices_after_it(steps):
     model = small()
     model.fit(X, Y, verbose=0)

@@ -18,13 +18,8 @@ from keras.src.backend import in_stateless_scope
 from keras.src.backend.torch.trainer import TorchTrainer
 
 from fastdp.keras.steps.layer_calls import LayerCalls
+from fastdp.patching import Patch
 from fastdp.program.keras.replica import running
-
-_thread = threading.local()
-_lock = threading.Lock()
-_users = [0]
-_original: list[Callable[..., Any]] = []
-
 
 OWN_STEPS = ("train_step", "test_step", "predict_step")
 
@@ -56,35 +51,32 @@ def check_own_step(model: Any) -> None:
 # Layers called from a custom step.
 
 
+class _Thread(threading.local):
+    """What runs the calls of layers that this thread makes; None: Keras."""
+
+    calls: LayerCalls | None = None
+
+
+_thread = _Thread()
+
+
 @contextmanager
 def layer_calls(calls: LayerCalls) -> Iterator[None]:
     """Run the outermost calls of the model's layers, from this thread, on all devices."""
-    before = getattr(_thread, "calls", None)
-    _thread.calls = calls
-    _count_users(1)
-    try:
-        yield
-    finally:
-        _count_users(-1)
-        _thread.calls = before
-
-
-def _count_users(change: int) -> None:
-    """Put the aware `Layer.__call__` in place for the first user, and Keras's own back after the last."""
-    with _lock:
-        _users[0] += change
-        if _users[0] == 1 and change == 1:
-            _original.append(keras.Layer.__call__)
-            keras.Layer.__call__ = _aware(keras.Layer.__call__)
-        elif _users[0] == 0:
-            keras.Layer.__call__ = _original.pop()
+    before = _thread.calls
+    with _patch:
+        _thread.calls = calls
+        try:
+            yield
+        finally:
+            _thread.calls = before
 
 
 def _aware(original: Callable[..., Any]) -> Callable[..., Any]:
     """`Layer.__call__`, which asks whether a custom step on this thread is the caller."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        calls = getattr(_thread, "calls", None)
+        calls = _thread.calls
         if calls is None or running() is not None or in_stateless_scope():
             return original(self, *args, **kwargs)
         _thread.calls = None  # calls from inside this one are its own affair
@@ -94,3 +86,6 @@ def _aware(original: Callable[..., Any]) -> Callable[..., Any]:
             _thread.calls = calls
 
     return __call__
+
+
+_patch = Patch([(keras.Layer, "__call__", _aware)])

@@ -14,9 +14,16 @@ from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-_lock = threading.Lock()
-_watching: dict[int, StepRollback] = {}  # by thread
-_originals: dict[Any, Callable[..., Any]] = {}
+from fastdp.patching import Patch
+
+
+class _Thread(threading.local):
+    """The rollback that copies what this thread's optimizers hold."""
+
+    rollback: StepRollback | None = None
+
+
+_thread = _Thread()
 
 
 class StepRollback:
@@ -43,7 +50,7 @@ class StepRollback:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """While the step runs on this thread, copy what its optimizers hold before they first act."""
-        thread = threading.get_ident()
+        outer, thread = _thread.rollback, threading.get_ident()
 
         def keep_torch(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             if threading.get_ident() == thread and id(optimizer) not in self._torch:
@@ -51,12 +58,13 @@ class StepRollback:
                 self._torch[id(optimizer)] = optimizer, keras.tree.map_structure(_copied, state)
 
         hook = register_optimizer_step_pre_hook(keep_torch)
-        outer = _watch(thread, self)
         try:
-            yield
+            with _patch:
+                _thread.rollback = self
+                yield
         finally:
+            _thread.rollback = outer
             hook.remove()
-            _watch(thread, outer)
 
     def restore(self) -> None:
         """Give everything the values of before. Metrics that the step has made begin anew."""
@@ -79,27 +87,11 @@ class StepRollback:
                 self._values[id(variable)] = variable, tensor.detach().to("cpu", copy=True), gradient
 
 
-def _watch(thread: int, before: StepRollback | None) -> StepRollback | None:
-    """Let a thread's optimizers ask `before`, or nobody; who they asked until now. The last to end undoes the patch."""
-    with _lock:
-        outer = _watching.pop(thread, None)
-        if before is not None:
-            _watching[thread] = before
-        if _watching and not _originals:
-            for owner in (BaseOptimizer, keras.optimizers.LossScaleOptimizer):
-                _originals[owner] = owner.apply
-                owner.apply = _keeping(owner.apply)
-        while _originals and not _watching:
-            owner, original = _originals.popitem()
-            owner.apply = original
-    return outer
-
-
 def _keeping(original: Callable[..., Any]) -> Callable[..., Any]:
     """`apply` of Keras's optimizers; on a thread that is watched the optimizer's variables are copied first."""
 
     def apply(optimizer: Any, grads: Any, trainable_variables: Any = None) -> Any:
-        before = _watching.get(threading.get_ident())
+        before = _thread.rollback
         if before is not None:
             if not optimizer.built and trainable_variables is not None:
                 trainable_variables = list(trainable_variables)
@@ -108,6 +100,9 @@ def _keeping(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(optimizer, grads, trainable_variables)
 
     return apply
+
+
+_patch = Patch((owner, "apply", _keeping) for owner in (BaseOptimizer, keras.optimizers.LossScaleOptimizer))
 
 
 def _optimizers(values: dict[str, Any]) -> list[BaseOptimizer]:

@@ -23,7 +23,7 @@ def watch_step(watch: Watch, program: KerasProgram) -> None:
     watch.answer(keras.config.image_data_format, "keras.config.image_data_format()")
     watch.size(torch_module._global_forward_hooks, "global forward hooks")
     watch.size(torch_module._global_forward_pre_hooks, "global forward hooks")
-    reach = reach_of(watch, program.variables, _patched())
+    reach = reach_of(watch, program.variables, patches.replaced_places())
     for layer in layers:
         reach.walk(layer, layer.name)
     for variable in program.trainable:
@@ -46,9 +46,3 @@ def _hooks(model: keras.Model) -> list[list[Any]]:
     """The hooks of all layers."""
     layers = model._flatten_layers()
     return [list(hooks.values()) for layer in layers for name in HOOKS if (hooks := getattr(layer, name))]
-
-
-def _patched() -> frozenset[tuple[Any, str]]:
-    """The functions of Keras that are others while replicas run: that is no change."""
-    with patches.replica_aware():
-        return frozenset((owner, name) for owner, name, _ in patches._originals)

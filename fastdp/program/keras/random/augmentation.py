@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from typing import Any
 
@@ -20,10 +19,13 @@ class PythonRandom:
     one device would choose.
     """
 
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
     def __getattr__(self, name: str) -> Any:
         state = running()
         if state is None:
-            return getattr(random, name)
+            return getattr(self._module, name)
         state.not_captured("a choice by Python's random generator")
         return getattr(state.generators.python, name)
 

@@ -13,6 +13,7 @@ import copy
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import keras
@@ -90,18 +91,16 @@ def _check_parameters(state: ReplicaContext, name: str, parameters: Any) -> None
         )
 
 
-def _stand_ins() -> list[tuple[Any, str, Any]]:
-    """The wrapped functions of both modules, each with its owner and name."""
-    found = []
-    for owner, generator, aware in ((random, random._inst, _python), (np.random, np.random.mtrand._rand, _numpy)):
-        for name in dir(owner):
-            original = getattr(owner, name)
-            if getattr(original, "__self__", None) is generator:
-                found.append((owner, name, aware(name, original)))
-    return found
+def _functions_of(owner: Any, generator: Any) -> list[str]:
+    """The functions of a module that are methods of its global generator."""
+    return [name for name in dir(owner) if getattr(getattr(owner, name), "__self__", None) is generator]
 
 
-STAND_INS = _stand_ins()
+# What replaces the functions of both modules: owner, name, replacement of the original.
+PYTHON_AND_NUMPY: list[tuple[Any, str, Callable[[Any], Any]]] = [
+    *((random, name, partial(_python, name)) for name in _functions_of(random, random._inst)),
+    *((np.random, name, partial(_numpy, name)) for name in _functions_of(np.random, np.random.mtrand._rand)),
+]
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from keras.src.backend.torch import random as torch_random
 from keras.src.backend.torch.core import get_device
-from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 from keras.src.random.seed_generator import SeedGenerator
 
 from fastdp.errors import NotCapturable
@@ -257,29 +256,24 @@ def next_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
     return next
 
 
-def states_of_replica(owner: Any) -> list[tuple[Any, str, Any]]:
-    """Torch's functions that seed, read or set its global generator, wrapped to use the replica's copy."""
+def state_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function of torch that seeds, reads or sets its global generator: it uses the replica's copy."""
 
-    def aware(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def function(*args: Any) -> Any:
-            state = running()
-            if state is None or state.drawing:
-                return original(*args)
-            state.not_captured("the state of torch's global generator")
-            return state.generators.with_torch(None, lambda: original(*args))
+    def function(*args: Any) -> Any:
+        state = running()
+        if state is None or state.drawing:
+            return original(*args)
+        state.not_captured("the state of torch's global generator")
+        return state.generators.with_torch(None, lambda: original(*args))
 
-        return function
-
-    names = ("manual_seed", "get_rng_state", "set_rng_state")
-    return [(owner, name, aware(name, getattr(owner, name))) for name in names]
+    return function
 
 
 # Recurrent dropout: Keras caches the masks on the cell, but all replicas share the cell.
 
 
-def own_mask(kind: str) -> Callable[..., Any]:
+def own_mask(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a cell's getter of a mask: the cached mask belongs to the replica."""
-    original = getattr(DropoutRNNCell, f"get_{kind}_mask")
 
     def get_mask(cell: Any, step_input: Any) -> Any:
         state = running()
@@ -296,9 +290,8 @@ def own_mask(kind: str) -> Callable[..., Any]:
     return get_mask
 
 
-def forget_mask(kind: str) -> Callable[..., Any]:
+def forget_mask(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a cell's reset of a mask: forget the replica's cached mask."""
-    original = getattr(DropoutRNNCell, f"reset_{kind}_mask")
 
     def reset_mask(cell: Any) -> None:
         state = running()
