@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 FIRST_BUCKET_NBYTES = 1 << 20
 BUCKET_NBYTES = 25 << 20
@@ -52,6 +53,12 @@ def split_rows(total: int, parts: int) -> list[Rows]:
     for part in range(parts):
         bounds.append(bounds[-1] + size + (part < larger))
     return [Rows(start, stop, total) for start, stop in itertools.pairwise(bounds)]
+
+
+@lru_cache(maxsize=1024)
+def dealt_rows(total: int, parts: int) -> tuple[Rows, ...]:
+    """As `split_rows`, and remembered: batches of one size are dealt out again and again."""
+    return tuple(split_rows(total, parts))
 
 
 def rank_range(length: int, rank: int, ranks: int, align: int = 1) -> tuple[int, int]:

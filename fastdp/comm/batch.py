@@ -1,13 +1,16 @@
-"""A global batch: its rows counted and checked once, in host memory or on the devices."""
+"""A global batch: its arrays, its rows and who gets which, each found out once, in host memory or on the devices."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, final, runtime_checkable
 
 import numpy as np
 
-from fastdp.shard import Rows
+from fastdp.shard import Rows, dealt_rows
+
+# For each array the shape of a row and the dtype.
+Shapes = tuple[tuple[tuple[int, ...], str], ...]
 
 
 @runtime_checkable
@@ -26,28 +29,89 @@ class ResidentArray(Protocol):
         """The batch that has these arrays, a `Resident`; None where they are not all of one."""
 
 
-def count_rows(arrays: Sequence[np.ndarray], names: Sequence[str] | None = None) -> int:
-    """The number of rows that all arrays of a batch have.
+@final
+class Batch:
+    """A global batch. As a sequence it is its arrays.
 
-    Raises:
-        ValueError: no array, an array without a first axis, arrays of unequal length, or no rows.
+    Args:
+        arrays: a list of arrays with rows along their first axis, or a `Resident`; read, never written.
+        structure: what the program gets along with them, as `Context.structure`.
+        rows: how many each array has. `Batch.of` counts them, and checks the arrays.
+
+    Attributes:
+        shards: the rows of each replica, once they are dealt.
     """
-    counts = {array.shape[0] if array.ndim else 0 for array in arrays}
-    if len(counts) == 1 and 0 not in counts:
-        return counts.pop()
-    labels = names or [f"array {i}" for i in range(len(arrays))]
+
+    __slots__ = ("_shapes", "arrays", "rows", "shards", "structure")
+
+    def __init__(self, arrays: Any, structure: Any, rows: int) -> None:
+        self.arrays = arrays
+        self.structure = structure
+        self.rows = rows
+        self.shards: Sequence[Rows] = ()
+        self._shapes: Shapes | None = None
+
+    @classmethod
+    def of(
+        cls, arrays: Any, structure: Any = None, names: Callable[[], Sequence[str]] | None = None, hint: str = ""
+    ) -> Batch:
+        """The batch of these arrays, which have the same number of rows.
+
+        Args:
+            arrays, structure: as above.
+            names: gives a name for each array, for messages.
+            hint: ends the message about unequal numbers of rows.
+
+        Raises:
+            ValueError: no array, an array without a first axis, arrays of unequal length, or no rows.
+        """
+        counts = {array.shape[0] if array.ndim else 0 for array in arrays}
+        if len(counts) == 1 and 0 not in counts:
+            return cls(arrays, structure, counts.pop())
+        raise ValueError(_why_not(arrays, names() if names is not None else (), hint))
+
+    def __len__(self) -> int:
+        """The number of arrays."""
+        return len(self.arrays)
+
+    def __getitem__(self, place: int) -> Any:
+        """One of the arrays."""
+        return self.arrays[place]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.arrays)
+
+    def deal(self, parts: int) -> Sequence[Rows]:
+        """The rows of each of at most `parts` replicas; dealt when they are first asked for."""
+        if len(self.shards) != min(parts, self.rows):
+            self.shards = dealt_rows(self.rows, parts)
+        return self.shards
+
+    @property
+    def shapes(self) -> Shapes:
+        """The shape of a row and the dtype of each array: what steps of one shape have in common, but the rows."""
+        if self._shapes is None:
+            self._shapes = tuple([(array.shape[1:], array.dtype.str) for array in self.arrays])
+        return self._shapes
+
+
+def count_rows(arrays: Sequence[np.ndarray], names: Sequence[str] = ()) -> int:
+    """The number of rows that all arrays of a batch have. Errors as of `Batch.of`; `names` are for their messages."""
+    return Batch.of(arrays, None, lambda: names).rows
+
+
+def _why_not(arrays: Sequence[np.ndarray], names: Sequence[str], hint: str) -> str:
+    """Why these arrays are no batch."""
     if not arrays:
-        raise ValueError("A batch needs at least one array. Received an empty batch.")
+        return "A batch needs at least one array. Received an empty batch."
+    labels = names or [f"array {i}" for i in range(len(arrays))]
     scalars = [label for label, array in zip(labels, arrays, strict=True) if array.ndim == 0]
     if scalars:
-        raise ValueError(
+        return (
             f"Every array of a batch needs rows along its first axis, but {scalars} have no axis. Pass one "
             "value per row (for one constant, np.full(rows, value))."
         )
     rows = {label: array.shape[0] for label, array in zip(labels, arrays, strict=True)}
     if len(set(rows.values())) > 1:
-        raise ValueError(f"All arrays of a batch must have the same number of rows. Received: {rows}")
-    (total,) = set(rows.values())
-    if total == 0:
-        raise ValueError(f"A batch must have at least one row. Received: {rows}")
-    return total
+        return f"All arrays of a batch must have the same number of rows. Received: {rows}{hint}"
+    return f"A batch must have at least one row. Received: {rows}"

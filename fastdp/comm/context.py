@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from fastdp.comm.batch import Batch
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.shard import Rows
 
@@ -27,7 +26,7 @@ class Context:
 
     `exchange(value)` gives every replica's value, in rank order, to every replica: it may be called any
     number of times in the middle of `train` or `predict`, by all replicas in the same order. `batch` is
-    the whole global batch, `structure` what the caller of the step passed along with it.
+    the whole global batch, a sequence of arrays, `structure` what the caller of the step passed along with it.
     `wants_outputs` is False when nobody will look at the outputs of the step. `device` is the replica's, None
     outside any step.
 
@@ -46,7 +45,7 @@ class Context:
     step: int
     rendezvous: Rendezvous
     size: int
-    batch: Sequence[np.ndarray]
+    batch: Batch
     structure: Any = None
     wants_outputs: bool = True
     device: Any = None
@@ -55,9 +54,13 @@ class Context:
     launch: Callable[[], None] = _no_graph
 
     @classmethod
-    def alone(cls, batch: Sequence[np.ndarray], structure: Any, start: int, stop: int, total: int) -> Context:
-        """The context of rows `[start, stop)` of `total` outside any step: nobody to exchange with."""
-        return cls(0, Rows(start, stop, total), 0, Rendezvous(1, 1.0), 1, batch, structure)
+    def alone(cls, batch: Any, structure: Any, start: int, stop: int, total: int) -> Context:
+        """The context of rows `[start, stop)` of `total` outside any step: nobody to exchange with.
+
+        `batch` is one, or the arrays that stand for it.
+        """
+        given = batch if type(batch) is Batch else Batch(batch, structure, total)
+        return cls(0, Rows(start, stop, total), 0, Rendezvous(1, 1.0), 1, given, structure)
 
     @property
     def torch_device(self) -> str:

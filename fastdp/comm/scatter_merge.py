@@ -39,14 +39,14 @@ class Carrier(Protocol):
 def scatter(arrays: Sequence[Any], shards: Sequence[Rows], devices: Sequence[Carrier]) -> list[list[Any]]:
     """Each replica's rows of every array, where the replica is. The batch stays as it is until the step is over."""
     pairs = zip(devices, shards, strict=False)
-    if _are_resident(arrays):
+    if type(arrays) is not list and _are_resident(arrays):
         return [arrays.rows_on(device, rows) for device, rows in pairs]
     return [device.take_rows(arrays, rows) for device, rows in pairs]
 
 
 def stage(arrays: Sequence[Any], shards: Sequence[Rows], devices: Sequence[Carrier]) -> bool:
     """Begin to bring each replica its rows of the batch that comes next; whether all are on their way."""
-    if _are_resident(arrays):
+    if type(arrays) is not list and _are_resident(arrays):
         return True  # they are there
     return all([device.stage_rows(arrays, rows) for device, rows in zip(devices, shards, strict=False)])  # noqa: C419
 

@@ -2,60 +2,61 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from fastdp.buffers import FlatBuffers, Memory
-from fastdp.comm.batch import count_rows
+from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
-from fastdp.comm.rendezvous import Rendezvous
 from fastdp.comm.scatter_merge import Merger, scatter, stage
 from fastdp.comm.select import communicator
 from fastdp.engine.accumulation import AccumulatedGradients
 from fastdp.engine.home import HomeMemory
+from fastdp.engine.recovery import Recovery
 from fastdp.engine.reductions import Reductions
-from fastdp.engine.replicas import Replica, assert_equal
+from fastdp.engine.replicas import Call, Replica, ReplicaGroup
 from fastdp.engine.rollback import Rollback
-from fastdp.engine.step import Step, StepResult, add_up, commit, run_replica, run_update, step_error
+from fastdp.engine.state import EngineState
+from fastdp.engine.step import Operation, Step, StepResult, add_up, make_step, run_replica
 from fastdp.engine.step_scope import StepScope, meanwhile, one_step_at_a_time
-from fastdp.engine.timing import Timings, Watch
-from fastdp.errors import DeviceTimeoutError
+from fastdp.engine.timing import Timings
+from fastdp.engine.updates import Updates
 from fastdp.options import Options
-from fastdp.program.base import Program, Result
+from fastdp.program.base import Program, Result, as_program
 from fastdp.runtime.host.resources import CORES
-from fastdp.runtime.queue import joined
 from fastdp.runtime.select import devices_of_engine
-from fastdp.runtime.work_stealing import shared_with
-from fastdp.shard import Rows, split_rows
+from fastdp.shard import Rows
+
+ProgramT_co = TypeVar("ProgramT_co", bound=Program, covariant=True)
+Arrays = Sequence[np.ndarray]
 
 
-class DataParallel:
+class DataParallel(Generic[ProgramT_co]):
     """Runs a program on several devices as if on one.
 
     Args:
-        program: what each replica runs (`fastdp.program.base.Program`).
+        program: what each replica runs: a `fastdp.program.base.Program`, or an object with its members.
         devices: one replica per device, in the order of the rows: devices, or what `gpus=` takes elsewhere (a
             number, a list of ordinals, None for all).
         timeout, update, cpu_merge, merge_device, cpu_relocation, check_replicas: as in `fastdp.wrap`, which says what
             each is for.
         options: all of them in one, in place of these keywords.
 
-    The engine owns the replicas' memory, and, for updates that may fail, a spare copy of the first replica's
-    variables and slots, from which a failed update is taken back. It is used from one thread at a time, and
+    The engine owns the replicas' memory, and, for updates that may fail, a copy of the first replica's
+    variables and slots, from which a failed update is rolled back. It is used from one thread at a time, and
     holds no thread of its own: the devices do.
 
     Raises:
         ValueError: anything wrong with `devices`; an unknown `update`.
+        TypeError: `program` lacks what every program has.
     """
 
     def __init__(
         self,
-        program: Program,
+        program: ProgramT_co,
         devices: Any = None,
         *,
         timeout: float = 1800.0,
@@ -79,34 +80,29 @@ class DataParallel:
         self.program = program
         self.devices = list(devices)
         self.update = options.update or ("each" if devices[0].on_gpu else "first")
-        self.timeout = options.timeout
         self.check_replicas = options.check_replicas
-        self.steps = 0
-        self._busy = threading.Lock()
-        self._training = False
+        self.times = Timings()
+        self._program = as_program(program)
+        self._state = EngineState(options.timeout)
         self._cpu_merge, self._merge_device = options.cpu_merge, self.devices[options.merge_device]
         self._communicator = communicator(self.devices)
-        self._residence = HomeMemory(program, devices, self._communicator, on_host=options.cpu_relocation)
-        self._home = self._residence.home
-        self._generation = -1
-        self._unsettled: Step | None = None
-        self.replicas = [self._replicate(rank) for rank in range(len(devices))]
-        self._spare = Rollback(self.replicas[0])
-        self._buckets = self.replicas[0].gradients.buckets()
-        self._communicator.prepare(self._buckets)
+        home = HomeMemory(self._program, devices, self._communicator, on_host=options.cpu_relocation)
+        self._group = ReplicaGroup(self._program, self.devices, home, self._communicator, self.update)
+        self.replicas = self._group.every
+        self._rollback = Rollback(self.replicas[0])
+        self._recovery = Recovery(self._state, self._group, self._communicator, self._rollback)
+        self._communicator.prepare(self._group.buckets)
         for device in () if options.cpu_merge else self.devices:
             device.prepare_to_merge()
-        self._held = AccumulatedGradients(self.replicas, self._communicator)
-        self._share = shared_with(devices[1:CORES], options.timeout)
-        self._reductions = Reductions(program, self._communicator, self._buckets, len(devices))
-        self.timings: list[list[float]] = []
-        self.times = Timings()
+        self._accumulation = AccumulatedGradients(self.replicas, self._communicator)
+        self._reductions = Reductions(self._group, self._communicator, self._accumulation)
+        self._updates = Updates(self._group, self._rollback, self._accumulation, options.timeout)
 
-    # The two steps.
+    # Steps.
 
     def train(
         self,
-        batch: Sequence[np.ndarray],
+        batch: Batch | Arrays,
         *,
         structure: object = None,
         wants_outputs: bool = True,
@@ -116,8 +112,9 @@ class DataParallel:
         """One training step on a global batch: all replicas end with the same new weights.
 
         Args:
-            batch: arrays with the same number of rows (>= 1); read, never written, until this returns.
-            structure: handed to the program as `Context.structure`.
+            batch: arrays with the same number of rows (>= 1), or a `Batch` of such; read, never written, until this
+                returns.
+            structure: of arrays, handed to the program as `Context.structure`.
             wants_outputs: merge the replicas' outputs too.
             reduce: False leaves the gradients on the replicas, for the next step that reduces: gradient
                 accumulation. Loss terms and moments are added up, and the program's `update` runs, in any case.
@@ -128,22 +125,36 @@ class DataParallel:
             ReplicaError: a replica failed (also an instance of what it failed with). No weight changed.
             DeviceTimeoutError: the step took longer than `timeout` seconds.
         """
-        with self._begin(batch, structure, wants_outputs, trains=True) as step:
-            step.reduces = reduce
-            self._scatter(step, batch)
-            self._reductions.begin(step, batch, self._held.count, self._ends)
+        batch = batch if type(batch) is Batch else Batch.of(batch, structure)
+        shards = self._deal_out(batch)
+        with self._begin(batch, shards, wants_outputs, trains=True, reduces=reduce) as step:
+            self._scatter(step)
             self._run(step, Replica.train)
             self._reduce(step)
             self._update(step)
             if while_running is not None:
-                meanwhile(step, while_running, lambda: self._merge(step))
+                meanwhile(step, while_running, partial(self._merge, step))
             return self._merge(step)
 
-    def stage(self, batch: Sequence[np.ndarray]) -> bool:
+    def predict(self, batch: Batch | Arrays, *, structure: object = None) -> StepResult:
+        """Forward only, on a global batch. Arguments, result and errors as in `train`."""
+        batch = batch if type(batch) is Batch else Batch.of(batch, structure)
+        return self._forward(batch, self._deal_out(batch), Replica.predict)
+
+    def call(self, batch: Batch, work: Call) -> StepResult:
+        """Forward only, by work of the program's own: `work(state, rows, context)` on each replica.
+
+        It is on all devices that can have rows, however many may share a step of the program. Result and errors as in
+        `train`.
+        """
+        return self._forward(batch, batch.deal(len(self.replicas)), partial(Replica.call, work=work))
+
+    def stage(self, batch: Batch | Arrays) -> bool:
         """Begin to copy the rows of the batch that comes next to the devices, while the present step runs.
 
         Args:
-            batch: the very arrays that the next `train` or `predict` gets, unchanged from now until it is over.
+            batch: the very arrays that the next `train` or `predict` gets, unchanged from now until it is over, or the
+                `Batch` of them.
 
         Another step may come first; of two staged batches the second counts. A step that fails forgets it.
 
@@ -153,109 +164,15 @@ class DataParallel:
         Raises:
             ValueError: arrays without rows, or of unequal length.
         """
-        shards = self._deal_out(count_rows(batch))
+        batch = batch if type(batch) is Batch else Batch.of(batch)
+        shards = self._deal_out(batch)
         with one_step_at_a_time:
-            return stage(batch, shards, self.devices)
+            return stage(batch.arrays, shards, self.devices)
 
     def forget_staged(self) -> None:
         """The batch that was staged is not going to come."""
         for device in self.devices:
             device.forget_staged()
-
-    def predict(self, batch: Sequence[np.ndarray], *, structure: object = None) -> StepResult:
-        """Forward only, on a global batch. Arguments, result and errors as in `train`."""
-        with self._begin(batch, structure, True, trains=False) as step:
-            self._scatter(step, batch)
-            self._run(step, Replica.predict)
-            return self._merge(step)
-
-    # The five verbs.
-
-    def _scatter(self, step: Step, batch: Sequence[np.ndarray]) -> None:
-        """Each replica gets its rows of every array."""
-        step.watch.scattering = time.perf_counter()
-        step.batches = scatter(batch, step.shards, self.devices)
-        step.watch.scattered = time.perf_counter()
-
-    def _run(self, step: Step, work: Callable[[Replica, list[np.ndarray], Context], Result]) -> None:
-        """Each replica works on its rows, and writes its outputs to their place."""
-        step.results = [None] * len(step.shards)
-        step.seconds = [0.0] * len(step.shards)
-        for context, replica in zip(step.contexts, self.replicas, strict=False):
-            replica.device.compute.enqueue(lambda c=context, r=replica: run_replica(step, r, c, work))  # type: ignore[misc]
-
-    def _reduce(self, step: Step) -> None:
-        """Gradients and sums are added up; every replica gets them, those without rows too."""
-        if not step.reduces:
-            self._held.reserve(len(step.shards))
-            self._communicator.once(lambda: commit(step))
-            return
-        if step.reduction is not None:
-            # Devices that do not update wait for the variables of the one that does, and so for the sums.
-            self._communicator.finish(step.reduction, once=lambda: commit(step), readers=len(self._updating))
-            return
-        sources = self._held.hand_over(len(step.shards))
-        self._communicator.all_reduce(*self._ends(sources), self._buckets, once=lambda: commit(step))
-
-    def _update(self, step: Step) -> None:
-        """Every replica gets the same update: by applying it to its own copy, or a copy of the first's."""
-        # Before, not after: an update may happen even when nobody waits for it any more.
-        self._home.generation += 1
-        self._generation = step.generation = self._home.generation
-        step.updating = self._updating if step.reduces else self.replicas
-        # The other devices have nothing to do while the first updates for all.
-        alone = len(step.updating) == 1 and len(self.replicas) > 1
-        share = self._share if alone and getattr(self.program, "update_is_shared", False) else None
-        threads = CORES if alone and share is None else step.threads
-        for replica in step.updating:
-            replica.device.compute.enqueue(partial(run_update, step, replica, self._spare, threads, share))
-        if len(step.updating) < len(self.replicas):
-            readers = None if step.reduction is None else len(step.updating)
-            self._communicator.broadcast([replica.memory.variables for replica in self.replicas], readers)
-        self._residence.follow(self.replicas[0].memory.variables, step)
-        if step.reduces:
-            self._held.clear()
-        else:
-            self._held.keep(len(step.shards))
-
-    def _merge(self, step: Step) -> StepResult:
-        """Wait for the replicas; outputs are together in row order."""
-        if step.over:
-            return step.kept()
-        self._finish(step)
-        step.watch.finished = time.perf_counter()
-        trains = step.totals is not None
-        if step.totals is None:
-            add_up(step)
-        else:
-            self.program.committed()
-            if self.check_replicas:
-                self.assert_replicas_equal()
-        assert step.totals is not None
-        outputs = step.merger.result() if step.contexts[0].wants_outputs else []
-        self.timings.append(step.seconds)
-        del self.timings[:-1000]
-        if trains:
-            self.times.add(step.watch)
-        notes, every_note = step.totals.notes, step.totals.every_note
-        return StepResult(outputs, step.totals.sums, notes, step.shards[0].total, every_note)
-
-    # The reduction.
-
-    def _ends(self, sources: int) -> tuple[list[FlatBuffers], list[FlatBuffers]]:
-        """The gradients of the first replicas, that have any, and of those that need the sum.
-
-        GPUs all take part in a collective. In host memory a replica that gets the variables instead is left out.
-        """
-        every = [replica.gradients for replica in self.replicas]
-        return every[:sources], every if self.devices[0].on_gpu else every[: len(self._updating)]
-
-    # State.
-
-    @property
-    def holds_gradients(self) -> bool:
-        """Whether gradients of earlier steps wait on the replicas, or may do so once a given-up step has ended."""
-        return self._held.count > 0 or self._unsettled is not None
 
     def fold(self) -> None:
         """Reduce the gradients that wait on the replicas now, and let the program take them over into its slots.
@@ -263,34 +180,130 @@ class DataParallel:
         Raises:
             ReplicaError, DeviceTimeoutError: as in `train`.
         """
-        with self._begin([np.zeros(1)], None, False, trains=False) as step:
-            self.steps -= 1  # it is none
-            if not (sources := self._held.hand_over(0)):
+        with StepScope(self._state, self._recovery, self._group, Operation(CORES)) as folding:
+            sources = self._accumulation.hand_over(0)
+            if not sources:
                 return
-            self._communicator.all_reduce(*self._ends(sources), self._buckets)
-            for replica in self._updating:
+            self._reductions.reduce(sources)
+            for replica in self._group.updating:
                 replica.device.compute.enqueue(replica.fold)
-            self._held.clear()
-            self._residence.follow(self.replicas[0].memory.variables, step)
-            self._home.generation += 1
-            self._generation = self._home.generation
-            self._finish(step)
-            self.program.committed()
+            self._accumulation.clear()
+            self._group.home.follow(self.replicas[0].memory.variables, folding.note_home)
+            self._group.advance()
+            self._recovery.finish(folding)
+            self._program.committed()
+
+    # The five verbs.
+
+    def _scatter(self, step: Step) -> None:
+        """Each replica gets its rows of every array."""
+        step.watch.scattering = time.perf_counter()
+        step.batches = scatter(step.batch.arrays, step.shards, self.devices)
+        step.watch.scattered = time.perf_counter()
+
+    def _run(self, step: Step, work: Callable[[Replica, list[np.ndarray], Context], Result]) -> None:
+        """Each replica works on its rows, and writes its outputs to their place."""
+        step.results = [None] * len(step.shards)
+        if step.trains:
+            self._reductions.begin(step)
+        for context, replica in zip(step.contexts, self.replicas, strict=False):
+            replica.device.compute.enqueue(partial(run_replica, step, replica, context, work))
+
+    def _reduce(self, step: Step) -> None:
+        """Gradients and sums are added up; every replica gets them, those without rows too."""
+        self._reductions.finish(step)
+
+    def _update(self, step: Step) -> None:
+        """Every replica gets the same update: by applying it to its own copy, or a copy of the first's."""
+        self._updates.begin(step)
+
+    def _merge(self, step: Step) -> StepResult:
+        """Wait for the replicas; outputs are together in row order."""
+        if step.over:
+            return step.kept()
+        self._recovery.finish(step)
+        step.watch.finished = time.perf_counter()
+        if not step.trains:
+            add_up(step)
+        else:
+            self._program.committed()
+            if self.check_replicas:
+                self.assert_replicas_equal()
+        assert step.totals is not None
+        outputs = step.merger.result() if step.contexts[0].wants_outputs else []
+        if step.trains:
+            self.times.add(step.watch)
+        notes, every_note = step.totals.notes, step.totals.every_note
+        return StepResult(outputs, step.totals.sums, notes, step.batch.rows, every_note)
+
+    def _forward(
+        self, batch: Batch, shards: Sequence[Rows], work: Callable[[Replica, list[np.ndarray], Context], Result]
+    ) -> StepResult:
+        """A step without gradients."""
+        with self._begin(batch, shards, True, trains=False) as step:
+            self._scatter(step)
+            self._run(step, work)
+            return self._merge(step)
+
+    # Around a step.
+
+    def _deal_out(self, batch: Batch) -> Sequence[Rows]:
+        """The rows of each replica that has any."""
+        return batch.deal(min(self._program.most_replicas, len(self.replicas)))
+
+    def _begin(
+        self, batch: Batch, shards: Sequence[Rows], wants_outputs: bool, *, trains: bool, reduces: bool = True
+    ) -> StepScope[Step]:
+        """A step on these shards, which begins when its scope is entered."""
+        merger = Merger(shards, self.devices, self._merge_device, on_host=self._cpu_merge)
+        step = make_step(
+            batch,
+            shards,
+            self.devices,
+            self._state.steps,
+            self._state.timeout,
+            merger,
+            wants_outputs=wants_outputs,
+            trains=trains,
+            reduces=reduces,
+        )
+        return StepScope(self._state, self._recovery, self._group, step)
+
+    # State.
 
     @property
-    def _updating(self) -> list[Replica]:
-        """The replicas that apply the update themselves."""
-        return self.replicas if self.update == "each" else self.replicas[:1]
+    def timeout(self) -> float:
+        """Seconds that one step may take before it is given up."""
+        return self._state.timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        self._state.timeout = seconds
+
+    @property
+    def steps(self) -> int:
+        """Steps so far, those that failed and those without an update too."""
+        return self._state.steps
+
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether gradients of earlier steps wait on the replicas, or may do so once a given-up step has ended."""
+        return self._accumulation.count > 0 or self._state.unsettled is not None
+
+    @property
+    def update_how(self) -> str:
+        """How the program applies the update, in words."""
+        return self._program.update_how
 
     @property
     def buckets(self) -> int:
         """In how many buckets the gradients are reduced."""
-        return len(self._buckets)
+        return len(self._group.buckets)
 
     @property
-    def spare_nbytes(self) -> int:
-        """Bytes of the copy from which a failed update is taken back."""
-        return self._spare.nbytes
+    def rollback_nbytes(self) -> int:
+        """Bytes of the copy from which a failed update is rolled back."""
+        return self._rollback.nbytes
 
     def assert_replicas_equal(self) -> None:
         """Compare all replicas with the first, bit by bit.
@@ -298,77 +311,8 @@ class DataParallel:
         Raises:
             RuntimeError: a replica's variables or slots differ; the message names the device.
         """
-        what = ("variables", "slots") if self.update == "each" else ("variables",)
-        assert_equal(self.replicas, what, self.steps)
+        self._group.assert_equal(self.steps)
 
     def refresh(self) -> None:
         """Copy the home's variables and the first replica's slots to all others. Enqueued, not waited for."""
-        self._residence.lead(self.replicas[0].memory.variables)
-        self._communicator.broadcast([replica.memory.variables for replica in self.replicas])
-        if self.update == "each":
-            self._communicator.broadcast([replica.memory.slots for replica in self.replicas])
-        self.program.committed()
-        self._generation = self._home.generation
-
-    def _replicate(self, rank: int) -> Replica:
-        """Make the replica of one device; the first lives in the program's home."""
-        device, program = self.devices[rank], self.program
-        gradients = FlatBuffers(program.gradients, device)
-        own = program.slots if self.update == "each" else []
-        slots = program.home_slots(device) if rank == 0 else FlatBuffers(own, device)
-        return Replica(program, device, rank, Memory(self._residence.variables(rank, device), slots, gradients))
-
-    # Around a step.
-
-    def _begin(self, batch: Sequence[np.ndarray], structure: object, wants_outputs: bool, *, trains: bool) -> StepScope:
-        """Check the batch, deal out the rows, and make sure that the replicas are up to date."""
-        total = count_rows(batch)
-        shards = self._deal_out(total)
-        rendezvous = Rendezvous(len(shards), self.timeout)
-        contexts = [
-            Context(rank, rows, self.steps, rendezvous, len(shards), batch, structure, wants_outputs, device)
-            for rank, (rows, device) in enumerate(zip(shards, self.devices, strict=False))
-        ]
-        merger = Merger(shards, self.devices, self._merge_device, on_host=self._cpu_merge)
-        watch = Watch([rows.count for rows in shards], len(self.replicas))
-        step = Step(shards, contexts, merger, rendezvous, max(1, CORES // len(shards)), watch)
-        return StepScope(self, step, trains)
-
-    def _deal_out(self, total: int) -> list[Rows]:
-        """The rows of each replica that has any."""
-        most = getattr(self.program, "most_replicas", len(self.replicas))
-        return split_rows(total, min(most, len(self.replicas)))
-
-    def _finish(self, step: Step) -> None:
-        """Wait until all devices are done; on a failure clean up and raise it."""
-        events = [replica.device.compute.record() for replica in self.replicas]
-        try:
-            if step.reduction is not None:
-                step.reduction.serve(joined(events), self.timeout)
-            else:
-                joined(events).finish(self.timeout)
-        except DeviceTimeoutError:
-            busy = [self.devices[rank].name for rank, result in enumerate(step.results) if result is None]
-            what = f"The step on {busy}" if busy else "The update"
-            raise DeviceTimeoutError(f"{what} took longer than timeout={self.timeout} seconds.") from None
-        failed = [(rank, event.error) for rank, event in enumerate(events) if event.error is not None]
-        if failed:
-            self._settle()
-            raise step_error(step.failures or failed, step, self.devices)
-        self._communicator.check()
-
-    def _settle(self) -> None:
-        """Wait for what a failed or abandoned step left on the devices; take back an update that not all made."""
-        for device in self.devices:
-            device.synchronize(self.timeout)
-        for device in self.devices:
-            device.recover()
-        self._communicator.recover()
-        step, self._unsettled = self._unsettled, None
-        # Another generation: another engine has gone on from what there was.
-        if step is None or not step.updates_begun or self._home.generation != step.generation:
-            return
-        if step.restorable and len(step.updates_done) < len(step.updating):
-            self._spare.restore(self.replicas)
-        elif self._residence.apart and not step.came_home:  # all go on from the first
-            self._home.variables.copy_from(self.replicas[0].memory.variables)
+        self._group.refresh()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from fastdp.buffers import FlatBuffers
 from fastdp.comm.base import Communicator
-from fastdp.engine.step import Step
 from fastdp.program.base import Program
 from fastdp.runtime.select import warn_of_relocation
 
@@ -34,12 +34,15 @@ class HomeMemory:
         here = rank == 0 and not self.apart
         return self.home.variables if here else FlatBuffers(self.home.variables.specs, device)
 
-    def follow(self, first: FlatBuffers, step: Step) -> None:
-        """Let the home have the first replica's variables, when all replicas have made the step's update."""
+    def follow(self, first: FlatBuffers, done: Callable[[], object]) -> None:
+        """Let the home have the first replica's variables, when all replicas have made the step's update.
+
+        `done()` is called on the first device's worker when it has them.
+        """
 
         def copy() -> None:
             self.home.variables.copy_from(first)
-            step.came_home = True
+            done()
 
         if self.apart:
             self._communicator.once(copy)

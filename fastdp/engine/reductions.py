@@ -2,79 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
-
-from fastdp.buffers import Bucket, FlatBuffers
 from fastdp.comm.base import Communicator
-from fastdp.engine.step import Step
-from fastdp.program.base import Program
+from fastdp.engine.accumulation import AccumulatedGradients
+from fastdp.engine.replicas import ReplicaGroup
+from fastdp.engine.step import Step, commit
 
 # After so many steps of a batch's shape, a GPU's steps allocate nothing any more. Of so many shapes it is known.
 WARM_STEPS, MOST_SHAPES = 2, 256
-
-# Of so many replicas with rows: the gradients of those, and of all that need the sum.
-Ends = Callable[[int], tuple[Sequence[FlatBuffers], Sequence[FlatBuffers]]]
 
 
 class Reductions:
     """Chooses for each step, on the host thread and for all replicas alike.
 
     Args:
-        program: what runs; one whose replicas can reduce within their work has `whole_step` (see `Program`).
-        communicator: over the replicas' devices.
-        buckets: of the gradients.
-        replicas: how many there are.
+        replicas: all of them; their program's replicas can reduce within their work where its `whole_step` says so.
+        communicator: over their devices.
+        accumulation: gradients of earlier steps, which are to be added to those of a step that reduces.
     """
 
-    def __init__(self, program: Program, communicator: Communicator, buckets: Sequence[Bucket], replicas: int) -> None:
-        self._program: Any = program
-        self._communicator, self._buckets, self._replicas = communicator, buckets, replicas
+    def __init__(self, replicas: ReplicaGroup, communicator: Communicator, accumulation: AccumulatedGradients) -> None:
+        self._replicas, self._communicator, self._accumulation = replicas, communicator, accumulation
         self._trained: dict[Any, int] = {}
 
-    def begin(self, step: Step, batch: Sequence[np.ndarray], held: int, ends: Ends) -> None:
+    def begin(self, step: Step) -> None:
         """Give a step that is about to run its reduction, if it has one before its replicas are done.
 
         Args:
             step: whose rows are on their devices.
-            batch: the global batch.
-            held: how many replicas have sums of earlier steps, which are to be added to the gradients at the end.
-            ends: gives what is to be reduced, of so many replicas with rows, and where to.
         """
-        if self._replicas == 1 or self._is_whole(step, held):
+        if len(self._replicas.every) == 1 or self._is_by_step_graph(step):
             return
         # Not where sums of earlier steps are still to be added to the gradients.
-        if not step.reduces or held:
+        if not step.reduces or self._accumulation.count:
             return
-        shapes = tuple([array.shape for array in batch])
-        warm = self._trained.get(shapes, 0) >= WARM_STEPS
+        shape = step.batch.rows, step.batch.shapes
+        warm = self._trained.get(shape, 0) >= WARM_STEPS
         if not warm:
             if len(self._trained) >= MOST_SHAPES:
                 self._trained.clear()
-            self._trained[shapes] = self._trained.get(shapes, 0) + 1
-        step.reduction = self._communicator.begin(*ends(len(step.shards)), self._buckets, warm=warm)
+            self._trained[shape] = self._trained.get(shape, 0) + 1
+        ends = self._replicas.ends(len(step.shards))
+        step.reduction = self._communicator.begin(*ends, self._replicas.buckets, warm=warm)
         for context in step.contexts:
             context.ready = partial(step.reduction.ready, context.rank)
 
-    def _is_whole(self, step: Step, held: int) -> bool:
+    def finish(self, step: Step) -> None:
+        """Enqueue the rest: every replica that needs them gets the sums, those without rows too; then they commit."""
+        if not step.reduces:
+            self._accumulation.reserve(len(step.shards))
+            self._communicator.once(partial(commit, step))
+        elif step.reduction is not None:
+            # Devices that do not update wait for the variables of the one that does, and so for the sums.
+            readers = len(self._replicas.updating)
+            self._communicator.finish(step.reduction, once=partial(commit, step), readers=readers)
+        else:
+            self.reduce(self._accumulation.hand_over(len(step.shards)), once=partial(commit, step))
+
+    def reduce(self, sources: int, once: Callable[[], object] | None = None) -> None:
+        """Enqueue the sum of the first replicas' gradients, and `once()` behind it."""
+        self._communicator.all_reduce(*self._replicas.ends(sources), self._replicas.buckets, once=once)
+
+    def _is_by_step_graph(self, step: Step) -> bool:
         """Let the replicas reduce within their work, where they can and nothing is against it."""
-        whole_step = getattr(self._program, "whole_step", None)
-        if whole_step is None:
-            return False
         why_not = ""
         if not step.reduces:
             why_not = "gradients wait for a later step"
-        elif held:
+        elif self._accumulation.count:
             why_not = "gradients of earlier steps are added"
-        elif len(step.contexts) < self._replicas:
+        elif len(step.contexts) < len(self._replicas.every):
             why_not = "fewer rows than devices"
-        found = whole_step(step.batches, step.contexts, why_not)
-        if found is None:
+        step_graph = self._replicas.program.whole_step(step.batches, step.contexts, why_not)
+        if step_graph is None:
             return False
-        step.reduction = reduction = found.begin()
+        step.reduction = reduction = step_graph.begin()
         for context in step.contexts:
-            context.whole, context.launch = found, partial(reduction.launch, context.rank, context.rendezvous)
+            context.whole, context.launch = step_graph, partial(reduction.launch, context.rank, context.rendezvous)
         return True

@@ -1,15 +1,21 @@
-"""A replica: one program bound to one device and its memory."""
+"""The replicas of a program, one on each device: made, brought up to date and compared."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from fastdp.buffers import FlatBuffers, Memory
+from fastdp.comm.base import Communicator
 from fastdp.comm.context import Context
+from fastdp.engine.home import HomeMemory
 from fastdp.program.base import Program, Result, Totals
 from fastdp.runtime.queue import QueueDevice
+
+# Work of a program's own on a replica's rows: `work(state, batch, context)`, as `predict` without the program.
+Call = Callable[[Any, list[np.ndarray], Context], Result]
 
 
 class Replica:
@@ -51,6 +57,10 @@ class Replica:
         """Forward only. Runs on the device's worker."""
         return self._program.predict(self._state, batch, context)
 
+    def call(self, batch: list[np.ndarray], context: Context, work: Call) -> Result:
+        """Work of the program's own in place of `predict`. Runs on the device's worker."""
+        return work(self._state, batch, context)
+
     def update(self, totals: Totals) -> None:
         """Apply the reduced gradients. Runs on the device's worker."""
         self._program.update(self._state, totals)
@@ -73,13 +83,100 @@ class Replica:
         self._program.fold(self._state)
 
 
-def assert_equal(replicas: Sequence[Replica], buffers: Sequence[str], step: int) -> None:
-    """Compare all replicas with the first, bit by bit, in these buffers of their memory; see DataParallel."""
-    first = replicas[0]
-    for replica in replicas[1:]:
-        for what in buffers:
-            if not getattr(first.memory, what).equals(getattr(replica.memory, what)):
-                raise RuntimeError(
-                    f"The {what} on {replica.device.name} differ from those on {first.device.name} "
-                    f"after step {step}. This is a bug in fastdp or in the program's update."
-                )
+class ReplicaGroup:
+    """The replicas of a program, one on each device: made, brought up to date, compared.
+
+    Args:
+        program: what they run.
+        devices: where, in the order of the rows.
+        home: where the program's own variables lie: the first replica lives there, where it can.
+        communicator: over the devices.
+        update: "each" replica applies the update itself, or the "first" for all.
+
+    Attributes:
+        every: the replicas, in this order.
+        updating: the replicas that apply the update themselves.
+        buckets: of the gradients, in the order in which backward completes them.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        devices: Sequence[Any],
+        home: HomeMemory,
+        communicator: Communicator,
+        update: str,
+    ) -> None:
+        self.program, self.devices, self.home = program, devices, home
+        self._communicator, self._update = communicator, update
+        self._generation = -1
+        self.every = [self._replicate(rank) for rank in range(len(devices))]
+        self.updating = self.every if update == "each" else self.every[:1]
+        self.buckets = self.every[0].gradients.buckets()
+        self._gradients = [replica.gradients for replica in self.every]
+        self._variables = [replica.memory.variables for replica in self.every]
+
+    def _replicate(self, rank: int) -> Replica:
+        """Make the replica of one device; the first lives in the program's home."""
+        device, program = self.devices[rank], self.program
+        gradients = FlatBuffers(program.gradients, device)
+        own = program.slots if self._update == "each" else []
+        slots = program.home_slots(device) if rank == 0 else FlatBuffers(own, device)
+        return Replica(program, device, rank, Memory(self.home.variables(rank, device), slots, gradients))
+
+    def ends(self, sources: int) -> tuple[list[FlatBuffers], list[FlatBuffers]]:
+        """What is reduced and where to: the gradients of the first `sources` replicas, and of those that need the sum.
+
+        GPUs all take part in a collective. In host memory a replica that gets the variables instead is left out.
+        """
+        every = self._gradients
+        return every[:sources], every if self.devices[0].on_gpu else every[: len(self.updating)]
+
+    # Up to date.
+
+    def bring_up_to_date(self) -> None:
+        """Refresh the replicas where another engine, or somebody else, has changed the home. Enqueued."""
+        # Both are asked: the second also re-adopts variables whose memory was replaced.
+        changed = self.program.changed_outside()
+        if changed:  # `committed()` forgets it: the number tells the other engines on this home
+            self.home.home.generation += 1
+        if self._generation != self.home.home.generation:
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Copy the home's variables and the first replica's slots to all others. Enqueued, not waited for."""
+        self.home.lead(self._variables[0])
+        self._communicator.broadcast(self._variables)
+        if self._update == "each":
+            self._communicator.broadcast([replica.memory.slots for replica in self.every])
+        self.program.committed()
+        self._generation = self.home.home.generation
+
+    def copy_first(self, readers: int | None) -> None:
+        """Copy the first replica's variables, which it alone has updated, to the others. Enqueued.
+
+        Args:
+            readers: as of `Communicator.broadcast`.
+        """
+        self._communicator.broadcast(self._variables, readers)
+
+    def advance(self) -> int:
+        """An update of all replicas begins, which other engines on this home get to know of; its number."""
+        self.home.home.generation += 1
+        self._generation = self.home.home.generation
+        return self._generation
+
+    def doubt(self) -> None:
+        """A step has failed: nobody knows what the replicas have, and the next one refreshes them."""
+        self._generation = -1
+
+    def assert_equal(self, step: int) -> None:
+        """Compare all replicas with the first, bit by bit, after so many steps; see DataParallel."""
+        first = self.every[0]
+        for replica in self.every[1:]:
+            for what, ours, theirs in zip(("variables", "slots"), first.lasting, replica.lasting, strict=True):
+                if (what == "variables" or self._update == "each") and not ours.equals(theirs):
+                    raise RuntimeError(
+                        f"The {what} on {replica.device.name} differ from those on {first.device.name} "
+                        f"after step {step}. This is a bug in fastdp or in the program's update."
+                    )

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.timing import VERBS
+from fastdp.program.base import Program
 from fastdp.warn import warn_user
 
 try:
@@ -198,7 +199,7 @@ _CALLS = {"layer": "layer", "split": "on all devices", "one_device": "on one dev
 
 
 def make_report(
-    engine: DataParallel | None,
+    engine: DataParallel[Program] | None,
     steps: list[dict[str, Any]],
     *,
     library_nbytes: Callable[[Any], int] = lambda device: 0,
@@ -226,7 +227,7 @@ def make_report(
             "variables": memory.variables.nbytes,
             "slots": memory.slots.nbytes,
             "gradients": memory.gradients.nbytes,
-            "spare": engine.spare_nbytes if rank == 0 else 0,
+            "spare": engine.rollback_nbytes if rank == 0 else 0,
         }
         devices.append(DeviceReport(device.name, found.rows, found.seconds, nbytes, peaks.get(device.space)))
     return Report(
@@ -237,7 +238,7 @@ def make_report(
         step_seconds=times.step,
         between_seconds=times.between,
         overhead_seconds=times.overhead,
-        optimizer=str(getattr(engine.program, "update_how", "")),
+        optimizer=engine.update_how,
         update=engine.update,
         cards=cards,
         peak_nbytes=_peak_nbytes(),
@@ -266,7 +267,7 @@ class SmallWorkWarning:
     def __init__(self) -> None:
         self._said = False
 
-    def check(self, engine: DataParallel | None) -> None:
+    def check(self, engine: DataParallel[Program] | None) -> None:
         """Warn if that is known of this engine, and was not said before."""
         if self._said or engine is None or len(engine.devices) < 2 or engine.times.timed < ENOUGH_STEPS:
             return

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from fastdp.comm.base import Reduction
+from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.comm.scatter_merge import Merger
@@ -19,6 +20,7 @@ from fastdp.engine.rollback import Rollback
 from fastdp.engine.timing import Watch
 from fastdp.errors import ReplicaError, StepAborted, replica_error_class
 from fastdp.program.base import Result, Totals
+from fastdp.runtime.host.resources import CORES
 from fastdp.runtime.queue import QueueDevice
 from fastdp.runtime.work_stealing import WorkStealing
 from fastdp.shard import Rows
@@ -37,33 +39,95 @@ class StepResult:
 
 
 @dataclass(slots=True)
-class Step:
-    """One step in flight."""
+class Operation:
+    """Work of all replicas that an engine is in the middle of: a step, or the folding of gradients.
 
-    shards: list[Rows]
-    contexts: list[Context]
-    merger: Merger
-    rendezvous: Rendezvous
+    Args:
+        threads: cores that one replica may use in one of the program's operations.
+        trains: with an update; otherwise forward only.
+
+    `generation` is the number of its update (see `ReplicaGroup.advance`). `restorable` says that what the update
+    changes has been kept, `came_home` that the program's own variables have what the first replica has. `close` ends
+    it (`fastdp.engine.step_scope`), as long as it is open.
+    """
+
     threads: int
-    watch: Watch
-    batches: list[list[np.ndarray]] = field(default_factory=list)
-    results: list[Result | None] = field(default_factory=list)
-    totals: Totals | None = None
-    seconds: list[float] = field(default_factory=list)
+    reduction: Reduction | None = None
     failures: list[tuple[int, BaseException]] = field(default_factory=list)
     generation: int = -1
     updates_begun: bool = False
     restorable: bool = True
     updates_done: list[int] = field(default_factory=list)
-    updating: list[Replica] = field(default_factory=list)
-    reduces: bool = True
-    reduction: Reduction | None = None
-    came_home: bool = False  # the new variables, where the program's own lie elsewhere than a replica's
-    # Of a step that ended while its thread did something else: see step_scope.meanwhile.
-    scope: Any = None
+    updating: Sequence[Replica] = ()
+    came_home: bool = False
+    close: Callable[[BaseException | None], None] | None = None
+    trains: bool = False
+
+    counts: ClassVar[bool] = False
+
+    def abandon(self, error: BaseException) -> None:
+        """Nobody waits for it any more, since it failed so."""
+        if self.reduction is not None:
+            self.reduction.abandon(error)
+
+    def unfinished(self, devices: Sequence[QueueDevice]) -> str:
+        """What has not ended on the devices, for the message about a timeout."""
+        return "The update"
+
+    def rows_of(self, rank: int) -> tuple[str, tuple[int, int] | None]:
+        """What a replica works on, in words and as rows of the batch."""
+        return "", None
+
+    def note_home(self) -> None:
+        """The program's own variables, where they lie elsewhere than a replica's, have the new values."""
+        self.came_home = True
+
+
+@dataclass(slots=True)
+class Step(Operation):
+    """One step in flight.
+
+    Args:
+        batch: the global batch, whose rows are dealt.
+        contexts: of the replicas that have rows, in the order of the ranks.
+        reduces: the gradients are reduced; otherwise they stay on the replicas.
+
+    The last three are of a step that ended while its thread did something else: see `step_scope.meanwhile`.
+    """
+
+    batch: Batch = field(kw_only=True)
+    shards: Sequence[Rows] = field(kw_only=True)
+    contexts: list[Context] = field(kw_only=True)
+    merger: Merger = field(kw_only=True)
+    rendezvous: Rendezvous = field(kw_only=True)
+    watch: Watch = field(kw_only=True)
+    reduces: bool = field(kw_only=True)
+    batches: list[list[np.ndarray]] = field(default_factory=list)
+    results: list[Result | None] = field(default_factory=list)
+    totals: Totals | None = None
     over: bool = False
     outcome: StepResult | None = None
     error: BaseException | None = None
+
+    counts: ClassVar[bool] = True
+
+    def abandon(self, error: BaseException) -> None:
+        """Wake the replicas that wait for each other, and take no update back that has not begun."""
+        self.rendezvous.abort(error)
+        Operation.abandon(self, error)  # a class with slots is made twice, and `super()` knows the first
+
+    def unfinished(self, devices: Sequence[QueueDevice]) -> str:
+        """The devices whose replica is at work, else the update."""
+        busy = [devices[rank].name for rank, result in enumerate(self.results) if result is None]
+        return f"The step on {busy}" if busy else "The update"
+
+    def rows_of(self, rank: int) -> tuple[str, tuple[int, int] | None]:
+        """A replica's rows."""
+        total = self.batch.rows
+        if rank >= len(self.shards):
+            return f" (no rows of the batch's {total})", None
+        rows = self.shards[rank]
+        return f" (rows {rows.start} to {rows.stop} of the batch's {total})", (rows.start, rows.stop)
 
     def kept(self) -> StepResult:
         """What came of a step that is over; raises what it failed with."""
@@ -71,6 +135,42 @@ class Step:
             raise self.error
         assert self.outcome is not None
         return self.outcome
+
+
+def make_step(
+    batch: Batch,
+    shards: Sequence[Rows],
+    devices: Sequence[QueueDevice],
+    number: int,
+    timeout: float,
+    merger: Merger,
+    *,
+    wants_outputs: bool,
+    trains: bool,
+    reduces: bool,
+) -> Step:
+    """A step on these shards, with nothing enqueued yet.
+
+    Args:
+        number: of the step.
+        timeout: seconds that replicas may wait for each other in the middle of it.
+    """
+    rendezvous = Rendezvous(len(shards), timeout)
+    common = (number, rendezvous, len(shards), batch, batch.structure, wants_outputs)
+    contexts = [
+        Context(rank, rows, *common, device) for rank, (rows, device) in enumerate(zip(shards, devices, strict=False))
+    ]
+    return Step(
+        max(1, CORES // len(shards)),
+        trains=trains,
+        batch=batch,
+        shards=shards,
+        contexts=contexts,
+        merger=merger,
+        rendezvous=rendezvous,
+        watch=Watch([rows.stop - rows.start for rows in shards], len(devices)),
+        reduces=reduces,
+    )
 
 
 def run_replica(
@@ -81,7 +181,7 @@ def run_replica(
 ) -> None:
     """Run one replica's work on its device's worker; a failure wakes the replicas that wait for it."""
     watch = step.watch
-    began = watch.compute_began[context.rank] = time.perf_counter()
+    watch.compute_began[context.rank] = time.perf_counter()
     try:
         replica.prepare_thread(step.threads)
         result = work(replica, step.batches[context.rank], context)
@@ -99,7 +199,6 @@ def run_replica(
         raise
     finally:
         watch.compute_ended[context.rank] = time.perf_counter()
-        step.seconds[context.rank] = watch.compute_ended[context.rank] - began
 
 
 def commit(step: Step) -> None:
@@ -124,46 +223,45 @@ def add_up(step: Step) -> None:
     step.totals = Totals(sums, results[0].notes, every_note, step.reduces)
 
 
-def run_update(step: Step, replica: Replica, spare: Rollback, threads: int, share: WorkStealing | None) -> None:
+def run_update(
+    step: Step, replica: Replica, rollback: Rollback, threads: int, work_stealing: WorkStealing | None
+) -> None:
     """Update one replica on its device's worker; the first one keeps what it changes, where that is needed.
 
     Args:
-        spare: the first replica's.
+        rollback: of the first replica.
         threads: of one operation.
-        share: the threads that do a piece of the update each, where it is made in pieces.
+        work_stealing: the threads that do a piece of the update each, where it is made in pieces.
     """
     assert step.totals is not None
     step.watch.update_began[replica.rank] = time.perf_counter()
     try:
         if replica.rank == 0:
-            step.restorable = spare.save()
+            step.restorable = rollback.save()
             step.updates_begun = True
-        step.totals.share = share
+        step.totals.work_stealing = work_stealing
         replica.prepare_thread(threads)
         with interrupts_wait():  # the worker may be the thread that waits for it
             replica.update(step.totals)
             step.updates_done.append(replica.rank)
         step.watch.update_ended[replica.rank] = time.perf_counter()
-        spare.succeeded = True
+        rollback.succeeded = True
     except BaseException as error:
         step.failures.append((replica.rank, error))
         raise
 
 
 def step_error(
-    failures: Sequence[tuple[int, BaseException]], step: Step, devices: Sequence[QueueDevice]
+    failures: Sequence[tuple[int, BaseException]], operation: Operation, devices: Sequence[QueueDevice]
 ) -> ReplicaError:
-    """The error to raise for a failed step: its first cause, with the device and the rows."""
+    """The error to raise for a failed operation: its first cause, with the device and the rows."""
     causes = [failure for failure in failures if not isinstance(failure[1], StepAborted)] or list(failures)
     rank, cause = causes[0]
-    total = step.shards[0].total
-    rows = (step.shards[rank].start, step.shards[rank].stop) if rank < len(step.shards) else None
-    where = f"rows {rows[0]} to {rows[1]} of the batch's {total}" if rows else f"no rows of the batch's {total}"
+    where, rows = operation.rows_of(rank)
     message = (
-        f"The replica on {devices[rank].name} ({where}) failed with {type(cause).__name__}: {cause}\n"
-        "The step was stopped"
+        f"The replica on {devices[rank].name}{where} failed with {type(cause).__name__}: {cause}\nThe step was stopped"
     )
-    if step.updates_begun and not step.restorable:
+    if operation.updates_begun and not operation.restorable:
         message += " in the middle of its update: all replicas go on from the weights of the first."
     else:
         message += " and no replica's weights were changed."

@@ -6,16 +6,27 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Generic, TypeVar
 
-from fastdp.engine.step import Step, StepResult
+from fastdp.engine.recovery import Recovery
+from fastdp.engine.replicas import ReplicaGroup
+from fastdp.engine.state import EngineState
+from fastdp.engine.step import Operation, Step, StepResult
 from fastdp.errors import DeviceTimeoutError
 
 # Steps of different engines that share devices must not interleave: replicas block in exchanges.
 one_step_at_a_time = threading.RLock()
 
+OperationT = TypeVar("OperationT", bound=Operation)
 
-_here = threading.local()
+
+class _Here(threading.local):
+    """The step that a thread has open while it does something else, and what ends it."""
+
+    open: tuple[Step, Callable[[], StepResult]] | None = None
+
+
+_here = _Here()
 
 
 def meanwhile(step: Step, work: Callable[[], object], end: Callable[[], StepResult]) -> None:
@@ -33,7 +44,7 @@ def meanwhile(step: Step, work: Callable[[], object], end: Callable[[], StepResu
 
 def _end_open_step() -> None:
     """End the step in the middle of which this thread begins another one."""
-    opened, _here.open = getattr(_here, "open", None), None
+    opened, _here.open = _here.open, None
     if opened is None:
         return
     step, end = opened
@@ -43,7 +54,18 @@ def _end_open_step() -> None:
     except BaseException as error:  # noqa: BLE001
         step.error = error
     step.over = True
-    step.scope.close(step.error)
+    assert step.close is not None, "a step that is open has a scope"
+    step.close(step.error)
+
+
+def _wait_for_others(timeout: float) -> None:
+    """Wait until no other engine runs a step.
+
+    Raises:
+        DeviceTimeoutError: a step took longer than `timeout` seconds.
+    """
+    if not one_step_at_a_time.acquire(timeout=timeout):
+        raise DeviceTimeoutError(f"Another model kept the devices busy for {timeout} seconds.")
 
 
 @contextmanager
@@ -54,88 +76,58 @@ def alone(timeout: float = 1800.0) -> Iterator[None]:
         DeviceTimeoutError: a step took longer than `timeout` seconds.
     """
     _end_open_step()
-    if not one_step_at_a_time.acquire(timeout=timeout):
-        raise DeviceTimeoutError(f"Another model kept the devices busy for {timeout} seconds.")
+    _wait_for_others(timeout)
     try:
         yield
     finally:
         one_step_at_a_time.release()
 
 
-class StepScope(AbstractContextManager[Step]):
-    """Holds the locks of one step and the program's own scope, and brings stale replicas up to date.
+class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
+    """Holds the locks of one operation and the program's own scope, and brings stale replicas up to date.
 
-    A part of the engine (`fastdp.engine.data_parallel.DataParallel`), whose state it reads and sets.
+    Args:
+        state: of the engine.
+        recovery: cleans up after an operation that failed.
+        replicas: all of them.
+        operation: a step, or the folding of gradients.
     """
 
-    def __init__(self, engine: Any, step: Step, trains: bool) -> None:
-        self._engine = engine
-        self._step = step
-        self._trains = trains
+    def __init__(self, state: EngineState, recovery: Recovery, replicas: ReplicaGroup, operation: OperationT) -> None:
+        self._state, self._recovery, self._replicas = state, recovery, replicas
+        self._operation = operation
         self._held = ExitStack()
         self._closed = False
 
-    def __enter__(self) -> Step:
-        engine = self._engine
+    def __enter__(self) -> OperationT:
         _end_open_step()
-        self._step.scope = self
-        self._take()
+        operation = self._operation
+        self._state.take(trains=operation.trains)
         try:
-            if not one_step_at_a_time.acquire(timeout=engine.timeout):
-                raise TimeoutError(f"Another model kept the devices busy for {engine.timeout} seconds.")
+            _wait_for_others(self._state.timeout)
             try:
                 self._prepare()
             except BaseException as error:
-                self._abandon(error)
+                self._recovery.abandon(operation, error)
                 one_step_at_a_time.release()
                 raise
         except BaseException:
-            self._leave()
+            self._state.leave()
             raise
-        return self._step
-
-    def _take(self) -> None:
-        """Wait until the engine is free. Two threads that train one model are a mistake, and told so at once.
-
-        Raises:
-            RuntimeError: another thread is training this model.
-            DeviceTimeoutError: the engine was not free in time.
-        """
-        engine = self._engine
-        if not engine._busy.acquire(blocking=False):
-            if self._trains and engine._training:
-                raise RuntimeError(
-                    "This model is already running a step in another thread. Train one parallel model from one thread "
-                    "at a time."
-                )
-            if not engine._busy.acquire(timeout=engine.timeout):
-                raise DeviceTimeoutError(f"Another thread kept this model busy for {engine.timeout} seconds.")
-        engine._training = self._trains
-
-    def _leave(self) -> None:
-        """Free the engine. Whoever takes it next has not said yet that it trains: the note of this step goes first."""
-        self._engine._training = False
-        self._engine._busy.release()
+        operation.close = self.close
+        return operation
 
     def _prepare(self) -> None:
         """Clean up after a step that nobody waited for, and refresh replicas that are stale."""
-        engine = self._engine
-        threads = self._step.threads
-        # Left by this engine, or by another one on the same devices.
-        if engine._unsettled is not None or any(device.unsettled for device in engine.devices):
-            engine._settle()
-        engine._unsettled = self._step
-        # Both are asked: the second also re-adopts variables whose memory was replaced.
-        changed = engine.program.changed_outside()
-        if changed:  # `committed()` forgets it: the number tells the other engines on this home
-            engine._home.generation += 1
-        if engine._generation != engine._home.generation:
-            engine.refresh()
-        self._held.enter_context(engine.program.running(threads))
-        if len(engine.devices) == 1 and not engine.devices[0].on_gpu:
+        self._recovery.settle_if_needed()
+        self._state.unsettled = self._operation
+        self._replicas.bring_up_to_date()
+        self._held.enter_context(self._replicas.program.running(self._operation.threads))
+        devices = self._replicas.devices
+        if len(devices) == 1 and not devices[0].on_gpu:
             # This thread would only wait for the worker. Torch's operations on several cores also want to be those of
             # one thread, whose helpers stay awake for them; with a second one they are put to sleep.
-            self._held.enter_context(engine.devices[0].lend())
+            self._held.enter_context(devices[0].lend())
 
     def __exit__(
         self,
@@ -146,32 +138,19 @@ class StepScope(AbstractContextManager[Step]):
         self.close(error)
 
     def close(self, error: BaseException | None) -> None:
-        """End the step; `error` says how it failed. Only the first call counts."""
+        """End the operation; `error` says how it failed. Only the first call counts."""
         if self._closed:
             return
         self._closed = True
-        self._step.scope = None  # no cycle: what the step holds goes when its caller drops it
-        engine = self._engine
+        self._operation.close = None  # no cycle: what the step holds goes when its caller drops it
         try:
             if error is None:
-                engine._unsettled = None
+                self._state.unsettled = None
             else:
-                self._abandon(error)
+                self._recovery.abandon(self._operation, error)
             # What is held is told of a failure, which goes its own way.
             self._held.__exit__(None if error is None else type(error), error, None)
         finally:
-            engine.steps += 1
+            self._state.steps += self._operation.counts
             one_step_at_a_time.release()
-            self._leave()
-
-    def _abandon(self, error: BaseException) -> None:
-        """Nobody waits for this step any more: stop what still runs, and let the next one clean up.
-
-        After a failure of a replica, a timeout, an interrupt of this thread, or a device that is closed.
-        """
-        self._step.rendezvous.abort(error)
-        if self._step.reduction is not None:
-            self._step.reduction.abandon(error)
-        self._engine._generation = -1
-        for device in self._engine.devices:
-            device.unsettled = True
+            self._state.leave()

@@ -85,6 +85,12 @@ class Timings:
         self.steps += 1
 
     @property
+    def latest_work(self) -> list[float]:
+        """Seconds of forward and backward in the latest step, of each device that had rows."""
+        latest = self._watches[-1]
+        return [end - began for began, end in zip(latest.compute_began, latest.compute_ended, strict=True)]
+
+    @property
     def timed(self) -> int:
         """How many steps the medians are of."""
         return len(self._watches)

@@ -9,7 +9,6 @@ from typing import Any
 import keras
 from keras.src.utils import io_utils
 
-from fastdp.comm.batch import count_rows
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.report import Report, SmallWorkWarning, make_report
 from fastdp.keras.checks import check_loop, check_options, check_template
@@ -24,7 +23,7 @@ from fastdp.keras.steps.own_loops import calls_model, is_plain_call, wants_gradi
 from fastdp.keras.steps.standard import Steps
 from fastdp.keras.template_view import TemplateView, merged_outputs
 from fastdp.options import Options
-from fastdp.program.keras.batch import flatten_batch, unpack
+from fastdp.program.keras.layer_calls import CallProgram
 from fastdp.program.keras.patches import replica_aware
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import peak_nbytes
@@ -270,8 +269,7 @@ class ParallelModel(TemplateView):
     def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
         """Build metrics as Keras does, for a batch whose arrays have the same number of rows."""
         if data_batch is not None:
-            arrays, structure = flatten_batch(unpack(data_batch))
-            count_rows(arrays, structure.names)
+            self._steps.check_batch(data_batch)
         super()._symbolic_build(iterator, data_batch)
         if iterator is not None:
             in_host_memory(iterator)
@@ -298,7 +296,7 @@ class ParallelModel(TemplateView):
         return self.predict_function
 
     @property
-    def engine(self) -> DataParallel:
+    def engine(self) -> DataParallel[CallProgram]:
         """The engine, made for the model as it is compiled now: asked for where Keras's loops begin."""
         return self._steps.engine
 
@@ -343,7 +341,7 @@ class ParallelModel(TemplateView):
                 f"Received: steps_per_execution={self.steps_per_execution}"
             )
 
-    def _on_first(self, step: Callable[[DataParallel, Any], Any]) -> Callable[[Any], Any]:
+    def _on_first(self, step: Callable[[DataParallel[CallProgram], Any], Any]) -> Callable[[Any], Any]:
         """Keras hands its functions a list of batches: one. The engine is made here, where Keras's loops begin."""
         assert self.engine is not None
         return lambda data: step(self._steps.engine_within_loop, data[0])

@@ -18,9 +18,12 @@ all replicas of a step.
 
 from __future__ import annotations
 
+import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -48,69 +51,99 @@ class Result:
 class Totals:
     """The sums of a step over all replicas, and the first replica's notes.
 
-    `reduced` is False where the step's gradients wait for a later reduction: each replica has its own. `share`, where
-    it is there, runs the parts of an update on several devices' workers at a time (`fastdp.runtime.work_stealing`).
+    `reduced` is False where the step's gradients wait for a later reduction: each replica has its own. `work_stealing`,
+    where it is there, runs the parts of an update on several devices' workers at a time
+    (`fastdp.runtime.work_stealing`).
     """
 
     sums: np.ndarray
     notes: Any
     every_note: list[Any]
     reduced: bool = True
-    share: WorkStealing | None = None
+    work_stealing: WorkStealing | None = None
 
 
-class Program(Protocol):
-    """A model that the engine can replicate. State is whatever `bind` returns.
+class Program(ABC):
+    """A model that the engine can replicate.
 
-    A program may also have `update_is_shared`, true where its `update` uses `Totals.share`: it then gets its replica's
-    share of the cores, where other updates that are made for all replicas get all cores for each operation.
+    A program has to have `gradients`, `home`, `bind`, `train`, `update` and `predict`; whatever else it leaves out has
+    the default that is written here. State is what `bind` returns.
 
-    Likewise `most_replicas`, asked before each step: how many replicas may share its rows.
+    Attributes:
+        gradients: name, shape and dtype of each parameter that has a gradient.
+        slots: likewise of the optimizer's variables.
+        most_replicas: how many replicas may share the rows of a step; asked before each.
+        update_how: how the update is applied, in words for `report()`.
+        update_is_shared: `update` uses `Totals.work_stealing`. It then gets its replica's share of the cores, where
+            other updates that are made for all replicas get all cores for each operation.
+        update_is_reliable: an `update` that has succeeded once will not raise: no code of the user's runs in it.
 
-    And it may have `whole_step(batches, contexts, why_not)`, asked on the host thread before the replicas of a training
-    step run on these rows: whether each of them does all of it, its gradients' all-reduce too, by one graph that is
-    launched once. `why_not` is why that is out of the question in this step, if it is. It gives None, or what goes into
-    `Context.whole` of all replicas, whose `begin()` gives the step's reduction (`fastdp.comm.base.Reduction`) with
-    `launch(rank, rendezvous)`.
+    These may be properties.
     """
 
     gradients: Sequence[ArraySpec]
-    slots: Sequence[ArraySpec]
+    slots: Sequence[ArraySpec] = ()
+    most_replicas: int = sys.maxsize
+    update_how: str = ""
+    update_is_shared: bool = False
+    update_is_reliable: bool = False
 
-    @property
-    def update_is_reliable(self) -> bool:
-        """Whether an `update` that has succeeded once will not raise: no code of the user's runs in it."""
+    # Memory.
 
-    def rehearse_update(self, state: Any) -> bool:
-        """Try an update on copies of a few numbers, with the settings and gradients of now; whether that is possible.
-
-        Raises what the update itself would raise. On the replica's worker.
-        """
-
+    @abstractmethod
     def home(self, device: Allocator) -> Home:
         """The memory of the first replica, filled with the model's present values."""
 
     def home_slots(self, device: Allocator) -> FlatBuffers:
-        """The slots of the first replica, filled with their present values."""
+        """The slots of the first replica, filled with their present values; zeros by default."""
+        return FlatBuffers(self.slots, device)
 
-    def changed_outside(self) -> bool:
-        """Whether the home's values were changed, since `committed()`, by someone else than `update`."""
-
-    def committed(self) -> None:
-        """The present values of the home are known to all replicas."""
-
+    @abstractmethod
     def bind(self, memory: Memory, device: QueueDevice, rank: int) -> Any:
         """A replica's state over `memory`."""
 
-    def prepare_thread(self, threads: int, device: QueueDevice) -> None:
+    def changed_outside(self) -> bool:
+        """Whether the home's values were changed, since `committed()`, by someone else than `update`: nobody does."""
+        return False
+
+    def committed(self) -> None:  # noqa: B027
+        """The present values of the home are known to all replicas."""
+
+    # Around a step.
+
+    def prepare_thread(self, threads: int, device: QueueDevice) -> None:  # noqa: B027
         """Called on a device's worker: let it use `threads` cores inside one operation, and the device's streams."""
 
-    def running(self, threads: int) -> Any:
-        """A context manager held by the host thread while replicas run."""
+    def running(self, threads: int) -> AbstractContextManager[object]:
+        """A context manager held by the host thread while replicas run: nothing to hold."""
+        return nullcontext()
 
+    # The step.
+
+    @abstractmethod
     def train(self, state: Any, batch: list[np.ndarray], context: Context) -> Result:
         """Forward, loss and backward of one replica's rows; gradients go into the state's buffers."""
 
+    def whole_step(self, batches: Sequence[list[np.ndarray]], contexts: Sequence[Context], why_not: str) -> Any:
+        """Whether each replica does all of a training step, its gradients' all-reduce too, by one graph; it does not.
+
+        Args:
+            batches, contexts: of the replicas, which are about to run. Asked on the host thread.
+            why_not: why that is out of the question in this step, if it is.
+
+        Returns:
+            None, or what goes into `Context.whole` of all replicas, whose `begin()` gives the step's reduction
+            (`fastdp.comm.base.Reduction`) with `launch(rank, rendezvous)`. The graph is launched once.
+        """
+        return None
+
+    @abstractmethod
+    def predict(self, state: Any, batch: list[np.ndarray], context: Context) -> Result:
+        """Forward only."""
+
+    # The update.
+
+    @abstractmethod
     def update(self, state: Any, totals: Totals) -> None:
         """Apply the summed gradients, slots and buffers to the state, in place.
 
@@ -118,11 +151,63 @@ class Program(Protocol):
         gradients alone, and all replicas with the same variables.
         """
 
+    def rehearse_update(self, state: Any) -> bool:
+        """Try an update on copies of a few numbers, with the settings and gradients of now; whether that is possible.
+
+        Raises what the update itself would raise. On the replica's worker. It is not possible: what an update changes
+        is copied before.
+        """
+        return False
+
+    # Gradient accumulation.
+
     def accumulate(self, total: FlatBuffers, part: FlatBuffers) -> None:
         """Add `part` to `total`, on the worker of the device that has both. For steps that are not reduced."""
+        for dtype, buffer in total.buffers.items():
+            buffer += part.buffers[dtype]
 
     def fold(self, state: Any) -> None:
-        """Take over reduced gradients into the slots, before the end of their cycle: somebody looks at the slots."""
+        """Take over reduced gradients into the slots, before the end of their cycle: somebody looks at the slots.
 
-    def predict(self, state: Any, batch: list[np.ndarray], context: Context) -> Result:
-        """Forward only."""
+        Raises:
+            NotImplementedError: the program has no slots for gradients.
+        """
+        raise NotImplementedError(
+            f"A {type(self).__name__} has no slots for gradients: end the cycle by a step that reduces."
+        )
+
+
+class _Lookalike(Program):
+    """A program of a class that has the members of `Program` and does not derive from it; others have the defaults.
+
+    Args:
+        program: the object, whose members these are.
+    """
+
+    def __init__(self, program: object) -> None:
+        object.__setattr__(self, "_given", program)
+
+    def __getattribute__(self, name: str) -> Any:
+        given = object.__getattribute__(self, "_given")
+        return getattr(given, name) if hasattr(given, name) else object.__getattribute__(self, name)
+
+
+_NEEDED = ("gradients", *sorted(Program.__abstractmethods__))
+_Lookalike.__abstractmethods__ = frozenset()
+
+
+def as_program(program: object) -> Program:
+    """A program as the engine calls it: itself, or what adds the defaults to one of a class of its own.
+
+    Raises:
+        TypeError: `program` lacks members that every program has.
+    """
+    if isinstance(program, Program):
+        return program
+    missing = [name for name in _NEEDED if not hasattr(program, name)]
+    if missing:
+        raise TypeError(
+            "`program` must be a fastdp.program.base.Program: derive your class from it. "
+            f"Received: a {type(program).__name__} without {missing}"
+        )
+    return _Lookalike(program)  # type: ignore[abstract]

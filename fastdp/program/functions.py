@@ -7,7 +7,6 @@ is copied into the replica's memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 
 from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
 from fastdp.comm.context import Context
-from fastdp.program.base import Result, Totals
+from fastdp.program.base import Program, Result, Totals
 from fastdp.runtime.queue import QueueDevice
 
 Arrays = dict[str, np.ndarray]
@@ -28,7 +27,7 @@ class _State:
     gradients: Arrays
 
 
-class FunctionProgram:
+class FunctionProgram(Program):
     """A model as three functions over named arrays.
 
     Args:
@@ -89,7 +88,7 @@ class FunctionProgram:
                 self._device.copy(old, new)
         self._changed = True
 
-    # The protocol of fastdp.program.base.
+    # What a program has (fastdp.program.base).
 
     def home(self, device: Allocator) -> Home:
         """The first replica's memory; `parameters` become views of it."""
@@ -109,15 +108,6 @@ class FunctionProgram:
                 device.copy(view, value)
         return self._home_slots
 
-    @property
-    def update_is_reliable(self) -> bool:
-        """The update is a function of the user's."""
-        return False
-
-    def rehearse_update(self, state: Any) -> bool:
-        """Not done: what a first update changes is copied before."""
-        return False
-
     def changed_outside(self) -> bool:
         """Whether `set_parameters` was called."""
         return self._changed
@@ -129,13 +119,6 @@ class FunctionProgram:
     def bind(self, memory: Memory, device: QueueDevice, rank: int) -> _State:
         """Named views of a replica's memory."""
         return _State(_named(memory.variables), _named(memory.slots), _named(memory.gradients))
-
-    def prepare_thread(self, threads: int, device: QueueDevice) -> None:
-        """NumPy's own threads are the BLAS library's: left as they are. CuPy's stream is the device's already."""
-
-    def running(self, threads: int) -> nullcontext[None]:
-        """Nothing to hold while replicas run."""
-        return nullcontext()
 
     def train(self, state: _State, batch: list[np.ndarray], context: Context) -> Result:
         """The replica's share of the mean loss and of its gradient."""
@@ -154,15 +137,6 @@ class FunctionProgram:
         for views, values in ((state.parameters, parameters), (state.slots, slots)):
             for name, value in values.items():
                 views[name][...] = value
-
-    def accumulate(self, total: FlatBuffers, part: FlatBuffers) -> None:
-        """Add `part` to `total`."""
-        for dtype, buffer in total.buffers.items():
-            buffer += part.buffers[dtype]
-
-    def fold(self, state: _State) -> None:
-        """Refused: which slots hold gradients is known to the functions alone."""
-        raise NotImplementedError("A FunctionProgram has no slots for gradients: end the cycle by a step that reduces.")
 
     def predict(self, state: _State, batch: list[np.ndarray], context: Context) -> Result:
         """Outputs only."""

@@ -62,8 +62,7 @@ class TorchParallel:
         self.cpu_relocation = options.cpu_relocation
         self._options = replace(options, cpu_relocation=False)  # a module's parameters stay with the first device
         self._scope = deterministic_algorithms if options.deterministic else nullcontext
-        self._program: TorchProgram | None = None
-        self._engine: DataParallel | None = None
+        self._engine: DataParallel[TorchProgram] | None = None
 
     def __repr__(self) -> str:
         return f"TorchParallel({type(self.module).__name__} on {[device.name for device in self.devices]})"
@@ -88,12 +87,12 @@ class TorchParallel:
             ReplicaError: a replica failed (also an instance of the built-in error that it failed with).
             ValueError: no rows, or arrays of unequal length.
         """
-        if self._program is None or self._engine is None:
-            self._program = TorchProgram(self.module, sync_batch_norm=self._options.sync_batch_norm)
-            self._engine = DataParallel(self._program, self.devices, options=self._options)
-        arrays, structure = self._program.structure(args, kwargs)
+        if self._engine is None:
+            program = TorchProgram(self.module, sync_batch_norm=self._options.sync_batch_norm)
+            self._engine = DataParallel(program, self.devices, options=self._options)
+        batch = self._engine.program.batch(args, kwargs)
         with self._scope():
-            return self._program.outputs(self._engine.predict(arrays, structure=structure))
+            return self._engine.program.outputs(self._engine.predict(batch))
 
     def train_step(
         self,
@@ -133,9 +132,8 @@ class TorchParallel:
             clip_grad_norm=clip_grad_norm,
             accumulate=accumulate,
         )
-        engine = DataParallel(program, self.devices, options=self._options)
-        self._program, self._engine = program, engine
-        return TrainStep(program, engine, self._scope)
+        self._engine = DataParallel(program, self.devices, options=self._options)
+        return TrainStep(self._engine, self._scope)
 
     def report(self) -> Report:
         """How steps run, what takes the time in them, and where the memory is; printed, it is tables.
@@ -153,7 +151,7 @@ class TorchParallel:
 
         Learning rates and other settings in its `param_groups`, and a state that it loads, reach all replicas.
         """
-        optimizers = self._program.optimizers if self._program is not None else None
+        optimizers = self._engine.program.optimizers if self._engine is not None else None
         return optimizers.first if optimizers is not None else None
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -181,8 +179,8 @@ class TorchParallel:
 class TrainStep:
     """Trains on one global batch per call. Made by `TorchParallel.train_step`."""
 
-    def __init__(self, program: TorchProgram, engine: DataParallel, scope: Callable[[], Any] = nullcontext) -> None:
-        self._program = program
+    def __init__(self, engine: DataParallel[TorchProgram], scope: Callable[[], Any] = nullcontext) -> None:
+        self._program = engine.program
         self._engine = engine
         self._scope = scope
 
@@ -212,10 +210,9 @@ class TrainStep:
             ValueError: no rows, or arrays of unequal length.
         """
         args, kwargs = _arguments(inputs)
-        arrays, structure = self._program.structure(args, kwargs, targets)
+        batch = self._program.batch(args, kwargs, targets)
         with self._scope():
-            reduces = self._program.reduces
-            result = self._engine.train(arrays, structure=structure, wants_outputs=False, reduce=reduces)
+            result = self._engine.train(batch, wants_outputs=False, reduce=self._program.reduces)
         self._program.calls += 1
         return self._program.loss(result)
 

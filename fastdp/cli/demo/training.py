@@ -87,7 +87,7 @@ def _clock(full_batches: int) -> Any:
 
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             if batch < full_batches:
-                self.steps.append(self.model.engine.timings[-1])
+                self.steps.append(self.model.engine.times.latest_work)
 
         def on_test_begin(self, logs: Any = None) -> None:
             self.seconds.append(time.perf_counter() - self._began)

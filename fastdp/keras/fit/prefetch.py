@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 
+from fastdp.comm.batch import Batch
 from fastdp.engine.data_parallel import DataParallel
-from fastdp.program.keras.batch import Structure, flatten_batch, unpack
-
-Flat = tuple[list[np.ndarray], Structure]
+from fastdp.program.keras.batch import make_batch, unpack
+from fastdp.program.keras.layer_calls import CallProgram
 
 
 class Prefetch:
@@ -33,18 +33,22 @@ class Prefetch:
         self._epochs = weakref.ref(epochs)
         self._current: _Batches | None = None
         self._copies = not isinstance(epochs.data_adapter, ArrayDataAdapter)
-        self._flat: tuple[Any, Flat] | None = None
+        self._fetched: tuple[Any, Batch] | None = None
         begin = _beginning(epochs)
         epochs._get_iterator = lambda: self._follow(begin())
 
-    def flat(self, data: Any) -> Flat:
-        """The batch as arrays; the staged arrays if the batch was fetched ahead."""
-        known, self._flat = self._flat, None
+    def batch_of(self, data: Any) -> Batch:
+        """The batch as the engine takes it; the staged one if it was fetched ahead.
+
+        Raises:
+            ValueError: as of `make_batch`.
+        """
+        known, self._fetched = self._fetched, None
         if known is not None and known[0] is data:
             return known[1]
-        return flatten_batch(unpack(data))
+        return make_batch(unpack(data))
 
-    def advance(self, engine: DataParallel) -> None:
+    def advance(self, engine: DataParallel[CallProgram]) -> None:
         """Fetch the epoch's next batch, if there is one, and start to copy its rows. Called in the middle of a step."""
         batches, epochs = self._current, self._epochs()
         if batches is None or epochs is None or not batches.fetch(epochs.steps_per_epoch, epochs._num_batches):
@@ -52,14 +56,14 @@ class Prefetch:
         data = batches.fetched
         # An invalid batch raises in its own step.
         with contextlib.suppress(TypeError, ValueError):
-            flat = flatten_batch(unpack(data))
-            engine.stage(flat[0])
-            self._flat = data, flat
+            batch = make_batch(unpack(data))
+            engine.stage(batch)
+            self._fetched = data, batch
 
-    def end(self, engine: DataParallel | None) -> None:
+    def end(self, engine: DataParallel[CallProgram] | None) -> None:
         """Drop a batch that was fetched and not used, at the end of `fit`."""
-        fetched = self._flat is not None
-        self._current = self._flat = None
+        fetched = self._fetched is not None
+        self._current = self._fetched = None
         if fetched and engine is not None:
             engine.forget_staged()
 

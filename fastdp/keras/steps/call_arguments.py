@@ -17,7 +17,8 @@ import keras
 import numpy as np
 import torch
 
-from fastdp.program.keras.batch import Structure, flatten_batch, pack_like
+from fastdp.comm.batch import Batch
+from fastdp.program.keras.batch import make_batch, pack_like
 
 # For each tensor of a call, whether it is dealt out by rows.
 Roles = tuple[bool, ...]
@@ -109,9 +110,9 @@ class CallArguments:
         if any(_size(self.masks[i]) != self._sizes[i] for i in masked):
             return None
         tensors = [*(self.tensors[i] for i in rows), *(self.masks[i] for i in masked)]
-        arrays, structure = flatten_batch(([tensor.detach() for tensor in tensors], None, None))
+        batch = make_batch(([tensor.detach() for tensor in tensors], None, None))
         shared = [i for i in range(len(roles)) if i not in rows]
-        return DealtCall(self, rows, masked, shared, tensors, arrays, structure)
+        return DealtCall(self, rows, masked, shared, tensors, batch)
 
     def run(self, values: dict[int, torch.Tensor], masks: dict[int, torch.Tensor]) -> Any:
         """The call with other tensors and masks in the place of some."""
@@ -137,7 +138,7 @@ class DealtCall:
 
     Attributes:
         tensors: those with rows, then the masks of these.
-        arrays, structure: the same for the engine.
+        batch: the same for the engine.
     """
 
     arguments: CallArguments
@@ -145,8 +146,7 @@ class DealtCall:
     _masked: list[int]
     _shared: list[int]
     tensors: list[torch.Tensor]
-    arrays: Any
-    structure: Structure
+    batch: Batch
 
     @property
     def shared(self) -> list[torch.Tensor]:

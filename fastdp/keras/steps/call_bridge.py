@@ -3,41 +3,53 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import keras
-import numpy as np
 import torch
 from keras.src.backend.torch.core import get_device
 
+from fastdp.comm.batch import Batch
+from fastdp.engine.data_parallel import DataParallel
 from fastdp.keras.steps.call_arguments import DealtCall
 from fastdp.program.keras.layer_calls import Backward, CallProgram, Forward
 from fastdp.program.keras.rows.call_probe import LayerEffects
 from fastdp.tensors.arrays import as_tensor
 
 
-def on_devices(calls: Any, effects: LayerEffects, call: DealtCall) -> Any:
+class Calls(Protocol):
+    """Who makes calls on an engine (`fastdp.keras.steps.layer_calls.LayerCalls`)."""
+
+    engine: DataParallel[CallProgram]
+    program: CallProgram
+    cuts_outputs: bool
+
+    def note_second_gradient(self) -> None:
+        """A gradient is computed so that it has one itself: on one device."""
+
+
+def on_devices(calls: Calls, effects: LayerEffects, call: DealtCall) -> Any:
     """The layer on all devices; outputs are merged, and take part in autograd.
 
     Args:
-        calls: a `LayerCalls`: its engine, whose program is a `CallProgram`; whether it `cuts_outputs`, and refuses
-            those that are computed from one another, since there is no gradient between them; what it notes.
+        calls: whose engine runs them; whether it `cuts_outputs`, and refuses those that are computed from one another,
+            since there is no gradient between them; what it notes.
         effects: what is known of such calls.
 
     Raises:
         NotByRowsError: before anything was assigned, where that is so.
     """
-    program: CallProgram = calls.program
     layer = call.arguments.layer
     grad = torch.is_grad_enabled()
     shared = call.shared
     rows_want, shared_want = ([grad and _has_gradient(t) for t in tensors] for tensors in (call.tensors, shared))
     weights = [v for v in layer.variables if v.value.requires_grad] if grad else []
     differentiable = any(rows_want) or any(shared_want) or bool(weights)
-    work = Forward(call.on_rows, call.structure, rows_want, weights, differentiable, shared, shared_want)
+    work = Forward(effects, call.on_rows, rows_want, weights, differentiable, shared, shared_want)
     work.refuses_chains = calls.cuts_outputs
-    work.seeds = program.seeds_now() if differentiable else []
-    step = _Step(calls, effects, work, call.arrays)
+    work.seeds = calls.program.seeds_now() if differentiable else []
+    step = _Step(calls, work, call.batch)
     tensors = _Bridge.apply(step, *call.tensors, *shared, *(v.value for v in weights))
     step.given = [weakref.ref(tensor) for tensor in tensors] if work.chained else []
     outputs, numbers = tensors[: step.outputs], tensors[step.outputs :]
@@ -56,23 +68,18 @@ def _has_gradient(tensor: torch.Tensor) -> bool:
 class _Step:
     """The two engine steps of one call: forward, and backward if it is asked for."""
 
-    def __init__(self, calls: Any, effects: LayerEffects, work: Forward, arrays: list[np.ndarray]) -> None:
-        self._calls, self._engine = calls, calls.engine
-        self._effects, self.work, self._arrays = effects, work, arrays
+    def __init__(self, calls: Calls, work: Forward, batch: Batch) -> None:
+        self._calls, self._engine, self._program = calls, calls.engine, calls.program
+        self.work, self._batch = work, batch
         self.structure: Any = None
         self.outputs = 0
         self.given: list[weakref.ref[torch.Tensor]] = []
 
     def forward(self) -> list[torch.Tensor]:
         """The merged outputs, their masks, the sums of the `add_loss` terms, and outputs that are one number."""
-        program: CallProgram = self._engine.program
-        program.effects, before = self._effects, program.effects
-        try:
-            result = self._engine.predict(self._arrays, structure=self.work)
-        finally:
-            program.effects = before
+        result = self._engine.call(self._batch, partial(self._program.forward, self.work))
         notes = result.notes
-        program.assign(result.sums, notes, result.every_note, self._effects)
+        self._program.assign(result.sums, notes, result.every_note, self.work.effects)
         self.structure, self.outputs = notes.structure, len(result.outputs)
         dtypes = [*notes.structure.dtypes, *["bool"] * (len(result.outputs) - len(notes.structure.dtypes))]
         device = get_device()  # where plain Keras's would be
@@ -87,8 +94,8 @@ class _Step:
         forward = self.work
         work = Backward(forward, gradients[: self.outputs], gradients[self.outputs :])
         work.leaves = [None] * forward.leaf_count
-        result = self._engine.predict(self._arrays, structure=work)
-        wanted = [d for d, wants in zip(forward.structure.dtypes, forward.rows_want, strict=False) if wants]
+        result = self._engine.call(self._batch, partial(self._program.backward, work))
+        wanted = [d for d, wants in zip(self._batch.structure.dtypes, forward.rows_want, strict=False) if wants]
         rows = iter(as_tensor(array, dtype) for array, dtype in zip(result.outputs, wanted, strict=True))
         leaves = iter(work.leaves)
         shared = [next(leaves) if wants else None for wants in forward.shared_want]
@@ -114,13 +121,8 @@ class _Step:
         """The same, as something that can be differentiated again: computed on one device."""
         self._calls.note_second_gradient()
         work = self.work
-        program: CallProgram = self._engine.program
         rows, others = len(work.rows_want), len(work.rows_want) + len(work.shared_want)
-        program.effects, before = self._effects, program.effects
-        try:
-            roots = program.replay(work, list(tensors[:rows]), list(tensors[rows:others]), self._arrays)
-        finally:
-            program.effects = before
+        roots = self._program.replay(work, list(tensors[:rows]), list(tensors[rows:others]), self._batch)
         pairs = [(r, g) for r, g in zip(roots, gradients, strict=True) if g is not None and r.requires_grad]
         wants = [*work.rows_want, *work.shared_want, *[True] * len(work.weights)]
         targets = [tensor for tensor, wanted in zip(tensors, wants, strict=True) if wanted]

@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 
+from fastdp.engine.data_parallel import DataParallel
 from fastdp.errors import ReplicaError
 from fastdp.keras.steps.call_arguments import CallArguments, DealtCall, Roles
 from fastdp.keras.steps.call_bridge import on_devices
@@ -56,7 +57,7 @@ class _Kind:
 
 
 class LayerCalls:
-    """Runs the calls of a model's layers on an engine, whose program is a `CallProgram`.
+    """Runs the calls of a model's layers on an engine.
 
     Attributes:
         counts: by the layer's name. Calls with a single row, and of layers without weights, do not count.
@@ -66,9 +67,9 @@ class LayerCalls:
     # Whether outputs that are computed from one another are refused: a gradient between them may be asked for.
     cuts_outputs = False
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: DataParallel[CallProgram]) -> None:
         self.engine = engine
-        self.program: CallProgram = engine.program
+        self.program = engine.program
         self.counts: dict[str, Count] = {}
         self.told = False
         self.postponed = False
@@ -191,14 +192,14 @@ class LayerCalls:
         if sole and self._is_known(call):
             effects.take_as_known()
             return _Kind(effects, roles, open=False)
-        rows = effects.try_call(dealt.on_rows, dealt.arrays, dealt.structure, dealt.shared)
+        rows = effects.try_call(dealt.on_rows, dealt.batch.arrays, dealt.batch.structure, dealt.shared)
         if effects.refused is None and not sole and not self._is_part(effects, rows, call, dealt):
             effects.refused = "its outputs for two rows are not those rows of its outputs for the whole batch"
         return _Kind(effects, roles, effects.refused, open=not effects.tried)
 
     @staticmethod
     def _is_part(effects: LayerEffects, rows: Any, call: CallArguments, dealt: DealtCall) -> bool:
-        return effects.is_part_of(rows, call.plain, dealt.arrays, dealt.structure)
+        return effects.is_part_of(rows, call.plain, dealt.batch.arrays, dealt.batch.structure)
 
     @staticmethod
     def _is_known(call: CallArguments) -> bool:

@@ -55,7 +55,7 @@ class ModelEngine:
         self._template_state = template_state
         self._falls_back = falls_back
         self._policy = Policy(options.rows, falls_back)
-        self._engine: DataParallel | None = None
+        self._engine: DataParallel[CallProgram] | None = None
         self._calls: LayerCalls | None = None
         self._trains: list[bool] = []
         self._layers: list[Any] = []
@@ -63,7 +63,7 @@ class ModelEngine:
         self._variables_known = False
 
     @property
-    def engine(self) -> DataParallel:
+    def engine(self) -> DataParallel[CallProgram]:
         """The engine, made for the model as it is compiled now: asked for where Keras's loops begin to train."""
         trainer = self.trainer
         if trainer.compiled and trainer.optimizer is not None and not trainer.optimizer.built:
@@ -71,7 +71,7 @@ class ModelEngine:
         return self.engine_of_model
 
     @property
-    def engine_of_model(self) -> DataParallel:
+    def engine_of_model(self) -> DataParallel[CallProgram]:
         """The engine for the model as it is now. An optimizer without variables as yet is left to who trains first."""
         if self._engine is None or not self.is_unchanged() or self._stale(self._engine.program):
             self.forget_engine()
@@ -83,7 +83,7 @@ class ModelEngine:
         self._trains = self._trainability(self._engine.program)
         return self._engine
 
-    def _made(self) -> DataParallel:
+    def _made(self) -> DataParallel[CallProgram]:
         """An engine."""
         with torch.inference_mode(False):  # memory that is made in that mode takes no part in autograd ever
             program = CallProgram(
@@ -105,7 +105,7 @@ class ModelEngine:
             return DataParallel(program, self.devices, options=self._options)
 
     @property
-    def engine_within_loop(self) -> DataParallel:
+    def engine_within_loop(self) -> DataParallel[CallProgram]:
         """The engine for the next batch: another where a callback has frozen weights, or changed the optimizer, since.
 
         Asked for at each batch, so it compares flags, and not the lists of variables that Keras would make of them.
@@ -114,7 +114,7 @@ class ModelEngine:
         return self._engine if self._engine is not None and self._is_for(optimizer) else self.engine
 
     @property
-    def engine_for_calls(self) -> DataParallel:
+    def engine_for_calls(self) -> DataParallel[CallProgram]:
         """The engine for a call that trains nothing by itself: as in a loop, but the optimizer is left as it is."""
         if self._engine is not None and self._is_for(optimizer_of(self.trainer)):
             return self._engine
@@ -122,7 +122,7 @@ class ModelEngine:
 
     def _is_for(self, optimizer: Any) -> bool:
         """Whether the engine was made for this optimizer, and for what is trained now."""
-        program: Any = self._engine.program if self._engine is not None else None
+        program = self._engine.program if self._engine is not None else None
         if program is None or program.optimizer is not optimizer or self._trainability(program) != self._trains:
             return False
         return self.is_unchanged()
@@ -138,12 +138,12 @@ class ModelEngine:
             for layer in self._layers
         )
 
-    def _trainability(self, program: Any) -> list[bool]:
+    def _trainability(self, program: CallProgram) -> list[bool]:
         """The flags from which Keras tells the variables that are trained."""
         return [self.template.trainable, *[variable._trainable for variable in program.variables]]
 
     @property
-    def made_engine(self) -> DataParallel | None:
+    def made_engine(self) -> DataParallel[CallProgram] | None:
         """The engine, if there is one by now."""
         return self._engine
 
@@ -157,9 +157,8 @@ class ModelEngine:
 
     def settle(self) -> None:
         """Let the optimizer's own accumulators have the gradients of a cycle that is not over."""
-        program: Any = self._engine.program if self._engine is not None else None
-        if program is not None:
-            program.accumulation.settle()
+        if self._engine is not None:
+            self._engine.program.accumulation.settle()
 
     def capture_by(self, mode: str | None) -> None:
         """Let the next engine capture steps by another mode."""
@@ -168,10 +167,9 @@ class ModelEngine:
     @property
     def captures(self) -> Captures[StepSums] | None:
         """The captured steps of the present engine."""
-        program: Any = self._engine.program if self._engine is not None else None
-        return program.captures if program is not None else None
+        return self._engine.program.captures if self._engine is not None else None
 
-    def _stale(self, program: Any) -> bool:
+    def _stale(self, program: CallProgram) -> bool:
         """Whether the program was made for other variables than those that are trained now."""
         trainable = program.trainable if program.follows_trainable else self.template.trainable_variables
         optimizer = optimizer_of(self.trainer)

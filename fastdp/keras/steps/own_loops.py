@@ -17,19 +17,21 @@ import numpy as np
 import torch
 from keras.src.backend.common import global_state
 
+from fastdp.engine.data_parallel import DataParallel
 from fastdp.keras.steps.call_arguments import CallArguments
 from fastdp.keras.steps.layer_calls import Attempt, LayerCalls
+from fastdp.program.keras.layer_calls import CallProgram
 from fastdp.warn import warn_user
 
 _thread = threading.local()
 
 
 class ModelCalls(LayerCalls):
-    """Runs calls of a whole model on an engine, whose program is a `CallProgram`."""
+    """Runs calls of a whole model on an engine."""
 
     cuts_outputs = True
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: DataParallel[CallProgram]) -> None:
         super().__init__(engine)
         self._unbuilt = not all(layer.built for layer in self.program.model._flatten_layers())
         self._begun: set[Any] = set()
@@ -56,7 +58,7 @@ class ModelCalls(LayerCalls):
 
     def attempt(self, call: CallArguments) -> Attempt:
         """As for layers; weights may have been written where nobody can tell."""
-        self.program.doubted = True
+        self.program.doubt()
         return super().attempt(call)
 
     def _builds(self, call: CallArguments) -> bool:

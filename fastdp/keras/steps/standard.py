@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import torch
 
-from fastdp.comm.batch import ResidentArray, count_rows
+from fastdp.comm.batch import Batch, ResidentArray
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.step import StepResult
 from fastdp.errors import ReplicaError
@@ -24,8 +24,9 @@ from fastdp.keras.steps.layer_calls import LayerCalls
 from fastdp.keras.steps.model_engine import ModelEngine
 from fastdp.keras.steps.own_loops import ModelCalls, inside_step, say_once
 from fastdp.keras.steps.rollback import StepRollback
-from fastdp.program.keras.batch import Structure, flatten_batch, unpack
+from fastdp.program.keras.batch import make_batch, unpack
 from fastdp.program.keras.indices import IndicesNamed, rows_of
+from fastdp.program.keras.layer_calls import CallProgram
 from fastdp.program.keras.loss.per_sample import own_copy
 from fastdp.program.keras.rows.effects import NotByRowsError, UndecidedError
 from fastdp.tensors.arrays import as_tensor
@@ -37,7 +38,7 @@ def _deterministic_if_asked(step: Callable[..., Any]) -> Callable[..., Any]:
     """A method of `Steps` that uses torch's deterministic algorithms, where that is asked for."""
 
     @functools.wraps(step)
-    def run(self: Steps, engine: DataParallel, data: Any) -> Any:
+    def run(self: Steps, engine: DataParallel[CallProgram], data: Any) -> Any:
         with deterministic_algorithms() if self._options.deterministic else nullcontext():
             return step(self, engine, data)
 
@@ -53,6 +54,7 @@ class Steps(ModelEngine):
 
     _model_calls: ModelCalls | None = None
     _told_of_values = False
+    _checked: tuple[Any, Batch] | None = None
     # The batches of the present `fit`, where the next one is fetched while a step runs.
     ahead: Prefetch | None = None
 
@@ -67,6 +69,21 @@ class Steps(ModelEngine):
         if ahead is not None:
             ahead.end(self._engine)
 
+    def check_batch(self, data: Any) -> None:
+        """A batch that the next step gets has arrays with the same number of rows.
+
+        Raises:
+            ValueError: as of `make_batch`.
+        """
+        self._checked = data, make_batch(unpack(data))
+
+    def _batch(self, data: Any, ahead: Prefetch | None = None) -> Batch:
+        """A batch as the engine takes it: the one that was checked, or fetched ahead, if it is that."""
+        checked, self._checked = self._checked, None
+        if checked is not None and checked[0] is data:
+            return checked[1]
+        return make_batch(unpack(data)) if ahead is None else ahead.batch_of(data)
+
     def _check_variables(self) -> None:
         """The optimizer was built for all that is trained: what was thawed since is Keras's error, once asked for."""
         if not self._variables_known:
@@ -79,32 +96,31 @@ class Steps(ModelEngine):
         return self._calls.report if self._calls is not None else []
 
     @_deterministic_if_asked
-    def train(self, engine: DataParallel, data: Any) -> Any:
+    def train(self, engine: DataParallel[CallProgram], data: Any) -> Any:
         """One training step; the logs."""
         if has_own(self.template, "train_step"):
             return self._own_step("train_step", data)
         ahead = self.ahead
-        arrays, structure = flatten_batch(unpack(data)) if ahead is None else ahead.flat(data)
-        count_rows(arrays, structure.names)
-        program: Any = engine.program
+        batch = self._batch(data, ahead)
+        program = engine.program
         self._check_variables()
-        program.inspect(arrays, structure)
+        program.inspect(batch)
         if not program.trainable:
             warn_user("The model does not have any trainable weights.")
+        wants_outputs = self._wants_outputs()
         if program.captures is not None:
-            program.captures.prepare(arrays, structure, self._wants_outputs())
+            program.captures.prepare(batch, batch.structure, wants_outputs)
         began = time.perf_counter()
         reduce = program.accumulation.reduces(engine)
-        options = {"structure": structure, "wants_outputs": self._wants_outputs(), "reduce": reduce}
         # What draws while batches are made must come after the step's own draws.
         meanwhile = None if ahead is None or program.draws.moves else lambda: ahead.advance(engine)
         with _cause_of_row_errors():
             try:
-                result = engine.train(arrays, while_running=meanwhile, **options)
+                result = engine.train(batch, wants_outputs=wants_outputs, reduce=reduce, while_running=meanwhile)
             except ReplicaError as error:  # before anything was changed
                 _check_is_undecided(error)
-                program.inspect(arrays, structure, every_row=True)
-                result = engine.train(arrays, **options)
+                program.inspect(batch, every_row=True)
+                result = engine.train(batch, wants_outputs=wants_outputs, reduce=reduce)
         program.accumulation.stepped()
         program.leave_gradients(engine)
         if program.captures is not None:
@@ -113,21 +129,22 @@ class Steps(ModelEngine):
         self._leave_losses(result.sums[1 + result.notes.terms - result.notes.added : 1 + result.notes.terms])
         x = y = sample_weight = y_pred = None
         if result.notes.structure is not None:  # otherwise nobody looks
-            x, y, sample_weight = structure.pack(arrays, inputs=self._has_own_metrics())
+            x, y, sample_weight = batch.structure.pack(batch.arrays, inputs=self._has_own_metrics())
             y_pred = result.notes.structure.pack(result.outputs)
         return self.trainer.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
 
     @_deterministic_if_asked
-    def test(self, engine: DataParallel, data: Any) -> Any:
+    def test(self, engine: DataParallel[CallProgram], data: Any) -> Any:
         """One test step; the logs."""
         if has_own(self.template, "test_step"):
             return self._own_step("test_step", data)
-        arrays, structure, y_pred, result = self._forward(engine, unpack(data))
-        x, y, sample_weight = structure.pack(arrays, inputs=self._has_own_metrics() or self._has_own_loss())
-        program: Any = engine.program
+        batch = self._batch(data)
+        y_pred, result = self._forward(engine, batch)
+        looks = self._has_own_metrics() or self._has_own_loss()
+        x, y, sample_weight = batch.structure.pack(batch.arrays, inputs=looks)
         added = map(keras.ops.convert_to_tensor, result.sums[: result.notes.terms])
         named = IndicesNamed(partial(self._loss_of_rows, (x, y, y_pred, sample_weight)), 0, result.rows)
-        with _losses_of_step(self.template, [*added, *program.regularization()]), named:
+        with _losses_of_step(self.template, [*added, *engine.program.regularization()]), named:
             loss = self.trainer._compute_loss(x, y, y_pred, own_copy(sample_weight), training=False)
         self.trainer._loss_tracker.update_state(loss, sample_weight=result.rows)
         return self.trainer.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
@@ -139,22 +156,22 @@ class Steps(ModelEngine):
             self.trainer._compute_loss(x, y, y_pred, own_copy(weights), training=False)
 
     @_deterministic_if_asked
-    def predict(self, engine: DataParallel, data: Any) -> Any:
+    def predict(self, engine: DataParallel[CallProgram], data: Any) -> Any:
         """One prediction step; the merged outputs of one batch."""
         if has_own(self.template, "predict_step"):
             return self._own_step("predict_step", data)
         return self.outputs(engine, data)
 
     @_deterministic_if_asked
-    def outputs(self, engine: DataParallel, data: Any) -> Any:
+    def outputs(self, engine: DataParallel[CallProgram], data: Any) -> Any:
         """The merged outputs of the model itself for one batch."""
         x, _, _ = unpack(data)
-        return self._forward(engine, (x, None, None))[2]
+        return self._forward(engine, make_batch((x, None, None)))[0]
 
     def merged_outputs(self, inputs: Any) -> Any:
         """The model's outputs for a call by the script itself that needs no gradient."""
-        engine: Any = self.engine_for_calls
-        engine.program.doubted = True
+        engine = self.engine_for_calls
+        engine.program.doubt()
         return self.outputs(engine, (inputs, None, None))
 
     def call(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -225,23 +242,21 @@ class Steps(ModelEngine):
         calls.told = True
         warn_user(f"fastdp: {message}, so it ran on one device. Let it call the model's layers on batches.")
 
-    def _forward(self, engine: DataParallel, data: Any) -> tuple[Any, Structure, Any, StepResult]:
-        """Run the replicas forward; the batch and its structure, the merged outputs, the engine's result."""
-        arrays, structure = flatten_batch(data)
-        count_rows(arrays, structure.names)
-        program: Any = engine.program
-        program.inspect(arrays, structure, training=False)
+    def _forward(self, engine: DataParallel[CallProgram], batch: Batch) -> tuple[Any, StepResult]:
+        """Run the replicas forward; the merged outputs, the engine's result."""
+        program = engine.program
+        program.inspect(batch, training=False)
         with _cause_of_row_errors():
             try:
-                result = engine.predict(arrays, structure=structure)
+                result = engine.predict(batch)
                 program.assign(result.sums, result.notes, result.every_note)
             except (ReplicaError, UndecidedError) as error:  # before anything was changed
                 _check_is_undecided(error)
-                program.inspect(arrays, structure, training=False, every_row=True)
-                result = engine.predict(arrays, structure=structure)
+                program.inspect(batch, training=False, every_row=True)
+                result = engine.predict(batch)
                 program.assign(result.sums, result.notes, result.every_note)
         self._leave_losses(result.sums[: result.notes.terms])
-        return arrays, structure, result.notes.structure.pack(result.outputs), result
+        return result.notes.structure.pack(result.outputs), result
 
     def _track_loss(self, result: StepResult) -> None:
         """Update Keras's trackers of the loss and of its terms, as one device would."""

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import torch
 
-from fastdp.comm.batch import ResidentArray
+from fastdp.comm.batch import Batch, ResidentArray
 from fastdp.program.keras.rows.effects import MEAN_SCALAR, ROWS_FIRST, Effect, Layout
 from fastdp.shard import Rows
 from fastdp.tensors.arrays import as_array, as_tensor, dtype_name
@@ -27,7 +27,15 @@ class Structure:
 
     nest: Any
     dtypes: tuple[str | None, ...]
-    names: tuple[str, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """A readable name for each array of `(x, y, sample_weight)`, for messages."""
+        names = []
+        for label, part in zip(_PARTS, self.nest if isinstance(self.nest, tuple) else (self.nest,), strict=False):
+            for path, _ in keras.tree.flatten_with_path(part) if keras.tree.is_nested(part) else [((), part)]:
+                names.append(label + "".join(f"[{key!r}]" for key in path))
+        return [name for name, dtype in zip(names, self.dtypes, strict=False) if dtype is not None]
 
     def pack(self, arrays: Sequence[np.ndarray], *, inputs: bool = True) -> Any:
         """The nest again, with tensors that share the arrays' memory.
@@ -63,6 +71,16 @@ def pack_like(nest: Any, leaves: Sequence[Any]) -> Any:
     return keras.tree.map_structure(lambda _, leaf: leaf, nest, packed) if keras.tree.is_nested(nest) else packed
 
 
+def make_batch(data: Any) -> Batch:
+    """A batch `(x, y, sample_weight)` as the engine takes it, with its `Structure`.
+
+    Raises:
+        ValueError: no arrays, arrays without rows, or with unequal numbers of rows; the message names them.
+    """
+    arrays, structure = flatten_batch(data)
+    return Batch.of(arrays, structure, lambda: structure.names)
+
+
 def flatten_batch(data: Any) -> tuple[Any, Structure]:
     """A batch `(x, y, sample_weight)` as host arrays and their structure.
 
@@ -79,7 +97,7 @@ def flatten_batch(data: Any) -> tuple[Any, Structure]:
         flat = type(data) is tuple and len(data) == 3 and not any(map(keras.tree.is_nested, data))
         dtypes = [str(leaf.dtype) if leaf is not None else None for leaf in leaves]
         nest = _PLAIN if flat else keras.tree.map_structure(lambda _: 0, data)
-        return resident, Structure(nest, tuple(dtypes), tuple(_names(data)))
+        return resident, Structure(nest, tuple(dtypes))
     for leaf in leaves:
         if leaf is None:
             dtypes.append(None)
@@ -87,26 +105,13 @@ def flatten_batch(data: Any) -> tuple[Any, Structure]:
         tensor = leaf if isinstance(leaf, torch.Tensor) else _host_tensor(leaf)
         arrays.append(as_array(tensor))
         dtypes.append(dtype_name(tensor))
-    if plain:
-        names = [name for name, leaf in zip(_PARTS, data, strict=True) if leaf is not None]
-        return arrays, Structure(_PLAIN, tuple(dtypes), tuple(names))
-    return arrays, Structure(keras.tree.map_structure(lambda _: 0, data), tuple(dtypes), tuple(_names(data)))
+    return arrays, Structure(_PLAIN if plain else keras.tree.map_structure(lambda _: 0, data), tuple(dtypes))
 
 
 def _host_tensor(leaf: Any) -> torch.Tensor:
     """A NumPy array, or whatever Keras takes for one, as a tensor in host memory."""
     with keras.device("cpu"):
         return keras.ops.convert_to_tensor(leaf)
-
-
-def _names(data: Any) -> list[str]:
-    """A readable name for each array of `(x, y, sample_weight)`, for messages."""
-    names = []
-    for label, part in zip(_PARTS, data if isinstance(data, tuple) else (data,), strict=False):
-        for path, leaf in keras.tree.flatten_with_path(part) if keras.tree.is_nested(part) else [((), part)]:
-            if leaf is not None:
-                names.append(label + "".join(f"[{key!r}]" for key in path))
-    return names
 
 
 @dataclass(frozen=True, slots=True)

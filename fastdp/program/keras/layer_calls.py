@@ -17,9 +17,11 @@ import keras
 import numpy as np
 import torch
 
+from fastdp.buffers import Allocator, FlatBuffers
+from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.program.base import Result
-from fastdp.program.keras.batch import Structure, flatten_outputs, pack_like, unpack
+from fastdp.program.keras.batch import flatten_outputs, pack_like, unpack
 from fastdp.program.keras.indices import IndicesNamed
 from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.placement.graph import gradients_of
@@ -30,7 +32,7 @@ from fastdp.program.keras.replica import ReplicaContext, keras_device, replica_s
 from fastdp.program.keras.rows.call_probe import LayerEffects, RowsCall, is_number
 from fastdp.program.keras.rows.effects import Effect, NotByRowsError
 from fastdp.program.keras.step_sums import Notes, SideEffects, StepSums
-from fastdp.program.keras.variables import Mapping, ReplicaScope
+from fastdp.program.keras.variables import Mapping, ReplicaScope, ReplicaState
 from fastdp.tensors.arrays import as_array
 
 
@@ -94,8 +96,8 @@ class Forward:
     """One call of a layer.
 
     Args:
+        effects: what is known of such calls.
         call: runs the layer on the row tensors (all of them, or a replica's rows) and the shared ones.
-        structure: of the row tensors.
         rows_want, shared_want: for each row tensor and each shared tensor, whether its gradient may be asked for.
         weights: the trainable variables that the layer may use; none where nothing is differentiated.
         differentiable: build autograd's graph.
@@ -106,8 +108,8 @@ class Forward:
     error.
     """
 
+    effects: LayerEffects
     call: RowsCall
-    structure: Structure
     rows_want: list[bool]
     weights: list[keras.Variable]
     differentiable: bool
@@ -148,7 +150,7 @@ class CallProgram(KerasProgram):
     def __init__(self, model: Any, trainer: Any, *, own_train_step: bool, **options: Any) -> None:
         super().__init__(model, trainer, **options)
         self.own_train_step = own_train_step
-        self.doubted = False
+        self._doubted = False
         self.follows_trainable = own_train_step or self.optimizer is None
         if self.follows_trainable:
             # Leaves of autograd all the same, and those that are frozen now too: a step may thaw them in its middle.
@@ -158,15 +160,11 @@ class CallProgram(KerasProgram):
             self.gradients = []
             self.slots = []
 
-    def home_slots(self, device: Any) -> Any:
+    def home_slots(self, device: Allocator) -> FlatBuffers:
         """No slots where the model's own step updates the weights."""
         if not self.own_train_step:
             return super().home_slots(device)
-        optimizer, self.optimizer = self.optimizer, None
-        try:
-            return super().home_slots(device)
-        finally:
-            self.optimizer = optimizer
+        return FlatBuffers([], device)
 
     def changed_outside(self) -> bool:
         """As for any program; also where nobody can tell.
@@ -174,8 +172,12 @@ class CallProgram(KerasProgram):
         Torch counts no writes of its fused optimizers and none through `.data`, and both are usual in loops of a
         script's own: so replicas are refreshed before each call from one, and after each backward pass.
         """
-        doubted, self.doubted = self.doubted, False
+        doubted, self._doubted = self._doubted, False
         return super().changed_outside() or doubted
+
+    def doubt(self) -> None:
+        """Weights may have been written where nobody can tell: replicas are refreshed before the next step."""
+        self._doubted = True
 
     def effects_of(self, layer: Any) -> LayerEffects:
         """What is to be found out about calls of a layer."""
@@ -194,21 +196,14 @@ class CallProgram(KerasProgram):
         generators = [g for layer in self.model._flatten_layers() for g in layer._seed_generators]
         return [(g.state, g.state.value.detach().clone()) for g in generators]
 
-    def predict(self, state: Any, batch: list[np.ndarray], context: Context) -> Result:
-        """One call, forward or backward; or the whole model forward."""
-        work = context.structure
-        if isinstance(work, Forward):
-            return self._forward(state, batch, context, work)
-        if isinstance(work, Backward):
-            return self._backward(context, work)
-        return super().predict(state, batch, context)
+    # A call, in the place of `predict`: see `DataParallel.call`.
 
-    def _forward(self, state: Any, batch: list[np.ndarray], context: Context, work: Forward) -> Result:
+    def forward(self, work: Forward, state: ReplicaState, batch: list[np.ndarray], context: Context) -> Result:
         """The layer on a replica's rows."""
-        rows, _, _ = unpack(work.structure.pack(batch))
+        rows, _, _ = unpack(context.structure.pack(batch))
         inputs = _leaves(rows, work.rows_want, context.torch_device)
         shared = _leaves(work.shared, work.shared_want, context.torch_device)
-        run = self.running_replica(context)
+        run = self.running_replica(context, effects=work.effects)
         weights = set(map(id, work.weights))
         tracing = torch.set_grad_enabled(work.differentiable)
         named = IndicesNamed(
@@ -223,7 +218,7 @@ class CallProgram(KerasProgram):
             named,
         ):
             y = work.call(inputs, shared)
-            losses = self._extra_losses(scope.losses, context)
+            losses = self._extra_losses(scope.losses, context, work.effects)
         keep_values(run, scope, state.mapping)
         form, found, numbers = OutputForm.of(y)
         outputs, structure = flatten_outputs(found)
@@ -237,34 +232,29 @@ class CallProgram(KerasProgram):
                     "one of its outputs is computed from another of them, and merged outputs have no gradients by each "
                     "other"
                 )
-        numbers = [*losses, *self._contributions(numbers, context)]
+        numbers = [*losses, *_contributions(numbers, work.effects, context)]
         if work.differentiable:
             wanted = [tensor for tensor, wants in zip(shared, work.shared_want, strict=True) if wants]
             leaves = [*wanted, *(scope.get_current_value(v) for v in work.weights)]
             work.ran[context.rank] = _Ran(context, run, inputs, leaves, outputs, numbers, scope)
         detached = [number.detach() for number in numbers]
         outcome = StepSums([], detached, outputs, structure, SideEffects.of(scope, state.mapping, run))
-        return self._result(outcome, state, context, Notes(structure, len(numbers)))
-
-    def _contributions(self, numbers: Sequence[torch.Tensor], context: Context) -> list[torch.Tensor]:
-        """This replica's contributions to outputs that are one number for the whole batch."""
-        effects: Any = self.effects
-        factors = [1.0 if effect is Effect.SUM else context.rows.share for effect in effects.numbers]
-        return [number * factor for number, factor in zip(numbers, factors, strict=True)]
+        return self._result(outcome, state, context, Notes(structure, len(numbers)), work.effects)
 
     def _on_rows(
-        self, state: Any, work: Forward, rows: Any, shared: Any, context: Context, start: int, stop: int
+        self, state: ReplicaState, work: Forward, rows: Any, shared: Any, context: Context, start: int, stop: int
     ) -> None:
         """The layer on some of a replica's rows, which counts nowhere."""
         first = context.rows.start
         part = [row[start - first : stop - first].detach() for row in rows]
-        run = ReplicaContext(Context.alone(part, work, start, stop, context.rows.total), sites=self.effects.sites)
+        alone = Context.alone(part, context.structure, start, stop, context.rows.total)
+        run = ReplicaContext(alone, sites=work.effects.sites)
         with torch.no_grad(), replica_scope(run), ReplicaScope(state.mapping, set()):
             work.call(part, shared)
 
-    def _backward(self, context: Context, work: Backward) -> Result:
+    def backward(self, work: Backward, state: ReplicaState, batch: list[np.ndarray], context: Context) -> Result:
         """A replica's part of the gradients. Its outputs are those of the row arrays."""
-        self.doubted = True
+        self.doubt()
         ran = work.forward.ran[context.rank]
         ran.context.rendezvous = context.rendezvous  # where synchronized moments meet, backward
         roots, seeds = [], []
@@ -290,7 +280,7 @@ class CallProgram(KerasProgram):
         return Result([as_array(row) for row in rows_found], np.zeros(0), Notes())
 
     def replay(
-        self, work: Forward, inputs: list[torch.Tensor], shared: list[torch.Tensor], batch: list[np.ndarray]
+        self, work: Forward, inputs: list[torch.Tensor], shared: list[torch.Tensor], batch: Batch
     ) -> list[torch.Tensor]:
         """The call again, on the whole batch and on this thread, with a graph that can be differentiated twice.
 
@@ -300,20 +290,26 @@ class CallProgram(KerasProgram):
         Raises:
             NotImplementedError: the layer's BatchNormalization used each replica's own moments.
         """
-        context = Context.alone(batch, work, 0, len(batch[0]), len(batch[0]))
+        context = Context.alone(batch, batch.structure, 0, batch.rows, batch.rows)
         context.step = work.ran[0].context.step
-        run = self.running_replica(context)
-        run.placed, run.generators = None, Generators(work.ran[0].run.generators.step)
+        run = self.running_replica(context, effects=work.effects, spans_devices=False)
+        run.generators = Generators(work.ran[0].run.generators.step)
         mapping = [(v, v.value) for v in self.variables] + work.seeds
         with replica_aware(), torch.enable_grad(), replica_scope(run), ReplicaScope(mapping, set()) as scope:
             _, found, numbers = OutputForm.of(work.call(inputs, shared))
-            losses = self._extra_losses(scope.losses, context)
+            losses = self._extra_losses(scope.losses, context, work.effects)
         if run.moments and not self.sync_batch_norm:
             raise NotImplementedError(
                 "A gradient of a gradient through BatchNormalization needs the moments of the global batch: wrap the "
                 "model with sync_batch_norm=True."
             )
         return [*flatten_outputs(found)[0], *losses, *numbers]
+
+
+def _contributions(numbers: Sequence[torch.Tensor], effects: LayerEffects, context: Context) -> list[torch.Tensor]:
+    """A replica's contributions to outputs that are one number for the whole batch."""
+    factors = [1.0 if effect is Effect.SUM else context.rows.share for effect in effects.numbers]
+    return [number * factor for number, factor in zip(numbers, factors, strict=True)]
 
 
 def _leaves(tensors: Sequence[torch.Tensor], wants: Sequence[bool], device: str) -> list[torch.Tensor]:

@@ -17,10 +17,11 @@ import torch
 
 from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
 from fastdp.capture.steps import Captures
+from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.errors import NotCapturable
-from fastdp.program.base import Result, Totals
-from fastdp.program.keras.batch import OutputStructure, Structure, flatten_outputs, unpack
+from fastdp.program.base import Program, Result, Totals
+from fastdp.program.keras.batch import OutputStructure, flatten_outputs, unpack
 from fastdp.program.keras.gradients import LeftGradients
 from fastdp.program.keras.indices import RowsNamed
 from fastdp.program.keras.optimizer.accumulation import Accumulation
@@ -44,7 +45,7 @@ from fastdp.tensors.gradient_buckets import GradientBuckets
 from fastdp.tensors.threads import prepare_worker, replicas_run
 
 
-class KerasProgram:
+class KerasProgram(Program):
     """Runs a built Keras model as replicas.
 
     Args:
@@ -91,7 +92,7 @@ class KerasProgram:
         self._replicas = replicas
         about = (model, self.variables, self._call, self._seed)
         policy = policy or Policy()
-        self.effects: Any = ModelEffects(*about, training=True, policy=policy)
+        self.effects = ModelEffects(*about, training=True, policy=policy)
         self.forward_effects = ModelEffects(*about, self.effects.sites, training=False, policy=policy)
         self.loss = TrainingLoss(model, trainer, optimizer, self.effects)
         self._adopted: list[AdoptedVariables] = []
@@ -105,7 +106,7 @@ class KerasProgram:
         self.draws = StepDraws(moves=bool(self.effects.seeds) or not self._is_known)
         self._autocast = Autocast.current()  # of the thread that asks for steps
 
-    # Memory: the protocol of fastdp.program.base.
+    # Memory: what a program has (fastdp.program.base).
 
     def home(self, device: Allocator) -> Home:
         """The template's own variables, in flat buffers."""
@@ -120,7 +121,7 @@ class KerasProgram:
         return self._adopted[-1].home.variables
 
     @property
-    def update_is_reliable(self) -> bool:
+    def update_is_reliable(self) -> bool:  # type: ignore[override]
         """Whether optimizer, learning rate and constraints are Keras's own."""
         rate = getattr(self.optimizer, "_learning_rate", None)
         parts = [self.optimizer, rate, *(v.constraint for v in self.trainable)]
@@ -134,12 +135,12 @@ class KerasProgram:
         return True
 
     @property
-    def update_is_shared(self) -> bool:
+    def update_is_shared(self) -> bool:  # type: ignore[override]
         """Whether the optimizer is applied to pieces, one thread each."""
         return self.update_how == "flat"
 
     @property
-    def update_how(self) -> str:
+    def update_how(self) -> str:  # type: ignore[override]
         """How the optimizer is applied: "flat", to all variables as one, or "per variable: " and the reason."""
         why = why_not_now(self.optimizer) if self._slots.how == "flat" else ""
         return f"per variable: {why}" if why else self._slots.how
@@ -268,15 +269,22 @@ class KerasProgram:
         """Whether a replica has several devices."""
         return self._groups is not None
 
-    def running_replica(self, context: Context, *, training: bool = True) -> ReplicaContext:
-        """What the thread of a replica knows in a step."""
-        effects: Effects = self.effects if training else self.forward_effects
+    def running_replica(
+        self, context: Context, *, training: bool = True, effects: Effects | None = None, spans_devices: bool = True
+    ) -> ReplicaContext:
+        """What the thread of a replica knows in a step.
+
+        Args:
+            effects: of what is run, where it is not the whole model.
+            spans_devices: let the layers run on the devices where they are placed.
+        """
+        effects = effects or (self.effects if training else self.forward_effects)
         generators = self.draws.of_replica(context.rank)
         run = ReplicaContext(
             context, self.sync_batch_norm, generators=generators, sites=effects.sites, units=effects.units()
         )
         run.watches_torch = self.loss.is_merged or not self._is_known
-        if self._groups is not None:
+        if self._groups is not None and spans_devices:
             run.placed = graph_of(self.model), PlacedGraph(self._groups[context.rank])
         return run
 
@@ -306,7 +314,7 @@ class KerasProgram:
             if state is self.states.get(0):
                 self._left.note(unused)
             if state.flat_update is not None and self.update_how == "flat":
-                state.flat_update.apply(unused, totals.reduced, totals.share)
+                state.flat_update.apply(unused, totals.reduced, totals.work_stealing)
                 return
             # Before the last step of a cycle Keras gets zeros: what waits on the replicas is not counted twice.
             given = state.gradients if totals.reduced else [g.new_zeros(()).expand_as(g) for g in state.gradients]
@@ -372,20 +380,18 @@ class KerasProgram:
 
     # Side effects of the forward pass.
 
-    def inspect(
-        self, batch: Sequence[np.ndarray], structure: Structure, *, training: bool = True, every_row: bool = False
-    ) -> None:
+    def inspect(self, batch: Batch, *, training: bool = True, every_row: bool = False) -> None:
         """Find out how outputs and side effects depend on the rows: before the first steps, on the host thread."""
-        if self._replicas == 1:
-            return
         effects = self.effects if training else self.forward_effects
-        context = Context.alone(batch, structure, 0, len(batch[0]), len(batch[0]))
+        if self._replicas == 1 or not effects.asks_of(batch.rows, every_row=every_row):
+            return
+        context = Context.alone(batch, batch.structure, 0, batch.rows, batch.rows)
         context.device = self._adopted[0].home.device if self._adopted else None
         with keras_device(context.device), RowsNamed(self, batch, context):
-            effects.inspect(batch, structure, every_row=every_row)
+            effects.inspect(batch.arrays, batch.structure, every_row=every_row)
 
     @property
-    def most_replicas(self) -> int:
+    def most_replicas(self) -> int:  # type: ignore[override]
         """How many replicas may share a step."""
         return 1 if self.effects.alone or self.forward_effects.alone else self._replicas
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from fastdp.comm.batch import Batch
 from fastdp.tensors.arrays import as_array, as_tensor, dtype_name, output_array
 from fastdp.tensors.autocast import Autocast
 from fastdp.tensors.random import global_generator
@@ -114,23 +116,29 @@ def flatten_batch(values: Any) -> tuple[list[np.ndarray], Nest]:
     return rows, Nest(nest.spec, tuple(leaves), tuple(dtypes))
 
 
-def check_rows(batch: Any, arrays: Sequence[np.ndarray]) -> None:
-    """The arrays of `(args, kwargs, targets)` have the same number of rows.
+def make_batch(values: tuple[Any, dict[str, Any], Any]) -> Batch:
+    """A batch `(args, kwargs, targets)` as the engine takes it, with its `Structure`.
 
     Raises:
-        ValueError: they have not.
+        ValueError: no arrays, no rows, or unequal numbers of rows; what `flatten_batch` raises.
     """
-    if len({array.shape[0] for array in arrays}) < 2:
-        return
-    rows = {}
-    for path, leaf in pytree.tree_flatten_with_path(batch)[0]:
+    arrays, nest = flatten_batch(values)
+    return Batch.of(arrays, Structure(nest), partial(_names, values), _SHARED)
+
+
+_SHARED = (
+    ". What is the same for all rows, such as the mask of causal attention, belongs into the module: as a buffer, or "
+    "made in its forward()."
+)
+
+
+def _names(values: Any) -> list[str]:
+    """A readable name for each array of `(args, kwargs, targets)`, for messages."""
+    names = []
+    for path, leaf in pytree.tree_flatten_with_path(values)[0]:
         if getattr(leaf, "ndim", 0):
-            part = ("input", "input", "target")[path[0].idx]
-            rows[part + pytree.keystr(path[1:])] = leaf.shape[0]
-    raise ValueError(
-        f"All arrays of a batch must have the same number of rows. Received: {rows}. What is the same for all rows, "
-        "such as the mask of causal attention, belongs into the module: as a buffer, or made in its forward()."
-    )
+            names.append(("input", "input", "target")[path[0].idx] + pytree.keystr(path[1:]))
+    return names
 
 
 def _tensor(value: Any) -> Any:

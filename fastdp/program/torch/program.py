@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
+from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
-from fastdp.program.base import Result, Totals
+from fastdp.program.base import Program, Result, Totals
 from fastdp.program.torch import batch_axis
 from fastdp.program.torch import batch_norm as torch_batch_norm
 from fastdp.program.torch import gradients as torch_gradients
@@ -21,8 +22,7 @@ from fastdp.program.torch import random as torch_random
 from fastdp.program.torch.batch import (
     Nest,
     Structure,
-    check_rows,
-    flatten_batch,
+    make_batch,
     outputs_from_arrays,
     outputs_to_arrays,
 )
@@ -69,7 +69,7 @@ class _Notes:
     used: frozenset[int] = frozenset()
 
 
-class TorchProgram:
+class TorchProgram(Program):
     """Runs a torch module as replicas.
 
     Args:
@@ -93,8 +93,7 @@ class TorchProgram:
     Example:
         >>> program = TorchProgram(module, F.cross_entropy, lambda p: torch.optim.SGD(p, lr=0.1))  # doctest: +SKIP
         >>> engine = DataParallel(program, devices)  # doctest: +SKIP
-        >>> arrays, structure = program.structure((x,), {}, (y,))  # doctest: +SKIP
-        >>> loss = program.loss(engine.train(arrays, structure=structure))  # doctest: +SKIP
+        >>> loss = program.loss(engine.train(program.batch((x,), {}, (y,))))  # doctest: +SKIP
     """
 
     def __init__(
@@ -127,7 +126,6 @@ class TorchProgram:
         self.gradients: Sequence[ArraySpec] = (
             [specs[i] for i in self._differentiable] if self.optimizers is not None else []
         )
-        self.slots: Sequence[ArraySpec] = []
         self._attributes = Attributes(module)
         self._adopted: AdoptedSlots | None = None
         self._states: list[_State] = []
@@ -135,22 +133,18 @@ class TorchProgram:
 
     # Around a step: on the host thread.
 
-    def structure(
-        self, args: Sequence[Any], kwargs: dict[str, Any], targets: Sequence[Any] = ()
-    ) -> tuple[list[np.ndarray], Structure]:
-        """The arrays of a batch, for the engine, and what goes along with them.
+    @staticmethod
+    def batch(args: Sequence[Any], kwargs: dict[str, Any], targets: Sequence[Any] = ()) -> Batch:
+        """A batch, as the engine takes it.
 
         Args:
             args, kwargs: what the module is called with: tensors or arrays with rows first, in any nest.
             targets: what `loss_fn` gets beside the outputs.
 
         Raises:
-            ValueError: arrays with unequal numbers of rows.
+            ValueError: no arrays, no rows, or unequal numbers of rows.
         """
-        batch = (tuple(args), dict(kwargs), tuple(targets))
-        arrays, nest = flatten_batch(batch)
-        check_rows(batch, arrays)
-        return arrays, Structure(nest)
+        return make_batch((tuple(args), dict(kwargs), tuple(targets)))
 
     @property
     def reduces(self) -> bool:
@@ -167,25 +161,17 @@ class TorchProgram:
         """The merged outputs, in the module's own structure; the caller's to keep."""
         return outputs_from_arrays(result.outputs, result.notes.outputs)
 
-    # Memory: the protocol of fastdp.program.base.
+    # Memory: what a program has (fastdp.program.base).
 
     def home(self, device: Allocator) -> Home:
         """The module's own tensors, in flat buffers."""
         self._adopted = adopted(self.module, device)
         return self._adopted.home
 
-    def home_slots(self, device: Allocator) -> FlatBuffers:
-        """None: the optimizers' state is torch's."""
-        return FlatBuffers([], device)
-
     @property
-    def update_is_reliable(self) -> bool:
+    def update_is_reliable(self) -> bool:  # type: ignore[override]
         """Whether the optimizer is torch's own."""
         return self.optimizers is not None and self.optimizers.are_torchs_own()
-
-    def rehearse_update(self, state: Any) -> bool:
-        """Not done: what a first update changes is copied before."""
-        return False
 
     def changed_outside(self) -> bool:
         """Whether the user assigned a parameter or a buffer, or loaded a state dict."""

@@ -15,6 +15,7 @@ from typing import Any
 import keras
 import torch
 
+from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.program.keras.batch import layouts_of, pack_like, split_leaves, with_plain
 from fastdp.program.keras.indices import IndicesNamed, rows_of
@@ -143,7 +144,8 @@ def _compute(
 
 def _of_rows(program: Any, y_pred: Any, scope: Any, context: Context, start: int, stop: int) -> None:
     """Compute the loss of some rows of the global batch, without recording it."""
-    part = replace(context, batch=[array[start:stop] for array in context.batch])
+    some = Batch([array[start:stop] for array in context.batch], context.structure, stop - start)
+    part = replace(context, batch=some)
     outputs = keras.tree.map_structure(
         lambda leaf: rows_of(getattr(leaf, "detach", lambda: leaf)(), start, stop), y_pred
     )

@@ -112,6 +112,13 @@ class ModelEffects(Effects):
 
     # Trials.
 
+    def asks_of(self, count: int, *, every_row: bool = False) -> bool:
+        """Whether a batch of so many rows can answer what is not known yet. See `inspect`."""
+        if self._losses is None and keeps_rows_apart(self._model):
+            self._losses, self._rows_tried = [], 3
+        open_question = self._losses is None or self._rows_tried < min(3, count) or not self._unlike
+        return count >= 2 and not self.alone and (every_row or (open_question and self._trials < _MOST_TRIALS))
+
     def inspect(self, batch: Sequence[np.ndarray], structure: Structure, *, every_row: bool = False) -> None:
         """Determine, once, how outputs, `add_loss` terms and assigned variables depend on the rows.
 
@@ -122,11 +129,7 @@ class ModelEffects(Effects):
         Raises:
             NotByRowsError: something can neither be combined from the replicas' shards nor may be merged.
         """
-        count = len(batch[0])
-        if self._losses is None and keeps_rows_apart(self._model):
-            self._losses, self._rows_tried = [], 3
-        open_question = self._losses is None or self._rows_tried < min(3, count) or not self._unlike
-        if count < 2 or self.alone or not (every_row or (open_question and self._trials < _MOST_TRIALS)):
+        if not self.asks_of(len(batch[0]), every_row=every_row):
             return
         self.asked_of_every_row |= every_row
         with replica_aware(), generators_kept():

@@ -1,0 +1,86 @@
+"""How a step ends: all devices are waited for, and what a step that failed left on them is cleaned up."""
+
+from __future__ import annotations
+
+from fastdp.comm.base import Communicator
+from fastdp.engine.replicas import ReplicaGroup
+from fastdp.engine.rollback import Rollback
+from fastdp.engine.state import EngineState
+from fastdp.engine.step import Operation, step_error
+from fastdp.errors import DeviceTimeoutError
+from fastdp.runtime.queue import joined
+
+
+class Recovery:
+    """Waits for the operations of one engine, and brings its replicas back from those that failed.
+
+    Args:
+        state: of the engine.
+        replicas: all of them.
+        communicator: over their devices.
+        rollback: of the first replica.
+    """
+
+    def __init__(
+        self, state: EngineState, replicas: ReplicaGroup, communicator: Communicator, rollback: Rollback
+    ) -> None:
+        self._state, self._replicas = state, replicas
+        self._communicator, self._rollback = communicator, rollback
+
+    def finish(self, operation: Operation) -> None:
+        """Wait until all devices are done.
+
+        Raises:
+            ReplicaError: a replica failed; what is left of the operation is cleaned up.
+            DeviceTimeoutError: they were not done in time. Whoever takes the engine next cleans up.
+        """
+        devices, timeout = self._replicas.devices, self._state.timeout
+        events = [device.compute.record() for device in devices]
+        try:
+            if operation.reduction is not None:
+                operation.reduction.serve(joined(events), timeout)
+            else:
+                joined(events).finish(timeout)
+        except DeviceTimeoutError:
+            what = operation.unfinished(devices)
+            raise DeviceTimeoutError(f"{what} took longer than timeout={timeout} seconds.") from None
+        failed = [(rank, event.error) for rank, event in enumerate(events) if event.error is not None]
+        if failed:
+            self.settle()
+            raise step_error(operation.failures or failed, operation, devices)
+        self._communicator.check()
+
+    def abandon(self, operation: Operation, error: BaseException) -> None:
+        """Nobody waits for an operation any more: stop what still runs, and let the next one clean up.
+
+        After a failure of a replica, a timeout, an interrupt of this thread, or a device that is closed.
+        """
+        operation.abandon(error)
+        self._replicas.doubt()
+        for device in self._replicas.devices:
+            device.unsettled = True
+
+    def settle_if_needed(self) -> None:
+        """Clean up after an operation that nobody waited for: of this engine, or of another one on the same devices."""
+        needed = self._state.unsettled is not None
+        for device in self._replicas.devices:
+            needed = needed or device.unsettled
+        if needed:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for what a failed or abandoned operation left on the devices; take back an update that not all made."""
+        for device in self._replicas.devices:
+            device.synchronize(self._state.timeout)
+        for device in self._replicas.devices:
+            device.recover()
+        self._communicator.recover()
+        left, self._state.unsettled = self._state.unsettled, None
+        home = self._replicas.home
+        # Another generation: another engine has gone on from what there was.
+        if left is None or not left.updates_begun or home.home.generation != left.generation:
+            return
+        if left.restorable and len(left.updates_done) < len(left.updating):
+            self._rollback.restore(self._replicas.every)
+        elif home.apart and not left.came_home:  # all go on from the first
+            home.home.variables.copy_from(self._replicas.every[0].memory.variables)

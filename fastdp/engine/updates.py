@@ -1,0 +1,51 @@
+"""How the update of a step is applied: by every replica to its own copy, or by the first for all."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from fastdp.engine.accumulation import AccumulatedGradients
+from fastdp.engine.replicas import ReplicaGroup
+from fastdp.engine.rollback import Rollback
+from fastdp.engine.step import Step, run_update
+from fastdp.runtime.host.resources import CORES
+from fastdp.runtime.work_stealing import shared_with
+
+
+class Updates:
+    """Enqueues the updates of steps, on the host thread.
+
+    Args:
+        replicas: all of them.
+        rollback: of the first one.
+        accumulation: gradients of steps that are not reduced.
+        timeout: seconds to wait for another device's worker that takes part in an update.
+    """
+
+    def __init__(
+        self, replicas: ReplicaGroup, rollback: Rollback, accumulation: AccumulatedGradients, timeout: float
+    ) -> None:
+        self._replicas, self._rollback, self._accumulation = replicas, rollback, accumulation
+        self._work_stealing = shared_with(replicas.devices[1:CORES], timeout)
+
+    def begin(self, step: Step) -> None:
+        """All replicas get the same update, when the step's sums are there."""
+        replicas = self._replicas
+        every = replicas.every
+        # Before, not after: an update may happen even when nobody waits for it any more.
+        step.generation = replicas.advance()
+        step.updating = replicas.updating if step.reduces else every
+        # The other devices have nothing to do while the first updates for all.
+        alone = len(step.updating) == 1 and len(every) > 1
+        work_stealing = self._work_stealing if alone and replicas.program.update_is_shared else None
+        threads = CORES if alone and work_stealing is None else step.threads
+        for replica in step.updating:
+            work = partial(run_update, step, replica, self._rollback, threads, work_stealing)
+            replica.device.compute.enqueue(work)
+        if len(step.updating) < len(every):
+            replicas.copy_first(readers=None if step.reduction is None else len(step.updating))
+        replicas.home.follow(every[0].memory.variables, step.note_home)
+        if step.reduces:
+            self._accumulation.clear()
+        else:
+            self._accumulation.keep(len(step.shards))
