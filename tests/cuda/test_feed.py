@@ -84,7 +84,7 @@ def test_copies_of_the_next_batch_are_issued_before_the_step_is_waited_for(gpus)
     box = gpus(2)
     devices = box.devices(2)
     engine = fastdp.DataParallel(line(), devices, timeout=LIMIT)
-    order, finish, copy = [], engine._finish, box.runtime.copy_async
+    order, finish, copy = [], engine._recovery.finish, box.runtime.copy_async
     feeding = [device.copy_in.handle for device in devices]
 
     def noted_finish(step):
@@ -97,7 +97,7 @@ def test_copies_of_the_next_batch_are_issued_before_the_step_is_waited_for(gpus)
             order.append("copy")
         copy(target, source, nbytes, stream)
 
-    engine._finish, box.runtime.copy_async = noted_finish, noted_copy
+    engine._recovery.finish, box.runtime.copy_async = noted_finish, noted_copy
 
     def issued(i):
         for device in devices:
@@ -109,7 +109,7 @@ def test_copies_of_the_next_batch_are_issued_before_the_step_is_waited_for(gpus)
     # Of the first batch, and one ahead in each step but the last.
     one_ahead = ["copy", "copy", "wait", "over"]
     assert order == ["copy", "copy", *(4 * one_ahead), "wait", "over"]
-    del engine._finish, engine
+    del engine._recovery.finish, engine
     gc.collect()
 
 

@@ -14,6 +14,7 @@ import pytest
 from least_squares import WIDTH, predict, train
 
 import fastdp
+from fastdp.engine.step_scope import alone
 from fastdp.program.functions import FunctionProgram
 from fastdp.runtime.host.device import HostDevice
 from fastdp.runtime.queue import QueueEvent
@@ -492,7 +493,7 @@ def test_a_second_thread_that_trains_is_refused_and_one_that_predicts_waits():
     engine, batch, found = parallel(3, program(gated(gate))), batches(1, seed=4)[0], []
     first = threading.Thread(target=engine.train, args=(batch,))
     first.start()
-    wait_until(engine._busy.locked)
+    wait_until(engine._state.busy.locked)
     with pytest.raises(RuntimeError, match="already running a step in another thread"):
         engine.train(batch)
     second = threading.Thread(target=lambda: found.append(engine.predict(batch).outputs[0]))
@@ -517,7 +518,7 @@ def test_training_waits_for_a_thread_that_predicts():
     engine, batch = parallel(2, program(predict=slow)), batches(1, seed=4)[0]
     first = threading.Thread(target=engine.predict, args=(batch,))
     first.start()
-    wait_until(engine._busy.locked)
+    wait_until(engine._state.busy.locked)
     threading.Timer(0.2, gate.set).start()
     engine.train(batch)
     first.join(LIMIT)
@@ -621,10 +622,32 @@ def test_the_replica_check_finds_one_changed_bit():
 def test_a_thread_that_has_just_taken_the_engine_to_look_does_not_pass_for_a_trainer():
     engine, (first, second) = parallel(2), batches(2)
     engine.train(first)
-    engine._busy.acquire()  # as whoever looks does, before it says that it does not train
-    release = threading.Timer(0.2, engine._busy.release)
+    engine._state.busy.acquire()  # as whoever looks does, before it says that it does not train
+    release = threading.Timer(0.2, engine._state.busy.release)
     release.start()
     try:
         assert engine.train(second).rows == len(second[1])
     finally:
         release.join(LIMIT)
+
+
+def test_devices_that_another_model_keeps_are_a_timeout_of_devices():
+    engine, (first, second) = parallel(2, timeout=0.1), batches(2)
+    engine.train(first)
+    begun, over = threading.Event(), threading.Event()
+
+    def keep():
+        with alone():
+            begun.set()
+            over.wait(LIMIT)
+
+    other = threading.Thread(target=keep)
+    other.start()
+    assert begun.wait(LIMIT)
+    try:
+        with pytest.raises(fastdp.DeviceTimeoutError, match=r"Another model kept the devices busy for 0\.1 seconds"):
+            engine.train(second)
+    finally:
+        over.set()
+        other.join(LIMIT)
+    assert engine.train(second).rows == len(second[1])

@@ -16,7 +16,7 @@ from keras.src.random.seed_generator import global_seed_generator
 from torch.nn import functional as F
 
 import fastdp
-from fastdp.program.keras.batch import flatten_batch
+from fastdp.program.keras.batch import make_batch
 
 layers, draw = keras.layers, keras.random
 
@@ -359,7 +359,7 @@ def test_a_trial_moves_no_generator(how: str) -> None:
         draw.normal(())  # the generator is there
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     state = None if how == "compile" else global_seed_generator().state.value.tolist()
-    program.inspect(*flatten_batch((x, y, None)))
+    program.inspect(make_batch((x, y, None)))
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
     if state is not None:
         assert global_seed_generator().state.value.tolist() == state

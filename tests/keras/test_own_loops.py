@@ -40,8 +40,12 @@ def devices() -> Iterator[None]:
 def steps(monkeypatch) -> list[int]:
     """The rows of each forward and backward step of the engine."""
     seen = []
-    original = DataParallel.predict
-    monkeypatch.setattr(DataParallel, "predict", lambda s, b, **kw: seen.append(len(b[0])) or original(s, b, **kw))
+
+    def noted(original):
+        return lambda self, batch, *work: seen.append(len(batch[0])) or original(self, batch, *work)
+
+    for name in ("predict", "call"):
+        monkeypatch.setattr(DataParallel, name, noted(getattr(DataParallel, name)))
     return seen
 
 

@@ -106,7 +106,7 @@ def assert_same(one: dict[str, np.ndarray], many: dict[str, np.ndarray], toleran
 
 def waiting(trained: Any) -> int:
     """On how many replicas gradients wait."""
-    return trained.engine._held.count
+    return trained.engine._accumulation.count
 
 
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
