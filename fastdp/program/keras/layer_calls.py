@@ -218,7 +218,7 @@ class CallProgram(KerasProgram):
             named,
         ):
             y = work.call(inputs, shared)
-            losses = self._extra_losses(scope.losses, context, work.effects)
+            losses = work.effects.contributions(scope.losses, context)
         keep_values(run, scope, state.mapping)
         form, found, numbers = OutputForm.of(y)
         outputs, structure = flatten_outputs(found)
@@ -297,7 +297,7 @@ class CallProgram(KerasProgram):
         mapping = [(v, v.value) for v in self.variables] + work.seeds
         with replica_aware(), torch.enable_grad(), replica_scope(run), ReplicaScope(mapping, set()) as scope:
             _, found, numbers = OutputForm.of(work.call(inputs, shared))
-            losses = self._extra_losses(scope.losses, context, work.effects)
+            losses = work.effects.contributions(scope.losses, context)
         if run.moments and not self.sync_batch_norm:
             raise NotImplementedError(
                 "A gradient of a gradient through BatchNormalization needs the moments of the global batch: wrap the "

@@ -215,7 +215,7 @@ class KerasProgram(Program):
                 # threads.
                 with state.arrivals.during(context.ready if self._groups is None else None), self._autocast.enter():
                     outcome = self.compute(state.mapping, context.structure.pack(batch), self.running_replica(context))
-                unused = self._store_gradients(state, outcome.gradients)
+                unused = state.arrivals.store(outcome.gradients)
         unused |= {i for i, v in enumerate(self.trainable) if not v._value.requires_grad}  # frozen by torch's means
         notes = Notes(outcome.structure, len(outcome.terms) - 1, unused=unused, added=outcome.added)
         return self._result(outcome, state, context, notes)
@@ -239,7 +239,7 @@ class KerasProgram(Program):
             named,
         ):
             y_pred = self._call(x, training=False)
-            extra = self._extra_losses(scope.losses, context, self.forward_effects)
+            extra = self.forward_effects.contributions(scope.losses, context)
         outputs, structure = flatten_outputs(y_pred, self.forward_effects.layouts, context.rows)
         outcome = StepSums([], extra, outputs, structure, SideEffects.of(scope, state.mapping, run))
         return self._result(outcome, state, context, Notes(structure, len(extra)), self.forward_effects)
@@ -250,7 +250,7 @@ class KerasProgram(Program):
         leaf_ids = set(map(id, self.trainable))
         with keras_device(run.context.device), replica_scope(run), ReplicaScope(mapping, leaf_ids) as scope:
             y_pred = self._call(x, training=True)
-            extra = self._extra_losses(scope.losses, run.context)
+            extra = self.effects.contributions(scope.losses, run.context)
             roots, seeds, terms = self.loss(y, y_pred, sample_weight, extra, scope, run)
             leaves = [scope.get_current_value(v) for v in self.trainable]
             # Within the scopes: hooks and gradients of the user's, which run in backward, are the replica's too.
@@ -349,12 +349,6 @@ class KerasProgram(Program):
             x = keras.tree.map_structure(torch.clone, x)
         return self.model(x, training=training) if self.model._call_has_training_arg else self.model(x)
 
-    def _extra_losses(
-        self, losses: Sequence[torch.Tensor], context: Context, effects: Effects | None = None
-    ) -> list[torch.Tensor]:
-        """This replica's contributions to the `add_loss` terms."""
-        return (effects or self.effects).contributions(losses, context)
-
     @property
     def trained(self) -> list[int]:
         """The numbers of the trainable variables."""
@@ -372,11 +366,6 @@ class KerasProgram(Program):
     def prepare_loss(self) -> None:
         """Decide how the loss is computed: as contributions of the replicas, or on the merged outputs."""
         self.loss.prepare()
-
-    @staticmethod
-    def _store_gradients(state: ReplicaState, found: Sequence[torch.Tensor | None]) -> frozenset[int]:
-        """Copy gradients into the flat buffer; zeros, and a note, where there are none."""
-        return state.arrivals.store(found)
 
     # Side effects of the forward pass.
 
