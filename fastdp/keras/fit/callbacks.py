@@ -15,13 +15,13 @@ class AtOnce(keras.callbacks.Callback):
     """
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def on_predict_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def at_once(callbacks: Any) -> Any:

@@ -127,7 +127,7 @@ class ModelEffects(Effects):
         made of known layers (`fastdp.program.keras.rows.known_layers`) needs no trial.
 
         Raises:
-            NotByRowsError: something can neither be combined from the replicas' shards nor may be merged.
+            NotByRowsError: something can be neither combined from the replicas' shards nor merged under this policy.
         """
         if not self.asks_of(len(batch[0]), every_row=every_row):
             return
@@ -191,7 +191,7 @@ class ModelEffects(Effects):
         """Apply the policy to the results of the trials.
 
         Raises:
-            NotByRowsError: `rows` is None, and the user may or may not want each device to use only its own rows.
+            NotByRowsError: `rows` is None, but the user may want each device to use only its own rows.
         """
         verdict = tried.verdict({})
         if verdict.is_well:

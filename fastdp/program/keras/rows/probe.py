@@ -78,7 +78,7 @@ class Effects:
         return str(self._variables[index].path)
 
     def check_undecided(self, known: Sequence[Effect], values: Sequence[torch.Tensor]) -> None:
-        """Do nothing: no question is asked again."""
+        """Do nothing. `ModelEffects` checks here that such terms are still zero."""
 
     def contributions(self, losses: Sequence[torch.Tensor], context: Context) -> list[torch.Tensor]:
         """A replica's contributions to the `add_loss` terms.
