@@ -1,10 +1,10 @@
 """How fast is the all-reduce of virtual devices, beside np.add of the same bytes and gloo?
 
 GB/s are bytes of one device's buffer per second: a buffer of 64 MB reduced in 10 ms is 6.4 GB/s. np.add
-adds two arrays of that size into a third, on one thread: the least that any reduction of two does.
+adds two arrays of that size into a third on one thread, which is the minimum work of any reduction of two.
 
-Rows marked * are not like for like: gloo reduces between processes, each with memory of its own, and so
-copies what threads merely read.
+Rows marked * are not directly comparable: gloo reduces between processes with separate memory, and so
+copies data that threads only read.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ if __name__ == "__main__":
 
 
 def fastdp_step(nbytes: int, count: int) -> tuple[Callable[[], object], list[HostDevice]]:
-    """One all-reduce of `nbytes` over `count` new virtual devices, waited for."""
+    """One synchronous all-reduce of `nbytes` over `count` new virtual devices, and the devices."""
     devices = [HostDevice(index) for index in range(count)]
     buffers = [FlatBuffers([ArraySpec("g", (nbytes // 4,), "float32")], device) for device in devices]
     for buffer in buffers:
@@ -87,7 +87,7 @@ def measure(nbytes: int, rounds: int) -> dict[str, list[float]]:
 
 
 def measure_gloo(processes: int, rounds: int) -> dict[int, list[float]]:
-    """Seconds of gloo's all_reduce by size; empty where torch has no gloo or it does not run."""
+    """Seconds of gloo's all_reduce by size; empty if torch has no gloo or it does not run."""
     if importlib.util.find_spec("torch") is None:
         return {}
     request = json.dumps([processes, SIZES, rounds])

@@ -1,15 +1,15 @@
 """What does the engine itself cost per step, and where does it go?
 
-A 784-64-10 network written as a FunctionProgram, batch 64, on 1, 2, 4 and 8 virtual devices, beside the
-same functions called in a plain loop, in rounds that alternate:
+A 784-64-10 network written as a FunctionProgram, batch 64, on 1, 2, 4 and 8 virtual devices, compared with the
+same functions in a plain loop, in alternating rounds:
 
-    empty      a program that computes nothing with the same parameters: all of its step is the engine
-    network    the real one; `plain` is train and update of the whole batch without the engine; one BLAS thread in all
+    empty      a program with the same parameters that computes nothing: its whole step is the engine
+    network    the real network; `plain` is train and update of the whole batch without the engine, with one BLAS thread
 
-Wall time, and the processor time of all threads together, which hardly depends on what else the machine
-does. Then the time of the empty step by verb on the host thread, and the functions of the host thread and of the
-workers that take the most time of their own, by cProfile: only their order means something, since profiling
-slows calls down. "acquire of lock" is waiting.
+The report has wall time, and the processor time of all threads together, which hardly depends on the load of the
+machine; the time of the empty step by verb on the host thread; and the functions of the host thread and the
+workers with the most self time, by cProfile. Only the order of these functions is meaningful, since profiling slows
+calls down. "acquire of lock" is waiting.
 """
 
 from __future__ import annotations
@@ -80,14 +80,14 @@ def predict(weights: Arrays, batch: list[np.ndarray]) -> list[np.ndarray]:
 
 
 class EmptyProgram(FunctionProgram):
-    """The same parameters, gradients and outputs, and no work."""
+    """The same parameters, gradients and outputs, without any work."""
 
     def train(self, state: Any, batch: Any, context: Any) -> Any:
-        """Nothing but a result of the right form."""
+        """Return a result of the right form."""
         return Result([], np.zeros(1))
 
     def update(self, state: Any, totals: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def batch() -> list[np.ndarray]:
@@ -108,12 +108,12 @@ def plain_step() -> Callable[[], object]:
 
 
 def engines(program_class: Any, pools: dict[int, list[HostDevice]]) -> dict[int, DataParallel]:
-    """An engine on each number of devices, each with a program of its own."""
+    """One engine per number of devices, each with its own program."""
     return {n: DataParallel(program_class(parameters(), train, update, predict), pools[n]) for n in DEVICES}
 
 
 def processor_time(step: Callable[[], object], steps: int) -> float:
-    """Microseconds of processor time per step, of all threads: the median of five runs."""
+    """Processor time of all threads in microseconds per step: the median of five runs."""
     values = []
     for _ in range(5):
         began = time.process_time()
@@ -124,7 +124,7 @@ def processor_time(step: Callable[[], object], steps: int) -> float:
 
 
 def by_verb(engine: DataParallel, steps: int) -> dict[str, float]:
-    """Median microseconds of each verb on the host thread; `_merge` holds the wait for the devices."""
+    """Median microseconds of each verb on the host thread; `_merge` includes the wait for the devices."""
     seconds: dict[str, list[float]] = {verb: [] for verb in VERBS}
 
     def timed(verb: str, inner: Callable[..., Any]) -> Callable[..., Any]:
@@ -148,7 +148,7 @@ def by_verb(engine: DataParallel, steps: int) -> dict[str, float]:
 
 
 def hot_functions(engine: DataParallel, steps: int, most: int = 12) -> list[tuple[str, float, float]]:
-    """Functions by time of their own, in microseconds per step, over the host thread and all workers."""
+    """The functions with the most self time, in microseconds per step, over the host thread and all workers."""
     profiles: list[cProfile.Profile] = []
 
     def start() -> None:

@@ -1,8 +1,8 @@
 """How long does a user wait for the first training step?
 
-From a built model to the end of its first `train_on_batch`: wrapping, `compile`, the optimizer's slots, the forward
-and backward passes and the first update. Plain Keras on torch and fastdp on one and two virtual devices, each in a
-fresh process, in rounds that alternate. The models are those of the comparison (bench/frameworks).
+Measures from a built model to the end of its first `train_on_batch`: wrapping, `compile`, the optimizer's slots, the
+forward and backward passes and the first update. Compares plain Keras on torch with fastdp on one and two virtual
+devices, each in a fresh process, in alternating rounds. The models are those of bench/frameworks.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def first_step(model_name: str, way: str) -> float:
 
 
 def in_a_process(model_name: str, way: str) -> float:
-    """The same in a process of its own, which is not asked to end in good order: a compiler may be at work in it."""
+    """`first_step` in a new process, which exits without cleanup because a compiler may still be running in it."""
     command = [sys.executable, __file__, "--only", model_name, way]
     told = subprocess.run(command, check=True, capture_output=True, text=True, timeout=LIMIT).stdout
     return float(told.split()[-1])
@@ -53,7 +53,7 @@ def main() -> None:
     models, rounds = (("mlp",), 1) if asked.quick else (MODELS, 7)
     seconds: dict[str, dict[str, list[float]]] = {model: {way: [] for way in WAYS} for model in models}
     for model, ways in seconds.items():
-        in_a_process(model, "keras")  # files are in the system's cache from here on
+        in_a_process(model, "keras")  # brings the files into the system's cache
         for _ in range(rounds):
             for way, found in ways.items():
                 found.append(in_a_process(model, way))

@@ -1,7 +1,7 @@
 """Keras's own tests of its trainer, callbacks and models, with and without fastdp under them.
 
-The tests ship in the Keras wheel. Each file is run by plain Keras on torch and by `fastdp run --virtual N -m pytest`;
-outcomes are compared per test, and docs/conformance.md is written. It needs what the tests import beside Keras:
+The tests ship in the Keras wheel. Each file runs with plain Keras on torch and with `fastdp run --virtual N -m pytest`.
+The script compares outcomes per test and writes docs/conformance.md. The tests also import the packages in
 bench/keras_conformance_requirements.txt.
 
     python bench/keras_conformance.py [--virtual 2] [--only trainer_test.py] [--write docs/conformance.md]
@@ -24,10 +24,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("trainers", "trainers/data_adapters", "callbacks", "models")
-# Why a test that plain Keras passes does not pass here. A difference without a reason is a bug to mend.
+# Reasons why tests that plain Keras passes do not pass under fastdp. A difference without a reason is a bug.
 REASONS = ROOT / "bench" / "keras_conformance_reasons.json"
 
-# Counts the engine's steps, so that a run in which nothing was parallel cannot look like a pass.
+# Counts the engine's steps, so that a run without parallel steps cannot look like a pass.
 PLUGIN = """
 import atexit, json, os
 from fastdp.engine.data_parallel import DataParallel
@@ -53,14 +53,14 @@ def pytest_sessionfinish():
 
 @dataclass
 class Outcomes:
-    """What pytest said of each test, and how many steps the engine made."""
+    """The result of each test according to pytest, and the number of engine steps."""
 
     tests: dict[str, tuple[str, str]] = field(default_factory=dict)
     steps: Counter[str] = field(default_factory=Counter)
 
 
 def keras_test_files(only: list[str] | None) -> list[Path]:
-    """Keras's test files, as they lie in the installed wheel."""
+    """The test files in the installed Keras wheel."""
     spec = find_spec("keras")
     assert spec is not None
     assert spec.origin is not None
@@ -70,7 +70,7 @@ def keras_test_files(only: list[str] | None) -> list[Path]:
 
 
 def run_tests(files: list[Path], virtual: int | None) -> Outcomes:
-    """Run the test files, one process for each, so that one that crashes leaves the others."""
+    """Run each test file in its own process, so that a crash does not affect the others."""
     outcomes = Outcomes()
     for file in files:
         with tempfile.TemporaryDirectory() as folder:
@@ -98,7 +98,7 @@ def run_tests(files: list[Path], virtual: int | None) -> Outcomes:
 
 
 def read_report(report: Path, file: str) -> dict[str, tuple[str, str]]:
-    """Test id to outcome and message."""
+    """Outcome and message by test id."""
     found = {}
     for case in ET.parse(report).iter("testcase"):
         name = f"{file}::{case.get('classname', '').rsplit('.', 1)[-1]}::{case.get('name')}"
@@ -112,7 +112,7 @@ def read_report(report: Path, file: str) -> dict[str, tuple[str, str]]:
 
 
 def differences(plain: Outcomes, parallel: Outcomes) -> list[tuple[str, str, str]]:
-    """Tests that plain Keras passes and that do not pass here: id, outcome, message."""
+    """Tests that pass with plain Keras and do not pass under fastdp: id, outcome, message."""
     return [
         (name, *parallel.tests.get(name, ("not run", "")))
         for name, (outcome, _) in plain.tests.items()
@@ -121,7 +121,7 @@ def differences(plain: Outcomes, parallel: Outcomes) -> list[tuple[str, str, str
 
 
 def page(plain: Outcomes, parallel: Outcomes, virtual: int) -> str:
-    """docs/conformance.md."""
+    """The text of docs/conformance.md."""
     reasons = json.loads(REASONS.read_text()) if REASONS.exists() else {}
     files = sorted({name.split("::")[0] for name in plain.tests})
     differing = differences(plain, parallel)
@@ -159,12 +159,12 @@ def page(plain: Outcomes, parallel: Outcomes, virtual: int) -> str:
 
 
 def count(outcomes: Outcomes) -> int:
-    """How many tests passed."""
+    """The number of tests that passed."""
     return sum(outcome == "passed" for outcome, _ in outcomes.tests.values())
 
 
 def main() -> int:
-    """Run both, compare, write the page; 1 where a difference has no reason."""
+    """Run both, compare, write the page; returns 1 if a difference has no reason."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--virtual", type=int, default=2, help="how many virtual devices")
     parser.add_argument("--only", action="append", help="a test file's name; may be given again")

@@ -1,13 +1,13 @@
 """What does applying a Keras optimizer to flat buffers save, beside Keras's update of each variable?
 
-The update alone (the gradients lie there already) and whole training steps by `train_on_batch`, on one virtual
-device, of an MLP and of ResNet50, in rounds that alternate:
+Measures the update alone (with given gradients) and whole training steps by `train_on_batch` of an MLP and of
+ResNet50 on one virtual device, in alternating rounds:
 
     each     Keras's per-variable formula: `update_step` for one variable after the other
     Keras    Keras's own update on torch, by torch._foreach functions over all variables
-    flat     fastdp's
+    flat     fastdp's update
 
-"each" is for the update alone. Ratios are medians over rounds.
+"each" is measured for the update alone. Ratios are medians over rounds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fastdp.program.base import Totals
 from fastdp.program.keras.optimizer.flat import FlatUpdate
 from fastdp.program.keras.program import Notes
 
-# Name, model, rows of the batch, rounds, seconds of each in a round.
+# Name, model, rows of the batch, rounds, seconds of each step in a round.
 CASES: tuple[tuple[str, Callable[[], keras.Model], int, int, float], ...] = (
     ("MLP 784-512-512-10, batch 128", mlp, 128, 15, 0.2),
     ("ResNet50 64x64, batch 32", resnet50, 32, 7, 0.1),
@@ -43,7 +43,7 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
 
 
 class OneByOne(keras.optimizers.Adam):
-    """Adam by Keras's formula: a subclass has no torch implementation of its own."""
+    """Adam by Keras's formula, since Keras has a torch implementation only for Adam itself."""
 
 
 def parallel(build: Callable[[], keras.Model], optimizer: Any, *, flat: bool) -> Any:
@@ -59,7 +59,7 @@ def parallel(build: Callable[[], keras.Model], optimizer: Any, *, flat: bool) ->
 
 
 def update(model: Any) -> Callable[[], None]:
-    """The update alone, again and again with the same gradients."""
+    """A call that runs only the update, with the same gradients each time."""
     engine = model.engine
     state, notes = engine.replicas[0]._state, Notes()
     generator = np.random.default_rng(0)

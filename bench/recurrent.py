@@ -2,8 +2,8 @@
 
     python bench/recurrent.py [--kind lstm] [--rounds 7] [--steps 10]
 
-A binary classifier over 80 steps of 32 features with one recurrent layer of 64 units, batches of 64. Plain Keras,
-fastdp eager and fastdp traced alternate; the table has the median samples per second over rounds.
+The model is a binary classifier over 80 steps of 32 features with one recurrent layer of 64 units, batches of 64.
+Plain Keras, fastdp eager and fastdp traced alternate; the table has the median samples per second over rounds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MODES = ("keras", "eager", "trace")
 
 
 def trainer(kind: str, mode: str, masked: bool) -> keras.Model:
-    """A compiled model: Keras's own, or on one fastdp device."""
+    """A compiled model, in plain Keras or on one fastdp device."""
     keras.utils.set_random_seed(0)
     masking = [keras.layers.Masking()] if masked else []
     dense = keras.layers.Dense(1, "sigmoid")
@@ -44,7 +44,7 @@ def trainer(kind: str, mode: str, masked: bool) -> keras.Model:
 
 
 def samples_per_second(model: keras.Model, x: np.ndarray, y: np.ndarray, steps: int) -> float:
-    """The speed of some training steps."""
+    """Samples per second over `steps` training steps."""
     began = time.perf_counter()
     for _ in range(steps):
         model.train_on_batch(x, y)

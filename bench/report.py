@@ -29,10 +29,10 @@ def options(description: str | None) -> argparse.Namespace:
 
 
 def alternate(steps: Mapping[Any, Callable[[], object]], *, rounds: int, seconds: float) -> dict[Any, list[float]]:
-    """Seconds per call of each step, one value a round.
+    """Seconds per call of each step, one value per round.
 
     In every round each step runs for about `seconds` (at least once), one step after the other, so that
-    whatever else the machine does meets all of them. The first round warms up and is dropped.
+    other load on the machine affects all of them. The first round warms up and is dropped.
     """
     times: dict[Any, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 1):
@@ -53,12 +53,12 @@ def spread(values: Sequence[float], digits: int = 6) -> dict[str, float]:
 
 
 def ratio(slow: Sequence[float], base: Sequence[float]) -> float:
-    """The median over rounds of `slow / base`: both are of the same round."""
+    """The median over rounds of `slow / base`, each pair from the same round."""
     return round(statistics.median(a / b for a, b in zip(slow, base, strict=True)), 3)
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A plain table, the first column on the left, numbers on the right."""
+    """Print a plain table: the first column left-aligned, the others right-aligned."""
     cells = [list(header), *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     print(f"\n{title}")
@@ -79,7 +79,7 @@ def finish(question: str, results: Any, *, libraries: Sequence[str] = ("numpy",)
 
 
 def result_line(question: str, results: Any, *, libraries: Sequence[str] = ("numpy",), **more: Any) -> dict[str, Any]:
-    """A result with what measured it: hardware, versions of the libraries that are installed, commit, date."""
+    """A result with its environment: hardware, versions of the installed libraries, commit, date."""
     return {
         "question": question,
         "results": results,
@@ -93,13 +93,13 @@ def result_line(question: str, results: Any, *, libraries: Sequence[str] = ("num
 
 
 def result_name(question: str, line: Mapping[str, Any]) -> str:
-    """The name of a result's file, without an ending: question, hardware, year and month."""
+    """The name of a result file without extension: question, hardware, year and month."""
     machine = re.sub(r"[^a-z0-9]+", "-", f"{line['hardware']['cpu']}-{os.cpu_count()}-cores".lower())
     return f"{question}_{machine}_{time.strftime('%Y%m')}"
 
 
 def hardware() -> dict[str, Any]:
-    """The processor, by the operating system's name for it, and how many cores this process sees."""
+    """The operating system's name of the processor, and the number of cores."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -119,7 +119,7 @@ def _versions(libraries: Sequence[str]) -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The commit, with `+changes` where fastdp/ or bench/ differ from it; `unknown` outside git."""
+    """The commit, with `+changes` if fastdp/ or bench/ differ from it; `unknown` outside git."""
     revision = _git("rev-parse", "--short", "HEAD")
     if revision.returncode:
         return "unknown"

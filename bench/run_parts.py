@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent / "parts"
 
 
 def main() -> int:
-    """Run, and write what was measured; pytest's status."""
+    """Run the benchmarks and write the results; returns pytest's status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the JSON file goes")
     asked, others = parser.parse_known_args()

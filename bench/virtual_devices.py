@@ -1,9 +1,9 @@
 """Are two virtual devices on this machine no slower than 1.15 x one device at the same global batch?
 
-A training step on one batch by plain Keras (`train_on_batch`) and by fastdp on 1, 2 and 4 virtual devices, in
-rounds that alternate. All do the same work: loss and accuracy on the whole batch, SGD with momentum. Plain
-Keras uses torch's own number of threads; fastdp shares the cores out among its devices. The ratio is the
-median over rounds of 2 devices' time to that of 1 device, below 1 where two are faster.
+Measures a training step on one batch with plain Keras (`train_on_batch`) and with fastdp on 1, 2 and 4 virtual
+devices, in alternating rounds. All do the same work: loss and accuracy on the whole batch, SGD with momentum. Plain
+Keras uses torch's default number of threads; fastdp divides the cores among its devices. The ratio is the median
+over rounds of the time on 2 devices divided by the time on 1 device, below 1 if two are faster.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ CASES: tuple[tuple[str, Callable[[], keras.Model], int, int, float], ...] = (
 
 
 def step(build: Callable[[], keras.Model], rows: int, devices: int) -> Callable[[], object]:
-    """A training step of a new model on this many virtual devices; 0 is plain Keras."""
+    """A training step of a new model on `devices` virtual devices; 0 is plain Keras."""
     keras.utils.set_random_seed(0)
     model = build()
     runner = fastdp.wrap(model, gpus=devices) if devices else model

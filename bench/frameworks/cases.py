@@ -13,8 +13,8 @@ CLASSES = 10
 class Case:
     """One model of the comparison.
 
-    `steps` are those of one timed round, so many that a round takes a second or two on two cores. `tokens` is the
-    size of the vocabulary where the rows are tokens, 0 where they are floats.
+    `steps` is the number of steps in one timed round, chosen so that a round takes a second or two on two cores.
+    `tokens` is the size of the vocabulary if rows are tokens, 0 if they are floats.
     """
 
     title: str
@@ -24,7 +24,7 @@ class Case:
     tokens: int = 0
 
     def data(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (channels last) and labels of so many batches."""
+        """Rows (channels last) and labels for `steps` batches."""
         generator = np.random.default_rng(0)
         shape = (steps * self.rows, *self.shape)
         if self.tokens:

@@ -1,13 +1,13 @@
 """How many samples per second does each way of data-parallel training make, on the same model, data and machine?
 
-fastdp on 1 and 2 virtual devices with compiled steps, beside Keras's `fit` on torch, JAX and TensorFlow,
+Compares fastdp on 1 and 2 virtual devices with compiled steps, Keras's `fit` on torch, JAX and TensorFlow,
 keras.distribution's DataParallel over two host devices, MirroredStrategy over two logical CPUs, and plain torch in
-one process and in two with DistributedDataParallel over gloo. All train by SGD with momentum on the same batches; a
-batch is that of all devices together. Each peer is a process of its own that builds, compiles and warms up before
-anything is timed; then they take turns, one round each, and medians over the rounds count.
+one process and in two with DistributedDataParallel over gloo. All train by SGD with momentum on the same global
+batches. Each peer is a separate process that builds, compiles and warms up before anything is timed. The peers then
+take turns, one round each; results are medians over the rounds.
 
-Peers that train on two devices normalize each device's rows, except JAX's, which normalizes the whole batch. A
-peer that fails, or is late, is recorded with its reason, and the others go on.
+Peers on two devices normalize each device's rows, except JAX, which normalizes the whole batch. A peer that fails or
+times out is recorded with the reason, and the others go on.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ PEERS = {
 
 
 def measure(model: str, peers: Mapping[str, Peer], asked: argparse.Namespace) -> dict[str, Any]:
-    """All peers on one model: samples per second, the ratio to fastdp's devices, and the reasons of failures."""
+    """Measure all peers on one model: samples per second, the ratio to fastdp, and the reasons of failures."""
     case = CASES[model]
     steps = asked.steps or case.steps
     running, failed = _start(model, peers, steps, asked)
@@ -92,7 +92,7 @@ def measure(model: str, peers: Mapping[str, Peer], asked: argparse.Namespace) ->
 def _start(
     model: str, peers: Mapping[str, Peer], steps: int, asked: argparse.Namespace
 ) -> tuple[dict[str, Running], dict[str, str]]:
-    """Start all peers, as many at a time as there are cores; those that are ready, and why others are not."""
+    """Start all peers, one per core at a time; returns those that are ready, and the failures of the others."""
     running: dict[str, Running] = {}
     failed: dict[str, str] = {}
 
@@ -110,7 +110,7 @@ def _start(
 
 
 def say(line: str) -> None:
-    """Progress, with the time since the start."""
+    """Print progress with the time since the start."""
     print(f"[{time.perf_counter() - BEGAN:6.1f} s] {line}", flush=True)
 
 
@@ -119,7 +119,7 @@ LIBRARIES = ("keras", "torch", "jax", "jaxlib", "tensorflow-cpu", "tensorflow")
 
 
 def parse(arguments: Sequence[str] | None, peers: Mapping[str, Peer]) -> argparse.Namespace:
-    """The options."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=tuple(CASES), default=tuple(CASES), metavar="MODEL")
     parser.add_argument("--peers", nargs="+", choices=tuple(peers), default=tuple(peers), metavar="PEER")
@@ -132,14 +132,14 @@ def parse(arguments: Sequence[str] | None, peers: Mapping[str, Peer]) -> argpars
 
 
 def _count(text: str) -> int:
-    """A whole number from 1."""
+    """Parse a whole number from 1."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return int(text)
 
 
 def main(arguments: Sequence[str] | None = None, peers: Mapping[str, Peer] = PEERS) -> int:
-    """Measure every model, and write what there is after each; 1 if no peer did anything."""
+    """Measure every model and write the results after each; returns 1 if every peer failed."""
     asked = parse(arguments, peers)
     chosen = {name: peers[name] for name in asked.peers}
     titles = {name: peer.title for name, peer in chosen.items()}

@@ -20,7 +20,7 @@ from typing import Any
 if sys.argv[1] == "distribution":  # read when JAX is imported
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 
-if os.environ.get("KERAS_BACKEND") != "tensorflow":  # Keras imports it wherever it is: slower, and more threads
+if os.environ.get("KERAS_BACKEND") != "tensorflow":  # Keras would import it if installed: slower, more threads
     sys.modules["tensorflow"] = None  # type: ignore[assignment]
 
 import keras
@@ -42,13 +42,13 @@ class Clock(keras.callbacks.Callback):  # type: ignore[misc]
         self.began = time.perf_counter()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Stop, once the loss is there: backends may still compute it."""
+        """Stop once the loss is on the host; backends may still be computing it."""
         float(logs["loss"])
         self.seconds = time.perf_counter() - self.began
 
 
 def scope(how: str) -> Any:
-    """Where the model is made: within a strategy, or nowhere in particular."""
+    """The context in which the model is built: a strategy's scope, or none."""
     if how == "mirrored":
         tf = importlib.import_module("tensorflow")
         cpu = tf.config.list_physical_devices("CPU")[0]
@@ -62,18 +62,18 @@ def scope(how: str) -> Any:
 
 
 def runner(model: keras.Model, how: str) -> Any:
-    """What is compiled and fitted: the model, or fastdp's parallel model of it."""
+    """The model to compile and fit: `model` itself, or fastdp's parallel model of it."""
     if not how.startswith("fastdp-"):
         return model
     fastdp = importlib.import_module("fastdp")
     count = int(how.removeprefix("fastdp-"))
     fastdp.set_virtual_devices(count)
-    # "auto" comes to the same steps, once a shape has been trained for long enough: here they are compiled at once.
+    # "auto" reaches the same steps after training a shape for long enough; here they are compiled at once.
     return fastdp.wrap(model, gpus=count, compile="inductor")
 
 
 def prepare(how: str, name: str, steps: int) -> tuple[Callable[[], float], dict[str, Any]]:
-    """Build, compile and warm up; a function that trains one epoch and gives its seconds, and facts."""
+    """Build, compile and warm up; returns a function that trains one epoch and returns its seconds, and facts."""
     case = CASES[name]
     keras.utils.set_random_seed(0)
     with scope(how):

@@ -21,12 +21,12 @@ from bench.frameworks.protocol import PREFIX
 
 
 class PeerError(Exception):
-    """A peer did not do what it was asked for; the message is the reason."""
+    """A peer failed; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One way to train: a script and its first argument, and the environment that it needs."""
+    """One way to train: a script, its first argument, and environment variables."""
 
     title: str
     script: Path
@@ -35,15 +35,15 @@ class Peer:
     needs: str = ""
 
     def command(self, model: str, steps: int) -> list[str]:
-        """What is started to train `model`."""
+        """The command that trains `model`."""
         return [sys.executable, str(self.script), self.how, model, str(steps)]
 
 
 class Running:
-    """A peer's process, which is ready once this is made.
+    """A peer's process; the constructor returns when the peer is ready.
 
     Raises:
-        PeerError: a library is missing, or the process ended or was late; the message has the end of its stderr.
+        PeerError: a library is missing, or the process ended or timed out; the message has the end of its stderr.
     """
 
     def __init__(self, peer: Peer, model: str, steps: int, timeout: float) -> None:
@@ -57,7 +57,7 @@ class Running:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            start_new_session=True,  # so that what it starts can be ended with it
+            start_new_session=True,  # so that its child processes can be ended with it
         )
         self._lines: queue.Queue[str] = queue.Queue()
         self._reader = threading.Thread(target=self._read, name="peer-reader", daemon=True)
@@ -69,7 +69,7 @@ class Running:
             raise
 
     def round(self, timeout: float) -> float:
-        """Train one round; its seconds."""
+        """Train one round; returns its seconds."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write("round\n")
@@ -79,13 +79,13 @@ class Running:
         return float(self._answer(timeout, "a round")["seconds"])
 
     def close(self, patience: float = 20.0) -> None:
-        """Let the process end by itself, end it and all that it started if it does not."""
+        """Let the process end by itself; after `patience` seconds, kill it and its children."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):  # it was gone already
             self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(patience)
-        with contextlib.suppress(ProcessLookupError):  # the whole group, what it started too
+        with contextlib.suppress(ProcessLookupError):  # the whole process group
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._reader.join(10)
@@ -112,7 +112,7 @@ class Running:
         return dict(json.loads(line))
 
     def _end(self) -> str:
-        """Why the process ended: the first line of its last exception, else the last line on stderr."""
+        """The reason why the process ended: the first line of its last exception, else the last line on stderr."""
         code = self._process.wait()
         self._errors.seek(0)
         said = [line for line in self._errors.read().splitlines() if line.strip()]

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-PREFIX = "peer: "  # libraries print on stdout too: other lines are theirs
+PREFIX = "peer: "  # marks answers, since libraries print on stdout too
 
 
 def serve(prepare: Callable[[], tuple[Callable[[], float], dict[str, Any]]]) -> None:
-    """Prepare, say so with facts about the model, then answer each line of stdin with the seconds of a round."""
+    """Prepare, report ready with facts about the model, then answer each line of stdin with the seconds of a round."""
     began = time.perf_counter()
     run, facts = prepare()
     _say({"ready": time.perf_counter() - began, **facts})
@@ -21,5 +21,5 @@ def serve(prepare: Callable[[], tuple[Callable[[], float], dict[str, Any]]]) -> 
 
 
 def _say(answer: dict[str, Any]) -> None:
-    """One answer, on a line of its own whatever was printed before it."""
+    """Print one answer on its own line, even after an unfinished line."""
     print(f"\n{PREFIX}{json.dumps(answer)}", flush=True)

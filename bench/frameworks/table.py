@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 
 def markdown(line: dict[str, Any]) -> str:
-    """The result as a page: samples per second, by how much fastdp is faster, what failed, what ran it."""
+    """The result as a page: samples per second, fastdp's speedups, failures, and the environment."""
     models, titles = line["results"], line["titles"]
     header = ["samples/s, median", *(result["title"] for result in models.values())]
     parts = [
@@ -35,7 +35,7 @@ def markdown(line: dict[str, Any]) -> str:
 
 
 def draw(line: dict[str, Any], path: Path) -> None:
-    """Samples per second of every peer, one panel a model: medians, and quartiles as whiskers."""
+    """Draw samples per second of every peer, one panel per model: medians, with quartiles as whiskers."""
     models, titles = line["results"], line["titles"]
     columns = min(3, len(models))
     lines = math.ceil(len(models) / columns)
@@ -89,7 +89,7 @@ def _failures(line: dict[str, Any]) -> list[str]:
 
 
 def _unequal(result: dict[str, Any]) -> dict[str, int]:
-    """Peers whose model has another number of parameters than most."""
+    """Peers whose model has a different number of parameters from most others."""
     counts = {name: facts["parameters"] for name, facts in result["facts"].items() if "parameters" in facts}
     usual = max(counts.values(), key=list(counts.values()).count, default=0)
     return {name: count for name, count in counts.items() if count != usual}

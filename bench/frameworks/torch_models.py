@@ -26,7 +26,7 @@ def cnn() -> nn.Module:
 
 
 class LSTM(nn.Module):
-    """An LSTM(64) over 80 steps of 32 features. torch's has a second bias, 256 numbers more than Keras's."""
+    """An LSTM(64) over 80 steps of 32 features. It has a second bias: 256 parameters more than Keras's LSTM."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Bottleneck(nn.Module):
 
 
 def resnet50() -> nn.Module:
-    """ResNet50 with strides in the first convolution of a block, and biases: that of keras.applications."""
+    """ResNet50 as in keras.applications: with biases, and strides in the first convolution of a block."""
     blocks: list[nn.Module] = []
     inputs = 64
     for width, depth, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
@@ -111,7 +111,7 @@ def _separable(inputs: int, outputs: int) -> list[nn.Module]:
 
 
 class XceptionBlock(nn.Module):
-    """Separable convolutions of these widths and a shortcut, which is a projection where `pool` halves the size."""
+    """Separable convolutions of these widths and a shortcut, which is a projection if `pool` halves the size."""
 
     def __init__(self, *widths: int, pool: bool, activate_first: bool = True) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """One torch peer: `torch_worker.py PROCESSES MODEL STEPS`, DistributedDataParallel over gloo where PROCESSES > 1.
 
-The process that is started is rank 0 and starts the others, which train whenever it does. Each rank has its
-rows of every batch, and its share of the cores. A round is the time of STEPS training steps.
+The started process is rank 0. It starts the other ranks, which train whenever it does. Each rank has its rows
+of every batch and its share of the cores. A round is the time of STEPS training steps.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WARM_UP = 3
 
 
 def trainer(rank: int, size: int, name: str, steps: int) -> tuple[Callable[[int], float], int]:
-    """A function that trains so many steps and gives their seconds; the number of parameters."""
+    """A function that trains a number of steps and returns their seconds, and the number of parameters."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
     torch.manual_seed(0)
     case = CASES[name]
@@ -63,7 +63,7 @@ def trainer(rank: int, size: int, name: str, steps: int) -> tuple[Callable[[int]
 
 
 def follow(rank: int, size: int, store: str, name: str, steps: int) -> None:
-    """A rank beside the first: train as many steps as it says, until it says 0."""
+    """Run a rank other than 0: train as many steps as rank 0 announces, until it announces 0."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     train, _ = trainer(rank, size, name, steps)
     while count := _agreed(0):
@@ -72,7 +72,7 @@ def follow(rank: int, size: int, store: str, name: str, steps: int) -> None:
 
 
 def lead(size: int, name: str, steps: int) -> None:
-    """Rank 0: start the others and serve the driver."""
+    """Run rank 0: start the other ranks and serve the driver."""
     with tempfile.TemporaryDirectory() as folder:
         store = f"{folder}/store"
         others = [
@@ -96,7 +96,7 @@ def lead(size: int, name: str, steps: int) -> None:
 
 
 def _agreed(count: int) -> int:
-    """Rank 0's number, on every rank."""
+    """Broadcast rank 0's `count` to every rank."""
     number = torch.tensor(count)
     dist.broadcast(number, 0)
     return int(number)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import driver_overhead  # before NumPy: it asks for one BLAS thread
+import driver_overhead  # before NumPy, because it limits BLAS to one thread
 import numpy as np
 import pytest
 from all_reduce import fastdp_step, numpy_step
@@ -28,7 +28,7 @@ def test_scatter(benchmark, devices, count):
 
 @pytest.mark.parametrize("count", DEVICES)
 def test_merge(benchmark, devices, count):
-    """Outputs of 1,024 rows, 4 MB, written by one thread after the other."""
+    """Outputs of 1,024 rows, 4 MB, written one replica after the other by one thread."""
     made = devices(count)
     shards = split_rows(ROWS, count)
     outputs = [np.full((rows.count, COLUMNS), rank, np.float32) for rank, rows in enumerate(shards)]
@@ -54,7 +54,7 @@ def test_all_reduce_over_4_devices(benchmark, megabytes):
 
 @pytest.mark.parametrize("megabytes", MEGABYTES)
 def test_numpy_add(benchmark, megabytes):
-    """Two arrays of this size into a third, on one thread: to compare the all-reduce with."""
+    """Two arrays of this size into a third on one thread, as a baseline of the all-reduce."""
     benchmark(numpy_step(megabytes << 20))
 
 

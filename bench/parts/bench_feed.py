@@ -19,7 +19,7 @@ SECONDS = 60.0
 
 @pytest.mark.parametrize("held", ["float_arrays", "data_set", "data_set_of_bytes"])
 def test_feed(benchmark, devices, held):
-    """256 rows of 32 x 32 x 3 in fp32 and their labels: Keras's iterator, the engine's scatter, and the rows there."""
+    """256 rows of 32 x 32 x 3 in fp32 with labels: Keras's iterator, the engine's scatter, until the rows arrive."""
     made = devices(COUNT)
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (ROWS, 32, 32, 3)).astype(np.uint8), rng.integers(0, 10, ROWS)

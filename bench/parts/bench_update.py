@@ -25,5 +25,5 @@ def one_device() -> Iterator[None]:
 @pytest.mark.parametrize("build", [mlp, resnet50], ids=lambda build: build.__name__)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_update(benchmark, build, kind):
-    """fastdp's own, on flat buffers where the optimizer allows it."""
+    """fastdp's update, on flat buffers if the optimizer allows it."""
     benchmark(update(parallel(build, OPTIMIZERS[kind](), flat=True)))

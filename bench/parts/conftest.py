@@ -17,7 +17,7 @@ from fastdp.runtime.host.device import HostDevice
 
 @pytest.fixture
 def devices() -> Iterator[Callable[[int], list[HostDevice]]]:
-    """Makes so many new virtual devices."""
+    """A function that makes new virtual devices, which are closed after the test."""
     made: list[HostDevice] = []
 
     def make(count: int) -> list[HostDevice]:
