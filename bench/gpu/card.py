@@ -11,12 +11,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 ROUNDS = 7
-GRAPH_SECONDS = 2e-3  # of work in one graph
+GRAPH_SECONDS = 2e-3  # work in one graph
 SLOWEST = 1e12  # bytes per second, to choose how often a graph repeats a launch
 
 
 def emit(**line: Any) -> None:
-    """One measurement, or one thing left out (`skipped`): printed, and kept where the stage looks for it."""
+    """Print one measurement or one skipped item (`skipped`), and append it to FASTDP_GPU_LOG for the stage."""
     text = json.dumps(line)
     print(text, flush=True)
     path = os.environ.get("FASTDP_GPU_LOG")
@@ -44,13 +44,13 @@ class EventClock:
         return float(self._cuda.eventElapsedTime(*self._ends)) / 1e3
 
     def close(self) -> None:
-        """Give the events back."""
+        """Destroy the events."""
         for event in self._ends:
             self._cuda.eventDestroy(event)
 
 
 class WallClock:
-    """The same by the host's clock, waiting for the stream before and after."""
+    """Seconds by the host's clock, with the stream synchronized before and after."""
 
     how = "wall"
 
@@ -66,7 +66,7 @@ class WallClock:
         return time.perf_counter() - began
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Does nothing."""
 
 
 class Card:
@@ -75,7 +75,7 @@ class Card:
     Args:
         device: a CudaDevice.
         clock: EventClock or WallClock.
-        rounds: how many values each median is of.
+        rounds: number of values in each median.
     """
 
     def __init__(self, device: Any, clock: type[Any] = EventClock, rounds: int = ROUNDS) -> None:
@@ -86,20 +86,20 @@ class Card:
             self.clock = clock(device, self.stream)
 
     def current(self) -> AbstractContextManager[None]:
-        """Make the card the thread's."""
+        """Make the card current in the thread."""
         return self.runtime.on(self.device.ordinal)  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        """Give stream and events back."""
+        """Destroy stream and events."""
         self.clock.close()
         self.runtime.stream_destroy(self.stream)
 
     def address(self, array: Any) -> int:
-        """Where an array lies on the card."""
+        """The device address of an array."""
         return int(self.runtime.array_pointer(array))
 
     def measure(self, works: Mapping[str, tuple[int, Callable[[], object]]]) -> dict[str, list[float]]:
-        """Seconds of a launch of each work, a value a round. `works` gives bytes moved, and what enqueues one."""
+        """Seconds per launch of each work, one value per round. `works` maps to (bytes moved, enqueue function)."""
         graphs: dict[str, tuple[int, int]] = {}
         with self.current():
             for name, (nbytes, enqueue) in works.items():

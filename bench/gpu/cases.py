@@ -1,7 +1,7 @@
 """What is trained on a card: models, batches and precision, the same for all ways; and tiny ones that a test can run.
 
-All models have ten classes, which changes next to nothing of ResNet50, Xception and the encoder. `tf32` is fp32 with
-TF32 in products, as JAX has it by default; `bf16` is mixed precision: Keras's policy mixed_bfloat16, torch's autocast.
+All models have ten classes, which hardly changes ResNet50, Xception and the encoder. `tf32` is fp32 with TF32 matrix
+products, JAX's default; `bf16` is mixed precision: Keras's policy mixed_bfloat16, torch's autocast.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ class Case:
 
     Attributes:
         model: mlp, resnet50, xception or encoder.
-        shape: of a row, channels last; a row of an encoder is so many tokens.
-        rows: of a global batch.
+        shape: shape of a row, channels last; for an encoder the number of tokens.
+        rows: rows of a global batch.
         precision: tf32 or bf16.
-        steps: of one timed round.
-        rounds: how many values each median is of.
+        steps: steps of one timed round.
+        rounds: number of values in each median.
         optimizer: sgd (with momentum) or adam.
-        tokens: the size of the vocabulary, 0 where rows are floats.
-        options: of the model's builder, where there is more than one size.
-        at_once: how many processes, each with this model and its batch, are let on the card together.
+        tokens: size of the vocabulary, 0 if rows are floats.
+        options: arguments of the model's builder, if the model comes in several sizes.
+        at_once: maximum number of processes, each with this model and its batch, on the card at a time.
     """
 
     title: str
@@ -45,7 +45,7 @@ class Case:
     at_once: int = 24
 
     def data(self, steps: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and labels of so many batches of `rows`."""
+        """Rows and labels for `steps` batches of `rows`."""
         generator = np.random.default_rng(0)
         shape = (steps * rows, *self.shape)
         if self.tokens:

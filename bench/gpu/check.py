@@ -1,12 +1,12 @@
 """Does fastdp work on the GPUs of this machine, and how fast? One command, one JSON file.
 
-The stages of bench/gpu/stages.py run one after the other, each with its own time limit, and the others go on when one
-fails. What a stage found before its limit counts, and the file is written anew whenever a part is over and while it
-runs, so that a run that is cut off leaves what it had. At the end the goals of bench/gpu/goals.py are held to it.
+The stages of bench/gpu/stages.py run one after the other, each with its own time limit; if one fails, the others still
+run. Results that a stage wrote before its limit count. The file is rewritten while a part runs and when it ends, so
+that an interrupted run keeps its results. At the end the results are compared with the goals of bench/gpu/goals.py.
 
     python bench/gpu/check.py [--stage NAME ...] [--wheels FOLDER] [--seconds 570]
 
-The status is 0 if all was well, 1 if anything failed, 2 if there was nothing to check, as without a GPU.
+The exit status is 0 if everything passed, 1 if anything failed, 2 if nothing could be checked, as without a GPU.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from bench.gpu.stages import DEFAULT, STAGES, Part
 ROOT = Path(__file__).parents[2]
 SCRATCH = ROOT / "build" / "gpu-check"
 WHEELS = ROOT / "build" / "gpu-wheels"
-# What is installed from a folder of wheels: Keras and what it imports that comes with neither torch nor CuPy.
+# Packages installed from a folder of wheels: Keras, and its dependencies that come with neither torch nor CuPy.
 FROM_WHEELS = ("keras", "namex", "optree", "rich")
 TAIL = 40
 KILL_SECONDS = 5.0
-SAVE_SECONDS = 5.0  # between two looks at a part that runs
-LEAST_SECONDS = 15.0  # a part that has less left to it is not begun
+SAVE_SECONDS = 5.0  # between two saves of a running part
+LEAST_SECONDS = 15.0  # a part with less time left is not started
 
 
 def main() -> int:
-    """Run the stages asked for, print, save; the exit status."""
+    """Run the requested stages, print, save; returns the exit status."""
     asked = _arguments()
-    # The file is written by `finally`, and the part that runs is ended with all that it started.
+    # On SIGTERM, the `finally` blocks write the file and end the running part with its child processes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     SCRATCH.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
@@ -71,11 +71,11 @@ def main() -> int:
 
 
 class Report:
-    """What a run has found, in one file that is written again and again.
+    """The results of a run, in one file that is rewritten repeatedly.
 
     Args:
-        machine: as `describe_machine` gives it.
-        folder: where the file goes if there is a card; else it goes to build/gpu-check/.
+        machine: the result of `describe_machine`.
+        folder: folder of the file if there is a card; else the file goes to build/gpu-check/.
     """
 
     def __init__(self, machine: Mapping[str, Any], folder: Path) -> None:
@@ -87,11 +87,11 @@ class Report:
         self._began = time.monotonic()
 
     def goals(self) -> list[dict[str, Any]]:
-        """The goals, held to what has been measured."""
+        """The goals, evaluated with the measurements so far."""
         return gpu_goals.evaluate({"machine": self.machine, "stages": self.stages})
 
     def write(self) -> Path:
-        """Write the file; whoever reads it finds the old one or the new one, never half of one."""
+        """Write the file atomically: readers see the old or the new file, never a partial one."""
         seconds = round(time.monotonic() - self._began, 1)
         whole = {"machine": self.machine, "seconds": seconds, "stages": self.stages, "goals": self.goals()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,9 +118,9 @@ def _arguments() -> argparse.Namespace:
 
 
 def install_wheels(folder: Path) -> Path | None:
-    """Install those of FROM_WHEELS that are missing here from a folder of wheels, without a network.
+    """Install the missing packages of FROM_WHEELS from a folder of wheels, without a network.
 
-    Returns: where they are, build/gpu-wheels; None where nothing is missing.
+    Returns: their folder, build/gpu-wheels; None if nothing is missing.
 
     Raises:
         subprocess.CalledProcessError: pip found no wheel that fits.
@@ -130,14 +130,14 @@ def install_wheels(folder: Path) -> Path | None:
     if not missing:
         return None
     where = ["--no-index", "--find-links", str(folder), "--target", str(WHEELS)]
-    # Without dependencies: --target would bring a second NumPy, or fail for want of one.
+    # Without dependencies: --target would install a second NumPy, or fail if there is no wheel of it.
     how = ["--no-deps", "--no-cache-dir", "--disable-pip-version-check", "--quiet"]
     subprocess.run([sys.executable, "-m", "pip", "install", *how, *where, *missing], check=True)
     return WHEELS
 
 
 def describe_machine(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Cards, driver and versions, found out by a process of its own: this one never touches CUDA."""
+    """Cards, driver and versions, from a separate process, since this one never touches CUDA."""
     command = [sys.executable, str(ROOT / "bench" / "gpu" / "machine.py")]
     try:
         done = subprocess.run(
@@ -157,7 +157,7 @@ def describe_machine(environment: Mapping[str, str]) -> dict[str, Any]:
 def run_stage(
     name: str, parts: Sequence[Part], environment: Mapping[str, str], report: Report, ends: float
 ) -> dict[str, Any]:
-    """Run the parts of a stage until `ends`; what came of them, in the report too."""
+    """Run the parts of a stage until `ends`; records the results in the report and returns them."""
     print(f"\n== {name}: at most {sum(part.seconds for part in parts):.0f} seconds", flush=True)
     began = time.monotonic()
     found: dict[str, Any] = {}
@@ -187,9 +187,9 @@ def run_part(
     environment: Mapping[str, str],
     save: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Run one process within its limit, and gather what it wrote line by line, even where it was cut off.
+    """Run one process within its limit, and gather the lines that it wrote, even if it was cut off.
 
-    `save` is given what there is, now and then, while the process runs.
+    While the process runs, `save` is called with the results so far at intervals.
     """
     if part.needs and shutil.which(part.needs) is None:
         return {"status": "skipped", "reason": f"{part.needs} is not on the PATH"}
@@ -199,9 +199,9 @@ def run_part(
     command = [*([sys.executable] if first.startswith("-") or first.endswith(".py") else []), *part.command]
     began = time.monotonic()
     variables = {**environment, **part.environment, "FASTDP_GPU_LOG": str(log)}
-    # Tests that would begin after this are skipped, with that as the reason, and the part ends in time.
-    if part.tests:  # counts only before CUDA starts, and Keras may start it before fastdp can say so
+    if part.tests:  # takes effect only before CUDA starts, and Keras may start CUDA before fastdp can set it
         variables.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    # pytest_log.py skips tests that would start later than this, so that the part ends in time.
     variables["FASTDP_GPU_TEST_SECONDS"] = str(0.85 * part.seconds)
 
     def so_far() -> dict[str, Any]:
@@ -215,7 +215,7 @@ def run_part(
         return {"status": "skipped", "reason": f"{part.needs} does not support this machine's GPU", **result}
     result.update(gathered(part, read_lines(log)))
     if part.tests:
-        # 5: nothing collected, by pytest's own numbers.
+        # pytest's exit status 5: no tests collected.
         failed = code not in (0, 5) or bool(result["failed"])
         nothing = "skipped" if not result["passed"] else "passed"
         result["status"] = "timed out" if code is None else "failed" if failed else nothing
@@ -228,7 +228,7 @@ def run_part(
 
 
 def gathered(part: Part, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a part has written by now: its tests counted, or its measurements, the last of each."""
+    """The results that a part has written so far: counts of its tests, or the last measurement of each thing."""
     if part.tests:
         return count_tests(lines)
     return {
@@ -243,9 +243,9 @@ def run_limited(
     seconds: float,
     look: Callable[[], None] = lambda: None,
 ) -> tuple[int | None, list[str]]:
-    """Run a command in a process group of its own, its output shown as it comes, with a call of `look` now and then.
+    """Run a command in its own process group, print its output as it comes, and call `look` at intervals.
 
-    Returns: its exit status, None where it was ended for its time limit, and its output's lines.
+    Returns: the exit status, None if the time limit ended the command, and the lines of its output.
     """
     output = SCRATCH / f"output-{os.getpid()}.txt"
     with output.open("wb") as file, output.open("rb") as shown:
@@ -274,13 +274,13 @@ def run_limited(
 
 
 def _show(data: bytes) -> None:
-    """Print what a part has printed, lines of measurements cut short: they go to the file."""
+    """Print a part's output, with long lines cut: measurements are in the file."""
     for line in data.decode("utf-8", "replace").splitlines():
         print(line[:240], flush=True)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End what is left of a process group, gently first: CUDA gives memory back."""
+    """End the remaining processes of a group, first with SIGTERM, so that CUDA frees its memory."""
     for how, seconds in ((signal.SIGTERM, KILL_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
         try:
             os.killpg(process.pid, how)
@@ -294,7 +294,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line; a last line that was cut off is left out."""
+    """The JSON objects of a file, one per line; an incomplete last line is ignored."""
     if not path.exists():
         return []
     found = []
@@ -307,7 +307,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def count_tests(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What pytest_log.py wrote, put together: counts, failures with their last lines, skips by reason."""
+    """Summarize the lines of pytest_log.py: counts, failures with their last lines, skips by reason."""
     ended = [line for line in lines if "outcome" in line]
     done = {line["test"] for line in ended}
     reasons: dict[str, int] = {}
@@ -325,11 +325,11 @@ def count_tests(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-# What came of it.
+# Summaries.
 
 
 def summary(part: Mapping[str, Any]) -> str:
-    """One part in a few words."""
+    """A short summary of one part."""
     said = [part["status"]]
     if "passed" in part:
         said.append(f"{part['passed']} passed, {part['failed']} failed, {sum(part['skipped'].values())} skipped")
@@ -342,7 +342,7 @@ def summary(part: Mapping[str, Any]) -> str:
 
 
 def table(stages: Mapping[str, Mapping[str, Any]]) -> str:
-    """The closing table: a line for each part, then the names of the tests that failed."""
+    """The final table: one line per part, then the names of the failed tests."""
     rows = [["stage", "result", "seconds", ""]]
     failures = []
     for stage, found in stages.items():
@@ -357,7 +357,7 @@ def table(stages: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def status_of(stages: Mapping[str, Mapping[str, Any]]) -> int:
-    """0: all was well; 1: something failed; 2: nothing was checked."""
+    """The exit status. 0: everything passed; 1: something failed; 2: nothing was checked."""
     states = {found["status"] for found in stages.values()}
     if states & {"failed", "timed out"}:
         return 1

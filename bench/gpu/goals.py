@@ -1,6 +1,6 @@
 """The goals that fastdp has on a card, and what a run of check.py measured of each.
 
-A goal is met or not, or "not measured": where a measurement that it needs is missing it is never met.
+A goal is met, not met, or "not measured" if a measurement that it needs is missing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from bench.gpu.cases import CASES
 
 Line = Mapping[str, Any]
 
-LARGE = 64_000_000  # bytes from which a kernel is held to the card's copy
+LARGE = 64_000_000  # bytes from which a kernel is compared with a copy on the card
 KERNELS = ("slice_rows", "slice_rows shuffled", "concat_rows", "all_reduce two-shot")
 PCIE = 5
 MLP = (("torch eager", 5.0), ("Keras torch", 15.0), ("Keras JAX", 2.0))
@@ -21,14 +21,14 @@ GOAL_CASES = [name for name in CASES if not name.startswith("tiny-")]
 
 
 def measurements(report: Mapping[str, Any]) -> list[Line]:
-    """All measurements of a report's bench stages; of lines about the same the last counts."""
+    """All measurements of a report's bench stages, the last one of each thing."""
     parts = [part for stage in report["stages"].values() for part in stage["parts"].values()]
     lines = [line for part in parts for line in part.get("measurements", []) if isinstance(line, Mapping)]
     return latest(lines)
 
 
 def latest(lines: Iterable[Line]) -> list[Line]:
-    """The last line about each thing, in the order in which things were first told of."""
+    """The last line about each thing, in the order of first appearance."""
     found: dict[tuple[Any, ...], Line] = {}
     for line in lines:
         found[tuple(line.get(key) for key in ("what", "case", "way", "nbytes", "nodes", "replicas"))] = line
@@ -36,13 +36,13 @@ def latest(lines: Iterable[Line]) -> list[Line]:
 
 
 class Found:
-    """The measurements of a run, by what the goals ask for."""
+    """Looks up the measurements of a run for the goals."""
 
     def __init__(self, lines: Sequence[Line], machine: Mapping[str, Any]) -> None:
         self.lines, self.machine = lines, machine
 
     def named(self, what: str, **fields: Any) -> list[Line]:
-        """Lines about something; `what` may be its beginning."""
+        """Lines whose `what` starts with the given text and whose fields match."""
         return [
             line
             for line in self.lines
@@ -50,12 +50,12 @@ class Found:
         ]
 
     def milliseconds(self, case: str, way: str) -> float | None:
-        """A way's median step."""
+        """The median step of a way."""
         found = self.named("step", case=case, way=way)
         return float(found[-1]["milliseconds"]["median"]) if found else None
 
     def fastest(self, case: str) -> tuple[str, float] | None:
-        """fastdp's fastest way on one device, with whole batches through Keras's loop."""
+        """fastdp's fastest way on one device, with full batches through Keras's loop."""
         steps = [
             (line["way"], float(line["milliseconds"]["median"]))
             for line in self.named("step", case=case, library="fastdp", devices=1)
@@ -64,7 +64,7 @@ class Found:
         return min(steps, key=lambda one: one[1]) if steps else None
 
     def best(self, case: str, devices: int = 1) -> str | None:
-        """The steps that several devices were measured with: graphs before traced ones before eager ones."""
+        """The kind of step that this number of devices was measured with: graph, else traced, else eager."""
         hows = {line["how"] for line in self.named("step", case=case, library="fastdp", devices=devices)}
         return next((how for how in ("graph", "traced", "eager") if how in hows), None)
 
@@ -75,14 +75,14 @@ class Found:
 
 
 def goal(what: str, needed: str, measured: str | None, met: bool | None) -> dict[str, Any]:
-    """One row: `met` is None, whatever is said, where nothing was measured."""
+    """One row; `met` becomes None if nothing was measured."""
     if measured is None:
         return {"goal": what, "needed": needed, "measured": "not measured", "met": None}
     return {"goal": what, "needed": needed, "measured": measured, "met": met}
 
 
 def evaluate(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Each goal with what it needs, what was measured, and whether it is met (None: not measured)."""
+    """Each goal with the needed and the measured value, and whether it is met (None: not measured)."""
     found = Found(measurements(report), report.get("machine", {}))
     parts: tuple[Callable[[Found], Iterator[dict[str, Any]]], ...] = (
         _kernels, _links, _feeding, _launches, _speeds, _bare, _replicas, _captures, _memory,
@@ -91,7 +91,7 @@ def evaluate(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _kernels(found: Found) -> Iterator[dict[str, Any]]:
-    """Each kernel at its worst size from 64 MB on."""
+    """Each kernel at its slowest size from 64 MB."""
     for kernel in KERNELS:
         large = [
             line
@@ -108,7 +108,7 @@ def _kernels(found: Found) -> Iterator[dict[str, Any]]:
 
 
 def _links(found: Found) -> Iterator[dict[str, Any]]:
-    """Pinned memory to the card; asked of a link of PCIe 5 alone."""
+    """Pinned memory to the card; a goal only on PCIe 5."""
     what, needed = f"pinned memory to the card, on PCIe {PCIE}", ">= 50 GB/s"
     rates = [line["GBps"]["median"] for line in found.named("pinned to card")]
     generation = found.machine.get("pcie_generation")
@@ -122,7 +122,7 @@ def _links(found: Found) -> Iterator[dict[str, Any]]:
 
 
 def _feeding(found: Found) -> Iterator[dict[str, Any]]:
-    """The engine's step on a batch in host memory beside that on a batch on the card."""
+    """The engine's step on a batch in host memory, compared with a batch on the card."""
     for case in GOAL_CASES:
         best = found.best(case)
         fed, there = (found.milliseconds(case, f"fastdp 1 {best}, {how}") for how in ("fed", "resident"))
@@ -132,7 +132,7 @@ def _feeding(found: Found) -> Iterator[dict[str, Any]]:
 
 
 def _launches(found: Found) -> Iterator[dict[str, Any]]:
-    """Replays of one replica's graph, at the number of nodes where they are worst; a graph for each of 8."""
+    """Replays of one replica's graph, at the slowest number of nodes; one graph for each of 8 replicas."""
     replays = [(line["nodes"], line["microseconds"]["median"]) for line in found.named("host time: replay")]
     what, needed = "host time of a replay", "<= 10 us + 5 ns per node"
     if replays:
@@ -151,7 +151,7 @@ def _launches(found: Found) -> Iterator[dict[str, Any]]:
 
 
 def _speeds(found: Found) -> Iterator[dict[str, Any]]:
-    """fastdp's fastest steps on one device beside its peers'."""
+    """fastdp's fastest steps on one device, compared with its peers."""
     wanted = [("mlp", way, times) for way, times in MLP]
     wanted += [("resnet50-bf16-32", way, times) for way, times in RESNET]
     wanted.append(("resnet50-bf16-256", "torch eager", 0.99))
@@ -163,7 +163,7 @@ def _speeds(found: Found) -> Iterator[dict[str, Any]]:
 
 
 def _bare(found: Found) -> Iterator[dict[str, Any]]:
-    """The engine's step of one replica beside the replay of its graphs alone."""
+    """The engine's step of one replica, compared with the bare replay of its graphs."""
     for case in GOAL_CASES:
         step, bare = (found.milliseconds(case, f"fastdp 1 graph, {how}") for how in ("resident", "bare"))
         over = step / bare - 1 if step and bare else None
@@ -174,7 +174,7 @@ def _bare(found: Found) -> Iterator[dict[str, Any]]:
 
 
 def _replicas(found: Found) -> Iterator[dict[str, Any]]:
-    """8 virtual replicas beside 8 steps of one device on an eighth of the rows: they share the card."""
+    """8 virtual replicas, which share the card, compared with 8 steps of one device on an eighth of the rows."""
     for case in GOAL_CASES:
         best = found.best(case, 8)
         eight = found.milliseconds(case, f"fastdp 8 {best}")
@@ -187,7 +187,7 @@ def _replicas(found: Found) -> Iterator[dict[str, Any]]:
 
 
 def _captures(found: Found) -> Iterator[dict[str, Any]]:
-    """Seconds until a step is captured, of the steps that the case is measured with."""
+    """Seconds to capture a step, for the kind of step that the case is measured with."""
     for case in GOAL_CASES:
         seconds = found.ready(case, f"fastdp 1 {found.best(case)}").get("capture_seconds") or None
         yield goal(
@@ -199,7 +199,7 @@ def _captures(found: Found) -> Iterator[dict[str, Any]]:
 
 
 def held(ready: Line) -> tuple[int, str] | None:
-    """Bytes of the card that a way holds, and how that is known."""
+    """Bytes of card memory that a way holds, and the source of that number."""
     memory = ready.get("memory", {})
     if memory.get("held_nbytes"):
         return int(memory["held_nbytes"]), "NVML"
@@ -210,7 +210,7 @@ def held(ready: Line) -> tuple[int, str] | None:
 
 
 def _memory(found: Found) -> Iterator[dict[str, Any]]:
-    """What a process holds of the card, beside torch eager's."""
+    """Card memory of a process, compared with torch eager."""
     for case in GOAL_CASES:
         ours, theirs = (held(found.ready(case, way)) for way in (f"fastdp 1 {found.best(case)}", "torch eager"))
         known = ours is not None and theirs is not None and ours[1] == theirs[1]
@@ -220,7 +220,7 @@ def _memory(found: Found) -> Iterator[dict[str, Any]]:
 
 
 def words(met: bool | None) -> str:
-    """met, not met, or not measured."""
+    """A goal's state as text."""
     return {True: "met", False: "NOT MET", None: "not measured"}[met]
 
 

@@ -19,10 +19,10 @@ Run = Callable[..., float]
 
 
 class Positions(layers.Layer):  # type: ignore[misc]
-    """Adds a vector of weights to each place."""
+    """Adds a trainable vector to each position."""
 
     def build(self, shape: Any) -> None:
-        """A vector for each place."""
+        """Create a vector for each position."""
         self.positions = self.add_weight(shape=shape[1:], initializer=keras.initializers.RandomNormal(stddev=0.02))
 
     def call(self, x: Any) -> Any:
@@ -31,7 +31,7 @@ class Positions(layers.Layer):  # type: ignore[misc]
 
 
 def encoder(width: int, depth: int, heads: int, wide: int, vocabulary: int, tokens: int) -> keras.Model:
-    """The layers of gpu_torch_ways.Encoder."""
+    """The layers of torch_ways.Encoder."""
     inputs = layers.Input((tokens,), dtype="int32")
     x = layers.LayerNormalization(epsilon=1e-5)(Positions()(layers.Embedding(vocabulary, width)(inputs)))
     for _ in range(depth):
@@ -54,7 +54,7 @@ def application(name: str, shape: tuple[int, ...]) -> keras.Model:
 
 
 def build(case: Case) -> keras.Model:
-    """The model of a case, from the same seed, with the case's policy."""
+    """The model of a case, with a fixed seed and the case's dtype policy."""
     keras.config.set_dtype_policy("mixed_bfloat16" if case.precision == "bf16" else "float32")
     keras.utils.set_random_seed(0)
     if case.model == "encoder":
@@ -65,7 +65,7 @@ def build(case: Case) -> keras.Model:
 
 
 def allow_tf32() -> None:
-    """As JAX does by default."""
+    """Allow TF32 matrix products, JAX's default."""
     if keras.backend.backend() == "torch":
         importlib.import_module("torch").set_float32_matmul_precision("high")
 
@@ -78,7 +78,7 @@ class Clock(keras.callbacks.Callback):  # type: ignore[misc]
         self.began = time.perf_counter()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Stop, once the loss is there."""
+        """Stop once the loss is on the host."""
         float(logs["loss"])
         self.seconds = time.perf_counter() - self.began
 
@@ -87,8 +87,8 @@ class Fitted:
     """A compiled model and the data of a round.
 
     Args:
-        wrap: makes what is trained of the model.
-        part: rows of a batch are the case's divided by this; 0 is a batch of one row.
+        wrap: turns the model into the object that is trained.
+        part: divisor of the case's rows per batch; 0 is a batch of one row.
     """
 
     def __init__(self, case: Case, steps: int, wrap: Callable[[keras.Model], Any], part: int = 1) -> None:
@@ -103,7 +103,7 @@ class Fitted:
         self.clock = Clock()
 
     def train(self, count: int) -> float:
-        """Train so many steps; their seconds."""
+        """Train `count` steps; returns their seconds."""
         x, y = (array[: count * self.rows] for array in self.data)
         how: dict[str, Any] = {"shuffle": False, "verbose": 0, "callbacks": [self.clock]}
         self.model.fit(x, y, batch_size=self.rows, **how)
@@ -111,7 +111,7 @@ class Fitted:
 
     @property
     def parameters(self) -> int:
-        """Numbers that are trained."""
+        """The number of trainable parameters."""
         return sum(math.prod(variable.shape) for variable in self.template.trainable_variables)
 
 
@@ -124,7 +124,7 @@ def wrap_options(how: str) -> dict[str, Any]:
 
 
 def facts_of(model: Any) -> dict[str, Any]:
-    """What a parallel model reports: how its steps run, and the seconds until they were captured."""
+    """Facts from a parallel model's report: how its steps run, and the seconds to capture them."""
     report = model.report().to_dict()
     seconds = [
         sum(value for key, value in entry.items() if key in ("trace_seconds", "record_seconds") and value)
@@ -134,10 +134,10 @@ def facts_of(model: Any) -> dict[str, Any]:
 
 
 class EngineSteps:
-    """Steps of a parallel model's engine, without Keras's loop, on batches that are made beforehand.
+    """Steps of a parallel model's engine, without Keras's loop, on batches made beforehand.
 
     Args:
-        fitted: it has trained, so that its steps are captured.
+        fitted: must have trained, so that its steps are captured.
     """
 
     def __init__(self, fitted: Fitted) -> None:
@@ -149,11 +149,11 @@ class EngineSteps:
         self.batches, self.structure = [arrays for arrays, _ in made], made[0][1]
 
     def train(self, batch: Sequence[Any], **more: Any) -> None:
-        """One step, asked for as `fit` asks without metrics."""
+        """One step, with the arguments that `fit` uses without metrics."""
         self.engine.train(batch, structure=self.structure, wants_outputs=False, **more)
 
     def fed(self, count: int) -> float:
-        """On batches in host memory; the next is sent ahead, where the engine can do that, as `fit` has it sent."""
+        """Steps on batches in host memory; the next batch is prefetched as in `fit`, if the engine supports it."""
         stage = getattr(self.engine, "stage", None)
         began = time.perf_counter()
         for number in range(count):
@@ -165,7 +165,7 @@ class EngineSteps:
         return seconds
 
     def on_the_card(self) -> Run:
-        """On a batch that lies on the first device already."""
+        """Steps on a batch that is already on the first device."""
         device, there = self.engine.devices[0], []
         for array in self.batches[0]:
             there.append(device.empty(array.shape, array.dtype))
@@ -180,13 +180,13 @@ class EngineSteps:
         return run
 
     def bare(self, how: str) -> Run:
-        """What the first replica runs, again and again on its worker, with nothing of the engine around it.
+        """The first replica's work in a loop on its worker, without the engine.
 
-        The replay of its graphs and the update, where steps are graphs; else its own forward, backward and update. It
-        is waited for once, at the end.
+        If steps are graphs, the work is the replay of its graphs and the update; else its forward, backward and update.
+        The host waits once, at the end.
 
         Raises:
-            NotImplementedError: graphs were asked for, and none was recorded.
+            NotImplementedError: graphs were requested, and none was recorded.
         """
         replica = self.engine.replicas[0]
         kind, noted = type(replica), dict[str, Any]()
@@ -233,11 +233,11 @@ class EngineSteps:
 
 
 def prepare(way: str, case: Case, steps: int, where: str) -> tuple[Run, dict[str, Any]]:
-    """Build, capture or compile, and warm up; a function that trains a round, and facts.
+    """Build, capture or compile, and warm up; returns a function that trains a round, and facts.
 
     Args:
-        way: `fit`, or `DEVICES:HOW:PART` by fastdp, with `:fed`, `:resident` or `:bare` behind it for what is below
-            Keras's loop: the engine's steps on a batch in host memory or on the card, and the replica's work alone.
+        way: `fit`, or `DEVICES:HOW:PART` for fastdp. The suffixes `:fed`, `:resident` and `:bare` skip Keras's loop:
+            the engine's steps on a batch in host memory or on the card, and the replica's work alone.
     """
     if way == "fit":
         fitted = Fitted(case, steps, lambda model: model)

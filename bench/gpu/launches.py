@@ -1,6 +1,6 @@
 """What launches cost the host, when nothing waits: kernels, graphs by their number of nodes, a graph for each replica.
 
-Each launch is timed by itself with an empty queue before it, so that what is measured is the call, not the card.
+Each launch is timed separately, with an empty queue before it, so that the call is measured and not the card.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from fastdp.launch import SIGNALS_NBYTES, PeerGroup
 from fastdp.launch.args import PACK_NBYTES
 
 NODES = (1, 10, 100, 1000, 5000)
-LAUNCHES = 40  # timed launches of a round
+LAUNCHES = 40  # timed launches per round
 
 
 class Nodes:
-    """Work of next to nothing on a card, as a graph of kernels in a chain."""
+    """Minimal work on a card, as single kernels or as a graph with a chain of kernels."""
 
     def __init__(self, card: Card) -> None:
         self.card = card
@@ -41,7 +41,7 @@ class Nodes:
         )
 
     def graph(self, nodes: int) -> int:
-        """So many kernels in a chain, ready to be launched; the caller destroys it."""
+        """A launchable graph with a chain of `nodes` kernels; the caller destroys it."""
         runtime, stream = self.card.runtime, self.card.stream
         self.kernel()  # loads it
         self.card.device._wait_for(stream)
@@ -55,7 +55,7 @@ class Nodes:
 
 
 def host_seconds(card: Card, work: Callable[[], object], wait: Callable[[], object]) -> list[float]:
-    """Seconds of a call that enqueues and returns; the median of a round's calls, a value a round."""
+    """Seconds of a call that enqueues and returns: the median of a round's calls, one value per round."""
     found = []
     for _ in range(card.rounds + 1):
         values = []
@@ -69,7 +69,7 @@ def host_seconds(card: Card, work: Callable[[], object], wait: Callable[[], obje
 
 
 def launches(card: Card) -> None:
-    """A kernel of ours, and an operation of torch's."""
+    """Measure a kernel of fastdp and an operation of torch."""
     nodes = Nodes(card)
     works: dict[str, Callable[[], object]] = {"a kernel of fastdp": nodes.kernel}
     with card.current():
@@ -84,11 +84,11 @@ def launches(card: Card) -> None:
 
 
 def replays(card: Card, nodes: int) -> None:
-    """The launch of a graph of so many kernels in a chain, as a captured step of one replica is."""
+    """Measure the launch of a graph with a chain of `nodes` kernels, like a captured step of one replica."""
     with card.current():
         graph = Nodes(card).graph(nodes)
         replay = lambda: card.runtime.graph_launch(graph, card.stream)  # noqa: E731
-        replay()  # the first uploads it
+        replay()  # the first launch uploads the graph
         card.device._wait_for(card.stream)
         seconds = host_seconds(card, replay, lambda: card.device._wait_for(card.stream))
         card.runtime.graph_exec_destroy(graph)
@@ -96,7 +96,7 @@ def replays(card: Card, nodes: int) -> None:
 
 
 def launches_of_replicas(card: Card, replicas: int, nodes: int = 100) -> None:
-    """One thread launches a graph for each replica, each on a stream of its own."""
+    """Measure one thread that launches one graph per replica, each on its own stream."""
     runtime = card.runtime
     with card.current():
         work = [Nodes(card) for _ in range(replicas)]

@@ -24,7 +24,7 @@ LINK = "pcie.link.gen.max"
 
 
 def main() -> None:
-    """Find out and print."""
+    """Collect the facts and print them."""
     found: dict[str, Any] = {"hardware": hardware(), **_of_result_line(), "gpus": [], "reason": ""}
     driver = topology.driver()
     if driver is not None:
@@ -38,9 +38,9 @@ def main() -> None:
 
 
 def _of_result_line() -> dict[str, Any]:
-    """Versions, commit and date as all results have them."""
+    """Versions, commit, date and load average, as in all results."""
     line = result_line("gpu", None, libraries=[name for name in LIBRARIES if _installed(name)])
-    if line["commit"] == "unknown":  # files that came here without git
+    if line["commit"] == "unknown":  # the files were copied without git
         line["commit"] = os.environ.get("FASTDP_COMMIT", "unknown")
     return {key: line[key] for key in ("versions", "commit", "date", "load_average")}
 
@@ -54,12 +54,12 @@ def _installed(name: str) -> bool:
 
 
 def _number(lines: list[str]) -> int | None:
-    """The whole number that nvidia-smi gave, None where it gave none."""
+    """The whole number from nvidia-smi, or None if it gave none."""
     return int(lines[0]) if lines and lines[0].strip().isdecimal() else None
 
 
 def _nvidia_smi(query: str) -> list[str]:
-    """A line of titles, and one for each card."""
+    """A header line, and one line per card."""
     try:
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
@@ -69,7 +69,7 @@ def _nvidia_smi(query: str) -> list[str]:
 
 
 def _cupy() -> dict[str, Any]:
-    """What CUDA itself says, through fastdp's own layer."""
+    """Facts from CUDA, read through fastdp's runtime layer."""
     if importlib.util.find_spec("cupy") is None:
         return {"reason": "CuPy is not installed"}
     try:

@@ -1,12 +1,12 @@
 """How fast are the parts of a step on one card, beside a copy of the same bytes on the card?
 
-Each kernel of fastdp's over buffers of 64 KiB to 1 GiB, copies between pinned host memory and the card, the scatter
-of a host batch, the all-reduce between virtual GPUs of the card, and what a launch costs the host. GB/s count bytes
-read and written. Kernels are captured many times over in a CUDA graph and timed by CUDA events around it, so the
-host's share is not in them; "wall" marks what is timed by the synchronized wall clock instead. In every round each
-takes its turn; medians over the rounds.
+Measures each kernel of fastdp over buffers of 64 KiB to 1 GiB, copies between pinned host memory and the card, the
+scatter of a host batch, the all-reduce between virtual GPUs of the card, and the host's cost of a launch. GB/s count
+bytes read and written. Kernels are captured many times in a CUDA graph and timed by CUDA events around it, so host time
+is not included; "wall" marks measurements by the synchronized wall clock. Measurements take turns in every round;
+results are medians over the rounds.
 
-Writes a line of JSON for each measurement, to FASTDP_GPU_LOG where it is set.
+Prints a line of JSON for each measurement, and appends it to FASTDP_GPU_LOG if that is set.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fastdp.launch import SIGNALS_NBYTES, PeerGroup, RowPiece, RowSlice, coresid
 from fastdp.launch.args import PACK_NBYTES
 from fastdp.shard import split_rows
 
-# The large ones first: they are what the goals are about.
+# Large sizes first, because the goals are about them.
 SIZES = (64 << 20, 256 << 20, 1 << 30, 16 << 20, 1 << 20, 64 << 10)
 ROW_NBYTES = 3072
 REDUCED = (64 << 20, 16 << 20, 1 << 20, 64 << 10)
@@ -73,7 +73,7 @@ def kernels(card: Card, nbytes: int) -> None:
 
 
 def transfers(card: Card, nbytes: int) -> None:
-    """Pinned host memory to the card and back, and the engine's scatter of a batch in ordinary memory."""
+    """Measure copies from pinned host memory to the card and back, and the scatter of a batch in pageable memory."""
     buffer = card.device.zeros((nbytes,), np.dtype(np.uint8))
     pinned = card.device.pinned.empty((nbytes,), np.dtype(np.uint8))
     pinned[:] = 1
@@ -98,7 +98,7 @@ def transfers(card: Card, nbytes: int) -> None:
 
 
 def wall(work: Callable[[], object], rounds: int, times: int = 1) -> list[float]:
-    """Seconds of a call of `work()`, which waits by itself; a value a round, of `times` calls each."""
+    """Seconds per call of the synchronous `work()`, one value per round of `times` calls."""
     values = []
     for _ in range(rounds + 3):
         began = time.perf_counter()
@@ -109,7 +109,7 @@ def wall(work: Callable[[], object], rounds: int, times: int = 1) -> list[float]
 
 
 def all_reduces(devices: Sequence[Any], nbytes: int, rounds: int) -> None:
-    """The engine's all-reduce of one bucket per device, waited for."""
+    """Measure the engine's all-reduce of one buffer per device, synchronously."""
     comm = importlib.import_module("fastdp.comm.cuda.communicator").CudaCommunicator(devices, 60.0)
     flats = [FlatBuffers([ArraySpec("g", (nbytes // 4,), "float32")], device) for device in devices]
     for device, flat in zip(devices, flats, strict=True):
@@ -123,7 +123,7 @@ def all_reduces(devices: Sequence[Any], nbytes: int, rounds: int) -> None:
 
     seconds = wall(step, rounds, 10)
     comm.check()
-    # Each card's bus bandwidth as nccl-tests define it; here all ranks share one card's memory.
+    # Bus bandwidth per rank as defined by nccl-tests; here all ranks share one card's memory.
     ranks = len(devices)
     bus = [2 * (ranks - 1) / ranks * nbytes / t / 1e9 for t in seconds]
     way = sorted({comm.how(bucket) for bucket in buckets})
@@ -138,10 +138,10 @@ def all_reduces(devices: Sequence[Any], nbytes: int, rounds: int) -> None:
 
 
 def bucket_kernels(card: Card, ranks: int, nbytes: int, way: str) -> None:
-    """The all-reduce kernel alone, by so many ranks that share the card, beside a copy of a bucket.
+    """Measure the all-reduce kernel alone, with `ranks` ranks that share the card, compared with a copy of a bucket.
 
-    Bytes are those that all ranks read and write: by the kernels' first lines 3 + R for each rank and byte of the
-    bucket in one-shot, and 3 in two-shot.
+    Bytes are the reads and writes of all ranks. According to the kernels' first lines, each rank moves 3 + R bytes per
+    byte of the bucket in one-shot, and 3 in two-shot.
     """
     runtime, table, n = card.runtime, card.device.kernels, nbytes // 4
     staged = nbytes if way == "one-shot" else (-(-nbytes // PACK_NBYTES // ranks) + 2) * PACK_NBYTES
@@ -176,7 +176,7 @@ def bucket_kernels(card: Card, ranks: int, nbytes: int, way: str) -> None:
 
     times = max(1, min(50, int(GRAPH_SECONDS * SLOWEST / nbytes)))
     with card.current():
-        # Alone first: CUDA may load a kernel at its first launch, and wait for running ones meanwhile.
+        # One rank alone first: CUDA may load a kernel at its first launch, and then wait for running kernels.
         alone = PeerGroup(0, staging[:1], 2 * half, signals[:1], errors[0], 1)
         if way == "one-shot":
             launch.all_reduce_one_shot(table, alone, x=inputs[0], y=inputs[0], n=1, dtype="float32", stream=streams[0])
@@ -209,7 +209,7 @@ def bucket_kernels(card: Card, ranks: int, nbytes: int, way: str) -> None:
 
 
 def copy_rates(card: Card, nbytes: int) -> list[float]:
-    """GB/s of a copy on the card, a value a round."""
+    """GB/s of a copy on the card, one value per round."""
     a, b = (card.device.zeros((nbytes,), np.dtype(np.uint8)) for _ in range(2))
     there, here = card.address(a), card.address(b)
     times = card.measure({"copy": (2 * nbytes, lambda: card.runtime.copy_async(there, here, nbytes, card.stream))})
@@ -217,7 +217,7 @@ def copy_rates(card: Card, nbytes: int) -> list[float]:
 
 
 def jobs(card: Card, devices: Sequence[Any]) -> list[tuple[str, Callable[[], None]]]:
-    """All that is measured, what matters most first."""
+    """All measurements, the most important first."""
     found: list[tuple[str, Callable[[], None]]] = [
         ("launches", lambda: launches(card)),
         ("eight graphs", lambda: launches_of_replicas(card, len(devices))),
@@ -237,7 +237,7 @@ def jobs(card: Card, devices: Sequence[Any]) -> list[tuple[str, Callable[[], Non
 
 
 def run(found: Sequence[tuple[str, Callable[[], None]]], ends: float) -> int:
-    """Measure one after the other until the time is over; how many failed."""
+    """Run the measurements in sequence until the time is over; returns how many failed."""
     failed = 0
     for name, job in found:
         if time.monotonic() > ends:
@@ -252,7 +252,7 @@ def run(found: Sequence[tuple[str, Callable[[], None]]], ends: float) -> int:
 
 
 def main() -> int:
-    """All parts on the first card; the status is 1 if one could not be measured."""
+    """Measure all parts on the first card; returns 1 if one could not be measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=600.0, help="after which nothing more is begun")
     ends = time.monotonic() + parser.parse_args().seconds

@@ -1,7 +1,7 @@
 """A pytest plugin: each test's beginning and end as lines of JSON, so that a run that is cut off still tells.
 
-The file's name is the environment variable FASTDP_GPU_LOG; tests record measurements by `record_property`. Tests that
-would begin later than FASTDP_GPU_TEST_SECONDS after the start are skipped, so that the run ends by itself.
+The environment variable FASTDP_GPU_LOG names the file; tests record measurements by `record_property`. Tests that
+would start more than FASTDP_GPU_TEST_SECONDS after the beginning are skipped, so that the run ends by itself.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ def _write(**line: Any) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """No more tests when the time is over."""
+    """Skip the test if the time is over."""
     seconds = os.environ.get("FASTDP_GPU_TEST_SECONDS")
     if seconds and time.monotonic() - _began > float(seconds):
         pytest.skip("no time was left for it")
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
-    """A test begins."""
+    """Log that a test begins."""
     _write(test=nodeid, began=True)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Setup, call or teardown is over; the three together are the test."""
+    """Collect the reports of setup, call and teardown, and log the test after its teardown."""
     phases = _phases.setdefault(report.nodeid, [])
     phases.append(report)
     if report.when != "teardown":
@@ -61,7 +61,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
-    """A file that cannot be imported is a failure, not an absence."""
+    """Log a file that cannot be imported as a failure."""
     if report.failed:
         said = str(report.longrepr).splitlines()[-LINES:]
         _write(test=report.nodeid, outcome="failed", seconds=0.0, measured={}, said=said)

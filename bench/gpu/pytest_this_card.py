@@ -1,7 +1,8 @@
 """A pytest plugin: `-p gpu_this_card` gives any tests that ask for virtual devices parts of this machine's GPU.
 
-What they compare with runs on the GPU too, since Keras on torch puts its tensors there. Both compute in full fp32, by
-the same algorithms each time: what is compared is the arithmetic, not cuDNN's choices. Without a GPU all is skipped.
+The reference runs on the GPU too, since Keras on torch puts its tensors there. Both compute in full fp32 with
+deterministic algorithms, so that tests compare the arithmetic and not cuDNN's choices. Without a GPU all tests are
+skipped.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ else:
 
 
 def missing() -> str:
-    """Why no test can run on a GPU here; empty where they can."""
+    """The reason why tests cannot run on a GPU here; empty if they can."""
     for name in ("torch", "keras", "cupy"):
         if importlib.util.find_spec(name) is None:
             return f"{name} is not installed"
@@ -26,7 +27,7 @@ def missing() -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Virtual devices are of the GPU, and products of full precision."""
+    """Make virtual devices parts of the GPU, and matrix products full precision."""
     if missing():
         return
     os.environ["FASTDP_VIRTUAL_KIND"] = "gpu"
@@ -35,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip everything where there is no GPU, and say why."""
+    """Without a GPU, skip all tests and give the reason."""
     reason = missing()
     for item in items if reason else ():
         item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {reason}"))

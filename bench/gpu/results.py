@@ -3,9 +3,9 @@
     python bench/gpu/results.py bench/results/gpu_<card>_*.json                        # prints
     python bench/gpu/results.py bench/results/gpu_<card>_*.json --into docs/hardware.md
 
-Several files are the calls of one lease, in the order of their names: of a stage that ran more than once the last run
-counts. They must be of one card, driver and commit, and of the same versions. With --into, what stands between the two
-marks of that file is replaced.
+Several files form one measurement, ordered by name; if a stage ran more than once, its last run counts. All files
+must have the same card, driver, commit and versions. With --into, the text between the two marks of that file is
+replaced.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ SIZES = {64 << 10: "64 KiB", 1 << 20: "1 MiB", 16 << 20: "16 MiB", 64 << 20: "64
 
 
 def merged(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One report of several runs; of each stage the last run that was not skipped.
+    """Merge several runs into one report, with the last run of each stage that was not skipped.
 
     Raises:
-        ValueError: the runs are not of one card, driver, commit and set of versions.
+        ValueError: the runs differ in card, driver, commit or versions.
     """
     first, stages = reports[0], dict[str, Any]()
     for report in reports:
@@ -50,7 +50,7 @@ _IDENTITY = ("cards", "driver", "commit", "versions")
 
 
 def _identity(report: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What all runs of one proof have in common, in the order of _IDENTITY."""
+    """The properties that all merged runs must share, in the order of _IDENTITY."""
     machine = report["machine"]
     cards = [card["name"] for card in machine.get("gpus") or []]
     return cards, machine.get("driver"), machine.get("commit"), machine.get("versions")
@@ -78,7 +78,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def _machine(machine: Mapping[str, Any]) -> str:
-    """Where and with what it ran."""
+    """The heading with machine and versions."""
     cards = machine.get("gpus") or []
     named = f"{len(cards)} x {cards[0]['name']}" if cards else f"no GPU ({machine.get('reason', '')})"
     driver = (machine.get("driver") or {}).get("version", "unknown")
@@ -91,7 +91,7 @@ def _machine(machine: Mapping[str, Any]) -> str:
 
 
 def _section(title: str, header: Sequence[str], rows: Iterator[Sequence[object]]) -> str:
-    """A title and a table; nothing where there are no rows."""
+    """A title and a table; empty if there are no rows."""
     cells = [[str(cell).replace("|", "/").replace("\n", " ") for cell in row] for row in rows]
     if not cells:
         return ""
@@ -100,7 +100,7 @@ def _section(title: str, header: Sequence[str], rows: Iterator[Sequence[object]]
 
 
 def _checks(report: Mapping[str, Any]) -> Iterator[Sequence[object]]:
-    """Each part of each stage."""
+    """One row per part of each stage."""
     for stage, found in report["stages"].items():
         for name, part in found["parts"].items():
             tests = "passed" in part
@@ -110,7 +110,7 @@ def _checks(report: Mapping[str, Any]) -> Iterator[Sequence[object]]:
 
 
 def _failures(report: Mapping[str, Any]) -> str:
-    """The names of the tests that failed, and those in which a part was cut off."""
+    """The names of the failed tests, and of the tests during which a part was cut off."""
     parts = [part for stage in report["stages"].values() for part in stage["parts"].values()]
     names = [f"`{one['test']}`" for part in parts for one in part.get("failures", ())]
     cut = [f"`{part['unfinished'][-1]}`" for part in parts if part.get("unfinished")]
@@ -119,13 +119,13 @@ def _failures(report: Mapping[str, Any]) -> str:
 
 
 def _goals(report: Mapping[str, Any]) -> Iterator[Sequence[object]]:
-    """The goals, evaluated anew: of several files none has them all."""
+    """The goals, evaluated again because no single file has all measurements."""
     for row in gpu_goals.evaluate(report):
         yield row["goal"], row["needed"], row["measured"], gpu_goals.words(row["met"])
 
 
 def _by_size(found: Found, share: str, kind: str) -> Iterator[Sequence[object]]:
-    """A row for each kernel or transfer, a column for each size."""
+    """One row per kernel or transfer, one column per size."""
     rows: dict[str, dict[int, str]] = {}
     for line in found.lines:
         if "GBps" not in line or "nbytes" not in line or (("of_copy" in line) == (kind == "transfers")):
@@ -137,7 +137,7 @@ def _by_size(found: Found, share: str, kind: str) -> Iterator[Sequence[object]]:
 
 
 def _host(found: Found) -> Iterator[Sequence[object]]:
-    """What launches cost the host."""
+    """The host time of launches."""
     for line in found.named("host time"):
         replicas = f", {line['replicas']} replicas" if "replicas" in line else ""
         yield line["what"].removeprefix("host time: ") + replicas, line.get("nodes", ""), line["microseconds"]["median"]
@@ -146,7 +146,7 @@ def _host(found: Found) -> Iterator[Sequence[object]]:
 
 
 def _steps(found: Found) -> Iterator[str]:
-    """A table of each case."""
+    """One table per case."""
     for name, case in CASES.items():
         steps = found.named("step", case=name)
         header = ("way", "rows", "ms", "quartiles", "samples/s", "time of torch eager's", "memory, MB", "captured in s")
@@ -154,7 +154,7 @@ def _steps(found: Found) -> Iterator[str]:
 
 
 def _step(found: Found, case: str, line: Line) -> Sequence[object]:
-    """A way's row."""
+    """The row of one way."""
     ready, ms = found.ready(case, line["way"]), line["milliseconds"]
     memory = held(ready)
     return (
@@ -170,7 +170,7 @@ def _step(found: Found, case: str, line: Line) -> Sequence[object]:
 
 
 def _left_out(report: Mapping[str, Any]) -> Iterator[Sequence[object]]:
-    """What was not measured, and why tests were skipped."""
+    """Measurements that are missing and tests that were skipped, with the reasons."""
     for stage, found in report["stages"].items():
         for name, part in found["parts"].items():
             if part.get("reason"):
@@ -184,10 +184,10 @@ def _left_out(report: Mapping[str, Any]) -> Iterator[Sequence[object]]:
 
 
 def put_into(text: str, tables: str) -> str:
-    """The text with the tables between its marks.
+    """Put the tables between the marks of the text.
 
     Raises:
-        ValueError: it does not have both marks once, in their order.
+        ValueError: the text does not have both marks once, in order.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"the file must have the lines {BEGIN} and {END} once each, in this order")

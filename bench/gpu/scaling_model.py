@@ -2,19 +2,18 @@
 
     python bench/gpu/scaling_model.py bench/results/gpu_<card>_*.json
 
-For each case of bench/gpu/cases.py that the files measure: MLP, ResNet50, Xception and the encoder; for n GPUs that
-share the case's batch, and for n GPUs with such a batch each. A step of n GPUs on a global batch of B rows is taken to
-last
+Models each case of bench/gpu/cases.py that the files measure (MLP, ResNet50, Xception and the encoder), for n GPUs that
+share the case's batch and for n GPUs with such a batch each. A step of n GPUs on a global batch of B rows takes
 
     max(t(B / n), n h) + e
 
-t(r) is the measured step of one device on r rows. h is the host's time to issue a step: that of one device on one row,
-whose work on the GPU is next to nothing. All replicas are issued by one Python process, so their h add up. e is what is
-left of the all-reduce when backward is over. Bucket by bucket it takes l + 2 (n-1)/n bytes / w, with l and w published
-for 8 GPUs on NVSwitch and used for fewer as they are. Both ends are given: all of it after backward, and with overlap,
-where a bucket starts when its part of backward is over and the bucket before it is reduced.
+t(r) is the measured step of one device on r rows. h is the host's time to issue a step, measured on one device with one
+row, which is almost no work for the GPU. One Python process issues the work of all replicas, so their h add up. e is
+the part of the all-reduce that remains after backward. A bucket takes l + 2 (n-1)/n bytes / w, with l and w published
+for 8 GPUs on NVSwitch and used unchanged for fewer. Two bounds are given: the whole all-reduce after backward, and
+with overlap, where a bucket starts when its part of backward is done and the previous bucket is reduced.
 
-The model leaves out: the spread between GPUs, slower links, the copies of a batch to several GPUs at once.
+The model ignores differences between GPUs, slower links, and simultaneous copies of a batch to several GPUs.
 """
 
 from __future__ import annotations
@@ -35,35 +34,35 @@ from fastdp.shard import BUCKET_NBYTES, FIRST_BUCKET_NBYTES
 
 MARK = "modelled, not measured"
 COUNTS = (1, 2, 4, 8)
-# Whether the global batch grows with the GPUs.
+# Whether the global batch grows with the number of GPUs.
 SHARINGS = {"one batch for all": False, "a batch for each": True}
 
 
 @dataclass(frozen=True)
 class Link:
-    """An all-reduce between GPUs: seconds of a small one, and bytes per second of bus bandwidth of a large one."""
+    """An all-reduce between GPUs: latency in seconds, and bus bandwidth in bytes per second."""
 
     latency: float
     bandwidth: float
     source: str
 
     def seconds(self, nbytes: int, gpus: int) -> float:
-        """One bucket."""
+        """Seconds to all-reduce one bucket."""
         if gpus == 1:
             return 0.0
         return self.latency + 2 * (gpus - 1) / gpus * nbytes / self.bandwidth
 
 
 # Peak bus bandwidth of nccl-tests on 8 H200, NCCL 2.20.3 with NVLink SHARP: github.com/NVIDIA/nccl-tests/issues/272;
-# NVIDIA names about 480 GB/s for 8 H100 in issue 212 there. The latency is a round figure for small sizes.
+# NVIDIA states about 480 GB/s for 8 H100 in issue 212 there. The latency is a round figure for small sizes.
 NVSWITCH = Link(40e-6, 475e9, "nccl-tests issue 272, 8 x H200 on NVSwitch: 475 GB/s; latency of 40 us assumed")
 
 
 def reduced_after(buckets: Sequence[int], backward: float, gpus: int, link: Link, *, overlap: bool) -> float:
-    """Seconds of the all-reduce that are left when backward is over.
+    """Seconds of the all-reduce that remain after backward.
 
     Args:
-        buckets: their bytes, in the order in which backward fills them, each in time in proportion to its bytes.
+        buckets: bytes per bucket, in the order in which backward fills them; fill times are proportional to bytes.
         backward: seconds of the backward pass.
     """
     if gpus == 1 or not buckets:
@@ -92,12 +91,12 @@ def step_seconds(
 
     Args:
         by_rows: measured seconds of a step of one device, by rows.
-        rows: of the global batch; the measurement with the fewest rows that holds a replica's share counts.
+        rows: rows of the global batch; the smallest measurement with at least a replica's rows is used.
         host: seconds that the host needs to issue one replica's step.
-        backward_share: of a step's computing that is backward.
+        backward_share: fraction of a step's compute time that is backward.
 
     Raises:
-        ValueError: no measurement holds a replica's rows.
+        ValueError: no measurement has as many rows as a replica.
     """
     share = -(-rows // gpus)
     fitting = [measured for measured in by_rows if measured >= share]
@@ -109,17 +108,17 @@ def step_seconds(
 
 
 def bucket_sizes(nbytes: int, first: int = FIRST_BUCKET_NBYTES, cap: int = BUCKET_NBYTES) -> list[int]:
-    """Bytes of the buckets of so many bytes of gradients, as if parameters could be cut anywhere: a small one first."""
+    """Bucket sizes for `nbytes` of gradients, as if parameters could be split anywhere; the first bucket is small."""
     sizes = [min(first, nbytes)] if nbytes else []
     left = nbytes - sum(sizes)
     return [*sizes, *(min(cap, left - start) for start in range(0, left, cap))]
 
 
 def measured_parts(found: Found, case: str) -> tuple[dict[int, float], float, int]:
-    """(seconds of a step of one device by rows, seconds of the host alone, bytes of fp32 gradients) of a case.
+    """The measured parts of a case: (seconds of a step of one device by rows, host seconds, bytes of fp32 gradients).
 
     Raises:
-        ValueError: there are no steps of fastdp on one device, whole and in parts, or no count of parameters.
+        ValueError: fastdp's steps on one device with full and partial batches, or the parameter count, are missing.
     """
     how = found.best(case)
     ones = [
@@ -144,7 +143,7 @@ def _predicted(
     grows: bool,
     overlap: bool,
 ) -> dict[str, Any]:
-    """A step of so many GPUs: time, throughput, and how many times that is one GPU's."""
+    """A step of `gpus` GPUs: time, throughput, and speedup over one GPU."""
     total = rows * gpus if grows else rows
     seconds = step_seconds(by_rows, total, gpus, buckets, host=host, overlap=overlap)
     one = step_seconds(by_rows, rows, 1, buckets, host=host, overlap=overlap)
@@ -161,7 +160,7 @@ def predictions(found: Found, case: str) -> dict[str, Any]:
     """Modelled steps of a case on 1 to 8 GPUs that share its batch.
 
     Raises:
-        ValueError: the measurements do not suffice.
+        ValueError: measurements are missing.
     """
     by_rows, host, nbytes = measured_parts(found, case)
     rows, buckets = max(by_rows), bucket_sizes(nbytes)
@@ -189,7 +188,7 @@ def table(predicted: Mapping[str, Any]) -> str:
 
 
 def main() -> int:
-    """Print what the model says of results files; the status is 1 if they suffice for no case."""
+    """Print the predictions for result files; returns 1 if no case has enough measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path, help="JSON files of make gpu-check")
     report = merged([json.loads(path.read_text(encoding="utf-8")) for path in sorted(parser.parse_args().results)])

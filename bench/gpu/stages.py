@@ -1,7 +1,7 @@
 """The stages of check.py: what each runs, and for how long at most.
 
-Those of DEFAULT together stay below eight minutes. Each of the others fits a short run of its own; docs/hardware.md
-says in which order they are worth their time.
+The DEFAULT stages together take less than eight minutes. Each other stage fits a short separate run; docs/hardware.md
+lists them in the order of their value.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-MARGIN_SECONDS = 8.0  # by which a benchmark plans to be over before its limit
+MARGIN_SECONDS = 8.0  # a benchmark plans to end this long before its limit
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,13 @@ class Part:
     """One process of a stage.
 
     Attributes:
-        name: within the stage.
-        command: what is run, after the interpreter where it begins with "-" or with a .py file. {seconds} in it becomes
-            the time that a benchmark may plan with.
-        seconds: its time limit.
-        tests: whether it is pytest, whose results come through pytest_log.py.
-        needs: a program that must be on the PATH; the part is skipped, and says so, where it is not.
-        environment: on top of this process's own.
+        name: unique within the stage.
+        command: the command; the interpreter is prepended if it begins with "-" or a .py file. {seconds} is replaced
+            by the time that a benchmark may plan with.
+        seconds: time limit.
+        tests: whether it runs pytest, whose results come through pytest_log.py.
+        needs: a program that must be on the PATH; without it the part is skipped with that reason.
+        environment: variables added to this process's environment.
     """
 
     name: str
@@ -35,14 +35,14 @@ class Part:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def within(self, seconds: float) -> Part:
-        """The part as it is run where no more than so many seconds are left."""
+        """The part, limited to the seconds that are left."""
         limit = min(self.seconds, seconds)
         planned = str(max(1.0, limit - MARGIN_SECONDS))
         return replace(self, seconds=limit, command=tuple(word.replace("{seconds}", planned) for word in self.command))
 
 
 def _pytest(*arguments: str) -> tuple[str, ...]:
-    """pytest: warnings do not fail tests here, and stacks are shown where one hangs."""
+    """A pytest command in which warnings do not fail tests, and a test that hangs prints its stacks."""
     quiet = ("-q", "-W", "default", "-p", "no:cacheprovider", "-p", "bench.gpu.pytest_log")
     return ("-m", "pytest", *quiet, "-o", "faulthandler_timeout=60", *arguments)
 
@@ -53,7 +53,7 @@ def _gpu_tests(*files: str) -> tuple[str, ...]:
 
 
 def _sanitizer(tool: str) -> Part:
-    """The kernel tests at small sizes under one tool of compute-sanitizer."""
+    """The kernel tests at small sizes under one compute-sanitizer tool."""
     tests = (*_gpu_tests("test_kernels.py"), "-k", "784 or 130 or out_of_range", "-x")
     command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "86", sys.executable, *tests)
     return Part(tool, command, 40, needs="compute-sanitizer", environment={"FASTDP_GPU_SMALL": "1"})
@@ -69,13 +69,13 @@ def _parts(seconds: float) -> Part:
     return Part("parts", ("bench/gpu/parts.py", "--seconds", "{seconds}"), seconds, tests=False)
 
 
-# The exactness suite on the card: what N devices must have in common with one, by topic.
+# The exactness suite on the card: results of N devices that must equal those of one, by topic.
 EXACTNESS = ("test_batch_norm", "test_losses", "test_side_effects", "test_masks_and_outputs", "test_random",
              "test_optimizers", "test_metrics")  # fmt: skip
 
 
 def _exactness(seconds: float) -> Part:
-    """The tests of tests/exactness with their virtual devices on the card, in full fp32, beside plain Keras on it."""
+    """The tests of tests/exactness in full fp32, with virtual devices and the plain Keras reference on the card."""
     return Part(
         "exactness",
         _pytest("-p", "bench.gpu.pytest_this_card", *(f"tests/exactness/{name}.py" for name in EXACTNESS)),

@@ -2,18 +2,18 @@
 
     python bench/gpu/steps.py --seconds 200 mlp resnet50-bf16-32
 
-The cases are those of bench/gpu/cases.py. Each way is a process of its own (bench/gpu/worker.py) that builds, captures
-or compiles, and warms up; then they take turns, a round each, and medians over the rounds count. Where all together
-would not fit on the card, they come in groups, torch eager in each. A round trains a few batches from host memory, by
-the wall clock, to its last loss on the host. Virtual GPUs share one card: more of them show what the engine costs, not
-what several cards would gain.
+The cases are those of bench/gpu/cases.py. Each way is a separate process (bench/gpu/worker.py) that builds, captures or
+compiles, and warms up. The ways then take turns, one round each; results are medians over the rounds. If not all ways
+fit on the card together, they run in groups, with torch eager in each. A round trains a few batches from host memory,
+and is timed by the wall clock until its last loss is on the host. Virtual GPUs share one card, so several of them show
+the cost of the engine, not the gain of several cards.
 
-fastdp on one device is timed with the rows of a half, a quarter and an eighth of a batch too, for the sum of the parts
-of 2, 4 and 8 replicas, and for bench/gpu/scaling_model.py. `fed` and `resident` are the engine's steps without Keras's
-loop, on a batch in host memory and on one that lies on the card; `bare` is what the replica runs, without the engine.
+fastdp on one device is also timed with a half, a quarter and an eighth of a batch, for the sum of the parts of 2, 4 and
+8 replicas, and for bench/gpu/scaling_model.py. `fed` and `resident` are the engine's steps without Keras's loop, on a
+batch in host memory and on the card; `bare` is the replica's work without the engine.
 
-After each round each way's medians so far go to FASTDP_GPU_LOG as a line, so that a run that is cut off keeps them: the
-last line of a way counts. A way that fails or is late is left out with its reason.
+After each round, the medians so far of each way are appended to FASTDP_GPU_LOG, so that an interrupted run keeps them;
+the last line of a way counts. A way that fails or times out is skipped with its reason.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from bench.report import ratio, spread
 
 WORKER = Path(__file__).parent / "worker.py"
 COUNTS = (1, 2, 4, 8)
-RESERVE_SECONDS = 12.0  # of a case's time, for its rounds and for ending its processes
+RESERVE_SECONDS = 12.0  # part of a case's time reserved for its rounds and for ending its processes
 ROUND_SECONDS = 60.0
-# Of the cases that fill the card, the ways that it is worth filling with.
+# The only ways to run in cases that fill the card.
 FEW = {
     "resnet50-bf16-256": ("torch eager", "fastdp 1 BEST", "Keras torch", "torch compiled", "fastdp 1 eager"),
 }
 COMPILED = ("fastdp 1 compiled", "fastdp 1 compiled graph")
-# Ways that each case would take long with, and that say little more than those that are kept.
+# Ways to omit per case: they take long and add little information.
 WITHOUT = {
     "resnet50-tf32-32": ("torch DDP, 1 process", *COMPILED, "1 row", "fastdp 2 BEST", "fastdp 4 BEST"),
     "xception-bf16-64": (*COMPILED, "torch DDP, 1 process", "torch graph", "fastdp 1 traced"),
@@ -57,9 +57,10 @@ WITHOUT = {
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train: what is started, and what a line about it says.
+    """One way to train: the worker to start, and the fields of its lines.
 
-    `part` divides a batch's rows; 0 stands for one row. `how` is fastdp's: eager, traced, compiled, graph, step graph.
+    `part` divides a batch's rows; 0 means one row. `how` is fastdp's kind of step: eager, traced, compiled, graph, step
+    graph.
     """
 
     title: str
@@ -72,24 +73,24 @@ class Way:
     needs: tuple[str, ...] = ("torch",)
 
     def rows(self, case: Case) -> int:
-        """Rows of one of its batches."""
+        """Rows of one batch."""
         return case.rows // self.part if self.part else 1
 
     def peer(self) -> Peer:
-        """As bench/frameworks/compare.py starts it."""
+        """The process to start, as a peer of bench/frameworks."""
         environment = {"KERAS_BACKEND": self.backend, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        if self.devices > 1:  # counts only before CUDA starts, and Keras starts it when the model is built
+        if self.devices > 1:  # takes effect only before CUDA starts, and Keras starts CUDA when it builds the model
             environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
         return Peer(self.title, WORKER, self.worker, environment)
 
 
 def best_how() -> str:
-    """The way of fastdp's steps that several devices are measured with: graphs, but on a processor, which has none."""
+    """The kind of fastdp's steps on several devices: graphs, or traced steps on a CPU, which has no graphs."""
     return "traced" if os.environ.get("FASTDP_BENCH_DEVICE") == "cpu" else "graph"
 
 
 def _fastdp(devices: int, how: str, part: int = 1, rest: str = "") -> Way:
-    """A way of fastdp's with a Keras model."""
+    """fastdp with a Keras model."""
     title = (
         f"fastdp {devices} {how}" + {0: ", 1 row", 1: ""}.get(part, f", rows/{part}") + (f", {rest}" if rest else "")
     )
@@ -98,7 +99,7 @@ def _fastdp(devices: int, how: str, part: int = 1, rest: str = "") -> Way:
 
 
 def ways_of(name: str) -> list[Way]:
-    """What is compared on a case, in the order in which they start and take turns: what the goals need comes first."""
+    """The ways of a case, in the order in which they start and take turns: those that the goals need come first."""
     best = best_how()
     ways = [
         Way("torch eager", "torch/eager", "torch"),
@@ -129,7 +130,7 @@ def ways_of(name: str) -> list[Way]:
 
 
 def waves(ways: Sequence[Way], at_once: int) -> list[list[Way]]:
-    """The ways in groups that fit on the card together, with the first way, which others are compared with, in each."""
+    """Split the ways into groups that fit on the card; each group includes the first way, which is the baseline."""
     if len(ways) <= at_once:
         return [list(ways)]
     base, others = ways[0], ways[1:]
@@ -137,7 +138,7 @@ def waves(ways: Sequence[Way], at_once: int) -> list[list[Way]]:
 
 
 def measure(name: str, ways: Sequence[Way], seconds: float) -> None:
-    """All ways on one case, within so many seconds."""
+    """Measure all ways on one case within `seconds`."""
     case, ends = CASES[name], time.monotonic() + seconds
     groups = waves(ways, case.at_once)
     for place, group in enumerate(groups):
@@ -151,7 +152,7 @@ def measure(name: str, ways: Sequence[Way], seconds: float) -> None:
 
 
 def measure_wave(name: str, ways: Sequence[Way], seconds: float) -> None:
-    """Ways that run side by side, and take turns."""
+    """Start the ways of one group, and let them take turns."""
     ends = time.monotonic() + seconds
     running = start(name, ways, seconds - RESERVE_SECONDS)
     try:
@@ -162,7 +163,7 @@ def measure_wave(name: str, ways: Sequence[Way], seconds: float) -> None:
 
 
 def start(name: str, ways: Sequence[Way], seconds: float) -> dict[Way, Running]:
-    """Start all ways side by side; those that are ready in time, with a line of facts each."""
+    """Start all ways in parallel; emits a line of facts for each, and returns those that are ready in time."""
     case, running, ends = CASES[name], {}, time.monotonic() + seconds
 
     def begin(way: Way) -> None:
@@ -186,12 +187,15 @@ def start(name: str, ways: Sequence[Way], seconds: float) -> dict[Way, Running]:
 
 
 def of_way(way: Way, case: Case) -> dict[str, Any]:
-    """What tells a way's lines from others'."""
+    """The fields that identify a way's lines."""
     return {"library": way.library, "devices": way.devices, "how": way.how, "rows": way.rows(case), "of": case.rows}
 
 
 def take_turns(name: str, running: dict[Way, Running], ends: float) -> dict[Way, list[float]]:
-    """Rounds in turns, while there is time, and a line for each way after each; seconds of a step, a value a round."""
+    """Run rounds in turns while there is time, and emit a line for each way after each round.
+
+    Returns: seconds per step of each way, one value per round.
+    """
     case = CASES[name]
     times: dict[Way, list[float]] = {way: [] for way in running}
     for number in range(case.rounds + 1):  # the first warms up
@@ -215,12 +219,12 @@ def take_turns(name: str, running: dict[Way, Running], ends: float) -> dict[Way,
 
 
 def _base(times: Mapping[Way, list[float]]) -> list[float] | None:
-    """The rounds of torch eager."""
+    """The times of torch eager, which is the baseline."""
     return next((values for way, values in times.items() if way.title == "torch eager" and values), None)
 
 
 def step_line(name: str, way: Way, seconds: Sequence[float], base: Sequence[float] | None) -> dict[str, Any]:
-    """One way's times so far."""
+    """The line with one way's times so far."""
     case = CASES[name]
     comparable = base is not None and len(base) == len(seconds) and way.rows(case) == case.rows
     return {
@@ -237,7 +241,7 @@ def step_line(name: str, way: Way, seconds: Sequence[float], base: Sequence[floa
 
 
 def card_is_missing() -> str:
-    """Why nothing can be measured; empty where it can. Asked of a process of its own: this one touches no card."""
+    """The reason why nothing can be measured, or empty. A separate process checks, since this one uses no card."""
     if os.environ.get("FASTDP_BENCH_DEVICE") == "cpu":
         return ""
     for library in ("torch", "cupy"):
@@ -251,13 +255,13 @@ def card_is_missing() -> str:
 
 
 def main() -> int:
-    """Measure the cases that were asked for, one after the other."""
+    """Measure the requested cases in sequence."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="+", choices=tuple(CASES), metavar="CASE", help=f"of {', '.join(CASES)}")
     parser.add_argument("--seconds", type=float, default=600.0, help="for all cases together")
     parser.add_argument("--ways", nargs="*", default=[], metavar="TITLE", help="some of the ways only")
     asked = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes of the ways are ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes of the ways end too
     missing = card_is_missing()
     if missing:
         emit(skipped="steps", reason=missing)

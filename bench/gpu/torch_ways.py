@@ -1,7 +1,7 @@
 """torch's own ways to train the cases of cases.py, and fastdp's torch facade: what bench/gpu/worker.py runs.
 
-The usual advice for speed is taken: channels last, fused optimizers, TF32, gradients set to None, pinned input that is
-copied without waiting.
+The code follows the usual performance advice: channels last, fused optimizers, TF32, gradients set to None, and pinned
+input with non-blocking copies.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Run = Callable[[], float]
 
 
 class EncoderBlock(nn.Module):
-    """Attention and a wide layer, each normalized after its sum."""
+    """Attention and a wide layer, each with a residual sum and normalization after it."""
 
     def __init__(self, width: int, heads: int, wide: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class EncoderBlock(nn.Module):
         self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows of vectors to the same."""
+        """Map rows of vectors to rows of the same shape."""
         rows, tokens, width = x.shape
         q, k, v = self.queries(x).view(rows, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(rows, tokens, width)
@@ -46,7 +46,7 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Embeddings with positions, blocks, and a classifier of the mean over tokens. Without dropout, as Keras's twin."""
+    """Embeddings with positions, blocks, and a classifier of the mean over tokens. No dropout, as in Keras's twin."""
 
     def __init__(self, width: int, depth: int, heads: int, wide: int, vocabulary: int, tokens: int) -> None:
         super().__init__()
@@ -56,12 +56,12 @@ class Encoder(nn.Module):
         self.head = nn.Linear(width, CLASSES)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens to logits."""
+        """Map tokens to logits."""
         return self.head(self.blocks(self.norm(self.embedding(x) + self.positions)).mean(1))
 
 
 def build(case: Case) -> nn.Module:
-    """The module of a case, from the same seed."""
+    """The module of a case, with a fixed seed."""
     torch.manual_seed(0)
     return Encoder(**case.options) if case.model == "encoder" else BUILDERS[case.model]()
 
@@ -74,7 +74,7 @@ def optimizer_of(case: Case, parameters: Any, **more: Any) -> torch.optim.Optimi
 
 
 def batches(case: Case, steps: int, where: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """A round's data: pinned where there is a card, images channels last in channels-first order."""
+    """A round's data, pinned if there is a card. Images have channels-first axes and channels-last memory."""
     x, y = (torch.from_numpy(array) for array in case.data(steps, case.rows))
     y = y.long()
     if x.ndim == 4:
@@ -86,7 +86,7 @@ class Loop:
     """torch's usual loop.
 
     Args:
-        module: as the caller wraps it: compiled, in DDP, or plain.
+        wrap: turns the plain module into the trained one: compiled, in DDP, or unchanged.
     """
 
     def __init__(self, case: Case, steps: int, where: str, wrap: Callable[[nn.Module], nn.Module]) -> None:
@@ -100,13 +100,13 @@ class Loop:
         self.x, self.y = batches(case, max(steps, WARM_UP), where)
 
     def precision(self, **more: Any) -> contextlib.AbstractContextManager[Any]:
-        """Autocast where the case is of mixed precision."""
+        """Autocast if the case uses mixed precision."""
         if self.case.precision != "bf16":
             return contextlib.nullcontext()
         return torch.autocast(self.where, dtype=torch.bfloat16, **more)
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Forward, backward and update; the loss, still on the card."""
+        """Forward, backward and update; returns the loss, still on the card."""
         self.optimizer.zero_grad(set_to_none=True)
         with self.precision():
             loss = functional.cross_entropy(self.module(x), y)
@@ -115,7 +115,7 @@ class Loop:
         return loss.detach()
 
     def train(self, count: int) -> float:
-        """Train so many steps; their seconds, to the last loss on the host."""
+        """Train `count` steps; returns the seconds until the last loss is on the host."""
         began = time.perf_counter()
         for start in range(0, count * self.case.rows, self.case.rows):
             span = slice(start, start + self.case.rows)
@@ -127,7 +127,7 @@ class Loop:
 
 
 class GraphLoop(Loop):
-    """The whole step, update included, as one CUDA graph over static inputs: what a captured step costs at least."""
+    """The whole step, including the update, as one CUDA graph over static inputs: a lower bound of captured steps."""
 
     def __init__(self, case: Case, steps: int, where: str) -> None:
         super().__init__(case, steps, where, lambda module: module)
@@ -146,11 +146,11 @@ class GraphLoop(Loop):
             self.loss = super().step(self.static_x, self.static_y)
 
     def precision(self, **more: Any) -> contextlib.AbstractContextManager[Any]:
-        """Without autocast's cache of weights, which would outlive the capture."""
+        """Disable autocast's cache of weights, which would outlive the capture."""
         return super().precision(cache_enabled=False)
 
     def train(self, count: int) -> float:
-        """Copy each batch to its place and replay."""
+        """Copy each batch to the static inputs and replay."""
         began = time.perf_counter()
         for start in range(0, count * self.case.rows, self.case.rows):
             span = slice(start, start + self.case.rows)
@@ -162,7 +162,7 @@ class GraphLoop(Loop):
 
 
 class FacadeLoop(Loop):
-    """fastdp's torch facade on so many devices."""
+    """fastdp's torch facade on `devices` devices."""
 
     def __init__(self, case: Case, steps: int, where: str, devices: int) -> None:
         super().__init__(case, steps, "cpu", lambda module: module)
@@ -179,7 +179,7 @@ class FacadeLoop(Loop):
 
 
 def in_ddp(module: nn.Module) -> nn.Module:
-    """DistributedDataParallel of one process."""
+    """Wrap a module in DistributedDataParallel with one process."""
     where = next(module.parameters()).device
     folder = tempfile.TemporaryDirectory()
     store = f"file://{folder.name}/store"
@@ -190,7 +190,7 @@ def in_ddp(module: nn.Module) -> nn.Module:
 
 
 def prepare(way: str, case: Case, steps: int, where: str) -> tuple[Run, dict[str, Any]]:
-    """Build and warm up; a function that trains a round, and facts.
+    """Build and warm up; returns a function that trains a round, and facts.
 
     Args:
         way: eager, compiled, graph, ddp, or facade-N.

@@ -1,7 +1,7 @@
 """One way to train one case, in a process of its own: `worker.py WAY CASE STEPS`, started by bench/gpu/steps.py.
 
 WAY is `torch/...`, `keras/fit` on the backend that KERAS_BACKEND names, or `fastdp/...`. FASTDP_BENCH_DEVICE is cuda,
-or cpu where a test runs it. A process each, so that what fails on the card, or fills it, takes nothing else along.
+or cpu in tests. Each way has its own process, so that a way that fails on the card or fills it does not affect others.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-if os.environ.get("KERAS_BACKEND") != "tensorflow":  # Keras imports it wherever it is: slower, and more threads
+if os.environ.get("KERAS_BACKEND") != "tensorflow":  # Keras would import it if installed: slower, more threads
     sys.modules["tensorflow"] = None  # type: ignore[assignment]
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -23,9 +23,10 @@ from bench.gpu.cases import CASES
 
 
 def memory() -> dict[str, Any]:
-    """Bytes of the card that this process holds, by NVML, which asks the driver; with what only torch knows beside it.
+    """Bytes of card memory that this process holds, from NVML, which asks the driver, and torch's own counters.
 
-    The context and the libraries' code are among them. Frameworks keep what they once had, so this is the peak.
+    They include the context and the code of libraries. Frameworks keep memory that they have allocated, so this is the
+    peak.
     """
     found: dict[str, Any] = {}
     nvml = importlib.import_module("pynvml")
@@ -42,14 +43,14 @@ def memory() -> dict[str, Any]:
     if torch is not None and torch.cuda.is_initialized():
         found["torch_allocated_peak_nbytes"] = int(torch.cuda.max_memory_allocated())
         found["torch_reserved_peak_nbytes"] = int(torch.cuda.max_memory_reserved())
-        # What is neither torch's nor anybody's at rest, where the driver does not tell by process.
+        # All memory in use on the card, for drivers that do not report memory by process.
         free, total = torch.cuda.mem_get_info()
         found["card_used_nbytes"] = int(total - free)
     return found
 
 
 def prepare(way: str, name: str, steps: int) -> tuple[Callable[[], float], dict[str, Any]]:
-    """Build and warm up; a function that trains a round, and facts."""
+    """Build and warm up; returns a function that trains a round, and facts."""
     where = os.environ.get("FASTDP_BENCH_DEVICE", "cuda")
     library, _, how = way.partition("/")
     ways = importlib.import_module("bench.gpu.torch_ways" if library == "torch" else "bench.gpu.keras_ways")
