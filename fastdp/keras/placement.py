@@ -17,7 +17,7 @@ from fastdp.runtime.select import resolve
 
 
 class _Thread(threading.local):
-    """The numbers of the devices that `placed` was asked for on this thread, the innermost last."""
+    """The device numbers of the open `placed` scopes on this thread, innermost last."""
 
     places: tuple[int | None, ...] = ()
 

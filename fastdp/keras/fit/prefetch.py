@@ -38,10 +38,10 @@ class Prefetch:
         epochs._get_iterator = lambda: self._follow(begin())
 
     def batch_of(self, data: Any) -> Batch:
-        """The batch as the engine takes it; the staged one if it was fetched ahead.
+        """The batch for the engine; the staged batch if it was fetched ahead.
 
         Raises:
-            ValueError: as of `make_batch`.
+            ValueError: from `make_batch`.
         """
         known, self._fetched = self._fetched, None
         if known is not None and known[0] is data:

@@ -113,7 +113,7 @@ class ModelEffects(Effects):
     # Trials.
 
     def asks_of(self, count: int, *, every_row: bool = False) -> bool:
-        """Whether a batch of so many rows can answer what is not known yet. See `inspect`."""
+        """Whether `inspect` would try the model on a batch of `count` rows."""
         if self._losses is None and keeps_rows_apart(self._model):
             self._losses, self._rows_tried = [], 3
         open_question = self._losses is None or self._rows_tried < min(3, count) or not self._unlike
