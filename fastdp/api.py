@@ -3,15 +3,67 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 from fastdp.options import Options
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastdp.keras.parallel_model import ParallelModel
+    from fastdp.torch.parallel_module import TorchParallel
 
 # The library that a model's class comes from, and the function that wraps such models. Keras's layers are
 # torch modules too on the torch backend, and are looked for first.
 _WRAPPERS = {"keras": ("fastdp.keras.wrap", "wrap_keras"), "torch": ("fastdp.torch.wrap", "wrap_torch")}
 
 
+class _KerasModel(Protocol):
+    """A `keras.Model`, for type checkers, by methods that a torch.nn.Module lacks.
+
+    Not by its name. Keras ships no types for mypy, which takes every module of torch for a `keras.Model` then. Pyright
+    in turn takes a `keras.Model` for a module of torch, since its base class depends on the backend.
+    """
+
+    def get_compile_config(self) -> Any: ...
+
+    def compile_from_config(self, config: Any, /) -> Any: ...
+
+
+@overload
+def wrap(
+    model: _KerasModel,
+    gpus: Any = None,
+    *,
+    cpu_merge: bool = True,
+    cpu_relocation: bool = False,
+    merge_device: int = 0,
+    sync_batch_norm: bool = False,
+    compile: str | None = "auto",
+    graph: str | None = "auto",
+    update: str | None = None,
+    deterministic: bool = False,
+    timeout: float = 1800.0,
+    check_replicas: bool = False,
+    rows: str | None = None,
+) -> ParallelModel: ...
+@overload
+def wrap(
+    model: torch.nn.Module,
+    gpus: Any = None,
+    *,
+    cpu_merge: bool = True,
+    cpu_relocation: bool = False,
+    merge_device: int = 0,
+    sync_batch_norm: bool = False,
+    compile: str | None = "auto",
+    graph: str | None = "auto",
+    update: str | None = None,
+    deterministic: bool = False,
+    timeout: float = 1800.0,
+    check_replicas: bool = False,
+    rows: None = None,
+) -> TorchParallel: ...
 def wrap(
     model: Any,
     gpus: Any = None,
@@ -27,7 +79,7 @@ def wrap(
     timeout: float = 1800.0,
     check_replicas: bool = False,
     rows: str | None = None,
-) -> Any:
+) -> ParallelModel | TorchParallel:
     """Run a model on several devices as if on one.
 
     Args:

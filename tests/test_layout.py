@@ -27,6 +27,11 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "cupy_backends": (),
 }
 
+# Files that may name an optional library for type checkers, under `if TYPE_CHECKING:`, where nothing is imported.
+TYPES_ONLY: dict[str, tuple[str, ...]] = {
+    "api.py": ("torch",),  # what `fastdp.wrap` returns depends on the class of the model
+}
+
 # Prefixes of files that may load a part of fastdp later than at import, by importlib.import_module.
 LATE_LOADERS: dict[str, str] = {
     "__init__.py": "the Keras names load on first use, so that `import fastdp` works without Keras and torch",
@@ -43,12 +48,13 @@ FUNCTION_LINES = 80  # without the docstring
 
 
 class Import(NamedTuple):
-    """One imported name: dotted, absolute; `inside` where it stands in a function."""
+    """One imported name: dotted, absolute; `inside` where it stands in a function, `typed` under TYPE_CHECKING."""
 
     name: str
     line: int
     inside: bool
     late: bool
+    typed: bool
 
 
 def _resolve(module: str | None, level: int, file: str) -> str:
@@ -60,21 +66,25 @@ def _resolve(module: str | None, level: int, file: str) -> str:
     return ".".join((*base, module) if module else base)
 
 
-def _imports(tree: ast.AST, file: str, inside: bool = False) -> Iterator[Import]:
+def _imports(tree: ast.AST, file: str, inside: bool = False, typed: bool = False) -> Iterator[Import]:
     """All imports of a module; a `from` import gives one for each name."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield Import(alias.name, node.lineno, inside, False)
+                yield Import(alias.name, node.lineno, inside, False, typed)
         elif isinstance(node, ast.ImportFrom):
             module = _resolve(node.module, node.level, file)
             for alias in node.names:
-                yield Import(f"{module}.{alias.name}", node.lineno, inside, False)
+                yield Import(f"{module}.{alias.name}", node.lineno, inside, False, typed)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
             name = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else "fastdp"
-            yield Import(str(name), node.lineno, inside, True)
+            yield Import(str(name), node.lineno, inside, True, typed)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            yield from _imports(ast.Module(node.body, []), file, inside, True)
+            yield from _imports(ast.Module(node.orelse, []), file, inside, typed)
+            continue
         function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        yield from _imports(node, file, inside or function)
+        yield from _imports(node, file, inside or function, typed)
 
 
 def _target(name: str, files: set[str]) -> str | None:
@@ -110,9 +120,9 @@ def _forbidden(file: str, target: str) -> str | None:
     return None
 
 
-def _library_problem(file: str, library: str) -> str | None:
+def _library_problem(file: str, library: str, typed: bool) -> str | None:
     homes = LIBRARIES.get(library)
-    if homes is None or file.startswith(homes):
+    if homes is None or file.startswith(homes) or (typed and library in TYPES_ONLY.get(file, ())):
         return None
     return f"imports {library}, which only {', '.join(homes) or 'nobody'} may"
 
@@ -128,9 +138,9 @@ def violations(file: str, source: str, files: set[str]) -> list[str]:
     if packages.layer_of(file) is None:
         return [f"fastdp/{file} is in no layer: add it to LAYERS in tests/shared/packages.py"]
     found = []
-    for name, line, inside, late in _imports(ast.parse(source), file):
+    for name, line, inside, late, typed in _imports(ast.parse(source), file):
         top = name.split(".")[0]
-        problems = [_library_problem(file, top)]
+        problems = [_library_problem(file, top, typed)]
         if top == "fastdp":
             target = _target(name, files)
             if late and not file.startswith(tuple(LATE_LOADERS)):
@@ -243,6 +253,11 @@ FILES = {
         ("runtime/cuda/memory.py", "import cupy", "imports cupy"),
         ("runtime/cuda/cupy_api.py", "from cupy_backends.cuda.libs import nvrtc", "imports cupy_backends"),
         ("engine/data_parallel.py", "importlib.import_module('torch')", "imports torch"),
+        ("api.py", "import torch", "imports torch"),
+        ("api.py", "if TYPE_CHECKING:\n    pass\nelse:\n    import torch", "imports torch"),
+        ("api.py", "if TYPE_CHECKING:\n    import keras", "imports keras"),
+        ("engine/data_parallel.py", "if TYPE_CHECKING:\n    import torch", "imports torch"),
+        ("shard.py", "if TYPE_CHECKING:\n    import fastdp.buffers", "imports buffers.py"),
         ("helpers.py", "", "add it to LAYERS"),
     ],
 )
@@ -270,6 +285,7 @@ def test_a_planted_violation_is_found(file, source, said):
             "from fastdp import _version\ndef f():\n    import_module('fastdp.keras')",
         ),
         ("cli/demo/__init__.py", "from fastdp.keras.parallel_model import ParallelModel"),
+        ("api.py", "if TYPE_CHECKING:\n    import torch\n    from fastdp.keras.parallel_model import ParallelModel"),
     ],
 )
 def test_an_import_that_the_layers_allow_passes(file, source):
