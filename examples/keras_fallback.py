@@ -3,7 +3,7 @@
     python examples/keras_fallback.py                             # one GPU or none: the model as it is
     FASTDP_VIRTUAL_DEVICES=4 python examples/keras_fallback.py    # four virtual devices
 
-Everything wrong with `gpus`, and fewer than two devices, is a ValueError.
+Every problem with `gpus`, including fewer than two devices, raises a ValueError.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import argparse
 
 import numpy as np
 
-import fastdp  # chooses Keras's torch backend where nothing else is chosen: import it before Keras
+import fastdp  # selects Keras's torch backend unless another is selected: import it before Keras
 from fastdp.utils import multi_gpu_model
 
 from keras.applications import Xception  # isort: skip

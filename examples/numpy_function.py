@@ -3,9 +3,9 @@
     python examples/numpy_function.py                        # four virtual devices, NumPy
     python examples/numpy_function.py --devices 2 --epochs 5
 
-The functions ask an array where it lives and use that library, NumPy or CuPy: the same lines serve both. They see the
-rows of one device. `train` returns the mean loss of those rows and its gradient; fastdp weights and adds them up, so
-that the result is the mean over the global batch for any split.
+The functions use the library of their arrays, NumPy or CuPy, so the same lines serve both. They get the rows of one
+device. `train` returns the mean loss of those rows and its gradient; fastdp computes their weighted sum, so that the
+result is the mean over the global batch for any split.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def train(parameters: dict[str, Any], batch: list[Any]) -> tuple[Any, dict[str, 
 
 
 def update(parameters: dict[str, Any], slots: dict[str, Any], gradients: dict[str, Any]) -> tuple[Any, Any]:
-    """SGD with momentum, from the gradient of the global batch. What is left out stays as it is."""
+    """SGD with momentum, from the gradient of the global batch. Parameters that are not returned stay unchanged."""
     velocity = {name: MOMENTUM * slots[name] - RATE * gradients[name] for name in slots}
     return {name: parameters[name] + velocity[name] for name in slots}, velocity
 
@@ -75,7 +75,7 @@ def predict(parameters: dict[str, Any], batch: list[Any]) -> list[Any]:
 
 
 def spirals(rows: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Points on four interleaved spirals, and their spirals."""
+    """Points on four interleaved spirals, and the number of each point's spiral."""
     y = generator.integers(0, CLASSES, rows)
     radius = generator.uniform(0.2, 2.0, rows)
     angle = 2 * radius + y * 2 * np.pi / CLASSES + generator.normal(0, 0.1, rows)
@@ -83,7 +83,7 @@ def spirals(rows: int, generator: np.random.Generator) -> tuple[np.ndarray, np.n
 
 
 def run(devices: int, epochs: int, batch_size: int) -> tuple[list[float], float]:
-    """The mean loss of each epoch, and the accuracy on other rows."""
+    """The mean loss of each epoch, and the accuracy on test rows."""
     generator = np.random.default_rng(0)
     parameters = {
         "frequencies": generator.normal(0, 2, (2, WAVES)),

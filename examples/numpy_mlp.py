@@ -2,8 +2,8 @@
 
     python examples/numpy_mlp.py
 
-The engine needs neither torch nor Keras: a program is three functions over named arrays. `train` gives the
-mean loss over the rows that it is handed and its gradient; the engine weights and sums them over the devices.
+The engine needs neither torch nor Keras: a program is three functions over named arrays. `train` returns the
+mean loss of its rows and the gradient; the engine computes their weighted sum over the devices.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def predict(weights: Arrays, batch: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def run(devices: int, epochs: int, batch_size: int) -> tuple[list[float], float]:
-    """The mean loss of each epoch, and the accuracy on rows that were not trained on."""
+    """The mean loss of each epoch, and the accuracy on test rows."""
     generator = np.random.default_rng(0)
     weights = initial(generator)
     program = fastdp.FunctionProgram(

@@ -22,7 +22,7 @@ from keras.applications.xception import Xception  # isort: skip
 if len(fastdp.devices()) < 2:
     fastdp.set_virtual_devices(2)
 
-# The smallest images that each of them takes.
+# The smallest image size of each model.
 SIZES = {VGG16: 32, VGG19: 32, ResNet50: 32, InceptionV3: 75, Xception: 71}
 
 for application, size in SIZES.items():

@@ -34,14 +34,14 @@ def new_model() -> keras.Model:
     return parallel
 
 
-# The bytes of the images are copied to each card once; a step turns the rows it needs into floats.
+# The image bytes are copied to each card once; a step converts the rows that it needs to floats.
 parallel = new_model()
 train = DeviceDataset((images[:150], labels[:150]), parallel, casts={0: Scaled("float32", scale=1 / 255)})
 test = DeviceDataset((images[150:], labels[150:]), parallel, casts={0: Scaled("float32", scale=1 / 255)})
 history = parallel.fit(train, validation_data=test, epochs=3, batch_size=32, verbose=0)
 predicted = parallel.predict(test, verbose=0)
 
-# The same from arrays, whose batches the host converts and sends.
+# The same training from arrays: the host converts and sends each batch.
 arrays = new_model()
 scaled = images.astype(np.float32) * np.float32(1 / 255)
 held_out = scaled[150:], labels[150:]

@@ -2,8 +2,8 @@
 
     python examples/faq/freeze.py
 
-Changed: each model is trained before `trainable` is changed for the next one. Keras 2 kept what `trainable` was when a
-model was compiled; Keras 3 looks when it trains, and a parallel model warns where the two differ.
+Changed: each model is trained before `trainable` is changed for the next one. Keras 2 used the value of `trainable` at
+`compile`; Keras 3 uses the value during training. A parallel model warns if the two differ.
 """
 
 import numpy as np
@@ -34,7 +34,7 @@ frozen_model.compile(optimizer="rmsprop", loss="mse")
 frozen_model.fit(data, labels, verbose=0)
 kernels.append(layer.get_weights()[0])
 
-# This one updates them, and the other model sees it: they share the layer.
+# This model updates them, and the other model sees the change, since they share the layer.
 layer.trainable = True
 trainable_model = multi_gpu_model(Model(x, y), gpus=4)
 trainable_model.compile(optimizer="rmsprop", loss="mse")

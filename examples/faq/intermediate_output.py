@@ -25,11 +25,11 @@ get_3rd_layer_output = K.function([model.layers[0].input], [model.layers[3].outp
 layer_output = get_3rd_layer_output([X])[0]
 print("without a phase:", layer_output.shape)
 
-# Dropout and BatchNormalization differ between training and testing: the phase says which.
+# Dropout and BatchNormalization behave differently in training and testing: the learning phase selects one.
 get_3rd_layer_output = K.function([model.layers[0].input, K.learning_phase()], [model.layers[3].output])
 in_test = get_3rd_layer_output([X, 0])[0]
 in_training = get_3rd_layer_output([X, 1])[0]
 print("zeros in testing:", int((in_test == 0).sum()), "and in training:", int((in_training == 0).sum()))
 
-# The same by name or place, of a parallel model too.
+# The same by layer name or index; it also works on a parallel model.
 print("the same values:", np.array_equal(get_layer_output(parallel_model, 3, X), in_test))

@@ -2,7 +2,7 @@
 
     python examples/faq/save_and_load.py
 
-Changed: two imports. `load_model` is fastdp's, since Keras 3.15 loses the optimizer of an `.h5` file.
+Changed: two imports. `load_model` comes from fastdp, because Keras 3.15 loses the optimizer of an `.h5` file.
 """
 
 import numpy as np
@@ -30,14 +30,14 @@ parallel_model.compile(loss="mse", optimizer="adam")
 parallel_model.fit(x, y, epochs=5, batch_size=16, verbose=0)
 before = model.predict(x, verbose=0)
 
-# One file: architecture, weights, loss and optimizer, and where the optimizer stands.
+# One file: architecture, weights, loss, and the optimizer with its state.
 model.save("my_model.h5")
 del model
 model = load_model("my_model.h5")
 print("steps of the loaded optimizer:", int(model.optimizer.iterations))
 print("same predictions:", np.array_equal(model.predict(x, verbose=0), before))
 
-# Training goes on where it ended, on any number of devices.
+# Training continues where it stopped, on any number of devices.
 parallel_model = multi_gpu_model(model, gpus=2)
 parallel_model.compile(loss=model.loss, optimizer=model.optimizer)
 parallel_model.fit(x, y, epochs=1, batch_size=16, verbose=0)

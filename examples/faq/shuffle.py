@@ -15,7 +15,7 @@ if len(fastdp.devices()) < 2:
 
 
 class Order(keras.metrics.Metric):
-    """The order in which rows came: their numbers are their targets."""
+    """Records the order of the rows: each row's target is its number."""
 
     def __init__(self):
         super().__init__(name="first_row")
@@ -23,7 +23,7 @@ class Order(keras.metrics.Metric):
         self.rows = []
 
     def update_state(self, y_true, y_pred, sample_weight=None):
-        """Remember the rows of a batch."""
+        """Record the rows of a batch."""
         self.rows += keras.ops.convert_to_numpy(y_true).ravel().astype(int).tolist()
 
     def result(self):
@@ -31,7 +31,7 @@ class Order(keras.metrics.Metric):
         return self.rows[0] if self.rows else 0
 
     def reset_state(self):
-        """A new epoch."""
+        """Start a new epoch."""
         self.rows = []
 
 
@@ -43,7 +43,7 @@ class Keep(keras.callbacks.Callback):
         self.order, self.epochs = order, []
 
     def on_epoch_end(self, epoch, logs=None):
-        """Keep it before Keras forgets it."""
+        """Copy the order before Keras resets the metric."""
         self.epochs.append(list(self.order.rows))
 
 

@@ -37,7 +37,7 @@ with CustomObjectScope({"MyObject": MyObject}):
 
 
 class Batches(Sequence):
-    """As Keras 2's example: one batch for each index; an image would be read from its file here."""
+    """Keras 2's example: one batch per index; a real Sequence would read images from files here."""
 
     def __init__(self, x_set, y_set, batch_size):
         self.x, self.y, self.batch_size = x_set, y_set, batch_size

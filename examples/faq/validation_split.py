@@ -15,7 +15,7 @@ import keras  # isort: skip
 if len(fastdp.devices()) < 4:
     fastdp.set_virtual_devices(4)
 
-# The number of a row is its only feature: whoever sees a row knows which one it is.
+# The only feature of a row is its number, which identifies the row.
 X = np.arange(100, dtype=np.float32)[:, np.newaxis]
 y = X / 100
 model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, kernel_initializer="zeros")])
@@ -25,6 +25,6 @@ parallel_model.compile(loss="mse", optimizer=keras.optimizers.SGD(1e-5), metrics
 hist = parallel_model.fit(X, y, validation_split=0.2, epochs=3, batch_size=10, verbose=0)
 print({key: [round(value, 4) for value in values] for key, values in hist.history.items()})
 
-# The last 20 rows and no others.
+# Only the last 20 rows.
 loss, mae = parallel_model.evaluate(X[80:], y[80:], batch_size=10, verbose=0)
 print("validated on the last 20 rows:", bool(np.isclose(hist.history["val_loss"][-1], loss)))

@@ -23,10 +23,10 @@ first.add(Dense(2, name="dense_1"))
 first.add(Dense(3, name="dense_2"))
 multi_gpu_model(first, gpus=2).save_weights(fname)
 
-# The new one shares one layer with it.
+# The new model shares one layer name with it.
 model = Sequential([Input((3,))])
 model.add(Dense(2, name="dense_1"))  # will be loaded
-model.add(Dense(10, name="new_dense"))  # stays as it is
+model.add(Dense(10, name="new_dense"))  # will not be loaded
 untouched = model.get_layer("new_dense").get_weights()
 multi_gpu_model(model, gpus=2).load_weights(fname, by_name=True)
 
