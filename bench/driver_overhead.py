@@ -4,12 +4,12 @@ A 784-64-10 network written as a FunctionProgram, batch 64, on 1, 2, 4 and 8 vir
 same functions in a plain loop, in alternating rounds:
 
     empty      a program with the same parameters that computes nothing: its whole step is the engine
-    network    the real network; `plain` is train and update of the whole batch without the engine, with one BLAS thread
+    network    the real network; `plain` is train and update of the whole batch without the engine
 
-The report has wall time, and the processor time of all threads together, which hardly depends on the load of the
-machine; the time of the empty step by verb on the host thread; and the functions of the host thread and the
-workers with the most self time, by cProfile. Only the order of these functions is meaningful, since profiling slows
-calls down. "acquire of lock" is waiting.
+BLAS uses one thread everywhere. The report has wall time, and the processor time of all threads together, which hardly
+depends on the load of the machine; the time of the empty step by verb on the host thread; and the functions of the host
+thread and the workers with the most self time, by cProfile. Only the order of these functions is meaningful, since
+profiling slows calls down. "acquire of lock" is waiting.
 """
 
 from __future__ import annotations

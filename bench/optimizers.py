@@ -43,7 +43,7 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
 
 
 class OneByOne(keras.optimizers.Adam):
-    """Adam by Keras's formula, since Keras has a torch implementation only for Adam itself."""
+    """Adam by Keras's formula: Keras has no torch implementation for a subclass of Adam."""
 
 
 def parallel(build: Callable[[], keras.Model], optimizer: Any, *, flat: bool) -> Any:

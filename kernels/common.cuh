@@ -75,8 +75,8 @@ template <> struct From<half_t> {  // round to nearest even, overflow to infinit
 #endif
     }
 };
-// Round to nearest even; every NaN becomes 0x7fc0, as in fastdp/bfloat16.py and torch on the host (the hardware's own
-// cvt.rn.bf16, which needs sm_80, makes it 0x7fff).
+// Rounds to nearest even. Every NaN becomes 0x7fc0, as in fastdp/bfloat16.py and torch on the host; the hardware's
+// cvt.rn.bf16, which needs sm_80, gives 0x7fff.
 template <> struct From<bf16_t> {
     static __device__ __forceinline__ bf16_t of(float x) {
         const u32 bits = float_bits(x);

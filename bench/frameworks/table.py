@@ -1,4 +1,4 @@
-"""The table and the picture of `peers.py`, from its JSON line alone."""
+"""The table and the picture of `compare.py`, from its JSON line alone."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Nodes:
         self._alone = PeerGroup(0, (staging,), 2 * PACK_NBYTES, (signals,), error, 1, threads=32)
 
     def kernel(self, stream: int | None = None) -> None:
-        """One kernel on one element, with arguments as long as those of most: an all-reduce of one rank."""
+        """One kernel on one element: an all-reduce of one rank, with arguments as long as those of most kernels."""
         at, stream = self._at, self.card.stream if stream is None else stream
         launch.all_reduce_one_shot(
             self.card.device.kernels, self._alone, x=at, y=at, n=1, dtype="float32", stream=stream

@@ -43,7 +43,7 @@ RANKS = (2, 4, 8)
 
 
 def kernels(card: Card, nbytes: int) -> None:
-    """The kernels that move rows, over buffers of `nbytes`, and the copy."""
+    """Measure the kernels that move rows, over buffers of `nbytes`, and a copy."""
     held = [card.device.zeros((size,), np.dtype(np.uint8)) for size in (nbytes, nbytes, 4)]
     a, b, flag = map(card.address, held)
     rows = nbytes // ROW_NBYTES

@@ -1,4 +1,4 @@
-"""A pytest plugin: `-p gpu_this_card` gives any tests that ask for virtual devices parts of this machine's GPU.
+"""A pytest plugin: `-p bench.gpu.pytest_this_card` makes the virtual devices of any tests parts of this machine's GPU.
 
 The reference runs on the GPU too, since Keras on torch puts its tensors there. Both compute in full fp32 with
 deterministic algorithms, so that tests compare the arithmetic and not cuDNN's choices. Without a GPU all tests are

@@ -165,7 +165,7 @@ class QueueDevice:
 
     kind: str  # "virtual", "gpu" or "virtual gpu"
     on_gpu: bool
-    space: str  # whose memory its arrays are in: "host", or that of a card
+    space: str  # the memory of its arrays: "host", or "cuda:N" for a card
     torch_device: str
 
     def __init__(self, index: int, name: str, stream: Callable[[QueueDevice, str], QueueStream] = QueueStream) -> None:
