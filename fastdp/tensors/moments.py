@@ -75,6 +75,7 @@ def global_moments(
     axes: Sequence[int],
     exchange: Exchange,
     sum_dtype: torch.dtype | None = None,
+    epsilon: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and variance of the global batch, differentiable, in the dtype of the inputs.
 
@@ -82,8 +83,9 @@ def global_moments(
         inputs, mask, axes: as of `count_of`.
         exchange: gives what all replicas gave it, in their order. Every replica makes the same calls.
         sum_dtype: what sums over a replica's values are taken in; None for the dtype of the inputs.
+        epsilon: added to the number of values where sums are divided by it.
     """
-    mean, variance = _GlobalMoments.apply(inputs, mask, tuple(axes), exchange, sum_dtype)
+    mean, variance = _GlobalMoments.apply(inputs, mask, tuple(axes), exchange, sum_dtype, epsilon)
     return mean, variance
 
 
@@ -98,12 +100,13 @@ class _GlobalMoments(torch.autograd.Function):
         axes: tuple[int, ...],
         exchange: Exchange,
         sum_dtype: torch.dtype | None,
+        epsilon: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums are exchanged twice: the second time about the global mean, so nothing cancels."""
         weights = None if mask is None else mask.unsqueeze(-1).to(inputs.dtype).expand(inputs.shape)
         values = inputs if weights is None else inputs * weights
         parts = exchange((count_of(inputs, mask, axes), values.sum(axes, dtype=sum_dtype)))
-        total = max(sum(part[0] for part in parts), torch.finfo(torch.float64).tiny)
+        total = max(sum(part[0] for part in parts) + epsilon, torch.finfo(torch.float64).tiny)
         mean = sum(part[1].double() for part in parts) / total
         shape = [1 if axis in axes else size for axis, size in enumerate(inputs.shape)]
         centered = inputs - mean.to(inputs.dtype).reshape(shape)
@@ -113,14 +116,18 @@ class _GlobalMoments(torch.autograd.Function):
         variance = sum(square.double() for square in squares) / total
         ctx.save_for_backward(centered, weights)
         ctx.total, ctx.shape, ctx.exchange = total, shape, exchange
+        # The mean distance from the mean: not zero where the mean is not sum / count.
+        ctx.off_center = mean * (epsilon / total) if epsilon else None
         return mean.to(inputs.dtype), variance.to(inputs.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
         """d/dx of mean is 1/n, of variance 2 (x - mean)/n, times the gradients of all replicas' losses."""
         centered, weights = ctx.saved_tensors
         parts = ctx.exchange(tuple(gradients))
         of_mean = sum(part[0] for part in parts).reshape(ctx.shape) / ctx.total
         of_variance = sum(part[1] for part in parts).reshape(ctx.shape) / ctx.total
+        if ctx.off_center is not None:
+            of_mean = of_mean - 2.0 * of_variance * ctx.off_center.to(of_variance.dtype).reshape(ctx.shape)
         first = of_mean.expand(centered.shape) if weights is None else of_mean * weights
-        return first + 2.0 * centered * of_variance, None, None, None, None
+        return first + 2.0 * centered * of_variance, None, None, None, None, None

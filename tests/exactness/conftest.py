@@ -99,7 +99,8 @@ def assert_same(one: Run, many: Run, tolerance: float = FLOAT32) -> None:
     for (name, value), found in zip(one.arrays.items(), many.arrays.values(), strict=True):
         assert np.isfinite(value).all(), f"the reference's own {name} is not finite: {value}"
         scale = float(np.abs(value).max()) if value.size else 0.0
-        np.testing.assert_allclose(found, value, rtol=0, atol=tolerance * scale + 1e-8, err_msg=name)
+        # A bias whose gradient cancels out (before a normalization) is all rounding, of products of order one.
+        np.testing.assert_allclose(found, value, rtol=0, atol=tolerance * scale + min(1e-7, tolerance), err_msg=name)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 import random_models
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from keras.src import backend
 from keras.src.backend.common import dtypes
@@ -100,6 +100,7 @@ DEVICES = st.sampled_from([2, 3, 8])
 
 
 @SLOW
+@example(seed=5389, gpus=2, compile=None)  # BatchNormalization behind a mask: Keras divides by count + epsilon
 @given(seed=SEEDS, gpus=DEVICES, compile=st.sampled_from([None, None, "trace"]))
 def test_a_random_graph_trains_as_on_one_device(seed: int, gpus: int, compile: str | None) -> None:
     one = numbers(random_models.functional, seed, None)

@@ -25,7 +25,8 @@ def moments_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
             return layer.moving_mean.value.to(inputs.dtype), layer.moving_variance.value.to(inputs.dtype)
         axes = layer._reduction_axes
         if state.sync_batch_norm and state.context.size > 1:
-            mean, variance = global_moments(inputs, mask, axes, state.context.exchange)
+            epsilon = 0.0 if mask is None else keras.config.epsilon()  # Keras divides by so much more than it counts
+            mean, variance = global_moments(inputs, mask, axes, state.context.exchange, epsilon=epsilon)
         else:
             mean, variance = original(layer, inputs, mask)
         state.moments.append((layer, Moments(mean.detach(), variance.detach(), count_of(inputs, mask, axes))))
