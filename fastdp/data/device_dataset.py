@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fastdp.comm.batch import count_rows
 from fastdp.data.row_batch import ResidentBatch, places_of
 from fastdp.launch.reference import slice_rows
+from fastdp.runtime.queue import QueueDevice
 
 FLOATS = ("float32", "float16")
 
@@ -144,7 +145,7 @@ class DeviceDataset:
         }
         return twin
 
-    def check_devices(self, devices: Sequence[Any]) -> None:
+    def check_devices(self, devices: Sequence[QueueDevice]) -> None:
         """Check that the arrays are in the memory of these devices.
 
         Raises:
@@ -213,7 +214,7 @@ class DeviceDataset:
         return found
 
 
-def _devices_of(owner: Any) -> list[Any]:
+def _devices_of(owner: Any) -> list[QueueDevice]:
     """The devices of a parallel model or an engine; a sequence of devices as a list.
 
     Raises:

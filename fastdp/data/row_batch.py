@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fastdp.runtime.queue import QueueDevice
 from fastdp.shard import Rows
 
 
@@ -27,7 +28,7 @@ class Source(Protocol):
     def gather(self, device: Any, index: NDArray[np.int64], places: Sequence[int]) -> list[Any]:
         """Gather rows of some arrays on a device."""
 
-    def check_devices(self, devices: Sequence[Any]) -> None:
+    def check_devices(self, devices: Sequence[QueueDevice]) -> None:
         """Check that the arrays are in the memory of these devices."""
 
 

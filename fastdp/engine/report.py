@@ -10,6 +10,7 @@ from typing import Any
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.timing import VERBS
 from fastdp.program.base import Program
+from fastdp.runtime.queue import QueueDevice
 from fastdp.warn import warn_user
 
 try:
@@ -202,8 +203,8 @@ def make_report(
     engine: DataParallel[Program] | None,
     steps: list[dict[str, Any]],
     *,
-    library_nbytes: Callable[[Any], int] = lambda device: 0,
-    further_devices: Sequence[Any] = (),
+    library_nbytes: Callable[[QueueDevice], int] = lambda device: 0,
+    further_devices: Sequence[QueueDevice] = (),
     calls: Sequence[dict[str, Any]] = (),
 ) -> Report:
     """The report of an engine, with these entries about its steps; without an engine, of nothing but those.
@@ -248,7 +249,7 @@ def make_report(
     )
 
 
-def _cards(devices: Sequence[Any], library_nbytes: Callable[[Any], int]) -> list[CardReport]:
+def _cards(devices: Sequence[QueueDevice], library_nbytes: Callable[[QueueDevice], int]) -> list[CardReport]:
     """The GPUs of these devices, in their order."""
     by_card: dict[str, list[Any]] = {}
     for device in devices:

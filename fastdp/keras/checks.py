@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Sequence
-from typing import Any
 
 import keras
 import torch
@@ -56,7 +55,7 @@ def check_options(options: Options, devices: Sequence[QueueDevice]) -> None:
         check_deterministic(devices)
 
 
-def is_built(model: Any) -> bool:
+def is_built(model: keras.Model) -> bool:
     """Whether a model has all variables that its call uses. A layer that it holds but never calls does not count.
 
     A functional model has called its layers when it was made. Any other model builds the layers that it uses in its
@@ -69,12 +68,12 @@ def is_built(model: Any) -> bool:
     return any(has_own(model, step) for step in OWN_STEPS) or not unbuilt_layers(model)
 
 
-def unbuilt_layers(model: Any) -> list[Any]:
+def unbuilt_layers(model: keras.Model) -> list[keras.Layer]:
     """The layers of a model that are not built: they were never called, or only another mode calls them."""
     return [layer for layer in model._flatten_layers() if not layer.built]
 
 
-def check_loop(model: Any, loop: str, *maker: str) -> None:
+def check_loop(model: keras.Model, loop: str, *maker: str) -> None:
     """Check that the model does not override one of Keras's loops, because a parallel model runs Keras's own.
 
     Args:
@@ -94,7 +93,7 @@ def check_loop(model: Any, loop: str, *maker: str) -> None:
             )
 
 
-def check_template(model: Any, *, any_batch_size: bool = False) -> None:
+def check_template(model: keras.Model, *, any_batch_size: bool = False) -> None:
     """Check that a template is built and has no state that is tied to rows.
 
     `any_batch_size` allows inputs with a fixed batch size: a Sequential model that was built by its first call has the
@@ -132,7 +131,7 @@ def check_template(model: Any, *, any_batch_size: bool = False) -> None:
         _check_batch_size(model)
 
 
-def _check_module(name: str, module: Any) -> None:
+def _check_module(name: str, module: torch.nn.Module) -> None:
     """Check that a torch module inside a Keras model has only parameters, draws nothing and runs on one device.
 
     Random draws and changed attributes in its forward pass are found with the first batch
@@ -170,7 +169,7 @@ def _check_module(name: str, module: Any) -> None:
         ) from error
 
 
-def _check_hidden(layer: Any) -> None:
+def _check_hidden(layer: keras.Layer) -> None:
     """Check modules that Keras does not track, in a list or a dict of a layer, like those that it wraps.
 
     Raises:
@@ -190,18 +189,18 @@ def _check_hidden(layer: Any) -> None:
                 _check_module(layer.name, one)
 
 
-def _is_parallel(thing: Any) -> bool:
+def _is_parallel(thing: object) -> bool:
     """Whether this is one of fastdp's parallel models."""
     return any(one.__module__.startswith("fastdp.") and one.__name__ in _PARALLEL for one in type(thing).__mro__)
 
 
-def _check_shared(model: Any) -> None:
+def _check_shared(model: keras.Model) -> None:
     """Check that no two variables share a tensor, because each variable gets its own memory.
 
     Raises:
         ValueError: two variables do, such as those of two wrappers around one torch module.
     """
-    known: dict[int, Any] = {}
+    known: dict[int, keras.Variable] = {}
     for variable in {id(v): v for v in model.variables}.values():
         other = known.setdefault(id(variable._value), variable)
         if other is not variable and variable._value is not None:
@@ -211,7 +210,7 @@ def _check_shared(model: Any) -> None:
             )
 
 
-def _check_batch_size(model: Any) -> None:
+def _check_batch_size(model: keras.Model) -> None:
     """Check that no input has a fixed number of rows."""
     for tensor in keras.tree.flatten(getattr(model, "inputs", None) or []):
         if tensor is not None and tensor.shape and tensor.shape[0] is not None:

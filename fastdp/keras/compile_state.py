@@ -32,7 +32,7 @@ _ATTRIBUTES = (
 _missing = object()
 # Templates that share a parallel model's settings, and the loss tracker that they got with them. If the user compiles a
 # template later, it has another loss tracker.
-_followers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_followers: weakref.WeakKeyDictionary[keras.Model, keras.metrics.Metric] = weakref.WeakKeyDictionary()
 
 
 def _read(model: keras.Model) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def follow(template: keras.Model, parallel: keras.Model) -> None:
     _followers[template] = parallel._loss_tracker
 
 
-def follows(template: keras.Model, loss_tracker: Any) -> bool:
+def follows(template: keras.Model, loss_tracker: keras.metrics.Metric | None) -> bool:
     """Whether the template's settings belong to `loss_tracker`."""
     return getattr(template, "_loss_tracker", None) is loss_tracker
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -141,7 +141,7 @@ def _maker(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
     return make_function
 
 
-def _made_by_keras(function: Any) -> bool:
+def _made_by_keras(function: Callable[..., Any]) -> bool:
     """Whether a step function is one that Keras made, before fastdp was installed."""
     return getattr(function, "__qualname__", "").startswith("TorchTrainer.make_")
 
@@ -156,7 +156,9 @@ class _ParallelFunction:
         installed: devices and options.
     """
 
-    def __init__(self, kind: str, model: weakref.ref[Any], plain: Callable[..., Any], installed: _Installed) -> None:
+    def __init__(
+        self, kind: str, model: weakref.ref[keras.Model], plain: Callable[..., Any], installed: _Installed
+    ) -> None:
         self._kind, self._model, self._plain, self._installed = kind, model, plain, installed
         self._model_fits = False
         self._refused: str | None = None
@@ -171,7 +173,7 @@ class _ParallelFunction:
         with inside_step():
             return self._step(self._model(), data)
 
-    def _step(self, model: Any, data: Any) -> Any:
+    def _step(self, model: keras.Model, data: Any) -> Any:
         """One step, on all devices or plain."""
         reason = self._refused if self._model_fits else _why_not(model)
         self._model_fits = reason is None or reason is self._refused
@@ -200,10 +202,10 @@ def _calling(original: Callable[..., Any]) -> Callable[..., Any]:
         installed = _now()
         if installed is None:
             return original(self, *args, **kwargs)
-        known = self.__dict__.get(_STEPS)
+        known = _known(self)
         if known is None and self.built and not self.weights:  # nothing to compute that is worth it
             return original(self, *args, **kwargs)
-        reason = None if known is not None and known[1].is_unchanged() else _why_not(self)
+        reason = None if known is not None and known.steps.is_unchanged() else _why_not(self)
         if reason is None:
             return _steps_of(self, installed).call(original, args, kwargs)
         if reason != NOT_BUILT or not _is_first(self, "call"):
@@ -227,18 +229,29 @@ def _now() -> _Installed | None:
     return next(iter(_installed), None)
 
 
-def _steps_of(model: Any, installed: _Installed) -> Steps:
+class _Known(NamedTuple):
+    """The steps of a model, and the loss tracker that it got when it was compiled: compiled anew, it has another."""
+
+    loss_tracker: keras.metrics.Metric | None
+    steps: Steps
+
+
+def _known(model: keras.Model) -> _Known | None:
+    """The steps that were made for a model, if any were."""
+    return model.__dict__.get(_STEPS)
+
+
+def _steps_of(model: keras.Model, installed: _Installed) -> Steps:
     """The steps of a model as it is compiled now."""
-    known = model.__dict__.get(_STEPS)
-    compiled = model._loss_tracker
-    if known is None or known[0] is not compiled:
-        known = (compiled, Steps(model, model, installed.devices, installed.options, falls_back=True))
-        model.__dict__[_STEPS] = known
+    known = _known(model)
+    if known is None or known.loss_tracker is not model._loss_tracker:
+        steps = Steps(model, model, installed.devices, installed.options, falls_back=True)
+        known = model.__dict__[_STEPS] = _Known(model._loss_tracker, steps)
         installed.models.add(model)
-    return known[1]
+    return known.steps
 
 
-def _why_not(model: Any) -> str | None:
+def _why_not(model: keras.Model) -> str | None:
     """Why a step of this model cannot run on several devices; None where it can."""
     if not is_built(model):
         return NOT_BUILT
@@ -265,7 +278,7 @@ def _why_not_split(data: Any) -> str | None:
     return "its batch has no rows" if 0 in rows else None
 
 
-def _is_first(model: Any, kind: str) -> bool:
+def _is_first(model: keras.Model, kind: str) -> bool:
     """Whether nothing was run to build the model yet, by such steps. Asked once."""
     begun = model.__dict__.setdefault("_fastdp_begun", set())
     first = kind not in begun
@@ -273,7 +286,7 @@ def _is_first(model: Any, kind: str) -> bool:
     return first
 
 
-def _warn_once(model: Any, kind: str, reason: str) -> None:
+def _warn_once(model: keras.Model, kind: str, reason: str) -> None:
     """Say once per model, kind of step and reason that plain Keras runs it."""
     said = model.__dict__.setdefault("_fastdp_said", set())
     if (kind, reason) in said or (reason == NOT_BUILT and _is_first(model, kind)):

@@ -128,7 +128,7 @@ class ParallelModel(TemplateView):
             return self.template._compute_loss(x, y, y_pred, sample_weight, training)
 
     @property
-    def metrics(self) -> list[Any]:
+    def metrics(self) -> list[keras.metrics.Metric]:
         """Those of the compile settings, the template's own, and those of its layers, in Keras's order."""
         if follows(self.template, getattr(self, "_loss_tracker", None)):
             return self.template.metrics
@@ -144,7 +144,7 @@ class ParallelModel(TemplateView):
 
     # Keras's own loops, which read matrices on disk batch by batch here.
 
-    def fit(self, *args: Any, **kwargs: Any) -> Any:
+    def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
         """Train; arguments as in Keras. `HDF5Matrix` is read by batches; `shuffle="batch"` as in Keras 2.
 
         `x` and `validation_data` may be a `fastdp.data.DeviceDataset` each, with targets and weights in it.
@@ -347,6 +347,6 @@ class ParallelModel(TemplateView):
         return lambda data: step(self._steps.engine_within_loop, data[0])
 
 
-def _call_layer(layer: Any, *args: Any, **kwargs: Any) -> Any:
+def _call_layer(layer: keras.Layer, *args: Any, **kwargs: Any) -> Any:
     """A call as a script makes it."""
     return layer(*args, **kwargs)

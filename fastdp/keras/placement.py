@@ -71,7 +71,7 @@ def resolve_groups(gpus: Any) -> list[list[QueueDevice]]:
     return [[next(devices) for _ in group] for group in gpus]
 
 
-def check_places(model: keras.Model, groups: Sequence[Sequence[Any]] | None) -> None:
+def check_places(model: keras.Model, groups: Sequence[Sequence[QueueDevice]] | None) -> None:
     """Check that every layer's place is a device of each replica.
 
     Raises:
@@ -107,6 +107,6 @@ def check_places(model: keras.Model, groups: Sequence[Sequence[Any]] | None) -> 
         )
 
 
-def _has_places(layer: Any) -> bool:
+def _has_places(layer: keras.Layer) -> bool:
     """Whether a layer is a model whose own layers have places."""
     return isinstance(layer, keras.Model) and any(place for _, place in placed_nodes(graph_of(layer)))

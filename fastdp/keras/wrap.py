@@ -59,7 +59,7 @@ def wrap_keras(model: keras.Model, gpus: Any, options: Options) -> ParallelModel
     return ParallelModel(model, devices, options, device_groups=groups and tuple(map(tuple, groups)))
 
 
-def _check_model(model: Any, caller: str) -> None:
+def _check_model(model: object, caller: str) -> None:
     """A Keras model, and not one that is parallel already."""
     if isinstance(model, ParallelModel):
         raise ValueError(

@@ -76,7 +76,7 @@ class _VirtualDevices:
             self._kind = text or ("gpu" if _has_cupy() and physical_devices() else "host")
         return self._kind
 
-    def get(self) -> list[Any]:
+    def get(self) -> list[QueueDevice]:
         """All virtual devices. Virtual GPUs are assigned to the cards round-robin."""
         with self._lock:
             for index in range(len(self._devices), self.count()):
@@ -96,9 +96,9 @@ class _Gpus:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._devices: dict[int, Any] = {}
+        self._devices: dict[int, QueueDevice] = {}
 
-    def get(self, ordinal: int) -> Any:
+    def get(self, ordinal: int) -> QueueDevice:
         """The device for a card."""
         with self._lock:
             if ordinal not in self._devices:
@@ -182,7 +182,7 @@ def devices() -> list[DeviceInfo]:
     return physical_devices()
 
 
-def resolve(gpus: Any, *, minimum: int = 1, caller: str = "fastdp.wrap") -> list[Any]:
+def resolve(gpus: Any, *, minimum: int = 1, caller: str = "fastdp.wrap") -> list[QueueDevice]:
     """Turn the `gpus` argument into devices, by a strict version of Keras 2.3.1's rules.
 
     `None`, `0` and an empty list mean every device; a whole number means that many; a list, tuple, range
@@ -228,7 +228,7 @@ def resolve(gpus: Any, *, minimum: int = 1, caller: str = "fastdp.wrap") -> list
     return [pool[i] for i in ordinals]
 
 
-def devices_of_engine(devices: Any, merge_device: Any) -> list[Any]:
+def devices_of_engine(devices: Any, merge_device: Any) -> list[QueueDevice]:
     """The devices of `fastdp.DataParallel`, given as device objects or in any form that `gpus=` takes.
 
     Raises:
@@ -246,7 +246,7 @@ def devices_of_engine(devices: Any, merge_device: Any) -> list[Any]:
     return list(devices)
 
 
-def warn_of_relocation(asked: bool, devices: Sequence[Any]) -> None:
+def warn_of_relocation(asked: bool, devices: Sequence[QueueDevice]) -> None:
     """Warn that `cpu_relocation`, if requested, does not move weights that live on a GPU."""
     if asked and any(device.on_gpu for device in devices):
         warn_user(

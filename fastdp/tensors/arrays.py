@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from fastdp.buffers import ArraySpec, FlatBuffers, storage_dtype
+from fastdp.runtime.queue import QueueDevice
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
@@ -62,7 +63,7 @@ def output_array(tensor: torch.Tensor, device: Any) -> Any:
     return device.wrap(tensor.data_ptr(), tuple(tensor.shape), storage_dtype(dtype_name(tensor)), tensor)
 
 
-def peak_nbytes(device: Any) -> int:
+def peak_nbytes(device: QueueDevice) -> int:
     """The most that torch's allocator has had in use at a time on a device's card: activations, temporaries."""
     on_cuda = device.on_gpu and device.torch_device.startswith("cuda")
     return int(torch.cuda.max_memory_allocated(device.torch_device)) if on_cuda else 0

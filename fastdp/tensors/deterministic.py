@@ -12,9 +12,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
 
 import torch
+
+from fastdp.runtime.queue import QueueDevice
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _WORKSPACES = (":4096:8", ":16:8")
@@ -79,7 +80,7 @@ def deterministic_algorithms() -> Iterator[None]:
         _counted.end()
 
 
-def check_deterministic(devices: Sequence[Any]) -> None:
+def check_deterministic(devices: Sequence[QueueDevice]) -> None:
     """On GPUs have cuBLAS use a workspace of its own for each stream, without which its results differ.
 
     Raises:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +16,7 @@ from fastdp.runtime.select import warn_of_relocation
 from fastdp.tensors.deterministic import check_deterministic
 
 
-def check_module(module: Any) -> None:
+def check_module(module: object) -> None:
     """A module can be replicated: its structure can be copied, and its tensors lie in host memory.
 
     Raises:

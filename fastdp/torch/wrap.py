@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from fastdp.options import Options
 from fastdp.runtime.select import resolve
 from fastdp.torch.checks import check_module
 from fastdp.torch.parallel_module import TorchParallel
 
 
-def wrap_torch(module: Any, gpus: Any, options: Options) -> TorchParallel:
+def wrap_torch(module: nn.Module, gpus: Any, options: Options) -> TorchParallel:
     """`fastdp.wrap` for a torch.nn.Module. Arguments as there.
 
     Returns:

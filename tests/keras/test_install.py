@@ -41,15 +41,14 @@ def devices() -> Iterator[None]:
 
 @pytest.fixture
 def steps(monkeypatch) -> list[tuple[str, int]]:
-    """The engine's steps: kind, and rows."""
+    """The engine's steps: kind, and rows. A call of a layer or a model is a "predict" too."""
     seen = []
-    for kind in ("train", "predict"):
-        original = getattr(DataParallel, kind)
-        monkeypatch.setattr(
-            DataParallel,
-            kind,
-            lambda self, b, k=kind, o=original, **kw: seen.append((k, len(b[0]))) or o(self, b, **kw),
-        )
+
+    def noted(kind, original):
+        return lambda self, batch, *work, **kw: seen.append((kind, len(batch[0]))) or original(self, batch, *work, **kw)
+
+    for name, kind in (("train", "train"), ("predict", "predict"), ("call", "predict")):
+        monkeypatch.setattr(DataParallel, name, noted(kind, getattr(DataParallel, name)))
     return seen
 
 

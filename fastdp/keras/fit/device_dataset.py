@@ -19,6 +19,7 @@ from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from fastdp.data.device_dataset import DeviceDataset
 from fastdp.data.row_batch import ResidentBatch, ResidentColumn, filled
 from fastdp.keras.fit.array_batches import ArrayBatches
+from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import dtype_name
 
 
@@ -50,7 +51,7 @@ def _array_as_fed(array: Any) -> np.ndarray:
     return np.asarray(whole, name)
 
 
-def resident_fit(arguments: dict[str, Any], devices: Sequence[Any]) -> dict[str, Any]:
+def resident_fit(arguments: dict[str, Any], devices: Sequence[QueueDevice]) -> dict[str, Any]:
     """The arguments of `fit`, with data sets on the devices replaced by adapters.
 
     Raises:
@@ -86,7 +87,7 @@ def resident_fit(arguments: dict[str, Any], devices: Sequence[Any]) -> dict[str,
     return arguments
 
 
-def resident_forward(arguments: dict[str, Any], devices: Sequence[Any]) -> dict[str, Any]:
+def resident_forward(arguments: dict[str, Any], devices: Sequence[QueueDevice]) -> dict[str, Any]:
     """The arguments of `evaluate` or `predict`, with a data set on the devices replaced by an adapter."""
     data = arguments.get("x")
     if not isinstance(data, DeviceDataset):
@@ -96,7 +97,7 @@ def resident_forward(arguments: dict[str, Any], devices: Sequence[Any]) -> dict[
     return {**arguments, "x": ResidentRows(data, devices, rows, [size], steps)}
 
 
-def resident_batch(arguments: dict[str, Any], devices: Sequence[Any]) -> dict[str, Any]:
+def resident_batch(arguments: dict[str, Any], devices: Sequence[QueueDevice]) -> dict[str, Any]:
     """The arguments of `train_on_batch` and the like, with a batch replaced by its arrays.
 
     Raises:
@@ -157,7 +158,7 @@ class ResidentRows(ArrayDataAdapter):
     def __init__(
         self,
         data: DeviceDataset,
-        devices: Sequence[Any],
+        devices: Sequence[QueueDevice],
         rows: np.ndarray,
         sizes: Sequence[int | None],
         steps: int | None = None,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import keras
 import torch
 
 
-def is_hooked(layer: Any) -> bool:
+def is_hooked(layer: keras.Layer) -> bool:
     """Whether a script has put a hook of torch's on a layer."""
     own = vars(layer)
     return any(own.get(name) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"))

@@ -24,12 +24,12 @@ from fastdp.program.keras.replica import running
 OWN_STEPS = ("train_step", "test_step", "predict_step")
 
 
-def has_own(model: Any, step: str) -> bool:
+def has_own(model: keras.Model, step: str) -> bool:
     """Whether a model has a `train_step`, `test_step` or `predict_step` of its own: its class, or the object itself."""
     return step in vars(model) or getattr(type(model), step) is not getattr(TorchTrainer, step)
 
 
-def check_own_step(model: Any) -> None:
+def check_own_step(model: keras.Model) -> None:
     """A model that trains by a step of its own has a layer that the step can call, and that has something to compute.
 
     Raises:
@@ -75,7 +75,7 @@ def layer_calls(calls: LayerCalls) -> Iterator[None]:
 def _aware(original: Callable[..., Any]) -> Callable[..., Any]:
     """`Layer.__call__`, which asks whether a custom step on this thread is the caller."""
 
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self: keras.Layer, *args: Any, **kwargs: Any) -> Any:
         calls = _thread.calls
         if calls is None or running() is not None or in_stateless_scope():
             return original(self, *args, **kwargs)

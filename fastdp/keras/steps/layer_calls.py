@@ -136,7 +136,7 @@ class LayerCalls:
     def note_second_gradient(self) -> None:
         """A gradient is computed so that it has one itself: on one device."""
 
-    def why_not(self, layer: Any) -> str | None:
+    def why_not(self, layer: keras.Layer) -> str | None:
         """Why no call of a layer can be split as things are; None where it can."""
         if id(layer) not in self._own:
             return "it is no layer of the model; assign it to an attribute of the model"

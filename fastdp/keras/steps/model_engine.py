@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
+import keras
 import torch
 
 from fastdp.capture.cuda_graphs.recorder import Recorder, chosen_graphs
@@ -38,8 +38,8 @@ class ModelEngine:
 
     def __init__(
         self,
-        template: Any,
-        trainer: Any,
+        template: keras.Model,
+        trainer: keras.Model,
         devices: Sequence[QueueDevice],
         options: Options,
         *,
@@ -58,7 +58,7 @@ class ModelEngine:
         self._engine: DataParallel[CallProgram] | None = None
         self._calls: LayerCalls | None = None
         self._trains: list[bool] = []
-        self._layers: list[Any] = []
+        self._layers: list[keras.Layer] = []
         self._parts = 0
         self._variables_known = False
 
@@ -120,7 +120,7 @@ class ModelEngine:
             return self._engine
         return self.engine_of_model
 
-    def _is_for(self, optimizer: Any) -> bool:
+    def _is_for(self, optimizer: keras.optimizers.Optimizer | None) -> bool:
         """Whether the engine was made for this optimizer, and for what is trained now."""
         program = self._engine.program if self._engine is not None else None
         if program is None or program.optimizer is not optimizer or self._trainability(program) != self._trains:

@@ -80,7 +80,7 @@ def why_not_call(call: CallArguments) -> str | None:
     return "it was called with tensors that have no rows" if all(not t.ndim for t in call.tensors) else None
 
 
-def say_once(model: Any, reason: str, what: str = "calls") -> None:
+def say_once(model: keras.Model, reason: str, what: str = "calls") -> None:
     """Say once per model and reason that its calls run on one device."""
     said = model.__dict__.setdefault("_fastdp_said", set())
     if (what, reason) not in said:
@@ -121,7 +121,7 @@ def wants_gradient(model: Any, args: Any, kwargs: Any) -> bool:
     return given or any(variable.value.requires_grad for variable in model.trainable_variables)
 
 
-def _with_context(layer: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _with_context(layer: keras.Layer, kwargs: dict[str, Any]) -> dict[str, Any]:
     """A call's keyword arguments, with `training` of the layer that makes it: workers know of no such layer."""
     context = global_state.get_global_attribute("current_call_ctx")
     training = getattr(context, "training", None)

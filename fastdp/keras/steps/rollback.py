@@ -36,9 +36,9 @@ class StepRollback:
     Optimizers that are found nowhere but in the step's code are copied by `watching`, before they first act.
     """
 
-    def __init__(self, owners: Sequence[Any]) -> None:
+    def __init__(self, owners: Sequence[keras.Model]) -> None:
         self._owners = owners
-        self._values: dict[int, tuple[Any, torch.Tensor, torch.Tensor | None]] = {}
+        self._values: dict[int, tuple[keras.Variable, torch.Tensor, torch.Tensor | None]] = {}
         self._torch: dict[int, tuple[torch.optim.Optimizer, dict[str, Any]]] = {}
         for owner in owners:
             self._keep([*owner.variables, *owner.metrics_variables])
@@ -79,7 +79,7 @@ class StepRollback:
             if any(id(v) not in self._values for v in metric.variables):
                 metric.reset_state()
 
-    def _keep(self, variables: Sequence[Any]) -> None:
+    def _keep(self, variables: Sequence[keras.Variable]) -> None:
         for variable in variables:
             tensor = variable._value  # None before it is initialized
             if id(variable) not in self._values and tensor is not None:
@@ -90,7 +90,7 @@ class StepRollback:
 def _keeping(original: Callable[..., Any]) -> Callable[..., Any]:
     """`apply` of Keras's optimizers; on a thread that is watched the optimizer's variables are copied first."""
 
-    def apply(optimizer: Any, grads: Any, trainable_variables: Any = None) -> Any:
+    def apply(optimizer: BaseOptimizer, grads: Any, trainable_variables: Any = None) -> Any:
         before = _thread.rollback
         if before is not None:
             if not optimizer.built and trainable_variables is not None:

@@ -286,7 +286,7 @@ class Steps(ModelEngine):
         return type(self.template).compute_loss is not keras.Model.compute_loss
 
 
-def _add_to_mean(metric: Any, value: float, rows: int) -> None:
+def _add_to_mean(metric: keras.metrics.Metric, value: float, rows: int) -> None:
     """`metric.update_state(value, sample_weight=rows)`, for Keras's own mean of float32 without the calls around it."""
     if type(metric) is not keras.metrics.Mean or metric.dtype != "float32":
         metric.update_state(value, sample_weight=rows)
@@ -319,7 +319,7 @@ def _has_rows(data: Any) -> bool:
 
 
 @contextmanager
-def _losses_of_step(template: Any, losses: list[Any]) -> Iterator[None]:
+def _losses_of_step(template: keras.Model, losses: list[Any]) -> Iterator[None]:
     """Let `template.losses` be these, also for a `compute_loss` of its own."""
     template._losses_override[:] = losses
     try:
