@@ -99,15 +99,16 @@ def wrap(
             compiled one is there. "auto": traced and compiled once a batch shape has been trained for about as long
             as each takes, and compiled steps are kept where they are faster; a model with layers or losses of your own
             runs eagerly. Keras's `compile(jit_compile=...)` overrides it.
-        graph: whether captured steps of a Keras model become CUDA graphs. "bucket": the forward and backward pass is
-            recorded once per batch shape (of four shapes at most) and replica, cut where a bucket of gradients is
-            complete, with the all-reduces between the graphs and the update after them. None: no graphs. "auto":
-            "bucket" on GPUs, None elsewhere, where there is nothing to record. A step that cannot be recorded runs
-            as it is captured, and a warning says why. "step": as "bucket", and the all-reduces are in the graphs too:
-            each GPU's whole forward and backward pass and its collectives are one graph, which its worker launches
-            once. Steps that the graphs are not for (accumulated gradients, fewer rows than devices, a loss of the
-            merged outputs) run as with "bucket"; `report()` says so. It takes more memory, for NCCL's communicators
-            of the graphs. Virtual GPUs that share a card want CUDA_DEVICE_MAX_CONNECTIONS set to four for each.
+        graph: whether captured steps of a Keras model become CUDA graphs. "auto": on GPUs the forward and backward pass
+            is recorded once per batch shape (of four shapes at most) and replica, cut where a bucket of gradients is
+            complete, with the all-reduces between the graphs and the update after them; elsewhere there is nothing to
+            record. None: no graphs. A step that cannot be recorded runs as it is captured, and a warning says why.
+            "step": as "auto", and the all-reduces are in the graphs too: each GPU's whole forward and backward pass
+            and its collectives are one graph, which its worker launches once. Steps that the graphs are not for
+            (accumulated gradients, fewer rows than devices, a loss of the merged outputs) run as with "auto";
+            `report()` says so. It takes more memory, for NCCL's communicators of the graphs. Virtual GPUs that share a
+            card want CUDA_DEVICE_MAX_CONNECTIONS set to four for each. "bucket" is another name of "auto"; under it a
+            warning says where there is nothing to record.
         update: "first" applies the optimizer on the first device and copies the new weights to the others: faster
             where devices outnumber the cores that they share. "each" applies it on every device. The results are
             the same. None: "each" on GPUs, "first" elsewhere.

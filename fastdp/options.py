@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 COMPILE_MODES = (None, "trace", "inductor", "auto")
+# "bucket" is another name of "auto"; under it graphs that cannot be are warned of.
 GRAPHS = ("auto", "bucket", "step", None)
 UPDATES = ("first", "each", None)
 ROW_POLICIES = (None, "merge", "replica")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -77,8 +76,3 @@ CASES = {
         "Encoder of 8, batch 8", "encoder", (6,), 8, "bf16", 2, 2, optimizer="adam", tokens=50, options=TINY_ENCODER
     ),
 }
-
-
-def options_of(case: Case, **more: Any) -> dict[str, Any]:
-    """The arguments of the model's builder."""
-    return {**case.options, **more}

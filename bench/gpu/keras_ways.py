@@ -120,7 +120,7 @@ def wrap_options(how: str) -> dict[str, Any]:
     modes = {"eager": None, "traced": "trace", "compiled": "inductor", "graph": "trace", "compiled graph": "inductor"}
     if how == "step graph":
         return {"compile": "trace", "graph": "step"}
-    return {"compile": modes[how], "graph": "bucket" if "graph" in how else None}
+    return {"compile": modes[how], "graph": "auto" if "graph" in how else None}
 
 
 def facts_of(model: Any) -> dict[str, Any]:

@@ -144,8 +144,8 @@ def test_ways_that_do_not_fit_on_the_card_together_come_in_groups_with_the_base_
 def test_steps_are_graphs_where_there_is_a_card(monkeypatch):
     assert gpu_steps.best_how() == "traced"
     monkeypatch.setenv("FASTDP_BENCH_DEVICE", "cuda")
-    assert gpu_keras_ways.wrap_options("graph") == {"compile": "trace", "graph": "bucket"}
-    assert gpu_keras_ways.wrap_options("compiled graph") == {"compile": "inductor", "graph": "bucket"}
+    assert gpu_keras_ways.wrap_options("graph") == {"compile": "trace", "graph": "auto"}
+    assert gpu_keras_ways.wrap_options("compiled graph") == {"compile": "inductor", "graph": "auto"}
     assert gpu_keras_ways.wrap_options("traced") == {"compile": "trace", "graph": None}  # "auto" would record
     assert gpu_steps.best_how() == "graph"
 

@@ -19,8 +19,10 @@ import fastdp
 import fastdp.buffers
 from fastdp.capture import trace as capture_trace
 from fastdp.capture.cuda_graphs import recording
+from fastdp.capture.cuda_graphs.recorder import chosen_graphs
 from fastdp.capture.graph.passes import in_place, stored
 from fastdp.capture.graph.segments import cut, placed
+from fastdp.options import Options
 
 aten = torch.ops.aten
 L = keras.layers
@@ -191,6 +193,9 @@ def test_what_graph_may_be():
             UserWarning, match=f'graph="{graph}" has nothing to record on virtual devices in host memory'
         ):
             wrap(graph=graph, compile="trace")
+    gpu = [types.SimpleNamespace(on_gpu=True)]
+    chosen = [chosen_graphs(Options(graph=graph), gpu) for graph in ("auto", "bucket", "step", None)]
+    assert chosen == ["auto", "auto", "step", ""]  # of the first two, one is another name for the other
     for graph in ("auto", None):
         assert wrap(graph=graph, compile="trace") is not None
     module = torch.nn.Linear(2, 2)

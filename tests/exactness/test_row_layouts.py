@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fastdp.program.keras.rows.effects import Effect, Layout, classify, layout_of, mixes_rows
+from fastdp.program.keras.rows.effects import Effect, Layout, classify, layout_of
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
 ROWS = (1, 2)
@@ -93,5 +93,5 @@ def test_other_numbers_of_axes_or_other_kinds_are_unknown() -> None:
 
 def test_outputs_of_two_rows_are_compared_by_all_their_axes() -> None:
     a, b = X[:1], X[1:2]
-    assert not mixes_rows([a], [b], [X[:2]])
-    assert mixes_rows([a @ a.T], [b @ b.T], [X[:2] @ X[:2].T])
+    assert layout_of((a, b), X[:2], (1, 1)).effect is not Effect.UNKNOWN
+    assert layout_of((a @ a.T, b @ b.T), X[:2] @ X[:2].T, (1, 1)).effect is Effect.UNKNOWN

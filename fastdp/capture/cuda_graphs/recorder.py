@@ -21,15 +21,15 @@ MOST_RECORDED = 4
 
 
 def chosen_graphs(options: Options, devices: Sequence[QueueDevice]) -> str:
-    """How captured steps are recorded on these devices: "bucket", "step", or not at all, which is ""."""
+    """How captured steps are recorded on these devices: "auto", "step", or not at all, which is ""."""
     if options.graph is None or not devices[0].on_gpu:
         return ""
-    return "step" if options.graph == "step" else "bucket"
+    return "step" if options.graph == "step" else "auto"
 
 
 def warn_of_graphs(options: Options, devices: Sequence[QueueDevice]) -> None:
     """Say, where graphs are asked for, that there is nothing to record."""
-    if options.graph not in ("bucket", "step"):
+    if options.graph in ("auto", None):
         return
     if not devices[0].on_gpu:
         warn_user(

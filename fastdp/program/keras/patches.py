@@ -92,8 +92,3 @@ def replaced_places() -> frozenset[tuple[Any, str]]:
 
 
 _patch = Patch(_by_replica())
-
-
-def seed_generators(model: keras.Model) -> list[SeedGenerator]:
-    """The seed generators of a model's layers."""
-    return [generator for layer in model._flatten_layers() for generator in layer._seed_generators]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import keras
 import torch
@@ -43,7 +43,7 @@ class ReplicaContext:
     `added_by` has the layer of each `add_loss` term, by the term's identity.
 
     `units` records the calls of layers and operations, or runs some of them on merged inputs
-    (`fastdp.program.keras.rows.units.Units`).
+    (`Units`).
 
     `placed` holds the graph of a model whose layers run on several devices of the replica, and what runs it.
 
@@ -66,7 +66,7 @@ class ReplicaContext:
     drawing: bool = False
     watches_torch: bool = True
     placed: Any = None
-    units: Any = None
+    units: Units | None = None
     added_by: dict[int, Any] = field(default_factory=dict)
     by_loss: frozenset[int] = frozenset()
     parts: list[Any] = field(default_factory=list)
@@ -93,6 +93,16 @@ class ReplicaContext:
         """
         if self.draws is not None:
             raise NotCapturable(what)
+
+
+class Units(Protocol):
+    """Controls how the units of a forward pass run."""
+
+    def call(self, run: Callable[..., Any], operation: Any, args: Any, kwargs: Any, state: ReplicaContext) -> Any:
+        """The result of `run(operation, *args, **kwargs)`, or a replacement for it."""
+
+    def added(self, layer: Any) -> None:
+        """Called when a layer adds a loss."""
 
 
 def running() -> ReplicaContext | None:

@@ -45,7 +45,7 @@ def _library() -> Any:
     except (OSError, AttributeError) as error:
         raise GraphError(
             f"{_LIBRARY}, the CUDA driver's library, is needed to put CUDA graphs together ({error}). Install NVIDIA's "
-            'driver, or use graph="bucket".'
+            'driver, or use graph="auto".'
         ) from None
     return library
 

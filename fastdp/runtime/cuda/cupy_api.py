@@ -296,11 +296,6 @@ def module_load(image: bytes) -> int:
     return int(driver.moduleLoadData(image))
 
 
-def module_unload(module: int) -> None:
-    """Unload a module; none of its kernels may be running."""
-    driver.moduleUnload(module)
-
-
 def module_function(module: int, name: str) -> int:
     """The kernel of this name."""
     return int(driver.moduleGetFunction(module, name))

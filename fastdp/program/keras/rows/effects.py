@@ -169,8 +169,3 @@ def classify(parts: Sequence[torch.Tensor], whole: torch.Tensor, rows: Sequence[
     if close(stacked.amax(0)):
         return Effect.LARGEST
     return Effect.SMALLEST if close(stacked.amin(0)) else Effect.UNKNOWN
-
-
-def mixes_rows(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], both: Sequence[torch.Tensor]) -> bool:
-    """Whether any output for rows a and b together differs from the outputs for each alone, concatenated."""
-    return any(layout_of((x, y), xy, (1, 1)).effect is Effect.UNKNOWN for x, y, xy in zip(a, b, both, strict=True))

@@ -273,9 +273,3 @@ def unlike_rows(batch: Sequence[np.ndarray], structure: Structure, wanted: int) 
         if all(any(not np.array_equal(batch[i][row], batch[i][other]) for i in places) for other in found):
             found.append(row)
     return found
-
-
-def _unlike_first(batch: Sequence[np.ndarray], structure: Structure) -> int | None:
-    """The first row whose inputs differ from those of row 0, if there is one."""
-    rows = unlike_rows(batch, structure, 2)
-    return rows[1] if len(rows) > 1 else None

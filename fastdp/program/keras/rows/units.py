@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import keras
 import torch
@@ -46,16 +46,6 @@ class Plan:
     name: str
     inputs: tuple[Layout, ...]
     outputs: tuple[Layout, ...]
-
-
-class Units(Protocol):
-    """Controls how the units of a forward pass run."""
-
-    def call(self, run: Callable[..., Any], operation: Any, args: Any, kwargs: Any, state: ReplicaContext) -> Any:
-        """The result of `run(operation, *args, **kwargs)`, or a replacement for it."""
-
-    def added(self, layer: Any) -> None:
-        """Called when a layer adds a loss."""
 
 
 @dataclass(slots=True)
