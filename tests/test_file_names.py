@@ -13,7 +13,7 @@ QUESTIONS = {
     "Where is the *loss* of *merged* outputs?": "program/keras/loss/merged.py",
     "Where does the *engine* do the *rollback* of a failed update?": "engine/rollback.py",
     "What else does a *rollback* of a model's own *steps* put back?": "keras/steps/rollback.py",
-    "Which *algorithm* reduces a bucket, NCCL or our kernels?": "comm/cuda/algorithm.py",
+    "Which *algorithm* reduces a bucket, NCCL or our kernels?": "comm/algorithm.py",
     "Where is gradient *accumulation* in the *engine*?": "engine/accumulation.py",
     "Where is a batch *scattered*?": "comm/scatter_merge.py",
     "Who lays *buffers* out flat?": "buffers.py",

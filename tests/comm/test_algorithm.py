@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastdp.comm.cuda.algorithm import (
+from fastdp.comm.algorithm import (
     ONE_SHOT_NBYTES,
     TWO_SHOT_NBYTES,
     nccl_connects,

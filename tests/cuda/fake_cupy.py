@@ -403,7 +403,7 @@ def build(sim: Simulation) -> dict[str, ModuleType]:
 def _forget() -> None:
     """fastdp's modules over CuPy are loaded anew with the next CuPy."""
     over_cupy = [n for n in sys.modules if n.startswith(("fastdp.runtime.cuda", "fastdp.comm.cuda."))]
-    for name in [n for n in over_cupy if n != "fastdp.comm.cuda.algorithm"]:  # which only decides
+    for name in over_cupy:
         del sys.modules[name]
         package, _, own = name.rpartition(".")
         if package in sys.modules:

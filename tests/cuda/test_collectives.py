@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fastdp.buffers import ArraySpec, FlatBuffers
-from fastdp.comm.cuda.algorithm import MULTI_RANK_VARIABLE
+from fastdp.comm.algorithm import MULTI_RANK_VARIABLE
 from fastdp.comm.host.communicator import HostCommunicator
 from fastdp.runtime.host.device import HostDevice
 

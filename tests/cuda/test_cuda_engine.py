@@ -17,7 +17,7 @@ from least_squares import line, rows
 
 import fastdp
 from fastdp.buffers import ArraySpec, FlatBuffers
-from fastdp.comm.cuda.algorithm import TWO_SHOT_NBYTES
+from fastdp.comm.algorithm import TWO_SHOT_NBYTES
 from fastdp.options import Options
 from fastdp.runtime.host.device import HostDevice
 

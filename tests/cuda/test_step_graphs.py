@@ -18,7 +18,7 @@ from graph_models import batches, dense, hows, normalized, train, wrapped
 from simulated_memory import RaceError
 from small_buckets import make_buckets_small
 
-import fastdp.comm.cuda.algorithm
+import fastdp.comm.algorithm
 from fastdp.capture.cuda_graphs import recorder, recording
 from fastdp.capture.cuda_graphs.step_graphs import StepGraphJoiner
 from fastdp.engine.replicas import Replica
@@ -36,8 +36,8 @@ def few_arrays_in_a_bucket(monkeypatch):
 @pytest.fixture
 def by_nccl(monkeypatch):
     """NCCL reduces small buckets too."""
-    monkeypatch.setattr(fastdp.comm.cuda.algorithm, "ONE_SHOT_NBYTES", -1)
-    monkeypatch.setattr(fastdp.comm.cuda.algorithm, "TWO_SHOT_NBYTES", -1)
+    monkeypatch.setattr(fastdp.comm.algorithm, "ONE_SHOT_NBYTES", -1)
+    monkeypatch.setattr(fastdp.comm.algorithm, "TWO_SHOT_NBYTES", -1)
 
 
 def delayed(devices, seed=0):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastdp.buffers import Bucket, FlatBuffers
-from fastdp.comm.cuda.algorithm import MULTI_RANK_VARIABLE, nccl_connects
+from fastdp.comm.algorithm import MULTI_RANK_VARIABLE, nccl_connects
 from fastdp.comm.cuda.peer_kernels import address_of, stream_of
 from fastdp.runtime.cuda import cupy_api
 from fastdp.runtime.cuda.device import CudaDevice

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastdp.buffers import Bucket, FlatBuffers, storage_dtype
-from fastdp.comm.cuda.algorithm import KERNEL_DTYPES
+from fastdp.comm.algorithm import KERNEL_DTYPES
 from fastdp.launch import (
     SIGNALS_NBYTES,
     PeerGroup,
