@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 from fastdp.buffers import Bucket, FlatBuffers
 from fastdp.comm.algorithm import way_to_all_gather, way_to_all_reduce, way_to_reduce_scatter
+from fastdp.comm.base import Communicator
 from fastdp.comm.cuda.nccl import NcclCollectives, connect, destroy
 from fastdp.comm.cuda.peer_kernels import PeerKernels, address_of, stream_of
 from fastdp.comm.cuda.reduction import CudaReduction
@@ -31,15 +32,15 @@ from fastdp.runtime.cuda.peer_access import PeerAccess
 from fastdp.runtime.queue import joined
 
 
-class CudaCommunicator:
+class CudaCommunicator(Communicator):
     """Collectives over the given GPUs, in their order.
 
     Args:
         devices: one per rank; several may share a card.
         timeout: seconds that making peer access ready may take.
 
-    Work goes to the devices' communication streams, is ordered after their compute streams, and compute that is
-    enqueued later waits for it. Memory that the kernels need is allocated when larger buckets than before come.
+    Sums are taken in place: `sources` are the first of `targets`, and those beyond count as zeros and are overwritten.
+    Memory that the kernels need is allocated when larger buckets than before come.
 
     Sums of our kernels and of the host are in rank order, those of fp16 and bf16 in fp32 with one rounding. NCCL's
     have an order of its own, the same for all ranks.
@@ -48,8 +49,10 @@ class CudaCommunicator:
         RuntimeError: settings under which several GPUs cannot work together (CUDA_LAUNCH_BLOCKING=1).
     """
 
+    _devices: list[CudaDevice]
+
     def __init__(self, devices: Sequence[CudaDevice], timeout: float = 60.0) -> None:
-        self._devices = list(devices)
+        super().__init__(devices)
         self._cards = [device.ordinal for device in devices]
         run_deferred()
         cupy_api.check_environment(self._cards)
@@ -72,7 +75,7 @@ class CudaCommunicator:
         return way_to_all_reduce(bucket.dtype, bucket.nbytes, kernels=self._kernels is not None, nccl=bool(self._nccl))
 
     def prepare(self, buckets: Sequence[Bucket]) -> None:
-        """Have the memory that the all-reduces of these buckets need. Between steps: it may allocate, and wait."""
+        """Choose the buckets' ways, and have memory for them."""
         if len(self._devices) > 1:
             self._plan(buckets, self._ways, self.how)
 
@@ -84,12 +87,10 @@ class CudaCommunicator:
         *,
         warm: bool = True,
     ) -> CudaReduction:
-        """A reduction whose buckets may be announced one by one, and that `finish` ends. Arguments and errors as of
-        `all_reduce`.
+        """A reduction whose buckets may be announced one by one.
 
-        Args:
-            warm: the step allocates nothing any more. Until it does not, nothing begins early: cudaMalloc on one worker
-                waits for GPUs, and must not come between the launches of a collective by another.
+        Until a step is `warm`, nothing begins early: cudaMalloc on one worker waits for GPUs, and must not come between
+        the launches of a collective by another.
         """
         refuse_unknown(buckets)
         _check_in_place(sources, targets)
@@ -128,8 +129,7 @@ class CudaCommunicator:
         once: Callable[[], object] | None = None,
         readers: int | None = None,
     ) -> None:
-        """Reduce the rest when all replicas are done; `once` as of `all_reduce`. The compute of all devices waits,
-        whoever the `readers` are: the collectives run on all of them."""
+        """Reduce the rest. The compute of all devices waits, whoever the `readers` are: collectives run on all."""
         if len(self._devices) == 1:
             if once is not None:
                 self.once(once)
@@ -143,28 +143,6 @@ class CudaCommunicator:
 
         self._issue(issue)
 
-    def all_reduce(
-        self,
-        sources: Sequence[FlatBuffers],
-        targets: Sequence[FlatBuffers],
-        buckets: Sequence[Bucket],
-        once: Callable[[], object] | None = None,
-    ) -> None:
-        """Sum the given buckets of `sources` into each of `targets` (one per device); same bits on all.
-
-        Sums are taken in place: `sources` are the first of `targets`, and the others count as zeros.
-
-        Args:
-            sources: what to add up; one per device, or fewer where some have nothing to add.
-            targets: where the sums go; those beyond `sources` are overwritten.
-            buckets: which parts of them.
-            once: run on the first device's worker before the collectives are issued.
-
-        Raises:
-            TypeError: a dtype that is stored but cannot be added (float8).
-        """
-        self.finish(self.begin(sources, targets, buckets), once)
-
     def reduce_scatter(
         self,
         sources: Sequence[FlatBuffers],
@@ -172,11 +150,7 @@ class CudaCommunicator:
         buckets: Sequence[Bucket],
         once: Callable[[], object] | None = None,
     ) -> None:
-        """Sum the given buckets of `sources` into `targets`, in each its own rank's part alone (`Bucket.part`).
-
-        What lies outside its own part is undefined afterwards. Arguments, errors and bits as in `all_reduce`; what is
-        summed by other kernels than there has the same bits, what NCCL sums may have others.
-        """
+        """Sum with the bits of `all_reduce`; what NCCL sums may have others."""
         refuse_unknown(buckets)
         _check_in_place(sources, targets)
         ways = self._plan(buckets, self._scatter_ways, self._how_to_scatter) if len(self._devices) > 1 else []
@@ -191,29 +165,18 @@ class CudaCommunicator:
         self._issue(issue)
 
     def all_gather(self, buffers: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
-        """Copy each rank's own part of the given buckets (`Bucket.part`) from its buffers to all others'. Any dtype."""
-        ranks = len(self._devices)
+        """By NCCL, or by copies over the links."""
         by_nccl = [one for one in buckets if way_to_all_gather(one.nbytes, nccl=bool(self._nccl)) == "nccl"]
         if by_nccl:
             self._issue(lambda: self._by_nccl.all_gather(buffers, by_nccl))
-        copied = [bucket for bucket in buckets if bucket not in by_nccl]
-        if not copied or ranks < 2:
-            return
-
-        def pull(rank: int) -> None:
-            # Ranks start at different peers, so that no link is used by all at once.
-            for peer in (*range(rank + 1, ranks), *range(rank)):
-                for bucket in copied:
-                    buffers[rank].copy_part(buffers[peer], bucket.part(peer, ranks))
-
-        self._each(range(ranks), pull)
+        self._gather_by_copies(buffers, [bucket for bucket in buckets if bucket not in by_nccl])
 
     def broadcast(self, buffers: Sequence[FlatBuffers], readers: int | None = None) -> None:
-        """Copy the first device's buffers to all others; each pulls its own over its link, when all have computed."""
+        """Each device pulls its own over its link, when all have computed."""
         self._each(range(1, len(self._devices)), lambda rank: buffers[rank].copy_from(buffers[0]))
 
     def once(self, work: Callable[[], object]) -> None:
-        """Run `work()` on the first device's worker, after all that was enqueued and before all that comes."""
+        """In the order of all communication streams."""
         self._issue(work)
 
     def check(self) -> None:
@@ -240,19 +203,6 @@ class CudaCommunicator:
             self._kernels.recover()
 
     # Order.
-
-    def _each(self, ranks: Sequence[int], work: Callable[[int], object]) -> None:
-        """Run `work(rank)` on these ranks' workers, in the order of their communication streams."""
-        before = joined([device.compute.record() for device in self._devices])
-        after = []
-        for rank in ranks:
-            stream = self._devices[rank].communication
-            stream.wait(before)
-            stream.enqueue(lambda rank=rank: work(rank))  # type: ignore[misc]
-            after.append(stream.record())
-        done = joined(after)
-        for device in self._devices:
-            device.compute.wait(done)
 
     def _issue(self, work: Callable[[], object]) -> None:
         """Run `work()`, which issues to all communication streams, on the first device's worker."""

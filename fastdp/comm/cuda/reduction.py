@@ -11,16 +11,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
+from fastdp.comm.base import Reduction
 from fastdp.comm.ready_buckets import ReadyBuckets
 from fastdp.runtime.cuda import cupy_api
 from fastdp.runtime.cuda.device import CudaDevice
 from fastdp.runtime.cuda.streams import CudaEvent, CudaStream
-from fastdp.runtime.queue import QueueEvent
 
 Issue = Callable[[Sequence[int]], None]
 
 
-class CudaReduction:
+class CudaReduction(Reduction):
     """The reduction of one step.
 
     Args:
@@ -34,7 +34,7 @@ class CudaReduction:
     def __init__(
         self, devices: Sequence[CudaDevice], sources: int, buckets: int, early: Sequence[int], issue: Issue
     ) -> None:
-        self.early = 0
+        self._begun = 0
         self._devices = devices
         self._may = frozenset(early)
         self.issue = issue
@@ -42,6 +42,11 @@ class CudaReduction:
         self._left = list(range(buckets))
         self._events: list[list[CudaEvent]] = [[] for _ in range(buckets)]
         self._issuing = threading.Lock()
+
+    @property
+    def early(self) -> int:
+        """How many buckets began before the end."""
+        return self._begun
 
     def ready(self, rank: int, bucket: int) -> None:
         """A replica has issued the work of a bucket's gradients. On its worker."""
@@ -56,14 +61,10 @@ class CudaReduction:
             self._begin(bucket)
 
     def ended(self, rank: int) -> None:
-        """A replica has issued all of its work. What it has not announced is left to the end."""
+        """Nothing: what the replica has not announced is left to the end."""
 
     def abandon(self, error: BaseException | None) -> None:
-        """The step failed. All ranks' parts of a collective are issued together: none is left alone."""
-
-    def serve(self, until: QueueEvent, timeout: float) -> None:
-        """Wait until the event is done. The GPUs need no help."""
-        until.finish(timeout)
+        """Nothing: all ranks' parts of a collective are issued together, and none is left alone."""
 
     def rest(self) -> list[int]:
         """The buckets that have not begun; none begins from now on. On the worker that issues them."""
@@ -84,4 +85,4 @@ class CudaReduction:
                     for event in self._events[bucket]:
                         cupy_api.stream_wait_event(stream.handle, event.handle)
             self.issue([bucket])
-            self.early += 1
+            self._begun += 1

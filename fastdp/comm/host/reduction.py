@@ -12,6 +12,7 @@ import numpy as np
 
 from fastdp.bfloat16 import from_bfloat16, to_bfloat16
 from fastdp.buffers import Bucket, FlatBuffers
+from fastdp.comm.base import Reduction
 from fastdp.comm.ready_buckets import ReadyBuckets
 from fastdp.errors import DeviceTimeoutError
 from fastdp.runtime.host.resources import CORES
@@ -21,7 +22,7 @@ from fastdp.runtime.queue import QueueDevice, QueueEvent
 TILE = 1 << 16
 
 
-class HostReduction:
+class HostReduction(Reduction):
     """The reduction of one step's buckets, in pieces that whoever is free takes: each is summed once.
 
     Before all replicas are done, that is the thread that waits for the step (`serve`), and workers whose replica is
@@ -83,7 +84,7 @@ class HostReduction:
                 self._start(complete)
 
     def abandon(self, error: BaseException | None) -> None:
-        """The step failed. Nobody waits in the middle of a sum."""
+        """Nothing: nobody waits in the middle of a sum."""
 
     def serve(self, until: QueueEvent, timeout: float) -> None:
         """Reduce what becomes complete, on the calling thread, until the event is issued.
@@ -92,7 +93,7 @@ class HostReduction:
             DeviceTimeoutError: it was not within `timeout` seconds.
         """
         if len(self._buckets) < 2:  # complete when its replica is done, or hardly before
-            until.finish(timeout)
+            super().serve(until, timeout)
             return
         deadline = time.monotonic() + timeout
         if not until.notify(partial(self._calls.put, None)):
@@ -121,6 +122,10 @@ class HostReduction:
                 free -= 1
 
     # Pieces.
+
+    def work_all(self) -> None:
+        """Sum pieces of all buckets as long as there are any. On any thread."""
+        self.work(range(len(self._buckets)))
 
     def work(self, buckets: Iterable[int]) -> None:
         """Sum pieces of these buckets as long as there are any. On any thread."""

@@ -6,9 +6,9 @@ import threading
 from collections.abc import Sequence
 from typing import Protocol
 
+from fastdp.comm.base import Reduction
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.errors import StepAborted
-from fastdp.runtime.queue import QueueEvent
 
 # A launch returns at once, or CUDA is beyond help.
 _LAUNCH_SECONDS = 30.0
@@ -27,23 +27,25 @@ class Launchable(Protocol):
         """Have GPUs leave the collectives that they wait in."""
 
 
-class StepGraphReduction:
+class StepGraphReduction(Reduction):
     """The reduction of a step in which the graphs of the replicas reduce the gradients themselves.
 
     Args:
         step: the graphs.
-
-    `early` is how many buckets may be reduced while a replica still computes: the GPUs alone know whether they are.
     """
 
     def __init__(self, step: Launchable) -> None:
-        self.early = step.early
         self._step = step
         self._changed = threading.Condition()
         self._launching: set[int] = set()
         self._launched: set[int] = set()
         self._given_up = False
         self._over = False
+
+    @property
+    def early(self) -> int:
+        """How many buckets may be reduced while a replica still computes: the GPUs alone know whether they are."""
+        return self._step.early
 
     def launch(self, rank: int, rendezvous: Rendezvous) -> None:
         """Launch a replica's graph once all replicas have their inputs in place. On its worker; each does so once.
@@ -107,10 +109,6 @@ class StepGraphReduction:
                 f"Replica {rank} has not launched the graph of its step, for which all others wait. This is a bug in "
                 "fastdp."
             )
-
-    def serve(self, until: QueueEvent, timeout: float) -> None:
-        """Wait until the event is done."""
-        until.finish(timeout)
 
     def rest(self) -> list[int]:
         """Nothing is left to be reduced. Asked when all replicas are done: nothing is given up any more."""
