@@ -103,6 +103,21 @@ def test_the_names_of_keras_2_utils():
     assert utils.multi_gpu_model is fastdp.multi_gpu_model
 
 
+PACKAGES = sorted(path.parent for path in (ROOT / "fastdp").rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("package", [".".join(path.relative_to(ROOT).parts) for path in PACKAGES])
+def test_no_name_of_a_package_stands_for_another_thing_than_its_module_of_that_name(package):
+    """`import fastdp.device` gave a function once, since a name of the package hid the module."""
+    needs_keras()
+    folder = ROOT.joinpath(*package.split("."))
+    modules = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
+    found = importlib.import_module(package)
+    names = {*vars(found), *getattr(found, "_LATE", ()), *getattr(found, "__all__", ())}
+    for name in sorted(names & modules - {"__init__"}):
+        assert getattr(found, name) is importlib.import_module(f"{package}.{name}")
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'fastdp' has no attribute 'multi_gpu'"):
         fastdp.multi_gpu  # noqa: B018

@@ -42,8 +42,8 @@ MAX_RANKS = 8
 MAX_SIGNAL_BLOCKS = 64
 
 # Keras's names of the element types, and their names in kernel entries.
-SUFFIX = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "uint8": "u8"}
-ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
+SUFFIX = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 FLOATS = ("float32", "float16", "bfloat16")
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import fastdp
 from fastdp.buffers import FlatBuffers
-from fastdp.comm.cuda import algorithm
+from fastdp.comm import algorithm
 from fastdp.engine.reductions import WARM_STEPS
 from fastdp.program.base import Result
 from fastdp.program.functions import FunctionProgram

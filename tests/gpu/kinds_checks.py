@@ -12,7 +12,7 @@ import pytest
 from model_checks import KERAS_MODELS, LIMIT, keras_data, several_buckets
 from torch_checks import full_precision
 
-from fastdp.comm.cuda import algorithm
+from fastdp.comm import algorithm
 from fastdp.keras.parallel_model import ParallelModel
 from fastdp.options import Options
 

@@ -8,7 +8,7 @@ import pytest
 
 import fastdp
 from fastdp import backend as K
-from fastdp.keras.keras2 import utils
+from fastdp import utils
 from fastdp.keras.keras2.functions import function, learning_phase
 
 X = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
