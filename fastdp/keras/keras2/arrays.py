@@ -14,9 +14,9 @@ def to_categorical(y: Any, num_classes: int | None = None, dtype: Any = "float32
     Args:
         y: ints from 0, of any shape; a last axis of length 1 is dropped.
         num_classes: length of a row; None means the greatest number in `y` plus one.
-        dtype: of the result.
+        dtype: dtype of the result.
 
-    Returns a new array of shape `y.shape + (num_classes,)`; for a tensor, a tensor.
+    Returns a new array of shape `y.shape + (num_classes,)`; a tensor if `y` is a tensor.
 
     Raises:
         ValueError: a number in `y` is not from 0 to `num_classes - 1`, or `y` is empty without `num_classes`.
@@ -48,7 +48,7 @@ def to_categorical(y: Any, num_classes: int | None = None, dtype: Any = "float32
 
 
 def normalize(x: Any, axis: int = -1, order: Any = 2) -> Any:
-    """Divide an array by its norm along an axis; where the norm is 0, the array stays 0.
+    """Divide an array by its norm along an axis. If the norm is 0, the values stay 0.
 
     Keras 3.15's own function fails for `axis=0`.
 
@@ -57,7 +57,7 @@ def normalize(x: Any, axis: int = -1, order: Any = 2) -> Any:
         axis: the axis to take norms along.
         order: as in `numpy.linalg.norm`: 1, 2, `np.inf`, ...
 
-    Returns a new array of the shape of `x`; for a tensor, a tensor.
+    Returns a new array of the shape of `x`; a tensor if `x` is a tensor.
 
     Example:
         >>> normalize(np.array([[3.0, 4.0]]))

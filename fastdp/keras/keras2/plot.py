@@ -16,9 +16,9 @@ def plot_model(
     expand_nested: bool = False,
     dpi: int = 96,
 ) -> Any:
-    """Draw a model's graph into a file, by `keras.utils.plot_model` with Keras 2's arguments and defaults.
+    """Draw a model's graph to a file with `keras.utils.plot_model`, with Keras 2's arguments and defaults.
 
-    Needs `pydot` and Graphviz. Returns what Keras returns: an image to show in a notebook, or None.
+    Needs `pydot` and Graphviz. Returns the same as Keras: an image to show in a notebook, or None.
 
     Raises:
         ImportError: `pydot` or Graphviz is missing.

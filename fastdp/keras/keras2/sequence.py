@@ -8,12 +8,12 @@ import keras
 
 
 class Sequence(keras.utils.PyDataset):
-    """Base of data sets that return one batch an index: `keras.utils.PyDataset`, for Keras 2 subclasses too.
+    """Base class of data sets that return one batch per index: `keras.utils.PyDataset`, also for Keras 2 code.
 
-    A subclass has `__len__`, the number of batches, and `__getitem__(i)`, a tuple `(x,)`, `(x, y)` or
-    `(x, y, sample_weight)` of arrays with the rows of global batch `i`; it may have `on_epoch_end`. Its
-    `__init__` need not call `super().__init__()`, which Keras 3 asks for, and may do so to set `workers`,
-    `use_multiprocessing` and `max_queue_size`.
+    A subclass has `__len__`, the number of batches, and `__getitem__(i)`, which returns a tuple `(x,)`,
+    `(x, y)` or `(x, y, sample_weight)` of arrays with the rows of global batch `i`. It may have
+    `on_epoch_end`. Its `__init__` need not call `super().__init__()`, which Keras 3 requires, but may call it
+    to set `workers`, `use_multiprocessing` and `max_queue_size`.
 
     Example:
         >>> class Squares(Sequence):

@@ -9,19 +9,19 @@ from fastdp.keras.template_view import TemplateView
 
 
 def save_weights(model: keras.Model, filepath: weight_files.Path, overwrite: bool = True) -> None:
-    """Write a model's weights as Keras 2's `save_weights` did: a file that loads in order and by name.
+    """Write a model's weights as Keras 2's `save_weights` did: a file that can be loaded in order and by name.
 
-    Keras 3's own format, `.weights.h5`, knows the classes and the places of layers, and not their names.
+    Keras 3's own format, `.weights.h5`, stores the classes and positions of layers, but not their names.
 
     Args:
-        model: a built model; of a parallel model its template's weights.
-        filepath: ends in `.h5` or `.hdf5`, and not in `.weights.h5`.
-        overwrite: replace a file that exists.
+        model: a built model. For a parallel model, the template's weights are written.
+        filepath: a path that ends in `.h5` or `.hdf5`, but not in `.weights.h5`.
+        overwrite: whether to replace an existing file.
 
-    The file appears only once it is complete. Any Keras loads it, without fastdp.
+    The file appears only when it is complete. Any Keras loads it without fastdp.
 
     Raises:
-        ValueError: another ending; a model that is not built.
+        ValueError: `filepath` has another ending, or the model is not built.
         FileExistsError: the file exists and `overwrite` is False.
 
     Example:
@@ -36,22 +36,23 @@ def load_weights(
     """Load a weight file of Keras 2's format, or the weights of a whole model's `.h5` file.
 
     Args:
-        model: a built model; of a parallel model its template, and all replicas follow at the next step.
-        filepath: ends in `.h5` or `.hdf5`, and not in `.weights.h5`.
-        by_name: load the layers that have a namesake in the file, and leave the others as they are. Otherwise all
-            layers are loaded, in their order.
-        skip_mismatch: leave layers (by name) or weights (in order) of another shape as they are, and warn of
-            each, instead of raising.
+        model: a built model. For a parallel model, the template is loaded, and all replicas follow at the next step.
+        filepath: a path that ends in `.h5` or `.hdf5`, but not in `.weights.h5`.
+        by_name: load the layers whose names are in the file, and leave the others unchanged. Otherwise all layers are
+            loaded, in order.
+        skip_mismatch: leave layers (by name) or weights (in order) of another shape unchanged, and warn about each,
+            instead of raising.
 
-    By name, either all layers with a namesake change, or none.
+    By name, either all layers whose names are in the file change, or none, unless mismatches are skipped.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another ending, a file of something else, layers whose weights have other shapes (all are named),
-            or a file saved from a Keras 2 `multi_gpu_model`, which `fastdp convert` unwraps.
+        ValueError: `filepath` has another ending, the file holds something else, layers have weights of other shapes
+            (the message names all of them), or the file was saved from a Keras 2 `multi_gpu_model`, which
+            `fastdp convert` unwraps.
 
     Warns:
-        UserWarning: by name, nothing was loaded; a mismatch was skipped.
+        UserWarning: no layer was loaded by name, or a mismatch was skipped.
 
     Example:
         >>> load_weights(model, "my_model_weights.h5", by_name=True)
