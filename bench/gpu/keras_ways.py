@@ -208,7 +208,7 @@ class EngineSteps:
         batch, context = noted["batch"], noted["context"]
         step: Callable[[], object] = lambda: replica.train(batch, context)  # noqa: E731
         if "graph" in how:
-            captured = self.engine.program.captures.find(batch, context)
+            captured = self.engine.program.captures.find(context)
             recording = getattr(captured, "recordings", {}).get(0)
             if recording is None:
                 raise NotImplementedError("no graph was recorded of these steps")

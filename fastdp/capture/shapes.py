@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
-import numpy as np
-
 from fastdp.capture.compile.compiler import Job
 from fastdp.capture.cuda_graphs.recording import Recording
 from fastdp.capture.pure_step import OutcomeT, PureStep
@@ -72,8 +70,7 @@ def recordings_of(replicas: Sequence[Shape[Any]]) -> list[Recording | None]:
     ]
 
 
-def key_of(batch: Sequence[np.ndarray], context: Context, step: PureStep[Any]) -> Any:
+def key_of(context: Context, step: PureStep[Any]) -> Any:
     """What a graph depends on: rows and their share, shapes, dtypes, and what the model says."""
-    shapes = tuple([(array.shape[1:], array.dtype.str) for array in batch])
     rows = context.rows
-    return rows.count, rows.total, context.wants_outputs, shapes, step.key(context)
+    return rows.count, rows.total, context.wants_outputs, context.batch.shapes, step.key(context)

@@ -41,10 +41,11 @@ from fastdp.capture.pure_step import OutcomeT, PureStep
 from fastdp.capture.shapes import Shape, entry_of, key_of, recordings_of
 from fastdp.capture.speed_trial import SpeedTrial
 from fastdp.capture.trace import Captured, NoExchange
+from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.errors import DeviceTimeoutError, NotCapturable
 from fastdp.runtime.host.resources import CORES
-from fastdp.shard import Rows, split_rows
+from fastdp.shard import Rows
 from fastdp.warn import warn_user
 
 MOST_SHAPES = 8
@@ -103,19 +104,18 @@ class Captures(Generic[OutcomeT]):
         elif mode == "inductor" and self._no_compiler:
             self._warn_traced()
 
-    def find(self, batch: Sequence[np.ndarray], context: Context) -> Captured[OutcomeT] | None:
+    def find(self, context: Context) -> Captured[OutcomeT] | None:
         """The captured step for a replica's rows, if there is one. From any thread."""
         if self._eager_now or not self._shapes:
             return None
-        shape = self._shapes.get(key_of(batch, context, self._step))
+        shape = self._shapes.get(key_of(context, self._step))
         return shape.captured if shape is not None else None
 
-    def prepare(self, batch: Sequence[np.ndarray], structure: Any, wants_outputs: bool) -> None:
+    def prepare(self, batch: Batch, wants_outputs: bool) -> None:
         """Capture what it is time for, let compiled steps take over. On the host thread, before the step.
 
         Args:
-            batch: the arrays of the global batch.
-            structure: what goes along with them, as `Context.structure`.
+            batch: the global batch.
             wants_outputs: whether the step's outputs are looked at.
         """
         self._present = []
@@ -128,22 +128,22 @@ class Captures(Generic[OutcomeT]):
             return
         self._step.prepare()
         self._collect()
-        for rank, rows in enumerate(split_rows(len(batch[0]), min(self._parts, self._step.most_replicas))):
-            context = Context.alone(batch, structure, rows.start, rows.stop, rows.total)
-            context.rank, context.wants_outputs, context.device = rank, wants_outputs, self._step.replicas[0].device
-            context.size, context.rendezvous = 2, NoExchange(2, 0.0)
-            own = [array[rows.start : rows.stop] for array in batch]
-            key = key_of(own, context, self._step)
-            shape = self._shapes.setdefault(key, Shape(rows.count, rows.total))
+        nobody, device = NoExchange(2, 0.0), self._step.replicas[0].device
+        for rank, rows in enumerate(batch.deal(min(self._parts, self._step.most_replicas))):
+            context = Context(rank, rows, 0, nobody, 2, batch, batch.structure, wants_outputs, device)
+            key = key_of(context, self._step)
+            shape = self._shapes.get(key)
+            if shape is None:
+                shape = self._shapes[key] = Shape(rows.count, rows.total)
             if shape not in self._present:
                 self._present.append(shape)
                 if shape.captured is None and not self._refused and self._may_trace(shape):
-                    self._trace(shape, own, context)
+                    self._trace(shape, context)
                 if shape.captured is not None and shape.job is None and self._may_compile(shape):
                     self._submit(shape, shape.captured, rows)
                     if self._deterministic:
                         self.wait()
-            self._record(shape, rank, own, context)
+            self._record(shape, context)
             replicas.append(shape)
         if self._step_graphs is not None:
             why = self._step_graphs.consider(recordings_of(replicas), self._step.replicas)
@@ -151,16 +151,14 @@ class Captures(Generic[OutcomeT]):
                 shape.no_step_graph = why
                 shape.ran_step_graph = not why and self._parts == 1
 
-    def step_graph(
-        self, batches: Sequence[Sequence[np.ndarray]], contexts: Sequence[Context], why_not: str
-    ) -> RecordedStepGraph | None:
+    def step_graph(self, contexts: Sequence[Context], why_not: str) -> RecordedStepGraph | None:
         """The graphs of a step on these rows that hold its collectives; None where it runs otherwise, which is noted.
 
         On the host thread, before the step, with the rows on their devices. `why_not` as of `Program.whole_step`.
         """
         if self._step_graphs is None or self._eager_now:
             return None
-        keys = [key_of(batch, context, self._step) for batch, context in zip(batches, contexts, strict=True)]
+        keys = [key_of(context, self._step) for context in contexts]
         shapes = [self._shapes[key] for key in keys if key in self._shapes]
         found = None
         if not why_not and len(shapes) == len(contexts):
@@ -268,12 +266,12 @@ class Captures(Generic[OutcomeT]):
         expected = COMPILE_SECONDS + COMPILE_SECONDS_PER_OPERATION * shape.captured.operations
         return shape.seconds > COMPILE_PATIENCE * expected
 
-    def _trace(self, shape: Shape[OutcomeT], batch: list[np.ndarray], context: Context) -> None:
+    def _trace(self, shape: Shape[OutcomeT], context: Context) -> None:
         """Trace one shape; a warning, and no more attempts for any shape, if that cannot be done."""
         with Attempt() as attempt:
             self._guard.renew()
             with self._alone(), self._guard.tracing():
-                shape.captured = Captured(self._step, batch, context)
+                shape.captured = Captured(self._step, _own_rows(context), context)
         if attempt.error is None:
             # Where steps have been trained for longer, it is recorded at once (see `_collect`).
             shape.since, shape.why = min(shape.steps, 1), ""
@@ -292,13 +290,13 @@ class Captures(Generic[OutcomeT]):
         if attempt.error is not None:
             self._give_up_compiling(attempt.why)
 
-    def _record(self, shape: Shape[OutcomeT], rank: int, batch: list[np.ndarray], context: Context) -> None:
+    def _record(self, shape: Shape[OutcomeT], context: Context) -> None:
         """Have a shape recorded on a replica, once it has run there as it is to be recorded."""
         compiling = shape.job is not None and not shape.compiled
         if self._recorder is not None and shape.captured is not None and shape.steps > shape.since and not compiling:
-            replica = self._step.replicas[rank]
+            replica = self._step.replicas[context.rank]
             context.device = replica.device
-            shape.no_graph = self._recorder.consider(shape.captured, replica, batch, context)
+            shape.no_graph = self._recorder.consider(shape.captured, replica, _own_rows(context), context)
 
     def _collect(self) -> None:
         """Let compiled steps take over."""
@@ -349,3 +347,9 @@ class Captures(Generic[OutcomeT]):
     def _warn_traced(self) -> None:
         """Say once why steps are not compiled."""
         warn_user(f"fastdp runs {self._step.name!r} traced and not compiled: {self._no_compiler}")
+
+
+def _own_rows(context: Context) -> list[np.ndarray]:
+    """A replica's rows of the arrays of the global batch, where they are."""
+    rows = context.rows
+    return [array[rows.start : rows.stop] for array in context.batch]

@@ -87,16 +87,16 @@ class DataParallel(Generic[ProgramT_co]):
         self._cpu_merge, self._merge_device = options.cpu_merge, self.devices[options.merge_device]
         self._communicator = communicator(self.devices)
         home = HomeMemory(self._program, devices, self._communicator, on_host=options.cpu_relocation)
-        self._group = ReplicaGroup(self._program, self.devices, home, self._communicator, self.update)
-        self.replicas = self._group.every
-        self._rollback = Rollback(self.replicas[0])
-        self._recovery = Recovery(self._state, self._group, self._communicator, self._rollback)
-        self._communicator.prepare(self._group.buckets)
+        self.group = ReplicaGroup(self._program, self.devices, home, self._communicator, self.update)
+        self.replicas = self.group.every
+        self.rollback = Rollback(self.replicas[0])
+        self._recovery = Recovery(self._state, self.group, self._communicator, self.rollback)
+        self._communicator.prepare(self.group.buckets)
         for device in () if options.cpu_merge else self.devices:
             device.prepare_to_merge()
         self._accumulation = AccumulatedGradients(self.replicas, self._communicator)
-        self._reductions = Reductions(self._group, self._communicator, self._accumulation)
-        self._updates = Updates(self._group, self._rollback, self._accumulation, options.timeout)
+        self._reductions = Reductions(self.group, self._communicator, self._accumulation)
+        self._updates = Updates(self.group, self.rollback, self._accumulation, options.timeout)
 
     # Steps.
 
@@ -180,16 +180,16 @@ class DataParallel(Generic[ProgramT_co]):
         Raises:
             ReplicaError, DeviceTimeoutError: as in `train`.
         """
-        with StepScope(self._state, self._recovery, self._group, Operation(CORES)) as folding:
+        with StepScope(self._state, self._recovery, self.group, Operation(CORES)) as folding:
             sources = self._accumulation.hand_over(0)
             if not sources:
                 return
             self._reductions.reduce(sources)
-            for replica in self._group.updating:
+            for replica in self.group.updating:
                 replica.device.compute.enqueue(replica.fold)
             self._accumulation.clear()
-            self._group.home.follow(self.replicas[0].memory.variables, folding.note_home)
-            self._group.advance()
+            self.group.home.follow(self.replicas[0].memory.variables, folding.note_home)
+            self.group.advance()
             self._recovery.finish(folding)
             self._program.committed()
 
@@ -267,7 +267,7 @@ class DataParallel(Generic[ProgramT_co]):
             trains=trains,
             reduces=reduces,
         )
-        return StepScope(self._state, self._recovery, self._group, step)
+        return StepScope(self._state, self._recovery, self.group, step)
 
     # State.
 
@@ -290,29 +290,10 @@ class DataParallel(Generic[ProgramT_co]):
         """Whether gradients of earlier steps wait on the replicas, or may do so once a given-up step has ended."""
         return self._accumulation.count > 0 or self._state.unsettled is not None
 
-    @property
-    def update_how(self) -> str:
-        """How the program applies the update, in words."""
-        return self._program.update_how
-
-    @property
-    def buckets(self) -> int:
-        """In how many buckets the gradients are reduced."""
-        return len(self._group.buckets)
-
-    @property
-    def rollback_nbytes(self) -> int:
-        """Bytes of the copy from which a failed update is rolled back."""
-        return self._rollback.nbytes
-
     def assert_replicas_equal(self) -> None:
         """Compare all replicas with the first, bit by bit.
 
         Raises:
             RuntimeError: a replica's variables or slots differ; the message names the device.
         """
-        self._group.assert_equal(self.steps)
-
-    def refresh(self) -> None:
-        """Copy the home's variables and the first replica's slots to all others. Enqueued, not waited for."""
-        self._group.refresh()
+        self.group.assert_equal(self.steps)

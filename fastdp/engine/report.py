@@ -228,7 +228,7 @@ def make_report(
             "variables": memory.variables.nbytes,
             "slots": memory.slots.nbytes,
             "gradients": memory.gradients.nbytes,
-            "spare": engine.rollback_nbytes if rank == 0 else 0,
+            "spare": engine.rollback.nbytes if rank == 0 else 0,
         }
         devices.append(DeviceReport(device.name, found.rows, found.seconds, nbytes, peaks.get(device.space)))
     return Report(
@@ -239,11 +239,11 @@ def make_report(
         step_seconds=times.step,
         between_seconds=times.between,
         overhead_seconds=times.overhead,
-        optimizer=engine.update_how,
+        optimizer=engine.group.program.update_how,
         update=engine.update,
         cards=cards,
         peak_nbytes=_peak_nbytes(),
-        buckets=engine.buckets,
+        buckets=len(engine.group.buckets),
         early_buckets=times.early,
         calls=list(calls),
     )

@@ -159,7 +159,7 @@ def test_steps_in_segments_on_virtual_devices_tell_each_bucket_once_and_give_wha
     expected = train(None)
     monkeypatch.setattr(capture_trace.Captured, "replay", noted)
     losses, weights, parallel = train("trace")
-    buckets = len(parallel.engine._group.buckets)
+    buckets = len(parallel.engine.group.buckets)
     assert buckets > 3
     assert len(told) == 4 * 3  # all steps but the first of each shape, on each device
     assert all(sorted(bucket for bucket, _ in mine) == list(range(buckets)) for mine in told)

@@ -123,7 +123,7 @@ def test_collectives_are_issued_before_any_backward_ends_and_are_ordered_behind_
     engine = fastdp.DataParallel(ours, devices, timeout=LIMIT, check_replicas=True)
     host = [HostDevice(i) for i in range(count)]
     reference = fastdp.DataParallel(theirs, host, timeout=LIMIT)
-    assert {engine._communicator.how(bucket) for bucket in engine._group.buckets} == {
+    assert {engine._communicator.how(bucket) for bucket in engine.group.buckets} == {
         "nccl" if way == "nccl" else "one-shot"
     }
     draw = random.Random(seed)

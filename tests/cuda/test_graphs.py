@@ -59,7 +59,7 @@ def test_each_bucket_is_told_once_when_its_graph_has_been_launched(gpus, small_b
     parallel = wrapped(normalized, box.devices(3))
     train(parallel, 5, sizes=(8,))
     assert told == [False] * 3 + [True] * 9
-    assert len(parallel.engine._group.buckets) > 2 * small_buckets
+    assert len(parallel.engine.group.buckets) > 2 * small_buckets
 
 
 @pytest.mark.parametrize("seed", [None, 0])

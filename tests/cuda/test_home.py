@@ -36,7 +36,7 @@ def test_a_programs_parameters_lie_in_host_memory_and_follow(gpus, count, cards,
         np.testing.assert_allclose(engine.train(batch).sums, reference.train(batch).sums, rtol=1e-5)
         np.testing.assert_allclose(ours.parameters["w"], theirs.parameters["w"], rtol=1e-5, atol=1e-6)
         first = engine.replicas[0].device.to_host(engine.replicas[0].memory.variables.buffers["float32"])
-        np.testing.assert_array_equal(first, engine._group.home.home.variables.buffers["float32"])
+        np.testing.assert_array_equal(first, engine.group.home.home.variables.buffers["float32"])
     for host in hosts:
         host.close()
     del engine, ours, program

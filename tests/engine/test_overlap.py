@@ -121,7 +121,7 @@ def latest(engine):
 @pytest.mark.parametrize("gated", [[2], [0, 1, 2]])
 def test_a_bucket_is_reduced_while_the_backward_of_some_or_all_replicas_goes_on(reduced, gated, update):
     engine, plain = parallel(3, update=update), parallel(3, announces=False, update=update)
-    first = engine._group.buckets[0]
+    first = engine.group.buckets[0]
 
     def wait(rank, bucket, context):
         if bucket == 0 and rank in gated:
@@ -145,7 +145,7 @@ def test_a_bucket_of_which_one_gradient_is_missing_is_not_reduced(reduced):
         if rank == 1 and bucket == 0:
             return
         if rank == 2 and bucket == 0:
-            reduced.wait_for(engine._group.buckets[0])
+            reduced.wait_for(engine.group.buckets[0])
             seen.append(list(reduced.spans))
             gate.set()
         if rank == 1:
@@ -165,8 +165,8 @@ def test_a_bucket_of_which_one_gradient_is_missing_is_not_reduced(reduced):
 
     engine.program.train = train_first_only
     engine.train(batch(6))
-    assert seen == [[(engine._group.buckets[0].start, engine._group.buckets[0].stop)]]
-    assert sorted(set(reduced.spans)) == sorted((b.start, b.stop) for b in engine._group.buckets)
+    assert seen == [[(engine.group.buckets[0].start, engine.group.buckets[0].stop)]]
+    assert sorted(set(reduced.spans)) == sorted((b.start, b.stop) for b in engine.group.buckets)
 
 
 def delays(devices):
@@ -198,7 +198,7 @@ def test_a_failure_after_a_bucket_was_reduced_changes_no_weight_and_the_next_ste
 
     def fail(rank, bucket, context):
         if bucket == 0:
-            reduced.wait_for(engine._group.buckets[0])
+            reduced.wait_for(engine.group.buckets[0])
         if bucket == 2 and rank == failing:
             raise FloatingPointError("planned")
 

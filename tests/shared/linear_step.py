@@ -20,6 +20,7 @@ from fastdp.capture.pure_step import Draw, Draws, Moved, PureStep
 from fastdp.capture.reach import Reach, Rules
 from fastdp.capture.steps import Captures
 from fastdp.capture.watch import Watch
+from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.errors import NotCapturable
 from fastdp.runtime.host.device import HostDevice
@@ -210,9 +211,9 @@ def train(
         if number == 5:
             change(step)
         total = (6, 6, 5, 5)[number % 4]
-        batch = [generator.normal(size=(total, n)).astype("float32") for n in (4, 3)]
+        batch = Batch.of([generator.normal(size=(total, n)).astype("float32") for n in (4, 3)], "a batch")
         if captures is not None:
-            captures.prepare(batch, "a batch", True)
+            captures.prepare(batch, True)
         found = []
         for rank, rows in enumerate(split_rows(total, parts)):
             context = Context.alone(batch, "a batch", rows.start, rows.stop, total)
@@ -220,7 +221,7 @@ def train(
             trained.ready.append(mine := [])
             context.ready = mine.append
             own = [array[rows.start : rows.stop] for array in batch]
-            captured = captures.find(own, context) if captures is not None else None
+            captured = captures.find(context) if captures is not None else None
             if captured is not None:
                 found.append(captured.replay(step.replicas[rank], own, context))
             else:

@@ -103,7 +103,7 @@ def test_small_buckets_give_the_bits_of_one_bucket(monkeypatch, case):
     got = run()
     assert got[2] == want[2]
     engine = got[0]._engine
-    assert len(engine._group.buckets) > 3
+    assert len(engine.group.buckets) > 3
     early = [watch.early for watch in engine.times._watches]
     assert early[0] == 0 or case != "nested backward"
     if case in ("nested backward",):
@@ -140,7 +140,7 @@ def test_the_last_layers_are_reduced_while_backward_is_held_up_before_the_first_
     dp, step, _ = trained(steps=2)
     spans.clear()
     engine = dp._engine
-    first, waited = engine._group.buckets[0], []
+    first, waited = engine.group.buckets[0], []
 
     def wait():
         waited.append(threading.current_thread().name)

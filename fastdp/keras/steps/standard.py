@@ -109,7 +109,7 @@ class Steps(ModelEngine):
             warn_user("The model does not have any trainable weights.")
         wants_outputs = self._wants_outputs()
         if program.captures is not None:
-            program.captures.prepare(batch.arrays, batch.structure, wants_outputs)
+            program.captures.prepare(batch, wants_outputs)
         began = time.perf_counter()
         reduce = program.accumulation.reduces(engine)
         # What draws while batches are made must come after the step's own draws.

@@ -205,7 +205,7 @@ class KerasProgram(Program):
 
     def train(self, state: ReplicaState, batch: list[np.ndarray], context: Context) -> Result:
         """Forward, this replica's contribution to the loss, and its gradient."""
-        captured = self._captures.find(batch, context) if self._captures is not None else None
+        captured = self._captures.find(context) if self._captures is not None else None
         with RowsNamed(self, batch, context, state.mapping, trains=True):
             if captured is not None:
                 outcome = captured.replay(state, batch, context)  # writes the gradients
@@ -222,7 +222,7 @@ class KerasProgram(Program):
 
     def whole_step(self, batches: Sequence[list[np.ndarray]], contexts: Sequence[Context], why_not: str) -> Any:
         """The graphs of a step on these rows that hold its collectives too; None where it has none."""
-        return self._captures.step_graph(batches, contexts, why_not) if self._captures is not None else None
+        return self._captures.step_graph(contexts, why_not) if self._captures is not None else None
 
     def predict(self, state: ReplicaState, batch: list[np.ndarray], context: Context) -> Result:
         """Forward only. The sums are the contributions of `add_loss` terms, then those of assigned variables."""

@@ -370,7 +370,7 @@ def test_a_first_update_that_fails_in_its_rehearsal_changes_nothing_and_saves_no
     monkeypatch.undo()
     parallel.fit(**data(), epochs=1, verbose=0)
     assert lasting(parallel.engine) != before
-    assert parallel.engine._rollback.nbytes == 0
+    assert parallel.engine.rollback.nbytes == 0
 
 
 def test_saved_optimizer_is_kerass_own_and_training_goes_on_from_it(tmp_path: Path) -> None:

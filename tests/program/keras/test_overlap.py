@@ -116,14 +116,14 @@ KINDS = [
 @pytest.mark.parametrize(("kind", "options"), KINDS)
 def test_small_buckets_give_the_bits_of_one_bucket(monkeypatch, kind, options):
     want = trained(kind, **options)
-    assert len(want.engine._group.buckets) == 1
+    assert len(want.engine.group.buckets) == 1
     monkeypatch.setattr(FlatBuffers.buckets, "__defaults__", (4, 200))
     got = trained(kind, **options)
-    assert len(got.engine._group.buckets) > 3
+    assert len(got.engine.group.buckets) > 3
     if options.get("compile") is None:
         assert got.engine.times._watches[-1].early > 0
         report = got.report()
-        assert (report.buckets, report.early_buckets) == (len(got.engine._group.buckets), got.engine.times.early)
+        assert (report.buckets, report.early_buckets) == (len(got.engine.group.buckets), got.engine.times.early)
         assert f"Of {report.buckets} buckets of gradients, {report.early_buckets} are reduced while" in str(report)
     assert weights(got) == weights(want)
 
@@ -141,7 +141,7 @@ def test_the_last_layers_are_reduced_while_backward_is_held_up_before_the_first_
     monkeypatch.setattr(HostReduction, "_sum", summed)
     parallel = trained("plain", steps=1)
     spans.clear()
-    first, waited = parallel.engine._group.buckets[0], []
+    first, waited = parallel.engine.group.buckets[0], []
 
     def wait():
         waited.append(threading.current_thread().name)
