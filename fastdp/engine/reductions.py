@@ -55,6 +55,8 @@ class Reductions:
         if not step.reduces:
             self._accumulation.reserve(len(step.shards))
             self._communicator.once(partial(commit, step))
+        elif len(self._replicas.every) == 1 and not self._accumulation.count:  # its gradients are the sums
+            self._communicator.once(partial(commit, step))
         elif step.reduction is not None:
             # Devices that do not update wait for the variables of the one that does, and so for the sums.
             readers = len(self._replicas.updating)

@@ -112,7 +112,7 @@ class Step(Operation):
     counts: ClassVar[bool] = True
 
     def abandon(self, error: BaseException) -> None:
-        """Wake the replicas that wait for each other, and take no update back that has not begun."""
+        """Wake the replicas that wait for each other; an update that has not begun never will."""
         self.rendezvous.abort(error)
         Operation.abandon(self, error)  # a class with slots is made twice, and `super()` knows the first
 
