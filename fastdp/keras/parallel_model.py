@@ -12,7 +12,7 @@ from keras.src.utils import io_utils
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.report import Report, SmallWorkWarning, make_report
 from fastdp.keras.checks import check_loop, check_options, check_template
-from fastdp.keras.compile_state import borrowed, follow, follows, take_over
+from fastdp.keras.compile_state import borrowed, follow, take_over
 from fastdp.keras.fit.arguments import arguments_by_name, stream_fit, stream_forward
 from fastdp.keras.fit.callbacks import at_once
 from fastdp.keras.fit.device_dataset import as_fed, resident_batch, resident_fit, resident_forward
@@ -66,12 +66,18 @@ class ParallelModel(TemplateView):
         self.template = template
         self._merge_layer = merged_outputs()
         self.devices = list(devices)
-        self.device_groups = device_groups
         self.numbers_all_outputs = numbers_all_outputs
         self.cpu_merge = options.cpu_merge
         self.cpu_relocation = options.cpu_relocation
         self._options = options
-        self._steps = Steps(template, self, devices, options, template_state=lambda: borrowed(template, self))
+        self._steps = Steps(
+            template,
+            self,
+            devices,
+            options,
+            template_state=lambda: borrowed(template, self),
+            device_groups=device_groups,
+        )
         self._fitting = threading.RLock()
         self._begins_fit = False
         self.fetch_ahead = any(device.on_gpu for device in devices)
@@ -107,40 +113,6 @@ class ParallelModel(TemplateView):
         chosen = {True: "inductor", False: None}.get(jit_compile, self._options.compile)
         self._steps.capture_by(None if self.run_eagerly else chosen)
         follow(self.template, self)
-
-    @property
-    def losses(self) -> list[Any]:
-        """The template's additional losses; within a test step, those of the global batch."""
-        return self.template.losses
-
-    def compute_loss(
-        self,
-        x: Any = None,
-        y: Any = None,
-        y_pred: Any = None,
-        sample_weight: Any = None,
-        training: bool = True,
-    ) -> Any:
-        """Keras's loss of merged outputs, or that of the template's own `compute_loss`."""
-        if type(self.template).compute_loss is keras.Model.compute_loss:
-            return super().compute_loss(x, y, y_pred, sample_weight, training)
-        with borrowed(self.template, self):
-            return self.template._compute_loss(x, y, y_pred, sample_weight, training)
-
-    @property
-    def metrics(self) -> list[keras.metrics.Metric]:
-        """Those of the compile settings, the template's own, and those of its layers, in Keras's order."""
-        if follows(self.template, getattr(self, "_loss_tracker", None)):
-            return self.template.metrics
-        with borrowed(self.template, self):
-            return self.template.metrics
-
-    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        """Keras's metrics of merged outputs, or those of the template's own `compute_metrics`."""
-        if type(self.template).compute_metrics is keras.Model.compute_metrics:
-            return super().compute_metrics(x, y, y_pred, sample_weight=sample_weight)
-        with borrowed(self.template, self):
-            return self.template.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     # Keras's own loops, which read matrices on disk batch by batch here.
 
@@ -224,7 +196,56 @@ class ParallelModel(TemplateView):
             return arguments
         return {**arguments, "callbacks": at_once(arguments.get("callbacks"))}
 
-    # Running.
+    # What Keras's loops ask for.
+
+    def _assert_compile_called(self, method_name: str | None = None) -> None:
+        """Keras's check, and its warning of layers frozen since, which Keras 3.15 has and never comes to."""
+        super()._assert_compile_called(method_name)
+        self._warn_if_trainable_state_changed()
+
+    def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        """Build metrics as Keras does, for a batch whose arrays have the same number of rows."""
+        if data_batch is not None:
+            self._steps.check_batch(data_batch)
+        super()._symbolic_build(iterator, data_batch)
+        if iterator is not None:
+            in_host_memory(iterator)
+            if self._begins_fit and self.fetch_ahead:
+                self._steps.follow(iterator)
+            self._begins_fit = False
+
+    def make_train_function(self, force: bool = False) -> Callable[..., Any]:
+        """The function that Keras's `fit` calls for each batch."""
+        self._one_step_per_execution()
+        self.train_function = self._on_first(self._steps.train)
+        return self.train_function
+
+    def make_test_function(self, force: bool = False) -> Callable[..., Any]:
+        """The function that Keras's `evaluate` calls for each batch."""
+        self._one_step_per_execution()
+        self.test_function = self._on_first(self._steps.test)
+        return self.test_function
+
+    def make_predict_function(self, force: bool = False) -> Callable[..., Any]:
+        """The function that Keras's `predict` calls for each batch."""
+        assert self._steps.engine_of_model is not None
+        self.predict_function = lambda data: self._steps.predict(self._steps.engine_for_calls, data[0])
+        return self.predict_function
+
+    def _one_step_per_execution(self) -> None:
+        """Keras's own rule for the torch backend."""
+        if self.steps_per_execution > 1:
+            raise ValueError(
+                "`steps_per_execution` must be 1 with the PyTorch backend. "
+                f"Received: steps_per_execution={self.steps_per_execution}"
+            )
+
+    def _on_first(self, step: Callable[[DataParallel[CallProgram], Any], Any]) -> Callable[[Any], Any]:
+        """Keras hands its functions a list of batches: one. The engine is made here, where Keras's loops begin."""
+        assert self.engine is not None
+        return lambda data: step(self._steps.engine_within_loop, data[0])
+
+    # Calls.
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs for a global batch, merged, as the template would give them, with all arguments of its own call.
@@ -261,39 +282,7 @@ class ParallelModel(TemplateView):
         )
         return super().symbolic_call(*args, **kwargs)
 
-    def _assert_compile_called(self, method_name: str | None = None) -> None:
-        """Keras's check, and its warning of layers frozen since, which Keras 3.15 has and never comes to."""
-        super()._assert_compile_called(method_name)
-        self._warn_if_trainable_state_changed()
-
-    def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
-        """Build metrics as Keras does, for a batch whose arrays have the same number of rows."""
-        if data_batch is not None:
-            self._steps.check_batch(data_batch)
-        super()._symbolic_build(iterator, data_batch)
-        if iterator is not None:
-            in_host_memory(iterator)
-            if self._begins_fit and self.fetch_ahead:
-                self._steps.follow(iterator)
-            self._begins_fit = False
-
-    def make_train_function(self, force: bool = False) -> Callable[..., Any]:
-        """The function that Keras's `fit` calls for each batch."""
-        self._one_step_per_execution()
-        self.train_function = self._on_first(self._steps.train)
-        return self.train_function
-
-    def make_test_function(self, force: bool = False) -> Callable[..., Any]:
-        """The function that Keras's `evaluate` calls for each batch."""
-        self._one_step_per_execution()
-        self.test_function = self._on_first(self._steps.test)
-        return self.test_function
-
-    def make_predict_function(self, force: bool = False) -> Callable[..., Any]:
-        """The function that Keras's `predict` calls for each batch."""
-        assert self._steps.engine_of_model is not None
-        self.predict_function = lambda data: self._steps.predict(self._steps.engine_for_calls, data[0])
-        return self.predict_function
+    # How steps run.
 
     @property
     def engine(self) -> DataParallel[CallProgram]:
@@ -313,7 +302,7 @@ class ParallelModel(TemplateView):
         """
         captures = self._steps.captures
         entries = captures.report if captures is not None else [{"how": "eager", "why": "compile=None"}]
-        further = [device for group in self.device_groups or () for device in group[1:]]
+        further = [device for group in self._steps.device_groups or () for device in group[1:]]
         engine, calls = self._steps.made_engine, self._steps.calls_report
         return make_report(engine, entries, library_nbytes=peak_nbytes, further_devices=further, calls=calls)
 
@@ -332,19 +321,6 @@ class ParallelModel(TemplateView):
         captures = self._steps.captures
         if captures is not None:
             captures.wait(timeout)
-
-    def _one_step_per_execution(self) -> None:
-        """Keras's own rule for the torch backend."""
-        if self.steps_per_execution > 1:
-            raise ValueError(
-                "`steps_per_execution` must be 1 with the PyTorch backend. "
-                f"Received: steps_per_execution={self.steps_per_execution}"
-            )
-
-    def _on_first(self, step: Callable[[DataParallel[CallProgram], Any], Any]) -> Callable[[Any], Any]:
-        """Keras hands its functions a list of batches: one. The engine is made here, where Keras's loops begin."""
-        assert self.engine is not None
-        return lambda data: step(self._steps.engine_within_loop, data[0])
 
 
 def _call_layer(layer: keras.Layer, *args: Any, **kwargs: Any) -> Any:

@@ -8,13 +8,13 @@ from typing import Any
 import keras
 import torch
 
-from fastdp.keras.compile_state import borrowed
+from fastdp.keras.compile_state import borrowed, follows
 from fastdp.keras.h5_files.by_name import is_keras_2_file, load_weights, save_weights
 from fastdp.keras.names import numbered_names
 
 
 class TemplateView(keras.Model):
-    """A Keras model with the layers, names, configuration and files of its `template`."""
+    """A Keras model with the layers, names, configuration, loss, metrics and files of its `template`."""
 
     template: keras.Model
     _merge_layer: keras.layers.Layer
@@ -117,6 +117,42 @@ class TemplateView(keras.Model):
     def to_json(self, **kwargs: Any) -> str:
         """The template as JSON, which loads as a plain Keras model."""
         return self.template.to_json(**kwargs)
+
+    # Its loss and metrics, with the compile settings of the parallel model.
+
+    @property
+    def losses(self) -> list[Any]:
+        """The template's additional losses; within a test step, those of the global batch."""
+        return self.template.losses
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Any:
+        """Keras's loss of merged outputs, or that of the template's own `compute_loss`."""
+        if type(self.template).compute_loss is keras.Model.compute_loss:
+            return super().compute_loss(x, y, y_pred, sample_weight, training)
+        with borrowed(self.template, self):
+            return self.template._compute_loss(x, y, y_pred, sample_weight, training)
+
+    @property
+    def metrics(self) -> list[keras.metrics.Metric]:
+        """Those of the compile settings, the template's own, and those of its layers, in Keras's order."""
+        if follows(self.template, getattr(self, "_loss_tracker", None)):
+            return self.template.metrics
+        with borrowed(self.template, self):
+            return self.template.metrics
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        """Keras's metrics of merged outputs, or those of the template's own `compute_metrics`."""
+        if type(self.template).compute_metrics is keras.Model.compute_metrics:
+            return super().compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        with borrowed(self.template, self):
+            return self.template.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     # The torch module interface: the template's parameters under the template's names.
 

@@ -33,6 +33,7 @@ class ModelEngine:
         options: what was chosen for the model.
         template_state: a context manager factory that lends the template the trainer's settings; None where they
             are one model.
+        device_groups: all devices of each replica, where replicas span several; `devices` has the first of each.
         falls_back: the caller runs plain Keras where the model cannot be split.
     """
 
@@ -44,11 +45,13 @@ class ModelEngine:
         options: Options,
         *,
         template_state: Callable[[], AbstractContextManager[None]] | None = None,
+        device_groups: Sequence[Sequence[QueueDevice]] | None = None,
         falls_back: bool = False,
     ) -> None:
         self.template = template
         self.trainer = trainer
         self.devices = list(devices)
+        self.device_groups = device_groups
         self._options = options
         self._capture_mode = options.compile
         self._graphs = chosen_graphs(options, self.devices)
@@ -94,6 +97,7 @@ class ModelEngine:
                 template_state=self._template_state,
                 replicas=len(self.devices),
                 policy=self._policy,
+                groups=self.device_groups,
             )
             if self._capture_mode is not None and program.optimizer is not None and not program.own_train_step:
                 parts = self._graphs == "step"

@@ -57,6 +57,7 @@ class KerasProgram(Program):
             `compute_loss` wants the trainer's compile state.
         replicas: how many there are; one has nothing to find out about rows.
         policy: what to do about rows that meet.
+        groups: all devices of each replica, where replicas span several.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class KerasProgram(Program):
         template_state: Any = None,
         replicas: int = 2,
         policy: Policy | None = None,
+        groups: Sequence[Sequence[QueueDevice]] | None = None,
     ) -> None:
         self.model = model
         self.trainer = trainer
@@ -98,7 +100,7 @@ class KerasProgram(Program):
         self._adopted: list[AdoptedVariables] = []
         self._captures: Captures[StepSums] | None = None
         self.states: weakref.WeakValueDictionary[int, ReplicaState] = weakref.WeakValueDictionary()
-        self._groups: Sequence[Sequence[QueueDevice]] | None = getattr(trainer, "device_groups", None)
+        self._groups = groups
         self._writes_to_inputs = writes_to_inputs(model)
         regularizers = [v.regularizer for v in self.trainable if v.regularizer is not None]
         are_known = all(type(one).__module__.startswith("keras.") for one in regularizers)
