@@ -507,3 +507,35 @@ def test_a_layer_that_a_later_call_builds_is_noticed(steps):
         for found, wanted in zip(run(loop, how), expected, strict=True):
             np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
         assert len(steps) == 6  # forward and backward, but for the first call of each kind
+
+
+class CentredInTraining(keras.Model):
+    """Mixes the rows of a batch in training alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = layers.Dense(3), layers.Dense(2)
+
+    def call(self, x, training=False):
+        inner = self.inner(x)
+        return self.outer(inner - keras.ops.mean(inner, axis=0, keepdims=True) if training else inner)
+
+
+def test_calls_of_a_model_whose_training_steps_run_on_one_device_have_the_rows_of_forward_in_backward(steps):
+    def gradients(count):
+        keras.utils.set_random_seed(7)
+        template = CentredInTraining()
+        template(X[:2])
+        steps.clear()
+        model = fastdp.wrap(template, gpus=count, rows="merge") if count else template
+        model.compile("sgd", "mse")
+        model.fit(X, np.zeros((len(X), 2), "float32"), batch_size=len(X), verbose=0)
+        model(torch.from_numpy(X), training=False).square().sum().backward()
+        return [as_array(variable.value.grad) for variable in template.trainable_variables]
+
+    expected = gradients(0)
+    with pytest.warns(UserWarning, match="runs on one device, with all rows"):
+        found = gradients(4)
+    assert len(steps) == 2, "forward and backward on the devices"
+    for value, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-5)

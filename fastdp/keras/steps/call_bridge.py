@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -58,7 +59,7 @@ def on_devices(calls: Calls, effects: LayerEffects, call: DealtCall) -> Any:
     # Each with the layer that added it: another call of that layer clears it, as in plain Keras.
     for loss, owner in zip(numbers[:losses], work.added_by, strict=True):
         keras.Layer.add_loss(layer if owner is None else owner, loss)  # a Functional model has no method of its own
-    return work.form.pack(outputs, numbers[losses:], step.structure.masked)
+    return work.form.pack(outputs, numbers[losses:], step.masked)
 
 
 def _has_gradient(tensor: torch.Tensor) -> bool:
@@ -71,7 +72,7 @@ class _Step:
     def __init__(self, calls: Calls, work: Forward, batch: Batch) -> None:
         self._calls, self._engine, self._program = calls, calls.engine, calls.program
         self.work, self._batch = work, batch
-        self.structure: Any = None
+        self.masked: Sequence[bool] = ()
         self.outputs = 0
         self.given: list[weakref.ref[torch.Tensor]] = []
 
@@ -80,7 +81,7 @@ class _Step:
         result = self._engine.call(self._batch, partial(self._program.forward, self.work))
         notes = result.notes
         self._program.assign(result.sums, notes, result.every_note, self.work.effects)
-        self.structure, self.outputs = notes.structure, len(result.outputs)
+        self.masked, self.outputs = notes.structure.masked, len(result.outputs)
         dtypes = [*notes.structure.dtypes, *["bool"] * (len(result.outputs) - len(notes.structure.dtypes))]
         device = get_device()  # where plain Keras's would be
         merged = [as_tensor(array, dtype).to(device) for array, dtype in zip(result.outputs, dtypes, strict=True)]

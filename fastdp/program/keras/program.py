@@ -24,7 +24,7 @@ from fastdp.program.base import Program, Result, Totals
 from fastdp.program.keras.batch import OutputStructure, flatten_outputs, unpack
 from fastdp.program.keras.gradients import LeftGradients
 from fastdp.program.keras.indices import RowsNamed
-from fastdp.program.keras.optimizer.accumulation import Accumulation
+from fastdp.program.keras.optimizer.accumulation import Accumulation, Engine
 from fastdp.program.keras.optimizer.flat import FlatUpdate
 from fastdp.program.keras.optimizer.slots import apply_by_variable, optimizer_of, slots_of, why_not_now
 from fastdp.program.keras.patches import replica_aware
@@ -326,7 +326,7 @@ class KerasProgram(Program):
             with nullcontext() if self.update_is_reliable else self.draws.during_update():
                 apply_by_variable(self.optimizer, gradients, self.trainable, mapping)
 
-    def leave_gradients(self, engine: Any) -> None:
+    def leave_gradients(self, engine: Engine) -> None:
         """After a training step, let the template's variables have its gradients, as Keras's trainer leaves them.
 
         Not where they are accumulated on the replicas: the step's gradient of the whole batch is never made.

@@ -10,12 +10,25 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import keras
 import torch
 
 from fastdp.program.keras.optimizer.slots import chain
+
+
+class Engine(Protocol):
+    """An engine, as far as gradients on its replicas go (`fastdp.engine.data_parallel.DataParallel`)."""
+
+    devices: list[Any]
+
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether gradients of earlier steps wait on the replicas."""
+
+    def fold(self) -> None:
+        """Reduce them, and let the program take them over into its slots."""
 
 
 class Waiting:
@@ -26,7 +39,7 @@ class Waiting:
     """
 
     def __init__(self) -> None:
-        self.engine: Any = None
+        self.engine: Engine | None = None
 
     def __reduce__(self) -> Any:
         """Copies of the optimizer have no pending gradients."""
@@ -112,7 +125,7 @@ class Accumulation:
             return f"{name} has accumulators of its own"
         return ""
 
-    def reduces(self, engine: Any) -> bool:
+    def reduces(self, engine: Engine) -> bool:
         """Whether the next step of `engine` must reduce its gradients. Called on the host thread, before the step."""
         if not self._accumulators:
             return True
@@ -124,7 +137,7 @@ class Accumulation:
             return True
         return (int(self._optimizer._iterations.value) + 1) % int(steps) == 0
 
-    def defers(self, engine: Any) -> bool:
+    def defers(self, engine: Engine) -> bool:
         """Whether gradients of `engine` stay on its replicas during a cycle."""
         return bool(self._accumulators) and len(engine.devices) > 1 and self.how.startswith("on the replicas")
 
