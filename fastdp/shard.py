@@ -57,7 +57,7 @@ def split_rows(total: int, parts: int) -> list[Rows]:
 
 @lru_cache(maxsize=1024)
 def dealt_rows(total: int, parts: int) -> tuple[Rows, ...]:
-    """As `split_rows`, and remembered: batches of one size are dealt out again and again."""
+    """`split_rows` as a tuple, cached: most batches have the same size."""
     return tuple(split_rows(total, parts))
 
 

@@ -31,15 +31,15 @@ class ResidentArray(Protocol):
 
 @final
 class Batch:
-    """A global batch. As a sequence it is its arrays.
+    """A global batch. Iterating over it, indexing and `len` give its arrays.
 
     Args:
-        arrays: a list of arrays with rows along their first axis, or a `Resident`; read, never written.
-        structure: what the program gets along with them, as `Context.structure`.
-        rows: how many each array has. `Batch.of` counts them, and checks the arrays.
+        arrays: a list of arrays with rows along the first axis, or a `Resident`. Read, never written.
+        structure: handed to the program as `Context.structure`.
+        rows: the number of rows. `Batch.of` counts them and checks the arrays.
 
     Attributes:
-        shards: the rows of each replica, once they are dealt.
+        shards: the rows of each replica; empty before `deal`.
     """
 
     __slots__ = ("_shapes", "arrays", "rows", "shards", "structure")
@@ -55,12 +55,12 @@ class Batch:
     def of(
         cls, arrays: Any, structure: Any = None, names: Callable[[], Sequence[str]] | None = None, hint: str = ""
     ) -> Batch:
-        """The batch of these arrays, which have the same number of rows.
+        """Make a batch of arrays, and check that they have the same number of rows.
 
         Args:
             arrays, structure: as above.
-            names: gives a name for each array, for messages.
-            hint: ends the message about unequal numbers of rows.
+            names: returns a name for each array. Called for error messages only.
+            hint: the end of the message about unequal numbers of rows.
 
         Raises:
             ValueError: no array, an array without a first axis, arrays of unequal length, or no rows.
@@ -82,26 +82,26 @@ class Batch:
         return iter(self.arrays)
 
     def deal(self, parts: int) -> Sequence[Rows]:
-        """The rows of each of at most `parts` replicas; dealt when they are first asked for."""
+        """Split the rows over at most `parts` replicas. The result is kept for the next call."""
         if len(self.shards) != min(parts, self.rows):
             self.shards = dealt_rows(self.rows, parts)
         return self.shards
 
     @property
     def shapes(self) -> Shapes:
-        """The shape of a row and the dtype of each array: what steps of one shape have in common, but the rows."""
+        """The shape of a row and the dtype of each array. Computed on first use."""
         if self._shapes is None:
             self._shapes = tuple([(array.shape[1:], array.dtype.str) for array in self.arrays])
         return self._shapes
 
 
 def count_rows(arrays: Sequence[np.ndarray], names: Sequence[str] = ()) -> int:
-    """The number of rows that all arrays of a batch have. Errors as of `Batch.of`; `names` are for their messages."""
+    """The number of rows of arrays. Raises as `Batch.of` does; `names` of the arrays are for its messages."""
     return Batch.of(arrays, None, lambda: names).rows
 
 
 def _why_not(arrays: Sequence[np.ndarray], names: Sequence[str], hint: str) -> str:
-    """Why these arrays are no batch."""
+    """The message that says why these arrays are not a batch."""
     if not arrays:
         return "A batch needs at least one array. Received an empty batch."
     labels = names or [f"array {i}" for i in range(len(arrays))]

@@ -55,9 +55,9 @@ class Context:
 
     @classmethod
     def alone(cls, batch: Any, structure: Any, start: int, stop: int, total: int) -> Context:
-        """The context of rows `[start, stop)` of `total` outside any step: nobody to exchange with.
+        """The context of rows `[start, stop)` of `total` outside any step, without other replicas.
 
-        `batch` is one, or the arrays that stand for it.
+        `batch` is a `Batch` or a list of arrays.
         """
         given = batch if type(batch) is Batch else Batch(batch, structure, total)
         return cls(0, Rows(start, stop, total), 0, Rendezvous(1, 1.0), 1, given, structure)

@@ -112,9 +112,9 @@ class DataParallel(Generic[ProgramT_co]):
         """One training step on a global batch: all replicas end with the same new weights.
 
         Args:
-            batch: arrays with the same number of rows (>= 1), or a `Batch` of such; read, never written, until this
+            batch: arrays with the same number of rows (>= 1), or a `Batch` of them. Read, never written, until this
                 returns.
-            structure: of arrays, handed to the program as `Context.structure`.
+            structure: handed to the program as `Context.structure`, where `batch` is not a `Batch`, which has its own.
             wants_outputs: merge the replicas' outputs too.
             reduce: False leaves the gradients on the replicas, for the next step that reduces: gradient
                 accumulation. Loss terms and moments are added up, and the program's `update` runs, in any case.
@@ -142,10 +142,9 @@ class DataParallel(Generic[ProgramT_co]):
         return self._forward(batch, self._deal_out(batch), Replica.predict)
 
     def call(self, batch: Batch, work: Call) -> StepResult:
-        """Forward only, by work of the program's own: `work(state, rows, context)` on each replica.
+        """Forward only, running `work(state, rows, context)` on each replica instead of the program's `predict`.
 
-        It is on all devices that can have rows, however many may share a step of the program. Result and errors as in
-        `train`.
+        The rows are split over all devices, whatever the program's `most_replicas`. Result and errors as in `train`.
         """
         return self._forward(batch, batch.deal(len(self.replicas)), partial(Replica.call, work=work))
 
@@ -248,13 +247,13 @@ class DataParallel(Generic[ProgramT_co]):
     # Around a step.
 
     def _deal_out(self, batch: Batch) -> Sequence[Rows]:
-        """The rows of each replica that has any."""
+        """Split the rows over the replicas."""
         return batch.deal(min(self._program.most_replicas, len(self.replicas)))
 
     def _begin(
         self, batch: Batch, shards: Sequence[Rows], wants_outputs: bool, *, trains: bool, reduces: bool = True
     ) -> StepScope[Step]:
-        """A step on these shards, which begins when its scope is entered."""
+        """Make a step on these shards. It begins when its scope is entered."""
         merger = Merger(shards, self.devices, self._merge_device, on_host=self._cpu_merge)
         step = make_step(
             batch,
@@ -282,7 +281,7 @@ class DataParallel(Generic[ProgramT_co]):
 
     @property
     def steps(self) -> int:
-        """Steps so far, those that failed and those without an update too."""
+        """Steps so far, including those that failed and those without an update."""
         return self._state.steps
 
     @property

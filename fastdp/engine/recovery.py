@@ -1,4 +1,4 @@
-"""How a step ends: all devices are waited for, and what a step that failed left on them is cleaned up."""
+"""The end of a step: waits for all devices, and cleans up after a step that failed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastdp.runtime.queue import joined
 
 
 class Recovery:
-    """Waits for the operations of one engine, and brings its replicas back from those that failed.
+    """Waits for the operations of one engine, and cleans up after those that failed.
 
     Args:
         state: of the engine.
@@ -31,8 +31,8 @@ class Recovery:
         """Wait until all devices are done.
 
         Raises:
-            ReplicaError: a replica failed; what is left of the operation is cleaned up.
-            DeviceTimeoutError: they were not done in time. Whoever takes the engine next cleans up.
+            ReplicaError: a replica failed. The operation has been cleaned up.
+            DeviceTimeoutError: they were not done in time. The next step cleans up.
         """
         devices, timeout = self._replicas.devices, self._state.timeout
         events = [device.compute.record() for device in devices]
@@ -51,9 +51,9 @@ class Recovery:
         self._communicator.check()
 
     def abandon(self, operation: Operation, error: BaseException) -> None:
-        """Nobody waits for an operation any more: stop what still runs, and let the next one clean up.
+        """Stop an operation that nobody waits for any more, and leave the rest to the next one, which cleans up.
 
-        After a failure of a replica, a timeout, an interrupt of this thread, or a device that is closed.
+        Called after a failure of a replica, a timeout, an interrupt of this thread, or a device that is closed.
         """
         operation.abandon(error)
         self._replicas.doubt()
@@ -61,7 +61,7 @@ class Recovery:
             device.unsettled = True
 
     def settle_if_needed(self) -> None:
-        """Clean up after an operation that nobody waited for: of this engine, or of another one on the same devices."""
+        """Clean up after an operation that nobody waited for, of this engine or another one on the same devices."""
         needed = self._state.unsettled is not None
         for device in self._replicas.devices:
             needed = needed or device.unsettled
@@ -69,7 +69,7 @@ class Recovery:
             self.settle()
 
     def settle(self) -> None:
-        """Wait for what a failed or abandoned operation left on the devices; take back an update that not all made."""
+        """Wait until the devices are idle, and roll back an update that not all replicas have made."""
         for device in self._replicas.devices:
             device.synchronize(self._state.timeout)
         for device in self._replicas.devices:
@@ -77,10 +77,10 @@ class Recovery:
         self._communicator.recover()
         left, self._state.unsettled = self._state.unsettled, None
         home = self._replicas.home
-        # Another generation: another engine has gone on from what there was.
+        # With another generation, another engine has gone on from the values that were there.
         if left is None or not left.updates_begun or home.home.generation != left.generation:
             return
         if left.restorable and len(left.updates_done) < len(left.updating):
             self._rollback.restore(self._replicas.every)
-        elif home.apart and not left.came_home:  # all go on from the first
+        elif home.apart and not left.came_home:  # all replicas continue from the first
             home.home.variables.copy_from(self._replicas.every[0].memory.variables)

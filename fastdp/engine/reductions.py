@@ -16,12 +16,12 @@ WARM_STEPS, MOST_SHAPES = 2, 256
 
 
 class Reductions:
-    """Chooses for each step, on the host thread and for all replicas alike.
+    """Chooses how each step reduces, the same for all replicas. Used from the host thread.
 
     Args:
-        replicas: all of them; their program's replicas can reduce within their work where its `whole_step` says so.
+        replicas: all of them. Their program's `whole_step` says whether they reduce within their own work.
         communicator: over their devices.
-        accumulation: gradients of earlier steps, which are to be added to those of a step that reduces.
+        accumulation: gradients of earlier steps, which are added to those of the next step that reduces.
     """
 
     def __init__(self, replicas: ReplicaGroup, communicator: Communicator, accumulation: AccumulatedGradients) -> None:
@@ -29,10 +29,10 @@ class Reductions:
         self._trained: dict[Any, int] = {}
 
     def begin(self, step: Step) -> None:
-        """Give a step that is about to run its reduction, if it has one before its replicas are done.
+        """Start the reduction of a step that is about to run, where it can start before the replicas are done.
 
         Args:
-            step: whose rows are on their devices.
+            step: its rows are on their devices.
         """
         if len(self._replicas.every) == 1 or self._is_by_step_graph(step):
             return
@@ -51,7 +51,7 @@ class Reductions:
             context.ready = partial(step.reduction.ready, context.rank)
 
     def finish(self, step: Step) -> None:
-        """Enqueue the rest: every replica that needs them gets the sums, those without rows too; then they commit."""
+        """Enqueue the rest of the reduction, also for replicas without rows, and the commit behind it."""
         if not step.reduces:
             self._accumulation.reserve(len(step.shards))
             self._communicator.once(partial(commit, step))
@@ -65,11 +65,11 @@ class Reductions:
             self.reduce(self._accumulation.hand_over(len(step.shards)), once=partial(commit, step))
 
     def reduce(self, sources: int, once: Callable[[], object] | None = None) -> None:
-        """Enqueue the sum of the first replicas' gradients, and `once()` behind it."""
+        """Enqueue the all-reduce of the first `sources` replicas' gradients, and `once()` behind it."""
         self._communicator.all_reduce(*self._replicas.ends(sources), self._replicas.buckets, once=once)
 
     def _is_by_step_graph(self, step: Step) -> bool:
-        """Let the replicas reduce within their work, where they can and nothing is against it."""
+        """Let the replicas reduce within their own work, where their program has a graph for it."""
         why_not = ""
         if not step.reduces:
             why_not = "gradients wait for a later step"

@@ -14,7 +14,7 @@ from fastdp.engine.home import HomeMemory
 from fastdp.program.base import Program, Result, Totals
 from fastdp.runtime.queue import QueueDevice
 
-# Work of a program's own on a replica's rows: `work(state, batch, context)`, as `predict` without the program.
+# A program's own work on a replica's rows, called as `predict` is: `work(state, batch, context)`.
 Call = Callable[[Any, list[np.ndarray], Context], Result]
 
 
@@ -58,7 +58,7 @@ class Replica:
         return self._program.predict(self._state, batch, context)
 
     def call(self, batch: list[np.ndarray], context: Context, work: Call) -> Result:
-        """Work of the program's own in place of `predict`. Runs on the device's worker."""
+        """Run the program's own work instead of `predict`. Runs on the device's worker."""
         return work(self._state, batch, context)
 
     def update(self, totals: Totals) -> None:
@@ -84,17 +84,17 @@ class Replica:
 
 
 class ReplicaGroup:
-    """The replicas of a program, one on each device: made, brought up to date, compared.
+    """The replicas of a program, one on each device. Makes, refreshes and compares them.
 
     Args:
         program: what they run.
         devices: where, in the order of the rows.
-        home: where the program's own variables lie: the first replica lives there, where it can.
+        home: the memory of the program's own variables. The first replica uses it too, where it is on its device.
         communicator: over the devices.
-        update: "each" replica applies the update itself, or the "first" for all.
+        update: "each" replica applies the update itself, or the "first" one for all.
 
     Attributes:
-        every: the replicas, in this order.
+        every: the replicas, in the order of the devices.
         updating: the replicas that apply the update themselves.
         buckets: of the gradients, in the order in which backward completes them.
     """
@@ -125,9 +125,9 @@ class ReplicaGroup:
         return Replica(program, device, rank, Memory(self.home.variables(rank, device), slots, gradients))
 
     def ends(self, sources: int) -> tuple[list[FlatBuffers], list[FlatBuffers]]:
-        """What is reduced and where to: the gradients of the first `sources` replicas, and of those that need the sum.
+        """The buffers of an all-reduce: gradients of the first `sources` replicas, and of those that need the sum.
 
-        GPUs all take part in a collective. In host memory a replica that gets the variables instead is left out.
+        On GPUs all replicas take part in a collective. In host memory those that get the variables instead do not.
         """
         every = self._gradients
         return every[:sources], every if self.devices[0].on_gpu else every[: len(self.updating)]
@@ -135,16 +135,16 @@ class ReplicaGroup:
     # Up to date.
 
     def bring_up_to_date(self) -> None:
-        """Refresh the replicas where another engine, or somebody else, has changed the home. Enqueued."""
-        # Both are asked: the second also re-adopts variables whose memory was replaced.
+        """Enqueue a refresh of the replicas where the user or another engine has changed the home."""
+        # Asked always: it also re-adopts variables whose memory was replaced.
         changed = self.program.changed_outside()
-        if changed:  # `committed()` forgets it: the number tells the other engines on this home
+        if changed:  # `committed()` forgets it; the new number tells the other engines on this home
             self.home.home.generation += 1
         if self._generation != self.home.home.generation:
             self.refresh()
 
     def refresh(self) -> None:
-        """Copy the home's variables and the first replica's slots to all others. Enqueued, not waited for."""
+        """Enqueue copies of the home's variables and the first replica's slots to all others."""
         self.home.lead(self._variables[0])
         self._communicator.broadcast(self._variables)
         if self._update == "each":
@@ -153,7 +153,7 @@ class ReplicaGroup:
         self._generation = self.home.home.generation
 
     def copy_first(self, readers: int | None) -> None:
-        """Copy the first replica's variables, which it alone has updated, to the others. Enqueued.
+        """Enqueue copies of the first replica's variables, which it alone has updated, to the others.
 
         Args:
             readers: as of `Communicator.broadcast`.
@@ -161,17 +161,17 @@ class ReplicaGroup:
         self._communicator.broadcast(self._variables, readers)
 
     def advance(self) -> int:
-        """An update of all replicas begins, which other engines on this home get to know of; its number."""
+        """Count an update that begins, so that other engines on this home refresh their replicas; its number."""
         self.home.home.generation += 1
         self._generation = self.home.home.generation
         return self._generation
 
     def doubt(self) -> None:
-        """A step has failed: nobody knows what the replicas have, and the next one refreshes them."""
+        """Let the next step refresh the replicas: after a failure their values are unknown."""
         self._generation = -1
 
     def assert_equal(self, step: int) -> None:
-        """Compare all replicas with the first, bit by bit, after so many steps; see DataParallel."""
+        """Compare all replicas with the first, bit by bit. `step` is for the message. See `DataParallel`."""
         first = self.every[0]
         for replica in self.every[1:]:
             for what, ours, theirs in zip(("variables", "slots"), first.lasting, replica.lasting, strict=True):

@@ -1,4 +1,4 @@
-"""What lasts from one step of an engine to the next: whose turn it is, and what the last step left behind."""
+"""The state of an engine between its steps: which thread uses it, and which step is not over."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from fastdp.errors import DeviceTimeoutError
 
 
 class EngineState:
-    """Whose turn it is on an engine, how many steps it has made, and the one that is not over.
+    """Which thread uses an engine, how many steps it has made, and which step is not over.
 
     Args:
         timeout: seconds that one step may take.
 
     Attributes:
-        unsettled: what is in flight, or was given up and may still run: nobody waits for it then.
+        unsettled: the operation in flight, or one that was given up and may still run on the devices.
+        busy: held by the thread that uses the engine.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -26,7 +27,7 @@ class EngineState:
         self._training = False
 
     def take(self, *, trains: bool) -> None:
-        """Wait until the engine is free. Two threads that train one model are a mistake, and told so at once.
+        """Wait until the engine is free, and take it. Two threads that train one model are an error, raised at once.
 
         Raises:
             RuntimeError: another thread is training this model.
@@ -43,6 +44,6 @@ class EngineState:
         self._training = trains
 
     def leave(self) -> None:
-        """Free the engine. Whoever takes it next has not said yet that it trains: the note of this step goes first."""
+        """Free the engine. The note that a step trains is cleared first: the next thread may not train."""
         self._training = False
         self.busy.release()

@@ -40,15 +40,15 @@ class StepResult:
 
 @dataclass(slots=True)
 class Operation:
-    """Work of all replicas that an engine is in the middle of: a step, or the folding of gradients.
+    """Work of all replicas in flight: a step, or the folding of accumulated gradients.
 
     Args:
-        threads: cores that one replica may use in one of the program's operations.
+        threads: cores that one replica may use inside one operation of the program.
         trains: with an update; otherwise forward only.
 
     `generation` is the number of its update (see `ReplicaGroup.advance`). `restorable` says that what the update
-    changes has been kept, `came_home` that the program's own variables have what the first replica has. `close` ends
-    it (`fastdp.engine.step_scope`), as long as it is open.
+    changes has been saved, `came_home` that the program's own variables equal the first replica's. `close` ends the
+    operation (`fastdp.engine.step_scope`); None when it is not open.
     """
 
     threads: int
@@ -66,20 +66,20 @@ class Operation:
     counts: ClassVar[bool] = False
 
     def abandon(self, error: BaseException) -> None:
-        """Nobody waits for it any more, since it failed so."""
+        """Stop it after this error: nobody waits for it any more."""
         if self.reduction is not None:
             self.reduction.abandon(error)
 
     def unfinished(self, devices: Sequence[QueueDevice]) -> str:
-        """What has not ended on the devices, for the message about a timeout."""
+        """Name the work that has not ended, for the message of a timeout."""
         return "The update"
 
     def rows_of(self, rank: int) -> tuple[str, tuple[int, int] | None]:
-        """What a replica works on, in words and as rows of the batch."""
+        """A replica's part of the batch, in words for a message, and as rows; nothing where there is no batch."""
         return "", None
 
     def note_home(self) -> None:
-        """The program's own variables, where they lie elsewhere than a replica's, have the new values."""
+        """Note that the program's own variables, which are not a replica's, have the new values."""
         self.came_home = True
 
 
@@ -88,11 +88,13 @@ class Step(Operation):
     """One step in flight.
 
     Args:
-        batch: the global batch, whose rows are dealt.
-        contexts: of the replicas that have rows, in the order of the ranks.
+        batch: the global batch.
+        shards: the rows of each replica that has any.
+        contexts: of these replicas, in the order of the ranks.
         reduces: the gradients are reduced; otherwise they stay on the replicas.
 
-    The last three are of a step that ended while its thread did something else: see `step_scope.meanwhile`.
+    `over`, `outcome` and `error` are for a step that ends while its thread does something else: see
+    `step_scope.meanwhile`.
     """
 
     batch: Batch = field(kw_only=True)
@@ -112,17 +114,17 @@ class Step(Operation):
     counts: ClassVar[bool] = True
 
     def abandon(self, error: BaseException) -> None:
-        """Wake the replicas that wait for each other; an update that has not begun never will."""
+        """Wake replicas that wait for each other. An update that has not begun will not begin."""
         self.rendezvous.abort(error)
         Operation.abandon(self, error)  # a class with slots is made twice, and `super()` knows the first
 
     def unfinished(self, devices: Sequence[QueueDevice]) -> str:
-        """The devices whose replica is at work, else the update."""
+        """The devices whose replicas have not finished, else the update."""
         busy = [devices[rank].name for rank, result in enumerate(self.results) if result is None]
         return f"The step on {busy}" if busy else "The update"
 
     def rows_of(self, rank: int) -> tuple[str, tuple[int, int] | None]:
-        """A replica's rows."""
+        """The replica's rows."""
         total = self.batch.rows
         if rank >= len(self.shards):
             return f" (no rows of the batch's {total})", None
@@ -149,11 +151,11 @@ def make_step(
     trains: bool,
     reduces: bool,
 ) -> Step:
-    """A step on these shards, with nothing enqueued yet.
+    """A step on these shards. Nothing is enqueued yet.
 
     Args:
-        number: of the step.
-        timeout: seconds that replicas may wait for each other in the middle of it.
+        number: of the step, in its contexts.
+        timeout: seconds that replicas may wait for each other in the middle of the step.
     """
     rendezvous = Rendezvous(len(shards), timeout)
     common = (number, rendezvous, len(shards), batch, batch.structure, wants_outputs)
@@ -226,12 +228,12 @@ def add_up(step: Step) -> None:
 def run_update(
     step: Step, replica: Replica, rollback: Rollback, threads: int, work_stealing: WorkStealing | None
 ) -> None:
-    """Update one replica on its device's worker; the first one keeps what it changes, where that is needed.
+    """Update one replica on its device's worker. The first one saves what it changes, where that is needed.
 
     Args:
         rollback: of the first replica.
         threads: of one operation.
-        work_stealing: the threads that do a piece of the update each, where it is made in pieces.
+        work_stealing: runs the parts of the update on several workers, where the program makes it in parts.
     """
     assert step.totals is not None
     step.watch.update_began[replica.rank] = time.perf_counter()

@@ -21,7 +21,7 @@ OperationT = TypeVar("OperationT", bound=Operation)
 
 
 class _Here(threading.local):
-    """The step that a thread has open while it does something else, and what ends it."""
+    """The step that this thread has open while it does something else, and the call that ends it."""
 
     open: tuple[Step, Callable[[], StepResult]] | None = None
 
@@ -84,11 +84,11 @@ def alone(timeout: float = 1800.0) -> Iterator[None]:
 
 
 class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
-    """Holds the locks of one operation and the program's own scope, and brings stale replicas up to date.
+    """Holds the locks and the program's own scope during one operation, and refreshes stale replicas before it.
 
     Args:
         state: of the engine.
-        recovery: cleans up after an operation that failed.
+        recovery: cleans up after operations that failed.
         replicas: all of them.
         operation: a step, or the folding of gradients.
     """
@@ -96,7 +96,7 @@ class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
     def __init__(self, state: EngineState, recovery: Recovery, replicas: ReplicaGroup, operation: OperationT) -> None:
         self._state, self._recovery, self._replicas = state, recovery, replicas
         self._operation = operation
-        self._held = ExitStack()
+        self._scopes = ExitStack()
         self._closed = False
 
     def __enter__(self) -> OperationT:
@@ -122,12 +122,12 @@ class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
         self._recovery.settle_if_needed()
         self._state.unsettled = self._operation
         self._replicas.bring_up_to_date()
-        self._held.enter_context(self._replicas.program.running(self._operation.threads))
+        self._scopes.enter_context(self._replicas.program.running(self._operation.threads))
         devices = self._replicas.devices
         if len(devices) == 1 and not devices[0].on_gpu:
-            # This thread would only wait for the worker. Torch's operations on several cores also want to be those of
-            # one thread, whose helpers stay awake for them; with a second one they are put to sleep.
-            self._held.enter_context(devices[0].lend())
+            # This thread would only wait for the worker, so it takes the worker's place. Torch's helper threads also
+            # stay awake only while one thread uses them.
+            self._scopes.enter_context(devices[0].lend())
 
     def __exit__(
         self,
@@ -138,18 +138,18 @@ class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
         self.close(error)
 
     def close(self, error: BaseException | None) -> None:
-        """End the operation; `error` says how it failed. Only the first call counts."""
+        """End the operation. `error` is what it failed with. Only the first call has an effect."""
         if self._closed:
             return
         self._closed = True
-        self._operation.close = None  # no cycle: what the step holds goes when its caller drops it
+        self._operation.close = None  # breaks a reference cycle, so that the step's memory is freed at once
         try:
             if error is None:
                 self._state.unsettled = None
             else:
                 self._recovery.abandon(self._operation, error)
-            # What is held is told of a failure, which goes its own way.
-            self._held.__exit__(None if error is None else type(error), error, None)
+            # The scopes learn of the failure, and do not stop it.
+            self._scopes.__exit__(None if error is None else type(error), error, None)
         finally:
             self._state.steps += self._operation.counts
             one_step_at_a_time.release()

@@ -13,13 +13,13 @@ from fastdp.runtime.work_stealing import shared_with
 
 
 class Updates:
-    """Enqueues the updates of steps, on the host thread.
+    """Enqueues the updates of steps. Used from the host thread.
 
     Args:
         replicas: all of them.
-        rollback: of the first one.
+        rollback: of the first replica.
         accumulation: gradients of steps that are not reduced.
-        timeout: seconds to wait for another device's worker that takes part in an update.
+        timeout: seconds to wait for the worker of another device that does a part of an update.
     """
 
     def __init__(
@@ -29,13 +29,13 @@ class Updates:
         self._work_stealing = shared_with(replicas.devices[1:CORES], timeout)
 
     def begin(self, step: Step) -> None:
-        """All replicas get the same update, when the step's sums are there."""
+        """Enqueue the same update for all replicas, behind the step's reduction."""
         replicas = self._replicas
         every = replicas.every
-        # Before, not after: an update may happen even when nobody waits for it any more.
+        # Before the update, which may happen even when nobody waits for it any more.
         step.generation = replicas.advance()
         step.updating = replicas.updating if step.reduces else every
-        # The other devices have nothing to do while the first updates for all.
+        # The other devices are idle while the first one updates for all.
         alone = len(step.updating) == 1 and len(every) > 1
         work_stealing = self._work_stealing if alone and replicas.program.update_is_shared else None
         threads = CORES if alone and work_stealing is None else step.threads

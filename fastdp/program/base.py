@@ -66,19 +66,19 @@ class Totals:
 class Program(ABC):
     """A model that the engine can replicate.
 
-    A program has to have `gradients`, `home`, `bind`, `train`, `update` and `predict`; whatever else it leaves out has
-    the default that is written here. State is what `bind` returns.
+    A subclass has to define `gradients`, `home`, `bind`, `train`, `update` and `predict`. Everything else has a default
+    here. The state of a replica is what `bind` returns.
 
     Attributes:
         gradients: name, shape and dtype of each parameter that has a gradient.
         slots: likewise of the optimizer's variables.
-        most_replicas: how many replicas may share the rows of a step; asked before each.
-        update_how: how the update is applied, in words for `report()`.
-        update_is_shared: `update` uses `Totals.work_stealing`. It then gets its replica's share of the cores, where
-            other updates that are made for all replicas get all cores for each operation.
-        update_is_reliable: an `update` that has succeeded once will not raise: no code of the user's runs in it.
+        most_replicas: the largest number of replicas that may share a step. Read before each step.
+        update_how: how the update is applied, in words, for `report()`.
+        update_is_shared: `update` uses `Totals.work_stealing`. It then runs on its replica's share of the cores;
+            other updates that the first replica makes for all get all cores in each operation.
+        update_is_reliable: an `update` that has succeeded once will not raise, because it runs no code of the user's.
 
-    These may be properties.
+    These attributes may be properties.
     """
 
     gradients: Sequence[ArraySpec]
@@ -95,7 +95,7 @@ class Program(ABC):
         """The memory of the first replica, filled with the model's present values."""
 
     def home_slots(self, device: Allocator) -> FlatBuffers:
-        """The slots of the first replica, filled with their present values; zeros by default."""
+        """The slots of the first replica, filled with their present values. Default: zeros."""
         return FlatBuffers(self.slots, device)
 
     @abstractmethod
@@ -103,7 +103,7 @@ class Program(ABC):
         """A replica's state over `memory`."""
 
     def changed_outside(self) -> bool:
-        """Whether the home's values were changed, since `committed()`, by someone else than `update`: nobody does."""
+        """Whether anything but `update` has changed the home's values since `committed()`. Default: no."""
         return False
 
     def committed(self) -> None:  # noqa: B027
@@ -115,7 +115,7 @@ class Program(ABC):
         """Called on a device's worker: let it use `threads` cores inside one operation, and the device's streams."""
 
     def running(self, threads: int) -> AbstractContextManager[object]:
-        """A context manager held by the host thread while replicas run: nothing to hold."""
+        """A context manager that the host thread holds while replicas run. Default: one that does nothing."""
         return nullcontext()
 
     # The step.
@@ -125,15 +125,15 @@ class Program(ABC):
         """Forward, loss and backward of one replica's rows; gradients go into the state's buffers."""
 
     def whole_step(self, batches: Sequence[list[np.ndarray]], contexts: Sequence[Context], why_not: str) -> Any:
-        """Whether each replica does all of a training step, its gradients' all-reduce too, by one graph; it does not.
+        """Whether each replica runs a whole training step, with its all-reduce, as one graph. Default: it does not.
 
         Args:
-            batches, contexts: of the replicas, which are about to run. Asked on the host thread.
-            why_not: why that is out of the question in this step, if it is.
+            batches, contexts: of the replicas, which are about to run. Called on the host thread.
+            why_not: why the engine cannot use such a graph in this step; empty if it can.
 
         Returns:
-            None, or what goes into `Context.whole` of all replicas, whose `begin()` gives the step's reduction
-            (`fastdp.comm.base.Reduction`) with `launch(rank, rendezvous)`. The graph is launched once.
+            None, or the value of `Context.whole` for all replicas. Its `begin()` returns the step's reduction
+            (`fastdp.comm.base.Reduction`), which also has `launch(rank, rendezvous)`. The graph is launched once.
         """
         return None
 
@@ -152,10 +152,12 @@ class Program(ABC):
         """
 
     def rehearse_update(self, state: Any) -> bool:
-        """Try an update on copies of a few numbers, with the settings and gradients of now; whether that is possible.
+        """Try an update on copies of a few numbers, with the present settings and gradients. Runs on the worker.
 
-        Raises what the update itself would raise. On the replica's worker. It is not possible: what an update changes
-        is copied before.
+        Raises what the update itself would raise.
+
+        Returns:
+            Whether it could be tried. Default: no; the engine then copies what the update changes before it runs.
         """
         return False
 
@@ -178,10 +180,10 @@ class Program(ABC):
 
 
 class _Lookalike(Program):
-    """A program of a class that has the members of `Program` and does not derive from it; others have the defaults.
+    """Adds the defaults of `Program` to an object of a class that does not derive from it.
 
     Args:
-        program: the object, whose members these are.
+        program: the object. Its members come first.
     """
 
     def __init__(self, program: object) -> None:
@@ -197,10 +199,10 @@ _Lookalike.__abstractmethods__ = frozenset()
 
 
 def as_program(program: object) -> Program:
-    """A program as the engine calls it: itself, or what adds the defaults to one of a class of its own.
+    """The program itself, or, where its class does not derive from `Program`, a wrapper that adds the defaults.
 
     Raises:
-        TypeError: `program` lacks members that every program has.
+        TypeError: `program` lacks members that have no default.
     """
     if isinstance(program, Program):
         return program

@@ -176,7 +176,7 @@ class CallProgram(KerasProgram):
         return super().changed_outside() or doubted
 
     def doubt(self) -> None:
-        """Weights may have been written where nobody can tell: replicas are refreshed before the next step."""
+        """Let the next step refresh the replicas: weights may have been written unnoticed."""
         self._doubted = True
 
     def effects_of(self, layer: Any) -> LayerEffects:
@@ -196,7 +196,7 @@ class CallProgram(KerasProgram):
         generators = [g for layer in self.model._flatten_layers() for g in layer._seed_generators]
         return [(g.state, g.state.value.detach().clone()) for g in generators]
 
-    # A call, in the place of `predict`: see `DataParallel.call`.
+    # Work for `DataParallel.call`.
 
     def forward(self, work: Forward, state: ReplicaState, batch: list[np.ndarray], context: Context) -> Result:
         """The layer on a replica's rows."""
