@@ -23,7 +23,14 @@ from fastdp.keras.steps.layer_calls import Attempt, LayerCalls
 from fastdp.program.keras.layer_calls import CallProgram
 from fastdp.warn import warn_user
 
-_thread = threading.local()
+
+class _Thread(threading.local):
+    """Whether the thread is inside a step."""
+
+    inside = False
+
+
+_thread = _Thread()
 
 
 class ModelCalls(LayerCalls):
@@ -146,4 +153,4 @@ def inside_step() -> Iterator[None]:
 
 def within_step() -> bool:
     """Whether this thread is inside a step."""
-    return getattr(_thread, "inside", False)
+    return _thread.inside
