@@ -43,3 +43,14 @@ class Options:
             raise ValueError(f'`update` must be "first" or "each". Received: update={self.update!r}')
         if self.rows not in ROW_POLICIES:
             raise ValueError(f"`rows` must be one of {ROW_POLICIES}. Received: rows={self.rows!r}")
+
+
+def one_of(options: Options | None, keywords: Options) -> Options:
+    """What was chosen in one object, or by keywords where there is none.
+
+    Raises:
+        TypeError: both, so that the keywords would be lost.
+    """
+    if options is not None and keywords != Options():
+        raise TypeError(f"`options` holds all options. Leave the keywords out. Received beside it: {keywords}")
+    return options or keywords

@@ -78,3 +78,9 @@ def test_an_engine_takes_its_options_one_by_one_or_in_one():
     in_one = fastdp.DataParallel(program(), 2, options=Options(timeout=60.0, update="each", check_replicas=True))
     for engine in (one_by_one, in_one):
         assert (engine.timeout, engine.update, engine.check_replicas) == (60.0, "each", True)
+
+
+@pytest.mark.usefixtures("two_devices")
+def test_an_engine_refuses_a_keyword_beside_its_options():
+    with pytest.raises(TypeError, match=r"`options` holds all options\..*timeout=60\.0"):
+        fastdp.DataParallel(program(), 2, timeout=60.0, options=Options(update="each"))

@@ -24,7 +24,7 @@ from fastdp.engine.step import Operation, Step, StepResult, add_up, make_step, r
 from fastdp.engine.step_scope import StepScope, meanwhile, one_step_at_a_time
 from fastdp.engine.timing import Timings
 from fastdp.engine.updates import Updates
-from fastdp.options import Options
+from fastdp.options import Options, one_of
 from fastdp.program.base import Program, Result, as_program
 from fastdp.runtime.host.resources import CORES
 from fastdp.runtime.select import devices_of_engine
@@ -51,7 +51,7 @@ class DataParallel(Generic[ProgramT_co]):
 
     Raises:
         ValueError: anything wrong with `devices`; an unknown `update`.
-        TypeError: `program` lacks what every program has.
+        TypeError: `program` lacks what every program has; `options` beside one of its keywords.
     """
 
     def __init__(
@@ -67,15 +67,15 @@ class DataParallel(Generic[ProgramT_co]):
         check_replicas: bool = False,
         options: Options | None = None,
     ) -> None:
-        if options is None:
-            options = Options(
-                timeout=timeout,
-                update=update,
-                cpu_merge=cpu_merge,
-                merge_device=merge_device,
-                cpu_relocation=cpu_relocation,
-                check_replicas=check_replicas,
-            )
+        keywords = Options(
+            timeout=timeout,
+            update=update,
+            cpu_merge=cpu_merge,
+            merge_device=merge_device,
+            cpu_relocation=cpu_relocation,
+            check_replicas=check_replicas,
+        )
+        options = one_of(options, keywords)
         devices = devices_of_engine(devices, options.merge_device)
         self.program = program
         self.devices = list(devices)
