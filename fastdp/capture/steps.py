@@ -154,7 +154,7 @@ class Captures(Generic[OutcomeT]):
     def step_graph(self, contexts: Sequence[Context], why_not: str) -> RecordedStepGraph | None:
         """The graphs of a step on these rows that hold its collectives; None where it runs otherwise, which is noted.
 
-        On the host thread, before the step, with the rows on their devices. `why_not` as of `Program.whole_step`.
+        On the host thread, before the step, with the rows on their devices. `why_not` as of `Program.step_graph`.
         """
         if self._step_graphs is None or self._eager_now:
             return None

@@ -89,8 +89,10 @@ class Captured(Generic[OutcomeT]):
                 gradients[i] = None
             draws, moved = step.draw(self._draws, variables, context) if self._draws else ([], [])
             recording = self.recordings.get(context.rank)
-            if context.whole is not None:
-                found = context.whole.recordings[context.rank].replay_in_step_graph([*rows, *draws], context.launch)
+            if context.step_graph is not None:
+                found = context.step_graph.recordings[context.rank].replay_in_step_graph(
+                    [*rows, *draws], context.launch
+                )
             elif recording is not None:
                 found = recording.replay([*rows, *draws], context.ready)
             else:

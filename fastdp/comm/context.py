@@ -35,7 +35,7 @@ class Context:
     its reduction may start, and the program neither reads nor writes it again in this step. Buckets that are never
     announced are reduced when `train` is over on all replicas. It never waits for another replica.
 
-    Where `whole` is there, it is what the program's `whole_step` gave for this step: the replica's graph reduces the
+    `step_graph` is what the program's `step_graph` gave for this step, if anything: the replica's graph reduces the
     gradients too. `launch()` launches it on the device's compute stream, and is called exactly once, by all replicas,
     when the inputs are in place; it waits on the host until all replicas call it, and raises if one of them failed.
     """
@@ -50,7 +50,7 @@ class Context:
     wants_outputs: bool = True
     device: Any = None
     ready: Callable[[int], None] = _not_listening
-    whole: Any = None
+    step_graph: Any = None
     launch: Callable[[], None] = _no_graph
 
     @classmethod

@@ -19,7 +19,7 @@ class Reductions:
     """Chooses how each step reduces, the same for all replicas. Used from the host thread.
 
     Args:
-        replicas: all of them. Their program's `whole_step` says whether they reduce within their own work.
+        replicas: all of them. Their program's `step_graph` says whether they reduce within their own work.
         communicator: over their devices.
         accumulation: gradients of earlier steps, which are added to those of the next step that reduces.
     """
@@ -77,10 +77,11 @@ class Reductions:
             why_not = "gradients of earlier steps are added"
         elif len(step.contexts) < len(self._replicas.every):
             why_not = "fewer rows than devices"
-        step_graph = self._replicas.program.whole_step(step.batches, step.contexts, why_not)
+        step_graph = self._replicas.program.step_graph(step.contexts, why_not)
         if step_graph is None:
             return False
         step.reduction = reduction = step_graph.begin()
         for context in step.contexts:
-            context.whole, context.launch = step_graph, partial(reduction.launch, context.rank, context.rendezvous)
+            context.step_graph = step_graph
+            context.launch = partial(reduction.launch, context.rank, context.rendezvous)
         return True

@@ -124,15 +124,16 @@ class Program(ABC):
     def train(self, state: Any, batch: list[np.ndarray], context: Context) -> Result:
         """Forward, loss and backward of one replica's rows; gradients go into the state's buffers."""
 
-    def whole_step(self, batches: Sequence[list[np.ndarray]], contexts: Sequence[Context], why_not: str) -> Any:
+    def step_graph(self, contexts: Sequence[Context], why_not: str) -> Any:
         """Whether each replica runs a whole training step, with its all-reduce, as one graph. Default: it does not.
 
         Args:
-            batches, contexts: of the replicas, which are about to run. Called on the host thread.
+            contexts: of the replicas, which are about to run, and whose rows are on their devices. Called on the host
+                thread.
             why_not: why the engine cannot use such a graph in this step; empty if it can.
 
         Returns:
-            None, or the value of `Context.whole` for all replicas. Its `begin()` returns the step's reduction
+            None, or the value of `Context.step_graph` for all replicas. Its `begin()` returns the step's reduction
             (`fastdp.comm.base.Reduction`), which also has `launch(rank, rendezvous)`. The graph is launched once.
         """
         return None

@@ -94,7 +94,7 @@ def test_what_a_program_leaves_out_has_a_default():
     assert program.home_slots(HOST).nbytes == 0
     assert program.changed_outside() is False
     assert program.rehearse_update(memory) is False
-    assert program.whole_step([], [], "") is None
+    assert program.step_graph([], "") is None
     assert isinstance(program.running(1), AbstractContextManager)
     program.committed()
     program.prepare_thread(1, HOST)

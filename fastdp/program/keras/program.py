@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
+from fastdp.capture.cuda_graphs.step_graphs import RecordedStepGraph
 from fastdp.capture.steps import Captures
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
@@ -222,7 +223,7 @@ class KerasProgram(Program):
         notes = Notes(outcome.structure, len(outcome.terms) - 1, unused=unused, added=outcome.added)
         return self._result(outcome, state, context, notes)
 
-    def whole_step(self, batches: Sequence[list[np.ndarray]], contexts: Sequence[Context], why_not: str) -> Any:
+    def step_graph(self, contexts: Sequence[Context], why_not: str) -> RecordedStepGraph | None:
         """The graphs of a step on these rows that hold its collectives too; None where it has none."""
         return self._captures.step_graph(contexts, why_not) if self._captures is not None else None
 
