@@ -306,6 +306,21 @@ def test_the_lists_of_packages_in_the_pages_are_those_of_the_code():
     assert page.read_text("utf-8") == packages.page(MODULES), "`make modules` writes docs/modules.md"
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/design.md"])
+def test_the_files_that_a_page_names_exist(page):
+    text = (packages.ROOT / page).read_text("utf-8")
+    names = set(re.findall(r"`((?:\w+/)*\w+\.py|(?:\w+/)+)`", text))
+    assert len(names) >= 3
+    missing = [name for name in sorted(names) if not _exists(name)]
+    assert missing == [], f"{page} names files that are not there"
+
+
+def _exists(name):
+    """Whether a path is one of the checkout's, or of the package's, whole or from one of its folders on."""
+    files = [*MODULES, *(f"{Path(file).parent.as_posix()}/" for file in MODULES)]
+    return (packages.ROOT / name).exists() or any(f"/{file}".endswith(f"/{name}") for file in files)
+
+
 def test_a_page_without_a_place_for_a_list_is_an_error():
     with pytest.raises(ValueError, match="no place for the list 'packages'"):
         packages.placed("<!-- packages -->", "packages", "    api.py")
