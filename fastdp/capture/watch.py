@@ -22,6 +22,8 @@ MOST_PLACES = 20_000
 MOST_NBYTES = 1 << 16  # of all contents that are compared
 SMALL_NBYTES = 1 << 12  # of a tensor that is compared by content too
 _version, _address, _content = attrgetter("_version"), methodcaller("data_ptr"), methodcaller("tobytes")
+# A key, an attribute, or what a cell held, is gone; or a value's own `==` does not tell.
+_NO_ANSWER = (LookupError, AttributeError, ValueError, TypeError, RuntimeError)
 
 
 @dataclass(slots=True)
@@ -43,29 +45,13 @@ class _Places:
         """Whether all are as they were."""
         try:
             return self.read(self.sources) == self.then
-        # A key, or what a cell held, is gone; or a value's own `==` does not tell.
-        except (LookupError, ValueError, TypeError, RuntimeError):
+        except _NO_ANSWER:
             return False
 
     def changes(self) -> list[int]:
         """The numbers of those that are not."""
         own = [_Places(self.read, [source], [then]) for source, then in zip(self.sources, self.then, strict=True)]
         return [i for i, one in enumerate(own) if not one.same()]
-
-
-class _Renewed:
-    """What a function gives, asked for again where a mark that is quickly read has moved since."""
-
-    def __init__(self, ask: Callable[[], Any], mark: Callable[[], Any]) -> None:
-        self._ask, self._mark = ask, mark
-        self._marked, self._given = mark(), ask()
-
-    def __call__(self) -> Any:
-        """What it gives now."""
-        mark = self._mark()
-        if mark != self._marked:
-            self._marked, self._given = mark, self._ask()
-        return self._given
 
 
 class Watch:
@@ -79,6 +65,7 @@ class Watch:
         self.refused = ""
         self.generators: list[tuple[Any, str]] = []
         self._answers = _Places(lambda sources: [ask() for ask in sources])
+        self._marked: dict[int, tuple[Callable[[], Any], Any]] = {}  # by the number of the mark among the answers
         self._values = _Places(lambda sources: [get(owner) for get, owner in sources])
         self._objects = _Places(lambda sources: [id(get(owner)) for get, owner in sources])
         self._sizes = _Places(lambda sources: list(map(len, sources)))
@@ -179,8 +166,11 @@ class Watch:
 
     def answer(self, ask: Callable[[], Any], what: str, mark: Callable[[], Any] | None = None) -> None:
         """What a function gives, by `==`; not restored. Where there is a `mark`, it is asked only if that has moved."""
-        if self._has_room(1, what):
-            self._answers.add(ask if mark is None else _Renewed(ask, mark), what)
+        if not self._has_room(1, what):
+            return
+        if mark is not None:
+            self._marked[len(self._answers.sources)] = ask, ask()
+        self._answers.add(mark or ask, what)
 
     def _has_room(self, count: int, what: str) -> bool:
         self._count += count
@@ -192,11 +182,30 @@ class Watch:
 
     def changed(self) -> str:
         """What is not as it was, in words; empty if everything is."""
+        try:  # written out: before each step, this is what there is to pay
+            for kind in self._kinds:
+                if kind.sources and kind.read(kind.sources) != kind.then:
+                    break
+            else:
+                return ""
+        except _NO_ANSWER:
+            pass
         for kind in self._kinds:
-            if kind.sources and not kind.same():
-                for i in kind.changes():
+            for i in kind.changes() if not kind.same() else ():
+                if kind is not self._answers or not self._has_moved_alone(i):
                     return f"{kind.what[i]}{self._which(i) if kind is self._values else ''}"
         return ""
+
+    def _has_moved_alone(self, i: int) -> bool:
+        """Whether an answer is a mark, and what it marks is as it was. From then on the mark stays where it is now."""
+        if i not in self._marked:
+            return False
+        ask, then = self._marked[i]
+        mark = self._answers.sources[i]()
+        if ask() != then:
+            return False
+        self._answers.then[i] = mark
+        return True
 
     def _which(self, i: int) -> str:
         """Which of the values of one mapping has changed."""

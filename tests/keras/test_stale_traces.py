@@ -482,6 +482,30 @@ def test_a_hook_that_goes_away():
     check(build, lambda *_: handles[-1].remove())
 
 
+def test_a_hook_of_all_modules():
+    handles = []
+
+    def hook(module, args, output):
+        return output * 2.0 if isinstance(module, L.Dense) else None
+
+    def add(*_):
+        handles.append(torch.nn.modules.module.register_module_forward_hook(hook))
+
+    check(dense, add, undo=lambda: handles.pop().remove())
+    add()  # another, which goes away
+    try:
+        keras.utils.set_random_seed(7)
+        parallel = fastdp.wrap(dense(), gpus=2, compile="trace")
+        parallel.compile(keras.optimizers.SGD(0.05), "mse")
+        for x, y in batches():
+            parallel.train_on_batch(x, y)
+        assert {entry["how"] for entry in parallel.report()} == {"traced"}
+    finally:
+        handles.pop().remove()
+    parallel.train_on_batch(x, y)
+    assert {entry["how"] for entry in parallel.report()} == {"eager"}
+
+
 def test_a_constant_among_the_operands_of_a_functional_model():
     constants = []
 

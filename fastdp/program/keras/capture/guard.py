@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import keras
@@ -14,6 +15,8 @@ from fastdp.program.keras.capture.own_code import HOOKS
 from fastdp.program.keras.capture.reach import reach_of
 from fastdp.program.keras.program import KerasProgram
 
+_GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+
 
 def watch_step(watch: Watch, program: KerasProgram) -> None:
     """Add all that a training step of a program reads beside its variables and its batch."""
@@ -21,28 +24,30 @@ def watch_step(watch: Watch, program: KerasProgram) -> None:
     watch.answer(keras.config.floatx, "keras.config.floatx()")
     watch.answer(keras.config.epsilon, "keras.config.epsilon()")
     watch.answer(keras.config.image_data_format, "keras.config.image_data_format()")
-    watch.size(torch_module._global_forward_hooks, "global forward hooks")
-    watch.size(torch_module._global_forward_pre_hooks, "global forward hooks")
     reach = reach_of(watch, program.variables, patches.replaced_places())
     for layer in layers:
         reach.walk(layer, layer.name)
     for variable in program.trainable:
         reach.walk(variable, variable.path)
-    watch.attribute(trainer, "_compile_loss", "the compiled loss", by_value=False)
+    watch.answer(partial(getattr, trainer, "_compile_loss"), "the compiled loss")
     reach.walk(trainer._compile_loss, "loss")
     if program.optimizer is not None:
         watch.values(vars(program.optimizer), ["loss_scale_factor"], program.optimizer.name)
     # Those that may come: looked for where a hook of whatever object has been registered.
-    watch.answer(lambda: _hooks(program.model), "a hook of a layer", lambda: RemovableHandle.next_id)
+    watch.answer(lambda: _hooks(program.model), "a hook of a layer", partial(getattr, RemovableHandle, "next_id"))
+    for hooks in _GLOBAL_HOOKS:
+        if hooks:  # where there is none, none can be removed
+            watch.size(hooks, "global forward hooks")
     for layer in layers:
         for name in HOOKS:
             hooks = getattr(layer, name)
-            if hooks:  # where there is none, none can be removed
+            if hooks:
                 reach.walk(hooks, f"a hook of {layer.name}")
                 watch.values(vars(layer), [name], layer.name)
 
 
 def _hooks(model: keras.Model) -> list[list[Any]]:
-    """The hooks of all layers."""
+    """The hooks of all modules, and of all layers."""
     layers = model._flatten_layers()
-    return [list(hooks.values()) for layer in layers for name in HOOKS if (hooks := getattr(layer, name))]
+    own = [hooks for layer in layers for name in HOOKS if (hooks := getattr(layer, name))]
+    return [list(hooks.values()) for hooks in (*_GLOBAL_HOOKS, *own)]

@@ -1,0 +1,63 @@
+"""Values that must stay as they are: answers of functions, marks, and attributes of many objects."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from fastdp.capture.watch import Watch
+
+
+def test_an_answer_that_is_another_is_named():
+    now = [1.0]
+    watch = Watch()
+    watch.answer(lambda: now[0], "the number")
+    assert watch.changed() == ""
+    now[0] = 2.0
+    assert watch.changed() == "the number"
+    now[0] = 1.0
+    assert watch.changed() == ""
+
+
+def test_what_has_a_mark_is_asked_only_when_the_mark_has_moved():
+    marks, hooks, asked = [0], ["one"], []
+
+    def ask():
+        asked.append(1)
+        return list(hooks)
+
+    watch = Watch()
+    watch.answer(lambda: "same", "another answer")
+    watch.answer(ask, "the hooks", lambda: marks[0])
+    assert (watch.changed(), watch.changed(), len(asked)) == ("", "", 1)
+    marks[0] += 1  # something else has moved it
+    assert (watch.changed(), watch.changed(), len(asked)) == ("", "", 2)
+    hooks.append("two")
+    assert watch.changed() == ""  # nobody has moved the mark
+    marks[0] += 1
+    assert [watch.changed() for _ in range(2)] == ["the hooks"] * 2
+    hooks.pop()
+    assert watch.changed() == ""
+
+
+def test_a_moved_mark_hides_no_other_change():
+    marks, values = [0], {"rate": 0.1}
+    watch = Watch()
+    watch.values(values, ["rate"], "the layer")
+    watch.answer(lambda: None, "the hooks", lambda: marks[0])
+    marks[0], values["rate"] = 1, 0.2
+    assert watch.changed() == "the layer.rate"
+
+
+def test_an_attribute_of_many_is_compared_by_value_on_each():
+    many = [SimpleNamespace(factor=factor, other=None) for factor in (1.0, 2.0, 3.0)]
+    watch = Watch()
+    for i, one in enumerate(many):
+        watch.attribute_of_many(one, "factor", f"the factor of {i}")
+        watch.attribute_of_many(one, "other", f"the other of {i}")
+    many[1].factor = 2
+    assert watch.changed() == ""
+    many[1].factor = 5.0
+    assert watch.changed() == "the factor of 1"
+    many[1].factor = 2.0
+    del many[2].other
+    assert watch.changed() == "the other of 2"
