@@ -1,9 +1,9 @@
 """Finds out which arguments of a layer's call have the rows of the batch, and which all rows share.
 
-An axis as long as the batch need not be rows: a mask of T x T, weights of classes, a buffer. So roles are not read off
-lengths. `CallArguments.choices` lists what they may be, the likeliest first, and the layer is tried (see
-`fastdp.program.keras.rows.call_probe`). What is found is kept by `key` and `lengths`, which have no number of rows in
-them: a last batch or half a batch is known by the one before.
+An axis as long as the batch need not hold its rows: it may belong to a T x T mask, to class weights or to a buffer. So
+lengths alone do not decide the roles. `CallArguments.choices` lists the possible roles, the likeliest first, and the
+layer is tried with them (see `fastdp.program.keras.rows.call_probe`). Results are cached by `key` and `lengths`, which
+do not contain the number of rows, so a shorter last batch reuses the result of a full one.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import torch
 from fastdp.comm.batch import Batch
 from fastdp.program.keras.batch import make_batch, pack_like
 
-# For each tensor of a call, whether it is dealt out by rows.
+# For each tensor of a call, whether it is split by rows.
 Roles = tuple[bool, ...]
 
 _TENSORS = (torch.Tensor, np.ndarray, keras.Variable)
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, np.generic, torch.dtype, np.dtype)
-# What needs no walk through a tree.
+# Leaves: arguments of these types alone need no walk through a tree.
 _LEAVES = (*_TENSORS, *_PLAIN)
-# Among more arguments of one length than that, not all ways to deal them out are tried.
+# With more arguments of one length than this, only some of the ways to split them are tried.
 _EVERY_WAY = 4
 
 
@@ -35,13 +35,13 @@ class CallArguments:
     """One call of a layer.
 
     Args:
-        layer: called by `original(layer, *args, **kwargs)`.
+        layer: called as `original(layer, *args, **kwargs)`.
 
     Attributes:
         tensors: the tensors, arrays and variables anywhere in the arguments, as tensors.
-        key: what the call looks like, whatever its number of rows; equal for calls whose tensors have equal roles.
-        kept: objects in the arguments that `key` knows by their identity, so that no other one gets it.
-        symbolic: the call computes shapes, not numbers.
+        key: identifies the kind of call, regardless of its number of rows: calls with equal keys have equal roles.
+        kept: argument objects that `key` holds by id, kept alive so that no other object gets that id.
+        symbolic: whether the call computes shapes, not numbers.
     """
 
     def __init__(self, layer: Any, original: Callable[..., Any], args: Any, kwargs: Any) -> None:
@@ -70,23 +70,23 @@ class CallArguments:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it gives the layer its inputs, and nothing more but the mode."""
+        """Whether the call passes only the layer's inputs, and possibly `training`."""
         args, kwargs = self._nest
         return len(args) == 1 and not set(kwargs) - {"training"}
 
     @property
     def most_rows(self) -> int:
-        """The longest first axis of a tensor: with less than two there is nothing to deal out."""
+        """The longest first axis of a tensor; below two there is nothing to split."""
         return max((size for size in self._sizes if size is not None), default=0)
 
     @property
     def lengths(self) -> tuple[int | None, ...]:
-        """Which tensors are equally long, by numbers that do not depend on how long; None for those without rows."""
+        """Which tensors have equal lengths, as group numbers independent of the length; None for those without rows."""
         first = {size: number for number, size in reversed(list(enumerate(self._sizes))) if size is not None}
         return tuple(None if size is None or size == 1 else first[size] for size in self._sizes)
 
     def choices(self) -> Iterator[list[Roles]]:
-        """The roles that the tensors may have, the likeliest first: one list for each number of rows."""
+        """The possible roles of the tensors, the likeliest first: one list for each number of rows."""
         for size in dict.fromkeys(size for size in self._sizes if size is not None and size > 1):
             group = [i for i, other in enumerate(self._sizes) if other == size]
             counts = range(len(group), 0, -1) if len(group) <= _EVERY_WAY else (len(group), len(group) - 1, 1)
@@ -94,7 +94,7 @@ class CallArguments:
             yield [tuple(i in rows for i in range(len(self._sizes))) for rows in chosen]
 
     def unlike(self, roles: Roles) -> set[int]:
-        """The tensors that are the same for all rows for sure: they are long, and not as long as the rows."""
+        """The tensors that all rows certainly share: their length is neither 1 nor the number of rows."""
         rows = next(size for size, by_rows in zip(self._sizes, roles, strict=True) if by_rows)
         return {i for i, size in enumerate(self._sizes) if size is not None and size not in (1, rows)}
 
@@ -115,7 +115,7 @@ class CallArguments:
         return DealtCall(self, rows, masked, shared, tensors, batch)
 
     def run(self, values: dict[int, torch.Tensor], masks: dict[int, torch.Tensor]) -> Any:
-        """The call with other tensors and masks in the place of some."""
+        """Make the call with the given tensors and masks in place of its own."""
         leaves = list(self._leaves)
         for i, tensor in values.items():
             if i in masks:
@@ -125,7 +125,7 @@ class CallArguments:
         return self._original(self.layer, *args, **kwargs)
 
     def _packed(self, leaves: list[Any]) -> Any:
-        """Leaves as the arguments of the call."""
+        """Pack leaves into the arguments of the call."""
         args, kwargs = self._nest
         if not self._is_flat:
             return pack_like(self._nest, leaves)
@@ -137,8 +137,8 @@ class DealtCall:
     """A call whose tensors have roles.
 
     Attributes:
-        tensors: those with rows, then the masks of these.
-        batch: the same for the engine.
+        tensors: the tensors with rows, then their masks.
+        batch: the same tensors as a batch for the engine.
     """
 
     arguments: CallArguments
@@ -150,7 +150,7 @@ class DealtCall:
 
     @property
     def shared(self) -> list[torch.Tensor]:
-        """The tensors that all rows share, as far as a replica has to have its own: NumPy arrays stay what they are."""
+        """The tensors that all rows share and each replica needs a copy of. NumPy arrays are passed as they are."""
         return [self.arguments.tensors[i] for i in self._shared_tensors]
 
     @property
@@ -159,7 +159,7 @@ class DealtCall:
         return [i for i in self._shared if not isinstance(leaves[places[i]], np.ndarray)]
 
     def on_rows(self, rows: Sequence[torch.Tensor], shared: Sequence[torch.Tensor]) -> Any:
-        """The layer on these rows and their masks, and these shared tensors, on this thread."""
+        """Call the layer on this thread, on these rows, their masks and these shared tensors."""
         count = len(self._rows)
         values = dict(zip(self._rows, rows[:count], strict=True)) | dict(zip(self._shared_tensors, shared, strict=True))
         masks = dict(zip(self._masked, rows[count:], strict=True))
@@ -171,5 +171,5 @@ class DealtCall:
 
 
 def _size(tensor: torch.Tensor) -> int | None:
-    """Entries along the first axis; None where there is none to deal out."""
+    """Entries along the first axis; None where the tensor has none to split."""
     return tensor.shape[0] if tensor.ndim and tensor.layout == torch.strided and tensor.shape[0] else None

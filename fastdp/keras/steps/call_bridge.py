@@ -20,26 +20,26 @@ from fastdp.tensors.arrays import as_tensor
 
 
 class Calls(Protocol):
-    """Who makes calls on an engine (`fastdp.keras.steps.layer_calls.LayerCalls`)."""
+    """What the bridge needs of `fastdp.keras.steps.layer_calls.LayerCalls`."""
 
     engine: DataParallel[CallProgram]
     program: CallProgram
     cuts_outputs: bool
 
     def note_second_gradient(self) -> None:
-        """A gradient is computed so that it has one itself: on one device."""
+        """Note that a gradient which itself needs a gradient is computed on one device."""
 
 
 def on_devices(calls: Calls, effects: LayerEffects, call: DealtCall) -> Any:
-    """The layer on all devices; outputs are merged, and take part in autograd.
+    """Run the layer on all devices; its merged outputs take part in autograd.
 
     Args:
-        calls: whose engine runs them; whether it `cuts_outputs`, and refuses those that are computed from one another,
-            since there is no gradient between them; what it notes.
-        effects: what is known of such calls.
+        calls: owns the engine, and is notified of second gradients. Where it `cuts_outputs`, outputs computed from
+            one another are refused, since the gradient between them is unknown.
+        effects: what is known about calls of this kind.
 
     Raises:
-        NotByRowsError: before anything was assigned, where that is so.
+        NotByRowsError: the call cannot be split. Nothing was assigned yet.
     """
     layer = call.arguments.layer
     grad = torch.is_grad_enabled()
@@ -56,7 +56,7 @@ def on_devices(calls: Calls, effects: LayerEffects, call: DealtCall) -> Any:
     outputs, numbers = tensors[: step.outputs], tensors[step.outputs :]
     losses = len(numbers) - work.form.numbers
     layer._clear_losses()
-    # Each with the layer that added it: another call of that layer clears it, as in plain Keras.
+    # Each loss goes to the layer that added it: the layer's next call clears it, as in plain Keras.
     for loss, owner in zip(numbers[:losses], work.added_by, strict=True):
         keras.Layer.add_loss(layer if owner is None else owner, loss)  # a Functional model has no method of its own
     return work.form.pack(outputs, numbers[losses:], step.masked)
@@ -67,7 +67,7 @@ def _has_gradient(tensor: torch.Tensor) -> bool:
 
 
 class _Step:
-    """The two engine steps of one call: forward, and backward if it is asked for."""
+    """The engine steps of one call: forward, and backward where autograd requests it."""
 
     def __init__(self, calls: Calls, work: Forward, batch: Batch) -> None:
         self._calls, self._engine, self._program = calls, calls.engine, calls.program
@@ -77,20 +77,20 @@ class _Step:
         self.given: list[weakref.ref[torch.Tensor]] = []
 
     def forward(self) -> list[torch.Tensor]:
-        """The merged outputs, their masks, the sums of the `add_loss` terms, and outputs that are one number."""
+        """Run forward; the merged outputs, their masks, the sums of the `add_loss` terms, and single-number outputs."""
         result = self._engine.call(self._batch, partial(self._program.forward, self.work))
         notes = result.notes
         self._program.assign(result.sums, notes, result.every_note, self.work.effects)
         self.masked, self.outputs = notes.structure.masked, len(result.outputs)
         dtypes = [*notes.structure.dtypes, *["bool"] * (len(result.outputs) - len(notes.structure.dtypes))]
-        device = get_device()  # where plain Keras's would be
+        device = get_device()  # where plain Keras puts outputs
         merged = [as_tensor(array, dtype).to(device) for array, dtype in zip(result.outputs, dtypes, strict=True)]
         numbers = zip(result.sums[: notes.terms].tolist(), self.work.number_dtypes, strict=True)
         made = [torch.tensor(n if t.is_floating_point else round(n), dtype=t, device=device) for n, t in numbers]
         return [*merged, *made]
 
     def backward(self, gradients: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor | None]:
-        """The gradients of the row tensors, of the shared ones and of the weights."""
+        """Run backward; the gradients of the row tensors, of the shared tensors and of the weights."""
         self._check_chains()
         forward = self.work
         work = Backward(forward, gradients[: self.outputs], gradients[self.outputs :])
@@ -103,10 +103,12 @@ class _Step:
         return [*(next(rows) if wants else None for wants in forward.rows_want), *shared, *leaves]
 
     def _check_chains(self) -> None:
-        """No gradient is kept of an output from which another one was computed: only that of its direct uses is known.
+        """Check that no script observes the gradient of an output from which another output was computed.
+
+        Only the gradient of such an output's direct uses is known.
 
         Raises:
-            NotImplementedError: one is.
+            NotImplementedError: an output of this kind has a hook or retains its gradient.
         """
         for tensor in (ref() for ref in self.given):
             if tensor is not None and (tensor.retains_grad or tensor._backward_hooks):
@@ -119,7 +121,7 @@ class _Step:
     def gradients_with_graph(
         self, tensors: tuple[torch.Tensor, ...], gradients: tuple[torch.Tensor | None, ...]
     ) -> list[torch.Tensor | None]:
-        """The same, as something that can be differentiated again: computed on one device."""
+        """As `backward`, but differentiable again: computed on one device."""
         self._calls.note_second_gradient()
         work = self.work
         rows, others = len(work.rows_want), len(work.rows_want) + len(work.shared_want)
@@ -133,13 +135,15 @@ class _Step:
 
 
 class _Bridge(torch.autograd.Function):
-    """A call on all devices as one node of autograd's graph: row tensors, shared tensors and weights in, merged outputs
-    out."""
+    """A call on all devices as one node of autograd's graph.
+
+    Its inputs are row tensors, shared tensors and weights; its outputs are the merged ones.
+    """
 
     @staticmethod
     def forward(ctx: Any, step: _Step, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.step = step
-        ctx.save_for_backward(*tensors)  # a weight that is changed before the backward pass is an error, as in torch
+        ctx.save_for_backward(*tensors)  # so a weight changed before the backward pass is an error, as in torch
         ctx.set_materialize_grads(False)
         outputs = step.forward()
         ctx.mark_non_differentiable(*(t for t in outputs if not (t.is_floating_point() or t.is_complex())))

@@ -7,13 +7,13 @@ import torch
 
 
 def is_hooked(layer: keras.Layer) -> bool:
-    """Whether a script has put a hook of torch's on a layer."""
+    """Whether a script has put a torch hook on a layer."""
     own = vars(layer)
     return any(own.get(name) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"))
 
 
 def why_not_here() -> str | None:
-    """Why this thread's calls cannot be dealt out to others: what torch keeps for each thread alone."""
+    """Why other threads cannot run parts of this thread's calls (a torch mode set per thread); None if they can."""
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return "torch.autocast holds for this thread alone; use keras.config.set_dtype_policy('mixed_bfloat16') instead"
     if torch._C._functorch.peek_interpreter_stack() is not None:

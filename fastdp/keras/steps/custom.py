@@ -1,9 +1,9 @@
 """A model's own `train_step`, `test_step` and `predict_step`, with the calls of its layers on all devices.
 
 The step runs once per batch on the host thread, as its author wrote it, with the whole batch: losses, metrics,
-gradients (`loss.backward()`, `v.value.grad`, `torch.autograd.grad`) and optimizers, however many, see what one device
-would see. While it runs, the model's layers and sub-models, called from it, are run by the replicas on their rows
-(`fastdp.keras.steps.layer_calls`). A call that cannot be split runs on one device, as plain Keras runs it.
+gradients (`loss.backward()`, `v.value.grad`, `torch.autograd.grad`) and any number of optimizers see what one device
+would see. When it calls the model's layers and sub-models, the replicas run them on their rows
+(`fastdp.keras.steps.layer_calls`). A call that cannot be split runs on one device, as in plain Keras.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ OWN_STEPS = ("train_step", "test_step", "predict_step")
 
 
 def has_own(model: keras.Model, step: str) -> bool:
-    """Whether a model has a `train_step`, `test_step` or `predict_step` of its own: its class, or the object itself."""
+    """Whether a model's class, or the model itself, overrides a `train_step`, `test_step` or `predict_step`."""
     return step in vars(model) or getattr(type(model), step) is not getattr(TorchTrainer, step)
 
 
 def check_own_step(model: keras.Model) -> None:
-    """A model that trains by a step of its own has a layer that the step can call, and that has something to compute.
+    """Check that a model with its own `train_step` has a layer with weights that the step can call.
+
+    How the step uses its layers is known only after the first batch.
 
     Raises:
-        ValueError: it has none. (What the step does with its layers its first batch tells.)
+        ValueError: it has none.
     """
     callable_layers = [
         layer
@@ -52,7 +54,7 @@ def check_own_step(model: keras.Model) -> None:
 
 
 class _Thread(threading.local):
-    """What runs the calls of layers that this thread makes; None: Keras."""
+    """What runs this thread's calls of layers; None for Keras."""
 
     calls: LayerCalls | None = None
 
@@ -73,13 +75,13 @@ def layer_calls(calls: LayerCalls) -> Iterator[None]:
 
 
 def _aware(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`Layer.__call__`, which asks whether a custom step on this thread is the caller."""
+    """`Layer.__call__` that runs calls from a custom step on this thread on all devices."""
 
     def __call__(self: keras.Layer, *args: Any, **kwargs: Any) -> Any:
         calls = _thread.calls
         if calls is None or running() is not None or in_stateless_scope():
             return original(self, *args, **kwargs)
-        _thread.calls = None  # calls from inside this one are its own affair
+        _thread.calls = None  # calls nested in this one are part of it
         try:
             return calls.run(self, original, args, kwargs)
         finally:

@@ -20,9 +20,9 @@ from fastdp.program.keras.rows.effects import NotByRowsError, refusal
 from fastdp.program.keras.rows.known_layers import keeps_rows_apart
 from fastdp.warn import warn_user
 
-# Kinds of calls that are remembered: arguments that are new each time must not fill the memory.
+# Kinds of calls that are remembered: bounded, so that arguments that are new each time do not fill the memory.
 _KINDS = 256
-# How often roles that the values of a batch leave open are looked for again.
+# How often roles are searched for again when the values of a batch do not decide them.
 _TRIES = 3
 
 
@@ -37,7 +37,10 @@ class Count:
 
 @dataclass(slots=True)
 class Attempt:
-    """What came of a call: its outputs on all devices, or why it cannot be run there. `open`: the next one may be."""
+    """The result of a call: its outputs on all devices, or why it cannot run there.
+
+    `open` says that the next call of the kind may succeed.
+    """
 
     outputs: Any = None
     why_not: str | None = None
@@ -46,7 +49,10 @@ class Attempt:
 
 @dataclass(slots=True)
 class _Kind:
-    """What is known of one kind of calls. `open` says that the next one is tried again, as `tries` have been."""
+    """What is known about one kind of calls.
+
+    `open` says that the next call is tried again, and `tries` counts the calls tried so far.
+    """
 
     effects: LayerEffects | None = None
     roles: Roles = ()
@@ -60,11 +66,11 @@ class LayerCalls:
     """Runs the calls of a model's layers on an engine.
 
     Attributes:
-        counts: by the layer's name. Calls with a single row, and of layers without weights, do not count.
+        counts: by the layer's name, without calls with a single row and calls of layers without weights.
         postponed: whether a call ran on one device because its values left open whether it can be split.
     """
 
-    # Whether outputs that are computed from one another are refused: a gradient between them may be asked for.
+    # Whether outputs computed from one another are refused, since autograd may need the gradient between them.
     cuts_outputs = False
 
     def __init__(self, engine: DataParallel[CallProgram]) -> None:
@@ -86,17 +92,17 @@ class LayerCalls:
 
     @property
     def refused(self) -> dict[str, str]:
-        """The layers of which a call ran on one device, and why."""
+        """The layers with a call that ran on one device, and why."""
         return {name: count.why for name, count in self.counts.items() if count.one_device}
 
     @property
     def report(self) -> list[dict[str, Any]]:
-        """The counts, an entry for each layer in the order of their first calls."""
+        """The counts, one entry per layer in the order of their first calls."""
         return [{"layer": name, **asdict(count)} for name, count in self.counts.items()]
 
     def run(self, layer: Any, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """One call of a layer from a custom step: on all devices if that is possible, else as plain Keras."""
-        if not layer.built or not layer.weights:  # nothing to compute that would pay, and the host has its inputs
+        """Run one call of a layer from a custom step: on all devices if possible, else as plain Keras."""
+        if not layer.built or not layer.weights:  # too little to compute, and its inputs are on the host
             return original(layer, *args, **kwargs)
         call = CallArguments(layer, original, args, kwargs)
         if call.symbolic or call.most_rows < 2:
@@ -109,7 +115,7 @@ class LayerCalls:
         outputs = original(layer, *args, **kwargs)
         count.one_device, count.why = count.one_device + 1, attempt.why_not
         known = (layer.name, attempt.why_not)
-        if known not in self._said and not attempt.open:  # behind the call: what it fails with is told alone
+        if known not in self._said and not attempt.open:  # after the call, so that a call that fails does not warn too
             self._said.add(known)
             warn_user(
                 f"fastdp: calls of {layer.name!r} from the model's own step run on one device: {attempt.why_not}."
@@ -117,7 +123,7 @@ class LayerCalls:
         return outputs
 
     def attempt(self, call: CallArguments) -> Attempt:
-        """One call, on all devices if that is possible."""
+        """Try one call on all devices."""
         why_not = self.why_not(call.layer)
         if why_not is not None:
             return Attempt(why_not=why_not)
@@ -134,13 +140,13 @@ class LayerCalls:
             return Attempt(why_not=kind.why_not)
 
     def note_second_gradient(self) -> None:
-        """A gradient is computed so that it has one itself: on one device."""
+        """Do nothing: a step's second gradients on one device are not reported."""
 
     def why_not(self, layer: keras.Layer) -> str | None:
-        """Why no call of a layer can be split as things are; None where it can."""
+        """Why no call of a layer can be split at present; None where one can."""
         if id(layer) not in self._own:
             return "it is no layer of the model; assign it to an attribute of the model"
-        if id(layer) not in self._parts:  # another engine comes where a layer or a variable does
+        if id(layer) not in self._parts:  # never stale: a new layer or variable makes a new engine
             self._parts[id(layer)] = list(layer.variables), layer._flatten_layers()
         variables, parts = self._parts[id(layer)]
         if not self.program.knows(variables):
@@ -151,7 +157,7 @@ class LayerCalls:
         return why_not_here()
 
     def _kind(self, call: CallArguments) -> _Kind:
-        """What is known of such calls. Nothing in the key says how many rows there are."""
+        """What is known about calls of this kind. The key does not contain the number of rows."""
         key = call.key, call.lengths
         kind = self._kinds.get(key)
         if kind is None:
@@ -165,13 +171,13 @@ class LayerCalls:
         return kind
 
     def _look(self, call: CallArguments, kind: _Kind) -> None:
-        """Find out how the call can be dealt out, for the first of its numbers of rows that is possible."""
+        """Find out how the call can be split, for the first of its candidate numbers of rows that works."""
         kind.tries += 1
         first: _Kind | None = None
         for choice in call.choices():
             found = [one for roles in choice if (one := self._tried(call, roles, sole=len(choice) == 1)) is not None]
             passed = [one for one in found if one.why_not is None]
-            if len(passed) > 1:  # with another number of rows it was told
+            if len(passed) > 1:  # a call with another number of rows may have decided it
                 never = self._never_rows.get(call.key, set())
                 passed = [one for one in passed if not any(one.roles[i] for i in never)] or passed
             if len(passed) == 1:
@@ -184,7 +190,7 @@ class LayerCalls:
         kind.why_not, kind.open = (first.why_not, first.open) if first is not None else (_UNFIT_MASK, False)
 
     def _tried(self, call: CallArguments, roles: Roles, *, sole: bool) -> _Kind | None:
-        """A call with these roles, tried; None where they are out of the question."""
+        """Try the call with these roles; None where they are impossible."""
         dealt = call.dealt(roles)
         if dealt is None:
             return None
@@ -203,7 +209,7 @@ class LayerCalls:
 
     @staticmethod
     def _is_known(call: CallArguments) -> bool:
-        """Whether a trial could tell nothing: a model of layers that are known, called on its inputs."""
+        """Whether no trial is needed: a model made of known layers, called on its inputs."""
         return call.is_plain and isinstance(call.layer, keras.Model) and keeps_rows_apart(call.layer)
 
 

@@ -24,17 +24,17 @@ from fastdp.runtime.queue import QueueDevice
 
 
 class ModelEngine:
-    """The engine for steps of `template` with the compile settings of `trainer`, and for calls of it.
+    """The engine for steps and calls of `template`, with the compile settings of `trainer`.
 
     Args:
-        template: a built Keras model, or any Keras layer that is a trainer too.
-        trainer: whose loss, metrics and optimizer apply: a parallel model, or the template.
+        template: a built Keras model, or any Keras layer that is also a trainer.
+        trainer: supplies loss, metrics and optimizer: a parallel model, or the template.
         devices: where the replicas run.
-        options: what was chosen for the model.
-        template_state: a context manager factory that lends the template the trainer's settings; None where they
-            are one model.
+        options: the options chosen for the model.
+        template_state: a context manager factory that lends the template the trainer's settings; None where both
+            are the same model.
         device_groups: all devices of each replica, where replicas span several; `devices` has the first of each.
-        falls_back: the caller runs plain Keras where the model cannot be split.
+        falls_back: whether the caller runs plain Keras where the model cannot be split.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class ModelEngine:
 
     @property
     def engine(self) -> DataParallel[CallProgram]:
-        """The engine, made for the model as it is compiled now: asked for where Keras's loops begin to train."""
+        """The engine for the model as it is compiled now, with its optimizer built: for Keras's training loops."""
         trainer = self.trainer
         if trainer.compiled and trainer.optimizer is not None and not trainer.optimizer.built:
             trainer.optimizer.build(self.template.trainable_variables)
@@ -75,7 +75,7 @@ class ModelEngine:
 
     @property
     def engine_of_model(self) -> DataParallel[CallProgram]:
-        """The engine for the model as it is now. An optimizer without variables as yet is left to who trains first."""
+        """The engine for the model as it is now. An optimizer that is not built yet is left so."""
         if self._engine is None or not self.is_unchanged() or self._stale(self._engine.program):
             self.forget_engine()
             self._engine = self._made()
@@ -87,8 +87,8 @@ class ModelEngine:
         return self._engine
 
     def _made(self) -> DataParallel[CallProgram]:
-        """An engine."""
-        with torch.inference_mode(False):  # memory that is made in that mode takes no part in autograd ever
+        """Make an engine."""
+        with torch.inference_mode(False):  # tensors made in inference mode can never take part in autograd
             program = CallProgram(
                 self.template,
                 self.trainer,
@@ -110,49 +110,49 @@ class ModelEngine:
 
     @property
     def engine_within_loop(self) -> DataParallel[CallProgram]:
-        """The engine for the next batch: another where a callback has frozen weights, or changed the optimizer, since.
+        """The engine for the next batch: a new one if a callback froze weights or changed the optimizer.
 
-        Asked for at each batch, so it compares flags, and not the lists of variables that Keras would make of them.
+        It runs for each batch, so it compares flags rather than the lists of variables that Keras derives from them.
         """
         optimizer = self.trainer.optimizer if self.trainer.compiled else None
         return self._engine if self._engine is not None and self._is_for(optimizer) else self.engine
 
     @property
     def engine_for_calls(self) -> DataParallel[CallProgram]:
-        """The engine for a call that trains nothing by itself: as in a loop, but the optimizer is left as it is."""
+        """The engine for a call that does not train: as within a loop, but the optimizer is not built."""
         if self._engine is not None and self._is_for(optimizer_of(self.trainer)):
             return self._engine
         return self.engine_of_model
 
     def _is_for(self, optimizer: keras.optimizers.Optimizer | None) -> bool:
-        """Whether the engine was made for this optimizer, and for what is trained now."""
+        """Whether the engine was made for this optimizer and for the variables that are trained now."""
         program = self._engine.program if self._engine is not None else None
         if program is None or program.optimizer is not optimizer or self._trainability(program) != self._trains:
             return False
         return self.is_unchanged()
 
     def is_unchanged(self) -> bool:
-        """Whether the template has the layers and variables that the engine was made for: none were built since."""
+        """Whether the template has the layers and variables that the engine was made for, and none built since."""
         return self._engine is not None and self._count_parts() == self._parts
 
     def _count_parts(self) -> int:
-        """A number that grows with each layer and each variable that the template gets."""
+        """A number that grows with each layer and variable added to the template."""
         return sum(
             len(layer._layers) + len(layer._trainable_variables) + len(layer._non_trainable_variables)
             for layer in self._layers
         )
 
     def _trainability(self, program: CallProgram) -> list[bool]:
-        """The flags from which Keras tells the variables that are trained."""
+        """The flags from which Keras derives which variables are trained."""
         return [self.template.trainable, *[variable._trainable for variable in program.variables]]
 
     @property
     def made_engine(self) -> DataParallel[CallProgram] | None:
-        """The engine, if there is one by now."""
+        """The engine, or None if none was made yet."""
         return self._engine
 
     def forget_engine(self) -> None:
-        """The model was compiled anew: the next step makes another engine, and what this one compiles is ended."""
+        """Drop the engine and stop its compilations. The next step makes a new engine."""
         captures = self.captures
         if captures is not None:
             captures.close()
@@ -160,21 +160,21 @@ class ModelEngine:
         self._engine = None
 
     def settle(self) -> None:
-        """Let the optimizer's own accumulators have the gradients of a cycle that is not over."""
+        """Hand the gradients of an unfinished accumulation cycle to the optimizer's own accumulators."""
         if self._engine is not None:
             self._engine.program.accumulation.settle()
 
     def capture_by(self, mode: str | None) -> None:
-        """Let the next engine capture steps by another mode."""
+        """Set the mode in which the next engine captures steps."""
         self._capture_mode = mode
 
     @property
     def captures(self) -> Captures[StepSums] | None:
-        """The captured steps of the present engine."""
+        """The captured steps of the current engine."""
         return self._engine.program.captures if self._engine is not None else None
 
     def _stale(self, program: CallProgram) -> bool:
-        """Whether the program was made for other variables than those that are trained now."""
+        """Whether the program was made for another optimizer or other variables than those trained now."""
         trainable = program.trainable if program.follows_trainable else self.template.trainable_variables
         optimizer = optimizer_of(self.trainer)
         slots = optimizer.variables if optimizer is not None else []

@@ -1,8 +1,8 @@
 """Runs the calls of a whole model from a script's own training loop on all devices, with gradients.
 
-`y = model(x)` gives the merged outputs as one node of autograd's graph: `loss.backward()` deals out their gradient by
-rows, and the weights' `.grad` get the sum over the devices, which is one device's gradient. What happens in between
-(losses, penalties, optimizers of Keras's or of torch's) is the script's own, on the host, with the whole batch.
+`y = model(x)` returns the merged outputs as one node of autograd's graph. `loss.backward()` splits their gradient by
+rows, and the weights' `.grad` get the sum over the devices, which equals one device's gradient. Everything in between
+(losses, penalties, Keras or torch optimizers) is the script's own code, on the host, with the whole batch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ModelCalls(LayerCalls):
         self._one_at_a_time = threading.RLock()
 
     def run(self, layer: Any, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """One call of the model: on all devices if that is possible, else as plain Keras, which is said once."""
+        """Run one call of the model: on all devices if possible, else as plain Keras, with one warning."""
         with inside_step():
             call = CallArguments(layer, original, args, _with_context(layer, kwargs))
             reason = why_not_call(call)
@@ -60,16 +60,16 @@ class ModelCalls(LayerCalls):
             return original(layer, *args, **kwargs)
 
     def note_second_gradient(self) -> None:
-        """Say once that it is computed on one device."""
+        """Warn once that gradients of gradients are computed on one device."""
         say_once(self.program.model, "gradients of its gradients are asked for (create_graph=True)", "gradients")
 
     def attempt(self, call: CallArguments) -> Attempt:
-        """As for layers; weights may have been written where nobody can tell."""
+        """As for layers, but assume that the script may have written to the weights, which nothing reports."""
         self.program.doubt()
         return super().attempt(call)
 
     def _builds(self, call: CallArguments) -> bool:
-        """Whether a call may build layers that no call has built: the first of its kind is plain then."""
+        """Whether a call may build layers that are not built yet, so that the first call of its kind must be plain."""
         if not self._unbuilt or call.key in self._begun:
             return False
         self._begun.add(call.key)
@@ -77,7 +77,7 @@ class ModelCalls(LayerCalls):
 
 
 def why_not_call(call: CallArguments) -> str | None:
-    """Why the arguments of a call cannot be dealt out by rows; None where they can, or are a single row."""
+    """Why the arguments of a call cannot be split by rows; None where they can, or are a single row."""
     if not call.tensors:
         return "it was called with no tensors or arrays"
     if call.most_rows:
@@ -88,7 +88,7 @@ def why_not_call(call: CallArguments) -> str | None:
 
 
 def say_once(model: keras.Model, reason: str, what: str = "calls") -> None:
-    """Say once per model and reason that its calls run on one device."""
+    """Warn once per model and reason that its calls run on one device."""
     said = model.__dict__.setdefault("_fastdp_said", set())
     if (what, reason) not in said:
         said.add((what, reason))
@@ -96,14 +96,14 @@ def say_once(model: keras.Model, reason: str, what: str = "calls") -> None:
 
 
 def calls_model(args: Any, kwargs: Any) -> bool:
-    """Whether a call computes numbers: it is neither symbolic, nor a part of a step."""
+    """Whether a call computes numbers, being neither symbolic nor part of a step."""
     if within_step() or keras.src.backend.in_stateless_scope() or torch.compiler.is_compiling():
         return False
     return not any(isinstance(leaf, keras.KerasTensor) for leaf in keras.tree.flatten((args, kwargs)))
 
 
 def is_own_call(args: Any, kwargs: Any) -> bool:
-    """Whether a script itself calls a model on a batch of two rows or more that devices could share."""
+    """Whether a script itself calls a model on a batch of two rows or more, which devices could split."""
     if global_state.get_global_attribute("current_call_ctx") is not None or not calls_model(args, kwargs):
         return False
     leaves = keras.tree.flatten((args, kwargs))
@@ -111,7 +111,7 @@ def is_own_call(args: Any, kwargs: Any) -> bool:
 
 
 def is_plain_call(args: Any, kwargs: Any) -> bool:
-    """Whether a call gives the model its inputs and nothing else: no masks, no training mode, no arguments more."""
+    """Whether a call passes only the model's inputs: no masks, no training mode, no further arguments."""
     if len(args) != 1 or any(value is not None and value is not False for value in kwargs.values()):
         return False
     return not set(kwargs) - {"training", "mask"} and not any(
@@ -129,7 +129,7 @@ def wants_gradient(model: Any, args: Any, kwargs: Any) -> bool:
 
 
 def _with_context(layer: keras.Layer, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A call's keyword arguments, with `training` of the layer that makes it: workers know of no such layer."""
+    """A call's keyword arguments, with `training` taken from the calling layer, which workers do not see."""
     context = global_state.get_global_attribute("current_call_ctx")
     training = getattr(context, "training", None)
     if training is None or kwargs.get("training") is not None or not layer._call_has_training_arg:
@@ -137,12 +137,12 @@ def _with_context(layer: keras.Layer, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "training": training}
 
 
-# Steps, whose calls of models are their own affair.
+# Steps: their calls of models are part of them, and are not split here.
 
 
 @contextmanager
 def inside_step() -> Iterator[None]:
-    """Calls from this thread are a step's own: they are not dealt out."""
+    """Mark this thread's calls as part of a step, so that they are not split."""
     before = within_step()
     _thread.inside = True
     try:

@@ -18,7 +18,7 @@ from fastdp.patching import Patch
 
 
 class _Thread(threading.local):
-    """The rollback that copies what this thread's optimizers hold."""
+    """The rollback that copies the state of this thread's optimizers; None outside `watching`."""
 
     rollback: StepRollback | None = None
 
@@ -30,10 +30,10 @@ class StepRollback:
     """Copies of the variables of a model and of its optimizers, in host memory, taken before a step.
 
     Args:
-        owners: the model whose step it is, and the one with the compile settings: their weights, statistics, seeds and
-            metrics, and the optimizers among their attributes.
+        owners: the model whose step runs, and the model with the compile settings. Copied are their weights,
+            statistics, seeds and metrics, and the optimizers among their attributes.
 
-    Optimizers that are found nowhere but in the step's code are copied by `watching`, before they first act.
+    Optimizers that only the step's code refers to are copied by `watching`, before they first act.
     """
 
     def __init__(self, owners: Sequence[keras.Model]) -> None:
@@ -49,7 +49,7 @@ class StepRollback:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """While the step runs on this thread, copy what its optimizers hold before they first act."""
+        """While the step runs on this thread, copy each optimizer's state before the optimizer first acts."""
         outer, thread = _thread.rollback, threading.get_ident()
 
         def keep_torch(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -67,7 +67,7 @@ class StepRollback:
             hook.remove()
 
     def restore(self) -> None:
-        """Give everything the values of before. Metrics that the step has made begin anew."""
+        """Restore all copied values. Metrics that the step created are reset."""
         with torch.no_grad():
             for variable, value, gradient in self._values.values():
                 variable._value.copy_(value)
@@ -88,7 +88,7 @@ class StepRollback:
 
 
 def _keeping(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`apply` of Keras's optimizers; on a thread that is watched the optimizer's variables are copied first."""
+    """`apply` of Keras's optimizers that copies the optimizer's variables first on a watched thread."""
 
     def apply(optimizer: BaseOptimizer, grads: Any, trainable_variables: Any = None) -> Any:
         before = _thread.rollback
@@ -106,7 +106,7 @@ _patch = Patch((owner, "apply", _keeping) for owner in (BaseOptimizer, keras.opt
 
 
 def _optimizers(values: dict[str, Any]) -> list[BaseOptimizer]:
-    """The Keras optimizers among these attributes, and in their lists and dicts."""
+    """The Keras optimizers among these attributes and in the lists and dicts among them."""
     found = []
     for value in values.values():
         inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]

@@ -35,7 +35,7 @@ from fastdp.warn import warn_user
 
 
 def _deterministic_if_asked(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of `Steps` that uses torch's deterministic algorithms, where that is asked for."""
+    """Make a method of `Steps` use torch's deterministic algorithms where the options request it."""
 
     @functools.wraps(step)
     def run(self: Steps, engine: DataParallel[CallProgram], data: Any) -> Any:
@@ -48,56 +48,56 @@ def _deterministic_if_asked(step: Callable[..., Any]) -> Callable[..., Any]:
 class Steps(ModelEngine):
     """Steps of a model. Arguments as in `ModelEngine`.
 
-    A step of the template's own in which nothing could be split is a warning where the caller falls back to plain
-    Keras, and an error elsewhere.
+    If nothing in a template's own step could be split, that is a warning where the caller falls back to plain Keras,
+    and an error elsewhere.
     """
 
     _model_calls: ModelCalls | None = None
     _told_of_values = False
     _checked: tuple[Any, Batch] | None = None
-    # The batches of the present `fit`, where the next one is fetched while a step runs.
+    # The prefetched batches of the current `fit`; None where batches are not fetched ahead.
     ahead: Prefetch | None = None
 
     def follow(self, epochs: Any) -> None:
-        """Fetch the batches of this `fit` ahead; a template's own `train_step` takes them one by one."""
+        """Prefetch the batches of this `fit`, unless the template's own `train_step` takes them one by one."""
         if not has_own(self.template, "train_step"):
             self.ahead = Prefetch(epochs)
 
     def end_following(self) -> None:
-        """`fit` is over."""
+        """Stop prefetching at the end of `fit`."""
         ahead, self.ahead = self.ahead, None
         if ahead is not None:
             ahead.end(self._engine)
 
     def check_batch(self, data: Any) -> None:
-        """A batch that the next step gets has arrays with the same number of rows.
+        """Check that the arrays of the next step's batch have the same number of rows.
 
         Raises:
-            ValueError: as of `make_batch`.
+            ValueError: as from `make_batch`.
         """
         self._checked = data, make_batch(unpack(data))
 
     def _batch(self, data: Any, ahead: Prefetch | None = None) -> Batch:
-        """A batch as the engine takes it: the one that was checked, or fetched ahead, if it is that."""
+        """The data as a batch for the engine. Reuses the batch that was checked or prefetched for the same data."""
         checked, self._checked = self._checked, None
         if checked is not None and checked[0] is data:
             return checked[1]
         return make_batch(unpack(data)) if ahead is None else ahead.batch_of(data)
 
     def _check_variables(self) -> None:
-        """The optimizer was built for all that is trained: what was thawed since is Keras's error, once asked for."""
+        """Let Keras check, once per engine, that the optimizer was built for all variables that are trained now."""
         if not self._variables_known:
             self.trainer.optimizer._check_variables_are_known(self.template.trainable_variables)
             self._variables_known = True
 
     @property
     def calls_report(self) -> list[dict[str, Any]]:
-        """Of the steps of the template's own: how many calls of each layer were split."""
+        """How many calls of each layer were split in the template's own steps."""
         return self._calls.report if self._calls is not None else []
 
     @_deterministic_if_asked
     def train(self, engine: DataParallel[CallProgram], data: Any) -> Any:
-        """One training step; the logs."""
+        """Run one training step; returns the logs."""
         if has_own(self.template, "train_step"):
             return self._own_step("train_step", data)
         ahead = self.ahead
@@ -112,12 +112,12 @@ class Steps(ModelEngine):
             program.captures.prepare(batch, wants_outputs)
         began = time.perf_counter()
         reduce = program.accumulation.reduces(engine)
-        # What draws while batches are made must come after the step's own draws.
+        # Code that draws random numbers while it makes batches must run after the step's own draws.
         meanwhile = None if ahead is None or program.draws.moves else lambda: ahead.advance(engine)
         with _cause_of_row_errors():
             try:
                 result = engine.train(batch, wants_outputs=wants_outputs, reduce=reduce, while_running=meanwhile)
-            except ReplicaError as error:  # before anything was changed
+            except ReplicaError as error:  # nothing was changed yet
                 _check_is_undecided(error)
                 program.inspect(batch, every_row=True)
                 result = engine.train(batch, wants_outputs=wants_outputs, reduce=reduce)
@@ -128,14 +128,14 @@ class Steps(ModelEngine):
         self._track_loss(result)
         self._leave_losses(result.sums[1 + result.notes.terms - result.notes.added : 1 + result.notes.terms])
         x = y = sample_weight = y_pred = None
-        if result.notes.structure is not None:  # otherwise nobody looks
+        if result.notes.structure is not None:  # otherwise nothing reads the outputs
             x, y, sample_weight = batch.structure.pack(batch.arrays, inputs=self._has_own_metrics())
             y_pred = result.notes.structure.pack(result.outputs)
         return self.trainer.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
 
     @_deterministic_if_asked
     def test(self, engine: DataParallel[CallProgram], data: Any) -> Any:
-        """One test step; the logs."""
+        """Run one test step; returns the logs."""
         if has_own(self.template, "test_step"):
             return self._own_step("test_step", data)
         batch = self._batch(data)
@@ -150,32 +150,32 @@ class Steps(ModelEngine):
         return self.trainer.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
 
     def _loss_of_rows(self, data: tuple[Any, ...], start: int, stop: int) -> None:
-        """The loss of some rows, which counts nowhere."""
+        """Compute the loss of some rows without any effect on state."""
         x, y, y_pred, weights = keras.tree.map_structure(partial(rows_of, start=start, stop=stop), data)
         with keras.StatelessScope():
             self.trainer._compute_loss(x, y, y_pred, own_copy(weights), training=False)
 
     @_deterministic_if_asked
     def predict(self, engine: DataParallel[CallProgram], data: Any) -> Any:
-        """One prediction step; the merged outputs of one batch."""
+        """Run one prediction step; returns the merged outputs of one batch."""
         if has_own(self.template, "predict_step"):
             return self._own_step("predict_step", data)
         return self.outputs(engine, data)
 
     @_deterministic_if_asked
     def outputs(self, engine: DataParallel[CallProgram], data: Any) -> Any:
-        """The merged outputs of the model itself for one batch."""
+        """The merged outputs of the model for one batch, ignoring a `predict_step` of its own."""
         x, _, _ = unpack(data)
         return self._forward(engine, make_batch((x, None, None)))[0]
 
     def merged_outputs(self, inputs: Any) -> Any:
-        """The model's outputs for a call by the script itself that needs no gradient."""
+        """The model's outputs for a call from the script that needs no gradient."""
         engine = self.engine_for_calls
         engine.program.doubt()
         return self.outputs(engine, (inputs, None, None))
 
     def call(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """One call of the model by the script itself: merged outputs, with a gradient where plain Keras has one."""
+        """Run one call of the model from the script. The merged outputs have a gradient where plain Keras's do."""
         reason = why_not_here()
         if reason is not None:
             say_once(self.template, reason)
@@ -187,11 +187,11 @@ class Steps(ModelEngine):
         return self._model_calls.run(self.template, original, args, kwargs)
 
     def _own_step(self, name: str, data: Any) -> Any:
-        """A step that the template has of its own, with the calls of its layers on all devices.
+        """Run a step that the template overrides, with the calls of its layers on all devices.
 
         Raises:
-            ValueError: no call of a layer could be split, and the caller does not fall back to plain Keras. What the
-                step has changed is taken back.
+            ValueError: no call of a layer could be split, and the caller does not fall back to plain Keras. The step's
+                changes are rolled back.
         """
         calls = self._calls
         assert calls is not None, "a template with a step of its own has a CallProgram"
@@ -216,7 +216,7 @@ class Steps(ModelEngine):
         return logs
 
     def _values(self, name: str, data: Any) -> Any:
-        """A batch of a data set on the devices as tensors in host memory, since such a step works there."""
+        """The data with device-resident arrays as tensors in host memory, where a model's own step works."""
         if not any(isinstance(leaf, ResidentArray) for leaf in keras.tree.flatten(data)):
             return data
         if not self._told_of_values:
@@ -228,7 +228,7 @@ class Steps(ModelEngine):
         return keras.tree.map_structure(lambda leaf: as_tensor(leaf) if isinstance(leaf, ResidentArray) else leaf, data)
 
     def _not_split(self, name: str, calls: LayerCalls) -> None:
-        """Say that a step has run on one device: a warning where the caller falls back to plain Keras, or an error."""
+        """Report that a step ran on one device: a warning where the caller falls back to plain Keras, else an error."""
         why = "; ".join(f"{layer}: {reason}" for layer, reason in calls.refused.items())
         message = (
             f"{name}() of the model {self.template.name!r} calls no layer of the model that can be split over devices"
@@ -243,14 +243,14 @@ class Steps(ModelEngine):
         warn_user(f"fastdp: {message}, so it ran on one device. Let it call the model's layers on batches.")
 
     def _forward(self, engine: DataParallel[CallProgram], batch: Batch) -> tuple[Any, StepResult]:
-        """Run the replicas forward; the merged outputs, the engine's result."""
+        """Run the replicas forward; returns the merged outputs and the engine's result."""
         program = engine.program
         program.inspect(batch, training=False)
         with _cause_of_row_errors():
             try:
                 result = engine.predict(batch)
                 program.assign(result.sums, result.notes, result.every_note)
-            except (ReplicaError, UndecidedError) as error:  # before anything was changed
+            except (ReplicaError, UndecidedError) as error:  # nothing was changed yet
                 _check_is_undecided(error)
                 program.inspect(batch, training=False, every_row=True)
                 result = engine.predict(batch)
@@ -259,7 +259,7 @@ class Steps(ModelEngine):
         return result.notes.structure.pack(result.outputs), result
 
     def _track_loss(self, result: StepResult) -> None:
-        """Update Keras's trackers of the loss and of its terms, as one device would."""
+        """Update Keras's trackers of the loss and its terms as one device would."""
         loss, *terms = result.sums[: 1 + result.notes.terms].tolist()
         _add_to_mean(self.trainer._loss_tracker, loss, result.rows)
         compiled = self.trainer._compile_loss
@@ -267,27 +267,27 @@ class Steps(ModelEngine):
             _add_to_mean(metric, term, result.rows)
 
     def _leave_losses(self, values: np.ndarray) -> None:
-        """Let `model.losses` have the `add_loss` terms of this step, as plain Keras leaves them to callbacks."""
+        """Put the `add_loss` terms of this step into `model.losses`, where callbacks find them in plain Keras too."""
         if values.size:
             self.template._clear_losses()
             for value in values.tolist():
                 keras.Layer.add_loss(self.template, keras.ops.convert_to_tensor(value))
 
     def _wants_outputs(self) -> bool:
-        """Whether a training step's outputs are looked at: by metrics."""
+        """Whether metrics read a training step's outputs."""
         return self._has_own_metrics() or self.trainer._compile_metrics is not None
 
     def _has_own_metrics(self) -> bool:
-        """Whether the template has a `compute_metrics` of its own, which may look at `x`."""
+        """Whether the template overrides `compute_metrics`, which may then read `x`."""
         return type(self.template).compute_metrics is not keras.Model.compute_metrics
 
     def _has_own_loss(self) -> bool:
-        """Whether the template has a `compute_loss` of its own, likewise."""
+        """Whether the template overrides `compute_loss`, which may then read `x`."""
         return type(self.template).compute_loss is not keras.Model.compute_loss
 
 
 def _add_to_mean(metric: keras.metrics.Metric, value: float, rows: int) -> None:
-    """`metric.update_state(value, sample_weight=rows)`, for Keras's own mean of float32 without the calls around it."""
+    """`metric.update_state(value, sample_weight=rows)`; Keras's own float32 mean is updated without its overhead."""
     if type(metric) is not keras.metrics.Mean or metric.dtype != "float32":
         metric.update_state(value, sample_weight=rows)
         return
@@ -297,14 +297,14 @@ def _add_to_mean(metric: keras.metrics.Metric, value: float, rows: int) -> None:
 
 
 def _check_is_undecided(error: BaseException) -> None:
-    """Go on only where a step has shown what the rows that were tried had not."""
+    """Re-raise an error unless it says that the rows tried before the step did not decide how to merge."""
     if not isinstance(error, UndecidedError) and not isinstance(error.__cause__, UndecidedError):
         raise error
 
 
 @contextmanager
 def _cause_of_row_errors() -> Iterator[None]:
-    """Of a model that cannot be computed by rows that is the error, not one of a replica."""
+    """Raise a replica's `NotByRowsError` itself instead of the `ReplicaError` around it."""
     try:
         yield
     except ReplicaError as error:
@@ -320,7 +320,7 @@ def _has_rows(data: Any) -> bool:
 
 @contextmanager
 def _losses_of_step(template: keras.Model, losses: list[Any]) -> Iterator[None]:
-    """Let `template.losses` be these, also for a `compute_loss` of its own."""
+    """Make `template.losses` these values, also for a `compute_loss` of its own."""
     template._losses_override[:] = losses
     try:
         yield
