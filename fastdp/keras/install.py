@@ -1,11 +1,11 @@
 """`fastdp.install`: runs unmodified Keras scripts on all devices.
 
-A call of a whole model from the script's own code runs on all devices too (`fastdp.keras.steps.own_loops`).
-
-Keras's `fit`, `evaluate`, `predict` and their `_on_batch` forms ask the model for a function that runs one batch.
-`install` makes Keras's trainer answer with one that runs it on all devices. The loops, callbacks, data adapters,
+Keras's `fit`, `evaluate`, `predict` and their `_on_batch` forms get a function from the model that runs one batch.
+`install` patches Keras's trainer to return one that runs the batch on all devices. The loops, callbacks, data adapters,
 metrics and files stay those of the user's own model. Where a model or a batch cannot be split, Keras's own function
 runs, and one warning says why.
+
+A call of a whole model from the script's own code runs on all devices too (`fastdp.keras.steps.own_loops`).
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from fastdp.warn import warn_user
 
 _KINDS = ("train", "test", "predict")
 NOT_BUILT = "it is not built: it makes its variables when it is called"
-_STEPS = "_fastdp_steps"  # in a model's __dict__: so it lives as long as the model, and Keras does not track it
+_STEPS = "_fastdp_steps"  # kept in a model's __dict__: it lives as long as the model, and Keras does not track it
 
 
 @dataclass(slots=True)
 class _Installed:
-    """What `install` was asked for, and the models that run so since."""
+    """The devices and options given to `install`, and the models that have run with them."""
 
     devices: list[QueueDevice]
     options: Options
@@ -65,22 +65,23 @@ def install(
 ) -> None:
     """Run every Keras model of this process on several devices, from the next `fit`, `evaluate`, `predict` or call on.
 
-    A call is one that the script makes itself, of a whole model (`model(x, training=True)`), on two rows or more: its
-    outputs have the gradient of one device. Nothing of a script changes: callbacks see the user's own model, and files
-    are plain Keras files. A model or a batch that cannot be split runs on one device, as plain Keras runs it, and one
-    warning says why. A second call replaces the first.
+    A call is one from the script's own code of a whole model (`model(x, training=True)`) on two rows or more. Its
+    outputs have the gradient of one device. The script does not change: callbacks see the user's own model, and files
+    are plain Keras files. A model or a batch that cannot be split runs on one device, as in plain Keras, and one
+    warning says why. A second `install` replaces the first.
 
     Args:
-        gpus: how many devices, a list of their ordinals, or None for all.
-        sync_batch_norm: BatchNormalization by the global batch, as plain Keras does; False: by each device's rows.
-        rows: layers that mix the rows of a batch: "merge" runs them on the whole batch on each device, which gives
-            plain Keras's numbers, and plain Keras runs a model whose own `call` mixes; "replica" lets each device go by
-            its own rows. None: plain Keras runs every model that mixes rows, but for those whose outputs need merging.
+        gpus: the number of devices, a list of their ordinals, or None for all.
+        sync_batch_norm: whether BatchNormalization uses the global batch, as in plain Keras; False: each device's rows.
+        rows: how to treat layers that mix the rows of a batch. "merge" runs such layers on the whole batch on each
+            device, which gives plain Keras's numbers; a model whose own `call` mixes rows runs in plain Keras.
+            "replica" lets each device use only its own rows. None: models that mix rows run in plain Keras, except
+            where merging their outputs is enough.
         compile, graph, deterministic: as in `fastdp.wrap`.
-        options: `update`, `timeout` and `check_replicas`, likewise.
+        options: `update`, `timeout` and `check_replicas`, as in `fastdp.wrap`.
 
     Raises:
-        ValueError: anything wrong with `gpus`; an unknown `compile`, `graph`, `rows` or `update`.
+        ValueError: invalid `gpus`, or an unknown `compile`, `graph`, `rows` or `update`.
         TypeError: an unknown option.
         RuntimeError: Keras runs on another backend than torch.
 
@@ -108,7 +109,7 @@ def install(
 
 
 def uninstall() -> None:
-    """Undo `install`: models run as plain Keras runs them. Nothing happens where nothing is installed."""
+    """Undo `install`: models run as in plain Keras. Does nothing if nothing is installed."""
     while _installed:
         installed = _installed.pop()
         _patch.leave()
@@ -120,7 +121,7 @@ def uninstall() -> None:
 
 
 def _maker(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    """A trainer's `make_..._function` that gives a parallel function while fastdp is installed."""
+    """A trainer's `make_..._function` that returns a parallel function while fastdp is installed."""
     name = f"{kind}_function"
 
     def make_function(self: keras.Model, force: bool = False) -> Any:
@@ -131,7 +132,7 @@ def _maker(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
         if present is not None and not force and not _made_by_keras(present):
             if isinstance(present, _ParallelFunction):
                 present.look_again()
-            return present  # or the script's own
+            return present  # a parallel function, or the script's own
         setattr(self, name, None)
         original(self, force=force)
         parallel = _ParallelFunction(kind, weakref.ref(self), getattr(self, name), installed)
@@ -142,18 +143,20 @@ def _maker(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _made_by_keras(function: Callable[..., Any]) -> bool:
-    """Whether a step function is one that Keras made, before fastdp was installed."""
+    """Whether Keras made a step function before fastdp was installed."""
     return getattr(function, "__qualname__", "").startswith("TorchTrainer.make_")
 
 
 class _ParallelFunction:
-    """What Keras's loops call with a list of one batch: a step on all devices, or Keras's own where that cannot be.
+    """The step function for Keras's loops: runs a batch on all devices, or Keras's own step where that is impossible.
+
+    The loops call it with a list of one batch.
 
     Args:
         kind: "train", "test" or "predict".
-        model: the user's model, weakly: the model holds this function.
+        model: a weak reference to the user's model, since the model holds this function.
         plain: Keras's own function.
-        installed: devices and options.
+        installed: the devices and options.
     """
 
     def __init__(
@@ -164,29 +167,29 @@ class _ParallelFunction:
         self._refused: str | None = None
 
     def look_again(self) -> None:
-        """The model may have changed: check it before the next step."""
+        """Check the model again before the next step, since it may have changed."""
         self._model_fits = False
         self._refused = None
 
     def __call__(self, data: Any) -> Any:
-        """Run one step, whose calls of models are its own affair."""
+        """Run one step; calls of models inside it are part of it."""
         with inside_step():
             return self._step(self._model(), data)
 
     def _step(self, model: keras.Model, data: Any) -> Any:
-        """One step, on all devices or plain."""
+        """Run one step on all devices, or as plain Keras."""
         reason = self._refused if self._model_fits else _why_not(model)
         self._model_fits = reason is None or reason is self._refused
         if reason is None and not has_own(model, f"{self._kind}_step"):
             if _is_first(model, self._kind) and unbuilt_layers(model):
-                return self._plain(data)  # it builds what such steps call
+                return self._plain(data)  # builds the layers that these steps call
             reason = _why_not_split(data[0])
         if reason is None:
             steps = _steps_of(model, self._installed)
             try:
                 engine = steps.engine if self._kind == "train" else steps.engine_of_model
                 return getattr(steps, self._kind)(engine, data[0])
-            except (NotByRowsError, ReplicaError) as error:  # before weights or anything else changed
+            except (NotByRowsError, ReplicaError) as error:  # weights and everything else are unchanged
                 reason = self._refused = refusal(error)
         _warn_once(model, self._kind, reason)
         with deterministic_algorithms() if self._installed.options.deterministic else nullcontext():
@@ -194,7 +197,7 @@ class _ParallelFunction:
 
 
 def _calling(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`Layer.__call__`, which runs the calls of whole models from a script's own code on all devices."""
+    """`Layer.__call__` that runs calls of whole models from a script's own code on all devices."""
 
     def __call__(self: keras.Layer, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, keras.Model) or isinstance(self, TemplateView) or not is_own_call(args, kwargs):
@@ -203,7 +206,7 @@ def _calling(original: Callable[..., Any]) -> Callable[..., Any]:
         if installed is None:
             return original(self, *args, **kwargs)
         known = _known(self)
-        if known is None and self.built and not self.weights:  # nothing to compute that is worth it
+        if known is None and self.built and not self.weights:  # too little to compute
             return original(self, *args, **kwargs)
         reason = None if known is not None and known.steps.is_unchanged() else _why_not(self)
         if reason is None:
@@ -225,19 +228,19 @@ _patch = Patch(
 
 
 def _now() -> _Installed | None:
-    """What is installed now."""
+    """The current installation, or None."""
     return next(iter(_installed), None)
 
 
 class _Known(NamedTuple):
-    """The steps of a model, and the loss tracker that it got when it was compiled: compiled anew, it has another."""
+    """The steps of a model, and its loss tracker when they were made, which each `compile` replaces."""
 
     loss_tracker: keras.metrics.Metric | None
     steps: Steps
 
 
 def _known(model: keras.Model) -> _Known | None:
-    """The steps that were made for a model, if any were."""
+    """The steps that were made for a model, or None."""
     return model.__dict__.get(_STEPS)
 
 
@@ -263,7 +266,7 @@ def _why_not(model: keras.Model) -> str | None:
 
 
 def _why_not_split(data: Any) -> str | None:
-    """Why a batch cannot be dealt out by rows; None where it can."""
+    """Why a batch cannot be split by rows; None where it can."""
     leaves = [leaf for leaf in keras.tree.flatten(data) if leaf is not None]
     for leaf in leaves:
         if not isinstance(leaf, (torch.Tensor, np.ndarray)):
@@ -279,7 +282,7 @@ def _why_not_split(data: Any) -> str | None:
 
 
 def _is_first(model: keras.Model, kind: str) -> bool:
-    """Whether nothing was run to build the model yet, by such steps. Asked once."""
+    """Whether this is the model's first step (or call) of this kind, which may build it. True once per kind."""
     begun = model.__dict__.setdefault("_fastdp_begun", set())
     first = kind not in begun
     begun.add(kind)
@@ -287,9 +290,9 @@ def _is_first(model: keras.Model, kind: str) -> bool:
 
 
 def _warn_once(model: keras.Model, kind: str, reason: str) -> None:
-    """Say once per model, kind of step and reason that plain Keras runs it."""
+    """Warn once per model, kind of step and reason that plain Keras runs the step."""
     said = model.__dict__.setdefault("_fastdp_said", set())
     if (kind, reason) in said or (reason == NOT_BUILT and _is_first(model, kind)):
-        return  # or it is built by running it, and nothing is lost
+        return  # a first step that only builds the model needs no warning
     said.add((kind, reason))
     warn_user(f"fastdp: {kind} steps of the model {model.name!r} run on one device, as plain Keras: {reason}")

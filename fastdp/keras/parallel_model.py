@@ -34,21 +34,21 @@ from fastdp.warn import warn_user
 class ParallelModel(TemplateView):
     """The template, trained and run on several devices. Made by `fastdp.wrap` and `multi_gpu_model`.
 
-    Keras's own `fit`, `evaluate` and `predict` loops, data adapters and callbacks run on the host; each
-    train, test and predict step is the engine's. Weights, optimizer state and files are the template's:
-    the two models share every variable.
+    Keras's own `fit`, `evaluate` and `predict` loops, data adapters and callbacks run on the host; the engine runs
+    each train, test and predict step. Weights, optimizer state and files are the template's: the two models share
+    every variable.
 
     Args:
         template: a built Keras model.
         devices: where the replicas run; their order is the order of the rows.
-        options: what was chosen; `fastdp.wrap` says what each option is for.
+        options: the chosen options, documented in `fastdp.wrap`.
         device_groups: all devices of each replica, where replicas span several; `devices` has the first of each.
-        numbers_all_outputs: of outputs with one name, the first gets a number too, as in Keras 2.
+        numbers_all_outputs: whether the first of several outputs with one name gets a number too, as in Keras 2.
 
     Attributes:
-        fetch_ahead: `fit` fetches the next batch of an epoch, and sends its rows to the devices, while a step runs.
-            True on GPUs. Set it to False for a data set that reads the model's weights itself: in the middle
-            of a step it may find old ones or new ones.
+        fetch_ahead: whether `fit` fetches the next batch of an epoch, and sends its rows to the devices, while a step
+            runs. True on GPUs. Set it to False for a data set that reads the model's weights itself: during a step it
+            may see old or new ones.
     """
 
     def __init__(
@@ -91,11 +91,11 @@ class ParallelModel(TemplateView):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Configure training; arguments as in Keras.
 
-        `jit_compile=True` compiles steps, False runs them eagerly; "auto" leaves it to the argument `compile` of
+        `jit_compile=True` compiles steps, and False runs them eagerly; "auto" follows the argument `compile` of
         `fastdp.wrap`. `run_eagerly=True` runs them eagerly too.
 
-        An uncompiled template shares the settings, so that `template.save()` holds the optimizer. A template with a
-        `compile` of its own is compiled by it, and this model takes its settings over.
+        An uncompiled template gets the same settings, so that `template.save()` includes the optimizer. A template
+        that overrides `compile` is compiled by its own method, and this model takes over its settings.
 
         Raises:
             ValueError: a template that can no longer be replicated, or one whose own `train_step` has no layer that
@@ -114,19 +114,18 @@ class ParallelModel(TemplateView):
         self._steps.capture_by(None if self.run_eagerly else chosen)
         follow(self.template, self)
 
-    # Keras's own loops, which read matrices on disk batch by batch here.
+    # Keras's own loops, which here read an `HDF5Matrix` batch by batch.
 
     def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
         """Train; arguments as in Keras. `HDF5Matrix` is read by batches; `shuffle="batch"` as in Keras 2.
 
-        `x` and `validation_data` may be a `fastdp.data.DeviceDataset` each, with targets and weights in it.
+        `x` and `validation_data` may each be a `fastdp.data.DeviceDataset` that includes targets and weights.
 
-        With `verbose=2` the report is printed at the end. A warning says once when the work is too small to be
-        shared out.
+        With `verbose=2` the report is printed at the end. One warning appears if the work is too small to split.
 
         Raises:
             RuntimeError: another thread is fitting this model.
-            ValueError: a DeviceDataset for other devices, or with `y` or `sample_weight` beside it.
+            ValueError: a DeviceDataset for other devices, or one passed together with `y` or `sample_weight`.
         """
         check_loop(self.template, "fit", "make_train_function")
         if not self._fitting.acquire(blocking=False):
@@ -181,25 +180,25 @@ class ParallelModel(TemplateView):
 
     @staticmethod
     def as_fed(data: Any) -> Any:
-        """Arrays in any nest as `fit` feeds them to the model: in host memory, floats in `keras.config.floatx()`.
+        """Convert arrays in any nest to what `fit` feeds the model: in host memory, floats in `keras.config.floatx()`.
 
-        `DeviceDataset` asks for it. Arrays that are so already are not copied.
+        `DeviceDataset` calls it. Arrays that need no conversion are not copied.
 
         Raises:
-            ValueError: something that Keras takes for no array, or a `floatx` that NumPy lacks.
+            ValueError: a value that Keras does not accept as an array, or a `floatx` that NumPy lacks.
         """
         return as_fed(data)
 
     def _told_at_once(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Callbacks in the thread that trains, where it trains on the host: on GPUs it would wait for each batch."""
+        """Run callbacks in the training thread when training on the host. On GPUs that would wait for each batch."""
         if self.fetch_ahead:
             return arguments
         return {**arguments, "callbacks": at_once(arguments.get("callbacks"))}
 
-    # What Keras's loops ask for.
+    # Methods that Keras's loops call.
 
     def _assert_compile_called(self, method_name: str | None = None) -> None:
-        """Keras's check, and its warning of layers frozen since, which Keras 3.15 has and never comes to."""
+        """Keras's check, plus its warning about layers frozen since `compile`, which Keras 3.15 never reaches."""
         super()._assert_compile_called(method_name)
         self._warn_if_trainable_state_changed()
 
@@ -241,19 +240,19 @@ class ParallelModel(TemplateView):
             )
 
     def _on_first(self, step: Callable[[DataParallel[CallProgram], Any], Any]) -> Callable[[Any], Any]:
-        """Keras hands its functions a list of batches: one. The engine is made here, where Keras's loops begin."""
+        """A step for Keras's loops, which pass a list of one batch. The engine is made here, before the loop begins."""
         assert self.engine is not None
         return lambda data: step(self._steps.engine_within_loop, data[0])
 
     # Calls.
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The outputs for a global batch, merged, as the template would give them, with all arguments of its own call.
+        """Compute the merged outputs for a global batch, as the template would. Takes all arguments of its call.
 
-        They have a gradient where those of the template would: `loss.backward()` gives the template's weights the
-        gradient of one device, and `torch.autograd.grad` works too. What devices cannot share (arguments of unequal
-        numbers of rows, a model whose outputs mix rows) runs on one device, and a warning says once why. A gradient
-        of a gradient is computed on one device.
+        The outputs have a gradient where those of the template would: `loss.backward()` gives the template's weights
+        the gradient of one device, and `torch.autograd.grad` works too. A call that cannot be split (arguments with
+        unequal numbers of rows, a model whose outputs mix rows) runs on one device, and one warning says why. A
+        gradient of a gradient is computed on one device.
         """
         if is_hooked(self) or not calls_model(args, kwargs):
             return super().__call__(*args, **kwargs)
@@ -263,7 +262,7 @@ class ParallelModel(TemplateView):
         return self._steps.call(_call_layer, args, kwargs)
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None, **kwargs: Any) -> Any:
-        """As `__call__`, where Keras has something to do before. While shapes are traced, the template itself."""
+        """As `__call__`, for calls that Keras prepares first. Calls the template itself while shapes are traced."""
         if any(leaf is not None for leaf in keras.tree.flatten(mask)) and self.template._call_has_mask_arg:
             kwargs["mask"] = mask
         if training is not None and self.template._call_has_training_arg:
@@ -275,30 +274,32 @@ class ParallelModel(TemplateView):
         return self._steps.call(_call_layer, (inputs,), kwargs)
 
     def symbolic_call(self, *args: Any, **kwargs: Any) -> Any:
-        """Become a part of another model: possible, but said aloud, since training that is not parallel."""
+        """Make this model part of another one, with a warning: training the other model is not parallel."""
         warn_user(
             f"The parallel model {self.name!r} is used inside another model. Training that one runs on one device, and "
             "its files cannot be loaded. Build the other model with the template (parallel.template), and wrap it."
         )
         return super().symbolic_call(*args, **kwargs)
 
-    # How steps run.
+    # The engine and its reports.
 
     @property
     def engine(self) -> DataParallel[CallProgram]:
-        """The engine, made for the model as it is compiled now: asked for where Keras's loops begin."""
+        """The engine for the model as it is compiled now."""
         return self._steps.engine
 
     def report(self) -> Report:
-        """How training steps run, what takes the time in them, and where the memory is; printed, it is tables.
+        """How training steps run, where their time goes, and where the memory is. Prints as tables.
 
-        As a sequence: an entry per shape of a replica's rows, or one that says why all run eagerly. Each tells `how`
-        ("eager", "traced", "compiled" or "graph") and, where it could be more, `why`; its rows, those of the global
-        batch, and the steps so far; of a captured step the number of operations, and the seconds that tracing,
-        compiling (in the background) and loading took; of a recorded one the number of `replicas` that recorded it and
-        of `segments`, a graph each, and the `record_seconds` and `graph_nbytes` of all these replicas.
+        As a sequence, the report has one entry per shape of a replica's rows, or a single entry that says why all run
+        eagerly. Each entry has `how` ("eager", "traced", "compiled" or "graph"); `why`, where a faster way exists; its
+        rows, those of the global batch, and the steps so far. For a captured step it adds the number of operations and
+        the seconds spent on tracing, compiling (in the background) and loading. For a recorded step it adds the number
+        of `replicas` that recorded it and of its `segments` (one graph each), and the `record_seconds` and
+        `graph_nbytes` of all these replicas.
 
-        Where the model has steps of its own, `calls` counts the calls of its layers: on all devices, on one, and why.
+        For a model with steps of its own, `calls` counts each layer's calls on all devices and on one device, and says
+        why.
         """
         captures = self._steps.captures
         entries = captures.report if captures is not None else [{"how": "eager", "why": "compile=None"}]
@@ -308,15 +309,15 @@ class ParallelModel(TemplateView):
 
     @property
     def compiling(self) -> bool:
-        """Whether a step is being compiled in the background, or about to be replaced by its compiled form."""
+        """Whether a step is compiling in the background, or is about to be replaced by its compiled form."""
         captures = self._steps.captures
         return captures is not None and captures.compiling
 
     def wait_compiled(self, timeout: float | None = None) -> None:
-        """Wait until no step is being compiled, and let compiled steps take over. For benches.
+        """Wait until no step is compiling, and let compiled steps take over. Meant for benchmarks.
 
         Raises:
-            DeviceTimeoutError: it took longer than `timeout` seconds; compiling goes on.
+            DeviceTimeoutError: compiling took longer than `timeout` seconds; it continues.
         """
         captures = self._steps.captures
         if captures is not None:
@@ -324,5 +325,5 @@ class ParallelModel(TemplateView):
 
 
 def _call_layer(layer: keras.Layer, *args: Any, **kwargs: Any) -> Any:
-    """A call as a script makes it."""
+    """Call a layer as a script does."""
     return layer(*args, **kwargs)

@@ -18,20 +18,20 @@ def multi_gpu_model(
 ) -> ParallelModel:
     """Replicate a Keras model on several devices: Keras 2.3.1's function, with its rules for `gpus`.
 
-    The global batch is split over the devices, each runs the model on its rows, and the outputs come back as
+    The global batch is split over the devices, each device runs the model on its rows, and the outputs are merged into
     one batch. Training gives the same weights as one device on the whole batch.
 
     Args:
         model: a built Keras model, the template. Its weights are shared, not copied: save it after training.
-        gpus: whole number >= 2, list of at least two device ordinals, or None for all.
+        gpus: a whole number >= 2, a list of at least two device ordinals, or None for all.
         cpu_merge: merge outputs in host memory; False: on the first device of the list.
-        cpu_relocation: keep the template's weights in host memory. Never clones: weights stay.
+        cpu_relocation: keep the template's weights in host memory. The model is never cloned, so its weights stay.
 
     Returns:
-        A Keras model to compile and fit. Outputs of one name are called `name_1`, `name_2` and so on.
+        A Keras model to compile and fit. Outputs that share a name are called `name_1`, `name_2` and so on.
 
     Raises:
-        ValueError: anything wrong with `gpus` (fewer than two devices too), or a model that cannot be replicated.
+        ValueError: invalid `gpus` (including fewer than two devices), or a model that cannot be replicated.
         TypeError: `model` is not a Keras model.
         RuntimeError: Keras runs on another backend than torch.
 
@@ -50,7 +50,7 @@ def multi_gpu_model(
 
 
 def wrap_keras(model: keras.Model, gpus: Any, options: Options) -> ParallelModel:
-    """`fastdp.wrap` for a Keras model. Arguments as there."""
+    """`fastdp.wrap` for a Keras model; same arguments."""
     check_backend("fastdp.wrap")
     _check_model(model, "fastdp.wrap")
     groups = resolve_groups(gpus) if spans_groups(gpus) else None
@@ -60,7 +60,7 @@ def wrap_keras(model: keras.Model, gpus: Any, options: Options) -> ParallelModel
 
 
 def _check_model(model: object, caller: str) -> None:
-    """A Keras model, and not one that is parallel already."""
+    """Check that the model is a Keras model and not parallel already."""
     if isinstance(model, ParallelModel):
         raise ValueError(
             f"`{caller}` got a model that is parallel already ({model.name!r}). Wrap its template: model.template."
