@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from fastdp.keras.parallel_model import ParallelModel
     from fastdp.torch.parallel_module import TorchParallel
 
-# The library that a model's class comes from, and the function that wraps such models. Keras's layers are
-# torch modules too on the torch backend, and are looked for first.
+# By library of the model's class: the function that wraps such models. Keras comes first, since on the torch backend
+# its layers are torch modules too.
 _WRAPPERS = {"keras": ("fastdp.keras.wrap", "wrap_keras"), "torch": ("fastdp.torch.wrap", "wrap_torch")}
 
 
 class _KerasModel(Protocol):
-    """A `keras.Model`, for type checkers, by methods that a torch.nn.Module lacks.
+    """A `keras.Model` as type checkers recognize it: by methods that a torch.nn.Module lacks.
 
-    Not by its name. Keras ships no types for mypy, which takes every module of torch for a `keras.Model` then. Pyright
-    in turn takes a `keras.Model` for a module of torch, since its base class depends on the backend.
+    The class's name does not work. Keras ships no types for mypy, which would accept every torch module as a
+    `keras.Model`. Pyright would accept a `keras.Model` as a torch module, since its base class depends on the backend.
     """
 
     def get_compile_config(self) -> Any: ...
@@ -82,59 +82,73 @@ def wrap(
 ) -> ParallelModel | TorchParallel:
     """Run a model on several devices as if on one.
 
+    Each device gets a replica of the model. A training step splits the batch by rows, runs the replicas in parallel,
+    all-reduces their gradients, applies the same update to all replicas, and merges the outputs in row order.
+
     Args:
         model: a built `keras.Model` (on the torch backend) or a `torch.nn.Module`.
-        gpus: how many devices, a list of their ordinals, or None for all. One device is fine. The order of a
-            list is the order of the rows. With `fastdp.set_virtual_devices(n)` these are virtual devices.
-        cpu_merge: merge outputs in host memory (default), or merge them on a GPU and leave them there.
-        cpu_relocation: keep a Keras model's own weights in host memory: on GPUs they follow after each update, by a
-            copy of all of them, and the first GPU has a replica like the others. On virtual devices they are there
-            anyway. A torch module's stay with the first GPU, which a warning says.
-        merge_device: the place in `gpus` of the device that merges with `cpu_merge=False`.
-        sync_batch_norm: normalize by the global batch instead of each replica's rows.
-        compile: how the steps of a Keras model run. None: eagerly. "trace": captured once per batch shape, and
-            run without Keras's Python; captured anew when something that it has read in Python changes. What code of
-            yours gets from files, the clock or objects of C libraries is fixed until `compile`. "inductor": that, and
-            compiled by TorchInductor (needs a C++ compiler) in a process of its own; traced steps go on until the
-            compiled one is there. "auto": traced and compiled once a batch shape has been trained for about as long
-            as each takes, and compiled steps are kept where they are faster; a model with layers or losses of your own
-            runs eagerly. Keras's `compile(jit_compile=...)` overrides it.
-        graph: whether captured steps of a Keras model become CUDA graphs. "auto": on GPUs the forward and backward pass
-            is recorded once per batch shape (of four shapes at most) and replica, cut where a bucket of gradients is
-            complete, with the all-reduces between the graphs and the update after them; elsewhere there is nothing to
-            record. None: no graphs. A step that cannot be recorded runs as it is captured, and a warning says why.
-            "step": as "auto", and the all-reduces are in the graphs too: each GPU's whole forward and backward pass
-            and its collectives are one graph, which its worker launches once. Steps that the graphs are not for
-            (accumulated gradients, fewer rows than devices, a loss of the merged outputs) run as with "auto";
-            `report()` says so. It takes more memory, for NCCL's communicators of the graphs. Virtual GPUs that share a
-            card want CUDA_DEVICE_MAX_CONNECTIONS set to four for each. "bucket" is another name of "auto"; under it a
-            warning says where there is nothing to record.
-        update: "first" applies the optimizer on the first device and copies the new weights to the others: faster
-            where devices outnumber the cores that they share. "each" applies it on every device. The results are
-            the same. None: "each" on GPUs, "first" elsewhere.
-        deterministic: results repeat bit for bit, from run to run on one machine with the same devices and cores.
-            Torch's deterministic algorithms are used while a step runs; an operation that has none is an error.
-            Nothing goes by the clock: "auto" traces the second step of a batch shape and compiles none, and with
-            "inductor" that step waits for the compiler. Slower. On GPUs the environment variable
-            CUBLAS_WORKSPACE_CONFIG has to be set, which is done here if torch has not used a GPU yet.
-        timeout: seconds that one step may take before it is given up. On one virtual device a step runs on the
-            thread that asks for it, and nobody is left to give it up.
-        check_replicas: verify after each step that all replicas are bitwise equal (slow; for debugging).
-        rows: what to do about layers of a Keras model that mix the rows of a batch (a mean over the batch, averages
-            that a layer keeps of it), where each device has its own rows only. fastdp tries the model on some rows
-            before its first step, and finds them. "merge": such a layer runs on the rows of all devices, on each of
-            them, and gives what one device gives; where the model's own `call` mixes, the model runs on one device, and
-            a warning says so. "replica": each device goes by its own rows, as in Keras 2, which a warning says. None:
-            an error that names the layer; but a model whose outputs could not be put together otherwise (logits of
-            shape (batch, batch)) is merged, with a warning.
+        gpus: the number of devices, a list of their ordinals, or None for all. One device is allowed. The first
+            device in the list gets the first rows of a batch, and so on. After `fastdp.set_virtual_devices(n)` the
+            devices are virtual ones.
+        cpu_merge: True merges outputs in host memory. False merges them on a GPU and leaves them there.
+        cpu_relocation: keep a Keras model's own weights in host memory. On GPUs, every weight is copied there after
+            each update, and the first GPU gets a replica like the others. On virtual devices the weights are in host
+            memory in any case. The weights of a torch module stay on the first GPU, with a warning.
+        merge_device: the index in `gpus` of the device that merges outputs when `cpu_merge=False`.
+        sync_batch_norm: compute batch statistics over the global batch instead of over each replica's rows.
+        compile: how the steps of a Keras model run. Keras's `compile(jit_compile=...)` overrides it.
+
+            - None: eagerly.
+            - "trace": traced once per batch shape, then run without Keras's Python code. A step is traced again when
+              something that it read in Python changes. Values that your code gets from files, the clock or objects of
+              C libraries stay fixed until the next `compile`.
+            - "inductor": traced, and compiled by TorchInductor in a separate process (needs a C++ compiler). Traced
+              steps run until the compiled step is ready.
+            - "auto": traced, and later compiled, after a batch shape has been trained for about as long as each of
+              these takes. Compiled steps are kept only where they are faster. A model with custom layers or losses
+              runs eagerly.
+        graph: whether captured steps of a Keras model become CUDA graphs. A step that cannot be recorded runs as it
+            was captured, with a warning that says why.
+
+            - None: no graphs.
+            - "auto": on GPUs, each replica records its forward and backward pass once per batch shape (four shapes at
+              most). The recording is cut where a bucket of gradients is complete. All-reduces run between the graphs,
+              and the update after them. Elsewhere nothing is recorded.
+            - "step": as "auto", with the all-reduces inside. Each GPU's forward and backward pass and its collectives
+              form one graph, which its worker launches once. Steps with accumulated gradients, with fewer rows than
+              devices or with a loss of the merged outputs run as under "auto"; `report()` says so. NCCL's
+              communicators for the graphs take extra memory. Where virtual GPUs share a card, set
+              CUDA_DEVICE_MAX_CONNECTIONS to four times their number.
+            - "bucket": same as "auto", but warns where nothing can be recorded.
+        update: where the optimizer runs. "each" runs it on every device. "first" runs it on the first device and copies
+            the new weights to the others, which is faster where devices outnumber the cores that they share. Results
+            are the same. None means "each" on GPUs and "first" elsewhere.
+        deterministic: make results repeat bit for bit between runs on one machine with the same devices and cores.
+            Steps are slower. They use torch's deterministic algorithms; an operation without one is an error. No
+            decision depends on timing: "auto" traces the second step of a batch shape and compiles none, and under
+            "inductor" that step waits for the compiler. GPUs need the environment variable CUBLAS_WORKSPACE_CONFIG,
+            which is set here if torch has not used a GPU yet.
+        timeout: seconds before a step is given up. It does not apply to one virtual device: its steps run on the
+            calling thread, so no thread is left to give them up.
+        check_replicas: verify after each step that all replicas are bitwise equal. Slow; for debugging.
+        rows: what to do about layers of a Keras model that mix the rows of a batch, such as a mean over the batch or a
+            running average of it. A device sees only its own rows. fastdp detects such layers by running the model on
+            a few rows before the first step.
+
+            - None: raise an error that names the layer. A model whose outputs could not be merged by rows (logits of
+              shape (batch, batch)) runs as under "merge", with a warning.
+            - "merge": every device runs such a layer on the rows of all devices, which gives the result of one device.
+              If the model's own `call` mixes rows, the model runs on one device, with a warning.
+            - "replica": each device uses its own rows only, as in Keras 2, with a warning.
 
     Returns:
-        For a Keras model a `keras.Model` that shares its weights; for a module a `fastdp.torch.TorchParallel`.
+        A `fastdp.keras.ParallelModel`, which is a `keras.Model` and shares the model's weights, or a
+        `fastdp.torch.TorchParallel` for a torch module.
 
     Raises:
-        ValueError: anything wrong with `gpus`, or a model that cannot be replicated; the message has the remedy.
-        TypeError: `model` is of another kind.
-        ImportError: the model's library is missing.
+        ValueError: `gpus` is invalid, or the model cannot be replicated. The message says what to do.
+        TypeError: `model` is neither a `keras.Model` nor a `torch.nn.Module`.
+        ImportError: the model's library is not installed.
 
     Example:
         >>> fastdp.set_virtual_devices(8)  # doctest: +SKIP

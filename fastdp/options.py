@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 COMPILE_MODES = (None, "trace", "inductor", "auto")
-# "bucket" is another name of "auto"; under it graphs that cannot be are warned of.
+# "bucket" means "auto", and warns where no graph can be recorded.
 GRAPHS = ("auto", "bucket", "step", None)
 UPDATES = ("first", "each", None)
 ROW_POLICIES = (None, "merge", "replica")
@@ -13,10 +13,10 @@ ROW_POLICIES = (None, "merge", "replica")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """The keyword arguments of `fastdp.wrap`, which says what each is for, checked once.
+    """The keyword arguments of `fastdp.wrap`, checked once. `fastdp.wrap` documents each of them.
 
-    The defaults are those of `fastdp.wrap`, `fastdp.multi_gpu_model` and `fastdp.DataParallel`. What depends on the
-    devices (which of them merges, what None stands for on GPUs) is decided by whoever has them.
+    The defaults are those of `fastdp.wrap`, `fastdp.multi_gpu_model` and `fastdp.DataParallel`. The code that holds the
+    devices resolves what depends on them: which device merges, and what None means on GPUs.
 
     Raises:
         ValueError: an unknown `compile`, `graph`, `update` or `rows`.
@@ -46,10 +46,10 @@ class Options:
 
 
 def one_of(options: Options | None, keywords: Options) -> Options:
-    """What was chosen in one object, or by keywords where there is none.
+    """Return `options`, or `keywords` if there is no such object.
 
     Raises:
-        TypeError: both, so that the keywords would be lost.
+        TypeError: both were given, so the keywords would be lost.
     """
     if options is not None and keywords != Options():
         raise TypeError(f"`options` holds all options. Leave the keywords out. Received beside it: {keywords}")

@@ -1,4 +1,4 @@
-"""Puts functions in the place of a library's for as long as somebody needs them, and takes them out again."""
+"""Replaces functions of a library while somebody needs the replacements, and restores them afterwards."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
-_ABSENT = object()  # the owner has no such attribute of its own: it inherits one
-_lock = threading.Lock()  # of all patches: they may share places
+_ABSENT = object()  # the owner itself lacks the attribute and inherits one
+_lock = threading.Lock()  # shared by all patches, which may change the same places
 
 
 class _Place:
-    """An attribute of a class or module: what its owner had there before, what it was replaced by, and from what."""
+    """A patched attribute of a class or module: its value before, its replacement, and the value that was replaced."""
 
     __slots__ = ("attributes", "before", "name", "owner", "replacement", "replacement_of", "source")
 
@@ -22,19 +22,18 @@ class _Place:
 
 
 class Patch:
-    """Replacements in a library, in place while anybody uses the patch: a context manager that any thread may enter.
+    """Replacements in a library, active while the patch has users: a context manager that any thread may enter.
 
     Args:
-        changes: (owner, name, replacement_of) of each place, in the order in which they are made. The owner is a class
-            or a module; `replacement_of(present)` gets what is there, and gives what is to be there.
+        changes: (owner, name, replacement_of) of each place, in the order of patching. The owner is a class or a
+            module. `replacement_of(present)` gets the present value and returns its replacement.
 
-    The first user puts the replacements in place, and the last takes them out in reverse order. If a change fails,
-    those before it are undone, and the error is raised.
+    The first user puts the replacements in place. The last one removes them in reverse order. If a change fails, the
+    changes before it are undone and the error is raised.
 
-    A patch may end before another one that came later to the same place. The later one's replacement then stays on top,
-    and in the end leaves behind what was there before both. What code outside of fastdp has put on top stays too.
-    Either way a replacement may be called when nobody uses its patch, by the one on top of it: it then has to behave as
-    what it replaced.
+    A patch may end before a later patch of the same place. The later replacement then stays on top, and its end
+    restores the value from before both. A replacement that code outside fastdp put on top stays too. In both cases the
+    replacement on top may call one whose patch has no users: that one must then behave as the original.
 
     Example:
         >>> import math
@@ -49,19 +48,19 @@ class Patch:
 
     def __init__(self, changes: Iterable[tuple[Any, str, Callable[[Any], Any]]]) -> None:
         self._places = [_Place(*change) for change in changes]
-        self._replaced = 0  # so many of the places hold replacements
+        self._replaced = 0  # how many of the places hold replacements
         self._users = 0
 
     @property
     def places(self) -> frozenset[tuple[Any, str]]:
-        """What the patch changes, as (owner, name), whether it is in place or not."""
+        """The (owner, name) of each place that the patch changes, active or not."""
         return frozenset((place.owner, place.name) for place in self._places)
 
     def enter(self) -> None:
-        """One more user.
+        """Add a user.
 
         Raises:
-            AttributeError: a place is empty. Nothing has changed then.
+            AttributeError: an owner lacks the attribute. Nothing is changed.
         """
         with _lock:
             if not self._users:
@@ -74,10 +73,10 @@ class Patch:
             self._users += 1
 
     def leave(self) -> None:
-        """One user less.
+        """Remove a user.
 
         Raises:
-            RuntimeError: there is none.
+            RuntimeError: the patch has no users.
         """
         with _lock:
             if not self._users:
@@ -93,17 +92,17 @@ class Patch:
         self.leave()
 
     def _put(self) -> None:
-        """Put the replacements in place: those of the last time where the same is there to be replaced."""
+        """Put the replacements in place. An earlier replacement is reused where it replaces the same value again."""
         for place in self._places:
             place.before = before = place.attributes.get(place.name, _ABSENT)
             if before is _ABSENT or before is not place.source:
                 place.replacement = place.replacement_of(getattr(place.owner, place.name))
                 place.source = before
-            self._replaced += 1  # before it is: an interrupt in between leaves nothing behind
+            self._replaced += 1  # before the change itself, so that an interrupt in between is undone too
             setattr(place.owner, place.name, place.replacement)
 
     def _undo(self) -> None:
-        """Take out the replacements, the last first."""
+        """Remove the replacements, the last first."""
         Patch._in_place.remove(self)
         while self._replaced:
             place = self._places[self._replaced - 1]
@@ -117,7 +116,7 @@ class Patch:
 
 
 def _pass_on(below: _Place) -> None:
-    """Let the patch on top of a place, if it is one of fastdp's, leave behind in the end what was there before both."""
+    """If another patch lies on top of this place, let it restore the value from before both when it ends."""
     for patch in Patch._in_place:
         for place in patch._places[: patch._replaced]:
             if (place.owner, place.name) == (below.owner, below.name) and place.before is below.replacement:

@@ -11,14 +11,14 @@ from fastdp.engine.replicas import Replica
 
 
 class AccumulatedGradients:
-    """The sums of the gradients of steps that were not reduced, one on each replica.
+    """On each replica, the sum of the gradients of steps that were not reduced.
 
     Args:
-        replicas: all of them.
+        replicas: all replicas of the engine.
         communicator: over their devices.
 
-    A step's own gradient stays in the replica's flat buffer, and is added here once the step has succeeded on all
-    replicas: a step that fails leaves the sums as they were. `count` replicas, the first ones, hold a sum.
+    A step's gradient stays in the replica's flat buffer. It is added to the sum once the step has succeeded on all
+    replicas, so a failed step leaves the sums unchanged. The first `count` replicas hold a sum.
     """
 
     def __init__(self, replicas: Sequence[Replica], communicator: Communicator) -> None:
@@ -33,13 +33,13 @@ class AccumulatedGradients:
         return sum(flat.nbytes for flat in self._sums)
 
     def reserve(self, active: int) -> None:
-        """Memory for the sums of the first `active` replicas. On the host thread, before the step."""
+        """Allocate the sums of the first `active` replicas. On the host thread, before the step."""
         for replica in self._replicas[len(self._sums) : active]:
             device: Any = replica.device
             self._sums.append(FlatBuffers(replica.gradients.specs, device))
 
     def keep(self, active: int) -> None:
-        """Add the gradients of the first `active` replicas, when all have made the step's update."""
+        """Add the gradients of the first `active` replicas to the sums, after all replicas have made the update."""
         before = self.count
 
         def over() -> None:
@@ -56,10 +56,10 @@ class AccumulatedGradients:
             replica.device.compute.enqueue(lambda r=replica, t=total: add(r, t))  # type: ignore[misc]
 
     def hand_over(self, active: int) -> int:
-        """Add the sums to the gradients of a step with rows on the first `active` replicas.
+        """Add the sums to the gradients of a step whose rows are on the first `active` replicas.
 
         Returns:
-            How many replicas, the first ones, have something to be reduced.
+            The number n of replicas to reduce; they are the first n.
         """
 
         def give(replica: Replica, total: FlatBuffers) -> None:
@@ -73,7 +73,7 @@ class AccumulatedGradients:
         return max(active, self.count)
 
     def clear(self) -> None:
-        """Forget the sums, when all replicas have used them."""
+        """Drop the sums after all replicas have used them."""
 
         def over() -> None:
             self.count = 0

@@ -39,19 +39,18 @@ class DataParallel(Generic[ProgramT_co]):
 
     Args:
         program: what each replica runs: a `fastdp.program.base.Program`, or an object with its members.
-        devices: one replica per device, in the order of the rows: devices, or what `gpus=` takes elsewhere (a
+        devices: the devices of the replicas, in the order of the rows, or a value as for `gpus=` in `fastdp.wrap` (a
             number, a list of ordinals, None for all).
-        timeout, update, cpu_merge, merge_device, cpu_relocation, check_replicas: as in `fastdp.wrap`, which says what
-            each is for.
-        options: all of them in one, in place of these keywords.
+        timeout, update, cpu_merge, merge_device, cpu_relocation, check_replicas: as in `fastdp.wrap`.
+        options: an object with all of these, instead of keywords.
 
-    The engine owns the replicas' memory, and, for updates that may fail, a copy of the first replica's
-    variables and slots, from which a failed update is rolled back. It is used from one thread at a time, and
-    holds no thread of its own: the devices do.
+    The engine owns the replicas' memory. For updates that may fail it also owns a snapshot of the first replica's
+    variables and slots, used to roll back a failed update. One thread at a time uses the engine. The devices have
+    threads; the engine has none.
 
     Raises:
-        ValueError: anything wrong with `devices`; an unknown `update`.
-        TypeError: `program` lacks what every program has; `options` beside one of its keywords.
+        ValueError: `devices` is invalid, or `update` is unknown.
+        TypeError: `program` lacks a member of `Program`, or `options` and one of its keywords are both given.
     """
 
     def __init__(
@@ -109,20 +108,21 @@ class DataParallel(Generic[ProgramT_co]):
         reduce: bool = True,
         while_running: Callable[[], object] | None = None,
     ) -> StepResult:
-        """One training step on a global batch: all replicas end with the same new weights.
+        """Run one training step on a global batch. All replicas end with the same new weights.
 
         Args:
             batch: arrays with the same number of rows (>= 1), or a `Batch` of them. Read, never written, until this
                 returns.
-            structure: handed to the program as `Context.structure`, where `batch` is not a `Batch`, which has its own.
+            structure: passed to the program as `Context.structure`. A `Batch` has its own.
             wants_outputs: merge the replicas' outputs too.
-            reduce: False leaves the gradients on the replicas, for the next step that reduces: gradient
-                accumulation. Loss terms and moments are added up, and the program's `update` runs, in any case.
-            while_running: called when all work of the step is enqueued, before it is waited for: to fetch the next
-                batch, and to `stage` it. What it raises ends the step, whose update then may or may not happen.
+            reduce: False leaves the gradients on the replicas for the next step that reduces (gradient
+                accumulation). Loss terms and moments are still summed, and the program's `update` still runs.
+            while_running: called after all work of the step is enqueued, before the engine waits for it. Meant to
+                fetch the next batch and `stage` it. An exception from it ends the step, whose update may or may not
+                happen.
 
         Raises:
-            ReplicaError: a replica failed (also an instance of what it failed with). No weight changed.
+            ReplicaError: a replica failed; also an instance of the original exception's class. No weight changed.
             DeviceTimeoutError: the step took longer than `timeout` seconds.
         """
         batch = batch if type(batch) is Batch else Batch.of(batch, structure)
@@ -137,28 +137,30 @@ class DataParallel(Generic[ProgramT_co]):
             return self._merge(step)
 
     def predict(self, batch: Batch | Arrays, *, structure: object = None) -> StepResult:
-        """Forward only, on a global batch. Arguments, result and errors as in `train`."""
+        """Run the forward pass on a global batch. Arguments, result and errors as in `train`."""
         batch = batch if type(batch) is Batch else Batch.of(batch, structure)
         return self._forward(batch, self._deal_out(batch), Replica.predict)
 
     def call(self, batch: Batch, work: Call) -> StepResult:
-        """Forward only, running `work(state, rows, context)` on each replica instead of the program's `predict`.
+        """Run `work(state, rows, context)` on each replica in place of the program's `predict`.
 
-        The rows are split over all devices, whatever the program's `most_replicas`. Result and errors as in `train`.
+        The rows are split over all devices, regardless of the program's `most_replicas`. Result and errors as in
+        `train`.
         """
         return self._forward(batch, batch.deal(len(self.replicas)), partial(Replica.call, work=work))
 
     def stage(self, batch: Batch | Arrays) -> bool:
-        """Begin to copy the rows of the batch that comes next to the devices, while the present step runs.
+        """Prefetch the next batch: start to copy its rows to the devices while the current step runs.
 
         Args:
-            batch: the very arrays that the next `train` or `predict` gets, unchanged from now until it is over, or the
-                `Batch` of them.
+            batch: the arrays that the next `train` or `predict` will get (the same objects, unchanged until it
+                returns), or the `Batch` of them.
 
-        Another step may come first; of two staged batches the second counts. A step that fails forgets it.
+        Another step may come first. A second staged batch replaces the first. A failed step drops the staged batch.
 
         Returns:
-            Whether all rows are on their way (or need no copies). Others wait for their step, without memory as yet.
+            Whether all rows are being copied or need no copy. Otherwise some rows, for which there is no memory yet,
+            are copied by their step.
 
         Raises:
             ValueError: arrays without rows, or of unequal length.
@@ -169,12 +171,12 @@ class DataParallel(Generic[ProgramT_co]):
             return stage(batch.arrays, shards, self.devices)
 
     def forget_staged(self) -> None:
-        """The batch that was staged is not going to come."""
+        """Drop the staged batch, which will not be used."""
         for device in self.devices:
             device.forget_staged()
 
     def fold(self) -> None:
-        """Reduce the gradients that wait on the replicas now, and let the program take them over into its slots.
+        """Reduce the accumulated gradients now, and let the program move them into its slots.
 
         Raises:
             ReplicaError, DeviceTimeoutError: as in `train`.
@@ -195,13 +197,13 @@ class DataParallel(Generic[ProgramT_co]):
     # The five verbs.
 
     def _scatter(self, step: Step) -> None:
-        """Each replica gets its rows of every array."""
+        """Give each replica its rows of every array."""
         step.watch.scattering = time.perf_counter()
         step.batches = scatter(step.batch.arrays, step.shards, self.devices)
         step.watch.scattered = time.perf_counter()
 
     def _run(self, step: Step, work: Callable[[Replica, list[np.ndarray], Context], Result]) -> None:
-        """Each replica works on its rows, and writes its outputs to their place."""
+        """Enqueue each replica's work on its rows. A replica writes its outputs to their rows of the merged arrays."""
         step.results = [None] * len(step.shards)
         if step.trains:
             self._reductions.begin(step)
@@ -209,15 +211,15 @@ class DataParallel(Generic[ProgramT_co]):
             replica.device.compute.enqueue(partial(run_replica, step, replica, context, work))
 
     def _reduce(self, step: Step) -> None:
-        """Gradients and sums are added up; every replica gets them, those without rows too."""
+        """Enqueue the reduction of gradients and sums. Every replica gets them, even without rows."""
         self._reductions.finish(step)
 
     def _update(self, step: Step) -> None:
-        """Every replica gets the same update: by applying it to its own copy, or a copy of the first's."""
+        """Enqueue the update. Each replica applies it itself, or gets a copy of the first replica's variables."""
         self._updates.begin(step)
 
     def _merge(self, step: Step) -> StepResult:
-        """Wait for the replicas; outputs are together in row order."""
+        """Wait for the replicas, and return the outputs merged in row order."""
         if step.over:
             return step.kept()
         self._recovery.finish(step)
@@ -238,7 +240,7 @@ class DataParallel(Generic[ProgramT_co]):
     def _forward(
         self, batch: Batch, shards: Sequence[Rows], work: Callable[[Replica, list[np.ndarray], Context], Result]
     ) -> StepResult:
-        """A step without gradients."""
+        """Run a step without gradients."""
         with self._begin(batch, shards, True, trains=False) as step:
             self._scatter(step)
             self._run(step, work)
@@ -253,7 +255,7 @@ class DataParallel(Generic[ProgramT_co]):
     def _begin(
         self, batch: Batch, shards: Sequence[Rows], wants_outputs: bool, *, trains: bool, reduces: bool = True
     ) -> StepScope[Step]:
-        """Make a step on these shards. It begins when its scope is entered."""
+        """Make a step on these shards. It begins when the returned scope is entered."""
         merger = Merger(shards, self.devices, self._merge_device, on_host=self._cpu_merge)
         step = make_step(
             batch,
@@ -272,7 +274,7 @@ class DataParallel(Generic[ProgramT_co]):
 
     @property
     def timeout(self) -> float:
-        """Seconds that one step may take before it is given up."""
+        """Seconds before a step is given up."""
         return self._state.timeout
 
     @timeout.setter
@@ -281,12 +283,12 @@ class DataParallel(Generic[ProgramT_co]):
 
     @property
     def steps(self) -> int:
-        """Steps so far, including those that failed and those without an update."""
+        """The number of steps so far, including failed ones and steps without an update."""
         return self._state.steps
 
     @property
     def holds_gradients(self) -> bool:
-        """Whether gradients of earlier steps wait on the replicas, or may do so once a given-up step has ended."""
+        """Whether replicas hold accumulated gradients, or may hold some once an abandoned step has ended."""
         return self._accumulation.count > 0 or self._state.unsettled is not None
 
     def assert_replicas_equal(self) -> None:

@@ -12,15 +12,15 @@ from fastdp.runtime.select import warn_of_relocation
 
 
 class HomeMemory:
-    """A program's home, and whether it lies apart from the first device: in host memory, or on another card.
+    """A program's home, which may lie apart from the first device: in host memory, or on another card.
 
     Args:
-        program: whose home.
-        devices: of the engine.
-        communicator: over them.
-        on_host: have the home in host memory. Where it is already, by an engine made before, it stays.
+        program: the program that owns the home.
+        devices: the engine's devices.
+        communicator: over these devices.
+        on_host: put the home in host memory. A home that an earlier engine has made stays where it is.
 
-    In the first device's own memory the home is the first replica's, and nothing has to follow.
+    A home in the first device's memory is the first replica's memory itself, and needs no copies.
     """
 
     def __init__(self, program: Program, devices: Any, communicator: Communicator, *, on_host: bool) -> None:
@@ -30,14 +30,14 @@ class HomeMemory:
         warn_of_relocation(on_host and self.home.device.on_gpu, devices)
 
     def variables(self, rank: int, device: Any) -> FlatBuffers:
-        """Memory for a replica's variables: of the first the home's, where it is there."""
+        """The memory for a replica's variables. The first replica uses the home itself if it is on its device."""
         here = rank == 0 and not self.apart
         return self.home.variables if here else FlatBuffers(self.home.variables.specs, device)
 
     def follow(self, first: FlatBuffers, done: Callable[[], object]) -> None:
-        """Let the home have the first replica's variables, when all replicas have made the step's update.
+        """Copy the first replica's variables to the home after all replicas have made the step's update.
 
-        `done()` is called on the first device's worker when it has them.
+        The first device's worker calls `done()` after the copy.
         """
 
         def copy() -> None:
@@ -48,6 +48,6 @@ class HomeMemory:
             self._communicator.once(copy)
 
     def lead(self, first: FlatBuffers) -> None:
-        """Let the first replica have the home's variables, before they are copied to the others."""
+        """Copy the home's variables to the first replica, before they are copied to the others."""
         if self.apart:
             self._communicator.once(lambda: first.copy_from(self.home.variables))

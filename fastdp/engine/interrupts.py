@@ -11,10 +11,10 @@ from typing import Any
 
 @contextlib.contextmanager
 def interrupts_wait() -> Iterator[None]:
-    """A SIGINT that comes meanwhile is handled at the end, as it would have been: usually by a KeyboardInterrupt.
+    """Defer SIGINT to the end of the block, where its usual handler runs (mostly a KeyboardInterrupt).
 
-    Signals reach the main thread alone, so elsewhere nothing is to be done. Where SIGINT is ignored, or handled by
-    something else than Python, it goes its way.
+    Only the main thread receives signals, so on other threads this does nothing. It also does nothing where SIGINT is
+    ignored or not handled in Python.
     """
     if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
         yield

@@ -15,10 +15,10 @@ class Recovery:
     """Waits for the operations of one engine, and cleans up after those that failed.
 
     Args:
-        state: of the engine.
-        replicas: all of them.
+        state: the engine's state.
+        replicas: the engine's replicas.
         communicator: over their devices.
-        rollback: of the first replica.
+        rollback: the snapshot of the first replica.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Recovery:
 
         Raises:
             ReplicaError: a replica failed. The operation has been cleaned up.
-            DeviceTimeoutError: they were not done in time. The next step cleans up.
+            DeviceTimeoutError: the devices were not done in time. The next step cleans up.
         """
         devices, timeout = self._replicas.devices, self._state.timeout
         events = [device.compute.record() for device in devices]
@@ -51,9 +51,9 @@ class Recovery:
         self._communicator.check()
 
     def abandon(self, operation: Operation, error: BaseException) -> None:
-        """Stop an operation that nobody waits for any more, and leave the rest to the next one, which cleans up.
+        """Stop an operation that nobody waits for any more. The next operation cleans up.
 
-        Called after a failure of a replica, a timeout, an interrupt of this thread, or a device that is closed.
+        Called after a replica failed, a timeout, an interrupt of this thread, or when a device was closed.
         """
         operation.abandon(error)
         self._replicas.doubt()
@@ -61,7 +61,7 @@ class Recovery:
             device.unsettled = True
 
     def settle_if_needed(self) -> None:
-        """Clean up after an operation that nobody waited for, of this engine or another one on the same devices."""
+        """Clean up after an abandoned operation of this engine, or of another engine on the same devices."""
         needed = self._state.unsettled is not None
         for device in self._replicas.devices:
             needed = needed or device.unsettled
@@ -69,7 +69,7 @@ class Recovery:
             self.settle()
 
     def settle(self) -> None:
-        """Wait until the devices are idle, and roll back an update that not all replicas have made."""
+        """Wait until the devices are idle, and roll back an update that some replicas have not made."""
         for device in self._replicas.devices:
             device.synchronize(self._state.timeout)
         for device in self._replicas.devices:
@@ -77,7 +77,7 @@ class Recovery:
         self._communicator.recover()
         left, self._state.unsettled = self._state.unsettled, None
         home = self._replicas.home
-        # With another generation, another engine has gone on from the values that were there.
+        # If the generation differs, another engine has continued from the home's values.
         if left is None or not left.updates_begun or home.home.generation != left.generation:
             return
         if left.restorable and len(left.updates_done) < len(left.updating):

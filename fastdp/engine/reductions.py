@@ -11,15 +11,15 @@ from fastdp.engine.accumulation import AccumulatedGradients
 from fastdp.engine.replicas import ReplicaGroup
 from fastdp.engine.step import Step, commit
 
-# After so many steps of a batch's shape, a GPU's steps allocate nothing any more. Of so many shapes it is known.
+# Steps of a batch shape after which a GPU's steps allocate nothing, and the number of shapes whose steps are counted.
 WARM_STEPS, MOST_SHAPES = 2, 256
 
 
 class Reductions:
-    """Chooses how each step reduces, the same for all replicas. Used from the host thread.
+    """Chooses how each step reduces, the same way for all replicas. Used from the host thread.
 
     Args:
-        replicas: all of them. Their program's `step_graph` says whether they reduce within their own work.
+        replicas: the engine's replicas. Their program's `step_graph` decides whether replicas reduce inside their work.
         communicator: over their devices.
         accumulation: gradients of earlier steps, which are added to those of the next step that reduces.
     """
@@ -29,14 +29,14 @@ class Reductions:
         self._trained: dict[Any, int] = {}
 
     def begin(self, step: Step) -> None:
-        """Start the reduction of a step that is about to run, where it can start before the replicas are done.
+        """Start the reduction of a step that is about to run, if buckets may be reduced before the replicas are done.
 
         Args:
-            step: its rows are on their devices.
+            step: a step whose rows are on their devices.
         """
         if len(self._replicas.every) == 1 or self._is_by_step_graph(step):
             return
-        # Not where sums of earlier steps are still to be added to the gradients.
+        # Sums of earlier steps must be added to the gradients first.
         if not step.reduces or self._accumulation.count:
             return
         shape = step.batch.rows, step.batch.shapes
@@ -51,25 +51,25 @@ class Reductions:
             context.ready = partial(step.reduction.ready, context.rank)
 
     def finish(self, step: Step) -> None:
-        """Enqueue the rest of the reduction, also for replicas without rows, and the commit behind it."""
+        """Enqueue the rest of the reduction, also for replicas without rows, and then the commit."""
         if not step.reduces:
             self._accumulation.reserve(len(step.shards))
             self._communicator.once(partial(commit, step))
         elif len(self._replicas.every) == 1 and not self._accumulation.count:  # its gradients are the sums
             self._communicator.once(partial(commit, step))
         elif step.reduction is not None:
-            # Devices that do not update wait for the variables of the one that does, and so for the sums.
+            # Devices that do not update wait for the updated variables, and thereby for the sums.
             readers = len(self._replicas.updating)
             self._communicator.finish(step.reduction, once=partial(commit, step), readers=readers)
         else:
             self.reduce(self._accumulation.hand_over(len(step.shards)), once=partial(commit, step))
 
     def reduce(self, sources: int, once: Callable[[], object] | None = None) -> None:
-        """Enqueue the all-reduce of the first `sources` replicas' gradients, and `once()` behind it."""
+        """Enqueue the all-reduce of the first `sources` replicas' gradients, and then `once()`."""
         self._communicator.all_reduce(*self._replicas.ends(sources), self._replicas.buckets, once=once)
 
     def _is_by_step_graph(self, step: Step) -> bool:
-        """Let the replicas reduce within their own work, where their program has a graph for it."""
+        """Let the replicas reduce inside their own work if their program has a graph for it; whether it has."""
         why_not = ""
         if not step.reduces:
             why_not = "gradients wait for a later step"

@@ -22,9 +22,9 @@ class Replica:
     """A copy of a program's state on a device, and the calls that run there.
 
     Args:
-        program: what to run.
-        device: where.
-        rank: place among the replicas; it orders rows and sums.
+        program: the program to run.
+        device: where it runs.
+        rank: the replica's index, which orders rows and sums.
         memory: the replica's flat buffers, on `device`.
     """
 
@@ -37,16 +37,16 @@ class Replica:
 
     @property
     def gradients(self) -> FlatBuffers:
-        """The gradient of this replica's contribution; of the whole batch once reduced."""
+        """The gradient of this replica's contribution. After the reduction: the gradient of the whole batch."""
         return self.memory.gradients
 
     @property
     def lasting(self) -> tuple[FlatBuffers, FlatBuffers]:
-        """What lasts from step to step: variables and slots."""
+        """Variables and slots, which last from step to step."""
         return self.memory.variables, self.memory.slots
 
     def prepare_thread(self, threads: int) -> None:
-        """Let the device's worker use `threads` cores in one operation. Runs there, before each step's work."""
+        """Let the device's worker use `threads` cores in one operation. Runs on it before each step's work."""
         self._program.prepare_thread(threads, self.device)
 
     def train(self, batch: list[np.ndarray], context: Context) -> Result:
@@ -71,7 +71,7 @@ class Replica:
         return self._program.update_is_reliable
 
     def rehearse_update(self) -> bool:
-        """Try the update on copies; whether that could be done. Runs on the device's worker."""
+        """Try the update on copies; False if it cannot be tried. Runs on the device's worker."""
         return self._program.rehearse_update(self._state)
 
     def accumulate(self, total: FlatBuffers, part: FlatBuffers) -> None:
@@ -79,7 +79,7 @@ class Replica:
         self._program.accumulate(total, part)
 
     def fold(self) -> None:
-        """Take over reduced gradients into the slots. Runs on the device's worker."""
+        """Move reduced gradients into the slots. Runs on the device's worker."""
         self._program.fold(self._state)
 
 
@@ -87,16 +87,16 @@ class ReplicaGroup:
     """The replicas of a program, one on each device. Makes, refreshes and compares them.
 
     Args:
-        program: what they run.
-        devices: where, in the order of the rows.
-        home: the memory of the program's own variables. The first replica uses it too, where it is on its device.
+        program: the program that they run.
+        devices: their devices, in the order of the rows.
+        home: the memory of the program's own variables. The first replica shares it if it is on the first device.
         communicator: over the devices.
-        update: "each" replica applies the update itself, or the "first" one for all.
+        update: "each": every replica applies the update. "first": the first replica applies it for all.
 
     Attributes:
         every: the replicas, in the order of the devices.
         updating: the replicas that apply the update themselves.
-        buckets: of the gradients, in the order in which backward completes them.
+        buckets: the buckets of the gradients, in the order in which backward completes them.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class ReplicaGroup:
         self._variables = [replica.memory.variables for replica in self.every]
 
     def _replicate(self, rank: int) -> Replica:
-        """Make the replica of one device; the first lives in the program's home."""
+        """Make the replica of one device. The first replica lives in the program's home."""
         device, program = self.devices[rank], self.program
         gradients = FlatBuffers(program.gradients, device)
         own = program.slots if self._update == "each" else []
@@ -125,9 +125,10 @@ class ReplicaGroup:
         return Replica(program, device, rank, Memory(self.home.variables(rank, device), slots, gradients))
 
     def ends(self, sources: int) -> tuple[list[FlatBuffers], list[FlatBuffers]]:
-        """The buffers of an all-reduce: gradients of the first `sources` replicas, and of those that need the sum.
+        """The buffers of an all-reduce: gradients of the first `sources` replicas, and of those that get the sum.
 
-        On GPUs all replicas take part in a collective. In host memory those that get the variables instead do not.
+        On GPUs all replicas take part in a collective. In host memory, replicas that only get a copy of the variables
+        do not.
         """
         every = self._gradients
         return every[:sources], every if self.devices[0].on_gpu else every[: len(self.updating)]
@@ -135,10 +136,10 @@ class ReplicaGroup:
     # Up to date.
 
     def bring_up_to_date(self) -> None:
-        """Enqueue a refresh of the replicas where the user or another engine has changed the home."""
-        # Asked always: it also re-adopts variables whose memory was replaced.
+        """Enqueue a refresh of the replicas if the user or another engine has changed the home."""
+        # Called always, since it also re-adopts variables whose memory was replaced.
         changed = self.program.changed_outside()
-        if changed:  # `committed()` forgets it; the new number tells the other engines on this home
+        if changed:  # `committed()` resets it; the new number tells the other engines on this home
             self.home.home.generation += 1
         if self._generation != self.home.home.generation:
             self.refresh()
@@ -153,25 +154,25 @@ class ReplicaGroup:
         self._generation = self.home.home.generation
 
     def copy_first(self, readers: int | None) -> None:
-        """Enqueue copies of the first replica's variables, which it alone has updated, to the others.
+        """Enqueue copies of the first replica's updated variables to the others.
 
         Args:
-            readers: as of `Communicator.broadcast`.
+            readers: as in `Communicator.broadcast`.
         """
         self._communicator.broadcast(self._variables, readers)
 
     def advance(self) -> int:
-        """Count an update that begins, so that other engines on this home refresh their replicas; its number."""
+        """Count an update that begins, so that other engines on this home refresh. Returns the update's number."""
         self.home.home.generation += 1
         self._generation = self.home.home.generation
         return self._generation
 
     def doubt(self) -> None:
-        """Let the next step refresh the replicas: after a failure their values are unknown."""
+        """Let the next step refresh the replicas, whose values are unknown after a failure."""
         self._generation = -1
 
     def assert_equal(self, step: int) -> None:
-        """Compare all replicas with the first, bit by bit. `step` is for the message. See `DataParallel`."""
+        """Compare all replicas with the first, bit by bit. `step` is for the error message. See `DataParallel`."""
         first = self.every[0]
         for replica in self.every[1:]:
             for what, ours, theirs in zip(("variables", "slots"), first.lasting, replica.lasting, strict=True):

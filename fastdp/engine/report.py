@@ -1,4 +1,4 @@
-"""What `report()` of a parallel model tells: how steps run, what takes the time, and where the memory is."""
+"""The `report()` of a parallel model: how steps run, where the time goes, and where the memory is."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ try:
 except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
-# Steps to have timed before anything is said about the size of the work.
+# Timed steps that a statement about the size of the work needs.
 ENOUGH_STEPS = 100
 
 
 @dataclass(frozen=True)
 class DeviceReport:
-    """One device: rows of most of the latest batches, median seconds by verb, bytes of its part of the model.
+    """One device: its rows in most of the latest batches, median seconds by verb, and bytes of the model's memory.
 
-    On virtual devices all memory is the host's; `spare` is the copy from which an update that may fail is taken back.
-    `peak_nbytes` is that of the device's card, which virtual GPUs may share (`Report.cards`); None in host memory.
+    Virtual devices use host memory. `spare` in `nbytes` is the snapshot for rolling back a failed update.
+    `peak_nbytes` is the peak of the device's card, which virtual GPUs may share (`Report.cards`); None in host memory.
     """
 
     name: str
@@ -39,11 +39,11 @@ class DeviceReport:
 
 @dataclass(frozen=True)
 class CardReport:
-    """One GPU: the most memory that this process has had in use on it, in bytes.
+    """One GPU: the peak memory use of this process on it, in bytes.
 
-    `engine_nbytes` are the engine's own buffers, `library_nbytes` what the model's library has allocated (torch:
-    activations and temporaries). Each is a peak of its own, so `peak_nbytes`, their sum, is at least the peak of both.
-    Not in it are CUDA's context, NCCL's buffers, and what the library's allocator keeps for later.
+    `engine_nbytes` is the peak of the engine's own buffers, `library_nbytes` that of the model's library (torch:
+    activations and temporaries). `peak_nbytes` is their sum, an upper bound, since the two peaks may come at different
+    times. CUDA's context, NCCL's buffers and the cache of the library's allocator are not included.
     """
 
     name: str
@@ -58,21 +58,22 @@ class Report(Sequence[dict[str, Any]]):
     """How a parallel model's training steps run. As a sequence: the entries of `steps`. As text: tables.
 
     Attributes:
-        steps: per shape of a replica's rows how it runs and why, or one entry that says why all run eagerly.
-        devices: in the order of the rows; empty before the first step.
-        trained: training steps so far, by the present engine.
-        timed: the latest of them, of which the times are medians.
-        step_seconds: of a whole step in the engine.
-        between_seconds: from one step to the next: waiting for input, callbacks, metrics.
-        overhead_seconds: of a step beyond the work of its slowest device and the update.
+        steps: for each shape of a replica's rows, how its steps run and why; or one entry that says why all run
+            eagerly.
+        devices: the devices, in the order of the rows; empty before the first step.
+        trained: training steps so far by the current engine.
+        timed: how many of the latest steps the median times cover.
+        step_seconds: median seconds of a step in the engine.
+        between_seconds: median seconds between steps: waiting for input, callbacks, metrics.
+        overhead_seconds: median seconds of a step beyond the work of its slowest device and the update.
         optimizer: how the optimizer is applied.
-        update: on which devices, "first" or "each".
-        cards: the GPUs of the replicas, and the peak of the memory on each; empty on virtual devices in host memory.
-        peak_nbytes: the most host memory that the process has had, None where the system does not tell.
-        buckets: in which the gradients are reduced.
-        early_buckets: of these, how many began to be reduced while a device still computed, in most of the timed steps.
-        calls: in steps of a model's own, per `layer` how many of its calls were `split`, how many ran on `one_device`,
-            and `why`.
+        update: where it is applied, "first" or "each" device.
+        cards: the GPUs of the replicas with their peak memory; empty on virtual devices in host memory.
+        peak_nbytes: peak host memory of the process; None where the system does not report it.
+        buckets: the number of gradient buckets.
+        early_buckets: how many of them began to be reduced while a device still computed, in most of the timed steps.
+        calls: for a model with its own training step, per `layer`: how many of its calls were `split`, how many ran on
+            `one_device`, and `why`.
     """
 
     steps: list[dict[str, Any]]
@@ -100,15 +101,14 @@ class Report(Sequence[dict[str, Any]]):
         return iter(self.steps)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain lists, dicts, numbers and strings, for JSON."""
+        """The report as plain lists, dicts, numbers and strings, for JSON."""
         return asdict(self)
 
     @property
     def too_small(self) -> str:
-        """Why the work is too small to be shared out, and what to do; empty where it is not, or not known yet.
+        """Why the work is too small to be split over devices, and what to do; empty if it is not, or not yet known.
 
-        Sharing out cannot pay where it takes longer than the work that it saves: that of all devices but the
-        slowest.
+        Splitting cannot pay if its overhead exceeds the work that it saves: the work of all devices but the slowest.
         """
         compute = [device.seconds["compute"] for device in self.devices if device.rows]
         if self.timed < ENOUGH_STEPS or len(compute) < 2:
@@ -165,7 +165,7 @@ class Report(Sequence[dict[str, Any]]):
         return words
 
     def _peaks(self) -> str:
-        """The cards as a table, and what the figures are."""
+        """The cards as a table, and a note on shared cards."""
         rows = [
             [card.name, " ".join(card.devices), *map(_mb, (card.engine_nbytes, card.library_nbytes, card.peak_nbytes))]
             for card in self.cards
@@ -181,7 +181,7 @@ class Report(Sequence[dict[str, Any]]):
         return [_COLUMNS[key] for key in known], rows
 
 
-# The columns that have a place of their own, and their titles; `why` is last, since it is long.
+# The columns of the table and their titles; `why` is last, since it is long.
 _COLUMNS = {
     "how": "how",
     "rows": "rows",
@@ -207,12 +207,12 @@ def make_report(
     further_devices: Sequence[QueueDevice] = (),
     calls: Sequence[dict[str, Any]] = (),
 ) -> Report:
-    """The report of an engine, with these entries about its steps; without an engine, of nothing but those.
+    """Make the report of an engine with these entries about its steps. Without an engine it has only the entries.
 
     Args:
-        calls: of layers, in steps of the model's own.
-        library_nbytes: the most that the model's own library has had on a device's card, beyond the engine's memory.
-        further_devices: of replicas that span several, those which are not the engine's.
+        calls: the `calls` entries of the report.
+        library_nbytes: gives the peak memory of the model's library on a device's card, without the engine's memory.
+        further_devices: the devices of replicas that span several, other than the engine's.
     """
     if engine is None:
         return Report(steps)
@@ -263,13 +263,13 @@ def _cards(devices: Sequence[QueueDevice], library_nbytes: Callable[[QueueDevice
 
 
 class SmallWorkWarning:
-    """Says once that a model's work is too small for its devices."""
+    """Warns once that a model's work is too small for its devices."""
 
     def __init__(self) -> None:
         self._said = False
 
     def check(self, engine: DataParallel[Program] | None) -> None:
-        """Warn if that is known of this engine, and was not said before."""
+        """Warn if this engine's work is known to be too small, unless already done."""
         if self._said or engine is None or len(engine.devices) < 2 or engine.times.timed < ENOUGH_STEPS:
             return
         message = make_report(engine, []).too_small
@@ -299,7 +299,7 @@ def _cell(value: object) -> str:
 
 
 def _table(title: str, header: list[str], rows: list[list[str]]) -> str:
-    """A title, and columns: numbers on the right, words on the left."""
+    """A title and aligned columns: numbers to the right, words to the left."""
     cells = [header, *rows]
     lines = [title]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]

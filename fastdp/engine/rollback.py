@@ -10,16 +10,17 @@ from fastdp.engine.replicas import Replica
 
 
 class Rollback:
-    """The first replica's variables and slots as they were before an update.
+    """A snapshot of the first replica's variables and slots from before an update.
 
     Args:
-        replica: the first one.
+        replica: the first replica.
 
-    An update that runs none of the user's code is relied on once it has succeeded, and saves the copy: for a ResNet50
-    with Adam 280 MB. In host memory, where room is no question, succeeding on copies of a few numbers is enough.
+    An update without user code is trusted after it has succeeded once, and then needs no snapshot: that saves 280 MB
+    for a ResNet50 with Adam. In host memory, where running out of memory is no concern, success on copies of a few
+    numbers is enough.
 
     Attributes:
-        succeeded: whether an update has.
+        succeeded: whether an update has succeeded.
     """
 
     def __init__(self, replica: Replica) -> None:
@@ -31,27 +32,27 @@ class Rollback:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the copy."""
+        """Bytes of the snapshot."""
         return sum(saved.nbytes for saved in self._saved)
 
     def save(self) -> bool:
-        """Keep the values as they are now, if that is needed; whether they are kept. On the first device's worker.
+        """Take a snapshot of the current values if one is needed; whether it was. On the first device's worker.
 
         Raises:
-            Exception: what the update itself would raise, before it has changed anything.
+            Exception: an exception that the update itself would raise, before anything has changed.
         """
         replica = self._replica
         if replica.update_is_reliable and (self.succeeded or (self._in_host_memory and replica.rehearse_update())):
             self._saved = []
             return False
-        if not self._saved:  # the program has changed its mind
+        if not self._saved:  # the update was reliable before, and is no longer
             self._saved = self._made()
         for saved, flat in zip(self._saved, self._replica.lasting, strict=True):
             saved.copy_from(flat)
         return True
 
     def restore(self, replicas: Sequence[Replica]) -> None:
-        """Give all replicas the values that were kept. When nothing runs."""
+        """Copy the snapshot to all replicas. Only while nothing runs."""
         for replica in replicas:
             for saved, flat in zip(self._saved, replica.lasting, strict=True):
                 flat.copy_from(saved)

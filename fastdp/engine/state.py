@@ -12,7 +12,7 @@ class EngineState:
     """Which thread uses an engine, how many steps it has made, and which step is not over.
 
     Args:
-        timeout: seconds that one step may take.
+        timeout: seconds before a step is given up.
 
     Attributes:
         unsettled: the operation in flight, or one that was given up and may still run on the devices.
@@ -27,7 +27,7 @@ class EngineState:
         self._training = False
 
     def take(self, *, trains: bool) -> None:
-        """Wait until the engine is free, and take it. Two threads that train one model are an error, raised at once.
+        """Wait until the engine is free, and take it. Training one model from two threads fails at once.
 
         Raises:
             RuntimeError: another thread is training this model.

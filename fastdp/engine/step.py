@@ -1,4 +1,4 @@
-"""One training step in flight: what it carries, and what its replicas do on their devices' workers."""
+"""One training step in flight: its data, and the functions that its replicas run on their devices' workers."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from fastdp.shard import Rows
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step gives the caller: merged outputs (the caller's own), summed numbers, rows, and the notes of the first
-    replica and of all."""
+    """A step's result for the caller: merged outputs (owned by the caller), summed numbers, the number of rows, the
+    first replica's notes and those of all replicas."""
 
     outputs: list[np.ndarray]
     sums: np.ndarray
@@ -44,10 +44,10 @@ class Operation:
 
     Args:
         threads: cores that one replica may use inside one operation of the program.
-        trains: with an update; otherwise forward only.
+        trains: whether there is an update, or a forward pass only.
 
-    `generation` is the number of its update (see `ReplicaGroup.advance`). `restorable` says that what the update
-    changes has been saved, `came_home` that the program's own variables equal the first replica's. `close` ends the
+    `generation` is the number of its update (see `ReplicaGroup.advance`). `restorable`: a snapshot of the variables
+    and slots has been taken. `came_home`: the program's own variables equal the first replica's. `close` ends the
     operation (`fastdp.engine.step_scope`); None when it is not open.
     """
 
@@ -66,7 +66,7 @@ class Operation:
     counts: ClassVar[bool] = False
 
     def abandon(self, error: BaseException) -> None:
-        """Stop it after this error: nobody waits for it any more."""
+        """Stop the operation after this error. Nobody waits for it any more."""
         if self.reduction is not None:
             self.reduction.abandon(error)
 
@@ -75,11 +75,11 @@ class Operation:
         return "The update"
 
     def rows_of(self, rank: int) -> tuple[str, tuple[int, int] | None]:
-        """A replica's part of the batch, in words for a message, and as rows; nothing where there is no batch."""
+        """A replica's rows, as text for a message and as (start, stop); empty and None if there is no batch."""
         return "", None
 
     def note_home(self) -> None:
-        """Note that the program's own variables, which are not a replica's, have the new values."""
+        """Note that the program's own variables, which lie apart from any replica's, have the new values."""
         self.came_home = True
 
 
@@ -90,8 +90,8 @@ class Step(Operation):
     Args:
         batch: the global batch.
         shards: the rows of each replica that has any.
-        contexts: of these replicas, in the order of the ranks.
-        reduces: the gradients are reduced; otherwise they stay on the replicas.
+        contexts: the contexts of these replicas, in rank order.
+        reduces: whether gradients are reduced; otherwise they stay on the replicas.
 
     `over`, `outcome` and `error` are for a step that ends while its thread does something else: see
     `step_scope.meanwhile`.
@@ -116,7 +116,7 @@ class Step(Operation):
     def abandon(self, error: BaseException) -> None:
         """Wake replicas that wait for each other. An update that has not begun will not begin."""
         self.rendezvous.abort(error)
-        Operation.abandon(self, error)  # a class with slots is made twice, and `super()` knows the first
+        Operation.abandon(self, error)  # not `super()`: slots=True makes the class twice, and it refers to the first
 
     def unfinished(self, devices: Sequence[QueueDevice]) -> str:
         """The devices whose replicas have not finished, else the update."""
@@ -132,7 +132,7 @@ class Step(Operation):
         return f" (rows {rows.start} to {rows.stop} of the batch's {total})", (rows.start, rows.stop)
 
     def kept(self) -> StepResult:
-        """What came of a step that is over; raises what it failed with."""
+        """The result of a step that is over. Raises the error of a failed step."""
         if self.error is not None:
             raise self.error
         assert self.outcome is not None
@@ -151,10 +151,10 @@ def make_step(
     trains: bool,
     reduces: bool,
 ) -> Step:
-    """A step on these shards. Nothing is enqueued yet.
+    """Make a step on these shards. Enqueues nothing.
 
     Args:
-        number: of the step, in its contexts.
+        number: the step's number, for its contexts.
         timeout: seconds that replicas may wait for each other in the middle of the step.
     """
     rendezvous = Rendezvous(len(shards), timeout)
@@ -181,7 +181,7 @@ def run_replica(
     context: Context,
     work: Callable[[Replica, list[np.ndarray], Context], Result],
 ) -> None:
-    """Run one replica's work on its device's worker; a failure wakes the replicas that wait for it."""
+    """Run one replica's work on its device's worker. A failure wakes the replicas that wait for it."""
     watch = step.watch
     watch.compute_began[context.rank] = time.perf_counter()
     try:
@@ -204,7 +204,7 @@ def run_replica(
 
 
 def commit(step: Step) -> None:
-    """Add up the sums, and let the updates begin, on all replicas or on none: not for an abandoned step."""
+    """Add up the sums and let the updates begin, on all replicas, or on none if the step was abandoned."""
     if step.rendezvous.aborted:
         raise StepAborted("The step was given up before its update.")
     step.watch.arrived = time.perf_counter()
@@ -228,12 +228,12 @@ def add_up(step: Step) -> None:
 def run_update(
     step: Step, replica: Replica, rollback: Rollback, threads: int, work_stealing: WorkStealing | None
 ) -> None:
-    """Update one replica on its device's worker. The first one saves what it changes, where that is needed.
+    """Update one replica on its device's worker. The first replica takes a snapshot before, if one is needed.
 
     Args:
-        rollback: of the first replica.
-        threads: of one operation.
-        work_stealing: runs the parts of the update on several workers, where the program makes it in parts.
+        rollback: the snapshot of the first replica.
+        threads: cores that one operation may use.
+        work_stealing: runs parts of the update on several workers, if the program splits its update.
     """
     assert step.totals is not None
     step.watch.update_began[replica.rank] = time.perf_counter()
@@ -243,7 +243,7 @@ def run_update(
             step.updates_begun = True
         step.totals.work_stealing = work_stealing
         replica.prepare_thread(threads)
-        with interrupts_wait():  # the worker may be the thread that waits for it
+        with interrupts_wait():  # the worker may be the main thread
             replica.update(step.totals)
             step.updates_done.append(replica.rank)
         step.watch.update_ended[replica.rank] = time.perf_counter()
@@ -256,7 +256,7 @@ def run_update(
 def step_error(
     failures: Sequence[tuple[int, BaseException]], operation: Operation, devices: Sequence[QueueDevice]
 ) -> ReplicaError:
-    """The error to raise for a failed operation: its first cause, with the device and the rows."""
+    """The error to raise for a failed operation. It names the first cause, the device and the rows."""
     causes = [failure for failure in failures if not isinstance(failure[1], StepAborted)] or list(failures)
     rank, cause = causes[0]
     where, rows = operation.rows_of(rank)

@@ -1,4 +1,4 @@
-"""The locks and scopes around a step, and what happens to a step that nobody waits for."""
+"""The locks and scopes around a step, and the handling of a step that is interrupted by another one."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _here = _Here()
 
 
 def meanwhile(step: Step, work: Callable[[], object], end: Callable[[], StepResult]) -> None:
-    """Run `work()` on this thread while a step, all of whose work is enqueued, runs on the devices.
+    """Run `work()` on this thread while a fully enqueued step runs on the devices.
 
-    If `work()` itself begins a step, of this or another model, as a data set may that asks the model: then `end()`
-    waits for the present one first, and its outcome is kept for the thread when it comes back.
+    `work()` may itself begin a step of this or another model, such as a data set that calls the model. In that case
+    `end()` first waits for the current step, and its outcome is kept until `work()` returns.
     """
     _here.open = (step, end)
     try:
@@ -43,14 +43,14 @@ def meanwhile(step: Step, work: Callable[[], object], end: Callable[[], StepResu
 
 
 def _end_open_step() -> None:
-    """End the step in the middle of which this thread begins another one."""
+    """End the step that this thread has open, since it begins another one."""
     opened, _here.open = _here.open, None
     if opened is None:
         return
     step, end = opened
     try:
         step.outcome = end()
-    # Kept whatever it is: it belongs to the caller of that step, who is told when the present work is over.
+    # Any error is kept: it belongs to the caller of that step, and is raised there when the current work is over.
     except BaseException as error:  # noqa: BLE001
         step.error = error
     step.over = True
@@ -70,7 +70,7 @@ def _wait_for_others(timeout: float) -> None:
 
 @contextmanager
 def alone(timeout: float = 1800.0) -> Iterator[None]:
-    """While it lasts no engine of this process runs a step. One that this thread has open is ended first.
+    """Keep all engines of this process from running a step. A step that this thread has open is ended first.
 
     Raises:
         DeviceTimeoutError: a step took longer than `timeout` seconds.
@@ -87,9 +87,9 @@ class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
     """Holds the locks and the program's own scope during one operation, and refreshes stale replicas before it.
 
     Args:
-        state: of the engine.
+        state: the engine's state.
         recovery: cleans up after operations that failed.
-        replicas: all of them.
+        replicas: the engine's replicas.
         operation: a step, or the folding of gradients.
     """
 
@@ -118,7 +118,7 @@ class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
         return operation
 
     def _prepare(self) -> None:
-        """Clean up after a step that nobody waited for, and refresh replicas that are stale."""
+        """Clean up after an abandoned step, and refresh stale replicas."""
         self._recovery.settle_if_needed()
         self._state.unsettled = self._operation
         self._replicas.bring_up_to_date()
@@ -126,7 +126,7 @@ class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
         devices = self._replicas.devices
         if len(devices) == 1 and not devices[0].on_gpu:
             # This thread would only wait for the worker, so it takes the worker's place. Torch's helper threads also
-            # stay awake only while one thread uses them.
+            # stay awake only while a single thread uses them.
             self._scopes.enter_context(devices[0].lend())
 
     def __exit__(
@@ -138,7 +138,7 @@ class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
         self.close(error)
 
     def close(self, error: BaseException | None) -> None:
-        """End the operation. `error` is what it failed with. Only the first call has an effect."""
+        """End the operation, with the error if it failed. Only the first call has an effect."""
         if self._closed:
             return
         self._closed = True
@@ -148,7 +148,7 @@ class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
                 self._state.unsettled = None
             else:
                 self._recovery.abandon(self._operation, error)
-            # The scopes learn of the failure, and do not stop it.
+            # The scopes see the failure and cannot suppress it.
             self._scopes.__exit__(None if error is None else type(error), error, None)
         finally:
             self._state.steps += self._operation.counts

@@ -1,7 +1,7 @@
 """Times each verb of a training step on each device, and gives medians over the latest steps.
 
-Times are those of the host thread and of the devices' workers. A GPU's worker launches work and waits for what it
-reads: its time is not the GPU's, which a profiler shows.
+Times are taken on the host thread and on the devices' workers. A GPU's worker launches work and waits for values that
+it reads, so its time is not the GPU's; use a profiler for that.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ VERBS = ("scatter", "compute", "merge", "wait", "communication", "update")
 
 
 class Watch:
-    """When what happened in one step, in seconds of `time.perf_counter`.
+    """The time of each event in one step, in seconds of `time.perf_counter`.
 
-    Each worker writes at its own place, the host thread the rest. `rows` are those of the devices that have any.
-    `early` is how many buckets of gradients were complete on all devices before the slowest one's work was over.
+    Each worker writes the entry of its rank; the host thread writes the rest. `rows` holds the row counts of the
+    devices that have rows. `early` is the number of gradient buckets that were complete on all devices before the
+    slowest device was done.
     """
 
     __slots__ = (
@@ -42,9 +43,9 @@ class Watch:
     def seconds(self, rank: int) -> dict[str, float]:
         """Seconds by verb of a device that had rows.
 
-        `wait` is for the slowest device's work, and holds what a device reduces meanwhile. `communication` begins
-        behind it. A device that does not update itself waits for the first one's update, and communication is what
-        happens around it.
+        `wait` is the time until the slowest device is done, including reductions in that time. `communication` begins
+        after it. A device that does not update itself waits for the first device's update; its `communication` is the
+        time before and after that update.
         """
         updating = rank if self.update_ended[rank] else 0
         communication = self.update_began[updating] - self.arrived
@@ -62,7 +63,7 @@ class Watch:
 
 @dataclass(frozen=True, slots=True)
 class DeviceTimes:
-    """A device's rows of most of the latest batches, and its median seconds by verb."""
+    """A device's rows in most of the latest batches, and its median seconds by verb."""
 
     rows: int
     seconds: dict[str, float]
@@ -77,7 +78,7 @@ class Timings:
         self._between: deque[float] = deque(maxlen=LATEST)
 
     def add(self, watch: Watch) -> None:
-        """Keep a step that is over."""
+        """Record a step that is over."""
         watch.ended = time.perf_counter()
         if self._watches:
             self._between.append(watch.began - self._watches[-1].ended)
@@ -86,13 +87,13 @@ class Timings:
 
     @property
     def latest_work(self) -> list[float]:
-        """Seconds of forward and backward in the latest step, of each device that had rows."""
+        """Seconds of forward and backward in the latest step, for each device that had rows."""
         latest = self._watches[-1]
         return [end - began for began, end in zip(latest.compute_began, latest.compute_ended, strict=True)]
 
     @property
     def timed(self) -> int:
-        """How many steps the medians are of."""
+        """How many steps the medians cover."""
         return len(self._watches)
 
     @property
@@ -102,11 +103,11 @@ class Timings:
 
     @property
     def between(self) -> float:
-        """Median seconds from one step to the next: waiting for input, and callbacks and metrics."""
+        """Median seconds from one step to the next: waiting for input, callbacks, metrics."""
         return statistics.median(self._between or [0.0])
 
     def device(self, rank: int) -> DeviceTimes:
-        """One device's times. Zeros where it had no rows in any of the steps."""
+        """One device's times; zeros if it had no rows in any of the steps."""
         mine = [watch for watch in self._watches if rank < len(watch.rows)]
         found = [watch.seconds(rank) for watch in mine]
         seconds = {verb: statistics.median([one[verb] for one in found] or [0.0]) for verb in VERBS}
@@ -114,14 +115,14 @@ class Timings:
 
     @property
     def early(self) -> int:
-        """How many buckets of gradients began to be reduced while a device still computed, in most of the steps."""
+        """How many gradient buckets began to be reduced while a device still computed, in most of the steps."""
         return statistics.mode([watch.early for watch in self._watches] or [0])
 
     @property
     def overhead(self) -> float:
         """Median seconds that a step takes beyond its slowest device's work and the update.
 
-        What one device would not need, or hardly: handing work out, reducing, copying, and putting together.
+        One device would need little or none of this: scattering, reducing, copying and merging.
         """
         values = []
         for watch in self._watches:

@@ -16,10 +16,10 @@ class Updates:
     """Enqueues the updates of steps. Used from the host thread.
 
     Args:
-        replicas: all of them.
-        rollback: of the first replica.
+        replicas: the engine's replicas.
+        rollback: the snapshot of the first replica.
         accumulation: gradients of steps that are not reduced.
-        timeout: seconds to wait for the worker of another device that does a part of an update.
+        timeout: seconds to wait for another device's worker that runs a part of an update.
     """
 
     def __init__(
@@ -29,10 +29,10 @@ class Updates:
         self._work_stealing = shared_with(replicas.devices[1:CORES], timeout)
 
     def begin(self, step: Step) -> None:
-        """Enqueue the same update for all replicas, behind the step's reduction."""
+        """Enqueue the same update for all replicas, after the step's reduction."""
         replicas = self._replicas
         every = replicas.every
-        # Before the update, which may happen even when nobody waits for it any more.
+        # Counted before the update, which may happen even when nobody waits for it any more.
         step.generation = replicas.advance()
         step.updating = replicas.updating if step.reduces else every
         # The other devices are idle while the first one updates for all.
