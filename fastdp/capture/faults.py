@@ -1,4 +1,4 @@
-"""Keeps the failure of an optimization from ending a step: it is told once, and the step runs without it."""
+"""Keeps a failed optimization from failing the step: the failure is reported once, and the step runs without it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Tensors = Sequence[torch.Tensor]
 
 
 class Attempt:
-    """A context for work that training can do without. What it ends with is in `error`, and is not raised.
+    """A context for optional work. It stores an exception in `error` instead of raising it.
 
-    Tracing, compiling, loading what was compiled and recording CUDA graphs run much of torch, of the operating system
-    and of the user's model on values that are none, and raise whatever these raise: the classes are not known, so all
-    errors are kept. None is lost by that. The same code of the user's runs in the step itself, which is never within an
-    attempt, and raises there if it means it. What asks Python to end (KeyboardInterrupt, SystemExit) passes.
+    Tracing, compiling, loading artifacts and recording CUDA graphs run much of torch, the operating system and the
+    user's model (on fake values), and raise whatever these raise. The classes are not known, so every exception is
+    caught. No error of the user's code is lost: the step itself runs the same code outside of any attempt and raises
+    there. KeyboardInterrupt and SystemExit pass through.
 
     Example:
         >>> with Attempt() as attempt:
@@ -41,27 +41,27 @@ class Attempt:
 
     @property
     def why(self) -> str:
-        """Class and text of the error in one line; empty where there was none."""
+        """Class and text of the error in one line; empty without an error."""
         return in_words(self.error) if self.error is not None else ""
 
 
 def in_words(error: BaseException) -> str:
-    """Class and text of an error in one line that can be printed."""
+    """Class and text of an error in one printable line."""
     said = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
     return f"{type(error).__name__}: {said[:300]}" if said else type(error).__name__
 
 
 class Compiled:
-    """A compiled step, with the traced one behind it.
+    """A compiled step that falls back to the traced one. Thread-safe.
 
     Args:
         run: the compiled graph. Its last result says whether an index was out of range
             (`fastdp.capture.graph.indices`).
-        traced: the same step as it was traced, which raises for such an index.
-        results: how many the traced one gives.
+        traced: the traced step, which raises an error for such an index.
+        results: the number of results of the traced step.
 
-    A call that fails, or gives something else than was compiled, is made by the traced step, and all later ones are;
-    `failed` says why, empty as long as that has not happened. From any number of threads.
+    If a call fails or returns a wrong number of results, the traced step repeats it and serves all later calls.
+    `failed` then says why; until then it is empty.
     """
 
     def __init__(self, run: Callable[..., Tensors], traced: Callable[..., Tensors], results: int) -> None:
@@ -82,5 +82,5 @@ class Compiled:
         if attempt.error is not None:
             with self._lock:
                 self.failed = self.failed or f"the compiled step failed with {attempt.why}"
-        # It only writes gradients, which the traced step writes again.
+        # The compiled step has only written gradients, which the traced step overwrites.
         return self._traced(*arguments)

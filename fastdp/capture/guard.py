@@ -1,9 +1,9 @@
-"""Compares, before each step, what a trace has read of Python with what is there now.
+"""Detects, before each step, changes of the Python values that a trace has read.
 
-A trace reads attributes, tensors, arrays and settings once. A callback that lowers `dropout.rate`, a second `adapt()`
-of a Normalization layer, another activation would be seen by an eager step and not by a captured one: so all that the
-step reads (`PureStep.watch`) is compared, in microseconds (`fastdp.capture.watch`), and the settings of torch that
-change results. What cannot be compared is not captured.
+A trace reads attributes, tensors, arrays and settings once. An eager step would see a callback lower `dropout.rate`, a
+second `adapt()` of a Normalization layer or another activation; a captured step would not. So the guard compares all
+that the step reads (`PureStep.watch`), in microseconds (`fastdp.capture.watch`), and the settings of torch that change
+results. A step that reads something incomparable is not captured.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastdp.errors import NotCapturable
 
 
 class Guard:
-    """What a step reads, as it was when it was captured."""
+    """The values that a step reads, as they were when it was captured."""
 
     def __init__(self, step: PureStep[Any]) -> None:
         self._step = step
@@ -31,10 +31,10 @@ class Guard:
         self._settings = settings()
 
     def renew(self) -> None:
-        """Take what is there now for what counts.
+        """Record the present values as the expected ones.
 
         Raises:
-            NotCapturable: something cannot be compared before each step; the message says what.
+            NotCapturable: a value cannot be compared before each step; the message names it.
         """
         self._watch = Watch()
         self._step.watch(self._watch)
@@ -43,16 +43,16 @@ class Guard:
             raise NotCapturable(self._watch.refused)
 
     def changed(self) -> str:
-        """What is not as it was, in words that name it; empty if everything is."""
+        """The name of a value that has changed; empty if none has."""
         now = settings()
         return _which(self._settings, now) if now != self._settings else self._watch.changed()
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
-        """Around a trace, which runs the model's code without being a step: what that code has changed is put back.
+        """Hold this during a trace, which runs the model's code outside of a step. Changes by that code are undone.
 
         Raises:
-            NotCapturable: it has changed something that it reads, or has drawn random numbers of Python's or NumPy's.
+            NotCapturable: the code changed something that it reads, or drew random numbers from Python or NumPy.
         """
         generators = [(random, "random"), (np.random, "numpy.random"), *self._watch.generators]
         states = [_state_of(generator) for generator, _ in generators]
@@ -127,7 +127,7 @@ def _state_of(generator: Any) -> Any:
 
 
 def _set_state(generator: Any, state: Any) -> None:
-    """Give a generator a state that it had."""
+    """Restore a generator's state."""
     if isinstance(generator, np.random.Generator):
         generator.bit_generator.state = state
     elif isinstance(generator, (np.random.RandomState, torch.Generator)) or generator is np.random:

@@ -1,7 +1,7 @@
-"""The protocol of what captured steps need of a model: a training step as a pure function of tensors.
+"""The protocol that captured steps require of a model: a training step as a pure function of tensors.
 
-A program of one kind of model implements `PureStep`; tracing, comparing, compiling and recording know no more of the
-model than this. Variables are known by their number, in one order for the template and all replicas.
+Each kind of program implements `PureStep`. Tracing, guarding, compiling and recording know nothing else of the model.
+Variables are identified by number, in one order for the template and all replicas.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from fastdp.comm.context import Context
 from fastdp.runtime.queue import QueueDevice
 
 Draw = Callable[[], torch.Tensor]
-# Variables that the step's draws have moved (states of generators), by number, with their values after it.
+# Variables that the step's draws have advanced (states of generators): their numbers and new values.
 Moved = list[tuple[int, torch.Tensor]]
 
 
 class Draws(Protocol):
-    """Who decides about the random draws of a step that is captured. Draws come in the same order in each step."""
+    """Makes or replaces the random draws of a captured step. Draws come in the same order in each step."""
 
     def take(self, draw: Draw) -> torch.Tensor:
-        """The outcome of `draw()`, or what stands for it."""
+        """The outcome of `draw()`, or a replacement."""
 
 
 class ReplicaTensors(Protocol):
-    """The memory of one replica, as tensors on its device that stay where they are."""
+    """The memory of one replica, as tensors at fixed addresses on its device."""
 
     @property
     def device(self) -> QueueDevice:
-        """Where the replica runs."""
+        """The device that the replica runs on."""
 
     @property
     def variables(self) -> Sequence[torch.Tensor]:
-        """Its variables, by number; none is part of autograd's graph."""
+        """The replica's variables, by number; none is part of autograd's graph."""
 
     @property
     def gradients(self) -> Sequence[torch.Tensor]:
-        """Where the gradients of the trained variables go, in their order."""
+        """The memory for the gradients of the trained variables, in their order."""
 
     @property
     def gradient_buffers(self) -> FlatBuffers:
@@ -50,11 +50,11 @@ class ReplicaTensors(Protocol):
 
 
 class Outcome(Protocol):
-    """What one replica's step gives: gradients, and whatever else the program makes of it."""
+    """The result of one replica's step: gradients, and whatever else the program needs."""
 
     @property
     def gradients(self) -> Sequence[torch.Tensor | None]:
-        """Of the trained variables, in their order; None where nothing depends on one."""
+        """The gradients of the trained variables, in their order; None for a variable that nothing depends on."""
 
 
 OutcomeT = TypeVar("OutcomeT", bound=Outcome)
@@ -67,70 +67,70 @@ class OutcomeForm(Protocol[OutcomeT_co]):
     def filled(
         self, gradients: Sequence[torch.Tensor | None], values: Iterator[torch.Tensor], moved: Moved
     ) -> OutcomeT_co:
-        """An outcome of the same form.
+        """Make an outcome of this form from tensors.
 
         Args:
-            gradients: as of `Outcome.gradients`; they have their values, or get them on the device's compute stream.
+            gradients: as `Outcome.gradients`. The device's compute stream may still be computing their values.
             values: in the order of `PureStep.flatten`. Valid until the replica's next step.
-            moved: what the draws moved, outside of the graph.
+            moved: variables that the draws advanced, outside of the graph.
         """
 
 
 class PureStep(Protocol[OutcomeT]):
     """A model's training step without side effects, for captured steps.
 
-    All is asked on the host thread between steps, but `key`, `rows`, `draw` and what makes an outcome of a form: these
-    are called by the workers of replicas too, in each step.
+    All members are called on the host thread between steps. `key`, `rows`, `draw` and `OutcomeForm.filled` are also
+    called by the workers of replicas, in each step.
     """
 
     @property
     def name(self) -> str:
-        """The model's, for messages."""
+        """The model's name, for messages."""
 
     @property
     def variables(self) -> list[torch.Tensor]:
-        """The template's variables, as they are now, by number; none is part of autograd's graph."""
+        """The template's present variables, by number; none is part of autograd's graph."""
 
     @property
     def trained(self) -> Sequence[int]:
-        """The numbers of the variables that have gradients, in the order of these."""
+        """The numbers of the variables that have gradients, in the order of the gradients."""
 
     @property
     def replicas(self) -> Mapping[int, ReplicaTensors]:
-        """The replicas that there are, by rank."""
+        """The replicas by rank."""
 
     @property
     def most_replicas(self) -> int:
-        """How many of them may share the rows of the next step."""
+        """How many replicas may share the rows of the next step."""
 
     @property
     def spans_devices(self) -> bool:
         """Whether a replica computes on several devices."""
 
     def why_never(self) -> str:
-        """Why no step of the model can be captured, known without a trace; empty where nothing is known."""
+        """The reason, if known without a trace, why no step of the model can be captured; else empty."""
 
     def own_code(self) -> str:
-        """Which part of the step is code of the user's, in words; empty where none is."""
+        """A part of the step that is the user's code, in words; empty if there is none."""
 
     def prepare(self) -> None:
-        """A step is going to run, or to be traced: decide what is decided once for all replicas."""
+        """Called before a step runs or is traced: make the decisions that are common to all replicas."""
 
     def key(self, context: Context) -> Hashable:
-        """What else a graph depends on than the shapes of the rows, their number, and whether outputs are wanted."""
+        """What a graph depends on besides the shapes and number of rows and whether outputs are wanted."""
 
     def rows(self, batch: Sequence[Any], context: Context) -> list[torch.Tensor]:
-        """A replica's rows as contiguous tensors, where they are."""
+        """A replica's rows as contiguous tensors, on their present device."""
 
     def compute(
         self, variables: Sequence[torch.Tensor], rows: Sequence[torch.Tensor], context: Context, draws: Draws
     ) -> OutcomeT:
-        """Forward, the replica's contribution to the loss, and its gradients. Nothing else changes.
+        """Compute forward, the replica's contribution to the loss, and its gradients. No side effects.
 
         Args:
-            variables: by number; those that are trained are leaves of autograd.
-            rows: as `rows` gives them; of fakes without values while the step is traced.
-            context: the replica's place. To exchange values with others is an error.
+            variables: by number; trained variables are leaves of autograd.
+            rows: as returned by `rows`; fake tensors while the step is traced.
+            context: the replica's place. Exchanging values with other replicas is an error.
             draws: makes all random draws.
 
         Raises:
@@ -138,24 +138,24 @@ class PureStep(Protocol[OutcomeT]):
         """
 
     def flatten(self, outcome: OutcomeT) -> tuple[list[torch.Tensor], OutcomeForm[OutcomeT]]:
-        """The tensors of an outcome beside its gradients, and the outcome's form.
+        """The tensors of an outcome except its gradients, and the outcome's form.
 
         Raises:
-            NotCapturable: the outcome has something that may be another in each step, and is no tensor; or what a draw
-                moved has been computed in the step.
+            NotCapturable: the outcome contains a value that may differ in each step and is not a tensor, or the step
+                itself has computed a variable that a draw advances.
         """
 
     def draw(
         self, draws: Sequence[Draw], variables: Sequence[torch.Tensor], context: Context
     ) -> tuple[list[torch.Tensor], Moved]:
-        """Make draws that were taken from `Draws`, as for a step of the replica of `context`.
+        """Make draws that were recorded by `Draws`, for a step of the replica of `context`.
 
         Returns:
-            Their outcomes, contiguous, and the variables that they have moved: these are not written to.
+            The contiguous outcomes, and the new values of variables that the draws advance; `variables` are unchanged.
         """
 
     def tracing(self) -> AbstractContextManager[None]:
-        """Held while `compute` is traced, on this thread. An error that leaves it says where in the model it arose."""
+        """Held while this thread traces `compute`. An error that leaves it says where in the model it arose."""
 
     def watch(self, watch: Watch) -> None:
-        """Add all that a trace of the step reads beside its arguments, so that a change of it makes the trace void."""
+        """Add everything that a trace of the step reads besides its arguments. A change of it invalidates the trace."""

@@ -1,8 +1,8 @@
-"""Finds everything in Python that a traced step may have read: a walk from some objects.
+"""Finds every Python value that a traced step may have read, by walking from some roots.
 
-The walk follows attributes, containers and classes, and, of code that is no library's, the globals, closures and
-defaults that functions name. It leaves out what is an input of the traced graph. What is special about the objects of
-a library that models are made of is said by `Rules`.
+The walk follows attributes, containers and classes. In code that does not belong to a library it also follows the
+globals, closures and defaults that functions name. It skips inputs of the traced graph. `Rules` describe the library
+that models are made of.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from fastdp.capture.watch import Watch
 
 _LIBRARIES = frozenset({"torch", "numpy", "fastdp", "builtins", *sys.stdlib_module_names})
-# Equal where `==` says so, and never changed in place. Classes whose `==` is identity are added by `_by_value`.
+# Immutable values that `==` compares completely. `_by_value` adds classes whose `==` is identity.
 _VALUES: tuple[type, ...] = (int, float, complex, str, bytes, bool, type(None), range, slice)
 _VALUES += (enum.Enum, np.generic, np.dtype)
 _VALUES += (torch.dtype, torch.device, torch.layout, torch.memory_format, types.MethodType, types.CodeType)
@@ -34,12 +34,12 @@ _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.
 
 
 class Rules:
-    """What a walk has to know of the libraries that models are made of. These rules know none.
+    """Describes the libraries that models are made of. This base class describes none.
 
     Attributes:
-        libraries: packages whose code is not the user's, beside torch, NumPy and Python's own.
-        values: classes of which `==` tells all there is to know, and which are never changed in place.
-        unread: classes of which no step reads anything.
+        libraries: packages whose code is not the user's, besides torch, NumPy and the standard library.
+        values: immutable classes that `==` compares completely.
+        unread: classes whose instances no step reads.
     """
 
     libraries: frozenset[str] = frozenset()
@@ -47,7 +47,7 @@ class Rules:
     unread: tuple[type, ...] = ()
 
     def is_own(self, thing: Any) -> bool:
-        """Whether a class, function or module is the user's own, or of a library that no rules are for."""
+        """Whether a class, function or module is the user's, or belongs to a library without rules."""
         name = thing.__name__ if isinstance(thing, types.ModuleType) else getattr(thing, "__module__", None)
         if not isinstance(name, str):
             return False
@@ -55,40 +55,40 @@ class Rules:
         return package not in _LIBRARIES and package not in self.libraries
 
     def looks_into(self, cls: type) -> bool:
-        """Whether instances of a class of a library are looked into, as those of the user's classes are."""
+        """Whether the walk enters instances of a library's class, as it does for the user's classes."""
         return issubclass(cls, types.SimpleNamespace)
 
     def watches(self, reach: Reach, value: Any, what: str) -> bool:
-        """Watch a value of a kind that is not walked as others are; whether it is of one."""
+        """Watch a value of a kind that needs a special walk. Returns whether it is of such a kind."""
         return False
 
     def name_of(self, value: Any, what: str) -> str:
-        """What an object is called in messages, which was reached as `what`."""
+        """The name for messages of an object that was reached as `what`."""
         return what
 
     def read_names(self, value: Any, names: Iterable[str]) -> Iterable[str]:
-        """Those of the names of an object's attributes that a step may read."""
+        """The attributes of an object, among `names`, that a step may read."""
         return names
 
     def has_further_attributes(self, value: Any) -> bool:
-        """Whether an object gets attributes meanwhile that no step reads."""
+        """Whether an object may get new attributes that no step reads."""
         return False
 
     def walk_further(self, reach: Reach, value: Any, what: str) -> None:
-        """Walk what a step reads of an object beside the attributes in `read_names`."""
+        """Walk what a step reads of an object besides the attributes in `read_names`."""
 
     def functions(self, cls: type) -> Iterable[str]:
-        """The names of those functions of a library's class that a step may call."""
+        """The names of the functions of a library's class that a step may call."""
         return ()
 
 
 class Reach:
-    """Fills a `Watch` with what can be reached from some roots.
+    """Fills a `Watch` with the values that can be reached from some roots.
 
     Args:
-        watch: to fill.
+        watch: the watch to fill.
         inputs: objects whose values are inputs of the graph.
-        rules: of the library that the model is made of.
+        rules: the rules of the library that the model is made of.
     """
 
     def __init__(self, watch: Watch, inputs: Iterable[Any], rules: Rules) -> None:
@@ -101,11 +101,11 @@ class Reach:
         self._classes: set[type] = set()
 
     def is_input(self, value: Any) -> bool:
-        """Whether this very object is an input of the graph."""
+        """Whether this object is an input of the graph."""
         return id(value) in self._inputs
 
     def walk(self, value: Any, what: str) -> None:
-        """Watch what is in a value. That the value itself stays where it is has been seen to."""
+        """Watch the contents of a value. The caller watches that the place keeps the same value."""
         if isinstance(value, self._values) or id(value) in self._seen:
             return
         self._seen[id(value)] = value
@@ -129,7 +129,7 @@ class Reach:
             self._object(value, what)
 
     def mapping(self, mapping: Any, keys: list[Any], what: str) -> None:
-        """Watch and walk the values under some keys of a dict, or of the attributes of a class."""
+        """Watch and walk the values under some keys of a dict or of a class's attributes."""
         by_value = [key for key in keys if self._by_value(mapping[key])]
         self.watch.values(mapping, by_value, what)
         for key in keys:
@@ -141,13 +141,13 @@ class Reach:
     # Kinds of values.
 
     def _attribute(self, owner: Any, name: str, what: str) -> None:
-        """One attribute of an object that has no mapping of them."""
+        """Watch and walk one attribute of an object without a mapping of attributes."""
         value = getattr(owner, name)
         self.watch.attribute(owner, name, what, self._by_value(value))
         self.walk(value, what)
 
     def _container(self, container: Any, what: str) -> None:
-        """What is in a container. Where `==` tells about all of it, it has been seen to."""
+        """Watch and walk the elements of a container. One that `==` compares completely is watched by the caller."""
         if not self._by_value(container):
             if isinstance(container, dict):
                 self.mapping(container, list(container), what)
@@ -159,7 +159,7 @@ class Reach:
             self.walk(element, f"{what}[{i}]")
 
     def _object(self, value: Any, what: str) -> None:
-        """The attributes of an object, and its class."""
+        """Watch and walk the attributes of an object, and its class."""
         rules = self._rules
         what = rules.name_of(value, what)
         attributes = getattr(value, "__dict__", {})
@@ -177,7 +177,7 @@ class Reach:
             self._class(cls)
 
     def _class(self, cls: type) -> None:
-        """All that a class of the user's holds; of a library's class the functions that a step may call."""
+        """Watch all attributes of a user's class, or the functions of a library's class that a step may call."""
         if cls in self._classes or issubclass(cls, (enum.Enum, BaseException)):
             return
         self._classes.add(cls)
@@ -190,7 +190,7 @@ class Reach:
             self.watch.values(attributes, list(self._rules.functions(cls)), cls.__name__)
 
     def _function(self, function: Any, what: str) -> None:
-        """What a function of the user's reads without being given it; what a method or a partial is bound to."""
+        """Watch what a user's function reads besides its arguments, and what a method or a partial is bound to."""
         if isinstance(function, functools.partial):
             for name in ("func", "args", "keywords"):
                 self._attribute(function, name, what)
@@ -217,11 +217,11 @@ class Reach:
             self.mapping(vars(module), inside, module.__name__)
 
     def _is_looked_into(self, cls: type) -> bool:
-        """Whether instances of a class are looked into."""
+        """Whether the walk enters instances of a class."""
         return self._rules.is_own(cls) or self._rules.looks_into(cls)
 
     def _by_value(self, value: Any) -> bool:
-        """Whether `==` tells all there is to know of a value where it stands."""
+        """Whether `==` compares a value completely."""
         if isinstance(value, _CONTAINERS):
             return all(map(self._by_value, value.values() if isinstance(value, dict) else list(value)))
         own_equality: Any = type(value).__eq__
@@ -229,13 +229,13 @@ class Reach:
 
 
 def _slots(cls: type) -> Iterator[str]:
-    """The attributes of a class's instances that lie in slots."""
+    """The names of the slots that a class declares."""
     slots = vars(cls).get("__slots__", ())
     return (name for name in ([slots] if isinstance(slots, str) else slots) if not name.startswith("__"))
 
 
 def names_in_code(code: types.CodeType) -> Iterator[str]:
-    """The names of globals and attributes in a function, and in those inside it."""
+    """The names of globals and attributes in a function and the functions nested in it."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

@@ -16,7 +16,7 @@ from fastdp.comm.context import Context
 
 @dataclass(slots=True, eq=False)
 class Shape(Generic[OutcomeT]):
-    """What is known of the steps of one shape of a replica's rows."""
+    """The record of the steps of one shape of a replica's rows."""
 
     rows: int
     of: int
@@ -26,9 +26,9 @@ class Shape(Generic[OutcomeT]):
     captured: Captured[OutcomeT] | None = None
     job: Job | None = None
     compiled: bool = False
-    since: int = 0  # steps before the present way of replaying
+    since: int = 0  # steps before the present form (traced or compiled) was in use
     no_graph: str = ""
-    ran_step_graph: bool = False  # the latest step was one graph for each GPU, with its collectives
+    ran_step_graph: bool = False  # the latest step launched one graph per GPU, including its collectives
     step_graph_steps: int = 0
     no_step_graph: str = ""
     trial: SpeedTrial | None = None
@@ -36,7 +36,7 @@ class Shape(Generic[OutcomeT]):
 
 
 def entry_of(shape: Shape[Any]) -> dict[str, Any]:
-    """What is to be said about one shape."""
+    """The entry of one shape in `report()`."""
     slower = shape.trial.why if shape.trial is not None else ""
     how = "compiled" if shape.compiled and not slower else "eager" if shape.captured is None else "traced"
     recordings = list(shape.captured.recordings.values()) if shape.captured is not None else []
@@ -63,7 +63,7 @@ def entry_of(shape: Shape[Any]) -> dict[str, Any]:
 
 
 def recordings_of(replicas: Sequence[Shape[Any]]) -> list[Recording | None]:
-    """What is recorded of each rank's step, of shapes in the order of the ranks."""
+    """The recording of each rank's step, for shapes in the order of the ranks; None without a recording."""
     return [
         shape.captured.recordings.get(rank) if shape.captured is not None else None
         for rank, shape in enumerate(replicas)
@@ -71,6 +71,6 @@ def recordings_of(replicas: Sequence[Shape[Any]]) -> list[Recording | None]:
 
 
 def key_of(context: Context, step: PureStep[Any]) -> Any:
-    """What a graph depends on: rows and their share, shapes, dtypes, and what the model says."""
+    """What a graph depends on: the number and share of rows, shapes, dtypes, and the model's own key."""
     rows = context.rows
     return rows.count, rows.total, context.wants_outputs, context.batch.shapes, step.key(context)

@@ -16,13 +16,13 @@ STEPS = 10  # of each kind
 class SpeedTrial:
     """Lets a captured step run compiled, then traced, and keeps the faster.
 
-    Compiling is over by then: what was timed while it went on beside the training says little.
+    Compiling has ended before the trial: step times measured while it runs beside the training say little.
 
     Args:
         captured: a traced step.
-        compiled: its compiled equal, which is used from now on.
+        compiled: the compiled form of the step, used from now on.
 
-    `why` says, once the trial is over, why the step stays traced; it is empty where it stays compiled.
+    After the trial `why` says why the step stays traced; it is empty if the step stays compiled.
     """
 
     def __init__(self, captured: Captured[Any], compiled: Callable[..., Sequence[torch.Tensor]]) -> None:
@@ -32,7 +32,7 @@ class SpeedTrial:
         captured.use(compiled)
 
     def note(self, seconds: float) -> None:
-        """A step has taken so long."""
+        """Add the duration of a step."""
         if len(self._seconds) == 2 * STEPS:
             return
         self._seconds.append(seconds)

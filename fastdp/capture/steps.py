@@ -1,24 +1,24 @@
 """Decides for each batch shape when its training steps are traced, compiled and recorded.
 
-A step of a batch shape runs eagerly first, so that training begins at once. Then it is traced
-(`fastdp.capture.trace`) into a graph that is replayed, and a process of its own lets TorchInductor compile
-the graph (`fastdp.capture.compile.compiler`), while replays go on; the compiled step takes over between two steps.
-Replicas with the same number of rows share a graph. How far this goes is the `mode`:
+The first step of a batch shape runs eagerly, so that training begins at once. Then the step is traced
+(`fastdp.capture.trace`) into a graph that later steps replay. Meanwhile TorchInductor compiles the graph in a separate
+process (`fastdp.capture.compile.compiler`); the compiled step takes over between two steps. Replicas with the same
+number of rows share a graph. The `mode` selects how far this goes:
 
     "trace"      traced before the second step of a shape
-    "inductor"   that, and compiled
-    "auto"       traced, and later compiled, once a shape has been trained for about as long as each will take; on a
-                 processor compiled steps are tried against traced ones, and the faster stay. Steps with code of the
-                 user's in them run eagerly.
+    "inductor"   traced and compiled
+    "auto"       traced, and later compiled, once a shape has been trained for about as long as each will take. On the
+                 CPU a trial keeps the faster of compiled and traced steps. Steps that contain the user's code run
+                 eagerly.
 
-On GPUs a step that has run traced, or compiled, once is recorded as CUDA graphs on each replica
-(`fastdp.capture.cuda_graphs.recording`), which later steps replay; for `MOST_RECORDED` batch shapes of a replica. With
-`graph="step"` they are joined over the replicas, with their collectives (`fastdp.capture.cuda_graphs.step_graphs`).
+On GPUs a step that has run once, traced or compiled, is recorded as CUDA graphs on each replica
+(`fastdp.capture.cuda_graphs.recording`), which later steps replay. At most `MOST_RECORDED` batch shapes per replica are
+recorded. `graph="step"` joins the graphs of all replicas with their collectives
+(`fastdp.capture.cuda_graphs.step_graphs`).
 
-Tracing happens on the host thread between steps, while no replica runs. What cannot be traced (a value that the
-model reads on the host, an exchange between replicas in the middle of a step) runs eagerly for good, with one
-warning that says why. A trace is of the model as it is: when something that it has read of Python changes, it is made
-anew (`fastdp.capture.guard`).
+The host thread traces between steps, while no replica runs. A model that cannot be traced (it reads a value on the
+host, or replicas exchange values in the middle of a step) runs eagerly from then on, with one warning that says why.
+When a Python value that a trace has read changes, the trace is made again (`fastdp.capture.guard`).
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from fastdp.shard import Rows
 from fastdp.warn import warn_user
 
 MOST_SHAPES = 8
-# What "auto" expects work to take, in seconds. A trace takes some ten times an eager step, since it is the same
-# Python under a tracer, and loads parts of torch first; a compilation grows with the number of operations.
+# Seconds that "auto" expects tracing and compiling to take. A trace takes about ten eager steps, since it runs the same
+# Python code under a tracer, after it has loaded parts of torch. Compile time grows with the number of operations.
 TRACE_SECONDS, TRACE_STEPS = 0.5, 10
 COMPILE_SECONDS, COMPILE_SECONDS_PER_OPERATION = 10.0, 0.02
-# Compiling runs beside the training and is begun before it has paid for itself.
+# Compiling runs beside the training: it begins once training has taken this fraction of the expected time.
 COMPILE_PATIENCE = 0.25
-# A model that changes again and again, without so many steps between, changes itself.
+# A model that changes repeatedly within so few steps is taken to change itself.
 MOST_CHANGES, STEPS_BETWEEN_CHANGES = 3, 50
 _POLL_SECONDS = 0.05
 
@@ -64,17 +64,17 @@ class Captures(Generic[OutcomeT]):
     """The captured steps of a model, by batch shape.
 
     Args:
-        step: to capture.
+        step: the step to capture.
         mode: "trace", "inductor" or "auto".
         parts: the number of replicas.
-        recorder: who records captured steps as CUDA graphs; None where nobody does.
+        recorder: records captured steps as CUDA graphs; None to record none.
         alone: makes a context manager within which no engine of the process runs a step. Torch traces one function at a
-            time, and bends its modules meanwhile for all threads.
-        deterministic: how a step runs goes by the number of steps, and not by the clock. "auto" traces the second step
-            of a shape, and compiles none; with "inductor" that step waits for the compiler.
+            time and patches its modules for all threads meanwhile.
+        deterministic: the number of steps, not the clock, decides how a step runs. "auto" traces the second step of a
+            shape and compiles none; with "inductor" that step waits for the compiler.
 
-    The host thread calls `prepare` before each training step and `note` after it. `report` tells what became of
-    each shape.
+    The host thread calls `prepare` before each training step and `note` after it. `report` lists the state of each
+    shape.
     """
 
     def __init__(
@@ -105,22 +105,22 @@ class Captures(Generic[OutcomeT]):
             self._warn_traced()
 
     def find(self, context: Context) -> Captured[OutcomeT] | None:
-        """The captured step for a replica's rows, if there is one. From any thread."""
+        """The captured step for a replica's rows, or None. Called from any thread."""
         if self._eager_now or not self._shapes:
             return None
         shape = self._shapes.get(key_of(context, self._step))
         return shape.captured if shape is not None else None
 
     def prepare(self, batch: Batch, wants_outputs: bool) -> None:
-        """Capture what it is time for, let compiled steps take over. On the host thread, before the step.
+        """Capture steps that are due, and switch to compiled steps. Called on the host thread, before the step.
 
         Args:
             batch: the global batch.
-            wants_outputs: whether the step's outputs are looked at.
+            wants_outputs: whether the caller uses the step's outputs.
         """
         self._present = []
         replicas: list[Shape[OutcomeT]] = []
-        # Anomaly detection is of autograd, which a captured step does without.
+        # Anomaly detection is a feature of autograd, which captured steps do not use.
         self._eager_now = torch.is_anomaly_enabled()
         if not self._refused:
             self._look_for_changes()
@@ -152,9 +152,9 @@ class Captures(Generic[OutcomeT]):
                 shape.ran_step_graph = not why and self._parts == 1
 
     def step_graph(self, contexts: Sequence[Context], why_not: str) -> RecordedStepGraph | None:
-        """The graphs of a step on these rows that hold its collectives; None where it runs otherwise, which is noted.
+        """Find the step graph for these rows, or None, and note in their shapes whether there is one.
 
-        On the host thread, before the step, with the rows on their devices. `why_not` as of `Program.step_graph`.
+        Called on the host thread before the step, with the rows on their devices. `why_not` as in `Program.step_graph`.
         """
         if self._step_graphs is None or self._eager_now:
             return None
@@ -170,7 +170,7 @@ class Captures(Generic[OutcomeT]):
         return found
 
     def note(self, seconds: float) -> None:
-        """Tell how long the step that was prepared took."""
+        """Add the duration of the prepared step."""
         for shape in self._present:
             shape.steps += 1
             shape.seconds += seconds
@@ -180,14 +180,14 @@ class Captures(Generic[OutcomeT]):
 
     @property
     def compiling(self) -> bool:
-        """Whether a step is being compiled, or is compiled and takes over before the next step."""
+        """Whether a step is being compiled, or a compiled step will take over before the next step."""
         return self._compiler.busy
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait until nothing is being compiled any more, and let the compiled steps take over.
+        """Wait for compilation to end, and switch to the compiled steps.
 
         Raises:
-            DeviceTimeoutError: it took longer than `timeout` seconds. Compiling goes on.
+            DeviceTimeoutError: compilation took longer than `timeout` seconds. It goes on.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         self._collect()
@@ -198,7 +198,7 @@ class Captures(Generic[OutcomeT]):
             self._collect()
 
     def close(self, why: str = "compiling was ended") -> None:
-        """End compiling. What has been captured so far stays in use."""
+        """Stop compiling. Captured and compiled steps stay in use."""
         self._compiler.close()
         self._no_compiler = self._no_compiler or why
         for shape in self._shapes.values():
@@ -206,7 +206,7 @@ class Captures(Generic[OutcomeT]):
                 shape.job, shape.why = None, self._no_compiler
 
     def forget_graphs(self) -> None:
-        """Give recorded graphs up, and the memory that they hold. Between steps."""
+        """Drop recorded graphs and free their memory. Called between steps."""
         for shape in self._shapes.values():
             if shape.captured is not None:
                 shape.captured.recordings = {}
@@ -219,12 +219,12 @@ class Captures(Generic[OutcomeT]):
         return [entry_of(shape) for shape in self._shapes.values()]
 
     def _own_code(self) -> str:
-        """Why "auto" leaves steps eager that run code of the user's; empty where it does not."""
+        """Why "auto" runs steps with the user's code eagerly; empty if it does not."""
         own = self._step.own_code() if self._mode == "auto" else ""
         return f'{own} is code of your own: compile="trace" or "inductor" captures it' if own else ""
 
     def _look_for_changes(self) -> None:
-        """Capture anew when something that traces have read has changed; run eagerly if it changes again and again."""
+        """Drop all traces if a value that they have read has changed; run eagerly if that happens repeatedly."""
         captured = [shape for shape in self._shapes.values() if shape.captured is not None]
         changed = self._guard.changed() if captured else ""
         if not changed:
@@ -246,7 +246,7 @@ class Captures(Generic[OutcomeT]):
             return False
         if self._mode != "auto" or self._deterministic:
             return True
-        # The first step of a shape warms things up: the latest ones tell what a step takes.
+        # The first step of a shape includes warm-up: the latest steps show how long a step takes.
         shape.why = "not trained for long enough yet"
         expected = TRACE_SECONDS + TRACE_STEPS * statistics.median(shape.recent)
         return shape.steps > 1 and shape.seconds > expected
@@ -267,13 +267,13 @@ class Captures(Generic[OutcomeT]):
         return shape.seconds > COMPILE_PATIENCE * expected
 
     def _trace(self, shape: Shape[OutcomeT], context: Context) -> None:
-        """Trace one shape; a warning, and no more attempts for any shape, if that cannot be done."""
+        """Trace one shape. If that fails, warn and trace no shape from then on."""
         with Attempt() as attempt:
             self._guard.renew()
             with self._alone(), self._guard.tracing():
                 shape.captured = Captured(self._step, _own_rows(context), context)
         if attempt.error is None:
-            # Where steps have been trained for longer, it is recorded at once (see `_collect`).
+            # A shape that has trained for several steps is recorded at once (see `_collect`).
             shape.since, shape.why = min(shape.steps, 1), ""
             return
         expected = isinstance(attempt.error, NotCapturable)
@@ -283,7 +283,7 @@ class Captures(Generic[OutcomeT]):
         self._warn_eager()
 
     def _submit(self, shape: Shape[OutcomeT], captured: Captured[OutcomeT], rows: Rows) -> None:
-        """Have a captured step compiled; a warning, and no more compiling, if that cannot even begin."""
+        """Submit a captured step to the compiler. If that fails, warn and compile nothing from then on."""
         with Attempt() as attempt:
             shape.job = self._compiler.submit(captured.to_compile(), self._threads(rows))
             shape.why = "being compiled"
@@ -291,7 +291,7 @@ class Captures(Generic[OutcomeT]):
             self._give_up_compiling(attempt.why)
 
     def _record(self, shape: Shape[OutcomeT], context: Context) -> None:
-        """Have a shape recorded on a replica, once it has run there as it is to be recorded."""
+        """Record a shape on a replica, once it has run there in its present form."""
         compiling = shape.job is not None and not shape.compiled
         if self._recorder is not None and shape.captured is not None and shape.steps > shape.since and not compiling:
             replica = self._step.replicas[context.rank]
@@ -299,7 +299,7 @@ class Captures(Generic[OutcomeT]):
             shape.no_graph = self._recorder.consider(shape.captured, replica, _own_rows(context), context)
 
     def _collect(self) -> None:
-        """Let compiled steps take over."""
+        """Switch to compiled steps that are ready."""
         for shape in self._shapes.values():
             captured, job = shape.captured, shape.job
             if captured is None or job is None:
@@ -316,21 +316,21 @@ class Captures(Generic[OutcomeT]):
                     shape.trial = SpeedTrial(captured, compiled)
                 else:
                     captured.use(compiled)
-                # Recorded at once where that is done: its first run, which allocates memory, is then not within a step,
-                # in which other replicas may wait for a collective.
+                # If steps are recorded, this one is recorded at once: its first run allocates memory and must not be
+                # part of a step in which other replicas wait for a collective.
                 shape.compiled, shape.since, shape.why = True, shape.steps - 1, ""
             if attempt.error is not None:
                 self._give_up_compiling(str(attempt.error) if type(attempt.error) is CompileError else attempt.why)
 
     def _go_back(self, shape: Shape[OutcomeT], captured: Captured[OutcomeT]) -> None:
-        """Let a step whose compiled form has failed be the traced one for good."""
+        """Return permanently to the traced form of a step whose compiled form has failed."""
         why = captured.failed
         captured.use_traced()
         shape.job, shape.trial, shape.compiled, shape.why = None, None, False, why
         self._give_up_compiling(why)
 
     def _give_up_compiling(self, why: str) -> None:
-        """Compile nothing any more, and say so, once."""
+        """Stop compiling, with one warning."""
         told = bool(self._no_compiler)
         self.close(why)
         if not told:
@@ -341,15 +341,15 @@ class Captures(Generic[OutcomeT]):
         return max(1, CORES // min(self._parts, rows.total))
 
     def _warn_eager(self) -> None:
-        """Say once why steps run eagerly."""
+        """Warn that steps run eagerly, and why."""
         warn_user(f"fastdp runs {self._step.name!r} eagerly: it cannot be captured because of {self._refused}")
 
     def _warn_traced(self) -> None:
-        """Say once why steps are not compiled."""
+        """Warn that steps are not compiled, and why."""
         warn_user(f"fastdp runs {self._step.name!r} traced and not compiled: {self._no_compiler}")
 
 
 def _own_rows(context: Context) -> list[np.ndarray]:
-    """A replica's rows of the arrays of the global batch, where they are."""
+    """A replica's rows of the arrays of the global batch, as views."""
     rows = context.rows
     return [array[rows.start : rows.stop] for array in context.batch]

@@ -1,12 +1,11 @@
 """Traces one training step into a flat graph of ATen operations, and replays it.
 
 The graph is a function of a replica's variables, its rows, the outcomes of its random draws and its gradient
-buffers. The draws themselves stay outside: they are repeated before each replay, from the same seeds and in the
-same order as in an eager step, so a captured step gives what the eager one gives. Gradients are written into the
-buffers by the graph itself.
+buffers. It writes the gradients into the buffers. The draws stay outside the graph: they are repeated before each
+replay, from the same seeds and in the same order as in an eager step, so that both steps give the same results.
 
-Tracing runs the model on fake tensors, which have shapes and no values: no arithmetic is done. It patches torch
-for the whole process, so no replica may run meanwhile.
+Tracing runs the model on fake tensors, which have shapes but no values, and does no arithmetic. It patches torch for
+the whole process, so no replica may run meanwhile.
 """
 
 from __future__ import annotations
@@ -37,14 +36,14 @@ from fastdp.tensors.indices import CheckedOneHot
 
 
 class Captured(Generic[OutcomeT]):
-    """One captured step, for replicas with a given number of rows.
+    """A captured step, for replicas with a given number of rows.
 
     Args:
-        step: of a model.
+        step: the step of a model.
         batch: a replica's rows.
         context: the replica's place.
 
-    `graph` is what a compiler is given; `run` is what a replay calls, and may be replaced by its equal.
+    `graph` is the input of a compiler. `run` is the function that a replay calls; `use` replaces it by an equivalent.
 
     Raises:
         NotCapturable: the step does something that cannot be recorded or replayed; the message says what, and where.
@@ -71,7 +70,7 @@ class Captured(Generic[OutcomeT]):
             traced.graph.erase_node(buffers[i])
         self.graph: GraphModule = stored(optimized(traced), sum(self._has_gradient))
         self.run: Any = in_place(self.graph)
-        self._traced: tuple[Any, Any] | None = None  # what `use` has replaced
+        self._traced: tuple[Any, Any] | None = None  # the traced form, if `use` has replaced it
         self.operations = sum(node.op == "call_function" for node in self.run.graph.nodes)
         self.recordings: dict[int, Recording] = {}
         self._buckets = [bucket.arrays for bucket in step.replicas[0].gradient_buffers.buckets()]
@@ -79,7 +78,7 @@ class Captured(Generic[OutcomeT]):
         self.seconds = time.perf_counter() - began
 
     def replay(self, replica: ReplicaTensors, batch: Sequence[Any], context: Context) -> OutcomeT:
-        """Run the step on a replica's variables and rows, its gradients into their buffers. On its device's worker."""
+        """Run the step on a replica's variables and rows, and write its gradients. Called on its device's worker."""
         step, variables = self._step, replica.variables
         rows = step.rows(batch, context)
         gradients: list[torch.Tensor | None] = [*replica.gradients]
@@ -101,25 +100,25 @@ class Captured(Generic[OutcomeT]):
         return self._form.filled(gradients, iter(found), moved)
 
     def to_compile(self) -> GraphModule:
-        """The graph that a compiler is given.
+        """The graph to compile.
 
         Raises:
-            NotImplementedError: it has indices of which fastdp does not know the range.
+            NotImplementedError: the graph has indices whose range fastdp does not know.
         """
         return for_compiler(guarded(self.graph) if self._home.type == "cpu" else self.graph)
 
     def checked(self, run: Callable[..., Sequence[torch.Tensor]]) -> Callable[..., Sequence[torch.Tensor]]:
-        """What `to_compile` gave, compiled, as something to `use`: wrong indices and own failures end nothing."""
+        """Wrap the compiled graph of `to_compile` for `use`, so that invalid indices and its failures are not fatal."""
         (output,) = self.graph.graph.find_nodes(op="output")
         return Compiled(run, self.run, len(output.args[0])) if self._home.type == "cpu" else run
 
     @property
     def failed(self) -> str:
-        """Why the compiled step is given up; empty where it is not."""
+        """Why the compiled step is no longer used; empty if it has not failed."""
         return self.run.failed if isinstance(self.run, Compiled) else ""
 
     def use(self, run: Callable[..., Sequence[torch.Tensor]]) -> None:
-        """Replay by another function that computes the same, on the device that the step was traced on."""
+        """Replay through an equivalent function, on the device that the step was traced on."""
         step = self._steps[str(self._home)]
         self._traced = self._traced or (step, self.run)
         arguments = len(self.graph.graph.find_nodes(op="placeholder"))
@@ -128,15 +127,15 @@ class Captured(Generic[OutcomeT]):
         self.run = run
 
     def use_traced(self) -> None:
-        """Replay as traced again."""
+        """Return to the traced form of the step."""
         if self._traced is not None:
             self._steps[str(self._home)], self.run = self._traced
             self.recordings = {}
 
     def record(self, graphs: Graphs, replica: ReplicaTensors, batch: Sequence[Any], context: Context) -> None:
-        """Record the step for the replica of `context`, whose worker this is; replays are the recording's from now on.
+        """Record the step for the replica of `context`, on its worker. Later replays use the recording.
 
-        The replica's gradients are overwritten.
+        Overwrites the replica's gradients.
 
         Raises:
             RuntimeError: the step does something that cannot be recorded.
@@ -150,7 +149,7 @@ class Captured(Generic[OutcomeT]):
         self.recordings[context.rank] = recording
 
     def _on_every_device(self, before: int) -> dict[str, Segments]:
-        """The step in segments for each device that has a replica; behind `before` arguments are the gradients."""
+        """The step in segments for each device with a replica. The gradients follow after `before` arguments."""
         written = list(compress(range(len(self._has_gradient)), self._has_gradient))
         bucket_of = {i: bucket for bucket, inside in enumerate(self._buckets) for i in inside}
         stores = {before + at: bucket_of[i] for at, i in enumerate(written) if i in bucket_of}
@@ -158,20 +157,20 @@ class Captured(Generic[OutcomeT]):
         steps = {}
         for where in {str(self._home), *(str(device.torch_device) for device in devices)}:
             run = self.run if where == str(self._home) else placed(self.run, self._home, torch.device(where))
-            # Nobody waits for the buckets of a single replica.
+            # A single replica has no all-reduce to overlap.
             steps[where] = cut(run, stores if len(devices) > 1 else {}, range(len(self._buckets)))
             settle([*run.buffers(), *self._drawn])
         return steps
 
     def _leaves(self, variables: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The variables, of which those that are trained are leaves of autograd."""
+        """The variables, with the trained ones as leaves of autograd."""
         trained = set(self._step.trained)
         return [v.detach().requires_grad_() if i in trained else v for i, v in enumerate(variables)]
 
     def _flat(
         self, tensors: Sequence[torch.Tensor], counts: tuple[int, int, int], context: Context
     ) -> list[torch.Tensor]:
-        """The traced function: a step as tensors in, tensors out. The gradient buffers are for later."""
+        """The function to trace: a step from tensors to tensors. The gradient buffers are unused: see `stored`."""
         given = iter(tensors)
         variables, rows, drawn = ([next(given) for _ in range(count)] for count in counts)
         with torch.enable_grad():
@@ -189,13 +188,13 @@ def _traced(function: Callable[..., Any], arguments: list[torch.Tensor]) -> Grap
         NotCapturable: torch cannot trace it.
     """
     try:
-        # Without an environment for symbols, so that reading a value on the host is an error that names the operation.
+        # Without a ShapeEnv, so that reading a value on the host is an error that names the operation.
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=None)
         fakes = [mode.from_tensor(argument) for argument in arguments]
         with CheckedOneHot():
             return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*fakes)
-    # RuntimeError is what torch raises for values read on the host while tracing (of a kind that names the
-    # operation, `func`), NotImplementedError for operations without a trace.
+    # Torch raises a RuntimeError (of a class that has the operation as `func`) for values read on the host while
+    # tracing, and NotImplementedError for operations that it cannot trace.
     except (RuntimeError, NotImplementedError) as error:
         operation = getattr(error, "func", None)
         said = " ".join(str(error).split()).split(" - ")[0]
@@ -204,24 +203,24 @@ def _traced(function: Callable[..., Any], arguments: list[torch.Tensor]) -> Grap
 
 
 class NoExchange(Rendezvous):
-    """Ends a capture in which replicas would have to meet. On one device too: what they meet for (the loss of
+    """Refuses to capture steps in which replicas exchange values. One device too: what they exchange for (the loss of
     the merged outputs) reads the global batch, which the graph does not have.
     """
 
     def exchange(self, rank: int, value: Any) -> list[Any]:
-        """Refuse."""
+        """Raise NotCapturable."""
         raise NotCapturable("values that replicas exchange in the middle of a step")
 
 
 @dataclass(slots=True)
 class _Recorded:
-    """Draws that are made, and remembered so that they can be made again."""
+    """Makes draws and records them, so that they can be repeated."""
 
     draws: list[Draw] = field(default_factory=list)
     outcomes: list[torch.Tensor] = field(default_factory=list)
 
     def take(self, draw: Draw) -> torch.Tensor:
-        """Draw, and remember."""
+        """Make the draw and record it."""
         self.draws.append(draw)
         self.outcomes.append(draw())
         return self.outcomes[-1]
@@ -229,15 +228,15 @@ class _Recorded:
 
 @dataclass(slots=True)
 class _Given:
-    """Draws that have been made beforehand."""
+    """Replaces draws by outcomes that were made beforehand."""
 
     outcomes: Iterator[torch.Tensor]
 
     def take(self, draw: Draw) -> torch.Tensor:
-        """The next one."""
+        """The next outcome."""
         return next(self.outcomes)
 
 
 def _moved(tensor: torch.Tensor, home: torch.device, where: str) -> torch.device:
-    """Where what lay here on the first replica's device lies on another's."""
+    """The device for a copy of a tensor on a replica at `where`. A tensor that is not at `home` keeps its device."""
     return torch.device(where) if tensor.device == home else tensor.device

@@ -1,8 +1,8 @@
 """A flat list of Python values that must stay as they are, compared in one fast pass.
 
-`fastdp.capture.reach` finds the places. What `==` tells reliably is compared so (it asks for identity first).
-Tensors, arrays and containers are compared by identity where they stand, and what is in them by itself: tensors by
-version and address, small ones in host memory by content too, arrays by content.
+`fastdp.capture.reach` finds the places. Values that `==` compares reliably are compared by `==`, which checks identity
+first. Tensors, arrays and containers are compared by identity, and their contents separately: tensors by version and
+address (small ones in host memory also by content), arrays by content.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import numpy as np
 import torch
 
 MOST_PLACES = 20_000
-MOST_NBYTES = 1 << 16  # of all contents that are compared
-SMALL_NBYTES = 1 << 12  # of a tensor that is compared by content too
+MOST_NBYTES = 1 << 16  # limit for all contents that are compared
+SMALL_NBYTES = 1 << 12  # limit for a tensor that is also compared by content
 _version, _address, _content = attrgetter("_version"), methodcaller("data_ptr"), methodcaller("tobytes")
-# A key, an attribute, or what a cell held, is gone; or a value's own `==` does not tell.
+# A key, an attribute or the content of a cell is gone, or a value's own `==` gives no bool.
 _NO_ANSWER = (LookupError, AttributeError, ValueError, TypeError, RuntimeError)
 
 
 @dataclass(slots=True)
 class _Places:
-    """Places of one kind: `read(sources)` gives what is there now, `then` is what was."""
+    """Places of one kind: `read(sources)` returns the present values, `then` holds the expected ones."""
 
     read: Callable[[list[Any]], list[Any]]
     sources: list[Any] = field(default_factory=list)
@@ -36,29 +36,29 @@ class _Places:
     what: list[str] = field(default_factory=list)
 
     def add(self, source: Any, what: str) -> None:
-        """One more place, which is now as it is to stay."""
+        """Add a place with its present value as the expected one."""
         self.sources.append(source)
         self.then += self.read([source])
         self.what.append(what)
 
     def same(self) -> bool:
-        """Whether all are as they were."""
+        """Whether all values are unchanged."""
         try:
             return self.read(self.sources) == self.then
         except _NO_ANSWER:
             return False
 
     def changes(self) -> list[int]:
-        """The numbers of those that are not."""
+        """The numbers of the places that have changed."""
         own = [_Places(self.read, [source], [then]) for source, then in zip(self.sources, self.then, strict=True)]
         return [i for i, one in enumerate(own) if not one.same()]
 
 
 class Watch:
-    """Places, and what was there when they were added.
+    """Places, and their values when they were added.
 
-    `refused` says what cannot be compared before each step, in words; empty where everything can be. `generators` are
-    generators of random numbers that were met on the way, with their names: they are not compared.
+    `refused` names something that cannot be compared before each step; empty if everything can be. `generators` are
+    the random generators that the walk has met, with their names: they are not compared.
     """
 
     def __init__(self) -> None:
@@ -93,20 +93,20 @@ class Watch:
     # What to watch.
 
     def values(self, owner: Any, names: Sequence[Any], what: str) -> None:
-        """Those under keys of a mapping, by `==`; of containers that is of what they hold."""
+        """Watch the values under keys of a mapping by `==`, including the contents of containers."""
         if names and self._has_room(len(names), what):
             self._values.add((itemgetter(*names), owner), what)
             self._names.append(names)
             self._values.then[-1] = _copied(self._values.then[-1])
 
     def object(self, owner: Any, key: Any, what: str) -> None:
-        """That `owner[key]` stays the same object."""
+        """Watch that `owner[key]` stays the same object."""
         if self._has_room(1, what):
             self._objects.add((itemgetter(key), owner), what)
             self._held.append((key, owner[key]))
 
     def attribute(self, owner: Any, name: str, what: str, by_value: bool) -> None:
-        """An attribute of something without a mapping of attributes: by `==`, or that it stays the same object."""
+        """Watch an attribute of an object without a mapping of attributes, by `==` or by identity."""
         if self._has_room(1, what):
             places = self._values if by_value else self._objects
             places.add((attrgetter(name), owner), what)
@@ -117,19 +117,19 @@ class Watch:
                 self._held.append((name, getattr(owner, name)))
 
     def size(self, owner: Any, what: str) -> None:
-        """That a mapping has no more keys, and no fewer."""
+        """Watch the number of keys of a mapping."""
         if self._has_room(1, what):
             self._sizes.add(owner, what)
             self._keys.append(frozenset(owner))
 
     def elements(self, container: Any, what: str) -> None:
-        """That a list, set or deque holds the same objects."""
+        """Watch that a list, set or deque holds the same objects."""
         if self._has_room(len(container), what):
             self._elements.add(container, what)
             self._held_in.append(list(container))
 
     def tensor(self, tensor: torch.Tensor, what: str) -> None:
-        """A tensor's version and address; its content too where it is small and in host memory."""
+        """Watch a tensor's version and address; also its content if it is small and in host memory."""
         if tensor.is_inference():
             self.refused = self.refused or f"{what}, a tensor of torch.inference_mode(), which counts no changes"
         elif tensor.layout == torch.strided and self._has_room(1, what):
@@ -142,7 +142,7 @@ class Watch:
                 self._contents.add(tensor.detach().reshape(-1).view(torch.uint8).numpy(), what)
 
     def array(self, array: np.ndarray, what: str) -> None:
-        """An array's content. One that nobody may write to stays as it is."""
+        """Watch an array's content. Skips read-only arrays."""
         if not array.flags.writeable:
             return
         if array.dtype.hasobject or self._nbytes + array.nbytes > MOST_NBYTES:
@@ -155,7 +155,7 @@ class Watch:
             self._contents.add(array, what)
 
     def attribute_of_many(self, owner: Any, name: str, what: str) -> None:
-        """An attribute that many objects have, by `==`. Compared faster than by `attribute`, and not restored."""
+        """Watch an attribute that many objects have, by `==`. Faster than `attribute`, but not restored."""
         if self._has_room(1, what):
             places = self._of_many.get(name)
             if places is None:
@@ -165,7 +165,7 @@ class Watch:
             places.add(owner, what)
 
     def answer(self, ask: Callable[[], Any], what: str, mark: Callable[[], Any] | None = None) -> None:
-        """What a function gives, by `==`; not restored. Where there is a `mark`, it is asked only if that has moved."""
+        """Watch the result of a function by `==`; not restored. With a `mark`, it is called only after that changed."""
         if not self._has_room(1, what):
             return
         if mark is not None:
@@ -181,8 +181,8 @@ class Watch:
     # Comparing.
 
     def changed(self) -> str:
-        """What is not as it was, in words; empty if everything is."""
-        try:  # written out: before each step, this is what there is to pay
+        """The name of a place that has changed; empty if none has."""
+        try:  # inlined: this runs before each step
             for kind in self._kinds:
                 if kind.sources and kind.read(kind.sources) != kind.then:
                     break
@@ -197,7 +197,7 @@ class Watch:
         return ""
 
     def _has_moved_alone(self, i: int) -> bool:
-        """Whether an answer is a mark, and what it marks is as it was. From then on the mark stays where it is now."""
+        """Whether an answer is a mark that has changed while its function's result has not. Then accepts the mark."""
         if i not in self._marked:
             return False
         ask, then = self._marked[i]
@@ -218,11 +218,11 @@ class Watch:
         return ""
 
     def _then(self, i: int) -> Sequence[Any]:
-        """What was under the keys of one mapping."""
+        """The expected values under the keys of one mapping."""
         return self._values.then[i] if len(self._names[i]) > 1 else [self._values.then[i]]
 
     def restore(self) -> None:
-        """Let everything be as it was, as far as this can be written to: after a run that must not count."""
+        """Restore all expected values that can be written, after a run that must have no effects."""
         for i in self._values.changes():
             _put(self._values.sources[i][1], dict(zip(self._names[i], self._then(i), strict=True)))
         for i in self._objects.changes():
@@ -241,7 +241,7 @@ class Watch:
 
 
 def _copied(value: Any) -> Any:
-    """A value whose containers are copies, in any nest of them."""
+    """Copy the containers of a value, at any depth."""
     if isinstance(value, dict):
         return {key: _copied(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
@@ -251,7 +251,7 @@ def _copied(value: Any) -> Any:
 
 
 def _put(owner: Any, items: dict[Any, Any]) -> None:
-    """Write to what a place lies in: a dict or list, or an object such as a closure's cell. A class is left alone."""
+    """Write to the owner of a place: a dict, a list, or an object such as a closure's cell. Classes are left alone."""
     for key, value in items.items():
         if isinstance(owner, (dict, list)):
             owner[key] = value

@@ -1,8 +1,8 @@
 """Starts the process that compiles a captured step, loads what it made, and ends it.
 
-TorchInductor patches torch for its whole process while it works, so it must not share one with replicas that run.
-A worker (`fastdp.capture.compile.worker`) compiles one graph and ends; this module starts, watches and ends
-workers, one at a time, and loads what they leave behind.
+TorchInductor patches torch for its whole process while it works, so it must not share a process with running replicas.
+A worker (`fastdp.capture.compile.worker`) compiles one graph and exits. This module starts, watches and kills
+workers, one at a time, and loads the artifacts that they write.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ Run = Callable[..., Sequence[torch.Tensor]]
 
 
 class CompileError(Exception):
-    """A graph was not compiled. The message says why."""
+    """Raised when a graph was not compiled. The message says why."""
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A graph on its way through a worker.
+    """A graph to compile, and the worker that compiles it.
 
-    `began` and `seconds` are those of the worker; `load_seconds` the time that the caller of `result` lost.
+    `began` and `seconds` time the worker; `load_seconds` is the time that the caller of `result` spent loading.
     """
 
     data: bytes
@@ -60,15 +60,15 @@ class Job:
 
 
 class BackgroundCompiler:
-    """Compiles graphs one after another, each in a process of its own.
+    """Compiles graphs one after another, each in its own process.
 
     Args:
-        timeout: seconds after which a worker is given up.
+        timeout: seconds after which a worker is killed.
 
-    Nothing here waits but `close()`, for a process that it has killed. A compiler that is forgotten, and the
-    interpreter's end, kill the worker and remove its files too; a process that was forked meanwhile leaves both alone.
-    Whatever keeps a graph from being compiled (no space, no folder for temporary files, no process to be had, a
-    compiler that fails, what it leaves behind) is the `CompileError` of `result`.
+    Only `close()` blocks, until the killed process has ended. Garbage collection of the compiler and interpreter exit
+    also kill the worker and remove its files; a process forked meanwhile touches neither.
+    Every failure (no disk space, no temporary folder, no process, a failing compiler, a broken artifact) makes `result`
+    raise `CompileError`.
     """
 
     def __init__(self, timeout: float = 1800.0) -> None:
@@ -79,11 +79,11 @@ class BackgroundCompiler:
 
     @property
     def busy(self) -> bool:
-        """Whether a job is at work or waits for its turn."""
+        """Whether a job is running or queued."""
         return bool(self._started or self._waiting)
 
     def submit(self, module: GraphModule, threads: int) -> Job:
-        """Have a graph compiled, whose operations may use `threads` cores."""
+        """Queue a graph for compilation. Its operations may use `threads` cores."""
         with Attempt() as attempt:
             data, constants = to_bytes(module)
         if attempt.error is not None:
@@ -94,7 +94,7 @@ class BackgroundCompiler:
         return job
 
     def done(self, job: Job) -> bool:
-        """Whether `result` would give one now, or raise."""
+        """Whether `result` may be called: the job has succeeded, failed or timed out."""
         if job.failure:
             return True
         if job.process is None:
@@ -104,10 +104,10 @@ class BackgroundCompiler:
         return time.monotonic() - job.began > self._timeout
 
     def result(self, job: Job) -> Run:
-        """The compiled step of a job that is done. Takes arguments as the graph does; gives a sequence.
+        """Return the compiled step of a finished job. It takes the graph's arguments and returns a sequence.
 
         Raises:
-            CompileError: the worker could not be started, failed, was killed or took too long; or what it has made
+            CompileError: the worker could not be started, failed, was killed or took too long; or its artifact
                 cannot be loaded.
         """
         if job.failure:
@@ -137,11 +137,11 @@ class BackgroundCompiler:
             self._start_next()
 
     def close(self) -> None:
-        """Kill the worker and forget what waits. Idempotent."""
+        """Kill the worker and drop queued jobs. Idempotent."""
         _end(self._started, self._waiting)
 
     def _start_next(self) -> None:
-        """Start the worker for the next job, if none is at work. A job whose worker cannot be started has failed."""
+        """Start the worker for the next job if none is running. If the worker cannot be started, the job fails."""
         while self._waiting and not self._started:
             job = self._waiting.popleft()
             with Attempt() as attempt:
@@ -154,14 +154,14 @@ class BackgroundCompiler:
 
 
 def _start(job: Job) -> None:
-    """Write a job's graph down, and start its worker."""
+    """Write a job's graph to a file and start its worker."""
     if not sys.executable:
         raise FileNotFoundError("sys.executable does not say where Python is")
     job.folder = Path(tempfile.mkdtemp(prefix="fastdp-compile-"))
     (job.folder / "graph").write_bytes(job.data)
     command = [sys.executable, "-m", "fastdp.capture.compile.worker", str(job.folder / "graph")]
     command += [str(job.folder / "artifact"), str(job.threads), str(max(1, CORES // 2))]
-    # The parent may have found fastdp by a path of its own; the worker must find the same.
+    # The parent may have imported fastdp from a path that is not on the default search path: pass it to the worker.
     paths = [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with (job.folder / "errors").open("wb") as errors:
@@ -177,10 +177,10 @@ def _start(job: Job) -> None:
 
 
 class _Ready(threading.Thread):
-    """Does, once, what the first loading would lose seconds with: imports, and a look at the CPU.
+    """Imports TorchInductor and detects the CPU's features once, which would delay the first load by seconds.
 
-    It neither traces nor compiles, so it may run beside the replicas. An interpreter that ends waits for it. What it
-    fails with the loading tells.
+    It neither traces nor compiles, so it may run beside the replicas. The interpreter waits for it at exit. Its errors
+    are dropped: loading an artifact meets them again and reports them.
     """
 
     def __init__(self) -> None:
@@ -188,7 +188,7 @@ class _Ready(threading.Thread):
         self.over = False
 
     def run(self) -> None:
-        """On the thread."""
+        """Run on the thread."""
         with Attempt():
             importlib.import_module("torch._inductor.compile_fx")
             importlib.import_module("torch._inductor.cpu_vec_isa").pick_vec_isa()
@@ -197,19 +197,19 @@ class _Ready(threading.Thread):
 
 @functools.cache
 def _readying() -> _Ready:
-    """The thread, started."""
+    """Start the thread at the first call, and return it."""
     thread = _Ready()
     thread.start()
     return thread
 
 
 def _artifact_class() -> Any:
-    """What loads a compiled graph: part of TorchInductor, which is loaded where it is needed, and may be missing."""
+    """The class of TorchInductor that loads a compiled graph. Imported on demand; it may be missing."""
     return importlib.import_module("torch._inductor").CompiledArtifact
 
 
 def missing_compiler() -> str | None:
-    """Why graphs cannot be compiled for the CPU here; None if they can."""
+    """The reason why graphs cannot be compiled for this CPU; None if they can."""
     named = os.environ.get("CXX")
     if any(shutil.which(name) for name in ([named] if named else COMPILERS)):
         return None
@@ -217,17 +217,17 @@ def missing_compiler() -> str | None:
 
 
 def _last_line(folder: Path) -> str:
-    """What the worker said last."""
+    """The last line of the worker's stderr."""
     try:
         lines = (folder / "errors").read_text(errors="replace").strip().splitlines()
-    except OSError as error:  # somebody has cleaned up
+    except OSError as error:  # the temporary folder has been removed
         return in_words(error)
     said = "".join(c if c.isprintable() else " " for c in lines[-1]) if lines else ""
     return said[:300] or "it said nothing"
 
 
 def _discard(job: Job) -> None:
-    """End a job's process and those that it started, and remove its files. In the process that started it alone."""
+    """Kill a job's process with its children and remove its files. Does nothing in a forked process."""
     if job.parent != os.getpid():
         return
     process = job.process
@@ -244,7 +244,7 @@ def _discard(job: Job) -> None:
 
 
 def _end(started: list[Job], waiting: deque[Job]) -> None:
-    """Kill what is at work, drop what waits."""
+    """Kill running workers and drop queued jobs."""
     waiting.clear()
     while started:
         _discard(started.pop())

@@ -1,8 +1,8 @@
 """The process that compiles one captured step by TorchInductor.
 
-`python -m fastdp.capture.compile.worker GRAPH ARTIFACT THREADS CORES` reads a graph, lets TorchInductor compile it for
-`THREADS` cores, using `CORES` cores itself, and saves what the training process can load. It ends with its parent:
-closing its standard input ends it.
+`python -m fastdp.capture.compile.worker GRAPH ARTIFACT THREADS CORES` reads a graph, compiles it for `THREADS` cores
+while using `CORES` cores itself, and saves an artifact that the training process can load. It ends with its parent,
+which closes its standard input.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastdp.capture.graph import rewrites
 from fastdp.capture.graph.serialize import from_bytes, is_deterministic
 from fastdp.tensors import recurrent_ops
 
-OWN_OPERATIONS = (rewrites, recurrent_ops)  # graphs may hold them: loading the modules registers them
+OWN_OPERATIONS = (rewrites, recurrent_ops)  # importing the modules registers operations that graphs may contain
 YIELDING = 10  # lower priority than the training it shares the cores with
 
 
@@ -32,11 +32,11 @@ def main(graph: str, artifact: str, threads: str, cores: str) -> None:
     threading.Thread(target=_end_with_parent, args=(Path(graph).parent,), daemon=True).start()
     os.nice(YIELDING)
     settings = {"cpp.threads": int(threads), "compile_threads": int(cores)}
-    # A C++ wrapper lets go of the interpreter's lock for the whole step. Python's calls kernels with the lock held: of
-    # two replicas one would compute at a time.
+    # A C++ wrapper releases the interpreter's lock for the whole step. The Python wrapper calls kernels with the lock
+    # held, so that only one replica could compute at a time.
     try:
         compiled = _compiled(graph, settings | {"cpp_wrapper": True})
-    except InductorError:  # an operation that only Python's wrapper can call
+    except InductorError:  # an operation that only the Python wrapper can call
         compiled = _compiled(graph, settings)
     unfinished = f"{artifact}.unfinished"
     compiled.save(path=unfinished, format="binary")
@@ -44,20 +44,20 @@ def main(graph: str, artifact: str, threads: str, cores: str) -> None:
 
 
 def _compiled(graph: str, settings: dict[str, Any]) -> CompiledArtifact:
-    """The graph in a file, compiled with these settings of TorchInductor."""
+    """Compile the graph in a file with these settings of TorchInductor."""
     data = Path(graph).read_bytes()
     torch.use_deterministic_algorithms(is_deterministic(data))
     module, inputs, mode = from_bytes(data)
-    # The inputs' mode by way of a tracing context: torch 2.11 has no argument for it.
+    # The tracing context passes on the inputs' fake mode: torch 2.11 has no argument for it.
     context = torch._guards.tracing(torch._guards.TracingContext(mode))
     with torch.no_grad(), torch._inductor.config.patch(settings), context:
         return standalone_compile(module, inputs, dynamic_shapes="from_tracing_context")
 
 
 def _end_with_parent(folder: Path) -> None:
-    """Wait for the end of standard input; then remove the files that a killed parent has left, and end this process
-    and the compilers that it started."""
-    os.read(0, 1)  # not sys.stdin: its lock, held here, would abort the interpreter at its end
+    """Wait for the end of standard input, remove the files that a killed parent has left, and kill this process and
+    the compilers that it started."""
+    os.read(0, 1)  # not sys.stdin: holding its lock here would abort the interpreter at exit
     shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
 

@@ -16,19 +16,19 @@ from fastdp.options import Options
 from fastdp.runtime.queue import QueueDevice
 from fastdp.warn import warn_user
 
-# Each has memory of its own for everything that a step computes.
+# Limit per replica. Each recording owns memory for everything that a step computes.
 MOST_RECORDED = 4
 
 
 def chosen_graphs(options: Options, devices: Sequence[QueueDevice]) -> str:
-    """How captured steps are recorded on these devices: "auto", "step", or not at all, which is ""."""
+    """How captured steps are recorded on these devices: "auto", "step", or "" for not at all."""
     if options.graph is None or not devices[0].on_gpu:
         return ""
     return "step" if options.graph == "step" else "auto"
 
 
 def warn_of_graphs(options: Options, devices: Sequence[QueueDevice]) -> None:
-    """Say, where graphs are asked for, that there is nothing to record."""
+    """Warn if the options request graphs but there is nothing to record."""
     if options.graph in ("auto", None):
         return
     if not devices[0].on_gpu:
@@ -44,13 +44,13 @@ def warn_of_graphs(options: Options, devices: Sequence[QueueDevice]) -> None:
 
 
 class Recorder:
-    """Has captured steps recorded on a program's replicas, between steps.
+    """Records captured steps on a program's replicas, between steps.
 
     Args:
-        name: the model's, for warnings.
-        alone: a context manager factory, held while a replica records: no step of any engine runs meanwhile.
-        parts: recordings are to be parts of graphs of whole steps (`fastdp.capture.cuda_graphs.step_graphs`).
-        timeout: seconds that one recording may take.
+        name: the model's name, for warnings.
+        alone: makes a context manager within which no engine runs a step; held while a replica records.
+        parts: recordings will become parts of step graphs (`fastdp.capture.cuda_graphs.step_graphs`).
+        timeout: time limit of one recording in seconds.
     """
 
     def __init__(self, name: str, alone: Callable[[], Any], *, parts: bool = False, timeout: float = 600.0) -> None:
@@ -60,16 +60,15 @@ class Recorder:
         self._refused = ""
 
     def consider(self, captured: Captured[Any], replica: ReplicaTensors, batch: Sequence[Any], context: Context) -> str:
-        """Record a captured step on the replica of `context` if it is not yet, and may be.
+        """Record a captured step on the replica of `context`, unless it is recorded already or must not be.
 
-        On the host thread, between steps. What cannot be recorded is told by a warning, and nothing is recorded from
-        then on.
+        Called on the host thread, between steps. If recording fails, warns once and records nothing from then on.
 
         Returns:
-            Why it is not recorded; empty where it is.
+            Why the step is not recorded; empty if it is.
 
         Raises:
-            DeviceTimeoutError: it took longer than the time limit.
+            DeviceTimeoutError: recording took longer than the time limit.
         """
         rank = context.rank
         if rank in captured.recordings:
@@ -89,7 +88,7 @@ class Recorder:
         return self._refused
 
     def _record(self, captured: Captured[Any], replica: ReplicaTensors, batch: Sequence[Any], context: Context) -> str:
-        """Record on the replica's worker, and wait; why it failed, if it did."""
+        """Record on the replica's worker and wait. Returns the error in words, or an empty string."""
         attempt = Attempt()
         device, rank = replica.device, context.rank
 

@@ -1,12 +1,12 @@
 """One captured step of one replica as CUDA graphs: recorded once, then replayed.
 
-A recording has its own place for the rows and the random draws of a step, which are copied there before each replay;
-variables and gradients are where they always are, in the replica's flat buffers; losses and outputs are at the same
-place after every replay, and are read before the next. What is recorded are the segments of the step
-(`fastdp.capture.graph.segments`), one graph each, so that collectives go on between them eagerly.
+A recording owns buffers for the rows and the random draws of a step, which are copied there before each replay.
+Variables and gradients stay in the replica's flat buffers. Losses and outputs lie at the same addresses after every
+replay and are read before the next. Each segment of the step (`fastdp.capture.graph.segments`) is one graph, so that
+collectives can run eagerly between them.
 
 Replicas record one after another, on their own workers and compute streams, while no step of the engine runs: torch
-takes one capture at a time.
+supports one capture at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from fastdp.capture.graph.segments import Segment, Segments, Tensors
 
-# Runs before the recording, so that nothing is loaded, chosen or allocated for the first time in it.
+# Runs before recording, so that the recording itself loads, selects or allocates nothing for the first time.
 WARM_UPS = 2
 
 
@@ -28,10 +28,10 @@ class Graph(Protocol):
     """Recorded work."""
 
     def replay(self) -> None:
-        """Enqueue the work on the current stream: on the same memory as when it was recorded."""
+        """Enqueue the work on the current stream, on the memory that it was recorded with."""
 
     def raw_cuda_graph(self) -> int:
-        """The graph as CUDA's handle, of graphs that are to be parts of others. Valid as long as this object is."""
+        """The CUDA handle of a graph that is to be part of others. Valid during the life of this object."""
 
 
 class Graphs(Protocol):
@@ -42,7 +42,9 @@ class Graphs(Protocol):
         """The memory that belongs to the graphs recorded so far."""
 
     def record(self, work: Callable[[], Tensors]) -> tuple[Graph, Tensors]:
-        """The work as a graph, and what it gives: memory that each replay fills anew. On the device's worker.
+        """Record the work; return the graph and the work's results, which each replay overwrites.
+
+        Called on the device's worker.
 
         Raises:
             RuntimeError: the work does something that cannot be recorded.
@@ -50,14 +52,14 @@ class Graphs(Protocol):
 
 
 class TorchGraphs:
-    """CUDA graphs by torch, on a device's compute stream, with one pool of memory for all of them.
+    """Records CUDA graphs through torch, on a device's compute stream, in one memory pool.
 
-    They may share it since they are replayed one at a time on one stream, and what one gives is read before the next is
-    replayed. The capture is "thread_local": what other threads do meanwhile (load data, ask for events) is theirs.
+    The graphs may share the pool: they are replayed one at a time on one stream, and results are read before the next
+    replay. The capture mode is "thread_local", so other threads may load data or query events meanwhile.
 
     Args:
         device: a GPU.
-        parts: the graphs are to be parts of others too, and CUDA's own handles are kept for that.
+        parts: the graphs will also be parts of others, so CUDA's handles are kept.
     """
 
     def __init__(self, device: Any, parts: bool = False) -> None:
@@ -68,35 +70,35 @@ class TorchGraphs:
 
     def record(self, work: Callable[[], Tensors]) -> tuple[Graph, Tensors]:
         """As `Graphs.record`."""
-        if not self._alive:  # torch gives a pool up with its last graph, and refuses to take it up again
+        if not self._alive:  # torch frees a pool with its last graph and refuses to use it again
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph(keep_graph=True) if self._parts else torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             given = work()
         if self._parts:
-            graph.instantiate()  # now, not at the first replay: it may ask for memory
+            graph.instantiate()  # now, not at the first replay: it may allocate memory
         self._alive.add(graph)
         return graph, given
 
     @property
     def nbytes(self) -> int:
-        """As torch's allocator tells it."""
+        """The pool's size as reported by torch's allocator."""
         segments = torch.cuda.memory_snapshot()
         return sum(one["total_size"] for one in segments if tuple(one["segment_pool_id"]) == tuple(self._pool))
 
 
 class Recording:
-    """A step as recorded on one replica.
+    """A step recorded on one replica.
 
     Args:
-        graphs: who records.
+        graphs: the recorder of work.
         step: the step in segments, on this replica's device.
-        variables: the replica's, where they stay.
-        inputs: rows and draws, with values to warm up on: memory that the recording keeps.
-        buffers: the replica's gradients that the step writes, where they stay.
+        variables: the replica's variables, at fixed addresses.
+        inputs: rows and draws with values for the warm-up. The recording keeps this memory.
+        buffers: the replica's gradients that the step writes, at fixed addresses.
 
-    `step_graph` is for `fastdp.capture.cuda_graphs.step_graphs`: the graphs that this recording is a part of, with
-    those of the other replicas.
+    `step_graph` is set by `fastdp.capture.cuda_graphs.step_graphs`: the step graph that this recording and those of the
+    other replicas are part of.
     """
 
     def __init__(
@@ -126,7 +128,7 @@ class Recording:
         self.nbytes = graphs.nbytes - before
 
     def replay(self, inputs: Tensors, ready: Callable[[int], None]) -> Tensors:
-        """Run the step on these rows and draws; its results, until the next replay. `ready(i)` as in `Segments`."""
+        """Run the step on these rows and draws. Results are valid until the next replay. `ready` as in `Segments`."""
         self._stage(inputs)
         for graph, buckets in self._graphs:
             graph.replay()
@@ -135,22 +137,22 @@ class Recording:
         return self._results
 
     def replay_in_step_graph(self, inputs: Tensors, launch: Callable[[], None]) -> Tensors:
-        """As `replay`, where `launch()` launches all of its graphs at once, and the collectives of its buckets."""
+        """As `replay`, but `launch()` launches all graphs of the step and the collectives of its buckets at once."""
         self._stage(inputs)
         launch()
         return self._results
 
     def _stage(self, inputs: Tensors) -> None:
-        """Bring rows and draws to where the graphs read them."""
+        """Copy rows and draws to the memory that the graphs read."""
         for place, value in zip(self._inputs, inputs, strict=True):
             place.copy_(value, non_blocking=True)
 
     @property
     def parts(self) -> list[tuple[int, list[int]]]:
-        """The graphs as CUDA's handles, with the buckets that are complete when each is over."""
+        """The CUDA handle of each graph, with the buckets that are complete at its end."""
         return [(graph.raw_cuda_graph(), list(buckets)) for graph, buckets in self._graphs]
 
     @property
     def segments(self) -> int:
-        """How many graphs a step is."""
+        """The number of graphs of a step."""
         return len(self._graphs)

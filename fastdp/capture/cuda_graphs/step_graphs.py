@@ -1,8 +1,8 @@
 """Joins the recordings of all replicas and their all-reduces: one CUDA graph per GPU for a whole step.
 
-Each replica's step has been recorded by itself (`fastdp.capture.cuda_graphs.recording`), in segments that end where a
-bucket of gradients is complete. `fastdp.comm.cuda.step_graph.build` puts them together with the collectives. The
-recordings stay as they are: a step that is not one for the step graphs replays them, and reduces eagerly.
+Each replica's step has been recorded separately (`fastdp.capture.cuda_graphs.recording`), in segments that end where a
+bucket of gradients is complete. `fastdp.comm.cuda.step_graph.build` joins them with the collectives. The recordings
+stay usable: a step that cannot use the step graphs replays them and reduces eagerly.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from fastdp.warn import warn_user
 
 @dataclass(slots=True)
 class RecordedStepGraph:
-    """What the replicas of one step launch: `graph` has all ranks' (`fastdp.comm.cuda.step_graph.graph.StepGraph`), and
-    `recordings` the memory in which they find rows and draws and leave results, in the order of the ranks."""
+    """What the replicas of one step launch: `graph` holds the graphs of all ranks
+    (`fastdp.comm.cuda.step_graph.graph.StepGraph`), `recordings` their memory for rows, draws and results, by rank."""
 
     graph: Any
     recordings: list[Recording]
 
     def begin(self) -> Any:
-        """The reduction of one step that runs so."""
+        """Begin the reduction of one step that launches the step graph."""
         return self.graph.begin()
 
 
 class StepGraphJoiner:
-    """The step graphs of a model.
+    """Makes and finds the step graphs of a model.
 
     Args:
-        recorder: who has recorded, or is going to record, the replicas' parts.
-        spans: whether a replica spans several devices, of which a graph has one.
+        recorder: records the replicas' parts.
+        spans: whether a replica spans several devices; a graph can hold only one.
     """
 
     def __init__(self, recorder: Recorder, spans: bool) -> None:
@@ -46,19 +46,19 @@ class StepGraphJoiner:
         self._refused = "a replica spans several devices" if spans else ""
 
     def consider(self, recordings: Sequence[Recording | None], replicas: Mapping[int, ReplicaTensors]) -> str:
-        """Join the recordings of a step's replicas if they are not yet, and may be.
+        """Join the recordings of a step's replicas, unless they are joined already or must not be.
 
-        On the host thread, between steps. What cannot be joined is told by a warning, and nothing is from then on.
+        Called on the host thread, between steps. If joining fails, warns once and joins nothing from then on.
 
         Args:
-            recordings: in the order of the ranks; None where a replica has none.
-            replicas: all of them, by rank.
+            recordings: by rank; None for a replica without a recording.
+            replicas: all replicas, by rank.
 
         Returns:
-            Why they are not joined; empty where they are.
+            Why the recordings are not joined; empty if they are.
 
         Raises:
-            DeviceTimeoutError: it took longer than the recorder's time limit.
+            DeviceTimeoutError: joining took longer than the recorder's time limit.
         """
         if self._refused:
             return self._refused
@@ -66,7 +66,7 @@ class StepGraphJoiner:
         if len(found) < len(replicas):
             few = len(recordings) < len(replicas)
             return "fewer rows than devices" if few else "not all replicas are recorded"
-        if len(found) == 1 or self.find(recordings) is not None:  # a single replica's graph has all of its step
+        if len(found) == 1 or self.find(recordings) is not None:  # a single replica's recording is already a whole step
             return ""
         ranked = [replicas[rank] for rank in range(len(replicas))]
         if any(replica.device.unsettled for replica in ranked):
@@ -81,7 +81,7 @@ class StepGraphJoiner:
                 parts = [recording.parts for recording in found]
                 graph = collectives.whole_step(targets, buckets, parts, self._recorder.timeout)
         if isinstance(attempt.error, DeviceTimeoutError):
-            raise attempt.error  # work that does not end is on the devices
+            raise attempt.error  # the devices hold work that does not end
         self._refused = self._refused or attempt.why
         if self._refused:
             warn_user(
@@ -95,7 +95,7 @@ class StepGraphJoiner:
 
     @staticmethod
     def find(recordings: Sequence[Recording | None]) -> RecordedStepGraph | None:
-        """The graphs that these recordings, of all replicas, are parts of; None where they are not."""
+        """The step graph that the recordings of all replicas are part of; None if there is no such graph."""
         found = [recording for recording in recordings if recording is not None]
         graph = found[0].step_graph if found else None
         if graph is None or graph.broken or graph.size != len(recordings):

@@ -1,9 +1,9 @@
 """Optimizes a traced graph without changing its numbers: dead code, copies, stores into gradient buffers.
 
-A traced step is a flat graph of ATen operations, in which Keras has left much that a replay need not do: detaches,
-values that are computed twice, numbers that never change, and, around each convolution of its torch backend,
-changes of memory layout. Channels-last memory is what a Keras model's arrays have to begin with (rows, height,
-width, channels seen as torch's order), so a clone to torch's own layout and back again is taken out.
+A traced step is a flat graph of ATen operations. Keras leaves much in it that a replay need not do: detaches, values
+computed twice, constant subexpressions and, around each convolution of its torch backend, changes of memory layout.
+The arrays of a Keras model (rows, height, width, channels) are channels-last memory when viewed in torch's order, so
+the passes remove clones to torch's own layout and back.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from fastdp.capture.graph.rewrites import fuse_convolutions
 from fastdp.errors import NotCapturable
 
 aten = torch.ops.aten
-SMALL = 4096  # elements of a constant that is worth keeping
+SMALL = 4096  # most elements of a folded constant
 
-# What computes the same whatever the strides of a four-dimensional operand.
+# Operations whose values do not depend on the strides of a four-dimensional operand.
 _ANY_LAYOUT = {
     aten.convolution.default,
     aten.convolution_backward.default,
@@ -40,8 +40,8 @@ _ANY_LAYOUT = {
     aten.sum.dim_IntList,
 }
 
-# Gradients that take the memory layout of the value that was padded, of which torch 2.13 tells TorchInductor that
-# they are contiguous. Of that value they use the shape alone.
+# Gradients that have the memory layout of the padded value, although torch 2.13 tells TorchInductor that they are
+# contiguous. They use only the shape of that value.
 _LAYOUT_OF_PADDED = {
     aten.replication_pad2d_backward.default,
     aten.replication_pad3d_backward.default,
@@ -50,11 +50,11 @@ _LAYOUT_OF_PADDED = {
 
 
 def optimized(module: GraphModule) -> GraphModule:
-    """The graph without what a replay need not do. Results are the same to the last bit, but for the order in
-    which a reduction over another memory layout adds up.
+    """The graph without operations that a replay need not do. Results are bitwise equal, except that a reduction over
+    another memory layout may add in another order.
 
     Raises:
-        NotCapturable: the graph draws random numbers, which no capture repeats.
+        NotCapturable: the graph draws random numbers, which a replay could not repeat.
     """
     graph = module.graph
     _refuse_draws(graph)
@@ -68,13 +68,13 @@ def optimized(module: GraphModule) -> GraphModule:
 
 
 def stored(module: GraphModule, gradients: int) -> GraphModule:
-    """The graph that writes its first results into buffers, its last inputs, instead of returning them.
+    """Make the graph write its first results into buffers, its last inputs, instead of returning them.
 
-    Each is written as soon as it has its value, so that a bucket of gradients is complete while backward goes on.
+    Each result is written as soon as it is computed, so that a bucket of gradients completes while backward goes on.
 
     Args:
-        module: a graph whose output is one list.
-        gradients: how many of the first results have a buffer, among the last placeholders, in their order.
+        module: a graph whose output is one list; changed in place.
+        gradients: the number of results to write. Their buffers are the last placeholders, in the same order.
     """
     graph = module.graph
     buffers = [node for node in graph.nodes if node.op == "placeholder"][-gradients:] if gradients else []
@@ -90,7 +90,7 @@ def stored(module: GraphModule, gradients: int) -> GraphModule:
 
 
 def _places(graph: Graph, values: list[Node]) -> dict[Node, Node]:
-    """For each value the first node before which it is there, and will not be written to any more."""
+    """For each value the first node before which the value is final: computed, and not written to later."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     nodes = list(order)
     computing = next(i for i, node in enumerate(nodes) if node.op not in ("placeholder", "get_attr"))
@@ -99,7 +99,7 @@ def _places(graph: Graph, values: list[Node]) -> dict[Node, Node]:
 
 
 def in_place(module: GraphModule) -> GraphModule:
-    """A copy of a graph made by `stored` in which products are written straight to their buffers."""
+    """A copy of a graph made by `stored` that writes matrix products directly to their buffers."""
     graph = Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     for node in graph.find_nodes(op="call_function", target=aten.copy_.default):
@@ -113,14 +113,14 @@ def in_place(module: GraphModule) -> GraphModule:
 
 
 def _refuse_draws(graph: Graph) -> None:
-    """End the capture of a step with draws that fastdp does not know of."""
+    """Refuse to capture a step with draws that fastdp does not control."""
     for node in _calls(graph):
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _drops_nothing(node):
             raise NotCapturable(f"{node.target}, a random op that is not Keras's")
 
 
 def _drops_nothing(node: Node) -> bool:
-    """Whether an operation with dropout inside, an attention, has a rate of zero: then it draws nothing."""
+    """Whether an operation with built-in dropout (attention) has a rate of zero, and so draws nothing."""
     target: Any = node.target
     arguments = [argument.name for argument in target._schema.arguments]
     if "dropout_p" not in arguments:
@@ -130,21 +130,21 @@ def _drops_nothing(node: Node) -> bool:
 
 
 def _without_detaches(graph: Graph) -> None:
-    """Nobody differentiates a replay."""
+    """Remove detaches: a replay is not differentiated."""
     for node in list(graph.find_nodes(op="call_function", target=aten.detach.default)):
         node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
 
 
 def _with_constants(module: GraphModule) -> None:
-    """Compute once what depends on no input."""
+    """Fold constants: compute once what depends on no input."""
     graph = module.graph
     mutated = {_base(node.args[0]) for node in _calls(graph) if _mutates(node)}
     known: dict[Node, torch.Tensor] = {}
     for node in list(graph.nodes):
         if node.op == "get_attr":
             value = getattr(module, str(node.target))
-            if value.numel() > SMALL:  # the model's own, perhaps: what is written to it is read by the next step
+            if value.numel() > SMALL:  # may belong to the model: the next step must read what is written to it
                 continue
         elif (
             node.op == "call_function"
@@ -172,8 +172,8 @@ def _with_constants(module: GraphModule) -> None:
 
 
 def _without_layout_changes(graph: Graph) -> None:
-    """Leave channels-last values where they are: clones that only change the memory layout of what convolutions
-    and pools read are taken out, and what follows is told of its new strides."""
+    """Keep channels-last values: remove clones that only change the memory layout of what convolutions and pools
+    read, and recompute the strides of what follows."""
     mutated = {_base(node.args[0]) for node in _calls(graph) if _mutates(node)}
     stale: set[Node] = set()
     for node in list(_calls(graph)):
@@ -199,7 +199,7 @@ def _without_layout_changes(graph: Graph) -> None:
 
 
 def _contiguous_paddings(graph: Graph) -> None:
-    """Let gradients of paddings be contiguous, by an empty value of the padded one's shape in its place."""
+    """Make gradients of paddings contiguous: pass an empty contiguous value in place of the padded one."""
     for node in list(_calls(graph)):
         if node.target not in _LAYOUT_OF_PADDED:
             continue
@@ -212,7 +212,7 @@ def _contiguous_paddings(graph: Graph) -> None:
 
 
 def _restride(node: Node, stale: set[Node]) -> None:
-    """Find a node's new strides after those of its operands changed; its users are told if they did too."""
+    """Recompute a node's strides after its operands' changed. If they differ, mark its users as stale."""
     if node.target is aten.view.default:
         node.target = aten.reshape.default
     before = node.meta.get("val")
@@ -235,7 +235,7 @@ def _mutates(node: Node) -> bool:
 
 
 def _base(node: Any) -> Any:
-    """The value whose memory a node shows: through views and operations that write in place."""
+    """The value that owns a node's memory, looking through views and in-place operations."""
     while isinstance(node, Node) and node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
         aliases = node.target._schema.returns and node.target._schema.returns[0].alias_info is not None
         if not aliases or not node.args or not isinstance(node.args[0], Node):

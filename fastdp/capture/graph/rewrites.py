@@ -2,13 +2,13 @@
 
 For every replay:
 
-- a bias and a relu behind a convolution read and write its whole result again: oneDNN does them as it goes.
+- A bias and a relu after a convolution would read and write its whole result again: oneDNN fuses them into it.
 
-Before TorchInductor compiles a graph, which fuses elementwise work well and hands matrix products to their library:
+Before TorchInductor compiles a graph (it fuses elementwise work well and leaves matrix products to their library):
 
-- a product that goes to a gradient's buffer alone would be computed elsewhere and copied: it is written there;
-- pooling by windows that do not overlap would be done by scattered writes: which entry of a window is the largest is
-  kept as a number instead, and its gradient is then elementwise.
+- A product that goes only to a gradient buffer would be computed elsewhere and copied: it is written there directly.
+- The gradient of pooling without overlapping windows would scatter: the number of each window's largest entry is kept
+  instead, which makes the gradient elementwise.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ aten = torch.ops.aten
 _FUSED = torch.ops.mkldnn._convolution_pointwise.default if torch.backends.mkldnn.is_available() else None
 
 
-# By hand, not by torch.library.custom_op, whose layers for autograd take longer than a small product.
+# Not torch.library.custom_op: its autograd layers take longer than a small product.
 _LIBRARY = torch.library.Library("fastdp", "FRAGMENT")
 _LIBRARY.define("mm_into(Tensor(a!) out, Tensor a, Tensor b) -> ()")
 
 
 def _mm_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Write the matrix product of a and b to `out`, which has its shape and dtype."""
+    """Write the matrix product of a and b to `out`, which has the product's shape and dtype."""
     torch.mm(a, b, out=out)
 
 
@@ -39,9 +39,9 @@ _LIBRARY.impl("mm_into", lambda out, a, b: None, "Meta")
 
 
 def for_compiler(module: GraphModule) -> GraphModule:
-    """A copy of a graph made by `capture_passes.stored`, as TorchInductor does best with it.
+    """A copy of a graph made by `passes.stored`, rewritten for TorchInductor.
 
-    Nodes have fake values as `meta["val"]`; those that are made here have none.
+    Nodes have fake values as `meta["val"]`; nodes created here have none.
     """
     graph = Graph()
     graph.output(graph.graph_copy(module.graph, {}))
@@ -58,7 +58,7 @@ def _on_cpu(graph: Graph) -> bool:
 
 
 def _products_in_place(graph: Graph) -> None:
-    """Products of which nothing but a copy to a buffer is made are written to that buffer."""
+    """Write products that are only copied to a buffer directly to that buffer."""
     for node in graph.find_nodes(op="call_function", target=aten.copy_.default):
         buffer, product = node.args
         if isinstance(product, Node) and product.target is aten.mm.default and len(product.users) == 1:
@@ -69,7 +69,7 @@ def _products_in_place(graph: Graph) -> None:
 
 
 def fuse_convolutions(graph: Graph) -> None:
-    """Convolution, bias and, where it follows at once, relu, in one operation of oneDNN's. Leaves dead code behind."""
+    """Fuse convolution, bias and a relu that follows them into one oneDNN operation. Leaves dead code behind."""
     if _FUSED is None or not _on_cpu(graph):
         return
     for convolution in graph.find_nodes(op="call_function", target=aten.convolution.default):
@@ -91,9 +91,9 @@ def fuse_convolutions(graph: Graph) -> None:
 
 
 def _may_fuse(convolution: Node) -> bool:
-    """Whether oneDNN computes this convolution of images, and into the memory layout that ATen gives it.
+    """Whether oneDNN supports this convolution of images and gives its result the memory layout that ATen would.
 
-    With one channel the operand's layout is not told by its strides, and oneDNN would choose the other one.
+    With one channel, strides do not determine the operand's layout, and oneDNN would choose the other one.
     """
     value, operand, weights = _value(convolution), _value(convolution.args[0]), _value(convolution.args[1])
     own_bias, transposed = convolution.args[2], convolution.args[6]
@@ -120,7 +120,7 @@ def _bias(added: Node, permuted: Node) -> Node | None:
 
 
 def _pools_without_scatter(graph: Graph) -> None:
-    """Pools whose windows do not overlap, and their gradients, as elementwise operations."""
+    """Turn pools whose windows do not overlap, and their gradients, into elementwise operations."""
     for pool in graph.find_nodes(op="call_function", target=aten.max_pool2d_with_indices.default):
         window = _window(pool)
         results = {node.args[1]: node for node in pool.users}
@@ -140,7 +140,7 @@ def _pools_without_scatter(graph: Graph) -> None:
 
 
 def _window(pool: Node) -> tuple[int, int] | None:
-    """The height and width of a pool's windows, if they lie side by side and all of them whole."""
+    """The height and width of a pool's windows if they tile the image: side by side, without padding."""
     x, kernel, stride, padding, dilation, ceil = _pool_arguments(pool)
     value = _value(x)
     plain = value.ndim == 4 and value.dtype.is_floating_point and value.is_contiguous(memory_format=torch.channels_last)
@@ -157,8 +157,8 @@ def _pool_arguments(pool: Node) -> list[Any]:
 def _pooled(graph: Graph, pool: Node, window: tuple[int, int]) -> tuple[Node, Node]:
     """The pool's result, and the number of the largest entry of each window, rows first.
 
-    As ATen does it: of equal entries the first, of NaNs the last. The numbers are floats: the compiler's vectors for
-    them are those of the values. They keep the image's channels last, (rows, height, width, channels).
+    As in ATen, the first of equal entries and the last of NaNs wins. The numbers are floats, so that the compiler uses
+    the same vectors as for the values. They are channels-last, (rows, height, width, channels).
     """
     call = functools.partial(_call, graph)
     height, width = window
@@ -175,14 +175,14 @@ def _pooled(graph: Graph, pool: Node, window: tuple[int, int]) -> tuple[Node, No
         largest = call(aten.where.self, more, entry, largest)
         numbered = call(aten.full_like.default, place, float(number))
         place = call(aten.where.self, more, numbered, place)
-    # Seen by its strides, it is written down: else the compiler would keep comparisons, and vectors of bools are slow.
+    # as_strided forces the compiler to store it: otherwise it would keep comparisons, and vectors of bools are slow.
     strides = [rows * columns * channels, columns * channels, channels, 1]
     place = call(aten.as_strided.default, place, [n, rows, columns, channels], strides)
     return call(aten.permute.default, largest, [0, 3, 1, 2]), place
 
 
 def _unpooled(graph: Graph, backward: Node, place: Node, window: tuple[int, int]) -> Node:
-    """The gradient of the pool's operand: each window's goes to its largest entry."""
+    """The gradient of the pool's operand: the gradient of each window goes to its largest entry."""
     call = functools.partial(_call, graph)
     height, width = window
     gradient, pooled = backward.args[:2]
@@ -205,12 +205,12 @@ def _unpooled(graph: Graph, backward: Node, place: Node, window: tuple[int, int]
 
 
 def _call(graph: Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
-    """One more node."""
+    """Add a node to the graph."""
     return graph.call_function(target, args, kwargs)
 
 
 def _only_user(node: Node | None, target: Any) -> Node | None:
-    """The user of a node, if it has one alone, and that is such a call."""
+    """The single user of a node, if it calls `target`; None otherwise."""
     if node is None or len(node.users) != 1:
         return None
     (user,) = node.users
@@ -218,5 +218,5 @@ def _only_user(node: Node | None, target: Any) -> Node | None:
 
 
 def _value(node: Any) -> Any:
-    """What a node gave when it was traced: shapes, strides and dtypes."""
+    """The fake value of a node: its shape, strides and dtype."""
     return node.meta["val"]

@@ -1,8 +1,8 @@
 """Cuts a captured step where a bucket of gradients is complete, so that its all-reduce overlaps with backward.
 
-A segment is a run of the graph's operations, as a graph of its own. What later segments need of a segment's values
-is handed on from one to the next. One after the other they compute what the whole graph computes, operation by
-operation. A CUDA graph is recorded of each (`fastdp.capture.cuda_graphs.recording`).
+A segment is a run of consecutive operations as a separate graph. It returns the values that later segments need. Run
+in order, the segments compute the same operations as the whole graph. Each is recorded as a CUDA graph
+(`fastdp.capture.cuda_graphs.recording`).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Segment:
     Attributes:
         run: takes tensors, gives tensors.
         inputs, outputs: the numbers of the values that it takes and gives.
-        last: values that nobody needs once it has been called.
-        buckets: the gradient buckets that are complete when it is over.
+        last: the numbers of inputs that no later segment uses.
+        buckets: the gradient buckets that are complete at its end.
     """
 
     run: Callable[..., Tensors]
@@ -38,13 +38,13 @@ class Segment:
 
 @dataclass(slots=True)
 class Segments:
-    """A step in parts. Values are numbered; the first are the step's arguments, `results` are what it gives."""
+    """A step in parts. Values are numbered, beginning with the step's arguments; `results` are the step's results."""
 
     parts: list[Segment]
     results: list[int]
 
     def __call__(self, arguments: Tensors, ready: Callable[[int], None]) -> Tensors:
-        """Run the step; `ready(i)` when bucket i is complete."""
+        """Run the step; call `ready(i)` when bucket i is complete."""
         if len(self.parts) == 1:
             (part,) = self.parts
             found = part.run(*arguments)
@@ -61,7 +61,7 @@ class Segments:
         return self.walk(arguments, call)
 
     def walk(self, arguments: Tensors, call: Callable[[Segment, list[torch.Tensor]], Tensors]) -> Tensors:
-        """Call `call(part, inputs)` for each part in order, with the values that earlier parts gave; the results."""
+        """Call `call(part, inputs)` for each part in order, passing on values between parts. Returns the results."""
         values = dict(enumerate(arguments))
         for part in self.parts:
             given = [values[number] for number in part.inputs]
@@ -72,19 +72,19 @@ class Segments:
 
 
 def whole(run: Callable[..., Tensors], arguments: int, results: int, buckets: Iterable[int]) -> Segments:
-    """A step as one part, at whose end all buckets are complete."""
+    """A step as a single part. All buckets are complete at its end."""
     numbers = list(range(arguments, arguments + results))
     return Segments([Segment(run, list(range(arguments)), numbers, buckets=list(buckets))], numbers)
 
 
 def cut(module: GraphModule, stores: Mapping[int, int], buckets: Sequence[int]) -> Segments:
-    """The graph in segments, each of which ends where one bucket or more are complete.
+    """Cut a graph into segments. Each ends where one or more buckets are complete.
 
     Args:
-        module: a graph whose output is one list, and which writes its gradients into some of its arguments.
-        stores: for those arguments, by number, the bucket that the gradient lies in. Where all buckets are complete at
-            once, or none is given, the graph stays whole.
-        buckets: the numbers of all buckets; one that the graph writes nothing to is complete with the first segment.
+        module: a graph whose output is one list and which writes its gradients into some of its arguments.
+        stores: maps the numbers of those arguments to the bucket of the gradient. If all buckets are complete at once,
+            or the mapping is empty, the graph stays whole.
+        buckets: the numbers of all buckets. A bucket that the graph does not write is complete with the first segment.
     """
     places = module.graph.find_nodes(op="placeholder")
     gradients = {places[number]: bucket for number, bucket in stores.items()}
@@ -98,7 +98,7 @@ def cut(module: GraphModule, stores: Mapping[int, int], buckets: Sequence[int]) 
     if len(ends) < 2:
         (output,) = module.graph.find_nodes(op="output")
         return whole(module, len(places), len(output.args[0]), buckets)
-    ends[-1] = len(nodes) - 1  # what follows the last gradient is little
+    ends[-1] = len(nodes) - 1  # little follows the last gradient: no segment for it
     starts = [0, *(end + 1 for end in ends[:-1])]
     chunks = [nodes[start : end + 1] for start, end in zip(starts, ends, strict=True)]
     segments = _linked(module, chunks)
@@ -109,7 +109,7 @@ def cut(module: GraphModule, stores: Mapping[int, int], buckets: Sequence[int]) 
 
 
 def placed(module: GraphModule, before: torch.device, device: torch.device) -> GraphModule:
-    """A copy of a graph that was traced on one device, for another: its constants, and what its operations make."""
+    """A copy of a graph traced on one device for another one: moves its constants and device arguments."""
     graph = Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     copy = GraphModule(module, graph)
@@ -141,11 +141,11 @@ def _written(node: Node) -> Iterator[Node]:
 
 
 def _linked(module: GraphModule, chunks: list[list[Node]]) -> Segments:
-    """Each chunk of operations as a graph, and the numbers of the values that go from one to another."""
+    """Make a graph of each chunk of operations, and number the values that pass between them."""
     (output,) = module.graph.find_nodes(op="output")
     results: list[Node] = list(output.args[0])
     numbers = {node: i for i, node in enumerate(module.graph.find_nodes(op="placeholder"))}
-    # A constant is everyone's own; one that the step gives back comes with the last segment.
+    # Each segment has its own copy of a constant; a constant among the results is returned by the last segment.
     taken = [_taken(chunk) for chunk in chunks]
     parts = []
     for at, chunk in enumerate(chunks):
@@ -163,13 +163,13 @@ def _linked(module: GraphModule, chunks: list[list[Node]]) -> Segments:
 
 
 def _taken(chunk: list[Node]) -> list[Node]:
-    """The values that a chunk's operations take, its own too, each once; constants apart."""
+    """The values that a chunk's operations take, including values of the chunk itself, each once. No constants."""
     found = {node: None for user in chunk for node in user.all_input_nodes if node.op != "get_attr"}
     return list(found)
 
 
 def _graph(module: GraphModule, inputs: list[Node], nodes: list[Node], given: list[Node]) -> GraphModule:
-    """A graph of some operations of another one's."""
+    """A graph of some operations of another graph."""
     graph = Graph()
     copies = {node: graph.placeholder(f"value_{i}") for i, node in enumerate(inputs)}
     for before, copied in copies.items():

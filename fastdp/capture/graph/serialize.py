@@ -1,7 +1,7 @@
 """Turns traced graphs into bytes and back, for the process that compiles them.
 
-Pickling a `GraphModule` as torch does traces it anew on loading, which runs operations without operands (`zeros`)
-at once and makes constants of them. Here the nodes themselves are written down.
+Torch pickles a `GraphModule` such that loading traces it again, which runs operations without operands (`zeros`)
+immediately and turns them into constants. This module writes the nodes themselves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.fx.node import map_aggregate, map_arg
 
 @dataclass(frozen=True, slots=True)
 class _Ref:
-    """A node, by its number."""
+    """A reference to a node by its number."""
 
     number: int
 
@@ -39,12 +39,12 @@ class _Input:
 class _Pickler(pickle.Pickler):
     """Writes torch's dtypes, layouts and memory formats by their names in torch.
 
-    Pickle itself looks for the first module that has imported torch, which may be one of the user's: another process
-    would load that.
+    Pickle itself would refer to the first module that contains the constant, which may be one of the user's: the other
+    process would then import that.
     """
 
     def reducer_override(self, value: Any) -> Any:
-        """How to make a value again."""
+        """How to rebuild a value."""
         if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
             return _constant, (str(value).removeprefix("torch."),)
         return NotImplemented
@@ -56,9 +56,10 @@ def _constant(name: str) -> Any:
 
 
 def to_bytes(module: GraphModule) -> tuple[bytes, list[torch.Tensor]]:
-    """A graph whose placeholders have fake tensors as `meta["val"]`, and the constants to hand it.
+    """Serialize a graph whose placeholders have fake tensors as `meta["val"]`.
 
-    Constants of one element are written into the graph; others become further inputs, behind its own.
+    Constants of one element are written into the graph. Others become additional inputs after its own; they are the
+    second result.
     """
     numbers: dict[Node, int] = {}
     inputs: list[_Input] = []
@@ -89,7 +90,7 @@ def to_bytes(module: GraphModule) -> tuple[bytes, list[torch.Tensor]]:
 
 
 def from_bytes(data: bytes) -> tuple[GraphModule, list[torch.Tensor], FakeTensorMode]:
-    """The graph again, with fake tensors for its inputs, and their mode."""
+    """Rebuild the graph; return it with fake tensors for its inputs and their fake mode."""
     nodes, inputs, constants, _ = pickle.loads(data)
     graph = Graph()
     mode = FakeTensorMode(shape_env=ShapeEnv())
@@ -114,17 +115,17 @@ def from_bytes(data: bytes) -> tuple[GraphModule, list[torch.Tensor], FakeTensor
 
 
 def is_deterministic(data: bytes) -> bool:
-    """Whether torch's deterministic algorithms were asked for when the graph was written: atomic sums are none."""
+    """Whether torch's deterministic algorithms were enabled when the graph was written: they forbid atomic sums."""
     return bool(pickle.loads(data)[3])
 
 
 def _input(tensor: torch.Tensor) -> _Input:
-    """What of an input a graph depends on."""
+    """The properties of an input that a graph depends on."""
     return _Input(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device)
 
 
 def _plain(value: Any) -> Any:
-    """Lists and dicts instead of torch's immutable ones."""
+    """Replace torch's immutable lists and dicts by plain ones."""
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
@@ -133,7 +134,7 @@ def _plain(value: Any) -> Any:
 
 
 def _name(target: Any) -> str:
-    """An operation by name."""
+    """The name of an operation."""
     return "getitem" if target is operator.getitem else str(target)
 
 
