@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-# From published figures for eight GPUs on NVLink (docs/log.md), not measured here: one-shot reads every rank's
-# whole bucket, two-shot twice its own part; NCCL wins from a few MiB on.
+# Thresholds from published figures for eight GPUs on NVLink (docs/log.md), not measured here. One-shot reads every
+# rank's whole bucket, two-shot reads twice the rank's own part, and NCCL wins from a few MiB on.
 ONE_SHOT_NBYTES = 256 << 10
 TWO_SHOT_NBYTES = 2 << 20
 KERNEL_DTYPES = ("float32", "float16", "bfloat16")
 NCCL_DTYPES = (*KERNEL_DTYPES, "float64", "int8", "uint8", "int32", "int64", "uint32", "uint64")
 
-# NCCL refuses two ranks on one card ("Duplicate GPU detected") before 2.30.3, and from there on takes two where its
-# variable says so.
+# Before 2.30.3, NCCL refuses two ranks on one card ("Duplicate GPU detected"). From that version on it accepts two if
+# this variable is set to 1.
 MULTI_RANK_VERSION = 23003
 MULTI_RANK_VARIABLE = "NCCL_MULTI_RANK_GPU_ENABLE"
 MULTI_RANK_MOST = 2
 
 
 def nccl_connects(cards: Sequence[int], version: int, multi_rank: str | None) -> bool:
-    """Whether NCCL may be asked to connect ranks on these cards.
+    """Whether NCCL can be expected to connect ranks on these cards.
 
     Args:
         cards: the CUDA ordinal of each rank.
-        version: of the NCCL that is loaded, such as 22907; 0 where there is none.
-        multi_rank: what the environment variable NCCL_MULTI_RANK_GPU_ENABLE holds; None if it is not set.
+        version: the version of the loaded NCCL, such as 22907; 0 if none is loaded.
+        multi_rank: the value of the environment variable NCCL_MULTI_RANK_GPU_ENABLE; None if it is not set.
 
     Example:
         >>> nccl_connects([0, 1], 22907, None), nccl_connects([0, 0], 23003, None), nccl_connects([0, 0], 23003, "1")
@@ -38,13 +38,13 @@ def nccl_connects(cards: Sequence[int], version: int, multi_rank: str | None) ->
 
 
 def way_to_all_reduce(dtype: str, nbytes: int, *, kernels: bool, nccl: bool) -> str:
-    """How a bucket is all-reduced: "one-shot", "two-shot", "nccl", or "host" where nothing else can.
+    """How a bucket is all-reduced: "one-shot", "two-shot", "nccl", or "host" if nothing else supports it.
 
     Args:
-        dtype: of the bucket's elements.
-        nbytes: of the bucket.
-        kernels: whether the ranks reach each other's memory.
-        nccl: whether NCCL has connected them.
+        dtype: the dtype of the bucket's elements.
+        nbytes: the bucket's size.
+        kernels: whether the ranks can access each other's memory, as our kernels need.
+        nccl: whether NCCL has connected the ranks.
     """
     kernels = kernels and dtype in KERNEL_DTYPES
     nccl = nccl and dtype in NCCL_DTYPES
@@ -62,5 +62,5 @@ def way_to_reduce_scatter(dtype: str, nbytes: int, *, kernels: bool, nccl: bool)
 
 
 def way_to_all_gather(nbytes: int, *, nccl: bool) -> str:
-    """How a bucket is gathered: "nccl", or "copies" between the ranks. No numbers are added up: any dtype goes."""
+    """How a bucket is gathered: "nccl", or "copies" between the ranks. Nothing is added up, so any dtype works."""
     return "nccl" if nccl and nbytes > TWO_SHOT_NBYTES else "copies"

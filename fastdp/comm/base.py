@@ -12,30 +12,30 @@ from fastdp.runtime.queue import QueueDevice, QueueEvent, joined
 
 
 class Reduction(ABC):
-    """The all-reduce of one step, whose buckets may begin while replicas are still in their backward."""
+    """The all-reduce of one step. A bucket may be reduced while replicas are still in their backward pass."""
 
     @property
     @abstractmethod
     def early(self) -> int:
-        """How many buckets were complete on all replicas before the last of them was done."""
+        """How many buckets were complete on all replicas before the last replica was done."""
 
     @abstractmethod
     def ready(self, rank: int, bucket: int) -> None:
-        """A replica has its gradients of a bucket, and leaves them alone from now on. On its worker."""
+        """A replica has completed a bucket, and does not touch it any more. Called on its worker."""
 
     @abstractmethod
     def ended(self, rank: int) -> None:
-        """A replica has all of its gradients. On its worker."""
+        """A replica has completed all of its gradients. Called on its worker."""
 
     @abstractmethod
     def abandon(self, error: BaseException | None) -> None:
-        """Nobody waits for the step any more, which failed with this. On the host thread."""
+        """The step failed with this error, and nobody waits for it any more. Called on the host thread."""
 
     def serve(self, until: QueueEvent, timeout: float) -> None:
-        """Wait until the event is done, on the thread that waits for the step, and make itself useful meanwhile.
+        """Wait until the event is done, on the thread that waits for the step, and help to reduce meanwhile.
 
         Raises:
-            DeviceTimeoutError: not done within `timeout` seconds.
+            DeviceTimeoutError: the event was not done within `timeout` seconds.
         """
         until.finish(timeout)
 
@@ -43,8 +43,8 @@ class Reduction(ABC):
 class Communicator(ABC):
     """Collectives over the given devices, in their order.
 
-    Work goes to the devices' communication streams, is ordered after their compute streams, and compute that is
-    enqueued later waits for it.
+    Work runs on the devices' communication streams. It comes after the work already on their compute streams, and
+    compute work that is enqueued later waits for it.
     """
 
     _devices: Sequence[QueueDevice]
@@ -53,7 +53,7 @@ class Communicator(ABC):
         self._devices = list(devices)
 
     def prepare(self, buckets: Sequence[Bucket]) -> None:
-        """Have the memory that all-reduces of these buckets need. Between steps: it may allocate, and wait."""
+        """Allocate the memory that all-reduces of these buckets need. Between steps only, since it may wait."""
         return
 
     @abstractmethod
@@ -65,9 +65,9 @@ class Communicator(ABC):
         *,
         warm: bool = True,
     ) -> Any:
-        """The reduction of a step whose replicas are about to run: a `Reduction` that `finish` ends.
+        """Begin the reduction of a step whose replicas are about to run. Returns a `Reduction` for `finish`.
 
-        Arguments and errors as of `all_reduce`.
+        Other arguments and errors as in `all_reduce`.
 
         Args:
             warm: such steps have run before, and allocate nothing any more.
@@ -75,13 +75,13 @@ class Communicator(ABC):
 
     @abstractmethod
     def finish(self, reduction: Any, once: Callable[[], object] | None = None, readers: int | None = None) -> None:
-        """Reduce the rest when all replicas are done.
+        """Reduce the remaining buckets when all replicas are done.
 
         Args:
-            reduction: of `begin`.
-            once: as of `all_reduce`.
-            readers: how many devices, the first ones, have their compute wait for the sums; None for all. The others'
-                must wait for something that comes after, before they compute again.
+            reduction: the result of `begin`.
+            once: as in `all_reduce`.
+            readers: the compute streams of the first `readers` devices wait for the sums; None for all. The other
+                compute streams must wait for some later event before they compute again.
         """
 
     def all_reduce(
@@ -91,12 +91,14 @@ class Communicator(ABC):
         buckets: Sequence[Bucket],
         once: Callable[[], object] | None = None,
     ) -> None:
-        """Sum the given buckets of `sources` into each of `targets`; all get the same bits. Begin and finish in one.
+        """Sum the given buckets of `sources` into each of `targets`: `begin` and `finish` in one call.
+
+        All targets get the same bits.
 
         Args:
-            sources: what to add up; one per device, or fewer where some have nothing to add.
-            targets: where the sums go; one per device, or fewer where the others do not need them.
-            buckets: which parts of them.
+            sources: the buffers to add up, one per device, or fewer if the last devices have nothing to add.
+            targets: the buffers for the sums, one per device, or fewer if the last devices do not need them.
+            buckets: the parts to sum.
             once: run on the first device in the same pass, ordered as by `once()`.
 
         Raises:
@@ -112,15 +114,15 @@ class Communicator(ABC):
         buckets: Sequence[Bucket],
         once: Callable[[], object] | None = None,
     ) -> None:
-        """Sum the given buckets of `sources` into `targets`, in each its own rank's part alone (`Bucket.part`).
+        """Sum the given buckets of `sources` into `targets`; each target gets its own rank's part (`Bucket.part`).
 
-        What lies outside its own part is undefined afterwards. There is a target for each device. Other arguments and
-        errors as of `all_reduce`.
+        The rest of a target is undefined afterwards. There is one target per device. Other arguments and errors as in
+        `all_reduce`.
         """
 
     @abstractmethod
     def all_gather(self, buffers: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
-        """Copy each rank's own part of the given buckets (`Bucket.part`) from its buffers to all others'. Any dtype."""
+        """Copy each rank's part of the given buckets (`Bucket.part`) from its buffers to all others. Any dtype."""
 
     @abstractmethod
     def broadcast(self, buffers: Sequence[FlatBuffers], readers: int | None = None) -> None:
@@ -128,19 +130,19 @@ class Communicator(ABC):
 
         Args:
             buffers: one per device.
-            readers: as given to `finish` right before, where only these devices have computed since.
+            readers: the value passed to `finish` just before, if only these devices have computed since.
         """
 
     @abstractmethod
     def once(self, work: Callable[[], object]) -> None:
-        """Run `work()` on the first device's worker, after all that was enqueued and before all that comes."""
+        """Run `work()` on the first device's worker, after all work enqueued so far and before all later work."""
 
     def check(self) -> None:
-        """Raise RuntimeError if a collective failed without a word. When the step is over."""
+        """Raise RuntimeError if a collective failed silently. Called when the step is over."""
         return
 
     def recover(self) -> None:
-        """Go on after a step that failed. When all devices are idle."""
+        """Recover from a failed step. Called when all devices are idle."""
         return
 
     # Order.
@@ -148,7 +150,7 @@ class Communicator(ABC):
     def _each(self, ranks: Sequence[int], work: Callable[[int], object], computing: int | None = None) -> None:
         """Run `work(rank)` on these communication streams, ordered against the compute streams of all devices.
 
-        `computing`: how many devices, the first ones, have any compute to wait for.
+        `computing`: the first `computing` devices have compute work to wait for.
         """
         done = self._after_compute(ranks, work, computing)
         for device in self._devices:
@@ -157,7 +159,7 @@ class Communicator(ABC):
     def _after_compute(
         self, ranks: Sequence[int], work: Callable[[int], object], computing: int | None = None
     ) -> QueueEvent:
-        """Run `work(rank)` on these communication streams after all compute so far; gives the event of their end."""
+        """Run `work(rank)` on these communication streams after all compute so far. Returns the event of its end."""
         before = joined([device.compute.record() for device in self._devices[:computing]])
         after = []
         for rank in ranks:
@@ -172,7 +174,7 @@ class Communicator(ABC):
         ranks = len(self._devices)
 
         def pull(rank: int) -> None:
-            # Ranks start at different peers, so that no link is used by all at once.
+            # Ranks start at different peers, so that they do not all use one link at once.
             for peer in (*range(rank + 1, ranks), *range(rank)):
                 for bucket in buckets:
                     buffers[rank].copy_part(buffers[peer], bucket.part(peer, ranks))

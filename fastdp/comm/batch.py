@@ -9,7 +9,7 @@ import numpy as np
 
 from fastdp.shard import Rows, dealt_rows
 
-# For each array the shape of a row and the dtype.
+# The shape of a row and the dtype of each array.
 Shapes = tuple[tuple[tuple[int, ...], str], ...]
 
 
@@ -23,10 +23,10 @@ class Resident(Protocol):
 
 @runtime_checkable
 class ResidentArray(Protocol):
-    """One array of such a batch, whose values nobody has fetched."""
+    """One array of a resident batch, whose values have not been copied to the host."""
 
     def batch_of(self, arrays: Sequence[Any]) -> Any:
-        """The batch that has these arrays, a `Resident`; None where they are not all of one."""
+        """The `Resident` batch that these arrays belong to; None if they do not all belong to one."""
 
 
 @final
@@ -96,12 +96,12 @@ class Batch:
 
 
 def count_rows(arrays: Sequence[np.ndarray], names: Sequence[str] = ()) -> int:
-    """The number of rows of arrays. Raises as `Batch.of` does; `names` of the arrays are for its messages."""
+    """The number of rows of arrays. Raises as `Batch.of` does, with these names of the arrays in messages."""
     return Batch.of(arrays, None, lambda: names).rows
 
 
 def _why_not(arrays: Sequence[np.ndarray], names: Sequence[str], hint: str) -> str:
-    """The message that says why these arrays are not a batch."""
+    """The error message for arrays that do not form a batch."""
     if not arrays:
         return "A batch needs at least one array. Received an empty batch."
     labels = names or [f"array {i}" for i in range(len(arrays))]

@@ -1,4 +1,4 @@
-"""What a replica knows of the step it is in: its rows, its device, how it meets the others and hands gradients on."""
+"""A replica's view of the current step: its rows, its device, exchanges with other replicas, and ready buckets."""
 
 from __future__ import annotations
 
@@ -12,32 +12,31 @@ from fastdp.shard import Rows
 
 
 def _not_listening(bucket: int) -> None:
-    """Nobody starts a reduction early in this step."""
+    """In this step no reduction starts early."""
 
 
 def _no_graph() -> None:
-    """Nobody has a graph of the whole step."""
+    """This step has no step graph."""
     raise RuntimeError("This step has no graph with its collectives.")
 
 
 @dataclass(slots=True)
 class Context:
-    """What a replica knows of the step it is in.
+    """A replica's view of the current step.
 
-    `exchange(value)` gives every replica's value, in rank order, to every replica: it may be called any
-    number of times in the middle of `train` or `predict`, by all replicas in the same order. `batch` is
-    the whole global batch, a sequence of arrays, `structure` what the caller of the step passed along with it.
-    `wants_outputs` is False when nobody will look at the outputs of the step. `device` is the replica's, None
-    outside any step.
+    `exchange(value)` gives every replica's value, in rank order, to every replica. All replicas may call it any number
+    of times in the middle of `train` or `predict`, in the same order. `batch` is the whole global batch, a sequence of
+    arrays; `structure` was passed along with it by the caller of the step. `wants_outputs` is False when nobody will
+    use the outputs of the step. `device` is the replica's device; None outside any step.
 
-    `ready(i)` says, on the replica's worker and in the middle of `train`, that bucket `i` of the flat gradient buffers
-    (`FlatBuffers.buckets()`) has its values, of unused parameters too, on what is the device's compute stream so far:
-    its reduction may start, and the program neither reads nor writes it again in this step. Buckets that are never
-    announced are reduced when `train` is over on all replicas. It never waits for another replica.
+    `ready(i)` announces, on the replica's worker and in the middle of `train`, that the work enqueued so far on the
+    compute stream completes bucket `i` of the flat gradient buffers (`FlatBuffers.buckets()`), unused parameters
+    included. Its reduction may start, and the program neither reads nor writes the bucket again in this step. Buckets
+    that are never announced are reduced when `train` is over on all replicas. `ready` never waits for another replica.
 
-    `step_graph` is what the program's `step_graph` gave for this step, if anything: the replica's graph reduces the
-    gradients too. `launch()` launches it on the device's compute stream, and is called exactly once, by all replicas,
-    when the inputs are in place; it waits on the host until all replicas call it, and raises if one of them failed.
+    `step_graph` is the result of the program's `step_graph` for this step, or None. With it, the replica's graph also
+    reduces the gradients. `launch()` launches the graph on the device's compute stream. Each replica calls it exactly
+    once, when its inputs are in place. It waits on the host until all replicas call it, and raises if one has failed.
     """
 
     rank: int
@@ -64,14 +63,14 @@ class Context:
 
     @property
     def torch_device(self) -> str:
-        """Where torch keeps what the replica works on."""
+        """Torch's name of the device that holds the replica's tensors."""
         return str(self.device.torch_device) if self.device is not None else "cpu"
 
     def exchange(self, value: Any) -> list[Any]:
-        """Everyone's values, in rank order. Read-only, and valid for the step.
+        """The values of all replicas, in rank order. Read-only, and valid during the step.
 
-        Between GPUs tensors go through host memory: the way waits for what they hold, and needs no order between
-        the streams of two threads. A class of values says by `moved(how)` what of it is to be moved.
+        Between GPUs, tensors go through host memory: such a copy waits for the tensor's value, so the streams of two
+        threads need no ordering. A class of values implements `moved(how)` to have its tensors moved.
         """
         if self.size == 1:
             return [value]
@@ -83,7 +82,7 @@ class Context:
 
 
 def _moved(value: Any, how: Callable[[Any], Any]) -> Any:
-    """A nest of tuples, lists and such classes with its tensors moved; what is no tensor stays."""
+    """A nest of tuples, lists and classes with `moved`, with its tensors moved. Other values stay as they are."""
     if isinstance(value, (tuple, list)):
         return type(value)(_moved(one, how) for one in value)
     if hasattr(value, "moved"):

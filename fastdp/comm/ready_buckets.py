@@ -6,13 +6,13 @@ import threading
 
 
 class ReadyBuckets:
-    """Counts, from the workers of all replicas, who has said what.
+    """Counts the buckets that the workers of all replicas announce.
 
     Args:
-        replicas: how many will announce.
-        buckets: how many there are.
+        replicas: the number of replicas that announce buckets.
+        buckets: the number of buckets.
 
-    `early` is how many buckets were complete on all replicas while one of them was still at work.
+    `early` counts the buckets that were complete on all replicas while one replica was still at work.
     """
 
     def __init__(self, replicas: int, buckets: int) -> None:
@@ -28,15 +28,15 @@ class ReadyBuckets:
         return self._working
 
     def say(self, rank: int, bucket: int) -> bool:
-        """A replica announces a bucket. True for the one that completes it. Saying it again changes nothing."""
+        """Announce a bucket of a replica. True if that completes it on all replicas. Repeated calls change nothing."""
         with self._lock:
             return self._take(rank, bucket)
 
     def end(self, rank: int) -> list[int]:
-        """A replica is done, and with it all of its buckets.
+        """Note that a replica is done, and so has completed all of its buckets.
 
         Returns:
-            The buckets that are complete by that; none at the end of the last replica, when nothing is early any more.
+            The buckets that this completes on all replicas; none for the last replica, when nothing is early any more.
         """
         with self._lock:
             self._working -= 1
@@ -45,7 +45,7 @@ class ReadyBuckets:
             return [bucket for bucket in sorted(self._open[rank]) if self._take(rank, bucket)]
 
     def _take(self, rank: int, bucket: int) -> bool:
-        """Count one bucket of one replica. Called with the lock held."""
+        """Count a bucket of a replica; True if that completes it. Called with the lock held."""
         if bucket not in self._open[rank]:
             return False
         self._open[rank].remove(bucket)

@@ -9,10 +9,10 @@ from fastdp.errors import DeviceTimeoutError, StepAborted
 
 
 class Rendezvous:
-    """Lets `size` threads exchange values, again and again, without ever waiting for a thread that failed.
+    """Lets `size` threads exchange values repeatedly, and never leaves them waiting for a thread that failed.
 
     Args:
-        size: how many take part.
+        size: the number of threads.
         timeout: seconds that one exchange may take.
     """
 
@@ -27,13 +27,13 @@ class Rendezvous:
         self._cause: BaseException | None = None
 
     def exchange(self, rank: int, value: Any) -> list[Any]:
-        """Give `value`, wait for all others, and get everyone's values in rank order.
+        """Pass `value`, wait for all other threads, and return all values in rank order.
 
-        The values are handed over by reference: whoever receives one only reads it.
+        Values are passed by reference, and must only be read.
 
         Raises:
-            StepAborted: another participant failed.
-            DeviceTimeoutError: somebody did not come in time.
+            StepAborted: another thread failed.
+            DeviceTimeoutError: another thread did not arrive in time.
         """
         with self._changed:
             if self._cause is not None:
@@ -55,7 +55,7 @@ class Rendezvous:
             late = DeviceTimeoutError(
                 f"{missing} of {self._size} replicas did not reach the exchange within {self._timeout} seconds."
             )
-            self.abort(late)  # whoever comes now would wait for a participant that has left
+            self.abort(late)  # a thread that arrives later would wait for this one, which leaves
             raise late
 
     @property
@@ -69,7 +69,7 @@ class Rendezvous:
         return self._cause is not None
 
     def abort(self, cause: BaseException) -> None:
-        """Wake everyone who waits, and refuse everyone who comes: a participant failed."""
+        """Wake all waiting threads, and refuse later ones, because a thread failed."""
         with self._changed:
             self._cause = cause if self._cause is None else self._cause
             self._changed.notify_all()

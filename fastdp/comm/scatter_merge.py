@@ -1,8 +1,8 @@
 """Scatters a batch to the replicas by rows, and merges their outputs in row order.
 
-How rows travel is the devices' business. On virtual devices in host memory a replica's rows are a view of the batch;
-a GPU pulls its own over its own link. Merging means that each replica writes its rows to their place in the merged
-array, from its own thread: there is no concatenation.
+The devices move the rows. On virtual devices in host memory a replica's rows are a view of the batch. A GPU pulls its
+rows over its own link. To merge, each replica writes its rows to their place in the merged array from its own thread;
+nothing is concatenated.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ Arrays = list[np.ndarray]
 
 
 class Carrier(Protocol):
-    """What a device does with rows."""
+    """A device's operations on rows."""
 
     def take_rows(self, batch: Sequence[Any], rows: Rows) -> list[Any]:
         """The device's rows of every array, ordered before what its compute stream gets later."""
 
     def stage_rows(self, batch: Sequence[Any], rows: Rows) -> bool:
-        """Begin to bring the rows of the batch that comes next; False where they have to wait for their step."""
+        """Start to prefetch the rows of the next batch; False if they must wait for their step."""
 
     def merged(self, shape: tuple[int, ...], dtype: np.dtype, *, on_host: bool) -> Any:
-        """Room for a merged output, in host memory or the device's own."""
+        """Allocate a merged output, in host memory or the device's own."""
 
     def put_rows(self, targets: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Copy a replica's outputs to their rows of the merged arrays, in the order of the worker's stream."""
 
 
 def scatter(arrays: Sequence[Any], shards: Sequence[Rows], devices: Sequence[Carrier]) -> list[list[Any]]:
-    """Each replica's rows of every array, where the replica is. The batch stays as it is until the step is over."""
+    """Each replica's rows of every array, on its device. The batch must not change until the step is over."""
     pairs = zip(devices, shards, strict=False)
     if type(arrays) is not list and _are_resident(arrays):
         return [arrays.rows_on(device, rows) for device, rows in pairs]
@@ -45,28 +45,28 @@ def scatter(arrays: Sequence[Any], shards: Sequence[Rows], devices: Sequence[Car
 
 
 def stage(arrays: Sequence[Any], shards: Sequence[Rows], devices: Sequence[Carrier]) -> bool:
-    """Begin to bring each replica its rows of the batch that comes next; whether all are on their way."""
+    """Start to prefetch each replica's rows of the next batch; whether all of them are being copied."""
     if type(arrays) is not list and _are_resident(arrays):
-        return True  # they are there
+        return True
     return all([device.stage_rows(arrays, rows) for device, rows in zip(devices, shards, strict=False)])  # noqa: C419
 
 
 def _are_resident(arrays: Any) -> TypeGuard[Resident]:
-    """Whether the rows of a batch are on the devices already. Asking a protocol takes 15 us, so lists are not asked."""
+    """Whether the rows of a batch are on the devices already. Lists skip the protocol check, which takes 15 us."""
     return not isinstance(arrays, (list, tuple)) and isinstance(arrays, Resident)
 
 
 class Merger:
     """Collects the outputs of the replicas of one step.
 
-    The first replica to arrive fixes number, shapes and dtypes, and allocates the merged arrays (fresh ones:
-    they are the caller's to keep). `write` is called once per replica, by its device's worker.
+    The first replica to arrive fixes the number, shapes and dtypes of outputs, and allocates the merged arrays. They
+    are new, and belong to the caller. Each replica's worker calls `write` once.
 
     Args:
         shards: the replicas' rows.
         devices: the replicas' devices, in the same order.
-        target: the device that merged arrays belong to.
-        on_host: merge in host memory, not in the target's own.
+        target: the device that allocates the merged arrays.
+        on_host: merge in host memory instead of the target's own.
     """
 
     def __init__(
@@ -84,8 +84,8 @@ class Merger:
     def write(self, rank: int, outputs: Sequence[np.ndarray]) -> None:
         """Copy one replica's outputs to their rows.
 
-        An output holds `k` entries along its first axis for each row, `k >= 1`, the same for all replicas.
-        An output without axes is averaged over the global batch, weighted by rows (integers are rounded).
+        The first axis of an output holds `k >= 1` entries per row; `k` is the same for all replicas. An output without
+        axes is averaged over the global batch, weighted by rows (integers are rounded).
 
         Raises:
             ValueError: an output whose first axis is not a multiple of the replica's rows, or outputs that
@@ -130,13 +130,13 @@ class Merger:
         return self._merged
 
     def _mean(self, parts: Sequence[np.ndarray]) -> object:
-        """The mean of the replicas' scalars over the global batch. A value that all share stays as it is."""
+        """The mean of the replicas' scalars over the global batch. A value equal on all replicas is kept exactly."""
         total = self._shards[0].total
         weighted = sum(part.item() * rows.count for part, rows in zip(parts, self._shards, strict=True))
         return round(Fraction(weighted, total)) if isinstance(weighted, int) else weighted / total
 
     def _allocate(self, output: np.ndarray, rows: Rows, index: int) -> np.ndarray:
-        """Room for one merged output."""
+        """Allocate one merged output."""
         if output.ndim == 0:
             return np.empty((), output.dtype)
         if output.shape[0] == 0 or output.shape[0] % rows.count:

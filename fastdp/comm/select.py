@@ -10,16 +10,16 @@ from typing import Any
 from fastdp.comm.base import Communicator
 from fastdp.comm.host.communicator import HostCommunicator
 
-# Connecting GPUs takes a while: models on the same devices share it.
+# Connecting GPUs takes a while, so models on the same devices share a communicator.
 _connected: weakref.WeakValueDictionary[tuple[int, ...], Any] = weakref.WeakValueDictionary()
 
 
 def communicator(devices: Sequence[Any], timeout: float = 60.0) -> Communicator:
-    """The collectives of these devices, in their order.
+    """The communicator of these devices, in their order.
 
     Raises:
-        ValueError: GPUs together with virtual devices in host memory.
-        RuntimeError: GPUs that cannot work together as the process is set up; see fastdp.comm.cuda.communicator.
+        ValueError: GPUs are mixed with virtual devices in host memory.
+        RuntimeError: the process's settings keep GPUs from working together; see fastdp.comm.cuda.communicator.
     """
     on_gpu = {device.on_gpu for device in devices}
     if len(on_gpu) > 1:
@@ -29,7 +29,7 @@ def communicator(devices: Sequence[Any], timeout: float = 60.0) -> Communicator:
     key = tuple(map(id, devices))
     found: Communicator | None = _connected.get(key)
     if found is None:
-        # Not imported above: it needs CuPy, which is there where GPUs are.
+        # Imported here, since it needs CuPy, which is installed only with GPUs.
         found = _connected[key] = importlib.import_module("fastdp.comm.cuda.communicator").CudaCommunicator(
             devices, timeout
         )

@@ -1,9 +1,9 @@
-"""The communicator of GPUs: NCCL, our kernels over peer memory for small buckets, the host where neither can.
+"""The communicator of GPUs: NCCL, our kernels over peer memory for small buckets, or the host where neither works.
 
-A collective is issued by one thread for all ranks: NCCL wants the calls of several communicators in one group, and
-kernels that wait for each other must all be launched before anything waits for them. At the end of a step's
-backward that is the first device's worker: its communication queue goes first, and the others' follow when it has
-issued. Buckets that are complete earlier are issued by the worker that completes them (`cuda_reduction`).
+One thread issues a collective for all ranks: NCCL wants the calls of several communicators in one group, and kernels
+that wait for each other must all be launched before anything waits for them. At the end of a step's backward pass, the
+first device's worker issues; the other communication queues continue when it has. A bucket that is complete earlier is
+issued by the worker that completes it (`fastdp.comm.cuda.reduction`).
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class CudaCommunicator(Communicator):
         devices: one per rank; several may share a card.
         timeout: seconds that making peer access ready may take.
 
-    Sums are taken in place: `sources` are the first of `targets`, and those beyond count as zeros and are overwritten.
-    Memory that the kernels need is allocated when larger buckets than before come.
+    Sums are taken in place: `sources` are the first of `targets`. Further targets count as zeros and are overwritten.
+    Memory for the kernels is allocated when buckets are larger than before.
 
-    Sums of our kernels and of the host are in rank order, those of fp16 and bf16 in fp32 with one rounding. NCCL's
-    have an order of its own, the same for all ranks.
+    Our kernels and the host sum in rank order, fp16 and bf16 in fp32 with one rounding. NCCL has its own order, the
+    same for all ranks.
 
     Raises:
-        RuntimeError: settings under which several GPUs cannot work together (CUDA_LAUNCH_BLOCKING=1).
+        RuntimeError: several GPUs cannot work together under the process's settings (CUDA_LAUNCH_BLOCKING=1).
     """
 
     _devices: list[CudaDevice]
@@ -60,7 +60,7 @@ class CudaCommunicator(Communicator):
         peers = PeerAccess(sorted(set(self._cards)), timeout) if several else None
         self._nccl = connect(self._cards) if several else []
         if self._nccl:
-            # Destroying frees memory of the GPUs: not in the garbage collector.
+            # Destroying frees GPU memory, which must not happen in the garbage collector.
             weakref.finalize(self, defer, functools.partial(destroy, list(self._nccl))).atexit = False
         self._by_nccl = NcclCollectives(self._devices, self._nccl)
         has_kernels = peers is not None and len(devices) <= MAX_RANKS and peers.complete
@@ -71,11 +71,11 @@ class CudaCommunicator(Communicator):
         self._told = False
 
     def how(self, bucket: Bucket) -> str:
-        """How a bucket is all-reduced: "one-shot", "two-shot", "nccl", or "host" where nothing else can."""
+        """How a bucket is all-reduced: "one-shot", "two-shot", "nccl", or "host" if nothing else supports it."""
         return way_to_all_reduce(bucket.dtype, bucket.nbytes, kernels=self._kernels is not None, nccl=bool(self._nccl))
 
     def prepare(self, buckets: Sequence[Bucket]) -> None:
-        """Choose the buckets' ways, and have memory for them."""
+        """Choose an algorithm for each bucket, and allocate its memory."""
         if len(self._devices) > 1:
             self._plan(buckets, self._ways, self.how)
 
@@ -89,8 +89,8 @@ class CudaCommunicator(Communicator):
     ) -> CudaReduction:
         """A reduction whose buckets may be announced one by one.
 
-        Until a step is `warm`, nothing begins early: cudaMalloc on one worker waits for GPUs, and must not come between
-        the launches of a collective by another.
+        Until a step is `warm`, no bucket begins early: cudaMalloc on one worker waits for GPUs, and must not come
+        between the launches of a collective by another worker.
         """
         refuse_unknown(buckets)
         _check_in_place(sources, targets)
@@ -101,25 +101,25 @@ class CudaCommunicator(Communicator):
             chosen = [(buckets[number], ways[number]) for number in numbers]
             self._run(targets, chosen, range(len(sources), len(targets)), self._by_nccl.all_reduce)
 
-        # The way through the host waits for the GPUs: not in the middle of a replica's work.
+        # Reducing on the host waits for the GPUs, which must not happen in the middle of a replica's work.
         early = [number for number, way in enumerate(ways) if way != "host"] if warm else []
         return CudaReduction(self._devices, len(sources), len(buckets), early, issue)
 
     def why_not_whole(self, buckets: Sequence[Bucket]) -> str:
-        """Why a step with these buckets cannot run as one graph for each GPU (`whole_step`); empty where it can."""
+        """Why a step with these buckets cannot run as one graph per GPU (`whole_step`); empty if it can."""
         return self._wholes.why_not([self.how(bucket) for bucket in buckets])
 
     def whole_step(
         self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket], parts: Sequence[Parts], timeout: float
     ) -> StepGraph:
-        """What replicas have recorded as graphs, put together with the all-reduces of their buckets: one graph for each
-        GPU. On the host thread, while no step of any engine runs. Arguments and errors as of `StepGraphs.make`."""
+        """Combine the replicas' recorded graphs with the all-reduces of their buckets into one graph per GPU. On the
+        host thread, while no step of any engine runs. Arguments and errors as in `StepGraphs.make`."""
         ways = self._plan(buckets, self._ways, self.how)
         return self._wholes.make(self, targets, buckets, ways, parts, timeout)
 
     def issue(self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket], by_nccl: NcclCollectives) -> None:
-        """All-reduce these buckets now, all ranks' by the calling thread, with what `by_nccl` has for those that NCCL
-        reduces. For `StepGraphs`, whose buckets are planned."""
+        """All-reduce these buckets on all ranks from the calling thread; `by_nccl` runs those that NCCL reduces. Called
+        by `StepGraphs`, with buckets that are planned already."""
         planned = [(bucket, self._ways[bucket]) for bucket in buckets]
         self._run(targets, planned, (), by_nccl.all_reduce)
 
@@ -129,7 +129,7 @@ class CudaCommunicator(Communicator):
         once: Callable[[], object] | None = None,
         readers: int | None = None,
     ) -> None:
-        """Reduce the rest. The compute of all devices waits, whoever the `readers` are: collectives run on all."""
+        """Reduce the rest. Collectives run on all devices, so all compute streams wait, whatever `readers` says."""
         if len(self._devices) == 1:
             if once is not None:
                 self.once(once)
@@ -150,7 +150,7 @@ class CudaCommunicator(Communicator):
         buckets: Sequence[Bucket],
         once: Callable[[], object] | None = None,
     ) -> None:
-        """Sum with the bits of `all_reduce`; what NCCL sums may have others."""
+        """Sum with the same bits as `all_reduce`, except that sums by NCCL may differ."""
         refuse_unknown(buckets)
         _check_in_place(sources, targets)
         ways = self._plan(buckets, self._scatter_ways, self._how_to_scatter) if len(self._devices) > 1 else []
@@ -165,22 +165,22 @@ class CudaCommunicator(Communicator):
         self._issue(issue)
 
     def all_gather(self, buffers: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
-        """By NCCL, or by copies over the links."""
+        """Gather by NCCL, or by copies over the links."""
         by_nccl = [one for one in buckets if way_to_all_gather(one.nbytes, nccl=bool(self._nccl)) == "nccl"]
         if by_nccl:
             self._issue(lambda: self._by_nccl.all_gather(buffers, by_nccl))
         self._gather_by_copies(buffers, [bucket for bucket in buckets if bucket not in by_nccl])
 
     def broadcast(self, buffers: Sequence[FlatBuffers], readers: int | None = None) -> None:
-        """Each device pulls its own over its link, when all have computed."""
+        """Each device pulls a copy over its own link when all compute is done."""
         self._each(range(1, len(self._devices)), lambda rank: buffers[rank].copy_from(buffers[0]))
 
     def once(self, work: Callable[[], object]) -> None:
-        """In the order of all communication streams."""
+        """Run `work()`, ordered against all communication streams."""
         self._issue(work)
 
     def check(self) -> None:
-        """Look for collectives that failed. When the step is over.
+        """Look for failed collectives. Called when the step is over.
 
         Raises:
             RuntimeError: NCCL reports a failure, or a rank gave up waiting for the others.
@@ -198,7 +198,7 @@ class CudaCommunicator(Communicator):
                     raise RuntimeError(f"NCCL failed on {self._devices[rank].name}: {error}") from error
 
     def recover(self) -> None:
-        """Let ranks that gave up waiting for others go on. When all devices are idle."""
+        """Reset ranks that gave up waiting for others. Called when all devices are idle."""
         if self._kernels is not None:
             self._kernels.recover()
 
@@ -231,7 +231,7 @@ class CudaCommunicator(Communicator):
         )
 
     def _plan(self, buckets: Sequence[Bucket], known: dict[Bucket, str], how: Callable[[Bucket], str]) -> list[str]:
-        """The buckets' ways, and memory for those that are new. On the host thread."""
+        """The algorithm of each bucket. Allocates memory for new buckets. On the host thread."""
         fresh = [(bucket, how(bucket)) for bucket in buckets if bucket not in known]
         if fresh and self._kernels is not None:
             self._kernels.prepare(fresh)
@@ -245,7 +245,7 @@ class CudaCommunicator(Communicator):
         idle: Sequence[int],
         by_nccl: Callable[[Sequence[FlatBuffers], Sequence[Bucket]], None],
     ) -> None:
-        """Issue each bucket's reduction by its way, for all ranks; those who had no rows add nothing."""
+        """Issue each bucket's reduction by its algorithm, for all ranks. Ranks without rows (`idle`) add zeros."""
         for bucket, _ in planned:
             for rank in idle if bucket.nbytes else ():
                 with cupy_api.on(self._cards[rank]):
@@ -263,12 +263,12 @@ class CudaCommunicator(Communicator):
                 self._by_host(targets, bucket)
 
     def _show_errors(self) -> None:
-        """Have the kernels' error flags copied for `check`, behind the last collective: once in a step."""
+        """Enqueue copies of the kernels' error flags for `check`, after the last collective: once per step."""
         if self._kernels is not None:
             self._kernels.show_errors()
 
     def _by_host(self, targets: Sequence[FlatBuffers], bucket: Bucket) -> None:
-        """Through host memory, waiting for each copy: right, and slow. Said once."""
+        """All-reduce through host memory, waiting for each copy. Correct but slow, with a warning once."""
         if not self._told:
             self._told = True
             warnings.warn(
@@ -281,7 +281,7 @@ class CudaCommunicator(Communicator):
         ends = [target.buffers[bucket.dtype][span] for target in targets]
         values = []
         for device, end in zip(self._devices, ends, strict=True):
-            # On the rank's own stream, behind what that rank's communication waits for.
+            # On the rank's own stream, so that the read comes after everything that stream waits for.
             values.append(device.read(end, device.communication))
         total = sum_in_order(values, bucket.dtype)
         for device, end in zip(self._devices, ends, strict=True):

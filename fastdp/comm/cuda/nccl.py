@@ -35,7 +35,8 @@ class NcclCollectives:
         self._each(targets, buckets, call)
 
     def reduce_scatter(self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
-        """NCCL's parts are equally long: what the last one has more is so little that all ranks may have it."""
+        """Sum buckets, each rank's part on that rank. NCCL's parts are equally long, so the short rest of the last part
+        is all-reduced."""
 
         def call(rank: int, address: int, bucket: Bucket, stream: int) -> None:
             comm, ranks = self._comms[rank], len(self._comms)
@@ -50,7 +51,7 @@ class NcclCollectives:
         self._each(targets, buckets, call)
 
     def all_gather(self, buffers: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
-        """As bytes, which NCCL copies whatever they mean."""
+        """Gather buckets as bytes, which works for any dtype."""
 
         def call(rank: int, address: int, bucket: Bucket, stream: int) -> None:
             comm, ranks = self._comms[rank], len(self._comms)
@@ -68,7 +69,7 @@ class NcclCollectives:
     def _each(
         self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket], call: Callable[[int, int, Bucket, int], None]
     ) -> None:
-        """`call(rank, address, bucket, stream)` for all buckets on all ranks, in one group."""
+        """Call `call(rank, address, bucket, stream)` for all buckets and ranks, in one NCCL group."""
         with cupy_api.nccl_group():
             for bucket in buckets:
                 for rank, (device, target) in enumerate(zip(self._devices, targets, strict=True)):
@@ -77,14 +78,14 @@ class NcclCollectives:
 
 
 def _parts(bucket: Bucket, ranks: int) -> tuple[int, int, int]:
-    """Elements of a bucket, bytes of one, and elements of each rank's part but the last one's."""
+    """The elements of a bucket, the bytes of one element, and the elements of each rank's part except the last."""
     first = bucket.part(0, ranks) if ranks > 1 else bucket
     n = bucket.stop - bucket.start
     return n, bucket.nbytes // max(1, n), first.stop - first.start
 
 
 def connect(cards: Sequence[int]) -> list[Any]:
-    """NCCL's communicators for ranks on these cards; none where NCCL is not there, or does not take them."""
+    """NCCL's communicators for ranks on these cards; empty if NCCL is missing or cannot connect them."""
     version = cupy_api.nccl_version() if cupy_api.nccl_available() else 0
     if not nccl_connects(cards, version, os.environ.get(MULTI_RANK_VARIABLE)):
         return []
@@ -102,6 +103,6 @@ def connect(cards: Sequence[int]) -> list[Any]:
 
 
 def destroy(comms: Sequence[Any]) -> None:
-    """Give NCCL's communicators back."""
+    """Destroy NCCL's communicators."""
     for comm in comms:
         cupy_api.nccl_destroy(comm)

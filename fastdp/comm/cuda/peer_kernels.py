@@ -26,7 +26,7 @@ from fastdp.runtime.cuda.streams import CudaStream
 
 @dataclass(slots=True)
 class _PeerRank:
-    """One rank's memory for the kernels; the error flag is copied to `seen` after each use."""
+    """One rank's memory for the kernels. The error flag is copied to `seen` after each use."""
 
     staging: Any
     signals: Any
@@ -35,12 +35,12 @@ class _PeerRank:
 
 
 class PeerKernels:
-    """The kernels of ranks that reach each other's memory; several ranks may share a card.
+    """The kernels of ranks that can access each other's memory; several ranks may share a card.
 
     Args:
         devices: one per rank.
 
-    All launches of one collective are made by one thread, on the ranks' communication streams.
+    One thread makes all launches of a collective, on the ranks' communication streams.
     """
 
     def __init__(self, devices: Sequence[CudaDevice]) -> None:
@@ -50,11 +50,11 @@ class PeerKernels:
 
     @property
     def memory(self) -> object:
-        """Stands for the memory that they use at present, and keeps it."""
+        """An object that identifies the memory currently in use, and keeps it alive."""
         return self._ranks
 
     def prepare(self, buckets: Sequence[tuple[Bucket, str]]) -> None:
-        """Have staging for the largest of these buckets, each with its way. Between steps: it may allocate."""
+        """Make staging large enough for these (bucket, algorithm) pairs. Between steps, since it may allocate."""
         needed = 0
         for bucket, way in buckets:
             if way == "one-shot":
@@ -62,13 +62,13 @@ class PeerKernels:
             elif way == "two-shot":
                 needed = max(needed, -(-bucket.nbytes // len(self._devices)) + PACK_NBYTES)
             elif way == "kernel":
-                needed = max(needed, PACK_NBYTES)  # stages nothing, and signals as the others do
+                needed = max(needed, PACK_NBYTES)  # stages nothing, but needs the signals
         half = -(-needed // PACK_NBYTES) * PACK_NBYTES
         if needed and not (self._groups and self._groups[0].half_nbytes >= half):
             self._allocate(half)
 
     def run(self, targets: Sequence[FlatBuffers], bucket: Bucket, way: str) -> None:
-        """One launch per rank."""
+        """Reduce one bucket by one launch per rank."""
         addresses, n = [address_of(target, bucket) for target in targets], bucket.stop - bucket.start
         for rank, (device, group) in enumerate(zip(self._devices, self._groups, strict=True)):
             more: dict[str, Any] = {"y": addresses[rank], "n": n, "dtype": bucket.dtype, "stream": stream_of(device)}
@@ -80,22 +80,22 @@ class PeerKernels:
                 reduce_scatter(device.kernels, group, inputs=addresses, **more)
 
     def show_errors(self) -> None:
-        """Have the ranks' error flags copied to the host, for `given_up`: behind the last launch, once for all.
+        """Enqueue copies of the ranks' error flags to the host for `given_up`, once, after the last launch.
 
-        Nothing is there to be copied where no bucket has come this way yet.
+        Does nothing before the first bucket is reduced by these kernels.
         """
         for device, memory in zip(self._devices, self._ranks, strict=False):
             flag = cupy_api.array_pointer(memory.error)
             cupy_api.copy_async(memory.seen.ctypes.data, flag, memory.seen.nbytes, stream_of(device))
 
     def given_up(self) -> list[int]:
-        """The ranks that waited for another in vain. Once the GPUs are done with the step."""
+        """The ranks that gave up waiting for another. Called when the GPUs are done with the step."""
         return [rank for rank, memory in enumerate(self._ranks) if memory.seen[0]]
 
     def recover(self) -> None:
-        """Let ranks that gave up go on: signals and error flags as they were at first. When all devices are idle."""
+        """Reset signals and error flags after ranks gave up waiting. Called when all devices are idle."""
         flags = [device.to_host(memory.error) for device, memory in zip(self._devices, self._ranks, strict=False)]
-        if not any(flag[0] for flag in flags):  # asked of the GPUs: a step that failed has not shown them
+        if not any(flag[0] for flag in flags):  # read from the GPUs, since a failed step has not copied them
             return
         for device, memory in zip(self._devices, self._ranks, strict=True):
             for array in (memory.signals, memory.error):
@@ -103,7 +103,7 @@ class PeerKernels:
             memory.seen[0] = 0
 
     def _allocate(self, half: int) -> None:
-        """Staging of two halves, signals and an error flag for each rank."""
+        """Allocate two halves of staging, signals and an error flag for each rank."""
         for device in self._devices:
             _launch_each_alone(device)
         self._ranks = [
@@ -134,8 +134,8 @@ class PeerKernels:
 
 
 def _launch_each_alone(device: CudaDevice) -> None:
-    """Launch each kernel once for a rank by itself: CUDA may load a kernel at its first launch, and that may
-    wait for a kernel that is running, which would be the one that waits for this launch."""
+    """Launch each kernel once for a single rank. CUDA may load a kernel at its first launch, and loading may wait for a
+    running kernel, which could be one that waits for this launch."""
     memory = [device.zeros((nbytes,), np.dtype(np.uint8)) for nbytes in (2 * PACK_NBYTES, SIGNALS_NBYTES, 4, 4)]
     staging, signals, error, x = map(cupy_api.array_pointer, memory)
     group = PeerGroup(0, (staging,), 2 * PACK_NBYTES, (signals,), error, 1)
@@ -148,7 +148,7 @@ def _launch_each_alone(device: CudaDevice) -> None:
 
 
 def stream_of(device: CudaDevice) -> int:
-    """The CUDA stream of a rank's communication."""
+    """The handle of a rank's communication stream."""
     stream = device.communication
     assert isinstance(stream, CudaStream)
     return stream.handle

@@ -1,9 +1,9 @@
 """The all-reduce of one step on GPUs, bucket by bucket while backward goes on.
 
-A replica announces a bucket at the place that its compute stream has come to: an event is recorded there, and nobody
-waits. The worker that completes a bucket issues its collective, for all ranks in one go, to the communication
-streams, behind the events of all ranks. It is in the middle of its own replica's work then, and so is everyone else: no
-other thread would be sure to have time. A lock keeps collectives apart, so all ranks have them in one order.
+A replica announces a bucket by recording an event on its compute stream; nobody waits. The worker that completes a
+bucket on all replicas issues its collective for all ranks to the communication streams, after the events of all ranks.
+It does so in the middle of its own replica's work, because every other thread is just as busy. A lock serializes
+collectives, so all ranks run them in the same order.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class CudaReduction(Reduction):
     """The reduction of one step.
 
     Args:
-        devices: all of them, in the order of the ranks.
-        sources: how many of them, the first ones, have gradients.
-        buckets: how many there are.
-        early: numbers of the buckets that may begin early; the others are left to the end.
-        issue: issues the collectives of these buckets on all ranks' communication streams.
+        devices: all devices, in rank order.
+        sources: the first `sources` devices have gradients.
+        buckets: the number of buckets.
+        early: the buckets that may begin early, by number; the others are left to the end.
+        issue: issues the collectives of the given buckets on all ranks' communication streams.
     """
 
     def __init__(
@@ -45,35 +45,35 @@ class CudaReduction(Reduction):
 
     @property
     def early(self) -> int:
-        """How many buckets began before the end."""
+        """How many buckets began to be reduced before the end."""
         return self._begun
 
     def ready(self, rank: int, bucket: int) -> None:
-        """A replica has issued the work of a bucket's gradients. On its worker."""
+        """A replica has enqueued the work that completes a bucket. Called on its worker."""
         if bucket not in self._may:
             return
         stream = self._devices[rank].compute
         assert isinstance(stream, CudaStream)
         event = stream.now()
-        # Before the count: whoever completes the bucket finds the events of all.
+        # Before the count, so that the worker that completes the bucket finds the events of all ranks.
         self._events[bucket].append(event)
         if self._announced.say(rank, bucket):
             self._begin(bucket)
 
     def ended(self, rank: int) -> None:
-        """Nothing: what the replica has not announced is left to the end."""
+        """Does nothing: buckets that the replica has not announced are left to the end."""
 
     def abandon(self, error: BaseException | None) -> None:
-        """Nothing: all ranks' parts of a collective are issued together, and none is left alone."""
+        """Does nothing: a collective is issued for all ranks together, so no rank is left waiting."""
 
     def rest(self) -> list[int]:
-        """The buckets that have not begun; none begins from now on. On the worker that issues them."""
+        """The buckets that have not begun. None begins early from now on. On the worker that issues them."""
         with self._issuing:
             rest, self._left = self._left, []
             return rest
 
     def _begin(self, bucket: int) -> None:
-        """Issue a bucket's collective behind the gradients of all ranks."""
+        """Issue a bucket's collective after the gradients of all ranks."""
         with self._issuing:
             if bucket not in self._left:
                 return

@@ -12,16 +12,16 @@ from fastdp.comm.base import Communicator
 from fastdp.comm.host.reduction import TILE, HostReduction, sum_in_order
 from fastdp.runtime.host.resources import CORES
 
-# What is copied in about the time that it takes to wake a thread.
+# Copying this much takes about as long as waking a thread.
 SMALL_NBYTES = 1 << 19
 
 
 class HostCommunicator(Communicator):
     """Collectives over devices in host memory.
 
-    Each piece of a bucket is summed once, in rank order, and written to all targets: every bit is computed once, so all
-    replicas hold the same. Sources may be targets. fp16 and bf16 are summed in fp32, and rounded once. Infinities and
-    NaNs are values like others: they raise no warning.
+    Each piece of a bucket is summed once, in rank order, and written to all targets, so all replicas hold the same
+    bits. Sources may be targets. fp16 and bf16 are summed in fp32 and rounded once. Infinities and NaNs raise no
+    warning.
     """
 
     def begin(
@@ -32,14 +32,14 @@ class HostCommunicator(Communicator):
         *,
         warm: bool = True,
     ) -> HostReduction:
-        """A reduction whose buckets may be announced one by one; whether the step is `warm` makes no difference."""
+        """A reduction whose buckets may be announced one by one. `warm` has no effect."""
         refuse_unknown(buckets)
         return HostReduction(self._devices, sources, targets, buckets)
 
     def finish(
         self, reduction: HostReduction, once: Callable[[], object] | None = None, readers: int | None = None
     ) -> None:
-        """Reduce the rest, by as many threads as help."""
+        """Reduce the rest on as many threads as pays."""
         if len(self._devices) == 1 and not reduction.pieces:
             if once is not None:
                 self.once(once)
@@ -50,7 +50,7 @@ class HostCommunicator(Communicator):
                 once()
             reduction.work_all()
 
-        # More threads than cores, or than pieces, would only have to be woken.
+        # Waking more threads than there are cores or pieces would only cost time.
         helpers = min(len(self._devices), CORES, reduction.pieces)
         end = self._after_compute(range(max(1, helpers)), work)
         if not end.notify(lambda: reduction.close(end.error)):
@@ -65,7 +65,7 @@ class HostCommunicator(Communicator):
         buckets: Sequence[Bucket],
         once: Callable[[], object] | None = None,
     ) -> None:
-        """Sum each part once, by its rank's worker, with the order and bits of `all_reduce`."""
+        """Sum each part once, on its rank's worker, with the order and bits of `all_reduce`."""
         refuse_unknown(buckets)
         ranks = len(self._devices)
 
@@ -83,14 +83,14 @@ class HostCommunicator(Communicator):
         self._each(range(ranks), reduce)
 
     def all_gather(self, buffers: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
-        """By copies, each rank's by its worker."""
+        """Gather by copies; each rank's worker makes its own."""
         self._gather_by_copies(buffers, buckets)
 
     def broadcast(self, buffers: Sequence[FlatBuffers], readers: int | None = None) -> None:
-        """Copy in pieces: each is read once and written to all.
+        """Copy in pieces; each is read once and written to all.
 
-        The first device's worker copies, with as many others as there are cores; a little is copied by the first alone:
-        waking a thread costs more than copying a few pages.
+        As many workers copy as there are cores. The first device's worker copies small buffers alone, since waking a
+        thread costs more than copying a few pages.
         """
         first, others = buffers[0], buffers[1:]
         if not others:
@@ -111,7 +111,7 @@ class HostCommunicator(Communicator):
         self._each(range(1 if little else min(len(buffers), CORES, max(1, len(pieces)))), copy, readers)
 
     def once(self, work: Callable[[], object]) -> None:
-        """Enqueue it as it is where there is nobody to wait for."""
+        """Run `work()`. With one device there is nothing to wait for, so it goes straight to the compute stream."""
         if len(self._devices) == 1:
             self._devices[0].compute.enqueue(work)
         else:
@@ -119,7 +119,7 @@ class HostCommunicator(Communicator):
 
 
 def refuse_unknown(buckets: Sequence[Bucket]) -> None:
-    """Raise TypeError for a dtype that is stored as bytes and cannot be added up (float8)."""
+    """Raise TypeError for a dtype that is stored as bytes and cannot be summed (float8)."""
     for dtype in {bucket.dtype for bucket in buckets}:
         if not _can_be_added(dtype):
             raise TypeError(f"Gradients of dtype {dtype} cannot be all-reduced. Use float32, bfloat16 or float16.")

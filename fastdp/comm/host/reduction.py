@@ -18,23 +18,23 @@ from fastdp.errors import DeviceTimeoutError
 from fastdp.runtime.host.resources import CORES
 from fastdp.runtime.queue import QueueDevice, QueueEvent
 
-# 256 KiB of fp32: sums stay in a core's cache between the reads of the sources and the writes.
+# 256 KiB of fp32, so that sums stay in a core's cache from the reads of the sources to the writes.
 TILE = 1 << 16
 
 
 class HostReduction(Reduction):
-    """The reduction of one step's buckets, in pieces that whoever is free takes: each is summed once.
+    """The reduction of one step's buckets, in pieces that free threads take. Each piece is summed once.
 
-    Before all replicas are done, that is the thread that waits for the step (`serve`), and workers whose replica is
-    done. No worker leaves a replica's backward for it, and none waits for it there: workers that compute keep their
-    cores busy, and a wait for one that is itself waiting for other replicas would never end. What is left then is taken
-    by the workers together.
+    Until all replicas are done, the free threads are the thread that waits for the step (`serve`) and workers whose
+    replica is done. No worker interrupts its replica's backward pass to sum, or waits for a sum there: computing
+    workers keep their cores busy, and waiting for a worker that waits for other replicas would deadlock. At the end all
+    workers together sum the rest.
 
     Args:
-        devices: all of them.
-        sources, targets, buckets: as of `HostCommunicator.all_reduce`.
+        devices: all devices.
+        sources, targets, buckets: as in `HostCommunicator.all_reduce`.
 
-    `over` is issued when nobody works on it any more, with the error if it failed.
+    `over` completes when nobody works on the reduction any more, with the error if it failed.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class HostReduction(Reduction):
         self.over = QueueEvent()
         self._devices = devices
         self._sources, self._targets, self._buckets = sources, targets, buckets
-        # The sum is made where it belongs, but not over a gradient that is still to be read. That of one replica is
-        # there already; if nobody else needs it, there is nothing to do.
+        # The sum is written in place unless that overwrites a gradient that is still to be read. A single replica's
+        # gradient is the sum; if no other buffer needs it, there is nothing to do.
         in_place = all(source is not targets[0] for source in sources[1:])
         self._sum_lies_in = sources[0] if len(sources) == 1 else targets[0] if in_place else None
         trivial = len(sources) == 1 and all(target is sources[0] for target in targets)
@@ -57,7 +57,7 @@ class HostReduction(Reduction):
         ]
         self._left = self.pieces = sum(map(len, self._pieces))
         self._lock = threading.Lock()
-        # Threads that have a piece.
+        # Threads that work on a piece.
         self._takers: set[int] = set()
         self._closed = False
         self._error: BaseException | None = None
@@ -66,33 +66,33 @@ class HostReduction(Reduction):
 
     @property
     def early(self) -> int:
-        """How many buckets could be reduced before all replicas were done."""
+        """How many buckets were complete before all replicas were done."""
         return self._announced.early
 
     # While replicas work.
 
     def ready(self, rank: int, bucket: int) -> None:
-        """A replica has its gradients of a bucket. On its worker."""
+        """A replica has completed a bucket. Called on its worker."""
         if self._announced.say(rank, bucket):
             self._start([bucket])
 
     def ended(self, rank: int) -> None:
-        """A replica has all of its gradients. On its worker."""
-        if len(self._buckets) > 1:  # one alone is hardly complete before the last replica is done
+        """A replica has completed all of its gradients. Called on its worker."""
+        if len(self._buckets) > 1:  # a single bucket is hardly complete before the last replica is done
             complete = self._announced.end(rank)
             if complete:
                 self._start(complete)
 
     def abandon(self, error: BaseException | None) -> None:
-        """Nothing: nobody waits in the middle of a sum."""
+        """Does nothing: no thread waits in the middle of a sum."""
 
     def serve(self, until: QueueEvent, timeout: float) -> None:
-        """Reduce what becomes complete, on the calling thread, until the event is issued.
+        """Reduce buckets on the calling thread as they become complete, until the event is done.
 
         Raises:
-            DeviceTimeoutError: it was not within `timeout` seconds.
+            DeviceTimeoutError: the event was not done within `timeout` seconds.
         """
-        if len(self._buckets) < 2:  # complete when its replica is done, or hardly before
+        if len(self._buckets) < 2:  # a single bucket is hardly complete before the last replica is done
             super().serve(until, timeout)
             return
         deadline = time.monotonic() + timeout
@@ -112,7 +112,7 @@ class HostReduction(Reduction):
                 raise
 
     def _start(self, buckets: Sequence[int]) -> None:
-        """Buckets are complete on all replicas: call those who are free, as far as there are cores for them."""
+        """Let free threads reduce these complete buckets, as far as there are free cores."""
         for bucket in buckets:
             self._calls.put(bucket)
         free = CORES - self._announced.working - 1
@@ -124,11 +124,11 @@ class HostReduction(Reduction):
     # Pieces.
 
     def work_all(self) -> None:
-        """Sum pieces of all buckets as long as there are any. On any thread."""
+        """Sum pieces of all buckets until none is left. On any thread."""
         self.work(range(len(self._buckets)))
 
     def work(self, buckets: Iterable[int]) -> None:
-        """Sum pieces of these buckets as long as there are any. On any thread."""
+        """Sum pieces of these buckets until none is left. On any thread."""
         with np.errstate(over="ignore", invalid="ignore"):
             for number in buckets:
                 bucket = self._buckets[number]
@@ -152,7 +152,7 @@ class HostReduction(Reduction):
                 target.buffers[dtype][span] = total
 
     def close(self, error: BaseException | None) -> None:
-        """No piece is taken from now on: all are done, or the step has failed."""
+        """Hand out no more pieces: all are done, or the step has failed."""
         with self._lock:
             self._closed = True
             self._error = self._error if self._error is not None else error
@@ -163,7 +163,7 @@ class HostReduction(Reduction):
             self.over.complete(self._error)
 
     def _take(self, bucket: int) -> int | None:
-        """Where a piece begins that nobody has taken."""
+        """Take a piece of a bucket. Returns where it begins; None if none is left."""
         with self._lock:
             if self._closed or not self._pieces[bucket]:
                 return None
@@ -171,7 +171,7 @@ class HostReduction(Reduction):
             return self._pieces[bucket].pop()
 
     def _put_back(self, error: BaseException | None) -> None:
-        """The piece that this thread has taken is done, or has failed."""
+        """Note that this thread's piece is done, or has failed with an error."""
         with self._lock:
             if threading.get_ident() not in self._takers:
                 return
@@ -184,9 +184,9 @@ class HostReduction(Reduction):
 
 
 def sum_in_order(values: Sequence[np.ndarray], dtype: str, out: np.ndarray | None = None) -> np.ndarray:
-    """The sum of equally long vectors in their order; the vector itself where there is only one.
+    """The sum of equally long vectors in their order. A single vector is returned itself.
 
-    `out`, where given, gets the sum of several; it may be the first vector, and shares no memory with the others.
+    `out` receives the sum of several vectors. It may be the first vector, and shares no memory with the others.
     """
     if len(values) == 1:
         return values[0]

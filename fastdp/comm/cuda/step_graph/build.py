@@ -1,13 +1,13 @@
 """Builds the CUDA graph of a whole training step per GPU from recorded segments and captured all-reduces.
 
-The collectives are captured apart from the replicas' work, on the communication streams of all GPUs by one thread, as
-NCCL wants it, and on communicators that nobody uses eagerly once they are in a graph. A graph of each GPU is then put
-together: the segments of the replica one after the other, and beside them the collectives, each behind the segment that
-completes its bucket and behind the collective before it, so that all ranks have them in one order.
+Collectives are captured separately from the replicas' work, by one thread on the communication streams of all GPUs, as
+NCCL requires. Their communicators are not used eagerly once they are in a graph. Each GPU's graph is then assembled:
+the replica's segments run in order, and in parallel to them the collectives. A collective comes after the segment that
+completes its bucket and after the previous collective, so all ranks run collectives in the same order.
 
-A GPU that has launched its graph waits in a collective until all others have launched theirs. So a worker launches
-when all replicas have said that they are about to (a barrier on the host), and a launch that fails after that has the
-communicators aborted, in whose collectives the others would wait for good.
+A GPU that has launched its graph waits in a collective until all others have launched theirs. So workers meet at a
+barrier on the host before they launch. If a launch fails after the barrier, the communicators are aborted, because the
+other GPUs would wait in their collectives forever.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from fastdp.runtime.cuda.child_graphs import chained
 from fastdp.runtime.cuda.device import CudaDevice
 from fastdp.runtime.queue import joined
 
-# Of a replica: its graphs in their order, each with the buckets that are complete when it is over.
+# A replica's graphs in order, each with the buckets that are complete when it ends.
 Parts = Sequence[tuple[int, Sequence[int]]]
 
-# Queues of a card that its streams share, by default and at most, and what a replica's work takes of them: two branches
-# of its graph, a copy stream, and one to spare.
+# CUDA's variable for the number of hardware queues that a card's streams share, its default, and the queues that a
+# replica needs: two branches of its graph, a copy stream, and one to spare.
 _VARIABLE, _QUEUES, _QUEUES_OF_A_REPLICA = "CUDA_DEVICE_MAX_CONNECTIONS", 8, 4
 
 
 class StepGraphs:
-    """Makes whole steps of some GPUs.
+    """Makes the step graphs of some GPUs.
 
     Args:
         devices: one per rank; several may share a card.
@@ -50,11 +50,11 @@ class StepGraphs:
         self._owners: weakref.WeakValueDictionary[tuple[Bucket, ...], Owner] = weakref.WeakValueDictionary()
 
     def comms(self) -> list[list[Any]]:
-        """The communicators of NCCL that are in graphs, each list in the order of the ranks."""
+        """NCCL's communicators that are in graphs; each list is in rank order."""
         return [list(owner.held.comms) for owner in self._owners.values()]
 
     def why_not(self, ways: Sequence[str]) -> str:
-        """Why steps whose buckets are reduced by these ways cannot be whole; empty where they can."""
+        """Why steps whose buckets are reduced by these algorithms cannot be step graphs; empty if they can."""
         if "host" in ways:
             return "gradients are added up in host memory"
         cards = [device.ordinal for device in self._devices]
@@ -76,19 +76,19 @@ class StepGraphs:
         parts: Sequence[Parts],
         timeout: float,
     ) -> StepGraph:
-        """The graphs of a step, which has been launched once. On the host thread, while no step of any engine runs.
+        """Make the graphs of a step and launch them once. On the host thread, while no step of any engine runs.
 
         Args:
             communicator: a CudaCommunicator over these devices.
-            targets: each rank's gradients, which are overwritten now.
-            buckets: all of them.
-            ways: how each is reduced.
-            parts: what each replica has recorded, with all buckets in each; copied.
-            timeout: seconds that each part of this may take.
+            targets: each rank's gradients, which this call overwrites.
+            buckets: all buckets of the gradients.
+            ways: the algorithm for each bucket.
+            parts: the recorded graphs of each replica, which complete all buckets; copied.
+            timeout: seconds that each stage of this call may take.
 
         Raises:
             RuntimeError: CUDA or NCCL refuses.
-            DeviceTimeoutError: it took longer. The communicators in the graphs are aborted.
+            DeviceTimeoutError: a stage took longer. The communicators in the graphs are aborted.
         """
         owner = self._owner(communicator, targets, buckets, ways, timeout)
         made: list[int] = []
@@ -103,7 +103,7 @@ class StepGraphs:
                     made.append(self._assembled(rank, owner, parts[rank], order, [graphs[rank] for graphs in captured]))
             finally:
                 for graphs in captured:
-                    for graph in graphs[len(made) :]:  # the others are kept with what they are parts of
+                    for graph in graphs[len(made) :]:  # the others belong to the assembled graphs
                         cupy_api.graph_destroy(graph)
 
         try:
@@ -126,9 +126,9 @@ class StepGraphs:
         ways: Sequence[str],
         timeout: float,
     ) -> Owner:
-        """The communicators for a layout of buckets, on which the same collectives have run once, eagerly.
+        """The communicators for a layout of buckets, on which the same collectives have run once eagerly.
 
-        NCCL connects and allocates when it needs to for the first time. Nobody uses them eagerly after that.
+        NCCL connects and allocates at the first use. After that the communicators are not used eagerly.
         """
         owner = self._owners.get(tuple(buckets))
         if owner is not None and not owner.held.broken:
@@ -148,7 +148,7 @@ class StepGraphs:
         return owner
 
     def _captured(self, communicator: Any, targets: Sequence[FlatBuffers], bucket: Bucket, owner: Owner) -> list[int]:
-        """The collective of one bucket as a graph for each rank, which the caller destroys."""
+        """Capture the collective of one bucket as one graph per rank. The caller destroys the graphs."""
         begun: list[int] = []
         graphs: list[int] = []
         failed: BaseException | None = None
@@ -162,7 +162,7 @@ class StepGraphs:
             failed = error
             raise
         finally:
-            for stream in begun:  # all of them, whatever happens: a stream under capture runs nothing
+            for stream in begun:  # end every capture, whatever happens: a stream under capture runs nothing
                 try:
                     graphs.append(cupy_api.capture_end(stream))
                 except cupy_api.CudaError as error:
@@ -177,7 +177,7 @@ class StepGraphs:
     def _assembled(
         self, rank: int, owner: Owner, parts: Parts, order: Sequence[int], collectives: Sequence[int]
     ) -> int:
-        """A rank's graph, which the GPU is ready for."""
+        """Assemble, instantiate and upload a rank's graph."""
         device = self._devices[rank]
         behind = {number: at for at, (_, complete) in enumerate(parts) for number in complete}
         branches = [(behind[number], graph) for number, graph in zip(order, collectives, strict=True)]
@@ -195,7 +195,7 @@ class StepGraphs:
         return ready
 
     def _warm_up(self, step: StepGraph, timeout: float) -> None:
-        """Launch a step for the first time, as it always is: by all workers, behind a barrier."""
+        """Launch a step for the first time, in the usual way: by all workers, after a barrier."""
         reduction, rendezvous = step.begin(), Rendezvous(step.size, timeout)
         failures: list[BaseException] = []
 
@@ -220,11 +220,11 @@ class StepGraphs:
     # Between steps.
 
     def _on_first(self, communicator: Any, work: Callable[[], object], timeout: float) -> None:
-        """Run work that issues to all communication streams, on the first device's worker, and wait for it."""
+        """Run `work()`, which issues to all communication streams, on the first device's worker, and wait for it."""
         failures: list[BaseException] = []
 
         def run() -> None:
-            # Whatever it is, it is raised on the thread that asked: the worker's queue stays in order.
+            # Any error is raised on the calling thread, so that the worker's queue stays intact.
             try:
                 work()
             except BaseException as error:  # noqa: BLE001
@@ -236,7 +236,7 @@ class StepGraphs:
             raise failures[0]
 
     def _wait(self, timeout: float) -> None:
-        """Until the compute of all devices is done, and what it waits for. After a failure the next step cleans up."""
+        """Wait until the compute of all devices is done. After a failure the next step cleans up."""
         try:
             joined([device.compute.record() for device in self._devices]).synchronize(timeout)
         except BaseException:

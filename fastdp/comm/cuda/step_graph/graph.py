@@ -1,4 +1,4 @@
-"""Owns the CUDA graphs of a whole training step, and what CUDA and NCCL hold for them."""
+"""Owns the CUDA graphs of a whole training step, and the CUDA and NCCL resources behind them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fastdp.runtime.cuda.device import CudaDevice
 from fastdp.runtime.cuda.memory import defer
 from fastdp.runtime.cuda.streams import CudaStream
 
-# NCCL waits, when it is asked to abort, until the GPUs have left its kernels.
+# An abort by NCCL waits until the GPUs have left its kernels.
 _ABORT_SECONDS = 30.0
 
 
 class Held:
-    """What CUDA and NCCL hold for whole steps of one layout of buckets: communicators, and graphs with their launchable
-    forms. NCCL waits for its graphs to be gone before it gives a communicator up, so they always go first."""
+    """The resources of the step graphs for one layout of buckets: communicators, graphs and launchable graphs. NCCL
+    destroys a communicator only after its graphs are gone, so graphs are always destroyed first."""
 
     def __init__(self, comms: Sequence[Any]) -> None:
         self.comms = list(comms)
@@ -31,13 +31,13 @@ class Held:
         self._lock = threading.Lock()
 
     def add(self, ordinal: int, graphs: Sequence[int], launchable: int) -> None:
-        """A launchable graph and those that it is made of, to be destroyed with it: what NCCL keeps for a captured
-        collective belongs to the graph that it was captured in, and its copies."""
+        """Add a launchable graph and the graphs that it is made of. They are destroyed together: NCCL's resources of a
+        captured collective belong to the graph that it was captured in, and to copies of that graph."""
         with self._lock:
             self._graphs.append((ordinal, list(graphs), launchable))
 
     def drop(self, launchable: Sequence[int] | None = None) -> None:
-        """Destroy these graphs, or all of them. One that is running is freed by CUDA when it is over."""
+        """Destroy these graphs, or all graphs. CUDA frees a running graph when it ends."""
         with self._lock:
             gone = [one for one in self._graphs if launchable is None or one[2] in launchable]
             self._graphs = [one for one in self._graphs if one not in gone]
@@ -48,12 +48,12 @@ class Held:
                     cupy_api.graph_destroy(graph)
 
     def destroy(self) -> None:
-        """Give everything back."""
+        """Destroy all graphs, then the communicators."""
         self.drop()
         destroy(self._take())
 
     def abort(self) -> None:
-        """Have the GPUs leave the collectives that they wait in, and give everything up. No graph is being launched."""
+        """Make the GPUs leave the collectives that they wait in, and give everything up. No graph is being launched."""
         self.broken = True
         self.drop()
         for comm in self._take():
@@ -66,9 +66,9 @@ class Held:
 
 
 class Owner:
-    """Whoever uses what is held has a reference to this; it is given back when nobody has.
+    """A reference to held resources. They are freed when no reference is left.
 
-    Freeing it may wait for GPUs, so that is not done in the garbage collector.
+    Freeing may wait for GPUs, so it does not happen in the garbage collector.
     """
 
     def __init__(self, held: Held) -> None:
@@ -80,12 +80,12 @@ class StepGraph:
     """The graphs of one step, ready to be launched; made by `StepGraphs.make`.
 
     Args:
-        owner: of the communicators in them.
+        owner: keeps the communicators in the graphs.
         devices: one per rank.
-        launchable: their graphs.
+        launchable: the devices' graphs.
         early: how many buckets may be reduced while a replica still computes.
-        kept: whose memory the graphs work on.
-        kernels: whose memory the collectives may have, too.
+        kept: objects whose memory the graphs use, to be kept alive.
+        kernels: the peer kernels, whose memory the collectives may use too.
     """
 
     def __init__(
@@ -106,12 +106,12 @@ class StepGraph:
 
     @property
     def broken(self) -> bool:
-        """Whether it cannot be launched any more: it was aborted, or the kernels have moved to other memory."""
+        """Whether the graphs cannot be launched any more: they were aborted, or the kernels have new memory."""
         moved = self._kernels is not None and self._kernels.memory is not self._memory
         return self._owner.held.broken or moved
 
     def begin(self) -> StepGraphReduction:
-        """The reduction of one step that runs so. On the host thread, before its replicas run."""
+        """Begin the reduction of one step that runs as these graphs. On the host thread, before its replicas run."""
         return StepGraphReduction(self)
 
     def launch(self, rank: int) -> None:
@@ -123,9 +123,9 @@ class StepGraph:
             cupy_api.graph_launch(self._launchable[rank], stream.handle)
 
     def abort(self) -> None:
-        """Have the GPUs leave its collectives, and never launch it again. Kernels of ours give up by themselves."""
+        """Make the GPUs leave the collectives, and never launch the graphs again. Our own kernels time out."""
         self._owner.held.broken = True
-        # By a thread of its own, so that nobody waits for good where NCCL does.
+        # On a separate thread, so that the caller does not wait forever if NCCL does.
         thread = threading.Thread(target=self._owner.held.abort, name="fastdp-abort", daemon=True)
         thread.start()
         thread.join(_ABORT_SECONDS)

@@ -1,4 +1,4 @@
-"""One training step that runs as a CUDA graph per GPU: who launches when, and what happens if one does not."""
+"""One training step that runs as a CUDA graph per GPU: when each worker launches, and what happens if one fails."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastdp.comm.base import Reduction
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.errors import StepAborted
 
-# A launch returns at once, or CUDA is beyond help.
+# A launch returns at once. If it takes this long, CUDA hangs.
 _LAUNCH_SECONDS = 30.0
 
 
@@ -24,11 +24,11 @@ class Launchable(Protocol):
         """Enqueue a rank's graph."""
 
     def abort(self) -> None:
-        """Have GPUs leave the collectives that they wait in."""
+        """Make the GPUs leave the collectives that they wait in."""
 
 
 class StepGraphReduction(Reduction):
-    """The reduction of a step in which the graphs of the replicas reduce the gradients themselves.
+    """The reduction of a step in which the replicas' graphs reduce the gradients.
 
     Args:
         step: the graphs.
@@ -44,15 +44,15 @@ class StepGraphReduction(Reduction):
 
     @property
     def early(self) -> int:
-        """How many buckets may be reduced while a replica still computes: the GPUs alone know whether they are."""
+        """How many buckets may be reduced while a replica still computes. Only the GPUs know how many are."""
         return self._step.early
 
     def launch(self, rank: int, rendezvous: Rendezvous) -> None:
-        """Launch a replica's graph once all replicas have their inputs in place. On its worker; each does so once.
+        """Launch a replica's graph when all replicas have their inputs in place. Called once, on its worker.
 
         Raises:
-            StepAborted: another replica failed, and no graph has been launched or none is waited for.
-            DeviceTimeoutError: a replica did not come in time.
+            StepAborted: another replica failed, or the step was given up, before this launch.
+            DeviceTimeoutError: a replica did not arrive in time.
             RuntimeError: CUDA refuses. The step's collectives are aborted, so that no GPU waits for this one.
         """
         rendezvous.exchange(rank, None)
@@ -69,9 +69,9 @@ class StepGraphReduction(Reduction):
         self._left(rank, launched=True)
 
     def abandon(self, error: BaseException | None) -> None:
-        """Nobody waits for the step any more: no GPU may be left in a collective that others do not come to.
+        """Give the step up, and leave no GPU waiting in a collective that others do not reach.
 
-        A collective that all have come to ends by itself, unless the step is late, of which nobody knows why.
+        A collective that all ranks have launched ends by itself. After a timeout that is uncertain, so it is aborted.
         """
         self._give_up(always=isinstance(error, TimeoutError))
 
@@ -83,7 +83,7 @@ class StepGraphReduction(Reduction):
             self._changed.notify_all()
 
     def _give_up(self, *, always: bool) -> None:
-        """Launch no more, and abort what some have launched and others have not, or (`always`) whatever runs."""
+        """Launch no more graphs. Abort if only some ranks have launched theirs, or (`always`) if any has."""
         with self._changed:
             if self._over or self._given_up:
                 return
@@ -93,16 +93,16 @@ class StepGraphReduction(Reduction):
         if began and (always or began < self._step.size):
             self._step.abort()
 
-    # What the engine and the communicator ask of any reduction.
+    # The interface that the engine and the communicator use.
 
     def ready(self, rank: int, bucket: int) -> None:
-        """The graph itself goes on with the bucket."""
+        """Does nothing: the graph itself reduces the bucket."""
 
     def ended(self, rank: int) -> None:
         """A replica's work is enqueued.
 
         Raises:
-            RuntimeError: its graph was never launched, and nobody's gradients are reduced.
+            RuntimeError: its graph was never launched, so no gradients are reduced.
         """
         if rank not in self._launched:
             raise RuntimeError(
@@ -111,10 +111,10 @@ class StepGraphReduction(Reduction):
             )
 
     def rest(self) -> list[int]:
-        """Nothing is left to be reduced. Asked when all replicas are done: nothing is given up any more."""
+        """No bucket is left. Called when all replicas are done; from then on nothing is aborted."""
         with self._changed:
             self._over = True
         return []
 
     def issue(self, numbers: Sequence[int]) -> None:
-        """Issue the collectives of these buckets: none is left."""
+        """Does nothing: no bucket is left."""
