@@ -1,4 +1,4 @@
-"""Keeps a failed optimization from failing the step: the failure is reported once, and the step runs without it."""
+"""Keeps the failure of an optimization from ending a step: it is told once, and the step runs without it."""
 
 from __future__ import annotations
 

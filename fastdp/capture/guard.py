@@ -1,4 +1,4 @@
-"""Detects, before each step, changes of the Python values that a trace has read.
+"""Compares, before each step, what a trace has read of Python with what is there now.
 
 A trace reads attributes, tensors, arrays and settings once. An eager step would see a callback lower `dropout.rate`, a
 second `adapt()` of a Normalization layer or another activation; a captured step would not. So the guard compares all

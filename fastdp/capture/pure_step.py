@@ -1,4 +1,4 @@
-"""The protocol that captured steps require of a model: a training step as a pure function of tensors.
+"""The protocol of what captured steps need of a model: a training step as a pure function of tensors.
 
 Each kind of program implements `PureStep`. Tracing, guarding, compiling and recording know nothing else of the model.
 Variables are identified by number, in one order for the template and all replicas.

@@ -1,4 +1,4 @@
-"""Finds every Python value that a traced step may have read, by walking from some roots.
+"""Finds everything in Python that a traced step may have read: a walk from some objects.
 
 The walk follows attributes, containers and classes. In code that does not belong to a library it also follows the
 globals, closures and defaults that functions name. It skips inputs of the traced graph. `Rules` describe the library

@@ -1,1 +1,1 @@
-"""Compiles captured steps with TorchInductor in a separate process."""
+"""Compiles captured steps by TorchInductor, in a process of its own."""
