@@ -4,15 +4,15 @@
     update(state, totals) -> parameters, slots and buffers written in place
     predict(state, batch) -> sums, outputs
 
-The engine owns the memory: per replica, flat buffers for the variables (parameters and buffers), the
-slots (the optimizer's variables) and the gradients. `bind` makes a replica's state from them. The first
-replica lives in the program's *home*: the memory that the user's own model aliases, so that the model
-is trained in place and is never copied back.
+The engine owns the memory. Each replica has flat buffers for the variables (parameters and buffers), the
+slots (the optimizer's variables) and the gradients; `bind` makes the replica's state from them. The first
+replica lives in the program's *home*, the memory that the user's own model aliases. So the model is
+trained in place and never copied back.
 
-Exactness is the program's half of the bargain. `train` leaves in `state` the gradient of the replica's
-own *contribution* to the loss of the global batch, such that the plain sum over replicas is the gradient
-that one device would have had. `sums` are further numbers of which only the sum over replicas matters
-(loss terms, moments of BatchNorm); their layout is the program's secret, as long as it is the same on
+The program is responsible for exactness. `train` leaves in `state` the gradient of the replica's
+*contribution* to the loss of the global batch. Contributions are chosen such that the plain sum over
+replicas is the gradient of one device. `sums` are further numbers of which only the sum over replicas
+matters (loss terms, moments of BatchNorm). The program chooses their layout, which must be the same on
 all replicas of a step.
 """
 
@@ -35,11 +35,11 @@ from fastdp.runtime.work_stealing import WorkStealing
 
 @dataclass(slots=True)
 class Result:
-    """What one replica gives back: output arrays, numbers to be summed, and notes for `update`.
+    """The result of one replica: output arrays, numbers to be summed, and notes for `update`.
 
-    `notes` describe the layout of `sums` and whatever else `update` needs to know; those of the first
-    replica serve all. They may have `agree(every)`, which raises if those of the replicas contradict each other, before
-    any update.
+    `notes` describe the layout of `sums` and whatever else `update` needs. All replicas use the notes of the first.
+    If the notes have a method `agree(every)`, it is called before any update and raises if the replicas' notes
+    contradict each other.
     """
 
     outputs: list[np.ndarray] = field(default_factory=list)
@@ -51,8 +51,8 @@ class Result:
 class Totals:
     """The sums of a step over all replicas, and the first replica's notes.
 
-    `reduced` is False where the step's gradients wait for a later reduction: each replica has its own. `work_stealing`,
-    where it is there, runs the parts of an update on several devices' workers at a time
+    `reduced` is False if the step's gradients wait for a later reduction: each replica then has its own.
+    `work_stealing`, if not None, runs the parts of an update on the workers of several devices at a time
     (`fastdp.runtime.work_stealing`).
     """
 
@@ -66,17 +66,17 @@ class Totals:
 class Program(ABC):
     """A model that the engine can replicate.
 
-    A subclass has to define `gradients`, `home`, `bind`, `train`, `update` and `predict`. Everything else has a default
-    here. The state of a replica is what `bind` returns.
+    A subclass must define `gradients`, `home`, `bind`, `train`, `update` and `predict`. Everything else has a default.
+    The state of a replica is the value that `bind` returns.
 
     Attributes:
         gradients: name, shape and dtype of each parameter that has a gradient.
-        slots: likewise of the optimizer's variables.
+        slots: name, shape and dtype of each variable of the optimizer.
         most_replicas: the largest number of replicas that may share a step. Read before each step.
         update_how: how the update is applied, in words, for `report()`.
         update_is_shared: `update` uses `Totals.work_stealing`. It then runs on its replica's share of the cores;
-            other updates that the first replica makes for all get all cores in each operation.
-        update_is_reliable: an `update` that has succeeded once will not raise, because it runs no code of the user's.
+            other updates that the first replica makes for all use all cores in each operation.
+        update_is_reliable: an `update` that has succeeded once will not raise, because it does not run the user's code.
 
     These attributes may be properties.
     """
@@ -107,12 +107,12 @@ class Program(ABC):
         return False
 
     def committed(self) -> None:  # noqa: B027
-        """The present values of the home are known to all replicas."""
+        """Called when all replicas have the home's present values."""
 
     # Around a step.
 
     def prepare_thread(self, threads: int, device: QueueDevice) -> None:  # noqa: B027
-        """Called on a device's worker: let it use `threads` cores inside one operation, and the device's streams."""
+        """Called on a device's worker: let it use `threads` cores per operation, and the device's streams."""
 
     def running(self, threads: int) -> AbstractContextManager[object]:
         """A context manager that the host thread holds while replicas run. Default: one that does nothing."""
@@ -122,14 +122,15 @@ class Program(ABC):
 
     @abstractmethod
     def train(self, state: Any, batch: list[np.ndarray], context: Context) -> Result:
-        """Forward, loss and backward of one replica's rows; gradients go into the state's buffers."""
+        """Run forward, loss and backward on one replica's rows. Gradients go into the state's buffers."""
 
     def step_graph(self, contexts: Sequence[Context], why_not: str) -> Any:
-        """Whether each replica runs a whole training step, with its all-reduce, as one graph. Default: it does not.
+        """The graph with which each replica runs a whole training step and its all-reduce. Default: None.
+
+        Called on the host thread, before the replicas run, with their rows on their devices.
 
         Args:
-            contexts: of the replicas, which are about to run, and whose rows are on their devices. Called on the host
-                thread.
+            contexts: of the replicas.
             why_not: why the engine cannot use such a graph in this step; empty if it can.
 
         Returns:
@@ -140,7 +141,7 @@ class Program(ABC):
 
     @abstractmethod
     def predict(self, state: Any, batch: list[np.ndarray], context: Context) -> Result:
-        """Forward only."""
+        """Run forward only."""
 
     # The update.
 
@@ -148,8 +149,8 @@ class Program(ABC):
     def update(self, state: Any, totals: Totals) -> None:
         """Apply the summed gradients, slots and buffers to the state, in place.
 
-        Where `totals` are not reduced, it runs on every replica, also on those without slots, and must leave the
-        gradients alone, and all replicas with the same variables.
+        If `totals` are not reduced, it runs on every replica, including replicas without slots. It must then not change
+        the gradients, and leave the same variables on all replicas.
         """
 
     def rehearse_update(self, state: Any) -> bool:
@@ -158,19 +159,19 @@ class Program(ABC):
         Raises what the update itself would raise.
 
         Returns:
-            Whether it could be tried. Default: no; the engine then copies what the update changes before it runs.
+            Whether the update could be tried. Default: no; the engine then takes a snapshot before the update runs.
         """
         return False
 
     # Gradient accumulation.
 
     def accumulate(self, total: FlatBuffers, part: FlatBuffers) -> None:
-        """Add `part` to `total`, on the worker of the device that has both. For steps that are not reduced."""
+        """Add `part` to `total`, on the worker of the device that holds both. For steps that are not reduced."""
         for dtype, buffer in total.buffers.items():
             buffer += part.buffers[dtype]
 
     def fold(self, state: Any) -> None:
-        """Take over reduced gradients into the slots, before the end of their cycle: somebody looks at the slots.
+        """Move reduced gradients into the slots before the end of their cycle, because the user reads the slots.
 
         Raises:
             NotImplementedError: the program has no slots for gradients.
@@ -184,7 +185,7 @@ class _Lookalike(Program):
     """Adds the defaults of `Program` to an object of a class that does not derive from it.
 
     Args:
-        program: the object. Its members come first.
+        program: the object. Its members take precedence.
     """
 
     def __init__(self, program: object) -> None:
@@ -200,7 +201,7 @@ _Lookalike.__abstractmethods__ = frozenset()
 
 
 def as_program(program: object) -> Program:
-    """The program itself, or, where its class does not derive from `Program`, a wrapper that adds the defaults.
+    """The program itself, or a wrapper that adds the defaults if its class does not derive from `Program`.
 
     Raises:
         TypeError: `program` lacks members that have no default.

@@ -1,7 +1,7 @@
 """`FunctionProgram`: a model written as NumPy or CuPy functions with gradients of one's own.
 
-The functions see plain arrays. They are pure: what they are given they only read, and what they return
-is copied into the replica's memory.
+The functions take and return plain arrays. They must be pure: they only read their arguments, and the engine
+copies their results into the replica's memory.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ class FunctionProgram(Program):
     """A model as three functions over named arrays.
 
     Args:
-        parameters: initial values by name; copied. `program.parameters` are the trained ones.
+        parameters: initial values by name; copied. `program.parameters` holds the trained values.
         train: `train(parameters, batch) -> (loss, gradients, outputs)`: the **mean** loss over the rows of
             `batch` (a list of arrays), its gradients by parameter name, and a list of output arrays with
             the batch's rows.
         update: `update(parameters, slots, gradients) -> (parameters, slots)`, from the gradient of the
-            global batch's mean loss; returns new values by name (those left out stay).
+            global batch's mean loss; returns new values by name (omitted ones keep their value).
         predict: `predict(parameters, batch) -> outputs`.
         slots: initial values of the optimizer's state by name; copied.
 
     Replicas weight their loss and gradient by their share of the rows, so the sum over replicas is the
-    mean over the global batch for any split. The loss must be such a mean: a sum of one term per row,
+    mean over the global batch for any split. This requires that the loss is a sum of one term per row,
     divided by the number of rows.
 
     Example:
@@ -88,7 +88,7 @@ class FunctionProgram(Program):
                 self._device.copy(old, new)
         self._changed = True
 
-    # What a program has (fastdp.program.base).
+    # Members of Program.
 
     def home(self, device: Allocator) -> Home:
         """The first replica's memory; `parameters` become views of it."""
@@ -101,7 +101,7 @@ class FunctionProgram(Program):
         return self._home
 
     def home_slots(self, device: Allocator) -> FlatBuffers:
-        """The first replica's slots; those of every engine on this home, as the parameters are."""
+        """The first replica's slots. Like the parameters, all engines on this home share them."""
         if self._home_slots is None:
             self._home_slots = FlatBuffers(self.slots, device)
             for view, value in zip(self._home_slots.views, self._initial_slots.values(), strict=True):
@@ -130,7 +130,7 @@ class FunctionProgram(Program):
         return Result([_array(o) for o in outputs], np.array([float(loss) * share]))
 
     def update(self, state: _State, totals: Totals) -> None:
-        """New parameters and slots, in place; none before the gradients are reduced."""
+        """Write new parameters and slots in place. Does nothing before the gradients are reduced."""
         if not totals.reduced:
             return
         parameters, slots = self._update(state.parameters, state.slots, state.gradients)
@@ -149,7 +149,7 @@ def _specs(values: Mapping[str, np.ndarray]) -> list[ArraySpec]:
 
 
 def _array(output: Any) -> Any:
-    """An output as an array: a GPU's stays there."""
+    """An output as an array. Arrays on a GPU stay there."""
     return output if hasattr(output, "__cuda_array_interface__") else np.asarray(output)
 
 
@@ -159,6 +159,6 @@ def _named(flat: FlatBuffers) -> Arrays:
 
 
 def _check_names(values: Mapping[str, Any], expected: Mapping[str, Any], function: str, what: str) -> None:
-    """Every parameter has its gradient, and nothing else."""
+    """Check that `values` has exactly the expected names."""
     if set(values) != set(expected):
         raise KeyError(f"`{function}` must return {what} for exactly {sorted(expected)}. Received: {sorted(values)}")

@@ -17,10 +17,10 @@ from fastdp.tensors.deterministic import check_deterministic
 
 
 def check_module(module: object) -> None:
-    """A module can be replicated: its structure can be copied, and its tensors lie in host memory.
+    """Check that a module can be replicated: its structure can be copied, and its tensors lie in host memory.
 
     Raises:
-        TypeError: it is no torch.nn.Module.
+        TypeError: it is not a torch.nn.Module.
         ValueError: it cannot be replicated; the message says what to do.
     """
     if not isinstance(module, nn.Module):
@@ -34,11 +34,11 @@ def check_module(module: object) -> None:
 
 
 def check_options(options: Options, devices: Sequence[QueueDevice]) -> None:
-    """Nothing is asked for that Keras models have only.
+    """Check that no option is set which only Keras models support.
 
     Raises:
-        ValueError: it is; the message says what to leave out.
-        RuntimeError: `deterministic`, and torch has used a GPU already.
+        ValueError: one is set; the message says what to leave out.
+        RuntimeError: `deterministic` is set, and torch has used a GPU already.
     """
     if options.compile not in (None, "auto"):
         raise ValueError(
@@ -60,7 +60,7 @@ def check_options(options: Options, devices: Sequence[QueueDevice]) -> None:
 
 
 def _check_kind(name: str, part: nn.Module) -> None:
-    """Not a part that does its own parallelism, or cannot be copied."""
+    """Refuse a part that does its own parallelism or cannot be copied."""
     kind = type(part).__name__
     if isinstance(part, torch.jit.ScriptModule):
         raise ValueError(
@@ -79,7 +79,7 @@ def _check_kind(name: str, part: nn.Module) -> None:
 
 
 def _check_tensor(slot: Slot) -> None:
-    """A dense tensor in host memory, with values, and without hooks of its own."""
+    """Check that a tensor is dense, initialized, in host memory, and without hooks."""
     tensor, what = slot.tensor, "parameter" if slot.is_parameter else "buffer"
     if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
         raise ValueError(
@@ -99,7 +99,7 @@ def _check_tensor(slot: Slot) -> None:
 
 
 def _check_overlap(slots: list[Slot]) -> None:
-    """Tensors that share memory without being one object would be torn apart."""
+    """Refuse distinct tensors that share memory: replicas would separate them."""
     spans = sorted(
         (slot.tensor.data_ptr(), slot.tensor.data_ptr() + slot.tensor.numel() * slot.tensor.itemsize, slot.name)
         for slot in slots

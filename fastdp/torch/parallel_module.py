@@ -26,18 +26,18 @@ class TorchParallel:
     """A module, run and trained on several devices as if on one. Made by `fastdp.wrap`.
 
     The module stays the user's own plain torch module: training changes it in place, `state_dict` is its
-    own, and it works outside fastdp at any time. Not an nn.Module itself, so no name gets a prefix.
+    own, and it works outside fastdp at any time. `TorchParallel` is not an nn.Module, so no name gets a prefix.
 
     Args:
-        module: on the CPU, with all parameters initialized.
-        devices: where the replicas run; their order is the order of the rows.
-        options: what was chosen; `fastdp.wrap` says what each option is for.
+        module: a module on the CPU, with all parameters initialized.
+        devices: the devices of the replicas; their order is the order of the rows.
+        options: the chosen options; `fastdp.wrap` explains them.
 
     Raises:
-        ValueError: a module that cannot be replicated; the message has the remedy.
+        ValueError: the module cannot be replicated; the message has the remedy.
 
-    What replicas run are copies of the module: hooks, and attributes that forward assigns, are each
-    replica's own. Plain attributes that the user changes (`module.drop.p = 0.2`) reach all replicas.
+    Replicas run copies of the module: hooks, and attributes that forward assigns, are private to each replica.
+    Plain attributes that the user changes (`module.drop.p = 0.2`) reach all replicas.
 
     Example:
         >>> fastdp.set_virtual_devices(8)  # doctest: +SKIP
@@ -73,15 +73,15 @@ class TorchParallel:
         """The module's outputs for a global batch, without gradients.
 
         Args:
-            args, kwargs: what the module takes: tensors or NumPy arrays with rows along the first axis, in
-                any nest of tuples, lists and dicts; tensors without axes and plain values go to all replicas.
+            args, kwargs: the module's arguments: tensors or NumPy arrays with rows along the first axis, in
+                any nest of tuples, lists and dicts. Zero-dim tensors and plain values go to all replicas.
 
         Returns:
-            The outputs as the module gives them, of all rows in order, on the CPU; the caller's to keep. An
-            output without axes is averaged by rows.
+            The module's outputs for all rows in order, on the CPU; the caller owns them. A zero-dim output is
+            averaged by rows.
 
-        The module's training mode is respected: dropout drops, and batch normalization takes the batch's
-        moments. But this changes nothing: running statistics move in train steps only.
+        The module's training mode is respected: dropout drops, and batch normalization uses the batch's
+        moments. The call still changes nothing: running statistics move only in train steps.
 
         Raises:
             ReplicaError: a replica failed (also an instance of the built-in error that it failed with).
@@ -106,18 +106,18 @@ class TorchParallel:
         """Make the function that trains on one global batch.
 
         Args:
-            loss_fn: `loss_fn(outputs, *targets)` gives one number; any function, an nn loss module too.
+            loss_fn: `loss_fn(outputs, *targets)` returns one number. Any function or nn loss module.
             optimizer_factory: `optimizer_factory(parameters)` makes a new torch optimizer. Called once per
-                device; the first one is over the module's own parameters, and becomes `optimizer`.
-            reduction: None: `loss_fn` may be anything, and is computed on the merged outputs (exact for
-                class weights, ignore_index, contrastive losses). "mean" or "sum": `loss_fn` is that over
-                samples, and each replica computes its own part, without waiting for the others.
+                device; the first one is over the module's own parameters and becomes `optimizer`.
+            reduction: None: `loss_fn` may be anything and is computed on the merged outputs (exact for class
+                weights, ignore_index, contrastive losses). "mean" or "sum": `loss_fn` is the mean or sum over
+                samples, and each replica computes its own part without waiting for the others.
             clip_grad_norm: the largest norm of the global batch's gradient.
-            accumulate: update once in so many calls, by the sum of their gradients divided by `accumulate`;
-                only the last of them reduces gradients. Running statistics move in every call.
+            accumulate: update once per `accumulate` calls, with the sum of their gradients divided by
+                `accumulate`. Only the last call reduces gradients. Running statistics move in every call.
 
         Raises:
-            TypeError, ValueError: an option, or an optimizer, that cannot be used; the message has the remedy.
+            TypeError, ValueError: an option or an optimizer cannot be used; the message has the remedy.
 
         Example:
             >>> step = dp.train_step(nn.CrossEntropyLoss(), torch.optim.Adam)  # doctest: +SKIP
@@ -136,20 +136,20 @@ class TorchParallel:
         return TrainStep(self._engine, self._scope)
 
     def report(self) -> Report:
-        """How steps run, what takes the time in them, and where the memory is; printed, it is tables.
+        """Report how steps run, where their time goes and what uses the memory. Prints as tables.
 
-        Of the latest train step that was made, or of calls where there is none.
+        Covers the latest `train_step`, or calls if there is none.
         """
         steps = [{"how": "eager", "why": "a torch.nn.Module is not captured"}]
         return make_report(self._engine, steps, library_nbytes=peak_nbytes)
 
-    # What the module has.
+    # Members of the module.
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
         """The latest train step's optimizer, for schedulers and checkpoints; None before `train_step`.
 
-        Learning rates and other settings in its `param_groups`, and a state that it loads, reach all replicas.
+        Changes of its `param_groups`, such as learning rates, and a loaded state reach all replicas.
         """
         optimizers = self._engine.program.optimizers if self._engine is not None else None
         return optimizers.first if optimizers is not None else None
@@ -159,11 +159,11 @@ class TorchParallel:
         return self.module.parameters()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The module's own state dict: no prefix, nothing of fastdp in it. Its tensors follow the training."""
+        """The module's own state dict, without prefixes or entries of fastdp. Its tensors follow the training."""
         return self.module.state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load the module's state dict; all replicas have it at the next step."""
+        """Load a state dict into the module. All replicas have it at the next step."""
         return self.module.load_state_dict(*args, **kwargs)
 
     def train(self, mode: bool = True) -> TorchParallel:
@@ -191,21 +191,21 @@ class TrainStep:
         return self._program.optimizers.first
 
     def __call__(self, inputs: Any, *targets: Any) -> torch.Tensor:
-        """Forward, loss, backward and update on one global batch.
+        """Run forward, loss, backward and update on one global batch.
 
         Args:
-            inputs: what the module gets: a tensor or array with rows first; a tuple or list for several
-                arguments; a dict for keyword arguments.
-            targets: what `loss_fn` gets after the outputs; nests are fine.
+            inputs: the module's input: a tensor or array with rows first, a tuple or list of several arguments,
+                or a dict of keyword arguments.
+            targets: further arguments of `loss_fn` after the outputs; may be nested.
 
         Returns:
-            The loss of the whole batch before the update, a tensor without axes and without gradient.
+            The loss of the whole batch before the update, a zero-dim tensor without gradient.
 
-        The module should be in training mode, as with plain torch. Random draws take one number from torch's
-        global generator per step, if there are any, so `torch.manual_seed` repeats a run.
+        The module should be in training mode, as with plain torch. A step with random draws takes one number
+        from torch's global generator, so `torch.manual_seed` makes a run repeatable.
 
         Raises:
-            ReplicaError: a replica failed; the message names device and rows. Weights are as before, and the
+            ReplicaError: a replica failed; the message names device and rows. Weights are unchanged, and the
                 next call works.
             ValueError: no rows, or arrays of unequal length.
         """

@@ -13,14 +13,14 @@ from fastdp.torch.parallel_module import TorchParallel
 
 
 def wrap_torch(module: nn.Module, gpus: Any, options: Options) -> TorchParallel:
-    """`fastdp.wrap` for a torch.nn.Module. Arguments as there.
+    """`fastdp.wrap` for a torch.nn.Module, with the same arguments.
 
     Returns:
         A `TorchParallel` that trains `module` in place.
 
     Raises:
-        TypeError: `module` is no torch.nn.Module.
-        ValueError: anything wrong with `gpus`, a module that cannot be replicated, or an option for Keras models.
+        TypeError: `module` is not a torch.nn.Module.
+        ValueError: invalid `gpus`, a module that cannot be replicated, or an option for Keras models.
 
     Example:
         >>> dp = wrap_torch(module, 8, Options())  # doctest: +SKIP

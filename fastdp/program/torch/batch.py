@@ -21,7 +21,7 @@ PLAIN = (type(None), bool, int, float, complex, str)
 
 @dataclass(frozen=True, slots=True)
 class Nest:
-    """A nest of tensors taken apart: where the tensors were, their dtypes, and what else was in it."""
+    """The structure of a nest of tensors: the places of the tensors, their dtypes, and the other leaves."""
 
     spec: Any
     leaves: tuple[Any, ...]
@@ -29,10 +29,10 @@ class Nest:
 
     @classmethod
     def flatten(cls, values: Any, what: str) -> tuple[Nest, list[torch.Tensor]]:
-        """A nest of tensors, and its tensors with rows. Tensors without axes stay in the nest.
+        """Split nested values into their structure and their tensors.
 
         Raises:
-            TypeError: something that is neither a tensor nor a plain value.
+            TypeError: a leaf is neither a tensor nor a plain value.
         """
         found, spec = pytree.tree_flatten(values)
         leaves: list[Any] = []
@@ -66,19 +66,19 @@ _HOLE = _Hole()
 
 @dataclass(slots=True)
 class Structure:
-    """What goes to the replicas along with the arrays of a batch."""
+    """What replicas get besides the arrays of a batch: their nest, the autocast state and the seed."""
 
     nest: Nest
     autocast: Autocast = field(default_factory=Autocast.current)
     _seed: int | None = None
 
     def pack(self, arrays: Sequence[np.ndarray], where: str | None = None) -> Any:
-        """The nest over a replica's arrays: `(args, kwargs, targets)`. `where` names a device to copy them to."""
+        """The nest `(args, kwargs, targets)` over a replica's arrays. `where` names a device to copy them to."""
         tensors = [as_tensor(a, name) for a, name in zip(arrays, self.nest.dtypes, strict=True)]
         return self.nest.pack(tensors if where is None else [tensor.to(where) for tensor in tensors])
 
     def seed(self) -> int:
-        """The seed of the step's random draws, taken from torch's global generator when first asked for."""
+        """The seed of the step's random draws, drawn from torch's global generator at the first call."""
         with global_generator:
             if self._seed is None:
                 self._seed = int(torch.randint(0, 2**62, (), dtype=torch.int64))
@@ -86,14 +86,14 @@ class Structure:
 
 
 def flatten_batch(values: Any) -> tuple[list[np.ndarray], Nest]:
-    """The arrays of a batch (tensors or NumPy arrays in any nest), and the nest. Nothing is copied.
+    """The arrays of a batch (tensors or NumPy arrays in any nest), and the nest.
 
-    Tensors without axes and plain values go to every replica as they are. Exceptions to "nothing is copied":
-    read-only arrays and those with negative strides, which torch cannot look at.
+    Zero-dim tensors and plain values stay in the nest and go to every replica unchanged. Arrays are not copied, except
+    read-only ones and those with negative strides, which torch cannot wrap.
 
     Raises:
-        ValueError: a tensor that is not on the CPU.
-        TypeError: something that is neither a tensor, nor an array, nor a plain value.
+        ValueError: a tensor is not on the CPU.
+        TypeError: a leaf is neither a tensor, nor an array, nor a plain value.
     """
     nest, tensors = Nest.flatten(pytree.tree_map(_tensor, values), "A batch")
     for tensor in tensors:
@@ -117,10 +117,11 @@ def flatten_batch(values: Any) -> tuple[list[np.ndarray], Nest]:
 
 
 def make_batch(values: tuple[Any, dict[str, Any], Any]) -> Batch:
-    """A batch `(args, kwargs, targets)` as the engine takes it, with its `Structure`.
+    """Make the engine's batch, with its `Structure`, of `(args, kwargs, targets)`.
 
     Raises:
-        ValueError: no arrays, no rows, or unequal numbers of rows; what `flatten_batch` raises.
+        ValueError: no arrays, no rows, or unequal numbers of rows; also as in `flatten_batch`.
+        TypeError: as in `flatten_batch`.
     """
     arrays, nest = flatten_batch(values)
     return Batch.of(arrays, Structure(nest), partial(_names, values), _SHARED)
@@ -142,7 +143,7 @@ def _names(values: Any) -> list[str]:
 
 
 def _tensor(value: Any) -> Any:
-    """NumPy arrays and numbers as tensors; the rest as it is."""
+    """NumPy arrays and numbers as tensors; other values unchanged."""
     if isinstance(value, np.generic):
         return torch.tensor(value.item())
     if not isinstance(value, np.ndarray):
@@ -153,7 +154,7 @@ def _tensor(value: Any) -> Any:
 
 
 def outputs_to_arrays(outputs: Any, device: Any) -> tuple[list[np.ndarray], Nest]:
-    """A replica's outputs as arrays, and their nest. Numbers without axes travel as fp32, to be averaged."""
+    """A replica's outputs as arrays, and their nest. Zero-dim outputs become fp32, to be averaged."""
     nest, tensors = Nest.flatten(outputs, "The module's outputs")
     return [output_array(t if t.ndim else t.detach().float(), device) for t in tensors], nest
 

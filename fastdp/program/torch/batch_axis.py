@@ -1,7 +1,7 @@
 """Detects recurrent layers and attention whose batch axis is not the first.
 
-Torch's own default is time first, `(steps, batch, features)`. Whoever hands such a batch over has its time steps dealt
-out to the devices: each runs a part of the sequence, and nothing fails. So it is looked for and told.
+Torch's own default is time first, `(steps, batch, features)`. fastdp would split such a batch by its time steps: each
+device would run a part of the sequence, and nothing would fail. So this module detects it and warns.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from fastdp.program.torch.replica import ReplicaContext
 from fastdp.tensors.function_mode import Handler
 from fastdp.warn import warn_user
 
-_BATCH_FIRST = 8  # which argument of torch's recurrent functions it is
+_BATCH_FIRST = 8  # position of `batch_first` among the arguments of torch's recurrent functions
 _RECURRENT = {torch.lstm: "LSTM", torch.gru: "GRU", torch.rnn_tanh: "RNN", torch.rnn_relu: "RNN"}
 
 
 def _recurrent(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> Any:
-    """A recurrent layer; not one over packed sequences, whose rows are told by other numbers."""
+    """Check a recurrent layer, unless its input is a packed sequence, whose first axis is neither time nor batch."""
     if args[0].ndim == 3 and len(args) > _BATCH_FIRST and not args[_BATCH_FIRST]:
         _look(running, f"an {_RECURRENT[function]}", args[0])
     return BY_ROWS[function](running, function, args, kwargs)
 
 
 def _attention(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> Any:
-    """Attention, which gets time first whatever `batch_first` says."""
+    """Check attention. This function gets time first whatever `batch_first` is."""
     query = args[0] if args else kwargs["query"]
     if query.ndim == 3:
         _look(running, "attention", query)
@@ -36,7 +36,7 @@ def _attention(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -
 
 
 def _look(running: ReplicaContext, layer: str, inputs: torch.Tensor) -> None:
-    """Warn once where the rows of the replica are the time steps of a layer, and not its batch."""
+    """Warn once if the rows of the replica are the time steps of a layer instead of its batch."""
     steps, entries = inputs.shape[:2]
     suspect = steps == running.rows.count < running.rows.total and entries != steps
     if not suspect or running.context.rank or running.told:

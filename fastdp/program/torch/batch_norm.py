@@ -1,12 +1,12 @@
 """Batch normalization of torch modules on replicas: moments of the global batch, running statistics.
 
 Each replica normalizes by its own rows, or with `sync_batch_norm` by all rows of the global batch, forward
-and backward. Either way the running statistics move once per call, by the mean and the (unbiased) variance
+and backward. In both cases the running statistics move once per call, by the mean and the (unbiased) variance
 of the global batch (`fastdp.tensors.moments`).
 
-A replica with a single value per channel, of a batch that has more, gets what the formula gives: the value
-minus itself, zero up to rounding, scaled and shifted. Torch refuses such a batch on one device, and so it is
-refused here where the *global* batch has a single value per channel.
+Torch refuses a batch with a single value per channel on one device; fastdp refuses it if the *global* batch has a
+single value per channel. If only a replica has a single value, the formula applies to it: the value minus itself,
+zero up to rounding, scaled and shifted.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def _batch_norm(running: ReplicaContext, function: Any, args: Any, kwargs: Any) 
     given |= dict(zip(_NAMES, args, strict=False)) | kwargs
     x, count, rows = given["input"], given["input"].numel() // max(1, given["input"].shape[1]), running.rows
     if not given["training"] or count * rows.total // rows.count <= 1:
-        return function(*args, **kwargs)  # the latter to raise torch's own error
+        return function(*args, **kwargs)  # raises torch's own error for a single value per channel
     mean, variance, weight, bias = (given[name] for name in _NAMES[1:5])
     if running.sync_batch_norm:
         y, own_mean, own_variance = _synchronized(x, weight, bias, given["eps"], running.context)
     else:
-        # With momentum 1 torch leaves the batch's own mean and unbiased variance in the running ones.
+        # With momentum 1 torch writes the batch's own mean and unbiased variance to the running ones.
         own_mean, own_variance = (None if t is None else torch.zeros_like(t) for t in (mean, variance))
         y = torch.batch_norm(
             x, weight, bias, own_mean, own_variance, True, 1.0, given["eps"], torch.backends.cudnn.enabled
@@ -53,7 +53,7 @@ HANDLERS: dict[Any, Handler] = {F.batch_norm: _batch_norm}
 def _synchronized(
     x: torch.Tensor, weight: Any, bias: Any, eps: float, context: Context
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The output normalized by the global batch; and the own moments, the variance unbiased."""
+    """The output normalized by the global batch, and the replica's own mean and unbiased variance."""
     axes = [axis for axis in range(x.ndim) if axis != 1]
     with torch.no_grad():
         wide = x if x.dtype == torch.float64 else x.float()

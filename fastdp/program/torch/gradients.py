@@ -23,9 +23,9 @@ class Gradients:
         buffers: the replica's gradient buffers, which the engine reduces.
         flat: their arrays as tensors.
 
-    Buckets are announced in the middle of backward from the second step on, where backward runs once. A checkpoint
-    that runs it again inside (`torch.utils.checkpoint` with `use_reentrant=True`) gives a parameter its gradient in
-    parts, of which none says that it is the last: then nothing is announced.
+    From the second step on, buckets are announced as ready during backward, if backward runs once per step. A
+    checkpoint that runs it again inside (`torch.utils.checkpoint` with `use_reentrant=True`) computes a gradient in
+    parts, and nothing marks the last part: then no bucket is announced.
     """
 
     def __init__(self, parameters: list[torch.Tensor], buffers: FlatBuffers, flat: list[torch.Tensor]) -> None:
@@ -36,7 +36,7 @@ class Gradients:
         self._runs_once: bool | None = None
 
     def begin(self, users: Sequence[torch.Tensor]) -> None:
-        """No gradients, and the `requires_grad` of the user's parameters."""
+        """Clear the gradients and copy `requires_grad` from the user's parameters."""
         self._arrivals.stored = set()
         for i, (own, user) in enumerate(zip(self.parameters, users, strict=True)):
             own.grad = None
@@ -48,9 +48,9 @@ class Gradients:
 
     @contextmanager
     def announcing(self, running: ReplicaContext, direct: dict[int, torch.Tensor]) -> Iterator[None]:
-        """Around backward: buckets that become complete are announced.
+        """Hold this during backward: it announces buckets that become complete.
 
-        `direct` are the gradients found beside backward, by position. They are added.
+        `direct` are the gradients that the loss function has by parameters directly, by position. They are added.
         """
         if self._arrivals.useful and self._runs_once:
             self._arrivals.running, self._arrivals.direct = running, direct
@@ -63,9 +63,9 @@ class Gradients:
             self._runs_once = self._runs_once is not False and not running.nested
 
     def store(self, direct: dict[int, torch.Tensor]) -> frozenset[int]:
-        """Write what backward left on the parameters, and the gradients found beside it, to the flat buffer.
+        """Write the gradients of backward and the `direct` ones to the flat buffer, zeros where there is none.
 
-        Zeros where there is nothing; says where there is. What has been announced is there already.
+        Announced gradients are in the buffer already. Returns the positions of the parameters that have a gradient.
         """
         stored, self._arrivals.stored = self._arrivals.stored, set()
         used = set(stored)
@@ -86,7 +86,7 @@ class Gradients:
 
 
 class _Accumulated(GradientBuckets):
-    """Arrivals at parameters, where torch adds up what it finds. Hooks know it, and it knows no parameter."""
+    """Gradients that torch accumulates on parameters. Hooks refer to it; it refers to no parameter."""
 
     running: ReplicaContext | None = None
     direct: dict[int, torch.Tensor]
@@ -95,7 +95,7 @@ class _Accumulated(GradientBuckets):
         """Called by torch when backward has added to a parameter's gradient.
 
         Raises:
-            RuntimeError: the gradient grows after it was announced.
+            RuntimeError: the gradient was changed after it was announced.
         """
         if number in self.stored:
             raise RuntimeError(
@@ -112,7 +112,7 @@ class _Accumulated(GradientBuckets):
 
 
 def _backward_again(running: ReplicaContext, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """`backward` on tensors: inside that of a step it is a nested one."""
+    """Run `backward` of the user's code; inside the backward of a step, mark the replica as nested."""
     running.nested = running.nested or running.backward
     return function(*args, **kwargs)
 

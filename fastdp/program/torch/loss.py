@@ -1,7 +1,7 @@
 """The loss of the global batch for torch modules, and where each replica's backward begins.
 
-The loss function sees outputs that are leaves of autograd: the gradient by them is what a replica's
-backward starts from. Three ways, by what the loss is:
+The loss function gets outputs that are leaves of autograd. A replica's backward starts from the gradient by
+them. The reduction of the loss selects one of three ways:
 
     None    any function: computed once, on the outputs and targets of the whole batch
     "mean"  a mean over samples: each replica computes its own, weighted by its share of the rows
@@ -27,9 +27,9 @@ LossFunction = Callable[..., Any]
 
 @dataclass(slots=True)
 class Contribution:
-    """A replica's part of the loss; its outputs and the gradients that backward starts from.
+    """A replica's part of the loss, with its outputs and the gradients by them that backward starts from.
 
-    `direct` are gradients by parameters that the loss function uses itself, by position.
+    `direct` are the gradients by parameters that the loss function itself uses, by position.
     """
 
     value: float
@@ -47,14 +47,14 @@ def contribute(
     parameters: Sequence[torch.Tensor],
     running: ReplicaContext,
 ) -> Contribution:
-    """This replica's contribution.
+    """Compute this replica's contribution.
 
     Args:
-        reduction: how the loss is put together, as above.
-        loss_function: `loss_function(outputs, *targets)` gives one number.
-        outputs: the replica's, attached to its graph.
-        targets: the replica's.
-        parameters: the user's own, for loss functions that use them (a penalty, say).
+        reduction: None, "mean" or "sum", as above.
+        loss_function: `loss_function(outputs, *targets)` returns one number.
+        outputs: the replica's outputs, attached to its graph.
+        targets: the replica's targets.
+        parameters: the user's own parameters, for loss functions that use them (a penalty, say).
         running: the replica.
     """
     nest, tensors = Nest.flatten(outputs, "The module's outputs")
@@ -80,7 +80,7 @@ def _merged(
     parameters: Sequence[torch.Tensor],
     running: ReplicaContext,
 ) -> Contribution:
-    """The loss on everyone's outputs, computed by the first replica; each goes on from its own rows."""
+    """The loss on the merged outputs, computed by the first replica. Each replica continues with its own rows."""
     context = running.context
     everyone = context.exchange([tensor.detach() for tensor in tensors])
     answer = None
@@ -114,10 +114,10 @@ def _contribution(
 
 
 def _check_rows(tensors: Sequence[torch.Tensor], rows: Rows) -> None:
-    """Outputs have the replica's rows along their first axis, or no axes.
+    """Check that outputs have the replica's rows along their first axis, or no axes.
 
     Raises:
-        ValueError: they have not.
+        ValueError: an output has not.
     """
     for i, tensor in enumerate(tensors):
         if tensor.ndim and (tensor.shape[0] < rows.count or tensor.shape[0] % rows.count):
@@ -137,7 +137,7 @@ def _leaf(tensor: torch.Tensor) -> torch.Tensor:
 def _gradients(
     running: ReplicaContext, loss: torch.Tensor, leaves: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]
 ) -> tuple[list[torch.Tensor | None], dict[int, torch.Tensor]]:
-    """The loss's gradients by outputs, and by the parameters that it uses itself."""
+    """The gradients of the loss by outputs, and by the parameters that it uses directly."""
     positions = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
     trained = [i for i, parameter in enumerate(parameters) if parameter.requires_grad]
     if not loss.requires_grad:
@@ -156,7 +156,7 @@ def _number(loss: Any) -> torch.Tensor:
     """The loss as a tensor without axes.
 
     Raises:
-        TypeError: it is no tensor.
+        TypeError: it is not a tensor.
         ValueError: it has more than one element.
     """
     if not isinstance(loss, torch.Tensor):
@@ -170,7 +170,7 @@ def _number(loss: Any) -> torch.Tensor:
 
 
 def _join(parts: Sequence[torch.Tensor], shares: Sequence[float]) -> torch.Tensor:
-    """Rows in order; an output without axes is averaged by rows."""
+    """Concatenate rows in order, or average a zero-dim output by rows."""
     if parts[0].ndim:
         return parts[0] if len(parts) == 1 else torch.cat(list(parts))
     return weighted_sum(parts, shares)

@@ -1,10 +1,10 @@
 """Copies a torch module for each replica, over the engine's memory.
 
 The user's module stays a plain torch module: its parameters and buffers keep their identity, and their
-storage becomes views of the first replica's memory. What runs is always a copy, also on the first device:
-each replica is a deep copy whose parameters lie in its device's flat memory (nothing is copied but
-structure), so that hooks, caches and `training` flags of one thread are not those of another. Buffers are
-run on as scratch copies, so that a step that fails has changed nothing.
+storage becomes views of the first replica's memory. Replicas are always copies, also on the first device, so
+that threads do not share hooks, caches and `training` flags. A copy shares its device's flat memory: only the
+module's structure is copied. Replicas run on scratch copies of the buffers, so that a failed step has changed
+nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Slot:
 
     @property
     def tensor(self) -> torch.Tensor:
-        """The tensor that is there now."""
+        """The present tensor."""
         return self.table[self.key]
 
 
@@ -64,7 +64,7 @@ class AdoptedSlots(Adopted):
         """The module's tensors.
 
         Raises:
-            RuntimeError: one was replaced by one of another shape or dtype, or taken away.
+            RuntimeError: a tensor was removed, or replaced by one of another shape or dtype.
         """
         for slot, (dtype, shape) in zip(self.slots, self._kinds, strict=True):
             value = slot.table.get(slot.key)
@@ -77,10 +77,10 @@ class AdoptedSlots(Adopted):
             yield value
 
     def check(self, number: int, value: torch.Tensor, kept: torch.Tensor) -> None:
-        """Nothing: `present` has looked at all."""
+        """Does nothing: `present` has checked all tensors."""
 
     def marks(self) -> list[tuple[int, int]]:
-        """Which tensors they are, and their versions."""
+        """The identities and versions of the tensors."""
         return [(id(slot.tensor), slot.tensor._version) for slot in self.slots]
 
 
@@ -95,18 +95,18 @@ def adopted(module: nn.Module, device: Allocator) -> AdoptedSlots:
 
 @dataclass(slots=True)
 class _Scratch:
-    """A buffer of a replica: the tensor it runs on, and where its value of record lies in the flat memory."""
+    """A buffer of a replica: the tensor that it runs on, and its value of record in the flat memory."""
 
     index: int
     slot: Slot
     work: torch.Tensor
     record: torch.Tensor
-    own: bool = False  # resized in forward: the replica's own business from then on
+    own: bool = False  # forward has resized it: from then on it is private to the replica
 
 
 @dataclass(slots=True)
 class ReplicaModule:
-    """A replica's copy of the module over its memory; `parameters` in the order of the module's slots."""
+    """A replica's copy of the module over its memory. `parameters` are in the order of the module's slots."""
 
     module: nn.Module
     parameters: list[torch.Tensor]
@@ -115,14 +115,14 @@ class ReplicaModule:
     by_id: dict[int, int] = field(default_factory=dict)
 
     def refresh_buffers(self) -> None:
-        """Begin a step with the buffers of record."""
+        """Reset the buffers to their values of record, at the beginning of a step."""
         for one in self.scratch:
             if not one.own:
                 one.work.copy_(one.record)
                 one.slot.table[one.slot.key] = one.work
 
     def changed_buffers(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """Index and new value of the buffers that forward has assigned."""
+        """The indices and new values of the buffers that forward has changed."""
         for one in self.scratch:
             value = one.slot.table[one.slot.key]
             if one.own or value is None:
@@ -133,12 +133,12 @@ class ReplicaModule:
                 yield one.index, value.detach()
 
     def index_of(self, tensor: torch.Tensor) -> int | None:
-        """The index of a buffer by the tensor that forward sees."""
+        """The index of the buffer whose tensor forward sees; None if it is no buffer."""
         return self.by_id.get(id(tensor))
 
 
 def replicate(module: nn.Module, slots: list[Slot], variables: list[torch.Tensor]) -> ReplicaModule:
-    """A copy of the module over `variables`, one for each slot; its structure is copied, its tensors are not.
+    """A copy of the module over `variables`, one for each slot. Copies the structure and the buffers.
 
     Raises:
         ValueError: something in the module cannot be copied.
@@ -171,7 +171,7 @@ def replicate(module: nn.Module, slots: list[Slot], variables: list[torch.Tensor
 
 
 class Attributes:
-    """Plain attributes of a module's parts (`training`, a dropout's `p`): replicas follow the user's module."""
+    """Copies plain attributes of a module's parts (`training`, a dropout's `p`) to the replicas."""
 
     def __init__(self, module: nn.Module) -> None:
         self._names, self._parts = zip(*module.named_modules(), strict=True)
@@ -179,10 +179,10 @@ class Attributes:
         self._structure = self._structure_now()
 
     def follow(self, replicas: list[nn.Module]) -> None:
-        """Give the replicas what was changed on the user's module since the last call.
+        """Apply the changes of the user's module since the last call to the replicas.
 
         Raises:
-            RuntimeError: a part, a parameter or a buffer was added, taken away, or replaced by another part.
+            RuntimeError: a part, a parameter or a buffer was added or removed, or a part was replaced.
         """
         for name, before, structure in zip(self._names, self._structure, self._structure_now(), strict=True):
             if before != structure:
@@ -201,7 +201,7 @@ class Attributes:
         self._known = now
 
     def _structure_now(self) -> list[tuple[dict[str, Any], list[str], list[str]]]:
-        """Of each part: its own parts, and the names of its parameters and buffers."""
+        """For each part: its direct parts, and the names of its parameters and buffers."""
         return [(dict(part._modules), list(part._parameters), list(part._buffers)) for part in self._parts]
 
     def _now(self) -> list[dict[str, Any]]:

@@ -15,10 +15,11 @@ from fastdp.tensors.sums import like, move, movement
 
 @dataclass(slots=True)
 class BufferNotes:
-    """The layout of a step's numbers: the elements of each `moved`, then the moments of each `normalized`.
+    """The layout of a step's numbers: the elements of each buffer in `moved`, then the moments of each call in
+    `normalized`.
 
-    Indices are those of the variables. `constant` have the first replica's value. An entry of `normalized`
-    is a call: the indices of the running mean and variance, and the momentum.
+    Indices are those of the variables. Buffers in `constant` get the first replica's value. An entry of `normalized`
+    is one call: the indices of the running mean and variance, and the momentum.
     """
 
     moved: list[int] = field(default_factory=list)
@@ -27,7 +28,7 @@ class BufferNotes:
 
 
 def gather_buffers(replica: ReplicaModule, running: ReplicaContext, notes: BufferNotes) -> list[np.ndarray]:
-    """A replica's numbers, to be summed over replicas; fills the notes."""
+    """A replica's numbers, to be summed over replicas. Fills the notes."""
     sums = []
     for index, value in replica.changed_buffers():
         record = replica.variables[index]
@@ -38,7 +39,7 @@ def gather_buffers(replica: ReplicaModule, running: ReplicaContext, notes: Buffe
         sums.append(movement(value, record, running.context.rows.share))
     for call in running.normalized:
         mean, variance = replica.index_of(call.mean), replica.index_of(call.variance)
-        if mean is None or variance is None:  # tensors that are no buffers: nobody else sees them
+        if mean is None or variance is None:  # not buffers of the module: private to the replica
             _move([call.mean, call.variance], call.momentum, call.sums)
             continue
         notes.normalized.append((mean, variance, call.momentum))

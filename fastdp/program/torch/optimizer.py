@@ -16,14 +16,14 @@ class Optimizers:
     """The optimizers of all replicas.
 
     Args:
-        factory: `factory(parameters)` makes one; called once per replica with equal parameters.
+        factory: `factory(parameters)` makes an optimizer; called once per replica with equal parameters.
 
-    The first is made over the user's own parameters. Its settings are everyone's: learning rates and
-    whatever else is assigned in its `param_groups` go to the others before each step, and so does its
-    state when it was loaded or when a step failed half-way.
+    The first optimizer is over the user's own parameters. Before each step the others copy its settings:
+    learning rates and whatever else is assigned in its `param_groups`. They also copy its state after the user
+    has loaded one, or after a step has failed half-way.
 
     Raises:
-        TypeError: `factory` is no function, but an optimizer, say.
+        TypeError: `factory` is not a function but, say, an optimizer.
     """
 
     def __init__(self, factory: OptimizerFactory) -> None:
@@ -41,7 +41,7 @@ class Optimizers:
 
     @property
     def first(self) -> torch.optim.Optimizer:
-        """The user's."""
+        """The user's optimizer."""
         return self._all[0]
 
     def are_torchs_own(self) -> bool:
@@ -53,7 +53,7 @@ class Optimizers:
 
         Raises:
             TypeError: `factory` does not return an optimizer.
-            ValueError: the optimizer is over other parameters, or needs a closure.
+            ValueError: the optimizer has other parameters, or needs a closure.
         """
         optimizer = self._factory(list(parameters))
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -80,7 +80,7 @@ class Optimizers:
         return optimizer
 
     def follow(self) -> None:
-        """Bring the others in step with the first. On the host thread, between steps."""
+        """Copy the first optimizer's settings to the others. Called on the host thread, between steps."""
         first = self.first
         groups = [{k: v for k, v in group.items() if k != "params"} for group in first.param_groups]
         for rank, optimizer in enumerate(self._all[1:], start=1):
@@ -93,10 +93,10 @@ class Optimizers:
         self._state, self.suspect = first.state, False
 
     def _translate(self, parameters: Sequence[torch.Tensor], rank: int) -> list[torch.Tensor]:
-        """A replica's own parameters in place of the user's.
+        """Map the user's parameters to a replica's own.
 
         Raises:
-            ValueError: a parameter that the module does not have.
+            ValueError: the module does not have one of the parameters.
         """
         own = {id(a): b for a, b in zip(self._parameters[0], self._parameters[rank], strict=True)}
         if any(id(parameter) not in own for parameter in parameters):
@@ -107,7 +107,7 @@ class Optimizers:
         return [own[id(parameter)] for parameter in parameters]
 
     def _copy_state(self) -> None:
-        """The first optimizer's state for all."""
+        """Copy the first optimizer's state to all others."""
         first = self.first
         for rank, optimizer in enumerate(self._all[1:], start=1):
             optimizer.state.clear()

@@ -47,9 +47,9 @@ _HANDLERS: dict[Any, Handler] = {
 
 @dataclass(slots=True)
 class _State:
-    """A replica. `optimized` are the parameters that its optimizer moves: the first replica's are the user's.
+    """A replica. `optimized` are the parameters that its optimizer updates; for the first replica the user's own.
 
-    `used` are the numbers of the parameters that had a gradient in the earlier calls of an accumulation.
+    `used` are the numbers of the parameters that had a gradient in earlier calls of the accumulation window.
     """
 
     replica: ReplicaModule
@@ -61,7 +61,10 @@ class _State:
 
 @dataclass(slots=True)
 class _Notes:
-    """What a step's sums mean: the loss, then what `buffers` describe. `used` have a gradient."""
+    """The layout of a step's sums: the loss, then the numbers that `buffers` describes.
+
+    `used` are the numbers of the parameters that have a gradient.
+    """
 
     outputs: Nest | None = None
     loss_dtype: torch.dtype = torch.float32
@@ -77,18 +80,18 @@ class TorchProgram(Program):
         loss_fn: `loss_fn(outputs, *targets)`, one number for a batch. None: the program can only predict.
         optimizer_factory: `optimizer_factory(parameters)` makes a torch optimizer; called once per replica.
         reduction: None if `loss_fn` may be any function of the batch (computed on the merged outputs);
-            "mean" or "sum" if it is that over samples (each replica computes its own part).
-        sync_batch_norm: batch normalization by the global batch instead of each replica's rows.
+            "mean" or "sum" if it is the mean or sum over samples (each replica computes its own part).
+        sync_batch_norm: normalize by the global batch instead of each replica's rows.
         clip_grad_norm: the largest norm of the gradient of the global batch; None for no limit.
-        accumulate: update once in so many calls, by the mean of their gradients.
+        accumulate: update once per `accumulate` calls, with the mean of their gradients.
 
-    What the replicas' forward passes assign to buffers is put together for the global batch: the running
-    statistics of batch normalization by moments, other floating-point buffers by the replicas' changes
-    weighted by rows, integers and booleans as on the first replica. A buffer that forward gives another
-    shape is a cache, and stays each replica's own.
+    Buffers that the replicas' forward passes assign are combined for the global batch: the running statistics
+    of batch normalization by moments, other floating-point buffers by the replicas' changes weighted by rows,
+    integers and booleans by the first replica's value. If forward changes a buffer's shape, the buffer is a
+    cache and stays private to each replica.
 
     Raises:
-        ValueError: an unknown `reduction`, a `clip_grad_norm` or `accumulate` that is not positive.
+        ValueError: an unknown `reduction`, or a `clip_grad_norm` or `accumulate` that is not positive.
 
     Example:
         >>> program = TorchProgram(module, F.cross_entropy, lambda p: torch.optim.SGD(p, lr=0.1))  # doctest: +SKIP
@@ -131,15 +134,15 @@ class TorchProgram(Program):
         self._states: list[_State] = []
         self._told: set[str] = set()
 
-    # Around a step: on the host thread.
+    # Around a step, on the host thread.
 
     @staticmethod
     def batch(args: Sequence[Any], kwargs: dict[str, Any], targets: Sequence[Any] = ()) -> Batch:
-        """A batch, as the engine takes it.
+        """Make a batch for the engine.
 
         Args:
-            args, kwargs: what the module is called with: tensors or arrays with rows first, in any nest.
-            targets: what `loss_fn` gets beside the outputs.
+            args, kwargs: the module's arguments: tensors or arrays with rows first, in any nest.
+            targets: what `loss_fn` gets besides the outputs.
 
         Raises:
             ValueError: no arrays, no rows, or unequal numbers of rows.
@@ -158,10 +161,10 @@ class TorchProgram(Program):
 
     @staticmethod
     def outputs(result: Any) -> Any:
-        """The merged outputs, in the module's own structure; the caller's to keep."""
+        """The merged outputs, in the module's own structure. The caller owns them."""
         return outputs_from_arrays(result.outputs, result.notes.outputs)
 
-    # Memory: what a program has (fastdp.program.base).
+    # Memory: members of Program.
 
     def home(self, device: Allocator) -> Home:
         """The module's own tensors, in flat buffers."""
@@ -182,7 +185,7 @@ class TorchProgram(Program):
         return changed
 
     def committed(self) -> None:
-        """All replicas have the present values."""
+        """Note that all replicas have the present values."""
         assert self._adopted is not None
         self._adopted.note()
 
@@ -200,12 +203,12 @@ class TorchProgram(Program):
         return state
 
     def prepare_thread(self, threads: int, device: QueueDevice) -> None:
-        """Set the worker's share of the cores."""
+        """Set the worker's number of threads."""
         prepare_worker(threads, device)
 
     @contextmanager
     def running(self, threads: int) -> Iterator[None]:
-        """Bring copies and optimizers in step with the user's, and share out the cores."""
+        """Sync replicas and optimizers with the user's, and divide the cores among the replicas."""
         self._attributes.follow([state.replica.module for state in self._states])
         if self.optimizers is not None:
             self.optimizers.follow()
@@ -215,7 +218,7 @@ class TorchProgram(Program):
     # The step.
 
     def train(self, state: _State, batch: list[np.ndarray], context: Context) -> Result:
-        """Forward, this replica's contribution to the loss, and its gradient."""
+        """Compute forward, this replica's contribution to the loss, and its gradient."""
         assert self.loss_fn is not None
         structure: Structure = context.structure
         args, kwargs, targets = structure.pack(batch)
@@ -237,7 +240,7 @@ class TorchProgram(Program):
         return Result(arrays, np.concatenate([[part.value], *sums]), notes)
 
     def predict(self, state: _State, batch: list[np.ndarray], context: Context) -> Result:
-        """Forward only; in training mode too nothing is changed."""
+        """Run forward only. Changes nothing, even in training mode."""
         structure: Structure = context.structure
         args, kwargs, _ = structure.pack(batch)
         state.replica.refresh_buffers()
@@ -248,7 +251,7 @@ class TorchProgram(Program):
         return Result(arrays, np.zeros(1), _Notes(nest))
 
     def update(self, state: _State, totals: Totals) -> None:
-        """Buffers, then torch's optimizer on the summed gradients, at the end of a window."""
+        """Assign buffers; at the end of a window, apply torch's optimizer to the summed gradients."""
         notes: _Notes = totals.notes
         try:
             with torch.no_grad():
@@ -273,12 +276,12 @@ class TorchProgram(Program):
     # Parts of the step.
 
     def _pick(self, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Those of a module's parameters that can have a gradient."""
+        """The parameters that can have a gradient."""
         at = dict(zip((i for i, s in enumerate(self._slots) if s.is_parameter), parameters, strict=True))
         return [at[i] for i in self._differentiable]
 
     def _apply(self, state: _State, used: frozenset[int]) -> None:
-        """One optimizer step. Gradients that the user's parameters had are put back."""
+        """Run one optimizer step, and restore the gradients that the user's parameters had."""
         assert state.optimizer is not None
         before = [parameter.grad for parameter in state.optimized]
         try:
@@ -296,7 +299,7 @@ class TorchProgram(Program):
 
 
 def _check_options(reduction: str | None, clip_grad_norm: float | None, accumulate: int) -> None:
-    """Options that make sense."""
+    """Check the values of the options."""
     if reduction not in REDUCTIONS:
         raise ValueError(
             f"`reduction` must be one of {REDUCTIONS}: None for any loss, computed on the merged outputs; "

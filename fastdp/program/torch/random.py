@@ -1,15 +1,15 @@
 """Torch's random functions with draws indexed by the row of the global batch.
 
-A draw of a step has a key: the step's seed (one number from torch's global generator, taken only if the
-step draws at all, so `torch.manual_seed` makes a run repeat) and the number of the draw. From it Philox, a
-counter-based generator, gives each row of the global batch its own stretch of random numbers; a replica
-computes those of its rows alone. So 1, 2 and 8 devices drop the same units. The numbers are not those of
-plain torch, whose global generator all threads share.
+A draw has a key: the seed of the step and the number of the draw. The seed is one number from torch's global
+generator, taken only if the step draws at all, so `torch.manual_seed` makes a run repeatable. From the key
+Philox, a counter-based generator, derives a sequence of random numbers for each row of the global batch; a
+replica computes only the sequences of its rows. So 1, 2 and 8 devices drop the same units. The numbers differ
+from plain torch, where all threads share one global generator.
 
     exact over device counts    dropout of activations with rows first; rand, randn, bernoulli, uniform_,
                                 normal_ with the replica's rows first; draws that do not depend on rows
-    repeatable, but another     everything in `ALONE` (attention and RNN dropout, multinomial, ...), and
-    draw on each device         dropout of activations whose first axis is not made of rows
+    repeatable, but different   everything in `ALONE` (attention and RNN dropout, multinomial, ...), and
+    on each device              dropout of activations whose first axis is not made of rows
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastdp.tensors.function_mode import Handler
 from fastdp.tensors.random import global_generator, uniform_tensor
 from fastdp.tensors.random_functions import RNNS, draws_in_call, dropout_arguments
 
-_SELU_LIMIT = -1.7580993408473766  # what alpha dropout puts in place of a dropped value: -scale * alpha of SELU
+_SELU_LIMIT = -1.7580993408473766  # replaces values dropped by alpha dropout: -scale * alpha of SELU
 
 
 def uniform(running: ReplicaContext, shape: Sequence[int], *, by_replica: bool = False) -> torch.Tensor:
@@ -34,9 +34,9 @@ def uniform(running: ReplicaContext, shape: Sequence[int], *, by_replica: bool =
 
     Args:
         running: the replica.
-        shape: the array's. Where its first axis is `k` entries for each of the replica's rows, the numbers
-            belong to these rows of the global batch.
-        by_replica: an array that is not made of rows gets other numbers on each replica, not the same.
+        shape: the shape of the array. If its first axis has `k` entries for each of the replica's rows, the
+            numbers belong to these rows of the global batch.
+        by_replica: an array that is not made of rows gets different numbers on each replica.
     """
     seed, number = running.next_draw()
     shape, rows = tuple(shape), running.rows
@@ -48,13 +48,13 @@ def uniform(running: ReplicaContext, shape: Sequence[int], *, by_replica: bool =
 
 
 def normal(running: ReplicaContext, shape: Sequence[int]) -> torch.Tensor:
-    """fp32 numbers of the standard normal distribution, by Box and Muller; rows as in `uniform`."""
+    """fp32 numbers of the standard normal distribution, by Box-Muller; rows as in `uniform`."""
     radius = torch.sqrt(-2.0 * torch.log1p(-uniform(running, shape)))
     return radius * torch.cos(2.0 * math.pi * uniform(running, shape))
 
 
 def _dropout(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> torch.Tensor:
-    """F.dropout, and F.dropout1d to F.dropout3d, which drop whole channels; torch.dropout."""
+    """F.dropout and torch.dropout, and F.dropout1d to F.dropout3d, which drop whole channels."""
     x, p, training, inplace = dropout_arguments(function, args, kwargs)
     if not training or p == 0.0:
         return x
@@ -88,7 +88,7 @@ def _mask_shape(function: Any, x: torch.Tensor) -> tuple[int, ...]:
         return (*x.shape[:2], *(1 for _ in x.shape[2:]))
     if function not in _CHANNEL_AXES:
         return tuple(x.shape)
-    # As torch: dropout2d takes 3-d input as (rows, channels, length); the others as without rows.
+    # As in torch, dropout2d takes 3-d input as (rows, channels, length); the others take it as without rows.
     channels = 1 if x.ndim < _CHANNEL_AXES[function] or (x.ndim == 2 and function is F.dropout1d) else 2
     if function is F.dropout2d and x.ndim == 3:
         channels = 2
@@ -137,7 +137,7 @@ def _filled(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> t
 
 
 def _alone(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> Any:
-    """A function that draws inside itself: one thread at a time, from the global generator, seeded and put back."""
+    """Run a function that draws internally: one thread at a time, with the global generator seeded and restored."""
     if kwargs.get("generator") is not None or not draws_in_call(function, args, kwargs):
         return function(*args, **kwargs)
     seed, number = running.next_draw()

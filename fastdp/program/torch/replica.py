@@ -15,7 +15,7 @@ from fastdp.shard import Rows
 
 @dataclass(slots=True)
 class Normalized:
-    """One call of batch normalization: whose running statistics it moves, how far, and the own moments."""
+    """One call of batch normalization: its running statistics, the momentum, and the replica's own moments."""
 
     mean: torch.Tensor
     variance: torch.Tensor
@@ -25,9 +25,9 @@ class Normalized:
 
 @dataclass(slots=True)
 class ReplicaContext:
-    """One replica in one step. `rows` are the rows that it works on: those of the replica, or all of them.
+    """One replica in one step. `rows` are the rows that it works on: the replica's own, or all rows.
 
-    `nested` says that backward has run inside backward. `told` is the program's: what its user has been warned of.
+    `nested` says that backward has run inside backward. `told`, shared by the whole program, records given warnings.
     """
 
     context: Context
@@ -43,7 +43,7 @@ class ReplicaContext:
         """The key of the next random draw: the step's seed, and the number of the draw in the step.
 
         Raises:
-            NotImplementedError: in backward, where a checkpoint would need the forward pass's draws again.
+            NotImplementedError: called in backward, where a checkpoint would have to repeat the draws of forward.
         """
         if self.backward:
             raise NotImplementedError(
@@ -55,10 +55,10 @@ class ReplicaContext:
 
 
 def backward(running: ReplicaContext, roots: Sequence[torch.Tensor], seeds: Sequence[torch.Tensor]) -> None:
-    """`torch.autograd.backward`, with the replica's mode active inside, where checkpoints recompute.
+    """Run `torch.autograd.backward` with the replica's mode active, because checkpoints recompute in it.
 
-    Torch hands `backward` itself to the mode, and switches the mode off meanwhile: unless it gets graph
-    edges in place of tensors.
+    If torch gets tensors, it passes `backward` itself to the mode and disables the mode meanwhile. With graph
+    edges it does not.
     """
     running.backward = True
     try:
@@ -70,7 +70,7 @@ def backward(running: ReplicaContext, roots: Sequence[torch.Tensor], seeds: Sequ
 def gradients_of(
     running: ReplicaContext, loss: torch.Tensor, inputs: Sequence[torch.Tensor]
 ) -> Sequence[torch.Tensor | None]:
-    """`torch.autograd.grad` of one number; None for inputs that it does not depend on. As `backward`."""
+    """Run `torch.autograd.grad` of one number as `backward` does. None for inputs that it does not depend on."""
     running.backward = True
     try:
         edges = [get_gradient_edge(tensor) for tensor in inputs]
