@@ -134,7 +134,9 @@ def test_a_row_past_the_end_is_an_index_error_though_the_file_has_it(matrix, key
         matrix[key]
 
 
-@pytest.mark.parametrize("key", ["x", 1.0, None, True, np.True_, [0.5], [[True]], object()], ids=repr)
+@pytest.mark.parametrize(
+    "key", ["x", 1.0, None, True, np.True_, [0.5], [[True]], pytest.param(object(), id="object")], ids=repr
+)
 def test_what_is_no_index_is_an_index_error(matrix, key):
     with pytest.raises(IndexError, match="expected"):
         matrix[key]

@@ -105,7 +105,9 @@ def test_gradient_accumulation_equals_one_device(kind: str, steps: int, equals_o
     equals_one_device(build, by(made), batches() * 2, gpus=3, tolerance=1e-5 if kind == "SGD" else ADAPTIVE)
 
 
-@pytest.mark.parametrize("constraint", [keras.constraints.MaxNorm(0.5), keras.constraints.NonNeg()], ids=str)
+@pytest.mark.parametrize(
+    "constraint", [keras.constraints.MaxNorm(0.5), keras.constraints.NonNeg()], ids=["max norm", "non-negative"]
+)
 def test_constraints_equal_one_device_and_hold(constraint: Any, equals_one_device: Any) -> None:
     make = lambda: build(kernel_constraint=constraint, bias_constraint=constraint)  # noqa: E731
     run = equals_one_device(make, by(lambda: optimizers.SGD(0.5)), batches(), gpus=3)
