@@ -39,9 +39,9 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 demo: $(STAMP)  ## train on virtual devices or GPUs and show what happens
 	$(BIN)/python -m fastdp demo $(ARGS)
 
-# One process: the tests start a thread for each virtual device, and more processes would crowd the cores.
+# Two processes: a test uses little more than one core. All tests of a file run in one of them. ARGS="-n 0" is one process.
 test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .

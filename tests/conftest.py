@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 
 os.environ["KERAS_BACKEND"] = "torch"  # before any import that could bring Keras in
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch: OpenMP's threads that wait for work awake would take the cores from the other processes.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import ast
 import functools
@@ -86,6 +89,19 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return True
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In one of several processes (pytest-xdist): tell the first, which reads no test file, what was left out."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["left_out"] = left_out
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """In the first of several processes: one of the others has ended."""
+    left_out.update(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Name the files left out: a run without Keras must not look like a full one."""
     if left_out:
@@ -121,14 +137,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPU(s): {why}"))
 
 
-def pytest_collection_finish() -> None:
-    """Leave what lasts as long as the process out of every later garbage collection.
+# Modules that were loaded when the garbage collector last left out all that there was.
+LEFT_OUT_AT = pytest.StashKey[int]()
+MANY_MODULES = 100
 
-    Torch, Keras and the test files are a million objects, which a full collection looks at each time: about half a
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave what lasts as long as the process out of garbage collections, once more after each large import.
+
+    Torch, Keras and the test files are a million objects, which a full collection looks at each time: up to half a
     second, and the tests of memory ask for several each. What a test makes comes later, and is collected as ever.
     """
-    gc.collect()
-    gc.freeze()
+    if len(sys.modules) >= item.config.stash.get(LEFT_OUT_AT, 0) + MANY_MODULES:
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
+        item.config.stash[LEFT_OUT_AT] = len(sys.modules)
 
 
 def fastdp_threads() -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
@@ -31,31 +32,49 @@ LOOP, CONCURRENT = 0, 1  # the runner's launch modes
 
 
 def build_runner(folder: Path, sanitizer: str, files: list[str] | None = None) -> Path:
-    """The runner with kernel files (all where None), compiled into `folder` where it is not there yet."""
+    """The runner with kernel files (all where None), compiled into `folder` where it is not there yet.
+
+    Of several test processes that ask at once, each compiles some of the files.
+    """
     flags = [*WARNINGS, *FLAGS, f"-fsanitize={sanitizer}"]
     shared = [HERE / "host_cuda.h", *sorted(kernel_folder().glob("*.cuh"))]
     kernel = ["-x", "c++", "-include", str(HERE / "host_cuda.h")]
-    objects = [
-        _built(folder, [*flags, *kernel, "-c"], [kernel_folder() / f"{name}.cu"], shared)
-        for name in files or kernel_names()
-    ]
-    return _built(folder, [*flags, "-pthread"], [HERE / "runner.cpp", *objects], shared)
+    names = files or kernel_names()
+    objects: dict[str, Path | None] = {}
+    for wait in (False, True):  # first those that no other process compiles
+        for name in names:
+            if objects.get(name) is None:
+                source = [kernel_folder() / f"{name}.cu"]
+                objects[name] = _built(folder, [*flags, *kernel, "-c"], source, shared, wait=wait)
+    return _built(folder, [*flags, "-pthread"], [HERE / "runner.cpp", *(objects[name] for name in names)], shared)
 
 
-def _built(folder: Path, flags: list[str], sources: list[Path], shared: list[Path]) -> Path:
-    """What g++ makes of the sources, kept under a name made of all that it depends on."""
+def _built(
+    folder: Path, flags: list[str], sources: list[Path], shared: list[Path], *, wait: bool = True
+) -> Path | None:
+    """What g++ makes of the sources, kept under a name made of all that it depends on.
+
+    None where another process is making it, unless `wait`.
+    """
     compiler = shutil.which("g++")
     assert compiler is not None
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     parts = [version, " ".join(flags).encode(), *(path.read_bytes() for path in [*sources, *shared])]
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     target = folder / f"{sources[0].stem}-{digest}"
-    if not target.exists():
-        part = folder / f"{target.name}-{os.getpid()}"
-        command = [compiler, *flags, *(str(path) for path in sources)]
-        done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
-        os.replace(part, target)
+    if target.exists():
+        return target
+    with (folder / f"{target.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return None
+        if not target.exists():
+            part = folder / f"{target.name}-{os.getpid()}"
+            command = [compiler, *flags, *(str(path) for path in sources)]
+            done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+            os.replace(part, target)
     return target
 
 
