@@ -397,7 +397,9 @@ def _images() -> dict[str, Case]:
         ),
         "MaxNumBoundingBoxes": image(lambda: layers.MaxNumBoundingBoxes(3), note="leaves images as they are"),
         "MixUp": image(lambda: layers.MixUp(seed=5), refused=MIXES),
-        "Pipeline": image(lambda: layers.Pipeline([layers.RandomFlip(seed=5), layers.RandomZoom(0.3, seed=6)])),
+        "Pipeline": image(
+            lambda: layers.Pipeline([layers.RandomFlip(seed=5), layers.RandomContrast(0.4, **unit | {"seed": 6})])
+        ),
         "RandAugment": image(lambda: layers.RandAugment(**unit), weighted=False),
         "RandomBrightness": image(lambda: layers.RandomBrightness(0.4, **unit)),
         "RandomColorDegeneration": image(lambda: layers.RandomColorDegeneration(0.4, **unit)),
