@@ -432,6 +432,7 @@ def test_ctrl_c_in_an_update_on_the_main_thread_comes_when_the_update_is_over():
 
     def interrupted(parameters, slots, gradients):
         if len(ended) == 1:
+            assert threading.current_thread() is threading.main_thread(), "the device was not lent to this thread"
             signal.raise_signal(signal.SIGINT)
         new = update(parameters, slots, gradients)
         ended.append(new[0]["w"].tobytes())
