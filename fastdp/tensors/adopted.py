@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -27,10 +27,10 @@ class Adopted(ABC):
         # Asked at each step: an empty tensor has no place of its own.
         self._pointers = [tensor.data_ptr() if tensor.numel() else None for tensor in self._tensors]
         self._marks: list[Any] = []
-        self.adopt()
+        self._adopt(self.present())
 
     @abstractmethod
-    def present(self) -> Iterable[torch.Tensor]:
+    def present(self) -> list[torch.Tensor]:
         """The owner's tensors as they are now.
 
         Raises:
@@ -38,24 +38,19 @@ class Adopted(ABC):
         """
 
     @abstractmethod
-    def marks(self) -> list[Any]:
-        """What an assignment by anybody changes: of each tensor its version, and what else tells."""
+    def marks(self, present: list[torch.Tensor]) -> list[Any]:
+        """What an assignment by anybody changes: of each of the present tensors its version, and what else tells."""
 
     @abstractmethod
-    def check(self, number: int, value: torch.Tensor, kept: torch.Tensor) -> None:
-        """Refuse a value that cannot be moved to its place `kept`. `number` is the tensor's."""
+    def check(self, value: torch.Tensor, kept: torch.Tensor) -> None:
+        """Refuse one of the present tensors that cannot be moved to its place `kept`."""
 
-    def adopt(self) -> bool:
-        """Move values whose storage is not ours (any more) into the buffers; True if there were any.
-
-        Raises:
-            RuntimeError, NotByRowsError: as `present` and `check` do.
-        """
+    def _adopt(self, present: list[torch.Tensor]) -> bool:
+        """Move values whose storage is not ours (any more) into the buffers; True if there were any."""
         moved = False
-        places = zip(self.present(), self._tensors, self._pointers, strict=True)
-        for number, (value, tensor, pointer) in enumerate(places):
+        for value, tensor, pointer in zip(present, self._tensors, self._pointers, strict=True):
             if pointer is not None and value.data_ptr() != pointer:
-                self.check(number, value, tensor)
+                self.check(value, tensor)
                 with torch.no_grad():
                     tensor.copy_(value)
                     value.data = tensor
@@ -63,12 +58,17 @@ class Adopted(ABC):
         return moved
 
     def changed(self) -> bool:
-        """Whether somebody else assigned a tensor since `note()`."""
-        return self.adopt() or self._marks != self.marks()
+        """Whether somebody else assigned a tensor since `note()`. What was assigned is in the buffers then.
+
+        Raises:
+            RuntimeError, NotByRowsError: as `present` and `check` do.
+        """
+        present = self.present()
+        return self._adopt(present) or self._marks != self.marks(present)
 
     def note(self) -> None:
         """Remember the tensors as they are now."""
-        self._marks = self.marks()
+        self._marks = self.marks(self.present())
 
 
 Kind = TypeVar("Kind", bound=Adopted)

@@ -38,19 +38,20 @@ class AdoptedVariables(Adopted):
         """The variables' values: not by `.value`, which looks for scopes first. There is none between steps."""
         return [variable._value for variable in self.variables]
 
-    def marks(self) -> list[int]:
+    def marks(self, present: list[torch.Tensor]) -> list[int]:
         """The values' versions."""
-        return [variable._value._version for variable in self.variables]
+        return [value._version for value in present]
 
-    def check(self, number: int, value: torch.Tensor, kept: torch.Tensor) -> None:
+    def check(self, value: torch.Tensor, kept: torch.Tensor) -> None:
         """Refuse another dtype.
 
         Raises:
             NotByRowsError: it has one.
         """
         if value.dtype != kept.dtype:
+            path = next(variable.path for variable in self.variables if variable._value is value)
             raise NotByRowsError(
-                f"The variable {self.variables[number].path!r} has become {value.dtype}; the replicas hold it as "
+                f"The variable {path!r} has become {value.dtype}; the replicas hold it as "
                 f"{kept.dtype}. Choose the dtype before the model is made (keras.config.set_dtype_policy)"
             )
 

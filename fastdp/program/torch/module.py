@@ -60,12 +60,13 @@ class AdoptedSlots(Adopted):
         self._kinds = [(slot.tensor.dtype, slot.tensor.shape) for slot in slots]
         super().__init__([spec_of(slot.name, slot.tensor) for slot in slots], device)
 
-    def present(self) -> Iterator[torch.Tensor]:
+    def present(self) -> list[torch.Tensor]:
         """The module's tensors.
 
         Raises:
             RuntimeError: a tensor was removed, or replaced by one of another shape or dtype.
         """
+        values = []
         for slot, (dtype, shape) in zip(self.slots, self._kinds, strict=True):
             value = slot.table.get(slot.key)
             if value is None or value.shape != shape or value.dtype != dtype:
@@ -74,14 +75,15 @@ class AdoptedSlots(Adopted):
                     f"`{slot.name}` of the module was {dtype} of shape {tuple(shape)} when it was "
                     f"wrapped, and {now}. Wrap the changed module again."
                 )
-            yield value
+            values.append(value)
+        return values
 
-    def check(self, number: int, value: torch.Tensor, kept: torch.Tensor) -> None:
+    def check(self, value: torch.Tensor, kept: torch.Tensor) -> None:
         """Does nothing: `present` has checked all tensors."""
 
-    def marks(self) -> list[tuple[int, int]]:
+    def marks(self, present: list[torch.Tensor]) -> list[tuple[int, int]]:
         """The identities and versions of the tensors."""
-        return [(id(slot.tensor), slot.tensor._version) for slot in self.slots]
+        return [(id(value), value._version) for value in present]
 
 
 _homes: Homes[AdoptedSlots] = Homes()
