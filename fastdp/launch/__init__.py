@@ -1,7 +1,7 @@
 """Our CUDA kernels (kernels/*.cu): compiled by NVRTC on first use, launched by one typed function each.
 
 functions.py   one function per kernel: slice_rows, concat_rows, all_reduce_*, reduce_scatter
-rows.py        how rows become launches;  peer_group.py  how ranks do
+rows.py        computes launches for rows;  peer_group.py  computes launches for ranks
 args.py        the kernels' argument structs, field by field
 loader.py      the protocol of a device, and its loaded kernels
 cubin.py       sources and the cache of machine code;  nvrtc.py  the compiler

@@ -31,10 +31,10 @@ __all__ = [
 ]
 
 PACK_NBYTES = 16  # one access of a thread
-PART_NBYTES = 64  # of which the parts of a reduce-scatter are multiples, all but the last
+PART_NBYTES = 64  # the parts of a reduce-scatter are multiples of this, except the last
 THREADS = 256  # per block of all kernels but the all-reduces
 UNROLL = 4  # packs in flight per thread
-SEGMENT_NBYTES = THREADS * UNROLL * PACK_NBYTES  # of output that a block copies at a time
+SEGMENT_NBYTES = THREADS * UNROLL * PACK_NBYTES  # bytes of output that a block copies at a time
 BLOCKS_PER_SM = 8  # 8 x 256 threads fill an SM of every data-centre GPU since Volta
 MAX_COPIES = 52  # arrays in one launch of slice_rows
 MAX_PIECES = 120  # runs in one launch of concat_rows
@@ -96,7 +96,7 @@ class ConcatRowsArgs(ctypes.Structure):
 
 
 class Signals(ctypes.Structure):
-    """What a rank of the peer all-reduces keeps in device memory, zeroed once."""
+    """The state of a rank of the peer all-reduces in device memory, zeroed once."""
 
     _fields_ = (
         ("launches", c_uint64),
@@ -128,7 +128,7 @@ class AllReduceArgs(ctypes.Structure):
 
 
 def float_type(dtype: str, argument: str) -> str:
-    """The type itself if it is a float type; else a ValueError that names the argument."""
+    """Return the dtype if it is a float type; else raise a ValueError that names the argument."""
     if dtype not in FLOATS:
         raise ValueError(f"{argument}={dtype!r}: expected one of {', '.join(FLOATS)}")
     return dtype

@@ -19,10 +19,10 @@ OPTIONS = ("--std=c++17", "--fmad=false")
 
 
 def kernel_folder() -> Path:
-    """The folder of the .cu files: inside the package where installed, beside it in a checkout.
+    """The folder of the .cu files: inside an installed package, or beside the package in a checkout.
 
     Raises:
-        FileNotFoundError: neither is there.
+        FileNotFoundError: there is neither.
     """
     package = Path(__file__).parents[1]
     for folder in (package / "kernels", package.parent / "kernels"):
@@ -40,7 +40,7 @@ def kernel_names() -> list[str]:
 
 
 def cache_folder() -> Path:
-    """Where cubins are kept: FASTDP_CACHE_DIR, or the platform's folder for caches of this user."""
+    """The folder of the cubin cache: FASTDP_CACHE_DIR, or the platform's cache folder of this user."""
     chosen = os.environ.get("FASTDP_CACHE_DIR")
     if chosen:
         return Path(chosen)
@@ -52,15 +52,15 @@ def cache_folder() -> Path:
 
 
 def cubin(name: str, architecture: int, compiler: nvrtc.Nvrtc | None = None) -> bytes:
-    """The machine code of one kernel file for one architecture, from the cache or compiled into it.
+    """The machine code of one kernel file for one architecture, from the cache or newly compiled.
 
     Args:
         name: the file's name without suffix, such as "slice_rows".
         architecture: the GPU's compute capability, such as 90.
         compiler: the NVRTC to use; None loads the best one of this machine.
 
-    Safe from several threads and processes: a file of the cache appears whole or not at all. Where the cache
-    cannot be written a warning says so, once, and the code is compiled in every process.
+    Safe from several threads and processes: a cache file appears whole or not at all. If the cache cannot be written,
+    a warning says so once, and every process compiles the code.
 
     Raises:
         ValueError: the compiler does not know the architecture.
@@ -106,7 +106,7 @@ def _version(compiler: nvrtc.Nvrtc) -> str:
 
 
 def _write_whole(path: Path, code: bytes) -> None:
-    """Write beside the target, then rename: readers never see a part."""
+    """Write to a temporary file in the same folder, then rename it, so that readers never see a partial file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
     try:

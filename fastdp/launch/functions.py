@@ -1,9 +1,9 @@
 """One typed function per kernel: it checks arguments, packs them and computes the grid.
 
-The functions take device addresses as ints (0 for none), sizes in elements, element types by Keras's names
-and a stream handle; they enqueue and return. They know neither CuPy nor a GPU: a Launcher does what needs
-one. The caller owns all memory and keeps it alive until the stream has run the launch. Pointers may be of any
-alignment down to their element's, where nothing else is said; whole speed needs 16 bytes.
+The functions take device addresses as ints (0 for none), sizes in elements, element types by Keras's names and a
+stream handle. They enqueue and return. They need neither CuPy nor a GPU; a Launcher makes the launches. The caller
+owns all memory and keeps it alive until the stream has run the launch. Unless stated otherwise, pointers need only the
+alignment of their elements; full speed needs 16 bytes.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ __all__ = [
 
 
 def slice_rows(kernels: Kernels, slices: Sequence[RowSlice], *, index: int = 0, error: int = 0, stream: int) -> None:
-    """Give a device its rows of every array of a batch, in one launch (for up to 52 arrays).
+    """Copy a device's rows of every array of a batch, in one launch (for up to 52 arrays).
 
     Args:
-        kernels: of the device that runs the copy.
+        kernels: the kernels of the device that runs the copy.
         slices: the arrays; empty ones are skipped.
         index: address of int64 row numbers for a shuffled gather, at least first_row + rows of them.
-        error: address of a uint32 that becomes 1 where a row number is out of range (that row stays as it
-            was); needed with an index, and zeroed by the caller.
-        stream: on which the copy is enqueued.
+        error: address of a uint32 that becomes 1 if a row number is out of range (that row is left
+            unchanged). Needed with an index, and zeroed by the caller.
+        stream: the stream of the copy.
 
     Raises:
         ValueError: see fastdp.launch.rows.slice_rows_launches.
@@ -43,7 +43,7 @@ def slice_rows(kernels: Kernels, slices: Sequence[RowSlice], *, index: int = 0, 
 
 
 def concat_rows(kernels: Kernels, pieces: Sequence[RowPiece], *, stream: int) -> None:
-    """Copy replicas' rows of every output to their places in the merged buffers, 120 pieces a launch.
+    """Copy replicas' rows of every output to their places in the merged buffers, 120 pieces per launch.
 
     Raises:
         ValueError: see fastdp.launch.rows.concat_rows_launches.
@@ -55,11 +55,11 @@ def concat_rows(kernels: Kernels, pieces: Sequence[RowPiece], *, stream: int) ->
 def all_reduce_one_shot(
     kernels: Kernels, group: PeerGroup, *, x: int, y: int, n: int, dtype: str, scale: float = 1.0, stream: int
 ) -> None:
-    """Sum x over all ranks into y on each, times scale: every rank reads all. For small buckets.
+    """Sum x over all ranks, times scale, into y on each rank. Every rank reads all inputs. For small buckets.
 
     All ranks call it in the same order with the same n, dtype and scale. y may be x; neither needs to be
-    visible to peers. A half of the staging holds n elements. The sum is in fp32 and in rank order, so that
-    all ranks get the same bits.
+    visible to peers. Half of the staging buffer must hold n elements. The sum is in fp32 and in rank order, so all
+    ranks get the same bits.
 
     Raises:
         ValueError: an element type other than the three float types, or a staging buffer that is too small.
@@ -85,9 +85,9 @@ def all_reduce_two_shot(
 ) -> None:
     """As all_reduce_one_shot, by a reduce-scatter and an all-gather through peer memory. For larger buckets.
 
-    Args, where they differ:
+    Args that differ:
         inputs: every rank's input, in rank order, each visible to all peers. y may be inputs[rank].
-    A half of the staging holds one rank's slice: n elements / ranks, rounded up to whole 16-byte packs.
+    Half of the staging buffer must hold one rank's slice: n elements / ranks, rounded up to whole 16-byte packs.
 
     Raises:
         ValueError: as all_reduce_one_shot, or not one input per rank.
@@ -114,12 +114,12 @@ def reduce_scatter(
     scale: float = 1.0,
     stream: int,
 ) -> None:
-    """Sum all ranks' inputs, times scale, into this rank's part of y; the rest of y stays as it is.
+    """Sum all ranks' inputs, times scale, into this rank's part of y. The rest of y is left unchanged.
 
-    Args, where they differ from all_reduce_two_shot:
-        y: address of element 0 of n, of which `fastdp.shard.rank_range` in multiples of 64 bytes are written; may be
-            inputs[rank].
-    Nothing is staged. The sum is in fp32 and in rank order, with the bits of the all-reduces.
+    Args that differ from all_reduce_two_shot:
+        y: address of the first of n elements. Only the rank's part is written: `fastdp.shard.rank_range` in multiples
+            of 64 bytes. y may be inputs[rank].
+    Nothing is staged. The sum is in fp32 and in rank order, with the same bits as the all-reduces.
 
     Raises:
         ValueError: an element type other than the three float types, or not one input per rank.

@@ -13,7 +13,7 @@ __all__ = ["Kernels", "Launcher"]
 
 
 class Launcher(Protocol):
-    """What a device does for a launch; runtime/cuda/kernel_launcher.py implements it with the driver's calls."""
+    """A device's operations for a launch. runtime/cuda/kernel_launcher.py implements them by the driver's calls."""
 
     def load(self, cubin: bytes) -> Any:
         """Load machine code into the device's context; returns the module."""
@@ -31,10 +31,10 @@ class Kernels:
     Load before recording a CUDA graph or launching a collective: loading a module may synchronize.
 
     Args:
-        launcher: of the device.
+        launcher: the device's launcher.
         architecture: its compute capability, such as 90.
         sm_count: its number of multiprocessors.
-        compile_file: from a kernel file's name and an architecture to a cubin.
+        compile_file: compiles a kernel file, given its name and an architecture, to a cubin.
 
     Example: `kernels = Kernels(launcher, 90, 132); concat_rows(kernels, [RowPiece(x, y, 8, 4, 0)], stream=s)`
     """
@@ -54,7 +54,7 @@ class Kernels:
         self._functions: dict[tuple[str, str], Any] = {}
 
     def load(self, *files: str) -> None:
-        """Compile and load kernel files now; all of them where none is named."""
+        """Compile and load the named kernel files now, or all if none is named."""
         for file in files or cubin.kernel_names():
             if file not in self._modules:
                 self._modules[file] = self._launcher.load(self._compile_file(file, self._architecture))

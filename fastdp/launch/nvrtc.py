@@ -1,7 +1,7 @@
-"""NVIDIA's runtime compiler through ctypes: CUDA source to a cubin, without driver, GPU or CuPy.
+"""NVIDIA's runtime compiler through ctypes: compiles CUDA source to a cubin without driver, GPU or CuPy.
 
-Source of the calls: NVRTC's user guide. The library comes from a pip wheel (`nvidia-cuda-nvrtc` for CUDA 13,
-`nvidia-cuda-nvrtc-cu12` for CUDA 12; torch's CUDA builds bring one) or from a CUDA toolkit.
+NVRTC's user guide documents the calls. The library comes from a pip wheel (`nvidia-cuda-nvrtc` for CUDA 13,
+`nvidia-cuda-nvrtc-cu12` for CUDA 12; torch's CUDA builds include one) or from a CUDA toolkit.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class NvrtcError(RuntimeError):
 def find_libraries() -> list[Path]:
     """The NVRTC libraries of this machine, best first.
 
-    Returns: paths; wheels before toolkits, and among each the newest first. A name that only the system's
-    loader can resolve stands as it is. Empty where there is none.
+    Returns: paths, wheels before toolkits, each from newest to oldest. A name that only the system's
+    loader can resolve is returned as it is. Empty if there is none.
     """
     found = [path for folder in _folders() for path in sorted(folder.glob(_PATTERN), reverse=True)]
     system = ctypes.util.find_library("nvrtc")
@@ -50,7 +50,7 @@ def find_libraries() -> list[Path]:
 
 
 def _folders() -> Iterator[Path]:
-    """Where a wheel or a toolkit keeps its libraries."""
+    """The folders where wheels and toolkits keep their libraries."""
     spec = importlib.util.find_spec("nvidia")
     for root in (spec.submodule_search_locations or ()) if spec else ():
         yield from (Path(root) / folder for folder in _WHEEL_FOLDERS)
@@ -65,11 +65,11 @@ def load(newest_major: int | None = None) -> Nvrtc:
     """The best NVRTC of this machine.
 
     Args:
-        newest_major: the CUDA major version of the driver: a newer compiler's cubins may not load there.
-            None takes any.
+        newest_major: the CUDA major version of the driver, which may not load a newer compiler's cubins.
+            None accepts any compiler.
 
     Raises:
-        NvrtcNotFoundError: none is installed, or none old enough; says what was found.
+        NvrtcNotFoundError: no library is installed, or none is old enough; the message says what was found.
     """
     found = []
     for path in find_libraries():
@@ -152,7 +152,7 @@ class Nvrtc:
         return tuple(values)
 
     def _bytes(self, function: str, program: ctypes.c_void_p) -> bytes:
-        """What a pair of calls, `function` and `function` + "Size", returns."""
+        """The result of `function`, whose length `function` + "Size" returns."""
         size = ctypes.c_size_t()
         self._call(f"{function}Size", program, ctypes.byref(size))
         buffer = ctypes.create_string_buffer(size.value)

@@ -13,16 +13,16 @@ __all__ = ["PeerGroup", "all_reduce_launch", "coresident_blocks", "reduce_scatte
 
 @dataclass(frozen=True)
 class PeerGroup:
-    """What one rank knows of the ranks it all-reduces with; see kernels/peer_signals.cuh for the protocol.
+    """One rank's view of the ranks it all-reduces with. kernels/peer_signals.cuh describes the protocol.
 
     Attributes:
         rank: this rank.
         staging: each rank's staging buffer, in rank order: cudaMalloc memory that all ranks may access.
-        staging_nbytes: of each; a half must hold what is staged, see the two functions.
+        staging_nbytes: the size of each buffer. Half of it must hold the staged elements, see the two functions.
         signals: each rank's SIGNALS_NBYTES bytes of such memory, zeroed once before the first launch.
         error: a uint32 of this rank, zeroed before the first launch; nonzero after a time-out.
-        max_blocks: the same on all ranks, see coresident_blocks.
-        threads: per block, at most 512; the same on all ranks.
+        max_blocks: the most blocks of a launch, the same on all ranks; see coresident_blocks.
+        threads: threads per block, at most 512; the same on all ranks.
         spin_limit: polls before a wait gives up.
     """
 
@@ -59,7 +59,7 @@ class PeerGroup:
 def all_reduce_launch(
     group: PeerGroup, inputs: Sequence[int], y: int, *, n: int, staged_n: int, dtype: str, scale: float
 ) -> tuple[int, ka.AllReduceArgs]:
-    """The (grid, argument) of either all-reduce, of which `staged_n` elements go through staging.
+    """The (grid, argument) of either all-reduce; `staged_n` elements go through staging.
 
     Raises:
         ValueError: a staging buffer that is too small.
@@ -88,7 +88,7 @@ def all_reduce_launch(
 def reduce_scatter_launch(
     group: PeerGroup, inputs: Sequence[int], y: int, *, n: int, dtype: str, scale: float
 ) -> tuple[int, ka.AllReduceArgs]:
-    """The (grid, argument) of a reduce-scatter: nothing is staged, and the grid fits the longest part, the last."""
+    """The (grid, argument) of a reduce-scatter. Nothing is staged. The grid fits the last part, the longest one."""
     _, args = all_reduce_launch(group, inputs, y, n=n, staged_n=0, dtype=dtype, scale=scale)
     ranks = len(group.signals)
     first, last = rank_range(n, ranks - 1, ranks, ka.PART_NBYTES // ka.ITEMSIZE[dtype])
@@ -97,14 +97,14 @@ def reduce_scatter_launch(
 
 
 def coresident_blocks(sm_count: int, ranks_on_card: int = 1) -> int:
-    """How many blocks each rank of a peer all-reduce may have so that all ranks' blocks are resident at once.
+    """The most blocks per rank of a peer all-reduce with which all ranks' blocks are resident at once.
 
     Args:
         sm_count: multiprocessors of the card.
-        ranks_on_card: ranks that share it; 1 where each has a card of its own.
+        ranks_on_card: ranks that share the card; 1 if each has its own.
 
-    Counts one block per multiprocessor, which holds whatever a block needs. All ranks must use the least of
-    their cards' numbers. See kernels/peer_signals.cuh for what else virtual GPUs on one card need.
+    Counts one block per multiprocessor, which is safe whatever a block needs. All ranks must use the minimum over
+    their cards. kernels/peer_signals.cuh says what else virtual GPUs on one card need.
 
     Raises:
         ValueError: more ranks share the card than it has multiprocessors.

@@ -1,8 +1,8 @@
 """NumPy references of the kernels in kernels/*.cu: the same results, bit for bit, on host arrays.
 
-The tests hold the kernels to these, and virtual devices may run them. All arithmetic is fp32 with one
-rounding at the end. bfloat16 arrays are uint16 arrays of its bits, or of the dtype of that name where ml_dtypes is
-installed; everywhere here uint16 means bfloat16.
+The tests compare the kernels with these, and virtual devices may run them. All arithmetic is fp32 with one rounding at
+the end. bfloat16 arrays are uint16 arrays of bits, or have ml_dtypes's bfloat16 dtype if that is installed. In this
+module uint16 always means bfloat16.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ _SILENT: dict[str, Any] = {"all": "ignore"}  # kernels do not warn of overflow a
 
 
 def to_float32(x: Array) -> NDArray[np.float32]:
-    """Any of the kernels' element types to fp32, exactly."""
+    """Convert any of the kernels' element types to fp32 exactly."""
     x = _bits(x)
     return from_bfloat16(x) if x.dtype == np.uint16 else x.astype(np.float32)
 
 
 def _bits(x: Array) -> Array:
-    """The array itself, or the bits of a bfloat16 one; a view."""
+    """The array itself, or a view of the bits of a bfloat16 array."""
     return x.view(np.uint16) if x.dtype.name == "bfloat16" else x
 
 
 def _from_float32(x: Array, dtype: np.dtype[Any]) -> Array:
-    """fp32 rounded to an element type."""
+    """Round fp32 to an element type."""
     return to_bfloat16(x) if dtype == np.uint16 else x.astype(dtype)
 
 
@@ -54,16 +54,16 @@ def slice_rows(
     scale: float = 1.0,
     offset: float = 0.0,
 ) -> bool:
-    """Rows of one array into `destination`; the kernel does it for all arrays of a batch.
+    """Copy rows of one array into `destination`. The kernel does so for all arrays of a batch.
 
     Args:
         source: (rows, ...).
-        destination: (rows wanted, ...), of the source's dtype, or a float type where the source is uint8:
-            then x * scale + offset.
-        first_row: of the source, or of the index.
+        destination: (rows wanted, ...), of the source's dtype. If the source is uint8 it may be of a float type, and
+            gets x * scale + offset.
+        first_row: the first row of the source, or the first entry of the index.
         index: int64 row numbers for a shuffled gather.
 
-    Returns: whether a row number was out of range; such rows are left as they were.
+    Returns: whether a row number was out of range. Such rows are left unchanged.
     """
     rows = np.arange(first_row, first_row + len(destination))
     if index is not None:
@@ -81,12 +81,12 @@ def slice_rows(
 
 
 def concat_rows(source: Array, destination: Array, *, destination_row: int) -> None:
-    """One replica's rows to their place in the merged array; the kernel does it for all outputs."""
+    """Copy one replica's rows to their place in the merged array. The kernel does so for all outputs."""
     destination[destination_row : destination_row + len(source)] = source
 
 
 def all_reduce(inputs: Sequence[Array], *, scale: float = 1.0) -> Array:
-    """The sum over ranks in rank order, in fp32, times scale; what every rank gets from either all-reduce."""
+    """The sum over ranks in rank order, in fp32, times scale. Every rank gets it from either all-reduce."""
     total = to_float32(inputs[0])
     with np.errstate(**_SILENT):
         for x in inputs[1:]:
@@ -95,6 +95,6 @@ def all_reduce(inputs: Sequence[Array], *, scale: float = 1.0) -> Array:
 
 
 def reduce_scatter(inputs: Sequence[Array], output: Array, rank: int, *, scale: float = 1.0) -> None:
-    """Write the rank's part of the sum over ranks into the output; the parts are those of shard.rank_range."""
+    """Write the rank's part of the sum over ranks into the output. shard.rank_range defines the parts."""
     first, last = rank_range(output.size, rank, len(inputs), ka.PART_NBYTES // output.itemsize)
     output[first:last] = all_reduce([x[first:last] for x in inputs], scale=scale)

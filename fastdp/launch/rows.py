@@ -11,7 +11,7 @@ from fastdp.launch import args as ka
 __all__ = ["RowPiece", "RowSlice", "concat_rows_launches", "slice_rows_launches"]
 
 _CONVERSION = {None: 0, "float32": 1, "float16": 2, "bfloat16": 3}
-# Misaligned rows from this length on are copied whole by a block, by shifted words instead of by elements.
+# Misaligned rows of at least this length are copied by one block each, as shifted words instead of elements.
 _LONG_ROW_ELEMENTS = 1024
 
 Item = TypeVar("Item")
@@ -22,13 +22,13 @@ class RowSlice:
     """One array of a scatter.
 
     Attributes:
-        source, destination: device addresses, local, peer or pinned host; `destination` is where row 0 of the
-            result goes and is aligned to its element where `cast` is given.
+        source, destination: device addresses, local, peer or pinned host. Row 0 of the result goes to `destination`,
+            which must be aligned to its element if `cast` is given.
         rows: how many rows the destination gets.
-        row_elements: elements per row where `cast` is given, else bytes per row.
+        row_elements: elements per row if `cast` is given, else bytes per row.
         source_rows: rows of the source array.
-        first_row: of the source, or of the index where there is one.
-        cast: "float32", "float16" or "bfloat16": the source is uint8 and the result x * scale + offset.
+        first_row: the first row of the source, or the first entry of the index if there is one.
+        cast: "float32", "float16" or "bfloat16" for a uint8 source, with the result x * scale + offset.
             None copies bytes.
     """
 
@@ -45,14 +45,14 @@ class RowSlice:
 
 @dataclass(frozen=True)
 class RowPiece:
-    """The rows that one replica has of one output.
+    """One replica's rows of one output.
 
     Attributes:
-        source: device address of its row 0.
+        source: device address of the replica's row 0.
         destination: device address of row 0 of the merged buffer, local, peer or pinned host.
-        rows: how many rows.
+        rows: the number of rows.
         row_nbytes: bytes per row.
-        destination_row: where its row 0 goes in the merged buffer.
+        destination_row: the row of the merged buffer where the replica's row 0 goes.
     """
 
     source: int
@@ -127,7 +127,7 @@ def _check_slice(item: RowSlice, indexed: bool) -> None:
 
 
 def _row_copy(item: RowSlice, indexed: bool) -> ka.RowCopy:
-    """The descriptor of one array; without an index all rows become one."""
+    """The descriptor of one array. Without an index all rows are merged into one."""
     copy = ka.RowCopy(
         source=item.source,
         destination=item.destination,
@@ -162,7 +162,7 @@ def _gather_vector(item: RowSlice) -> int:
 
 
 def _units(copy: ka.RowCopy) -> int:
-    """What one block does in one turn, for the whole array."""
+    """The array's size in units of work; a block does one unit per turn."""
     itemsize = {0: 1, 1: 4, 2: 2, 3: 2}[copy.conversion]
     if copy.vector:
         return ka.ceil_div(copy.rows * copy.row_elements, copy.vector * ka.THREADS * ka.UNROLL)
