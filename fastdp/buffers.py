@@ -1,8 +1,8 @@
 """Flat buffers: the parameters, gradients and optimizer slots of a replica in one array per dtype, with views.
 
 Collectives, copies between replicas and comparisons act on the flat buffers; programs see the views.
-NumPy has no bfloat16 or float8: such arrays are kept as unsigned integers of the same size under their
-own name, and whoever computes with them knows the name.
+NumPy has no bfloat16 or float8: such arrays are stored as unsigned integers of the same size under the
+dtype's name, which code that computes with them goes by.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ ALIGNMENT = 64
 
 
 class Allocator(Protocol):
-    """Whose memory buffers are: a device, and what it does with its arrays."""
+    """A device whose memory holds buffers, and its operations on arrays."""
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
-        """An array of zeros in the device's memory, aligned to 64 bytes at least."""
+        """An array of zeros in the device's memory, aligned to at least 64 bytes."""
 
     def copy(self, target: Any, source: Any) -> None:
         """Copy an array of the same shape and dtype, of this or another device, into an array of this one."""
 
     def to_host(self, array: Any) -> np.ndarray:
-        """The array's present values in host memory; may share the memory."""
+        """The array's current values in host memory; may share the array's memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class ArraySpec:
 class Bucket:
     """Elements `[start, stop)` of the flat buffer of `dtype`, reduced by one collective.
 
-    `arrays` are the numbers of the arrays that lie there: the bucket is complete when they all have their values.
+    `arrays` are the indices of the arrays in this span. The bucket is complete when all of them have their values.
     """
 
     dtype: str
@@ -65,9 +65,9 @@ class Bucket:
         return (self.stop - self.start) * storage_dtype(self.dtype).itemsize
 
     def part(self, rank: int, ranks: int) -> Bucket:
-        """What belongs to one rank between a reduce-scatter and an all-gather; may be empty.
+        """The part that belongs to one rank between a reduce-scatter and an all-gather; may be empty.
 
-        All parts are equally long, a multiple of 64 bytes; the last rank's has the rest too.
+        All parts are equally long, a multiple of 64 bytes. The last rank's part also has the rest.
         """
         align = max(1, ALIGNMENT // storage_dtype(self.dtype).itemsize)
         first, last = rank_range(self.stop - self.start, rank, ranks, align)
@@ -80,8 +80,8 @@ def storage_dtype(name: str) -> np.dtype:
     Raises:
         TypeError: `name` is no dtype.
     """
-    # By name, before NumPy is asked: once a library imports ml_dtypes, np.dtype("bfloat16") exists too, and
-    # is not what the collectives and torch expect to find in the buffers.
+    # Checked before NumPy looks the name up: once a library imports ml_dtypes, np.dtype("bfloat16") exists too, and
+    # is not the type that the collectives and torch expect in the buffers.
     if name == "bfloat16":
         return np.dtype("uint16")
     if name.startswith("float8_"):
@@ -93,8 +93,8 @@ class FlatBuffers:
     """Arrays of the given specs, laid out in one contiguous buffer per dtype.
 
     Args:
-        specs: what to lay out, in this order within each dtype.
-        device: whose memory it is; asked for one array per dtype.
+        specs: the arrays to lay out, in this order within each dtype.
+        device: allocates the memory, one array per dtype.
 
     Each array begins at a multiple of 64 bytes; the gaps are zero, so that whole buffers can be
     compared and reduced. `views[i]` has the shape of `specs[i]` and aliases `buffers[specs[i].dtype]`.
@@ -122,17 +122,17 @@ class FlatBuffers:
         return sum(buffer.nbytes for buffer in self.buffers.values())
 
     def copy_from(self, other: FlatBuffers) -> None:
-        """Take over the values of `other`, which has the same specs."""
+        """Copy the values of `other`, which has the same specs."""
         for dtype, buffer in self.buffers.items():
             self._device.copy(buffer, other.buffers[dtype])
 
     def copy_part(self, other: FlatBuffers, part: Bucket) -> None:
-        """Take over one span of the values of `other`, which has the same specs."""
+        """Copy one span of the values of `other`, which has the same specs."""
         span = slice(part.start, part.stop)
         self._device.copy(self.buffers[part.dtype][span], other.buffers[part.dtype][span])
 
     def equals(self, other: FlatBuffers) -> bool:
-        """Whether every bit is the same: NaNs of the same bits count as equal."""
+        """Whether every bit is the same. NaNs with the same bits are equal."""
         return all(np.array_equal(self._bytes(dtype), other._bytes(dtype)) for dtype in self.buffers)
 
     def _bytes(self, dtype: str) -> np.ndarray:
@@ -140,9 +140,9 @@ class FlatBuffers:
         return self._device.to_host(self.buffers[dtype]).view(np.uint8)
 
     def buckets(self, first: int = FIRST_BUCKET_NBYTES, cap: int = BUCKET_NBYTES) -> list[Bucket]:
-        """The flat buffers cut into buckets at array borders, in the order in which backward completes them.
+        """The flat buffers split into buckets at array borders, in the order in which backward completes them.
 
-        Backward comes to the last arrays first: so the first bucket of a dtype, the small one, has its last arrays.
+        Backward reaches the last arrays first, so the first, small bucket of a dtype has its last arrays.
         """
         plan = []
         for dtype, buffer in self.buffers.items():
@@ -160,9 +160,9 @@ class Home:
 
     Args:
         variables: specs of parameters and buffers.
-        device: the first device, or the host memory that stands for it.
+        device: the first device, or host memory in its place.
 
-    `generation` counts the updates; an engine that did not make the last one refreshes its replicas.
+    `generation` counts the updates. An engine that did not make the last update refreshes its replicas.
     """
 
     def __init__(self, variables: Sequence[ArraySpec], device: Allocator) -> None:

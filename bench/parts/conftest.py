@@ -1,4 +1,4 @@
-"""What the timed parts share: the folder of the other benchmarks on the path, and virtual devices that are closed."""
+"""The fixture of the timed parts, virtual devices closed after a test. Also puts the folder bench/ on the path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The interface of a device and of what it works with.
+"""The interfaces of a device, its streams and its events.
 
 A device runs work on *streams*. Work on one stream runs in order. Streams run independently; only *events*
 order them against each other: `stream.record()` returns an event that completes when all work enqueued so

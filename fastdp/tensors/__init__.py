@@ -1,1 +1,1 @@
-"""Torch code that Keras and torch programs share: storage, gradient buckets, draws, threads."""
+"""Torch code that Keras and torch programs share: storage, gradient buckets, random draws, threads."""

@@ -17,8 +17,8 @@ class Adopted(ABC):
     """The tensors of an owner, in flat buffers. They keep their identity; their storage becomes views of `home`.
 
     Args:
-        specs: of the tensors, in the order of `present`.
-        device: whose memory the buffers are.
+        specs: the specs of the tensors, in the order of `present`.
+        device: the device whose memory holds the buffers.
     """
 
     def __init__(self, specs: Sequence[ArraySpec], device: Allocator) -> None:
@@ -75,18 +75,18 @@ Kind = TypeVar("Kind", bound=Adopted)
 
 
 class Homes(Generic[Kind]):
-    """One home for each owner, for all engines that use it, as long as the owner lives."""
+    """One home per owner, shared by all engines that use the owner, for as long as it lives."""
 
     def __init__(self) -> None:
         self._homes: weakref.WeakKeyDictionary[Any, tuple[object, Kind]] = weakref.WeakKeyDictionary()
 
     def of(self, owner: Any, tensors: object, make: Callable[[], Kind]) -> Kind:
-        """The owner's home; made by `make` where it has none, or one of other tensors.
+        """The owner's home. It is made by `make` if there is none, or only one of other tensors.
 
         Args:
             owner: a model or an optimizer.
-            tensors: names the owner's tensors; equal as long as they are the same.
-            make: the new home. It holds no reference to the owner.
+            tensors: identifies the owner's tensors; equal as long as they are the same.
+            make: makes the home, which must not refer to the owner.
         """
         found = self._homes.get(owner)
         if found is None or found[0] != tensors:

@@ -25,7 +25,7 @@ def spec_of(name: str, tensor: torch.Tensor) -> ArraySpec:
 def as_tensor(array: Any, dtype: str | None = None) -> torch.Tensor:
     """A tensor that shares the memory of an array, on the host or on a GPU.
 
-    `dtype` names one that NumPy lacks (bfloat16, float8).
+    `dtype` is the name of a dtype that NumPy lacks (bfloat16, float8).
     """
     tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else torch.from_dlpack(array)
     if dtype is not None and dtype_name(tensor) != dtype:
@@ -39,14 +39,14 @@ def tensors_of(flat: FlatBuffers) -> list[torch.Tensor]:
 
 
 def accumulate(total: FlatBuffers, part: FlatBuffers) -> None:
-    """Add flat buffers to others with the same specs, where they are."""
+    """Add the flat buffers `part` to `total`, which has the same specs, in place."""
     with torch.no_grad():
         for dtype, buffer in total.buffers.items():
             as_tensor(buffer, dtype).add_(as_tensor(part.buffers[dtype], dtype))
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:
-    """A host array that shares the tensor's memory where it can; dtypes that NumPy lacks become integers."""
+    """A host array that shares the tensor's memory if possible. Dtypes that NumPy lacks become integers."""
     tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(np.uint16)
@@ -56,7 +56,7 @@ def as_array(tensor: torch.Tensor) -> np.ndarray:
 
 
 def output_array(tensor: torch.Tensor, device: Any) -> Any:
-    """A replica's tensor as an array where it is, for the merge: on a GPU, over the tensor's own memory."""
+    """A replica's tensor as an array on its device, for the merge. On a GPU it shares the tensor's memory."""
     if device is None or not device.on_gpu:
         return as_array(tensor)
     tensor = tensor.detach().contiguous().resolve_conj().resolve_neg()
@@ -64,12 +64,12 @@ def output_array(tensor: torch.Tensor, device: Any) -> Any:
 
 
 def peak_nbytes(device: QueueDevice) -> int:
-    """The most that torch's allocator has had in use at a time on a device's card: activations, temporaries."""
+    """The peak memory use of torch's allocator on a device's card: activations and temporaries."""
     on_cuda = device.on_gpu and device.torch_device.startswith("cuda")
     return int(torch.cuda.max_memory_allocated(device.torch_device)) if on_cuda else 0
 
 
 def settle(tensors: Iterable[torch.Tensor]) -> None:
-    """Wait for what the calling thread has enqueued on these tensors' GPUs: the engine's streams do not."""
+    """Wait for the calling thread's work on these tensors' GPUs, which the engine's streams do not wait for."""
     for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
         torch.cuda.current_stream(device).synchronize()

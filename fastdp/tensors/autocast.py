@@ -11,7 +11,7 @@ import torch
 
 @dataclass(slots=True)
 class Autocast:
-    """The calling thread's autocast on the CPU, which is thread-local: to be entered again by the workers."""
+    """The calling thread's CPU autocast. It is thread-local, so workers must enter it again."""
 
     enabled: bool
     dtype: torch.dtype
@@ -19,11 +19,11 @@ class Autocast:
 
     @classmethod
     def current(cls) -> Autocast:
-        """That of this thread."""
+        """The autocast of this thread."""
         return cls(torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled())
 
     def enter(self) -> AbstractContextManager[Any]:
-        """A context manager that is the same autocast on another thread, where it is off."""
+        """A context manager that applies the same autocast on another thread, where it is off."""
         if not self.enabled:
             return nullcontext()
         return torch.autocast("cpu", dtype=self.dtype, enabled=self.enabled, cache_enabled=self.cache)

@@ -1,8 +1,8 @@
 """Switches torch's deterministic algorithms on while a step runs.
 
-Nothing goes by the clock then (`fastdp.capture.steps`). Everything else of a step repeats anyway: sums are taken in
-the order of the replicas, whoever comes first, random draws are indexed by row, and each operation uses the same number
-of cores in each step.
+No decision depends on timing then (`fastdp.capture.steps`). The rest of a step repeats in any case: sums are taken in
+the order of the replicas, random draws are indexed by row, and each operation uses the same number of cores in every
+step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _REFUSED = "does not have a deterministic implementation"
 
 
 class _Counted:
-    """How many steps that want deterministic algorithms are under way: the last one gives the settings back."""
+    """Counts the running steps that need deterministic algorithms. The last one restores the settings."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -31,7 +31,7 @@ class _Counted:
         self._before: tuple[bool, bool, bool, bool] = (False, False, False, False)
 
     def begin(self) -> None:
-        """One more."""
+        """Add a step."""
         with self._lock:
             self._steps += 1
             if self._steps == 1:
@@ -41,7 +41,7 @@ class _Counted:
                 _use(True, False, False, True)
 
     def end(self) -> None:
-        """One less."""
+        """Remove a step."""
         with self._lock:
             self._steps -= 1
             if self._steps == 0:
@@ -52,8 +52,7 @@ _counted = _Counted()
 
 
 def _use(deterministic: bool, warn_only: bool, benchmark: bool, cudnn_deterministic: bool) -> None:
-    """Torch's settings, which are the whole process's; not by `torch.use_deterministic_algorithms`, which loads the
-    compiler."""
+    """Change torch's settings, which are process-wide. `torch.use_deterministic_algorithms` would load the compiler."""
     torch._C._set_deterministic_algorithms(deterministic, warn_only=warn_only)
     torch._C._set_cudnn_benchmark(benchmark)
     torch._C._set_cudnn_deterministic(cudnn_deterministic)
@@ -61,11 +60,11 @@ def _use(deterministic: bool, warn_only: bool, benchmark: bool, cudnn_determinis
 
 @contextmanager
 def deterministic_algorithms() -> Iterator[None]:
-    """Around a step: torch's deterministic algorithms, and no trial of cuDNN's kernels; as before afterwards.
+    """Use torch's deterministic algorithms, without cuDNN's benchmark mode, during a step.
 
     Raises:
-        RuntimeError: an operation has no deterministic form. It is torch's error (or a ReplicaError of it), with a note
-            of the layer and of what to do.
+        RuntimeError: an operation has no deterministic form. This is torch's error (or a ReplicaError from it), with a
+            note that names the layer and says what to do.
     """
     _counted.begin()
     try:
@@ -81,10 +80,10 @@ def deterministic_algorithms() -> Iterator[None]:
 
 
 def check_deterministic(devices: Sequence[QueueDevice]) -> None:
-    """On GPUs have cuBLAS use a workspace of its own for each stream, without which its results differ.
+    """On GPUs, make cuBLAS use a separate workspace per stream, without which its results vary.
 
     Raises:
-        RuntimeError: CUDA has started without that, too late to ask for it.
+        RuntimeError: CUDA has already started without this setting.
     """
     if not any(device.on_gpu for device in devices) or os.environ.get(_WORKSPACE) in _WORKSPACES:
         return
@@ -98,7 +97,7 @@ def check_deterministic(devices: Sequence[QueueDevice]) -> None:
 
 
 def _place(error: BaseException) -> str:
-    """The innermost module in the traceback of an error, or of one that it comes from, as a sentence."""
+    """A sentence that names the innermost module in the traceback of an error or of one of its causes."""
     seen: BaseException | None = error
     while seen is not None:
         found = _innermost(seen.__traceback__)
@@ -110,7 +109,7 @@ def _place(error: BaseException) -> str:
 
 
 def _innermost(trace: TracebackType | None) -> torch.nn.Module | None:
-    """The module whose code comes last in a traceback, containers aside."""
+    """The innermost module in a traceback, except containers."""
     found = None
     while trace is not None:
         one = trace.tb_frame.f_locals.get("self")

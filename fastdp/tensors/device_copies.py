@@ -1,9 +1,8 @@
 """Copies tensors between the devices of a replica, in the order of the engine's streams.
 
-Torch copies between two GPUs on the current stream of the one that is copied from. On the worker of the other device
-that is none of the engine's streams, so copies take a *lane*: a stream of the worker's own on the other GPU, which
-waits for the worker's compute stream first, and which that one waits for afterwards. The other GPU's own work goes on
-meanwhile.
+Torch copies between two GPUs on the current stream of the source GPU. On the worker of the target device that is none
+of the engine's streams. So copies take a *lane*: a stream on the source GPU that belongs to the worker. The lane first
+waits for the worker's compute stream, which afterwards waits for the lane. The source GPU's own work goes on meanwhile.
 """
 
 from __future__ import annotations
@@ -17,11 +16,10 @@ _lanes = threading.local()
 
 
 def arrived(value: torch.Tensor, device: Any) -> torch.Tensor:
-    """A tensor where `device` computes: itself on the card where it is, and in host memory; elsewhere a detached copy.
+    """A tensor on `device`: the tensor itself if it is there already, else a detached copy.
 
-    To be called on the worker of `device`, whose compute stream already waits for what made the tensor; that stream,
-    and no other, then waits for the copy. Memory of torch's that another stream reads is not used anew before that
-    stream has come so far.
+    Call it on the worker of `device`, whose compute stream already waits for the work that makes the tensor. Only that
+    stream then waits for the copy. Torch does not reuse memory that another stream reads before that stream is done.
     """
     target = torch.device(device.torch_device)
     if value.device == target:

@@ -11,10 +11,10 @@ Handler = Callable[..., Any]
 
 
 class ReplicaMode(TorchFunctionMode):
-    """Runs some torch functions in their replica-aware version. No module is changed, and nothing is patched.
+    """Runs some torch functions in a replica-aware version. No module is changed, and nothing is patched.
 
     Args:
-        running: what the replica's thread knows in this step.
+        running: the state of the replica's thread in this step.
         handlers: by torch function: `handler(running, function, args, kwargs)`.
     """
 

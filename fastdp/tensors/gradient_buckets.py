@@ -12,15 +12,15 @@ from fastdp.buffers import FlatBuffers
 
 
 class GradientBuckets:
-    """One replica's gradients, as backward comes to them.
+    """One replica's gradients, in the order in which backward computes them.
 
     Args:
         flat: the replica's gradient buffers.
-        views: its arrays as tensors.
+        views: the buffers' arrays as tensors.
 
-    Hooks on the leaves of autograd call `arrived`, in the thread of the replica. The gradients of a bucket are written
-    together when the last one is there. A replica with a single bucket has nothing to announce before its end: it is
-    not `useful` to hook its leaves.
+    Hooks on the leaves of autograd call `arrived` in the replica's thread. The gradients of a bucket are written
+    together when the last one has arrived. With a single bucket there is nothing to announce before the end, so
+    hooking the leaves is not `useful`.
     """
 
     def __init__(self, flat: FlatBuffers, views: Sequence[torch.Tensor]) -> None:
@@ -35,21 +35,21 @@ class GradientBuckets:
         self._ready: Callable[[int], None] | None = None
 
     def hook(self, leaves: Sequence[torch.Tensor]) -> None:
-        """Have the gradients of these leaves, in the order of the arrays, told to `arrived`.
+        """Register hooks that pass the gradients of these leaves, in the order of the arrays, to `arrived`.
 
-        For `torch.autograd.grad`, which comes to each leaf once.
+        For `torch.autograd.grad`, which reaches each leaf once.
         """
         for number, leaf in enumerate(leaves if self.useful else ()):
             leaf.register_hook(partial(self.arrived, number))
 
     def begin(self, ready: Callable[[int], None]) -> None:
-        """A step whose complete buckets are to be told to `ready`."""
+        """Begin a step that announces complete buckets by `ready`."""
         self.stored = set()
         self._here = [{} for _ in self._sizes]
         self._ready = ready
 
     def arrived(self, number: int, gradient: torch.Tensor) -> None:
-        """The whole gradient of an array is there. Nothing happens outside a step that was begun."""
+        """The complete gradient of an array has arrived. Does nothing outside a step that was begun."""
         if self._ready is None:
             return
         bucket = self._bucket_of[number]
@@ -64,13 +64,13 @@ class GradientBuckets:
         self._ready(bucket)
 
     def end(self) -> None:
-        """Backward is over. `stored` are the numbers of the arrays that have been written; all others are to be."""
+        """Backward is over. `stored` holds the indices of the arrays already written; the others are still to write."""
         self._ready = None
         self._here = []
 
     @contextmanager
     def during(self, ready: Callable[[int], None] | None) -> Iterator[None]:
-        """Around a step whose complete buckets are to be told to `ready`; to nobody where that is None."""
+        """Wrap a step. Complete buckets are announced by `ready`, unless it is None."""
         self.stored = set()
         if self.useful and ready is not None:
             self.begin(ready)
@@ -80,13 +80,13 @@ class GradientBuckets:
             self.end()
 
     def store(self, found: Sequence[torch.Tensor | None]) -> frozenset[int]:
-        """Copy the step's gradients into the flat buffer; zeros where there are none, whose numbers are given back.
+        """Copy the step's gradients into the flat buffer, and zeros for missing ones. Returns the indices of those.
 
-        Those that have been stored are there: their buckets may hold the sum of all replicas already.
+        Gradients already stored are left alone: their buckets may already hold the sum over all replicas.
         """
         stored, self.stored = self.stored, set()
         unused = frozenset(i for i, gradient in enumerate(found) if gradient is None)
-        # A captured step has written them to their place.
+        # A captured step has written some gradients to their place already.
         left = [i for i in range(len(found)) if i not in unused and i not in stored]
         moved = [i for i in left if found[i] is not self._views[i]]
         with torch.no_grad():
@@ -98,5 +98,5 @@ class GradientBuckets:
 
 
 def dense(gradient: torch.Tensor) -> torch.Tensor:
-    """A gradient that can be copied into a view."""
+    """The gradient as a dense tensor, which can be copied into a view."""
     return gradient.todense() if gradient.is_sparse else gradient

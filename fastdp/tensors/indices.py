@@ -1,9 +1,9 @@
 """Which operations of torch read indices, and which range each index may have.
 
-Kernels check their indices while they run. In a compiled one the check throws in the middle of a parallel region, which
-ends the whole process; on a GPU it ends the CUDA context. So indices are looked at outside of them
-(`fastdp.capture.graph.indices`), and an error of any kind of step is explained from here
-(`fastdp.program.keras.indices`). Whole numbers that others are divided by are of the same kind: zero among them throws.
+Kernels check their indices while they run. In a compiled kernel the check throws in the middle of a parallel region,
+which ends the whole process; on a GPU it ends the CUDA context. So indices are checked before the kernels run
+(`fastdp.capture.graph.indices`). This module also serves to explain such errors in any kind of step
+(`fastdp.program.keras.indices`). Integer divisors are handled in the same way, since a zero among them throws.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _OF_ALL = {aten.take, aten.put}
 _OF_CLASSES = {aten.nll_loss_forward, aten.nll_loss2d_forward, aten.nll_loss_backward, aten.nll_loss2d_backward}
 _BY_DIMENSION = {aten.index, aten.index_put, aten._index_put_impl}
 _DIVISIONS = {aten.floor_divide, aten.remainder, aten.fmod, aten.div}
-# Their indices are of torch's own making, in the forward pass of the same step.
+# Torch itself makes the indices of these operations, in the forward pass of the same step.
 _OWN = {
     aten.max_pool2d_with_indices_backward,
     aten.max_pool3d_with_indices_backward,
@@ -51,13 +51,13 @@ _OWN = {
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """Whole numbers that an operation takes, of which some would be wrong.
+    """Integers that an operation takes as indices or divisors, and their valid range.
 
     Attributes:
         value: the tensor, or the node that stands for it.
-        place: of its argument, and of the tensor within that where it is a list.
-        low, high: the range, `high` excluded; None for a divisor, of which only 0 is wrong.
-        ignored: a number outside the range that counts as none.
+        place: the position of its argument, and its position in that argument if it is a list.
+        low, high: the range, without `high`; `high` is None for a divisor, for which only 0 is wrong.
+        ignored: a number outside the range that means "none".
     """
 
     value: Any
@@ -67,7 +67,7 @@ class Use:
     ignored: int | None = None
 
     def wrong(self, value: torch.Tensor) -> torch.Tensor:
-        """Where the numbers are wrong, as bools."""
+        """A bool tensor that is True where the numbers are wrong."""
         if self.high is None:
             return value == 0
         wrong = (value < self.low) | (value >= self.high)
@@ -75,7 +75,7 @@ class Use:
 
     @property
     def expected(self) -> str:
-        """The range in words."""
+        """The range as text."""
         if self.high is None:
             return "any but 0"
         ignored = f", or {self.ignored} for none" if self.ignored is not None else ""
@@ -83,15 +83,15 @@ class Use:
 
 
 def uses(target: Any, args: Sequence[Any], value_of: Callable[[Any], Any] = lambda value: value) -> list[Use]:
-    """The indices of an operation, and its divisors; none for most.
+    """The indices and integer divisors of an operation; most operations have none.
 
     Args:
         target: an overload, such as `aten.gather.default`.
-        args: all that it is called with, in the order of its schema.
-        value_of: gives shape and dtype of what is among `args`.
+        args: all arguments of the call, in the order of its schema.
+        value_of: maps an entry of `args` to a value with its shape and dtype.
 
     Raises:
-        NotImplementedError: it has indices, of which nothing is known here.
+        NotImplementedError: the operation has indices whose range is not known here.
     """
     packet = getattr(target, "overloadpacket", None)
     if packet is None:
@@ -117,7 +117,7 @@ def uses(target: Any, args: Sequence[Any], value_of: Callable[[Any], Any] = lamb
 
 
 def _limit(packet: Any, given: dict[str, Any], value_of: Callable[[Any], Any]) -> int | None:
-    """How many numbers an operation's indices may have; None where that is not known."""
+    """The number of valid indices of an operation; None if it is not known."""
     if packet is aten.embedding:
         return int(value_of(given["weight"]).shape[0])
     if packet is aten.embedding_dense_backward:
@@ -131,7 +131,7 @@ def _limit(packet: Any, given: dict[str, Any], value_of: Callable[[Any], Any]) -
 
 
 def _by_dimension(given: dict[str, Any], names: list[str], value_of: Callable[[Any], Any]) -> Iterator[Use]:
-    """The index tensors of `x[i, j]`, one or none for each axis; a mask of bools has several."""
+    """The index tensors of `x[i, j]`, one or none per axis. A bool mask spans several axes and needs no check."""
     shape, at = value_of(given["self"]).shape, 0
     for number, index in enumerate(given["indices"]):
         if index is not None and value_of(index).dtype in (torch.bool, torch.uint8):
@@ -143,7 +143,7 @@ def _by_dimension(given: dict[str, Any], names: list[str], value_of: Callable[[A
 
 
 def _divisors(given: dict[str, Any], names: list[str], value_of: Callable[[Any], Any]) -> Iterator[Use]:
-    """What whole numbers are divided by, where the quotient is one too."""
+    """The divisor of an integer division whose quotient is an integer too."""
     other = given["other"]
     whole = [_is_index(value, value_of) or type(value) is int for value in (given["self"], other)]
     if all(whole) and _is_index(other, value_of) and ("rounding_mode" not in names or given.get("rounding_mode")):
@@ -151,27 +151,27 @@ def _divisors(given: dict[str, Any], names: list[str], value_of: Callable[[Any],
 
 
 def _is_index(value: Any, value_of: Callable[[Any], Any]) -> bool:
-    """Whether this is a tensor of whole numbers."""
+    """Whether this is a tensor of integers."""
     tensor = value_of(value) if value is not None else None
     return isinstance(tensor, torch.Tensor) and not (tensor.is_floating_point() or tensor.is_complex())
 
 
 class CheckedOneHot(torch.overrides.TorchFunctionMode):
-    """Within it `torch.nn.functional.one_hot` is traced with its check of the classes.
+    """A mode in which `torch.nn.functional.one_hot` is traced with its check of the classes.
 
-    torch's own reads the largest class on the host, and leaves that out where there are no values, so that a trace
-    would make rows of zeros of classes that do not exist.
+    torch's version reads the largest class on the host. It skips the check if tensors have no values, so a trace would
+    turn classes that do not exist into rows of zeros.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """The operation, or what is in its place."""
+        """Run the function, or its replacement."""
         if function is torch.nn.functional.one_hot:
             return _one_hot(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
 
 def _one_hot(tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
-    """As torch makes it once it has looked at the classes."""
+    """one_hot as torch computes it after its check of the classes."""
     if num_classes <= 0 or not tensor.numel():
         return torch.nn.functional.one_hot(tensor, num_classes)
     zeros = torch.zeros(*tensor.shape, num_classes, dtype=torch.int64, device=tensor.device)
@@ -180,7 +180,7 @@ def _one_hot(tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Wrong:
-    """An index that an operation would have refused: the first in the order of the elements, and its range."""
+    """The first index, in the order of the elements, that an operation would have refused, and its range."""
 
     target: Any
     use: Use
@@ -188,10 +188,10 @@ class Wrong:
 
 
 class Watch(TorchDispatchMode):
-    """Looks at the indices of each operation before it runs.
+    """Checks the indices of each operation before it runs.
 
     Args:
-        told: called with each wrong one that the operation refuses, and with its error, which it may raise.
+        told: called with each wrong index that the operation refuses and with the error, which it may raise.
     """
 
     def __init__(self, told: Callable[[Wrong, Exception], None]) -> None:
@@ -199,7 +199,7 @@ class Watch(TorchDispatchMode):
         self._told = told
 
     def __torch_dispatch__(self, target: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Look, and run."""
+        """Check the indices, then run the operation."""
         for use in _uses_of_call(target, args, kwargs or {}):
             wrong = use.wrong(use.value)
             if bool(wrong.any()):
@@ -210,7 +210,7 @@ class Watch(TorchDispatchMode):
 
 
 def _error_of(target: Any, args: Sequence[Any], kwargs: dict[str, Any], use: Use) -> Exception | None:
-    """What an operation raises for a wrong index. On a GPU it would end the CUDA context instead of raising."""
+    """The error of an operation for a wrong index. It is not run on a GPU, where it would end the CUDA context."""
     if not use.value.is_cpu:
         return IndexError("index out of range")
     try:
@@ -221,10 +221,10 @@ def _error_of(target: Any, args: Sequence[Any], kwargs: dict[str, Any], use: Use
 
 
 def _uses_of_call(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Use]:
-    """The uses of a call with tensors."""
+    """The indices and divisors of a call with tensors."""
     try:
         return uses(target, bound(target, args, kwargs))
-    except NotImplementedError:  # nothing is known: the operation has a check of its own
+    except NotImplementedError:  # the range is not known; the operation has its own check
         return []
 
 

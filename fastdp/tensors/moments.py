@@ -4,10 +4,9 @@ Over replicas r with n_r values each, mean m_r and variance v_r, the law of tota
 
     n = sum n_r,   mean = sum n_r m_r / n,   variance = sum n_r (v_r + (m_r - mean)^2) / n
 
-`combine` evaluates it from the sums of n_r, n_r m_r and n_r (v_r + m_r^2) in float64, where the difference of
-squares costs nothing that float32 statistics would notice. The backward pass of the synchronized moments
-needs one more exchange, of the gradients of mean and variance: every value of the global batch moves the
-same two numbers.
+`combine` evaluates it from the sums of n_r, n_r m_r and n_r (v_r + m_r^2) in float64, where the cancellation in the
+difference of squares is too small for float32 statistics to notice. The backward pass of the synchronized moments
+needs one more exchange, of the gradients of mean and variance, since every value of the global batch affects both.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ Exchange = Callable[[Any], Sequence[Any]]
 
 @dataclass(slots=True)
 class Moments:
-    """Mean and (biased) variance per channel, and the number of values that they were taken over."""
+    """Mean and (biased) variance per channel, and the number of values behind them."""
 
     mean: torch.Tensor
     variance: torch.Tensor
     count: float
 
     def sums(self) -> np.ndarray:
-        """Count, sums and sums of squares: what is added up over replicas. float64."""
+        """Count, sums and sums of squares as float64, to be added up over replicas."""
         mean = self.mean.detach().double().cpu().numpy().ravel()
         square = self.variance.detach().double().cpu().numpy().ravel() + mean * mean
         return np.concatenate([[self.count], self.count * mean, self.count * square])
@@ -51,17 +50,17 @@ def combine(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unbiased(count: float) -> float:
-    """What a variance over so many values is multiplied with, to estimate that of what they were drawn from."""
+    """The factor that turns a biased variance over `count` values into the unbiased estimate."""
     return count / max(count - 1, 1)
 
 
 def count_of(inputs: torch.Tensor, mask: torch.Tensor | None, axes: Sequence[int]) -> float:
-    """How many values per channel the moments over these axes are taken over.
+    """The number of values per channel in moments over these axes.
 
     Args:
-        inputs: the values, channels last where there is a mask.
-        mask: which of them count; has the axes of `inputs` but the last, of which some may be 1.
-        axes: all but that of the channels.
+        inputs: the values, with channels last if there is a mask.
+        mask: which values count. It has the axes of `inputs` without the last; some may have length 1.
+        axes: all axes except the channels.
     """
     if mask is None:
         return float(math.prod(inputs.shape[axis] for axis in axes))
@@ -80,10 +79,10 @@ def global_moments(
     """Mean and variance of the global batch, differentiable, in the dtype of the inputs.
 
     Args:
-        inputs, mask, axes: as of `count_of`.
-        exchange: gives what all replicas gave it, in their order. Every replica makes the same calls.
-        sum_dtype: what sums over a replica's values are taken in; None for the dtype of the inputs.
-        epsilon: added to the number of values where sums are divided by it.
+        inputs, mask, axes: as in `count_of`.
+        exchange: returns the values that all replicas passed, in rank order. Every replica makes the same calls.
+        sum_dtype: the dtype of sums over a replica's values; None for the dtype of the inputs.
+        epsilon: added to the number of values before sums are divided by it.
     """
     mean, variance = _GlobalMoments.apply(inputs, mask, tuple(axes), exchange, sum_dtype, epsilon)
     return mean, variance
@@ -102,7 +101,7 @@ class _GlobalMoments(torch.autograd.Function):
         sum_dtype: torch.dtype | None,
         epsilon: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums are exchanged twice: the second time about the global mean, so nothing cancels."""
+        """Exchange sums, then sums of squares about the global mean, so that nothing cancels."""
         weights = None if mask is None else mask.unsqueeze(-1).to(inputs.dtype).expand(inputs.shape)
         values = inputs if weights is None else inputs * weights
         parts = exchange((count_of(inputs, mask, axes), values.sum(axes, dtype=sum_dtype)))
@@ -116,13 +115,13 @@ class _GlobalMoments(torch.autograd.Function):
         variance = sum(square.double() for square in squares) / total
         ctx.save_for_backward(centered, weights)
         ctx.total, ctx.shape, ctx.exchange = total, shape, exchange
-        # The mean distance from the mean: not zero where the mean is not sum / count.
+        # The mean of (x - mean), which is not zero if epsilon makes the mean differ from sum / count.
         ctx.off_center = mean * (epsilon / total) if epsilon else None
         return mean.to(inputs.dtype), variance.to(inputs.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
-        """d/dx of mean is 1/n, of variance 2 (x - mean)/n, times the gradients of all replicas' losses."""
+        """d mean / dx is 1/n, d variance / dx is 2 (x - mean)/n, each times the gradients of all replicas' losses."""
         centered, weights = ctx.saved_tensors
         parts = ctx.exchange(tuple(gradients))
         of_mean = sum(part[0] for part in parts).reshape(ctx.shape) / ctx.total

@@ -1,4 +1,4 @@
-"""What calls of torch's random functions ask for: the arguments of dropouts, and whether a call draws at all."""
+"""Reads calls of torch's random functions: the arguments of dropouts, and whether a call draws at all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RNNS = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
 
 def dropout_arguments(function: Any, args: Any, kwargs: Any) -> tuple[torch.Tensor, float, bool, bool]:
-    """Input, probability, whether it is active, whether it is in place.
+    """The input, the probability, whether dropout is active, and whether it is in place.
 
     Raises:
         ValueError: a probability outside [0, 1].
@@ -25,7 +25,7 @@ def dropout_arguments(function: Any, args: Any, kwargs: Any) -> tuple[torch.Tens
 
 
 def draws_in_call(function: Any, args: Any, kwargs: Any) -> bool:
-    """Whether this call draws anything: attention without dropout need not wait for others."""
+    """Whether this call draws random numbers. Attention without dropout, for example, need not wait for others."""
     if function is F.scaled_dot_product_attention:
         return (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)) > 0.0
     if function is F.multi_head_attention_forward:

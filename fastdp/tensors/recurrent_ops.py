@@ -5,9 +5,9 @@
     gru_scan      GRU by ATen operations, `reset_after` or not; gives all h
 
 A trace sees one opaque operation forward and one backward. The scans project the inputs of all time steps by one
-matrix product, and keep time first and rows last, (steps, units, rows): so the gates of a step are contiguous. Their
-backward works out by whole-array operations what the gradient of a step's output is multiplied with to give the
-gradients of its gates; what is left per step is a product of matrices and a few elementwise operations.
+matrix product. They keep time first and rows last, (steps, units, rows), so that the gates of a step are contiguous.
+Their backward first computes, by whole-array operations, the factors between the gradient of a step's output and the
+gradients of its gates. Each step then needs only a matrix product and a few elementwise operations.
 
 Shapes: x (rows, steps, features), h and c (rows, units), kernel (features, gates * units), recurrent (units,
 gates * units), bias (gates * units); for gru_scan with `reset_after` recurrent_bias (gates * units), else ignored.
@@ -28,7 +28,7 @@ from torch.library import custom_op
 
 from fastdp.tensors.threads import intra_op_threads
 
-_LSTM = 2  # the number of LSTM among the kinds of recurrent networks that ATen knows
+_LSTM = 2  # ATen's number for LSTM among its kinds of recurrent networks
 
 
 def has_onednn(x: Tensor) -> bool:
@@ -66,7 +66,7 @@ def _lstm_onednn(
 
 @functools.cache
 def _workspace_bytes(rows: int, steps: int, features: int, units: int, train: bool) -> tuple[int, ...]:
-    """The shape of oneDNN's workspace, which it alone knows."""
+    """The shape of oneDNN's workspace, which only oneDNN knows."""
     with unset_fake_temporarily(), torch.no_grad():
         shapes = ((rows, steps, features), (rows, units), (rows, units), (features, 4 * units), (units, 4 * units))
         zeros = [torch.zeros(shape, dtype=torch.float32) for shape in (*shapes, (4 * units,))]
@@ -100,7 +100,7 @@ def _lstm_onednn_backward(
 
 
 def _like(tensors: list[Tensor], *_: Any) -> tuple[Tensor, ...]:
-    """Gradients look as what they are of, contiguous."""
+    """Gradients have the shapes of their tensors, and are contiguous."""
     return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
 
 
@@ -179,7 +179,7 @@ def _lstm_inputs_gradients(
 
 
 def _products(left: Tensor, right: Tensor) -> Tensor:
-    """The sum over steps and rows of the products of each unit of one with each of the other."""
+    """The sum over steps and rows of the outer products of both tensors' units."""
     left, right = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (left, right))
     return left.t() @ right
 
@@ -229,7 +229,7 @@ def _gru_scan_backward(
     all_h, inner, gates = results
     units, before = h.shape[1], _before(h, all_h)
     z, r, new = gates.split(units, 1)
-    # Per gate, and last for the reset gate's partner: what the gradient of the step's output is multiplied with.
+    # The factors that turn the gradient of a step's output into the gradients of z, r, the inner product, and `new`.
     factors = gates.new_empty(len(gates), 4, *all_h.shape[1:])
     by_z, by_r, by_inner, by_new = factors.unbind(1)
     torch.addcmul(z, z, z, value=-1, out=by_z).mul_(before - new)
@@ -253,7 +253,7 @@ def _gru_scan_backward(
 
 
 def _gru_steps_after(factors: Tensor, z: Tensor, recurrent: Tensor, gradient: Tensor) -> Tensor:
-    """Turn factors into gradients, the last step first; the gradient of the first state."""
+    """Turn factors into gradients in place, the last step first. Returns the gradient of the first state."""
     dh = torch.zeros_like(factors[0, 0])
     of_recurrent = factors[:, :3].flatten(1, 2).unbind()
     for t in reversed(range(len(of_recurrent))):
@@ -287,13 +287,13 @@ _GRU_INPUTS = "Tensor x, Tensor h, Tensor kernel, Tensor recurrent, Tensor bias,
 _LISTS = "Tensor[] inputs, Tensor[] results, Tensor[] gradients"
 
 
-# Multiply-adds of one time step's recurrent product below which one thread is faster than several that meet at
-# every step; see docs/log.md for what was measured.
+# Below this many multiply-adds per time step's recurrent product, one thread is faster than several that synchronize
+# at every step. docs/log.md has the measurements.
 SMALL = 1 << 22
 
 
 def _with_few_threads(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, on one thread where a time step is too small for several to meet over."""
+    """The same function, on one thread if a time step is too small to pay for synchronizing several."""
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
@@ -309,7 +309,7 @@ def _registered(name: str, forward: Any, fake: Any, backward: Any, inputs: str, 
     """The operation and its backward, registered with torch.
 
     Args:
-        options: of the schema, after the six tensors that are differentiated.
+        options: the schema's arguments after the six differentiated tensors.
         outputs: how many results are differentiable; the others are kept for backward.
     """
     results = ", ".join(["Tensor"] * (4 if name == "lstm_onednn" else 3))

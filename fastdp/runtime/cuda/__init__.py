@@ -1,1 +1,1 @@
-"""GPUs, through CuPy: only what uses GPUs imports these modules."""
+"""The runtime for GPUs, through CuPy. These modules are imported only when GPUs are used."""

@@ -1,12 +1,12 @@
-"""CUDA's runtime as plain functions over integers: with cupy_nccl.py all that imports CuPy.
+"""CUDA's runtime as plain functions over integers. Only this module and cupy_nccl.py import CuPy.
 
 Pointers, streams, events, graphs and modules are CUDA's handles as ints; devices are CUDA ordinals. Functions that
-take a device make it current during the call; the others act on the thread's current device, or on the device
+take a device make it current during the call. The others act on the thread's current device, or on the device
 of their handle. Nothing here waits for a GPU.
 
 Errors are CuPy's: `CudaError`, `DriverError` and `NcclError`, each a RuntimeError with CUDA's error name and
-description, such as "cudaErrorMemoryAllocation: out of memory". The next call after an asynchronous failure,
-whichever it is, raises the failure, and so does `event_done`.
+description, such as "cudaErrorMemoryAllocation: out of memory". After an asynchronous failure, the next call of any
+kind raises the failure, and so does `event_done`.
 """
 
 from __future__ import annotations
