@@ -171,7 +171,7 @@ class Program(ABC):
             buffer += part.buffers[dtype]
 
     def fold(self, state: Any) -> None:
-        """Move reduced gradients into the slots before the end of their cycle, because the user reads the slots.
+        """Add reduced gradients to the slots before the end of their cycle, because the user reads the slots.
 
         Raises:
             NotImplementedError: the program has no slots for gradients.

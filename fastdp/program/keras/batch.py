@@ -15,7 +15,7 @@ from fastdp.program.keras.rows.effects import MEAN_SCALAR, ROWS_FIRST, Effect, L
 from fastdp.shard import Rows
 from fastdp.tensors.arrays import as_array, as_tensor, dtype_name
 
-# The nest of most batches: x, y and sample_weight, each one array or None. It needs no walk through the tree.
+# The nest of most batches: x, y and sample_weight, each one array or None. No tree walk is needed.
 _PLAIN = (0, 0, 0)
 _PARTS = ("x", "y", "sample_weight")
 _ARRAY_OR_NONE = (torch.Tensor, np.ndarray, type(None))
@@ -23,7 +23,7 @@ _ARRAY_OR_NONE = (torch.Tensor, np.ndarray, type(None))
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """How a flat list of arrays was nested: `dtypes[i]` is None where the nest held None."""
+    """How a flat list of arrays was nested. `dtypes[i]` is None if leaf i of the nest is None."""
 
     nest: Any
     dtypes: tuple[str | None, ...]
@@ -38,9 +38,9 @@ class Structure:
         return [name for name, dtype in zip(names, self.dtypes, strict=False) if dtype is not None]
 
     def pack(self, arrays: Sequence[np.ndarray], *, inputs: bool = True) -> Any:
-        """The nest again, with tensors that share the arrays' memory.
+        """Rebuild the nest with tensors that share the arrays' memory.
 
-        Without `inputs` there is None for those of `x`: rows that are on the devices are fetched for whoever looks.
+        Without `inputs` the leaves of `x` are None, which avoids fetching rows that are on the devices.
         """
         skipped = 0 if inputs else 1 if self.nest == _PLAIN else len(keras.tree.flatten(self.nest[0]))
         leaves = iter(arrays)
@@ -51,41 +51,41 @@ class Structure:
         return tuple(tensors) if self.nest == _PLAIN else pack_like(self.nest, tensors)
 
     def tensors(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """The arrays as tensors that share their memory, as flat as they are."""
+        """The arrays as a flat list of tensors that share their memory."""
         dtypes = [dtype for dtype in self.dtypes if dtype is not None]
         return [as_tensor(array, dtype) for array, dtype in zip(arrays, dtypes, strict=True)]
 
     def nested(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """Such tensors in the nest."""
+        """Rebuild the nest with tensors as returned by `tensors`."""
         leaves = iter(tensors)
         return pack_like(self.nest, [None if dtype is None else next(leaves) for dtype in self.dtypes])
 
 
 def pack_like(nest: Any, leaves: Sequence[Any]) -> Any:
-    """Leaves, as `keras.tree.flatten` gives them, in the nest again.
+    """Pack leaves, in the order of `keras.tree.flatten`, like `nest`.
 
-    Keras flattens dicts by sorted keys, and packs them so too. A model may go by the order that its user wrote
-    (`list(inputs.values())`), so dicts keep that of `nest`.
+    Keras flattens and packs dicts by sorted keys. A model may rely on the order in its user's code
+    (`list(inputs.values())`), so dicts keep the order of `nest`.
     """
     packed = keras.tree.pack_sequence_as(nest, leaves)
     return keras.tree.map_structure(lambda _, leaf: leaf, nest, packed) if keras.tree.is_nested(nest) else packed
 
 
 def make_batch(data: Any) -> Batch:
-    """A batch `(x, y, sample_weight)` as the engine takes it, with its `Structure`.
+    """Make the engine's batch, with its `Structure`, of `(x, y, sample_weight)`.
 
     Raises:
-        ValueError: no arrays, arrays without rows, or with unequal numbers of rows; the message names them.
+        ValueError: no arrays, arrays without rows, or unequal numbers of rows; the message names them.
     """
     arrays, structure = flatten_batch(data)
     return Batch.of(arrays, structure, lambda: structure.names)
 
 
 def flatten_batch(data: Any) -> tuple[Any, Structure]:
-    """A batch `(x, y, sample_weight)` as host arrays and their structure.
+    """Flatten a batch `(x, y, sample_weight)` into host arrays and their structure.
 
-    Torch tensors and NumPy arrays on the host are not copied. Arrays of one batch of a data set that is on the devices
-    stay there: they come as such a batch (`fastdp.comm.batch.Resident`).
+    Torch tensors and NumPy arrays on the host are not copied. Arrays of one batch of a data set on the devices stay
+    there and are returned as that batch (`fastdp.comm.batch.Resident`).
     """
     arrays: list[np.ndarray] = []
     dtypes: list[str | None] = []
@@ -109,19 +109,19 @@ def flatten_batch(data: Any) -> tuple[Any, Structure]:
 
 
 def _host_tensor(leaf: Any) -> torch.Tensor:
-    """A NumPy array, or whatever Keras takes for one, as a tensor in host memory."""
+    """A NumPy array, or anything that Keras can convert, as a tensor in host memory."""
     with keras.device("cpu"):
         return keras.ops.convert_to_tensor(leaf)
 
 
 @dataclass(frozen=True, slots=True)
 class OutputStructure:
-    """How a model's outputs were nested, which of them carried a Keras mask, and those that are no tensors.
+    """How a model's outputs were nested, which tensors had a Keras mask, and the leaves that are not tensors.
 
-    `dtypes` and `masked` are of the tensors. `axes` tells along which axis each of them, and then each mask, has its
-    rows: the outputs of replicas are merged along their first. None stands for one that each replica has whole; `whole`
-    are the first replica's own of these. `plain` has the place among all leaves, and the value, of the leaves that are
-    no tensors: None, numbers, strings, NumPy arrays, objects. They are those of one replica.
+    `dtypes` and `masked` describe the tensors. `axes` holds the row axis of each tensor, then of each mask; replicas
+    pass rows first, for the merge. None means that each replica has the whole value; `whole` holds the first replica's
+    values of these. `plain` holds the place among all leaves and the value of the leaves that are not tensors: None,
+    numbers, strings, NumPy arrays, objects. They are one replica's values.
     """
 
     nest: Any
@@ -132,7 +132,7 @@ class OutputStructure:
     plain: tuple[tuple[int, Any], ...] = ()
 
     def pack(self, arrays: Sequence[np.ndarray]) -> Any:
-        """Tensors over the merged arrays, with their masks; first all outputs, then all masks."""
+        """Rebuild the outputs over the merged arrays: all outputs, then all masks."""
         dtypes = [*self.dtypes, *("bool" for masked in self.masked if masked)]
         merged, whole = iter(arrays), iter(self.whole)
         every = [
@@ -146,12 +146,12 @@ class OutputStructure:
         return self.nested(tensors)
 
     def nested(self, tensors: Sequence[Any]) -> Any:
-        """These for the tensors, and the other leaves, in the nest."""
+        """Rebuild the nest with these values in place of the tensors."""
         return pack_like(self.nest, with_plain(tensors, self.plain))
 
 
 def with_plain(tensors: Sequence[Any], plain: Sequence[tuple[int, Any]]) -> list[Any]:
-    """All leaves in their order: `tensors`, and among them, at their places, those that are none."""
+    """All leaves in order: `tensors`, with the `plain` ones inserted at their places."""
     leaves = list(tensors)
     for place, value in plain:
         leaves.insert(place, value)
@@ -159,21 +159,21 @@ def with_plain(tensors: Sequence[Any], plain: Sequence[tuple[int, Any]]) -> list
 
 
 def split_leaves(outputs: Any) -> tuple[list[torch.Tensor], tuple[tuple[int, Any], ...]]:
-    """The tensors among the leaves of outputs, and the place and value of each leaf that is none."""
+    """The tensors among the leaves of outputs, and the place and value of every other leaf."""
     leaves = keras.tree.flatten(outputs)
     plain = tuple((i, leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor))
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], plain
 
 
 def _along(axis: int, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor whose first axis becomes another."""
+    """Move a tensor's first axis to another place."""
     return tensor.movedim(0, axis) if axis else tensor
 
 
 def layouts_of(leaves: Sequence[torch.Tensor], known: Sequence[Layout] | None, rows: Rows | None) -> list[Layout]:
-    """How a replica's outputs lie over its rows: as the trial has shown, or by their first axis.
+    """How a replica's outputs depend on its rows: as the trial has shown, or else along their first axis.
 
-    Where one replica has all rows, what is no multiple of them is whole.
+    If the replica has all rows, an output whose first axis is not a multiple of them is taken as the same for all rows.
     """
     if known is not None and len(known) == len(leaves):
         return list(known)
@@ -191,14 +191,14 @@ def layouts_of(leaves: Sequence[torch.Tensor], known: Sequence[Layout] | None, r
 def flatten_outputs(
     outputs: Any, known: Sequence[Layout] | None = None, rows: Rows | None = None
 ) -> tuple[list[torch.Tensor], OutputStructure]:
-    """A model's outputs that are merged by rows, followed by their masks, as tensors with rows first; and the rest.
+    """Split a model's outputs into tensors with rows first (outputs to be merged, then their masks) and structure.
 
-    An output without axes is averaged over replicas by rows, as numbers: one of a dtype that NumPy lacks becomes fp32.
+    A zero-dim output becomes fp32, since NumPy lacks some dtypes; it is averaged over replicas by rows.
 
     Args:
-        outputs: a replica's.
-        known: how they depend on the rows, where that is known.
-        rows: the replica's; None where each output is known to have rows first.
+        outputs: the outputs of a replica.
+        known: how they depend on the rows, if known.
+        rows: the replica's rows; None if every output is known to have rows first.
     """
     tensors, plain = split_leaves(outputs)
     leaves = [leaf.detach().float() if leaf.ndim == 0 else leaf for leaf in tensors]

@@ -15,7 +15,7 @@ from fastdp.tensors.sums import like
 
 
 def moments_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
-    """BatchNormalization's moments, recorded; those of the global batch where that is asked for."""
+    """Replaces BatchNormalization's moments: records them, and uses the global batch with `sync_batch_norm`."""
 
     def moments(layer: Any, inputs: torch.Tensor, mask: torch.Tensor | None) -> Any:
         state = running()
@@ -25,7 +25,7 @@ def moments_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
             return layer.moving_mean.value.to(inputs.dtype), layer.moving_variance.value.to(inputs.dtype)
         axes = layer._reduction_axes
         if state.sync_batch_norm and state.context.size > 1:
-            epsilon = 0.0 if mask is None else keras.config.epsilon()  # Keras divides by so much more than it counts
+            epsilon = 0.0 if mask is None else keras.config.epsilon()  # Keras adds it to the count that it divides by
             mean, variance = global_moments(inputs, mask, axes, state.context.exchange, epsilon=epsilon)
         else:
             mean, variance = original(layer, inputs, mask)
@@ -36,7 +36,7 @@ def moments_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def statistics(layer: keras.layers.Layer) -> list[keras.Variable]:
-    """The statistics that a BatchNormalization layer moves; none of others, or of one with a `call` of its own."""
+    """The statistics that a BatchNormalization layer moves; none for other layers or a subclass with its own `call`."""
     if type(layer).call is not keras.layers.BatchNormalization.call or layer.moving_mean is None:
         return []
     if layer.renorm:
@@ -47,9 +47,9 @@ def statistics(layer: keras.layers.Layer) -> list[keras.Variable]:
 def moved_statistics(
     layer: keras.layers.BatchNormalization, values: Sequence[torch.Tensor], mean: np.ndarray, variance: np.ndarray
 ) -> list[torch.Tensor]:
-    """`statistics(layer)` after a batch with this mean and variance (float64 vectors), as Keras moves them.
+    """`statistics(layer)` after a batch with this mean and variance (float64 vectors).
 
-    In the variables' own precision, as Keras does it.
+    Computed as in Keras, in the variables' own precision.
     """
 
     def moved(value: torch.Tensor, batch: np.ndarray, momentum: float) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """Runs single calls of a model's layers on several devices, forward and backward.
 
-A train step that a user wrote runs once, on the host, with the whole batch, so whatever it computes from losses,
-gradients and metrics is as on one device. Only the calls of layers inside it are dealt out: each replica runs the
-layer on its rows and keeps its part of autograd's graph; backward, the gradient of the merged outputs is dealt out by
-rows, and the gradients of the weights are added up over the replicas.
+A train step that a user wrote runs once, on the host, with the whole batch. So everything that it computes from losses,
+gradients and metrics is as on one device. Only the layer calls inside it are split: each replica runs the layer on its
+rows and keeps its part of autograd's graph. Backward splits the gradient of the merged outputs by rows and sums the
+gradients of the weights over the replicas.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from fastdp.tensors.arrays import as_array
 
 @dataclass(slots=True)
 class _Ran:
-    """What a replica keeps of a forward call for the backward one."""
+    """What a replica keeps of a forward call for its backward."""
 
     context: Context
     run: ReplicaContext
@@ -54,9 +54,9 @@ _ROWS, _NUMBER = object(), object()
 
 @dataclass(slots=True)
 class OutputForm:
-    """How the outputs of a call were nested, and where in it there are tensors with rows and tensors of one number.
+    """The structure of a call's outputs: which leaves are tensors with rows, and which are tensors of one number.
 
-    Whatever else a layer gives back is kept as it is.
+    All other leaves are kept unchanged.
     """
 
     nest: Any = None
@@ -64,7 +64,7 @@ class OutputForm:
 
     @classmethod
     def of(cls, outputs: Any) -> tuple[OutputForm, list[torch.Tensor], list[torch.Tensor]]:
-        """The form of a call's outputs, those with rows, and those of one number."""
+        """Split a call's outputs into their form, the tensors with rows, and the tensors of one number."""
         leaves = keras.tree.flatten(outputs)
         tensors = [isinstance(leaf, torch.Tensor) for leaf in leaves]
         kinds = [
@@ -77,11 +77,11 @@ class OutputForm:
 
     @property
     def numbers(self) -> int:
-        """How many outputs are one number."""
+        """The number of outputs that are one number."""
         return sum(leaf is _NUMBER for leaf in self.leaves)
 
     def pack(self, rows: Sequence[torch.Tensor], numbers: Sequence[torch.Tensor], masked: Sequence[bool]) -> Any:
-        """The outputs again. Of `rows` those that are `masked` get the tensors behind them as their Keras masks."""
+        """Rebuild the outputs. `rows` holds the outputs with rows, then the Keras masks of those that are `masked`."""
         masks = iter(rows[len(masked) :])
         for tensor, has_mask in zip(rows, masked, strict=False):
             if has_mask:
@@ -97,15 +97,14 @@ class Forward:
 
     Args:
         effects: what is known of such calls.
-        call: runs the layer on the row tensors (all of them, or a replica's rows) and the shared ones.
-        rows_want, shared_want: for each row tensor and each shared tensor, whether its gradient may be asked for.
-        weights: the trainable variables that the layer may use; none where nothing is differentiated.
+        call: runs the layer on the row tensors (whole or a replica's rows) and the shared ones.
+        rows_want, shared_want: for each row tensor and each shared tensor, whether its gradient may be needed.
+        weights: the trainable variables that the layer may use; empty if nothing is differentiated.
         differentiable: build autograd's graph.
         shared: tensors that are the same for all rows.
 
-    `form` and `number_dtypes` are those of the first replica's outputs, `added_by` the layers of its `add_loss` terms
-    (None: it is not known). `chained` says that one output is computed from another, which `refuses_chains` makes an
-    error.
+    `form` and `number_dtypes` describe the first replica's outputs; `added_by` lists the layers of its `add_loss` terms
+    (None if unknown). `chained` says that one output is computed from another; with `refuses_chains` that is an error.
     """
 
     effects: LayerEffects
@@ -125,13 +124,13 @@ class Forward:
 
     @property
     def leaf_count(self) -> int:
-        """How many tensors there are whose gradients are sums over the replicas: shared ones, then weights."""
+        """The number of tensors whose gradients are sums over the replicas: shared ones, then weights."""
         return sum(self.shared_want) + len(self.weights)
 
 
 @dataclass(slots=True)
 class Backward:
-    """The gradients of one call: those of its merged outputs and its numbers go in, those of its leaves come out."""
+    """The gradients of one call: by its merged outputs and numbers as input, by its leaves as result."""
 
     forward: Forward
     outputs: Sequence[torch.Tensor | None]
@@ -143,7 +142,7 @@ class CallProgram(KerasProgram):
     """A Keras program that also runs single calls of the model's layers: `Forward` and `Backward`.
 
     Args:
-        own_train_step: the model trains by a step of its own, which updates the weights on the host: replicas need
+        own_train_step: the model has its own train step, which updates the weights on the host, so that replicas need
             neither gradients nor slots.
     """
 
@@ -153,7 +152,7 @@ class CallProgram(KerasProgram):
         self._doubted = False
         self.follows_trainable = own_train_step or self.optimizer is None
         if self.follows_trainable:
-            # Leaves of autograd all the same, and those that are frozen now too: a step may thaw them in its middle.
+            # Weights are still leaves of autograd, including those frozen now: a step may unfreeze them in its middle.
             layers = model._flatten_layers()
             trained = {id(v) for layer in layers for v in (*layer._trainable_variables, *layer.trainable_variables)}
             self.trainable = [v for v in self.variables if id(v) in trained and v.value.is_floating_point()]
@@ -161,26 +160,26 @@ class CallProgram(KerasProgram):
             self.slots = []
 
     def home_slots(self, device: Allocator) -> FlatBuffers:
-        """No slots where the model's own step updates the weights."""
+        """No slots if the model's own step updates the weights."""
         if not self.own_train_step:
             return super().home_slots(device)
         return FlatBuffers([], device)
 
     def changed_outside(self) -> bool:
-        """As for any program; also where nobody can tell.
+        """As in `KerasProgram`, but also True if changes may have gone unnoticed (`doubt`).
 
-        Torch counts no writes of its fused optimizers and none through `.data`, and both are usual in loops of a
-        script's own: so replicas are refreshed before each call from one, and after each backward pass.
+        Torch does not count writes by its fused optimizers or through `.data`, and custom training loops use both. So
+        replicas are refreshed before each call from such a loop, and after each backward pass.
         """
         doubted, self._doubted = self._doubted, False
         return super().changed_outside() or doubted
 
     def doubt(self) -> None:
-        """Let the next step refresh the replicas: weights may have been written unnoticed."""
+        """Make the next step refresh the replicas, because weights may have been written unnoticed."""
         self._doubted = True
 
     def effects_of(self, layer: Any) -> LayerEffects:
-        """What is to be found out about calls of a layer."""
+        """Make the record of how calls of a layer depend on rows."""
         return LayerEffects(layer, self.variables, lambda x, training: layer(x, training=training), self._seed)
 
     def knows(self, variables: Sequence[keras.Variable]) -> bool:
@@ -199,7 +198,7 @@ class CallProgram(KerasProgram):
     # Work for `DataParallel.call`.
 
     def forward(self, work: Forward, state: ReplicaState, batch: list[np.ndarray], context: Context) -> Result:
-        """The layer on a replica's rows."""
+        """Run the layer on a replica's rows."""
         rows, _, _ = unpack(context.structure.pack(batch))
         inputs = _leaves(rows, work.rows_want, context.torch_device)
         shared = _leaves(work.shared, work.shared_want, context.torch_device)
@@ -244,7 +243,7 @@ class CallProgram(KerasProgram):
     def _on_rows(
         self, state: ReplicaState, work: Forward, rows: Any, shared: Any, context: Context, start: int, stop: int
     ) -> None:
-        """The layer on some of a replica's rows, which counts nowhere."""
+        """Run the layer on some of a replica's rows, without any effect."""
         first = context.rows.start
         part = [row[start - first : stop - first].detach() for row in rows]
         alone = Context.alone(part, context.structure, start, stop, context.rows.total)
@@ -253,10 +252,10 @@ class CallProgram(KerasProgram):
             work.call(part, shared)
 
     def backward(self, work: Backward, state: ReplicaState, batch: list[np.ndarray], context: Context) -> Result:
-        """A replica's part of the gradients. Its outputs are those of the row arrays."""
+        """Compute a replica's part of the gradients. The result's outputs are the gradients by the row arrays."""
         self.doubt()
         ran = work.forward.ran[context.rank]
-        ran.context.rendezvous = context.rendezvous  # where synchronized moments meet, backward
+        ran.context.rendezvous = context.rendezvous  # for the backward of synchronized moments
         roots, seeds = [], []
         for output, gradient in zip(ran.outputs, work.outputs, strict=False):
             if gradient is not None and output.requires_grad:
@@ -273,7 +272,7 @@ class CallProgram(KerasProgram):
         with replica_scope(ran.run), ran.scope:
             found = gradients_of(ran.run, roots, seeds, targets, retain=True)
         everyone = context.exchange(found[len(wanted) :])
-        for i in range(context.rank, len(ran.leaves), context.size):  # each replica adds up its part of the leaves
+        for i in range(context.rank, len(ran.leaves), context.size):  # each replica sums its part of the leaves
             parts = [part[i] for part in everyone if part[i] is not None]
             work.leaves[i] = sum(parts[1:], parts[0]) if parts else None
         rows_found = [torch.zeros_like(row) if g is None else g for row, g in zip(wanted, found, strict=False)]
@@ -282,10 +281,12 @@ class CallProgram(KerasProgram):
     def replay(
         self, work: Forward, inputs: list[torch.Tensor], shared: list[torch.Tensor], batch: Batch
     ) -> list[torch.Tensor]:
-        """The call again, on the whole batch and on this thread, with a graph that can be differentiated twice.
+        """Repeat a call on the whole batch and on this thread, with a graph that can be differentiated twice.
 
-        Draws come from the seeds of the first time, so the values are the same. Its outputs, then its losses, then its
-        outputs of one number.
+        Draws use the seeds of the first call, so the values are the same.
+
+        Returns:
+            The call's outputs, then its losses, then its outputs of one number.
 
         Raises:
             NotImplementedError: the layer's BatchNormalization used each replica's own moments.
@@ -313,16 +314,16 @@ def _contributions(numbers: Sequence[torch.Tensor], effects: LayerEffects, conte
 
 
 def _leaves(tensors: Sequence[torch.Tensor], wants: Sequence[bool], device: str) -> list[torch.Tensor]:
-    """A replica's own tensors: leaves of autograd where their gradients are wanted."""
+    """A replica's own tensors, as leaves of autograd if their gradients are wanted."""
     own = (tensor.detach().to(device) for tensor in tensors)
     return [one.requires_grad_() if wanted else one for one, wanted in zip(own, wants, strict=True)]
 
 
 def feed_each_other(outputs: Sequence[torch.Tensor]) -> bool:
-    """Whether one of these tensors is computed from another, as autograd's graph has it.
+    """Whether autograd's graph computes one of these tensors from another.
 
-    A script may ask for the gradient of one by the other (of a class's score by a feature map), which there is none of
-    between two outputs of one node.
+    A script may want the gradient of one by the other (of a class's score by a feature map). Two outputs of one
+    autograd node have no such gradient.
     """
     ends = {output.grad_fn for output in outputs if output.grad_fn is not None}
     if len(ends) < 2:

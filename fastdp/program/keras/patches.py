@@ -4,12 +4,12 @@ While replicas run, `replica_aware` replaces a few functions of Keras, torch, Nu
 (`fastdp.patching`). The replacements behave as before in every thread that runs no replica.
 
 Random draws are indexed by the global row: a replica draws for the whole global batch, with the seed
-that one device would use, and keeps its own rows. So 1, 2 and 8 devices see the same masks and noise, and
-they are those of plain Keras. (Unseeded dropout takes one number for each step from torch's global generator, where
-plain Keras draws all of it.)
+that one device would use, and keeps its own rows. So 1, 2 and 8 devices see the same masks and noise as plain Keras.
+(The exception is unseeded dropout: it takes one number per step from torch's global generator, where plain Keras draws
+all numbers from it.)
 
 BatchNormalization's moments are recorded, so that the moving statistics can be updated with the mean and
-the variance of the global batch; with `sync_batch_norm` they are those of the global batch to begin with.
+the variance of the global batch. With `sync_batch_norm` the layer itself uses the moments of the global batch.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from fastdp.program.keras.rows import units
 
 
 def _by_replica() -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
-    """Each place of Keras, torch, NumPy and Python that has to know its replica: owner, name, what replaces it."""
+    """The owner, name and replacement of each function of Keras, torch, NumPy and Python that must know its replica."""
     yield keras.layers.BatchNormalization, "_moments", moments_of_replica
     # Random draws.
     yield torch_random, "dropout", random_ops.dropout_by_rows
@@ -57,11 +57,11 @@ def _by_replica() -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
     yield seed_generator, "global_seed_generator", random_ops.global_of_replica
     yield seed_generator, "python_random", augmentation.PythonRandom
     yield SeedGenerator, "next", random_ops.next_of_replica
-    for owner in (torch, torch.random):  # Keras and torch read them from either
+    for owner in (torch, torch.random):  # Keras and torch use both
         for name in ("manual_seed", "get_rng_state", "set_rng_state"):
             yield owner, name, random_ops.state_of_replica
     yield from PYTHON_AND_NUMPY
-    # Layers that draw, or keep something for all replicas.
+    # Layers that draw, or hold state that all replicas share.
     for kind in ("dropout", "recurrent_dropout"):
         yield DropoutRNNCell, f"get_{kind}_mask", partial(random_ops.own_mask, kind)
         yield DropoutRNNCell, f"reset_{kind}_mask", partial(random_ops.forget_mask, kind)
@@ -82,12 +82,12 @@ def _by_replica() -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
 
 
 def replica_aware() -> AbstractContextManager[None]:
-    """Keep Keras's random ops, BatchNormalization and recurrent dropout aware of replicas."""
+    """A context in which Keras's random ops, BatchNormalization and recurrent dropout know their replica."""
     return _patch
 
 
 def replaced_places() -> frozenset[tuple[Any, str]]:
-    """The attributes of Keras, torch, NumPy and Python that are others while replicas run, as (owner, name)."""
+    """The attributes of Keras, torch, NumPy and Python that are replaced while replicas run, as (owner, name)."""
     return _patch.places
 
 

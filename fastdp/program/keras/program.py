@@ -1,6 +1,6 @@
 """`KerasProgram`: the steps of a real Keras model as pure functions over explicit state.
 
-A replica is the same Python object as the user's model, run under a `StatelessScope` on another device's
+All replicas are the same Python object, the user's model, run under a `StatelessScope` on each device's
 state: no model is ever cloned. The model itself, the *template*, aliases the first replica's memory.
 """
 
@@ -51,14 +51,14 @@ class KerasProgram(Program):
 
     Args:
         model: the template.
-        trainer: whose compiled loss and optimizer apply: the parallel model, or the template itself. Not
-            compiled, the program can only predict.
+        trainer: the owner of the compiled loss and optimizer: the parallel model or the template itself. If it is
+            not compiled, the program can only predict.
         sync_batch_norm: normalize by the global batch.
-        template_state: a context manager factory held while replicas run, for templates whose own
-            `compute_loss` wants the trainer's compile state.
-        replicas: how many there are; one has nothing to find out about rows.
-        policy: what to do about rows that meet.
-        groups: all devices of each replica, where replicas span several.
+        template_state: makes a context manager to hold while replicas run, for templates whose own
+            `compute_loss` needs the trainer's compile state.
+        replicas: the number of replicas. A single one needs no trial of how values depend on rows.
+        policy: what to do if a layer mixes rows.
+        groups: all devices of each replica, if replicas span several.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class KerasProgram(Program):
         self.sync_batch_norm = sync_batch_norm
         self._template_state = template_state
         own_metrics = [m for layer in model._flatten_layers() for m in layer._metrics]
-        # The trainable ones first: they then lie in memory as their gradients do.
+        # Trainable variables first, so that their memory has the layout of their gradients.
         every = [*model.trainable_variables, *model.variables, *(v for m in own_metrics for v in m.variables)]
         self.variables = list({id(v): v for v in every}.values())
         self._index = {id(v): i for i, v in enumerate(self.variables)}
@@ -90,7 +90,7 @@ class KerasProgram(Program):
         self.gradients: Sequence[ArraySpec] = [spec_of(v.path, v.value) for v in self.trainable]
         self._slots = slots_of(optimizer, self.trainable)
         self.slots: Sequence[ArraySpec] = [spec_of(v.path, v.value) for v in self._slots.order]
-        # Follows keras.utils.set_random_seed, and takes nothing from any generator.
+        # Follows keras.utils.set_random_seed without drawing from any generator.
         self._seed = torch.initial_seed() & 0x7FFFFFFF
         self._replicas = replicas
         about = (model, self.variables, self._call, self._seed)
@@ -107,9 +107,9 @@ class KerasProgram(Program):
         are_known = all(type(one).__module__.startswith("keras.") for one in regularizers)
         self._is_known = are_known and keeps_rows_apart(model)
         self.draws = StepDraws(moves=bool(self.effects.seeds) or not self._is_known)
-        self._autocast = Autocast.current()  # of the thread that asks for steps
+        self._autocast = Autocast.current()  # the state of the thread that calls steps
 
-    # Memory: what a program has (fastdp.program.base).
+    # Memory: members of Program.
 
     def home(self, device: Allocator) -> Home:
         """The template's own variables, in flat buffers."""
@@ -131,7 +131,7 @@ class KerasProgram(Program):
         return all(part is None or type(part).__module__.startswith("keras.") for part in parts)
 
     def rehearse_update(self, state: ReplicaState) -> bool:
-        """Try the optimizer on copies, where it acts on flat buffers."""
+        """Try the optimizer on copies, if it acts on flat buffers."""
         if state.flat_update is None or self.update_how != "flat":
             return False
         state.flat_update.rehearse()
@@ -139,7 +139,7 @@ class KerasProgram(Program):
 
     @property
     def update_is_shared(self) -> bool:  # type: ignore[override]
-        """Whether the optimizer is applied to pieces, one thread each."""
+        """Whether the optimizer is applied to parts of the buffers by several threads."""
         return self.update_how == "flat"
 
     @property
@@ -150,13 +150,13 @@ class KerasProgram(Program):
 
     def changed_outside(self) -> bool:
         """Whether a callback or the user assigned a weight, the learning rate, or anything else."""
-        changed = [one.changed() for one in self._adopted]  # all are asked: asking also adopts
+        changed = [one.changed() for one in self._adopted]  # not any(...): `changed` also adopts new values
         if any(changed):
             settle(v.value for v in self.variables)
         return any(changed)
 
     def committed(self) -> None:
-        """All replicas have the present values."""
+        """Note that all replicas have the present values."""
         for one in self._adopted:
             one.note()
 
@@ -168,7 +168,7 @@ class KerasProgram(Program):
         mapping = list(zip(self.variables, variables, strict=True))
         for i, leaf in zip(positions, leaves, strict=True):
             mapping[i] = (self.variables[i], leaf)
-        updates = bool(memory.slots.specs) and self._slots.how == "flat"  # without slots another replica does it
+        updates = bool(memory.slots.specs) and self._slots.how == "flat"  # without slots another replica updates
         update = FlatUpdate(self.optimizer, self._slots, self.trainable, memory) if updates else None
         gradients = tensors_of(memory.gradients)
         arrivals = GradientBuckets(memory.gradients, gradients)
@@ -179,7 +179,7 @@ class KerasProgram(Program):
         return state
 
     def prepare_thread(self, threads: int, device: QueueDevice) -> None:
-        """Set the worker's share of the cores."""
+        """Set the worker's number of threads."""
         prepare_worker(threads, device)
 
     @contextmanager
@@ -203,32 +203,32 @@ class KerasProgram(Program):
         return self._captures
 
     def capture_by(self, captures: Captures[StepSums]) -> None:
-        """Let training steps be those that are captured here, of this program, where there is one."""
+        """Use the captured steps of `captures`, which must be of this program, where they exist."""
         self._captures = captures
 
     def train(self, state: ReplicaState, batch: list[np.ndarray], context: Context) -> Result:
-        """Forward, this replica's contribution to the loss, and its gradient."""
+        """Compute forward, this replica's contribution to the loss, and its gradient."""
         captured = self._captures.find(context) if self._captures is not None else None
         with RowsNamed(self, batch, context, state.mapping, trains=True):
             if captured is not None:
                 outcome = captured.replay(state, batch, context)  # writes the gradients
                 unused = frozenset(i for i, gradient in enumerate(outcome.gradients) if gradient is None)
             else:
-                # Where a replica spans devices, backward goes call by call: gradients come in parts, from several
+                # If a replica spans devices, backward runs call by call: gradients come in parts, from several
                 # threads.
                 with state.arrivals.during(context.ready if self._groups is None else None), self._autocast.enter():
                     outcome = self.compute(state.mapping, context.structure.pack(batch), self.running_replica(context))
                 unused = state.arrivals.store(outcome.gradients)
-        unused |= {i for i, v in enumerate(self.trainable) if not v._value.requires_grad}  # frozen by torch's means
+        unused |= {i for i, v in enumerate(self.trainable) if not v._value.requires_grad}  # frozen through torch
         notes = Notes(outcome.structure, len(outcome.terms) - 1, unused=unused, added=outcome.added)
         return self._result(outcome, state, context, notes)
 
     def step_graph(self, contexts: Sequence[Context], why_not: str) -> RecordedStepGraph | None:
-        """The graphs of a step on these rows that hold its collectives too; None where it has none."""
+        """The step graph for these rows; None if there is none."""
         return self._captures.step_graph(contexts, why_not) if self._captures is not None else None
 
     def predict(self, state: ReplicaState, batch: list[np.ndarray], context: Context) -> Result:
-        """Forward only. The sums are the contributions of `add_loss` terms, then those of assigned variables."""
+        """Run forward only. The sums are the contributions of `add_loss` terms, then those of assigned variables."""
         x, _, _ = unpack(context.structure.pack(batch))
         run = self.running_replica(context, training=False)
         keras_scope = keras_device(context.device)
@@ -248,7 +248,7 @@ class KerasProgram(Program):
         return self._result(outcome, state, context, Notes(structure, len(extra)), self.forward_effects)
 
     def compute(self, mapping: Mapping, nest: Any, run: ReplicaContext) -> StepSums:
-        """The pure part of a training step: from variables and a batch to gradients and new values."""
+        """Run the pure part of a training step: from variables and a batch to gradients and new values."""
         x, y, sample_weight = unpack(nest)
         leaf_ids = set(map(id, self.trainable))
         with keras_device(run.context.device), replica_scope(run), ReplicaScope(mapping, leaf_ids) as scope:
@@ -256,7 +256,7 @@ class KerasProgram(Program):
             extra = self.effects.contributions(scope.losses, run.context)
             roots, seeds, terms = self.loss(y, y_pred, sample_weight, extra, scope, run)
             leaves = [scope.get_current_value(v) for v in self.trainable]
-            # Within the scopes: hooks and gradients of the user's, which run in backward, are the replica's too.
+            # Within the scopes, because the user's hooks and gradient functions run in backward for the replica, too.
             found = gradients_of(run, roots, seeds, leaves)
         outputs: list[torch.Tensor] = []
         structure: OutputStructure | None = None
@@ -269,17 +269,17 @@ class KerasProgram(Program):
 
     @property
     def spans_devices(self) -> bool:
-        """Whether a replica has several devices."""
+        """Whether a replica spans several devices."""
         return self._groups is not None
 
     def running_replica(
         self, context: Context, *, training: bool = True, effects: Effects | None = None, spans_devices: bool = True
     ) -> ReplicaContext:
-        """What the thread of a replica knows in a step.
+        """Make the context of a replica's thread in a step.
 
         Args:
-            effects: of what is run, where it is not the whole model.
-            spans_devices: let the layers run on the devices where they are placed.
+            effects: the effects of what is run, if that is not the whole model.
+            spans_devices: run the layers on the devices where they are placed.
         """
         effects = effects or (self.effects if training else self.forward_effects)
         generators = self.draws.of_replica(context.rank)
@@ -294,10 +294,10 @@ class KerasProgram(Program):
     def assign(
         self, sums: np.ndarray, notes: Notes, every_note: Sequence[Notes], effects: Effects | None = None
     ) -> None:
-        """Give the template the variables that a forward pass changed: metrics of layers, seeds, moving statistics.
+        """Assign the variables that a forward pass changed to the template: layer metrics, seeds, moving statistics.
 
         Raises:
-            UndecidedError: a variable moved otherwise than in the trial. Nothing has been assigned.
+            UndecidedError: a variable moved differently than in the trial. Nothing has been assigned.
         """
         every = [note.effects for note in every_note]
         if any(every):
@@ -306,12 +306,12 @@ class KerasProgram(Program):
                 Summed.apply(every, values, sums[notes.terms :], self._index, effects or self.forward_effects)
 
     def update(self, state: ReplicaState, totals: Totals) -> None:
-        """Assigned variables, then Keras's optimizer on the summed gradients."""
+        """Write assigned variables, then apply Keras's optimizer to the summed gradients."""
         notes: Notes = totals.notes
         with torch.no_grad():
             every = [note.effects for note in totals.every_note]
             Summed.apply(every, state.variables, totals.sums[1 + notes.terms :], self._index, self.effects)
-            if not self.trainable or not (totals.reduced or state.slots):  # without slots: all that there is to do
+            if not self.trainable or not (totals.reduced or state.slots):  # without slots nothing else is to do
                 return
             unused = frozenset.intersection(*(note.unused for note in totals.every_note))
             if state is self.states.get(0):
@@ -319,7 +319,8 @@ class KerasProgram(Program):
             if state.flat_update is not None and self.update_how == "flat":
                 state.flat_update.apply(unused, totals.reduced, totals.work_stealing)
                 return
-            # Before the last step of a cycle Keras gets zeros: what waits on the replicas is not counted twice.
+            # Before the last step of a cycle Keras gets zeros, so that gradients accumulated on the replicas do not
+            # count twice.
             given = state.gradients if totals.reduced else [g.new_zeros(()).expand_as(g) for g in state.gradients]
             gradients = [None if i in unused else g for i, g in enumerate(given)]
             values = [state.variables[self._index[id(v)]] for v in self.trainable]
@@ -328,9 +329,9 @@ class KerasProgram(Program):
                 apply_by_variable(self.optimizer, gradients, self.trainable, mapping)
 
     def leave_gradients(self, engine: Engine) -> None:
-        """After a training step, let the template's variables have its gradients, as Keras's trainer leaves them.
+        """After a training step, leave its gradients on the template's variables, as Keras's trainer does.
 
-        Not where they are accumulated on the replicas: the step's gradient of the whole batch is never made.
+        Not if gradients are accumulated on the replicas: then the gradient of the whole batch does not exist.
         """
         if self.accumulation.defers(engine):
             self._left.forget()
@@ -340,14 +341,14 @@ class KerasProgram(Program):
     accumulate = staticmethod(accumulate)
 
     def fold(self, state: ReplicaState) -> None:
-        """Hand reduced gradients of an unfinished cycle to the optimizer's accumulators."""
+        """Add reduced gradients of an unfinished cycle to the optimizer's accumulators."""
         slots = {id(v): tensor for v, tensor in zip(self._slots.order, state.slots, strict=True)}
         self.accumulation.fold(slots, state.gradients)
 
     # Parts of the step.
 
     def _call(self, x: Any, training: bool) -> Any:
-        """The model's outputs, as Keras's own `train_step` gets them."""
+        """Call the model as Keras's own `train_step` does."""
         if self._writes_to_inputs:
             x = keras.tree.map_structure(torch.clone, x)
         return self.model(x, training=training) if self.model._call_has_training_arg else self.model(x)
@@ -363,7 +364,7 @@ class KerasProgram(Program):
         return any(v.regularizer is not None for v in self.trainable)
 
     def regularization(self) -> list[torch.Tensor]:
-        """The regularizers of the trainable weights, from the values in the current scope."""
+        """The regularization terms of the trainable weights, from the values in the current scope."""
         return self.loss.regularization()
 
     def prepare_loss(self) -> None:
@@ -373,7 +374,7 @@ class KerasProgram(Program):
     # Side effects of the forward pass.
 
     def inspect(self, batch: Batch, *, training: bool = True, every_row: bool = False) -> None:
-        """Find out how outputs and side effects depend on the rows: before the first steps, on the host thread."""
+        """Try how outputs and side effects depend on the rows. Called before the first steps, on the host thread."""
         effects = self.effects if training else self.forward_effects
         if self._replicas == 1 or not effects.asks_of(batch.rows, every_row=every_row):
             return
@@ -390,7 +391,7 @@ class KerasProgram(Program):
     def _result(
         self, outcome: StepSums, state: ReplicaState, context: Context, notes: Notes, effects: Effects | None = None
     ) -> Result:
-        """Outputs as arrays, and the numbers by which terms and side effects are put together."""
+        """Make the replica's result: outputs as arrays, and the numbers that combine terms and side effects."""
         terms = np.array([float(term) for term in outcome.terms])
         sums, notes.effects = outcome.effects.summed(state.mapping, context.rows.share, effects or self.effects)
         outputs = [output_array(tensor, context.device) for tensor in outcome.outputs]

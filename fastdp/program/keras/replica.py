@@ -26,26 +26,26 @@ _replica = threading.local()
 
 @dataclass(slots=True)
 class ReplicaContext:
-    """What a replica's thread knows while it runs the model.
+    """The state of a replica's thread while it runs the model.
 
-    `made_up` says that a draw of a trial had to invent the rows that the trial leaves out.
+    `made_up` says that a draw in a trial had to invent the rows that the trial leaves out.
 
-    `generators` are its copies of the random generators that the model does not hold. `drawing` says that a draw of
-    Keras's is being made, which knows about rows: what it draws by is not looked at again.
+    `generators` are the replica's copies of the random generators that the model does not hold. `drawing` is set during
+    a draw of Keras, which handles rows itself: the torch functions that it calls are not intercepted.
 
-    `watches_torch` says that torch's own random functions, called by this thread, draw by rows: not where the model is
-    known to call none, since watching costs a microsecond for each function of torch's that is called.
+    `watches_torch` makes torch's own random functions, called by this thread, draw by rows. It is off if the model is
+    known to call none, since intercepting costs a microsecond per call of any torch function.
 
-    `parts` are those of the forward pass that backward runs again (`fastdp.program.keras.recompute`).
+    `parts` are the parts of the forward pass that backward recomputes (`fastdp.program.keras.recompute`).
 
-    `by_loss` has the ids of variables that the loss of the merged outputs has assigned.
+    `by_loss` holds the ids of variables that the loss of the merged outputs has assigned.
 
-    `added_by` has the layer of each `add_loss` term, by the term's identity.
+    `added_by` maps the id of each `add_loss` term to its layer.
 
     `units` records the calls of layers and operations, or runs some of them on merged inputs
     (`Units`).
 
-    `placed` holds the graph of a model whose layers run on several devices of the replica, and what runs it.
+    `placed` holds the graph of a model whose layers run on several devices of the replica, and its runner.
 
     `frozen_moments` makes BatchNormalization use its moving statistics (for probing, where rows must not
     influence each other).
@@ -72,21 +72,21 @@ class ReplicaContext:
     parts: list[Any] = field(default_factory=list)
 
     def entries_per_row(self, shape: Any, seed: Any = None) -> int:
-        """How many entries of the first axis of a draw belong to each of the replica's rows; 0: it is not by rows.
+        """The number of entries of a draw's first axis per row of the replica; 0 if the draw is not by rows.
 
         Args:
-            shape: of the draw.
-            seed: what it is seeded with.
+            shape: the shape of the draw.
+            seed: the seed of the draw.
         """
         rows = self.context.rows
-        if not len(shape) or 3 < rows.count == rows.total:  # a model is tried on three rows at the most
+        if not len(shape) or 3 < rows.count == rows.total:  # a trial has at most three rows
             return 0
         sizes = tuple(int(size) for size in shape)
         per_row = self.sites.per_row(sizes, rows.count, seed, self.met, trial=self.frozen_moments)
         return per_row if rows.count < rows.total else 0
 
     def not_captured(self, what: str) -> None:
-        """End a capture: `what` cannot be repeated outside the graph.
+        """Refuse a capture, because `what` cannot be repeated outside the graph.
 
         Raises:
             NotCapturable: the step is being captured.
@@ -124,5 +124,5 @@ def replica_scope(state: ReplicaContext) -> Iterator[ReplicaContext]:
 
 
 def keras_device(device: Any) -> Any:
-    """Where Keras puts the tensors that a layer makes: on the replica's own GPU. None: where it always does."""
+    """A context that makes Keras create tensors on the replica's own GPU; without a GPU it changes nothing."""
     return keras.device(device.torch_device) if device is not None and device.on_gpu else nullcontext()

@@ -1,10 +1,10 @@
 """What a training step gives besides outputs: gradients, loss terms and side effects, summed over replicas.
 
-The side effects of a forward pass are one thing, and listed here alone. On a replica they are `SideEffects`: values of
-assigned variables (counters, metrics of layers, states of seed generators) and moments of BatchNormalization.
-`SideEffects.summed` writes them as numbers to be added up over the replicas, with a `Summed` that says which they are,
-and `Summed.apply` gives variables their values for the global batch. `add_loss()` terms are numbers of the loss: they
-stand before them (`Notes.terms`). Whoever asks whether a forward pass has left anything behind asks the `Summed`.
+Only this module knows the side effects of a forward pass. On a replica they are `SideEffects`: values of assigned
+variables (counters, metrics of layers, states of seed generators) and moments of BatchNormalization.
+`SideEffects.summed` writes them as numbers to be summed over the replicas, with a `Summed` that describes them.
+`Summed.apply` gives variables their values for the global batch. `add_loss()` terms belong to the loss and precede
+these numbers (`Notes.terms`). The truth value of a `Summed` says whether a forward pass had any side effects.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _EXTREMES = {Effect.LARGEST: torch.amax, Effect.SMALLEST: torch.amin}
 
 @dataclass(slots=True)
 class SideEffects:
-    """What a forward pass did on one replica, beside its outputs and losses.
+    """What a forward pass did on one replica, besides its outputs and losses.
 
     Args:
-        assigned: the variables that it assigned, by their number in the program, and their values.
-        moments: in the order of the calls, BatchNormalization layers and the moments of their inputs.
-        by_loss: ids of variables that the loss of the merged outputs has assigned, on the first replica alone.
+        assigned: the numbers (in the program) and new values of the variables that it assigned.
+        moments: BatchNormalization layers and the moments of their inputs, in the order of the calls.
+        by_loss: ids of variables that the loss of the merged outputs assigned, on the first replica only.
     """
 
     assigned: list[tuple[int, torch.Tensor]] = field(default_factory=list)
@@ -48,26 +48,26 @@ class SideEffects:
 
     @classmethod
     def of(cls, scope: ReplicaScope, mapping: Mapping, run: ReplicaContext) -> SideEffects:
-        """Those of the forward pass that has run within `scope`, over the variables of `mapping`."""
-        # A layer whose statistics follow a rule of its own assigns them as any layer assigns a variable.
+        """The side effects of the forward pass that ran within `scope`, over the variables of `mapping`."""
+        # A layer with its own rule for statistics assigns them like any other variable: its moments are skipped.
         moments = [(layer, found) for layer, found in run.moments if statistics(layer)]
         return cls(scope.assigned(mapping), moments, run.by_loss)
 
     def tensors(self) -> list[torch.Tensor]:
-        """All values, in the order that `EffectsForm.filled` takes them in."""
+        """All values, in the order that `EffectsForm.filled` expects."""
         values = [value for _, value in self.assigned]
         return [*values, *(t for _, found in self.moments for t in (found.mean, found.variance))]
 
     def form(self) -> EffectsForm:
-        """The same without values: of a step that is captured."""
+        """The form of these side effects without values, for captured steps."""
         return EffectsForm([i for i, _ in self.assigned], [(layer, found.count) for layer, found in self.moments])
 
     def summed(self, before: Mapping, share: float, effects: Effects) -> tuple[list[np.ndarray], Summed]:
-        """As float64 numbers of which the sum over replicas counts, and what they stand for.
+        """The side effects as float64 numbers to be summed over replicas, and their description.
 
         Args:
             before: the variables and their values before the forward pass.
-            share: the replica's part of the rows of the global batch.
+            share: the replica's share of the rows of the global batch.
             effects: how variables depend on the rows.
         """
         notes = Summed(normalized=[layer for layer, _ in self.moments])
@@ -97,7 +97,7 @@ class EffectsForm:
     moments: list[tuple[Any, float]] = field(default_factory=list)
 
     def filled(self, values: Iterator[torch.Tensor], seeds: Sequence[tuple[int, torch.Tensor]] = ()) -> SideEffects:
-        """With these values, and the states of the seed generators that were moved outside."""
+        """Side effects with these values, and with the seed states that draws outside of the graph have advanced."""
         return SideEffects(
             [*seeds, *((i, next(values)) for i in self.assigned)],
             [(layer, Moments(next(values), next(values), count)) for layer, count in self.moments],
@@ -106,11 +106,11 @@ class EffectsForm:
 
 @dataclass(slots=True)
 class Summed:
-    """The side effects of a step on all replicas; true where there are any.
+    """Describes the side effects of a step; true if there are any.
 
-    The numbers hold, per entry of `assigned`, by how much each element of the variable moves, then per entry of
-    `normalized` its moments. `kept` are assigned values, by number, that are no sums: the same on all replicas, or
-    extremes over them.
+    The numbers hold, for each entry of `assigned`, by how much each element of the variable moves; then, for each entry
+    of `normalized`, its moments. `kept` are assigned values, with the variable's number, that are not sums: the same on
+    all replicas, or extremes over them.
     """
 
     assigned: list[int] = field(default_factory=list)
@@ -131,14 +131,14 @@ class Summed:
         """Give variables their values for the global batch, in place.
 
         Args:
-            every: of all replicas.
-            variables: a replica's, by number.
-            sums: the numbers, added up over the replicas.
-            number_of: of a Keras variable, by its id.
+            every: the descriptions of all replicas.
+            variables: a replica's variables, by number.
+            sums: the numbers, summed over the replicas.
+            number_of: maps the id of a Keras variable to its number.
             effects: how variables depend on the rows.
 
         Raises:
-            UndecidedError: a variable moved otherwise than in the trial. Nothing has been assigned.
+            UndecidedError: a variable moved differently than in the trial. Nothing has been assigned.
         """
         first = every[0]
         for i, value in _kept_of_all(every, effects):
@@ -158,7 +158,7 @@ class Summed:
 
 
 def _kept_of_all(every: Sequence[Summed], effects: Effects) -> list[tuple[int, torch.Tensor]]:
-    """Values that are the same on all replicas, and extremes."""
+    """The values to assign: those that are the same on all replicas, and extremes over them."""
     if len(every) == 1:
         return [(i, value) for i, _, value in every[0].kept]
     found = [(i, value) for i, effect, value in every[0].kept if effect is Effect.FIRST]
@@ -181,7 +181,7 @@ def _kept_of_all(every: Sequence[Summed], effects: Effects) -> list[tuple[int, t
 
 
 def _moved_otherwise(effects: Effects, i: int) -> UndecidedError:
-    """A variable has moved in another way than the trial has shown."""
+    """The error for a variable that moved differently than in the trial."""
     return UndecidedError(
         f"The variable {effects.path(i)} is assigned in the forward pass, and depends on the rows in another way than "
         "on the rows that fastdp has tried. Let its layer compute it from a mean or a sum over rows, pass "
@@ -191,10 +191,10 @@ def _moved_otherwise(effects: Effects, i: int) -> UndecidedError:
 
 @dataclass(slots=True)
 class Notes:
-    """What a step's sums mean, beside its outputs' structure.
+    """The layout of a step's sums, and the structure of its outputs.
 
-    `sums` holds: the loss; the loss terms (`terms` of them); then the numbers of `effects`. The last `added` of the
-    terms are those of `add_loss`.
+    `sums` holds the loss, then `terms` loss terms, then the numbers of `effects`. The last `added` terms are those of
+    `add_loss`. `unused` are the positions of the trainable variables without a gradient.
     """
 
     structure: OutputStructure | None = None
@@ -205,10 +205,10 @@ class Notes:
 
     @staticmethod
     def agree(every: Sequence[Notes]) -> None:
-        """Before an update: what no sum puts together is the same on all replicas.
+        """Check before an update that outputs which cannot be merged are the same on all replicas.
 
         Raises:
-            NotByRowsError: outputs that are no tensors differ.
+            NotByRowsError: outputs that are not tensors differ.
         """
         structures = [notes.structure for notes in every if notes.structure is not None]
         if any(structure.plain for structure in structures):
@@ -217,9 +217,8 @@ class Notes:
 
 @dataclass(slots=True)
 class StepSums:
-    """What the pure part of a step gives: gradients of the trainable variables (None where there is none), the
-    loss and its terms, outputs and masks, and what the forward pass did beside them. The last `added` of the terms are
-    those of `add_loss`."""
+    """The result of the pure part of a step: gradients of the trainable variables (None for a variable without one),
+    the loss and its terms, outputs and masks, and side effects. The last `added` terms are those of `add_loss`."""
 
     gradients: Sequence[torch.Tensor | None]
     terms: list[torch.Tensor]
@@ -229,10 +228,10 @@ class StepSums:
     added: int = 0
 
     def flatten(self) -> tuple[list[torch.Tensor], StepSumsForm]:
-        """The tensors beside the gradients, in the order that `StepSumsForm.filled` takes them in, and the rest.
+        """The tensors except the gradients, in the order that `StepSumsForm.filled` expects, and the form.
 
         Raises:
-            NotCapturable: outputs that are no tensors.
+            NotCapturable: there are outputs that are not tensors.
         """
         if self.structure is not None and any(value is not None for _, value in self.structure.plain):
             raise NotCapturable("outputs that are no tensors, which may be others in each call")
@@ -243,7 +242,7 @@ class StepSums:
 
 @dataclass(slots=True)
 class StepSumsForm:
-    """What a step gives, without its tensors: of a step that is captured."""
+    """The form of a step's result without its tensors, for captured steps."""
 
     terms: int
     outputs: int
@@ -257,7 +256,7 @@ class StepSumsForm:
         values: Iterator[torch.Tensor],
         moved: Sequence[tuple[int, torch.Tensor]],
     ) -> StepSums:
-        """With these gradients and values, and the states of the seed generators that were moved outside."""
+        """Step sums with these tensors, and with the seed states that draws outside of the graph have advanced."""
         terms = list(islice(values, self.terms))
         outputs = list(islice(values, self.outputs))
         return StepSums(gradients, terms, outputs, self.structure, self.effects.filled(values, moved), self.added)

@@ -27,7 +27,7 @@ class AdoptedVariables(Adopted):
 
     Args:
         variables: the variables, in the order of the buffers' views.
-        device: whose memory the buffers are.
+        device: the device that allocates the buffers.
     """
 
     def __init__(self, variables: Sequence[keras.Variable], device: Allocator) -> None:
@@ -35,18 +35,18 @@ class AdoptedVariables(Adopted):
         super().__init__([spec_of(v.path, v.value) for v in self.variables], device)
 
     def present(self) -> list[torch.Tensor]:
-        """The variables' values: not by `.value`, which looks for scopes first. There is none between steps."""
+        """The variables' values. Not through `.value`, which looks for scopes first: there are none between steps."""
         return [variable._value for variable in self.variables]
 
     def marks(self, present: list[torch.Tensor]) -> list[int]:
-        """The values' versions."""
+        """The version counters of the values."""
         return [value._version for value in present]
 
     def check(self, value: torch.Tensor, kept: torch.Tensor) -> None:
         """Refuse another dtype.
 
         Raises:
-            NotByRowsError: it has one.
+            NotByRowsError: `value` has another dtype than `kept`.
         """
         if value.dtype != kept.dtype:
             path = next(variable.path for variable in self.variables if variable._value is value)
@@ -66,8 +66,8 @@ def adopted(owner: Any, variables: Sequence[keras.Variable], device: Allocator) 
 
 @dataclass(eq=False)
 class ReplicaState:
-    """A replica's tensors, on its device. `leaves` are the trainable ones, as the leaves of autograd, hooked to
-    `arrivals`; `flat_update` is a `FlatUpdate` where the optimizer acts on flat buffers."""
+    """A replica's tensors, on its device. `leaves` are the trainable variables as leaves of autograd, with hooks to
+    `arrivals`. `flat_update` is a `FlatUpdate` if the optimizer acts on flat buffers."""
 
     device: QueueDevice
     variables: list[torch.Tensor]
@@ -80,15 +80,15 @@ class ReplicaState:
 
     @property
     def gradient_buffers(self) -> FlatBuffers:
-        """The flat buffers of which `gradients` are views."""
+        """The flat buffers that `gradients` are views of."""
         return self.arrivals.flat
 
 
 class ReplicaScope(keras.StatelessScope):
     """A stateless scope over a replica's tensors.
 
-    As in plain Keras on torch, an assigned value has no gradient behind it. A trainable variable that the forward pass
-    assigns (spectral normalization) becomes a new leaf, and its gradient is that of the assigned value.
+    As in plain Keras on torch, no gradient flows through an assignment. A trainable variable that the forward pass
+    assigns (spectral normalization) becomes a new leaf, whose gradient is that of the assigned value.
     """
 
     def __init__(self, mapping: Sequence[tuple[keras.Variable, torch.Tensor]], leaves: set[int]) -> None:
@@ -97,13 +97,13 @@ class ReplicaScope(keras.StatelessScope):
         self._leaves = leaves
 
     def __exit__(self, *args: Any, **kwargs: Any) -> None:
-        """Leave the scope. Variables that were made in it get values, as the first call of their layer gives them.
+        """Leave the scope. Variables created in it are initialized, as by the first call of their layer.
 
         Raises:
-            NotByRowsError: there were any: no replica has them, so what was computed is void.
+            NotByRowsError: there were such variables. No replica has them, so the results are void.
         """
         super().__exit__(*args, **kwargs)
-        # Within another scope they wait for its end: there nothing can be initialized.
+        # Inside another scope nothing can be initialized: variables wait for its end.
         if not in_stateless_scope() and global_state.get_global_attribute("uninitialized_variables"):
             _refuse_new_variables()
 
@@ -113,28 +113,28 @@ class ReplicaScope(keras.StatelessScope):
         return self._leaves
 
     def twin(self) -> ReplicaScope:
-        """A scope with the present values, whose assignments this one does not see."""
+        """A copy of the scope with the present values. This scope does not see its assignments."""
         twin = ReplicaScope([], self._leaves)
         twin.state_mapping = dict(self.state_mapping)
         return twin
 
     def assigned(self, mapping: Mapping) -> list[tuple[int, torch.Tensor]]:
-        """The variables that were assigned within the scope: their places in `mapping`, and their values."""
+        """The variables that were assigned within the scope: their places in `mapping` and their values."""
         values = ((i, self.get_current_value(v), before) for i, (v, before) in enumerate(mapping))
         return [(i, value) for i, value, before in values if value is not before]
 
     def add_update(self, update: tuple[keras.Variable, torch.Tensor]) -> None:
-        """Note an assignment. No gradient goes through it: in plain Keras it is a copy into the variable's memory."""
+        """Note an assignment. No gradient flows through it: in plain Keras it copies into the variable's memory."""
         variable, value = update
         value = value.detach().requires_grad_() if id(variable) in self._leaves else value.detach()
         super().add_update((variable, value))
 
 
 def _refuse_new_variables() -> None:
-    """Initialize the variables that a replica's thread has made, and say what that means."""
+    """Initialize the variables that a replica's thread has created, and raise an error if replicas lack them."""
     made = list(global_state.get_global_attribute("uninitialized_variables"))
     initialize_all_variables()
-    # A generator that a call makes for itself is its own affair: replicas know how to draw by it.
+    # Seed generators that a call creates are fine: replicas know how to draw from them.
     made = [variable for variable in made if variable.name != "seed_generator_state"]
     if not made:
         return

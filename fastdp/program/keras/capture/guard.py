@@ -19,7 +19,7 @@ _GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forwar
 
 
 def watch_step(watch: Watch, program: KerasProgram) -> None:
-    """Add all that a training step of a program reads beside its variables and its batch."""
+    """Add everything that a training step of a program reads besides its variables and its batch."""
     layers, trainer = program.model._flatten_layers(), program.trainer
     watch.answer(keras.config.floatx, "keras.config.floatx()")
     watch.answer(keras.config.epsilon, "keras.config.epsilon()")
@@ -33,10 +33,10 @@ def watch_step(watch: Watch, program: KerasProgram) -> None:
     reach.walk(trainer._compile_loss, "loss")
     if program.optimizer is not None:
         watch.values(vars(program.optimizer), ["loss_scale_factor"], program.optimizer.name)
-    # Those that may come: looked for where a hook of whatever object has been registered.
+    # New hooks: collected only after any hook has been registered in the process.
     watch.answer(lambda: _hooks(program.model), "a hook of a layer", partial(getattr, RemovableHandle, "next_id"))
     for hooks in _GLOBAL_HOOKS:
-        if hooks:  # where there is none, none can be removed
+        if hooks:  # if empty, no hook can be removed
             watch.size(hooks, "global forward hooks")
     for layer in layers:
         for name in HOOKS:

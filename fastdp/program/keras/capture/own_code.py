@@ -14,7 +14,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def own_code(program: KerasProgram) -> str:
-    """What of a training step is code of the user's, in words; empty where all of it is Keras's."""
+    """A part of a training step that is the user's code, in words; empty if all of it is Keras's."""
     model = program.model
     for layer in model._flatten_layers():
         if not _is_keras(type(layer)) or isinstance(layer, (keras.layers.Lambda, keras.layers.TorchModuleWrapper)):
@@ -38,13 +38,13 @@ def own_code(program: KerasProgram) -> str:
 
 
 def _losses(compiled: Any) -> Iterator[Any]:
-    """The losses that were given to `compile`: functions, also those in Keras's wrappers, and classes."""
+    """The losses passed to `compile`: functions, unwrapped from Keras's wrappers, and classes."""
     for loss in keras.tree.flatten(compiled._user_loss) if compiled is not None else []:
         if loss is not None and not isinstance(loss, str):
             yield getattr(loss, "fn", type(loss) if isinstance(loss, keras.Loss) else loss)
 
 
 def _is_keras(thing: Any) -> bool:
-    """Whether a class or function is Keras's own. Activations may be objects: then their class counts."""
+    """Whether a class or function is Keras's own. For objects, such as some activations, their class decides."""
     module = getattr(thing, "__module__", None) or type(thing).__module__
     return str(module).split(".")[0] == "keras"

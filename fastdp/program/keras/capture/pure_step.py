@@ -25,10 +25,10 @@ from fastdp.program.keras.variables import ReplicaScope, ReplicaState
 
 
 class KerasPureStep:
-    """As `PureStep`, whose outcome is `StepSums`.
+    """Implements `PureStep` with `StepSums` as its outcome.
 
     Args:
-        program: whose step.
+        program: the program whose step it is.
     """
 
     def __init__(self, program: KerasProgram) -> None:
@@ -79,11 +79,11 @@ class KerasPureStep:
         return own_code(self._program)
 
     def prepare(self) -> None:
-        """As `PureStep.prepare`: how the loss is computed."""
+        """As `PureStep.prepare`: decide how the loss is computed."""
         self._program.prepare_loss()
 
     def key(self, context: Context) -> tuple[bool, Any]:
-        """As `PureStep.key`. The first replica counts regularizers, and NumPy does not know all dtypes of the batch."""
+        """As `PureStep.key`. The first replica counts regularizers; NumPy does not know all dtypes of a batch."""
         return context.rank == 0 and self._program.is_regularized, context.structure.dtypes
 
     def rows(self, batch: Sequence[Any], context: Context) -> list[torch.Tensor]:
@@ -119,7 +119,7 @@ class KerasPureStep:
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
-        """As `PureStep.tracing`. Meanwhile Keras leaves tracebacks and errors as they are."""
+        """As `PureStep.tracing`. Disables Keras's filtering of tracebacks and errors meanwhile."""
         filtering = keras.config.is_traceback_filtering_enabled()
         keras.config.disable_traceback_filtering()
         try:

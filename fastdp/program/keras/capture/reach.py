@@ -1,7 +1,7 @@
 """Says which objects, attributes and functions of Keras a training step reads: rules for `fastdp.capture.reach`.
 
-A layer of Keras's is read as far as its `call` and what that comes to name it; a layer of the user's wholly. No step
-reads initializers, metrics or the optimizer.
+Of a Keras layer, a step reads the attributes that its `call`, and the functions it may reach, name. Of a user's layer
+it may read all attributes. No step reads initializers, metrics or the optimizer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from keras.src.utils.tracking import Tracker
 from fastdp.capture.reach import Reach, Rules, names_in_code
 from fastdp.capture.watch import Watch
 
-# What every layer has, and a call reads.
+# Attributes of every layer that a call reads.
 _READ_OF_EVERY_LAYER = {"_dtype_policy", "activity_regularizer", "_trainable", "autocast", "_supports_masking"}
 _UNREAD_OF_MODELS = {"history", "stop_training", "_epoch_iterator", "_nodes", "_nodes_by_depth", "_operations_by_depth"}
 _UNREAD_OF_MODELS |= {
@@ -32,7 +32,7 @@ _UNREAD_OF_MODELS |= {
     "_fastdp_steps",
     "_fastdp_said",
 }
-# The modules of classes that layers and models derive from: of these a call comes to `call` and `__call__` alone.
+# Modules of the base classes of layers and models: of these a call reaches only `call` and `__call__`.
 _COMMON = {
     f"keras.src.{name}"
     for name in (
@@ -48,7 +48,7 @@ _COMMON = {
         "ops.function",
     )
 }
-# Functions of Keras's layers that a call does not come to.
+# Functions of Keras's layers that a call does not reach (parts of their names).
 _NOT_CALLED = (
     "__init__",
     "build",
@@ -66,7 +66,7 @@ class KerasRules(Rules):
     """Rules for Keras's layers, losses and variables, and for torch modules inside a model.
 
     Args:
-        patched: functions of Keras, as (class, name), that fastdp itself puts others in place of.
+        patched: functions of Keras that fastdp itself replaces, as (class, name).
     """
 
     libraries = frozenset({"keras"})
@@ -80,7 +80,7 @@ class KerasRules(Rules):
         keras.KerasTensor,
         keras.callbacks.Callback,
         Tracker,
-        torch.nn.ParameterDict,  # in which Keras keeps a layer's weights for torch
+        torch.nn.ParameterDict,  # holds a layer's weights for torch
     )
 
     def __init__(self, patched: frozenset[tuple[Any, str]] = frozenset()) -> None:
@@ -90,11 +90,11 @@ class KerasRules(Rules):
         self._of_every_model = {*vars(keras.Model()), *_UNREAD_OF_MODELS} - {*_READ_OF_EVERY_LAYER, "_layers"}
 
     def looks_into(self, cls: type) -> bool:
-        """Keras's classes, and torch's modules."""
+        """Enter instances of Keras's classes and torch's modules."""
         return super().looks_into(cls) or issubclass(cls, torch.nn.Module) or _is_keras(cls)
 
     def watches(self, reach: Reach, value: Any, what: str) -> bool:
-        """A variable: its regularizer; of one that is not the model's the value too."""
+        """Watch a variable's regularizer, and its value if the variable is not the model's."""
         if not isinstance(value, Variable):
             return False
         if not reach.is_input(value):
@@ -110,7 +110,7 @@ class KerasRules(Rules):
         return value.name if isinstance(value, keras.layers.Layer) else what
 
     def read_names(self, value: Any, names: Iterable[str]) -> Iterable[str]:
-        """Of a layer of Keras's what its `call` names; of others all but what each operation, layer or model has."""
+        """For a Keras layer, the names in its `call`; for others, all but what every operation, layer or model has."""
         unread: set[str] = {"training"} if isinstance(value, torch.nn.Module) else set()
         if isinstance(value, keras.Model):
             unread |= self._of_every_model
@@ -127,11 +127,11 @@ class KerasRules(Rules):
         return [name for name in found if name in read]
 
     def has_further_attributes(self, value: Any) -> bool:
-        """A model: what its trainer keeps."""
+        """True for a model: its trainer adds attributes."""
         return isinstance(value, keras.Model)
 
     def walk_further(self, reach: Reach, value: Any, what: str) -> None:
-        """Torch's modules in a layer, and constants among the operands of a functional model."""
+        """Walk torch's modules in a layer, and constants among the operands of a functional model."""
         modules = vars(value).get("_modules") if isinstance(value, keras.layers.Layer) else None
         own = (keras.layers.Layer, torch.nn.ParameterDict)
         if modules and not all(isinstance(module, own) for module in modules.values()):
@@ -141,12 +141,12 @@ class KerasRules(Rules):
                 reach.walk(argument, f"an operand of {node.operation.name}")
 
     def functions(self, cls: type) -> Iterable[str]:
-        """Of Keras's own classes, without those that fastdp exchanges."""
+        """The functions of Keras's own classes, except those that fastdp replaces."""
         return [name for name in _functions(cls) if (cls, name) not in self._patched]
 
 
 def reach_of(watch: Watch, variables: list[Any], patched: frozenset[tuple[Any, str]] = frozenset()) -> Reach:
-    """A walk over objects of Keras, whose inputs are the values of these variables. `patched` as of `KerasRules`."""
+    """A walk over objects of Keras, whose inputs are the values of these variables. `patched` as in `KerasRules`."""
     return Reach(watch, [*variables, *(variable._value for variable in variables)], KerasRules(patched))
 
 
@@ -155,12 +155,12 @@ def _is_keras(cls: type) -> bool:
 
 
 def _is_part(cls: type) -> bool:
-    """Whether a class is one of Keras's layers, losses, regularizers, ..., and not what they all derive from."""
+    """Whether a class is one of Keras's layers, losses, regularizers, ..., and not a common base class."""
     return cls.__module__.startswith("keras.src.") and cls.__module__ not in _COMMON
 
 
 def _functions(cls: type) -> dict[str, Any]:
-    """The functions of one of Keras's classes that a call may come to; of other classes none."""
+    """The functions of one of Keras's classes that a call may reach; empty for other classes."""
     functions = {name: one for name, one in vars(cls).items() if isinstance(one, types.FunctionType)}
     if not _is_part(cls):
         return {name: one for name, one in functions.items() if name in ("call", "__call__") and _is_keras(cls)}
@@ -169,7 +169,7 @@ def _functions(cls: type) -> dict[str, Any]:
 
 @functools.cache
 def _names_in_calls(cls: type) -> frozenset[str]:
-    """The names in the functions of one of Keras's layers, and of its bases, which a call may come to."""
+    """The names in all functions of a Keras layer and its bases that a call may reach."""
     found: set[str] = set()
     for base in cls.__mro__:
         for function in _functions(base).values() if base is not keras.layers.Layer else ():
