@@ -431,7 +431,8 @@ def test_a_timeout_names_how_many_are_missing_and_nobody_can_join_afterwards():
     assert first
     assert "3 of 5 replicas did not reach the exchange within 0.2 seconds" in str(first[0])
     assert all(isinstance(result, (DeviceTimeoutError, StepAborted)) for result in results)
+    meeting._timeout = LIMIT  # a wait would be seen, however busy the machine is
     began = time.monotonic()
     with pytest.raises(StepAborted):
         meeting.exchange(2, 2)
-    assert time.monotonic() - began < 0.1
+    assert time.monotonic() - began < LIMIT / 2
