@@ -101,7 +101,7 @@ def wrap(
             - None: eagerly.
             - "trace": traced once per batch shape, then run without Keras's Python code. A step is traced again when
               something that it read in Python changes. Values that your code gets from files, the clock or objects of
-              C libraries stay fixed until the next `compile`.
+              C libraries stay fixed until the next call of `compile`.
             - "inductor": traced, and compiled by TorchInductor in a separate process (needs a C++ compiler). Traced
               steps run until the compiled step is ready.
             - "auto": traced, and later compiled, after a batch shape has been trained for about as long as each of
@@ -119,7 +119,7 @@ def wrap(
               devices or with a loss of the merged outputs run as under "auto"; `report()` says so. NCCL's
               communicators for the graphs take extra memory. Where virtual GPUs share a card, set
               CUDA_DEVICE_MAX_CONNECTIONS to four times their number.
-            - "bucket": same as "auto", but warns where nothing can be recorded.
+            - "bucket": same as "auto", but also warns where there is nothing to record.
         update: where the optimizer runs. "each" runs it on every device. "first" runs it on the first device and copies
             the new weights to the others, which is faster where devices outnumber the cores that they share. Results
             are the same. None means "each" on GPUs and "first" elsewhere.
@@ -142,8 +142,8 @@ def wrap(
             - "replica": each device uses its own rows only, as in Keras 2, with a warning.
 
     Returns:
-        A `fastdp.keras.ParallelModel`, which is a `keras.Model` and shares the model's weights, or a
-        `fastdp.torch.TorchParallel` for a torch module.
+        For a Keras model a `fastdp.ParallelModel`, a `keras.Model` that shares the model's weights. For a torch module
+        a `fastdp.torch.TorchParallel`.
 
     Raises:
         ValueError: `gpus` is invalid, or the model cannot be replicated. The message says what to do.

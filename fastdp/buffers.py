@@ -1,8 +1,8 @@
 """Flat buffers: the parameters, gradients and optimizer slots of a replica in one array per dtype, with views.
 
 Collectives, copies between replicas and comparisons act on the flat buffers; programs see the views.
-NumPy has no bfloat16 or float8: such arrays are stored as unsigned integers of the same size under the
-dtype's name, which code that computes with them goes by.
+NumPy has no bfloat16 or float8: such arrays are stored as unsigned integers of the same size, under the
+dtype's name. Code that computes with them must check that name.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 COMPILE_MODES = (None, "trace", "inductor", "auto")
-# "bucket" means "auto", and warns where no graph can be recorded.
+# "bucket" means "auto", but also warns where there is nothing to record.
 GRAPHS = ("auto", "bucket", "step", None)
 UPDATES = ("first", "each", None)
 ROW_POLICIES = (None, "merge", "replica")

@@ -18,7 +18,7 @@ class Resident(Protocol):
     """A batch whose rows are on the devices already (fastdp.data.device_dataset)."""
 
     def rows_on(self, device: Any, rows: Rows) -> list[Any]:
-        """The device's rows of every array, ordered before what its compute stream gets later."""
+        """The device's rows of every array, ordered before later work on its compute stream."""
 
 
 @runtime_checkable

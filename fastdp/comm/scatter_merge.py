@@ -24,7 +24,7 @@ class Carrier(Protocol):
     """A device's operations on rows."""
 
     def take_rows(self, batch: Sequence[Any], rows: Rows) -> list[Any]:
-        """The device's rows of every array, ordered before what its compute stream gets later."""
+        """The device's rows of every array, ordered before later work on its compute stream."""
 
     def stage_rows(self, batch: Sequence[Any], rows: Rows) -> bool:
         """Start to prefetch the rows of the next batch; False if they must wait for their step."""

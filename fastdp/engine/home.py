@@ -1,4 +1,4 @@
-"""Where the model's own weights lie, and how they follow the first replica where that is elsewhere."""
+"""The memory of the model's own weights, and copies between it and the first replica if the two lie apart."""
 
 from __future__ import annotations
 

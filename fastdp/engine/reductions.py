@@ -69,7 +69,7 @@ class Reductions:
         self._communicator.all_reduce(*self._replicas.ends(sources), self._replicas.buckets, once=once)
 
     def _is_by_step_graph(self, step: Step) -> bool:
-        """Let the replicas reduce inside their own work if their program has a graph for it; whether it has."""
+        """Let the replicas reduce inside their own work if their program has a graph for it. Returns whether it has."""
         why_not = ""
         if not step.reduces:
             why_not = "gradients wait for a later step"

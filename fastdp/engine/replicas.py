@@ -1,4 +1,4 @@
-"""The replicas of a program, one on each device: made, brought up to date and compared."""
+"""The replicas of a program, one on each device: makes, refreshes and compares them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Replica:
 
     Args:
         program: the program to run.
-        device: where it runs.
+        device: the replica's device.
         rank: the replica's index, which orders rows and sums.
         memory: the replica's flat buffers, on `device`.
     """

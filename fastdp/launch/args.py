@@ -140,7 +140,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def share_blocks(units: Sequence[int], most: int) -> list[int]:
-    """Blocks for each item of a launch: its units of work, shrunk in proportion where they exceed `most`.
+    """Blocks for each item of a launch: its units of work, scaled down in proportion if their sum exceeds `most`.
 
     Each item gets at least one block, so the total may exceed `most` by the number of items.
     """

@@ -1,4 +1,4 @@
-"""Tensors of a user's model or optimizer whose storage lives in flat buffers, and who else changes them."""
+"""Keeps the tensors of a user's model or optimizer in flat buffers, and notices assignments by other code."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ class Adopted(ABC):
     def __init__(self, specs: Sequence[ArraySpec], device: Allocator) -> None:
         self.home = Home(specs, device)
         self._tensors = tensors_of(self.home.variables)
-        # Asked at each step: an empty tensor has no place of its own.
+        # Compared at each step. None for empty tensors, which have no storage.
         self._pointers = [tensor.data_ptr() if tensor.numel() else None for tensor in self._tensors]
         self._marks: list[Any] = []
         self._adopt(self.present())
 
     @abstractmethod
     def present(self) -> list[torch.Tensor]:
-        """The owner's tensors as they are now.
+        """The owner's current tensors.
 
         Raises:
-            RuntimeError: the owner has other ones than it had.
+            RuntimeError: the owner has other tensors than before.
         """
 
     @abstractmethod
     def marks(self, present: list[torch.Tensor]) -> list[Any]:
-        """What an assignment by anybody changes: of each of the present tensors its version, and what else tells."""
+        """Marks that any assignment changes: the version of each present tensor, and further signs of assignments."""
 
     @abstractmethod
     def check(self, value: torch.Tensor, kept: torch.Tensor) -> None:
-        """Refuse one of the present tensors that cannot be moved to its place `kept`."""
+        """Raise if one of the present tensors, `value`, cannot be moved to its place `kept`."""
 
     def _adopt(self, present: list[torch.Tensor]) -> bool:
-        """Move values whose storage is not ours (any more) into the buffers; True if there were any."""
+        """Move values whose storage is not in the buffers (any more) into them; True if there were any."""
         moved = False
         for value, tensor, pointer in zip(present, self._tensors, self._pointers, strict=True):
             if pointer is not None and value.data_ptr() != pointer:
@@ -58,7 +58,7 @@ class Adopted(ABC):
         return moved
 
     def changed(self) -> bool:
-        """Whether somebody else assigned a tensor since `note()`. What was assigned is in the buffers then.
+        """Whether other code assigned a tensor since `note()`. Assigned values are moved into the buffers.
 
         Raises:
             RuntimeError, NotByRowsError: as `present` and `check` do.
@@ -67,7 +67,7 @@ class Adopted(ABC):
         return self._adopt(present) or self._marks != self.marks(present)
 
     def note(self) -> None:
-        """Remember the tensors as they are now."""
+        """Remember the current state of the tensors."""
         self._marks = self.marks(self.present())
 
 

@@ -53,7 +53,7 @@ def _lstm_onednn(
     x: Tensor, h: Tensor, c: Tensor, kernel: Tensor, recurrent: Tensor, bias: Tensor, train: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     units = h.shape[1]
-    with torch.set_grad_enabled(train):  # by which ATen decides whether to keep what backward needs
+    with torch.set_grad_enabled(train):  # ATen keeps values for backward only if gradients are enabled
         outputs, last_h, last_c, workspace = torch.ops.aten.mkldnn_rnn_layer(
             x.transpose(0, 1).contiguous(),
             *_onednn_weights(kernel, recurrent, bias),

@@ -57,7 +57,7 @@ def prepare_worker(threads: int, device: Any) -> None:
 
 @contextmanager
 def replicas_run(threads: int) -> Iterator[None]:
-    """Held by the host thread while replicas run, with `threads` cores each. It has no pool beside several replicas.
+    """Held by the host thread while replicas run, with `threads` cores each. With several replicas it has no pool.
 
     A single replica runs on the host thread itself, with the same torch modes as on a worker. Torch's thread count is
     partly per thread (OpenMP) and partly global (MKL): workers set theirs once, and the host thread sets the global one
