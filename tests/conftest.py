@@ -40,6 +40,7 @@ NEEDS = {
     "fastdp.torch": ("torch",),
     "hypothesis": ("hypothesis",),
     "keras": ("keras", "torch"),
+    "linear_step": ("torch",),
     "matplotlib": ("matplotlib",),
     "pytest_benchmark": ("pytest_benchmark",),
     "sklearn": ("sklearn",),
