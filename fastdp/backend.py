@@ -25,8 +25,8 @@ def __getattr__(name: str) -> Any:
     """
     if name not in __all__:
         raise AttributeError(
-            f"module 'fastdp.backend' has no attribute {name!r}: of Keras 2's backend it has {__all__}, and "
-            "Keras 3 has the arithmetic in keras.ops"
+            f"module 'fastdp.backend' has no attribute {name!r}. It provides {__all__} of Keras 2's backend; use "
+            "keras.ops for arithmetic."
         )
     try:
         module = importlib.import_module("fastdp.keras.keras2.functions")

@@ -52,5 +52,5 @@ def one_of(options: Options | None, keywords: Options) -> Options:
         TypeError: both were given, so the keywords would be lost.
     """
     if options is not None and keywords != Options():
-        raise TypeError(f"`options` holds all options. Leave the keywords out. Received beside it: {keywords}")
+        raise TypeError(f"`options` holds all options. Leave the keywords out. Received along with it: {keywords}")
     return options or keywords

@@ -19,7 +19,7 @@ def markdown(line: dict[str, Any]) -> str:
         _table(header, [[titles[name], *(_rate(result, name) for result in models.values())] for name in titles]),
     ]
     if any(result["speed_of_fastdp_2_to"] for result in models.values()):
-        header[0] = "fastdp on 2 devices is so many times as fast as"
+        header[0] = "speedup of fastdp on 2 devices over"
         rows = [[titles[name], *(_ratio(result, name) for result in models.values())] for name in titles]
         parts.append(_table(header, rows))
     notes = [*_failures(line), *_differences(line)]

@@ -221,7 +221,7 @@ class Captures(Generic[OutcomeT]):
     def _own_code(self) -> str:
         """Why "auto" runs steps with the user's code eagerly; empty if it does not."""
         own = self._step.own_code() if self._mode == "auto" else ""
-        return f'{own} is code of your own: compile="trace" or "inductor" captures it' if own else ""
+        return f'{own} is your own code: pass compile="trace" or "inductor" to capture it' if own else ""
 
     def _look_for_changes(self) -> None:
         """Drop all traces if a value that they have read has changed; run eagerly if that happens repeatedly."""
@@ -277,7 +277,7 @@ class Captures(Generic[OutcomeT]):
             shape.since, shape.why = min(shape.steps, 1), ""
             return
         expected = isinstance(attempt.error, NotCapturable)
-        self._refused = str(attempt.error) if expected else f"an error while it was traced, {attempt.why}"
+        self._refused = str(attempt.error) if expected else f"an error while it was traced: {attempt.why}"
         self.close()
         self._shapes.clear()
         self._warn_eager()

@@ -131,7 +131,9 @@ class Watch:
     def tensor(self, tensor: torch.Tensor, what: str) -> None:
         """Watch a tensor's version and address; also its content if it is small and in host memory."""
         if tensor.is_inference():
-            self.refused = self.refused or f"{what}, a tensor of torch.inference_mode(), which counts no changes"
+            self.refused = self.refused or (
+                f"{what}, a tensor made in torch.inference_mode(), whose changes torch does not count"
+            )
         elif tensor.layout == torch.strided and self._has_room(1, what):
             self._versions.add(tensor, what)
             self._addresses.add(tensor, what)
@@ -147,8 +149,8 @@ class Watch:
             return
         if array.dtype.hasobject or self._nbytes + array.nbytes > MOST_NBYTES:
             self.refused = self.refused or (
-                f"{what}, an array too large to compare before each step: array.setflags(write=False) says that it "
-                "stays as it is"
+                f"{what}, an array too large to compare before each step: call array.setflags(write=False) if it "
+                "never changes"
             )
         elif self._has_room(1, what):
             self._nbytes += array.nbytes

@@ -105,9 +105,8 @@ class Merger:
         for i, (merged, output) in enumerate(zip(self._merged, outputs, strict=True)):
             if output.ndim != merged.ndim or output.shape[1:] != merged.shape[1:] or output.dtype != merged.dtype:
                 raise ValueError(
-                    f"Output {i} must have the same dtype and the same shape of a row on all replicas. Received: "
-                    f"{output.dtype} of shape {output.shape} from one, {merged.dtype} that would be merged to "
-                    f"{merged.shape} from another."
+                    f"Output {i} must have the same dtype and row shape on all replicas. Received: {output.dtype} of "
+                    f"shape {output.shape} from one, but the merged output is {merged.dtype} of shape {merged.shape}."
                 )
             if output.ndim == 0:
                 self._scalars[i][rank] = output

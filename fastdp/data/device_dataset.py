@@ -90,8 +90,7 @@ class DeviceDataset:
         """Appears in Keras's messages when a model that fastdp did not wrap gets the data set."""
         where = ", ".join(sorted(self._copies)) or "host memory"
         return (
-            f"<DeviceDataset of {self._rows} rows in {where}; only the model that fastdp.wrap gives takes rows from "
-            "there>"
+            f"<DeviceDataset of {self._rows} rows in {where}; only a model returned by fastdp.wrap can read its rows>"
         )
 
     def rows(self, index: Any) -> ResidentBatch:
@@ -207,8 +206,8 @@ class DeviceDataset:
                     f"{key!r}: {a.dtype}" if key else str(a.dtype) for a, key in zip(self.arrays, keys, strict=True)
                 ]
                 raise ValueError(
-                    "`casts` may name places of uint8 arrays, or keys that one of them has. "
-                    f"Received: place {name!r} of {what}"
+                    "Each key of `casts` must be the index or the dict key of exactly one uint8 array. Received: "
+                    f"{name!r}; the arrays are {what}"
                 )
             found[places[0]] = cast
         return found

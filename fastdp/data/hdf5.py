@@ -128,7 +128,7 @@ class HDF5Matrix:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
-            raise ValueError("copy must be None or True, got False: an HDF5Matrix lies in a file, drop copy=False")
+            raise ValueError("copy must be None or True, got False: an HDF5Matrix is read from a file, drop copy=False")
         block = self._block(range(len(self)))
         return block if dtype is None else block.astype(dtype, copy=False)
 

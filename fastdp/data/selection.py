@@ -84,8 +84,8 @@ def _parse_array(key: Any, count: int) -> NDArray[np.int64]:
     if array.dtype == bool:
         if array.shape != (count,):
             raise IndexError(
-                f"expected a boolean index of shape ({count},), one value a row, got shape {array.shape}: "
-                "index further axes in a second part, as in data[mask, :, 0]"
+                f"expected a boolean index of shape ({count},), one value per row, got shape {array.shape}: index "
+                "further axes in a second part, as in data[mask, :, 0]"
             )
         return np.flatnonzero(array).astype(np.int64)
     if array.dtype.kind not in "iu":

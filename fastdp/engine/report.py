@@ -118,8 +118,8 @@ class Report(Sequence[dict[str, Any]]):
             return ""
         rows = sum(device.rows for device in self.devices)
         return (
-            f"fastdp: {len(compute)} devices are slower than one would be on batches of {rows} rows: all but the "
-            f"slowest work for {_ms(saved)} ms in a step, and sharing the work out takes {_ms(self.overhead_seconds)} "
+            f"fastdp: {len(compute)} devices are slower than one would be on batches of {rows} rows: in a step, all "
+            f"but the slowest compute for {_ms(saved)} ms, but splitting the work costs {_ms(self.overhead_seconds)} "
             "ms. Use a larger batch_size, or fewer devices (gpus=1)."
         )
 

@@ -87,9 +87,10 @@ def check_loop(model: keras.Model, loop: str, *maker: str) -> None:
     for name in (loop, *maker):
         if name in vars(model) or getattr(type(model), name) is not getattr(keras.Model, name):
             raise ValueError(
-                f"The model {model.name!r} has a {name}() of its own, which a parallel model does not run: its "
-                f"{loop}() is Keras's. Call fastdp.install() instead of fastdp.wrap, and {loop}() of the model itself; "
-                "or let what is special about it be a train_step(), test_step() or predict_step(): those are run."
+                f"The model {model.name!r} has its own {name}(), which a parallel model does not run, because its "
+                f"{loop}() is Keras's. Call fastdp.install() instead of fastdp.wrap, and {loop}() of the model "
+                "itself; or move its special code to train_step(), test_step() or predict_step(), which a parallel "
+                "model does run."
             )
 
 
@@ -115,8 +116,8 @@ def check_template(model: keras.Model, *, any_batch_size: bool = False) -> None:
             )
         if isinstance(layer, (keras.layers.MixUp, keras.layers.CutMix)):
             raise ValueError(
-                f"The layer {layer.name!r} mixes rows of the batch, of which each device has its own only. Take it out "
-                "of the model, and apply it to the data before fit (in a generator or a PyDataset)."
+                f"The layer {layer.name!r} mixes rows of the batch, but each device has only its own rows. Take it "
+                "out of the model, and apply it to the data before fit (in a generator or a PyDataset)."
             )
         if isinstance(layer, TorchModuleWrapper):
             _check_module(layer.name, layer.module)

@@ -92,7 +92,7 @@ def install(
     check_backend("fastdp.install")
     unknown = set(options) - {"update", "timeout", "check_replicas"}
     if unknown:
-        raise TypeError(f"`fastdp.install` knows no option {sorted(unknown)}.")
+        raise TypeError(f"`fastdp.install` has no option {sorted(unknown)}.")
     devices = resolve(gpus, caller="fastdp.install")
     chosen = Options(
         sync_batch_norm=sync_batch_norm,

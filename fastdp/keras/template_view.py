@@ -202,8 +202,8 @@ class TemplateView(keras.Model):
             if template is None or not hasattr(template, name):
                 raise
         raise AttributeError(
-            f"A parallel model has no attribute {name!r}; its template has: parallel.template.{name}. (What the "
-            "template's own methods do with its layers runs on one device.)"
+            f"A parallel model has no attribute {name!r}; its template has: parallel.template.{name}. (The template's "
+            "own methods run its layers on one device.)"
         )
 
     # Files: the template's.

@@ -240,8 +240,8 @@ def devices_of_engine(devices: Any, merge_device: Any) -> list[QueueDevice]:
         raise ValueError(f"`devices` must be one or more different devices. Received: {list(devices)}")
     if isinstance(merge_device, bool) or merge_device not in range(len(devices)):
         raise ValueError(
-            f"`merge_device` must be the place of one of the {len(devices)} devices, from 0. "
-            f"Received: merge_device={merge_device!r}"
+            f"`merge_device` must be an index from 0 to {len(devices) - 1} into `devices`. Received: "
+            f"merge_device={merge_device!r}"
         )
     return list(devices)
 
@@ -250,9 +250,9 @@ def warn_of_relocation(asked: bool, devices: Sequence[QueueDevice]) -> None:
     """Warn that `cpu_relocation`, if requested, does not move weights that live on a GPU."""
     if asked and any(device.on_gpu for device in devices):
         warn_user(
-            "`cpu_relocation=True` has no effect here: the model's own weights live in the memory of a GPU, where a "
-            "replica trains them, and are copied to the host when they are read or saved. It takes effect for a Keras "
-            "model that was not wrapped on GPUs before."
+            "`cpu_relocation=True` has no effect here: the model's weights are already in GPU memory, where a replica "
+            "trains them; reading or saving copies them to the host. The option works only for a Keras model that has "
+            "not been wrapped on GPUs before."
         )
 
 

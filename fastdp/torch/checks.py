@@ -47,8 +47,8 @@ def check_options(options: Options, devices: Sequence[QueueDevice]) -> None:
         )
     if options.graph not in ("auto", None):
         raise ValueError(
-            "`graph` records captured steps, which Keras models have only. Leave it "
-            f'"auto" for a torch.nn.Module. Received: graph={options.graph!r}'
+            '`graph` records captured steps, which only Keras models have. Leave it "auto" for a torch.nn.Module. '
+            f"Received: graph={options.graph!r}"
         )
     if options.rows is not None:
         raise ValueError(

@@ -379,7 +379,7 @@ def test_auto_leaves_steps_with_the_users_code_eager(own, monkeypatch):
         parallel.train_on_batch(x, y)
     (entry,) = parallel.report()
     assert entry["how"] == "eager"
-    assert "code of your own" in entry["why"]
+    assert "your own code" in entry["why"]
     fastdp.set_virtual_devices(0)
 
 

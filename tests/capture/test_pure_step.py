@@ -98,7 +98,7 @@ def test_what_is_known_beforehand_is_not_traced():
     with pytest.warns(UserWarning, match="because of its phase"):
         assert train("trace", 1, never="its phase").captures.report == [{"how": "eager", "why": "its phase"}]
     (entry,) = train("auto", 1, own="the loss").captures.report
-    assert entry["why"].startswith("the loss is code of your own")
+    assert entry["why"].startswith("the loss is your own code")
 
 
 WITHOUT_KERAS = """

@@ -82,7 +82,7 @@ def test_what_cannot_be_is_refused(devices):
     with pytest.raises(ValueError, match="same number of rows"):
         DeviceDataset([pixels, targets[:3]], devices)
     for place in (1, 2):
-        with pytest.raises(ValueError, match="`casts` may name places of uint8 arrays"):
+        with pytest.raises(ValueError, match=r"Each key of `casts` must be .* exactly one uint8 array"):
             DeviceDataset([pixels, targets], devices, casts={place: Scaled()})
     with pytest.raises(ValueError, match="`dtype` must be one of"):
         Scaled("float64")

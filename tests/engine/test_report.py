@@ -156,7 +156,9 @@ def two():
 def test_work_that_is_too_small_is_warned_of_once_with_a_remedy(two):
     with_times(two, watch([0.5, 0.75]), ENOUGH_STEPS)  # 1 s of copies, to save the 0.5 s of one device
     once = SmallWorkWarning()
-    with pytest.warns(UserWarning, match=r"batches of 5 rows: all but the slowest work for 500\.00 ms.*1000\.00 ms"):
+    with pytest.warns(
+        UserWarning, match=r"batches of 5 rows: in a step, all but the slowest compute for 500\.00 ms.*1000\.00 ms"
+    ):
         once.check(two)
     assert "larger batch_size" in make_report(two, []).too_small
     with warnings.catch_warnings():

@@ -444,9 +444,9 @@ def test_a_model_that_cannot_run_on_some_rows_runs_on_one_device(gpus: int) -> N
 
     parallel = fastdp.wrap(build(), gpus=gpus)
     x = batches((8,))[0]["x"]
-    with pytest.raises(ValueError, match=r"fails on some of its rows.*AssertionError.*rows=\"merge\""):
+    with pytest.raises(ValueError, match=r"fails on a part of it.*AssertionError.*rows=\"merge\""):
         parallel.predict_on_batch(x)
-    with pytest.warns(UserWarning, match="runs on one device, with all rows.*fails on some of its rows"):
+    with pytest.warns(UserWarning, match="runs on one device, with all rows.*fails on a part of it"):
         found = trained(build, "mse", gpus, (8, 8), rows="merge")
     assert_alike(found, trained(build, "mse", None, (8, 8)))
 

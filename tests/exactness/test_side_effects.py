@@ -89,7 +89,7 @@ def test_add_loss_that_is_neither_is_found_though_the_first_rows_are_alike() -> 
     parallel.compile(**settings())
     batch = batches()[0]
     batch["x"][1] = batch["x"][0]
-    with pytest.raises(ValueError, match="the largest over rows"):
+    with pytest.raises(ValueError, match="the maximum over rows"):
         parallel.train_on_batch(**batch)
 
 

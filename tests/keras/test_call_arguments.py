@@ -258,7 +258,7 @@ def test_a_layer_that_gives_nothing_but_losses():
 UNFIT = {
     "rows_by_rows": (lambda y: ops.matmul(y, ops.transpose(y)), "shape"),
     "deviation": (lambda y: (y, ops.std(y)), "neither a mean nor a sum"),
-    "count": (lambda y: (y, len(y)), "no tensor"),
+    "count": (lambda y: (y, len(y)), "not a tensor"),
     "mixed": (lambda y: y - ops.mean(y, axis=0), "depend on the other rows"),
     "mixed_whole_numbers": (lambda y: ops.argsort(ops.cast(y * 100, "int32"), axis=0), "depend on the other rows"),
     "squeezed": (lambda y: ops.squeeze(y[:, :1]), "shape|rows"),
@@ -299,7 +299,7 @@ def test_a_failure_in_a_trial_is_no_failure_of_the_step():
             raise Odd("too few")
         return y
 
-    with pytest.warns(UserWarning, match="on one device: it fails for some of the rows alone: Odd: .*too few"):
+    with pytest.warns(UserWarning, match="on one device: it fails on a part of the rows: Odd: .*too few"):
         check_with_another(at_least_four)
 
 
@@ -333,7 +333,7 @@ def test_roles_that_values_leave_open_run_on_one_device_and_say_so():
         def call(self, x):
             return x
 
-    with pytest.warns(UserWarning, match="do not tell which of them have rows"):
+    with pytest.warns(UserWarning, match="do not show which of them have rows"):
         check(
             lambda: built(Pair(), (2, 4)),
             lambda layer, x: (layer.first(x, 2.0 * x), layer.second(x)),
@@ -371,7 +371,7 @@ def test_a_single_row_is_no_loss_and_no_word():
 def test_a_layer_that_is_none_of_the_model_s_says_so():
     outside = built(keras.layers.Dense(4), (2, 4))
     outside.trainable = False
-    with pytest.warns(UserWarning, match=f"calls of '{outside.name}'.* it is no layer of the model"):
+    with pytest.warns(UserWarning, match=f"calls of '{outside.name}'.* it is not a layer of the model"):
         check(
             lambda: built(keras.layers.Dense(3), (2, 4)),
             lambda layer, x: layer(outside(x)),

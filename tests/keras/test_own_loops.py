@@ -375,7 +375,7 @@ def class_activation(parallel):
 
 
 def hooked(parallel):
-    """What a hook of torch's sees."""
+    """What a torch hook sees."""
     template, seen = dense(), []
     template.layers[0].register_forward_hook(lambda module, given, output: seen.append(output))
     model = parallel(template)
@@ -404,7 +404,7 @@ def vectorized(parallel):
     ("loop", "why"),
     [
         (class_activation, "computed from another"),
-        (hooked, "hook of torch's"),
+        (hooked, "a torch hook"),
         (mixed_precision, "autocast"),
         (vectorized, "vmap"),
     ],

@@ -113,7 +113,7 @@ def test_leaves_that_depend_on_the_rows_are_named_under_wrap_and_run_plain_under
     expected = [plain.train_on_batch(X, {"a": Y}) for _ in range(2)]
     parallel = made(BY_ROWS[name], 3)
     before = parallel.get_weights()
-    with pytest.raises(NotByRowsError, match=r"outputs\['z'\] is no tensor|tensors for some rows") as caught:
+    with pytest.raises(NotByRowsError, match=r"outputs\['z'\] is not a tensor|tensors for some rows") as caught:
         parallel.train_on_batch(X, {"a": Y})
     assert "gpus=[0]" in str(caught.value)
     for weight, other in zip(parallel.get_weights(), before, strict=True):
@@ -131,7 +131,7 @@ def test_what_only_the_step_itself_tells_is_an_error_before_the_update():
 
     parallel = made(after_the_trial, 2)  # 7 rows: 4 and 3
     before = parallel.get_weights()
-    with pytest.raises(NotByRowsError, match=r"outputs\['z'\] is no tensor but int 4.* int 0"):
+    with pytest.raises(NotByRowsError, match=r"outputs\['z'\] is not a tensor but int 4.* int 0"):
         parallel.train_on_batch(X, {"a": Y})
     with pytest.raises(NotByRowsError, match=r"outputs\['z'\]"):
         parallel.predict_on_batch(X)
@@ -185,7 +185,7 @@ def test_captured_steps_know_none_and_leave_other_leaves_to_eager_ones():
             return [trained.train_on_batch(X, {"a": Y}) for _ in range(3)]
 
         if how == "eager":
-            with pytest.warns(UserWarning, match="no tensors"):
+            with pytest.warns(UserWarning, match="not tensors"):
                 found = train(parallel)
         else:
             found = train(parallel)

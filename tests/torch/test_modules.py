@@ -438,7 +438,7 @@ def test_arrays_of_unequal_rows_are_named_as_the_user_has_them_with_the_remedy()
     module = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 1)
     step = fastdp.wrap(module, gpus=2).train_step(F.mse_loss, sgd)
     x, mask = torch.zeros(4, 3, 4), nn.Transformer.generate_square_subsequent_mask(3)
-    said = r"\{\"input\['src'\]\": 4, \"input\['mask'\]\": 3, 'target\[0\]': 4\}\. .*mask.*into the module: as a buffer"
+    said = r"\{\"input\['src'\]\": 4, \"input\['mask'\]\": 3, 'target\[0\]': 4\}\. .*mask.*in the module: as a buffer"
     with pytest.raises(ValueError, match=said):
         step({"src": x, "mask": mask}, x)
 
@@ -473,7 +473,9 @@ class Recurs(nn.Module):
 def test_a_batch_with_time_steps_first_is_warned_of_once(make):
     time_first, rows_first = torch.randn(8, 5, 4), torch.randn(8, 8, 4)
     step = fastdp.wrap(make(False), gpus=2).train_step(F.mse_loss, sgd)
-    with pytest.warns(UserWarning, match="deals out the rows of a batch: this device has 4 of 8.*batch_first=True"):
+    with pytest.warns(
+        UserWarning, match="splits the rows of a batch along that axis: this device has 4 of 8.*batch_first=True"
+    ):
         step(time_first, time_first)
     step(time_first, time_first)  # a second warning would be an error
     step = fastdp.wrap(make(True), gpus=2).train_step(F.mse_loss, sgd)

@@ -38,8 +38,8 @@ def warn_of_graphs(options: Options, devices: Sequence[QueueDevice]) -> None:
         )
     elif options.compile is None:
         warn_user(
-            f'graph="{options.graph}" records captured steps, and compile=None captures none: steps run eagerly unless '
-            'compile(jit_compile=True) is asked for. Pass compile="trace".'
+            f'graph="{options.graph}" records captured steps, and compile=None captures none: steps run eagerly '
+            'unless you call compile(jit_compile=True). Pass compile="trace".'
         )
 
 

@@ -272,9 +272,9 @@ class CudaCommunicator(Communicator):
         if not self._told:
             self._told = True
             warnings.warn(
-                f"{bucket.dtype} gradients of these GPUs are added up in host memory, which is slow: they have no "
-                "common NCCL and no direct access to each other's memory for that dtype. Install NCCL "
-                "(pip install nvidia-nccl-cu12 or -cu13), or use float32.",
+                f"{bucket.dtype} gradients of these GPUs are added up in host memory, which is slow: these GPUs have "
+                "neither a common NCCL nor direct access to each other's memory for that dtype. Install NCCL (pip "
+                "install nvidia-nccl-cu12 or -cu13), or use float32.",
                 stacklevel=2,
             )
         span = slice(bucket.start, bucket.stop)

@@ -43,7 +43,7 @@ def _array_as_fed(array: Any) -> np.ndarray:
     name = dtype_name(row)
     if name == "bfloat16":
         raise ValueError(
-            "A DeviceDataset holds types that NumPy has. Received: bfloat16. Leave keras.config.floatx() at "
+            "A DeviceDataset can hold only NumPy's dtypes. Received: bfloat16. Leave keras.config.floatx() at "
             '"float32", and let the model compute in bfloat16: keras.config.set_dtype_policy("mixed_bfloat16").'
         )
     whole = sliceable.convert_to_torch_compatible(sliceable[:])
@@ -117,8 +117,8 @@ def _check_alone(arguments: dict[str, Any], *others: str) -> None:
     beside = [name for name in ("y", "sample_weight", *others) if arguments.get(name) is not None]
     if beside:
         raise ValueError(
-            f"A {type(arguments['x']).__name__} has its targets and weights itself. Received: {' and '.join(beside)} "
-            "beside it. Make it of all of them: DeviceDataset((x, y, sample_weight), parallel)."
+            f"A {type(arguments['x']).__name__} includes its targets and weights. Received: {' and '.join(beside)} "
+            "along with it. Build the data set from all of them: DeviceDataset((x, y, sample_weight), parallel)."
         )
 
 
@@ -132,8 +132,8 @@ def _check_as_fed(data: DeviceDataset) -> None:
         fed = as_fed(array[:1]).dtype
         if fed != array.dtype:
             raise ValueError(
-                f"A Keras model takes the array at place {place} of the data set as {fed}. Received: {array.dtype}. "
-                "Make the data set with the model, which converts its arrays: DeviceDataset(arrays, parallel)."
+                f"A Keras model needs the array at place {place} of the data set as {fed}. Received: {array.dtype}. "
+                "Build the data set with the model, which converts its arrays: DeviceDataset(arrays, parallel)."
             )
 
 

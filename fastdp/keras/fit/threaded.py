@@ -49,8 +49,8 @@ def without_forks(arguments: dict[str, Any]) -> dict[str, Any]:
         data = arguments.get(name)
         if isinstance(data, keras.utils.PyDataset) and data.use_multiprocessing and data.workers > 0:
             warn_user(
-                f"`use_multiprocessing=True` of {name} would fork this process, whose device threads do not live on in "
-                f"a child: its {data.workers} workers are threads instead. Say use_multiprocessing=False."
+                f"`use_multiprocessing=True` of {name} would fork this process, and a forked child has no device "
+                f"threads, so its {data.workers} workers run as threads instead. Pass use_multiprocessing=False."
             )
             changed[name] = Threaded(data)
     return {**arguments, **changed}

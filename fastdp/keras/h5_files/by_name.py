@@ -65,7 +65,7 @@ def save_weights(model: keras.Model, filepath: Path, overwrite: bool = True) -> 
     if not model.built:
         raise ValueError(f"The model {model.name!r} is not built, so it has no weights: call it on a batch first.")
     if os.path.lexists(path) and not overwrite:
-        raise FileExistsError(f"`filepath` must be a new file where overwrite=False. Received: {path!r}, which exists")
+        raise FileExistsError(f"`filepath` must be a new file with overwrite=False. Received: {path!r}, which exists")
     folder = os.path.dirname(os.path.abspath(path))
     with tempfile.TemporaryDirectory(prefix=".weights-", dir=folder) as temporary:
         partial = os.path.join(temporary, "partial.h5")
@@ -99,7 +99,7 @@ def _checked(filepath: Path) -> str:
     path = os.fspath(filepath)
     if not is_keras_2_file(path):
         raise ValueError(
-            "`filepath` must end in .h5 or .hdf5, and not in .weights.h5, since only Keras 2's files know the names "
+            "`filepath` must end in .h5 or .hdf5, and not in .weights.h5, since only Keras 2's files store the names "
             f"of layers. Received: {path!r}. Write one by fastdp.utils.save_weights(model, 'weights.h5'), or load "
             "Keras 3's by model.load_weights(path)."
         )

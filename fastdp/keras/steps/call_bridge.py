@@ -113,9 +113,9 @@ class _Step:
         for tensor in (ref() for ref in self.given):
             if tensor is not None and (tensor.retains_grad or tensor._backward_hooks):
                 raise NotImplementedError(
-                    "retain_grad() or a hook on an output of a layer that computes another of its outputs from it: on "
-                    "several devices the gradient between the two is not known. Call the layers one after the other "
-                    "in the step, or train the model itself on one device."
+                    "An output of a layer has retain_grad() or a hook, and the layer computes another of its outputs "
+                    "from it: on several devices the gradient between the two is not known. Call the layers one after "
+                    "the other in the step, or train the model itself on one device."
                 )
 
     def gradients_with_graph(

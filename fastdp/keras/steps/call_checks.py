@@ -15,11 +15,11 @@ def is_hooked(layer: keras.Layer) -> bool:
 def why_not_here() -> str | None:
     """Why other threads cannot run parts of this thread's calls (a torch mode set per thread); None if they can."""
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        return "torch.autocast holds for this thread alone; use keras.config.set_dtype_policy('mixed_bfloat16') instead"
+        return "torch.autocast applies to this thread only; use keras.config.set_dtype_policy('mixed_bfloat16') instead"
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "torch.func and torch.vmap follow operations on this thread alone"
+        return "torch.func and torch.vmap see operations on this thread only"
     if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode gradients are followed on this thread alone"
+        return "forward-mode gradients are computed on this thread only"
     if torch._C._len_torch_dispatch_stack():
-        return "a dispatch mode of torch's follows operations on this thread alone"
+        return "a torch dispatch mode sees operations on this thread only"
     return None

@@ -44,8 +44,8 @@ def check_own_step(model: keras.Model) -> None:
     ]
     if has_own(model, "train_step") and not callable_layers:
         raise ValueError(
-            f"The model {model.name!r} trains by a train_step() of its own, and neither has a layer with weights nor a "
-            "call() with some, so there is nothing that devices could share. Let train_step() call layers with the "
+            f"The model {model.name!r} has its own train_step(), but neither a layer with weights nor a call() that "
+            "uses weights, so there is nothing to split between devices. Let train_step() call layers that hold the "
             "weights, or train the model itself on one device (model.fit)."
         )
 

@@ -145,7 +145,7 @@ class LayerCalls:
     def why_not(self, layer: keras.Layer) -> str | None:
         """Why no call of a layer can be split at present; None where one can."""
         if id(layer) not in self._own:
-            return "it is no layer of the model; assign it to an attribute of the model"
+            return "it is not a layer of the model; assign it to an attribute of the model"
         if id(layer) not in self._parts:  # never stale: a new layer or variable makes a new engine
             self._parts[id(layer)] = list(layer.variables), layer._flatten_layers()
         variables, parts = self._parts[id(layer)]
@@ -153,7 +153,7 @@ class LayerCalls:
             return "it has weights that the replicas do not have"
         hooked = next((part for part in parts if is_hooked(part)), None)
         if hooked is not None:
-            return f"a hook of torch's on {hooked.name!r} sees the whole batch on one device only"
+            return f"a torch hook on {hooked.name!r} sees the whole batch only on one device"
         return why_not_here()
 
     def _kind(self, call: CallArguments) -> _Kind:
@@ -200,7 +200,7 @@ class LayerCalls:
             return _Kind(effects, roles, open=False)
         rows = effects.try_call(dealt.on_rows, dealt.batch.arrays, dealt.batch.structure, dealt.shared)
         if effects.refused is None and not sole and not self._is_part(effects, rows, call, dealt):
-            effects.refused = "its outputs for two rows are not those rows of its outputs for the whole batch"
+            effects.refused = "its outputs for two rows differ from those rows of its outputs for the whole batch"
         return _Kind(effects, roles, effects.refused, open=not effects.tried)
 
     @staticmethod
@@ -213,5 +213,5 @@ class LayerCalls:
         return call.is_plain and isinstance(call.layer, keras.Model) and keeps_rows_apart(call.layer)
 
 
-_UNFIT_MASK = "the Keras mask of an argument has other rows than the argument"
-_IN_DOUBT = "several of its arguments are as long as the batch, and their values do not tell which of them have rows"
+_UNFIT_MASK = "the Keras mask of an argument does not have the argument's number of rows"
+_IN_DOUBT = "several of its arguments are as long as the batch, and their values do not show which of them have rows"

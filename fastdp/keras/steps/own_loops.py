@@ -61,7 +61,7 @@ class ModelCalls(LayerCalls):
 
     def note_second_gradient(self) -> None:
         """Warn once that gradients of gradients are computed on one device."""
-        say_once(self.program.model, "gradients of its gradients are asked for (create_graph=True)", "gradients")
+        say_once(self.program.model, "gradients of its gradients are requested (create_graph=True)", "gradients")
 
     def attempt(self, call: CallArguments) -> Attempt:
         """As for layers, but assume that the script may have written to the weights, which nothing reports."""

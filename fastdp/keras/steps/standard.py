@@ -222,8 +222,8 @@ class Steps(ModelEngine):
         if not self._told_of_values:
             self._told_of_values = True
             warn_user(
-                f"fastdp: {name}() of the model {self.template.name!r} is its own and runs on the host, so it gets the "
-                "batches of a DeviceDataset as arrays in host memory: nothing is gained over fit(x, y)."
+                f"fastdp: the model {self.template.name!r} has its own {name}(), which runs on the host and gets the "
+                "batches of a DeviceDataset as arrays in host memory, so it is no faster than with fit(x, y)."
             )
         return keras.tree.map_structure(lambda leaf: as_tensor(leaf) if isinstance(leaf, ResidentArray) else leaf, data)
 

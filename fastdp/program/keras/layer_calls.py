@@ -228,8 +228,7 @@ class CallProgram(KerasProgram):
             work.chained = work.differentiable and feed_each_other([*outputs, *numbers])
             if work.chained and work.refuses_chains:
                 raise NotByRowsError(
-                    "one of its outputs is computed from another of them, and merged outputs have no gradients by each "
-                    "other"
+                    "one of its outputs is computed from another one, and no gradient flows between merged outputs"
                 )
         numbers = [*losses, *_contributions(numbers, work.effects, context)]
         if work.differentiable:

@@ -31,17 +31,15 @@ def check_same(every: Sequence[Plain], nest: Any) -> None:
     for others in every[1:]:
         if [place for place, _ in others] != [place for place, _ in every[0]]:
             raise NotByRowsError(
-                "The model's outputs are tensors for some rows and no tensors for others, so they cannot be put "
-                "together from the rows of several devices. Return the same kinds of outputs for all rows, or use "
-                "gpus=[0]."
+                "The model's outputs are tensors for some rows but not for others, so fastdp cannot merge them from "
+                "several devices. Return the same kinds of outputs for all rows, or use gpus=[0]."
             )
         for (place, value), (_, other) in zip(every[0], others, strict=True):
             if not is_same(value, other):
                 raise NotByRowsError(
-                    f"The model's output {_name(nest, place)} is no tensor but {_said(value)}, which depends on the "
-                    f"rows: other rows gave {_said(other)}. What devices make of their rows can be put together "
-                    "only from tensors. Return a tensor with a row for each row of the batch, or take the value after "
-                    "the merge, or use gpus=[0]."
+                    f"The model's output {_name(nest, place)} is not a tensor but {_said(value)}, and it depends on "
+                    f"the rows: other rows gave {_said(other)}. fastdp can merge only tensors. Return a tensor with a "
+                    "row for each row of the batch, or compute the value from the merged outputs, or use gpus=[0]."
                 )
 
 

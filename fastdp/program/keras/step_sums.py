@@ -183,9 +183,9 @@ def _kept_of_all(every: Sequence[Summed], effects: Effects) -> list[tuple[int, t
 def _moved_otherwise(effects: Effects, i: int) -> UndecidedError:
     """The error for a variable that moved differently than in the trial."""
     return UndecidedError(
-        f"The variable {effects.path(i)} is assigned in the forward pass, and depends on the rows in another way than "
-        "on the rows that fastdp has tried. Let its layer compute it from a mean or a sum over rows, pass "
-        'rows="replica" to fastdp.wrap to let the devices\' values be averaged, or use gpus=[0].'
+        f"The variable {effects.path(i)} is assigned in the forward pass, and depends on these rows in another way "
+        "than on the rows that fastdp tried. Let its layer compute it from a mean or a sum over rows, pass "
+        'rows="replica" to fastdp.wrap to average the devices\' values, or use gpus=[0].'
     )
 
 
@@ -234,7 +234,7 @@ class StepSums:
             NotCapturable: there are outputs that are not tensors.
         """
         if self.structure is not None and any(value is not None for _, value in self.structure.plain):
-            raise NotCapturable("outputs that are no tensors, which may be others in each call")
+            raise NotCapturable("outputs that are not tensors and may differ from call to call")
         counts = len(self.terms), len(self.outputs)
         form = StepSumsForm(*counts, self.structure, self.effects.form(), self.added)
         return [*self.terms, *self.outputs, *self.effects.tensors()], form

@@ -97,7 +97,7 @@ def _watched(name: str, module: torch.nn.Module) -> Iterator[None]:
     if changed:
         raise NotByRowsError(
             f"The TorchModuleWrapper {name!r} holds a module that changes its attribute {changed[0]!r} in its forward "
-            f"pass, which neither Keras nor torch knows as state, and devices cannot share. {REMEDY}"
+            f"pass. Neither Keras nor torch tracks it as state, so devices cannot share it. {REMEDY}"
         )
 
 

@@ -139,7 +139,7 @@ def _refuse_new_variables() -> None:
     if not made:
         return
     raise NotByRowsError(
-        f"A layer that had never been called made the variable {made[0].path!r} while devices ran the model, which no "
-        "replica has. It is there now. Let the model call all its layers once, on a batch and with training=True, "
-        "before it is trained on several devices, or before fastdp.wrap."
+        f"A layer that was called for the first time made the variable {made[0].path!r} while devices ran the model, "
+        "so no replica has it. It exists now. Let the model call all its layers once, on a batch and with "
+        "training=True, before it is trained on several devices, or before fastdp.wrap."
     )

@@ -128,8 +128,8 @@ def make_batch(values: tuple[Any, dict[str, Any], Any]) -> Batch:
 
 
 _SHARED = (
-    ". What is the same for all rows, such as the mask of causal attention, belongs into the module: as a buffer, or "
-    "made in its forward()."
+    ". Data that all rows share, such as a causal attention mask, belongs in the module: as a buffer, or made in its "
+    "forward()."
 )
 
 

@@ -43,10 +43,10 @@ def _look(running: ReplicaContext, layer: str, inputs: torch.Tensor) -> None:
         return
     running.told.add(layer)
     warn_user(
-        f"The module runs {layer} along the first axis of a tensor of shape {tuple(inputs.shape)}, by which fastdp "
-        f"deals out the rows of a batch: this device has {steps} of {running.rows.total}. If these are time steps, "
-        "each device sees a part of every sequence, and results are wrong. Give the batch with its rows first, to "
-        "layers with batch_first=True, or transpose it inside the module."
+        f"The module runs {layer} along the first axis of a tensor of shape {tuple(inputs.shape)}, and fastdp splits "
+        f"the rows of a batch along that axis: this device has {steps} of {running.rows.total}. If these are time "
+        "steps, each device sees a part of every sequence, and results are wrong. Give the batch with its rows first, "
+        "to layers with batch_first=True, or transpose it inside the module."
     )
 
 

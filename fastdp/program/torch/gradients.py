@@ -99,10 +99,10 @@ class _Accumulated(GradientBuckets):
         """
         if number in self.stored:
             raise RuntimeError(
-                "A parameter got a further part of its gradient after the first was taken for all of it: a part of the "
-                "module runs backward inside backward, and did not in the step before (torch.utils.checkpoint with "
-                "use_reentrant=True). This step is lost and the next ones take it into account. Better, use "
-                "use_reentrant=False."
+                "A parameter received another part of its gradient after fastdp took the first part for all of it: a "
+                "part of the module runs backward inside backward, which it did not in the step before "
+                "(torch.utils.checkpoint with use_reentrant=True). This step is lost; the next ones take it into "
+                "account. Preferably pass use_reentrant=False."
             )
         if self.running is None or self.running.nested:
             return

@@ -66,13 +66,14 @@ class Optimizers:
         if any(id(p) not in ours for group in optimizer.param_groups for p in group["params"]):
             raise ValueError(
                 "`optimizer_factory` must make a new optimizer over the parameters that it is given, since every "
-                "device has its own. The one it returned is over others."
+                "device has its own. The one it returned holds other parameters."
             )
         closure = inspect.signature(type(optimizer).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise ValueError(
-                f"`optimizer_factory` makes a {type(optimizer).__name__}, which evaluates the model several times "
-                "per step by a closure. fastdp gives one gradient per step: use SGD, Adam, or another without one."
+                f"`optimizer_factory` makes a {type(optimizer).__name__}, which evaluates the model several times per "
+                "step by a closure. fastdp gives one gradient per step: use SGD, Adam, or another optimizer without a "
+                "closure."
             )
         self._all.append(optimizer)
         self._parameters.append(list(parameters))

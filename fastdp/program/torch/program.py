@@ -302,8 +302,8 @@ def _check_options(reduction: str | None, clip_grad_norm: float | None, accumula
     """Check the values of the options."""
     if reduction not in REDUCTIONS:
         raise ValueError(
-            f"`reduction` must be one of {REDUCTIONS}: None for any loss, computed on the merged outputs; "
-            f'"mean" or "sum" for a loss that is that over samples. Received: reduction={reduction!r}'
+            f'`reduction` must be one of {REDUCTIONS}: None for any loss, computed on the merged outputs; "mean" or '
+            f'"sum" for a loss that is the mean or the sum over samples. Received: reduction={reduction!r}'
         )
     if clip_grad_norm is not None and not clip_grad_norm > 0:
         raise ValueError(f"`clip_grad_norm` must be None or above 0. Received: clip_grad_norm={clip_grad_norm!r}")

@@ -44,7 +44,7 @@ def _library() -> Any:
             function.argtypes, function.restype = arguments, ctypes.c_int
     except (OSError, AttributeError) as error:
         raise GraphError(
-            f"{_LIBRARY}, the CUDA driver's library, is needed to put CUDA graphs together ({error}). Install NVIDIA's "
+            f"{_LIBRARY}, the CUDA driver's library, is needed to build CUDA graphs ({error}). Install NVIDIA's "
             'driver, or use graph="auto".'
         ) from None
     return library

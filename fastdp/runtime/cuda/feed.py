@@ -313,8 +313,8 @@ def _adopted(x: Any) -> Any:
         return x
     if not straight:
         raise ValueError(
-            f"An array on a GPU must be C-contiguous to be dealt out by rows. Received: shape {tuple(x.shape)}, whose "
-            "elements do not lie in a row. Pass cupy.ascontiguousarray(array), or tensor.contiguous()."
+            "An array on a GPU must be C-contiguous to be split by rows. Received: a non-contiguous array of shape "
+            f"{tuple(x.shape)}. Pass cupy.ascontiguousarray(array), or tensor.contiguous()."
         )
     return x
 

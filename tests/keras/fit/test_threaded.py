@@ -57,7 +57,7 @@ def test_worker_processes_become_threads_with_the_same_result():
     # Two workers: Keras then begins with another batch than with one.
     plain, forking = Batches(workers=2), Batches(workers=2, use_multiprocessing=True, max_queue_size=3)
     wanted = parallel().fit(plain, epochs=2, shuffle=False, verbose=0).history["loss"]
-    with pytest.warns(UserWarning, match=r"use_multiprocessing=True.* of x would fork.*2 workers are threads"):
+    with pytest.warns(UserWarning, match=r"use_multiprocessing=True.* of x would fork.*2 workers run as threads"):
         found = parallel().fit(forking, epochs=2, shuffle=False, verbose=0).history["loss"]
     assert found == pytest.approx(wanted, rel=1e-6)
     assert {pid for pid, _ in forking.readers} == {os.getpid()}

@@ -72,7 +72,7 @@ def test_each_row_is_drawn_as_by_plain_keras(name, gpus):
 def test_shuffling_rows_between_devices_is_refused_with_a_remedy():
     draw = DRAWS["shuffle"]
     assert forward(draw, 2).shape == (ROWS, 6)
-    with pytest.raises(ValueError, match=r"axis=0 moves rows between the devices.*Shuffle the data instead"):
+    with pytest.raises(ValueError, match=r"axis=0 would move rows between devices.*Shuffle the data instead"):
         forward(lambda x, seed: keras.random.shuffle(x, axis=0, seed=seed), 2)
 
 

@@ -111,7 +111,7 @@ def why_not_now(optimizer: Any) -> str:
         return "clipnorm is a norm of each variable"
     rate = innermost._learning_rate
     if not isinstance(rate, keras.Variable | optimizers.schedules.LearningRateSchedule):
-        return "the learning rate is a function of the user's"
+        return "the learning rate is a function of your own"
     return ""
 
 

@@ -125,8 +125,8 @@ class PlacedGraph:
             raise NotCapturable("layers placed on several devices")
         if self._calls:
             raise NotImplementedError(
-                "A model whose layers fastdp.device placed runs through its layers more than once in a step. Place no "
-                "layers, or let it run through them once."
+                "A model with layers placed by fastdp.device must not run through its layers more than once in a "
+                "step. Place no layers, or let it run through them once."
             )
         home = self._home
         self._timeout, self._threads = run.context.rendezvous.timeout, torch.get_num_threads()
@@ -372,7 +372,7 @@ class _NoMeeting(Rendezvous):
     def exchange(self, rank: int, value: Any) -> list[Any]:
         """Refuse."""
         raise NotImplementedError(
-            "A layer that fastdp.device placed on another device of its replica exchanges values with the other "
+            "A layer that fastdp.device placed on a further device of its replica cannot exchange values with other "
             "replicas (sync_batch_norm=True, equalization, draws by rows). Place it on the host, or use one replica."
         )
 

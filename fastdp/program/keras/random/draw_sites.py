@@ -59,9 +59,9 @@ def _check_other_axes(shape: tuple[int, ...], rest: dict[int, tuple[int, ...]]) 
     """Refuse a draw whose shape depends on the number of rows in another axis than the first."""
     if len(set(rest.values())) > 1:
         raise NotByRowsError(
-            f"The model draws random numbers in the shape {shape}, of which another axis than the first follows the "
-            "number of rows of the batch, so no device can draw what belongs to its rows. Draw in a shape that begins "
-            "with the rows, and has them in no other axis, or train the model itself on one device (model.fit)."
+            f"The model draws random numbers in the shape {shape}, whose size along an axis other than the first "
+            "depends on the number of rows of the batch, so no device can draw the part for its own rows. Draw in a "
+            "shape that has the rows along its first axis only, or train the model itself on one device (model.fit)."
         )
 
 

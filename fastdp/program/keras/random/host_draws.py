@@ -86,8 +86,8 @@ def _check_parameters(state: ReplicaContext, name: str, parameters: Any) -> None
     """Refuse a draw with parameters for each row, because a replica has only the parameters of its own rows."""
     if any(state.entries_per_row(np.shape(value)) for value in parameters):
         raise NotByRowsError(
-            f"A layer calls numpy.random.{name} with parameters for each row of the batch. Draw numbers of a fixed "
-            "kind, with size=, and scale them, or train the model itself on one device (model.fit)."
+            f"A layer calls numpy.random.{name} with parameters for each row of the batch. Draw with fixed parameters "
+            "and size=, and scale the numbers, or train the model itself on one device (model.fit)."
         )
 
 

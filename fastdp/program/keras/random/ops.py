@@ -196,8 +196,8 @@ def shuffle_by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
                 with whole_batch(state, drawing=True):
                     return original(x, axis, seed)
             raise ValueError(
-                "keras.random.shuffle with axis=0 moves rows between the devices that they are dealt out to. Shuffle "
-                "the data instead (fit does), or use gpus=[0]."
+                "keras.random.shuffle with axis=0 would move rows between devices. Shuffle the data instead (fit "
+                "does), or use gpus=[0]."
             )
         axis %= x.ndim
         generator = torch_random.torch_seed_generator(seed)

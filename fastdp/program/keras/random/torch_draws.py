@@ -90,8 +90,8 @@ def _with_tensors(state: Any, function: Any, args: Any, kwargs: Any) -> Any:
         return _drawn(state, lambda: function(*args, **kwargs), generator, device)
     if kwargs.get("inplace") or kwargs.get("out") is not None:
         raise NotByRowsError(
-            f"A layer calls {function.__name__} of torch's in place, on an array of rows. Let it make a new array, or "
-            "train the model itself on one device (model.fit)."
+            f"A layer calls {function.__name__} of torch's in place on an array of rows. Let it return a new array, "
+            "or train the model itself on one device (model.fit)."
         )
     length = tensors[0].shape[0]
 
@@ -142,7 +142,7 @@ def _permuted(state: Any, function: Any, args: Any, kwargs: Any) -> Any:
         return function(*args, **kwargs)
     if state.entries_per_row((args[0] if args else kwargs["n"],)):
         raise NotByRowsError(
-            "A layer permutes the rows of the batch (torch.randperm), which are dealt out to the devices. Shuffle the "
+            "A layer permutes the rows of the batch (torch.randperm), which are split between devices. Shuffle the "
             "data instead (fit does), or train the model itself on one device (model.fit)."
         )
     return _drawn(state, lambda: function(*args, **kwargs), kwargs.get("generator"), kwargs.get("device"))
@@ -153,8 +153,9 @@ def _refused(state: Any, function: Any, args: Any, kwargs: Any) -> Any:
     rows = state.context.rows
     if draws_in_call(function, args, kwargs) and rows.count < rows.total:
         raise NotByRowsError(
-            f"A layer calls torch's {function.__name__} with dropout, which no device can draw for its rows alone. Set "
-            "its dropout to 0 and drop between the calls, or train the model itself on one device (model.fit)."
+            f"A layer calls torch's {function.__name__} with dropout, which no device can draw for its own rows only. "
+            "Set its dropout to 0 and apply dropout between the calls, or train the model itself on one device "
+            "(model.fit)."
         )
     if not draws_in_call(function, args, kwargs):
         return function(*args, **kwargs)

@@ -101,14 +101,14 @@ class LayerEffects(Effects):
         """
         start = unlike_next(batch)
         if start is None:
-            self.refused = "the rows of its arguments are all equal, so nothing tells whether it mixes them"
+            self.refused = "the rows of its arguments are all equal, so fastdp cannot tell whether it mixes them"
             return None
         places = ((start, start + 2), (start, start + 1), (start + 1, start + 2))
         attempt = Attempt()
         with attempt, replica_aware():
             both, a, b = (self._on_rows(call, batch, structure, shared, *place) for place in places)
         if attempt.error is not None:
-            self._answer(f"it fails for some of the rows alone: {_told(attempt.error)}")
+            self._answer(f"it fails on a part of the rows: {_told(attempt.error)}")
             return None
         self.refused = None
         self._judge(a, b, both)
@@ -152,11 +152,16 @@ class LayerEffects(Effects):
         if not _PUT_TOGETHER.issuperset(self._losses):
             self.refused = "its add_loss() is neither a mean nor a sum over rows"
         elif Effect.UNDECIDED in (*self._losses, *self.numbers):
-            self.tried, self.refused = False, "its add_loss() or output is zero for the rows tried: no mean, no sum"
+            self.tried = False
+            self.refused = (
+                "its add_loss() or output is zero for the rows tried, so fastdp cannot tell a mean from a sum"
+            )
         self._assigned |= self._moves(a, b, both)  # type: ignore[arg-type]
         for i, effect in self._assigned.items():
             if effect not in _PUT_TOGETHER:
-                self._answer(f"it assigns {self._variables[i].path}, which is neither a mean nor a sum over rows")
+                self._answer(
+                    f"it assigns a value to {self._variables[i].path} that is neither a mean nor a sum over rows"
+                )
 
     def _on_rows(
         self,
@@ -212,11 +217,11 @@ def unlike_next(batch: Sequence[np.ndarray]) -> int | None:
 def why_not_by_rows(a: _Seen, b: _Seen, both: _Seen) -> str | None:
     """Why the outputs for rows a and b together are not those for a stacked on those for b; None if they are."""
     if not len(a.outputs) == len(b.outputs) == len(both.outputs):
-        return "it gives more outputs for some rows than for others"
+        return "it returns more outputs for some rows than for others"
     for one, other, two in zip(a.outputs, b.outputs, both.outputs, strict=True):
         if not all(isinstance(out, torch.Tensor) for out in (one, other, two)):
             if not (is_same(one, two) and is_same(other, two)):
-                return f"one of its outputs is no tensor ({type(two).__name__}) and differs from rows to rows"
+                return f"one of its outputs is not a tensor ({type(two).__name__}) and differs between rows"
             continue
         if is_number(one) and is_number(other) and is_number(two):
             continue

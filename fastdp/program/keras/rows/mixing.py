@@ -286,8 +286,8 @@ class Tried:
         shapes = [tuple(trial.outputs[i].shape) for trial in (self._apart[0], self.whole)]
         name = self._effects._model.name
         return (
-            f"Output {i} of the model {name!r} has shape {shapes[0]} for {_rows(self.rows[0])} and "
-            f"{shapes[1]} for {_rows(self.total)}, so devices that have some rows each cannot put it together."
+            f"Output {i} of the model {name!r} has shape {shapes[0]} for {_rows(self.rows[0])} and {shapes[1]} for "
+            f"{_rows(self.total)}, so it cannot be merged from devices that each have only some of the rows."
         )
 
     def story(self, verdict: Verdict, culprits: Sequence[Call]) -> str:
@@ -298,20 +298,20 @@ class Tried:
             in_call = any(i in call.losses for call in self.whole.calls.values())
             return (
                 f"The {'add_loss() term' if in_call else 'activity regularizer'} of {title(layer)} is "
-                f"{verdict.losses[i].value}, so its value on the whole batch cannot be put together from the devices' "
+                f"{verdict.losses[i].value}, so its value on the whole batch cannot be combined from the devices' "
                 "rows."
             )
         for i in verdict.variables:
             who = next((c for c in self.whole.calls.values() if i in c.written), None)
             return (
                 f"{capital(title(who.operation if who else model))} assigns the variable {self._effects.path(i)} in "
-                f"its forward pass, and the value is {verdict.moves[i].value}, so it cannot be put together from the "
+                f"its forward pass, and the value is {verdict.moves[i].value}, so it cannot be combined from the "
                 "devices' rows."
             )
         names = ", ".join(dict.fromkeys(title(call.operation) for call in culprits)) or title(model)
         return (
-            f"{capital(names)} mixes the rows of the batch: what it gives for a row depends on the others, of which "
-            "each device has its own only."
+            f"{capital(names)} mixes the rows of the batch: its output for a row depends on other rows, and each "
+            "device has only its own."
         )
 
 

@@ -31,7 +31,7 @@ from fastdp.warn import warn_user
 _MOST_TRIALS = 4
 _REMEDIES = (
     'Pass rows="merge" to fastdp.wrap: it then runs on the whole batch on each device, which is exact. Or pass '
-    'rows="replica": each device goes by its own rows, as in Keras 2, and results differ from one device. Or use '
+    'rows="replica": each device uses only its own rows, as in Keras 2, and results differ from one device. Or use '
     "gpus=[0]."
 )
 
@@ -106,9 +106,7 @@ class ModelEffects(Effects):
             return
         for effect, value in zip(known, values, strict=True):
             if effect is Effect.UNDECIDED and bool(value != 0):
-                raise UndecidedError(
-                    "An add_loss() term was zero for the rows that fastdp has tried, and is not any more."
-                )
+                raise UndecidedError("An add_loss() term was zero for the rows that fastdp tried, but is not zero now.")
 
     # Trials.
 
@@ -164,8 +162,8 @@ class ModelEffects(Effects):
         said = str(failed).strip().splitlines()
         self._cannot_try(
             failed,
-            f"The model {self._model.name!r} runs on the whole batch, and fails on some of its rows, so each device "
-            f"cannot have some ({type(failed).__name__}: {said[0] if said else ''}).",
+            f"The model {self._model.name!r} runs on the whole batch but fails on a part of it, so the batch cannot "
+            f"be split between devices ({type(failed).__name__}: {said[0] if said else ''}).",
         )
         return None
 
@@ -183,7 +181,7 @@ class ModelEffects(Effects):
             raise NotByRowsError(f"{why} {_REMEDIES}") from failed
         else:
             self._losses, self._trials = [], _MOST_TRIALS
-            self._policy.say(f'fastdp: {why} Devices get their own rows even so, by rows="replica".')
+            self._policy.say(f'fastdp: {why} Each device still gets only its own rows, because of rows="replica".')
 
     # Decisions.
 
@@ -202,8 +200,8 @@ class ModelEffects(Effects):
         story = tried.story(verdict, culprits)
         if not repeats:
             story = (
-                f"{capital(title(self._model))} gives other numbers for the same rows: it draws at random outside "
-                "of keras.random, which devices cannot share."
+                f"{capital(title(self._model))} returns different numbers for the same rows: it draws at random "
+                "outside of keras.random, which devices cannot share."
             )
         if self._policy.rows == "replica":
             self._let_replicas(verdict, tried, story)
@@ -220,8 +218,8 @@ class ModelEffects(Effects):
         if self._policy.rows is None and grown is not None:
             names = ", ".join(dict.fromkeys(title(call.operation) for call in culprits))
             self._policy.say(
-                f"fastdp: {tried.shapes(grown)} So {names} runs on the whole batch on each device, which gives what "
-                'one device gives. rows="merge" of fastdp.wrap asks for that without this warning.'
+                f"fastdp: {tried.shapes(grown)} So {names} runs on the whole batch on each device, which gives the "
+                'results of one device. Pass rows="merge" to fastdp.wrap to do so without this warning.'
             )
 
     def _keep(self, verdict: Verdict, tried: Tried, plans: dict[Unit, Plan]) -> None:
@@ -250,8 +248,8 @@ class ModelEffects(Effects):
             verdict.moves[i] = Effect.MEAN
         self._keep(verdict, tried, {})
         self._policy.say(
-            f'fastdp: {story} Each device goes by its own rows, as rows="replica" says, so results differ from one '
-            "device."
+            f'fastdp: {story} Because of rows="replica", each device uses only its own rows, so results differ from '
+            "one device."
         )
 
     def _run_alone(self, why: str) -> None:

@@ -252,7 +252,9 @@ def own_rows(outputs: Any, plan: Plan, rows: Rows) -> Any:
     """
     made = tensors_in(outputs)
     if len(made) != len(plan.outputs):
-        raise NotByRowsError(f"{plan.name} gives another number of outputs than when fastdp tried it. Use gpus=[0].")
+        raise NotByRowsError(
+            f"{plan.name} returns a different number of outputs than when fastdp tried it. Use gpus=[0]."
+        )
     kept = []
     for tensor, layout in zip(made, plan.outputs, strict=True):
         axis = layout.axis
@@ -261,8 +263,8 @@ def own_rows(outputs: Any, plan: Plan, rows: Rows) -> Any:
             continue
         if tensor.ndim <= axis or tensor.shape[axis] % rows.total or not tensor.shape[axis]:
             raise NotByRowsError(
-                f"{plan.name} gives a shape of {tuple(tensor.shape)} for {rows.total} rows, of which fastdp took axis "
-                f"{axis} for that of the rows: the shape depends on values. Use gpus=[0]."
+                f"{plan.name} returns shape {tuple(tensor.shape)} for {rows.total} rows, but fastdp expected the rows "
+                f"on axis {axis}: the shape depends on values. Use gpus=[0]."
             )
         own = own_part(tensor, axis, rows)
         mask = getattr(tensor, "_keras_mask", None)
