@@ -22,7 +22,7 @@ struct bf16_t { u16 bits; };  // upper half of an IEEE binary32
     extern "C" void name(const Args args) { __VA_ARGS__; } \
     static host_cuda::Registration register_##name(#name, name);
 #else
-// One kernel entry. Its only parameter is a struct by value, so that launch.py packs a single object.
+// One kernel entry. Its only parameter is a struct by value, so that launch/functions.py packs a single object.
 #define FASTDP_KERNEL(name, Args, threads, ...) \
     extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args args) { \
         __VA_ARGS__; \

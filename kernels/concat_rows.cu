@@ -2,7 +2,7 @@
 //
 //   destination[j][destination_row[j] + r, :] = source[j][r, :]      for each piece j and row r < rows[j]
 //
-// The rows of a piece are contiguous on both sides, so a piece is one run of bytes; launch.py folds
+// The rows of a piece are contiguous on both sides, so a piece is one run of bytes; launch/rows.py folds
 // destination_row into the pointer. Unequal row counts are runs of different length.
 // Grid: 1-D; piece j owns blocks [first_block, first_block + blocks), in proportion to its bytes; 256
 // threads; a block copies segments of 16 KiB, 4 independent 16-byte loads per thread. The ends of an

@@ -7,7 +7,7 @@
 //
 // A block waits only for the blocks with its index in the other ranks, so the grids of all ranks must be
 // resident at the same time. With one GPU per rank this always holds, since no block waits for a later block of
-// the same rank. If R ranks share one card, launch.py limits each rank's grid to floor(SMs / R), that is one
+// the same rank. If R ranks share one card, launch/peer_group.py limits each rank's grid to floor(SMs / R), that is one
 // block per SM in the worst case. The launches must also reach the card independently: one stream per rank,
 // none of them the legacy default stream, and CUDA_DEVICE_MAX_CONNECTIONS not below the number of streams in
 // use (its default is 8; CUDA C++ Programming Guide, environment variables).

@@ -3,10 +3,10 @@
 //   destination[j][r, :] = convert_j(source[j][index ? index[first_row + r] : first_row + r, :])
 //   convert: the bytes unchanged, or cast(x * scale + offset) from uint8 to fp32, fp16 or bf16
 //
-// Without an index the rows are contiguous: launch.py folds first_row into the pointer and all rows into one.
+// Without an index the rows are contiguous: launch/rows.py folds first_row into the pointer and all rows into one.
 // An index outside [0, source_rows) leaves its row unwritten and sets *error to 1.
 // Grid: 1-D; array j owns blocks [first_block, first_block + blocks), in proportion to its bytes; 256
-// threads. Two layouts, chosen by launch.py:
+// threads. Two layouts, chosen by launch/rows.py:
 //   vector == 0  segments: a block copies 16 KiB of one row (contiguous arrays, long rows), unaligned ends
 //                by element, an unaligned source by word shifts
 //   vector  > 0  gather: rows shorter than a segment; thread t copies input vectors of `vector` bytes number

@@ -151,7 +151,7 @@ def test_without_a_library_the_error_says_how_to_get_one(monkeypatch):
 
 
 def test_importing_the_launcher_and_the_twins_loads_no_cupy_and_no_compiler():
-    """In a fresh process: DESIGN lets only backend/cuda.py import CuPy."""
+    """In a fresh process: only runtime/cuda/cupy_api.py and cupy_nccl.py import CuPy."""
     code = "import sys, fastdp.launch, fastdp.launch.reference; print(sorted(m for m in sys.modules if 'cupy' in m))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

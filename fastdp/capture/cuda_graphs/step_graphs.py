@@ -76,10 +76,10 @@ class StepGraphJoiner:
         buckets = targets[0].buckets()
         with self._recorder.alone(), Attempt() as attempt:
             collectives: Any = communicator(devices)
-            self._refused = collectives.why_not_whole(buckets)
+            self._refused = collectives.why_no_step_graph(buckets)
             if not self._refused:
                 parts = [recording.parts for recording in found]
-                graph = collectives.whole_step(targets, buckets, parts, self._recorder.timeout)
+                graph = collectives.step_graph(targets, buckets, parts, self._recorder.timeout)
         if isinstance(attempt.error, DeviceTimeoutError):
             raise attempt.error  # the devices hold work that does not end
         self._refused = self._refused or attempt.why

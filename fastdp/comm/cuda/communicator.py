@@ -65,7 +65,7 @@ class CudaCommunicator(Communicator):
         self._by_nccl = NcclCollectives(self._devices, self._nccl)
         has_kernels = peers is not None and len(devices) <= MAX_RANKS and peers.complete
         self._kernels = PeerKernels(devices) if has_kernels else None
-        self._wholes = StepGraphs(devices, self._kernels)
+        self._step_graphs = StepGraphs(devices, self._kernels)
         self._ways: dict[Bucket, str] = {}
         self._scatter_ways: dict[Bucket, str] = {}
         self._told = False
@@ -105,17 +105,17 @@ class CudaCommunicator(Communicator):
         early = [number for number, way in enumerate(ways) if way != "host"] if warm else []
         return CudaReduction(self._devices, len(sources), len(buckets), early, issue)
 
-    def why_not_whole(self, buckets: Sequence[Bucket]) -> str:
-        """Why a step with these buckets cannot run as one graph per GPU (`whole_step`); empty if it can."""
-        return self._wholes.why_not([self.how(bucket) for bucket in buckets])
+    def why_no_step_graph(self, buckets: Sequence[Bucket]) -> str:
+        """Why a step with these buckets cannot run as one graph per GPU (`step_graph`); empty if it can."""
+        return self._step_graphs.why_not([self.how(bucket) for bucket in buckets])
 
-    def whole_step(
+    def step_graph(
         self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket], parts: Sequence[Parts], timeout: float
     ) -> StepGraph:
         """Combine the replicas' recorded graphs with the all-reduces of their buckets into one graph per GPU. On the
         host thread, while no step of any engine runs. Arguments and errors as in `StepGraphs.make`."""
         ways = self._plan(buckets, self._ways, self.how)
-        return self._wholes.make(self, targets, buckets, ways, parts, timeout)
+        return self._step_graphs.make(self, targets, buckets, ways, parts, timeout)
 
     def issue(self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket], by_nccl: NcclCollectives) -> None:
         """All-reduce these buckets on all ranks from the calling thread; `by_nccl` runs those that NCCL reduces. Called
@@ -191,7 +191,7 @@ class CudaCommunicator(Communicator):
                 f"A collective on {self._devices[rank].name} gave up waiting for the other GPUs: the gradients "
                 "of this step are wrong. Run `fastdp devices` to look at the links, and see docs/hardware.md."
             )
-        for comms in (self._nccl, *self._wholes.comms()):
+        for comms in (self._nccl, *self._step_graphs.comms()):
             for rank, comm in enumerate(comms):
                 error = cupy_api.nccl_async_error(comm)
                 if error is not None:

@@ -35,7 +35,7 @@ class Waiting:
     """The engine whose replicas hold gradients of an unfinished cycle.
 
     It is an attribute of the optimizer and lives as long. The optimizer's accumulators, which are kept alive by the
-    record of their memory (`keras_memory`), have only a weak reference to it.
+    record of their memory (`AdoptedVariables`), have only a weak reference to it.
     """
 
     def __init__(self) -> None:
