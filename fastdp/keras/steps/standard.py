@@ -144,7 +144,7 @@ class Steps(ModelEngine):
         x, y, sample_weight = batch.structure.pack(batch.arrays, inputs=looks)
         added = map(keras.ops.convert_to_tensor, result.sums[: result.notes.terms])
         named = IndicesNamed(partial(self._loss_of_rows, (x, y, y_pred, sample_weight)), 0, result.rows)
-        with _losses_of_step(self.template, [*added, *engine.program.regularization()]), named:
+        with _losses_of_step(self.template, [*added, *engine.program.loss.regularization()]), named:
             loss = self.trainer._compute_loss(x, y, y_pred, own_copy(sample_weight), training=False)
         self.trainer._loss_tracker.update_state(loss, sample_weight=result.rows)
         return self.trainer.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))

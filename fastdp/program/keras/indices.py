@@ -91,10 +91,10 @@ class RowsNamed(IndicesNamed):
         with replica_aware():
             if self._trains:
                 trained = set(map(id, program.trainable))
-                program.compute([(v, t.detach().requires_grad_(id(v) in trained)) for v, t in mapping], nest, run)
+                program.passes.train([(v, t.detach().requires_grad_(id(v) in trained)) for v, t in mapping], nest, run)
                 return
             with keras_device(context.device), torch.no_grad(), replica_scope(run), ReplicaScope(mapping, set()):
-                program._call(unpack(nest)[0], training=False)
+                program.passes.call(unpack(nest)[0], training=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -237,7 +237,7 @@ class CallProgram(KerasProgram):
             work.ran[context.rank] = _Ran(context, run, inputs, leaves, outputs, numbers, scope)
         detached = [number.detach() for number in numbers]
         outcome = StepSums([], detached, outputs, structure, SideEffects.of(scope, state.mapping, run))
-        return self._result(outcome, state, context, Notes(structure, len(numbers)), work.effects)
+        return outcome.result(state.mapping, context, Notes(structure, len(numbers)), work.effects)
 
     def _on_rows(
         self, state: ReplicaState, work: Forward, rows: Any, shared: Any, context: Context, start: int, stop: int

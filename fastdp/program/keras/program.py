@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import keras
@@ -20,29 +20,26 @@ from fastdp.capture.cuda_graphs.step_graphs import RecordedStepGraph
 from fastdp.capture.steps import Captures
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
-from fastdp.errors import NotCapturable
 from fastdp.program.base import Program, Result, Totals
-from fastdp.program.keras.batch import OutputStructure, flatten_outputs, unpack
 from fastdp.program.keras.gradients import LeftGradients
 from fastdp.program.keras.indices import RowsNamed
 from fastdp.program.keras.optimizer.accumulation import Accumulation, Engine
-from fastdp.program.keras.optimizer.flat import FlatUpdate
-from fastdp.program.keras.optimizer.slots import apply_by_variable, optimizer_of, slots_of, why_not_now
+from fastdp.program.keras.optimizer.slots import optimizer_of
+from fastdp.program.keras.optimizer.update import OptimizerUpdate
+from fastdp.program.keras.passes import ModelCall, Passes
 from fastdp.program.keras.patches import replica_aware
-from fastdp.program.keras.placement.graph import PlacedGraph, gradients_of, graph_of
-from fastdp.program.keras.random.augmentation import writes_to_inputs
+from fastdp.program.keras.placement.graph import PlacedGraph, graph_of
 from fastdp.program.keras.random.step_draws import StepDraws
-from fastdp.program.keras.replica import ReplicaContext, keras_device, replica_scope
-from fastdp.program.keras.rows.known_layers import keeps_rows_apart
+from fastdp.program.keras.replica import ReplicaContext, keras_device
+from fastdp.program.keras.rows.known_layers import has_known_regularizers, keeps_rows_apart
 from fastdp.program.keras.rows.policy import ModelEffects, Policy
 from fastdp.program.keras.rows.probe import Effects
-from fastdp.program.keras.step_sums import Notes, SideEffects, StepSums, Summed
+from fastdp.program.keras.step_sums import Notes, StepSums, Summed
 from fastdp.program.keras.training_loss import TrainingLoss
-from fastdp.program.keras.variables import AdoptedVariables, Mapping, ReplicaScope, ReplicaState, adopted
+from fastdp.program.keras.variables import AdoptedVariables, ReplicaState, adopted, variables_of
 from fastdp.runtime.queue import QueueDevice
-from fastdp.tensors.arrays import accumulate, output_array, settle, spec_of, tensors_of
+from fastdp.tensors.arrays import accumulate, settle, spec_of
 from fastdp.tensors.autocast import Autocast
-from fastdp.tensors.gradient_buckets import GradientBuckets
 from fastdp.tensors.threads import prepare_worker, replicas_run
 
 
@@ -72,44 +69,47 @@ class KerasProgram(Program):
         policy: Policy | None = None,
         groups: Sequence[Sequence[QueueDevice]] | None = None,
     ) -> None:
-        self.model = model
-        self.trainer = trainer
+        self.model, self.trainer = model, trainer
         self.sync_batch_norm = sync_batch_norm
         self._template_state = template_state
-        own_metrics = [m for layer in model._flatten_layers() for m in layer._metrics]
-        # Trainable variables first, so that their memory has the layout of their gradients.
-        every = [*model.trainable_variables, *model.variables, *(v for m in own_metrics for v in m.variables)]
-        self.variables = list({id(v): v for v in every}.values())
+        self.variables = variables_of(model)
         self._index = {id(v): i for i, v in enumerate(self.variables)}
-        optimizer = optimizer_of(trainer)
+        self.optimizer = optimizer = optimizer_of(trainer)
         self.trainable = list(model.trainable_variables) if optimizer is not None else []
-        self.optimizer = optimizer
         self.accumulation = Accumulation(optimizer, self.trainable)
-        self._left = LeftGradients(self.trainable)
         self.slot_variables = list(optimizer.variables) if optimizer is not None else []
         self.gradients: Sequence[ArraySpec] = [spec_of(v.path, v.value) for v in self.trainable]
-        self._slots = slots_of(optimizer, self.trainable)
-        self.slots: Sequence[ArraySpec] = [spec_of(v.path, v.value) for v in self._slots.order]
         # Follows keras.utils.set_random_seed without drawing from any generator.
         self._seed = torch.initial_seed() & 0x7FFFFFFF
-        self._replicas = replicas
-        about = (model, self.variables, self._call, self._seed)
+        self._replicas, self._groups = replicas, groups
+        call = ModelCall(model)
+        about = (model, self.variables, call, self._seed)
         policy = policy or Policy()
         self.effects = ModelEffects(*about, training=True, policy=policy)
         self.forward_effects = ModelEffects(*about, self.effects.sites, training=False, policy=policy)
         self.loss = TrainingLoss(model, trainer, optimizer, self.effects)
+        self.passes = Passes(call, self.loss, self.trainable, self.effects, self.forward_effects)
+        self._is_known = has_known_regularizers(self.trainable) and keeps_rows_apart(model)
+        self.draws = StepDraws(moves=bool(self.effects.seeds) or not self._is_known)
+        self._update = OptimizerUpdate(optimizer, self.trainable, self.draws)
+        self.slots: Sequence[ArraySpec] = [spec_of(v.path, v.value) for v in self._update.slots]
+        self._left = LeftGradients(self.trainable)
         self._adopted: list[AdoptedVariables] = []
         self._captures: Captures[StepSums] | None = None
         self.states: weakref.WeakValueDictionary[int, ReplicaState] = weakref.WeakValueDictionary()
-        self._groups = groups
-        self._writes_to_inputs = writes_to_inputs(model)
-        regularizers = [v.regularizer for v in self.trainable if v.regularizer is not None]
-        are_known = all(type(one).__module__.startswith("keras.") for one in regularizers)
-        self._is_known = are_known and keeps_rows_apart(model)
-        self.draws = StepDraws(moves=bool(self.effects.seeds) or not self._is_known)
         self._autocast = Autocast.current()  # the state of the thread that calls steps
 
-    # Memory: members of Program.
+    @property
+    def trained(self) -> list[int]:
+        """The numbers of the trainable variables."""
+        return [self._index[id(v)] for v in self.trainable]
+
+    @property
+    def spans_devices(self) -> bool:
+        """Whether a replica spans several devices."""
+        return self._groups is not None
+
+    # Memory.
 
     def home(self, device: Allocator) -> Home:
         """The template's own variables, in flat buffers."""
@@ -120,33 +120,8 @@ class KerasProgram(Program):
         """The optimizer's own variables, in flat buffers."""
         if self.optimizer is None:
             return FlatBuffers([], device)
-        self._adopted.append(adopted(self.optimizer, self._slots.order, device))
+        self._adopted.append(adopted(self.optimizer, self._update.slots, device))
         return self._adopted[-1].home.variables
-
-    @property
-    def update_is_reliable(self) -> bool:  # type: ignore[override]
-        """Whether optimizer, learning rate and constraints are Keras's own."""
-        rate = getattr(self.optimizer, "_learning_rate", None)
-        parts = [self.optimizer, rate, *(v.constraint for v in self.trainable)]
-        return all(part is None or type(part).__module__.startswith("keras.") for part in parts)
-
-    def rehearse_update(self, state: ReplicaState) -> bool:
-        """Try the optimizer on copies, if it acts on flat buffers."""
-        if state.flat_update is None or self.update_how != "flat":
-            return False
-        state.flat_update.rehearse()
-        return True
-
-    @property
-    def update_is_shared(self) -> bool:  # type: ignore[override]
-        """Whether the optimizer is applied to parts of the buffers by several threads."""
-        return self.update_how == "flat"
-
-    @property
-    def update_how(self) -> str:  # type: ignore[override]
-        """How the optimizer is applied: "flat", to all variables as one, or "per variable: " and the reason."""
-        why = why_not_now(self.optimizer) if self._slots.how == "flat" else ""
-        return f"per variable: {why}" if why else self._slots.how
 
     def changed_outside(self) -> bool:
         """Whether a callback or the user assigned a weight, the learning rate, or anything else."""
@@ -162,21 +137,11 @@ class KerasProgram(Program):
 
     def bind(self, memory: Memory, device: QueueDevice, rank: int) -> ReplicaState:
         """A replica's tensors over its memory."""
-        variables = tensors_of(memory.variables)
-        positions = self.trained
-        leaves = [variables[i].detach().requires_grad_() for i in positions]
-        mapping = list(zip(self.variables, variables, strict=True))
-        for i, leaf in zip(positions, leaves, strict=True):
-            mapping[i] = (self.variables[i], leaf)
-        updates = bool(memory.slots.specs) and self._slots.how == "flat"  # without slots another replica updates
-        update = FlatUpdate(self.optimizer, self._slots, self.trainable, memory) if updates else None
-        gradients = tensors_of(memory.gradients)
-        arrivals = GradientBuckets(memory.gradients, gradients)
-        arrivals.hook(leaves)
-        slots = tensors_of(memory.slots)
-        state = ReplicaState(device, variables, slots, gradients, leaves, mapping, update, arrivals)
+        state = ReplicaState.over(memory, device, self.variables, self.trained, self._update.flat(memory))
         self.states[rank] = state
         return state
+
+    # Around a step.
 
     def prepare_thread(self, threads: int, device: QueueDevice) -> None:
         """Set the worker's number of threads."""
@@ -190,12 +155,12 @@ class KerasProgram(Program):
             stack.enter_context(replicas_run(threads))
             if self.loss.is_own and self._template_state is not None:
                 stack.enter_context(self._template_state())
-            self.prepare_loss()
+            self.loss.prepare()
             stack.enter_context(self.draws.during_step())
             self._autocast = Autocast.current()
             yield
 
-    # The step.
+    # Train and predict.
 
     @property
     def captures(self) -> Captures[StepSums] | None:
@@ -214,14 +179,14 @@ class KerasProgram(Program):
                 outcome = captured.replay(state, batch, context)  # writes the gradients
                 unused = frozenset(i for i, gradient in enumerate(outcome.gradients) if gradient is None)
             else:
-                # If a replica spans devices, backward runs call by call: gradients come in parts, from several
-                # threads.
+                # If a replica spans devices, backward goes call by call: gradients come in parts, from several threads.
                 with state.arrivals.during(context.ready if self._groups is None else None), self._autocast.enter():
-                    outcome = self.compute(state.mapping, context.structure.pack(batch), self.running_replica(context))
+                    nest = context.structure.pack(batch)
+                    outcome = self.passes.train(state.mapping, nest, self.running_replica(context))
                 unused = state.arrivals.store(outcome.gradients)
         unused |= {i for i, v in enumerate(self.trainable) if not v._value.requires_grad}  # frozen through torch
         notes = Notes(outcome.structure, len(outcome.terms) - 1, unused=unused, added=outcome.added)
-        return self._result(outcome, state, context, notes)
+        return outcome.result(state.mapping, context, notes, self.effects)
 
     def step_graph(self, contexts: Sequence[Context], why_not: str) -> RecordedStepGraph | None:
         """The step graph for these rows; None if there is none."""
@@ -229,48 +194,11 @@ class KerasProgram(Program):
 
     def predict(self, state: ReplicaState, batch: list[np.ndarray], context: Context) -> Result:
         """Run forward only. The sums are the contributions of `add_loss` terms, then those of assigned variables."""
-        x, _, _ = unpack(context.structure.pack(batch))
         run = self.running_replica(context, training=False)
-        keras_scope = keras_device(context.device)
-        named = RowsNamed(self, batch, context, state.mapping)
-        with (
-            keras_scope,
-            self._autocast.enter(),
-            torch.no_grad(),
-            replica_scope(run),
-            ReplicaScope(state.mapping, set()) as scope,
-            named,
-        ):
-            y_pred = self._call(x, training=False)
-            extra = self.forward_effects.contributions(scope.losses, context)
-        outputs, structure = flatten_outputs(y_pred, self.forward_effects.layouts, context.rows)
-        outcome = StepSums([], extra, outputs, structure, SideEffects.of(scope, state.mapping, run))
-        return self._result(outcome, state, context, Notes(structure, len(extra)), self.forward_effects)
-
-    def compute(self, mapping: Mapping, nest: Any, run: ReplicaContext) -> StepSums:
-        """Run the pure part of a training step: from variables and a batch to gradients and new values."""
-        x, y, sample_weight = unpack(nest)
-        leaf_ids = set(map(id, self.trainable))
-        with keras_device(run.context.device), replica_scope(run), ReplicaScope(mapping, leaf_ids) as scope:
-            y_pred = self._call(x, training=True)
-            extra = self.effects.contributions(scope.losses, run.context)
-            roots, seeds, terms = self.loss(y, y_pred, sample_weight, extra, scope, run)
-            leaves = [scope.get_current_value(v) for v in self.trainable]
-            # Within the scopes, because the user's hooks and gradient functions run in backward for the replica, too.
-            found = gradients_of(run, roots, seeds, leaves)
-        outputs: list[torch.Tensor] = []
-        structure: OutputStructure | None = None
-        if run.context.wants_outputs:
-            outputs, structure = flatten_outputs(y_pred, self.effects.layouts, run.context.rows)
-            if structure.whole and run.draws is not None:
-                raise NotCapturable("outputs that are the same for all rows")
-        terms = [*terms, *(term.detach() for term in extra)]  # a new list: replicas may share the loss's own
-        return StepSums(found, terms, outputs, structure, SideEffects.of(scope, mapping, run), len(extra))
-
-    @property
-    def spans_devices(self) -> bool:
-        """Whether a replica spans several devices."""
-        return self._groups is not None
+        with self._autocast.enter(), RowsNamed(self, batch, context, state.mapping):
+            outcome = self.passes.predict(state.mapping, context.structure.pack(batch), run)
+        notes = Notes(outcome.structure, len(outcome.terms))
+        return outcome.result(state.mapping, context, notes, self.forward_effects)
 
     def running_replica(
         self, context: Context, *, training: bool = True, effects: Effects | None = None, spans_devices: bool = True
@@ -283,50 +211,44 @@ class KerasProgram(Program):
         """
         effects = effects or (self.effects if training else self.forward_effects)
         generators = self.draws.of_replica(context.rank)
-        run = ReplicaContext(
-            context, self.sync_batch_norm, generators=generators, sites=effects.sites, units=effects.units()
-        )
+        run = ReplicaContext(context, self.sync_batch_norm, generators=generators, sites=effects.sites)
+        run.units = effects.units()
         run.watches_torch = self.loss.is_merged or not self._is_known
         if self._groups is not None and spans_devices:
             run.placed = graph_of(self.model), PlacedGraph(self._groups[context.rank])
         return run
 
-    def assign(
-        self, sums: np.ndarray, notes: Notes, every_note: Sequence[Notes], effects: Effects | None = None
-    ) -> None:
-        """Assign the variables that a forward pass changed to the template: layer metrics, seeds, moving statistics.
-
-        Raises:
-            UndecidedError: a variable moved differently than in the trial. Nothing has been assigned.
-        """
-        every = [note.effects for note in every_note]
-        if any(every):
-            values = [v.value for v in self.variables]
-            with torch.no_grad():
-                Summed.apply(every, values, sums[notes.terms :], self._index, effects or self.forward_effects)
+    # The update.
 
     def update(self, state: ReplicaState, totals: Totals) -> None:
         """Write assigned variables, then apply Keras's optimizer to the summed gradients."""
-        notes: Notes = totals.notes
         with torch.no_grad():
             every = [note.effects for note in totals.every_note]
-            Summed.apply(every, state.variables, totals.sums[1 + notes.terms :], self._index, self.effects)
-            if not self.trainable or not (totals.reduced or state.slots):  # without slots nothing else is to do
-                return
-            unused = frozenset.intersection(*(note.unused for note in totals.every_note))
-            if state is self.states.get(0):
-                self._left.note(unused)
-            if state.flat_update is not None and self.update_how == "flat":
-                state.flat_update.apply(unused, totals.reduced, totals.work_stealing)
-                return
-            # Before the last step of a cycle Keras gets zeros, so that gradients accumulated on the replicas do not
-            # count twice.
-            given = state.gradients if totals.reduced else [g.new_zeros(()).expand_as(g) for g in state.gradients]
-            gradients = [None if i in unused else g for i, g in enumerate(given)]
-            values = [state.variables[self._index[id(v)]] for v in self.trainable]
-            mapping = [*zip(self.trainable, values, strict=True), *zip(self._slots.order, state.slots, strict=True)]
-            with nullcontext() if self.update_is_reliable else self.draws.during_update():
-                apply_by_variable(self.optimizer, gradients, self.trainable, mapping)
+            Summed.apply(every, state.variables, totals.sums[1 + totals.notes.terms :], self._index, self.effects)
+            if self.trainable and (totals.reduced or state.slots):  # without slots nothing else is to do
+                unused = frozenset.intersection(*[note.unused for note in totals.every_note])
+                if state is self.states.get(0):
+                    self._left.note(unused)
+                self._update.apply(state, unused, totals)
+
+    def rehearse_update(self, state: ReplicaState) -> bool:
+        """Try the optimizer on copies, if it acts on flat buffers."""
+        return self._update.rehearse(state)
+
+    @property
+    def update_how(self) -> str:  # type: ignore[override]
+        """How the optimizer is applied: "flat", to all variables as one, or "per variable: " and the reason."""
+        return self._update.how
+
+    @property
+    def update_is_shared(self) -> bool:  # type: ignore[override]
+        """Whether the optimizer is applied to parts of the buffers by several threads."""
+        return self._update.how == "flat"
+
+    @property
+    def update_is_reliable(self) -> bool:  # type: ignore[override]
+        """Whether optimizer, learning rate and constraints are Keras's own."""
+        return self._update.is_reliable
 
     def leave_gradients(self, engine: Engine) -> None:
         """After a training step, leave its gradients on the template's variables, as Keras's trainer does.
@@ -342,36 +264,10 @@ class KerasProgram(Program):
 
     def fold(self, state: ReplicaState) -> None:
         """Add reduced gradients of an unfinished cycle to the optimizer's accumulators."""
-        slots = {id(v): tensor for v, tensor in zip(self._slots.order, state.slots, strict=True)}
+        slots = dict(zip(map(id, self._update.slots), state.slots, strict=True))
         self.accumulation.fold(slots, state.gradients)
 
-    # Parts of the step.
-
-    def _call(self, x: Any, training: bool) -> Any:
-        """Call the model as Keras's own `train_step` does."""
-        if self._writes_to_inputs:
-            x = keras.tree.map_structure(torch.clone, x)
-        return self.model(x, training=training) if self.model._call_has_training_arg else self.model(x)
-
-    @property
-    def trained(self) -> list[int]:
-        """The numbers of the trainable variables."""
-        return [self._index[id(v)] for v in self.trainable]
-
-    @property
-    def is_regularized(self) -> bool:
-        """Whether any trainable weight has a regularizer."""
-        return any(v.regularizer is not None for v in self.trainable)
-
-    def regularization(self) -> list[torch.Tensor]:
-        """The regularization terms of the trainable weights, from the values in the current scope."""
-        return self.loss.regularization()
-
-    def prepare_loss(self) -> None:
-        """Decide how the loss is computed: as contributions of the replicas, or on the merged outputs."""
-        self.loss.prepare()
-
-    # Side effects of the forward pass.
+    # How values depend on the rows.
 
     def inspect(self, batch: Batch, *, training: bool = True, every_row: bool = False) -> None:
         """Try how outputs and side effects depend on the rows. Called before the first steps, on the host thread."""
@@ -388,11 +284,16 @@ class KerasProgram(Program):
         """How many replicas may share a step."""
         return 1 if self.effects.alone or self.forward_effects.alone else self._replicas
 
-    def _result(
-        self, outcome: StepSums, state: ReplicaState, context: Context, notes: Notes, effects: Effects | None = None
-    ) -> Result:
-        """Make the replica's result: outputs as arrays, and the numbers that combine terms and side effects."""
-        terms = np.array([float(term) for term in outcome.terms])
-        sums, notes.effects = outcome.effects.summed(state.mapping, context.rows.share, effects or self.effects)
-        outputs = [output_array(tensor, context.device) for tensor in outcome.outputs]
-        return Result(outputs, np.concatenate([terms, *sums]), notes)
+    def assign(
+        self, sums: np.ndarray, notes: Notes, every_note: Sequence[Notes], effects: Effects | None = None
+    ) -> None:
+        """Assign the variables that a forward pass changed to the template: layer metrics, seeds, moving statistics.
+
+        Raises:
+            UndecidedError: a variable moved differently than in the trial. Nothing has been assigned.
+        """
+        every = [note.effects for note in every_note]
+        if any(every):
+            values = [v.value for v in self.variables]
+            with torch.no_grad():
+                Summed.apply(every, values, sums[notes.terms :], self._index, effects or self.forward_effects)

@@ -18,7 +18,9 @@ import keras
 import numpy as np
 import torch
 
+from fastdp.comm.context import Context
 from fastdp.errors import NotCapturable
+from fastdp.program.base import Result
 from fastdp.program.keras.batch import OutputStructure
 from fastdp.program.keras.batch_norm import moved_statistics, statistics
 from fastdp.program.keras.plain_outputs import check_same
@@ -26,6 +28,7 @@ from fastdp.program.keras.replica import ReplicaContext
 from fastdp.program.keras.rows.effects import Effect, UndecidedError, values_agree
 from fastdp.program.keras.rows.probe import Effects
 from fastdp.program.keras.variables import Mapping, ReplicaScope
+from fastdp.tensors.arrays import output_array
 from fastdp.tensors.moments import Moments, combine
 from fastdp.tensors.sums import move, movement
 
@@ -226,6 +229,19 @@ class StepSums:
     structure: OutputStructure | None
     effects: SideEffects
     added: int = 0
+
+    def result(self, mapping: Mapping, context: Context, notes: Notes, effects: Effects) -> Result:
+        """The replica's result: outputs as arrays, and numbers that sum up terms and side effects.
+
+        Args:
+            mapping: the variables with their tensors, as before the pass.
+            notes: of the step; they get the description of the side effects.
+            effects: how variables depend on the rows.
+        """
+        terms = np.array([float(term) for term in self.terms])
+        sums, notes.effects = self.effects.summed(mapping, context.rows.share, effects)
+        outputs = [output_array(tensor, context.device) for tensor in self.outputs]
+        return Result(outputs, np.concatenate([terms, *sums]), notes)
 
     def flatten(self) -> tuple[list[torch.Tensor], StepSumsForm]:
         """The tensors except the gradients, in the order that `StepSumsForm.filled` expects, and the form.

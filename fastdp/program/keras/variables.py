@@ -12,14 +12,25 @@ from keras.src.backend import in_stateless_scope
 from keras.src.backend.common import global_state
 from keras.src.backend.common.variables import initialize_all_variables
 
-from fastdp.buffers import Allocator, FlatBuffers
+from fastdp.buffers import Allocator, FlatBuffers, Memory
+from fastdp.program.keras.optimizer.flat import FlatUpdate
 from fastdp.program.keras.rows.effects import NotByRowsError
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.adopted import Adopted, Homes
-from fastdp.tensors.arrays import spec_of
+from fastdp.tensors.arrays import spec_of, tensors_of
 from fastdp.tensors.gradient_buckets import GradientBuckets
 
 Mapping = list[tuple[keras.Variable, torch.Tensor]]
+
+
+def variables_of(model: keras.Model) -> list[keras.Variable]:
+    """All variables of a model, metrics of its layers included.
+
+    The trainable ones come first, so that their memory has the layout of their gradients.
+    """
+    own_metrics = [metric for layer in model._flatten_layers() for metric in layer._metrics]
+    every = [*model.trainable_variables, *model.variables, *(v for m in own_metrics for v in m.variables)]
+    return list({id(v): v for v in every}.values())
 
 
 class AdoptedVariables(Adopted):
@@ -67,7 +78,7 @@ def adopted(owner: Any, variables: Sequence[keras.Variable], device: Allocator) 
 @dataclass(eq=False)
 class ReplicaState:
     """A replica's tensors, on its device. `leaves` are the trainable variables as leaves of autograd, with hooks to
-    `arrivals`. `flat_update` is a `FlatUpdate` if the optimizer acts on flat buffers."""
+    `arrivals`. `flat_update` is None if the optimizer acts on each variable, or another replica updates."""
 
     device: QueueDevice
     variables: list[torch.Tensor]
@@ -75,8 +86,32 @@ class ReplicaState:
     gradients: list[torch.Tensor]
     leaves: list[torch.Tensor]
     mapping: Mapping
-    flat_update: Any
+    flat_update: FlatUpdate | None
     arrivals: GradientBuckets
+
+    @classmethod
+    def over(
+        cls,
+        memory: Memory,
+        device: QueueDevice,
+        variables: Sequence[keras.Variable],
+        trained: Sequence[int],
+        flat_update: FlatUpdate | None,
+    ) -> ReplicaState:
+        """The state of a replica over its memory.
+
+        Args:
+            variables: all variables of the model, in the order of the memory.
+            trained: the numbers of those that have a gradient.
+        """
+        tensors, gradients = tensors_of(memory.variables), tensors_of(memory.gradients)
+        leaves = [tensors[i].detach().requires_grad_() for i in trained]
+        mapping = list(zip(variables, tensors, strict=True))
+        for i, leaf in zip(trained, leaves, strict=True):
+            mapping[i] = (variables[i], leaf)
+        arrivals = GradientBuckets(memory.gradients, gradients)
+        arrivals.hook(leaves)
+        return cls(device, tensors, tensors_of(memory.slots), gradients, leaves, mapping, flat_update, arrivals)
 
     @property
     def gradient_buffers(self) -> FlatBuffers:

@@ -80,11 +80,12 @@ class KerasPureStep:
 
     def prepare(self) -> None:
         """As `PureStep.prepare`: decide how the loss is computed."""
-        self._program.prepare_loss()
+        self._program.loss.prepare()
 
     def key(self, context: Context) -> tuple[bool, Any]:
         """As `PureStep.key`. The first replica counts regularizers; NumPy does not know all dtypes of a batch."""
-        return context.rank == 0 and self._program.is_regularized, context.structure.dtypes
+        is_regularized = context.rank == 0 and any(v.regularizer is not None for v in self._program.trainable)
+        return is_regularized, context.structure.dtypes
 
     def rows(self, batch: Sequence[Any], context: Context) -> list[torch.Tensor]:
         """As `PureStep.rows`."""
@@ -98,7 +99,7 @@ class KerasPureStep:
         run = program.running_replica(context)
         run.draws = draws
         mapping = list(zip(program.variables, variables, strict=True))
-        return program.compute(mapping, context.structure.nested(rows), run)
+        return program.passes.train(mapping, context.structure.nested(rows), run)
 
     def flatten(self, outcome: StepSums) -> tuple[list[torch.Tensor], StepSumsForm]:
         """As `PureStep.flatten`."""

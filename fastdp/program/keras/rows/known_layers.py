@@ -7,6 +7,7 @@ Most models consist only of Keras's own layers, whose effect on rows is known. T
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -56,6 +57,12 @@ def keeps_rows_apart(model: keras.Model) -> bool:
     return all(
         keeps_rows_apart(part) if isinstance(part, keras.Model) else _is_known(part) for part in graph.operations
     )
+
+
+def has_known_regularizers(trainable: Sequence[keras.Variable]) -> bool:
+    """Whether all regularizers of these variables are Keras's own."""
+    regularizers = [v.regularizer for v in trainable if v.regularizer is not None]
+    return all(type(one).__module__.startswith("keras.") for one in regularizers)
 
 
 def _full_name(thing: Any) -> str:

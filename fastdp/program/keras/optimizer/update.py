@@ -1,0 +1,83 @@
+"""The update of a replica: Keras's optimizer on flat buffers or variable by variable, as its settings allow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import keras
+
+from fastdp.buffers import Memory
+from fastdp.program.base import Totals
+from fastdp.program.keras.optimizer.flat import FlatUpdate
+from fastdp.program.keras.optimizer.slots import apply_by_variable, slots_of, why_not_now
+from fastdp.program.keras.random.step_draws import StepDraws
+from fastdp.program.keras.variables import ReplicaState
+
+
+class OptimizerUpdate:
+    """Applies an optimizer to replicas.
+
+    Args:
+        optimizer: the user's optimizer, built for `trainable`, or None.
+        trainable: the variables that it trains, the first ones of a replica.
+        draws: the random generators of a step. An optimizer of the user's may draw.
+
+    Attributes:
+        slots: the optimizer's variables, in the order in which they lie in memory.
+    """
+
+    def __init__(self, optimizer: Any, trainable: Sequence[keras.Variable], draws: StepDraws) -> None:
+        self._optimizer = optimizer
+        self._trainable = list(trainable)
+        self._draws = draws
+        self._layout = slots_of(optimizer, trainable)
+        self.slots = self._layout.order
+
+    @property
+    def how(self) -> str:
+        """How the optimizer is applied: "flat", to all variables as one, or "per variable: " and the reason."""
+        why = why_not_now(self._optimizer) if self._layout.how == "flat" else ""
+        return f"per variable: {why}" if why else self._layout.how
+
+    @property
+    def is_reliable(self) -> bool:
+        """Whether optimizer, learning rate and constraints are Keras's own."""
+        rate = getattr(self._optimizer, "_learning_rate", None)
+        parts = [self._optimizer, rate, *(v.constraint for v in self._trainable)]
+        return all(part is None or type(part).__module__.startswith("keras.") for part in parts)
+
+    def flat(self, memory: Memory) -> FlatUpdate | None:
+        """The update of a replica's flat buffers; None if the optimizer acts on each variable.
+
+        A replica without slots gets its variables from another one.
+        """
+        is_flat = bool(memory.slots.specs) and self._layout.how == "flat"
+        return FlatUpdate(self._optimizer, self._layout, self._trainable, memory) if is_flat else None
+
+    def rehearse(self, state: ReplicaState) -> bool:
+        """Try the optimizer on copies, if it acts on flat buffers; whether it does."""
+        if state.flat_update is None or self.how != "flat":
+            return False
+        state.flat_update.rehearse()
+        return True
+
+    def apply(self, state: ReplicaState, unused: frozenset[int], totals: Totals) -> None:
+        """Update a replica's variables and slots from its gradients, in place. Under `torch.no_grad`.
+
+        Args:
+            unused: numbers of the variables without a gradient.
+            totals: of the step.
+        """
+        if state.flat_update is not None and self.how == "flat":
+            state.flat_update.apply(unused, totals.reduced, totals.work_stealing)
+            return
+        # Before the last step of a cycle Keras gets zeros, so that gradients accumulated on the replicas do not count
+        # twice.
+        given = state.gradients if totals.reduced else [g.new_zeros(()).expand_as(g) for g in state.gradients]
+        gradients = [None if i in unused else g for i, g in enumerate(given)]
+        values = state.variables[: len(self._trainable)]
+        mapping = [*zip(self._trainable, values, strict=True), *zip(self.slots, state.slots, strict=True)]
+        with nullcontext() if self.is_reliable else self._draws.during_update():
+            apply_by_variable(self._optimizer, gradients, self._trainable, mapping)
