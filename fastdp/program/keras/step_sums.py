@@ -73,7 +73,7 @@ class SideEffects:
             share: the replica's share of the rows of the global batch.
             effects: how variables depend on the rows.
         """
-        notes = Summed(normalized=[layer for layer, _ in self.moments])
+        notes = Summed(normalized=[layer for layer, _ in self.moments], share=share)
         by_moments = {id(v) for layer in notes.normalized for v in statistics(layer)}
         sums = []
         for i, value in self.assigned:
@@ -113,12 +113,13 @@ class Summed:
 
     The numbers hold, for each entry of `assigned`, by how much each element of the variable moves; then, for each entry
     of `normalized`, its moments. `kept` are assigned values, with the variable's number, that are not sums: the same on
-    all replicas, or extremes over them.
+    all replicas, or extremes over them. `share` is the replica's part of the rows.
     """
 
     assigned: list[int] = field(default_factory=list)
     kept: list[tuple[int, Effect, torch.Tensor]] = field(default_factory=list)
     normalized: list[keras.layers.BatchNormalization] = field(default_factory=list)
+    share: float = 1.0
 
     def __bool__(self) -> bool:
         return bool(self.assigned or self.kept or self.normalized)
@@ -176,11 +177,19 @@ def _kept_of_all(every: Sequence[Summed], effects: Effects) -> list[tuple[int, t
         if effect in _EXTREMES:
             found.append((i, _EXTREMES[effect](torch.stack(values), 0)))
             continue
-        are_same = all(torch.equal(value, other) or values_agree(other, value) for other in values[1:])
+        are_equal = all(torch.equal(value, other) for other in values[1:])
+        are_same = are_equal or all(values_agree(other, value) for other in values[1:])
         if not are_same or (effect is Effect.UNDECIDED and not effects.asked_of_every_row):
             raise _moved_otherwise(effects, i)
-        found.append((i, value))
+        found.append((i, value if are_equal else _mean(values, [one.share for one in every])))
     return found
+
+
+def _mean(values: Sequence[torch.Tensor], shares: Sequence[float]) -> torch.Tensor:
+    """The mean of nearly equal values, by the replicas' shares of the rows."""
+    mean = sum(value.double() * share for value, share in zip(values, shares, strict=True))
+    assert isinstance(mean, torch.Tensor)
+    return mean.to(values[0].dtype) if values[0].is_floating_point() else values[0]
 
 
 def _moved_otherwise(effects: Effects, i: int) -> UndecidedError:

@@ -138,6 +138,7 @@ class Effects:
         recorder: Recorder | None = None,
         shifted: Sequence[int] = (),
         jitter: float = 0.0,
+        perturbed: bool = False,
     ) -> Trial:
         """Run the model on some rows of the batch. An error gets a note that names the trial and its number of rows.
 
@@ -148,6 +149,7 @@ class Effects:
             recorder: records the units.
             shifted: numbers of the variables to which 1 is added for this trial.
             jitter: relative size of random perturbations of the variables.
+            perturbed: add random numbers of order 0.1 to the trainable variables for this trial.
         """
         context = Context.alone(batch, structure, start, stop, len(batch[0]))
         recorder = recorder or Recorder()
@@ -158,6 +160,9 @@ class Effects:
         if jitter:
             generator = torch.Generator().manual_seed(0)
             mapping = [(v, _jittered(value, jitter, generator)) for v, value in mapping]
+        if perturbed:
+            generator = torch.Generator().manual_seed(0)
+            mapping = [(v, _perturbed(value, generator) if v.trainable else value) for v, value in mapping]
         scope = _TrialScope(mapping, recorder)
         held = held_generators_stay(self._model)
         with quiet(), _explained(stop - start), held, torch.no_grad(), replica_scope(run), scope:
@@ -181,6 +186,13 @@ def _jittered(value: torch.Tensor, part: float, generator: torch.Generator) -> t
     if not value.is_floating_point():
         return value
     return value * (1.0 + part * torch.randn(value.shape, generator=generator).to(value.device, value.dtype))
+
+
+def _perturbed(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The value plus random numbers of order 0.1: a bias of zero, or a gain of one, no longer cancels anything."""
+    if not value.is_floating_point():
+        return value
+    return value + 0.1 * torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
 
 
 class _TrialScope(ReplicaScope):
