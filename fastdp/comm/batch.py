@@ -7,6 +7,7 @@ from typing import Any, Protocol, final, runtime_checkable
 
 import numpy as np
 
+from fastdp.runtime.queue import QueueDevice
 from fastdp.shard import Rows, dealt_rows
 
 # The shape of a row and the dtype of each array.
@@ -17,7 +18,7 @@ Shapes = tuple[tuple[tuple[int, ...], str], ...]
 class Resident(Protocol):
     """A batch whose rows are on the devices already (fastdp.data.device_dataset)."""
 
-    def rows_on(self, device: Any, rows: Rows) -> list[Any]:
+    def rows_on(self, device: QueueDevice, rows: Rows) -> list[Any]:
         """The device's rows of every array, ordered before later work on its compute stream."""
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastdp.comm.batch import Batch
 from fastdp.comm.rendezvous import Rendezvous
+from fastdp.runtime.queue import QueueDevice
 from fastdp.shard import Rows
 
 
@@ -47,7 +48,7 @@ class Context:
     batch: Batch
     structure: Any = None
     wants_outputs: bool = True
-    device: Any = None
+    device: QueueDevice | None = None
     ready: Callable[[int], None] = _not_listening
     step_graph: Any = None
     launch: Callable[[], None] = _no_graph

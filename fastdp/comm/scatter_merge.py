@@ -10,33 +10,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, Protocol, TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from fastdp.comm.batch import Resident
+from fastdp.runtime.queue import QueueDevice
 from fastdp.shard import Rows
 
 Arrays = list[np.ndarray]
 
 
-class Carrier(Protocol):
-    """A device's operations on rows."""
-
-    def take_rows(self, batch: Sequence[Any], rows: Rows) -> list[Any]:
-        """The device's rows of every array, ordered before later work on its compute stream."""
-
-    def stage_rows(self, batch: Sequence[Any], rows: Rows) -> bool:
-        """Start to prefetch the rows of the next batch; False if they must wait for their step."""
-
-    def merged(self, shape: tuple[int, ...], dtype: np.dtype, *, on_host: bool) -> Any:
-        """Allocate a merged output, in host memory or the device's own."""
-
-    def put_rows(self, targets: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """Copy a replica's outputs to their rows of the merged arrays, in the order of the worker's stream."""
-
-
-def scatter(arrays: Sequence[Any], shards: Sequence[Rows], devices: Sequence[Carrier]) -> list[list[Any]]:
+def scatter(arrays: Sequence[Any], shards: Sequence[Rows], devices: Sequence[QueueDevice]) -> list[list[Any]]:
     """Each replica's rows of every array, on its device. The batch must not change until the step is over."""
     pairs = zip(devices, shards, strict=False)
     if type(arrays) is not list and _are_resident(arrays):
@@ -44,7 +29,7 @@ def scatter(arrays: Sequence[Any], shards: Sequence[Rows], devices: Sequence[Car
     return [device.take_rows(arrays, rows) for device, rows in pairs]
 
 
-def stage(arrays: Sequence[Any], shards: Sequence[Rows], devices: Sequence[Carrier]) -> bool:
+def stage(arrays: Sequence[Any], shards: Sequence[Rows], devices: Sequence[QueueDevice]) -> bool:
     """Start to prefetch each replica's rows of the next batch; whether all of them are being copied."""
     if type(arrays) is not list and _are_resident(arrays):
         return True
@@ -70,7 +55,7 @@ class Merger:
     """
 
     def __init__(
-        self, shards: Sequence[Rows], devices: Sequence[Carrier], target: Carrier, *, on_host: bool = True
+        self, shards: Sequence[Rows], devices: Sequence[QueueDevice], target: QueueDevice, *, on_host: bool = True
     ) -> None:
         self._shards = shards
         self._devices = devices

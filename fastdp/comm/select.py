@@ -9,12 +9,13 @@ from typing import Any
 
 from fastdp.comm.base import Communicator
 from fastdp.comm.host.communicator import HostCommunicator
+from fastdp.runtime.queue import QueueDevice
 
 # Connecting GPUs takes a while, so models on the same devices share a communicator.
 _connected: weakref.WeakValueDictionary[tuple[int, ...], Any] = weakref.WeakValueDictionary()
 
 
-def communicator(devices: Sequence[Any], timeout: float = 60.0) -> Communicator:
+def communicator(devices: Sequence[QueueDevice], timeout: float = 60.0) -> Communicator:
     """The communicator of these devices, in their order.
 
     Raises:

@@ -229,7 +229,7 @@ def _devices_of(owner: Any) -> list[QueueDevice]:
     return found
 
 
-def _put(device: Any, array: np.ndarray) -> Any:
+def _put(device: QueueDevice, array: np.ndarray) -> Any:
     """Copy an array to a GPU; the copy is complete on return."""
     made = device.empty(array.shape, array.dtype)
     device.copy(made, array)

@@ -25,7 +25,7 @@ class Source(Protocol):
     def on_host(self, place: int, index: NDArray[np.int64]) -> np.ndarray:
         """Rows of one array, converted as on the devices."""
 
-    def gather(self, device: Any, index: NDArray[np.int64], places: Sequence[int]) -> list[Any]:
+    def gather(self, device: QueueDevice, index: NDArray[np.int64], places: Sequence[int]) -> list[Any]:
         """Gather rows of some arrays on a device."""
 
     def check_devices(self, devices: Sequence[QueueDevice]) -> None:
@@ -59,7 +59,7 @@ class ResidentBatch(Sequence[Any]):
         every = [ResidentColumn(self.data, place, self.numbers) for place in range(len(self.data.arrays))]
         return filled(self.data.nest, every)
 
-    def rows_on(self, device: Any, rows: Rows) -> list[Any]:
+    def rows_on(self, device: QueueDevice, rows: Rows) -> list[Any]:
         """The device's rows of every array."""
         return self.data.gather(device, self.numbers[rows.start : rows.stop], self._places)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from fastdp.buffers import FlatBuffers
 from fastdp.comm.base import Communicator
@@ -35,8 +34,7 @@ class AccumulatedGradients:
     def reserve(self, active: int) -> None:
         """Allocate the sums of the first `active` replicas. On the host thread, before the step."""
         for replica in self._replicas[len(self._sums) : active]:
-            device: Any = replica.device
-            self._sums.append(FlatBuffers(replica.gradients.specs, device))
+            self._sums.append(FlatBuffers(replica.gradients.specs, replica.device))
 
     def keep(self, active: int) -> None:
         """Add the gradients of the first `active` replicas to the sums, after all replicas have made the update."""

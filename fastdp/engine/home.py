@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from fastdp.buffers import FlatBuffers
 from fastdp.comm.base import Communicator
 from fastdp.program.base import Program
+from fastdp.runtime.queue import QueueDevice
 from fastdp.runtime.select import warn_of_relocation
 
 
@@ -23,13 +23,15 @@ class HomeMemory:
     A home in the first device's memory is the first replica's memory itself, and needs no copies.
     """
 
-    def __init__(self, program: Program, devices: Any, communicator: Communicator, *, on_host: bool) -> None:
+    def __init__(
+        self, program: Program, devices: Sequence[QueueDevice], communicator: Communicator, *, on_host: bool
+    ) -> None:
         self.home = program.home(devices[0].host_home() if on_host else devices[0])
         self.apart = self.home.device.space != devices[0].space
         self._communicator = communicator
         warn_of_relocation(on_host and self.home.device.on_gpu, devices)
 
-    def variables(self, rank: int, device: Any) -> FlatBuffers:
+    def variables(self, rank: int, device: QueueDevice) -> FlatBuffers:
         """The memory for a replica's variables. The first replica uses the home itself if it is on its device."""
         here = rank == 0 and not self.apart
         return self.home.variables if here else FlatBuffers(self.home.variables.specs, device)

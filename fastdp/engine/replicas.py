@@ -102,7 +102,7 @@ class ReplicaGroup:
     def __init__(
         self,
         program: Program,
-        devices: Sequence[Any],
+        devices: Sequence[QueueDevice],
         home: HomeMemory,
         communicator: Communicator,
         update: str,

@@ -223,7 +223,7 @@ def make_report(
     for rank, replica in enumerate(engine.replicas):
         found = times.device(rank)
         memory = replica.memory
-        device: Any = replica.device
+        device = replica.device
         nbytes = {
             "variables": memory.variables.nbytes,
             "slots": memory.slots.nbytes,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from fastdp.buffers import FlatBuffers
 from fastdp.engine.replicas import Replica
@@ -25,8 +24,7 @@ class Rollback:
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
-        device: Any = replica.device
-        self._in_host_memory = not device.on_gpu
+        self._in_host_memory = not replica.device.on_gpu
         self._saved = [] if self._in_host_memory and replica.update_is_reliable else self._made()
         self.succeeded = False
 
@@ -58,5 +56,4 @@ class Rollback:
                 flat.copy_from(saved)
 
     def _made(self) -> list[FlatBuffers]:
-        device: Any = self._replica.device
-        return [FlatBuffers(flat.specs, device) for flat in self._replica.lasting]
+        return [FlatBuffers(flat.specs, self._replica.device) for flat in self._replica.lasting]

@@ -1,4 +1,4 @@
-"""The interfaces of a device, its streams and its events.
+"""The rules of streams and events, and `DeviceMemory`: what a device offers besides its streams.
 
 A device runs work on *streams*. Work on one stream runs in order. Streams run independently; only *events*
 order them against each other: `stream.record()` returns an event that completes when all work enqueued so
@@ -7,67 +7,83 @@ far has, and `other.wait(event)` holds back work that is enqueued on `other` aft
 A failure propagates the same way. Once work on a stream has raised, the stream skips the rest, and every
 event recorded on it carries the exception to its waiters, so nothing downstream of a failure ever runs.
 `recover()` clears the stream when the caller has handled the failure.
+
+`fastdp.runtime.queue` implements streams, and `fastdp.runtime.events` their events.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+
+from fastdp.buffers import Allocator
+from fastdp.shard import Rows
 
 Work = Callable[[], Any]
 
 
-class Event(Protocol):
-    """A point in a stream's work."""
+class DeviceMemory(ABC):
+    """The memory of a device, with the copies of a batch to it and of outputs from it.
 
-    @property
-    def done(self) -> bool:
-        """True once all work before the event has run, or was skipped."""
+    Arrays are numpy.ndarray or cupy.ndarray. Every device is an `Allocator` (fastdp.buffers).
 
-    @property
-    def error(self) -> BaseException | None:
-        """The exception raised by work before this event, if any."""
+    Attributes:
+        kind: "virtual", "gpu" or "virtual gpu".
+        on_gpu: whether its memory is a GPU's.
+        space: the memory of its arrays: "host", or "cuda:N" for a card.
+        torch_device: torch's name of the device that holds the tensors of its replicas.
+    """
 
-    def synchronize(self, timeout: float | None = None) -> None:
-        """Block the host until the event is done; re-raise the error it carries."""
+    kind: str
+    on_gpu: bool
+    space: str
+    torch_device: str
 
-    def finish(self, timeout: float | None = None) -> None:
-        """Block the host until the event is done; do not raise the error it carries."""
-
-
-class Stream(Protocol):
-    """An ordered queue of work on one device."""
-
-    def enqueue(self, work: Work) -> None:
-        """Run `work()` after everything enqueued before it."""
-
-    def record(self) -> Event:
-        """An event that is done when everything enqueued before it is."""
-
-    def wait(self, event: Event) -> None:
-        """Hold back everything enqueued from now on until `event` is done."""
-
-    def recover(self) -> None:
-        """Clear a failure. Call it only when the stream has nothing left to run."""
-
-
-class Device(Protocol):
-    """One device: memory and four streams."""
-
-    name: str
-    index: int
-    compute: Stream
-    copy_in: Stream
-    copy_out: Stream
-    communication: Stream
-
+    @abstractmethod
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
-        """Uninitialized device memory, 64-byte aligned, owned by the returned array."""
+        """An uninitialized array, aligned to at least 64 bytes, that owns its memory."""
 
-    def synchronize(self, timeout: float | None = None) -> None:
-        """Block the host until all four streams are idle."""
+    @abstractmethod
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        """As `empty`, filled with zeros on return."""
 
-    def close(self) -> None:
-        """Stop the device's worker. Idempotent."""
+    @abstractmethod
+    def copy(self, target: Any, source: Any) -> None:
+        """Copy an array of any device or of the host into one of this device, of the same shape and dtype."""
+
+    @abstractmethod
+    def to_host(self, array: Any) -> np.ndarray:
+        """The array's current values in host memory; may share the array's memory."""
+
+    @abstractmethod
+    def host_home(self) -> Allocator:
+        """An allocator of host memory for a model's own weights; this device copies to and from it."""
+
+    # A batch in, outputs out.
+
+    @abstractmethod
+    def take_rows(self, batch: Sequence[Any], rows: Rows) -> list[Any]:
+        """This device's rows of every array of a batch; compute work enqueued later waits for them."""
+
+    @abstractmethod
+    def stage_rows(self, batch: Sequence[Any], rows: Rows) -> bool:
+        """Prefetch the rows for the next `take_rows` of the same arrays; False if there is no room for them."""
+
+    @abstractmethod
+    def forget_staged(self) -> None:
+        """Discard the staged rows."""
+
+    @abstractmethod
+    def merged(self, shape: tuple[int, ...], dtype: np.dtype, *, on_host: bool) -> Any:
+        """An uninitialized array for a merged output, owned by the caller: in host memory or this device's own."""
+
+    @abstractmethod
+    def prepare_to_merge(self) -> None:
+        """Load what `put_rows` needs. Called between steps."""
+
+    @abstractmethod
+    def put_rows(self, targets: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """Copy a replica's outputs to their rows of the merged arrays. Called on the worker."""

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from fastdp.errors import DeviceTimeoutError
-from fastdp.runtime.base import Work
+from fastdp.runtime.base import DeviceMemory, Work
 from fastdp.runtime.events import QueueEvent, complete_all, here, joined
 
 __all__ = ["QueueDevice", "QueueEvent", "QueueStream", "joined"]
@@ -150,7 +150,7 @@ class QueueStream:
         return events
 
 
-class QueueDevice:
+class QueueDevice(DeviceMemory):
     """A worker thread and four streams. Subclasses define the device's memory.
 
     Args:
@@ -162,11 +162,6 @@ class QueueDevice:
     before each item it runs. `unsettled` is for the engine: the caller of earlier work left before that work
     was done, so the streams may still hold the work or its failure.
     """
-
-    kind: str  # "virtual", "gpu" or "virtual gpu"
-    on_gpu: bool
-    space: str  # the memory of its arrays: "host", or "cuda:N" for a card
-    torch_device: str
 
     def __init__(self, index: int, name: str, stream: Callable[[QueueDevice, str], QueueStream] = QueueStream) -> None:
         self.index = index

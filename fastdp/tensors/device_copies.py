@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
+from fastdp.runtime.queue import QueueDevice
+
 _lanes = threading.local()
 
 
-def arrived(value: torch.Tensor, device: Any) -> torch.Tensor:
+def arrived(value: torch.Tensor, device: QueueDevice) -> torch.Tensor:
     """A tensor on `device`: the tensor itself if it is there already, else a detached copy.
 
     Call it on the worker of `device`, whose compute stream already waits for the work that makes the tensor. Only that

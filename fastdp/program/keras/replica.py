@@ -18,6 +18,7 @@ from fastdp.errors import NotCapturable
 from fastdp.program.keras.random import torch_draws
 from fastdp.program.keras.random.draw_sites import DrawSites, Site
 from fastdp.program.keras.random.generators import Generators
+from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.function_mode import ReplicaMode
 from fastdp.tensors.moments import Moments
 
@@ -123,6 +124,6 @@ def replica_scope(state: ReplicaContext) -> Iterator[ReplicaContext]:
         _replica.running = before
 
 
-def keras_device(device: Any) -> Any:
+def keras_device(device: QueueDevice | None) -> Any:
     """A context that makes Keras create tensors on the replica's own GPU; without a GPU it changes nothing."""
     return keras.device(device.torch_device) if device is not None and device.on_gpu else nullcontext()

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdp.runtime.base import Event
 from fastdp.runtime.cuda import cupy_api
+from fastdp.runtime.events import QueueEvent
 
 __all__ = ["Arena", "PinnedPool", "StagingRing", "defer", "run_deferred", "size_class"]
 
@@ -158,7 +158,7 @@ class _Slot:
     def __init__(self) -> None:
         self.ptr = 0
         self.nbytes = 0
-        self.in_use_until: Event | None = None
+        self.in_use_until: QueueEvent | None = None
 
 
 class StagingRing:
@@ -222,7 +222,7 @@ class StagingRing:
         self._taken.append(slot)
         return np.asarray(_Block(slot.ptr, nbytes)) if nbytes else np.empty(0, np.uint8)
 
-    def release(self, event: Event) -> None:
+    def release(self, event: QueueEvent) -> None:
         """Release the buffer taken first; it stays in use until `event` is done.
 
         Raises:

@@ -16,12 +16,13 @@ import keras
 import torch
 
 from fastdp.program.keras.optimizer.slots import chain
+from fastdp.runtime.queue import QueueDevice
 
 
 class Engine(Protocol):
     """An engine, as far as gradients on its replicas go (`fastdp.engine.data_parallel.DataParallel`)."""
 
-    devices: list[Any]
+    devices: list[QueueDevice]
 
     @property
     def holds_gradients(self) -> bool:

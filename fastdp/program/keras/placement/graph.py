@@ -26,6 +26,7 @@ from fastdp.comm.rendezvous import Rendezvous
 from fastdp.errors import NotCapturable
 from fastdp.program.keras.placement.values import PlacedScope, PlacedValues
 from fastdp.program.keras.replica import ReplicaContext, keras_device, replica_scope, running
+from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.device_copies import arrived
 from fastdp.tensors.moments import Moments
 from fastdp.tensors.threads import prepare_worker
@@ -72,7 +73,7 @@ class _Call:
 
     number: int
     node: Any
-    device: Any
+    device: QueueDevice
     run: ReplicaContext
     scope: PlacedScope
     sources: list[_Call] = field(default_factory=list)
@@ -107,7 +108,7 @@ class PlacedGraph:
     calls, so later work on it cannot overwrite anything that a placed call still reads.
     """
 
-    def __init__(self, devices: Sequence[Any]) -> None:
+    def __init__(self, devices: Sequence[QueueDevice]) -> None:
         self._devices = devices
         self._home = devices[0]
         self._calls: list[_Call] = []
@@ -163,7 +164,7 @@ class PlacedGraph:
             return moments
         return replace(moments, mean=arrived(moments.mean, self._home), variance=arrived(moments.variance, self._home))
 
-    def _plan(self, graph: Any, run: ReplicaContext, scope_on: Callable[[Any], PlacedScope]) -> list[_Call]:
+    def _plan(self, graph: Any, run: ReplicaContext, scope_on: Callable[[QueueDevice], PlacedScope]) -> list[_Call]:
         """The calls of the graph, with their dependencies."""
         maker: dict[int, _Call] = {}
         last: dict[int, _Call] = {}

@@ -13,6 +13,7 @@ import keras
 import torch
 
 from fastdp.program.keras.variables import ReplicaScope
+from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.device_copies import arrived
 
 
@@ -27,21 +28,21 @@ class PlacedValues:
     gradients per leaf, and the owner of the value sums them.
     """
 
-    def __init__(self, value: Any, device: Any) -> None:
+    def __init__(self, value: Any, device: QueueDevice) -> None:
         self._by_device = {device: value}
         self._value = value
 
-    def on(self, device: Any) -> Any:
+    def on(self, device: QueueDevice) -> Any:
         """The value for a call on `device`. Runs on that device's worker; its stream waits for the value."""
         if device not in self._by_device:
             self._by_device[device] = self._brought(device)
         return self._by_device[device]
 
-    def seen(self, device: Any) -> Any:
+    def seen(self, device: QueueDevice) -> Any:
         """The value that calls on `device` got; None if no call there read it."""
         return self._by_device.get(device)
 
-    def _brought(self, device: Any) -> Any:
+    def _brought(self, device: QueueDevice) -> Any:
         value = self._value
         if not isinstance(value, torch.Tensor):
             return value
@@ -67,7 +68,7 @@ class PlacedScope(ReplicaScope):
         read: the differentiable values that the call has read, by id of the tensor that it got.
     """
 
-    def __init__(self, variables: dict[int, PlacedValues], leaves: set[int], device: Any) -> None:
+    def __init__(self, variables: dict[int, PlacedValues], leaves: set[int], device: QueueDevice) -> None:
         super().__init__([], leaves)
         self._variables = variables
         self._device = device
