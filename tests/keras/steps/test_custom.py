@@ -340,7 +340,7 @@ class NoLayers(keras.Model):
 
 def test_a_model_without_a_layer_that_could_be_called_is_an_error_at_compile():
     parallel = fastdp.wrap(NoLayers(), gpus=3)
-    with pytest.raises(ValueError, match=r"(?s)neither has a layer with weights.*train the model itself on one device"):
+    with pytest.raises(ValueError, match=r"(?s)neither a layer with weights.*train the model itself on one device"):
         parallel.compile(optimizer="sgd")
 
 
