@@ -186,10 +186,9 @@ def _kept_of_all(every: Sequence[Summed], effects: Effects) -> list[tuple[int, t
 
 
 def _mean(values: Sequence[torch.Tensor], shares: Sequence[float]) -> torch.Tensor:
-    """The mean of nearly equal values, by the replicas' shares of the rows."""
-    mean = sum(value.double() * share for value, share in zip(values, shares, strict=True))
-    assert isinstance(mean, torch.Tensor)
-    return mean.to(values[0].dtype) if values[0].is_floating_point() else values[0]
+    """The mean of nearly equal values, by the replicas' shares of the rows. Whole numbers that agree are equal."""
+    weighted = [value.double() * share for value, share in zip(values, shares, strict=True)]
+    return torch.stack(weighted).sum(0).to(values[0].dtype)
 
 
 def _moved_otherwise(effects: Effects, i: int) -> UndecidedError:

@@ -25,6 +25,9 @@ from fastdp.program.keras.rows.effects import Effect, Layout, classify
 from fastdp.program.keras.rows.units import Call, Recorder, Unit
 from fastdp.program.keras.variables import Mapping, ReplicaScope
 
+# Returns another value of a variable for a trial, from its present value and a generator of random numbers.
+Change = Callable[[keras.Variable, torch.Tensor, torch.Generator], torch.Tensor]
+
 
 class Effects:
     """What is known about the `add_loss` terms and the assigned variables of a model or a layer.
@@ -137,8 +140,7 @@ class Effects:
         *,
         recorder: Recorder | None = None,
         shifted: Sequence[int] = (),
-        jitter: float = 0.0,
-        perturbed: bool = False,
+        change: Change | None = None,
     ) -> Trial:
         """Run the model on some rows of the batch. An error gets a note that names the trial and its number of rows.
 
@@ -148,8 +150,7 @@ class Effects:
             start, stop: the range of rows of `batch` to run on.
             recorder: records the units.
             shifted: numbers of the variables to which 1 is added for this trial.
-            jitter: relative size of random perturbations of the variables.
-            perturbed: add random numbers of order 0.1 to the trainable variables for this trial.
+            change: gives the floating-point variables other values for this trial.
         """
         context = Context.alone(batch, structure, start, stop, len(batch[0]))
         recorder = recorder or Recorder()
@@ -157,12 +158,9 @@ class Effects:
         mapping = [(v, v.value.detach()) for v in self._variables]
         for i in shifted:
             mapping[i] = (mapping[i][0], mapping[i][1] + 1)
-        if jitter:
+        if change is not None:
             generator = torch.Generator().manual_seed(0)
-            mapping = [(v, _jittered(value, jitter, generator)) for v, value in mapping]
-        if perturbed:
-            generator = torch.Generator().manual_seed(0)
-            mapping = [(v, _perturbed(value, generator) if v.trainable else value) for v, value in mapping]
+            mapping = [(v, change(v, t, generator) if t.is_floating_point() else t) for v, t in mapping]
         scope = _TrialScope(mapping, recorder)
         held = held_generators_stay(self._model)
         with quiet(), _explained(stop - start), held, torch.no_grad(), replica_scope(run), scope:
@@ -181,18 +179,19 @@ class Effects:
         return Trial(losses, moved, found, recorder.calls, recorder.losses, plain=plain, nest=nest)
 
 
-def _jittered(value: torch.Tensor, part: float, generator: torch.Generator) -> torch.Tensor:
-    """The value with random relative perturbations of size `part`."""
-    if not value.is_floating_point():
-        return value
-    return value * (1.0 + part * torch.randn(value.shape, generator=generator).to(value.device, value.dtype))
+def last_bits(variable: keras.Variable, value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A `Change` of all variables in their last bits, which shows the size of rounding errors."""
+    return value * (1.0 + 5e-7 * _random(value, generator))
 
 
-def _perturbed(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The value plus random numbers of order 0.1: a bias of zero, or a gain of one, no longer cancels anything."""
-    if not value.is_floating_point():
-        return value
-    return value + 0.1 * torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
+def other_weights(variable: keras.Variable, value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A `Change` of the trainable variables by about 0.1: biases of zero and gains of one no longer cancel anything."""
+    return value + 0.1 * _random(value, generator) if variable.trainable else value
+
+
+def _random(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Standard normal numbers like `value`."""
+    return torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
 
 
 class _TrialScope(ReplicaScope):

@@ -13,14 +13,13 @@ import torch
 from fastdp.program.keras.batch import Structure
 from fastdp.program.keras.plain_outputs import check_same
 from fastdp.program.keras.rows.effects import NOISE_FACTOR, TOLERANCE, Effect, Layout, classify, layout_of, values_agree
-from fastdp.program.keras.rows.probe import Effects, Trial, seed_generators
+from fastdp.program.keras.rows.probe import Change, Effects, Trial, last_bits, other_weights, seed_generators
 from fastdp.program.keras.rows.units import Plan, Recorder, Unit
 
 # Effects by which values without a row axis can be combined from the replicas' values.
 _OF_OUTPUTS = (Effect.MEAN, Effect.SUM)
 _OF_LOSSES = (Effect.MEAN, Effect.SUM, Effect.SAME, Effect.UNDECIDED)
 _OF_VARIABLES = (*_OF_LOSSES, Effect.LARGEST, Effect.SMALLEST)
-_LAST_BITS = 5e-7
 # Values below so many units in the last place of one may be nothing but rounding errors.
 _FAINT = 1e4
 # Errors that a model's own code may raise on rows that it was not made for.
@@ -153,12 +152,12 @@ class RowTrials:
             if (moves[i] is Effect.SAME and self._dtype(i).is_floating_point)
             or self._is_faint(value, _move(i), self._dtype(i))
         ]
-        other = self._otherwise(plans, perturbed=True) if faint or doubtful else None
+        other = self._otherwise(plans, change=other_weights) if faint or doubtful else None
         if other is None:
             return
         _replace(losses, [i for i in faint if _is_finite(other, _loss(i))], dict(enumerate(self._losses(other))))
         doubtful = [i for i in doubtful if _is_finite(other, _move(i))]
-        _replace(moves, doubtful, self._moves(plans, other, perturbed=True))
+        _replace(moves, doubtful, self._moves(plans, other, other_weights))
 
     def _losses(self, trials: _Trials) -> list[Effect]:
         """How the `add_loss` terms depend on the rows."""
@@ -167,7 +166,7 @@ class RowTrials:
             return [Effect.UNKNOWN] * len(whole.losses)
         return [classify((x, y), xy, self.rows) for x, y, xy in zip(a.losses, b.losses, whole.losses, strict=True)]
 
-    def _moves(self, plans: dict[Unit, Plan], trials: _Trials, *, perturbed: bool = False) -> dict[int, Effect]:
+    def _moves(self, plans: dict[Unit, Plan], trials: _Trials, change: Change | None = None) -> dict[int, Effect]:
         """How assigned variables depend on the rows.
 
         An extreme must also be one with the rows reversed: the last row's value may be the largest by chance. A sum
@@ -176,14 +175,14 @@ class RowTrials:
 
         Args:
             trials: of the two parts and the whole.
-            perturbed: as of `Effects._try_rows`, for `trials` and further ones.
+            change: as of `Effects._try_rows`, for `trials` and further ones.
         """
         effects, (a, b, whole) = self._effects, trials
         found = effects._moves(a, b, whole, self.rows)
         found |= dict.fromkeys((a.moved.keys() | b.moved.keys() | whole.moved.keys()) - found.keys(), Effect.UNKNOWN)
         doubtful = [i for i, effect in found.items() if effect in (Effect.LARGEST, Effect.SMALLEST, Effect.UNKNOWN)]
         if doubtful:
-            reverse = self._otherwise(plans, reverse=True, perturbed=perturbed)
+            reverse = self._otherwise(plans, reverse=True, change=change)
             again = effects._moves(*reverse, self.rows) if reverse is not None else {}
             for i in doubtful:
                 if again.get(i) is found[i] is not Effect.UNKNOWN:
@@ -198,7 +197,7 @@ class RowTrials:
             and effects._variables[i].dtype.startswith(("float", "bfloat"))
         ]
         if sums:
-            shifted = self._otherwise(plans, shifted=sums, perturbed=perturbed)
+            shifted = self._otherwise(plans, shifted=sums, change=change)
             again = effects._moves(*shifted, self.rows) if shifted is not None else {}
             found |= {i: Effect.AFFINE for i in sums if again.get(i) is not Effect.SUM}
         return found
@@ -251,7 +250,7 @@ class RowTrials:
         if not self.is_repeatable():  # the difference would come from draws, not from rounding
             return 0.0
         if self._noisy is None:
-            self._noisy = self._run(self._arrays, 0, self.total, jitter=_LAST_BITS)
+            self._noisy = self._run(self._arrays, 0, self.total, change=last_bits)
         found = of(self._noisy)
         if found is None or found.shape != whole.shape or not whole.numel():
             return 0.0
