@@ -8,10 +8,10 @@ left. A step that succeeds pays nothing.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import torch
@@ -25,6 +25,9 @@ from fastdp.program.keras.rows.effects import NotByRowsError
 from fastdp.program.keras.rows.probe import generators_kept
 from fastdp.program.keras.variables import Mapping, ReplicaScope
 from fastdp.tensors.indices import CheckedOneHot, Watch, Wrong
+
+if TYPE_CHECKING:
+    from fastdp.program.keras.program import KerasProgram
 
 _CLASSES: tuple[type[Exception], ...] = (IndexError, ValueError, RuntimeError)  # what torch raises for an index
 
@@ -65,7 +68,7 @@ class RowsNamed(IndicesNamed):
     """`IndicesNamed` for a replica's step.
 
     Args:
-        program: the `KerasProgram`.
+        program: the program whose step it is.
         batch: the replica's rows.
         context: the replica's place in the step.
         mapping: the replica's variables; None for the model's own.
@@ -73,7 +76,12 @@ class RowsNamed(IndicesNamed):
     """
 
     def __init__(
-        self, program: Any, batch: Any, context: Context, mapping: Mapping | None = None, trains: bool = False
+        self,
+        program: KerasProgram,
+        batch: Iterable[Any],
+        context: Context,
+        mapping: Mapping | None = None,
+        trains: bool = False,
     ):
         super().__init__(self._on_rows, context.rows.start, context.rows.stop)
         self._program, self._batch, self._context = program, batch, context
@@ -85,7 +93,7 @@ class RowsNamed(IndicesNamed):
         rows = [array[start - first : stop - first] for array in self._batch]
         alone = Context.alone(rows, context.structure, start, stop, context.rows.total)
         alone.device, alone.wants_outputs = context.device, False
-        run = ReplicaContext(alone, program.sync_batch_norm, seed=program._seed, sites=program.effects.sites)
+        run = ReplicaContext(alone, program.sync_batch_norm, seed=program.seed, sites=program.effects.sites)
         mapping = self._mapping or [(v, v.value) for v in program.variables]
         nest = context.structure.pack(rows)
         with replica_aware():

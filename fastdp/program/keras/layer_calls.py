@@ -180,7 +180,7 @@ class CallProgram(KerasProgram):
 
     def effects_of(self, layer: Any) -> LayerEffects:
         """Make the record of how calls of a layer depend on rows."""
-        return LayerEffects(layer, self.variables, lambda x, training: layer(x, training=training), self._seed)
+        return LayerEffects(layer, self.variables, lambda x, training: layer(x, training=training), self.seed)
 
     def knows(self, variables: Sequence[keras.Variable]) -> bool:
         """Whether the replicas have these variables, and their leaves if they are trained."""

@@ -80,10 +80,10 @@ class KerasProgram(Program):
         self.slot_variables = list(optimizer.variables) if optimizer is not None else []
         self.gradients: Sequence[ArraySpec] = [spec_of(v.path, v.value) for v in self.trainable]
         # Follows keras.utils.set_random_seed without drawing from any generator.
-        self._seed = torch.initial_seed() & 0x7FFFFFFF
+        self.seed = torch.initial_seed() & 0x7FFFFFFF
         self._replicas, self._groups = replicas, groups
         call = ModelCall(model)
-        about = (model, self.variables, call, self._seed)
+        about = (model, self.variables, call, self.seed)
         policy = policy or Policy()
         self.effects = ModelEffects(*about, training=True, policy=policy)
         self.forward_effects = ModelEffects(*about, self.effects.sites, training=False, policy=policy)

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import torch
@@ -25,25 +25,33 @@ from fastdp.program.keras.random.ops import whole_batch
 from fastdp.program.keras.replica import running
 from fastdp.program.keras.rows.effects import Effect, Layout
 from fastdp.program.keras.rows.units import own_part
+from fastdp.program.keras.variables import ReplicaScope
 from fastdp.tensors.sums import weighted_sum
+
+if TYPE_CHECKING:
+    from fastdp.program.keras.training_loss import TrainingLoss
 
 
 def merged_loss(
-    program: Any, y_pred: Any, extra: list[torch.Tensor], scope: Any, context: Context
+    training_loss: TrainingLoss,
+    y_pred: Any,
+    extra: list[torch.Tensor],
+    scope: ReplicaScope,
+    context: Context,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor | None], list[torch.Tensor]]:
     """The tensors where a replica's backward starts, their gradients, and the loss and its terms.
 
     Only the first replica returns the values of the loss and its terms; the others return zeros.
 
     Args:
-        program: the program's `TrainingLoss`.
+        training_loss: the loss that the model was compiled with.
         y_pred: the replica's outputs.
         extra: the replica's contributions to the `add_loss` terms.
         scope: the replica's stateless scope, which must be active.
         context: the replica's place in the step.
     """
     leaves, plain = split_leaves(y_pred)
-    layouts = layouts_of(leaves, program.effects.layouts, context.rows)
+    layouts = layouts_of(leaves, training_loss.effects.layouts, context.rows)
     everyone = context.exchange(_Given(leaves, plain, extra, context))
     answer = None
     if context.rank == 0:
@@ -51,7 +59,7 @@ def merged_loss(
         assert run is not None, "a replica computes the loss"
         before = dict(scope.state_mapping)
         with whole_batch(run):  # the loss draws for all rows
-            answer = _compute(program, y_pred, layouts, everyone, scope, context)
+            answer = _compute(training_loss, y_pred, layouts, everyone, scope, context)
         run.by_loss = frozenset(n for n, value in scope.state_mapping.items() if before.get(n) is not value)
     answer = context.exchange(answer)[0]
     roots: list[torch.Tensor] = []
@@ -111,7 +119,12 @@ class _Answer:
 
 
 def _compute(
-    program: Any, y_pred: Any, layouts: list[Layout], everyone: list[_Given], scope: Any, context: Context
+    training_loss: TrainingLoss,
+    y_pred: Any,
+    layouts: list[Layout],
+    everyone: list[_Given],
+    scope: ReplicaScope,
+    context: Context,
 ) -> _Answer:
     """Keras's loss on all outputs, and its gradients."""
     check_same([given.plain for given in everyone], y_pred)
@@ -128,9 +141,9 @@ def _compute(
         tensor.requires_grad_()
     answer = _Answer()
     nest = pack_like(y_pred, with_plain(merged, everyone[0].plain))
-    with IndicesNamed(partial(_of_rows, program, nest, scope, context), 0, context.rows.total):
-        loss, answer.terms = _loss_of_all(program, nest, extra, scope, context)
-    scaled = program.optimizer.scale_loss(loss)
+    with IndicesNamed(partial(_of_rows, training_loss, nest, scope, context), 0, context.rows.total):
+        loss, answer.terms = _loss_of_all(training_loss, nest, extra, scope, context)
+    scaled = training_loss.optimizer.scale_loss(loss)
     gradients: list[torch.Tensor | None] = [None] * len(inputs)
     if scaled.requires_grad:
         # The graph is kept: the weights that the loss uses directly take their gradient from it below.
@@ -142,35 +155,37 @@ def _compute(
     return answer
 
 
-def _of_rows(program: Any, y_pred: Any, scope: Any, context: Context, start: int, stop: int) -> None:
+def _of_rows(
+    training_loss: TrainingLoss, y_pred: Any, scope: ReplicaScope, context: Context, start: int, stop: int
+) -> None:
     """Compute the loss of some rows of the global batch, without recording it."""
     some = Batch([array[start:stop] for array in context.batch], context.structure, stop - start)
     part = replace(context, batch=some)
     outputs = keras.tree.map_structure(
         lambda leaf: rows_of(getattr(leaf, "detach", lambda: leaf)(), start, stop), y_pred
     )
-    _loss_of_all(program, outputs, [], scope, part)
+    _loss_of_all(training_loss, outputs, [], scope, part)
 
 
 def _loss_of_all(
-    program: Any, y_pred: Any, extra: list[torch.Tensor], scope: Any, context: Context
+    training_loss: TrainingLoss, y_pred: Any, extra: list[torch.Tensor], scope: ReplicaScope, context: Context
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The loss of the global batch, and detached values to record: the loss and Keras's terms."""
-    batch = context.structure.pack(context.batch, inputs=program.is_own)  # Keras's own loss does not use x
+    batch = context.structure.pack(context.batch, inputs=training_loss.is_own)  # Keras's own loss does not use x
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
-    compiled = program.trainer._compile_loss
+    compiled = training_loss.trainer._compile_loss
     metrics = compiled.metrics if compiled is not None else []
     for metric in metrics:  # reset, so that they hold only this step's terms
         scope.add_update((metric.total, torch.zeros(())))
         scope.add_update((metric.count, torch.zeros(())))
-    if program.is_own:
+    if training_loss.is_own:
         # `self.losses` inside compute_loss reads the scope, so the scope gets the terms of the global batch.
         scope.losses[:] = extra
-        program.model._loss_ids.update(map(id, extra))
-        loss = program.model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+        training_loss.model._loss_ids.update(map(id, extra))
+        loss = training_loss.model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
     else:
         parts = [compiled(y, y_pred, own_copy(sample_weight)), *extra]
-        parts += [keras.ops.sum(value) for value in program.regularization()]
+        parts += [keras.ops.sum(value) for value in training_loss.regularization()]
         loss = parts[0] if len(parts) == 1 else keras.ops.sum(parts)
     values = [(scope.get_current_value(m.total), scope.get_current_value(m.count)) for m in metrics]
     return loss, [loss.detach(), *((total / count).detach() for total, count in values)]
