@@ -30,10 +30,10 @@ from fastdp.keras.steps.standard import Steps
 from fastdp.keras.template_view import TemplateView
 from fastdp.options import Options
 from fastdp.patching import Patch
-from fastdp.program.keras.rows.effects import NotByRowsError, refusal
 from fastdp.runtime.queue import QueueDevice
 from fastdp.runtime.select import resolve
 from fastdp.tensors.deterministic import deterministic_algorithms
+from fastdp.tensors.row_effects import NotByRowsError, refusal
 from fastdp.warn import warn_user
 
 _KINDS = ("train", "test", "predict")

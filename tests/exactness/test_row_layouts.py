@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fastdp.program.keras.rows.effects import Effect, Layout, classify, layout_of
+from fastdp.tensors.row_effects import Effect, Layout, classify, layout_of
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
 ROWS = (1, 2)

@@ -8,7 +8,7 @@ import pytest
 
 import fastdp
 from fastdp.program.keras.plain_outputs import check_same
-from fastdp.program.keras.rows.effects import NotByRowsError
+from fastdp.tensors.row_effects import NotByRowsError
 
 OBJECT = object()
 SAME = {

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fastdp
-from fastdp.program.keras.rows.effects import NotByRowsError
+from fastdp.tensors.row_effects import NotByRowsError
 
 L = keras.layers
 X = np.random.default_rng(0).normal(size=(7, 4)).astype("float32")

@@ -16,8 +16,8 @@ from fastdp.keras.steps.call_bridge import on_devices
 from fastdp.keras.steps.call_checks import is_hooked, why_not_here
 from fastdp.program.keras.layer_calls import CallProgram
 from fastdp.program.keras.rows.call_probe import LayerEffects
-from fastdp.program.keras.rows.effects import NotByRowsError, refusal
 from fastdp.program.keras.rows.known_layers import keeps_rows_apart
+from fastdp.tensors.row_effects import NotByRowsError, refusal
 from fastdp.warn import warn_user
 
 # Kinds of calls that are remembered: bounded, so that arguments that are new each time do not fill the memory.

@@ -28,9 +28,9 @@ from fastdp.program.keras.batch import make_batch, unpack
 from fastdp.program.keras.indices import IndicesNamed, rows_of
 from fastdp.program.keras.layer_calls import CallProgram
 from fastdp.program.keras.loss.per_sample import own_copy
-from fastdp.program.keras.rows.effects import NotByRowsError, UndecidedError
 from fastdp.tensors.arrays import as_tensor
 from fastdp.tensors.deterministic import deterministic_algorithms
+from fastdp.tensors.row_effects import NotByRowsError, UndecidedError
 from fastdp.warn import warn_user
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from fastdp.comm.batch import Batch, ResidentArray
-from fastdp.program.keras.rows.effects import MEAN_SCALAR, ROWS_FIRST, Effect, Layout
 from fastdp.shard import Rows
 from fastdp.tensors.arrays import as_array, as_tensor, dtype_name
+from fastdp.tensors.row_effects import MEAN_SCALAR, ROWS_FIRST, Effect, Layout
 
 # The nest of most batches: x, y and sample_weight, each one array or None. No tree walk is needed.
 _PLAIN = (0, 0, 0)

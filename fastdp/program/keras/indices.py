@@ -21,10 +21,10 @@ from fastdp.errors import ReplicaError, StepAborted
 from fastdp.program.keras.batch import unpack
 from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.replica import ReplicaContext, keras_device, replica_scope
-from fastdp.program.keras.rows.effects import NotByRowsError
 from fastdp.program.keras.rows.probe import generators_kept
 from fastdp.program.keras.variables import Mapping, ReplicaScope
 from fastdp.tensors.indices import CheckedOneHot, Watch, Wrong
+from fastdp.tensors.row_effects import NotByRowsError
 
 if TYPE_CHECKING:
     from fastdp.program.keras.program import KerasProgram

@@ -30,10 +30,10 @@ from fastdp.program.keras.random.generators import Generators
 from fastdp.program.keras.recompute import keep_values
 from fastdp.program.keras.replica import ReplicaContext, keras_device, replica_scope
 from fastdp.program.keras.rows.call_probe import LayerEffects, RowsCall, is_number
-from fastdp.program.keras.rows.effects import Effect, NotByRowsError
 from fastdp.program.keras.step_sums import Notes, SideEffects, StepSums
 from fastdp.program.keras.variables import Mapping, ReplicaScope, ReplicaState
 from fastdp.tensors.arrays import as_array
+from fastdp.tensors.row_effects import Effect, NotByRowsError
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from fastdp.program.keras.rows.effects import NotByRowsError
+from fastdp.tensors.row_effects import NotByRowsError
 
 Plain = Sequence[tuple[int, Any]]
 

@@ -25,11 +25,11 @@ from fastdp.program.keras.batch import OutputStructure
 from fastdp.program.keras.batch_norm import moved_statistics, statistics
 from fastdp.program.keras.plain_outputs import check_same
 from fastdp.program.keras.replica import ReplicaContext
-from fastdp.program.keras.rows.effects import Effect, UndecidedError, values_agree
 from fastdp.program.keras.rows.probe import Effects
 from fastdp.program.keras.variables import Mapping, ReplicaScope
 from fastdp.tensors.arrays import output_array
 from fastdp.tensors.moments import Moments, combine
+from fastdp.tensors.row_effects import Effect, UndecidedError, values_agree
 from fastdp.tensors.sums import move, movement
 
 _EXTREMES = {Effect.LARGEST: torch.amax, Effect.SMALLEST: torch.amin}

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastdp.capture.watch import Watch
 from fastdp.program.keras.capture.reach import reach_of
 from fastdp.program.keras.replica import running
-from fastdp.program.keras.rows.effects import NotByRowsError
+from fastdp.tensors.row_effects import NotByRowsError
 
 REMEDY = "Use keras.layers for this part, or write the whole model as a torch.nn.Module and wrap that."
 

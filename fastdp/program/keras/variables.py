@@ -14,11 +14,11 @@ from keras.src.backend.common.variables import initialize_all_variables
 
 from fastdp.buffers import Allocator, FlatBuffers, Memory
 from fastdp.program.keras.optimizer.flat import FlatUpdate
-from fastdp.program.keras.rows.effects import NotByRowsError
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.adopted import Adopted, Homes
 from fastdp.tensors.arrays import spec_of, tensors_of
 from fastdp.tensors.gradient_buckets import GradientBuckets
+from fastdp.tensors.row_effects import NotByRowsError
 
 Mapping = list[tuple[keras.Variable, torch.Tensor]]
 

@@ -23,9 +23,9 @@ from fastdp.program.keras.loss.per_sample import own_copy
 from fastdp.program.keras.plain_outputs import Plain, check_same
 from fastdp.program.keras.random.ops import whole_batch
 from fastdp.program.keras.replica import running
-from fastdp.program.keras.rows.effects import Effect, Layout
 from fastdp.program.keras.rows.units import own_part
 from fastdp.program.keras.variables import ReplicaScope
+from fastdp.tensors.row_effects import Effect, Layout
 from fastdp.tensors.sums import weighted_sum
 
 if TYPE_CHECKING:

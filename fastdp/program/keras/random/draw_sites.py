@@ -9,7 +9,7 @@ from typing import Any
 
 from keras.src.random.seed_generator import SeedGenerator
 
-from fastdp.program.keras.rows.effects import NotByRowsError
+from fastdp.tensors.row_effects import NotByRowsError
 
 # A place in the code that draws: the seed's id and the stack of the model's call.
 Site = tuple[int, tuple[tuple[CodeType, int], ...]]

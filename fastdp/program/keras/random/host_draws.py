@@ -20,8 +20,8 @@ import keras
 import numpy as np
 
 from fastdp.program.keras.replica import ReplicaContext, running
-from fastdp.program.keras.rows.effects import NotByRowsError
 from fastdp.tensors.random import own_rows, whole_shape
+from fastdp.tensors.row_effects import NotByRowsError
 
 # The position of the size among the arguments of NumPy's functions.
 _SIZE_AT = {

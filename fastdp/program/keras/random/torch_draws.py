@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from fastdp.program.keras.rows.effects import NotByRowsError
 from fastdp.tensors.function_mode import Handler
 from fastdp.tensors.random import own_rows, whole_shape
 from fastdp.tensors.random_functions import RNNS, draws_in_call, dropout_arguments
+from fastdp.tensors.row_effects import NotByRowsError
 
 
 def _drawn(state: Any, draw: Callable[[], Any], generator: Any, device: Any) -> Any:

@@ -23,9 +23,9 @@ from fastdp.program.keras.batch_norm import statistics
 from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.plain_outputs import is_same
 from fastdp.program.keras.replica import ReplicaContext, replica_scope
-from fastdp.program.keras.rows.effects import MIXED_TOLERANCE, Effect, classify
 from fastdp.program.keras.rows.probe import Effects, quiet
 from fastdp.program.keras.variables import ReplicaScope
+from fastdp.tensors.row_effects import MIXED_TOLERANCE, Effect, classify
 
 # A call by rows: the row tensors, then the tensors that all rows share.
 RowsCall = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], Any]

@@ -8,10 +8,10 @@ from typing import Any
 import keras
 import torch
 
-from fastdp.program.keras.rows.effects import Effect, Layout
 from fastdp.program.keras.rows.probe import Trial
 from fastdp.program.keras.rows.trials import RowTrials, Verdict
 from fastdp.program.keras.rows.units import Call, Plan, Unit
+from fastdp.tensors.row_effects import Effect, Layout
 
 _MOST_PLANS = 50
 

@@ -21,12 +21,12 @@ from fastdp.errors import NotCapturable
 from fastdp.program.keras.batch import Structure
 from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.replica import running
-from fastdp.program.keras.rows.effects import Effect, Layout, NotByRowsError, UndecidedError
 from fastdp.program.keras.rows.known_layers import keeps_rows_apart
 from fastdp.program.keras.rows.mixing import Tried, capital, title
 from fastdp.program.keras.rows.probe import Effects, generators_kept, unlike_rows
 from fastdp.program.keras.rows.trials import FAILURES, Verdict
 from fastdp.program.keras.rows.units import Merged, Plan, Unit
+from fastdp.tensors.row_effects import Effect, Layout, NotByRowsError, UndecidedError
 from fastdp.warn import warn_user
 
 _MOST_TRIALS = 4

@@ -21,9 +21,9 @@ from fastdp.program.keras.plain_outputs import Plain
 from fastdp.program.keras.random.draw_sites import DrawSites
 from fastdp.program.keras.random.host_draws import held_generators_stay
 from fastdp.program.keras.replica import ReplicaContext, replica_scope
-from fastdp.program.keras.rows.effects import Effect, Layout, classify
 from fastdp.program.keras.rows.units import Call, Recorder, Unit
 from fastdp.program.keras.variables import Mapping, ReplicaScope
+from fastdp.tensors.row_effects import Effect, Layout, classify
 
 # Returns another value of a variable for a trial, from its present value and a generator of random numbers.
 Change = Callable[[keras.Variable, torch.Tensor, torch.Generator], torch.Tensor]

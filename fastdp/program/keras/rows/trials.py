@@ -12,9 +12,9 @@ import torch
 
 from fastdp.program.keras.batch import Structure
 from fastdp.program.keras.plain_outputs import check_same
-from fastdp.program.keras.rows.effects import NOISE_FACTOR, TOLERANCE, Effect, Layout, classify, layout_of, values_agree
 from fastdp.program.keras.rows.probe import Change, Effects, Trial, last_bits, other_weights, seed_generators
 from fastdp.program.keras.rows.units import Plan, Recorder, Unit
+from fastdp.tensors.row_effects import NOISE_FACTOR, TOLERANCE, Effect, Layout, classify, layout_of, values_agree
 
 # Effects by which values without a row axis can be combined from the replicas' values.
 _OF_OUTPUTS = (Effect.MEAN, Effect.SUM)

@@ -23,8 +23,8 @@ from fastdp.comm.context import Context
 from fastdp.errors import NotCapturable
 from fastdp.program.keras.batch import pack_like
 from fastdp.program.keras.replica import ReplicaContext, running
-from fastdp.program.keras.rows.effects import Layout, NotByRowsError
 from fastdp.shard import Rows
+from fastdp.tensors.row_effects import Layout, NotByRowsError
 
 # An operation's id, and the number of its call in a forward pass.
 Unit = tuple[int, int]
