@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,32 +20,85 @@ class Gradients:
     """The gradients of a replica's parameters, by position.
 
     Args:
-        parameters: the replica's own.
+        parameters: the replica's own copies; None for the user's own parameters.
         buffers: the replica's gradient buffers, which the engine reduces.
         flat: their arrays as tensors.
+
+    Attributes:
+        present: the gradients of the step: in `flat`, or where backward has left them.
+
+    While passes run, the user's parameters lose what they had as `grad`. Their hooks are taken aside in steps that
+    several replicas share, because a hook must not see one replica's part of a gradient.
 
     From the second step on, buckets are announced as ready during backward, if backward runs once per step. A
     checkpoint that runs it again inside (`torch.utils.checkpoint` with `use_reentrant=True`) computes a gradient in
     parts, and nothing marks the last part: then no bucket is announced.
     """
 
-    def __init__(self, parameters: list[torch.Tensor], buffers: FlatBuffers, flat: list[torch.Tensor]) -> None:
-        self.parameters = parameters
+    def __init__(self, parameters: list[torch.Tensor] | None, buffers: FlatBuffers, flat: list[torch.Tensor]) -> None:
         self.flat = flat
+        self.present: list[torch.Tensor | None] = list(flat)
+        self._copies = parameters
+        self._own: Sequence[torch.Tensor] = parameters or ()
         self._arrivals = _Accumulated(buffers, flat)
         self._hooked: set[int] = set()
         self._runs_once: bool | None = None
 
-    def begin(self, users: Sequence[torch.Tensor]) -> None:
-        """Clear the gradients and copy `requires_grad` from the user's parameters."""
+    @contextmanager
+    def passes(self, users: Sequence[torch.Tensor], *, together: bool) -> Iterator[None]:
+        """Hold this while passes run.
+
+        Args:
+            users: the user's own parameters at present.
+            together: whether other replicas have a part in the step.
+        """
         self._arrivals.stored = set()
-        for i, (own, user) in enumerate(zip(self.parameters, users, strict=True)):
+        if self._copies is not None:
+            self._follow(self._copies, users)
+            yield
+            return
+        self._own = users
+        before = [user.grad for user in users]
+        for user in users:
+            user.grad = None
+        try:
+            with self._hooks_aside(users) if together else nullcontext():
+                yield
+        finally:
+            for user, gradient in zip(users, before, strict=True):
+                user.grad = gradient
+
+    def _follow(self, copies: Sequence[torch.Tensor], users: Sequence[torch.Tensor]) -> None:
+        """Clear the gradients of copies, and copy `requires_grad` from the user's parameters."""
+        for i, (own, user) in enumerate(zip(copies, users, strict=True)):
             own.grad = None
             if own.requires_grad is not user.requires_grad:
                 own.requires_grad_(user.requires_grad)
             if self._arrivals.useful and own.requires_grad and i not in self._hooked:
                 self._hooked.add(i)
                 own.register_post_accumulate_grad_hook(partial(self._arrivals.accumulated, i))
+
+    @contextmanager
+    def _hooks_aside(self, users: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Replace the hooks of the user's parameters by ours."""
+        theirs = [(user._backward_hooks, _after_accumulation(user)) for user in users]
+        ours: list[OrderedDict[int, Any]] = []
+        for i, (user, (before, after)) in enumerate(zip(users, theirs, strict=True)):
+            if before:
+                user._backward_hooks = None
+            if after or (self._arrivals.useful and user.requires_grad):
+                ours.append(OrderedDict({0: partial(self._arrivals.accumulated, i)} if self._arrivals.useful else {}))
+                user._post_accumulate_grad_hooks = ours[-1]
+        try:
+            yield
+        finally:
+            for user, (before, after) in zip(users, theirs, strict=True):
+                if before:
+                    user._backward_hooks = before
+                if _after_accumulation(user) is not after:
+                    user._post_accumulate_grad_hooks = after
+            for hooks in ours:  # torch goes on to call these where None has replaced them
+                hooks.clear()
 
     @contextmanager
     def announcing(self, running: ReplicaContext, direct: dict[int, torch.Tensor]) -> Iterator[None]:
@@ -62,15 +116,23 @@ class Gradients:
             self._arrivals.running, self._arrivals.direct = None, {}
             self._runs_once = self._runs_once is not False and not running.nested
 
-    def store(self, direct: dict[int, torch.Tensor]) -> frozenset[int]:
+    def store(self, direct: dict[int, torch.Tensor], *, keep: bool = False) -> frozenset[int]:
         """Write the gradients of backward and the `direct` ones to the flat buffer, zeros where there is none.
 
         Announced gradients are in the buffer already. Returns the positions of the parameters that have a gradient.
+
+        Args:
+            direct: the gradients that the loss function has by parameters directly, by position.
+            keep: leave the gradients of backward where they are: nobody reduces them.
         """
+        if keep:
+            self.present = [parameter.grad for parameter in self._own]
+            return frozenset(i for i, gradient in enumerate(self.present) if gradient is not None)
+        self.present = list(self.flat)
         stored, self._arrivals.stored = self._arrivals.stored, set()
         used = set(stored)
         with torch.no_grad():
-            for i, (parameter, view) in enumerate(zip(self.parameters, self.flat, strict=True)):
+            for i, (parameter, view) in enumerate(zip(self._own, self.flat, strict=True)):
                 found = [g for g in (parameter.grad, direct.get(i)) if g is not None]
                 parameter.grad = None
                 if i in stored:
@@ -109,6 +171,11 @@ class _Accumulated(GradientBuckets):
         assert parameter.grad is not None
         extra = self.direct.get(number)
         self.arrived(number, parameter.grad if extra is None else dense(parameter.grad) + extra)
+
+
+def _after_accumulation(parameter: torch.Tensor) -> OrderedDict[int, Any] | None:
+    """A parameter's hooks that run when its gradient has been accumulated."""
+    return parameter._post_accumulate_grad_hooks
 
 
 def _backward_again(running: ReplicaContext, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:

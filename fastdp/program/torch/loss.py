@@ -22,6 +22,10 @@ from fastdp.shard import Rows, split_rows
 from fastdp.tensors.sums import weighted_sum
 
 REDUCTIONS = (None, "mean", "sum")
+WITHOUT_GRADIENT = (
+    "`loss_fn` must return a number that depends on the module's outputs. Received: one without a gradient. Is there a "
+    ".detach(), .item() or torch.no_grad() in it?"
+)
 LossFunction = Callable[..., Any]
 
 
@@ -62,7 +66,7 @@ def contribute(
     if reduction is None:
         return _merged(loss_function, nest, tensors, parameters, running)
     leaves = [_leaf(tensor) for tensor in tensors]
-    loss = _number(loss_function(nest.pack(leaves), *targets))
+    loss = number(loss_function(nest.pack(leaves), *targets))
     weight = running.context.rows.share if reduction == "mean" else 1.0
     gradients, direct = _gradients(running, loss * weight, leaves, parameters)
     if direct and reduction == "sum":
@@ -71,6 +75,23 @@ def contribute(
             'reduction="sum". Use reduction=None.'
         )
     return _contribution(float(loss.detach()) * weight, loss, tensors, gradients, direct)
+
+
+def number(loss: Any) -> torch.Tensor:
+    """The loss as a tensor without axes.
+
+    Raises:
+        TypeError: it is not a tensor.
+        ValueError: it has more than one element.
+    """
+    if not isinstance(loss, torch.Tensor):
+        raise TypeError(f"`loss_fn` must return a tensor. Received: {loss!r} (of type {type(loss).__name__})")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"`loss_fn` must return one number for the batch. Received: shape {tuple(loss.shape)}. Reduce it, for "
+            "example by .mean()."
+        )
+    return loss.reshape(())
 
 
 def _merged(
@@ -90,7 +111,7 @@ def _merged(
         _, _, targets = context.structure.pack(context.batch, context.torch_device)
         own, running.rows = running.rows, Rows(0, running.rows.total, running.rows.total)
         try:
-            loss = _number(loss_function(nest.pack(leaves), *targets))
+            loss = number(loss_function(nest.pack(leaves), *targets))
         finally:
             running.rows = own
         gradients, direct = _gradients(running, loss, leaves, parameters)
@@ -141,32 +162,12 @@ def _gradients(
     positions = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
     trained = [i for i, parameter in enumerate(parameters) if parameter.requires_grad]
     if not loss.requires_grad:
-        raise ValueError(
-            "`loss_fn` must return a number that depends on the module's outputs. Received: one without a gradient. "
-            "Is there a .detach(), .item() or torch.no_grad() in it?"
-        )
+        raise ValueError(WITHOUT_GRADIENT)
     inputs = [leaves[i] for i in positions] + [parameters[i] for i in trained]
     found = gradients_of(running, loss, inputs) if inputs else []
     by_leaf = dict(zip(positions, found[: len(positions)], strict=True))
     direct = dict(zip(trained, found[len(positions) :], strict=True))
     return [by_leaf.get(i) for i in range(len(leaves))], {i: g for i, g in direct.items() if g is not None}
-
-
-def _number(loss: Any) -> torch.Tensor:
-    """The loss as a tensor without axes.
-
-    Raises:
-        TypeError: it is not a tensor.
-        ValueError: it has more than one element.
-    """
-    if not isinstance(loss, torch.Tensor):
-        raise TypeError(f"`loss_fn` must return a tensor. Received: {loss!r} (of type {type(loss).__name__})")
-    if loss.numel() != 1:
-        raise ValueError(
-            f"`loss_fn` must return one number for the batch. Received: shape {tuple(loss.shape)}. Reduce it, for "
-            "example by .mean()."
-        )
-    return loss.reshape(())
 
 
 def _join(parts: Sequence[torch.Tensor], shares: Sequence[float]) -> torch.Tensor:

@@ -1,17 +1,18 @@
-"""Copies a torch module for each replica, over the engine's memory.
+"""The modules that replicas run: the user's own on the first device, and copies of it on the others.
 
 The user's module stays a plain torch module: its parameters and buffers keep their identity, and their
-storage becomes views of the first replica's memory. Replicas are always copies, also on the first device, so
-that threads do not share hooks, caches and `training` flags. A copy shares its device's flat memory: only the
-module's structure is copied. Replicas run on scratch copies of the buffers, so that a failed step has changed
-nothing.
+storage becomes views of the first replica's memory. So the first replica is the user's module itself, with its hooks
+and attributes. The others are copies, so that threads share none of these. A copy shares its device's flat memory: only
+the module's structure is copied. Copies run on scratch buffers, and the user's buffers get their values back when a
+step fails, so that a failed step has changed nothing.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ class AdoptedSlots(Adopted):
     def __init__(self, slots: list[Slot], device: Allocator) -> None:
         self.slots = slots
         self._kinds = [(slot.tensor.dtype, slot.tensor.shape) for slot in slots]
+        self._released: dict[int, torch.Tensor] = {}
         super().__init__([spec_of(slot.name, slot.tensor) for slot in slots], device)
 
     def present(self) -> list[torch.Tensor]:
@@ -67,8 +69,8 @@ class AdoptedSlots(Adopted):
             RuntimeError: a tensor was removed, or replaced by one of another shape or dtype.
         """
         values = []
-        for slot, (dtype, shape) in zip(self.slots, self._kinds, strict=True):
-            value = slot.table.get(slot.key)
+        for index, (slot, (dtype, shape)) in enumerate(zip(self.slots, self._kinds, strict=True)):
+            value = self._released.get(index, slot.table.get(slot.key))
             if value is None or value.shape != shape or value.dtype != dtype:
                 now = "is gone" if value is None else f"is now {value.dtype} of shape {tuple(value.shape)}"
                 raise RuntimeError(
@@ -77,6 +79,10 @@ class AdoptedSlots(Adopted):
                 )
             values.append(value)
         return values
+
+    def release(self, index: int, last: torch.Tensor) -> None:
+        """No longer keep a buffer that forward has replaced by one of another shape. `last` is the one kept so far."""
+        self._released[index] = last
 
     def check(self, value: torch.Tensor, kept: torch.Tensor) -> None:
         """Does nothing: `present` has checked all tensors."""
@@ -96,47 +102,118 @@ def adopted(module: nn.Module, device: Allocator) -> AdoptedSlots:
 
 
 @dataclass(slots=True)
-class _Scratch:
-    """A buffer of a replica: the tensor that it runs on, and its value of record in the flat memory."""
+class _Buffer:
+    """A buffer of a replica: the tensor that forward sees, and one with its value from before the step.
+
+    `before` is the memory of record for a copy. For the user's module `work` is, and `before` a snapshot.
+    """
 
     index: int
     slot: Slot
     work: torch.Tensor
-    record: torch.Tensor
+    before: torch.Tensor
     own: bool = False  # forward has resized it: from then on it is private to the replica
 
 
 @dataclass(slots=True)
 class ReplicaModule:
-    """A replica's copy of the module over its memory. `parameters` are in the order of the module's slots."""
+    """The module that a replica runs over its memory. `parameters` are in the order of the module's slots.
+
+    `adopted` is None for a copy. The user's own module has the tensors that it adopts, and `pending` buffers if
+    forward may have changed some in a step that is not over.
+    """
 
     module: nn.Module
     parameters: list[torch.Tensor]
-    variables: list[torch.Tensor]
-    scratch: list[_Scratch]
-    by_id: dict[int, int] = field(default_factory=dict)
+    buffers: list[_Buffer]
+    adopted: AdoptedSlots | None = None
+    pending: bool = False
+    _busy: bool = False
 
-    def refresh_buffers(self) -> None:
-        """Reset the buffers to their values of record, at the beginning of a step."""
-        for one in self.scratch:
-            if not one.own:
-                one.work.copy_(one.record)
+    @contextmanager
+    def passes(self) -> Iterator[None]:
+        """Hold this while passes run. Buffers begin with their values of record, and get them back on failure."""
+        kept = [one for one in self.buffers if not one.own]
+        if self.adopted is None:
+            _copy_all([one.work for one in kept], [one.before for one in kept])
+            for one in kept:
                 one.slot.table[one.slot.key] = one.work
+            yield
+            return
+        for one in kept:
+            one.work = one.slot.tensor
+        _copy_all([one.before for one in kept], [one.work for one in kept])
+        self.pending = self._busy = True
+        try:
+            yield
+        except BaseException:
+            self.restore_buffers()
+            raise
+        finally:
+            self._busy = False
 
-    def changed_buffers(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """The indices and new values of the buffers that forward has changed."""
-        for one in self.scratch:
-            value = one.slot.table[one.slot.key]
-            if one.own or value is None:
+    def restore_buffers(self) -> None:
+        """Give the user's buffers their values from before the step. Their versions do not count this."""
+        if self.adopted is None:
+            return
+        for one in self.buffers:
+            if not self._resized(one):
+                one.slot.table[one.slot.key] = one.work
+                one.work.data.copy_(one.before)
+        self.pending = False
+
+    def undo(self) -> None:
+        """Restore the buffers after a failure, unless a thread that was given up still runs passes."""
+        if self.pending and not self._busy:
+            self.restore_buffers()
+
+    def changed_buffers(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """The indices of the buffers that forward has changed, with their values now and before."""
+        for one in self.buffers:
+            if self._resized(one):
                 continue
-            if value.shape != one.record.shape or value.dtype != one.record.dtype:
-                one.own = True
-            elif value is not one.work or not torch.equal(value, one.record):
-                yield one.index, value.detach()
+            value = one.slot.tensor
+            if value is not one.work or not torch.equal(value, one.before):
+                yield one.index, value.detach(), one.before
+
+    def keep_buffers(self) -> None:
+        """Take the buffers of the user's module as forward has left them."""
+        for one in self.buffers:
+            if not self._resized(one) and one.slot.tensor is not one.work:
+                one.work.data.copy_(one.slot.tensor)
+                one.slot.table[one.slot.key] = one.work
 
     def index_of(self, tensor: torch.Tensor) -> int | None:
         """The index of the buffer whose tensor forward sees; None if it is no buffer."""
-        return self.by_id.get(id(tensor))
+        return next((one.index for one in self.buffers if one.work is tensor), None)
+
+    def _resized(self, one: _Buffer) -> bool:
+        """Whether forward has ever given the buffer another shape or dtype, or removed it."""
+        value = one.slot.table.get(one.slot.key)
+        if not one.own and (value is None or value.shape != one.before.shape or value.dtype != one.before.dtype):
+            one.own = True
+            if self.adopted is not None:
+                self.adopted.release(one.index, one.work)
+        return one.own
+
+
+def _copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy tensors to others."""
+    if targets:
+        with torch.no_grad():
+            torch._foreach_copy_(targets, sources)
+
+
+def users_own(module: nn.Module, kept: AdoptedSlots) -> ReplicaModule:
+    """The user's module as the replica that lives in its memory."""
+    slots = kept.slots
+    parameters = [slot.tensor for slot in slots if slot.is_parameter]
+    buffers = [
+        _Buffer(index, slot, slot.tensor, slot.tensor.detach().clone())
+        for index, slot in enumerate(slots)
+        if not slot.is_parameter
+    ]
+    return ReplicaModule(module, parameters, buffers, kept)
 
 
 def replicate(module: nn.Module, slots: list[Slot], variables: list[torch.Tensor]) -> ReplicaModule:
@@ -146,7 +223,7 @@ def replicate(module: nn.Module, slots: list[Slot], variables: list[torch.Tensor
         ValueError: something in the module cannot be copied.
     """
     memo: dict[int, Any] = {}
-    parameters, scratch = [], []
+    parameters, buffers = [], []
     for slot, variable in zip(slots, variables, strict=True):
         if slot.is_parameter:
             memo[id(slot.tensor)] = nn.Parameter(variable, requires_grad=slot.tensor.requires_grad)
@@ -167,9 +244,8 @@ def replicate(module: nn.Module, slots: list[Slot], variables: list[torch.Tensor
         ) from error
     for index, (slot, own) in enumerate(zip(slots, slots_of(replica), strict=True)):
         if not slot.is_parameter:
-            scratch.append(_Scratch(index, own, own.tensor, variables[index]))
-    by_id = {id(one.work): one.index for one in scratch}
-    return ReplicaModule(replica, parameters, variables, scratch, by_id)
+            buffers.append(_Buffer(index, own, own.tensor, variables[index]))
+    return ReplicaModule(replica, parameters, buffers)
 
 
 class Attributes:

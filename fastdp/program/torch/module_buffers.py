@@ -30,13 +30,12 @@ class BufferNotes:
 def gather_buffers(replica: ReplicaModule, running: ReplicaContext, notes: BufferNotes) -> list[np.ndarray]:
     """A replica's numbers, to be summed over replicas. Fills the notes."""
     sums = []
-    for index, value in replica.changed_buffers():
-        record = replica.variables[index]
-        if running.context.size == 1 or not value.is_floating_point():
+    for index, value, before in replica.changed_buffers():
+        if not value.is_floating_point():
             notes.constant.append((index, value.clone()))
             continue
         notes.moved.append(index)
-        sums.append(movement(value, record, running.context.rows.share))
+        sums.append(movement(value, before, running.context.rows.share))
     for call in running.normalized:
         mean, variance = replica.index_of(call.mean), replica.index_of(call.variance)
         if mean is None or variance is None:  # not buffers of the module: private to the replica

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,61 +14,16 @@ from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.program.base import Program, Result, Totals
-from fastdp.program.torch import batch_axis
-from fastdp.program.torch import batch_norm as torch_batch_norm
-from fastdp.program.torch import gradients as torch_gradients
-from fastdp.program.torch import random as torch_random
-from fastdp.program.torch.batch import (
-    Nest,
-    Structure,
-    make_batch,
-    outputs_from_arrays,
-    outputs_to_arrays,
-)
+from fastdp.program.torch.batch import make_batch, outputs_from_arrays
 from fastdp.program.torch.gradients import Gradients
-from fastdp.program.torch.loss import REDUCTIONS, LossFunction, contribute
-from fastdp.program.torch.module import AdoptedSlots, Attributes, ReplicaModule, adopted, replicate, slots_of
-from fastdp.program.torch.module_buffers import BufferNotes, assign_buffers, gather_buffers
+from fastdp.program.torch.loss import REDUCTIONS, LossFunction
+from fastdp.program.torch.module import AdoptedSlots, Attributes, adopted, replicate, slots_of, users_own
+from fastdp.program.torch.module_buffers import assign_buffers
 from fastdp.program.torch.optimizer import OptimizerFactory, Optimizers
-from fastdp.program.torch.replica import ReplicaContext, backward
+from fastdp.program.torch.passes import Notes, Passes, State
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import accumulate, settle, spec_of, tensors_of
-from fastdp.tensors.function_mode import Handler, ReplicaMode
 from fastdp.tensors.threads import prepare_worker, replicas_run
-
-_HANDLERS: dict[Any, Handler] = {
-    **torch_random.HANDLERS,
-    **batch_axis.HANDLERS,
-    **torch_batch_norm.HANDLERS,
-    **torch_gradients.HANDLERS,
-}
-
-
-@dataclass(slots=True)
-class _State:
-    """A replica. `optimized` are the parameters that its optimizer updates; for the first replica the user's own.
-
-    `used` are the numbers of the parameters that had a gradient in earlier calls of the accumulation window.
-    """
-
-    replica: ReplicaModule
-    gradients: Gradients
-    optimizer: torch.optim.Optimizer | None
-    optimized: list[torch.Tensor]
-    used: frozenset[int] = frozenset()
-
-
-@dataclass(slots=True)
-class _Notes:
-    """The layout of a step's sums: the loss, then the numbers that `buffers` describes.
-
-    `used` are the numbers of the parameters that have a gradient.
-    """
-
-    outputs: Nest | None = None
-    loss_dtype: torch.dtype = torch.float32
-    buffers: BufferNotes = field(default_factory=BufferNotes)
-    used: frozenset[int] = frozenset()
 
 
 class TorchProgram(Program):
@@ -131,8 +85,8 @@ class TorchProgram(Program):
         )
         self._attributes = Attributes(module)
         self._adopted: AdoptedSlots | None = None
-        self._states: list[_State] = []
-        self._told: set[str] = set()
+        self._states: list[State] = []
+        self._passes = Passes(loss_fn, reduction, sync_batch_norm, accumulate)
 
     # Around a step, on the host thread.
 
@@ -179,6 +133,7 @@ class TorchProgram(Program):
     def changed_outside(self) -> bool:
         """Whether the user assigned a parameter or a buffer, or loaded a state dict."""
         assert self._adopted is not None
+        self._undo()
         changed = self._adopted.changed()
         if changed:
             settle(slot.tensor for slot in self._slots)
@@ -187,20 +142,26 @@ class TorchProgram(Program):
     def committed(self) -> None:
         """Note that all replicas have the present values."""
         assert self._adopted is not None
+        for state in self._states:
+            state.replica.pending = False
         self._adopted.note()
 
-    def bind(self, memory: Memory, device: QueueDevice, rank: int) -> _State:
-        """A replica's copy of the module over its memory, and its optimizer."""
+    def bind(self, memory: Memory, device: QueueDevice, rank: int) -> State:
+        """The user's module in its memory, or a copy of it over other memory, and an optimizer."""
         assert self._adopted is not None
-        if rank:
+        if memory.variables is self._adopted.home.variables:
+            replica = users_own(self.module, self._adopted)
+        else:
             memory.variables.copy_from(self._adopted.home.variables)
-        replica = replicate(self.module, self._slots, tensors_of(memory.variables))
+            replica = replicate(self.module, self._slots, tensors_of(memory.variables))
         own = [slot.tensor for slot in self._slots if slot.is_parameter] if rank == 0 else replica.parameters
         optimizer = self.optimizers.add(own) if self.optimizers is not None else None
-        gradients = Gradients(self._pick(replica.parameters), memory.gradients, tensors_of(memory.gradients))
-        state = _State(replica, gradients, optimizer, self._pick(own))
-        self._states.append(state)
-        return state
+        copies = None if replica.adopted is not None else self._pick(replica.parameters)
+        gradients = Gradients(copies, memory.gradients, tensors_of(memory.gradients))
+        variables = tensors_of(memory.variables)
+        self._states.append(State(replica, variables, gradients, optimizer, self._pick(own)))
+        self._passes.replicas = len(self._states)
+        return self._states[-1]
 
     def prepare_thread(self, threads: int, device: QueueDevice) -> None:
         """Set the worker's number of threads."""
@@ -209,53 +170,30 @@ class TorchProgram(Program):
     @contextmanager
     def running(self, threads: int) -> Iterator[None]:
         """Sync replicas and optimizers with the user's, and divide the cores among the replicas."""
-        self._attributes.follow([state.replica.module for state in self._states])
+        copies = [state.replica.module for state in self._states if state.replica.adopted is None]
+        self._attributes.follow(copies)
         if self.optimizers is not None:
             self.optimizers.follow()
-        with replicas_run(threads):
+        with self._undone_on_failure(), replicas_run(threads):
             yield
 
     # The step.
 
-    def train(self, state: _State, batch: list[np.ndarray], context: Context) -> Result:
+    def train(self, state: State, batch: list[np.ndarray], context: Context) -> Result:
         """Compute forward, this replica's contribution to the loss, and its gradient."""
-        assert self.loss_fn is not None
-        structure: Structure = context.structure
-        args, kwargs, targets = structure.pack(batch)
-        running = ReplicaContext(context, context.rows, self.sync_batch_norm, told=self._told)
         users = [self._slots[i].tensor for i in self._differentiable]
-        state.gradients.begin(users)
-        state.replica.refresh_buffers()
-        with torch.enable_grad(), ReplicaMode(running, _HANDLERS), ExitStack() as forward:
-            forward.enter_context(structure.autocast.enter())
-            outputs = state.replica.module(*args, **kwargs)
-            part = contribute(self.reduction, self.loss_fn, outputs, targets, users, running)
-            forward.close()
-            if part.roots:
-                with state.gradients.announcing(running, part.direct):
-                    backward(running, part.roots, part.seeds)
-        arrays, nest = outputs_to_arrays(outputs, context.device) if context.wants_outputs else ([], None)
-        notes = _Notes(nest, part.dtype, used=state.gradients.store(part.direct))
-        sums = gather_buffers(state.replica, running, notes.buffers)
-        return Result(arrays, np.concatenate([[part.value], *sums]), notes)
+        return self._passes.train(state, users, batch, context)
 
-    def predict(self, state: _State, batch: list[np.ndarray], context: Context) -> Result:
-        """Run forward only. Changes nothing, even in training mode."""
-        structure: Structure = context.structure
-        args, kwargs, _ = structure.pack(batch)
-        state.replica.refresh_buffers()
-        running = ReplicaContext(context, context.rows, self.sync_batch_norm, told=self._told)
-        with torch.no_grad(), ReplicaMode(running, _HANDLERS), structure.autocast.enter():
-            outputs = state.replica.module(*args, **kwargs)
-        arrays, nest = outputs_to_arrays(outputs, context.device)
-        return Result(arrays, np.zeros(1), _Notes(nest))
+    def predict(self, state: State, batch: list[np.ndarray], context: Context) -> Result:
+        """Run forward only. Changes no parameter and no buffer, even in training mode."""
+        return self._passes.predict(state, batch, context)
 
-    def update(self, state: _State, totals: Totals) -> None:
+    def update(self, state: State, totals: Totals) -> None:
         """Assign buffers; at the end of a window, apply torch's optimizer to the summed gradients."""
-        notes: _Notes = totals.notes
+        notes: Notes = totals.notes
         try:
             with torch.no_grad():
-                assign_buffers(state.replica.variables, totals.sums[1:], notes.buffers)
+                assign_buffers(state.variables, totals.sums[1:], notes.buffers)
                 used = state.used.union(*(note.used for note in totals.every_note))
                 if totals.reduced:
                     self._apply(state, used)
@@ -269,24 +207,40 @@ class TorchProgram(Program):
         """Add gradients up."""
         accumulate(total, part)
 
-    def fold(self, state: _State) -> None:
+    def fold(self, state: State) -> None:
         """Refused: torch's optimizers have no place for gradients of an unfinished window."""
         raise NotImplementedError("Torch's optimizers do not accumulate gradients: end the window by its last call.")
 
     # Parts of the step.
+
+    @contextmanager
+    def _undone_on_failure(self) -> Iterator[None]:
+        """Restore the module's buffers and torch's random generator if the step fails."""
+        drawn = torch.get_rng_state()
+        try:
+            yield
+        except BaseException:
+            torch.set_rng_state(drawn)
+            self._undo()
+            raise
+
+    def _undo(self) -> None:
+        """Restore buffers that forward has changed in a step that failed."""
+        for state in self._states:
+            state.replica.undo()
 
     def _pick(self, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The parameters that can have a gradient."""
         at = dict(zip((i for i, s in enumerate(self._slots) if s.is_parameter), parameters, strict=True))
         return [at[i] for i in self._differentiable]
 
-    def _apply(self, state: _State, used: frozenset[int]) -> None:
+    def _apply(self, state: State, used: frozenset[int]) -> None:
         """Run one optimizer step, and restore the gradients that the user's parameters had."""
         assert state.optimizer is not None
         before = [parameter.grad for parameter in state.optimized]
         try:
             for i, parameter in enumerate(state.optimized):
-                parameter.grad = state.gradients.flat[i] if i in used else None
+                parameter.grad = state.gradients.present[i] if i in used else None
             present = [parameter.grad for parameter in state.optimized if parameter.grad is not None]
             if self.accumulate_calls > 1 and present:
                 torch._foreach_div_(present, float(self.accumulate_calls))

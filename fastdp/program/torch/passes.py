@@ -1,0 +1,165 @@
+"""A replica's forward and backward passes: alone in plain torch, or in step with other replicas.
+
+A replica that works alone on a step runs the module as plain torch does: no functions are replaced, random numbers come
+from torch's own generators, and backward runs from the loss through the whole graph. Replicas that share a step run in
+a mode that makes draws, batch normalization and the loss those of the global batch, and cut the graph at the outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from fastdp.comm.context import Context
+from fastdp.program.base import Result
+from fastdp.program.torch import batch_axis
+from fastdp.program.torch import batch_norm as torch_batch_norm
+from fastdp.program.torch import gradients as torch_gradients
+from fastdp.program.torch import random as torch_random
+from fastdp.program.torch.batch import Nest, Structure, outputs_to_arrays
+from fastdp.program.torch.gradients import Gradients
+from fastdp.program.torch.loss import WITHOUT_GRADIENT, LossFunction, contribute, number
+from fastdp.program.torch.module import ReplicaModule
+from fastdp.program.torch.module_buffers import BufferNotes, gather_buffers
+from fastdp.program.torch.replica import ReplicaContext, backward
+from fastdp.tensors.function_mode import Handler, ReplicaMode
+
+_HANDLERS: dict[Any, Handler] = {
+    **torch_random.HANDLERS,
+    **batch_axis.HANDLERS,
+    **torch_batch_norm.HANDLERS,
+    **torch_gradients.HANDLERS,
+}
+
+
+@dataclass(slots=True)
+class State:
+    """A replica over its memory's `variables`.
+
+    `optimized` are the parameters that its optimizer updates; for the first replica the user's own. `used` are the
+    numbers of the parameters that had a gradient in earlier calls of the accumulation window.
+    """
+
+    replica: ReplicaModule
+    variables: list[torch.Tensor]
+    gradients: Gradients
+    optimizer: torch.optim.Optimizer | None
+    optimized: list[torch.Tensor]
+    used: frozenset[int] = frozenset()
+
+
+@dataclass(slots=True)
+class Notes:
+    """The layout of a step's sums: the loss, then the numbers that `buffers` describes.
+
+    `used` are the numbers of the parameters that have a gradient.
+    """
+
+    outputs: Nest | None = None
+    loss_dtype: torch.dtype = torch.float32
+    buffers: BufferNotes = field(default_factory=BufferNotes)
+    used: frozenset[int] = frozenset()
+
+
+class Passes:
+    """Runs the passes of all replicas of a program, each on its own thread.
+
+    Args:
+        loss_fn, reduction, sync_batch_norm, accumulate: as in `TorchProgram`.
+
+    Attributes:
+        replicas: the number of replicas, with and without rows in a step.
+    """
+
+    def __init__(
+        self, loss_fn: LossFunction | None, reduction: str | None, sync_batch_norm: bool, accumulate: int
+    ) -> None:
+        self.loss_fn = loss_fn
+        self.reduction = reduction
+        self.sync_batch_norm = sync_batch_norm
+        self.accumulate = accumulate
+        self.replicas = 0
+        self._told: set[str] = set()
+
+    def train(self, state: State, users: Sequence[torch.Tensor], batch: list[np.ndarray], context: Context) -> Result:
+        """Compute forward, the replica's contribution to the loss, and its gradient.
+
+        Args:
+            state: the replica.
+            users: the user's own parameters that can have a gradient.
+            batch, context: as in `Program.train`.
+        """
+        together = context.size > 1
+        run = self._train_together if together else self._train_alone
+        with torch.enable_grad(), state.replica.passes(), state.gradients.passes(users, together=together):
+            return run(state, users, batch, context)
+
+    def predict(self, state: State, batch: list[np.ndarray], context: Context) -> Result:
+        """Run forward only. Changes no buffer, even in training mode."""
+        structure: Structure = context.structure
+        args, kwargs, _ = structure.pack(batch)
+        with torch.no_grad(), state.replica.passes(), ExitStack() as forward:
+            if context.size > 1:
+                forward.enter_context(ReplicaMode(self._running(context), _HANDLERS))
+            forward.enter_context(structure.autocast.enter())
+            outputs = state.replica.module(*args, **kwargs)
+            state.replica.restore_buffers()
+        arrays, nest = outputs_to_arrays(outputs, context.device)
+        return Result(arrays, np.zeros(1), Notes(nest))
+
+    def _running(self, context: Context) -> ReplicaContext:
+        return ReplicaContext(context, context.rows, self.sync_batch_norm, told=self._told)
+
+    def _train_alone(
+        self, state: State, users: Sequence[torch.Tensor], batch: list[np.ndarray], context: Context
+    ) -> Result:
+        """Plain torch, by the only replica of the step."""
+        assert self.loss_fn is not None
+        structure: Structure = context.structure
+        args, kwargs, targets = structure.pack(batch)
+        with structure.autocast.enter():
+            outputs = state.replica.module(*args, **kwargs)
+            loss = number(self.loss_fn(outputs, *targets))
+        if loss.requires_grad:
+            loss.backward()
+        elif _requires_grad(outputs):
+            raise ValueError(WITHOUT_GRADIENT)
+        arrays, nest = outputs_to_arrays(outputs, context.device) if context.wants_outputs else ([], None)
+        notes = Notes(nest, loss.dtype, used=state.gradients.store({}, keep=self.replicas == 1 == self.accumulate))
+        if state.replica.adopted is None or self.replicas > 1:
+            notes.buffers.constant = [(i, value.clone()) for i, value, _ in state.replica.changed_buffers()]
+        state.replica.keep_buffers()
+        return Result(arrays, np.array([float(loss.detach())]), notes)
+
+    def _train_together(
+        self, state: State, users: Sequence[torch.Tensor], batch: list[np.ndarray], context: Context
+    ) -> Result:
+        """The replica's part of a step that several replicas share."""
+        assert self.loss_fn is not None
+        structure: Structure = context.structure
+        args, kwargs, targets = structure.pack(batch)
+        running = self._running(context)
+        with ReplicaMode(running, _HANDLERS), ExitStack() as forward:
+            forward.enter_context(structure.autocast.enter())
+            outputs = state.replica.module(*args, **kwargs)
+            part = contribute(self.reduction, self.loss_fn, outputs, targets, users, running)
+            forward.close()
+            if part.roots:
+                with state.gradients.announcing(running, part.direct):
+                    backward(running, part.roots, part.seeds)
+        arrays, nest = outputs_to_arrays(outputs, context.device) if context.wants_outputs else ([], None)
+        notes = Notes(nest, part.dtype, used=state.gradients.store(part.direct))
+        sums = gather_buffers(state.replica, running, notes.buffers)
+        state.replica.restore_buffers()
+        return Result(arrays, np.concatenate([[part.value], *sums]), notes)
+
+
+def _requires_grad(outputs: Any) -> bool:
+    """Whether a tensor in a nest requires a gradient."""
+    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(outputs))
