@@ -207,7 +207,7 @@ class NoExchange(Rendezvous):
     the merged outputs) reads the global batch, which the graph does not have.
     """
 
-    def exchange(self, rank: int, value: Any) -> list[Any]:
+    def exchange(self, rank: int, value: Any, place: object) -> list[Any]:
         """Raise NotCapturable."""
         raise NotCapturable("values that replicas exchange in the middle of a step")
 

@@ -25,8 +25,8 @@ def _no_graph() -> None:
 class Context:
     """A replica's view of the current step.
 
-    `exchange(value)` gives every replica's value, in rank order, to every replica. All replicas may call it any number
-    of times in the middle of `train` or `predict`, in the same order. `batch` is the whole global batch, a sequence of
+    `exchange(value, place)` gives every replica's value, in rank order, to every replica. All replicas may call it any
+    number of times in the middle of `train` or `predict`, at the same places in the same order. `batch` is the whole global batch, a sequence of
     arrays; `structure` was passed along with it by the caller of the step. `wants_outputs` is False when nobody will
     use the outputs of the step. `device` is the replica's device; None outside any step.
 
@@ -67,8 +67,16 @@ class Context:
         """Torch's name of the device that holds the replica's tensors."""
         return str(self.device.torch_device) if self.device is not None else "cpu"
 
-    def exchange(self, value: Any) -> list[Any]:
+    def exchange(self, value: Any, place: object) -> list[Any]:
         """The values of all replicas, in rank order. Read-only, and valid during the step.
+
+        Args:
+            value: this replica's.
+            place: names this exchange, as in `Rendezvous.exchange`.
+
+        Raises:
+            RuntimeError: the replicas are at different places.
+            StepAborted, DeviceTimeoutError: as in `Rendezvous.exchange`.
 
         Between GPUs, tensors go through host memory: such a copy waits for the tensor's value, so the streams of two
         threads need no ordering. A class of values implements `moved(how)` to have its tensors moved.
@@ -76,9 +84,9 @@ class Context:
         if self.size == 1:
             return [value]
         if self.device is None or not self.device.on_gpu:
-            return self.rendezvous.exchange(self.rank, value)
+            return self.rendezvous.exchange(self.rank, value, place)
         name = self.torch_device
-        values = self.rendezvous.exchange(self.rank, _moved(value, lambda tensor: tensor.cpu()))
+        values = self.rendezvous.exchange(self.rank, _moved(value, lambda tensor: tensor.cpu()), place)
         return [_moved(one, lambda tensor: tensor.to(name)) for one in values]
 
 

@@ -3,60 +3,82 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from fastdp.errors import DeviceTimeoutError, StepAborted
 
 
 class Rendezvous:
-    """Lets `size` threads exchange values repeatedly, and never leaves them waiting for a thread that failed.
+    """Lets `size` threads exchange values repeatedly, and never leaves them waiting for a thread that does not come.
 
     Args:
         size: the number of threads.
         timeout: seconds that one exchange may take.
+        names: what messages call the threads, by rank: the names of their devices.
     """
 
-    def __init__(self, size: int, timeout: float) -> None:
+    def __init__(self, size: int, timeout: float, names: Sequence[str] = ()) -> None:
         self._size = size
         self._timeout = timeout
+        self._names = names
         self._changed = threading.Condition()
         self._arrived: list[Any] = [None] * size
-        self._count = 0
+        self._waiting: list[int] = []
+        self._place: object = None  # of those who wait
+        self._gone: list[int] = []
         self._round = 0
         self._values: list[Any] = []
         self._cause: BaseException | None = None
+        self._parted = ""  # how the threads missed each other
 
-    def exchange(self, rank: int, value: Any) -> list[Any]:
+    def exchange(self, rank: int, value: Any, place: object) -> list[Any]:
         """Pass `value`, wait for all other threads, and return all values in rank order.
 
         Values are passed by reference, and must only be read.
 
+        Args:
+            rank: this thread's rank.
+            value: its value.
+            place: names the exchange, in words: a text, or a tuple of parts of one. Equal on all threads that belong
+                together. Otherwise values of two computations would be mixed.
+
         Raises:
+            RuntimeError: the threads are at different places, or one of them has left. All get it.
             StepAborted: another thread failed.
             DeviceTimeoutError: another thread did not arrive in time.
         """
         with self._changed:
-            if self._cause is not None:
-                raise StepAborted("The step was stopped by a failure on another device.") from self._cause
+            self._go_on()
+            if self._gone or (self._waiting and place != self._place):
+                self._part(self._missed(rank, place))
             turn = self._round
             self._arrived[rank] = value
-            self._count += 1
-            if self._count == self._size:
+            self._waiting.append(rank)
+            self._place = place
+            if len(self._waiting) == self._size:
                 self._values, self._arrived = self._arrived, [None] * self._size
-                self._count, self._round = 0, turn + 1
+                self._waiting, self._round = [], turn + 1
                 self._changed.notify_all()
                 return self._values
             self._changed.wait_for(lambda: self._round > turn or self._cause is not None, self._timeout)
             if self._round > turn:
                 return self._values
-            if self._cause is not None:
-                raise StepAborted("The step was stopped by a failure on another device.") from self._cause
-            missing = self._size - self._count
+            self._go_on()
+            missing = self._size - len(self._waiting)
             late = DeviceTimeoutError(
-                f"{missing} of {self._size} replicas did not reach the exchange within {self._timeout} seconds."
+                f"{missing} of {self._size} replicas did not reach {_in_words(place)} within {self._timeout} seconds."
             )
             self.abort(late)  # a thread that arrives later would wait for this one, which leaves
             raise late
+
+    def leave(self, rank: int) -> None:
+        """Note that a thread has ended its work: whoever waits for it, now or later, gets the error at once."""
+        with self._changed:
+            self._gone.append(rank)
+            if self._waiting and self._cause is None:
+                self._parted = self._missed()
+                self.abort(RuntimeError(self._parted))
 
     @property
     def timeout(self) -> float:
@@ -73,3 +95,37 @@ class Rendezvous:
         with self._changed:
             self._cause = cause if self._cause is None else self._cause
             self._changed.notify_all()
+
+    def _go_on(self) -> None:
+        """Raise if the threads do not exchange any more."""
+        if self._parted:
+            raise RuntimeError(self._parted)
+        if self._cause is not None:
+            raise StepAborted("The step was stopped by a failure on another device.") from self._cause
+
+    def _part(self, how: str) -> None:
+        """Give up, because the threads miss each other. Raises the error that all get."""
+        self._parted = how
+        error = RuntimeError(how)
+        self.abort(error)
+        raise error
+
+    def _missed(self, rank: int | None = None, place: object = None) -> str:
+        """The message: where the threads are."""
+        where = [f"{self._named(self._waiting)} at {_in_words(self._place)}"] if self._waiting else []
+        if rank is not None:
+            where.append(f"{self._named([rank])} at {_in_words(place)}")
+        if self._gone:
+            where.append(f"{self._named(self._gone)} past the end")
+        return (
+            f"The replicas took different paths: {'; '.join(where)}. What replicas compute together, all of them must "
+            "reach. A path must not depend on the values of a replica's own rows: choose it by values that are the "
+            "same on all devices, or use one device (gpus=[0])."
+        )
+
+    def _named(self, ranks: Sequence[int]) -> str:
+        return " and ".join(self._names[r] if self._names else f"replica {r}" for r in sorted(ranks))
+
+
+def _in_words(place: object) -> str:
+    return " ".join(str(part) for part in place) if isinstance(place, tuple) else str(place)

@@ -157,7 +157,7 @@ def make_step(
         number: the step's number, for its contexts.
         timeout: seconds that replicas may wait for each other in the middle of the step.
     """
-    rendezvous = Rendezvous(len(shards), timeout)
+    rendezvous = Rendezvous(len(shards), timeout, [device.name for device in devices])
     common = (number, rendezvous, len(shards), batch, batch.structure, wants_outputs)
     contexts = [
         Context(rank, rows, *common, device) for rank, (rows, device) in enumerate(zip(shards, devices, strict=False))
@@ -187,6 +187,7 @@ def run_replica(
     try:
         replica.prepare_thread(step.threads)
         result = work(replica, step.batches[context.rank], context)
+        step.rendezvous.leave(context.rank)
         if context.wants_outputs:
             merging = time.perf_counter()
             step.merger.write(context.rank, result.outputs)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-Exchange = Callable[[Any], Sequence[Any]]
+Exchange = Callable[[Any, object], Sequence[Any]]
 
 
 @dataclass(slots=True)
@@ -73,6 +73,7 @@ def global_moments(
     mask: torch.Tensor | None,
     axes: Sequence[int],
     exchange: Exchange,
+    place: str,
     sum_dtype: torch.dtype | None = None,
     epsilon: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,10 +82,11 @@ def global_moments(
     Args:
         inputs, mask, axes: as in `count_of`.
         exchange: returns the values that all replicas passed, in rank order. Every replica makes the same calls.
+        place: names the layer, for the exchanges.
         sum_dtype: the dtype of sums over a replica's values; None for the dtype of the inputs.
         epsilon: added to the number of values before sums are divided by it.
     """
-    mean, variance = _GlobalMoments.apply(inputs, mask, tuple(axes), exchange, sum_dtype, epsilon)
+    mean, variance = _GlobalMoments.apply(inputs, mask, tuple(axes), exchange, place, sum_dtype, epsilon)
     return mean, variance
 
 
@@ -98,35 +100,36 @@ class _GlobalMoments(torch.autograd.Function):
         mask: torch.Tensor | None,
         axes: tuple[int, ...],
         exchange: Exchange,
+        place: str,
         sum_dtype: torch.dtype | None,
         epsilon: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Exchange sums, then sums of squares about the global mean, so that nothing cancels."""
         weights = None if mask is None else mask.unsqueeze(-1).to(inputs.dtype).expand(inputs.shape)
         values = inputs if weights is None else inputs * weights
-        parts = exchange((count_of(inputs, mask, axes), values.sum(axes, dtype=sum_dtype)))
+        parts = exchange((count_of(inputs, mask, axes), values.sum(axes, dtype=sum_dtype)), ("the sums of", place))
         total = max(sum(part[0] for part in parts) + epsilon, torch.finfo(torch.float64).tiny)
         mean = sum(part[1].double() for part in parts) / total
         shape = [1 if axis in axes else size for axis, size in enumerate(inputs.shape)]
         centered = inputs - mean.to(inputs.dtype).reshape(shape)
         if weights is not None:
             centered = centered * weights
-        squares = exchange((centered * centered).sum(axes, dtype=sum_dtype))
+        squares = exchange((centered * centered).sum(axes, dtype=sum_dtype), ("the squares of", place))
         variance = sum(square.double() for square in squares) / total
         ctx.save_for_backward(centered, weights)
-        ctx.total, ctx.shape, ctx.exchange = total, shape, exchange
+        ctx.total, ctx.shape, ctx.exchange, ctx.place = total, shape, exchange, place
         # The mean of (x - mean), which is not zero if epsilon makes the mean differ from sum / count.
         ctx.off_center = mean * (epsilon / total) if epsilon else None
         return mean.to(inputs.dtype), variance.to(inputs.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None, None]:
         """d mean / dx is 1/n, d variance / dx is 2 (x - mean)/n, each times the gradients of all replicas' losses."""
         centered, weights = ctx.saved_tensors
-        parts = ctx.exchange(tuple(gradients))
+        parts = ctx.exchange(tuple(gradients), ("the gradients of", ctx.place))
         of_mean = sum(part[0] for part in parts).reshape(ctx.shape) / ctx.total
         of_variance = sum(part[1] for part in parts).reshape(ctx.shape) / ctx.total
         if ctx.off_center is not None:
             of_mean = of_mean - 2.0 * of_variance * ctx.off_center.to(of_variance.dtype).reshape(ctx.shape)
         first = of_mean.expand(centered.shape) if weights is None else of_mean * weights
-        return first + 2.0 * centered * of_variance, None, None, None, None, None
+        return first + 2.0 * centered * of_variance, None, None, None, None, None, None

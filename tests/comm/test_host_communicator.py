@@ -393,7 +393,7 @@ def test_values_arrive_in_rank_order_round_after_round(count):
         for turn in range(100):
             if draw.random() < 0.1:
                 time.sleep(0.0005)
-            seen.append(list(meeting.exchange(rank, (turn, rank))))
+            seen.append(list(meeting.exchange(rank, (turn, rank), turn)))
         return seen
 
     expected = [[(turn, rank) for rank in range(count)] for turn in range(100)]
@@ -405,9 +405,9 @@ def test_abort_wakes_all_who_wait_and_refuses_all_who_come_later():
 
     def work(rank):
         if rank < 3:
-            return meeting.exchange(rank, rank)
+            return meeting.exchange(rank, rank, "here")
         if rank == 3:
-            while meeting._count < 3:
+            while len(meeting._waiting) < 3:
                 time.sleep(0.001)
             assert not meeting.aborted
             meeting.abort(cause)
@@ -421,18 +421,18 @@ def test_abort_wakes_all_who_wait_and_refuses_all_who_come_later():
     assert all(result.__cause__ is cause for result in results[:3])
     assert meeting.aborted
     with pytest.raises(StepAborted, match="failure on another device"):
-        meeting.exchange(4, 4)
+        meeting.exchange(4, 4, "here")
 
 
 def test_a_timeout_names_how_many_are_missing_and_nobody_can_join_afterwards():
     meeting = Rendezvous(5, 0.2)
-    results = participants(2, lambda rank: meeting.exchange(rank, rank))
+    results = participants(2, lambda rank: meeting.exchange(rank, rank, "here"))
     first = [result for result in results if isinstance(result, DeviceTimeoutError)]
     assert first
-    assert "3 of 5 replicas did not reach the exchange within 0.2 seconds" in str(first[0])
+    assert "3 of 5 replicas did not reach here within 0.2 seconds" in str(first[0])
     assert all(isinstance(result, (DeviceTimeoutError, StepAborted)) for result in results)
     meeting._timeout = LIMIT  # a wait would be seen, however busy the machine is
     began = time.monotonic()
     with pytest.raises(StepAborted):
-        meeting.exchange(2, 2)
+        meeting.exchange(2, 2, "here")
     assert time.monotonic() - began < LIMIT / 2

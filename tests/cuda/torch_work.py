@@ -69,7 +69,7 @@ class TorchWork:
         self.after([copied])
         return copied
 
-    def exchange(self, context: Any, value: Any) -> list[Any]:
+    def exchange(self, context: Any, value: Any, place: object) -> list[Any]:
         """Stands in for `Context.exchange`: through the host, which waits for the worker's stream."""
         stream = _current()
 
@@ -86,7 +86,7 @@ class TorchWork:
 
         given = contexts._moved(value, out)
         self._sim.synchronize(stream.handle)
-        return [contexts._moved(one, back) for one in context.rendezvous.exchange(context.rank, given)]
+        return [contexts._moved(one, back) for one in context.rendezvous.exchange(context.rank, given, place)]
 
     def before(self, func: Any, tensors: list[tuple[torch.Tensor, bool]]) -> None:
         """An operation reads, and perhaps writes, these tensors."""
@@ -218,7 +218,7 @@ def watched(sim: Simulation) -> Iterator[TorchWork]:
     exchange = contexts.Context.exchange
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            contexts.Context, "exchange", lambda c, value: work.exchange(c, value) if c.size > 1 else exchange(c, value)
+            contexts.Context, "exchange", lambda c, *given: (work.exchange if c.size > 1 else exchange)(c, *given)
         )
         patch.setattr(streams.CudaStream, "_perform", watch)
         for module in ("values", "graph"):

@@ -350,7 +350,7 @@ class Exchanging(FunctionProgram):
 
     def train(self, state, batch, context):
         self.before_exchange(context.rank)
-        everyone = context.exchange(context.rank)
+        everyone = context.exchange(context.rank, "before the step")
         assert everyone == list(range(context.size))
         return super().train(state, batch, context)
 

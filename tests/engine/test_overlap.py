@@ -315,7 +315,7 @@ def test_replicas_that_meet_in_the_middle_of_backward_do_not_wait_for_a_reductio
     engine, plain = parallel(4), parallel(4, announces=False)
 
     def meet(rank, bucket, context):
-        assert context.exchange(rank) == [0, 1, 2, 3]
+        assert context.exchange(rank, "in the middle") == [0, 1, 2, 3]
 
     engine.program.between = meet
     for number in range(20):

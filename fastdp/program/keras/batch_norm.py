@@ -26,7 +26,8 @@ def moments_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
         axes = layer._reduction_axes
         if state.sync_batch_norm and state.context.size > 1:
             epsilon = 0.0 if mask is None else keras.config.epsilon()  # Keras adds it to the count that it divides by
-            mean, variance = global_moments(inputs, mask, axes, state.context.exchange, epsilon=epsilon)
+            place = f"the synchronized moments of {layer.path or layer.name}"
+            mean, variance = global_moments(inputs, mask, axes, state.context.exchange, place, epsilon=epsilon)
         else:
             mean, variance = original(layer, inputs, mask)
         state.moments.append((layer, Moments(mean.detach(), variance.detach(), count_of(inputs, mask, axes))))

@@ -270,7 +270,7 @@ class CallProgram(KerasProgram):
         targets = [*wanted, *ran.leaves]
         with replica_scope(ran.run), ran.scope:
             found = gradients_of(ran.run, roots, seeds, targets, retain=True)
-        everyone = context.exchange(found[len(wanted) :])
+        everyone = context.exchange(found[len(wanted) :], "the sum of the gradients")
         for i in range(context.rank, len(ran.leaves), context.size):  # each replica sums its part of the leaves
             parts = [part[i] for part in everyone if part[i] is not None]
             work.leaves[i] = sum(parts[1:], parts[0]) if parts else None

@@ -102,9 +102,9 @@ class _Noting(Rendezvous):
     def __init__(self, inner: Rendezvous, noted: list[Any]) -> None:
         self._inner, self._noted = inner, noted
 
-    def exchange(self, rank: int, value: Any) -> list[Any]:
+    def exchange(self, rank: int, value: Any, place: object) -> list[Any]:
         """The values of all replicas."""
-        self._noted.append(self._inner.exchange(rank, value))
+        self._noted.append(self._inner.exchange(rank, value, place))
         return self._noted[-1]
 
     def __getattr__(self, name: str) -> Any:
@@ -117,7 +117,7 @@ class _Given(Rendezvous):
     def __init__(self, noted: Sequence[Any]) -> None:
         self._noted = iter(noted)
 
-    def exchange(self, rank: int, value: Any) -> list[Any]:
+    def exchange(self, rank: int, value: Any, place: object) -> list[Any]:
         """The values of all replicas in forward."""
         return next(self._noted)
 

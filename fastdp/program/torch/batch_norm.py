@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from fastdp.comm.context import Context
 from fastdp.program.torch.replica import Normalized, ReplicaContext
+from fastdp.tensors.call_path import running_part
 from fastdp.tensors.function_mode import Handler
 from fastdp.tensors.moments import Moments, global_moments, unbiased
 
@@ -55,12 +56,13 @@ def _synchronized(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The output normalized by the global batch, and the replica's own mean and unbiased variance."""
     axes = [axis for axis in range(x.ndim) if axis != 1]
+    place = f"the synchronized moments of {running_part()}, {x.shape[1]} channels"
     with torch.no_grad():
         wide = x if x.dtype == torch.float64 else x.float()
         count = x.numel() // x.shape[1]
         own_variance, own_mean = torch.var_mean(wide, axes, correction=0)
     wide = wide if not x.requires_grad else x.to(wide.dtype)
-    mean, variance = global_moments(wide, None, axes, context.exchange, torch.float64)
+    mean, variance = global_moments(wide, None, axes, context.exchange, place, torch.float64)
     shape = [1, -1] + [1] * (x.ndim - 2)
     scale = torch.rsqrt(variance + eps)
     y = (x.to(wide.dtype) - mean.reshape(shape)) * scale.reshape(shape)

@@ -103,7 +103,7 @@ def _merged(
 ) -> Contribution:
     """The loss on the merged outputs, computed by the first replica. Each replica continues with its own rows."""
     context = running.context
-    everyone = context.exchange([tensor.detach() for tensor in tensors])
+    everyone = context.exchange([tensor.detach() for tensor in tensors], "the loss of the merged outputs")
     answer = None
     if context.rank == 0:
         shares = [rows.share for rows in split_rows(context.rows.total, context.size)]
@@ -116,7 +116,7 @@ def _merged(
             running.rows = own
         gradients, direct = _gradients(running, loss, leaves, parameters)
         answer = (loss.detach(), gradients, direct)
-    loss, gradients, direct = context.exchange(answer)[0]
+    loss, gradients, direct = context.exchange(answer, "the gradients of the loss of the merged outputs")[0]
     mine = [None if g is None else _own(g, t, context.rows) for g, t in zip(gradients, tensors, strict=True)]
     first = context.rank == 0
     return _contribution(float(loss) if first else 0.0, loss, tensors, mine, direct if first else {})

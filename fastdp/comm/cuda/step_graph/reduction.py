@@ -55,7 +55,7 @@ class StepGraphReduction(Reduction):
             DeviceTimeoutError: a replica did not arrive in time.
             RuntimeError: CUDA refuses. The step's collectives are aborted, so that no GPU waits for this one.
         """
-        rendezvous.exchange(rank, None)
+        rendezvous.exchange(rank, None, "the launch of the step's graphs")
         with self._changed:
             if self._given_up:
                 raise StepAborted("The step was given up before its graphs were launched.")

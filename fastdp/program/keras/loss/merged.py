@@ -52,7 +52,7 @@ def merged_loss(
     """
     leaves, plain = split_leaves(y_pred)
     layouts = layouts_of(leaves, training_loss.effects.layouts, context.rows)
-    everyone = context.exchange(_Given(leaves, plain, extra, context))
+    everyone = context.exchange(_Given(leaves, plain, extra, context), "the loss of the merged outputs")
     answer = None
     if context.rank == 0:
         run = running()
@@ -61,7 +61,7 @@ def merged_loss(
         with whole_batch(run):  # the loss draws for all rows
             answer = _compute(training_loss, y_pred, layouts, everyone, scope, context)
         run.by_loss = frozenset(n for n, value in scope.state_mapping.items() if before.get(n) is not value)
-    answer = context.exchange(answer)[0]
+    answer = context.exchange(answer, "the gradients of the loss of the merged outputs")[0]
     roots: list[torch.Tensor] = []
     seeds: list[torch.Tensor | None] = []
     for place, (leaf, gradient) in enumerate(zip(leaves, answer.outputs, strict=True)):

@@ -157,7 +157,7 @@ class _Contribution:
             denominator = float(apply_mask(weights, mask, dtype=self._loss.dtype, reduction=reduction).sum())
         else:
             denominator = float(keras.ops.sum(mask))
-        total = sum(state.context.exchange(denominator))
+        total = sum(state.context.exchange(denominator, ("the sum of the weights of the loss", self._loss.name)))
         return denominator / total if total else 0.0
 
 

@@ -370,7 +370,7 @@ def gradients_of(
 class _NoMeeting(Rendezvous):
     """Refuses an exchange with other replicas in the middle of a call: exchanges of two threads would get mixed up."""
 
-    def exchange(self, rank: int, value: Any) -> list[Any]:
+    def exchange(self, rank: int, value: Any, place: object) -> list[Any]:
         """Refuse."""
         raise NotImplementedError(
             "A layer that fastdp.device placed on a further device of its replica cannot exchange values with other "

@@ -62,7 +62,7 @@ def histogram_of_batch(original: Callable[..., Any]) -> Callable[..., Any]:
         if state is None:
             return counts
         state.made_up |= state.context.rows.count < state.context.rows.total and state.context.size == 1
-        return sum(state.context.exchange(counts))
+        return sum(state.context.exchange(counts, ("the histogram of an equalization", layer.name)))
 
     return histogram
 

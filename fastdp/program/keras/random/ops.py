@@ -218,7 +218,7 @@ def _of_all(value: Any, state: ReplicaContext, per_row: int = 1) -> Any:
     if context.size == 1:  # all rows are here; in a trial, missing rows are invented
         state.made_up = rows.count < rows.total
         return value[:1].expand(rows.total * per_row, *value.shape[1:]) if state.made_up else value
-    return torch.cat(context.exchange(value.detach()))
+    return torch.cat(context.exchange(value.detach(), "a draw that depends on values of all rows"))
 
 
 def generator_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -122,7 +122,7 @@ def _with_others(value: torch.Tensor, per_row: int, state: Any, by_values: bool)
     """
     context, rows = state.context, state.context.rows
     if by_values and context.size > 1:
-        parts = list(context.exchange(value.detach()))
+        parts = list(context.exchange(value.detach(), "a draw that depends on values of all rows"))
         parts[context.rank] = value
         return torch.cat(parts)
     if by_values:  # a trial on some of the rows

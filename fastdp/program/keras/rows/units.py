@@ -210,16 +210,19 @@ def as_one_device(state: ReplicaContext) -> Iterator[None]:
 def gathered(nest: Any, plan: Plan, context: Context) -> Any:
     """Arguments with the rows of all replicas."""
     given = zip(tensors_in(nest), plan.inputs, strict=True)
-    return with_tensors(nest, [_gather(x, layout, context) if layout.axis is not None else x for x, layout in given])
+    whole = [x if layout.axis is None else _gather(x, layout, context, plan.name) for x, layout in given]
+    return with_tensors(nest, whole)
 
 
-def _gather(tensor: torch.Tensor, layout: Layout, context: Context) -> torch.Tensor:
-    """A tensor with the rows of all replicas, and with its Keras mask."""
+def _gather(tensor: torch.Tensor, layout: Layout, context: Context, name: str) -> torch.Tensor:
+    """A tensor with the rows of all replicas, and with its Keras mask. `name` is that of the layer that gets it."""
     assert layout.axis is not None
-    whole = _Gather.apply(tensor, layout.axis, context)
+    whole = _Gather.apply(tensor, layout.axis, context, name)
     mask = getattr(tensor, "_keras_mask", None)
     if mask is not None:
-        whole._keras_mask = torch.cat(context.exchange(mask), min(layout.axis, mask.ndim - 1))
+        whole._keras_mask = torch.cat(
+            context.exchange(mask, ("the masks of the inputs of", name)), min(layout.axis, mask.ndim - 1)
+        )
     return whole
 
 
@@ -227,21 +230,22 @@ class _Gather(torch.autograd.Function):
     """The rows of all replicas, in order."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, axis: int, context: Context) -> torch.Tensor:
+    def forward(ctx: Any, tensor: torch.Tensor, axis: int, context: Context, name: str) -> torch.Tensor:
         """Gather the rows with one exchange."""
-        parts = context.exchange(tensor.detach())
-        ctx.axis, ctx.context = axis, context
+        parts = context.exchange(tensor.detach(), ("the inputs of", name))
+        ctx.axis, ctx.context, ctx.name = axis, context, name
         ctx.start, ctx.length = sum(part.shape[axis] for part in parts[: context.rank]), tensor.shape[axis]
         return torch.cat(parts, axis)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         """Sum the gradients of this replica's rows over all replicas' losses."""
-        first, *others = (part.narrow(ctx.axis, ctx.start, ctx.length) for part in ctx.context.exchange(gradient))
+        parts = ctx.context.exchange(gradient, ("the gradients of the inputs of", ctx.name))
+        first, *others = (part.narrow(ctx.axis, ctx.start, ctx.length) for part in parts)
         total = first.clone()
         for part in others:
             total += part
-        return total, None, None
+        return total, None, None, None
 
 
 def own_rows(outputs: Any, plan: Plan, rows: Rows) -> Any:
