@@ -26,9 +26,9 @@ class Context:
     """A replica's view of the current step.
 
     `exchange(value, place)` gives every replica's value, in rank order, to every replica. All replicas may call it any
-    number of times in the middle of `train` or `predict`, at the same places in the same order. `batch` is the whole global batch, a sequence of
-    arrays; `structure` was passed along with it by the caller of the step. `wants_outputs` is False when nobody will
-    use the outputs of the step. `device` is the replica's device; None outside any step.
+    number of times in the middle of `train` or `predict`, at the same places in the same order. `batch` is the whole
+    global batch, a sequence of arrays; `structure` was passed along with it by the caller of the step. `wants_outputs`
+    is False when nobody will use the outputs of the step. `device` is the replica's device; None outside any step.
 
     `ready(i)` announces, on the replica's worker and in the middle of `train`, that the work enqueued so far on the
     compute stream completes bucket `i` of the flat gradient buffers (`FlatBuffers.buckets()`), unused parameters

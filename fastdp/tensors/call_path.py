@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from types import FrameType
@@ -30,7 +31,7 @@ def running_part() -> str:
         frame = frame.f_back
     if not parts:
         return "a function outside of any module"
-    names = [_name_in(owner, part) for part, owner in zip(parts, parts[1:], strict=False)]
+    names = [_name_in(owner, part) for part, owner in itertools.pairwise(parts)]
     return f"{'.'.join(name for name in reversed(names) if name) or 'the module'} ({type(parts[0]).__name__}{line})"
 
 

@@ -359,7 +359,7 @@ def test_without_the_barrier_others_would_launch_and_wait(gpus, monkeypatch):
     x, y = next(batches(1))
     with monkeypatch.context() as patch:
         patch.setattr(recording.Recording, "_stage", staged)
-        patch.setattr(rendezvous, "exchange", lambda self, rank, value: [])
+        patch.setattr(rendezvous, "exchange", lambda self, rank, value, place: [])
         patch.setattr(parallel.engine, "timeout", 2.0)
         with pytest.raises((FloatingPointError, DeviceTimeoutError)):
             parallel.train_on_batch(x, y)

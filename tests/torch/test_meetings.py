@@ -61,9 +61,6 @@ def test_paths_that_part_at_a_synchronized_normalization_stop_the_step_and_name_
 def test_a_replica_that_ends_its_forward_pass_leaves_none_waiting():
     module = Paths((left, lambda m, x: x)).double()
     parallel = fastdp.wrap(module, gpus=2, sync_batch_norm=True)
-    with pytest.raises(
-        fastdp.ReplicaError, match=r"virtual:1 at .*left\.0.*virtual:0 past|virtual:0 .*left.*virtual:1 past"
-    ):
+    with pytest.raises(fastdp.ReplicaError, match=r"virtual:[01] at .*left\.0.*virtual:[01] past the end"):
         parallel(batch()[0])
-    module.ways = (left, left)
-    assert parallel(batch()[0]).shape == (4, 1)  # the next call works
+    assert parallel(-batch()[0].abs()).shape == (4, 1)  # the next call works
