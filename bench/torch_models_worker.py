@@ -1,0 +1,125 @@
+"""One way to train one of the seven models: `torch_models_worker.py WAY MODEL STEPS`, driven by `torch_models.py`.
+
+The loops and train steps are those of the examples, so that what is measured is what is shown. A round is the time of
+STEPS steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import fastdp
+from bench.frameworks.ddp import WARM_UP, lead
+from bench.frameworks.protocol import serve
+from bench.torch_model_cases import CASES, build, example
+
+PATIENCE = 150.0  # seconds for compiled steps to be ready
+
+
+def modules_of(name: str) -> tuple[nn.Module, ...]:
+    """A new model's modules."""
+    made = build(name)
+    return made if isinstance(made, tuple) else (made,)
+
+
+def loop(name: str, change: Callable[[nn.Module], Any], rows: slice = slice(None)) -> Iterator[torch.Tensor]:
+    """The example's loop, on modules that `change` has wrapped, over the given rows of each batch."""
+    models = tuple(change(module) for module in modules_of(name))
+    batches = itertools.cycle([tuple(tensor[rows] for tensor in batch) for batch in CASES[name].batches()])
+    return example(name).loop(models if len(models) > 1 else models[0], batches)
+
+
+def train_steps(name: str, **how: Any) -> Iterator[torch.Tensor]:
+    """The example's train steps."""
+    return example(name).train_step(build(name), itertools.cycle(CASES[name].batches()), **how)
+
+
+def seconds(steps: Iterator[torch.Tensor], count: int) -> float:
+    """The time of `count` steps, with each loss read by the end of them."""
+    began = time.perf_counter()
+    losses = [next(steps) for _ in range(count)]
+    float(losses[-1])
+    return time.perf_counter() - began
+
+
+def captured(name: str, devices: int) -> Iterator[torch.Tensor]:
+    """Train steps compiled by TorchInductor. Trains until every batch shape is compiled."""
+    made: list[Any] = []
+    wrap = fastdp.wrap
+
+    def keep(*arguments: Any, **options: Any) -> Any:
+        made.append(wrap(*arguments, **options))
+        return made[-1]
+
+    fastdp.wrap = keep
+    steps = train_steps(name, gpus=devices, compile="inductor")
+    began = time.perf_counter()
+    while time.perf_counter() - began < PATIENCE:
+        for _ in range(8):
+            next(steps)
+        for parallel in made:
+            parallel.wait_compiled()
+        if all(parallel.wait_compiled() for parallel in made):
+            break
+    return steps
+
+
+def trainer(rank: int, size: int, name: str, steps: int) -> tuple[Callable[[int], float], int]:
+    """A rank of DistributedDataParallel."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+    own = CASES[name].rows // size
+    made = loop(name, nn.parallel.DistributedDataParallel, slice(rank * own, (rank + 1) * own))
+
+    def train(count: int) -> float:
+        dist.barrier()
+        return seconds(made, count)
+
+    return train, count_parameters(name)
+
+
+def count_parameters(name: str) -> int:
+    """Parameters of a model."""
+    return sum(parameter.numel() for module in modules_of(name) for parameter in module.parameters())
+
+
+WAYS: dict[str, Callable[[str], Iterator[torch.Tensor]]] = {
+    "torch": lambda name: loop(name, lambda module: module),
+    "torch-compile": lambda name: loop(name, torch.compile),
+    "fastdp-1-step": lambda name: train_steps(name, gpus=1, compile=None),
+    "fastdp-1-loop": lambda name: loop(name, lambda module: fastdp.wrap(module, gpus=1, compile=None)),
+    "fastdp-1-captured": lambda name: captured(name, 1),
+    "fastdp-2-step": lambda name: train_steps(name, gpus=2, compile=None),
+    "fastdp-2-loop": lambda name: loop(name, lambda module: fastdp.wrap(module, gpus=2, compile=None)),
+    "fastdp-2-captured": lambda name: captured(name, 2),
+}
+
+
+def main(way: str, name: str, steps: int) -> None:
+    """Prepare, and serve rounds."""
+    if way == "ddp-2":
+        lead(2, name, steps, trainer)
+        return
+    fastdp.set_virtual_devices(2)
+
+    def prepare() -> tuple[Callable[[], float], dict[str, Any]]:
+        made = WAYS[way](name)
+        seconds(made, WARM_UP * len(CASES[name].batches()))  # each batch may have shapes of its own
+        return (lambda: seconds(made, steps)), {"parameters": count_parameters(name)}
+
+    serve(prepare)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
