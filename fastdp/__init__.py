@@ -30,11 +30,12 @@ from fastdp.runtime.select import devices, set_virtual_devices
 from fastdp.runtime.topology import DeviceInfo
 
 if TYPE_CHECKING:
-    from fastdp import utils
+    from fastdp import replica, utils
     from fastdp.data.hdf5 import HDF5Matrix
     from fastdp.keras.install import install, uninstall
     from fastdp.keras.parallel_model import ParallelModel
     from fastdp.keras.wrap import multi_gpu_model
+    from fastdp.tensors.marks import rows, same
 
 __all__ = [
     "DataParallel",
@@ -51,6 +52,9 @@ __all__ = [
     "devices",
     "install",
     "multi_gpu_model",
+    "replica",
+    "rows",
+    "same",
     "set_virtual_devices",
     "uninstall",
     "utils",
@@ -63,9 +67,13 @@ _LATE = {
     "ParallelModel": "fastdp.keras.parallel_model",
     "install": "fastdp.keras.install",
     "multi_gpu_model": "fastdp.keras.wrap",
+    "replica": "fastdp.replica",
+    "rows": "fastdp.tensors.marks",
+    "same": "fastdp.tensors.marks",
     "uninstall": "fastdp.keras.install",
     "utils": "fastdp.utils",
 }
+_OF_TORCH = ("replica", "rows", "same")
 
 
 def __getattr__(name: str) -> Any:
@@ -80,11 +88,12 @@ def __getattr__(name: str) -> Any:
         module = importlib.import_module(_LATE[name])
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.split(".")[0] in ("keras", "torch"):
-            raise ImportError(
-                f"fastdp.{name} needs Keras and torch. Install them with: pip install 'fastdp[keras]'"
-            ) from error
+            needs = "torch. Install it with: pip install torch"
+            if name not in _OF_TORCH:
+                needs = "Keras and torch. Install them with: pip install 'fastdp[keras]'"
+            raise ImportError(f"fastdp.{name} needs {needs}") from error
         raise
-    return module if name == "utils" else getattr(module, name)
+    return module if name in ("replica", "utils") else getattr(module, name)
 
 
 def _choose_backend() -> None:

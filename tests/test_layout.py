@@ -29,12 +29,13 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
 
 # Files that may name an optional library for type checkers, under `if TYPE_CHECKING:`, where nothing is imported.
 TYPES_ONLY: dict[str, tuple[str, ...]] = {
+    "replica.py": ("torch",),  # loaded when it is asked for, with the collectives of tensors/
     "api.py": ("torch",),  # what `fastdp.wrap` returns depends on the class of the model
 }
 
 # Prefixes of files that may load a part of fastdp later than at import, by importlib.import_module.
 LATE_LOADERS: dict[str, str] = {
-    "__init__.py": "the Keras names load on first use, so that `import fastdp` works without Keras and torch",
+    "__init__.py": "names of Keras and torch load on first use, so that `import fastdp` works without them",
     "backend.py": "Keras 2's `K.function` keeps its name, and `import fastdp` works without Keras",
     "comm/select.py": "the collectives of GPUs need CuPy, which is there where GPUs are",
     "runtime/select.py": "the GPUs' device layer needs CuPy, which is there where GPUs are",

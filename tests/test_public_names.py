@@ -15,7 +15,7 @@ import pytest
 import fastdp
 
 ROOT = Path(__file__).parents[1]
-LATE = ["HDF5Matrix", "ParallelModel", "install", "multi_gpu_model", "uninstall", "utils"]
+LATE = ["HDF5Matrix", "ParallelModel", "install", "multi_gpu_model", "replica", "rows", "same", "uninstall", "utils"]
 
 BLOCKER = """
 import sys
@@ -56,6 +56,9 @@ def test_the_public_names_of_fastdp():
         "devices",
         "install",
         "multi_gpu_model",
+        "replica",
+        "rows",
+        "same",
         "set_virtual_devices",
         "uninstall",
         "utils",

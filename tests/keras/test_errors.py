@@ -224,3 +224,14 @@ def test_fit_before_compile_is_keras_own_error() -> None:
 def test_setting_the_layers_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(AttributeError, match="change the template"):
         fastdp.wrap(build(), gpus=2).layers = []
+
+
+def test_a_collective_in_a_layer_on_several_devices_is_an_error_that_says_where_collectives_work():
+    class Gathers(keras.layers.Layer):
+        def call(self, x):
+            return x - fastdp.replica.all_reduce(x.mean(0), "mean")
+
+    model = keras.Sequential([keras.Input((3,)), Gathers(), keras.layers.Dense(1)])
+    x = np.random.default_rng(0).normal(size=(6, 3)).astype("float32")
+    with pytest.raises(NotImplementedError, match=r"fastdp\.replica works in torch modules"):
+        fastdp.wrap(model, gpus=2).predict(x, verbose=0)

@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("comm/cuda/",),
     ("comm/select.py",),
     ("tensors/",),
+    ("replica.py",),
     ("capture/",),
     ("data/",),
     ("program/__init__.py",),  # runs before any module of its folder: alone, so that it cannot pull torch in

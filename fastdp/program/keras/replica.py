@@ -19,10 +19,15 @@ from fastdp.program.keras.random import torch_draws
 from fastdp.program.keras.random.draw_sites import DrawSites, Site
 from fastdp.program.keras.random.generators import Generators
 from fastdp.runtime.queue import QueueDevice
+from fastdp.tensors.collectives import NoPeers, peers_scope
 from fastdp.tensors.function_mode import ReplicaMode
 from fastdp.tensors.moments import Moments
 
 _replica = threading.local()
+_NO_PEERS = NoPeers(
+    "fastdp.replica works in torch modules. In a layer of a Keras model write what one device computes: fastdp finds "
+    'out that it mixes rows, and rows="merge" runs it on the whole batch.'
+)
 
 
 @dataclass(slots=True)
@@ -118,7 +123,11 @@ def replica_scope(state: ReplicaContext) -> Iterator[ReplicaContext]:
     _replica.running = state
     try:
         mode: Any = ReplicaMode
-        with mode(state, torch_draws.HANDLERS) if state.watches_torch else nullcontext():
+        alone = state.context.size == 1 and not state.frozen_moments
+        with (
+            peers_scope(None if alone else _NO_PEERS),
+            mode(state, torch_draws.HANDLERS) if state.watches_torch else nullcontext(),
+        ):
             yield state
     finally:
         _replica.running = before
