@@ -155,7 +155,7 @@ def gathered(tensor: torch.Tensor, axis: int, context: Context, place: str) -> t
 
 def _exchange(context: Context, value: torch.Tensor, place: object) -> list[torch.Tensor]:
     """All replicas' values, in rank order."""
-    return context.exchange(value)
+    return context.exchange(value, place)
 
 
 def added(parts: Sequence[torch.Tensor]) -> torch.Tensor:
