@@ -9,8 +9,8 @@
 On one device, outside of fastdp, and in plain torch every function is the identity, so the same module runs anywhere.
 All replicas must make the same calls in the same order: a path must not depend on the values of a replica's own rows.
 The backward pass adds up the gradients of all replicas, so a loss computed from collected values on every replica has
-one device's gradient. The functions work in torch modules that `fastdp.wrap` runs. In the layers of Keras models on several devices they raise
-NotImplementedError.
+one device's gradient. The functions work in torch modules that `fastdp.wrap` runs. In the layers of Keras models on
+several devices they raise NotImplementedError.
 """
 
 from __future__ import annotations
