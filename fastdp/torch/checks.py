@@ -79,7 +79,7 @@ def _check_kind(name: str, part: nn.Module) -> None:
 
 
 def _check_tensor(slot: Slot) -> None:
-    """Check that a tensor is dense, initialized, in host memory, and without hooks."""
+    """Check that a tensor is dense, initialized, and in host memory."""
     tensor, what = slot.tensor, "parameter" if slot.is_parameter else "buffer"
     if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
         raise ValueError(
@@ -90,11 +90,6 @@ def _check_tensor(slot: Slot) -> None:
         raise ValueError(
             f"`model` must have dense parameters and buffers in host memory, from where each device gets its copy, "
             f"but the {what} {slot.name!r} is {tensor.layout} on {tensor.device}. Call model.to('cpu') first."
-        )
-    if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
-        raise ValueError(
-            f"`model` must have no hooks on parameters, but {slot.name!r} has: they would see one replica's part of "
-            "the gradient. Do what the hook does in the optimizer, or in the loss function."
         )
 
 

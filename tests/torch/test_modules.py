@@ -337,12 +337,6 @@ class Overlapping(nn.Module):
         self.b = nn.Parameter(self.a.data[:2])
 
 
-def hooked() -> nn.Module:
-    module = nn.Linear(2, 2)
-    module.weight.register_hook(lambda gradient: gradient * 0)
-    return module
-
-
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.parametrize(
     ("make", "said"),
@@ -353,7 +347,6 @@ def hooked() -> nn.Module:
         (lambda: nn.LazyLinear(2), "Call the model on one batch"),
         (lambda: nn.Sequential(nn.SyncBatchNorm(2)), "sync_batch_norm=True"),
         (Overlapping, "share memory"),
-        (hooked, "no hooks on parameters"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 
 from fastdp.buffers import FlatBuffers
+from fastdp.program.torch.parameter_hooks import HookedGradients
 from fastdp.program.torch.replica import ReplicaContext
 from fastdp.tensors.function_mode import Handler
 from fastdp.tensors.gradient_buckets import GradientBuckets, dense
@@ -27,8 +27,7 @@ class Gradients:
     Attributes:
         present: the gradients of the step: in `flat`, or where backward has left them.
 
-    While passes run, the user's parameters lose what they had as `grad`. Their hooks are taken aside in steps that
-    several replicas share, because a hook must not see one replica's part of a gradient.
+    While passes run, the user's parameters lose what they had as `grad`.
 
     From the second step on, buckets are announced as ready during backward, if backward runs once per step. A
     checkpoint that runs it again inside (`torch.utils.checkpoint` with `use_reentrant=True`) computes a gradient in
@@ -45,12 +44,12 @@ class Gradients:
         self._runs_once: bool | None = None
 
     @contextmanager
-    def passes(self, users: Sequence[torch.Tensor], *, together: bool) -> Iterator[None]:
+    def passes(self, users: Sequence[torch.Tensor], hooked: HookedGradients | None) -> Iterator[None]:
         """Hold this while passes run.
 
         Args:
             users: the user's own parameters at present.
-            together: whether other replicas have a part in the step.
+            hooked: takes the hooks of the user's parameters aside; None in a step of one replica.
         """
         self._arrivals.stored = set()
         if self._copies is not None:
@@ -62,11 +61,17 @@ class Gradients:
         for user in users:
             user.grad = None
         try:
-            with self._hooks_aside(users) if together else nullcontext():
+            with self._hooks_aside(hooked):
                 yield
         finally:
             for user, gradient in zip(users, before, strict=True):
                 user.grad = gradient
+
+    def _hooks_aside(self, hooked: HookedGradients | None) -> AbstractContextManager[None]:
+        """Take the user's hooks aside, and hook the parameters to hear of their gradients."""
+        if hooked is None or not (hooked or self._arrivals.useful):
+            return nullcontext()
+        return hooked.aside(self._arrivals.accumulated if self._arrivals.useful else None)
 
     def _follow(self, copies: Sequence[torch.Tensor], users: Sequence[torch.Tensor]) -> None:
         """Clear the gradients of copies, and copy `requires_grad` from the user's parameters."""
@@ -77,28 +82,6 @@ class Gradients:
             if self._arrivals.useful and own.requires_grad and i not in self._hooked:
                 self._hooked.add(i)
                 own.register_post_accumulate_grad_hook(partial(self._arrivals.accumulated, i))
-
-    @contextmanager
-    def _hooks_aside(self, users: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Replace the hooks of the user's parameters by ours."""
-        theirs = [(user._backward_hooks, _after_accumulation(user)) for user in users]
-        ours: list[OrderedDict[int, Any]] = []
-        for i, (user, (before, after)) in enumerate(zip(users, theirs, strict=True)):
-            if before:
-                user._backward_hooks = None
-            if after or (self._arrivals.useful and user.requires_grad):
-                ours.append(OrderedDict({0: partial(self._arrivals.accumulated, i)} if self._arrivals.useful else {}))
-                user._post_accumulate_grad_hooks = ours[-1]
-        try:
-            yield
-        finally:
-            for user, (before, after) in zip(users, theirs, strict=True):
-                if before:
-                    user._backward_hooks = before
-                if _after_accumulation(user) is not after:
-                    user._post_accumulate_grad_hooks = after
-            for hooks in ours:  # torch goes on to call these where None has replaced them
-                hooks.clear()
 
     @contextmanager
     def announcing(self, running: ReplicaContext, direct: dict[int, torch.Tensor]) -> Iterator[None]:
@@ -171,11 +154,6 @@ class _Accumulated(GradientBuckets):
         assert parameter.grad is not None
         extra = self.direct.get(number)
         self.arrived(number, parameter.grad if extra is None else dense(parameter.grad) + extra)
-
-
-def _after_accumulation(parameter: torch.Tensor) -> OrderedDict[int, Any] | None:
-    """A parameter's hooks that run when its gradient has been accumulated."""
-    return parameter._post_accumulate_grad_hooks
 
 
 def _backward_again(running: ReplicaContext, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -27,6 +27,7 @@ from fastdp.program.torch.gradients import Gradients
 from fastdp.program.torch.loss import WITHOUT_GRADIENT, LossFunction, contribute, number
 from fastdp.program.torch.module import ReplicaModule
 from fastdp.program.torch.module_buffers import BufferNotes, gather_buffers
+from fastdp.program.torch.parameter_hooks import HookedGradients
 from fastdp.program.torch.replica import ReplicaContext, backward
 from fastdp.tensors.function_mode import Handler, ReplicaMode
 
@@ -36,6 +37,12 @@ _HANDLERS: dict[Any, Handler] = {
     **torch_batch_norm.HANDLERS,
     **torch_gradients.HANDLERS,
 }
+
+
+HOOKS_IN_A_WINDOW = (
+    "`accumulate` must be 1 for a module with hooks on its parameters: on several devices gradients are reduced once "
+    "per window, and a hook must see the gradient of each call. Remove the hooks, or do what they do in the optimizer."
+)
 
 
 @dataclass(slots=True)
@@ -58,13 +65,14 @@ class State:
 class Notes:
     """The layout of a step's sums: the loss, then the numbers that `buffers` describes.
 
-    `used` are the numbers of the parameters that have a gradient.
+    `used` are the numbers of the parameters that have a gradient, `hooked` their hooks.
     """
 
     outputs: Nest | None = None
     loss_dtype: torch.dtype = torch.float32
     buffers: BufferNotes = field(default_factory=BufferNotes)
     used: frozenset[int] = frozenset()
+    hooked: HookedGradients | None = None
 
 
 class Passes:
@@ -75,6 +83,7 @@ class Passes:
 
     Attributes:
         replicas: the number of replicas, with and without rows in a step.
+        hooked: whether hooks run on the gradients of the latest step after its reduction.
     """
 
     def __init__(
@@ -85,6 +94,7 @@ class Passes:
         self.sync_batch_norm = sync_batch_norm
         self.accumulate = accumulate
         self.replicas = 0
+        self.hooked = False
         self._told: set[str] = set()
 
     def train(self, state: State, users: Sequence[torch.Tensor], batch: list[np.ndarray], context: Context) -> Result:
@@ -97,8 +107,21 @@ class Passes:
         """
         together = context.size > 1
         run = self._train_together if together else self._train_alone
-        with torch.enable_grad(), state.replica.passes(), state.gradients.passes(users, together=together):
-            return run(state, users, batch, context)
+        hooked = None
+        if context.rank == 0 and self.replicas > 1:
+            hooked = HookedGradients(users, context.rendezvous.timeout)
+            if hooked and together and self.accumulate > 1:
+                raise ValueError(HOOKS_IN_A_WINDOW)
+        aside = hooked if together else None
+        with torch.enable_grad(), state.replica.passes(), state.gradients.passes(users, aside):
+            result = run(state, users, batch, context)
+        if context.rank == 0:
+            self.hooked = bool(hooked) and together
+        if hooked:
+            result.notes.hooked = hooked
+            if not together:
+                hooked.ran()
+        return result
 
     def predict(self, state: State, batch: list[np.ndarray], context: Context) -> Result:
         """Run forward only. Changes no buffer, even in training mode."""
@@ -127,7 +150,7 @@ class Passes:
             outputs = state.replica.module(*args, **kwargs)
             loss = number(self.loss_fn(outputs, *targets))
         if loss.requires_grad:
-            loss.backward()
+            loss.backward(None if self.accumulate == 1 else torch.full_like(loss, 1.0 / self.accumulate))
         elif _requires_grad(outputs):
             raise ValueError(WITHOUT_GRADIENT)
         arrays, nest = outputs_to_arrays(outputs, context.device) if context.wants_outputs else ([], None)
@@ -150,9 +173,10 @@ class Passes:
             outputs = state.replica.module(*args, **kwargs)
             part = contribute(self.reduction, self.loss_fn, outputs, targets, users, running)
             forward.close()
+            part.direct = {i: gradient / self.accumulate for i, gradient in part.direct.items()}
             if part.roots:
                 with state.gradients.announcing(running, part.direct):
-                    backward(running, part.roots, part.seeds)
+                    backward(running, part.roots, [seed / self.accumulate for seed in part.seeds])
         arrays, nest = outputs_to_arrays(outputs, context.device) if context.wants_outputs else ([], None)
         notes = Notes(nest, part.dtype, used=state.gradients.store(part.direct))
         sums = gather_buffers(state.replica, running, notes.buffers)

@@ -20,6 +20,7 @@ from fastdp.program.torch.loss import REDUCTIONS, LossFunction
 from fastdp.program.torch.module import AdoptedSlots, Attributes, adopted, replicate, slots_of, users_own
 from fastdp.program.torch.module_buffers import assign_buffers
 from fastdp.program.torch.optimizer import OptimizerFactory, Optimizers
+from fastdp.program.torch.parameter_hooks import HookedGradients
 from fastdp.program.torch.passes import Notes, Passes, State
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import accumulate, settle, spec_of, tensors_of
@@ -127,8 +128,8 @@ class TorchProgram(Program):
 
     @property
     def update_is_reliable(self) -> bool:  # type: ignore[override]
-        """Whether the optimizer is torch's own."""
-        return self.optimizers is not None and self.optimizers.are_torchs_own()
+        """Whether the optimizer is torch's own, and no hooks run on gradients."""
+        return self.optimizers is not None and self.optimizers.are_torchs_own() and not self._passes.hooked
 
     def changed_outside(self) -> bool:
         """Whether the user assigned a parameter or a buffer, or loaded a state dict."""
@@ -196,7 +197,7 @@ class TorchProgram(Program):
                 assign_buffers(state.variables, totals.sums[1:], notes.buffers)
                 used = state.used.union(*(note.used for note in totals.every_note))
                 if totals.reduced:
-                    self._apply(state, used)
+                    self._apply(state, used, notes.hooked)
                 state.used = frozenset() if totals.reduced else used
         except BaseException:  # other replicas' optimizers may have moved on
             if self.optimizers is not None:
@@ -234,16 +235,18 @@ class TorchProgram(Program):
         at = dict(zip((i for i, s in enumerate(self._slots) if s.is_parameter), parameters, strict=True))
         return [at[i] for i in self._differentiable]
 
-    def _apply(self, state: State, used: frozenset[int]) -> None:
+    def _apply(self, state: State, used: frozenset[int], hooked: HookedGradients | None) -> None:
         """Run one optimizer step, and restore the gradients that the user's parameters had."""
         assert state.optimizer is not None
         before = [parameter.grad for parameter in state.optimized]
         try:
-            for i, parameter in enumerate(state.optimized):
-                parameter.grad = state.gradients.present[i] if i in used else None
-            present = [parameter.grad for parameter in state.optimized if parameter.grad is not None]
-            if self.accumulate_calls > 1 and present:
-                torch._foreach_div_(present, float(self.accumulate_calls))
+            gradients = [g if i in used else None for i, g in enumerate(state.gradients.present)]
+            if hooked is not None and state is self._states[0]:
+                hooked.run(gradients)
+            elif hooked is not None:
+                hooked.take(gradients, state.optimized)
+            for parameter, gradient in zip(state.optimized, gradients, strict=True):
+                parameter.grad = gradient
             if self.clip_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(state.optimized, self.clip_grad_norm)
             state.optimizer.step()
