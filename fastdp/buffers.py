@@ -133,11 +133,12 @@ class FlatBuffers:
 
     def equals(self, other: FlatBuffers) -> bool:
         """Whether every bit is the same. NaNs with the same bits are equal."""
-        return all(np.array_equal(self._bytes(dtype), other._bytes(dtype)) for dtype in self.buffers)
+        return all(np.array_equal(self._bits(dtype), other._bits(dtype)) for dtype in self.buffers)
 
-    def _bytes(self, dtype: str) -> np.ndarray:
-        """The bits of one buffer, on the host."""
-        return self._device.to_host(self.buffers[dtype]).view(np.uint8)
+    def _bits(self, dtype: str) -> np.ndarray:
+        """The bits of one buffer, on the host, in words as long as its length allows."""
+        array = self._device.to_host(self.buffers[dtype])
+        return array.view(np.uint64 if array.nbytes % 8 == 0 else np.uint8)
 
     def buckets(self, first: int = FIRST_BUCKET_NBYTES, cap: int = BUCKET_NBYTES) -> list[Bucket]:
         """The flat buffers split into buckets at array borders, in the order in which backward completes them.

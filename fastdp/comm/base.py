@@ -126,10 +126,10 @@ class Communicator(ABC):
 
     @abstractmethod
     def broadcast(self, buffers: Sequence[FlatBuffers], readers: int | None = None) -> None:
-        """Copy the first device's buffers to all others.
+        """Copy the first device's buffers to the others.
 
         Args:
-            buffers: one per device.
+            buffers: of the first devices, one per device.
             readers: the value passed to `finish` just before, if only these devices have computed since.
         """
 

@@ -97,6 +97,7 @@ class ReplicaGroup:
         every: the replicas, in the order of the devices.
         updating: the replicas that apply the update themselves.
         buckets: the buckets of the gradients, in the order in which backward completes them.
+        copies_before: whether each step begins with copies of the first replica's variables, and ends without.
     """
 
     def __init__(
@@ -110,6 +111,9 @@ class ReplicaGroup:
         self.program, self.devices, self.home = program, devices, home
         self._communicator, self._update = communicator, update
         self._generation = -1
+        exposed = program.home_is_exposed and len(devices) > 1
+        self.copies_before = exposed and (update == "first" or devices[0].on_gpu)
+        self._compares = exposed and not self.copies_before
         self.every = [self._replicate(rank) for rank in range(len(devices))]
         self.updating = self.every if update == "each" else self.every[:1]
         self.buckets = self.every[0].gradients.buckets()
@@ -135,20 +139,28 @@ class ReplicaGroup:
 
     # Up to date.
 
-    def bring_up_to_date(self) -> None:
-        """Enqueue a refresh of the replicas if the user or another engine has changed the home."""
+    def bring_up_to_date(self, active: int) -> None:
+        """Enqueue a refresh of the replicas if the user or another engine has changed the home.
+
+        Args:
+            active: the number of replicas that have a part in what follows.
+        """
         # Called always, since it also re-adopts variables whose memory was replaced.
         changed = self.program.changed_outside()
+        if self._compares and not changed:
+            changed = not self.home.home.variables.equals(self._variables[1])
         if changed:  # `committed()` resets it; the new number tells the other engines on this home
             self.home.home.generation += 1
         if self._generation != self.home.home.generation:
             self.refresh()
+        elif self.copies_before:
+            self.refresh(active)
 
-    def refresh(self) -> None:
-        """Enqueue copies of the home's variables and the first replica's slots to all others."""
+    def refresh(self, active: int | None = None) -> None:
+        """Enqueue copies of the home's variables and the first replica's slots to the others, or the active ones."""
         self.home.lead(self._variables[0])
-        self._communicator.broadcast(self._variables)
-        if self._update == "each":
+        self._communicator.broadcast(self._variables[:active])
+        if self._update == "each" and active is None:
             self._communicator.broadcast([replica.memory.slots for replica in self.every])
         self.program.committed()
         self._generation = self.home.home.generation
@@ -173,6 +185,8 @@ class ReplicaGroup:
 
     def assert_equal(self, step: int) -> None:
         """Compare all replicas with the first, bit by bit. `step` is for the error message. See `DataParallel`."""
+        if self.copies_before and self._update == "first":
+            return  # the others have no values of their own: they get the first one's before the next step
         first = self.every[0]
         for replica in self.every[1:]:
             for what, ours, theirs in zip(("variables", "slots"), first.lasting, replica.lasting, strict=True):

@@ -70,6 +70,11 @@ class Operation:
         if self.reduction is not None:
             self.reduction.abandon(error)
 
+    @property
+    def active(self) -> int:
+        """The number of replicas that have rows; 0 if that is not the question."""
+        return 0
+
     def unfinished(self, devices: Sequence[QueueDevice]) -> str:
         """Name the work that has not ended, for the message of a timeout."""
         return "The update"
@@ -117,6 +122,11 @@ class Step(Operation):
         """Wake replicas that wait for each other. An update that has not begun will not begin."""
         self.rendezvous.abort(error)
         Operation.abandon(self, error)  # not `super()`: slots=True makes the class twice, and it refers to the first
+
+    @property
+    def active(self) -> int:
+        """The number of replicas that have rows."""
+        return len(self.shards)
 
     def unfinished(self, devices: Sequence[QueueDevice]) -> str:
         """The devices whose replicas have not finished, else the update."""

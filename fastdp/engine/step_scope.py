@@ -121,7 +121,8 @@ class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
         """Clean up after an abandoned step, and refresh stale replicas."""
         self._recovery.settle_if_needed()
         self._state.unsettled = self._operation
-        self._replicas.bring_up_to_date()
+        operation = self._operation
+        self._replicas.bring_up_to_date(operation.active or len(self._replicas.every))
         self._scopes.enter_context(self._replicas.program.running(self._operation.threads))
         devices = self._replicas.devices
         if len(devices) == 1 and not devices[0].on_gpu:

@@ -42,7 +42,7 @@ class Updates:
         for replica in step.updating:
             work = partial(run_update, step, replica, self._rollback, threads, work_stealing)
             replica.device.compute.enqueue(work)
-        if len(step.updating) < len(every):
+        if len(step.updating) < len(every) and not replicas.copies_before:
             replicas.copy_first(readers=None if step.reduction is None else len(step.updating))
         replicas.home.follow(every[0].memory.variables, step.note_home)
         if step.reduces:

@@ -13,6 +13,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from fastdp.buffers import Allocator
 from fastdp.program.torch.batch import PLAIN
 from fastdp.tensors.adopted import Adopted, Homes
 from fastdp.tensors.arrays import spec_of
+
+_shape = attrgetter("shape")
 
 
 @dataclass(slots=True)
@@ -60,6 +63,7 @@ class AdoptedSlots(Adopted):
         self.slots = slots
         self._kinds = [(slot.tensor.dtype, slot.tensor.shape) for slot in slots]
         self._released: dict[int, torch.Tensor] = {}
+        self._seen: tuple[list[int], list[int], list[torch.Size]] = ([], [], [])
         super().__init__([spec_of(slot.name, slot.tensor) for slot in slots], device)
 
     def present(self) -> list[torch.Tensor]:
@@ -87,9 +91,32 @@ class AdoptedSlots(Adopted):
     def check(self, value: torch.Tensor, kept: torch.Tensor) -> None:
         """Does nothing: `present` has checked all tensors."""
 
-    def marks(self, present: list[torch.Tensor]) -> list[tuple[int, int]]:
-        """The identities and versions of the tensors."""
-        return [(id(value), value._version) for value in present]
+    def changed(self) -> bool:
+        """Whether a tensor was replaced, or lies elsewhere, since the last call. Such tensors are moved back.
+
+        Writes to the tensors in their place are not asked for: the engine copies or compares them.
+        """
+        try:
+            if self._looks() == self._seen:
+                return False
+        except (KeyError, TypeError):  # a tensor is gone
+            pass
+        moved = self._adopt(self.present())
+        self._seen = self._looks()
+        return moved
+
+    def _looks(self) -> tuple[list[int], list[int], list[torch.Size]]:
+        """The identity, place and shape of each tensor that is kept."""
+        kept = self._released
+        if kept:
+            values = [slot.table[slot.key] for i, slot in enumerate(self.slots) if i not in kept]
+        else:
+            values = [slot.table[slot.key] for slot in self.slots]
+        return [*map(id, values)], [*map(torch.Tensor.data_ptr, values)], [*map(_shape, values)]
+
+    def marks(self, present: list[torch.Tensor]) -> list[Any]:
+        """None: see `changed`."""
+        return []
 
 
 _homes: Homes[AdoptedSlots] = Homes()

@@ -121,6 +121,8 @@ class TorchProgram(Program):
 
     # Memory: members of Program.
 
+    home_is_exposed = True  # the user may write to parameters through `.data` and NumPy
+
     def home(self, device: Allocator) -> Home:
         """The module's own tensors, in flat buffers."""
         self._adopted = adopted(self.module, device)
@@ -132,20 +134,18 @@ class TorchProgram(Program):
         return self.optimizers is not None and self.optimizers.are_torchs_own() and not self._passes.hooked
 
     def changed_outside(self) -> bool:
-        """Whether the user assigned a parameter or a buffer, or loaded a state dict."""
+        """Whether the user replaced a parameter or a buffer by another one."""
         assert self._adopted is not None
         self._undo()
         changed = self._adopted.changed()
-        if changed:
+        if changed or self._adopted.home.device.on_gpu:
             settle(slot.tensor for slot in self._slots)
         return changed
 
     def committed(self) -> None:
-        """Note that all replicas have the present values."""
-        assert self._adopted is not None
+        """The step is over: buffers stay as they are."""
         for state in self._states:
             state.replica.pending = False
-        self._adopted.note()
 
     def bind(self, memory: Memory, device: QueueDevice, rank: int) -> State:
         """The user's module in its memory, or a copy of it over other memory, and an optimizer."""
