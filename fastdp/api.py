@@ -62,7 +62,7 @@ def wrap(
     deterministic: bool = False,
     timeout: float = 1800.0,
     check_replicas: bool = False,
-    rows: None = None,
+    rows: dict[str, int | str] | None = None,
 ) -> TorchParallel: ...
 def wrap(
     model: Any,
@@ -78,7 +78,7 @@ def wrap(
     deterministic: bool = False,
     timeout: float = 1800.0,
     check_replicas: bool = False,
-    rows: str | None = None,
+    rows: str | dict[str, int | str] | None = None,
 ) -> ParallelModel | TorchParallel:
     """Run a model on several devices as if on one.
 
@@ -140,6 +140,11 @@ def wrap(
             - "merge": every device runs such a layer on the rows of all devices, which gives the result of one device.
               If the model's own `call` mixes rows, the model runs on one device, with a warning.
             - "replica": each device uses its own rows only, as in Keras 2, with a warning.
+
+            For a torch module, a dict that says where rows are, by the names of forward's parameters, of outputs and of
+            targets: `{"hx": 1, "mask": "same", "output[1]": 1}`. Values are the number of an axis, "same" for what all
+            rows share, and for outputs also "sum" or "mean". By default rows are along the first axis, and an output
+            without axes is a mean over rows. `fastdp.rows(tensor, axis)` and `fastdp.same(tensor)` mark single tensors.
 
     Returns:
         For a Keras model a `fastdp.ParallelModel`, a `keras.Model` that shares the model's weights. For a torch module

@@ -32,7 +32,7 @@ class Options:
     deterministic: bool = False
     timeout: float = 1800.0
     check_replicas: bool = False
-    rows: str | None = None
+    rows: str | dict[str, int | str] | None = None
 
     def __post_init__(self) -> None:
         if self.compile not in COMPILE_MODES:
@@ -41,8 +41,19 @@ class Options:
             raise ValueError(f"`graph` must be one of {GRAPHS}. Received: graph={self.graph!r}")
         if self.update not in UPDATES:
             raise ValueError(f'`update` must be "first" or "each". Received: update={self.update!r}')
-        if self.rows not in ROW_POLICIES:
+        if not isinstance(self.rows, dict) and self.rows not in ROW_POLICIES:
             raise ValueError(f"`rows` must be one of {ROW_POLICIES}. Received: rows={self.rows!r}")
+
+    @property
+    def row_policy(self) -> str | None:
+        """`rows` of a Keras model.
+
+        Raises:
+            ValueError: it is a dict, which only torch modules take.
+        """
+        if isinstance(self.rows, dict):
+            raise ValueError(f"`rows` as a dict is for torch modules. Received: rows={self.rows!r} for a Keras model.")
+        return self.rows
 
 
 def one_of(options: Options | None, keywords: Options) -> Options:

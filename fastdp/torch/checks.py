@@ -50,9 +50,10 @@ def check_options(options: Options, devices: Sequence[QueueDevice]) -> None:
             '`graph` records captured steps, which only Keras models have. Leave it "auto" for a torch.nn.Module. '
             f"Received: graph={options.graph!r}"
         )
-    if options.rows is not None:
+    if options.rows is not None and not isinstance(options.rows, dict):
         raise ValueError(
-            f"`rows` is for Keras models. Received: rows={options.rows!r} for a torch.nn.Module. Leave it out."
+            '`rows` of a torch.nn.Module must be a dict that says where rows are, such as {"mask": "same", "hx": 1}. '
+            f"Received: rows={options.rows!r}, which is for Keras models."
         )
     if options.deterministic:
         check_deterministic(devices)

@@ -16,6 +16,7 @@ from fastdp.options import Options
 from fastdp.program.torch.loss import LossFunction
 from fastdp.program.torch.optimizer import OptimizerFactory
 from fastdp.program.torch.program import TorchProgram
+from fastdp.program.torch.rows.declared import DeclaredRows
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import peak_nbytes
 from fastdp.tensors.deterministic import deterministic_algorithms
@@ -62,6 +63,7 @@ class TorchParallel:
         self.cpu_relocation = options.cpu_relocation
         self._options = replace(options, cpu_relocation=False)  # a module's parameters stay with the first device
         self._scope = deterministic_algorithms if options.deterministic else nullcontext
+        self._declared = DeclaredRows(module, options.rows if isinstance(options.rows, dict) else None)
         self._engine: DataParallel[TorchProgram] | None = None
 
     def __repr__(self) -> str:
@@ -90,7 +92,7 @@ class TorchParallel:
         if self._engine is None:
             program = TorchProgram(self.module, sync_batch_norm=self._options.sync_batch_norm)
             self._engine = DataParallel(program, self.devices, options=self._options)
-        batch = self._engine.program.batch(args, kwargs)
+        batch = self._engine.program.batch(args, kwargs, declared=self._declared)
         with self._scope():
             return self._engine.program.outputs(self._engine.predict(batch))
 
@@ -133,7 +135,7 @@ class TorchParallel:
             accumulate=accumulate,
         )
         self._engine = DataParallel(program, self.devices, options=self._options)
-        return TrainStep(self._engine, self._scope)
+        return TrainStep(self._engine, self._scope, self._declared)
 
     def report(self) -> Report:
         """Report how steps run, where their time goes and what uses the memory. Prints as tables.
@@ -179,10 +181,11 @@ class TorchParallel:
 class TrainStep:
     """Trains on one global batch per call. Made by `TorchParallel.train_step`."""
 
-    def __init__(self, engine: DataParallel[TorchProgram], scope: Callable[[], Any] = nullcontext) -> None:
+    def __init__(self, engine: DataParallel[TorchProgram], scope: Callable[[], Any], declared: DeclaredRows) -> None:
         self._program = engine.program
         self._engine = engine
         self._scope = scope
+        self._declared = declared
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -210,7 +213,7 @@ class TrainStep:
             ValueError: no rows, or arrays of unequal length.
         """
         args, kwargs = _arguments(inputs)
-        batch = self._program.batch(args, kwargs, targets)
+        batch = self._program.batch(args, kwargs, targets, self._declared)
         with self._scope():
             result = self._engine.train(batch, wants_outputs=False, reduce=self._program.reduces)
         self._program.calls += 1

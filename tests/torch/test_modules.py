@@ -431,7 +431,7 @@ def test_arrays_of_unequal_rows_are_named_as_the_user_has_them_with_the_remedy()
     module = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 1)
     step = fastdp.wrap(module, gpus=2).train_step(F.mse_loss, sgd)
     x, mask = torch.zeros(4, 3, 4), nn.Transformer.generate_square_subsequent_mask(3)
-    said = r"\{\"input\['src'\]\": 4, \"input\['mask'\]\": 3, 'target\[0\]': 4\}\. .*mask.*in the module: as a buffer"
+    said = r"\{'src': 4, 'mask': 3, 'target': 4\}\. .*rows=\{\"mask\": \"same\"\}"
     with pytest.raises(ValueError, match=said):
         step({"src": x, "mask": mask}, x)
 

@@ -57,7 +57,7 @@ class ModelEngine:
         self._graphs = chosen_graphs(options, self.devices)
         self._template_state = template_state
         self._falls_back = falls_back
-        self._policy = Policy(options.rows, falls_back)
+        self._policy = Policy(options.row_policy, falls_back)
         self._engine: DataParallel[CallProgram] | None = None
         self._calls: LayerCalls | None = None
         self._trains: list[bool] = []

@@ -12,9 +12,14 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fastdp.comm.batch import Batch
+from fastdp.comm.context import Context
+from fastdp.program.torch.rows.declared import DeclaredRows, rows_back, rows_first
+from fastdp.program.torch.rows.merging import merge, plain_layouts
+from fastdp.shard import dealt_rows
 from fastdp.tensors.arrays import as_array, as_tensor, dtype_name, output_array
 from fastdp.tensors.autocast import Autocast
 from fastdp.tensors.random import global_generator
+from fastdp.tensors.row_effects import ROWS_FIRST, Effect, Layout
 
 PLAIN = (type(None), bool, int, float, complex, str)
 
@@ -26,6 +31,7 @@ class Nest:
     spec: Any
     leaves: tuple[Any, ...]
     dtypes: tuple[str, ...]
+    axes: tuple[int, ...] = ()  # of merged outputs: where their rows are
 
     @classmethod
     def flatten(cls, values: Any, what: str) -> tuple[Nest, list[torch.Tensor]]:
@@ -51,6 +57,11 @@ class Nest:
             leaves.append(leaf)
         return cls(spec, tuple(leaves), tuple(dtype_name(t) for t in tensors)), tensors
 
+    def on(self, where: str) -> Nest:
+        """The nest with the tensors with axes among its other leaves on a device."""
+        leaves = [one.to(where) if isinstance(one, torch.Tensor) and one.ndim else one for one in self.leaves]
+        return Nest(self.spec, tuple(leaves), self.dtypes)
+
     def pack(self, tensors: Sequence[Any]) -> Any:
         """The nest with the given tensors in it."""
         left = iter(tensors)
@@ -66,16 +77,31 @@ _HOLE = _Hole()
 
 @dataclass(slots=True)
 class Structure:
-    """What replicas get besides the arrays of a batch: their nest, the autocast state and the seed."""
+    """What replicas get besides the arrays of a batch: their nest, the autocast state and the seed.
+
+    `layouts` are those of the arrays, by default rows first; `declared` is what the user has said about outputs.
+    """
 
     nest: Nest
     autocast: Autocast = field(default_factory=Autocast.current)
+    layouts: Sequence[Layout] = ()
+    declared: DeclaredRows | None = None
     _seed: int | None = None
+
+    def layouts_of(self, outputs: Any, tensors: Sequence[torch.Tensor]) -> list[Layout]:
+        """The layouts of a replica's outputs, a nest with these tensors."""
+        return plain_layouts(tensors) if self.declared is None else self.declared.of_outputs(outputs)
 
     def pack(self, arrays: Sequence[np.ndarray], where: str | None = None) -> Any:
         """The nest `(args, kwargs, targets)` over a replica's arrays. `where` names a device to copy them to."""
         tensors = [as_tensor(a, name) for a, name in zip(arrays, self.nest.dtypes, strict=True)]
-        return self.nest.pack(tensors if where is None else [tensor.to(where) for tensor in tensors])
+        if self.layouts:
+            tensors = [rows_back(tensor, one) for tensor, one in zip(tensors, self.layouts, strict=True)]
+        nest = self.nest
+        place = where or (str(tensors[0].device) if tensors else "cpu")
+        if self.layouts and place != "cpu":
+            nest = nest.on(place)
+        return nest.pack(tensors if where is None else [tensor.to(where) for tensor in tensors])
 
     def seed(self) -> int:
         """The seed of the step's random draws, drawn from torch's global generator at the first call."""
@@ -85,10 +111,12 @@ class Structure:
             return self._seed
 
 
-def flatten_batch(values: Any) -> tuple[list[np.ndarray], Nest]:
+def flatten_batch(values: Any, layouts: Sequence[Layout] = ()) -> tuple[list[np.ndarray], Nest]:
     """The arrays of a batch (tensors or NumPy arrays in any nest), and the nest.
 
-    Zero-dim tensors and plain values stay in the nest and go to every replica unchanged. Arrays are not copied, except
+    `layouts` are those of the tensors with axes, by default rows first; the arrays have their rows first. Zero-dim
+    tensors, those that are the same for all rows, and plain values stay in the nest and go to every replica unchanged.
+    Arrays are not copied, except
     read-only ones and those with negative strides, which torch cannot wrap.
 
     Raises:
@@ -102,34 +130,42 @@ def flatten_batch(values: Any) -> tuple[list[np.ndarray], Nest]:
                 f"A batch must be in host memory, from where each device gets its rows. Received: a tensor on "
                 f"{tensor.device}. Pass it as it comes from the DataLoader, without .to(device)."
             )
-    scalars = iter([t for t in tensors if t.ndim == 0])
+    roles = iter(layouts or [ROWS_FIRST] * sum(1 for tensor in tensors if tensor.ndim))
     leaves, dtypes, rows = [], [], []
     left = iter(tensors)
     for leaf in nest.leaves:
         tensor = next(left) if leaf is _HOLE else None
-        if tensor is not None and tensor.ndim:
+        layout = next(roles) if tensor is not None and tensor.ndim else None
+        if tensor is not None and layout is not None and layout.effect is Effect.ROWS:
             leaves.append(_HOLE)
             dtypes.append(dtype_name(tensor))
-            rows.append(as_array(tensor))
+            rows.append(as_array(rows_first(tensor, layout)))
         else:
-            leaves.append(leaf if tensor is None else next(scalars))
+            leaves.append(leaf if tensor is None else tensor)
     return rows, Nest(nest.spec, tuple(leaves), tuple(dtypes))
 
 
-def make_batch(values: tuple[Any, dict[str, Any], Any]) -> Batch:
+def make_batch(values: tuple[Any, dict[str, Any], Any], declared: DeclaredRows | None = None) -> Batch:
     """Make the engine's batch, with its `Structure`, of `(args, kwargs, targets)`.
 
     Raises:
         ValueError: no arrays, no rows, or unequal numbers of rows; also as in `flatten_batch`.
         TypeError: as in `flatten_batch`.
     """
-    arrays, nest = flatten_batch(values)
-    return Batch.of(arrays, Structure(nest), partial(_names, values), _SHARED)
+    if declared is None:
+        arrays, nest = flatten_batch(values)
+        return Batch.of(arrays, Structure(nest), partial(_names, values), _SHARED)
+    names, layouts = declared.of_arrays(values)
+    arrays, nest = flatten_batch(values, layouts)
+    of_rows = [one for one in layouts if one.effect is Effect.ROWS]
+    structure = Structure(nest, layouts=of_rows, declared=declared)
+    split = [name for name, one in zip(names, layouts, strict=True) if one.effect is Effect.ROWS]
+    return Batch.of(arrays, structure, lambda: split, _SHARED)
 
 
 _SHARED = (
-    ". Data that all rows share, such as a causal attention mask, belongs in the module: as a buffer, or made in its "
-    "forward()."
+    '. Say what they are: fastdp.wrap(module, rows={"mask": "same"}) for data that all rows share, or the number '
+    "of the axis that has the rows."
 )
 
 
@@ -153,16 +189,32 @@ def _tensor(value: Any) -> Any:
     return torch.from_numpy(value)
 
 
-def outputs_to_arrays(outputs: Any, device: Any) -> tuple[list[np.ndarray], Nest]:
-    """A replica's outputs as arrays, and their nest. Zero-dim outputs become fp32, to be averaged."""
+def outputs_to_arrays(outputs: Any, context: Context) -> tuple[list[np.ndarray], Nest]:
+    """A replica's outputs as arrays with their rows first, and their nest.
+
+    Values without rows are merged here, by all replicas, and stay in the nest. So does every output of a replica that
+    is alone in its step, with the dtype that the module gave it.
+    """
     nest, tensors = Nest.flatten(outputs, "The module's outputs")
-    return [output_array(t if t.ndim else t.detach().float(), device) for t in tensors], nest
+    structure: Structure = context.structure
+    layouts = structure.layouts_of(outputs, tensors)
+    alone = context.size == 1
+    shards = dealt_rows(context.rows.total, context.size)
+    arrays, dtypes, leaves = [], [], list(nest.leaves)
+    places = [place for place, leaf in enumerate(leaves) if leaf is _HOLE]
+    axes: list[int] = []
+    for place, tensor, layout in zip(places, tensors, layouts, strict=True):
+        if alone or layout.effect is not Effect.ROWS:
+            found = tensor.detach() if alone else merge(context.exchange(tensor.detach(), "an output"), layout, shards)
+            leaves[place] = found.cpu().clone()
+            continue
+        dtypes.append(dtype_name(tensor))
+        axes.append(layout.axis or 0)
+        arrays.append(output_array(rows_first(tensor.detach(), layout), context.device))
+    return arrays, Nest(nest.spec, tuple(leaves), tuple(dtypes), tuple(axes))
 
 
 def outputs_from_arrays(arrays: Sequence[np.ndarray], nest: Nest) -> Any:
     """The merged outputs, in the module's own structure and dtypes."""
-    tensors = [
-        as_tensor(array, name) if array.ndim else as_tensor(array).to(getattr(torch, name))
-        for array, name in zip(arrays, nest.dtypes, strict=True)
-    ]
-    return nest.pack(tensors)
+    tensors = [as_tensor(array, name) for array, name in zip(arrays, nest.dtypes, strict=True)]
+    return nest.pack([tensor.movedim(0, axis) for tensor, axis in zip(tensors, nest.axes, strict=True)])

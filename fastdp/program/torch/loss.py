@@ -18,8 +18,10 @@ import torch
 
 from fastdp.program.torch.batch import Nest
 from fastdp.program.torch.replica import ReplicaContext, gradients_of
+from fastdp.program.torch.rows.declared import parts_fit
+from fastdp.program.torch.rows.merging import merge, own_gradient
 from fastdp.shard import Rows, split_rows
-from fastdp.tensors.sums import weighted_sum
+from fastdp.tensors.row_effects import Effect, Layout
 
 REDUCTIONS = (None, "mean", "sum")
 WITHOUT_GRADIENT = (
@@ -62,9 +64,11 @@ def contribute(
         running: the replica.
     """
     nest, tensors = Nest.flatten(outputs, "The module's outputs")
-    _check_rows(tensors, running.rows)
+    layouts = running.context.structure.layouts_of(outputs, tensors)
+    parts_fit(layouts, tensors, running.rows)
     if reduction is None:
-        return _merged(loss_function, nest, tensors, parameters, running)
+        return _merged(loss_function, nest, tensors, layouts, parameters, running)
+    _check_reduction(reduction, tensors, layouts)
     leaves = [_leaf(tensor) for tensor in tensors]
     loss = number(loss_function(nest.pack(leaves), *targets))
     weight = running.context.rows.share if reduction == "mean" else 1.0
@@ -98,6 +102,7 @@ def _merged(
     loss_function: LossFunction,
     nest: Nest,
     tensors: Sequence[torch.Tensor],
+    layouts: Sequence[Layout],
     parameters: Sequence[torch.Tensor],
     running: ReplicaContext,
 ) -> Contribution:
@@ -106,8 +111,9 @@ def _merged(
     everyone = context.exchange([tensor.detach() for tensor in tensors], "the loss of the merged outputs")
     answer = None
     if context.rank == 0:
-        shares = [rows.share for rows in split_rows(context.rows.total, context.size)]
-        leaves = [_leaf(_join(parts, shares)) for parts in zip(*everyone, strict=True)]
+        shards = split_rows(context.rows.total, context.size)
+        merged = zip(zip(*everyone, strict=True), layouts, strict=True)
+        leaves = [_leaf(merge(parts, layout, shards)) for parts, layout in merged]
         _, _, targets = context.structure.pack(context.batch, context.torch_device)
         own, running.rows = running.rows, Rows(0, running.rows.total, running.rows.total)
         try:
@@ -117,7 +123,8 @@ def _merged(
         gradients, direct = _gradients(running, loss, leaves, parameters)
         answer = (loss.detach(), gradients, direct)
     loss, gradients, direct = context.exchange(answer, "the gradients of the loss of the merged outputs")[0]
-    mine = [None if g is None else _own(g, t, context.rows) for g, t in zip(gradients, tensors, strict=True)]
+    pairs = zip(gradients, layouts, strict=True)
+    mine = [None if gradient is None else own_gradient(gradient, one, context.rows) for gradient, one in pairs]
     first = context.rank == 0
     return _contribution(float(loss) if first else 0.0, loss, tensors, mine, direct if first else {})
 
@@ -134,19 +141,18 @@ def _contribution(
     return Contribution(value, loss.dtype, [t for t, _ in pairs], [g for _, g in pairs], direct)
 
 
-def _check_rows(tensors: Sequence[torch.Tensor], rows: Rows) -> None:
-    """Check that outputs have the replica's rows along their first axis, or no axes.
+def _check_reduction(reduction: str, tensors: Sequence[torch.Tensor], layouts: Sequence[Layout]) -> None:
+    """Refuse outputs that a loss of each replica's own rows would count wrongly.
 
     Raises:
-        ValueError: an output has not.
+        ValueError: a sum among the outputs of a mean loss, or a value that is no sum among those of a sum.
     """
-    for i, tensor in enumerate(tensors):
-        if tensor.ndim and (tensor.shape[0] < rows.count or tensor.shape[0] % rows.count):
-            raise ValueError(
-                f"Output {i} of the module must have its rows along the first axis (a multiple of {rows.count} for "
-                f"{rows.count} rows), so that the loss can be computed on all. Received: shape {tuple(tensor.shape)}. "
-                "Return what the loss needs, and transpose the rest (the states of a torch.nn.LSTM have layers first)."
-            )
+    wrong = (Effect.SUM,) if reduction == "mean" else (Effect.SAME,)
+    if any(t.requires_grad and one.effect in wrong for t, one in zip(tensors, layouts, strict=True)):
+        raise ValueError(
+            f"An output of the module is declared {wrong[0].value}, which a loss with reduction={reduction!r} would "
+            "count wrongly on several devices. Use reduction=None."
+        )
 
 
 def _leaf(tensor: torch.Tensor) -> torch.Tensor:
@@ -168,18 +174,3 @@ def _gradients(
     by_leaf = dict(zip(positions, found[: len(positions)], strict=True))
     direct = dict(zip(trained, found[len(positions) :], strict=True))
     return [by_leaf.get(i) for i in range(len(leaves))], {i: g for i, g in direct.items() if g is not None}
-
-
-def _join(parts: Sequence[torch.Tensor], shares: Sequence[float]) -> torch.Tensor:
-    """Concatenate rows in order, or average a zero-dim output by rows."""
-    if parts[0].ndim:
-        return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-    return weighted_sum(parts, shares)
-
-
-def _own(gradient: torch.Tensor, tensor: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """The part of a merged output's gradient that belongs to this replica."""
-    if tensor.ndim == 0:
-        return gradient * rows.share
-    per_row = tensor.shape[0] // rows.count
-    return gradient[per_row * rows.start : per_row * rows.stop]

@@ -133,7 +133,7 @@ class Passes:
             forward.enter_context(structure.autocast.enter())
             outputs = state.replica.module(*args, **kwargs)
             state.replica.restore_buffers()
-        arrays, nest = outputs_to_arrays(outputs, context.device)
+        arrays, nest = outputs_to_arrays(outputs, context)
         return Result(arrays, np.zeros(1), Notes(nest))
 
     def _running(self, context: Context) -> ReplicaContext:
@@ -153,7 +153,7 @@ class Passes:
             loss.backward(None if self.accumulate == 1 else torch.full_like(loss, 1.0 / self.accumulate))
         elif _requires_grad(outputs):
             raise ValueError(WITHOUT_GRADIENT)
-        arrays, nest = outputs_to_arrays(outputs, context.device) if context.wants_outputs else ([], None)
+        arrays, nest = outputs_to_arrays(outputs, context) if context.wants_outputs else ([], None)
         notes = Notes(nest, loss.dtype, used=state.gradients.store({}, keep=self.replicas == 1 == self.accumulate))
         if state.replica.adopted is None or self.replicas > 1:
             notes.buffers.constant = [(i, value.clone()) for i, value, _ in state.replica.changed_buffers()]
@@ -177,7 +177,7 @@ class Passes:
             if part.roots:
                 with state.gradients.announcing(running, part.direct):
                     backward(running, part.roots, [seed / self.accumulate for seed in part.seeds])
-        arrays, nest = outputs_to_arrays(outputs, context.device) if context.wants_outputs else ([], None)
+        arrays, nest = outputs_to_arrays(outputs, context) if context.wants_outputs else ([], None)
         notes = Notes(nest, part.dtype, used=state.gradients.store(part.direct))
         sums = gather_buffers(state.replica, running, notes.buffers)
         state.replica.restore_buffers()

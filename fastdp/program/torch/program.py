@@ -22,6 +22,7 @@ from fastdp.program.torch.module_buffers import assign_buffers
 from fastdp.program.torch.optimizer import OptimizerFactory, Optimizers
 from fastdp.program.torch.parameter_hooks import HookedGradients
 from fastdp.program.torch.passes import Notes, Passes, State
+from fastdp.program.torch.rows.declared import DeclaredRows
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import accumulate, settle, spec_of, tensors_of
 from fastdp.tensors.threads import prepare_worker, replicas_run
@@ -92,17 +93,23 @@ class TorchProgram(Program):
     # Around a step, on the host thread.
 
     @staticmethod
-    def batch(args: Sequence[Any], kwargs: dict[str, Any], targets: Sequence[Any] = ()) -> Batch:
+    def batch(
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        targets: Sequence[Any] = (),
+        declared: DeclaredRows | None = None,
+    ) -> Batch:
         """Make a batch for the engine.
 
         Args:
             args, kwargs: the module's arguments: tensors or arrays with rows first, in any nest.
             targets: what `loss_fn` gets besides the outputs.
+            declared: what the user has said about rows.
 
         Raises:
             ValueError: no arrays, no rows, or unequal numbers of rows.
         """
-        return make_batch((tuple(args), dict(kwargs), tuple(targets)))
+        return make_batch((tuple(args), dict(kwargs), tuple(targets)), declared)
 
     @property
     def reduces(self) -> bool:

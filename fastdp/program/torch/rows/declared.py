@@ -1,0 +1,148 @@
+"""Roles that the user declares: `fastdp.wrap(module, rows={...})`, and marks on tensors."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fastdp.program.torch.rows.merging import plain_layouts
+from fastdp.shard import Rows
+from fastdp.tensors.marks import mark_of
+from fastdp.tensors.row_effects import ROWS_FIRST, Effect, Layout
+
+_OUTPUT_EFFECTS = {"same": Effect.SAME, "sum": Effect.SUM, "mean": Effect.MEAN}
+
+
+class DeclaredRows:
+    """How arrays of a batch and outputs depend on the rows, as far as the user has said it.
+
+    Args:
+        module: the user's module; the names of its `forward` name the arrays.
+        rows: by name, an axis number, "same", and for outputs also "sum" and "mean". The names are those of forward's
+            parameters, "target" and "output", with the path to a part of a nest: "mask", "batch['ids']", "output[1]".
+            A name stands for all parts below it.
+
+    Raises:
+        ValueError: an unknown name or value; the message lists the known ones.
+    """
+
+    def __init__(self, module: nn.Module, rows: Mapping[str, int | str] | None = None) -> None:
+        self._parameters = list(inspect.signature(module.forward).parameters.values())
+        self._roles = {name: self._role(name, value) for name, value in (rows or {}).items()}
+
+    def _role(self, name: str, value: int | str) -> Layout:
+        """The layout that an entry declares."""
+        root = name.split("[")[0]
+        names = [one.name for one in self._parameters]
+        open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in self._parameters)
+        if root not in (*names, "target", "output") and not open_ended:
+            raise ValueError(
+                f"`rows` names {name!r}, which is no argument of forward. Known names: {[*names, 'target', 'output']}, "
+                'with paths such as "output[1]" or "batch[\'ids\']".'
+            )
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            return Layout(Effect.ROWS, value, 1, True)
+        known = _OUTPUT_EFFECTS if root == "output" else {"same": Effect.SAME}
+        if value not in known:
+            raise ValueError(
+                f"`rows` must map {name!r} to the number of an axis, from 0, or to one of {list(known)}. "
+                f"Received: {value!r}"
+            )
+        return Layout(known[str(value)])
+
+    def of_arrays(self, values: tuple[Any, dict[str, Any], Any]) -> tuple[list[str], list[Layout]]:
+        """The names and the layouts of the tensors with axes in `(args, kwargs, targets)`: rows first by default.
+
+        Raises:
+            ValueError: a name in `rows` stands for nothing in this batch, or an array lacks its axis.
+        """
+        names, layouts = [], []
+        for path, leaf in pytree.tree_flatten_with_path(values)[0]:
+            if getattr(leaf, "ndim", 0):
+                name = self._name(path, values)
+                mark = mark_of(leaf) if isinstance(leaf, torch.Tensor) else None
+                layout = mark or self._declared(name) or ROWS_FIRST
+                if layout.axis is not None and layout.axis >= leaf.ndim:
+                    raise ValueError(
+                        f"`rows` says that {name!r} has its rows along axis {layout.axis}, but its shape "
+                        f"is {tuple(leaf.shape)}."
+                    )
+                names.append(name)
+                layouts.append(layout)
+        return names, layouts
+
+    def of_outputs(self, outputs: Any) -> list[Layout]:
+        """The layouts of the tensors among a replica's outputs. By default rows first, and means without axes.
+
+        Raises:
+            ValueError: a name in `rows` stands for no output.
+        """
+        found, names = [], []
+        for path, leaf in pytree.tree_flatten_with_path(outputs)[0]:
+            if isinstance(leaf, torch.Tensor):
+                names.append("output" + pytree.keystr(path))
+                found.append(mark_of(leaf) or self._declared(names[-1]) or plain_layouts([leaf])[0])
+        for one in self._roles:
+            if one.split("[")[0] == "output" and not any(_is_below(name, one) for name in names):
+                raise ValueError(f"`rows` names {one!r}, which is no output of the module. Its outputs: {names}")
+        return found
+
+    def _declared(self, name: str) -> Layout | None:
+        """The layout of the longest declared name that stands for this one."""
+        fits = [one for one in self._roles if _is_below(name, one)]
+        return self._roles[max(fits, key=len)] if fits else None
+
+    def _name(self, path: Sequence[Any], values: tuple[Any, dict[str, Any], Any]) -> str:
+        """The name of a leaf of `(args, kwargs, targets)`."""
+        if path[0].idx == 2:
+            rest = path[2:] if len(values[2]) == 1 else path[1:]
+            return "target" + pytree.keystr(tuple(rest))
+        if path[0].idx == 1:
+            return f"{path[1].key}{pytree.keystr(tuple(path[2:]))}"
+        place, given = path[1].idx, [one for one in self._parameters if one.kind is not inspect.Parameter.KEYWORD_ONLY]
+        for number, one in enumerate(given):
+            if one.kind is inspect.Parameter.VAR_POSITIONAL:
+                return f"{one.name}[{place - number}]{pytree.keystr(tuple(path[2:]))}"
+            if number == place:
+                return f"{one.name}{pytree.keystr(tuple(path[2:]))}"
+        return f"input[{place}]{pytree.keystr(tuple(path[2:]))}"
+
+
+def _is_below(name: str, declared: str) -> bool:
+    """Whether a declared name stands for a tensor of this name."""
+    return name == declared or name.startswith(f"{declared}[") or (declared == "target[0]" and name == "target")
+
+
+def rows_first(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """A view of an array with its rows along the first axis."""
+    return tensor.movedim(layout.axis, 0) if layout.axis else tensor
+
+
+def rows_back(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """An array, given rows first, with its rows where the module expects them."""
+    return tensor.movedim(0, layout.axis).contiguous() if layout.axis else tensor
+
+
+def parts_fit(layouts: Sequence[Layout], tensors: Sequence[torch.Tensor], rows: Rows) -> None:
+    """Check that a replica's outputs have shapes for its rows.
+
+    Raises:
+        ValueError: one has not.
+    """
+    for i, (tensor, layout) in enumerate(zip(tensors, layouts, strict=True)):
+        axis = layout.axis
+        if layout.effect is not Effect.ROWS or axis is None:
+            continue
+        if tensor.ndim <= axis or tensor.shape[axis] < rows.count or tensor.shape[axis] % rows.count:
+            which = "the first axis" if axis == 0 else f"axis {axis}"
+            raise ValueError(
+                f"Output {i} of the module must have its rows along {which} (a multiple of {rows.count} for "
+                f"{rows.count} rows), so that the loss can be computed on all. Received: shape {tuple(tensor.shape)}. "
+                'Say where they are: fastdp.wrap(module, rows={"output[1]": 1}), or "same", "sum" or "mean" for a '
+                "value without rows."
+            )
