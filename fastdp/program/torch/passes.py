@@ -29,6 +29,7 @@ from fastdp.program.torch.module import ReplicaModule
 from fastdp.program.torch.module_buffers import BufferNotes, gather_buffers
 from fastdp.program.torch.parameter_hooks import HookedGradients
 from fastdp.program.torch.replica import ReplicaContext, backward
+from fastdp.tensors.collectives import StepPeers, peers_scope
 from fastdp.tensors.function_mode import Handler, ReplicaMode
 
 _HANDLERS: dict[Any, Handler] = {
@@ -129,6 +130,7 @@ class Passes:
         args, kwargs, _ = structure.pack(batch)
         with torch.no_grad(), state.replica.passes(), ExitStack() as forward:
             if context.size > 1:
+                forward.enter_context(peers_scope(StepPeers(context)))
                 forward.enter_context(ReplicaMode(self._running(context), _HANDLERS))
             forward.enter_context(structure.autocast.enter())
             outputs = state.replica.module(*args, **kwargs)
@@ -168,7 +170,7 @@ class Passes:
         structure: Structure = context.structure
         args, kwargs, targets = structure.pack(batch)
         running = self._running(context)
-        with ReplicaMode(running, _HANDLERS), ExitStack() as forward:
+        with peers_scope(StepPeers(context)), ReplicaMode(running, _HANDLERS), ExitStack() as forward:
             forward.enter_context(structure.autocast.enter())
             outputs = state.replica.module(*args, **kwargs)
             part = contribute(self.reduction, self.loss_fn, outputs, targets, users, running)

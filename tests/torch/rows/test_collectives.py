@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -100,3 +101,39 @@ def test_what_cannot_be_reduced_is_an_error():
         replica.all_reduce(X, "median")
     with pytest.raises(TypeError, match="`tensor` must be a torch tensor"):
         replica.all_gather([1.0])
+
+
+class Padded(torch.nn.Module):
+    """A loss inside of the module, over the entries that count; and a value relative to the mean of all rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, x, mask):
+        y = self.linear(x)
+        y = y - replica.all_reduce(y.mean(0), "mean")
+        loss = replica.all_reduce((y**2 * mask).sum()) / replica.all_reduce(mask.sum())
+        return loss, y
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 8])
+def test_a_module_that_calls_collectives_trains_as_on_one_device(devices):
+    torch.manual_seed(0)
+    module = Padded().double()
+    reference = copy.deepcopy(module)
+    mask = torch.ones(11, 4, dtype=torch.float64)
+    mask[3:] = 0.0  # on 8 devices most replicas are all padding
+    loss = lambda outputs: outputs[0] + (outputs[1] ** 3).sum()  # noqa: E731
+    parallel = fastdp.wrap(module, gpus=devices, rows={"output[0]": "same"})
+    step = parallel.train_step(loss, lambda p: torch.optim.SGD(p, lr=0.05))
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.05)
+    for _ in range(3):
+        optimizer.zero_grad()
+        expected = loss(reference(X, mask))
+        expected.backward()
+        optimizer.step()
+        torch.testing.assert_close(step((X, mask)), expected.detach(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(module.state_dict(), reference.state_dict(), rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(parallel(X, mask), reference(X, mask), rtol=1e-8, atol=1e-9)
