@@ -129,7 +129,7 @@ class DataParallel(Generic[ProgramT_co]):
         shards = self._deal_out(batch)
         with self._begin(batch, shards, wants_outputs, trains=True, reduces=reduce) as step:
             self._scatter(step)
-            self._run(step, Replica.train)
+            self._run(step, Replica.train, has_gradients=True)
             self._reduce(step)
             self._update(step)
             if while_running is not None:
@@ -148,6 +148,26 @@ class DataParallel(Generic[ProgramT_co]):
         `train`.
         """
         return self._forward(batch, batch.deal(len(self.replicas)), partial(Replica.call, work=work))
+
+    def backward(self, batch: Batch, work: Call, *, reduce: bool = True) -> StepResult:
+        """Run a backward pass: `work(state, rows, context)` on each replica, which writes its gradients to the state's
+        buffers. They are summed, and nothing is updated.
+
+        The sums are in the first replica's buffers when this returns. The rows are split as in `call`, whose graphs
+        the work may go back through. Result and errors as in `train`.
+
+        Args:
+            batch: a batch of as many rows as that of the forward pass; its arrays are handed out as there.
+            work: as in `call`.
+            reduce: False leaves the gradients on the replicas for the next operation that reduces, as in `train`.
+        """
+        shards = batch.deal(len(self.replicas))
+        with self._begin(batch, shards, True, trains=False, reduces=reduce) as step:
+            self._scatter(step)
+            self._run(step, partial(Replica.call, work=work), has_gradients=True)
+            self._reduce(step)
+            self._hold(step)
+            return self._merge(step)
 
     def stage(self, batch: Batch | Arrays) -> bool:
         """Prefetch the next batch: start to copy its rows to the devices while the current step runs.
@@ -202,10 +222,16 @@ class DataParallel(Generic[ProgramT_co]):
         step.batches = scatter(step.batch.arrays, step.shards, self.devices)
         step.watch.scattered = time.perf_counter()
 
-    def _run(self, step: Step, work: Callable[[Replica, list[np.ndarray], Context], Result]) -> None:
+    def _run(
+        self,
+        step: Step,
+        work: Callable[[Replica, list[np.ndarray], Context], Result],
+        *,
+        has_gradients: bool = False,
+    ) -> None:
         """Enqueue each replica's work on its rows. A replica writes its outputs to their rows of the merged arrays."""
         step.results = [None] * len(step.shards)
-        if step.trains:
+        if has_gradients:
             self._reductions.begin(step)
         for context, replica in zip(step.contexts, self.replicas, strict=False):
             replica.device.compute.enqueue(partial(run_replica, step, replica, context, work))
@@ -218,15 +244,22 @@ class DataParallel(Generic[ProgramT_co]):
         """Enqueue the update. Each replica applies it itself, or gets a copy of the first replica's variables."""
         self._updates.begin(step)
 
+    def _hold(self, step: Step) -> None:
+        """Enqueue what an update does last: gradients that were reduced are held no more, and others are kept."""
+        if step.reduces:
+            self._accumulation.clear()
+        else:
+            self._accumulation.keep(len(step.shards))
+
     def _merge(self, step: Step) -> StepResult:
         """Wait for the replicas, and return the outputs merged in row order."""
         if step.over:
             return step.kept()
         self._recovery.finish(step)
         step.watch.finished = time.perf_counter()
-        if not step.trains:
+        if step.totals is None:  # nothing was reduced
             add_up(step)
-        else:
+        if step.trains:
             self._program.committed()
             if self.check_replicas:
                 self.assert_replicas_equal()

@@ -59,7 +59,7 @@ class Reductions:
             self._communicator.once(partial(commit, step))
         elif step.reduction is not None:
             # Devices that do not update wait for the updated variables, and thereby for the sums.
-            readers = len(self._replicas.updating)
+            readers = len(self._replicas.updating) if step.trains else None
             self._communicator.finish(step.reduction, once=partial(commit, step), readers=readers)
         else:
             self.reduce(self._accumulation.hand_over(len(step.shards)), once=partial(commit, step))
