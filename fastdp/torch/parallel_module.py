@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.report import Report, make_report
 from fastdp.options import Options
+from fastdp.program.torch.batch import to_tensor
 from fastdp.program.torch.loss import LossFunction
 from fastdp.program.torch.optimizer import OptimizerFactory
 from fastdp.program.torch.program import TorchProgram
@@ -20,10 +23,12 @@ from fastdp.program.torch.rows.declared import DeclaredRows
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import peak_nbytes
 from fastdp.tensors.deterministic import deterministic_algorithms
+from fastdp.torch.autograd import Calls
 from fastdp.torch.checks import check_module, check_options
+from fastdp.torch.members import ModuleMembers
 
 
-class TorchParallel:
+class TorchParallel(ModuleMembers[nn.Module]):
     """A module, run and trained on several devices as if on one. Made by `fastdp.wrap`.
 
     The module stays the user's own plain torch module: training changes it in place, `state_dict` is its
@@ -49,6 +54,8 @@ class TorchParallel:
         >>> torch.save(dp.state_dict(), "weights.pt")  # doctest: +SKIP
     """
 
+    _OWN = ModuleMembers._OWN | {"cpu_merge", "cpu_relocation", "_options", "_scope", "_declared", "_engine", "_calls"}
+
     def __init__(
         self,
         module: nn.Module,
@@ -57,14 +64,14 @@ class TorchParallel:
     ) -> None:
         check_module(module)
         check_options(options, devices)
-        self.module = module
-        self.devices = list(devices)
+        super().__init__(module, devices)
         self.cpu_merge = options.cpu_merge
         self.cpu_relocation = options.cpu_relocation
         self._options = replace(options, cpu_relocation=False)  # a module's parameters stay with the first device
         self._scope = deterministic_algorithms if options.deterministic else nullcontext
         self._declared = DeclaredRows(module, options.rows if isinstance(options.rows, dict) else None)
         self._engine: DataParallel[TorchProgram] | None = None
+        self._calls: Calls | None = None
 
     def __repr__(self) -> str:
         return f"TorchParallel({type(self.module).__name__} on {[device.name for device in self.devices]})"
@@ -72,7 +79,7 @@ class TorchParallel:
     # Running.
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's outputs for a global batch, without gradients.
+        """The module's outputs for a global batch, as of the module itself: part of autograd, with gradients enabled.
 
         Args:
             args, kwargs: the module's arguments: tensors or NumPy arrays with rows along the first axis, in
@@ -82,19 +89,41 @@ class TorchParallel:
             The module's outputs for all rows in order, on the CPU; the caller owns them. A zero-dim output is
             averaged by rows.
 
-        The module's training mode is respected: dropout drops, and batch normalization uses the batch's
-        moments. The call still changes nothing: running statistics move only in train steps.
+        Backward passes through the outputs run on all devices. They add the gradients of the global batch to the `grad`
+        of the module's parameters, and give those of the arguments. One device, or one row, is plain torch.
 
         Raises:
             ReplicaError: a replica failed (also an instance of the built-in error that it failed with).
             ValueError: no rows, or arrays of unequal length.
         """
-        if self._engine is None:
-            program = TorchProgram(self.module, sync_batch_norm=self._options.sync_batch_norm)
-            self._engine = DataParallel(program, self.devices, options=self._options)
-        batch = self._engine.program.batch(args, kwargs, declared=self._declared)
+        values = (args, kwargs, ())
+        if len(self.devices) == 1:
+            return self._alone(values)
+        batch = TorchProgram.batch(args, kwargs, declared=self._declared)
+        if batch.rows == 1:
+            return self._alone(values)
+        if self._calls is None:
+            self._calls = Calls(self.module, self.devices, self._options, self._scope)
+        return self._calls.run(batch, values)
+
+    forward = __call__
+
+    def _alone(self, values: tuple[Any, dict[str, Any], Any]) -> Any:
+        """The outputs of the module itself, by plain torch on the first device."""
+        first = self.devices[0]
+        if first.on_gpu and self._engine is None and self._calls is None:
+            self._engine = self._predicting()  # its parameters move to the device
+        args, kwargs, _ = pytree.tree_map(to_tensor, values)
         with self._scope():
-            return self._engine.program.outputs(self._engine.predict(batch))
+            if not first.on_gpu:
+                return self.module(*args, **kwargs)
+            args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: x.to(first.torch_device), (args, kwargs))
+            return pytree.tree_map_only(torch.Tensor, lambda y: y.cpu(), self.module(*args, **kwargs))
+
+    def _predicting(self) -> DataParallel[TorchProgram]:
+        """An engine for forward passes."""
+        program = TorchProgram(self.module, sync_batch_norm=self._options.sync_batch_norm)
+        return DataParallel(program, self.devices, options=self._options)
 
     def train_step(
         self,
@@ -156,26 +185,13 @@ class TorchParallel:
         optimizers = self._engine.program.optimizers if self._engine is not None else None
         return optimizers.first if optimizers is not None else None
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The module's own parameters."""
-        return self.module.parameters()
+    def _converted(self) -> None:
+        """Engines hold arrays of the dtypes that the module had."""
+        self._engine = self._calls = None
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The module's own state dict, without prefixes or entries of fastdp. Its tensors follow the training."""
-        return self.module.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load a state dict into the module. All replicas have it at the next step."""
-        return self.module.load_state_dict(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> TorchParallel:
-        """Set the module's training mode."""
-        self.module.train(mode)
-        return self
-
-    def eval(self) -> TorchParallel:
-        """Set the module's evaluation mode."""
-        return self.train(False)
+    def __deepcopy__(self, memo: dict[int, Any]) -> TorchParallel:
+        """A parallel module over a copy of the module, on the same devices."""
+        return TorchParallel(copy.deepcopy(self.module, memo), self.devices, self._options)
 
 
 class TrainStep:

@@ -83,11 +83,14 @@ def test_a_replica_with_one_row_gives_the_shift_and_one_row_in_all_is_refused_as
         module(torch.randn(1, 3))
 
 
-def test_a_forward_pass_outside_a_train_step_moves_no_statistics():
-    module = normalized()
-    before = copy.deepcopy(module.state_dict())
-    fastdp.wrap(module, gpus=2)(images(6)[0])
-    assert all(torch.equal(module.state_dict()[name], value) for name, value in before.items())
+def test_a_forward_pass_outside_a_train_step_moves_statistics_in_training_mode_only():
+    module, reference = normalized(), normalized()
+    dp = fastdp.wrap(module, gpus=2, sync_batch_norm=True)
+    dp.eval()(images(6)[0])
+    torch.testing.assert_close(module.state_dict(), reference.state_dict(), rtol=0.0, atol=0.0)
+    dp.train()(images(6)[0])
+    reference(images(6)[0])
+    torch.testing.assert_close(module.state_dict(), reference.state_dict())
 
 
 def test_evaluation_uses_the_running_statistics():

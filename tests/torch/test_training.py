@@ -320,7 +320,9 @@ def test_arrays_nests_and_constants_go_in_and_the_modules_structure_comes_out():
     assert outputs["mean"].dtype == torch.float64
     assert outputs["n"][0] == "yes"
     assert torch.equal(outputs["n"][1], expected["n"][1])
-    assert not outputs["out"].requires_grad
+    assert outputs["out"].requires_grad
+    with torch.no_grad():
+        assert not dp(**given)["out"].requires_grad
     step = dp.train_step(lambda o, t: F.mse_loss(o["out"], t) + o["mean"], OPTIMIZERS["sgd"])
     target = np.zeros((7, 2))
     loss = step(given, target)

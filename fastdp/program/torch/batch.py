@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -67,6 +67,17 @@ class Nest:
         left = iter(tensors)
         return pytree.tree_unflatten([next(left) if leaf is _HOLE else leaf for leaf in self.leaves], self.spec)
 
+    def is_hole(self, place: int) -> bool:
+        """Whether `pack` puts a tensor at this place among the leaves."""
+        return self.leaves[place] is _HOLE
+
+    def replaced(self, others: Mapping[int, Any]) -> Nest:
+        """The nest with other values at some places among the leaves."""
+        if not others:
+            return self
+        leaves = tuple(others.get(place, leaf) for place, leaf in enumerate(self.leaves))
+        return Nest(self.spec, leaves, self.dtypes, self.axes)
+
 
 class _Hole:
     """The place of a tensor in a nest."""
@@ -123,7 +134,7 @@ def flatten_batch(values: Any, layouts: Sequence[Layout] = ()) -> tuple[list[np.
         ValueError: a tensor is not on the CPU.
         TypeError: a leaf is neither a tensor, nor an array, nor a plain value.
     """
-    nest, tensors = Nest.flatten(pytree.tree_map(_tensor, values), "A batch")
+    nest, tensors = Nest.flatten(pytree.tree_map(to_tensor, values), "A batch")
     for tensor in tensors:
         if tensor.device.type != "cpu":
             raise ValueError(
@@ -178,7 +189,7 @@ def _names(values: Any) -> list[str]:
     return names
 
 
-def _tensor(value: Any) -> Any:
+def to_tensor(value: Any) -> Any:
     """NumPy arrays and numbers as tensors; other values unchanged."""
     if isinstance(value, np.generic):
         return torch.tensor(value.item())

@@ -53,7 +53,7 @@ class Gradients:
         """
         self._arrivals.stored = set()
         if self._copies is not None:
-            self._follow(self._copies, users)
+            self.follow(users)
             yield
             return
         self._own = users
@@ -73,9 +73,9 @@ class Gradients:
             return nullcontext()
         return hooked.aside(self._arrivals.accumulated if self._arrivals.useful else None)
 
-    def _follow(self, copies: Sequence[torch.Tensor], users: Sequence[torch.Tensor]) -> None:
+    def follow(self, users: Sequence[torch.Tensor]) -> None:
         """Clear the gradients of copies, and copy `requires_grad` from the user's parameters."""
-        for i, (own, user) in enumerate(zip(copies, users, strict=True)):
+        for i, (own, user) in enumerate(zip(self._copies or (), users, strict=self._copies is not None)):
             own.grad = None
             if own.requires_grad is not user.requires_grad:
                 own.requires_grad_(user.requires_grad)

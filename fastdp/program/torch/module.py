@@ -162,7 +162,8 @@ class ReplicaModule:
         """Hold this while passes run. Buffers begin with their values of record, and get them back on failure."""
         kept = [one for one in self.buffers if not one.own]
         if self.adopted is None:
-            _copy_all([one.work for one in kept], [one.before for one in kept])
+            # Not counted as changes: graphs of earlier forward passes may need these buffers with their present values.
+            _copy_all([one.work.data for one in kept], [one.before for one in kept])
             for one in kept:
                 one.slot.table[one.slot.key] = one.work
             yield

@@ -32,7 +32,7 @@ from fastdp.program.torch.replica import ReplicaContext, backward
 from fastdp.tensors.collectives import StepPeers, peers_scope
 from fastdp.tensors.function_mode import Handler, ReplicaMode
 
-_HANDLERS: dict[Any, Handler] = {
+HANDLERS: dict[Any, Handler] = {
     **torch_random.HANDLERS,
     **batch_axis.HANDLERS,
     **torch_batch_norm.HANDLERS,
@@ -131,14 +131,15 @@ class Passes:
         with torch.no_grad(), state.replica.passes(), ExitStack() as forward:
             if context.size > 1:
                 forward.enter_context(peers_scope(StepPeers(context)))
-                forward.enter_context(ReplicaMode(self._running(context), _HANDLERS))
+                forward.enter_context(ReplicaMode(self.running(context), HANDLERS))
             forward.enter_context(structure.autocast.enter())
             outputs = state.replica.module(*args, **kwargs)
             state.replica.restore_buffers()
         arrays, nest = outputs_to_arrays(outputs, context)
         return Result(arrays, np.zeros(1), Notes(nest))
 
-    def _running(self, context: Context) -> ReplicaContext:
+    def running(self, context: Context) -> ReplicaContext:
+        """What a replica's thread knows in a step."""
         return ReplicaContext(context, context.rows, self.sync_batch_norm, told=self._told)
 
     def _train_alone(
@@ -169,8 +170,8 @@ class Passes:
         assert self.loss_fn is not None
         structure: Structure = context.structure
         args, kwargs, targets = structure.pack(batch)
-        running = self._running(context)
-        with peers_scope(StepPeers(context)), ReplicaMode(running, _HANDLERS), ExitStack() as forward:
+        running = self.running(context)
+        with peers_scope(StepPeers(context)), ReplicaMode(running, HANDLERS), ExitStack() as forward:
             forward.enter_context(structure.autocast.enter())
             outputs = state.replica.module(*args, **kwargs)
             part = contribute(self.reduction, self.loss_fn, outputs, targets, users, running)

@@ -112,6 +112,11 @@ class TorchProgram(Program):
         return make_batch((tuple(args), dict(kwargs), tuple(targets)), declared)
 
     @property
+    def users(self) -> list[torch.Tensor]:
+        """The module's own parameters that can have a gradient, in the order of `gradients`."""
+        return [self._slots[i].tensor for i in self._differentiable]
+
+    @property
     def reduces(self) -> bool:
         """Whether the next call ends a window of gradient accumulation."""
         return (self.calls + 1) % self.accumulate_calls == 0
@@ -189,8 +194,7 @@ class TorchProgram(Program):
 
     def train(self, state: State, batch: list[np.ndarray], context: Context) -> Result:
         """Compute forward, this replica's contribution to the loss, and its gradient."""
-        users = [self._slots[i].tensor for i in self._differentiable]
-        return self._passes.train(state, users, batch, context)
+        return self._passes.train(state, self.users, batch, context)
 
     def predict(self, state: State, batch: list[np.ndarray], context: Context) -> Result:
         """Run forward only. Changes no parameter and no buffer, even in training mode."""

@@ -54,7 +54,9 @@ class ReplicaContext:
         return self.context.structure.seed(), self.draws
 
 
-def backward(running: ReplicaContext, roots: Sequence[torch.Tensor], seeds: Sequence[torch.Tensor]) -> None:
+def backward(
+    running: ReplicaContext, roots: Sequence[torch.Tensor], seeds: Sequence[torch.Tensor], *, retain: bool = False
+) -> None:
     """Run `torch.autograd.backward` with the replica's mode active, because checkpoints recompute in it.
 
     If torch gets tensors, it passes `backward` itself to the mode and disables the mode meanwhile. With graph
@@ -62,7 +64,7 @@ def backward(running: ReplicaContext, roots: Sequence[torch.Tensor], seeds: Sequ
     """
     running.backward = True
     try:
-        torch.autograd.backward([get_gradient_edge(root) for root in roots], list(seeds))
+        torch.autograd.backward([get_gradient_edge(root) for root in roots], list(seeds), retain_graph=retain)
     finally:
         running.backward = False
 

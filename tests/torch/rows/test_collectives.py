@@ -137,3 +137,18 @@ def test_a_module_that_calls_collectives_trains_as_on_one_device(devices):
     torch.testing.assert_close(module.state_dict(), reference.state_dict(), rtol=1e-9, atol=1e-9)
     with torch.no_grad():
         torch.testing.assert_close(parallel(X, mask), reference(X, mask), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 8])
+def test_collectives_meet_in_the_users_own_loop_too(devices):
+    torch.manual_seed(0)
+    module = Padded().double()
+    reference = copy.deepcopy(module)
+    mask = torch.ones(11, 4, dtype=torch.float64)
+    mask[3:] = 0.0
+    parallel = fastdp.wrap(module, gpus=devices, rows={"output[0]": "same"})
+    for model in (parallel, reference):
+        first, second = model(X, mask)
+        (first + (second**3).sum()).backward()
+    for p, q in zip(module.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9)

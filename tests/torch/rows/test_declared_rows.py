@@ -150,3 +150,37 @@ def test_a_name_of_no_output_is_an_error_that_lists_the_outputs():
     )
     with pytest.raises(ValueError, match="no output of the module"):
         step((numbers(ROWS, 4, 3), numbers(4, 4)), numbers(ROWS))
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_the_users_own_loop_knows_the_declared_rows(devices):
+    def loop(model):
+        x, h, c = numbers(ROWS, 5, 3), numbers(2, ROWS, 4, seed=1), numbers(2, ROWS, 4, seed=2)
+        for tensor in (x, h, c):
+            tensor.requires_grad_()
+        y, last, _ = model(x, (h, c))
+        ((y**2).sum() + (last * torch.arange(ROWS)[:, None]).sum()).backward()
+        return [y, last, x.grad, h.grad, c.grad, *(p.grad for p in model.parameters())]
+
+    torch.manual_seed(0)
+    module = States().double()
+    reference = copy.deepcopy(module)
+    ours = loop(fastdp.wrap(module, gpus=devices, rows={"hx": 1, "output[1]": 1, "output[2]": 1}))
+    torch.testing.assert_close(ours, loop(reference), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_the_users_own_loop_merges_means_sums_and_values_without_rows(devices):
+    def loop(model):
+        gates, mean, total, same, across = model(numbers(ROWS, 3))
+        loss = (gates**3).sum() + (mean**2).sum() * 3 + total**2 + same * 5 + (across * torch.arange(ROWS)).sum()
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters())]
+
+    torch.manual_seed(0)
+    module = Balanced().double()
+    reference = copy.deepcopy(module)
+    rows = {"output[1]": "mean", "output[2]": "sum", "output[3]": "same", "output[4]": 1}
+    torch.testing.assert_close(
+        loop(fastdp.wrap(module, gpus=devices, rows=rows)), loop(reference), rtol=1e-9, atol=1e-11
+    )

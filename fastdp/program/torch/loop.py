@@ -1,0 +1,310 @@
+"""Forward passes whose graphs the replicas keep, and backward passes through them, for the user's own training loops.
+
+A loop calls the module, computes any loss of the outputs, and runs backward:
+
+    forward     each replica runs its rows and keeps its part of autograd's graph; outputs are merged
+    backward    each replica goes back through its graph, from its part of the gradients by the merged outputs; the
+                gradients of parameters are reduced, those of inputs are merged
+
+Several forward passes may be open. The graphs of a pass are freed as torch's are: by backward, or with the outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fastdp.comm.batch import Batch
+from fastdp.comm.context import Context
+from fastdp.program.base import Result
+from fastdp.program.torch.batch import Nest, Structure
+from fastdp.program.torch.module_buffers import BufferNotes, assign_buffers, gather_buffers
+from fastdp.program.torch.parameter_hooks import HookedGradients
+from fastdp.program.torch.passes import HANDLERS, State
+from fastdp.program.torch.program import TorchProgram
+from fastdp.program.torch.replica import ReplicaContext, backward
+from fastdp.program.torch.rows.declared import parts_fit, rows_back, rows_first
+from fastdp.program.torch.rows.merging import merge, own_gradient, own_part
+from fastdp.tensors.arrays import as_tensor, dtype_name, output_array, settle, spec_of
+from fastdp.tensors.collectives import StepPeers, peers_scope
+from fastdp.tensors.function_mode import ReplicaMode
+from fastdp.tensors.row_effects import ROWS_FIRST, Layout
+
+
+class StepResult(Protocol):
+    """What the engine returns of an operation (fastdp.engine.step)."""
+
+    outputs: list[np.ndarray]
+    sums: np.ndarray
+    every_note: list[Any]
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What a replica keeps of a forward pass: its outputs with their graph, and its leaves."""
+
+    running: ReplicaContext
+    outputs: list[torch.Tensor]
+    rows: list[torch.Tensor]
+    shared: list[torch.Tensor]
+
+
+@dataclass(slots=True)
+class _Notes:
+    """What a replica tells of a forward pass. `others` are outputs that are not merged by their first axis."""
+
+    nest: Nest
+    layouts: list[Layout]
+    requires_grad: list[bool]
+    others: list[torch.Tensor]
+    buffers: BufferNotes = field(default_factory=BufferNotes)
+
+
+@dataclass(slots=True)
+class ForwardPass:
+    """One forward pass of all replicas.
+
+    Args:
+        batch: the global batch.
+        arrays: the user's tensor behind each array of the batch; None for arrays that are none.
+        rows: the tensors with rows whose gradients are wanted, by their place among the arrays of the batch.
+        shared: tensors without rows whose gradients are wanted, by their place among the other leaves of the batch.
+        keeps: keep the graphs.
+    """
+
+    batch: Batch
+    arrays: list[torch.Tensor | None]
+    rows: dict[int, torch.Tensor]
+    shared: dict[int, torch.Tensor]
+    keeps: bool
+    layouts: list[Layout] = field(default_factory=list)
+    requires_grad: list[bool] = field(default_factory=list)
+    nest: Nest | None = None
+    kept: dict[int, _Kept] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, batch: Batch, values: object, *, keeps: bool) -> ForwardPass:
+        """A pass on a batch that was made of `values`."""
+        arrays: list[torch.Tensor | None] = []
+        rows: dict[int, torch.Tensor] = {}
+        shared: dict[int, torch.Tensor] = {}
+        for place, leaf in enumerate(pytree.tree_leaves(values)):
+            tensor = leaf if isinstance(leaf, torch.Tensor) else None
+            wanted = keeps and tensor is not None and tensor.requires_grad
+            if batch.structure.nest.is_hole(place):
+                if wanted:
+                    rows[len(arrays)] = leaf
+                arrays.append(tensor)
+            elif wanted:
+                shared[place] = leaf
+        return cls(batch, arrays, rows, shared, keeps)
+
+    @property
+    def row_layouts(self) -> list[Layout]:
+        """The layouts of the tensors in `rows`."""
+        layouts = self.batch.structure.layouts
+        return [layouts[at] if layouts else ROWS_FIRST for at in self.rows]
+
+    @property
+    def normalizes_by_replica(self) -> bool:
+        """Whether batch normalization has used moments of the batch."""
+        return bool(self.kept[0].running.normalized)
+
+    @property
+    def given(self) -> list[torch.Tensor]:
+        """The tensors whose gradients are wanted: those with rows, then the shared ones."""
+        return [*self.rows.values(), *self.shared.values()]
+
+
+@dataclass(slots=True)
+class BackwardPass:
+    """A backward pass through a forward pass.
+
+    Args:
+        gradients: of the loss by the merged outputs; None where it does not depend on one.
+        retain: keep the graphs for another backward pass.
+        reduces: whether gradients are reduced; if not, the first replica gives its own at once.
+    """
+
+    forward: ForwardPass
+    gradients: Sequence[torch.Tensor | None]
+    retain: bool
+    reduces: bool
+
+
+@dataclass(slots=True)
+class _BackwardNotes:
+    """What a replica tells of a backward pass: which parameters and inputs have a gradient, and gradients to add up."""
+
+    used: frozenset[int]
+    rows: list[bool]
+    shared: list[torch.Tensor | None]
+    own: dict[int, torch.Tensor]
+
+
+class LoopProgram(TorchProgram):
+    """Runs a torch module as replicas that keep their graphs from a `ForwardPass` to a `BackwardPass`.
+
+    Args:
+        module, sync_batch_norm: as in `TorchProgram`.
+
+    `forward` and `backward` are work for `DataParallel.call` and `DataParallel.backward`.
+    """
+
+    def __init__(self, module: nn.Module, *, sync_batch_norm: bool = False) -> None:
+        super().__init__(module, sync_batch_norm=sync_batch_norm)
+        self.gradients = [spec_of(self._slots[i].name, self._slots[i].tensor) for i in self._differentiable]
+
+    def fold(self, state: State) -> None:
+        """Does nothing: the sums are where `gradients_of` reads them."""
+
+    # On the replicas' threads.
+
+    def forward(self, work: ForwardPass, state: State, batch: list[np.ndarray], context: Context) -> Result:
+        """Run a replica's rows. The result's outputs are those with rows first; the others are in its notes."""
+        structure: Structure = context.structure
+        rows, shared, (args, kwargs, _) = _leaves(work, batch, context)
+        running = self._passes.running(context)
+        state.gradients.follow(self.users)
+        with torch.set_grad_enabled(work.keeps), state.replica.passes(), ExitStack() as together:
+            if context.size > 1:
+                together.enter_context(peers_scope(StepPeers(context)))
+                together.enter_context(ReplicaMode(running, HANDLERS))
+            with structure.autocast.enter():
+                outputs = state.replica.module(*args, **kwargs)
+            nest, tensors = Nest.flatten(outputs, "The module's outputs")
+            layouts = structure.layouts_of(outputs, tensors)
+            parts_fit(layouts, tensors, context.rows)
+            notes = _Notes(nest, layouts, [tensor.requires_grad for tensor in tensors], [])
+            sums = gather_buffers(state.replica, running, notes.buffers)
+            state.replica.restore_buffers()
+        if work.keeps:
+            work.kept[context.rank] = _Kept(running, tensors, rows, shared)
+        arrays = []
+        for tensor, layout in zip(tensors, layouts, strict=True):
+            if layout == ROWS_FIRST:
+                arrays.append(output_array(tensor, context.device))
+            else:
+                notes.others.append(tensor.detach().cpu())
+        return Result(arrays, np.concatenate([np.zeros(0), *sums]), notes)
+
+    def backward(self, work: BackwardPass, state: State, batch: list[np.ndarray], context: Context) -> Result:
+        """Run backward. The result's outputs are the gradients by inputs with rows."""
+        kept = work.forward.kept[context.rank]
+        running, users = kept.running, self.users
+        running.context.rendezvous, running.context.ready = context.rendezvous, context.ready
+        roots, seeds = [], []
+        for tensor, layout, gradient in zip(kept.outputs, work.forward.layouts, work.gradients, strict=True):
+            if gradient is not None and tensor.requires_grad:
+                roots.append(tensor)
+                seeds.append(own_gradient(gradient, layout, context.rows).to(tensor.device))
+        # Torch itself runs the hooks of the user's parameters, when it gets the reduced gradients.
+        aside = HookedGradients(users, context.rendezvous.timeout) if context.rank == 0 else None
+        with state.gradients.passes(users, aside), ExitStack() as together:
+            if context.size > 1:
+                together.enter_context(ReplicaMode(running, HANDLERS))
+            with state.gradients.announcing(running, {}):
+                backward(running, roots, seeds, retain=work.retain)
+            used = state.gradients.store({})
+        own = self._hand_over(state, used) if not work.reduces and context.rank == 0 else {}
+        by_rows, shared = ([leaf.grad for leaf in leaves] for leaves in (kept.rows, kept.shared))
+        for leaf in (*kept.rows, *kept.shared):
+            leaf.grad = None
+        notes = _BackwardNotes(
+            used, [g is not None for g in by_rows], [None if g is None else g.cpu() for g in shared], own
+        )
+        found = [torch.zeros_like(x) if g is None else g for x, g in zip(kept.rows, by_rows, strict=True)]
+        layouts = work.forward.row_layouts
+        arrays = [output_array(rows_first(g, one), context.device) for g, one in zip(found, layouts, strict=True)]
+        return Result(arrays, np.zeros(0), notes)
+
+    @staticmethod
+    def _hand_over(state: State, used: frozenset[int]) -> dict[int, torch.Tensor]:
+        """The first replica's gradients, which are no longer in its buffers: they count at once."""
+        flat = state.gradients.flat
+        own = {i: flat[i].clone() for i in used}
+        for view in flat:
+            view.zero_()
+        return own
+
+    # On the host's thread.
+
+    def merged(self, work: ForwardPass, result: StepResult) -> list[torch.Tensor]:
+        """Assign the buffers of a forward pass, and merge its outputs. The caller owns them.
+
+        Raises:
+            ValueError: the replicas' outputs differ in structure, or in values that are no tensors.
+        """
+        every: list[_Notes] = result.every_note
+        notes = every[0]
+        if any(other.nest != notes.nest for other in every):
+            raise ValueError(
+                "The module's outputs must have one structure on all replicas, and the same values in it that are no "
+                f"tensors. Received: {[note.nest.leaves for note in every]}. Return tensors with rows."
+            )
+        self.assign(result.sums, notes.buffers)
+        work.layouts, work.nest = notes.layouts, notes.nest
+        work.requires_grad = [any(flags) for flags in zip(*(note.requires_grad for note in every), strict=True)]
+        rows = work.batch.shards
+        arrays, others = iter(result.outputs), zip(*(note.others for note in every), strict=True)
+        return [
+            as_tensor(next(arrays), name) if layout == ROWS_FIRST else merge(next(others), layout, rows).clone()
+            for layout, name in zip(notes.layouts, notes.nest.dtypes, strict=True)
+        ]
+
+    def gradients_of(self, work: BackwardPass, result: StepResult) -> list[torch.Tensor | None]:
+        """The gradients of a backward pass by the tensors `ForwardPass.given`. The caller owns them."""
+        every: list[_BackwardNotes] = result.every_note
+        found: list[torch.Tensor | None] = []
+        by_rows = zip(work.forward.rows.values(), result.outputs, work.forward.row_layouts, strict=True)
+        for at, (tensor, array, layout) in enumerate(by_rows):
+            used = any(note.rows[at] for note in every)
+            found.append(rows_back(as_tensor(array, dtype_name(tensor)), layout) if used else None)
+        for parts in zip(*(note.shared for note in every), strict=True):
+            there = [part for part in parts if part is not None]
+            found.append(sum(there[1:], there[0].clone()) if there else None)
+        return found
+
+    def reduced(self, used: Iterable[int]) -> dict[int, torch.Tensor]:
+        """Copies of the reduced gradients of these parameters."""
+        flat = self._states[0].gradients.flat
+        copies = {i: flat[i].clone() for i in used}
+        settle(copies.values())
+        return copies
+
+    def assign(self, sums: np.ndarray, notes: BufferNotes) -> None:
+        """Give the module's buffers their values after a forward pass of the global batch."""
+        assert self._adopted is not None
+        if not (notes.constant or notes.moved or notes.normalized):
+            return
+        with torch.no_grad():
+            assign_buffers(self._states[0].variables, sums, notes)
+        settle(self._states[0].variables)
+        self._adopted.home.generation += 1
+
+
+def _leaves(
+    work: ForwardPass, batch: Sequence[np.ndarray], context: Context
+) -> tuple[list[torch.Tensor], list[torch.Tensor], tuple[tuple[object, ...], dict[str, object], object]]:
+    """A replica's leaves with rows, its shared leaves, and the nest `(args, kwargs, targets)` with both in it."""
+    structure: Structure = context.structure
+    nest, on_host = structure.nest, context.device is not None and not context.device.on_gpu
+    layouts = structure.layouts or [ROWS_FIRST] * len(batch)
+    tensors = []
+    for array, name, given, layout in zip(batch, nest.dtypes, work.arrays, layouts, strict=True):
+        if given is not None and on_host:  # the user's own tensor: torch notices if it is changed before backward
+            tensors.append(own_part(given.detach(), layout, context.rows))
+        else:
+            tensors.append(rows_back(as_tensor(array, name), layout))
+    for at in work.rows:
+        tensors[at] = tensors[at].detach().requires_grad_()
+    others = {place: tensor.detach().to(context.torch_device).requires_grad_() for place, tensor in work.shared.items()}
+    packed = nest.replaced(others).pack(tensors)
+    return [tensors[at] for at in work.rows], list(others.values()), packed

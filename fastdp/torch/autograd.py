@@ -1,0 +1,162 @@
+"""Calls of a parallel module as nodes of autograd's graph: `loss.backward()` runs backward on all devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fastdp.comm.batch import Batch
+from fastdp.engine.data_parallel import DataParallel
+from fastdp.options import Options
+from fastdp.program.torch.batch import to_tensor
+from fastdp.program.torch.loop import BackwardPass, ForwardPass, LoopProgram
+from fastdp.runtime.queue import QueueDevice
+from fastdp.warn import warn_user
+
+
+@dataclass(slots=True)
+class _OpenPass:
+    """A forward pass, and what is needed to repeat it on one device."""
+
+    calls: Calls
+    work: ForwardPass
+    values: Any
+    numbers: list[int]
+    drawn: torch.Tensor = field(default_factory=torch.get_rng_state)
+
+
+class Calls:
+    """Runs calls of a module on all devices, with gradients where autograd wants them.
+
+    Args:
+        module: the user's own.
+        devices: the devices of the replicas, two or more.
+        options: as in `fastdp.wrap`.
+        scope: entered around each pass.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        devices: Sequence[QueueDevice],
+        options: Options,
+        scope: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self.program = LoopProgram(module, sync_batch_norm=options.sync_batch_norm)
+        # The user's optimizer updates the first replica's variables, from where all others get them.
+        self.engine = DataParallel(self.program, devices, options=replace(options, update="first"))
+        self._scope = scope
+        self._told = False
+
+    def run(self, batch: Batch, values: tuple[Any, ...]) -> Any:
+        """The merged outputs of a batch that was made of `values`; part of autograd's graph where plain torch's are."""
+        users = self.program.users
+        keeps = torch.is_grad_enabled()
+        work = ForwardPass.of(batch, values, keeps=keeps)
+        numbers = [i for i, user in enumerate(users) if user.requires_grad] if keeps else []
+        work.keeps = bool(numbers or work.given)
+        if work.keeps:
+            opened = _OpenPass(self, work, values, numbers)
+            tensors = _Node.apply(opened, *work.given, *(users[i] for i in numbers))
+        else:
+            tensors = self.forward(work)
+        assert work.nest is not None
+        return work.nest.pack(tensors)
+
+    def forward(self, work: ForwardPass) -> list[torch.Tensor]:
+        """Run forward on the replicas; the merged outputs."""
+        with self._scope():
+            result = self.engine.call(work.batch, partial(self.program.forward, work))
+            return self.program.merged(work, result)
+
+    def backward(
+        self, opened: _OpenPass, gradients: Sequence[torch.Tensor | None], *, retain: bool
+    ) -> list[torch.Tensor | None]:
+        """Run backward on the replicas; the gradients by the tensors that were given, then those by the parameters."""
+        work = BackwardPass(opened.work, gradients, retain, reduces=True)
+        rows = Batch([], None, opened.work.batch.rows)
+        with self._scope():
+            result = self.engine.backward(rows, partial(self.program.backward, work))
+            found = self.program.gradients_of(work, result)
+            reduced = self.program.reduced(frozenset().union(*(note.used for note in result.every_note)))
+        return [*found, *(reduced.get(i) for i in opened.numbers)]
+
+    def with_graph(
+        self, opened: _OpenPass, tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:
+        """As `backward`, but differentiable again: the pass is repeated on one device, with the same draws.
+
+        Raises:
+            NotImplementedError: batch normalization used each replica's own moments.
+        """
+        self._tell_once()
+        work = opened.work
+        if work.normalizes_by_replica and not self.program.sync_batch_norm:
+            raise NotImplementedError(
+                "A gradient of a gradient (create_graph=True) through batch normalization needs the moments of the "
+                "global batch: wrap the module with sync_batch_norm=True."
+            )
+        outputs = [leaf for leaf in self._repeated(opened, tensors) if isinstance(leaf, torch.Tensor)]
+        pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if g is not None and y.requires_grad]
+        roots, seeds = [root for root, _ in pairs], [seed for _, seed in pairs]
+        found = torch.autograd.grad(roots, list(tensors), seeds, create_graph=True, allow_unused=True)
+        return list(found)
+
+    def _repeated(self, opened: _OpenPass, tensors: Sequence[torch.Tensor]) -> list[Any]:
+        """The leaves of the outputs of a pass that is repeated by the user's own module, on one device."""
+        work, module = opened.work, self.program.module
+        leaves, spec = pytree.tree_flatten(opened.values)
+        places = {id(given): tensor for given, tensor in zip(work.given, tensors, strict=False)}
+        args, kwargs, _ = pytree.tree_unflatten([places.get(id(x), to_tensor(x)) for x in leaves], spec)
+        buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+        drawn = torch.get_rng_state()
+        torch.set_rng_state(opened.drawn)
+        try:
+            with torch.enable_grad(), work.batch.structure.autocast.enter():
+                return pytree.tree_leaves(module(*args, **kwargs))
+        finally:
+            torch.set_rng_state(drawn)
+            for buffer, before in buffers:
+                buffer.data.copy_(before)
+
+    def _tell_once(self) -> None:
+        """Warn once that gradients of gradients are computed on one device."""
+        if not self._told:
+            self._told = True
+            warn_user(
+                f"fastdp: gradients of gradients (create_graph=True) of {type(self.program.module).__name__} are "
+                "computed on one device."
+            )
+
+
+class _Node(torch.autograd.Function):
+    """A forward pass on all devices as one node of autograd's graph.
+
+    Its inputs are the tensors whose gradients are wanted and the module's trained parameters, so torch itself adds to
+    `p.grad` and calls the hooks of parameters. Its outputs are the merged ones.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, opened: _OpenPass, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.opened = opened
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        outputs = opened.calls.forward(opened.work)
+        wanted = opened.work.requires_grad
+        ctx.mark_non_differentiable(*(y for y, wants in zip(outputs, wanted, strict=True) if not wants))
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        opened: _OpenPass = ctx.opened
+        if torch.is_grad_enabled():
+            return None, *opened.calls.with_graph(opened, ctx.saved_tensors, gradients)
+        retain = torch._C._autograd._get_current_graph_task_keep_graph()
+        return None, *opened.calls.backward(opened, gradients, retain=retain)
