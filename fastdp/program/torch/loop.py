@@ -1,4 +1,4 @@
-"""Forward passes whose graphs the replicas keep, and backward passes through them, for the user's own training loops.
+"""Forward passes that keep their graphs on the replicas, and backward passes through them, for users' loops.
 
 A loop calls the module, computes any loss of the outputs, and runs backward:
 
