@@ -1,4 +1,4 @@
-"""The members of the module that `TorchParallel` offers under the same names, so that loops need not say `.module`."""
+"""The members of the module that `TorchParallel` has too, so that loops need not say `.module`."""
 
 from __future__ import annotations
 
