@@ -45,15 +45,17 @@ def compare(
     devices: int,
 ) -> None:
     """Train by plain torch, then by the same loop and by train steps on several devices, and print the losses."""
+    modules = build()  # from a seed of its own
     torch.manual_seed(1)
-    wanted = [float(loss) for loss in loop(build(), batches)]
+    wanted = [float(loss) for loss in loop(modules, batches)]
     print(f"plain torch: loss {wanted[0]:.6f} -> {wanted[-1]:.6f}")
     modules = build()
     wrapped = [fastdp.wrap(m, gpus=devices, sync_batch_norm=True) for m in _each(modules)]
     torch.manual_seed(1)
     _show("loop", devices, wanted, loop(wrapped if isinstance(modules, tuple) else wrapped[0], batches))
+    modules = build()
     torch.manual_seed(1)
-    _show("train_step", devices, wanted, train_step(build(), batches, gpus=devices, sync_batch_norm=True))
+    _show("train_step", devices, wanted, train_step(modules, batches, gpus=devices, sync_batch_norm=True))
 
 
 def _each(modules: Modules) -> tuple[nn.Module, ...]:

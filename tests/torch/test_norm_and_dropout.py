@@ -131,7 +131,7 @@ def trained(devices: int, seed: int) -> tuple[nn.Module, torch.Tensor]:
     return module, torch.stack([step(x, y) for x, y in data])
 
 
-@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("devices", [1, 2, 8])
 def test_dropout_and_noise_are_the_same_on_any_number_of_devices(devices):
     module, losses = trained(devices, 13)
     reference, expected = trained(3, 13)

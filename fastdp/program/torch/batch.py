@@ -15,6 +15,7 @@ from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.program.torch.rows.declared import DeclaredRows, rows_back, rows_first
 from fastdp.program.torch.rows.merging import merge, plain_layouts
+from fastdp.program.torch.shared_draws import SharedDraws
 from fastdp.shard import dealt_rows
 from fastdp.tensors.arrays import as_array, as_tensor, dtype_name, output_array
 from fastdp.tensors.autocast import Autocast
@@ -97,6 +98,7 @@ class Structure:
     autocast: Autocast = field(default_factory=Autocast.current)
     layouts: Sequence[Layout] = ()
     declared: DeclaredRows | None = None
+    draws: SharedDraws = field(default_factory=SharedDraws)
     _seed: int | None = None
 
     def layouts_of(self, outputs: Any, tensors: Sequence[torch.Tensor]) -> list[Layout]:
@@ -118,7 +120,7 @@ class Structure:
         """The seed of the step's random draws, drawn from torch's global generator at the first call."""
         with global_generator:
             if self._seed is None:
-                self._seed = int(torch.randint(0, 2**62, (), dtype=torch.int64))
+                self._seed = int(self.draws.alone(lambda: torch.randint(0, 2**62, (), dtype=torch.int64)))
             return self._seed
 
 

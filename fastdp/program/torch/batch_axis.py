@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from fastdp.program.torch.random import HANDLERS as BY_ROWS
+from fastdp.program.torch.random.handlers import HANDLERS as BY_ROWS
 from fastdp.program.torch.replica import ReplicaContext
 from fastdp.tensors.function_mode import Handler
 from fastdp.warn import warn_user

@@ -32,6 +32,7 @@ from fastdp.program.torch.program import TorchProgram
 from fastdp.program.torch.replica import ReplicaContext, backward
 from fastdp.program.torch.rows.declared import parts_fit, rows_back, rows_first
 from fastdp.program.torch.rows.merging import merge, own_gradient, own_part
+from fastdp.program.torch.shared_draws import SharedDraws
 from fastdp.tensors.arrays import as_tensor, dtype_name, output_array, settle, spec_of
 from fastdp.tensors.collectives import StepPeers, peers_scope
 from fastdp.tensors.function_mode import ReplicaMode
@@ -64,7 +65,16 @@ class _Notes:
     layouts: list[Layout]
     requires_grad: list[bool]
     others: list[torch.Tensor]
+    draws: SharedDraws
     buffers: BufferNotes = field(default_factory=BufferNotes)
+
+    def agree(self, every: Sequence[_Notes]) -> None:
+        """Check that all replicas have drawn the same random numbers.
+
+        Raises:
+            RuntimeError: they have not.
+        """
+        self.draws.end()
 
 
 @dataclass(slots=True)
@@ -182,7 +192,7 @@ class LoopProgram(TorchProgram):
             nest, tensors = Nest.flatten(outputs, "The module's outputs")
             layouts = structure.layouts_of(outputs, tensors)
             parts_fit(layouts, tensors, context.rows)
-            notes = _Notes(nest, layouts, [tensor.requires_grad for tensor in tensors], [])
+            notes = _Notes(nest, layouts, [tensor.requires_grad for tensor in tensors], [], structure.draws)
             sums = gather_buffers(state.replica, running, notes.buffers)
             state.replica.restore_buffers()
         if work.keeps:

@@ -21,19 +21,20 @@ from fastdp.program.base import Result
 from fastdp.program.torch import batch_axis
 from fastdp.program.torch import batch_norm as torch_batch_norm
 from fastdp.program.torch import gradients as torch_gradients
-from fastdp.program.torch import random as torch_random
 from fastdp.program.torch.batch import Nest, Structure, outputs_to_arrays
 from fastdp.program.torch.gradients import Gradients
 from fastdp.program.torch.loss import WITHOUT_GRADIENT, LossFunction, contribute, number
 from fastdp.program.torch.module import ReplicaModule
 from fastdp.program.torch.module_buffers import BufferNotes, gather_buffers
 from fastdp.program.torch.parameter_hooks import HookedGradients
+from fastdp.program.torch.random import handlers as random_handlers
 from fastdp.program.torch.replica import ReplicaContext, backward
+from fastdp.program.torch.shared_draws import SharedDraws
 from fastdp.tensors.collectives import StepPeers, peers_scope
 from fastdp.tensors.function_mode import Handler, ReplicaMode
 
 HANDLERS: dict[Any, Handler] = {
-    **torch_random.HANDLERS,
+    **random_handlers.HANDLERS,
     **batch_axis.HANDLERS,
     **torch_batch_norm.HANDLERS,
     **torch_gradients.HANDLERS,
@@ -74,6 +75,16 @@ class Notes:
     buffers: BufferNotes = field(default_factory=BufferNotes)
     used: frozenset[int] = frozenset()
     hooked: HookedGradients | None = None
+    draws: SharedDraws | None = None
+
+    def agree(self, every: Sequence[Notes]) -> None:
+        """Check that all replicas have drawn the same random numbers. Called before the update.
+
+        Raises:
+            RuntimeError: they have not.
+        """
+        if self.draws is not None:
+            self.draws.end()
 
 
 class Passes:
@@ -136,10 +147,12 @@ class Passes:
             outputs = state.replica.module(*args, **kwargs)
             state.replica.restore_buffers()
         arrays, nest = outputs_to_arrays(outputs, context)
-        return Result(arrays, np.zeros(1), Notes(nest))
+        return Result(arrays, np.zeros(1), Notes(nest, draws=structure.draws if context.size > 1 else None))
 
     def running(self, context: Context) -> ReplicaContext:
-        """What a replica's thread knows in a step."""
+        """What a replica's thread knows in a step that begins."""
+        if context.size > 1:
+            context.structure.draws.begin()
         return ReplicaContext(context, context.rows, self.sync_batch_norm, told=self._told)
 
     def _train_alone(
@@ -181,7 +194,7 @@ class Passes:
                 with state.gradients.announcing(running, part.direct):
                     backward(running, part.roots, [seed / self.accumulate for seed in part.seeds])
         arrays, nest = outputs_to_arrays(outputs, context) if context.wants_outputs else ([], None)
-        notes = Notes(nest, part.dtype, used=state.gradients.store(part.direct))
+        notes = Notes(nest, part.dtype, used=state.gradients.store(part.direct), draws=structure.draws)
         sums = gather_buffers(state.replica, running, notes.buffers)
         state.replica.restore_buffers()
         return Result(arrays, np.concatenate([[part.value], *sums]), notes)

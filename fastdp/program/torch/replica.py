@@ -39,8 +39,8 @@ class ReplicaContext:
     normalized: list[Normalized] = field(default_factory=list)
     told: set[str] = field(default_factory=set)
 
-    def next_draw(self) -> tuple[int, int]:
-        """The key of the next random draw: the step's seed, and the number of the draw in the step.
+    def next_draw(self) -> int:
+        """The number of the next random draw in the step.
 
         Raises:
             NotImplementedError: called in backward, where a checkpoint would have to repeat the draws of forward.
@@ -51,7 +51,7 @@ class ReplicaContext:
                 "fastdp cannot repeat its random draws. Keep dropout and other random ops out of checkpointed parts."
             )
         self.draws += 1
-        return self.context.structure.seed(), self.draws
+        return self.draws
 
 
 def backward(

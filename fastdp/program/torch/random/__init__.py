@@ -1,0 +1,1 @@
+"""Random draws of torch modules on replicas."""

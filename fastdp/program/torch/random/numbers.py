@@ -1,0 +1,87 @@
+"""Torch functions that make or fill tensors of random numbers, on replicas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastdp.program.torch.random.counted import counted, counted_normal
+from fastdp.program.torch.random.drawn import PARAMETERS, Fill, drawn, refuse_generator, refuse_one_row, row_axis
+from fastdp.program.torch.replica import ReplicaContext
+
+
+def created(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> torch.Tensor:
+    """torch.rand, torch.randn, torch.randint and their `_like`s."""
+    kwargs = dict(kwargs)
+    refuse_generator(kwargs.pop("generator", None))
+    out = kwargs.pop("out", None)
+    integers = function in (torch.randint, torch.randint_like)
+    bounds = _bounds(function, args, kwargs) if integers else ()
+    like = function(*args, **{**kwargs, "device": "meta", "requires_grad": False})
+    device = out.device if out is not None else torch.device(_device_of(function, args, kwargs))
+    result = torch.empty_like(like, device=device)
+    normal = function in (torch.randn, torch.randn_like)
+    if integers:
+        fill: Fill = lambda whole: whole.random_(*bounds)  # noqa: E731
+    else:
+        fill = (lambda whole: whole.normal_()) if normal else (lambda whole: whole.uniform_())
+    if result.is_cuda and not integers:
+        found = counted_normal(running, result.shape) if normal else counted(running, result.shape)
+    else:
+        refuse_one_row(function.__name__, result.shape, running.rows)
+        found = drawn(running, function.__name__, bounds, result, fill, row_axis(result.shape, running.rows))
+    with torch.no_grad():
+        result.copy_(found)
+    if out is not None:
+        return out.copy_(result)
+    return result.requires_grad_() if kwargs.get("requires_grad") else result
+
+
+def _bounds(function: Any, args: Any, kwargs: Any) -> tuple[int, int]:
+    """The range of torch.randint."""
+    numbers = list(args[1:] if function is torch.randint_like else args)
+    numbers = [one for one in numbers if isinstance(one, int)]
+    low = kwargs["low"] if "low" in kwargs else (numbers.pop(0) if len(numbers) + ("high" in kwargs) > 1 else 0)
+    return int(low), int(kwargs["high"] if "high" in kwargs else numbers[0])
+
+
+def _device_of(function: Any, args: Any, kwargs: Any) -> Any:
+    """Where a random tensor is created."""
+    if kwargs.get("device") is not None:
+        return kwargs["device"]
+    return args[0].device if args and isinstance(args[0], torch.Tensor) else torch.get_default_device()
+
+
+def filled(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> torch.Tensor:
+    """Methods that fill a tensor, such as Tensor.uniform_, and with them the functions of torch.nn.init."""
+    kwargs = dict(kwargs)
+    refuse_generator(kwargs.pop("generator", None))
+    x, numbers = args[0], (*args[1:], *kwargs.values())
+    if any(isinstance(number, torch.Tensor) for number in numbers):
+        raise NotImplementedError(PARAMETERS.format(f"Tensor.{function.__name__}"))
+    if x.is_cuda and function in (torch.Tensor.uniform_, torch.Tensor.normal_):
+        names = ("from", "to") if function is torch.Tensor.uniform_ else ("mean", "std")
+        low, high = ({names[0]: 0.0, names[1]: 1.0} | dict(zip(names, args[1:], strict=False)) | kwargs).values()
+        if function is torch.Tensor.uniform_:
+            return x.copy_(counted(running, x.shape) * (high - low) + low)
+        return x.copy_(counted_normal(running, x.shape) * high + low)
+    refuse_one_row(function.__name__, x.shape, running.rows)
+    fill: Fill = lambda whole: function(whole, *args[1:], **kwargs)  # noqa: E731
+    return x.copy_(drawn(running, function.__name__, numbers, x.detach(), fill, row_axis(x.shape, running.rows)))
+
+
+def randperm(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> torch.Tensor:
+    """torch.randperm, the same for all rows."""
+    kwargs = dict(kwargs)
+    refuse_generator(kwargs.pop("generator", None))
+    n = int(args[0] if args else kwargs["n"])
+    if n == running.rows.count != running.rows.total:
+        raise NotImplementedError(
+            f"torch.randperm({n}) in a module that fastdp splits permutes as many things as this device has rows. "
+            "If it permutes the rows of the batch, it mixes rows of different devices: draw the permutation outside "
+            "and pass it in, or use gpus=[0]."
+        )
+    like = torch.empty(n, dtype=kwargs.get("dtype") or torch.int64)
+    found = drawn(running, "randperm", (n,), like, lambda whole: whole.copy_(function(n)), None)
+    return found.clone().to(kwargs.get("device") or "cpu")
