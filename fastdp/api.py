@@ -178,6 +178,8 @@ def wrap(
     for library, (module, function) in _WRAPPERS.items():
         if library in libraries:
             return getattr(importlib.import_module(module), function)(model, gpus, options)
+    if type(model).__module__.split(".")[0] == "fastdp" and hasattr(model, "module"):
+        raise ValueError("`model` is parallel already. Wrap its module: model.module")
     raise TypeError(
         "`model` must be a keras.Model or a torch.nn.Module. "
         f"Received: {model!r} (of type {type(model).__name__}). For a program of NumPy or CuPy functions, make a "

@@ -99,4 +99,4 @@ class GradientBuckets:
 
 def dense(gradient: torch.Tensor) -> torch.Tensor:
     """The gradient as a dense tensor, which can be copied into a view."""
-    return gradient.todense() if gradient.is_sparse else gradient
+    return gradient.to_dense() if gradient.is_sparse else gradient

@@ -125,7 +125,8 @@ _homes: Homes[AdoptedSlots] = Homes()
 def adopted(module: nn.Module, device: Allocator) -> AdoptedSlots:
     """The adopted tensors of a module."""
     slots = slots_of(module)
-    return _homes.of(module, [slot.name for slot in slots], lambda: AdoptedSlots(slots, device))
+    tensors = [(slot.name, slot.tensor.dtype, slot.tensor.shape) for slot in slots]
+    return _homes.of(module, tensors, lambda: AdoptedSlots(slots, device))
 
 
 @dataclass(slots=True)

@@ -1,0 +1,57 @@
+"""What a parallel module has of the module's own members: dtypes, files, and modules that are parallel already."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fastdp
+
+DEVICES = (1, 2, 3, 8)
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_a_module_converted_after_its_first_call_runs_in_the_new_dtype(devices):
+    module = nn.Linear(4, 2)
+    model = fastdp.wrap(module, gpus=devices)
+    x = torch.randn(9, 4)
+    model(x)
+    model.double()
+    torch.testing.assert_close(model(x.double()), module(x.double()))
+    assert model(x.double()).dtype == torch.float64
+
+
+def test_a_file_of_data_parallel_is_loaded_without_its_prefix():
+    module, other = nn.Linear(4, 2), nn.Linear(4, 2)
+    model = fastdp.wrap(module, gpus=2)
+    saved = {f"module.{name}": value for name, value in other.state_dict().items()}
+    model.load_state_dict(saved)
+    torch.testing.assert_close(module.state_dict(), other.state_dict())
+    assert all(name.startswith("module.") for name in saved)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict({"module.weight": other.weight})
+
+
+def test_a_parallel_module_is_not_wrapped_again():
+    with pytest.raises(ValueError, match=r"Wrap its module: model\.module"):
+        fastdp.wrap(fastdp.wrap(nn.Linear(4, 2), gpus=2), gpus=2)
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_sparse_gradients_of_embeddings_train_as_on_one_device(devices):
+    module = nn.EmbeddingBag(7, 3, sparse=True, mode="sum").double()
+    reference = copy.deepcopy(module)
+    optimizers = [lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)]
+    step = fastdp.wrap(module, gpus=devices).train_step(lambda y: (y**2).mean(), optimizers[0])
+    optimizer = optimizers[0](reference.parameters())
+    for seed in range(3):
+        rows = torch.randint(7, (9, 2), generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        loss = (reference(rows) ** 2).mean()
+        loss.backward()
+        optimizer.step()
+        torch.testing.assert_close(step(rows), loss.detach())
+    torch.testing.assert_close(module.state_dict(), reference.state_dict())
