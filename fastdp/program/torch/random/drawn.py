@@ -25,6 +25,9 @@ def drawn(
         fill: fills a tensor with random numbers.
         axis: where the rows are; None if the draw is the same for all rows.
     """
+    if like.is_cuda:  # GPUs share what the host draws: each brings its rows over
+        like = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
+        return drawn(running, name, numbers, like, fill, axis).to(running.context.torch_device)
     draws, rows = running.context.structure.draws, running.rows
     number = running.next_draw()
     if rows.count == rows.total:

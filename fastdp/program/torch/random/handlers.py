@@ -4,7 +4,8 @@ On the CPU the draws of a step are shared (`fastdp.program.torch.shared_draws`):
 plain torch draws for the whole batch. Functions that draw inside (attention, recurrent layers, `gumbel_softmax`) run in
 a mode that shares the draws of the operations that they consist of. On GPUs dropout and uniform or normal numbers come
 from a counter-based generator (`fastdp.tensors.random`), keyed by one number from torch's generator: the same on any
-number of GPUs, but not those of one GPU in plain torch.
+number of GPUs, but not those of one GPU in plain torch. What fused kernels draw there (attention, recurrent layers)
+comes from each GPU's own generator: it repeats with the seed, and differs with the number of GPUs.
 
 Rows are the first axis of a draw if its length is a multiple of the replica's rows. Otherwise a mask of activations has
 them on the only other axis of such a length, and any other draw is the same for all rows.

@@ -57,7 +57,8 @@ class _SharesDraws(TorchDispatchMode):
 def inside(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> Any:
     """Run a function that draws inside."""
     refuse_generator(kwargs.get("generator"))
-    if not draws_in_call(function, args, kwargs):
+    on_gpu = any(isinstance(one, torch.Tensor) and one.is_cuda for one in (*args, *kwargs.values()))
+    if on_gpu or not draws_in_call(function, args, kwargs):  # fused kernels draw from each GPU's own generator
         return function(*args, **kwargs)
     axis = 0
     if function in RNNS:

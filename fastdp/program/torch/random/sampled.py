@@ -15,7 +15,8 @@ def sampled(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> t
     kwargs = dict(kwargs)
     refuse_generator(kwargs.pop("generator", None))
     rows, context = running.rows, running.context
-    given = [one.detach() for one in args if isinstance(one, torch.Tensor)]
+    device = next((one.device for one in args if isinstance(one, torch.Tensor)), None)
+    given = [one.detach().cpu() for one in args if isinstance(one, torch.Tensor)]
     if not given or kwargs.get("out") is not None or any(isinstance(one, torch.Tensor) for one in kwargs.values()):
         raise NotImplementedError(PARAMETERS.format(f"torch.{function.__name__}"))
     if rows.count == rows.total:
@@ -34,6 +35,6 @@ def sampled(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> t
     number = running.next_draw()
     whole = context.structure.draws.take(number, context.size, request, lambda: function(*whole_args, **kwargs))
     if all(axis is None for axis in axes):
-        return whole.clone()
+        return whole.to(device, copy=True)
     per_row = whole.shape[0] // rows.total
-    return whole.narrow(0, per_row * rows.start, per_row * rows.count).clone()
+    return whole.narrow(0, per_row * rows.start, per_row * rows.count).to(device, copy=True)
