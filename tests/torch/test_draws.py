@@ -150,6 +150,22 @@ def test_a_transformer_and_recurrent_layers_with_dropout(devices):
     compare(Net, devices)
 
 
+def test_a_single_row_per_device_is_drawn_in_the_memory_order_of_the_whole_batch():
+    """Dropout of a transposed result, as attention's: the rows are not outermost in memory."""
+
+    def steps_first(x):
+        rows, steps, features = x.shape
+        found = 2 * x.transpose(0, 1).reshape(steps * rows, features)
+        return F.dropout(found.view(steps, rows, features).transpose(0, 1), 0.5)
+
+    module = Apply(steps_first).double()
+    reference, x = copy.deepcopy(module), torch.randn(8, STEPS, FEATURES, dtype=torch.float64)
+    torch.manual_seed(2)
+    found = fastdp.wrap(module, gpus=8)(x)
+    torch.manual_seed(2)
+    torch.testing.assert_close(found, reference(x))
+
+
 def test_a_loss_that_draws_draws_once_for_all_rows():
     module = nn.Linear(6, 6).double()
     reference, x = copy.deepcopy(module), torch.randn(9, 6, dtype=torch.float64)

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fastdp.comm.context import Context
 from fastdp.program.base import Result
-from fastdp.program.torch import batch_axis
+from fastdp.program.torch import batch_axis, embeddings
 from fastdp.program.torch import batch_norm as torch_batch_norm
 from fastdp.program.torch import gradients as torch_gradients
 from fastdp.program.torch.batch import Nest, Structure, outputs_to_arrays
@@ -36,6 +36,7 @@ from fastdp.tensors.function_mode import Handler, ReplicaMode
 HANDLERS: dict[Any, Handler] = {
     **random_handlers.HANDLERS,
     **batch_axis.HANDLERS,
+    **embeddings.HANDLERS,
     **torch_batch_norm.HANDLERS,
     **torch_gradients.HANDLERS,
 }

@@ -36,7 +36,8 @@ def drawn(
     per_row = 0 if axis is None else shape[axis] // rows.count
     if axis is not None:
         shape[axis] = per_row * rows.total
-    order = sorted(range(like.ndim), key=lambda one: -like.stride(one))  # stable: equal strides keep their order
+    # An axis of length one has the stride of the axis around it, so a single row stands inside that axis.
+    order = sorted(range(like.ndim), key=lambda one: (-like.stride(one), like.shape[one] == 1))
     request = (name, *numbers, tuple(shape), like.dtype, axis)
     whole = draws.take(number, running.context.size, request, lambda: fill(_empty(shape, order, like)))
     return whole if axis is None else whole.narrow(axis, per_row * rows.start, per_row * rows.count)
