@@ -10,7 +10,7 @@ import torch
 from fastdp.comm.context import Context
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.program.torch.batch import Structure, flatten_batch
-from fastdp.program.torch.random import uniform
+from fastdp.program.torch.random.counted import counted
 from fastdp.program.torch.replica import ReplicaContext
 from fastdp.shard import Rows
 
@@ -24,8 +24,8 @@ def context(device):
 
 
 def test_random_draws():
-    assert uniform(ReplicaContext(context(META), Rows(0, 4, 8)), (4, 2)).device.type == "meta"
-    assert uniform(ReplicaContext(context(None), Rows(0, 4, 8)), (4, 2)).device.type == "cpu"
+    assert counted(ReplicaContext(context(META), Rows(0, 4, 8)), (4, 2)).device.type == "meta"
+    assert counted(ReplicaContext(context(None), Rows(0, 4, 8)), (4, 2)).device.type == "cpu"
 
 
 def test_targets_of_a_merged_loss():
