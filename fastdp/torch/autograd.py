@@ -62,6 +62,8 @@ class Calls:
         work = ForwardPass.of(batch, values, keeps=keeps)
         numbers = [i for i, user in enumerate(users) if user.requires_grad] if keeps else []
         work.keeps = bool(numbers or work.given)
+        with self._scope():
+            self.program.judge(batch, len(self.engine.devices), tuple(work.rows))
         if work.keeps:
             opened = _OpenPass(self, work, values, numbers)
             tensors = _Node.apply(opened, *work.given, *(users[i] for i in numbers))

@@ -11,11 +11,11 @@ import fastdp
 
 
 class Paths(nn.Module):
-    """Each replica takes one of two paths, by the values of its rows."""
+    """Each replica takes one of two paths, by the values of its rows. A trial refuses it unless rows are declared."""
 
     def __init__(self, ways):
         super().__init__()
-        self.left, self.right = nn.Sequential(nn.BatchNorm1d(3)), nn.Sequential(nn.BatchNorm1d(3))
+        self.left, self.right = (nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False)) for _ in range(2))
         self.listed = [nn.BatchNorm1d(3, affine=False, track_running_stats=False) for _ in range(2)]
         self.last = nn.Linear(3, 1)
         self.ways = ways
@@ -47,7 +47,7 @@ def test_paths_that_part_at_a_synchronized_normalization_stop_the_step_and_name_
     ways, places = WAYS[case]
     module = Paths(ways).double()
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    step = fastdp.wrap(module, gpus=2, sync_batch_norm=True).train_step(
+    step = fastdp.wrap(module, gpus=2, sync_batch_norm=True, rows={"output": 0}).train_step(
         F.mse_loss, lambda p: torch.optim.SGD(p, lr=0.1)
     )
     with pytest.raises(fastdp.ReplicaError, match="different paths") as raised:
@@ -60,7 +60,7 @@ def test_paths_that_part_at_a_synchronized_normalization_stop_the_step_and_name_
 
 def test_a_replica_that_ends_its_forward_pass_leaves_none_waiting():
     module = Paths((left, lambda m, x: x)).double()
-    parallel = fastdp.wrap(module, gpus=2, sync_batch_norm=True)
+    parallel = fastdp.wrap(module, gpus=2, sync_batch_norm=True, rows={"output": 0})
     with pytest.raises(fastdp.ReplicaError, match=r"virtual:[01] at .*left\.0.*virtual:[01] past the end"):
         parallel(batch()[0])
     assert parallel(-batch()[0].abs()).shape == (4, 1)  # the next call works

@@ -465,7 +465,9 @@ class Recurs(nn.Module):
 )
 def test_a_batch_with_time_steps_first_is_warned_of_once(make):
     time_first, rows_first = torch.randn(8, 5, 4), torch.randn(8, 8, 4)
-    step = fastdp.wrap(make(False), gpus=2).train_step(F.mse_loss, sgd)
+    with pytest.raises(ValueError, match="The output of the module cannot be merged"):
+        fastdp.wrap(make(False), gpus=2)(time_first)
+    step = fastdp.wrap(make(False), gpus=2, rows={"output": 0}).train_step(F.mse_loss, sgd)
     with pytest.warns(
         UserWarning, match="splits the rows of a batch along that axis: this device has 4 of 8.*batch_first=True"
     ):

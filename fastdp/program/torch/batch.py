@@ -14,11 +14,13 @@ from torch.utils import _pytree as pytree
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.program.torch.rows.declared import DeclaredRows, rows_back, rows_first
+from fastdp.program.torch.rows.judged import Judged
 from fastdp.program.torch.rows.merging import merge, plain_layouts
 from fastdp.program.torch.shared_draws import SharedDraws
 from fastdp.shard import dealt_rows
 from fastdp.tensors.arrays import as_array, as_tensor, dtype_name, output_array
 from fastdp.tensors.autocast import Autocast
+from fastdp.tensors.collectives import StepPeers
 from fastdp.tensors.random import global_generator
 from fastdp.tensors.row_effects import ROWS_FIRST, Effect, Layout
 
@@ -91,7 +93,8 @@ _HOLE = _Hole()
 class Structure:
     """What replicas get besides the arrays of a batch: their nest, the autocast state and the seed.
 
-    `layouts` are those of the arrays, by default rows first; `declared` is what the user has said about outputs.
+    `layouts` are those of the arrays, by default rows first; `declared` is what the user has said about outputs, and
+    `judged` what a trial has shown.
     """
 
     nest: Nest
@@ -99,11 +102,15 @@ class Structure:
     layouts: Sequence[Layout] = ()
     declared: DeclaredRows | None = None
     draws: SharedDraws = field(default_factory=SharedDraws)
+    judged: Judged | None = None
     _seed: int | None = None
 
     def layouts_of(self, outputs: Any, tensors: Sequence[torch.Tensor]) -> list[Layout]:
         """The layouts of a replica's outputs, a nest with these tensors."""
-        return plain_layouts(tensors) if self.declared is None else self.declared.of_outputs(outputs)
+        found = self.judged.outputs if self.judged is not None else None
+        if found is None or len(found) != len(tensors):
+            found = plain_layouts(tensors)
+        return found if self.declared is None else self.declared.of_outputs(outputs, found)
 
     def pack(self, arrays: Sequence[np.ndarray], where: str | None = None) -> Any:
         """The nest `(args, kwargs, targets)` over a replica's arrays. `where` names a device to copy them to."""
@@ -200,6 +207,22 @@ def to_tensor(value: Any) -> Any:
     if not value.flags.writeable or any(stride < 0 for stride in value.strides):
         value = value.copy()
     return torch.from_numpy(value)
+
+
+def with_extremes(outputs: Any, context: Context) -> Any:
+    """A replica's outputs, in which those that are extremes over rows are extremes over all rows of the batch."""
+    structure: Structure = context.structure
+    if context.size == 1 or structure.judged is None or not structure.judged.extremes:
+        return outputs
+    nest, tensors = Nest.flatten(outputs, "The module's outputs")
+    ops = {Effect.LARGEST: "max", Effect.SMALLEST: "min"}
+    peers, layouts = StepPeers(context), structure.layouts_of(outputs, tensors)
+    return nest.pack(
+        [
+            peers.all_reduce(tensor, ops[layout.effect]) if layout.effect in ops else tensor
+            for tensor, layout in zip(tensors, layouts, strict=True)
+        ]
+    )
 
 
 def outputs_to_arrays(outputs: Any, context: Context) -> tuple[list[np.ndarray], Nest]:

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.program.base import Result
-from fastdp.program.torch.batch import Nest, Structure
+from fastdp.program.torch.batch import Nest, Structure, with_extremes
 from fastdp.program.torch.module_buffers import BufferNotes, assign_buffers, gather_buffers
 from fastdp.program.torch.parameter_hooks import HookedGradients
 from fastdp.program.torch.passes import HANDLERS, State
@@ -69,12 +69,13 @@ class _Notes:
     buffers: BufferNotes = field(default_factory=BufferNotes)
 
     def agree(self, every: Sequence[_Notes]) -> None:
-        """Check that all replicas have drawn the same random numbers.
+        """Check that all replicas have drawn the same random numbers, and agree on buffers.
 
         Raises:
-            RuntimeError: they have not.
+            RuntimeError, ValueError: they have not, or do not.
         """
         self.draws.end()
+        self.buffers.check([note.buffers for note in every])
 
 
 @dataclass(slots=True)
@@ -188,7 +189,7 @@ class LoopProgram(TorchProgram):
                 together.enter_context(peers_scope(StepPeers(context)))
                 together.enter_context(ReplicaMode(running, HANDLERS))
             with structure.autocast.enter():
-                outputs = state.replica.module(*args, **kwargs)
+                outputs = with_extremes(state.replica.module(*args, **kwargs), context)
             nest, tensors = Nest.flatten(outputs, "The module's outputs")
             layouts = structure.layouts_of(outputs, tensors)
             parts_fit(layouts, tensors, context.rows)

@@ -147,10 +147,11 @@ def _check_reduction(reduction: str, tensors: Sequence[torch.Tensor], layouts: S
     Raises:
         ValueError: a sum among the outputs of a mean loss, or a value that is no sum among those of a sum.
     """
-    wrong = (Effect.SUM,) if reduction == "mean" else (Effect.SAME,)
-    if any(t.requires_grad and one.effect in wrong for t, one in zip(tensors, layouts, strict=True)):
+    wrong = (Effect.SUM,) if reduction == "mean" else (Effect.SAME, Effect.LARGEST, Effect.SMALLEST)
+    found = [one.effect for t, one in zip(tensors, layouts, strict=True) if t.requires_grad and one.effect in wrong]
+    if found:
         raise ValueError(
-            f"An output of the module is declared {wrong[0].value}, which a loss with reduction={reduction!r} would "
+            f"An output of the module is {found[0].value}, which a loss with reduction={reduction!r} would "
             "count wrongly on several devices. Use reduction=None."
         )
 

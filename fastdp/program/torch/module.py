@@ -10,7 +10,7 @@ step fails, so that a failed step has changed nothing.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
@@ -196,13 +196,16 @@ class ReplicaModule:
         if self.pending and not self._busy:
             self.restore_buffers()
 
-    def changed_buffers(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """The indices of the buffers that forward has changed, with their values now and before."""
+    def changed_buffers(self, always: Collection[int] = ()) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """The indices of the buffers that forward has changed, with their values now and before.
+
+        Those in `always` are included though nothing has changed them.
+        """
         for one in self.buffers:
             if self._resized(one):
                 continue
             value = one.slot.tensor
-            if value is not one.work or not torch.equal(value, one.before):
+            if value is not one.work or one.index in always or not torch.equal(value, one.before):
                 yield one.index, value.detach(), one.before
 
     def keep_buffers(self) -> None:
@@ -211,6 +214,10 @@ class ReplicaModule:
             if not self._resized(one) and one.slot.tensor is not one.work:
                 one.work.data.copy_(one.slot.tensor)
                 one.slot.table[one.slot.key] = one.work
+
+    def name_of(self, index: int) -> str:
+        """The name of a buffer."""
+        return next(one.slot.name for one in self.buffers if one.index == index)
 
     def index_of(self, tensor: torch.Tensor) -> int | None:
         """The index of the buffer whose tensor forward sees; None if it is no buffer."""

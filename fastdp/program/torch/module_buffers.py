@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from fastdp.program.torch.module import ReplicaModule
 from fastdp.program.torch.replica import ReplicaContext
 from fastdp.tensors.moments import combine, unbiased
+from fastdp.tensors.row_effects import Effect
 from fastdp.tensors.sums import like, move, movement
 
 
@@ -18,24 +20,52 @@ class BufferNotes:
     """The layout of a step's numbers: the elements of each buffer in `moved`, then the moments of each call in
     `normalized`.
 
-    Indices are those of the variables. Buffers in `constant` get the first replica's value. An entry of `normalized`
+    Indices are those of the variables. Buffers in `constant` get the first replica's value; `unjudged` has the values
+    of those that a trial has not seen change, by name. An entry of `normalized`
     is one call: the indices of the running mean and variance, and the momentum.
     """
 
     moved: list[int] = field(default_factory=list)
     constant: list[tuple[int, torch.Tensor]] = field(default_factory=list)
     normalized: list[tuple[int, int, float]] = field(default_factory=list)
+    unjudged: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def check(self, every: Sequence[BufferNotes]) -> None:
+        """Check that all replicas agree on the buffers that only a step has changed, and not its trial.
+
+        Raises:
+            ValueError: they do not.
+        """
+        for name in dict.fromkeys(name for notes in every for name in notes.unjudged):
+            values = [notes.unjudged.get(name) for notes in every]
+            first = values[0]
+            if first is None or any(value is None or not torch.equal(value, first) for value in values):
+                raise ValueError(
+                    f"forward has changed the buffer `{name}` to different values on different devices, which it did "
+                    "not when fastdp tried it on a few rows. Combine the replicas' values by fastdp.replica.all_reduce "
+                    "or fastdp.replica.all_gather, or use gpus=[0]."
+                )
 
 
 def gather_buffers(replica: ReplicaModule, running: ReplicaContext, notes: BufferNotes) -> list[np.ndarray]:
     """A replica's numbers, to be summed over replicas. Fills the notes."""
     sums = []
-    for index, value, before in replica.changed_buffers():
-        if not value.is_floating_point():
+    judged = running.context.structure.judged
+    states: dict[int, Effect] = judged.states if judged is not None else {}
+    for index, value, before in replica.changed_buffers(states):
+        effect = states.get(index)
+        if judged is None:
+            effect = Effect.MEAN if value.is_floating_point() else Effect.SAME
+        elif effect is None:
+            notes.unjudged[replica.name_of(index)] = value.cpu().clone()
+        if effect in (Effect.MEAN, Effect.SUM):
+            notes.moved.append(index)
+            sums.append(movement(value, before, 1.0 if effect is Effect.SUM else running.context.rows.share))
+        elif effect in (Effect.LARGEST, Effect.SMALLEST):
+            parts = torch.stack(running.context.exchange(value, f"the buffer `{replica.name_of(index)}`"))
+            notes.constant.append((index, parts.amax(0) if effect is Effect.LARGEST else parts.amin(0)))
+        else:
             notes.constant.append((index, value.clone()))
-            continue
-        notes.moved.append(index)
-        sums.append(movement(value, before, running.context.rows.share))
     for call in running.normalized:
         mean, variance = replica.index_of(call.mean), replica.index_of(call.variance)
         if mean is None or variance is None:  # not buffers of the module: private to the replica

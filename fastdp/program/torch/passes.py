@@ -21,7 +21,7 @@ from fastdp.program.base import Result
 from fastdp.program.torch import batch_axis, embeddings
 from fastdp.program.torch import batch_norm as torch_batch_norm
 from fastdp.program.torch import gradients as torch_gradients
-from fastdp.program.torch.batch import Nest, Structure, outputs_to_arrays
+from fastdp.program.torch.batch import Nest, Structure, outputs_to_arrays, with_extremes
 from fastdp.program.torch.gradients import Gradients
 from fastdp.program.torch.loss import WITHOUT_GRADIENT, LossFunction, contribute, number
 from fastdp.program.torch.module import ReplicaModule
@@ -79,13 +79,14 @@ class Notes:
     draws: SharedDraws | None = None
 
     def agree(self, every: Sequence[Notes]) -> None:
-        """Check that all replicas have drawn the same random numbers. Called before the update.
+        """Check that all replicas have drawn the same random numbers, and agree on buffers. Called before the update.
 
         Raises:
-            RuntimeError: they have not.
+            RuntimeError, ValueError: they have not, or do not.
         """
         if self.draws is not None:
             self.draws.end()
+        self.buffers.check([note.buffers for note in every])
 
 
 class Passes:
@@ -187,7 +188,7 @@ class Passes:
         running = self.running(context)
         with peers_scope(StepPeers(context)), ReplicaMode(running, HANDLERS), ExitStack() as forward:
             forward.enter_context(structure.autocast.enter())
-            outputs = state.replica.module(*args, **kwargs)
+            outputs = with_extremes(state.replica.module(*args, **kwargs), context)
             part = contribute(self.reduction, self.loss_fn, outputs, targets, users, running)
             forward.close()
             part.direct = {i: gradient / self.accumulate for i, gradient in part.direct.items()}

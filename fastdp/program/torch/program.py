@@ -23,6 +23,7 @@ from fastdp.program.torch.optimizer import OptimizerFactory, Optimizers
 from fastdp.program.torch.parameter_hooks import HookedGradients
 from fastdp.program.torch.passes import Notes, Passes, State
 from fastdp.program.torch.rows.declared import DeclaredRows
+from fastdp.program.torch.rows.trials import Trials
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import accumulate, settle, spec_of, tensors_of
 from fastdp.tensors.threads import prepare_worker, replicas_run
@@ -42,9 +43,10 @@ class TorchProgram(Program):
         accumulate: update once per `accumulate` calls, with the mean of their gradients.
 
     Buffers that the replicas' forward passes assign are combined for the global batch: the running statistics
-    of batch normalization by moments, other floating-point buffers by the replicas' changes weighted by rows,
-    integers and booleans by the first replica's value. If forward changes a buffer's shape, the buffer is a
-    cache and stays private to each replica.
+    of batch normalization by moments, others as a trial has shown (`judge`): means and sums by the replicas' changes,
+    extremes by their values, what is the same by the first replica's. Without a trial, floating-point buffers are
+    means, and integers and booleans the same. If forward changes a buffer's shape, the buffer is a cache and stays
+    private to each replica.
 
     Raises:
         ValueError: an unknown `reduction`, or a `clip_grad_norm` or `accumulate` that is not positive.
@@ -86,6 +88,7 @@ class TorchProgram(Program):
             [specs[i] for i in self._differentiable] if self.optimizers is not None else []
         )
         self._attributes = Attributes(module)
+        self._trials = Trials(module)
         self._adopted: AdoptedSlots | None = None
         self._states: list[State] = []
         self._passes = Passes(loss_fn, reduction, sync_batch_norm, accumulate)
@@ -110,6 +113,20 @@ class TorchProgram(Program):
             ValueError: no arrays, no rows, or unequal numbers of rows.
         """
         return make_batch((tuple(args), dict(kwargs), tuple(targets)), declared)
+
+    def judge(self, batch: Batch, devices: int, wanted: Sequence[int] = ()) -> None:
+        """Before a step: find out how the module's values depend on the rows, unless steps of this kind are known.
+
+        Args:
+            batch: the step's, as made by `batch`.
+            devices: the number of devices.
+            wanted: the arrays of the batch that require gradients, by their places.
+
+        Raises:
+            ValueError: the module cannot be split by rows exactly; the message has the remedies.
+        """
+        if devices > 1 and batch.rows > 1:
+            batch.structure.judged = self._trials.judged(batch, devices, wanted)
 
     @property
     def users(self) -> list[torch.Tensor]:

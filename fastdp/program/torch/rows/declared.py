@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fastdp.program.torch.rows.merging import plain_layouts
 from fastdp.shard import Rows
 from fastdp.tensors.marks import mark_of
 from fastdp.tensors.row_effects import ROWS_FIRST, Effect, Layout
@@ -66,7 +65,7 @@ class DeclaredRows:
             if getattr(leaf, "ndim", 0):
                 name = self._name(path, values)
                 mark = mark_of(leaf) if isinstance(leaf, torch.Tensor) else None
-                layout = mark or self._declared(name) or ROWS_FIRST
+                layout = mark or self.declared(name) or ROWS_FIRST
                 if layout.axis is not None and layout.axis >= leaf.ndim:
                     raise ValueError(
                         f"`rows` says that {name!r} has its rows along axis {layout.axis}, but its shape "
@@ -76,23 +75,21 @@ class DeclaredRows:
                 layouts.append(layout)
         return names, layouts
 
-    def of_outputs(self, outputs: Any) -> list[Layout]:
-        """The layouts of the tensors among a replica's outputs. By default rows first, and means without axes.
+    def of_outputs(self, outputs: Any, others: Sequence[Layout]) -> list[Layout]:
+        """The layouts of the tensors among a replica's outputs: as declared, or else those in `others`.
 
         Raises:
             ValueError: a name in `rows` stands for no output.
         """
-        found, names = [], []
-        for path, leaf in pytree.tree_flatten_with_path(outputs)[0]:
-            if isinstance(leaf, torch.Tensor):
-                names.append("output" + pytree.keystr(path))
-                found.append(mark_of(leaf) or self._declared(names[-1]) or plain_layouts([leaf])[0])
+        roles = output_roles(outputs, self)
+        names = [name for name, _ in roles]
+        found = [role or other for (_, role), other in zip(roles, others, strict=True)]
         for one in self._roles:
             if one.split("[")[0] == "output" and not any(_is_below(name, one) for name in names):
                 raise ValueError(f"`rows` names {one!r}, which is no output of the module. Its outputs: {names}")
         return found
 
-    def _declared(self, name: str) -> Layout | None:
+    def declared(self, name: str) -> Layout | None:
         """The layout of the longest declared name that stands for this one."""
         fits = [one for one in self._roles if _is_below(name, one)]
         return self._roles[max(fits, key=len)] if fits else None
@@ -111,6 +108,16 @@ class DeclaredRows:
             if number == place:
                 return f"{one.name}{pytree.keystr(tuple(path[2:]))}"
         return f"input[{place}]{pytree.keystr(tuple(path[2:]))}"
+
+
+def output_roles(outputs: Any, declared: DeclaredRows | None) -> list[tuple[str, Layout | None]]:
+    """The names of the tensors among outputs, each with its mark or its declared layout; None without both."""
+    found: list[tuple[str, Layout | None]] = []
+    for path, leaf in pytree.tree_flatten_with_path(outputs)[0]:
+        if isinstance(leaf, torch.Tensor):
+            name = "output" + pytree.keystr(path)
+            found.append((name, mark_of(leaf) or (declared.declared(name) if declared is not None else None)))
+    return found
 
 
 def _is_below(name: str, declared: str) -> bool:

@@ -1,0 +1,148 @@
+"""Judges from runs of a module on some rows, on the others and on all of them how its values depend on the rows.
+
+A value without rows may agree with several effects: a zero is a sum and a mean. So each trial leaves candidates, and
+further trials leave fewer. Floating-point values that are the same in all trials count as means, which they also are:
+a mean of masks that happen to be full is merged rightly once they are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from fastdp.tensors.row_effects import Effect, Layout
+
+REMEDIES = (
+    'Say what it is, if you know: fastdp.wrap(module, rows={"output": ...}) with the number of the axis that has the '
+    'rows, "same", "sum" or "mean"; or combine the replicas\' values in forward by fastdp.replica.all_reduce or '
+    "fastdp.replica.all_gather; or use gpus=[0]."
+)
+Candidates = frozenset[Effect]
+_ALL = frozenset({Effect.SAME, Effect.MEAN, Effect.SUM, Effect.LARGEST, Effect.SMALLEST})
+
+
+@dataclass(slots=True)
+class Judged:
+    """How a module's outputs and buffers depend on the rows.
+
+    Attributes:
+        outputs: the layouts of its outputs; None if they are not judged.
+        states: how the buffers that forward changes depend on the rows, by their numbers among the module's tensors.
+    """
+
+    outputs: list[Layout] | None = None
+    states: dict[int, Effect] = field(default_factory=dict)
+
+    @property
+    def extremes(self) -> bool:
+        """Whether an output is an extreme of all rows, which the replicas must find together."""
+        return any(one.effect in (Effect.LARGEST, Effect.SMALLEST) for one in self.outputs or ())
+
+
+def is_exact(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has integers or booleans, which have no rounding errors."""
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def row_layout(parts: Sequence[torch.Tensor], whole: torch.Tensor, rows: Sequence[int], *, rough: bool) -> Layout:
+    """The layout of a value whose shape depends on the rows: ROWS, or UNKNOWN.
+
+    Args:
+        parts, whole: the value for the parts of the rows, and for all of them.
+        rows: the number of rows of each part.
+        rough: it was computed in a lower precision than its own.
+    """
+    unknown = Layout(Effect.UNKNOWN)
+    if any(part.ndim != whole.ndim or part.dtype != whole.dtype for part in parts):
+        return unknown
+    axes = [at for at, size in enumerate(whole.shape) if any(part.shape[at] != size for part in parts)]
+    if len(axes) != 1:
+        return unknown
+    axis, total = axes[0], sum(rows)
+    per_row = whole.shape[axis] // total
+    if [*(part.shape[axis] for part in parts), whole.shape[axis]] != [per_row * one for one in (*rows, total)]:
+        return unknown
+    found = torch.cat(list(parts), axis)
+    return Layout(Effect.ROWS, axis, per_row, True) if _close(found, whole, rough=rough) else unknown
+
+
+def candidates(parts: Sequence[torch.Tensor], whole: torch.Tensor, rows: Sequence[int], *, rough: bool) -> Candidates:
+    """The effects that a value without rows may have, judged by its values. Arguments as in `row_layout`."""
+    if not whole.numel():
+        return frozenset({Effect.SAME})
+    if not is_exact(whole) and not bool(torch.isfinite(whole).all()):
+        return _ALL  # the whole batch gives no number either
+    wide, target, exact = [_wide(one) for one in parts], _wide(whole), is_exact(whole)
+    scale = _tolerance(whole, rough=rough) * max(float(one.abs().max()) for one in (*wide, target))
+
+    def close(found: torch.Tensor) -> bool:
+        return torch.equal(found, target) if exact else bool(((found - target).abs() <= scale).all())
+
+    weighted = [value * count for value, count in zip(wide, rows, strict=True)]
+    found = {Effect.SAME} if all(close(one) for one in wide) else set()
+    if not exact and close(sum(weighted[1:], weighted[0]) / sum(rows)):
+        found.add(Effect.MEAN)
+    if whole.dtype != torch.bool and close(sum(wide[1:], wide[0])):
+        found.add(Effect.SUM)
+    if not whole.is_complex() and close(torch.stack(wide).amax(0)):
+        found.add(Effect.LARGEST)
+    if not whole.is_complex() and close(torch.stack(wide).amin(0)):
+        found.add(Effect.SMALLEST)
+    return frozenset(found)
+
+
+def state_candidates(
+    parts: Sequence[torch.Tensor], whole: torch.Tensor, before: torch.Tensor, rows: Sequence[int], *, rough: bool
+) -> Candidates | None:
+    """The effects that the new value of a buffer may have; None if no run has changed it.
+
+    SUM and MEAN are of its changes, LARGEST and SMALLEST of its values. Arguments as in `row_layout`.
+    """
+    values = [*parts, whole]
+    if all(torch.equal(value, before) for value in values):
+        return None
+    by_value = candidates(parts, whole, rows, rough=rough)
+    if before.dtype == torch.bool:
+        return by_value
+    changes = [_wide(value) - _wide(before) for value in values]
+    if not all(bool(torch.isfinite(one).all()) for one in changes):
+        return by_value - {Effect.MEAN, Effect.SUM}
+    # Changes of single-precision values have few digits of their own.
+    few_digits = not is_exact(before) and _tolerance(before, rough=rough) > 1e-9
+    by_change = candidates(changes[:-1], changes[-1], rows, rough=few_digits)
+    kept = {Effect.SAME, Effect.SUM} if is_exact(before) else {Effect.SAME, Effect.MEAN, Effect.SUM}
+    return (by_change & kept) | (by_value & {Effect.LARGEST, Effect.SMALLEST})
+
+
+def decided(found: Candidates, *, exact: bool) -> Effect | None:
+    """The effect among candidates; None if more trials must tell. `exact` is of integers and booleans."""
+    if not found:
+        return Effect.UNKNOWN
+    if Effect.SAME in found and Effect.SUM not in found:
+        return Effect.SAME if exact or Effect.MEAN not in found else Effect.MEAN
+    return next(iter(found)) if len(found) == 1 else None
+
+
+def _tolerance(tensor: torch.Tensor, *, rough: bool) -> float:
+    """The relative tolerance for a tensor."""
+    if rough or (tensor.is_floating_point() and tensor.dtype.itemsize < 4):
+        return 2e-2
+    return 1e-9 if tensor.dtype in (torch.float64, torch.complex128) else 2e-4
+
+
+def _close(found: torch.Tensor, expected: torch.Tensor, *, rough: bool) -> bool:
+    """Whether tensors of equal shape agree up to rounding. Integers must be equal, unless they may come of rounding."""
+    if is_exact(expected):
+        return rough or torch.equal(found, expected)
+    tolerance = 5 * _tolerance(expected, rough=rough)
+    found, expected = _wide(found), _wide(expected)
+    finite = expected[torch.isfinite(expected)].abs()
+    atol = tolerance * (float(finite.max()) if finite.numel() else 0.0)
+    return torch.allclose(found, expected, rtol=0.0, atol=atol, equal_nan=True)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in double precision."""
+    return tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64)
