@@ -149,7 +149,7 @@ class DataParallel(Generic[ProgramT_co]):
         """
         return self._forward(batch, batch.deal(len(self.replicas)), partial(Replica.call, work=work))
 
-    def backward(self, batch: Batch, work: Call, *, reduce: bool = True) -> StepResult:
+    def backward(self, batch: Batch, work: Call) -> StepResult:
         """Run a backward pass: `work(state, rows, context)` on each replica, which writes its gradients to the state's
         buffers. They are summed, and nothing is updated.
 
@@ -159,14 +159,12 @@ class DataParallel(Generic[ProgramT_co]):
         Args:
             batch: a batch of as many rows as that of the forward pass; its arrays are handed out as there.
             work: as in `call`.
-            reduce: False leaves the gradients on the replicas for the next operation that reduces, as in `train`.
         """
         shards = batch.deal(len(self.replicas))
-        with self._begin(batch, shards, True, trains=False, reduces=reduce) as step:
+        with self._begin(batch, shards, True, trains=False) as step:
             self._scatter(step)
             self._run(step, partial(Replica.call, work=work), has_gradients=True)
             self._reduce(step)
-            self._hold(step)
             return self._merge(step)
 
     def stage(self, batch: Batch | Arrays) -> bool:
@@ -243,13 +241,6 @@ class DataParallel(Generic[ProgramT_co]):
     def _update(self, step: Step) -> None:
         """Enqueue the update. Each replica applies it itself, or gets a copy of the first replica's variables."""
         self._updates.begin(step)
-
-    def _hold(self, step: Step) -> None:
-        """Enqueue what an update does last: gradients that were reduced are held no more, and others are kept."""
-        if step.reduces:
-            self._accumulation.clear()
-        else:
-            self._accumulation.keep(len(step.shards))
 
     def _merge(self, step: Step) -> StepResult:
         """Wait for the replicas, and return the outputs merged in row order."""

@@ -82,7 +82,7 @@ class Calls:
         self, opened: _OpenPass, gradients: Sequence[torch.Tensor | None], *, retain: bool
     ) -> list[torch.Tensor | None]:
         """Run backward on the replicas; the gradients by the tensors that were given, then those by the parameters."""
-        work = BackwardPass(opened.work, gradients, retain, reduces=True)
+        work = BackwardPass(opened.work, gradients, retain)
         rows = Batch([], None, opened.work.batch.rows)
         with self._scope():
             result = self.engine.backward(rows, partial(self.program.backward, work))

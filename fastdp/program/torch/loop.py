@@ -141,23 +141,20 @@ class BackwardPass:
     Args:
         gradients: of the loss by the merged outputs; None where it does not depend on one.
         retain: keep the graphs for another backward pass.
-        reduces: whether gradients are reduced; if not, the first replica gives its own at once.
     """
 
     forward: ForwardPass
     gradients: Sequence[torch.Tensor | None]
     retain: bool
-    reduces: bool
 
 
 @dataclass(slots=True)
 class _BackwardNotes:
-    """What a replica tells of a backward pass: which parameters and inputs have a gradient, and gradients to add up."""
+    """What a replica tells of a backward pass: which parameters and inputs have a gradient, and those of shared inputs."""
 
     used: frozenset[int]
     rows: list[bool]
     shared: list[torch.Tensor | None]
-    own: dict[int, torch.Tensor]
 
 
 class LoopProgram(TorchProgram):
@@ -172,9 +169,6 @@ class LoopProgram(TorchProgram):
     def __init__(self, module: nn.Module, *, sync_batch_norm: bool = False) -> None:
         super().__init__(module, sync_batch_norm=sync_batch_norm)
         self.gradients = [spec_of(self._slots[i].name, self._slots[i].tensor) for i in self._differentiable]
-
-    def fold(self, state: State) -> None:
-        """Does nothing: the sums are where `gradients_of` reads them."""
 
     # On the replicas' threads.
 
@@ -224,26 +218,14 @@ class LoopProgram(TorchProgram):
             with state.gradients.announcing(running, {}):
                 backward(running, roots, seeds, retain=work.retain)
             used = state.gradients.store({})
-        own = self._hand_over(state, used) if not work.reduces and context.rank == 0 else {}
         by_rows, shared = ([leaf.grad for leaf in leaves] for leaves in (kept.rows, kept.shared))
         for leaf in (*kept.rows, *kept.shared):
             leaf.grad = None
-        notes = _BackwardNotes(
-            used, [g is not None for g in by_rows], [None if g is None else g.cpu() for g in shared], own
-        )
+        notes = _BackwardNotes(used, [g is not None for g in by_rows], [None if g is None else g.cpu() for g in shared])
         found = [torch.zeros_like(x) if g is None else g for x, g in zip(kept.rows, by_rows, strict=True)]
         layouts = work.forward.row_layouts
         arrays = [output_array(rows_first(g, one), context.device) for g, one in zip(found, layouts, strict=True)]
         return Result(arrays, np.zeros(0), notes)
-
-    @staticmethod
-    def _hand_over(state: State, used: frozenset[int]) -> dict[int, torch.Tensor]:
-        """The first replica's gradients, which are no longer in its buffers: they count at once."""
-        flat = state.gradients.flat
-        own = {i: flat[i].clone() for i in used}
-        for view in flat:
-            view.zero_()
-        return own
 
     # On the host's thread.
 

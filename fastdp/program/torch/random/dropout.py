@@ -18,26 +18,35 @@ _SELU_LIMIT = -1.7580993408473766  # replaces values dropped by alpha dropout: -
 
 def dropout(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> torch.Tensor:
     """F.dropout and torch.dropout, and F.dropout1d to F.dropout3d, which drop whole channels."""
-    x, p, training, inplace = dropout_arguments(function, args, kwargs)
-    if not training or p == 0.0:
-        return x
-    if p == 1.0:
-        return x.zero_() if inplace else x * 0.0
+    x, p, inplace = _active(function, args, kwargs)
+    if p in (0.0, 1.0):
+        return _all_or_none(x, p, inplace)
     keep = _kept(running, function, x, p) / (1.0 - p)
     return x.mul_(keep) if inplace else x * keep
 
 
 def alpha_dropout(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> torch.Tensor:
     """F.alpha_dropout and F.feature_alpha_dropout: dropped values saturate; mean and variance are kept."""
-    x, p, training, inplace = dropout_arguments(function, args, kwargs)
-    if not training or p == 0.0:
-        return x
-    if p == 1.0:
-        return x.zero_() if inplace else x * 0.0
+    x, p, inplace = _active(function, args, kwargs)
+    if p in (0.0, 1.0):
+        return _all_or_none(x, p, inplace)
     keep = _kept(running, function, x, p)
     scale = 1.0 / math.sqrt((1.0 - p) * (1.0 + p * _SELU_LIMIT**2))
     shift = scale * _SELU_LIMIT * ((1.0 - keep) - p)
     return x.mul_(keep * scale).add_(shift) if inplace else x * (keep * scale) + shift
+
+
+def _active(function: Any, args: Any, kwargs: Any) -> tuple[torch.Tensor, float, bool]:
+    """The input of a dropout, its probability (0 in evaluation), and whether it is in place."""
+    x, p, training, inplace = dropout_arguments(function, args, kwargs)
+    return x, p if training else 0.0, inplace
+
+
+def _all_or_none(x: torch.Tensor, p: float, inplace: bool) -> torch.Tensor:
+    """The output of a dropout that draws nothing: its probability is 0 or 1."""
+    if p == 0.0:
+        return x
+    return x.zero_() if inplace else x * 0.0
 
 
 def _kept(running: ReplicaContext, function: Any, x: torch.Tensor, p: float) -> torch.Tensor:
