@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -204,8 +206,50 @@ def test_what_would_draw_other_numbers_is_an_error_and_changes_nothing(name):
     torch.testing.assert_close(module.state_dict(), before, rtol=0.0, atol=0.0)
 
 
-def test_a_draw_whose_length_looks_like_rows_on_one_replica_only_is_an_error():
-    module = Apply(lambda x: x + torch.rand(10, dtype=x.dtype).sum()).double()
-    x = torch.randn(ROWS, STEPS, FEATURES, dtype=torch.float64)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="draw different random numbers"):
-        fastdp.wrap(module, gpus=2)(x)  # ten rows, and nine
+LIKE_ROWS = {  # lengths that are multiples of a device's rows, of which a length cannot tell what they are
+    "noise for all rows": lambda x: x + torch.rand(12, 1, dtype=x.dtype),
+    "noise of one number": lambda x: x + torch.rand(1, 1, dtype=x.dtype) * torch.rand(1, dtype=x.dtype),
+    "a mask of weights": lambda x: x @ F.dropout(torch.ones(12, 12, dtype=x.dtype), 0.4),
+    "time first": lambda x: F.dropout(x.transpose(0, 1).contiguous(), 0.4).transpose(0, 1),
+    "a permutation of features": lambda x: x[..., torch.randperm(12)],
+}
+
+
+@pytest.mark.parametrize(("devices", "rows"), [(1, 24), (2, 24), (3, 24), (8, 24), (8, 8)])
+@pytest.mark.parametrize("name", LIKE_ROWS)
+def test_a_length_does_not_tell_whether_a_draw_is_by_rows(name, devices, rows):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(12, 12)
+
+        def forward(self, x):
+            return LIKE_ROWS[name](self.linear(x))
+
+    torch.manual_seed(0)
+    module = Net().double()
+    reference = copy.deepcopy(module)
+    x = torch.randn(rows, 12, 12, dtype=torch.float64)
+    found = []
+    for model in (fastdp.wrap(module, gpus=devices), reference):
+        torch.manual_seed(4)
+        y = model(x)
+        (y**2).mean().backward()
+        found.append([y.detach(), torch.get_rng_state()])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(module.linear.weight.grad, reference.linear.weight.grad, rtol=1e-9, atol=1e-11)
+
+
+UNALIKE = {
+    "Python's generator": (lambda x: x * random.random(), "random in forward"),
+    "NumPy's generator": (lambda x: x * np.random.rand(), "numpy.random in forward"),  # noqa: NPY002
+    "two views one behind the other": (lambda x: sum(F.dropout(torch.cat([x, x]), 0.4).chunk(2)), "gpus="),
+}
+
+
+@pytest.mark.parametrize("name", UNALIKE)
+def test_draws_that_replicas_cannot_make_alike_are_refused_before_the_step(name):
+    function, message = UNALIKE[name]
+    x = torch.randn(8, STEPS, FEATURES, dtype=torch.float64)
+    with pytest.raises(ValueError, match=message):
+        fastdp.wrap(Apply(function).double(), gpus=2)(x)

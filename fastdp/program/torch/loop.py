@@ -150,7 +150,7 @@ class BackwardPass:
 
 @dataclass(slots=True)
 class _BackwardNotes:
-    """What a replica tells of a backward pass: which parameters and inputs have a gradient, and those of shared inputs."""
+    """What a replica tells of a backward pass: what has a gradient, and the gradients of shared inputs."""
 
     used: frozenset[int]
     rows: list[bool]

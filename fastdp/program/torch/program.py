@@ -126,7 +126,8 @@ class TorchProgram(Program):
             ValueError: the module cannot be split by rows exactly; the message has the remedies.
         """
         if devices > 1 and batch.rows > 1:
-            batch.structure.judged = self._trials.judged(batch, devices, wanted)
+            judged = batch.structure.judged = self._trials.judged(batch, devices, wanted)
+            batch.structure.draws.places = judged.draws if judged is not None else {}
 
     @property
     def users(self) -> list[torch.Tensor]:

@@ -7,12 +7,13 @@ one device, whatever replica is ahead.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from fastdp.shard import Rows
 from fastdp.tensors.random import global_generator
 
 
@@ -25,10 +26,34 @@ class _Draw:
     outcome: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class DrawPlace:
+    """Where the rows of a draw are.
+
+    Args:
+        axis: the axis of the rows; None if all rows share the draw.
+        order: the axes in the order of memory, outermost first.
+    """
+
+    axis: int | None
+    order: tuple[int, ...]
+
+
+def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The axes of a tensor in the order of memory, outermost first."""
+    # An axis of length one has the stride of the axis around it, so a single row stands inside that axis.
+    return tuple(sorted(range(tensor.ndim), key=lambda axis: (-tensor.stride(axis), tensor.shape[axis] == 1)))
+
+
 class SharedDraws:
-    """The draws of one step. Called on the threads of all its replicas."""
+    """The draws of one step. Called on the threads of all its replicas.
+
+    Attributes:
+        places: where the rows are in the draws that a trial has seen, by number.
+    """
 
     def __init__(self) -> None:
+        self.places: Mapping[int, DrawPlace] = {}
         self._draws: dict[int, _Draw] = {}
         self._state: torch.Tensor | None = None
 
@@ -37,6 +62,30 @@ class SharedDraws:
         with global_generator:
             if self._state is None:
                 self._state = torch.get_rng_state()
+
+    def knows(self, number: int) -> bool:
+        """Whether it is known where the rows of a draw are."""
+        return number in self.places
+
+    def place_of(self, number: int, shape: tuple[int, ...], rows: Rows) -> DrawPlace:
+        """Where the rows are in a draw that is known.
+
+        Args:
+            number: of the draw among those of the replica.
+            shape: of the replica's draw.
+            rows: the replica's rows.
+
+        Raises:
+            RuntimeError: a draw of this shape has no rows there.
+        """
+        place = self.places[number]
+        axis = place.axis
+        if axis is not None and (len(shape) <= axis or not shape[axis] or shape[axis] % rows.count):
+            raise RuntimeError(
+                f"Draw {number} of the step has shape {shape} for {rows.count} rows, and had its rows on axis {axis} "
+                f"when fastdp tried the module on a few rows: the module takes another path now. {_REMEDY}"
+            )
+        return place
 
     def take(
         self, number: int, replicas: int, request: tuple[Any, ...], draw: Callable[[], torch.Tensor]

@@ -367,3 +367,13 @@ def test_a_buffer_that_only_a_later_step_changes_by_rows_is_refused(devices):
     with pytest.raises(ValueError, match="buffer `first`"):
         step(numbers(8, 4))
     assert not module.first.any()
+
+
+@pytest.mark.parametrize("devices", [2, 3, 8])
+def test_a_decorated_forward_that_keeps_the_module_is_refused(devices):
+    module = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    inner = module.forward
+    module.forward = lambda x: inner(x) * 2
+    with pytest.raises(ValueError, match=r"reaches `0\.weight` past the module"):
+        fastdp.wrap(module, gpus=devices)(torch.randn(9, 4))
+    torch.testing.assert_close(fastdp.wrap(module, gpus=1)(torch.ones(9, 4)), module(torch.ones(9, 4)))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastdp.program.torch.replica import ReplicaContext
+from fastdp.program.torch.shared_draws import SharedDraws, memory_order
 from fastdp.shard import Rows
 
 Fill = Callable[[torch.Tensor], torch.Tensor]
@@ -23,7 +24,7 @@ def drawn(
         name, numbers: the function and its numbers, the same on all replicas.
         like: has the shape, dtype and memory layout of the replica's draw.
         fill: fills a tensor with random numbers.
-        axis: where the rows are; None if the draw is the same for all rows.
+        axis: where the rows are, unless a trial has seen it; None if the draw is the same for all rows.
     """
     if like.is_cuda:  # GPUs share what the host draws: each brings its rows over
         like = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
@@ -32,12 +33,14 @@ def drawn(
     number = running.next_draw()
     if rows.count == rows.total:
         return draws.alone(lambda: fill(torch.empty_like(like)))
+    order = memory_order(like)
+    if draws.knows(number):
+        place = draws.place_of(number, tuple(like.shape), rows)
+        axis, order = place.axis, place.order
     shape = list(like.shape)
     per_row = 0 if axis is None else shape[axis] // rows.count
     if axis is not None:
         shape[axis] = per_row * rows.total
-    # An axis of length one has the stride of the axis around it, so a single row stands inside that axis.
-    order = sorted(range(like.ndim), key=lambda one: (-like.stride(one), like.shape[one] == 1))
     request = (name, *numbers, tuple(shape), like.dtype, axis)
     whole = draws.take(number, running.context.size, request, lambda: fill(_empty(shape, order, like)))
     return whole if axis is None else whole.narrow(axis, per_row * rows.start, per_row * rows.count)
@@ -77,13 +80,20 @@ def refuse_generator(generator: Any) -> None:
         )
 
 
-def refuse_one_row(name: str, shape: Sequence[int], rows: Rows) -> None:
+def is_known(running: ReplicaContext) -> bool:
+    """Whether a trial has seen where the rows of the replica's next draw are."""
+    draws: SharedDraws = running.context.structure.draws
+    return draws.knows(running.draws + 1)
+
+
+def refuse_one_row(running: ReplicaContext, name: str, shape: Sequence[int]) -> None:
     """Refuse a draw of which nobody can say whether its first axis is the replica's single row.
 
     Raises:
         NotImplementedError: it is such a draw.
     """
-    if rows.count == 1 != rows.total and tuple(shape) == (1,):
+    rows = running.rows
+    if rows.count == 1 != rows.total and tuple(shape) == (1,) and not is_known(running):
         raise NotImplementedError(
             f"{name} draws one number where each device has one row of the batch: it may be one number per row or one "
             "for all rows. Use fewer devices than rows, or give the draw of a row a second axis."

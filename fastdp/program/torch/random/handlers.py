@@ -7,8 +7,9 @@ from a counter-based generator (`fastdp.tensors.random`), keyed by one number fr
 number of GPUs, but not those of one GPU in plain torch. What fused kernels draw there (attention, recurrent layers)
 comes from each GPU's own generator: it repeats with the seed, and differs with the number of GPUs.
 
-Rows are the first axis of a draw if its length is a multiple of the replica's rows. Otherwise a mask of activations has
-them on the only other axis of such a length, and any other draw is the same for all rows.
+The trial of the module (`fastdp.program.torch.rows`) tells where the rows of a draw are. For torch's own modules, which
+are not tried, and for a loss, rows are the first axis if its length is a multiple of the replica's rows; otherwise a
+mask of activations has them on the only other axis of such a length, and any other draw is the same for all rows.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdp.program.torch.random.drawn import PARAMETERS, drawn, refuse_generator
+from fastdp.program.torch.random.drawn import PARAMETERS, drawn, is_known, refuse_generator
 from fastdp.program.torch.replica import ReplicaContext
 from fastdp.tensors.random_functions import RNNS, draws_in_call
 
@@ -45,7 +45,7 @@ class _SharesDraws(TorchDispatchMode):
         else:
             raise NotImplementedError(PARAMETERS.format(f"{self._function.__name__} ({name})"))
         size = target.shape[self._axis] if target.ndim > self._axis else 0
-        if not size or size % running.rows.count:
+        if not is_known(running) and (not size or size % running.rows.count):
             raise NotImplementedError(
                 f"{self._function.__name__} draws random numbers of shape {tuple(target.shape)}, in which axis "
                 f"{self._axis} does not have the {running.rows.count} rows of this device. Give it a batch with its "

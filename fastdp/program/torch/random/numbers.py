@@ -7,7 +7,15 @@ from typing import Any
 import torch
 
 from fastdp.program.torch.random.counted import counted, counted_normal
-from fastdp.program.torch.random.drawn import PARAMETERS, Fill, drawn, refuse_generator, refuse_one_row, row_axis
+from fastdp.program.torch.random.drawn import (
+    PARAMETERS,
+    Fill,
+    drawn,
+    is_known,
+    refuse_generator,
+    refuse_one_row,
+    row_axis,
+)
 from fastdp.program.torch.replica import ReplicaContext
 
 
@@ -29,7 +37,7 @@ def created(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> t
     if result.is_cuda and not integers:
         found = counted_normal(running, result.shape) if normal else counted(running, result.shape)
     else:
-        refuse_one_row(function.__name__, result.shape, running.rows)
+        refuse_one_row(running, function.__name__, result.shape)
         found = drawn(running, function.__name__, bounds, result, fill, row_axis(result.shape, running.rows))
     with torch.no_grad():
         result.copy_(found)
@@ -66,7 +74,7 @@ def filled(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> to
         if function is torch.Tensor.uniform_:
             return x.copy_(counted(running, x.shape) * (high - low) + low)
         return x.copy_(counted_normal(running, x.shape) * high + low)
-    refuse_one_row(function.__name__, x.shape, running.rows)
+    refuse_one_row(running, function.__name__, x.shape)
     fill: Fill = lambda whole: function(whole, *args[1:], **kwargs)  # noqa: E731
     return x.copy_(drawn(running, function.__name__, numbers, x.detach(), fill, row_axis(x.shape, running.rows)))
 
@@ -76,7 +84,9 @@ def randperm(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> 
     kwargs = dict(kwargs)
     refuse_generator(kwargs.pop("generator", None))
     n = int(args[0] if args else kwargs["n"])
-    if n == running.rows.count != running.rows.total:
+    draws, rows = running.context.structure.draws, running.rows
+    like_rows = n == rows.count != rows.total
+    if like_rows and not (is_known(running) and draws.place_of(running.draws + 1, (n,), rows).axis is None):
         raise NotImplementedError(
             f"torch.randperm({n}) in a module that fastdp splits permutes as many things as this device has rows. "
             "If it permutes the rows of the batch, it mixes rows of different devices: draw the permutation outside "

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fastdp.program.torch.shared_draws import DrawPlace
 from fastdp.tensors.row_effects import Effect, Layout
 
 REMEDIES = (
@@ -30,10 +31,12 @@ class Judged:
     Attributes:
         outputs: the layouts of its outputs; None if they are not judged.
         states: how the buffers that forward changes depend on the rows, by their numbers among the module's tensors.
+        draws: where the rows are in the random draws of forward, by number.
     """
 
     outputs: list[Layout] | None = None
     states: dict[int, Effect] = field(default_factory=dict)
+    draws: dict[int, DrawPlace] = field(default_factory=dict)
 
     @property
     def extremes(self) -> bool:

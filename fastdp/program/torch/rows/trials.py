@@ -23,7 +23,9 @@ from fastdp.program.torch.rows.judged import (
     state_candidates,
 )
 from fastdp.program.torch.rows.plain import keeps_rows_apart
+from fastdp.program.torch.rows.surroundings import CannotSplitError
 from fastdp.program.torch.rows.trial import Run, Trial
+from fastdp.program.torch.shared_draws import DrawPlace
 from fastdp.tensors.row_effects import Effect, Layout
 
 # Errors that a module's own code may raise on rows that it was not made for.
@@ -102,6 +104,7 @@ class _Judge:
         self._exact: list[bool] = []
         self._slots = Trial(module, batch, ()).slots
         self._trusted = False
+        self._draws: dict[int, DrawPlace] = {}
 
     def look(self) -> bool:
         """Run as many trials as are needed. False if the module does not run on all rows of one.
@@ -138,7 +141,7 @@ class _Judge:
             if effect is None or effect is Effect.UNKNOWN:
                 raise _refused_state("buffer", self._slots[at].name)
             effects[at] = effect
-        return Judged(None if self._trusted else known, effects)
+        return Judged(None if self._trusted else known, effects, self._draws)
 
     def _is_open(self) -> bool:
         """Whether further trials may tell more."""
@@ -153,12 +156,17 @@ class _Judge:
             whole = trial.run(0, total)
         except NotImplementedError:
             return False
+        except CannotSplitError:
+            raise
         except FAILURES as error:
             if self._runs():
                 raise self._failed(error) from error
             return False
         try:
             parts = [trial.run(0, first), trial.run(first, total)]
+            self._draws = {**trial.draw_places, **self._draws}
+            if self._draws != {**self._draws, **trial.draw_places}:
+                return False  # shapes that depend on values: the step's own checks apply
         except NotImplementedError:  # fastdp's own refusals, of which the step gives the right ones
             return False
         except FAILURES as error:

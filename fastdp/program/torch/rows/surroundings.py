@@ -1,0 +1,219 @@
+"""What surrounds a run of a trial: draws and collectives of all rows, generators that stay, and what is refused."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from fastdp.program.torch import embeddings
+from fastdp.program.torch import gradients as torch_gradients
+from fastdp.program.torch.module import Slot
+from fastdp.program.torch.random import handlers as random_handlers
+from fastdp.program.torch.random.drawn import row_axis
+from fastdp.program.torch.random.sampled import sampled
+from fastdp.program.torch.replica import ReplicaContext
+from fastdp.program.torch.shared_draws import DrawPlace, SharedDraws, memory_order
+from fastdp.shard import Rows
+from fastdp.tensors.function_mode import Handler
+
+
+class CannotSplitError(ValueError):
+    """A module does what copies of it cannot do alike. The message has the remedies."""
+
+
+class NoReach(TorchFunctionMode):
+    """Notices that a copy of a module uses the module's own parameters and buffers: it must have its own.
+
+    Args:
+        slots: the module's.
+    """
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        super().__init__()
+        self._names = {id(slot.tensor): slot.name for slot in slots}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called by torch for every function."""
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if id(leaf) in self._names:
+                raise CannotSplitError(
+                    f"A function of the module reaches `{self._names[id(leaf)]}` past the module that it runs in: a "
+                    "forward that was decorated or replaced, or another function that keeps the module itself. On "
+                    "several devices each replica runs a copy, which such a function does not know. Make it a method "
+                    "that uses `self`, or use gpus=[0]."
+                )
+        return func(*args, **(kwargs or {}))
+
+
+class TrialDraws(SharedDraws):
+    """The draws of a trial: made in the run on all rows, and taken by the runs of its parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[int, DrawPlace] = {}
+        self._running: ReplicaContext | None = None
+        self._made: dict[int, torch.Tensor] = {}
+
+    def begin_run(self, running: ReplicaContext) -> None:
+        """A run begins."""
+        self._running = running
+
+    def alone(self, draw: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Make a draw for all rows."""
+        assert self._running is not None
+        self._made[self._running.draws] = found = draw()
+        return found
+
+    def made(self, number: int) -> torch.Tensor:
+        """The draw of this number, for all rows.
+
+        Raises:
+            NotImplementedError: as in `take`.
+        """
+        if number not in self._made:
+            raise NotImplementedError("The module makes other random draws for some rows than for others.")
+        return self._made[number]
+
+    def knows(self, number: int) -> bool:
+        """True: the shapes of the runs tell."""
+        return True
+
+    def place_of(self, number: int, shape: tuple[int, ...], rows: Rows) -> DrawPlace:
+        """Where the rows are in a draw, by its shapes for all rows and for a part of them.
+
+        Raises:
+            NotImplementedError: the shapes depend on the rows in another way, or differently in two runs.
+        """
+        made = self.made(number)
+        whole = tuple(made.shape)
+        axes = [at for at, (size, part) in enumerate(zip(whole, shape, strict=False)) if size != part]
+        place = DrawPlace(axes[0] if axes else None, memory_order(made))
+        axis = place.axis
+        fits = axis is None or shape[axis] * rows.total == whole[axis] * rows.count
+        if len(whole) != len(shape) or len(axes) > 1 or not fits or self.found.setdefault(number, place) != place:
+            raise NotImplementedError(f"The module draws {whole} for all rows and {shape} for some of them.")
+        return place
+
+    def take(
+        self, number: int, replicas: int, request: tuple[Any, ...], draw: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        """A draw for all rows: the one that was made for them."""
+        return self.made(number)
+
+
+class TrialPeers:
+    """The collectives of a run: the parts of the rows get what all rows gave."""
+
+    def __init__(self, results: list[torch.Tensor], rows: Rows) -> None:
+        self._results, self._rows = results, rows
+        self._number = 0
+
+    @property
+    def rank(self) -> int:
+        """The number of the part."""
+        return 1 if self._rows.start else 0
+
+    @property
+    def count(self) -> int:
+        """The number of parts."""
+        return 1 if self._rows.count == self._rows.total else 2
+
+    @property
+    def rows(self) -> Rows:
+        """The rows of the part."""
+        return self._rows
+
+    def all_reduce(self, tensor: torch.Tensor, op: str) -> torch.Tensor:
+        """The result of the run on all rows."""
+        return self._result(tensor)
+
+    def all_gather(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        """The result of the run on all rows."""
+        return self._result(tensor)
+
+    def _result(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.count == 1:
+            self._results.append(tensor.detach().clone())
+            return tensor
+        if self._number >= len(self._results):
+            raise RuntimeError("The module calls more collectives for some rows than for others.")
+        self._number += 1
+        return self._results[self._number - 1]
+
+
+_NAMES = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+
+
+def _batch_norm(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> torch.Tensor:
+    """F.batch_norm by running statistics."""
+    given = dict(zip(_NAMES, args, strict=False)) | kwargs
+    if given.get("training"):
+        x, mean, variance = given["input"], given.get("running_mean"), given.get("running_var")
+        given["running_mean"] = x.new_zeros(x.shape[1]) if mean is None else mean
+        given["running_var"] = x.new_ones(x.shape[1]) if variance is None else variance
+        given["training"] = False
+    found: torch.Tensor = function(**given)
+    return found
+
+
+def _sampled(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> torch.Tensor:
+    """Functions with parameters per row: a part of the rows gets its part of what all rows got."""
+    rows, draws = running.rows, running.context.structure.draws
+    given = [one for one in args if isinstance(one, torch.Tensor)]
+    if rows.count == rows.total or not given:
+        return sampled(running, function, args, kwargs)
+    by_rows = any(row_axis(one.shape, rows) is not None for one in given)
+    made = draws.made(running.next_draw())
+    if not by_rows or made.shape[0] % rows.total:
+        return made.clone()
+    per_row = made.shape[0] // rows.total
+    return made.narrow(0, per_row * rows.start, per_row * rows.count).clone()
+
+
+HANDLERS: dict[Any, Handler] = {
+    **{one: _sampled if how is sampled else how for one, how in random_handlers.HANDLERS.items()},
+    **embeddings.HANDLERS,
+    **torch_gradients.HANDLERS,
+    F.batch_norm: _batch_norm,
+}
+
+
+def _host_states() -> tuple[Any, bytes]:
+    """The states of Python's and NumPy's global generators."""
+    return random.getstate(), pickle.dumps(np.random.get_state(legacy=False))  # noqa: NPY002
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Seed the global generators equally for each run, and restore them; suppress warnings."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
+    drawn = torch.get_rng_state()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.default_generator.manual_seed(1)
+            np.random.seed(1)  # noqa: NPY002
+            random.seed(1)
+            before = _host_states()
+            yield
+            after = _host_states()
+        if before != after:
+            name = "random" if before[0] != after[0] else "numpy.random"
+            raise CannotSplitError(
+                f"The module draws random numbers by {name} in forward. The replicas on several devices would each "
+                "draw others. Draw by torch's functions, or use gpus=[0]."
+            )
+    finally:
+        torch.set_rng_state(drawn)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(python_state)
