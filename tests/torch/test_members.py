@@ -55,3 +55,13 @@ def test_sparse_gradients_of_embeddings_train_as_on_one_device(devices):
         optimizer.step()
         torch.testing.assert_close(step(rows), loss.detach())
     torch.testing.assert_close(module.state_dict(), reference.state_dict())
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.SparseAdam])
+def test_other_optimizers_refuse_sparse_gradients_on_several_devices(make):
+    module = nn.EmbeddingBag(7, 3, sparse=True, mode="sum").double()
+    before = module.weight.detach().clone()
+    step = fastdp.wrap(module, gpus=2).train_step(lambda y: (y**2).mean(), make)
+    with pytest.raises(NotImplementedError, match="sparse=False"):
+        step(torch.randint(7, (9, 2)))
+    assert torch.equal(module.weight, before)

@@ -43,6 +43,11 @@ class Gradients:
         self._hooked: set[int] = set()
         self._runs_once: bool | None = None
 
+    @property
+    def sparse(self) -> bool:
+        """Whether backward has ever made a sparse gradient. In `flat` it is dense."""
+        return self._arrivals.sparse
+
     @contextmanager
     def passes(self, users: Sequence[torch.Tensor], hooked: HookedGradients | None) -> Iterator[None]:
         """Hold this while passes run.
@@ -120,6 +125,7 @@ class Gradients:
                 parameter.grad = None
                 if i in stored:
                     continue
+                self._arrivals.sparse |= any(gradient.is_sparse for gradient in found)
                 if found:
                     used.add(i)
                     view.copy_(dense(found[0]))
@@ -135,6 +141,7 @@ class _Accumulated(GradientBuckets):
 
     running: ReplicaContext | None = None
     direct: dict[int, torch.Tensor]
+    sparse = False
 
     def accumulated(self, number: int, parameter: torch.Tensor) -> None:
         """Called by torch when backward has added to a parameter's gradient.
@@ -152,6 +159,7 @@ class _Accumulated(GradientBuckets):
         if self.running is None or self.running.nested:
             return
         assert parameter.grad is not None
+        self.sparse |= parameter.grad.is_sparse
         extra = self.direct.get(number)
         self.arrived(number, parameter.grad if extra is None else dense(parameter.grad) + extra)
 

@@ -115,3 +115,17 @@ class Optimizers:
             for parameter, value in first.state.items():
                 (own,) = self._translate([parameter], rank)
                 optimizer.state[own] = copy.deepcopy(value)
+
+
+def check_sparse(optimizer: torch.optim.Optimizer) -> None:
+    """Check that an optimizer gives the same with dense gradients as with the sparse ones that one device would have.
+
+    Raises:
+        NotImplementedError: it does not, or refuses sparse gradients.
+    """
+    if type(optimizer) not in (torch.optim.SGD, torch.optim.Adagrad):
+        raise NotImplementedError(
+            "The module has sparse gradients (sparse=True of an embedding), which several devices add up as dense "
+            f"ones. A {type(optimizer).__name__} would update other rows than on one device. Make the embedding with "
+            "sparse=False, use SGD or Adagrad, or gpus=[0]."
+        )

@@ -26,6 +26,7 @@ from fastdp.program.torch.gradients import Gradients
 from fastdp.program.torch.loss import WITHOUT_GRADIENT, LossFunction, contribute, number
 from fastdp.program.torch.module import ReplicaModule
 from fastdp.program.torch.module_buffers import BufferNotes, gather_buffers
+from fastdp.program.torch.optimizer import check_sparse
 from fastdp.program.torch.parameter_hooks import HookedGradients
 from fastdp.program.torch.random import handlers as random_handlers
 from fastdp.program.torch.replica import ReplicaContext, backward
@@ -197,6 +198,8 @@ class Passes:
                     backward(running, part.roots, [seed / self.accumulate for seed in part.seeds])
         arrays, nest = outputs_to_arrays(outputs, context) if context.wants_outputs else ([], None)
         notes = Notes(nest, part.dtype, used=state.gradients.store(part.direct), draws=structure.draws)
+        if state.gradients.sparse and state.optimizer is not None:
+            check_sparse(state.optimizer)
         sums = gather_buffers(state.replica, running, notes.buffers)
         state.replica.restore_buffers()
         return Result(arrays, np.concatenate([[part.value], *sums]), notes)
