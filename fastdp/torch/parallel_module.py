@@ -42,8 +42,8 @@ class TorchParallel(ModuleMembers[nn.Module]):
     Raises:
         ValueError: the module cannot be replicated; the message has the remedy.
 
-    Replicas run copies of the module: hooks, and attributes that forward assigns, are private to each replica.
-    Plain attributes that the user changes (`module.drop.p = 0.2`) reach all replicas.
+    The first replica runs the module itself, the others run copies. Weights, modes and plain attributes that the user
+    changes (`module.drop.p = 0.2`) reach all replicas; after a change of hooks or of containers wrap the module again.
 
     Example:
         >>> fastdp.set_virtual_devices(8)  # doctest: +SKIP
