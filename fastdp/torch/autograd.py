@@ -59,11 +59,11 @@ class Calls:
         """The merged outputs of a batch that was made of `values`; part of autograd's graph where plain torch's are."""
         users = self.program.users
         keeps = torch.is_grad_enabled()
+        with self._scope():
+            batch = self.program.judge(batch, len(self.engine.devices), wants=keeps)
         work = ForwardPass.of(batch, values, keeps=keeps)
         numbers = [i for i, user in enumerate(users) if user.requires_grad] if keeps else []
         work.keeps = bool(numbers or work.given)
-        with self._scope():
-            self.program.judge(batch, len(self.engine.devices), tuple(work.rows))
         if work.keeps:
             opened = _OpenPass(self, work, values, numbers)
             tensors = _Node.apply(opened, *work.given, *(users[i] for i in numbers))

@@ -50,7 +50,7 @@ class TrainStep:
         batch = self._program.batch(args, kwargs, targets, self._declared)
         with self._scope():
             with torch.enable_grad():
-                self._program.judge(batch, len(self._engine.devices))
+                batch = self._program.judge(batch, len(self._engine.devices))
             result = self._engine.train(batch, wants_outputs=False, reduce=self._program.reduces)
         self._program.calls += 1
         return self._program.loss(result)

@@ -94,7 +94,8 @@ class Structure:
     """What replicas get besides the arrays of a batch: their nest, the autocast state and the seed.
 
     `layouts` are those of the arrays, by default rows first; `declared` is what the user has said about outputs, and
-    `judged` what a trial has shown.
+    `judged` what a trial has shown. `values` are the user's own `(args, kwargs, targets)`. `misfit` says why they
+    cannot be split by rows as they are.
     """
 
     nest: Nest
@@ -103,7 +104,15 @@ class Structure:
     declared: DeclaredRows | None = None
     draws: SharedDraws = field(default_factory=SharedDraws)
     judged: Judged | None = None
+    values: Any = None
+    misfit: Exception | None = None
     _seed: int | None = None
+
+    def wanted(self) -> list[int]:
+        """The arrays whose tensors require gradients, by their places."""
+        leaves = pytree.tree_leaves(self.values)
+        holes = [leaf for place, leaf in enumerate(leaves) if self.nest.is_hole(place)]
+        return [at for at, leaf in enumerate(holes) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
 
     def layouts_of(self, outputs: Any, tensors: Sequence[torch.Tensor]) -> list[Layout]:
         """The layouts of a replica's outputs, a nest with these tensors."""
@@ -119,7 +128,7 @@ class Structure:
             tensors = [rows_back(tensor, one) for tensor, one in zip(tensors, self.layouts, strict=True)]
         nest = self.nest
         place = where or (str(tensors[0].device) if tensors else "cpu")
-        if self.layouts and place != "cpu":
+        if place != "cpu" and (self.layouts or not tensors):
             nest = nest.on(place)
         return nest.pack(tensors if where is None else [tensor.to(where) for tensor in tensors])
 
@@ -168,19 +177,37 @@ def flatten_batch(values: Any, layouts: Sequence[Layout] = ()) -> tuple[list[np.
 def make_batch(values: tuple[Any, dict[str, Any], Any], declared: DeclaredRows | None = None) -> Batch:
     """Make the engine's batch, with its `Structure`, of `(args, kwargs, targets)`.
 
+    A batch that cannot be split by rows as it is has no rows, and `Structure.misfit` has the ValueError or TypeError
+    that says why.
+    """
+    try:
+        return split_batch(values, declared)
+    except (ValueError, TypeError) as error:
+        return Batch([], Structure(Nest(None, (), ()), declared=declared, values=values, misfit=error), 0)
+
+
+def split_batch(values: tuple[Any, dict[str, Any], Any], declared: DeclaredRows | None = None) -> Batch:
+    """As `make_batch`, of values that can be split by rows.
+
     Raises:
         ValueError: no arrays, no rows, or unequal numbers of rows; also as in `flatten_batch`.
         TypeError: as in `flatten_batch`.
     """
     if declared is None:
         arrays, nest = flatten_batch(values)
-        return Batch.of(arrays, Structure(nest), partial(_names, values), _SHARED)
+        return Batch.of(arrays, Structure(nest, values=values), partial(_names, values), _SHARED)
     names, layouts = declared.of_arrays(values)
     arrays, nest = flatten_batch(values, layouts)
     of_rows = [one for one in layouts if one.effect is Effect.ROWS]
-    structure = Structure(nest, layouts=of_rows, declared=declared)
+    structure = Structure(nest, layouts=of_rows, declared=declared, values=values)
     split = [name for name, one in zip(names, layouts, strict=True) if one.effect is Effect.ROWS]
     return Batch.of(arrays, structure, lambda: split, _SHARED)
+
+
+def undivided_batch(values: tuple[Any, dict[str, Any], Any]) -> Batch:
+    """A batch for one device, which gets all values as they are: one row, for want of a number of rows."""
+    leaves, spec = pytree.tree_flatten(pytree.tree_map(to_tensor, values))
+    return Batch([], Structure(Nest(spec, tuple(leaves), ()), values=values), 1)
 
 
 _SHARED = (

@@ -164,7 +164,7 @@ class Passes:
         """Plain torch, by the only replica of the step."""
         assert self.loss_fn is not None
         structure: Structure = context.structure
-        args, kwargs, targets = structure.pack(batch)
+        args, kwargs, targets = structure.pack(batch, None if batch else context.torch_device)
         with structure.autocast.enter():
             outputs = state.replica.module(*args, **kwargs)
             loss = number(self.loss_fn(outputs, *targets))

@@ -14,7 +14,7 @@ from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.program.base import Program, Result, Totals
-from fastdp.program.torch.batch import make_batch, outputs_from_arrays
+from fastdp.program.torch.batch import make_batch, outputs_from_arrays, undivided_batch
 from fastdp.program.torch.gradients import Gradients
 from fastdp.program.torch.loss import REDUCTIONS, LossFunction
 from fastdp.program.torch.module import AdoptedSlots, Attributes, adopted, replicate, slots_of, users_own
@@ -109,25 +109,32 @@ class TorchProgram(Program):
             targets: what `loss_fn` gets besides the outputs.
             declared: what the user has said about rows.
 
-        Raises:
-            ValueError: no arrays, no rows, or unequal numbers of rows.
+        A batch that cannot be split by rows has none; `judge` makes another one of it, or says why.
         """
         return make_batch((tuple(args), dict(kwargs), tuple(targets)), declared)
 
-    def judge(self, batch: Batch, devices: int, wanted: Sequence[int] = ()) -> None:
+    def judge(self, batch: Batch, devices: int, *, wants: bool = False) -> Batch:
         """Before a step: find out how the module's values depend on the rows, unless steps of this kind are known.
 
         Args:
             batch: the step's, as made by `batch`.
-            devices: the number of devices.
-            wanted: the arrays of the batch that require gradients, by their places.
+            devices: the number of devices. One gets any values, as plain torch does.
+            wants: whether gradients by arrays that require them are wanted.
+
+        Returns:
+            The batch for the step.
 
         Raises:
-            ValueError: the module cannot be split by rows exactly; the message has the remedies.
+            ValueError, TypeError: the batch or the module cannot be split by rows exactly; the message has the remedies.
         """
+        if batch.structure.misfit is not None:
+            if devices > 1:
+                raise batch.structure.misfit
+            return undivided_batch(batch.structure.values)
         if devices > 1 and batch.rows > 1:
-            judged = batch.structure.judged = self._trials.judged(batch, devices, wanted)
+            judged = batch.structure.judged = self._trials.judged(batch, devices, wants=wants)
             batch.structure.draws.places = judged.draws if judged is not None else {}
+        return batch
 
     @property
     def users(self) -> list[torch.Tensor]:

@@ -53,13 +53,13 @@ class Trials:
         self._parts = list(module.modules())
         self._known: dict[Any, Judged | None] = {}
 
-    def judged(self, batch: Batch, devices: int, wanted: Sequence[int] = ()) -> Judged | None:
+    def judged(self, batch: Batch, devices: int, *, wants: bool = False) -> Judged | None:
         """What is known about the module's outputs and buffers; None if rows come first and nothing else is assigned.
 
         Args:
             batch: the global batch, of two or more rows.
             devices: the number of devices, two or more.
-            wanted: the arrays that require gradients, by their places.
+            wants: whether gradients by arrays that require them are wanted.
 
         Raises:
             ValueError: the module cannot be split by rows exactly, as far as the trial can tell.
@@ -68,7 +68,7 @@ class Trials:
         rows = (fewest, fewest + 1) if batch.rows >= 2 * fewest + 1 else (1, batch.rows - 1)
         kind = self._kind(batch, rows)
         if kind not in self._known:
-            judge = _Judge(self._module, batch, rows, wanted)
+            judge = _Judge(self._module, batch, rows, batch.structure.wanted() if wants else ())
             apart = keeps_rows_apart(self._module)
             if not apart and not judge.look():
                 return None  # the step itself says why the module does not run; a later one is tried
