@@ -20,6 +20,7 @@ from fastdp.program.torch.loss import LossFunction
 from fastdp.program.torch.optimizer import OptimizerFactory
 from fastdp.program.torch.program import TorchProgram
 from fastdp.program.torch.rows.declared import DeclaredRows
+from fastdp.program.torch.update import UpdateRules
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import peak_nbytes
 from fastdp.tensors.deterministic import deterministic_algorithms
@@ -134,6 +135,9 @@ class TorchParallel(ModuleMembers[nn.Module]):
         reduction: str | None = None,
         clip_grad_norm: float | None = None,
         accumulate: int = 1,
+        outputs: bool = False,
+        grad_norm: bool = False,
+        skip_nonfinite: bool = False,
     ) -> TrainStep:
         """Make the function that trains on one global batch.
 
@@ -147,6 +151,12 @@ class TorchParallel(ModuleMembers[nn.Module]):
             clip_grad_norm: the largest norm of the global batch's gradient.
             accumulate: update once per `accumulate` calls, with the sum of their gradients divided by
                 `accumulate`. Only the last call reduces gradients. Running statistics move in every call.
+            outputs: merge the module's outputs, for `step.result.outputs`.
+            grad_norm: compute the norm of the global batch's gradient, for `step.result.grad_norm`. `clip_grad_norm`
+                computes it anyway.
+            skip_nonfinite: leave weights and optimizer as they are, on all devices, if the loss or the gradient of the
+                global batch has an infinite number or a NaN; `step.result.skipped` tells. Buffers such as running
+                statistics have moved, as in plain torch. On GPUs each update then waits for the gradient.
 
         Raises:
             TypeError, ValueError: an option or an optimizer cannot be used; the message has the remedy.
@@ -161,11 +171,11 @@ class TorchParallel(ModuleMembers[nn.Module]):
             optimizer_factory,
             reduction=reduction,
             sync_batch_norm=self._options.sync_batch_norm,
-            clip_grad_norm=clip_grad_norm,
+            rules=UpdateRules(clip_grad_norm, grad_norm, skip_nonfinite),
             accumulate=accumulate,
         )
         self._engine = DataParallel(program, self.devices, options=self._options)
-        return TrainStep(self._engine, self._scope, self._declared)
+        return TrainStep(self._engine, self._scope, self._declared, outputs=outputs)
 
     def report(self) -> Report:
         """Report how steps run, where their time goes and what uses the memory. Prints as tables.

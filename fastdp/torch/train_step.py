@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,14 +13,47 @@ from fastdp.program.torch.program import TorchProgram
 from fastdp.program.torch.rows.declared import DeclaredRows
 
 
-class TrainStep:
-    """Trains on one global batch per call. Made by `TorchParallel.train_step`."""
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a call of a `TrainStep` gave. The caller owns all of it.
 
-    def __init__(self, engine: DataParallel[TorchProgram], scope: Callable[[], Any], declared: DeclaredRows) -> None:
+    Attributes:
+        loss: of the global batch before the update, as the call returned it.
+        outputs: the module's outputs for the global batch, detached, on the CPU; None without `outputs=True`.
+        grad_norm: the norm of the gradient of the global batch, or of the whole window, before clipping: a tensor
+            without axes on the CPU. None without `grad_norm=True` or `clip_grad_norm`, and in calls without an update.
+        updated: whether the call changed the weights. Calls within a window of `accumulate` do not.
+        skipped: whether the update was skipped since the loss or the gradient was not finite (`skip_nonfinite=True`).
+    """
+
+    loss: torch.Tensor
+    outputs: Any
+    grad_norm: torch.Tensor | None
+    updated: bool
+    skipped: bool
+
+
+class TrainStep:
+    """Trains on one global batch per call. Made by `TorchParallel.train_step`.
+
+    Attributes:
+        result: of the latest call; None before the first. A failed call leaves it.
+    """
+
+    def __init__(
+        self,
+        engine: DataParallel[TorchProgram],
+        scope: Callable[[], Any],
+        declared: DeclaredRows,
+        *,
+        outputs: bool,
+    ) -> None:
+        self.result: TrainResult | None = None
         self._program = engine.program
         self._engine = engine
         self._scope = scope
         self._declared = declared
+        self._outputs = outputs
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -38,8 +72,8 @@ class TrainStep:
         Returns:
             The loss of the whole batch before the update, a zero-dim tensor without gradient.
 
-        The module should be in training mode, as with plain torch. A step with random draws takes one number
-        from torch's global generator, so `torch.manual_seed` makes a run repeatable.
+        The module should be in training mode, as with plain torch. Random draws come from torch's global generator, so
+        `torch.manual_seed` makes a run repeatable.
 
         Raises:
             ReplicaError: a replica failed; the message names device and rows. Weights are unchanged, and the
@@ -51,9 +85,20 @@ class TrainStep:
         with self._scope():
             with torch.enable_grad():
                 batch = self._program.judge(batch, len(self._engine.devices))
-            result = self._engine.train(batch, wants_outputs=False, reduce=self._program.reduces)
+            result = self._engine.train(batch, wants_outputs=self._outputs, reduce=self._program.reduces)
         self._program.calls += 1
-        return self._program.loss(result)
+        loss = self._program.loss(result)
+        outputs = self._program.outputs(result) if self._outputs else None
+        self.result = TrainResult(loss, outputs, *self._applied())
+        return loss
+
+    def _applied(self) -> tuple[torch.Tensor | None, bool, bool]:
+        """The gradient's norm, whether the latest call made an update, and whether it skipped one."""
+        applied = self._program.applied
+        if applied is None:
+            return None, False, False
+        norm = applied.grad_norm
+        return None if norm is None else norm.detach().cpu(), not applied.skipped, applied.skipped
 
 
 def _arguments(inputs: Any) -> tuple[Sequence[Any], dict[str, Any]]:

@@ -54,7 +54,8 @@ class State:
     """A replica over its memory's `variables`.
 
     `optimized` are the parameters that its optimizer updates; for the first replica the user's own. `used` are the
-    numbers of the parameters that had a gradient in earlier calls of the accumulation window.
+    numbers of the parameters that had a gradient in earlier calls of the accumulation window, `losses` the sum of the
+    losses of these calls.
     """
 
     replica: ReplicaModule
@@ -63,6 +64,7 @@ class State:
     optimizer: torch.optim.Optimizer | None
     optimized: list[torch.Tensor]
     used: frozenset[int] = frozenset()
+    losses: float = 0.0
 
 
 @dataclass(slots=True)

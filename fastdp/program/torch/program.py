@@ -24,6 +24,7 @@ from fastdp.program.torch.parameter_hooks import HookedGradients
 from fastdp.program.torch.passes import Notes, Passes, State
 from fastdp.program.torch.rows.declared import DeclaredRows
 from fastdp.program.torch.rows.trials import Trials
+from fastdp.program.torch.update import Applied, UpdateRules, apply, grads_restored
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import accumulate, settle, spec_of, tensors_of
 from fastdp.tensors.threads import prepare_worker, replicas_run
@@ -39,7 +40,7 @@ class TorchProgram(Program):
         reduction: None if `loss_fn` may be any function of the batch (computed on the merged outputs);
             "mean" or "sum" if it is the mean or sum over samples (each replica computes its own part).
         sync_batch_norm: normalize by the global batch instead of each replica's rows.
-        clip_grad_norm: the largest norm of the gradient of the global batch; None for no limit.
+        rules: what happens to the gradient of the global batch before the optimizer uses it.
         accumulate: update once per `accumulate` calls, with the mean of their gradients.
 
     Buffers that the replicas' forward passes assign are combined for the global batch: the running statistics
@@ -49,7 +50,7 @@ class TorchProgram(Program):
     private to each replica.
 
     Raises:
-        ValueError: an unknown `reduction`, or a `clip_grad_norm` or `accumulate` that is not positive.
+        ValueError: an unknown `reduction`, or an `accumulate` that is not positive.
 
     Example:
         >>> program = TorchProgram(module, F.cross_entropy, lambda p: torch.optim.SGD(p, lr=0.1))  # doctest: +SKIP
@@ -65,15 +66,17 @@ class TorchProgram(Program):
         *,
         reduction: str | None = None,
         sync_batch_norm: bool = False,
-        clip_grad_norm: float | None = None,
+        rules: UpdateRules | None = None,
         accumulate: int = 1,
     ) -> None:
-        _check_options(reduction, clip_grad_norm, accumulate)
+        _check_options(reduction, accumulate)
         self.module = module
         self.loss_fn = loss_fn
         self.reduction = reduction
         self.sync_batch_norm = sync_batch_norm
-        self.clip_grad_norm = clip_grad_norm
+        self.rules = rules or UpdateRules()
+        self.applied: Applied | None = None  # by the latest call; None if it made no update
+        self._has_stepped = False
         self.accumulate_calls = accumulate
         self.calls = 0
         self.optimizers = Optimizers(optimizer_factory) if optimizer_factory is not None else None
@@ -167,8 +170,9 @@ class TorchProgram(Program):
 
     @property
     def update_is_reliable(self) -> bool:  # type: ignore[override]
-        """Whether the optimizer is torch's own, and no hooks run on gradients."""
-        return self.optimizers is not None and self.optimizers.are_torchs_own() and not self._passes.hooked
+        """Whether the optimizer is torch's own and has made a step, and no hooks run on gradients."""
+        ours = self.optimizers is not None and self.optimizers.are_torchs_own()
+        return ours and self._has_stepped and not self._passes.hooked
 
     def changed_outside(self) -> bool:
         """Whether the user replaced a parameter or a buffer by another one."""
@@ -232,9 +236,12 @@ class TorchProgram(Program):
             with torch.no_grad():
                 assign_buffers(state.variables, totals.sums[1:], notes.buffers)
                 used = state.used.union(*(note.used for note in totals.every_note))
-                if totals.reduced:
-                    self._apply(state, used, notes.hooked)
-                state.used = frozenset() if totals.reduced else used
+                losses = state.losses + float(totals.sums[0])
+                applied = self._apply(state, used, notes.hooked, losses) if totals.reduced else None
+                state.used, state.losses = (frozenset(), 0.0) if totals.reduced else (used, losses)
+                if state is self._states[0]:
+                    self.applied = applied
+                    self._has_stepped |= applied is not None and not applied.skipped
         except BaseException:  # other replicas' optimizers may have moved on
             if self.optimizers is not None:
                 self.optimizers.suspect = True
@@ -271,34 +278,26 @@ class TorchProgram(Program):
         at = dict(zip((i for i, s in enumerate(self._slots) if s.is_parameter), parameters, strict=True))
         return [at[i] for i in self._differentiable]
 
-    def _apply(self, state: State, used: frozenset[int], hooked: HookedGradients | None) -> None:
-        """Run one optimizer step, and restore the gradients that the user's parameters had."""
+    def _apply(self, state: State, used: frozenset[int], hooked: HookedGradients | None, losses: float) -> Applied:
+        """Run one optimizer step. `losses` is the sum of the losses of the window."""
         assert state.optimizer is not None
-        before = [parameter.grad for parameter in state.optimized]
-        try:
-            gradients = [g if i in used else None for i, g in enumerate(state.gradients.present)]
+        gradients = [g if i in used else None for i, g in enumerate(state.gradients.present)]
+        with grads_restored(state.optimized):
             if hooked is not None and state is self._states[0]:
                 hooked.run(gradients)
             elif hooked is not None:
                 hooked.take(gradients, state.optimized)
             for parameter, gradient in zip(state.optimized, gradients, strict=True):
                 parameter.grad = gradient
-            if self.clip_grad_norm is not None:
-                torch.nn.utils.clip_grad_norm_(state.optimized, self.clip_grad_norm)
-            state.optimizer.step()
-        finally:
-            for parameter, gradient in zip(state.optimized, before, strict=True):
-                parameter.grad = gradient
+            return apply(state.optimizer, state.optimized, losses, self.rules)
 
 
-def _check_options(reduction: str | None, clip_grad_norm: float | None, accumulate: int) -> None:
+def _check_options(reduction: str | None, accumulate: int) -> None:
     """Check the values of the options."""
     if reduction not in REDUCTIONS:
         raise ValueError(
             f'`reduction` must be one of {REDUCTIONS}: None for any loss, computed on the merged outputs; "mean" or '
             f'"sum" for a loss that is the mean or the sum over samples. Received: reduction={reduction!r}'
         )
-    if clip_grad_norm is not None and not clip_grad_norm > 0:
-        raise ValueError(f"`clip_grad_norm` must be None or above 0. Received: clip_grad_norm={clip_grad_norm!r}")
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
         raise ValueError(f"`accumulate` must be a whole number >= 1. Received: accumulate={accumulate!r}")
