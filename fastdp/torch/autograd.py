@@ -18,6 +18,7 @@ from fastdp.options import Options
 from fastdp.program.torch.batch import to_tensor
 from fastdp.program.torch.loop import BackwardPass, ForwardPass, LoopProgram
 from fastdp.runtime.queue import QueueDevice
+from fastdp.tensors.thread_state import check_around
 from fastdp.warn import warn_user
 
 
@@ -75,17 +76,18 @@ class Calls:
     def forward(self, work: ForwardPass) -> list[torch.Tensor]:
         """Run forward on the replicas; the merged outputs."""
         with self._scope():
-            result = self.engine.call(work.batch, partial(self.program.forward, work))
+            result = self.engine.call(work.batch, partial(self.program.run, self.program.forward, work))
             return self.program.merged(work, result)
 
     def backward(
         self, opened: _OpenPass, gradients: Sequence[torch.Tensor | None], *, retain: bool
     ) -> list[torch.Tensor | None]:
         """Run backward on the replicas; the gradients by the tensors that were given, then those by the parameters."""
+        check_around(self.program.module, "A backward pass of a parallel module")
         work = BackwardPass(opened.work, gradients, retain)
         rows = Batch([], None, opened.work.batch.rows)
         with self._scope():
-            result = self.engine.backward(rows, partial(self.program.backward, work))
+            result = self.engine.backward(rows, partial(self.program.run, self.program.backward, work))
             found = self.program.gradients_of(work, result)
             reduced = self.program.reduced(frozenset().union(*(note.used for note in result.every_note)))
         return [*found, *(reduced.get(i) for i in opened.numbers)]

@@ -24,6 +24,7 @@ from fastdp.program.torch.update import UpdateRules
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import peak_nbytes
 from fastdp.tensors.deterministic import deterministic_algorithms
+from fastdp.tensors.thread_state import check_around
 from fastdp.torch.autograd import Calls
 from fastdp.torch.checks import check_module, check_options
 from fastdp.torch.members import ModuleMembers
@@ -97,10 +98,15 @@ class TorchParallel(ModuleMembers[nn.Module]):
         Raises:
             ReplicaError: a replica failed (also an instance of the built-in error that it failed with).
             ValueError: no rows, or arrays of unequal length.
+            NotImplementedError: the call is inside a mode that other threads do not see.
         """
         values = (args, kwargs, ())
         if len(self.devices) == 1:
             return self._alone(values)
+        if torch.is_inference_mode_enabled():  # whose tensors, as memory of the replicas, could never be trained
+            with torch.inference_mode(False), torch.no_grad():
+                return self(*args, **kwargs)
+        check_around(self.module, "A call of a parallel module")
         batch = TorchProgram.batch(args, kwargs, declared=self._declared)
         if batch.rows == 1:
             return self._alone(values)
@@ -174,7 +180,8 @@ class TorchParallel(ModuleMembers[nn.Module]):
             rules=UpdateRules(clip_grad_norm, grad_norm, skip_nonfinite),
             accumulate=accumulate,
         )
-        self._engine = DataParallel(program, self.devices, options=self._options)
+        with torch.inference_mode(False):
+            self._engine = DataParallel(program, self.devices, options=self._options)
         return TrainStep(self._engine, self._scope, self._declared, outputs=outputs)
 
     def report(self) -> Report:

@@ -11,6 +11,7 @@ import torch
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.program.torch.program import TorchProgram
 from fastdp.program.torch.rows.declared import DeclaredRows
+from fastdp.tensors.thread_state import check_around
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class TrainStep:
         self._scope = scope
         self._declared = declared
         self._outputs = outputs
+        self._on_workers = len(engine.devices) > 1 or engine.devices[0].on_gpu
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -78,10 +80,16 @@ class TrainStep:
         Raises:
             ReplicaError: a replica failed; the message names device and rows. Weights are unchanged, and the
                 next call works.
-            ValueError: no rows, or arrays of unequal length.
+            ValueError: no rows, arrays of unequal length, or tensors that require gradients.
+            NotImplementedError: the step is inside a mode that other threads do not see.
         """
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return self(inputs, *targets)
         args, kwargs = _arguments(inputs)
-        batch = self._program.batch(args, kwargs, targets, self._declared)
+        if self._on_workers:
+            check_around(self._program.module, "A train step")
+        batch = self._program.batch(args, kwargs, targets, self._declared, no_graphs=True)
         with self._scope():
             with torch.enable_grad():
                 batch = self._program.judge(batch, len(self._engine.devices))

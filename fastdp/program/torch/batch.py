@@ -140,7 +140,9 @@ class Structure:
             return self._seed
 
 
-def flatten_batch(values: Any, layouts: Sequence[Layout] = ()) -> tuple[list[np.ndarray], Nest]:
+def flatten_batch(
+    values: Any, layouts: Sequence[Layout] = (), *, no_graphs: bool = False
+) -> tuple[list[np.ndarray], Nest]:
     """The arrays of a batch (tensors or NumPy arrays in any nest), and the nest.
 
     `layouts` are those of the tensors with axes, by default rows first; the arrays have their rows first. Zero-dim
@@ -149,7 +151,7 @@ def flatten_batch(values: Any, layouts: Sequence[Layout] = ()) -> tuple[list[np.
     read-only ones and those with negative strides, which torch cannot wrap.
 
     Raises:
-        ValueError: a tensor is not on the CPU.
+        ValueError: a tensor is not on the CPU, or requires a gradient and `no_graphs` is set.
         TypeError: a leaf is neither a tensor, nor an array, nor a plain value.
     """
     nest, tensors = Nest.flatten(pytree.tree_map(to_tensor, values), "A batch")
@@ -159,6 +161,8 @@ def flatten_batch(values: Any, layouts: Sequence[Layout] = ()) -> tuple[list[np.
                 f"A batch must be in host memory, from where each device gets its rows. Received: a tensor on "
                 f"{tensor.device}. Pass it as it comes from the DataLoader, without .to(device)."
             )
+    if no_graphs and any(tensor.requires_grad for tensor in tensors):
+        raise ValueError(_HAS_GRAPH)
     roles = iter(layouts or [ROWS_FIRST] * sum(1 for tensor in tensors if tensor.ndim))
     leaves, dtypes, rows = [], [], []
     left = iter(tensors)
@@ -174,19 +178,30 @@ def flatten_batch(values: Any, layouts: Sequence[Layout] = ()) -> tuple[list[np.
     return rows, Nest(nest.spec, tuple(leaves), tuple(dtypes))
 
 
-def make_batch(values: tuple[Any, dict[str, Any], Any], declared: DeclaredRows | None = None) -> Batch:
+_HAS_GRAPH = (
+    "On several devices the inputs and targets of a train step must not require gradients: it trains the module's own parameters, and "
+    "would leave other gradients out. Received: a tensor with requires_grad=True. If its gradient is wanted, write the "
+    "loop: loss = loss_fn(model(x), y); loss.backward(). If not, pass x.detach(), or compute it under torch.no_grad()."
+)
+
+
+def make_batch(
+    values: tuple[Any, dict[str, Any], Any], declared: DeclaredRows | None = None, *, no_graphs: bool = False
+) -> Batch:
     """Make the engine's batch, with its `Structure`, of `(args, kwargs, targets)`.
 
     A batch that cannot be split by rows as it is has no rows, and `Structure.misfit` has the ValueError or TypeError
     that says why.
     """
     try:
-        return split_batch(values, declared)
+        return split_batch(values, declared, no_graphs=no_graphs)
     except (ValueError, TypeError) as error:
         return Batch([], Structure(Nest(None, (), ()), declared=declared, values=values, misfit=error), 0)
 
 
-def split_batch(values: tuple[Any, dict[str, Any], Any], declared: DeclaredRows | None = None) -> Batch:
+def split_batch(
+    values: tuple[Any, dict[str, Any], Any], declared: DeclaredRows | None = None, *, no_graphs: bool = False
+) -> Batch:
     """As `make_batch`, of values that can be split by rows.
 
     Raises:
@@ -194,10 +209,10 @@ def split_batch(values: tuple[Any, dict[str, Any], Any], declared: DeclaredRows 
         TypeError: as in `flatten_batch`.
     """
     if declared is None:
-        arrays, nest = flatten_batch(values)
+        arrays, nest = flatten_batch(values, no_graphs=no_graphs)
         return Batch.of(arrays, Structure(nest, values=values), partial(_names, values), _SHARED)
     names, layouts = declared.of_arrays(values)
-    arrays, nest = flatten_batch(values, layouts)
+    arrays, nest = flatten_batch(values, layouts, no_graphs=no_graphs)
     of_rows = [one for one in layouts if one.effect is Effect.ROWS]
     structure = Structure(nest, layouts=of_rows, declared=declared, values=values)
     split = [name for name, one in zip(names, layouts, strict=True) if one.effect is Effect.ROWS]

@@ -11,7 +11,7 @@ Several forward passes may be open. The graphs of a pass are freed as torch's ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -163,7 +163,7 @@ class LoopProgram(TorchProgram):
     Args:
         module, sync_batch_norm: as in `TorchProgram`.
 
-    `forward` and `backward` are work for `DataParallel.call` and `DataParallel.backward`.
+    `run` with `forward` or `backward` is work for `DataParallel.call` and `DataParallel.backward`.
     """
 
     def __init__(self, module: nn.Module, *, sync_batch_norm: bool = False) -> None:
@@ -171,6 +171,10 @@ class LoopProgram(TorchProgram):
         self.gradients = [spec_of(self._slots[i].name, self._slots[i].tensor) for i in self._differentiable]
 
     # On the replicas' threads.
+
+    def run(self, work: Callable[..., Result], *args: Any) -> Result:
+        """Run `forward` or `backward` with these arguments as on the user's own thread."""
+        return self._thread.run(work, *args)
 
     def forward(self, work: ForwardPass, state: State, batch: list[np.ndarray], context: Context) -> Result:
         """Run a replica's rows. The result's outputs are those with rows first; the others are in its notes."""

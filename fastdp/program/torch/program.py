@@ -27,6 +27,7 @@ from fastdp.program.torch.rows.trials import Trials
 from fastdp.program.torch.update import Applied, UpdateRules, apply, grads_restored
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import accumulate, settle, spec_of, tensors_of
+from fastdp.tensors.thread_state import ThreadState
 from fastdp.tensors.threads import prepare_worker, replicas_run
 
 
@@ -94,6 +95,7 @@ class TorchProgram(Program):
         self._trials = Trials(module)
         self._adopted: AdoptedSlots | None = None
         self._states: list[State] = []
+        self._thread = ThreadState()
         self._passes = Passes(loss_fn, reduction, sync_batch_norm, accumulate)
 
     # Around a step, on the host thread.
@@ -104,6 +106,8 @@ class TorchProgram(Program):
         kwargs: dict[str, Any],
         targets: Sequence[Any] = (),
         declared: DeclaredRows | None = None,
+        *,
+        no_graphs: bool = False,
     ) -> Batch:
         """Make a batch for the engine.
 
@@ -111,10 +115,11 @@ class TorchProgram(Program):
             args, kwargs: the module's arguments: tensors or arrays with rows first, in any nest.
             targets: what `loss_fn` gets besides the outputs.
             declared: what the user has said about rows.
+            no_graphs: tensors that require gradients cannot be split: their graph would be lost.
 
         A batch that cannot be split by rows has none; `judge` makes another one of it, or says why.
         """
-        return make_batch((tuple(args), dict(kwargs), tuple(targets)), declared)
+        return make_batch((tuple(args), dict(kwargs), tuple(targets)), declared, no_graphs=no_graphs)
 
     def judge(self, batch: Batch, devices: int, *, wants: bool = False) -> Batch:
         """Before a step: find out how the module's values depend on the rows, unless steps of this kind are known.
@@ -152,7 +157,7 @@ class TorchProgram(Program):
     @staticmethod
     def loss(result: Any) -> torch.Tensor:
         """The loss of the global batch, from the engine's result: a tensor without axes, on the CPU."""
-        return torch.tensor(result.sums[0], dtype=result.notes.loss_dtype)
+        return torch.tensor(result.sums[0], dtype=result.notes.loss_dtype, device="cpu")
 
     @staticmethod
     def outputs(result: Any) -> Any:
@@ -211,7 +216,8 @@ class TorchProgram(Program):
 
     @contextmanager
     def running(self, threads: int) -> Iterator[None]:
-        """Sync replicas and optimizers with the user's, and divide the cores among the replicas."""
+        """Sync replicas and optimizers with the user's, note the user's thread, and divide the cores."""
+        self._thread = ThreadState()
         copies = [state.replica.module for state in self._states if state.replica.adopted is None]
         self._attributes.follow(copies)
         if self.optimizers is not None:
@@ -223,25 +229,16 @@ class TorchProgram(Program):
 
     def train(self, state: State, batch: list[np.ndarray], context: Context) -> Result:
         """Compute forward, this replica's contribution to the loss, and its gradient."""
-        return self._passes.train(state, self.users, batch, context)
+        return self._thread.run(self._passes.train, state, self.users, batch, context)
 
     def predict(self, state: State, batch: list[np.ndarray], context: Context) -> Result:
         """Run forward only. Changes no parameter and no buffer, even in training mode."""
-        return self._passes.predict(state, batch, context)
+        return self._thread.run(self._passes.predict, state, batch, context)
 
     def update(self, state: State, totals: Totals) -> None:
         """Assign buffers; at the end of a window, apply torch's optimizer to the summed gradients."""
-        notes: Notes = totals.notes
         try:
-            with torch.no_grad():
-                assign_buffers(state.variables, totals.sums[1:], notes.buffers)
-                used = state.used.union(*(note.used for note in totals.every_note))
-                losses = state.losses + float(totals.sums[0])
-                applied = self._apply(state, used, notes.hooked, losses) if totals.reduced else None
-                state.used, state.losses = (frozenset(), 0.0) if totals.reduced else (used, losses)
-                if state is self._states[0]:
-                    self.applied = applied
-                    self._has_stepped |= applied is not None and not applied.skipped
+            self._thread.run(self._update, state, totals)
         except BaseException:  # other replicas' optimizers may have moved on
             if self.optimizers is not None:
                 self.optimizers.suspect = True
@@ -277,6 +274,19 @@ class TorchProgram(Program):
         """The parameters that can have a gradient."""
         at = dict(zip((i for i, s in enumerate(self._slots) if s.is_parameter), parameters, strict=True))
         return [at[i] for i in self._differentiable]
+
+    def _update(self, state: State, totals: Totals) -> None:
+        """Assign buffers, and run the optimizer at the end of a window."""
+        notes: Notes = totals.notes
+        with torch.no_grad():
+            assign_buffers(state.variables, totals.sums[1:], notes.buffers)
+            used = state.used.union(*(note.used for note in totals.every_note))
+            losses = state.losses + float(totals.sums[0])
+            applied = self._apply(state, used, notes.hooked, losses) if totals.reduced else None
+            state.used, state.losses = (frozenset(), 0.0) if totals.reduced else (used, losses)
+            if state is self._states[0]:
+                self.applied = applied
+                self._has_stepped |= applied is not None and not applied.skipped
 
     def _apply(self, state: State, used: frozenset[int], hooked: HookedGradients | None, losses: float) -> Applied:
         """Run one optimizer step. `losses` is the sum of the losses of the window."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -194,12 +195,26 @@ def _host_states() -> tuple[Any, bytes]:
 
 
 @contextmanager
+def _no_hooks_on_saved_tensors() -> Iterator[None]:
+    """Keep the user's hooks from tensors that a trial saves."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+        yield
+        return
+    with saved_tensors_hooks(_unchanged, _unchanged):
+        yield
+
+
+def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+@contextmanager
 def undisturbed() -> Iterator[None]:
-    """Seed the global generators equally for each run, and restore them; suppress warnings."""
+    """Seed the global generators equally for each run, and restore them; suppress warnings and the user's hooks."""
     numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
     drawn = torch.get_rng_state()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _no_hooks_on_saved_tensors():
             warnings.simplefilter("ignore")
             torch.default_generator.manual_seed(1)
             np.random.seed(1)  # noqa: NPY002

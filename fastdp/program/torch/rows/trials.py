@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,7 +71,7 @@ class Trials:
         if kind not in self._known:
             judge = _Judge(self._module, batch, rows, batch.structure.wanted() if wants else ())
             apart = keeps_rows_apart(self._module)
-            if not apart and not judge.look():
+            if not apart and not contextvars.copy_context().run(judge.look):
                 return None  # the step itself says why the module does not run; a later one is tried
             self._known[kind] = None if apart else judge.judged()
         return self._known[kind]
@@ -81,7 +82,7 @@ class Trials:
         nest, autocast = structure.nest, structure.autocast
         leaves = tuple([(one.shape, one.dtype) if isinstance(one, torch.Tensor) else one for one in nest.leaves])
         modes = tuple([part.training for part in self._parts])
-        how = (torch.is_grad_enabled(), autocast.enabled, autocast.dtype, rows)
+        how = (torch.is_grad_enabled(), autocast.dtypes, rows)
         return modes, how, str(nest.spec), leaves, nest.dtypes, batch.shapes, tuple(structure.layouts)
 
 

@@ -1,0 +1,182 @@
+"""What Python and torch keep for the user's thread around a step: it counts on the replicas' threads, or is refused.
+
+Torch keeps autocast, hooks on saved tensors, modes and more for each thread, and Python its context variables. Replicas
+run on threads of their own, where a step has to find what one device would.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad, graph
+from torch.nn.utils import parametrize
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from fastdp.tensors.function_mode import ReplicaMode
+from fastdp.tensors.threads import end_pool
+
+P = ParamSpec("P")
+ResultT = TypeVar("ResultT")
+_SMALLEST, _ONE = 5e-324, 1.0
+_OWN_RECOMPUTATION = "torch.utils.checkpoint"
+
+
+class ThreadState:
+    """What is kept for one thread: context variables, hooks on saved tensors, and how subnormal numbers are taken."""
+
+    __slots__ = ("_context", "_flushes", "_lock", "_no_hooks", "_saved", "_thread")
+
+    def __init__(self) -> None:
+        self._thread, self._lock = threading.get_ident(), threading.Lock()
+        self._context = contextvars.copy_context()
+        self._flushes = _flushes()
+        self._saved: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        self._no_hooks: str | None = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+
+    def run(self, work: Callable[P, ResultT], *args: P.args, **kwargs: P.kwargs) -> ResultT:
+        """Run `work` on another thread as on the one that the state is of.
+
+        Raises:
+            RuntimeError: `work` changes what would have to reach the other thread: a context variable, or cached
+                parametrizations.
+        """
+        if threading.get_ident() == self._thread:
+            return work(*args, **kwargs)
+        context, cache = self._context.copy(), parametrize._cache
+        with _subnormals(flushed=self._flushes), self._saved_tensors():
+            result = context.run(work, *args, **kwargs)
+        if parametrize._cache is not cache:
+            raise RuntimeError(_CACHED)
+        if len(context) or len(self._context):
+            self._check_unchanged(context)
+        return result
+
+    def _check_unchanged(self, context: contextvars.Context) -> None:
+        for variable in (*context, *self._context):
+            if context.get(variable, _GONE) is not self._context.get(variable, _GONE):
+                raise RuntimeError(
+                    f"The module changes the context variable {variable.name!r} in forward, and each device has its "
+                    "own context, which ends with the pass. Return the value instead, or keep it in a registered "
+                    "buffer; a value that only forward itself needs can be reset there (ContextVar.reset)."
+                )
+
+    @contextmanager
+    def _saved_tensors(self) -> Iterator[None]:
+        """Apply the hooks on saved tensors."""
+        if self._no_hooks is not None:
+            with graph.disable_saved_tensors_hooks(self._no_hooks):
+                yield
+            return
+        # A checkpoint around the call keeps nothing of the replicas' graphs, which repeat nothing.
+        if self._saved is None or getattr(self._saved[0], "__module__", "") == _OWN_RECOMPUTATION:
+            yield
+            return
+        with graph.saved_tensors_hooks(*map(self._in_turn, self._saved)):
+            yield
+
+    def _in_turn(self, hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """A hook that one replica calls at a time, as on one device. Torch's own need no turns."""
+        if getattr(hook, "__module__", "").startswith("torch."):
+            return hook
+        lock = self._lock
+
+        def called(value: Any) -> Any:
+            with lock:
+                return hook(value)
+
+        return called
+
+
+_GONE = object()
+_CACHED = (
+    "The module runs `torch.nn.utils.parametrize.cached()` in forward. It is one cache for the whole process, so "
+    "replicas in several threads would use and clear each other's. Compute a parametrized tensor once and keep it in a "
+    "variable (`weight = self.layer.weight`), or use gpus=[0]."
+)
+
+
+@contextmanager
+def _subnormals(*, flushed: bool) -> Iterator[None]:
+    """Flush subnormal numbers to zero, or do not: a setting of each thread."""
+    before = _flushes()
+    if before == flushed:
+        yield
+        return
+    end_pool()  # new helpers take over the setting
+    torch.set_flush_denormal(flushed)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
+        end_pool()
+
+
+def _flushes() -> bool:
+    """Whether this thread flushes subnormal numbers to zero."""
+    return _SMALLEST * _ONE == 0.0
+
+
+def check_around(module: nn.Module, what: str) -> None:
+    """Refuse what is around a call on several devices and cannot count on the replicas' threads. Called before it.
+
+    Args:
+        module: the user's.
+        what: the call, for messages: "a train step".
+
+    Raises:
+        NotImplementedError: something is; the message names it and the remedy.
+    """
+    if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
+        _check_modes(what)
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            f"{what} inside a transform of torch.func (grad, vmap, jvp), which does not reach the threads of several "
+            "devices. Transform the module itself, model.module, or use gpus=[0]."
+        )
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            f"{what} inside torch.autograd.forward_ad.dual_level: tangents do not reach the threads of several "
+            "devices. Call the module itself, model.module, or use gpus=[0]."
+        )
+    if torch._C._get_tracing_state() is not None:
+        raise NotImplementedError(
+            f"{what} inside torch.jit.trace or torch.onnx.export, which does not see the threads of several devices. "
+            "Trace the module itself, model.module."
+        )
+    if parametrize._cache_enabled and any(parametrize.is_parametrized(part) for part in module.modules()):
+        raise NotImplementedError(
+            f"{what} inside torch.nn.utils.parametrize.cached(), which is one cache for the whole process: devices "
+            "would use each other's values. Leave it out, or use gpus=[0]."
+        )
+
+
+def _check_modes(what: str) -> None:
+    """Refuse modes of this thread, except a default device that is the host."""
+    for mode in (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()):
+        if isinstance(mode, ReplicaMode):
+            raise NotImplementedError(
+                f"{what} inside the forward of another parallel module, whose devices are busy. Keep the plain module "
+                "in its place: model.module"
+            )
+        if isinstance(mode, DeviceContext):
+            if mode.device.type != "cpu":
+                raise NotImplementedError(
+                    f"{what} with the default device {str(mode.device)!r} (torch.set_default_device, or `with "
+                    "torch.device`): several devices each have their own. Make tensors in forward on the device of an "
+                    "input (device=x.device), and set the default device to None."
+                )
+        else:
+            name = type(mode).__name__.lstrip("_")
+            raise NotImplementedError(
+                f"{what} inside the mode {name}, which torch keeps for the calling thread: it would not see the "
+                "operations of several devices. Run the module itself in the mode, model.module (FLOPs, for example, "
+                "are the same), enter the mode inside forward, or use gpus=[0]."
+            )
