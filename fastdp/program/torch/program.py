@@ -133,7 +133,7 @@ class TorchProgram(Program):
             The batch for the step.
 
         Raises:
-            ValueError, TypeError: the batch or the module cannot be split by rows exactly; the message has the remedies.
+            ValueError, TypeError: batch or module cannot be split by rows exactly; the message has the remedies.
         """
         if batch.structure.misfit is not None:
             if devices > 1:
