@@ -1,4 +1,4 @@
-"""What Python and torch keep for the user's thread around a step: it counts on the replicas' threads, or is refused.
+"""What Python and torch keep for the user's thread around a step: it counts on replicas' threads, or is refused.
 
 Torch keeps autocast, hooks on saved tensors, modes and more for each thread, and Python its context variables. Replicas
 run on threads of their own, where a step has to find what one device would.
