@@ -61,11 +61,23 @@ def test_the_fast_way_trains_as_the_loop_and_its_checkpoint_loads(tmp_path, monk
     torch.testing.assert_close(weights(module), weights(alone), rtol=1e-4, atol=1e-6)
     found["y"] = found["y"][:8]
     found["x"] = found["x"][: len(found["y"])]
-    exec(CODE[5], found)
-    assert any("linear" in event.key for event in found["profiler"].key_averages())
     exec(CODE[6], found)
+    assert any("linear" in event.key for event in found["profiler"].key_averages())
+    exec(CODE[7], found)
     found["model"].load_state_dict({f"module.{name}": value for name, value in alone.state_dict().items()})
     torch.testing.assert_close(weights(module), weights(alone), rtol=0, atol=0)
+
+
+def test_the_result_of_a_step_has_losses_outputs_and_the_norm(capsys):
+    module = nn.Linear(6, 3)
+    found = names(module, make_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    found["model"] = fastdp.wrap(module, gpus=4)
+    exec(CODE[2], found)
+    *_, printed = capsys.readouterr().out.splitlines()
+    told = found["told"]
+    assert printed == f"{told.losses['ce']:.3f}, norm {told.grad_norm:.2f} "
+    assert told.updated
+    assert found["right"].shape == (6,)
 
 
 class Stateful(nn.Module):
@@ -80,7 +92,7 @@ class Stateful(nn.Module):
         return output, fastdp.rows(state, axis=1)
 
 
-@pytest.mark.parametrize("code", [CODE[2], CODE[3]])
+@pytest.mark.parametrize("code", [CODE[3], CODE[4]])
 def test_declared_and_marked_rows_give_the_outputs_of_one_device(code):
     module = Stateful()
     x, state, mask = torch.randn(8, 5, 6), torch.randn(2, 8, 6), torch.ones(5, 5).tril()
@@ -92,7 +104,7 @@ def test_declared_and_marked_rows_give_the_outputs_of_one_device(code):
 
 def test_the_modules_that_ask_for_all_rows_give_the_values_of_one_device():
     made = names(nn.Identity())
-    exec(CODE[4], made)
+    exec(CODE[5], made)
     contrast, mean = made["Contrast"](), made["MaskedMean"]()
     images, texts = torch.randn(10, 6), torch.randn(10, 6)
     alone = copy.deepcopy(contrast)
@@ -105,7 +117,7 @@ def test_the_modules_that_ask_for_all_rows_give_the_values_of_one_device():
 
 
 def test_every_piece_of_code_is_run_here():
-    assert len(CODE) == 7
+    assert len(CODE) == 8
 
 
 def test_every_example_and_name_on_the_page_exists():

@@ -148,12 +148,15 @@ class TorchParallel(ModuleMembers[nn.Module]):
         """Make the function that trains on one global batch.
 
         Args:
-            loss_fn: `loss_fn(outputs, *targets)` returns one number. Any function or nn loss module.
+            loss_fn: `loss_fn(outputs, *targets)` returns one number. Any function or nn loss module. It may return
+                several: a tuple or list, of which the first is trained on, or a dict with "loss" in it. The others are
+                for `step.result.losses`.
             optimizer_factory: `optimizer_factory(parameters)` makes a new torch optimizer. Called once per
                 device; the first one is over the module's own parameters and becomes `optimizer`.
             reduction: None: `loss_fn` may be anything and is computed on the merged outputs (exact for class
                 weights, ignore_index, contrastive losses). "mean" or "sum": `loss_fn` is the mean or sum over
-                samples, and each replica computes its own part without waiting for the others.
+                samples, and each replica computes its own part without waiting for the others. So are the other
+                numbers that it returns, which must be tensors then.
             clip_grad_norm: the largest norm of the global batch's gradient.
             accumulate: update once per `accumulate` calls, with the sum of their gradients divided by
                 `accumulate`. Only the last call reduces gradients. Running statistics move in every call.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,26 +11,7 @@ from fastdp.engine.data_parallel import DataParallel
 from fastdp.program.torch.program import TorchProgram
 from fastdp.program.torch.rows.declared import DeclaredRows
 from fastdp.tensors.thread_state import check_around
-
-
-@dataclass(frozen=True, slots=True)
-class TrainResult:
-    """What a call of a `TrainStep` gave. The caller owns all of it.
-
-    Attributes:
-        loss: of the global batch before the update, as the call returned it.
-        outputs: the module's outputs for the global batch, detached, on the CPU; None without `outputs=True`.
-        grad_norm: the norm of the gradient of the global batch, or of the whole window, before clipping: a tensor
-            without axes on the CPU. None without `grad_norm=True` or `clip_grad_norm`, and in calls without an update.
-        updated: whether the call changed the weights. Calls within a window of `accumulate` do not.
-        skipped: whether the update was skipped since the loss or the gradient was not finite (`skip_nonfinite=True`).
-    """
-
-    loss: torch.Tensor
-    outputs: Any
-    grad_norm: torch.Tensor | None
-    updated: bool
-    skipped: bool
+from fastdp.torch.train_result import TrainResult, read_result
 
 
 class TrainStep:
@@ -95,18 +75,8 @@ class TrainStep:
                 batch = self._program.judge(batch, len(self._engine.devices))
             result = self._engine.train(batch, wants_outputs=self._outputs, reduce=self._program.reduces)
         self._program.calls += 1
-        loss = self._program.loss(result)
-        outputs = self._program.outputs(result) if self._outputs else None
-        self.result = TrainResult(loss, outputs, *self._applied())
-        return loss
-
-    def _applied(self) -> tuple[torch.Tensor | None, bool, bool]:
-        """The gradient's norm, whether the latest call made an update, and whether it skipped one."""
-        applied = self._program.applied
-        if applied is None:
-            return None, False, False
-        norm = applied.grad_norm
-        return None if norm is None else norm.detach().cpu(), not applied.skipped, applied.skipped
+        self.result = read_result(result, self._program.applied, outputs=self._outputs)
+        return self.result.loss
 
 
 def _arguments(inputs: Any) -> tuple[Sequence[Any], dict[str, Any]]:

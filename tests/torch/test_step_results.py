@@ -283,3 +283,145 @@ def test_sparse_gradients_have_a_norm_too(devices):
     F.cross_entropy(reference(x), y).backward()
     dense = [p.grad.to_dense() for p in reference.parameters()]
     assert_equal(step.result.grad_norm, nn.utils.get_total_norm(dense))
+
+
+def several(outputs, y, kind="dict"):
+    ce, l2 = F.cross_entropy(outputs, y), outputs.square().mean()
+    accuracy = (outputs.argmax(1) == y).double().mean()
+    return {
+        "dict": {"loss": ce + 0.1 * l2, "ce": ce, "parts": [l2, accuracy.float()]},
+        "tuple": (ce + 0.1 * l2, ce, l2.reshape(1)),
+        "loss and dict": (ce, {"ce": ce, "accuracy": accuracy}),
+        "list of one": [ce],
+    }[kind]
+
+
+@pytest.mark.parametrize("reduction", [None, "mean"])
+@pytest.mark.parametrize("kind", ["dict", "tuple", "loss and dict", "list of one"])
+@each_number
+def test_several_losses_are_those_of_the_global_batch_and_one_is_trained_on(devices, kind, reduction):
+    module = mlp()
+    reference = copy.deepcopy(module)
+    loss_fn = lambda outputs, y: several(outputs, y, kind)  # noqa: E731
+    step = wrapped(module, devices).train_step(loss_fn, adam, reduction=reduction, accumulate=2)
+    optimizer = adam(reference.parameters())
+    for i, (x, y) in enumerate(batches((7, 24, 19, 8))):
+        loss = step(x, y)
+        expected = loss_fn(reference(x), y)
+        trained = expected["loss"] if kind == "dict" else expected[0]
+        (trained / 2).backward()
+        if i % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+        assert_equal(loss, trained.detach())
+        found, spec = pytree.tree_flatten(step.result.losses)
+        wanted, expected_spec = pytree.tree_flatten(expected)
+        assert spec == expected_spec
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(
+                ours, theirs.detach().reshape(()), rtol=1e-6 if theirs.dtype == torch.float32 else 1e-9, atol=1e-11
+            )
+            assert not ours.requires_grad
+    assert_equal(dict(module.state_dict()), dict(reference.state_dict()))
+
+
+@each_number
+def test_sums_and_counts_of_a_loss_that_is_a_sum(devices):
+    module = mlp()
+    reference = copy.deepcopy(module).eval()
+    module.eval()
+
+    def loss_fn(outputs, y):
+        return F.cross_entropy(outputs, y, reduction="sum"), {"right": (outputs.argmax(1) == y).sum()}
+
+    step = wrapped(module, devices).train_step(loss_fn, adam, reduction="sum")
+    x, y = batches()[2]
+    step(x, y)
+    loss, others = loss_fn(reference(x), y)
+    assert_equal(step.result.losses, (loss.detach(), others))
+    assert step.result.losses[1]["right"].dtype == torch.int64
+
+
+@each_number
+def test_plain_values_pass_through_where_the_loss_is_of_the_merged_outputs(devices):
+    step = wrapped(mlp(), devices).train_step(
+        lambda out, y: {
+            "name": "ce",
+            "loss": F.cross_entropy(out, y),
+            "rows": len(y),
+            "right": (out.argmax(1) == y).sum(),
+        },
+        adam,
+    )
+    x, y = batches()[0]
+    loss = step(x, y)
+    losses = step.result.losses
+    assert list(losses) == ["name", "loss", "rows", "right"]
+    assert (losses["name"], losses["rows"], losses["loss"]) == ("ce", 24, loss)
+    assert 0 <= losses["right"] <= 24
+
+
+@dataclass
+class Own:
+    loss: torch.Tensor
+
+
+REFUSED = {
+    "no loss": (lambda ce, out, y: {"ce": ce}, None, ValueError, r'under the name "loss".*\[\'ce\'\]'),
+    "no tensor": (
+        lambda ce, out, y: (float(ce), ce),
+        None,
+        TypeError,
+        "must return a tensor, or the one to train on as",
+    ),
+    "nothing": (lambda ce, out, y: (), None, TypeError, "must return a tensor, or the one"),
+    "a class": (lambda ce, out, y: Own(ce), None, TypeError, "must return a tensor, or the one.*Own"),
+    "rows": (lambda ce, out, y: (ce, out[:, 0]), None, ValueError, r"at \[1\] must be one number.*outputs=True"),
+    "trained rows": (lambda ce, out, y: {"loss": out[:, 0]}, None, ValueError, "must return one number to train on"),
+    "item": (
+        lambda ce, out, y: (ce, {"ce": ce.item()}),
+        "mean",
+        TypeError,
+        r"at \[1\]\['ce'\] must be a tensor with red",
+    ),
+    "count": (lambda ce, out, y: (ce, (y > 0).sum()), "mean", ValueError, "int64, which is no mean over samples"),
+    "flag": (lambda ce, out, y: (ce, (y > 0).any()), "sum", ValueError, "bool, which is no sum over samples"),
+}
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_loss_is_refused_and_changes_nothing(devices, case):
+    wrong, reduction, error, message = REFUSED[case]
+    module, right = mlp(), []
+    before = copy.deepcopy(module.state_dict())
+
+    def loss_fn(out, y):
+        ce = F.cross_entropy(out, y)
+        return ce if right else wrong(ce, out, y)
+
+    step = wrapped(module, devices).train_step(loss_fn, adam, reduction=reduction)
+    x, y = batches()[0]
+    with pytest.raises(error, match=message):
+        step(x, y)
+    assert_equal(dict(module.state_dict()), dict(before))
+    right.append(True)
+    step(x, y)
+    assert step.result.updated
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+@pytest.mark.parametrize("first", [True, False])
+def test_losses_that_differ_between_devices_are_refused(devices, first):
+    module = mlp()
+    before = copy.deepcopy(module.state_dict())
+    x, y = batches()[0]
+
+    def loss_fn(out, y, rows):
+        ce = F.cross_entropy(out, y)
+        return (ce, ce) if (0 in rows) is first else ce
+
+    step = wrapped(module, devices).train_step(loss_fn, adam, reduction="mean")
+    with pytest.raises(ValueError, match=r"the same numbers on all devices.*only the loss"):
+        step(x, y, torch.arange(len(x)))
+    assert_equal(dict(module.state_dict()), dict(before))

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fastdp.program.torch.batch import Nest
+from fastdp.program.torch.losses import Reported, split
 from fastdp.program.torch.replica import ReplicaContext, gradients_of
 from fastdp.program.torch.rows.declared import parts_fit
 from fastdp.program.torch.rows.merging import merge, own_gradient
@@ -35,7 +36,8 @@ LossFunction = Callable[..., Any]
 class Contribution:
     """A replica's part of the loss, with its outputs and the gradients by them that backward starts from.
 
-    `direct` are the gradients by parameters that the loss function itself uses, by position.
+    `direct` are the gradients by parameters that the loss function itself uses, by position, and `reported` its part of
+    the other numbers that the loss function returns.
     """
 
     value: float
@@ -43,6 +45,7 @@ class Contribution:
     roots: list[torch.Tensor] = field(default_factory=list)
     seeds: list[torch.Tensor] = field(default_factory=list)
     direct: dict[int, torch.Tensor] = field(default_factory=dict)
+    reported: Reported | None = None
 
 
 def contribute(
@@ -57,7 +60,7 @@ def contribute(
 
     Args:
         reduction: None, "mean" or "sum", as above.
-        loss_function: `loss_function(outputs, *targets)` returns one number.
+        loss_function: `loss_function(outputs, *targets)` returns one number, or several (`losses.split`).
         outputs: the replica's outputs, attached to its graph.
         targets: the replica's targets.
         parameters: the user's own parameters, for loss functions that use them (a penalty, say).
@@ -70,7 +73,7 @@ def contribute(
         return _merged(loss_function, nest, tensors, layouts, parameters, running)
     _check_reduction(reduction, tensors, layouts)
     leaves = [_leaf(tensor) for tensor in tensors]
-    loss = number(loss_function(nest.pack(leaves), *targets))
+    loss, reported = split(loss_function(nest.pack(leaves), *targets), reduction)
     weight = running.context.rows.share if reduction == "mean" else 1.0
     gradients, direct = _gradients(running, loss * weight, leaves, parameters)
     if direct and reduction == "sum":
@@ -78,24 +81,8 @@ def contribute(
             "A loss function that uses the module's parameters itself would count that part once per device with "
             'reduction="sum". Use reduction=None.'
         )
-    return _contribution(float(loss.detach()) * weight, loss, tensors, gradients, direct)
-
-
-def number(loss: Any) -> torch.Tensor:
-    """The loss as a tensor without axes.
-
-    Raises:
-        TypeError: it is not a tensor.
-        ValueError: it has more than one element.
-    """
-    if not isinstance(loss, torch.Tensor):
-        raise TypeError(f"`loss_fn` must return a tensor. Received: {loss!r} (of type {type(loss).__name__})")
-    if loss.numel() != 1:
-        raise ValueError(
-            f"`loss_fn` must return one number for the batch. Received: shape {tuple(loss.shape)}. Reduce it, for "
-            "example by .mean()."
-        )
-    return loss.reshape(())
+    reported = reported and reported.read(weight)
+    return _contribution(float(loss.detach()) * weight, loss, tensors, gradients, direct, reported)
 
 
 def _merged(
@@ -117,16 +104,17 @@ def _merged(
         _, _, targets = context.structure.pack(context.batch, context.torch_device)
         own, running.rows = running.rows, Rows(0, running.rows.total, running.rows.total)
         try:
-            loss = number(loss_function(nest.pack(leaves), *targets))
+            loss, reported = split(loss_function(nest.pack(leaves), *targets), None)
         finally:
             running.rows = own
         gradients, direct = _gradients(running, loss, leaves, parameters)
-        answer = (loss.detach(), gradients, direct)
-    loss, gradients, direct = context.exchange(answer, "the gradients of the loss of the merged outputs")[0]
+        answer = (loss.detach(), gradients, direct, reported and reported.read(1.0))
+    loss, gradients, direct, reported = context.exchange(answer, "the gradients of the loss of the merged outputs")[0]
     pairs = zip(gradients, layouts, strict=True)
     mine = [None if gradient is None else own_gradient(gradient, one, context.rows) for gradient, one in pairs]
-    first = context.rank == 0
-    return _contribution(float(loss) if first else 0.0, loss, tensors, mine, direct if first else {})
+    if context.rank > 0:
+        return _contribution(0.0, loss, tensors, mine, {}, reported and reported.elsewhere())
+    return _contribution(float(loss), loss, tensors, mine, direct, reported)
 
 
 def _contribution(
@@ -135,10 +123,11 @@ def _contribution(
     tensors: Sequence[torch.Tensor],
     gradients: Sequence[torch.Tensor | None],
     direct: dict[int, torch.Tensor],
+    reported: Reported | None,
 ) -> Contribution:
     """Keep the outputs that have both a graph and a gradient."""
     pairs = [(t, g) for t, g in zip(tensors, gradients, strict=True) if g is not None and t.requires_grad]
-    return Contribution(value, loss.dtype, [t for t, _ in pairs], [g for _, g in pairs], direct)
+    return Contribution(value, loss.dtype, [t for t, _ in pairs], [g for _, g in pairs], direct, reported)
 
 
 def _check_reduction(reduction: str, tensors: Sequence[torch.Tensor], layouts: Sequence[Layout]) -> None:

@@ -23,7 +23,8 @@ from fastdp.program.torch import batch_norm as torch_batch_norm
 from fastdp.program.torch import gradients as torch_gradients
 from fastdp.program.torch.batch import Nest, Structure, outputs_to_arrays, with_extremes
 from fastdp.program.torch.gradients import Gradients
-from fastdp.program.torch.loss import WITHOUT_GRADIENT, LossFunction, contribute, number
+from fastdp.program.torch.loss import WITHOUT_GRADIENT, LossFunction, contribute
+from fastdp.program.torch.losses import Reported, check_equal_nests, split
 from fastdp.program.torch.module import ReplicaModule
 from fastdp.program.torch.module_buffers import BufferNotes, gather_buffers
 from fastdp.program.torch.optimizer import check_sparse
@@ -71,7 +72,8 @@ class State:
 class Notes:
     """The layout of a step's sums: the loss, then the numbers that `buffers` describes.
 
-    `used` are the numbers of the parameters that have a gradient, `hooked` their hooks.
+    `used` are the numbers of the parameters that have a gradient, `hooked` their hooks. `reported` are the numbers of
+    the loss function that are not trained on.
     """
 
     outputs: Nest | None = None
@@ -79,6 +81,7 @@ class Notes:
     buffers: BufferNotes = field(default_factory=BufferNotes)
     used: frozenset[int] = frozenset()
     hooked: HookedGradients | None = None
+    reported: Reported | None = None
     draws: SharedDraws | None = None
 
     def agree(self, every: Sequence[Notes]) -> None:
@@ -90,6 +93,7 @@ class Notes:
         if self.draws is not None:
             self.draws.end()
         self.buffers.check([note.buffers for note in every])
+        check_equal_nests([note.reported for note in every])
 
 
 class Passes:
@@ -169,7 +173,7 @@ class Passes:
         args, kwargs, targets = structure.pack(batch, None if batch else context.torch_device)
         with structure.autocast.enter():
             outputs = state.replica.module(*args, **kwargs)
-            loss = number(self.loss_fn(outputs, *targets))
+            loss, reported = split(self.loss_fn(outputs, *targets), self.reduction)
         if loss.requires_grad:
             loss.backward(None if self.accumulate == 1 else torch.full_like(loss, 1.0 / self.accumulate))
         elif _requires_grad(outputs):
@@ -178,6 +182,7 @@ class Passes:
         notes = Notes(nest, loss.dtype, used=state.gradients.store({}, keep=self.replicas == 1 == self.accumulate))
         if state.replica.adopted is None or self.replicas > 1:
             notes.buffers.constant = [(i, value.clone()) for i, value, _ in state.replica.changed_buffers()]
+        notes.reported = reported and reported.read(1.0)
         state.replica.keep_buffers()
         return Result(arrays, np.array([float(loss.detach())]), notes)
 
@@ -200,6 +205,7 @@ class Passes:
                     backward(running, part.roots, [seed / self.accumulate for seed in part.seeds])
         arrays, nest = outputs_to_arrays(outputs, context) if context.wants_outputs else ([], None)
         notes = Notes(nest, part.dtype, used=state.gradients.store(part.direct), draws=structure.draws)
+        notes.reported = part.reported
         if state.gradients.sparse and state.optimizer is not None:
             check_sparse(state.optimizer)
         sums = gather_buffers(state.replica, running, notes.buffers)

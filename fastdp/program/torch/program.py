@@ -14,7 +14,7 @@ from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.program.base import Program, Result, Totals
-from fastdp.program.torch.batch import make_batch, outputs_from_arrays, undivided_batch
+from fastdp.program.torch.batch import make_batch, undivided_batch
 from fastdp.program.torch.gradients import Gradients
 from fastdp.program.torch.loss import REDUCTIONS, LossFunction
 from fastdp.program.torch.module import AdoptedSlots, Attributes, adopted, replicate, slots_of, users_own
@@ -56,7 +56,7 @@ class TorchProgram(Program):
     Example:
         >>> program = TorchProgram(module, F.cross_entropy, lambda p: torch.optim.SGD(p, lr=0.1))  # doctest: +SKIP
         >>> engine = DataParallel(program, devices)  # doctest: +SKIP
-        >>> loss = program.loss(engine.train(program.batch((x,), {}, (y,))))  # doctest: +SKIP
+        >>> loss = results.loss(engine.train(program.batch((x,), {}, (y,))))  # doctest: +SKIP
     """
 
     def __init__(
@@ -153,16 +153,6 @@ class TorchProgram(Program):
     def reduces(self) -> bool:
         """Whether the next call ends a window of gradient accumulation."""
         return (self.calls + 1) % self.accumulate_calls == 0
-
-    @staticmethod
-    def loss(result: Any) -> torch.Tensor:
-        """The loss of the global batch, from the engine's result: a tensor without axes, on the CPU."""
-        return torch.tensor(result.sums[0], dtype=result.notes.loss_dtype, device="cpu")
-
-    @staticmethod
-    def outputs(result: Any) -> Any:
-        """The merged outputs, in the module's own structure. The caller owns them."""
-        return outputs_from_arrays(result.outputs, result.notes.outputs)
 
     # Memory: members of Program.
 
