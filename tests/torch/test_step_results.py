@@ -369,7 +369,7 @@ class Own:
 REFUSED = {
     "no loss": (lambda ce, out, y: {"ce": ce}, None, ValueError, r'under the name "loss".*\[\'ce\'\]'),
     "no tensor": (
-        lambda ce, out, y: (float(ce), ce),
+        lambda ce, out, y: (1.0, ce),
         None,
         TypeError,
         "must return a tensor, or the one to train on as",
