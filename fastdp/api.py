@@ -122,7 +122,8 @@ def wrap(
             - "bucket": same as "auto", but also warns where there is nothing to record.
         update: where the optimizer runs. "each" runs it on every device. "first" runs it on the first device and copies
             the new weights to the others, which is faster where devices outnumber the cores that they share. Results
-            are the same. None means "each" on GPUs and "first" elsewhere.
+            are the same. None means "each" on GPUs and "first" elsewhere. The optimizer of a torch module always runs
+            on the first device: it is the user's own.
         deterministic: make results repeat bit for bit between runs on one machine with the same devices and cores.
             Steps are slower. They use torch's deterministic algorithms; an operation without one is an error. No
             decision depends on timing: "auto" traces the second step of a batch shape and compiles none, and under
@@ -130,7 +131,8 @@ def wrap(
             which is set here if torch has not used a GPU yet.
         timeout: seconds before a step is given up. It does not apply to one virtual device: its steps run on the
             calling thread, so no thread is left to give them up.
-        check_replicas: verify after each step that all replicas are bitwise equal. Slow; for debugging.
+        check_replicas: verify after each step that all replicas are bitwise equal. Slow; for debugging. Replicas of a
+            torch module get the weights anew in each step: there is nothing to verify.
         rows: what to do about layers of a Keras model that mix the rows of a batch, such as a mean over the batch or a
             running average of it. A device sees only its own rows. fastdp detects such layers by running the model on
             a few rows before the first step.

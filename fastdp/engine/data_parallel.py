@@ -78,10 +78,12 @@ class DataParallel(Generic[ProgramT_co]):
         devices = devices_of_engine(devices, options.merge_device)
         self.program = program
         self.devices = list(devices)
-        self.update = options.update or ("each" if devices[0].on_gpu else "first")
         self.check_replicas = options.check_replicas
         self.times = Timings()
         self._program = as_program(program)
+        chosen = options.update or ("each" if devices[0].on_gpu else "first")
+        # The others would update themselves for nothing: they get an exposed home's variables before each step.
+        self.update = "first" if self._program.home_is_exposed else chosen
         self._state = EngineState(options.timeout)
         self._cpu_merge, self._merge_device = options.cpu_merge, self.devices[options.merge_device]
         self._communicator = communicator(self.devices)

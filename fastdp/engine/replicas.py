@@ -111,9 +111,7 @@ class ReplicaGroup:
         self.program, self.devices, self.home = program, devices, home
         self._communicator, self._update = communicator, update
         self._generation = -1
-        exposed = program.home_is_exposed and len(devices) > 1
-        self.copies_before = exposed and (update == "first" or devices[0].on_gpu)
-        self._compares = exposed and not self.copies_before
+        self.copies_before = program.home_is_exposed and len(devices) > 1
         self.every = [self._replicate(rank) for rank in range(len(devices))]
         self.updating = self.every if update == "each" else self.every[:1]
         self.buckets = self.every[0].gradients.buckets()
@@ -146,10 +144,7 @@ class ReplicaGroup:
             active: the number of replicas that have a part in what follows.
         """
         # Called always, since it also re-adopts variables whose memory was replaced.
-        changed = self.program.changed_outside()
-        if self._compares and not changed:
-            changed = not self.home.home.variables.equals(self._variables[1])
-        if changed:  # `committed()` resets it; the new number tells the other engines on this home
+        if self.program.changed_outside():  # `committed()` resets it; the new number tells the home's other engines
             self.home.home.generation += 1
         if self._generation != self.home.home.generation:
             self.refresh()
@@ -185,7 +180,7 @@ class ReplicaGroup:
 
     def assert_equal(self, step: int) -> None:
         """Compare all replicas with the first, bit by bit. `step` is for the error message. See `DataParallel`."""
-        if self.copies_before and self._update == "first":
+        if self.copies_before:
             return  # the others have no values of their own: they get the first one's before the next step
         first = self.every[0]
         for replica in self.every[1:]:

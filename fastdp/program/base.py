@@ -77,8 +77,8 @@ class Program(ABC):
         update_is_shared: `update` uses `Totals.work_stealing`. It then runs on its replica's share of the cores;
             other updates that the first replica makes for all use all cores in each operation.
         home_is_exposed: other code may write to the home's memory between two steps in ways that `changed_outside` does
-            not see. The engine then copies the home's variables to the other replicas at the beginning of each step
-            instead of its end, or, where all replicas update themselves in host memory, compares them.
+            not see. The first replica then makes every update, and the engine copies the home's variables to the other
+            replicas at the beginning of each step instead of its end.
         update_is_reliable: an `update` that has succeeded once will not raise, because it does not run the user's code.
 
     These attributes may be properties.

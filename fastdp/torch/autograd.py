@@ -89,8 +89,8 @@ class Calls:
         with self._scope():
             result = self.engine.backward(rows, partial(self.program.run, self.program.backward, work))
             found = self.program.gradients_of(work, result)
-            reduced = self.program.reduced(frozenset().union(*(note.used for note in result.every_note)))
-        return [*found, *(reduced.get(i) for i in opened.numbers)]
+            reduced = self.program.reduced(result)
+        return [*found, *(reduced[i] for i in opened.numbers)]
 
     def with_graph(
         self, opened: _OpenPass, tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]

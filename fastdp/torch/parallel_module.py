@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from fastdp.engine.data_parallel import DataParallel
@@ -136,7 +137,7 @@ class TorchParallel(ModuleMembers[nn.Module]):
     def train_step(
         self,
         loss_fn: LossFunction,
-        optimizer_factory: OptimizerFactory,
+        optimizer: OptimizerFactory | Optimizer | Sequence[Optimizer],
         *,
         reduction: str | None = None,
         clip_grad_norm: float | None = None,
@@ -151,8 +152,9 @@ class TorchParallel(ModuleMembers[nn.Module]):
             loss_fn: `loss_fn(outputs, *targets)` returns one number. Any function or nn loss module. It may return
                 several: a tuple or list, of which the first is trained on, or a dict with "loss" in it. The others are
                 for `step.result.losses`.
-            optimizer_factory: `optimizer_factory(parameters)` makes a new torch optimizer. Called once per
-                device; the first one is over the module's own parameters and becomes `optimizer`.
+            optimizer: a torch optimizer over the module's parameters; or a function that makes one from the list of
+                them, which have moved to the first device; or a list of optimizers, which step in its order. They stay
+                yours: whatever you change in them between two steps counts.
             reduction: None: `loss_fn` may be anything and is computed on the merged outputs (exact for class
                 weights, ignore_index, contrastive losses). "mean" or "sum": `loss_fn` is the mean or sum over
                 samples, and each replica computes its own part without waiting for the others. So are the other
@@ -177,7 +179,7 @@ class TorchParallel(ModuleMembers[nn.Module]):
         program = TorchProgram(
             self.module,
             loss_fn,
-            optimizer_factory,
+            optimizer,
             reduction=reduction,
             sync_batch_norm=self._options.sync_batch_norm,
             rules=UpdateRules(clip_grad_norm, grad_norm, skip_nonfinite),
@@ -201,10 +203,11 @@ class TorchParallel(ModuleMembers[nn.Module]):
     def optimizer(self) -> torch.optim.Optimizer | None:
         """The latest train step's optimizer, for schedulers and checkpoints; None before `train_step`.
 
-        Changes of its `param_groups`, such as learning rates, and a loaded state reach all replicas.
+        Raises:
+            RuntimeError: it has several.
         """
         optimizers = self._engine.program.optimizers if self._engine is not None else None
-        return optimizers.first if optimizers is not None else None
+        return optimizers.only if optimizers is not None else None
 
     def _converted(self) -> None:
         """Engines hold arrays of the dtypes that the module had."""

@@ -39,9 +39,19 @@ class TrainStep:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """This step's optimizer, over the module's own parameters."""
+        """This step's optimizer, over the module's own parameters.
+
+        Raises:
+            RuntimeError: it has several.
+        """
         assert self._program.optimizers is not None
-        return self._program.optimizers.first
+        return self._program.optimizers.only
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """All optimizers of this step, in the order in which they update."""
+        assert self._program.optimizers is not None
+        return list(self._program.optimizers.all)
 
     def __call__(self, inputs: Any, *targets: Any) -> torch.Tensor:
         """Run forward, loss, backward and update on one global batch.

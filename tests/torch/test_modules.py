@@ -134,7 +134,7 @@ def test_weights_that_another_engine_noticed_first_still_reach_this_one():
     torch.testing.assert_close(step(x, y), F.mse_loss(torch.zeros(11, 4), y))
 
 
-def test_an_optimizer_that_fails_on_one_device_leaves_replicas_in_step():
+def test_an_optimizer_that_fails_names_its_device_and_the_next_step_works():
     calls = []
 
     class Moody(torch.optim.Adam):
@@ -149,11 +149,11 @@ def test_an_optimizer_that_fails_on_one_device_leaves_replicas_in_step():
                 raise ArithmeticError("not today")
             return super().step(closure)
 
-    dp = fastdp.wrap(nn.Linear(4, 4), gpus=3, check_replicas=True, update="each")
+    dp = fastdp.wrap(nn.Linear(4, 4), gpus=3, update="each")
     step = dp.train_step(F.mse_loss, Moody)
     first = step(*pair())
-    calls[1].fails = True
-    with pytest.raises(fastdp.ReplicaError, match="virtual:1"):
+    calls[0].fails = True
+    with pytest.raises(fastdp.ReplicaError, match="virtual:0"):
         step(*pair())
     assert [float(step(*pair())) for _ in range(10)][-1] < first
 
@@ -277,43 +277,24 @@ def test_a_module_in_bfloat16_trains_with_its_replicas_equal():
     assert losses[-1] < losses[0]
 
 
-def test_replicas_that_differ_are_found():
-    dp = fastdp.wrap(nn.Linear(4, 4), gpus=2, check_replicas=True, update="each")
-    calls = []
-
-    def factory(parameters):
-        calls.append(parameters)
-        optimizer = torch.optim.SGD(parameters, lr=0.1)
-        if len(calls) == 2:
-            optimizer.register_step_post_hook(lambda *_: parameters[0].data.add_(1.0))
-        return optimizer
-
-    step = dp.train_step(F.mse_loss, factory)
-    with pytest.raises(RuntimeError, match="differ"):
-        step(*pair())
-
-
-def shared_optimizer():
-    optimizer = sgd([nn.Parameter(torch.zeros(2))])
-    return lambda parameters: optimizer
-
-
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
         ({"reduction": "average"}, ValueError, "`reduction` must be one of"),
         ({"clip_grad_norm": 0.0}, ValueError, "`clip_grad_norm`"),
         ({"accumulate": 0}, ValueError, "`accumulate`"),
-        ({"optimizer_factory": lambda p: None}, TypeError, "`optimizer_factory` must make an optimizer"),
-        ({"optimizer_factory": sgd([nn.Parameter(torch.zeros(2))])}, TypeError, "function that makes .* type SGD"),
-        ({"optimizer_factory": shared_optimizer()}, ValueError, "a new optimizer over the parameters"),
-        ({"optimizer_factory": torch.optim.LBFGS}, ValueError, "closure"),
+        ({"optimizer": "sgd"}, TypeError, "`optimizer` is 'sgd' .*over the module's parameters, or a list"),
+        ({"optimizer": []}, TypeError, "holds no optimizer"),
+        ({"optimizer": lambda p: None}, TypeError, "`optimizer` makes or holds None"),
+        ({"optimizer": sgd([nn.Parameter(torch.zeros(2))])}, ValueError, "a parameter that the module does not have"),
+        ({"optimizer": lambda p: [sgd(p), sgd([torch.zeros(2)])]}, ValueError, "that the module does not have"),
+        ({"optimizer": torch.optim.LBFGS}, ValueError, "closure"),
     ],
 )
 def test_a_wrong_option_is_named_with_its_remedy(options, error, said):
     dp = fastdp.wrap(nn.Linear(4, 4), gpus=2)
     with pytest.raises(error, match=said):
-        dp.train_step(**{"loss_fn": F.mse_loss, "optimizer_factory": sgd, **options})
+        dp.train_step(**{"loss_fn": F.mse_loss, "optimizer": sgd, **options})
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,8 +13,52 @@ import torch
 from fastdp.buffers import FlatBuffers
 from fastdp.program.torch.parameter_hooks import HookedGradients
 from fastdp.program.torch.replica import ReplicaContext
+from fastdp.tensors.arrays import settle
 from fastdp.tensors.function_mode import Handler
 from fastdp.tensors.gradient_buckets import GradientBuckets, dense
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Which parameters have a gradient, by position, and the parts of those gradients whose parts are all sparse.
+
+    In the flat buffers all gradients are dense. Plain torch adds sparse gradients up by putting their rows behind each
+    other, and optimizers ask which rows there are.
+    """
+
+    used: frozenset[int] = frozenset()
+    sparse: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+
+    def with_all(self, others: Iterable[Found]) -> Found:
+        """What is found here or in one of the others, which come from other replicas or from later passes."""
+        sparse, used = {i: list(parts) for i, parts in self.sparse.items()}, set(self.used)
+        for other in others:
+            for i in other.used - other.sparse.keys():
+                sparse.pop(i, None)
+            for i, parts in other.sparse.items():
+                if i in sparse or i not in used:
+                    sparse.setdefault(i, []).extend(parts)
+            used |= other.used
+        return Found(frozenset(used), sparse)
+
+    def gradients(self, reduced: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """The gradients of the global batch, by position.
+
+        Args:
+            reduced: the dense ones, by position, on the device where all shall be.
+        """
+        found = [gradient if i in self.used else None for i, gradient in enumerate(reduced)]
+        for i, parts in self.sparse.items():
+            target = reduced[i]
+            assert target is not None
+            found[i] = _with_all_rows([part.to(target.device) for part in parts])
+        return found
+
+
+def _with_all_rows(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of sparse tensors: the rows of all, also where a row is in several. Torch's own sum may merge them."""
+    indices, values = torch.cat([p._indices() for p in parts], 1), torch.cat([p._values() for p in parts])
+    return torch.sparse_coo_tensor(indices, values, parts[0].shape, check_invariants=False)
 
 
 class Gradients:
@@ -42,11 +87,6 @@ class Gradients:
         self._arrivals = _Accumulated(buffers, flat)
         self._hooked: set[int] = set()
         self._runs_once: bool | None = None
-
-    @property
-    def sparse(self) -> bool:
-        """Whether backward has ever made a sparse gradient. In `flat` it is dense."""
-        return self._arrivals.sparse
 
     @contextmanager
     def passes(self, users: Sequence[torch.Tensor], hooked: HookedGradients | None) -> Iterator[None]:
@@ -104,10 +144,10 @@ class Gradients:
             self._arrivals.running, self._arrivals.direct = None, {}
             self._runs_once = self._runs_once is not False and not running.nested
 
-    def store(self, direct: dict[int, torch.Tensor], *, keep: bool = False) -> frozenset[int]:
+    def store(self, direct: dict[int, torch.Tensor], *, keep: bool = False) -> Found:
         """Write the gradients of backward and the `direct` ones to the flat buffer, zeros where there is none.
 
-        Announced gradients are in the buffer already. Returns the positions of the parameters that have a gradient.
+        Announced gradients are in the buffer already. Returns what there is; sparse parts can be read on any device.
 
         Args:
             direct: the gradients that the loss function has by parameters directly, by position.
@@ -115,17 +155,18 @@ class Gradients:
         """
         if keep:
             self.present = [parameter.grad for parameter in self._own]
-            return frozenset(i for i, gradient in enumerate(self.present) if gradient is not None)
+            return Found(frozenset(i for i, gradient in enumerate(self.present) if gradient is not None))
         self.present = list(self.flat)
         stored, self._arrivals.stored = self._arrivals.stored, set()
-        used = set(stored)
+        used, sparse = set(stored), {}
         with torch.no_grad():
             for i, (parameter, view) in enumerate(zip(self._own, self.flat, strict=True)):
                 found = [g for g in (parameter.grad, direct.get(i)) if g is not None]
                 parameter.grad = None
+                if found and all(gradient.is_sparse for gradient in found):
+                    sparse[i] = found
                 if i in stored:
                     continue
-                self._arrivals.sparse |= any(gradient.is_sparse for gradient in found)
                 if found:
                     used.add(i)
                     view.copy_(dense(found[0]))
@@ -133,7 +174,8 @@ class Gradients:
                     view.zero_()
                 for more in found[1:]:
                     view.add_(more)
-        return frozenset(used)
+        settle(part for parts in sparse.values() for part in parts)
+        return Found(frozenset(used), sparse)
 
 
 class _Accumulated(GradientBuckets):
@@ -141,7 +183,6 @@ class _Accumulated(GradientBuckets):
 
     running: ReplicaContext | None = None
     direct: dict[int, torch.Tensor]
-    sparse = False
 
     def accumulated(self, number: int, parameter: torch.Tensor) -> None:
         """Called by torch when backward has added to a parameter's gradient.
@@ -159,7 +200,6 @@ class _Accumulated(GradientBuckets):
         if self.running is None or self.running.nested:
             return
         assert parameter.grad is not None
-        self.sparse |= parameter.grad.is_sparse
         extra = self.direct.get(number)
         self.arrived(number, parameter.grad if extra is None else dense(parameter.grad) + extra)
 

@@ -11,7 +11,7 @@ Several forward passes may be open. The graphs of a pass are freed as torch's ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -25,6 +25,7 @@ from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.program.base import Result
 from fastdp.program.torch.batch import Nest, Structure, with_extremes
+from fastdp.program.torch.gradients import Found
 from fastdp.program.torch.module_buffers import BufferNotes, assign_buffers, gather_buffers
 from fastdp.program.torch.parameter_hooks import HookedGradients
 from fastdp.program.torch.passes import HANDLERS, State
@@ -152,7 +153,7 @@ class BackwardPass:
 class _BackwardNotes:
     """What a replica tells of a backward pass: what has a gradient, and the gradients of shared inputs."""
 
-    used: frozenset[int]
+    found: Found
     rows: list[bool]
     shared: list[torch.Tensor | None]
 
@@ -215,17 +216,19 @@ class LoopProgram(TorchProgram):
                 roots.append(tensor)
                 seeds.append(own_gradient(gradient, layout, context.rows).to(tensor.device))
         # Torch itself runs the hooks of the user's parameters, when it gets the reduced gradients.
-        aside = HookedGradients(users, context.rendezvous.timeout) if context.rank == 0 else None
+        aside = HookedGradients(users) if context.rank == 0 else None
         with state.gradients.passes(users, aside), ExitStack() as together:
             if context.size > 1:
                 together.enter_context(ReplicaMode(running, HANDLERS))
             with state.gradients.announcing(running, {}):
                 backward(running, roots, seeds, retain=work.retain)
-            used = state.gradients.store({})
+            gradients = state.gradients.store({})
         by_rows, shared = ([leaf.grad for leaf in leaves] for leaves in (kept.rows, kept.shared))
         for leaf in (*kept.rows, *kept.shared):
             leaf.grad = None
-        notes = _BackwardNotes(used, [g is not None for g in by_rows], [None if g is None else g.cpu() for g in shared])
+        notes = _BackwardNotes(
+            gradients, [g is not None for g in by_rows], [None if g is None else g.cpu() for g in shared]
+        )
         found = [torch.zeros_like(x) if g is None else g for x, g in zip(kept.rows, by_rows, strict=True)]
         layouts = work.forward.row_layouts
         arrays = [output_array(rows_first(g, one), context.device) for g, one in zip(found, layouts, strict=True)]
@@ -269,12 +272,13 @@ class LoopProgram(TorchProgram):
             found.append(sum(there[1:], there[0].clone()) if there else None)
         return found
 
-    def reduced(self, used: Iterable[int]) -> dict[int, torch.Tensor]:
-        """Copies of the reduced gradients of these parameters."""
+    def reduced(self, result: StepResult) -> list[torch.Tensor | None]:
+        """The reduced gradients of a backward pass by the module's parameters. The caller owns them."""
         flat = self._states[0].gradients.flat
-        copies = {i: flat[i].clone() for i in used}
-        settle(copies.values())
-        return copies
+        found = Found().with_all(note.found for note in result.every_note).gradients(flat)
+        mine = [g.clone() if g is own else g for g, own in zip(found, flat, strict=True)]
+        settle(g for g in mine if g is not None)
+        return mine
 
     def assign(self, sums: np.ndarray, notes: BufferNotes) -> None:
         """Give the module's buffers their values after a forward pass of the global batch."""

@@ -1,131 +1,144 @@
-"""One torch optimizer per replica, all kept in step with the first, which is the user's."""
+"""The optimizers of a train step: the user's own, over the module's own parameters."""
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
 
-OptimizerFactory = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
+OptimizerFactory = Callable[[list[torch.Tensor]], "Optimizer | Sequence[Optimizer]"]
+
+_REMEDY = (
+    "Give a function that makes an optimizer from parameters, such as lambda parameters: torch.optim.SGD(parameters, "
+    "lr=0.1), an optimizer over the module's parameters, or a list of optimizers."
+)
 
 
 class Optimizers:
-    """The optimizers of all replicas.
+    """The optimizers that update a module, one after the other.
 
     Args:
-        factory: `factory(parameters)` makes an optimizer; called once per replica with equal parameters.
+        given: an optimizer, a list or tuple of several, or a function that makes one or several from the list of the
+            module's parameters.
 
-    The first optimizer is over the user's own parameters. Before each step the others copy its settings:
-    learning rates and whatever else is assigned in its `param_groups`. They also copy its state after the user
-    has loaded one, or after a step has failed half-way.
+    There is one set for all devices: it updates the first device's weights, which are the module's own, and the other
+    devices get them at the beginning of the next step. So whatever the user does to an optimizer counts.
+
+    Attributes:
+        all: the optimizers, in the order of their steps.
 
     Raises:
-        TypeError: `factory` is not a function but, say, an optimizer.
+        TypeError: `given` is none of these.
     """
 
-    def __init__(self, factory: OptimizerFactory) -> None:
-        if not callable(factory):
-            raise TypeError(
-                "`optimizer_factory` must be a function that makes an optimizer from parameters, such as "
-                "lambda parameters: torch.optim.SGD(parameters, lr=0.1), since each device has its own. "
-                f"Received: an object of type {type(factory).__name__}"
-            )
-        self._factory = factory
-        self._all: list[torch.optim.Optimizer] = []
-        self._parameters: list[list[torch.Tensor]] = []
-        self._state: Any = None
-        self.suspect = False
+    def __init__(self, given: OptimizerFactory | Optimizer | Sequence[Optimizer]) -> None:
+        if not isinstance(given, (Optimizer, list, tuple)) and not callable(given):
+            raise TypeError(f"`optimizer` is {given!r} (of type {type(given).__name__}). {_REMEDY}")
+        self._given = given
+        self._held: list[torch.Tensor] = []
+        self.all: list[Optimizer] = []
 
     @property
-    def first(self) -> torch.optim.Optimizer:
-        """The user's optimizer."""
-        return self._all[0]
+    def only(self) -> Optimizer:
+        """The optimizer.
 
-    def are_torchs_own(self) -> bool:
+        Raises:
+            RuntimeError: there are several.
+        """
+        if len(self.all) > 1:
+            raise RuntimeError(f"This train step has {len(self.all)} optimizers. They are in its `optimizers`.")
+        return self.all[0]
+
+    def make(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Make the optimizers over the module's parameters, which have moved to the first device.
+
+        Raises:
+            TypeError: there is no optimizer, or something that is none.
+            ValueError: an optimizer has other parameters, or needs a closure.
+        """
+        made = self._given if isinstance(self._given, (Optimizer, list, tuple)) else self._given(list(parameters))
+        found: list[Any] = list(made) if isinstance(made, (list, tuple)) else [made]
+        for one in found:
+            if not isinstance(one, Optimizer):
+                raise TypeError(f"`optimizer` makes or holds {one!r} (of type {type(one).__name__}). {_REMEDY}")
+            closure = inspect.signature(type(one).step).parameters.get("closure")
+            if closure is not None and closure.default is inspect.Parameter.empty:
+                raise ValueError(
+                    f"`optimizer` has a {type(one).__name__}, which evaluates the model several times per step by a "
+                    "closure. A train step gives one gradient: use SGD, Adam, or another optimizer without a closure, "
+                    "or write the loop: model(x), loss.backward(), optimizer.step(closure)."
+                )
+        if not found:
+            raise TypeError(f"`optimizer` makes or holds no optimizer. {_REMEDY}")
+        self.all = found
+        self.check(parameters)
+        for one in found:
+            if one.state and any(parameter.is_cuda for parameter in self._held):  # the state has stayed on the host
+                one.load_state_dict(one.state_dict())
+
+    def check(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Check that the optimizers update parameters of the module only. Called before each step.
+
+        Args:
+            parameters: the module's own at present.
+
+        Raises:
+            ValueError: an optimizer has been given another parameter.
+        """
+        held = [p for one in self.all for group in one.param_groups for p in group["params"]]
+        if [*map(id, held)] == [*map(id, self._held)]:
+            return
+        known = {*map(id, parameters), *map(id, self._held)}
+        if any(id(parameter) not in known for parameter in held):
+            raise ValueError(
+                "`optimizer` holds a parameter that the module does not have, and a train step computes no gradient "
+                "for it. Make it a parameter of the module and wrap the module again; or write the loop: model(x), "
+                "loss.backward(), optimizer.step()."
+            )
+        self._held = held
+
+    def holds(self, parameter: torch.Tensor) -> bool:
+        """Whether an optimizer updates this parameter."""
+        return any(parameter is held for held in self._held)
+
+    def are_reliable(self) -> bool:
         """Whether a step runs none of the user's code."""
-        return all(type(optimizer).__module__.startswith("torch.optim") for optimizer in self._all)
+        if torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks:
+            return False
+        return all(_is_torchs_own(one) for one in self.all)
 
-    def add(self, parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
-        """Make the next replica's optimizer.
+    def step(self) -> None:
+        """Update the module's parameters by what they have as `grad`."""
+        for one in self.all:
+            one.step()
 
-        Raises:
-            TypeError: `factory` does not return an optimizer.
-            ValueError: the optimizer has other parameters, or needs a closure.
-        """
-        optimizer = self._factory(list(parameters))
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(
-                "`optimizer_factory` must make an optimizer from parameters, such as "
-                f"lambda parameters: torch.optim.SGD(parameters, lr=0.1). It returned: {optimizer!r} "
-                f"(of type {type(optimizer).__name__})"
-            )
-        ours = {id(parameter) for parameter in parameters}
-        if any(id(p) not in ours for group in optimizer.param_groups for p in group["params"]):
-            raise ValueError(
-                "`optimizer_factory` must make a new optimizer over the parameters that it is given, since every "
-                "device has its own. The one it returned holds other parameters."
-            )
-        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-        if closure is not None and closure.default is inspect.Parameter.empty:
-            raise ValueError(
-                f"`optimizer_factory` makes a {type(optimizer).__name__}, which evaluates the model several times per "
-                "step by a closure. fastdp gives one gradient per step: use SGD, Adam, or another optimizer without a "
-                "closure."
-            )
-        self._all.append(optimizer)
-        self._parameters.append(list(parameters))
-        self._state = self.first.state
-        return optimizer
+    # Files.
 
-    def follow(self) -> None:
-        """Copy the first optimizer's settings to the others. Called on the host thread, between steps."""
-        first = self.first
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in first.param_groups]
-        for rank, optimizer in enumerate(self._all[1:], start=1):
-            for group in first.param_groups[len(optimizer.param_groups) :]:
-                optimizer.add_param_group({**group, "params": self._translate(group["params"], rank)})
-            for target, source in zip(optimizer.param_groups, groups, strict=True):
-                target.update(copy.deepcopy(source))
-        if self.suspect or first.state is not self._state:
-            self._copy_state()
-        self._state, self.suspect = first.state, False
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The optimizers' own state dicts, in their order."""
+        return [one.state_dict() for one in self.all]
 
-    def _translate(self, parameters: Sequence[torch.Tensor], rank: int) -> list[torch.Tensor]:
-        """Map the user's parameters to a replica's own.
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Load what `state_dict` has returned.
 
         Raises:
-            ValueError: the module does not have one of the parameters.
+            ValueError: it is of another number of optimizers, or of optimizers over other parameters.
         """
-        own = {id(a): b for a, b in zip(self._parameters[0], self._parameters[rank], strict=True)}
-        if any(id(parameter) not in own for parameter in parameters):
+        if len(states) != len(self.all):
             raise ValueError(
-                "The optimizer's parameter groups hold a parameter that the module did not have when it was "
-                "wrapped. Wrap the module again, and make the train step anew."
+                f"`states` must have one state dict for each of the {len(self.all)} optimizers. Received: {len(states)}"
             )
-        return [own[id(parameter)] for parameter in parameters]
-
-    def _copy_state(self) -> None:
-        """Copy the first optimizer's state to all others."""
-        first = self.first
-        for rank, optimizer in enumerate(self._all[1:], start=1):
-            optimizer.state.clear()
-            for parameter, value in first.state.items():
-                (own,) = self._translate([parameter], rank)
-                optimizer.state[own] = copy.deepcopy(value)
+        for one, state in zip(self.all, states, strict=True):
+            one.load_state_dict(dict(state))
 
 
-def check_sparse(optimizer: torch.optim.Optimizer) -> None:
-    """Check that an optimizer gives the same with dense gradients as with the sparse ones that one device would have.
-
-    Raises:
-        NotImplementedError: it does not, or refuses sparse gradients.
-    """
-    if type(optimizer) not in (torch.optim.SGD, torch.optim.Adagrad):
-        raise NotImplementedError(
-            "The module has sparse gradients (sparse=True of an embedding), which several devices add up as dense "
-            f"ones. A {type(optimizer).__name__} would update other rows than on one device. Make the embedding with "
-            "sparse=False, use SGD or Adagrad, or gpus=[0]."
-        )
+def _is_torchs_own(one: Optimizer) -> bool:
+    """Whether an optimizer of torch's own classes has no hooks, and a `step` that at most a scheduler has wrapped."""
+    hooked = one._optimizer_step_pre_hooks or one._optimizer_step_post_hooks
+    step = vars(one).get("step")
+    scheduled = step is None or hasattr(step, "_wrapped_by_lr_sched")
+    return type(one).__module__.startswith("torch.optim.") and not hooked and scheduled

@@ -7,7 +7,6 @@ the order of the first replica's backward, for each `register_hook` before `regi
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,28 +15,21 @@ from typing import Any
 
 import torch
 
-from fastdp.errors import DeviceTimeoutError, StepAborted
-
 Hooks = OrderedDict[int, Callable[..., Any]]
 
 
 class HookedGradients:
-    """The hooks that run in one step, and what they make of gradients and parameters.
+    """The hooks that run in one step.
 
     Args:
         users: the user's own parameters that can have a gradient.
-        timeout: seconds that a replica waits for the first one's hooks.
     """
 
-    def __init__(self, users: Sequence[torch.Tensor], timeout: float) -> None:
+    def __init__(self, users: Sequence[torch.Tensor]) -> None:
         self._users = users
         self._hooks = {i: (user._backward_hooks, user._post_accumulate_grad_hooks) for i, user in enumerate(users)}
         self._hooks = {i: hooks for i, hooks in self._hooks.items() if any(hooks)}
-        self._timeout = timeout
         self._arrived: list[int] = []
-        self._gradients: dict[int, torch.Tensor | None] = {}
-        self._parameters: dict[int, torch.Tensor] = {}
-        self._over = threading.Event()
 
     def __bool__(self) -> bool:
         return bool(self._hooks)
@@ -79,32 +71,17 @@ class HookedGradients:
         if arrived is not None:
             arrived(number, parameter)
 
-    def ran(self) -> None:
-        """Note that torch itself has run the hooks, in a step of one replica."""
-        self._parameters = {i: self._users[i].detach().clone() for i, (_, after) in self._hooks.items() if after}
-        self._hooks = {}
-        self._over.set()
-
     def run(self, gradients: list[torch.Tensor | None]) -> None:
-        """Run the hooks on the first replica's thread, on reduced gradients. Replaces those by what hooks return.
+        """Run the hooks on reduced gradients. Replaces those by what hooks leave. Changes the parameters' `grad`.
 
         Args:
             gradients: by number; None where no replica has one.
         """
-        try:
-            rest = (i for i in reversed(self._hooks) if i not in self._arrived)  # only other replicas have a part
-            for i in dict.fromkeys([*self._arrived, *rest]):
-                gradient = gradients[i]
-                if gradient is not None:
-                    gradients[i] = self._gradients[i] = self._run(i, gradient.clone())
-            for device in {user.device for user in self._users if user.is_cuda}:
-                torch.cuda.current_stream(device).synchronize()
-            self._over.set()
-        finally:
-            self._failed = not self._over.is_set()
-            self._over.set()
-
-    _failed = False
+        rest = (i for i in reversed(self._hooks) if i not in self._arrived)  # only other replicas have a part
+        for i in dict.fromkeys([*self._arrived, *rest]):
+            gradient = gradients[i]
+            if gradient is not None:
+                gradients[i] = self._run(i, gradient.clone())
 
     def _run(self, number: int, gradient: torch.Tensor) -> torch.Tensor | None:
         """Run one parameter's hooks; the gradient that they leave."""
@@ -118,21 +95,4 @@ class HookedGradients:
         user.grad = gradient
         for hook in list(after.values()):
             hook(user)
-        self._parameters[number] = user.detach().clone()
         return user.grad
-
-    def take(self, gradients: list[torch.Tensor | None], parameters: Sequence[torch.Tensor]) -> None:
-        """Take what the first replica's hooks have made of gradients and parameters. On another replica's thread.
-
-        Raises:
-            StepAborted: a hook has failed.
-            DeviceTimeoutError: the hooks have not ended in time.
-        """
-        if not self._over.wait(self._timeout):
-            raise DeviceTimeoutError(f"Hooks on parameters took longer than {self._timeout} seconds.")
-        if self._failed:
-            raise StepAborted("A hook on a parameter failed on the first replica.")
-        for i, gradient in self._gradients.items():
-            gradients[i] = None if gradient is None else gradient.to(parameters[i].device, copy=True)
-        for i, value in self._parameters.items():
-            parameters[i].detach().copy_(value)

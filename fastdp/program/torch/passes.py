@@ -22,12 +22,11 @@ from fastdp.program.torch import batch_axis, embeddings
 from fastdp.program.torch import batch_norm as torch_batch_norm
 from fastdp.program.torch import gradients as torch_gradients
 from fastdp.program.torch.batch import Nest, Structure, outputs_to_arrays, with_extremes
-from fastdp.program.torch.gradients import Gradients
+from fastdp.program.torch.gradients import Found, Gradients
 from fastdp.program.torch.loss import WITHOUT_GRADIENT, LossFunction, contribute
 from fastdp.program.torch.losses import Reported, check_equal_nests, split
 from fastdp.program.torch.module import ReplicaModule
 from fastdp.program.torch.module_buffers import BufferNotes, gather_buffers
-from fastdp.program.torch.optimizer import check_sparse
 from fastdp.program.torch.parameter_hooks import HookedGradients
 from fastdp.program.torch.random import handlers as random_handlers
 from fastdp.program.torch.replica import ReplicaContext, backward
@@ -52,34 +51,25 @@ HOOKS_IN_A_WINDOW = (
 
 @dataclass(slots=True)
 class State:
-    """A replica over its memory's `variables`.
-
-    `optimized` are the parameters that its optimizer updates; for the first replica the user's own. `used` are the
-    numbers of the parameters that had a gradient in earlier calls of the accumulation window, `losses` the sum of the
-    losses of these calls.
-    """
+    """A replica over its memory's `variables`."""
 
     replica: ReplicaModule
     variables: list[torch.Tensor]
     gradients: Gradients
-    optimizer: torch.optim.Optimizer | None
-    optimized: list[torch.Tensor]
-    used: frozenset[int] = frozenset()
-    losses: float = 0.0
 
 
 @dataclass(slots=True)
 class Notes:
     """The layout of a step's sums: the loss, then the numbers that `buffers` describes.
 
-    `used` are the numbers of the parameters that have a gradient, `hooked` their hooks. `reported` are the numbers of
+    `found` says which parameters have a gradient; `hooked` are their hooks. `reported` are the numbers of
     the loss function that are not trained on.
     """
 
     outputs: Nest | None = None
     loss_dtype: torch.dtype = torch.float32
     buffers: BufferNotes = field(default_factory=BufferNotes)
-    used: frozenset[int] = frozenset()
+    found: Found = field(default_factory=Found)
     hooked: HookedGradients | None = None
     reported: Reported | None = None
     draws: SharedDraws | None = None
@@ -130,7 +120,7 @@ class Passes:
         run = self._train_together if together else self._train_alone
         hooked = None
         if context.rank == 0 and self.replicas > 1:
-            hooked = HookedGradients(users, context.rendezvous.timeout)
+            hooked = HookedGradients(users)
             if hooked and together and self.accumulate > 1:
                 raise ValueError(HOOKS_IN_A_WINDOW)
         aside = hooked if together else None
@@ -138,10 +128,7 @@ class Passes:
             result = run(state, users, batch, context)
         if context.rank == 0:
             self.hooked = bool(hooked) and together
-        if hooked:
-            result.notes.hooked = hooked
-            if not together:
-                hooked.ran()
+            result.notes.hooked = hooked if self.hooked else None
         return result
 
     def predict(self, state: State, batch: list[np.ndarray], context: Context) -> Result:
@@ -179,7 +166,7 @@ class Passes:
         elif _requires_grad(outputs):
             raise ValueError(WITHOUT_GRADIENT)
         arrays, nest = outputs_to_arrays(outputs, context) if context.wants_outputs else ([], None)
-        notes = Notes(nest, loss.dtype, used=state.gradients.store({}, keep=self.replicas == 1 == self.accumulate))
+        notes = Notes(nest, loss.dtype, found=state.gradients.store({}, keep=self.replicas == 1 == self.accumulate))
         if state.replica.adopted is None or self.replicas > 1:
             notes.buffers.constant = [(i, value.clone()) for i, value, _ in state.replica.changed_buffers()]
         notes.reported = reported and reported.read(1.0)
@@ -204,10 +191,8 @@ class Passes:
                 with state.gradients.announcing(running, part.direct):
                     backward(running, part.roots, [seed / self.accumulate for seed in part.seeds])
         arrays, nest = outputs_to_arrays(outputs, context) if context.wants_outputs else ([], None)
-        notes = Notes(nest, part.dtype, used=state.gradients.store(part.direct), draws=structure.draws)
+        notes = Notes(nest, part.dtype, found=state.gradients.store(part.direct), draws=structure.draws)
         notes.reported = part.reported
-        if state.gradients.sparse and state.optimizer is not None:
-            check_sparse(state.optimizer)
         sums = gather_buffers(state.replica, running, notes.buffers)
         state.replica.restore_buffers()
         return Result(arrays, np.concatenate([[part.value], *sums]), notes)

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.program.base import Program, Result, Totals
 from fastdp.program.torch.batch import make_batch, undivided_batch
-from fastdp.program.torch.gradients import Gradients
+from fastdp.program.torch.gradients import Found, Gradients
 from fastdp.program.torch.loss import REDUCTIONS, LossFunction
 from fastdp.program.torch.module import AdoptedSlots, Attributes, adopted, replicate, slots_of, users_own
 from fastdp.program.torch.module_buffers import assign_buffers
 from fastdp.program.torch.optimizer import OptimizerFactory, Optimizers
 from fastdp.program.torch.parameter_hooks import HookedGradients
-from fastdp.program.torch.passes import Notes, Passes, State
+from fastdp.program.torch.passes import Passes, State
 from fastdp.program.torch.rows.declared import DeclaredRows
 from fastdp.program.torch.rows.trials import Trials
 from fastdp.program.torch.update import Applied, UpdateRules, apply, grads_restored
@@ -31,13 +33,26 @@ from fastdp.tensors.thread_state import ThreadState
 from fastdp.tensors.threads import prepare_worker, replicas_run
 
 
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """What earlier calls of a window of gradient accumulation have found, and the sum of their losses."""
+
+    found: Found = field(default_factory=Found)
+    losses: float = 0.0
+
+    def with_call(self, totals: Totals) -> _Window:
+        """The window with another call."""
+        found = self.found.with_all(note.found for note in totals.every_note)
+        return _Window(found, self.losses + float(totals.sums[0]))
+
+
 class TorchProgram(Program):
     """Runs a torch module as replicas.
 
     Args:
         module: the user's own, on the CPU. Its tensors become views of the first replica's memory.
         loss_fn: `loss_fn(outputs, *targets)`, one number for a batch. None: the program can only predict.
-        optimizer_factory: `optimizer_factory(parameters)` makes a torch optimizer; called once per replica.
+        optimizer: an optimizer, several, or a function that makes them from parameters; see `Optimizers`.
         reduction: None if `loss_fn` may be any function of the batch (computed on the merged outputs);
             "mean" or "sum" if it is the mean or sum over samples (each replica computes its own part).
         sync_batch_norm: normalize by the global batch instead of each replica's rows.
@@ -63,7 +78,7 @@ class TorchProgram(Program):
         self,
         module: nn.Module,
         loss_fn: LossFunction | None = None,
-        optimizer_factory: OptimizerFactory | None = None,
+        optimizer: OptimizerFactory | Optimizer | Sequence[Optimizer] | None = None,
         *,
         reduction: str | None = None,
         sync_batch_norm: bool = False,
@@ -80,7 +95,7 @@ class TorchProgram(Program):
         self._has_stepped = False
         self.accumulate_calls = accumulate
         self.calls = 0
-        self.optimizers = Optimizers(optimizer_factory) if optimizer_factory is not None else None
+        self.optimizers = Optimizers(optimizer) if optimizer is not None else None
         self._slots = slots_of(module)
         self._differentiable = [
             i
@@ -96,6 +111,8 @@ class TorchProgram(Program):
         self._adopted: AdoptedSlots | None = None
         self._states: list[State] = []
         self._thread = ThreadState()
+        self._bound: list[torch.Tensor] = []  # the user's parameters at first
+        self._window = _Window()
         self._passes = Passes(loss_fn, reduction, sync_batch_norm, accumulate)
 
     # Around a step, on the host thread.
@@ -165,8 +182,8 @@ class TorchProgram(Program):
 
     @property
     def update_is_reliable(self) -> bool:  # type: ignore[override]
-        """Whether the optimizer is torch's own and has made a step, and no hooks run on gradients."""
-        ours = self.optimizers is not None and self.optimizers.are_torchs_own()
+        """Whether the optimizers are torch's own and have made a step, and no hooks run on gradients."""
+        ours = self.optimizers is not None and self.optimizers.are_reliable()
         return ours and self._has_stepped and not self._passes.hooked
 
     def changed_outside(self) -> bool:
@@ -184,19 +201,20 @@ class TorchProgram(Program):
             state.replica.pending = False
 
     def bind(self, memory: Memory, device: QueueDevice, rank: int) -> State:
-        """The user's module in its memory, or a copy of it over other memory, and an optimizer."""
+        """The user's module in its memory and its optimizers, or a copy of it over other memory."""
         assert self._adopted is not None
         if memory.variables is self._adopted.home.variables:
             replica = users_own(self.module, self._adopted)
         else:
             memory.variables.copy_from(self._adopted.home.variables)
             replica = replicate(self.module, self._slots, tensors_of(memory.variables))
-        own = [slot.tensor for slot in self._slots if slot.is_parameter] if rank == 0 else replica.parameters
-        optimizer = self.optimizers.add(own) if self.optimizers is not None else None
+        if rank == 0 and self.optimizers is not None:
+            self.optimizers.make(list(self.module.parameters()))
+            self._bound = self.users
         copies = None if replica.adopted is not None else self._pick(replica.parameters)
         gradients = Gradients(copies, memory.gradients, tensors_of(memory.gradients))
         variables = tensors_of(memory.variables)
-        self._states.append(State(replica, variables, gradients, optimizer, self._pick(own)))
+        self._states.append(State(replica, variables, gradients))
         self._passes.replicas = len(self._states)
         return self._states[-1]
 
@@ -206,12 +224,12 @@ class TorchProgram(Program):
 
     @contextmanager
     def running(self, threads: int) -> Iterator[None]:
-        """Sync replicas and optimizers with the user's, note the user's thread, and divide the cores."""
+        """Sync replicas with the user's module, note the user's thread, and divide the cores."""
         self._thread = ThreadState()
         copies = [state.replica.module for state in self._states if state.replica.adopted is None]
         self._attributes.follow(copies)
         if self.optimizers is not None:
-            self.optimizers.follow()
+            self.optimizers.check(self.module.parameters())
         with self._undone_on_failure(), replicas_run(threads):
             yield
 
@@ -226,13 +244,8 @@ class TorchProgram(Program):
         return self._thread.run(self._passes.predict, state, batch, context)
 
     def update(self, state: State, totals: Totals) -> None:
-        """Assign buffers; at the end of a window, apply torch's optimizer to the summed gradients."""
-        try:
-            self._thread.run(self._update, state, totals)
-        except BaseException:  # other replicas' optimizers may have moved on
-            if self.optimizers is not None:
-                self.optimizers.suspect = True
-            raise
+        """Assign buffers; at the end of a window, apply the optimizers to the summed gradients."""
+        self._thread.run(self._update, state, totals)
 
     def accumulate(self, total: FlatBuffers, part: FlatBuffers) -> None:
         """Add gradients up."""
@@ -266,30 +279,36 @@ class TorchProgram(Program):
         return [at[i] for i in self._differentiable]
 
     def _update(self, state: State, totals: Totals) -> None:
-        """Assign buffers, and run the optimizer at the end of a window."""
-        notes: Notes = totals.notes
+        """Assign buffers on each replica; run the optimizers with the first one's gradients at the end of a window."""
         with torch.no_grad():
-            assign_buffers(state.variables, totals.sums[1:], notes.buffers)
-            used = state.used.union(*(note.used for note in totals.every_note))
-            losses = state.losses + float(totals.sums[0])
-            applied = self._apply(state, used, notes.hooked, losses) if totals.reduced else None
-            state.used, state.losses = (frozenset(), 0.0) if totals.reduced else (used, losses)
-            if state is self._states[0]:
-                self.applied = applied
-                self._has_stepped |= applied is not None and not applied.skipped
+            assign_buffers(state.variables, totals.sums[1:], totals.notes.buffers)
+            if state is not self._states[0]:
+                return
+            window = self._window.with_call(totals)
+            self.applied = self._apply(window, state, totals.notes.hooked) if totals.reduced else None
+            self._window = _Window() if totals.reduced else window
+            self._has_stepped |= self.applied is not None and not self.applied.skipped
 
-    def _apply(self, state: State, used: frozenset[int], hooked: HookedGradients | None, losses: float) -> Applied:
-        """Run one optimizer step. `losses` is the sum of the losses of the window."""
-        assert state.optimizer is not None
-        gradients = [g if i in used else None for i, g in enumerate(state.gradients.present)]
-        with grads_restored(state.optimized):
-            if hooked is not None and state is self._states[0]:
+    def _apply(self, window: _Window, state: State, hooked: HookedGradients | None) -> Applied:
+        """Run the optimizers on the gradients of a window."""
+        assert self.optimizers is not None
+        users = self._updated()
+        gradients = window.found.gradients(state.gradients.present)
+        with grads_restored(users):
+            if hooked is not None:
                 hooked.run(gradients)
-            elif hooked is not None:
-                hooked.take(gradients, state.optimized)
-            for parameter, gradient in zip(state.optimized, gradients, strict=True):
-                parameter.grad = gradient
-            return apply(state.optimizer, state.optimized, losses, self.rules)
+            for user, gradient in zip(users, gradients, strict=True):
+                user.grad = gradient
+            return apply(self.optimizers, users, window.losses, self.rules)
+
+    def _updated(self) -> list[torch.Tensor]:
+        """What the optimizers update: the user's parameters, or those that were in their places and share their memory.
+
+        A parameter is replaced by `load_state_dict(assign=True)`, say, and optimizers go on with the one before.
+        """
+        assert self.optimizers is not None
+        pairs = zip(self.users, self._bound, strict=True)
+        return [user if user is bound or self.optimizers.holds(user) else bound for user, bound in pairs]
 
 
 def _check_options(reduction: str | None, accumulate: int) -> None:

@@ -1,4 +1,4 @@
-"""The update of a replica: the norm of its gradient, the check for NaN, clipping, and the optimizer's step."""
+"""The update of a module: the norm of its gradient, the check for NaN, clipping, and the optimizer's step."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from fastdp.program.torch.optimizer import Optimizers
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,19 +57,17 @@ def grads_restored(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def apply(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor], losses: float, rules: UpdateRules
-) -> Applied:
+def apply(optimizers: Optimizers, parameters: Sequence[torch.Tensor], losses: float, rules: UpdateRules) -> Applied:
     """Update the parameters by their `grad`.
 
     Args:
-        optimizer: over the parameters.
-        parameters: those of the replica; `grad` is the gradient of the global batch, and is clipped in place.
+        optimizers: over the parameters.
+        parameters: the module's; `grad` is the gradient of the global batch, and is clipped in place.
         losses: the sum of the global batch's losses in the calls of the window.
         rules: what to do before the step.
     """
     if not (rules.needs_norm or rules.skip_nonfinite):
-        optimizer.step()
+        optimizers.step()
         return _DONE
     gradients = [_values(parameter.grad) for parameter in parameters if parameter.grad is not None]
     norm = get_total_norm(gradients) if rules.needs_norm else None
@@ -76,7 +76,7 @@ def apply(
     if rules.clip_grad_norm is not None:
         assert norm is not None
         clip_grads_with_norm_(parameters, rules.clip_grad_norm, norm)
-    optimizer.step()
+    optimizers.step()
     return Applied(norm)
 
 
