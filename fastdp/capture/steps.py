@@ -44,8 +44,8 @@ from fastdp.capture.trace import Captured, NoExchange
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.errors import DeviceTimeoutError, NotCapturable
-from fastdp.runtime.host.resources import CORES
 from fastdp.shard import Rows
+from fastdp.tensors.threads import given_cores
 from fastdp.warn import warn_user
 
 MOST_SHAPES = 8
@@ -338,7 +338,7 @@ class Captures(Generic[OutcomeT]):
 
     def _threads(self, rows: Rows) -> int:
         """The cores that one replica may use while the others run."""
-        return max(1, CORES // min(self._parts, rows.total))
+        return max(1, given_cores() // min(self._parts, rows.total))
 
     def _warn_eager(self) -> None:
         """Warn that steps run eagerly, and why."""

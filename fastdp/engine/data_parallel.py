@@ -26,7 +26,6 @@ from fastdp.engine.timing import Timings
 from fastdp.engine.updates import Updates
 from fastdp.options import Options, one_of
 from fastdp.program.base import Program, Result, as_program
-from fastdp.runtime.host.resources import CORES
 from fastdp.runtime.select import devices_of_engine
 from fastdp.shard import Rows
 
@@ -201,7 +200,8 @@ class DataParallel(Generic[ProgramT_co]):
         Raises:
             ReplicaError, DeviceTimeoutError: as in `train`.
         """
-        with StepScope(self._state, self._recovery, self.group, Operation(CORES)) as folding:
+        cores = self._program.cores
+        with StepScope(self._state, self._recovery, self.group, Operation(cores, cores)) as folding:
             sources = self._accumulation.hand_over(0)
             if not sources:
                 return
@@ -290,6 +290,7 @@ class DataParallel(Generic[ProgramT_co]):
             self._state.steps,
             self._state.timeout,
             merger,
+            cores=self._program.cores,
             wants_outputs=wants_outputs,
             trains=trains,
             reduces=reduces,

@@ -20,7 +20,6 @@ from fastdp.engine.rollback import Rollback
 from fastdp.engine.timing import Watch
 from fastdp.errors import ReplicaError, StepAborted, replica_error_class
 from fastdp.program.base import Result, Totals
-from fastdp.runtime.host.resources import CORES
 from fastdp.runtime.queue import QueueDevice
 from fastdp.runtime.work_stealing import WorkStealing
 from fastdp.shard import Rows
@@ -44,6 +43,7 @@ class Operation:
 
     Args:
         threads: cores that one replica may use inside one operation of the program.
+        cores: cores that all replicas may use together.
         trains: whether there is an update, or a forward pass only.
 
     `generation` is the number of its update (see `ReplicaGroup.advance`). `restorable`: a snapshot of the variables
@@ -52,6 +52,7 @@ class Operation:
     """
 
     threads: int
+    cores: int
     reduction: Reduction | None = None
     failures: list[tuple[int, BaseException]] = field(default_factory=list)
     generation: int = -1
@@ -157,6 +158,7 @@ def make_step(
     timeout: float,
     merger: Merger,
     *,
+    cores: int,
     wants_outputs: bool,
     trains: bool,
     reduces: bool,
@@ -166,6 +168,7 @@ def make_step(
     Args:
         number: the step's number, for its contexts.
         timeout: seconds that replicas may wait for each other in the middle of the step.
+        cores: cores that all replicas may use together.
     """
     rendezvous = Rendezvous(len(shards), timeout, [device.name for device in devices])
     common = (number, rendezvous, len(shards), batch, batch.structure, wants_outputs)
@@ -173,7 +176,8 @@ def make_step(
         Context(rank, rows, *common, device) for rank, (rows, device) in enumerate(zip(shards, devices, strict=False))
     ]
     return Step(
-        max(1, CORES // len(shards)),
+        max(1, cores // len(shards)),
+        cores,
         trains=trains,
         batch=batch,
         shards=shards,

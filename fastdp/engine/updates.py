@@ -38,7 +38,7 @@ class Updates:
         # The other devices are idle while the first one updates for all.
         alone = len(step.updating) == 1 and len(every) > 1
         work_stealing = self._work_stealing if alone and replicas.program.update_is_shared else None
-        threads = CORES if alone and work_stealing is None else step.threads
+        threads = step.cores if alone and work_stealing is None else step.threads
         for replica in step.updating:
             work = partial(run_update, step, replica, self._rollback, threads, work_stealing)
             replica.device.compute.enqueue(work)

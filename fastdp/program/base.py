@@ -29,6 +29,7 @@ import numpy as np
 
 from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
 from fastdp.comm.context import Context
+from fastdp.runtime.host.resources import CORES
 from fastdp.runtime.queue import QueueDevice
 from fastdp.runtime.work_stealing import WorkStealing
 
@@ -79,6 +80,7 @@ class Program(ABC):
         home_is_exposed: other code may write to the home's memory between two steps in ways that `changed_outside` does
             not see. The first replica then makes every update, and the engine copies the home's variables to the other
             replicas at the beginning of each step instead of its end.
+        cores: how many cores a step may use. Read on the host thread before each step. Default: those of the process.
         update_is_reliable: an `update` that has succeeded once will not raise, because it does not run the user's code.
 
     These attributes may be properties.
@@ -91,6 +93,7 @@ class Program(ABC):
     update_is_shared: bool = False
     home_is_exposed: bool = False
     update_is_reliable: bool = False
+    cores: int = CORES
 
     # Memory.
 

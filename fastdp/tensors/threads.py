@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from fastdp.runtime.host.resources import CORES
 
 _PAUSE_SOFT = 1  # omp_pause_soft, OpenMP 5.0
 
@@ -36,6 +35,23 @@ def _pool_ender() -> Callable[[], object]:
 # Ends the calling thread's pool of helpers, if it has one. The next operation on several cores makes a new pool. Takes
 # about one microsecond without a pool, and twenty with one.
 end_pool = _pool_ender()
+
+
+class _Given(threading.local):
+    """The number of cores that torch had on this thread before replicas ran; None while none run."""
+
+    cores: int | None = None
+
+
+_given = _Given()
+
+
+def given_cores() -> int:
+    """The cores that the user lets torch use on this thread: `torch.set_num_threads`, `OMP_NUM_THREADS` or the default.
+
+    While replicas run, the number from before.
+    """
+    return torch.get_num_threads() if _given.cores is None else _given.cores
 
 
 def prepare_worker(threads: int, device: Any) -> None:
@@ -63,10 +79,14 @@ def replicas_run(threads: int) -> Iterator[None]:
     partly per thread (OpenMP) and partly global (MKL): workers set theirs once, and the host thread sets the global one
     for the duration of a step.
     """
-    if threads < CORES:
-        end_pool()
-    with intra_op_threads(threads), torch.inference_mode(False), torch.enable_grad():
-        yield
+    before, _given.cores = _given.cores, given_cores()
+    try:
+        if threads < _given.cores:
+            end_pool()
+        with intra_op_threads(threads), torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        _given.cores = before
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from fastdp.program.keras.variables import AdoptedVariables, ReplicaState, adopt
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import accumulate, settle, spec_of
 from fastdp.tensors.autocast import Autocast
-from fastdp.tensors.threads import prepare_worker, replicas_run
+from fastdp.tensors.threads import given_cores, prepare_worker, replicas_run
 
 
 class KerasProgram(Program):
@@ -142,6 +142,11 @@ class KerasProgram(Program):
         return state
 
     # Around a step.
+
+    @property
+    def cores(self) -> int:  # type: ignore[override]
+        """The cores that the user lets torch use."""
+        return given_cores()
 
     def prepare_thread(self, threads: int, device: QueueDevice) -> None:
         """Set the worker's number of threads."""

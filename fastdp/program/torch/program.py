@@ -30,7 +30,7 @@ from fastdp.program.torch.update import Applied, UpdateRules, apply, grads_resto
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import accumulate, settle, spec_of, tensors_of
 from fastdp.tensors.thread_state import ThreadState
-from fastdp.tensors.threads import prepare_worker, replicas_run
+from fastdp.tensors.threads import given_cores, prepare_worker, replicas_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +217,11 @@ class TorchProgram(Program):
         self._states.append(State(replica, variables, gradients))
         self._passes.replicas = len(self._states)
         return self._states[-1]
+
+    @property
+    def cores(self) -> int:  # type: ignore[override]
+        """The cores that the user lets torch use."""
+        return given_cores()
 
     def prepare_thread(self, threads: int, device: QueueDevice) -> None:
         """Set the worker's number of threads."""
