@@ -181,8 +181,8 @@ def flatten_batch(
 _HAS_GRAPH = (
     "On several devices the inputs and targets of a train step must not require gradients: it trains the module's own "
     "parameters, and would leave other gradients out. Received: a tensor with requires_grad=True. If its gradient is "
-    "wanted, write the loop: loss = loss_fn(model(x), y); loss.backward(). If not, pass x.detach(), or compute it under "
-    "torch.no_grad()."
+    "wanted, write the loop: loss = loss_fn(model(x), y); loss.backward(). If not, pass x.detach(), or compute it "
+    "under torch.no_grad()."
 )
 
 
