@@ -14,7 +14,7 @@ COMMANDS = {
     "devices": "list the devices that `gpus=` counts",
     "demo": "train a convolutional network on real digits, on several devices and on one, and compare",
     "bench": "measure this machine: step time, samples/s and the engine's own cost",
-    "run": "run an unmodified Keras script on several devices",
+    "run": "run an unmodified Keras or torch script on several devices",
     "convert": "turn an old parallel-model .h5 file into a plain one",
 }
 

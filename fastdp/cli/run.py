@@ -1,7 +1,15 @@
-"""The command `run`: runs an unmodified Keras script, or a module, on several devices.
+"""The command `run`: runs an unmodified Keras or torch script, or a module, on several devices.
 
-Everything but the steps and the calls of its models is as with plain `python`: sys.argv, sys.path, `__main__`, exit
-status and tracebacks. Keras runs on torch, whatever backend the script names.
+    python -m fastdp run --gpus 8 train.py --epochs 3
+    python -m fastdp run --virtual 4 -m package.train
+
+Keras models run their steps on all devices. So do the calls of a torch module that an optimizer trains: the outputs of
+`model(x)` and the gradients of `loss.backward()` are those of one device. What cannot be split exactly runs as in plain
+Keras or torch, and a warning says why, with what to write instead. At the end a line for each torch module says what it
+ran on.
+
+Everything else is as with plain `python`: sys.argv, sys.path, `__main__`, exit status and tracebacks. Keras runs on
+torch, whatever backend the script names.
 """
 
 from __future__ import annotations
@@ -11,17 +19,22 @@ import importlib.util
 import os
 import runpy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from fastdp.cli.optional import load
-from fastdp.runtime.select import set_virtual_devices
+from fastdp.cli.imported import when_imported
+from fastdp.options import Options
+from fastdp.runtime.queue import QueueDevice
+from fastdp.runtime.select import resolve, set_default_devices, set_virtual_devices
 
 _RUNPY = ("<frozen runpy>", runpy.__file__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add devices and options, then the script or module with its own arguments."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.usage = "fastdp run [--gpus N | --gpus 0,2] [--virtual N] [options] (script.py | -m module) [arguments ...]"
     parser.add_argument("--gpus", type=_gpus, default=None, help="how many devices, or which: 0,2 (default: all)")
     parser.add_argument("--virtual", type=int, metavar="N", help="have N virtual devices, as FASTDP_VIRTUAL_DEVICES=N")
@@ -67,27 +80,75 @@ def run(options: argparse.Namespace) -> int:
     try:
         if options.virtual is not None:
             set_virtual_devices(options.virtual)
-        _choose_torch()
-        load("keras", "keras")
-        compile = None if options.compile == "none" else options.compile
-        install = load("fastdp.keras.install", "keras").install
-        graph = None if options.graph == "none" else options.graph
-        install(
-            options.gpus,
-            sync_batch_norm=not options.local_batch_norm,
-            compile=compile,
-            graph=graph,
-            deterministic=options.deterministic,
-        )
-    except (ValueError, RuntimeError) as error:
+        devices = resolve(options.gpus, caller="fastdp run")
+    except ValueError as error:
         hint = " Here: fastdp run --virtual n." if "set_virtual_devices" in str(error) else ""
         return _say(f"{error}{hint}", 1)
+    if options.gpus is not None:
+        set_default_devices(options.gpus)
+    _choose_torch()
+    script = _Script(options, devices)
+    when_imported("torch", script.install_torch)
+    when_imported("keras", script.install_keras)
     sys.excepthook = _without_own_frames
-    if by_name:
-        runpy.run_module(name, run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(name, run_name="__main__")
+    try:
+        if by_name:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(name, run_name="__main__")
+    finally:
+        script.tell()
     return 0
+
+
+class _Script:
+    """What the libraries of a script get when it imports them, and what is told at its end.
+
+    Args:
+        options: of the command line.
+        devices: those that it names.
+    """
+
+    def __init__(self, options: argparse.Namespace, devices: Sequence[QueueDevice]) -> None:
+        self._options, self._devices = options, devices
+        self._process = os.getpid()
+        self._torch: Any = None
+        self._keras = False
+
+    def install_torch(self) -> None:
+        """Split the calls of the script's torch modules. One device is plain torch."""
+        options = self._options
+        if len(self._devices) > 1:
+            chosen = Options(sync_batch_norm=not options.local_batch_norm, deterministic=options.deterministic)
+            self._torch = importlib.import_module("fastdp.torch.script_calls").install(self._devices, chosen)
+        self._keep_apart()
+
+    def install_keras(self) -> None:
+        """Split the steps of the script's Keras models."""
+        options = self._options
+        try:
+            importlib.import_module("fastdp.keras.install").install(
+                options.gpus,
+                sync_batch_norm=not options.local_batch_norm,
+                compile=None if options.compile == "none" else options.compile,
+                graph=None if options.graph == "none" else options.graph,
+                deterministic=options.deterministic,
+            )
+        except (ValueError, RuntimeError) as error:
+            raise SystemExit(_say(str(error), 1)) from error
+        self._keras = True
+        self._keep_apart()
+
+    def _keep_apart(self) -> None:
+        """Leave the torch modules in steps of Keras models to Keras."""
+        if self._torch is not None and self._keras:
+            self._torch.stay_out(importlib.import_module("fastdp.keras.steps.own_loops").within_step)
+
+    def tell(self) -> None:
+        """Print what the script's torch modules ran on; nothing if it has trained none."""
+        if self._torch is not None and os.getpid() == self._process:
+            for line in self._torch.summary():
+                _say(line, 0)
 
 
 def _choose_torch() -> None:

@@ -134,8 +134,15 @@ def _cuda(module: str) -> Any:
         ) from error
 
 
+class _Default:
+    """What `gpus=None` means; None: all devices."""
+
+    gpus: Any = None
+
+
 _virtual = _VirtualDevices()
 _gpus = _Gpus()
+_default = _Default()
 atexit.register(_gpus.close)
 atexit.register(lambda: _virtual.resize(0))
 
@@ -169,6 +176,11 @@ def set_virtual_devices(count: int, kind: str | None = None) -> None:
     if kind not in (None, *KINDS):
         raise ValueError(f'`kind` must be "gpu", "host" or None. Received: kind={kind!r}')
     _virtual.resize(wanted, kind)
+
+
+def set_default_devices(gpus: Any) -> None:
+    """Make `gpus=None` mean these devices; None: all devices. `resolve` checks them."""
+    _default.gpus = gpus
 
 
 def devices() -> list[DeviceInfo]:
@@ -258,6 +270,7 @@ def warn_of_relocation(asked: bool, devices: Sequence[QueueDevice]) -> None:
 
 def _ordinals(gpus: Any, available: int, caller: str) -> Sequence[int]:
     """The ordinals that `gpus` names, not checked against the machine. A large count stays a range."""
+    gpus = _default.gpus if gpus is None else gpus
     if gpus is None:
         return range(available)
     count = _whole_number(gpus)

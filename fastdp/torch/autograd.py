@@ -41,6 +41,7 @@ class Calls:
         devices: the devices of the replicas, two or more.
         options: as in `fastdp.wrap`.
         scope: entered around each pass.
+        program_class: what runs the passes.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class Calls:
         devices: Sequence[QueueDevice],
         options: Options,
         scope: Callable[[], AbstractContextManager[object]] = nullcontext,
+        program_class: type[LoopProgram] = LoopProgram,
     ) -> None:
-        self.program = LoopProgram(module, sync_batch_norm=options.sync_batch_norm)
+        self.program = program_class(module, sync_batch_norm=options.sync_batch_norm)
         # The user's optimizer updates the first replica's variables, from where all others get them.
         self.engine = DataParallel(self.program, devices, options=replace(options, update="first"))
         self._scope = scope

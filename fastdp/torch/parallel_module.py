@@ -17,6 +17,7 @@ from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.report import Report, make_report
 from fastdp.options import Options
 from fastdp.program.torch.batch import to_tensor
+from fastdp.program.torch.loop import LoopProgram
 from fastdp.program.torch.loss import LossFunction
 from fastdp.program.torch.optimizer import OptimizerFactory
 from fastdp.program.torch.program import TorchProgram
@@ -57,6 +58,8 @@ class TorchParallel(ModuleMembers[nn.Module]):
         ...     loss = step(x, y)
         >>> torch.save(dp.state_dict(), "weights.pt")  # doctest: +SKIP
     """
+
+    _program_class: type[LoopProgram] = LoopProgram  # what runs calls
 
     _OWN = ModuleMembers._OWN | {"cpu_merge", "cpu_relocation", "_options", "_scope", "_declared", "_engine", "_calls"}
 
@@ -112,7 +115,7 @@ class TorchParallel(ModuleMembers[nn.Module]):
         if batch.rows == 1:
             return self._alone(values)
         if self._calls is None:
-            self._calls = Calls(self.module, self.devices, self._options, self._scope)
+            self._calls = Calls(self.module, self.devices, self._options, self._scope, self._program_class)
         return self._calls.run(batch, values)
 
     forward = __call__

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import fastdp_run, python
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="Keras is not installed")
-ROOT = Path(__file__).parents[2]
 
 TRAINING = """
 import keras, numpy as np, sys
@@ -24,19 +22,6 @@ history = model.fit(x, x.sum(1, keepdims=True), batch_size=8, epochs=2, verbose=
 print([round(loss, 4) for loss in history.history["loss"]])
 print(type(model.train_function).__name__, file=sys.stderr)
 """
-
-
-def python(*arguments, folder, **environment):
-    """What a process prints, from `folder`."""
-    kept = {k: v for k, v in os.environ.items() if k != "FASTDP_VIRTUAL_DEVICES"}
-    kept |= {"PYTHONPATH": str(ROOT), "KERAS_BACKEND": "torch", "CUDA_VISIBLE_DEVICES": "", **environment}
-    return subprocess.run(
-        [sys.executable, *arguments], env=kept, cwd=folder, capture_output=True, text=True, timeout=120, check=False
-    )
-
-
-def fastdp_run(*arguments, folder, **environment):
-    return python("-m", "fastdp", "run", *arguments, folder=folder, **environment)
 
 
 def test_a_script_trains_as_plain_python_and_on_the_devices(tmp_path):
