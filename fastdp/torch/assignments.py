@@ -1,4 +1,4 @@
-"""Sees what a module keeps in attributes while it runs: on several devices it would be that of the first rows only."""
+"""Sees what modules keep in attributes while they run: replicas would keep that of their own rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One module of a script that does not wrap it: runs its calls on several devices, or as plain torch, and says why."""
+"""Runs the calls of one module of a script on several devices, or as plain torch, and says why."""
 
 from __future__ import annotations
 
