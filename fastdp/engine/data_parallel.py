@@ -25,7 +25,7 @@ from fastdp.engine.step_scope import StepScope, meanwhile, one_step_at_a_time
 from fastdp.engine.timing import Timings
 from fastdp.engine.updates import Updates
 from fastdp.options import Options, one_of
-from fastdp.program.base import Program, Result, as_program
+from fastdp.program.base import Program, Result, Totals, as_program
 from fastdp.runtime.select import devices_of_engine
 from fastdp.shard import Rows
 
@@ -194,6 +194,32 @@ class DataParallel(Generic[ProgramT_co]):
         for device in self.devices:
             device.forget_staged()
 
+    def end_window(self, totals: Totals) -> bool:
+        """Reduce the accumulated gradients now, and run an update by them without another batch.
+
+        Args:
+            totals: what the program's `update` gets.
+
+        Returns:
+            Whether there were accumulated gradients. If not, there is no update.
+
+        Raises:
+            ReplicaError, DeviceTimeoutError: as in `train`. The gradients still wait.
+        """
+        cores = self._program.cores
+        operation = Operation(max(1, cores // len(self.replicas)), cores, trains=True, totals=totals)
+        with StepScope(self._state, self._recovery, self.group, operation):
+            sources = self._accumulation.hand_over(0)
+            if not sources:
+                return False
+            self._reductions.reduce(sources)
+            self._updates.begin(operation)
+            self._recovery.finish(operation)
+            self._program.committed()
+            if self.check_replicas:
+                self.assert_replicas_equal()
+        return True
+
     def fold(self) -> None:
         """Reduce the accumulated gradients now, and let the program move them into its slots.
 
@@ -242,7 +268,7 @@ class DataParallel(Generic[ProgramT_co]):
 
     def _update(self, step: Step) -> None:
         """Enqueue the update. Each replica applies it itself, or gets a copy of the first replica's variables."""
-        self._updates.begin(step)
+        self._updates.begin(step, accumulates=0 if step.reduces else len(step.shards))
 
     def _merge(self, step: Step) -> StepResult:
         """Wait for the replicas, and return the outputs merged in row order."""

@@ -39,12 +39,13 @@ class StepResult:
 
 @dataclass(slots=True)
 class Operation:
-    """Work of all replicas in flight: a step, or the folding of accumulated gradients.
+    """Work of all replicas in flight: a step, an update by accumulated gradients, or the folding of them.
 
     Args:
         threads: cores that one replica may use inside one operation of the program.
         cores: cores that all replicas may use together.
         trains: whether there is an update, or a forward pass only.
+        totals: what the update gets; None until the sums are there.
 
     `generation` is the number of its update (see `ReplicaGroup.advance`). `restorable`: a snapshot of the variables
     and slots has been taken. `came_home`: the program's own variables equal the first replica's. `close` ends the
@@ -63,6 +64,7 @@ class Operation:
     came_home: bool = False
     close: Callable[[BaseException | None], None] | None = None
     trains: bool = False
+    totals: Totals | None = None
 
     counts: ClassVar[bool] = False
 
@@ -83,6 +85,12 @@ class Operation:
     def rows_of(self, rank: int) -> tuple[str, tuple[int, int] | None]:
         """A replica's rows, as text for a message and as (start, stop); empty and None if there is no batch."""
         return "", None
+
+    def update_began(self, rank: int) -> None:
+        """A replica begins its update. Only the updates of steps are timed."""
+
+    def update_ended(self, rank: int) -> None:
+        """A replica has made its update."""
 
     def note_home(self) -> None:
         """Note that the program's own variables, which lie apart from any replica's, have the new values."""
@@ -112,7 +120,6 @@ class Step(Operation):
     reduces: bool = field(kw_only=True)
     batches: list[list[np.ndarray]] = field(default_factory=list)
     results: list[Result | None] = field(default_factory=list)
-    totals: Totals | None = None
     over: bool = False
     outcome: StepResult | None = None
     error: BaseException | None = None
@@ -141,6 +148,14 @@ class Step(Operation):
             return f" (no rows of the batch's {total})", None
         rows = self.shards[rank]
         return f" (rows {rows.start} to {rows.stop} of the batch's {total})", (rows.start, rows.stop)
+
+    def update_began(self, rank: int) -> None:
+        """Take the time."""
+        self.watch.update_began[rank] = time.perf_counter()
+
+    def update_ended(self, rank: int) -> None:
+        """Take the time."""
+        self.watch.update_ended[rank] = time.perf_counter()
 
     def kept(self) -> StepResult:
         """The result of a step that is over. Raises the error of a failed step."""
@@ -241,7 +256,7 @@ def add_up(step: Step) -> None:
 
 
 def run_update(
-    step: Step, replica: Replica, rollback: Rollback, threads: int, work_stealing: WorkStealing | None
+    operation: Operation, replica: Replica, rollback: Rollback, threads: int, work_stealing: WorkStealing | None
 ) -> None:
     """Update one replica on its device's worker. The first replica takes a snapshot before, if one is needed.
 
@@ -250,21 +265,21 @@ def run_update(
         threads: cores that one operation may use.
         work_stealing: runs parts of the update on several workers, if the program splits its update.
     """
-    assert step.totals is not None
-    step.watch.update_began[replica.rank] = time.perf_counter()
+    assert operation.totals is not None
+    operation.update_began(replica.rank)
     try:
         if replica.rank == 0:
-            step.restorable = rollback.save()
-            step.updates_begun = True
-        step.totals.work_stealing = work_stealing
+            operation.restorable = rollback.save()
+            operation.updates_begun = True
+        operation.totals.work_stealing = work_stealing
         replica.prepare_thread(threads)
         with interrupts_wait():  # the worker may be the main thread
-            replica.update(step.totals)
-            step.updates_done.append(replica.rank)
-        step.watch.update_ended[replica.rank] = time.perf_counter()
+            replica.update(operation.totals)
+            operation.updates_done.append(replica.rank)
+        operation.update_ended(replica.rank)
         rollback.succeeded = True
     except BaseException as error:
-        step.failures.append((replica.rank, error))
+        operation.failures.append((replica.rank, error))
         raise
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from fastdp.engine.accumulation import AccumulatedGradients
 from fastdp.engine.replicas import ReplicaGroup
 from fastdp.engine.rollback import Rollback
-from fastdp.engine.step import Step, run_update
+from fastdp.engine.step import Operation, run_update
 from fastdp.runtime.host.resources import CORES
 from fastdp.runtime.work_stealing import shared_with
 
@@ -28,13 +28,18 @@ class Updates:
         self._replicas, self._rollback, self._accumulation = replicas, rollback, accumulation
         self._work_stealing = shared_with(replicas.devices[1:CORES], timeout)
 
-    def begin(self, step: Step) -> None:
-        """Enqueue the same update for all replicas, after the step's reduction."""
+    def begin(self, step: Operation, *, accumulates: int = 0) -> None:
+        """Enqueue the same update for all replicas, after the step's reduction.
+
+        Args:
+            step: a step, or another operation with an update.
+            accumulates: the number of replicas whose gradients were not reduced, and wait for a later step.
+        """
         replicas = self._replicas
         every = replicas.every
         # Counted before the update, which may happen even when nobody waits for it any more.
         step.generation = replicas.advance()
-        step.updating = replicas.updating if step.reduces else every
+        step.updating = every if accumulates else replicas.updating
         # The other devices are idle while the first one updates for all.
         alone = len(step.updating) == 1 and len(every) > 1
         work_stealing = self._work_stealing if alone and replicas.program.update_is_shared else None
@@ -45,7 +50,7 @@ class Updates:
         if len(step.updating) < len(every) and not replicas.copies_before:
             replicas.copy_first(readers=None if step.reduction is None else len(step.updating))
         replicas.home.follow(every[0].memory.variables, step.note_home)
-        if step.reduces:
-            self._accumulation.clear()
+        if accumulates:
+            self._accumulation.keep(accumulates)
         else:
-            self._accumulation.keep(len(step.shards))
+            self._accumulation.clear()

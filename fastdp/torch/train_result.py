@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,11 @@ class TrainResult:
     updated: bool
     skipped: bool
 
+    def after(self, applied: Applied) -> TrainResult:
+        """The result with what an update after the call tells."""
+        norm, updated, skipped = _told(applied)
+        return replace(self, grad_norm=norm, updated=updated, skipped=skipped)
+
 
 def read_result(step: StepResult, applied: Applied | None, *, outputs: bool) -> TrainResult:
     """Read the engine's result of a step.
@@ -49,7 +54,12 @@ def read_result(step: StepResult, applied: Applied | None, *, outputs: bool) -> 
     loss = torch.tensor(step.sums[0], dtype=notes.loss_dtype, device="cpu")
     losses = loss if notes.reported is None else whole([one.reported for one in step.every_note], loss)
     merged = outputs_from_arrays(step.outputs, notes.outputs) if outputs and notes.outputs is not None else None
+    return TrainResult(loss, losses, merged, *_told(applied))
+
+
+def _told(applied: Applied | None) -> tuple[torch.Tensor | None, bool, bool]:
+    """The gradient's norm, whether weights have changed, and whether the update was skipped."""
     if applied is None:
-        return TrainResult(loss, losses, merged, None, updated=False, skipped=False)
+        return None, False, False
     norm = None if applied.grad_norm is None else applied.grad_norm.cpu()
-    return TrainResult(loss, losses, merged, norm, updated=not applied.skipped, skipped=applied.skipped)
+    return norm, not applied.skipped, applied.skipped

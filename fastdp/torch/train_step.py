@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastdp.engine.data_parallel import DataParallel
+from fastdp.program.torch.passes import no_totals
 from fastdp.program.torch.program import TorchProgram
 from fastdp.program.torch.rows.declared import DeclaredRows
 from fastdp.tensors.thread_state import check_around
@@ -87,6 +88,27 @@ class TrainStep:
         self._program.calls += 1
         self.result = read_result(result, self._program.applied, outputs=self._outputs)
         return self.result.loss
+
+    def flush(self) -> bool:
+        """End a window of `accumulate` calls that was cut short, at the end of an epoch, say: update by what is there.
+
+        As in the usual loop, the gradients are those of the losses divided by `accumulate`, also if fewer calls were
+        made. The next call begins a new window. `result` is that of the latest call, with what the update tells.
+
+        Returns:
+            Whether the weights have changed. They have not if no gradients wait, or if the update was skipped.
+
+        Raises:
+            ReplicaError: the update failed. Weights are unchanged, and the gradients still wait.
+        """
+        program = self._program
+        with self._scope():
+            if not program.window.calls or not self._engine.end_window(no_totals()):
+                return False
+        assert program.applied is not None
+        if self.result is not None:
+            self.result = self.result.after(program.applied)
+        return not program.applied.skipped
 
 
 def _arguments(inputs: Any) -> tuple[Sequence[Any], dict[str, Any]]:

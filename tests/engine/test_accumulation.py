@@ -13,6 +13,7 @@ from least_squares import WIDTH
 
 import fastdp
 from fastdp.comm.host.communicator import HostCommunicator
+from fastdp.program.base import Totals
 from fastdp.program.functions import FunctionProgram
 from fastdp.runtime.select import resolve
 
@@ -147,6 +148,27 @@ def test_a_prediction_in_the_middle_leaves_the_sums_alone():
         engine.predict(batch)
         engine.train(batch, reduce=i == 3)
     np.testing.assert_allclose(weight(engine), by_one(data, 4), rtol=1e-12)
+
+
+@pytest.mark.parametrize("how", ["first", "each"])
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_a_window_that_ends_without_another_batch_updates_by_the_sums_so_far(count, how):
+    data, nothing_new = batches([9, 2, 17, 1, 8]), Totals(np.zeros(1), None, [])
+    engine = parallel(count, how)
+    assert not engine.end_window(nothing_new)
+    for batch in data[:3]:
+        engine.train(batch, reduce=False)
+    assert engine.end_window(nothing_new)
+    assert not engine.holds_gradients
+    assert not engine.end_window(nothing_new)
+    np.testing.assert_allclose(weight(engine), by_one(data[:3], 3), rtol=1e-12)
+    engine.train(data[3], reduce=False)
+    engine.train(data[4])
+    expected = by_one(data[:3], 3)
+    expected = expected - RATE * (train({"w": expected}, data[3])[1]["w"] + train({"w": expected}, data[4])[1]["w"])
+    np.testing.assert_allclose(weight(engine), expected, rtol=1e-12)
+    assert engine.replicas[0].memory.slots.views[0][0] == 2
+    assert engine.steps == 5
 
 
 def test_sums_cannot_be_folded_into_slots_that_only_the_functions_know():

@@ -17,7 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fastdp.comm.context import Context
-from fastdp.program.base import Result
+from fastdp.program.base import Result, Totals
 from fastdp.program.torch import batch_axis, embeddings
 from fastdp.program.torch import batch_norm as torch_batch_norm
 from fastdp.program.torch import gradients as torch_gradients
@@ -84,6 +84,11 @@ class Notes:
             self.draws.end()
         self.buffers.check([note.buffers for note in every])
         check_equal_nests([note.reported for note in every])
+
+
+def no_totals() -> Totals:
+    """The totals of an update without a batch, by gradients that wait."""
+    return Totals(np.zeros(1), Notes(), [Notes()])
 
 
 class Passes:

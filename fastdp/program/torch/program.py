@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.program.base import Program, Result, Totals
 from fastdp.program.torch.batch import make_batch, undivided_batch
-from fastdp.program.torch.gradients import Found, Gradients
+from fastdp.program.torch.gradients import Gradients
 from fastdp.program.torch.loss import REDUCTIONS, LossFunction
 from fastdp.program.torch.module import AdoptedSlots, Attributes, adopted, replicate, slots_of, users_own
 from fastdp.program.torch.module_buffers import assign_buffers
@@ -27,23 +26,11 @@ from fastdp.program.torch.passes import Passes, State
 from fastdp.program.torch.rows.declared import DeclaredRows
 from fastdp.program.torch.rows.trials import Trials
 from fastdp.program.torch.update import Applied, UpdateRules, apply, grads_restored
+from fastdp.program.torch.window import Window
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import accumulate, settle, spec_of, tensors_of
 from fastdp.tensors.thread_state import ThreadState
 from fastdp.tensors.threads import given_cores, prepare_worker, replicas_run
-
-
-@dataclass(frozen=True, slots=True)
-class _Window:
-    """What earlier calls of a window of gradient accumulation have found, and the sum of their losses."""
-
-    found: Found = field(default_factory=Found)
-    losses: float = 0.0
-
-    def with_call(self, totals: Totals) -> _Window:
-        """The window with another call."""
-        found = self.found.with_all(note.found for note in totals.every_note)
-        return _Window(found, self.losses + float(totals.sums[0]))
 
 
 class TorchProgram(Program):
@@ -112,7 +99,7 @@ class TorchProgram(Program):
         self._states: list[State] = []
         self._thread = ThreadState()
         self._bound: list[torch.Tensor] = []  # the user's parameters at first
-        self._window = _Window()
+        self.window = Window()  # of gradient accumulation
         self._passes = Passes(loss_fn, reduction, sync_batch_norm, accumulate)
 
     # Around a step, on the host thread.
@@ -169,7 +156,7 @@ class TorchProgram(Program):
     @property
     def reduces(self) -> bool:
         """Whether the next call ends a window of gradient accumulation."""
-        return (self.calls + 1) % self.accumulate_calls == 0
+        return self.window.calls + 1 >= self.accumulate_calls
 
     # Memory: members of Program.
 
@@ -289,12 +276,12 @@ class TorchProgram(Program):
             assign_buffers(state.variables, totals.sums[1:], totals.notes.buffers)
             if state is not self._states[0]:
                 return
-            window = self._window.with_call(totals)
+            window = self.window.with_call(totals)
             self.applied = self._apply(window, state, totals.notes.hooked) if totals.reduced else None
-            self._window = _Window() if totals.reduced else window
+            self.window = Window() if totals.reduced else window
             self._has_stepped |= self.applied is not None and not self.applied.skipped
 
-    def _apply(self, window: _Window, state: State, hooked: HookedGradients | None) -> Applied:
+    def _apply(self, window: Window, state: State, hooked: HookedGradients | None) -> Applied:
         """Run the optimizers on the gradients of a window."""
         assert self.optimizers is not None
         users = self._updated()
