@@ -47,8 +47,8 @@ class TorchParallel(ModuleMembers[nn.Module]):
     Raises:
         ValueError: the module cannot be replicated; the message has the remedy.
 
-    The first replica runs the module itself, the others run copies. Weights, modes and plain attributes that the user
-    changes (`module.drop.p = 0.2`) reach all replicas; after a change of hooks or of containers wrap the module again.
+    The first replica runs the module itself, the others run copies, which follow it at each step: weights, modes,
+    attributes and what is in them, hooks, and functions with what they keep. Other parameters are an error.
 
     Example:
         >>> fastdp.set_virtual_devices(8)  # doctest: +SKIP

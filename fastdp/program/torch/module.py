@@ -9,7 +9,6 @@ step fails, so that a failed step has changed nothing.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ import torch
 from torch import nn
 
 from fastdp.buffers import Allocator
-from fastdp.program.torch.batch import PLAIN
 from fastdp.tensors.adopted import Adopted, Homes
 from fastdp.tensors.arrays import spec_of
 
@@ -130,7 +128,7 @@ def adopted(module: nn.Module, device: Allocator) -> AdoptedSlots:
 
 
 @dataclass(slots=True)
-class _Buffer:
+class Buffer:
     """A buffer of a replica: the tensor that forward sees, and one with its value from before the step.
 
     `before` is the memory of record for a copy. For the user's module `work` is, and `before` a snapshot.
@@ -153,7 +151,7 @@ class ReplicaModule:
 
     module: nn.Module
     parameters: list[torch.Tensor]
-    buffers: list[_Buffer]
+    buffers: list[Buffer]
     adopted: AdoptedSlots | None = None
     pending: bool = False
     _busy: bool = False
@@ -223,7 +221,7 @@ class ReplicaModule:
         """The index of the buffer whose tensor forward sees; None if it is no buffer."""
         return next((one.index for one in self.buffers if one.work is tensor), None)
 
-    def _resized(self, one: _Buffer) -> bool:
+    def _resized(self, one: Buffer) -> bool:
         """Whether forward has ever given the buffer another shape or dtype, or removed it."""
         value = one.slot.table.get(one.slot.key)
         if not one.own and (value is None or value.shape != one.before.shape or value.dtype != one.before.dtype):
@@ -245,78 +243,8 @@ def users_own(module: nn.Module, kept: AdoptedSlots) -> ReplicaModule:
     slots = kept.slots
     parameters = [slot.tensor for slot in slots if slot.is_parameter]
     buffers = [
-        _Buffer(index, slot, slot.tensor, slot.tensor.detach().clone())
+        Buffer(index, slot, slot.tensor, slot.tensor.detach().clone())
         for index, slot in enumerate(slots)
         if not slot.is_parameter
     ]
     return ReplicaModule(module, parameters, buffers, kept)
-
-
-def replicate(module: nn.Module, slots: list[Slot], variables: list[torch.Tensor]) -> ReplicaModule:
-    """A copy of the module over `variables`, one for each slot. Copies the structure and the buffers.
-
-    Raises:
-        ValueError: something in the module cannot be copied.
-    """
-    memo: dict[int, Any] = {}
-    parameters, buffers = [], []
-    for slot, variable in zip(slots, variables, strict=True):
-        if slot.is_parameter:
-            memo[id(slot.tensor)] = nn.Parameter(variable, requires_grad=slot.tensor.requires_grad)
-            parameters.append(memo[id(slot.tensor)])
-        else:
-            memo[id(slot.tensor)] = variable.clone()
-    for owner in module.modules():
-        for value in owner.__dict__.values():
-            if isinstance(value, torch.Tensor) and not value.is_leaf:  # left by the last forward pass
-                memo[id(value)] = value.detach().clone()
-    try:
-        replica = copy.deepcopy(module, memo)
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"The module {type(module).__name__} cannot be copied, and each device needs a copy of it: {error}. "
-            "Keep what cannot be copied (locks, open files, generators) out of its attributes, or define "
-            "__deepcopy__ on its class."
-        ) from error
-    for index, (slot, own) in enumerate(zip(slots, slots_of(replica), strict=True)):
-        if not slot.is_parameter:
-            buffers.append(_Buffer(index, own, own.tensor, variables[index]))
-    return ReplicaModule(replica, parameters, buffers)
-
-
-class Attributes:
-    """Copies plain attributes of a module's parts (`training`, a dropout's `p`) to the replicas."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._names, self._parts = zip(*module.named_modules(), strict=True)
-        self._known = self._now()
-        self._structure = self._structure_now()
-
-    def follow(self, replicas: list[nn.Module]) -> None:
-        """Apply the changes of the user's module since the last call to the replicas.
-
-        Raises:
-            RuntimeError: a part, a parameter or a buffer was added or removed, or a part was replaced.
-        """
-        for name, before, structure in zip(self._names, self._structure, self._structure_now(), strict=True):
-            if before != structure:
-                raise RuntimeError(
-                    f"The parts of `{name or 'model'}` were changed since the module was wrapped, and its replicas "
-                    "have the old ones. Wrap the changed module again, and make the train step anew."
-                )
-        now = self._now()
-        if now == self._known:
-            return
-        for replica in replicas:
-            for part, values, known in zip(replica.modules(), now, self._known, strict=True):
-                for name, value in values.items():
-                    if name not in known or known[name] != value:
-                        part.__dict__[name] = value
-        self._known = now
-
-    def _structure_now(self) -> list[tuple[dict[str, Any], list[str], list[str]]]:
-        """For each part: its direct parts, and the names of its parameters and buffers."""
-        return [(dict(part._modules), list(part._parameters), list(part._buffers)) for part in self._parts]
-
-    def _now(self) -> list[dict[str, Any]]:
-        return [{k: v for k, v in part.__dict__.items() if isinstance(v, PLAIN)} for part in self._parts]

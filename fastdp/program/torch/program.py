@@ -16,9 +16,10 @@ from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.program.base import Program, Result, Totals
 from fastdp.program.torch.batch import make_batch, undivided_batch
+from fastdp.program.torch.following.follow import Following
 from fastdp.program.torch.gradients import Gradients
 from fastdp.program.torch.loss import REDUCTIONS, LossFunction
-from fastdp.program.torch.module import AdoptedSlots, Attributes, adopted, replicate, slots_of, users_own
+from fastdp.program.torch.module import AdoptedSlots, adopted, slots_of, users_own
 from fastdp.program.torch.module_buffers import assign_buffers
 from fastdp.program.torch.optimizer import OptimizerFactory, Optimizers
 from fastdp.program.torch.parameter_hooks import HookedGradients
@@ -93,7 +94,7 @@ class TorchProgram(Program):
         self.gradients: Sequence[ArraySpec] = (
             [specs[i] for i in self._differentiable] if self.optimizers is not None else []
         )
-        self._attributes = Attributes(module)
+        self._following = Following(module, self._slots)
         self._trials = Trials(module)
         self._adopted: AdoptedSlots | None = None
         self._states: list[State] = []
@@ -194,7 +195,7 @@ class TorchProgram(Program):
             replica = users_own(self.module, self._adopted)
         else:
             memory.variables.copy_from(self._adopted.home.variables)
-            replica = replicate(self.module, self._slots, tensors_of(memory.variables))
+            replica = self._following.replicate(tensors_of(memory.variables))
         if rank == 0 and self.optimizers is not None:
             self.optimizers.make(list(self.module.parameters()))
             self._bound = self.users
@@ -218,12 +219,12 @@ class TorchProgram(Program):
     def running(self, threads: int) -> Iterator[None]:
         """Sync replicas with the user's module, note the user's thread, and divide the cores."""
         self._thread = ThreadState()
-        copies = [state.replica.module for state in self._states if state.replica.adopted is None]
-        self._attributes.follow(copies)
+        self._following.follow()
         if self.optimizers is not None:
             self.optimizers.check(self.module.parameters())
         with self._undone_on_failure(), replicas_run(threads):
             yield
+        self._following.absorb()
 
     # The step.
 

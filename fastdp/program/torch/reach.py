@@ -27,7 +27,7 @@ HOOKS = (
 )
 _READ = {"training", *TABLES, *HOOKS}
 UNREAD = frozenset(vars(nn.Module())) - _READ  # for saving and loading
-_GLOBAL_HOOKS = tuple(
+GLOBAL_HOOKS = tuple(
     getattr(torch_module, name)
     for name in (
         "_global_forward_hooks",
@@ -73,6 +73,6 @@ def reach_of(watch: Watch, inputs: Iterable[Any]) -> Reach:
         watch: gets all that is found, and torch's hooks on all modules.
         inputs: tensors whose values are inputs of the step, such as the module's parameters.
     """
-    for hooks in _GLOBAL_HOOKS:
+    for hooks in GLOBAL_HOOKS:
         watch.values({"": hooks}, [""], "global hooks of torch.nn")
     return Reach(watch, inputs, TorchRules())

@@ -13,7 +13,9 @@ from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.program.torch.batch import Structure
-from fastdp.program.torch.module import Slot, replicate, slots_of
+from fastdp.program.torch.following.contents import Contents
+from fastdp.program.torch.following.copies import replicate
+from fastdp.program.torch.module import Slot, slots_of
 from fastdp.program.torch.replica import ReplicaContext
 from fastdp.program.torch.rows.declared import rows_back
 from fastdp.program.torch.rows.plain import is_torchs_hook
@@ -65,6 +67,7 @@ class Trial:
         self._module, self._batch, self._chosen, self._total = module, batch, list(chosen), len(chosen)
         self._wanted, self._noise = wanted, noise
         self.slots = slots_of(module)
+        self._contents = Contents(module, [slot.tensor for slot in self.slots])
         self._draws = TrialDraws()
         self._met: list[torch.Tensor] = []
         settle(slot.tensor for slot in self.slots)
@@ -83,7 +86,7 @@ class Trial:
     def run(self, start: int, stop: int, *, times: int = 1) -> Run:
         """Run the module on rows `[start, stop)` of the chosen ones, so many times one after the other."""
         rows = Rows(start, stop, self._total)
-        module = replicate(self._module, self.slots, self._fresh()).module
+        module = replicate(self._module, self.slots, self._fresh(), self._contents)[0].module
         _drop_users_hooks(module)
         structure: Structure = self._batch.structure
         own = Structure(structure.nest, draws=self._draws, _seed=1)

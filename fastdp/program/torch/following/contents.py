@@ -1,0 +1,277 @@
+"""Finds what a module holds besides parameters and buffers: attributes, containers, hooks, and what functions keep."""
+
+from __future__ import annotations
+
+import collections
+import dis
+import functools
+import itertools
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from fastdp.capture.reach import Rules, names_in_code
+from fastdp.program.torch.reach import GLOBAL_HOOKS, HOOKS, TABLES
+
+ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes))
+_SEQUENCES = (list, collections.deque, set)
+_FROZEN = (tuple, frozenset)
+_PLAIN_CONTAINERS = (list, tuple, dict, set, frozenset)
+_DEPTH = 8
+_MADE_BY_TORCH = frozenset(vars(nn.Module())) - {"training"}
+_MOST = 20_000
+is_own = Rules().is_own
+
+
+@dataclass(slots=True)
+class Holder:
+    """Something that holds values and can be changed.
+
+    Attributes:
+        name: where it is, for messages; empty for the module itself.
+        table: a dict, also one of attributes or of globals; a list, deque or set; or the cell of a closure.
+        keys: of a dict, those that are looked at.
+        owner: the object whose attributes `table` has; `table` itself otherwise.
+        partial: a dict that may have other keys, which nobody looks at.
+        compared: it is not part of a plain value that another holder has, and that is compared as a whole.
+    """
+
+    name: str
+    table: Any
+    keys: Sequence[Any]
+    owner: Any
+    partial: bool = False
+    compared: bool = True
+
+    def twin(self, copies: dict[int, Any]) -> Any:
+        """The table of the owner's copy; None if the copy shares it. `copies` are by the identity of what is copied."""
+        other = copies.get(id(self.owner), self.owner)
+        if other is self.owner:
+            return None
+        return vars(other) if self.owner is not self.table else other
+
+
+class Contents:
+    """What can be reached from a module.
+
+    Args:
+        module: the module.
+        given: its parameters and buffers, which are not looked into.
+
+    Attributes:
+        parts: the parts of the module.
+        holders: what holds values, in the order of the walk.
+        tables: the tables of parameters, buffers and parts of all parts.
+        hooks: the tables of hooks of all parts, and torch's of hooks on all modules.
+        tensors: the tensors besides parameters and buffers that belong to the module, by name.
+        shared: tensors and other values outside of the module, which its functions use and its copies share.
+        arrays: NumPy arrays that belong to the module, by name.
+        functions: functions that copies need copies of, since they keep something that can be changed.
+        refused: what cannot be followed, since all copies would share it; empty if everything can.
+        global_names: the names of globals that copies of functions have of their own, by the identity of the globals.
+
+    Raises:
+        ValueError: too much is reached to be compared at each step.
+    """
+
+    def __init__(self, module: nn.Module, given: Iterable[torch.Tensor]) -> None:
+        self._given = {id(tensor): tensor for tensor in given}
+        self._seen: dict[int, Any] = {}
+        self.parts = list(module.modules())
+        self._part_names = {id(part): name for name, part in module.named_modules()}
+        self.holders: list[Holder] = []
+        self.tables: list[dict[Any, Any]] = []
+        self.hooks: list[dict[Any, Any]] = []
+        self.tensors: list[tuple[str, torch.Tensor]] = []
+        self.shared: list[Any] = []
+        self.arrays: list[tuple[str, np.ndarray]] = []
+        self.functions: list[Any] = []
+        self.refused = ""
+        self.global_names: dict[int, tuple[dict[str, Any], set[str]]] = {}
+        self.walk(module, "", inside=True)
+        self._global_hooks()
+        for known, names in self.global_names.values():
+            self.holders.append(Holder("global ", known, sorted(names), known, partial=True))
+
+    def walk(self, value: Any, name: str, *, inside: bool, plain: bool = False) -> None:
+        """Look into a value.
+
+        Args:
+            inside: it belongs to the module, and is not merely used by a function in it.
+            plain: it is part of a plain value.
+        """
+        if type(value) in ATOMS or id(value) in self._seen or id(value) in self._given:
+            return
+        self._seen[id(value)] = value
+        if len(self._seen) > _MOST:
+            raise ValueError(
+                f"The module holds more than {_MOST} values besides its parameters and buffers, as far as "
+                f"`{name}`. The copies of it on other devices must follow all of them at each step. Keep data out of "
+                "its attributes, and out of what its hooks and functions use."
+            )
+        inside = inside or id(value) in self._part_names
+        if isinstance(value, torch.Tensor):
+            self.tensors.append((name, value)) if inside else self.shared.append(value)
+        elif isinstance(value, np.ndarray):
+            self.arrays.append((name, value)) if inside else self.shared.append(value)
+        elif isinstance(value, nn.Module):
+            self._module(value, name, inside)
+        elif isinstance(value, (types.MethodType, types.FunctionType, functools.partial)):
+            self._function(value, name, inside)
+        elif isinstance(value, (dict, *_SEQUENCES, *_FROZEN)):
+            self._container(value, name, inside, plain)
+        elif isinstance(value, (type, types.ModuleType)):
+            return
+        elif is_own(type(value)) or isinstance(value, types.SimpleNamespace) or _is_parallel(value):
+            if hasattr(value, "__dict__"):
+                self._attributes(value, name, list(vars(value)), inside)
+        elif not inside and not isinstance(value, RemovableHandle):  # a hook may remove itself
+            self.shared.append(value)
+
+    def look_again(self) -> None:
+        """Find the keys that the known holders have now, and no other holders."""
+        for holder in self.holders:
+            if isinstance(holder.table, dict) and not holder.partial:
+                made = _MADE_BY_TORCH if isinstance(holder.owner, nn.Module) else ()
+                holder.keys = [key for key in holder.table if key not in made]
+
+    def _global_hooks(self) -> None:
+        """Torch's hooks on all modules: one function for all copies."""
+        for hooks in GLOBAL_HOOKS:
+            self.hooks.append(hooks)
+            for hook in hooks.values():
+                before = len(self.holders), len(self.functions)
+                self.walk(hook, "a global hook", inside=False)
+                kept = self.holders[before[0] :]
+                if kept:
+                    self.refused = (
+                        f"{kept[0].name or 'the module'}, which a global hook of torch.nn.modules.module keeps"
+                    )
+                del self.functions[before[1] :]
+
+    def _module(self, module: nn.Module, name: str, inside: bool) -> None:
+        """Attributes, tables and hooks of a part, or of another module that is reached."""
+        name = self._part_names.get(id(module), name)
+        if not inside and not self._leads_back(module):
+            self.shared.append(module)
+            return
+        tables = [vars(module)[key] for key in TABLES]
+        hooks = [vars(module)[key] for key in HOOKS if isinstance(vars(module).get(key), dict)]
+        self.tables += tables
+        self.hooks += hooks
+        keys = [key for key in vars(module) if key not in _MADE_BY_TORCH]
+        self._attributes(module, name, keys, inside)
+        for table in hooks:
+            for hook in table.values():
+                self.walk(hook, f"a hook of {name or 'the module'}", inside=inside)
+        for table in tables:
+            for key, value in table.items():
+                self.walk(value, f"{name}.{key}" if name else key, inside=inside)
+
+    def _leads_back(self, outside: nn.Module) -> bool:
+        """Whether a module that is no part of this one shares parts or tensors with it."""
+        names, given = self._part_names, self._given
+        return any(id(part) in names for part in outside.modules()) or any(id(p) in given for p in outside.parameters())
+
+    def _attributes(self, owner: Any, name: str, keys: list[str], inside: bool) -> None:
+        attributes = vars(owner)
+        self.holders.append(Holder(name, attributes, keys, owner))
+        for key in keys:
+            value = attributes[key]
+            self.walk(value, f"{name}.{key}" if name else key, inside=inside, plain=is_plain(value))
+
+    def _container(self, container: Any, name: str, inside: bool, plain: bool) -> None:
+        if isinstance(container, dict):
+            self.holders.append(Holder(name, container, list(container), container, compared=not plain))
+            for key, value in list(container.items()):
+                self.walk(value, f"{name}[{key!r}]", inside=inside, plain=plain or is_plain(value))
+            return
+        if isinstance(container, _SEQUENCES):
+            self.holders.append(Holder(name, container, (), container, compared=not plain))
+        for i, value in enumerate(list(container)):
+            self.walk(value, f"{name}[{i}]", inside=inside, plain=plain)
+
+    def _function(self, function: Any, name: str, inside: bool) -> None:
+        """What a function keeps: what it is bound to, its closure, its defaults, and globals that can be changed."""
+        if isinstance(function, functools.partial):
+            for i, value in enumerate((function.func, *function.args, *function.keywords.values())):
+                self.walk(value, f"{name}({i})", inside=inside)
+            return
+        if isinstance(function, types.MethodType):
+            self.walk(function.__self__, name, inside=False)
+            if function.__func__ is not getattr(type(function.__self__), function.__name__, None):
+                self.walk(function.__func__, name, inside=inside)
+                self.functions.append(function)
+            return
+        if not is_own(function):
+            return
+        self.functions.append(function)
+        where = function.__qualname__
+        for key, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            if id(cell) not in self._seen:
+                self._seen[id(cell)] = cell
+                self.holders.append(Holder(f"`{key}` of {where}()", cell, (), cell))
+                if not is_empty(cell):
+                    value = cell.cell_contents
+                    self.walk(value, f"{key} in {where}()", inside=False, plain=is_plain(value))
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            self.walk(value, f"a default of {where}()", inside=False)
+        self._globals(function)
+
+    def _globals(self, function: types.FunctionType) -> None:
+        """The globals that a function names, if their values can be changed or the function assigns them."""
+        known = function.__globals__
+        stored = set(_stored_names(function.__code__))
+        _, kept = self.global_names.setdefault(id(known), (known, set()))
+        for key in sorted(set(names_in_code(function.__code__)) & known.keys()):
+            value = known[key]
+            if key not in stored and (type(value) in ATOMS or not self._is_changeable(value)):
+                continue
+            kept.add(key)
+            self.walk(value, key, inside=False, plain=is_plain(value))
+
+    def _is_changeable(self, value: Any) -> bool:
+        """Whether a copy of a function needs its own value of a global."""
+        if isinstance(value, nn.Module):
+            return id(value) in self._part_names or self._leads_back(value)
+        if isinstance(value, (type, types.ModuleType, torch.Tensor, np.ndarray)):
+            return id(value) in self._given
+        if isinstance(value, (types.FunctionType, types.MethodType)):
+            return is_own(value)
+        return isinstance(value, (dict, *_SEQUENCES, *_FROZEN, functools.partial)) or is_own(type(value))
+
+
+def is_plain(value: Any, depth: int = 0) -> bool:
+    """Whether a value consists of numbers, strings and the like, also in containers, and can be compared by value."""
+    if type(value) in ATOMS:
+        return True
+    if type(value) not in _PLAIN_CONTAINERS or depth > _DEPTH:
+        return False
+    inside = itertools.chain(value.keys(), value.values()) if type(value) is dict else value
+    return all(is_plain(one, depth + 1) for one in inside)
+
+
+def is_empty(cell: types.CellType) -> bool:
+    """Whether the cell of a closure has no value yet."""
+    return cell == types.CellType()
+
+
+def _is_parallel(value: Any) -> bool:
+    """Whether a value is fastdp's own and stands for a module."""
+    return type(value).__module__.startswith("fastdp.") and isinstance(vars(value).get("module"), nn.Module)
+
+
+def _stored_names(code: types.CodeType) -> Iterator[str]:
+    """The names of the globals that a function and the functions nested in it assign or delete."""
+    for one in dis.get_instructions(code):
+        if one.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+            yield one.argval
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _stored_names(constant)

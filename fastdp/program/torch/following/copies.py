@@ -1,0 +1,104 @@
+"""Copies a module for a replica: structure, attributes and functions, over the replica's own parameters and buffers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdp.program.torch.following.contents import Contents
+from fastdp.program.torch.following.functions import copy_functions, fill_functions
+from fastdp.program.torch.module import Buffer, ReplicaModule, Slot, slots_of
+
+
+class Copied:
+    """A copy of a module.
+
+    Attributes:
+        module: the copy.
+        tables: for each holder of the module's contents the table of its copy; None where the copy shares it.
+        tensors: the copies of the tensors of the module's contents.
+    """
+
+    def __init__(self, module: nn.Module, contents: Contents, memo: dict[int, Any]) -> None:
+        own = dict(memo)
+        for _, tensor in contents.tensors:
+            own[id(tensor)] = _copy_of(tensor)
+        for value in contents.shared:
+            own.setdefault(id(value), value)
+        copy_functions(contents, own)
+        try:
+            self.module: nn.Module = copy.deepcopy(module, own)
+            fill_functions(contents, own)
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"The module {type(module).__name__} cannot be copied, and each device needs a copy of it: {error}. "
+                "Keep what cannot be copied (locks, open files, generators) out of its attributes, or define "
+                "__deepcopy__ on its class."
+            ) from error
+        self.tables = [holder.twin(own) for holder in contents.holders]
+        self.tensors = [own[id(tensor)] for _, tensor in contents.tensors]
+
+
+def replicate(
+    module: nn.Module, slots: list[Slot], variables: list[torch.Tensor], contents: Contents
+) -> tuple[ReplicaModule, Copied]:
+    """A copy of the module over `variables`, one for each slot. Copies the structure and the buffers.
+
+    Args:
+        module, slots: the user's module, and its parameters and buffers.
+        variables: the replica's.
+        contents: what the module holds besides.
+
+    Raises:
+        ValueError: something in the module cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    parameters = []
+    for slot, variable in zip(slots, variables, strict=True):
+        if slot.is_parameter:
+            memo[id(slot.tensor)] = nn.Parameter(variable, requires_grad=slot.tensor.requires_grad)
+            parameters.append(memo[id(slot.tensor)])
+        else:
+            memo[id(slot.tensor)] = variable.clone()
+    copied = Copied(module, contents, memo)
+    buffers = [
+        Buffer(index, own, own.tensor, variables[index])
+        for index, own in enumerate(slots_of(copied.module))
+        if not own.is_parameter
+    ]
+    return ReplicaModule(copied.module, parameters, buffers), copied
+
+
+def remake(replica: ReplicaModule, module: nn.Module, slots: list[Slot], contents: Contents) -> Copied:
+    """Give a replica a new copy of the module over the parameters and buffers that it has.
+
+    Arguments and errors as of `replicate`.
+    """
+    memo: dict[int, Any] = {}
+    parameters, buffers = iter(replica.parameters), iter(replica.buffers)
+    for slot in slots:
+        if slot.is_parameter:
+            memo[id(slot.tensor)] = next(parameters)
+            continue
+        buffer = next(buffers)
+        user = slot.table.get(slot.key)
+        if user is not None:
+            kept = buffer.slot.table.get(buffer.slot.key) if buffer.own else buffer.work
+            memo[id(user)] = user.clone() if kept is None else kept
+    copied = Copied(module, contents, memo)
+    own = {slot.name: slot for slot in slots_of(copied.module)}
+    for buffer in replica.buffers:
+        buffer.slot = own.get(buffer.slot.name, buffer.slot)
+    replica.module = copied.module
+    return copied
+
+
+def _copy_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor; of one that a forward pass has left, without its graph."""
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+    own = tensor.detach().clone()
+    return own.requires_grad_() if tensor.is_leaf and tensor.requires_grad else own
