@@ -1,4 +1,4 @@
-"""Finds what a module holds besides parameters and buffers: attributes, containers, hooks, and what functions keep."""
+"""Finds what a module holds besides parameters and buffers, also in what its functions keep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies a module for a replica: structure, attributes and functions, over the replica's own parameters and buffers."""
+"""Copies a module for a replica, over the parameters and buffers that the replica has."""
 
 from __future__ import annotations
 
