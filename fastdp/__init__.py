@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from fastdp.keras.install import install, uninstall
     from fastdp.keras.parallel_model import ParallelModel
     from fastdp.keras.wrap import multi_gpu_model
-    from fastdp.tensors.marks import rows, same
+    from fastdp.tensors.marks import mean_over, rows, same
 
 __all__ = [
     "DataParallel",
@@ -51,6 +51,7 @@ __all__ = [
     "device",
     "devices",
     "install",
+    "mean_over",
     "multi_gpu_model",
     "replica",
     "rows",
@@ -67,13 +68,14 @@ _LATE = {
     "ParallelModel": "fastdp.keras.parallel_model",
     "install": "fastdp.keras.install",
     "multi_gpu_model": "fastdp.keras.wrap",
+    "mean_over": "fastdp.tensors.marks",
     "replica": "fastdp.replica",
     "rows": "fastdp.tensors.marks",
     "same": "fastdp.tensors.marks",
     "uninstall": "fastdp.keras.install",
     "utils": "fastdp.utils",
 }
-_OF_TORCH = ("replica", "rows", "same")
+_OF_TORCH = ("mean_over", "replica", "rows", "same")
 
 
 def __getattr__(name: str) -> Any:

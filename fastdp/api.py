@@ -62,7 +62,7 @@ def wrap(
     deterministic: bool = False,
     timeout: float = 1800.0,
     check_replicas: bool = False,
-    rows: dict[str, int | str] | None = None,
+    rows: dict[str, Any] | None = None,
 ) -> TorchParallel: ...
 def wrap(
     model: Any,
@@ -78,7 +78,7 @@ def wrap(
     deterministic: bool = False,
     timeout: float = 1800.0,
     check_replicas: bool = False,
-    rows: str | dict[str, int | str] | None = None,
+    rows: str | dict[str, Any] | None = None,
 ) -> ParallelModel | TorchParallel:
     """Run a model on several devices as if on one.
 
@@ -145,8 +145,8 @@ def wrap(
 
             For a torch module, a dict that says where rows are, by the names of forward's parameters, of outputs and of
             targets: `{"hx": 1, "mask": "same", "output[1]": 1}`. Values are the number of an axis, "same" for what all
-            rows share, and for outputs also "sum" or "mean". By default rows are along the first axis, and an output
-            without axes is a mean over rows. `fastdp.rows(tensor, axis)` and `fastdp.same(tensor)` mark single tensors.
+            rows share, and for outputs also "sum", "mean" or `fastdp.mean_over`. By default rows are along the first
+            axis of inputs, and a trial on a few rows tells what outputs are. `fastdp.rows(tensor, axis)` and `fastdp.same(tensor)` mark single tensors.
 
     Returns:
         For a Keras model a `fastdp.ParallelModel`, a `keras.Model` that shares the model's weights. For a torch module

@@ -15,7 +15,18 @@ import pytest
 import fastdp
 
 ROOT = Path(__file__).parents[1]
-LATE = ["HDF5Matrix", "ParallelModel", "install", "multi_gpu_model", "replica", "rows", "same", "uninstall", "utils"]
+LATE = [
+    "HDF5Matrix",
+    "ParallelModel",
+    "install",
+    "mean_over",
+    "multi_gpu_model",
+    "replica",
+    "rows",
+    "same",
+    "uninstall",
+    "utils",
+]
 
 BLOCKER = """
 import sys
@@ -55,6 +66,7 @@ def test_the_public_names_of_fastdp():
         "device",
         "devices",
         "install",
+        "mean_over",
         "multi_gpu_model",
         "replica",
         "rows",

@@ -33,6 +33,17 @@ def as_tensor(array: Any, dtype: str | None = None) -> torch.Tensor:
     return tensor
 
 
+def to_tensor(value: Any) -> Any:
+    """NumPy arrays and numbers as tensors; other values unchanged."""
+    if isinstance(value, np.generic):
+        return torch.tensor(value.item())
+    if not isinstance(value, np.ndarray):
+        return value
+    if not value.flags.writeable or any(stride < 0 for stride in value.strides):
+        value = value.copy()
+    return torch.from_numpy(value)
+
+
 def tensors_of(flat: FlatBuffers) -> list[torch.Tensor]:
     """Tensors over the views of flat buffers."""
     return [as_tensor(view, spec.dtype) for view, spec in zip(flat.views, flat.specs, strict=True)]

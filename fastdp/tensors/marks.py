@@ -1,6 +1,10 @@
-"""Marks on tensors that say how they depend on the rows of a batch: `fastdp.rows` and `fastdp.same`."""
+"""Marks that say how tensors depend on the rows of a batch: `fastdp.rows`, `fastdp.same` and `fastdp.mean_over`."""
 
 from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -43,6 +47,41 @@ def same(tensor: torch.Tensor) -> torch.Tensor:
     """
     _check(tensor)
     return _marked(tensor, Layout(Effect.SAME))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MeanOver:
+    """What the rows count in a mean: a function of some arguments of forward, by their names."""
+
+    function: Callable[..., torch.Tensor]
+    names: tuple[str, ...]
+
+
+def mean_over(weights: Callable[..., torch.Tensor]) -> MeanOver:
+    """Say in `fastdp.wrap(module, rows=...)` that an output is a mean over what counts, such as tokens without padding.
+
+    Args:
+        weights: `weights(labels)` returns what each entry of the batch counts, as numbers or booleans of any shape with
+            rows first. The names of its parameters are those of forward's. Called before each step on the arguments of
+            the whole batch, in host memory.
+
+    Returns:
+        A value for `rows`. Merged values and gradients are those of one device, also where all rows of a device count
+        nothing.
+
+    Raises:
+        TypeError: `weights` is not a function with named parameters.
+
+    Example:
+        >>> counted = fastdp.mean_over(lambda labels: labels[:, 1:] != -100)  # doctest: +SKIP
+        >>> model = fastdp.wrap(module, gpus=8, rows={"output['loss']": counted})  # doctest: +SKIP
+    """
+    if not callable(weights):
+        raise TypeError(
+            "`weights` must be a function of some arguments of forward, such as lambda labels: labels != -100. "
+            f"Received: {weights!r} (of type {type(weights).__name__})"
+        )
+    return MeanOver(weights, tuple(inspect.signature(weights).parameters))
 
 
 def mark_of(tensor: torch.Tensor) -> Layout | None:

@@ -21,10 +21,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fastdp.errors import ReplicaError
+from fastdp.shard import Rows
 
 TOLERANCE = 1e-4
 MIXED_TOLERANCE = 1e-3
@@ -79,6 +81,7 @@ class Layout:
         axis: the first axis of length `per_row` times the number of rows; None if there is none.
         per_row: entries along `axis` for each row.
         stacks: whether `axis` is the only axis whose length depends on the rows.
+        weights: of a mean, what each row counts; None if all count alike.
 
     If `effect` is UNKNOWN and `stacks` is true, the shape is split by rows but the values mix rows.
     """
@@ -87,6 +90,11 @@ class Layout:
     axis: int | None = None
     per_row: int = 1
     stacks: bool = False
+    weights: Any = None
+
+    def share(self, rows: Rows) -> float:
+        """What the values of some rows count in a mean over all of them."""
+        return rows.share if self.weights is None else float(self.weights.share(rows))
 
     @property
     def is_local(self) -> bool:

@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 from fastdp.comm.batch import Batch
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.options import Options
-from fastdp.program.torch.batch import to_tensor
 from fastdp.program.torch.loop import BackwardPass, ForwardPass, LoopProgram
 from fastdp.runtime.queue import QueueDevice
+from fastdp.tensors.arrays import to_tensor
 from fastdp.tensors.thread_state import check_around
 from fastdp.warn import warn_user
 

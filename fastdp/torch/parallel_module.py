@@ -16,7 +16,6 @@ from torch.utils import _pytree as pytree
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.report import Report, make_report
 from fastdp.options import Options
-from fastdp.program.torch.batch import to_tensor
 from fastdp.program.torch.loop import LoopProgram
 from fastdp.program.torch.loss import LossFunction
 from fastdp.program.torch.optimizer import OptimizerFactory
@@ -24,7 +23,7 @@ from fastdp.program.torch.program import TorchProgram
 from fastdp.program.torch.rows.declared import DeclaredRows
 from fastdp.program.torch.update import UpdateRules
 from fastdp.runtime.queue import QueueDevice
-from fastdp.tensors.arrays import peak_nbytes
+from fastdp.tensors.arrays import peak_nbytes, to_tensor
 from fastdp.tensors.deterministic import deterministic_algorithms
 from fastdp.tensors.thread_state import check_around
 from fastdp.torch.autograd import Calls

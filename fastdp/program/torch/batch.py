@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,10 @@ from fastdp.comm.context import Context
 from fastdp.program.torch.rows.declared import DeclaredRows, rows_back, rows_first
 from fastdp.program.torch.rows.judged import Judged
 from fastdp.program.torch.rows.merging import merge, plain_layouts
+from fastdp.program.torch.rows.weights import RowWeights, agreed
 from fastdp.program.torch.shared_draws import SharedDraws
 from fastdp.shard import dealt_rows
-from fastdp.tensors.arrays import as_array, as_tensor, dtype_name, output_array
+from fastdp.tensors.arrays import as_array, as_tensor, dtype_name, output_array, to_tensor
 from fastdp.tensors.autocast import Autocast
 from fastdp.tensors.collectives import StepPeers
 from fastdp.tensors.random import global_generator
@@ -94,8 +95,8 @@ class Structure:
     """What replicas get besides the arrays of a batch: their nest, the autocast state and the seed.
 
     `layouts` are those of the arrays, by default rows first; `declared` is what the user has said about outputs, and
-    `judged` what a trial has shown. `values` are the user's own `(args, kwargs, targets)`. `misfit` says why they
-    cannot be split by rows as they are.
+    `judged` what a trial has shown. `weights` are what rows count in means, if not alike. `values` are the user's own
+    `(args, kwargs, targets)`. `misfit` says why they cannot be split by rows as they are.
     """
 
     nest: Nest
@@ -106,7 +107,25 @@ class Structure:
     judged: Judged | None = None
     values: Any = None
     misfit: Exception | None = None
+    weights: dict[Any, RowWeights | None] = field(default_factory=dict)
     _seed: int | None = None
+
+    def weigh(self, arrays: Sequence[np.ndarray], rows: int) -> None:
+        """Find out what the rows count in means. `arrays` are those of the batch."""
+        judged, declared = self.judged, self.declared
+        ways, said = judged.weighed if judged is not None else [], declared.weighed if declared is not None else []
+        if not ways and not said:
+            return
+        tensors = [as_tensor(array, name) for array, name in zip(arrays, self.nest.dtypes, strict=True)]
+        self.weights = {None: None, **{way: agreed(tensors, way) for way in ways}}
+        if declared is not None:
+            self.weights |= {way: RowWeights(declared.weights(way, self.values, rows)) for way in said}
+
+    @property
+    def inputs(self) -> int:
+        """How many arrays are arguments of the module: the others are targets."""
+        given = len(pytree.tree_leaves(self.values[:2]))
+        return sum(1 for place in range(given) if self.nest.is_hole(place))
 
     def wanted(self) -> list[int]:
         """The arrays whose tensors require gradients, by their places."""
@@ -119,7 +138,9 @@ class Structure:
         found = self.judged.outputs if self.judged is not None else None
         if found is None or len(found) != len(tensors):
             found = plain_layouts(tensors)
-        return found if self.declared is None else self.declared.of_outputs(outputs, found)
+        if self.declared is not None:
+            found = self.declared.of_outputs(outputs, found)
+        return [replace(one, weights=self.weights[one.weights]) for one in found] if self.weights else found
 
     def pack(self, arrays: Sequence[np.ndarray], where: str | None = None) -> Any:
         """The nest `(args, kwargs, targets)` over a replica's arrays. `where` names a device to copy them to."""
@@ -239,17 +260,6 @@ def _names(values: Any) -> list[str]:
         if getattr(leaf, "ndim", 0):
             names.append(("input", "input", "target")[path[0].idx] + pytree.keystr(path[1:]))
     return names
-
-
-def to_tensor(value: Any) -> Any:
-    """NumPy arrays and numbers as tensors; other values unchanged."""
-    if isinstance(value, np.generic):
-        return torch.tensor(value.item())
-    if not isinstance(value, np.ndarray):
-        return value
-    if not value.flags.writeable or any(stride < 0 for stride in value.strides):
-        value = value.copy()
-    return torch.from_numpy(value)
 
 
 def with_extremes(outputs: Any, context: Context) -> Any:

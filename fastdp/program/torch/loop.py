@@ -212,9 +212,10 @@ class LoopProgram(TorchProgram):
         running.context.rendezvous, running.context.ready = context.rendezvous, context.ready
         roots, seeds = [], []
         for tensor, layout, gradient in zip(kept.outputs, work.forward.layouts, work.gradients, strict=True):
-            if gradient is not None and tensor.requires_grad:
+            own = own_gradient(gradient, tensor, layout, context.rows) if tensor.requires_grad else None
+            if own is not None:
                 roots.append(tensor)
-                seeds.append(own_gradient(gradient, layout, context.rows).to(tensor.device))
+                seeds.append(own.to(tensor.device))
         # Torch itself runs the hooks of the user's parameters, when it gets the reduced gradients.
         aside = HookedGradients(users) if context.rank == 0 else None
         with state.gradients.passes(users, aside), ExitStack() as together:

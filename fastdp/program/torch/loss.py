@@ -110,8 +110,8 @@ def _merged(
         gradients, direct = _gradients(running, loss, leaves, parameters)
         answer = (loss.detach(), gradients, direct, reported and reported.read(1.0))
     loss, gradients, direct, reported = context.exchange(answer, "the gradients of the loss of the merged outputs")[0]
-    pairs = zip(gradients, layouts, strict=True)
-    mine = [None if gradient is None else own_gradient(gradient, one, context.rows) for gradient, one in pairs]
+    pairs = zip(gradients, tensors, layouts, strict=True)
+    mine = [own_gradient(gradient, part, one, context.rows) for gradient, part, one in pairs]
     if context.rank > 0:
         return _contribution(0.0, loss, tensors, mine, {}, reported and reported.elsewhere())
     return _contribution(float(loss), loss, tensors, mine, direct, reported)
@@ -134,8 +134,14 @@ def _check_reduction(reduction: str, tensors: Sequence[torch.Tensor], layouts: S
     """Refuse outputs that a loss of each replica's own rows would count wrongly.
 
     Raises:
-        ValueError: a sum among the outputs of a mean loss, or a value that is no sum among those of a sum.
+        ValueError: a sum among the outputs of a mean loss, or a value that is no sum among those of a sum; a mean in
+            which rows do not count alike.
     """
+    if any(t.requires_grad and one.weights is not None for t, one in zip(tensors, layouts, strict=True)):
+        raise ValueError(
+            "An output of the module is a mean in which some rows count more than others, which a loss with "
+            f"reduction={reduction!r} would count wrongly on several devices. Use reduction=None."
+        )
     wrong = (Effect.SUM,) if reduction == "mean" else (Effect.SAME, Effect.LARGEST, Effect.SMALLEST)
     found = [one.effect for t, one in zip(tensors, layouts, strict=True) if t.requires_grad and one.effect in wrong]
     if found:

@@ -147,6 +147,7 @@ class TorchProgram(Program):
         if devices > 1 and batch.rows > 1:
             judged = batch.structure.judged = self._trials.judged(batch, devices, wants=wants)
             batch.structure.draws.places = judged.draws if judged is not None else {}
+            batch.structure.weigh(batch.arrays, batch.rows)
         return batch
 
     @property

@@ -62,6 +62,8 @@ def backward(
     If torch gets tensors, it passes `backward` itself to the mode and disables the mode meanwhile. With graph
     edges it does not.
     """
+    if not roots:
+        return
     running.backward = True
     try:
         torch.autograd.backward([get_gradient_edge(root) for root in roots], list(seeds), retain_graph=retain)

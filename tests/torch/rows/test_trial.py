@@ -219,11 +219,6 @@ class StartsByData(Linear):
         return y + self.offset
 
 
-class GivenMask(Linear):
-    def forward(self, x, valid):
-        return (self.linear(x).square().sum(1) * valid).sum() / valid.sum().clamp(min=1)
-
-
 class TwoViews(Linear):
     def forward(self, x):
         return torch.cat([self.linear(x), self.linear(-x)])
@@ -264,7 +259,6 @@ class StepsFirst(nn.Module):
 REFUSED = {
     "a code book": (CodeBook, [(11, 4)], "buffer `book`"),
     "a parameter that the first batch sets": (StartsByData, [(11, 4)], "parameter `offset`"),
-    "a masked mean": (GivenMask, [(8, 4), "mask"], "output of the module"),
     "the views of a batch side by side": (TwoViews, [(8, 4)], "output of the module"),
     "all pairs of rows": (Pairs, [(8, 4)], "output of the module"),
     "a deviation over rows": (BatchDeviation, [(8, 4)], "output of the module"),

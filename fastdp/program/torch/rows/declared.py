@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fastdp.shard import Rows
-from fastdp.tensors.marks import mark_of
+from fastdp.tensors.arrays import to_tensor
+from fastdp.tensors.marks import MeanOver, mark_of
 from fastdp.tensors.row_effects import ROWS_FIRST, Effect, Layout
 
 _OUTPUT_EFFECTS = {"same": Effect.SAME, "sum": Effect.SUM, "mean": Effect.MEAN}
@@ -22,19 +23,56 @@ class DeclaredRows:
 
     Args:
         module: the user's module; the names of its `forward` name the arrays.
-        rows: by name, an axis number, "same", and for outputs also "sum" and "mean". The names are those of forward's
-            parameters, "target" and "output", with the path to a part of a nest: "mask", "batch['ids']", "output[1]".
+        rows: by name, an axis number, "same", and for outputs also "sum", "mean" and `fastdp.mean_over`. The names are
+            those of forward's parameters, "target" and "output", with the path to a part of a nest: "mask",
+            "batch['ids']", "output[1]".
             A name stands for all parts below it.
 
     Raises:
         ValueError: an unknown name or value; the message lists the known ones.
     """
 
-    def __init__(self, module: nn.Module, rows: Mapping[str, int | str] | None = None) -> None:
-        self._parameters = list(inspect.signature(module.forward).parameters.values())
+    def __init__(self, module: nn.Module, rows: Mapping[str, Any] | None = None) -> None:
+        self._signature = inspect.signature(module.forward)
+        self._parameters = list(self._signature.parameters.values())
         self._roles = {name: self._role(name, value) for name, value in (rows or {}).items()}
 
-    def _role(self, name: str, value: int | str) -> Layout:
+    @property
+    def weighed(self) -> list[MeanOver]:
+        """What the user has said about means in which rows do not count alike."""
+        return [one.weights for one in self._roles.values() if one.weights is not None]
+
+    def weights(self, way: MeanOver, values: tuple[Any, dict[str, Any], Any], rows: int) -> torch.Tensor:
+        """What each row counts in a mean.
+
+        Args:
+            way: one of `weighed`.
+            values: `(args, kwargs, targets)`.
+            rows: the number of rows.
+
+        Raises:
+            ValueError: the function's result has not as many rows, or its parameters are not among the arguments.
+        """
+        bound = self._signature.bind(*values[0], **values[1])
+        bound.apply_defaults()
+        given = dict(bound.arguments)
+        for one in self._parameters:
+            if one.kind is inspect.Parameter.VAR_KEYWORD:
+                given.update(given.pop(one.name))
+        missing = [name for name in way.names if name not in given]
+        if missing:
+            raise ValueError(f"The function of `fastdp.mean_over` wants {missing}. The arguments are {list(given)}.")
+        with torch.no_grad():
+            found = way.function(**{name: to_tensor(given[name]) for name in way.names})
+        if not isinstance(found, torch.Tensor) or not found.ndim or len(found) != rows:
+            shape = tuple(found.shape) if isinstance(found, torch.Tensor) else repr(found)
+            raise ValueError(
+                f"The function of `fastdp.mean_over` must return a tensor with the batch's {rows} rows first. "
+                f"Received: {shape}"
+            )
+        return found.detach().reshape(rows, -1).double().sum(1)
+
+    def _role(self, name: str, value: Any) -> Layout:
         """The layout that an entry declares."""
         root = name.split("[")[0]
         names = [one.name for one in self._parameters]
@@ -46,11 +84,16 @@ class DeclaredRows:
             )
         if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
             return Layout(Effect.ROWS, value, 1, True)
+        if isinstance(value, MeanOver) and root == "output":
+            unknown = [one for one in value.names if one not in names]
+            if unknown and not open_ended:
+                raise ValueError(f"`rows` weighs {name!r} by {unknown}, which forward has not. It has: {names}")
+            return Layout(Effect.MEAN, weights=value)
         known = _OUTPUT_EFFECTS if root == "output" else {"same": Effect.SAME}
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             raise ValueError(
-                f"`rows` must map {name!r} to the number of an axis, from 0, or to one of {list(known)}. "
-                f"Received: {value!r}"
+                f"`rows` must map {name!r} to the number of an axis, from 0, or to one of {list(known)}; a name of an "
+                f"output also to fastdp.mean_over(...). Received: {value!r}"
             )
         return Layout(known[str(value)])
 

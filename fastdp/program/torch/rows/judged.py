@@ -7,20 +7,17 @@ a mean of masks that happen to be full is merged rightly once they are not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from fastdp.program.torch.rows.weights import Counted
 from fastdp.program.torch.shared_draws import DrawPlace
 from fastdp.tensors.row_effects import Effect, Layout
 
-REMEDIES = (
-    'Say what it is, if you know: fastdp.wrap(module, rows={"output": ...}) with the number of the axis that has the '
-    'rows, "same", "sum" or "mean"; or combine the replicas\' values in forward by fastdp.replica.all_reduce or '
-    "fastdp.replica.all_gather; or use gpus=[0]."
-)
-Candidates = frozenset[Effect]
+Candidates = frozenset[Effect | Counted]
+Weights = Mapping[Counted, Sequence[float]]
 _ALL = frozenset({Effect.SAME, Effect.MEAN, Effect.SUM, Effect.LARGEST, Effect.SMALLEST})
 
 
@@ -39,6 +36,11 @@ class Judged:
     draws: dict[int, DrawPlace] = field(default_factory=dict)
 
     @property
+    def weighed(self) -> list[tuple[Counted, ...]]:
+        """How rows count in the means in which trials have seen that they do not count alike."""
+        return [one.weights for one in self.outputs or () if isinstance(one.weights, tuple)]
+
+    @property
     def extremes(self) -> bool:
         """Whether an output is an extreme of all rows, which the replicas must find together."""
         return any(one.effect in (Effect.LARGEST, Effect.SMALLEST) for one in self.outputs or ())
@@ -49,44 +51,73 @@ def is_exact(tensor: torch.Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex())
 
 
-def row_layout(parts: Sequence[torch.Tensor], whole: torch.Tensor, rows: Sequence[int], *, rough: bool) -> Layout:
-    """The layout of a value whose shape depends on the rows: ROWS, or UNKNOWN.
+def row_axis_of(parts: Sequence[torch.Tensor], whole: torch.Tensor, rows: Sequence[int]) -> Layout | None:
+    """Where the rows are in a value whose shape depends on them; None if its shapes do not tell.
 
     Args:
         parts, whole: the value for the parts of the rows, and for all of them.
         rows: the number of rows of each part.
-        rough: it was computed in a lower precision than its own.
     """
-    unknown = Layout(Effect.UNKNOWN)
     if any(part.ndim != whole.ndim or part.dtype != whole.dtype for part in parts):
-        return unknown
+        return None
     axes = [at for at, size in enumerate(whole.shape) if any(part.shape[at] != size for part in parts)]
     if len(axes) != 1:
-        return unknown
+        return None
     axis, total = axes[0], sum(rows)
     per_row = whole.shape[axis] // total
     if [*(part.shape[axis] for part in parts), whole.shape[axis]] != [per_row * one for one in (*rows, total)]:
-        return unknown
-    found = torch.cat(list(parts), axis)
-    return Layout(Effect.ROWS, axis, per_row, True) if _close(found, whole, rough=rough) else unknown
+        return None
+    return Layout(Effect.ROWS, axis, per_row, True)
 
 
-def candidates(parts: Sequence[torch.Tensor], whole: torch.Tensor, rows: Sequence[int], *, rough: bool) -> Candidates:
-    """The effects that a value without rows may have, judged by its values. Arguments as in `row_layout`."""
+def row_layout(parts: Sequence[torch.Tensor], whole: torch.Tensor, rows: Sequence[int], *, rough: bool) -> Layout:
+    """The layout of a value whose shape depends on the rows: ROWS, or UNKNOWN.
+
+    Args:
+        parts, whole, rows: as in `row_axis_of`.
+        rough: it was computed in a lower precision than its own.
+    """
+    layout = row_axis_of(parts, whole, rows)
+    if layout is None or layout.axis is None:
+        return Layout(Effect.UNKNOWN)
+    found = torch.cat(list(parts), layout.axis)
+    return layout if _close(found, whole, rough=rough) else Layout(Effect.UNKNOWN)
+
+
+def candidates(
+    parts: Sequence[torch.Tensor],
+    whole: torch.Tensor,
+    rows: Sequence[int],
+    *,
+    rough: bool,
+    weights: Weights | None = None,
+) -> Candidates:
+    """The effects that a value without rows may have, judged by its values.
+
+    Args:
+        parts, whole, rows, rough: as in `row_layout`.
+        weights: ways to weigh rows in a mean, each with the weights of the parts.
+    """
+    weights = weights or {}
     if not whole.numel():
         return frozenset({Effect.SAME})
     if not is_exact(whole) and not bool(torch.isfinite(whole).all()):
-        return _ALL  # the whole batch gives no number either
+        return _ALL.union(weights)  # the whole batch gives no number either
     wide, target, exact = [_wide(one) for one in parts], _wide(whole), is_exact(whole)
-    scale = _tolerance(whole, rough=rough) * max(float(one.abs().max()) for one in (*wide, target))
+    sizes = [one.abs()[torch.isfinite(one)] for one in (*wide, target)]
+    scale = _tolerance(whole, rough=rough) * max(float(one.max()) for one in sizes if one.numel())
 
     def close(found: torch.Tensor) -> bool:
         return torch.equal(found, target) if exact else bool(((found - target).abs() <= scale).all())
 
-    weighted = [value * count for value, count in zip(wide, rows, strict=True)]
-    found = {Effect.SAME} if all(close(one) for one in wide) else set()
-    if not exact and close(sum(weighted[1:], weighted[0]) / sum(rows)):
+    def is_mean(weights: Sequence[float]) -> bool:
+        weighted = [value * weight for value, weight in zip(wide, weights, strict=True) if weight]
+        return close(sum(weighted[1:], weighted[0]) / sum(weights))
+
+    found: set[Effect | Counted] = {Effect.SAME} if all(close(one) for one in wide) else set()
+    if not exact and is_mean(rows):
         found.add(Effect.MEAN)
+    found.update(way for way, weight in weights.items() if not exact and is_mean(weight if sum(weight) else rows))
     if whole.dtype != torch.bool and close(sum(wide[1:], wide[0])):
         found.add(Effect.SUM)
     if not whole.is_complex() and close(torch.stack(wide).amax(0)):
@@ -120,12 +151,25 @@ def state_candidates(
 
 
 def decided(found: Candidates, *, exact: bool) -> Effect | None:
-    """The effect among candidates; None if more trials must tell. `exact` is of integers and booleans."""
+    """The effect among candidates; None if more trials must tell. `exact` is of integers and booleans.
+
+    A mean whose rows do not count alike is a mean too.
+    """
     if not found:
         return Effect.UNKNOWN
-    if Effect.SAME in found and Effect.SUM not in found:
-        return Effect.SAME if exact or Effect.MEAN not in found else Effect.MEAN
-    return next(iter(found)) if len(found) == 1 else None
+    effects = [one for one in found if isinstance(one, Effect)]
+    if Effect.SAME in effects and Effect.SUM not in effects:
+        return Effect.SAME if exact or Effect.MEAN not in effects else Effect.MEAN
+    if not effects:
+        return Effect.MEAN
+    return effects[0] if len(effects) == 1 else None
+
+
+def layout_of(effect: Effect, found: Candidates) -> Layout:
+    """The layout of a value with this effect, decided among candidates."""
+    if effect is not Effect.MEAN or Effect.MEAN in found or Effect.SAME in found:
+        return Layout(effect)
+    return Layout(effect, weights=tuple(one for one in found if isinstance(one, Counted)))
 
 
 def _tolerance(tensor: torch.Tensor, *, rough: bool) -> float:

@@ -46,30 +46,40 @@ def merge(parts: Sequence[torch.Tensor], layout: Layout, rows: Sequence[Rows]) -
         return torch.stack(list(parts)).sum(0, dtype=first.dtype)
     assert layout.effect is Effect.MEAN, layout
     if first.is_floating_point() or first.is_complex():
-        return weighted_mean(parts, rows)
-    return weighted_mean([part.double() for part in parts], rows).round().to(first.dtype)
+        return weighted_mean(parts, layout, rows)
+    return weighted_mean([part.double() for part in parts], layout, rows).round().to(first.dtype)
 
 
-def weighted_mean(parts: Sequence[torch.Tensor], rows: Sequence[Rows]) -> torch.Tensor:
-    """The mean of the replicas' values, weighted by rows."""
-    shares = [one.share for one in rows]
+def weighted_mean(parts: Sequence[torch.Tensor], layout: Layout, rows: Sequence[Rows]) -> torch.Tensor:
+    """The mean of the replicas' values, weighted by rows or by what they count."""
+    shares = [layout.share(one) for one in rows]
+    if layout.weights is not None:  # nothing of 0/0 counts
+        parts = [part for part, share in zip(parts, shares, strict=True) if share]
+        shares = [share for share in shares if share]
     if parts[0].ndim == 0:
         return weighted_sum(parts, shares)
     return torch.stack([part * share for part, share in zip(parts, shares, strict=True)]).sum(0)
 
 
-def own_gradient(gradient: torch.Tensor, layout: Layout, rows: Rows) -> torch.Tensor:
+def own_gradient(gradient: torch.Tensor | None, part: torch.Tensor, layout: Layout, rows: Rows) -> torch.Tensor | None:
     """The gradient from which a replica's backward starts, from the gradient by the merged tensor.
 
     Args:
-        gradient: of the loss, by the tensor of the whole batch.
+        gradient: of the loss, by the tensor of the whole batch; None if the loss does not depend on it.
+        part: the replica's own tensor.
         layout: how the tensor depends on the rows: ROWS, SAME, MEAN or SUM. Extremes are the same on all replicas once
             they have been reduced.
         rows: the replica's rows.
+
+    Returns:
+        None without a gradient, and where the replica's rows count nothing in a mean and give no number, as 0/0.
     """
+    if gradient is None or layout.effect is Effect.SUM:
+        return gradient
     if layout.effect is Effect.ROWS:
         return own_part(gradient, layout, rows)
-    return gradient if layout.effect is Effect.SUM else gradient * rows.share
+    share = layout.share(rows)
+    return None if not share and not bool(torch.isfinite(part).all()) else gradient * share
 
 
 def own_part(tensor: torch.Tensor, layout: Layout, rows: Rows) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,19 +32,27 @@ class CannotSplitError(ValueError):
     """A module does what copies of it cannot do alike. The message has the remedies."""
 
 
-class NoReach(TorchFunctionMode):
-    """Notices that a copy of a module uses the module's own parameters and buffers: it must have its own.
+class Watch(TorchFunctionMode):
+    """Watches a run: a copy of a module must not use the module's own tensors, and compares with numbers that matter.
 
     Args:
-        slots: the module's.
+        slots: the module's parameters and buffers.
+        compared: gets the numbers that tensors are compared with, or that a loss ignores.
+        sought: a number.
+
+    Attributes:
+        found: whether a tensor in which the sought number is was compared with a number, or is the target of a loss.
     """
 
-    def __init__(self, slots: Sequence[Slot]) -> None:
+    def __init__(self, slots: Sequence[Slot], compared: set[float], sought: float | None = None) -> None:
         super().__init__()
         self._names = {id(slot.tensor): slot.name for slot in slots}
+        self._compared, self._sought = compared, sought
+        self.found = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called by torch for every function."""
+        kwargs = kwargs or {}
         for leaf in pytree.tree_leaves((args, kwargs)):
             if id(leaf) in self._names:
                 raise CannotSplitError(
@@ -53,7 +61,23 @@ class NoReach(TorchFunctionMode):
                     "several devices each replica runs a copy, which such a function does not know. Make it a method "
                     "that uses `self`, or use gpus=[0]."
                 )
-        return func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "").strip("_")
+        if name in _COMPARISONS or name in _LOSSES:
+            self._note(args, kwargs, name)
+        return func(*args, **kwargs)
+
+    def _note(self, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> None:
+        """Note what is compared."""
+        given = [kwargs.get("ignore_index", -100)] if name in _LOSSES else args
+        numbers = [one for one in given if type(one) in (int, float)]
+        self._compared.update(numbers)
+        tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
+        if numbers and self._sought is not None and not self.found:
+            self.found = any(bool((one == self._sought).any()) for one in tensors if not one.is_floating_point())
+
+
+_COMPARISONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
+_LOSSES = frozenset(("cross_entropy", "nll_loss"))
 
 
 class TrialDraws(SharedDraws):

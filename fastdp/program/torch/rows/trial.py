@@ -17,15 +17,14 @@ from fastdp.program.torch.following.contents import Contents
 from fastdp.program.torch.following.copies import replicate
 from fastdp.program.torch.module import Slot, slots_of
 from fastdp.program.torch.replica import ReplicaContext
-from fastdp.program.torch.rows.declared import rows_back
+from fastdp.program.torch.rows.inputs import Change, Injected, TrialInputs
 from fastdp.program.torch.rows.plain import is_torchs_hook
-from fastdp.program.torch.rows.surroundings import HANDLERS, NoReach, TrialDraws, TrialPeers, undisturbed
+from fastdp.program.torch.rows.surroundings import HANDLERS, TrialDraws, TrialPeers, Watch, undisturbed
 from fastdp.program.torch.shared_draws import DrawPlace
 from fastdp.shard import Rows
-from fastdp.tensors.arrays import as_tensor, settle
+from fastdp.tensors.arrays import settle
 from fastdp.tensors.collectives import peers_scope
 from fastdp.tensors.function_mode import ReplicaMode
-from fastdp.tensors.row_effects import ROWS_FIRST
 
 
 @dataclass(slots=True)
@@ -52,6 +51,8 @@ class Trial:
         chosen: the rows, by their numbers in the batch.
         wanted: the arrays that require gradients, by their places.
         noise: the size of random numbers that are added to the parameters, so that none of them is zero.
+        change: makes other values of the arrays.
+        on_host: run in host memory, where a number that an index must not have is an error and not the end of a GPU.
 
     Hooks that are not torch's own do not run. Random draws and the results of collectives are those of the run on all
     rows. Batch normalization uses its running
@@ -59,19 +60,34 @@ class Trial:
 
     Attributes:
         slots: the module's parameters and buffers.
+        inputs: the rows.
+        compared: the numbers that the module has compared tensors with.
+        found: whether a number that `change` has put into integers was in one of these tensors.
     """
 
     def __init__(
-        self, module: nn.Module, batch: Batch, chosen: Sequence[int], wanted: Sequence[int] = (), noise: float = 0.0
+        self,
+        module: nn.Module,
+        batch: Batch,
+        chosen: Sequence[int],
+        wanted: Sequence[int] = (),
+        *,
+        noise: float = 0.0,
+        change: Change | None = None,
+        on_host: bool = False,
     ) -> None:
-        self._module, self._batch, self._chosen, self._total = module, batch, list(chosen), len(chosen)
+        self._module, self._batch, self._total = module, batch, len(chosen)
         self._wanted, self._noise = wanted, noise
+        self.inputs = TrialInputs(batch, list(chosen), change)
+        self.compared: set[float] = set()
+        self._sought = change.number if isinstance(change, Injected) else None
+        self.found = False
         self.slots = slots_of(module)
         self._contents = Contents(module, [slot.tensor for slot in self.slots])
         self._draws = TrialDraws()
         self._met: list[torch.Tensor] = []
         settle(slot.tensor for slot in self.slots)
-        self._where = str(self.slots[0].tensor.device) if self.slots else "cpu"
+        self._where = str(self.slots[0].tensor.device) if self.slots and not on_host else "cpu"
 
     @property
     def meets(self) -> bool:
@@ -92,12 +108,14 @@ class Trial:
         own = Structure(structure.nest, draws=self._draws, _seed=1)
         running = ReplicaContext(Context(0, rows, 0, Rendezvous(1, 1.0), 2, Batch([], own, self._total), own), rows)
         self._draws.begin_run(running)
-        with undisturbed(), NoReach(self.slots):
+        wanted = self._wanted if torch.is_grad_enabled() else ()
+        with undisturbed(), Watch(self.slots, self.compared, self._sought) as watch:
             for _ in range(times):
-                args, kwargs, _ = structure.nest.on(self._where).pack(self._inputs(rows))
+                args, kwargs, _ = self.inputs.of(rows, self._where, wanted)
                 among = TrialPeers(self._met, rows)
                 with peers_scope(among), ReplicaMode(running, HANDLERS), structure.autocast.enter():
                     outputs = module(*args, **kwargs)
+        self.found = self.found or watch.found
         return Run(outputs, [slot.tensor.detach() for slot in slots_of(module)], numbers_of(module))
 
     def _fresh(self) -> list[torch.Tensor]:
@@ -105,21 +123,10 @@ class Trial:
         generator = torch.Generator().manual_seed(0)
         found = []
         for slot in self.slots:
-            value = slot.tensor.detach().clone()
+            value = slot.tensor.detach().clone().to(self._where)
             if self._noise and _is_trained(slot):
                 value += self._noise * torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
             found.append(value)
-        return found
-
-    def _inputs(self, rows: Rows) -> list[torch.Tensor]:
-        """The rows of the batch's arrays, in memory of the run."""
-        structure: Structure = self._batch.structure
-        layouts = structure.layouts or [ROWS_FIRST] * len(self._batch)
-        found = []
-        for at, (array, name, layout) in enumerate(zip(self._batch, structure.nest.dtypes, layouts, strict=True)):
-            part = array[self._chosen[rows.start : rows.stop]]  # a copy
-            tensor = rows_back(as_tensor(part, name), layout).to(self._where)
-            found.append(tensor.requires_grad_() if at in self._wanted and torch.is_grad_enabled() else tensor)
         return found
 
 

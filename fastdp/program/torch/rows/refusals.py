@@ -1,0 +1,37 @@
+"""Says why a module cannot be split by rows, and what to do about it."""
+
+from __future__ import annotations
+
+_REMEDIES = (
+    'Say what it is, if you know: fastdp.wrap(module, rows={"output": ...}) with the number of the axis that has the '
+    'rows, "same", "sum", "mean", or fastdp.mean_over(lambda mask: mask) for a mean over what counts; or combine the '
+    "replicas' values in forward by fastdp.replica.all_reduce or fastdp.replica.all_gather; or use gpus=[0]."
+)
+
+
+def failed(error: BaseException, rows: tuple[int, int], total: int) -> ValueError:
+    """The error for a module that runs on a batch of `total` rows, but not on so few."""
+    first, last = rows
+    return ValueError(
+        f"The module does not run on {first}, {last} or {first + last} of the batch's {total} rows, as several devices "
+        f"would run it: {type(error).__name__}: {error} If an argument has no rows, say so: "
+        'fastdp.wrap(module, rows={"mask": "same"}), or the number of the axis that has the rows; or use gpus=[0].'
+    )
+
+
+def refused_output(name: str, seen: str) -> ValueError:
+    """The error for an output that cannot be merged, by what trials have seen."""
+    return ValueError(
+        f"The {name} of the module cannot be merged from several devices: fastdp ran the module on a few rows of the "
+        f"batch, and saw {seen}. {_REMEDIES}"
+    )
+
+
+def refused_state(kind: str, name: str) -> ValueError:
+    """The error for what forward changes in a way that cannot be merged."""
+    what = "no mean, sum or extreme over rows" if kind == "buffer" else "not the same on all devices"
+    return ValueError(
+        f"forward changes the {kind} `{name}` of the module by the rows of the batch, and the change is {what}. "
+        "Combine the replicas' values in forward by fastdp.replica.all_reduce or fastdp.replica.all_gather, or use "
+        "gpus=[0]." + ("" if kind == "buffer" else " A sum or a mean over rows may be kept in a registered buffer.")
+    )
