@@ -18,8 +18,8 @@ from fastdp.comm.batch import Batch
 from fastdp.errors import ReplicaError
 from fastdp.options import Options
 from fastdp.program.torch.loop import LoopProgram
+from fastdp.program.torch.rows.judge import FAILURES
 from fastdp.program.torch.rows.plain import is_torchs_hook, keeps_rows_apart
-from fastdp.program.torch.rows.trials import FAILURES
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.row_effects import Effect
 from fastdp.torch.assignments import Assignments, KeepsValuesError, refused, watched
