@@ -34,6 +34,11 @@ class Autocast:
         """Whether any operations are cast."""
         return bool(self.dtypes)
 
+    @property
+    def has_half(self) -> bool:
+        """Whether any operations are cast to float16."""
+        return any(dtype == torch.float16 for _, dtype in self.dtypes)
+
     @contextmanager
     def enter(self) -> Iterator[None]:
         """Apply the same autocast on another thread, where it is off."""

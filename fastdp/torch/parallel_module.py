@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
@@ -147,6 +148,7 @@ class TorchParallel(ModuleMembers[nn.Module]):
         outputs: bool = False,
         grad_norm: bool = False,
         skip_nonfinite: bool = False,
+        scaler: GradScaler | None = None,
     ) -> TrainStep:
         """Make the function that trains on one global batch.
 
@@ -170,6 +172,8 @@ class TorchParallel(ModuleMembers[nn.Module]):
             skip_nonfinite: leave weights and optimizer as they are, on all devices, if the loss or the gradient of the
                 global batch has an infinite number or a NaN; `step.result.skipped` tells. Buffers such as running
                 statistics have moved, as in plain torch. On GPUs each update then waits for the gradient.
+            scaler: scales the loss before backward, for float16 under autocast. The step does what a loop does with it:
+                `scale`, `unscale_`, clipping, `step` for each optimizer and `update`. It stays yours.
 
         Raises:
             TypeError, ValueError: an option or an optimizer cannot be used; the message has the remedy.
@@ -184,7 +188,7 @@ class TorchParallel(ModuleMembers[nn.Module]):
             optimizer,
             reduction=reduction,
             sync_batch_norm=self._options.sync_batch_norm,
-            rules=UpdateRules(clip_grad_norm, grad_norm, skip_nonfinite),
+            rules=UpdateRules(clip_grad_norm, grad_norm, skip_nonfinite, scaler),
             accumulate=accumulate,
         )
         with torch.inference_mode(False):

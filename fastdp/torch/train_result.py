@@ -26,7 +26,8 @@ class TrainResult:
         grad_norm: the norm of the gradient of the global batch, or of the whole window, before clipping: a tensor
             without axes on the CPU. None without `grad_norm=True` or `clip_grad_norm`, and in calls without an update.
         updated: whether the call changed the weights. Calls within a window of `accumulate` do not.
-        skipped: whether the update was skipped since the loss or the gradient was not finite (`skip_nonfinite=True`).
+        skipped: whether the update was skipped since the loss or the gradient was not finite (`skip_nonfinite=True`,
+            or a scaler). A scaler asks for each optimizer; some may have made their update, and some not.
     """
 
     loss: torch.Tensor
@@ -62,4 +63,4 @@ def _told(applied: Applied | None) -> tuple[torch.Tensor | None, bool, bool]:
     if applied is None:
         return None, False, False
     norm = None if applied.grad_norm is None else applied.grad_norm.cpu()
-    return norm, not applied.skipped, applied.skipped
+    return norm, applied.updated, applied.skipped

@@ -108,7 +108,7 @@ class TrainStep:
         assert program.applied is not None
         if self.result is not None:
             self.result = self.result.after(program.applied)
-        return not program.applied.skipped
+        return program.applied.updated
 
 
 def _arguments(inputs: Any) -> tuple[Sequence[Any], dict[str, Any]]:

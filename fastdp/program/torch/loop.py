@@ -223,7 +223,8 @@ class LoopProgram(TorchProgram):
                 together.enter_context(ReplicaMode(running, HANDLERS))
             with state.gradients.announcing(running, {}):
                 backward(running, roots, seeds, retain=work.retain)
-            gradients = state.gradients.store({})
+            half = work.forward.batch.structure.autocast.has_half and context.rank == 0
+            gradients = state.gradients.store({}, half=half)
         by_rows, shared = ([leaf.grad for leaf in leaves] for leaves in (kept.rows, kept.shared))
         for leaf in (*kept.rows, *kept.shared):
             leaf.grad = None

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.amp import GradScaler
 from torch.utils import _pytree as pytree
 
 from fastdp.comm.context import Context
@@ -96,19 +97,28 @@ class Passes:
 
     Args:
         loss_fn, reduction, sync_batch_norm, accumulate: as in `TorchProgram`.
+        scaler: scales the loss; see `UpdateRules`.
 
     Attributes:
+        scale: the scaler's at the beginning of the step.
         replicas: the number of replicas, with and without rows in a step.
         hooked: whether hooks run on the gradients of the latest step after its reduction.
     """
 
     def __init__(
-        self, loss_fn: LossFunction | None, reduction: str | None, sync_batch_norm: bool, accumulate: int
+        self,
+        loss_fn: LossFunction | None,
+        reduction: str | None,
+        sync_batch_norm: bool,
+        accumulate: int,
+        scaler: GradScaler | None,
     ) -> None:
         self.loss_fn = loss_fn
         self.reduction = reduction
         self.sync_batch_norm = sync_batch_norm
         self.accumulate = accumulate
+        self.scaler = scaler
+        self.scale = 1.0
         self.replicas = 0
         self.hooked = False
         self._told: set[str] = set()
@@ -167,7 +177,7 @@ class Passes:
             outputs = state.replica.module(*args, **kwargs)
             loss, reported = split(self.loss_fn(outputs, *targets), self.reduction)
         if loss.requires_grad:
-            loss.backward(None if self.accumulate == 1 else torch.full_like(loss, 1.0 / self.accumulate))
+            self._scaled(loss).backward()
         elif _requires_grad(outputs):
             raise ValueError(WITHOUT_GRADIENT)
         arrays, nest = outputs_to_arrays(outputs, context) if context.wants_outputs else ([], None)
@@ -177,6 +187,11 @@ class Passes:
         notes.reported = reported and reported.read(1.0)
         state.replica.keep_buffers()
         return Result(arrays, np.array([float(loss.detach())]), notes)
+
+    def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        """What plain torch runs backward from."""
+        loss = loss if self.accumulate == 1 else loss / self.accumulate
+        return loss if self.scaler is None else self.scaler.scale(loss)
 
     def _train_together(
         self, state: State, users: Sequence[torch.Tensor], batch: list[np.ndarray], context: Context
@@ -189,14 +204,16 @@ class Passes:
         with peers_scope(StepPeers(context)), ReplicaMode(running, HANDLERS), ExitStack() as forward:
             forward.enter_context(structure.autocast.enter())
             outputs = with_extremes(state.replica.module(*args, **kwargs), context)
+            running.scale = self.scale / self.accumulate
             part = contribute(self.reduction, self.loss_fn, outputs, targets, users, running)
             forward.close()
-            part.direct = {i: gradient / self.accumulate for i, gradient in part.direct.items()}
             if part.roots:
                 with state.gradients.announcing(running, part.direct):
-                    backward(running, part.roots, [seed / self.accumulate for seed in part.seeds])
+                    backward(running, part.roots, part.seeds)
         arrays, nest = outputs_to_arrays(outputs, context) if context.wants_outputs else ([], None)
-        notes = Notes(nest, part.dtype, found=state.gradients.store(part.direct), draws=structure.draws)
+        # In a window each call's sum over rows would be rounded, and there is only one sum over all calls.
+        half = (self.scaler is not None or structure.autocast.has_half) and self.accumulate == 1 and context.rank == 0
+        notes = Notes(nest, part.dtype, found=state.gradients.store(part.direct, half=half), draws=structure.draws)
         notes.reported = part.reported
         sums = gather_buffers(state.replica, running, notes.buffers)
         state.replica.restore_buffers()

@@ -101,7 +101,7 @@ class TorchProgram(Program):
         self._thread = ThreadState()
         self._bound: list[torch.Tensor] = []  # the user's parameters at first
         self.window = Window()  # of gradient accumulation
-        self._passes = Passes(loss_fn, reduction, sync_batch_norm, accumulate)
+        self._passes = Passes(loss_fn, reduction, sync_batch_norm, accumulate, self.rules.scaler)
 
     # Around a step, on the host thread.
 
@@ -171,8 +171,8 @@ class TorchProgram(Program):
 
     @property
     def update_is_reliable(self) -> bool:  # type: ignore[override]
-        """Whether the optimizers are torch's own and have made a step, and no hooks run on gradients."""
-        ours = self.optimizers is not None and self.optimizers.are_reliable()
+        """Whether optimizers and scaler are torch's own and have made a step, and no hooks run on gradients."""
+        ours = self.optimizers is not None and self.optimizers.are_reliable() and self.rules.are_reliable
         return ours and self._has_stepped and not self._passes.hooked
 
     def changed_outside(self) -> bool:
@@ -223,6 +223,8 @@ class TorchProgram(Program):
         self._following.follow()
         if self.optimizers is not None:
             self.optimizers.check(self.module.parameters())
+        if self.rules.scaler is not None:
+            self._passes.scale = self.rules.scaler.get_scale()
         with self._undone_on_failure(), replicas_run(threads):
             yield
         self._following.absorb()
@@ -281,7 +283,7 @@ class TorchProgram(Program):
             window = self.window.with_call(totals)
             self.applied = self._apply(window, state, totals.notes.hooked) if totals.reduced else None
             self.window = Window() if totals.reduced else window
-            self._has_stepped |= self.applied is not None and not self.applied.skipped
+            self._has_stepped |= self.applied is not None and self.applied.updated
 
     def _apply(self, window: Window, state: State, hooked: HookedGradients | None) -> Applied:
         """Run the optimizers on the gradients of a window."""

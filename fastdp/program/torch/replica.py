@@ -27,7 +27,8 @@ class Normalized:
 class ReplicaContext:
     """One replica in one step. `rows` are the rows that it works on: the replica's own, or all rows.
 
-    `nested` says that backward has run inside backward. `told`, shared by the whole program, records given warnings.
+    `nested` says that backward has run inside backward. The loss is multiplied by `scale` before backward. `told`,
+    shared by the whole program, records given warnings.
     """
 
     context: Context
@@ -37,6 +38,7 @@ class ReplicaContext:
     backward: bool = False
     nested: bool = False
     normalized: list[Normalized] = field(default_factory=list)
+    scale: float = 1.0
     told: set[str] = field(default_factory=set)
 
     def next_draw(self) -> int:
@@ -74,11 +76,11 @@ def backward(
 def gradients_of(
     running: ReplicaContext, loss: torch.Tensor, inputs: Sequence[torch.Tensor]
 ) -> Sequence[torch.Tensor | None]:
-    """Run `torch.autograd.grad` of one number as `backward` does. None for inputs that it does not depend on."""
+    """Run `torch.autograd.grad` of the scaled loss as `backward` does. None for inputs that it does not depend on."""
     running.backward = True
     try:
         edges = [get_gradient_edge(tensor) for tensor in inputs]
-        seed = torch.ones((), dtype=loss.dtype, device=loss.device)
+        seed = torch.tensor(running.scale, dtype=torch.float64).to(loss)  # infinite where it is too large
         return torch.autograd.grad([get_gradient_edge(loss)], edges, [seed], allow_unused=True)
     finally:
         running.backward = False
