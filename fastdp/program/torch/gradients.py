@@ -14,7 +14,7 @@ from fastdp.buffers import FlatBuffers
 from fastdp.program.torch.parameter_hooks import HookedGradients
 from fastdp.program.torch.replica import ReplicaContext
 from fastdp.tensors.arrays import settle
-from fastdp.tensors.function_mode import Handler
+from fastdp.tensors.function_mode import Handler, plain
 from fastdp.tensors.gradient_buckets import GradientBuckets, dense
 
 
@@ -225,9 +225,10 @@ class _Accumulated(GradientBuckets):
             )
         if self.running is None or self.running.nested:
             return
-        assert parameter.grad is not None
-        extra = self.direct.get(number)
-        self.arrived(number, parameter.grad if extra is None else dense(parameter.grad) + extra)
+        with plain():
+            assert parameter.grad is not None
+            extra = self.direct.get(number)
+            self.arrived(number, parameter.grad if extra is None else dense(parameter.grad) + extra)
 
 
 def _backward_again(running: ReplicaContext, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -36,7 +36,7 @@ from fastdp.program.torch.rows.merging import merge, own_gradient, own_part
 from fastdp.program.torch.shared_draws import SharedDraws
 from fastdp.tensors.arrays import as_tensor, dtype_name, output_array, settle, spec_of
 from fastdp.tensors.collectives import StepPeers, peers_scope
-from fastdp.tensors.function_mode import ReplicaMode
+from fastdp.tensors.function_mode import ReplicaMode, plain
 from fastdp.tensors.row_effects import ROWS_FIRST, Layout
 
 
@@ -189,12 +189,13 @@ class LoopProgram(TorchProgram):
                 together.enter_context(ReplicaMode(running, HANDLERS))
             with structure.autocast.enter():
                 outputs = with_extremes(state.replica.module(*args, **kwargs), context)
-            nest, tensors = Nest.flatten(outputs, "The module's outputs")
-            layouts = structure.layouts_of(outputs, tensors)
-            parts_fit(layouts, tensors, context.rows)
-            notes = _Notes(nest, layouts, [tensor.requires_grad for tensor in tensors], [], structure.draws)
-            sums = gather_buffers(state.replica, running, notes.buffers)
-            state.replica.restore_buffers()
+            with plain():
+                nest, tensors = Nest.flatten(outputs, "The module's outputs")
+                layouts = structure.layouts_of(outputs, tensors)
+                parts_fit(layouts, tensors, context.rows)
+                notes = _Notes(nest, layouts, [tensor.requires_grad for tensor in tensors], [], structure.draws)
+                sums = gather_buffers(state.replica, running, notes.buffers)
+                state.replica.restore_buffers()
         if work.keeps:
             work.kept[context.rank] = _Kept(running, tensors, rows, shared)
         arrays = []

@@ -22,6 +22,7 @@ from fastdp.program.torch.replica import ReplicaContext, gradients_of
 from fastdp.program.torch.rows.declared import parts_fit
 from fastdp.program.torch.rows.merging import merge, own_gradient
 from fastdp.shard import Rows, split_rows
+from fastdp.tensors.function_mode import plain
 from fastdp.tensors.row_effects import Effect, Layout
 
 REDUCTIONS = (None, "mean", "sum")
@@ -66,13 +67,15 @@ def contribute(
         parameters: the user's own parameters, for loss functions that use them (a penalty, say).
         running: the replica.
     """
-    nest, tensors = Nest.flatten(outputs, "The module's outputs")
-    layouts = running.context.structure.layouts_of(outputs, tensors)
-    parts_fit(layouts, tensors, running.rows)
+    with plain():
+        nest, tensors = Nest.flatten(outputs, "The module's outputs")
+        layouts = running.context.structure.layouts_of(outputs, tensors)
+        parts_fit(layouts, tensors, running.rows)
     if reduction is None:
         return _merged(loss_function, nest, tensors, layouts, parameters, running)
-    _check_reduction(reduction, tensors, layouts)
-    leaves = [_leaf(tensor) for tensor in tensors]
+    with plain():
+        _check_reduction(reduction, tensors, layouts)
+        leaves = [_leaf(tensor) for tensor in tensors]
     loss, reported = split(loss_function(nest.pack(leaves), *targets), reduction)
     weight = running.context.rows.share if reduction == "mean" else 1.0
     gradients, direct = _gradients(running, loss * weight, leaves, parameters)
@@ -95,13 +98,15 @@ def _merged(
 ) -> Contribution:
     """The loss on the merged outputs, computed by the first replica. Each replica continues with its own rows."""
     context = running.context
-    everyone = context.exchange([tensor.detach() for tensor in tensors], "the loss of the merged outputs")
+    with plain():
+        everyone = context.exchange([tensor.detach() for tensor in tensors], "the loss of the merged outputs")
     answer = None
     if context.rank == 0:
         shards = split_rows(context.rows.total, context.size)
         merged = zip(zip(*everyone, strict=True), layouts, strict=True)
-        leaves = [_leaf(merge(parts, layout, shards)) for parts, layout in merged]
-        _, _, targets = context.structure.pack(context.batch, context.torch_device)
+        with plain():
+            leaves = [_leaf(merge(parts, layout, shards)) for parts, layout in merged]
+            _, _, targets = context.structure.pack(context.batch, context.torch_device)
         own, running.rows = running.rows, Rows(0, running.rows.total, running.rows.total)
         try:
             loss, reported = split(loss_function(nest.pack(leaves), *targets), None)
@@ -111,7 +116,8 @@ def _merged(
         answer = (loss.detach(), gradients, direct, reported and reported.read(1.0))
     loss, gradients, direct, reported = context.exchange(answer, "the gradients of the loss of the merged outputs")[0]
     pairs = zip(gradients, tensors, layouts, strict=True)
-    mine = [own_gradient(gradient, part, one, context.rows) for gradient, part, one in pairs]
+    with plain():
+        mine = [own_gradient(gradient, part, one, context.rows) for gradient, part, one in pairs]
     if context.rank > 0:
         return _contribution(0.0, loss, tensors, mine, {}, reported and reported.elsewhere())
     return _contribution(float(loss), loss, tensors, mine, direct, reported)
@@ -161,12 +167,31 @@ def _gradients(
     running: ReplicaContext, loss: torch.Tensor, leaves: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]
 ) -> tuple[list[torch.Tensor | None], dict[int, torch.Tensor]]:
     """The gradients of the loss by outputs, and by the parameters that it uses directly."""
-    positions = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
-    trained = [i for i, parameter in enumerate(parameters) if parameter.requires_grad]
-    if not loss.requires_grad:
-        raise ValueError(WITHOUT_GRADIENT)
+    with plain():
+        if not loss.requires_grad:
+            raise ValueError(WITHOUT_GRADIENT)
+        used = _leaves_below(loss)
+    positions = [i for i, leaf in enumerate(leaves) if id(leaf) in used]
+    trained = [i for i, parameter in enumerate(parameters) if id(parameter) in used]
     inputs = [leaves[i] for i in positions] + [parameters[i] for i in trained]
-    found = gradients_of(running, loss, inputs) if inputs else []
+    found = gradients_of(running, loss, inputs) if inputs else ()
     by_leaf = dict(zip(positions, found[: len(positions)], strict=True))
     direct = dict(zip(trained, found[len(positions) :], strict=True))
     return [by_leaf.get(i) for i in range(len(leaves))], {i: g for i, g in direct.items() if g is not None}
+
+
+def _leaves_below(loss: torch.Tensor) -> set[int]:
+    """The leaves of autograd that a tensor depends on, by identity."""
+    if loss.grad_fn is None:
+        return {id(loss)}
+    nodes, seen, leaves = [loss.grad_fn], {loss.grad_fn}, set()
+    while nodes:
+        node = nodes.pop()
+        variable = getattr(node, "variable", None)  # of the node that adds to a leaf's gradient
+        if variable is not None:
+            leaves.add(id(variable))
+        for below, _ in node.next_functions:
+            if below is not None and below not in seen:
+                seen.add(below)
+                nodes.append(below)
+    return leaves

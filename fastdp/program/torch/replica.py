@@ -11,6 +11,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from fastdp.comm.context import Context
 from fastdp.shard import Rows
+from fastdp.tensors.function_mode import plain
 
 
 @dataclass(slots=True)
@@ -66,9 +67,11 @@ def backward(
     """
     if not roots:
         return
+    with plain():
+        edges = [get_gradient_edge(root) for root in roots]
     running.backward = True
     try:
-        torch.autograd.backward([get_gradient_edge(root) for root in roots], list(seeds), retain_graph=retain)
+        torch.autograd.backward(edges, list(seeds), retain_graph=retain)
     finally:
         running.backward = False
 
@@ -77,10 +80,11 @@ def gradients_of(
     running: ReplicaContext, loss: torch.Tensor, inputs: Sequence[torch.Tensor]
 ) -> Sequence[torch.Tensor | None]:
     """Run `torch.autograd.grad` of the scaled loss as `backward` does. None for inputs that it does not depend on."""
+    with plain():
+        edges, root = [get_gradient_edge(tensor) for tensor in inputs], get_gradient_edge(loss)
+        seed = torch.tensor(running.scale, dtype=torch.float64).to(loss)  # infinite where it is too large
     running.backward = True
     try:
-        edges = [get_gradient_edge(tensor) for tensor in inputs]
-        seed = torch.tensor(running.scale, dtype=torch.float64).to(loss)  # infinite where it is too large
-        return torch.autograd.grad([get_gradient_edge(loss)], edges, [seed], allow_unused=True)
+        return torch.autograd.grad([root], edges, [seed], allow_unused=True)
     finally:
         running.backward = False

@@ -26,9 +26,7 @@ def created(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> t
     out = kwargs.pop("out", None)
     integers = function in (torch.randint, torch.randint_like)
     bounds = _bounds(function, args, kwargs) if integers else ()
-    like = function(*args, **{**kwargs, "device": "meta", "requires_grad": False})
-    device = out.device if out is not None else torch.device(_device_of(function, args, kwargs))
-    result = torch.empty_like(like, device=device)
+    result = _unfilled(function, args, kwargs, out)
     normal = function in (torch.randn, torch.randn_like)
     if integers:
         fill: Fill = lambda whole: whole.random_(*bounds)  # noqa: E731
@@ -44,6 +42,18 @@ def created(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> t
     if out is not None:
         return out.copy_(result)
     return result.requires_grad_() if kwargs.get("requires_grad") else result
+
+
+def _unfilled(function: Any, args: Any, kwargs: Any, out: torch.Tensor | None) -> torch.Tensor:
+    """A tensor of the shape, dtype and layout that the function makes."""
+    given = {**kwargs, "requires_grad": False}
+    if out is None and function in (torch.randn_like, torch.rand_like):
+        return torch.empty_like(*args, **given)
+    if out is None and function in (torch.randn, torch.rand) and "names" not in kwargs:
+        return torch.empty(*args, **given)
+    like = function(*args, **{**given, "device": "meta"})
+    device = out.device if out is not None else torch.device(_device_of(function, args, kwargs))
+    return torch.empty_like(like, device=device)
 
 
 def _bounds(function: Any, args: Any, kwargs: Any) -> tuple[int, int]:
