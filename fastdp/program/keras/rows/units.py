@@ -24,6 +24,7 @@ from fastdp.errors import NotCapturable
 from fastdp.program.keras.batch import pack_like
 from fastdp.program.keras.replica import ReplicaContext, running
 from fastdp.shard import Rows
+from fastdp.tensors import collectives
 from fastdp.tensors.row_effects import Layout, NotByRowsError
 
 # An operation's id, and the number of its call in a forward pass.
@@ -217,35 +218,13 @@ def gathered(nest: Any, plan: Plan, context: Context) -> Any:
 def _gather(tensor: torch.Tensor, layout: Layout, context: Context, name: str) -> torch.Tensor:
     """A tensor with the rows of all replicas, and with its Keras mask. `name` is that of the layer that gets it."""
     assert layout.axis is not None
-    whole = _Gather.apply(tensor, layout.axis, context, name)
+    whole = collectives.gathered(tensor, layout.axis, context, f"the inputs of {name}")
     mask = getattr(tensor, "_keras_mask", None)
     if mask is not None:
         whole._keras_mask = torch.cat(
             context.exchange(mask, ("the masks of the inputs of", name)), min(layout.axis, mask.ndim - 1)
         )
     return whole
-
-
-class _Gather(torch.autograd.Function):
-    """The rows of all replicas, in order."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, axis: int, context: Context, name: str) -> torch.Tensor:
-        """Gather the rows with one exchange."""
-        parts = context.exchange(tensor.detach(), ("the inputs of", name))
-        ctx.axis, ctx.context, ctx.name = axis, context, name
-        ctx.start, ctx.length = sum(part.shape[axis] for part in parts[: context.rank]), tensor.shape[axis]
-        return torch.cat(parts, axis)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        """Sum the gradients of this replica's rows over all replicas' losses."""
-        parts = ctx.context.exchange(gradient, ("the gradients of the inputs of", ctx.name))
-        first, *others = (part.narrow(ctx.axis, ctx.start, ctx.length) for part in parts)
-        total = first.clone()
-        for part in others:
-            total += part
-        return total, None, None, None
 
 
 def own_rows(outputs: Any, plan: Plan, rows: Rows) -> Any:
