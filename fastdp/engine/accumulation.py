@@ -31,6 +31,18 @@ class AccumulatedGradients:
         """Bytes of the sums of all replicas."""
         return sum(flat.nbytes for flat in self._sums)
 
+    @property
+    def sums(self) -> Sequence[FlatBuffers]:
+        """The sums, in rank order."""
+        return self._sums[: self.count]
+
+    def hold(self, replicas: int) -> Sequence[FlatBuffers]:
+        """Let the first replicas hold sums of zeros, which the caller writes. Only while nothing runs."""
+        self._sums.clear()
+        self.reserve(replicas)
+        self.count = replicas
+        return self._sums
+
     def reserve(self, active: int) -> None:
         """Allocate the sums of the first `active` replicas. On the host thread, before the step."""
         for replica in self._replicas[len(self._sums) : active]:

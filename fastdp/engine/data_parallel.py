@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from fastdp.buffers import FlatBuffers
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.comm.scatter_merge import Merger, scatter, stage
@@ -226,8 +227,7 @@ class DataParallel(Generic[ProgramT_co]):
         Raises:
             ReplicaError, DeviceTimeoutError: as in `train`.
         """
-        cores = self._program.cores
-        with StepScope(self._state, self._recovery, self.group, Operation(cores, cores)) as folding:
+        with self._idle() as folding:
             sources = self._accumulation.hand_over(0)
             if not sources:
                 return
@@ -343,6 +343,28 @@ class DataParallel(Generic[ProgramT_co]):
     def holds_gradients(self) -> bool:
         """Whether replicas hold accumulated gradients, or may hold some once an abandoned step has ended."""
         return self._accumulation.count > 0 or self._state.unsettled is not None
+
+    def accumulated(self) -> Sequence[FlatBuffers]:
+        """The sums of gradients that wait for a step that reduces: one of each replica that has any, in rank order.
+
+        They are the engine's, on the replicas' devices, and valid until the next step.
+        """
+        with self._idle():
+            return self._accumulation.sums
+
+    def hold(self, replicas: int) -> Sequence[FlatBuffers]:
+        """Drop the gradients that wait, and let the first replicas hold others.
+
+        Returns:
+            One buffer of zeros for each of these replicas, on its device. The caller writes the gradients there.
+        """
+        with self._idle():
+            return self._accumulation.hold(replicas)
+
+    def _idle(self) -> StepScope[Operation]:
+        """A scope in which nothing runs on the devices, and what an abandoned step has left is cleaned up."""
+        cores = self._program.cores
+        return StepScope(self._state, self._recovery, self.group, Operation(cores, cores))
 
     def assert_replicas_equal(self) -> None:
         """Compare all replicas with the first, bit by bit.

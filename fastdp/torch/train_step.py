@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from fastdp.program.torch.passes import no_totals
 from fastdp.program.torch.program import TorchProgram
 from fastdp.program.torch.rows.declared import DeclaredRows
 from fastdp.tensors.thread_state import check_around
+from fastdp.torch.step_state import read_state, write_state
 from fastdp.torch.train_result import TrainResult, read_result
 
 
@@ -109,6 +110,39 @@ class TrainStep:
         if self.result is not None:
             self.result = self.result.after(program.applied)
         return program.applied.updated
+
+    # Checkpoints.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the training besides the module: with it a run goes on as if it had not been interrupted.
+
+        Returns:
+            A dict for `torch.save`, which `torch.load` reads with its default `weights_only=True`. It has the states of
+            the optimizers, the number of calls, the place in the window of `accumulate` with the gradients that wait
+            (on each device), and the states of torch's generators. The optimizers' tensors are their own, as of torch's
+            `state_dict`: training changes them. Everything else is a copy.
+
+        Weights and buffers are in the module's `state_dict`. Schedulers, and generators of Python and NumPy, are yours.
+
+        Example:
+            >>> torch.save({"model": model.state_dict(), "step": step.state_dict()}, "checkpoint.pt")  # doctest: +SKIP
+        """
+        return read_state(self._engine)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from where `state_dict` was called. Also sets torch's generators.
+
+        The number of devices may be another one. With the same number the run goes on bit for bit. Tensors are copied.
+
+        Args:
+            state_dict: what `state_dict` of a step has returned, with the same parameters and kinds of optimizers.
+
+        Raises:
+            TypeError, ValueError: it is something else, or of a step that differs; the message names the difference.
+                Nothing has changed.
+        """
+        write_state(self._engine, state_dict)
+        self.result = None
 
 
 def _arguments(inputs: Any) -> tuple[Sequence[Any], dict[str, Any]]:
