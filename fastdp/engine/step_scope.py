@@ -13,6 +13,7 @@ from fastdp.engine.replicas import ReplicaGroup
 from fastdp.engine.state import EngineState
 from fastdp.engine.step import Operation, Step, StepResult
 from fastdp.errors import DeviceTimeoutError
+from fastdp.runtime.events import here
 
 # Steps of different engines that share devices must not interleave: replicas block in exchanges.
 one_step_at_a_time = threading.RLock()
@@ -58,6 +59,24 @@ def _end_open_step() -> None:
     step.close(step.error)
 
 
+def _check_not_inside() -> None:
+    """Check that this thread is not a part of a step, which another step would have to wait for.
+
+    On one virtual device a step runs on the thread that holds the lock, and may have others inside.
+
+    Raises:
+        RuntimeError: it is.
+    """
+    if getattr(here, "worker", False):
+        if not one_step_at_a_time.acquire(blocking=False):
+            raise RuntimeError(
+                "A parallel model was called inside a step of a parallel model (in forward, a loss function, an "
+                "optimizer or a hook), on one of the devices that it would wait for. Call the plain module there, such "
+                "as `model.module`; or write the loop, where loss functions run outside steps."
+            )
+        one_step_at_a_time.release()
+
+
 def _wait_for_others(timeout: float) -> None:
     """Wait until no other engine runs a step.
 
@@ -73,8 +92,10 @@ def alone(timeout: float = 1800.0) -> Iterator[None]:
     """Keep all engines of this process from running a step. A step that this thread has open is ended first.
 
     Raises:
+        RuntimeError: this thread is a part of a step.
         DeviceTimeoutError: a step took longer than `timeout` seconds.
     """
+    _check_not_inside()
     _end_open_step()
     _wait_for_others(timeout)
     try:
@@ -100,6 +121,7 @@ class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
         self._closed = False
 
     def __enter__(self) -> OperationT:
+        _check_not_inside()
         _end_open_step()
         operation = self._operation
         self._state.take(trains=operation.trains)

@@ -148,6 +148,24 @@ def test_norms_and_checks_are_of_unscaled_gradients(devices):
 
 
 @pytest.mark.parametrize("devices", [1, 3])
+def test_a_window_that_is_cut_short_is_unscaled_and_updates_the_scale(devices):
+    module, reference = Net(), Net()
+    ours, theirs = scaler(), scaler()
+    step = fastdp.wrap(module, gpus=devices).train_step(F.mse_loss, adam, scaler=ours, accumulate=2)
+    optimizer = adam(reference.parameters())
+    for i in range(3):
+        step(*data(i, overflows=i == 1))
+        assert step.flush() is (i != 1)
+        optimizer.zero_grad()
+        x, y = data(i, overflows=i == 1)
+        theirs.scale(F.mse_loss(reference(x), y) / 2).backward()
+        theirs.step(optimizer)
+        theirs.update()
+        assert ours.state_dict() == theirs.state_dict()
+    assert_same(module, reference)
+
+
+@pytest.mark.parametrize("devices", [1, 3])
 def test_a_scaler_that_is_off_and_one_that_is_changed_between_steps(devices):
     module, reference = Net(), Net()
     ours, theirs = scaler(), scaler()

@@ -208,6 +208,19 @@ def test_a_parameter_that_the_module_does_not_have_is_refused_and_nothing_is_los
     step(*data(1))
 
 
+def test_a_parallel_module_called_by_an_optimizer_is_refused_at_once():
+    module = net()
+    dp = fastdp.wrap(module, gpus=3)
+    step = dp.train_step(F.mse_loss, two_groups())
+    handle = step.optimizer.register_step_post_hook(lambda *_: dp(data(0)[0]))
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(RuntimeError, match=r"called inside a step of a parallel model.*Call the plain module there"):
+        step(*data(0))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    handle.remove()
+    step(*data(0))
+
+
 # Several optimizers.
 
 

@@ -166,6 +166,34 @@ def test_each_kind_of_table_trains_in_train_steps(model, devices):
     assert_same_modules(module, reference)
 
 
+@pytest.mark.parametrize("devices", DEVICES)
+def test_sparse_gradients_are_clipped_and_unscaled(devices):
+    """Torch's own `clip_grad_norm_` takes no sparse gradients."""
+    module, reference = Table(), Table()
+    scalers = [torch.amp.GradScaler("cpu", init_scale=64.0) for _ in "ab"]
+    step = fastdp.wrap(module, gpus=devices).train_step(
+        F.mse_loss, split(torch.optim.SparseAdam), clip_grad_norm=0.1, scaler=scalers[0]
+    )
+    theirs = split(torch.optim.SparseAdam)(reference.parameters())
+    for seed in range(3):
+        step(*data(seed))
+        for optimizer in theirs:
+            optimizer.zero_grad()
+        words, y = data(seed)
+        scalers[1].scale(F.mse_loss(reference(words), y)).backward()
+        for optimizer in theirs:
+            scalers[1].unscale_(optimizer)
+        gradients = [p.grad for p in reference.parameters()]
+        norm = torch.stack([g.to_dense().norm() if g.is_sparse else g.norm() for g in gradients]).norm()
+        torch.testing.assert_close(step.result.grad_norm, norm)
+        for gradient in gradients:
+            gradient.mul_((0.1 / (norm + 1e-6)).clamp(max=1.0))
+        for optimizer in theirs:
+            scalers[1].step(optimizer)
+        scalers[1].update()
+    assert_same_modules(module, reference)
+
+
 def test_a_gradient_that_is_sparse_on_some_devices_and_dense_on_others_is_dense():
     module, reference = Choosing(), Choosing()
     words = torch.tensor([[3, 5], [4, 2], [30, 7], [8, 31]])

@@ -33,17 +33,12 @@ class Found:
 
     def with_all(self, others: Iterable[Found]) -> Found:
         """What is found here or in one of the others, which come from other replicas or from later passes."""
-        sparse, used = {i: list(parts) for i, parts in self.sparse.items()}, set(self.used)
-        half = set(self.half)
-        for other in others:
-            half |= other.half
-            for i in other.used - other.sparse.keys():
-                sparse.pop(i, None)
-            for i, parts in other.sparse.items():
-                if i in sparse or i not in used:
-                    sparse.setdefault(i, []).extend(parts)
-            used |= other.used
-        return Found(frozenset(used), sparse, frozenset(half))
+        every = [self, *others]
+        used = frozenset().union(*(one.used for one in every))
+        half = frozenset().union(*(one.half for one in every))
+        dense = frozenset().union(*(one.used - one.sparse.keys() if one.sparse else one.used for one in every))
+        sparse = {i: [part for one in every for part in one.sparse.get(i, ())] for i in sorted(used - dense)}
+        return Found(used, sparse, half)
 
     def gradients(self, reduced: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """The gradients of the global batch, by position.

@@ -182,7 +182,7 @@ class LoopProgram(TorchProgram):
         structure: Structure = context.structure
         rows, shared, (args, kwargs, _) = _leaves(work, batch, context)
         running = self._passes.running(context)
-        state.gradients.follow(self.users)
+        state.gradients.follow(self._users)
         with torch.set_grad_enabled(work.keeps), state.replica.passes(), ExitStack() as together:
             if context.size > 1:
                 together.enter_context(peers_scope(StepPeers(context)))
@@ -209,7 +209,7 @@ class LoopProgram(TorchProgram):
     def backward(self, work: BackwardPass, state: State, batch: list[np.ndarray], context: Context) -> Result:
         """Run backward. The result's outputs are the gradients by inputs with rows."""
         kept = work.forward.kept[context.rank]
-        running, users = kept.running, self.users
+        running, users = kept.running, self._users
         running.context.rendezvous, running.context.ready = context.rendezvous, context.ready
         roots, seeds = [], []
         for tensor, layout, gradient in zip(kept.outputs, work.forward.layouts, work.gradients, strict=True):

@@ -40,6 +40,7 @@ class Optimizers:
             raise TypeError(f"`optimizer` is {given!r} (of type {type(given).__name__}). {_REMEDY}")
         self._given = given
         self._held: list[torch.Tensor] = []
+        self._places: list[list[int]] = []  # their identities, by groups
         self.all: list[Optimizer] = []
 
     @property
@@ -89,9 +90,10 @@ class Optimizers:
         Raises:
             ValueError: an optimizer has been given another parameter.
         """
-        held = [p for one in self.all for group in one.param_groups for p in group["params"]]
-        if [*map(id, held)] == [*map(id, self._held)]:
+        places = [[*map(id, group["params"])] for one in self.all for group in one.param_groups]
+        if places == self._places:
             return
+        held = [p for one in self.all for group in one.param_groups for p in group["params"]]
         known = {*map(id, parameters), *map(id, self._held)}
         if any(id(parameter) not in known for parameter in held):
             raise ValueError(
@@ -99,7 +101,7 @@ class Optimizers:
                 "for it. Make it a parameter of the module and wrap the module again; or write the loop: model(x), "
                 "loss.backward(), optimizer.step()."
             )
-        self._held = held
+        self._held, self._places = held, places
 
     def holds(self, parameter: torch.Tensor) -> bool:
         """Whether an optimizer updates this parameter."""

@@ -99,7 +99,9 @@ class TorchProgram(Program):
         self._adopted: AdoptedSlots | None = None
         self._states: list[State] = []
         self._thread = ThreadState()
+        self._users: list[torch.Tensor] = []  # in the step that runs
         self._bound: list[torch.Tensor] = []  # the user's parameters at first
+        self._bound_ids: list[int] = []
         self.window = Window()  # of gradient accumulation
         self._passes = Passes(loss_fn, reduction, sync_batch_norm, accumulate, self.rules.scaler)
 
@@ -200,6 +202,7 @@ class TorchProgram(Program):
         if rank == 0 and self.optimizers is not None:
             self.optimizers.make(list(self.module.parameters()))
             self._bound = self.users
+            self._bound_ids = [*map(id, self._bound)]
         copies = None if replica.adopted is not None else self._pick(replica.parameters)
         gradients = Gradients(copies, memory.gradients, tensors_of(memory.gradients))
         variables = tensors_of(memory.variables)
@@ -221,6 +224,7 @@ class TorchProgram(Program):
         """Sync replicas with the user's module, note the user's thread, and divide the cores."""
         self._thread = ThreadState()
         self._following.follow()
+        self._users = self.users
         if self.optimizers is not None:
             self.optimizers.check(self.module.parameters())
         if self.rules.scaler is not None:
@@ -233,7 +237,7 @@ class TorchProgram(Program):
 
     def train(self, state: State, batch: list[np.ndarray], context: Context) -> Result:
         """Compute forward, this replica's contribution to the loss, and its gradient."""
-        return self._thread.run(self._passes.train, state, self.users, batch, context)
+        return self._thread.run(self._passes.train, state, self._users, batch, context)
 
     def predict(self, state: State, batch: list[np.ndarray], context: Context) -> Result:
         """Run forward only. Changes no parameter and no buffer, even in training mode."""
@@ -303,7 +307,9 @@ class TorchProgram(Program):
         A parameter is replaced by `load_state_dict(assign=True)`, say, and optimizers go on with the one before.
         """
         assert self.optimizers is not None
-        pairs = zip(self.users, self._bound, strict=True)
+        if [*map(id, self._users)] == self._bound_ids:
+            return self._users
+        pairs = zip(self._users, self._bound, strict=True)
         return [user if user is bound or self.optimizers.holds(user) else bound for user, bound in pairs]
 
 
