@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -119,6 +119,16 @@ class TorchParallel(ModuleMembers[nn.Module]):
         return self._calls.run(batch, values)
 
     forward = __call__
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Does nothing: for loops that were written for DistributedDataParallel.
+
+        There, backward passes inside leave each process with a part of the gradient until the first one outside. Here
+        every backward adds the gradient of the whole batch to `p.grad`, inside as outside, so after the window `p.grad`
+        is the same, and at each moment in it that of one device. It costs an all-reduce per backward.
+        """
+        yield
 
     def _alone(self, values: tuple[Any, dict[str, Any], Any]) -> Any:
         """The outputs of the module itself, by plain torch on the first device."""
