@@ -89,7 +89,7 @@ class TorchParallel(ModuleMembers[nn.Module]):
         """The module's outputs for a global batch, as of the module itself: part of autograd, with gradients enabled.
 
         Args:
-            args, kwargs: the module's arguments: tensors or NumPy arrays with rows along the first axis, in
+            args, kwargs: the module's arguments: tensors or NumPy arrays with rows along the first axis (or where trials find them), in
                 any nest of tuples, lists and dicts. Zero-dim tensors and plain values go to all replicas.
 
         Returns:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -96,7 +96,8 @@ class Structure:
 
     `layouts` are those of the arrays, by default rows first; `declared` is what the user has said about outputs, and
     `judged` what a trial has shown. `weights` are what rows count in means, if not alike. `values` are the user's own
-    `(args, kwargs, targets)`. `misfit` says why they cannot be split by rows as they are.
+    `(args, kwargs, targets)`. `misfit` says why they cannot be split by rows as they are, and `read` makes a batch of
+    them whose arrays have other layouts.
     """
 
     nest: Nest
@@ -107,6 +108,7 @@ class Structure:
     judged: Judged | None = None
     values: Any = None
     misfit: Exception | None = None
+    read: Callable[[Sequence[Layout]], Batch] | None = None
     weights: dict[Any, RowWeights | None] = field(default_factory=dict)
     _seed: int | None = None
 
@@ -215,16 +217,27 @@ def make_batch(
     A batch that cannot be split by rows as it is has no rows, and `Structure.misfit` has the ValueError or TypeError
     that says why.
     """
+    read = partial(split_batch, values, declared, no_graphs=no_graphs)
     try:
-        return split_batch(values, declared, no_graphs=no_graphs)
+        batch = read()
     except (ValueError, TypeError) as error:
-        return Batch([], Structure(Nest(None, (), ()), declared=declared, values=values, misfit=error), 0)
+        batch = Batch([], Structure(Nest(None, (), ()), declared=declared, values=values, misfit=error), 0)
+    batch.structure.read = read
+    return batch
 
 
 def split_batch(
-    values: tuple[Any, dict[str, Any], Any], declared: DeclaredRows | None = None, *, no_graphs: bool = False
+    values: tuple[Any, dict[str, Any], Any],
+    declared: DeclaredRows | None = None,
+    reading: Sequence[Layout] | None = None,
+    *,
+    no_graphs: bool = False,
 ) -> Batch:
     """As `make_batch`, of values that can be split by rows.
+
+    Args:
+        values, declared, no_graphs: as there.
+        reading: the layouts of all tensors with axes; by default as declared, or else rows first.
 
     Raises:
         ValueError: no arrays, no rows, or unequal numbers of rows; also as in `flatten_batch`.
@@ -233,7 +246,8 @@ def split_batch(
     if declared is None:
         arrays, nest = flatten_batch(values, no_graphs=no_graphs)
         return Batch.of(arrays, Structure(nest, values=values), partial(_names, values), _SHARED)
-    names, layouts = declared.of_arrays(values)
+    names, said = declared.of_arrays(values)
+    layouts = reading or [one or ROWS_FIRST for one in said]
     arrays, nest = flatten_batch(values, layouts, no_graphs=no_graphs)
     of_rows = [one for one in layouts if one.effect is Effect.ROWS]
     structure = Structure(nest, layouts=of_rows, declared=declared, values=values)

@@ -310,5 +310,6 @@ def _leaves(
     for at in work.rows:
         tensors[at] = tensors[at].detach().requires_grad_()
     others = {place: tensor.detach().to(context.torch_device).requires_grad_() for place, tensor in work.shared.items()}
-    packed = nest.replaced(others).pack(tensors)
+    nest = nest.replaced(others)
+    packed = (nest if on_host else nest.on(context.torch_device)).pack(tensors)
     return [tensors[at] for at in work.rows], list(others.values()), packed

@@ -15,7 +15,7 @@ from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.program.base import Program, Result, Totals
-from fastdp.program.torch.batch import make_batch, undivided_batch
+from fastdp.program.torch.batch import Structure, make_batch, undivided_batch
 from fastdp.program.torch.following.follow import Following
 from fastdp.program.torch.gradients import Gradients
 from fastdp.program.torch.loss import REDUCTIONS, LossFunction
@@ -95,7 +95,7 @@ class TorchProgram(Program):
             [specs[i] for i in self._differentiable] if self.optimizers is not None else []
         )
         self._following = Following(module, self._slots)
-        self._trials = Trials(module)
+        self._trials = Trials(module, whole_targets=reduction is None)
         self._adopted: AdoptedSlots | None = None
         self._states: list[State] = []
         self._thread = ThreadState()
@@ -142,14 +142,14 @@ class TorchProgram(Program):
         Raises:
             ValueError, TypeError: batch or module cannot be split by rows exactly; the message has the remedies.
         """
-        if batch.structure.misfit is not None:
-            if devices > 1:
-                raise batch.structure.misfit
-            return undivided_batch(batch.structure.values)
-        if devices > 1 and batch.rows > 1:
-            judged = batch.structure.judged = self._trials.judged(batch, devices, wants=wants)
-            batch.structure.draws.places = judged.draws if judged is not None else {}
-            batch.structure.weigh(batch.arrays, batch.rows)
+        structure: Structure = batch.structure
+        if devices == 1:
+            return batch if structure.misfit is None else undivided_batch(structure.values)
+        if batch.rows != 1:
+            batch = self._trials.judged(batch, devices, wants=wants)
+            structure = batch.structure
+            structure.draws.places = structure.judged.draws if structure.judged is not None else {}
+            structure.weigh(batch.arrays, batch.rows)
         return batch
 
     @property

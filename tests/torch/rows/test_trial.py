@@ -247,15 +247,6 @@ class Masked(Linear):
         return self.linear(x + mask @ x)
 
 
-class StepsFirst(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.cell = nn.LSTM(4, 3)
-
-    def forward(self, x):
-        return self.cell(x)[0]
-
-
 REFUSED = {
     "a code book": (CodeBook, [(11, 4)], "buffer `book`"),
     "a parameter that the first batch sets": (StartsByData, [(11, 4)], "parameter `offset`"),
@@ -263,8 +254,6 @@ REFUSED = {
     "all pairs of rows": (Pairs, [(8, 4)], "output of the module"),
     "a deviation over rows": (BatchDeviation, [(8, 4)], "output of the module"),
     "a number that counts rows": (RowsCounted, [(8, 4)], "attribute `rows`"),
-    "a mask with as many steps as rows": (Masked, [(6, 6, 4), (6, 6)], "size"),
-    "time first": (StepsFirst, [(6, 8, 4)], "output of the module"),
 }
 
 
@@ -283,7 +272,7 @@ def test_what_cannot_be_merged_is_refused_and_nothing_changes(name, devices):
     drawn = torch.get_rng_state()
     with pytest.raises((ValueError, RuntimeError), match=named) as refused:
         model(*inputs)
-    assert named == "size" or "gpus=[0]" in str(refused.value)
+    assert "gpus=[0]" in str(refused.value)
     step = model.train_step(loss_of, lambda p: torch.optim.SGD(p, lr=0.1))
     with pytest.raises((ValueError, RuntimeError), match=named):
         step(tuple(inputs))

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from fastdp.program.torch.rows.readings import Given
 from fastdp.shard import Rows
 from fastdp.tensors.arrays import to_tensor
 from fastdp.tensors.marks import MeanOver, mark_of
-from fastdp.tensors.row_effects import ROWS_FIRST, Effect, Layout
+from fastdp.tensors.row_effects import Effect, Layout
 
 _OUTPUT_EFFECTS = {"same": Effect.SAME, "sum": Effect.SUM, "mean": Effect.MEAN}
 
@@ -97,19 +98,20 @@ class DeclaredRows:
             )
         return Layout(known[str(value)])
 
-    def of_arrays(self, values: tuple[Any, dict[str, Any], Any]) -> tuple[list[str], list[Layout]]:
-        """The names and the layouts of the tensors with axes in `(args, kwargs, targets)`: rows first by default.
+    def of_arrays(self, values: tuple[Any, dict[str, Any], Any]) -> tuple[list[str], list[Layout | None]]:
+        """The names of the tensors with axes in `(args, kwargs, targets)`, and their layouts as far as they are said.
 
         Raises:
-            ValueError: a name in `rows` stands for nothing in this batch, or an array lacks its axis.
+            ValueError: an array lacks its axis.
         """
-        names, layouts = [], []
+        names: list[str] = []
+        layouts: list[Layout | None] = []
         for path, leaf in pytree.tree_flatten_with_path(values)[0]:
             if getattr(leaf, "ndim", 0):
                 name = self._name(path, values)
                 mark = mark_of(leaf) if isinstance(leaf, torch.Tensor) else None
-                layout = mark or self.declared(name) or ROWS_FIRST
-                if layout.axis is not None and layout.axis >= leaf.ndim:
+                layout = mark or self.declared(name)
+                if layout is not None and layout.axis is not None and layout.axis >= leaf.ndim:
                     raise ValueError(
                         f"`rows` says that {name!r} has its rows along axis {layout.axis}, but its shape "
                         f"is {tuple(leaf.shape)}."
@@ -117,6 +119,26 @@ class DeclaredRows:
                 names.append(name)
                 layouts.append(layout)
         return names, layouts
+
+    def given(self, values: tuple[Any, dict[str, Any], Any], *, whole_targets: bool) -> list[Given]:
+        """The arrays of `(args, kwargs, targets)`, for readings of them.
+
+        Args:
+            values: as above.
+            whole_targets: whether the loss function gets all targets.
+
+        Raises:
+            ValueError: as in `of_arrays`.
+        """
+        found = []
+        names, layouts = self.of_arrays(values)
+        arrays = [leaf for leaf in pytree.tree_leaves(values) if getattr(leaf, "ndim", 0)]
+        targets = sum(1 for leaf in pytree.tree_leaves(values[2]) if getattr(leaf, "ndim", 0))
+        for place, (name, layout, array) in enumerate(zip(names, layouts, arrays, strict=True)):
+            shape, is_target = tuple(array.shape), place >= len(arrays) - targets
+            group = f"{name.split('[')[0]} {shape} {layout}"
+            found.append(Given(group, shape, layout, is_target, whole_targets))
+        return found
 
     def of_outputs(self, outputs: Any, others: Sequence[Layout]) -> list[Layout]:
         """The layouts of the tensors among a replica's outputs: as declared, or else those in `others`.

@@ -117,10 +117,12 @@ class Injected:
 
     Attributes:
         number: as given.
+        is_met: whether the module compares a tensor that has the number in it with a number. Set by trials.
     """
 
     def __init__(self, place: int, number: float | None, first: int = 0) -> None:
         self._place, self.number, self._first = place, number, first
+        self.is_met = False
 
     def __call__(self, tensor: torch.Tensor, place: int | None) -> torch.Tensor:
         """The tensor, or that of the array with the number in it."""

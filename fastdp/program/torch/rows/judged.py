@@ -127,6 +127,18 @@ def candidates(
     return frozenset(found)
 
 
+def agrees(
+    parts: Sequence[torch.Tensor], whole: torch.Tensor, layout: Layout, rows: Sequence[int], *, rough: bool
+) -> bool:
+    """Whether a value may have this layout. Arguments as in `row_layout`."""
+    if layout.effect is Effect.ROWS:
+        found = row_layout(parts, whole, rows, rough=rough)
+        return (found.effect, found.axis) == (layout.effect, layout.axis)
+    if any(part.shape != whole.shape for part in parts):
+        return False
+    return layout.weights is not None or layout.effect in candidates(parts, whole, rows, rough=rough)
+
+
 def state_candidates(
     parts: Sequence[torch.Tensor], whole: torch.Tensor, before: torch.Tensor, rows: Sequence[int], *, rough: bool
 ) -> Candidates | None:

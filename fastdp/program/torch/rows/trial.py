@@ -61,8 +61,8 @@ class Trial:
     Attributes:
         slots: the module's parameters and buffers.
         inputs: the rows.
+        is_noisy: whether random numbers are added to the parameters.
         compared: the numbers that the module has compared tensors with.
-        found: whether a number that `change` has put into integers was in one of these tensors.
     """
 
     def __init__(
@@ -80,8 +80,8 @@ class Trial:
         self._wanted, self._noise = wanted, noise
         self.inputs = TrialInputs(batch, list(chosen), change)
         self.compared: set[float] = set()
-        self._sought = change.number if isinstance(change, Injected) else None
-        self.found = False
+        self.is_noisy = noise > 0.0
+        self._injected = change if isinstance(change, Injected) else None
         self.slots = slots_of(module)
         self._contents = Contents(module, [slot.tensor for slot in self.slots])
         self._draws = TrialDraws()
@@ -108,14 +108,16 @@ class Trial:
         own = Structure(structure.nest, draws=self._draws, _seed=1)
         running = ReplicaContext(Context(0, rows, 0, Rendezvous(1, 1.0), 2, Batch([], own, self._total), own), rows)
         self._draws.begin_run(running)
+        sought = self._injected.number if self._injected is not None else None
         wanted = self._wanted if torch.is_grad_enabled() else ()
-        with undisturbed(), Watch(self.slots, self.compared, self._sought) as watch:
+        with undisturbed(), Watch(self.slots, self.compared, sought) as watch:
             for _ in range(times):
                 args, kwargs, _ = self.inputs.of(rows, self._where, wanted)
                 among = TrialPeers(self._met, rows)
                 with peers_scope(among), ReplicaMode(running, HANDLERS), structure.autocast.enter():
                     outputs = module(*args, **kwargs)
-        self.found = self.found or watch.found
+        if self._injected is not None and watch.found:
+            self._injected.is_met = True
         return Run(outputs, [slot.tensor.detach() for slot in slots_of(module)], numbers_of(module))
 
     def _fresh(self) -> list[torch.Tensor]:

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import contextvars
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from fastdp.comm.batch import Batch
-from fastdp.program.torch.batch import Structure
+from fastdp.program.torch.batch import Structure, undivided_batch
+from fastdp.program.torch.rows.declared import DeclaredRows
 from fastdp.program.torch.rows.judge import Judge
 from fastdp.program.torch.rows.judged import Candidates, Judged
 from fastdp.program.torch.rows.plain import keeps_rows_apart
+from fastdp.program.torch.rows.readings import Reading, readings
+from fastdp.program.torch.rows.surroundings import CannotSplitError
 from fastdp.tensors.threads import intra_op_threads
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What trials have found.
+
+    `judged` is None if rows come first and nothing else is assigned; `reading` are the layouts of all arrays, if they
+    are not the default ones. `is_alone` says that the batch has one row, so that nothing can be split.
+    """
+
+    judged: Judged | None = None
+    reading: Reading | None = None
+    is_alone: bool = False
 
 
 class Trials:
@@ -21,6 +39,10 @@ class Trials:
 
     Args:
         module: the user's own.
+        whole_targets: whether the loss function gets the targets of the whole batch.
+
+    Where arrays have their rows is tried too, if they are not along all first axes: a mask may be the same for all
+    rows, or a state have layers first. Such a finding holds for batches of the same lengths.
 
     A kind is the training mode of all parts, the structure of the batch with the shapes of its rows, autocast, and
     whether gradients are recorded. A trial runs copies of the module on a few rows, on the others and on all of them.
@@ -30,54 +52,141 @@ class Trials:
     A module that consists of torch's own parts that keep rows apart is not tried.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, whole_targets: bool) -> None:
         self._module = module
+        self._whole_targets = whole_targets
         self._parts = list(module.modules())
-        self._known: dict[Any, Judged | None] = {}
+        self._known: dict[Any, _Found] = {}
+        self._by_lengths: set[Any] = set()
         self._means: dict[Any, dict[int, Candidates]] = {}
 
-    def judged(self, batch: Batch, devices: int, *, wants: bool = False) -> Judged | None:
-        """What is known about the module's outputs and buffers; None if rows come first and nothing else is assigned.
+    def judged(self, batch: Batch, devices: int, *, wants: bool = False) -> Batch:
+        """Find out what is known about the batch and about the module's outputs and buffers, by trials if need be.
 
         Args:
-            batch: the global batch, of two or more rows.
+            batch: the global batch, of two or more rows, or one that cannot be split by rows as it is.
             devices: the number of devices, two or more.
             wants: whether gradients by arrays that require them are wanted.
 
-        Raises:
-            ValueError: the module cannot be split by rows exactly, as far as the trial can tell.
-        """
-        fewest = 2 if batch.rows // min(devices, batch.rows) >= 2 and batch.rows >= 5 else 1
-        rows = (fewest, fewest + 1) if batch.rows >= 2 * fewest + 1 else (1, batch.rows - 1)
-        kind = self._kind(batch, rows)
-        if kind not in self._known:
-            if keeps_rows_apart(self._module):
-                found = None
-            else:
-                family = self._family(kind, batch)
-                wanted = batch.structure.wanted() if wants else ()
-                judge = Judge(self._module, batch, rows, wanted, self._means.get(family))
-                with intra_op_threads(max(1, torch.get_num_threads() // devices)):
-                    runs = contextvars.copy_context().run(judge.look)
-                if not runs:
-                    return None  # the step itself says why the module does not run; a later one is tried
-                found = judge.judged()
-                self._means[family] = judge.means
-            self._known[kind] = found
-        return self._known[kind]
+        Returns:
+            The batch, or another one in which rows are elsewhere, with what is known in its structure: nothing if rows
+            come first and nothing else is assigned.
 
-    def _kind(self, batch: Batch, rows: tuple[int, int]) -> Any:
-        """What the trial's result depends on."""
+        Raises:
+            ValueError, TypeError: the batch or the module cannot be split by rows exactly, as far as trials can tell.
+        """
+        kind = self._kind(batch, devices)
+        if kind in self._by_lengths:
+            kind = (*kind, batch.rows)
+        found = self._known.get(kind)
+        if found is None:
+            found = self._found(batch, devices, wants=wants)
+            if found is None:
+                return batch  # the step itself says why the module does not run; a later one is tried
+            if found.reading is not None:  # holds for these lengths
+                self._by_lengths.add(kind)
+                kind = (*kind, batch.rows)
+            self._known[kind] = found
+        if found.is_alone:
+            return undivided_batch(batch.structure.values)
+        if found.reading is not None:
+            batch = batch.structure.read(found.reading)
+        batch.structure.judged = found.judged
+        return batch
+
+    def _found(self, batch: Batch, devices: int, *, wants: bool) -> _Found | None:
+        """What trials find out; None if the module does not run."""
+        structure: Structure = batch.structure
+        refused = structure.misfit
+        if refused is None:
+            if keeps_rows_apart(self._module):
+                return _Found()
+            try:
+                judge = self._judge(batch, devices, wants=wants)
+                return None if judge is None else _Found(judge.judged())
+            except CannotSplitError:
+                raise
+            except ValueError as error:
+                refused = error
+        if isinstance(refused, ValueError) and structure.declared is not None:
+            found = self._another(structure, structure.declared, devices, wants=wants)
+            if found is not None:
+                return found
+        raise refused
+
+    def _another(self, structure: Structure, declared: DeclaredRows, devices: int, *, wants: bool) -> _Found | None:
+        """Another reading of a batch, which in trials gives the results of one device; None without one."""
+        arrays = declared.given(structure.values, whole_targets=self._whole_targets)
+        assert structure.read is not None
+        for reading in readings(arrays):
+            try:
+                judge = self._judge(structure.read(reading), devices, wants=wants)
+                if judge is not None and judge.findings.is_certain:
+                    return _Found(judge.judged(), reading)
+            except ValueError:
+                continue
+        return _Found(is_alone=True) if arrays and arrays[0].shape[0] == 1 and not arrays[0].is_target else None
+
+    def _judge(self, batch: Batch, devices: int, *, wants: bool) -> Judge | None:
+        """What trials of a batch show; None if the module does not run on it.
+
+        Raises:
+            ValueError: the module cannot be split by rows exactly.
+        """
+        family = self._family(self._kind(batch, devices))
+        wanted = batch.structure.wanted() if wants else ()
+        judge = Judge(
+            self._module,
+            batch,
+            _rows_of(batch, devices),
+            wanted,
+            self._means.get(family),
+            believes=_is_told(batch.structure),
+        )
+        with intra_op_threads(max(1, torch.get_num_threads() // devices)):
+            runs = contextvars.copy_context().run(judge.look)
+        if not runs:
+            return None
+        judge.judged()
+        self._means[family] = judge.findings.means
+        return judge
+
+    def _kind(self, batch: Batch, devices: int) -> tuple[Any, ...]:
+        """What the trial's result depends on. Axes that are as long as there are rows may be something else."""
         structure: Structure = batch.structure
         nest, autocast = structure.nest, structure.autocast
-        leaves = tuple([(one.shape, one.dtype) if isinstance(one, torch.Tensor) else one for one in nest.leaves])
         modes = tuple([part.training for part in self._parts])
-        how = (torch.is_grad_enabled(), autocast.dtypes, rows)
+        if structure.misfit is not None:
+            given, spec = pytree.tree_flatten(structure.values)
+            how: tuple[Any, ...] = (torch.is_grad_enabled(), autocast.dtypes, devices)
+            return modes, how, str(spec), tuple([_told(one) for one in given]), None, (), ()
+        leaves = tuple([_told(one) for one in nest.leaves])
+        alike = tuple(
+            [(at, axis) for at, x in enumerate(batch) for axis, n in enumerate(x.shape) if axis and n == batch.rows]
+        )
+        how = (torch.is_grad_enabled(), autocast.dtypes, _rows_of(batch, devices), alike)
         return modes, how, str(nest.spec), leaves, nest.dtypes, batch.shapes, tuple(structure.layouts)
 
     @staticmethod
-    def _family(kind: Any, batch: Batch) -> Any:
+    def _family(kind: Any) -> Any:
         """What kinds have in common that differ in lengths only."""
         modes, how, spec, leaves, dtypes, shapes, layouts = kind
         others = tuple([(len(one[0]), one[1]) if isinstance(one, tuple) else one for one in leaves])
-        return modes, how[:-1], spec, others, dtypes, tuple([len(shape) for shape, _ in shapes]), layouts
+        return modes, how[:2], spec, others, dtypes, tuple([len(shape) for shape, _ in shapes]), layouts
+
+
+def _rows_of(batch: Batch, devices: int) -> tuple[int, int]:
+    """The numbers of rows of a trial's parts: unequal, and no single ones where no device gets a single one."""
+    fewest = 2 if batch.rows // min(devices, batch.rows) >= 2 and batch.rows >= 5 else 1
+    return (fewest, fewest + 1) if batch.rows >= 2 * fewest + 1 else (1, batch.rows - 1)
+
+
+def _is_told(structure: Structure) -> bool:
+    """Whether the user has said where the rows of all arguments are."""
+    declared = structure.declared
+    return declared is not None and None not in declared.of_arrays((*structure.values[:2], ()))[1]
+
+
+def _told(leaf: Any) -> Any:
+    """A leaf of a batch, by what a trial's result depends on."""
+    return (tuple(leaf.shape), str(leaf.dtype)) if hasattr(leaf, "dtype") else leaf

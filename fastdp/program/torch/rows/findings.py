@@ -1,0 +1,266 @@
+"""Keeps what trials of a module leave possible for its outputs and buffers, and decides what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from fastdp.program.torch.batch import Structure
+from fastdp.program.torch.module import Slot
+from fastdp.program.torch.rows.declared import output_roles
+from fastdp.program.torch.rows.judged import (
+    Candidates,
+    Judged,
+    agrees,
+    candidates,
+    decided,
+    is_exact,
+    layout_of,
+    row_axis_of,
+    row_layout,
+    state_candidates,
+)
+from fastdp.program.torch.rows.refusals import refused_output, refused_state
+from fastdp.program.torch.rows.trial import Run, Trial
+from fastdp.program.torch.rows.weights import Counted, counted
+from fastdp.program.torch.shared_draws import DrawPlace
+from fastdp.tensors.row_effects import Effect, Layout
+
+
+class Findings:
+    """What trials leave possible.
+
+    Args:
+        slots: the module's parameters and buffers.
+        structure: of the batch.
+        rows: the numbers of rows of a trial's parts.
+        believes: believe what the user has said about outputs; else it must agree with the trials.
+    """
+
+    def __init__(self, slots: Sequence[Slot], structure: Structure, rows: tuple[int, int], *, believes: bool) -> None:
+        self._slots, self._rows, self._believes = slots, rows, believes
+        self._declared, self._rough = structure.declared, structure.autocast.enabled
+        self._inputs = structure.inputs
+        self._layouts: list[Layout | None] = []
+        self._outputs: dict[int, Candidates] = {}
+        self._states: dict[int, Candidates] = {}
+        self._names: list[str] = []
+        self._exact: list[bool] = []
+        self._trusted = self._meets = False
+        self._compared: set[float] = set()
+
+    @property
+    def compared(self) -> set[float]:
+        """The numbers that the module compares tensors with."""
+        return self._compared
+
+    def is_open(self) -> bool:
+        """Whether further trials may tell more."""
+        outputs = any(decided(found, exact=self._exact[at]) is None for at, found in self._outputs.items())
+        return outputs or any(decided(found, exact=True) is None for found in self._states.values())
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether the trials alone tell, and the outputs depend on the rows."""
+        if self._meets or self._trusted:
+            return False
+        by_rows = any(layout is not None and layout.effect is Effect.ROWS for layout in self._layouts)
+        return by_rows or any(Effect.SAME not in found for found in self._outputs.values())
+
+    @property
+    def means(self) -> dict[int, Candidates]:
+        """What is possible for the outputs that are means, by their numbers."""
+        return {
+            at: found
+            for at, found in self._outputs.items()
+            if not self._exact[at] and decided(found, exact=False) is Effect.MEAN
+        }
+
+    def judged(self, draws: dict[int, DrawPlace]) -> Judged:
+        """The judgement, with the places of rows in draws.
+
+        Raises:
+            ValueError: the trials cannot tell.
+        """
+        layouts = self._judged_layouts()
+        known = [Layout(Effect.SAME) if one is None else one for one in layouts]  # declared ones are not asked for
+        effects: dict[int, Effect] = {}
+        for at, found in self._states.items():
+            effect = decided(found, exact=is_exact(self._slots[at].tensor))
+            if effect is None or effect is Effect.UNKNOWN:
+                raise refused_state("buffer", self._slots[at].name)
+            effects[at] = effect
+        return Judged(None if self._trusted else known, effects, draws)
+
+    def _judged_layouts(self) -> list[Layout | None]:
+        """The layouts of the outputs; None where trusted ones are not known, or declared."""
+        layouts = list(self._layouts)
+        for at, found in self._outputs.items():
+            effect = decided(found, exact=self._exact[at])
+            if effect is None and Effect.SAME in found:  # zero, whatever the parameters are
+                effect = Effect.SAME if self._exact[at] else Effect.MEAN
+            if not self._trusted and effect in (None, Effect.UNKNOWN):
+                raise refused_output(self._names[at], "values that may be a sum or an extreme over rows")
+            layouts[at] = None if effect is None else layout_of(effect, found)
+        return layouts
+
+    def has_means(self) -> bool:
+        """Whether an output or a buffer is a mean."""
+        found = (left for at, left in self._states.items() if not is_exact(self._slots[at].tensor))
+        return bool(self.means) or any(decided(left, exact=False) is Effect.MEAN for left in found)
+
+    def left_out(self) -> set[tuple[int, float]]:
+        """The arrays with entries that do not count in a mean, and a number that stands for such an entry."""
+        ways = {way for found in self.means.values() if Effect.MEAN not in found for way in found}
+        return {(way.place, way.nothing) for way in ways if isinstance(way, Counted)}
+
+    # Trials.
+
+    def see(self, trial: Trial, parts: Sequence[Run], whole: Run) -> None:
+        """Keep what a trial on rows as they are leaves possible.
+
+        Raises:
+            ValueError: nothing.
+        """
+        self._compared |= trial.compared
+        self._meets = self._meets or trial.meets
+        self._judge_outputs(trial, parts, whole)
+        if not trial.is_noisy:
+            self._judge_states(trial, parts, whole)
+            self._judge_numbers(trial, parts, whole)
+
+    def see_again(self, trial: Trial, parts: Sequence[Run], whole: Run) -> None:
+        """Keep what a trial on rows with other values leaves possible, of outputs that can be put side by side.
+
+        Raises:
+            ValueError: nothing.
+        """
+        self._compared |= trial.compared
+        every = [_tensors(run.outputs) for run in (*parts, whole)]
+        if all(len(tensors) == len(self._names) for tensors in every):
+            for at, (_, declared) in enumerate(output_roles(whole.outputs, self._declared)):
+                values = [tensors[at].detach() for tensors in every]
+                shapes = {value.shape for value in values}
+                if declared is None and (len(shapes) == 1 or row_axis_of(values[:2], values[2], self._rows)):
+                    self._judge_output(trial, at, values)
+        self._judge_states(trial, parts, whole, finite=True)
+
+    def keep_means(self, means: Mapping[int, Candidates]) -> None:
+        """Keep what is possible for means in batches of other lengths too."""
+        for at in self.means.keys() & means.keys():
+            self._keep(at, means[at], "values that are no mean over rows")
+
+    def saved(self) -> tuple[Any, ...]:
+        """What is possible now, for `restore`."""
+        return dict(self._outputs), dict(self._states), self._trusted
+
+    def restore(self, saved: tuple[Any, ...]) -> None:
+        """Forget what later trials have shown."""
+        self._outputs, self._states, self._trusted = saved
+
+    # Judgements.
+
+    def _judge_outputs(self, trial: Trial, parts: Sequence[Run], whole: Run) -> None:
+        """Keep what the outputs of a trial leave possible."""
+        roles = output_roles(whole.outputs, self._declared)
+        every = [_tensors(run.outputs) for run in (*parts, whole)]
+        counts = [len(tensors) for tensors in every]
+        if len({*counts, len(self._names or roles)}) > 1:
+            self._trusted = self._trusted or trial.meets
+            if not self._trusted:
+                raise ValueError(
+                    f"The module returns {counts} tensors for {[*self._rows, sum(self._rows)]} rows of the batch. "
+                    "Return as many for any rows, or use gpus=[0]."
+                )
+            return
+        if not self._names:
+            self._names, self._layouts = [name for name, _ in roles], [role for _, role in roles]
+            self._exact = [is_exact(tensor) for tensor in every[2]]
+        for at, (_, declared) in enumerate(roles):
+            values = [tensors[at].detach() for tensors in every]
+            if declared is None:
+                self._judge_output(trial, at, values)
+            elif not (self._believes or trial.meets):
+                self._check_output(at, values, declared)
+
+    def _judge_output(self, trial: Trial, at: int, values: Sequence[torch.Tensor]) -> None:
+        """Keep what an output, for the two parts and for all rows, leaves possible."""
+        shapes = [tuple(value.shape) for value in values]
+        if len(set(shapes)) == 1:
+            weights = {} if self._exact[at] else self._weights(trial)
+            found = candidates(values[:2], values[2], self._rows, rough=self._rough, weights=weights)
+            seen = f"shape {shapes[2]} for any rows, but values that are no mean, sum or extreme over rows"
+            self._keep(at, found, seen, trusted=trial.meets)
+            unknown = self._layouts[at] is not None
+        else:
+            layout = row_layout(values[:2], values[2], self._rows, rough=self._rough)
+            unknown = layout.effect is Effect.UNKNOWN or (self._layouts[at] or layout) != layout or at in self._outputs
+            self._layouts[at] = layout
+            counts = [*self._rows, sum(self._rows)]
+            seen = f"shapes {shapes} for {counts} rows, of which the first ones side by side are not the last one"
+        if unknown and not trial.meets:
+            raise refused_output(self._names[at], seen)
+        self._trusted = self._trusted or unknown
+
+    def _check_output(self, at: int, values: Sequence[torch.Tensor], declared: Layout) -> None:
+        """Check what the user has said about an output, which is wrong if the rows of an argument are elsewhere."""
+        if not agrees(values[:2], values[2], declared, self._rows, rough=self._rough):
+            shapes, said = [tuple(value.shape) for value in values], declared.effect.value
+            where = said if declared.axis is None else f"{said}, number {declared.axis}"
+            raise refused_output(
+                self._names[at],
+                f"shapes {shapes} for {[*self._rows, sum(self._rows)]} rows and values that are not what `rows` says "
+                f"of it ({where}). Is another argument the same for all rows, or has it its rows along another axis?",
+            )
+
+    def _keep(self, at: int, found: Candidates, seen: str, *, trusted: bool = False) -> None:
+        """Keep what is possible for an output without rows."""
+        self._outputs[at] = self._outputs.get(at, found) & found
+        if not self._outputs[at] and not trusted:
+            raise refused_output(self._names[at], seen)
+        self._trusted = self._trusted or not self._outputs[at]
+
+    def _weights(self, trial: Trial) -> dict[Counted, tuple[float, float]]:
+        """What the parts of a trial's rows may count in a mean."""
+        first, found = self._rows[0], {}
+        for place, array in enumerate(trial.inputs.arrays[: self._inputs]):
+            for way in counted(place, array, self._compared | trial.compared):
+                each = way.of(array)
+                found[way] = (float(each[:first].sum()), float(each[first:].sum()))
+        return found
+
+    def _judge_states(self, trial: Trial, parts: Sequence[Run], whole: Run, *, finite: bool = False) -> None:
+        """Keep what the parameters and buffers that a trial has changed leave possible; if `finite`, those that are."""
+        runs = (*parts, whole)
+        if any(len(run.values) != len(trial.slots) for run in runs):
+            return  # forward has removed or added some: each replica has its own
+        for at, slot in enumerate(trial.slots):
+            before, values = slot.tensor.detach(), [run.values[at] for run in runs]
+            if any(value.shape != before.shape or value.dtype != before.dtype for value in values):
+                continue  # a cache of each replica
+            if finite and not bool(torch.isfinite(values[2]).all()):
+                continue
+            left = state_candidates(values[:2], values[2], before, self._rows, rough=self._rough)
+            if left is None:
+                continue
+            left = self._states.get(at, left) & left
+            if not left or (slot.is_parameter and Effect.SAME not in left):
+                raise refused_state("parameter" if slot.is_parameter else "buffer", slot.name)
+            if not slot.is_parameter:
+                self._states[at] = left
+
+    def _judge_numbers(self, trial: Trial, parts: Sequence[Run], whole: Run) -> None:
+        """Refuse numbers that are counted up by rows. Those that forward merely assigns are each replica's own."""
+        for name, value in whole.numbers.items():
+            if trial.meets or all(run.numbers.get(name) == value for run in parts):
+                continue
+            if trial.run(0, sum(self._rows), times=2).numbers[name] != value:
+                raise refused_state("attribute", name)
+
+
+def _tensors(outputs: Any) -> list[torch.Tensor]:
+    """The tensors among outputs."""
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
