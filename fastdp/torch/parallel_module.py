@@ -89,19 +89,18 @@ class TorchParallel(ModuleMembers[nn.Module]):
         """The module's outputs for a global batch, as of the module itself: part of autograd, with gradients enabled.
 
         Args:
-            args, kwargs: the module's arguments: tensors or NumPy arrays with rows along the first axis (or where trials find them), in
-                any nest of tuples, lists and dicts. Zero-dim tensors and plain values go to all replicas.
+            args, kwargs: the module's arguments: tensors or NumPy arrays with rows along the first axis, or where trials
+                find them, in any nest of tuples, lists and dicts. Zero-dim tensors and plain values go to all replicas.
 
         Returns:
-            The module's outputs for all rows in order, on the CPU; the caller owns them. A zero-dim output is
-            averaged by rows.
+            The module's outputs for all rows in order, on the CPU; the caller owns them.
 
         Backward passes through the outputs run on all devices. They add the gradients of the global batch to the `grad`
         of the module's parameters, and give those of the arguments. One device, or one row, is plain torch.
 
         Raises:
             ReplicaError: a replica failed (also an instance of the built-in error that it failed with).
-            ValueError: no rows, or arrays of unequal length.
+            ValueError: the batch cannot be split by rows exactly; the message has the remedies.
             NotImplementedError: the call is inside a mode that other threads do not see.
         """
         values = (args, kwargs, ())
