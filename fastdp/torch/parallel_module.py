@@ -89,8 +89,9 @@ class TorchParallel(ModuleMembers[nn.Module]):
         """The module's outputs for a global batch, as of the module itself: part of autograd, with gradients enabled.
 
         Args:
-            args, kwargs: the module's arguments: tensors or NumPy arrays with rows along the first axis, or where trials
-                find them, in any nest of tuples, lists and dicts. Zero-dim tensors and plain values go to all replicas.
+            args, kwargs: the module's arguments: tensors or NumPy arrays with rows along the first axis, or where
+                trials find them, in any nest of tuples, lists and dicts. Zero-dim tensors and plain values go to all
+                replicas.
 
         Returns:
             The module's outputs for all rows in order, on the CPU; the caller owns them.
