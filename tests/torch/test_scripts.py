@@ -79,6 +79,26 @@ models = [model]
 """,
         ["Net: 13 calls on 3 devices, 2 on one device."],
     ),
+    "states of an LSTM": (
+        """
+class Special(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(6, 4, batch_first=True), nn.Linear(4, 1)
+    def forward(self, x, state):
+        y, state = self.lstm(x, state)
+        return self.head(y), state
+model, state = Special().double(), tuple(torch.zeros(1, 8, 4, dtype=torch.float64) for _ in range(2))
+optimizer = optim.Adam(model.parameters())
+for x in torch.randn(4, 8, 5, 6, dtype=torch.float64):
+    y, state = model(x, tuple(s.detach() for s in state))
+    optimizer.zero_grad()
+    y.pow(2).mean().backward()
+    optimizer.step()
+models = [model]
+""",
+        ["Special: 3 calls on 3 devices, 1 on one device."],
+    ),
     "GAN": (
         """
 G = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.LeakyReLU(), nn.Linear(8, 6)).double()
@@ -331,26 +351,6 @@ models = [model]
 X = seen[-1]
 """,
         "hooks",
-    ),
-    "states of an LSTM": (
-        """
-class Special(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.lstm, self.head = nn.LSTM(6, 4, batch_first=True), nn.Linear(4, 1)
-    def forward(self, x, state):
-        y, state = self.lstm(x, state)
-        return self.head(y), state
-model, state = Special().double(), tuple(torch.zeros(1, 8, 4, dtype=torch.float64) for _ in range(2))
-optimizer = optim.Adam(model.parameters())
-for x in torch.randn(4, 8, 5, 6, dtype=torch.float64):
-    y, state = model(x, tuple(s.detach() for s in state))
-    optimizer.zero_grad()
-    y.pow(2).mean().backward()
-    optimizer.step()
-models = [model]
-""",
-        "Say what they are: fastdp.wrap(module, rows=",
     ),
     "DataParallel": (
         "model = nn.DataParallel(Net().double())\n" + LOOP + "\nmodels = [model]",
