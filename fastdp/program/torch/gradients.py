@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,34 +23,27 @@ class Found:
     """Which parameters have a gradient, by position, and the parts of those gradients whose parts are all sparse.
 
     In the flat buffers all gradients are dense. Plain torch adds sparse gradients up by putting their rows behind each
-    other, and optimizers ask which rows there are. Gradients in `half` are computed in float16 under autocast: on one
-    device the sum over all rows is rounded to it, and is infinite where that is too small.
+    other, and optimizers ask which rows there are.
     """
 
     used: frozenset[int] = frozenset()
     sparse: dict[int, list[torch.Tensor]] = field(default_factory=dict)
-    half: frozenset[int] = frozenset()
 
     def with_all(self, others: Iterable[Found]) -> Found:
         """What is found here or in one of the others, which come from other replicas or from later passes."""
         every = [self, *others]
         used = frozenset().union(*(one.used for one in every))
-        half = frozenset().union(*(one.half for one in every))
         dense = frozenset().union(*(one.used - one.sparse.keys() if one.sparse else one.used for one in every))
         sparse = {i: [part for one in every for part in one.sparse.get(i, ())] for i in sorted(used - dense)}
-        return Found(used, sparse, half)
+        return Found(used, sparse)
 
     def gradients(self, reduced: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """The gradients of the global batch, by position.
 
         Args:
-            reduced: the dense ones, by position, on the device where all shall be. Some are rounded in place.
+            reduced: the dense ones, by position, on the device where all shall be.
         """
         found = [gradient if i in self.used else None for i, gradient in enumerate(reduced)]
-        for i in self.half:
-            whole = reduced[i]
-            assert whole is not None
-            whole.copy_(whole.half())
         for i, parts in self.sparse.items():
             target = reduced[i]
             assert target is not None
@@ -89,7 +82,6 @@ class Gradients:
         self._own: Sequence[torch.Tensor] = parameters or ()
         self._arrivals = _Accumulated(buffers, flat)
         self._hooked: set[int] = set()
-        self._wide: set[int] = set()  # gradients that were found to be no numbers of float16
         self._runs_once: bool | None = None
 
     @contextmanager
@@ -148,7 +140,7 @@ class Gradients:
             self._arrivals.running, self._arrivals.direct = None, {}
             self._runs_once = self._runs_once is not False and not running.nested
 
-    def store(self, direct: dict[int, torch.Tensor], *, keep: bool = False, half: bool = False) -> Found:
+    def store(self, direct: dict[int, torch.Tensor], *, keep: bool = False) -> Found:
         """Write the gradients of backward and the `direct` ones to the flat buffer, zeros where there is none.
 
         Announced gradients are in the buffer already. Returns what there is; sparse parts can be read on any device.
@@ -156,7 +148,6 @@ class Gradients:
         Args:
             direct: the gradients that the loss function has by parameters directly, by position.
             keep: leave the gradients of backward where they are: nobody reduces them.
-            half: find out which gradients are computed in float16.
         """
         if keep:
             self.present = [parameter.grad for parameter in self._own]
@@ -164,7 +155,6 @@ class Gradients:
         self.present = list(self.flat)
         stored, self._arrivals.stored = self._arrivals.stored, set()
         used, sparse = set(stored), {}
-        narrow = self._in_half(direct) if half else frozenset()
         with torch.no_grad():
             for i, (parameter, view) in enumerate(zip(self._own, self.flat, strict=True)):
                 found = [g for g in (parameter.grad, direct.get(i)) if g is not None]
@@ -181,22 +171,7 @@ class Gradients:
                 for more in found[1:]:
                     view.add_(more)
         settle(part for parts in sparse.values() for part in parts)
-        return Found(frozenset(used), sparse, narrow)
-
-    def _in_half(self, direct: Collection[int]) -> frozenset[int]:
-        """The positions of those float32 gradients that have numbers of float16 only, and not only zeros."""
-        here = [
-            (i, parameter.grad)
-            for i, parameter in enumerate(self._own)
-            if parameter.grad is not None and parameter.dtype == torch.float32 and i not in direct
-            if i not in self._wide and not parameter.grad.is_sparse
-        ]
-        if not here:
-            return frozenset()
-        fit = torch.stack([((gradient.half() == gradient) | gradient.isnan()).all() for _, gradient in here]).tolist()
-        some = torch.stack([gradient.any() for _, gradient in here]).tolist()
-        self._wide.update(i for (i, _), fits in zip(here, fit, strict=True) if not fits)
-        return frozenset(i for (i, _), fits, any_ in zip(here, fit, some, strict=True) if fits and any_)
+        return Found(frozenset(used), sparse)
 
 
 class _Accumulated(GradientBuckets):

@@ -26,6 +26,7 @@ from fastdp.comm.context import Context
 from fastdp.program.base import Result
 from fastdp.program.torch.batch import Nest, Structure, with_extremes
 from fastdp.program.torch.gradients import Found
+from fastdp.program.torch.half import HalfGradients
 from fastdp.program.torch.module_buffers import BufferNotes, assign_buffers, gather_buffers
 from fastdp.program.torch.parameter_hooks import HookedGradients
 from fastdp.program.torch.passes import HANDLERS, State
@@ -156,6 +157,7 @@ class _BackwardNotes:
     found: Found
     rows: list[bool]
     shared: list[torch.Tensor | None]
+    half: HalfGradients | None = None
 
 
 class LoopProgram(TorchProgram):
@@ -224,8 +226,7 @@ class LoopProgram(TorchProgram):
                 together.enter_context(ReplicaMode(running, HANDLERS))
             with state.gradients.announcing(running, {}):
                 backward(running, roots, seeds, retain=work.retain)
-            half = work.forward.batch.structure.autocast.has_half and context.rank == 0
-            gradients = state.gradients.store({}, half=half)
+            gradients = state.gradients.store({})
         by_rows, shared = ([leaf.grad for leaf in leaves] for leaves in (kept.rows, kept.shared))
         for leaf in (*kept.rows, *kept.shared):
             leaf.grad = None
@@ -235,6 +236,8 @@ class LoopProgram(TorchProgram):
         found = [torch.zeros_like(x) if g is None else g for x, g in zip(kept.rows, by_rows, strict=True)]
         layouts = work.forward.row_layouts
         arrays = [output_array(rows_first(g, one), context.device) for g, one in zip(found, layouts, strict=True)]
+        if context.rank == 0 and work.forward.batch.structure.autocast.has_half:
+            notes.half = HalfGradients(roots)
         return Result(arrays, np.zeros(0), notes)
 
     # On the host's thread.
@@ -280,6 +283,8 @@ class LoopProgram(TorchProgram):
         flat = self._states[0].gradients.flat
         found = Found().with_all(note.found for note in result.every_note).gradients(flat)
         mine = [g.clone() if g is own else g for g, own in zip(found, flat, strict=True)]
+        if result.every_note[0].half is not None:
+            result.every_note[0].half.overflow(self._users, mine)
         settle(g for g in mine if g is not None)
         return mine
 

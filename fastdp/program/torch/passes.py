@@ -24,6 +24,7 @@ from fastdp.program.torch import batch_norm as torch_batch_norm
 from fastdp.program.torch import gradients as torch_gradients
 from fastdp.program.torch.batch import Nest, Structure, outputs_to_arrays, with_extremes
 from fastdp.program.torch.gradients import Found, Gradients
+from fastdp.program.torch.half import HalfGradients
 from fastdp.program.torch.loss import WITHOUT_GRADIENT, LossFunction, contribute
 from fastdp.program.torch.losses import Reported, check_equal_nests, split
 from fastdp.program.torch.module import ReplicaModule
@@ -63,8 +64,8 @@ class State:
 class Notes:
     """The layout of a step's sums: the loss, then the numbers that `buffers` describes.
 
-    `found` says which parameters have a gradient; `hooked` are their hooks. `reported` are the numbers of
-    the loss function that are not trained on.
+    `found` says which parameters have a gradient; `hooked` are their hooks, `half` those in float16. `reported` are the
+    numbers of the loss function that are not trained on.
     """
 
     outputs: Nest | None = None
@@ -72,6 +73,7 @@ class Notes:
     buffers: BufferNotes = field(default_factory=BufferNotes)
     found: Found = field(default_factory=Found)
     hooked: HookedGradients | None = None
+    half: HalfGradients | None = None
     reported: Reported | None = None
     draws: SharedDraws | None = None
 
@@ -211,10 +213,11 @@ class Passes:
                 with state.gradients.announcing(running, part.direct):
                     backward(running, part.roots, part.seeds)
         arrays, nest = outputs_to_arrays(outputs, context) if context.wants_outputs else ([], None)
-        # In a window each call's sum over rows would be rounded, and there is only one sum over all calls.
-        half = (self.scaler is not None or structure.autocast.has_half) and self.accumulate == 1 and context.rank == 0
-        notes = Notes(nest, part.dtype, found=state.gradients.store(part.direct, half=half), draws=structure.draws)
+        notes = Notes(nest, part.dtype, found=state.gradients.store(part.direct), draws=structure.draws)
         notes.reported = part.reported
+        # In a window each call's sum over rows is a float16 number, and there is only one sum over all calls.
+        if context.rank == 0 and self.accumulate == 1 and (self.scaler is not None or structure.autocast.has_half):
+            notes.half = HalfGradients(part.roots)
         sums = gather_buffers(state.replica, running, notes.buffers)
         state.replica.restore_buffers()
         return Result(arrays, np.concatenate([[part.value], *sums]), notes)

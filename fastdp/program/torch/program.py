@@ -22,8 +22,7 @@ from fastdp.program.torch.loss import REDUCTIONS, LossFunction
 from fastdp.program.torch.module import AdoptedSlots, adopted, slots_of, users_own
 from fastdp.program.torch.module_buffers import assign_buffers
 from fastdp.program.torch.optimizer import OptimizerFactory, Optimizers
-from fastdp.program.torch.parameter_hooks import HookedGradients
-from fastdp.program.torch.passes import Passes, State
+from fastdp.program.torch.passes import Notes, Passes, State
 from fastdp.program.torch.rows.declared import DeclaredRows
 from fastdp.program.torch.rows.trials import Trials
 from fastdp.program.torch.update import Applied, UpdateRules, apply, grads_restored
@@ -285,18 +284,20 @@ class TorchProgram(Program):
             if state is not self._states[0]:
                 return
             window = self.window.with_call(totals)
-            self.applied = self._apply(window, state, totals.notes.hooked) if totals.reduced else None
+            self.applied = self._apply(window, state, totals.notes) if totals.reduced else None
             self.window = Window() if totals.reduced else window
             self._has_stepped |= self.applied is not None and self.applied.updated
 
-    def _apply(self, window: Window, state: State, hooked: HookedGradients | None) -> Applied:
+    def _apply(self, window: Window, state: State, notes: Notes) -> Applied:
         """Run the optimizers on the gradients of a window."""
         assert self.optimizers is not None
         users = self._updated()
         gradients = window.found.gradients(state.gradients.present)
+        if notes.half is not None:
+            notes.half.overflow(self._users, gradients)
         with grads_restored(users):
-            if hooked is not None:
-                hooked.run(gradients)
+            if notes.hooked is not None:
+                notes.hooked.run(gradients)
             for user, gradient in zip(users, gradients, strict=True):
                 user.grad = gradient
             return apply(self.optimizers, users, window.losses, self.rules)
