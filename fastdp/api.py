@@ -96,19 +96,23 @@ def wrap(
             memory in any case. The weights of a torch module stay on the first GPU, with a warning.
         merge_device: the index in `gpus` of the device that merges outputs when `cpu_merge=False`.
         sync_batch_norm: compute batch statistics over the global batch instead of over each replica's rows.
-        compile: how the steps of a Keras model run. Keras's `compile(jit_compile=...)` overrides it.
+        compile: how training steps run: those of a Keras model, whose own `compile(jit_compile=...)` overrides it, and
+            those of `train_step` of a torch module, whose other calls run eagerly.
 
             - None: eagerly.
-            - "trace": traced once per batch shape, then run without Keras's Python code. A step is traced again when
-              something that it read in Python changes. Values that your code gets from files, the clock or objects of
-              C libraries stay fixed until the next call of `compile`.
+            - "trace": traced once per batch shape, then run without the model's Python code. A step is traced again
+              when something that it read in Python changes. Values that your code gets from files, the clock or objects
+              of C libraries stay fixed until the next call of `compile`, or the next `train_step` of a torch module.
             - "inductor": traced, and compiled by TorchInductor in a separate process (needs a C++ compiler). Traced
               steps run until the compiled step is ready.
             - "auto": traced, and later compiled, after a batch shape has been trained for about as long as each of
-              these takes. Compiled steps are kept only where they are faster. A model with custom layers or losses
-              runs eagerly.
-        graph: whether captured steps of a Keras model become CUDA graphs. A step that cannot be recorded runs as it
-            was captured, with a warning that says why.
+              these takes. Compiled steps are kept only where they are faster. A Keras model with custom layers or
+              losses runs eagerly, and so does a torch module whose code prints, writes files or reads a clock.
+
+            The first steps of a torch module's captured form also run eagerly; if the numbers differ, steps go on
+            eagerly. `report()` says how each batch shape runs, and why.
+        graph: whether captured steps become CUDA graphs. A step that cannot be recorded runs as it was captured, with a
+            warning that says why.
 
             - None: no graphs.
             - "auto": on GPUs, each replica records its forward and backward pass once per batch shape (four shapes at

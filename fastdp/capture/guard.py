@@ -56,20 +56,29 @@ class Guard:
         """
         generators = [(random, "random"), (np.random, "numpy.random"), *self._watch.generators]
         states = [_state_of(generator) for generator, _ in generators]
+        kept = [(tensor, tensor._version, tensor.detach().clone()) for tensor, _ in self._watch.tensors]
+        failure: Exception | None = None
         try:
             yield
+        except (NotCapturable, RuntimeError, NotImplementedError) as error:
+            failure = error
         finally:
             changed, drawn = self._watch.changed(), []
             if changed:
                 self._watch.restore()
+            for tensor, version, value in kept:
+                if tensor._version != version:
+                    tensor.detach().copy_(value)
             for (generator, name), state in zip(generators, states, strict=True):
                 if not _same_state(_state_of(generator), state):
                     _set_state(generator, state)
                     drawn.append(name)
         if drawn:
-            raise NotCapturable(f"{drawn[0]}, which the model draws random numbers from")
+            raise NotCapturable(f"{drawn[0]}, which the model draws random numbers from") from failure
         if changed:
-            raise NotCapturable(f"{changed}, which changes while the model trains")
+            raise NotCapturable(f"{changed}, which changes while the model trains") from failure
+        if failure is not None:
+            raise failure
 
 
 def settings() -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ that models are made of.
 from __future__ import annotations
 
 import collections
+import dis
 import enum
 import functools
 import inspect
@@ -208,7 +209,8 @@ class Reach:
                 self._attribute(cell, "cell_contents", f"{name} in {function.__qualname__}()")
         names = set(names_in_code(function.__code__))
         known = function.__globals__
-        named = sorted(name for name in names & known.keys() if not name.startswith("@"))  # pytest's, for `assert`
+        loaded = global_names(function.__code__)
+        named = sorted(name for name in loaded & known.keys() if not name.startswith("@"))  # pytest's, for `assert`
         self.mapping(known, [n for n in named if not isinstance(known[n], types.ModuleType)], function.__module__)
         for module in [known[n] for n in named if isinstance(known[n], types.ModuleType) and is_own(known[n])]:
             inside = [
@@ -240,3 +242,11 @@ def names_in_code(code: types.CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from names_in_code(constant)
+
+
+@functools.lru_cache(maxsize=1024)
+def global_names(code: types.CodeType) -> frozenset[str]:
+    """The names of globals that a function and the functions nested in it load."""
+    found = {one.argval for one in dis.get_instructions(code) if one.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    nested = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return frozenset(found).union(*map(global_names, nested))

@@ -44,7 +44,8 @@ def entry_of(shape: Shape[Any]) -> dict[str, Any]:
         how = "step graph" if shape.ran_step_graph else "graph"
     entry: dict[str, Any] = {"how": how, "rows": shape.rows, "of": shape.of, "steps": shape.steps}
     joined = f"no graph of the whole step: {shape.no_step_graph}" if recordings and shape.no_step_graph else ""
-    whys = [why for why in (shape.why, shape.no_graph, slower, joined) if why]
+    compared = "being compared with eager steps" if shape.captured is not None and shape.captured.checks else ""
+    whys = [why for why in (shape.why, compared, shape.no_graph, slower, joined) if why]
     if whys:
         entry["why"] = "; ".join(whys)
     if shape.captured is not None:

@@ -49,6 +49,8 @@ from fastdp.tensors.threads import given_cores
 from fastdp.warn import warn_user
 
 MOST_SHAPES = 8
+# Further shapes have no entry in the report, and run eagerly.
+MOST_KNOWN = 200
 # Seconds that "auto" expects tracing and compiling to take. A trace takes about ten eager steps, since it runs the same
 # Python code under a tracer, after it has loaded parts of torch. Compile time grows with the number of operations.
 TRACE_SECONDS, TRACE_STEPS = 0.5, 10
@@ -70,6 +72,7 @@ class Captures(Generic[OutcomeT]):
         recorder: records captured steps as CUDA graphs; None to record none.
         alone: makes a context manager within which no engine of the process runs a step. Torch traces one function at a
             time and patches its modules for all threads meanwhile.
+        checks: how many steps of each captured form also run eagerly, for a comparison that the program makes.
         deterministic: the number of steps, not the clock, decides how a step runs. "auto" traces the second step of a
             shape and compiles none; with "inductor" that step waits for the compiler.
 
@@ -85,8 +88,9 @@ class Captures(Generic[OutcomeT]):
         recorder: Recorder | None = None,
         alone: Callable[[], AbstractContextManager[None]] = nullcontext,
         deterministic: bool = False,
+        checks: int = 0,
     ) -> None:
-        self._deterministic = deterministic
+        self._deterministic, self._checks = deterministic, checks
         self._step, self._mode, self._parts, self._recorder = step, mode, parts, recorder
         self._alone = alone
         self._shapes: dict[Any, Shape[OutcomeT]] = {}
@@ -111,30 +115,38 @@ class Captures(Generic[OutcomeT]):
         shape = self._shapes.get(key_of(context, self._step))
         return shape.captured if shape is not None else None
 
-    def prepare(self, batch: Batch, wants_outputs: bool) -> None:
+    def prepare(self, batch: Batch, wants_outputs: bool, *, eager: bool = False) -> None:
         """Capture steps that are due, and switch to compiled steps. Called on the host thread, before the step.
 
         Args:
             batch: the global batch.
             wants_outputs: whether the caller uses the step's outputs.
+            eager: run this step eagerly.
         """
         self._present = []
         replicas: list[Shape[OutcomeT]] = []
         # Anomaly detection is a feature of autograd, which captured steps do not use.
-        self._eager_now = torch.is_anomaly_enabled()
+        self._eager_now = eager or torch.is_anomaly_enabled()
         if not self._refused:
             self._look_for_changes()
         if self._refused or self._eager_now:
             return
         self._step.prepare()
+        self._look_for_disagreement()
         self._collect()
+        if self._refused:
+            return
         nobody, device = NoExchange(2, 0.0), self._step.replicas[0].device
         for rank, rows in enumerate(batch.deal(min(self._parts, self._step.most_replicas))):
             context = Context(rank, rows, 0, nobody, 2, batch, batch.structure, wants_outputs, device)
             key = key_of(context, self._step)
             shape = self._shapes.get(key)
             if shape is None:
-                shape = self._shapes[key] = Shape(rows.count, rows.total)
+                shape = Shape(rows.count, rows.total)
+                if len(self._shapes) >= MOST_KNOWN:  # perhaps a number that is another one in each step
+                    replicas.append(shape)
+                    continue
+                self._shapes[key] = shape
             if shape not in self._present:
                 self._present.append(shape)
                 if shape.captured is None and not self._refused and self._may_trace(shape):
@@ -175,8 +187,11 @@ class Captures(Generic[OutcomeT]):
             shape.steps += 1
             shape.seconds += seconds
             shape.recent = [*shape.recent[-4:], seconds]
-            if shape.trial is not None:
+            checked = shape.captured is not None and shape.captured.checks > 0
+            if shape.trial is not None and not checked:
                 shape.trial.note(seconds)
+            if shape.captured is not None and checked:
+                shape.captured.checks -= 1
 
     @property
     def compiling(self) -> bool:
@@ -237,6 +252,20 @@ class Captures(Generic[OutcomeT]):
             self._refused = f"{changed}, which changes while the model trains"
             self._warn_eager()
 
+    def _look_for_disagreement(self) -> None:
+        """Run eagerly from now on if a traced step has given other numbers than the eager one."""
+        for shape in self._shapes.values():
+            if shape.captured is not None and shape.captured.disagreed and not shape.compiled:
+                self._refuse(f"{shape.captured.disagreed}, in which the captured step disagrees with the eager one")
+                return
+
+    def _refuse(self, why: str) -> None:
+        """Drop all traces and run eagerly from now on, with one warning."""
+        self._refused = why
+        self.close()
+        self._shapes.clear()
+        self._warn_eager()
+
     def _may_trace(self, shape: Shape[OutcomeT]) -> bool:
         """Whether it is time to trace."""
         if shape.steps == 0:
@@ -272,15 +301,13 @@ class Captures(Generic[OutcomeT]):
             self._guard.renew()
             with self._alone(), self._guard.tracing():
                 shape.captured = Captured(self._step, _own_rows(context), context)
+                shape.captured.checks = self._checks
         if attempt.error is None:
             # A shape that has trained for several steps is recorded at once (see `_collect`).
             shape.since, shape.why = min(shape.steps, 1), ""
             return
         expected = isinstance(attempt.error, NotCapturable)
-        self._refused = str(attempt.error) if expected else f"an error while it was traced: {attempt.why}"
-        self.close()
-        self._shapes.clear()
-        self._warn_eager()
+        self._refuse(str(attempt.error) if expected else f"an error while it was traced: {attempt.why}")
 
     def _submit(self, shape: Shape[OutcomeT], captured: Captured[OutcomeT], rows: Rows) -> None:
         """Submit a captured step to the compiler. If that fails, warn and compile nothing from then on."""
@@ -293,16 +320,17 @@ class Captures(Generic[OutcomeT]):
     def _record(self, shape: Shape[OutcomeT], context: Context) -> None:
         """Record a shape on a replica, once it has run there in its present form."""
         compiling = shape.job is not None and not shape.compiled
-        if self._recorder is not None and shape.captured is not None and shape.steps > shape.since and not compiling:
+        captured, ran = shape.captured, shape.steps > shape.since
+        if self._recorder is not None and captured is not None and ran and not compiling and not captured.checks:
             replica = self._step.replicas[context.rank]
             context.device = replica.device
-            shape.no_graph = self._recorder.consider(shape.captured, replica, _own_rows(context), context)
+            shape.no_graph = self._recorder.consider(captured, replica, _own_rows(context), context)
 
     def _collect(self) -> None:
         """Switch to compiled steps that are ready."""
         for shape in self._shapes.values():
             captured, job = shape.captured, shape.job
-            if captured is None or job is None:
+            if captured is None or job is None or (captured.disagreed and not shape.compiled):
                 continue
             if shape.compiled:
                 if captured.failed:
@@ -316,6 +344,7 @@ class Captures(Generic[OutcomeT]):
                     shape.trial = SpeedTrial(captured, compiled)
                 else:
                     captured.use(compiled)
+                captured.checks = self._checks
                 # If steps are recorded, this one is recorded at once: its first run allocates memory and must not be
                 # part of a step in which other replicas wait for a collective.
                 shape.compiled, shape.since, shape.why = True, shape.steps - 1, ""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any, Generic
@@ -24,7 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fastdp.capture.cuda_graphs.recording import Graphs, Recording
 from fastdp.capture.faults import Compiled
 from fastdp.capture.graph.indices import guarded
-from fastdp.capture.graph.passes import in_place, optimized, stored
+from fastdp.capture.graph.passes import in_place, optimized, refuse_writes, stored, writes
 from fastdp.capture.graph.rewrites import for_compiler
 from fastdp.capture.graph.segments import Segments, cut, placed, whole
 from fastdp.capture.pure_step import Draw, OutcomeForm, OutcomeT, PureStep, ReplicaTensors
@@ -43,7 +44,9 @@ class Captured(Generic[OutcomeT]):
         batch: a replica's rows.
         context: the replica's place.
 
-    `graph` is the input of a compiler. `run` is the function that a replay calls; `use` replaces it by an equivalent.
+    `checks` counts the coming steps that must also run eagerly, for a comparison; `disagreed` names what was different
+    in one of them. `graph` is the input of a compiler. `run` is the function that a replay calls; `use` replaces it by
+    an equivalent.
 
     Raises:
         NotCapturable: the step does something that cannot be recorded or replayed; the message says what, and where.
@@ -64,6 +67,10 @@ class Captured(Generic[OutcomeT]):
             arguments = [*variables, *rows, *self._drawn, *(variables[i].detach() for i in step.trained)]
             counts = len(variables), len(rows), len(self._drawn)
             traced = _traced(lambda *flat: self._flat(flat, counts, context), arguments)
+            refuse_writes(traced.graph)
+            if writes(traced.graph):  # passes take equal operations for one, which writes would make untrue
+                with as_traced():
+                    traced = _traced(torch.func.functionalize(traced, remove="mutations"), arguments)
         buffers = traced.graph.find_nodes(op="placeholder")[sum(counts) :]
         self._unused = [i for i, has_gradient in enumerate(self._has_gradient) if not has_gradient]
         for i in self._unused:  # no gradient, no buffer
@@ -73,6 +80,7 @@ class Captured(Generic[OutcomeT]):
         self._traced: tuple[Any, Any] | None = None  # the traced form, if `use` has replaced it
         self.operations = sum(node.op == "call_function" for node in self.run.graph.nodes)
         self.recordings: dict[int, Recording] = {}
+        self.checks, self.disagreed = 0, ""
         self._buckets = [bucket.arrays for bucket in step.replicas[0].gradient_buffers.buckets()]
         self._steps = self._on_every_device(sum(counts))
         self.seconds = time.perf_counter() - began
@@ -82,7 +90,7 @@ class Captured(Generic[OutcomeT]):
         step, variables = self._step, replica.variables
         rows = step.rows(batch, context)
         gradients: list[torch.Tensor | None] = [*replica.gradients]
-        with torch.no_grad():
+        with torch.no_grad(), as_traced():
             for i in self._unused:
                 replica.gradients[i].zero_()
                 gradients[i] = None
@@ -98,6 +106,35 @@ class Captured(Generic[OutcomeT]):
                 buffers = compress(replica.gradients, self._has_gradient)
                 found = self._steps[context.torch_device]([*variables, *rows, *draws, *buffers], context.ready)
         return self._form.filled(gradients, iter(found), moved)
+
+    def repeat(
+        self, variables: Sequence[torch.Tensor], batch: Sequence[Any], context: Context, draws: Sequence[torch.Tensor]
+    ) -> OutcomeT:
+        """Run the step apart from any replica's memory, as a comparison with a step that has run eagerly.
+
+        Args:
+            variables: on the device of `context`, with their values before that step.
+            batch, context: the replica's rows and place.
+            draws: the outcomes of that step's draws; those of `repeat_draws`.
+        """
+        step = self._step
+        with torch.no_grad(), as_traced():
+            rows = step.rows(batch, context)
+            buffers = [torch.empty_like(variables[i]) for i in step.trained]
+            given = [*variables, *rows, *draws, *compress(buffers, self._has_gradient)]
+            values = self._steps[context.torch_device](given, lambda bucket: None)
+        gradients = [buffer if there else None for buffer, there in zip(buffers, self._has_gradient, strict=True)]
+        return self._form.filled(gradients, iter(values), [])
+
+    def repeat_draws(self, variables: Sequence[torch.Tensor], context: Context) -> list[torch.Tensor]:
+        """Make the draws of a step, as a replay does."""
+        with torch.no_grad():
+            return self._step.draw(self._draws, variables, context)[0] if self._draws else []
+
+    @property
+    def drawn(self) -> int:
+        """The number of draws of a step."""
+        return len(self._draws)
 
     def to_compile(self) -> GraphModule:
         """The graph to compile.
@@ -115,6 +152,8 @@ class Captured(Generic[OutcomeT]):
     @property
     def failed(self) -> str:
         """Why the compiled step is no longer used; empty if it has not failed."""
+        if self.disagreed:
+            return f"the compiled step disagrees with the eager one in {self.disagreed}"
         return self.run.failed if isinstance(self.run, Compiled) else ""
 
     def use(self, run: Callable[..., Sequence[torch.Tensor]]) -> None:
@@ -130,7 +169,7 @@ class Captured(Generic[OutcomeT]):
         """Return to the traced form of the step."""
         if self._traced is not None:
             self._steps[str(self._home)], self.run = self._traced
-            self.recordings = {}
+            self.recordings, self.disagreed, self.checks = {}, "", 0
 
     def record(self, graphs: Graphs, replica: ReplicaTensors, batch: Sequence[Any], context: Context) -> None:
         """Record the step for the replica of `context`, on its worker. Later replays use the recording.
@@ -179,6 +218,11 @@ class Captured(Generic[OutcomeT]):
         self._has_gradient = [gradient is not None for gradient in outcome.gradients]
         gradients = [gradient for gradient in outcome.gradients if gradient is not None]
         return [tensor.detach() for tensor in (*gradients, *values)]
+
+
+def as_traced() -> AbstractContextManager[Any]:
+    """Keeps the calling thread's autocast from casting again: a graph has its casts in it."""
+    return torch._C._DisableAutocast() if torch._C._is_any_autocast_enabled() else nullcontext()
 
 
 def _traced(function: Callable[..., Any], arguments: list[torch.Tensor]) -> GraphModule:

@@ -58,12 +58,14 @@ class Watch:
     """Places, and their values when they were added.
 
     `refused` names something that cannot be compared before each step; empty if everything can be. `generators` are
-    the random generators that the walk has met, with their names: they are not compared.
+    the random generators that the walk has met, with their names: they are not compared. `by_version` are the tensors
+    that are not compared by content, with their names: writes through `.data` or NumPy do not count as versions.
     """
 
     def __init__(self) -> None:
         self.refused = ""
         self.generators: list[tuple[Any, str]] = []
+        self.by_version: list[tuple[torch.Tensor, str]] = []
         self._answers = _Places(lambda sources: [ask() for ask in sources])
         self._marked: dict[int, tuple[Callable[[], Any], Any]] = {}  # by the number of the mark among the answers
         self._values = _Places(lambda sources: [get(owner) for get, owner in sources])
@@ -142,6 +144,8 @@ class Watch:
             if plain and 0 < nbytes <= min(SMALL_NBYTES, MOST_NBYTES - self._nbytes):
                 self._nbytes += nbytes
                 self._contents.add(tensor.detach().reshape(-1).view(torch.uint8).numpy(), what)
+            elif nbytes:
+                self.by_version.append((tensor, what))
 
     def array(self, array: np.ndarray, what: str) -> None:
         """Watch an array's content. Skips read-only arrays."""
@@ -179,6 +183,11 @@ class Watch:
         if self._count > MOST_PLACES:
             self.refused = self.refused or f"{what}: more than {MOST_PLACES} values to compare before each step"
         return self._count <= MOST_PLACES
+
+    @property
+    def tensors(self) -> list[tuple[torch.Tensor, str]]:
+        """The watched tensors, with their names."""
+        return list(zip(self._versions.sources, self._versions.what, strict=True))
 
     # Comparing.
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from fastdp.capture.cuda_graphs.recorder import warn_of_graphs
 from fastdp.options import Options
 from fastdp.program.torch.module import Slot, slots_of
 from fastdp.runtime.queue import QueueDevice
@@ -34,22 +35,12 @@ def check_module(module: object) -> None:
 
 
 def check_options(options: Options, devices: Sequence[QueueDevice]) -> None:
-    """Check that no option is set which only Keras models support.
+    """Check the options of a torch module, and warn of those without an effect.
 
     Raises:
         ValueError: one is set; the message says what to leave out.
         RuntimeError: `deterministic` is set, and torch has used a GPU already.
     """
-    if options.compile not in (None, "auto"):
-        raise ValueError(
-            "`compile` captures Keras models only. Leave it None for a torch.nn.Module. "
-            f"Received: compile={options.compile!r}"
-        )
-    if options.graph not in ("auto", None):
-        raise ValueError(
-            '`graph` records captured steps, which only Keras models have. Leave it "auto" for a torch.nn.Module. '
-            f"Received: graph={options.graph!r}"
-        )
     if options.rows is not None and not isinstance(options.rows, dict):
         raise ValueError(
             '`rows` of a torch.nn.Module must be a dict that says where rows are, such as {"mask": "same", "hx": 1}. '
@@ -57,6 +48,7 @@ def check_options(options: Options, devices: Sequence[QueueDevice]) -> None:
         )
     if options.deterministic:
         check_deterministic(devices)
+    warn_of_graphs(options, devices)
     warn_of_relocation(options.cpu_relocation, devices)
 
 

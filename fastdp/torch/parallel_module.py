@@ -28,6 +28,7 @@ from fastdp.tensors.arrays import peak_nbytes, to_tensor
 from fastdp.tensors.deterministic import deterministic_algorithms
 from fastdp.tensors.thread_state import check_around
 from fastdp.torch.autograd import Calls
+from fastdp.torch.captured import capture, report_of
 from fastdp.torch.checks import check_module, check_options
 from fastdp.torch.members import ModuleMembers
 from fastdp.torch.train_step import TrainStep
@@ -201,6 +202,7 @@ class TorchParallel(ModuleMembers[nn.Module]):
             rules=UpdateRules(clip_grad_norm, grad_norm, skip_nonfinite, scaler),
             accumulate=accumulate,
         )
+        capture(program, self._options, self.devices)
         with torch.inference_mode(False):
             self._engine = DataParallel(program, self.devices, options=self._options)
         return TrainStep(self._engine, self._scope, self._declared, outputs=outputs)
@@ -210,8 +212,24 @@ class TorchParallel(ModuleMembers[nn.Module]):
 
         Covers the latest `train_step`, or calls if there is none.
         """
-        steps = [{"how": "eager", "why": "a torch.nn.Module is not captured"}]
-        return make_report(self._engine, steps, library_nbytes=peak_nbytes)
+        program = self._engine.program if self._engine is not None else None
+        return make_report(self._engine, report_of(program), library_nbytes=peak_nbytes)
+
+    @property
+    def compiling(self) -> bool:
+        """Whether a training step is compiling in the background, or is about to be replaced by its compiled form."""
+        captures = self._engine.program.captures if self._engine is not None else None
+        return captures is not None and captures.compiling
+
+    def wait_compiled(self, timeout: float | None = None) -> None:
+        """Wait until no training step is compiling, and let compiled steps take over. Meant for benchmarks.
+
+        Raises:
+            DeviceTimeoutError: compiling took longer than `timeout` seconds; it continues.
+        """
+        captures = self._engine.program.captures if self._engine is not None else None
+        if captures is not None:
+            captures.wait(timeout)
 
     # Members of the module.
 

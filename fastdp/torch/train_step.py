@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from fastdp.program.torch.passes import no_totals
 from fastdp.program.torch.program import TorchProgram
 from fastdp.program.torch.rows.declared import DeclaredRows
 from fastdp.tensors.thread_state import check_around
+from fastdp.torch.captured import is_observed
 from fastdp.torch.step_state import read_state, write_state
 from fastdp.torch.train_result import TrainResult, read_result
 
@@ -85,7 +87,13 @@ class TrainStep:
         with self._scope():
             with torch.enable_grad():
                 batch = self._program.judge(batch, len(self._engine.devices))
+            captures = self._program.captures
+            if captures is not None:
+                captures.prepare(batch, self._outputs, eager=is_observed())
+            began = time.perf_counter()
             result = self._engine.train(batch, wants_outputs=self._outputs, reduce=self._program.reduces)
+            if captures is not None:
+                captures.note(time.perf_counter() - began)
         self._program.calls += 1
         self.result = read_result(result, self._program.applied, outputs=self._outputs)
         return self.result.loss

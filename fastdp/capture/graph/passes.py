@@ -57,6 +57,7 @@ def optimized(module: GraphModule) -> GraphModule:
         NotCapturable: the graph draws random numbers, which a replay could not repeat.
     """
     graph = module.graph
+    _without_meta(graph)
     _refuse_draws(graph)
     _without_detaches(graph)
     _with_constants(module)
@@ -112,11 +113,41 @@ def in_place(module: GraphModule) -> GraphModule:
     return GraphModule(module, graph)
 
 
+def _without_meta(graph: Graph) -> None:
+    """Remove operations on tensors without memory, which only told shapes: also random ones."""
+    for node in reversed(list(_calls(graph))):
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.device.type == "meta" and not node.users:
+            graph.erase_node(node)
+
+
 def _refuse_draws(graph: Graph) -> None:
     """Refuse to capture a step with draws that fastdp does not control."""
     for node in _calls(graph):
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _drops_nothing(node):
-            raise NotCapturable(f"{node.target}, a random op that is not Keras's")
+            raise NotCapturable(f"{node.target}, a random op that fastdp does not draw")
+
+
+def writes(graph: Graph) -> bool:
+    """Whether an operation writes into one of its operands."""
+    return any(map(_mutates, _calls(graph)))
+
+
+# Operations that write to running statistics, their fourth and fifth operands, and do not say so.
+_NORMALIZES = {aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default}
+
+
+def refuse_writes(graph: Graph) -> None:
+    """Check that a step does not write to what it is given.
+
+    Raises:
+        NotCapturable: it does.
+    """
+    for node in _calls(graph):
+        if _mutates(node) and getattr(_base(node.args[0]), "op", "") in ("placeholder", "get_attr"):
+            raise NotCapturable(f"{node.target}, which writes to what the step is given")
+        if node.target in _NORMALIZES and node.args[3] is not None and node.args[5]:
+            raise NotCapturable("batch statistics that do not come from torch.nn.functional.batch_norm")
 
 
 def _drops_nothing(node: Node) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -90,6 +90,13 @@ class _Hole:
 _HOLE = _Hole()
 
 
+def _kind_of(leaf: Any) -> Any:
+    """What a captured step depends on of a leaf. Tensors are given to it anew in each step."""
+    if isinstance(leaf, torch.Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype
+    return (type(leaf), leaf) if isinstance(leaf, PLAIN) else type(leaf)
+
+
 @dataclass(slots=True)
 class Structure:
     """What replicas get besides the arrays of a batch: their nest, the autocast state and the seed.
@@ -111,6 +118,42 @@ class Structure:
     read: Callable[[Sequence[Layout]], Batch] | None = None
     weights: dict[Any, RowWeights | None] = field(default_factory=dict)
     _seed: int | None = None
+    _kind: Hashable = None
+
+    @property
+    def kind(self) -> Hashable:
+        """What a captured step depends on besides the arrays' shapes: the nest, its plain values, layouts."""
+        if self._kind is None:
+            nest = self.nest
+            leaves = tuple(map(_kind_of, nest.leaves))
+            self._kind = nest.spec, leaves, nest.dtypes, tuple(self.layouts), id(self.judged)
+        return self._kind
+
+    @property
+    def has_objects(self) -> bool:
+        """Whether there are leaves that are neither tensors nor plain values."""
+        return any(not isinstance(one, (torch.Tensor, _Hole, *PLAIN)) for one in self.nest.leaves)
+
+    def tensors(self, arrays: Sequence[np.ndarray], where: str) -> list[torch.Tensor]:
+        """A replica's arrays as the module gets them, then the tensors that all replicas share, on their device.
+
+        Without arrays the others go to the device `where`.
+        """
+        tensors = [as_tensor(a, name) for a, name in zip(arrays, self.nest.dtypes, strict=True)]
+        if self.layouts:
+            tensors = [rows_back(tensor, one) for tensor, one in zip(tensors, self.layouts, strict=True)]
+        shared = [leaf for leaf in self.nest.leaves if isinstance(leaf, torch.Tensor)]
+        if not shared:
+            return tensors
+        device = tensors[0].device if tensors else where
+        return [*tensors, *(leaf.to(device) for leaf in shared)]
+
+    def nested(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """The nest `(args, kwargs, targets)` over tensors in the order of `tensors`."""
+        count = len(self.nest.dtypes)
+        shared = iter(tensors[count:])
+        places = {i: next(shared) for i, leaf in enumerate(self.nest.leaves) if isinstance(leaf, torch.Tensor)}
+        return self.nest.replaced(places).pack(tensors[:count])
 
     def weigh(self, arrays: Sequence[np.ndarray], rows: int) -> None:
         """Find out what the rows count in means. `arrays` are those of the batch."""
@@ -292,15 +335,17 @@ def with_extremes(outputs: Any, context: Context) -> Any:
     )
 
 
-def outputs_to_arrays(outputs: Any, context: Context) -> tuple[list[np.ndarray], Nest]:
-    """A replica's outputs as arrays with their rows first, and their nest.
+def outputs_to_arrays(
+    outputs: Any, context: Context, layouts: Sequence[Layout] | None = None
+) -> tuple[list[np.ndarray], Nest]:
+    """A replica's outputs as arrays with their rows first, and their nest. `layouts` are theirs, if they are known.
 
     Values without rows are merged here, by all replicas, and stay in the nest. So does every output of a replica that
     is alone in its step, with the dtype that the module gave it.
     """
     nest, tensors = Nest.flatten(outputs, "The module's outputs")
     structure: Structure = context.structure
-    layouts = structure.layouts_of(outputs, tensors)
+    layouts = structure.layouts_of(outputs, tensors) if layouts is None else layouts
     alone = context.size == 1
     shards = dealt_rows(context.rows.total, context.size)
     arrays, dtypes, leaves = [], [], list(nest.leaves)

@@ -108,6 +108,10 @@ class Gradients:
             for user, gradient in zip(users, before, strict=True):
                 user.grad = gradient
 
+    def replayed(self) -> None:
+        """A captured step has written all gradients to the flat buffer."""
+        self.present = list(self.flat)
+
     def _hooks_aside(self, hooked: HookedGradients | None) -> AbstractContextManager[None]:
         """Take the user's hooks aside, and hook the parameters to hear of their gradients."""
         if hooked is None or not (hooked or self._arrivals.useful):

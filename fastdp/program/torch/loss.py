@@ -74,7 +74,7 @@ def contribute(
     if reduction is None:
         return _merged(loss_function, nest, tensors, layouts, parameters, running)
     with plain():
-        _check_reduction(reduction, tensors, layouts)
+        check_reduction(reduction, tensors, layouts)
         leaves = [_leaf(tensor) for tensor in tensors]
     loss, reported = split(loss_function(nest.pack(leaves), *targets), reduction)
     weight = running.context.rows.share if reduction == "mean" else 1.0
@@ -136,7 +136,7 @@ def _contribution(
     return Contribution(value, loss.dtype, [t for t, _ in pairs], [g for _, g in pairs], direct, reported)
 
 
-def _check_reduction(reduction: str, tensors: Sequence[torch.Tensor], layouts: Sequence[Layout]) -> None:
+def check_reduction(reduction: str, tensors: Sequence[torch.Tensor], layouts: Sequence[Layout]) -> None:
     """Refuse outputs that a loss of each replica's own rows would count wrongly.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,16 @@ class Reported:
     def read(self, weight: float) -> Reported:
         """The values as Python's numbers with their dtypes, times a weight. Waits for them."""
         return Reported(self.spec, tuple(_read(leaf, weight) for leaf in self.leaves))
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The values that are tensors."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
+
+    def filled(self, tensors: Iterator[torch.Tensor]) -> Reported:
+        """The same nest with other tensors."""
+        leaves = tuple(next(tensors) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves)
+        return Reported(self.spec, leaves)
 
     def elsewhere(self) -> Reported:
         """The nest, for a replica that has none of the values."""

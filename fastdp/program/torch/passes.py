@@ -17,6 +17,7 @@ import torch
 from torch.amp import GradScaler
 from torch.utils import _pytree as pytree
 
+from fastdp.capture.pure_step import Draws
 from fastdp.comm.context import Context
 from fastdp.program.base import Result, Totals
 from fastdp.program.torch import batch_axis, embeddings
@@ -53,11 +54,15 @@ HOOKS_IN_A_WINDOW = (
 
 @dataclass(slots=True)
 class State:
-    """A replica over its memory's `variables`."""
+    """A replica over its memory's `variables`.
+
+    `draws_by` makes the draws of a step that is compared with its captured form.
+    """
 
     replica: ReplicaModule
     variables: list[torch.Tensor]
     gradients: Gradients
+    draws_by: Draws | None = None
 
 
 @dataclass(slots=True)
@@ -203,6 +208,7 @@ class Passes:
         structure: Structure = context.structure
         args, kwargs, targets = structure.pack(batch)
         running = self.running(context)
+        running.draws_by = state.draws_by
         with peers_scope(StepPeers(context)), ReplicaMode(running, HANDLERS), ExitStack() as forward:
             forward.enter_context(structure.autocast.enter())
             outputs = with_extremes(state.replica.module(*args, **kwargs), context)

@@ -12,10 +12,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
+from fastdp.capture.cuda_graphs.step_graphs import RecordedStepGraph
+from fastdp.capture.steps import Captures
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.program.base import Program, Result, Totals
 from fastdp.program.torch.batch import Structure, make_batch, undivided_batch
+from fastdp.program.torch.capture.outcome import TorchOutcome
+from fastdp.program.torch.capture.pure_step import TorchPureStep
+from fastdp.program.torch.capture.replays import CapturedReplica, Replays
 from fastdp.program.torch.following.follow import Following
 from fastdp.program.torch.gradients import Gradients
 from fastdp.program.torch.loss import REDUCTIONS, LossFunction
@@ -103,6 +108,8 @@ class TorchProgram(Program):
         self._bound_ids: list[int] = []
         self.window = Window()  # of gradient accumulation
         self._passes = Passes(loss_fn, reduction, sync_batch_norm, accumulate, self.rules.scaler)
+        self._captured: dict[int, CapturedReplica] = {}
+        self._replays: Replays | None = None
 
     # Around a step, on the host thread.
 
@@ -207,6 +214,7 @@ class TorchProgram(Program):
         variables = tensors_of(memory.variables)
         self._states.append(State(replica, variables, gradients))
         self._passes.replicas = len(self._states)
+        self._captured[rank] = CapturedReplica(device, variables, gradients.flat, memory.gradients)
         return self._states[-1]
 
     @property
@@ -234,9 +242,44 @@ class TorchProgram(Program):
 
     # The step.
 
+    def pure_step(self, devices: int) -> TorchPureStep:
+        """The training step for captured steps on this number of devices."""
+        assert self.loss_fn is not None
+        return TorchPureStep(
+            self.module,
+            self._slots,
+            self._differentiable,
+            self._captured,
+            self.loss_fn,
+            reduction=self.reduction,
+            sync_batch_norm=self.sync_batch_norm,
+            accumulate=self.accumulate_calls,
+            scales=self.rules.scaler is not None,
+            devices=devices,
+        )
+
+    def capture_by(self, captures: Captures[TorchOutcome]) -> None:
+        """Use these captured steps, which must be of this program, where they exist."""
+        self._replays = Replays(
+            captures, self._captured, self._slots, self._differentiable, merges=self.reduction is None
+        )
+
+    @property
+    def captures(self) -> Captures[TorchOutcome] | None:
+        """The captured steps; None where all steps run eagerly."""
+        return self._replays.captures if self._replays is not None else None
+
     def train(self, state: State, batch: list[np.ndarray], context: Context) -> Result:
         """Compute forward, this replica's contribution to the loss, and its gradient."""
-        return self._thread.run(self._passes.train, state, self._users, batch, context)
+
+        def eager(context: Context) -> Result:
+            return self._thread.run(self._passes.train, state, self._users, batch, context)
+
+        return eager(context) if self._replays is None else self._replays.train(state, batch, context, eager)
+
+    def step_graph(self, contexts: Sequence[Context], why_not: str) -> RecordedStepGraph | None:
+        """The step graph for these rows; None if there is none."""
+        return self.captures.step_graph(contexts, why_not) if self.captures is not None else None
 
     def predict(self, state: State, batch: list[np.ndarray], context: Context) -> Result:
         """Run forward only. Changes no parameter and no buffer, even in training mode."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.autograd.graph import get_gradient_edge
 
+from fastdp.capture.pure_step import Draws
 from fastdp.comm.context import Context
 from fastdp.shard import Rows
 from fastdp.tensors.function_mode import plain
@@ -29,7 +30,8 @@ class ReplicaContext:
     """One replica in one step. `rows` are the rows that it works on: the replica's own, or all rows.
 
     `nested` says that backward has run inside backward. The loss is multiplied by `scale` before backward. `told`,
-    shared by the whole program, records given warnings.
+    shared by the whole program, records given warnings. `traced` says that the step is being traced, and what it
+    computes may not be read. `draws_by` makes all random draws of the step, if somebody keeps or repeats them.
     """
 
     context: Context
@@ -41,6 +43,12 @@ class ReplicaContext:
     normalized: list[Normalized] = field(default_factory=list)
     scale: float = 1.0
     told: set[str] = field(default_factory=set)
+    traced: bool = False
+    draws_by: Draws | None = None
+
+    def draw(self, make: Callable[[ReplicaContext], torch.Tensor]) -> torch.Tensor:
+        """The outcome of `make(self)`, a draw on this replica. A captured step makes it for each replica and step."""
+        return make(self) if self.draws_by is None else self.draws_by.take(ReplicaDraw(make, self))
 
     def next_draw(self) -> int:
         """The number of the next random draw in the step.
@@ -55,6 +63,25 @@ class ReplicaContext:
             )
         self.draws += 1
         return self.draws
+
+
+class ReplicaDraw:
+    """A draw of a step that is captured.
+
+    Args:
+        make: makes the draw on a replica.
+        running: the replica of the first call.
+    """
+
+    def __init__(self, make: Callable[[ReplicaContext], torch.Tensor], running: ReplicaContext) -> None:
+        self.make = make
+        self._first: ReplicaContext | None = running
+
+    def __call__(self) -> torch.Tensor:
+        """Make the draw for the first time. Forgets the replica, and with it the batch."""
+        running, self._first = self._first, None
+        assert running is not None
+        return self.make(running)
 
 
 def backward(

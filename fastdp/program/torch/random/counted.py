@@ -19,13 +19,16 @@ def counted(running: ReplicaContext, shape: Sequence[int], *, by_replica: bool =
         shape: the shape of the replica's array.
         by_replica: an array that is not made of rows gets different numbers on each replica.
     """
-    number, seed = running.next_draw(), running.context.structure.seed()
-    shape, rows = tuple(shape), running.rows
+    number, shape, rows = running.next_draw(), tuple(shape), running.rows
     of_rows = bool(shape) and shape[0] >= rows.count and shape[0] % rows.count == 0
-    if not of_rows:
-        number += (running.context.rank if by_replica else 0) << 32
-    count, first = (rows.count, rows.start) if of_rows else (1, 0)
-    return uniform_tensor((seed, number), first, count, shape, running.context.torch_device)
+
+    def make(now: ReplicaContext) -> torch.Tensor:
+        context = now.context
+        own = number + ((context.rank if by_replica else 0) << 32) if not of_rows else number
+        count, first = (now.rows.count, now.rows.start) if of_rows else (1, 0)
+        return uniform_tensor((context.structure.seed(), own), first, count, shape, context.torch_device)
+
+    return running.draw(make)
 
 
 def counted_normal(running: ReplicaContext, shape: Sequence[int]) -> torch.Tensor:

@@ -26,11 +26,30 @@ def drawn(
         fill: fills a tensor with random numbers.
         axis: where the rows are, unless a trial has seen it; None if the draw is the same for all rows.
     """
-    if like.is_cuda:  # GPUs share what the host draws: each brings its rows over
-        like = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
-        return drawn(running, name, numbers, like, fill, axis).to(running.context.torch_device)
+    number, on_gpu = running.next_draw(), like.is_cuda
+    if running.draws_by is None and not on_gpu:
+        return _own_rows(running, number, name, numbers, like, fill, axis)
+    shape, strides, dtype = tuple(like.shape), like.stride(), like.dtype
+
+    def make(now: ReplicaContext) -> torch.Tensor:
+        host = torch.empty_strided(shape, strides, dtype=dtype)
+        found = _own_rows(now, number, name, numbers, host, fill, axis)
+        return found.to(now.context.torch_device) if on_gpu else found  # GPUs share what the host draws
+
+    return running.draw(make)
+
+
+def _own_rows(
+    running: ReplicaContext,
+    number: int,
+    name: str,
+    numbers: Sequence[Any],
+    like: torch.Tensor,
+    fill: Fill,
+    axis: int | None,
+) -> torch.Tensor:
+    """A replica's rows of the draw of this number in the step. `like` is in host memory."""
     draws, rows = running.context.structure.draws, running.rows
-    number = running.next_draw()
     if rows.count == rows.total:
         return draws.alone(lambda: fill(torch.empty_like(like)))
     order = memory_order(like)

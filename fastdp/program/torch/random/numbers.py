@@ -53,7 +53,7 @@ def _unfilled(function: Any, args: Any, kwargs: Any, out: torch.Tensor | None) -
         return torch.empty(*args, **given)
     like = function(*args, **{**given, "device": "meta"})
     device = out.device if out is not None else torch.device(_device_of(function, args, kwargs))
-    return torch.empty_like(like, device=device)
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
 
 
 def _bounds(function: Any, args: Any, kwargs: Any) -> tuple[int, int]:

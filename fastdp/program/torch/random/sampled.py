@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fastdp.errors import NotCapturable
 from fastdp.program.torch.random.drawn import PARAMETERS, refuse_generator, row_axis
 from fastdp.program.torch.replica import ReplicaContext
 
@@ -19,6 +20,8 @@ def sampled(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> t
     given = [one.detach().cpu() for one in args if isinstance(one, torch.Tensor)]
     if not given or kwargs.get("out") is not None or any(isinstance(one, torch.Tensor) for one in kwargs.values()):
         raise NotImplementedError(PARAMETERS.format(f"torch.{function.__name__}"))
+    if running.traced:
+        raise NotCapturable(f"torch.{function.__name__}, whose parameters the step computes")
     if rows.count == rows.total:
         running.next_draw()
         return context.structure.draws.alone(lambda: function(*args, **kwargs))

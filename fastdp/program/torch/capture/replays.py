@@ -1,0 +1,170 @@
+"""Replays captured steps on the replicas of a torch program, and compares the first ones with eager steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastdp.buffers import FlatBuffers
+from fastdp.capture.agreement import disagreement
+from fastdp.capture.faults import Attempt
+from fastdp.capture.pure_step import Draw
+from fastdp.capture.steps import Captures
+from fastdp.capture.trace import Captured
+from fastdp.comm.context import Context
+from fastdp.program.base import Result
+from fastdp.program.torch.batch import Nest, outputs_to_arrays
+from fastdp.program.torch.capture.outcome import TorchOutcome
+from fastdp.program.torch.gradients import Found
+from fastdp.program.torch.module import Slot
+from fastdp.program.torch.module_buffers import BufferNotes, assign_buffers
+from fastdp.program.torch.passes import Notes, State
+from fastdp.runtime.queue import QueueDevice
+
+CHECKS = 2  # steps of each captured form that run eagerly too
+
+
+@dataclass(slots=True)
+class CapturedReplica:
+    """The memory of a replica: implements `fastdp.capture.pure_step.ReplicaTensors`."""
+
+    device: QueueDevice
+    variables: list[torch.Tensor]
+    gradients: list[torch.Tensor]
+    gradient_buffers: FlatBuffers
+
+
+class Replays:
+    """Runs training steps of replicas: captured where they are, else eagerly.
+
+    Args:
+        captures: the captured steps.
+        replicas: the replicas' memory, by rank.
+        slots: the module's parameters and buffers.
+        trained: the numbers of those that have gradients.
+        merges: eager steps on several devices compute the loss on the merged outputs.
+    """
+
+    def __init__(
+        self,
+        captures: Captures[TorchOutcome],
+        replicas: dict[int, CapturedReplica],
+        slots: Sequence[Slot],
+        trained: Sequence[int],
+        *,
+        merges: bool,
+    ) -> None:
+        self.captures, self._merges = captures, merges
+        self._replicas, self._slots = replicas, slots
+        self._names = [f"the gradient of `{slots[i].name}`" for i in trained]
+
+    def train(
+        self, state: State, batch: list[np.ndarray], context: Context, eager: Callable[[Context], Result]
+    ) -> Result:
+        """A step of a replica. `eager` runs it eagerly."""
+        captured = self.captures.find(context)
+        if captured is None or captured.disagreed:
+            return eager(context)
+        if captured.checks:
+            return self._compared(captured, state, batch, context, eager)
+        outcome = captured.replay(self._replicas[context.rank], batch, context)
+        state.gradients.replayed()
+        return _result(outcome, context)
+
+    def _compared(
+        self,
+        captured: Captured[TorchOutcome],
+        state: State,
+        batch: list[np.ndarray],
+        context: Context,
+        eager: Callable[[Context], Result],
+    ) -> Result:
+        """An eager step, and what the captured one makes of it. Numbers that differ are noted in `captured`."""
+        before = [variable.clone() for variable in state.variables]
+        generator = torch.get_rng_state()
+        kept = _Kept()
+        state.draws_by = kept if context.size > 1 else None
+        try:
+            result = eager(replace(context, ready=_keep))
+        finally:
+            state.draws_by = None
+        with Attempt() as attempt:
+            draws, moved = kept.outcomes, ""
+            if context.size == 1:
+                after = torch.get_rng_state()
+                torch.set_rng_state(generator)
+                draws = captured.repeat_draws(before, context)
+                moved = "" if torch.equal(torch.get_rng_state(), after) else "the random numbers that it draws"
+                torch.set_rng_state(after)
+            if len(draws) != captured.drawn:
+                moved = "the number of random draws"
+            why = moved or self._difference(
+                captured.repeat(before, batch, context, draws), state, result, before, context
+            )
+            captured.disagreed = captured.disagreed or why
+        if attempt.error is not None:
+            captured.disagreed = captured.disagreed or f"an error ({attempt.why})"
+        return result
+
+    def _difference(
+        self, outcome: TorchOutcome, state: State, result: Result, before: list[torch.Tensor], context: Context
+    ) -> str:
+        """What differs between a captured step and the eager one; empty if nothing does."""
+        notes: Notes = result.notes
+        rough = context.structure.autocast.enabled or outcome.form.loss_dtype not in (torch.float32, torch.float64)
+        losses = [torch.tensor(float(sums[0]), dtype=outcome.form.loss_dtype) for sums in (outcome.sums, result.sums)]
+        shared = self._merges and context.size > 1  # all of it is the first replica's, in eager steps
+        why = disagreement([losses[0]], [losses[1]], ["the loss"], rough=rough) if not shared else ""
+        used = [gradient if i in notes.found.used else None for i, gradient in enumerate(state.gradients.present)]
+        why = why or disagreement(outcome.gradients, used, self._names, rough=rough)
+        if why:
+            return why
+        found = _result(outcome, context)
+        buffers = [[one.clone() for one in before], [one.clone() for one in before]]
+        for variables, one in zip(buffers, (found, result), strict=True):
+            assign_buffers(variables, one.sums[1:], one.notes.buffers)
+        if context.size == 1 and state.replica.adopted is not None:  # forward has left them in the module
+            buffers[1] = [slot.tensor.detach() for slot in self._slots]
+        changed = [i for i, slot in enumerate(self._slots) if not slot.is_parameter]
+        names = [f"the buffer `{self._slots[i].name}`" for i in changed]
+        captured, eager = ([some[i] for i in changed] for some in buffers)
+        return disagreement(captured, eager, names, rough=rough)
+
+
+@dataclass(slots=True)
+class _Kept:
+    """Makes the draws of an eager step, and keeps them."""
+
+    outcomes: list[torch.Tensor] = field(default_factory=list)
+
+    def take(self, draw: Draw) -> torch.Tensor:
+        """Make the draw."""
+        self.outcomes.append(draw().contiguous())
+        return self.outcomes[-1]
+
+
+def _keep(bucket: int) -> None:
+    """A bucket of gradients is complete: it is not reduced yet, for it is still to be compared."""
+
+
+def _result(outcome: TorchOutcome, context: Context) -> Result:
+    """The result of a replica's step from what its graph gave."""
+    form = outcome.form
+    sums: Any = outcome.sums.cpu().numpy()
+    values = list(zip(form.constant, outcome.constants, strict=True))
+    buffers = BufferNotes(list(form.moved), values, list(form.normalized))
+    buffers.unjudged = {form.unjudged[i]: value for i, value in values if i in form.unjudged}
+    used = frozenset(i for i, gradient in enumerate(outcome.gradients) if gradient is not None)
+    draws = context.structure.draws if context.size > 1 else None
+    arrays: list[np.ndarray] = []
+    nest: Nest | None = None
+    if form.outputs is not None:
+        made, layouts = form.outputs
+        arrays, nest = outputs_to_arrays(made.pack(outcome.outputs), context, layouts)
+    reported = outcome.reported and outcome.reported.read(form.weight)
+    notes = Notes(nest, form.loss_dtype, buffers, Found(used), reported=reported, draws=draws)
+    return Result(arrays, sums, notes)

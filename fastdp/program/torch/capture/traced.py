@@ -1,0 +1,168 @@
+"""Parts of a torch module's step as it is traced: its functions, its gradients, and what forward leaves in buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch._subclasses import FakeTensor
+from torch.autograd.graph import get_gradient_edge
+from torch.nn import functional as F
+
+from fastdp.errors import NotCapturable
+from fastdp.program.torch import batch_axis, embeddings
+from fastdp.program.torch import gradients as torch_gradients
+from fastdp.program.torch.batch import Nest
+from fastdp.program.torch.capture.batch_norm import traced_batch_norm
+from fastdp.program.torch.capture.lent_tensors import LentTensors
+from fastdp.program.torch.capture.outcome import OutcomeForm, TorchOutcome
+from fastdp.program.torch.losses import Reported
+from fastdp.program.torch.module import Slot
+from fastdp.program.torch.random import handlers as random_handlers
+from fastdp.program.torch.replica import ReplicaContext
+from fastdp.shard import Rows
+from fastdp.tensors.function_mode import Handler
+from fastdp.tensors.row_effects import Effect, Layout
+
+# The functions of a replica that has all rows, and of one among several.
+ALONE: dict[Any, Handler] = {
+    **random_handlers.HANDLERS,
+    **torch_gradients.HANDLERS,
+    F.batch_norm: traced_batch_norm,
+}
+TOGETHER: dict[Any, Handler] = {**ALONE, **batch_axis.HANDLERS, **embeddings.HANDLERS}
+
+
+class NoTracedPeers:
+    """Refuses what `fastdp.replica` offers in a trace: replicas share it, and cannot meet in its middle."""
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise NotCapturable("fastdp.replica: replicas meet in the middle of the step, or differ")
+
+    all_reduce = all_gather = _refuse
+    rank: int = property(_refuse)  # type: ignore[assignment]
+    count: int = property(_refuse)  # type: ignore[assignment]
+    rows: Rows = property(_refuse)  # type: ignore[assignment]
+
+
+@dataclass(slots=True)
+class FoundInBuffers:
+    """What forward has left in buffers: numbers to be summed over replicas, and values, as `OutcomeForm` names them."""
+
+    moved: list[int] = field(default_factory=list)
+    normalized: list[tuple[int, int, float]] = field(default_factory=list)
+    sums: list[torch.Tensor] = field(default_factory=list)
+    constant: dict[int, torch.Tensor] = field(default_factory=dict)
+    unjudged: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class TracedLoss:
+    """A replica's contribution to the loss, and what else forward gives.
+
+    `value` is the contribution in float64, if it is not computed from `contribution`. Other attributes as in
+    `OutcomeForm` and `TorchOutcome`; `nest` goes with `outputs`.
+    """
+
+    contribution: torch.Tensor
+    dtype: torch.dtype
+    reported: Reported | None = None
+    weight: float = 1.0
+    value: torch.Tensor | None = None
+    outputs: list[torch.Tensor] = field(default_factory=list)
+    nest: tuple[Nest, list[Layout]] | None = None
+
+    def outcome(self, gradients: Sequence[torch.Tensor | None], buffers: FoundInBuffers) -> TorchOutcome:
+        """The outcome of the step."""
+        value = self.contribution.detach().double() if self.value is None else self.value
+        form = OutcomeForm(
+            self.dtype,
+            tuple(buffers.moved),
+            tuple(buffers.normalized),
+            tuple(buffers.constant),
+            buffers.unjudged,
+            self.reported,
+            self.weight,
+            self.nest,
+        )
+        sums = torch.cat([value.reshape(1), *buffers.sums])
+        outputs = [tensor.detach() for tensor in self.outputs]
+        return TorchOutcome(gradients, sums, list(buffers.constant.values()), self.reported, outputs, form)
+
+
+def is_fake(variables: Sequence[torch.Tensor]) -> bool:
+    """Whether the step is being traced, and not run with its values before that."""
+    return isinstance(variables[0], FakeTensor)
+
+
+def gradients_of_leaves(
+    running: ReplicaContext, loss: torch.Tensor, leaves: Sequence[torch.Tensor], accumulate: int
+) -> list[torch.Tensor | None]:
+    """The gradients of the loss by the leaves, divided by the calls of a window. None where there is none.
+
+    Raises:
+        NotCapturable: the loss does not depend on the leaves, or a gradient is sparse.
+    """
+    wanted = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
+    if not loss.requires_grad or not wanted:
+        raise NotCapturable("a loss without a gradient")
+    running.backward = True
+    # By edges, so that the mode is active in backward too: see `fastdp.program.torch.replica.backward`.
+    edges = [get_gradient_edge(leaves[i]) for i in wanted]
+    seed = torch.full_like(loss, 1.0 / accumulate)
+    found = torch.autograd.grad([get_gradient_edge(loss)], edges, [seed], allow_unused=True)
+    if any(gradient is not None and gradient.layout != torch.strided for gradient in found):
+        raise NotCapturable("sparse gradients")
+    gradients: list[torch.Tensor | None] = [None] * len(leaves)
+    for i, gradient in zip(wanted, found, strict=True):
+        gradients[i] = gradient
+    return gradients
+
+
+def found_in_buffers(
+    slots: Sequence[Slot],
+    values: Sequence[torch.Tensor],
+    variables: Sequence[torch.Tensor],
+    lent: LentTensors,
+    written: Sequence[int],
+    running: ReplicaContext,
+) -> FoundInBuffers:
+    """Gather what forward has left in buffers, by the rules of `fastdp.program.torch.module_buffers`.
+
+    Args:
+        slots: the module's parameters and buffers.
+        values: the tensors that forward has had in their places, `lent` to the module.
+        variables: their values before.
+        written: the numbers of those that forward has changed.
+        running: the replica.
+
+    Raises:
+        NotCapturable: replicas exchange a buffer's values.
+    """
+    alone = running.rows.count == running.rows.total
+    judged = running.context.structure.judged
+    effects: dict[int, Effect] = judged.states if judged is not None and not alone else {}
+    found = FoundInBuffers()
+    for i in sorted({*written, *effects}):
+        effect = effects.get(i)
+        if not alone and judged is None and variables[i].is_floating_point():
+            effect = Effect.MEAN
+        if effect in (Effect.LARGEST, Effect.SMALLEST):
+            raise NotCapturable(f"the buffer `{slots[i].name}`, which is {effect.value}")
+        if effect in (Effect.MEAN, Effect.SUM):
+            weight = 1.0 if effect is Effect.SUM else running.rows.share
+            found.moved.append(i)
+            found.sums.append(((lent.value(i).double() - variables[i].double()) * weight).reshape(-1))
+            continue
+        found.constant[i] = lent.value(i)
+        if not alone and effect is None and judged is not None:
+            found.unjudged[i] = slots[i].name
+    numbers = {id(value): i for i, value in enumerate(values)}
+    for call in running.normalized:
+        if id(call.mean) not in numbers or id(call.variance) not in numbers:
+            raise NotCapturable("running statistics of batch normalization that are no buffers of the module")
+        found.normalized.append((numbers[id(call.mean)], numbers[id(call.variance)], call.momentum))
+        found.sums.append(call.sums)
+    return found
