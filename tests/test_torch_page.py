@@ -63,7 +63,7 @@ def test_the_fast_way_trains_as_the_loop_and_its_checkpoint_loads(tmp_path, monk
     found["x"] = found["x"][: len(found["y"])]
     exec(CODE[6], found)
     assert any("linear" in event.key for event in found["profiler"].key_averages())
-    exec(CODE[7], found)
+    exec(CODE[8], found)
     found["model"].load_state_dict({f"module.{name}": value for name, value in alone.state_dict().items()})
     torch.testing.assert_close(weights(module), weights(alone), rtol=0, atol=0)
 
@@ -116,8 +116,21 @@ def test_the_modules_that_ask_for_all_rows_give_the_values_of_one_device():
     torch.testing.assert_close(fastdp.wrap(mean, gpus=4)(images, mask), mean(images, mask), rtol=1e-5, atol=1e-6)
 
 
+def test_captured_steps_train_as_the_loop_does_without_fastdp(capsys):
+    module = nn.Linear(6, 3)
+    alone = copy.deepcopy(module)
+    exec(CODE[7], names(module))
+    assert "traced" in capsys.readouterr().out
+    optimizer = torch.optim.AdamW(alone.parameters())
+    for x, y in names(alone)["loader"]:
+        optimizer.zero_grad()
+        F.cross_entropy(alone(x), y).backward()
+        optimizer.step()
+    torch.testing.assert_close(weights(module), weights(alone), rtol=1e-4, atol=1e-6)
+
+
 def test_every_piece_of_code_is_run_here():
-    assert len(CODE) == 8
+    assert len(CODE) == 9
 
 
 def test_every_example_and_name_on_the_page_exists():

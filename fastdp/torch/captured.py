@@ -1,4 +1,4 @@
-"""The captured steps of a `TrainStep`: how the options of a parallel module choose them, and what the report tells."""
+"""The captured steps of a `TrainStep`: how options choose them, and what the report tells."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from fastdp.program.torch.capture.guard import refuse_hooks, side_effect, watch_
 from fastdp.program.torch.capture.known_losses import known_loss
 from fastdp.program.torch.capture.lent_tensors import LentTensors
 from fastdp.program.torch.capture.outcome import OutcomeForm, TorchOutcome
-from fastdp.program.torch.capture.traced import (
+from fastdp.program.torch.capture.step_parts import (
     ALONE,
     TOGETHER,
     NoTracedPeers,

@@ -1,4 +1,4 @@
-"""Parts of a torch module's step as it is traced: its functions, its gradients, and what forward leaves in buffers."""
+"""Parts of a torch module's step that is traced: functions, gradients, and what forward leaves in buffers."""
 
 from __future__ import annotations
 
