@@ -86,6 +86,7 @@ class Calls:
     ) -> list[torch.Tensor | None]:
         """Run backward on the replicas; the gradients by the tensors that were given, then those by the parameters."""
         check_around(self.program.module, "A backward pass of a parallel module")
+        opened.work.check_written()
         work = BackwardPass(opened.work, gradients, retain)
         rows = Batch([], None, opened.work.batch.rows)
         with self._scope():

@@ -178,6 +178,11 @@ class Structure:
         holes = [leaf for place, leaf in enumerate(leaves) if self.nest.is_hole(place)]
         return [at for at, leaf in enumerate(holes) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
 
+    def name_of(self, place: int) -> str:
+        """The name of an argument or target, by its place among the leaves."""
+        assert self.declared is not None
+        return self.declared.name_of(place, self.values)
+
     def layouts_of(self, outputs: Any, tensors: Sequence[torch.Tensor]) -> list[Layout]:
         """The layouts of a replica's outputs, a nest with these tensors."""
         found = self.judged.outputs if self.judged is not None else None

@@ -97,6 +97,7 @@ class ForwardPass:
     rows: dict[int, torch.Tensor]
     shared: dict[int, torch.Tensor]
     keeps: bool
+    versions: dict[int, int] = field(default_factory=dict)
     layouts: list[Layout] = field(default_factory=list)
     requires_grad: list[bool] = field(default_factory=list)
     nest: Nest | None = None
@@ -118,6 +119,26 @@ class ForwardPass:
             elif wanted:
                 shared[place] = leaf
         return cls(batch, arrays, rows, shared, keeps)
+
+    @property
+    def written(self) -> frozenset[int]:
+        """The arrays that forward changes in place, by their numbers."""
+        judged = self.batch.structure.judged
+        return frozenset() if judged is None else judged.written
+
+    def check_written(self) -> None:
+        """Check before backward that arrays which forward has changed in place are as it has left them.
+
+        Raises:
+            RuntimeError: one is not.
+        """
+        for number, version in self.versions.items():
+            given = self.arrays[number]
+            if given is not None and given._version != version:
+                raise RuntimeError(
+                    "A tensor that forward has changed in place was changed again before backward, which may need its "
+                    f"values: an argument of shape {tuple(given.shape)}. Run backward first, or pass a clone."
+                )
 
     @property
     def row_layouts(self) -> list[Layout]:
@@ -257,6 +278,8 @@ class LoopProgram(TorchProgram):
             )
         self.assign(result.sums, notes.buffers)
         work.layouts, work.nest = notes.layouts, notes.nest
+        given = ((number, work.arrays[number]) for number in work.written)
+        work.versions = {number: tensor._version for number, tensor in given if tensor is not None}
         work.requires_grad = [any(flags) for flags in zip(*(note.requires_grad for note in every), strict=True)]
         rows = work.batch.shards
         arrays, others = iter(result.outputs), zip(*(note.others for note in every), strict=True)
@@ -306,9 +329,13 @@ def _leaves(
     structure: Structure = context.structure
     nest, on_host = structure.nest, context.device is not None and not context.device.on_gpu
     layouts = structure.layouts or [ROWS_FIRST] * len(batch)
-    tensors = []
-    for array, name, given, layout in zip(batch, nest.dtypes, work.arrays, layouts, strict=True):
-        if given is not None and on_host:  # the user's own tensor: torch notices if it is changed before backward
+    tensors: list[torch.Tensor] = []
+    arrays = zip(batch, nest.dtypes, work.arrays, layouts, strict=True)
+    for number, (array, name, given, layout) in enumerate(arrays):
+        if given is not None and on_host and number in work.written:
+            # With a version of its own: it must not count what other replicas do to their rows.
+            tensors.append(own_part(given.data, layout, context.rows))
+        elif given is not None and on_host:  # the user's own: torch notices if it is changed before backward
             tensors.append(own_part(given.detach(), layout, context.rows))
         else:
             tensors.append(rows_back(as_tensor(array, name), layout))

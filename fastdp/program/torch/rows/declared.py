@@ -159,6 +159,10 @@ class DeclaredRows:
         fits = [one for one in self._roles if _is_below(name, one)]
         return self._roles[max(fits, key=len)] if fits else None
 
+    def name_of(self, place: int, values: tuple[Any, dict[str, Any], Any]) -> str:
+        """The name of a leaf of `(args, kwargs, targets)`, by its place."""
+        return self._name(pytree.tree_flatten_with_path(values)[0][place][0], values)
+
     def _name(self, path: Sequence[Any], values: tuple[Any, dict[str, Any], Any]) -> str:
         """The name of a leaf of `(args, kwargs, targets)`."""
         if path[0].idx == 2:

@@ -23,11 +23,11 @@ from fastdp.program.torch.rows.judged import (
     row_layout,
     state_candidates,
 )
-from fastdp.program.torch.rows.refusals import refused_output, refused_state
+from fastdp.program.torch.rows.refusals import refused_argument, refused_output, refused_state
 from fastdp.program.torch.rows.trial import Run, Trial
 from fastdp.program.torch.rows.weights import Counted, counted
 from fastdp.program.torch.shared_draws import DrawPlace
-from fastdp.tensors.row_effects import Effect, Layout
+from fastdp.tensors.row_effects import ROWS_FIRST, Effect, Layout
 
 
 class Findings:
@@ -50,6 +50,8 @@ class Findings:
         self._names: list[str] = []
         self._exact: list[bool] = []
         self._trusted = self._meets = False
+        self._structure = structure
+        self._written: set[int] = set()
         self._compared: set[float] = set()
 
     @property
@@ -93,7 +95,20 @@ class Findings:
             if effect is None or effect is Effect.UNKNOWN:
                 raise refused_state("buffer", self._slots[at].name)
             effects[at] = effect
-        return Judged(None if self._trusted else known, effects, draws)
+        return Judged(None if self._trusted else known, effects, draws, self._written_arrays())
+
+    def _written_arrays(self) -> frozenset[int]:
+        """The arrays that forward changes in place, by their numbers.
+
+        Raises:
+            ValueError: replicas would change one memory, or copies.
+        """
+        nest, layouts = self._structure.nest, self._structure.layouts
+        holes = [place for place in range(len(nest.leaves)) if nest.is_hole(place)]
+        for place in self._written:
+            if place not in holes or (layouts and layouts[holes.index(place)] != ROWS_FIRST):
+                raise refused_argument(self._structure.name_of(place))
+        return frozenset(map(holes.index, self._written))
 
     def _judged_layouts(self) -> list[Layout | None]:
         """The layouts of the outputs; None where trusted ones are not known, or declared."""
@@ -126,6 +141,7 @@ class Findings:
             ValueError: nothing.
         """
         self._compared |= trial.compared
+        self._written |= trial.written
         self._meets = self._meets or trial.meets
         self._judge_outputs(trial, parts, whole)
         if not trial.is_noisy:

@@ -29,11 +29,13 @@ class Judged:
         outputs: the layouts of its outputs; None if they are not judged.
         states: how the buffers that forward changes depend on the rows, by their numbers among the module's tensors.
         draws: where the rows are in the random draws of forward, by number.
+        written: the arrays that forward changes in place, by their numbers.
     """
 
     outputs: list[Layout] | None = None
     states: dict[int, Effect] = field(default_factory=dict)
     draws: dict[int, DrawPlace] = field(default_factory=dict)
+    written: frozenset[int] = frozenset()
 
     @property
     def weighed(self) -> list[tuple[Counted, ...]]:

@@ -21,6 +21,7 @@ def keeps_rows_apart(module: nn.Module) -> bool:
     """Whether a module consists only of torch's own parts that compute each row by itself."""
     return all(
         type(part) in _PLAIN
+        and not getattr(part, "inplace", False)  # the first one would change the batch
         and "forward" not in vars(part)
         and not any(map(is_torchs_hook, (*part._forward_hooks.values(), *part._forward_pre_hooks.values())))
         for part in module.modules()

@@ -27,6 +27,14 @@ def refused_output(name: str, seen: str) -> ValueError:
     )
 
 
+def refused_argument(name: str) -> ValueError:
+    """The error for an argument that forward changes in place, and that is not split along its first axis."""
+    return ValueError(
+        f"forward changes its argument `{name}` in place, and on several devices each replica would change it, or a "
+        f"copy. Let forward change a copy: {name} = {name}.clone(), or use gpus=[0]."
+    )
+
+
 def refused_state(kind: str, name: str) -> ValueError:
     """The error for what forward changes in a way that cannot be merged."""
     what = "no mean, sum or extreme over rows" if kind == "buffer" else "not the same on all devices"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
@@ -63,6 +64,7 @@ class Trial:
         inputs: the rows.
         is_noisy: whether random numbers are added to the parameters.
         compared: the numbers that the module has compared tensors with.
+        written: the inputs that forward has changed in place, by their places among the leaves of the batch.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Trial:
         self._wanted, self._noise = wanted, noise
         self.inputs = TrialInputs(batch, list(chosen), change)
         self.compared: set[float] = set()
+        self.written: set[int] = set()
         self.is_noisy = noise > 0.0
         self._injected = change if isinstance(change, Injected) else None
         self.slots = slots_of(module)
@@ -112,10 +115,12 @@ class Trial:
         wanted = self._wanted if torch.is_grad_enabled() else ()
         with undisturbed(), Watch(self.slots, self.compared, sought) as watch:
             for _ in range(times):
-                args, kwargs, _ = self.inputs.of(rows, self._where, wanted)
+                args, kwargs, _ = given = self.inputs.of(rows, self._where, wanted)
+                versions = _versions(given)
                 among = TrialPeers(self._met, rows)
                 with peers_scope(among), ReplicaMode(running, HANDLERS), structure.autocast.enter():
                     outputs = module(*args, **kwargs)
+                self.written |= {place for place, now in _versions(given).items() if now != versions[place]}
         if self._injected is not None and watch.found:
             self._injected.is_met = True
         return Run(outputs, [slot.tensor.detach() for slot in slots_of(module)], numbers_of(module))
@@ -130,6 +135,12 @@ class Trial:
                 value += self._noise * torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
             found.append(value)
         return found
+
+
+def _versions(nest: Any) -> dict[int, int]:
+    """How often each tensor of a nest was changed, by its place among the leaves."""
+    leaves = enumerate(pytree.tree_leaves(nest))
+    return {i: leaf._version for i, leaf in leaves if isinstance(leaf, torch.Tensor) and not leaf.is_inference()}
 
 
 def _drop_users_hooks(module: nn.Module) -> None:
