@@ -29,12 +29,39 @@ _SMALLEST, _ONE = 5e-324, 1.0
 _OWN_RECOMPUTATION = "torch.utils.checkpoint"
 
 
+class _Replica(threading.local):
+    """Whether the calling thread runs one of several replicas."""
+
+    runs = False
+
+
+_replica = _Replica()
+
+
+class _NoCache(dict[Any, Any]):
+    """The cache of parametrizations while several replicas run: refuses them, and serves other threads.
+
+    Torch's keys are those of the module that was parametrized first, also in copies of it.
+    """
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """Called by torch for a parametrized tensor inside of `cached()`."""
+        if _replica.runs:
+            raise NotImplementedError(_CACHED)
+        return super().get(key, default)
+
+
 class ThreadState:
-    """What is kept for one thread: context variables, hooks on saved tensors, and how subnormal numbers are taken."""
+    """What is kept for one thread: context variables, hooks on saved tensors, and how subnormal numbers are taken.
 
-    __slots__ = ("_context", "_flushes", "_lock", "_no_hooks", "_saved", "_thread")
+    Args:
+        several: whether several replicas will run.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_context", "_flushes", "_lock", "_no_hooks", "_saved", "_several", "_thread")
+
+    def __init__(self, *, several: bool = False) -> None:
+        self._several = several
         self._thread, self._lock = threading.get_ident(), threading.Lock()
         self._context = contextvars.copy_context()
         self._flushes = _flushes()
@@ -45,19 +72,35 @@ class ThreadState:
         """Run `work` on another thread as on the one that the state is of.
 
         Raises:
-            RuntimeError: `work` changes what would have to reach the other thread: a context variable, or cached
-                parametrizations.
+            RuntimeError: `work` changes a context variable, which the other thread would not see.
+            NotImplementedError: `work` caches parametrizations, and several replicas run.
         """
         if threading.get_ident() == self._thread:
             return work(*args, **kwargs)
-        context, cache = self._context.copy(), parametrize._cache
+        context = self._context.copy()
         with _subnormals(flushed=self._flushes), self._saved_tensors():
-            result = context.run(work, *args, **kwargs)
-        if parametrize._cache is not cache:
-            raise RuntimeError(_CACHED)
+            _replica.runs = self._several
+            try:
+                result = context.run(work, *args, **kwargs)
+            finally:
+                _replica.runs = False
         if len(context) or len(self._context):
             self._check_unchanged(context)
         return result
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold this while replicas run."""
+        if not self._several:
+            yield
+            return
+        before = parametrize._cache
+        parametrize._cache = ours = _NoCache(before)
+        try:
+            yield
+        finally:
+            if parametrize._cache is ours:
+                parametrize._cache = before
 
     def _check_unchanged(self, context: contextvars.Context) -> None:
         for variable in (*context, *self._context):

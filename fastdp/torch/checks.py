@@ -79,6 +79,11 @@ def _check_tensor(slot: Slot) -> None:
             f"`model` must have all parameters initialized, but the {what} {slot.name!r} is lazy and has no shape "
             "yet. Call the model on one batch, and wrap it then."
         )
+    if tensor.is_quantized:
+        raise ValueError(
+            f"`model` must have parameters and buffers of plain dtypes, but the {what} {slot.name!r} is quantized "
+            f"({tensor.dtype}). Train the module before it is quantized; a quantized one runs without fastdp."
+        )
     if tensor.device.type != "cpu" or tensor.layout != torch.strided:
         raise ValueError(
             f"`model` must have dense parameters and buffers in host memory, from where each device gets its copy, "

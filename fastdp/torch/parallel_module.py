@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.amp import GradScaler
+from torch.nn.utils import stateless
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
@@ -32,6 +34,8 @@ from fastdp.torch.captured import capture, report_of
 from fastdp.torch.checks import check_module, check_options
 from fastdp.torch.members import ModuleMembers
 from fastdp.torch.train_step import TrainStep
+
+FUNCTIONAL_CALL = stateless._functional_call.__code__  # what calls a module inside torch.func.functional_call
 
 
 class TorchParallel(ModuleMembers[nn.Module]):
@@ -108,6 +112,11 @@ class TorchParallel(ModuleMembers[nn.Module]):
         values = (args, kwargs, ())
         if len(self.devices) == 1:
             return self._alone(values)
+        if sys._getframe(1).f_code is FUNCTIONAL_CALL:
+            raise NotImplementedError(
+                "torch.func.functional_call of a parallel module: the other devices would not see the tensors that it "
+                "puts in place of parameters. Call it with the module itself, model.module."
+            )
         if torch.is_inference_mode_enabled():  # whose tensors, as memory of the replicas, could never be trained
             with torch.inference_mode(False), torch.no_grad():
                 return self(*args, **kwargs)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.program.torch.passes import no_totals
@@ -39,6 +41,7 @@ class TrainStep:
         self._scope = scope
         self._declared = declared
         self._outputs = outputs
+        self._needs_targets = _takes_targets(engine.program.loss_fn)
         self._on_workers = len(engine.devices) > 1 or engine.devices[0].on_gpu
 
     @property
@@ -75,11 +78,17 @@ class TrainStep:
             ReplicaError: a replica failed; the message names device and rows. Weights are unchanged, and the
                 next call works.
             ValueError: no rows, arrays of unequal length, or tensors that require gradients.
+            TypeError: there are no targets, and `loss_fn` takes some.
             NotImplementedError: the step is inside a mode that other threads do not see.
         """
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
                 return self(inputs, *targets)
+        if not targets and self._needs_targets:
+            raise TypeError(
+                "A train step must get the targets that `loss_fn` takes after the outputs: step(x, y). Received: none. "
+                "A `loss_fn` of outputs alone has one argument."
+            )
         args, kwargs = _arguments(inputs)
         if self._on_workers:
             check_around(self._program.module, "A train step")
@@ -151,6 +160,18 @@ class TrainStep:
         """
         write_state(self._engine, state_dict)
         self.result = None
+
+
+def _takes_targets(loss_fn: Any) -> bool:
+    """Whether a loss function cannot be called with outputs alone, as far as it tells."""
+    try:
+        signature = inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn)
+        signature.bind(None)
+    except TypeError:
+        return True
+    except ValueError:  # functions of extensions may have no signature
+        return False
+    return False
 
 
 def _arguments(inputs: Any) -> tuple[Sequence[Any], dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -13,7 +13,10 @@ from torch.utils import _pytree as pytree
 
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
+from fastdp.program.torch.nest import HOLE, PLAIN, Nest
+from fastdp.program.torch.rows import hints
 from fastdp.program.torch.rows.declared import DeclaredRows, rows_back, rows_first
+from fastdp.program.torch.rows.forms import OutputForm
 from fastdp.program.torch.rows.judged import Judged
 from fastdp.program.torch.rows.merging import merge, plain_layouts
 from fastdp.program.torch.rows.weights import RowWeights, agreed
@@ -24,70 +27,6 @@ from fastdp.tensors.autocast import Autocast
 from fastdp.tensors.collectives import StepPeers
 from fastdp.tensors.random import global_generator
 from fastdp.tensors.row_effects import ROWS_FIRST, Effect, Layout
-
-PLAIN = (type(None), bool, int, float, complex, str)
-
-
-@dataclass(frozen=True, slots=True)
-class Nest:
-    """The structure of a nest of tensors: the places of the tensors, their dtypes, and the other leaves."""
-
-    spec: Any
-    leaves: tuple[Any, ...]
-    dtypes: tuple[str, ...]
-    axes: tuple[int, ...] = ()  # of merged outputs: where their rows are
-
-    @classmethod
-    def flatten(cls, values: Any, what: str) -> tuple[Nest, list[torch.Tensor]]:
-        """Split nested values into their structure and their tensors.
-
-        Raises:
-            TypeError: a leaf is neither a tensor nor a plain value.
-        """
-        found, spec = pytree.tree_flatten(values)
-        leaves: list[Any] = []
-        tensors: list[torch.Tensor] = []
-        for leaf in found:
-            if isinstance(leaf, torch.Tensor):
-                leaves.append(_HOLE)
-                tensors.append(leaf)
-                continue
-            if not isinstance(leaf, PLAIN):
-                raise TypeError(
-                    f"{what} must be tensors, or nested tuples, lists and dicts of them and of plain values. "
-                    f"Received a {type(leaf).__name__} in it. Return a tuple or a dict; for a dataclass of your own, "
-                    f"torch.export.register_dataclass({type(leaf).__name__}) makes a nest of it."
-                )
-            leaves.append(leaf)
-        return cls(spec, tuple(leaves), tuple(dtype_name(t) for t in tensors)), tensors
-
-    def on(self, where: str) -> Nest:
-        """The nest with the tensors with axes among its other leaves on a device."""
-        leaves = [one.to(where) if isinstance(one, torch.Tensor) and one.ndim else one for one in self.leaves]
-        return Nest(self.spec, tuple(leaves), self.dtypes)
-
-    def pack(self, tensors: Sequence[Any]) -> Any:
-        """The nest with the given tensors in it."""
-        left = iter(tensors)
-        return pytree.tree_unflatten([next(left) if leaf is _HOLE else leaf for leaf in self.leaves], self.spec)
-
-    def is_hole(self, place: int) -> bool:
-        """Whether `pack` puts a tensor at this place among the leaves."""
-        return self.leaves[place] is _HOLE
-
-    def replaced(self, others: Mapping[int, Any]) -> Nest:
-        """The nest with other values at some places among the leaves."""
-        if not others:
-            return self
-        leaves = tuple(others.get(place, leaf) for place, leaf in enumerate(self.leaves))
-        return Nest(self.spec, leaves, self.dtypes, self.axes)
-
-
-class _Hole:
-    """The place of a tensor in a nest."""
-
-
-_HOLE = _Hole()
 
 
 def _kind_of(leaf: Any) -> Any:
@@ -117,6 +56,7 @@ class Structure:
     misfit: Exception | None = None
     read: Callable[[Sequence[Layout]], Batch] | None = None
     weights: dict[Any, RowWeights | None] = field(default_factory=dict)
+    _forms: dict[str, OutputForm] = field(default_factory=dict)
     _seed: int | None = None
     _kind: Hashable = None
 
@@ -132,7 +72,7 @@ class Structure:
     @property
     def has_objects(self) -> bool:
         """Whether there are leaves that are neither tensors nor plain values."""
-        return any(not isinstance(one, (torch.Tensor, _Hole, *PLAIN)) for one in self.nest.leaves)
+        return any(one is not HOLE and not isinstance(one, (torch.Tensor, *PLAIN)) for one in self.nest.leaves)
 
     def tensors(self, arrays: Sequence[np.ndarray], where: str) -> list[torch.Tensor]:
         """A replica's arrays as the module gets them, then the tensors that all replicas share, on their device.
@@ -192,6 +132,14 @@ class Structure:
             found = self.declared.of_outputs(outputs, found)
         return [replace(one, weights=self.weights[one.weights]) for one in found] if self.weights else found
 
+    def agree(self, form: OutputForm) -> None:
+        """Check that a replica's outputs have the form of those of the replica that came first.
+
+        Raises:
+            ValueError: they have not.
+        """
+        self._forms.setdefault("outputs", form).check(form)
+
     def pack(self, arrays: Sequence[np.ndarray], where: str | None = None) -> Any:
         """The nest `(args, kwargs, targets)` over a replica's arrays. `where` names a device to copy them to."""
         tensors = [as_tensor(a, name) for a, name in zip(arrays, self.nest.dtypes, strict=True)]
@@ -238,10 +186,10 @@ def flatten_batch(
     leaves, dtypes, rows = [], [], []
     left = iter(tensors)
     for leaf in nest.leaves:
-        tensor = next(left) if leaf is _HOLE else None
+        tensor = next(left) if leaf is HOLE else None
         layout = next(roles) if tensor is not None and tensor.ndim else None
         if tensor is not None and layout is not None and layout.effect is Effect.ROWS:
-            leaves.append(_HOLE)
+            leaves.append(HOLE)
             dtypes.append(dtype_name(tensor))
             rows.append(as_array(rows_first(tensor, layout)))
         else:
@@ -293,26 +241,37 @@ def split_batch(
     """
     if declared is None:
         arrays, nest = flatten_batch(values, no_graphs=no_graphs)
-        return Batch.of(arrays, Structure(nest, values=values), partial(_names, values), _SHARED)
+        return _batch_of(arrays, Structure(nest, values=values), partial(_names, values))
     names, said = declared.of_arrays(values)
     layouts = reading or [one or ROWS_FIRST for one in said]
     arrays, nest = flatten_batch(values, layouts, no_graphs=no_graphs)
     of_rows = [one for one in layouts if one.effect is Effect.ROWS]
     structure = Structure(nest, layouts=of_rows, declared=declared, values=values)
     split = [name for name, one in zip(names, layouts, strict=True) if one.effect is Effect.ROWS]
-    return Batch.of(arrays, structure, lambda: split, _SHARED)
+    return _batch_of(arrays, structure, lambda: split)
+
+
+def _batch_of(arrays: list[np.ndarray], structure: Structure, names: Callable[[], list[str]]) -> Batch:
+    """`Batch.of`, with remedies for what is in the batch."""
+    try:
+        return Batch.of(arrays, structure, names)
+    except ValueError as error:
+        hints.refuse_packed(structure.values)
+        if not arrays:
+            raise ValueError(
+                "On several devices a batch needs a tensor with rows, which are split. Received: none. Pass one, run "
+                "the module itself (model.module), or use gpus=[0]."
+            ) from None
+        rows = [len(array) for array in arrays]
+        if len(set(rows)) == 1:
+            raise
+        raise ValueError(f"{error}.{hints.unequal(names(), rows, structure.values)}") from None
 
 
 def undivided_batch(values: tuple[Any, dict[str, Any], Any]) -> Batch:
     """A batch for one device, which gets all values as they are: one row, for want of a number of rows."""
     leaves, spec = pytree.tree_flatten(pytree.tree_map(to_tensor, values))
     return Batch([], Structure(Nest(spec, tuple(leaves), ()), values=values), 1)
-
-
-_SHARED = (
-    '. Say what they are: fastdp.wrap(module, rows={"mask": "same"}) for data that all rows share, or the number '
-    "of the axis that has the rows."
-)
 
 
 def _names(values: Any) -> list[str]:
@@ -348,13 +307,13 @@ def outputs_to_arrays(
     Values without rows are merged here, by all replicas, and stay in the nest. So does every output of a replica that
     is alone in its step, with the dtype that the module gave it.
     """
-    nest, tensors = Nest.flatten(outputs, "The module's outputs")
+    nest, tensors = Nest.flatten(outputs, "The module's outputs", dense=context.size > 1)
     structure: Structure = context.structure
     layouts = structure.layouts_of(outputs, tensors) if layouts is None else layouts
     alone = context.size == 1
     shards = dealt_rows(context.rows.total, context.size)
     arrays, dtypes, leaves = [], [], list(nest.leaves)
-    places = [place for place, leaf in enumerate(leaves) if leaf is _HOLE]
+    places = [place for place, leaf in enumerate(leaves) if leaf is HOLE]
     axes: list[int] = []
     for place, tensor, layout in zip(places, tensors, layouts, strict=True):
         if alone or layout.effect is not Effect.ROWS:

@@ -24,15 +24,17 @@ from torch.utils import _pytree as pytree
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.program.base import Result
-from fastdp.program.torch.batch import Nest, Structure, with_extremes
+from fastdp.program.torch.batch import Structure, with_extremes
 from fastdp.program.torch.gradients import Found
 from fastdp.program.torch.half import HalfGradients
 from fastdp.program.torch.module_buffers import BufferNotes, assign_buffers, gather_buffers
+from fastdp.program.torch.nest import Nest
 from fastdp.program.torch.parameter_hooks import HookedGradients
 from fastdp.program.torch.passes import HANDLERS, State
 from fastdp.program.torch.program import TorchProgram
 from fastdp.program.torch.replica import ReplicaContext, backward
 from fastdp.program.torch.rows.declared import parts_fit, rows_back, rows_first
+from fastdp.program.torch.rows.forms import OutputForm
 from fastdp.program.torch.rows.merging import merge, own_gradient, own_part
 from fastdp.program.torch.shared_draws import SharedDraws
 from fastdp.tensors.arrays import as_tensor, dtype_name, output_array, settle, spec_of
@@ -216,6 +218,7 @@ class LoopProgram(TorchProgram):
                 nest, tensors = Nest.flatten(outputs, "The module's outputs")
                 layouts = structure.layouts_of(outputs, tensors)
                 parts_fit(layouts, tensors, context.rows)
+                structure.agree(OutputForm.of(nest, tensors, layouts, context.rows))
                 notes = _Notes(nest, layouts, [tensor.requires_grad for tensor in tensors], [], structure.draws)
                 sums = gather_buffers(state.replica, running, notes.buffers)
                 state.replica.restore_buffers()
@@ -264,18 +267,9 @@ class LoopProgram(TorchProgram):
     # On the host's thread.
 
     def merged(self, work: ForwardPass, result: StepResult) -> list[torch.Tensor]:
-        """Assign the buffers of a forward pass, and merge its outputs. The caller owns them.
-
-        Raises:
-            ValueError: the replicas' outputs differ in structure, or in values that are no tensors.
-        """
+        """Assign the buffers of a forward pass, and merge its outputs. The caller owns them."""
         every: list[_Notes] = result.every_note
         notes = every[0]
-        if any(other.nest != notes.nest for other in every):
-            raise ValueError(
-                "The module's outputs must have one structure on all replicas, and the same values in it that are no "
-                f"tensors. Received: {[note.nest.leaves for note in every]}. Return tensors with rows."
-            )
         self.assign(result.sums, notes.buffers)
         work.layouts, work.nest = notes.layouts, notes.nest
         given = ((number, work.arrays[number]) for number in work.written)

@@ -16,16 +16,23 @@ from typing import Any
 
 import torch
 
-from fastdp.program.torch.batch import Nest
+from fastdp.program.torch.batch import Structure
 from fastdp.program.torch.losses import Reported, split
+from fastdp.program.torch.nest import Nest
 from fastdp.program.torch.replica import ReplicaContext, gradients_of
 from fastdp.program.torch.rows.declared import parts_fit
+from fastdp.program.torch.rows.forms import OutputForm
+from fastdp.program.torch.rows.hints import refuse_lists
 from fastdp.program.torch.rows.merging import merge, own_gradient
 from fastdp.shard import Rows, split_rows
 from fastdp.tensors.function_mode import plain
 from fastdp.tensors.row_effects import Effect, Layout
 
 REDUCTIONS = (None, "mean", "sum")
+NOTHING_TO_TRAIN = (
+    "No output of the module has a gradient, so there is nothing to train. Are all of its parameters frozen "
+    "(requires_grad), or does forward run under torch.no_grad() or .detach() its result?"
+)
 WITHOUT_GRADIENT = (
     "`loss_fn` must return a number that depends on the module's outputs. Received: one without a gradient. Is there a "
     ".detach(), .item() or torch.no_grad() in it?"
@@ -67,12 +74,15 @@ def contribute(
         parameters: the user's own parameters, for loss functions that use them (a penalty, say).
         running: the replica.
     """
+    structure: Structure = running.context.structure
     with plain():
         nest, tensors = Nest.flatten(outputs, "The module's outputs")
-        layouts = running.context.structure.layouts_of(outputs, tensors)
+        layouts = structure.layouts_of(outputs, tensors)
         parts_fit(layouts, tensors, running.rows)
+        structure.agree(OutputForm.of(nest, tensors, layouts, running.rows))
     if reduction is None:
         return _merged(loss_function, nest, tensors, layouts, parameters, running)
+    refuse_lists(targets, running.rows.total, reduction)
     with plain():
         check_reduction(reduction, tensors, layouts)
         leaves = [_leaf(tensor) for tensor in tensors]

@@ -79,6 +79,17 @@ class AdoptedSlots(Adopted):
                     f"`{slot.name}` of the module was {dtype} of shape {tuple(shape)} when it was "
                     f"wrapped, and {now}. Wrap the changed module again."
                 )
+            if value.is_meta:
+                raise RuntimeError(
+                    f"`{slot.name}` of the module is on the device meta now and has no values. Give it some: "
+                    "module.to_empty(device='cpu'), and load_state_dict."
+                )
+            if slot.is_parameter and not isinstance(value, nn.Parameter):
+                raise RuntimeError(
+                    f"`{slot.name}` of the module is a tensor in place of its parameter now, as in "
+                    "torch.func.functional_call, which several devices do not see. Run the module itself that way: "
+                    "model.module."
+                )
             values.append(value)
         return values
 

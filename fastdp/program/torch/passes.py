@@ -23,13 +23,14 @@ from fastdp.program.base import Result, Totals
 from fastdp.program.torch import batch_axis, embeddings
 from fastdp.program.torch import batch_norm as torch_batch_norm
 from fastdp.program.torch import gradients as torch_gradients
-from fastdp.program.torch.batch import Nest, Structure, outputs_to_arrays, with_extremes
+from fastdp.program.torch.batch import Structure, outputs_to_arrays, with_extremes
 from fastdp.program.torch.gradients import Found, Gradients
 from fastdp.program.torch.half import HalfGradients
-from fastdp.program.torch.loss import WITHOUT_GRADIENT, LossFunction, contribute
+from fastdp.program.torch.loss import NOTHING_TO_TRAIN, WITHOUT_GRADIENT, LossFunction, contribute
 from fastdp.program.torch.losses import Reported, check_equal_nests, split
 from fastdp.program.torch.module import ReplicaModule
 from fastdp.program.torch.module_buffers import BufferNotes, gather_buffers
+from fastdp.program.torch.nest import Nest
 from fastdp.program.torch.parameter_hooks import HookedGradients
 from fastdp.program.torch.random import handlers as random_handlers
 from fastdp.program.torch.replica import ReplicaContext, backward
@@ -70,7 +71,8 @@ class Notes:
     """The layout of a step's sums: the loss, then the numbers that `buffers` describes.
 
     `found` says which parameters have a gradient; `hooked` are their hooks, `half` those in float16. `reported` are the
-    numbers of the loss function that are not trained on.
+    numbers of the loss function that are not trained on. `trains`: whether the replica's part of the loss has a
+    gradient.
     """
 
     outputs: Nest | None = None
@@ -81,6 +83,7 @@ class Notes:
     half: HalfGradients | None = None
     reported: Reported | None = None
     draws: SharedDraws | None = None
+    trains: bool = True
 
     def agree(self, every: Sequence[Notes]) -> None:
         """Check that all replicas have drawn the same random numbers, and agree on buffers. Called before the update.
@@ -92,6 +95,8 @@ class Notes:
             self.draws.end()
         self.buffers.check([note.buffers for note in every])
         check_equal_nests([note.reported for note in every])
+        if not any(note.trains for note in every):
+            raise ValueError(NOTHING_TO_TRAIN)
 
 
 def no_totals() -> Totals:
@@ -185,8 +190,8 @@ class Passes:
             loss, reported = split(self.loss_fn(outputs, *targets), self.reduction)
         if loss.requires_grad:
             self._scaled(loss).backward()
-        elif _requires_grad(outputs):
-            raise ValueError(WITHOUT_GRADIENT)
+        else:
+            raise ValueError(WITHOUT_GRADIENT if _requires_grad(outputs) else NOTHING_TO_TRAIN)
         arrays, nest = outputs_to_arrays(outputs, context) if context.wants_outputs else ([], None)
         notes = Notes(nest, loss.dtype, found=state.gradients.store({}, keep=self.replicas == 1 == self.accumulate))
         if state.replica.adopted is None or self.replicas > 1:
@@ -220,7 +225,7 @@ class Passes:
                     backward(running, part.roots, part.seeds)
         arrays, nest = outputs_to_arrays(outputs, context) if context.wants_outputs else ([], None)
         notes = Notes(nest, part.dtype, found=state.gradients.store(part.direct), draws=structure.draws)
-        notes.reported = part.reported
+        notes.reported, notes.trains = part.reported, bool(part.roots or part.direct)
         # In a window each call's sum over rows is a float16 number, and there is only one sum over all calls.
         if context.rank == 0 and self.accumulate == 1 and (self.scaler is not None or structure.autocast.has_half):
             notes.half = HalfGradients(part.roots)

@@ -229,14 +229,14 @@ class TorchProgram(Program):
     @contextmanager
     def running(self, threads: int) -> Iterator[None]:
         """Sync replicas with the user's module, note the user's thread, and divide the cores."""
-        self._thread = ThreadState()
+        self._thread = ThreadState(several=len(self._states) > 1)
         self._following.follow()
         self._users = self.users
         if self.optimizers is not None:
             self.optimizers.check(self.module.parameters())
         if self.rules.scaler is not None:
             self._passes.scale = self.rules.scaler.get_scale()
-        with self._undone_on_failure(), replicas_run(threads):
+        with self._undone_on_failure(), self._thread.held(), replicas_run(threads):
             yield
         self._following.absorb()
 

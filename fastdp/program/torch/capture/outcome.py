@@ -9,8 +9,8 @@ from itertools import islice
 import torch
 
 from fastdp.capture.pure_step import Moved
-from fastdp.program.torch.batch import Nest
 from fastdp.program.torch.losses import Reported
+from fastdp.program.torch.nest import Nest
 from fastdp.tensors.row_effects import Layout
 
 

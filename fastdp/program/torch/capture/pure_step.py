@@ -17,7 +17,7 @@ from fastdp.capture.trace import as_traced
 from fastdp.capture.watch import Watch
 from fastdp.comm.context import Context
 from fastdp.errors import NotCapturable
-from fastdp.program.torch.batch import Nest, Structure, with_extremes
+from fastdp.program.torch.batch import Structure, with_extremes
 from fastdp.program.torch.capture.guard import refuse_hooks, side_effect, watch_step
 from fastdp.program.torch.capture.known_losses import known_loss
 from fastdp.program.torch.capture.lent_tensors import LentTensors
@@ -34,6 +34,7 @@ from fastdp.program.torch.capture.step_parts import (
 from fastdp.program.torch.loss import LossFunction, check_reduction
 from fastdp.program.torch.losses import split
 from fastdp.program.torch.module import Slot
+from fastdp.program.torch.nest import Nest
 from fastdp.program.torch.replica import ReplicaContext, ReplicaDraw
 from fastdp.program.torch.rows.declared import parts_fit
 from fastdp.program.torch.shared_draws import SharedDraws

@@ -17,11 +17,12 @@ from fastdp.capture.steps import Captures
 from fastdp.capture.trace import Captured
 from fastdp.comm.context import Context
 from fastdp.program.base import Result
-from fastdp.program.torch.batch import Nest, outputs_to_arrays
+from fastdp.program.torch.batch import outputs_to_arrays
 from fastdp.program.torch.capture.outcome import TorchOutcome
 from fastdp.program.torch.gradients import Found
 from fastdp.program.torch.module import Slot
 from fastdp.program.torch.module_buffers import BufferNotes, assign_buffers
+from fastdp.program.torch.nest import Nest
 from fastdp.program.torch.passes import Notes, State
 from fastdp.runtime.queue import QueueDevice
 

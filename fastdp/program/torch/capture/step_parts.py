@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from fastdp.errors import NotCapturable
 from fastdp.program.torch import batch_axis, embeddings
 from fastdp.program.torch import gradients as torch_gradients
-from fastdp.program.torch.batch import Nest
 from fastdp.program.torch.capture.batch_norm import traced_batch_norm
 from fastdp.program.torch.capture.lent_tensors import LentTensors
 from fastdp.program.torch.capture.outcome import OutcomeForm, TorchOutcome
 from fastdp.program.torch.losses import Reported
 from fastdp.program.torch.module import Slot
+from fastdp.program.torch.nest import Nest
 from fastdp.program.torch.random import handlers as random_handlers
 from fastdp.program.torch.replica import ReplicaContext
 from fastdp.shard import Rows

@@ -264,7 +264,9 @@ def is_empty(cell: types.CellType) -> bool:
 
 def _is_parallel(value: Any) -> bool:
     """Whether a value is fastdp's own and stands for a module."""
-    return type(value).__module__.startswith("fastdp.") and isinstance(vars(value).get("module"), nn.Module)
+    return type(value).__module__.startswith("fastdp.") and isinstance(
+        getattr(value, "__dict__", {}).get("module"), nn.Module
+    )
 
 
 def _stored_names(code: types.CodeType) -> Iterator[str]:

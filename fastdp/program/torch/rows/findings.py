@@ -10,7 +10,9 @@ from torch.utils import _pytree as pytree
 
 from fastdp.program.torch.batch import Structure
 from fastdp.program.torch.module import Slot
+from fastdp.program.torch.nest import Nest
 from fastdp.program.torch.rows.declared import output_roles
+from fastdp.program.torch.rows.hints import TOTAL_LENGTH
 from fastdp.program.torch.rows.judged import (
     Candidates,
     Judged,
@@ -181,6 +183,7 @@ class Findings:
 
     def _judge_outputs(self, trial: Trial, parts: Sequence[Run], whole: Run) -> None:
         """Keep what the outputs of a trial leave possible."""
+        Nest.flatten(whole.outputs, "The module's outputs")  # says what cannot be merged at all
         roles = output_roles(whole.outputs, self._declared)
         every = [_tensors(run.outputs) for run in (*parts, whole)]
         counts = [len(tensors) for tensors in every]
@@ -216,7 +219,10 @@ class Findings:
             unknown = layout.effect is Effect.UNKNOWN or (self._layouts[at] or layout) != layout or at in self._outputs
             self._layouts[at] = layout
             counts = [*self._rows, sum(self._rows)]
-            seen = f"shapes {shapes} for {counts} rows, of which the first ones side by side are not the last one"
+            kinds = " and ".join(sorted({str(value.dtype) for value in values}))
+            seen = f"{kinds} of shapes {shapes} for {counts} rows, of which the first two are not the last"
+            if sum(len(set(sizes)) > 1 for sizes in zip(*shapes, strict=False)) > 1:
+                seen += f" (a length that follows from the rows' values must be given: {TOTAL_LENGTH})"
         if unknown and not trial.meets:
             raise refused_output(self._names[at], seen)
         self._trusted = self._trusted or unknown

@@ -99,7 +99,7 @@ class Judge:
             raise
         except FAILURES as error:
             if self._runs():
-                raise failed(error, self._rows, self._batch.rows) from error
+                raise failed(error, self._rows, self._batch.rows, self._batch.structure.values) from error
             return False
         try:
             parts = [trial.run(0, first), trial.run(first, total)]
@@ -109,7 +109,7 @@ class Judge:
         except NotImplementedError:  # fastdp's own refusals, of which the step gives the right ones
             return False
         except FAILURES as error:
-            raise failed(error, self._rows, self._batch.rows) from error
+            raise failed(error, self._rows, self._batch.rows, self._batch.structure.values) from error
         self.findings.see(trial, parts, whole)
         return True
 

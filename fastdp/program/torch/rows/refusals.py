@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from fastdp.program.torch.rows.hints import of_values
+
 _REMEDIES = (
     'Say what it is, if you know: fastdp.wrap(module, rows={"output": ...}) with the number of the axis that has the '
     'rows, "same", "sum", "mean", or fastdp.mean_over(lambda mask: mask) for a mean over what counts; or combine the '
@@ -9,13 +13,14 @@ _REMEDIES = (
 )
 
 
-def failed(error: BaseException, rows: tuple[int, int], total: int) -> ValueError:
-    """The error for a module that runs on a batch of `total` rows, but not on so few."""
+def failed(error: BaseException, rows: tuple[int, int], total: int, values: Any) -> ValueError:
+    """The error for a module that runs on a batch of `total` rows, but not on so few. `values` are the batch's."""
     first, last = rows
     return ValueError(
         f"The module does not run on {first}, {last} or {first + last} of the batch's {total} rows, as several devices "
         f"would run it: {type(error).__name__}: {error} If an argument has no rows, say so: "
         'fastdp.wrap(module, rows={"mask": "same"}), or the number of the axis that has the rows; or use gpus=[0].'
+        + of_values(values)
     )
 
 

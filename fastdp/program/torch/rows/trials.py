@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from fastdp.comm.batch import Batch
 from fastdp.program.torch.batch import Structure, undivided_batch
 from fastdp.program.torch.rows.declared import DeclaredRows
+from fastdp.program.torch.rows.hints import refuse_packed
 from fastdp.program.torch.rows.judge import Judge
 from fastdp.program.torch.rows.judged import Candidates, Judged
 from fastdp.program.torch.rows.plain import keeps_rows_apart
@@ -97,6 +98,7 @@ class Trials:
     def _found(self, batch: Batch, devices: int, *, wants: bool) -> _Found | None:
         """What trials find out; None if the module does not run."""
         structure: Structure = batch.structure
+        refuse_packed(structure.values)
         refused = structure.misfit
         if refused is None:
             if keeps_rows_apart(self._module):
