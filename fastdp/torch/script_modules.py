@@ -265,8 +265,6 @@ def _why_part(part: nn.Module) -> str | None:
         return "it is compiled. Leave torch.compile out."
     if kind.__module__.partition(".")[0] == "keras":
         return f"it has the Keras layer {kind.__name__} in it."
-    if getattr(part, "sparse", False) and isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
-        return f"{kind.__name__}(sparse=True) makes sparse gradients. Leave sparse=True out."
     for tensor in (*part._parameters.values(), *part._buffers.values()):
         if tensor is not None and tensor.device.type != "cpu":
             return (

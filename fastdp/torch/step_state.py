@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.amp import GradScaler
 
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.program.torch.gradients import Found
@@ -15,7 +16,7 @@ from fastdp.program.torch.window import Window
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import settle, tensors_of
 
-_KEYS = ("parameters", "classes", "optimizers", "calls", "window", "draws")
+_KEYS = ("parameters", "classes", "optimizers", "scaler", "calls", "window", "draws")
 
 
 def read_state(engine: DataParallel[TorchProgram]) -> dict[str, Any]:
@@ -26,6 +27,7 @@ def read_state(engine: DataParallel[TorchProgram]) -> dict[str, Any]:
         "parameters": _parameters(program),
         "classes": _classes(optimizers),
         "optimizers": optimizers.state_dict(),
+        "scaler": program.rules.scaler and program.rules.scaler.state_dict(),
         "calls": program.calls,
         "window": _read_window(engine),
         "draws": {"cpu": torch.get_rng_state(), "cuda": [torch.cuda.get_rng_state(gpu) for gpu in _gpus(engine)]},
@@ -39,11 +41,14 @@ def write_state(engine: DataParallel[TorchProgram], state: Mapping[str, Any]) ->
     _check_keys(state)
     _check_parameters(state["parameters"], _parameters(program))
     _check_optimizers(state, optimizers)
+    _check_scaler(state["scaler"], program.rules.scaler)
     _check_window(state["window"], program)
     torch.set_rng_state(state["draws"]["cpu"])
     for gpu, drawn in zip(_gpus(engine), state["draws"]["cuda"], strict=False):
         torch.cuda.set_rng_state(drawn, gpu)
     optimizers.load_state_dict(state["optimizers"])
+    if program.rules.scaler is not None:
+        program.rules.scaler.load_state_dict(state["scaler"] or {})
     _write_window(engine, state["window"])
     program.calls = state["calls"]
 
@@ -158,6 +163,17 @@ def _check_optimizers(state: Mapping[str, Any], optimizers: Optimizers) -> None:
                 f"`state_dict` has parameter groups of {there} parameters for optimizer {at} ({theirs[at]}), and the "
                 f"step's has groups of {own}. Make the optimizer with the same groups."
             )
+
+
+def _check_scaler(saved: Mapping[str, Any] | None, scaler: GradScaler | None) -> None:
+    """Check that both steps have a scaler that scales, or that neither has."""
+    ours = scaler is not None and scaler.is_enabled()
+    if bool(saved) is not ours:
+        has = ("has no scaler, or one that is off", "has a scaler")
+        raise ValueError(
+            f"`state_dict` is of a step that {has[bool(saved)]}, and this step {has[ours]}. Make the step with the "
+            'same scaler=; or load a part: step.optimizers[0].load_state_dict(state["optimizers"][0]).'
+        )
 
 
 def _check_window(saved: Mapping[str, Any], program: TorchProgram) -> None:

@@ -135,9 +135,9 @@ class TrainStep:
 
         Returns:
             A dict for `torch.save`, which `torch.load` reads with its default `weights_only=True`. It has the states of
-            the optimizers, the number of calls, the place in the window of `accumulate` with the gradients that wait
-            (on each device), and the states of torch's generators. The optimizers' tensors are their own, as of torch's
-            `state_dict`: training changes them. Everything else is a copy.
+            the optimizers and of the scaler, the number of calls, the place in the window of `accumulate` with the
+            gradients that wait (on each device), and the states of torch's generators. The optimizers' tensors are
+            their own, as of torch's `state_dict`: training changes them. Everything else is a copy.
 
         Weights and buffers are in the module's `state_dict`. Schedulers, and generators of Python and NumPy, are yours.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -276,6 +277,36 @@ def test_a_loop_scales_as_on_one_device(devices):
         loop(reference, [optimizer], theirs, [batch], clip=0.5)
         assert ours.state_dict() == theirs.state_dict()
     assert_same(module, reference)
+
+
+@pytest.mark.parametrize(("before", "then"), [(1, 1), (3, 3), (2, 8)])
+def test_a_run_that_goes_on_anew_has_the_scale_and_its_counter(before, then):
+    module, reference = Net(), Net()
+    theirs, optimizer = scaler(), adam(reference.parameters())
+    step = fastdp.wrap(module, gpus=before).train_step(F.mse_loss, adam, scaler=scaler())
+    file = io.BytesIO()
+    for i in range(8):
+        batch = data(i, overflows=i == 1)
+        if i == 4:
+            torch.save({"module": module.state_dict(), "step": step.state_dict()}, file)
+            module, ours = Net(), scaler()
+            step = fastdp.wrap(module, gpus=then).train_step(F.mse_loss, adam, scaler=ours)
+            file.seek(0)
+            saved = torch.load(file)
+            module.load_state_dict(saved["module"])
+            step.load_state_dict(saved["step"])
+        step(*batch)
+        loop(reference, [optimizer], theirs, [batch])
+    assert ours.state_dict() == theirs.state_dict()
+    assert_same(module, reference)
+    for other in (None, GradScaler("cpu", enabled=False)):
+        without = fastdp.wrap(Net(), gpus=then).train_step(F.mse_loss, adam, scaler=other)
+        with pytest.raises(
+            ValueError, match="of a step that has a scaler, and this step has no scaler, or one that is"
+        ):
+            without.load_state_dict(step.state_dict())
+        with pytest.raises(ValueError, match="of a step that has no scaler, or one that is off, and this step has a"):
+            step.load_state_dict(without.state_dict())
 
 
 def test_what_is_no_scaler_is_named():

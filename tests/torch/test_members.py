@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -38,30 +36,3 @@ def test_a_file_of_data_parallel_is_loaded_without_its_prefix():
 def test_a_parallel_module_is_not_wrapped_again():
     with pytest.raises(ValueError, match=r"Wrap its module: model\.module"):
         fastdp.wrap(fastdp.wrap(nn.Linear(4, 2), gpus=2), gpus=2)
-
-
-@pytest.mark.parametrize("devices", DEVICES)
-def test_sparse_gradients_of_embeddings_train_as_on_one_device(devices):
-    module = nn.EmbeddingBag(7, 3, sparse=True, mode="sum").double()
-    reference = copy.deepcopy(module)
-    optimizers = [lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)]
-    step = fastdp.wrap(module, gpus=devices).train_step(lambda y: (y**2).mean(), optimizers[0])
-    optimizer = optimizers[0](reference.parameters())
-    for seed in range(3):
-        rows = torch.randint(7, (9, 2), generator=torch.Generator().manual_seed(seed))
-        optimizer.zero_grad()
-        loss = (reference(rows) ** 2).mean()
-        loss.backward()
-        optimizer.step()
-        torch.testing.assert_close(step(rows), loss.detach())
-    torch.testing.assert_close(module.state_dict(), reference.state_dict())
-
-
-@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.SparseAdam])
-def test_other_optimizers_refuse_sparse_gradients_on_several_devices(make):
-    module = nn.EmbeddingBag(7, 3, sparse=True, mode="sum").double()
-    before = module.weight.detach().clone()
-    step = fastdp.wrap(module, gpus=2).train_step(lambda y: (y**2).mean(), make)
-    with pytest.raises(NotImplementedError, match="sparse=False"):
-        step(torch.randint(7, (9, 2)))
-    assert torch.equal(module.weight, before)

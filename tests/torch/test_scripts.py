@@ -99,6 +99,20 @@ models = [model]
 """,
         ["Special: 3 calls on 3 devices, 1 on one device."],
     ),
+    "sparse gradients": (
+        """
+model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Linear(24, 3)).double()
+X = X.abs().long().clamp(max=8)
+optimizers = optim.SparseAdam(model[0].parameters()), optim.Adam(model[2].parameters())
+for _ in range(3):
+    F.cross_entropy(model(X), Y).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+models = [model]
+""",
+        ["Sequential: 2 calls on 3 devices, 1 on one device."],
+    ),
     "GAN": (
         """
 G = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.LeakyReLU(), nn.Linear(8, 6)).double()
@@ -359,20 +373,6 @@ X = seen[-1]
     "a compiled module": (
         "model = torch.compile(Net().double(), backend='eager')\n" + LOOP + "\nmodels = [model]",
         "Leave torch.compile out",
-    ),
-    "sparse gradients": (
-        """
-model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Linear(24, 3)).double()
-X = X.abs().long().clamp(max=8)
-optimizers = optim.SparseAdam(model[0].parameters()), optim.Adam(model[2].parameters())
-for _ in range(3):
-    F.cross_entropy(model(X), Y).backward()
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-models = [model]
-""",
-        "Leave sparse=True out",
     ),
     "layers called by a method": (
         """
