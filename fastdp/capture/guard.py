@@ -20,6 +20,7 @@ import torch
 from fastdp.capture.pure_step import PureStep
 from fastdp.capture.watch import Watch
 from fastdp.errors import NotCapturable
+from fastdp.tensors.thread_state import flushes_subnormals
 
 
 class Guard:
@@ -99,6 +100,7 @@ def settings() -> tuple[Any, ...]:
         torch._C._get_flash_sdp_enabled(),
         torch._C._get_mem_efficient_sdp_enabled(),
         torch._C._get_math_sdp_enabled(),
+        flushes_subnormals(),
     )
 
 
@@ -118,6 +120,7 @@ _SETTINGS = (
     "torch.backends.cuda.enable_flash_sdp()",
     "torch.backends.cuda.enable_mem_efficient_sdp()",
     "torch.backends.cuda.enable_math_sdp()",
+    "torch.set_flush_denormal()",
 )
 
 

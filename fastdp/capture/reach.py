@@ -8,6 +8,7 @@ that models are made of.
 from __future__ import annotations
 
 import collections
+import contextvars
 import dis
 import enum
 import functools
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 
 from fastdp.capture.watch import Watch
+from fastdp.errors import NotCapturable
 
 _LIBRARIES = frozenset({"torch", "numpy", "fastdp", "builtins", *sys.stdlib_module_names})
 # Immutable values that `==` compares completely. `_by_value` adds classes whose `==` is identity.
@@ -122,6 +124,8 @@ class Reach:
             self._function(value, what)
         elif isinstance(value, property):
             self.walk(value.fget, what)
+        elif isinstance(value, contextvars.ContextVar):
+            raise NotCapturable(f"{what}, a context variable, whose value the caller of each step sets")
         elif isinstance(value, type):
             self._class(value)
         elif isinstance(value, _CONTAINERS):

@@ -64,7 +64,7 @@ class ThreadState:
         self._several = several
         self._thread, self._lock = threading.get_ident(), threading.Lock()
         self._context = contextvars.copy_context()
-        self._flushes = _flushes()
+        self._flushes = flushes_subnormals()
         self._saved: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(False)
         self._no_hooks: str | None = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
 
@@ -149,7 +149,7 @@ _CACHED = (
 @contextmanager
 def _subnormals(*, flushed: bool) -> Iterator[None]:
     """Flush subnormal numbers to zero, or do not: a setting of each thread."""
-    before = _flushes()
+    before = flushes_subnormals()
     if before == flushed:
         yield
         return
@@ -162,7 +162,7 @@ def _subnormals(*, flushed: bool) -> Iterator[None]:
         end_pool()
 
 
-def _flushes() -> bool:
+def flushes_subnormals() -> bool:
     """Whether this thread flushes subnormal numbers to zero."""
     return _SMALLEST * _ONE == 0.0
 

@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import copy
 import threading
+import warnings
 
 import pytest
 import torch
@@ -25,9 +26,7 @@ SCALE = contextvars.ContextVar("scale", default=1.0)
 each_number = pytest.mark.parametrize("devices", DEVICES)
 
 
-class Net(nn.Module):
-    """A module that reads whatever may lie around its call."""
-
+class Bare(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(4)
@@ -37,7 +36,14 @@ class Net(nn.Module):
     def forward(self, x):
         tiny = (x * 1e-310).sum(1, keepdim=True) * 1e308  # gone where subnormal numbers are flushed
         made = torch.ones(3, dtype=torch.float64)
-        return self.last(torch.tanh(self.first(x))) * SCALE.get() * made + tiny
+        return self.last(torch.tanh(self.first(x))) * made + tiny
+
+
+class Net(Bare):
+    """A module that reads whatever may lie around its call."""
+
+    def forward(self, x):
+        return super().forward(x) * SCALE.get()
 
 
 def data(rows: int = 11) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,6 +159,31 @@ def test_what_lies_around_train_steps_counts(around, devices, reduction):
     theirs = run_loop(reference, COUNTS[around], backward_inside=True)
     ours = run_steps(fastdp.wrap(module, gpus=devices), COUNTS[around], reduction)
     assert_equal_runs(ours, theirs, module, reference, rough="autocast" in around)
+
+
+@pytest.mark.parametrize("steps", [(0, 1, 2, 3), (4, 5, 6, 7)])
+@pytest.mark.parametrize("around", ["context variables", "subnormal numbers", "hooks on saved tensors", "save_on_cpu"])
+@pytest.mark.parametrize("devices", [1, 3])
+def test_captured_steps_notice_what_lies_around_some_of_them(devices, around, steps):
+    module, (x, y) = (Net() if around == "context variables" else Bare()), data()
+    reference = copy.deepcopy(module)
+    step = fastdp.wrap(module, gpus=devices, compile="trace").train_step(F.mse_loss, sgd, reduction="mean")
+    optimizer, ours, theirs = sgd(reference.parameters()), [], []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fastdp runs 'Net' eagerly: .* a context variable")  # it runs eagerly
+        for number in range(8):
+            scope = COUNTS[around]() if number in steps else contextlib.nullcontext()
+            with scope:
+                ours.append(step(x, y).item())
+        for number in range(8):
+            scope = COUNTS[around]() if number in steps else contextlib.nullcontext()
+            optimizer.zero_grad()
+            with scope:
+                loss = F.mse_loss(reference(x), y)
+                loss.backward()
+            optimizer.step()
+            theirs.append(loss.item())
+    assert_equal_runs(ours, theirs, module, reference)
 
 
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils import _pytree as pytree
 
 from fastdp.tensors.arrays import dtype_name
@@ -81,7 +83,8 @@ class _Hole:
 HOLE = _Hole()
 
 
-_KINDS = (torch.Tensor, nn.Parameter)
+# Traces compute with tensors that stand for plain ones.
+_KINDS = (torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

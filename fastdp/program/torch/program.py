@@ -273,9 +273,11 @@ class TorchProgram(Program):
         """Compute forward, this replica's contribution to the loss, and its gradient."""
 
         def eager(context: Context) -> Result:
-            return self._thread.run(self._passes.train, state, self._users, batch, context)
+            return self._passes.train(state, self._users, batch, context)
 
-        return eager(context) if self._replays is None else self._replays.train(state, batch, context, eager)
+        if self._replays is None:
+            return self._thread.run(eager, context)
+        return self._thread.run(self._replays.train, state, batch, context, eager)
 
     def step_graph(self, contexts: Sequence[Context], why_not: str) -> RecordedStepGraph | None:
         """The step graph for these rows; None if there is none."""
