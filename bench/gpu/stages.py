@@ -56,7 +56,9 @@ def _sanitizer(tool: str) -> Part:
     """The kernel tests at small sizes under one compute-sanitizer tool."""
     tests = (*_gpu_tests("test_kernels.py"), "-k", "784 or 130 or out_of_range", "-x")
     command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "86", sys.executable, *tests)
-    return Part(tool, command, 40, needs="compute-sanitizer", environment={"FASTDP_GPU_SMALL": "1"})
+    return Part(
+        tool, command, 40, needs="compute-sanitizer", environment={"FASTDP_GPU_SMALL": "1", "FASTDP_GPU_ALONE": "1"}
+    )
 
 
 def _steps(name: str, seconds: float, *cases: str) -> Part:

@@ -7,6 +7,7 @@ the device that they run on: tests/test_gpu_checks.py runs them on simulated one
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,9 +16,22 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import engine_checks
+
 import fastdp
 
 LIMIT = 30.0
+
+
+@pytest.fixture
+def compute() -> engine_checks.Compute:
+    """Applied to the functions of a program. With FASTDP_GPU_COMPUTE=host NumPy computes, on copies in the order of
+    CuPy's current stream: for cards that cannot run CuPy's kernels and libraries."""
+    if os.environ.get("FASTDP_GPU_COMPUTE") != "host":
+        return engine_checks.as_it_is
+    import cupy
+
+    return engine_checks.through(cupy.asnumpy, cupy.asarray)
 
 
 @pytest.fixture

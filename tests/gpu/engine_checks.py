@@ -1,7 +1,6 @@
 """The engine on GPUs held to the engine in host memory; the devices come from the caller.
 
-`finish` is applied to what the functions of a program return: on the simulated CUDA an array that arithmetic made is
-not on the GPU.
+`compute` is applied to the functions of a program: where CuPy cannot compute, they compute on copies (`through`).
 """
 
 from __future__ import annotations
@@ -25,14 +24,35 @@ from fastdp.program.functions import FunctionProgram
 LIMIT = 30.0
 POISONED = 1e6
 
+Function = Callable[..., Any]
+Compute = Callable[[Function], Function]
 
-def linear(finish: Callable[[Any], Any] = lambda x: x, seed: int = 0) -> FunctionProgram:
+
+def as_it_is(function: Function) -> Function:
+    """The function computes with the arrays that it is given."""
+    return function
+
+
+def through(given: Callable[[Any], Any], made: Callable[[Any], Any]) -> Compute:
+    """A decorator that hands each argument through `given`, and each array that the function returns through `made`."""
+
+    def each(change: Callable[[Any], Any], value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: each(change, item) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(each(change, item) for item in value)
+        return change(value) if getattr(value, "ndim", 0) else value
+
+    return lambda function: lambda *arguments: each(made, function(*each(given, arguments)))
+
+
+def linear(compute: Compute = as_it_is, seed: int = 0) -> FunctionProgram:
     """A least-squares line with momentum; its functions work on NumPy's and CuPy's arrays. A row that begins with
     POISONED makes its replica fail."""
     rng = np.random.default_rng(seed)
 
     def forward(p, batch):
-        return finish(batch[0] @ p["w"] + p["b"])
+        return batch[0] @ p["w"] + p["b"]
 
     def train(p, batch):
         if float(batch[0][:, 0].max()) >= POISONED:
@@ -48,7 +68,8 @@ def linear(finish: Callable[[Any], Any] = lambda x: x, seed: int = 0) -> Functio
 
     start = {"w": rng.normal(size=(5, 3)).astype("float32"), "b": np.zeros(3, "float32")}
     slots = {f"m{k}": np.zeros_like(v) for k, v in start.items()}
-    return FunctionProgram(start, train, update, lambda p, batch: [forward(p, batch)], slots)
+    predict = compute(lambda p, batch: [forward(p, batch)])
+    return FunctionProgram(start, compute(train), compute(update), predict, slots)
 
 
 def rows(n: int, seed: int = 1) -> list[np.ndarray]:
@@ -56,9 +77,9 @@ def rows(n: int, seed: int = 1) -> list[np.ndarray]:
     return [rng.normal(size=(n, 5)).astype("float32"), rng.normal(size=(n, 3)).astype("float32")]
 
 
-def trains_as_on_the_host(devices: list, hosts: list, n: int, finish: Callable[[Any], Any] = lambda x: x) -> None:
+def trains_as_on_the_host(devices: list, hosts: list, n: int, compute: Compute = as_it_is) -> None:
     """Three steps and a prediction."""
-    engine = fastdp.DataParallel(linear(finish), devices, timeout=LIMIT, check_replicas=True)
+    engine = fastdp.DataParallel(linear(compute), devices, timeout=LIMIT, check_replicas=True)
     reference = fastdp.DataParallel(linear(), hosts, timeout=LIMIT)
     for step in range(3):
         batch = rows(n, step)
@@ -72,9 +93,9 @@ def trains_as_on_the_host(devices: list, hosts: list, n: int, finish: Callable[[
         np.testing.assert_allclose(values, theirs.memory.variables.buffers["float32"], rtol=1e-5, atol=1e-5)
 
 
-def allocates_nothing_in_the_steady_state(devices: list, finish: Callable[[Any], Any] = lambda x: x) -> dict[str, int]:
+def allocates_nothing_in_the_steady_state(devices: list, compute: Compute = as_it_is) -> dict[str, int]:
     """After the first steps no step asks CUDA for memory. Returns the counts."""
-    engine = fastdp.DataParallel(linear(finish), devices, timeout=LIMIT)
+    engine = fastdp.DataParallel(linear(compute), devices, timeout=LIMIT)
 
     def counts() -> dict[str, int]:
         return {
@@ -93,9 +114,9 @@ def allocates_nothing_in_the_steady_state(devices: list, finish: Callable[[Any],
     return before
 
 
-def recovers_from_a_failure(devices: list, finish: Callable[[Any], Any] = lambda x: x) -> None:
+def recovers_from_a_failure(devices: list, compute: Compute = as_it_is) -> None:
     """The last replica fails: the error says where, no weight changes, and the next step works."""
-    engine = fastdp.DataParallel(linear(finish), devices, timeout=LIMIT, check_replicas=True)
+    engine = fastdp.DataParallel(linear(compute), devices, timeout=LIMIT, check_replicas=True)
     engine.train(rows(16))
 
     def weights() -> list[np.ndarray]:
@@ -125,12 +146,12 @@ class Announcing(FunctionProgram):
         return Result([], np.array([loss * share]))
 
 
-def reduces_during_backward(devices: list, hosts: list, finish: Callable[[Any], Any] = lambda x: x) -> int:
+def reduces_during_backward(devices: list, hosts: list, compute: Compute = as_it_is) -> int:
     """Buckets begin before the replicas are done, and the weights are those of the host. Returns how many begin."""
     engines = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FlatBuffers.buckets, "__defaults__", (4, 4))  # one array per bucket
-        for these, how in ((devices, finish), (hosts, lambda x: x)):
+        for these, how in ((devices, compute), (hosts, as_it_is)):
             program = linear(how)
             start, slots = program._initial, program._initial_slots
             program = Announcing(start, program._train, program._update, program._predict, slots)
@@ -145,12 +166,14 @@ def reduces_during_backward(devices: list, hosts: list, finish: Callable[[Any], 
     return engines[0].times.early
 
 
-def merges_where_asked(devices: list, finish: Callable[[Any], Any] = lambda x: x) -> None:
+def merges_where_asked(devices: list, compute: Compute = as_it_is) -> None:
     """Outputs on a GPU hold the values of outputs on the host."""
     batch = rows(13)
-    engine = fastdp.DataParallel(linear(finish), devices, timeout=LIMIT, cpu_merge=False, merge_device=len(devices) - 1)
+    engine = fastdp.DataParallel(
+        linear(compute), devices, timeout=LIMIT, cpu_merge=False, merge_device=len(devices) - 1
+    )
     (output,) = engine.predict(batch).outputs
-    (host,) = fastdp.DataParallel(linear(finish), devices, timeout=LIMIT).predict(batch).outputs
+    (host,) = fastdp.DataParallel(linear(compute), devices, timeout=LIMIT).predict(batch).outputs
     np.testing.assert_array_equal(devices[-1].to_host(output), host)
 
 

@@ -13,36 +13,37 @@ import pytest
 pytestmark = pytest.mark.gpu
 
 COUNTS = [1, 2, 4, 8]
+SIZES = [1, 70_000, 700_000] if os.environ.get("FASTDP_GPU_SMALL") else [1, 70_000, 700_000, 5_000_000]
 
 
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("n", [1, 7, 64])
-def test_a_function_program_trains_as_on_the_host(gpus, hosts, count, n):
-    checks.trains_as_on_the_host(gpus(count), hosts(count), n)
+def test_a_function_program_trains_as_on_the_host(gpus, compute, hosts, count, n):
+    checks.trains_as_on_the_host(gpus(count), hosts(count), n, compute)
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_the_steady_state_allocates_nothing(gpus, count, record_property):
-    record_property("allocations", checks.allocates_nothing_in_the_steady_state(gpus(count)))
+def test_the_steady_state_allocates_nothing(gpus, compute, count, record_property):
+    record_property("allocations", checks.allocates_nothing_in_the_steady_state(gpus(count), compute))
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_a_failed_step_changes_no_weight_and_the_next_one_works(gpus, count):
-    checks.recovers_from_a_failure(gpus(count))
+def test_a_failed_step_changes_no_weight_and_the_next_one_works(gpus, compute, count):
+    checks.recovers_from_a_failure(gpus(count), compute)
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_buckets_are_reduced_during_backward(gpus, hosts, count, record_property):
-    record_property("early", checks.reduces_during_backward(gpus(count), hosts(count)))
+def test_buckets_are_reduced_during_backward(gpus, compute, hosts, count, record_property):
+    record_property("early", checks.reduces_during_backward(gpus(count), hosts(count), compute))
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_outputs_are_merged_where_they_are_asked_for(gpus, count):
-    checks.merges_where_asked(gpus(count))
+def test_outputs_are_merged_where_they_are_asked_for(gpus, compute, count):
+    checks.merges_where_asked(gpus(count), compute)
 
 
 @pytest.mark.parametrize("idle", [0, 1])
-@pytest.mark.parametrize("n", [1, 70_000, 700_000, 5_000_000])
+@pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("count", [2, 4, 8])
 def test_all_reduce_by_kernels(gpus, count, dtype, n, idle, record_property):
@@ -63,7 +64,7 @@ NCCL_RANKS = """
 import sys
 import numpy as np, cupy
 from cupy.cuda import nccl
-from fastdp.runtime.cuda import runtime
+from fastdp.runtime.cuda import cupy_api as runtime
 cards = [int(text) for text in sys.argv[1:]]
 # 7 and 0: ncclFloat32 and ncclSum. As comm/cuda/communicator.py connects them.
 if len(set(cards)) == len(cards):

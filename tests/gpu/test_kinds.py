@@ -6,9 +6,12 @@ import gc
 
 import pytest
 
-pytestmark = pytest.mark.gpu
+torch = pytest.importorskip("torch")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this torch is built without CUDA, or finds no GPU"),
+]
 
-pytest.importorskip("torch")
 COUNTS = [1, 2, 4, 8]
 
 

@@ -10,6 +10,15 @@ pytestmark = pytest.mark.gpu
 LIMIT = 30.0
 
 
+@pytest.fixture
+def torch():
+    """Torch, where it reaches the card."""
+    found = pytest.importorskip("torch")
+    if not found.cuda.is_available():
+        pytest.skip("this torch is built without CUDA, or finds no GPU")
+    return found
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "uint16", "int64", "uint8", "bool"])
 @pytest.mark.parametrize("n", [0, 1, 1000, 5_000_000])
 def test_arrays_go_to_the_card_and_back(gpus, dtype, n):
@@ -103,8 +112,7 @@ def test_a_captured_graph_replays(gpus):
         cupy_api.graph_exec_destroy(launchable)
 
 
-def test_torch_and_the_engine_share_memory_both_ways(gpus):
-    torch = pytest.importorskip("torch")
+def test_torch_and_the_engine_share_memory_both_ways(gpus, torch):
     from fastdp.tensors.arrays import as_tensor, output_array
 
     (device,) = gpus(1)
@@ -122,8 +130,7 @@ def test_torch_and_the_engine_share_memory_both_ways(gpus):
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
-def test_a_work_s_torch_operations_go_to_its_own_stream(gpus, count):
-    torch = pytest.importorskip("torch")
+def test_a_work_s_torch_operations_go_to_its_own_stream(gpus, torch, count):
     from fastdp.tensors.threads import prepare_worker
 
     devices, seen = gpus(count), {}

@@ -8,11 +8,15 @@ communicators' devices, which need not be current. Errors are `NcclError`, a Run
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from cupy.cuda import nccl
+with warnings.catch_warnings():
+    # CuPy warns where there is no libnccl. One GPU needs none, and with several `fastdp devices` says what to install.
+    warnings.simplefilter("ignore", UserWarning)
+    from cupy.cuda import nccl
 
 __all__ = [
     "NCCL_DTYPES",

@@ -1,0 +1,180 @@
+"""The real CuPy on a CUDA of our own (tests/cuda/rig): that CUDA's rules, and tests/gpu on its cards."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "rig"))
+
+import build_rig
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 240.0
+# What the rig's cards cannot do yet.
+NOT_MODELLED = {"tests/gpu/test_runtime.py::test_a_captured_graph_replays": "streams are not recorded"}
+# Why tests of tests/gpu may be skipped on the rig.
+SKIPPED = {"CuPy finds no libnccl", "this torch is built without CUDA, or finds no GPU", "needs 2 GPU(s): 1 GPU here"}
+
+
+@pytest.fixture(scope="session")
+def rig() -> Path:
+    """The folder of the rig, built if it is not there yet."""
+    try:
+        return build_rig.built()
+    except build_rig.NotToBeHad as why:
+        pytest.skip(str(why))
+
+
+def run_on(rig: Path, scratch: Path, cards: int, command: list[str], **more: str) -> tuple[str, str, list[str]]:
+    """The output of a Python process with so many cards, its errors, and what CUDA forbids and does not detect."""
+    violations = scratch / "violations"
+    environment = build_rig.environment(rig, cards, RIG_VIOLATIONS=str(violations), **more)
+    command = [sys.executable, *command]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+    errors = done.stderr + (f"exit status {done.returncode}" if done.returncode else "")
+    return done.stdout, errors, violations.read_text(encoding="utf-8").splitlines() if violations.exists() else []
+
+
+WHOLE, ENGINE = ["tests/gpu"], ["tests/gpu/test_engine.py", "tests/gpu/test_runtime.py"]
+
+
+@pytest.mark.parametrize(
+    ("cards", "files", "delay", "at_least"), [(1, WHOLE, 0, 190), (2, ENGINE, 150, 100), (8, ENGINE, 50, 100)]
+)
+def test_the_tests_for_gpus_pass_with_the_real_cupy(rig, tmp_path, cards, files, delay, at_least, record_property):
+    report = tmp_path / "report.xml"
+    left_out = [f"--deselect={test}" for test in NOT_MODELLED]
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--junitxml={report}", "-o", "junit_family=xunit1"]
+    settings = {"RIG_DELAY_US": str(delay), "FASTDP_GPU_COMPUTE": "host", "FASTDP_GPU_SMALL": "1"}
+    said, errors, violations = run_on(rig, tmp_path, cards, ["-m", "pytest", *options, *left_out, *files], **settings)
+    assert report.exists(), said[-3000:] + errors[-3000:]
+    cases = list(ET.parse(report).iter("testcase"))
+    bad = [case.get("name") for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skipped = [skip.get("message") for case in cases for skip in case.findall("skipped")]
+    assert (bad, errors, violations) == ([], "", []), said[-6000:]
+    assert set(skipped) <= SKIPPED
+    record_property("passed", len(cases) - len(skipped))
+    assert len(cases) - len(skipped) >= at_least
+
+
+HEAD = "import cupy, numpy as np, threading\nfrom cupy.cuda import driver, runtime as rt\n"
+
+
+def said_by(rig: Path, scratch: Path, program: str, cards: int = 2, **more: str) -> list[str]:
+    """The lines that a program prints on so many cards; it must do nothing that CUDA forbids."""
+    said, errors, violations = run_on(rig, scratch, cards, ["-c", HEAD + program], **more)
+    assert (errors, violations) == ("", []), said
+    return said.splitlines()
+
+
+def test_streams_run_beside_each_other_and_events_order_them(rig, tmp_path):
+    program = """
+n = 1 << 20
+host = rt.hostAlloc(4 * n, 1)
+a, b = rt.malloc(n), rt.malloc(n)
+s, t = rt.streamCreateWithPriority(1, -9), rt.streamCreateWithFlags(1)
+print(rt.streamGetPriority(s))
+first, second = rt.eventCreateWithFlags(2), rt.eventCreateWithFlags(2)
+print(rt.eventQuery(first))
+for value in range(50):
+    rt.memsetAsync(a, value, n, s)
+rt.eventRecord(first, s)
+print(rt.eventQuery(first))
+rt.streamWaitEvent(t, first)
+rt.memcpyAsync(host, a, n, 4, t)
+rt.eventRecord(second, t)
+rt.streamDestroy(s)
+rt.eventDestroy(first)
+rt.eventSynchronize(second)
+print(np.ctypeslib.as_array((__import__("ctypes").c_uint8 * n).from_address(host)).min())
+"""
+    # A busy stream may be destroyed, and so may an event that a stream waits for.
+    assert said_by(rig, tmp_path, program, 1, RIG_DELAY_US="100") == ["-5", "0", "600", "49"]
+
+
+def test_contexts_belong_to_threads(rig, tmp_path):
+    program = """
+def look():
+    seen = [driver.ctxGetCurrent()]
+    try:
+        driver.moduleLoadData(b"")
+    except driver.CUDADriverError as error:
+        seen.append(str(error).split(":")[0])
+    rt.setDevice(1)
+    print(seen, driver.ctxGetCurrent() != 0)
+rt.setDevice(0)
+thread = threading.Thread(target=look)
+thread.start()
+thread.join()
+print(rt.getDevice())
+"""
+    assert said_by(rig, tmp_path, program) == ["[0, 'CUDA_ERROR_INVALID_CONTEXT'] True", "0"]
+
+
+def test_calls_that_cuda_refuses(rig, tmp_path):
+    program = """
+def refused(call, *arguments):
+    try:
+        call(*arguments)
+    except rt.CUDARuntimeError as error:
+        print(call.__name__, error.status)
+rt.setDevice(1)
+stream, event, memory = rt.streamCreate(), rt.eventCreate(), rt.malloc(100)
+rt.setDevice(0)
+here = rt.streamCreate()
+refused(rt.setDevice, 2)
+refused(rt.deviceEnablePeerAccess, 0)
+rt.deviceEnablePeerAccess(1)
+refused(rt.deviceEnablePeerAccess, 1)
+refused(rt.eventRecord, event, here)
+refused(rt.memsetAsync, memory, 0, 100, stream)
+refused(rt.memcpyAsync, memory + 60, memory, 50, 4, stream)
+refused(rt.malloc, 1 << 46)
+refused(rt.free, memory + 8)
+rt.streamDestroy(here)
+refused(rt.streamSynchronize, here)
+attributes = rt.pointerGetAttributes(memory + 99)
+print(attributes.type, attributes.device)
+"""
+    assert said_by(rig, tmp_path, program) == [
+        "setDevice 101",
+        "deviceEnablePeerAccess 101",
+        "deviceEnablePeerAccess 704",
+        "eventRecord 400",
+        "memsetAsync 400",
+        "memcpyAsync 1",
+        "malloc 2",
+        "free 1",
+        "streamSynchronize 400",
+        "2 1",
+    ]
+
+
+def test_a_failed_card_answers_every_call_with_its_failure(rig, tmp_path):
+    """A kernel of card 0 is given memory of card 1, which it does not reach; card 1 goes on."""
+    program = """
+from fastdp.launch import RowPiece, concat_rows
+from fastdp.runtime.cuda.device import CudaDevice
+near, far = CudaDevice(0, 0), CudaDevice(1, 1)
+x, y = far.zeros((64,), np.dtype("float32")), near.zeros((64,), np.dtype("float32"))
+concat_rows(near.kernels, [RowPiece(x.data.ptr, y.data.ptr, 64, 4, 0)], stream=near.compute.handle)
+for attempt in range(2):
+    try:
+        near.to_host(y)
+    except rt.CUDARuntimeError as error:
+        print(error)
+rt.setDevice(1)
+print(far.to_host(x).sum())
+__import__("os")._exit(0)
+"""
+    said, errors, violations = run_on(rig, tmp_path, 2, ["-c", HEAD + program])
+    failure = "cudaErrorIllegalAddress: cudaErrorIllegalAddress"
+    assert said.splitlines() == [failure, failure, "0.0"], errors
+    assert violations == ["concat_rows on card 0 was given memory of card 1, which it does not reach"]
