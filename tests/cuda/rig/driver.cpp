@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 #include <elf.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -212,7 +213,8 @@ CUresult cuLaunchKernel(CUfunction function, unsigned grid, unsigned grid_y, uns
         return CUDA_ERROR_NOT_SUPPORTED;
     }
     for (std::size_t i = 0; i < sizes.size(); ++i) {
-        const int error = check_addresses(lock, card, name, params[i], sizes[i]);
+        // Structs of CuPy's begin with their address; what comes behind it is not always initialized.
+        const int error = check_addresses(lock, card, name, params[i], nbytes ? sizes[i] : std::min<std::size_t>(8, sizes[i]));
         if (error) {  // found by the card when the kernel runs
             enqueue(lock, *stream, [error] { return error; });
             return CUDA_SUCCESS;
