@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from fastdp.program.torch.batch import Structure
 from fastdp.program.torch.module import Slot
-from fastdp.program.torch.nest import Nest
+from fastdp.program.torch.nest import PLAIN, Nest
 from fastdp.program.torch.rows.declared import output_roles
 from fastdp.program.torch.rows.hints import TOTAL_LENGTH
 from fastdp.program.torch.rows.judged import (
@@ -185,6 +185,13 @@ class Findings:
         """Keep what the outputs of a trial leave possible."""
         Nest.flatten(whole.outputs, "The module's outputs")  # says what cannot be merged at all
         roles = output_roles(whole.outputs, self._declared)
+        others = [_others(run.outputs) for run in (*parts, whole)]
+        if any(one != others[2] for one in others):
+            raise ValueError(
+                f"The module returns, besides tensors, {others} for {[*self._rows, sum(self._rows)]} rows of a batch. "
+                "Values that are no tensors must be the same for any rows. Return a tensor in their place, such as "
+                "torch.tensor(value), or use gpus=[0]."
+            )
         every = [_tensors(run.outputs) for run in (*parts, whole)]
         counts = [len(tensors) for tensors in every]
         if len({*counts, len(self._names or roles)}) > 1:
@@ -281,6 +288,11 @@ class Findings:
                 continue
             if trial.run(0, sum(self._rows), times=2).numbers[name] != value:
                 raise refused_state("attribute", name)
+
+
+def _others(outputs: Any) -> list[Any]:
+    """What is no tensor among outputs, and may be there."""
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, PLAIN)]
 
 
 def _tensors(outputs: Any) -> list[torch.Tensor]:
