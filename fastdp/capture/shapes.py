@@ -38,7 +38,8 @@ class Shape(Generic[OutcomeT]):
 def entry_of(shape: Shape[Any]) -> dict[str, Any]:
     """The entry of one shape in `report()`."""
     slower = shape.trial.why if shape.trial is not None else ""
-    how = "compiled" if shape.compiled and not slower else "eager" if shape.captured is None else "traced"
+    how = "eager" if shape.captured is None else "compiled" if shape.compiled else "traced"
+    how = how if shape.trial is None else shape.trial.chosen
     recordings = list(shape.captured.recordings.values()) if shape.captured is not None else []
     if recordings:
         how = "step graph" if shape.ran_step_graph else "graph"

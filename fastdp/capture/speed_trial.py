@@ -1,4 +1,4 @@
-"""Times some compiled and some traced steps, and keeps the faster."""
+"""Times some steps in each form that they may have (compiled, traced, eager), and keeps the fastest."""
 
 from __future__ import annotations
 
@@ -14,33 +14,53 @@ STEPS = 10  # of each kind
 
 
 class SpeedTrial:
-    """Lets a captured step run compiled, then traced, and keeps the faster.
+    """Lets a captured step run compiled, then traced, then perhaps eagerly, and keeps the fastest.
 
     Compiling has ended before the trial: step times measured while it runs beside the training say little.
 
     Args:
         captured: a traced step.
-        compiled: the compiled form of the step, used from now on.
+        compiled: the compiled form of the step, used from now on; None if there is none.
+        eager: whether to try eager steps too.
 
-    After the trial `why` says why the step stays traced; it is empty if the step stays compiled.
+    After the trial `chosen` is the form that stays, and `why` says why it is not the first one; else it is empty.
     """
 
-    def __init__(self, captured: Captured[Any], compiled: Callable[..., Sequence[torch.Tensor]]) -> None:
+    def __init__(
+        self, captured: Captured[Any], compiled: Callable[..., Sequence[torch.Tensor]] | None, *, eager: bool = False
+    ) -> None:
         self._captured, self._compiled = captured, compiled
+        self._forms = [*(["compiled"] if compiled is not None else []), "traced", *(["eager"] if eager else [])]
         self._seconds: list[float] = []
         self.why = ""
-        captured.use(compiled)
+        self.chosen = self._forms[0]
+        self._take(self.chosen)
 
     def note(self, seconds: float) -> None:
         """Add the duration of a step."""
-        if len(self._seconds) == 2 * STEPS:
+        if len(self._seconds) == len(self._forms) * STEPS:
             return
         self._seconds.append(seconds)
-        if len(self._seconds) == STEPS:
+        tried, rest = divmod(len(self._seconds), STEPS)
+        if not rest:
+            self._take(self._forms[tried] if tried < len(self._forms) else self._fastest())
+
+    def _take(self, form: str) -> None:
+        """Let the coming steps have a form."""
+        self._captured.runs_eagerly = form == "eager"
+        if form == "compiled":
+            assert self._compiled is not None
+            self._captured.use(self._compiled)
+        elif form == "traced":
             self._captured.use_traced()
-        elif len(self._seconds) == 2 * STEPS:
-            compiled, traced = statistics.median(self._seconds[:STEPS]), statistics.median(self._seconds[STEPS:])
-            if compiled <= traced:
-                self._captured.use(self._compiled)
-            else:
-                self.why = f"a step takes {1e3 * compiled:.2f} ms compiled and {1e3 * traced:.2f} traced"
+
+    def _fastest(self) -> str:
+        """The form whose steps took the least time."""
+        medians = {
+            form: statistics.median(self._seconds[i * STEPS : (i + 1) * STEPS]) for i, form in enumerate(self._forms)
+        }
+        self.chosen = min(medians, key=medians.__getitem__)
+        if self.chosen != self._forms[0]:
+            first, *others = (f"{1e3 * seconds:.2f} {form}" for form, seconds in medians.items())
+            self.why = f"a step takes {first.replace(' ', ' ms ', 1)} and {' and '.join(others)}"
+        return self.chosen

@@ -8,8 +8,8 @@ number of rows share a graph. The `mode` selects how far this goes:
     "trace"      traced before the second step of a shape
     "inductor"   traced and compiled
     "auto"       traced, and later compiled, once a shape has been trained for about as long as each will take. On the
-                 CPU a trial keeps the faster of compiled and traced steps. Steps that contain the user's code run
-                 eagerly.
+                 CPU a trial keeps the faster of compiled and traced steps, or eager ones where those are compared
+                 too. Steps that contain the user's code run eagerly.
 
 On GPUs a step that has run once, traced or compiled, is recorded as CUDA graphs on each replica
 (`fastdp.capture.cuda_graphs.recording`), which later steps replay. At most `MOST_RECORDED` batch shapes per replica are
@@ -113,7 +113,8 @@ class Captures(Generic[OutcomeT]):
         if self._eager_now or not self._shapes:
             return None
         shape = self._shapes.get(key_of(context, self._step))
-        return shape.captured if shape is not None else None
+        captured = shape.captured if shape is not None else None
+        return captured if captured is not None and not captured.runs_eagerly else None
 
     def prepare(self, batch: Batch, wants_outputs: bool, *, eager: bool = False) -> None:
         """Capture steps that are due, and switch to compiled steps. Called on the host thread, before the step.
@@ -305,6 +306,9 @@ class Captures(Generic[OutcomeT]):
         if attempt.error is None:
             # A shape that has trained for several steps is recorded at once (see `_collect`).
             shape.since, shape.why = min(shape.steps, 1), ""
+            alone = self._mode == "auto" and self._no_compiler and self._recorder is None and not self._deterministic
+            if alone and self._checks and shape.captured is not None:
+                shape.trial = SpeedTrial(shape.captured, None, eager=True)
             return
         expected = isinstance(attempt.error, NotCapturable)
         self._refuse(str(attempt.error) if expected else f"an error while it was traced: {attempt.why}")
@@ -341,7 +345,7 @@ class Captures(Generic[OutcomeT]):
                     continue
                 compiled = captured.checked(self._compiler.result(job))
                 if self._mode == "auto" and self._recorder is None:
-                    shape.trial = SpeedTrial(captured, compiled)
+                    shape.trial = SpeedTrial(captured, compiled, eager=self._checks > 0)
                 else:
                     captured.use(compiled)
                 captured.checks = self._checks

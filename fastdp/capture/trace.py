@@ -45,8 +45,8 @@ class Captured(Generic[OutcomeT]):
         context: the replica's place.
 
     `checks` counts the coming steps that must also run eagerly, for a comparison; `disagreed` names what was different
-    in one of them. `graph` is the input of a compiler. `run` is the function that a replay calls; `use` replaces it by
-    an equivalent.
+    in one of them. `runs_eagerly` says that the step is not replayed for now. `graph` is the input of a compiler. `run`
+    is the function that a replay calls; `use` replaces it by an equivalent.
 
     Raises:
         NotCapturable: the step does something that cannot be recorded or replayed; the message says what, and where.
@@ -80,7 +80,7 @@ class Captured(Generic[OutcomeT]):
         self._traced: tuple[Any, Any] | None = None  # the traced form, if `use` has replaced it
         self.operations = sum(node.op == "call_function" for node in self.run.graph.nodes)
         self.recordings: dict[int, Recording] = {}
-        self.checks, self.disagreed = 0, ""
+        self.checks, self.disagreed, self.runs_eagerly = 0, "", False
         self._buckets = [bucket.arrays for bucket in step.replicas[0].gradient_buffers.buckets()]
         self._steps = self._on_every_device(sum(counts))
         self.seconds = time.perf_counter() - began
@@ -167,6 +167,7 @@ class Captured(Generic[OutcomeT]):
 
     def use_traced(self) -> None:
         """Return to the traced form of the step."""
+        self.runs_eagerly = False
         if self._traced is not None:
             self._steps[str(self._home)], self.run = self._traced
             self.recordings, self.disagreed, self.checks = {}, "", 0

@@ -7,6 +7,7 @@ and all others are replays.
 from __future__ import annotations
 
 import copy
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,8 +18,12 @@ import torch
 from small_buckets import make_buckets_small
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastdp
+from fastdp.capture import speed_trial
+from fastdp.capture import steps as capture_steps
+from fastdp.capture.compile.compiler import missing_compiler
 
 ROWS, STEPS, DEVICES = 11, 6, (1, 2, 3, 8)
 TOLERANCE = 1e-11
@@ -520,3 +525,76 @@ def test_the_report_tells_of_steps_before_there_is_a_train_step_and_without_capt
     assert whys(parallel) == "compile=None"
     assert not parallel.compiling
     parallel.wait_compiled(1.0)
+
+
+def test_auto_keeps_the_form_whose_steps_are_fastest(monkeypatch):
+    monkeypatch.setattr(capture_steps, "TRACE_SECONDS", 0.0)
+    monkeypatch.setattr(capture_steps, "TRACE_STEPS", 0)
+    monkeypatch.setattr(capture_steps, "missing_compiler", lambda: "no compiler")
+    monkeypatch.setattr(speed_trial, "STEPS", 3)
+    notes = capture_steps.Captures.note
+    for slow in ("eager", "traced"):
+
+        def noted(self: Any, seconds: float, slow: str = slow) -> None:
+            (shape,) = self._shapes.values()
+            replays = shape.captured is not None and not shape.captured.runs_eagerly
+            notes(self, 0.5 if replays == (slow == "traced") else 0.1)
+
+        monkeypatch.setattr(capture_steps.Captures, "note", noted)
+        parallel = check(Net(0.2), data(14), F.cross_entropy, 1, options={"compile": "auto"})
+        assert hows(parallel) == {"eager", "traced"} - {slow}
+        assert ("a step takes 500.00 ms traced and 100.00 eager" in whys(parallel)) == (slow == "traced")
+
+
+@pytest.mark.skipif(bool(missing_compiler()), reason="TorchInductor needs a C++ compiler")
+def test_compiled_steps_train_as_plain_torch():
+    module, reference, batches = Net(0.2), Net(0.2), data(9)
+    parallel = fastdp.wrap(module, gpus=1, compile="inductor", deterministic=True)  # the second step waits for it
+    step, losses = parallel.train_step(F.cross_entropy, adam), []
+    torch.manual_seed(5)
+    losses = [float(step(x, y)) for x, y in batches]
+    assert hows(parallel) == {"compiled"}
+    assert_same(module, reference, losses, plainly(reference, batches, F.cross_entropy))
+
+
+def test_a_compiled_step_that_gives_other_numbers_is_dropped_and_the_traced_one_goes_on(monkeypatch):
+    class Wrong:
+        """A compiler that is done at once, and changes the loss."""
+
+        busy = False
+
+        def submit(self, graph: Any, threads: int) -> Any:
+            return types.SimpleNamespace(run=graph, seconds=0.0, load_seconds=0.0)
+
+        def done(self, job: Any) -> bool:
+            return True
+
+        def result(self, job: Any) -> Any:
+            def run(*arguments: torch.Tensor) -> list[torch.Tensor]:
+                sums, *others = job.run(*arguments)
+                return [sums + 1.0, *others]
+
+            return run
+
+        def close(self) -> None:
+            """Nothing runs."""
+
+    monkeypatch.setattr(capture_steps, "BackgroundCompiler", Wrong)
+    monkeypatch.setattr(capture_steps, "missing_compiler", str)
+    with pytest.warns(UserWarning, match="the compiled step disagrees with the eager one in the loss"):
+        parallel = check(Net(0.2), data(10), F.cross_entropy, 1, options={"compile": "inductor"})
+    assert hows(parallel) == {"traced"}
+
+
+def test_a_step_inside_a_mode_that_counts_operations_runs_eagerly():
+    parallel = fastdp.wrap(Net(), gpus=1, compile="trace")
+    step = parallel.train_step(F.cross_entropy, adam)
+    for x, y in data(5):
+        step(x, y)
+    (x, y), counts = data()[0], []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            step(x, y)
+        counts.append(dict(counter.get_flop_counts()))
+    assert "Net" in counts[0]  # by modules, which a replay does not run
+    assert counts[0] == counts[1]

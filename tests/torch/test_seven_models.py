@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -70,12 +71,14 @@ def tensors_of(modules: nn.Module | tuple[nn.Module, ...]) -> list[torch.Tensor]
     return [tensor.clone() for module in each for tensor in module.state_dict().values()]
 
 
-def train(example: ModuleType, name: str, way: str, devices: int, **sizes: Any) -> list[torch.Tensor]:
-    """Losses, parameters and buffers after training; 0 devices are plain torch."""
+def train(
+    example: ModuleType, name: str, way: str, devices: int, mode: str | None = "auto", **sizes: Any
+) -> list[torch.Tensor]:
+    """Losses, parameters and buffers after training; 0 devices are plain torch. `mode` is how steps are captured."""
     modules, batches = example.build(**sizes), batches_of(name)
     torch.manual_seed(3)
     if way == "train_step":
-        losses = list(example.train_step(modules, batches, gpus=devices, sync_batch_norm=True))
+        losses = list(example.train_step(modules, batches, gpus=devices, sync_batch_norm=True, compile=mode))
     else:
         models: Any = modules
         if devices:
@@ -108,6 +111,21 @@ def test_train_steps_on_several_devices_train_as_plain_torch(example, name):
     if name == "gan":  # its train steps run the generator twice, so that its running statistics move twice
         one, wanted = one[:STEPS], wanted[:STEPS]
     assert_same(one, wanted)
+
+
+@pytest.mark.parametrize(("name", "devices"), [*((name, 1) for name in NAMES), ("gpt", 3), ("vae", 2)])
+def test_captured_train_steps_train_as_eager_ones(example, name, devices, monkeypatch):
+    made, wrap = [], fastdp.wrap
+    monkeypatch.setattr(fastdp, "wrap", lambda *args, **how: made.append(wrap(*args, **how)) or made[-1])
+    sizes = DROPOUT.get(name, {})
+    wanted = train(example(name), name, "train_step", devices, mode=None, **sizes)
+    made.clear()
+    with warnings.catch_warnings():
+        if name == "lstm":  # packs its sequences by their lengths
+            warnings.filterwarnings("ignore", message=".*_pack_padded_sequence.*needs values on the host")
+        assert_same(train(example(name), name, "train_step", devices, mode="trace", **sizes), wanted)
+    hows = {entry["how"] for parallel in made for entry in parallel.report() if "no train_step" not in str(entry)}
+    assert hows == {"eager" if name == "lstm" else "traced"}
 
 
 @pytest.mark.parametrize("name", DROPOUT)
