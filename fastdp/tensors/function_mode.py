@@ -19,12 +19,13 @@ class ReplicaMode(TorchFunctionMode):
 
     Args:
         running: the state of the replica's thread in this step.
-        handlers: by torch function: `handler(running, function, args, kwargs)`.
+        handlers: by torch function: `handler(running, function, args, kwargs)`. The mode is off in a handler, but for
+            those that `keeps_mode` has marked.
     """
 
     def __init__(self, running: object, handlers: dict[Any, Handler]) -> None:
         super().__init__()
-        self._running = running
+        self.running = running
         self._handlers = handlers
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -32,4 +33,16 @@ class ReplicaMode(TorchFunctionMode):
         handler = self._handlers.get(func)
         if handler is None:
             return func(*args, **(kwargs or {}))
-        return handler(self._running, func, args, kwargs or {})
+        if getattr(handler, _KEEPS_MODE, False):
+            with self:
+                return handler(self.running, func, args, kwargs or {})
+        return handler(self.running, func, args, kwargs or {})
+
+
+_KEEPS_MODE = "keeps_mode"
+
+
+def keeps_mode(handler: Handler) -> Handler:
+    """Mark a handler that runs the user's code, for which the mode is on."""
+    setattr(handler, _KEEPS_MODE, True)
+    return handler

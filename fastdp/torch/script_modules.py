@@ -19,7 +19,7 @@ from fastdp.errors import ReplicaError
 from fastdp.options import Options
 from fastdp.program.torch.loop import LoopProgram
 from fastdp.program.torch.rows.judge import FAILURES
-from fastdp.program.torch.rows.plain import is_torchs_hook, keeps_rows_apart
+from fastdp.program.torch.rows.plain import is_torchs_hook
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.row_effects import Effect
 from fastdp.torch.assignments import Assignments, KeepsValuesError, refused, watched
@@ -43,7 +43,7 @@ class _CertainProgram(LoopProgram):
         """
         batch = super().judge(batch, *args, **kwargs)
         judged = batch.structure.judged
-        if judged is None and not keeps_rows_apart(self.module):
+        if judged is None and batch.structure.draws.tried:
             raise ValueError("it could not be tried on a few rows of its batch.")
         layouts, states = (judged.outputs or (), judged.states) if judged is not None else ((), {})
         if Effect.MEAN in (*(layout.effect for layout in layouts), *states.values()):
@@ -87,6 +87,18 @@ class Tally:
         self.trained += torch.is_grad_enabled()
 
 
+def plainly(original: Call, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """A call as plain torch, with host tensors, of a module that fastdp may have moved to a GPU."""
+    parameter = next(module.parameters(), None)
+    if parameter is None or parameter.device.type == "cpu":
+        return original(module, *args, **kwargs)
+    given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    if any(tensor.device.type != "cpu" for tensor in given):
+        return original(module, *args, **kwargs)
+    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: x.to(parameter.device), (args, kwargs))
+    return pytree.tree_map_only(torch.Tensor, lambda y: y.cpu(), original(module, *args, **kwargs))
+
+
 class UnsplitModule:
     """A module whose calls are plain torch.
 
@@ -107,7 +119,9 @@ class UnsplitModule:
         if self._aloud and torch.is_grad_enabled():
             self._aloud = False
             _warn(self._tally)
-        return original(self._module(), *args, **kwargs)
+        module = self._module()
+        assert module is not None
+        return plainly(original, module, args, kwargs)
 
 
 class ScriptModule:
@@ -159,7 +173,7 @@ class ScriptModule:
         """A plain call that shows what forward assigns."""
         self._parts = list(self.module.modules())
         with watched(self._parts) as seen:
-            found = original(self.module, *args, **kwargs)
+            found = plainly(original, self.module, args, kwargs)
         self._tally.count_plain()
         numbers = [leaf for leaf in pytree.tree_leaves(found) if type(leaf) in (int, float, complex)]
         if numbers:
@@ -195,7 +209,7 @@ class ScriptModule:
         if isinstance(cause, KeepsValuesError):
             kind.quiet = False
             return self._watched(kind, original, args, kwargs)
-        found = original(self.module, *args, **kwargs)
+        found = plainly(original, self.module, args, kwargs)
         self._tally.count_plain()
         kind.refused = str(cause)
         self._say(kind.refused)
@@ -205,7 +219,7 @@ class ScriptModule:
         """A call as plain torch, for a reason."""
         self._tally.count_plain()
         self._say(reason)
-        return original(self.module, *args, **kwargs)
+        return plainly(original, self.module, args, kwargs)
 
     def _say(self, reason: str) -> None:
         """Warn once for each reason."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import fastdp
 
@@ -81,6 +82,21 @@ FUNCTIONS = {
     "initializers": init_noise,
     "attention": heads,
     "no_grad": lambda x: x + torch.no_grad()(torch.rand_like)(x),
+    "rrelu": lambda x: F.rrelu(x, training=True),
+    "rrelu in place": lambda x: F.rrelu(x * 1.0, 0.2, 0.4, training=True, inplace=True),
+    "rrelu of a transposed tensor": lambda x: F.rrelu(x.transpose(0, 1), training=True).transpose(0, 1),
+    "rrelu at rest": F.rrelu,
+    "bernoulli of transposed probabilities": lambda x: (
+        x * torch.bernoulli(x.detach().transpose(0, 1).sigmoid()).transpose(0, 1)
+    ),
+    "bernoulli of shared probabilities": lambda x: x * torch.bernoulli(torch.full((FEATURES,), 0.5, dtype=x.dtype)),
+    "a generator for each call": lambda x: (
+        x + torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
+    ),
+    # What does not belong to rows along the first axis is split along another one.
+    "a permutation of the rows": lambda x: x[torch.randperm(len(x))],
+    "a square of rows": lambda x: x + torch.rand(len(x), len(x), dtype=x.dtype).mean(),
+    "two views one behind the other": lambda x: sum(F.dropout(torch.cat([x, x]), 0.4).chunk(2)),
     "fractional pooling": lambda x: F.fractional_max_pool2d(x[:, None], 2, output_size=(2, 3)),
 }
 
@@ -179,11 +195,14 @@ def test_a_loss_that_draws_draws_once_for_all_rows():
 
 
 REFUSED = {
-    "rrelu": (lambda x: F.rrelu(x, training=True), "depends on the values"),
-    "a permutation of the rows": (lambda x: x[torch.randperm(len(x))], "permutes the rows"),
-    "a generator of its own": (
-        lambda x: x + torch.rand(FEATURES, dtype=x.dtype, generator=torch.Generator().manual_seed(1)),
-        "torch.Generator of its own",
+    "generators that differ": (
+        lambda x: x + torch.rand(FEATURES, generator=torch.Generator().manual_seed(int(x.sum() < 0))),
+        "in different states",
+    ),
+    "a selection of rows": (lambda x: x + torch.randn_like(x[x[:, 0, 0] > 0]).sum(), "random"),
+    "probabilities of the whole batch": (
+        lambda x: x * torch.bernoulli(x.detach().mean((0, 1)).sigmoid()),
+        "depend on the rows of the batch",
     ),
     "a draw on some replicas only": (lambda x: x + torch.rand(13) if x[0, 0, 0] > 0 else x, "draw"),
     "a draw that nobody sees": (lambda x: x + torch.default_generator.seed() * 0, "does not see"),
@@ -199,9 +218,9 @@ def test_what_would_draw_other_numbers_is_an_error_and_changes_nothing(name):
         module.linear.bias.zero_()
     before = copy.deepcopy(module.state_dict())
     x = torch.ones(8, STEPS, FEATURES, dtype=torch.float64)
-    x[4:] = -1.0
+    x[4:] = x[:, 6:] = -1.0
     step = fastdp.wrap(module, gpus=2).train_step(lambda y: (y**2).mean(), lambda p: torch.optim.SGD(p, lr=0.1))
-    with pytest.raises((NotImplementedError, RuntimeError), match=message):
+    with pytest.raises((NotImplementedError, RuntimeError, ValueError), match=message):
         step(x)
     torch.testing.assert_close(module.state_dict(), before, rtol=0.0, atol=0.0)
 
@@ -240,10 +259,218 @@ def test_a_length_does_not_tell_whether_a_draw_is_by_rows(name, devices, rows):
     torch.testing.assert_close(module.linear.weight.grad, reference.linear.weight.grad, rtol=1e-9, atol=1e-11)
 
 
+class Checkpointed(nn.Module):
+    """Parts with dropout and other draws, which run again in backward."""
+
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.first, self.last = nn.Linear(FEATURES, FEATURES), nn.Linear(FEATURES, FEATURES)
+        self.inner = nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.Dropout(0.3), nn.Tanh())
+        self.kind, self.options = kind, options
+
+    def part(self, x):
+        x = self.inner(F.dropout(self.first(x), 0.4)) + 0.1 * torch.randn(x.shape[0], 1, 1, dtype=x.dtype)
+        return F.alpha_dropout(x * torch.bernoulli(x.detach().sigmoid()), 0.2, training=True)
+
+    def forward(self, x):
+        x = F.dropout(self.last(x), 0.2)
+        if self.kind == "sequential":
+            x = checkpoint_sequential([*self.inner, self.part], 2, x, **self.options)
+        elif self.kind == "nested":
+            x = checkpoint(lambda x: checkpoint(self.part, torch.sin(x), **self.options), x, **self.options)
+        else:
+            x = checkpoint(self.part, checkpoint(self.part, x, **self.options), **self.options)
+        return F.dropout(x, 0.1)
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch, of an inner part in forward
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "nested", "sequential"])
+def test_parts_that_run_again_in_backward_repeat_their_draws(kind, use_reentrant, devices):
+    compare(lambda: Checkpointed(kind, use_reentrant=use_reentrant), devices)
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_a_captured_step_repeats_the_draws_of_parts_that_run_again(devices):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.Dropout(0.3), nn.Tanh())
+
+        def forward(self, x):
+            return F.dropout(checkpoint(self.part, F.dropout(x, 0.2), use_reentrant=False), 0.1)
+
+    module, x = Net().double(), torch.randn(ROWS, FEATURES, dtype=torch.float64)
+    reference = copy.deepcopy(module)
+    model = fastdp.wrap(module, gpus=devices, compile="trace")
+    step = model.train_step(lambda y: (y**2).mean(), lambda p: torch.optim.SGD(p, lr=0.1), reduction="mean")
+    torch.manual_seed(8)
+    losses = [step(x) for _ in range(4)]
+    assert "  traced " in str(model.report())
+    torch.manual_seed(8)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+    for loss in losses:
+        optimizer.zero_grad()
+        expected = (reference(x) ** 2).mean()
+        expected.backward()
+        optimizer.step()
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-9, atol=1e-11)
+
+
+def test_a_part_that_may_draw_anew_in_backward_is_refused():
+    module = Checkpointed("plain", use_reentrant=False, preserve_rng_state=False).double()
+    y = fastdp.wrap(module, gpus=2)(torch.randn(8, STEPS, FEATURES, dtype=torch.float64))
+    with pytest.raises(NotImplementedError, match="preserve_rng_state=True"):
+        y.sum().backward()
+
+
+class OwnGenerator(nn.Module):
+    """Draws with a generator that it keeps, and with torch's in between."""
+
+    def __init__(self, seeds=False):
+        super().__init__()
+        self.linear = nn.Linear(FEATURES, FEATURES)
+        self.generator = torch.Generator().manual_seed(5)
+        self.seeds = seeds
+
+    def forward(self, x):
+        if self.seeds:
+            self.generator.manual_seed(3)
+        x = self.linear(x) + torch.randn(x.shape, dtype=x.dtype, generator=self.generator)
+        x = F.dropout(x, 0.3) * torch.bernoulli(x.detach().sigmoid(), generator=self.generator)
+        nn.init.trunc_normal_(noise := torch.empty(FEATURES, dtype=x.dtype), generator=self.generator)
+        return x[..., torch.randperm(FEATURES, generator=self.generator)] + noise
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_a_modules_own_generator_draws_what_it_draws_on_one_device(devices):
+    kept = []
+
+    def make():
+        kept.append(OwnGenerator())
+        return kept[-1]
+
+    compare(make, devices)
+    reference = OwnGenerator().double()
+    x = torch.randn(ROWS, STEPS, FEATURES, dtype=torch.float64)
+    for _ in range(4):
+        reference(x)
+    assert torch.equal(kept[0].generator.get_state(), reference.generator.get_state())
+
+
+def test_a_failed_step_gives_a_modules_generator_its_state_back():
+    class Fails(OwnGenerator):
+        fails = False
+
+        def forward(self, x):
+            y = super().forward(x)
+            if self.fails and x.sum() > 1e3:
+                raise KeyError("too much")
+            return y
+
+    module = Fails().double()
+    x = torch.randn(8, STEPS, FEATURES, dtype=torch.float64)
+    model = fastdp.wrap(module, gpus=2)
+    model(x)
+    before = module.generator.get_state(), torch.get_rng_state()
+    module.fails = True
+    x[4:] += 10.0
+    with pytest.raises(KeyError, match="too much"):
+        model(x)
+    assert torch.equal(module.generator.get_state(), before[0])
+    assert torch.equal(torch.get_rng_state(), before[1])
+
+
+def test_a_module_that_seeds_its_generator_in_forward_is_refused():
+    x = torch.randn(8, STEPS, FEATURES, dtype=torch.float64)
+    with pytest.raises(ValueError, match="Seed it outside of forward"):
+        fastdp.wrap(OwnGenerator(seeds=True).double(), gpus=2)(x)
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_a_module_that_skips_parts_at_random_draws_by_rows_in_those_that_run(devices):
+    class Skips(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleList(nn.Linear(FEATURES, FEATURES) for _ in range(6))
+
+        def forward(self, x):
+            for part in self.parts:
+                if torch.rand(()) < 0.5:
+                    x = x + F.dropout(part(x), 0.3)
+                x = x * torch.rand(FEATURES, dtype=x.dtype)
+            return x
+
+    for _ in range(3):
+        compare(Skips, devices)
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_rows_on_another_axis_of_torchs_own_parts(devices):
+    """As many steps as rows: the trial tells which axis of a mask has the rows."""
+    module = nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.Dropout(0.4)).double()
+    reference, x = copy.deepcopy(module), torch.randn(24, 24, FEATURES, dtype=torch.float64)
+    torch.manual_seed(3)
+    found = fastdp.wrap(module, gpus=devices, rows={"input": 1, "output": 1})(x)
+    torch.manual_seed(3)
+    torch.testing.assert_close(found, reference(x), rtol=1e-9, atol=1e-11)
+
+
+LOSSES = {
+    "by rows": lambda y: F.dropout(y[:, :5] ** 2, 0.5).mean(),
+    "classes first": lambda y: F.dropout(y.t()[:8] ** 2, 0.5).mean(),
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", None])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_of_each_devices_rows_draws_by_rows_or_is_refused(name, reduction):
+    module = nn.Linear(9, 9).double()
+    reference, x = copy.deepcopy(module), torch.randn(16, 9, dtype=torch.float64)
+    step = fastdp.wrap(module, gpus=4).train_step(LOSSES[name], torch.optim.SGD, reduction=reduction)
+    torch.manual_seed(2)
+    if name == "classes first" and reduction == "mean":
+        with pytest.raises(NotImplementedError, match="reduction=None"):
+            step(x)
+        return
+    found = step(x)
+    torch.manual_seed(2)
+    torch.testing.assert_close(found, LOSSES[name](reference(x)).detach())
+
+
+def test_draws_in_hooks_which_no_trial_sees_are_refused():
+    module = Apply(lambda x: F.dropout(x, 0.3)).double()
+    module.linear.register_forward_hook(lambda part, args, output: output + torch.randn_like(output))
+    x = torch.randn(8, STEPS, FEATURES, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="a hook draws"):
+        fastdp.wrap(module, gpus=2)(x)
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_draws_under_autocast(devices):
+    class Net(Checkpointed):
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward(x).float()
+
+    module = Net("plain", use_reentrant=False)
+    reference, x = copy.deepcopy(module), torch.randn(ROWS, STEPS, FEATURES)
+    found = []
+    for model in (fastdp.wrap(module, gpus=devices), reference):
+        torch.manual_seed(3)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = model(x)
+        y.square().mean().backward()
+        found.append([y.detach(), torch.get_rng_state()])
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)
+    assert torch.equal(found[0][0] == 0, found[1][0] == 0)
+    torch.testing.assert_close(module.first.weight.grad, reference.first.weight.grad, rtol=2e-2, atol=1e-3)
+
+
 UNALIKE = {
     "Python's generator": (lambda x: x * random.random(), "random in forward"),
     "NumPy's generator": (lambda x: x * np.random.rand(), "numpy.random in forward"),  # noqa: NPY002
-    "two views one behind the other": (lambda x: sum(F.dropout(torch.cat([x, x]), 0.4).chunk(2)), "gpus="),
 }
 
 

@@ -10,6 +10,7 @@ import torch
 from fastdp.options import Options
 from fastdp.runtime.select import resolve
 from fastdp.torch.script_calls import install, uninstall
+from fastdp.torch.script_modules import plainly
 
 HEAD = """
 import copy
@@ -479,3 +480,16 @@ X = torch.tensor([one() is None for one in gone])
 assert gone[0]() is None, gone
 """
     compare(script)
+
+
+def test_on_a_device_plain_calls_take_host_tensors():
+    seen = []
+
+    def call(module, x):
+        seen.append(x.device.type)
+        return torch.ones(2)
+
+    assert plainly(call, torch.nn.Linear(2, 2, device="meta"), (torch.ones(3, 2),), {}).device.type == "cpu"
+    plainly(call, torch.nn.Linear(2, 2), (torch.ones(3, 2),), {})
+    plainly(call, torch.nn.Linear(2, 2, device="meta"), (torch.ones(3, 2, device="meta"),), {})
+    assert seen == ["meta", "cpu", "meta"]

@@ -155,8 +155,12 @@ class Structure:
         """The seed of the step's random draws, drawn from torch's global generator at the first call."""
         with global_generator:
             if self._seed is None:
-                self._seed = int(self.draws.alone(lambda: torch.randint(0, 2**62, (), dtype=torch.int64)))
+                self._seed = int(self.draws.alone(0, _seed, torch.default_generator))
             return self._seed
+
+
+def _seed() -> torch.Tensor:
+    return torch.randint(0, 2**62, (), dtype=torch.int64)
 
 
 def flatten_batch(

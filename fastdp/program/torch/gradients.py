@@ -9,12 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd.graph import get_gradient_edge
 
 from fastdp.buffers import FlatBuffers
 from fastdp.program.torch.parameter_hooks import HookedGradients
 from fastdp.program.torch.replica import ReplicaContext
 from fastdp.tensors.arrays import settle
-from fastdp.tensors.function_mode import Handler, plain
+from fastdp.tensors.function_mode import Handler, keeps_mode, plain
 from fastdp.tensors.gradient_buckets import GradientBuckets, dense
 
 
@@ -205,10 +206,31 @@ class _Accumulated(GradientBuckets):
             self.arrived(number, parameter.grad if extra is None else dense(parameter.grad) + extra)
 
 
+@keeps_mode
 def _backward_again(running: ReplicaContext, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Run `backward` of the user's code; inside the backward of a step, mark the replica as nested."""
+    """Run `backward` of the user's code; inside the backward of a step, mark the replica as nested.
+
+    Torch gets edges of the graph: given tensors, it would switch the mode off for what runs in backward.
+    """
     running.nested = running.nested or running.backward
-    return function(*args, **kwargs)
+    names = ["tensors", "grad_tensors", "retain_graph", "create_graph", "inputs"]
+    if function is torch.autograd.backward:
+        names.insert(4, "grad_variables")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    given["grad_tensors"] = given.pop("gradient", given.get("grad_tensors"))
+    with plain():
+        tensors, seeds = given.pop("tensors"), given.pop("grad_tensors")
+        roots = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+        weights = [None] * len(roots) if seeds is None else [seeds] if isinstance(seeds, torch.Tensor) else list(seeds)
+        if all(isinstance(root, torch.Tensor) and root.requires_grad for root in roots):
+            weights = [_seed(root, weight) for root, weight in zip(roots, weights, strict=True)]
+            roots = [get_gradient_edge(root) for root in roots]
+    return torch.autograd.backward(roots, weights, **given)
+
+
+def _seed(root: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor | None:
+    """The gradient by a root: one for a number, if none is given."""
+    return torch.ones_like(root) if weight is None and root.numel() == 1 else weight
 
 
 HANDLERS: dict[Any, Handler] = {torch.autograd.backward: _backward_again, torch.Tensor.backward: _backward_again}

@@ -30,7 +30,7 @@ from fastdp.program.torch.half import HalfGradients
 from fastdp.program.torch.module_buffers import BufferNotes, assign_buffers, gather_buffers
 from fastdp.program.torch.nest import Nest
 from fastdp.program.torch.parameter_hooks import HookedGradients
-from fastdp.program.torch.passes import HANDLERS, State
+from fastdp.program.torch.passes import State, together_with
 from fastdp.program.torch.program import TorchProgram
 from fastdp.program.torch.replica import ReplicaContext, backward
 from fastdp.program.torch.rows.declared import parts_fit, rows_back, rows_first
@@ -39,7 +39,7 @@ from fastdp.program.torch.rows.merging import merge, own_gradient, own_part
 from fastdp.program.torch.shared_draws import SharedDraws
 from fastdp.tensors.arrays import as_tensor, dtype_name, output_array, settle, spec_of
 from fastdp.tensors.collectives import StepPeers, peers_scope
-from fastdp.tensors.function_mode import ReplicaMode, plain
+from fastdp.tensors.function_mode import plain
 from fastdp.tensors.row_effects import ROWS_FIRST, Layout
 
 
@@ -211,7 +211,7 @@ class LoopProgram(TorchProgram):
         with torch.set_grad_enabled(work.keeps), state.replica.passes(), ExitStack() as together:
             if context.size > 1:
                 together.enter_context(peers_scope(StepPeers(context)))
-                together.enter_context(ReplicaMode(running, HANDLERS))
+                together.enter_context(together_with(running))
             with structure.autocast.enter():
                 outputs = with_extremes(state.replica.module(*args, **kwargs), context)
             with plain():
@@ -247,7 +247,7 @@ class LoopProgram(TorchProgram):
         aside = HookedGradients(users) if context.rank == 0 else None
         with state.gradients.passes(users, aside), ExitStack() as together:
             if context.size > 1:
-                together.enter_context(ReplicaMode(running, HANDLERS))
+                together.enter_context(together_with(running))
             with state.gradients.announcing(running, {}):
                 backward(running, roots, seeds, retain=work.retain)
             gradients = state.gradients.store({})

@@ -75,6 +75,7 @@ def contribute(
         running: the replica.
     """
     structure: Structure = running.context.structure
+    running.tried = False
     with plain():
         nest, tensors = Nest.flatten(outputs, "The module's outputs")
         layouts = structure.layouts_of(outputs, tensors)

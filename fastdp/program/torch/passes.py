@@ -7,8 +7,8 @@ a mode that makes draws, batch normalization and the loss those of the global ba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,7 @@ from fastdp.program.torch.module_buffers import BufferNotes, gather_buffers
 from fastdp.program.torch.nest import Nest
 from fastdp.program.torch.parameter_hooks import HookedGradients
 from fastdp.program.torch.random import handlers as random_handlers
+from fastdp.program.torch.random.checkpoints import REPEATED_DRAWS
 from fastdp.program.torch.replica import ReplicaContext, backward
 from fastdp.program.torch.shared_draws import SharedDraws
 from fastdp.tensors.collectives import StepPeers, peers_scope
@@ -51,6 +52,13 @@ HOOKS_IN_A_WINDOW = (
     "`accumulate` must be 1 for a module with hooks on its parameters: on several devices gradients are reduced once "
     "per window, and a hook must see the gradient of each call. Remove the hooks, or do what they do in the optimizer."
 )
+
+
+@contextmanager
+def together_with(running: ReplicaContext) -> Iterator[None]:
+    """Run passes of a replica that shares its step with others: torch's functions are those of the global batch."""
+    with REPEATED_DRAWS, ReplicaMode(running, HANDLERS):
+        yield
 
 
 @dataclass(slots=True)
@@ -115,6 +123,7 @@ class Passes:
         scale: the scaler's at the beginning of the step.
         replicas: the number of replicas, with and without rows in a step.
         hooked: whether hooks run on the gradients of the latest step after its reduction.
+        draws: those of the present step, if replicas share it.
     """
 
     def __init__(
@@ -133,6 +142,7 @@ class Passes:
         self.scale = 1.0
         self.replicas = 0
         self.hooked = False
+        self.draws: SharedDraws | None = None
         self._told: set[str] = set()
 
     def train(self, state: State, users: Sequence[torch.Tensor], batch: list[np.ndarray], context: Context) -> Result:
@@ -165,7 +175,7 @@ class Passes:
         with torch.no_grad(), state.replica.passes(), ExitStack() as forward:
             if context.size > 1:
                 forward.enter_context(peers_scope(StepPeers(context)))
-                forward.enter_context(ReplicaMode(self.running(context), HANDLERS))
+                forward.enter_context(together_with(self.running(context)))
             forward.enter_context(structure.autocast.enter())
             outputs = state.replica.module(*args, **kwargs)
             state.replica.restore_buffers()
@@ -175,7 +185,8 @@ class Passes:
     def running(self, context: Context) -> ReplicaContext:
         """What a replica's thread knows in a step that begins."""
         if context.size > 1:
-            context.structure.draws.begin()
+            self.draws = context.structure.draws
+            self.draws.begin()
         return ReplicaContext(context, context.rows, self.sync_batch_norm, told=self._told)
 
     def _train_alone(
@@ -214,7 +225,7 @@ class Passes:
         args, kwargs, targets = structure.pack(batch)
         running = self.running(context)
         running.draws_by = state.draws_by
-        with peers_scope(StepPeers(context)), ReplicaMode(running, HANDLERS), ExitStack() as forward:
+        with peers_scope(StepPeers(context)), together_with(running), ExitStack() as forward:
             forward.enter_context(structure.autocast.enter())
             outputs = with_extremes(state.replica.module(*args, **kwargs), context)
             running.scale = self.scale / self.accumulate

@@ -154,7 +154,6 @@ class TorchProgram(Program):
         if batch.rows != 1:
             batch = self._trials.judged(batch, devices, wants=wants)
             structure = batch.structure
-            structure.draws.places = structure.judged.draws if structure.judged is not None else {}
             structure.weigh(batch.arrays, batch.rows)
         return batch
 
@@ -303,11 +302,14 @@ class TorchProgram(Program):
 
     @contextmanager
     def _undone_on_failure(self) -> Iterator[None]:
-        """Restore the module's buffers and torch's random generator if the step fails."""
+        """Restore the module's buffers, torch's random generator and the module's own ones if the step fails."""
         drawn = torch.get_rng_state()
+        self._passes.draws = None
         try:
             yield
         except BaseException:
+            if self._passes.draws is not None:
+                self._passes.draws.undo()
             torch.set_rng_state(drawn)
             self._undo()
             raise

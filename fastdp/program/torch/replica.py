@@ -29,9 +29,11 @@ class Normalized:
 class ReplicaContext:
     """One replica in one step. `rows` are the rows that it works on: the replica's own, or all rows.
 
-    `nested` says that backward has run inside backward. The loss is multiplied by `scale` before backward. `told`,
-    shared by the whole program, records given warnings. `traced` says that the step is being traced, and what it
-    computes may not be read. `draws_by` makes all random draws of the step, if somebody keeps or repeats them.
+    `nested` says that backward has run inside backward. `repeatable` counts the checkpointed parts around forward,
+    whose draws backward repeats, and `repeats` says that it does so now. `tried` says that the module runs, whose draws
+    a trial may have seen, and not the loss function. The loss is multiplied by `scale` before backward. `told`, shared
+    by the whole program, records given warnings. `traced` says that the step is being traced, and what it computes may
+    not be read. `draws_by` makes all random draws of the step, if somebody keeps or repeats them.
     """
 
     context: Context
@@ -40,6 +42,9 @@ class ReplicaContext:
     draws: int = 0
     backward: bool = False
     nested: bool = False
+    repeatable: int = 0
+    repeats: bool = False
+    tried: bool = True
     normalized: list[Normalized] = field(default_factory=list)
     scale: float = 1.0
     told: set[str] = field(default_factory=set)
@@ -54,12 +59,13 @@ class ReplicaContext:
         """The number of the next random draw in the step.
 
         Raises:
-            NotImplementedError: called in backward, where a checkpoint would have to repeat the draws of forward.
+            NotImplementedError: called in backward by something else than a part that repeats the draws of forward.
         """
-        if self.backward:
+        if self.backward and not self.repeats:
             raise NotImplementedError(
-                "A random op ran in backward: torch.utils.checkpoint recomputes a part of the module there, and "
-                "fastdp cannot repeat its random draws. Keep dropout and other random ops out of checkpointed parts."
+                "A random op ran in backward, where each replica would draw numbers of its own: in a hook, in a "
+                "backward of an autograd.Function, or in a part that is recomputed there. Use torch.utils.checkpoint "
+                "with preserve_rng_state=True, which repeats the draws of forward, or use gpus=[0]."
             )
         self.draws += 1
         return self.draws

@@ -7,23 +7,31 @@ one device, whatever replica is ahead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from fastdp.comm.context import Context
 from fastdp.shard import Rows
 from fastdp.tensors.random import global_generator
 
 
 @dataclass(slots=True)
 class _Draw:
-    """A draw that some replicas have not taken yet."""
+    """A draw that some replicas have not taken yet: its outcome by the generator that made it.
+
+    `before` is the state of the first of these generators before the draw.
+    """
 
     request: tuple[Any, ...]
     left: int
-    outcome: torch.Tensor
+    before: torch.Tensor
+    outcomes: dict[torch.Generator, torch.Tensor] = field(default_factory=dict)
+
+
+Site = tuple[str, int] | None  # file and line of the user's code
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +41,35 @@ class DrawPlace:
     Args:
         axis: the axis of the rows; None if all rows share the draw.
         order: the axes in the order of memory, outermost first.
+        given: for a draw with parameters, such as probabilities: the axes of their rows.
+        sizes: the shape of the draw for one row.
+        site: where it is made.
     """
 
     axis: int | None
     order: tuple[int, ...]
+    given: tuple[int | None, ...] = ()
+    sizes: tuple[int, ...] = ()
+    site: Site = None
+
+    def allows(self, shape: tuple[int, ...], count: int) -> bool:
+        """Whether the draw of so many rows may have this shape."""
+        if len(shape) != len(self.order):
+            return False
+        return self.axis is None or bool(shape[self.axis] and shape[self.axis] % count == 0)
+
+    def fits(self, shape: tuple[int, ...], count: int) -> bool:
+        """Whether the draw of so many rows has this shape."""
+        return self.allows(shape, count) and sizes_of(shape, self.axis, count) == self.sizes
+
+    def agrees_with(self, other: DrawPlace) -> bool:
+        """Whether rows are in the same place, whatever the sizes."""
+        return (self.axis, self.order, self.given) == (other.axis, other.order, other.given)
+
+
+def sizes_of(shape: Sequence[int], axis: int | None, count: int) -> tuple[int, ...]:
+    """The shape of a draw for one row, from that for so many rows."""
+    return tuple(size // count if at == axis else size for at, size in enumerate(shape))
 
 
 def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -49,46 +82,74 @@ class SharedDraws:
     """The draws of one step. Called on the threads of all its replicas.
 
     Attributes:
-        places: where the rows are in the draws that a trial has seen, by number.
+        places: where the rows are in the draws that a trial has seen, by number; None without a trial.
+        repeated_places: where they are in draws that backward may repeat.
     """
 
     def __init__(self) -> None:
-        self.places: Mapping[int, DrawPlace] = {}
+        self.places: Mapping[int, DrawPlace] | None = None
         self._draws: dict[int, _Draw] = {}
-        self._state: torch.Tensor | None = None
+        self._states: dict[torch.Generator, torch.Tensor] = {}
+        self._begun: dict[torch.Generator, torch.Tensor] = {}
+        self._repeatable: dict[int, torch.Tensor] = {}
+        self._repeated: dict[int, tuple[int, torch.Tensor]] = {}
+        self.repeated_places: dict[int, DrawPlace] = {}
+        self._kept: dict[int, torch.Tensor] = {}
 
     def begin(self) -> None:
         """Called by each replica when its pass begins: from now on only shared draws may use torch's generator."""
         with global_generator:
-            if self._state is None:
-                self._state = torch.get_rng_state()
+            self._begin(torch.default_generator)
 
-    def knows(self, number: int) -> bool:
-        """Whether it is known where the rows of a draw are."""
-        return number in self.places
+    def undo(self) -> None:
+        """Give the generators the states that they had before the step. Called when it has failed."""
+        with global_generator:
+            for generator, state in self._begun.items():
+                generator.set_state(state)
 
-    def place_of(self, number: int, shape: tuple[int, ...], rows: Rows) -> DrawPlace:
-        """Where the rows are in a draw that is known.
+    @property
+    def tried(self) -> bool:
+        """Whether a trial has seen the draws of the module."""
+        return self.places is not None
+
+    def place_of(self, number: int, site: Site, shape: tuple[int, ...], rows: Rows) -> DrawPlace:
+        """Where the rows are in a draw, by what a trial has seen at its site.
+
+        The number decides only where it must: a module that skips parts at random has other numbers in each step.
 
         Args:
             number: of the draw among those of the replica.
+            site: where it is made.
             shape: of the replica's draw.
             rows: the replica's rows.
 
         Raises:
-            RuntimeError: a draw of this shape has no rows there.
+            RuntimeError: the trial has seen no such draw there, or several that differ.
         """
-        place = self.places[number]
-        axis = place.axis
-        if axis is not None and (len(shape) <= axis or not shape[axis] or shape[axis] % rows.count):
-            raise RuntimeError(
-                f"Draw {number} of the step has shape {shape} for {rows.count} rows, and had its rows on axis {axis} "
-                f"when fastdp tried the module on a few rows: the module takes another path now. {_REMEDY}"
-            )
-        return place
+        assert self.places is not None
+        here = {at: place for at, place in self.places.items() if place.site == site}
+        fits = {at: place for at, place in here.items() if place.fits(shape, rows.count)}
+        fits = fits or {at: place for at, place in here.items() if place.allows(shape, rows.count)}
+        every = list(fits.values())
+        if every and all(place.agrees_with(every[0]) for place in every):
+            return every[0]
+        if number in fits:
+            return fits[number]
+        raise RuntimeError(
+            f"Draw {number} of the step has shape {shape} for {rows.count} rows{_told_site(site)}. When fastdp tried "
+            f"the module on a few rows it made no such draw there{' of one kind' if fits else ''}: the module takes "
+            f"another path now, or a hook draws, which no trial sees. {_REMEDY}"
+        )
 
     def take(
-        self, number: int, replicas: int, request: tuple[Any, ...], draw: Callable[[], torch.Tensor]
+        self,
+        number: int,
+        replicas: int,
+        request: tuple[Any, ...],
+        draw: Callable[[], torch.Tensor],
+        generator: torch.Generator,
+        *,
+        repeatable: bool = False,
     ) -> torch.Tensor:
         """The outcome of a replica's draw for the whole batch. Read-only.
 
@@ -97,6 +158,8 @@ class SharedDraws:
             replicas: how many replicas take it.
             request: the function, its numbers and the shape for the whole batch: the same on all replicas.
             draw: makes the draw, if no other replica has.
+            generator: what it uses. A generator that each replica has made itself is used by each.
+            repeatable: keep what `repeat` needs.
 
         Raises:
             RuntimeError: another replica has asked for something else, or something else has used the generator.
@@ -104,28 +167,80 @@ class SharedDraws:
         with global_generator:
             found = self._draws.get(number)
             if found is None:
-                found = self._draws[number] = _Draw(request, replicas, self.alone(draw))
+                found = self._draws[number] = _Draw(request, replicas, generator.get_state())
             elif found.request != request:
                 raise RuntimeError(
                     f"The replicas draw different random numbers: draw {number} of the step is "
                     f"{_told(found.request)} on one and {_told(request)} on another, for all rows. {_REMEDY}"
                 )
+            if generator not in found.outcomes:
+                if found.outcomes and not torch.equal(generator.get_state(), found.before):
+                    raise RuntimeError(
+                        f"The replicas draw different random numbers: for draw {number} of the step each has made a "
+                        f"generator, and these are in different states. {_REMEDY}"
+                    )
+                found.outcomes[generator] = self.alone(number, draw, generator, repeatable=repeatable)
             found.left -= 1
             if not found.left:
                 del self._draws[number]
-            return found.outcome
+            return found.outcomes[generator]
 
-    def alone(self, draw: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Make a draw that no other replica takes.
+    def alone(
+        self, number: int, draw: Callable[[], torch.Tensor], generator: torch.Generator, *, repeatable: bool = False
+    ) -> torch.Tensor:
+        """Make a draw that no other replica takes. Arguments as of `take`.
 
         Raises:
             RuntimeError: something else has used the generator.
         """
         with global_generator:
-            self._check_untouched()
+            self._begin(generator)
+            self._check_untouched(generator)
+            if repeatable:
+                self._repeatable[number] = self._states[generator]
             outcome = draw()
-            self._state = torch.get_rng_state()
+            self._states[generator] = generator.get_state()
             return outcome
+
+    def repeat(self, number: int, replicas: int, draw: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The outcome of a repeatable draw of torch's generator, again. Read-only. Arguments as of `take`.
+
+        Raises:
+            RuntimeError: there was no such draw.
+        """
+        with global_generator:
+            if number not in self._repeatable:
+                raise RuntimeError(
+                    f"A part that torch.utils.checkpoint runs again makes other random draws than in forward: draw "
+                    f"{number} of the step is a new one. {_REMEDY}"
+                )
+            left, outcome = self._repeated.pop(number, (replicas, None))
+            if outcome is None:
+                now = torch.get_rng_state()
+                torch.set_rng_state(self._repeatable[number])
+                try:
+                    outcome = draw()
+                finally:
+                    torch.set_rng_state(now)
+            if left > 1:
+                self._repeated[number] = left - 1, outcome
+            return outcome
+
+    def keep(self, number: int, outcome: torch.Tensor) -> None:
+        """Keep the outcome of a draw from parameters, which backward may ask for again."""
+        with global_generator:
+            self._kept[number] = outcome
+
+    def kept(self, number: int) -> torch.Tensor:
+        """The outcome that was kept."""
+        return self._kept[number]
+
+    def note_parameters(self, number: int, shapes: Sequence[tuple[int, ...]]) -> None:
+        """A replica is about to draw from parameters of these shapes."""
+
+    def exchanged(self, context: Context, given: list[torch.Tensor], what: str) -> list[list[torch.Tensor]]:
+        """The parameters of all replicas."""
+        return context.exchange(given, what)
 
     def end(self) -> None:
         """Called when all replicas have ended.
@@ -139,21 +254,38 @@ class SharedDraws:
                 f"The replicas draw different random numbers: draw {number} of the step, {_told(draw.request)} for all "
                 f"rows, was made on some of them only. {_REMEDY}"
             )
-        self._check_untouched()
+        for generator in self._states:
+            self._check_untouched(generator)
 
-    def _check_untouched(self) -> None:
-        if self._state is not None and not torch.equal(torch.get_rng_state(), self._state):
+    def _begin(self, generator: torch.Generator) -> None:
+        """Note the state of a generator that the step uses."""
+        if generator not in self._states:
+            self._states[generator] = self._begun[generator] = generator.get_state()
+
+    def _check_untouched(self, generator: torch.Generator) -> None:
+        """Check that only shared draws have used a generator."""
+        if torch.equal(generator.get_state(), self._states[generator]):
+            return
+        if generator is not torch.default_generator:
             raise RuntimeError(
-                "The module used torch's random generator in a way that fastdp does not see, so the replicas do not "
-                "draw what one device would: from compiled code or an extension, or by a method of a generator; or "
-                "another thread of this process drew from it meanwhile. Draw by torch's functions, or use gpus=[0]."
+                "The module used a torch.Generator of its own in a way that fastdp does not see, such as a method of "
+                "it: replicas share the generator, and would each seed it. Seed it outside of forward, or use gpus=[0]."
             )
+        raise RuntimeError(
+            "The module used torch's random generator in a way that fastdp does not see, so the replicas do not "
+            "draw what one device would: from compiled code or an extension, or by a method of a generator; or "
+            "another thread of this process drew from it meanwhile. Draw by torch's functions, or use gpus=[0]."
+        )
 
 
 _REMEDY = (
     "A draw must not depend on the values of some rows: not whether it is made, nor its shape. Draw for all rows and "
     "select afterwards, or use gpus=[0]."
 )
+
+
+def _told_site(site: Site) -> str:
+    return "" if site is None else f" at {site[0]}:{site[1]}"
 
 
 def _told(request: tuple[Any, ...]) -> str:

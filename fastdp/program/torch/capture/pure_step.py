@@ -35,6 +35,7 @@ from fastdp.program.torch.loss import LossFunction, check_reduction
 from fastdp.program.torch.losses import split
 from fastdp.program.torch.module import Slot
 from fastdp.program.torch.nest import Nest
+from fastdp.program.torch.random.checkpoints import REPEATED_DRAWS
 from fastdp.program.torch.replica import ReplicaContext, ReplicaDraw
 from fastdp.program.torch.rows.declared import parts_fit
 from fastdp.program.torch.shared_draws import SharedDraws
@@ -151,6 +152,7 @@ class TorchPureStep:
             stack.enter_context(lent.lent())
             if not alone:
                 stack.enter_context(peers_scope(NoTracedPeers()))
+            stack.enter_context(REPEATED_DRAWS)
             stack.enter_context(ReplicaMode(running, ALONE if alone else TOGETHER))
             loss = self._forward(rows if is_fake(variables) else [row.clone() for row in rows], context)
             gradients = gradients_of_leaves(

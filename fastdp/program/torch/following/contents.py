@@ -70,7 +70,8 @@ class Contents:
         tables: the tables of parameters, buffers and parts of all parts.
         hooks: the tables of hooks of all parts, and torch's of hooks on all modules.
         tensors: the tensors besides parameters and buffers that belong to the module, by name.
-        shared: tensors and other values outside of the module, which its functions use and its copies share.
+        shared: tensors and other values outside of the module, which its functions use and its copies share; and the
+            module's generators.
         arrays: NumPy arrays that belong to the module, by name.
         functions: functions that copies need copies of, since they keep something that can be changed.
         refused: what cannot be followed, since all copies would share it; empty if everything can.
@@ -120,6 +121,8 @@ class Contents:
             self.tensors.append((name, value)) if inside else self.shared.append(value)
         elif isinstance(value, np.ndarray):
             self.arrays.append((name, value)) if inside else self.shared.append(value)
+        elif isinstance(value, torch.Generator):
+            self.shared.append(value)
         elif isinstance(value, nn.Module):
             self._module(value, name, inside)
         elif isinstance(value, (types.MethodType, types.FunctionType, functools.partial)):
@@ -133,6 +136,11 @@ class Contents:
                 self._attributes(value, name, list(vars(value)), inside)
         elif not inside and not isinstance(value, RemovableHandle):  # a hook may remove itself
             self.shared.append(value)
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """The module's own generators, which its copies share."""
+        return [value for value in self.shared if isinstance(value, torch.Generator)]
 
     def look_again(self) -> None:
         """Find the keys that the known holders have now, and no other holders."""

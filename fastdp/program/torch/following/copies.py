@@ -35,7 +35,7 @@ class Copied:
         except (TypeError, RuntimeError) as error:
             raise ValueError(
                 f"The module {type(module).__name__} cannot be copied, and each device needs a copy of it: {error}. "
-                "Keep what cannot be copied (locks, open files, generators) out of its attributes, or define "
+                "Keep what cannot be copied (locks, open files) out of its attributes, or define "
                 "__deepcopy__ on its class."
             ) from error
         self.tables = [holder.twin(own) for holder in contents.holders]

@@ -8,8 +8,9 @@ number of GPUs, but not those of one GPU in plain torch. What fused kernels draw
 comes from each GPU's own generator: it repeats with the seed, and differs with the number of GPUs.
 
 The trial of the module (`fastdp.program.torch.rows`) tells where the rows of a draw are. For torch's own modules, which
-are not tried, and for a loss, rows are the first axis if its length is a multiple of the replica's rows; otherwise a
-mask of activations has them on the only other axis of such a length, and any other draw is the same for all rows.
+are not tried, and for a loss of each replica's rows, rows are the first axis if its length is a multiple of the
+replica's rows; otherwise a mask of activations has them on the only other axis of such a length, and any other draw is
+the same for all rows. In a loss a draw of which several axes may have the rows is refused.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import torch
 from torch.nn import functional as F
 
 from fastdp.program.torch.random.dropout import alpha_dropout, dropout
-from fastdp.program.torch.random.inside import inside, refused
+from fastdp.program.torch.random.inside import inside
 from fastdp.program.torch.random.numbers import created, filled, randperm
-from fastdp.program.torch.random.sampled import sampled
+from fastdp.program.torch.random.sampled import rrelu, sampled
 from fastdp.tensors.function_mode import Handler
 from fastdp.tensors.random_functions import RNNS
 
@@ -64,6 +65,6 @@ HANDLERS: dict[Any, Handler] = {
     **dict.fromkeys(_IN_PLACE, filled),
     **dict.fromkeys(_PER_ROW, sampled),
     **dict.fromkeys(_INSIDE, inside),
-    **dict.fromkeys((F.rrelu, torch.rrelu), refused),
+    **dict.fromkeys((F.rrelu, torch.rrelu, torch.rrelu_), rrelu),
     torch.randperm: randperm,
 }

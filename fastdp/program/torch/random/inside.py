@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdp.program.torch.random.drawn import PARAMETERS, drawn, is_known, refuse_generator
+from fastdp.program.torch.random.drawn import PARAMETERS, drawn, is_known
 from fastdp.program.torch.replica import ReplicaContext
 from fastdp.tensors.random_functions import RNNS, draws_in_call
 
@@ -56,7 +55,6 @@ class _SharesDraws(TorchDispatchMode):
 
 def inside(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> Any:
     """Run a function that draws inside."""
-    refuse_generator(kwargs.get("generator"))
     on_gpu = any(isinstance(one, torch.Tensor) and one.is_cuda for one in (*args, *kwargs.values()))
     if on_gpu or not draws_in_call(function, args, kwargs):  # fused kernels draw from each GPU's own generator
         return function(*args, **kwargs)
@@ -71,12 +69,3 @@ def inside(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> An
         axis = 1  # inside, recurrent layers have time first
     with _SharesDraws(running, function, axis):
         return function(*args, **kwargs)
-
-
-def refused(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> Any:
-    """A function that makes as many draws as its values say."""
-    if function in (F.rrelu, torch.rrelu):
-        training = kwargs.get("training", args[3] if len(args) > 3 else False)
-        if not training:
-            return function(*args, **kwargs)
-    raise NotImplementedError(PARAMETERS.format(function.__name__))

@@ -11,8 +11,8 @@ from fastdp.program.torch.random.drawn import (
     PARAMETERS,
     Fill,
     drawn,
-    is_known,
-    refuse_generator,
+    place_of,
+    pop_generator,
     refuse_one_row,
     row_axis,
 )
@@ -22,21 +22,22 @@ from fastdp.program.torch.replica import ReplicaContext
 def created(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> torch.Tensor:
     """torch.rand, torch.randn, torch.randint and their `_like`s."""
     kwargs = dict(kwargs)
-    refuse_generator(kwargs.pop("generator", None))
+    generator = pop_generator(kwargs)
     out = kwargs.pop("out", None)
     integers = function in (torch.randint, torch.randint_like)
     bounds = _bounds(function, args, kwargs) if integers else ()
     result = _unfilled(function, args, kwargs, out)
     normal = function in (torch.randn, torch.randn_like)
     if integers:
-        fill: Fill = lambda whole: whole.random_(*bounds)  # noqa: E731
+        fill: Fill = lambda whole: whole.random_(*bounds, generator=generator)  # noqa: E731
     else:
-        fill = (lambda whole: whole.normal_()) if normal else (lambda whole: whole.uniform_())
-    if result.is_cuda and not integers:
+        fill = lambda whole: (whole.normal_ if normal else whole.uniform_)(generator=generator)  # noqa: E731
+    if result.is_cuda and not integers and generator is torch.default_generator:
         found = counted_normal(running, result.shape) if normal else counted(running, result.shape)
     else:
         refuse_one_row(running, function.__name__, result.shape)
-        found = drawn(running, function.__name__, bounds, result, fill, row_axis(result.shape, running.rows))
+        axis = row_axis(result.shape, running.rows)
+        found = drawn(running, function.__name__, bounds, result, fill, axis, generator)
     with torch.no_grad():
         result.copy_(found)
     if out is not None:
@@ -74,34 +75,38 @@ def _device_of(function: Any, args: Any, kwargs: Any) -> Any:
 def filled(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> torch.Tensor:
     """Methods that fill a tensor, such as Tensor.uniform_, and with them the functions of torch.nn.init."""
     kwargs = dict(kwargs)
-    refuse_generator(kwargs.pop("generator", None))
+    generator = pop_generator(kwargs)
     x, numbers = args[0], (*args[1:], *kwargs.values())
     if any(isinstance(number, torch.Tensor) for number in numbers):
         raise NotImplementedError(PARAMETERS.format(f"Tensor.{function.__name__}"))
-    if x.is_cuda and function in (torch.Tensor.uniform_, torch.Tensor.normal_):
+    counts = generator is torch.default_generator and function in (torch.Tensor.uniform_, torch.Tensor.normal_)
+    if x.is_cuda and counts:
         names = ("from", "to") if function is torch.Tensor.uniform_ else ("mean", "std")
         low, high = ({names[0]: 0.0, names[1]: 1.0} | dict(zip(names, args[1:], strict=False)) | kwargs).values()
         if function is torch.Tensor.uniform_:
             return x.copy_(counted(running, x.shape) * (high - low) + low)
         return x.copy_(counted_normal(running, x.shape) * high + low)
     refuse_one_row(running, function.__name__, x.shape)
-    fill: Fill = lambda whole: function(whole, *args[1:], **kwargs)  # noqa: E731
-    return x.copy_(drawn(running, function.__name__, numbers, x.detach(), fill, row_axis(x.shape, running.rows)))
+    fill: Fill = lambda whole: function(whole, *args[1:], **kwargs, generator=generator)  # noqa: E731
+    axis = row_axis(x.shape, running.rows)
+    return x.copy_(drawn(running, function.__name__, numbers, x.detach(), fill, axis, generator))
 
 
 def randperm(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> torch.Tensor:
     """torch.randperm, the same for all rows."""
     kwargs = dict(kwargs)
-    refuse_generator(kwargs.pop("generator", None))
+    generator = pop_generator(kwargs)
     n = int(args[0] if args else kwargs["n"])
-    draws, rows = running.context.structure.draws, running.rows
-    like_rows = n == rows.count != rows.total
-    if like_rows and not (is_known(running) and draws.place_of(running.draws + 1, (n,), rows).axis is None):
-        raise NotImplementedError(
-            f"torch.randperm({n}) in a module that fastdp splits permutes as many things as this device has rows. "
-            "If it permutes the rows of the batch, it mixes rows of different devices: draw the permutation outside "
-            "and pass it in, or use gpus=[0]."
-        )
+    rows = running.rows
+    if n == rows.count != rows.total:
+        place = place_of(running, running.draws + 1, (n,))
+        if place is None or place.axis is not None:
+            raise ValueError(
+                f"torch.randperm({n}) in a module that fastdp splits permutes as many things as this device has rows. "
+                "If it permutes the rows of the batch, it mixes rows of different devices: draw the permutation "
+                "outside and pass it in, or use gpus=[0]."
+            )
     like = torch.empty(n, dtype=kwargs.get("dtype") or torch.int64)
-    found = drawn(running, "randperm", (n,), like, lambda whole: whole.copy_(function(n)), None)
+    fill: Fill = lambda whole: whole.copy_(function(n, generator=generator))  # noqa: E731
+    found = drawn(running, "randperm", (n,), like, fill, None, generator)
     return found.clone().to(kwargs.get("device") or "cpu")

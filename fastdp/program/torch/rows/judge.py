@@ -8,11 +8,11 @@ from torch import nn
 
 from fastdp.comm.batch import Batch
 from fastdp.program.torch.batch import Structure
+from fastdp.program.torch.rows.draws import CannotSplitError, OtherDrawsError
 from fastdp.program.torch.rows.findings import Findings
 from fastdp.program.torch.rows.inputs import Change, Injected, OtherValues, TrialInputs, choices_of
 from fastdp.program.torch.rows.judged import Candidates, Judged, is_exact
 from fastdp.program.torch.rows.refusals import failed
-from fastdp.program.torch.rows.surroundings import CannotSplitError
 from fastdp.program.torch.rows.trial import Trial
 from fastdp.program.torch.rows.weights import usual_numbers
 from fastdp.program.torch.shared_draws import DrawPlace
@@ -93,25 +93,39 @@ class Judge:
         trial = Trial(self._module, self._batch, chosen, self._wanted, noise=noise)
         try:
             whole = trial.run(0, total)
-        except NotImplementedError:
-            return False
         except CannotSplitError:
             raise
+        except NotImplementedError:
+            return False
         except FAILURES as error:
             if self._runs():
                 raise failed(error, self._rows, self._batch.rows, self._batch.structure.values) from error
             return False
         try:
             parts = [trial.run(0, first), trial.run(first, total)]
-            self._draws = {**trial.draw_places, **self._draws}
-            if self._draws != {**self._draws, **trial.draw_places}:
-                return False  # shapes that depend on values: the step's own checks apply
+            self._note_draws(trial)
+        except (CannotSplitError, OtherDrawsError):
+            raise
         except NotImplementedError:  # fastdp's own refusals, of which the step gives the right ones
             return False
         except FAILURES as error:
             raise failed(error, self._rows, self._batch.rows, self._batch.structure.values) from error
         self.findings.see(trial, parts, whole)
         return True
+
+    def _note_draws(self, trial: Trial) -> None:
+        """Keep where the rows are in the draws of a trial.
+
+        Raises:
+            OtherDrawsError: they were elsewhere in another one.
+        """
+        for number, place in trial.draw_places.items():
+            known = self._draws.setdefault(number, place)
+            if known.site != place.site or not known.agrees_with(place):
+                raise OtherDrawsError(
+                    f"The module makes other random draws for some rows than for others: draw {number} differs between "
+                    "rows of the batch. Draw for all rows and select afterwards, or use gpus=[0]."
+                )
 
     def _look_again(self, chosen: Sequence[int], change: Change, *, on_host: bool = False) -> bool:
         """Run one trial on other values. False if the module does not run on them.

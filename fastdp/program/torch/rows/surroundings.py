@@ -1,11 +1,11 @@
-"""What surrounds a run of a trial: draws and collectives of all rows, generators that stay, and what is refused."""
+"""What surrounds a run of a trial: collectives of all rows, generators that stay, and what is refused."""
 
 from __future__ import annotations
 
 import pickle
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,16 +20,10 @@ from fastdp.program.torch import embeddings
 from fastdp.program.torch import gradients as torch_gradients
 from fastdp.program.torch.module import Slot
 from fastdp.program.torch.random import handlers as random_handlers
-from fastdp.program.torch.random.drawn import row_axis
-from fastdp.program.torch.random.sampled import sampled
 from fastdp.program.torch.replica import ReplicaContext
-from fastdp.program.torch.shared_draws import DrawPlace, SharedDraws, memory_order
+from fastdp.program.torch.rows.draws import CannotSplitError
 from fastdp.shard import Rows
 from fastdp.tensors.function_mode import Handler
-
-
-class CannotSplitError(ValueError):
-    """A module does what copies of it cannot do alike. The message has the remedies."""
 
 
 class Watch(TorchFunctionMode):
@@ -78,62 +72,6 @@ class Watch(TorchFunctionMode):
 
 _COMPARISONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
 _LOSSES = frozenset(("cross_entropy", "nll_loss"))
-
-
-class TrialDraws(SharedDraws):
-    """The draws of a trial: made in the run on all rows, and taken by the runs of its parts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[int, DrawPlace] = {}
-        self._running: ReplicaContext | None = None
-        self._made: dict[int, torch.Tensor] = {}
-
-    def begin_run(self, running: ReplicaContext) -> None:
-        """A run begins."""
-        self._running = running
-
-    def alone(self, draw: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Make a draw for all rows."""
-        assert self._running is not None
-        self._made[self._running.draws] = found = draw()
-        return found
-
-    def made(self, number: int) -> torch.Tensor:
-        """The draw of this number, for all rows.
-
-        Raises:
-            NotImplementedError: as in `take`.
-        """
-        if number not in self._made:
-            raise NotImplementedError("The module makes other random draws for some rows than for others.")
-        return self._made[number]
-
-    def knows(self, number: int) -> bool:
-        """True: the shapes of the runs tell."""
-        return True
-
-    def place_of(self, number: int, shape: tuple[int, ...], rows: Rows) -> DrawPlace:
-        """Where the rows are in a draw, by its shapes for all rows and for a part of them.
-
-        Raises:
-            NotImplementedError: the shapes depend on the rows in another way, or differently in two runs.
-        """
-        made = self.made(number)
-        whole = tuple(made.shape)
-        axes = [at for at, (size, part) in enumerate(zip(whole, shape, strict=False)) if size != part]
-        place = DrawPlace(axes[0] if axes else None, memory_order(made))
-        axis = place.axis
-        fits = axis is None or shape[axis] * rows.total == whole[axis] * rows.count
-        if len(whole) != len(shape) or len(axes) > 1 or not fits or self.found.setdefault(number, place) != place:
-            raise NotImplementedError(f"The module draws {whole} for all rows and {shape} for some of them.")
-        return place
-
-    def take(
-        self, number: int, replicas: int, request: tuple[Any, ...], draw: Callable[[], torch.Tensor]
-    ) -> torch.Tensor:
-        """A draw for all rows: the one that was made for them."""
-        return self.made(number)
 
 
 class TrialPeers:
@@ -191,22 +129,8 @@ def _batch_norm(running: ReplicaContext, function: Any, args: Any, kwargs: Any) 
     return found
 
 
-def _sampled(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> torch.Tensor:
-    """Functions with parameters per row: a part of the rows gets its part of what all rows got."""
-    rows, draws = running.rows, running.context.structure.draws
-    given = [one for one in args if isinstance(one, torch.Tensor)]
-    if rows.count == rows.total or not given:
-        return sampled(running, function, args, kwargs)
-    by_rows = any(row_axis(one.shape, rows) is not None for one in given)
-    made = draws.made(running.next_draw())
-    if not by_rows or made.shape[0] % rows.total:
-        return made.clone()
-    per_row = made.shape[0] // rows.total
-    return made.narrow(0, per_row * rows.start, per_row * rows.count).clone()
-
-
 HANDLERS: dict[Any, Handler] = {
-    **{one: _sampled if how is sampled else how for one, how in random_handlers.HANDLERS.items()},
+    **random_handlers.HANDLERS,
     **embeddings.HANDLERS,
     **torch_gradients.HANDLERS,
     F.batch_norm: _batch_norm,

@@ -18,9 +18,10 @@ from fastdp.program.torch.following.contents import Contents
 from fastdp.program.torch.following.copies import replicate
 from fastdp.program.torch.module import Slot, slots_of
 from fastdp.program.torch.replica import ReplicaContext
+from fastdp.program.torch.rows.draws import TrialDraws
 from fastdp.program.torch.rows.inputs import Change, Injected, TrialInputs
 from fastdp.program.torch.rows.plain import is_torchs_hook
-from fastdp.program.torch.rows.surroundings import HANDLERS, TrialDraws, TrialPeers, Watch, undisturbed
+from fastdp.program.torch.rows.surroundings import HANDLERS, TrialPeers, Watch, undisturbed
 from fastdp.program.torch.shared_draws import DrawPlace
 from fastdp.shard import Rows
 from fastdp.tensors.arrays import settle
@@ -110,10 +111,9 @@ class Trial:
         structure: Structure = self._batch.structure
         own = Structure(structure.nest, draws=self._draws, _seed=1)
         running = ReplicaContext(Context(0, rows, 0, Rendezvous(1, 1.0), 2, Batch([], own, self._total), own), rows)
-        self._draws.begin_run(running)
         sought = self._injected.number if self._injected is not None else None
-        wanted = self._wanted if torch.is_grad_enabled() else ()
-        with undisturbed(), Watch(self.slots, self.compared, sought) as watch:
+        wanted, generators = self._wanted if torch.is_grad_enabled() else (), self._contents.generators
+        with self._draws.run(rows, generators), undisturbed(), Watch(self.slots, self.compared, sought) as watch:
             for _ in range(times):
                 args, kwargs, _ = given = self.inputs.of(rows, self._where, wanted)
                 versions = _versions(given)

@@ -13,12 +13,13 @@ from torch.utils import _pytree as pytree
 from fastdp.comm.batch import Batch
 from fastdp.program.torch.batch import Structure, undivided_batch
 from fastdp.program.torch.rows.declared import DeclaredRows
+from fastdp.program.torch.rows.draws import CannotSplitError
 from fastdp.program.torch.rows.hints import refuse_packed
 from fastdp.program.torch.rows.judge import Judge
 from fastdp.program.torch.rows.judged import Candidates, Judged
 from fastdp.program.torch.rows.plain import keeps_rows_apart
 from fastdp.program.torch.rows.readings import Reading, readings
-from fastdp.program.torch.rows.surroundings import CannotSplitError
+from fastdp.tensors.row_effects import ROWS_FIRST
 from fastdp.tensors.threads import intra_op_threads
 
 
@@ -83,6 +84,7 @@ class Trials:
         if found is None:
             found = self._found(batch, devices, wants=wants)
             if found is None:
+                batch.structure.draws.places = {}
                 return batch  # the step itself says why the module does not run; a later one is tried
             if found.reading is not None:  # holds for these lengths
                 self._by_lengths.add(kind)
@@ -93,6 +95,7 @@ class Trials:
         if found.reading is not None:
             batch = batch.structure.read(found.reading)
         batch.structure.judged = found.judged
+        batch.structure.draws.places = found.judged.draws if found.judged is not None else None
         return batch
 
     def _found(self, batch: Batch, devices: int, *, wants: bool) -> _Found | None:
@@ -101,7 +104,7 @@ class Trials:
         refuse_packed(structure.values)
         refused = structure.misfit
         if refused is None:
-            if keeps_rows_apart(self._module):
+            if keeps_rows_apart(self._module) and all(one == ROWS_FIRST for one in structure.layouts):
                 return _Found()
             try:
                 judge = self._judge(batch, devices, wants=wants)
