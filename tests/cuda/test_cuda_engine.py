@@ -47,6 +47,36 @@ def test_a_function_program_trains_as_on_the_host(gpus, count, cards, n, seed):
     gc.collect()
 
 
+@pytest.mark.parametrize("seed", [None, 0])
+@pytest.mark.parametrize(("count", "cards"), [(2, 2), (4, 1), (8, 2)])
+def test_an_exposed_home_is_updated_once_and_copied_to_all_before_each_step(gpus, count, cards, seed):
+    box = gpus(cards, seed=seed)
+    ours, theirs = line(bias=True), line(bias=True)
+    ours.home_is_exposed = True
+    updated, make_update = [], ours.update
+
+    def update(state, totals):
+        updated.append(state)
+        make_update(state, totals)
+
+    ours.update = update
+    engine = fastdp.DataParallel(ours, box.devices(count, cards), timeout=LIMIT, update="each")
+    host = [HostDevice(i) for i in range(count)]
+    reference = fastdp.DataParallel(theirs, host, timeout=LIMIT)
+    for step, n in enumerate((32, 1, 7, 32)):
+        if step == 2:
+            for program in (ours, theirs):
+                program.set_parameters({"w": 0.5 * program.parameters["w"]})
+        batch = rows(n, step)
+        np.testing.assert_allclose(engine.train(batch).sums, reference.train(batch).sums, rtol=1e-5)
+    assert engine.update == "first"
+    assert len(updated) == 4
+    for device in host:
+        device.close()
+    del engine, ours
+    gc.collect()
+
+
 def test_the_steady_state_allocates_nothing_and_waits_for_no_whole_device(gpus):
     box = gpus(2)
     engine = fastdp.DataParallel(line(bias=True), box.devices(2), timeout=LIMIT)

@@ -160,6 +160,25 @@ def test_rates_in_tensors_and_classes_of_the_users_own_are_exact(factory, device
     assert_same(trained(change, factory, devices), trained(change, factory, None))
 
 
+def test_updates_that_run_the_users_code_keep_a_snapshot_and_those_of_torchs_own_none():
+    def kept(change):
+        step = fastdp.wrap(net(), gpus=2).train_step(F.mse_loss, torch.optim.Adam)
+        change(step.optimizer)
+        for i in range(2):
+            step(*data(i))
+        return step._engine.rollback.nbytes > 0
+
+    def patched(optimizer):
+        own = optimizer.step
+        optimizer.step = lambda closure=None: own(closure)
+
+    assert not kept(lambda o: None)
+    assert not kept(lambda o: lr_scheduler.StepLR(o, 2))
+    assert kept(lambda o: o.register_step_pre_hook(slowed))
+    assert kept(lambda o: o.register_step_post_hook(slowed))
+    assert kept(patched)
+
+
 @pytest.mark.parametrize("devices", DEVICES)
 def test_hooks_for_all_optimizers_run_once_per_step(devices):
     seen = []
