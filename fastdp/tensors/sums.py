@@ -9,15 +9,32 @@ import torch
 
 
 def movement(value: torch.Tensor, before: torch.Tensor, weight: float) -> np.ndarray:
-    """How much a replica changed each element of a tensor, times the replica's weight, as a float64 vector."""
-    moved = (value.detach().double() - before.detach().double()) * weight
+    """How much a replica changed each element of a tensor, times the replica's weight, as a float64 vector.
+
+    Complex elements are two numbers each. Differences of integers are exact.
+    """
+    moved = (_wide(value.detach()) - _wide(before.detach())).double() * weight
     return moved.cpu().numpy().ravel()
+
+
+def moved_length(tensor: torch.Tensor) -> int:
+    """The length of a tensor's `movement`."""
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
 
 
 def move(target: torch.Tensor, moved: np.ndarray) -> None:
     """Change a tensor's elements in place by the sum of all replicas' `movement`. Integers are rounded."""
-    new = target.double() + torch.from_numpy(moved).to(target.device).reshape(target.shape)
-    target.copy_(new if target.is_floating_point() else new.round())
+    wide = _wide(target)
+    change = torch.from_numpy(moved).to(target.device).reshape(wide.shape)
+    new = wide + (change if wide.is_floating_point() else change.round().to(wide.dtype))
+    target.copy_(torch.view_as_complex(new) if target.is_complex() else new)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's numbers as float64 or int64; complex ones as pairs."""
+    if tensor.is_complex():
+        return torch.view_as_real(tensor.to(torch.complex128).resolve_conj())
+    return tensor.to(torch.float64 if tensor.is_floating_point() else torch.int64)
 
 
 def like(numbers: np.ndarray, tensor: torch.Tensor) -> torch.Tensor:

@@ -403,7 +403,7 @@ def test_a_dataclass_of_outputs_says_how_to_register_it_and_then_works():
 
 
 def test_unequal_rows_are_named():
-    step = fastdp.wrap(nn.Linear(4, 4), gpus=2).train_step(F.mse_loss, sgd)
+    step = fastdp.wrap(nn.Linear(4, 4), gpus=2).train_step(F.mse_loss, sgd, reduction="mean")
     with pytest.raises(ValueError, match="same number of rows"):
         step(torch.zeros(4, 4), torch.zeros(3, 4))
 
@@ -411,8 +411,8 @@ def test_unequal_rows_are_named():
 def test_arrays_of_unequal_rows_are_named_as_the_user_has_them_with_the_remedy():
     module = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 1)
     step = fastdp.wrap(module, gpus=2).train_step(F.mse_loss, sgd)
-    x, mask = torch.zeros(4, 3, 4), nn.Transformer.generate_square_subsequent_mask(3)
-    said = r"\{'src': 4, 'mask': 3, 'target': 4\}\. .*rows=\{\"mask\": \"same\"\}"
+    x, mask = torch.zeros(4, 3, 4), nn.Transformer.generate_square_subsequent_mask(5)
+    said = r"\{'src': 4, 'mask': 5, 'target': 4\}\. .*rows=\{\"mask\": \"same\"\}"
     with pytest.raises(ValueError, match=said):
         step({"src": x, "mask": mask}, x)
 
@@ -444,11 +444,13 @@ class Recurs(nn.Module):
     [Attends, *(lambda first, kind=kind: Recurs(kind, first) for kind in (nn.LSTM, nn.GRU, nn.RNN))],
     ids=["attention", "LSTM", "GRU", "RNN"],
 )
-def test_a_batch_with_time_steps_first_is_warned_of_once(make):
+def test_a_batch_with_time_steps_first_is_split_by_rows_and_else_warned_of_once(make):
     time_first, rows_first = torch.randn(8, 5, 4), torch.randn(8, 8, 4)
-    with pytest.raises(ValueError, match="The output of the module cannot be merged"):
-        fastdp.wrap(make(False), gpus=2)(time_first)
-    step = fastdp.wrap(make(False), gpus=2, rows={"output": 0}).train_step(F.mse_loss, sgd)
+    module = make(False)
+    torch.testing.assert_close(fastdp.wrap(copy.deepcopy(module), gpus=2)(time_first), module(time_first))
+    with pytest.raises(ValueError, match="what `rows` says of it"):
+        fastdp.wrap(make(False), gpus=2, rows={"output": 0})(time_first)
+    step = fastdp.wrap(make(False), gpus=2, rows={"x": 0, "output": 0}).train_step(F.mse_loss, sgd)
     with pytest.warns(
         UserWarning, match="splits the rows of a batch along that axis: this device has 4 of 8.*batch_first=True"
     ):

@@ -177,7 +177,8 @@ def flatten_batch(
         ValueError: a tensor is not on the CPU, or requires a gradient and `no_graphs` is set.
         TypeError: a leaf is neither a tensor, nor an array, nor a plain value.
     """
-    nest, tensors = Nest.flatten(pytree.tree_map(to_tensor, values), "A batch")
+    given, spec = pytree.tree_flatten(values)
+    nest, tensors = Nest.of([to_tensor(leaf) for leaf in given], spec, "A batch")
     for tensor in tensors:
         if tensor.device.type != "cpu":
             raise ValueError(
@@ -246,13 +247,16 @@ def split_batch(
     if declared is None:
         arrays, nest = flatten_batch(values, no_graphs=no_graphs)
         return _batch_of(arrays, Structure(nest, values=values), partial(_names, values))
-    names, said = declared.of_arrays(values)
-    layouts = reading or [one or ROWS_FIRST for one in said]
+    layouts = reading or [one or ROWS_FIRST for one in declared.of_arrays(values)]
     arrays, nest = flatten_batch(values, layouts, no_graphs=no_graphs)
     of_rows = [one for one in layouts if one.effect is Effect.ROWS]
     structure = Structure(nest, layouts=of_rows, declared=declared, values=values)
-    split = [name for name, one in zip(names, layouts, strict=True) if one.effect is Effect.ROWS]
-    return _batch_of(arrays, structure, lambda: split)
+
+    def names() -> list[str]:
+        pairs = zip(declared.names_of(values), layouts, strict=True)
+        return [name for name, one in pairs if one.effect is Effect.ROWS]
+
+    return _batch_of(arrays, structure, names)
 
 
 def _batch_of(arrays: list[np.ndarray], structure: Structure, names: Callable[[], list[str]]) -> Batch:

@@ -9,7 +9,7 @@ step fails, so that a failed step has changed nothing.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
@@ -21,6 +21,7 @@ from torch import nn
 from fastdp.buffers import Allocator
 from fastdp.tensors.adopted import Adopted, Homes
 from fastdp.tensors.arrays import spec_of
+from fastdp.tensors.row_effects import Effect
 
 _shape = attrgetter("shape")
 
@@ -227,6 +228,10 @@ class ReplicaModule:
     def name_of(self, index: int) -> str:
         """The name of a buffer."""
         return next(one.slot.name for one in self.buffers if one.index == index)
+
+    def by_index(self, effects: Mapping[str, Effect]) -> dict[int, Effect]:
+        """Effects of buffers by index, from those by name."""
+        return {one.index: effects[one.slot.name] for one in self.buffers if one.slot.name in effects}
 
     def index_of(self, tensor: torch.Tensor) -> int | None:
         """The index of the buffer whose tensor forward sees; None if it is no buffer."""

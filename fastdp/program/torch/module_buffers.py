@@ -10,9 +10,10 @@ import torch
 
 from fastdp.program.torch.module import ReplicaModule
 from fastdp.program.torch.replica import ReplicaContext
+from fastdp.program.torch.rows.judged import is_exact
 from fastdp.tensors.moments import combine, unbiased
 from fastdp.tensors.row_effects import Effect
-from fastdp.tensors.sums import like, move, movement
+from fastdp.tensors.sums import like, move, moved_length, movement
 
 
 @dataclass(slots=True)
@@ -21,7 +22,7 @@ class BufferNotes:
     `normalized`.
 
     Indices are those of the variables. Buffers in `constant` get the first replica's value; `unjudged` has the values
-    of those that a trial has not seen change, by name. An entry of `normalized`
+    of those that must be the same though no trial has shown it, by name. An entry of `normalized`
     is one call: the indices of the running mean and variance, and the momentum.
     """
 
@@ -42,21 +43,24 @@ class BufferNotes:
             if first is None or any(value is None or not torch.equal(value, first) for value in values):
                 raise ValueError(
                     f"forward has changed the buffer `{name}` to different values on different devices, which it did "
-                    "not when fastdp tried it on a few rows. Combine the replicas' values by fastdp.replica.all_reduce "
-                    "or fastdp.replica.all_gather, or use gpus=[0]."
+                    "not when fastdp tried it on a few rows, or which `rows` says to be the same. Say what it is: "
+                    f'fastdp.wrap(module, rows={{"buffer:{name}": "max"}}), "min", or "sum" or "mean" of what forward '
+                    "adds to it; or combine the replicas' values by fastdp.replica.all_reduce or "
+                    "fastdp.replica.all_gather; or use gpus=[0]."
                 )
 
 
 def gather_buffers(replica: ReplicaModule, running: ReplicaContext, notes: BufferNotes) -> list[np.ndarray]:
     """A replica's numbers, to be summed over replicas. Fills the notes."""
     sums = []
-    judged = running.context.structure.judged
-    states: dict[int, Effect] = judged.states if judged is not None else {}
+    judged, declared = running.context.structure.judged, running.context.structure.declared
+    said = replica.by_index(declared.buffers) if declared is not None and declared.buffers else {}
+    states: dict[int, Effect] = {**judged.states, **said} if judged is not None else said
     for index, value, before in replica.changed_buffers(states):
         effect = states.get(index)
-        if judged is None:
-            effect = Effect.MEAN if value.is_floating_point() else Effect.SAME
-        elif effect is None:
+        if effect is None and judged is None:
+            effect = Effect.SAME if is_exact(value) else Effect.MEAN
+        elif effect is None or (index in said and effect is Effect.SAME):
             notes.unjudged[replica.name_of(index)] = value.cpu().clone()
         if effect in (Effect.MEAN, Effect.SUM):
             notes.moved.append(index)
@@ -82,7 +86,7 @@ def assign_buffers(variables: list[torch.Tensor], sums: np.ndarray, notes: Buffe
         variables[index].copy_(value)
     at = 0
     for index in notes.moved:
-        length = variables[index].numel()
+        length = moved_length(variables[index])
         move(variables[index], sums[at : at + length])
         at += length
     for mean, variance, momentum in notes.normalized:

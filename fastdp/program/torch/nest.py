@@ -37,6 +37,11 @@ class Nest:
             ValueError: a tensor is sparse, nested or quantized, or of a subclass that a copy of its rows would not be.
         """
         found, spec = pytree.tree_flatten(values)
+        return cls.of(found, spec, what, dense=dense)
+
+    @classmethod
+    def of(cls, found: Sequence[Any], spec: Any, what: str, *, dense: bool = True) -> tuple[Nest, list[torch.Tensor]]:
+        """As `flatten`, of values that are flat already."""
         leaves: list[Any] = []
         tensors: list[torch.Tensor] = []
         for leaf in found:

@@ -16,6 +16,8 @@ from fastdp.tensors.arrays import to_tensor
 from fastdp.tensors.marks import MeanOver, mark_of
 from fastdp.tensors.row_effects import Effect, Layout
 
+_BUFFER = "buffer:"  # in front of the name of a buffer
+_EXTREMES = {"max": Effect.LARGEST, "min": Effect.SMALLEST}
 _OUTPUT_EFFECTS = {"same": Effect.SAME, "sum": Effect.SUM, "mean": Effect.MEAN}
 
 
@@ -26,7 +28,8 @@ class DeclaredRows:
         module: the user's module; the names of its `forward` name the arrays.
         rows: by name, an axis number, "same", and for outputs also "sum", "mean" and `fastdp.mean_over`. The names are
             those of forward's parameters, "target" and "output", with the path to a part of a nest: "mask",
-            "batch['ids']", "output[1]".
+            "batch['ids']", "output[1]". "buffer:" with the name of a buffer maps to "same", to "sum" or "mean" of what
+            forward adds to it, or to "max" or "min" of the values that it gets.
             A name stands for all parts below it.
 
     Raises:
@@ -36,7 +39,10 @@ class DeclaredRows:
     def __init__(self, module: nn.Module, rows: Mapping[str, Any] | None = None) -> None:
         self._signature = inspect.signature(module.forward)
         self._parameters = list(self._signature.parameters.values())
-        self._roles = {name: self._role(name, value) for name, value in (rows or {}).items()}
+        rows = rows or {}
+        self._roles = {name: self._role(name, value) for name, value in rows.items() if not name.startswith(_BUFFER)}
+        given = {name.removeprefix(_BUFFER): value for name, value in rows.items() if name.startswith(_BUFFER)}
+        self.buffers = {name: _buffer_effect(module, name, value) for name, value in given.items()}
 
     @property
     def weighed(self) -> list[MeanOver]:
@@ -98,27 +104,30 @@ class DeclaredRows:
             )
         return Layout(known[str(value)])
 
-    def of_arrays(self, values: tuple[Any, dict[str, Any], Any]) -> tuple[list[str], list[Layout | None]]:
-        """The names of the tensors with axes in `(args, kwargs, targets)`, and their layouts as far as they are said.
+    def names_of(self, values: tuple[Any, dict[str, Any], Any]) -> list[str]:
+        """The names of the tensors with axes in `(args, kwargs, targets)`."""
+        leaves = pytree.tree_flatten_with_path(values)[0]
+        return [self._name(path, values) for path, leaf in leaves if getattr(leaf, "ndim", 0)]
+
+    def of_arrays(self, values: tuple[Any, dict[str, Any], Any]) -> list[Layout | None]:
+        """The layouts of the tensors with axes in `(args, kwargs, targets)`, as far as they are said.
 
         Raises:
             ValueError: an array lacks its axis.
         """
-        names: list[str] = []
-        layouts: list[Layout | None] = []
-        for path, leaf in pytree.tree_flatten_with_path(values)[0]:
-            if getattr(leaf, "ndim", 0):
-                name = self._name(path, values)
-                mark = mark_of(leaf) if isinstance(leaf, torch.Tensor) else None
-                layout = mark or self.declared(name)
-                if layout is not None and layout.axis is not None and layout.axis >= leaf.ndim:
-                    raise ValueError(
-                        f"`rows` says that {name!r} has its rows along axis {layout.axis}, but its shape "
-                        f"is {tuple(leaf.shape)}."
-                    )
-                names.append(name)
-                layouts.append(layout)
-        return names, layouts
+        arrays = [leaf for leaf in pytree.tree_leaves(values) if getattr(leaf, "ndim", 0)]
+        marks = [mark_of(leaf) if isinstance(leaf, torch.Tensor) else None for leaf in arrays]
+        if not self._roles:
+            return marks
+        names = self.names_of(values)
+        layouts = [mark or self.declared(name) for mark, name in zip(marks, names, strict=True)]
+        for name, layout, array in zip(names, layouts, arrays, strict=True):
+            if layout is not None and layout.axis is not None and layout.axis >= array.ndim:
+                raise ValueError(
+                    f"`rows` says that {name!r} has its rows along axis {layout.axis}, but its shape is "
+                    f"{tuple(array.shape)}."
+                )
+        return layouts
 
     def given(self, values: tuple[Any, dict[str, Any], Any], *, whole_targets: bool) -> list[Given]:
         """The arrays of `(args, kwargs, targets)`, for readings of them.
@@ -131,7 +140,7 @@ class DeclaredRows:
             ValueError: as in `of_arrays`.
         """
         found = []
-        names, layouts = self.of_arrays(values)
+        names, layouts = self.names_of(values), self.of_arrays(values)
         arrays = [leaf for leaf in pytree.tree_leaves(values) if getattr(leaf, "ndim", 0)]
         targets = sum(1 for leaf in pytree.tree_leaves(values[2]) if getattr(leaf, "ndim", 0))
         for place, (name, layout, array) in enumerate(zip(names, layouts, arrays, strict=True)):
@@ -177,6 +186,21 @@ class DeclaredRows:
             if number == place:
                 return f"{one.name}{pytree.keystr(tuple(path[2:]))}"
         return f"input[{place}]{pytree.keystr(tuple(path[2:]))}"
+
+
+def _buffer_effect(module: nn.Module, name: str, value: Any) -> Effect:
+    """The effect that an entry for a buffer declares."""
+    buffers = dict(module.named_buffers())
+    if name not in buffers:
+        raise ValueError(f"`rows` names the buffer {name!r}, which the module has not. Its buffers: {list(buffers)}")
+    dtype = buffers[name].dtype
+    exact = not (dtype.is_floating_point or dtype.is_complex)
+    known = {**_OUTPUT_EFFECTS, **({} if dtype.is_complex else _EXTREMES)}
+    known = {key: one for key, one in known.items() if not (exact and key == "mean")}
+    known = {key: one for key, one in known.items() if not (dtype == torch.bool and key == "sum")}
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"`rows` must map 'buffer:{name}' ({dtype}) to one of {list(known)}. Received: {value!r}")
+    return known[value]
 
 
 def output_roles(outputs: Any, declared: DeclaredRows | None) -> list[tuple[str, Layout | None]]:

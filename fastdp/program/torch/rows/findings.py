@@ -45,6 +45,7 @@ class Findings:
     def __init__(self, slots: Sequence[Slot], structure: Structure, rows: tuple[int, int], *, believes: bool) -> None:
         self._slots, self._rows, self._believes = slots, rows, believes
         self._declared, self._rough = structure.declared, structure.autocast.enabled
+        self._said = structure.declared.buffers if structure.declared is not None else {}
         self._inputs = structure.inputs
         self._layouts: list[Layout | None] = []
         self._outputs: dict[int, Candidates] = {}
@@ -270,6 +271,8 @@ class Findings:
             before, values = slot.tensor.detach(), [run.values[at] for run in runs]
             if any(value.shape != before.shape or value.dtype != before.dtype for value in values):
                 continue  # a cache of each replica
+            if slot.name in self._said:
+                continue
             if finite and not bool(torch.isfinite(values[2]).all()):
                 continue
             left = state_candidates(values[:2], values[2], before, self._rows, rough=self._rough)

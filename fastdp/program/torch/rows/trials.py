@@ -189,7 +189,7 @@ def _rows_of(batch: Batch, devices: int) -> tuple[int, int]:
 def _is_told(structure: Structure) -> bool:
     """Whether the user has said where the rows of all arguments are."""
     declared = structure.declared
-    return declared is not None and None not in declared.of_arrays((*structure.values[:2], ()))[1]
+    return declared is not None and None not in declared.of_arrays((*structure.values[:2], ()))
 
 
 def _told(leaf: Any) -> Any:
