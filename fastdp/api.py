@@ -149,10 +149,9 @@ def wrap(
 
             For a torch module, a dict that says where rows are, by the names of forward's parameters, of outputs and of
             targets: `{"hx": 1, "mask": "same", "output[1]": 1}`. Values are the number of an axis, "same" for what all
-            rows share, and for outputs also "sum", "mean" or `fastdp.mean_over`. By default rows are along the first
-            axis of inputs, and a trial on a few rows tells what outputs are. `{"buffer:peak": "max"}` says the same of a
-            buffer. `fastdp.rows(tensor, axis)` and
-            `fastdp.same(tensor)` mark single tensors.
+            rows share, and for outputs also "sum", "mean" or `fastdp.mean_over`; `{"buffer:peak": "max"}` is for a
+            buffer. By default rows are along the first axis of inputs, or where a trial on a few rows finds them, and
+            the trial tells what outputs are. `fastdp.rows(tensor, axis)` and `fastdp.same(tensor)` mark single tensors.
 
     Returns:
         For a Keras model a `fastdp.ParallelModel`, a `keras.Model` that shares the model's weights. For a torch module
