@@ -474,6 +474,16 @@ UNALIKE = {
 }
 
 
+@pytest.mark.parametrize("devices", [1, 2, 3, 8])
+def test_two_views_one_behind_the_other_are_split_along_the_steps(devices):
+    module = Apply(lambda x: sum(F.dropout(torch.cat([x, x]), 0.4).chunk(2))).double()
+    x = torch.randn(8, STEPS, FEATURES, dtype=torch.float64)
+    torch.manual_seed(1)
+    expected = module(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(fastdp.wrap(copy.deepcopy(module), gpus=devices)(x), expected, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("name", UNALIKE)
 def test_draws_that_replicas_cannot_make_alike_are_refused_before_the_step(name):
     function, message = UNALIKE[name]

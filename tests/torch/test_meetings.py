@@ -47,7 +47,7 @@ def test_paths_that_part_at_a_synchronized_normalization_stop_the_step_and_name_
     ways, places = WAYS[case]
     module = Paths(ways).double()
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    step = fastdp.wrap(module, gpus=2, sync_batch_norm=True, rows={"output": 0}).train_step(
+    step = fastdp.wrap(module, gpus=2, sync_batch_norm=True, rows={"x": 0, "output": 0}).train_step(
         F.mse_loss, lambda p: torch.optim.SGD(p, lr=0.1)
     )
     with pytest.raises(fastdp.ReplicaError, match="different paths") as raised:
@@ -60,7 +60,7 @@ def test_paths_that_part_at_a_synchronized_normalization_stop_the_step_and_name_
 
 def test_a_replica_that_ends_its_forward_pass_leaves_none_waiting():
     module = Paths((left, lambda m, x: x)).double()
-    parallel = fastdp.wrap(module, gpus=2, sync_batch_norm=True, rows={"output": 0})
+    parallel = fastdp.wrap(module, gpus=2, sync_batch_norm=True, rows={"x": 0, "output": 0})
     with pytest.raises(fastdp.ReplicaError, match=r"virtual:[01] at .*left\.0.*virtual:[01] past the end"):
         parallel(batch()[0])
     assert parallel(-batch()[0].abs()).shape == (4, 1)  # the next call works

@@ -243,7 +243,8 @@ class Findings:
             raise refused_output(
                 self._names[at],
                 f"shapes {shapes} for {[*self._rows, sum(self._rows)]} rows and values that are not what `rows` says "
-                f"of it ({where}). Is another argument the same for all rows, or has it its rows along another axis?",
+                f"of it ({where}): are the rows of an argument elsewhere? If not, say where those of all arguments "
+                "are, and this is believed",
             )
 
     def _keep(self, at: int, found: Candidates, seen: str, *, trusted: bool = False) -> None:
