@@ -149,7 +149,8 @@ class TrainStep:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from where `state_dict` was called. Also sets torch's generators.
 
-        The number of devices may be another one. With the same number the run goes on bit for bit. Tensors are copied.
+        The number of devices may be another one. With the same number and `compile=None` the run goes on bit for bit;
+        captured steps round differently from the eager ones with which each run begins. Tensors are copied.
 
         Args:
             state_dict: what `state_dict` of a step has returned, with the same parameters and kinds of optimizers.
