@@ -234,25 +234,33 @@ def test_float16_under_autocast_finds_the_scale_of_one_device(devices, loss_fn):
 class Mixed(nn.Module):
     """Gradients that autocast computes in float16, also through a view, and others in float32: of a norm, of words."""
 
-    def __init__(self):
+    def __init__(self, inside: bool):
         super().__init__()
+        self.inside = inside
         torch.manual_seed(3)
         self.words, self.linear, self.norm = nn.Embedding(3, 4), nn.Linear(4, 4), nn.LayerNorm(4)
         self.turned, self.twice = (nn.Parameter(torch.ones(4, 4)) for _ in "ab")
 
     def forward(self, x):
+        if not self.inside:
+            return self.computed(x)
+        with torch.autocast("cpu", torch.float16):
+            return self.computed(x).half()
+
+    def computed(self, x):
         y = self.linear(x + self.words(torch.zeros(len(x), dtype=torch.int64))).float()
         y = self.norm(y.abs() + 1e-2 * x) @ self.turned.t()
         return (y @ self.twice).float() + 2.0 * self.twice.sum(0)
 
 
+@pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("devices", DEVICES)
-def test_a_sum_is_infinite_where_float16_is_too_small_for_it_and_only_there(devices):
-    module, reference = Mixed(), Mixed()
+def test_a_sum_is_infinite_where_float16_is_too_small_for_it_and_only_there(devices, inside):
+    module, reference = Mixed(inside), Mixed(inside)
     x = torch.rand(16, 4, generator=torch.Generator().manual_seed(1)) + 1.0
     for one in (fastdp.wrap(module, gpus=devices), reference):
-        with torch.autocast("cpu", torch.float16):
-            (one(x).sum() * 2000.0).backward()
+        with torch.autocast("cpu", torch.float16, enabled=not inside):
+            (one(x).float().sum() * 2000.0).backward()
     infinite = {name: p.grad.isinf() for name, p in reference.named_parameters()}
     assert infinite["turned"].any()
     assert not infinite["norm.bias"].any()

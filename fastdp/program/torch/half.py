@@ -8,10 +8,17 @@ from typing import Any
 
 import torch
 
+from fastdp.tensors.autocast import Autocast
+
 # What is at least this large is infinite in float16.
 INFINITE = 65520.0
 # Operations between a parameter and its cast that move numbers and change none.
 _VIEWS = ("TBackward", "Transpose", "Permute", "View", "UnsafeView", "Reshape", "Unsqueeze", "Squeeze", "Alias")
+
+
+def may_overflow(autocast: Autocast, outputs: Sequence[torch.Tensor]) -> bool:
+    """Whether a forward pass has computed in float16, as far as is seen outside: around it, or by its outputs."""
+    return autocast.has_half or any(output.dtype == torch.float16 for output in outputs)
 
 
 class HalfGradients:

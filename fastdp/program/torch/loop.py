@@ -26,7 +26,7 @@ from fastdp.comm.context import Context
 from fastdp.program.base import Result
 from fastdp.program.torch.batch import Structure, with_extremes
 from fastdp.program.torch.gradients import Found
-from fastdp.program.torch.half import HalfGradients
+from fastdp.program.torch.half import HalfGradients, may_overflow
 from fastdp.program.torch.module_buffers import BufferNotes, assign_buffers, gather_buffers
 from fastdp.program.torch.nest import Nest
 from fastdp.program.torch.parameter_hooks import HookedGradients
@@ -260,7 +260,7 @@ class LoopProgram(TorchProgram):
         found = [torch.zeros_like(x) if g is None else g for x, g in zip(kept.rows, by_rows, strict=True)]
         layouts = work.forward.row_layouts
         arrays = [output_array(rows_first(g, one), context.device) for g, one in zip(found, layouts, strict=True)]
-        if context.rank == 0 and work.forward.batch.structure.autocast.has_half:
+        if context.rank == 0 and may_overflow(work.forward.batch.structure.autocast, roots):
             notes.half = HalfGradients(roots)
         return Result(arrays, np.zeros(0), notes)
 

@@ -25,7 +25,7 @@ from fastdp.program.torch import batch_norm as torch_batch_norm
 from fastdp.program.torch import gradients as torch_gradients
 from fastdp.program.torch.batch import Structure, outputs_to_arrays, with_extremes
 from fastdp.program.torch.gradients import Found, Gradients
-from fastdp.program.torch.half import HalfGradients
+from fastdp.program.torch.half import HalfGradients, may_overflow
 from fastdp.program.torch.loss import NOTHING_TO_TRAIN, WITHOUT_GRADIENT, LossFunction, contribute
 from fastdp.program.torch.losses import Reported, check_equal_nests, split
 from fastdp.program.torch.module import ReplicaModule
@@ -238,7 +238,8 @@ class Passes:
         notes = Notes(nest, part.dtype, found=state.gradients.store(part.direct), draws=structure.draws)
         notes.reported, notes.trains = part.reported, bool(part.roots or part.direct)
         # In a window each call's sum over rows is a float16 number, and there is only one sum over all calls.
-        if context.rank == 0 and self.accumulate == 1 and (self.scaler is not None or structure.autocast.has_half):
+        may = self.scaler is not None or may_overflow(structure.autocast, part.roots)
+        if may and context.rank == 0 and self.accumulate == 1:
             notes.half = HalfGradients(part.roots)
         sums = gather_buffers(state.replica, running, notes.buffers)
         state.replica.restore_buffers()
