@@ -130,7 +130,7 @@ def test_captured_steps_train_as_the_loop_does_without_fastdp(capsys):
 
 
 def test_every_piece_of_code_is_run_here():
-    assert len(CODE) == 9
+    assert len(CODE) == 10
 
 
 def test_every_example_and_name_on_the_page_exists():
@@ -140,3 +140,18 @@ def test_every_example_and_name_on_the_page_exists():
         thing: Any = fastdp
         for part in name.split("."):
             thing = getattr(thing, part)
+
+
+def test_the_training_for_those_who_come_from_elsewhere_is_that_of_one_device(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (code,) = [code for code in CODE if "64 rows in all" in code]
+    assert PAGE.index("64 rows in all") > PAGE.index("## Coming from DataParallel, DDP, Accelerate, Fabric")
+    module = nn.Linear(6, 3)
+    alone = copy.deepcopy(module)
+    for each, start in ((module, "fastdp.wrap(module, gpus=4)"), (alone, "module")):
+        torch.manual_seed(1)
+        given = names(each)
+        exec(code.replace("fastdp.wrap(module, gpus=4)", start), given | {"data": given["loader"].dataset})
+    torch.testing.assert_close(weights(module), weights(alone), rtol=1e-4, atol=1e-6)
+    assert capsys.readouterr().out.count("\n") == 4
+    assert set(torch.load("weights.pt")) == {"weight", "bias"}

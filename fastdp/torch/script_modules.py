@@ -21,7 +21,6 @@ from fastdp.program.torch.loop import LoopProgram
 from fastdp.program.torch.rows.judge import FAILURES
 from fastdp.program.torch.rows.plain import is_torchs_hook
 from fastdp.runtime.queue import QueueDevice
-from fastdp.tensors.row_effects import Effect
 from fastdp.torch.assignments import Assignments, KeepsValuesError, refused, watched
 from fastdp.torch.checks import check_module
 from fastdp.torch.parallel_module import TorchParallel
@@ -33,25 +32,17 @@ Call = Callable[..., Any]
 
 
 class _CertainProgram(LoopProgram):
-    """Runs only modules of which a trial can tell for certain how their outputs and buffers depend on the rows."""
+    """Runs only modules that could be tried, so that trials have told how outputs and buffers depend on the rows."""
 
     def judge(self, batch: Batch, *args: Any, **kwargs: Any) -> Batch:
-        """As in `TorchProgram`, but refuse means, which a few rows cannot tell from weighted means.
+        """As in `TorchProgram`.
 
         Raises:
-            ValueError: an output or a buffer is a mean, or the module could not be tried.
+            ValueError: also if the module could not be tried.
         """
         batch = super().judge(batch, *args, **kwargs)
-        judged = batch.structure.judged
-        if judged is None and batch.structure.draws.tried:
+        if batch.structure.judged is None and batch.structure.draws.tried:
             raise ValueError("it could not be tried on a few rows of its batch.")
-        layouts, states = (judged.outputs or (), judged.states) if judged is not None else ((), {})
-        if Effect.MEAN in (*(layout.effect for layout in layouts), *states.values()):
-            raise ValueError(
-                "an output or a buffer is a number for the whole batch, such as a loss, and a few rows do not tell "
-                "whether it is the mean over rows or over what they hold. Return values by rows and reduce them "
-                'outside; or, if it is the mean over rows, say so: fastdp.wrap(model, rows={"output": "mean"}).'
-            )
         return batch
 
 
@@ -175,10 +166,7 @@ class ScriptModule:
         with watched(self._parts) as seen:
             found = plainly(original, self.module, args, kwargs)
         self._tally.count_plain()
-        numbers = [leaf for leaf in pytree.tree_leaves(found) if type(leaf) in (int, float, complex)]
-        if numbers:
-            kind.refused = "it returns Python numbers, which may depend on the rows. Return tensors."
-        elif seen.agrees_with(kind.counts):
+        if seen.agrees_with(kind.counts):
             kind.quiet = True
         else:
             kind.chances -= 1
