@@ -135,13 +135,13 @@ def assert_same(found, expected) -> None:
 @pytest.mark.parametrize("devices", DEVICES)
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_of_the_optimizer_counts_in_the_next_step(change, devices):
-    found = trained(CHANGES[change], two_groups(), devices, update="each")
+    found = trained(CHANGES[change], two_groups(), devices, update="each", check_replicas=True)
     assert_same(found, trained(CHANGES[change], two_groups(), None))
 
 
 @pytest.mark.parametrize("update", ["first", "each", None])
 def test_the_optimizer_is_one_wherever_updates_are_made(update):
-    found = trained(CHANGES["momentum zeroed by data"], two_groups(), 3, update=update)
+    found = trained(CHANGES["momentum zeroed by data"], two_groups(), 3, update=update, check_replicas=True)
     assert_same(found, trained(CHANGES["momentum zeroed by data"], two_groups(), None))
 
 
