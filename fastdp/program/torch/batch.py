@@ -330,7 +330,7 @@ def outputs_to_arrays(
             continue
         dtypes.append(dtype_name(tensor))
         axes.append(layout.axis or 0)
-        arrays.append(output_array(rows_first(tensor.detach(), layout), context.device))
+        arrays.append(output_array(tensor.detach().movedim(layout.axis or 0, 0), context.device))
     return arrays, Nest(nest.spec, tuple(leaves), tuple(dtypes), tuple(axes))
 
 

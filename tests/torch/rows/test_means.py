@@ -241,7 +241,7 @@ def test_what_cannot_be_meant_is_an_error():
     with pytest.raises(ValueError, match="must map 'mask'"):
         fastdp.wrap(Masked(), gpus=2, rows={"mask": fastdp.mean_over(lambda mask: mask)})
     model = fastdp.wrap(Masked(), gpus=2, rows={"output['loss']": fastdp.mean_over(lambda mask: mask.sum(0))})
-    with pytest.raises(ValueError, match="9 rows first"):
+    with pytest.raises(ValueError, match="rows first"):
         model(IDS, LABELS, FULL)
 
 

@@ -223,6 +223,61 @@ class Deviation(Linear):
         return self.linear(x) + x.std(0).mean()
 
 
+class Gated(Linear):
+    """Relates rows to their mean by a gate that starts closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x):
+        return self.linear(x) + self.gate * x.mean(0)
+
+
+class ClassWeights(Linear):
+    def forward(self, x, labels, weights):
+        return F.cross_entropy(self.linear(x), labels, weights)
+
+
+@pytest.mark.parametrize("devices", SEVERAL)
+def test_what_counts_only_later_is_refused_at_once(devices):
+    with pytest.raises(ValueError, match="output of the module"):
+        fastdp.wrap(Gated(), gpus=devices)(numbers(ROWS, 4))
+    model, labels = fastdp.wrap(ClassWeights(), gpus=devices), torch.arange(ROWS) % 4
+    for weights in (torch.ones(4, dtype=torch.float64), torch.arange(1.0, 5.0, dtype=torch.float64)):
+        with pytest.raises(ValueError, match=r"output of the module.*mean_over"):
+            model(numbers(ROWS, 4), labels, weights)
+    counted = fastdp.mean_over(lambda labels, weights: weights[labels])
+    model = fastdp.wrap(model.module, gpus=devices, rows={"output": counted})
+    found = model(numbers(ROWS, 4), labels, weights)
+    torch.testing.assert_close(found, model.module(numbers(ROWS, 4), labels, weights), rtol=1e-11, atol=1e-11)
+
+
+class Heads(nn.Module):
+    """Attention with a mask for each row and head, one behind the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True).double()
+
+    def forward(self, x, mask):
+        return self.attention(x, x, x, attn_mask=mask)[0]
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+@pytest.mark.parametrize("rows", [None, {"x": 0, "mask": 0}])
+def test_several_entries_for_each_row_are_found_and_can_be_told(devices, rows):
+    module = Heads()
+    x, mask = numbers(ROWS, 5, 4), numbers(2 * ROWS, 5, 5, seed=1).requires_grad_()
+    other = mask.detach().clone().requires_grad_()
+    found = fastdp.wrap(copy.deepcopy(module), gpus=devices, rows=rows)(x, mask)
+    expected = module(x, other)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    loss_of(found).backward()
+    loss_of(expected).backward()
+    torch.testing.assert_close(mask.grad, other.grad, rtol=1e-10, atol=1e-12)
+
+
 class Pairs(Linear):
     def forward(self, x, unused=None):
         return self.linear(x) @ self.linear(x).T

@@ -219,13 +219,15 @@ def _is_below(name: str, declared: str) -> bool:
 
 
 def rows_first(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """A view of an array with its rows along the first axis."""
-    return tensor.movedim(layout.axis, 0) if layout.axis else tensor
+    """A view of an array with its rows along the first axis; several entries for a row lie along the second."""
+    moved = tensor.movedim(layout.axis, 0) if layout.axis else tensor
+    return moved.unflatten(0, (-1, layout.per_row)) if layout.per_row > 1 else moved
 
 
 def rows_back(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
     """An array, given rows first, with its rows where the module expects them."""
-    return tensor.movedim(0, layout.axis).contiguous() if layout.axis else tensor
+    flat = tensor.flatten(0, 1) if layout.per_row > 1 else tensor
+    return flat.movedim(0, layout.axis).contiguous() if layout.axis else flat
 
 
 def parts_fit(layouts: Sequence[Layout], tensors: Sequence[torch.Tensor], rows: Rows) -> None:

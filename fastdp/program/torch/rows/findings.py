@@ -29,6 +29,8 @@ from fastdp.program.torch.rows.refusals import refused_argument, refused_output,
 from fastdp.program.torch.rows.trial import Run, Trial
 from fastdp.program.torch.rows.weights import Counted, counted
 from fastdp.program.torch.shared_draws import DrawPlace
+from fastdp.shard import Rows
+from fastdp.tensors.marks import MeanOver
 from fastdp.tensors.row_effects import ROWS_FIRST, Effect, Layout
 
 
@@ -72,7 +74,7 @@ class Findings:
         """Whether the trials alone tell, and the outputs depend on the rows."""
         if self._meets or self._trusted:
             return False
-        by_rows = any(layout is not None and layout.effect is Effect.ROWS for layout in self._layouts)
+        by_rows = any(layout is not None and layout.effect is not Effect.SAME for layout in self._layouts)
         return by_rows or any(Effect.SAME not in found for found in self._outputs.values())
 
     @property
@@ -163,8 +165,12 @@ class Findings:
             for at, (_, declared) in enumerate(output_roles(whole.outputs, self._declared)):
                 values = [tensors[at].detach() for tensors in every]
                 shapes = {value.shape for value in values}
-                if declared is None and (len(shapes) == 1 or row_axis_of(values[:2], values[2], self._rows)):
+                if len(shapes) > 1 and row_axis_of(values[:2], values[2], self._rows) is None:
+                    continue
+                if declared is None:
                     self._judge_output(trial, at, values)
+                else:
+                    self._check_output(trial, at, values, declared)
         self._judge_states(trial, parts, whole, finite=True)
 
     def keep_means(self, means: Mapping[int, Candidates]) -> None:
@@ -210,8 +216,8 @@ class Findings:
             values = [tensors[at].detach() for tensors in every]
             if declared is None:
                 self._judge_output(trial, at, values)
-            elif not (self._believes or trial.meets):
-                self._check_output(at, values, declared)
+            else:
+                self._check_output(trial, at, values, declared)
 
     def _judge_output(self, trial: Trial, at: int, values: Sequence[torch.Tensor]) -> None:
         """Keep what an output, for the two parts and for all rows, leaves possible."""
@@ -235,9 +241,17 @@ class Findings:
             raise refused_output(self._names[at], seen)
         self._trusted = self._trusted or unknown
 
-    def _check_output(self, at: int, values: Sequence[torch.Tensor], declared: Layout) -> None:
+    def _check_output(self, trial: Trial, at: int, values: Sequence[torch.Tensor], declared: Layout) -> None:
         """Check what the user has said about an output, which is wrong if the rows of an argument are elsewhere."""
-        if not agrees(values[:2], values[2], declared, self._rows, rough=self._rough):
+        if self._believes or trial.meets:
+            return
+        weights: Sequence[float] = ()
+        if isinstance(declared.weights, MeanOver) and self._declared is not None:
+            total = sum(self._rows)
+            given = trial.inputs.of(Rows(0, total, total), "cpu")
+            each = self._declared.weights(declared.weights, given, total)
+            weights = [float(one.sum()) for one in each.split(list(self._rows))]
+        if not agrees(values[:2], values[2], declared, self._rows, rough=self._rough, weights=weights):
             shapes, said = [tuple(value.shape) for value in values], declared.effect.value
             where = said if declared.axis is None else f"{said}, number {declared.axis}"
             raise refused_output(
@@ -254,9 +268,10 @@ class Findings:
             raise refused_output(self._names[at], seen)
         self._trusted = self._trusted or not self._outputs[at]
 
-    def _weights(self, trial: Trial) -> dict[Counted, tuple[float, float]]:
+    def _weights(self, trial: Trial) -> dict[Counted | MeanOver, Sequence[float]]:
         """What the parts of a trial's rows may count in a mean."""
-        first, found = self._rows[0], {}
+        first = self._rows[0]
+        found: dict[Counted | MeanOver, Sequence[float]] = {}
         for place, array in enumerate(trial.inputs.arrays[: self._inputs]):
             for way in counted(place, array, self._compared | trial.compared):
                 each = way.of(array)

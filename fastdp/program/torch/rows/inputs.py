@@ -65,11 +65,12 @@ class OtherValues:
     """Makes other values in the range of a tensor's own, so that nothing agrees by accident.
 
     Args:
+        flags: what becomes of equal numbers: some of them 0, or 1 if they are 0; else up to twice as much, or up to 1.
         exact: also change integers and booleans.
     """
 
-    def __init__(self, *, exact: bool = True) -> None:
-        self._exact = exact
+    def __init__(self, *, flags: bool, exact: bool = True) -> None:
+        self._flags, self._exact = flags, exact
         self._generator = torch.Generator().manual_seed(2)
 
     def __call__(self, tensor: torch.Tensor, place: int | None) -> torch.Tensor:
@@ -79,14 +80,14 @@ class OtherValues:
         return self._permuted(tensor) if self._exact else tensor
 
     def _mixed(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Each finite entry between itself and another one. Flags stay flags; of equal entries some become 0, or 1."""
+        """Each finite entry between itself and another one. Zeros and ones stay such numbers, unless all are equal."""
         found, fits = tensor.clone(), torch.isfinite(tensor)
         own = tensor[fits].to(torch.complex128 if tensor.is_complex() else torch.float64)
         if not own.numel():
             return found
         share = torch.rand(own.shape, generator=self._generator, dtype=torch.float64)
         if bool((own == own[0]).all()):
-            others = (share < 0.5).to(own.dtype)
+            others = (share < 0.5).to(own.dtype) if self._flags else share + (own[0] != 0)
             found[fits] = (others if own[0] == 0 else own * others).to(tensor.dtype)
             return found
         others = own[torch.randperm(len(own), generator=self._generator)]

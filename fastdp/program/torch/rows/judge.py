@@ -20,7 +20,7 @@ from fastdp.program.torch.shared_draws import DrawPlace
 # Errors that a module's own code may raise on rows that it was not made for.
 FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _ALWAYS = 4  # trials
-_NOISE = 0.01
+_NOISE = 0.1
 
 
 class Judge:
@@ -77,8 +77,10 @@ class Judge:
                 return False
         if self.findings.is_open() and not self._look(choices[0], _NOISE):
             return False
-        if not self._look_again(choices[0], OtherValues()):
-            self._look_again(choices[0], OtherValues(exact=False))
+        for flags in (False, True):
+            noise = 0.0 if flags else _NOISE  # parameters may start as zeros: what they are multiplied by counts later
+            if not self._look_again(choices[0], OtherValues(flags=flags), noise=noise):
+                self._look_again(choices[0], OtherValues(flags=flags, exact=False), noise=noise)
         if self._means is None:
             self._weigh(choices[-1])
         else:
@@ -127,13 +129,13 @@ class Judge:
                     "rows of the batch. Draw for all rows and select afterwards, or use gpus=[0]."
                 )
 
-    def _look_again(self, chosen: Sequence[int], change: Change, *, on_host: bool = False) -> bool:
+    def _look_again(self, chosen: Sequence[int], change: Change, *, noise: float = 0.0, on_host: bool = False) -> bool:
         """Run one trial on other values. False if the module does not run on them.
 
         Where only parts of the rows do not run, or have other shapes, a step on such rows would be an error too.
         """
         total, first = sum(self._rows), self._rows[0]
-        trial = Trial(self._module, self._batch, chosen, self._wanted, change=change, on_host=on_host)
+        trial = Trial(self._module, self._batch, chosen, self._wanted, noise=noise, change=change, on_host=on_host)
         try:
             whole = trial.run(0, total)
         except (*FAILURES, NotImplementedError):

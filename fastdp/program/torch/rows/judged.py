@@ -14,10 +14,11 @@ import torch
 
 from fastdp.program.torch.rows.weights import Counted
 from fastdp.program.torch.shared_draws import DrawPlace
+from fastdp.tensors.marks import MeanOver
 from fastdp.tensors.row_effects import Effect, Layout
 
-Candidates = frozenset[Effect | Counted]
-Weights = Mapping[Counted, Sequence[float]]
+Candidates = frozenset[Effect | Counted | MeanOver]
+Weights = Mapping[Counted | MeanOver, Sequence[float]]
 _ALL = frozenset({Effect.SAME, Effect.MEAN, Effect.SUM, Effect.LARGEST, Effect.SMALLEST})
 
 
@@ -116,7 +117,7 @@ def candidates(
         weighted = [value * weight for value, weight in zip(wide, weights, strict=True) if weight]
         return close(sum(weighted[1:], weighted[0]) / sum(weights))
 
-    found: set[Effect | Counted] = {Effect.SAME} if all(close(one) for one in wide) else set()
+    found: set[Effect | Counted | MeanOver] = {Effect.SAME} if all(close(one) for one in wide) else set()
     if not exact and is_mean(rows):
         found.add(Effect.MEAN)
     found.update(way for way, weight in weights.items() if not exact and is_mean(weight if sum(weight) else rows))
@@ -130,15 +131,22 @@ def candidates(
 
 
 def agrees(
-    parts: Sequence[torch.Tensor], whole: torch.Tensor, layout: Layout, rows: Sequence[int], *, rough: bool
+    parts: Sequence[torch.Tensor],
+    whole: torch.Tensor,
+    layout: Layout,
+    rows: Sequence[int],
+    *,
+    rough: bool,
+    weights: Sequence[float] = (),
 ) -> bool:
-    """Whether a value may have this layout. Arguments as in `row_layout`."""
+    """Whether a value may have this layout. `weights` are the parts' in a mean; arguments as in `row_layout`."""
     if layout.effect is Effect.ROWS:
         found = row_layout(parts, whole, rows, rough=rough)
         return (found.effect, found.axis) == (layout.effect, layout.axis)
     if any(part.shape != whole.shape for part in parts):
         return False
-    return layout.weights is not None or layout.effect in candidates(parts, whole, rows, rough=rough)
+    way = layout.effect if layout.weights is None else layout.weights
+    return way in candidates(parts, whole, rows, rough=rough, weights={layout.weights: weights} if weights else {})
 
 
 def state_candidates(

@@ -35,11 +35,12 @@ class Given:
         """What the array may be in a batch of so many rows, likeliest first."""
         if self.layout is not None:
             axis = self.layout.axis
-            return [self.layout] if axis is None or self.shape[axis] == rows else []
+            return [self.layout] if axis is None else _along(self.shape, axis, rows)
         if self.is_target:
             return [ROWS_FIRST] if self.shape[0] == rows else [_SAME] if self.whole else []
         found = [Layout(Effect.ROWS, axis, 1, True) for axis, size in enumerate(self.shape) if size == rows]
-        return [*found, _SAME]
+        several = [] if self.shape[0] == rows else _along(self.shape, 0, rows)
+        return [*found, _SAME, *several]
 
 
 def readings(arrays: Sequence[Given]) -> Iterator[Reading]:
@@ -55,6 +56,12 @@ def readings(arrays: Sequence[Given]) -> Iterator[Reading]:
             yield reading
         if len(seen) == _MOST:
             return
+
+
+def _along(shape: tuple[int, ...], axis: int, rows: int) -> list[Layout]:
+    """Rows along an axis, with one entry for each or several; nothing if they do not fit."""
+    size = shape[axis]
+    return [Layout(Effect.ROWS, axis, size // rows, True)] if size and size % rows == 0 else []
 
 
 def _lengths(arrays: Sequence[Given]) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastdp.program.torch.rows.hints import of_values
+from fastdp.tensors.row_effects import NotByRowsError
 
 _REMEDIES = (
     'Say what it is, if you know: fastdp.wrap(module, rows={"output": ...}) with the number of the axis that has the '
@@ -24,26 +25,26 @@ def failed(error: BaseException, rows: tuple[int, int], total: int, values: Any)
     )
 
 
-def refused_output(name: str, seen: str) -> ValueError:
+def refused_output(name: str, seen: str) -> NotByRowsError:
     """The error for an output that cannot be merged, by what trials have seen."""
-    return ValueError(
+    return NotByRowsError(
         f"The {name} of the module cannot be merged from several devices: fastdp ran the module on a few rows of the "
         f"batch, and saw {seen}. {_REMEDIES}"
     )
 
 
-def refused_argument(name: str) -> ValueError:
+def refused_argument(name: str) -> NotByRowsError:
     """The error for an argument that forward changes in place, and that is not split along its first axis."""
-    return ValueError(
+    return NotByRowsError(
         f"forward changes its argument `{name}` in place, and on several devices each replica would change it, or a "
         f"copy. Let forward change a copy: {name} = {name}.clone(), or use gpus=[0]."
     )
 
 
-def refused_state(kind: str, name: str) -> ValueError:
+def refused_state(kind: str, name: str) -> NotByRowsError:
     """The error for what forward changes in a way that cannot be merged."""
     what = "no mean, sum or extreme over rows" if kind == "buffer" else "not the same on all devices"
-    return ValueError(
+    return NotByRowsError(
         f"forward changes the {kind} `{name}` of the module by the rows of the batch, and the change is {what}. "
         "Combine the replicas' values in forward by fastdp.replica.all_reduce or fastdp.replica.all_gather, or use "
         "gpus=[0]." + ("" if kind == "buffer" else " A sum or a mean over rows may be kept in a registered buffer.")

@@ -52,7 +52,8 @@ class Trial:
         batch: the global batch.
         chosen: the rows, by their numbers in the batch.
         wanted: the arrays that require gradients, by their places.
-        noise: the size of random numbers that are added to the parameters, so that none of them is zero.
+        noise: the size of random numbers that are added to the parameters, so that none of them is zero, relative to
+            their spread or to one.
         change: makes other values of the arrays.
         on_host: run in host memory, where a number that an index must not have is an error and not the end of a GPU.
 
@@ -132,7 +133,9 @@ class Trial:
         for slot in self.slots:
             value = slot.tensor.detach().clone().to(self._where)
             if self._noise and _is_trained(slot):
-                value += self._noise * torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
+                spread = value.float().std() if value.numel() > 1 else value.new_zeros(())
+                size = self._noise * torch.where(spread > 0, spread, 1.0).to(value.dtype)
+                value += size * torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
             found.append(value)
         return found
 

@@ -19,7 +19,7 @@ from fastdp.program.torch.rows.judge import Judge
 from fastdp.program.torch.rows.judged import Candidates, Judged
 from fastdp.program.torch.rows.plain import keeps_rows_apart
 from fastdp.program.torch.rows.readings import Reading, readings
-from fastdp.tensors.row_effects import ROWS_FIRST
+from fastdp.tensors.row_effects import ROWS_FIRST, NotByRowsError
 from fastdp.tensors.threads import intra_op_threads
 
 
@@ -120,16 +120,25 @@ class Trials:
         raise refused
 
     def _another(self, structure: Structure, declared: DeclaredRows, devices: int, *, wants: bool) -> _Found | None:
-        """Another reading of a batch, which in trials gives the results of one device; None without one."""
+        """Another reading of a batch, which in trials gives the results of one device; None without one.
+
+        Raises:
+            NotByRowsError: the batch can be split, but the module runs and its results cannot be merged.
+        """
         arrays = declared.given(structure.values, whole_targets=self._whole_targets)
         assert structure.read is not None
+        refused: NotByRowsError | None = None
         for reading in readings(arrays):
             try:
                 judge = self._judge(structure.read(reading), devices, wants=wants)
                 if judge is not None and judge.findings.is_certain:
                     return _Found(judge.judged(), reading)
+            except NotByRowsError as error:
+                refused = refused or error
             except ValueError:
                 continue
+        if refused is not None and structure.misfit is not None:
+            raise refused
         return _Found(is_alone=True) if arrays and arrays[0].shape[0] == 1 and not arrays[0].is_target else None
 
     def _judge(self, batch: Batch, devices: int, *, wants: bool) -> Judge | None:
