@@ -42,9 +42,15 @@ def check_options(options: Options, devices: Sequence[QueueDevice]) -> None:
         RuntimeError: `deterministic` is set, and torch has used a GPU already.
     """
     if options.rows is not None and not isinstance(options.rows, dict):
+        instead = {
+            "merge": " Rows that meet in a torch module are collected in its forward: fastdp.replica.all_gather(x) has "
+            "those of all devices, fastdp.replica.all_reduce(x.mean(0), 'mean') their mean.",
+            "replica": " A torch module in which rows meet would have other numbers if each device used its own rows. "
+            "Collect those of all devices in forward by fastdp.replica.all_gather or all_reduce.",
+        }.get(options.rows, "")
         raise ValueError(
             '`rows` of a torch.nn.Module must be a dict that says where rows are, such as {"mask": "same", "hx": 1}. '
-            f"Received: rows={options.rows!r}, which is for Keras models."
+            f"Received: rows={options.rows!r}, which is for Keras models.{instead}"
         )
     if options.deterministic:
         check_deterministic(devices)

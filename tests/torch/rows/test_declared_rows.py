@@ -136,7 +136,8 @@ def test_marks_say_the_same_as_rows():
         ({"musk": "same"}, "no argument of forward"),
         ({"mask": "sum"}, "must map 'mask'"),
         ({"output": -1}, "must map 'output'"),
-        ("merge", "must be a dict"),
+        ("merge", r"must be a dict.*fastdp\.replica\.all_gather\(x\)"),
+        ("replica", r"must be a dict.*would have other numbers"),
     ],
 )
 def test_what_cannot_be_meant_is_an_error(rows, message):

@@ -170,6 +170,26 @@ def test_the_loop_is_that_of_plain_torch(name, devices):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-11)
 
 
+class Counted(Causal):
+    """Notes its calls."""
+
+    calls: list[int] = []  # noqa: RUF012
+
+    def forward(self, ids, labels=None):
+        self.calls.append(len(ids))
+        return super().forward(ids, labels)
+
+
+def test_one_trial_is_enough_for_other_lengths():
+    model, calls = fastdp.wrap(Counted(), gpus=2), []
+    for steps in (6, 5, 4, 5):
+        Counted.calls.clear()
+        model(IDS[:, :steps], LABELS[:, :steps])
+        calls.append(len(Counted.calls))
+    assert calls[0] > 20
+    assert calls[1:] == [5, 5, 2]
+
+
 @pytest.mark.parametrize("devices", DEVICES)
 def test_other_lengths_are_known_from_the_first_ones(devices):
     module = Causal()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -23,13 +24,21 @@ _ALWAYS = 4  # trials
 _NOISE = 0.1
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What trials have found, and what they have left possible for the outputs that are means, by their numbers."""
+
+    judged: Judged
+    means: dict[int, Candidates]
+
+
 class Judge:
     """Judges a module by trials on the rows of one batch.
 
     Args:
         module, batch, wanted: as in `Trial`.
         rows: the numbers of rows of a trial's parts.
-        means: what batches of other shapes have left possible for the outputs that are means, by their numbers.
+        known: what trials of batches of other lengths have found. One trial is enough if it finds the same.
         believes: believe what the user has said about outputs; else it must agree with the trials.
 
     Three kinds of trials leave fewer and fewer possibilities: on several choices of rows as they are; on rows with
@@ -46,13 +55,13 @@ class Judge:
         batch: Batch,
         rows: tuple[int, int],
         wanted: Sequence[int],
-        means: Mapping[int, Candidates] | None = None,
         *,
+        known: Known | None = None,
         believes: bool = False,
     ) -> None:
         self._module, self._batch, self._rows, self._wanted = module, batch, rows, wanted
         structure: Structure = batch.structure
-        self._means, self._draws = means, dict[int, DrawPlace]()
+        self._known, self._draws = known, dict[int, DrawPlace]()
         self.findings = Findings(Trial(module, batch, ()).slots, structure, rows, believes=believes)
 
     def judged(self) -> Judged:
@@ -71,20 +80,20 @@ class Judge:
         """
         choices = choices_of(self._batch.rows, sum(self._rows))
         for number, chosen in enumerate(choices):
-            if number >= _ALWAYS and not self.findings.is_open():
+            if number >= (_ALWAYS if self._known is None else 1) and not self.findings.is_open():
                 break
             if not self._look(chosen):
                 return False
         if self.findings.is_open() and not self._look(choices[0], _NOISE):
             return False
+        if self._known is not None:
+            self.findings.keep_means(self._known.means)
+            return True
         for flags in (False, True):
             noise = 0.0 if flags else _NOISE  # parameters may start as zeros: what they are multiplied by counts later
             if not self._look_again(choices[0], OtherValues(flags=flags), noise=noise):
                 self._look_again(choices[0], OtherValues(flags=flags, exact=False), noise=noise)
-        if self._means is None:
-            self._weigh(choices[-1])
-        else:
-            self.findings.keep_means(self._means)
+        self._weigh(choices[-1])
         return True
 
     # Trials.

@@ -38,6 +38,12 @@ class Judged:
     draws: dict[int, DrawPlace] = field(default_factory=dict)
     written: frozenset[int] = frozenset()
 
+    def is_like(self, other: Judged) -> bool:
+        """Whether steps do the same with other lengths."""
+        mine, others = ([(one.effect, one.axis) for one in judged.outputs or ()] for judged in (self, other))
+        same = (self.states, self.draws, self.written) == (other.states, other.draws, other.written)
+        return same and mine == others and (self.outputs is None) == (other.outputs is None)
+
     @property
     def weighed(self) -> list[tuple[Counted, ...]]:
         """How rows count in the means in which trials have seen that they do not count alike."""

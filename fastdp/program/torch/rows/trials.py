@@ -15,8 +15,8 @@ from fastdp.program.torch.batch import Structure, undivided_batch
 from fastdp.program.torch.rows.declared import DeclaredRows
 from fastdp.program.torch.rows.draws import CannotSplitError
 from fastdp.program.torch.rows.hints import refuse_packed
-from fastdp.program.torch.rows.judge import Judge
-from fastdp.program.torch.rows.judged import Candidates, Judged
+from fastdp.program.torch.rows.judge import Judge, Known
+from fastdp.program.torch.rows.judged import Judged
 from fastdp.program.torch.rows.plain import keeps_rows_apart
 from fastdp.program.torch.rows.readings import Reading, readings
 from fastdp.tensors.row_effects import ROWS_FIRST, NotByRowsError
@@ -60,7 +60,7 @@ class Trials:
         self._parts = list(module.modules())
         self._known: dict[Any, _Found] = {}
         self._by_lengths: set[Any] = set()
-        self._means: dict[Any, dict[int, Candidates]] = {}
+        self._families: dict[Any, Known] = {}
 
     def judged(self, batch: Batch, devices: int, *, wants: bool = False) -> Batch:
         """Find out what is known about the batch and about the module's outputs and buffers, by trials if need be.
@@ -148,22 +148,27 @@ class Trials:
             ValueError: the module cannot be split by rows exactly.
         """
         family = self._family(self._kind(batch, devices))
+        known = self._families.get(family)
+        if known is not None:
+            try:
+                judge = self._looked(batch, devices, wants, known)
+                if judge is not None and judge.judged().is_like(known.judged):
+                    return judge
+            except ValueError:
+                pass  # more trials tell more
+        judge = self._looked(batch, devices, wants, None)
+        if judge is not None:
+            self._families[family] = Known(judge.judged(), judge.findings.means)
+        return judge
+
+    def _looked(self, batch: Batch, devices: int, wants: bool, known: Known | None) -> Judge | None:
+        """A judge that has run its trials; None if the module does not run."""
         wanted = batch.structure.wanted() if wants else ()
-        judge = Judge(
-            self._module,
-            batch,
-            _rows_of(batch, devices),
-            wanted,
-            self._means.get(family),
-            believes=_is_told(batch.structure),
-        )
+        believes = _is_told(batch.structure)
+        judge = Judge(self._module, batch, _rows_of(batch, devices), wanted, known=known, believes=believes)
         with intra_op_threads(max(1, torch.get_num_threads() // devices)):
             runs = contextvars.copy_context().run(judge.look)
-        if not runs:
-            return None
-        judge.judged()
-        self._means[family] = judge.findings.means
-        return judge
+        return judge if runs else None
 
     def _kind(self, batch: Batch, devices: int) -> tuple[Any, ...]:
         """What the trial's result depends on. Axes that are as long as there are rows may be something else."""
@@ -186,7 +191,7 @@ class Trials:
         """What kinds have in common that differ in lengths only."""
         modes, how, spec, leaves, dtypes, shapes, layouts = kind
         others = tuple([(len(one[0]), one[1]) if isinstance(one, tuple) else one for one in leaves])
-        return modes, how[:2], spec, others, dtypes, tuple([len(shape) for shape, _ in shapes]), layouts
+        return modes, (*how[:2], how[-1]), spec, others, dtypes, tuple([len(shape) for shape, _ in shapes]), layouts
 
 
 def _rows_of(batch: Batch, devices: int) -> tuple[int, int]:
