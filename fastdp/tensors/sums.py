@@ -13,7 +13,7 @@ def movement(value: torch.Tensor, before: torch.Tensor, weight: float) -> np.nda
 
     Complex elements are two numbers each. Differences of integers are exact.
     """
-    moved = (_wide(value.detach()) - _wide(before.detach())).double() * weight
+    moved = (wide(value.detach()) - wide(before.detach())).double() * weight
     return moved.cpu().numpy().ravel()
 
 
@@ -24,14 +24,14 @@ def moved_length(tensor: torch.Tensor) -> int:
 
 def move(target: torch.Tensor, moved: np.ndarray) -> None:
     """Change a tensor's elements in place by the sum of all replicas' `movement`. Integers are rounded."""
-    wide = _wide(target)
-    change = torch.from_numpy(moved).to(target.device).reshape(wide.shape)
-    new = wide + (change if wide.is_floating_point() else change.round().to(wide.dtype))
+    before = wide(target)
+    change = torch.from_numpy(moved).to(target.device).reshape(before.shape)
+    new = before + (change if before.is_floating_point() else change.round().to(before.dtype))
     target.copy_(torch.view_as_complex(new) if target.is_complex() else new)
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's numbers as float64 or int64; complex ones as pairs."""
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's numbers as float64 or int64; complex ones are pairs of them."""
     if tensor.is_complex():
         return torch.view_as_real(tensor.to(torch.complex128).resolve_conj())
     return tensor.to(torch.float64 if tensor.is_floating_point() else torch.int64)

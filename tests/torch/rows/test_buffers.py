@@ -340,3 +340,35 @@ def test_a_loss_that_balances_experts_is_refused_without_them(devices):
     module.gathers = False
     with pytest.raises(ValueError, match=r"output\[1\].*all_reduce"):
         fastdp.wrap(module, gpus=devices)(numbers(11, 4))
+
+
+class Rates(Linear):
+    """What captured steps can move: sums and means of what is far away, and complex numbers."""
+
+    def register(self):
+        self.register_buffer("count", torch.zeros(3, dtype=torch.long))
+        self.register_buffer("share", torch.zeros(3))
+        self.register_buffer("turns", torch.zeros(3, dtype=torch.complex128))
+
+    def keep(self, x, y):
+        far = y.abs() > 5
+        self.count += far.sum(0)
+        self.share += far.double().mean(0)
+        self.turns += torch.polar(torch.ones_like(y), y).mean(0)
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_captured_steps_move_declared_and_complex_buffers_too(devices):
+    torch.manual_seed(0)
+    module = Rates()
+    plain = copy.deepcopy(module)
+    rows = {"buffer:count": "sum", "buffer:share": "mean"}
+    parallel = fastdp.wrap(module, gpus=devices, rows=rows, compile="trace")
+    step = parallel.train_step(lambda y: y.square().mean(), sgd, reduction="mean")
+    batches = [numbers(11, 4, seed=seed) * (0.1 if seed < 3 else 20) for seed in range(6)]
+    trained(plain, plain, batches)
+    for x in batches:
+        step(x)
+    assert "  traced " in str(parallel.report())
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(module.state_dict()[key], value, rtol=1e-10, atol=1e-11, msg=key)

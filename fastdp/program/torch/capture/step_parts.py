@@ -22,9 +22,11 @@ from fastdp.program.torch.module import Slot
 from fastdp.program.torch.nest import Nest
 from fastdp.program.torch.random import handlers as random_handlers
 from fastdp.program.torch.replica import ReplicaContext
+from fastdp.program.torch.rows.judged import is_exact
 from fastdp.shard import Rows
 from fastdp.tensors.function_mode import Handler
 from fastdp.tensors.row_effects import Effect, Layout
+from fastdp.tensors.sums import wide
 
 # The functions of a replica that has all rows, and of one among several.
 ALONE: dict[Any, Handler] = {
@@ -143,21 +145,24 @@ def found_in_buffers(
     """
     alone = running.rows.count == running.rows.total
     judged = running.context.structure.judged
-    effects: dict[int, Effect] = judged.states if judged is not None and not alone else {}
+    declared = running.context.structure.declared
+    said = declared.buffers if declared is not None and not alone else {}
+    effects: dict[int, Effect] = dict(judged.states) if judged is not None and not alone else {}
+    effects |= {i: said[slot.name] for i, slot in enumerate(slots) if slot.name in said}
     found = FoundInBuffers()
     for i in sorted({*written, *effects}):
         effect = effects.get(i)
-        if not alone and judged is None and variables[i].is_floating_point():
+        if not alone and judged is None and effect is None and not is_exact(variables[i]):
             effect = Effect.MEAN
         if effect in (Effect.LARGEST, Effect.SMALLEST):
             raise NotCapturable(f"the buffer `{slots[i].name}`, which is {effect.value}")
         if effect in (Effect.MEAN, Effect.SUM):
             weight = 1.0 if effect is Effect.SUM else running.rows.share
             found.moved.append(i)
-            found.sums.append(((lent.value(i).double() - variables[i].double()) * weight).reshape(-1))
+            found.sums.append(((wide(lent.value(i)) - wide(variables[i])).double() * weight).reshape(-1))
             continue
         found.constant[i] = lent.value(i)
-        if not alone and effect is None and judged is not None:
+        if not alone and ((effect is None and judged is not None) or said.get(slots[i].name) is Effect.SAME):
             found.unjudged[i] = slots[i].name
     numbers = {id(value): i for i, value in enumerate(values)}
     for call in running.normalized:
