@@ -61,9 +61,9 @@ def test_the_fast_way_trains_as_the_loop_and_its_checkpoint_loads(tmp_path, monk
     torch.testing.assert_close(weights(module), weights(alone), rtol=1e-4, atol=1e-6)
     found["y"] = found["y"][:8]
     found["x"] = found["x"][: len(found["y"])]
-    exec(CODE[6], found)
+    exec(CODE[7], found)
     assert any("linear" in event.key for event in found["profiler"].key_averages())
-    exec(CODE[8], found)
+    exec(CODE[9], found)
     found["model"].load_state_dict({f"module.{name}": value for name, value in alone.state_dict().items()})
     torch.testing.assert_close(weights(module), weights(alone), rtol=0, atol=0)
 
@@ -119,7 +119,7 @@ def test_the_modules_that_ask_for_all_rows_give_the_values_of_one_device():
 def test_captured_steps_train_as_the_loop_does_without_fastdp(capsys):
     module = nn.Linear(6, 3)
     alone = copy.deepcopy(module)
-    exec(CODE[7], names(module))
+    exec(CODE[8], names(module))
     assert "traced" in capsys.readouterr().out
     optimizer = torch.optim.AdamW(alone.parameters())
     for x, y in names(alone)["loader"]:
@@ -127,6 +127,26 @@ def test_captured_steps_train_as_the_loop_does_without_fastdp(capsys):
         F.cross_entropy(alone(x), y).backward()
         optimizer.step()
     torch.testing.assert_close(weights(module), weights(alone), rtol=1e-4, atol=1e-6)
+
+
+def test_what_a_hook_keeps_counts_in_the_loss_of_the_loop():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.body(x))
+
+    module = Net()
+    alone = copy.deepcopy(module)
+    y = torch.arange(8) % 3
+    ours, theirs = (names(net, y=y) for net in (module, alone))
+    exec(CODE[6], ours)
+    exec(CODE[6].replace("fastdp.wrap(module, gpus=4)", "module"), theirs)
+    assert ours["features"]["body"].shape == (8, 5)
+    for one, other in zip(module.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_every_piece_of_code_is_run_here():

@@ -73,7 +73,9 @@ class Calls:
         else:
             tensors = self.forward(work)
         assert work.nest is not None
-        return work.nest.pack(tensors)
+        count = len(work.nest.dtypes)
+        self.program.settle(work, tensors[count:])
+        return work.nest.pack(tensors[:count])
 
     def forward(self, work: ForwardPass) -> list[torch.Tensor]:
         """Run forward on the replicas; the merged outputs."""
@@ -93,6 +95,7 @@ class Calls:
             result = self.engine.backward(rows, partial(self.program.run, self.program.backward, work))
             found = self.program.gradients_of(work, result)
             reduced = self.program.reduced(result)
+            self.program.settle_backward(result)
         return [*found, *(reduced[i] for i in opened.numbers)]
 
     def with_graph(
@@ -111,6 +114,12 @@ class Calls:
                 "global batch: wrap the module with sync_batch_norm=True."
             )
         outputs = [leaf for leaf in self._repeated(opened, tensors) if isinstance(leaf, torch.Tensor)]
+        gradients, others = gradients[: len(outputs)], gradients[len(outputs) :]
+        if any(gradient is not None for gradient in others):
+            raise NotImplementedError(
+                "A gradient of a gradient (create_graph=True) cannot go through values that forward sets as "
+                "attributes. Return them from forward."
+            )
         pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if g is not None and y.requires_grad]
         roots, seeds = [root for root, _ in pairs], [seed for _, seed in pairs]
         found = torch.autograd.grad(roots, list(tensors), seeds, create_graph=True, allow_unused=True)
@@ -130,6 +139,7 @@ class Calls:
                 return pytree.tree_leaves(module(*args, **kwargs))
         finally:
             torch.set_rng_state(drawn)
+            self.program.restore()
             for buffer, before in buffers:
                 buffer.data.copy_(before)
 

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
+from fastdp.program.torch.following.merged import Roles
 from fastdp.program.torch.nest import HOLE, PLAIN, Nest
 from fastdp.program.torch.rows import hints
 from fastdp.program.torch.rows.declared import DeclaredRows, rows_back, rows_first
@@ -122,6 +123,11 @@ class Structure:
         """The name of an argument or target, by its place among the leaves."""
         assert self.declared is not None
         return self.declared.name_of(place, self.values)
+
+    @property
+    def roles(self) -> Roles:
+        """How what the module writes to attributes and containers depends on the rows, as far as a trial has shown."""
+        return self.judged.roles if self.judged is not None else {}
 
     def layouts_of(self, outputs: Any, tensors: Sequence[torch.Tensor]) -> list[Layout]:
         """The layouts of a replica's outputs, a nest with these tensors."""

@@ -25,6 +25,8 @@ from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.program.base import Result
 from fastdp.program.torch.batch import Structure, with_extremes
+from fastdp.program.torch.following.merged import MergedWrite, WriteNotes, merge_writes, refused, write_notes
+from fastdp.program.torch.following.writes import Place
 from fastdp.program.torch.gradients import Found
 from fastdp.program.torch.half import HalfGradients, may_overflow
 from fastdp.program.torch.module_buffers import BufferNotes, assign_buffers, gather_buffers
@@ -40,7 +42,7 @@ from fastdp.program.torch.shared_draws import SharedDraws
 from fastdp.tensors.arrays import as_tensor, dtype_name, output_array, settle, spec_of
 from fastdp.tensors.collectives import StepPeers, peers_scope
 from fastdp.tensors.function_mode import plain
-from fastdp.tensors.row_effects import ROWS_FIRST, Layout
+from fastdp.tensors.row_effects import ROWS_FIRST, Effect, Layout
 
 
 class StepResult(Protocol):
@@ -70,6 +72,7 @@ class _Notes:
     requires_grad: list[bool]
     others: list[torch.Tensor]
     draws: SharedDraws
+    writes: WriteNotes
     buffers: BufferNotes = field(default_factory=BufferNotes)
 
     def agree(self, every: Sequence[_Notes]) -> None:
@@ -80,6 +83,44 @@ class _Notes:
         """
         self.draws.end()
         self.buffers.check([note.buffers for note in every])
+
+
+@dataclass(slots=True)
+class _Written:
+    """What a forward pass has written to attributes and containers. `graphs` are the leaves that outputs follow."""
+
+    every: list[WriteNotes]
+    merged: dict[Place, MergedWrite]
+    graphs: list[tuple[Place, int]] = field(default_factory=list)
+
+    def join(self, work: ForwardPass) -> list[torch.Tensor]:
+        """Make the leaves with graphs further outputs of the pass, and return their merged values.
+
+        Raises:
+            ValueError: a leaf is an extreme over rows, whose gradient belongs to one row.
+        """
+        found = []
+        for place, write in self.merged.items():
+            for i, (leaf, role) in enumerate(zip(write.leaves, write.roles, strict=True)):
+                parts = [self._part(notes, place, i) for notes in self.every]
+                if not any(part is not None and part.requires_grad for part in parts):
+                    continue
+                if role.layout.effect in (Effect.LARGEST, Effect.SMALLEST):
+                    raise refused(place.name, "to an extreme over rows that gradients may flow back from")
+                self.graphs.append((place, i))
+                work.layouts = [*work.layouts, role.layout]
+                work.requires_grad.append(True)
+                for rank, part in enumerate(parts):
+                    work.kept[rank].outputs.append(leaf if part is None else part)
+                found.append(leaf)
+        return found
+
+    @staticmethod
+    def _part(notes: WriteNotes, place: Place, number: int) -> torch.Tensor | None:
+        """A replica's own tensor."""
+        own = notes.written.get(place)
+        leaf = own.leaves[number] if own is not None else None
+        return leaf if isinstance(leaf, torch.Tensor) else None
 
 
 @dataclass(slots=True)
@@ -103,6 +144,7 @@ class ForwardPass:
     layouts: list[Layout] = field(default_factory=list)
     requires_grad: list[bool] = field(default_factory=list)
     nest: Nest | None = None
+    noted: _Written | None = None
     kept: dict[int, _Kept] = field(default_factory=dict)
 
     @classmethod
@@ -180,6 +222,7 @@ class _BackwardNotes:
     found: Found
     rows: list[bool]
     shared: list[torch.Tensor | None]
+    writes: WriteNotes
     half: HalfGradients | None = None
 
 
@@ -219,7 +262,8 @@ class LoopProgram(TorchProgram):
                 layouts = structure.layouts_of(outputs, tensors)
                 parts_fit(layouts, tensors, context.rows)
                 structure.agree(OutputForm.of(nest, tensors, layouts, context.rows))
-                notes = _Notes(nest, layouts, [tensor.requires_grad for tensor in tensors], [], structure.draws)
+                writes = write_notes(state.replica.guard, structure.roles, context.rows)
+                notes = _Notes(nest, layouts, [tensor.requires_grad for tensor in tensors], [], structure.draws, writes)
                 sums = gather_buffers(state.replica, running, notes.buffers)
                 state.replica.restore_buffers()
         if work.keeps:
@@ -251,11 +295,13 @@ class LoopProgram(TorchProgram):
             with state.gradients.announcing(running, {}):
                 backward(running, roots, seeds, retain=work.retain)
             gradients = state.gradients.store({})
+        roles = work.forward.batch.structure.roles
+        writes = write_notes(state.replica.guard, roles, context.rows)
         by_rows, shared = ([leaf.grad for leaf in leaves] for leaves in (kept.rows, kept.shared))
         for leaf in (*kept.rows, *kept.shared):
             leaf.grad = None
         notes = _BackwardNotes(
-            gradients, [g is not None for g in by_rows], [None if g is None else g.cpu() for g in shared]
+            gradients, [g is not None for g in by_rows], [None if g is None else g.cpu() for g in shared], writes
         )
         found = [torch.zeros_like(x) if g is None else g for x, g in zip(kept.rows, by_rows, strict=True)]
         layouts = work.forward.row_layouts
@@ -270,6 +316,7 @@ class LoopProgram(TorchProgram):
         """Assign the buffers of a forward pass, and merge its outputs. The caller owns them."""
         every: list[_Notes] = result.every_note
         notes = every[0]
+        written = self._merged_writes([note.writes for note in every])
         self.assign(result.sums, notes.buffers)
         work.layouts, work.nest = notes.layouts, notes.nest
         given = ((number, work.arrays[number]) for number in work.written)
@@ -277,10 +324,37 @@ class LoopProgram(TorchProgram):
         work.requires_grad = [any(flags) for flags in zip(*(note.requires_grad for note in every), strict=True)]
         rows = work.batch.shards
         arrays, others = iter(result.outputs), zip(*(note.others for note in every), strict=True)
-        return [
+        outputs = [
             as_tensor(next(arrays), name) if layout == ROWS_FIRST else merge(next(others), layout, rows).clone()
             for layout, name in zip(notes.layouts, notes.nest.dtypes, strict=True)
         ]
+        work.noted = written
+        if work.keeps:
+            outputs += written.join(work)
+        return outputs
+
+    def settle(self, work: ForwardPass, tensors: Sequence[torch.Tensor]) -> None:
+        """After a forward pass: give the module and its copies what the pass has written.
+
+        Args:
+            work: the pass.
+            tensors: the merged tensors behind the outputs.
+        """
+        written = work.noted
+        if written is not None:
+            self._following.finish(written.every, written.merged, dict(zip(written.graphs, tensors, strict=True)))
+
+    def _merged_writes(self, every: list[WriteNotes]) -> _Written:
+        """What the replicas have written, merged.
+
+        Raises:
+            ValueError: it cannot be merged. The module has what it held before.
+        """
+        try:
+            return _Written(every, merge_writes(every))
+        except ValueError:
+            self._following.undo()
+            raise
 
     def gradients_of(self, work: BackwardPass, result: StepResult) -> list[torch.Tensor | None]:
         """The gradients of a backward pass by the tensors `ForwardPass.given`. The caller owns them."""
@@ -294,6 +368,19 @@ class LoopProgram(TorchProgram):
             there = [part for part in parts if part is not None]
             found.append(sum(there[1:], there[0].clone()) if there else None)
         return found
+
+    def settle_backward(self, result: StepResult) -> None:
+        """After a backward pass: give the module what the pass has written, by hooks or in parts that it recomputed.
+
+        Raises:
+            ValueError: it cannot be merged.
+        """
+        written = self._merged_writes([note.writes for note in result.every_note])
+        self._following.finish(written.every, written.merged, {})
+
+    def restore(self) -> None:
+        """Give the module what it held after the latest pass on the devices."""
+        self._following.restore()
 
     def reduced(self, result: StepResult) -> list[torch.Tensor | None]:
         """The reduced gradients of a backward pass by the module's parameters. The caller owns them."""

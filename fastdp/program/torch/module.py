@@ -19,6 +19,8 @@ import torch
 from torch import nn
 
 from fastdp.buffers import Allocator
+from fastdp.program.torch.following.guard import Guard
+from fastdp.program.torch.following.writes import restore, writes_of
 from fastdp.tensors.adopted import Adopted, Homes
 from fastdp.tensors.arrays import spec_of
 from fastdp.tensors.row_effects import Effect
@@ -158,7 +160,8 @@ class ReplicaModule:
     """The module that a replica runs over its memory. `parameters` are in the order of the module's slots.
 
     `adopted` is None for a copy. The user's own module has the tensors that it adopts, and `pending` buffers if
-    forward may have changed some in a step that is not over.
+    forward may have changed some in a step that is not over. `guard` notices what forward writes besides; None if the
+    module has no copies.
     """
 
     module: nn.Module
@@ -166,6 +169,7 @@ class ReplicaModule:
     buffers: list[Buffer]
     adopted: AdoptedSlots | None = None
     pending: bool = False
+    guard: Guard | None = None
     _busy: bool = False
 
     @contextmanager
@@ -200,6 +204,11 @@ class ReplicaModule:
                 one.slot.table[one.slot.key] = one.work
                 one.work.data.copy_(one.before)
         self.pending = False
+
+    def restore_written(self) -> None:
+        """Give attributes and whatever else the module holds their values from before the step."""
+        if self.guard is not None and self.guard.wrote():
+            restore(self.guard, writes_of(self.guard))
 
     def undo(self) -> None:
         """Restore the buffers after a failure, unless a thread that was given up still runs passes."""

@@ -24,6 +24,8 @@ from fastdp.program.torch import batch_axis, embeddings
 from fastdp.program.torch import batch_norm as torch_batch_norm
 from fastdp.program.torch import gradients as torch_gradients
 from fastdp.program.torch.batch import Structure, outputs_to_arrays, with_extremes
+from fastdp.program.torch.following.merged import MergedWrite, WriteNotes, merge_writes, write_notes
+from fastdp.program.torch.following.writes import Place
 from fastdp.program.torch.gradients import Found, Gradients
 from fastdp.program.torch.half import HalfGradients, may_overflow
 from fastdp.program.torch.loss import NOTHING_TO_TRAIN, WITHOUT_GRADIENT, LossFunction, contribute
@@ -80,7 +82,7 @@ class Notes:
 
     `found` says which parameters have a gradient; `hooked` are their hooks, `half` those in float16. `reported` are the
     numbers of the loss function that are not trained on. `trains`: whether the replica's part of the loss has a
-    gradient.
+    gradient. `writes` are what else passes have written, `merged` that of all replicas.
     """
 
     outputs: Nest | None = None
@@ -92,6 +94,8 @@ class Notes:
     reported: Reported | None = None
     draws: SharedDraws | None = None
     trains: bool = True
+    writes: WriteNotes | None = None
+    merged: dict[Place, MergedWrite] = field(default_factory=dict)
 
     def agree(self, every: Sequence[Notes]) -> None:
         """Check that all replicas have drawn the same random numbers, and agree on buffers. Called before the update.
@@ -102,6 +106,7 @@ class Notes:
         if self.draws is not None:
             self.draws.end()
         self.buffers.check([note.buffers for note in every])
+        self.merged = merge_writes([note.writes for note in every if note.writes is not None])
         check_equal_nests([note.reported for note in every])
         if not any(note.trains for note in every):
             raise ValueError(NOTHING_TO_TRAIN)
@@ -179,6 +184,7 @@ class Passes:
             forward.enter_context(structure.autocast.enter())
             outputs = state.replica.module(*args, **kwargs)
             state.replica.restore_buffers()
+            state.replica.restore_written()
         arrays, nest = outputs_to_arrays(outputs, context)
         return Result(arrays, np.zeros(1), Notes(nest, draws=structure.draws if context.size > 1 else None))
 
@@ -243,6 +249,7 @@ class Passes:
             notes.half = HalfGradients(part.roots)
         sums = gather_buffers(state.replica, running, notes.buffers)
         state.replica.restore_buffers()
+        notes.writes = write_notes(state.replica.guard, structure.roles, context.rows)
         return Result(arrays, np.concatenate([[part.value], *sums]), notes)
 
 

@@ -22,6 +22,8 @@ from fastdp.program.torch.capture.outcome import TorchOutcome
 from fastdp.program.torch.capture.pure_step import TorchPureStep
 from fastdp.program.torch.capture.replays import CapturedReplica, Replays
 from fastdp.program.torch.following.follow import Following
+from fastdp.program.torch.following.merged import MergedWrite, WriteNotes
+from fastdp.program.torch.following.writes import Place
 from fastdp.program.torch.gradients import Gradients
 from fastdp.program.torch.loss import REDUCTIONS, LossFunction
 from fastdp.program.torch.module import AdoptedSlots, adopted, slots_of, users_own
@@ -99,6 +101,8 @@ class TorchProgram(Program):
             [specs[i] for i in self._differentiable] if self.optimizers is not None else []
         )
         self._following = Following(module, self._slots)
+        self._followed = False  # since the module was judged
+        self._writes: tuple[list[WriteNotes], dict[Place, MergedWrite]] | None = None  # of the present step
         self._trials = Trials(module, whole_targets=reduction is None)
         self._adopted: AdoptedSlots | None = None
         self._states: list[State] = []
@@ -151,10 +155,13 @@ class TorchProgram(Program):
         structure: Structure = batch.structure
         if devices == 1:
             return batch if structure.misfit is None else undivided_batch(structure.values)
+        self._following.follow()
         if batch.rows != 1:
-            batch = self._trials.judged(batch, devices, wants=wants)
+            batch = self._trials.judged(batch, devices, wants=wants, kind=self._following.kind)
             structure = batch.structure
             structure.weigh(batch.arrays, batch.rows)
+            self._following.check_reader(self.loss_fn, structure.roles)
+        self._followed = True
         return batch
 
     @property
@@ -200,7 +207,7 @@ class TorchProgram(Program):
         """The user's module in its memory and its optimizers, or a copy of it over other memory."""
         assert self._adopted is not None
         if memory.variables is self._adopted.home.variables:
-            replica = users_own(self.module, self._adopted)
+            replica = self._following.user = users_own(self.module, self._adopted)
         else:
             memory.variables.copy_from(self._adopted.home.variables)
             replica = self._following.replicate(tensors_of(memory.variables))
@@ -229,7 +236,9 @@ class TorchProgram(Program):
     def running(self, threads: int) -> Iterator[None]:
         """Sync replicas with the user's module, note the user's thread, and divide the cores."""
         self._thread = ThreadState(several=len(self._states) > 1)
-        self._following.follow()
+        if not self._followed:
+            self._following.follow()
+        self._followed = False
         self._users = self.users
         if self.optimizers is not None:
             self.optimizers.check(self.module.parameters())
@@ -237,7 +246,9 @@ class TorchProgram(Program):
             self._passes.scale = self.rules.scaler.get_scale()
         with self._undone_on_failure(), self._thread.held(), replicas_run(threads):
             yield
-        self._following.absorb()
+        writes, self._writes = self._writes, None
+        if writes is not None:
+            self._following.finish(*writes, {})
 
     # The step.
 
@@ -312,6 +323,8 @@ class TorchProgram(Program):
                 self._passes.draws.undo()
             torch.set_rng_state(drawn)
             self._undo()
+            self._writes = None
+            self._following.undo()
             raise
 
     def _undo(self) -> None:
@@ -330,6 +343,8 @@ class TorchProgram(Program):
             assign_buffers(state.variables, totals.sums[1:], totals.notes.buffers)
             if state is not self._states[0]:
                 return
+            if totals.notes.merged:
+                self._writes = [note.writes for note in totals.every_note], totals.notes.merged
             window = self.window.with_call(totals)
             self.applied = self._apply(window, state, totals.notes) if totals.reduced else None
             self.window = Window() if totals.reduced else window

@@ -234,14 +234,6 @@ class BatchDeviation(Linear):
         return self.linear(x) + x.std(0).mean()
 
 
-class RowsCounted(Linear):
-    rows = 0
-
-    def forward(self, x):
-        self.rows += len(x)
-        return self.linear(x)
-
-
 class Masked(Linear):
     def forward(self, x, mask):
         return self.linear(x + mask @ x)
@@ -253,7 +245,6 @@ REFUSED = {
     "the views of a batch side by side": (TwoViews, [(8, 4)], "output of the module"),
     "all pairs of rows": (Pairs, [(8, 4)], "output of the module"),
     "a deviation over rows": (BatchDeviation, [(8, 4)], "output of the module"),
-    "a number that counts rows": (RowsCounted, [(8, 4)], "attribute `rows`"),
 }
 
 

@@ -24,9 +24,10 @@ _SEQUENCES = (list, collections.deque, set)
 _FROZEN = (tuple, frozenset)
 _PLAIN_CONTAINERS = (list, tuple, dict, set, frozenset)
 _DEPTH = 8
-_MADE_BY_TORCH = frozenset(vars(nn.Module())) - {"training"}
+MADE_BY_TORCH = frozenset(vars(nn.Module())) - {"training"}
 _MOST = 20_000
-is_own = Rules().is_own
+SMALL_NBYTES = 1 << 20  # larger tensors outside of a module are shared by its copies: data sets
+_rules = Rules()
 
 
 @dataclass(slots=True)
@@ -39,7 +40,7 @@ class Holder:
         keys: of a dict, those that are looked at.
         owner: the object whose attributes `table` has; `table` itself otherwise.
         partial: a dict that may have other keys, which nobody looks at.
-        compared: it is not part of a plain value that another holder has, and that is compared as a whole.
+        shared: all copies share it with the module.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Holder:
     keys: Sequence[Any]
     owner: Any
     partial: bool = False
-    compared: bool = True
+    shared: bool = False
 
     def twin(self, copies: dict[int, Any]) -> Any:
         """The table of the owner's copy; None if the copy shares it. `copies` are by the identity of what is copied."""
@@ -66,6 +67,7 @@ class Contents:
 
     Attributes:
         parts: the parts of the module.
+        given: its parameters and buffers.
         holders: what holds values, in the order of the walk.
         tables: the tables of parameters, buffers and parts of all parts.
         hooks: the tables of hooks of all parts, and torch's of hooks on all modules.
@@ -82,7 +84,17 @@ class Contents:
     """
 
     def __init__(self, module: nn.Module, given: Iterable[torch.Tensor]) -> None:
-        self._given = {id(tensor): tensor for tensor in given}
+        self._begin(module, given)
+        self.walk(module, "", inside=True)
+        self._global_hooks()
+        for known, names in self.global_names.values():
+            self.holders.append(Holder(known.get("__name__", ""), known, sorted(names), known, partial=True))
+        _make_unique(self.holders)
+
+    def _begin(self, module: nn.Module, given: Iterable[torch.Tensor]) -> None:
+        """Begin without anything but the parts of the module."""
+        self.given = list(given)
+        self._given = {id(tensor): tensor for tensor in self.given}
         self._seen: dict[int, Any] = {}
         self.parts = list(module.modules())
         self._part_names = {id(part): name for name, part in module.named_modules()}
@@ -95,18 +107,13 @@ class Contents:
         self.functions: list[Any] = []
         self.refused = ""
         self.global_names: dict[int, tuple[dict[str, Any], set[str]]] = {}
-        self.walk(module, "", inside=True)
-        self._global_hooks()
-        for known, names in self.global_names.values():
-            self.holders.append(Holder("global ", known, sorted(names), known, partial=True))
 
-    def walk(self, value: Any, name: str, *, inside: bool, plain: bool = False) -> None:
-        """Look into a value.
+    def has(self, value: Any) -> bool:
+        """Whether the walk has met an object that is not plain."""
+        return id(value) in self._seen
 
-        Args:
-            inside: it belongs to the module, and is not merely used by a function in it.
-            plain: it is part of a plain value.
-        """
+    def walk(self, value: Any, name: str, *, inside: bool) -> None:
+        """Look into a value. `inside`: it belongs to the module, and is not merely used by a function in it."""
         if type(value) in ATOMS or id(value) in self._seen or id(value) in self._given:
             return
         self._seen[id(value)] = value
@@ -118,9 +125,11 @@ class Contents:
             )
         inside = inside or id(value) in self._part_names
         if isinstance(value, torch.Tensor):
-            self.tensors.append((name, value)) if inside else self.shared.append(value)
+            copied = inside or value.numel() * value.element_size() <= SMALL_NBYTES
+            self.tensors.append((name, value)) if copied else self.shared.append(value)
         elif isinstance(value, np.ndarray):
-            self.arrays.append((name, value)) if inside else self.shared.append(value)
+            copied = inside or value.nbytes <= SMALL_NBYTES
+            self.arrays.append((name, value)) if copied else self.shared.append(value)
         elif isinstance(value, torch.Generator):
             self.shared.append(value)
         elif isinstance(value, nn.Module):
@@ -128,7 +137,7 @@ class Contents:
         elif isinstance(value, (types.MethodType, types.FunctionType, functools.partial)):
             self._function(value, name, inside)
         elif isinstance(value, (dict, *_SEQUENCES, *_FROZEN)):
-            self._container(value, name, inside, plain)
+            self._container(value, name, inside)
         elif isinstance(value, (type, types.ModuleType)):
             return
         elif is_own(type(value)) or isinstance(value, types.SimpleNamespace) or _is_parallel(value):
@@ -142,11 +151,26 @@ class Contents:
         """The module's own generators, which its copies share."""
         return [value for value in self.shared if isinstance(value, torch.Generator)]
 
+    def copied(self, copies: dict[int, Any]) -> Contents:
+        """The contents of a copy, in the same order. `copies` are by the identity of what is copied."""
+        other = object.__new__(Contents)
+        other.holders = []
+        for one in self.holders:
+            table, owner = one.twin(copies), copies.get(id(one.owner), one.owner)
+            is_own = table is not None
+            keys = [key for key in one.keys if key in table] if is_own and isinstance(table, dict) else ()
+            other.holders.append(Holder(one.name, table if is_own else one.table, keys, owner, one.partial, not is_own))
+        other.tables, other.hooks = [], []
+        other.given = [copies.get(id(tensor), tensor) for tensor in self.given]
+        other.tensors = [(name, copies[id(tensor)]) for name, tensor in self.tensors]
+        other.arrays = [(name, copies.get(id(array), array)) for name, array in self.arrays]
+        return other
+
     def look_again(self) -> None:
         """Find the keys that the known holders have now, and no other holders."""
         for holder in self.holders:
             if isinstance(holder.table, dict) and not holder.partial:
-                made = _MADE_BY_TORCH if isinstance(holder.owner, nn.Module) else ()
+                made = MADE_BY_TORCH if isinstance(holder.owner, nn.Module) else ()
                 holder.keys = [key for key in holder.table if key not in made]
 
     def _global_hooks(self) -> None:
@@ -173,7 +197,7 @@ class Contents:
         hooks = [vars(module)[key] for key in HOOKS if isinstance(vars(module).get(key), dict)]
         self.tables += tables
         self.hooks += hooks
-        keys = [key for key in vars(module) if key not in _MADE_BY_TORCH]
+        keys = [key for key in vars(module) if key not in MADE_BY_TORCH]
         self._attributes(module, name, keys, inside)
         for table in hooks:
             for hook in table.values():
@@ -192,18 +216,18 @@ class Contents:
         self.holders.append(Holder(name, attributes, keys, owner))
         for key in keys:
             value = attributes[key]
-            self.walk(value, f"{name}.{key}" if name else key, inside=inside, plain=is_plain(value))
+            self.walk(value, f"{name}.{key}" if name else key, inside=inside)
 
-    def _container(self, container: Any, name: str, inside: bool, plain: bool) -> None:
+    def _container(self, container: Any, name: str, inside: bool) -> None:
         if isinstance(container, dict):
-            self.holders.append(Holder(name, container, list(container), container, compared=not plain))
+            self.holders.append(Holder(name, container, list(container), container))
             for key, value in list(container.items()):
-                self.walk(value, f"{name}[{key!r}]", inside=inside, plain=plain or is_plain(value))
+                self.walk(value, f"{name}[{key!r}]", inside=inside)
             return
         if isinstance(container, _SEQUENCES):
-            self.holders.append(Holder(name, container, (), container, compared=not plain))
+            self.holders.append(Holder(name, container, (), container))
         for i, value in enumerate(list(container)):
-            self.walk(value, f"{name}[{i}]", inside=inside, plain=plain)
+            self.walk(value, f"{name}[{i}]", inside=inside)
 
     def _function(self, function: Any, name: str, inside: bool) -> None:
         """What a function keeps: what it is bound to, its closure, its defaults, and globals that can be changed."""
@@ -224,10 +248,9 @@ class Contents:
         for key, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             if id(cell) not in self._seen:
                 self._seen[id(cell)] = cell
-                self.holders.append(Holder(f"`{key}` of {where}()", cell, (), cell))
+                self.holders.append(Holder(f"{key} of {where}()", cell, (), cell))
                 if not is_empty(cell):
-                    value = cell.cell_contents
-                    self.walk(value, f"{key} in {where}()", inside=False, plain=is_plain(value))
+                    self.walk(cell.cell_contents, f"{key} of {where}()", inside=False)
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self.walk(value, f"a default of {where}()", inside=False)
         self._globals(function)
@@ -242,7 +265,7 @@ class Contents:
             if key not in stored and (type(value) in ATOMS or not self._is_changeable(value)):
                 continue
             kept.add(key)
-            self.walk(value, key, inside=False, plain=is_plain(value))
+            self.walk(value, key, inside=False)
 
     def _is_changeable(self, value: Any) -> bool:
         """Whether a copy of a function needs its own value of a global."""
@@ -255,6 +278,15 @@ class Contents:
         return isinstance(value, (dict, *_SEQUENCES, *_FROZEN, functools.partial)) or is_own(type(value))
 
 
+def _make_unique(holders: list[Holder]) -> None:
+    """Number the holders that have one name, such as closures of functions that one function has made."""
+    counts: collections.Counter[str] = collections.Counter()
+    for holder in holders:
+        counts[holder.name] += 1
+        if counts[holder.name] > 1:
+            holder.name = f"{holder.name} #{counts[holder.name]}"
+
+
 def is_plain(value: Any, depth: int = 0) -> bool:
     """Whether a value consists of numbers, strings and the like, also in containers, and can be compared by value."""
     if type(value) in ATOMS:
@@ -263,6 +295,11 @@ def is_plain(value: Any, depth: int = 0) -> bool:
         return False
     inside = itertools.chain(value.keys(), value.values()) if type(value) is dict else value
     return all(is_plain(one, depth + 1) for one in inside)
+
+
+def is_own(thing: Any) -> bool:
+    """Whether a class or a function is the user's, or belongs to a library without rules."""
+    return _rules.is_own(thing) or (isinstance(thing, types.FunctionType) and thing.__module__ is None)
 
 
 def is_empty(cell: types.CellType) -> bool:

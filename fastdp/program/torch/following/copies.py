@@ -10,6 +10,7 @@ from torch import nn
 
 from fastdp.program.torch.following.contents import Contents
 from fastdp.program.torch.following.functions import copy_functions, fill_functions
+from fastdp.program.torch.following.guard import Guard
 from fastdp.program.torch.module import Buffer, ReplicaModule, Slot, slots_of
 
 
@@ -18,8 +19,7 @@ class Copied:
 
     Attributes:
         module: the copy.
-        tables: for each holder of the module's contents the table of its copy; None where the copy shares it.
-        tensors: the copies of the tensors of the module's contents.
+        guard: of what the copy holds, in the order of the module's contents.
     """
 
     def __init__(self, module: nn.Module, contents: Contents, memo: dict[int, Any]) -> None:
@@ -38,8 +38,7 @@ class Copied:
                 "Keep what cannot be copied (locks, open files) out of its attributes, or define "
                 "__deepcopy__ on its class."
             ) from error
-        self.tables = [holder.twin(own) for holder in contents.holders]
-        self.tensors = [own[id(tensor)] for _, tensor in contents.tensors]
+        self.guard = Guard(contents.copied(own))
 
 
 def replicate(

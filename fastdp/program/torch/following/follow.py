@@ -1,9 +1,9 @@
-"""Brings what the user has changed in a module to its copies, before each step."""
+"""Brings what the user has changed in a module to its copies before each step, and what forward has written back."""
 
 from __future__ import annotations
 
-import copy
 import types
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,12 @@ from torch import nn
 from fastdp.program.torch.following.contents import Contents
 from fastdp.program.torch.following.copies import Copied, remake, replicate
 from fastdp.program.torch.following.guard import Guard
+from fastdp.program.torch.following.kinds import kind_of
+from fastdp.program.torch.following.merged import MergedWrite, Roles, WriteNotes, assign
+from fastdp.program.torch.following.readers import read_by
+from fastdp.program.torch.following.writes import Place, restore, writes_of
 from fastdp.program.torch.module import ReplicaModule, Slot, slots_of
+from fastdp.program.torch.rows.plain import keeps_rows_apart
 
 
 class Following:
@@ -24,6 +29,7 @@ class Following:
 
     Attributes:
         remade: how often the copies were made anew.
+        user: the user's own module as a replica.
     """
 
     def __init__(self, module: nn.Module, slots: list[Slot]) -> None:
@@ -32,18 +38,34 @@ class Following:
         self._parts = dict(module.named_modules())
         self._guard: Guard | None = None
         self._copies: list[tuple[ReplicaModule, Copied]] = []
+        self._kinds: dict[Any, int] = {}
+        self._kind: int | None = None
+        self._checked: dict[int, Roles] = {}  # found not to be read by the loss function
+        self.user: ReplicaModule | None = None
         self.remade = 0
 
     def replicate(self, variables: list[torch.Tensor]) -> ReplicaModule:
         """A copy of the module that follows it. Arguments and errors as of `fastdp.program.torch.following.copies`."""
         if self._guard is None:
             self._guard = Guard(self.contents())
-        self._copies.append(replicate(self._module, self._slots, variables, self._guard.contents))
-        return self._copies[-1][0]
+        replica, copied = replicate(self._module, self._slots, variables, self._guard.contents)
+        self._copies.append((replica, copied))
+        self._show()
+        return replica
 
     def contents(self) -> Contents:
         """What the module holds now."""
         return Contents(self._module, [slot.tensor for slot in self._slots if slot.table.get(slot.key) is not None])
+
+    @property
+    def kind(self) -> int:
+        """A number that is the same for modules that run in the same way, as far as what they hold tells."""
+        if self._kind is None or self._guard is None:
+            guard = self._guard or Guard(self.contents())
+            self._kind = self._kinds.setdefault(kind_of(guard), len(self._kinds))
+        return self._kind
+
+    # Before a step.
 
     def follow(self) -> None:
         """Make the copies what the module is now.
@@ -56,28 +78,19 @@ class Following:
         if guard is None:
             return
         if guard.changed():
+            self._kind = None
             changes = guard.plain_changes()
             if changes is None:
                 self._remake()
                 return
-            places = {id(holder): at for at, holder in enumerate(guard.contents.holders)}
-            for holder, key, value in changes:
-                for _, copied in self._copies:
-                    _assign(copied.tables[places[id(holder)]], key, value)
+            numbers = {id(holder): at for at, holder in enumerate(guard.contents.holders)}
+            for _, copied in self._copies:
+                for holder, key, value in changes:
+                    _assign(copied.guard, numbers[id(holder)], key, value)
+                copied.guard.record()
             guard.record()
         self._refuse_shared(guard.contents)
         self._copy_tensors(guard.contents)
-
-    def absorb(self) -> None:
-        """After a step: take what forward has left in the user's module for what it holds."""
-        guard = self._guard
-        if guard is None or not guard.changed() or guard.structure_changed():
-            return
-        if guard.keeps_kinds():
-            guard.record()
-        else:
-            guard.contents.look_again()
-            self._guard = Guard(guard.contents)
 
     def _remake(self) -> None:
         """Make the copies anew."""
@@ -87,7 +100,17 @@ class Following:
         made = [remake(replica, self._module, self._slots, contents) for replica, _ in self._copies]
         self._copies = [(replica, copied) for (replica, _), copied in zip(self._copies, made, strict=True)]
         self._guard = Guard(contents)
+        self._show()
         self.remade += 1
+
+    def _show(self) -> None:
+        """Give the replicas the guards by which they notice what forward writes."""
+        writes = not keeps_rows_apart(self._module)
+        if self.user is not None:
+            self.user.guard = self._guard if writes else None
+        for replica, copied in self._copies:
+            copied.guard.keeps_values = False
+            replica.guard = copied.guard if writes else None
 
     def _copy_tensors(self, contents: Contents) -> None:
         """Copy the values of tensors that are neither parameters nor buffers, whoever has written to them."""
@@ -96,7 +119,14 @@ class Following:
         sources = [tensor.detach() for _, tensor in contents.tensors]
         with torch.no_grad():
             for _, copied in self._copies:
-                torch._foreach_copy_([tensor.data for tensor in copied.tensors], sources)
+                torch._foreach_copy_([tensor.data for _, tensor in copied.guard.contents.tensors], sources)
+        for guard in self._guards():
+            guard.note_versions()
+
+    def _guards(self) -> list[Guard]:
+        """Of the user's module and its copies, in rank order."""
+        assert self._guard is not None
+        return [self._guard, *(copied.guard for _, copied in self._copies)]
 
     def _refuse_shared(self, contents: Contents) -> None:
         if contents.refused and self._copies:
@@ -104,6 +134,60 @@ class Following:
                 f"All devices would share {contents.refused}. Register the hook on the module or on its parts, which "
                 "each device has a copy of, or use gpus=[0]."
             )
+
+    # After a step.
+
+    def finish(
+        self, every: Sequence[WriteNotes], merged: Mapping[Place, MergedWrite], graphs: Mapping[Any, Any]
+    ) -> None:
+        """Give the user's module and its copies what forward has written, merged. Arguments as of `assign`."""
+        if self._guard is None or not merged:
+            return
+        assign(self._guards(), every, merged, graphs)
+        keep = all(guard.keeps_kinds() for guard in self._guards())
+        if keep:
+            for guard in self._guards():
+                guard.record()
+        else:
+            for guard in self._guards():
+                guard.contents.look_again()
+            self._guard = Guard(self._guard.contents)
+            for _, copied in self._copies:
+                copied.guard = Guard(copied.guard.contents, keeps_values=False)
+            self._show()
+        if not keep or any(write.has_modes for write in merged.values()):
+            self._kind = None
+
+    def undo(self) -> None:
+        """Give the user's module what it held before a step that failed. The copies are made anew."""
+        if self._guard is None or not any(guard.wrote() for guard in self._guards()):
+            return
+        self.restore()
+        self._guard.forget()
+
+    def restore(self) -> None:
+        """Give the user's module what it held when the copies were made or a step had ended."""
+        if self._guard is not None and self._guard.wrote():
+            restore(self._guard, writes_of(self._guard))
+
+    def check_reader(self, loss_fn: Any, roles: Roles) -> None:
+        """Check that the loss function of a step does not read what the step's forward passes write.
+
+        Raises:
+            ValueError: it does.
+        """
+        if loss_fn is None or not roles or self._guard is None or id(roles) in self._checked:
+            return
+        place = read_by(loss_fn, self._module, self._guard, dict.fromkeys(place for place, _ in roles))
+        if place is not None:
+            raise ValueError(
+                f"The loss function reads `{place.name}`, which forward sets: on several devices each one has its own "
+                "rows' value while the step runs. Return it from forward, and take it from the outputs in the loss "
+                "function; or write the loop: loss = loss_fn(model(x), y); loss.backward()."
+            )
+        self._checked[id(roles)] = roles
+
+    # Parameters and buffers stay.
 
     def _check_slots(self) -> None:
         """Check that the module has the parameters and buffers that it had."""
@@ -133,9 +217,12 @@ class Following:
         return found
 
 
-def _assign(table: Any, key: Any, value: Any) -> None:
+def _assign(guard: Guard, number: int, key: Any, value: Any) -> None:
     """Assign a plain value in a copy; nothing where the copy shares it."""
-    if isinstance(table, types.CellType):
-        table.cell_contents = value
-    elif table is not None:
-        table[key] = copy.copy(value)
+    holder = guard.contents.holders[number]
+    if holder.shared:
+        return
+    if isinstance(holder.table, types.CellType):
+        holder.table.cell_contents = value
+    else:
+        holder.table[key] = value

@@ -28,6 +28,7 @@ from fastdp.program.torch.rows.judged import (
 from fastdp.program.torch.rows.refusals import refused_argument, refused_output, refused_state
 from fastdp.program.torch.rows.trial import Run, Trial
 from fastdp.program.torch.rows.weights import Counted, counted
+from fastdp.program.torch.rows.written import WrittenRoles
 from fastdp.program.torch.shared_draws import DrawPlace
 from fastdp.shard import Rows
 from fastdp.tensors.marks import MeanOver
@@ -58,6 +59,7 @@ class Findings:
         self._structure = structure
         self._written: set[int] = set()
         self._compared: set[float] = set()
+        self._roles = WrittenRoles(rows, rough=self._rough)
 
     @property
     def compared(self) -> set[float]:
@@ -67,7 +69,8 @@ class Findings:
     def is_open(self) -> bool:
         """Whether further trials may tell more."""
         outputs = any(decided(found, exact=self._exact[at]) is None for at, found in self._outputs.items())
-        return outputs or any(decided(found, exact=True) is None for found in self._states.values())
+        states = any(decided(found, exact=True) is None for found in self._states.values())
+        return outputs or states or self._roles.is_open()
 
     @property
     def is_certain(self) -> bool:
@@ -100,7 +103,7 @@ class Findings:
             if effect is None or effect is Effect.UNKNOWN:
                 raise refused_state("buffer", self._slots[at].name)
             effects[at] = effect
-        return Judged(None if self._trusted else known, effects, draws, self._written_arrays())
+        return Judged(None if self._trusted else known, effects, draws, self._written_arrays(), self._roles.roles())
 
     def _written_arrays(self) -> frozenset[int]:
         """The arrays that forward changes in place, by their numbers.
@@ -130,7 +133,8 @@ class Findings:
     def has_means(self) -> bool:
         """Whether an output or a buffer is a mean."""
         found = (left for at, left in self._states.items() if not is_exact(self._slots[at].tensor))
-        return bool(self.means) or any(decided(left, exact=False) is Effect.MEAN for left in found)
+        states = any(decided(left, exact=False) is Effect.MEAN for left in found)
+        return bool(self.means) or states or self._roles.has_means()
 
     def left_out(self) -> set[tuple[int, float]]:
         """The arrays with entries that do not count in a mean, and a number that stands for such an entry."""
@@ -151,7 +155,7 @@ class Findings:
         self._judge_outputs(trial, parts, whole)
         if not trial.is_noisy:
             self._judge_states(trial, parts, whole)
-            self._judge_numbers(trial, parts, whole)
+        self._roles.look(parts, whole, lambda: trial.run(0, sum(self._rows), times=2), trusted=trial.meets)
 
     def see_again(self, trial: Trial, parts: Sequence[Run], whole: Run) -> None:
         """Keep what a trial on rows with other values leaves possible, of outputs that can be put side by side.
@@ -172,6 +176,7 @@ class Findings:
                 else:
                     self._check_output(trial, at, values, declared)
         self._judge_states(trial, parts, whole, finite=True)
+        self._roles.look_again(parts, whole, trusted=self._meets)
 
     def keep_means(self, means: Mapping[int, Candidates]) -> None:
         """Keep what is possible for means in batches of other lengths too."""
@@ -180,11 +185,12 @@ class Findings:
 
     def saved(self) -> tuple[Any, ...]:
         """What is possible now, for `restore`."""
-        return dict(self._outputs), dict(self._states), self._trusted
+        return dict(self._outputs), dict(self._states), self._trusted, self._roles.saved()
 
     def restore(self, saved: tuple[Any, ...]) -> None:
         """Forget what later trials have shown."""
-        self._outputs, self._states, self._trusted = saved
+        self._outputs, self._states, self._trusted, written = saved
+        self._roles.restore(written)
 
     # Judgements.
 
@@ -299,14 +305,6 @@ class Findings:
                 raise refused_state("parameter" if slot.is_parameter else "buffer", slot.name)
             if not slot.is_parameter:
                 self._states[at] = left
-
-    def _judge_numbers(self, trial: Trial, parts: Sequence[Run], whole: Run) -> None:
-        """Refuse numbers that are counted up by rows. Those that forward merely assigns are each replica's own."""
-        for name, value in whole.numbers.items():
-            if trial.meets or all(run.numbers.get(name) == value for run in parts):
-                continue
-            if trial.run(0, sum(self._rows), times=2).numbers[name] != value:
-                raise refused_state("attribute", name)
 
 
 def _others(outputs: Any) -> list[Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fastdp.program.torch.following.merged import Roles
 from fastdp.program.torch.rows.weights import Counted
 from fastdp.program.torch.shared_draws import DrawPlace
 from fastdp.tensors.marks import MeanOver
@@ -31,12 +32,14 @@ class Judged:
         states: how the buffers that forward changes depend on the rows, by their numbers among the module's tensors.
         draws: where the rows are in the random draws of forward, by number.
         written: the arrays that forward changes in place, by their numbers.
+        roles: how what forward writes to attributes and containers depends on the rows.
     """
 
     outputs: list[Layout] | None = None
     states: dict[int, Effect] = field(default_factory=dict)
     draws: dict[int, DrawPlace] = field(default_factory=dict)
     written: frozenset[int] = frozenset()
+    roles: Roles = field(default_factory=dict)
 
     def is_like(self, other: Judged) -> bool:
         """Whether steps do the same with other lengths."""

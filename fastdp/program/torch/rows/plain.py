@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from fastdp.program.torch.reach import GLOBAL_HOOKS, HOOKS
+
 _NAMES = (
     "Sequential Identity Linear Bilinear Flatten Unflatten Embedding LayerNorm GroupNorm RMSNorm LocalResponseNorm "
     "BatchNorm1d BatchNorm2d BatchNorm3d Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d "
@@ -18,14 +20,14 @@ _PLAIN = frozenset(getattr(nn, name) for name in _NAMES.split())
 
 
 def keeps_rows_apart(module: nn.Module) -> bool:
-    """Whether a module consists only of torch's own parts that compute each row by itself."""
+    """Whether a module consists only of torch's own parts that compute each row by itself, without hooks."""
     return all(
         type(part) in _PLAIN
         and not getattr(part, "inplace", False)  # the first one would change the batch
         and "forward" not in vars(part)
-        and not any(map(is_torchs_hook, (*part._forward_hooks.values(), *part._forward_pre_hooks.values())))
+        and not any(vars(part)[hooks] for hooks in HOOKS)
         for part in module.modules()
-    )
+    ) and not any(GLOBAL_HOOKS)
 
 
 def is_torchs_hook(hook: object) -> bool:

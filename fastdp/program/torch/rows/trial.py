@@ -16,11 +16,12 @@ from fastdp.comm.rendezvous import Rendezvous
 from fastdp.program.torch.batch import Structure
 from fastdp.program.torch.following.contents import Contents
 from fastdp.program.torch.following.copies import replicate
+from fastdp.program.torch.following.guard import Guard
+from fastdp.program.torch.following.writes import Place, Written, writes_of
 from fastdp.program.torch.module import Slot, slots_of
 from fastdp.program.torch.replica import ReplicaContext
 from fastdp.program.torch.rows.draws import TrialDraws
 from fastdp.program.torch.rows.inputs import Change, Injected, TrialInputs
-from fastdp.program.torch.rows.plain import is_torchs_hook
 from fastdp.program.torch.rows.surroundings import HANDLERS, TrialPeers, Watch, undisturbed
 from fastdp.program.torch.shared_draws import DrawPlace
 from fastdp.shard import Rows
@@ -36,12 +37,14 @@ class Run:
     Attributes:
         outputs: its outputs, as it returned them.
         values: its parameters and buffers afterwards.
-        numbers: the numbers that its parts have as attributes, by their dotted names.
+        written: what it wrote to attributes and containers.
+        guard: of the copy that ran.
     """
 
     outputs: Any
     values: list[torch.Tensor]
-    numbers: dict[str, float]
+    written: dict[Place, Written]
+    guard: Guard
 
 
 class Trial:
@@ -57,7 +60,7 @@ class Trial:
         change: makes other values of the arrays.
         on_host: run in host memory, where a number that an index must not have is an error and not the end of a GPU.
 
-    Hooks that are not torch's own do not run. Random draws and the results of collectives are those of the run on all
+    Random draws and the results of collectives are those of the run on all
     rows. Batch normalization uses its running
     statistics, or leaves its input as it is.
 
@@ -107,24 +110,29 @@ class Trial:
     def run(self, start: int, stop: int, *, times: int = 1) -> Run:
         """Run the module on rows `[start, stop)` of the chosen ones, so many times one after the other."""
         rows = Rows(start, stop, self._total)
-        module = replicate(self._module, self.slots, self._fresh(), self._contents)[0].module
-        _drop_users_hooks(module)
+        replica, copied = replicate(self._module, self.slots, self._fresh(), self._contents)
+        for _ in range(times):
+            outputs = self._pass(replica.module, rows)
+        values = [slot.tensor.detach() for slot in slots_of(replica.module)]
+        return Run(outputs, values, writes_of(copied.guard), copied.guard)
+
+    def _pass(self, module: nn.Module, rows: Rows) -> Any:
+        """The outputs of a copy for some rows. All passes draw the same random numbers."""
         structure: Structure = self._batch.structure
         own = Structure(structure.nest, draws=self._draws, _seed=1)
         running = ReplicaContext(Context(0, rows, 0, Rendezvous(1, 1.0), 2, Batch([], own, self._total), own), rows)
         sought = self._injected.number if self._injected is not None else None
         wanted, generators = self._wanted if torch.is_grad_enabled() else (), self._contents.generators
         with self._draws.run(rows, generators), undisturbed(), Watch(self.slots, self.compared, sought) as watch:
-            for _ in range(times):
-                args, kwargs, _ = given = self.inputs.of(rows, self._where, wanted)
-                versions = _versions(given)
-                among = TrialPeers(self._met, rows)
-                with peers_scope(among), ReplicaMode(running, HANDLERS), structure.autocast.enter():
-                    outputs = module(*args, **kwargs)
-                self.written |= {place for place, now in _versions(given).items() if now != versions[place]}
+            args, kwargs, _ = given = self.inputs.of(rows, self._where, wanted)
+            versions = _versions(given)
+            among = TrialPeers(self._met, rows)
+            with peers_scope(among), ReplicaMode(running, HANDLERS), structure.autocast.enter():
+                outputs = module(*args, **kwargs)
+            self.written |= {place for place, now in _versions(given).items() if now != versions[place]}
         if self._injected is not None and watch.found:
             self._injected.is_met = True
-        return Run(outputs, [slot.tensor.detach() for slot in slots_of(module)], numbers_of(module))
+        return outputs
 
     def _fresh(self) -> list[torch.Tensor]:
         """The values of the parameters and buffers, in memory of the run."""
@@ -144,24 +152,6 @@ def _versions(nest: Any) -> dict[int, int]:
     """How often each tensor of a nest was changed, by its place among the leaves."""
     leaves = enumerate(pytree.tree_leaves(nest))
     return {i: leaf._version for i, leaf in leaves if isinstance(leaf, torch.Tensor) and not leaf.is_inference()}
-
-
-def _drop_users_hooks(module: nn.Module) -> None:
-    """Remove the hooks that are not torch's own: they may note what they see."""
-    for part in module.modules():
-        for hooks in (part._forward_hooks, part._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if not is_torchs_hook(hook)]:
-                del hooks[key]
-
-
-def numbers_of(module: nn.Module) -> dict[str, float]:
-    """The numbers that a module's parts have as attributes, by their dotted names."""
-    return {
-        f"{prefix}.{name}" if prefix else name: value
-        for prefix, part in module.named_modules()
-        for name, value in vars(part).items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
 
 
 def _is_trained(slot: Slot) -> bool:

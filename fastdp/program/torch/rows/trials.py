@@ -46,29 +46,30 @@ class Trials:
     Where arrays have their rows is tried too, if they are not along all first axes: a mask may be the same for all
     rows, or a state have layers first. Such a finding holds for batches of the same lengths.
 
-    A kind is the training mode of all parts, the structure of the batch with the shapes of its rows, autocast, and
-    whether gradients are recorded. A trial runs copies of the module on a few rows, on the others and on all of them.
-    The user's hooks do not run in it. What a module gets by `fastdp.replica` is in each part what all rows gave, and a
+    A kind is that of the module (modes, functions, hooks, whatever it holds), the structure of the batch with the
+    shapes of its rows, autocast, and whether gradients are recorded. A trial runs copies of the module on a few rows,
+    on the others and on all of them. What a module gets by `fastdp.replica` is in each part what all rows gave, and a
     module that calls it is trusted: where the trial cannot tell, outputs have rows first, or are means.
 
-    A module that consists of torch's own parts that keep rows apart is not tried.
+    A module that consists of torch's own parts that keep rows apart, without hooks, is not tried.
     """
 
     def __init__(self, module: nn.Module, *, whole_targets: bool) -> None:
         self._module = module
         self._whole_targets = whole_targets
-        self._parts = list(module.modules())
+        self._of_module = 0
         self._known: dict[Any, _Found] = {}
         self._by_lengths: set[Any] = set()
         self._families: dict[Any, Known] = {}
 
-    def judged(self, batch: Batch, devices: int, *, wants: bool = False) -> Batch:
+    def judged(self, batch: Batch, devices: int, *, wants: bool = False, kind: int = 0) -> Batch:
         """Find out what is known about the batch and about the module's outputs and buffers, by trials if need be.
 
         Args:
             batch: the global batch, of two or more rows, or one that cannot be split by rows as it is.
             devices: the number of devices, two or more.
             wants: whether gradients by arrays that require them are wanted.
+            kind: of the module, as far as what it holds tells.
 
         Returns:
             The batch, or another one in which rows are elsewhere, with what is known in its structure: nothing if rows
@@ -77,19 +78,20 @@ class Trials:
         Raises:
             ValueError, TypeError: the batch or the module cannot be split by rows exactly, as far as trials can tell.
         """
-        kind = self._kind(batch, devices)
-        if kind in self._by_lengths:
-            kind = (*kind, batch.rows)
-        found = self._known.get(kind)
+        self._of_module = kind
+        key = self._kind(batch, devices)
+        if key in self._by_lengths:
+            key = (*key, batch.rows)
+        found = self._known.get(key)
         if found is None:
             found = self._found(batch, devices, wants=wants)
             if found is None:
                 batch.structure.draws.places = {}
                 return batch  # the step itself says why the module does not run; a later one is tried
             if found.reading is not None:  # holds for these lengths
-                self._by_lengths.add(kind)
-                kind = (*kind, batch.rows)
-            self._known[kind] = found
+                self._by_lengths.add(key)
+                key = (*key, batch.rows)
+            self._known[key] = found
         if found.is_alone:
             return undivided_batch(batch.structure.values)
         if found.reading is not None:
@@ -174,7 +176,7 @@ class Trials:
         """What the trial's result depends on. Axes that are as long as there are rows may be something else."""
         structure: Structure = batch.structure
         nest, autocast = structure.nest, structure.autocast
-        modes = tuple([part.training for part in self._parts])
+        modes = self._of_module
         if structure.misfit is not None:
             given, spec = pytree.tree_flatten(structure.values)
             how: tuple[Any, ...] = (torch.is_grad_enabled(), autocast.dtypes, devices)
