@@ -25,8 +25,8 @@ from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.program.base import Result
 from fastdp.program.torch.batch import Structure, with_extremes
-from fastdp.program.torch.following.merged import MergedWrite, WriteNotes, merge_writes, refused, write_notes
-from fastdp.program.torch.following.writes import Place
+from fastdp.program.torch.following.graphs import Leaf, PassWrites
+from fastdp.program.torch.following.merged import WriteNotes, merge_writes, write_notes
 from fastdp.program.torch.gradients import Found
 from fastdp.program.torch.half import HalfGradients, may_overflow
 from fastdp.program.torch.module_buffers import BufferNotes, assign_buffers, gather_buffers
@@ -42,7 +42,7 @@ from fastdp.program.torch.shared_draws import SharedDraws
 from fastdp.tensors.arrays import as_tensor, dtype_name, output_array, settle, spec_of
 from fastdp.tensors.collectives import StepPeers, peers_scope
 from fastdp.tensors.function_mode import plain
-from fastdp.tensors.row_effects import ROWS_FIRST, Effect, Layout
+from fastdp.tensors.row_effects import ROWS_FIRST, Layout
 
 
 class StepResult(Protocol):
@@ -86,44 +86,6 @@ class _Notes:
 
 
 @dataclass(slots=True)
-class _Written:
-    """What a forward pass has written to attributes and containers. `graphs` are the leaves that outputs follow."""
-
-    every: list[WriteNotes]
-    merged: dict[Place, MergedWrite]
-    graphs: list[tuple[Place, int]] = field(default_factory=list)
-
-    def join(self, work: ForwardPass) -> list[torch.Tensor]:
-        """Make the leaves with graphs further outputs of the pass, and return their merged values.
-
-        Raises:
-            ValueError: a leaf is an extreme over rows, whose gradient belongs to one row.
-        """
-        found = []
-        for place, write in self.merged.items():
-            for i, (leaf, role) in enumerate(zip(write.leaves, write.roles, strict=True)):
-                parts = [self._part(notes, place, i) for notes in self.every]
-                if not any(part is not None and part.requires_grad for part in parts):
-                    continue
-                if role.layout.effect in (Effect.LARGEST, Effect.SMALLEST):
-                    raise refused(place.name, "to an extreme over rows that gradients may flow back from")
-                self.graphs.append((place, i))
-                work.layouts = [*work.layouts, role.layout]
-                work.requires_grad.append(True)
-                for rank, part in enumerate(parts):
-                    work.kept[rank].outputs.append(leaf if part is None else part)
-                found.append(leaf)
-        return found
-
-    @staticmethod
-    def _part(notes: WriteNotes, place: Place, number: int) -> torch.Tensor | None:
-        """A replica's own tensor."""
-        own = notes.written.get(place)
-        leaf = own.leaves[number] if own is not None else None
-        return leaf if isinstance(leaf, torch.Tensor) else None
-
-
-@dataclass(slots=True)
 class ForwardPass:
     """One forward pass of all replicas.
 
@@ -144,7 +106,8 @@ class ForwardPass:
     layouts: list[Layout] = field(default_factory=list)
     requires_grad: list[bool] = field(default_factory=list)
     nest: Nest | None = None
-    noted: _Written | None = None
+    noted: PassWrites | None = None
+    graphs: list[Leaf] = field(default_factory=list)
     kept: dict[int, _Kept] = field(default_factory=dict)
 
     @classmethod
@@ -330,7 +293,13 @@ class LoopProgram(TorchProgram):
         ]
         work.noted = written
         if work.keeps:
-            outputs += written.join(work)
+            work.graphs = written.graphs()
+            for one in work.graphs:
+                work.layouts = [*work.layouts, one.layout]
+                work.requires_grad.append(True)
+                for rank, part in enumerate(one.parts):
+                    work.kept[rank].outputs.append(part)
+                outputs.append(one.merged)
         return outputs
 
     def settle(self, work: ForwardPass, tensors: Sequence[torch.Tensor]) -> None:
@@ -340,18 +309,18 @@ class LoopProgram(TorchProgram):
             work: the pass.
             tensors: the merged tensors behind the outputs.
         """
-        written = work.noted
-        if written is not None:
-            self._following.finish(written.every, written.merged, dict(zip(written.graphs, tensors, strict=True)))
+        if work.noted is not None:
+            graphs = {(one.place, one.number): tensor for one, tensor in zip(work.graphs, tensors, strict=True)}
+            self._following.finish(work.noted.every, work.noted.merged, graphs)
 
-    def _merged_writes(self, every: list[WriteNotes]) -> _Written:
+    def _merged_writes(self, every: list[WriteNotes]) -> PassWrites:
         """What the replicas have written, merged.
 
         Raises:
             ValueError: it cannot be merged. The module has what it held before.
         """
         try:
-            return _Written(every, merge_writes(every))
+            return PassWrites(every, merge_writes(every))
         except ValueError:
             self._following.undo()
             raise
