@@ -361,8 +361,6 @@ def test_a_modules_own_generator_draws_what_it_draws_on_one_device(devices):
 
 def test_a_failed_step_gives_a_modules_generator_its_state_back():
     class Fails(OwnGenerator):
-        fails = False
-
         def forward(self, x):
             y = super().forward(x)
             if self.fails and x.sum() > 1e3:
@@ -370,11 +368,12 @@ def test_a_failed_step_gives_a_modules_generator_its_state_back():
             return y
 
     module = Fails().double()
+    module.fails = 0  # a number: no other kind of module, which would be tried anew
     x = torch.randn(8, STEPS, FEATURES, dtype=torch.float64)
     model = fastdp.wrap(module, gpus=2)
     model(x)
     before = module.generator.get_state(), torch.get_rng_state()
-    module.fails = True
+    module.fails = 1
     x[4:] += 10.0
     with pytest.raises(KeyError, match="too much"):
         model(x)
@@ -439,12 +438,14 @@ def test_a_loss_of_each_devices_rows_draws_by_rows_or_is_refused(name, reduction
     torch.testing.assert_close(found, LOSSES[name](reference(x)).detach())
 
 
-def test_draws_in_hooks_which_no_trial_sees_are_refused():
-    module = Apply(lambda x: F.dropout(x, 0.3)).double()
-    module.linear.register_forward_hook(lambda part, args, output: output + torch.randn_like(output))
-    x = torch.randn(8, STEPS, FEATURES, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="a hook draws"):
-        fastdp.wrap(module, gpus=2)(x)
+@pytest.mark.parametrize("devices", DEVICES)
+def test_draws_in_hooks_are_those_of_one_device(devices):
+    def make():
+        module = Apply(lambda x: F.dropout(x, 0.3))
+        module.linear.register_forward_hook(lambda part, args, output: output + torch.randn_like(output))
+        return module
+
+    compare(make, devices)
 
 
 @pytest.mark.parametrize("devices", DEVICES)

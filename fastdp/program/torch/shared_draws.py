@@ -138,7 +138,7 @@ class SharedDraws:
         raise RuntimeError(
             f"Draw {number} of the step has shape {shape} for {rows.count} rows{_told_site(site)}. When fastdp tried "
             f"the module on a few rows it made no such draw there{' of one kind' if fits else ''}: the module takes "
-            f"another path now, or a hook draws, which no trial sees. {_REMEDY}"
+            f"another path now. {_REMEDY}"
         )
 
     def take(
