@@ -250,7 +250,7 @@ def test_a_hook_on_all_modules_that_keeps_something_is_refused():
     before = copy.deepcopy(module.state_dict())
     handle = register_module_forward_hook(lambda part, arguments, output: seen.append(output))
     try:
-        with pytest.raises(ValueError, match=r"All devices would share seen of .*Register the hook on the module"):
+        with pytest.raises(ValueError, match=r"All devices would share variable seen .*Register the hook"):
             step(*data(0))
     finally:
         handle.remove()

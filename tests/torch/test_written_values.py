@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
+from collections import defaultdict, deque
 
 import numpy as np
 import pytest
@@ -211,6 +211,18 @@ def moved_hook(net):
     return hook, lambda: mean
 
 
+def named_lists(net):
+    found = defaultdict(list)
+    return (lambda part, arguments, output: found["x"].append(output.mean().item())), lambda: dict(found)
+
+
+class Losses(Net):
+    def write(self, x, hidden):
+        self.losses = []
+        self.losses.append(hidden.detach().square().mean())
+        self.losses.append(hidden.detach().sum())
+
+
 class Read(Net):
     """What forward has written before changes its output."""
 
@@ -231,9 +243,20 @@ def plain(kind):
 
 KINDS = {
     kind.__name__: plain(kind)
-    for kind in (Steps, RowsSeen, Shown, Moving, InPlace, Lists, Replaced, Emptied, Once, Read)
+    for kind in (Steps, RowsSeen, Shown, Moving, InPlace, Lists, Replaced, Emptied, Once, Read, Losses)
 }
-HOOKS = (features, appended, counted, bound, on_the_part, through_a_function, in_a_global, assigned_global, moved_hook)
+HOOKS = (
+    named_lists,
+    features,
+    appended,
+    counted,
+    bound,
+    on_the_part,
+    through_a_function,
+    in_a_global,
+    assigned_global,
+    moved_hook,
+)
 KINDS |= {hook.__name__: with_hook(hook) for hook in HOOKS}
 
 
@@ -393,6 +416,26 @@ class Recurrent(Net):
         return self.last(hidden)
 
 
+class Taught(Net):
+    """A teacher in a plain list, in training mode: each device would normalize its own rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = [nn.BatchNorm1d(4).double()]
+
+    def forward(self, x):
+        return super().forward(x + self.teacher[0](x).detach())
+
+
+class Hidden(Net):
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Linear(3, 3).double()]
+
+    def forward(self, x):
+        return self.layers[0](super().forward(x))
+
+
 def gradients_kept():
     net, kept = Net(), []
     net.act.register_full_backward_hook(lambda part, given, wanted: kept.append(wanted[0]))
@@ -404,6 +447,7 @@ REFUSED = {
     "distribution": (Distribution, "sets `distribution` to a Normal"),
     "sometimes": (Sometimes, "sets `positive` "),
     "text": (Lengths, "sets `text` to different values"),
+    "normalization in a list": (Taught, r"sets `teacher\[0\]\.running_mean` to different values"),
     "gradients": (gradients_kept, "sets `kept of .*` to different values on different devices"),
 }
 
@@ -423,6 +467,18 @@ def test_what_cannot_be_merged_is_refused_and_changes_nothing(kind, devices, how
     same(module.state_dict(), before)
     assert set(vars(module)) == held
     module(x)  # plain torch
+
+
+@pytest.mark.parametrize("how", ["step", "loop"])
+@pytest.mark.parametrize("devices", SEVERAL)
+def test_trained_tensors_that_are_no_parameters_are_refused(devices, how):
+    module = Hidden()
+    model = fastdp.wrap(module, gpus=devices)
+    step = model.train_step(F.mse_loss, sgd) if how == "step" else lambda x, y: model(x)
+    with pytest.raises(ValueError, match=r"`layers\[0\]\.weight` gets gradients, but is no parameter.*nn.ModuleList"):
+        step(*data(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model(data(0)[0]), module(data(0)[0]), rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("devices", SEVERAL)

@@ -225,9 +225,11 @@ class LoopProgram(TorchProgram):
                 layouts = structure.layouts_of(outputs, tensors)
                 parts_fit(layouts, tensors, context.rows)
                 structure.agree(OutputForm.of(nest, tensors, layouts, context.rows))
+                buffers = BufferNotes()
+                sums = gather_buffers(state.replica, running, buffers)
                 writes = write_notes(state.replica.guard, structure.roles, context.rows)
-                notes = _Notes(nest, layouts, [tensor.requires_grad for tensor in tensors], [], structure.draws, writes)
-                sums = gather_buffers(state.replica, running, notes.buffers)
+                wanted = [tensor.requires_grad for tensor in tensors]
+                notes = _Notes(nest, layouts, wanted, [], structure.draws, writes, buffers)
                 state.replica.restore_buffers()
         if work.keeps:
             work.kept[context.rank] = _Kept(running, tensors, rows, shared)

@@ -166,6 +166,23 @@ class Contents:
         other.arrays = [(name, copies.get(id(array), array)) for name, array in self.arrays]
         return other
 
+    def retarget(self, name: str, value: Any) -> None:
+        """Note the containers in a value that forward has put in place of another, under the names of a walk."""
+        if isinstance(value, (dict, *_SEQUENCES)):
+            keys = list(value) if isinstance(value, dict) else ()
+            known = next((holder for holder in self.holders if holder.name == name), None)
+            if known is None:
+                self.holders.append(Holder(name, value, keys, value))
+            else:
+                known.table = known.owner = value
+                known.keys = keys
+        if isinstance(value, dict):
+            for key, one in value.items():
+                self.retarget(f"{name}[{key!r}]", one)
+        elif isinstance(value, (list, tuple, collections.deque)):
+            for i, one in enumerate(value):
+                self.retarget(f"{name}[{i}]", one)
+
     def look_again(self) -> None:
         """Find the keys that the known holders have now, and no other holders."""
         for holder in self.holders:
@@ -248,7 +265,7 @@ class Contents:
         for key, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             if id(cell) not in self._seen:
                 self._seen[id(cell)] = cell
-                self.holders.append(Holder(f"{key} of {where}()", cell, (), cell))
+                self.holders.append(Holder(f"variable {key} of {where}()", cell, (), cell))
                 if not is_empty(cell):
                     self.walk(cell.cell_contents, f"{key} of {where}()", inside=False)
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):

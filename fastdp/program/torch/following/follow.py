@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdp.program.torch.following.contents import Contents
+from fastdp.program.torch.following.contents import Contents, Holder
 from fastdp.program.torch.following.copies import Copied, remake, replicate
-from fastdp.program.torch.following.guard import Guard
+from fastdp.program.torch.following.guard import Guard, get
 from fastdp.program.torch.following.kinds import kind_of
 from fastdp.program.torch.following.merged import MergedWrite, Roles, WriteNotes, assign
 from fastdp.program.torch.following.readers import read_by
@@ -144,7 +144,7 @@ class Following:
         if self._guard is None or not merged:
             return
         assign(self._guards(), every, merged, graphs)
-        keep = all(guard.keeps_kinds() for guard in self._guards())
+        keep = not self._retarget(merged) and all(guard.keeps_kinds() for guard in self._guards())
         if keep:
             for guard in self._guards():
                 guard.record()
@@ -157,6 +157,18 @@ class Following:
             self._show()
         if not keep or any(write.has_modes for write in merged.values()):
             self._kind = None
+
+    def _retarget(self, merged: Mapping[Place, MergedWrite]) -> bool:
+        """Look into containers that forward has made, from now on. Whether there are any."""
+        found = False
+        for place, write in merged.items():
+            if place.kind != "value" or write.spec.is_leaf():
+                continue
+            for guard in self._guards():
+                holder = guard.by_name[place.holder]
+                guard.contents.retarget(_name_below(holder, place.key), get(holder, place.key))
+            found = True
+        return found
 
     def undo(self) -> None:
         """Give the user's module what it held before a step that failed. The copies are made anew."""
@@ -215,6 +227,15 @@ class Following:
                 break
             found = prefix
         return found
+
+
+def _name_below(holder: Holder, key: Any) -> str:
+    """The name that a walk gives to what a holder has under a key."""
+    if isinstance(holder.table, types.CellType):
+        return holder.name
+    if holder.owner is holder.table and not holder.partial:
+        return f"{holder.name}[{key!r}]"
+    return str(key) if holder.partial or not holder.name else f"{holder.name}.{key}"
 
 
 def _assign(guard: Guard, number: int, key: Any, value: Any) -> None:

@@ -21,6 +21,7 @@ from fastdp.program.torch.following.writes import Place, Written, writes_of
 from fastdp.program.torch.module import Slot, slots_of
 from fastdp.program.torch.replica import ReplicaContext
 from fastdp.program.torch.rows.draws import TrialDraws
+from fastdp.program.torch.rows.hidden import check_leaves
 from fastdp.program.torch.rows.inputs import Change, Injected, TrialInputs
 from fastdp.program.torch.rows.surroundings import HANDLERS, TrialPeers, Watch, undisturbed
 from fastdp.program.torch.shared_draws import DrawPlace
@@ -45,6 +46,11 @@ class Run:
     values: list[torch.Tensor]
     written: dict[Place, Written]
     guard: Guard
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors that it gave: outputs and what it wrote."""
+        leaves = [*pytree.tree_leaves(self.outputs), *(leaf for one in self.written.values() for leaf in one.leaves)]
+        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 class Trial:
@@ -114,7 +120,9 @@ class Trial:
         for _ in range(times):
             outputs = self._pass(replica.module, rows)
         values = [slot.tensor.detach() for slot in slots_of(replica.module)]
-        return Run(outputs, values, writes_of(copied.guard), copied.guard)
+        run = Run(outputs, values, writes_of(copied.guard), copied.guard)
+        check_leaves(run.tensors(), copied.guard.contents.tensors)
+        return run
 
     def _pass(self, module: nn.Module, rows: Rows) -> Any:
         """The outputs of a copy for some rows. All passes draw the same random numbers."""
