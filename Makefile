@@ -17,23 +17,28 @@ help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
 	@echo 'ARGS="..." is passed on by demo, test, bench, bench-peers, bench-parts and gpu-check; PYTHON=python3.12 chooses the interpreter.'
 
+# Torch's wheel on PyPI is built for CUDA 13. Where the driver is of CUDA 12, its own index has one for that; without
+# that index pip takes the one of PyPI, and `fastdp devices` names the mismatch.
+TORCH_OF_CUDA12 ?= https://download.pytorch.org/whl/cu126
+
 venv: $(STAMP)  ## make .venv with the pinned versions, and CuPy where there is a GPU
 
 $(STAMP): setup.py pyproject.toml constraints.txt
 	@if [ ! -e $@ ]; then $(PYTHON) -m venv --clear $(VENV); fi
 	@rm -f $@
-	@extras=keras,demo,dev; \
+	@extras=keras,demo,dev; index=; \
 	if ! $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
 	    echo 'Python 3.10: Keras 3.15 needs 3.11, so .venv is made without Keras and torch'; extras=demo,dev; \
 	fi; \
 	if smi=$$(nvidia-smi 2>&1); then \
 	    cuda=$$(sed -nE 's/.*CUDA[A-Za-z ]* Version *: *([0-9]+).*/\1/p' <<<"$$smi" | head -n 1); \
 	    case "$$cuda" in \
-	        12|13) extras=$$extras,cuda$$cuda; echo "CUDA $$cuda driver: with CuPy";; \
+	        12|13) extras=$$extras,cuda$$cuda; echo "CUDA $$cuda driver: with CuPy, NVRTC and NCCL"; \
+	            if [ "$$cuda" = 12 ]; then index='--extra-index-url $(TORCH_OF_CUDA12)'; fi;; \
 	        *) echo "no CuPy: nvidia-smi names CUDA version '$$cuda', and CuPy 14 needs 12 or 13";; \
 	    esac; \
 	else echo 'no CuPy: nvidia-smi finds no GPU here'; fi; \
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[$$extras]"
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt $$index -e ".[$$extras]"
 	@touch $@
 
 demo: $(STAMP)  ## train on virtual devices or GPUs and show what happens

@@ -33,8 +33,16 @@ from bench.gpu.stages import DEFAULT, STAGES, Part
 ROOT = Path(__file__).parents[2]
 SCRATCH = ROOT / "build" / "gpu-check"
 WHEELS = ROOT / "build" / "gpu-wheels"
-# Packages installed from a folder of wheels: Keras, and its dependencies that come with neither torch nor CuPy.
-FROM_WHEELS = ("keras", "namex", "optree", "rich")
+# Packages installed from a folder of wheels, and what each is imported as: Keras, and its dependencies that come with
+# neither torch nor CuPy.
+FROM_WHEELS = {
+    "absl-py": "absl",
+    "keras": "keras",
+    "ml_dtypes": "ml_dtypes",
+    "namex": "namex",
+    "optree": "optree",
+    "rich": "rich",
+}
 TAIL = 40
 KILL_SECONDS = 5.0
 SAVE_SECONDS = 5.0  # between two saves of a running part
@@ -120,19 +128,22 @@ def _arguments() -> argparse.Namespace:
 def install_wheels(folder: Path) -> Path | None:
     """Install the missing packages of FROM_WHEELS from a folder of wheels, without a network.
 
-    Returns: their folder, build/gpu-wheels; None if nothing is missing.
-
-    Raises:
-        subprocess.CalledProcessError: pip found no wheel that fits.
+    Returns: their folder, build/gpu-wheels; None if nothing is missing, or if there is no wheel that fits: then pip's
+    reason is printed, and what needs Keras is skipped.
     """
-    missing = [name for name in FROM_WHEELS if importlib.util.find_spec(name) is None]
+    missing = [name for name, module in FROM_WHEELS.items() if importlib.util.find_spec(module) is None]
     shutil.rmtree(WHEELS, ignore_errors=True)
     if not missing:
         return None
     where = ["--no-index", "--find-links", str(folder), "--target", str(WHEELS)]
     # Without dependencies: --target would install a second NumPy, or fail if there is no wheel of it.
     how = ["--no-deps", "--no-cache-dir", "--disable-pip-version-check", "--quiet"]
-    subprocess.run([sys.executable, "-m", "pip", "install", *how, *where, *missing], check=True)
+    command = [sys.executable, "-m", "pip", "install", *how, *where, *missing]
+    if subprocess.run(command, check=False).returncode:
+        print(
+            f"\nWithout Keras: {folder} lacks a wheel of {', '.join(missing)} that fits, as pip says above.", flush=True
+        )
+        return None
     return WHEELS
 
 

@@ -61,16 +61,18 @@ def _folders() -> Iterator[Path]:
 
 
 @functools.cache
-def load(newest_major: int | None = None) -> Nvrtc:
-    """The best NVRTC of this machine.
+def load(newest_major: int | None = None, architecture: int | None = None) -> Nvrtc:
+    """The newest NVRTC of this machine that the driver and the card take; of equally new ones the first found.
 
     Args:
         newest_major: the CUDA major version of the driver, which may not load a newer compiler's cubins.
             None accepts any compiler.
+        architecture: the compute capability of the card, such as 90. None accepts any compiler.
 
     Raises:
-        NvrtcNotFoundError: no library is installed, or none is old enough; the message says what was found.
+        NvrtcNotFoundError: no library is installed, or none will do; the message says what was found.
     """
+    fitting: list[Nvrtc] = []
     found = []
     for path in find_libraries():
         try:
@@ -78,11 +80,18 @@ def load(newest_major: int | None = None) -> Nvrtc:
         except OSError as error:
             found.append(f"{path} (cannot be loaded: {error})")
             continue
-        if newest_major is None or library.version[0] <= newest_major:
-            return library
-        found.append(f"{path} (CUDA {library.version[0]}.{library.version[1]}, too new)")
+        version = "CUDA {}.{}".format(*library.version)
+        if newest_major is not None and library.version[0] > newest_major:
+            found.append(f"{path} ({version}, too new)")
+        elif architecture is not None and architecture not in library.architectures:
+            found.append(f"{path} ({version}, does not know sm_{architecture})")
+        else:
+            fitting.append(library)
+    if fitting:
+        return max(fitting, key=lambda library: library.version)
     limit = "" if newest_major is None else f" for CUDA {newest_major} or older"
-    raise NvrtcNotFoundError(f"no NVRTC library{limit}; found: {', '.join(found) or 'none'}; {_HOW_TO_INSTALL}")
+    card = "" if architecture is None else f" that knows sm_{architecture}"
+    raise NvrtcNotFoundError(f"no NVRTC library{limit}{card}; found: {', '.join(found) or 'none'}; {_HOW_TO_INSTALL}")
 
 
 class Nvrtc:

@@ -31,7 +31,8 @@ class FunctionProgram(Program):
     """A model as three functions over named arrays.
 
     Args:
-        parameters: initial values by name; copied. `program.parameters` holds the trained values.
+        parameters: initial values by name, NumPy's or CuPy's arrays; copied. `program.parameters` holds the trained
+            values.
         train: `train(parameters, batch) -> (loss, gradients, outputs)`: the **mean** loss over the rows of
             `batch` (a list of arrays), its gradients by parameter name, and a list of output arrays with
             the batch's rows.
@@ -58,8 +59,8 @@ class FunctionProgram(Program):
         slots: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         self._train, self._update, self._predict = train, update, predict
-        self._initial = {name: np.asarray(value) for name, value in parameters.items()}
-        self._initial_slots = {name: np.asarray(value) for name, value in (slots or {}).items()}
+        self._initial = {name: _on_host(value) for name, value in parameters.items()}
+        self._initial_slots = {name: _on_host(value) for name, value in (slots or {}).items()}
         self.gradients: Sequence[ArraySpec] = _specs(self._initial)
         self.slots: Sequence[ArraySpec] = _specs(self._initial_slots)
         self.parameters: Arrays = dict(self._initial)
@@ -69,7 +70,7 @@ class FunctionProgram(Program):
         self._changed = False
 
     def set_parameters(self, values: Mapping[str, np.ndarray]) -> None:
-        """Overwrite parameters by name; all replicas follow at the next step.
+        """Overwrite parameters by name, from NumPy's or CuPy's arrays; all replicas follow at the next step.
 
         Raises:
             KeyError: an unknown name.
@@ -81,7 +82,7 @@ class FunctionProgram(Program):
         for name, value in values.items():
             old = self.parameters[name]
             new = np.empty(old.shape, old.dtype)
-            new[...] = value
+            new[...] = _on_host(value)
             if self._device is None:
                 old[...] = new
             else:
@@ -141,6 +142,12 @@ class FunctionProgram(Program):
     def predict(self, state: _State, batch: list[np.ndarray], context: Context) -> Result:
         """Outputs only."""
         return Result([_array(o) for o in self._predict(state.parameters, batch)])
+
+
+def _on_host(value: Any) -> np.ndarray:
+    """A value as a host array. CuPy's arrays turn into NumPy's only when they are asked to."""
+    on_gpu = hasattr(value, "__cuda_array_interface__") and hasattr(value, "get")
+    return np.asarray(value.get() if on_gpu else value)
 
 
 def _specs(values: Mapping[str, np.ndarray]) -> list[ArraySpec]:

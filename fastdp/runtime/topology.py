@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import ctypes.util
 import importlib.metadata
+import importlib.util
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pynvml
@@ -64,7 +68,9 @@ def physical_devices() -> list[DeviceInfo]:
         if error is not None:
             return []
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        visible = visible_ordinals([_text(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles])
+        visible = _in_the_driver_s_order(handles)
+        if visible is None:
+            visible = visible_ordinals([_text(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles])
         return [_describe(index, ordinal, handles[ordinal]) for index, ordinal in enumerate(visible)]
 
 
@@ -133,8 +139,38 @@ def _libraries(found: Driver) -> Iterator[str]:
     for wheel in installed:
         if next(m for m, name in CUPY_WHEELS.items() if name == wheel) > major:
             yield f"{wheel} is newer than the driver {found.version} (CUDA {major}). Install {wanted} instead."
+    yield from _torch_problems(found)
     if not any(map(_installed, NCCL_WHEELS)) and ctypes.util.find_library("nccl") is None:
         yield "libnccl is missing. Install it with: pip install nvidia-nccl-cu" + str(min(major, 13))
+
+
+def _torch_problems(found: Driver) -> Iterator[str]:
+    """A torch that cannot use the driver's GPUs."""
+    built = _torch_build()
+    if built is None:
+        return
+    version, cuda = built
+    major = found.cuda[0]
+    get = f"Install torch for CUDA {major} by the selector on pytorch.org, of the same version"
+    if not cuda:
+        yield f"torch {version} is built for the CPU: Keras models and torch modules find no GPU. {get}."
+    elif int(cuda.split(".")[0]) > major:
+        yield (
+            f"torch {version} is built for CUDA {cuda}, and the driver {found.version} runs CUDA {found.cuda[0]}."
+            f"{found.cuda[1]} at most: Keras models and torch modules find no GPU. {get}, or update the driver."
+        )
+
+
+def _torch_build() -> tuple[str, str] | None:
+    """The installed torch's version and the CUDA that it is built for, empty for none, without importing it."""
+    spec = importlib.util.find_spec("torch")
+    file = Path(spec.origin).with_name("version.py") if spec is not None and spec.origin else None
+    if file is None or not file.is_file():
+        return None
+    text = file.read_text(encoding="utf-8")
+    version = re.search(r"^__version__ = ['\"]([^'\"]+)", text, re.MULTILINE)
+    cuda = re.search(r"^cuda\b.*= ['\"]([\d.]+)", text, re.MULTILINE)
+    return (version[1] if version else "", cuda[1] if cuda else "")
 
 
 def visible_ordinals(uuids: Sequence[str]) -> Sequence[int]:
@@ -160,6 +196,46 @@ def visible_ordinals(uuids: Sequence[str]) -> Sequence[int]:
             break
         visible.append(ordinal)
     return visible
+
+
+def _in_the_driver_s_order(handles: Sequence[Any]) -> Sequence[int] | None:
+    """NVML's ordinals of the visible GPUs in CUDA's order; None where NVML's order is CUDA's.
+
+    CUDA puts the fastest GPUs first unless CUDA_DEVICE_ORDER=PCI_BUS_ID. Only the driver knows which it takes for the
+    fastest, so it is asked where GPUs differ. That starts CUDA, but makes no context.
+    """
+    names = {_text(pynvml.nvmlDeviceGetName(handle)) for handle in handles}
+    if len(names) < 2 or os.environ.get("CUDA_DEVICE_ORDER", "").strip() == "PCI_BUS_ID":
+        return None
+    places = _driver_bus_ids()
+    if places is None:
+        return None
+    ordinals = {_place(_text(pynvml.nvmlDeviceGetPciInfo(handle).busId)): i for i, handle in enumerate(handles)}
+    return [ordinals[place] for place in map(_place, places)]
+
+
+def _driver_bus_ids() -> list[str] | None:
+    """The PCI bus IDs of the visible GPUs in the driver's order; None if there is no driver that says."""
+    try:
+        library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        calls = library.cuInit, library.cuDeviceGetCount, library.cuDeviceGetPCIBusId
+    except (OSError, AttributeError):
+        return None
+    init, get_count, get_bus_id = calls
+    count, text = ctypes.c_int(), ctypes.create_string_buffer(32)
+    if init(0) or get_count(ctypes.byref(count)):
+        return None
+    found = []
+    for device in range(count.value):
+        if get_bus_id(text, len(text), device):
+            return None
+        found.append(text.value.decode())
+    return found
+
+
+def _place(bus_id: str) -> tuple[int, ...]:
+    """The numbers of a PCI bus ID such as "00000000:3B:00.0", which CUDA writes with a shorter domain."""
+    return tuple(int(part, 16) for part in re.split("[:.]", bus_id))
 
 
 @contextmanager

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -336,14 +338,34 @@ def test_tests_that_would_begin_too_late_are_skipped_and_the_run_ends_by_itself(
 def test_only_what_is_missing_is_installed_from_wheels(scratch, monkeypatch):
     asked = []
     monkeypatch.setattr(gpu_check, "WHEELS", scratch / "wheels")
-    monkeypatch.setattr(gpu_check.subprocess, "run", lambda command, check: asked.append(command))
-    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None if name == "optree" else object())
+
+    def run(command, check):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(gpu_check.subprocess, "run", run)
+    lacking = {"optree", "absl"}
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None if name in lacking else object())
     assert gpu_check.install_wheels(scratch) == scratch / "wheels"
-    assert asked[0][-1] == "optree"
+    assert asked[0][-2:] == ["absl-py", "optree"]
     assert not {"keras", "rich"} & set(asked[0])
     monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: object())
     assert gpu_check.install_wheels(scratch) is None
     assert len(asked) == 1
+
+
+def test_all_that_keras_imports_comes_from_the_wheels():
+    """As its wheel has it, less what torch, CuPy and fastdp need themselves."""
+    needed = {re.split(r"[^\w-]", line)[0] for line in importlib.metadata.requires("keras")}
+    theirs = {"numpy", "h5py", "packaging"}
+    assert {name.replace("-", "_") for name in needed - theirs} <= {n.replace("-", "_") for n in gpu_check.FROM_WHEELS}
+
+
+def test_a_wheel_that_is_missing_leaves_out_keras_and_nothing_else(scratch, monkeypatch, capfd):
+    monkeypatch.setattr(gpu_check, "WHEELS", scratch / "wheels")
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None if name == "optree" else object())
+    assert gpu_check.install_wheels(scratch / "nothing here") is None
+    assert "Without Keras" in capfd.readouterr().out
 
 
 def test_the_machine_is_described_without_a_gpu():

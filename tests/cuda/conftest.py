@@ -30,7 +30,7 @@ def fake_cuda(monkeypatch) -> Iterator[Callable[..., Simulation]]:
     started: list[Simulation] = []
     with contextlib.ExitStack() as stack:
         monkeypatch.setattr(cubin, "cubin", lambda name, architecture, compiler=None: name.encode())
-        monkeypatch.setattr(nvrtc, "load", lambda newest_major=None: None)
+        monkeypatch.setattr(nvrtc, "load", lambda newest_major=None, architecture=None: None)
         for name in ("CUDA_LAUNCH_BLOCKING", "CUDA_MODULE_LOADING", "NCCL_GRAPH_MIXING_SUPPORT"):
             monkeypatch.setenv(name, "")  # so that it is given back
             monkeypatch.delenv(name)

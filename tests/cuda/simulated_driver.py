@@ -1,6 +1,6 @@
-"""The CUDA driver's library on the simulated CUDA, as ctypes loads it: graphs that are put together of others.
+"""The CUDA driver's library on the simulated CUDA, as ctypes loads it: events, and graphs put together of others.
 
-The functions are C functions of ctypes', so what `fastdp.runtime.cuda.child_graphs` hands over goes the way of a real
+The functions are C functions of ctypes', so what `fastdp.runtime.cuda.driver` hands over goes the way of a real
 call.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import sys
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -27,6 +28,7 @@ class Driver:
         # By the handle of a child node: its graph, and which of that graph's nodes nothing of the child comes after.
         self._ends: dict[int, tuple[int, frozenset[int]]] = {}
         self._functions = {
+            "cuEventQuery": ctypes.CFUNCTYPE(ctypes.c_int, _HANDLE)(self._query),
             "cuGraphCreate": ctypes.CFUNCTYPE(ctypes.c_int, _OUT, ctypes.c_uint)(self._create),
             "cuGraphAddChildGraphNode": ctypes.CFUNCTYPE(
                 ctypes.c_int, _OUT, _HANDLE, ctypes.POINTER(_HANDLE), ctypes.c_size_t, _HANDLE
@@ -41,6 +43,10 @@ class Driver:
         if name.startswith("_") or name not in self._functions:
             raise AttributeError(f"{NAMES[0]}: undefined symbol: {name}")
         return self._functions[name]
+
+    @staticmethod
+    def _query(event) -> int:
+        return int(sys.modules["cupy"].cuda.runtime.eventQuery(event))
 
     def _create(self, graph, flags) -> int:
         sim = self._sim

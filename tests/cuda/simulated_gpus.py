@@ -27,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     patch = _open.enter_context(pytest.MonkeyPatch.context())
     patch.setenv("FASTDP_VIRTUAL_KIND", "gpu")
     patch.setattr(cubin, "cubin", lambda name, architecture, compiler=None: name.encode())
-    patch.setattr(nvrtc, "load", lambda newest_major=None: None)
+    patch.setattr(nvrtc, "load", lambda newest_major=None, architecture=None: None)
     config.simulation = _open.enter_context(installed(Simulation(2)))  # type: ignore[attr-defined]
     Gpus(config.simulation, patch)  # type: ignore[attr-defined]
 

@@ -273,3 +273,27 @@ def test_an_nccl_that_refuses_all_the_same_is_said_and_kernels_run(gpus, late_nc
     box.sim.comms.clear()  # the half-made clique of the simulation
     del flats, comm
     gc.collect()
+
+
+@pytest.mark.parametrize("status", [2, 8])
+def test_cards_that_nccl_does_not_connect_use_kernels(gpus, monkeypatch, status):
+    box = gpus(2)
+    nccl = importlib.import_module("fastdp.runtime.cuda.cupy_nccl").nccl
+
+    def refuse(devices):
+        raise nccl.NcclError(status)
+
+    monkeypatch.setattr(nccl.NcclCommunicator, "initAll", staticmethod(refuse))
+    devices = box.devices(2)
+    with pytest.warns(UserWarning, match=r"does not connect these GPUs .*NCCL_ERROR_.*NCCL_DEBUG=WARN"):
+        comm = communicator(devices)
+    flats = flats_on(devices, 700_009, "float32", whole_numbers(2, 700_009, "float32"))
+    assert {comm.how(bucket) for bucket in flats[0].buckets()} == {"one-shot", "two-shot"}
+    comm.all_reduce(flats, flats, flats[0].buckets())
+    finish(devices)
+    comm.check()
+    want = sum(own[0] for own in whole_numbers(2, 700_009, "float32"))
+    for device, flat in zip(devices, flats, strict=True):
+        np.testing.assert_array_equal(device.to_host(flat.views[0]), want)
+    del flats, comm
+    gc.collect()

@@ -144,6 +144,22 @@ def test_arrays_lie_where_they_are_told_and_keep_their_owner(runtime):
     rt.free(ptr)
 
 
+@pytest.mark.parametrize(("status", "said"), [(6, "REMOTE_ERROR"), (8, "TIMEOUT"), (9, "code 9 of NCCL"), (7, None)])
+def test_codes_of_nccl_that_cupy_has_no_name_for_are_nccl_errors(runtime, status, said):
+    _, rt = runtime(2)
+    comms = rt.nccl_init_all([0, 1])
+    comms[0]._comm.async_error = status
+    found = rt.nccl_async_error(comms[0])
+    if said is None:
+        assert found is None
+    else:
+        assert isinstance(found, rt.NcclError)
+        assert found.status == status
+        assert said in str(found)
+    for comm in comms:
+        rt.nccl_destroy(comm)
+
+
 def test_nccls_own_words(runtime):
     _, rt = runtime(2)
     assert rt.nccl_available()

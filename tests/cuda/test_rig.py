@@ -178,3 +178,26 @@ __import__("os")._exit(0)
     failure = "cudaErrorIllegalAddress: cudaErrorIllegalAddress"
     assert said.splitlines() == [failure, failure, "0.0"], errors
     assert violations == ["concat_rows on card 0 was given memory of card 1, which it does not reach"]
+
+
+def test_other_threads_run_while_a_query_of_an_event_blocks_in_the_driver(rig, tmp_path):
+    program = """
+import time
+from fastdp.runtime.cuda import cupy_api
+with cupy_api.on(0):
+    event = cupy_api.event_create()
+steps = []
+def count():
+    while len(steps) < 20:
+        time.sleep(0.01)
+        steps.append(time.monotonic())
+thread = threading.Thread(target=count)
+with cupy_api.on(0):
+    thread.start()
+    begin = time.monotonic()
+    print(cupy_api.event_done(event))
+    end = time.monotonic()
+thread.join()
+print(sum(begin < step < end for step in steps) > 5)
+"""
+    assert said_by(rig, tmp_path, program, 1, RIG_QUERY_MS="400") == ["True", "True"]

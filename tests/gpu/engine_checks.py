@@ -177,6 +177,44 @@ def merges_where_asked(devices: list, compute: Compute = as_it_is) -> None:
     np.testing.assert_array_equal(devices[-1].to_host(output), host)
 
 
+def merges_outputs_of_any_order(devices: list, hosts: list, compute: Compute = as_it_is) -> None:
+    """Views with any strides, merged on a GPU and in host memory, are those of the engine in host memory."""
+    batch = rows(13)
+
+    def views(p, given):
+        (y,) = predict(p, given)
+        turned = columns(y)[0].T
+        return [turned, y[:, ::2], y[::-1], np.broadcast_to(y[:, :1], y.shape), y[:, None, 1:2]]
+
+    def program(how):
+        nonlocal predict, columns
+        plain = linear(how)
+        predict, columns = plain._predict, how(lambda y: [np.ascontiguousarray(y.T)])
+        return FunctionProgram(plain._initial, plain._train, plain._update, views)
+
+    predict = columns = as_it_is
+    expected = fastdp.DataParallel(program(as_it_is), hosts, timeout=LIMIT).predict(batch).outputs
+    for on_host in (True, False):
+        engine = fastdp.DataParallel(program(compute), devices, timeout=LIMIT, cpu_merge=on_host, merge_device=0)
+        for got, want in zip(engine.predict(batch).outputs, expected, strict=True):
+            values = got if on_host else devices[0].to_host(got)
+            np.testing.assert_allclose(values, want, rtol=1e-5, atol=1e-6)
+
+
+def takes_arrays_of_the_card_for_parameters(devices: list, compute: Compute, on_card: Callable[[Any], Any]) -> None:
+    """At the start and later; strides and dtypes may differ from the parameters'."""
+    plain = linear(compute)
+    start = {name: on_card(value) for name, value in plain._initial.items()}
+    program = FunctionProgram(start, plain._train, plain._update, plain._predict)
+    batch = rows(13)
+    program.set_parameters({"b": on_card(np.arange(3.0))})
+    engine = fastdp.DataParallel(program, devices, timeout=LIMIT)
+    for w in (plain._initial["w"], np.arange(15.0).reshape(3, 5).T):
+        program.set_parameters({"w": on_card(w)})
+        want = batch[0] @ w.astype("float32") + np.arange(3.0)
+        np.testing.assert_allclose(engine.predict(batch).outputs[0], want, rtol=1e-5, atol=1e-5)
+
+
 def all_reduces(devices: list, n: int, dtype: str, *, idle: int = 0) -> str:
     """Sums over all but the last `idle` devices, on all; twice on the same memory. Returns the way it went."""
     from fastdp.comm.cuda.communicator import CudaCommunicator

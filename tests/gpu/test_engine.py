@@ -42,6 +42,18 @@ def test_outputs_are_merged_where_they_are_asked_for(gpus, compute, count):
     checks.merges_where_asked(gpus(count), compute)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_outputs_of_any_strides_are_merged_by_rows(gpus, compute, hosts, count):
+    checks.merges_outputs_of_any_order(gpus(count), hosts(count), compute)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_parameters_may_be_arrays_of_the_card(gpus, compute, count):
+    import cupy
+
+    checks.takes_arrays_of_the_card_for_parameters(gpus(count), compute, cupy.asarray)
+
+
 @pytest.mark.parametrize("idle", [0, 1])
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -108,6 +109,33 @@ def test_a_compiler_newer_than_the_driver_is_passed_over(compilers):
         nvrtc.load(newest_major=min(compiler.version[0] for compiler in compilers) - 1)
     oldest = min(compiler.version[0] for compiler in compilers)
     assert nvrtc.load(newest_major=oldest).version[0] == oldest
+
+
+KNOWN = {
+    "a": ((12, 4), (70, 90)),
+    "b": ((12, 9), (70, 90, 120)),
+    "c": ((13, 0), (75, 90, 120)),
+    "d": ((12, 9), (70, 90)),
+}
+
+
+@pytest.mark.parametrize(
+    ("driver", "card", "chosen"),
+    [(12, 90, "b"), (12, 70, "b"), (13, 90, "c"), (13, 70, "b"), (13, 120, "c"), (12, 120, "b"), (None, None, "c")],
+)
+def test_the_newest_compiler_that_knows_the_card_is_taken_wherever_it_was_found(monkeypatch, driver, card, chosen):
+    class Library:
+        def __init__(self, path):
+            self.path = path
+            self.version, self.architectures = KNOWN[path.name]
+
+    monkeypatch.setattr(nvrtc, "find_libraries", lambda: [Path(name) for name in KNOWN])
+    monkeypatch.setattr(nvrtc, "Nvrtc", Library)
+    nvrtc.load.cache_clear()
+    assert nvrtc.load(driver, card).path.name == chosen
+    with pytest.raises(nvrtc.NvrtcNotFoundError, match=r"for CUDA 12 or older that knows sm_75; .*does not know sm_75"):
+        nvrtc.load(12, 75)
+    nvrtc.load.cache_clear()
 
 
 def test_kernels_are_compiled_when_first_launched_and_once(compilers, cache):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes.util
 import importlib.metadata
+import importlib.util
 import re
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ def _clean(monkeypatch):
 @pytest.fixture
 def box(monkeypatch):
     """Three GPUs: 0 and 1 joined by four NVLinks, 2 behind a host bridge and without peer access."""
-    facts = SimpleNamespace(cuda=13010, wheels={"cupy-cuda13x", "nvidia-nccl-cu13"})
+    facts = SimpleNamespace(cuda=13010, wheels={"cupy-cuda13x", "nvidia-nccl-cu13"}, torch=None)
 
     def p2p(a, b, what):
         joined = {a, b} == {0, 1}
@@ -48,6 +49,7 @@ def box(monkeypatch):
         "nvmlDeviceGetHandleByIndex": lambda i: i,
         "nvmlDeviceGetName": lambda h: f"card {h}",
         "nvmlDeviceGetUUID": lambda h: f"GPU-{h}",
+        "nvmlDeviceGetPciInfo": lambda h: SimpleNamespace(busId=f"00000000:{0x3B + h:02X}:00.0".encode()),
         "nvmlDeviceGetMemoryInfo": lambda h: SimpleNamespace(total=80 << 30),
         "nvmlDeviceGetCudaComputeCapability": lambda h: (9, 0),
         "nvmlDeviceGetMaxPcieLinkGeneration": lambda h: 5,
@@ -61,6 +63,10 @@ def box(monkeypatch):
     for name, answer in answers.items():
         monkeypatch.setattr(pynvml, name, answer)
     monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(topology, "_torch_build", lambda: facts.torch)
+    monkeypatch.setattr(topology, "_driver_bus_ids", lambda: facts.bus_ids)
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    facts.bus_ids = None
     monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
     return facts
 
@@ -107,6 +113,54 @@ def test_what_is_missing_is_named_with_its_remedy(box, change, message):
     vars(box).update(change)
     (problem,) = topology.problems()
     assert re.search(message, problem), problem
+
+
+@pytest.mark.parametrize(
+    ("order", "visible", "bus_ids", "names"),
+    [
+        (None, None, ["0000:3D:00.0", "0000:3b:00.0", "0000:3C:00.0"], ["card 2", "card 0", "card 1"]),
+        ("FASTEST_FIRST", "0,2", ["0000:3D:00.0", "0000:3C:00.0"], ["card 2", "card 1"]),
+        ("PCI_BUS_ID", "0,2", ["not asked"], ["card 0", "card 2"]),
+        (None, "2,0", None, ["card 2", "card 0"]),
+    ],
+)
+def test_gpus_are_named_in_cuda_s_order(box, monkeypatch, order, visible, bus_ids, names):
+    """CUDA puts the fastest first, and its driver alone knows which they are."""
+    box.bus_ids = bus_ids
+    for name, value in (("CUDA_DEVICE_ORDER", order), ("CUDA_VISIBLE_DEVICES", visible)):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert [device.name for device in topology.physical_devices()] == names
+
+
+@pytest.mark.parametrize(
+    ("cuda", "torch", "said"),
+    [
+        (12090, ("2.13.0", "13.0"), "torch 2.13.0 is built for CUDA 13.0, and the driver 580.1 runs CUDA 12.9 at most"),
+        (13010, ("2.13.0+cpu", ""), "torch 2.13.0\\+cpu is built for the CPU"),
+        (13010, ("2.13.0+cu126", "12.6"), None),
+        (13010, None, None),
+    ],
+)
+def test_a_torch_for_another_cuda_is_named(box, cuda, torch, said):
+    box.cuda, box.torch = cuda, torch
+    box.wheels = {"cupy-cuda12x" if cuda < 13000 else "cupy-cuda13x", "nvidia-nccl-cu12"}
+    problems = topology.problems()
+    assert len(problems) == (said is not None)
+    assert said is None or re.search(f"{said}.*Install torch for CUDA {cuda // 1000} ", problems[0])
+
+
+def test_the_build_of_torch_is_read_without_importing_it(monkeypatch, tmp_path):
+    for text, built in (
+        ("__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\n", ("2.13.0+cpu", "")),
+        ("__version__ = '2.11.0'\ncuda: Optional[str] = '13.0'\nhip = None\n", ("2.11.0", "13.0")),
+    ):
+        (tmp_path / "version.py").write_text(text)
+        spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, spec=spec: spec)
+        assert topology._torch_build() == built
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert topology._torch_build() is None
 
 
 def test_hidden_gpus_are_counted(box, monkeypatch):

@@ -85,18 +85,19 @@ def _parts(bucket: Bucket, ranks: int) -> tuple[int, int, int]:
 
 
 def connect(cards: Sequence[int]) -> list[Any]:
-    """NCCL's communicators for ranks on these cards; empty if NCCL is missing or cannot connect them."""
+    """NCCL's communicators for ranks on these cards. Empty if NCCL is missing or, with a warning, does not connect."""
     version = cupy_api.nccl_version() if cupy_api.nccl_available() else 0
     if not nccl_connects(cards, version, os.environ.get(MULTI_RANK_VARIABLE)):
         return []
-    if len(set(cards)) == len(cards):
-        return cupy_api.nccl_init_all(cards)
+    alone = len(set(cards)) == len(cards)
     try:
-        return cupy_api.nccl_init_ranks(cards, cupy_api.on)
+        return cupy_api.nccl_init_all(cards) if alone else cupy_api.nccl_init_ranks(cards, cupy_api.on)
     except cupy_api.NcclError as error:
+        what = "these GPUs" if alone else f"several ranks on one card, though {MULTI_RANK_VARIABLE}=1 asks for it"
+        remedy = " With NCCL_DEBUG=WARN NCCL says why." if alone else ""
         warnings.warn(
-            f"NCCL {version} does not connect several ranks on one card, though {MULTI_RANK_VARIABLE}=1 asks for it "
-            f"({error}): their collectives run by fastdp's own kernels over peer memory.",
+            f"NCCL {version} does not connect {what} ({error}): their collectives run by fastdp's own kernels over "
+            f"peer memory, or in host memory where the GPUs do not reach each other.{remedy}",
             stacklevel=3,
         )
         return []

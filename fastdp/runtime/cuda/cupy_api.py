@@ -23,13 +23,13 @@ from cupy.cuda import driver
 from cupy.cuda import runtime as cudart
 
 from fastdp.runtime.cuda.cupy_nccl import *  # noqa: F403  re-exported, so that callers use one namespace
+from fastdp.runtime.cuda.driver import NOT_READY, event_status
 
 CudaError: type[RuntimeError] = cudart.CUDARuntimeError
 DriverError: type[RuntimeError] = driver.CUDADriverError
 
-# Constants that CuPy 14 lacks: cudaErrorNotReady, cudaErrorPeerAccessAlreadyEnabled, and the two halves of
-# the compute capability (cudaDevAttrComputeCapabilityMajor and -Minor).
-_NOT_READY = 600
+# Constants that CuPy 14 lacks: cudaErrorPeerAccessAlreadyEnabled, and the two halves of the compute capability
+# (cudaDevAttrComputeCapabilityMajor and -Minor).
 _PEER_ACCESS_ALREADY_ENABLED = 704
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 
@@ -276,9 +276,8 @@ def event_done(event: int) -> bool:
     Raises:
         CudaError: earlier work failed.
     """
-    # CuPy returns this call's status instead of raising.
-    status = int(cudart.eventQuery(event))
-    if status not in (0, _NOT_READY):
+    status = event_status(event)
+    if status not in (0, NOT_READY):
         cudart.check_status(status)
     return status == 0
 
@@ -360,6 +359,15 @@ def array(ptr: int, shape: tuple[int, ...], dtype: Any, device: int, owner: obje
         nbytes *= length
     memory = cupy.cuda.UnownedMemory(ptr, nbytes, owner, device)
     return cupy.ndarray(shape, dtype=dtype, memptr=cupy.cuda.MemoryPointer(memory, 0))
+
+
+def contiguous(x: Any) -> Any:
+    """A cupy.ndarray itself if it is C-contiguous, else a copy made on CuPy's current stream of the current device.
+
+    CuPy's allocator gives the copy's memory again to work of that stream, so it need not be kept for what is enqueued
+    there.
+    """
+    return x if x.flags.c_contiguous else cupy.ascontiguousarray(x)
 
 
 def is_array(x: object) -> bool:

@@ -53,6 +53,29 @@ NCCL_DTYPES = {
 }
 _SUM = 0
 
+# Codes that NCCL has and CuPy 14 has no name for: its NcclError then ends in a KeyError.
+_IN_PROGRESS = 7
+_UNNAMED = {_IN_PROGRESS: "NCCL_ERROR_IN_PROGRESS", 8: "NCCL_ERROR_TIMEOUT"}
+
+
+class _UnnamedError(NcclError):  # type: ignore[misc, valid-type]
+    """An NCCL error of a code that CuPy cannot name."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+        RuntimeError.__init__(self, f"{_UNNAMED.get(status, 'NCCL_ERROR')}: code {status} of NCCL")
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """Raise NcclError for every code."""
+    try:
+        yield
+    except KeyError as error:
+        if len(error.args) != 1 or not isinstance(error.args[0], int):
+            raise
+        raise _UnnamedError(error.args[0]) from None
+
 
 def nccl_available() -> bool:
     """Whether CuPy found libnccl."""
@@ -73,7 +96,8 @@ def nccl_init_all(devices: Sequence[int]) -> list[Any]:
     """
     if len(set(devices)) != len(devices):
         raise ValueError(f"devices={list(devices)}: expected each GPU once, since NCCL takes one rank per GPU")
-    return list(nccl.NcclCommunicator.initAll(list(devices)))
+    with _named():
+        return list(nccl.NcclCommunicator.initAll(list(devices)))
 
 
 def nccl_init_ranks(devices: Sequence[int], current: Callable[[int], AbstractContextManager[object]]) -> list[Any]:
@@ -83,8 +107,10 @@ def nccl_init_ranks(devices: Sequence[int], current: Callable[[int], AbstractCon
         devices: the device of each rank.
         current: context manager that makes a device current in the thread.
     """
-    clique, comms = nccl.get_unique_id(), []
-    with nccl_group():
+    comms = []
+    with _named():
+        clique = nccl.get_unique_id()
+    with nccl_group(), _named():
         for rank, device in enumerate(devices):
             with current(device):
                 comms.append(nccl.NcclCommunicator(len(devices), clique, rank))
@@ -100,13 +126,15 @@ def nccl_group() -> Iterator[None]:
     """
     nccl.groupStart()
     try:
-        yield
+        with _named():
+            yield
     except BaseException:
         # The first failure is more informative than its effect on the group.
-        with contextlib.suppress(NcclError):
+        with contextlib.suppress(NcclError), _named():
             nccl.groupEnd()
         raise
-    nccl.groupEnd()
+    with _named():
+        nccl.groupEnd()
 
 
 def _dtype(name: str) -> int:
@@ -140,11 +168,12 @@ def broadcast(comm: Any, send: int, recv: int, count: int, dtype_name: str, stre
 
 
 def nccl_async_error(comm: Any) -> RuntimeError | None:
-    """The error of a collective that was already enqueued, if any."""
+    """The error of a collective that was already enqueued, if any; one in progress is none."""
     try:
-        comm.check_async_error()
+        with _named():
+            comm.check_async_error()
     except NcclError as error:
-        return error
+        return None if getattr(error, "status", None) == _IN_PROGRESS else error
     return None
 
 

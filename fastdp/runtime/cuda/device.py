@@ -96,7 +96,7 @@ class CudaDevice(QueueDevice):
         return array
 
     def copy(self, target: Any, source: Any) -> None:
-        """Copy an array of this or another GPU, or of the host, into one of this GPU.
+        """Copy an array of this or another GPU, or of the host, into one of this GPU, of the same shape and dtype.
 
         On a worker, the copy runs in the order of the stream whose work calls it. On other threads it is
         synchronous, and the source's values must be ready before the call.
@@ -106,8 +106,9 @@ class CudaDevice(QueueDevice):
         if not cupy_api.is_array(source):
             self._fill(target, source, self._handle_here())
             return
-        with cupy_api.on(self.ordinal):
-            self.copy_rows(target, source, self._handle_here())
+        handle = self._handle_here()
+        with cupy_api.current_stream(self.ordinal, handle):
+            self.copy_rows(target, cupy_api.contiguous(source), handle)
             if current_stream() is None:
                 self._wait_for(self._host_stream)
 
@@ -193,10 +194,14 @@ class CudaDevice(QueueDevice):
         assert stream is not None
         near: list[tuple[Any, Any]] = []
         far: list[tuple[Any, Any]] = []
-        for pair in zip(targets, outputs, strict=True):
-            if pair[0].nbytes:
-                direct = all(map(cupy_api.is_array, pair)) and reaches(self.ordinal, cupy_api.array_device(pair[0]))
-                (near if direct else far).append(pair)
+        for target, output in zip(targets, outputs, strict=True):
+            if not target.nbytes:
+                continue
+            if cupy_api.is_array(output):
+                output = cupy_api.contiguous(output)  # what is copied below is a run of bytes
+            pair = target, output
+            direct = all(map(cupy_api.is_array, pair)) and reaches(self.ordinal, cupy_api.array_device(target))
+            (near if direct else far).append(pair)
         if len(near) > 1:
             concat_rows(self.kernels, [_piece(*pair) for pair in near], stream=stream.handle)
             near = []
@@ -229,7 +234,12 @@ class CudaDevice(QueueDevice):
 
     def _fetch(self, array: Any, handle: int) -> np.ndarray:
         pinned = self.pinned.empty(array.shape, array.dtype)
-        self._copy_now(pinned.ctypes.data, cupy_api.array_pointer(array) if array.nbytes else 0, array.nbytes, handle)
+        if not array.nbytes:
+            self._copy_now(0, 0, 0, handle)
+        else:
+            with cupy_api.current_stream(self.ordinal, handle):
+                straight = cupy_api.contiguous(array)
+                self._copy_now(pinned.ctypes.data, cupy_api.array_pointer(straight), array.nbytes, handle)
         return np.array(pinned)
 
     def _fill(self, array: Any, values: Any, handle: int) -> None:

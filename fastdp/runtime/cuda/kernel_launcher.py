@@ -49,4 +49,4 @@ def kernels(device: int) -> Kernels:
 
 def _compiled(name: str, architecture: int) -> bytes:
     """One kernel file's cubin, from the cache or the compiler."""
-    return cubin.cubin(name, architecture, nvrtc.load(cupy_api.driver_version() // 1000))
+    return cubin.cubin(name, architecture, nvrtc.load(cupy_api.driver_version() // 1000, architecture))

@@ -224,6 +224,11 @@ CUresult cuLaunchKernel(CUfunction function, unsigned grid, unsigned grid_y, uns
     return CUDA_SUCCESS;
 }
 
+CUresult cuEventQuery(CUevent event) {
+    const auto status = static_cast<CUresult>(cudaEventQuery(reinterpret_cast<cudaEvent_t>(event)));
+    return has_context() ? status : CUDA_ERROR_INVALID_CONTEXT;
+}
+
 CUresult cuGetProcAddress_v2(const char* name, void** address, int, cuuint64_t, CUdriverProcAddressQueryResult* found) {
     *address = dlsym(RTLD_DEFAULT, name);
     if (found) *found = *address ? CU_GET_PROC_ADDRESS_SUCCESS : CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;

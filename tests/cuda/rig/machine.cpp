@@ -24,6 +24,7 @@ Machine* start() {
     for (Card& card : made->cards) card.reaches.resize(made->cards.size());
     made->card_nbytes = setting("RIG_MEMORY_MIB", 2048) << 20;
     made->delay_microseconds = static_cast<unsigned>(setting("RIG_DELAY_US", 0));
+    made->query_milliseconds = static_cast<unsigned>(setting("RIG_QUERY_MS", 0));
     made->seed = static_cast<unsigned>(setting("RIG_SEED", 0));
     if (const char* text = std::getenv("RIG_APART")) {  // such as "0-1,2-3"
         int a, b, length;

@@ -99,7 +99,7 @@ struct Machine {
     std::uintptr_t next_handle = 0x7000'0000'1000;
     std::size_t card_nbytes = 0;
     unsigned delay_microseconds = 0;
-    unsigned seed = 0;
+    unsigned seed = 0, query_milliseconds = 0;
     std::vector<std::pair<int, int>> apart;  // pairs of cards without peer access
 
     std::uintptr_t handle() { return next_handle += 16; }

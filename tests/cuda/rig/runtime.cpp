@@ -1,5 +1,7 @@
 // The runtime's entry points that CuPy and fastdp call: devices, memory, copies, streams and events.
+#include <chrono>
 #include <cstring>
+#include <thread>
 
 #include "machine.h"
 
@@ -428,8 +430,14 @@ cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t stream_handle) {
     });
 }
 
+// With RIG_QUERY_MS a query blocks for so long, as it may while the driver loads a kernel.
 cudaError_t cudaEventQuery(cudaEvent_t handle) {
     return call([&](Lock& lock) -> int {
+        if (machine().query_milliseconds) {
+            lock.unlock();
+            std::this_thread::sleep_for(std::chrono::milliseconds(machine().query_milliseconds));
+            lock.lock();
+        }
         const auto event = event_of(lock, handle);
         if (!event) return cudaErrorInvalidResourceHandle;
         if (const int error = machine().cards[event->card].broken) return error;
