@@ -26,6 +26,7 @@ from fastdp.engine.step import StepResult
 from fastdp.errors import DeviceTimeoutError, ReplicaError
 from fastdp.placement import device
 from fastdp.program.functions import FunctionProgram
+from fastdp.runtime import environment
 from fastdp.runtime.select import devices, set_virtual_devices
 from fastdp.runtime.topology import DeviceInfo
 
@@ -117,3 +118,4 @@ def _choose_backend() -> None:
 
 
 _choose_backend()
+environment.set_early()

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import operator
 import os
+import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastdp.errors import DeviceTimeoutError
+from fastdp.runtime.environment import WANTED, ask_for
 from fastdp.runtime.host.device import HostDevice
 from fastdp.runtime.queue import QueueDevice
 from fastdp.runtime.topology import DeviceInfo, physical_devices
@@ -83,9 +85,8 @@ class _VirtualDevices:
                 if self.kind == "host":
                     self._devices.append(HostDevice(index))
                 else:
-                    # Read when CUDA starts. Streams that share a connection wait for each other's kernels, and the
-                    # kernels of an all-reduce wait for one another, so the default of 8 connections is too low.
-                    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+                    if self.count() > 1:
+                        ask_for(*WANTED)
                     cards = _cuda("cupy_api").device_count()
                     self._devices.append(_cuda("device").CudaDevice(index, index % cards, virtual=True))
             return list(self._devices)
@@ -143,8 +144,19 @@ class _Default:
 _virtual = _VirtualDevices()
 _gpus = _Gpus()
 _default = _Default()
+
+
+def _close_collectives() -> None:
+    """Close what collectives hold on GPUs, if any ran. Not imported: that would load CuPy."""
+    closing = sys.modules.get("fastdp.comm.cuda.at_exit")
+    if closing is not None:
+        closing.close()
+
+
 atexit.register(_gpus.close)
 atexit.register(lambda: _virtual.resize(0))
+# Before the devices, and before functions of `atexit`, in which Python 3.12 and later start no thread.
+getattr(threading, "_register_atexit", atexit.register)(_close_collectives)
 
 
 def set_virtual_devices(count: int, kind: str | None = None) -> None:

@@ -66,7 +66,7 @@ def prepare_worker(threads: int, device: Any) -> None:
         # multithreading off, backward stays in the worker.
         torch.autograd.set_multithreading_enabled(False)
     if device.on_gpu and device.torch_device.startswith("cuda"):
-        handle = device.compute.handle
+        handle = device.compute.for_torch()
         if torch.cuda.current_stream(device.torch_device).cuda_stream != handle:
             torch.cuda.set_stream(torch.cuda.ExternalStream(handle, device=device.torch_device))
 

@@ -31,7 +31,12 @@ def fake_cuda(monkeypatch) -> Iterator[Callable[..., Simulation]]:
     with contextlib.ExitStack() as stack:
         monkeypatch.setattr(cubin, "cubin", lambda name, architecture, compiler=None: name.encode())
         monkeypatch.setattr(nvrtc, "load", lambda newest_major=None, architecture=None: None)
-        for name in ("CUDA_LAUNCH_BLOCKING", "CUDA_MODULE_LOADING", "NCCL_GRAPH_MIXING_SUPPORT"):
+        for name in (
+            "CUDA_DEVICE_MAX_CONNECTIONS",
+            "CUDA_LAUNCH_BLOCKING",
+            "CUDA_MODULE_LOADING",
+            "NCCL_GRAPH_MIXING_SUPPORT",
+        ):
             monkeypatch.setenv(name, "")  # so that it is given back
             monkeypatch.delenv(name)
 

@@ -201,3 +201,56 @@ thread.join()
 print(sum(begin < step < end for step in steps) > 5)
 """
     assert said_by(rig, tmp_path, program, 1, RIG_QUERY_MS="400") == ["True", "True"]
+
+
+EARLY = """
+import ctypes, os, warnings
+def eager():
+    mode = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuModuleGetLoadingMode(ctypes.byref(mode))
+    return mode.value == 1
+def use_two():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fastdp.set_virtual_devices(2, kind="gpu")
+        fastdp.devices()
+        fastdp.set_virtual_devices(2, kind="gpu")
+        fastdp.devices()
+    print([str(w.message)[:55] for w in caught])
+"""
+
+
+@pytest.mark.parametrize(
+    ("visible", "starts_first", "lines"),
+    [
+        ("0,1", False, ["True", "32", "[]"]),
+        ("0", False, ["False", "None", "['CUDA had started before fastdp could set CUDA_MODULE_LO']"]),
+        ("0,1", True, ["False", "None", "['CUDA had started before fastdp could set CUDA_MODULE_LO']"]),
+    ],
+)
+def test_variables_are_set_before_cuda_starts_or_it_is_said_that_it_has(rig, tmp_path, visible, starts_first, lines):
+    start = "rt.getDeviceCount()\n"
+    use = "print(eager(), os.environ.get('CUDA_DEVICE_MAX_CONNECTIONS'), sep='\\n')\nuse_two()\n"
+    program = EARLY + (start if starts_first else "") + "import fastdp\n" + start + use
+    assert said_by(rig, tmp_path, program, 2, CUDA_VISIBLE_DEVICES=visible) == lines
+
+
+def test_a_stream_that_torch_was_given_outlives_its_device_and_serves_the_next(rig, tmp_path):
+    """Torch records events on it when memory is freed that was used there."""
+    program = """
+from fastdp.runtime.cuda.device import CudaDevice
+first = CudaDevice(0, 0)
+given, other = first.compute.for_torch(), first.copy_in.handle
+first.close()
+event = rt.eventCreateWithFlags(2)
+rt.eventRecord(event, given)
+try:
+    rt.eventRecord(event, other)
+except rt.CUDARuntimeError as error:
+    print(error.status)
+second, third = CudaDevice(0, 0), CudaDevice(1, 0)
+print(given == second.compute.handle, given == third.compute.handle)
+second.close()
+third.close()
+"""
+    assert said_by(rig, tmp_path, program, 1) == ["400", "True False"]

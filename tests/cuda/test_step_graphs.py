@@ -603,3 +603,40 @@ def test_the_option(gpus):
     train(parallel, 4, sizes=(8,))
     (entry,) = parallel.report()
     assert (entry["how"], entry["segments"]) == ("step graph", 1)
+
+
+# The end of the process.
+
+
+@pytest.mark.usefixtures("by_nccl")
+def test_at_the_end_graphs_go_before_the_communicators_whose_collectives_they_hold(gpus):
+    box = gpus(2)
+    parallel = wrapped(dense, box.devices(2), graph="step")
+    train(parallel, 4, sizes=(8,))
+    assert hows(parallel) == {"step graph"}
+    assert len(box.sim.comms) == 4  # the engine's, and those of the graphs
+    assert box.sim.execs
+    importlib.import_module("fastdp.comm.cuda.at_exit").close(20.0)  # the simulation finds what would wait for ever
+    assert all(comm.closed for comm in box.sim.comms)
+    assert box.sim.calls["destroy"] == 4
+    assert not box.sim.execs
+
+
+@pytest.mark.usefixtures("by_nccl")
+def test_the_end_waits_for_nccl_no_longer_than_its_limit(gpus, monkeypatch, capsys):
+    box = gpus(2)
+    parallel = wrapped(dense, box.devices(2), graph="bucket")
+    train(parallel, 2, sizes=(8,))
+    ends, destroy = threading.Event(), box.runtime.nccl_destroy
+
+    def slow(comm):
+        ends.wait(20.0)
+        destroy(comm)
+
+    monkeypatch.setattr(box.runtime, "nccl_destroy", slow)
+    importlib.import_module("fastdp.comm.cuda.at_exit").close(0.05)
+    assert "NCCL did not close its communicators within 0.05 seconds" in capsys.readouterr().err
+    ends.set()
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "fastdp-exit"]
+    thread.join(20.0)
+    assert all(comm.closed for comm in box.sim.comms)

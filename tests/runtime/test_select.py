@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import threading
 from types import SimpleNamespace
@@ -246,3 +247,14 @@ def test_virtual_devices_hide_the_gpus_that_are_there(four_gpus):
     assert [device.kind for device in fastdp.devices()] == ["virtual", "virtual"]
     fastdp.set_virtual_devices(0)
     assert len(fastdp.devices()) == 4
+
+
+def test_at_the_end_collectives_are_closed_before_the_devices():
+    code = """
+import sys, types, fastdp
+from fastdp.runtime import select
+sys.modules["fastdp.comm.cuda.at_exit"] = types.SimpleNamespace(close=lambda: print("collectives"))
+select._gpus._devices[0] = types.SimpleNamespace(close=lambda: print("device"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["collectives", "device"]

@@ -64,7 +64,7 @@ class TorchGraphs:
 
     def __init__(self, device: Any, parts: bool = False) -> None:
         self._parts = parts
-        self._stream = torch.cuda.ExternalStream(device.compute.handle, device=device.torch_device)
+        self._stream = torch.cuda.ExternalStream(device.compute.for_torch(), device=device.torch_device)
         self._pool = torch.cuda.graph_pool_handle()
         self._alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from fastdp.buffers import Bucket, FlatBuffers
 from fastdp.comm.algorithm import way_to_all_gather, way_to_all_reduce, way_to_reduce_scatter
 from fastdp.comm.base import Communicator
+from fastdp.comm.cuda import at_exit as at_exit  # loaded for the end of the process
 from fastdp.comm.cuda.nccl import NcclCollectives, connect, destroy
 from fastdp.comm.cuda.peer_kernels import PeerKernels, address_of, stream_of
 from fastdp.comm.cuda.reduction import CudaReduction

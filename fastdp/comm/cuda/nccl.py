@@ -13,6 +13,9 @@ from fastdp.comm.cuda.peer_kernels import address_of, stream_of
 from fastdp.runtime.cuda import cupy_api
 from fastdp.runtime.cuda.device import CudaDevice
 
+# Communicators by their identity, from `connect` to `destroy` or `abort`.
+_open: dict[int, Any] = {}
+
 
 class NcclCollectives:
     """Collectives on some communicators, each issued for all ranks by one thread in one group.
@@ -91,7 +94,9 @@ def connect(cards: Sequence[int]) -> list[Any]:
         return []
     alone = len(set(cards)) == len(cards)
     try:
-        return cupy_api.nccl_init_all(cards) if alone else cupy_api.nccl_init_ranks(cards, cupy_api.on)
+        comms = cupy_api.nccl_init_all(cards) if alone else cupy_api.nccl_init_ranks(cards, cupy_api.on)
+        _open.update((id(comm), comm) for comm in comms)
+        return comms
     except cupy_api.NcclError as error:
         what = "these GPUs" if alone else f"several ranks on one card, though {MULTI_RANK_VARIABLE}=1 asks for it"
         remedy = " With NCCL_DEBUG=WARN NCCL says why." if alone else ""
@@ -107,3 +112,16 @@ def destroy(comms: Sequence[Any]) -> None:
     """Destroy NCCL's communicators."""
     for comm in comms:
         cupy_api.nccl_destroy(comm)
+        _open.pop(id(comm), None)
+
+
+def abort(comms: Sequence[Any]) -> None:
+    """Abort NCCL's communicators, and the collectives that hang in them."""
+    for comm in comms:
+        cupy_api.nccl_abort(comm)
+        _open.pop(id(comm), None)
+
+
+def open_communicators() -> list[Any]:
+    """All communicators that are neither destroyed nor aborted."""
+    return list(_open.values())

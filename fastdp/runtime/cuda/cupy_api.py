@@ -24,6 +24,7 @@ from cupy.cuda import runtime as cudart
 
 from fastdp.runtime.cuda.cupy_nccl import *  # noqa: F403  re-exported, so that callers use one namespace
 from fastdp.runtime.cuda.driver import NOT_READY, event_status
+from fastdp.runtime.environment import ask_for
 
 CudaError: type[RuntimeError] = cudart.CUDARuntimeError
 DriverError: type[RuntimeError] = driver.CUDADriverError
@@ -39,14 +40,6 @@ _CAPTURE_MODES = {
     "relaxed": cudart.streamCaptureModeRelaxed,
 }
 
-# Set when several GPUs work together, unless the user has set them.
-_SEVERAL_GPUS_ENVIRONMENT = {
-    # Loading a kernel at its first launch may wait for the whole GPU, and so for a collective that waits for
-    # that very launch. Takes effect only if set before the first CUDA call of the process.
-    "CUDA_MODULE_LOADING": "EAGER",
-    # By default NCCL orders captured and eager collectives with extra events. fastdp mixes them on no communicator.
-    "NCCL_GRAPH_MIXING_SUPPORT": "0",
-}
 # CUPY_CUDA_ARRAY_INTERFACE_SYNC is not changed. fastdp passes memory by pointers and DLPack and does not need it, but
 # the user's arrays from other libraries would race without that synchronization.
 
@@ -88,8 +81,8 @@ def on(device: int) -> Iterator[None]:
 def check_environment(devices: Sequence[int]) -> None:
     """Reject settings under which these devices cannot work together, and set those that the user left unset.
 
-    Call before the first CUDA call. With several devices, sets CUDA_MODULE_LOADING and
-    NCCL_GRAPH_MIXING_SUPPORT, each unless it is already set.
+    With several devices, sets CUDA_MODULE_LOADING and NCCL_GRAPH_MIXING_SUPPORT, each unless it is already set; a
+    warning says if CUDA has started without the first (`fastdp.runtime.environment`).
 
     Raises:
         RuntimeError: CUDA_LAUNCH_BLOCKING=1 with several devices.
@@ -103,8 +96,7 @@ def check_environment(devices: Sequence[int]) -> None:
             "until its kernel is over, and a collective is over only when all GPUs have launched theirs. Unset it, "
             "or use one GPU."
         )
-    for name, value in _SEVERAL_GPUS_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    ask_for("CUDA_MODULE_LOADING")
 
 
 def memory_info(device: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,9 @@ from fastdp.runtime.queue import QueueEvent, QueueStream
 FIRST_PAUSE, LAST_PAUSE = 2e-5, 1e-3
 
 _worker = threading.local()
+
+# Streams of closed devices that torch was given, by card and priority; the next device of the card takes them.
+_kept: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
 
 
 class CudaEvent(QueueEvent):
@@ -85,13 +89,29 @@ class CudaStream(QueueStream):
         super().__init__(device, name)
         self.device = device
         self.ordinal: int = device.ordinal
-        self.handle = cupy_api.stream_create(self.ordinal, priority)
+        self._kept = _kept[self.ordinal, priority]
+        try:
+            self.handle = self._kept.pop()
+        except IndexError:
+            self.handle = cupy_api.stream_create(self.ordinal, priority)
+        self._torch_has_it = False
         self._waits: list[CudaEvent] = []
 
+    def for_torch(self) -> int:
+        """The CUDA stream's handle, for torch's operations.
+
+        Torch records an event on each stream that used a tensor when the tensor's memory is freed, which may be long
+        after the device was closed. So the CUDA stream then lives as long as the process.
+        """
+        self._torch_has_it = True
+        return self.handle
+
     def destroy(self) -> None:
-        """Destroy the CUDA stream. Idempotent."""
+        """Destroy the CUDA stream, or keep it for the next device if torch has it. Idempotent."""
         handle, self.handle = self.handle, 0
-        if handle:
+        if handle and self._torch_has_it:
+            self._kept.append(handle)
+        elif handle:
             cupy_api.stream_destroy(handle)
 
     def now(self) -> CudaEvent:

@@ -111,7 +111,26 @@ int check_addresses(const Lock& lock, int card, const std::string& name, const v
 
 extern "C" {
 
-CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
+CUresult cuInit(unsigned) {
+    Lock lock(machine().mutex);
+    start_cuda(lock);
+    return CUDA_SUCCESS;
+}
+
+CUresult cuDeviceGetCount(int* count) {
+    Lock lock(machine().mutex);
+    *count = static_cast<int>(machine().cards.size());
+    return machine().started ? CUDA_SUCCESS : CUDA_ERROR_NOT_INITIALIZED;
+}
+
+CUresult cuDeviceGetPCIBusId(char* text, int length, CUdevice card) {
+    return static_cast<CUresult>(cudaDeviceGetPCIBusId(text, length, card));
+}
+
+CUresult cuModuleGetLoadingMode(CUmoduleLoadingMode* mode) {
+    *mode = machine().eager ? CU_MODULE_EAGER_LOADING : CU_MODULE_LAZY_LOADING;
+    return CUDA_SUCCESS;
+}
 
 CUresult cuDriverGetVersion(int* version) {
     const char* text = std::getenv("RIG_DRIVER");

@@ -53,6 +53,13 @@ void violation(const std::string& what) {
     }
 }
 
+void start_cuda(const Lock&) {
+    if (machine().started) return;
+    const char* loading = std::getenv("CUDA_MODULE_LOADING");
+    machine().eager = loading && std::strcmp(loading, "EAGER") == 0;
+    machine().started = true;
+}
+
 int current_card() { return card_here; }
 bool has_context() { return context_here; }
 void set_card(int card) { card_here = card; }

@@ -99,6 +99,7 @@ struct Machine {
     std::uintptr_t next_handle = 0x7000'0000'1000;
     std::size_t card_nbytes = 0;
     unsigned delay_microseconds = 0;
+    bool started = false, eager = false;  // CUDA reads CUDA_MODULE_LOADING when it starts
     unsigned seed = 0, query_milliseconds = 0;
     std::vector<std::pair<int, int>> apart;  // pairs of cards without peer access
 
@@ -111,6 +112,9 @@ Machine& machine();
 
 // What CUDA forbids and does not detect: written to standard error and to the file RIG_VIOLATIONS.
 void violation(const std::string& what);
+
+// What the first call of CUDA does.
+void start_cuda(const Lock&);
 
 // Threads: the current card, and whether a context is current (a thread new to CUDA has none).
 int current_card();

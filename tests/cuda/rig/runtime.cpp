@@ -19,6 +19,7 @@ int cards() { return static_cast<int>(machine().cards.size()); }
 // One call of the runtime: the current card's lasting failure comes before anything else, and errors are remembered.
 template <class Work> cudaError_t call(Work work) {
     Lock lock(machine().mutex);
+    start_cuda(lock);
     if (cards() == 0) return static_cast<cudaError_t>(last_error = cudaErrorNoDevice);
     int error = machine().cards[current_card()].broken;
     if (!error) error = work(lock);
@@ -139,6 +140,8 @@ cudaError_t cudaDriverGetVersion(int* version) { return static_cast<cudaError_t>
 cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 
 cudaError_t cudaGetDeviceCount(int* count) {
+    Lock lock(machine().mutex);
+    start_cuda(lock);
     *count = cards();
     return *count ? cudaSuccess : cudaErrorNoDevice;
 }
@@ -149,6 +152,7 @@ cudaError_t cudaGetDevice(int* card) {
 
 cudaError_t cudaSetDevice(int card) {
     Lock lock(machine().mutex);
+    start_cuda(lock);
     if (card < 0 || card >= cards()) return static_cast<cudaError_t>(last_error = cudaErrorInvalidDevice);
     set_card(card);
     enter_context(lock);  // since CUDA 12

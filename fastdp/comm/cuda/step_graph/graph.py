@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from fastdp.comm.cuda.nccl import destroy
+from fastdp.comm.cuda.nccl import abort, destroy
 from fastdp.comm.cuda.peer_kernels import PeerKernels
 from fastdp.comm.cuda.step_graph.reduction import StepGraphReduction
 from fastdp.runtime.cuda import cupy_api
@@ -20,6 +20,10 @@ from fastdp.runtime.cuda.streams import CudaStream
 _ABORT_SECONDS = 30.0
 
 
+# All that is held in this process.
+alive: weakref.WeakSet[Held] = weakref.WeakSet()
+
+
 class Held:
     """The resources of the step graphs for one layout of buckets: communicators, graphs and launchable graphs. NCCL
     destroys a communicator only after its graphs are gone, so graphs are always destroyed first."""
@@ -29,6 +33,7 @@ class Held:
         self.broken = False
         self._graphs: list[tuple[int, list[int], int]] = []
         self._lock = threading.Lock()
+        alive.add(self)
 
     def add(self, ordinal: int, graphs: Sequence[int], launchable: int) -> None:
         """Add a launchable graph and the graphs that it is made of. They are destroyed together: NCCL's resources of a
@@ -56,8 +61,7 @@ class Held:
         """Make the GPUs leave the collectives that they wait in, and give everything up. No graph is being launched."""
         self.broken = True
         self.drop()
-        for comm in self._take():
-            cupy_api.nccl_abort(comm)
+        abort(self._take())
 
     def _take(self) -> list[Any]:
         with self._lock:
