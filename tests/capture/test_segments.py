@@ -234,7 +234,7 @@ def test_torch_is_asked_for_graphs_by_names_that_it_has(monkeypatch):
     monkeypatch.setattr(cuda, "ExternalStream", lambda *a, **o: external.bind(None, *a, **o).arguments)
     segment = {"segment_pool_id": (0, 2), "total_size": 512}
     monkeypatch.setattr(cuda, "memory_snapshot", lambda: [segment, segment, {**segment, "segment_pool_id": (0, 0)}])
-    device = types.SimpleNamespace(compute=types.SimpleNamespace(handle=7), torch_device="cuda:1")
+    device = types.SimpleNamespace(compute=types.SimpleNamespace(for_torch=lambda: 7), torch_device="cuda:1")
     graphs = recording.TorchGraphs(device)
     kept = [graphs.record(lambda: [3])[0] for _ in range(2)]
     assert [call["pool"] for call in calls] == [(0, 2), (0, 2)]
@@ -257,3 +257,38 @@ def test_torch_is_asked_for_graphs_by_names_that_it_has(monkeypatch):
     assert graph.raw_cuda_graph() == 17
     for name in ("instantiate", "raw_cuda_graph"):
         assert callable(getattr(torch.cuda.graphs.CUDAGraph, name))
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_after_a_failed_recording_torch_s_allocator_and_generator_record_no_more(monkeypatch, left):
+    """Torch before 2.13 leaves both recording; where it does not, ending the allocator's recording fails."""
+    calls = []
+
+    @contextlib.contextmanager
+    def graph(*args, **options):
+        yield
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def end(device, pool):
+        calls.append(("end", device, pool))
+        if not left:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    generator = torch.Generator()  # has both methods, whose work on a GPU is torch's
+    clone = generator.clone_state()
+    stuck = types.SimpleNamespace(
+        clone_state=lambda: clone, graphsafe_set_state=lambda state: calls.append(("generator", state))
+    )
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 5))
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda *a, **o: types.SimpleNamespace(device="cuda:1"))
+    monkeypatch.setattr(torch.cuda, "default_generators", (None, stuck))
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *a: calls.append(("release", *a)), raising=False)
+    device = types.SimpleNamespace(compute=types.SimpleNamespace(for_torch=lambda: 7), torch_device="cuda:1")
+    with pytest.raises(RuntimeError, match="previous error during capture"):
+        recording.TorchGraphs(device).record(list)
+    rest = [("release", 1, (0, 5)), ("generator", clone)]
+    assert calls == [("end", 1, (0, 5)), *(rest if left else [])]
+    assert hasattr(generator, "graphsafe_set_state")

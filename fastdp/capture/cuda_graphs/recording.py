@@ -73,12 +73,31 @@ class TorchGraphs:
         if not self._alive:  # torch frees a pool with its last graph and refuses to use it again
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph(keep_graph=True) if self._parts else torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            given = work()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                given = work()
+        except BaseException:
+            self._end_what_torch_left()
+            raise
         if self._parts:
             graph.instantiate()  # now, not at the first replay: it may allocate memory
         self._alive.add(graph)
         return graph, given
+
+    def _end_what_torch_left(self) -> None:
+        """End an allocator that still records to the pool, and a generator that still counts for the graph.
+
+        Torch before 2.13 leaves both where CUDA cannot end a capture: its allocator then aborts the process later, and
+        draws on the GPU are no longer those of the generator.
+        """
+        index = torch.device(self._stream.device).index
+        try:
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+        except RuntimeError:  # torch has ended both itself
+            return
+        torch._C._cuda_releasePool(index, self._pool)
+        generator = torch.cuda.default_generators[index]
+        generator.graphsafe_set_state(generator.clone_state())
 
     @property
     def nbytes(self) -> int:
