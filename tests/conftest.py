@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 
 os.environ["KERAS_BACKEND"] = "torch"  # before any import that could bring Keras in
+# Before CUDA, which Keras starts: devices that wait for each other need both (fastdp.runtime.environment).
+os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch: OpenMP's threads that wait for work awake would take the cores from the other processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -210,8 +210,9 @@ def run_part(
     command = [*([sys.executable] if first.startswith("-") or first.endswith(".py") else []), *part.command]
     began = time.monotonic()
     variables = {**environment, **part.environment, "FASTDP_GPU_LOG": str(log)}
-    if part.tests:  # takes effect only before CUDA starts, and Keras may start CUDA before fastdp can set it
+    if part.tests:  # take effect only before CUDA starts, and Keras may start CUDA before fastdp can set them
         variables.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+        variables.setdefault("CUDA_MODULE_LOADING", "EAGER")
     # pytest_log.py skips tests that would start later than this, so that the part ends in time.
     variables["FASTDP_GPU_TEST_SECONDS"] = str(0.85 * part.seconds)
 

@@ -79,8 +79,8 @@ class Way:
     def peer(self) -> Peer:
         """The process to start, as a peer of bench/frameworks."""
         environment = {"KERAS_BACKEND": self.backend, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        if self.devices > 1:  # takes effect only before CUDA starts, and Keras starts CUDA when it builds the model
-            environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
+        if self.devices > 1:  # take effect only before CUDA starts, and Keras starts CUDA when it builds the model
+            environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGER"}
         return Peer(self.title, WORKER, self.worker, environment)
 
 
