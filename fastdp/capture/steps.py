@@ -373,12 +373,21 @@ class Captures(Generic[OutcomeT]):
         """The cores that one replica may use while the others run."""
         return max(1, given_cores() // min(self._parts, rows.total))
 
+    @property
+    def _is_quiet(self) -> bool:
+        """Whether the report alone tells: where steps run any code of the user's, and "auto" just tries."""
+        return self._mode == "auto" and self._checks > 0
+
     def _warn_eager(self) -> None:
         """Warn that steps run eagerly, and why."""
+        if self._is_quiet:
+            return
         warn_user(f"fastdp runs {self._step.name!r} eagerly: it cannot be captured because of {self._refused}")
 
     def _warn_traced(self) -> None:
         """Warn that steps are not compiled, and why."""
+        if self._is_quiet:
+            return
         warn_user(f"fastdp runs {self._step.name!r} traced and not compiled: {self._no_compiler}")
 
 
