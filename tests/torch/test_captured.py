@@ -602,3 +602,37 @@ def test_auto_tells_in_the_report_alone_why_a_step_cannot_be_captured(monkeypatc
     parallel = check(Reads(), data(), F.cross_entropy, 1, options={"compile": "auto"})  # warnings are errors here
     assert hows(parallel) == {"eager"}
     assert REFUSED[Reads] in whys(parallel)
+
+
+class Keeps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.last = nn.Linear(6, 4)
+        self.register_buffer("total", torch.zeros(6, dtype=torch.complex128))
+        self.register_buffer("rows", torch.zeros((), dtype=torch.long))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.total += torch.complex(x.detach(), -x.detach()).sum(0)
+        self.rows += len(x)
+        self.calls = self.calls + 1.0
+        return self.last(x)
+
+
+@pytest.mark.parametrize("rows", [None, {"buffer:total": "sum", "buffer:rows": "sum", "buffer:calls": "same"}])
+def test_buffers_that_are_sums_or_the_same_are_those_of_one_device(rows):
+    for devices in (1, 3):
+        assert hows(check(Keeps(), data(), F.cross_entropy, devices, options={"rows": rows})) == {"traced"}
+        assert hows(check(Keeps(), data(3), F.cross_entropy, devices, options={"compile": None, "rows": rows})) == {
+            "eager"
+        }
+
+
+def test_float16_runs_eagerly_on_several_devices():
+    module = Net().half()
+    step = fastdp.wrap(module, gpus=2, compile="trace").train_step(F.cross_entropy, adam)
+    (x, y), *_ = data()
+    step(x.half(), y)
+    with pytest.warns(UserWarning, match="float16 on several devices"):
+        step(x.half(), y)

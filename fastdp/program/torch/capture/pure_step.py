@@ -31,6 +31,7 @@ from fastdp.program.torch.capture.step_parts import (
     gradients_of_leaves,
     is_fake,
 )
+from fastdp.program.torch.half import may_overflow
 from fastdp.program.torch.loss import LossFunction, check_reduction
 from fastdp.program.torch.losses import split
 from fastdp.program.torch.module import Slot
@@ -154,7 +155,7 @@ class TorchPureStep:
                 stack.enter_context(peers_scope(NoTracedPeers()))
             stack.enter_context(REPEATED_DRAWS)
             stack.enter_context(ReplicaMode(running, ALONE if alone else TOGETHER))
-            loss = self._forward(rows if is_fake(variables) else [row.clone() for row in rows], context)
+            loss = self._forward(rows if is_fake(variables) else [row.clone() for row in rows], running)
             gradients = gradients_of_leaves(
                 running, loss.contribution, [values[i] for i in self.trained], self._accumulate
             )
@@ -208,9 +209,9 @@ class TorchPureStep:
             values.append(value.requires_grad_() if slot.is_parameter and slot.tensor.requires_grad else value)
         return values
 
-    def _forward(self, rows: Sequence[torch.Tensor], context: Context) -> TracedLoss:
+    def _forward(self, rows: Sequence[torch.Tensor], running: ReplicaContext) -> TracedLoss:
         """Run the module and the loss."""
-        structure: Structure = context.structure
+        context, structure = running.context, running.context.structure
         if structure.has_objects:
             raise NotCapturable("a batch with objects in it that are neither tensors nor plain values")
         count = len(structure.nest.dtypes) + sum(isinstance(leaf, torch.Tensor) for leaf in structure.nest.leaves)
@@ -222,6 +223,7 @@ class TorchPureStep:
                 found = TracedLoss(loss, loss.dtype, reported)
             else:
                 outputs = with_extremes(self._module(*args, **kwargs), context)
+                running.tried = False
                 found = self._part(outputs, targets, rows[count] if len(rows) > count else None, context)
         if context.wants_outputs:
             nest, found.outputs = Nest.flatten(outputs, "The module's outputs")
@@ -233,9 +235,9 @@ class TorchPureStep:
 
     def _part(self, outputs: Any, targets: Sequence[Any], divisor: torch.Tensor | None, context: Context) -> TracedLoss:
         """A replica's contribution to the loss of the whole batch."""
-        if context.structure.autocast.has_half:
-            raise NotCapturable("float16 on several devices, whose sums of gradients are rounded as on one")
         _, tensors = Nest.flatten(outputs, "The module's outputs")
+        if may_overflow(context.structure.autocast, tensors):
+            raise NotCapturable("float16 on several devices, where sums of gradients must overflow as on one")
         layouts = context.structure.layouts_of(outputs, tensors)
         parts_fit(layouts, tensors, context.rows)
         share = context.rows.share
