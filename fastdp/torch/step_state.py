@@ -43,9 +43,9 @@ def write_state(engine: DataParallel[TorchProgram], state: Mapping[str, Any]) ->
     _check_optimizers(state, optimizers)
     _check_scaler(state["scaler"], program.rules.scaler)
     _check_window(state["window"], program)
-    torch.set_rng_state(state["draws"]["cpu"])
+    torch.set_rng_state(state["draws"]["cpu"].cpu())  # `map_location` of torch.load moves them too
     for gpu, drawn in zip(_gpus(engine), state["draws"]["cuda"], strict=False):
-        torch.cuda.set_rng_state(drawn, gpu)
+        torch.cuda.set_rng_state(drawn.cpu(), gpu)
     optimizers.load_state_dict(state["optimizers"])
     if program.rules.scaler is not None:
         program.rules.scaler.load_state_dict(state["scaler"] or {})
