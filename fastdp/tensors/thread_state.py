@@ -104,6 +104,8 @@ class ThreadState:
 
     def _check_unchanged(self, context: contextvars.Context) -> None:
         for variable in (*context, *self._context):
+            if variable.name.startswith(_OTHERS):
+                continue
             if context.get(variable, _GONE) is not self._context.get(variable, _GONE):
                 raise RuntimeError(
                     f"The module changes the context variable {variable.name!r} in forward, and each device has its "
@@ -139,6 +141,7 @@ class ThreadState:
 
 
 _GONE = object()
+_OTHERS = ("torch.", "decimal_context")  # settings of libraries, which come into being when they are first read
 _CACHED = (
     "The module runs `torch.nn.utils.parametrize.cached()` in forward. It is one cache for the whole process, so "
     "replicas in several threads would use and clear each other's. Compute a parametrized tensor once and keep it in a "
