@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from fastdp.comm.context import Context
 from fastdp.shard import Rows
+from fastdp.tensors.compiled import not_compiled
 
 REDUCTIONS = ("sum", "mean", "max", "min")
 _thread = threading.local()
@@ -40,6 +41,7 @@ class Peers(Protocol):
         """All replicas' tensors, one after the other along an axis."""
 
 
+@not_compiled
 def peers() -> Peers | None:
     """The replicas of the step that the calling thread works for; None outside of any step."""
     return getattr(_thread, "peers", None)
@@ -112,6 +114,7 @@ class StepPeers:
         """The replica's rows."""
         return self._context.rows
 
+    @not_compiled
     def all_reduce(self, tensor: torch.Tensor, op: str) -> torch.Tensor:
         """As in `Peers`."""
         if self._context.size == 1:
@@ -121,6 +124,7 @@ class StepPeers:
         with torch._C.DisableTorchFunction():  # no mode counts or changes what a collective does
             return reduced(tensor, op, self._context, place)
 
+    @not_compiled
     def all_gather(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         """As in `Peers`."""
         if self._context.size == 1:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from fastdp.tensors.compiled import not_compiled, skipped
+
 Handler = Callable[..., Any]
 # Hold `plain()` for fastdp's own work on tensors in a replica's thread: torch then calls no mode, which costs a
 # microsecond for each function and each attribute of a tensor.
@@ -28,6 +30,7 @@ class ReplicaMode(TorchFunctionMode):
         self.running = running
         self._handlers = handlers
 
+    @skipped
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called by torch for every function that a replica's thread calls."""
         handler = self._handlers.get(func)
@@ -35,8 +38,14 @@ class ReplicaMode(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         if getattr(handler, _KEEPS_MODE, False):
             with self:
-                return handler(self.running, func, args, kwargs or {})
-        return handler(self.running, func, args, kwargs or {})
+                return _handled(handler, self.running, func, args, kwargs or {})
+        return _handled(handler, self.running, func, args, kwargs or {})
+
+
+@not_compiled
+def _handled(handler: Handler, running: object, function: Any, args: Any, kwargs: Any) -> Any:
+    """Call a handler: replicas draw and meet there, which compiled code cannot."""
+    return handler(running, function, args, kwargs)
 
 
 _KEEPS_MODE = "keeps_mode"

@@ -7,9 +7,11 @@ run on threads of their own, where a step has to find what one device would.
 from __future__ import annotations
 
 import contextvars
+import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -20,6 +22,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from fastdp.patching import Patch
 from fastdp.tensors.function_mode import ReplicaMode
 from fastdp.tensors.threads import end_pool
 
@@ -49,6 +52,22 @@ class _NoCache(dict[Any, Any]):
         if _replica.runs:
             raise NotImplementedError(_CACHED)
         return super().get(key, default)
+
+
+def _but_not_by_compilers(set_rng_state: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
+    """Torch's function, which does nothing for the compiler in a replica's thread.
+
+    The compiler draws nothing, and restores the generator's state afterwards: other replicas may have drawn meanwhile.
+    """
+
+    def called(new_state: torch.Tensor) -> None:
+        if not _replica.runs or not str(sys._getframe(1).f_globals.get("__name__")).startswith("torch._dynamo"):
+            set_rng_state(new_state)
+
+    return called
+
+
+_draws_stay = Patch([(torch.random, "set_rng_state", _but_not_by_compilers)])
 
 
 class ThreadState:
@@ -97,16 +116,16 @@ class ThreadState:
         before = parametrize._cache
         parametrize._cache = ours = _NoCache(before)
         try:
-            yield
+            with _draws_stay if "torch._dynamo" in sys.modules else nullcontext():
+                yield
         finally:
             if parametrize._cache is ours:
                 parametrize._cache = before
 
     def _check_unchanged(self, context: contextvars.Context) -> None:
         for variable in (*context, *self._context):
-            if variable.name.startswith(_OTHERS):
-                continue
-            if context.get(variable, _GONE) is not self._context.get(variable, _GONE):
+            same = context.get(variable, _GONE) is self._context.get(variable, _GONE)
+            if not same and _is_the_users(variable):
                 raise RuntimeError(
                     f"The module changes the context variable {variable.name!r} in forward, and each device has its "
                     "own context, which ends with the pass. Return the value instead, or keep it in a registered "
@@ -141,12 +160,19 @@ class ThreadState:
 
 
 _GONE = object()
-_OTHERS = ("torch.", "decimal_context")  # settings of libraries, which come into being when they are first read
+_LIBRARIES = frozenset({"torch", "numpy", *sys.stdlib_module_names})
 _CACHED = (
     "The module runs `torch.nn.utils.parametrize.cached()` in forward. It is one cache for the whole process, so "
     "replicas in several threads would use and clear each other's. Compute a parametrized tensor once and keep it in a "
     "variable (`weight = self.layer.weight`), or use gpus=[0]."
 )
+
+
+@functools.cache
+def _is_the_users(variable: contextvars.ContextVar[Any]) -> bool:
+    """Whether a context variable is a global of other code than torch, NumPy and Python, which set their own."""
+    modules = [module for name, module in list(sys.modules.items()) if name.split(".")[0] not in _LIBRARIES]
+    return any(variable is value for module in modules for value in list(getattr(module, "__dict__", {}).values()))
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from fastdp.options import Options
 from fastdp.program.torch.loop import BackwardPass, ForwardPass, LoopProgram
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import to_tensor
+from fastdp.tensors.compiled import not_compiled
 from fastdp.tensors.thread_state import check_around
 from fastdp.warn import warn_user
 
@@ -171,6 +172,7 @@ class _Node(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
+    @not_compiled
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         opened: _OpenPass = ctx.opened
         if torch.is_grad_enabled():

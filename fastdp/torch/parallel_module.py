@@ -27,6 +27,7 @@ from fastdp.program.torch.rows.declared import DeclaredRows
 from fastdp.program.torch.update import UpdateRules
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import peak_nbytes, to_tensor
+from fastdp.tensors.compiled import not_compiled
 from fastdp.tensors.deterministic import deterministic_algorithms
 from fastdp.tensors.thread_state import check_around
 from fastdp.torch.autograd import Calls
@@ -90,6 +91,7 @@ class TorchParallel(ModuleMembers[nn.Module]):
 
     # Running.
 
+    @not_compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's outputs for a global batch, as of the module itself: part of autograd, with gradients enabled.
 

@@ -14,6 +14,7 @@ from fastdp.engine.data_parallel import DataParallel
 from fastdp.program.torch.passes import no_totals
 from fastdp.program.torch.program import TorchProgram
 from fastdp.program.torch.rows.declared import DeclaredRows
+from fastdp.tensors.compiled import not_compiled
 from fastdp.tensors.thread_state import check_around
 from fastdp.torch.captured import is_observed
 from fastdp.torch.step_state import read_state, write_state
@@ -60,6 +61,7 @@ class TrainStep:
         assert self._program.optimizers is not None
         return list(self._program.optimizers.all)
 
+    @not_compiled
     def __call__(self, inputs: Any, *targets: Any) -> torch.Tensor:
         """Run forward, loss, backward and update on one global batch.
 

@@ -12,6 +12,7 @@ from fastdp.program.torch.following.contents import Contents
 from fastdp.program.torch.following.functions import copy_functions, fill_functions
 from fastdp.program.torch.following.guard import Guard
 from fastdp.program.torch.module import Buffer, ReplicaModule, Slot, slots_of
+from fastdp.tensors.compiled import compile_alike
 
 
 class Copied:
@@ -38,6 +39,7 @@ class Copied:
                 "Keep what cannot be copied (locks, open files) out of its attributes, or define "
                 "__deepcopy__ on its class."
             ) from error
+        compile_alike(module, self.module)
         self.guard = Guard(contents.copied(own))
 
 

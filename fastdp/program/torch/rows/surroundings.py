@@ -23,6 +23,7 @@ from fastdp.program.torch.random import handlers as random_handlers
 from fastdp.program.torch.replica import ReplicaContext
 from fastdp.program.torch.rows.draws import CannotSplitError
 from fastdp.shard import Rows
+from fastdp.tensors.compiled import uncompiled
 from fastdp.tensors.function_mode import Handler
 
 
@@ -162,7 +163,7 @@ def undisturbed() -> Iterator[None]:
     numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
     drawn = torch.get_rng_state()
     try:
-        with warnings.catch_warnings(), _no_hooks_on_saved_tensors():
+        with warnings.catch_warnings(), _no_hooks_on_saved_tensors(), uncompiled():
             warnings.simplefilter("ignore")
             torch.default_generator.manual_seed(1)
             np.random.seed(1)  # noqa: NPY002
