@@ -15,8 +15,6 @@ import build_rig
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 240.0
-# What the rig's cards cannot do yet.
-NOT_MODELLED = {"tests/gpu/test_runtime.py::test_a_captured_graph_replays": "streams are not recorded"}
 # Why tests of tests/gpu may be skipped on the rig.
 SKIPPED = {"CuPy finds no libnccl", "this torch is built without CUDA, or finds no GPU", "needs 2 GPU(s): 1 GPU here"}
 
@@ -50,10 +48,9 @@ WHOLE, ENGINE = ["tests/gpu"], ["tests/gpu/test_engine.py", "tests/gpu/test_runt
 )
 def test_the_tests_for_gpus_pass_with_the_real_cupy(rig, tmp_path, cards, files, delay, at_least, record_property):
     report = tmp_path / "report.xml"
-    left_out = [f"--deselect={test}" for test in NOT_MODELLED]
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--junitxml={report}", "-o", "junit_family=xunit1"]
     settings = {"RIG_DELAY_US": str(delay), "FASTDP_GPU_COMPUTE": "host", "FASTDP_GPU_SMALL": "1"}
-    said, errors, violations = run_on(rig, tmp_path, cards, ["-m", "pytest", *options, *left_out, *files], **settings)
+    said, errors, violations = run_on(rig, tmp_path, cards, ["-m", "pytest", *options, *files], **settings)
     assert report.exists(), said[-3000:] + errors[-3000:]
     cases = list(ET.parse(report).iter("testcase"))
     bad = [case.get("name") for case in cases if case.find("failure") is not None or case.find("error") is not None]
@@ -254,3 +251,68 @@ second.close()
 third.close()
 """
     assert said_by(rig, tmp_path, program, 1) == ["400", "True False"]
+
+
+def test_streams_are_recorded_with_those_that_wait_for_their_events(rig, tmp_path):
+    program = """
+from fastdp.runtime.cuda.child_graphs import chained
+n = 4096
+def refused(call, *arguments):
+    try:
+        return call(*arguments)
+    except rt.CUDARuntimeError as error:
+        print(error.status)
+rt.setDevice(0)
+a, host = rt.malloc(n), rt.hostAlloc(n, 1)
+s, t = rt.streamCreateWithFlags(1), rt.streamCreateWithFlags(1)
+fork, join = rt.eventCreateWithFlags(2), rt.eventCreateWithFlags(2)
+def value():
+    rt.streamSynchronize(s)
+    return np.ctypeslib.as_array((__import__("ctypes").c_uint8 * n).from_address(host))[0]
+rt.memsetAsync(a, 1, n, s)
+rt.streamBeginCapture(s, 1)
+rt.memsetAsync(a, 2, n, s)
+rt.eventRecord(fork, s)
+rt.streamWaitEvent(t, fork)
+rt.memcpyAsync(host, a, n, 4, t)
+print(rt.streamIsCapturing(t))
+rt.eventRecord(join, t)
+rt.streamWaitEvent(s, join)
+graph = rt.streamEndCapture(s)
+print(rt.streamIsCapturing(t))
+ready = rt.graphInstantiate(graph)
+rt.memcpyAsync(host, a, n, 4, s)
+print(value())
+rt.graphLaunch(ready, s)
+print(value())
+both = rt.graphInstantiate(chained([graph, graph], [(0, graph)]))
+rt.memsetAsync(a, 3, n, s)
+rt.graphLaunch(both, s)
+rt.graphExecDestroy(both)
+print(value())
+rt.streamBeginCapture(s, 1)
+refused(rt.malloc, 10)
+refused(rt.streamEndCapture, s)
+rt.streamBeginCapture(s, 1)
+rt.eventRecord(fork, s)
+rt.streamWaitEvent(t, fork)
+rt.memsetAsync(a, 4, n, t)
+refused(rt.streamEndCapture, s)
+rt.streamBeginCapture(s, 1)
+refused(rt.streamSynchronize, s)
+refused(rt.streamEndCapture, s)
+print(value())
+"""
+    assert said_by(rig, tmp_path, program, 1) == [
+        "True",
+        "False",
+        "1",
+        "2",
+        "2",
+        "900",
+        "901",
+        "904",
+        "900",
+        "901",
+        "2",
+    ]

@@ -15,6 +15,7 @@
 #include <mutex>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace rig {
@@ -23,6 +24,26 @@ constexpr int kMaxPeers = 8;  // CUDA's limit where no NVSwitch is
 constexpr std::size_t kPage = 4096, kAlignment = 512;
 
 struct Stream;
+
+// A node of a graph: its work may run any number of times, after the nodes of these numbers.
+struct Node {
+    std::function<int()> work;
+    std::vector<int> after;
+};
+
+struct Graph {
+    int card = 0;
+    std::vector<Node> nodes;
+};
+
+// A recording that streams take part in: the one where it began, and those that waited for its events.
+struct Capture {
+    Graph graph;
+    Stream* origin = nullptr;
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
+    std::thread::id thread;
+    bool valid = true, over = false;
+};
 
 // A point in a stream's work: done once all before it has run.
 struct Marker {
@@ -46,6 +67,8 @@ struct Stream {
     bool closed = false;
     std::deque<Item> queue;
     Point tail;  // of the item enqueued last
+    std::shared_ptr<Capture> capture;  // while the stream records
+    std::vector<int> ends;             // the nodes behind which its next one comes
     std::condition_variable wake;
     std::minstd_rand random;
 };
@@ -54,6 +77,8 @@ struct Event {
     int card = 0;
     unsigned flags = 0;
     Point last;  // null until recorded
+    std::shared_ptr<Capture> capture;  // if it was last recorded into a recording, behind these nodes
+    std::vector<int> ends;
 };
 
 enum class Kind { device, pinned };
@@ -94,6 +119,9 @@ struct Machine {
     std::map<std::uintptr_t, Allocation> memory;  // by base; freed ranges stay, and are never used again
     std::map<std::uintptr_t, std::shared_ptr<Stream>> streams;
     std::map<std::uintptr_t, std::shared_ptr<Event>> events;
+    std::map<std::uintptr_t, Graph> graphs, launchable;
+    std::map<std::uintptr_t, std::pair<std::uintptr_t, int>> nodes;  // the graph of a node, and its number there
+    std::vector<std::weak_ptr<Capture>> captures;
     std::map<std::uintptr_t, Module> modules;
     std::map<std::uintptr_t, Function> functions;
     std::uintptr_t next_handle = 0x7000'0000'1000;
@@ -136,5 +164,11 @@ void wait(Lock&, const Point& point);
 void wait_for_card(Lock&, int card);
 std::shared_ptr<Event> event_of(const Lock&, cudaEvent_t handle);
 double now();
+
+// Recordings. A call that must not be made while one is under way (by this thread, or by any in the global mode) makes
+// it invalid; returns the error to answer with, or 0.
+int refuse_while_recording(const Lock&);
+int invalidate(Capture& capture, int error);
+int wait_in_recording(const Lock&, Stream& stream, const Event& event);
 
 }  // namespace rig

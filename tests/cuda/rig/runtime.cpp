@@ -53,8 +53,10 @@ int copy(Lock& lock, void* to, const void* from, std::size_t nbytes, cudaMemcpyK
     const bool out = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
     const bool in = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
     if (kind != cudaMemcpyDefault && (out != source.on_card() || in != target.on_card())) return cudaErrorInvalidValue;
+    const bool pageable = !target.memory || !source.memory;
+    if (pageable && stream->capture) return invalidate(*stream->capture, cudaErrorStreamCaptureUnsupported);
     const Point done = enqueue(lock, *stream, [=] { return std::memcpy(to, from, nbytes), 0; });
-    if (!target.memory || !source.memory) wait(lock, done);
+    if (pageable) wait(lock, done);
     return 0;
 }
 
@@ -116,6 +118,15 @@ const char* cudaGetErrorName(cudaError_t error) {
         case cudaErrorPeerAccessNotEnabled: return "cudaErrorPeerAccessNotEnabled";
         case cudaErrorTooManyPeers: return "cudaErrorTooManyPeers";
         case cudaErrorNotSupported: return "cudaErrorNotSupported";
+        case cudaErrorIllegalState: return "cudaErrorIllegalState";
+        case cudaErrorStreamCaptureUnsupported: return "cudaErrorStreamCaptureUnsupported";
+        case cudaErrorStreamCaptureInvalidated: return "cudaErrorStreamCaptureInvalidated";
+        case cudaErrorStreamCaptureMerge: return "cudaErrorStreamCaptureMerge";
+        case cudaErrorStreamCaptureUnmatched: return "cudaErrorStreamCaptureUnmatched";
+        case cudaErrorStreamCaptureUnjoined: return "cudaErrorStreamCaptureUnjoined";
+        case cudaErrorStreamCaptureIsolation: return "cudaErrorStreamCaptureIsolation";
+        case cudaErrorCapturedEvent: return "cudaErrorCapturedEvent";
+        case cudaErrorStreamCaptureWrongThread: return "cudaErrorStreamCaptureWrongThread";
         default: return "cudaErrorUnknown";
     }
 }
@@ -229,6 +240,7 @@ cudaError_t cudaDeviceDisablePeerAccess(int peer) {
 cudaError_t cudaDeviceSynchronize() {
     return call([&](Lock& lock) -> int {
         enter_context(lock);
+        if (const int error = refuse_while_recording(lock)) return error;
         wait_for_card(lock, current_card());
         return machine().cards[current_card()].broken;
     });
@@ -248,6 +260,7 @@ cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
 cudaError_t cudaMalloc(void** address, size_t nbytes) {
     return call([&](Lock& lock) {
         enter_context(lock);
+        if (const int error = refuse_while_recording(lock)) return error;
         return allocate(lock, address, nbytes, Kind::device);
     });
 }
@@ -255,6 +268,7 @@ cudaError_t cudaMalloc(void** address, size_t nbytes) {
 cudaError_t cudaFree(void* address) {
     return call([&](Lock& lock) {
         enter_context(lock);
+        if (const int error = refuse_while_recording(lock)) return error;
         return release(lock, address, Kind::device);
     });
 }
@@ -263,6 +277,7 @@ cudaError_t cudaHostAlloc(void** address, size_t nbytes, unsigned flags) {
     return call([&](Lock& lock) -> int {
         if (flags & ~7u) return cudaErrorInvalidValue;
         enter_context(lock);
+        if (const int error = refuse_while_recording(lock)) return error;
         return allocate(lock, address, nbytes, Kind::pinned);
     });
 }
@@ -292,6 +307,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t nbytes, cudaMemcp
 cudaError_t cudaMemcpy(void* to, const void* from, size_t nbytes, cudaMemcpyKind kind) {
     return call([&](Lock& lock) -> int {
         const auto stream = stream_of(lock, nullptr);
+        if (const int error = refuse_while_recording(lock)) return error;
         if (const int error = copy(lock, to, from, nbytes, kind, nullptr)) return error;
         wait(lock, stream->tail);
         return machine().cards[stream->card].broken;
@@ -368,6 +384,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
     return call([&](Lock& lock) -> int {
         const auto stream = stream_of(lock, handle);
         if (!stream) return cudaErrorInvalidResourceHandle;
+        if (stream->capture) return invalidate(*stream->capture, cudaErrorStreamCaptureUnsupported);
         wait(lock, stream->tail);
         return machine().cards[stream->card].broken;
     });
@@ -378,6 +395,7 @@ cudaError_t cudaStreamQuery(cudaStream_t handle) {
         const auto stream = stream_of(lock, handle);
         if (!stream) return cudaErrorInvalidResourceHandle;
         if (const int error = machine().cards[stream->card].broken) return error;
+        if (stream->capture) return invalidate(*stream->capture, cudaErrorStreamCaptureUnsupported);
         return !stream->tail || stream->tail->done ? 0 : cudaErrorNotReady;
     });
 }
@@ -388,6 +406,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_handle, u
         const auto event = event_of(lock, event_handle);
         if (!stream || !event) return cudaErrorInvalidResourceHandle;
         if (flags) return cudaErrorInvalidValue;
+        if (stream->capture || event->capture) return wait_in_recording(lock, *stream, *event);
         if (event->last && !event->last->done) enqueue(lock, *stream, nullptr, {event->last});
         return 0;
     });
@@ -400,12 +419,6 @@ cudaError_t cudaLaunchHostFunc(cudaStream_t handle, cudaHostFn_t function, void*
         enqueue(lock, *stream, [=] { return function(data), 0; });
         return 0;
     });
-}
-
-// Nothing is recorded here yet.
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-    *status = cudaStreamCaptureStatusNone;
-    return cudaSuccess;
 }
 
 // Events.
@@ -429,7 +442,9 @@ cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t stream_handle) {
         const auto event = event_of(lock, handle);
         const auto stream = stream_of(lock, stream_handle);
         if (!event || !stream || event->card != stream->card) return cudaErrorInvalidResourceHandle;
-        event->last = enqueue(lock, *stream, nullptr);
+        event->capture = stream->capture;
+        event->ends = stream->ends;
+        event->last = stream->capture ? nullptr : enqueue(lock, *stream, nullptr);
         return 0;
     });
 }
@@ -445,6 +460,7 @@ cudaError_t cudaEventQuery(cudaEvent_t handle) {
         const auto event = event_of(lock, handle);
         if (!event) return cudaErrorInvalidResourceHandle;
         if (const int error = machine().cards[event->card].broken) return error;
+        if (event->capture) return invalidate(*event->capture, cudaErrorCapturedEvent);
         return !event->last || event->last->done ? 0 : cudaErrorNotReady;
     });
 }
@@ -453,6 +469,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
     return call([&](Lock& lock) -> int {
         const auto event = event_of(lock, handle);
         if (!event) return cudaErrorInvalidResourceHandle;
+        if (event->capture) return invalidate(*event->capture, cudaErrorCapturedEvent);
         wait(lock, event->last);
         return machine().cards[event->card].broken;
     });

@@ -92,6 +92,12 @@ std::shared_ptr<Event> event_of(const Lock&, cudaEvent_t handle) {
 
 // The default stream waits for all blocking streams of its card, and they for it.
 Point enqueue(const Lock&, Stream& stream, std::function<int()> work, std::vector<Point> after) {
+    if (stream.capture) {  // recorded, not run
+        auto& nodes = stream.capture->graph.nodes;
+        nodes.push_back({work ? std::move(work) : [] { return 0; }, stream.ends});
+        stream.ends = {static_cast<int>(nodes.size()) - 1};
+        return nullptr;
+    }
     Card& card = machine().cards[stream.card];
     const auto follow = [&](const Stream* other) {
         if (other && other != &stream && other->tail && !other->tail->done) after.push_back(other->tail);
