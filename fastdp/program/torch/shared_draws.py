@@ -7,7 +7,7 @@ one device, whatever replica is ahead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,12 +22,12 @@ from fastdp.tensors.random import global_generator
 class _Draw:
     """A draw that some replicas have not taken yet: its outcome by the generator that made it.
 
-    `before` is the state of the first of these generators before the draw.
+    `before` is the state of the first of these generators before the draw, unless it is torch's.
     """
 
     request: tuple[Any, ...]
     left: int
-    before: torch.Tensor
+    before: torch.Tensor | None
     outcomes: dict[torch.Generator, torch.Tensor] = field(default_factory=dict)
 
 
@@ -67,6 +67,39 @@ class DrawPlace:
         return (self.axis, self.order, self.given) == (other.axis, other.order, other.given)
 
 
+class DrawPlaces(dict[int, DrawPlace]):
+    """Where the rows are in the draws that a trial has seen, by number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: dict[tuple[Site, tuple[int, ...], int], dict[int, DrawPlace] | DrawPlace] = {}
+
+    def find(self, number: int, site: Site, shape: tuple[int, ...], count: int) -> DrawPlace | None:
+        """Where the rows are in a draw; None if the trial has seen none like it at its site, or several that differ.
+
+        The number decides only where it must: a module that skips parts at random has other numbers in each step.
+
+        Args:
+            number: of the draw among those of the replica.
+            site: where it is made.
+            shape: of the draw.
+            count: the number of rows.
+        """
+        key = (site, shape, count)
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = self._fitting(site, shape, count)
+        return found if isinstance(found, DrawPlace) else found.get(number)
+
+    def _fitting(self, site: Site, shape: tuple[int, ...], count: int) -> dict[int, DrawPlace] | DrawPlace:
+        """The places at a site for draws of this shape, by number; one place if they agree."""
+        here = {at: place for at, place in self.items() if place.site == site}
+        fits = {at: place for at, place in here.items() if place.fits(shape, count)}
+        fits = fits or {at: place for at, place in here.items() if place.allows(shape, count)}
+        every = list(fits.values())
+        return every[0] if every and all(place.agrees_with(every[0]) for place in every) else fits
+
+
 def sizes_of(shape: Sequence[int], axis: int | None, count: int) -> tuple[int, ...]:
     """The shape of a draw for one row, from that for so many rows."""
     return tuple(size // count if at == axis else size for at, size in enumerate(shape))
@@ -87,7 +120,7 @@ class SharedDraws:
     """
 
     def __init__(self) -> None:
-        self.places: Mapping[int, DrawPlace] | None = None
+        self.places: DrawPlaces | None = None
         self._draws: dict[int, _Draw] = {}
         self._states: dict[torch.Generator, torch.Tensor] = {}
         self._begun: dict[torch.Generator, torch.Tensor] = {}
@@ -115,8 +148,6 @@ class SharedDraws:
     def place_of(self, number: int, site: Site, shape: tuple[int, ...], rows: Rows) -> DrawPlace:
         """Where the rows are in a draw, by what a trial has seen at its site.
 
-        The number decides only where it must: a module that skips parts at random has other numbers in each step.
-
         Args:
             number: of the draw among those of the replica.
             site: where it is made.
@@ -127,19 +158,14 @@ class SharedDraws:
             RuntimeError: the trial has seen no such draw there, or several that differ.
         """
         assert self.places is not None
-        here = {at: place for at, place in self.places.items() if place.site == site}
-        fits = {at: place for at, place in here.items() if place.fits(shape, rows.count)}
-        fits = fits or {at: place for at, place in here.items() if place.allows(shape, rows.count)}
-        every = list(fits.values())
-        if every and all(place.agrees_with(every[0]) for place in every):
-            return every[0]
-        if number in fits:
-            return fits[number]
-        raise RuntimeError(
-            f"Draw {number} of the step has shape {shape} for {rows.count} rows{_told_site(site)}. When fastdp tried "
-            f"the module on a few rows it made no such draw there{' of one kind' if fits else ''}: the module takes "
-            f"another path now. {_REMEDY}"
-        )
+        place = self.places.find(number, site, shape, rows.count)
+        if place is None:
+            raise RuntimeError(
+                f"Draw {number} of the step has shape {shape} for {rows.count} rows{_told_site(site)}. When fastdp "
+                "tried the module on a few rows it made no such draw there, or several that differ: the module takes "
+                f"another path now. {_REMEDY}"
+            )
+        return place
 
     def take(
         self,
@@ -167,14 +193,15 @@ class SharedDraws:
         with global_generator:
             found = self._draws.get(number)
             if found is None:
-                found = self._draws[number] = _Draw(request, replicas, generator.get_state())
+                before = None if generator is torch.default_generator else generator.get_state()
+                found = self._draws[number] = _Draw(request, replicas, before)
             elif found.request != request:
                 raise RuntimeError(
                     f"The replicas draw different random numbers: draw {number} of the step is "
                     f"{_told(found.request)} on one and {_told(request)} on another, for all rows. {_REMEDY}"
                 )
             if generator not in found.outcomes:
-                if found.outcomes and not torch.equal(generator.get_state(), found.before):
+                if found.outcomes and not _equal(generator.get_state(), found.before):
                     raise RuntimeError(
                         f"The replicas draw different random numbers: for draw {number} of the step each has made a "
                         f"generator, and these are in different states. {_REMEDY}"
@@ -282,6 +309,10 @@ _REMEDY = (
     "A draw must not depend on the values of some rows: not whether it is made, nor its shape. Draw for all rows and "
     "select afterwards, or use gpus=[0]."
 )
+
+
+def _equal(state: torch.Tensor, other: torch.Tensor | None) -> bool:
+    return other is not None and torch.equal(state, other)
 
 
 def _told_site(site: Site) -> str:

@@ -58,7 +58,7 @@ def drawn(
     return running.draw(make)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class How:
     """How a draw is made: by which generator, and whether backward may repeat it, or repeats it now."""
 
@@ -100,7 +100,7 @@ class How:
         return draws.take(number, replicas, request, draw, self.generator, repeatable=self.repeatable)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Request:
     """A draw of a replica: its number in the step, function, shape, and where it has rows."""
 
@@ -184,16 +184,28 @@ def call_site() -> Site:
     """The innermost line of the module's own code that draws; None if torch's own parts do."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        name = frame.f_globals.get("__name__", "")
-        if name.startswith(_CALLERS):
+        module = frame.f_globals.get("__name__", "")
+        kind = _kinds.get(module)
+        if kind is None:
+            kind = _kinds[module] = _kind_of(module)
+        if kind == "caller":
             return None
-        if name.partition(".")[0] not in _PASSED_THROUGH:
+        if kind == "own":
             return frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back
     return None
 
 
-# What runs the module.
+_kinds: dict[str, str] = {}  # of modules, looked up for each frame on the stack at each draw
+
+
+def _kind_of(module: str) -> str:
+    """Whether code of a module runs the user's module, is passed through on the way to it, or is the user's own."""
+    if module.startswith(_CALLERS):
+        return "caller"
+    return "passed through" if module.partition(".")[0] in _PASSED_THROUGH else "own"
+
+
 _CALLERS = tuple(f"fastdp.program.torch.{name}" for name in ("passes", "loop", "rows.trial", "capture"))
 _PASSED_THROUGH = ("fastdp", "torch", "contextlib", "functools")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastdp.comm.context import Context
-from fastdp.program.torch.shared_draws import DrawPlace, SharedDraws, Site, memory_order, sizes_of
+from fastdp.program.torch.shared_draws import DrawPlace, DrawPlaces, SharedDraws, Site, memory_order, sizes_of
 from fastdp.shard import Rows
 
 
@@ -30,7 +30,7 @@ class TrialDraws(SharedDraws):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: dict[int, DrawPlace] = {}
+        self.found = DrawPlaces()
         self.places = self.found
         self._whole = False
         self._made: dict[int, torch.Tensor] = {}

@@ -29,7 +29,7 @@ from fastdp.program.torch.rows.refusals import refused_argument, refused_output,
 from fastdp.program.torch.rows.trial import Run, Trial
 from fastdp.program.torch.rows.weights import Counted, counted
 from fastdp.program.torch.rows.written import WrittenRoles
-from fastdp.program.torch.shared_draws import DrawPlace
+from fastdp.program.torch.shared_draws import DrawPlaces
 from fastdp.shard import Rows
 from fastdp.tensors.marks import MeanOver
 from fastdp.tensors.row_effects import ROWS_FIRST, Effect, Layout
@@ -89,7 +89,7 @@ class Findings:
             if not self._exact[at] and decided(found, exact=False) is Effect.MEAN
         }
 
-    def judged(self, draws: dict[int, DrawPlace]) -> Judged:
+    def judged(self, draws: DrawPlaces) -> Judged:
         """The judgement, with the places of rows in draws.
 
         Raises:

@@ -16,7 +16,7 @@ from fastdp.program.torch.rows.judged import Candidates, Judged, is_exact
 from fastdp.program.torch.rows.refusals import failed
 from fastdp.program.torch.rows.trial import Trial
 from fastdp.program.torch.rows.weights import usual_numbers
-from fastdp.program.torch.shared_draws import DrawPlace
+from fastdp.program.torch.shared_draws import DrawPlaces
 
 # Errors that a module's own code may raise on rows that it was not made for.
 FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -61,7 +61,7 @@ class Judge:
     ) -> None:
         self._module, self._batch, self._rows, self._wanted = module, batch, rows, wanted
         structure: Structure = batch.structure
-        self._known, self._draws = known, dict[int, DrawPlace]()
+        self._known, self._draws = known, DrawPlaces()
         self.findings = Findings(Trial(module, batch, ()).slots, structure, rows, believes=believes)
 
     def judged(self) -> Judged:

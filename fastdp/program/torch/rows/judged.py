@@ -14,7 +14,7 @@ import torch
 
 from fastdp.program.torch.following.merged import Roles
 from fastdp.program.torch.rows.weights import Counted
-from fastdp.program.torch.shared_draws import DrawPlace
+from fastdp.program.torch.shared_draws import DrawPlaces
 from fastdp.tensors.marks import MeanOver
 from fastdp.tensors.row_effects import Effect, Layout
 
@@ -37,7 +37,7 @@ class Judged:
 
     outputs: list[Layout] | None = None
     states: dict[int, Effect] = field(default_factory=dict)
-    draws: dict[int, DrawPlace] = field(default_factory=dict)
+    draws: DrawPlaces = field(default_factory=DrawPlaces)
     written: frozenset[int] = frozenset()
     roles: Roles = field(default_factory=dict)
 

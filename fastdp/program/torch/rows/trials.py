@@ -19,6 +19,7 @@ from fastdp.program.torch.rows.judge import Judge, Known
 from fastdp.program.torch.rows.judged import Judged
 from fastdp.program.torch.rows.plain import keeps_rows_apart
 from fastdp.program.torch.rows.readings import Reading, readings
+from fastdp.program.torch.shared_draws import DrawPlaces
 from fastdp.tensors.row_effects import ROWS_FIRST, NotByRowsError
 from fastdp.tensors.threads import intra_op_threads
 
@@ -86,7 +87,7 @@ class Trials:
         if found is None:
             found = self._found(batch, devices, wants=wants)
             if found is None:
-                batch.structure.draws.places = {}
+                batch.structure.draws.places = DrawPlaces()
                 return batch  # the step itself says why the module does not run; a later one is tried
             if found.reading is not None:  # holds for these lengths
                 self._by_lengths.add(key)
