@@ -122,3 +122,33 @@ def test_another_dtype_names_the_parameter_and_the_remedy(change, devices):
     change(module)
     with pytest.raises(RuntimeError, match=r"` of the module was torch.float64.*Wrap the changed module"):
         step(*data(0))
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_a_module_that_is_wrapped_again_has_its_new_part(devices):
+    """The new part's parameters have the names and shapes of the old ones."""
+
+    def train(wrap):
+        module = Net()
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            module.body[3] = nn.Linear(4, 4).double()
+            step = wrap(module)
+            for _ in range(2):
+                step(*data(seed))
+        return module.state_dict()
+
+    def plain(module):
+        optimizer = sgd(module.parameters())
+
+        def step(x, y):
+            optimizer.zero_grad()
+            F.mse_loss(module(x), y).backward()
+            optimizer.step()
+
+        return step
+
+    def parallel(module):
+        return fastdp.wrap(module, gpus=devices, sync_batch_norm=True).train_step(F.mse_loss, sgd)
+
+    torch.testing.assert_close(train(parallel), train(plain), rtol=1e-9, atol=1e-11)

@@ -308,6 +308,16 @@ models = [model]
 """,
         None,
     ),
+    "another head, of the same shape": (
+        """
+model = Net().double()
+train(model, optim.SGD(model.parameters(), lr=0.1))
+model.head = nn.Linear(8, 3).double()
+train(model, optim.SGD(model.parameters(), lr=0.1))
+models = [model]
+""",
+        ["Net: 11 calls on 3 devices, 1 on one device."],
+    ),
     "a part and then the whole": (
         """
 model = Net().double()

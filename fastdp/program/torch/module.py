@@ -137,7 +137,8 @@ _homes: Homes[AdoptedSlots] = Homes()
 def adopted(module: nn.Module, device: Allocator) -> AdoptedSlots:
     """The adopted tensors of a module."""
     slots = slots_of(module)
-    tensors = [(slot.name, slot.tensor.dtype, slot.tensor.shape) for slot in slots]
+    # Tables by identity: a part that took the place of another one may have tensors of the same names and shapes.
+    tensors = [(slot.name, id(slot.table), slot.tensor.dtype, slot.tensor.shape) for slot in slots]
     return _homes.of(module, tensors, lambda: AdoptedSlots(slots, device))
 
 
