@@ -150,7 +150,7 @@ def test_what_a_hook_keeps_counts_in_the_loss_of_the_loop():
 
 
 def test_every_piece_of_code_is_run_here():
-    assert len(CODE) == 10
+    assert len(CODE) == 11
 
 
 def test_every_example_and_name_on_the_page_exists():
