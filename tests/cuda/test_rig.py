@@ -16,7 +16,7 @@ import build_rig
 ROOT = Path(__file__).parents[2]
 SECONDS = 240.0
 # Why tests of tests/gpu may be skipped on the rig.
-SKIPPED = {"CuPy finds no libnccl", "this torch is built without CUDA, or finds no GPU", "needs 2 GPU(s): 1 GPU here"}
+SKIPPED = {"this torch is built without CUDA, or finds no GPU", "needs 2 GPU(s): 1 GPU here"}
 
 
 @pytest.fixture(scope="session")
@@ -316,3 +316,45 @@ print(value())
         "901",
         "2",
     ]
+
+
+def test_a_process_with_graphs_that_hold_nccl_s_collectives_ends(rig, tmp_path):
+    """Nobody destroys them before: NCCL waits for the graphs, for ever where they do not go first."""
+    program = """
+import sys
+from fastdp.buffers import ArraySpec, FlatBuffers
+from fastdp.comm import algorithm
+from fastdp.comm.cuda.communicator import CudaCommunicator
+from fastdp.runtime import select
+from fastdp.runtime.cuda import cupy_api
+algorithm.ONE_SHOT_NBYTES = algorithm.TWO_SHOT_NBYTES = -1
+devices = select.resolve(2)
+comm = CudaCommunicator(devices, 20.0)
+flats = [FlatBuffers([ArraySpec("g", (100,), "float32")], device) for device in devices]
+buckets = flats[0].buckets()
+print([comm.how(bucket) for bucket in buckets])
+parts = []
+for device, flat in zip(devices, flats):
+    stream = device.compute.handle
+    with cupy_api.on(device.ordinal):
+        cupy_api.capture_begin(stream)
+        cupy_api.fill_async(cupy_api.array_pointer(flat.views[0]), 0, 400, stream)
+        parts.append([(cupy_api.capture_end(stream), [0])])
+step = comm.step_graph(flats, buckets, parts, 20.0)
+print(step.size)
+"""
+    said = said_by(rig, tmp_path, program, 2, CUDA_MODULE_LOADING="EAGER")
+    assert said == ["['nccl']", "2"]
+
+
+def test_nccl_s_failures_come_through_cupy_as_errors_of_nccl(rig, tmp_path):
+    program = """
+from fastdp.runtime.cuda import cupy_api
+comms = cupy_api.nccl_init_all([0, 1])
+error = cupy_api.nccl_async_error(comms[0])
+print(isinstance(error, cupy_api.NcclError), error)
+for comm in comms:
+    cupy_api.nccl_destroy(comm)
+"""
+    (line,) = said_by(rig, tmp_path, program, 2, RIG_NCCL_ERROR="8")
+    assert line == "True NCCL_ERROR_TIMEOUT: code 8 of NCCL"

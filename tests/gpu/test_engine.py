@@ -86,7 +86,7 @@ else:
 arrays, streams = [], []
 for rank, card in enumerate(cards):
     with cupy.cuda.Device(card):
-        arrays.append(cupy.arange(1 << 20, dtype=cupy.float32) * (rank + 1))
+        arrays.append(cupy.asarray(np.arange(1 << 20, dtype=np.float32) * (rank + 1)))
         streams.append(cupy.cuda.Stream(non_blocking=True))
         cupy.cuda.runtime.deviceSynchronize()
 nccl.groupStart()

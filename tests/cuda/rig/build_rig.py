@@ -149,10 +149,11 @@ def _build(folder: Path, packages: Path) -> None:
         list(pool.map(lambda job: _compile(["-c", *job[1], "-o", str(objects / job[0])]), jobs.items()))
     nvml = objects / "nvml.o"
     _compile(["-shared", str(nvml), "-o", str(lib / "libnvidia-ml.so.1")])
-    machine = [objects / name for name in jobs if name not in ("binding.o", "nvml.o")]
+    machine = [objects / name for name in jobs if name not in ("binding.o", "nvml.o", "nccl.o")]
     _write_stubs(objects, machine)
     cuda = [str(path) for path in [*machine, objects / "stubs.o"]]
     _compile(["-shared", *cuda, "-Wl,-soname,libcuda.so.1", "-ldl", "-o", str(lib / "libcuda.so.1")])
+    _compile(["-shared", str(objects / "nccl.o"), str(lib / "libcuda.so.1"), "-o", str(lib / "libnccl.so.2")])
     shutil.copytree(packages / "site", site, copy_function=os.link)
     (binding,) = site.glob("cupy_backends/cuda/api/runtime.*.so")
     binding.unlink()

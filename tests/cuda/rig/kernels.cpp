@@ -103,7 +103,49 @@ std::function<void()> cupy_work(const std::string& name, const std::vector<std::
     return {};
 }
 
+template <class T, class Total, class In, class Out>
+void sum_of(void* result, const std::vector<const void*>& sources, std::size_t count, In in, Out out) {
+    for (std::size_t i = 0; i < count; ++i) {
+        Total total = in(static_cast<const T*>(sources[0])[i]);
+        for (std::size_t rank = 1; rank < sources.size(); ++rank) total += in(static_cast<const T*>(sources[rank])[i]);
+        static_cast<T*>(result)[i] = out(total);
+    }
+}
+
+template <class T> void plain_sum(void* result, const std::vector<const void*>& sources, std::size_t count) {
+    const auto same = [](T x) { return x; };
+    sum_of<T, T>(result, sources, count, same, same);
+}
+
+float bfloat_to_float(unsigned short x) { return host_cuda::bit_cast<float>(static_cast<std::uint32_t>(x) << 16); }
+
+unsigned short float_to_bfloat(float x) {  // to nearest even
+    const auto bits = host_cuda::bit_cast<std::uint32_t>(x);
+    if (std::isnan(x)) return 0x7fc0;
+    return static_cast<unsigned short>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
 }  // namespace
+
+std::size_t item_nbytes(int dtype) {
+    constexpr std::size_t nbytes[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2};
+    return nbytes[dtype];
+}
+
+void sum(void* result, const std::vector<const void*>& sources, std::size_t count, int dtype) {
+    switch (dtype) {
+        case 0: return plain_sum<std::int8_t>(result, sources, count);
+        case 1: return plain_sum<std::uint8_t>(result, sources, count);
+        case 2: return plain_sum<std::int32_t>(result, sources, count);
+        case 3: return plain_sum<std::uint32_t>(result, sources, count);
+        case 4: return plain_sum<std::int64_t>(result, sources, count);
+        case 5: return plain_sum<std::uint64_t>(result, sources, count);
+        case 6: return sum_of<unsigned short, float>(result, sources, count, host_cuda::half_to_float, host_cuda::float_to_half);
+        case 7: return plain_sum<float>(result, sources, count);
+        case 8: return plain_sum<double>(result, sources, count);
+        default: return sum_of<unsigned short, float>(result, sources, count, bfloat_to_float, float_to_bfloat);
+    }
+}
 
 std::size_t argument_nbytes(const std::string& name) {
     const auto found = host_cuda::kernels().find(name);

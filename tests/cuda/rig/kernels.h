@@ -17,4 +17,8 @@ std::function<void()> kernel_work(const std::string& name, const std::vector<std
 // The bytes of the argument of one of fastdp's kernels; 0 where there is none of this name.
 std::size_t argument_nbytes(const std::string& name);
 
+// NCCL's element types by their codes: the bytes of one, and sums in rank order, of fp16 and bf16 in fp32.
+std::size_t item_nbytes(int dtype);
+void sum(void* result, const std::vector<const void*>& sources, std::size_t count, int dtype);
+
 }  // namespace rig

@@ -1,0 +1,248 @@
+// NCCL between the ranks of one process: a collective waits on each rank's stream until all ranks have come to it.
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+#include "machine.h"
+
+using namespace rig;
+
+namespace {
+
+enum Result { kSuccess = 0, kInvalidArgument = 4, kInvalidUsage = 5 };
+enum class What { all_reduce, reduce_scatter, all_gather, broadcast };
+constexpr int kSum = 0;
+
+struct Op {
+    What kind;
+    const char* send;
+    char* recv;
+    std::size_t count;
+    int dtype, root;
+};
+
+struct Meeting {
+    std::map<int, Op> ops;
+    bool done = false;
+};
+
+struct Clique {
+    std::mutex mutex;
+    std::condition_variable changed;
+    int size = 0;
+    bool aborted = false;
+    std::vector<int> cards, turns;  // of each rank: its card, and how many collectives it has come to
+    std::map<int, Meeting> meetings;
+};
+
+struct Comm {
+    std::shared_ptr<Clique> clique;
+    int rank;
+    std::shared_ptr<int> held = std::make_shared<int>();  // by collectives that are enqueued, and by graphs
+};
+
+struct Pending {
+    Comm* comm;
+    cudaStream_t stream;
+    Op op;
+};
+
+struct UniqueId {
+    char bytes[128];
+};
+
+thread_local int depth = 0;
+thread_local std::vector<Pending> pending;
+std::map<std::string, std::weak_ptr<Clique>> cliques;
+
+void compute(std::map<int, Op>& ops, int size) {
+    const Op& first = ops.at(0);
+    const std::size_t item = item_nbytes(first.dtype), nbytes = first.count * item;
+    std::vector<const void*> sources;
+    for (auto& entry : ops) sources.push_back(entry.second.send);
+    std::vector<char> result(first.kind == What::broadcast ? nbytes : nbytes * size);
+    if (first.kind == What::all_reduce) {
+        sum(result.data(), sources, first.count, first.dtype);
+    } else if (first.kind == What::reduce_scatter) {
+        sum(result.data(), sources, first.count * size, first.dtype);
+    } else if (first.kind == What::all_gather) {
+        for (int rank = 0; rank < size; ++rank) std::memcpy(result.data() + rank * nbytes, sources[rank], nbytes);
+    } else {
+        std::memcpy(result.data(), sources[first.root], nbytes);
+    }
+    for (auto& entry : ops) {
+        const bool part = first.kind == What::reduce_scatter;
+        const std::size_t length = first.kind == What::all_gather ? nbytes * size : nbytes;
+        std::memcpy(entry.second.recv, result.data() + (part ? entry.first * nbytes : 0), length);
+    }
+}
+
+void meet(Clique& clique, int rank, const Op& op) {
+    std::unique_lock<std::mutex> lock(clique.mutex);
+    const int turn = clique.turns[rank]++;
+    Meeting& meeting = clique.meetings[turn];
+    meeting.ops[rank] = op;
+    if (static_cast<int>(meeting.ops.size()) == clique.size) {
+        for (const auto& entry : meeting.ops) {
+            const Op& other = entry.second;
+            if (other.kind != op.kind || other.count != op.count || other.dtype != op.dtype || other.root != op.root) {
+                violation("ranks meet in different collectives");
+            }
+        }
+        compute(meeting.ops, clique.size);
+        meeting.done = true;
+        clique.changed.notify_all();
+    }
+    clique.changed.wait(lock, [&] { return meeting.done || clique.aborted; });
+    if (meeting.ops.erase(rank) && meeting.ops.empty()) clique.meetings.erase(turn);
+}
+
+int issue(const Pending& one) {
+    Lock lock(machine().mutex);
+    const auto stream = stream_of(lock, one.stream);
+    if (!stream || stream->card != one.comm->clique->cards[one.comm->rank]) return kInvalidArgument;
+    const auto clique = one.comm->clique;
+    enqueue(lock, *stream, [clique, held = one.comm->held, rank = one.comm->rank, op = one.op] {
+        return meet(*clique, rank, op), 0;
+    });
+    return kSuccess;
+}
+
+int collective(Comm* comm, cudaStream_t stream, const Op& op) {
+    if (!comm || op.dtype < 0 || op.dtype > 9) return kInvalidArgument;
+    pending.push_back({comm, stream, op});
+    if (depth) return kSuccess;
+    const Pending only = pending.back();
+    pending.clear();
+    return issue(only);
+}
+
+Op op_of(What kind, const void* send, void* recv, std::size_t count, int dtype, int root = 0) {
+    return {kind, static_cast<const char*>(send), static_cast<char*>(recv), count, dtype, root};
+}
+
+// Ranks that share a card are refused unless asked for, and then there may be two.
+bool refused(const std::vector<int>& cards) {
+    const char* asked = std::getenv("NCCL_MULTI_RANK_GPU_ENABLE");
+    const int most = asked && std::strcmp(asked, "1") == 0 ? 2 : 1;
+    for (const int card : cards) {
+        int ranks = 0;
+        for (const int other : cards) ranks += other == card && other >= 0;
+        if (ranks > most) return true;
+    }
+    return false;
+}
+
+}  // namespace
+
+extern "C" {
+
+int ncclGetVersion(int* version) {
+    const char* text = std::getenv("RIG_NCCL_VERSION");
+    return *version = text ? std::atoi(text) : 23003, kSuccess;
+}
+
+const char* ncclGetErrorString(int code) { return code == kInvalidUsage ? "invalid usage" : "an error of the tests' NCCL"; }
+
+int ncclGetUniqueId(UniqueId* id) {
+    static int made = 0;
+    std::memset(id, 0, sizeof *id);
+    std::snprintf(id->bytes, sizeof id->bytes, "rig-%d", ++made);
+    return kSuccess;
+}
+
+int ncclCommInitRankConfig(Comm** comm, int size, UniqueId id, int rank, void*) {
+    if (rank < 0 || rank >= size) return kInvalidArgument;
+    int card = 0;
+    if (cudaGetDevice(&card) != cudaSuccess) return kInvalidArgument;
+    auto clique = cliques[id.bytes].lock();
+    if (!clique) {
+        clique = std::make_shared<Clique>();
+        clique->size = size;
+        clique->cards.assign(size, -1);
+        clique->turns.assign(size, 0);
+        cliques[id.bytes] = clique;
+    }
+    clique->cards[rank] = card;
+    *comm = new Comm{clique, rank};
+    return refused(clique->cards) ? kInvalidUsage : kSuccess;
+}
+
+int ncclCommInitAll(Comm** comms, int size, const int* cards) {
+    auto clique = std::make_shared<Clique>();
+    clique->size = size;
+    clique->cards.assign(cards, cards + size);
+    clique->turns.assign(size, 0);
+    if (refused(clique->cards)) return kInvalidUsage;
+    for (int rank = 0; rank < size; ++rank) comms[rank] = new Comm{clique, rank};
+    return kSuccess;
+}
+
+// Waits for collectives that are enqueued, and for graphs that hold some.
+int ncclCommDestroy(Comm* comm) {
+    while (comm->held.use_count() > 1) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    delete comm;
+    return kSuccess;
+}
+
+// Lets go of the ranks that wait; graphs that hold collectives are waited for all the same.
+int ncclCommAbort(Comm* comm) {
+    {
+        std::lock_guard<std::mutex> lock(comm->clique->mutex);
+        comm->clique->aborted = true;
+        comm->clique->changed.notify_all();
+    }
+    return ncclCommDestroy(comm);
+}
+
+int ncclCommGetAsyncError(Comm*, int* error) {
+    const char* text = std::getenv("RIG_NCCL_ERROR");
+    return *error = text ? std::atoi(text) : kSuccess, kSuccess;
+}
+
+int ncclCommCount(Comm* comm, int* size) { return *size = comm->clique->size, kSuccess; }
+int ncclCommCuDevice(Comm* comm, int* card) { return *card = comm->clique->cards[comm->rank], kSuccess; }
+int ncclCommUserRank(Comm* comm, int* rank) { return *rank = comm->rank, kSuccess; }
+int ncclCommSplit(Comm*, int, int, Comm**, void*) { return kInvalidUsage; }
+int ncclSend(const void*, std::size_t, int, int, Comm*, cudaStream_t) { return kInvalidUsage; }
+int ncclRecv(void*, std::size_t, int, int, Comm*, cudaStream_t) { return kInvalidUsage; }
+int ncclReduce(const void*, void*, std::size_t, int, int, int, Comm*, cudaStream_t) { return kInvalidUsage; }
+
+int ncclGroupStart() { return ++depth, kSuccess; }
+
+int ncclGroupEnd() {
+    if (!depth) return kInvalidUsage;
+    if (--depth) return kSuccess;
+    std::vector<Pending> all;
+    all.swap(pending);
+    int result = kSuccess;
+    for (const Pending& one : all) {
+        if (const int error = issue(one)) result = error;
+    }
+    return result;
+}
+
+int ncclAllReduce(const void* send, void* recv, std::size_t count, int dtype, int op, Comm* comm, cudaStream_t stream) {
+    if (op != kSum) return kInvalidUsage;
+    return collective(comm, stream, op_of(What::all_reduce, send, recv, count, dtype));
+}
+
+int ncclReduceScatter(const void* send, void* recv, std::size_t count, int dtype, int op, Comm* comm, cudaStream_t stream) {
+    if (op != kSum) return kInvalidUsage;
+    return collective(comm, stream, op_of(What::reduce_scatter, send, recv, count, dtype));
+}
+
+int ncclAllGather(const void* send, void* recv, std::size_t count, int dtype, Comm* comm, cudaStream_t stream) {
+    return collective(comm, stream, op_of(What::all_gather, send, recv, count, dtype));
+}
+
+int ncclBroadcast(const void* send, void* recv, std::size_t count, int dtype, int root, Comm* comm, cudaStream_t stream) {
+    return collective(comm, stream, op_of(What::broadcast, send, recv, count, dtype, root));
+}
+
+int ncclBcast(void* buffer, std::size_t count, int dtype, int root, Comm* comm, cudaStream_t stream) {
+    return ncclBroadcast(buffer, buffer, count, dtype, root, comm, stream);
+}
+
+}  // extern "C"
