@@ -480,3 +480,14 @@ def test_context_variables_that_forward_sets_are_refused_unless_it_resets_them(h
     module.reset = reference.reset = True
     none = contextlib.nullcontext
     assert_equal_runs(run_steps(model, none), run_loop(reference, none), module, reference)
+
+
+def test_hooks_on_several_gradients_run_in_loops_and_are_refused_by_train_steps():
+    module, (x, y), seen = Bare(), data(), []
+    reference, model = copy.deepcopy(module), fastdp.wrap(module, gpus=3)
+    graph.register_multi_grad_hook(list(module.parameters()), lambda found: seen.append([g.clone() for g in found]))
+    F.mse_loss(model(x), y).backward()
+    F.mse_loss(reference(x), y).backward()
+    torch.testing.assert_close(seen, [[p.grad for p in reference.parameters()]], rtol=1e-9, atol=1e-12)
+    with pytest.raises(NotImplementedError, match=r"register_multi_grad_hook.*loss.backward\(\)"):
+        model.train_step(F.mse_loss, sgd)(x, y)

@@ -31,6 +31,20 @@ class HookedGradients:
         self._hooks = {i: hooks for i, hooks in self._hooks.items() if any(hooks)}
         self._arrived: list[int] = []
 
+    def check(self) -> None:
+        """Refuse hooks that only run inside a backward pass of all gradients.
+
+        Raises:
+            NotImplementedError: there is one.
+        """
+        every = [hook for before, _ in self._hooks.values() for hook in (before or {}).values()]
+        if any(getattr(hook, "__module__", "") == "torch.autograd.graph" for hook in every):
+            raise NotImplementedError(
+                "register_multi_grad_hook on parameters runs inside one backward pass, and in a train step on several "
+                "devices each has its own. Write the loop (loss = loss_fn(model(x), y); loss.backward()), where it "
+                "runs once with the gradients of the whole batch, or use register_post_accumulate_grad_hook."
+            )
+
     def __bool__(self) -> bool:
         return bool(self._hooks)
 

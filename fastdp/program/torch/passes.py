@@ -165,6 +165,8 @@ class Passes:
             hooked = HookedGradients(users)
             if hooked and together and self.accumulate > 1:
                 raise ValueError(HOOKS_IN_A_WINDOW)
+            if together:
+                hooked.check()
         aside = hooked if together else None
         with torch.enable_grad(), state.replica.passes(), state.gradients.passes(users, aside):
             result = run(state, users, batch, context)
