@@ -176,7 +176,7 @@ class Reach:
                 self.watch.size(attributes, what)
         rules.walk_further(self, value, what)
         for cls in type(value).__mro__:
-            for name in _slots(cls):
+            for name in slots_of_class(cls):
                 if hasattr(value, name):
                     self._attribute(value, name, what)
             self._class(cls)
@@ -234,7 +234,7 @@ class Reach:
         return isinstance(value, self._values) or own_equality is object.__eq__
 
 
-def _slots(cls: type) -> Iterator[str]:
+def slots_of_class(cls: type) -> Iterator[str]:
     """The names of the slots that a class declares."""
     slots = vars(cls).get("__slots__", ())
     return (name for name in ([slots] if isinstance(slots, str) else slots) if not name.startswith("__"))

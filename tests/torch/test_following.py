@@ -19,8 +19,14 @@ DEVICES = [1, 2, 3, 8]
 LEVELS = {"gain": 1.0}  # a global that hooks read
 
 
+class Sizes:
+    __slots__ = ("scale",)
+
+
 class Options:
     def __init__(self):
+        self.sizes = Sizes()
+        self.sizes.scale = 1.0
         self.gain, self.table = 1.0, {"shift": torch.zeros(6, dtype=torch.float64)}
 
 
@@ -45,7 +51,7 @@ class Net(nn.Module):
             taught = self.teacher[0](x)
         y = self.act(self.first(x)) * self.scale * self.power * float(self.numbers) + 0.1 * taught
         y = y * torch.from_numpy(self.array) * self.config["alpha"] + sum(self.config["deep"]["shifts"])
-        y = y * self.options.gain + self.options.table["shift"] + sum(self.tensors)
+        y = y * self.options.gain * self.options.sizes.scale + self.options.table["shift"] + sum(self.tensors)
         return self.last(self.norm(self.function(y)))
 
 
@@ -114,6 +120,7 @@ CHANGES = {
     "deep in a dict": lambda net: net.config["deep"]["shifts"].append(0.5),
     "dict": lambda net: setattr(net, "config", {"alpha": 0.25, "deep": {"shifts": (1.0,)}}),
     "in an object": lambda net: setattr(net.options, "gain", 0.5),
+    "in slots": lambda net: setattr(net.options.sizes, "scale", 0.5),
     "tensor in an object": lambda net: net.options.table["shift"].data.add_(0.5),
     "tensor in a table": lambda net: net.options.table.update(shift=torch.ones(6, dtype=torch.float64)),
     "object": lambda net: setattr(net, "options", copy.deepcopy(net.options)),
@@ -145,7 +152,7 @@ CHANGES = {
 
 
 def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    return torch.optim.SGD(parameters, lr=0.001, momentum=0.9)
 
 
 def data(seed: int, rows: int = 9) -> tuple[torch.Tensor, torch.Tensor]:

@@ -125,6 +125,22 @@ def of_attributes(net):
     return [{name: value for name, value in vars(part).items() if name not in ours} for part in net.modules()]
 
 
+class InSlots:
+    __slots__ = ("calls", "output")
+
+    def __init__(self):
+        self.calls = 0
+
+
+def in_slots(net):
+    kept = InSlots()
+
+    def hook(part, arguments, output):
+        kept.calls, kept.output = kept.calls + 1, output.detach()
+
+    return hook, lambda: (kept.calls, kept.output)
+
+
 def with_hook(make):
     """A module with a hook on its activation; `make` makes the hook and says where it writes."""
 
@@ -257,6 +273,7 @@ HOOKS = (
     assigned_global,
     moved_hook,
 )
+HOOKS = (*HOOKS, in_slots)
 KINDS |= {hook.__name__: with_hook(hook) for hook in HOOKS}
 
 
@@ -416,6 +433,15 @@ class Recurrent(Net):
         return self.last(hidden)
 
 
+class LargeTotal(Net):
+    def __init__(self):
+        super().__init__()
+        self.total = torch.ones(1 << 18, dtype=torch.float64)
+
+    def write(self, x, hidden):
+        self.total[:6] += hidden.detach().sum(0)
+
+
 class Taught(Net):
     """A teacher in a plain list, in training mode: each device would normalize its own rows."""
 
@@ -447,6 +473,7 @@ REFUSED = {
     "distribution": (Distribution, "sets `distribution` to a Normal"),
     "sometimes": (Sometimes, "sets `positive` "),
     "text": (Lengths, "sets `text` to different values"),
+    "large": (LargeTotal, "sets `total` in place, by the rows of the batch, .*make it a buffer"),
     "normalization in a list": (Taught, r"sets `teacher\[0\]\.running_mean` to different values"),
     "gradients": (gradients_kept, "sets `kept of .*` to different values on different devices"),
 }

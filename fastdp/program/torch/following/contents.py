@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from fastdp.capture.reach import Rules, names_in_code
+from fastdp.capture.reach import Rules, names_in_code, slots_of_class
 from fastdp.program.torch.reach import GLOBAL_HOOKS, HOOKS, TABLES
 
 ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes))
@@ -26,7 +26,7 @@ _PLAIN_CONTAINERS = (list, tuple, dict, set, frozenset)
 _DEPTH = 8
 MADE_BY_TORCH = frozenset(vars(nn.Module())) - {"training"}
 _MOST = 20_000
-SMALL_NBYTES = 1 << 20  # larger tensors outside of a module are shared by its copies: data sets
+SMALL_NBYTES = 1 << 26  # larger tensors outside of a module are shared by its copies: data sets
 _rules = Rules()
 
 
@@ -55,7 +55,46 @@ class Holder:
         other = copies.get(id(self.owner), self.owner)
         if other is self.owner:
             return None
-        return vars(other) if self.owner is not self.table else other
+        if self.owner is self.table:
+            return other
+        return Slots(other) if isinstance(self.table, Slots) else vars(other)
+
+
+class Slots(dict[str, Any]):
+    """The attributes of an object that are in slots of its class, as the mapping that they would be without slots."""
+
+    def __init__(self, owner: Any) -> None:
+        super().__init__()
+        self._owner = owner
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return getattr(self._owner, name)
+        except AttributeError as error:
+            raise KeyError(name) from error
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return getattr(self._owner, name, default)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self._owner, name, value)
+
+    def pop(self, name: str, default: Any = None) -> Any:
+        if name in self:
+            delattr(self._owner, name)
+
+    def __iter__(self) -> Iterator[str]:
+        names = (name for cls in type(self._owner).__mro__ for name in slots_of_class(cls))
+        return (name for name in names if hasattr(self._owner, name))
+
+    def __contains__(self, name: object) -> bool:
+        return name in list(iter(self))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def items(self) -> Any:
+        return [(name, self[name]) for name in self]
 
 
 class Contents:
@@ -143,6 +182,11 @@ class Contents:
         elif is_own(type(value)) or isinstance(value, types.SimpleNamespace) or _is_parallel(value):
             if hasattr(value, "__dict__"):
                 self._attributes(value, name, list(vars(value)), inside)
+            slots = Slots(value)
+            if slots:
+                self.holders.append(Holder(name, slots, list(slots), value))
+                for key in slots:
+                    self.walk(slots[key], f"{name}.{key}" if name else key, inside=inside)
         elif not inside and not isinstance(value, RemovableHandle):  # a hook may remove itself
             self.shared.append(value)
 
@@ -288,11 +332,12 @@ class Contents:
         """Whether a copy of a function needs its own value of a global."""
         if isinstance(value, nn.Module):
             return id(value) in self._part_names or self._leads_back(value)
-        if isinstance(value, (type, types.ModuleType, torch.Tensor, np.ndarray)):
-            return id(value) in self._given
+        if isinstance(value, (type, types.ModuleType)):
+            return False
         if isinstance(value, (types.FunctionType, types.MethodType)):
             return is_own(value)
-        return isinstance(value, (dict, *_SEQUENCES, *_FROZEN, functools.partial)) or is_own(type(value))
+        kinds = (dict, *_SEQUENCES, *_FROZEN, functools.partial, torch.Tensor, np.ndarray)
+        return isinstance(value, kinds) or is_own(type(value))
 
 
 def _make_unique(holders: list[Holder]) -> None:

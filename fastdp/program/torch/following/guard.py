@@ -20,7 +20,6 @@ from torch.utils.hooks import RemovableHandle
 from fastdp.program.torch.following.contents import (
     ATOMS,
     MADE_BY_TORCH,
-    SMALL_NBYTES,
     Contents,
     Holder,
     is_empty,
@@ -29,6 +28,7 @@ from fastdp.program.torch.following.contents import (
 
 _call: Callable[[Any, Any], Any] = getattr(operator, "call", lambda function, value: function(value))
 _content, _of_cell = methodcaller("tobytes"), attrgetter("cell_contents")
+_KEPT_NBYTES = 1 << 20
 _FORMAT = 2  # of marshal: without references, so that the bytes depend on the value alone
 # A key is gone, a cell is empty, marshal does not know a value, two tensors are not compared to one truth value.
 _NO_ANSWER = (LookupError, ValueError, TypeError, RuntimeError, EOFError)
@@ -98,7 +98,7 @@ class Guard:
         tensors = self.contents.tensors
         self._versions = [tensor._version for _, tensor in tensors]
         if tensors and self.keeps_values:
-            self._before = [one.detach().clone() if one.nbytes <= SMALL_NBYTES else None for _, one in tensors]
+            self._before = [one.detach().clone() if one.nbytes <= _KEPT_NBYTES else None for _, one in tensors]
 
     def changed(self) -> bool:
         """Whether something differs from what is expected."""

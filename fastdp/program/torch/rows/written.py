@@ -145,6 +145,9 @@ class WrittenRoles:
             return
         left = candidates(values[:2], values[2], self._rows, rough=self._rough)
         base = self._base(before, values[2])
+        if base is None and place.kind in ("tensor", "array") and left != {Effect.SAME}:
+            self._refuse(place, "in place, by the rows of the batch, and it is large: make it a buffer", trusted)
+            return
         if left != {Effect.SAME} and base is not None:
             adds = self._adds_up(leaf, values[2], second)
             if adds:
