@@ -118,7 +118,7 @@ REFUSED = {
         (SEVEN,),
         (),
         first_of,
-        "tensors for.*rows of the batch. Return as many for any rows",
+        "must be the same for any rows. Return a tensor in their place",
     ),
     "dtypes": (
         lambda: Net(lambda net, x: net.layer(x) if x[0, 0] > 0 else net.layer(x).float()),

@@ -14,7 +14,7 @@ from fastdp.comm.batch import Batch
 from fastdp.program.torch.batch import Structure, undivided_batch
 from fastdp.program.torch.rows.declared import DeclaredRows
 from fastdp.program.torch.rows.draws import CannotSplitError
-from fastdp.program.torch.rows.hints import refuse_packed
+from fastdp.program.torch.rows.hints import of_values, refuse_packed
 from fastdp.program.torch.rows.judge import Judge, Known
 from fastdp.program.torch.rows.judged import Judged
 from fastdp.program.torch.rows.plain import keeps_rows_apart
@@ -102,9 +102,20 @@ class Trials:
         return batch
 
     def _found(self, batch: Batch, devices: int, *, wants: bool) -> _Found | None:
+        """What trials find out; None if the module does not run. Refusals say what in the batch cannot be split."""
+        values = batch.structure.values
+        refuse_packed(values)
+        try:
+            return self._tried(batch, devices, wants=wants)
+        except NotByRowsError as error:
+            hints = of_values(values)
+            if not hints or hints in str(error):
+                raise
+            raise type(error)(f"{error}{hints}") from error
+
+    def _tried(self, batch: Batch, devices: int, *, wants: bool) -> _Found | None:
         """What trials find out; None if the module does not run."""
         structure: Structure = batch.structure
-        refuse_packed(structure.values)
         refused = structure.misfit
         if refused is None:
             if keeps_rows_apart(self._module) and all(one == ROWS_FIRST for one in structure.layouts):
