@@ -181,10 +181,11 @@ class TorchParallel(ModuleMembers[nn.Module]):
             optimizer: a torch optimizer over the module's parameters; or a function that makes one from the list of
                 them, which have moved to the first device; or a list of optimizers, which step in its order. They stay
                 yours: whatever you change in them between two steps counts.
-            reduction: None: `loss_fn` may be anything and is computed on the merged outputs (exact for class
-                weights, ignore_index, contrastive losses). "mean" or "sum": `loss_fn` is the mean or sum over
-                samples, and each replica computes its own part without waiting for the others. So are the other
-                numbers that it returns, which must be tensors then.
+            reduction: None: `loss_fn` may be anything and is computed on the merged outputs (exact for contrastive
+                losses, masked means). "mean" or "sum": `loss_fn` is the mean or sum over samples, and each replica
+                computes its own part without waiting for the others. So are the other numbers that it returns, which
+                must be tensors then. Of torch's own losses replicas compute their parts in any case (exact for class
+                weights, ignore_index).
             clip_grad_norm: the largest norm of the global batch's gradient.
             accumulate: update once per `accumulate` calls, with the sum of their gradients divided by
                 `accumulate`. Only the last call reduces gradients. Running statistics move in every call.

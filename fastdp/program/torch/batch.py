@@ -119,6 +119,13 @@ class Structure:
         holes = [leaf for place, leaf in enumerate(leaves) if self.nest.is_hole(place)]
         return [at for at, leaf in enumerate(holes) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
 
+    def target_of(self, batch: Batch) -> torch.Tensor | None:
+        """The only target of a batch, if it has rows along its first axis; else None."""
+        nest, first = self.nest, len(pytree.tree_leaves(self.values[:2]))
+        if len(nest.leaves) != first + 1 or not nest.is_hole(first) or (self.layouts and self.layouts[-1].axis != 0):
+            return None
+        return as_tensor(batch[len(nest.dtypes) - 1], nest.dtypes[-1])
+
     def name_of(self, place: int) -> str:
         """The name of an argument or target, by its place among the leaves."""
         assert self.declared is not None

@@ -3,7 +3,8 @@
 The loss function gets outputs that are leaves of autograd. A replica's backward starts from the gradient by
 them. The reduction of the loss selects one of three ways:
 
-    None    any function: computed once, on the outputs and targets of the whole batch
+    None    any function: computed once, on the outputs and targets of the whole batch; of torch's own losses each
+            replica computes its part
     "mean"  a mean over samples: each replica computes its own, weighted by its share of the rows
     "sum"   a sum over samples: each replica computes its own
 """
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from fastdp.program.torch.batch import Structure
+from fastdp.program.torch.known_losses import known_loss
 from fastdp.program.torch.losses import Reported, split
 from fastdp.program.torch.nest import Nest
 from fastdp.program.torch.replica import ReplicaContext, gradients_of
@@ -81,6 +83,12 @@ def contribute(
         layouts = structure.layouts_of(outputs, tensors)
         parts_fit(layouts, tensors, running.rows)
         structure.agree(OutputForm.of(nest, tensors, layouts, running.rows))
+    known = _part_of_known(loss_function, outputs, targets, layouts, running)
+    if known is not None:
+        leaves = [_leaf(tensors[0])]
+        part = known(nest.pack(leaves))
+        gradients, _ = _gradients(running, part, leaves, ())
+        return _contribution(float(part.detach()), part, tensors, gradients, {}, None)
     if reduction is None:
         return _merged(loss_function, nest, tensors, layouts, parameters, running)
     refuse_lists(targets, running.rows.total, reduction)
@@ -97,6 +105,27 @@ def contribute(
         )
     reported = reported and reported.read(weight)
     return _contribution(float(loss.detach()) * weight, loss, tensors, gradients, direct, reported)
+
+
+def _part_of_known(
+    loss_function: LossFunction,
+    outputs: Any,
+    targets: Sequence[Any],
+    layouts: Sequence[Layout],
+    running: ReplicaContext,
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """Computes the replica's part of a loss of torch's own from its output; None if that cannot be known."""
+    known = known_loss(loss_function)
+    if known is None:
+        return None
+    with plain():
+        context = running.context
+        whole = context.structure.target_of(context.batch)
+        exact = isinstance(outputs, torch.Tensor) and outputs.dtype in (torch.float32, torch.float64)
+        if whole is None or not exact or known.why_not(outputs, targets, layouts):
+            return None
+        divisor = known.divisor(whole).to(outputs.device) if known.divides(whole) else None
+    return lambda leaf: known.part(leaf, targets[0], context.rows.share, divisor)
 
 
 def _merged(

@@ -19,7 +19,6 @@ from fastdp.comm.context import Context
 from fastdp.errors import NotCapturable
 from fastdp.program.torch.batch import Structure, with_extremes
 from fastdp.program.torch.capture.guard import refuse_hooks, side_effect, watch_step
-from fastdp.program.torch.capture.known_losses import known_loss
 from fastdp.program.torch.capture.lent_tensors import LentTensors
 from fastdp.program.torch.capture.outcome import OutcomeForm, TorchOutcome
 from fastdp.program.torch.capture.step_parts import (
@@ -32,6 +31,7 @@ from fastdp.program.torch.capture.step_parts import (
     is_fake,
 )
 from fastdp.program.torch.half import may_overflow
+from fastdp.program.torch.known_losses import known_loss
 from fastdp.program.torch.loss import LossFunction, check_reduction
 from fastdp.program.torch.losses import split
 from fastdp.program.torch.module import Slot
@@ -40,7 +40,6 @@ from fastdp.program.torch.random.checkpoints import REPEATED_DRAWS
 from fastdp.program.torch.replica import ReplicaContext, ReplicaDraw
 from fastdp.program.torch.rows.declared import parts_fit
 from fastdp.program.torch.shared_draws import SharedDraws
-from fastdp.tensors.arrays import as_tensor
 from fastdp.tensors.collectives import peers_scope
 from fastdp.tensors.function_mode import ReplicaMode
 
@@ -128,9 +127,8 @@ class TorchPureStep:
         structure: Structure = context.structure
         tensors = [_dense(tensor) for tensor in structure.tensors(batch, context.torch_device)]
         if self._known is not None and context.rows.count < context.rows.total:
-            place = len(structure.nest.dtypes) - 1
-            whole = as_tensor(context.batch[place], structure.nest.dtypes[place])
-            if self._known.divides(whole):
+            whole = structure.target_of(context.batch)
+            if whole is not None and self._known.divides(whole):
                 tensors.append(self._known.divisor(whole).to(tensors[0].device))
         return tensors
 
