@@ -1,6 +1,6 @@
 """The CUDA driver's library on the simulated CUDA, as ctypes loads it: events, and graphs put together of others.
 
-The functions are C functions of ctypes', so what `fastdp.runtime.cuda.driver` hands over goes the way of a real
+The functions but one are C functions of ctypes', so what `fastdp.runtime.cuda.driver` hands over goes the way of a real
 call.
 """
 
@@ -20,6 +20,16 @@ ERRORS = {INVALID_VALUE: b"CUDA_ERROR_INVALID_VALUE", INVALID_HANDLE: b"CUDA_ERR
 _HANDLE, _OUT = ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)
 
 
+class _EventQuery:
+    """No C function: ctypes would swallow the errors of work that the simulation does while it is asked."""
+
+    argtypes: Sequence[object] = ()
+    restype: object = None
+
+    def __call__(self, event) -> int:
+        return int(sys.modules["cupy"].cuda.runtime.eventQuery(event))
+
+
 class Driver:
     """What `ctypes.CDLL` gives."""
 
@@ -28,7 +38,7 @@ class Driver:
         # By the handle of a child node: its graph, and which of that graph's nodes nothing of the child comes after.
         self._ends: dict[int, tuple[int, frozenset[int]]] = {}
         self._functions = {
-            "cuEventQuery": ctypes.CFUNCTYPE(ctypes.c_int, _HANDLE)(self._query),
+            "cuEventQuery": _EventQuery(),
             "cuGraphCreate": ctypes.CFUNCTYPE(ctypes.c_int, _OUT, ctypes.c_uint)(self._create),
             "cuGraphAddChildGraphNode": ctypes.CFUNCTYPE(
                 ctypes.c_int, _OUT, _HANDLE, ctypes.POINTER(_HANDLE), ctypes.c_size_t, _HANDLE
@@ -43,10 +53,6 @@ class Driver:
         if name.startswith("_") or name not in self._functions:
             raise AttributeError(f"{NAMES[0]}: undefined symbol: {name}")
         return self._functions[name]
-
-    @staticmethod
-    def _query(event) -> int:
-        return int(sys.modules["cupy"].cuda.runtime.eventQuery(event))
 
     def _create(self, graph, flags) -> int:
         sim = self._sim
