@@ -276,6 +276,8 @@ def run_update(
         with interrupts_wait():  # the worker may be the main thread
             replica.update(operation.totals)
             operation.updates_done.append(replica.rank)
+        if threads > operation.threads:
+            replica.prepare_thread(operation.threads)  # helper threads end slowly once all replicas compute again
         operation.update_ended(replica.rank)
         rollback.succeeded = True
     except BaseException as error:

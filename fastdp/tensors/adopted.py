@@ -11,6 +11,7 @@ import torch
 
 from fastdp.buffers import Allocator, ArraySpec, Home
 from fastdp.tensors.arrays import tensors_of
+from fastdp.tensors.threads import intra_op_threads
 
 
 class Adopted(ABC):
@@ -47,15 +48,20 @@ class Adopted(ABC):
 
     def _adopt(self, present: list[torch.Tensor]) -> bool:
         """Move values whose storage is not in the buffers (any more) into them; True if there were any."""
-        moved = False
-        for value, tensor, pointer in zip(present, self._tensors, self._pointers, strict=True):
-            if pointer is not None and value.data_ptr() != pointer:
-                self.check(value, tensor)
-                with torch.no_grad():
-                    tensor.copy_(value)
-                    value.data = tensor
-                moved = True
-        return moved
+        elsewhere = [
+            (value, tensor)
+            for value, tensor, pointer in zip(present, self._tensors, self._pointers, strict=True)
+            if pointer is not None and value.data_ptr() != pointer
+        ]
+        for value, tensor in elsewhere:
+            self.check(value, tensor)
+        if elsewhere:
+            # One core: a pool of helper threads for so little would have to end before the replicas run.
+            with torch.no_grad(), intra_op_threads(1):
+                torch._foreach_copy_([tensor for _, tensor in elsewhere], [value for value, _ in elsewhere])
+            for value, tensor in elsewhere:
+                value.data = tensor
+        return bool(elsewhere)
 
     def changed(self) -> bool:
         """Whether other code assigned a tensor since `note()`. Assigned values are moved into the buffers.
