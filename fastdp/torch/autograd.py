@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 from fastdp.comm.batch import Batch
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.options import Options
-from fastdp.program.torch.loop import BackwardPass, ForwardPass, LoopProgram
+from fastdp.program.torch.loop import LoopProgram
+from fastdp.program.torch.loop_passes import BackwardPass, ForwardPass
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import to_tensor
 from fastdp.tensors.compiled import not_compiled

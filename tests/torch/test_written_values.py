@@ -8,6 +8,7 @@ from collections import defaultdict, deque
 import numpy as np
 import pytest
 import torch
+from regression_step import data, plain_step
 from torch import nn
 from torch.nn import functional as F
 
@@ -279,20 +280,6 @@ KINDS |= {hook.__name__: with_hook(hook) for hook in HOOKS}
 
 def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-
-
-def data(seed: int, rows: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    kind = {"generator": generator, "dtype": torch.float64}
-    return torch.randn(rows, 4, **kind), torch.randn(rows, 3, **kind)
-
-
-def plain_step(net, optimizer, x, y):
-    optimizer.zero_grad()
-    loss = F.mse_loss(net(x), y)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
 
 
 def same(ours, theirs, path=""):

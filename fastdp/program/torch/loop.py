@@ -13,36 +13,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.program.base import Result
 from fastdp.program.torch.batch import Structure, with_extremes
-from fastdp.program.torch.following.graphs import Leaf, PassWrites
+from fastdp.program.torch.following.graphs import PassWrites
 from fastdp.program.torch.following.merged import WriteNotes, merge_writes, write_notes
 from fastdp.program.torch.gradients import Found
 from fastdp.program.torch.half import HalfGradients, may_overflow
+from fastdp.program.torch.loop_passes import BackwardNotes, BackwardPass, ForwardNotes, ForwardPass, KeptGraph
 from fastdp.program.torch.module_buffers import BufferNotes, assign_buffers, gather_buffers
 from fastdp.program.torch.nest import Nest
 from fastdp.program.torch.parameter_hooks import HookedGradients
 from fastdp.program.torch.passes import State, together_with
 from fastdp.program.torch.program import TorchProgram
-from fastdp.program.torch.replica import ReplicaContext, backward
+from fastdp.program.torch.replica import backward
 from fastdp.program.torch.rows.declared import parts_fit, rows_back, rows_first
 from fastdp.program.torch.rows.forms import OutputForm
 from fastdp.program.torch.rows.merging import merge, own_gradient, own_part
-from fastdp.program.torch.shared_draws import SharedDraws
 from fastdp.tensors.arrays import as_tensor, dtype_name, output_array, settle, spec_of
 from fastdp.tensors.collectives import StepPeers, peers_scope
 from fastdp.tensors.function_mode import plain
-from fastdp.tensors.row_effects import ROWS_FIRST, Layout
+from fastdp.tensors.row_effects import ROWS_FIRST
 
 
 class StepResult(Protocol):
@@ -51,142 +48,6 @@ class StepResult(Protocol):
     outputs: list[np.ndarray]
     sums: np.ndarray
     every_note: list[Any]
-
-
-@dataclass(slots=True)
-class _Kept:
-    """What a replica keeps of a forward pass: its outputs with their graph, and its leaves."""
-
-    running: ReplicaContext
-    outputs: list[torch.Tensor]
-    rows: list[torch.Tensor]
-    shared: list[torch.Tensor]
-
-
-@dataclass(slots=True)
-class _Notes:
-    """What a replica tells of a forward pass. `others` are outputs that are not merged by their first axis."""
-
-    nest: Nest
-    layouts: list[Layout]
-    requires_grad: list[bool]
-    others: list[torch.Tensor]
-    draws: SharedDraws
-    writes: WriteNotes
-    buffers: BufferNotes = field(default_factory=BufferNotes)
-
-    def agree(self, every: Sequence[_Notes]) -> None:
-        """Check that all replicas have drawn the same random numbers, and agree on buffers.
-
-        Raises:
-            RuntimeError, ValueError: they have not, or do not.
-        """
-        self.draws.end()
-        self.buffers.check([note.buffers for note in every])
-
-
-@dataclass(slots=True)
-class ForwardPass:
-    """One forward pass of all replicas.
-
-    Args:
-        batch: the global batch.
-        arrays: the user's tensor behind each array of the batch; None for arrays that are none.
-        rows: the tensors with rows whose gradients are wanted, by their place among the arrays of the batch.
-        shared: tensors without rows whose gradients are wanted, by their place among the other leaves of the batch.
-        keeps: keep the graphs.
-    """
-
-    batch: Batch
-    arrays: list[torch.Tensor | None]
-    rows: dict[int, torch.Tensor]
-    shared: dict[int, torch.Tensor]
-    keeps: bool
-    versions: dict[int, int] = field(default_factory=dict)
-    layouts: list[Layout] = field(default_factory=list)
-    requires_grad: list[bool] = field(default_factory=list)
-    nest: Nest | None = None
-    noted: PassWrites | None = None
-    graphs: list[Leaf] = field(default_factory=list)
-    kept: dict[int, _Kept] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, batch: Batch, values: object, *, keeps: bool) -> ForwardPass:
-        """A pass on a batch that was made of `values`."""
-        arrays: list[torch.Tensor | None] = []
-        rows: dict[int, torch.Tensor] = {}
-        shared: dict[int, torch.Tensor] = {}
-        for place, leaf in enumerate(pytree.tree_leaves(values)):
-            tensor = leaf if isinstance(leaf, torch.Tensor) else None
-            wanted = keeps and tensor is not None and tensor.requires_grad
-            if batch.structure.nest.is_hole(place):
-                if wanted:
-                    rows[len(arrays)] = leaf
-                arrays.append(tensor)
-            elif wanted:
-                shared[place] = leaf
-        return cls(batch, arrays, rows, shared, keeps)
-
-    @property
-    def written(self) -> frozenset[int]:
-        """The arrays that forward changes in place, by their numbers."""
-        judged = self.batch.structure.judged
-        return frozenset() if judged is None else judged.written
-
-    def check_written(self) -> None:
-        """Check before backward that arrays which forward has changed in place are as it has left them.
-
-        Raises:
-            RuntimeError: one is not.
-        """
-        for number, version in self.versions.items():
-            given = self.arrays[number]
-            if given is not None and given._version != version:
-                raise RuntimeError(
-                    "A tensor that forward has changed in place was changed again before backward, which may need its "
-                    f"values: an argument of shape {tuple(given.shape)}. Run backward first, or pass a clone."
-                )
-
-    @property
-    def row_layouts(self) -> list[Layout]:
-        """The layouts of the tensors in `rows`."""
-        layouts = self.batch.structure.layouts
-        return [layouts[at] if layouts else ROWS_FIRST for at in self.rows]
-
-    @property
-    def normalizes_by_replica(self) -> bool:
-        """Whether batch normalization has used moments of the batch."""
-        return bool(self.kept[0].running.normalized)
-
-    @property
-    def given(self) -> list[torch.Tensor]:
-        """The tensors whose gradients are wanted: those with rows, then the shared ones."""
-        return [*self.rows.values(), *self.shared.values()]
-
-
-@dataclass(slots=True)
-class BackwardPass:
-    """A backward pass through a forward pass.
-
-    Args:
-        gradients: of the loss by the merged outputs; None where it does not depend on one.
-        retain: keep the graphs for another backward pass.
-    """
-
-    forward: ForwardPass
-    gradients: Sequence[torch.Tensor | None]
-    retain: bool
-
-
-@dataclass(slots=True)
-class _BackwardNotes:
-    """What a replica tells of a backward pass: what has a gradient, and the gradients of shared inputs."""
-
-    found: Found
-    rows: list[bool]
-    shared: list[torch.Tensor | None]
-    writes: WriteNotes
-    half: HalfGradients | None = None
 
 
 class LoopProgram(TorchProgram):
@@ -229,10 +90,10 @@ class LoopProgram(TorchProgram):
                 sums = gather_buffers(state.replica, running, buffers)
                 writes = write_notes(state.replica.guard, structure.roles, context.rows)
                 wanted = [tensor.requires_grad for tensor in tensors]
-                notes = _Notes(nest, layouts, wanted, [], structure.draws, writes, buffers)
+                notes = ForwardNotes(nest, layouts, wanted, [], structure.draws, writes, buffers)
                 state.replica.restore_buffers()
         if work.keeps:
-            work.kept[context.rank] = _Kept(running, tensors, rows, shared)
+            work.kept[context.rank] = KeptGraph(running, tensors, rows, shared)
         arrays = []
         for tensor, layout in zip(tensors, layouts, strict=True):
             if layout == ROWS_FIRST:
@@ -265,7 +126,7 @@ class LoopProgram(TorchProgram):
         by_rows, shared = ([leaf.grad for leaf in leaves] for leaves in (kept.rows, kept.shared))
         for leaf in (*kept.rows, *kept.shared):
             leaf.grad = None
-        notes = _BackwardNotes(
+        notes = BackwardNotes(
             gradients, [g is not None for g in by_rows], [None if g is None else g.cpu() for g in shared], writes
         )
         found = [torch.zeros_like(x) if g is None else g for x, g in zip(kept.rows, by_rows, strict=True)]
@@ -279,7 +140,7 @@ class LoopProgram(TorchProgram):
 
     def merged(self, work: ForwardPass, result: StepResult) -> list[torch.Tensor]:
         """Assign the buffers of a forward pass, and merge its outputs. The caller owns them."""
-        every: list[_Notes] = result.every_note
+        every: list[ForwardNotes] = result.every_note
         notes = every[0]
         written = self._merged_writes([note.writes for note in every])
         self.assign(result.sums, notes.buffers)
@@ -329,7 +190,7 @@ class LoopProgram(TorchProgram):
 
     def gradients_of(self, work: BackwardPass, result: StepResult) -> list[torch.Tensor | None]:
         """The gradients of a backward pass by the tensors `ForwardPass.given`. The caller owns them."""
-        every: list[_BackwardNotes] = result.every_note
+        every: list[BackwardNotes] = result.every_note
         found: list[torch.Tensor | None] = []
         by_rows = zip(work.forward.rows.values(), result.outputs, work.forward.row_layouts, strict=True)
         for at, (tensor, array, layout) in enumerate(by_rows):

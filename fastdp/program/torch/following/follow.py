@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdp.program.torch.following.contents import Contents, Holder
+from fastdp.program.torch.following.contents import Contents
 from fastdp.program.torch.following.copies import Copied, remake, replicate
 from fastdp.program.torch.following.guard import Guard, get
+from fastdp.program.torch.following.holders import Holder
 from fastdp.program.torch.following.kinds import kind_of
 from fastdp.program.torch.following.merged import MergedWrite, Roles, WriteNotes, assign
 from fastdp.program.torch.following.readers import read_by

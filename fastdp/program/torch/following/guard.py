@@ -21,10 +21,10 @@ from fastdp.program.torch.following.contents import (
     ATOMS,
     MADE_BY_TORCH,
     Contents,
-    Holder,
     is_empty,
     is_plain,
 )
+from fastdp.program.torch.following.holders import Holder
 
 _call: Callable[[Any, Any], Any] = getattr(operator, "call", lambda function, value: function(value))
 _content, _of_cell = methodcaller("tobytes"), attrgetter("cell_contents")

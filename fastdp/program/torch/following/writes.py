@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from fastdp.program.torch.following.contents import ATOMS, Holder
+from fastdp.program.torch.following.contents import ATOMS
 from fastdp.program.torch.following.guard import Guard, get, is_made_by_torch, same_plain
+from fastdp.program.torch.following.holders import Holder
 
 _VALUES = frozenset((*ATOMS, torch.dtype, torch.device, set, frozenset, range, slice))
 MISSING = object()

@@ -1,0 +1,156 @@
+"""One forward pass of a user's loop and the backward pass through it: what they are given, and what replicas tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils import _pytree as pytree
+
+from fastdp.comm.batch import Batch
+from fastdp.program.torch.following.graphs import Leaf, PassWrites
+from fastdp.program.torch.following.merged import WriteNotes
+from fastdp.program.torch.gradients import Found
+from fastdp.program.torch.half import HalfGradients
+from fastdp.program.torch.module_buffers import BufferNotes
+from fastdp.program.torch.nest import Nest
+from fastdp.program.torch.replica import ReplicaContext
+from fastdp.program.torch.shared_draws import SharedDraws
+from fastdp.tensors.row_effects import ROWS_FIRST, Layout
+
+
+@dataclass(slots=True)
+class KeptGraph:
+    """What a replica keeps of a forward pass: its outputs with their graph, and its leaves."""
+
+    running: ReplicaContext
+    outputs: list[torch.Tensor]
+    rows: list[torch.Tensor]
+    shared: list[torch.Tensor]
+
+
+@dataclass(slots=True)
+class ForwardNotes:
+    """What a replica tells of a forward pass. `others` are outputs that are not merged by their first axis."""
+
+    nest: Nest
+    layouts: list[Layout]
+    requires_grad: list[bool]
+    others: list[torch.Tensor]
+    draws: SharedDraws
+    writes: WriteNotes
+    buffers: BufferNotes = field(default_factory=BufferNotes)
+
+    def agree(self, every: Sequence[ForwardNotes]) -> None:
+        """Check that all replicas have drawn the same random numbers, and agree on buffers.
+
+        Raises:
+            RuntimeError, ValueError: they have not, or do not.
+        """
+        self.draws.end()
+        self.buffers.check([note.buffers for note in every])
+
+
+@dataclass(slots=True)
+class ForwardPass:
+    """One forward pass of all replicas.
+
+    Args:
+        batch: the global batch.
+        arrays: the user's tensor behind each array of the batch; None for arrays that are none.
+        rows: the tensors with rows whose gradients are wanted, by their place among the arrays of the batch.
+        shared: tensors without rows whose gradients are wanted, by their place among the other leaves of the batch.
+        keeps: keep the graphs.
+    """
+
+    batch: Batch
+    arrays: list[torch.Tensor | None]
+    rows: dict[int, torch.Tensor]
+    shared: dict[int, torch.Tensor]
+    keeps: bool
+    versions: dict[int, int] = field(default_factory=dict)
+    layouts: list[Layout] = field(default_factory=list)
+    requires_grad: list[bool] = field(default_factory=list)
+    nest: Nest | None = None
+    noted: PassWrites | None = None
+    graphs: list[Leaf] = field(default_factory=list)
+    kept: dict[int, KeptGraph] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, batch: Batch, values: object, *, keeps: bool) -> ForwardPass:
+        """A pass on a batch that was made of `values`."""
+        arrays: list[torch.Tensor | None] = []
+        rows: dict[int, torch.Tensor] = {}
+        shared: dict[int, torch.Tensor] = {}
+        for place, leaf in enumerate(pytree.tree_leaves(values)):
+            tensor = leaf if isinstance(leaf, torch.Tensor) else None
+            wanted = keeps and tensor is not None and tensor.requires_grad
+            if batch.structure.nest.is_hole(place):
+                if wanted:
+                    rows[len(arrays)] = leaf
+                arrays.append(tensor)
+            elif wanted:
+                shared[place] = leaf
+        return cls(batch, arrays, rows, shared, keeps)
+
+    @property
+    def written(self) -> frozenset[int]:
+        """The arrays that forward changes in place, by their numbers."""
+        judged = self.batch.structure.judged
+        return frozenset() if judged is None else judged.written
+
+    def check_written(self) -> None:
+        """Check before backward that arrays which forward has changed in place are as it has left them.
+
+        Raises:
+            RuntimeError: one is not.
+        """
+        for number, version in self.versions.items():
+            given = self.arrays[number]
+            if given is not None and given._version != version:
+                raise RuntimeError(
+                    "A tensor that forward has changed in place was changed again before backward, which may need its "
+                    f"values: an argument of shape {tuple(given.shape)}. Run backward first, or pass a clone."
+                )
+
+    @property
+    def row_layouts(self) -> list[Layout]:
+        """The layouts of the tensors in `rows`."""
+        layouts = self.batch.structure.layouts
+        return [layouts[at] if layouts else ROWS_FIRST for at in self.rows]
+
+    @property
+    def normalizes_by_replica(self) -> bool:
+        """Whether batch normalization has used moments of the batch."""
+        return bool(self.kept[0].running.normalized)
+
+    @property
+    def given(self) -> list[torch.Tensor]:
+        """The tensors whose gradients are wanted: those with rows, then the shared ones."""
+        return [*self.rows.values(), *self.shared.values()]
+
+
+@dataclass(slots=True)
+class BackwardPass:
+    """A backward pass through a forward pass.
+
+    Args:
+        gradients: of the loss by the merged outputs; None where it does not depend on one.
+        retain: keep the graphs for another backward pass.
+    """
+
+    forward: ForwardPass
+    gradients: Sequence[torch.Tensor | None]
+    retain: bool
+
+
+@dataclass(slots=True)
+class BackwardNotes:
+    """What a replica tells of a backward pass: what has a gradient, and the gradients of shared inputs."""
+
+    found: Found
+    rows: list[bool]
+    shared: list[torch.Tensor | None]
+    writes: WriteNotes
+    half: HalfGradients | None = None
