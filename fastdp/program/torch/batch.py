@@ -75,6 +75,11 @@ class Structure:
         """Whether there are leaves that are neither tensors nor plain values."""
         return any(one is not HOLE and not isinstance(one, (torch.Tensor, *PLAIN)) for one in self.nest.leaves)
 
+    @property
+    def count(self) -> int:
+        """The number of `tensors`."""
+        return len(self.nest.dtypes) + sum(isinstance(leaf, torch.Tensor) for leaf in self.nest.leaves)
+
     def tensors(self, arrays: Sequence[np.ndarray], where: str) -> list[torch.Tensor]:
         """A replica's arrays as the module gets them, then the tensors that all replicas share, on their device.
 
