@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdp.capture.pure_step import PureStep
+from fastdp.capture.pure_step import PureFunction
 from fastdp.capture.watch import Watch
 from fastdp.errors import NotCapturable
 from fastdp.tensors.thread_state import flushes_subnormals
@@ -26,7 +26,7 @@ from fastdp.tensors.thread_state import flushes_subnormals
 class Guard:
     """The values that a step reads, as they were when it was captured."""
 
-    def __init__(self, step: PureStep[Any]) -> None:
+    def __init__(self, step: PureFunction) -> None:
         self._step = step
         self._watch = Watch()
         self._settings = settings()

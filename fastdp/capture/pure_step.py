@@ -76,8 +76,8 @@ class OutcomeForm(Protocol[OutcomeT_co]):
         """
 
 
-class PureStep(Protocol[OutcomeT]):
-    """A model's training step without side effects, for captured steps.
+class PureFunction(Protocol):
+    """What a model does in a step or a pass, without side effects: what all that is captured has in common.
 
     All members are called on the host thread between steps. `key`, `rows`, `draw` and `OutcomeForm.filled` are also
     called by the workers of replicas, in each step.
@@ -90,10 +90,6 @@ class PureStep(Protocol[OutcomeT]):
     @property
     def variables(self) -> list[torch.Tensor]:
         """The template's present variables, by number; none is part of autograd's graph."""
-
-    @property
-    def trained(self) -> Sequence[int]:
-        """The numbers of the variables that have gradients, in the order of the gradients."""
 
     @property
     def replicas(self) -> Mapping[int, ReplicaTensors]:
@@ -122,6 +118,29 @@ class PureStep(Protocol[OutcomeT]):
     def rows(self, batch: Sequence[Any], context: Context) -> list[torch.Tensor]:
         """A replica's rows as contiguous tensors, on their present device."""
 
+    def draw(
+        self, draws: Sequence[Draw], variables: Sequence[torch.Tensor], context: Context
+    ) -> tuple[list[torch.Tensor], Moved]:
+        """Make draws that were recorded by `Draws`, for a step of the replica of `context`.
+
+        Returns:
+            The contiguous outcomes, and the new values of variables that the draws advance; `variables` are unchanged.
+        """
+
+    def tracing(self) -> AbstractContextManager[None]:
+        """Held while this thread traces `compute`. An error that leaves it says where in the model it arose."""
+
+    def watch(self, watch: Watch) -> None:
+        """Add everything that a trace of the step reads besides its arguments. A change of it invalidates the trace."""
+
+
+class PureStep(PureFunction, Protocol[OutcomeT]):
+    """A model's training step without side effects."""
+
+    @property
+    def trained(self) -> Sequence[int]:
+        """The numbers of the variables that have gradients, in the order of the gradients."""
+
     def compute(
         self, variables: Sequence[torch.Tensor], rows: Sequence[torch.Tensor], context: Context, draws: Draws
     ) -> OutcomeT:
@@ -144,18 +163,3 @@ class PureStep(Protocol[OutcomeT]):
             NotCapturable: the outcome contains a value that may differ in each step and is not a tensor, or the step
                 itself has computed a variable that a draw advances.
         """
-
-    def draw(
-        self, draws: Sequence[Draw], variables: Sequence[torch.Tensor], context: Context
-    ) -> tuple[list[torch.Tensor], Moved]:
-        """Make draws that were recorded by `Draws`, for a step of the replica of `context`.
-
-        Returns:
-            The contiguous outcomes, and the new values of variables that the draws advance; `variables` are unchanged.
-        """
-
-    def tracing(self) -> AbstractContextManager[None]:
-        """Held while this thread traces `compute`. An error that leaves it says where in the model it arose."""
-
-    def watch(self, watch: Watch) -> None:
-        """Add everything that a trace of the step reads besides its arguments. A change of it invalidates the trace."""

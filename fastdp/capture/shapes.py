@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic
+from typing import Any, Generic, TypeVar
 
+import numpy as np
+
+from fastdp.capture.captured_form import CapturedForm
 from fastdp.capture.compile.compiler import Job
 from fastdp.capture.cuda_graphs.recording import Recording
-from fastdp.capture.pure_step import OutcomeT, PureStep
+from fastdp.capture.pure_step import PureFunction
 from fastdp.capture.speed_trial import SpeedTrial
-from fastdp.capture.trace import Captured
 from fastdp.comm.context import Context
+
+CapturedT = TypeVar("CapturedT", bound=CapturedForm)
 
 
 @dataclass(slots=True, eq=False)
-class Shape(Generic[OutcomeT]):
+class Shape(Generic[CapturedT]):
     """The record of the steps of one shape of a replica's rows."""
 
     rows: int
@@ -23,8 +27,8 @@ class Shape(Generic[OutcomeT]):
     steps: int = 0
     seconds: float = 0.0
     recent: list[float] = field(default_factory=list)
-    captured: Captured[OutcomeT] | None = None
-    job: Job | None = None
+    captured: CapturedT | None = None
+    jobs: list[Job] = field(default_factory=list)
     compiled: bool = False
     since: int = 0  # steps before the present form (traced or compiled) was in use
     no_graph: str = ""
@@ -51,8 +55,9 @@ def entry_of(shape: Shape[Any]) -> dict[str, Any]:
         entry["why"] = "; ".join(whys)
     if shape.captured is not None:
         entry |= {"operations": shape.captured.operations, "trace_seconds": shape.captured.seconds}
-    if shape.compiled and shape.job is not None:
-        entry |= {"compile_seconds": shape.job.seconds, "load_seconds": shape.job.load_seconds}
+    if shape.compiled and shape.jobs:
+        entry["compile_seconds"] = sum(job.seconds for job in shape.jobs)
+        entry["load_seconds"] = sum(job.load_seconds for job in shape.jobs)
     if recordings:
         entry |= {"replicas": len(recordings), "segments": recordings[0].segments}
         entry |= {
@@ -72,7 +77,13 @@ def recordings_of(replicas: Sequence[Shape[Any]]) -> list[Recording | None]:
     ]
 
 
-def key_of(context: Context, step: PureStep[Any]) -> Any:
+def key_of(context: Context, step: PureFunction) -> Any:
     """What a graph depends on: the number and share of rows, shapes, dtypes, and the model's own key."""
     rows = context.rows
     return rows.count, rows.total, context.wants_outputs, context.batch.shapes, step.key(context)
+
+
+def own_rows(context: Context) -> list[np.ndarray]:
+    """A replica's rows of the arrays of the global batch, as views."""
+    rows = context.rows
+    return [array[rows.start : rows.stop] for array in context.batch]

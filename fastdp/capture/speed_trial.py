@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
-from fastdp.capture.trace import Captured
+from fastdp.capture.captured_form import CapturedForm
 
 STEPS = 10  # of each kind
 
@@ -19,16 +16,14 @@ class SpeedTrial:
     Compiling has ended before the trial: step times measured while it runs beside the training say little.
 
     Args:
-        captured: a traced step.
-        compiled: the compiled form of the step, used from now on; None if there is none.
+        captured: a traced step or pass.
+        compiled: the compiled form (`CapturedForm.checked`), used from now on; None if there is none.
         eager: whether to try eager steps too.
 
     After the trial `chosen` is the form that stays, and `why` says why it is not the first one; else it is empty.
     """
 
-    def __init__(
-        self, captured: Captured[Any], compiled: Callable[..., Sequence[torch.Tensor]] | None, *, eager: bool = False
-    ) -> None:
+    def __init__(self, captured: CapturedForm, compiled: Any | None, *, eager: bool = False) -> None:
         self._captured, self._compiled = captured, compiled
         self._forms = [*(["compiled"] if compiled is not None else []), "traced", *(["eager"] if eager else [])]
         self._seconds: list[float] = []

@@ -29,7 +29,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic
 
-import numpy as np
 import torch
 
 from fastdp.capture.compile.compiler import BackgroundCompiler, CompileError, missing_compiler
@@ -37,8 +36,8 @@ from fastdp.capture.cuda_graphs.recorder import Recorder
 from fastdp.capture.cuda_graphs.step_graphs import RecordedStepGraph, StepGraphJoiner
 from fastdp.capture.faults import Attempt
 from fastdp.capture.guard import Guard
-from fastdp.capture.pure_step import OutcomeT, PureStep
-from fastdp.capture.shapes import Shape, entry_of, key_of, recordings_of
+from fastdp.capture.pure_step import PureFunction
+from fastdp.capture.shapes import CapturedT, Shape, entry_of, key_of, own_rows, recordings_of
 from fastdp.capture.speed_trial import SpeedTrial
 from fastdp.capture.trace import Captured, NoExchange
 from fastdp.comm.batch import Batch
@@ -62,11 +61,11 @@ MOST_CHANGES, STEPS_BETWEEN_CHANGES = 3, 50
 _POLL_SECONDS = 0.05
 
 
-class Captures(Generic[OutcomeT]):
-    """The captured steps of a model, by batch shape.
+class Captures(Generic[CapturedT]):
+    """What is captured of a model, by batch shape: its steps, or its passes.
 
     Args:
-        step: the step to capture.
+        step: what is captured.
         mode: "trace", "inductor" or "auto".
         parts: the number of replicas.
         recorder: records captured steps as CUDA graphs; None to record none.
@@ -75,6 +74,7 @@ class Captures(Generic[OutcomeT]):
         checks: how many steps of each captured form also run eagerly, for a comparison that the program makes.
         deterministic: the number of steps, not the clock, decides how a step runs. "auto" traces the second step of a
             shape and compiles none; with "inductor" that step waits for the compiler.
+        capture: traces what a replica runs, from `step`, its rows and its context.
 
     The host thread calls `prepare` before each training step and `note` after it. `report` lists the state of each
     shape.
@@ -82,19 +82,21 @@ class Captures(Generic[OutcomeT]):
 
     def __init__(
         self,
-        step: PureStep[OutcomeT],
+        step: PureFunction,
         mode: str,
         parts: int,
         recorder: Recorder | None = None,
         alone: Callable[[], AbstractContextManager[None]] = nullcontext,
         deterministic: bool = False,
         checks: int = 0,
+        capture: Callable[..., Any] = Captured,
     ) -> None:
+        self._capture: Callable[..., CapturedT] = capture
         self._deterministic, self._checks = deterministic, checks
         self._step, self._mode, self._parts, self._recorder = step, mode, parts, recorder
         self._alone = alone
-        self._shapes: dict[Any, Shape[OutcomeT]] = {}
-        self._present: list[Shape[OutcomeT]] = []
+        self._shapes: dict[Any, Shape[CapturedT]] = {}
+        self._present: list[Shape[CapturedT]] = []
         self._compiler = BackgroundCompiler()
         self._no_compiler = missing_compiler() if mode != "trace" else 'compile="trace"'
         joins = recorder is not None and recorder.parts
@@ -108,7 +110,7 @@ class Captures(Generic[OutcomeT]):
         elif mode == "inductor" and self._no_compiler:
             self._warn_traced()
 
-    def find(self, context: Context) -> Captured[OutcomeT] | None:
+    def find(self, context: Context) -> CapturedT | None:
         """The captured step for a replica's rows, or None. Called from any thread."""
         if self._eager_now or not self._shapes:
             return None
@@ -125,7 +127,7 @@ class Captures(Generic[OutcomeT]):
             eager: run this step eagerly.
         """
         self._present = []
-        replicas: list[Shape[OutcomeT]] = []
+        replicas: list[Shape[CapturedT]] = []
         # Anomaly detection is a feature of autograd, which captured steps do not use.
         self._eager_now = eager or torch.is_anomaly_enabled()
         if not self._refused:
@@ -152,7 +154,7 @@ class Captures(Generic[OutcomeT]):
                 self._present.append(shape)
                 if shape.captured is None and not self._refused and self._may_trace(shape):
                     self._trace(shape, context)
-                if shape.captured is not None and shape.job is None and self._may_compile(shape):
+                if shape.captured is not None and not shape.jobs and self._may_compile(shape):
                     self._submit(shape, shape.captured, rows)
                     if self._deterministic:
                         self.wait()
@@ -218,8 +220,8 @@ class Captures(Generic[OutcomeT]):
         self._compiler.close()
         self._no_compiler = self._no_compiler or why
         for shape in self._shapes.values():
-            if shape.job is not None and not shape.compiled:
-                shape.job, shape.why = None, self._no_compiler
+            if shape.jobs and not shape.compiled:
+                shape.jobs, shape.why = [], self._no_compiler
 
     def forget_graphs(self) -> None:
         """Drop recorded graphs and free their memory. Called between steps."""
@@ -267,7 +269,7 @@ class Captures(Generic[OutcomeT]):
         self._shapes.clear()
         self._warn_eager()
 
-    def _may_trace(self, shape: Shape[OutcomeT]) -> bool:
+    def _may_trace(self, shape: Shape[CapturedT]) -> bool:
         """Whether it is time to trace."""
         if shape.steps == 0:
             return False
@@ -281,7 +283,7 @@ class Captures(Generic[OutcomeT]):
         expected = TRACE_SECONDS + TRACE_STEPS * statistics.median(shape.recent)
         return shape.steps > 1 and shape.seconds > expected
 
-    def _may_compile(self, shape: Shape[OutcomeT]) -> bool:
+    def _may_compile(self, shape: Shape[CapturedT]) -> bool:
         """Whether it is time to compile."""
         assert shape.captured is not None
         if self._no_compiler:
@@ -296,12 +298,12 @@ class Captures(Generic[OutcomeT]):
         expected = COMPILE_SECONDS + COMPILE_SECONDS_PER_OPERATION * shape.captured.operations
         return shape.seconds > COMPILE_PATIENCE * expected
 
-    def _trace(self, shape: Shape[OutcomeT], context: Context) -> None:
+    def _trace(self, shape: Shape[CapturedT], context: Context) -> None:
         """Trace one shape. If that fails, warn and trace no shape from then on."""
         with Attempt() as attempt:
             self._guard.renew()
             with self._alone(), self._guard.tracing():
-                shape.captured = Captured(self._step, _own_rows(context), context)
+                shape.captured = self._capture(self._step, own_rows(context), context)
                 shape.captured.checks = self._checks
         if attempt.error is None:
             # A shape that has trained for several steps is recorded at once (see `_collect`).
@@ -313,37 +315,38 @@ class Captures(Generic[OutcomeT]):
         expected = isinstance(attempt.error, NotCapturable)
         self._refuse(str(attempt.error) if expected else f"an error while it was traced: {attempt.why}")
 
-    def _submit(self, shape: Shape[OutcomeT], captured: Captured[OutcomeT], rows: Rows) -> None:
+    def _submit(self, shape: Shape[CapturedT], captured: CapturedT, rows: Rows) -> None:
         """Submit a captured step to the compiler. If that fails, warn and compile nothing from then on."""
         with Attempt() as attempt:
-            shape.job = self._compiler.submit(captured.to_compile(), self._threads(rows))
+            graphs = captured.to_compile()
+            shape.jobs = [self._compiler.submit(graph, self._threads(rows)) for graph in graphs]
             shape.why = "being compiled"
         if attempt.error is not None:
             self._give_up_compiling(attempt.why)
 
-    def _record(self, shape: Shape[OutcomeT], context: Context) -> None:
+    def _record(self, shape: Shape[CapturedT], context: Context) -> None:
         """Record a shape on a replica, once it has run there in its present form."""
-        compiling = shape.job is not None and not shape.compiled
+        compiling = bool(shape.jobs) and not shape.compiled
         captured, ran = shape.captured, shape.steps > shape.since
         if self._recorder is not None and captured is not None and ran and not compiling and not captured.checks:
             replica = self._step.replicas[context.rank]
             context.device = replica.device
-            shape.no_graph = self._recorder.consider(captured, replica, _own_rows(context), context)
+            shape.no_graph = self._recorder.consider(captured, replica, own_rows(context), context)
 
     def _collect(self) -> None:
         """Switch to compiled steps that are ready."""
         for shape in self._shapes.values():
-            captured, job = shape.captured, shape.job
-            if captured is None or job is None or (captured.disagreed and not shape.compiled):
+            captured, jobs = shape.captured, shape.jobs
+            if captured is None or not jobs or (captured.disagreed and not shape.compiled):
                 continue
             if shape.compiled:
                 if captured.failed:
                     self._go_back(shape, captured)
                 continue
             with Attempt() as attempt:
-                if not self._compiler.done(job):
+                if not all(map(self._compiler.done, jobs)):
                     continue
-                compiled = captured.checked(self._compiler.result(job))
+                compiled = captured.checked([self._compiler.result(job) for job in jobs])
                 if self._mode == "auto" and self._recorder is None:
                     shape.trial = SpeedTrial(captured, compiled, eager=self._checks > 0)
                 else:
@@ -355,11 +358,11 @@ class Captures(Generic[OutcomeT]):
             if attempt.error is not None:
                 self._give_up_compiling(str(attempt.error) if type(attempt.error) is CompileError else attempt.why)
 
-    def _go_back(self, shape: Shape[OutcomeT], captured: Captured[OutcomeT]) -> None:
+    def _go_back(self, shape: Shape[CapturedT], captured: CapturedT) -> None:
         """Return permanently to the traced form of a step whose compiled form has failed."""
         why = captured.failed
         captured.use_traced()
-        shape.job, shape.trial, shape.compiled, shape.why = None, None, False, why
+        shape.jobs, shape.trial, shape.compiled, shape.why = [], None, False, why
         self._give_up_compiling(why)
 
     def _give_up_compiling(self, why: str) -> None:
@@ -389,9 +392,3 @@ class Captures(Generic[OutcomeT]):
         if self._is_quiet:
             return
         warn_user(f"fastdp runs {self._step.name!r} traced and not compiled: {self._no_compiler}")
-
-
-def _own_rows(context: Context) -> list[np.ndarray]:
-    """A replica's rows of the arrays of the global batch, as views."""
-    rows = context.rows
-    return [array[rows.start : rows.stop] for array in context.batch]

@@ -22,6 +22,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fastdp.capture.captured_form import CapturedForm, Run
 from fastdp.capture.cuda_graphs.recording import Graphs, Recording
 from fastdp.capture.faults import Compiled
 from fastdp.capture.graph.indices import guarded
@@ -36,7 +37,7 @@ from fastdp.tensors.arrays import settle
 from fastdp.tensors.indices import CheckedOneHot
 
 
-class Captured(Generic[OutcomeT]):
+class Captured(CapturedForm, Generic[OutcomeT]):
     """A captured step, for replicas with a given number of rows.
 
     Args:
@@ -44,15 +45,14 @@ class Captured(Generic[OutcomeT]):
         batch: a replica's rows.
         context: the replica's place.
 
-    `checks` counts the coming steps that must also run eagerly, for a comparison; `disagreed` names what was different
-    in one of them. `runs_eagerly` says that the step is not replayed for now. `graph` is the input of a compiler. `run`
-    is the function that a replay calls; `use` replaces it by an equivalent.
+    `graph` is the input of a compiler. `run` is the function that a replay calls; `use` replaces it by an equivalent.
 
     Raises:
         NotCapturable: the step does something that cannot be recorded or replayed; the message says what, and where.
     """
 
     def __init__(self, step: PureStep[OutcomeT], batch: Sequence[Any], context: Context) -> None:
+        super().__init__()
         began = time.perf_counter()
         self._step = step
         variables = step.variables
@@ -79,8 +79,6 @@ class Captured(Generic[OutcomeT]):
         self.run: Any = in_place(self.graph)
         self._traced: tuple[Any, Any] | None = None  # the traced form, if `use` has replaced it
         self.operations = sum(node.op == "call_function" for node in self.run.graph.nodes)
-        self.recordings: dict[int, Recording] = {}
-        self.checks, self.disagreed, self.runs_eagerly = 0, "", False
         self._buckets = [bucket.arrays for bucket in step.replicas[0].gradient_buffers.buckets()]
         self._steps = self._on_every_device(sum(counts))
         self.seconds = time.perf_counter() - began
@@ -136,27 +134,24 @@ class Captured(Generic[OutcomeT]):
         """The number of draws of a step."""
         return len(self._draws)
 
-    def to_compile(self) -> GraphModule:
-        """The graph to compile.
+    def to_compile(self) -> list[GraphModule]:
+        """The graph to compile: as `CapturedForm.to_compile`."""
+        return [for_compiler(guarded(self.graph) if self._home.type == "cpu" else self.graph)]
 
-        Raises:
-            NotImplementedError: the graph has indices whose range fastdp does not know.
-        """
-        return for_compiler(guarded(self.graph) if self._home.type == "cpu" else self.graph)
-
-    def checked(self, run: Callable[..., Sequence[torch.Tensor]]) -> Callable[..., Sequence[torch.Tensor]]:
-        """Wrap the compiled graph of `to_compile` for `use`, so that invalid indices and its failures are not fatal."""
+    def checked(self, runs: Sequence[Run]) -> Run:
+        """As `CapturedForm.checked`."""
+        (run,) = runs
         (output,) = self.graph.graph.find_nodes(op="output")
         return Compiled(run, self.run, len(output.args[0])) if self._home.type == "cpu" else run
 
     @property
     def failed(self) -> str:
-        """Why the compiled step is no longer used; empty if it has not failed."""
+        """As `CapturedForm.failed`."""
         if self.disagreed:
             return f"the compiled step disagrees with the eager one in {self.disagreed}"
         return self.run.failed if isinstance(self.run, Compiled) else ""
 
-    def use(self, run: Callable[..., Sequence[torch.Tensor]]) -> None:
+    def use(self, run: Run) -> None:
         """Replay through an equivalent function, on the device that the step was traced on."""
         step = self._steps[str(self._home)]
         self._traced = self._traced or (step, self.run)

@@ -7,10 +7,10 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fastdp.capture.captured_form import CapturedForm
 from fastdp.capture.cuda_graphs.recording import Graphs, Recording, TorchGraphs
 from fastdp.capture.faults import Attempt
 from fastdp.capture.pure_step import ReplicaTensors
-from fastdp.capture.trace import Captured
 from fastdp.comm.context import Context
 from fastdp.options import Options
 from fastdp.runtime.queue import QueueDevice
@@ -59,7 +59,7 @@ class Recorder:
         self._recorded: defaultdict[int, weakref.WeakSet[Recording]] = defaultdict(weakref.WeakSet)
         self._refused = ""
 
-    def consider(self, captured: Captured[Any], replica: ReplicaTensors, batch: Sequence[Any], context: Context) -> str:
+    def consider(self, captured: CapturedForm, replica: ReplicaTensors, batch: Sequence[Any], context: Context) -> str:
         """Record a captured step on the replica of `context`, unless it is recorded already or must not be.
 
         Called on the host thread, between steps. If recording fails, warns once and records nothing from then on.
@@ -87,7 +87,7 @@ class Recorder:
             self._recorded[rank].add(captured.recordings[rank])
         return self._refused
 
-    def _record(self, captured: Captured[Any], replica: ReplicaTensors, batch: Sequence[Any], context: Context) -> str:
+    def _record(self, captured: CapturedForm, replica: ReplicaTensors, batch: Sequence[Any], context: Context) -> str:
         """Record on the replica's worker and wait. Returns the error in words, or an empty string."""
         attempt = Attempt()
         device, rank = replica.device, context.rank

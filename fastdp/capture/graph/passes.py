@@ -95,8 +95,8 @@ def _places(graph: Graph, values: list[Node]) -> dict[Node, Node]:
     order = {node: i for i, node in enumerate(graph.nodes)}
     nodes = list(order)
     computing = next(i for i, node in enumerate(nodes) if node.op not in ("placeholder", "get_attr"))
-    written = {_base(node.args[0]): order[node] for node in _calls(graph) if _mutates(node)}  # the last time
-    return {value: nodes[max(order[value] + 1, written.get(_base(value), -1) + 1, computing)] for value in values}
+    written = {base_of(node.args[0]): order[node] for node in _calls(graph) if _mutates(node)}  # the last time
+    return {value: nodes[max(order[value] + 1, written.get(base_of(value), -1) + 1, computing)] for value in values}
 
 
 def in_place(module: GraphModule) -> GraphModule:
@@ -144,7 +144,7 @@ def refuse_writes(graph: Graph) -> None:
         NotCapturable: it does.
     """
     for node in _calls(graph):
-        if _mutates(node) and getattr(_base(node.args[0]), "op", "") in ("placeholder", "get_attr"):
+        if _mutates(node) and getattr(base_of(node.args[0]), "op", "") in ("placeholder", "get_attr"):
             raise NotCapturable(f"{node.target}, which writes to what the step is given")
         if node.target in _NORMALIZES and node.args[3] is not None and node.args[5]:
             raise NotCapturable("batch statistics that do not come from torch.nn.functional.batch_norm")
@@ -170,7 +170,7 @@ def _without_detaches(graph: Graph) -> None:
 def _with_constants(module: GraphModule) -> None:
     """Fold constants: compute once what depends on no input."""
     graph = module.graph
-    mutated = {_base(node.args[0]) for node in _calls(graph) if _mutates(node)}
+    mutated = {base_of(node.args[0]) for node in _calls(graph) if _mutates(node)}
     known: dict[Node, torch.Tensor] = {}
     for node in list(graph.nodes):
         if node.op == "get_attr":
@@ -189,7 +189,7 @@ def _with_constants(module: GraphModule) -> None:
             value = node.target(*args, **kwargs)
         else:
             continue
-        if isinstance(value, torch.Tensor) and _base(node) not in mutated:
+        if isinstance(value, torch.Tensor) and base_of(node) not in mutated:
             known[node] = value
     for number, (node, value) in enumerate(known.items()):
         if node.op == "get_attr" or all(user in known for user in node.users):
@@ -205,13 +205,13 @@ def _with_constants(module: GraphModule) -> None:
 def _without_layout_changes(graph: Graph) -> None:
     """Keep channels-last values: remove clones that only change the memory layout of what convolutions and pools
     read, and recompute the strides of what follows."""
-    mutated = {_base(node.args[0]) for node in _calls(graph) if _mutates(node)}
+    mutated = {base_of(node.args[0]) for node in _calls(graph) if _mutates(node)}
     stale: set[Node] = set()
     for node in list(_calls(graph)):
         if node in stale:
             stale.discard(node)
             _restride(node, stale)
-        if node.target is not aten.clone.default or {_base(node), _base(node.args[0])} & mutated:
+        if node.target is not aten.clone.default or {base_of(node), base_of(node.args[0])} & mutated:
             continue
         source: Any = node.args[0]
         before, after = source.meta["val"], node.meta["val"]
@@ -265,7 +265,7 @@ def _mutates(node: Node) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
-def _base(node: Any) -> Any:
+def base_of(node: Any) -> Any:
     """The value that owns a node's memory, looking through views and in-place operations."""
     while isinstance(node, Node) and node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
         aliases = node.target._schema.returns and node.target._schema.returns[0].alias_info is not None

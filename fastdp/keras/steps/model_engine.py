@@ -10,6 +10,7 @@ import torch
 
 from fastdp.capture.cuda_graphs.recorder import Recorder, chosen_graphs
 from fastdp.capture.steps import Captures
+from fastdp.capture.trace import Captured
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.step_scope import alone
 from fastdp.keras.steps.custom import has_own
@@ -169,7 +170,7 @@ class ModelEngine:
         self._capture_mode = mode
 
     @property
-    def captures(self) -> Captures[StepSums] | None:
+    def captures(self) -> Captures[Captured[StepSums]] | None:
         """The captured steps of the current engine."""
         return self._engine.program.captures if self._engine is not None else None
 

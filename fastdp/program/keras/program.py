@@ -18,6 +18,7 @@ import torch
 from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
 from fastdp.capture.cuda_graphs.step_graphs import RecordedStepGraph
 from fastdp.capture.steps import Captures
+from fastdp.capture.trace import Captured
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.program.base import Program, Result, Totals
@@ -95,7 +96,7 @@ class KerasProgram(Program):
         self.slots: Sequence[ArraySpec] = [spec_of(v.path, v.value) for v in self._update.slots]
         self._left = LeftGradients(self.trainable)
         self._adopted: list[AdoptedVariables] = []
-        self._captures: Captures[StepSums] | None = None
+        self._captures: Captures[Captured[StepSums]] | None = None
         self.states: weakref.WeakValueDictionary[int, ReplicaState] = weakref.WeakValueDictionary()
         self._autocast = Autocast.current()  # the state of the thread that calls steps
 
@@ -168,11 +169,11 @@ class KerasProgram(Program):
     # Train and predict.
 
     @property
-    def captures(self) -> Captures[StepSums] | None:
+    def captures(self) -> Captures[Captured[StepSums]] | None:
         """The captured steps; None where all steps run eagerly."""
         return self._captures
 
-    def capture_by(self, captures: Captures[StepSums]) -> None:
+    def capture_by(self, captures: Captures[Captured[StepSums]]) -> None:
         """Use the captured steps of `captures`, which must be of this program, where they exist."""
         self._captures = captures
 

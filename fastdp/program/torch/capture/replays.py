@@ -52,7 +52,7 @@ class Replays:
 
     def __init__(
         self,
-        captures: Captures[TorchOutcome],
+        captures: Captures[Captured[TorchOutcome]],
         replicas: dict[int, CapturedReplica],
         slots: Sequence[Slot],
         trained: Sequence[int],

@@ -1,0 +1,67 @@
+"""The base class of what is captured, a step or a pass: how it is compared, compiled, tried, and recorded."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from fastdp.capture.cuda_graphs.recording import Graphs, Recording
+from fastdp.capture.pure_step import ReplicaTensors
+from fastdp.comm.context import Context
+
+Run = Callable[..., Sequence[torch.Tensor]]
+
+
+class CapturedForm(ABC):
+    """What was traced for replicas with a given number of rows, and is used traced or compiled.
+
+    Attributes:
+        checks: how many of the coming steps must also run eagerly, for a comparison.
+        disagreed: what was different in one of them; empty if nothing was.
+        runs_eagerly: it is not used for now.
+        operations: their number.
+        seconds: how long tracing took.
+        recordings: CUDA graphs by rank.
+    """
+
+    def __init__(self) -> None:
+        self.checks, self.disagreed, self.runs_eagerly = 0, "", False
+        self.operations, self.seconds = 0, 0.0
+        self.recordings: dict[int, Recording] = {}
+
+    @abstractmethod
+    def to_compile(self) -> list[GraphModule]:
+        """The graphs to compile.
+
+        Raises:
+            NotImplementedError: a graph has indices whose range fastdp does not know.
+        """
+
+    @abstractmethod
+    def checked(self, runs: Sequence[Run]) -> Any:
+        """What `use` takes: the compiled graphs of `to_compile`, whose invalid indices and failures are not fatal."""
+
+    @property
+    @abstractmethod
+    def failed(self) -> str:
+        """Why the compiled form is no longer used; empty if it has not failed."""
+
+    @abstractmethod
+    def use(self, compiled: Any) -> None:
+        """Use a compiled form."""
+
+    @abstractmethod
+    def use_traced(self) -> None:
+        """Return to the traced form."""
+
+    def record(self, graphs: Graphs, replica: ReplicaTensors, batch: Sequence[Any], context: Context) -> None:
+        """Record it for the replica of `context`, on its worker. Later steps use the recording.
+
+        Raises:
+            RuntimeError: it does something that cannot be recorded.
+        """
+        raise RuntimeError("what is captured here is not recorded")
