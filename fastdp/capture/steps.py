@@ -250,7 +250,7 @@ class Captures(Generic[CapturedT]):
         self._changes = 1 if sum(shape.steps for shape in captured) > STEPS_BETWEEN_CHANGES else self._changes + 1
         self.close("")
         self._shapes.clear()
-        self._refused = self._own_code()
+        self._refused = self._step.why_never() or self._own_code()
         if self._changes > MOST_CHANGES:
             self._refused = f"{changed}, which changes while the model trains"
             self._warn_eager()

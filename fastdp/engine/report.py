@@ -74,6 +74,7 @@ class Report(Sequence[dict[str, Any]]):
         early_buckets: how many of them began to be reduced while a device still computed, in most of the timed steps.
         calls: for a model with its own training step, per `layer`: how many of its calls were `split`, how many ran on
             `one_device`, and `why`.
+        passes: for calls of a torch module without gradients, entries like those of `steps`, each with its `mode`.
     """
 
     steps: list[dict[str, Any]]
@@ -90,6 +91,7 @@ class Report(Sequence[dict[str, Any]]):
     buckets: int = 0
     early_buckets: int = 0
     calls: list[dict[str, Any]] = field(default_factory=list)
+    passes: list[dict[str, Any]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -124,7 +126,9 @@ class Report(Sequence[dict[str, Any]]):
         )
 
     def __str__(self) -> str:
-        parts = [self._header(), _table("How training steps run", *self._how())]
+        parts = [self._header(), _table("How training steps run", *_how(self.steps))]
+        if self.passes:
+            parts.append(_table("How calls without gradients run", *_how(self.passes)))
         if self.calls:
             rows = [[str(entry[key]) for key in _CALLS] for entry in self.calls]
             parts.append(_table("Calls of layers in steps of the model's own", list(_CALLS.values()), rows))
@@ -174,15 +178,10 @@ class Report(Sequence[dict[str, Any]]):
         shared = any(len(card.devices) > 1 for card in self.cards)
         return table + "\n  Devices on one GPU share its figure." * shared
 
-    def _how(self) -> tuple[list[str], list[list[str]]]:
-        """The entries of `steps` as a table."""
-        known = [key for key in _COLUMNS if any(key in entry for entry in self.steps)]
-        rows = [[_cell(entry.get(key, "")) for key in known] for entry in self.steps]
-        return [_COLUMNS[key] for key in known], rows
-
 
 # The columns of the table and their titles; `why` is last, since it is long.
 _COLUMNS = {
+    "mode": "mode",
     "how": "how",
     "rows": "rows",
     "of": "of batch",
@@ -199,6 +198,12 @@ _COLUMNS = {
 _CALLS = {"layer": "layer", "split": "on all devices", "one_device": "on one device", "why": "why"}
 
 
+def _how(entries: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Entries of `steps` or `passes` as a table."""
+    known = [key for key in _COLUMNS if any(key in entry for entry in entries)]
+    return [_COLUMNS[key] for key in known], [[_cell(entry.get(key, "")) for key in known] for entry in entries]
+
+
 def make_report(
     engine: DataParallel[Program] | None,
     steps: list[dict[str, Any]],
@@ -206,16 +211,17 @@ def make_report(
     library_nbytes: Callable[[QueueDevice], int] = lambda device: 0,
     further_devices: Sequence[QueueDevice] = (),
     calls: Sequence[dict[str, Any]] = (),
+    passes: Sequence[dict[str, Any]] = (),
 ) -> Report:
     """Make the report of an engine with these entries about its steps. Without an engine it has only the entries.
 
     Args:
-        calls: the `calls` entries of the report.
+        calls, passes: these entries of the report.
         library_nbytes: gives the peak memory of the model's library on a device's card, without the engine's memory.
         further_devices: the devices of replicas that span several, other than the engine's.
     """
     if engine is None:
-        return Report(steps)
+        return Report(steps, passes=list(passes))
     times = engine.times
     cards = _cards([*engine.devices, *further_devices], library_nbytes)
     peaks = {card.name: card.peak_nbytes for card in cards}
@@ -246,6 +252,7 @@ def make_report(
         buckets=len(engine.group.buckets),
         early_buckets=times.early,
         calls=list(calls),
+        passes=list(passes),
     )
 
 

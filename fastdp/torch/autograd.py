@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -15,12 +16,14 @@ from torch.utils import _pytree as pytree
 from fastdp.comm.batch import Batch
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.options import Options
+from fastdp.program.torch.capture.call_kinds import CallKinds
 from fastdp.program.torch.loop import LoopProgram
 from fastdp.program.torch.loop_passes import BackwardPass, ForwardPass
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import to_tensor
 from fastdp.tensors.compiled import not_compiled
 from fastdp.tensors.thread_state import check_around
+from fastdp.torch.captured import capture_forwards, is_observed
 from fastdp.warn import warn_user
 
 
@@ -57,12 +60,18 @@ class Calls:
         self.program = program_class(module, sync_batch_norm=options.sync_batch_norm)
         # The user's optimizer updates the first replica's variables, from where all others get them.
         self.engine = DataParallel(self.program, devices, options=replace(options, update="first"))
+        self.captures = capture_forwards(self.program, options, devices)
+        self._kinds = CallKinds(module)
         self._scope = scope
         self._told = False
 
-    def run(self, batch: Batch, values: tuple[Any, ...]) -> Any:
-        """The merged outputs of a batch that was made of `values`; part of autograd's graph where plain torch's are."""
+    def run(self, batch: Batch, values: tuple[Any, ...], *, inference: bool = False) -> Any:
+        """The merged outputs of a batch that was made of `values`; part of autograd's graph where plain torch's are.
+
+        `inference`: the call is in torch's inference mode, which is off here.
+        """
         users = self.program.users
+        batch.structure.inference = inference
         keeps = torch.is_grad_enabled()
         with self._scope():
             batch = self.program.judge(batch, len(self.engine.devices), wants=keeps)
@@ -73,11 +82,25 @@ class Calls:
             opened = _OpenPass(self, work, values, numbers)
             tensors = _Node.apply(opened, *work.given, *(users[i] for i in numbers))
         else:
-            tensors = self.forward(work)
+            tensors = self._without_gradients(work)
         assert work.nest is not None
         count = len(work.nest.dtypes)
         self.program.settle(work, tensors[count:])
         return work.nest.pack(tensors[:count])
+
+    def _without_gradients(self, work: ForwardPass) -> list[torch.Tensor]:
+        """As `forward`, captured where it may be."""
+        began = time.perf_counter()
+        if self.captures is not None:
+            kind = self._kinds.of(work.batch.structure)
+            work.captures = self.captures.of(kind, kind.label)
+        if work.captures is None:
+            return self.forward(work)
+        with self._scope():
+            work.captures.prepare(work.batch, True, eager=is_observed())
+        tensors = self.forward(work)
+        work.captures.note(time.perf_counter() - began)
+        return tensors
 
     def forward(self, work: ForwardPass) -> list[torch.Tensor]:
         """Run forward on the replicas; the merged outputs."""

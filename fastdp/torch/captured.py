@@ -1,4 +1,4 @@
-"""The captured steps of a `TrainStep`: how options choose them, and what the report tells."""
+"""The captured steps of a `TrainStep`, and captured calls: how options choose them, and what the report tells."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from typing import Any
 import torch
 
 from fastdp.capture.cuda_graphs.recorder import Recorder, chosen_graphs
+from fastdp.capture.kinds import CapturesByKind
 from fastdp.capture.steps import Captures
 from fastdp.engine.step_scope import alone
 from fastdp.options import Options
+from fastdp.program.torch.capture.call_kinds import CallKind
+from fastdp.program.torch.capture.pure_forward import ForwardOutcome
 from fastdp.program.torch.capture.replays import CHECKS
+from fastdp.program.torch.loop import LoopProgram
 from fastdp.program.torch.program import TorchProgram
 from fastdp.runtime.queue import QueueDevice
 
@@ -28,10 +32,26 @@ def capture(program: TorchProgram, options: Options, devices: Sequence[QueueDevi
     )
 
 
+def capture_forwards(
+    program: LoopProgram, options: Options, devices: Sequence[QueueDevice]
+) -> CapturesByKind[ForwardOutcome] | None:
+    """The captured forward passes without gradients of a program's calls; None if the options say so."""
+    if options.compile is None:
+        return None
+    mode, parts = options.compile, len(devices)
+    recorder = Recorder(type(program.module).__name__, alone) if chosen_graphs(options, devices) else None
+
+    def make(kind: CallKind) -> Captures[ForwardOutcome]:
+        step = program.pure_forward(parts, records=kind.records)
+        return Captures(step, mode, parts, recorder, alone, options.deterministic, checks=CHECKS)
+
+    return CapturesByKind(make)
+
+
 def report_of(program: TorchProgram | None) -> list[dict[str, Any]]:
     """The entries about training steps in a report."""
     if program is None or program.optimizers is None:
-        return [{"how": "eager", "why": "no train_step yet, and other calls of a torch.nn.Module are not captured"}]
+        return [{"how": "eager", "why": "no train_step yet"}]
     if program.captures is None:
         return [{"how": "eager", "why": "compile=None"}]
     return program.captures.report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -16,6 +17,7 @@ from torch.nn.utils import stateless
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from fastdp.capture.kinds import CapturesByKind
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.report import Report, make_report
 from fastdp.options import Options
@@ -121,16 +123,22 @@ class TorchParallel(ModuleMembers[nn.Module]):
             )
         if torch.is_inference_mode_enabled():  # whose tensors, as memory of the replicas, could never be trained
             with torch.inference_mode(False), torch.no_grad():
-                return self(*args, **kwargs)
-        check_around(self.module, "A call of a parallel module")
-        batch = TorchProgram.batch(args, kwargs, declared=self._declared)
-        if batch.rows == 1:
-            return self._alone(values)
-        if self._calls is None:
-            self._calls = Calls(self.module, self.devices, self._options, self._scope, self._program_class)
-        return self._calls.run(batch, values)
+                return self._together(values, inference=True)
+        return self._together(values)
 
     forward = __call__
+
+    def _together(self, values: tuple[tuple[Any, ...], dict[str, Any], Any], *, inference: bool = False) -> Any:
+        """The outputs of all devices. `inference`: the call is in torch's inference mode."""
+        check_around(self.module, "A call of a parallel module")
+        args, kwargs, _ = values
+        batch = TorchProgram.batch(args, kwargs, declared=self._declared)
+        if batch.rows == 1:
+            with torch.inference_mode() if inference else nullcontext():
+                return self._alone(values)
+        if self._calls is None:
+            self._calls = Calls(self.module, self.devices, self._options, self._scope, self._program_class)
+        return self._calls.run(batch, values, inference=inference)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -222,26 +230,34 @@ class TorchParallel(ModuleMembers[nn.Module]):
     def report(self) -> Report:
         """Report how steps run, where their time goes and what uses the memory. Prints as tables.
 
-        Covers the latest `train_step`, or calls if there is none.
+        Covers the latest `train_step`, and calls without gradients.
         """
         program = self._engine.program if self._engine is not None else None
-        return make_report(self._engine, report_of(program), library_nbytes=peak_nbytes)
+        passes = [entry for captures in self._captured_calls() for entry in captures.report]
+        return make_report(self._engine, report_of(program), library_nbytes=peak_nbytes, passes=passes)
+
+    def _captured_calls(self) -> Iterator[CapturesByKind[Any]]:
+        """The captured passes of calls."""
+        if self._calls is not None and self._calls.captures is not None:
+            yield self._calls.captures
 
     @property
     def compiling(self) -> bool:
-        """Whether a training step is compiling in the background, or is about to be replaced by its compiled form."""
+        """Whether a step or a call is compiling in the background, or is about to be replaced by its compiled form."""
         captures = self._engine.program.captures if self._engine is not None else None
-        return captures is not None and captures.compiling
+        steps = captures is not None and captures.compiling
+        return steps or any(calls.compiling for calls in self._captured_calls())
 
     def wait_compiled(self, timeout: float | None = None) -> None:
-        """Wait until no training step is compiling, and let compiled steps take over. Meant for benchmarks.
+        """Wait until no step and no call is compiling, and let compiled ones take over. Meant for benchmarks.
 
         Raises:
             DeviceTimeoutError: compiling took longer than `timeout` seconds; it continues.
         """
         captures = self._engine.program.captures if self._engine is not None else None
-        if captures is not None:
-            captures.wait(timeout)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for one in (*((captures,) if captures is not None else ()), *self._captured_calls()):
+            one.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
     # Members of the module.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -44,7 +45,7 @@ class Structure:
     `layouts` are those of the arrays, by default rows first; `declared` is what the user has said about outputs, and
     `judged` what a trial has shown. `weights` are what rows count in means, if not alike. `values` are the user's own
     `(args, kwargs, targets)`. `misfit` says why they cannot be split by rows as they are, and `read` makes a batch of
-    them whose arrays have other layouts.
+    them whose arrays have other layouts. `inference`: the call is in torch's inference mode.
     """
 
     nest: Nest
@@ -57,9 +58,23 @@ class Structure:
     misfit: Exception | None = None
     read: Callable[[Sequence[Layout]], Batch] | None = None
     weights: dict[Any, RowWeights | None] = field(default_factory=dict)
+    inference: bool = False
     _forms: dict[str, OutputForm] = field(default_factory=dict)
     _seed: int | None = None
     _kind: Hashable = None
+
+    def read_as(self, layouts: Sequence[Layout]) -> Batch:
+        """The batch of the same values whose arrays have these layouts."""
+        assert self.read is not None
+        batch = self.read(layouts)
+        batch.structure.inference = self.inference
+        return batch
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Autocast and inference mode of the call, for forward. `inference_mode(False)` would enable gradients."""
+        with self.autocast.enter(), torch.inference_mode() if self.inference else nullcontext():
+            yield
 
     @property
     def kind(self) -> Hashable:

@@ -13,15 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
+from fastdp.buffers import FlatBuffers, Memory
 from fastdp.comm.context import Context
 from fastdp.program.base import Result
 from fastdp.program.torch.batch import Structure, with_extremes
+from fastdp.program.torch.capture.forward_replays import ForwardReplays, parts_of
+from fastdp.program.torch.capture.pure_forward import TorchPureForward
+from fastdp.program.torch.capture.replays import CapturedReplica
 from fastdp.program.torch.following.graphs import PassWrites
 from fastdp.program.torch.following.merged import WriteNotes, merge_writes, write_notes
 from fastdp.program.torch.gradients import Found
@@ -36,6 +41,7 @@ from fastdp.program.torch.replica import backward
 from fastdp.program.torch.rows.declared import parts_fit, rows_back, rows_first
 from fastdp.program.torch.rows.forms import OutputForm
 from fastdp.program.torch.rows.merging import merge, own_gradient, own_part
+from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import as_tensor, dtype_name, output_array, settle, spec_of
 from fastdp.tensors.collectives import StepPeers, peers_scope
 from fastdp.tensors.function_mode import plain
@@ -62,6 +68,28 @@ class LoopProgram(TorchProgram):
     def __init__(self, module: nn.Module, *, sync_batch_norm: bool = False) -> None:
         super().__init__(module, sync_batch_norm=sync_batch_norm)
         self.gradients = [spec_of(self._slots[i].name, self._slots[i].tensor) for i in self._differentiable]
+        self._memory: dict[int, CapturedReplica] = {}  # without gradients
+        self._forwards = ForwardReplays(self._memory, self._slots)
+
+    def bind(self, memory: Memory, device: QueueDevice, rank: int) -> State:
+        """As in `TorchProgram`."""
+        state = super().bind(memory, device, rank)
+        self._memory[rank] = CapturedReplica(device, state.variables, [], FlatBuffers([], device))
+        return state
+
+    def pure_forward(self, devices: int, *, records: bool) -> TorchPureForward:
+        """A forward pass without gradients for captured passes on this number of devices.
+
+        `records`: gradients are enabled around the call, though nothing has any.
+        """
+        return TorchPureForward(
+            self.module,
+            self._slots,
+            self._memory,
+            sync_batch_norm=self.sync_batch_norm,
+            devices=devices,
+            records=records,
+        )
 
     # On the replicas' threads.
 
@@ -71,15 +99,22 @@ class LoopProgram(TorchProgram):
 
     def forward(self, work: ForwardPass, state: State, batch: list[np.ndarray], context: Context) -> Result:
         """Run a replica's rows. The result's outputs are those with rows first; the others are in its notes."""
+        return self._forwards.run(work, state, batch, context, partial(self._eagerly, work, state))
+
+    def _eagerly(
+        self, work: ForwardPass, state: State, batch: list[np.ndarray], context: Context
+    ) -> tuple[Result, Sequence[torch.Tensor]]:
+        """As `forward`, by the module's own code. The tensors of the outputs come with the result."""
         structure: Structure = context.structure
         rows, shared, (args, kwargs, _) = _leaves(work, batch, context)
         running = self._passes.running(context)
+        running.draws_by = state.draws_by
         state.gradients.follow(self._users)
-        with torch.set_grad_enabled(work.keeps), state.replica.passes(), ExitStack() as together:
+        with torch.set_grad_enabled(work.records), state.replica.passes(), ExitStack() as together:
             if context.size > 1:
                 together.enter_context(peers_scope(StepPeers(context)))
                 together.enter_context(together_with(running))
-            with structure.autocast.enter():
+            with structure.entered():
                 outputs = with_extremes(state.replica.module(*args, **kwargs), context)
             with plain():
                 nest, tensors = Nest.flatten(outputs, "The module's outputs")
@@ -94,13 +129,8 @@ class LoopProgram(TorchProgram):
                 state.replica.restore_buffers()
         if work.keeps:
             work.kept[context.rank] = KeptGraph(running, tensors, rows, shared)
-        arrays = []
-        for tensor, layout in zip(tensors, layouts, strict=True):
-            if layout == ROWS_FIRST:
-                arrays.append(output_array(tensor, context.device))
-            else:
-                notes.others.append(tensor.detach().cpu())
-        return Result(arrays, np.concatenate([np.zeros(0), *sums]), notes)
+        arrays, notes.others = parts_of(tensors, layouts, context)
+        return Result(arrays, np.concatenate([np.zeros(0), *sums]), notes), tensors
 
     def backward(self, work: BackwardPass, state: State, batch: list[np.ndarray], context: Context) -> Result:
         """Run backward. The result's outputs are the gradients by inputs with rows."""
@@ -246,8 +276,7 @@ def _leaves(
     arrays = zip(batch, nest.dtypes, work.arrays, layouts, strict=True)
     for number, (array, name, given, layout) in enumerate(arrays):
         if given is not None and on_host and number in work.written:
-            # With a version of its own: it must not count what other replicas do to their rows.
-            tensors.append(own_part(given.data, layout, context.rows))
+            tensors.append(work.own_argument(number, batch, context))
         elif given is not None and on_host:  # the user's own: torch notices if it is changed before backward
             tensors.append(own_part(given.detach(), layout, context.rows))
         else:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from fastdp.capture.steps import Captures
 from fastdp.comm.batch import Batch
+from fastdp.comm.context import Context
 from fastdp.program.torch.following.graphs import Leaf, PassWrites
 from fastdp.program.torch.following.merged import WriteNotes
 from fastdp.program.torch.gradients import Found
@@ -16,7 +19,10 @@ from fastdp.program.torch.half import HalfGradients
 from fastdp.program.torch.module_buffers import BufferNotes
 from fastdp.program.torch.nest import Nest
 from fastdp.program.torch.replica import ReplicaContext
+from fastdp.program.torch.rows.declared import rows_back
+from fastdp.program.torch.rows.merging import own_part
 from fastdp.program.torch.shared_draws import SharedDraws
+from fastdp.tensors.arrays import as_tensor
 from fastdp.tensors.row_effects import ROWS_FIRST, Layout
 
 
@@ -62,6 +68,9 @@ class ForwardPass:
         rows: the tensors with rows whose gradients are wanted, by their place among the arrays of the batch.
         shared: tensors without rows whose gradients are wanted, by their place among the other leaves of the batch.
         keeps: keep the graphs.
+
+    `records`: gradients are enabled, though perhaps nothing has any. `captures` are the captured passes of its kind;
+    None if it runs eagerly.
     """
 
     batch: Batch
@@ -76,10 +85,12 @@ class ForwardPass:
     noted: PassWrites | None = None
     graphs: list[Leaf] = field(default_factory=list)
     kept: dict[int, KeptGraph] = field(default_factory=dict)
+    captures: Captures[Any] | None = None
+    records: bool = False
 
     @classmethod
     def of(cls, batch: Batch, values: object, *, keeps: bool) -> ForwardPass:
-        """A pass on a batch that was made of `values`."""
+        """A pass on a batch that was made of `values`. `keeps`: gradients are recorded."""
         arrays: list[torch.Tensor | None] = []
         rows: dict[int, torch.Tensor] = {}
         shared: dict[int, torch.Tensor] = {}
@@ -92,13 +103,23 @@ class ForwardPass:
                 arrays.append(tensor)
             elif wanted:
                 shared[place] = leaf
-        return cls(batch, arrays, rows, shared, keeps)
+        return cls(batch, arrays, rows, shared, keeps, records=keeps)
 
     @property
     def written(self) -> frozenset[int]:
         """The arrays that forward changes in place, by their numbers."""
         judged = self.batch.structure.judged
         return frozenset() if judged is None else judged.written
+
+    def own_argument(self, number: int, batch: Sequence[Any], context: Context) -> torch.Tensor:
+        """A replica's rows of an array that forward changes in place, in the user's own memory."""
+        structure = self.batch.structure
+        layout = structure.layouts[number] if structure.layouts else ROWS_FIRST
+        given = self.arrays[number]
+        if given is None:
+            return rows_back(as_tensor(batch[number], structure.nest.dtypes[number]), layout)
+        # With a version of its own: it must not count what other replicas do to their rows.
+        return own_part(given.data, layout, context.rows)
 
     def check_written(self) -> None:
         """Check before backward that arrays which forward has changed in place are as it has left them.

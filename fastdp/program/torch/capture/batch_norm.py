@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fastdp.errors import NotCapturable
 from fastdp.program.torch.replica import Normalized, ReplicaContext
 from fastdp.tensors.moments import unbiased
 
@@ -20,6 +21,8 @@ def traced_batch_norm(running: ReplicaContext, function: Any, args: Any, kwargs:
     count = x.numel() // max(1, x.shape[1])
     if not given["training"] or count * rows.total // rows.count <= 1:
         return function(*args, **kwargs)
+    if running.sync_batch_norm and rows.count < rows.total:
+        raise NotCapturable("sync_batch_norm: replicas exchange moments in the middle of a step")
     mean, variance, momentum = given["running_mean"], given["running_var"], float(given["momentum"])
     # Without the running statistics, which torch would write to in an operation that does not say so.
     enabled = torch.backends.cudnn.enabled

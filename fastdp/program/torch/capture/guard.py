@@ -22,15 +22,16 @@ _EFFECTS = (print, open, input, breakpoint, warnings.warn)
 _MODULES = ("time", "logging", "warnings", "sys", "os", "wandb", "tensorboard", "tqdm")
 
 
-def watch_step(watch: Watch, module: nn.Module, slots: Sequence[Slot], loss_fn: Any) -> None:
-    """Add everything that a training step reads besides its variables and its batch.
+def watch_pass(watch: Watch, module: nn.Module, slots: Sequence[Slot], loss_fn: Any = None) -> None:
+    """Add everything that a pass reads besides its variables and its batch: a training step, or forward alone.
 
     Raises:
         NotCapturable: it uses tensors outside of the module that have a gradient, or are too large to be compared.
     """
     reach = reach_of(watch, [slot.tensor for slot in slots])
     reach.walk(module, "module")
-    reach.walk(loss_fn, "loss_fn")
+    if loss_fn is not None:
+        reach.walk(loss_fn, "loss_fn")
     for slot in slots:
         if slot.is_parameter:
             for name in ("requires_grad", *PARAMETER_HOOKS):
@@ -58,7 +59,7 @@ def refuse_hooks(slots: Sequence[Slot]) -> None:
             raise NotCapturable(f"a hook on the parameter `{slot.name}`")
 
 
-def side_effect(module: nn.Module, loss_fn: Any) -> str:
+def side_effect(module: nn.Module, loss_fn: Any = None) -> str:
     """A call in the user's code that a replay would leave out (`print`, a clock, a file), in words; empty if none."""
     for function in _functions(module, loss_fn):
         for name in names_in_code(function.__code__):

@@ -62,6 +62,13 @@ class LentTensors:
         found: Any = zip(self._tensors, self._present, self._versions, strict=True)
         return [i for i, (lent, now, then) in enumerate(found) if now is not lent or lent._version != then]
 
+    @property
+    def replaced(self) -> frozenset[int]:
+        """The numbers of the tensors in whose places the module has put others."""
+        return frozenset(
+            i for i, (lent, now) in enumerate(zip(self._tensors, self._present, strict=True)) if now is not lent
+        )
+
     def value(self, number: int) -> torch.Tensor:
         """The tensor that the module has left in a place.
 

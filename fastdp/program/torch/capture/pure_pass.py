@@ -173,7 +173,7 @@ class PurePass:
             written |= self._written
         else:
             pairs = zip(ran.values, variables, strict=True)
-            written |= {i for i, (one, then) in enumerate(pairs) if not _equal(one, then)}
+            written |= {i for i, (one, then) in enumerate(pairs) if not same_values(one, then)}
             others = sorted(i for i in written if self._slots[i].is_parameter)
             self._written = frozenset(written)
         if others:
@@ -211,6 +211,6 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if permuted.is_contiguous() else permuted.contiguous().permute(back)
 
 
-def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors have the same values, NaNs included."""
     return torch.equal(one, other) or bool(torch.eq(one, other).logical_or(one.isnan() & other.isnan()).all())

@@ -13,7 +13,7 @@ from fastdp.capture.watch import Watch
 from fastdp.comm.context import Context
 from fastdp.errors import NotCapturable
 from fastdp.program.torch.batch import Structure, with_extremes
-from fastdp.program.torch.capture.guard import refuse_hooks, side_effect, watch_step
+from fastdp.program.torch.capture.guard import refuse_hooks, side_effect, watch_pass
 from fastdp.program.torch.capture.outcome import OutcomeForm, TorchOutcome
 from fastdp.program.torch.capture.pure_pass import PurePass
 from fastdp.program.torch.capture.step_parts import TracedLoss, found_in_buffers, gradients_of_leaves, is_fake
@@ -110,7 +110,7 @@ class TorchPureStep(PurePass):
 
     def watch(self, watch: Watch) -> None:
         """As `PureStep.watch`."""
-        watch_step(watch, self._module, self._slots, self._loss_fn)
+        watch_pass(watch, self._module, self._slots, self._loss_fn)
 
     # Parts of the step.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -86,26 +86,16 @@ class Replays:
     ) -> Result:
         """An eager step, and what the captured one makes of it. Numbers that differ are noted in `captured`."""
         before = [variable.clone() for variable in state.variables]
-        generator = torch.get_rng_state()
-        kept = _Kept()
+        kept = KeptDraws(context)
         state.draws_by = kept if context.size > 1 else None
         try:
             result = eager(replace(context, ready=_keep))
         finally:
             state.draws_by = None
         with Attempt() as attempt:
-            draws, moved = kept.outcomes, ""
-            if context.size == 1:
-                after = torch.get_rng_state()
-                torch.set_rng_state(generator)
-                draws = captured.repeat_draws(before, context)
-                moved = "" if torch.equal(torch.get_rng_state(), after) else "the random numbers that it draws"
-                torch.set_rng_state(after)
-            if len(draws) != captured.drawn:
-                moved = "the number of random draws"
-            why = moved or self._difference(
-                captured.repeat(before, batch, context, draws), state, result, before, context
-            )
+            draws, why = kept.of(captured, before, context)
+            if not why:
+                why = self._difference(captured.repeat(before, batch, context, draws), state, result, before, context)
             captured.disagreed = captured.disagreed or why
         if attempt.error is not None:
             captured.disagreed = captured.disagreed or f"an error ({attempt.why})"
@@ -136,16 +126,33 @@ class Replays:
         return disagreement(captured, eager, names, rough=rough)
 
 
-@dataclass(slots=True)
-class _Kept:
-    """Makes the draws of an eager step, and keeps them."""
+class KeptDraws:
+    """Makes the draws of an eager pass, and keeps them for its captured form.
 
-    outcomes: list[torch.Tensor] = field(default_factory=list)
+    A replica that is alone in its step draws as plain torch does: its captured form repeats that.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._before = torch.get_rng_state() if context.size == 1 else None
+        self._outcomes: list[torch.Tensor] = []
 
     def take(self, draw: Draw) -> torch.Tensor:
         """Make the draw."""
-        self.outcomes.append(draw().contiguous())
-        return self.outcomes[-1]
+        self._outcomes.append(draw().contiguous())
+        return self._outcomes[-1]
+
+    def of(
+        self, captured: Captured[Any], variables: Sequence[torch.Tensor], context: Context
+    ) -> tuple[list[torch.Tensor], str]:
+        """The draws for the captured form, and what differs; empty if nothing does."""
+        draws, why = self._outcomes, ""
+        if self._before is not None:
+            after = torch.get_rng_state()
+            torch.set_rng_state(self._before)
+            draws = captured.repeat_draws(variables, context)
+            why = "" if torch.equal(torch.get_rng_state(), after) else "the random numbers that it draws"
+            torch.set_rng_state(after)
+        return draws, "the number of random draws" if len(draws) != captured.drawn else why
 
 
 def _keep(bucket: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
@@ -51,13 +51,22 @@ class NoTracedPeers:
 
 @dataclass(slots=True)
 class FoundInBuffers:
-    """What forward has left in buffers: numbers to be summed over replicas, and values, as `OutcomeForm` names them."""
+    """What forward has left in buffers: numbers to be summed over replicas, and values, as `OutcomeForm` names them.
+
+    `has_sums` says that there are such numbers, and `replaced` which buffers of `constant` are other tensors now.
+    """
 
     moved: list[int] = field(default_factory=list)
     normalized: list[tuple[int, int, float]] = field(default_factory=list)
     sums: list[torch.Tensor] = field(default_factory=list)
     constant: dict[int, torch.Tensor] = field(default_factory=dict)
     unjudged: dict[int, str] = field(default_factory=dict)
+    replaced: frozenset[int] = frozenset()
+    has_sums: bool = False
+
+    def without_values(self) -> FoundInBuffers:
+        """The same without tensors: `constant` has its keys alone."""
+        return replace(self, sums=[], constant=dict.fromkeys(self.constant), has_sums=bool(self.sums))
 
 
 @dataclass(slots=True)
@@ -149,7 +158,7 @@ def found_in_buffers(
     said = declared.buffers if declared is not None and not alone else {}
     effects: dict[int, Effect] = dict(judged.states) if judged is not None and not alone else {}
     effects |= {i: said[slot.name] for i, slot in enumerate(slots) if slot.name in said}
-    found = FoundInBuffers()
+    found = FoundInBuffers(replaced=lent.replaced)
     for i in sorted({*written, *effects}):
         effect = effects.get(i)
         if not alone and judged is None and effect is None and not is_exact(variables[i]):

@@ -135,7 +135,7 @@ class Trial:
             args, kwargs, _ = given = self.inputs.of(rows, self._where, wanted)
             versions = _versions(given)
             among = TrialPeers(self._met, rows)
-            with peers_scope(among), ReplicaMode(running, HANDLERS), structure.autocast.enter():
+            with peers_scope(among), ReplicaMode(running, HANDLERS), structure.entered():
                 outputs = module(*args, **kwargs)
             self.written |= {place for place, now in _versions(given).items() if now != versions[place]}
         if self._injected is not None and watch.found:

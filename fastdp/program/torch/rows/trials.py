@@ -96,7 +96,7 @@ class Trials:
         if found.is_alone:
             return undivided_batch(batch.structure.values)
         if found.reading is not None:
-            batch = batch.structure.read(found.reading)
+            batch = batch.structure.read_as(found.reading)
         batch.structure.judged = found.judged
         batch.structure.draws.places = found.judged.draws if found.judged is not None else None
         return batch
@@ -140,11 +140,10 @@ class Trials:
             NotByRowsError: the batch can be split, but the module runs and its results cannot be merged.
         """
         arrays = declared.given(structure.values, whole_targets=self._whole_targets)
-        assert structure.read is not None
         refused: NotByRowsError | None = None
         for reading in readings(arrays):
             try:
-                judge = self._judge(structure.read(reading), devices, wants=wants)
+                judge = self._judge(structure.read_as(reading), devices, wants=wants)
                 if judge is not None and judge.findings.is_certain:
                     return _Found(judge.judged(), reading)
             except NotByRowsError as error:
@@ -191,13 +190,13 @@ class Trials:
         modes = self._of_module
         if structure.misfit is not None:
             given, spec = pytree.tree_flatten(structure.values)
-            how: tuple[Any, ...] = (torch.is_grad_enabled(), autocast.dtypes, devices)
+            how: tuple[Any, ...] = (_mode_of(structure), autocast.dtypes, devices)
             return modes, how, str(spec), tuple([_told(one) for one in given]), None, (), ()
         leaves = tuple([_told(one) for one in nest.leaves])
         alike = tuple(
             [(at, axis) for at, x in enumerate(batch) for axis, n in enumerate(x.shape) if axis and n == batch.rows]
         )
-        how = (torch.is_grad_enabled(), autocast.dtypes, _rows_of(batch, devices), alike)
+        how = (_mode_of(structure), autocast.dtypes, _rows_of(batch, devices), alike)
         return modes, how, str(nest.spec), leaves, nest.dtypes, batch.shapes, tuple(structure.layouts)
 
     @staticmethod
@@ -212,6 +211,11 @@ def _rows_of(batch: Batch, devices: int) -> tuple[int, int]:
     """The numbers of rows of a trial's parts: unequal, and no single ones where no device gets a single one."""
     fewest = 2 if batch.rows // min(devices, batch.rows) >= 2 and batch.rows >= 5 else 1
     return (fewest, fewest + 1) if batch.rows >= 2 * fewest + 1 else (1, batch.rows - 1)
+
+
+def _mode_of(structure: Structure) -> tuple[bool, bool]:
+    """Whether gradients are recorded, and whether the call is in inference mode."""
+    return torch.is_grad_enabled(), structure.inference
 
 
 def _is_told(structure: Structure) -> bool:
