@@ -10,14 +10,14 @@ import time
 from collections.abc import Callable, Hashable
 from typing import Any, Generic
 
-from fastdp.capture.pure_step import OutcomeT
+from fastdp.capture.shapes import CapturedT
 from fastdp.capture.steps import Captures
 
 # Further kinds run eagerly: perhaps each call is of another one.
 MOST_KINDS = 16
 
 
-class CapturesByKind(Generic[OutcomeT]):
+class CapturesByKind(Generic[CapturedT]):
     """The captured passes of each kind of call.
 
     Args:
@@ -26,11 +26,11 @@ class CapturesByKind(Generic[OutcomeT]):
     As with `Captures`, one thread at a time uses it.
     """
 
-    def __init__(self, make: Callable[[Any], Captures[OutcomeT]]) -> None:
+    def __init__(self, make: Callable[[Any], Captures[CapturedT]]) -> None:
         self._make = make
-        self._known: dict[Hashable, tuple[str, Captures[OutcomeT]]] = {}
+        self._known: dict[Hashable, tuple[str, Captures[CapturedT]]] = {}
 
-    def of(self, kind: Hashable, label: str) -> Captures[OutcomeT] | None:
+    def of(self, kind: Hashable, label: str) -> Captures[CapturedT] | None:
         """The captures of a kind; None if there are too many kinds. `label` names it in the report."""
         found = self._known.get(kind)
         if found is None:

@@ -10,6 +10,7 @@ import torch
 from fastdp.capture.cuda_graphs.recorder import Recorder, chosen_graphs
 from fastdp.capture.kinds import CapturesByKind
 from fastdp.capture.steps import Captures
+from fastdp.capture.trace import Captured
 from fastdp.engine.step_scope import alone
 from fastdp.options import Options
 from fastdp.program.torch.capture.call_kinds import CallKind
@@ -34,14 +35,14 @@ def capture(program: TorchProgram, options: Options, devices: Sequence[QueueDevi
 
 def capture_forwards(
     program: LoopProgram, options: Options, devices: Sequence[QueueDevice]
-) -> CapturesByKind[ForwardOutcome] | None:
+) -> CapturesByKind[Captured[ForwardOutcome]] | None:
     """The captured forward passes without gradients of a program's calls; None if the options say so."""
     if options.compile is None:
         return None
     mode, parts = options.compile, len(devices)
     recorder = Recorder(type(program.module).__name__, alone) if chosen_graphs(options, devices) else None
 
-    def make(kind: CallKind) -> Captures[ForwardOutcome]:
+    def make(kind: CallKind) -> Captures[Captured[ForwardOutcome]]:
         step = program.pure_forward(parts, records=kind.records)
         return Captures(step, mode, parts, recorder, alone, options.deterministic, checks=CHECKS)
 
