@@ -1,4 +1,4 @@
-"""Tells kinds of calls of a module apart: its modes, what lies around the call, and the structure of the arguments."""
+"""Tells kinds of calls of a module apart: by its modes, what lies around the call, and its arguments."""
 
 from __future__ import annotations
 
