@@ -1,20 +1,20 @@
 """Finds everything in Python that a traced step may have read: a walk from some objects.
 
 The walk follows attributes, containers and classes. In code that does not belong to a library it also follows the
-globals, closures and defaults that functions name. It skips inputs of the traced graph. `Rules` describe the library
-that models are made of.
+globals, modules, closures and defaults that functions name. It skips inputs of the traced graph. `Rules` describe the
+library that models are made of. What cannot be followed is an error that names it.
 """
 
 from __future__ import annotations
 
 import collections
 import contextvars
-import dis
 import enum
 import functools
 import inspect
+import os
 import random
-import sys
+import threading
 import types
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -22,17 +22,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastdp.capture import libraries
+from fastdp.capture.code_names import global_names, modules_of, names_in_code, strings_in_code
 from fastdp.capture.watch import Watch
 from fastdp.errors import NotCapturable
 
-_LIBRARIES = frozenset({"torch", "numpy", "fastdp", "builtins", *sys.stdlib_module_names})
 # Immutable values that `==` compares completely. `_by_value` adds classes whose `==` is identity.
 _VALUES: tuple[type, ...] = (int, float, complex, str, bytes, bool, type(None), range, slice)
 _VALUES += (enum.Enum, np.generic, np.dtype)
-_VALUES += (torch.dtype, torch.device, torch.layout, torch.memory_format, types.MethodType, types.CodeType)
+_VALUES += (torch.dtype, torch.device, torch.layout, torch.memory_format, types.CodeType)
 _CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque)
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial, staticmethod, classmethod)
-_UNREAD = (inspect.Signature,)
+_UNREAD = (inspect.Signature, *libraries.UNREAD)
+_UNREAD_METHODS = ("__del__", "__repr__", "__str__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 
 
@@ -52,14 +54,17 @@ class Rules:
     def is_own(self, thing: Any) -> bool:
         """Whether a class, function or module is the user's, or belongs to a library without rules."""
         name = thing.__name__ if isinstance(thing, types.ModuleType) else getattr(thing, "__module__", None)
-        if not isinstance(name, str):
-            return False
-        package = name.split(".")[0]
-        return package not in _LIBRARIES and package not in self.libraries
+        names = [name]
+        if isinstance(thing, types.FunctionType):  # which a decorator may have given the name of another one
+            names.append(thing.__globals__.get("__name__"))
+        packages = [name.split(".")[0] for name in names if isinstance(name, str)]
+        if not packages:
+            return isinstance(thing, types.FunctionType)
+        return not all(libraries.is_library(package) or package in self.libraries for package in packages)
 
     def looks_into(self, cls: type) -> bool:
         """Whether the walk enters instances of a library's class, as it does for the user's classes."""
-        return issubclass(cls, types.SimpleNamespace)
+        return libraries.may_change(cls)
 
     def watches(self, reach: Reach, value: Any, what: str) -> bool:
         """Watch a value of a kind that needs a special walk. Returns whether it is of such a kind."""
@@ -80,6 +85,10 @@ class Rules:
     def walk_further(self, reach: Reach, value: Any, what: str) -> None:
         """Walk what a step reads of an object besides the attributes in `read_names`."""
 
+    def unread_methods(self, cls: type) -> Iterable[str]:
+        """The names of methods of a user's class that no step calls."""
+        return ()
+
     def functions(self, cls: type) -> Iterable[str]:
         """The names of the functions of a library's class that a step may call."""
         return ()
@@ -99,19 +108,28 @@ class Reach:
         self._inputs = {id(one): one for one in inputs}
         self._rules = rules
         self._values = (*_VALUES, *rules.values)
+        self._compared = (*self._values, types.MethodType)
         self._unread = (*_UNREAD, *rules.unread)
         self._seen: dict[int, Any] = {}
         self._classes: set[type] = set()
+        self._of_modules: dict[int, set[str]] = {}  # the variables of modules that are watched
 
     def is_input(self, value: Any) -> bool:
         """Whether this object is an input of the graph."""
         return id(value) in self._inputs
 
     def walk(self, value: Any, what: str) -> None:
-        """Watch the contents of a value. The caller watches that the place keeps the same value."""
+        """Watch the contents of a value. The caller watches that the place keeps the same value.
+
+        Raises:
+            NotCapturable: nobody can see from outside whether something in it has changed.
+        """
+        place, value = value, libraries.behind(value)
         if isinstance(value, self._values) or id(value) in self._seen:
             return
         self._seen[id(value)] = value
+        if value is not place and self._by_value(value):  # the caller watches the place alone
+            self.watch.values({"": value}, [""], what)
         if self._rules.watches(self, value, what) or self.is_input(value):
             return
         if isinstance(value, torch.Tensor):
@@ -124,12 +142,14 @@ class Reach:
             self._function(value, what)
         elif isinstance(value, property):
             self.walk(value.fget, what)
-        elif isinstance(value, contextvars.ContextVar):
+        elif isinstance(value, (contextvars.ContextVar, threading.local)):
             raise NotCapturable(f"{what}, a context variable, whose value the caller of each step sets")
         elif isinstance(value, type):
             self._class(value)
         elif isinstance(value, _CONTAINERS):
             self._container(value, what)
+        elif libraries.is_buffer(value):
+            self.watch.memory(value, what)
         elif not isinstance(value, (*self._unread, types.ModuleType)) and self._is_looked_into(type(value)):
             self._object(value, what)
 
@@ -157,21 +177,24 @@ class Reach:
             if isinstance(container, dict):
                 self.mapping(container, list(container), what)
                 self.watch.size(container, what)
-                return
-            if not isinstance(container, (tuple, frozenset)):
+            elif not isinstance(container, (tuple, frozenset)):
                 self.watch.elements(container, what)
         for i, element in enumerate(container.values() if isinstance(container, dict) else list(container)):
             self.walk(element, f"{what}[{i}]")
+        if self._rules.is_own(type(container)):
+            self._object(container, what)
 
     def _object(self, value: Any, what: str) -> None:
         """Watch and walk the attributes of an object, and its class."""
         rules = self._rules
         what = rules.name_of(value, what)
-        attributes = getattr(value, "__dict__", {})
-        if attributes:
-            named = [(name, attributes[name]) for name in rules.read_names(value, attributes)]
-            read = [name for name, one in named if not isinstance(one, self._unread) and not self.is_input(one)]
-            self.mapping(attributes, read, what)
+        if libraries.is_moved_by_reading(value) and not rules.is_own(type(value)):
+            raise NotCapturable(f"{what}, an iterator: a trace would read from it too")
+        if libraries.is_opaque(value) and not isinstance(value, _CONTAINERS):
+            raise NotCapturable(f"{what}, an object of class {type(value).__name__}, which may change unseen")
+        attributes = getattr(value, "__dict__", None)
+        if isinstance(attributes, dict):
+            self.mapping(attributes, self._read(attributes, rules.read_names(value, attributes)), what)
             if not rules.has_further_attributes(value):
                 self.watch.size(attributes, what)
         rules.walk_further(self, value, what)
@@ -188,7 +211,8 @@ class Reach:
         self._classes.add(cls)
         attributes = vars(cls)
         if self._rules.is_own(cls):
-            names = [n for n in attributes if n == "__call__" or not n.startswith(("__", "_abc_"))]
+            unread = (*_UNREAD_METHODS, *self._rules.unread_methods(cls))
+            names = [n for n, one in attributes.items() if n not in unread and _may_be_read(n, one)]
             self.mapping(attributes, names, cls.__name__)
             self.watch.size(attributes, cls.__name__)
         else:
@@ -203,24 +227,53 @@ class Reach:
         if isinstance(function, types.MethodType):
             self.walk(function.__self__, what)
         function = getattr(function, "__func__", function)
-        is_own = self._rules.is_own
-        if not isinstance(function, types.FunctionType) or not is_own(function):
+        if not isinstance(function, types.FunctionType):
             return
+        is_own = self._rules.is_own(function)
+        if is_own or libraries.is_standard(function.__module__.split(".")[0]):
+            for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+                if cell != types.CellType():  # an empty one
+                    self._attribute(cell, "cell_contents", f"{name} in {function.__qualname__}()")
+        if is_own:
+            self._code(function)
+
+    def _code(self, function: types.FunctionType) -> None:
+        """Watch the globals, modules, defaults and attributes that a user's function reads."""
         for name in ("__code__", "__defaults__", "__kwdefaults__"):
             self._attribute(function, name, f"{function.__qualname__}()")
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            if cell != types.CellType():  # an empty one
-                self._attribute(cell, "cell_contents", f"{name} in {function.__qualname__}()")
-        names = set(names_in_code(function.__code__))
-        known = function.__globals__
-        loaded = global_names(function.__code__)
+        self.mapping(function.__dict__, self._read(function.__dict__, function.__dict__), f"{function.__qualname__}()")
+        code, known = function.__code__, function.__globals__
+        loaded = global_names(code)
+        if "eval" in loaded or "exec" in loaded:
+            raise NotCapturable(f"eval() or exec() in {function.__qualname__}(), which may read anything")
+        if "globals" in loaded:
+            loaded |= set(strings_in_code(code))
         named = sorted(name for name in loaded & known.keys() if not name.startswith("@"))  # pytest's, for `assert`
         self.mapping(known, [n for n in named if not isinstance(known[n], types.ModuleType)], function.__module__)
-        for module in [known[n] for n in named if isinstance(known[n], types.ModuleType) and is_own(known[n])]:
-            inside = [
-                n for n in sorted(names & vars(module).keys()) if not isinstance(vars(module)[n], types.ModuleType)
-            ]
-            self.mapping(vars(module), inside, module.__name__)
+        names = frozenset(names_in_code(code))
+        if "getenv" in names:
+            self.walk(os.environ, "os.environ")
+        for module in modules_of(function):
+            self._module(module, names, whole=not loaded.isdisjoint(("getattr", "vars")))
+
+    def _module(self, module: types.ModuleType, names: frozenset[str], *, whole: bool) -> None:
+        """Watch the variables of a module that code names, and of modules in it. `whole`: it may name others too."""
+        if module.__name__.split(".")[0] in ("sys", "fastdp", *self._rules.libraries):
+            return
+        variables, seen = vars(module), self._of_modules.setdefault(id(module), set())
+        found = {name for name in names & variables.keys() if not isinstance(variables[name], types.ModuleType)}
+        if whole and self._rules.is_own(module):
+            found |= {n for n, one in variables.items() if not n.startswith("__") and isinstance(one, self._values)}
+        self.mapping(variables, sorted(found - seen), module.__name__)
+        seen |= found
+        inside = [variables[name] for name in sorted(names & variables.keys()) if name not in found]
+        for one in inside:
+            if one is not module and (one.__name__.startswith(f"{module.__name__}.") or self._rules.is_own(one)):
+                self._module(one, names, whole=whole)
+
+    def _read(self, attributes: dict[str, Any], names: Iterable[str]) -> list[str]:
+        """Those of some attributes whose values a step may read, and are no inputs of the graph."""
+        return [n for n in names if not isinstance(attributes[n], self._unread) and not self.is_input(attributes[n])]
 
     def _is_looked_into(self, cls: type) -> bool:
         """Whether the walk enters instances of a class."""
@@ -231,7 +284,7 @@ class Reach:
         if isinstance(value, _CONTAINERS):
             return all(map(self._by_value, value.values() if isinstance(value, dict) else list(value)))
         own_equality: Any = type(value).__eq__
-        return isinstance(value, self._values) or own_equality is object.__eq__
+        return isinstance(value, self._compared) or own_equality is object.__eq__
 
 
 def slots_of_class(cls: type) -> Iterator[str]:
@@ -240,17 +293,8 @@ def slots_of_class(cls: type) -> Iterator[str]:
     return (name for name in ([slots] if isinstance(slots, str) else slots) if not name.startswith("__"))
 
 
-def names_in_code(code: types.CodeType) -> Iterator[str]:
-    """The names of globals and attributes in a function and the functions nested in it."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from names_in_code(constant)
-
-
-@functools.lru_cache(maxsize=1024)
-def global_names(code: types.CodeType) -> frozenset[str]:
-    """The names of globals that a function and the functions nested in it load."""
-    found = {one.argval for one in dis.get_instructions(code) if one.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    nested = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
-    return frozenset(found).union(*map(global_names, nested))
+def _may_be_read(name: str, value: Any) -> bool:
+    """Whether a step may read an attribute of a user's class: all but what describes the class, and saving."""
+    if name.startswith("__"):
+        return isinstance(value, (types.FunctionType, staticmethod))
+    return not name.startswith("_abc_")

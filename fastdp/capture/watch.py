@@ -140,16 +140,19 @@ class Watch:
             self._versions.add(tensor, what)
             self._addresses.add(tensor, what)
             nbytes = tensor.numel() * tensor.element_size()
-            plain = tensor.device.type == "cpu" and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
-            if plain and 0 < nbytes <= min(SMALL_NBYTES, MOST_NBYTES - self._nbytes):
+            plain = tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+            if 0 < nbytes <= min(SMALL_NBYTES, MOST_NBYTES - self._nbytes) and tensor.device.type == "cpu":
                 self._nbytes += nbytes
-                self._contents.add(tensor.detach().reshape(-1).view(torch.uint8).numpy(), what)
+                if plain:
+                    self._contents.add(_bytes_of(tensor), what)
+                else:
+                    self.answer(lambda: _bytes_of(tensor.contiguous()).tobytes(), what)
             elif nbytes:
                 self.by_version.append((tensor, what))
 
     def array(self, array: np.ndarray, what: str) -> None:
-        """Watch an array's content. Skips read-only arrays."""
-        if not array.flags.writeable:
+        """Watch an array's content. Skips arrays that nobody can write to, by this one or by another."""
+        if not _is_writeable(array):
             return
         if array.dtype.hasobject or self._nbytes + array.nbytes > MOST_NBYTES:
             self.refused = self.refused or (
@@ -159,6 +162,14 @@ class Watch:
         elif self._has_room(1, what):
             self._nbytes += array.nbytes
             self._contents.add(array, what)
+
+    def memory(self, value: Any, what: str) -> None:
+        """Watch the content of an object that lends its memory: a bytearray, an array, a number of ctypes."""
+        if self._nbytes + memoryview(value).nbytes > MOST_NBYTES:
+            self.refused = self.refused or f"{what}, too much memory to compare before each step"
+            return
+        self._nbytes += memoryview(value).nbytes
+        self.answer(lambda: memoryview(value).tobytes(), what)  # a lasting view would keep its owner from growing
 
     def attribute_of_many(self, owner: Any, name: str, what: str) -> None:
         """Watch an attribute that many objects have, by `==`. Faster than `attribute`, but not restored."""
@@ -249,6 +260,20 @@ class Watch:
         for i in self._contents.changes():
             array = self._contents.sources[i]
             array[...] = np.frombuffer(self._contents.then[i], array.dtype).reshape(array.shape)
+
+
+def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    """The memory of a tensor without gaps; not a copy."""
+    return tensor.detach().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8).numpy()
+
+
+def _is_writeable(array: np.ndarray) -> bool:
+    """Whether the values of an array may change: it may be a view that only reads."""
+    while isinstance(array, np.ndarray) and not array.flags.writeable:
+        if array.base is None:
+            return False
+        array = array.base
+    return not isinstance(array, bytes)
 
 
 def _copied(value: Any) -> Any:

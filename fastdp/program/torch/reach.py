@@ -7,7 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from torch.distributions import Distribution
 from torch.nn.modules import module as torch_module
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
 from fastdp.capture.reach import Reach, Rules
@@ -41,21 +44,31 @@ GLOBAL_HOOKS = tuple(
 
 
 class TorchRules(Rules):
-    """Rules for torch's modules, whose instances the walk enters, and the user's."""
+    """Rules for objects of torch's that the walk enters, and the user's."""
 
     unread = (RemovableHandle,)
 
     def looks_into(self, cls: type) -> bool:
-        """Enter instances of torch's modules."""
-        return super().looks_into(cls) or issubclass(cls, nn.Module)
+        """Enter instances of torch's modules, and what a loss may read: rates, epochs, distributions."""
+        return super().looks_into(cls) or issubclass(cls, (nn.Module, Optimizer, LRScheduler, Distribution))
 
     def name_of(self, value: Any, what: str) -> str:
         """The name of a module's part without the tables that it was found in."""
         return what.replace("._modules", "").replace("._parameters", "").replace("._buffers", "")
 
     def read_names(self, value: Any, names: Iterable[str]) -> Iterable[str]:
-        """All attributes of a module but those that only saving and loading read."""
+        """All attributes of a module but those that only saving and loading read; the groups of an optimizer."""
+        if isinstance(value, Optimizer):
+            return [name for name in names if name in ("param_groups", "defaults")]
         return [name for name in names if name not in UNREAD] if isinstance(value, nn.Module) else names
+
+    def has_further_attributes(self, value: Any) -> bool:
+        """True for an optimizer, to which schedulers and profilers add."""
+        return isinstance(value, Optimizer)
+
+    def unread_methods(self, cls: type) -> Iterable[str]:
+        """A module is made before it is trained."""
+        return ("__init__",) if issubclass(cls, nn.Module) else ()
 
     def functions(self, cls: type) -> Iterable[str]:
         """The functions of torch's modules that a call may reach."""

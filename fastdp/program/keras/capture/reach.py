@@ -16,7 +16,8 @@ import torch
 from keras.src.backend.common.variables import Variable
 from keras.src.utils.tracking import Tracker
 
-from fastdp.capture.reach import Reach, Rules, names_in_code
+from fastdp.capture.code_names import names_in_code
+from fastdp.capture.reach import Reach, Rules
 from fastdp.capture.watch import Watch
 
 # Attributes of every layer that a call reads.

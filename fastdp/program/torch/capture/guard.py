@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from fastdp.capture.reach import names_in_code
+from fastdp.capture.code_names import names_in_code
 from fastdp.capture.watch import Watch
 from fastdp.errors import NotCapturable
 from fastdp.program.torch.module import Slot
@@ -19,6 +19,7 @@ from fastdp.program.torch.reach import HOOKS, TorchRules, reach_of
 
 PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _EFFECTS = (print, open, input, breakpoint, warnings.warn)
+_READS_FILES = ("read_text", "read_bytes", "open")
 _MODULES = ("time", "logging", "warnings", "sys", "os", "wandb", "tensorboard", "tqdm")
 
 
@@ -26,12 +27,17 @@ def watch_pass(watch: Watch, module: nn.Module, slots: Sequence[Slot], loss_fn: 
     """Add everything that a pass reads besides its variables and its batch: a training step, or forward alone.
 
     Raises:
-        NotCapturable: it uses tensors outside of the module that have a gradient, or are too large to be compared.
+        NotCapturable: it uses tensors outside of the module that have a gradient, or are too large to be compared, or
+            something that may change unseen.
     """
     reach = reach_of(watch, [slot.tensor for slot in slots])
     reach.walk(module, "module")
     if loss_fn is not None:
         reach.walk(loss_fn, "loss_fn")
+    for function in _functions(module, loss_fn):
+        for name in names_in_code(function.__code__):
+            if name in _READS_FILES and function.__globals__.get(name, open) is open:
+                raise NotCapturable(f"{name} in {function.__qualname__}(): what is in a file may change")
     for slot in slots:
         if slot.is_parameter:
             for name in ("requires_grad", *PARAMETER_HOOKS):

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from fastdp.capture.reach import Rules, names_in_code
+from fastdp.capture.code_names import names_in_code
+from fastdp.capture.reach import Rules
 from fastdp.program.torch.following.holders import Holder, Slots
 from fastdp.program.torch.reach import GLOBAL_HOOKS, HOOKS, TABLES
 
