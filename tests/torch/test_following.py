@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import array
 import copy
 import functools
 import types
@@ -31,6 +33,20 @@ class Options:
         self.gain, self.table = 1.0, {"shift": torch.zeros(6, dtype=torch.float64)}
 
 
+class Known(dict):
+    """A dict whose keys are its attributes."""
+
+    def __init__(self, **values):
+        super().__init__(**values)
+        self.__dict__ = self
+
+
+class Named(list):
+    """A list with an attribute."""
+
+    gain = 1.0
+
+
 class Net(nn.Module):
     """Reads everything that a module can hold besides parameters and buffers."""
 
@@ -45,6 +61,9 @@ class Net(nn.Module):
         self.config = {"alpha": 1.0, "deep": {"shifts": [0.0, 0.0]}}
         self.options, self.tensors = Options(), [torch.zeros(6, dtype=torch.float64)]
         self.teacher = [nn.Linear(4, 6).requires_grad_(False).double()]
+        self.arguments, self.named = argparse.Namespace(gain=1.0), Named()
+        self.prior = torch.distributions.Normal(torch.tensor(0.0), 1.0)
+        self.optimizer = torch.optim.SGD(self.parameters(), lr=0.1)  # another one trains it
         self.double()
 
     def forward(self, x):
@@ -52,6 +71,8 @@ class Net(nn.Module):
             taught = self.teacher[0](x)
         y = self.act(self.first(x)) * self.scale * self.power * float(self.numbers) + 0.1 * taught
         y = y * torch.from_numpy(self.array) * self.config["alpha"] + sum(self.config["deep"]["shifts"])
+        y = y * self.arguments.gain * self.named.gain + self.prior.loc
+        y = y + self.optimizer.param_groups[0]["lr"]
         y = y * self.options.gain * self.options.sizes.scale + self.options.table["shift"] + sum(self.tensors)
         return self.last(self.norm(self.function(y)))
 
@@ -83,6 +104,14 @@ def method(net):
 
 def with_keywords(part, arguments, keywords, output):
     return output + len(keywords)
+
+
+def with_gain(gain):
+    def hook(part, arguments, output):
+        return output * hook.gain
+
+    hook.gain = gain
+    return hook
 
 
 def once(net):
@@ -126,6 +155,10 @@ CHANGES = {
     "tensor in a table": lambda net: net.options.table.update(shift=torch.ones(6, dtype=torch.float64)),
     "object": lambda net: setattr(net, "options", copy.deepcopy(net.options)),
     "in a list": lambda net: net.tensors.append(torch.ones(6, dtype=torch.float64)),
+    "in a namespace": lambda net: setattr(net.arguments, "gain", 0.5),
+    "attribute of a list": lambda net: setattr(net.named, "gain", 0.5),
+    "distribution": lambda net: net.prior.loc.data.fill_(0.5),
+    "rate": lambda net: net.optimizer.param_groups[0].update(lr=0.5),
     "teacher": lambda net: net.teacher[0].weight.data.copy_(net.first.weight.data.mul(0.5)),
     "weights of the teacher": lambda net: net.teacher[0].load_state_dict(net.first.state_dict()),
     "another teacher": lambda net: net.teacher.__setitem__(0, copy.deepcopy(net.first).requires_grad_(False)),
@@ -279,6 +312,28 @@ def test_other_parameters_are_an_error_that_names_them(change, devices):
     reference = copy.deepcopy(module)
     expected = plain_step(reference, sgd(reference.parameters()), *data(1))
     torch.testing.assert_close(stepper(module, devices, "first")(*data(1)), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_attributes_of_functions_and_attributes_that_are_keys_are_followed():
+    module, reference = Net(), Net()
+    hooks, known = [with_gain(1.0) for _ in range(2)], [Known(gain=1.0) for _ in range(2)]
+    for net, hook, one in zip((module, reference), hooks, known, strict=True):
+        net.first.register_forward_hook(hook)
+        net.known = one
+        net.last.register_forward_pre_hook(lambda part, arguments, one=one: (arguments[0] * one.gain,))
+    step, expected = stepper(module, 3, "first"), functools.partial(plain_step, reference, sgd(reference.parameters()))
+    for i in range(3):
+        for one in (*hooks, *known):
+            one.gain = 1.0 + i
+        torch.testing.assert_close(step(*data(i)), expected(*data(i)), rtol=1e-9, atol=1e-11)
+
+
+def test_memory_that_copies_cannot_follow_is_refused():
+    module = Net()
+    module.levels = array.array("d", [1.0])
+    with pytest.raises(ValueError, match=r"keeps `levels`, an object of class array, whose changes .* Make it a list"):
+        stepper(module, 2, "first")(*data(0))
+    stepper(module, 1, "first")(*data(0))
 
 
 def test_a_module_that_holds_too_much_is_refused():

@@ -13,9 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributions import Distribution
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
 from fastdp.capture.code_names import names_in_code
+from fastdp.capture.libraries import is_buffer, may_change
 from fastdp.capture.reach import Rules
 from fastdp.program.torch.following.holders import Holder, Slots
 from fastdp.program.torch.reach import GLOBAL_HOOKS, HOOKS, TABLES
@@ -23,6 +27,7 @@ from fastdp.program.torch.reach import GLOBAL_HOOKS, HOOKS, TABLES
 ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes))
 _SEQUENCES = (list, collections.deque, set)
 _FROZEN = (tuple, frozenset)
+_OF_TORCH = (Distribution, LRScheduler)
 _PLAIN_CONTAINERS = (list, tuple, dict, set, frozenset)
 _DEPTH = 8
 MADE_BY_TORCH = frozenset(vars(nn.Module())) - {"training"}
@@ -48,8 +53,10 @@ class Contents:
         shared: tensors and other values outside of the module, which its functions use and its copies share; and the
             module's generators.
         arrays: NumPy arrays that belong to the module, by name.
+        own_attributes: dicts that are their own attributes (`self.__dict__ = self`).
         functions: functions that copies need copies of, since they keep something that can be changed.
         refused: what cannot be followed, since all copies would share it; empty if everything can.
+        unfollowed: what cannot be followed, since nobody can compare it with what it was.
         global_names: the names of globals that copies of functions have of their own, by the identity of the globals.
 
     Raises:
@@ -77,8 +84,9 @@ class Contents:
         self.tensors: list[tuple[str, torch.Tensor]] = []
         self.shared: list[Any] = []
         self.arrays: list[tuple[str, np.ndarray]] = []
+        self.own_attributes: list[Any] = []
         self.functions: list[Any] = []
-        self.refused = ""
+        self.refused = self.unfollowed = ""
         self.global_names: dict[int, tuple[dict[str, Any], set[str]]] = {}
 
     def has(self, value: Any) -> bool:
@@ -111,9 +119,14 @@ class Contents:
             self._function(value, name, inside)
         elif isinstance(value, (dict, *_SEQUENCES, *_FROZEN)):
             self._container(value, name, inside)
+        elif isinstance(value, Optimizer):  # a module may keep its own, and read its rate
+            self.holders.append(Holder(name, vars(value), ["param_groups"], value, partial=True))
+            self.walk(value.param_groups, f"{name}.param_groups", inside=inside)
+        elif is_buffer(value) and inside:
+            self.unfollowed = self.unfollowed or f"`{name}`, an object of class {type(value).__name__}"
         elif isinstance(value, (type, types.ModuleType)):
             return
-        elif is_own(type(value)) or isinstance(value, types.SimpleNamespace) or _is_parallel(value):
+        elif is_own(type(value)) or may_change(type(value)) or isinstance(value, _OF_TORCH) or _is_parallel(value):
             if hasattr(value, "__dict__"):
                 self._attributes(value, name, list(vars(value)), inside)
             slots = Slots(value)
@@ -214,6 +227,11 @@ class Contents:
             self.walk(value, f"{name}.{key}" if name else key, inside=inside)
 
     def _container(self, container: Any, name: str, inside: bool) -> None:
+        if is_own(type(container)) and hasattr(container, "__dict__"):
+            if vars(container) is container:
+                self.own_attributes.append(container)
+            else:
+                self._attributes(container, name, list(vars(container)), inside)
         if isinstance(container, dict):
             self.holders.append(Holder(name, container, list(container), container))
             for key, value in list(container.items()):
@@ -246,6 +264,8 @@ class Contents:
                 self.holders.append(Holder(f"variable {key} of {where}()", cell, (), cell))
                 if not is_empty(cell):
                     self.walk(cell.cell_contents, f"{key} of {where}()", inside=False)
+        if vars(function):
+            self._attributes(function, f"{where}()", list(vars(function)), False)
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self.walk(value, f"a default of {where}()", inside=False)
         self._globals(function)

@@ -33,6 +33,8 @@ class Copied:
         try:
             self.module: nn.Module = copy.deepcopy(module, own)
             fill_functions(contents, own)
+            for value in contents.own_attributes:  # deepcopy leaves the copy without any
+                own[id(value)].__dict__ = own[id(value)]
         except (TypeError, RuntimeError) as error:
             raise ValueError(
                 f"The module {type(module).__name__} cannot be copied, and each device needs a copy of it: {error}. "

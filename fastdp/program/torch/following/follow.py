@@ -135,6 +135,11 @@ class Following:
                 f"All devices would share {contents.refused}. Register the hook on the module or on its parts, which "
                 "each device has a copy of, or use gpus=[0]."
             )
+        if contents.unfollowed and self._copies:
+            raise ValueError(
+                f"The module keeps {contents.unfollowed}, whose changes its copies on other devices cannot follow. "
+                "Make it a list, a tensor or a NumPy array."
+            )
 
     # After a step.
 
