@@ -163,13 +163,15 @@ class Home:
         variables: specs of parameters and buffers.
         device: the first device, or host memory in its place.
 
-    `generation` counts the updates. An engine that did not make the last update refreshes its replicas.
+    `generation` counts the updates. An engine that did not make the last update refreshes its replicas. `doubtful`:
+    the last update may have used sums of a collective that was given up, and nobody has taken it back.
     """
 
     def __init__(self, variables: Sequence[ArraySpec], device: Allocator) -> None:
         self.variables = FlatBuffers(variables, device)
         self.device: Any = device
         self.generation = 0
+        self.doubtful = False
 
 
 @dataclass(slots=True)

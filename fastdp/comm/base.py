@@ -45,6 +45,7 @@ class Communicator(ABC):
 
     Work runs on the devices' communication streams. It comes after the work already on their compute streams, and
     compute work that is enqueued later waits for it.
+
     """
 
     _devices: Sequence[QueueDevice]
@@ -137,12 +138,32 @@ class Communicator(ABC):
     def once(self, work: Callable[[], object]) -> None:
         """Run `work()` on the first device's worker, after all work enqueued so far and before all later work."""
 
+    @property
+    def cut_short(self) -> int:
+        """How often collectives ended before their sums were right."""
+        return 0
+
     def check(self) -> None:
         """Raise RuntimeError if a collective failed silently. Called when the step is over."""
         return
 
+    def late(self) -> list[str]:
+        """The names of the devices whose work has not come to the latest collective yet."""
+        return []
+
+    def abort(self) -> None:
+        """Make devices leave collectives that do not end. Called when the time of a step is over.
+
+        What was to be summed is undefined then, and `cut_short` counts it.
+        """
+        return
+
     def recover(self) -> None:
-        """Recover from a failed step. Called when all devices are idle."""
+        """Recover from a failed step. Called when all devices are idle.
+
+        Raises:
+            RuntimeError: no collective can run any more.
+        """
         return
 
     # Order.

@@ -42,7 +42,7 @@ class Recovery:
             else:
                 joined(events).finish(timeout)
         except DeviceTimeoutError:
-            what = operation.unfinished(devices)
+            what = operation.unfinished(devices, self._communicator.late())
             raise DeviceTimeoutError(f"{what} took longer than timeout={timeout} seconds.") from None
         failed = [(rank, event.error) for rank, event in enumerate(events) if event.error is not None]
         if failed:
@@ -56,31 +56,73 @@ class Recovery:
         Called after a replica failed, a timeout, an interrupt of this thread, or when a device was closed.
         """
         operation.abandon(error)
+        home, late = self._replicas.home.home, isinstance(error, DeviceTimeoutError)
+        if late:
+            self._communicator.abort()
+        cut_short = operation.cut_short != self._communicator.cut_short
+        if self._state.unsettled is operation and operation.generation == home.generation:
+            # The update waits behind a collective on GPUs, and runs when that is given up.
+            home.doubtful = cut_short or (late and self._replicas.devices[0].on_gpu)
         self._replicas.doubt()
         for device in self._replicas.devices:
             device.unsettled = True
 
-    def settle_if_needed(self) -> None:
-        """Clean up after an abandoned operation of this engine, or of another engine on the same devices."""
+    def prepare(self, operation: Operation) -> None:
+        """Clean up before an operation if another was abandoned, of this engine or of another on the same devices.
+
+        Raises:
+            RuntimeError: an update used sums of a collective that was cut short, and cannot be taken back.
+            DeviceTimeoutError: a device is still busy.
+        """
         needed = self._state.unsettled is not None
         for device in self._replicas.devices:
             needed = needed or device.unsettled
         if needed:
             self.settle()
+        if self._replicas.home.home.doubtful:
+            raise RuntimeError(
+                "The weights and the optimizer's slots of this model may be wrong: an all-reduce was given up while "
+                "its update waited for it. Build the model again, load a checkpoint, and wrap it."
+            )
+        operation.cut_short = self._communicator.cut_short
 
     def settle(self) -> None:
-        """Wait until the devices are idle, and roll back an update that some replicas have not made."""
-        for device in self._replicas.devices:
-            device.synchronize(self._state.timeout)
+        """Wait until the devices are idle, and roll back an update that some replicas have not made, or made of sums of
+        a collective that was given up.
+
+        Raises:
+            DeviceTimeoutError: a device is still busy.
+            RuntimeError: no collective can run any more.
+        """
+        try:
+            for device in self._replicas.devices:
+                device.synchronize(self._state.timeout)
+        except DeviceTimeoutError:
+            late = self._communicator.late()
+            if not late:
+                raise
+            raise DeviceTimeoutError(
+                f"{late} were not done with an earlier step within another timeout={self._state.timeout} seconds, and "
+                "the other devices wait for them."
+            ) from None
         for device in self._replicas.devices:
             device.recover()
-        self._communicator.recover()
+        try:
+            self._communicator.recover()
+        except RuntimeError:
+            for device in self._replicas.devices:
+                device.unsettled = True
+            raise
         left, self._state.unsettled = self._state.unsettled, None
         home = self._replicas.home
         # If the generation differs, another engine has continued from the home's values.
-        if left is None or not left.updates_begun or home.home.generation != left.generation:
+        if left is None or home.home.generation != left.generation:
             return
-        if left.restorable and len(left.updates_done) < len(left.updating):
+        wrong = left.updates_begun and left.cut_short != self._communicator.cut_short
+        home.home.doubtful = wrong and not left.restorable
+        if not left.updates_begun:
+            return
+        if left.restorable and (wrong or len(left.updates_done) < len(left.updating)):
             self._rollback.restore(self._replicas.every)
         elif home.apart and not left.came_home:  # all replicas continue from the first
             home.home.variables.copy_from(self._replicas.every[0].memory.variables)

@@ -48,8 +48,9 @@ class Operation:
         totals: what the update gets; None until the sums are there.
 
     `generation` is the number of its update (see `ReplicaGroup.advance`). `restorable`: a snapshot of the variables
-    and slots has been taken. `came_home`: the program's own variables equal the first replica's. `close` ends the
-    operation (`fastdp.engine.step_scope`); None when it is not open.
+    and slots has been taken. `came_home`: the program's own variables equal the first replica's. `cut_short` is the
+    communicator's count from before the operation. `close` ends the operation (`fastdp.engine.step_scope`); None when
+    it is not open.
     """
 
     threads: int
@@ -62,6 +63,7 @@ class Operation:
     updates_done: list[int] = field(default_factory=list)
     updating: Sequence[Replica] = ()
     came_home: bool = False
+    cut_short: int = 0
     close: Callable[[BaseException | None], None] | None = None
     trains: bool = False
     totals: Totals | None = None
@@ -78,9 +80,9 @@ class Operation:
         """The number of replicas that have rows; 0 if that is not the question."""
         return 0
 
-    def unfinished(self, devices: Sequence[QueueDevice]) -> str:
-        """Name the work that has not ended, for the message of a timeout."""
-        return "The update"
+    def unfinished(self, devices: Sequence[QueueDevice], late: Sequence[str]) -> str:
+        """Name the work that has not ended, for the message of a timeout. `late`: as in `Communicator.late`."""
+        return f"The all-reduce, which {list(late)} did not come to," if late else "The update"
 
     def rows_of(self, rank: int) -> tuple[str, tuple[int, int] | None]:
         """A replica's rows, as text for a message and as (start, stop); empty and None if there is no batch."""
@@ -136,10 +138,10 @@ class Step(Operation):
         """The number of replicas that have rows."""
         return len(self.shards)
 
-    def unfinished(self, devices: Sequence[QueueDevice]) -> str:
-        """The devices whose replicas have not finished, else the update."""
+    def unfinished(self, devices: Sequence[QueueDevice], late: Sequence[str]) -> str:
+        """The devices whose replicas have not finished, else those that hold up the all-reduce, else the update."""
         busy = [devices[rank].name for rank, result in enumerate(self.results) if result is None]
-        return f"The step on {busy}" if busy else "The update"
+        return f"The step on {busy}" if busy else Operation.unfinished(self, devices, late)
 
     def rows_of(self, rank: int) -> tuple[str, tuple[int, int] | None]:
         """The replica's rows."""

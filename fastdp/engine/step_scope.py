@@ -141,9 +141,9 @@ class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
 
     def _prepare(self) -> None:
         """Clean up after an abandoned step, and refresh stale replicas."""
-        self._recovery.settle_if_needed()
-        self._state.unsettled = self._operation
         operation = self._operation
+        self._recovery.prepare(operation)
+        self._state.unsettled = operation
         self._replicas.bring_up_to_date(operation.active or len(self._replicas.every))
         self._scopes.enter_context(self._replicas.program.running(self._operation.threads))
         devices = self._replicas.devices

@@ -9,6 +9,7 @@ import operator
 import os
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from fastdp.warn import warn_user
 VIRTUAL_DEVICES_VARIABLE = "FASTDP_VIRTUAL_DEVICES"
 VIRTUAL_KIND_VARIABLE = "FASTDP_VIRTUAL_KIND"
 KINDS = ("host", "gpu")
+# That closing devices may take, while the process runs and when it ends.
+CLOSE_SECONDS, EXIT_SECONDS = 60.0, 20.0
 
 
 class _VirtualDevices:
@@ -43,14 +46,15 @@ class _VirtualDevices:
             del self._devices[kept:]
             self._asked = count
             self._kind = kind or self._kind
-        failures = []
-        for device in dropped:
-            try:
-                device.close()
-            except DeviceTimeoutError as error:  # the others are closed first
-                failures.append(error)
+        failures = _closed(dropped, CLOSE_SECONDS)
         if failures:
             raise failures[0]
+
+    def hand_over(self) -> list[QueueDevice]:
+        """All virtual devices, which the caller closes."""
+        with self._lock:
+            dropped, self._devices = self._devices, []
+            return dropped
 
     def count(self) -> int:
         """The requested number: from a call, else from the environment."""
@@ -106,12 +110,22 @@ class _Gpus:
                 self._devices[ordinal] = _cuda("device").CudaDevice(ordinal, ordinal)
             return self._devices[ordinal]
 
-    def close(self) -> None:
-        """Close all GPUs."""
+    def hand_over(self) -> list[QueueDevice]:
+        """All GPUs, which the caller closes."""
         with self._lock:
             dropped, self._devices = list(self._devices.values()), {}
-        for device in dropped:
-            device.close()
+            return dropped
+
+
+def _closed(devices: Sequence[QueueDevice], seconds: float) -> list[DeviceTimeoutError]:
+    """Close all devices within a time limit, and at least a second each. Returns the errors of those still busy."""
+    failures, deadline = [], time.monotonic() + seconds
+    for device in devices:
+        try:
+            device.close(max(1.0, round(deadline - time.monotonic(), 1)))
+        except DeviceTimeoutError as error:  # the others are closed all the same
+            failures.append(error)
+    return failures
 
 
 def _has_cupy() -> bool:
@@ -150,11 +164,16 @@ def _close_collectives() -> None:
     """Close what collectives hold on GPUs, if any ran. Not imported: that would load CuPy."""
     closing = sys.modules.get("fastdp.comm.cuda.at_exit")
     if closing is not None:
-        closing.close()
+        closing.close(EXIT_SECONDS)
 
 
-atexit.register(_gpus.close)
-atexit.register(lambda: _virtual.resize(0))
+def _close_devices() -> None:
+    """Close all devices at the end of the process. What is still busy then is left to the system, with a word."""
+    for error in _closed([*_virtual.hand_over(), *_gpus.hand_over()], EXIT_SECONDS):
+        sys.stderr.write(f"fastdp: {error} It is left as it is.\n")
+
+
+atexit.register(_close_devices)
 # Before the devices, and before functions of `atexit`, in which Python 3.12 and later start no thread.
 getattr(threading, "_register_atexit", atexit.register)(_close_collectives)
 

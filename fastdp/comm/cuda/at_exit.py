@@ -15,11 +15,8 @@ from fastdp.runtime.cuda.memory import run_deferred
 
 __all__ = ["close"]
 
-# That NCCL may take.
-EXIT_SECONDS = 20.0
 
-
-def close(seconds: float = EXIT_SECONDS) -> None:
+def close(seconds: float) -> None:
     """Destroy all graphs, then all communicators, within a time limit. Called by `runtime.select` at the end.
 
     What is not done by then is left to the driver, which frees everything when the process is gone.

@@ -8,16 +8,14 @@ issued by the worker that completes it (`fastdp.comm.cuda.reduction`).
 
 from __future__ import annotations
 
-import functools
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 
 from fastdp.buffers import Bucket, FlatBuffers
 from fastdp.comm.algorithm import way_to_all_gather, way_to_all_reduce, way_to_reduce_scatter
 from fastdp.comm.base import Communicator
 from fastdp.comm.cuda import at_exit as at_exit  # loaded for the end of the process
-from fastdp.comm.cuda.nccl import NcclCollectives, connect, destroy
+from fastdp.comm.cuda.nccl import EagerNccl, NcclCollectives
 from fastdp.comm.cuda.peer_kernels import PeerKernels, address_of, stream_of
 from fastdp.comm.cuda.reduction import CudaReduction
 from fastdp.comm.cuda.step_graph.build import Parts, StepGraphs
@@ -28,9 +26,12 @@ from fastdp.comm.host.reduction import sum_in_order
 from fastdp.launch.args import MAX_RANKS
 from fastdp.runtime.cuda import cupy_api
 from fastdp.runtime.cuda.device import CudaDevice
-from fastdp.runtime.cuda.memory import defer, run_deferred
+from fastdp.runtime.cuda.memory import run_deferred
 from fastdp.runtime.cuda.peer_access import PeerAccess
-from fastdp.runtime.queue import joined
+from fastdp.runtime.queue import QueueEvent, joined
+
+# Steps in which NCCL allocates, after it has connected the GPUs again.
+_COLD_STEPS = 2
 
 
 class CudaCommunicator(Communicator):
@@ -38,7 +39,7 @@ class CudaCommunicator(Communicator):
 
     Args:
         devices: one per rank; several may share a card.
-        timeout: seconds that making peer access ready may take.
+        timeout: seconds that making peer access ready, and an abort by NCCL, may take.
 
     Sums are taken in place: `sources` are the first of `targets`. Further targets count as zeros and are overwritten.
     Memory for the kernels is allocated when buckets are larger than before.
@@ -59,11 +60,14 @@ class CudaCommunicator(Communicator):
         cupy_api.check_environment(self._cards)
         several = len(devices) > 1
         peers = PeerAccess(sorted(set(self._cards)), timeout) if several else None
-        self._nccl = connect(self._cards) if several else []
-        if self._nccl:
-            # Destroying frees GPU memory, which must not happen in the garbage collector.
-            weakref.finalize(self, defer, functools.partial(destroy, list(self._nccl))).atexit = False
-        self._by_nccl = NcclCollectives(self._devices, self._nccl)
+        self._nccl = EagerNccl(self._devices)
+        self._has_nccl = bool(self._nccl.comms)
+        self._cold = 0
+        self._timeout = timeout
+        self._cut_short = 0
+        # Whether a step graph was launched since the last step that ended well.
+        self._in_graphs = False
+        self._before: list[QueueEvent] = []
         has_kernels = peers is not None and len(devices) <= MAX_RANKS and peers.complete
         self._kernels = PeerKernels(devices) if has_kernels else None
         self._step_graphs = StepGraphs(devices, self._kernels)
@@ -73,7 +77,7 @@ class CudaCommunicator(Communicator):
 
     def how(self, bucket: Bucket) -> str:
         """How a bucket is all-reduced: "one-shot", "two-shot", "nccl", or "host" if nothing else supports it."""
-        return way_to_all_reduce(bucket.dtype, bucket.nbytes, kernels=self._kernels is not None, nccl=bool(self._nccl))
+        return way_to_all_reduce(bucket.dtype, bucket.nbytes, kernels=self._kernels is not None, nccl=self._has_nccl)
 
     def prepare(self, buckets: Sequence[Bucket]) -> None:
         """Choose an algorithm for each bucket, and allocate its memory."""
@@ -96,11 +100,13 @@ class CudaCommunicator(Communicator):
         refuse_unknown(buckets)
         _check_in_place(sources, targets)
         several = len(self._devices) > 1
+        if self._cold:
+            warm, self._cold = False, self._cold - 1
         ways = self._plan(buckets, self._ways, self.how) if several else []
 
         def issue(numbers: Sequence[int]) -> None:
             chosen = [(buckets[number], ways[number]) for number in numbers]
-            self._run(targets, chosen, range(len(sources), len(targets)), self._by_nccl.all_reduce)
+            self._run(targets, chosen, range(len(sources), len(targets)), self._nccl.all_reduce)
 
         # Reducing on the host waits for the GPUs, which must not happen in the middle of a replica's work.
         early = [number for number, way in enumerate(ways) if way != "host"] if warm else []
@@ -136,6 +142,8 @@ class CudaCommunicator(Communicator):
                 self.once(once)
             return
 
+        self._in_graphs = self._in_graphs or isinstance(reduction, StepGraphReduction)
+
         def issue() -> None:
             if once is not None:
                 once()
@@ -160,16 +168,16 @@ class CudaCommunicator(Communicator):
             if once is not None:
                 once()
             idle = range(len(sources), len(targets))
-            self._run(targets, list(zip(buckets, ways, strict=False)), idle, self._by_nccl.reduce_scatter)
+            self._run(targets, list(zip(buckets, ways, strict=False)), idle, self._nccl.reduce_scatter)
             self._show_errors()
 
         self._issue(issue)
 
     def all_gather(self, buffers: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
         """Gather by NCCL, or by copies over the links."""
-        by_nccl = [one for one in buckets if way_to_all_gather(one.nbytes, nccl=bool(self._nccl)) == "nccl"]
+        by_nccl = [one for one in buckets if way_to_all_gather(one.nbytes, nccl=self._has_nccl) == "nccl"]
         if by_nccl:
-            self._issue(lambda: self._by_nccl.all_gather(buffers, by_nccl))
+            self._issue(lambda: self._nccl.all_gather(buffers, by_nccl))
         self._gather_by_copies(buffers, [bucket for bucket in buckets if bucket not in by_nccl])
 
     def broadcast(self, buffers: Sequence[FlatBuffers], readers: int | None = None) -> None:
@@ -188,26 +196,53 @@ class CudaCommunicator(Communicator):
         """
         run_deferred()
         for rank in self._kernels.given_up() if self._kernels is not None else ():
+            self._cut_short += 1
             raise RuntimeError(
                 f"A collective on {self._devices[rank].name} gave up waiting for the other GPUs: the gradients "
                 "of this step are wrong. Run `fastdp devices` to look at the links, and see docs/hardware.md."
             )
-        for comms in (self._nccl, *self._step_graphs.comms()):
+        for comms in (self._nccl.comms, *self._step_graphs.comms()):
             for rank, comm in enumerate(comms):
                 error = cupy_api.nccl_async_error(comm)
                 if error is not None:
+                    self._cut_short += 1
                     raise RuntimeError(f"NCCL failed on {self._devices[rank].name}: {error}") from error
+        self._nccl.in_use = self._in_graphs = False
+
+    @property
+    def cut_short(self) -> int:
+        """How often collectives were aborted, or ranks gave up waiting for others."""
+        return self._cut_short + self._nccl.cut_short
+
+    def late(self) -> list[str]:
+        """The names of the GPUs whose work has not come to the latest collective yet."""
+        return [device.name for device, event in zip(self._devices, self._before, strict=False) if not event.done]
+
+    def abort(self) -> None:
+        """Abort NCCL's collectives. Our own kernels stop waiting by themselves.
+
+        An eager collective begins when all GPUs have come to it. While one is late, none waits in NCCL: once it comes,
+        the step ends by itself. A graph waits in NCCL for the others' graphs.
+        """
+        if self._in_graphs:
+            self._cut_short += self._step_graphs.abort()
+        elif not self.late():
+            self._nccl.abort()
 
     def recover(self) -> None:
-        """Reset ranks that gave up waiting for others. Called when all devices are idle."""
-        if self._kernels is not None:
-            self._kernels.recover()
+        """Reset ranks that gave up waiting for others, and connect NCCL again after an abort."""
+        if self._kernels is not None and self._kernels.recover():
+            self._cut_short += 1
+        self._in_graphs = False
+        if self._nccl.renew(self._timeout):
+            self._cold = _COLD_STEPS
 
     # Order.
 
     def _issue(self, work: Callable[[], object]) -> None:
         """Run `work()`, which issues to all communication streams, on the first device's worker."""
-        before = joined([device.compute.record() for device in self._devices])
+        self._before = [device.compute.record() for device in self._devices]
+        before = joined(self._before)
         ready = []
         for device in self._devices:
             device.communication.wait(before)
@@ -228,7 +263,7 @@ class CudaCommunicator(Communicator):
 
     def _how_to_scatter(self, bucket: Bucket) -> str:
         return way_to_reduce_scatter(
-            bucket.dtype, bucket.nbytes, kernels=self._kernels is not None, nccl=bool(self._nccl)
+            bucket.dtype, bucket.nbytes, kernels=self._kernels is not None, nccl=self._has_nccl
         )
 
     def _plan(self, buckets: Sequence[Bucket], known: dict[Bucket, str], how: Callable[[Bucket], str]) -> list[str]:

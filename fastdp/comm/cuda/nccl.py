@@ -1,9 +1,17 @@
-"""NCCL between the ranks of one process: its communicators, and its collectives on their streams."""
+"""NCCL between the ranks of one process: its communicators, its collectives on their streams, and their abort.
+
+Communicators block: a call returns when its kernels are enqueued. NCCL wants communicators that do not block for an
+abort at any time, but starts a thread for each group with them, and a thread that is inside NCCL has all ranks at hand
+here. So an abort only has to come when no thread is inside NCCL, which is when its kernels are enqueued.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
+import threading
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,9 +20,13 @@ from fastdp.comm.algorithm import MULTI_RANK_VARIABLE, nccl_connects
 from fastdp.comm.cuda.peer_kernels import address_of, stream_of
 from fastdp.runtime.cuda import cupy_api
 from fastdp.runtime.cuda.device import CudaDevice
+from fastdp.runtime.cuda.memory import defer
 
 # Communicators by their identity, from `connect` to `destroy` or `abort`.
 _open: dict[int, Any] = {}
+
+# Seconds that an abort may take where nobody can go on without it.
+ABORT_SECONDS = 30.0
 
 
 class NcclCollectives:
@@ -25,8 +37,8 @@ class NcclCollectives:
         comms: their communicators; none where NCCL is not used.
     """
 
-    def __init__(self, devices: Sequence[CudaDevice], comms: Sequence[Any]) -> None:
-        self._devices, self._comms = list(devices), list(comms)
+    def __init__(self, devices: Sequence[CudaDevice], comms: list[Any]) -> None:
+        self._devices, self._comms = list(devices), comms
 
     def all_reduce(self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
         """Sum buckets in place, on all ranks."""
@@ -73,11 +85,98 @@ class NcclCollectives:
         self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket], call: Callable[[int, int, Bucket, int], None]
     ) -> None:
         """Call `call(rank, address, bucket, stream)` for all buckets and ranks, in one NCCL group."""
-        with cupy_api.nccl_group():
-            for bucket in buckets:
-                for rank, (device, target) in enumerate(zip(self._devices, targets, strict=True)):
-                    with cupy_api.on(device.ordinal):
-                        call(rank, address_of(target, bucket), bucket, stream_of(device))
+        where = ""
+        try:
+            with cupy_api.nccl_group():
+                for bucket in buckets:
+                    for rank, (device, target) in enumerate(zip(self._devices, targets, strict=True)):
+                        where = device.name
+                        with cupy_api.on(device.ordinal):
+                            call(rank, address_of(target, bucket), bucket, stream_of(device))
+                where = _names(self._devices)
+        except BaseException as error:
+            self._failed()
+            if isinstance(error, cupy_api.NcclError):
+                raise RuntimeError(f"NCCL failed on {where}: {error}") from error
+            raise
+
+    def _failed(self) -> None:
+        """A group ended with an error, and may have enqueued its collectives on some ranks only."""
+
+
+class EagerNccl(NcclCollectives):
+    """Collectives outside of graphs, on communicators that can be aborted and made anew.
+
+    Args:
+        devices: one per rank.
+
+    Attributes:
+        in_use: whether collectives were issued since the caller set it to False.
+        cut_short: how many times the communicators were aborted.
+    """
+
+    def __init__(self, devices: Sequence[CudaDevice]) -> None:
+        self._cards = [device.ordinal for device in devices]
+        super().__init__(devices, connect(self._cards) if len(devices) > 1 else [])
+        self.in_use = False
+        self.cut_short = 0
+        self._aborting: threading.Thread | None = None
+        # Destroying frees GPU memory, which must not happen in the garbage collector.
+        weakref.finalize(self, defer, functools.partial(destroy, self._comms)).atexit = False
+
+    @property
+    def comms(self) -> list[Any]:
+        """The communicators, in rank order; empty where NCCL is not used, and after an abort."""
+        return list(self._comms)
+
+    def abort(self) -> None:
+        """Make the GPUs leave NCCL's kernels, unless nothing was issued. No thread is inside NCCL.
+
+        NCCL waits until all GPUs have left, for good if one of them hangs. So a thread of its own does.
+        """
+        if self.in_use and self._comms:
+            taken = list(self._comms)
+            self._comms.clear()
+            self.cut_short += 1
+            self._aborting = aside(functools.partial(abort, taken))
+
+    def renew(self, seconds: float) -> bool:
+        """Connect again after an abort, within a time limit; whether it did. Called when all devices are idle.
+
+        Raises:
+            RuntimeError: NCCL has not done with the abort, or does not connect the GPUs again.
+        """
+        self.in_use = False
+        if self._aborting is None:
+            return False
+        names = _names(self._devices)
+        self._aborting.join(seconds)
+        if self._aborting.is_alive():
+            raise RuntimeError(
+                f"NCCL has not aborted a collective of {names} within {seconds:g} seconds, though they are idle. Start "
+                "the process again."
+            )
+        comms = connect(self._cards)
+        if not comms:
+            raise RuntimeError(
+                f"NCCL does not connect {names} again after a collective was aborted. Start the process again."
+            )
+        self._comms += comms
+        self._aborting = None
+        return True
+
+    def _each(
+        self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket], call: Callable[[int, int, Bucket, int], None]
+    ) -> None:
+        self.in_use = True
+        super()._each(targets, buckets, call)
+
+    def _failed(self) -> None:
+        self.abort()  # the others would wait for good
+
+
+def _names(devices: Sequence[CudaDevice]) -> str:
+    return ", ".join(device.name for device in devices)
 
 
 def _parts(bucket: Bucket, ranks: int) -> tuple[int, int, int]:
@@ -108,18 +207,28 @@ def connect(cards: Sequence[int]) -> list[Any]:
         return []
 
 
-def destroy(comms: Sequence[Any]) -> None:
-    """Destroy NCCL's communicators."""
-    for comm in comms:
+def destroy(comms: list[Any]) -> None:
+    """Destroy NCCL's communicators, and empty the list."""
+    taken = list(comms)
+    comms.clear()
+    for comm in taken:
         cupy_api.nccl_destroy(comm)
         _open.pop(id(comm), None)
 
 
 def abort(comms: Sequence[Any]) -> None:
-    """Abort NCCL's communicators, and the collectives that hang in them."""
+    """Abort NCCL's communicators, and the collectives that hang in them. The call for the last one waits for all."""
+    for comm in comms:
+        _open.pop(id(comm), None)  # nobody else destroys it
     for comm in comms:
         cupy_api.nccl_abort(comm)
-        _open.pop(id(comm), None)
+
+
+def aside(work: Callable[[], object]) -> threading.Thread:
+    """Run `work()`, which aborts communicators and may never return, on a thread of its own."""
+    thread = threading.Thread(target=work, name="fastdp-abort", daemon=True)
+    thread.start()
+    return thread
 
 
 def open_communicators() -> list[Any]:

@@ -92,15 +92,16 @@ class PeerKernels:
         """The ranks that gave up waiting for another. Called when the GPUs are done with the step."""
         return [rank for rank, memory in enumerate(self._ranks) if memory.seen[0]]
 
-    def recover(self) -> None:
-        """Reset signals and error flags after ranks gave up waiting. Called when all devices are idle."""
+    def recover(self) -> bool:
+        """Reset signals and error flags after ranks gave up waiting; whether any had. Called when all are idle."""
         flags = [device.to_host(memory.error) for device, memory in zip(self._devices, self._ranks, strict=False)]
         if not any(flag[0] for flag in flags):  # read from the GPUs, since a failed step has not copied them
-            return
+            return False
         for device, memory in zip(self._devices, self._ranks, strict=True):
             for array in (memory.signals, memory.error):
                 device.copy(array, np.zeros(array.shape, array.dtype))
             memory.seen[0] = 0
+        return True
 
     def _allocate(self, half: int) -> None:
         """Allocate two halves of staging, signals and an error flag for each rank."""

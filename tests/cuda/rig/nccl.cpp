@@ -10,7 +10,7 @@ using namespace rig;
 
 namespace {
 
-enum Result { kSuccess = 0, kInvalidArgument = 4, kInvalidUsage = 5 };
+enum Result { kSuccess = 0, kUnhandledCudaError = 1, kInvalidArgument = 4, kInvalidUsage = 5 };
 enum class What { all_reduce, reduce_scatter, all_gather, broadcast };
 constexpr int kSum = 0;
 
@@ -20,6 +20,7 @@ struct Op {
     char* recv;
     std::size_t count;
     int dtype, root;
+    bool hangs = false;  // a link is broken: the ranks wait until they are aborted
 };
 
 struct Meeting {
@@ -27,13 +28,18 @@ struct Meeting {
     bool done = false;
 };
 
+struct Comm;
+
 struct Clique {
     std::mutex mutex;
     std::condition_variable changed;
     int size = 0;
-    bool aborted = false;
     std::vector<int> cards, turns;  // of each rank: its card, and how many collectives it has come to
+    std::vector<bool> aborted;      // by rank
     std::map<int, Meeting> meetings;
+    std::vector<Comm*> closing;  // destroyed or aborted, while others are not yet
+
+    explicit Clique(int size) : size(size), cards(size, -1), turns(size, 0), aborted(size, false) {}
 };
 
 struct Comm {
@@ -83,7 +89,7 @@ void meet(Clique& clique, int rank, const Op& op) {
     const int turn = clique.turns[rank]++;
     Meeting& meeting = clique.meetings[turn];
     meeting.ops[rank] = op;
-    if (static_cast<int>(meeting.ops.size()) == clique.size) {
+    if (static_cast<int>(meeting.ops.size()) == clique.size && !op.hangs) {
         for (const auto& entry : meeting.ops) {
             const Op& other = entry.second;
             if (other.kind != op.kind || other.count != op.count || other.dtype != op.dtype || other.root != op.root) {
@@ -94,7 +100,7 @@ void meet(Clique& clique, int rank, const Op& op) {
         meeting.done = true;
         clique.changed.notify_all();
     }
-    clique.changed.wait(lock, [&] { return meeting.done || clique.aborted; });
+    clique.changed.wait(lock, [&] { return meeting.done || clique.aborted[rank]; });
     if (meeting.ops.erase(rank) && meeting.ops.empty()) clique.meetings.erase(turn);
 }
 
@@ -118,8 +124,14 @@ int collective(Comm* comm, cudaStream_t stream, const Op& op) {
     return issue(only);
 }
 
+// Whether RIG_NCCL, which a process may set meanwhile, asks for a failure.
+bool fails(const char* how) {
+    const char* text = std::getenv("RIG_NCCL");
+    return text && std::strcmp(text, how) == 0;
+}
+
 Op op_of(What kind, const void* send, void* recv, std::size_t count, int dtype, int root = 0) {
-    return {kind, static_cast<const char*>(send), static_cast<char*>(recv), count, dtype, root};
+    return {kind, static_cast<const char*>(send), static_cast<char*>(recv), count, dtype, root, fails("hangs")};
 }
 
 // Ranks that share a card are refused unless asked for, and then there may be two.
@@ -143,7 +155,9 @@ int ncclGetVersion(int* version) {
     return *version = text ? std::atoi(text) : 23003, kSuccess;
 }
 
-const char* ncclGetErrorString(int code) { return code == kInvalidUsage ? "invalid usage" : "an error of the tests' NCCL"; }
+const char* ncclGetErrorString(int code) {
+    return code == kInvalidUsage ? "invalid usage" : "an error of the tests' NCCL";
+}
 
 int ncclGetUniqueId(UniqueId* id) {
     static int made = 0;
@@ -158,10 +172,7 @@ int ncclCommInitRankConfig(Comm** comm, int size, UniqueId id, int rank, void*) 
     if (cudaGetDevice(&card) != cudaSuccess) return kInvalidArgument;
     auto clique = cliques[id.bytes].lock();
     if (!clique) {
-        clique = std::make_shared<Clique>();
-        clique->size = size;
-        clique->cards.assign(size, -1);
-        clique->turns.assign(size, 0);
+        clique = std::make_shared<Clique>(size);
         cliques[id.bytes] = clique;
     }
     clique->cards[rank] = card;
@@ -170,27 +181,34 @@ int ncclCommInitRankConfig(Comm** comm, int size, UniqueId id, int rank, void*) 
 }
 
 int ncclCommInitAll(Comm** comms, int size, const int* cards) {
-    auto clique = std::make_shared<Clique>();
-    clique->size = size;
+    auto clique = std::make_shared<Clique>(size);
     clique->cards.assign(cards, cards + size);
-    clique->turns.assign(size, 0);
     if (refused(clique->cards)) return kInvalidUsage;
     for (int rank = 0; rank < size; ++rank) comms[rank] = new Comm{clique, rank};
     return kSuccess;
 }
 
-// Waits for collectives that are enqueued, and for graphs that hold some.
+// The call for a process's last rank waits for the collectives of all that are enqueued, and for graphs that hold some.
 int ncclCommDestroy(Comm* comm) {
-    while (comm->held.use_count() > 1) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    delete comm;
+    const auto clique = comm->clique;
+    std::vector<Comm*> all;
+    {
+        std::lock_guard<std::mutex> lock(clique->mutex);
+        clique->closing.push_back(comm);
+        if (static_cast<int>(clique->closing.size()) == clique->size) all.swap(clique->closing);
+    }
+    for (Comm* one : all) {
+        while (one->held.use_count() > 1) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        delete one;
+    }
     return kSuccess;
 }
 
-// Lets go of the ranks that wait; graphs that hold collectives are waited for all the same.
+// Lets go of the rank if it waits; graphs that hold collectives are waited for all the same.
 int ncclCommAbort(Comm* comm) {
     {
         std::lock_guard<std::mutex> lock(comm->clique->mutex);
-        comm->clique->aborted = true;
+        comm->clique->aborted[comm->rank] = true;
         comm->clique->changed.notify_all();
     }
     return ncclCommDestroy(comm);
@@ -217,6 +235,10 @@ int ncclGroupEnd() {
     std::vector<Pending> all;
     all.swap(pending);
     int result = kSuccess;
+    if (fails("refuses") && !all.empty()) {  // CUDA refuses a launch, and the other ranks have launched theirs
+        all.pop_back();
+        result = kUnhandledCudaError;
+    }
     for (const Pending& one : all) {
         if (const int error = issue(one)) result = error;
     }

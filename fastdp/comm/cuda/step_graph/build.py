@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastdp.buffers import Bucket, FlatBuffers
-from fastdp.comm.cuda.nccl import NcclCollectives, connect
+from fastdp.comm.cuda.nccl import ABORT_SECONDS, NcclCollectives, aside, connect
 from fastdp.comm.cuda.peer_kernels import PeerKernels, stream_of
 from fastdp.comm.cuda.step_graph.graph import Held, Owner, StepGraph
 from fastdp.comm.rendezvous import Rendezvous
@@ -52,6 +52,14 @@ class StepGraphs:
     def comms(self) -> list[list[Any]]:
         """NCCL's communicators that are in graphs; each list is in rank order."""
         return [list(owner.held.comms) for owner in self._owners.values()]
+
+    def abort(self) -> bool:
+        """Make the GPUs leave NCCL's kernels in graphs, and never launch those graphs again; whether there are any."""
+        held = [owner.held for owner in self._owners.values() if owner.held.comms]
+        for one in held:
+            one.broken = True
+            aside(one.abort)
+        return bool(held)
 
     def why_not(self, ways: Sequence[str]) -> str:
         """Why steps whose buckets are reduced by these algorithms cannot be step graphs; empty if they can."""
@@ -139,11 +147,12 @@ class StepGraphs:
         if by_nccl and not held.comms:
             raise RuntimeError("NCCL does not connect these GPUs a second time, for collectives in graphs.")
         if by_nccl:
-            self._on_first(
-                communicator,
-                lambda: communicator.issue(targets, by_nccl, NcclCollectives(self._devices, held.comms)),
-                timeout,
-            )
+            collectives = NcclCollectives(self._devices, list(held.comms))
+            try:
+                self._on_first(communicator, lambda: communicator.issue(targets, by_nccl, collectives), timeout)
+            except BaseException:
+                aside(held.abort).join(ABORT_SECONDS)
+                raise
         self._owners[tuple(buckets)] = owner
         return owner
 
@@ -157,7 +166,7 @@ class StepGraphs:
                 with cupy_api.on(device.ordinal):
                     cupy_api.capture_begin(stream_of(device))
                 begun.append(stream_of(device))
-            communicator.issue(targets, [bucket], NcclCollectives(self._devices, owner.held.comms))
+            communicator.issue(targets, [bucket], NcclCollectives(self._devices, list(owner.held.comms)))
         except BaseException as error:
             failed = error
             raise

@@ -8,17 +8,13 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from fastdp.comm.cuda.nccl import abort, destroy
+from fastdp.comm.cuda.nccl import ABORT_SECONDS, abort, aside, destroy
 from fastdp.comm.cuda.peer_kernels import PeerKernels
 from fastdp.comm.cuda.step_graph.reduction import StepGraphReduction
 from fastdp.runtime.cuda import cupy_api
 from fastdp.runtime.cuda.device import CudaDevice
 from fastdp.runtime.cuda.memory import defer
 from fastdp.runtime.cuda.streams import CudaStream
-
-# An abort by NCCL waits until the GPUs have left its kernels.
-_ABORT_SECONDS = 30.0
-
 
 # All that is held in this process.
 alive: weakref.WeakSet[Held] = weakref.WeakSet()
@@ -129,7 +125,4 @@ class StepGraph:
     def abort(self) -> None:
         """Make the GPUs leave the collectives, and never launch the graphs again. Our own kernels time out."""
         self._owner.held.broken = True
-        # On a separate thread, so that the caller does not wait forever if NCCL does.
-        thread = threading.Thread(target=self._owner.held.abort, name="fastdp-abort", daemon=True)
-        thread.start()
-        thread.join(_ABORT_SECONDS)
+        aside(self._owner.held.abort).join(ABORT_SECONDS)
