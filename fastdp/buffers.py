@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,7 +21,9 @@ ALIGNMENT = 64
 
 
 class Allocator(Protocol):
-    """A device whose memory holds buffers, and its operations on arrays."""
+    """A device whose memory holds buffers, and its operations on arrays. `space` names the memory."""
+
+    space: str
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
         """An array of zeros in the device's memory, aligned to at least 64 bytes."""
@@ -95,26 +97,56 @@ class FlatBuffers:
     Args:
         specs: the arrays to lay out, in this order within each dtype.
         device: allocates the memory, one array per dtype.
+        lent: arrays that lie in other buffers already, by number: those buffers, and the number there. They stay where
+            they are: each run of them is one more buffer, named after dtype and number ("float32+1").
+        like: buffers of the same specs, whose layout is taken over, in memory of its own.
 
     Each array begins at a multiple of 64 bytes; the gaps are zero, so that whole buffers can be
-    compared and reduced. `views[i]` has the shape of `specs[i]` and aliases `buffers[specs[i].dtype]`.
+    compared and reduced. `views[i]` has the shape of `specs[i]` and aliases `buffers[names[i]]`; the name is the dtype
+    for arrays that are not lent.
     """
 
-    def __init__(self, specs: Sequence[ArraySpec], device: Allocator) -> None:
+    def __init__(
+        self,
+        specs: Sequence[ArraySpec],
+        device: Allocator,
+        *,
+        lent: Mapping[int, tuple[FlatBuffers, int]] | None = None,
+        like: FlatBuffers | None = None,
+    ) -> None:
         self.specs = list(specs)
         self._device = device
-        self._spans: list[tuple[int, int]] = []
-        lengths: dict[str, int] = {}
-        for spec in self.specs:
-            step = max(1, ALIGNMENT // storage_dtype(spec.dtype).itemsize)
-            start = lengths.get(spec.dtype, 0)
-            self._spans.append((start, start + spec.size))
-            lengths[spec.dtype] = start + spec.size + -spec.size % step
-        self.buffers = {dtype: device.zeros((n,), storage_dtype(dtype)) for dtype, n in lengths.items()}
+        self.names = [spec.dtype for spec in self.specs]
+        self._spans: list[tuple[int, int]] = [(0, 0)] * len(self.specs)
+        self.buffers: dict[str, Any]
+        if like is not None:
+            self.names, self._spans = like.names, like._spans
+            self.buffers = {name: device.zeros(buffer.shape, buffer.dtype) for name, buffer in like.buffers.items()}
+        else:
+            self.buffers = self._lay_out(lent or {})
         self.views: list[Any] = [
-            self.buffers[spec.dtype][start:stop].reshape(spec.shape)
-            for spec, (start, stop) in zip(self.specs, self._spans, strict=True)
+            self.buffers[name][start:stop].reshape(spec.shape)
+            for spec, name, (start, stop) in zip(self.specs, self.names, self._spans, strict=True)
         ]
+
+    def _lay_out(self, lent: Mapping[int, tuple[FlatBuffers, int]]) -> dict[str, Any]:
+        """Give each array its place; the buffers by name."""
+        lengths: dict[str, int] = {}
+        for number, spec in enumerate(self.specs):
+            if number not in lent:
+                start = lengths.get(spec.dtype, 0)
+                self._spans[number] = start, start + spec.size
+                lengths[spec.dtype] = start + _padded(spec)
+        buffers = {dtype: self._device.zeros((n,), storage_dtype(dtype)) for dtype, n in lengths.items()}
+        for run in _runs(lent, self.specs):
+            name = f"{self.specs[run[0]].dtype}+{len(buffers)}"
+            first, last = (lent[number][0]._spans[lent[number][1]][0] for number in (run[0], run[-1]))
+            lender, at = lent[run[0]]
+            buffers[name] = lender.buffers[lender.names[at]][first : last + _padded(self.specs[run[-1]])]
+            for number in run:
+                start, stop = lender._spans[lent[number][1]]
+                self.names[number], self._spans[number] = name, (start - first, stop - first)
+        return buffers
 
     @property
     def nbytes(self) -> int:
@@ -122,9 +154,9 @@ class FlatBuffers:
         return sum(buffer.nbytes for buffer in self.buffers.values())
 
     def copy_from(self, other: FlatBuffers) -> None:
-        """Copy the values of `other`, which has the same specs."""
-        for dtype, buffer in self.buffers.items():
-            self._device.copy(buffer, other.buffers[dtype])
+        """Copy the values of `other`, which has the same specs and layout."""
+        for name, buffer in self.buffers.items():
+            self._device.copy(buffer, other.buffers[name])
 
     def copy_part(self, other: FlatBuffers, part: Bucket) -> None:
         """Copy one span of the values of `other`, which has the same specs."""
@@ -143,11 +175,14 @@ class FlatBuffers:
     def buckets(self, first: int = FIRST_BUCKET_NBYTES, cap: int = BUCKET_NBYTES) -> list[Bucket]:
         """The flat buffers split into buckets at array borders, in the order in which backward completes them.
 
-        Backward reaches the last arrays first, so the first, small bucket of a dtype has its last arrays.
+        Backward reaches the last arrays first, so the first, small bucket of a dtype has its last arrays. Arrays that
+        are lent are in no bucket: nobody reduces them.
         """
         plan = []
         for dtype, buffer in self.buffers.items():
-            numbers = [number for number, spec in enumerate(self.specs) if spec.dtype == dtype]
+            numbers = [i for i, spec in enumerate(self.specs) if self.names[i] == dtype == spec.dtype]
+            if not numbers:
+                continue
             starts = [self._spans[number][0] for number in numbers] + [buffer.size]
             sizes = [(b - a) * buffer.itemsize for a, b in itertools.pairwise(starts)]
             for begin, end in plan_buckets(sizes[::-1], first, cap):
@@ -156,22 +191,76 @@ class FlatBuffers:
         return sorted(plan, key=lambda bucket: -bucket.arrays[0])
 
 
+def _padded(spec: ArraySpec) -> int:
+    """The elements from the begin of an array to that of the next one."""
+    return spec.size + -spec.size % max(1, ALIGNMENT // storage_dtype(spec.dtype).itemsize)
+
+
+def _runs(lent: Mapping[int, tuple[FlatBuffers, int]], specs: Sequence[ArraySpec]) -> list[list[int]]:
+    """The numbers of arrays that are lent, in runs that lie behind each other in one buffer."""
+
+    def place(number: int) -> tuple[int, str, int]:
+        lender, at = lent[number]
+        return id(lender), lender.names[at], lender._spans[at][0]
+
+    runs: list[list[int]] = []
+    end = None
+    for number in sorted(lent, key=place):
+        lender, name, start = place(number)
+        if (lender, name, start) == end:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+        end = lender, name, start + _padded(specs[number])
+    return runs
+
+
+class _Block:
+    """What homes know of memory that they share: the number of its updates, and whether the last one is in doubt."""
+
+    updates = 0
+    doubtful = False
+
+
 class Home:
     """The memory of a program's first replica. Several engines may run on one home.
 
     Args:
         variables: specs of parameters and buffers.
         device: the first device, or host memory in its place.
-
-    `generation` counts the updates. An engine that did not make the last update refreshes its replicas. `doubtful`:
-    the last update may have used sums of a collective that was given up, and nobody has taken it back.
+        lent: variables that lie in other homes already, by number: those homes, and the number there. They stay there.
     """
 
-    def __init__(self, variables: Sequence[ArraySpec], device: Allocator) -> None:
-        self.variables = FlatBuffers(variables, device)
+    def __init__(
+        self, variables: Sequence[ArraySpec], device: Allocator, lent: Mapping[int, tuple[Home, int]] | None = None
+    ) -> None:
+        lent = lent or {}
+        flats = {number: (home.variables, at) for number, (home, at) in lent.items()}
+        self.variables: FlatBuffers = FlatBuffers(variables, device, lent=flats)
         self.device: Any = device
-        self.generation = 0
-        self.doubtful = False
+        self._blocks = dict.fromkeys(self.variables.buffers, _Block())
+        for number, (home, at) in lent.items():
+            self._blocks[self.variables.names[number]] = home._blocks[home.variables.names[at]]
+
+    @property
+    def generation(self) -> int:
+        """Counts the updates of this memory. An engine that did not make the last update refreshes its replicas."""
+        return sum([block.updates for block in self._blocks.values()])
+
+    def advance(self) -> None:
+        """Count an update, so that all engines on this memory notice."""
+        for block in {*self._blocks.values()}:
+            block.updates += 1
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether the last update may have used sums of a collective that was given up, and was not taken back."""
+        return any(block.doubtful for block in self._blocks.values())
+
+    @doubtful.setter
+    def doubtful(self, value: bool) -> None:
+        for block in self._blocks.values():
+            block.doubtful = value
 
 
 @dataclass(slots=True)

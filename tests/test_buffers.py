@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdp.buffers import ArraySpec, FlatBuffers, storage_dtype
+from fastdp.buffers import ArraySpec, FlatBuffers, Home, storage_dtype
 from fastdp.runtime.host.device import HostDevice
 
 DTYPES = ["float16", "bfloat16", "float32", "float64", "int8", "int64", "bool", "complex64", "float8_e4m3fn"]
@@ -142,3 +142,39 @@ def test_bfloat16_is_stored_as_uint16_also_where_ml_dtypes_gives_numpy_such_a_dt
 def test_an_unknown_dtype_is_refused(name):
     with pytest.raises(TypeError, match=name):
         storage_dtype(name)
+
+
+@given(specs=specs, more=specs, data=st.data())
+def test_lent_arrays_stay_in_their_place_and_copies_of_the_layout_share_nothing(specs, more, data):
+    """Arrays of two lenders and own ones, in any order: each keeps its memory, and runs of them make few buffers."""
+    lenders = [FlatBuffers(specs, dirty), FlatBuffers(specs[::-1], dirty)]
+    places = [(lender, at) for lender in lenders for at, spec in enumerate(lender.specs) if spec.size]
+    lent = dict(enumerate(data.draw(st.permutations(places))))
+    flat = FlatBuffers([lender.specs[at] for lender, at in lent.values()] + more, dirty, lent=lent)
+    for number, (lender, at) in lent.items():
+        assert flat.views[number].__array_interface__ == lender.views[at].__array_interface__
+    other = FlatBuffers(flat.specs, dirty, like=flat)
+    for number, view in enumerate(flat.views):
+        view[...] = number % 2
+        assert not other.views[number].any()
+    other.copy_from(flat)
+    assert other.equals(flat)
+    for number, view in enumerate(other.views):
+        assert (view == np.asarray(number % 2, view.dtype)).all()
+    runs = sum(len(lender.buffers) for lender in lenders) + len({spec.dtype for spec in more})
+    assert len(flat.buffers) <= runs, "arrays behind each other are one buffer"
+
+
+def test_homes_count_the_updates_of_the_memory_that_they_share():
+    a, b = (ArraySpec(name, (3,), "float32") for name in "ab")
+    first, apart = Home([a, b], dirty), Home([a], dirty)
+    whole = Home([a, b, a], dirty, {0: (first, 0), 2: (apart, 0)})
+    last = Home([a, b], dirty, {0: (whole, 2), 1: (whole, 1)})
+    for one, noticed in ((first, (first, whole)), (apart, (apart, whole, last)), (last, (last, whole, apart))):
+        before = [home.generation for home in (first, apart, whole, last)]
+        one.advance()
+        after = [home.generation for home in (first, apart, whole, last)]
+        changed = [
+            home for home, was, now in zip((first, apart, whole, last), before, after, strict=True) if was != now
+        ]
+        assert {*map(id, noticed)} == {*map(id, changed)}

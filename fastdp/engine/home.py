@@ -33,8 +33,8 @@ class HomeMemory:
 
     def variables(self, rank: int, device: QueueDevice) -> FlatBuffers:
         """The memory for a replica's variables. The first replica uses the home itself if it is on its device."""
-        here = rank == 0 and not self.apart
-        return self.home.variables if here else FlatBuffers(self.home.variables.specs, device)
+        flat, here = self.home.variables, rank == 0 and not self.apart
+        return flat if here else FlatBuffers(flat.specs, device, like=flat)
 
     def follow(self, first: FlatBuffers, done: Callable[[], object]) -> None:
         """Copy the first replica's variables to the home after all replicas have made the step's update.

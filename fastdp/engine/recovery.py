@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 from fastdp.comm.base import Communicator
 from fastdp.engine.replicas import ReplicaGroup
 from fastdp.engine.rollback import Rollback
@@ -66,6 +68,8 @@ class Recovery:
         self._replicas.doubt()
         for device in self._replicas.devices:
             device.unsettled = True
+            if device.settle() is None:
+                device.settle = weakref.WeakMethod(self.settle)
 
     def prepare(self, operation: Operation) -> None:
         """Clean up before an operation if another was abandoned, of this engine or of another on the same devices.
@@ -75,8 +79,14 @@ class Recovery:
             DeviceTimeoutError: a device is still busy.
         """
         needed = self._state.unsettled is not None
+        others = []
         for device in self._replicas.devices:
             needed = needed or device.unsettled
+            settle = device.settle()
+            if settle is not None and settle != self.settle:
+                others.append(settle)
+        for settle in dict.fromkeys(others):  # before anybody goes on from weights that it may share
+            settle(self._state.timeout)
         if needed:
             self.settle()
         if self._replicas.home.home.doubtful:
@@ -86,24 +96,29 @@ class Recovery:
             )
         operation.cut_short = self._communicator.cut_short
 
-    def settle(self) -> None:
+    def settle(self, timeout: float | None = None) -> None:
         """Wait until the devices are idle, and roll back an update that some replicas have not made, or made of sums of
         a collective that was given up.
+
+        Args:
+            timeout: of another engine that is about to run on some of the devices; None for this engine's own.
 
         Raises:
             DeviceTimeoutError: a device is still busy.
             RuntimeError: no collective can run any more.
         """
+        seconds = self._state.timeout if timeout is None else timeout
         try:
             for device in self._replicas.devices:
-                device.synchronize(self._state.timeout)
+                if timeout is None or not device.closed:
+                    device.synchronize(seconds)
         except DeviceTimeoutError:
             late = self._communicator.late()
             if not late:
                 raise
             raise DeviceTimeoutError(
-                f"{late} were not done with an earlier step within another timeout={self._state.timeout} seconds, and "
-                "the other devices wait for them."
+                f"{late} were not done with an earlier step within another timeout={seconds} seconds, and the other "
+                "devices wait for them."
             ) from None
         for device in self._replicas.devices:
             device.recover()

@@ -145,7 +145,7 @@ class ReplicaGroup:
         """
         # Called always, since it also re-adopts variables whose memory was replaced.
         if self.program.changed_outside():  # `committed()` resets it; the new number tells the home's other engines
-            self.home.home.generation += 1
+            self.home.home.advance()
         if self._generation != self.home.home.generation:
             self.refresh()
         elif self.copies_before:
@@ -169,8 +169,8 @@ class ReplicaGroup:
         self._communicator.broadcast(self._variables, readers)
 
     def advance(self) -> int:
-        """Count an update that begins, so that other engines on this home refresh. Returns the update's number."""
-        self.home.home.generation += 1
+        """Count an update that begins, so that other engines on this home refresh. Returns the home's generation."""
+        self.home.home.advance()
         self._generation = self.home.home.generation
         return self._generation
 

@@ -56,4 +56,4 @@ class Rollback:
                 flat.copy_from(saved)
 
     def _made(self) -> list[FlatBuffers]:
-        return [FlatBuffers(flat.specs, self._replica.device) for flat in self._replica.lasting]
+        return [FlatBuffers(flat.specs, self._replica.device, like=flat) for flat in self._replica.lasting]

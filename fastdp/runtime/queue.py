@@ -159,8 +159,9 @@ class QueueDevice(DeviceMemory):
         stream: makes a stream of this device from its name.
 
     The worker starts with the first work and ends with `close()`. `delay` is for tests: the worker calls it
-    before each item it runs. `unsettled` is for the engine: the caller of earlier work left before that work
-    was done, so the streams may still hold the work or its failure.
+    before each item it runs. `unsettled` and `settle` are for the engine: the caller of earlier work left before that
+    work was done, so the streams may still hold the work or its failure; `settle()(timeout)` rolls it back,
+    if that caller still exists.
     """
 
     def __init__(self, index: int, name: str, stream: Callable[[QueueDevice, str], QueueStream] = QueueStream) -> None:
@@ -168,6 +169,7 @@ class QueueDevice(DeviceMemory):
         self.name = name
         self.delay: Callable[[], None] | None = None
         self.unsettled = False
+        self.settle: Callable[[], Callable[[float], None] | None] = lambda: None
         self._lock = threading.Lock()
         self._gate = threading.Lock()
         self._gate.acquire()
@@ -186,6 +188,11 @@ class QueueDevice(DeviceMemory):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
+
+    @property
+    def closed(self) -> bool:
+        """Whether the device was closed: it takes no more work."""
+        return self._closed
 
     @property
     def idle(self) -> bool:
@@ -282,7 +289,7 @@ class QueueDevice(DeviceMemory):
         """Clear failures on all streams."""
         for stream in self._streams:
             stream.recover()
-        self.unsettled = False
+        self.unsettled, self.settle = False, lambda: None
 
     def close(self, timeout: float = 60.0) -> None:
         """Let the worker finish all work that can still run, then stop it. Idempotent.

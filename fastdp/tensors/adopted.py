@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -20,15 +20,24 @@ class Adopted(ABC):
     Args:
         specs: the specs of the tensors, in the order of `present`.
         device: the device whose memory holds the buffers.
+        lent: tensors whose place is in other homes already, by number; see `Homes.lent`.
     """
 
-    def __init__(self, specs: Sequence[ArraySpec], device: Allocator) -> None:
-        self.home = Home(specs, device)
+    def __init__(
+        self, specs: Sequence[ArraySpec], device: Allocator, lent: Mapping[int, tuple[Home, int]] | None = None
+    ) -> None:
+        self.home = Home(specs, device, lent)
         self._tensors = tensors_of(self.home.variables)
         # Compared at each step. None for empty tensors, which have no storage.
         self._pointers = [tensor.data_ptr() if tensor.numel() else None for tensor in self._tensors]
         self._marks: list[Any] = []
-        self._adopt(self.present())
+        if self._adopt(self.present()):
+            self.home.advance()
+
+    @property
+    def places(self) -> Sequence[Hashable]:
+        """What identifies each tensor's place in its owner, as long as this object lives; empty if none is shared."""
+        return ()
 
     @abstractmethod
     def present(self) -> list[torch.Tensor]:
@@ -81,7 +90,10 @@ Kind = TypeVar("Kind", bound=Adopted)
 
 
 class Homes(Generic[Kind]):
-    """One home per owner, shared by all engines that use the owner, for as long as it lives."""
+    """One home per owner, shared by all engines that use the owner, for as long as it lives.
+
+    Owners may have tensors in common, such as a module and a part of it: these lie in the home that was made first.
+    """
 
     def __init__(self) -> None:
         self._homes: weakref.WeakKeyDictionary[Any, tuple[object, Kind]] = weakref.WeakKeyDictionary()
@@ -98,3 +110,29 @@ class Homes(Generic[Kind]):
         if found is None or found[0] != tensors:
             found = self._homes[owner] = (tensors, make())
         return found[1]
+
+    def lent(
+        self, places: Sequence[Hashable], specs: Sequence[ArraySpec], device: Allocator
+    ) -> dict[int, tuple[Home, int]]:
+        """The tensors that lie in the home of another owner already, by number: that home, and the number there.
+
+        Args:
+            places: what identifies the tensors' places, as `Adopted.places`.
+            specs: their specs. A tensor whose place has become one of another shape or dtype is not lent.
+            device: the device of the new home. Only homes in the same memory lend.
+        """
+        wanted = {place: number for number, place in enumerate(places) if specs[number].size}
+        found: dict[int, tuple[Home, int]] = {}
+        for _, adopted in self._homes.values():
+            home = adopted.home
+            if home.device.space == device.space:
+                for at, place in enumerate(adopted.places):
+                    number = wanted.get(place)
+                    if number is not None and number not in found and _fits(specs[number], home.variables.specs[at]):
+                        found[number] = home, at
+        return found
+
+
+def _fits(spec: ArraySpec, other: ArraySpec) -> bool:
+    """Whether an array may take the other's place."""
+    return (spec.shape, spec.dtype) == (other.shape, other.dtype)

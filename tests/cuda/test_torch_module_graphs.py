@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -41,3 +43,34 @@ def test_recorded_steps_give_what_eager_ones_give(gpus, small_buckets, count, gr
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     if graph == "auto":  # those of a step graph are launched as its parts
         assert min(graph.replays for graphs in box.graphs for graph in graphs.graphs) > 0
+
+
+def test_modules_with_parts_in_common_stay_in_one_place_on_a_gpu(gpus, small_buckets):
+    devices, (part, head, other) = gpus(2).devices(2), (net(), nn.Linear(4, 2), nn.Linear(4, 3))
+    modules = part, nn.Sequential(head, part[0:0], nn.Linear(2, 6), part), nn.Sequential(part, other)
+    generator = torch.Generator().manual_seed(3)
+
+    def batch(module: nn.Module) -> list[torch.Tensor]:
+        width, rows = next(p for p in module.parameters() if p.dim() == 2).shape[1], 7
+        return [torch.randn(rows, width, generator=generator), torch.randint(2, (rows,), generator=generator)]
+
+    batches = [[batch(module) for module in modules] for _ in range(5)]
+    found = []
+    for how in (None, "trace"):
+        ours = copy.deepcopy(modules)
+        torch.manual_seed(5)
+        steps = [
+            TorchParallel(module, devices, Options(timeout=20.0, compile=how)).train_step(
+                F.cross_entropy, lambda parameters: torch.optim.Adam(parameters, lr=0.01)
+            )
+            for module in ours
+        ]
+        places = None
+        for several in batches:
+            found += [step(*one) for step, one in zip(steps, several, strict=True)]
+            found += [p.detach().clone() for p in ours[1].parameters()]
+            now = [tensor.data_ptr() for module in ours for tensor in module.state_dict().values()]
+            assert places in (None, now)
+            places = now
+    for one, other in zip(found[: len(found) // 2], found[len(found) // 2 :], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

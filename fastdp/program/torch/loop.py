@@ -262,7 +262,7 @@ class LoopProgram(TorchProgram):
         with torch.no_grad():
             assign_buffers(self._states[0].variables, sums, notes)
         settle(self._states[0].variables)
-        self._adopted.home.generation += 1
+        self._adopted.home.advance()
 
 
 def _leaves(

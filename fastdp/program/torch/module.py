@@ -65,7 +65,13 @@ class AdoptedSlots(Adopted):
         self._kinds = [(slot.tensor.dtype, slot.tensor.shape) for slot in slots]
         self._released: dict[int, torch.Tensor] = {}
         self._seen: tuple[list[int], list[int], list[torch.Size]] = ([], [], [])
-        super().__init__([spec_of(slot.name, slot.tensor) for slot in slots], device)
+        specs = [spec_of(slot.name, slot.tensor) for slot in slots]
+        super().__init__(specs, device, _homes.lent(self.places, specs, device))
+
+    @property
+    def places(self) -> list[tuple[int, str]]:
+        """The table and the key of each tensor. Modules that share a part share its tables."""
+        return [(id(slot.table), slot.key) for slot in self.slots]
 
     def present(self) -> list[torch.Tensor]:
         """The module's tensors.
