@@ -97,7 +97,7 @@ def wrap(
         merge_device: the index in `gpus` of the device that merges outputs when `cpu_merge=False`.
         sync_batch_norm: compute batch statistics over the global batch instead of over each replica's rows.
         compile: how training steps run: those of a Keras model, whose own `compile(jit_compile=...)` overrides it, and
-            those of `train_step` of a torch module, whose other calls run eagerly.
+            those of `train_step` of a torch module, and its calls without gradients. Others run eagerly.
 
             - None: eagerly.
             - "trace": traced once per batch shape, then run without the model's Python code. A step is traced again

@@ -31,9 +31,14 @@ class SpeedTrial:
         self.chosen = self._forms[0]
         self._take(self.chosen)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether a form has been chosen."""
+        return len(self._seconds) == len(self._forms) * STEPS
+
     def note(self, seconds: float) -> None:
         """Add the duration of a step."""
-        if len(self._seconds) == len(self._forms) * STEPS:
+        if self.is_over:
             return
         self._seconds.append(seconds)
         tried, rest = divmod(len(self._seconds), STEPS)

@@ -75,7 +75,7 @@ class Captured(CapturedForm, Generic[OutcomeT]):
         self._unused = [i for i, has_gradient in enumerate(self._has_gradient) if not has_gradient]
         for i in self._unused:  # no gradient, no buffer
             traced.graph.erase_node(buffers[i])
-        self.graph: GraphModule = stored(optimized(traced), sum(self._has_gradient))
+        self.graph: GraphModule = stored(self._optimized(traced), sum(self._has_gradient))
         self.run: Any = in_place(self.graph)
         self._traced: tuple[Any, Any] | None = None  # the traced form, if `use` has replaced it
         self.operations = sum(node.op == "call_function" for node in self.run.graph.nodes)
@@ -182,6 +182,15 @@ class Captured(CapturedForm, Generic[OutcomeT]):
         with torch.no_grad():
             recording = Recording(graphs, self._steps[where], list(replica.variables), inputs, buffers)
         self.recordings[context.rank] = recording
+
+    def _optimized(self, traced: GraphModule) -> GraphModule:
+        """The graph without what a replay need not do."""
+        return optimized(traced)
+
+    @property
+    def form(self) -> OutcomeForm[OutcomeT]:
+        """The form of an outcome."""
+        return self._form
 
     def _on_every_device(self, before: int) -> dict[str, Segments]:
         """The step in segments for each device with a replica. The gradients follow after `before` arguments."""

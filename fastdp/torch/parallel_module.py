@@ -36,6 +36,7 @@ from fastdp.torch.autograd import Calls
 from fastdp.torch.captured import capture, report_of
 from fastdp.torch.checks import check_module, check_options
 from fastdp.torch.members import ModuleMembers
+from fastdp.torch.plain_calls import PlainCalls
 from fastdp.torch.train_step import TrainStep
 
 FUNCTIONAL_CALL = stateless._functional_call.__code__  # what calls a module inside torch.func.functional_call
@@ -69,7 +70,16 @@ class TorchParallel(ModuleMembers[nn.Module]):
 
     _program_class: type[LoopProgram] = LoopProgram  # what runs calls
 
-    _OWN = ModuleMembers._OWN | {"cpu_merge", "cpu_relocation", "_options", "_scope", "_declared", "_engine", "_calls"}
+    _OWN = ModuleMembers._OWN | {
+        "cpu_merge",
+        "cpu_relocation",
+        "_options",
+        "_scope",
+        "_declared",
+        "_engine",
+        "_calls",
+        "_plain",
+    }
 
     def __init__(
         self,
@@ -87,6 +97,7 @@ class TorchParallel(ModuleMembers[nn.Module]):
         self._declared = DeclaredRows(module, options.rows if isinstance(options.rows, dict) else None)
         self._engine: DataParallel[TorchProgram] | None = None
         self._calls: Calls | None = None
+        self._plain: PlainCalls | None = None
 
     def __repr__(self) -> str:
         return f"TorchParallel({type(self.module).__name__} on {[device.name for device in self.devices]})"
@@ -155,10 +166,13 @@ class TorchParallel(ModuleMembers[nn.Module]):
         first = self.devices[0]
         if first.on_gpu and self._engine is None and self._calls is None:
             self._engine = self._predicting()  # its parameters move to the device
+        if not first.on_gpu:
+            if self._plain is None or self._plain.module is not self.module:
+                self._plain = PlainCalls(self.module, first, self._options)
+            with self._scope():
+                return self._plain(*values[:2])
         args, kwargs, _ = pytree.tree_map(to_tensor, values)
         with self._scope():
-            if not first.on_gpu:
-                return self.module(*args, **kwargs)
             args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: x.to(first.torch_device), (args, kwargs))
             return pytree.tree_map_only(torch.Tensor, lambda y: y.cpu(), self.module(*args, **kwargs))
 
@@ -233,13 +247,15 @@ class TorchParallel(ModuleMembers[nn.Module]):
         Covers the latest `train_step`, and calls without gradients.
         """
         program = self._engine.program if self._engine is not None else None
-        passes = [entry for captures in self._captured_calls() for entry in captures.report]
+        passes = [entry for calls in self._captured_calls() for entry in calls.report]
         return make_report(self._engine, report_of(program), library_nbytes=peak_nbytes, passes=passes)
 
-    def _captured_calls(self) -> Iterator[CapturesByKind[Any]]:
+    def _captured_calls(self) -> Iterator[CapturesByKind[Any] | PlainCalls]:
         """The captured passes of calls."""
         if self._calls is not None and self._calls.captures is not None:
             yield self._calls.captures
+        if self._plain is not None:
+            yield self._plain
 
     @property
     def compiling(self) -> bool:
@@ -273,7 +289,7 @@ class TorchParallel(ModuleMembers[nn.Module]):
 
     def _converted(self) -> None:
         """Engines hold arrays of the dtypes that the module had."""
-        self._engine = self._calls = None
+        self._engine = self._calls = self._plain = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TorchParallel:
         """A parallel module over a copy of the module, on the same devices."""

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 import fastdp
 
-ROWS, CALLS, DEVICES = 11, 6, (2, 3, 8)
+ROWS, CALLS, DEVICES = 11, 6, (1, 2, 3, 8)
 TOLERANCE = 1e-11
 
 
@@ -47,7 +47,7 @@ class Gpt(nn.Module):
 
 
 class Norms(nn.Module):
-    """Batch normalization of the inputs, a buffer that counts, and one that is another tensor each time."""
+    """Batch normalization of the inputs, a buffer that counts, and one that follows the batches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,8 +57,18 @@ class Norms(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.seen += 1.0
-        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        self.follow(x.mean(0))
         return self.last(self.norm(x) if not self.training else x + 0.0 * self.norm(x)) * self.seen
+
+    def follow(self, mean: torch.Tensor) -> None:
+        self.mean.lerp_(mean, 0.1)
+
+
+class Replaces(Norms):
+    """Puts another tensor in the place of a buffer each time."""
+
+    def follow(self, mean: torch.Tensor) -> None:
+        self.mean = 0.9 * self.mean + 0.1 * mean
 
 
 class Lstm(nn.Module):
@@ -203,8 +213,200 @@ def test_forward_sees_the_modes_around_the_call(around, devices):
     assert hows(parallel) == {"traced"}
 
 
+@pytest.mark.parametrize("devices", [1, 3])
+def test_a_buffer_that_forward_replaces_is_another_tensor_on_one_device(devices):
+    batches = [rows(i) for i in range(CALLS)]
+    if devices > 1:
+        assert hows(check(Replaces, batches, devices)) == {"traced"}
+        return
+    with pytest.warns(UserWarning, match="in whose place forward puts another tensor"):
+        assert hows(check(Replaces, batches, devices)) == {"eager"}
+
+
 def test_other_shapes_and_a_short_last_batch_are_captured_apart():
     counts = [11, 11, 5, 11, 11, 5, 11, 5, 1, 5, 1, 2, 2, 2, 1]
     parallel = check(Gpt, [(ids(i)[0][:n],) for i, n in enumerate(counts)], 3, training=True)
     assert {entry["of"] for entry in parallel.report().passes} >= {11, 5, 2}
     assert hows(parallel) <= {"traced", "eager"}
+
+
+class Shares(nn.Module):
+    """Returns what it gets, views of it and of a parameter, two equal values, and a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = self.layer(x)
+        first, second = y.relu(), y.relu()
+        return [x, x.t(), self.layer.weight[:2], first, second, first[:1], *torch.split(y, 3, 1), torch.ones(3)]
+
+
+def test_outputs_share_memory_as_in_plain_torch_and_with_nothing_else():
+    torch.manual_seed(1)
+    module = Shares().requires_grad_(False)
+    parallel, x = fastdp.wrap(module, gpus=1, compile="trace"), torch.randn(4, 6)
+    for _ in range(CALLS):
+        found = []
+        for run in (module, parallel):
+            with torch.no_grad():
+                outputs = run(x)
+            given = [x, module.layer.weight, *outputs]
+            places = [one.untyped_storage().data_ptr() for one in given]
+            found.append(([places.index(place) for place in places], [one.clone() for one in outputs]))
+            for one in outputs[3:]:
+                one += 1.0
+        assert found[0][0] == found[1][0]
+        torch.testing.assert_close(found[0][1], found[1][1], rtol=TOLERANCE, atol=TOLERANCE)
+    assert hows(parallel) == {"traced"}
+
+
+def test_calls_from_several_threads_are_plain_torch():
+    from concurrent.futures import ThreadPoolExecutor
+
+    torch.manual_seed(1)
+    module = Gpt().eval()
+    parallel, (batch,) = fastdp.wrap(module, gpus=1, compile="trace"), ids(0)
+    with torch.no_grad():
+        expected = module(batch)
+
+    def work(_: int) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [parallel(batch) for _ in range(8)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for outputs in pool.map(work, range(4)):
+            for one in outputs:
+                torch.testing.assert_close(one, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def scale(i: int, module: Any) -> None:
+    if i == 5:
+        module.rate, module.factor = 0.4, 3.0
+
+
+def hook(i: int, module: Any) -> None:
+    if i == 5:
+        module.norm.register_forward_hook(lambda part, inputs, output: output * 2.0)
+
+
+def write(i: int, module: Any) -> None:
+    if i >= 4:
+        module.out.weight.data.mul_(0.5)
+        module.tokens.weight.data = module.tokens.weight.detach() + float(i)
+
+
+def freeze(i: int, module: Any) -> None:
+    if i == 5:
+        module.requires_grad_(False)
+
+
+def switch(i: int, module: Any) -> None:
+    module.train(i % 3 == 0)
+
+
+def load(i: int, module: Any) -> None:
+    if i == 6:
+        module.load_state_dict({name: one + 0.1 for name, one in module.state_dict().items()})
+
+
+class Scaled(Gpt):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = 2.0
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) * self.factor if self.factor > 1.0 else super().forward(ids)
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+@pytest.mark.parametrize("change", [scale, hook, write, freeze, switch, load])
+def test_what_changes_between_two_calls_counts_in_the_next(change, devices):
+    batches = [ids(i) for i in range(18 if change is switch else 10)]
+    parallel = check(Scaled, batches, devices, change=change, training=True)
+    assert hows(parallel) == {"traced"}
+
+
+def test_a_parameter_of_another_shape_counts_on_one_device():
+    def widen(i: int, module: Any) -> None:
+        if i == 5:
+            module.layer.weight.data, module.layer.bias.data = torch.ones(1, 6), torch.ones(1)
+
+    parallel = check(Modes, [rows(i) for i in range(10)], 1, change=widen)
+    assert hows(parallel) == {"traced"}
+
+
+def test_autocast_around_a_call_is_a_kind_of_its_own():
+    torch.manual_seed(1)
+    module = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)).float()
+    expected, parallel = copy.deepcopy(module), [fastdp.wrap(module, gpus=n, compile="trace") for n in (1, 2)]
+    for i in range(12):
+        x = rows(i)[0].float()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=i % 2 == 0):
+            for one in parallel:
+                torch.testing.assert_close(one(x), expected(x), rtol=1e-6, atol=1e-6)
+    assert [hows(one) for one in parallel] == [{"traced"}] * 2
+
+
+class Counts(Modes):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(x) / self.calls
+
+
+class Reads(Modes):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (2.0 if x.sum() > 0 else 1.0)
+
+
+class Keeps(Modes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.arange(3.0)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x), self.table
+
+
+class Fills(Modes):
+    def forward(self, x: dict[str, Any]) -> torch.Tensor:
+        x["seen"] = x["x"].sum()
+        return super().forward(x["x"])
+
+
+class Objects(Modes):
+    def forward(self, x: torch.Tensor) -> Any:
+        y = super().forward(x)
+        return y, y.shape
+
+
+class Trained(Modes):
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.layer.weight, super().forward(x)
+
+
+REFUSED: dict[Any, str] = {
+    Counts: "calls, which changes while",
+    Reads: "needs values on the host",
+    Keeps: "shares memory with module.table",
+    Fills: "an argument (a list or a dict) that forward changes",
+    Objects: "such as a torch.Size",
+    Trained: "an output that requires a gradient",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.filterwarnings("ignore:fastdp runs")
+def test_a_call_that_no_graph_can_repeat_is_plain_torch_and_the_report_says_why(kind):
+    torch.manual_seed(1)
+    module = kind()
+    reference = copy.deepcopy(module)
+    parallel = fastdp.wrap(module, gpus=1, compile="trace")
+    for (x,) in map(rows, range(CALLS)):
+        batch, given = [({"x": x.clone()},) if kind is Fills else (x.clone(),) for _ in range(2)]
+        with torch.no_grad():
+            assert str(parallel(*batch)) == str(reference(*given))
+        assert str(batch) == str(given)
+    assert hows(parallel) == {"eager"}
+    assert REFUSED[kind] in whys(parallel)

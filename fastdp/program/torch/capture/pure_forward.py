@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from fastdp.capture.pure_step import Draws, Moved, ReplicaTensors
 from fastdp.capture.watch import Watch
@@ -123,12 +125,18 @@ class TorchPureForward(PurePass):
         given = [row.detach().clone() if not fake or i in self._written_rows else row for i, row in enumerate(rows)]
         versions = [row._version for row in given]
         with torch.set_grad_enabled(self._records), self.lent_pass(variables, context, draws) as ran:
-            args, kwargs, _ = self._nested(given, structure)
+            packed = self._nested(given, structure)
+            leaves, spec = pytree.tree_flatten(packed)
             with structure.entered():
-                outputs = with_extremes(self._module(*args, **kwargs), ran.running.context)
+                outputs = with_extremes(self._module(*packed[0], **packed[1]), ran.running.context)
+            now, spec_now = pytree.tree_flatten(packed)
+        if spec_now != spec or any(one is not other for one, other in zip(now, leaves, strict=True)):
+            raise NotCapturable("an argument (a list or a dict) that forward changes")
         nest, tensors = Nest.flatten(outputs, "The module's outputs")
         if any(tensor.requires_grad for tensor in tensors):
             raise NotCapturable("an output that requires a gradient")
+        if not fake:
+            self._ran(outputs, tensors, [*ran.values, *given])
         if context.rows.count < context.rows.total:
             parts_fit(structure.layouts_of(outputs, tensors), tensors, context.rows)
         with torch.no_grad():
@@ -136,8 +144,8 @@ class TorchPureForward(PurePass):
                 self._slots, ran.values, variables, ran.lent, self._changed(ran, variables), ran.running
             )
             written = self._changed_rows(given, rows, versions, fake=fake)
-        if any(number >= len(structure.nest.dtypes) or given[number].is_cuda for number in written):
-            raise NotCapturable("an argument without rows, or on a GPU, which forward changes")
+        if written:
+            self._check_written([given[number] for number in written], max(written) < len(structure.nest.dtypes))
         sums = torch.cat(buffers.sums) if buffers.sums else None
         form = ForwardForm(nest, buffers.without_values(), written)
         return ForwardOutcome(tensors, sums, list(buffers.constant.values()), [given[i] for i in written], form)
@@ -146,6 +154,23 @@ class TorchPureForward(PurePass):
         """As `PureStep.flatten`."""
         sums = [outcome.sums] if outcome.sums is not None else []
         return [*sums, *outcome.constants, *outcome.written, *outcome.outputs], outcome.form
+
+    def _ran(self, outputs: Any, tensors: Sequence[torch.Tensor], given: list[torch.Tensor]) -> None:
+        """Called after a run with real values. Does nothing here.
+
+        Args:
+            outputs: of the module, and the `tensors` in it.
+            given: the module's parameters and buffers, and its arguments.
+        """
+
+    def _check_written(self, arguments: Sequence[torch.Tensor], have_rows: bool) -> None:
+        """Check that a replay can write to the arguments that forward changes.
+
+        Raises:
+            NotCapturable: it cannot.
+        """
+        if not have_rows or any(one.is_cuda for one in arguments):
+            raise NotCapturable("an argument without rows, or on a GPU, which forward changes")
 
     def _changed_rows(
         self, given: Sequence[torch.Tensor], rows: Sequence[torch.Tensor], versions: Sequence[int], *, fake: bool
