@@ -38,6 +38,16 @@ class Shape(Generic[CapturedT]):
     trial: SpeedTrial | None = None
     why: str = "seen once so far"
 
+    @property
+    def is_replayed(self) -> bool:
+        """Whether steps run as captured now."""
+        return self.captured is not None and not self.captured.runs_eagerly
+
+    @property
+    def stays_eager(self) -> bool:
+        """Whether a trial has found eager steps to be the fastest."""
+        return self.trial is not None and self.trial.is_over and self.trial.chosen == "eager"
+
 
 def entry_of(shape: Shape[Any]) -> dict[str, Any]:
     """The entry of one shape in `report()`."""

@@ -169,8 +169,7 @@ class Captures(Generic[CapturedT]):
     def stays_eager(self, context: Context) -> bool:
         """Whether steps of these rows will go on eagerly, as far as is known: refused, or slower otherwise."""
         shape = self._shapes.get(key_of(context, self._step))
-        trial = shape.trial if shape is not None else None
-        return bool(self._refused) or (trial is not None and trial.is_over and trial.chosen == "eager")
+        return bool(self._refused) or (shape is not None and shape.stays_eager)
 
     def step_graph(self, contexts: Sequence[Context], why_not: str) -> RecordedStepGraph | None:
         """Find the step graph for these rows, or None, and note in their shapes whether there is one.
@@ -250,8 +249,7 @@ class Captures(Generic[CapturedT]):
     def _look_for_changes(self) -> None:
         """Drop all traces if a value that they have read has changed; run eagerly if that happens repeatedly."""
         captured = [shape for shape in self._shapes.values() if shape.captured is not None]
-        # Where all run eagerly for now nothing can be stale.
-        used = any(shape.captured is not None and not shape.captured.runs_eagerly for shape in captured)
+        used = any(shape.is_replayed for shape in captured)  # else nothing can be stale
         changed = self._guard.changed() if used else ""
         if not changed:
             return
