@@ -174,8 +174,7 @@ def _close_devices() -> None:
 
 
 atexit.register(_close_devices)
-# Before the devices, and before functions of `atexit`, in which Python 3.12 and later start no thread.
-getattr(threading, "_register_atexit", atexit.register)(_close_collectives)
+atexit.register(_close_collectives)  # the last one registered is the first to run
 
 
 def set_virtual_devices(count: int, kind: str | None = None) -> None:

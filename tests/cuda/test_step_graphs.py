@@ -645,7 +645,7 @@ def test_the_end_waits_for_nccl_no_longer_than_its_limit(gpus, monkeypatch, caps
     monkeypatch.setattr(box.runtime, "nccl_destroy", slow)
     importlib.import_module("fastdp.comm.cuda.at_exit").close(0.05)
     assert "NCCL did not close its communicators within 0.05 seconds" in capsys.readouterr().err
-    ends.set()
     (thread,) = [thread for thread in threading.enumerate() if thread.name == "fastdp-exit"]
+    ends.set()
     thread.join(20.0)
     assert all(comm.closed for comm in box.sim.comms)

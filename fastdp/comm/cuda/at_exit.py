@@ -7,7 +7,6 @@ that hold its collectives, and for collectives that other GPUs never join: for e
 from __future__ import annotations
 
 import sys
-import threading
 
 from fastdp.comm.cuda import nccl
 from fastdp.comm.cuda.step_graph import graph
@@ -23,10 +22,7 @@ def close(seconds: float) -> None:
     """
     if not nccl.open_communicators() and not graph.alive:
         return
-    thread = threading.Thread(target=_close, name="fastdp-exit", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
+    if not nccl.exit_thread.run(_close, seconds):
         # The thread holds the communicators, so that nobody else waits for them.
         sys.stderr.write(
             f"fastdp: NCCL did not close its communicators within {seconds:g} seconds, and is left as it is.\n"

@@ -17,6 +17,7 @@ from typing import Any
 
 from fastdp.buffers import Bucket, FlatBuffers
 from fastdp.comm.algorithm import MULTI_RANK_VARIABLE, nccl_connects
+from fastdp.comm.cuda.exit_thread import ExitThread
 from fastdp.comm.cuda.peer_kernels import address_of, stream_of
 from fastdp.runtime.cuda import cupy_api
 from fastdp.runtime.cuda.device import CudaDevice
@@ -24,6 +25,8 @@ from fastdp.runtime.cuda.memory import defer
 
 # Communicators by their identity, from `connect` to `destroy` or `abort`.
 _open: dict[int, Any] = {}
+# There as long as a communicator is open: what closes those at the end of the process may block.
+exit_thread = ExitThread("fastdp-exit")
 
 # Seconds that an abort may take where nobody can go on without it.
 ABORT_SECONDS = 30.0
@@ -195,6 +198,7 @@ def connect(cards: Sequence[int]) -> list[Any]:
     try:
         comms = cupy_api.nccl_init_all(cards) if alone else cupy_api.nccl_init_ranks(cards, cupy_api.on)
         _open.update((id(comm), comm) for comm in comms)
+        exit_thread.start()
         return comms
     except cupy_api.NcclError as error:
         what = "these GPUs" if alone else f"several ranks on one card, though {MULTI_RANK_VARIABLE}=1 asks for it"
@@ -213,15 +217,22 @@ def destroy(comms: list[Any]) -> None:
     comms.clear()
     for comm in taken:
         cupy_api.nccl_destroy(comm)
-        _open.pop(id(comm), None)
+        _forget(comm)
 
 
 def abort(comms: Sequence[Any]) -> None:
     """Abort NCCL's communicators, and the collectives that hang in them. The call for the last one waits for all."""
     for comm in comms:
-        _open.pop(id(comm), None)  # nobody else destroys it
+        _forget(comm)  # nobody else destroys it
     for comm in comms:
         cupy_api.nccl_abort(comm)
+
+
+def _forget(comm: Any) -> None:
+    """A communicator is gone, or somebody's to abort: the end of the process has nothing to do with it."""
+    _open.pop(id(comm), None)
+    if not _open:
+        exit_thread.stop()
 
 
 def aside(work: Callable[[], object]) -> threading.Thread:
