@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib
 import importlib.util
 import sys
 import time
 
-import numpy as np
+from host_outputs import Outputs
 from simulation import Op
 
 from fastdp.engine.replicas import Replica
@@ -17,8 +16,6 @@ from fastdp.engine.replicas import Replica
 if importlib.util.find_spec("torch") is not None:  # loaded before anything stands in for what it loads
     importlib.import_module("fastdp.capture.cuda_graphs.recorder")
 
-# Of one shape and dtype, in one step of a replica.
-OUTPUTS = 8
 # That a launched graph may take, which waits for those of other ranks.
 GRAPH_SECONDS = 20.0
 
@@ -31,15 +28,15 @@ class Gpus:
         self.runtime = importlib.import_module("fastdp.runtime.cuda.cupy_api")
         self.device = importlib.import_module("fastdp.runtime.cuda.device")
         monkeypatch.setattr(self.runtime, "torch_device", lambda ordinal: "cpu")
-        self._places = {}
+        outputs = Outputs()
         close = self.device.CudaDevice.close
 
-        def wrap_on(device, *args):
-            return self.wrap(device, *args)
-
         def close_device(device, *args):
-            self._places.pop(device, None)
+            outputs.forget(device)
             close(device, *args)
+
+        def wrap_on(device, *args):
+            return outputs.wrap(device, *args)
 
         monkeypatch.setattr(self.device.CudaDevice, "wrap", wrap_on)
         monkeypatch.setattr(self.device.CudaDevice, "close", close_device)
@@ -105,21 +102,6 @@ class Gpus:
                 time.sleep(1e-4)
 
         return run
-
-    def wrap(self, device, pointer, shape, dtype, owner):
-        """Torch's tensors are on the host here: their values go where a GPU's tensor would be.
-
-        As torch's allocator, this one asks CUDA for no memory once a step of a shape has run.
-        """
-        values = np.ndarray(shape, dtype, (ctypes.c_char * max(1, owner.nbytes)).from_address(pointer))
-        places = self._places.setdefault(device, {}).setdefault((shape, np.dtype(dtype)), [])
-        if not places:
-            places += [device.empty(shape, np.dtype(dtype)) for _ in range(OUTPUTS)]
-        places.append(places.pop(0))
-        array = places[-1]
-        if array.nbytes:
-            np.asarray(array).view(np.ndarray)[...] = values
-        return array
 
     def _touching(self, work, name):
         def run(replica, *args):

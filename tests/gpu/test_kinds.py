@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
+import importlib
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+torch_checks = importlib.import_module("torch_checks")
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="this torch is built without CUDA, or finds no GPU"),
+    pytest.mark.skipif(not torch_checks.PLACE, reason="this torch is built without CUDA, or finds no GPU"),
 ]
 
 COUNTS = [1, 2, 4, 8]

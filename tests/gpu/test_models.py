@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
+import importlib
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+torch_checks = importlib.import_module("torch_checks")
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="this torch is built without CUDA, or finds no GPU"),
+    pytest.mark.skipif(not torch_checks.PLACE, reason="this torch is built without CUDA, or finds no GPU"),
 ]
 
 COUNTS = [1, 2, 4, 8]
@@ -55,9 +57,8 @@ def test_layers_placed_on_another_gpu_equal_plain_keras(gpus, keras_checks, coun
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_a_torch_module_equals_plain_torch_on_this_card(gpus, count, record_property):
-    import torch_checks
-
-    record_property("largest_difference", torch_checks.a_torch_module_equals_plain_torch(gpus(count), "cuda"))
+    found = torch_checks.a_torch_module_equals_plain_torch(gpus(count), torch_checks.PLACE)
+    record_property("largest_difference", found)
 
 
 @pytest.mark.parametrize("count", COUNTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,6 +13,8 @@ from fastdp.options import Options
 from fastdp.torch.parallel_module import TorchParallel
 
 LIMIT = 60.0
+# Where torch computes: on the cards, or in host memory for cards that cannot run its kernels (FASTDP_GPU_COMPUTE=host).
+PLACE = "cpu" if os.environ.get("FASTDP_GPU_COMPUTE") == "host" else "cuda" if torch.cuda.is_available() else ""
 
 
 @contextlib.contextmanager
