@@ -67,7 +67,7 @@ def environment(folder: Path, cards: int, **more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "CUDA_", "NCCL_"))}
     return {
         **kept,
-        "PYTHONPATH": os.pathsep.join([str(folder / "site"), str(ROOT)]),
+        "PYTHONPATH": os.pathsep.join([str(folder / "site"), str(ROOT), str(HERE)]),
         "LD_LIBRARY_PATH": str(folder / "lib"),
         "CUDA_PATH": str(folder.parent / "packages" / "headers" / "nvidia" / "cuda_runtime"),
         "CUPY_CACHE_DIR": str(folder / "cache"),

@@ -167,6 +167,7 @@ CUresult cuModuleLoadData(CUmodule* module, const void* image) {
     Lock lock(machine().mutex);
     int card;
     if (const int error = here(&card)) return static_cast<CUresult>(error);
+    if (const int error = refuse_while_recording(lock)) return static_cast<CUresult>(error);
     const std::uintptr_t handle = machine().handle();
     *module = reinterpret_cast<CUmodule>(handle);
     const auto* text = static_cast<const char*>(image);
@@ -218,6 +219,7 @@ CUresult cuLaunchKernel(CUfunction function, unsigned grid, unsigned grid_y, uns
     if (!grid || !grid_y || !grid_z || !block || block * block_y * block_z > 1024 || extra || !params) {
         return CUDA_ERROR_INVALID_VALUE;
     }
+    if (const int error = refuse_default_stream(lock, *stream)) return static_cast<CUresult>(error);
     const std::string& name = found->second.name;
     const auto& sizes = found->second.sizes;
     const std::size_t nbytes = argument_nbytes(name);

@@ -24,6 +24,19 @@ int refuse_while_recording(const Lock&) {
     return 0;
 }
 
+int refuse_default_stream(const Lock&, const Stream& stream) {
+    const Card& card = machine().cards[stream.card];
+    if (&stream != card.legacy.get()) return 0;
+    int error = 0;
+    for (const auto& one : card.all) {
+        const auto other = one.lock();
+        if (other && other->capture && !(other->flags & cudaStreamNonBlocking)) {
+            error = invalidate(*other->capture, cudaErrorStreamCaptureImplicit);
+        }
+    }
+    return error;
+}
+
 int wait_in_recording(const Lock&, Stream& stream, const Event& event) {
     if (event.capture && event.capture->over) return cudaErrorCapturedEvent;
     if (!event.capture) return invalidate(*stream.capture, cudaErrorStreamCaptureIsolation);
@@ -139,7 +152,7 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t* launchable, cudaGraph_t graph,
         if (found == machine().graphs.end()) return cudaErrorInvalidValue;
         if (const int error = refuse_while_recording(lock)) return error;
         const std::uintptr_t key = machine().handle();
-        machine().launchable[key] = found->second;
+        machine().launchable[key].graph = found->second;
         *launchable = reinterpret_cast<cudaGraphExec_t>(key);
         return 0;
     });
@@ -149,7 +162,7 @@ cudaError_t cudaGraphUpload(cudaGraphExec_t launchable, cudaStream_t handle) {
     return locked<cudaError_t>([&](Lock& lock) -> int {
         const auto found = machine().launchable.find(number(launchable));
         const auto stream = stream_of(lock, handle);
-        const bool fits = found != machine().launchable.end() && stream && found->second.card == stream->card;
+        const bool fits = found != machine().launchable.end() && stream && found->second.graph.card == stream->card;
         return fits ? 0 : cudaErrorInvalidValue;
     });
 }
@@ -160,9 +173,14 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t launchable, cudaStream_t handle) {
         const auto found = machine().launchable.find(number(launchable));
         const auto stream = stream_of(lock, handle);
         if (found == machine().launchable.end() || !stream) return cudaErrorInvalidValue;
-        if (found->second.card != stream->card) return cudaErrorInvalidValue;
+        Launchable& launched = found->second;
+        if (launched.graph.card != stream->card) return cudaErrorInvalidValue;
         if (const int error = machine().cards[stream->card].broken) return error;
-        enqueue(lock, *stream, run(found->second));
+        if (const int error = refuse_default_stream(lock, *stream)) return error;
+        std::vector<Point> after;
+        if (launched.last && !launched.last->done && !stream->capture) after.push_back(launched.last);
+        const Point end = enqueue(lock, *stream, run(launched.graph), after);
+        if (end) launched.last = end;
         return 0;
     });
 }

@@ -8,6 +8,8 @@
 
 #include "host_cuda.h"
 
+#include "../../../kernels/peer_signals.cuh"
+
 namespace rig {
 namespace {
 
@@ -162,7 +164,11 @@ std::function<void()> kernel_work(const std::string& name, const std::vector<std
     if (starts_with(name, "all_reduce") || starts_with(name, "reduce_scatter")) {
         grid = grid < kBlocks ? grid : kBlocks;
         block = block < kThreads ? block : kThreads;
-        return [=] { run_at_once(kernel, args->data(), grid, block); };
+        return [=] {
+            const auto* given = reinterpret_cast<const AllReduceArgs*>(args->data());
+            rank_comes(reinterpret_cast<std::uintptr_t>(given->signals[0]), given->rank, given->ranks);
+            run_at_once(kernel, args->data(), grid, block);
+        };
     }
     return [=] { run_in_turn(kernel, args->data(), grid, block); };
 }

@@ -2,6 +2,7 @@
 // CUDA's types.
 #pragma once
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <string>
 #include <vector>
@@ -16,6 +17,12 @@ std::function<void()> kernel_work(const std::string& name, const std::vector<std
 
 // The bytes of the argument of one of fastdp's kernels; 0 where there is none of this name.
 std::size_t argument_nbytes(const std::string& name);
+
+// A rank has come to its next collective of a group, and waits there for the other ranks.
+void rank_comes(std::uintptr_t group, int rank, int ranks);
+
+// No rank waits there any more.
+void group_ends(std::uintptr_t group);
 
 // NCCL's element types by their codes: the bytes of one, and sums in rank order, of fp16 and bf16 in fp32.
 std::size_t item_nbytes(int dtype);

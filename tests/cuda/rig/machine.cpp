@@ -12,10 +12,22 @@ namespace {
 
 thread_local int card_here = 0;
 thread_local bool context_here = false;
+thread_local int groups_here = 0;
 
 unsigned long setting(const char* name, unsigned long otherwise) {
     const char* text = std::getenv(name);
     return text && *text ? std::strtoul(text, nullptr, 10) : otherwise;
+}
+
+std::vector<std::pair<int, int>> pairs(const char* name) {  // such as "0-1,2-3"
+    std::vector<std::pair<int, int>> found;
+    const char* text = std::getenv(name);
+    int a, b, length;
+    while (text && std::sscanf(text, "%d-%d%n", &a, &b, &length) == 2) {
+        found.emplace_back(a, b);
+        text += length + (text[length] == ',');
+    }
+    return found;
 }
 
 Machine* start() {
@@ -25,14 +37,10 @@ Machine* start() {
     made->card_nbytes = setting("RIG_MEMORY_MIB", 2048) << 20;
     made->delay_microseconds = static_cast<unsigned>(setting("RIG_DELAY_US", 0));
     made->query_milliseconds = static_cast<unsigned>(setting("RIG_QUERY_MS", 0));
+    made->hold_milliseconds = static_cast<unsigned>(setting("RIG_QUERY_HOLD_MS", 0));
     made->seed = static_cast<unsigned>(setting("RIG_SEED", 0));
-    if (const char* text = std::getenv("RIG_APART")) {  // such as "0-1,2-3"
-        int a, b, length;
-        while (std::sscanf(text, "%d-%d%n", &a, &b, &length) == 2) {
-            made->apart.emplace_back(a, b);
-            text += length + (text[length] == ',');
-        }
-    }
+    made->apart = pairs("RIG_APART");
+    made->falsely = pairs("RIG_FALSELY");
     return made;
 }
 
@@ -63,6 +71,12 @@ void start_cuda(const Lock&) {
 int current_card() { return card_here; }
 bool has_context() { return context_here; }
 void set_card(int card) { card_here = card; }
+int& group_depth() { return groups_here; }
+
+void check_wait(const Lock&, const char* name, bool for_all_cards) {
+    if (groups_here) violation(std::string(name) + " inside a group of NCCL's, which enqueues nothing before its end");
+    if (for_all_cards && machine().unmet) violation(std::string(name) + " while a collective waits for other ranks");
+}
 
 void enter_context(const Lock& lock) {
     Card& card = machine().cards[card_here];
@@ -87,6 +101,7 @@ int allocate(Lock& lock, void** address, std::size_t nbytes, Kind kind) {
     Machine& all = machine();
     Card& card = all.cards[current_card()];
     *address = nullptr;
+    check_wait(lock, kind == Kind::device ? "cudaMalloc" : "cudaHostAlloc", true);
     if (nbytes > all.card_nbytes || (kind == Kind::device && card.used + nbytes > all.card_nbytes)) {
         return cudaErrorMemoryAllocation;
     }
@@ -119,6 +134,7 @@ int release(Lock& lock, void* address, Kind kind) {
     const auto base = reinterpret_cast<std::uintptr_t>(address);
     Allocation* found = find(lock, base);
     if (!found || found->base != base || found->kind != kind) return cudaErrorInvalidValue;
+    check_wait(lock, kind == Kind::device ? "cudaFree" : "cudaFreeHost", true);
     // Freeing waits for the cards that may use the memory.
     for (int card = 0; card < static_cast<int>(all.cards.size()); ++card) {
         if (kind == Kind::pinned || card == found->card || all.cards[card].reaches[found->card]) {

@@ -101,6 +101,17 @@ struct Card {
     std::vector<std::weak_ptr<Stream>> all;  // including destroyed ones that still have work
 };
 
+// Ranks that meet in collectives: how many each has come to, and how many have come to each that lacks some.
+struct Group {
+    std::map<int, int> turns, come;
+};
+
+// A graph that can be launched. Two launches of one never run at the same time.
+struct Launchable {
+    Graph graph;
+    Point last;
+};
+
 struct Module {
     int card;
     std::string image;
@@ -119,7 +130,8 @@ struct Machine {
     std::map<std::uintptr_t, Allocation> memory;  // by base; freed ranges stay, and are never used again
     std::map<std::uintptr_t, std::shared_ptr<Stream>> streams;
     std::map<std::uintptr_t, std::shared_ptr<Event>> events;
-    std::map<std::uintptr_t, Graph> graphs, launchable;
+    std::map<std::uintptr_t, Graph> graphs;
+    std::map<std::uintptr_t, Launchable> launchable;
     std::map<std::uintptr_t, std::pair<std::uintptr_t, int>> nodes;  // the graph of a node, and its number there
     std::vector<std::weak_ptr<Capture>> captures;
     std::map<std::uintptr_t, Module> modules;
@@ -128,8 +140,11 @@ struct Machine {
     std::size_t card_nbytes = 0;
     unsigned delay_microseconds = 0;
     bool started = false, eager = false;  // CUDA reads CUDA_MODULE_LOADING when it starts
-    unsigned seed = 0, query_milliseconds = 0;
-    std::vector<std::pair<int, int>> apart;  // pairs of cards without peer access
+    unsigned seed = 0, query_milliseconds = 0, hold_milliseconds = 0;
+    std::vector<std::pair<int, int>> apart, falsely;  // pairs of cards without peer access, and with one that does not work
+    std::map<std::uintptr_t, Group> groups;                      // of ranks that meet in collectives
+    int lonely = 0, held_queries = 0;  // collectives that some ranks have come to and not all; queries that waited for it
+    int unmet = 0;  // collectives that some of their ranks have been enqueued for, and not all
 
     std::uintptr_t handle() { return next_handle += 16; }
 };
@@ -148,6 +163,10 @@ void start_cuda(const Lock&);
 int current_card();
 bool has_context();
 void set_card(int card);
+// How many groups of NCCL's this thread has begun.
+int& group_depth();
+// Calls that wait are violations inside a group, and calls that wait for all cards while a collective lacks ranks.
+void check_wait(const Lock&, const char* name, bool for_all_cards);
 // Makes the current card's context exist and current, as the runtime's calls do.
 void enter_context(const Lock&);
 
@@ -169,6 +188,8 @@ double now();
 // it invalid; returns the error to answer with, or 0.
 int refuse_while_recording(const Lock&);
 int invalidate(Capture& capture, int error);
+// The default stream must not be used while a stream records that waits for it.
+int refuse_default_stream(const Lock&, const Stream& stream);
 int wait_in_recording(const Lock&, Stream& stream, const Event& event);
 
 }  // namespace rig

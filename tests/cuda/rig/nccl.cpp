@@ -2,6 +2,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <set>
 
 #include "kernels.h"
 #include "machine.h"
@@ -38,14 +39,21 @@ struct Clique {
     std::vector<bool> aborted;      // by rank
     std::map<int, Meeting> meetings;
     std::vector<Comm*> closing;  // destroyed or aborted, while others are not yet
+    // Guarded by the machine's mutex: how many collectives have been enqueued of each rank, by how many ranks each of
+    // them, and the ranks that a thread has used outside of groups.
+    std::vector<int> enqueued;
+    std::map<int, int> ranks_of;
+    std::map<std::thread::id, std::set<int>> alone;
 
-    explicit Clique(int size) : size(size), cards(size, -1), turns(size, 0), aborted(size, false) {}
+    explicit Clique(int size) : size(size), cards(size, -1), turns(size, 0), aborted(size, false), enqueued(size, 0) {}
 };
 
 struct Comm {
     std::shared_ptr<Clique> clique;
     int rank;
-    std::shared_ptr<int> held = std::make_shared<int>();  // by collectives that are enqueued, and by graphs
+    std::shared_ptr<int> held = std::make_shared<int>();    // by collectives that are enqueued, and by graphs
+    std::shared_ptr<int> graphs = std::make_shared<int>();  // by those in graphs
+    std::set<What> warm = {};                               // kinds of collectives that have been enqueued eagerly
 };
 
 struct Pending {
@@ -58,7 +66,6 @@ struct UniqueId {
     char bytes[128];
 };
 
-thread_local int depth = 0;
 thread_local std::vector<Pending> pending;
 std::map<std::string, std::weak_ptr<Clique>> cliques;
 
@@ -86,6 +93,10 @@ void compute(std::map<int, Op>& ops, int size) {
 
 void meet(Clique& clique, int rank, const Op& op) {
     std::unique_lock<std::mutex> lock(clique.mutex);
+    if (clique.aborted[rank]) return;
+    lock.unlock();
+    rank_comes(reinterpret_cast<std::uintptr_t>(&clique), rank, clique.size);
+    lock.lock();
     const int turn = clique.turns[rank]++;
     Meeting& meeting = clique.meetings[turn];
     meeting.ops[rank] = op;
@@ -104,24 +115,66 @@ void meet(Clique& clique, int rank, const Op& op) {
     if (meeting.ops.erase(rank) && meeting.ops.empty()) clique.meetings.erase(turn);
 }
 
-int issue(const Pending& one) {
-    Lock lock(machine().mutex);
+// NCCL does not look where its buffers are.
+void check_buffer(const Lock& lock, const Pending& one, const void* address, std::size_t count) {
+    const auto number = reinterpret_cast<std::uintptr_t>(address);
+    const std::size_t nbytes = count * item_nbytes(one.op.dtype);
+    const Allocation* found = nbytes ? find(lock, number) : nullptr;
+    const int card = one.comm->clique->cards[one.comm->rank];
+    if (!nbytes || (found && found->kind == Kind::device && found->card == card &&
+                    number + nbytes <= found->base + found->nbytes)) {
+        return;
+    }
+    violation("a collective of card " + std::to_string(card) + " uses memory that is not in one allocation of the card");
+}
+
+// A collective that is enqueued and not recorded: some of its ranks may still lack it.
+void count_rank(Clique& clique, int rank) {
+    int& ranks = clique.ranks_of[clique.enqueued[rank]++];
+    if (++ranks == 1) ++machine().unmet;
+    if (ranks == clique.size) --machine().unmet;
+}
+
+int issue(Lock& lock, const Pending& one) {
     const auto stream = stream_of(lock, one.stream);
-    if (!stream || stream->card != one.comm->clique->cards[one.comm->rank]) return kInvalidArgument;
-    const auto clique = one.comm->clique;
-    enqueue(lock, *stream, [clique, held = one.comm->held, rank = one.comm->rank, op = one.op] {
+    Comm& comm = *one.comm;
+    const auto clique = comm.clique;
+    if (!stream || stream->card != clique->cards[comm.rank]) return kInvalidArgument;
+    const bool all = one.op.kind == What::all_gather, part = one.op.kind == What::reduce_scatter;
+    check_buffer(lock, one, one.op.send, one.op.count * (part ? clique->size : 1));
+    check_buffer(lock, one, one.op.recv, one.op.count * (all ? clique->size : 1));
+    std::shared_ptr<int> graphs;
+    if (stream->capture) {
+        if (!comm.warm.count(one.op.kind)) violation("a collective is recorded on a communicator that has not run it before");
+        graphs = comm.graphs;
+    } else {
+        if (comm.graphs.use_count() > 1) violation("an eager collective on a communicator that is in a graph");
+        comm.warm.insert(one.op.kind);
+        count_rank(*clique, comm.rank);
+    }
+    enqueue(lock, *stream, [clique, graphs, held = comm.held, rank = comm.rank, op = one.op] {
         return meet(*clique, rank, op), 0;
     });
     return kSuccess;
 }
 
+// All of a group are enqueued before anybody else's call.
+int issue(const std::vector<Pending>& all) {
+    Lock lock(machine().mutex);
+    int result = kSuccess;
+    for (const Pending& one : all) {
+        if (const int error = issue(lock, one)) result = error;
+    }
+    return result;
+}
+
 int collective(Comm* comm, cudaStream_t stream, const Op& op) {
     if (!comm || op.dtype < 0 || op.dtype > 9) return kInvalidArgument;
-    pending.push_back({comm, stream, op});
-    if (depth) return kSuccess;
-    const Pending only = pending.back();
-    pending.clear();
-    return issue(only);
+    if (group_depth()) return pending.push_back({comm, stream, op}), kSuccess;
+    auto& used = comm->clique->alone[std::this_thread::get_id()];
+    used.insert(comm->rank);
+    if (used.size() > 1) violation("one thread calls the collectives of several ranks outside of a group");
+    return issue({{comm, stream, op}});
 }
 
 // Whether RIG_NCCL, which a process may set meanwhile, asks for a failure.
@@ -168,6 +221,7 @@ int ncclGetUniqueId(UniqueId* id) {
 
 int ncclCommInitRankConfig(Comm** comm, int size, UniqueId id, int rank, void*) {
     if (rank < 0 || rank >= size) return kInvalidArgument;
+    if (size > 1 && !group_depth()) violation("a thread makes one of several ranks outside of a group");
     int card = 0;
     if (cudaGetDevice(&card) != cudaSuccess) return kInvalidArgument;
     auto clique = cliques[id.bytes].lock();
@@ -207,6 +261,14 @@ int ncclCommDestroy(Comm* comm) {
 // Lets go of the rank if it waits; graphs that hold collectives are waited for all the same.
 int ncclCommAbort(Comm* comm) {
     {
+        Lock lock(machine().mutex);
+        for (auto& entry : comm->clique->ranks_of) {
+            machine().unmet -= entry.second < comm->clique->size;
+            entry.second = comm->clique->size;
+        }
+    }
+    group_ends(reinterpret_cast<std::uintptr_t>(comm->clique.get()));
+    {
         std::lock_guard<std::mutex> lock(comm->clique->mutex);
         comm->clique->aborted[comm->rank] = true;
         comm->clique->changed.notify_all();
@@ -227,22 +289,17 @@ int ncclSend(const void*, std::size_t, int, int, Comm*, cudaStream_t) { return k
 int ncclRecv(void*, std::size_t, int, int, Comm*, cudaStream_t) { return kInvalidUsage; }
 int ncclReduce(const void*, void*, std::size_t, int, int, int, Comm*, cudaStream_t) { return kInvalidUsage; }
 
-int ncclGroupStart() { return ++depth, kSuccess; }
+int ncclGroupStart() { return ++group_depth(), kSuccess; }
 
 int ncclGroupEnd() {
-    if (!depth) return kInvalidUsage;
-    if (--depth) return kSuccess;
+    if (!group_depth()) return kInvalidUsage;
+    if (--group_depth()) return kSuccess;
     std::vector<Pending> all;
     all.swap(pending);
-    int result = kSuccess;
-    if (fails("refuses") && !all.empty()) {  // CUDA refuses a launch, and the other ranks have launched theirs
-        all.pop_back();
-        result = kUnhandledCudaError;
-    }
-    for (const Pending& one : all) {
-        if (const int error = issue(one)) result = error;
-    }
-    return result;
+    const bool refuses = fails("refuses") && !all.empty();
+    if (refuses) all.pop_back();  // CUDA refuses a launch, and the other ranks have launched theirs
+    const int result = issue(all);
+    return refuses ? static_cast<int>(kUnhandledCudaError) : result;
 }
 
 int ncclAllReduce(const void* send, void* recv, std::size_t count, int dtype, int op, Comm* comm, cudaStream_t stream) {

@@ -27,6 +27,14 @@ template <class Work> cudaError_t call(Work work) {
     return static_cast<cudaError_t>(error);
 }
 
+// Whether copies between two cards do not arrive, though the cards are said to reach each other.
+bool falsely_reached(int card, int peer) {
+    for (const auto& pair : machine().falsely) {
+        if (pair == std::make_pair(card, peer) || pair == std::make_pair(peer, card)) return true;
+    }
+    return false;
+}
+
 // One end of a copy.
 struct End {
     const Allocation* memory;  // null for pageable memory
@@ -55,7 +63,11 @@ int copy(Lock& lock, void* to, const void* from, std::size_t nbytes, cudaMemcpyK
     if (kind != cudaMemcpyDefault && (out != source.on_card() || in != target.on_card())) return cudaErrorInvalidValue;
     const bool pageable = !target.memory || !source.memory;
     if (pageable && stream->capture) return invalidate(*stream->capture, cudaErrorStreamCaptureUnsupported);
-    const Point done = enqueue(lock, *stream, [=] { return std::memcpy(to, from, nbytes), 0; });
+    if (const int error = refuse_default_stream(lock, *stream)) return error;
+    const bool garbage = target.memory && source.memory && falsely_reached(target.memory->card, source.memory->card);
+    const Point done = enqueue(lock, *stream, [=] {
+        return garbage ? std::memset(to, 0x5a, nbytes) : std::memcpy(to, from, nbytes), 0;
+    });
     if (pageable) wait(lock, done);
     return 0;
 }
@@ -63,6 +75,7 @@ int copy(Lock& lock, void* to, const void* from, std::size_t nbytes, cudaMemcpyK
 int fill(Lock& lock, void* address, int value, std::size_t nbytes, cudaStream_t handle, Point* done) {
     const auto stream = stream_of(lock, handle);
     if (!stream || stream->card != current_card()) return cudaErrorInvalidResourceHandle;
+    if (const int error = refuse_default_stream(lock, *stream)) return error;
     End end;
     if (!look_up(lock, address, nbytes, &end) || !end.memory) return cudaErrorInvalidValue;
     *done = enqueue(lock, *stream, [=] { return std::memset(address, value, nbytes), 0; });
@@ -125,6 +138,7 @@ const char* cudaGetErrorName(cudaError_t error) {
         case cudaErrorStreamCaptureUnmatched: return "cudaErrorStreamCaptureUnmatched";
         case cudaErrorStreamCaptureUnjoined: return "cudaErrorStreamCaptureUnjoined";
         case cudaErrorStreamCaptureIsolation: return "cudaErrorStreamCaptureIsolation";
+        case cudaErrorStreamCaptureImplicit: return "cudaErrorStreamCaptureImplicit";
         case cudaErrorCapturedEvent: return "cudaErrorCapturedEvent";
         case cudaErrorStreamCaptureWrongThread: return "cudaErrorStreamCaptureWrongThread";
         default: return "cudaErrorUnknown";
@@ -219,6 +233,7 @@ cudaError_t cudaDeviceEnablePeerAccess(int peer, unsigned flags) {
         if (peer < 0 || peer >= cards() || peer == current_card()) return cudaErrorInvalidDevice;
         if (!can_reach(current_card(), peer)) return cudaErrorPeerAccessUnsupported;
         enter_context(lock);
+        if (const int error = refuse_while_recording(lock)) return error;
         auto& reaches = machine().cards[current_card()].reaches;
         if (reaches[peer]) return cudaErrorPeerAccessAlreadyEnabled;
         int enabled = 0;
@@ -241,6 +256,7 @@ cudaError_t cudaDeviceSynchronize() {
     return call([&](Lock& lock) -> int {
         enter_context(lock);
         if (const int error = refuse_while_recording(lock)) return error;
+        check_wait(lock, "cudaDeviceSynchronize", true);
         wait_for_card(lock, current_card());
         return machine().cards[current_card()].broken;
     });
@@ -283,7 +299,10 @@ cudaError_t cudaHostAlloc(void** address, size_t nbytes, unsigned flags) {
 }
 
 cudaError_t cudaFreeHost(void* address) {
-    return call([&](Lock& lock) { return release(lock, address, Kind::pinned); });
+    return call([&](Lock& lock) -> int {
+        if (const int error = refuse_while_recording(lock)) return error;
+        return release(lock, address, Kind::pinned);
+    });
 }
 
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* address) {
@@ -385,6 +404,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
         const auto stream = stream_of(lock, handle);
         if (!stream) return cudaErrorInvalidResourceHandle;
         if (stream->capture) return invalidate(*stream->capture, cudaErrorStreamCaptureUnsupported);
+        check_wait(lock, "cudaStreamSynchronize", false);
         wait(lock, stream->tail);
         return machine().cards[stream->card].broken;
     });
@@ -406,6 +426,8 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_handle, u
         const auto event = event_of(lock, event_handle);
         if (!stream || !event) return cudaErrorInvalidResourceHandle;
         if (flags) return cudaErrorInvalidValue;
+        if (const int error = refuse_default_stream(lock, *stream)) return error;
+        if (!event->last && !event->capture) return 0;  // never recorded: there is nothing to wait for
         if (stream->capture || event->capture) return wait_in_recording(lock, *stream, *event);
         if (event->last && !event->last->done) enqueue(lock, *stream, nullptr, {event->last});
         return 0;
@@ -416,12 +438,16 @@ cudaError_t cudaLaunchHostFunc(cudaStream_t handle, cudaHostFn_t function, void*
     return call([&](Lock& lock) -> int {
         const auto stream = stream_of(lock, handle);
         if (!stream) return cudaErrorInvalidResourceHandle;
+        if (const int error = refuse_default_stream(lock, *stream)) return error;
         enqueue(lock, *stream, [=] { return function(data), 0; });
         return 0;
     });
 }
 
 // Events.
+
+// For tests: how many queries have been held back.
+int rigHeldQueries() { return Lock(machine().mutex), machine().held_queries; }
 
 cudaError_t cudaEventCreate(cudaEvent_t* event) {
     return call([&](Lock& lock) { return create_event(lock, event, cudaEventDefault); });
@@ -442,6 +468,7 @@ cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t stream_handle) {
         const auto event = event_of(lock, handle);
         const auto stream = stream_of(lock, stream_handle);
         if (!event || !stream || event->card != stream->card) return cudaErrorInvalidResourceHandle;
+        if (const int error = refuse_default_stream(lock, *stream)) return error;
         event->capture = stream->capture;
         event->ends = stream->ends;
         event->last = stream->capture ? nullptr : enqueue(lock, *stream, nullptr);
@@ -449,7 +476,8 @@ cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t stream_handle) {
     });
 }
 
-// With RIG_QUERY_MS a query blocks for so long, as it may while the driver loads a kernel.
+// With RIG_QUERY_MS a query blocks for so long, as it may while the driver loads a kernel. With RIG_QUERY_HOLD_MS it does
+// while ranks wait for others in a collective, for so long at most: somebody else is to launch those.
 cudaError_t cudaEventQuery(cudaEvent_t handle) {
     return call([&](Lock& lock) -> int {
         if (machine().query_milliseconds) {
@@ -457,10 +485,18 @@ cudaError_t cudaEventQuery(cudaEvent_t handle) {
             std::this_thread::sleep_for(std::chrono::milliseconds(machine().query_milliseconds));
             lock.lock();
         }
+        Machine& all = machine();
+        if (all.hold_milliseconds && all.lonely) {
+            ++all.held_queries;
+            const auto most = std::chrono::milliseconds(all.hold_milliseconds);
+            const bool met = all.finished.wait_for(lock, most, [&] { return !all.lonely; });
+            if (!met) violation("ranks waited for others while a query of an event was held back");
+        }
         const auto event = event_of(lock, handle);
         if (!event) return cudaErrorInvalidResourceHandle;
         if (const int error = machine().cards[event->card].broken) return error;
         if (event->capture) return invalidate(*event->capture, cudaErrorCapturedEvent);
+        if (const int error = refuse_while_recording(lock)) return error;
         return !event->last || event->last->done ? 0 : cudaErrorNotReady;
     });
 }
@@ -470,6 +506,8 @@ cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
         const auto event = event_of(lock, handle);
         if (!event) return cudaErrorInvalidResourceHandle;
         if (event->capture) return invalidate(*event->capture, cudaErrorCapturedEvent);
+        if (const int error = refuse_while_recording(lock)) return error;
+        check_wait(lock, "cudaEventSynchronize", false);
         wait(lock, event->last);
         return machine().cards[event->card].broken;
     });

@@ -3,6 +3,7 @@
 #include <chrono>
 #include <thread>
 
+#include "kernels.h"
 #include "machine.h"
 
 namespace rig {
@@ -56,6 +57,25 @@ void add_waiters(Stream& stream, const Item& item) {
 }
 
 }  // namespace
+
+void group_ends(std::uintptr_t group) {
+    Machine& all = machine();
+    Lock lock(all.mutex);
+    all.lonely -= static_cast<int>(all.groups[group].come.size());
+    all.groups.erase(group);
+    all.finished.notify_all();
+}
+
+void rank_comes(std::uintptr_t group, int rank, int ranks) {
+    Machine& all = machine();
+    Lock lock(all.mutex);
+    Group& found = all.groups[group];
+    const int turn = found.turns[rank]++;
+    const int come = ++found.come[turn];
+    all.lonely += (come == 1) - (come == ranks);
+    if (come == ranks) found.come.erase(turn);
+    all.finished.notify_all();
+}
 
 double now() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
