@@ -187,6 +187,33 @@ def whys(parallel: Any) -> str:
     return "; ".join(entry.get("why", "") for entry in parallel.report().passes)
 
 
+class Encoder(nn.Module):
+    """Torch's own encoder, which computes nothing for padding in evaluation if all of it is at the ends of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+        self.encoder, self.last = nn.TransformerEncoder(layer, 2), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor, padding: torch.Tensor | None = None) -> torch.Tensor:
+        return self.last(self.encoder(x, src_key_padding_mask=padding))
+
+
+def padded(i: int, *, at_the_end: bool = True) -> tuple[Any, ...]:
+    padding = torch.zeros(ROWS, 4, dtype=torch.bool)
+    if i > 2:
+        padding[1::4, 3 if at_the_end else 1] = True
+    return (*rows(i, 4, 6), padding)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:fastdp runs")
+@pytest.mark.parametrize("devices", DEVICES)
+@pytest.mark.parametrize("at_the_end", [True, False])
+def test_what_an_encoder_gives_for_padding_is_that_of_plain_torch(devices, at_the_end):
+    batches = [padded(i, at_the_end=at_the_end) for i in range(CALLS)]
+    assert hows(check(Encoder, batches, devices)) == {"eager"}
+
+
 KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[Any, ...]], bool]] = {
     "attention in evaluation": (Gpt, ids, False),
     "attention with dropout": (Gpt, ids, True),
@@ -195,6 +222,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[Any, ...]]
     "recurrent layers": (Lstm, lambda i: rows(i, 4, 6), False),
     "a nest of outputs": (Nested, masked, False),
     "a written argument": (Scribbles, rows, False),
+    "torch's own encoder": (Encoder, lambda i: rows(i, 4, 6), False),
 }
 
 

@@ -20,10 +20,11 @@ from torch.utils import _pytree as pytree
 from fastdp.capture.pure_step import Draws
 from fastdp.comm.context import Context
 from fastdp.program.base import Result, Totals
-from fastdp.program.torch import batch_axis, embeddings
+from fastdp.program.torch import batch_axis, embeddings, fast_paths
 from fastdp.program.torch import batch_norm as torch_batch_norm
 from fastdp.program.torch import gradients as torch_gradients
 from fastdp.program.torch.batch import Structure, outputs_to_arrays, with_extremes
+from fastdp.program.torch.fast_paths import FAST_PATHS
 from fastdp.program.torch.following.merged import MergedWrite, WriteNotes, merge_writes, write_notes
 from fastdp.program.torch.following.writes import Place
 from fastdp.program.torch.gradients import Found, Gradients
@@ -45,6 +46,7 @@ HANDLERS: dict[Any, Handler] = {
     **random_handlers.HANDLERS,
     **batch_axis.HANDLERS,
     **embeddings.HANDLERS,
+    **fast_paths.HANDLERS,
     **torch_batch_norm.HANDLERS,
     **torch_gradients.HANDLERS,
 }
@@ -59,7 +61,7 @@ HOOKS_IN_A_WINDOW = (
 @contextmanager
 def together_with(running: ReplicaContext) -> Iterator[None]:
     """Run passes of a replica that shares its step with others: torch's functions are those of the global batch."""
-    with REPEATED_DRAWS, ReplicaMode(running, HANDLERS):
+    with REPEATED_DRAWS, FAST_PATHS, ReplicaMode(running, HANDLERS):
         yield
 
 

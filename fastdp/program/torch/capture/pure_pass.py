@@ -19,6 +19,7 @@ from fastdp.errors import NotCapturable
 from fastdp.program.torch.batch import Structure
 from fastdp.program.torch.capture.lent_tensors import LentTensors
 from fastdp.program.torch.capture.step_parts import ALONE, TOGETHER, NoTracedPeers, is_fake
+from fastdp.program.torch.fast_paths import FAST_PATHS
 from fastdp.program.torch.module import Slot
 from fastdp.program.torch.random.checkpoints import REPEATED_DRAWS
 from fastdp.program.torch.replica import ReplicaContext, ReplicaDraw
@@ -135,6 +136,7 @@ class PurePass:
             if not alone:
                 stack.enter_context(peers_scope(NoTracedPeers()))
             stack.enter_context(REPEATED_DRAWS)
+            stack.enter_context(FAST_PATHS)
             stack.enter_context(ReplicaMode(running, ALONE if alone else TOGETHER))
             yield RunningPass(running, values, lent)
 

@@ -18,11 +18,13 @@ from torch.utils import _pytree as pytree
 
 from fastdp.program.torch import embeddings
 from fastdp.program.torch import gradients as torch_gradients
+from fastdp.program.torch.fast_paths import ALIGNED
 from fastdp.program.torch.module import Slot
 from fastdp.program.torch.random import handlers as random_handlers
 from fastdp.program.torch.replica import ReplicaContext
 from fastdp.program.torch.rows.draws import CannotSplitError
 from fastdp.shard import Rows
+from fastdp.tensors.collectives import peers
 from fastdp.tensors.compiled import uncompiled
 from fastdp.tensors.function_mode import Handler
 
@@ -78,9 +80,10 @@ _LOSSES = frozenset(("cross_entropy", "nll_loss"))
 class TrialPeers:
     """The collectives of a run: the parts of the rows get what all rows gave."""
 
-    def __init__(self, results: list[torch.Tensor], rows: Rows) -> None:
+    def __init__(self, results: list[torch.Tensor], rows: Rows, aligned: list[bool]) -> None:
         self._results, self._rows = results, rows
         self._number = 0
+        self._aligned, self._asked = aligned, 0
 
     @property
     def rank(self) -> int:
@@ -104,6 +107,13 @@ class TrialPeers:
     def all_gather(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         """The result of the run on all rows."""
         return self._result(tensor)
+
+    def all_aligned(self, own: bool) -> bool:
+        """Where the padding was in the run on all rows."""
+        if self.count == 1:
+            self._aligned.append(own)
+        self._asked += 1
+        return self._aligned[self._asked - 1] if self._asked <= len(self._aligned) else own
 
     def _result(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.count == 1:
@@ -130,7 +140,14 @@ def _batch_norm(running: ReplicaContext, function: Any, args: Any, kwargs: Any) 
     return found
 
 
+def _all_aligned(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> bool:
+    """As `fastdp.program.torch.fast_paths` asks of all rows."""
+    own, among = bool(function(*args, **kwargs)), peers()
+    return among.all_aligned(own) if isinstance(among, TrialPeers) else own
+
+
 HANDLERS: dict[Any, Handler] = {
+    ALIGNED: _all_aligned,
     **random_handlers.HANDLERS,
     **embeddings.HANDLERS,
     **torch_gradients.HANDLERS,

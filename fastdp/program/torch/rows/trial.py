@@ -14,6 +14,7 @@ from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.program.torch.batch import Structure
+from fastdp.program.torch.fast_paths import FAST_PATHS
 from fastdp.program.torch.following.contents import Contents
 from fastdp.program.torch.following.copies import replicate
 from fastdp.program.torch.following.guard import Guard
@@ -100,6 +101,7 @@ class Trial:
         self._contents = Contents(module, [slot.tensor for slot in self.slots])
         self._draws = TrialDraws()
         self._met: list[torch.Tensor] = []
+        self._aligned: list[bool] = []
         settle(slot.tensor for slot in self.slots)
         self._where = str(self.slots[0].tensor.device) if self.slots and not on_host else "cpu"
 
@@ -134,8 +136,8 @@ class Trial:
         with self._draws.run(rows, generators), undisturbed(), Watch(self.slots, self.compared, sought) as watch:
             args, kwargs, _ = given = self.inputs.of(rows, self._where, wanted)
             versions = _versions(given)
-            among = TrialPeers(self._met, rows)
-            with peers_scope(among), ReplicaMode(running, HANDLERS), structure.entered():
+            among = TrialPeers(self._met, rows, self._aligned)
+            with peers_scope(among), FAST_PATHS, ReplicaMode(running, HANDLERS), structure.entered():
                 outputs = module(*args, **kwargs)
             self.written |= {place for place, now in _versions(given).items() if now != versions[place]}
         if self._injected is not None and watch.found:
