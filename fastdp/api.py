@@ -131,7 +131,9 @@ def wrap(
         deterministic: make results repeat bit for bit between runs on one machine with the same devices and cores.
             Steps are slower. They use torch's deterministic algorithms; an operation without one is an error. No
             decision depends on timing: "auto" traces the second step of a batch shape and compiles none, and under
-            "inductor" that step waits for the compiler. GPUs need the environment variable CUBLAS_WORKSPACE_CONFIG,
+            "inductor" that step waits for the compiler. Gradients are reduced by algorithms that depend on sizes alone;
+            otherwise the choice is measured once for the GPUs of a machine and kept (`fastdp devices --measure`), and
+            results repeat for as long as it is. GPUs need the environment variable CUBLAS_WORKSPACE_CONFIG,
             which is set here if torch has not used a GPU yet.
         timeout: seconds before a step is given up. It does not apply to one virtual device: its steps run on the
             calling thread, so no thread is left to give them up.

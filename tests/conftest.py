@@ -8,6 +8,8 @@ os.environ["KERAS_BACKEND"] = "torch"  # before any import that could bring Kera
 # Before CUDA, which Keras starts: devices that wait for each other need both (fastdp.runtime.environment).
 os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+# Algorithms by size, and not by what a machine at work measures.
+os.environ.setdefault("FASTDP_ALL_REDUCE", "fixed")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch: OpenMP's threads that wait for work awake would take the cores from the other processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

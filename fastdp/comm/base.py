@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from fastdp.buffers import Bucket, FlatBuffers
+from fastdp.comm.algorithm import Choice
 from fastdp.runtime.queue import QueueDevice, QueueEvent, joined
 
 
@@ -50,12 +51,29 @@ class Communicator(ABC):
 
     _devices: Sequence[QueueDevice]
 
-    def __init__(self, devices: Sequence[QueueDevice]) -> None:
+    def __init__(self, devices: Sequence[QueueDevice], choice: Choice | None = None) -> None:
         self._devices = list(devices)
+        self.choice = choice or Choice(kernels=False, nccl=False, apart=False)
 
     def prepare(self, buckets: Sequence[Bucket]) -> None:
         """Allocate the memory that all-reduces of these buckets need. Between steps only, since it may wait."""
         return
+
+    # Algorithms.
+
+    def how(self, bucket: Bucket) -> str:
+        """How a bucket is all-reduced: "one-shot", "two-shot", "nccl", or "host" if nothing else supports it."""
+        return self.choice.how(bucket.dtype, bucket.nbytes)
+
+    @abstractmethod
+    def all_reduce_by(self, way: str, buffers: Sequence[FlatBuffers], bucket: Bucket) -> None:
+        """All-reduce one bucket in place by one of `choice.ways`, whatever its size. Between steps only."""
+
+    def libraries(self) -> dict[str, int]:
+        """The versions on which the algorithms' times depend."""
+        return {}
+
+    # One step.
 
     @abstractmethod
     def begin(

@@ -14,6 +14,7 @@ from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.comm.scatter_merge import Merger, scatter, stage
 from fastdp.comm.select import communicator
+from fastdp.comm.tuning import tune
 from fastdp.engine.accumulation import AccumulatedGradients
 from fastdp.engine.home import HomeMemory
 from fastdp.engine.recovery import Recovery
@@ -22,7 +23,7 @@ from fastdp.engine.replicas import Call, Replica, ReplicaGroup
 from fastdp.engine.rollback import Rollback
 from fastdp.engine.state import EngineState
 from fastdp.engine.step import Operation, Step, StepResult, add_up, make_step, run_replica
-from fastdp.engine.step_scope import StepScope, meanwhile, one_step_at_a_time
+from fastdp.engine.step_scope import StepScope, alone, meanwhile, one_step_at_a_time
 from fastdp.engine.timing import Timings
 from fastdp.engine.updates import Updates
 from fastdp.options import Options, one_of
@@ -87,6 +88,11 @@ class DataParallel(Generic[ProgramT_co]):
         self._state = EngineState(options.timeout)
         self._cpu_merge, self._merge_device = options.cpu_merge, self.devices[options.merge_device]
         self._communicator = communicator(self.devices)
+        if options.deterministic:
+            self._communicator.choice.use(None)
+        elif self._communicator.choice.untuned:
+            with alone(options.timeout):
+                tune(self._communicator, self.devices)
         home = HomeMemory(self._program, devices, self._communicator, on_host=options.cpu_relocation)
         self.group = ReplicaGroup(self._program, self.devices, home, self._communicator, self.update)
         self.replicas = self.group.every

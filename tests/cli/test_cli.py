@@ -67,6 +67,17 @@ def test_devices_without_any_says_how_to_get_virtual_ones():
     assert "FASTDP_VIRTUAL_DEVICES=4" in done.stdout
 
 
+def test_devices_measures_how_virtual_ones_add_up():
+    done = run("devices", "--measure", FASTDP_VIRTUAL_DEVICES="3", FASTDP_VIRTUAL_KIND="host")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()[4:]
+    assert lines[0].startswith("all-reduce of float32 over 3 devices")
+    assert lines[1].split() == ["size", "host"]
+    assert [line.split()[:3] for line in lines[2:4]] == [["4", "KiB", "*"], ["32", "KiB", "*"]]
+    assert lines[-1] == "There is nothing to choose between on these devices."
+    assert "one device adds nothing up" in run("devices", "--measure", FASTDP_VIRTUAL_DEVICES="1").stdout
+
+
 def test_devices_lists_the_virtual_ones_without_keras():
     done = run("devices", code=WITHOUT_KERAS, FASTDP_VIRTUAL_DEVICES="2")
     assert done.stdout.splitlines() == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -586,7 +587,7 @@ from fastdp.comm import algorithm
 from fastdp.runtime import select
 from fastdp.runtime.host.device import HostDevice
 algorithm.ONE_SHOT_NBYTES = algorithm.TWO_SHOT_NBYTES = -1
-select.EXIT_SECONDS = 1.0
+select.EXIT_SECONDS = 0.2
 free, hangs = threading.Event(), []
 program = engine_checks.linear(engine_checks.through(cupy.asnumpy, cupy.asarray))
 whole = program._train
@@ -605,7 +606,7 @@ def right():
         engine.train(batch), reference.train(batch)
     ours, theirs = engine.replicas[0].memory.variables, reference.replicas[0].memory.variables
     return np.allclose(devices[0].to_host(ours.buffers["float32"]), theirs.buffers["float32"], 1e-6, 1e-6)
-def failed(limit=1.0):
+def failed(limit=0.5):
     begin, engine.timeout = time.monotonic(), limit
     try:
         engine.train(engine_checks.rows(12))
@@ -624,7 +625,7 @@ print([engine._communicator.how(bucket) for bucket in engine.group.buckets], rig
 GIVEN_UP = {
     "refuses": "The replica on gpu:0 (rows 0 to 4 of the batch's 12) failed with RuntimeError: NCCL failed on gpu:0, "
     "gpu:1, gpu:2: NCCL_ERROR_UNHANDLED_CUDA_ERROR: an error of the tests' NCCL",
-    "hangs": "The update took longer than timeout=1.0 seconds.",
+    "hangs": "The update took longer than timeout=0.5 seconds.",
 }
 
 
@@ -633,7 +634,7 @@ def test_a_collective_in_which_ranks_wait_for_good_is_aborted_and_the_next_steps
     """A launch fails on one rank, so that it never comes; or a link is broken."""
     program = f"""
 os.environ["RIG_NCCL"] = "{how}"
-print(failed(1.0 if "{how}" == "hangs" else 20.0), left())
+print(failed(0.5 if "{how}" == "hangs" else 20.0), left())
 del os.environ["RIG_NCCL"]
 print(right())
 """
@@ -657,9 +658,9 @@ hangs.clear()
 print(failed())
 """
     said, errors, violations = run_on(rig, tmp_path, 3, ["-c", HEAD + STUCK + program], CUDA_MODULE_LOADING="EAGER")
-    late = "The all-reduce, which ['gpu:1'] did not come to, took longer than timeout=1.0 seconds."
+    late = "The all-reduce, which ['gpu:1'] did not come to, took longer than timeout=0.5 seconds."
     waiting = (
-        "['gpu:1'] were not done with an earlier step within another timeout=1.0 seconds, and the other devices wait "
+        "['gpu:1'] were not done with an earlier step within another timeout=0.5 seconds, and the other devices wait "
         "for them."
     )
     wanted = ["['nccl'] True", late, "True", "True", late, "True", waiting, "True"]
@@ -668,3 +669,48 @@ print(failed())
         "fastdp: NCCL",
         *(f"fastdp: The worker of gpu:{i}" for i in range(3)),
     ]
+
+
+def test_algorithms_are_measured_once_and_later_processes_sum_to_the_same_bits(rig, tmp_path):
+    """`deterministic` goes by sizes alone."""
+    program = """
+import hashlib, sys
+sys.path.insert(0, "tests/gpu")
+import engine_checks, fastdp
+from fastdp.comm import tuning
+from fastdp.options import Options
+from fastdp.runtime import select
+measure, measured = tuning.measure, []
+tuning.measure = lambda *arguments: measured.append(True) or measure(*arguments)
+devices = select.resolve(3)
+for deterministic in (False, True):
+    program = engine_checks.linear(engine_checks.through(cupy.asnumpy, cupy.asarray))
+    engine = fastdp.DataParallel(program, devices, options=Options(timeout=20.0, deterministic=deterministic))
+    for number in range(3):
+        engine.train(engine_checks.rows(12, number))
+    weights = devices[0].to_host(engine.replicas[0].memory.variables.buffers["float32"])
+    print(len(measured), engine._communicator.choice.limits, hashlib.sha256(weights.tobytes()).hexdigest())
+"""
+    shutil.copytree(rig / "cache", tmp_path / "cache", ignore=shutil.ignore_patterns("all-reduce"))
+    settings = {"FASTDP_ALL_REDUCE": "measured", "FASTDP_CACHE_DIR": str(tmp_path / "cache")}
+    settings["CUDA_MODULE_LOADING"] = "EAGER"
+    first, fixed = said_by(rig, tmp_path, program, 3, **settings)
+    later, fixed_later = said_by(rig, tmp_path, program, 3, **settings)
+    assert first.startswith("1 Limits(one_shot=")
+    assert later == "0" + first[1:]
+    assert fixed.startswith("1 None ")
+    assert fixed_later == "0" + fixed[1:]
+
+
+def test_the_command_measures_all_algorithms_and_marks_those_that_are_used(rig, tmp_path):
+    shutil.copytree(rig / "cache", tmp_path / "cache", ignore=shutil.ignore_patterns("all-reduce"))
+    settings = {"FASTDP_ALL_REDUCE": "measured", "FASTDP_CACHE_DIR": str(tmp_path / "cache")}
+    settings["CUDA_MODULE_LOADING"] = "EAGER"
+    said, errors, violations = run_on(rig, tmp_path, 2, ["-m", "fastdp", "devices", "--measure"], **settings)
+    assert (errors, violations) == ("", [])
+    lines = said[said.index("all-reduce of float32 over 2 devices") :].splitlines()
+    assert lines[1].split() == ["size", "one-shot", "two-shot", "nccl"]
+    assert lines[2].split()[:2] == ["4", "KiB"]
+    assert [line.count("*") for line in lines[2:-1]] == [1] * len(lines[2:-1])
+    assert lines[-1].startswith("Kept for these devices")
+    assert len(list((tmp_path / "cache" / "all-reduce").iterdir())) == 1

@@ -8,13 +8,13 @@ issued by the worker that completes it (`fastdp.comm.cuda.reduction`).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 
 from fastdp.buffers import Bucket, FlatBuffers
-from fastdp.comm.algorithm import way_to_all_gather, way_to_all_reduce, way_to_reduce_scatter
+from fastdp.comm.algorithm import Choice
 from fastdp.comm.base import Communicator
 from fastdp.comm.cuda import at_exit as at_exit  # loaded for the end of the process
+from fastdp.comm.cuda.host_sum import HostSum
 from fastdp.comm.cuda.nccl import EagerNccl, NcclCollectives
 from fastdp.comm.cuda.peer_kernels import PeerKernels, address_of, stream_of
 from fastdp.comm.cuda.reduction import CudaReduction
@@ -22,7 +22,6 @@ from fastdp.comm.cuda.step_graph.build import Parts, StepGraphs
 from fastdp.comm.cuda.step_graph.graph import StepGraph
 from fastdp.comm.cuda.step_graph.reduction import StepGraphReduction
 from fastdp.comm.host.communicator import refuse_unknown
-from fastdp.comm.host.reduction import sum_in_order
 from fastdp.launch.args import MAX_RANKS
 from fastdp.runtime.cuda import cupy_api
 from fastdp.runtime.cuda.device import CudaDevice
@@ -61,7 +60,6 @@ class CudaCommunicator(Communicator):
         several = len(devices) > 1
         peers = PeerAccess(sorted(set(self._cards)), timeout) if several else None
         self._nccl = EagerNccl(self._devices)
-        self._has_nccl = bool(self._nccl.comms)
         self._cold = 0
         self._timeout = timeout
         self._cut_short = 0
@@ -71,18 +69,33 @@ class CudaCommunicator(Communicator):
         has_kernels = peers is not None and len(devices) <= MAX_RANKS and peers.complete
         self._kernels = PeerKernels(devices) if has_kernels else None
         self._step_graphs = StepGraphs(devices, self._kernels)
+        apart = len(set(self._cards)) == len(self._cards)
+        self.choice = Choice(kernels=has_kernels, nccl=bool(self._nccl.comms), apart=apart)
+        # The algorithms of buckets, as the limits were when they were chosen.
         self._ways: dict[Bucket, str] = {}
         self._scatter_ways: dict[Bucket, str] = {}
-        self._told = False
+        self._planned_by = self.choice.limits
+        self._sum_on_host = HostSum(self._devices)
 
-    def how(self, bucket: Bucket) -> str:
-        """How a bucket is all-reduced: "one-shot", "two-shot", "nccl", or "host" if nothing else supports it."""
-        return way_to_all_reduce(bucket.dtype, bucket.nbytes, kernels=self._kernels is not None, nccl=self._has_nccl)
+    def all_reduce_by(self, way: str, buffers: Sequence[FlatBuffers], bucket: Bucket) -> None:
+        """All-reduce one bucket in place by one of `choice.ways`, whatever its size. It may allocate memory."""
+        if self._kernels is not None:
+            self._kernels.prepare([(bucket, way)])
+
+        def issue() -> None:
+            self._run(buffers, [(bucket, way)], (), self._nccl.all_reduce)
+            self._show_errors()
+
+        self._issue(issue)
+
+    def libraries(self) -> dict[str, int]:
+        """The versions on which times depend."""
+        return {"nccl": cupy_api.nccl_version() if self._nccl.comms else 0}
 
     def prepare(self, buckets: Sequence[Bucket]) -> None:
         """Choose an algorithm for each bucket, and allocate its memory."""
         if len(self._devices) > 1:
-            self._plan(buckets, self._ways, self.how)
+            self._plan(buckets, self._ways, self.choice.how)
 
     def begin(
         self,
@@ -102,7 +115,7 @@ class CudaCommunicator(Communicator):
         several = len(self._devices) > 1
         if self._cold:
             warm, self._cold = False, self._cold - 1
-        ways = self._plan(buckets, self._ways, self.how) if several else []
+        ways = self._plan(buckets, self._ways, self.choice.how) if several else []
 
         def issue(numbers: Sequence[int]) -> None:
             chosen = [(buckets[number], ways[number]) for number in numbers]
@@ -121,7 +134,7 @@ class CudaCommunicator(Communicator):
     ) -> StepGraph:
         """Combine the replicas' recorded graphs with the all-reduces of their buckets into one graph per GPU. On the
         host thread, while no step of any engine runs. Arguments and errors as in `StepGraphs.make`."""
-        ways = self._plan(buckets, self._ways, self.how)
+        ways = self._plan(buckets, self._ways, self.choice.how)
         return self._step_graphs.make(self, targets, buckets, ways, parts, timeout)
 
     def issue(self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket], by_nccl: NcclCollectives) -> None:
@@ -162,7 +175,7 @@ class CudaCommunicator(Communicator):
         """Sum with the same bits as `all_reduce`, except that sums by NCCL may differ."""
         refuse_unknown(buckets)
         _check_in_place(sources, targets)
-        ways = self._plan(buckets, self._scatter_ways, self._how_to_scatter) if len(self._devices) > 1 else []
+        ways = self._plan(buckets, self._scatter_ways, self.choice.how_to_scatter) if len(self._devices) > 1 else []
 
         def issue() -> None:
             if once is not None:
@@ -175,7 +188,7 @@ class CudaCommunicator(Communicator):
 
     def all_gather(self, buffers: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
         """Gather by NCCL, or by copies over the links."""
-        by_nccl = [one for one in buckets if way_to_all_gather(one.nbytes, nccl=self._has_nccl) == "nccl"]
+        by_nccl = [one for one in buckets if self.choice.how_to_gather(one.nbytes) == "nccl"]
         if by_nccl:
             self._issue(lambda: self._nccl.all_gather(buffers, by_nccl))
         self._gather_by_copies(buffers, [bucket for bucket in buckets if bucket not in by_nccl])
@@ -261,14 +274,13 @@ class CudaCommunicator(Communicator):
 
     # Ways to reduce.
 
-    def _how_to_scatter(self, bucket: Bucket) -> str:
-        return way_to_reduce_scatter(
-            bucket.dtype, bucket.nbytes, kernels=self._kernels is not None, nccl=self._has_nccl
-        )
-
-    def _plan(self, buckets: Sequence[Bucket], known: dict[Bucket, str], how: Callable[[Bucket], str]) -> list[str]:
+    def _plan(self, buckets: Sequence[Bucket], known: dict[Bucket, str], how: Callable[[str, int], str]) -> list[str]:
         """The algorithm of each bucket. Allocates memory for new buckets. On the host thread."""
-        fresh = [(bucket, how(bucket)) for bucket in buckets if bucket not in known]
+        if self._planned_by != self.choice.limits:
+            self._ways.clear()
+            self._scatter_ways.clear()
+            self._planned_by = self.choice.limits
+        fresh = [(bucket, how(bucket.dtype, bucket.nbytes)) for bucket in buckets if bucket not in known]
         if fresh and self._kernels is not None:
             self._kernels.prepare(fresh)
         known.update(fresh)
@@ -296,32 +308,12 @@ class CudaCommunicator(Communicator):
             by_nccl(targets, nccl)
         for bucket, way in planned:
             if way == "host":
-                self._by_host(targets, bucket)
+                self._sum_on_host(targets, bucket)
 
     def _show_errors(self) -> None:
         """Enqueue copies of the kernels' error flags for `check`, after the last collective: once per step."""
         if self._kernels is not None:
             self._kernels.show_errors()
-
-    def _by_host(self, targets: Sequence[FlatBuffers], bucket: Bucket) -> None:
-        """All-reduce through host memory, waiting for each copy. Correct but slow, with a warning once."""
-        if not self._told:
-            self._told = True
-            warnings.warn(
-                f"{bucket.dtype} gradients of these GPUs are added up in host memory, which is slow: these GPUs have "
-                "neither a common NCCL nor direct access to each other's memory for that dtype. Install NCCL (pip "
-                "install nvidia-nccl-cu12 or -cu13), or use float32.",
-                stacklevel=2,
-            )
-        span = slice(bucket.start, bucket.stop)
-        ends = [target.buffers[bucket.dtype][span] for target in targets]
-        values = []
-        for device, end in zip(self._devices, ends, strict=True):
-            # On the rank's own stream, so that the read comes after everything that stream waits for.
-            values.append(device.read(end, device.communication))
-        total = sum_in_order(values, bucket.dtype)
-        for device, end in zip(self._devices, ends, strict=True):
-            device.write(end, total, device.communication)
 
 
 def _check_in_place(sources: Sequence[FlatBuffers], targets: Sequence[FlatBuffers]) -> None:

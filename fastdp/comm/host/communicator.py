@@ -24,6 +24,10 @@ class HostCommunicator(Communicator):
     warning.
     """
 
+    def all_reduce_by(self, way: str, buffers: Sequence[FlatBuffers], bucket: Bucket) -> None:
+        """All-reduce one bucket in place; there is one way."""
+        self.all_reduce(buffers, buffers, [bucket])
+
     def begin(
         self,
         sources: Sequence[FlatBuffers],
