@@ -1,4 +1,4 @@
-"""Measures the algorithms of the all-reduce on the devices themselves, and finds the sizes up to which each is best."""
+"""Measures the algorithms of the all-reduce on the devices, and finds up to which size each is best."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The limits of size between the algorithms of the all-reduce on a set of GPUs: measured once, then kept in a file.
+"""The limits between the algorithms of the all-reduce on some GPUs: measured once, then kept in a file.
 
 NCCL adds in another order than our kernels, so the choice decides over bits. It must not depend on noise: what is used
 is what the file holds, in the process that measured too, and of several processes that measure at once the first
