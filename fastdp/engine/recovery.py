@@ -64,7 +64,8 @@ class Recovery:
         cut_short = operation.cut_short != self._communicator.cut_short
         if self._state.unsettled is operation and operation.generation == home.generation:
             # The update waits behind a collective on GPUs, and runs when that is given up.
-            home.doubtful = cut_short or (late and self._replicas.devices[0].on_gpu)
+            devices = self._replicas.devices
+            home.doubtful = cut_short or (late and devices[0].on_gpu and len(devices) > 1)
         self._replicas.doubt()
         for device in self._replicas.devices:
             device.unsettled = True

@@ -714,3 +714,22 @@ def test_the_command_measures_all_algorithms_and_marks_those_that_are_used(rig, 
     assert [line.count("*") for line in lines[2:-1]] == [1] * len(lines[2:-1])
     assert lines[-1].startswith("Kept for these devices")
     assert len(list((tmp_path / "cache" / "all-reduce").iterdir())) == 1
+
+
+def test_measuring_that_fails_is_a_warning_and_the_next_steps_are_right(rig, tmp_path):
+    program = """
+import warnings
+os.environ["RIG_NCCL"] = "refuses"
+engine._communicator.choice._made = False
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    again = fastdp.DataParallel(program, devices, timeout=20.0)
+print([str(one.message)[:55] for one in caught], engine._communicator.choice.limits)
+del os.environ["RIG_NCCL"]
+print(right())
+"""
+    settings = {"FASTDP_CACHE_DIR": str(tmp_path / "cache"), "CUDA_MODULE_LOADING": "EAGER"}
+    shutil.copytree(rig / "cache", tmp_path / "cache", ignore=shutil.ignore_patterns("all-reduce"))
+    said = said_by(rig, tmp_path, STUCK + program, 3, FASTDP_ALL_REDUCE="fixed", **settings)
+    assert said[1:] == ["['What all-reduces take on these devices was not measured'] None", "True"]
+    assert not list((tmp_path / "cache" / "all-reduce").iterdir())
