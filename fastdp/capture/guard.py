@@ -48,6 +48,10 @@ class Guard:
         now = settings()
         return _which(self._settings, now) if now != self._settings else self._watch.changed()
 
+    def changed_values(self) -> str:
+        """As `changed`, but for the settings of torch."""
+        return self._watch.changed()
+
     @contextmanager
     def tracing(self) -> Iterator[None]:
         """Hold this during a trace, which runs the model's code outside of a step. Changes by that code are undone.

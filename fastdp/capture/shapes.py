@@ -8,8 +8,8 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from fastdp.capture.captured_form import CapturedForm
-from fastdp.capture.compile.compiler import Job
+from fastdp.capture.captured_form import CapturedForm, Run
+from fastdp.capture.compile.compiler import BackgroundCompiler, Job
 from fastdp.capture.cuda_graphs.recording import Recording
 from fastdp.capture.pure_step import PureFunction
 from fastdp.capture.speed_trial import SpeedTrial
@@ -29,6 +29,7 @@ class Shape(Generic[CapturedT]):
     recent: list[float] = field(default_factory=list)
     captured: CapturedT | None = None
     jobs: list[Job] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)  # their results so far
     compiled: bool = False
     since: int = 0  # steps before the present form (traced or compiled) was in use
     no_graph: str = ""
@@ -47,6 +48,27 @@ class Shape(Generic[CapturedT]):
     def stays_eager(self) -> bool:
         """Whether a trial has found eager steps to be the fastest."""
         return self.trial is not None and self.trial.is_over and self.trial.chosen == "eager"
+
+    def note(self, seconds: float) -> None:
+        """Add the duration of a step."""
+        self.steps += 1
+        self.seconds += seconds
+        self.recent = [*self.recent[-4:], seconds]
+        checked = self.captured is not None and self.captured.checks > 0
+        if self.trial is not None and not checked:
+            self.trial.note(seconds)
+        if self.captured is not None and checked:
+            self.captured.checks -= 1
+
+    def has_runs(self, compiler: BackgroundCompiler) -> bool:
+        """Take the results of jobs that have ended, in their order. Whether these are all.
+
+        Raises:
+            CompileError: a job has failed.
+        """
+        while len(self.runs) < len(self.jobs) and compiler.done(self.jobs[len(self.runs)]):
+            self.runs.append(compiler.result(self.jobs[len(self.runs)]))
+        return len(self.runs) == len(self.jobs)
 
 
 def entry_of(shape: Shape[Any]) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class Captures(Generic[CapturedT]):
         capture: traces what a replica runs, from `step`, its rows and its context.
 
     The host thread calls `prepare` before each training step and `note` after it. `report` lists the state of each
-    shape.
+    shape. `present` are those of the prepared step. `generation` counts how often a change has ended all traces.
     """
 
     def __init__(
@@ -96,13 +96,13 @@ class Captures(Generic[CapturedT]):
         self._step, self._mode, self._parts, self._recorder = step, mode, parts, recorder
         self._alone = alone
         self._shapes: dict[Any, Shape[CapturedT]] = {}
-        self._present: list[Shape[CapturedT]] = []
+        self.present: list[Shape[CapturedT]] = []
         self._compiler = BackgroundCompiler()
         self._no_compiler = missing_compiler() if mode != "trace" else 'compile="trace"'
         joins = recorder is not None and recorder.parts
         self._step_graphs = StepGraphJoiner(recorder, step.spans_devices) if recorder is not None and joins else None
         self._guard = Guard(step)
-        self._changes = 0
+        self._changes = self.generation = 0
         self._eager_now = False
         self._refused = step.why_never() or self._own_code()
         if self._refused and mode != "auto":
@@ -126,7 +126,7 @@ class Captures(Generic[CapturedT]):
             wants_outputs: whether the caller uses the step's outputs.
             eager: run this step eagerly.
         """
-        self._present = []
+        self.present = []
         replicas: list[Shape[CapturedT]] = []
         # Anomaly detection is a feature of autograd, which captured steps do not use.
         self._eager_now = eager or torch.is_anomaly_enabled()
@@ -150,8 +150,8 @@ class Captures(Generic[CapturedT]):
                     replicas.append(shape)
                     continue
                 self._shapes[key] = shape
-            if shape not in self._present:
-                self._present.append(shape)
+            if shape not in self.present:
+                self.present.append(shape)
                 if shape.captured is None and not self._refused and self._may_trace(shape):
                     self._trace(shape, context)
                 if shape.captured is not None and not shape.jobs and self._may_compile(shape):
@@ -162,7 +162,7 @@ class Captures(Generic[CapturedT]):
             replicas.append(shape)
         if self._step_graphs is not None:
             why = self._step_graphs.consider(recordings_of(replicas), self._step.replicas)
-            for shape in self._present:
+            for shape in self.present:
                 shape.no_step_graph = why
                 shape.ran_step_graph = not why and self._parts == 1
 
@@ -189,17 +189,10 @@ class Captures(Generic[CapturedT]):
             shape.no_step_graph = "" if found is not None else why_not or shape.no_step_graph
         return found
 
-    def note(self, seconds: float) -> None:
-        """Add the duration of the prepared step."""
-        for shape in self._present:
-            shape.steps += 1
-            shape.seconds += seconds
-            shape.recent = [*shape.recent[-4:], seconds]
-            checked = shape.captured is not None and shape.captured.checks > 0
-            if shape.trial is not None and not checked:
-                shape.trial.note(seconds)
-            if shape.captured is not None and checked:
-                shape.captured.checks -= 1
+    def note(self, seconds: float, shapes: Sequence[Shape[CapturedT]] | None = None) -> None:
+        """Add the duration of the prepared step, or of an earlier one, whose `present` shapes these were."""
+        for shape in self.present if shapes is None else shapes:
+            shape.note(seconds)
 
     @property
     def compiling(self) -> bool:
@@ -226,13 +219,18 @@ class Captures(Generic[CapturedT]):
         self._no_compiler = self._no_compiler or why
         for shape in self._shapes.values():
             if shape.jobs and not shape.compiled:
-                shape.jobs, shape.why = [], self._no_compiler
+                shape.jobs, shape.runs, shape.why = [], [], self._no_compiler
 
     def forget_graphs(self) -> None:
         """Drop recorded graphs and free their memory. Called between steps."""
         for shape in self._shapes.values():
             if shape.captured is not None:
                 shape.captured.recordings = {}
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether all steps run eagerly from now on."""
+        return bool(self._refused)
 
     @property
     def report(self) -> list[dict[str, Any]]:
@@ -256,6 +254,7 @@ class Captures(Generic[CapturedT]):
         self._changes = 1 if sum(shape.steps for shape in captured) > STEPS_BETWEEN_CHANGES else self._changes + 1
         self.close("")
         self._shapes.clear()
+        self.generation += 1
         self._refused = self._step.why_never() or self._own_code()
         if self._changes > MOST_CHANGES:
             self._refused = f"{changed}, which changes while the model trains"
@@ -265,11 +264,13 @@ class Captures(Generic[CapturedT]):
         """Run eagerly from now on if a traced step has given other numbers than the eager one."""
         for shape in self._shapes.values():
             if shape.captured is not None and shape.captured.disagreed and not shape.compiled:
-                self._refuse(f"{shape.captured.disagreed}, in which the captured step disagrees with the eager one")
+                self.refuse(f"{shape.captured.disagreed}, in which the captured step disagrees with the eager one")
                 return
 
-    def _refuse(self, why: str) -> None:
+    def refuse(self, why: str) -> None:
         """Drop all traces and run eagerly from now on, with one warning."""
+        if self._refused:
+            return
         self._refused = why
         self.close()
         self._shapes.clear()
@@ -319,7 +320,7 @@ class Captures(Generic[CapturedT]):
                 shape.trial = SpeedTrial(shape.captured, None, eager=True)
             return
         expected = isinstance(attempt.error, NotCapturable)
-        self._refuse(str(attempt.error) if expected else f"an error while it was traced: {attempt.why}")
+        self.refuse(str(attempt.error) if expected else f"an error while it was traced: {attempt.why}")
 
     def _submit(self, shape: Shape[CapturedT], captured: CapturedT, rows: Rows) -> None:
         """Submit a captured step to the compiler. If that fails, warn and compile nothing from then on."""
@@ -342,17 +343,17 @@ class Captures(Generic[CapturedT]):
     def _collect(self) -> None:
         """Switch to compiled steps that are ready."""
         for shape in self._shapes.values():
-            captured, jobs = shape.captured, shape.jobs
-            if captured is None or not jobs or (captured.disagreed and not shape.compiled):
+            captured = shape.captured
+            if captured is None or not shape.jobs or (captured.disagreed and not shape.compiled):
                 continue
             if shape.compiled:
                 if captured.failed:
                     self._go_back(shape, captured)
                 continue
             with Attempt() as attempt:
-                if not all(map(self._compiler.done, jobs)):
+                if not shape.has_runs(self._compiler):
                     continue
-                compiled = captured.checked([self._compiler.result(job) for job in jobs])
+                compiled = captured.checked(shape.runs)
                 if self._mode == "auto" and self._recorder is None:
                     shape.trial = SpeedTrial(captured, compiled, eager=self._checks > 0)
                 else:
@@ -368,7 +369,8 @@ class Captures(Generic[CapturedT]):
         """Return permanently to the traced form of a step whose compiled form has failed."""
         why = captured.failed
         captured.use_traced()
-        shape.jobs, shape.trial, shape.compiled, shape.why = [], None, False, why
+        shape.jobs, shape.runs, shape.trial = [], [], None
+        shape.compiled, shape.why = False, why
         self._give_up_compiling(why)
 
     def _give_up_compiling(self, why: str) -> None:
@@ -382,19 +384,15 @@ class Captures(Generic[CapturedT]):
         """The cores that one replica may use while the others run."""
         return max(1, given_cores() // min(self._parts, rows.total))
 
-    @property
-    def _is_quiet(self) -> bool:
-        """Whether the report alone tells: where steps run any code of the user's, and "auto" just tries."""
-        return self._mode == "auto" and self._checks > 0
-
     def _warn_eager(self) -> None:
         """Warn that steps run eagerly, and why."""
-        if self._is_quiet:
-            return
-        warn_user(f"fastdp runs {self._step.name!r} eagerly: it cannot be captured because of {self._refused}")
+        self._warn(f"eagerly: it cannot be captured because of {self._refused}")
 
     def _warn_traced(self) -> None:
         """Warn that steps are not compiled, and why."""
-        if self._is_quiet:
-            return
-        warn_user(f"fastdp runs {self._step.name!r} traced and not compiled: {self._no_compiler}")
+        self._warn(f"traced and not compiled: {self._no_compiler}")
+
+    def _warn(self, how: str) -> None:
+        """Warn of how steps run. Under "auto", which just tries user code, the report alone tells."""
+        if self._mode != "auto" or not self._checks:
+            warn_user(f"fastdp runs {self._step.name!r} {how}")

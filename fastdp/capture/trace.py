@@ -59,18 +59,14 @@ class Captured(CapturedForm, Generic[OutcomeT]):
         self._home = variables[0].device
         rows = [row.to(self._home) for row in step.rows(batch, context)]
         with step.tracing():
-            recorded = _Recorded()
+            recorded = RecordedDraws()
             step.compute(self._leaves(variables), rows, context, recorded)
             self._draws, self._drawn = recorded.draws, recorded.outcomes
             self._has_gradient: list[bool] = []
             self._form: OutcomeForm[OutcomeT]
             arguments = [*variables, *rows, *self._drawn, *(variables[i].detach() for i in step.trained)]
             counts = len(variables), len(rows), len(self._drawn)
-            traced = _traced(lambda *flat: self._flat(flat, counts, context), arguments)
-            refuse_writes(traced.graph)
-            if writes(traced.graph):  # passes take equal operations for one, which writes would make untrue
-                with as_traced():
-                    traced = _traced(torch.func.functionalize(traced, remove="mutations"), arguments)
+            traced = graph_of(lambda *flat: self._flat(flat, counts, context), arguments)
         buffers = traced.graph.find_nodes(op="placeholder")[sum(counts) :]
         self._unused = [i for i, has_gradient in enumerate(self._has_gradient) if not has_gradient]
         for i in self._unused:  # no gradient, no buffer
@@ -218,7 +214,7 @@ class Captured(CapturedForm, Generic[OutcomeT]):
         given = iter(tensors)
         variables, rows, drawn = ([next(given) for _ in range(count)] for count in counts)
         with torch.enable_grad():
-            outcome = self._step.compute(self._leaves(variables), rows, context, _Given(iter(drawn)))
+            outcome = self._step.compute(self._leaves(variables), rows, context, GivenDraws(iter(drawn)))
         values, self._form = self._step.flatten(outcome)
         self._has_gradient = [gradient is not None for gradient in outcome.gradients]
         gradients = [gradient for gradient in outcome.gradients if gradient is not None]
@@ -228,6 +224,20 @@ class Captured(CapturedForm, Generic[OutcomeT]):
 def as_traced() -> AbstractContextManager[Any]:
     """Keeps the calling thread's autocast from casting again: a graph has its casts in it."""
     return torch._C._DisableAutocast() if torch._C._is_any_autocast_enabled() else nullcontext()
+
+
+def graph_of(function: Callable[..., Any], arguments: list[torch.Tensor]) -> GraphModule:
+    """The graph of a function, without writes.
+
+    Raises:
+        NotCapturable: torch cannot trace it, or it writes to what it is given.
+    """
+    found = _traced(function, arguments)
+    refuse_writes(found.graph)
+    if writes(found.graph):  # passes take equal operations for one, which writes would make untrue
+        with as_traced():
+            found = _traced(torch.func.functionalize(found, remove="mutations"), arguments)
+    return found
 
 
 def _traced(function: Callable[..., Any], arguments: list[torch.Tensor]) -> GraphModule:
@@ -262,7 +272,7 @@ class NoExchange(Rendezvous):
 
 
 @dataclass(slots=True)
-class _Recorded:
+class RecordedDraws:
     """Makes draws and records them, so that they can be repeated."""
 
     draws: list[Draw] = field(default_factory=list)
@@ -276,7 +286,7 @@ class _Recorded:
 
 
 @dataclass(slots=True)
-class _Given:
+class GivenDraws:
     """Replaces draws by outcomes that were made beforehand."""
 
     outcomes: Iterator[torch.Tensor]

@@ -23,7 +23,7 @@ from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import to_tensor
 from fastdp.tensors.compiled import not_compiled
 from fastdp.tensors.thread_state import check_around
-from fastdp.torch.captured import capture_forwards, is_observed
+from fastdp.torch.captured import capture_forwards, capture_loops, is_observed
 from fastdp.warn import warn_user
 
 
@@ -61,6 +61,7 @@ class Calls:
         # The user's optimizer updates the first replica's variables, from where all others get them.
         self.engine = DataParallel(self.program, devices, options=replace(options, update="first"))
         self.captures = capture_forwards(self.program, options, devices)
+        self.loops = capture_loops(self.program, options, devices)
         self._kinds = CallKinds(module)
         self._scope = scope
         self._told = False
@@ -80,6 +81,7 @@ class Calls:
         work.keeps = bool(numbers or work.given)
         if work.keeps:
             opened = _OpenPass(self, work, values, numbers)
+            self._prepare_loop(work)
             tensors = _Node.apply(opened, *work.given, *(users[i] for i in numbers))
         else:
             tensors = self._without_gradients(work)
@@ -102,16 +104,33 @@ class Calls:
         work.captures.note(time.perf_counter() - began)
         return tensors
 
+    def _prepare_loop(self, work: ForwardPass) -> None:
+        """Have a pass with gradients captured, where it may be."""
+        structure = work.batch.structure
+        if self.loops is None:
+            return
+        kind = self._kinds.of(structure)
+        work.captures = self.loops.of(kind, f"{kind.label}, with gradients")
+        if work.captures is not None:
+            structure.differentiated = work.differentiated
+            with self._scope():
+                work.captures.prepare(work.batch, True, eager=is_observed())
+            work.shapes = list(work.captures.present)
+
     def forward(self, work: ForwardPass) -> list[torch.Tensor]:
         """Run forward on the replicas; the merged outputs."""
+        began = time.perf_counter()
         with self._scope():
             result = self.engine.call(work.batch, partial(self.program.run, self.program.forward, work))
-            return self.program.merged(work, result)
+            outputs = self.program.merged(work, result)
+        work.seconds = time.perf_counter() - began
+        return outputs
 
     def backward(
         self, opened: _OpenPass, gradients: Sequence[torch.Tensor | None], *, retain: bool
     ) -> list[torch.Tensor | None]:
         """Run backward on the replicas; the gradients by the tensors that were given, then those by the parameters."""
+        began = time.perf_counter()
         check_around(self.program.module, "A backward pass of a parallel module")
         opened.work.check_written()
         work = BackwardPass(opened.work, gradients, retain)
@@ -121,6 +140,7 @@ class Calls:
             found = self.program.gradients_of(work, result)
             reduced = self.program.reduced(result)
             self.program.settle_backward(result)
+        opened.work.ended(gradients, time.perf_counter() - began)
         return [*found, *(reduced[i] for i in opened.numbers)]
 
     def with_graph(

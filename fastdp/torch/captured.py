@@ -8,12 +8,14 @@ from typing import Any
 import torch
 
 from fastdp.capture.cuda_graphs.recorder import Recorder, chosen_graphs
+from fastdp.capture.joint import CapturedJoint
 from fastdp.capture.kinds import CapturesByKind
 from fastdp.capture.steps import Captures
 from fastdp.capture.trace import Captured
 from fastdp.engine.step_scope import alone
 from fastdp.options import Options
 from fastdp.program.torch.capture.call_kinds import CallKind
+from fastdp.program.torch.capture.joint_captures import JointCaptures
 from fastdp.program.torch.capture.pure_forward import ForwardOutcome
 from fastdp.program.torch.capture.replays import CHECKS
 from fastdp.program.torch.loop import LoopProgram
@@ -45,6 +47,20 @@ def capture_forwards(
     def make(kind: CallKind) -> Captures[Captured[ForwardOutcome]]:
         step = program.pure_forward(parts, records=kind.records)
         return Captures(step, mode, parts, recorder, alone, options.deterministic, checks=CHECKS)
+
+    return CapturesByKind(make)
+
+
+def capture_loops(
+    program: LoopProgram, options: Options, devices: Sequence[QueueDevice]
+) -> CapturesByKind[CapturedJoint] | None:
+    """The captured passes with gradients of a program's calls; None if there are none."""
+    if options.compile is None or devices[0].on_gpu:
+        return None
+    mode, parts = options.compile, len(devices)
+
+    def make(kind: CallKind) -> Captures[CapturedJoint]:
+        return JointCaptures(program.pure_joint(parts), mode, parts, alone, deterministic=options.deterministic)
 
     return CapturesByKind(make)
 

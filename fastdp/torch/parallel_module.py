@@ -244,16 +244,16 @@ class TorchParallel(ModuleMembers[nn.Module]):
     def report(self) -> Report:
         """Report how steps run, where their time goes and what uses the memory. Prints as tables.
 
-        Covers the latest `train_step`, and calls without gradients.
+        Covers the latest `train_step`, and calls of the module.
         """
         program = self._engine.program if self._engine is not None else None
         passes = [entry for calls in self._captured_calls() for entry in calls.report]
         return make_report(self._engine, report_of(program), library_nbytes=peak_nbytes, passes=passes)
 
     def _captured_calls(self) -> Iterator[CapturesByKind[Any] | PlainCalls]:
-        """The captured passes of calls."""
-        if self._calls is not None and self._calls.captures is not None:
-            yield self._calls.captures
+        """The captured passes of calls, without gradients and with them."""
+        calls = (self._calls.captures, self._calls.loops) if self._calls is not None else ()
+        yield from (one for one in calls if one is not None)
         if self._plain is not None:
             yield self._plain
 

@@ -1,4 +1,4 @@
-"""Calls without gradients on one device of the host: plain torch, or captured where that is faster and the same."""
+"""Calls on one device of the host: plain torch, or captured where that is faster and the same."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from fastdp.errors import DeviceTimeoutError
 from fastdp.options import Options
 from fastdp.program.torch.batch import Structure
 from fastdp.program.torch.capture.call_kinds import CallKind, CallKinds
+from fastdp.program.torch.capture.lone_loop import LoneLoop
 from fastdp.program.torch.capture.plain_forward import OwnedCaptured, PlainForward
 from fastdp.program.torch.capture.plain_replays import PlainReplays
 from fastdp.program.torch.capture.replays import CHECKS
@@ -60,6 +61,9 @@ class PlainCalls:
         self._specs: dict[int, Any] = {}
         self._lock, self._owner = threading.Lock(), 0
         self._plain = "compile=None" if options.compile is None else ""  # why all calls are plain torch
+        self._loop: LoneLoop | None = None
+        if options.compile is not None:
+            self._loop = LoneLoop(module, device, options.compile, alone, deterministic=options.deterministic)
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's outputs. Arrays among the arguments are tensors for it."""
@@ -90,7 +94,7 @@ class PlainCalls:
         began = time.perf_counter()
         records = torch.is_grad_enabled()
         if records and any(one.requires_grad for one in self._parameters):
-            return self.module(*args, **kwargs)
+            return self._call_with_gradients(args, kwargs)
         leaves, spec = self._flat(args, kwargs)
         inference = torch.is_inference_mode_enabled()
         looks = [_look(leaf, inference) for leaf in leaves]
@@ -120,19 +124,37 @@ class PlainCalls:
         captures.note(time.perf_counter() - began)
         return outputs
 
+    def _call_with_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        leaves, spec = self._flat(args, kwargs)
+        looks = [_look(leaf, False, gradients=True) for leaf in leaves]
+        shape = (self.module.training, "gradients", *looks)
+        if None in looks or shape in self._settled or _is_around():
+            return self.module(*args, **kwargs)
+        assert self._loop is not None
+        structure = Structure(Nest(spec, tuple(leaves), ()))
+        outputs, stays_plain = self._loop(Batch([], structure, _rows_of(leaves)), args, kwargs)
+        if stays_plain and len(self._settled) < _MOST_SETTLED:
+            self._settled.add(shape)
+        return outputs
+
     @property
     def report(self) -> list[dict[str, Any]]:
         """As `CapturesByKind.report`."""
-        return [{"how": "eager", "why": self._plain}] if self._plain else self.captures.report
+        if self._plain or self._loop is None:
+            return [{"how": "eager", "why": self._plain}]
+        return [*self.captures.report, *self._loop.captures.report]
 
     @property
     def compiling(self) -> bool:
         """As `CapturesByKind.compiling`."""
-        return self.captures.compiling
+        return self.captures.compiling or (self._loop is not None and self._loop.captures.compiling)
 
     def wait(self, timeout: float | None = None) -> None:
         """As `CapturesByKind.wait`."""
+        deadline = None if timeout is None else time.monotonic() + timeout
         self.captures.wait(timeout)
+        if self._loop is not None:
+            self._loop.captures.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
     def _settle(self, shape: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call, after which those of its shape are plain torch without further questions."""
@@ -169,12 +191,18 @@ def _without_arrays(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tupl
     return args, kwargs
 
 
-def _look(leaf: Any, inference: bool) -> Any:
-    """What a call depends on of an argument; None if it is of a kind that is not captured."""
+def _look(leaf: Any, inference: bool, *, gradients: bool = False) -> Any:
+    """What a call depends on of an argument; None if it is of a kind that is not captured.
+
+    `inference`: the call is in inference mode. `gradients`: the argument may want one.
+    """
     if type(leaf) is torch.Tensor:
         strided = leaf.layout is torch.strided and leaf.is_cpu and not (leaf.is_nested or leaf.is_quantized)
-        special = leaf.requires_grad or leaf.is_conj() or leaf.is_neg() or (leaf.is_inference() and not inference)
-        return (leaf.shape, leaf.dtype) if strided and not special else None
+        wants = leaf.requires_grad
+        special = (
+            (wants and not gradients) or leaf.is_conj() or leaf.is_neg() or (leaf.is_inference() and not inference)
+        )
+        return (leaf.shape, leaf.dtype, wants) if strided and not special else None
     if leaf is None or isinstance(leaf, (bool, str)):
         return (leaf,)
     return type(leaf) if isinstance(leaf, PLAIN) else None

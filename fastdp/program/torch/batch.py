@@ -46,6 +46,7 @@ class Structure:
     `judged` what a trial has shown. `weights` are what rows count in means, if not alike. `values` are the user's own
     `(args, kwargs, targets)`. `misfit` says why they cannot be split by rows as they are, and `read` makes a batch of
     them whose arrays have other layouts. `inference`: the call is in torch's inference mode.
+    `differentiated`: the numbers of the tensors, in the order of `tensors`, whose gradients are wanted.
     """
 
     nest: Nest
@@ -59,6 +60,7 @@ class Structure:
     read: Callable[[Sequence[Layout]], Batch] | None = None
     weights: dict[Any, RowWeights | None] = field(default_factory=dict)
     inference: bool = False
+    differentiated: tuple[int, ...] = ()
     _forms: dict[str, OutputForm] = field(default_factory=dict)
     _seed: int | None = None
     _kind: Hashable = None

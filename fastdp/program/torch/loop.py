@@ -25,7 +25,9 @@ from fastdp.comm.context import Context
 from fastdp.program.base import Result
 from fastdp.program.torch.batch import Structure, with_extremes
 from fastdp.program.torch.capture.forward_replays import ForwardReplays, parts_of
+from fastdp.program.torch.capture.joint_replays import GivenLeaves, JointReplays
 from fastdp.program.torch.capture.pure_forward import TorchPureForward
+from fastdp.program.torch.capture.pure_joint import TorchPureJoint
 from fastdp.program.torch.capture.replays import CapturedReplica
 from fastdp.program.torch.following.graphs import PassWrites
 from fastdp.program.torch.following.merged import WriteNotes, merge_writes, write_notes
@@ -70,6 +72,7 @@ class LoopProgram(TorchProgram):
         self.gradients = [spec_of(self._slots[i].name, self._slots[i].tensor) for i in self._differentiable]
         self._memory: dict[int, CapturedReplica] = {}  # without gradients
         self._forwards = ForwardReplays(self._memory, self._slots)
+        self._joints = JointReplays(self._slots, self._differentiable)
 
     def bind(self, memory: Memory, device: QueueDevice, rank: int) -> State:
         """As in `TorchProgram`."""
@@ -91,6 +94,17 @@ class LoopProgram(TorchProgram):
             records=records,
         )
 
+    def pure_joint(self, devices: int) -> TorchPureJoint:
+        """A forward pass with gradients and its backward pass, for captured passes on this number of devices."""
+        return TorchPureJoint(
+            self.module,
+            self._slots,
+            self._differentiable,
+            self._memory,
+            sync_batch_norm=self.sync_batch_norm,
+            devices=devices,
+        )
+
     # On the replicas' threads.
 
     def run(self, work: Callable[..., Result], *args: Any) -> Result:
@@ -99,14 +113,20 @@ class LoopProgram(TorchProgram):
 
     def forward(self, work: ForwardPass, state: State, batch: list[np.ndarray], context: Context) -> Result:
         """Run a replica's rows. The result's outputs are those with rows first; the others are in its notes."""
-        return self._forwards.run(work, state, batch, context, partial(self._eagerly, work, state))
+        eager = partial(self._eagerly, work, state)
+        if not work.keeps:
+            return self._forwards.run(work, state, batch, context, eager)
+        state.gradients.follow(self._users)
+        running, leaves = self._passes.running(context), partial(_leaves, work, batch, context)
+        return self._joints.run(work, state, batch, context, running, eager, leaves)
 
     def _eagerly(
         self, work: ForwardPass, state: State, batch: list[np.ndarray], context: Context
     ) -> tuple[Result, Sequence[torch.Tensor]]:
         """As `forward`, by the module's own code. The tensors of the outputs come with the result."""
         structure: Structure = context.structure
-        rows, shared, (args, kwargs, _) = _leaves(work, batch, context)
+        leaves = _leaves(work, batch, context)
+        args, kwargs, _ = structure.nested(leaves.tensors)
         running = self._passes.running(context)
         running.draws_by = state.draws_by
         state.gradients.follow(self._users)
@@ -128,7 +148,7 @@ class LoopProgram(TorchProgram):
                 notes = ForwardNotes(nest, layouts, wanted, [], structure.draws, writes, buffers)
                 state.replica.restore_buffers()
         if work.keeps:
-            work.kept[context.rank] = KeptGraph(running, tensors, rows, shared)
+            work.kept[context.rank] = KeptGraph(running, tensors, leaves.rows, leaves.shared)
         arrays, notes.others = parts_of(tensors, layouts, context)
         return Result(arrays, np.concatenate([np.zeros(0), *sums]), notes), tensors
 
@@ -146,7 +166,7 @@ class LoopProgram(TorchProgram):
         # Torch itself runs the hooks of the user's parameters, when it gets the reduced gradients.
         aside = HookedGradients(users) if context.rank == 0 else None
         with state.gradients.passes(users, aside), ExitStack() as together:
-            if context.size > 1:
+            if context.size > 1 and not kept.captured:
                 together.enter_context(together_with(running))
             with state.gradients.announcing(running, {}):
                 backward(running, roots, seeds, retain=work.retain)
@@ -174,7 +194,7 @@ class LoopProgram(TorchProgram):
         notes = every[0]
         written = self._merged_writes([note.writes for note in every])
         self.assign(result.sums, notes.buffers)
-        work.layouts, work.nest = notes.layouts, notes.nest
+        work.layouts, work.nest, work.used = notes.layouts, notes.nest, notes.used
         given = ((number, work.arrays[number]) for number in work.written)
         work.versions = {number: tensor._version for number, tensor in given if tensor is not None}
         work.requires_grad = [any(flags) for flags in zip(*(note.requires_grad for note in every), strict=True)]
@@ -265,10 +285,8 @@ class LoopProgram(TorchProgram):
         self._adopted.home.advance()
 
 
-def _leaves(
-    work: ForwardPass, batch: Sequence[np.ndarray], context: Context
-) -> tuple[list[torch.Tensor], list[torch.Tensor], tuple[tuple[object, ...], dict[str, object], object]]:
-    """A replica's leaves with rows, its shared leaves, and the nest `(args, kwargs, targets)` with both in it."""
+def _leaves(work: ForwardPass, batch: Sequence[np.ndarray], context: Context) -> GivenLeaves:
+    """What a replica's module gets."""
     structure: Structure = context.structure
     nest, on_host = structure.nest, context.device is not None and not context.device.on_gpu
     layouts = structure.layouts or [ROWS_FIRST] * len(batch)
@@ -284,6 +302,6 @@ def _leaves(
     for at in work.rows:
         tensors[at] = tensors[at].detach().requires_grad_()
     others = {place: tensor.detach().to(context.torch_device).requires_grad_() for place, tensor in work.shared.items()}
-    nest = nest.replaced(others)
-    packed = (nest if on_host else nest.on(context.torch_device)).pack(tensors)
-    return [tensors[at] for at in work.rows], list(others.values()), packed
+    nest = nest.replaced(others) if on_host else nest.replaced(others).on(context.torch_device)
+    every = [*tensors, *(leaf for leaf in nest.leaves if isinstance(leaf, torch.Tensor))]
+    return GivenLeaves(every, [tensors[at] for at in work.rows], list(others.values()))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from fastdp.capture.shapes import Shape
 from fastdp.capture.steps import Captures
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
@@ -28,17 +29,25 @@ from fastdp.tensors.row_effects import ROWS_FIRST, Layout
 
 @dataclass(slots=True)
 class KeptGraph:
-    """What a replica keeps of a forward pass: its outputs with their graph, and its leaves."""
+    """What a replica keeps of a forward pass: its outputs with their graph, and its leaves.
+
+    `captured`: forward was. Then `normalizes` says that it has used moments of the batch: `running` does not tell.
+    """
 
     running: ReplicaContext
     outputs: list[torch.Tensor]
     rows: list[torch.Tensor]
     shared: list[torch.Tensor]
+    captured: bool = False
+    normalizes: bool = False
 
 
 @dataclass(slots=True)
 class ForwardNotes:
-    """What a replica tells of a forward pass. `others` are outputs that are not merged by their first axis."""
+    """What a replica tells of a forward pass. `others` are outputs that are not merged by their first axis.
+
+    `used` are the outputs from which a captured backward pass begins; None if forward ran eagerly.
+    """
 
     nest: Nest
     layouts: list[Layout]
@@ -47,6 +56,7 @@ class ForwardNotes:
     draws: SharedDraws
     writes: WriteNotes
     buffers: BufferNotes = field(default_factory=BufferNotes)
+    used: list[bool] | None = None
 
     def agree(self, every: Sequence[ForwardNotes]) -> None:
         """Check that all replicas have drawn the same random numbers, and agree on buffers.
@@ -70,7 +80,8 @@ class ForwardPass:
         keeps: keep the graphs.
 
     `records`: gradients are enabled, though perhaps nothing has any. `captures` are the captured passes of its kind;
-    None if it runs eagerly.
+    None if it runs eagerly. `shapes` are those of its rows, `seconds` what forward has taken, and `used` as in
+    `ForwardNotes`.
     """
 
     batch: Batch
@@ -86,6 +97,9 @@ class ForwardPass:
     graphs: list[Leaf] = field(default_factory=list)
     kept: dict[int, KeptGraph] = field(default_factory=dict)
     captures: Captures[Any] | None = None
+    shapes: list[Shape[Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    used: list[bool] | None = None
     records: bool = False
 
     @classmethod
@@ -121,6 +135,24 @@ class ForwardPass:
         # With a version of its own: it must not count what other replicas do to their rows.
         return own_part(given.data, layout, context.rows)
 
+    @property
+    def differentiated(self) -> tuple[int, ...]:
+        """The numbers of the tensors whose gradients are wanted, as `Structure.differentiated`."""
+        leaves = self.batch.structure.nest.leaves
+        tensors = [place for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        return *self.rows, *(len(self.arrays) + tensors.index(place) for place in self.shared)
+
+    def ended(self, gradients: Sequence[torch.Tensor | None], seconds: float) -> None:
+        """Note a backward pass from these gradients by the outputs, which has taken so long."""
+        captures: Any = self.captures
+        if captures is None:
+            return
+        captures.note(self.seconds + seconds, self.shapes)
+        self.shapes = []  # a pass counts once
+        used = [one is not None and wants for one, wants in zip(gradients, self.requires_grad, strict=True)]
+        if self.used is not None and used != self.used:
+            captures.note_used(self.batch.structure, used)
+
     def check_written(self) -> None:
         """Check before backward that arrays which forward has changed in place are as it has left them.
 
@@ -144,7 +176,7 @@ class ForwardPass:
     @property
     def normalizes_by_replica(self) -> bool:
         """Whether batch normalization has used moments of the batch."""
-        return bool(self.kept[0].running.normalized)
+        return bool(self.kept[0].running.normalized) or self.kept[0].normalizes
 
     @property
     def given(self) -> list[torch.Tensor]:

@@ -23,8 +23,19 @@ _READS_FILES = ("read_text", "read_bytes", "open")
 _MODULES = ("time", "logging", "warnings", "sys", "os", "wandb", "tensorboard", "tqdm")
 
 
-def watch_pass(watch: Watch, module: nn.Module, slots: Sequence[Slot], loss_fn: Any = None) -> None:
+def watch_pass(
+    watch: Watch,
+    module: nn.Module,
+    slots: Sequence[Slot],
+    loss_fn: Any = None,
+    of_parameters: Sequence[str] = ("requires_grad", *PARAMETER_HOOKS),
+) -> None:
     """Add everything that a pass reads besides its variables and its batch: a training step, or forward alone.
+
+    Args:
+        watch: gets it.
+        module, slots, loss_fn: what runs.
+        of_parameters: the attributes of parameters that count.
 
     Raises:
         NotCapturable: it uses tensors outside of the module that have a gradient, or are too large to be compared, or
@@ -40,7 +51,7 @@ def watch_pass(watch: Watch, module: nn.Module, slots: Sequence[Slot], loss_fn: 
                 raise NotCapturable(f"{name} in {function.__qualname__}(): what is in a file may change")
     for slot in slots:
         if slot.is_parameter:
-            for name in ("requires_grad", *PARAMETER_HOOKS):
+            for name in of_parameters:
                 watch.attribute_of_many(slot.tensor, name, f"{slot.name}.{name}")
     for tensor, name in watch.tensors:
         if tensor.requires_grad:

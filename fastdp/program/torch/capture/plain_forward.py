@@ -20,6 +20,7 @@ from fastdp.comm.context import Context
 from fastdp.errors import NotCapturable
 from fastdp.program.torch.batch import Structure
 from fastdp.program.torch.capture.pure_forward import ForwardForm, ForwardOutcome, TorchPureForward
+from fastdp.program.torch.capture.pure_pass import classes_of
 from fastdp.program.torch.capture.step_parts import is_fake
 from fastdp.program.torch.module import Slot, slots_of
 from fastdp.program.torch.nest import Nest
@@ -104,7 +105,7 @@ class PlainForward(TorchPureForward):
             NotCapturable: they share it with something that the module holds, or cannot be made of their tensors.
         """
         nest, _ = Nest.flatten(outputs, "The module's outputs")
-        if _classes(outputs) != _classes(nest.pack(tensors)):
+        if classes_of(outputs) != classes_of(nest.pack(tensors)):
             raise NotCapturable("outputs in a container of a class of its own, such as a torch.Size")
         self.memory = [*memory_of(tensors, [*given, *(tensor for tensor, _ in self._held)])]
         for label in self.memory:
@@ -135,10 +136,3 @@ class OwnedCaptured(Captured[ForwardOutcome]):
 
 def _asked(question: Callable[[Any], Any], tensors: Sequence[torch.Tensor]) -> Callable[[], Any]:
     return lambda: [*map(question, tensors)]
-
-
-def _classes(value: Any) -> Any:
-    """The classes in a nest of tuples, lists and dicts."""
-    if isinstance(value, dict):
-        return type(value), [(key, _classes(one)) for key, one in value.items()]
-    return (type(value), [*map(_classes, value)]) if isinstance(value, (tuple, list)) else type(value)

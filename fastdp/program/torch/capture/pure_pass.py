@@ -94,7 +94,7 @@ class PurePass:
     def rows(self, batch: Sequence[Any], context: Context) -> list[torch.Tensor]:
         """As `PureStep.rows`: the arrays, and the tensors that all rows share."""
         structure: Structure = context.structure
-        return [_dense(tensor) for tensor in structure.tensors(batch, context.torch_device)]
+        return [dense(tensor) for tensor in structure.tensors(batch, context.torch_device)]
 
     def draw(
         self, draws: Sequence[Draw], variables: Sequence[torch.Tensor], context: Context
@@ -203,7 +203,7 @@ def is_compiled(part: nn.Module) -> bool:
     return type(part).__name__ == "OptimizedModule" or getattr(part, "_compiled_call_impl", None) is not None
 
 
-def _dense(tensor: torch.Tensor) -> torch.Tensor:
+def dense(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in memory without gaps, its axes in the order that they have."""
     if tensor.is_contiguous():
         return tensor
@@ -216,3 +216,10 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
 def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors have the same values, NaNs included."""
     return torch.equal(one, other) or bool(torch.eq(one, other).logical_or(one.isnan() & other.isnan()).all())
+
+
+def classes_of(value: Any) -> Any:
+    """The classes in a nest of tuples, lists and dicts."""
+    if isinstance(value, dict):
+        return type(value), [(key, classes_of(one)) for key, one in value.items()]
+    return (type(value), [*map(classes_of, value)]) if isinstance(value, (tuple, list)) else type(value)

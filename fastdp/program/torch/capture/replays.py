@@ -12,6 +12,7 @@ import torch
 from fastdp.buffers import FlatBuffers
 from fastdp.capture.agreement import disagreement
 from fastdp.capture.faults import Attempt
+from fastdp.capture.joint import CapturedJoint
 from fastdp.capture.pure_step import Draw
 from fastdp.capture.steps import Captures
 from fastdp.capture.trace import Captured
@@ -142,7 +143,7 @@ class KeptDraws:
         return self._outcomes[-1]
 
     def of(
-        self, captured: Captured[Any], variables: Sequence[torch.Tensor], context: Context
+        self, captured: Captured[Any] | CapturedJoint, variables: Sequence[torch.Tensor], context: Context
     ) -> tuple[list[torch.Tensor], str]:
         """The draws for the captured form, and what differs; empty if nothing does."""
         draws, why = self._outcomes, ""
