@@ -20,10 +20,11 @@ CapturedT = TypeVar("CapturedT", bound=CapturedForm)
 
 @dataclass(slots=True, eq=False)
 class Shape(Generic[CapturedT]):
-    """The record of the steps of one shape of a replica's rows."""
+    """The record of the steps of one shape of a replica's rows. `name` tells shapes apart in other processes too."""
 
     rows: int
     of: int
+    name: str = ""
     steps: int = 0
     seconds: float = 0.0
     recent: list[float] = field(default_factory=list)

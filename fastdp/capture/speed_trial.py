@@ -31,6 +31,19 @@ class SpeedTrial:
         self.chosen = self._forms[0]
         self._take(self.chosen)
 
+    @classmethod
+    def ended(cls, captured: CapturedForm, chosen: str) -> SpeedTrial:
+        """A trial that has chosen a form in another process: not the compiled one."""
+        trial = cls(captured, None, eager=True)
+        trial.chosen = chosen
+        trial.end()
+        return trial
+
+    def end(self) -> None:
+        """Let the present form stay."""
+        self._forms, self._seconds = [], []
+        self._take(self.chosen)
+
     @property
     def is_over(self) -> bool:
         """Whether a form has been chosen."""

@@ -48,8 +48,7 @@ from fastdp.tensors.threads import given_cores
 from fastdp.warn import warn_user
 
 MOST_SHAPES = 8
-# Further shapes have no entry in the report, and run eagerly.
-MOST_KNOWN = 200
+MOST_KNOWN = 200  # further shapes have no entry in the report, and run eagerly
 # Seconds that "auto" expects tracing and compiling to take. A trace takes about ten eager steps, since it runs the same
 # Python code under a tracer, after it has loaded parts of torch. Compile time grows with the number of operations.
 TRACE_SECONDS, TRACE_STEPS = 0.5, 10
@@ -150,6 +149,7 @@ class Captures(Generic[CapturedT]):
                     replicas.append(shape)
                     continue
                 self._shapes[key] = shape
+                self._begin(shape, context)
             if shape not in self.present:
                 self.present.append(shape)
                 if shape.captured is None and not self._refused and self._may_trace(shape):
@@ -170,6 +170,9 @@ class Captures(Generic[CapturedT]):
         """Whether steps of these rows will go on eagerly, as far as is known: refused, or slower otherwise."""
         shape = self._shapes.get(key_of(context, self._step))
         return bool(self._refused) or (shape is not None and shape.stays_eager)
+
+    def _begin(self, shape: Shape[CapturedT], context: Context) -> None:
+        """Called with each new shape."""
 
     def step_graph(self, contexts: Sequence[Context], why_not: str) -> RecordedStepGraph | None:
         """Find the step graph for these rows, or None, and note in their shapes whether there is one.
@@ -305,8 +308,8 @@ class Captures(Generic[CapturedT]):
         expected = COMPILE_SECONDS + COMPILE_SECONDS_PER_OPERATION * shape.captured.operations
         return shape.seconds > COMPILE_PATIENCE * expected
 
-    def _trace(self, shape: Shape[CapturedT], context: Context) -> None:
-        """Trace one shape. If that fails, warn and trace no shape from then on."""
+    def _trace(self, shape: Shape[CapturedT], context: Context, *, refuses: bool = True) -> None:
+        """Trace one shape. If that fails, warn and trace no shape from then on, or leave it eager for now."""
         with Attempt() as attempt:
             self._guard.renew()
             with self._alone(), self._guard.tracing():
@@ -319,14 +322,16 @@ class Captures(Generic[CapturedT]):
             if alone and self._checks and shape.captured is not None:
                 shape.trial = SpeedTrial(shape.captured, None, eager=True)
             return
-        expected = isinstance(attempt.error, NotCapturable)
-        self.refuse(str(attempt.error) if expected else f"an error while it was traced: {attempt.why}")
+        shape.captured, said = None, f"an error while it was traced: {attempt.why}"
+        if refuses:
+            self.refuse(str(attempt.error) if isinstance(attempt.error, NotCapturable) else said)
 
     def _submit(self, shape: Shape[CapturedT], captured: CapturedT, rows: Rows) -> None:
         """Submit a captured step to the compiler. If that fails, warn and compile nothing from then on."""
         with Attempt() as attempt:
             graphs = captured.to_compile()
-            shape.jobs = [self._compiler.submit(graph, self._threads(rows)) for graph in graphs]
+            threads = max(1, given_cores() // min(self._parts, rows.total))  # while other replicas run
+            shape.jobs = [self._compiler.submit(graph, threads) for graph in graphs]
             shape.why = "being compiled"
         if attempt.error is not None:
             self._give_up_compiling(attempt.why)
@@ -379,10 +384,6 @@ class Captures(Generic[CapturedT]):
         self.close(why)
         if not told:
             self._warn_traced()
-
-    def _threads(self, rows: Rows) -> int:
-        """The cores that one replica may use while the others run."""
-        return max(1, given_cores() // min(self._parts, rows.total))
 
     def _warn_eager(self) -> None:
         """Warn that steps run eagerly, and why."""

@@ -154,9 +154,9 @@ class ReplicaGroup:
     def refresh(self, active: int | None = None) -> None:
         """Enqueue copies of the home's variables and the first replica's slots to the others, or the active ones."""
         self.home.lead(self._variables[0])
-        self._communicator.refresh(self._variables[:active])
+        self._communicator.broadcast(self._variables[:active])
         if self._update == "each" and active is None:
-            self._communicator.refresh([replica.memory.slots for replica in self.every])
+            self._communicator.broadcast([replica.memory.slots for replica in self.every])
         self.program.committed()
         self._generation = self.home.home.generation
 

@@ -161,7 +161,7 @@ class QueueDevice(DeviceMemory):
     The worker starts with the first work and ends with `close()`. `delay` is for tests: the worker calls it
     before each item it runs. `unsettled` and `settle` are for the engine: the caller of earlier work left before that
     work was done, so the streams may still hold the work or its failure; `settle()(timeout)` rolls it back,
-    if that caller still exists. `closed`: the device takes no more work.
+    if that caller still exists.
     """
 
     def __init__(self, index: int, name: str, stream: Callable[[QueueDevice, str], QueueStream] = QueueStream) -> None:
@@ -179,7 +179,7 @@ class QueueDevice(DeviceMemory):
         self._thread: threading.Thread | None = None
         self._borrower: int | None = None
         self._serving = False
-        self.closed = False
+        self._closed = False
         self.compute = stream(self, "compute")
         self.copy_in = stream(self, "copy_in")
         self.copy_out = stream(self, "copy_out")
@@ -190,14 +190,14 @@ class QueueDevice(DeviceMemory):
         return f"{type(self).__name__}({self.name!r})"
 
     @property
+    def closed(self) -> bool:
+        """Whether the device was closed: it takes no more work."""
+        return self._closed
+
+    @property
     def idle(self) -> bool:
         """Whether the worker sleeps at the time of the call."""
         return self._asleep
-
-    @property
-    def at_rest(self) -> bool:
-        """Whether the worker sleeps and nothing is enqueued. It stays so as long as nobody enqueues anything."""
-        return (self._asleep or self._thread is None) and not any(stream._items for stream in self._streams)
 
     def _worker_scope(self) -> AbstractContextManager[object]:
         """The context in which the worker runs for its whole life."""
@@ -210,7 +210,7 @@ class QueueDevice(DeviceMemory):
             RuntimeError: the device is closed.
         """
         with self._lock:
-            if self.closed:
+            if self._closed:
                 raise self._closed_error()
             if stream.inline and isinstance(item, QueueEvent) and not stream._items and not stream._running:
                 item.complete(stream._error)  # no other thread knows the event yet
@@ -235,8 +235,9 @@ class QueueDevice(DeviceMemory):
         the calling thread, and a step that runs this way cannot be stopped by a time-out.
         """
         with self._lock:
-            mine = self.at_rest and self._borrower is None and self.delay is None
-            if mine and not self.closed:
+            idle = self._asleep or self._thread is None
+            mine = idle and self._borrower is None and self.delay is None and not any(s._items for s in self._streams)
+            if mine and not self._closed:
                 self._borrower, self._asleep = threading.get_ident(), False
         if not mine:
             yield
@@ -300,7 +301,7 @@ class QueueDevice(DeviceMemory):
             DeviceTimeoutError: the worker was still busy after `timeout` seconds.
         """
         with self._lock:
-            self.closed = True
+            self._closed = True
             self._rouse()
             thread = self._thread
         if thread is None or thread is threading.current_thread():
@@ -375,10 +376,10 @@ class QueueDevice(DeviceMemory):
                 found = self._next()
                 settled, self.settled = self.settled, []
                 if found is None:
-                    if self.closed and not settled:
+                    if self._closed and not settled:
                         break
                     # Completing `settled` below may make an item of this device ready, which then opens the gate.
-                    sleeps = self._asleep = not self.closed
+                    sleeps = self._asleep = not self._closed
             if settled:
                 complete_all(settled)
             if found is None:

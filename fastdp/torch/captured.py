@@ -10,6 +10,7 @@ import torch
 from fastdp.capture.cuda_graphs.recorder import Recorder, chosen_graphs
 from fastdp.capture.joint import CapturedJoint
 from fastdp.capture.kinds import CapturesByKind
+from fastdp.capture.resumed import ResumedCaptures
 from fastdp.capture.steps import Captures
 from fastdp.capture.trace import Captured
 from fastdp.engine.step_scope import alone
@@ -31,7 +32,16 @@ def capture(program: TorchProgram, options: Options, devices: Sequence[QueueDevi
     step = program.pure_step(len(devices))
     recorder = Recorder(step.name, alone, parts=graphs == "step") if graphs else None
     program.capture_by(
-        Captures(step, options.compile, len(devices), recorder, alone, options.deterministic, checks=CHECKS)
+        ResumedCaptures(
+            step,
+            options.compile,
+            len(devices),
+            recorder,
+            alone,
+            options.deterministic,
+            checks=CHECKS,
+            shape_name=step.shape_name,
+        )
     )
 
 

@@ -17,6 +17,7 @@ from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import settle, tensors_of
 
 _KEYS = ("parameters", "classes", "optimizers", "scaler", "calls", "window", "draws")
+_LATER = "captures"  # states of before do not have it
 
 
 def read_state(engine: DataParallel[TorchProgram]) -> dict[str, Any]:
@@ -29,6 +30,7 @@ def read_state(engine: DataParallel[TorchProgram]) -> dict[str, Any]:
         "optimizers": optimizers.state_dict(),
         "scaler": program.rules.scaler and program.rules.scaler.state_dict(),
         "calls": program.calls,
+        "captures": program.captures and program.captures.state_dict(),
         "window": _read_window(engine),
         "draws": {"cpu": torch.get_rng_state(), "cuda": [torch.cuda.get_rng_state(gpu) for gpu in _gpus(engine)]},
     }
@@ -51,6 +53,8 @@ def write_state(engine: DataParallel[TorchProgram], state: Mapping[str, Any]) ->
         program.rules.scaler.load_state_dict(state["scaler"] or {})
     _write_window(engine, state["window"])
     program.calls = state["calls"]
+    if program.captures is not None and state.get("captures") is not None:
+        program.captures.load_state_dict(state["captures"])
 
 
 def _optimizers(program: TorchProgram) -> Optimizers:
@@ -117,7 +121,7 @@ def _check_keys(state: Any) -> None:
             "`state_dict` must be a dict that `step.state_dict()` has returned. Received an object of type "
             f"{type(state).__name__}."
         )
-    if state.keys() != set(_KEYS):
+    if state.keys() - {_LATER} != set(_KEYS):
         hint = ""
         if "param_groups" in state:
             hint = " This looks like the state of an optimizer: step.optimizer.load_state_dict(...) takes it."

@@ -138,8 +138,9 @@ class TrainStep:
         Returns:
             A dict for `torch.save`, which `torch.load` reads with its default `weights_only=True`. It has the states of
             the optimizers and of the scaler, the number of calls, the place in the window of `accumulate` with the
-            gradients that wait (on each device), and the states of torch's generators. The optimizers' tensors are
-            their own, as of torch's `state_dict`: training changes them. Everything else is a copy.
+            gradients that wait (on each device), how captured steps run, and the states of torch's generators. The
+            optimizers' tensors are their own, as of torch's `state_dict`: training changes them. Everything else is a
+            copy.
 
         Weights and buffers are in the module's `state_dict`. Schedulers, and generators of Python and NumPy, are yours.
 
@@ -151,8 +152,9 @@ class TrainStep:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from where `state_dict` was called. Also sets torch's generators.
 
-        The number of devices may be another one. With the same number and `compile=None` the run goes on bit for bit;
-        captured steps round differently from the eager ones with which each run begins. Tensors are copied.
+        The number of devices may be another one. With the same number the run goes on bit for bit: captured steps run
+        in the form that they had, unless the clock had not yet chosen it (`compile="inductor"` and "auto"). Tensors are
+        copied.
 
         Args:
             state_dict: what `state_dict` of a step has returned, with the same parameters and kinds of optimizers.

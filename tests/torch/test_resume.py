@@ -15,6 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastdp
+from fastdp.capture import speed_trial
+from fastdp.capture import steps as capture_steps
 
 each_number = pytest.mark.parametrize("devices", [1, 2, 3, 8])
 
@@ -117,18 +119,45 @@ class Captured(Drops):
         self.norm = nn.LayerNorm(16).double()
 
 
-@each_number
-def test_captured_steps_go_on_as_the_uninterrupted_run_but_for_rounding(devices):
-    """Both runs take their first step of each shape eagerly, and those are not the same steps."""
-    model, step, schedules = build(devices, 1, 3, module=Captured(), compile="trace")
-    losses = run(step, schedules, batches()[:5])
+@pytest.mark.parametrize(("mode", "devices"), [("trace", 1), ("trace", 3), ("auto", 1), ("auto", 2)])
+def test_captured_steps_go_on_bit_for_bit(mode, devices, monkeypatch):
+    """Each step has the form that it has in the uninterrupted run: forms round differently."""
+    monkeypatch.setattr(capture_steps, "TRACE_SECONDS", 0.0)
+    monkeypatch.setattr(capture_steps, "TRACE_STEPS", 0)
+    monkeypatch.setattr(capture_steps, "missing_compiler", lambda: "no compiler")
+    monkeypatch.setattr(speed_trial, "STEPS", 1)
+    sizes = [batches()[i] for i in ((1, 2) if mode == "trace" else (1,))]  # a trial has ended after seven steps
+    made = [((x.float(), word, rare), y) for (x, word, rare), y in sizes * 12]
+    after = len(made) - 5
+    model, step, schedules = build(devices, 1, 3, module=Captured().float(), compile=mode)
+    losses = run(step, schedules, made[:after])
     file = saved(model, step, schedules)
-    losses += run(step, schedules, batches()[5:])
-    assert "traced" in str(model.report())
-    other, again, others = build(devices, 2, 3, module=Captured(), compile="trace")
+    losses += run(step, schedules, made[after:])
+    assert mode == "auto" or "traced" in str(model.report())
+    other, again, others = build(devices, 2, 3, module=Captured().float(), compile=mode)
     loaded(other, again, others, file)
-    torch.testing.assert_close(run(again, others, batches()[5:]), losses[5:], rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(everything(other, again), everything(model, step), rtol=1e-9, atol=1e-12)
+    assert run(again, others, made[after:]) == losses[after:]
+    torch.testing.assert_close(everything(other, again), everything(model, step), rtol=0, atol=0)
+    assert hows(other) == hows(model)
+
+
+def hows(model):
+    return sorted((entry["rows"], entry["of"], entry["steps"], entry["how"]) for entry in model.report())
+
+
+@pytest.mark.parametrize("change", ["a state of before", "a value that has changed"])
+def test_captured_steps_begin_anew_where_nothing_tells_how_they_ran(change):
+    model, step, schedules = build(2, 1, 1, module=Captured(), compile="trace")
+    run(step, schedules, batches()[:1] * 5)
+    if change == "a value that has changed":
+        model.module.drop.p = 0.5
+    state = step.state_dict()
+    other, again, others = build(2, 2, 1, module=Captured(), compile="trace")
+    if change == "a state of before":
+        del state["captures"]
+    again.load_state_dict(state)
+    run(again, others, batches()[:1])
+    assert {entry["how"] for entry in other.report()} == {"eager"}
 
 
 def train_plainly(module, accumulate) -> list[float]:

@@ -63,7 +63,7 @@ class Structure:
     differentiated: tuple[int, ...] = ()
     _forms: dict[str, OutputForm] = field(default_factory=dict)
     _seed: int | None = None
-    _kind: Hashable = None
+    _kind: tuple[Hashable, ...] | None = None
 
     def read_as(self, layouts: Sequence[Layout]) -> Batch:
         """The batch of the same values whose arrays have these layouts."""
@@ -79,7 +79,7 @@ class Structure:
             yield
 
     @property
-    def kind(self) -> Hashable:
+    def kind(self) -> tuple[Hashable, ...]:
         """What a captured step depends on besides the arrays' shapes: the nest, its plain values, layouts."""
         if self._kind is None:
             nest = self.nest

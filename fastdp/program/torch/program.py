@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
 from fastdp.capture.cuda_graphs.step_graphs import RecordedStepGraph
-from fastdp.capture.steps import Captures
+from fastdp.capture.resumed import ResumedCaptures
 from fastdp.capture.trace import Captured
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
@@ -269,14 +269,14 @@ class TorchProgram(Program):
             devices=devices,
         )
 
-    def capture_by(self, captures: Captures[Captured[TorchOutcome]]) -> None:
+    def capture_by(self, captures: ResumedCaptures[Captured[TorchOutcome]]) -> None:
         """Use these captured steps, which must be of this program, where they exist."""
         self._replays = Replays(
             captures, self._captured, self._slots, self._differentiable, merges=self.reduction is None
         )
 
     @property
-    def captures(self) -> Captures[Captured[TorchOutcome]] | None:
+    def captures(self) -> ResumedCaptures[Captured[TorchOutcome]] | None:
         """The captured steps; None where all steps run eagerly."""
         return self._replays.captures if self._replays is not None else None
 

@@ -101,7 +101,7 @@ class TorchPureJoint(PurePass):
         watch_pass(watch, self._module, self._slots, of_parameters=())
         self._held = watch.tensors
 
-    def key(self, context: Context) -> Hashable:
+    def key(self, context: Context) -> tuple[Hashable, ...]:
         """As `PureStep.key`."""
         kind, structure = super().key(context), context.structure
         return kind, structure.differentiated, self._wanted, self._used.get(_kind(structure))

@@ -14,7 +14,7 @@ from fastdp.capture.agreement import disagreement
 from fastdp.capture.faults import Attempt
 from fastdp.capture.joint import CapturedJoint
 from fastdp.capture.pure_step import Draw
-from fastdp.capture.steps import Captures
+from fastdp.capture.resumed import ResumedCaptures
 from fastdp.capture.trace import Captured
 from fastdp.comm.context import Context
 from fastdp.program.base import Result
@@ -53,7 +53,7 @@ class Replays:
 
     def __init__(
         self,
-        captures: Captures[Captured[TorchOutcome]],
+        captures: ResumedCaptures[Captured[TorchOutcome]],
         replicas: dict[int, CapturedReplica],
         slots: Sequence[Slot],
         trained: Sequence[int],
