@@ -160,7 +160,10 @@ class Gradients:
         self.present = list(self.flat)
         stored, self._arrivals.stored = self._arrivals.stored, set()
         used, sparse = set(stored), {}
-        with torch.no_grad():
+        views: list[torch.Tensor] = []
+        firsts: list[torch.Tensor] = []
+        others: list[tuple[torch.Tensor, torch.Tensor]] = []
+        with plain(), torch.no_grad():
             for i, (parameter, view) in enumerate(zip(self._own, self.flat, strict=True)):
                 found = [g for g in (parameter.grad, direct.get(i)) if g is not None]
                 parameter.grad = None
@@ -168,13 +171,17 @@ class Gradients:
                     sparse[i] = found
                 if i in stored:
                     continue
-                if found:
-                    used.add(i)
-                    view.copy_(dense(found[0]))
-                else:
+                if not found:
                     view.zero_()
-                for more in found[1:]:
-                    view.add_(more)
+                    continue
+                used.add(i)
+                views.append(view)
+                firsts.append(dense(found[0]))
+                others += [(view, more) for more in found[1:]]
+            if views:
+                torch._foreach_copy_(views, firsts)
+            for view, more in others:
+                view.add_(more)
         settle(part for parts in sparse.values() for part in parts)
         return Found(frozenset(used), sparse)
 
