@@ -25,7 +25,7 @@ from simulation import CUDARuntimeError, Event, Simulation, Stream, site
 
 MODULES = ("cupy", "cupy.cuda", "cupy.cuda.runtime", "cupy.cuda.nccl")
 LEAST_PRIORITY, GREATEST_PRIORITY = 0, -5
-CAPABILITY, MULTIPROCESSORS = 90, 4
+CAPABILITY, MULTIPROCESSORS, TOTAL_NBYTES = 90, 4, 1 << 30
 
 
 class CUDADriverError(RuntimeError):
@@ -143,12 +143,11 @@ def _device_calls(sim: Simulation) -> list:
 
     def memGetInfo():
         sim.enter(sim.thread.device)
-        used = sum(a.nbytes for a in sim.memory.alive() if a.device == sim.thread.device)
-        return sim.total_bytes - used, sim.total_bytes
+        return TOTAL_NBYTES - sum(a.nbytes for a in sim.memory.alive() if a.device == sim.thread.device), TOTAL_NBYTES
 
     def deviceCanAccessPeer(device, peerDevice):
         sim.device(device), sim.device(peerDevice)
-        return int(device != peerDevice and (device, peerDevice) not in sim.cannot_access)
+        return int(device != peerDevice)
 
     def deviceEnablePeerAccess(peerDevice):
         sim.unsafe("deviceEnablePeerAccess")
@@ -157,12 +156,8 @@ def _device_calls(sim: Simulation) -> list:
         sim.enter(peerDevice)
         if device == peerDevice:
             raise CUDARuntimeError(101)
-        if (device, peerDevice) in sim.cannot_access:
-            raise CUDARuntimeError(705)
         if (device, peerDevice) in sim.peers:
             raise CUDARuntimeError(704)
-        if sum(a == device for a, _ in sim.peers) >= 8:
-            raise CUDARuntimeError(711)
         sim.peers.add((device, peerDevice))
 
     def deviceSynchronize():
@@ -192,16 +187,8 @@ def _memory_calls(sim: Simulation) -> list:
         sim.release(ptr, pinned=True)
 
     def _copy(name, dst, src, size, stream):
-        device = sim.stream(stream, current=False).device
-
-        def run():
-            ctypes.memmove(dst, src, size)
-            owners = {sim.memory.find((lo, size), name).device for lo in (dst, src)} - {None, device}
-            if any((device, owner) in sim.broken_access for owner in owners):
-                ctypes.memset(dst, 0x5A, size)
-
         if size:
-            sim.submit(stream, name, [(src, size)], [(dst, size)], run)
+            sim.submit(stream, name, [(src, size)], [(dst, size)], lambda: ctypes.memmove(dst, src, size))
 
     def memcpyAsync(dst, src, size, kind, stream):
         _copy("memcpyAsync", dst, src, size, stream)
@@ -390,7 +377,7 @@ def build(sim: Simulation) -> dict[str, ModuleType]:
     driver.CUDADriverError = CUDADriverError
     nccl.available, nccl.NcclError, nccl.NcclCommunicator = True, NcclError, make_communicator(sim)
     nccl.get_version = lambda: 22907
-    nccl.get_unique_id = lambda: (sim.handle(),)
+    nccl.get_unique_id = lambda: sim.handle().to_bytes(128, "little")
     nccl.groupStart, nccl.groupEnd = lambda: group_start(sim), lambda: group_end(sim)
     cuda.runtime, cuda.driver, cuda.nccl = runtime, driver, nccl
     cuda.MemoryPointer, cuda.UnownedMemory, cuda.Device = MemoryPointer, UnownedMemory, Device

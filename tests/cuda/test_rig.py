@@ -58,29 +58,48 @@ CARDS = {
 
 
 @pytest.mark.parametrize("cards", CARDS)
-def test_the_tests_for_gpus_pass_with_the_real_cupy(rig, tmp_path, cards, record_property):
+def test_the_tests_for_gpus_pass_with_the_real_cupy(rig, tmp_path, cards):
     """All of tests/gpu on one card, with torch in host memory, and on several what depends on their number."""
     counts, models, delay, at_least = CARDS[cards]
-    report = tmp_path / "report.xml"
+    settings = {"RIG_DELAY_US": str(delay), "RIG_COUNTS": counts, "RIG_MODELS": models, "FASTDP_GPU_SMALL": "1"}
+    skipped = tests_pass(rig, tmp_path, cards, ["tests/gpu"], at_least, **settings)
+    assert skipped <= SKIPPED
+
+
+def tests_pass(rig: Path, scratch: Path, cards: int, files: list[str], at_least: int, **settings: str) -> set[str]:
+    """Tests pass on so many cards, with torch in host memory, and do nothing that CUDA forbids.
+
+    Returns the reasons for which others are skipped.
+    """
+    report = scratch / "report.xml"
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--junitxml={report}", "-o", "junit_family=xunit1"]
-    settings = {
-        "RIG_DELAY_US": str(delay),
-        "RIG_QUERY_HOLD_MS": "20000",
-        "RIG_COUNTS": counts,
-        "RIG_MODELS": models,
-        "FASTDP_GPU_COMPUTE": "host",
-        "FASTDP_GPU_SMALL": "1",
-    }
-    command = ["-m", "pytest", "-p", "torch_on_rig", *options, "tests/gpu"]
-    said, errors, violations = run_on(rig, tmp_path, cards, command, SECONDS_OF_TESTS, **settings)
+    settings |= {"RIG_QUERY_HOLD_MS": "20000", "FASTDP_GPU_COMPUTE": "host"}
+    command = ["-m", "pytest", "-p", "torch_on_rig", *options, *files]
+    said, errors, violations = run_on(rig, scratch, cards, command, SECONDS_OF_TESTS, **settings)
     assert report.exists(), said[-3000:] + errors[-3000:]
     cases = list(ET.parse(report).iter("testcase"))
     bad = [case.get("name") for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = [skip.get("message") for case in cases for skip in case.findall("skipped")]
     assert (bad, errors, violations) == ([], "", []), said[-6000:]
-    assert set(skipped) <= SKIPPED
-    record_property("passed", len(cases) - len(skipped))
     assert len(cases) - len(skipped) >= at_least
+    return {why or "" for why in skipped}
+
+
+def test_what_knows_the_cards_runs_on_ten_of_them(rig, tmp_path):
+    """The tests in the rig's own folder, and the one that holds the simulation's names to CuPy's.
+
+    Two pairs of the cards do not reach each other, one of which says it does.
+    """
+    settings = {"RIG_DELAY_US": "20", "RIG_APART": "7-9", "RIG_FALSELY": "8-9", "CUDA_MODULE_LOADING": "EAGER"}
+    names = "tests/cuda/test_fake.py::test_the_simulation_has_cupys_names_and_parameters"
+    tests_pass(rig, tmp_path, 10, ["tests/cuda/rig", names], 50, **settings)
+
+
+def test_n_cards_equal_one_device(rig, tmp_path):
+    """Tests of exactness that know nothing of GPUs."""
+    files = [f"tests/exactness/{name}.py" for name in ("test_side_effects", "test_batch_norm")]
+    settings = {"RIG_DELAY_US": "20", "FASTDP_VIRTUAL_KIND": "gpu", "CUDA_MODULE_LOADING": "EAGER"}
+    tests_pass(rig, tmp_path, 8, files, 40, CUDA_DEVICE_MAX_CONNECTIONS="32", **settings)
 
 
 HEAD = "import cupy, numpy as np, threading\nfrom cupy.cuda import driver, runtime as rt\n"
@@ -135,6 +154,43 @@ thread.join()
 print(rt.getDevice())
 """
     assert said_by(rig, tmp_path, program) == ["[0, 'CUDA_ERROR_INVALID_CONTEXT'] True", "0"]
+
+
+def test_cards_that_are_not_used_get_no_context(rig, tmp_path):
+    program = """
+import ctypes, sys
+sys.path.insert(0, "tests/gpu")
+import engine_checks, fastdp
+from fastdp.runtime.cuda import cupy_api
+from fastdp.runtime.cuda.device import CudaDevice
+has = ctypes.CDLL("libcuda.so.1").rigHasContext
+def contexts():
+    return [card for card in range(4) if has(card)]
+cupy_api.compute_capability(3), cupy_api.multiprocessors(3), cupy_api.pci_bus_id(1), cupy_api.can_access_peer(0, 1)
+print(cupy_api.device_count(), contexts())
+def work():
+    for card in (2, 1):
+        with cupy_api.on(card):
+            pass
+    print(rt.getDevice(), contexts())
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+devices = [CudaDevice(3, 3), CudaDevice(1, 1)]
+engine = fastdp.DataParallel(engine_checks.linear(engine_checks.through(cupy.asnumpy, cupy.asarray)), devices)
+engine.train(engine_checks.rows(5))
+print(contexts())
+del engine
+for device in devices:
+    device.close()
+with cupy_api.on(0):
+    for _ in range(2):
+        with cupy_api.on(1):
+            pass
+        print(rt.getDevice())
+"""
+    said = said_by(rig, tmp_path, program, 4, CUDA_MODULE_LOADING="EAGER")
+    assert said == ["4 []", "2 [1, 2]", "[1, 2, 3]", "0", "0"]
 
 
 def test_calls_that_cuda_refuses(rig, tmp_path):

@@ -258,3 +258,19 @@ select._gpus._devices[0] = types.SimpleNamespace(close=lambda seconds: print("de
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.split() == ["collectives", "device"]
+
+
+def test_without_cupy_fastdp_works_and_the_gpu_layer_says_what_is_missing():
+    code = """
+import sys
+sys.modules["cupy"] = None
+import fastdp
+fastdp.set_virtual_devices(1)
+print(len(fastdp.devices()))
+try:
+    import fastdp.runtime.cuda.memory
+except ImportError as error:
+    print(error.name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == ["1", "cupy"]

@@ -169,7 +169,8 @@ sys.path.insert(0, {str(packages / "tools")!r})
 from Cython.Compiler.Main import CompilationOptions, compile
 from Cython.Compiler.Version import version
 options = CompilationOptions(
-    cplus=True, include_path=["."], output_file={str(target)!r}, compiler_directives={{"language_level": 3}},
+    cplus=True, include_path=["."], output_file={str(target)!r},
+    compiler_directives={{"language_level": 3, "embedsignature": True}},
     compile_time_env={{
         "CUPY_USE_CUDA_PYTHON": False, "CUPY_CUFFT_STATIC": False, "CUPY_CYTHON_VERSION": version,
         "CUPY_CUDA_VERSION": {CUDA_VERSION}, "CUPY_HIP_VERSION": 0,

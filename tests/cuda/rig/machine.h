@@ -139,6 +139,7 @@ struct Machine {
     std::uintptr_t next_handle = 0x7000'0000'1000;
     std::size_t card_nbytes = 0;
     unsigned delay_microseconds = 0;
+    bool held = false;  // while it is no work begins
     bool started = false, eager = false;  // CUDA reads CUDA_MODULE_LOADING when it starts
     unsigned seed = 0, query_milliseconds = 0, hold_milliseconds = 0;
     std::vector<std::pair<int, int>> apart, falsely;  // pairs of cards without peer access, and with one that does not work

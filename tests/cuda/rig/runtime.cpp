@@ -64,7 +64,7 @@ int copy(Lock& lock, void* to, const void* from, std::size_t nbytes, cudaMemcpyK
     const bool pageable = !target.memory || !source.memory;
     if (pageable && stream->capture) return invalidate(*stream->capture, cudaErrorStreamCaptureUnsupported);
     if (const int error = refuse_default_stream(lock, *stream)) return error;
-    const bool garbage = target.memory && source.memory && falsely_reached(target.memory->card, source.memory->card);
+    const bool garbage = target.on_card() && source.on_card() && falsely_reached(target.memory->card, source.memory->card);
     const Point done = enqueue(lock, *stream, [=] {
         return garbage ? std::memset(to, 0x5a, nbytes) : std::memcpy(to, from, nbytes), 0;
     });
@@ -444,10 +444,38 @@ cudaError_t cudaLaunchHostFunc(cudaStream_t handle, cudaHostFn_t function, void*
     });
 }
 
-// Events.
+// For tests: how many queries have been held back; the n-th allocation that is not freed, and its card or -1, or false;
+// whether a card has a context, and reaches another; whether work may begin.
 
-// For tests: how many queries have been held back.
 int rigHeldQueries() { return Lock(machine().mutex), machine().held_queries; }
+
+int rigAllocation(int n, std::uintptr_t* base, size_t* nbytes, int* card) {
+    Lock lock(machine().mutex);
+    for (const auto& entry : machine().memory) {
+        const Allocation& one = entry.second;
+        if (!one.live || n--) continue;
+        *base = one.base;
+        *nbytes = one.nbytes;
+        *card = one.kind == Kind::device ? one.card : -1;
+        return true;
+    }
+    return false;
+}
+
+int rigHasContext(int card) { return Lock(machine().mutex), machine().cards[card].context; }
+int rigReaches(int card, int peer) { return Lock(machine().mutex), machine().cards[card].reaches[peer]; }
+
+void rigHold(int held) {
+    Lock lock(machine().mutex);
+    machine().held = held;
+    for (const Card& card : machine().cards) {
+        for (const auto& one : card.all) {
+            if (const auto stream = one.lock()) stream->wake.notify_all();
+        }
+    }
+}
+
+// Events.
 
 cudaError_t cudaEventCreate(cudaEvent_t* event) {
     return call([&](Lock& lock) { return create_event(lock, event, cudaEventDefault); });

@@ -30,7 +30,7 @@ void serve(std::shared_ptr<Stream> stream) {
     Lock lock(all.mutex);
     for (;;) {
         stream->wake.wait(lock, [&] {
-            return stream->queue.empty() ? stream->closed : ready(stream->queue.front());
+            return stream->queue.empty() ? stream->closed : !all.held && ready(stream->queue.front());
         });
         if (stream->queue.empty()) return;
         Item item = std::move(stream->queue.front());

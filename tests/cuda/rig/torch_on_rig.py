@@ -137,10 +137,10 @@ def _from_dlpack(array: Any, original: Callable[..., Any] = torch.from_dlpack, *
 def _settled(work: Callable[..., Any]) -> Callable[..., Any]:
     """A replica's work, once its stream has come so far."""
 
-    def run(replica: Replica, *arguments: Any) -> Any:
+    def run(replica: Replica, *arguments: Any, **named: Any) -> Any:
         if replica.device.on_gpu:
             settle(replica.device.compute.handle)
-        return work(replica, *arguments)
+        return work(replica, *arguments, **named)
 
     return run
 
