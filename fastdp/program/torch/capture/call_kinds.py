@@ -43,7 +43,8 @@ class CallKinds:
 
     def __init__(self, module: nn.Module) -> None:
         # Parts that are added later are missing: for these each change of the mode makes a new trace.
-        self._parts = [vars(part) for part in module.modules()]
+        # What `torch.compile` has made has the mode of the module in it, which is a part too.
+        self._parts = [vars(part) for part in module.modules() if "training" in vars(part)]
 
     def of(self, structure: Structure) -> CallKind:
         """The kind of a call of these arguments."""
