@@ -145,7 +145,7 @@ class _Script:
             self._torch.stay_out(importlib.import_module("fastdp.keras.steps.own_loops").within_step)
 
     def tell(self) -> None:
-        """Print what the script's torch modules ran on; nothing if it has trained none."""
+        """Print what the script's torch modules ran on, or that none did. What Keras does is told by Keras."""
         if self._torch is not None and os.getpid() == self._process:
             for line in self._torch.summary():
                 _say(line, 0)

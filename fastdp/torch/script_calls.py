@@ -27,6 +27,11 @@ from fastdp.torch.script_modules import ScriptModule, Tally, UnsplitModule, is_l
 from fastdp.torch.train_step import TrainStep
 
 Call = Callable[..., Any]
+_NOTHING = (
+    "nothing ran on {} devices: no module that an optimizer of torch.optim trains was called in the main thread of "
+    "this process. Call the module as a whole there, without torchrun, torch.distributed, spawned processes and other "
+    "threads."
+)
 
 
 class Installed:
@@ -53,6 +58,7 @@ class Installed:
         self._unsplit = weakref.WeakKeyDictionary()
         self._split: dict[int, ScriptModule] = {}  # by the identity of the module, which they keep
         self._tallies: list[Tally] = []
+        self._has_wrapped = False
 
     def stay_out(self, busy: Callable[[], bool]) -> None:
         """Leave calls to plain torch while `busy()` is true."""
@@ -92,6 +98,7 @@ class Installed:
         """A module was wrapped. If the script did it, the script decides which calls are split."""
         if self._inside:
             return
+        self._has_wrapped = True
         self._wrapped.update(module.modules())
         self._generation += 1
         for known in list(self._split.values()):
@@ -177,13 +184,15 @@ class Installed:
                 del self._split[id(known.module)]
 
     def summary(self) -> list[str]:
-        """What ran where, a line for each module that was trained; empty if none was."""
+        """What ran where, a line for each module that was trained; empty if the script has wrapped what it trains."""
         lines: dict[tuple[str, str], list[int]] = {}
         for tally in self._tallies:
             if tally.parallel or tally.trained > 1:
                 counts = lines.setdefault((tally.name, tally.reason or ""), [0, 0])
                 counts[0] += tally.parallel
                 counts[1] += tally.plain
+        if not lines and not self._has_wrapped and not self._busy:
+            return [_NOTHING.format(len(self._devices))]
         return [_line(name, reason, ran, plain, len(self._devices)) for (name, reason), (ran, plain) in lines.items()]
 
 

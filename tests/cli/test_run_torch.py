@@ -104,6 +104,30 @@ def test_what_to_do_is_told_even_if_the_script_fails(tmp_path):
     assert ran.stderr.endswith("ValueError: at the end\n")
 
 
+ELSEWHERE = """
+import threading, torch
+module = torch.nn.Linear(2, 1)
+tensor = torch.ones(2, requires_grad=True)
+def train():
+    optimizer = torch.optim.SGD([*module.parameters(), tensor], lr=0.1)
+    for _ in range(3):
+        (module(torch.ones(4, 2)).sum() + tensor.sum()).backward()
+        optimizer.step()
+thread = threading.Thread(target=train)
+thread.start()
+thread.join()
+"""
+
+
+def test_a_script_that_trains_where_nothing_can_be_split_is_told_so(tmp_path):
+    (tmp_path / "train.py").write_text(ELSEWHERE)
+    ran = fastdp_run("--virtual", "3", "train.py", folder=tmp_path)
+    assert ran.returncode == 0
+    assert ran.stderr.startswith(
+        "fastdp run: nothing ran on 3 devices: no module that an optimizer of torch.optim trains"
+    )
+
+
 MIXED = """
 import keras, torch
 from torch import nn
