@@ -24,7 +24,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "pytorch"
 STEPS, ROWS, DEVICES = 4, 11, (1, 2, 3, 8)
 TOLERANCE = 1e-9
 NAMES = ("gpt", "resnet", "unet", "vae", "lstm", "graph_net", "gan")
-# Dropout in every place; that of LSTM layers is refused on packed sequences.
+# Dropout in every place.
 DROPOUT = {"gpt": {"dropout": 0.2}}
 
 

@@ -269,6 +269,15 @@ class SharedDraws:
         """The parameters of all replicas."""
         return context.exchange(given, what)
 
+    def note_lengths(self, number: int, lengths: torch.Tensor) -> None:
+        """The only replica is about to draw for a packed sequence with rows of these lengths."""
+
+    def exchanged_lengths(
+        self, context: Context, number: int, lengths: torch.Tensor
+    ) -> tuple[Sequence[torch.Tensor], int]:
+        """The lengths of the rows of a packed sequence on each replica, and the replica's own number among them."""
+        return [one for (one,) in context.exchange([lengths], "the lengths of a packed sequence")], context.rank
+
     def end(self) -> None:
         """Called when all replicas have ended.
 

@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdp.program.torch.random.drawn import PARAMETERS, drawn, is_known
+from fastdp.program.torch.random.packed import PackedEntries
 from fastdp.program.torch.replica import ReplicaContext
 from fastdp.tensors.random_functions import RNNS, draws_in_call
 
@@ -23,11 +24,12 @@ class _SharesDraws(TorchDispatchMode):
         running: the replica.
         function: the function.
         axis: where its draws have the rows, if the length fits.
+        packed: where the entries of its packed sequence are; None if its input is none.
     """
 
-    def __init__(self, running: ReplicaContext, function: Any, axis: int) -> None:
+    def __init__(self, running: ReplicaContext, function: Any, axis: int, packed: PackedEntries | None = None) -> None:
         super().__init__()
-        self._running, self._function, self._axis = running, function, axis
+        self._running, self._function, self._axis, self._packed = running, function, axis, packed
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called by torch for every operation inside the function."""
@@ -43,6 +45,8 @@ class _SharesDraws(TorchDispatchMode):
             fill = lambda whole: func(whole, *numbers)  # noqa: E731
         else:
             raise NotImplementedError(PARAMETERS.format(f"{self._function.__name__} ({name})"))
+        if self._packed is not None:
+            return target.copy_(self._packed.drawn(name, numbers, target, fill))
         size = target.shape[self._axis] if target.ndim > self._axis else 0
         if not is_known(running) and (not size or size % running.rows.count):
             raise NotImplementedError(
@@ -53,19 +57,19 @@ class _SharesDraws(TorchDispatchMode):
         return target.copy_(drawn(running, name, numbers, target, fill, self._axis))
 
 
+def _is_packed(second: Any) -> bool:
+    """Whether the second argument of a recurrent function is the number of entries of each step, and no state."""
+    return isinstance(second, torch.Tensor) and second.dtype == torch.int64
+
+
 def inside(running: ReplicaContext, function: Any, args: Any, kwargs: Any) -> Any:
     """Run a function that draws inside."""
     on_gpu = any(isinstance(one, torch.Tensor) and one.is_cuda for one in (*args, *kwargs.values()))
     if on_gpu or not draws_in_call(function, args, kwargs):  # fused kernels draw from each GPU's own generator
         return function(*args, **kwargs)
-    axis = 0
+    axis, packed = 0, None
     if function in RNNS:
-        if args[0].ndim != 3:
-            raise NotImplementedError(
-                "A recurrent layer with dropout between its layers gets a packed sequence, whose entries belong to "
-                "rows in no fixed order, so its masks cannot be those of one device. Set its dropout to 0 and use "
-                "nn.Dropout between single layers on padded sequences, or use gpus=[0]."
-            )
         axis = 1  # inside, recurrent layers have time first
-    with _SharesDraws(running, function, axis):
+        packed = PackedEntries(running, args[1]) if args[0].ndim == 2 and _is_packed(args[1]) else None
+    with _SharesDraws(running, function, axis, packed):
         return function(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -36,6 +37,8 @@ class TrialDraws(SharedDraws):
         self._made: dict[int, torch.Tensor] = {}
         self._parameters: dict[tuple[int, bool], Sequence[tuple[int, ...]]] = {}
         self._expected: dict[torch.Generator, torch.Tensor] = {}
+        self._lengths: dict[int, dict[int, torch.Tensor]] = {}  # of packed sequences, by draw and first row of a part
+        self._all_lengths: dict[int, torch.Tensor] = {}
 
     @contextmanager
     def run(self, rows: Rows, generators: Sequence[torch.Generator]) -> Iterator[None]:
@@ -86,6 +89,10 @@ class TrialDraws(SharedDraws):
         """A draw for all rows: the one that was made for them."""
         return self._of_all(number)
 
+    def repeat(self, number: int, replicas: int, draw: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A draw for all rows, again."""
+        return self._of_all(number)
+
     def note_parameters(self, number: int, shapes: Sequence[tuple[int, ...]]) -> None:
         """Note the shapes of the parameters for all rows, or for a part of them."""
         self._parameters[number, self._whole] = shapes
@@ -93,6 +100,24 @@ class TrialDraws(SharedDraws):
     def exchanged(self, context: Context, given: list[torch.Tensor], what: str) -> list[list[torch.Tensor]]:
         """Those of the part: nothing is drawn from them."""
         return [given]
+
+    def note_lengths(self, number: int, lengths: torch.Tensor) -> None:
+        """Note the lengths of all rows."""
+        self._lengths[number] = {}
+        self._all_lengths[number] = lengths
+
+    def exchanged_lengths(
+        self, context: Context, number: int, lengths: torch.Tensor
+    ) -> tuple[Sequence[torch.Tensor], int]:
+        """Those of the parts before, which have run, those of this part, and all others."""
+        if number not in self._all_lengths:
+            raise OtherDrawsError(f"The module packs sequences for some rows and not for others. {_REMEDY}")
+        parts, start = self._lengths[number], context.rows.start
+        parts[start] = lengths
+        before = [parts[at] for at in sorted(parts) if at < start]
+        rest = collections.Counter(self._all_lengths[number].tolist())
+        rest.subtract(torch.cat([*before, lengths]).tolist())
+        return [*before, lengths, torch.tensor(list(rest.elements()), dtype=torch.int64)], len(before)
 
     def _of_all(self, number: int) -> torch.Tensor:
         """The draw of this number, for all rows."""

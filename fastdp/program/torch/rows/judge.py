@@ -109,6 +109,8 @@ class Judge:
         except NotImplementedError:
             return False
         except FAILURES as error:
+            if list(chosen) != sorted(chosen):  # rows may have to be in descending order of lengths
+                return self._look(sorted(chosen), noise)
             if self._runs():
                 raise failed(error, self._rows, self._batch.rows, self._batch.structure.values) from error
             return False
