@@ -201,10 +201,12 @@ class EngineSteps:
             update(one, totals)
 
         kind.train, kind.update = note_train, note_update
+        by_host, self.engine.host_launch.enabled = self.engine.host_launch.enabled, False
         try:
             self.train(self.batches[0])
         finally:
             kind.train, kind.update = train, update
+            self.engine.host_launch.enabled = by_host
         batch, context = noted["batch"], noted["context"]
         step: Callable[[], object] = lambda: replica.train(batch, context)  # noqa: E731
         if "graph" in how:

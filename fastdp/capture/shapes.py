@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -120,3 +120,13 @@ def own_rows(context: Context) -> list[np.ndarray]:
     """A replica's rows of the arrays of the global batch, as views."""
     rows = context.rows
     return [array[rows.start : rows.stop] for array in context.batch]
+
+
+def are_recorded(find: Callable[[Context], Any], contexts: Sequence[Context]) -> bool:
+    """Whether the next steps of these replicas are recorded, so that to run them is to launch graphs.
+
+    Args:
+        find: `Captures.find`.
+    """
+    found = [(find(context), context.rank) for context in contexts]
+    return all(c is not None and not c.checks and not c.disagreed and rank in c.recordings for c, rank in found)

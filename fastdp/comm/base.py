@@ -32,6 +32,10 @@ class Reduction(ABC):
     def abandon(self, error: BaseException | None) -> None:
         """The step failed with this error, and nobody waits for it any more. Called on the host thread."""
 
+    def all_done(self) -> None:
+        """All replicas are done. Called on the thread that then reduces the rest."""
+        return
+
     def serve(self, until: QueueEvent, timeout: float) -> None:
         """Wait until the event is done, on the thread that waits for the step, and help to reduce meanwhile.
 
@@ -102,6 +106,18 @@ class Communicator(ABC):
             readers: the compute streams of the first `readers` devices wait for the sums; None for all. The other
                 compute streams must wait for some later event before they compute again.
         """
+
+    def finish_here(self, reduction: Any, computed: Sequence[QueueEvent]) -> list[tuple[int, BaseException]]:
+        """As `finish`, on a thread that has all devices by `lent`: all calls of CUDA are made when this returns.
+
+        Args:
+            reduction: the result of `begin`.
+            computed: by device, the end of its compute work so far, after which the rest is reduced.
+
+        Returns:
+            Failures, with the ranks that they belong to.
+        """
+        raise NotImplementedError
 
     def all_reduce(
         self,

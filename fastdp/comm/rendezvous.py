@@ -31,6 +31,7 @@ class Rendezvous:
         self._values: list[Any] = []
         self._cause: BaseException | None = None
         self._parted = ""  # how the threads missed each other
+        self.one_thread = False  # a single thread runs all parts of the step: whoever waits would wait for ever
 
     def exchange(self, rank: int, value: Any, place: object) -> list[Any]:
         """Pass `value`, wait for all other threads, and return all values in rank order.
@@ -50,6 +51,8 @@ class Rendezvous:
         """
         with self._changed:
             self._go_on()
+            if self.one_thread and self._size > 1:
+                self._part(f"A step launched by one thread comes to {_in_words(place)}, which is a bug in fastdp.")
             if self._gone or (self._waiting and place != self._place):
                 self._part(self._missed(rank, place))
             turn = self._round

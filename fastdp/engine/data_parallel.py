@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -17,12 +18,14 @@ from fastdp.comm.select import communicator
 from fastdp.comm.tuning import tune
 from fastdp.engine.accumulation import AccumulatedGradients
 from fastdp.engine.home import HomeMemory
+from fastdp.engine.host_launch import HostLaunch
+from fastdp.engine.interrupts import interrupts_wait
 from fastdp.engine.recovery import Recovery
 from fastdp.engine.reductions import Reductions
 from fastdp.engine.replicas import Call, Replica, ReplicaGroup
 from fastdp.engine.rollback import Rollback
 from fastdp.engine.state import EngineState
-from fastdp.engine.step import Operation, Step, StepResult, add_up, make_step, run_replica
+from fastdp.engine.step import Operation, Step, StepResult, abort_if_skipped, add_up, make_step, run_replica
 from fastdp.engine.step_scope import StepScope, alone, meanwhile, one_step_at_a_time
 from fastdp.engine.timing import Timings
 from fastdp.engine.updates import Updates
@@ -103,6 +106,7 @@ class DataParallel(Generic[ProgramT_co]):
             device.prepare_to_merge()
         self._accumulation = AccumulatedGradients(self.replicas, self._communicator)
         self._reductions = Reductions(self.group, self._communicator, self._accumulation)
+        self.host_launch = HostLaunch(self._state, self.group, self._reductions, self._recovery)
         self._updates = Updates(self.group, self.rollback, self._accumulation, options.timeout)
 
     # Steps.
@@ -136,10 +140,11 @@ class DataParallel(Generic[ProgramT_co]):
         batch = batch if type(batch) is Batch else Batch.of(batch, structure)
         shards = self._deal_out(batch)
         with self._begin(batch, shards, wants_outputs, trains=True, reduces=reduce) as step:
-            self._scatter(step)
-            self._run(step, Replica.train, has_gradients=True)
-            self._reduce(step)
-            self._update(step)
+            with self.host_launch.of(step):
+                self._scatter(step)
+                self._run(step, Replica.train, has_gradients=True)
+                self._reduce(step)
+                self._update(step)
             if while_running is not None:
                 meanwhile(step, while_running, partial(self._merge, step))
             return self._merge(step)
@@ -193,7 +198,7 @@ class DataParallel(Generic[ProgramT_co]):
         """
         batch = batch if type(batch) is Batch else Batch.of(batch)
         shards = self._deal_out(batch)
-        with one_step_at_a_time:
+        with one_step_at_a_time, self.host_launch.staging(batch.arrays):
             return stage(batch.arrays, shards, self.devices)
 
     def forget_staged(self) -> None:
@@ -263,18 +268,28 @@ class DataParallel(Generic[ProgramT_co]):
     ) -> None:
         """Enqueue each replica's work on its rows. A replica writes its outputs to their rows of the merged arrays."""
         step.results = [None] * len(step.shards)
+        if step.by_host:
+            self.host_launch.run(step)
+            return
         if has_gradients:
             self._reductions.begin(step)
         for context, replica in zip(step.contexts, self.replicas, strict=False):
-            replica.device.compute.enqueue(partial(run_replica, step, replica, context, work))
+            compute = replica.device.compute
+            compute.enqueue(partial(run_replica, step, replica, context, work))
+            if replica.device.on_gpu:
+                abort_if_skipped(step, compute.mark())
 
     def _reduce(self, step: Step) -> None:
         """Enqueue the reduction of gradients and sums. Every replica gets them, even without rows."""
-        self._reductions.finish(step)
+        if step.by_host:
+            self.host_launch.reduce(step)
+        else:
+            self._reductions.finish(step)
 
     def _update(self, step: Step) -> None:
         """Enqueue the update. Each replica applies it itself, or gets a copy of the first replica's variables."""
-        self._updates.begin(step, accumulates=0 if step.reduces else len(step.shards))
+        with interrupts_wait() if step.by_host else nullcontext():  # once, and not in each replica's update
+            self._updates.begin(step, accumulates=0 if step.reduces else len(step.shards))
 
     def _merge(self, step: Step) -> StepResult:
         """Wait for the replicas, and return the outputs merged in row order."""

@@ -8,22 +8,32 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+_held: list[None] = []  # not empty while a block of the main thread holds interrupts back
 
-@contextlib.contextmanager
-def interrupts_wait() -> Iterator[None]:
+
+_nothing = contextlib.nullcontext()
+
+
+def interrupts_wait() -> contextlib.AbstractContextManager[None]:
     """Defer SIGINT to the end of the block, where its usual handler runs (mostly a KeyboardInterrupt).
 
     Only the main thread receives signals, so on other threads this does nothing. It also does nothing where SIGINT is
     ignored or not handled in Python.
     """
-    if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
-        yield
-        return
+    on_main = threading.current_thread() is threading.main_thread()
+    holds = on_main and not _held and callable(signal.getsignal(signal.SIGINT))
+    return _holding() if holds else _nothing
+
+
+@contextlib.contextmanager
+def _holding() -> Iterator[None]:
     came: list[tuple[int, Any]] = []
     before: Any = signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    _held.append(None)
     try:
         yield
     finally:
+        _held.clear()
         signal.signal(signal.SIGINT, before)
         if came:
             before(*came[0])

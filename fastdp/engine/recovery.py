@@ -10,7 +10,7 @@ from fastdp.engine.rollback import Rollback
 from fastdp.engine.state import EngineState
 from fastdp.engine.step import Operation, step_error
 from fastdp.errors import DeviceTimeoutError
-from fastdp.runtime.queue import joined
+from fastdp.runtime.queue import first_done, joined
 
 
 class Recovery:
@@ -37,20 +37,31 @@ class Recovery:
             DeviceTimeoutError: the devices were not done in time. The next step cleans up.
         """
         devices, timeout = self._replicas.devices, self._state.timeout
-        events = [device.compute.record() for device in devices]
+        events = operation.ends or [device.compute.record() for device in devices]
         try:
-            if operation.reduction is not None:
+            if operation.ends:
+                first_done(events, timeout)
+            elif operation.reduction is not None:
                 operation.reduction.serve(joined(events), timeout)
             else:
                 joined(events).finish(timeout)
         except DeviceTimeoutError:
-            what = operation.unfinished(devices, self._communicator.late())
-            raise DeviceTimeoutError(f"{what} took longer than timeout={timeout} seconds.") from None
+            raise self.too_late(operation) from None
         failed = [(rank, event.error) for rank, event in enumerate(events) if event.error is not None]
-        if failed:
+        if failed or operation.failures:
             self.settle()
-            raise step_error(operation.failures or failed, operation, devices)
+            raise step_error([*operation.failures, *failed], operation, devices)
         self._communicator.check()
+
+    def too_late(self, operation: Operation) -> DeviceTimeoutError:
+        """The error of an operation that has taken too long."""
+        what = operation.unfinished(self._replicas.devices, self._communicator.late())
+        return DeviceTimeoutError(f"{what} took longer than timeout={self._state.timeout} seconds.")
+
+    def card_failed(self, operation: Operation, error: BaseException) -> None:
+        """Let the other devices stop waiting for one that has failed, in collectives that it will not end."""
+        operation.abandon(error)
+        self._communicator.abort()
 
     def abandon(self, operation: Operation, error: BaseException) -> None:
         """Stop an operation that nobody waits for any more. The next operation cleans up.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ from fastdp.comm.base import Communicator
 from fastdp.engine.accumulation import AccumulatedGradients
 from fastdp.engine.replicas import ReplicaGroup
 from fastdp.engine.step import Step, commit
+from fastdp.runtime.queue import QueueEvent
 
 # Steps of a batch shape after which a GPU's steps allocate nothing, and the number of shapes whose steps are counted.
 WARM_STEPS, MOST_SHAPES = 2, 256
@@ -64,6 +65,29 @@ class Reductions:
         else:
             self.reduce(self._accumulation.hand_over(len(step.shards)), once=partial(commit, step))
 
+    def finish_here(self, step: Step, computed: Sequence[QueueEvent]) -> list[tuple[int, BaseException]]:
+        """As `finish` without the commit, on a thread that works in place of the workers.
+
+        Args:
+            step: a step that the replicas have been launched for.
+            computed: by device, the end of its compute work so far.
+
+        Returns:
+            Failures, with the ranks that they belong to.
+        """
+        if not step.reduces:
+            self._accumulation.reserve(len(step.shards))
+        elif step.reduction is not None:
+            return self._communicator.finish_here(step.reduction, computed)
+        elif len(self._replicas.every) > 1 or self._accumulation.count:
+            self.reduce(self._accumulation.hand_over(len(step.shards)))
+        return []
+
+    @staticmethod
+    def by_step_graph(step: Step) -> bool:
+        """Whether the replicas' graphs reduce the gradients of a step that has begun."""
+        return step.contexts[0].step_graph is not None
+
     def reduce(self, sources: int, once: Callable[[], object] | None = None) -> None:
         """Enqueue the all-reduce of the first `sources` replicas' gradients, and then `once()`."""
         self._communicator.all_reduce(*self._replicas.ends(sources), self._replicas.buckets, once=once)
@@ -83,5 +107,9 @@ class Reductions:
         step.reduction = reduction = step_graph.begin()
         for context in step.contexts:
             context.step_graph = step_graph
-            context.launch = partial(reduction.launch, context.rank, context.rendezvous)
+            context.launch = _later if step.by_host else partial(reduction.launch, context.rank, context.rendezvous)
         return True
+
+
+def _later() -> None:
+    """The host thread launches the graphs of all replicas when the last replica's inputs are in place."""

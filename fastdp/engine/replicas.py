@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,8 @@ from fastdp.buffers import FlatBuffers, Memory
 from fastdp.comm.base import Communicator
 from fastdp.comm.context import Context
 from fastdp.engine.home import HomeMemory
-from fastdp.program.base import Program, Result, Totals
-from fastdp.runtime.queue import QueueDevice
+from fastdp.program.base import Launched, Program, Result, Totals
+from fastdp.runtime.queue import QueueDevice, lent
 
 # A program's own work on a replica's rows, called as `predict` is: `work(state, batch, context)`.
 Call = Callable[[Any, list[np.ndarray], Context], Result]
@@ -52,6 +53,10 @@ class Replica:
     def train(self, batch: list[np.ndarray], context: Context) -> Result:
         """Forward, loss and backward. Runs on the device's worker."""
         return self._program.train(self._state, batch, context)
+
+    def launch(self, batch: list[np.ndarray], context: Context) -> Launched:
+        """Enqueue what `train` runs, without waiting. Runs on the host thread, as work of the device."""
+        return self._program.launch(self._state, batch, context)
 
     def predict(self, batch: list[np.ndarray], context: Context) -> Result:
         """Forward only. Runs on the device's worker."""
@@ -153,10 +158,11 @@ class ReplicaGroup:
 
     def refresh(self, active: int | None = None) -> None:
         """Enqueue copies of the home's variables and the first replica's slots to the others, or the active ones."""
-        self.home.lead(self._variables[0])
-        self._communicator.broadcast(self._variables[:active])
-        if self._update == "each" and active is None:
-            self._communicator.broadcast([replica.memory.slots for replica in self.every])
+        with lent(self.devices) if self.devices[0].on_gpu else nullcontext():  # a GPU's worker would only enqueue
+            self.home.lead(self._variables[0])
+            self._communicator.broadcast(self._variables[:active])
+            if self._update == "each" and active is None:
+                self._communicator.broadcast([replica.memory.slots for replica in self.every])
         self.program.committed()
         self._generation = self.home.home.generation
 

@@ -19,8 +19,8 @@ from fastdp.engine.replicas import Replica
 from fastdp.engine.rollback import Rollback
 from fastdp.engine.timing import Watch
 from fastdp.errors import ReplicaError, StepAborted, replica_error_class
-from fastdp.program.base import Result, Totals
-from fastdp.runtime.queue import QueueDevice
+from fastdp.program.base import Launched, Result, Totals
+from fastdp.runtime.queue import QueueDevice, QueueEvent
 from fastdp.runtime.work_stealing import WorkStealing
 from fastdp.shard import Rows
 
@@ -49,8 +49,8 @@ class Operation:
 
     `generation` is the number of its update (see `ReplicaGroup.advance`). `restorable`: a snapshot of the variables
     and slots has been taken. `came_home`: the program's own variables equal the first replica's. `cut_short` is the
-    communicator's count from before the operation. `close` ends the operation (`fastdp.engine.step_scope`); None when
-    it is not open.
+    communicator's count from before the operation. `ends` are the ends of the devices' compute work, if they have been
+    recorded. `close` ends the operation (`fastdp.engine.step_scope`); None when it is not open.
     """
 
     threads: int
@@ -64,6 +64,7 @@ class Operation:
     updating: Sequence[Replica] = ()
     came_home: bool = False
     cut_short: int = 0
+    ends: Sequence[QueueEvent] = ()
     close: Callable[[BaseException | None], None] | None = None
     trains: bool = False
     totals: Totals | None = None
@@ -109,6 +110,9 @@ class Step(Operation):
         contexts: the contexts of these replicas, in rank order.
         reduces: whether gradients are reduced; otherwise they stay on the replicas.
 
+    `by_host`: the host thread does what workers would do (`fastdp.engine.host_launch`). `launched` are then the
+    replicas' steps, by rank.
+
     `over`, `outcome` and `error` are for a step that ends while its thread does something else: see
     `step_scope.meanwhile`.
     """
@@ -122,6 +126,8 @@ class Step(Operation):
     reduces: bool = field(kw_only=True)
     batches: list[list[np.ndarray]] = field(default_factory=list)
     results: list[Result | None] = field(default_factory=list)
+    by_host: bool = False
+    launched: list[Launched | None] = field(default_factory=list)
     over: bool = False
     outcome: StepResult | None = None
     error: BaseException | None = None
@@ -233,6 +239,21 @@ def run_replica(
         raise
     finally:
         watch.compute_ended[context.rank] = time.perf_counter()
+
+
+def abort_if_skipped(step: Step, ran: QueueEvent) -> None:
+    """Wake replicas that wait for one whose work is skipped, since its rows could not be copied.
+
+    Args:
+        ran: a mark behind the replica's work.
+    """
+
+    def check() -> None:
+        if ran.error is not None:
+            step.rendezvous.abort(ran.error)
+
+    if not ran.notify(check):
+        check()
 
 
 def commit(step: Step) -> None:

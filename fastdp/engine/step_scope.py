@@ -141,12 +141,11 @@ class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
 
     def _prepare(self) -> None:
         """Clean up after an abandoned step, and refresh stale replicas."""
-        operation = self._operation
+        operation, devices = self._operation, self._replicas.devices
         self._recovery.prepare(operation)
         self._state.unsettled = operation
         self._replicas.bring_up_to_date(operation.active or len(self._replicas.every))
         self._scopes.enter_context(self._replicas.program.running(self._operation.threads))
-        devices = self._replicas.devices
         if len(devices) == 1 and not devices[0].on_gpu:
             # This thread would only wait for the worker, so it takes the worker's place. Torch's helper threads also
             # stay awake only while a single thread uses them.

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +46,19 @@ class Result:
     outputs: list[np.ndarray] = field(default_factory=list)
     sums: np.ndarray = field(default_factory=lambda: np.zeros(0))
     notes: Any = None
+
+
+@dataclass(slots=True)
+class Launched:
+    """A replica's step whose work is enqueued on its device and which nobody has waited for.
+
+    Attributes:
+        outputs: gives the arrays of `Result.outputs`. Called once, behind the launch of the step's graphs.
+        result: gives the `Result` without outputs. Called once, when the device has done the step.
+    """
+
+    outputs: Callable[[], list[Any]]
+    result: Callable[[], Result]
 
 
 @dataclass(slots=True)
@@ -145,6 +158,25 @@ class Program(ABC):
             (`fastdp.comm.base.Reduction`), which also has `launch(rank, rendezvous)`. The graph is launched once.
         """
         return None
+
+    def launches(self, contexts: Sequence[Context]) -> bool:
+        """Whether all of these replicas can run their next training step by `launch`. Default: no.
+
+        Called on the host thread, before the rows are on their devices.
+        """
+        return False
+
+    def launching(self, devices: Sequence[QueueDevice]) -> AbstractContextManager[object]:
+        """A context manager that the host thread holds while it does the work of these devices' workers."""
+        return nullcontext()
+
+    def launch(self, state: Any, batch: list[np.ndarray], context: Context) -> Launched:
+        """Enqueue a training step as `train` runs it, without waiting for the device or for other replicas.
+
+        Called by the host thread for one replica after the other, if `launches` says so. `Context.launch` then only
+        notes that the replica's inputs are in place: the graphs of all replicas are launched behind the last call.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def predict(self, state: Any, batch: list[np.ndarray], context: Context) -> Result:

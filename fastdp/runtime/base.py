@@ -72,6 +72,10 @@ class DeviceMemory(ABC):
     def stage_rows(self, batch: Sequence[Any], rows: Rows) -> bool:
         """Prefetch the rows for the next `take_rows` of the same arrays; False if there is no room for them."""
 
+    def has_staged(self, batch: Sequence[Any], rows: Rows) -> bool:
+        """Whether the rows are staged for the next `take_rows` of these arrays."""
+        return False
+
     @abstractmethod
     def forget_staged(self) -> None:
         """Discard the staged rows."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastdp.warn import warn_user
 
-__all__ = ["ask_for", "set_early"]
+__all__ = ["ask_for", "check_environment", "set_early"]
 
 # What several devices that wait for each other need.
 WANTED = {
@@ -90,3 +91,24 @@ def _several_to_be_seen() -> bool:
     if visible is not None:
         return len([part for part in visible.split(",") if part.strip()]) > 1
     return len(list(Path("/dev").glob("nvidia[0-9]*"))) > 1
+
+
+def check_environment(devices: Sequence[int]) -> None:
+    """Reject settings under which these devices cannot work together, and set those that the user left unset.
+
+    With several devices, sets CUDA_MODULE_LOADING and NCCL_GRAPH_MIXING_SUPPORT, each unless it is already set; a
+    warning says if CUDA has started without the first (`fastdp.runtime.environment`).
+
+    Raises:
+        RuntimeError: CUDA_LAUNCH_BLOCKING=1 with several devices.
+    """
+    if len(set(devices)) < 2:
+        return
+    blocking = os.environ.get("CUDA_LAUNCH_BLOCKING", "0").strip()
+    if blocking not in ("", "0"):
+        raise RuntimeError(
+            f"CUDA_LAUNCH_BLOCKING={blocking!r} with {len(set(devices))} GPUs in one process: each launch would wait "
+            "until its kernel is over, and a collective is over only when all GPUs have launched theirs. Unset it, "
+            "or use one GPU."
+        )
+    ask_for("CUDA_MODULE_LOADING")

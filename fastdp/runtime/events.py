@@ -54,6 +54,8 @@ class QueueEvent:
 
     def notify(self, wake: Callable[[], object]) -> bool:
         """Have the thread that completes the event call `wake()`. Returns False, without a call, if already issued."""
+        if self._issued:
+            return False
         with self._lock:
             if not self._issued:
                 self._wakes.append(wake)
@@ -78,6 +80,8 @@ class QueueEvent:
 
     def wait_issued(self, timeout: float | None = None) -> None:
         """Block until the worker has reached the event."""
+        if self._issued:
+            return
         gate = threading.Lock()
         gate.acquire()
         if not self.notify(gate.release):
@@ -85,6 +89,40 @@ class QueueEvent:
         seconds = -1.0 if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX)
         if not gate.acquire(timeout=seconds) and not self._issued:
             raise DeviceTimeoutError(f"A device was not done with its work within timeout={timeout} seconds.")
+
+
+def first_done(events: Sequence[QueueEvent], timeout: float) -> int | None:
+    """Block until all events are done, or until one that carries an error is.
+
+    Returns:
+        The place of that one; None if none has an error.
+
+    Raises:
+        DeviceTimeoutError: not done within `timeout` seconds.
+    """
+    began = time.monotonic()
+    waiting = dict(enumerate(events))
+    while True:
+        for place, event in list(waiting.items()):
+            if event.done:
+                if event.error is not None:
+                    return place
+                del waiting[place]
+        if not waiting:
+            return None
+        waited = time.monotonic() - began
+        if waited > timeout:
+            raise DeviceTimeoutError(f"A device was not done with its work within timeout={timeout} seconds.")
+        time.sleep(pause_after(waited))
+
+
+def pause_after(waited: float) -> float:
+    """Seconds until the next look at an event that is not done after so many.
+
+    Short at first, since a step may take only microseconds; then a part of the time, so that the host is late by no
+    more than that.
+    """
+    return min(max(2e-5, 0.05 * waited), 1e-3)
 
 
 # Thread state: `pending`, the events that this thread is completing; `worker`, whether it is a worker.

@@ -16,138 +16,45 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from fastdp.errors import DeviceTimeoutError
 from fastdp.runtime.base import DeviceMemory, Work
-from fastdp.runtime.events import QueueEvent, complete_all, here, joined
+from fastdp.runtime.events import QueueEvent, complete_all, first_done, here, joined
+from fastdp.runtime.queue_stream import QueueStream
 
-__all__ = ["QueueDevice", "QueueEvent", "QueueStream", "joined"]
+__all__ = ["QueueDevice", "QueueEvent", "QueueStream", "first_done", "joined", "lent"]
 
 
-class QueueStream:
-    """An ordered queue of work for one device's worker.
+@contextmanager
+def lent(devices: Sequence[QueueDevice]) -> Iterator[bool]:
+    """Make the calling thread the worker of these devices, or of none of them if a worker is busy or a test delays it.
 
-    `inline`: an event of this stream is only a mark, and any worker may complete it.
+    Work that the thread enqueues then runs on it, at once if nothing holds it back, and wakes nobody. Yields whether
+    it is the worker.
     """
+    before = {device for device in devices if device.mine}
+    others = [device for device in devices if device not in before]
+    was_worker = getattr(here, "worker", False)
+    try:
+        # Any device that is not to be had ends it, and the thread keeps none.
+        mine = all(device.take() for device in others)
+        if not mine:
+            _give_back(others)
+        here.worker = was_worker or mine
+        with devices[0].lent_scope() if mine and others else nullcontext():
+            yield mine
+    finally:
+        here.worker = was_worker
+        _give_back(others)
 
-    inline = True
 
-    def __init__(self, device: QueueDevice, name: str) -> None:
-        self.name = name
-        self._device = device
-        self._items: deque[Work | QueueEvent | tuple[QueueEvent]] = deque()
-        self._error: BaseException | None = None
-        self._watched: QueueEvent | None = None
-        self._running = False
-
-    def enqueue(self, work: Work) -> None:
-        """Run `work()` on the worker after everything enqueued before it."""
-        self._device.push(self, work)
-
-    def record(self) -> QueueEvent:
-        """An event that is done when everything enqueued before it is."""
-        event = self._event()
-        self._device.push(self, event)
-        return event
-
-    def wait(self, event: QueueEvent) -> None:
-        """Hold back everything enqueued from now on until `event` is done."""
-        self._device.push(self, (event,))
-
-    def recover(self) -> None:
-        """Clear a failure."""
-        self._error = None
-
-    # Called from inside the work that the worker is running.
-
-    def now(self) -> QueueEvent:
-        """An event at this point of the work: issued on return, done when all work issued so far is."""
-        event = self._event()
-        self._mark(event)
-        event.complete()
-        return event
-
-    def follow(self, event: QueueEvent, timeout: float | None = None) -> None:
-        """Order the rest of the work after an event of another stream. Blocks until the event is issued.
-
-        Does not raise the error the event may carry.
-
-        Raises:
-            DeviceTimeoutError: not issued within `timeout` seconds.
-        """
-        event.wait_issued(timeout)
-
-    # Overridden by devices whose worker issues work to a GPU.
-
-    def _event(self) -> QueueEvent:
-        """A new event for this stream."""
-        return QueueEvent()
-
-    def _passed(self, event: QueueEvent) -> None:
-        """Order the next items after this event, which is issued. Called with the device's lock held."""
-
-    def _perform(self, work: Work) -> None:
-        """Run one work item on the worker."""
-        work()
-
-    def _mark(self, event: QueueEvent) -> None:
-        """Called when the worker has reached an event of this stream and is about to complete it."""
-
-    # The queue.
-
-    def _ready(self, on_worker: bool) -> bool:
-        """Whether the head is an item for the worker to run now. Removes waits whose event is issued.
-
-        Called with the device's lock held, while the worker runs nothing. A wait that holds the stream back registers
-        the device to be woken: once, and only here. A worker, also one of another device, removes events too and
-        completes them after it has released the lock. The host thread does not, because an interrupt could come
-        between the two.
-        """
-        while self._items:
-            head = self._items[0]
-            if not isinstance(head, tuple):
-                if not (on_worker and self.inline and isinstance(head, QueueEvent)):
-                    return True
-                self._items.popleft()
-                self._device.settled.append((head, self._error))
-                continue
-            (event,) = head
-            if not event.issued and (event is self._watched or event.notify(self._device.wake)):
-                self._watched = event
-                return False
-            self._watched = None
-            self._items.popleft()
-            if self._error is None:
-                self._error = event.error
-            self._passed(event)
-        return False
-
-    def _run(self, item: Work | QueueEvent | tuple[QueueEvent]) -> None:
-        """Run one item. The stream keeps a failure: later work is skipped, and later events carry it."""
-        if isinstance(item, QueueEvent):
-            try:
-                self._mark(item)
-            except BaseException as error:  # noqa: BLE001, as below
-                self._error = self._error if self._error is not None else error
-            item.complete(self._error)
-        elif self._error is None:
-            assert not isinstance(item, tuple)
-            try:
-                self._perform(item)
-            # The worker passes every failure, including KeyboardInterrupt and SystemExit, to the host
-            # thread that synchronizes. Swallowing it here would lose it; raising would kill the worker.
-            except BaseException as error:  # noqa: BLE001
-                self._error = error
-
-    def _drop(self, error: BaseException) -> list[QueueEvent]:
-        """Empty the queue; returns its events, which must carry `error` or an earlier one."""
-        events = [item for item in self._items if isinstance(item, QueueEvent)]
-        self._items.clear()
-        self._error = self._error if self._error is not None else error
-        return events
+def _give_back(devices: Sequence[QueueDevice]) -> None:
+    """Give back those that the thread has: also one that it was about to note when an interrupt came."""
+    for device in devices:
+        if device.mine:
+            device.give_back()
 
 
 class QueueDevice(DeviceMemory):
@@ -161,7 +68,7 @@ class QueueDevice(DeviceMemory):
     The worker starts with the first work and ends with `close()`. `delay` is for tests: the worker calls it
     before each item it runs. `unsettled` and `settle` are for the engine: the caller of earlier work left before that
     work was done, so the streams may still hold the work or its failure; `settle()(timeout)` rolls it back,
-    if that caller still exists.
+    if that caller still exists. `closed`: the device takes no more work.
     """
 
     def __init__(self, index: int, name: str, stream: Callable[[QueueDevice, str], QueueStream] = QueueStream) -> None:
@@ -177,9 +84,9 @@ class QueueDevice(DeviceMemory):
         # Events that a worker has removed from streams and is about to complete.
         self.settled: list[tuple[QueueEvent, BaseException | None]] = []
         self._thread: threading.Thread | None = None
-        self._borrower: int | None = None
-        self._serving = False
-        self._closed = False
+        self.borrower: int | None = None
+        self.serving = False
+        self.closed = False
         self.compute = stream(self, "compute")
         self.copy_in = stream(self, "copy_in")
         self.copy_out = stream(self, "copy_out")
@@ -190,17 +97,21 @@ class QueueDevice(DeviceMemory):
         return f"{type(self).__name__}({self.name!r})"
 
     @property
-    def closed(self) -> bool:
-        """Whether the device was closed: it takes no more work."""
-        return self._closed
-
-    @property
     def idle(self) -> bool:
         """Whether the worker sleeps at the time of the call."""
         return self._asleep
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether the worker sleeps and nothing is enqueued. It stays so as long as nobody enqueues anything."""
+        return (self._asleep or self._thread is None) and not any(stream._items for stream in self._streams)
+
     def _worker_scope(self) -> AbstractContextManager[object]:
         """The context in which the worker runs for its whole life."""
+        return nullcontext()
+
+    def lent_scope(self) -> AbstractContextManager[object]:
+        """The context in which a thread runs the work of devices of this kind that it has by `lent`."""
         return nullcontext()
 
     def push(self, stream: QueueStream, item: Work | QueueEvent | tuple[QueueEvent]) -> None:
@@ -210,13 +121,13 @@ class QueueDevice(DeviceMemory):
             RuntimeError: the device is closed.
         """
         with self._lock:
-            if self._closed:
+            if self.closed:
                 raise self._closed_error()
             if stream.inline and isinstance(item, QueueEvent) and not stream._items and not stream._running:
                 item.complete(stream._error)  # no other thread knows the event yet
                 return
             stream._items.append(item)
-            borrowed = self._borrower is not None
+            borrowed = self.borrower is not None
             if borrowed:
                 pass
             elif self._thread is None:
@@ -224,38 +135,49 @@ class QueueDevice(DeviceMemory):
             # Behind another item no wake-up is needed: that item runs soon, or its event wakes the worker.
             elif self._asleep and len(stream._items) == 1 and stream._ready(False):
                 self._rouse()
-        if borrowed and self._borrower == threading.get_ident() and not self._serving:
+        if borrowed and self.mine and not self.serving:
+            self._serve()
+
+    def serve_rest(self) -> None:
+        """Run what work of the borrowing thread has enqueued meanwhile."""
+        if self.compute._items or self.copy_in._items or self.copy_out._items or self.communication._items:
             self._serve()
 
     @contextmanager
-    def lend(self) -> Iterator[None]:
+    def lend(self) -> Iterator[bool]:
         """Make the calling thread the worker: work that it enqueues runs on it, at once if nothing holds it back.
 
         Does nothing while the worker has work or a test delays it. Thread settings that the work changes persist in
         the calling thread, and a step that runs this way cannot be stopped by a time-out.
         """
+        with lent([self]) as mine:
+            yield mine
+
+    @property
+    def mine(self) -> bool:
+        """Whether the calling thread is the worker by `lent`."""
+        return self.borrower == threading.get_ident()
+
+    def take(self) -> bool:
+        """Make the calling thread the worker, if the worker is idle. Returns whether it is; see `lent`."""
         with self._lock:
-            idle = self._asleep or self._thread is None
-            mine = idle and self._borrower is None and self.delay is None and not any(s._items for s in self._streams)
-            if mine and not self._closed:
-                self._borrower, self._asleep = threading.get_ident(), False
-        if not mine:
-            yield
-            return
-        was_worker, here.worker = getattr(here, "worker", False), True
-        try:
-            yield
-        finally:
-            here.worker = was_worker
-            with self._lock:
-                self._borrower = None
-                for stream in self._streams:
-                    stream._running = False
-                self._asleep = self._thread is not None
-                if any(stream._items for stream in self._streams):  # they wait for other devices, or an interrupt came
-                    if self._thread is None:
-                        self._start()
-                    self._rouse()
+            free = self.at_rest and self.borrower is None and self.delay is None
+            if free and not self.closed:
+                self.borrower, self._asleep = threading.get_ident(), False
+                return True
+        return False
+
+    def give_back(self) -> None:
+        """End what `take` began. The worker goes on with work that is left."""
+        with self._lock:
+            self.borrower = None
+            for stream in self._streams:
+                stream._running = False
+            self._asleep = self._thread is not None
+            if any(stream._items for stream in self._streams):  # they wait for other devices, or an interrupt came
+                if self._thread is None:
+                    self._start()
+                self._rouse()
 
     def wake(self) -> None:
         """Check the streams again after an event was issued; wake the worker if it has work."""
@@ -301,7 +223,7 @@ class QueueDevice(DeviceMemory):
             DeviceTimeoutError: the worker was still busy after `timeout` seconds.
         """
         with self._lock:
-            self._closed = True
+            self.closed = True
             self._rouse()
             thread = self._thread
         if thread is None or thread is threading.current_thread():
@@ -343,7 +265,7 @@ class QueueDevice(DeviceMemory):
 
     def _serve(self) -> None:
         """Run all items that may run, on the borrowing thread. KeyboardInterrupt and SystemExit are raised at once."""
-        self._serving = True
+        self.serving = True
         stream: QueueStream | None = None
         try:
             while True:
@@ -363,7 +285,7 @@ class QueueDevice(DeviceMemory):
                 elif not settled:
                     return
         finally:
-            self._serving = False
+            self.serving = False
 
     def _loop(self) -> None:
         """Run items that may run; sleep when there are none."""
@@ -376,10 +298,10 @@ class QueueDevice(DeviceMemory):
                 found = self._next()
                 settled, self.settled = self.settled, []
                 if found is None:
-                    if self._closed and not settled:
+                    if self.closed and not settled:
                         break
                     # Completing `settled` below may make an item of this device ready, which then opens the gate.
-                    sleeps = self._asleep = not self._closed
+                    sleeps = self._asleep = not self.closed
             if settled:
                 complete_all(settled)
             if found is None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,23 @@ def prepare_worker(threads: int, device: Any) -> None:
         handle = device.compute.for_torch()
         if torch.cuda.current_stream(device.torch_device).cuda_stream != handle:
             torch.cuda.set_stream(torch.cuda.ExternalStream(handle, device=device.torch_device))
+
+
+@contextmanager
+def in_place_of_workers(devices: Sequence[Any]) -> Iterator[None]:
+    """Held by a thread that does the work of these devices' workers: what `prepare_worker` changes is restored."""
+    names = dict.fromkeys(device.torch_device for device in devices if device.torch_device.startswith("cuda"))
+    streams = [torch.cuda.current_stream(name) for name in names]
+    card = torch.cuda.current_device() if streams else 0
+    threaded = torch._C._is_multithreading_enabled()
+    try:
+        yield
+    finally:
+        torch.autograd.set_multithreading_enabled(threaded)
+        for stream in streams:
+            torch.cuda.set_stream(stream)
+        if streams:
+            torch.cuda.set_device(card)
 
 
 @contextmanager

@@ -95,3 +95,10 @@ def test_a_failure_stays_the_cause_when_a_thread_leaves_later():
     with pytest.raises(StepAborted) as raised:
         meeting.exchange(0, 0, "a sum")
     assert raised.value.__cause__ is cause
+
+
+def test_a_thread_that_runs_all_parts_does_not_wait_for_itself():
+    meeting = Rendezvous(2, 60.0)
+    meeting.one_thread = True
+    with pytest.raises(RuntimeError, match="launched by one thread comes to a place"):
+        meeting.exchange(0, None, "a place")

@@ -51,7 +51,7 @@ class Gpus:
             recording = importlib.import_module(f"{graphs}.recording").Recording
             replay = recording.replay_in_step_graph
             monkeypatch.setattr(recording, "replay_in_step_graph", self._replaying(replay))
-        for name in ("train", "predict", "update"):
+        for name in ("train", "launch", "predict", "update"):
             monkeypatch.setattr(Replica, name, self._touching(getattr(Replica, name), name))
 
     def devices(self, count, cards=None):
@@ -90,18 +90,33 @@ class Gpus:
 
         def run(recording, *args):
             results = replay(recording, *args)
-            stream = importlib.import_module("fastdp.runtime.cuda.streams").current_stream().handle
-            deadline = time.monotonic() + GRAPH_SECONDS
-            while True:
-                with self.sim.lock:
-                    self.sim.settle()
-                    items = self.sim.streams[stream].queue
-                    if not any(isinstance(item, Op) and item.graph is not None for item in items):
-                        return results
-                assert time.monotonic() < deadline, f"a graph on stream {stream:#x} waits for other ranks' for ever"
-                time.sleep(1e-4)
+            self._wait_for_graphs(importlib.import_module("fastdp.runtime.cuda.streams").current_stream().handle)
+            return results
 
         return run
+
+    def _wait_for_graphs(self, stream):
+        """Wait until a stream has run all graphs that were launched on it."""
+        deadline = time.monotonic() + GRAPH_SECONDS
+        while True:
+            with self.sim.lock:
+                self.sim.settle()
+                items = self.sim.streams[stream].queue
+                if not any(isinstance(item, Op) and item.graph is not None for item in items):
+                    return
+            assert time.monotonic() < deadline, f"a graph on stream {stream:#x} waits for other ranks' for ever"
+            time.sleep(1e-4)
+
+    def _behind_graphs(self, launched, stream):
+        """A replica's launched step whose outputs are looked at when its graph has run: see `wrap`."""
+        outputs = launched.outputs
+
+        def behind():
+            self._wait_for_graphs(stream)
+            return outputs()
+
+        launched.outputs = behind
+        return launched
 
     def _touching(self, work, name):
         def run(replica, *args):
@@ -113,13 +128,15 @@ class Gpus:
             ranges = [(rt.array_pointer(b), b.nbytes) for flat in flats for b in flat.buffers.values()]
             batch = args[0] if name != "update" else []
             reads = ranges + [(rt.array_pointer(a), a.nbytes) for a in batch]
-            writes = {"train": ranges[-len(flats[2].buffers) or len(ranges) :], "predict": [], "update": ranges}[name]
+            gradients = ranges[-len(flats[2].buffers) or len(ranges) :]
+            writes = {"train": gradients, "launch": gradients, "predict": [], "update": ranges}[name]
             # What runs below reads host memory now. With the lock, as CuPy's calls have it: work that another worker
             # is just running has left its queue, and has not written yet.
             with self.sim.lock:
                 self.sim.synchronize(compute)
                 self.sim.submit(compute, name, reads, writes, lambda: None)
                 self.sim.synchronize(compute)
-            return work(replica, *args)
+            done = work(replica, *args)
+            return self._behind_graphs(done, compute) if name == "launch" else done
 
         return run

@@ -21,7 +21,7 @@ from small_buckets import make_buckets_small
 import fastdp.comm.algorithm
 from fastdp.capture.cuda_graphs import recorder, recording
 from fastdp.capture.cuda_graphs.step_graphs import StepGraphJoiner
-from fastdp.engine.replicas import Replica
+from fastdp.engine.data_parallel import DataParallel
 from fastdp.errors import DeviceTimeoutError, ReplicaError
 
 pytestmark = pytest.mark.usefixtures("few_arrays_in_a_bucket")
@@ -160,21 +160,21 @@ def test_every_graph_is_uploaded_before_it_is_launched_and_first_launched_betwee
     box = gpus(2)
     seen, inside = [], []
     whole = importlib.import_module("fastdp.comm.cuda.step_graph.graph").StepGraph
-    launch, run = whole.launch, Replica.train
+    launch, run = whole.launch, DataParallel.train
 
     def noted(self, rank):
         seen.append((self._launchable[rank], self._launchable[rank] in box.sim.uploaded, bool(inside)))
         launch(self, rank)
 
-    def training(replica, *args):
-        inside.append(replica)
+    def training(engine, *args, **more):
+        inside.append(engine)
         try:
-            return run(replica, *args)
+            return run(engine, *args, **more)
         finally:
-            inside.remove(replica)
+            inside.remove(engine)
 
     monkeypatch.setattr(whole, "launch", noted)
-    monkeypatch.setattr(Replica, "train", training)
+    monkeypatch.setattr(DataParallel, "train", training)
     train(wrapped(normalized, box.devices(2), graph="step"), 5, sizes=(8,))
     assert all(uploaded for _, uploaded, _ in seen)
     assert [in_step for *_, in_step in seen] == [False] * 2 + [True] * 6
@@ -348,11 +348,12 @@ def test_a_failure_before_a_launch_lets_nobody_launch_and_changes_no_weight(gpus
 
 @pytest.mark.usefixtures("by_nccl")
 def test_without_the_barrier_others_would_launch_and_wait(gpus, monkeypatch):
-    """What the barrier is for. The GPUs that then wait in a collective come free when the step is given up."""
+    """What the workers' barrier is for. The GPUs that then wait in a collective come free when the step is given up."""
     box = gpus(2)
     devices = box.devices(2)
     parallel = wrapped(normalized, devices, graph="step")
     train(parallel, 6, sizes=(8,))
+    parallel.engine.host_launch.enabled = False
     launches = launched(box, devices)
     staged, _ = failing(box, 1, FloatingPointError("no number"))
     rendezvous = importlib.import_module("fastdp.comm.rendezvous").Rendezvous
@@ -429,6 +430,7 @@ def test_a_replica_that_does_not_come_in_time(gpus, monkeypatch):
     devices = box.devices(2)
     parallel = wrapped(normalized, devices, graph="step")
     train(parallel, 6, sizes=(8,))
+    parallel.engine.host_launch.enabled = False
     launches, late = launched(box, devices), threading.Event()
     stage = recording.Recording._stage
 

@@ -48,7 +48,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine/step.py",),
     ("engine/reductions.py", "engine/updates.py", "engine/state.py"),
     ("engine/recovery.py",),
-    ("engine/step_scope.py",),
+    ("engine/step_scope.py", "engine/host_launch.py"),
     ("engine/data_parallel.py",),
     ("engine/__init__.py",),
     ("engine/report.py",),

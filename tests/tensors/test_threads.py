@@ -5,12 +5,14 @@ from __future__ import annotations
 import queue
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fastdp
 from fastdp.runtime.host.resources import CORES
+from fastdp.tensors.threads import in_place_of_workers
 
 SCRIPT = """
 import os, threading, torch
@@ -82,3 +84,24 @@ def test_replicas_share_the_cores_that_the_user_has_given_to_torch(given, gpus, 
         torch.set_num_threads(before)
         fastdp.set_virtual_devices(0)
     assert [SEEN.get_nowait() for _ in range(SEEN.qsize())] == [expected] * gpus
+
+
+def test_a_thread_that_works_in_place_of_workers_gets_its_streams_device_and_modes_back(monkeypatch):
+    streams, current = {"cuda:0": "the user's", "cuda:1": "default"}, [1]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda name: (name, streams[name]))
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: streams.update([stream]))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda card: current.__setitem__(0, card))
+    devices = [SimpleNamespace(torch_device=name) for name in ("cuda:0", "cuda:1", "cuda:1")]
+
+    def work() -> None:
+        with in_place_of_workers(devices):
+            torch.autograd.set_multithreading_enabled(False)
+            streams.update({"cuda:0": "ours", "cuda:1": "ours"})
+            current[0] = 0
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        work()
+    assert (streams, current) == ({"cuda:0": "the user's", "cuda:1": "default"}, [1])
+    assert torch._C._is_multithreading_enabled()

@@ -17,7 +17,7 @@ from fastdp.comm.cuda import at_exit as at_exit  # loaded for the end of the pro
 from fastdp.comm.cuda.host_sum import HostSum
 from fastdp.comm.cuda.nccl import EagerNccl, NcclCollectives
 from fastdp.comm.cuda.peer_kernels import PeerKernels, address_of, stream_of
-from fastdp.comm.cuda.reduction import CudaReduction
+from fastdp.comm.cuda.reduction import CudaReduction, begin_together
 from fastdp.comm.cuda.step_graph.build import Parts, StepGraphs
 from fastdp.comm.cuda.step_graph.graph import StepGraph
 from fastdp.comm.cuda.step_graph.reduction import StepGraphReduction
@@ -27,7 +27,8 @@ from fastdp.runtime.cuda import cupy_api
 from fastdp.runtime.cuda.device import CudaDevice
 from fastdp.runtime.cuda.memory import run_deferred
 from fastdp.runtime.cuda.peer_access import PeerAccess
-from fastdp.runtime.queue import QueueEvent, joined
+from fastdp.runtime.cuda.streams import CudaEvent, CudaStream
+from fastdp.runtime.queue import QueueEvent, QueueStream, joined
 
 # Steps in which NCCL allocates, after it has connected the GPUs again.
 _COLD_STEPS = 2
@@ -164,6 +165,30 @@ class CudaCommunicator(Communicator):
             self._show_errors()
 
         self._issue(issue)
+
+    def finish_here(
+        self, reduction: CudaReduction | StepGraphReduction, computed: Sequence[QueueEvent]
+    ) -> list[tuple[int, BaseException]]:
+        """Reduce the rest, when all GPUs have come to it. A compute stream waits for its own rank's collectives."""
+        if len(self._devices) == 1:
+            return []
+        by_graphs = isinstance(reduction, StepGraphReduction)
+        self._in_graphs, self._before = self._in_graphs or by_graphs, list(computed)
+        streams = [_cuda(device.compute if by_graphs else device.communication) for device in self._devices]
+        rest = [] if by_graphs else reduction.rest()
+        if rest:
+            handles = [event.handle for event in computed if isinstance(event, CudaEvent) and event.handle]
+
+            def issue() -> None:
+                begin_together(streams, handles)
+                reduction.issue(rest)
+
+            streams[0].issue(issue)
+        streams[0].issue(lambda: self._show_errors(streams))
+        if not by_graphs:
+            for device, stream in zip(self._devices, streams, strict=True):
+                device.compute.wait(stream.record())
+        return [(rank, stream.failure) for rank, stream in enumerate(streams) if stream.failure is not None]
 
     def reduce_scatter(
         self,
@@ -310,10 +335,19 @@ class CudaCommunicator(Communicator):
             if way == "host":
                 self._sum_on_host(targets, bucket)
 
-    def _show_errors(self) -> None:
-        """Enqueue copies of the kernels' error flags for `check`, after the last collective: once per step."""
+    def _show_errors(self, streams: Sequence[QueueStream] = ()) -> None:
+        """Enqueue copies of the kernels' error flags for `check`, after the last collective: once per step.
+
+        Args:
+            streams: by rank, behind that collective. Default: the communication streams.
+        """
         if self._kernels is not None:
-            self._kernels.show_errors()
+            self._kernels.show_errors(streams or [device.communication for device in self._devices])
+
+
+def _cuda(stream: QueueStream) -> CudaStream:
+    assert isinstance(stream, CudaStream)
+    return stream
 
 
 def _check_in_place(sources: Sequence[FlatBuffers], targets: Sequence[FlatBuffers]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +23,10 @@ from fastdp.launch.args import PACK_NBYTES
 from fastdp.runtime.cuda import cupy_api
 from fastdp.runtime.cuda.device import CudaDevice
 from fastdp.runtime.cuda.streams import CudaStream
+from fastdp.runtime.queue import QueueStream
 
 
-@dataclass(slots=True)
+@dataclass
 class _PeerRank:
     """One rank's memory for the kernels. The error flag is copied to `seen` after each use."""
 
@@ -32,6 +34,16 @@ class _PeerRank:
     signals: Any
     error: Any
     seen: np.ndarray
+
+    @functools.cached_property
+    def error_at(self) -> int:
+        """The address of `error`."""
+        return cupy_api.array_pointer(self.error)
+
+    @functools.cached_property
+    def seen_at(self) -> int:
+        """The address of `seen`."""
+        return int(self.seen.ctypes.data)
 
 
 class PeerKernels:
@@ -79,14 +91,17 @@ class PeerKernels:
             else:
                 reduce_scatter(device.kernels, group, inputs=addresses, **more)
 
-    def show_errors(self) -> None:
+    def show_errors(self, streams: Sequence[QueueStream]) -> None:
         """Enqueue copies of the ranks' error flags to the host for `given_up`, once, after the last launch.
 
         Does nothing before the first bucket is reduced by these kernels.
+
+        Args:
+            streams: by rank, those that follow the last launch.
         """
-        for device, memory in zip(self._devices, self._ranks, strict=False):
-            flag = cupy_api.array_pointer(memory.error)
-            cupy_api.copy_async(memory.seen.ctypes.data, flag, memory.seen.nbytes, stream_of(device))
+        for stream, memory in zip(streams, self._ranks, strict=False):
+            assert isinstance(stream, CudaStream)
+            cupy_api.copy_async(memory.seen_at, memory.error_at, memory.seen.nbytes, stream.handle)
 
     def given_up(self) -> list[int]:
         """The ranks that gave up waiting for another. Called when the GPUs are done with the step."""

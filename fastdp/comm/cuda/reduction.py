@@ -16,6 +16,7 @@ from fastdp.comm.ready_buckets import ReadyBuckets
 from fastdp.runtime.cuda import cupy_api
 from fastdp.runtime.cuda.device import CudaDevice
 from fastdp.runtime.cuda.streams import CudaEvent, CudaStream
+from fastdp.runtime.queue import QueueStream
 
 Issue = Callable[[Sequence[int]], None]
 
@@ -73,16 +74,30 @@ class CudaReduction(Reduction):
             return rest
 
     def _begin(self, bucket: int) -> None:
-        """Issue a bucket's collective after the gradients of all ranks."""
+        """Issue a bucket's collective, which begins when all GPUs have come to it."""
         with self._issuing:
             if bucket not in self._left:
                 return
             self._left.remove(bucket)
-            for device in self._devices:
-                stream = device.communication
-                assert isinstance(stream, CudaStream)
-                with cupy_api.on(device.ordinal):
-                    for event in self._events[bucket]:
-                        cupy_api.stream_wait_event(stream.handle, event.handle)
+            streams = [device.communication for device in self._devices]
+            begin_together(streams, [event.handle for event in self._events[bucket]])
             self.issue([bucket])
             self._begun += 1
+
+
+def begin_together(streams: Sequence[QueueStream], events: Sequence[int]) -> None:
+    """Let what is issued to these streams from now on begin when all of these events are done.
+
+    One stream waits for all events, and the others for that stream: 2 N calls of CUDA, where all streams that wait for
+    all events would take N x N.
+    """
+    first, *others = streams
+    assert isinstance(first, CudaStream)
+    with cupy_api.on(first.ordinal):
+        for event in events:
+            cupy_api.stream_wait_event(first.handle, event)
+        gate = first.issued_so_far()
+    for stream in others:
+        assert isinstance(stream, CudaStream)
+        with cupy_api.on(stream.ordinal):
+            cupy_api.stream_wait_event(stream.handle, gate.handle)

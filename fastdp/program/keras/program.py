@@ -17,11 +17,12 @@ import torch
 
 from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
 from fastdp.capture.cuda_graphs.step_graphs import RecordedStepGraph
+from fastdp.capture.shapes import are_recorded
 from fastdp.capture.steps import Captures
 from fastdp.capture.trace import Captured
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
-from fastdp.program.base import Program, Result, Totals
+from fastdp.program.base import Launched, Program, Result, Totals
 from fastdp.program.keras.gradients import LeftGradients
 from fastdp.program.keras.indices import RowsNamed
 from fastdp.program.keras.optimizer.accumulation import Accumulation, Engine
@@ -41,7 +42,7 @@ from fastdp.program.keras.variables import AdoptedVariables, ReplicaState, adopt
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import accumulate, settle, spec_of
 from fastdp.tensors.autocast import Autocast
-from fastdp.tensors.threads import given_cores, prepare_worker, replicas_run
+from fastdp.tensors.threads import given_cores, in_place_of_workers, prepare_worker, replicas_run
 
 
 class KerasProgram(Program):
@@ -190,9 +191,30 @@ class KerasProgram(Program):
                     nest = context.structure.pack(batch)
                     outcome = self.passes.train(state.mapping, nest, self.running_replica(context))
                 unused = state.arrivals.store(outcome.gradients)
+        return outcome.result(state.mapping, context, self._notes(outcome, unused), self.effects)
+
+    def _notes(self, outcome: StepSums, unused: frozenset[int]) -> Notes:
+        """The notes of a training step in which these trainable variables have no gradient."""
         unused |= {i for i, v in enumerate(self.trainable) if not v._value.requires_grad}  # frozen through torch
-        notes = Notes(outcome.structure, len(outcome.terms) - 1, unused=unused, added=outcome.added)
-        return outcome.result(state.mapping, context, notes, self.effects)
+        return Notes(outcome.structure, len(outcome.terms) - 1, unused=unused, added=outcome.added)
+
+    def launches(self, contexts: Sequence[Context]) -> bool:
+        """Whether the replicas' steps are recorded as CUDA graphs."""
+        return self._captures is not None and are_recorded(self._captures.find, contexts)
+
+    launching = staticmethod(in_place_of_workers)  # the thread gets its streams and modes of torch back
+
+    def launch(self, state: ReplicaState, batch: list[np.ndarray], context: Context) -> Launched:
+        """Enqueue a recorded step."""
+        captured = self._captures.find(context) if self._captures is not None else None
+        assert captured is not None, "`launches` has found it"
+        with RowsNamed(self, batch, context, state.mapping, trains=True):
+            outcome = captured.replay(state, batch, context)
+        unused = frozenset(i for i, gradient in enumerate(outcome.gradients) if gradient is None)
+        notes = self._notes(outcome, unused)
+        return Launched(
+            lambda: outcome.arrays(context), lambda: outcome.summed(state.mapping, context, notes, self.effects)
+        )
 
     def step_graph(self, contexts: Sequence[Context], why_not: str) -> RecordedStepGraph | None:
         """The step graph for these rows; None if there is none."""

@@ -246,10 +246,19 @@ class StepSums:
             notes: of the step; they get the description of the side effects.
             effects: how variables depend on the rows.
         """
+        result = self.summed(mapping, context, notes, effects)
+        result.outputs = self.arrays(context)
+        return result
+
+    def summed(self, mapping: Mapping, context: Context, notes: Notes, effects: Effects) -> Result:
+        """As `result`, without the outputs. Waits for the values."""
         terms = np.array([float(term) for term in self.terms])
         sums, notes.effects = self.effects.summed(mapping, context.rows.share, effects)
-        outputs = [output_array(tensor, context.device) for tensor in self.outputs]
-        return Result(outputs, np.concatenate([terms, *sums]), notes)
+        return Result([], np.concatenate([terms, *sums]), notes)
+
+    def arrays(self, context: Context) -> list[np.ndarray]:
+        """The outputs as arrays on the replica's device."""
+        return [output_array(tensor, context.device) for tensor in self.outputs]
 
     def flatten(self) -> tuple[list[torch.Tensor], StepSumsForm]:
         """The tensors except the gradients, in the order that `StepSumsForm.filled` expects, and the form.

@@ -17,7 +17,7 @@ from fastdp.capture.resumed import ResumedCaptures
 from fastdp.capture.trace import Captured
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
-from fastdp.program.base import Program, Result, Totals
+from fastdp.program.base import Launched, Program, Result, Totals
 from fastdp.program.torch.batch import Structure, make_batch, undivided_batch
 from fastdp.program.torch.capture.outcome import TorchOutcome
 from fastdp.program.torch.capture.pure_step import TorchPureStep
@@ -38,7 +38,7 @@ from fastdp.program.torch.window import Window
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import accumulate, settle, spec_of, tensors_of
 from fastdp.tensors.thread_state import ThreadState
-from fastdp.tensors.threads import given_cores, prepare_worker, replicas_run
+from fastdp.tensors.threads import given_cores, in_place_of_workers, prepare_worker, replicas_run
 
 
 class TorchProgram(Program):
@@ -293,6 +293,17 @@ class TorchProgram(Program):
     def step_graph(self, contexts: Sequence[Context], why_not: str) -> RecordedStepGraph | None:
         """The step graph for these rows; None if there is none."""
         return self.captures.step_graph(contexts, why_not) if self.captures is not None else None
+
+    def launches(self, contexts: Sequence[Context]) -> bool:
+        """Whether the replicas' steps are recorded as CUDA graphs."""
+        return self._replays is not None and self._replays.launches(contexts)
+
+    launching = staticmethod(in_place_of_workers)  # the thread gets its streams and modes of torch back
+
+    def launch(self, state: State, batch: list[np.ndarray], context: Context) -> Launched:
+        """Enqueue a recorded step."""
+        assert self._replays is not None, "`launches` has found it"
+        return self._thread.run(self._replays.launch, state, batch, context)
 
     def predict(self, state: State, batch: list[np.ndarray], context: Context) -> Result:
         """Run forward only. Changes no parameter and no buffer, even in training mode."""

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import cupy
@@ -24,7 +23,7 @@ from cupy.cuda import runtime as cudart
 
 from fastdp.runtime.cuda.cupy_nccl import *  # noqa: F403  re-exported, so that callers use one namespace
 from fastdp.runtime.cuda.driver import NOT_READY, event_status
-from fastdp.runtime.environment import ask_for
+from fastdp.runtime.environment import check_environment as check_environment
 
 CudaError: type[RuntimeError] = cudart.CUDARuntimeError
 DriverError: type[RuntimeError] = driver.CUDADriverError
@@ -55,19 +54,24 @@ def device_count() -> int:
     return int(cudart.getDeviceCount())
 
 
-@contextlib.contextmanager
-def on(device: int) -> Iterator[None]:
+_NOTHING = contextlib.nullcontext()
+
+
+def on(device: int) -> contextlib.AbstractContextManager[None]:
     """Make a device current in this thread, and restore the previous one on exit.
 
     Since CUDA 12, making a device current creates its context, which takes hundreds of megabytes. A thread that
     has not used CUDA yet has device 0 as its default. Such a thread stays on `device`, so that device 0 gets no
     context unless it is in use.
     """
+    # Without a current context, as in a thread new to CUDA, driver calls such as a launch would fail.
+    is_current = cudart.getDevice() == device and device in _entered and driver.ctxGetCurrent()
+    return _NOTHING if is_current else _made_current(device)
+
+
+@contextlib.contextmanager
+def _made_current(device: int) -> Iterator[None]:
     previous = int(cudart.getDevice())
-    if previous == device and device in _entered and driver.ctxGetCurrent():
-        # Without a current context, as in a thread new to CUDA, driver calls such as a launch would fail.
-        yield
-        return
     in_use = previous in _entered or driver.ctxGetCurrent() != 0
     cudart.setDevice(device)
     _entered.add(device)
@@ -78,25 +82,34 @@ def on(device: int) -> Iterator[None]:
             cudart.setDevice(previous)
 
 
-def check_environment(devices: Sequence[int]) -> None:
-    """Reject settings under which these devices cannot work together, and set those that the user left unset.
+@contextlib.contextmanager
+def restored_device(first: int) -> Iterator[None]:
+    """For a thread that goes from device to device by `switch_to`: restore the present one on exit, as `on` does.
 
-    With several devices, sets CUDA_MODULE_LOADING and NCCL_GRAPH_MIXING_SUPPORT, each unless it is already set; a
-    warning says if CUDA has started without the first (`fastdp.runtime.environment`).
-
-    Raises:
-        RuntimeError: CUDA_LAUNCH_BLOCKING=1 with several devices.
+    Args:
+        first: the device to begin with.
     """
-    if len(set(devices)) < 2:
-        return
-    blocking = os.environ.get("CUDA_LAUNCH_BLOCKING", "0").strip()
-    if blocking not in ("", "0"):
-        raise RuntimeError(
-            f"CUDA_LAUNCH_BLOCKING={blocking!r} with {len(set(devices))} GPUs in one process: each launch would wait "
-            "until its kernel is over, and a collective is over only when all GPUs have launched theirs. Unset it, "
-            "or use one GPU."
-        )
-    ask_for("CUDA_MODULE_LOADING")
+    previous = int(cudart.getDevice())
+    in_use = previous in _entered or has_context()
+    cudart.setDevice(first)
+    _entered.add(first)
+    try:
+        yield
+    finally:
+        if in_use:
+            switch_to(previous)
+
+
+def has_context() -> bool:
+    """Whether this thread has a current context, of any device."""
+    return bool(driver.ctxGetCurrent())
+
+
+def switch_to(device: int) -> None:
+    """Make a device current in this thread, inside `restored_device`. One call of CUDA where it is current already."""
+    if cudart.getDevice() != device:
+        cudart.setDevice(device)
+        _entered.add(device)
 
 
 def memory_info(device: int) -> tuple[int, int]:
@@ -232,6 +245,11 @@ def current_stream(device: int, stream: int) -> Iterator[None]:
     """Make third-party CuPy code run on this device and stream."""
     with on(device), cupy.cuda.Stream.from_external(_Handle(stream)):
         yield
+
+
+def for_cupy(stream: int) -> contextlib.AbstractContextManager[object]:
+    """CuPy's object for a stream of the current device: while it is entered, CuPy's code runs on the stream."""
+    return cupy.cuda.Stream.from_external(_Handle(stream))
 
 
 class _Handle:

@@ -18,7 +18,8 @@ from fastdp.runtime.cuda.memory import Arena, PinnedPool
 from fastdp.runtime.cuda.outputs import OutputPool
 from fastdp.runtime.cuda.peer_access import reaches
 from fastdp.runtime.cuda.pinned_home import HostHome
-from fastdp.runtime.cuda.streams import FIRST_PAUSE, LAST_PAUSE, CudaStream, current_stream
+from fastdp.runtime.cuda.streams import CudaStream, current_stream
+from fastdp.runtime.events import pause_after
 from fastdp.runtime.queue import QueueDevice, QueueStream
 from fastdp.shard import Rows
 
@@ -75,6 +76,10 @@ class CudaDevice(QueueDevice):
     def _worker_scope(self) -> AbstractContextManager[object]:
         return cupy_api.on(self.ordinal)
 
+    def lent_scope(self) -> AbstractContextManager[object]:
+        """Streams make the card of their work current: the thread gets its own back in the end."""
+        return cupy_api.restored_device(self.ordinal)
+
     # Memory: an Allocator (fastdp.buffers).
 
     @property
@@ -106,10 +111,14 @@ class CudaDevice(QueueDevice):
         if not cupy_api.is_array(source):
             self._fill(target, source, self._handle_here())
             return
+        stream = current_stream()
+        if stream is not None and stream.ordinal == self.ordinal:
+            self.copy_rows(target, cupy_api.contiguous(source), stream.handle)
+            return
         handle = self._handle_here()
         with cupy_api.current_stream(self.ordinal, handle):
             self.copy_rows(target, cupy_api.contiguous(source), handle)
-            if current_stream() is None:
+            if stream is None:
                 self._wait_for(self._host_stream)
 
     def copy_rows(self, target: Any, source: Any, stream: int) -> None:
@@ -166,6 +175,10 @@ class CudaDevice(QueueDevice):
     def stage_rows(self, batch: Sequence[Any], rows: Rows) -> bool:
         """Prefetch the rows for the next `take_rows` of the same arrays; False if there is no room for them."""
         return self._feed.stage(batch, rows)
+
+    def has_staged(self, batch: Sequence[Any], rows: Rows) -> bool:
+        """Whether `stage_rows` has been called for these rows of these arrays, and they have not been taken."""
+        return self._feed.has_staged(batch, rows)
 
     def forget_staged(self) -> None:
         """Discard the staged rows."""
@@ -265,12 +278,12 @@ class CudaDevice(QueueDevice):
         event = cupy_api.event_create()
         try:
             cupy_api.event_record(event, handle)
-            deadline, pause = time.monotonic() + self._timeout, FIRST_PAUSE
+            began = time.monotonic()
             while not cupy_api.event_done(event):
-                if time.monotonic() > deadline:
+                waited = time.monotonic() - began
+                if waited > self._timeout:
                     raise DeviceTimeoutError(f"{self.name} did not finish a copy within {self._timeout} seconds.")
-                time.sleep(pause)
-                pause = min(1.5 * pause, LAST_PAUSE)
+                time.sleep(pause_after(waited))
         finally:
             cupy_api.event_destroy(event)
 

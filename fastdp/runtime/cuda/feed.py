@@ -6,22 +6,23 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from fastdp.launch import RowSlice, slice_rows
 from fastdp.runtime.cuda import cupy_api
+from fastdp.runtime.cuda.batch_layout import ALIGNMENT, BatchLayout
 from fastdp.runtime.cuda.memory import StagingRing
 from fastdp.runtime.cuda.peer_access import reaches
 from fastdp.runtime.cuda.streams import CudaStream
 from fastdp.runtime.queue import QueueEvent
 from fastdp.shard import Rows
 
-# Alignment of arrays in a staging buffer, enough for the widest loads of the kernels.
-ALIGNMENT = 256
 # Two buffers: the rows of a step are copied in while the previous step still computes.
 BATCHES_IN_FLIGHT = 2
+MOST_LAYOUTS = 64
 
 
 @dataclass(slots=True)
@@ -83,6 +84,7 @@ class Feed:
         self._turn = 0  # the buffer with the rows taken last
         self._other_is_free: QueueEvent | None = None
         self._staged: _Staged | None = None
+        self._layouts: dict[tuple[Any, ...], BatchLayout] = {}
         self._error: Any = None  # the kernel's error flag; never read, since row numbers are checked before
 
     def take(self, batch: Sequence[Any], rows: Rows) -> list[Any]:
@@ -96,11 +98,12 @@ class Feed:
             # All work that reads the previous step's buffer is enqueued by now.
             self._other_is_free = self._device.compute.record()
         else:
-            parts, sizes = _parts(batch, rows)
-            free = self._turn_over(sum(sizes), sum(sizes) if _from_host(parts) else 0)
-            if _from_gpus(parts):
+            parts = _parts(batch, rows)
+            layout = self._layout_of(parts)
+            free = self._turn_over(layout.nbytes, layout.nbytes if layout.host else 0)
+            if layout.cards:
                 self._device.kernels.load("slice_rows")  # here, because CUDA may wait for the GPU to load it
-            staged = self._send(batch, rows, parts, sizes, self._turn, free)
+            staged = self._send(batch, rows, parts, layout, self._turn, free)
         self._device.compute.wait(staged.arrived)
         return staged.arrays
 
@@ -145,15 +148,20 @@ class Feed:
             False, without copying, if memory would have to be allocated: CUDA may then wait for all GPUs, which may
             wait for each other in the middle of a step. Also False if an array lies on a GPU.
         """
-        parts, sizes = _parts(batch, rows)
+        parts = _parts(batch, rows)
+        layout = self._layout_of(parts)
         self._staged = None
-        buffer = self._buffers[self._other]
-        if buffer is None or buffer.nbytes < sum(sizes) or (_from_host(parts) and self._ring.room < sum(sizes)):
+        buffer, needed = self._buffers[self._other], layout.nbytes
+        if buffer is None or buffer.nbytes < needed or (layout.host and self._ring.room < needed):
             return False
-        if _from_gpus(parts):  # they do not use the host's link, and a kernel may have to be loaded
+        if layout.cards:  # they do not use the host's link, and a kernel may have to be loaded
             return False
-        self._staged = self._send(batch, rows, parts, sizes, self._other, self._other_is_free)
+        self._staged = self._send(batch, rows, parts, layout, self._other, self._other_is_free)
         return True
+
+    def has_staged(self, batch: Sequence[Any], rows: Rows) -> bool:
+        """Whether `take` would find these rows staged."""
+        return self._staged is not None and self._staged.holds(batch, rows)
 
     def forget(self) -> None:
         """Discard the staged rows. Their copy may still run; later copies are ordered after it."""
@@ -162,12 +170,14 @@ class Feed:
     def recover(self) -> None:
         """Reset after a failure, when nothing runs: staged rows may be incomplete, and both buffers are free."""
         self._staged = self._other_is_free = None
+        self._ring.recover()
 
     def close(self) -> None:
         """Free the memory once the GPU is done with it."""
         self.recover()
         self._error = None
         self._ring.close()
+        self._layouts.clear()
         self._buffers = [None] * BATCHES_IN_FLIGHT
 
     @property
@@ -192,59 +202,57 @@ class Feed:
         buffer = self._buffers[turn]
         if buffer is None or buffer.nbytes < nbytes:
             room = 1 << max(12, math.ceil(math.log2(max(1, nbytes))))
+            self._layouts.clear()  # they hold the buffer
             self._buffers[turn] = self._device.empty((room,), np.dtype(np.uint8))
+
+    def _layout_of(self, parts: Sequence[Any]) -> BatchLayout:
+        """Where these rows lie in a buffer."""
+        key = tuple([(part.shape, part.dtype, type(part)) for part in parts])
+        found = self._layouts.get(key)
+        if found is None or found.cards:  # the cards are not in the key
+            if len(self._layouts) >= MOST_LAYOUTS:
+                self._layouts.clear()
+            found = self._layouts[key] = BatchLayout(parts)
+        return found
 
     def _send(
         self,
         batch: Sequence[Any],
         rows: Rows,
         parts: Sequence[Any],
-        sizes: Sequence[int],
+        layout: BatchLayout,
         turn: int,
         free: QueueEvent | None,
     ) -> _Staged:
         """Enqueue the copies into a buffer, after the event `free` that ends its use."""
-        buffer, copy_in = self._buffers[turn], self._device.copy_in
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        base = cupy_api.array_pointer(buffer)
-        arrays = [
-            cupy_api.array(base + start, part.shape, part.dtype, self._device.ordinal, buffer)
-            for start, part in zip(starts, parts, strict=True)
-        ]
+        copy_in = self._device.copy_in
+        arrays = layout.on(self._buffers[turn], parts, self._device.ordinal)
         if free is not None:
             copy_in.wait(free)
-        sources = [_behind_caller(ordinal) for ordinal in _from_gpus(parts)]
-        copy_in.enqueue(lambda: self._copy(arrays, parts, starts, sum(sizes), sources))
-        return _Staged(list(batch), rows, arrays, copy_in.record())
+        callers = [_behind_caller(ordinal) for ordinal in layout.cards]
+        copy_in.issue(partial(self._copy, arrays, parts, layout, callers))
+        return _Staged(list(batch), rows, list(arrays), copy_in.record())
 
     def _copy(
-        self,
-        arrays: Sequence[Any],
-        parts: Sequence[Any],
-        starts: Sequence[int],
-        nbytes: int,
-        callers: Sequence[CallersWork],
+        self, arrays: Sequence[Any], parts: Sequence[Any], layout: BatchLayout, callers: Sequence[CallersWork]
     ) -> None:
         """Fill a pinned buffer with the host rows, and enqueue the copies. Runs on the worker as copy stream work."""
         stream = self._device.copy_in
         assert isinstance(stream, CudaStream)
-        host = _from_host(parts)
-        if host:
-            pinned = self._ring.take(nbytes)
-            for i in host:
-                room = pinned[starts[i] : starts[i] + parts[i].nbytes]
-                np.copyto(room.view(parts[i].dtype).reshape(parts[i].shape), parts[i])
-            # One copy if all rows come from the host, including the gaps between arrays.
-            if len(host) == len([part for part in parts if part.nbytes]):
-                first, last = host[0], host[-1]
-                length = starts[last] + parts[last].nbytes - starts[first]
-                source = pinned.ctypes.data + starts[first]
-                cupy_api.copy_async(cupy_api.array_pointer(arrays[first]), source, length, stream.handle)
+        if layout.host:
+            pinned = self._ring.take(layout.nbytes)
+            at = self._ring.address
+            layout.fill(pinned, at, parts)
+            if layout.whole:
+                target = cupy_api.array_pointer(arrays[layout.host[0]])
+                cupy_api.copy_async(target, at + layout.first, layout.length, stream.handle)
             else:
-                for i in host:
-                    source = pinned.ctypes.data + starts[i]
-                    cupy_api.copy_async(cupy_api.array_pointer(arrays[i]), source, parts[i].nbytes, stream.handle)
+                for i in layout.host:
+                    target, source = cupy_api.array_pointer(arrays[i]), at + layout.starts[i]
+                    cupy_api.copy_async(target, source, parts[i].nbytes, stream.handle)
             self._ring.release(stream.now())
+        if not layout.cards:
+            return
         for caller in callers:
             cupy_api.stream_wait_event(stream.handle, caller.event)
         near: list[tuple[Any, Any]] = []
@@ -289,10 +297,10 @@ def _behind_caller(ordinal: int) -> CallersWork:
         return CallersWork()
 
 
-def _parts(batch: Sequence[Any], rows: Rows) -> tuple[list[Any], list[int]]:
-    """The rows of every array, and the aligned size of each in a buffer."""
-    parts = [_adopted(array)[rows.start : rows.stop] for array in batch]
-    return parts, [-(-part.nbytes // ALIGNMENT) * ALIGNMENT for part in parts]
+def _parts(batch: Sequence[Any], rows: Rows) -> list[Any]:
+    """The rows of every array."""
+    start, stop = rows.start, rows.stop
+    return [(array if type(array) is np.ndarray else _adopted(array))[start:stop] for array in batch]
 
 
 def _adopted(x: Any) -> Any:
@@ -317,13 +325,3 @@ def _adopted(x: Any) -> Any:
             f"{tuple(x.shape)}. Pass cupy.ascontiguousarray(array), or tensor.contiguous()."
         )
     return x
-
-
-def _from_host(parts: Sequence[Any]) -> list[int]:
-    """The indices of parts in host memory that are not empty."""
-    return [i for i, part in enumerate(parts) if part.nbytes and not cupy_api.is_array(part)]
-
-
-def _from_gpus(parts: Sequence[Any]) -> list[int]:
-    """The ordinals of the GPUs with non-empty parts."""
-    return sorted({cupy_api.array_device(part) for part in parts if part.nbytes and cupy_api.is_array(part)})

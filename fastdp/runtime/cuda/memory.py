@@ -24,6 +24,7 @@ __all__ = ["Arena", "PinnedPool", "StagingRing", "defer", "run_deferred", "size_
 
 ALIGNMENT = 512  # bytes
 PINNED_CACHE_NBYTES = 1 << 30
+MOST_VIEWS = 64
 
 
 def _nbytes(shape: Sequence[int], dtype: Any) -> int:
@@ -170,6 +171,7 @@ class StagingRing:
 
     Attributes:
         allocations: number of allocations from CUDA; constant after the largest batch.
+        address: that of the buffer taken last.
 
     One thread at a time takes and releases buffers, in the same order.
 
@@ -188,6 +190,8 @@ class StagingRing:
         self._slots = [_Slot() for _ in range(slots)]
         self._turn = 0
         self._taken: deque[_Slot] = deque()
+        self._views: dict[tuple[int, int], NDArray[np.uint8]] = {}  # of the present buffers, by address and length
+        self.address = 0
 
     @property
     def room(self) -> int:
@@ -220,7 +224,15 @@ class StagingRing:
         if slot.nbytes < nbytes:
             self._resize(slot, nbytes)
         self._taken.append(slot)
-        return np.asarray(_Block(slot.ptr, nbytes)) if nbytes else np.empty(0, np.uint8)
+        self.address = slot.ptr
+        if not nbytes:
+            return np.empty(0, np.uint8)
+        view = self._views.get((slot.ptr, nbytes))
+        if view is None:
+            if len(self._views) >= MOST_VIEWS:
+                self._views.clear()
+            view = self._views[slot.ptr, nbytes] = np.asarray(_Block(slot.ptr, nbytes))
+        return view
 
     def release(self, event: QueueEvent) -> None:
         """Release the buffer taken first; it stays in use until `event` is done.
@@ -231,6 +243,10 @@ class StagingRing:
         if not self._taken:
             raise RuntimeError("no staging buffer is taken: call take() first")
         self._taken.popleft().in_use_until = event
+
+    def recover(self) -> None:
+        """Release buffers that a failed copy has left taken. Only while nothing runs."""
+        self._taken.clear()
 
     def close(self) -> None:
         """Wait until the buffers are unused, and free them. Idempotent."""
@@ -247,6 +263,7 @@ class StagingRing:
 
     def _resize(self, slot: _Slot, nbytes: int) -> None:
         if slot.ptr:
+            self._views.clear()
             cupy_api.host_free(slot.ptr)
             slot.ptr = slot.nbytes = 0
         if nbytes:

@@ -11,19 +11,16 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from functools import partial
+from threading import get_ident
 from typing import Any
 
 from fastdp.errors import DeviceTimeoutError
 from fastdp.runtime.base import Work
 from fastdp.runtime.cuda import cupy_api
+from fastdp.runtime.events import pause_after
 from fastdp.runtime.queue import QueueEvent, QueueStream
-
-# Seconds between two polls of an event: short at first, since a step may take only microseconds.
-FIRST_PAUSE, LAST_PAUSE = 2e-5, 1e-3
-
-_worker = threading.local()
 
 # Streams of closed devices that torch was given, by card and priority; the next device of the card takes them.
 _kept: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
@@ -39,9 +36,17 @@ class CudaEvent(QueueEvent):
         self.stream = stream
         self.handle = 0  # until the worker records it
 
+    @classmethod
+    def issued_already(cls, stream: CudaStream, handle: int, error: BaseException | None) -> CudaEvent:
+        """An event that the calling thread has just recorded: nobody can wait for it yet, so it needs no lock."""
+        event = cls.__new__(cls)
+        event._issued, event.error, event.parts = True, error, ()
+        event.stream, event.handle = stream, handle
+        return event
+
     def __del__(self) -> None:
         if self.handle and not sys.is_finalizing():
-            cupy_api.event_destroy(self.handle)
+            self.stream.take_back(self.handle)
 
     @property
     def done(self) -> bool:
@@ -56,16 +61,18 @@ class CudaEvent(QueueEvent):
         """Block until done. A failure on the GPU becomes the event's error."""
         deadline = None if timeout is None else time.monotonic() + timeout
         self.wait_issued(timeout)
-        pause = FIRST_PAUSE
+        began = time.monotonic()
         while not self.done:
-            if deadline is not None and time.monotonic() > deadline:
+            now = time.monotonic()
+            if deadline is not None and now > deadline:
                 raise DeviceTimeoutError(f"A GPU was not done with its work within timeout={timeout} seconds.")
-            time.sleep(pause)
-            pause = min(1.5 * pause, LAST_PAUSE)
+            time.sleep(pause_after(now - began))
 
     def _query(self) -> bool:
         """Query CUDA. An event on a failed GPU counts as done, with an error."""
         try:
+            if cupy_api.has_context():  # of any card
+                return cupy_api.event_done(self.handle)
             with cupy_api.on(self.stream.ordinal):
                 return cupy_api.event_done(self.handle)
         except cupy_api.CudaError as error:
@@ -96,6 +103,8 @@ class CudaStream(QueueStream):
             self.handle = cupy_api.stream_create(self.ordinal, priority)
         self._torch_has_it = False
         self._waits: list[CudaEvent] = []
+        self._for_cupy: AbstractContextManager[object] | None = None
+        self._spare: list[int] = []  # events that nobody refers to any more
 
     def for_torch(self) -> int:
         """The CUDA stream's handle, for torch's operations.
@@ -108,7 +117,10 @@ class CudaStream(QueueStream):
 
     def destroy(self) -> None:
         """Destroy the CUDA stream, or keep it for the next device if torch has it. Idempotent."""
-        handle, self.handle = self.handle, 0
+        handle, self.handle, self._for_cupy = self.handle, 0, None
+        self._waits.clear()
+        while self._spare:
+            cupy_api.event_destroy(self._spare.pop())
         if handle and self._torch_has_it:
             self._kept.append(handle)
         elif handle:
@@ -140,29 +152,120 @@ class CudaStream(QueueStream):
             if event.handle:
                 cupy_api.stream_wait_event(self.handle, event.handle)
 
+    # On a thread that has the device by `lent`, nothing is queued: the calls of CUDA are made at once.
+
+    def enqueue(self, work: Work) -> None:
+        """Run `work()` on the worker after everything enqueued before it."""
+        if self.device.borrower == get_ident():
+            self.issue(partial(self._with_cupy, work))
+        else:
+            super().enqueue(work)
+
+    def issue(self, work: Work) -> None:
+        """As `enqueue`, without a current stream of CuPy's."""
+        device = self.device
+        if device.borrower != get_ident() or device.serving or self._items:
+            super().enqueue(work)
+            return
+        if self._error is not None:
+            return
+        device.serving = True
+        before, _worker.stream = _worker.stream, self
+        try:
+            cupy_api.switch_to(self.ordinal)
+            if self._waits:
+                self._order()
+            work()
+        except BaseException as error:
+            self._error = error
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+        finally:
+            device.serving = False
+            _worker.stream = before
+        device.serve_rest()
+
+    def record(self) -> QueueEvent:
+        """An event that is done when everything enqueued before it is."""
+        if self.device.borrower != get_ident() or self.device.serving or self._items:
+            return super().record()
+        handle = 0
+        try:
+            cupy_api.switch_to(self.ordinal)
+            if self._waits:
+                self._order()
+            handle = self._unused_event()
+            cupy_api.event_record(handle, self.handle)
+        except BaseException as error:
+            self._error = self._error if self._error is not None else error
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+        return CudaEvent.issued_already(self, handle, self._error)
+
+    def wait(self, event: QueueEvent) -> None:
+        """Hold back everything enqueued from now on until `event` is done."""
+        if self.device.borrower != get_ident() or self._items or not event.issued:
+            super().wait(event)
+        else:
+            self._follow(event)
+
+    def issued_so_far(self) -> CudaEvent:
+        """An event behind what any thread has issued to the CUDA stream, past the queue. Its device must be current."""
+        handle = self._unused_event()
+        event = CudaEvent.issued_already(self, handle, None)
+        cupy_api.event_record(handle, self.handle)
+        return event
+
+    def _unused_event(self) -> int:
+        try:
+            return self._spare.pop()
+        except IndexError:
+            return cupy_api.event_create()
+
+    def take_back(self, event: int) -> None:
+        """Keep a CUDA event for the next one that is recorded here. Streams that wait for it still do."""
+        if self.handle:
+            self._spare.append(event)
+        else:
+            cupy_api.event_destroy(event)
+
     def _perform(self, work: Work) -> None:
-        self._order()
-        with _current(self), cupy_api.current_stream(self.ordinal, self.handle):
+        if self.device.mine:
+            cupy_api.switch_to(self.ordinal)
+        if self._waits:
+            self._order()
+        before, _worker.stream = _worker.stream, self
+        try:
+            self._with_cupy(work)
+        finally:
+            _worker.stream = before
+
+    def _with_cupy(self, work: Work) -> None:
+        """Run work whose CuPy code runs on this stream. The stream's device is current."""
+        if self._for_cupy is None:
+            self._for_cupy = cupy_api.for_cupy(self.handle)
+        with self._for_cupy:
             work()
 
     def _mark(self, event: QueueEvent) -> None:
-        self._order()
+        if self.device.mine:
+            cupy_api.switch_to(self.ordinal)
+        if self._waits:
+            self._order()
         if isinstance(event, CudaEvent):
-            event.handle = cupy_api.event_create()
+            event.handle = self._unused_event()
             cupy_api.event_record(event.handle, self.handle)
+
+
+class _Worker(threading.local):
+    """A thread that issues a stream's work."""
+
+    stream: CudaStream | None = None
+
+
+_worker = _Worker()
 
 
 def current_stream() -> CudaStream | None:
     """The stream whose work this thread is issuing, or None if it is not a worker at work."""
-    return getattr(_worker, "stream", None)
-
-
-@contextmanager
-def _current(stream: CudaStream) -> Iterator[None]:
-    """Mark this thread as issuing a stream's work."""
-    before = current_stream()
-    _worker.stream = stream
-    try:
-        yield
-    finally:
-        _worker.stream = before
+    return _worker.stream

@@ -9,6 +9,7 @@ from typing import Protocol
 from fastdp.comm.base import Reduction
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.errors import StepAborted
+from fastdp.runtime.cuda import cupy_api
 
 # A launch returns at once. If it takes this long, CUDA hangs.
 _LAUNCH_SECONDS = 30.0
@@ -68,12 +69,22 @@ class StepGraphReduction(Reduction):
             raise
         self._left(rank, launched=True)
 
+    def launch_here(self, rank: int) -> None:
+        """As `launch`, on the one thread that launches for all replicas, when all have their inputs in place."""
+        try:
+            self._step.launch(rank)
+        except BaseException:
+            self._give_up(always=True)
+            raise
+        self._launched.add(rank)
+
     def abandon(self, error: BaseException | None) -> None:
         """Give the step up, and leave no GPU waiting in a collective that others do not reach.
 
-        A collective that all ranks have launched ends by itself. After a timeout that is uncertain, so it is aborted.
+        A collective that all ranks have launched ends by itself. After a timeout, or where CUDA has failed, that is
+        uncertain, so it is aborted.
         """
-        self._give_up(always=isinstance(error, TimeoutError))
+        self._give_up(always=isinstance(error, (TimeoutError, cupy_api.CudaError)))
 
     def _left(self, rank: int, *, launched: bool) -> None:
         with self._changed:
@@ -110,10 +121,14 @@ class StepGraphReduction(Reduction):
                 "fastdp."
             )
 
-    def rest(self) -> list[int]:
-        """No bucket is left. Called when all replicas are done; from then on nothing is aborted."""
+    def all_done(self) -> None:
+        """All replicas are done: from now on nothing is aborted."""
         with self._changed:
             self._over = True
+
+    def rest(self) -> list[int]:
+        """No bucket is left. Called when all replicas are done."""
+        self.all_done()
         return []
 
     def issue(self, numbers: Sequence[int]) -> None:

@@ -15,9 +15,10 @@ from fastdp.capture.faults import Attempt
 from fastdp.capture.joint import CapturedJoint
 from fastdp.capture.pure_step import Draw
 from fastdp.capture.resumed import ResumedCaptures
+from fastdp.capture.shapes import are_recorded
 from fastdp.capture.trace import Captured
 from fastdp.comm.context import Context
-from fastdp.program.base import Result
+from fastdp.program.base import Launched, Result
 from fastdp.program.torch.batch import outputs_to_arrays
 from fastdp.program.torch.capture.outcome import TorchOutcome
 from fastdp.program.torch.gradients import Found
@@ -26,6 +27,7 @@ from fastdp.program.torch.module_buffers import BufferNotes, assign_buffers
 from fastdp.program.torch.nest import Nest
 from fastdp.program.torch.passes import Notes, State
 from fastdp.runtime.queue import QueueDevice
+from fastdp.tensors.row_effects import Effect
 
 CHECKS = 2  # steps of each captured form that run eagerly too
 
@@ -76,6 +78,29 @@ class Replays:
         outcome = captured.replay(self._replicas[context.rank], batch, context)
         state.gradients.replayed()
         return _result(outcome, context)
+
+    def launches(self, contexts: Sequence[Context]) -> bool:
+        """Whether these replicas' steps are recorded, and none meets others for outputs that have no rows."""
+        if not are_recorded(self.captures.find, contexts):
+            return False
+        forms: list[Any] = [found.form for found in map(self.captures.find, contexts) if found is not None]
+        layouts = [layout for form in forms if form.outputs is not None for layout in form.outputs[1]]
+        return all(context.size > 1 for context in contexts) and all(one.effect is Effect.ROWS for one in layouts)
+
+    def launch(self, state: State, batch: list[np.ndarray], context: Context) -> Launched:
+        """Enqueue a recorded step of a replica."""
+        captured = self.captures.find(context)
+        assert captured is not None, "`launches` has found it"
+        outcome = captured.replay(self._replicas[context.rank], batch, context)
+        state.gradients.replayed()
+        nests: list[Nest] = []
+
+        def outputs() -> list[np.ndarray]:
+            arrays, nest = _outputs(outcome, context)
+            nests.extend([nest] if nest is not None else [])
+            return arrays
+
+        return Launched(outputs, lambda: _summed(outcome, context, nests[0] if nests else None))
 
     def _compared(
         self,
@@ -162,6 +187,14 @@ def _keep(bucket: int) -> None:
 
 def _result(outcome: TorchOutcome, context: Context) -> Result:
     """The result of a replica's step from what its graph gave."""
+    arrays, nest = _outputs(outcome, context)
+    result = _summed(outcome, context, nest)
+    result.outputs = arrays
+    return result
+
+
+def _summed(outcome: TorchOutcome, context: Context, nest: Nest | None) -> Result:
+    """As `_result`, without the outputs. Waits for the values."""
     form = outcome.form
     sums: Any = outcome.sums.cpu().numpy()
     values = list(zip(form.constant, outcome.constants, strict=True))
@@ -169,11 +202,14 @@ def _result(outcome: TorchOutcome, context: Context) -> Result:
     buffers.unjudged = {form.unjudged[i]: value for i, value in values if i in form.unjudged}
     used = frozenset(i for i, gradient in enumerate(outcome.gradients) if gradient is not None)
     draws = context.structure.draws if context.size > 1 else None
-    arrays: list[np.ndarray] = []
-    nest: Nest | None = None
-    if form.outputs is not None:
-        made, layouts = form.outputs
-        arrays, nest = outputs_to_arrays(made.pack(outcome.outputs), context, layouts)
     reported = outcome.reported and outcome.reported.read(form.weight)
     notes = Notes(nest, form.loss_dtype, buffers, Found(used), reported=reported, draws=draws)
-    return Result(arrays, sums, notes)
+    return Result([], sums, notes)
+
+
+def _outputs(outcome: TorchOutcome, context: Context) -> tuple[list[np.ndarray], Nest | None]:
+    """The outputs as arrays on the replica's device, if they are wanted, and their nest."""
+    if outcome.form.outputs is None:
+        return [], None
+    made, layouts = outcome.form.outputs
+    return outputs_to_arrays(made.pack(outcome.outputs), context, layouts)
