@@ -213,6 +213,7 @@ class Reach:
         if self._rules.is_own(cls):
             unread = (*_UNREAD_METHODS, *self._rules.unread_methods(cls))
             names = [n for n, one in attributes.items() if n not in unread and _may_be_read(n, one)]
+            self.watch.writable_by(attributes, cls)
             self.mapping(attributes, names, cls.__name__)
             self.watch.size(attributes, cls.__name__)
         else:

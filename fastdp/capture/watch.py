@@ -90,6 +90,7 @@ class Watch:
         self._held: list[tuple[Any, Any]] = []  # the key and the object of each place of `_objects`
         self._held_in: list[list[Any]] = []  # the objects of each place of `_elements`
         self._keys: list[frozenset[Any]] = []  # of each place of `_sizes`
+        self._class_of: dict[int, tuple[Any, type]] = {}  # by the identity of the view of its attributes
         self._count = self._nbytes = 0
 
     # What to watch.
@@ -123,6 +124,10 @@ class Watch:
         if self._has_room(1, what):
             self._sizes.add(owner, what)
             self._keys.append(frozenset(owner))
+
+    def writable_by(self, attributes: Any, cls: type) -> None:
+        """Tell that the values of a mapping, which only reads, are restored as attributes of a class."""
+        self._class_of[id(attributes)] = attributes, cls
 
     def elements(self, container: Any, what: str) -> None:
         """Watch that a list, set or deque holds the same objects."""
@@ -246,13 +251,17 @@ class Watch:
     def restore(self) -> None:
         """Restore all expected values that can be written, after a run that must have no effects."""
         for i in self._values.changes():
-            _put(self._values.sources[i][1], dict(zip(self._names[i], self._then(i), strict=True)))
+            _put(self._owner(self._values.sources[i][1]), dict(zip(self._names[i], self._then(i), strict=True)))
         for i in self._objects.changes():
-            _put(self._objects.sources[i][1], dict([self._held[i]]))
+            _put(self._owner(self._objects.sources[i][1]), dict([self._held[i]]))
         for i in self._sizes.changes():
             mapping = self._sizes.sources[i]
-            for key in [key for key in mapping if key not in self._keys[i]] if isinstance(mapping, dict) else ():
-                del mapping[key]
+            owner = self._owner(mapping)
+            for key in [key for key in mapping if key not in self._keys[i]]:
+                if isinstance(owner, dict):
+                    del owner[key]
+                elif isinstance(owner, type):
+                    delattr(owner, key)
         for i in self._elements.changes():
             container = self._elements.sources[i]
             container.clear()
@@ -260,6 +269,10 @@ class Watch:
         for i in self._contents.changes():
             array = self._contents.sources[i]
             array[...] = np.frombuffer(self._contents.then[i], array.dtype).reshape(array.shape)
+
+    def _owner(self, place: Any) -> Any:
+        """What to write to in order to restore a place."""
+        return self._class_of[id(place)][1] if id(place) in self._class_of else place
 
 
 def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
@@ -287,9 +300,12 @@ def _copied(value: Any) -> Any:
 
 
 def _put(owner: Any, items: dict[Any, Any]) -> None:
-    """Write to the owner of a place: a dict, a list, or an object such as a closure's cell. Classes are left alone."""
+    """Write to the owner of a place: a dict, a list, or an object such as a closure's cell or a class."""
     for key, value in items.items():
         if isinstance(owner, (dict, list)):
             owner[key] = value
-        elif not isinstance(owner, MappingProxyType):
+        elif isinstance(owner, type):
+            if vars(owner).get(key) is not value:  # writing to a class empties the interpreter's caches of it
+                setattr(owner, key, value)
+        elif not isinstance(owner, MappingProxyType):  # the attributes of a library's class
             setattr(owner, key, value)

@@ -61,3 +61,25 @@ def test_an_attribute_of_many_is_compared_by_value_on_each():
     many[1].factor = 2.0
     del many[2].other
     assert watch.changed() == "the other of 2"
+
+
+def test_attributes_of_classes_are_restored_too():
+    class Counter:
+        calls, seen = 0, ["first"]
+
+        def scaled(self):
+            return 2
+
+    given = Counter.scaled
+    watch = Watch()
+    watch.writable_by(attributes := vars(Counter), Counter)
+    watch.values(attributes, ["calls"], "Counter")
+    watch.object(attributes, "scaled", "Counter.scaled")
+    watch.elements(Counter.seen, "Counter.seen")
+    watch.size(attributes, "Counter")
+    Counter.calls, Counter.more, Counter.scaled = 3, 1, lambda self: 3
+    Counter.seen.append("second")
+    watch.restore()
+    assert (Counter.calls, Counter.scaled, Counter.seen) == (0, given, ["first"])
+    assert not hasattr(Counter, "more")
+    assert watch.changed() == ""

@@ -369,6 +369,14 @@ class Iterates(Net):
         return super().forward(x) * next(self.scales)
 
 
+class CountsOnClass(Net):
+    calls = 0
+
+    def forward(self, x):
+        type(self).calls += 1
+        return super().forward(x) * (1 + 0.1 * type(self).calls)
+
+
 class ReadsFile(Net):
     def forward(self, x):
         with open(__file__) as file:
@@ -395,6 +403,14 @@ def test_a_step_that_no_graph_can_repeat_runs_eagerly_and_the_report_says_why(ki
         parallel = check(kind(), data(), F.cross_entropy, 1)
     assert hows(parallel) == {"eager"}
     assert REFUSED[kind] in whys(parallel)
+
+
+def test_a_count_on_a_class_is_put_back_after_the_trace():
+    expected, calls = plainly(CountsOnClass(), data(), F.cross_entropy), CountsOnClass.calls
+    CountsOnClass.calls = 0
+    with pytest.warns(UserWarning, match=r"CountsOnClass\.calls, which changes while the model trains"):
+        losses, _ = captured(CountsOnClass(), data(), F.cross_entropy, 1)
+    assert (losses, CountsOnClass.calls) == (expected, calls)
 
 
 def test_python_draws_are_refused_and_put_back():
