@@ -168,6 +168,10 @@ class Communicator(ABC):
             readers: the value passed to `finish` just before, if only these devices have computed since.
         """
 
+    def refresh(self, buffers: Sequence[FlatBuffers]) -> None:
+        """Copy the first device's buffers to the others before an operation, when no work of another one is left."""
+        self.broadcast(buffers)
+
     @abstractmethod
     def once(self, work: Callable[[], object]) -> None:
         """Run `work()` on the first device's worker, after all work enqueued so far and before all later work."""

@@ -160,9 +160,9 @@ class ReplicaGroup:
         """Enqueue copies of the home's variables and the first replica's slots to the others, or the active ones."""
         with lent(self.devices) if self.devices[0].on_gpu else nullcontext():  # a GPU's worker would only enqueue
             self.home.lead(self._variables[0])
-            self._communicator.broadcast(self._variables[:active])
+            self._communicator.refresh(self._variables[:active])
             if self._update == "each" and active is None:
-                self._communicator.broadcast([replica.memory.slots for replica in self.every])
+                self._communicator.refresh([replica.memory.slots for replica in self.every])
         self.program.committed()
         self._generation = self.home.home.generation
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fastdp.buffers import ArraySpec, FlatBuffers
-from fastdp.comm.host.communicator import SMALL_NBYTES, TILE, HostCommunicator
+from fastdp.comm.host.communicator import REFRESH_NBYTES, SMALL_NBYTES, TILE, HostCommunicator
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.errors import DeviceTimeoutError, StepAborted
 from fastdp.runtime.host.device import HostDevice
@@ -297,6 +297,25 @@ def test_broadcast_gives_all_the_first_devices_values(eight, length):
     HostCommunicator(eight).broadcast(buffers)
     settle(eight)
     assert all((flat.views[0] == 1.0).all() for flat in buffers)
+
+
+@pytest.mark.parametrize("length", [1000, 100_000, 400_000])
+@pytest.mark.parametrize("busy", [None, 0, 2], ids=["none", "first", "last"])
+def test_a_refresh_waits_for_work_that_is_left_and_else_copies_little_at_once(length, busy):
+    devices = [HostDevice(index) for index in range(3)]
+    buffers = flats(devices, length, "float32", [np.full(length, n + 1.0) for n in range(3)])
+    begin = threading.Event()
+    if busy is not None:
+        devices[busy].compute.enqueue(lambda: begin.wait(LIMIT) and buffers[busy].views[0].fill(5.0))
+    HostCommunicator(devices).refresh(buffers)
+    if busy is None and buffers[0].nbytes * 2 <= REFRESH_NBYTES:
+        assert all((flat.views[0] == 1.0).all() for flat in buffers)
+        assert not any(device._thread for device in devices), "no worker was needed"
+    begin.set()
+    settle(devices)
+    assert all((flat.views[0] == (5.0 if busy == 0 else 1.0)).all() for flat in buffers)
+    for device in devices:
+        device.close(LIMIT)
 
 
 def test_once_runs_one_time_after_all_before_it_and_before_all_behind_it(eight):

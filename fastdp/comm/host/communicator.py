@@ -14,6 +14,8 @@ from fastdp.runtime.host.resources import CORES
 
 # Copying this much takes about as long as waking a thread.
 SMALL_NBYTES = 1 << 19
+# One thread copies this much in about the time in which it has one thread woken, and that one the next.
+REFRESH_NBYTES = 1 << 21
 
 
 class HostCommunicator(Communicator):
@@ -113,6 +115,16 @@ class HostCommunicator(Communicator):
 
         little = first.nbytes * len(others) <= SMALL_NBYTES
         self._each(range(1 if little else min(len(buffers), CORES, max(1, len(pieces)))), copy, readers)
+
+    def refresh(self, buffers: Sequence[FlatBuffers]) -> None:
+        """Copy little at once on the calling thread: the workers, which it wakes next, then need not wait for each
+        other."""
+        first, *others = buffers
+        if first.nbytes * len(others) <= REFRESH_NBYTES and all(device.at_rest for device in self._devices):
+            for other in others:
+                other.copy_from(first)
+        else:
+            self.broadcast(buffers)
 
     def once(self, work: Callable[[], object]) -> None:
         """Run `work()`. With one device there is nothing to wait for, so it goes straight to the compute stream."""
