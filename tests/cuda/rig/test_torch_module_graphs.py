@@ -73,3 +73,19 @@ def test_modules_with_parts_in_common_stay_in_one_place_on_a_gpu(cards):
             places = now
     for one, other in zip(found[: len(found) // 2], found[len(found) // 2 :], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def predict(devices, calls: int = 8, **options) -> tuple[list[torch.Tensor], TorchParallel]:
+    parallel = TorchParallel(net().eval(), devices, Options(timeout=20.0, **options))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        outputs = [parallel(torch.randn(7, 6, generator=generator)) for _ in range(calls)]
+    return outputs, parallel
+
+
+def test_recorded_calls_without_gradients_give_what_eager_ones_give(cards):
+    expected, _ = predict(cards.devices(2), compile=None)
+    found, parallel = predict(cards.devices(2), compile="trace")
+    assert {entry["how"] for entry in parallel.report().passes} == {"graph"}
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
