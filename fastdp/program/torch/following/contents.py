@@ -7,6 +7,7 @@ import dis
 import functools
 import itertools
 import types
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -126,7 +127,7 @@ class Contents:
             self.unfollowed = self.unfollowed or f"`{name}`, an object of class {type(value).__name__}"
         elif isinstance(value, (type, types.ModuleType)):
             return
-        elif is_own(type(value)) or may_change(type(value)) or isinstance(value, _OF_TORCH) or _is_parallel(value):
+        elif _has_attributes(value):
             if hasattr(value, "__dict__"):
                 self._attributes(value, name, list(vars(value)), inside)
             slots = Slots(value)
@@ -321,6 +322,13 @@ def is_own(thing: Any) -> bool:
 def is_empty(cell: types.CellType) -> bool:
     """Whether the cell of a closure has no value yet."""
     return cell == types.CellType()
+
+
+def _has_attributes(value: Any) -> bool:
+    """Whether to look into the attributes of an object. Weak sets keep nothing of their own."""
+    if isinstance(value, (weakref.WeakSet, weakref.WeakValueDictionary)):
+        return False
+    return is_own(type(value)) or may_change(type(value)) or isinstance(value, _OF_TORCH) or _is_parallel(value)
 
 
 def _is_parallel(value: Any) -> bool:
