@@ -10,7 +10,7 @@ import contextvars
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastdp.patching import Patch
 from fastdp.tensors.function_mode import ReplicaMode
+from fastdp.tensors.thread_locals import ThreadLocals
 from fastdp.tensors.threads import end_pool
 
 P = ParamSpec("P")
@@ -75,12 +76,21 @@ class ThreadState:
 
     Args:
         several: whether several replicas will run.
+        thread_locals: objects of `threading.local` whose attributes the replicas' threads have too.
+        variables: context variables of the user's, besides those that are globals.
     """
 
-    __slots__ = ("_context", "_flushes", "_lock", "_no_hooks", "_saved", "_several", "_thread")
+    __slots__ = ("_context", "_flushes", "_locals", "_lock", "_no_hooks", "_saved", "_several", "_thread", "_variables")
 
-    def __init__(self, *, several: bool = False) -> None:
-        self._several = several
+    def __init__(
+        self,
+        *,
+        several: bool = False,
+        thread_locals: Sequence[threading.local] = (),
+        variables: Sequence[contextvars.ContextVar[Any]] = (),
+    ) -> None:
+        self._several, self._variables = several, variables
+        self._locals = ThreadLocals(thread_locals)
         self._thread, self._lock = threading.get_ident(), threading.Lock()
         self._context = contextvars.copy_context()
         self._flushes = flushes_subnormals()
@@ -91,13 +101,14 @@ class ThreadState:
         """Run `work` on another thread as on the one that the state is of.
 
         Raises:
-            RuntimeError: `work` changes a context variable, which the other thread would not see.
+            RuntimeError: `work` changes a context variable or an attribute of a `threading.local`, which the other
+                thread would not see.
             NotImplementedError: `work` caches parametrizations, and several replicas run.
         """
         if threading.get_ident() == self._thread:
             return work(*args, **kwargs)
         context = self._context.copy()
-        with _subnormals(flushed=self._flushes), self._saved_tensors():
+        with _subnormals(flushed=self._flushes), self._saved_tensors(), self._locals.applied():
             _replica.runs = self._several
             try:
                 result = context.run(work, *args, **kwargs)
@@ -125,7 +136,7 @@ class ThreadState:
     def _check_unchanged(self, context: contextvars.Context) -> None:
         for variable in (*context, *self._context):
             same = context.get(variable, _GONE) is self._context.get(variable, _GONE)
-            if not same and _is_the_users(variable):
+            if not same and (variable in self._variables or _is_the_users(variable)):
                 raise RuntimeError(
                     f"The module changes the context variable {variable.name!r} in forward, and each device has its "
                     "own context, which ends with the pass. Return the value instead, or keep it in a registered "

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
 import fastdp
@@ -33,9 +34,9 @@ def data(seed: int, rows: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
 def hook(module: nn.Module, seen: list) -> None:
     """Hooks that change gradients by no linear rule, and note what they see, in its order."""
 
-    def noted(name, change):
+    def noted(name, change, of=lambda gradient: gradient):
         def run(gradient):
-            seen.append((name, gradient.clone()))
+            seen.append((name, of(gradient).clone()))
             return change(gradient)
 
         return run
@@ -50,6 +51,18 @@ def hook(module: nn.Module, seen: list) -> None:
 
     module[0].weight.register_post_accumulate_grad_hook(after)
     module[2].weight.register_post_accumulate_grad_hook(after)
+    for parameter in (module[0].weight, module[2].bias, module[0].bias):
+        node = get_gradient_edge(parameter).node
+        NODES.append(node)  # whose hooks are gone with it
+        node.register_prehook(noted("node", lambda given: (given[0] * given[0].abs(),), first))
+        node.register_hook(lambda gave, given: seen.append(("after node", given[0].clone())))
+
+
+NODES = []
+
+
+def first(given):
+    return given[0]
 
 
 def trained(make, devices: int | None, rows=(9, 7, 2, 1, 9), **options):

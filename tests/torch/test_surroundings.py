@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import copy
+import queue
 import threading
 import warnings
 
@@ -205,7 +206,7 @@ def test_calls_without_gradients_have_none_and_train_steps_train(devices, around
 class Told(nn.Module):
     """Notes the thread state that a replica finds."""
 
-    found: list
+    found: queue.SimpleQueue
 
     def __init__(self):
         super().__init__()
@@ -214,7 +215,7 @@ class Told(nn.Module):
     def forward(self, x):
         kinds = ("cpu", "cuda")
         enabled = tuple((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
-        Told.found.append((enabled, torch.is_autocast_cache_enabled()))
+        Told.found.put((enabled, torch.is_autocast_cache_enabled()))
         return self.layer(x)
 
 
@@ -241,11 +242,11 @@ def test_autocast_of_gpus_reaches_every_replica_and_ends_with_its_pass():
         (contextlib.nullcontext, plain),
     ):
         model.eval() if expected == plain else model.train()
-        Told.found = []
+        Told.found = queue.SimpleQueue()  # no list: forward must not change what all devices share
         with torch.no_grad(), around():
             model(x)
-        assert len(Told.found) >= 3
-        assert set(Told.found) == {expected}
+        assert Told.found.qsize() >= 3
+        assert {Told.found.get() for _ in range(Told.found.qsize())} == {expected}
 
 
 def test_hooks_on_saved_tensors_are_called_by_one_replica_at_a_time_and_not_in_trials():

@@ -429,17 +429,6 @@ class LargeTotal(Net):
         self.total[:6] += hidden.detach().sum(0)
 
 
-class Taught(Net):
-    """A teacher in a plain list, in training mode: each device would normalize its own rows."""
-
-    def __init__(self):
-        super().__init__()
-        self.teacher = [nn.BatchNorm1d(4).double()]
-
-    def forward(self, x):
-        return super().forward(x + self.teacher[0](x).detach())
-
-
 class Hidden(Net):
     def __init__(self):
         super().__init__()
@@ -461,7 +450,6 @@ REFUSED = {
     "sometimes": (Sometimes, "sets `positive` "),
     "text": (Lengths, "sets `text` to different values"),
     "large": (LargeTotal, "sets `total` in place, by the rows of the batch, .*make it a buffer"),
-    "normalization in a list": (Taught, r"sets `teacher\[0\]\.running_mean` to different values"),
     "gradients": (gradients_kept, "sets `kept of .*` to different values on different devices"),
 }
 

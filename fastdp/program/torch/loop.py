@@ -164,9 +164,10 @@ class LoopProgram(TorchProgram):
                 roots.append(tensor)
                 seeds.append(own.to(tensor.device))
         # Torch itself runs the hooks of the user's parameters, when it gets the reduced gradients.
-        aside = HookedGradients(users) if context.rank == 0 else None
+        aside = HookedGradients(users, self._passes.nodes) if context.rank == 0 else None
         with state.gradients.passes(users, aside), ExitStack() as together:
             if context.size > 1 and not kept.captured:
+                together.enter_context(peers_scope(StepPeers(running.context)))  # for hooks
                 together.enter_context(together_with(running))
             with state.gradients.announcing(running, {}):
                 backward(running, roots, seeds, retain=work.retain)

@@ -34,7 +34,7 @@ from fastdp.program.torch.losses import Reported, check_equal_nests, split
 from fastdp.program.torch.module import ReplicaModule
 from fastdp.program.torch.module_buffers import BufferNotes, gather_buffers
 from fastdp.program.torch.nest import Nest
-from fastdp.program.torch.parameter_hooks import HookedGradients
+from fastdp.program.torch.parameter_hooks import HookedGradients, NodeHooks
 from fastdp.program.torch.random import handlers as random_handlers
 from fastdp.program.torch.random.checkpoints import REPEATED_DRAWS
 from fastdp.program.torch.replica import ReplicaContext, backward
@@ -130,6 +130,7 @@ class Passes:
         scale: the scaler's at the beginning of the step.
         replicas: the number of replicas, with and without rows in a step.
         hooked: whether hooks run on the gradients of the latest step after its reduction.
+        nodes: finds hooks on autograd's nodes.
         draws: those of the present step, if replicas share it.
     """
 
@@ -149,6 +150,7 @@ class Passes:
         self.scale = 1.0
         self.replicas = 0
         self.hooked = False
+        self.nodes = NodeHooks()
         self.draws: SharedDraws | None = None
         self._told: set[str] = set()
 
@@ -164,7 +166,7 @@ class Passes:
         run = self._train_together if together else self._train_alone
         hooked = None
         if context.rank == 0 and self.replicas > 1:
-            hooked = HookedGradients(users)
+            hooked = HookedGradients(users, self.nodes)
             if hooked and together and self.accumulate > 1:
                 raise ValueError(HOOKS_IN_A_WINDOW)
             if together:

@@ -32,6 +32,7 @@ from fastdp.program.torch.module_buffers import assign_buffers
 from fastdp.program.torch.optimizer import OptimizerFactory, Optimizers
 from fastdp.program.torch.passes import Notes, Passes, State
 from fastdp.program.torch.rows.declared import DeclaredRows
+from fastdp.program.torch.rows.loss_trial import DeclaredLoss
 from fastdp.program.torch.rows.trials import Trials
 from fastdp.program.torch.update import Applied, UpdateRules, apply, grads_restored
 from fastdp.program.torch.window import Window
@@ -104,7 +105,7 @@ class TorchProgram(Program):
         self._following = Following(module, self._slots)
         self._followed = False  # since the module was judged
         self._writes: tuple[list[WriteNotes], dict[Place, MergedWrite]] | None = None  # of the present step
-        self._trials = Trials(module, whole_targets=reduction is None)
+        self._trials = Trials(module, DeclaredLoss(loss_fn, reduction) if loss_fn and reduction else None)
         self._adopted: AdoptedSlots | None = None
         self._states: list[State] = []
         self._thread = ThreadState()
@@ -236,7 +237,11 @@ class TorchProgram(Program):
     @contextmanager
     def running(self, threads: int) -> Iterator[None]:
         """Sync replicas with the user's module, note the user's thread, and divide the cores."""
-        self._thread = ThreadState(several=len(self._states) > 1)
+        self._thread = ThreadState(
+            several=len(self._states) > 1,
+            thread_locals=self._trials.thread_locals,
+            variables=self._trials.context_variables,
+        )
         if not self._followed:
             self._following.follow()
         self._followed = False

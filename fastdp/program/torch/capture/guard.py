@@ -10,11 +10,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from fastdp.capture.code_names import names_in_code
 from fastdp.capture.watch import Watch
 from fastdp.errors import NotCapturable
 from fastdp.program.torch.module import Slot
+from fastdp.program.torch.parameter_hooks import has_node_hooks
 from fastdp.program.torch.reach import HOOKS, TorchRules, reach_of
 
 PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
@@ -53,6 +55,9 @@ def watch_pass(
         if slot.is_parameter:
             for name in of_parameters:
                 watch.attribute_of_many(slot.tensor, name, f"{slot.name}.{name}")
+    parameters = [slot.tensor for slot in slots if slot.is_parameter]
+    what = "hooks on autograd's nodes of parameters"
+    watch.answer(lambda: has_node_hooks(parameters), what, mark=lambda: RemovableHandle.next_id)
     for tensor, name in watch.tensors:
         if tensor.requires_grad:
             raise NotCapturable(f"{name}, a tensor that is no parameter of the module and gets a gradient")
@@ -74,6 +79,8 @@ def refuse_hooks(slots: Sequence[Slot]) -> None:
     for slot in slots:
         if slot.is_parameter and any(getattr(slot.tensor, hooks) for hooks in PARAMETER_HOOKS):
             raise NotCapturable(f"a hook on the parameter `{slot.name}`")
+    if has_node_hooks(slot.tensor for slot in slots if slot.is_parameter):
+        raise NotCapturable("a hook on the node of autograd's graph that accumulates the gradient of a parameter")
 
 
 def side_effect(module: nn.Module, loss_fn: Any = None) -> str:

@@ -70,7 +70,7 @@ class Contents:
         self._global_hooks()
         for known, names in self.global_names.values():
             self.holders.append(Holder(known.get("__name__", ""), known, sorted(names), known, partial=True))
-        _make_unique(self.holders)
+        make_unique(self.holders)
 
     def _begin(self, module: nn.Module, given: Iterable[torch.Tensor]) -> None:
         """Begin without anything but the parts of the module."""
@@ -274,7 +274,7 @@ class Contents:
     def _globals(self, function: types.FunctionType) -> None:
         """The globals that a function names, if their values can be changed or the function assigns them."""
         known = function.__globals__
-        stored = set(_stored_names(function.__code__))
+        stored = set(stored_names(function.__code__))
         _, kept = self.global_names.setdefault(id(known), (known, set()))
         for key in sorted(set(names_in_code(function.__code__)) & known.keys()):
             value = known[key]
@@ -295,7 +295,7 @@ class Contents:
         return isinstance(value, kinds) or is_own(type(value))
 
 
-def _make_unique(holders: list[Holder]) -> None:
+def make_unique(holders: list[Holder]) -> None:
     """Number the holders that have one name, such as closures of functions that one function has made."""
     counts: collections.Counter[str] = collections.Counter()
     for holder in holders:
@@ -338,11 +338,11 @@ def _is_parallel(value: Any) -> bool:
     )
 
 
-def _stored_names(code: types.CodeType) -> Iterator[str]:
+def stored_names(code: types.CodeType) -> Iterator[str]:
     """The names of the globals that a function and the functions nested in it assign or delete."""
     for one in dis.get_instructions(code):
         if one.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
             yield one.argval
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _stored_names(constant)
+            yield from stored_names(constant)

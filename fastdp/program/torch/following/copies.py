@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ class Copied:
             own[id(tensor)] = _copy_of(tensor)
         for value in contents.shared:
             own.setdefault(id(value), value)
+        for part in contents.parts:  # most of their tables are empty, and `deepcopy` is slow
+            own.update((id(one), type(one)()) for one in vars(part).values() if type(one) in _TABLES and not one)
         copy_functions(contents, own)
         try:
             self.module: nn.Module = copy.deepcopy(module, own)
@@ -97,6 +100,9 @@ def remake(replica: ReplicaModule, module: nn.Module, slots: list[Slot], content
         buffer.slot = own.get(buffer.slot.name, buffer.slot)
     replica.module = copied.module
     return copied
+
+
+_TABLES = (OrderedDict, dict, set)
 
 
 def _copy_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,3 +76,40 @@ class Slots(dict[str, Any]):
 
     def items(self) -> Any:
         return [(name, self[name]) for name in self]
+
+
+class ClassAttributes(dict[str, Any]):
+    """The attributes of a class that are no functions, as a mapping."""
+
+    def __init__(self, owner: type) -> None:
+        super().__init__()
+        self._owner = owner
+
+    def __getitem__(self, name: str) -> Any:
+        return vars(self._owner)[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return vars(self._owner).get(name, default)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self._owner, name, value)
+
+    def pop(self, name: str, default: Any = None) -> Any:
+        if name in self:
+            delattr(self._owner, name)
+
+    def __iter__(self) -> Iterator[str]:
+        held = list(vars(self._owner).items())
+        return (name for name, one in held if not (name.startswith(("__", "_abc_")) or isinstance(one, CODE)))
+
+    def __contains__(self, name: object) -> bool:
+        return name in vars(self._owner)
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def items(self) -> Any:
+        return [(name, self[name]) for name in self]
+
+
+CODE = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import nn
@@ -13,6 +14,7 @@ from fastdp.program.torch.rows.draws import CannotSplitError, OtherDrawsError
 from fastdp.program.torch.rows.findings import Findings
 from fastdp.program.torch.rows.inputs import Change, Injected, OtherValues, TrialInputs, choices_of
 from fastdp.program.torch.rows.judged import Candidates, Judged, is_exact
+from fastdp.program.torch.rows.outside import SharedState
 from fastdp.program.torch.rows.refusals import failed
 from fastdp.program.torch.rows.trial import Trial
 from fastdp.program.torch.rows.weights import usual_numbers
@@ -21,7 +23,7 @@ from fastdp.program.torch.shared_draws import DrawPlaces
 # Errors that a module's own code may raise on rows that it was not made for.
 FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _ALWAYS = 4  # trials
-_NOISE = 0.1
+NOISE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,24 +81,56 @@ class Judge:
             ValueError: the module cannot be split by rows exactly.
         """
         choices = choices_of(self._batch.rows, sum(self._rows))
+        shared = SharedState(self._module)
+        with shared.undone():
+            if self._known is None:
+                self._check_shared(shared, choices)
+            return self._look_at(choices)
+
+    def _look_at(self, choices: Sequence[Sequence[int]]) -> bool:
+        """Run trials on these choices of rows. Returns and raises as `look` does."""
         for number, chosen in enumerate(choices):
             if number >= (_ALWAYS if self._known is None else 1) and not self.findings.is_open():
                 break
             if not self._look(chosen):
                 return False
-        if self.findings.is_open() and not self._look(choices[0], _NOISE):
+        if self.findings.is_open() and not self._look(choices[0], NOISE):
             return False
         if self._known is not None:
             self.findings.keep_means(self._known.means)
             return True
         for flags in (False, True):
-            noise = 0.0 if flags else _NOISE  # parameters may start as zeros: what they are multiplied by counts later
+            noise = 0.0 if flags else NOISE  # parameters may start as zeros: what they are multiplied by counts later
             if not self._look_again(choices[0], OtherValues(flags=flags), noise=noise):
                 self._look_again(choices[0], OtherValues(flags=flags, exact=False), noise=noise)
         self._weigh(choices[-1])
         return True
 
     # Trials.
+
+    def _check_shared(self, shared: SharedState, choices: Sequence[Sequence[int]]) -> None:
+        """Check that forward changes nothing that all copies share.
+
+        Raises:
+            CannotSplitError: it does.
+        """
+        total, first = sum(self._rows), self._rows[0]
+        usual = Trial(self._module, self._batch, choices[0], self._wanted)
+        mixed = Trial(self._module, self._batch, choices[-1], self._wanted, change=OtherValues(flags=False))
+
+        def on_few() -> None:
+            usual.run(0, first)
+
+        def on_others() -> None:
+            with suppress(NotImplementedError, *FAILURES):
+                mixed.run(0, total)
+
+        try:
+            shared.check(lambda: usual.run(0, total), [on_few, on_others])
+        except CannotSplitError:
+            raise
+        except (NotImplementedError, *FAILURES):
+            return  # the trials that follow say why
 
     def _look(self, chosen: Sequence[int], noise: float = 0.0) -> bool:
         """Run one trial and keep what it leaves possible. False if the module does not run on all of its rows."""

@@ -21,7 +21,7 @@ from fastdp.program.torch import gradients as torch_gradients
 from fastdp.program.torch.fast_paths import ALIGNED
 from fastdp.program.torch.module import Slot
 from fastdp.program.torch.random import handlers as random_handlers
-from fastdp.program.torch.replica import ReplicaContext
+from fastdp.program.torch.replica import Normalized, ReplicaContext
 from fastdp.program.torch.rows.draws import CannotSplitError
 from fastdp.shard import Rows
 from fastdp.tensors.collectives import peers
@@ -36,13 +36,19 @@ class Watch(TorchFunctionMode):
         slots: the module's parameters and buffers.
         compared: gets the numbers that tensors are compared with, or that a loss ignores.
         sought: a number.
+        seeks_coarse: look at the precision of results.
 
     Attributes:
+        is_paused: look at nothing.
+        is_coarse: whether a result has single or half precision.
         found: whether a tensor in which the sought number is was compared with a number, or is the target of a loss.
     """
 
-    def __init__(self, slots: Sequence[Slot], compared: set[float], sought: float | None = None) -> None:
+    def __init__(
+        self, slots: Sequence[Slot], compared: set[float], sought: float | None = None, *, seeks_coarse: bool = False
+    ) -> None:
         super().__init__()
+        self._seeks_coarse, self.is_coarse, self.is_paused = seeks_coarse, False, False
         self._names = {id(slot.tensor): slot.name for slot in slots}
         self._compared, self._sought = compared, sought
         self.found = False
@@ -50,6 +56,8 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called by torch for every function."""
         kwargs = kwargs or {}
+        if self.is_paused:
+            return func(*args, **kwargs)
         for leaf in pytree.tree_leaves((args, kwargs)):
             if id(leaf) in self._names:
                 raise CannotSplitError(
@@ -58,10 +66,19 @@ class Watch(TorchFunctionMode):
                     "several devices each replica runs a copy, which such a function does not know. Make it a method "
                     "that uses `self`, or use gpus=[0]."
                 )
+        if func in _HOOKING and isinstance(args[0], torch.nn.Parameter):
+            raise CannotSplitError(
+                f"forward calls {func.__name__} on a parameter. On several devices the hook would get each device's "
+                "part of the gradient, and there would be one more after each call. Register it once, outside of "
+                "forward, where it gets the gradient of the whole batch; or use gpus=[0]."
+            )
         name = getattr(func, "__name__", "").strip("_")
         if name in _COMPARISONS or name in _LOSSES:
             self._note(args, kwargs, name)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if self._seeks_coarse and isinstance(result, torch.Tensor) and result.is_floating_point():
+            self.is_coarse = self.is_coarse or result.dtype.itemsize < 8
+        return result
 
     def _note(self, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> None:
         """Note what is compared."""
@@ -73,6 +90,7 @@ class Watch(TorchFunctionMode):
             self.found = any(bool((one == self._sought).any()) for one in tensors if not one.is_floating_point())
 
 
+_HOOKING = frozenset((torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook))
 _COMPARISONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
 _LOSSES = frozenset(("cross_entropy", "nll_loss"))
 
@@ -133,6 +151,8 @@ def _batch_norm(running: ReplicaContext, function: Any, args: Any, kwargs: Any) 
     given = dict(zip(_NAMES, args, strict=False)) | kwargs
     if given.get("training"):
         x, mean, variance = given["input"], given.get("running_mean"), given.get("running_var")
+        if mean is not None and variance is not None:
+            running.normalized.append(Normalized(mean, variance, 0.0, None))
         given["running_mean"] = x.new_zeros(x.shape[1]) if mean is None else mean
         given["running_var"] = x.new_ones(x.shape[1]) if variance is None else variance
         given["training"] = False

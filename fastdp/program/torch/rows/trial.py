@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,9 @@ from fastdp.program.torch.following.copies import replicate
 from fastdp.program.torch.following.guard import Guard
 from fastdp.program.torch.following.writes import Place, Written, writes_of
 from fastdp.program.torch.module import Slot, slots_of
-from fastdp.program.torch.replica import ReplicaContext
-from fastdp.program.torch.rows.draws import TrialDraws
+from fastdp.program.torch.random.checkpoints import REPEATED_DRAWS
+from fastdp.program.torch.replica import ReplicaContext, backward
+from fastdp.program.torch.rows.draws import CannotSplitError, TrialDraws
 from fastdp.program.torch.rows.hidden import check_leaves
 from fastdp.program.torch.rows.inputs import Change, Injected, TrialInputs
 from fastdp.program.torch.rows.surroundings import HANDLERS, TrialPeers, Watch, undisturbed
@@ -30,6 +32,13 @@ from fastdp.shard import Rows
 from fastdp.tensors.arrays import settle
 from fastdp.tensors.collectives import peers_scope
 from fastdp.tensors.function_mode import ReplicaMode
+
+# Gives the tensors among the outputs for some rows from which backward begins, with gradients.
+Roots = Callable[[Any, Rows], Sequence[tuple[torch.Tensor, torch.Tensor]]]
+
+
+# Goes on with a run: gets the replica, what the module and the loss function are given, and the module's outputs.
+Then = Callable[[ReplicaContext, Any, Any], None]
 
 
 @dataclass(slots=True)
@@ -54,6 +63,14 @@ class Run:
         return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
+@dataclass(slots=True)
+class Differentiated:
+    """The gradients of a run: of the parameters that have one, by name, and of the wanted arrays."""
+
+    parameters: dict[str, torch.Tensor]
+    inputs: list[torch.Tensor | None]
+
+
 class Trial:
     """Runs of a module on some rows of a batch, and on parts of them. All of them must be run first.
 
@@ -66,6 +83,7 @@ class Trial:
             their spread or to one.
         change: makes other values of the arrays.
         on_host: run in host memory, where a number that an index must not have is an error and not the end of a GPU.
+        is_wide: run in double precision, outside of autocast.
 
     Random draws and the results of collectives are those of the run on all
     rows. Batch normalization uses its running
@@ -75,7 +93,10 @@ class Trial:
         slots: the module's parameters and buffers.
         inputs: the rows.
         is_noisy: whether random numbers are added to the parameters.
+        wanted: as given.
         compared: the numbers that the module has compared tensors with.
+        is_coarse: whether something was computed in single or half precision.
+        watch: of the run that `then` goes on with.
         written: the inputs that forward has changed in place, by their places among the leaves of the batch.
     """
 
@@ -89,12 +110,16 @@ class Trial:
         noise: float = 0.0,
         change: Change | None = None,
         on_host: bool = False,
+        is_wide: bool = False,
     ) -> None:
         self._module, self._batch, self._total = module, batch, len(chosen)
-        self._wanted, self._noise = wanted, noise
+        self.wanted, self._noise, self._is_wide = wanted, noise, is_wide
+        change = _widened if is_wide and change is None else change
         self.inputs = TrialInputs(batch, list(chosen), change)
         self.compared: set[float] = set()
         self.written: set[int] = set()
+        self.is_coarse = False
+        self.watch: Watch | None = None
         self.is_noisy = noise > 0.0
         self._injected = change if isinstance(change, Injected) else None
         self.slots = slots_of(module)
@@ -106,6 +131,11 @@ class Trial:
         self._where = str(self.slots[0].tensor.device) if self.slots and not on_host else "cpu"
 
     @property
+    def is_rough(self) -> bool:
+        """Whether it runs under autocast."""
+        return bool(self._batch.structure.autocast.enabled)
+
+    @property
     def meets(self) -> bool:
         """Whether the module has called collectives."""
         return bool(self._met)
@@ -115,31 +145,73 @@ class Trial:
         """Where the rows are in the draws of the runs, by number."""
         return self._draws.found
 
-    def run(self, start: int, stop: int, *, times: int = 1) -> Run:
-        """Run the module on rows `[start, stop)` of the chosen ones, so many times one after the other."""
+    def run(self, start: int, stop: int, *, times: int = 1, then: Then | None = None) -> Run:
+        """Run the module on rows `[start, stop)` of the chosen ones, so many times one after the other.
+
+        `then` goes on with what the module was given and its outputs.
+        """
         rows = Rows(start, stop, self._total)
         replica, copied = replicate(self._module, self.slots, self._fresh(), self._contents)
         for _ in range(times):
-            outputs = self._pass(replica.module, rows)
+            outputs = self._pass(replica.module, rows, then)
         values = [slot.tensor.detach() for slot in slots_of(replica.module)]
         run = Run(outputs, values, writes_of(copied.guard), copied.guard)
         check_leaves(run.tensors(), copied.guard.contents.tensors)
         return run
 
-    def _pass(self, module: nn.Module, rows: Rows) -> Any:
+    def differentiate(self, start: int, stop: int, roots_of: Roots, sizes: Sequence[float]) -> list[Differentiated]:
+        """Run forward on rows `[start, stop)` of the chosen ones, and backward for each of some sizes.
+
+        Args:
+            roots_of: gives the tensors among the outputs for these rows from which backward begins, with gradients.
+            sizes: what these gradients are multiplied by.
+        """
+        rows = Rows(start, stop, self._total)
+        replica, _ = replicate(self._module, self.slots, self._fresh(), self._contents)
+        found: list[Differentiated] = []
+
+        def differentiate(running: ReplicaContext, nest: Any, outputs: Any) -> None:
+            given = [
+                leaf for leaf in pytree.tree_leaves(nest[:2]) if isinstance(leaf, torch.Tensor) and leaf.requires_grad
+            ]
+            roots = roots_of(outputs, rows)
+            for size in sizes:
+                for one in (*replica.parameters, *given):
+                    one.grad = None
+                seeds = [seed * size for _, seed in roots]
+                backward(running, [root for root, _ in roots], seeds, retain=size != sizes[-1])
+                named = ((name, one.grad) for name, one in replica.module.named_parameters())
+                kept = {name: grad for name, grad in named if grad is not None and not grad.is_sparse}
+                found.append(Differentiated(kept, [leaf.grad for leaf in given]))
+
+        self._pass(replica.module, rows, differentiate)
+        return found
+
+    def _pass(self, module: nn.Module, rows: Rows, then: Then | None) -> Any:
         """The outputs of a copy for some rows. All passes draw the same random numbers."""
         structure: Structure = self._batch.structure
         own = Structure(structure.nest, draws=self._draws, _seed=1)
         running = ReplicaContext(Context(0, rows, 0, Rendezvous(1, 1.0), 2, Batch([], own, self._total), own), rows)
         sought = self._injected.number if self._injected is not None else None
-        wanted, generators = self._wanted if torch.is_grad_enabled() else (), self._contents.generators
-        with self._draws.run(rows, generators), undisturbed(), Watch(self.slots, self.compared, sought) as watch:
+        wanted, generators = self.wanted if torch.is_grad_enabled() else (), self._contents.generators
+        with (
+            self._draws.run(rows, generators),
+            undisturbed(),
+            REPEATED_DRAWS,
+            Watch(self.slots, self.compared, sought, seeks_coarse=self._is_wide) as watch,
+        ):
             args, kwargs, _ = given = self.inputs.of(rows, self._where, wanted)
             versions = _versions(given)
             among = TrialPeers(self._met, rows, self._aligned)
-            with peers_scope(among), FAST_PATHS, ReplicaMode(running, HANDLERS), structure.entered():
-                outputs = module(*args, **kwargs)
+            with peers_scope(among), FAST_PATHS, ReplicaMode(running, HANDLERS):
+                with nullcontext() if self._is_wide else structure.entered():
+                    outputs = module(*args, **kwargs)
+                if then is not None:
+                    self.watch = watch
+                    then(running, given, outputs)
+            _check_statistics(running, module)
             self.written |= {place for place, now in _versions(given).items() if now != versions[place]}
+        self.is_coarse = self.is_coarse or watch.is_coarse
         if self._injected is not None and watch.found:
             self._injected.is_met = True
         return outputs
@@ -150,12 +222,34 @@ class Trial:
         found = []
         for slot in self.slots:
             value = slot.tensor.detach().clone().to(self._where)
+            value = _widened(value) if self._is_wide else value
             if self._noise and _is_trained(slot):
                 spread = value.float().std() if value.numel() > 1 else value.new_zeros(())
                 size = self._noise * torch.where(spread > 0, spread, 1.0).to(value.dtype)
                 value += size * torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
             found.append(value)
         return found
+
+
+def _check_statistics(running: ReplicaContext, module: nn.Module) -> None:
+    """Check that running statistics of batch normalization are buffers of the module, which are merged.
+
+    Raises:
+        CannotSplitError: they are not.
+    """
+    known = {id(slot.tensor) for slot in slots_of(module)}
+    if any(id(call.mean) not in known for call in running.normalized):
+        raise CannotSplitError(
+            "Batch normalization in forward has running statistics that are no buffers of the module: those of a layer "
+            "in a plain list or outside of the module, or tensors of its own. On several devices each would be moved "
+            "by its own rows. Register the layer (nn.ModuleList, an attribute) or the statistics (register_buffer), "
+            "call eval() on the layer, or use gpus=[0]."
+        )
+
+
+def _widened(tensor: torch.Tensor, place: int | None = None) -> torch.Tensor:
+    """A tensor in double precision, if it has real floating-point numbers."""
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _versions(nest: Any) -> dict[int, int]:

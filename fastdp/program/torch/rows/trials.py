@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextvars
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +14,22 @@ from torch.utils import _pytree as pytree
 
 from fastdp.comm.batch import Batch
 from fastdp.program.torch.batch import Structure, undivided_batch
+from fastdp.program.torch.rows.at_size import check_at_size
+from fastdp.program.torch.rows.backward import check_backward
 from fastdp.program.torch.rows.declared import DeclaredRows
 from fastdp.program.torch.rows.draws import CannotSplitError
 from fastdp.program.torch.rows.hints import of_values, refuse_packed
 from fastdp.program.torch.rows.judge import Judge, Known
 from fastdp.program.torch.rows.judged import Judged
+from fastdp.program.torch.rows.loss_trial import DeclaredLoss, check_loss
+from fastdp.program.torch.rows.outside import SharedState
 from fastdp.program.torch.rows.plain import keeps_rows_apart
 from fastdp.program.torch.rows.readings import Reading, readings
 from fastdp.program.torch.shared_draws import DrawPlaces
 from fastdp.tensors.row_effects import ROWS_FIRST, NotByRowsError
 from fastdp.tensors.threads import intra_op_threads
+
+_MUCH = 1 << 24  # multiplications, from which all cores run them faster than one
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,26 +50,33 @@ class Trials:
 
     Args:
         module: the user's own.
-        whole_targets: whether the loss function gets the targets of the whole batch.
+        loss: a loss function that gets the rows of each device; None if there is none, or one that gets all rows.
 
     Where arrays have their rows is tried too, if they are not along all first axes: a mask may be the same for all
     rows, or a state have layers first. Such a finding holds for batches of the same lengths.
 
     A kind is that of the module (modes, functions, hooks, whatever it holds), the structure of the batch with the
     shapes of its rows, autocast, and whether gradients are recorded. A trial runs copies of the module on a few rows,
-    on the others and on all of them. What a module gets by `fastdp.replica` is in each part what all rows gave, and a
-    module that calls it is trusted: where the trial cannot tell, outputs have rows first, or are means.
+    on the others and on all of them. For each number of rows there is one more, on all rows of the batch and on those
+    of each device. What a module gets by `fastdp.replica` is in each part what all rows gave, and a module that
+    calls it is trusted: where the trial cannot tell, outputs have rows first, or are means.
 
     A module that consists of torch's own parts that keep rows apart, without hooks, is not tried.
+
+    Attributes:
+        thread_locals: objects of `threading.local` that the code of the module reaches.
+        context_variables: that it reaches and that are no globals.
     """
 
-    def __init__(self, module: nn.Module, *, whole_targets: bool) -> None:
-        self._module = module
-        self._whole_targets = whole_targets
+    def __init__(self, module: nn.Module, loss: DeclaredLoss | None) -> None:
+        self._module, self._loss = module, loss
         self._of_module = 0
         self._known: dict[Any, _Found] = {}
         self._by_lengths: set[Any] = set()
         self._families: dict[Any, Known] = {}
+        self._checked: set[Any] = set()
+        self.thread_locals: Sequence[threading.local] = ()
+        self.context_variables: Sequence[contextvars.ContextVar[Any]] = ()
 
     def judged(self, batch: Batch, devices: int, *, wants: bool = False, kind: int = 0) -> Batch:
         """Find out what is known about the batch and about the module's outputs and buffers, by trials if need be.
@@ -97,9 +112,46 @@ class Trials:
             return undivided_batch(batch.structure.values)
         if found.reading is not None:
             batch = batch.structure.read_as(found.reading)
+        if found.judged is not None or self._loss is not None:
+            self._check_further(batch, found.judged, devices, wants=wants)
         batch.structure.judged = found.judged
         batch.structure.draws.places = found.judged.draws if found.judged is not None else None
         return batch
+
+    def _check_further(self, batch: Batch, judged: Judged | None, devices: int, *, wants: bool) -> None:
+        """Check what trials have found on all rows of the batch and on those of each device, gradients, and the loss.
+
+        Raises:
+            ValueError: it does not hold for so many rows, gradients do not add up, or the loss is not what was said.
+        """
+        wanted = batch.structure.wanted() if wants else ()
+        family = self._family(self._kind(batch, devices))
+        if (family, batch.rows) in self._checked:
+            return
+        shared = SharedState(self._module)
+        self.thread_locals = list(dict.fromkeys((*self.thread_locals, *shared.thread_locals)))
+        self.context_variables = list(dict.fromkeys((*self.context_variables, *shared.context_variables)))
+        with shared.undone():
+            self._check_in(family, batch, judged, devices, wanted)
+        self._checked |= {family, (family, batch.rows)}
+
+    def _check_in(self, family: Any, batch: Batch, judged: Judged | None, devices: int, wanted: Sequence[int]) -> None:
+        """Run the checks of `_check_further` that are not known of a family of kinds. Raises as it does."""
+        threads, rows = max(1, torch.get_num_threads() // devices), _rows_of(batch, devices)
+        is_large = batch.rows * sum(one.numel() for one in self._module.parameters()) > _MUCH
+        at_size = torch.get_num_threads() if is_large else threads
+        is_new = family not in self._checked
+        if judged is not None:
+            if is_new and torch.is_grad_enabled() and not _is_told(batch.structure):  # that is believed
+                self._run(threads, check_backward, batch, judged, rows, wanted)
+            self._run(at_size, check_at_size, batch, judged, devices, wanted)
+        if self._loss is not None:
+            self._run(at_size, check_loss, batch, self._loss, rows if is_new else None, batch.deal(devices))
+
+    def _run(self, threads: int, check: Callable[..., None], batch: Batch, *args: Any) -> None:
+        """Run a check of the module in a copy of the context, on so many cores."""
+        with intra_op_threads(threads):
+            contextvars.copy_context().run(check, self._module, batch, *args)
 
     def _found(self, batch: Batch, devices: int, *, wants: bool) -> _Found | None:
         """What trials find out; None if the module does not run. Refusals say what in the batch cannot be split."""
@@ -139,7 +191,7 @@ class Trials:
         Raises:
             NotByRowsError: the batch can be split, but the module runs and its results cannot be merged.
         """
-        arrays = declared.given(structure.values, whole_targets=self._whole_targets)
+        arrays = declared.given(structure.values, whole_targets=self._loss is None)
         refused: NotByRowsError | None = None
         for reading in readings(arrays):
             try:

@@ -63,7 +63,7 @@ class WrittenRoles:
         for place, every in _places((*parts, whole)):
             for i, values in enumerate(zip(*(one.leaves for one in every), strict=True) if every is not None else ()):
                 left = self._left.get((place, i))
-                if left is None or not all(_is_number(value) for value in values):
+                if left is None or not all(is_number(value) for value in values):
                     continue
                 tensors = [as_tensor(value).detach() for value in values]
                 if len({value.shape for value in tensors}) > 1 or not bool(torch.isfinite(tensors[2]).all()):
@@ -118,7 +118,7 @@ class WrittenRoles:
         place, kind = leaf[0], type(values[-1])
         if any(type(value) is not kind for value in values):
             self._refuse(place, "to values of different types for some rows and for others", trusted)
-        elif _is_number(values[-1]):
+        elif is_number(values[-1]):
             self._numbers(leaf, [as_tensor(value).detach() for value in values], before, second, trusted)
         elif all(equal(values[0], value) for value in values):
             self._layouts[leaf] = Layout(Effect.SAME)
@@ -188,7 +188,7 @@ class WrittenRoles:
             raise refused(place.name, how)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     """Whether a leaf is a number, a tensor or an array."""
     return type(value) in _NUMBERS or isinstance(value, (torch.Tensor, np.ndarray))
 
