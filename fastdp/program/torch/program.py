@@ -237,11 +237,7 @@ class TorchProgram(Program):
     @contextmanager
     def running(self, threads: int) -> Iterator[None]:
         """Sync replicas with the user's module, note the user's thread, and divide the cores."""
-        self._thread = ThreadState(
-            several=len(self._states) > 1,
-            thread_locals=self._trials.thread_locals,
-            variables=self._trials.context_variables,
-        )
+        self._thread = self._trials.thread_state(several=len(self._states) > 1)
         if not self._followed:
             self._following.follow()
         self._followed = False

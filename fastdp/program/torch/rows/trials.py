@@ -27,6 +27,7 @@ from fastdp.program.torch.rows.plain import keeps_rows_apart
 from fastdp.program.torch.rows.readings import Reading, readings
 from fastdp.program.torch.shared_draws import DrawPlaces
 from fastdp.tensors.row_effects import ROWS_FIRST, NotByRowsError
+from fastdp.tensors.thread_state import ThreadState
 from fastdp.tensors.threads import intra_op_threads
 
 _MUCH = 1 << 24  # multiplications, from which all cores run them faster than one
@@ -77,6 +78,10 @@ class Trials:
         self._checked: set[Any] = set()
         self.thread_locals: Sequence[threading.local] = ()
         self.context_variables: Sequence[contextvars.ContextVar[Any]] = ()
+
+    def thread_state(self, *, several: bool) -> ThreadState:
+        """The state of the present thread, with what the code of the module reaches. `several` as of `ThreadState`."""
+        return ThreadState(several=several, thread_locals=self.thread_locals, variables=self.context_variables)
 
     def judged(self, batch: Batch, devices: int, *, wants: bool = False, kind: int = 0) -> Batch:
         """Find out what is known about the batch and about the module's outputs and buffers, by trials if need be.
