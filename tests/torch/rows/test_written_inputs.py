@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -97,3 +98,36 @@ def test_a_batch_that_is_changed_before_backward_is_an_error_as_in_torch(make, d
     x.zero_()
     with pytest.raises(RuntimeError, match=r"changed again before backward|modified by an inplace operation"):
         loss.backward()
+
+
+class Fills(Scales):
+    """Puts something into an argument, as `how` says."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def forward(self, given, log=None):
+        if self.how == "copy":
+            given = dict(given)
+        hidden = self.linear(given["x"])
+        if self.how == "log":
+            log.append(hidden.detach())
+        elif self.how == "count":
+            given["calls"] += 1
+        else:
+            given["hidden"] = hidden
+        return hidden
+
+
+@pytest.mark.parametrize(("how", "place"), [("key", "[0]['hidden']"), ("count", "[0]['calls']"), ("log", "['log'][0]")])
+def test_what_forward_puts_into_a_dict_or_a_list_is_refused_by_name(how, place):
+    module, given, log = Fills(how), {"x": numbers(8, 4), "calls": 1000}, []
+    with pytest.raises(ValueError, match=re.escape(f"into an argument, at {place}")):
+        fastdp.wrap(module, gpus=2)(given, log=log)
+    assert (given.keys(), given["calls"], log) == ({"x", "calls"}, 1000, [])
+
+
+def test_forward_may_fill_a_copy_of_a_dict():
+    module, given = Fills("copy"), {"x": numbers(8, 4), "calls": 1000}
+    torch.testing.assert_close(fastdp.wrap(module, gpus=2)(given), module(given), rtol=0.0, atol=1e-12)

@@ -201,11 +201,12 @@ class Trial:
             Watch(self.slots, self.compared, sought, seeks_coarse=self._is_wide) as watch,
         ):
             args, kwargs, _ = given = self.inputs.of(rows, self._where, wanted)
-            versions = _versions(given)
+            versions, leaves = _versions(given), pytree.tree_leaves(given)
             among = TrialPeers(self._met, rows, self._aligned)
             with peers_scope(among), FAST_PATHS, ReplicaMode(running, HANDLERS):
                 with nullcontext() if self._is_wide else structure.entered():
                     outputs = module(*args, **kwargs)
+                _check_not_filled(leaves, given)
                 if then is not None:
                     self.watch = watch
                     then(running, given, outputs)
@@ -245,6 +246,23 @@ def _check_statistics(running: ReplicaContext, module: nn.Module) -> None:
             "by its own rows. Register the layer (nn.ModuleList, an attribute) or the statistics (register_buffer), "
             "call eval() on the layer, or use gpus=[0]."
         )
+
+
+def _check_not_filled(before: list[Any], given: Any) -> None:
+    """Check that forward has put nothing into the lists and dicts that it is given.
+
+    Raises:
+        CannotSplitError: it has.
+    """
+    known = {id(leaf) for leaf in before}
+    for path, leaf in pytree.tree_leaves_with_path(given):
+        if id(leaf) not in known:
+            kind = "keyword " if isinstance(path[1], pytree.MappingKey) else ""
+            raise CannotSplitError(
+                f"forward puts a {type(leaf).__name__} into an argument, at {pytree.keystr(path[1:])} of its "
+                f"{kind}arguments: on several devices each has lists and dicts of its own, and yours would stay as "
+                "they are. Return it from forward, put it into a copy (dict(d)), or use gpus=[0]."
+            )
 
 
 def _widened(tensor: torch.Tensor, place: int | None = None) -> torch.Tensor:
