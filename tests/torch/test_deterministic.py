@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from typing import ClassVar
 
 import pytest
@@ -18,7 +19,7 @@ def _devices():
 
 
 class Noting(torch.nn.Module):
-    seen: ClassVar[list[bool]] = []
+    seen: ClassVar[queue.SimpleQueue] = queue.SimpleQueue()  # no list: forward must not change what devices share
 
     def __init__(self, puts=False):
         super().__init__()
@@ -26,10 +27,15 @@ class Noting(torch.nn.Module):
         self.puts = puts
 
     def forward(self, x):
-        self.seen.append(torch.are_deterministic_algorithms_enabled())
+        self.seen.put(torch.are_deterministic_algorithms_enabled())
         if self.puts:
             x = torch.zeros_like(x).put(torch.arange(x.numel()), x.reshape(-1), accumulate=False)
         return self.linear(x)
+
+
+def noted():
+    """What was noted since the last call."""
+    return {Noting.seen.get() for _ in range(Noting.seen.qsize())}
 
 
 def step_of(module, **options):
@@ -38,19 +44,17 @@ def step_of(module, **options):
 
 
 def test_steps_and_calls_are_deterministic_and_leave_torchs_settings_alone():
-    Noting.seen.clear()
     parallel, step = step_of(Noting(), deterministic=True)
     step(torch.ones(7, 4), torch.ones(7, 2))
     parallel(torch.ones(7, 4))
-    assert set(Noting.seen) == {True}
+    assert noted() == {True}
     assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_without_it_they_are_as_the_user_has_set_torch():
-    Noting.seen.clear()
     _, step = step_of(Noting())
     step(torch.ones(7, 4), torch.ones(7, 2))
-    assert set(Noting.seen) == {False}
+    assert noted() == {False}
 
 
 def test_an_operation_without_a_deterministic_form_is_an_error_that_names_the_module():

@@ -104,6 +104,9 @@ class _Check:
     def _outputs(self, parts: Sequence[Any], whole: Any) -> None:
         if self._judged.outputs is None or self._trial.meets:
             return
+        forms = [_form(outputs, self._judged.outputs) for outputs in parts]
+        if any(form != forms[0] for form in forms):
+            return  # a step refuses them, and says in what they differ
         others = [_others(outputs) for outputs in (*parts, whole)]
         every = [_tensors(outputs) for outputs in (*parts, whole)]
         if any(one != others[-1] for one in others) or any(len(one) != len(self._judged.outputs) for one in every):
@@ -185,6 +188,15 @@ class _Seen:
     outputs: Any
     states: dict[int, torch.Tensor]
     written: dict[Place, Written]
+
+
+def _form(outputs: Any, layouts: Sequence[Layout]) -> Any:
+    """What the outputs of all devices have in common: plain values, dtypes, and lengths of axes without rows."""
+    shapes = [list(tensor.shape) for tensor in _tensors(outputs)]
+    for shape, layout in zip(shapes, layouts, strict=False):
+        if layout.axis is not None and layout.axis < len(shape):
+            shape[layout.axis] = 0
+    return _others(outputs), [tensor.dtype for tensor in _tensors(outputs)], shapes
 
 
 def _others(outputs: Any) -> list[Any]:
