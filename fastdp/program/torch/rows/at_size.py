@@ -27,7 +27,7 @@ from fastdp.program.torch.rows.trial import Run, Trial
 from fastdp.program.torch.rows.weights import Counted
 from fastdp.program.torch.rows.written import is_number
 from fastdp.shard import Rows
-from fastdp.tensors.row_effects import Effect, Layout, NotByRowsError
+from fastdp.tensors.row_effects import ROWS_FIRST, Effect, Layout, NotByRowsError
 
 
 def check_at_size(module: nn.Module, batch: Batch, judged: Judged, devices: int, wanted: Sequence[int]) -> None:
@@ -104,7 +104,7 @@ class _Check:
     def _outputs(self, parts: Sequence[Any], whole: Any) -> None:
         if self._judged.outputs is None or self._trial.meets:
             return
-        forms = [_form(outputs, self._judged.outputs) for outputs in parts]
+        forms = [form_of(outputs, self._judged.outputs) for outputs in parts]
         if any(form != forms[0] for form in forms):
             return  # a step refuses them, and says in what they differ
         others = [_others(outputs) for outputs in (*parts, whole)]
@@ -190,10 +190,15 @@ class _Seen:
     written: dict[Place, Written]
 
 
-def _form(outputs: Any, layouts: Sequence[Layout]) -> Any:
-    """What the outputs of all devices have in common: plain values, dtypes, and lengths of axes without rows."""
+def form_of(outputs: Any, layouts: Sequence[Layout] | None) -> Any:
+    """What the outputs of all devices have in common: plain values, dtypes, and lengths of axes without rows.
+
+    Args:
+        outputs: of one device.
+        layouts: of the tensors among them; None if all have their rows first.
+    """
     shapes = [list(tensor.shape) for tensor in _tensors(outputs)]
-    for shape, layout in zip(shapes, layouts, strict=False):
+    for shape, layout in zip(shapes, layouts or [ROWS_FIRST] * len(shapes), strict=False):
         if layout.axis is not None and layout.axis < len(shape):
             shape[layout.axis] = 0
     return _others(outputs), [tensor.dtype for tensor in _tensors(outputs)], shapes

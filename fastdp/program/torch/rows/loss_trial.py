@@ -14,12 +14,15 @@ from fastdp.comm.batch import Batch
 from fastdp.program.torch.known_losses import known_loss
 from fastdp.program.torch.losses import split
 from fastdp.program.torch.replica import ReplicaContext
+from fastdp.program.torch.rows.at_size import form_of
 from fastdp.program.torch.rows.draws import CannotSplitError
+from fastdp.program.torch.rows.hints import refuse_lists
 from fastdp.program.torch.rows.inputs import choices_of
 from fastdp.program.torch.rows.judge import FAILURES
 from fastdp.program.torch.rows.outside import SharedState
 from fastdp.program.torch.rows.trial import Trial
 from fastdp.shard import Rows
+from fastdp.tensors.row_effects import Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +34,19 @@ class DeclaredLoss:
 
 
 def check_loss(
-    module: nn.Module, batch: Batch, loss: DeclaredLoss, rows: tuple[int, int] | None, devices: Sequence[Rows]
+    module: nn.Module,
+    batch: Batch,
+    loss: DeclaredLoss,
+    layouts: Sequence[Layout] | None,
+    rows: tuple[int, int] | None,
+    devices: Sequence[Rows],
 ) -> None:
     """Check what the user has said of a loss function, on a few rows of a batch and on all rows.
 
     Args:
         module, batch: as in `Trial`.
         loss: the loss function.
+        layouts: of the tensors among the outputs; None if all have their rows first.
         rows: the numbers of rows of a trial's parts; None for a trial of all rows alone.
         devices: the rows of the devices.
 
@@ -45,7 +54,9 @@ def check_loss(
 
     Raises:
         CannotSplitError: the loss is something else, or its function changes what all devices would share.
+        ValueError: it would get the whole of a list with one value for each row.
     """
+    refuse_lists(batch.structure.values[2], batch.rows, loss.reduction)
     if known_loss(loss.function) is not None:
         return
     shared = SharedState(module, loss.function)
@@ -57,8 +68,8 @@ def check_loss(
                 choices = choices_of(batch.rows, total)[:3]
                 _check_state(shared, Trial(module, batch, choices[0]), loss, few)
                 for chosen in choices:
-                    _check_value(Trial(module, batch, chosen), loss, few)
-            _check_value(Trial(module, batch, range(batch.rows)), loss, devices)
+                    _check_value(Trial(module, batch, chosen), loss, few, layouts)
+            _check_value(Trial(module, batch, range(batch.rows)), loss, devices, layouts)
     except CannotSplitError:
         raise
     except (*FAILURES, NotImplementedError):
@@ -77,11 +88,15 @@ def _check_state(shared: SharedState, trial: Trial, loss: DeclaredLoss, parts: S
         ) from error
 
 
-def _check_value(trial: Trial, loss: DeclaredLoss, parts: Sequence[Rows]) -> None:
+def _check_value(trial: Trial, loss: DeclaredLoss, parts: Sequence[Rows], layouts: Sequence[Layout] | None) -> None:
     """Check that the losses of some rows make that of all rows."""
     total = parts[0].total
-    whole = _value(trial, loss, Rows(0, total, total))
-    every = [_value(trial, loss, one) for one in parts]
+    whole, _ = _value(trial, loss, Rows(0, total, total))
+    found_of = [_value(trial, loss, one) for one in parts]
+    forms = [form_of(outputs, layouts) for _, outputs in found_of]
+    if any(form != forms[0] for form in forms):
+        return  # a step refuses such outputs, and says in what they differ
+    every = [value for value, _ in found_of]
     weights = [one.share if loss.reduction == "mean" else 1.0 for one in parts]
     found = sum(value * weight for value, weight in zip(every, weights, strict=True))
     dtype = torch.float64 if all(slot.tensor.dtype == torch.float64 for slot in trial.slots) else torch.float32
@@ -97,8 +112,8 @@ def _check_value(trial: Trial, loss: DeclaredLoss, parts: Sequence[Rows]) -> Non
     )
 
 
-def _value(trial: Trial, loss: DeclaredLoss, rows: Rows) -> float:
-    """The loss of some rows."""
+def _value(trial: Trial, loss: DeclaredLoss, rows: Rows) -> tuple[float, Any]:
+    """The loss of some rows, and the outputs."""
     found: list[torch.Tensor] = []
 
     def compute(running: ReplicaContext, given: Any, outputs: Any) -> None:
@@ -107,5 +122,5 @@ def _value(trial: Trial, loss: DeclaredLoss, rows: Rows) -> float:
         trial.watch.is_paused = True  # a penalty may use the module's own parameters
         found.append(split(loss.function(outputs, *given[2]), loss.reduction)[0])
 
-    trial.run(rows.start, rows.stop, then=compute)
-    return float(found[0].detach())
+    run = trial.run(rows.start, rows.stop, then=compute)
+    return float(found[0].detach()), run.outputs

@@ -151,7 +151,8 @@ class Trials:
                 self._run(threads, check_backward, batch, judged, rows, wanted)
             self._run(at_size, check_at_size, batch, judged, devices, wanted)
         if self._loss is not None:
-            self._run(at_size, check_loss, batch, self._loss, rows if is_new else None, batch.deal(devices))
+            layouts = None if judged is None else judged.outputs
+            self._run(at_size, check_loss, batch, self._loss, layouts, rows if is_new else None, batch.deal(devices))
 
     def _run(self, threads: int, check: Callable[..., None], batch: Batch, *args: Any) -> None:
         """Run a check of the module in a copy of the context, on so many cores."""
