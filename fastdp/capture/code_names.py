@@ -20,9 +20,13 @@ def names_in_code(code: types.CodeType) -> Iterator[str]:
 
 @functools.lru_cache(maxsize=1024)
 def global_names(code: types.CodeType) -> frozenset[str]:
-    """The names of globals that a function and the functions nested in it load."""
+    """The names of globals that a function and the functions nested in it load.
+
+    Without those that no program can write: pytest's, which it puts into code for `assert`.
+    """
     found = {one.argval for one in dis.get_instructions(code) if one.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    return frozenset(found).union(*map(global_names, _nested(code)))
+    written = (name for name in found if not name.startswith("@"))
+    return frozenset(written).union(*map(global_names, _nested(code)))
 
 
 def strings_in_code(code: types.CodeType) -> Iterator[str]:

@@ -249,7 +249,7 @@ class Reach:
             raise NotCapturable(f"eval() or exec() in {function.__qualname__}(), which may read anything")
         if "globals" in loaded:
             loaded |= set(strings_in_code(code))
-        named = sorted(name for name in loaded & known.keys() if not name.startswith("@"))  # pytest's, for `assert`
+        named = sorted(loaded & known.keys())
         self.mapping(known, [n for n in named if not isinstance(known[n], types.ModuleType)], function.__module__)
         names = frozenset(names_in_code(code))
         if "getenv" in names:
