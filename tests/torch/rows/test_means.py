@@ -268,5 +268,5 @@ def test_what_cannot_be_meant_is_an_error():
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_loss_of_each_devices_own_rows_is_refused(reduction):
     step = fastdp.wrap(Masked(), gpus=2).train_step(lambda out: out["loss"], sgd, reduction=reduction)
-    with pytest.raises(ValueError, match="Use reduction=None|Leave `reduction` out"):
+    with pytest.raises(ValueError, match=r"Use reduction=None|Leave `reduction` out"):
         step({"ids": IDS, "labels": LABELS, "mask": FULL})
