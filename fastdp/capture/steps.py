@@ -17,8 +17,9 @@ recorded. `graph="step"` joins the graphs of all replicas with their collectives
 (`fastdp.capture.cuda_graphs.step_graphs`).
 
 The host thread traces between steps, while no replica runs. A model that cannot be traced (it reads a value on the
-host, or replicas exchange values in the middle of a step) runs eagerly from then on, with one warning that says why.
-When a Python value that a trace has read changes, the trace is made again (`fastdp.capture.guard`).
+host, or replicas exchange values in the middle of a step) runs eagerly from then on, with one warning that says why,
+until what it reads has changed (`capture/second_try.py`). When a Python value that a trace has read changes, the trace
+is made again (`capture/guard.py`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ from fastdp.capture.cuda_graphs.recorder import Recorder
 from fastdp.capture.cuda_graphs.step_graphs import RecordedStepGraph, StepGraphJoiner
 from fastdp.capture.faults import Attempt
 from fastdp.capture.guard import Guard
+from fastdp.capture.notices import Notices
 from fastdp.capture.pure_step import PureFunction
+from fastdp.capture.second_try import SecondTry
 from fastdp.capture.shapes import CapturedT, Shape, entry_of, key_of, own_rows, recordings_of
 from fastdp.capture.speed_trial import SpeedTrial
 from fastdp.capture.trace import Captured, NoExchange
@@ -45,7 +48,6 @@ from fastdp.comm.context import Context
 from fastdp.errors import DeviceTimeoutError, NotCapturable
 from fastdp.shard import Rows
 from fastdp.tensors.threads import given_cores
-from fastdp.warn import warn_user
 
 MOST_SHAPES = 8
 MOST_KNOWN = 200  # further shapes have no entry in the report, and run eagerly
@@ -92,8 +94,7 @@ class Captures(Generic[CapturedT]):
     ) -> None:
         self._capture: Callable[..., CapturedT] = capture
         self._deterministic, self._checks = deterministic, checks
-        self._step, self._mode, self._parts, self._recorder = step, mode, parts, recorder
-        self._alone = alone
+        self._step, self._mode, self._parts, self._recorder, self._alone = step, mode, parts, recorder, alone
         self._shapes: dict[Any, Shape[CapturedT]] = {}
         self.present: list[Shape[CapturedT]] = []
         self._compiler = BackgroundCompiler()
@@ -103,11 +104,13 @@ class Captures(Generic[CapturedT]):
         self._guard = Guard(step)
         self._changes = self.generation = 0
         self._eager_now = False
+        self._second_try = SecondTry(step)
+        self._notices = Notices(step.name, quiet=mode == "auto" and checks > 0)
         self._refused = step.why_never() or self._own_code()
         if self._refused and mode != "auto":
-            self._warn_eager()
+            self._notices.eager(self._refused)
         elif mode == "inductor" and self._no_compiler:
-            self._warn_traced()
+            self._notices.traced(self._no_compiler)
 
     def find(self, context: Context) -> CapturedT | None:
         """The captured step for a replica's rows, or None. Called from any thread."""
@@ -131,6 +134,8 @@ class Captures(Generic[CapturedT]):
         self._eager_now = eager or torch.is_anomaly_enabled()
         if not self._refused:
             self._look_for_changes()
+        elif not self._eager_now:
+            self._try_again()
         if self._refused or self._eager_now:
             return
         self._step.prepare()
@@ -261,7 +266,19 @@ class Captures(Generic[CapturedT]):
         self._refused = self._step.why_never() or self._own_code()
         if self._changes > MOST_CHANGES:
             self._refused = f"{changed}, which changes while the model trains"
-            self._warn_eager()
+            self._notices.eager(self._refused)
+
+    def _try_again(self) -> None:
+        """Let a step that was refused be captured if what it reads has changed since."""
+        if not self._second_try.is_due(changed=self._changes > MOST_CHANGES):
+            return
+        self._refused = self._step.why_never() or self._own_code()
+        if self._refused:
+            self._notices.eager(self._refused)
+            return
+        self._changes = 0
+        self._shapes.clear()
+        self._no_compiler = missing_compiler() if self._mode != "trace" else 'compile="trace"'
 
     def _look_for_disagreement(self) -> None:
         """Run eagerly from now on if a traced step has given other numbers than the eager one."""
@@ -277,7 +294,7 @@ class Captures(Generic[CapturedT]):
         self._refused = why
         self.close()
         self._shapes.clear()
-        self._warn_eager()
+        self._notices.eager(self._refused)
 
     def _may_trace(self, shape: Shape[CapturedT]) -> bool:
         """Whether it is time to trace."""
@@ -329,9 +346,8 @@ class Captures(Generic[CapturedT]):
     def _submit(self, shape: Shape[CapturedT], captured: CapturedT, rows: Rows) -> None:
         """Submit a captured step to the compiler. If that fails, warn and compile nothing from then on."""
         with Attempt() as attempt:
-            graphs = captured.to_compile()
-            threads = max(1, given_cores() // min(self._parts, rows.total))  # while other replicas run
-            shape.jobs = [self._compiler.submit(graph, threads) for graph in graphs]
+            cores = max(1, given_cores() // min(self._parts, rows.total))  # of one replica while the others run
+            shape.jobs = [self._compiler.submit(graph, cores) for graph in captured.to_compile()]
             shape.why = "being compiled"
         if attempt.error is not None:
             self._give_up_compiling(attempt.why)
@@ -374,26 +390,11 @@ class Captures(Generic[CapturedT]):
         """Return permanently to the traced form of a step whose compiled form has failed."""
         why = captured.failed
         captured.use_traced()
-        shape.jobs, shape.runs, shape.trial = [], [], None
-        shape.compiled, shape.why = False, why
+        shape.jobs, shape.runs, shape.trial, shape.compiled, shape.why = [], [], None, False, why
         self._give_up_compiling(why)
 
     def _give_up_compiling(self, why: str) -> None:
         """Stop compiling, with one warning."""
-        told = bool(self._no_compiler)
+        if not self._no_compiler:
+            self._notices.traced(why)
         self.close(why)
-        if not told:
-            self._warn_traced()
-
-    def _warn_eager(self) -> None:
-        """Warn that steps run eagerly, and why."""
-        self._warn(f"eagerly: it cannot be captured because of {self._refused}")
-
-    def _warn_traced(self) -> None:
-        """Warn that steps are not compiled, and why."""
-        self._warn(f"traced and not compiled: {self._no_compiler}")
-
-    def _warn(self, how: str) -> None:
-        """Warn of how steps run. Under "auto", which just tries user code, the report alone tells."""
-        if self._mode != "auto" or not self._checks:
-            warn_user(f"fastdp runs {self._step.name!r} {how}")

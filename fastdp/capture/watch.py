@@ -185,6 +185,7 @@ class Watch:
                 places = self._of_many[name] = _Places(lambda sources: list(map(read, sources)))
                 self._kinds.append(places)
             places.add(owner, what)
+            places.then[-1] = _copied(places.then[-1])
 
     def answer(self, ask: Callable[[], Any], what: str, mark: Callable[[], Any] | None = None) -> None:
         """Watch the result of a function by `==`; not restored. With a `mark`, it is called only after that changed."""
@@ -222,6 +223,23 @@ class Watch:
                 if kind is not self._answers or not self._has_moved_alone(i):
                     return f"{kind.what[i]}{self._which(i) if kind is self._values else ''}"
         return ""
+
+    def changes(self) -> set[str]:
+        """The names of all places that have changed."""
+        found: set[str] = set()
+        for kind in self._kinds:
+            for i in kind.changes() if not kind.same() else ():
+                if kind is self._values:
+                    found.update(f"{kind.what[i]}.{name}" for name in self._names[i] if self._differs(i, name))
+                elif kind is not self._answers or not self._has_moved_alone(i):
+                    found.add(kind.what[i])
+        return found
+
+    def _differs(self, i: int, name: Any) -> bool:
+        """Whether one of the values of a mapping has changed."""
+        owner, then = self._values.sources[i][1], dict(zip(self._names[i], self._then(i), strict=True))
+        read = self._values.sources[i][0] if len(self._names[i]) == 1 else itemgetter(name)
+        return not _Places(self._values.read, [(read, owner)], [then[name]]).same()
 
     def _has_moved_alone(self, i: int) -> bool:
         """Whether an answer is a mark that has changed while its function's result has not. Then accepts the mark."""

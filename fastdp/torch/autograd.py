@@ -83,6 +83,7 @@ class Calls:
             opened = _OpenPass(self, work, values, numbers)
             self._prepare_loop(work)
             tensors = _Node.apply(opened, *work.given, *(users[i] for i in numbers))
+            work.note_merged(tensors)
         else:
             tensors = self._without_gradients(work)
         assert work.nest is not None
@@ -133,13 +134,13 @@ class Calls:
         began = time.perf_counter()
         check_around(self.program.module, "A backward pass of a parallel module")
         opened.work.check_written()
-        work = BackwardPass(opened.work, gradients, retain)
+        work = BackwardPass(opened.work, gradients, retain, opened.work.retained(gradients))
         rows = Batch([], None, opened.work.batch.rows)
         with self._scope():
             result = self.engine.backward(rows, partial(self.program.run, self.program.backward, work))
             found = self.program.gradients_of(work, result)
             reduced = self.program.reduced(result)
-            self.program.settle_backward(result)
+            self.program.settle_backward(work, result)
         opened.work.ended(gradients, time.perf_counter() - began)
         return [*found, *(reduced[i] for i in opened.numbers)]
 
@@ -153,6 +154,11 @@ class Calls:
         """
         self._tell_once()
         work = opened.work
+        if work.retained(gradients):
+            raise NotImplementedError(
+                "retain_grad() on an output from which the module has computed another one, in a gradient of a "
+                "gradient (create_graph=True): several devices do not know it. Use gpus=[0]."
+            )
         if work.normalizes_by_replica and not self.program.sync_batch_norm:
             raise NotImplementedError(
                 "A gradient of a gradient (create_graph=True) through batch normalization needs the moments of the "

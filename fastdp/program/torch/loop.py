@@ -11,6 +11,7 @@ Several forward passes may be open. The graphs of a pass are freed as torch's ar
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -23,6 +24,7 @@ from torch import nn
 from fastdp.buffers import FlatBuffers, Memory
 from fastdp.comm.context import Context
 from fastdp.program.base import Result
+from fastdp.program.torch.activations import keep
 from fastdp.program.torch.batch import Structure, with_extremes
 from fastdp.program.torch.capture.forward_replays import ForwardReplays, parts_of
 from fastdp.program.torch.capture.joint_replays import GivenLeaves, JointReplays
@@ -129,6 +131,7 @@ class LoopProgram(TorchProgram):
         args, kwargs, _ = structure.nested(leaves.tensors)
         running = self._passes.running(context)
         running.draws_by = state.draws_by
+        running.keeps_graph = True
         state.gradients.follow(self._users)
         with torch.set_grad_enabled(work.records), state.replica.passes(), ExitStack() as together:
             if context.size > 1:
@@ -163,6 +166,10 @@ class LoopProgram(TorchProgram):
             if own is not None:
                 roots.append(tensor)
                 seeds.append(own.to(tensor.device))
+        retained = [kept.outputs[at] for at in work.retained]
+        for tensor in retained:
+            if tensor.requires_grad:
+                tensor.retain_grad()
         # Torch itself runs the hooks of the user's parameters, when it gets the reduced gradients.
         aside = HookedGradients(users, self._passes.nodes) if context.rank == 0 else None
         with state.gradients.passes(users, aside), ExitStack() as together:
@@ -180,6 +187,11 @@ class LoopProgram(TorchProgram):
         notes = BackwardNotes(
             gradients, [g is not None for g in by_rows], [None if g is None else g.cpu() for g in shared], writes
         )
+        with warnings.catch_warnings():  # torch warns where there is no gradient
+            warnings.simplefilter("ignore")
+            notes.retained = [None if one.grad is None else one.grad.cpu() for one in retained]
+        for tensor in retained:
+            tensor.grad = None
         found = [torch.zeros_like(x) if g is None else g for x, g in zip(kept.rows, by_rows, strict=True)]
         layouts = work.forward.row_layouts
         arrays = [output_array(rows_first(g, one), context.device) for g, one in zip(found, layouts, strict=True)]
@@ -252,12 +264,21 @@ class LoopProgram(TorchProgram):
             found.append(sum(there[1:], there[0].clone()) if there else None)
         return found
 
-    def settle_backward(self, result: StepResult) -> None:
+    def settle_backward(self, work: BackwardPass, result: StepResult) -> None:
         """After a backward pass: give the module what the pass has written, by hooks or in parts that it recomputed.
+
+        Retained outputs get their gradients.
 
         Raises:
             ValueError: it cannot be merged.
         """
+        forward = work.forward
+        for at, parts in zip(
+            work.retained, zip(*(note.retained for note in result.every_note), strict=True), strict=True
+        ):
+            merged = forward.merged[at]()
+            if merged is not None:
+                keep(merged, parts, forward.layouts[at], work.gradients[at])
         written = self._merged_writes([note.writes for note in result.every_note])
         self._following.finish(written.every, written.merged, {})
 

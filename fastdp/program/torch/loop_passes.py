@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from fastdp.capture.shapes import Shape
 from fastdp.capture.steps import Captures
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
+from fastdp.program.torch.activations import inner_of, refuse_ends, retained
 from fastdp.program.torch.following.graphs import Leaf, PassWrites
 from fastdp.program.torch.following.merged import WriteNotes
 from fastdp.program.torch.gradients import Found
@@ -101,6 +103,8 @@ class ForwardPass:
     seconds: float = 0.0
     used: list[bool] | None = None
     records: bool = False
+    merged: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
+    inner: Collection[int] = ()
 
     @classmethod
     def of(cls, batch: Batch, values: object, *, keeps: bool) -> ForwardPass:
@@ -118,6 +122,33 @@ class ForwardPass:
             elif wanted:
                 shared[place] = leaf
         return cls(batch, arrays, rows, shared, keeps, records=keeps)
+
+    def note_merged(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Note the merged outputs. Those whose parts retain their gradients do so too."""
+        self.merged = [weakref.ref(tensor) for tensor in tensors]
+        judged = self.batch.structure.judged
+        if len(tensors) > 1 and judged is not None:
+            if judged.inner is None and not self.kept[0].captured:
+                judged.inner = inner_of(self.kept[0].outputs)
+            self.inner = judged.inner or ()
+            for at in self.inner:
+                if tensors[at].requires_grad:
+                    refuse_ends(tensors[at])
+        for at, tensor in enumerate(tensors):
+            parts = [kept.outputs[at] for kept in self.kept.values()]
+            if tensor.requires_grad and any(part.retains_grad for part in parts):
+                tensor.retain_grad()
+
+    def retained(self, gradients: Sequence[torch.Tensor | None]) -> list[int]:
+        """As `activations.retained`, in a backward pass from these gradients."""
+        users = ((at, self.merged[at]()) for at in self.inner)
+        found = retained({at: one for at, one in users if one is not None}, self.inner, gradients)
+        if found and self.kept[0].captured:
+            raise NotImplementedError(
+                "retain_grad() on an output from which the module has computed another one, after a pass that was "
+                "captured and kept no graph between the two. Use fastdp.wrap(module, compile=None)."
+            )
+        return found
 
     @property
     def written(self) -> frozenset[int]:
@@ -191,19 +222,22 @@ class BackwardPass:
     Args:
         gradients: of the loss by the merged outputs; None where it does not depend on one.
         retain: keep the graphs for another backward pass.
+        retained: the outputs whose gradients are wanted, by number.
     """
 
     forward: ForwardPass
     gradients: Sequence[torch.Tensor | None]
     retain: bool
+    retained: Sequence[int] = ()
 
 
 @dataclass(slots=True)
 class BackwardNotes:
-    """What a replica tells of a backward pass: what has a gradient, and the gradients of shared inputs."""
+    """What a replica tells of a backward pass: what has a gradient, those of shared inputs and of retained outputs."""
 
     found: Found
     rows: list[bool]
     shared: list[torch.Tensor | None]
     writes: WriteNotes
     half: HalfGradients | None = None
+    retained: list[torch.Tensor | None] = field(default_factory=list)

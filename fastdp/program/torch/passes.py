@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from fastdp.capture.pure_step import Draws
 from fastdp.comm.context import Context
 from fastdp.program.base import Result, Totals
-from fastdp.program.torch import batch_axis, embeddings, fast_paths
+from fastdp.program.torch import activations, batch_axis, embeddings, fast_paths
 from fastdp.program.torch import batch_norm as torch_batch_norm
 from fastdp.program.torch import gradients as torch_gradients
 from fastdp.program.torch.batch import Structure, outputs_to_arrays, with_extremes
@@ -44,6 +44,7 @@ from fastdp.tensors.function_mode import Handler, ReplicaMode
 
 HANDLERS: dict[Any, Handler] = {
     **random_handlers.HANDLERS,
+    **activations.HANDLERS,
     **batch_axis.HANDLERS,
     **embeddings.HANDLERS,
     **fast_paths.HANDLERS,

@@ -33,7 +33,8 @@ class ReplicaContext:
     whose draws backward repeats, and `repeats` says that it does so now. `tried` says that the module runs, whose draws
     a trial may have seen, and not the loss function. The loss is multiplied by `scale` before backward. `told`, shared
     by the whole program, records given warnings. `traced` says that the step is being traced, and what it computes may
-    not be read. `draws_by` makes all random draws of the step, if somebody keeps or repeats them.
+    not be read. `keeps_graph` says that backward is a pass of its own, in a loop. `draws_by` makes all random draws of
+    the step, if somebody keeps or repeats them.
     """
 
     context: Context
@@ -49,6 +50,7 @@ class ReplicaContext:
     scale: float = 1.0
     told: set[str] = field(default_factory=set)
     traced: bool = False
+    keeps_graph: bool = False
     draws_by: Draws | None = None
 
     def draw(self, make: Callable[[ReplicaContext], torch.Tensor]) -> torch.Tensor:

@@ -33,6 +33,7 @@ class Judged:
         draws: where the rows are in the random draws of forward, by number.
         written: the arrays that forward changes in place, by their numbers.
         roles: how what forward writes to attributes and containers depends on the rows.
+        inner: the outputs from which others are computed, by number, once a step has shown them.
     """
 
     outputs: list[Layout] | None = None
@@ -40,6 +41,7 @@ class Judged:
     draws: DrawPlaces = field(default_factory=DrawPlaces)
     written: frozenset[int] = frozenset()
     roles: Roles = field(default_factory=dict)
+    inner: frozenset[int] | None = None
 
     def is_like(self, other: Judged) -> bool:
         """Whether steps do the same with other lengths."""
