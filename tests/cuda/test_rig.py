@@ -64,11 +64,11 @@ def test_the_tests_for_gpus_pass_with_the_real_cupy(rig, tmp_path, cards):
     """All of tests/gpu on one card, with torch in host memory, and on several what depends on their number."""
     counts, models, delay, at_least = CARDS[cards]
     settings = {"RIG_DELAY_US": str(delay), "RIG_COUNTS": counts, "RIG_MODELS": models, "FASTDP_GPU_SMALL": "1"}
-    skipped = tests_pass(rig, tmp_path, cards, [f"--deselect={FAILING_CALLS}", "tests/gpu"], at_least, **settings)
+    skipped = run_tests(rig, tmp_path, cards, [f"--deselect={FAILING_CALLS}", "tests/gpu"], at_least, **settings)
     assert skipped <= SKIPPED
 
 
-def tests_pass(rig: Path, scratch: Path, cards: int, files: list[str], at_least: int, **settings: str) -> set[str]:
+def run_tests(rig: Path, scratch: Path, cards: int, files: list[str], at_least: int, **settings: str) -> set[str]:
     """Tests pass on so many cards, with torch in host memory, and do nothing that CUDA forbids.
 
     Returns the reasons for which others are skipped.
@@ -94,14 +94,14 @@ def test_what_knows_the_cards_runs_on_ten_of_them(rig, tmp_path):
     """
     settings = {"RIG_DELAY_US": "20", "RIG_APART": "7-9", "RIG_FALSELY": "8-9", "CUDA_MODULE_LOADING": "EAGER"}
     names = "tests/cuda/test_fake.py::test_the_simulation_has_cupys_names_and_parameters"
-    tests_pass(rig, tmp_path, 10, ["tests/cuda/rig", names], 50, **settings)
+    run_tests(rig, tmp_path, 10, ["tests/cuda/rig", names], 50, **settings)
 
 
 def test_n_cards_equal_one_device(rig, tmp_path):
     """Tests of exactness that know nothing of GPUs."""
     files = [f"tests/exactness/{name}.py" for name in ("test_side_effects", "test_batch_norm")]
     settings = {"RIG_DELAY_US": "20", "FASTDP_VIRTUAL_KIND": "gpu", "CUDA_MODULE_LOADING": "EAGER"}
-    tests_pass(rig, tmp_path, 8, files, 40, CUDA_DEVICE_MAX_CONNECTIONS="32", **settings)
+    run_tests(rig, tmp_path, 8, files, 40, CUDA_DEVICE_MAX_CONNECTIONS="32", **settings)
 
 
 def test_a_call_of_a_captured_step_that_fails_leaves_no_step_half_done(rig, tmp_path):
