@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from fastdp.capture.cuda_graphs.recording import Graphs, Recording
+from fastdp.capture.faults import Attempt
 from fastdp.capture.pure_step import ReplicaTensors
 from fastdp.comm.context import Context
 
@@ -32,6 +33,18 @@ class CapturedForm(ABC):
         self.checks, self.disagreed, self.runs_eagerly = 0, "", False
         self.operations, self.seconds = 0, 0.0
         self.recordings: dict[int, Recording] = {}
+
+    def compare(self, difference: Callable[[], str]) -> None:
+        """Note what differs from an eager run, or that the comparison has failed.
+
+        Args:
+            difference: names what differs; empty if nothing does.
+        """
+        with Attempt() as attempt:
+            why = difference()
+            self.disagreed = self.disagreed or why
+        if attempt.error is not None:
+            self.disagreed = self.disagreed or f"an error ({attempt.why})"
 
     @abstractmethod
     def to_compile(self) -> list[GraphModule]:

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from fastdp.capture.agreement import disagreement
-from fastdp.capture.faults import Attempt
 from fastdp.capture.trace import Captured
 from fastdp.comm.context import Context
 from fastdp.program.base import Result
 from fastdp.program.torch.batch import Structure
+from fastdp.program.torch.capture.comparing import buffers_differ, keeping_draws
 from fastdp.program.torch.capture.pure_forward import ForwardOutcome
-from fastdp.program.torch.capture.replays import CapturedReplica, KeptDraws
+from fastdp.program.torch.capture.replays import CapturedReplica
 from fastdp.program.torch.following.merged import WriteNotes
 from fastdp.program.torch.loop_passes import ForwardNotes, ForwardPass
 from fastdp.program.torch.module import Slot
@@ -65,21 +65,18 @@ class ForwardReplays:
         """An eager pass, and what the captured one makes of it. Numbers that differ are noted in `captured`."""
         before = [variable.clone() for variable in state.variables]
         given = [array.copy() for array in batch] if work.written else batch
-        kept = KeptDraws(context)
-        state.draws_by = kept if context.size > 1 else None
-        try:
+        with keeping_draws(state, context) as kept:
             result, outputs = eager(batch, context)
-        finally:
-            state.draws_by = None
-        with Attempt() as attempt:
+
+        def difference() -> str:
             draws, why = kept.of(captured, before, context)
-            if not why:
-                outcome = captured.repeat(before, given, context, draws)
-                arguments = [work.own_argument(number, batch, context) for number in outcome.form.written]
-                why = self._difference(outcome, result, outputs, arguments, before, context)
-            captured.disagreed = captured.disagreed or why
-        if attempt.error is not None:
-            captured.disagreed = captured.disagreed or f"an error ({attempt.why})"
+            if why:
+                return why
+            outcome = captured.repeat(before, given, context, draws)
+            arguments = [work.own_argument(number, batch, context) for number in outcome.form.written]
+            return self._difference(outcome, result, outputs, arguments, before, context)
+
+        captured.compare(difference)
         return result
 
     def _difference(
@@ -102,10 +99,7 @@ class ForwardReplays:
         buffers = [[one.clone() for one in before], [one.clone() for one in before]]
         assign_buffers(buffers[0], _sums(outcome), outcome.buffer_notes())
         assign_buffers(buffers[1], result.sums, result.notes.buffers)
-        changed = [i for i, slot in enumerate(self._slots) if not slot.is_parameter]
-        names = [f"the buffer `{self._slots[i].name}`" for i in changed]
-        captured, eager = ([some[i] for i in changed] for some in buffers)
-        return disagreement(captured, eager, names, rough=rough)
+        return buffers_differ(self._slots, *buffers, rough=rough)
 
 
 def parts_of(

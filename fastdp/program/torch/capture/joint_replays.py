@@ -11,19 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdp.capture.agreement import disagreement
-from fastdp.capture.faults import Attempt
 from fastdp.capture.joint import CapturedJoint
 from fastdp.capture.pure_step import Draw
 from fastdp.comm.context import Context
 from fastdp.program.base import Result
 from fastdp.program.torch.batch import Structure
+from fastdp.program.torch.capture.comparing import buffers_differ, keeping_draws
 from fastdp.program.torch.capture.forward_replays import Eager, parts_of
 from fastdp.program.torch.capture.joint_checks import EagerPasses
 from fastdp.program.torch.capture.pass_node import NodePass
 from fastdp.program.torch.capture.pure_joint import JointForm
 from fastdp.program.torch.capture.pure_pass import dense
-from fastdp.program.torch.capture.replays import KeptDraws
 from fastdp.program.torch.following.merged import WriteNotes
 from fastdp.program.torch.loop_passes import ForwardNotes, ForwardPass, KeptGraph
 from fastdp.program.torch.module import Slot
@@ -134,21 +132,18 @@ class JointReplays:
     ) -> Result:
         """An eager pass, and what the captured one makes of it. Numbers that differ are noted in `captured`."""
         before = [variable.clone() for variable in state.variables]
-        kept = KeptDraws(context)
-        state.draws_by = kept if context.size > 1 else None
-        try:
+        with keeping_draws(state, context) as kept:
             result, outputs = eager(batch, context)
-        finally:
-            state.draws_by = None
-        with Attempt() as attempt:
+
+        def difference() -> str:
             passes = self._eager_passes(captured, work, state, context, result.notes.nest, outputs)
             draws, why = kept.of(captured, before, context)  # with those that backward has repeated
-            if not why:
-                inputs = [*before, *(dense(one.detach()) for one in leaves().tensors), *draws]
-                why = self._difference(captured, passes, inputs, context, result)
-            captured.disagreed = captured.disagreed or why
-        if attempt.error is not None:
-            captured.disagreed = captured.disagreed or f"an error ({attempt.why})"
+            if why:
+                return why
+            inputs = [*before, *(dense(one.detach()) for one in leaves().tensors), *draws]
+            return self._difference(captured, passes, inputs, context, result)
+
+        captured.compare(difference)
         return result
 
     def _eager_passes(
@@ -188,12 +183,10 @@ class JointReplays:
         why, values = passes.difference(inputs, names, rough=rough)
         if why:
             return why
-        changed = [i for i, slot in enumerate(self._slots) if not slot.is_parameter]
         buffers = [[one.clone() for one in variables] for _ in range(2)]
         assign_buffers(buffers[0], *_buffers_of(captured.form, values))
         assign_buffers(buffers[1], result.sums, result.notes.buffers)
-        mine, eager = ([some[i] for i in changed] for some in buffers)
-        return disagreement(mine, eager, [f"the buffer `{self._slots[i].name}`" for i in changed], rough=rough)
+        return buffers_differ(self._slots, *buffers, rough=rough)
 
     def _own(self, state: State) -> list[torch.Tensor]:
         """The tensors of a replica's module whose versions count what is written to them."""

@@ -15,8 +15,6 @@ from torch.autograd import Variable
 from torch.utils import _pytree as pytree
 
 from fastdp.buffers import FlatBuffers
-from fastdp.capture.agreement import disagreement
-from fastdp.capture.faults import Attempt
 from fastdp.capture.joint import CapturedJoint
 from fastdp.capture.kinds import CapturesByKind
 from fastdp.comm.batch import Batch
@@ -24,12 +22,13 @@ from fastdp.comm.context import Context
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.program.torch.batch import Structure
 from fastdp.program.torch.capture.call_kinds import CallKind, CallKinds
+from fastdp.program.torch.capture.comparing import KeptDraws, buffers_differ
 from fastdp.program.torch.capture.joint_captures import JointCaptures
 from fastdp.program.torch.capture.joint_checks import EagerPasses
 from fastdp.program.torch.capture.pass_node import NodePass
 from fastdp.program.torch.capture.pure_joint import JointForm, TorchPureJoint
 from fastdp.program.torch.capture.pure_pass import dense
-from fastdp.program.torch.capture.replays import CapturedReplica, KeptDraws
+from fastdp.program.torch.capture.replays import CapturedReplica
 from fastdp.program.torch.module import slots_of
 from fastdp.program.torch.nest import Nest, is_dense
 from fastdp.program.torch.parameter_hooks import HookedGradients
@@ -137,15 +136,13 @@ class LoneLoop:
         kept = KeptDraws(context)
         args, kwargs, _ = structure.nested(rows)
         outputs = self._module(*args, **kwargs)
-        with Attempt() as attempt:
+
+        def difference() -> str:
             draws, why = kept.of(captured, before, context)
-            if not why:
-                why = self._difference(
-                    captured, [*before, *(dense(one.detach()) for one in rows), *draws], outputs, rows, structure
-                )
-            captured.disagreed = captured.disagreed or why
-        if attempt.error is not None:
-            captured.disagreed = captured.disagreed or f"an error ({attempt.why})"
+            inputs = [*before, *(dense(one.detach()) for one in rows), *draws]
+            return why or self._difference(captured, inputs, outputs, rows, structure)
+
+        captured.compare(difference)
         return outputs
 
     def _difference(
@@ -167,10 +164,8 @@ class LoneLoop:
         why, values = passes.difference(inputs, names, rough=rough)
         form: JointForm = captured.form
         found = dict(zip(form.buffers.constant, values, strict=False))
-        changed = [i for i, slot in enumerate(self._slots) if not slot.is_parameter]
-        buffers = [found.get(i, inputs[i]) for i in changed]
-        now = [self._slots[i].tensor.detach() for i in changed]
-        return why or disagreement(buffers, now, [f"the buffer `{self._slots[i].name}`" for i in changed], rough=rough)
+        left = [found.get(i, inputs[i]) for i in range(len(self._slots))]
+        return why or buffers_differ(self._slots, left, self._variables(), rough=rough)
 
     def _replayed(self, captures: JointCaptures, captured: CapturedJoint, context: Context) -> Any:
         """The outputs of a captured pass."""

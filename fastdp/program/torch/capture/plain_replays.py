@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from fastdp.capture.agreement import disagreement
-from fastdp.capture.faults import Attempt
 from fastdp.capture.graph.ownership import memory_of
 from fastdp.comm.context import Context
 from fastdp.program.torch.batch import Structure
+from fastdp.program.torch.capture.comparing import KeptDraws
 from fastdp.program.torch.capture.plain_forward import OwnedCaptured, OwnTensors
 from fastdp.program.torch.capture.pure_forward import ForwardForm, ForwardOutcome
-from fastdp.program.torch.capture.replays import KeptDraws
 from fastdp.program.torch.nest import Nest
 
 
@@ -46,16 +45,17 @@ class PlainReplays:
         given = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in structure.nest.leaves]
         kept = KeptDraws(context)
         outputs = self._module(*args, **kwargs)
-        with Attempt() as attempt:
+
+        def difference() -> str:
             draws, why = kept.of(captured, before, context)
-            if not why:
-                nest = replace(structure.nest, leaves=tuple(given))
-                apart = replace(context, structure=replace(structure, nest=nest))
-                outcome = captured.repeat(before, [], apart, draws)
-                why = _difference(outcome, outputs, own, _tensors(context), before, _tensors(apart), structure)
-            captured.disagreed = captured.disagreed or why
-        if attempt.error is not None:
-            captured.disagreed = captured.disagreed or f"an error ({attempt.why})"
+            if why:
+                return why
+            nest = replace(structure.nest, leaves=tuple(given))
+            apart = replace(context, structure=replace(structure, nest=nest))
+            outcome = captured.repeat(before, [], apart, draws)
+            return _difference(outcome, outputs, own, _tensors(context), before, _tensors(apart), structure)
+
+        captured.compare(difference)
         return outputs
 
 

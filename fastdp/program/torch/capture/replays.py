@@ -11,15 +11,13 @@ import torch
 
 from fastdp.buffers import FlatBuffers
 from fastdp.capture.agreement import disagreement
-from fastdp.capture.faults import Attempt
-from fastdp.capture.joint import CapturedJoint
-from fastdp.capture.pure_step import Draw
 from fastdp.capture.resumed import ResumedCaptures
 from fastdp.capture.shapes import are_recorded
 from fastdp.capture.trace import Captured
 from fastdp.comm.context import Context
 from fastdp.program.base import Launched, Result
 from fastdp.program.torch.batch import outputs_to_arrays
+from fastdp.program.torch.capture.comparing import buffers_differ, keeping_draws
 from fastdp.program.torch.capture.outcome import TorchOutcome
 from fastdp.program.torch.gradients import Found
 from fastdp.program.torch.module import Slot
@@ -112,19 +110,16 @@ class Replays:
     ) -> Result:
         """An eager step, and what the captured one makes of it. Numbers that differ are noted in `captured`."""
         before = [variable.clone() for variable in state.variables]
-        kept = KeptDraws(context)
-        state.draws_by = kept if context.size > 1 else None
-        try:
+        with keeping_draws(state, context) as kept:
             result = eager(replace(context, ready=_keep))
-        finally:
-            state.draws_by = None
-        with Attempt() as attempt:
+
+        def difference() -> str:
             draws, why = kept.of(captured, before, context)
-            if not why:
-                why = self._difference(captured.repeat(before, batch, context, draws), state, result, before, context)
-            captured.disagreed = captured.disagreed or why
-        if attempt.error is not None:
-            captured.disagreed = captured.disagreed or f"an error ({attempt.why})"
+            return why or self._difference(
+                captured.repeat(before, batch, context, draws), state, result, before, context
+            )
+
+        captured.compare(difference)
         return result
 
     def _difference(
@@ -146,39 +141,7 @@ class Replays:
             assign_buffers(variables, one.sums[1:], one.notes.buffers)
         if context.size == 1 and state.replica.adopted is not None:  # forward has left them in the module
             buffers[1] = [slot.tensor.detach() for slot in self._slots]
-        changed = [i for i, slot in enumerate(self._slots) if not slot.is_parameter]
-        names = [f"the buffer `{self._slots[i].name}`" for i in changed]
-        captured, eager = ([some[i] for i in changed] for some in buffers)
-        return disagreement(captured, eager, names, rough=rough)
-
-
-class KeptDraws:
-    """Makes the draws of an eager pass, and keeps them for its captured form.
-
-    A replica that is alone in its step draws as plain torch does: its captured form repeats that.
-    """
-
-    def __init__(self, context: Context) -> None:
-        self._before = torch.get_rng_state() if context.size == 1 else None
-        self._outcomes: list[torch.Tensor] = []
-
-    def take(self, draw: Draw) -> torch.Tensor:
-        """Make the draw."""
-        self._outcomes.append(draw().contiguous())
-        return self._outcomes[-1]
-
-    def of(
-        self, captured: Captured[Any] | CapturedJoint, variables: Sequence[torch.Tensor], context: Context
-    ) -> tuple[list[torch.Tensor], str]:
-        """The draws for the captured form, and what differs; empty if nothing does."""
-        draws, why = self._outcomes, ""
-        if self._before is not None:
-            after = torch.get_rng_state()
-            torch.set_rng_state(self._before)
-            draws = captured.repeat_draws(variables, context)
-            why = "" if torch.equal(torch.get_rng_state(), after) else "the random numbers that it draws"
-            torch.set_rng_state(after)
-        return draws, "the number of random draws" if len(draws) != captured.drawn else why
+        return buffers_differ(self._slots, *buffers, rough=rough)
 
 
 def _keep(bucket: int) -> None:
