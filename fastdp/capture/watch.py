@@ -7,16 +7,16 @@ address (small ones in host memory also by content), arrays by content.
 
 from __future__ import annotations
 
-import copy
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter, is_, itemgetter, methodcaller
+from operator import attrgetter, itemgetter, methodcaller
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
+
+from fastdp.capture.snapshots import Snapshot, copied, refill
 
 MOST_PLACES = 20_000
 MOST_NBYTES = 1 << 16  # limit for all contents that are compared
@@ -87,9 +87,10 @@ class Watch:
             self._contents,
         ]
         self._names: list[Sequence[Any]] = []  # the keys of each place of `_values`
+        self._snapshots: list[list[Snapshot]] = []  # of the values of each
         self._held: list[tuple[Any, Any]] = []  # the key and the object of each place of `_objects`
         self._held_in: list[list[Any]] = []  # the objects of each place of `_elements`
-        self._keys: list[frozenset[Any]] = []  # of each place of `_sizes`
+        self._keys: list[list[Any]] = []  # of each place of `_sizes`
         self._class_of: dict[int, tuple[Any, type]] = {}  # by the identity of the view of its attributes
         self._count = self._nbytes = 0
 
@@ -100,7 +101,8 @@ class Watch:
         if names and self._has_room(len(names), what):
             self._values.add((itemgetter(*names), owner), what)
             self._names.append(names)
-            self._values.then[-1] = _copied(self._values.then[-1])
+            self._snapshots.append([Snapshot(owner[name]) for name in names])
+            self._values.then[-1] = copied(self._values.then[-1])
 
     def object(self, owner: Any, key: Any, what: str) -> None:
         """Watch that `owner[key]` stays the same object."""
@@ -114,8 +116,9 @@ class Watch:
             places = self._values if by_value else self._objects
             places.add((attrgetter(name), owner), what)
             if by_value:
-                places.then[-1] = _copied(places.then[-1])
+                places.then[-1] = copied(places.then[-1])
                 self._names.append([name])
+                self._snapshots.append([Snapshot(getattr(owner, name))])
             else:
                 self._held.append((name, getattr(owner, name)))
 
@@ -123,7 +126,7 @@ class Watch:
         """Watch the number of keys of a mapping."""
         if self._has_room(1, what):
             self._sizes.add(owner, what)
-            self._keys.append(frozenset(owner))
+            self._keys.append(list(owner))
 
     def writable_by(self, attributes: Any, cls: type) -> None:
         """Tell that the values of a mapping, which only reads, are restored as attributes of a class."""
@@ -185,7 +188,7 @@ class Watch:
                 places = self._of_many[name] = _Places(lambda sources: list(map(read, sources)))
                 self._kinds.append(places)
             places.add(owner, what)
-            places.then[-1] = _copied(places.then[-1])
+            places.then[-1] = copied(places.then[-1])
 
     def answer(self, ask: Callable[[], Any], what: str, mark: Callable[[], Any] | None = None) -> None:
         """Watch the result of a function by `==`; not restored. With a `mark`, it is called only after that changed."""
@@ -269,21 +272,19 @@ class Watch:
     def restore(self) -> None:
         """Restore all expected values that can be written, after a run that must have no effects."""
         for i in self._values.changes():
-            _put(self._owner(self._values.sources[i][1]), dict(zip(self._names[i], self._then(i), strict=True)))
+            values = [snapshot.restored() for snapshot in self._snapshots[i]]
+            _put(self._owner(self._values.sources[i][1]), dict(zip(self._names[i], values, strict=True)))
         for i in self._objects.changes():
             _put(self._owner(self._objects.sources[i][1]), dict([self._held[i]]))
-        for i in self._sizes.changes():
-            mapping = self._sizes.sources[i]
-            owner = self._owner(mapping)
-            for key in [key for key in mapping if key not in self._keys[i]]:
-                if isinstance(owner, dict):
-                    del owner[key]
-                elif isinstance(owner, type):
+        for mapping, keys in zip(self._sizes.sources, self._keys, strict=True):
+            owner, known = self._owner(mapping), set(keys)
+            if isinstance(owner, dict):
+                refill(owner, {key: owner[key] for key in keys if key in owner})
+            elif isinstance(owner, type):
+                for key in [key for key in mapping if key not in known]:
                     delattr(owner, key)
         for i in self._elements.changes():
-            container = self._elements.sources[i]
-            container.clear()
-            (container.update if isinstance(container, set) else container.extend)(self._held_in[i])
+            refill(self._elements.sources[i], self._held_in[i])
         for i in self._contents.changes():
             array = self._contents.sources[i]
             array[...] = np.frombuffer(self._contents.then[i], array.dtype).reshape(array.shape)
@@ -305,16 +306,6 @@ def _is_writeable(array: np.ndarray) -> bool:
             return False
         array = array.base
     return not isinstance(array, bytes)
-
-
-def _copied(value: Any) -> Any:
-    """Copy the containers of a value, at any depth."""
-    if isinstance(value, dict):
-        return {key: _copied(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        copies = list(map(_copied, value))
-        return copies if isinstance(value, list) else value if all(map(is_, copies, value)) else tuple(copies)
-    return copy.copy(value) if isinstance(value, (set, deque)) else value
 
 
 def _put(owner: Any, items: dict[Any, Any]) -> None:

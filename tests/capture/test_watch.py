@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, deque
 from types import SimpleNamespace
 
 from fastdp.capture.watch import Watch
@@ -83,3 +84,38 @@ def test_attributes_of_classes_are_restored_too():
     assert (Counter.calls, Counter.scaled, Counter.seen) == (0, given, ["first"])
     assert not hasattr(Counter, "more")
     assert watch.changed() == ""
+
+
+def test_containers_stay_the_same_objects_with_the_same_order():
+    """Others refer to them, as torch's handles of hooks do to the dict of hooks."""
+    table, nested = OrderedDict(a=1, b=2, c=3), {"deep": [[1, 2], (3, [4])]}
+    owner = {"table": table, "nested": nested, "few": deque([1, 2], maxlen=2)}
+    inner, few = nested["deep"][0], owner["few"]
+    watch = Watch()
+    watch.values(owner, list(owner), "the owner")
+    watch.size(table, "the table")
+    del table["a"]
+    table["d"], owner["table"] = 4, {}
+    nested["deep"][1][1].clear()
+    nested["deep"].pop(0)
+    inner.append(5)
+    few.append(9)
+    watch.restore()
+    found = owner["table"], owner["nested"], owner["nested"]["deep"][0], owner["few"]
+    assert [*map(id, found)] == [*map(id, (table, nested, inner, few))]
+    assert list(table.items()) == [("a", 1), ("b", 2), ("c", 3)]
+    assert (nested, list(few), few.maxlen) == ({"deep": [[1, 2], (3, [4])]}, [1, 2], 2)
+    assert watch.changed() == ""
+
+
+def test_keys_that_were_taken_out_come_back_to_their_places():
+    hooks = OrderedDict(first=object(), second=object(), third=object())
+    before = list(hooks.items())
+    watch = Watch()
+    for name in hooks:
+        watch.object(hooks, name, name)
+    watch.size(hooks, "the hooks")
+    del hooks["first"]
+    hooks["fourth"] = object()
+    watch.restore()
+    assert list(hooks.items()) == before

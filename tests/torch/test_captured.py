@@ -413,6 +413,20 @@ def test_a_count_on_a_class_is_put_back_after_the_trace():
     assert (losses, CountsOnClass.calls) == (expected, calls)
 
 
+def test_a_hook_that_removes_itself_is_put_back_after_the_trace():
+    def change(step: int, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        if step == 1:  # a trace is made before this step, and runs the hook
+
+            def hook(part: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+                handles.pop().remove()
+                return output * 2
+
+            handles = [module.first.register_forward_hook(hook)]
+
+    with pytest.warns(UserWarning, match="_forward_hooks, which changes while the model trains"):
+        check(Net(), data(), F.cross_entropy, 1, change)
+
+
 def test_python_draws_are_refused_and_put_back():
     import random
 
