@@ -73,6 +73,16 @@ class Gpus:
             device.arena.trim()
             device.pinned.close()
 
+    def drain(self, devices):
+        """Let all streams run empty after a race was found, and forget it, with the accesses that were out of order."""
+        for device in devices:
+            for stream in device._streams:
+                self.sim.synchronize(stream.handle)
+            device.recover()
+        self.sim.violations.clear()
+        for allocation in self.sim.memory.alive():
+            allocation.accesses.clear()
+
     def graphs_of(self, device, parts=False):
         """Torch's CUDA graphs on a device; operations in `not_recorded` cannot be captured."""
         simulated = importlib.import_module("simulated_graphs")

@@ -121,13 +121,7 @@ def test_collectives_that_do_not_wait_for_the_gradients_are_found(gpus, monkeypa
             patch.setattr(module, "begin_together", lambda streams, events: None)
         with pytest.raises((ReplicaError, RaceError), match="nothing orders"):
             parallel.train_on_batch(x, y)
-    for device in devices:
-        for stream in device._streams:
-            box.sim.synchronize(stream.handle)
-        device.recover()
-    box.sim.violations.clear()
-    for allocation in box.sim.memory.alive():
-        allocation.accesses.clear()
+    box.drain(devices)
 
 
 @pytest.mark.parametrize("graph", ["auto", "step"])

@@ -65,17 +65,6 @@ def why(parallel):
     return " | ".join(entry.get("why", "") for entry in parallel.report())
 
 
-def drain(box, devices):
-    """Let all streams run empty after a race was found, and forget it, with the accesses that were out of order."""
-    for device in devices:
-        for stream in device._streams:
-            box.sim.synchronize(stream.handle)
-        device.recover()
-    box.sim.violations.clear()
-    for allocation in box.sim.memory.alive():
-        allocation.accesses.clear()
-
-
 # What they compute.
 
 
@@ -536,7 +525,7 @@ def test_a_collective_that_does_not_come_after_its_segment_is_found(gpus, monkey
     said = r"RaceError: allReduce .* nothing orders it after a graph of torch's"
     with pytest.warns(UserWarning, match=said), pytest.raises(ReplicaError, match="RaceError"):
         train(parallel, 6, sizes=(8,))
-    drain(box, devices)
+    box.drain(devices)
 
 
 def test_an_update_that_does_not_come_after_the_last_collective_is_found(gpus):
@@ -561,7 +550,7 @@ def test_an_update_that_does_not_come_after_the_last_collective_is_found(gpus):
         train(parallel, 2, sizes=(8,))
     assert any("update" in str(violation) for violation in box.sim.violations)
     box.launch_graph = launch
-    drain(box, devices)
+    box.drain(devices)
 
 
 def test_collectives_are_in_one_order_on_all_ranks_though_they_are_cut_in_other_places(gpus):

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from fastdp.capture.graph.ownership import memory_of
@@ -19,8 +18,8 @@ from fastdp.comm.context import Context
 from fastdp.errors import NotCapturable
 from fastdp.program.torch.batch import Structure, with_extremes
 from fastdp.program.torch.capture.guard import side_effect, watch_pass
-from fastdp.program.torch.capture.pure_pass import PurePass, RunningPass, classes_of
-from fastdp.program.torch.capture.step_parts import FoundInBuffers, found_in_buffers, is_fake
+from fastdp.program.torch.capture.pure_pass import PurePass, classes_of
+from fastdp.program.torch.capture.step_parts import FoundInBuffers, found_in_buffers, gradients_of_leaves, is_fake
 from fastdp.program.torch.half import may_overflow
 from fastdp.program.torch.module import Slot
 from fastdp.program.torch.nest import Nest
@@ -143,7 +142,7 @@ class TorchPureJoint(PurePass):
             used = [use and wanted for use, wanted in zip(known, wants, strict=True)]
             leaves = [*(ran.values[i] for i in self.trained), *leaves]
             roots = [y for y, use in zip(tensors, used, strict=True) if use]
-            gradients = _gradients(ran, roots, leaves, tangents)
+            gradients = gradients_of_leaves(ran.running, roots, leaves, tangents)
         with torch.no_grad():
             buffers = found_in_buffers(
                 self._slots, ran.values, variables, ran.lent, self._changed(ran, variables), ran.running
@@ -179,27 +178,3 @@ def _leaves(nest: Any) -> Any:
 def _kind(structure: Structure) -> Hashable:
     """What the outputs of a batch are known by."""
     return structure.nest.spec, structure.nest.dtypes
-
-
-def _gradients(
-    ran: RunningPass, roots: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor], tangents: Tangents
-) -> list[torch.Tensor | None]:
-    """The gradients by the leaves that require one; None for the others, and where nothing depends on one.
-
-    Raises:
-        NotCapturable: nothing has a gradient, or one is sparse.
-    """
-    wanted = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
-    if not roots or not wanted:
-        raise NotCapturable("outputs without a gradient")
-    seeds = list(tangents(roots))
-    ran.running.backward = True
-    # By edges, so that the mode is active in backward too: see `fastdp.program.torch.replica.backward`.
-    edges = [get_gradient_edge(leaves[i]) for i in wanted]
-    found = torch.autograd.grad([get_gradient_edge(root) for root in roots], edges, seeds, allow_unused=True)
-    if any(gradient is not None and gradient.layout != torch.strided for gradient in found):
-        raise NotCapturable("sparse gradients")
-    gradients: list[torch.Tensor | None] = [None] * len(leaves)
-    for i, gradient in zip(wanted, found, strict=True):
-        gradients[i] = gradient
-    return gradients

@@ -95,8 +95,9 @@ class TorchPureStep(PurePass):
         refuse_hooks(self._slots)
         with torch.enable_grad(), self.lent_pass(variables, context, draws) as ran:
             loss = self._forward(rows if is_fake(variables) else [row.clone() for row in rows], ran.running)
+            leaves, part = [ran.values[i] for i in self.trained], 1.0 / self._accumulate
             gradients = gradients_of_leaves(
-                ran.running, loss.contribution, [ran.values[i] for i in self.trained], self._accumulate
+                ran.running, [loss.contribution], leaves, lambda roots: [torch.full_like(roots[0], part)]
             )
         buffers = found_in_buffers(
             self._slots, ran.values, variables, ran.lent, self._changed(ran, variables), ran.running

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -109,21 +109,28 @@ def is_fake(variables: Sequence[torch.Tensor]) -> bool:
 
 
 def gradients_of_leaves(
-    running: ReplicaContext, loss: torch.Tensor, leaves: Sequence[torch.Tensor], accumulate: int
+    running: ReplicaContext,
+    roots: Sequence[torch.Tensor],
+    leaves: Sequence[torch.Tensor],
+    seeds_of: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]],
 ) -> list[torch.Tensor | None]:
-    """The gradients of the loss by the leaves, divided by the calls of a window. None where there is none.
+    """The gradients by the leaves that require one; None for the others, and where nothing depends on one.
+
+    Args:
+        roots: where backward begins: the loss, or outputs.
+        seeds_of: gives the gradients by the roots.
 
     Raises:
-        NotCapturable: the loss does not depend on the leaves, or a gradient is sparse.
+        NotCapturable: nothing has a gradient, or one is sparse.
     """
     wanted = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
-    if not loss.requires_grad or not wanted:
-        raise NotCapturable("a loss without a gradient")
+    if not wanted or not any(root.requires_grad for root in roots):
+        raise NotCapturable("a result without a gradient")
+    seeds = list(seeds_of(roots))
     running.backward = True
     # By edges, so that the mode is active in backward too: see `fastdp.program.torch.replica.backward`.
     edges = [get_gradient_edge(leaves[i]) for i in wanted]
-    seed = torch.full_like(loss, 1.0 / accumulate)
-    found = torch.autograd.grad([get_gradient_edge(loss)], edges, [seed], allow_unused=True)
+    found = torch.autograd.grad([get_gradient_edge(root) for root in roots], edges, seeds, allow_unused=True)
     if any(gradient is not None and gradient.layout != torch.strided for gradient in found):
         raise NotCapturable("sparse gradients")
     gradients: list[torch.Tensor | None] = [None] * len(leaves)

@@ -41,12 +41,29 @@ class Holder:
         return Slots(other) if isinstance(self.table, Slots) else vars(other)
 
 
-class Slots(dict[str, Any]):
-    """The attributes of an object that are in slots of its class, as the mapping that they would be without slots."""
+class _Attributes(dict[str, Any]):
+    """Attributes of an owner as a mapping. A subclass has `__iter__`, `__getitem__`, `get` and `__contains__`."""
 
     def __init__(self, owner: Any) -> None:
         super().__init__()
         self._owner = owner
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self._owner, name, value)
+
+    def pop(self, name: str, default: Any = None) -> Any:
+        if name in self:
+            delattr(self._owner, name)
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def items(self) -> Any:
+        return [(name, self[name]) for name in self]
+
+
+class Slots(_Attributes):
+    """The attributes of an object that are in slots of its class, as the mapping that they would be without slots."""
 
     def __getitem__(self, name: str) -> Any:
         try:
@@ -57,13 +74,6 @@ class Slots(dict[str, Any]):
     def get(self, name: str, default: Any = None) -> Any:
         return getattr(self._owner, name, default)
 
-    def __setitem__(self, name: str, value: Any) -> None:
-        setattr(self._owner, name, value)
-
-    def pop(self, name: str, default: Any = None) -> Any:
-        if name in self:
-            delattr(self._owner, name)
-
     def __iter__(self) -> Iterator[str]:
         names = (name for cls in type(self._owner).__mro__ for name in slots_of_class(cls))
         return (name for name in names if hasattr(self._owner, name))
@@ -71,19 +81,9 @@ class Slots(dict[str, Any]):
     def __contains__(self, name: object) -> bool:
         return name in list(iter(self))
 
-    def __len__(self) -> int:
-        return len(list(iter(self)))
 
-    def items(self) -> Any:
-        return [(name, self[name]) for name in self]
-
-
-class ClassAttributes(dict[str, Any]):
+class ClassAttributes(_Attributes):
     """The attributes of a class that are no functions, as a mapping."""
-
-    def __init__(self, owner: type) -> None:
-        super().__init__()
-        self._owner = owner
 
     def __getitem__(self, name: str) -> Any:
         return vars(self._owner)[name]
@@ -91,25 +91,12 @@ class ClassAttributes(dict[str, Any]):
     def get(self, name: str, default: Any = None) -> Any:
         return vars(self._owner).get(name, default)
 
-    def __setitem__(self, name: str, value: Any) -> None:
-        setattr(self._owner, name, value)
-
-    def pop(self, name: str, default: Any = None) -> Any:
-        if name in self:
-            delattr(self._owner, name)
-
     def __iter__(self) -> Iterator[str]:
         held = list(vars(self._owner).items())
         return (name for name, one in held if not (name.startswith(("__", "_abc_")) or isinstance(one, CODE)))
 
     def __contains__(self, name: object) -> bool:
         return name in vars(self._owner)
-
-    def __len__(self) -> int:
-        return len(list(iter(self)))
-
-    def items(self) -> Any:
-        return [(name, self[name]) for name in self]
 
 
 CODE = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property)
