@@ -80,8 +80,11 @@ conformance: $(STAMP)  ## run Keras's own trainer, callback and model tests on f
 	fi
 	.venv-conformance/bin/python bench/keras_conformance.py --write docs/conformance.md $(ARGS)
 
-bench: $(STAMP)  ## run the benchmarks
-	$(BIN)/python -m fastdp bench $(ARGS)
+# The project's own questions, one script each; `fastdp bench` measures models.
+QUESTIONS ?= virtual_devices first_step driver_overhead all_reduce
+
+bench: $(STAMP)  ## the project's own benchmarks: QUESTIONS="first_step" runs some, ARGS=--save keeps the results
+	for question in $(QUESTIONS); do $(BIN)/python bench/$$question.py $(ARGS); done
 
 # JAX and TensorFlow lie in an environment of their own. The pins are those of .venv, but for h5py's.
 PEERS := .venv-peers

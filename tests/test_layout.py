@@ -20,8 +20,8 @@ ONLY_FROM = {
 
 # Where an optional library may be imported. Elsewhere fastdp must work without it.
 LIBRARIES: dict[str, tuple[str, ...]] = {
-    "torch": ("capture/", "keras/", "program/keras/", "program/torch/", "tensors/", "torch/"),
-    "keras": ("keras/", "program/keras/"),
+    "torch": ("benchmark/", "capture/", "keras/", "program/keras/", "program/torch/", "tensors/", "torch/"),
+    "keras": ("benchmark/", "keras/", "program/keras/"),
     "cupy": ("runtime/cuda/cupy_api.py", "runtime/cuda/cupy_nccl.py"),
     "cupyx": (),
     "cupy_backends": (),
@@ -41,6 +41,7 @@ LATE_LOADERS: dict[str, str] = {
     "runtime/select.py": "the GPUs' device layer needs CuPy, which is there where GPUs are",
     "placement.py": "places are noted on Keras models only, so Keras is loaded when the first is",
     "api.py": "the model's own library decides which side is loaded",
+    "benchmark/": "a model's own library decides which side is loaded, in the worker processes alone",
     "cli/": "a command loads when it is asked for, so that `devices` and `plan` work without Keras and torch",
 }
 

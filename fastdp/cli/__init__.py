@@ -13,7 +13,7 @@ from fastdp.cli.optional import MissingLibraryError
 COMMANDS = {
     "devices": "list the devices that `gpus=` counts",
     "demo": "train a convolutional network on real digits, on several devices and on one, and compare",
-    "bench": "measure this machine: step time, samples/s and the engine's own cost",
+    "bench": "measure how fast a model trains: built-in ones, a .keras file, or a function of your own",
     "run": "run an unmodified Keras or torch script on several devices",
     "convert": "turn an old parallel-model .h5 file into a plain one",
 }

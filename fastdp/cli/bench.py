@@ -1,34 +1,139 @@
-"""The command `bench`: runs the benchmarks of a checkout; each prints a table and ends with one JSON line."""
+"""The command `bench`: measures how fast a model trains, on several devices and in several ways.
+
+    fastdp bench resnet50 --gpus 1,2,4,8 --batch 64 --precision bf16
+    fastdp bench my_model.keras
+    fastdp bench my_file.py:make_model --batch 256 --compare torch,ddp
+    fastdp bench mlp --virtual 1,2,4                    on a machine without GPUs
+    fastdp bench report A.json B.json                   compare results
+
+Every way to train is a process of its own. All warm up until their step time stays the same, and then take turns.
+Figures are medians over the rounds, with their spread, and the noise of the machine beside them.
+"""
 
 from __future__ import annotations
 
 import argparse
-import subprocess
+import importlib
+import json
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
-FOLDER = Path(__file__).resolve().parents[2] / "bench"
-QUESTIONS = ("virtual_devices", "first_step", "driver_overhead", "all_reduce")
+from fastdp.benchmark.arguments import settings_of
+from fastdp.benchmark.describe import framework_of
+from fastdp.benchmark.display import make_display
+from fastdp.benchmark.process import WayError
+from fastdp.benchmark.request import FRAMEWORKS, LIBRARIES, MODES, PRECISIONS, SYNTHETIC
+from fastdp.benchmark.result import FILE, save
+from fastdp.benchmark.run import run as measure
+
+WRONG, FAILED, INTERRUPTED = 2, 1, 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the benchmark to run and whether to save its result."""
-    parser.add_argument("question", nargs="?", choices=(*QUESTIONS, "all"), default="all", help="default: all")
-    parser.add_argument("--save", action="store_true", help="write the result to bench/results/")
-    parser.add_argument("--quick", action="store_true", help="few rounds: to see that it works, not to measure")
+    """Add what to measure, on what, how, and where the result goes."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.set_defaults(help=parser.format_help)
+    parser.add_argument(
+        "target", nargs="?", help="a built-in model, a .keras file, or file.py:function; or `report`, then JSON files"
+    )
+    parser.add_argument("files", nargs="*", help=argparse.SUPPRESS)
+    what = parser.add_argument_group("what is trained")
+    what.add_argument("--batch", type=_count, metavar="ROWS", help="rows of the global batch (default: the model's)")
+    what.add_argument("--per-device", action="store_true", help="--batch counts the rows of each device instead")
+    what.add_argument("--precision", choices=PRECISIONS, default="float32", help="mixed precision (default: float32)")
+    what.add_argument(
+        "--data",
+        default=SYNTHETIC,
+        metavar="FILE.h5[:x,y]",
+        help="an HDF5 file, read while training (default: synthetic)",
+    )
+    what.add_argument("--framework", choices=FRAMEWORKS, help="the form of a built-in model (default: keras)")
+    what.add_argument("--loss", help="a loss by name (default: the model's own, or one that fits its output)")
+    what.add_argument("--optimizer", help="an optimizer by name (default: the model's own, or a usual one)")
+    what.add_argument("--seed", type=int, default=0, help="of weights and synthetic data (default: 0)")
+    how = parser.add_argument_group("how")
+    how.add_argument("--gpus", metavar="1,2,4", help="counts of GPUs (default: 1 and all; without GPUs one CPU device)")
+    how.add_argument("--virtual", metavar="1,2,4", help="counts of virtual devices in host memory")
+    how.add_argument(
+        "--mode", default="auto", metavar="MODES", help=f"how fastdp runs steps: {','.join(MODES)} (default: auto)"
+    )
+    peers = ",".join(name for name in LIBRARIES if name != "fastdp")
+    how.add_argument("--compare", metavar="LIBRARIES", help=f"other ways, where they are installed: {peers}")
+    how.add_argument("--find-batch", action="store_true", help="find the largest batch that fits, and the fastest one")
+    _add_rounds(parser)
+    out = parser.add_argument_group("what comes out")
+    out.add_argument("--profile", action="store_true", help="write a Chrome trace of a few steps of each way")
+    out.add_argument("--json", action="store_true", help="print the result as JSON; progress goes to stderr")
+    out.add_argument("--output", type=Path, metavar="FOLDER", help="write the result as JSON and as an HTML page there")
+
+
+def _add_rounds(parser: argparse.ArgumentParser) -> None:
+    """How long to measure."""
+    times = parser.add_argument_group("how long")
+    times.add_argument("--rounds", type=_count, default=5, help="rounds in which the ways take turns (default: 5)")
+    times.add_argument("--seconds", type=_seconds, default=2.0, help="of a round of one way (default: 2)")
+    times.add_argument("--steps", type=_count, help="of a round, instead of --seconds")
+    times.add_argument(
+        "--timeout", type=_seconds, default=600.0, help="seconds until a way must be ready, and answer (default: 600)"
+    )
+
+
+def _count(text: str) -> int:
+    """Parse a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1: {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    """Parse a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0: {text!r}")
+    return value
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run each benchmark in its own process, so that none inherits another's threads and memory."""
-    if not (FOLDER / "virtual_devices.py").is_file():
-        print(
-            f"fastdp bench: the benchmarks belong to a checkout of fastdp, and there is no {FOLDER}. "
-            "Clone the repository and run this command there.",
-            file=sys.stderr,
-        )
-        return 1
-    flags = [flag for flag, wanted in (("--save", options.save), ("--quick", options.quick)) if wanted]
-    worst = 0
-    for question in QUESTIONS if options.question == "all" else (options.question,):
-        worst = max(worst, abs(subprocess.call([sys.executable, str(FOLDER / f"{question}.py"), *flags])))
-    return worst
+    """Measure and show; returns 0, 1 if nothing was measured or a way failed, 2 for wrong arguments."""
+    if options.target is None:
+        print(options.help())
+        return 0
+    if options.target == "report":
+        return int(importlib.import_module("fastdp.benchmark.comparison").main([Path(one) for one in options.files]))
+    try:
+        if options.files:
+            raise ValueError(f"one model at a time: {options.target}. Received also: {' '.join(options.files)}")
+        settings = settings_of(options, ["fastdp", *sys.argv[1:]], framework_of)
+    except (ValueError, WayError) as error:
+        print(f"fastdp bench: {error}", file=sys.stderr)
+        return WRONG
+    before = signal.signal(signal.SIGTERM, _end)
+    try:
+        result = measure(settings, make_display(sys.stderr if options.json else sys.stdout))
+    except KeyboardInterrupt:
+        print("fastdp bench: interrupted; all its processes are ended", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    _write(result, options)
+    few = len(result["entries"]) < min(2, len(settings.ways))
+    return FAILED if few else 0
+
+
+def _end(number: int, frame: Any) -> None:
+    """End as after an interrupt, so that the workers are ended."""
+    raise KeyboardInterrupt
+
+
+def _write(result: dict[str, Any], options: argparse.Namespace) -> None:
+    """Print the JSON and write the files that were asked for."""
+    if options.output is not None:
+        save(result, options.output / FILE)
+        print(f"Wrote {options.output / FILE}", file=sys.stderr)
+    if options.json:
+        print(json.dumps(result))

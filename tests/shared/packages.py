@@ -58,6 +58,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("api.py",),
     ("utils.py",),
     ("backend.py",),
+    ("benchmark/",),
     ("cli/",),
     ("__init__.py",),
     ("__main__.py",),  # `python -m fastdp`: above everything, nothing imports it

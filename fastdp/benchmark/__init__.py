@@ -1,0 +1,1 @@
+"""Measures how fast a model trains: `fastdp bench`, its worker processes, results, reports and the plan."""

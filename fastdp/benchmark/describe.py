@@ -1,0 +1,47 @@
+"""Tells what the model of the user's file is made of: `python -m fastdp.benchmark.describe FILE.py:FUNCTION`."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from fastdp.benchmark import user_file
+from fastdp.benchmark.process import Process
+from fastdp.benchmark.request import FRAMEWORKS
+from fastdp.benchmark.serve import PREFIX
+
+SECONDS = 600.0
+
+
+def framework_of(target: str) -> str:
+    """What the model of "file.py:function" is made of, found out in a process of its own.
+
+    Raises:
+        WayError: the user's file or function failed, or returned something else; the message has the reason.
+    """
+    process = Process(
+        [sys.executable, "-m", "fastdp.benchmark.describe", target], {"CUDA_VISIBLE_DEVICES": ""}, SECONDS
+    )
+    process.close()
+    return str(process.facts["framework"])
+
+
+def main() -> None:
+    """Build the model and print what it is made of."""
+    named = user_file.split(sys.argv[1])
+    assert named is not None
+    path, function = named
+    made = user_file.function_of(user_file.load(path), path, function)()
+    model = made[0] if isinstance(made, tuple) else made
+    libraries = {cls.__module__.split(".")[0] for cls in type(model).__mro__}
+    framework = next((one for one in FRAMEWORKS if one in libraries), None)  # Keras's layers are torch modules too
+    if framework is None:
+        raise TypeError(
+            f"{path.name}:{function} must return a keras.Model or a torch.nn.Module, or a pair of it and a loss. "
+            f"Received: {type(model).__name__}"
+        )
+    sys.stdout.write(f"\n{PREFIX}{json.dumps({'framework': framework})}\n")
+
+
+if __name__ == "__main__":
+    main()
