@@ -1,4 +1,4 @@
-"""fastdp over Keras models: the steps of `fit`, on GPUs or virtual devices."""
+"""Trains Keras models by fastdp: the steps of `fit`, on GPUs or virtual devices."""
 
 from __future__ import annotations
 
