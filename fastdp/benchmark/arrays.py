@@ -36,6 +36,10 @@ class Array:
             return generator.integers(0, 2, shape).astype(dtype)
         return generator.standard_normal(shape, np.float32).astype(dtype, copy=False)
 
+    def zeros(self, rows: int) -> NDArray[Any]:
+        """Rows of zeros."""
+        return np.zeros((rows, *self.shape), self.dtype)
+
     def nbytes(self, rows: int) -> int:
         """Bytes of so many rows."""
         return rows * math.prod(self.shape) * np.dtype(self.dtype).itemsize

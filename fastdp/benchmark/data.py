@@ -62,12 +62,7 @@ def _drawn(target: Target, rows: int, seed: int) -> Batch:
     """A batch of random rows."""
     arrays = draw((*target.inputs, *target.targets), rows, seed)
     cut = len(target.inputs)
-    return _nest(target, target.inputs, arrays[:cut]), _nest(target, target.targets, arrays[cut:])
-
-
-def _nest(target: Target, arrays: Sequence[Array], values: Sequence[Any]) -> Any:
-    """One array alone; several as a tuple."""
-    return values[0] if len(values) == 1 else tuple(values)
+    return target.pack_inputs(arrays[:cut]), target.pack_targets(arrays[cut:])
 
 
 def _checked(batch: Any, rows: int) -> Batch:
@@ -103,7 +98,7 @@ def _from_file(target: Target, data: str, rows: int) -> Batches:
     def make(number: int) -> Batch:
         start = number % count * rows
         values = [matrix[start : start + rows] for matrix in found]
-        return _nest(target, target.inputs, values[:cut]), _nest(target, target.targets, values[cut:])
+        return target.pack_inputs(values[:cut]), target.pack_targets(values[cut:])
 
     def close() -> None:
         for matrix in found:

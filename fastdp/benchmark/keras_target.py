@@ -88,7 +88,9 @@ def _own(request: Request, made: Any, make_batch: Any, title: str) -> Target:
     compiled = bool(getattr(model, "compiled", False))
     name = request.optimizer or ("" if compiled else "adam")
     chosen = optimizer(name) if name else model.optimizer
+    own_loss = request.loss is not None or loss is not None
     loss = request.loss or loss or (model.loss if compiled else default_loss(model))
+    inside = keras.tree.pack_sequence_as
     return Target(
         title,
         "keras",
@@ -98,6 +100,9 @@ def _own(request: Request, made: Any, make_batch: Any, title: str) -> Target:
         inputs,
         targets_of(model, loss) if make_batch is None else (),
         make_batch,
+        pack_inputs=lambda arrays: inside(model._inputs_struct, list(arrays)) if len(arrays) > 1 else arrays[0],
+        pack_targets=lambda arrays: inside(model._outputs_struct, list(arrays)) if len(arrays) > 1 else arrays[0],
+        loss_weights=model.get_compile_config().get("loss_weights") if compiled and not own_loss else None,
         loss_title=_title(loss),
         optimizer_title=name or _title(chosen),
     )

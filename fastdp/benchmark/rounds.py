@@ -72,16 +72,21 @@ class WarmUp:
 
 
 def warm_up(
-    run: Callable[[int], float], *, seconds: float, limit: float, settled: Callable[[], bool] = lambda: True
+    run: Callable[[int], float],
+    *,
+    seconds: float,
+    limit: float,
+    settled: Callable[[], bool] = lambda: True,
+    patience: float = 0.0,
 ) -> WarmUp:
     """Train short rounds until the latest three take as long per step as the three before them.
 
     Args:
         run: trains so many steps and returns their seconds.
         seconds: about how long one short round takes; it has one step at least.
-        limit: seconds after which warm-up ends in any case, after two rounds at least.
-        settled: whether steps are still to change, such as by a compiler in the background; rounds go on until it is
-            true.
+        limit: seconds of training after which warm-up ends in any case, after two rounds at least.
+        settled: False while steps are still to change, such as by a compiler in the background.
+        patience: seconds of training after which warm-up no longer waits for `settled`, if that is more than `limit`.
     """
     times: list[float] = []
     steps, passed, count = 0, 0.0, 1
@@ -90,8 +95,9 @@ def warm_up(
         steps, passed = steps + count, passed + taken
         times.append(taken / count)
         latest = statistics.median(times[-WINDOW:])
-        steady = len(times) >= 2 * WINDOW and settled() and _alike(times)
-        if steady or (passed >= limit and len(times) >= 2):
+        done = settled()
+        steady = done and len(times) >= 2 * WINDOW and _alike(times)
+        if steady or (passed >= (limit if done else max(limit, patience)) and len(times) >= 2):
             return WarmUp(steps, passed, latest, steady)
         count = steps_in(seconds, latest)
 

@@ -137,6 +137,7 @@ class _Measurement:
             lambda steps: way.process.round(steps, timeout).seconds,
             seconds=WARM_UP_PART * self.settings.seconds,
             limit=WARM_UP_LIMIT,
+            patience=timeout,
             settled=lambda: bool(way.process.ask({"settled": True}, timeout, "an answer")["settled"]),
         )
         self.emit({"event": "warm", "way": way.request.name, "steps": way.warmed.steps, "seconds": way.warmed.seconds})

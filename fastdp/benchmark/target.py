@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastdp.benchmark.arrays import Array
 from fastdp.benchmark.request import Request
+
+
+def pack(values: Sequence[Any]) -> Any:
+    """One array alone; several as a tuple."""
+    return values[0] if len(values) == 1 else tuple(values)
 
 
 @dataclass
@@ -23,6 +28,8 @@ class Target:
         optimizer: for Keras what `compile` takes; for torch a function from parameters to an optimizer.
         inputs, targets: the arrays of a batch.
         make_batch: the user's own function from a number of rows to (inputs, targets); None where batches are drawn.
+        pack_inputs, pack_targets: put arrays in the order of `inputs` or `targets` into the form that the model takes.
+        loss_weights: for Keras what `compile` takes.
         reduction: of a torch loss, "mean" where it is the mean over samples; None where that is not known.
         loss_title, optimizer_title: their names, for people.
     """
@@ -35,6 +42,9 @@ class Target:
     inputs: tuple[Array, ...]
     targets: tuple[Array, ...]
     make_batch: Callable[[int], Any] | None = None
+    pack_inputs: Callable[[Sequence[Any]], Any] = pack
+    pack_targets: Callable[[Sequence[Any]], Any] = pack
+    loss_weights: Any = None
     reduction: str | None = None
     loss_title: str = ""
     optimizer_title: str = ""
