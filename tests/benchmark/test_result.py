@@ -111,7 +111,7 @@ def test_a_result_with_a_wrong_field_is_refused_by_its_name(path, value, said, t
         load(file)
     assert str(file) in str(error.value)
     assert "fastdp bench MODEL --output FOLDER" in str(error.value)
-    with pytest.raises(ValueError, match="no result|has the schema"):
+    with pytest.raises(ValueError, match=r"no result|has the schema"):
         save(changed(*path, value=value), tmp_path / "never.json")
     assert not (tmp_path / "never.json").exists()
 
@@ -125,7 +125,7 @@ def test_another_file_is_no_result(text, tmp_path):
 
 
 def test_a_file_that_is_not_there_is_said_by_its_name(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.json"):
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
         load(tmp_path / "none.json")
 
 
