@@ -20,6 +20,7 @@ from fastdp.engine.accumulation import AccumulatedGradients
 from fastdp.engine.home import HomeMemory
 from fastdp.engine.host_launch import HostLaunch
 from fastdp.engine.interrupts import interrupts_wait
+from fastdp.engine.make_report import Reporting
 from fastdp.engine.recovery import Recovery
 from fastdp.engine.reductions import Reductions
 from fastdp.engine.replicas import Call, Replica, ReplicaGroup
@@ -38,7 +39,7 @@ ProgramT_co = TypeVar("ProgramT_co", bound=Program, covariant=True)
 Arrays = Sequence[np.ndarray]
 
 
-class DataParallel(Generic[ProgramT_co]):
+class DataParallel(Reporting, Generic[ProgramT_co]):
     """Runs a program on several devices as if on one.
 
     Args:

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.timing import VERBS
-from fastdp.program.base import Program
-from fastdp.runtime.queue import QueueDevice
-from fastdp.warn import warn_user
-
-try:
-    import resource
-except ImportError:  # not on Windows
-    resource = None  # type: ignore[assignment]
+from fastdp.rendering.blocks import Block, Paragraph, Table
+from fastdp.rendering.html import as_html
+from fastdp.rendering.terminal import in_terminal, renderables
+from fastdp.rendering.text import as_text
 
 # Timed steps that a statement about the size of the work needs.
 ENOUGH_STEPS = 100
@@ -53,9 +48,12 @@ class CardReport:
     peak_nbytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report(Sequence[dict[str, Any]]):
     """How a parallel model's training steps run. As a sequence: the entries of `steps`. As text: tables.
+
+    `str` is plain text. In a terminal, `repr` (what Python shows for `parallel.report()`) and `show()` have
+    colors and bars, by the library rich; in a notebook the report is HTML. `line` is the report in one line.
 
     Attributes:
         steps: for each shape of a replica's rows, how its steps run and why; or one entry that says why all run
@@ -106,6 +104,38 @@ class Report(Sequence[dict[str, Any]]):
         """The report as plain lists, dicts, numbers and strings, for JSON."""
         return asdict(self)
 
+    # What people see.
+
+    def __str__(self) -> str:
+        return as_text(self._blocks())
+
+    def __repr__(self) -> str:
+        blocks = self._blocks()
+        return in_terminal(blocks) or as_text(blocks)
+
+    def show(self) -> None:
+        """Print it: with colors and bars in a terminal where rich is installed, as plain text elsewhere."""
+        sys.stdout.write(f"{self!r}\n")
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        yield from renderables(self._blocks(), options.max_width)
+
+    def _repr_html_(self) -> str:
+        return as_html(self._blocks())
+
+    @property
+    def line(self) -> str:
+        """Devices, steps, time of a step, throughput and how steps run, in one line."""
+        if not self.devices:
+            return "fastdp: no step has run yet."
+        words = self._size()
+        if self.timed and self.step_seconds > 0:
+            rows, seconds = sum(device.rows for device in self.devices), self.step_seconds + self.between_seconds
+            words += f"; {rows} rows in {_ms(self.step_seconds)} ms, {_ms(self.between_seconds)} ms between steps: "
+            words += f"{rows / seconds:,.0f} samples/s"
+        ways = list(dict.fromkeys(str(entry.get("how", "")) for entry in self.steps))
+        return f"{words}; {', '.join(filter(None, ways)) or 'eager'}. More: report()."
+
     @property
     def too_small(self) -> str:
         """Why the work is too small to be split over devices, and what to do; empty if it is not, or not yet known.
@@ -125,58 +155,69 @@ class Report(Sequence[dict[str, Any]]):
             "ms. Use a larger batch_size, or fewer devices (gpus=1)."
         )
 
-    def __str__(self) -> str:
-        parts = [self._header(), _table("How training steps run", *_how(self.steps))]
+    # Its paragraphs and tables.
+
+    def _blocks(self) -> list[Block]:
+        """Everything, in order."""
+        blocks: list[Block] = [Paragraph(self._header()), _how("How training steps run", self.steps)]
         if self.passes:
-            parts.append(_table("How calls without gradients run", *_how(self.passes)))
+            blocks.append(_how("How calls without gradients run", self.passes))
         if self.calls:
             rows = [[str(entry[key]) for key in _CALLS] for entry in self.calls]
-            parts.append(_table("Calls of layers in steps of the model's own", list(_CALLS.values()), rows))
+            blocks.append(Table("Calls of layers in steps of the model's own", list(_CALLS.values()), rows))
         if self.timed:
-            rows = [
-                [device.name, str(device.rows), *(_ms(device.seconds[verb]) for verb in VERBS)]
-                for device in self.devices
-            ]
-            title = f"Milliseconds in a step, median of the latest {self.timed}"
-            parts.append(_table(title, ["device", "rows", *VERBS], rows))
-            parts.append(
-                f"A step takes {_ms(self.step_seconds)} ms; from one to the next (input, callbacks, metrics) "
-                f"{_ms(self.between_seconds)} ms."
-            )
-        if self.timed and self.buckets > 1 and len(self.devices) > 1:
-            parts.append(
-                f"Of {self.buckets} buckets of gradients, {self.early_buckets} are reduced while a device still "
-                "computes; communication is what comes after."
-            )
+            blocks += self._times()
         if self.devices:
             kinds = list(self.devices[0].nbytes)
             rows = [[device.name, *(_mb(device.nbytes[kind]) for kind in kinds)] for device in self.devices]
-            parts.append(_table("Memory of the model, MB", ["device", *kinds], rows))
+            blocks.append(Table("Memory of the model, MB", ["device", *kinds], rows))
         if self.cards:
-            parts.append(self._peaks())
+            blocks.append(self._peaks())
         if self.peak_nbytes is not None:
-            parts.append(f"The process has had at most {_mb(self.peak_nbytes)} MB of host memory.")
-        return "\n\n".join([*parts, *([self.too_small] if self.too_small else [])])
+            blocks.append(Paragraph(f"The process has had at most {_mb(self.peak_nbytes)} MB of host memory."))
+        return [*blocks, *([Paragraph(self.too_small, warns=True)] if self.too_small else [])]
+
+    def _size(self) -> str:
+        """Devices and steps, in words."""
+        devices, steps = len(self.devices), self.trained
+        return f"fastdp: {devices} device{'s' * (devices > 1)}, {steps} training step{'s' * (steps != 1)}"
 
     def _header(self) -> str:
         """Devices, steps and the update, in words."""
         if not self.devices:
             return "fastdp: no step has run yet."
-        words = f"fastdp: {len(self.devices)} device{'s' * (len(self.devices) > 1)}, {self.trained} training steps."
+        words = f"{self._size()}."
         if self.optimizer:
             where = "on each device" if self.update == "each" else "on the first device, for all"
             words += f" The optimizer is applied {where}: {self.optimizer}."
         return words
 
-    def _peaks(self) -> str:
-        """The cards as a table, and a note on shared cards."""
+    def _times(self) -> Iterator[Block]:
+        """The time of each verb on each device, and of whole steps."""
+        rows = [
+            [device.name, str(device.rows), *(_ms(device.seconds[verb]) for verb in VERBS)] for device in self.devices
+        ]
+        title = f"Milliseconds in a step, median of the latest {self.timed}"
+        yield Table(title, ["device", "rows", *VERBS], rows, parts=VERBS)
+        yield Paragraph(
+            f"A step takes {_ms(self.step_seconds)} ms; from one to the next (input, callbacks, metrics) "
+            f"{_ms(self.between_seconds)} ms."
+        )
+        if self.buckets > 1 and len(self.devices) > 1:
+            yield Paragraph(
+                f"Of {self.buckets} buckets of gradients, {self.early_buckets} are reduced while a device still "
+                "computes; communication is what comes after."
+            )
+
+    def _peaks(self) -> Table:
+        """The cards, and a note on shared cards."""
         rows = [
             [card.name, " ".join(card.devices), *map(_mb, (card.engine_nbytes, card.library_nbytes, card.peak_nbytes))]
             for card in self.cards
         ]
-        table = _table("Peak memory of each GPU, MB", ["gpu", "devices", "engine", "model", "together"], rows)
         shared = any(len(card.devices) > 1 for card in self.cards)
-        return table + "\n  Devices on one GPU share its figure." * shared
+        header = ["gpu", "devices", "engine", "model", "together"]
+        return Table("Peak memory of each GPU, MB", header, rows, "Devices on one GPU share its figure." * shared)
 
 
 # The columns of the table and their titles; `why` is last, since it is long.
@@ -198,99 +239,11 @@ _COLUMNS = {
 _CALLS = {"layer": "layer", "split": "on all devices", "one_device": "on one device", "why": "why"}
 
 
-def _how(entries: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def _how(title: str, entries: Sequence[dict[str, Any]]) -> Table:
     """Entries of `steps` or `passes` as a table."""
     known = [key for key in _COLUMNS if any(key in entry for entry in entries)]
-    return [_COLUMNS[key] for key in known], [[_cell(entry.get(key, "")) for key in known] for entry in entries]
-
-
-def make_report(
-    engine: DataParallel[Program] | None,
-    steps: list[dict[str, Any]],
-    *,
-    library_nbytes: Callable[[QueueDevice], int] = lambda device: 0,
-    further_devices: Sequence[QueueDevice] = (),
-    calls: Sequence[dict[str, Any]] = (),
-    passes: Sequence[dict[str, Any]] = (),
-) -> Report:
-    """Make the report of an engine with these entries about its steps. Without an engine it has only the entries.
-
-    Args:
-        calls, passes: these entries of the report.
-        library_nbytes: gives the peak memory of the model's library on a device's card, without the engine's memory.
-        further_devices: the devices of replicas that span several, other than the engine's.
-    """
-    if engine is None:
-        return Report(steps, passes=list(passes))
-    times = engine.times
-    cards = _cards([*engine.devices, *further_devices], library_nbytes)
-    peaks = {card.name: card.peak_nbytes for card in cards}
-    devices = []
-    for rank, replica in enumerate(engine.replicas):
-        found = times.device(rank)
-        memory = replica.memory
-        device = replica.device
-        nbytes = {
-            "variables": memory.variables.nbytes,
-            "slots": memory.slots.nbytes,
-            "gradients": memory.gradients.nbytes,
-            "spare": engine.rollback.nbytes if rank == 0 else 0,
-        }
-        devices.append(DeviceReport(device.name, found.rows, found.seconds, nbytes, peaks.get(device.space)))
-    return Report(
-        steps,
-        devices,
-        trained=times.steps,
-        timed=times.timed,
-        step_seconds=times.step,
-        between_seconds=times.between,
-        overhead_seconds=times.overhead,
-        optimizer=engine.group.program.update_how,
-        update=engine.update,
-        cards=cards,
-        peak_nbytes=_peak_nbytes(),
-        buckets=len(engine.group.buckets),
-        early_buckets=times.early,
-        calls=list(calls),
-        passes=list(passes),
-    )
-
-
-def _cards(devices: Sequence[QueueDevice], library_nbytes: Callable[[QueueDevice], int]) -> list[CardReport]:
-    """The GPUs of these devices, in their order."""
-    by_card: dict[str, list[Any]] = {}
-    for device in devices:
-        if device.on_gpu:
-            by_card.setdefault(device.space, []).append(device)
-    cards = []
-    for name, there in by_card.items():
-        engine, library = there[0].peak_nbytes, library_nbytes(there[0])
-        cards.append(CardReport(name, [device.name for device in there], engine, library, engine + library))
-    return cards
-
-
-class SmallWorkWarning:
-    """Warns once that a model's work is too small for its devices."""
-
-    def __init__(self) -> None:
-        self._said = False
-
-    def check(self, engine: DataParallel[Program] | None) -> None:
-        """Warn if this engine's work is known to be too small, unless already done."""
-        if self._said or engine is None or len(engine.devices) < 2 or engine.times.timed < ENOUGH_STEPS:
-            return
-        message = make_report(engine, []).too_small
-        if message:
-            self._said = True
-            warn_user(message)
-
-
-def _peak_nbytes() -> int | None:
-    """The largest resident size that this process has had."""
-    if resource is None:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
+    rows = [[_cell(entry.get(key, "")) for key in known] for entry in entries]
+    return Table(title, [_COLUMNS[key] for key in known], rows)
 
 
 def _ms(seconds: float) -> str:
@@ -303,22 +256,3 @@ def _mb(nbytes: int) -> str:
 
 def _cell(value: object) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def _table(title: str, header: list[str], rows: list[list[str]]) -> str:
-    """A title and aligned columns: numbers to the right, words to the left."""
-    cells = [header, *rows]
-    lines = [title]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    words = [any(not _is_number(row[i]) for row in rows) for i in range(len(header))]
-    for row in cells:
-        padded = [
-            cell.ljust(width) if word else cell.rjust(width)
-            for cell, width, word in zip(row, widths, words, strict=True)
-        ]
-        lines.append(("  " + "  ".join(padded)).rstrip())
-    return "\n".join(lines)
-
-
-def _is_number(text: str) -> bool:
-    return not text.strip("0123456789.,-")

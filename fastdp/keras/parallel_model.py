@@ -10,7 +10,8 @@ import keras
 from keras.src.utils import io_utils
 
 from fastdp.engine.data_parallel import DataParallel
-from fastdp.engine.report import Report, SmallWorkWarning, make_report
+from fastdp.engine.make_report import SmallWorkWarning, make_report
+from fastdp.engine.report import Report
 from fastdp.keras.checks import check_loop, check_options, check_template
 from fastdp.keras.compile_state import borrowed, follow, take_over
 from fastdp.keras.fit.arguments import arguments_by_name, stream_fit, stream_forward
@@ -121,7 +122,8 @@ class ParallelModel(TemplateView):
 
         `x` and `validation_data` may each be a `fastdp.data.DeviceDataset` that includes targets and weights.
 
-        With `verbose=2` the report is printed at the end. One warning appears if the work is too small to split.
+        With `verbose=2` the report's `line` is printed at the end. One warning appears if the work is too small to
+        split.
 
         Raises:
             RuntimeError: another thread is fitting this model.
@@ -140,7 +142,7 @@ class ParallelModel(TemplateView):
                 history = super().fit(**self._told_at_once(stream_fit(arguments)))
             self._steps.settle()
             if arguments.get("verbose") == 2:
-                io_utils.print_msg(str(self.report()))
+                io_utils.print_msg(self.report().line)
             self._small_work.check(self._steps.made_engine)
             return history
         finally:
@@ -301,10 +303,9 @@ class ParallelModel(TemplateView):
         For a model with steps of its own, `calls` counts each layer's calls on all devices and on one device, and says
         why.
         """
-        captures = self._steps.captures
-        entries = captures.report if captures is not None else [{"how": "eager", "why": "compile=None"}]
         further = [device for group in self._steps.device_groups or () for device in group[1:]]
         engine, calls = self._steps.made_engine, self._steps.calls_report
+        entries = engine.program.steps_report if engine is not None else [{"how": "eager", "why": "no step yet"}]
         return make_report(engine, entries, library_nbytes=peak_nbytes, further_devices=further, calls=calls)
 
     @property

@@ -88,6 +88,7 @@ class Program(ABC):
         slots: name, shape and dtype of each variable of the optimizer.
         most_replicas: the largest number of replicas that may share a step. Read before each step.
         update_how: how the update is applied, in words, for `report()`.
+        why_eager: why its steps are not captured, for `report()`.
         update_is_shared: `update` uses `Totals.work_stealing`. It then runs on its replica's share of the cores;
             other updates that the first replica makes for all use all cores in each operation.
         home_is_exposed: other code may write to the home's memory between two steps in ways that `changed_outside` does
@@ -103,10 +104,21 @@ class Program(ABC):
     slots: Sequence[ArraySpec] = ()
     most_replicas: int = sys.maxsize
     update_how: str = ""
+    why_eager: str = "functions run as they are"
     update_is_shared: bool = False
     home_is_exposed: bool = False
     update_is_reliable: bool = False
     cores: int = CORES
+
+    @property
+    def captures(self) -> Any:
+        """What captures its training steps; None if nothing does. It has `report`, a list as `steps_report`."""
+        return None
+
+    @property
+    def steps_report(self) -> list[dict[str, Any]]:
+        """How training steps run, for `report()`: an entry for each shape of a replica's rows, or one for all."""
+        return self.captures.report if self.captures is not None else [{"how": "eager", "why": self.why_eager}]
 
     # Memory.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -27,6 +26,7 @@ from fastdp.runtime.queue import QueueDevice
 def capture(program: TorchProgram, options: Options, devices: Sequence[QueueDevice]) -> None:
     """Let a program capture its training steps, if the options say so. Called before the engine is made."""
     if options.compile is None:
+        program.why_eager = "compile=None"
         return
     graphs = chosen_graphs(options, devices)
     step = program.pure_step(len(devices))
@@ -73,15 +73,6 @@ def capture_loops(
         return JointCaptures(program.pure_joint(parts), mode, parts, alone, deterministic=options.deterministic)
 
     return CapturesByKind(make)
-
-
-def report_of(program: TorchProgram | None) -> list[dict[str, Any]]:
-    """The entries about training steps in a report."""
-    if program is None or program.optimizers is None:
-        return [{"how": "eager", "why": "no train_step yet"}]
-    if program.captures is None:
-        return [{"how": "eager", "why": "compile=None"}]
-    return program.captures.report
 
 
 def is_observed() -> bool:

@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 
 from fastdp.capture.kinds import CapturesByKind
 from fastdp.engine.data_parallel import DataParallel
-from fastdp.engine.report import Report, make_report
+from fastdp.engine.make_report import make_report
+from fastdp.engine.report import Report
 from fastdp.options import Options
 from fastdp.program.torch.loop import LoopProgram
 from fastdp.program.torch.loss import LossFunction
@@ -33,7 +34,7 @@ from fastdp.tensors.compiled import not_compiled
 from fastdp.tensors.deterministic import deterministic_algorithms
 from fastdp.tensors.thread_state import check_around
 from fastdp.torch.autograd import Calls
-from fastdp.torch.captured import capture, report_of
+from fastdp.torch.captured import capture
 from fastdp.torch.checks import check_module, check_options
 from fastdp.torch.members import ModuleMembers
 from fastdp.torch.plain_calls import PlainCalls
@@ -248,7 +249,8 @@ class TorchParallel(ModuleMembers[nn.Module]):
         """
         program = self._engine.program if self._engine is not None else None
         passes = [entry for calls in self._captured_calls() for entry in calls.report]
-        return make_report(self._engine, report_of(program), library_nbytes=peak_nbytes, passes=passes)
+        steps = program.steps_report if program is not None else [{"how": "eager", "why": "no train_step yet"}]
+        return make_report(self._engine, steps, library_nbytes=peak_nbytes, passes=passes)
 
     def _captured_calls(self) -> Iterator[CapturesByKind[Any] | PlainCalls]:
         """The captured passes of calls, without gradients and with them."""

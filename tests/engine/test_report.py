@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 import warnings
 
 import numpy as np
 import pytest
 
 from fastdp import DataParallel, FunctionProgram
-from fastdp.engine.report import ENOUGH_STEPS, SmallWorkWarning, make_report
+from fastdp.engine.make_report import SmallWorkWarning, make_report
+from fastdp.engine.report import ENOUGH_STEPS
 from fastdp.engine.timing import LATEST, VERBS, Timings, Watch
 from fastdp.runtime.host.device import HostDevice
 
@@ -132,7 +135,7 @@ def test_printed_it_is_tables(three):
     assert "no step has run" in str(make_report(None, []))
     three.train([np.ones((8, 256))])
     lines = str(make_report(three, [{"how": "traced", "rows": 3, "why": "reasons"}])).splitlines()
-    assert lines[0] == "fastdp: 3 devices, 1 training steps."
+    assert lines[0] == "fastdp: 3 devices, 1 training step."
     (header,) = [line for line in lines if "scatter" in line]
     assert header.split() == ["device", "rows", *VERBS]
     (row,) = [line for line in lines if line.split()[:2] == ["virtual:2", "2"]]
@@ -172,3 +175,41 @@ def test_work_that_pays_or_is_not_known_yet_is_not_warned_of(two, one, steps):
         warnings.simplefilter("error")
         SmallWorkWarning().check(with_times(two, one, steps))
     assert make_report(two, []).too_small == ""
+
+
+def test_an_engine_of_functions_reports_itself(three):
+    three.train([np.ones((8, 256))])
+    report = three.report()
+    assert list(report) == [{"how": "eager", "why": "functions run as they are"}]
+    assert (report.trained, [device.rows for device in report.devices]) == (1, [3, 3, 2])
+    assert str(three.report()).splitlines()[0] == "fastdp: 3 devices, 1 training step."
+
+
+def test_the_line_has_devices_steps_times_and_how_they_run(two):
+    with_times(two, watch([2.0, 3.0]), 4).times._between.clear()
+    line = make_report(two, [{"how": "traced"}, {"how": "eager", "why": "last batch"}, {"how": "traced"}]).line
+    assert line == (
+        "fastdp: 2 devices, 4 training steps; 5 rows in 4000.00 ms, 0.00 ms between steps: 1 samples/s; "
+        "traced, eager. More: report()."
+    )
+    assert make_report(None, []).line == "fastdp: no step has run yet."
+
+
+def test_shown_it_is_text_in_a_pipe_a_table_in_a_terminal_and_html_in_a_notebook(two, monkeypatch, capsys):
+    report = make_report(with_times(two, watch([2.0, 3.0]), 4), [{"how": "<b>", "why": "x < y & z"}])
+    assert repr(report) == str(report)
+    report.show()
+    assert capsys.readouterr().out == f"{report}\n"
+    page = report._repr_html_()
+    assert "<b>" not in page
+    assert "&lt;b&gt;" in page
+    assert "x &lt; y &amp; z" in page
+    rich = pytest.importorskip("rich.console")
+    console = rich.Console(file=io.StringIO(), width=120, force_terminal=True)
+    console.print(report)
+    for words in ("traced in s", "virtual:0", "2000.00", "communication", "Memory of the model, MB"):
+        assert (words in console.file.getvalue()) == (words != "traced in s")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True)
+    assert "\x1b[" in repr(report)
+    assert "\x1b[" not in str(report)

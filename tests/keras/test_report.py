@@ -35,7 +35,8 @@ X, Y = np.ones((30, 8), np.float32), np.ones((30, 1), np.float32)
 def test_before_the_first_step_there_are_no_devices():
     report = parallel().report()
     assert isinstance(report, Report)
-    assert list(report) == [{"how": "eager", "why": "compile=None"}]
+    assert list(report) == [{"how": "eager", "why": "no step yet"}]
+    assert report.line == "fastdp: no step has run yet."
     assert report.devices == []
     assert "no step has run yet" in str(report)
 
@@ -59,12 +60,23 @@ def test_after_fit_it_tells_steps_memory_and_how_the_optimizer_runs():
 
 
 @pytest.mark.parametrize(("verbose", "times"), [(2, 1), (1, 0), (0, 0)])
-def test_fit_prints_it_once_at_the_end_with_verbose_2(capsys, verbose, times):
-    parallel().fit(X, Y, batch_size=10, epochs=3, verbose=verbose)
-    out = capsys.readouterr().out
-    assert out.count("How training steps run") == times
+def test_fit_prints_one_line_of_it_at_the_end_with_verbose_2(capsys, verbose, times):
+    made = parallel()
+    made.fit(X, Y, batch_size=10, epochs=3, verbose=verbose)
+    lines = capsys.readouterr().out.splitlines()
+    found = [line for line in lines if "fastdp" in line]
+    assert found == [made.report().line] * times
     if times:
-        assert out.index("Epoch 3/3") < out.index("How training steps run")
+        assert lines[-1].startswith("fastdp: 2 devices, 9 training steps; 10 rows in ")
+        assert "samples/s" in lines[-1]
+        assert "eager" in lines[-1]
+
+
+def test_an_engine_reports_itself_with_why_its_steps_are_eager():
+    made = parallel(compile=None)
+    made.fit(X, Y, batch_size=10, verbose=0)
+    assert list(made.engine.report()) == list(made.report()) == [{"how": "eager", "why": "compile=None"}]
+    assert made.engine.report().trained == 3
 
 
 def test_fit_warns_once_of_work_that_is_too_small(monkeypatch):

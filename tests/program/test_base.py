@@ -12,7 +12,7 @@ import pytest
 import fastdp
 from fastdp.buffers import ArraySpec, FlatBuffers, Home, Memory
 from fastdp.comm.batch import Batch
-from fastdp.engine.report import make_report
+from fastdp.engine.make_report import make_report
 from fastdp.program.base import Context, Program, Result, as_program
 from fastdp.runtime.host.device import HostDevice
 

@@ -45,8 +45,7 @@ def run(options: argparse.Namespace) -> int:
     several = _train(digits, names, options)
     runs = [_train(digits, names[:1], options), several]
     print_tables(runs)
-    if _verbosity(options) != 2:  # with verbose=2, fit has already printed it
-        print(f"\n{several.report}\n")
+    print(f"\n{several.report}\n")
     draw_curves(runs, options.out / "curves.png")
     problems = _check(runs) + _save(runs[-1], digits, options.out)
     print(f"Files in {options.out}: {', '.join(sorted(file.name for file in options.out.iterdir()))}")

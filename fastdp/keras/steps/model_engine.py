@@ -100,7 +100,8 @@ class ModelEngine:
                 policy=self._policy,
                 groups=self.device_groups,
             )
-            if self._capture_mode is not None and program.optimizer is not None and not program.own_train_step:
+            program.why_eager = self._why_eager(program)
+            if not program.why_eager:
                 parts = self._graphs == "step"
                 recorder = Recorder(self.template.name, alone, parts=parts) if self._graphs else None
                 step = KerasPureStep(program)
@@ -108,6 +109,14 @@ class ModelEngine:
                     Captures(step, self._capture_mode, len(self.devices), recorder, alone, self._options.deterministic)
                 )
             return DataParallel(program, self.devices, options=self._options)
+
+    def _why_eager(self, program: CallProgram) -> str:
+        """Why a program's training steps are not captured; empty if they are."""
+        if self._capture_mode is None:
+            return "compile=None"
+        if program.own_train_step:
+            return "a train_step of the model's own; calls of its layers are split"
+        return "" if program.optimizer is not None else "no optimizer: the model is not compiled"
 
     @property
     def engine_within_loop(self) -> DataParallel[CallProgram]:
