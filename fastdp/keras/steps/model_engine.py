@@ -101,7 +101,7 @@ class ModelEngine:
                 groups=self.device_groups,
             )
             program.why_eager = self._why_eager(program)
-            if not program.why_eager:
+            if self._capture_mode is not None and not program.why_eager:
                 parts = self._graphs == "step"
                 recorder = Recorder(self.template.name, alone, parts=parts) if self._graphs else None
                 step = KerasPureStep(program)
