@@ -17,8 +17,9 @@ import sys
 from collections.abc import Callable
 
 import numpy as np
-from report import alternate, finish, options, print_table, spread
+from report import finish, options, print_table
 
+from fastdp.benchmark.rounds import alternate, spread
 from fastdp.buffers import ArraySpec, FlatBuffers
 from fastdp.comm.host.communicator import HostCommunicator
 from fastdp.runtime.host.device import HostDevice

@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import alternate, finish, options, print_table, spread
+from report import finish, options, print_table
 
 from fastdp import DataParallel, FunctionProgram
+from fastdp.benchmark.rounds import alternate, spread
 from fastdp.program.base import Result
 from fastdp.runtime.host.device import HostDevice
 

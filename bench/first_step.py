@@ -17,9 +17,10 @@ os.environ["KERAS_BACKEND"] = "torch"
 import keras
 from frameworks.cases import CASES
 from frameworks.keras_models import BUILDERS
-from report import finish, options, print_table, spread
+from report import finish, options, print_table
 
 import fastdp
+from fastdp.benchmark.rounds import spread
 
 MODELS = ("mlp", "cnn", "resnet50", "xception")
 WAYS = ("keras", "1", "2")

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 from recorded_program import RecordedProgram
-from report import alternate, ratio, spread
 
 import fastdp
+from fastdp.benchmark.rounds import alternate, ratio, spread
 from fastdp.comm.batch import Batch
 from fastdp.runtime import select
 from fastdp.runtime.cuda import cupy_api

@@ -21,10 +21,11 @@ os.environ["KERAS_BACKEND"] = "torch"
 
 import keras
 import numpy as np
-from report import alternate, finish, options, print_table, ratio, spread
+from report import finish, options, print_table
 from virtual_devices import mlp, resnet50
 
 import fastdp
+from fastdp.benchmark.rounds import alternate, ratio, spread
 from fastdp.program.base import Totals
 from fastdp.program.keras.optimizer.flat import FlatUpdate
 from fastdp.program.keras.program import Notes

@@ -18,10 +18,11 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from report import alternate, finish, options, print_table, ratio, spread
+from report import finish, options, print_table
 
 import fastdp
 from bench.torch_model_cases import CASES, build
+from fastdp.benchmark.rounds import alternate, ratio, spread
 from fastdp.capture import steps as capture_steps
 
 ROUNDS, SECONDS, PATIENCE = 9, 0.15, 120.0

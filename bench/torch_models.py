@@ -29,9 +29,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.frameworks.process import Peer, PeerError, Running
-from bench.report import RESULTS, ratio, result_line, result_name, spread
+from bench.report import RESULTS, result_line, result_name
 from bench.torch_model_cases import CASES
+from fastdp.benchmark.noise import Noise
+from fastdp.benchmark.process import Process, WayError
+from fastdp.benchmark.rounds import ratio, spread
 
 WAYS = (
     *("torch", "torch-compile", "ddp-2"),
@@ -73,21 +75,24 @@ GOALS = (
 
 def measure(name: str, ways: Sequence[str], rounds: int, steps: int, timeout: float) -> dict[str, Any]:
     """Measure one model: milliseconds per step of each way, ratios, goals, and the reasons of failures."""
-    load = other_load()
+    noise = Noise()
+    for _ in range(10):
+        noise.sample()
+    busy = noise.busy_cores
     running, failed = start(name, ways, steps, timeout)
     seconds: dict[str, list[float]] = {way: [] for way in running}
     try:
         for _ in range(rounds):
             for way in list(running):
                 try:
-                    seconds[way].append(running[way].round(timeout) / steps)
-                except PeerError as error:
+                    seconds[way].append(running[way].round(steps, timeout).seconds / steps)
+                except WayError as error:
                     failed[way] = str(error)
                     seconds.pop(way)
                     running.pop(way).close(0.0)
     finally:
         with ThreadPoolExecutor(max(1, len(running))) as pool:
-            list(pool.map(Running.close, running.values()))
+            list(pool.map(Process.close, running.values()))
     say(f"{name}: " + ", ".join(f"{way} {1e3 * statistics.median(found):.1f} ms" for way, found in seconds.items()))
     for way, reason in failed.items():
         say(f"{name}: {way} failed: {reason}")
@@ -96,7 +101,7 @@ def measure(name: str, ways: Sequence[str], rounds: int, steps: int, timeout: fl
         "rows": CASES[name].rows,
         "steps_per_round": steps,
         "rounds": rounds,
-        "cores_busy_with_other_work": load,
+        "cores_busy_with_other_work": None if busy is None else round(busy, 2),
         "milliseconds": {way: spread([1e3 * value for value in found], 4) for way, found in seconds.items()},
         "time_to_torch": {way: ratio(found, seconds["torch"]) for way, found in seconds.items() if "torch" in seconds},
         "goals": [
@@ -108,16 +113,16 @@ def measure(name: str, ways: Sequence[str], rounds: int, steps: int, timeout: fl
     }
 
 
-def start(name: str, ways: Sequence[str], steps: int, timeout: float) -> tuple[dict[str, Running], dict[str, str]]:
+def start(name: str, ways: Sequence[str], steps: int, timeout: float) -> tuple[dict[str, Process], dict[str, str]]:
     """Start all ways, two at a time; returns those that are ready, and the failures of the others."""
-    running: dict[str, Running] = {}
+    running: dict[str, Process] = {}
     failed: dict[str, str] = {}
     worker = Path(__file__).with_name("torch_models_worker.py")
 
     def begin(way: str) -> None:
         try:
-            running[way] = Running(Peer(way, worker, way), name, steps, 3 * timeout)
-        except PeerError as error:
+            running[way] = Process([sys.executable, str(worker), way, name, str(steps)], {}, 3 * timeout)
+        except WayError as error:
             failed[way] = str(error)
 
     with ThreadPoolExecutor(2) as pool:
@@ -125,25 +130,6 @@ def start(name: str, ways: Sequence[str], steps: int, timeout: float) -> tuple[d
             pool.map(begin, sorted(ways, key=lambda way: not way.endswith(("compile", "captured"))))
         )  # the longest first
     return {way: running[way] for way in ways if way in running}, failed
-
-
-def other_load(seconds: float = 0.5) -> float | None:
-    """How many cores were busy for some time in which this benchmark waits; None where the system does not say."""
-    stat = Path("/proc/stat")
-    if not stat.exists():
-        return None
-
-    def ticks() -> tuple[int, int]:
-        user, nice, system, idle, waiting, *others = map(
-            int, stat.read_text(encoding="utf-8").split("\n")[0].split()[1:]
-        )
-        return user + nice + system + sum(others[:3]), idle + waiting
-
-    busy, idle = ticks()
-    time.sleep(seconds)
-    busy, idle = (now - before for now, before in zip(ticks(), (busy, idle), strict=True))
-    cores = sum(line.startswith("cpu") for line in stat.read_text(encoding="utf-8").split("\n")) - 1
-    return round(cores * busy / max(1, busy + idle), 2)
 
 
 def markdown(line: Mapping[str, Any]) -> str:

@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fastdp
 from bench.frameworks.ddp import WARM_UP, lead
-from bench.frameworks.protocol import serve
 from bench.torch_model_cases import CASES, build, example
+from fastdp.benchmark.request import Prepared, Round
+from fastdp.benchmark.serve import serve
 
 PATIENCE = 150.0  # seconds for compiled steps to be ready
 
@@ -113,10 +114,10 @@ def main(way: str, name: str, steps: int) -> None:
         return
     fastdp.set_virtual_devices(2)
 
-    def prepare() -> tuple[Callable[[], float], dict[str, Any]]:
+    def prepare() -> Prepared:
         made = WAYS[way](name)
         seconds(made, WARM_UP * len(CASES[name].batches()))  # each batch may have shapes of its own
-        return (lambda: seconds(made, steps)), {"parameters": count_parameters(name)}
+        return Prepared(lambda count: Round(count, seconds(made, count)), {"parameters": count_parameters(name)})
 
     serve(prepare)
 

@@ -17,9 +17,10 @@ os.environ["KERAS_BACKEND"] = "torch"
 import keras
 import numpy as np
 import torch
-from report import alternate, finish, options, print_table, ratio, spread
+from report import finish, options, print_table
 
 import fastdp
+from fastdp.benchmark.rounds import alternate, ratio, spread
 
 DEVICES = (1, 2, 4)
 LIMIT = 1.15

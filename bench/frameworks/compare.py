@@ -13,23 +13,47 @@ times out is recorded with the reason, and the others go on.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from bench.frameworks.cases import CASES
-from bench.frameworks.process import Peer, PeerError, Running
 from bench.frameworks.table import draw, markdown
-from bench.report import RESULTS, ratio, result_line, result_name, spread
+from bench.report import RESULTS, result_line, result_name
+from fastdp.benchmark.process import Process, WayError
+from fastdp.benchmark.rounds import ratio, spread
 
 WORKERS = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way to train: a script, its first argument, and environment variables."""
+
+    title: str
+    script: Path
+    how: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+    needs: str = ""
+
+    def start(self, model: str, steps: int, timeout: float) -> Process:
+        """Start the process that trains `model`.
+
+        Raises:
+            WayError: a library is missing, or the process failed.
+        """
+        if self.needs and importlib.util.find_spec(self.needs) is None:
+            raise WayError(f"{self.needs} is not installed here")
+        return Process([sys.executable, str(self.script), self.how, model, str(steps)], self.environment, timeout)
 
 
 def _keras(title: str, how: str, backend: str, needs: str = "") -> Peer:
@@ -61,8 +85,8 @@ def measure(model: str, peers: Mapping[str, Peer], asked: argparse.Namespace) ->
         for number in range(asked.rounds):
             for name in list(running):
                 try:
-                    seconds[name].append(running[name].round(asked.timeout))
-                except PeerError as error:
+                    seconds[name].append(running[name].round(steps, asked.timeout).seconds)
+                except WayError as error:
                     failed[name] = str(error)
                     seconds.pop(name)
                     running.pop(name).close(0.0)
@@ -91,17 +115,17 @@ def measure(model: str, peers: Mapping[str, Peer], asked: argparse.Namespace) ->
 
 def _start(
     model: str, peers: Mapping[str, Peer], steps: int, asked: argparse.Namespace
-) -> tuple[dict[str, Running], dict[str, str]]:
+) -> tuple[dict[str, Process], dict[str, str]]:
     """Start all peers, one per core at a time; returns those that are ready, and the failures of the others."""
-    running: dict[str, Running] = {}
+    running: dict[str, Process] = {}
     failed: dict[str, str] = {}
 
     def start(name: str) -> None:
         began = time.perf_counter()
         try:
-            running[name] = Running(peers[name], model, steps, asked.start_timeout)
+            running[name] = peers[name].start(model, steps, asked.start_timeout)
             say(f"{model}: {name} is ready after {time.perf_counter() - began:.1f} s")
-        except PeerError as error:
+        except WayError as error:
             failed[name] = str(error)
 
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from bench.frameworks.protocol import serve
+from fastdp.benchmark.request import Prepared, Round
+from fastdp.benchmark.serve import serve
 
 WARM_UP = 3
 Train = Callable[[int], float]
@@ -39,10 +39,10 @@ def lead(size: int, name: str, steps: int, make_trainer: MakeTrainer) -> None:
             other.start()
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=size)
 
-        def prepare() -> tuple[Callable[[], float], dict[str, Any]]:
+        def prepare() -> Prepared:
             train, parameters = make_trainer(0, size, name, steps)
             train(_agreed(WARM_UP))
-            return (lambda: train(_agreed(steps))), {"parameters": parameters}
+            return Prepared(lambda count: Round(count, train(_agreed(count))), {"parameters": parameters})
 
         serve(prepare)
         _agreed(0)

@@ -13,7 +13,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from bench.frameworks.cases import CASES
 from bench.frameworks.keras_models import BUILDERS
-from bench.frameworks.protocol import serve
+from fastdp.benchmark.request import Prepared, Round
+from fastdp.benchmark.serve import serve
 
 WARM_UP = 3
 
@@ -72,7 +72,7 @@ def runner(model: keras.Model, how: str) -> Any:
     return fastdp.wrap(model, gpus=count, compile="inductor")
 
 
-def prepare(how: str, name: str, steps: int) -> tuple[Callable[[], float], dict[str, Any]]:
+def prepare(how: str, name: str, steps: int) -> Prepared:
     """Build, compile and warm up; returns a function that trains one epoch and returns its seconds, and facts."""
     case = CASES[name]
     keras.utils.set_random_seed(0)
@@ -97,7 +97,7 @@ def prepare(how: str, name: str, steps: int) -> tuple[Callable[[], float], dict[
     facts: dict[str, Any] = {"parameters": parameters}
     if how.startswith("fastdp-"):
         facts["steps_run"] = str(trained.report())
-    return (lambda: fit(steps)), facts
+    return Prepared(lambda count: Round(count, fit(count)), facts)
 
 
 if __name__ == "__main__":

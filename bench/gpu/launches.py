@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from bench.gpu.card import Card, emit
-from bench.report import spread
 from fastdp import launch
+from fastdp.benchmark.rounds import spread
 from fastdp.launch import SIGNALS_NBYTES, PeerGroup
 from fastdp.launch.args import PACK_NBYTES
 

@@ -14,7 +14,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from bench.report import hardware, result_line
+from bench.report import result_line
+from fastdp.benchmark.machine import hardware
 from fastdp.runtime import topology
 
 LIBRARIES = ("torch", "keras", "jax", "jaxlib", "cupy-cuda13x", "cupy-cuda12x", "nvidia-cuda-nvrtc", "nvidia-nccl-cu13",

@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from bench.gpu.card import GRAPH_SECONDS, ROUNDS, SLOWEST, Card, emit
 from bench.gpu.launches import NODES, launches, launches_of_replicas, replays
-from bench.report import spread
 from fastdp import launch
+from fastdp.benchmark.rounds import spread
 from fastdp.buffers import ArraySpec, FlatBuffers
 from fastdp.launch import SIGNALS_NBYTES, PeerGroup, RowPiece, RowSlice, coresident_blocks
 from fastdp.launch.args import PACK_NBYTES

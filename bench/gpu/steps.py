@@ -34,10 +34,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from bench.frameworks.process import Peer, PeerError, Running
 from bench.gpu.card import emit
 from bench.gpu.cases import CASES, Case
-from bench.report import ratio, spread
+from fastdp.benchmark.process import Process, WayError
+from fastdp.benchmark.rounds import ratio, spread
 
 WORKER = Path(__file__).parent / "worker.py"
 COUNTS = (1, 2, 4, 8)
@@ -76,12 +76,16 @@ class Way:
         """Rows of one batch."""
         return case.rows // self.part if self.part else 1
 
-    def peer(self) -> Peer:
-        """The process to start, as a peer of bench/frameworks."""
+    def command(self, name: str, steps: int) -> list[str]:
+        """The worker of this way, for a case and so many steps in a round."""
+        return [sys.executable, str(WORKER), self.worker, name, str(steps)]
+
+    def environment(self) -> dict[str, str]:
+        """Variables that the worker needs before it imports anything."""
         environment = {"KERAS_BACKEND": self.backend, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         if self.devices > 1:  # take effect only before CUDA starts, and Keras starts CUDA when it builds the model
             environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGER"}
-        return Peer(self.title, WORKER, self.worker, environment)
+        return environment
 
 
 def best_how() -> str:
@@ -162,7 +166,7 @@ def measure_wave(name: str, ways: Sequence[Way], seconds: float) -> None:
             list(pool.map(lambda process: process.close(5.0), running.values()))
 
 
-def start(name: str, ways: Sequence[Way], seconds: float) -> dict[Way, Running]:
+def start(name: str, ways: Sequence[Way], seconds: float) -> dict[Way, Process]:
     """Start all ways in parallel; emits a line of facts for each, and returns those that are ready in time."""
     case, running, ends = CASES[name], {}, time.monotonic() + seconds
 
@@ -174,8 +178,8 @@ def start(name: str, ways: Sequence[Way], seconds: float) -> dict[Way, Running]:
             emit(skipped=f"{name}: {way.title}", reason=reason)
             return
         try:
-            running[way] = Running(way.peer(), name, case.steps, left)
-        except PeerError as error:
+            running[way] = Process(way.command(name, case.steps), way.environment(), left)
+        except WayError as error:
             emit(skipped=f"{name}: {way.title}", reason=str(error))
             return
         emit(what="ready", case=name, way=way.title, **of_way(way, case), **running[way].facts)
@@ -191,7 +195,7 @@ def of_way(way: Way, case: Case) -> dict[str, Any]:
     return {"library": way.library, "devices": way.devices, "how": way.how, "rows": way.rows(case), "of": case.rows}
 
 
-def take_turns(name: str, running: dict[Way, Running], ends: float) -> dict[Way, list[float]]:
+def take_turns(name: str, running: dict[Way, Process], ends: float) -> dict[Way, list[float]]:
     """Run rounds in turns while there is time, and emit a line for each way after each round.
 
     Returns: seconds per step of each way, one value per round.
@@ -205,8 +209,8 @@ def take_turns(name: str, running: dict[Way, Running], ends: float) -> dict[Way,
                 emit(skipped=f"{name}: round {number} of {case.rounds}", reason="its time is over")
                 return times
             try:
-                seconds = running[way].round(min(left, ROUND_SECONDS)) / case.steps
-            except PeerError as error:
+                seconds = running[way].round(case.steps, min(left, ROUND_SECONDS)).seconds / case.steps
+            except WayError as error:
                 emit(skipped=f"{name}: {way.title}", reason=str(error))
                 running.pop(way).close(0.0)
                 continue

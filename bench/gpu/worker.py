@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ if os.environ.get("KERAS_BACKEND") != "tensorflow":  # Keras would import it if 
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from bench.frameworks.protocol import serve
 from bench.gpu.cases import CASES
+from fastdp.benchmark.request import Prepared, Round
+from fastdp.benchmark.serve import serve
 
 
 def memory() -> dict[str, Any]:
@@ -49,13 +49,13 @@ def memory() -> dict[str, Any]:
     return found
 
 
-def prepare(way: str, name: str, steps: int) -> tuple[Callable[[], float], dict[str, Any]]:
-    """Build and warm up; returns a function that trains a round, and facts."""
+def prepare(way: str, name: str, steps: int) -> Prepared:
+    """Build and warm up. Each round trains `steps` steps: that many batches are ready."""
     where = os.environ.get("FASTDP_BENCH_DEVICE", "cuda")
     library, _, how = way.partition("/")
     ways = importlib.import_module("bench.gpu.torch_ways" if library == "torch" else "bench.gpu.keras_ways")
     run, facts = ways.prepare(how, CASES[name], steps, where)
-    return run, {**facts, "memory": memory() if where == "cuda" else {}}
+    return Prepared(lambda count: Round(steps, run()), {**facts, "memory": memory() if where == "cuda" else {}})
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ sys.path.insert(0, str(BENCH.parent))
 PEER = f"""
 import os, sys, time
 sys.path.insert(0, {str(BENCH.parent)!r})
-from bench.frameworks.protocol import serve
+from fastdp.benchmark.request import Prepared, Round
+from fastdp.benchmark.serve import serve
 how, model, steps = sys.argv[1:]
 print("printed, and no answer", end="")
 
@@ -30,7 +31,7 @@ def prepare():
         time.sleep(60)
     rounds = []
 
-    def run():
+    def run(count):
         rounds.append(os.environ["SECONDS"])
         with open(os.environ["TURNS"], "a") as file:
             print(how, file=file)
@@ -39,9 +40,9 @@ def prepare():
         if how == "hangs":
             os.fork() or time.sleep(60)
             time.sleep(60)
-        return float(rounds[-1])
+        return Round(count, float(rounds[-1]))
 
-    return run, {{"parameters": 8 if how == "other" else 7}}
+    return Prepared(run, {{"parameters": 8 if how == "other" else 7}})
 
 serve(prepare)
 """
@@ -107,7 +108,7 @@ def test_a_late_peer_is_ended_with_all_that_it_started(compare):
     status, line, _, _ = compare({"hangs": 1.0, "slow to start": 1.0}, *options)
     assert status == 1  # nothing was measured
     assert line["results"]["mlp"]["failed"] == {
-        "slow to start": "building, compiling and warming up took longer than 5 seconds",
+        "slow to start": "building, compiling and the first step took longer than 5 seconds",
         "hangs": "a round took longer than 1 seconds",
     }
     assert time.monotonic() - began < 55  # not waited for: each would sleep for 60 seconds

@@ -14,10 +14,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from bench.frameworks.process import PeerError
 from bench.gpu import keras_ways as gpu_keras_ways
 from bench.gpu import steps as gpu_steps
 from bench.gpu.cases import CASES
+from fastdp.benchmark.process import WayError
+from fastdp.benchmark.request import Round
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -156,8 +157,8 @@ class Late:
     def __init__(self):
         self.closed = False
 
-    def round(self, timeout):
-        raise PeerError("a round took longer")
+    def round(self, steps, timeout):
+        raise WayError("a round took longer")
 
     def close(self, patience=0.0):
         self.closed = True
@@ -166,8 +167,8 @@ class Late:
 class Steady(Late):
     """A process that takes as long each time."""
 
-    def round(self, timeout):
-        return 0.5
+    def round(self, steps, timeout):
+        return Round(steps, 0.5)
 
 
 def test_a_way_that_fails_in_a_round_leaves_the_others_their_turns(measured):
