@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import tempfile
@@ -15,6 +16,13 @@ from typing import Any
 
 from fastdp.benchmark.request import Round
 from fastdp.benchmark.serve import PREFIX
+
+_NO_MEMORY = re.compile(r"out of memory|OutOfMemory|RESOURCE_EXHAUSTED|MemoryError|bad_alloc|status -9\b")
+
+
+def for_want_of_memory(reason: str) -> bool:
+    """Whether a way failed because there was no memory: by the words of torch, JAX, NumPy and C++, or killed."""
+    return _NO_MEMORY.search(reason) is not None
 
 
 class WayError(Exception):

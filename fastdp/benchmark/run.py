@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastdp._version import __version__
+from fastdp.benchmark.batch_trials import find_batch
 from fastdp.benchmark.machine import Meter, machine, today, versions
 from fastdp.benchmark.noise import Noise
-from fastdp.benchmark.process import Process, WayError
+from fastdp.benchmark.process import Process, WayError, for_want_of_memory
 from fastdp.benchmark.request import Request, Round
 from fastdp.benchmark.result import SCHEMA
 from fastdp.benchmark.rounds import WarmUp, spread, steps_in, turns, warm_up
@@ -23,7 +24,6 @@ Emit = Callable[[dict[str, Any]], None]
 
 WARM_UP_PART = 0.25  # of a round's seconds: a round of the warm-up
 WARM_UP_LIMIT = 60.0
-_NO_MEMORY = re.compile(r"out of memory|OutOfMemory|RESOURCE_EXHAUSTED|MemoryError|bad_alloc|status -9\b")
 
 
 @dataclass
@@ -36,12 +36,6 @@ class Way:
     rounds: list[Round] = field(default_factory=list)
     trace: str | None = None
 
-    @property
-    def steps(self) -> int:
-        """Steps of a round that takes a second, from the warm-up."""
-        assert self.warmed is not None
-        return steps_in(1.0, self.warmed.step_seconds)
-
 
 def run(settings: Settings, emit: Emit) -> dict[str, Any]:
     """Measure all ways and return the result (`fastdp.benchmark.result`), which the last event holds too.
@@ -53,12 +47,15 @@ def run(settings: Settings, emit: Emit) -> dict[str, Any]:
     Args:
         emit: gets an event as it happens: a dict with "event": "started" (ways, settings), "starting" (way), "ready"
             (way, facts), "warm" (way, steps, seconds), "round" (way, number, of, samples_per_second, report), "batch"
-            (batch, samples_per_second or reason), "failed" (way, reason), "ended" (result).
+            (way, batch, samples_per_second or reason), "failed" (way, reason), "ended" (result).
     """
-    measurement = _Measurement(settings, emit)
     emit({"event": "started", "ways": [request.name for request in settings.ways], "target": settings.name})
+    batches = None
+    if settings.find_batch:
+        settings, batches = find_batch(settings, emit)
+    measurement = _Measurement(settings, emit)
     measurement.measure()
-    result = measurement.result()
+    result = {**measurement.result(), "batches": batches}
     emit({"event": "ended", "result": result})
     return result
 
@@ -124,7 +121,7 @@ class _Measurement:
 
     def _fail(self, request: Request, reason: str) -> None:
         """Note why a way failed; one that found no memory beside others is tried again."""
-        if _NO_MEMORY.search(reason) and self.running and request not in self.postponed:
+        if for_want_of_memory(reason) and self.running and request not in self.postponed:
             self.postponed.append(request)
             return
         self.failed[request.name] = reason
@@ -211,7 +208,6 @@ class _Measurement:
             },
             "entries": [_entry(way, ways) for way in ways],
             "failed": [{"name": name, "reason": self.failed[name]} for name in order if name in self.failed],
-            "batches": None,
         }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastdp.benchmark.request import SYNTHETIC, Request
@@ -44,3 +44,8 @@ class Settings:
     find_batch: bool = False
     traces: Path | None = None
     command: Sequence[str] = ()
+
+    def with_batch(self, batch: int) -> Settings:
+        """The same with another batch: of the global batch, or of each device if `per_device`."""
+        ways = [replace(way, batch=batch * way.devices if self.per_device else batch) for way in self.ways]
+        return replace(self, batch=batch, ways=ways)
