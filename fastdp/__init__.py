@@ -29,6 +29,7 @@ from fastdp.program.functions import FunctionProgram
 from fastdp.runtime import environment
 from fastdp.runtime.select import devices, set_virtual_devices
 from fastdp.runtime.topology import DeviceInfo
+from fastdp.tracing.trace import trace
 
 if TYPE_CHECKING:
     from fastdp import replica, utils
@@ -58,6 +59,7 @@ __all__ = [
     "rows",
     "same",
     "set_virtual_devices",
+    "trace",
     "uninstall",
     "utils",
     "wrap",

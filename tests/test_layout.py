@@ -22,7 +22,7 @@ ONLY_FROM = {
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "torch": ("benchmark/", "capture/", "keras/", "program/keras/", "program/torch/", "tensors/", "torch/"),
     "keras": ("benchmark/", "keras/", "program/keras/"),
-    "cupy": ("runtime/cuda/cupy_api.py", "runtime/cuda/cupy_nccl.py"),
+    "cupy": ("runtime/cuda/cupy_api.py", "runtime/cuda/cupy_nccl.py", "runtime/cuda/cupy_timing.py"),
     "cupyx": (),
     "cupy_backends": (),
 }

@@ -72,6 +72,7 @@ def test_the_public_names_of_fastdp():
         "rows",
         "same",
         "set_virtual_devices",
+        "trace",
         "uninstall",
         "utils",
         "wrap",

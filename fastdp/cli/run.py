@@ -20,6 +20,7 @@ import os
 import runpy
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,6 +29,7 @@ from fastdp.cli.imported import when_imported
 from fastdp.options import Options
 from fastdp.runtime.queue import QueueDevice
 from fastdp.runtime.select import resolve, set_default_devices, set_virtual_devices
+from fastdp.tracing.trace import trace
 
 _RUNPY = ("<frozen runpy>", runpy.__file__)
 
@@ -52,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--local-batch-norm", action="store_true", help="normalize by each device's rows, not by the global batch"
+    )
+    parser.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="write a trace of the whole run, for https://ui.perfetto.dev: step.json, step.json.gz",
     )
     parser.add_argument(
         "-m",
@@ -92,13 +99,28 @@ def run(options: argparse.Namespace) -> int:
     when_imported("keras", script.install_keras)
     sys.excepthook = _without_own_frames
     try:
-        if by_name:
-            runpy.run_module(name, run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(name, run_name="__main__")
+        with _traced(options.trace):
+            if by_name:
+                runpy.run_module(name, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(name, run_name="__main__")
     finally:
         script.tell()
     return 0
+
+
+def _traced(path: str | None) -> AbstractContextManager[object]:
+    """Writes a trace of the script to a file, if one is named. A process that the script forks writes none.
+
+    Raises:
+        SystemExit: the file cannot be written.
+    """
+    if path is None:
+        return nullcontext()
+    try:
+        return trace(path).start()
+    except OSError as error:
+        raise SystemExit(_say(str(error), 1)) from error
 
 
 class _Script:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastdp.errors import DeviceTimeoutError, StepAborted
+from fastdp.tracing.spans import span
 
 
 class Rendezvous:
@@ -64,7 +65,8 @@ class Rendezvous:
                 self._waiting, self._round = [], turn + 1
                 self._changed.notify_all()
                 return self._values
-            self._changed.wait_for(lambda: self._round > turn or self._cause is not None, self._timeout)
+            with span("wait for replicas", at=_in_words(place)):
+                self._changed.wait_for(lambda: self._round > turn or self._cause is not None, self._timeout)
             if self._round > turn:
                 return self._values
             self._go_on()

@@ -34,12 +34,16 @@ from fastdp.options import Options, one_of
 from fastdp.program.base import Program, Result, Totals, as_program
 from fastdp.runtime.select import devices_of_engine
 from fastdp.shard import Rows
+from fastdp.tracing import nvtx
+from fastdp.tracing.spans import span, verb
+from fastdp.tracing.trace import Traceable
 
 ProgramT_co = TypeVar("ProgramT_co", bound=Program, covariant=True)
 Arrays = Sequence[np.ndarray]
+Work = Callable[[Replica, list[np.ndarray], Context], Result]
 
 
-class DataParallel(Reporting, Generic[ProgramT_co]):
+class DataParallel(Traceable, Reporting, Generic[ProgramT_co]):
     """Runs a program on several devices as if on one.
 
     Args:
@@ -80,6 +84,7 @@ class DataParallel(Reporting, Generic[ProgramT_co]):
             check_replicas=check_replicas,
         )
         options = one_of(options, keywords)
+        nvtx.follow_environment()
         devices = devices_of_engine(devices, options.merge_device)
         self.program = program
         self.devices = list(devices)
@@ -140,7 +145,7 @@ class DataParallel(Reporting, Generic[ProgramT_co]):
         """
         batch = batch if type(batch) is Batch else Batch.of(batch, structure)
         shards = self._deal_out(batch)
-        with self._begin(batch, shards, wants_outputs, trains=True, reduces=reduce) as step:
+        with self._begin("train", batch, shards, wants_outputs, reduces=reduce) as step:
             with self.host_launch.of(step):
                 self._scatter(step)
                 self._run(step, Replica.train, has_gradients=True)
@@ -153,7 +158,7 @@ class DataParallel(Reporting, Generic[ProgramT_co]):
     def predict(self, batch: Batch | Arrays, *, structure: object = None) -> StepResult:
         """Run the forward pass on a global batch. Arguments, result and errors as in `train`."""
         batch = batch if type(batch) is Batch else Batch.of(batch, structure)
-        return self._forward(batch, self._deal_out(batch), Replica.predict)
+        return self._forward("predict", batch, self._deal_out(batch), Replica.predict)
 
     def call(self, batch: Batch, work: Call) -> StepResult:
         """Run `work(state, rows, context)` on each replica in place of the program's `predict`.
@@ -161,7 +166,7 @@ class DataParallel(Reporting, Generic[ProgramT_co]):
         The rows are split over all devices, regardless of the program's `most_replicas`. Result and errors as in
         `train`.
         """
-        return self._forward(batch, batch.deal(len(self.replicas)), partial(Replica.call, work=work))
+        return self._forward("call", batch, batch.deal(len(self.replicas)), partial(Replica.call, work=work))
 
     def backward(self, batch: Batch, work: Call) -> StepResult:
         """Run a backward pass: `work(state, rows, context)` on each replica, which writes its gradients to the state's
@@ -175,7 +180,7 @@ class DataParallel(Reporting, Generic[ProgramT_co]):
             work: as in `call`.
         """
         shards = batch.deal(len(self.replicas))
-        with self._begin(batch, shards, True, trains=False) as step:
+        with self._begin("backward", batch, shards) as step:
             self._scatter(step)
             self._run(step, partial(Replica.call, work=work), has_gradients=True)
             self._reduce(step)
@@ -199,7 +204,7 @@ class DataParallel(Reporting, Generic[ProgramT_co]):
         """
         batch = batch if type(batch) is Batch else Batch.of(batch)
         shards = self._deal_out(batch)
-        with one_step_at_a_time, self.host_launch.staging(batch.arrays):
+        with one_step_at_a_time, span("stage"), self.host_launch.staging(batch.arrays):
             return stage(batch.arrays, shards, self.devices)
 
     def forget_staged(self) -> None:
@@ -220,7 +225,7 @@ class DataParallel(Reporting, Generic[ProgramT_co]):
             ReplicaError, DeviceTimeoutError: as in `train`. The gradients still wait.
         """
         cores = self._program.cores
-        operation = Operation(max(1, cores // len(self.replicas)), cores, trains=True, totals=totals)
+        operation = Operation(max(1, cores // len(self.replicas)), cores, "update", trains=True, totals=totals)
         with StepScope(self._state, self._recovery, self.group, operation):
             sources = self._accumulation.hand_over(0)
             if not sources:
@@ -256,18 +261,14 @@ class DataParallel(Reporting, Generic[ProgramT_co]):
 
     def _scatter(self, step: Step) -> None:
         """Give each replica its rows of every array."""
+        verb("scatter")
         step.watch.scattering = time.perf_counter()
         step.batches = scatter(step.batch.arrays, step.shards, self.devices)
         step.watch.scattered = time.perf_counter()
 
-    def _run(
-        self,
-        step: Step,
-        work: Callable[[Replica, list[np.ndarray], Context], Result],
-        *,
-        has_gradients: bool = False,
-    ) -> None:
+    def _run(self, step: Step, work: Work, *, has_gradients: bool = False) -> None:
         """Enqueue each replica's work on its rows. A replica writes its outputs to their rows of the merged arrays."""
+        verb("run")
         step.results = [None] * len(step.shards)
         if step.by_host:
             self.host_launch.run(step)
@@ -282,6 +283,7 @@ class DataParallel(Reporting, Generic[ProgramT_co]):
 
     def _reduce(self, step: Step) -> None:
         """Enqueue the reduction of gradients and sums. Every replica gets them, even without rows."""
+        verb("reduce")
         if step.by_host:
             self.host_launch.reduce(step)
         else:
@@ -289,6 +291,7 @@ class DataParallel(Reporting, Generic[ProgramT_co]):
 
     def _update(self, step: Step) -> None:
         """Enqueue the update. Each replica applies it itself, or gets a copy of the first replica's variables."""
+        verb("update")
         with interrupts_wait() if step.by_host else nullcontext():  # once, and not in each replica's update
             self._updates.begin(step, accumulates=0 if step.reduces else len(step.shards))
 
@@ -296,6 +299,7 @@ class DataParallel(Reporting, Generic[ProgramT_co]):
         """Wait for the replicas, and return the outputs merged in row order."""
         if step.over:
             return step.kept()
+        verb("merge")
         self._recovery.finish(step)
         step.watch.finished = time.perf_counter()
         if step.totals is None:  # nothing was reduced
@@ -311,11 +315,9 @@ class DataParallel(Reporting, Generic[ProgramT_co]):
         notes, every_note = step.totals.notes, step.totals.every_note
         return StepResult(outputs, step.totals.sums, notes, step.batch.rows, every_note)
 
-    def _forward(
-        self, batch: Batch, shards: Sequence[Rows], work: Callable[[Replica, list[np.ndarray], Context], Result]
-    ) -> StepResult:
+    def _forward(self, kind: str, batch: Batch, shards: Sequence[Rows], work: Work) -> StepResult:
         """Run a step without gradients."""
-        with self._begin(batch, shards, True, trains=False) as step:
+        with self._begin(kind, batch, shards) as step:
             self._scatter(step)
             self._run(step, work)
             return self._merge(step)
@@ -327,7 +329,7 @@ class DataParallel(Reporting, Generic[ProgramT_co]):
         return batch.deal(min(self._program.most_replicas, len(self.replicas)))
 
     def _begin(
-        self, batch: Batch, shards: Sequence[Rows], wants_outputs: bool, *, trains: bool, reduces: bool = True
+        self, kind: str, batch: Batch, shards: Sequence[Rows], wants_outputs: bool = True, *, reduces: bool = True
     ) -> StepScope[Step]:
         """Make a step on these shards. It begins when the returned scope is entered."""
         merger = Merger(shards, self.devices, self._merge_device, on_host=self._cpu_merge)
@@ -340,7 +342,7 @@ class DataParallel(Reporting, Generic[ProgramT_co]):
             merger,
             cores=self._program.cores,
             wants_outputs=wants_outputs,
-            trains=trains,
+            kind=kind,
             reduces=reduces,
         )
         return StepScope(self._state, self._recovery, self.group, step)

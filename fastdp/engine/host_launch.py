@@ -24,6 +24,7 @@ from fastdp.engine.step import Step, commit
 from fastdp.errors import DeviceTimeoutError
 from fastdp.program.base import Launched
 from fastdp.runtime.queue import QueueEvent, first_done, lent
+from fastdp.tracing.spans import span
 
 # Bytes of a batch in host memory that workers copy to pinned memory faster, though they have to be woken.
 MOST_NBYTES = 4 << 20
@@ -119,7 +120,8 @@ class HostLaunch:
             DeviceTimeoutError: they were not done within the engine's time limit.
         """
         try:
-            failed = first_done(computed, self._state.timeout)
+            with span("wait for values"):
+                failed = first_done(computed, self._state.timeout)
         except DeviceTimeoutError:
             raise self._recovery.too_late(step) from None
         if failed is not None:
@@ -148,20 +150,23 @@ def _host_nbytes(arrays: Any) -> int:
 def _launch(step: Step, replica: Replica, rank: int) -> None:
     """Bring a replica's inputs to their place and launch its graphs, unless one graph holds the whole step."""
     step.watch.compute_began[rank] = time.perf_counter()
-    replica.prepare_thread(step.threads)
-    step.launched[rank] = replica.launch(step.batches[rank], step.contexts[rank])
+    with span("run", replica.device.compute, rows=step.watch.rows[rank]):
+        replica.prepare_thread(step.threads)
+        step.launched[rank] = replica.launch(step.batches[rank], step.contexts[rank])
 
 
 def _launch_graph(step: Step, replica: Replica, rank: int) -> None:
     """Launch the graph of a replica's whole step, when the inputs of all are in place."""
     reduction: Any = step.reduction
-    reduction.launch_here(rank)
+    with span("run", replica.device.compute, rows=step.watch.rows[rank]):
+        reduction.launch_here(rank)
 
 
 def _write_outputs(step: Step, replica: Replica, rank: int) -> None:
     """Enqueue the copies of a replica's outputs to their rows of the merged arrays."""
     began = time.perf_counter()
-    step.merger.write(rank, _of(step, rank).outputs())
+    with span("merge", replica.device.compute):
+        step.merger.write(rank, _of(step, rank).outputs())
     step.watch.merging[rank] = time.perf_counter() - began
 
 

@@ -11,6 +11,7 @@ from fastdp.engine.state import EngineState
 from fastdp.engine.step import Operation, step_error
 from fastdp.errors import DeviceTimeoutError
 from fastdp.runtime.queue import first_done, joined
+from fastdp.tracing.spans import span
 
 
 class Recovery:
@@ -39,12 +40,13 @@ class Recovery:
         devices, timeout = self._replicas.devices, self._state.timeout
         events = operation.ends or [device.compute.record() for device in devices]
         try:
-            if operation.ends:
-                first_done(events, timeout)
-            elif operation.reduction is not None:
-                operation.reduction.serve(joined(events), timeout)
-            else:
-                joined(events).finish(timeout)
+            with span("wait for devices"):
+                if operation.ends:
+                    first_done(events, timeout)
+                elif operation.reduction is not None:
+                    operation.reduction.serve(joined(events), timeout)
+                else:
+                    joined(events).finish(timeout)
         except DeviceTimeoutError:
             raise self.too_late(operation) from None
         failed = [(rank, event.error) for rank, event in enumerate(events) if event.error is not None]

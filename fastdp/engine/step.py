@@ -23,6 +23,7 @@ from fastdp.program.base import Launched, Result, Totals
 from fastdp.runtime.queue import QueueDevice, QueueEvent
 from fastdp.runtime.work_stealing import WorkStealing
 from fastdp.shard import Rows
+from fastdp.tracing.spans import span
 
 
 @dataclass(slots=True)
@@ -50,11 +51,13 @@ class Operation:
     `generation` is the number of its update (see `ReplicaGroup.advance`). `restorable`: a snapshot of the variables
     and slots has been taken. `came_home`: the program's own variables equal the first replica's. `cut_short` is the
     communicator's count from before the operation. `ends` are the ends of the devices' compute work, if they have been
-    recorded. `close` ends the operation (`fastdp.engine.step_scope`); None when it is not open.
+    recorded. `close` ends the operation (`fastdp.engine.step_scope`); None when it is not open. `kind` is its name in
+    traces.
     """
 
     threads: int
     cores: int
+    kind: str = "fold"
     reduction: Reduction | None = None
     failures: list[tuple[int, BaseException]] = field(default_factory=list)
     generation: int = -1
@@ -183,7 +186,7 @@ def make_step(
     *,
     cores: int,
     wants_outputs: bool,
-    trains: bool,
+    kind: str,
     reduces: bool,
 ) -> Step:
     """Make a step on these shards. Enqueues nothing.
@@ -192,6 +195,7 @@ def make_step(
         number: the step's number, for its contexts.
         timeout: seconds that replicas may wait for each other in the middle of the step.
         cores: cores that all replicas may use together.
+        kind: "train", "predict", "call" or "backward".
     """
     rendezvous = Rendezvous(len(shards), timeout, [device.name for device in devices])
     common = (number, rendezvous, len(shards), batch, batch.structure, wants_outputs)
@@ -201,7 +205,8 @@ def make_step(
     return Step(
         max(1, cores // len(shards)),
         cores,
-        trains=trains,
+        kind=kind,
+        trains=kind == "train",
         batch=batch,
         shards=shards,
         contexts=contexts,
@@ -222,12 +227,14 @@ def run_replica(
     watch = step.watch
     watch.compute_began[context.rank] = time.perf_counter()
     try:
-        replica.prepare_thread(step.threads)
-        result = work(replica, step.batches[context.rank], context)
+        with span("run", replica.device.compute, rows=watch.rows[context.rank]):
+            replica.prepare_thread(step.threads)
+            result = work(replica, step.batches[context.rank], context)
         step.rendezvous.leave(context.rank)
         if context.wants_outputs:
             merging = time.perf_counter()
-            step.merger.write(context.rank, result.outputs)
+            with span("merge", replica.device.compute):
+                step.merger.write(context.rank, result.outputs)
             watch.merging[context.rank] = time.perf_counter() - merging
         result.outputs = []
         step.results[context.rank] = result
@@ -296,7 +303,8 @@ def run_update(
             operation.updates_begun = True
         operation.totals.work_stealing = work_stealing
         replica.prepare_thread(threads)
-        with interrupts_wait():  # the worker may be the main thread
+        # The worker may be the main thread.
+        with interrupts_wait(), span("update", replica.device.compute):
             replica.update(operation.totals)
             operation.updates_done.append(replica.rank)
         if threads > operation.threads:

@@ -14,6 +14,8 @@ from fastdp.engine.state import EngineState
 from fastdp.engine.step import Operation, Step, StepResult
 from fastdp.errors import DeviceTimeoutError
 from fastdp.runtime.events import here
+from fastdp.tracing import spans
+from fastdp.tracing.spans import Recorder
 
 # Steps of different engines that share devices must not interleave: replicas block in exchanges.
 one_step_at_a_time = threading.RLock()
@@ -37,6 +39,7 @@ def meanwhile(step: Step, work: Callable[[], object], end: Callable[[], StepResu
     `end()` first waits for the current step, and its outcome is kept until `work()` returns.
     """
     _here.open = (step, end)
+    spans.verb("while running")
     try:
         work()
     finally:
@@ -119,6 +122,7 @@ class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
         self._operation = operation
         self._scopes = ExitStack()
         self._closed = False
+        self._recorder: Recorder | None = None
 
     def __enter__(self) -> OperationT:
         _check_not_inside()
@@ -128,10 +132,12 @@ class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
         try:
             _wait_for_others(self._state.timeout)
             try:
+                self._begin_trace()
                 self._prepare()
             except BaseException as error:
                 self._recovery.abandon(operation, error)
                 one_step_at_a_time.release()
+                self._end_trace(error)
                 raise
         except BaseException:
             self._state.leave()
@@ -176,3 +182,20 @@ class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
             self._state.steps += self._operation.counts
             one_step_at_a_time.release()
             self._state.leave()
+            self._end_trace(error)
+
+    def _begin_trace(self) -> None:
+        """Tell traces, if there are any, that this operation begins."""
+        self._recorder = spans.now.recorder
+        if self._recorder is not None:
+            operation, program = self._operation, self._replicas.program
+            facts: dict[str, object] = {"program": type(program).__name__}
+            if isinstance(operation, Step):
+                facts["rows"] = operation.batch.rows
+            self._recorder.step_begins(program, operation.kind, self._state.steps, facts)
+
+    def _end_trace(self, error: BaseException | None) -> None:
+        """Tell those that it is over. They may write their files now."""
+        recorder, self._recorder = self._recorder, None
+        if recorder is not None:
+            recorder.step_ends(self._replicas.program, self._operation.kind, error)

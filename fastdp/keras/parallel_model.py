@@ -26,13 +26,15 @@ from fastdp.keras.template_view import TemplateView, merged_outputs
 from fastdp.options import Options
 from fastdp.program.keras.layer_calls import CallProgram
 from fastdp.program.keras.patches import replica_aware
+from fastdp.program.keras.program import KerasProgram
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import peak_nbytes
+from fastdp.tracing.trace import Traceable
 from fastdp.warn import warn_user
 
 
 @keras.saving.register_keras_serializable(package="fastdp")
-class ParallelModel(TemplateView):
+class ParallelModel(Traceable, TemplateView):
     """The template, trained and run on several devices. Made by `fastdp.wrap` and `multi_gpu_model`.
 
     Keras's own `fit`, `evaluate` and `predict` loops, data adapters and callbacks run on the host; the engine runs
@@ -307,6 +309,9 @@ class ParallelModel(TemplateView):
         engine, calls = self._steps.made_engine, self._steps.calls_report
         entries = engine.program.steps_report if engine is not None else [{"how": "eager", "why": "no step yet"}]
         return make_report(engine, entries, library_nbytes=peak_nbytes, further_devices=further, calls=calls)
+
+    def _is_traced(self, program: object) -> bool:
+        return isinstance(program, KerasProgram) and program.model is self.template
 
     @property
     def compiling(self) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fastdp.runtime.base import Work
 from fastdp.runtime.events import QueueEvent
+from fastdp.tracing.spans import Timestamp
 
 if TYPE_CHECKING:
     from fastdp.runtime.queue import QueueDevice
@@ -15,10 +16,12 @@ if TYPE_CHECKING:
 class QueueStream:
     """An ordered queue of work for one device's worker.
 
-    `inline`: an event of this stream is only a mark, and any worker may complete it.
+    `inline`: an event of this stream is only a mark, and any worker may complete it. `timed_by_host`: see
+    `fastdp.tracing.spans.Stream`.
     """
 
     inline = True
+    timed_by_host = True
 
     def __init__(self, device: QueueDevice, name: str) -> None:
         self.name = name
@@ -60,6 +63,21 @@ class QueueStream:
     def recover(self) -> None:
         """Clear a failure."""
         self._error = None
+
+    # For traces: see `fastdp.tracing.spans.Stream`.
+
+    @property
+    def lane(self) -> tuple[int, str, str]:
+        """The index and the name of its device, and its own name."""
+        return self._device.index, self._device.name, self.name
+
+    def timestamp(self) -> Timestamp | None:
+        """None: the worker's clock tells the time."""
+        return None
+
+    def read_timestamps(self, seconds: float) -> str:
+        """There are none to wait for."""
+        return "the clock of the worker"
 
     # Called from inside the work that the worker is running.
 

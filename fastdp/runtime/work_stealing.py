@@ -9,6 +9,7 @@ from functools import partial
 
 from fastdp.errors import DeviceTimeoutError
 from fastdp.runtime.queue import QueueDevice
+from fastdp.tracing.spans import span
 
 Part = Callable[[], object]
 WorkStealing = Callable[[Sequence[Part]], None]
@@ -62,8 +63,12 @@ def shared_with(helpers: Sequence[QueueDevice], timeout: float) -> WorkStealing:
                     errors.extend([error] if error is not None else [])
                     changed.notify()
 
+        def traced(helper: QueueDevice, number: int) -> None:
+            with span("parts of an update", helper.copy_out):
+                drain(number)
+
         for number, helper in enumerate(helpers[: takers - 1], 1):
-            helper.copy_out.enqueue(partial(drain, number))
+            helper.copy_out.enqueue(partial(traced, helper, number))
         drain(0)
         with changed:
             if not changed.wait_for(lambda: taken == 0, timeout):

@@ -39,11 +39,12 @@ from fastdp.torch.checks import check_module, check_options
 from fastdp.torch.members import ModuleMembers
 from fastdp.torch.plain_calls import PlainCalls
 from fastdp.torch.train_step import TrainStep
+from fastdp.tracing.trace import Traceable
 
 FUNCTIONAL_CALL = stateless._functional_call.__code__  # what calls a module inside torch.func.functional_call
 
 
-class TorchParallel(ModuleMembers[nn.Module]):
+class TorchParallel(Traceable, ModuleMembers[nn.Module]):
     """A module, run and trained on several devices as if on one. Made by `fastdp.wrap`.
 
     The module stays the user's own plain torch module: training changes it in place, `state_dict` is its
@@ -251,6 +252,9 @@ class TorchParallel(ModuleMembers[nn.Module]):
         passes = [entry for calls in self._captured_calls() for entry in calls.report]
         steps = program.steps_report if program is not None else [{"how": "eager", "why": "no train_step yet"}]
         return make_report(self._engine, steps, library_nbytes=peak_nbytes, passes=passes)
+
+    def _is_traced(self, program: object) -> bool:
+        return isinstance(program, TorchProgram) and program.module is self.module
 
     def _captured_calls(self) -> Iterator[CapturesByKind[Any] | PlainCalls]:
         """The captured passes of calls, without gradients and with them."""

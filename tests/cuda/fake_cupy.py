@@ -235,7 +235,7 @@ def _stream_calls(sim: Simulation) -> list:
     def eventCreateWithFlags(flags):
         sim.enter(sim.thread.device)
         handle = sim.handle()
-        sim.events[handle] = Event(handle, sim.thread.device, site())
+        sim.events[handle] = Event(handle, sim.thread.device, site(), not flags & _Runtime.eventDisableTiming)
         return handle
 
     def eventDestroy(event):
@@ -245,6 +245,12 @@ def _stream_calls(sim: Simulation) -> list:
     def eventRecord(event, stream):
         sim.record(event, stream)
 
+    def eventElapsedTime(start, end):
+        return sim.elapsed(start, end)
+
+    def streamIsCapturing(stream):
+        return sim.is_capturing(stream)
+
     def eventQuery(event):
         try:
             return 0 if sim.query(event) else 600
@@ -253,7 +259,7 @@ def _stream_calls(sim: Simulation) -> list:
 
     return [
         streamCreateWithPriority, streamGetPriority, streamDestroy, streamSynchronize, streamWaitEvent,
-        eventCreateWithFlags, eventDestroy, eventRecord, eventQuery,
+        eventCreateWithFlags, eventDestroy, eventRecord, eventQuery, eventElapsedTime, streamIsCapturing,
     ]  # fmt: skip
 
 

@@ -12,17 +12,19 @@ import itertools
 import random
 import sys
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
+import numpy as np
 from clocks import Clock, HostClocks, join, tick
 from simulated_memory import Allocation, Memory, PeerError, Range, SimulationError
 
 HERE = str(Path(__file__).parent)
-HIDDEN = ("runtime/cuda/cupy_api.py", "runtime/cuda/cupy_nccl.py", "/contextlib.py")
+HIDDEN = (*(f"runtime/cuda/cupy_{name}.py" for name in ("api", "nccl", "timing")), "/contextlib.py")
 
 
 class CUDARuntimeError(RuntimeError):
@@ -33,6 +35,7 @@ class CUDARuntimeError(RuntimeError):
         2: "cudaErrorMemoryAllocation",
         101: "cudaErrorInvalidDevice",
         400: "cudaErrorInvalidResourceHandle",
+        600: "cudaErrorNotReady",
         700: "cudaErrorIllegalAddress",
         704: "cudaErrorPeerAccessAlreadyEnabled",
         719: "cudaErrorLaunchFailure",
@@ -92,6 +95,7 @@ class Record:
     executed: bool = False
     capture: Capture | None = None
     frontier: frozenset[int] = frozenset()
+    seconds: float = 0.0  # when it was executed
 
 
 @dataclass(eq=False)
@@ -121,6 +125,7 @@ class Event:
     handle: int
     device: int
     site: str
+    timed: bool = False
     record: Record | None = None
 
 
@@ -392,6 +397,28 @@ class Simulation:
             self._learn(event.record.clock)
         return event.record.executed
 
+    def elapsed(self, start: int, end: int) -> float:
+        """eventElapsedTime: milliseconds, a 32-bit float."""
+        events = [self.events.get(event) for event in (start, end)]
+        self.unsafe("eventElapsedTime")
+        if any(event is None or not event.timed or event.record is None for event in events):
+            raise CUDARuntimeError(400)
+        if events[0].device != events[1].device:
+            raise CUDARuntimeError(400)
+        for event in events:
+            if event.record.capture is not None:
+                raise CUDARuntimeError(907)
+            if not event.record.executed:
+                raise CUDARuntimeError(600)
+        return float(np.float32(1e3 * (events[1].record.seconds - events[0].record.seconds)))
+
+    def is_capturing(self, handle: int) -> bool:
+        """streamIsCapturing. As CuPy, it raises for a recording that has become invalid."""
+        capture = self.stream(handle, current=False).capture
+        if capture is not None and not capture.valid:
+            raise RuntimeError("the stream was capturing, but an error has invalidated the capture sequence")
+        return capture is not None
+
     def _learn(self, clock: Clock) -> None:
         join(self.hosts.own(), clock)
         join(self.completed, clock)
@@ -443,7 +470,7 @@ class Simulation:
         if isinstance(head, Wait):
             join(stream.clock, head.record.clock)
         else:
-            head.clock, head.executed = dict(stream.clock), True
+            head.clock, head.executed, head.seconds = dict(stream.clock), True, time.perf_counter()
         return True
 
     def _run(self, head: Op) -> None:

@@ -25,6 +25,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("rendering/",),
     ("launch/",),
     ("launch/reference.py",),
+    ("tracing/spans.py", "tracing/__init__.py"),
+    ("tracing/",),
     ("runtime/",),
     ("runtime/host/",),
     ("runtime/topology.py",),

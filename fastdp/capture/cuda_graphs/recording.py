@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from fastdp.capture.graph.segments import Segment, Segments, Tensors
+from fastdp.tracing.spans import span
 
 # Runs before recording, so that the recording itself loads, selects or allocates nothing for the first time.
 WARM_UPS = 2
@@ -150,7 +151,8 @@ class Recording:
         """Run the step on these rows and draws. Results are valid until the next replay. `ready` as in `Segments`."""
         self._stage(inputs)
         for graph, buckets in self._graphs:
-            graph.replay()
+            with span("graph"):
+                graph.replay()
             for bucket in buckets:
                 ready(bucket)
         return self._results

@@ -15,6 +15,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
+from fastdp.tracing.spans import span
+
 Tensors = Sequence[torch.Tensor]
 
 
@@ -47,13 +49,15 @@ class Segments:
         """Run the step; call `ready(i)` when bucket i is complete."""
         if len(self.parts) == 1:
             (part,) = self.parts
-            found = part.run(*arguments)
+            with span("segment"):
+                found = part.run(*arguments)
             for bucket in part.buckets:
                 ready(bucket)
             return found
 
         def call(part: Segment, given: list[torch.Tensor]) -> Tensors:
-            found = part.run(*given)
+            with span("segment"):
+                found = part.run(*given)
             for bucket in part.buckets:
                 ready(bucket)
             return found

@@ -29,6 +29,7 @@ from fastdp.runtime.cuda.memory import run_deferred
 from fastdp.runtime.cuda.peer_access import PeerAccess
 from fastdp.runtime.cuda.streams import CudaEvent, CudaStream
 from fastdp.runtime.queue import QueueEvent, QueueStream, joined
+from fastdp.tracing.spans import NOTHING, spans
 
 # Steps in which NCCL allocates, after it has connected the GPUs again.
 _COLD_STEPS = 2
@@ -77,6 +78,7 @@ class CudaCommunicator(Communicator):
         self._scatter_ways: dict[Bucket, str] = {}
         self._planned_by = self.choice.limits
         self._sum_on_host = HostSum(self._devices)
+        self._streams = [_cuda(device.communication) for device in devices]
 
     def all_reduce_by(self, way: str, buffers: Sequence[FlatBuffers], bucket: Bucket) -> None:
         """All-reduce one bucket in place by one of `choice.ways`, whatever its size. It may allocate memory."""
@@ -206,7 +208,8 @@ class CudaCommunicator(Communicator):
             if once is not None:
                 once()
             idle = range(len(sources), len(targets))
-            self._run(targets, list(zip(buckets, ways, strict=False)), idle, self._nccl.reduce_scatter)
+            planned = list(zip(buckets, ways, strict=False))
+            self._run(targets, planned, idle, self._nccl.reduce_scatter, "reduce-scatter")
             self._show_errors()
 
         self._issue(issue)
@@ -317,23 +320,31 @@ class CudaCommunicator(Communicator):
         planned: Sequence[tuple[Bucket, str]],
         idle: Sequence[int],
         by_nccl: Callable[[Sequence[FlatBuffers], Sequence[Bucket]], None],
+        name: str = "all-reduce",
     ) -> None:
-        """Issue each bucket's reduction by its algorithm, for all ranks. Ranks without rows (`idle`) add zeros."""
-        for bucket, _ in planned:
-            for rank in idle if bucket.nbytes else ():
-                with cupy_api.on(self._cards[rank]):
-                    address = address_of(targets[rank], bucket)
-                    cupy_api.fill_async(address, 0, bucket.nbytes, stream_of(self._devices[rank]))
-        for bucket, way in planned:
-            if way not in ("nccl", "host"):
-                assert self._kernels is not None
-                self._kernels.run(targets, bucket, way)
-        nccl = [bucket for bucket, way in planned if way == "nccl"]
-        if nccl:
-            by_nccl(targets, nccl)
-        for bucket, way in planned:
-            if way == "host":
-                self._sum_on_host(targets, bucket)
+        """Issue each bucket's reduction by its algorithm, for all ranks. Ranks without rows (`idle`) add zeros.
+
+        `name`: the collective's, in traces.
+        """
+        with spans("reduce", self._streams, buckets=len(planned)) if planned else NOTHING:
+            for bucket, _ in planned:
+                for rank in idle if bucket.nbytes else ():
+                    with cupy_api.on(self._cards[rank]):
+                        address = address_of(targets[rank], bucket)
+                        cupy_api.fill_async(address, 0, bucket.nbytes, stream_of(self._devices[rank]))
+            for bucket, way in planned:
+                if way not in ("nccl", "host"):
+                    assert self._kernels is not None
+                    with spans(name, self._streams, way=way, nbytes=bucket.nbytes):
+                        self._kernels.run(targets, bucket, way)
+            nccl = [bucket for bucket, way in planned if way == "nccl"]
+            if nccl:
+                with spans(name, self._streams, way="nccl", nbytes=sum(bucket.nbytes for bucket in nccl)):
+                    by_nccl(targets, nccl)
+            for bucket, way in planned:
+                if way == "host":
+                    with spans(name, self._streams, way="host", nbytes=bucket.nbytes):
+                        self._sum_on_host(targets, bucket)
 
     def _show_errors(self, streams: Sequence[QueueStream] = ()) -> None:
         """Enqueue copies of the kernels' error flags for `check`, after the last collective: once per step.

@@ -11,6 +11,7 @@ from fastdp.buffers import Bucket, FlatBuffers, storage_dtype
 from fastdp.comm.base import Communicator
 from fastdp.comm.host.reduction import TILE, HostReduction, sum_in_order
 from fastdp.runtime.host.resources import CORES
+from fastdp.tracing.spans import span
 
 # Copying this much takes about as long as waking a thread.
 SMALL_NBYTES = 1 << 19
@@ -52,9 +53,10 @@ class HostCommunicator(Communicator):
             return
 
         def work(rank: int) -> None:
-            if once is not None and rank == 0:
-                once()
-            reduction.work_all()
+            with span("reduce", self._devices[rank].communication):
+                if once is not None and rank == 0:
+                    once()
+                reduction.work_all()
 
         # Waking more threads than there are cores or pieces would only cost time.
         helpers = min(len(self._devices), CORES, reduction.pieces)
@@ -104,6 +106,10 @@ class HostCommunicator(Communicator):
         pieces = [(dtype, at) for dtype, buffer in first.buffers.items() for at in range(0, buffer.size, TILE)]
 
         def copy(rank: int) -> None:
+            with span("broadcast", self._devices[rank].communication):
+                copy_pieces()
+
+        def copy_pieces() -> None:
             while pieces:
                 try:
                     dtype, at = pieces.pop()

@@ -17,6 +17,7 @@ from fastdp.comm.ready_buckets import ReadyBuckets
 from fastdp.errors import DeviceTimeoutError
 from fastdp.runtime.host.resources import CORES
 from fastdp.runtime.queue import QueueDevice, QueueEvent
+from fastdp.tracing.spans import span
 
 # 256 KiB of fp32, so that sums stay in a core's cache from the reads of the sources to the writes.
 TILE = 1 << 16
@@ -118,7 +119,7 @@ class HostReduction(Reduction):
         free = CORES - self._announced.working - 1
         for device in self._devices:
             if free > 0 and device.idle:
-                device.communication.enqueue(partial(self.work, buckets))
+                device.communication.enqueue(partial(self._work_early, device, buckets))
                 free -= 1
 
     # Pieces.
@@ -127,20 +128,33 @@ class HostReduction(Reduction):
         """Sum pieces of all buckets until none is left. On any thread."""
         self.work(range(len(self._buckets)))
 
+    def _work_early(self, device: QueueDevice, buckets: Sequence[int]) -> None:
+        """Sum pieces of these buckets on the worker of a device whose replica is done."""
+        with span("reduce", device.communication):
+            self.work(buckets)
+
     def work(self, buckets: Iterable[int]) -> None:
         """Sum pieces of these buckets until none is left. On any thread."""
         with np.errstate(over="ignore", invalid="ignore"):
             for number in buckets:
-                bucket = self._buckets[number]
-                while (start := self._take(number)) is not None:
-                    error: BaseException | None = None
-                    try:
-                        self._sum(bucket.dtype, slice(start, min(start + TILE, bucket.stop)))
-                    except BaseException as failure:
-                        error = failure
-                        raise
-                    finally:
-                        self._put_back(error)
+                start = self._take(number)
+                if start is not None:
+                    with span("all-reduce", bucket=number, nbytes=self._buckets[number].nbytes):
+                        self._work_on(number, start)
+
+    def _work_on(self, number: int, start: int | None) -> None:
+        """Sum pieces of a bucket, beginning with the one that was taken, until none is left."""
+        bucket = self._buckets[number]
+        while start is not None:
+            error: BaseException | None = None
+            try:
+                self._sum(bucket.dtype, slice(start, min(start + TILE, bucket.stop)))
+            except BaseException as failure:
+                error = failure
+                raise
+            finally:
+                self._put_back(error)
+            start = self._take(number)
 
     def _sum(self, dtype: str, span: slice) -> None:
         """Sum one piece, and write it to all targets."""

@@ -1,4 +1,4 @@
-"""CUDA's runtime as plain functions over integers. Only this module and cupy_nccl.py import CuPy.
+"""CUDA's runtime as plain functions over integers. Only this module, cupy_nccl.py and cupy_timing.py import CuPy.
 
 Pointers, streams, events, graphs and modules are CUDA's handles as ints; devices are CUDA ordinals. Functions that
 take a device make it current during the call. The others act on the thread's current device, or on the device

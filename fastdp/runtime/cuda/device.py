@@ -19,6 +19,7 @@ from fastdp.runtime.cuda.outputs import OutputPool
 from fastdp.runtime.cuda.peer_access import reaches
 from fastdp.runtime.cuda.pinned_home import HostHome
 from fastdp.runtime.cuda.streams import CudaStream, current_stream
+from fastdp.runtime.cuda.timeline import Timeline
 from fastdp.runtime.events import pause_after
 from fastdp.runtime.queue import QueueDevice, QueueStream
 from fastdp.shard import Rows
@@ -55,6 +56,7 @@ class CudaDevice(QueueDevice):
         self.pinned = PinnedPool()
         self.outputs = OutputPool(self.arena)
         self.kernels = kernels(ordinal)
+        self.timeline = Timeline(ordinal, self.name)
         self._feed = Feed(self, timeout)
         self._host_stream = cupy_api.stream_create(ordinal)
 
@@ -65,6 +67,7 @@ class CudaDevice(QueueDevice):
         if not handle:
             return
         self._feed.close()
+        self.timeline.close()
         self.outputs.close()
         self.arena.trim()
         self.pinned.close()

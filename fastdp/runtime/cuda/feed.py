@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastdp.launch import RowSlice, slice_rows
+from fastdp.runtime.base import Work
 from fastdp.runtime.cuda import cupy_api
 from fastdp.runtime.cuda.batch_layout import ALIGNMENT, BatchLayout
 from fastdp.runtime.cuda.memory import StagingRing
@@ -19,6 +20,7 @@ from fastdp.runtime.cuda.peer_access import reaches
 from fastdp.runtime.cuda.streams import CudaStream
 from fastdp.runtime.queue import QueueEvent
 from fastdp.shard import Rows
+from fastdp.tracing import spans
 
 # Two buffers: the rows of a step are copied in while the previous step still computes.
 BATCHES_IN_FLIGHT = 2
@@ -103,7 +105,7 @@ class Feed:
             free = self._turn_over(layout.nbytes, layout.nbytes if layout.host else 0)
             if layout.cards:
                 self._device.kernels.load("slice_rows")  # here, because CUDA may wait for the GPU to load it
-            staged = self._send(batch, rows, parts, layout, self._turn, free)
+            staged = self._send("scatter", batch, rows, parts, layout, self._turn, free)
         self._device.compute.wait(staged.arrived)
         return staged.arrays
 
@@ -134,7 +136,8 @@ class Feed:
             for source, place, shape in zip(sources, places[1:], shapes, strict=True)
         ]
         copy_in.wait(free)
-        copy_in.enqueue(lambda: self._gather(slices, places[0], index))
+        gather = partial(self._gather, slices, places[0], index)
+        copy_in.enqueue(gather if spans.now.recorder is None else partial(self._traced, "scatter", rows, gather))
         self._device.compute.wait(copy_in.record())
         return [
             cupy_api.array(place, shape, dtype, self._device.ordinal, (buffer, source.array))
@@ -156,7 +159,7 @@ class Feed:
             return False
         if layout.cards:  # they do not use the host's link, and a kernel may have to be loaded
             return False
-        self._staged = self._send(batch, rows, parts, layout, self._other, self._other_is_free)
+        self._staged = self._send("stage", batch, rows, parts, layout, self._other, self._other_is_free)
         return True
 
     def has_staged(self, batch: Sequence[Any], rows: Rows) -> bool:
@@ -217,6 +220,7 @@ class Feed:
 
     def _send(
         self,
+        name: str,
         batch: Sequence[Any],
         rows: Rows,
         parts: Sequence[Any],
@@ -224,14 +228,20 @@ class Feed:
         turn: int,
         free: QueueEvent | None,
     ) -> _Staged:
-        """Enqueue the copies into a buffer, after the event `free` that ends its use."""
+        """Enqueue the copies into a buffer, after the event `free` that ends its use. `name`: theirs, in traces."""
         copy_in = self._device.copy_in
         arrays = layout.on(self._buffers[turn], parts, self._device.ordinal)
         if free is not None:
             copy_in.wait(free)
         callers = [_behind_caller(ordinal) for ordinal in layout.cards]
-        copy_in.issue(partial(self._copy, arrays, parts, layout, callers))
+        copy = partial(self._copy, arrays, parts, layout, callers)
+        copy_in.issue(copy if spans.now.recorder is None else partial(self._traced, name, rows.count, copy))
         return _Staged(list(batch), rows, list(arrays), copy_in.record())
+
+    def _traced(self, name: str, rows: int, work: Work) -> None:
+        """Run copy stream work that brings these rows, for a trace."""
+        with spans.span(name, self._device.copy_in, rows=rows):
+            work()
 
     def _copy(
         self, arrays: Sequence[Any], parts: Sequence[Any], layout: BatchLayout, callers: Sequence[CallersWork]

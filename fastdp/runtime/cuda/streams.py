@@ -21,6 +21,7 @@ from fastdp.runtime.base import Work
 from fastdp.runtime.cuda import cupy_api
 from fastdp.runtime.events import pause_after
 from fastdp.runtime.queue import QueueEvent, QueueStream
+from fastdp.tracing.spans import Timestamp
 
 # Streams of closed devices that torch was given, by card and priority; the next device of the card takes them.
 _kept: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
@@ -91,6 +92,7 @@ class CudaStream(QueueStream):
 
     # The stream's own worker must record its events in the CUDA stream.
     inline = False
+    timed_by_host = False
 
     def __init__(self, device: Any, name: str, priority: int = 0) -> None:
         super().__init__(device, name)
@@ -125,6 +127,15 @@ class CudaStream(QueueStream):
             self._kept.append(handle)
         elif handle:
             cupy_api.stream_destroy(handle)
+
+    def timestamp(self) -> Timestamp | None:
+        """The present point of the work issued to the CUDA stream; None while it is captured. From inside the work."""
+        stamp: Timestamp | None = self.device.timeline.take(self.handle)
+        return stamp
+
+    def read_timestamps(self, seconds: float) -> str:
+        """As `Timeline.read`, for all streams of the device."""
+        return str(self.device.timeline.read(seconds))
 
     def now(self) -> CudaEvent:
         """An event at the current point of the work. Called on the worker."""

@@ -9,6 +9,7 @@ import numpy as np
 from fastdp.runtime.host.resources import LARGE_NBYTES, keep_freed_memory, large_memory
 from fastdp.runtime.queue import QueueDevice
 from fastdp.shard import Rows
+from fastdp.tracing import spans
 
 ALIGNMENT = 64
 
@@ -63,6 +64,9 @@ class HostDevice(QueueDevice):
 
     def take_rows(self, batch: Sequence[np.ndarray], rows: Rows) -> list[np.ndarray]:
         """This device's rows of every array, as views; valid as long as the batch is."""
+        if spans.now.recorder is not None:
+            with spans.span("scatter", self.copy_in, rows=rows.stop - rows.start):
+                return [array[rows.start : rows.stop] for array in batch]
         return [array[rows.start : rows.stop] for array in batch]
 
     def stage_rows(self, batch: Sequence[np.ndarray], rows: Rows) -> bool:

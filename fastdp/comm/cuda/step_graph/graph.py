@@ -15,6 +15,7 @@ from fastdp.runtime.cuda import cupy_api
 from fastdp.runtime.cuda.device import CudaDevice
 from fastdp.runtime.cuda.memory import defer
 from fastdp.runtime.cuda.streams import CudaStream
+from fastdp.tracing.spans import span
 
 # All that is held in this process.
 alive: weakref.WeakSet[Held] = weakref.WeakSet()
@@ -119,7 +120,7 @@ class StepGraph:
         device = self._devices[rank]
         stream = device.compute
         assert isinstance(stream, CudaStream)
-        with cupy_api.on(device.ordinal):
+        with cupy_api.on(device.ordinal), span("step graph", stream):
             cupy_api.graph_launch(self._launchable[rank], stream.handle)
 
     def abort(self) -> None:
