@@ -109,7 +109,9 @@ def _choose_backend() -> None:
     """
     if "KERAS_BACKEND" in os.environ or "keras" in sys.modules:
         return
-    file = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "keras.json"
+    home = os.path.expanduser("~")  # unlike Path.home(), no error where there is none; Keras then takes /tmp
+    folder = os.environ.get("KERAS_HOME", os.path.join(home if os.access(home, os.W_OK) else "/tmp", ".keras"))
+    file = Path(folder) / "keras.json"
     try:
         settings = json.loads(file.read_text())
     except (OSError, ValueError):

@@ -89,7 +89,8 @@ def wrap(
         model: a built `keras.Model` (on the torch backend) or a `torch.nn.Module`.
         gpus: the number of devices, a list of their ordinals, or None for all. One device is allowed. The first
             device in the list gets the first rows of a batch, and so on. After `fastdp.set_virtual_devices(n)` the
-            devices are virtual ones.
+            devices are virtual ones. "auto" means all, and without a GPU one device on the CPU, so that one script runs
+            on any machine; a line on the error stream says so once.
         cpu_merge: True merges outputs in host memory. False merges them on a GPU and leaves them there.
         cpu_relocation: keep a Keras model's own weights in host memory. On GPUs, every weight is copied there after
             each update, and the first GPU gets a replica like the others. On virtual devices the weights are in host

@@ -1,27 +1,44 @@
-"""The command `convert`: turns an .h5 file of a Keras 2 parallel model into a plain file of the model inside."""
+"""The command `convert`: turns an .h5 file of a Keras 2 parallel model into a plain file of the model inside.
+
+    fastdp convert parallel.h5 plain.h5
+
+The old file is only read. The new one appears when it is whole.
+"""
 
 from __future__ import annotations
 
 import argparse
-import sys
+import warnings
 
+from fastdp.cli.arguments import add_json
 from fastdp.cli.optional import load
+from fastdp.cli.output import print_json
+from fastdp.cli.status import FAILED, OK, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add source and destination."""
+    """Add source, destination and `--json`."""
     parser.add_argument("source", help="the old .h5 file")
     parser.add_argument("destination", help="the file to write; must not exist")
+    add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Convert one file; returns 1 if it cannot be converted."""
     load("keras", "keras")
     convert = load("fastdp.keras.h5_files.convert", "keras").convert
-    try:
-        convert(options.source, options.destination)
-    except (OSError, ValueError) as error:
-        print(f"fastdp convert: {error}", file=sys.stderr)
-        return 1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            convert(options.source, options.destination)
+        except (OSError, ValueError) as error:
+            say("convert", str(error))
+            return FAILED
+    notes = [str(one.message) for one in caught if one.category is UserWarning]
+    if options.json:
+        print_json({"source": options.source, "destination": options.destination, "notes": notes})
+        return OK
+    for note in notes:
+        say("convert", note)
     print(f"Wrote {options.destination}")
-    return 0
+    return OK

@@ -1,12 +1,14 @@
 """The command `run`: runs an unmodified Keras or torch script, or a module, on several devices.
 
-    python -m fastdp run --gpus 8 train.py --epochs 3
-    python -m fastdp run --virtual 4 -m package.train
+    fastdp run train.py --epochs 3
+    fastdp run --gpus 8 train.py --epochs 3
+    fastdp run --gpus auto train.py
+    fastdp run --virtual 4 -m package.train
 
 Keras models run their steps on all devices. So do the calls of a torch module that an optimizer trains: the outputs of
 `model(x)` and the gradients of `loss.backward()` are those of one device. What cannot be split exactly runs as in plain
 Keras or torch, and a warning says why, with what to write instead. At the end a line for each torch module says what it
-ran on.
+ran on (on the error stream, as the output is the script's).
 
 Everything else is as with plain `python`: sys.argv, sys.path, `__main__`, exit status and tracebacks. Keras runs on
 torch, whatever backend the script names.
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import runpy
 import sys
@@ -25,10 +28,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fastdp.cli.arguments import shown, whole_number
 from fastdp.cli.imported import when_imported
+from fastdp.cli.status import OK, WRONG_USE, say
 from fastdp.options import Options
 from fastdp.runtime.queue import QueueDevice
-from fastdp.runtime.select import resolve, set_default_devices, set_virtual_devices
+from fastdp.runtime.select import AUTO, resolve, set_default_devices, set_virtual_devices
+from fastdp.settings import MOST_VIRTUAL_DEVICES
 from fastdp.tracing.trace import trace
 
 _RUNPY = ("<frozen runpy>", runpy.__file__)
@@ -36,10 +42,20 @@ _RUNPY = ("<frozen runpy>", runpy.__file__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add devices and options, then the script or module with its own arguments."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.usage = "fastdp run [--gpus N | --gpus 0,2] [--virtual N] [options] (script.py | -m module) [arguments ...]"
-    parser.add_argument("--gpus", type=_gpus, default=None, help="how many devices, or which: 0,2 (default: all)")
-    parser.add_argument("--virtual", type=int, metavar="N", help="have N virtual devices, as FASTDP_VIRTUAL_DEVICES=N")
+    parser.usage = "fastdp run [options] (SCRIPT | -m MODULE) [arguments]"
+    parser.add_argument(
+        "--gpus",
+        type=_gpus,
+        default=None,
+        metavar="GPUS",
+        help="how many devices; or which, such as 0,2; or auto: all, and without a GPU the CPU (default: all)",
+    )
+    parser.add_argument(
+        "--virtual",
+        type=whole_number(1, MOST_VIRTUAL_DEVICES),
+        metavar="N",
+        help="have N virtual devices, as FASTDP_VIRTUAL_DEVICES=N",
+    )
     parser.add_argument(
         "--compile", choices=["none", "trace", "inductor", "auto"], default="auto", help="how steps run"
     )
@@ -61,6 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write a trace of the whole run, for https://ui.perfetto.dev: step.json, step.json.gz",
     )
     parser.add_argument(
+        "--json", action="store_true", help="at the end, one line of JSON on the error stream: what ran on what"
+    )
+    parser.add_argument(
         "-m",
         dest="module",
         nargs=argparse.REMAINDER,
@@ -71,30 +90,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Install fastdp and run the script to its end; returns 2 if there is no such script, as `python` does."""
+    """Install fastdp and run the script to its end; returns 2 if there is no such script, module or device.
+
+    The script's exceptions, exits and signals are not caught: the process ends as under plain `python`.
+    """
     by_name = options.module is not None
     command = options.module if by_name else [part for i, part in enumerate(options.script) if i or part != "--"]
     if not command:
-        return _say("name a script, or a module after -m.", 2)
+        return _say("name a script, or a module after -m.", WRONG_USE)
     name = command[0]
-    if not by_name and not Path(name).exists():
-        return _say(f"can't open file {str(Path(name).absolute())!r}: no such file", 2)
+    unfit = None if by_name else _why_not_a_script(name)
+    if unfit is not None:
+        return _say(f"can't open file {os.path.abspath(name)!r}: {unfit}", WRONG_USE)
     # As in `python`: the script's own folder, or the current folder for a module.
     sys.path[0] = os.getcwd() if by_name else str(Path(name).resolve().parent)
     sys.argv[:] = command
     if by_name and not _module_exists(name):
-        return _say(f"no module named {name}", 1)
+        return _say(f"no module named {name}", WRONG_USE)
     try:
         if options.virtual is not None:
             set_virtual_devices(options.virtual)
         devices = resolve(options.gpus, caller="fastdp run")
     except ValueError as error:
         hint = " Here: fastdp run --virtual n." if "set_virtual_devices" in str(error) else ""
-        return _say(f"{error}{hint}", 1)
+        return _say(f"{error}{hint}", WRONG_USE)
     if options.gpus is not None:
         set_default_devices(options.gpus)
     _choose_torch()
-    script = _Script(options, devices)
+    script = _Script(options, devices, name)
     when_imported("torch", script.install_torch)
     when_imported("keras", script.install_keras)
     sys.excepthook = _without_own_frames
@@ -120,7 +143,7 @@ def _traced(path: str | None) -> AbstractContextManager[object]:
     try:
         return trace(path).start()
     except OSError as error:
-        raise SystemExit(_say(str(error), 1)) from error
+        raise SystemExit(_say(f"argument --trace: {error}", WRONG_USE)) from error
 
 
 class _Script:
@@ -129,10 +152,11 @@ class _Script:
     Args:
         options: of the command line.
         devices: those that it names.
+        name: of the script or module.
     """
 
-    def __init__(self, options: argparse.Namespace, devices: Sequence[QueueDevice]) -> None:
-        self._options, self._devices = options, devices
+    def __init__(self, options: argparse.Namespace, devices: Sequence[QueueDevice], name: str) -> None:
+        self._options, self._devices, self._name = options, devices, name
         self._process = os.getpid()
         self._torch: Any = None
         self._keras = False
@@ -157,7 +181,7 @@ class _Script:
                 deterministic=options.deterministic,
             )
         except (ValueError, RuntimeError) as error:
-            raise SystemExit(_say(str(error), 1)) from error
+            raise SystemExit(_say(str(error), WRONG_USE)) from error
         self._keras = True
         self._keep_apart()
 
@@ -168,9 +192,16 @@ class _Script:
 
     def tell(self) -> None:
         """Print what the script's torch modules ran on, or that none did. What Keras does is told by Keras."""
-        if self._torch is not None and os.getpid() == self._process:
+        if os.getpid() != self._process:  # a child that the script forked
+            return
+        if self._options.json:
+            devices = [device.name for device in self._devices]
+            torch = [] if self._torch is None else self._torch.counts()
+            found = {"script": self._name, "devices": devices, "keras": self._keras, "torch": torch}
+            print(json.dumps(found), file=sys.stderr)
+        elif self._torch is not None:
             for line in self._torch.summary():
-                _say(line, 0)
+                _say(line, OK)
 
 
 def _choose_torch() -> None:
@@ -181,26 +212,43 @@ def _choose_torch() -> None:
     os.environ["KERAS_BACKEND"] = "torch"
 
 
-def _gpus(text: str) -> int | list[int]:
-    """Parse a number of devices or a list of ordinals."""
+def _gpus(text: str) -> str | int | list[int]:
+    """Parse a number of devices, a list of ordinals, or auto."""
+    if text.strip() == AUTO:
+        return AUTO
     try:
-        numbers = [int(part) for part in text.split(",") if part.strip()]
+        numbers = [int(part) for part in text.removesuffix(",").split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, or ordinals such as 0,2: {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"must be a number, ordinals such as 0,2, or auto, got {shown(text)}"
+        ) from None
     return numbers if "," in text else numbers[0]
+
+
+def _why_not_a_script(name: str) -> str | None:
+    """Why a path cannot be run, as far as can be seen from outside; None if it can."""
+    if not os.path.exists(name):
+        return "no such file"
+    if not os.access(name, os.R_OK):
+        return "it cannot be read"
+    if os.path.isdir(name) and not os.path.exists(os.path.join(name, "__main__.py")):
+        return "a folder needs a __main__.py"
+    return None
 
 
 def _module_exists(name: str) -> bool:
     """Whether a module can be found. Imports its parent packages, as `python -m` does."""
+    if "" in name.split("."):  # find_spec takes `.x` for a relative name
+        return False
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
+    except (ModuleNotFoundError, ValueError):  # no such parent, or a module without a spec such as __main__
         return False
 
 
 def _say(message: str, status: int) -> int:
-    """Print an error of this command and return the exit status."""
-    print(f"fastdp run: {message}", file=sys.stderr)
+    """Print a line of this command and return the exit status."""
+    say("run", message)
     return status
 
 

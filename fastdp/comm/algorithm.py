@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from fastdp import settings
 
 # Limits from published figures for eight GPUs on NVLink (docs/log.md), for GPUs that were not measured. One-shot reads
 # every rank's whole bucket, two-shot reads twice the rank's own part, and NCCL wins from a few MiB on.
@@ -13,10 +14,6 @@ ONE_SHOT_NBYTES = 256 << 10
 TWO_SHOT_NBYTES = 2 << 20
 KERNEL_DTYPES = ("float32", "float16", "bfloat16")
 NCCL_DTYPES = (*KERNEL_DTYPES, "float64", "int8", "uint8", "int32", "int64", "uint32", "uint64")
-
-# The user's choice: the limits that were measured on these GPUs, the built-in ones, our kernels alone or NCCL alone.
-VARIABLE = "FASTDP_ALL_REDUCE"
-CHOICES = ("measured", "fixed", "kernels", "nccl")
 
 # Before 2.30.3, NCCL refuses two ranks on one card ("Duplicate GPU detected"). From that version on it accepts two if
 # this variable is set to 1.
@@ -59,19 +56,6 @@ class Limits:
 def built_in() -> Limits:
     """The limits for GPUs that were not measured."""
     return Limits(ONE_SHOT_NBYTES, TWO_SHOT_NBYTES)
-
-
-def asked_choice() -> str:
-    """The choice that the environment variable FASTDP_ALL_REDUCE names.
-
-    Raises:
-        ValueError: it is none of the choices.
-    """
-    text = os.environ.get(VARIABLE, "")
-    choice = text.strip() or "measured"
-    if choice not in CHOICES:
-        raise ValueError(f"The environment variable {VARIABLE} must be one of {CHOICES}. Received: {text!r}")
-    return choice
 
 
 def way_to_all_reduce(dtype: str, nbytes: int, *, kernels: bool, nccl: bool, limits: Limits | None = None) -> str:
@@ -122,7 +106,7 @@ class Choice:
 
     def __init__(self, *, kernels: bool, nccl: bool, apart: bool) -> None:
         self._kernels, self._nccl, self._apart = kernels, nccl, apart
-        self.asked = asked_choice()
+        self.asked = settings.all_reduce()
         asked = {"kernels": Limits(ONE_SHOT_NBYTES, sys.maxsize), "nccl": Limits(-1, -1)}
         self.limits = asked.get(self.asked)
         self._made = self.asked != "measured"

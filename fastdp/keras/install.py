@@ -71,7 +71,7 @@ def install(
     warning says why. A second `install` replaces the first.
 
     Args:
-        gpus: the number of devices, a list of their ordinals, or None for all.
+        gpus: the number of devices, a list of their ordinals, None for all, or "auto" as in `fastdp.wrap`.
         sync_batch_norm: whether BatchNormalization uses the global batch, as in plain Keras; False: each device's rows.
         rows: how to treat layers that mix the rows of a batch. "merge" runs such layers on the whole batch on each
             device, which gives plain Keras's numbers; a model whose own `call` mixes rows runs in plain Keras.

@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
+from fastdp import settings
 from fastdp.launch import nvrtc
 
 __all__ = ["OPTIONS", "cache_folder", "cubin", "kernel_folder", "kernel_names"]
@@ -40,15 +41,23 @@ def kernel_names() -> list[str]:
 
 
 def cache_folder() -> Path:
-    """The folder of the cubin cache: FASTDP_CACHE_DIR, or the platform's cache folder of this user."""
-    chosen = os.environ.get("FASTDP_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
+    """The folder of the cubin cache: FASTDP_CACHE_DIR, or the platform's cache folder of this user.
+
+    A user without a home folder has none that is private: the path then is one that can neither be read nor made.
+    """
+    chosen = settings.cache_dir()
+    if chosen is not None:
+        return chosen
+    home = Path(os.path.expanduser("~"))  # unlike Path.home(), no error where there is none
+    if sys.platform == "win32" and "LOCALAPPDATA" in os.environ:
+        return Path(os.environ["LOCALAPPDATA"]) / "fastdp" / "Cache"
+    if sys.platform not in ("win32", "darwin") and os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "fastdp"
+    if not home.is_absolute():
+        return Path(os.devnull) / "no-home-folder"
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "fastdp" / "Cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "fastdp"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdp"
+        return home / "AppData" / "Local" / "fastdp" / "Cache"
+    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "fastdp"
 
 
 def cubin(name: str, architecture: int, compiler: nvrtc.Nvrtc | None = None) -> bytes:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastdp import settings
 from fastdp.warn import warn_user
 
 __all__ = ["ask_for", "check_environment", "set_early"]
@@ -84,9 +86,10 @@ def _set_unset(late: bool, names: tuple[str, ...] = tuple(WANTED)) -> list[str]:
 
 def _several_to_be_seen() -> bool:
     """Whether the environment, or else the devices' files, show several GPUs or virtual devices."""
-    virtual = os.environ.get("FASTDP_VIRTUAL_DEVICES", "").strip()
-    if virtual.isdecimal() and int(virtual):
-        return int(virtual) > 1
+    with contextlib.suppress(ValueError):  # told when devices are asked for: an import must not fail
+        virtual = settings.virtual_devices()
+        if virtual:
+            return virtual > 1
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([part for part in visible.split(",") if part.strip()]) > 1

@@ -6,7 +6,6 @@ import atexit
 import importlib
 import importlib.util
 import operator
-import os
 import sys
 import threading
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fastdp import settings
 from fastdp.errors import DeviceTimeoutError
 from fastdp.runtime.environment import WANTED, ask_for
 from fastdp.runtime.host.device import HostDevice
@@ -22,9 +22,7 @@ from fastdp.runtime.queue import QueueDevice
 from fastdp.runtime.topology import DeviceInfo, physical_devices
 from fastdp.warn import warn_user
 
-VIRTUAL_DEVICES_VARIABLE = "FASTDP_VIRTUAL_DEVICES"
-VIRTUAL_KIND_VARIABLE = "FASTDP_VIRTUAL_KIND"
-KINDS = ("host", "gpu")
+AUTO = "auto"
 # That closing devices may take, while the process runs and when it ends.
 CLOSE_SECONDS, EXIT_SECONDS = 60.0, 20.0
 
@@ -37,6 +35,7 @@ class _VirtualDevices:
         self._asked: int | None = None
         self._kind: str | None = None
         self._devices: list[QueueDevice] = []
+        self._cpu: HostDevice | None = None
 
     def resize(self, count: int, kind: str | None = None) -> None:
         """Set the count and kind. Devices that stay in range are kept, and models wrapped on them keep working."""
@@ -44,6 +43,8 @@ class _VirtualDevices:
             kept = count if kind in (None, self._kind) or not self._devices else 0
             dropped = self._devices[kept:]
             del self._devices[kept:]
+            if count == 0 and self._cpu is not None:
+                dropped, self._cpu = [*dropped, self._cpu], None
             self._asked = count
             self._kind = kind or self._kind
         failures = _closed(dropped, CLOSE_SECONDS)
@@ -54,32 +55,17 @@ class _VirtualDevices:
         """All virtual devices, which the caller closes."""
         with self._lock:
             dropped, self._devices = self._devices, []
-            return dropped
+            return dropped if self._cpu is None else [*dropped, self._cpu]
 
     def count(self) -> int:
         """The requested number: from a call, else from the environment."""
-        if self._asked is not None:
-            return self._asked
-        text = os.environ.get(VIRTUAL_DEVICES_VARIABLE, "").strip()
-        if not text:
-            return 0
-        if not text.isdecimal():
-            raise ValueError(
-                f"The environment variable {VIRTUAL_DEVICES_VARIABLE} must be a whole number >= 0, such as 8. "
-                f"Received: {text!r}"
-            )
-        return int(text)
+        return settings.virtual_devices() if self._asked is None else self._asked
 
     @property
     def kind(self) -> str:
         """What the devices are parts of: "gpu" if the process can use GPUs, else "host"."""
         if self._kind is None:
-            text = os.environ.get(VIRTUAL_KIND_VARIABLE, "").strip()
-            if text and text not in KINDS:
-                raise ValueError(
-                    f"The environment variable {VIRTUAL_KIND_VARIABLE} must be one of {KINDS}. Received: {text!r}"
-                )
-            self._kind = text or ("gpu" if _has_cupy() and physical_devices() else "host")
+            self._kind = settings.virtual_kind() or ("gpu" if _has_cupy() and physical_devices() else "host")
         return self._kind
 
     def get(self) -> list[QueueDevice]:
@@ -94,6 +80,13 @@ class _VirtualDevices:
                     cards = _cuda("cupy_api").device_count()
                     self._devices.append(_cuda("device").CudaDevice(index, index % cards, virtual=True))
             return list(self._devices)
+
+    def cpu(self) -> QueueDevice:
+        """The one device on the CPU that `gpus="auto"` means without a GPU; `devices()` does not count it."""
+        with self._lock:
+            if self._cpu is None:
+                self._cpu = HostDevice(0, "cpu:0")
+            return self._cpu
 
 
 class _Gpus:
@@ -150,9 +143,10 @@ def _cuda(module: str) -> Any:
 
 
 class _Default:
-    """What `gpus=None` means; None: all devices."""
+    """What `gpus=None` means (None: all devices), and whether it was told that `gpus="auto"` found no GPU."""
 
     gpus: Any = None
+    told = False
 
 
 _virtual = _VirtualDevices()
@@ -184,7 +178,7 @@ def set_virtual_devices(count: int, kind: str | None = None) -> None:
     path for several GPUs can run on one. Elsewhere, or with kind="host", each is a thread on host memory.
 
     Args:
-        count: number of devices; 0 closes all of them.
+        count: number of devices, 1024 at most; 0 closes all of them.
         kind: "gpu" or "host". None: the kind used before, else FASTDP_VIRTUAL_KIND, else "gpu" if there are GPUs and
             CuPy. A change of kind closes the existing devices.
 
@@ -192,7 +186,7 @@ def set_virtual_devices(count: int, kind: str | None = None) -> None:
     The environment variable FASTDP_VIRTUAL_DEVICES does the same for a whole process.
 
     Raises:
-        ValueError: `count` is not a whole number >= 0; an unknown `kind`.
+        ValueError: `count` is not a whole number from 0 to 1024; an unknown `kind`.
 
     Example:
         >>> import fastdp
@@ -201,9 +195,11 @@ def set_virtual_devices(count: int, kind: str | None = None) -> None:
         ['virtual:0', 'virtual:1']
     """
     wanted = _whole_number(count)
-    if wanted is None or wanted < 0:
-        raise ValueError(f"`count` must be a whole number >= 0. Received: count={count!r}")
-    if kind not in (None, *KINDS):
+    if wanted is None or not 0 <= wanted <= settings.MOST_VIRTUAL_DEVICES:
+        raise ValueError(
+            f"`count` must be a whole number from 0 to {settings.MOST_VIRTUAL_DEVICES}. Received: count={count!r}"
+        )
+    if kind not in (None, *settings.VIRTUAL_KINDS):
         raise ValueError(f'`kind` must be "gpu", "host" or None. Received: kind={kind!r}')
     _virtual.resize(wanted, kind)
 
@@ -228,7 +224,8 @@ def resolve(gpus: Any, *, minimum: int = 1, caller: str = "fastdp.wrap") -> list
     """Turn the `gpus` argument into devices, by a strict version of Keras 2.3.1's rules.
 
     `None`, `0` and an empty list mean every device; a whole number means that many; a list, tuple, range
-    or array of ints names ordinals, whose order is the order of the rows.
+    or array of ints names ordinals, whose order is the order of the rows. "auto" means every device, and one on the CPU
+    if there is none, which is told once on the error stream; callers that need two devices do not take it.
 
     Args:
         gpus: the argument as the user passed it.
@@ -239,13 +236,17 @@ def resolve(gpus: Any, *, minimum: int = 1, caller: str = "fastdp.wrap") -> list
         ValueError: any problem with `gpus`; documented scripts catch this error.
     """
     available = devices()
+    if _is_auto(_default.gpus if gpus is None else gpus) and (minimum < 2 or gpus is None):
+        if not available and minimum < 2:
+            return [_on_the_cpu(caller)]
+        gpus = 0
     ordinals = _ordinals(gpus, len(available), caller)
     shown = f"Received: gpus={gpus!r}"
     if not available:
         raise ValueError(
             f"`{caller}` needs at least {minimum} device(s), but this machine has no visible NVIDIA GPU. "
             "To try it without GPUs, call fastdp.set_virtual_devices(n) first (or set "
-            f"{VIRTUAL_DEVICES_VARIABLE}=n). {shown}"
+            f"{settings.VIRTUAL_DEVICES}=n). {shown}"
         )
     if not isinstance(ordinals, range) and len(set(ordinals)) != len(ordinals):
         raise ValueError(
@@ -298,6 +299,22 @@ def warn_of_relocation(asked: bool, devices: Sequence[QueueDevice]) -> None:
         )
 
 
+def _is_auto(gpus: Any) -> bool:
+    """Whether `gpus` is "auto". Arrays are not compared with text."""
+    return isinstance(gpus, str) and gpus == AUTO
+
+
+def _on_the_cpu(caller: str) -> QueueDevice:
+    """The device on the CPU, told once. No warning: a script that runs anywhere asked for it."""
+    if not _default.told and sys.stderr is not None:
+        _default.told = True
+        sys.stderr.write(
+            f'fastdp: no GPU is visible, so {caller} runs on one device on the CPU (gpus="auto"). `fastdp devices` '
+            "says what is missing.\n"
+        )
+    return _virtual.cpu()
+
+
 def _ordinals(gpus: Any, available: int, caller: str) -> Sequence[int]:
     """The ordinals that `gpus` names, not checked against the machine. A large count stays a range."""
     gpus = _default.gpus if gpus is None else gpus
@@ -315,7 +332,8 @@ def _ordinals(gpus: Any, available: int, caller: str) -> Sequence[int]:
         if None not in ordinals:
             return [i for i in ordinals if i is not None] or range(available)
     raise ValueError(
-        "`gpus` must be None, a whole number, or a list of device ordinals such as [0, 1]. "
+        '`gpus` must be None, a whole number, a list of device ordinals such as [0, 1], or "auto" (not for '
+        "multi_gpu_model). "
         f"Received: gpus={gpus!r} (of type {type(gpus).__name__})"
     )
 

@@ -7,6 +7,7 @@ import ctypes.util
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,16 @@ import pynvml
 # The oldest CUDA that CuPy 14's wheels are built for, and the wheels by CUDA major version.
 OLDEST_CUDA = (12, 0)
 CUPY_WHEELS = {12: "cupy-cuda12x", 13: "cupy-cuda13x"}
+# Torch's own indices, by the CUDA major version of the driver.
+_TORCH_INDEX = {12: "cu126", 13: "cu130"}
 NCCL_WHEELS = ("nvidia-nccl-cu12", "nvidia-nccl-cu13")
+
+# How to install the driver, by the ID in /etc/os-release.
+_DRIVER_LINES = {
+    "ubuntu": "sudo ubuntu-drivers install",
+    "debian": "sudo apt install nvidia-driver",
+    "arch": "sudo pacman -S nvidia-open",
+}
 
 _ANCESTORS = {
     0: "same board",
@@ -99,7 +109,7 @@ def problems() -> list[str]:
     """The problems that keep this process from using GPUs, each with its remedy; empty if there are none."""
     with _nvml() as error:
         if isinstance(error, pynvml.NVMLError_LibraryNotFound):
-            return ["No NVIDIA driver is installed (libnvidia-ml.so is missing). Install it from your distribution."]
+            return [f"No NVIDIA driver is installed (libnvidia-ml.so is missing). {_driver_remedy()}"]
         if error is not None:
             return [
                 f"The NVIDIA driver does not answer ({error}). Load it (modprobe nvidia), or reboot after an update."
@@ -108,6 +118,24 @@ def problems() -> list[str]:
     found = driver()
     assert found is not None
     return [*_hidden(present), *_libraries(found)]
+
+
+def _driver_remedy() -> str:
+    """How to install the driver on this system."""
+    try:
+        named = platform.freedesktop_os_release()
+    except OSError:
+        named = {}
+    line = next(
+        (
+            _DRIVER_LINES[one]
+            for one in (named.get("ID", ""), *named.get("ID_LIKE", "").split())
+            if one in _DRIVER_LINES
+        ),
+        None,
+    )
+    how = f"Install it with: {line}" if line else "Install it from https://www.nvidia.com/drivers"
+    return f"{how} (in a container: on its host, and start the container with --gpus all)."
 
 
 def _hidden(present: int) -> Iterator[str]:
@@ -138,7 +166,10 @@ def _libraries(found: Driver) -> Iterator[str]:
         yield f"CuPy is not installed. Install it with: pip install 'fastdp[{extra}]'"
     for wheel in installed:
         if next(m for m, name in CUPY_WHEELS.items() if name == wheel) > major:
-            yield f"{wheel} is newer than the driver {found.version} (CUDA {major}). Install {wanted} instead."
+            yield (
+                f"{wheel} is newer than the driver {found.version} (CUDA {major}). Install {wanted} instead: "
+                f"pip uninstall {wheel} && pip install 'fastdp[cuda{major}]'"
+            )
     yield from _torch_problems(found)
     if not any(map(_installed, NCCL_WHEELS)) and ctypes.util.find_library("nccl") is None:
         yield "libnccl is missing. Install it with: pip install nvidia-nccl-cu" + str(min(major, 13))
@@ -151,13 +182,14 @@ def _torch_problems(found: Driver) -> Iterator[str]:
         return
     version, cuda = built
     major = found.cuda[0]
-    get = f"Install torch for CUDA {major} by the selector on pytorch.org, of the same version"
+    index = f"https://download.pytorch.org/whl/{_TORCH_INDEX.get(min(major, 13), 'cu126')}"
+    get = f"Install it with: pip install --force-reinstall torch=={version.split('+')[0]} --index-url {index}"
     if not cuda:
-        yield f"torch {version} is built for the CPU: Keras models and torch modules find no GPU. {get}."
+        yield f"torch {version} is built for the CPU: Keras models and torch modules find no GPU. {get}"
     elif int(cuda.split(".")[0]) > major:
         yield (
             f"torch {version} is built for CUDA {cuda}, and the driver {found.version} runs CUDA {found.cuda[0]}."
-            f"{found.cuda[1]} at most: Keras models and torch modules find no GPU. {get}, or update the driver."
+            f"{found.cuda[1]} at most: Keras models and torch modules find no GPU. Update the driver, or: {get}"
         )
 
 

@@ -185,15 +185,27 @@ class Installed:
 
     def summary(self) -> list[str]:
         """What ran where, a line for each module that was trained; empty if the script has wrapped what it trains."""
-        lines: dict[tuple[str, str], list[int]] = {}
-        for tally in self._tallies:
-            if tally.parallel or tally.trained > 1:
-                counts = lines.setdefault((tally.name, tally.reason or ""), [0, 0])
-                counts[0] += tally.parallel
-                counts[1] += tally.plain
+        lines = self._counts()
         if not lines and not self._has_wrapped and not self._busy:
             return [_NOTHING.format(len(self._devices))]
         return [_line(name, reason, ran, plain, len(self._devices)) for (name, reason), (ran, plain) in lines.items()]
+
+    def counts(self) -> list[dict[str, Any]]:
+        """The same for programs: the calls of each trained module on all devices and on one, and why not on all."""
+        return [
+            {"module": name, "calls_on_all_devices": parallel, "calls_on_one_device": plain, "reason": reason or None}
+            for (name, reason), (parallel, plain) in self._counts().items()
+        ]
+
+    def _counts(self) -> dict[tuple[str, str], list[int]]:
+        """Calls on all devices and on one, by the name of the module and the reason."""
+        found: dict[tuple[str, str], list[int]] = {}
+        for tally in self._tallies:
+            if tally.parallel or tally.trained > 1:
+                counts = found.setdefault((tally.name, tally.reason or ""), [0, 0])
+                counts[0] += tally.parallel
+                counts[1] += tally.plain
+        return found
 
 
 def _line(name: str, reason: str, parallel: int, plain: int, devices: int) -> str:

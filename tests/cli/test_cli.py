@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -54,17 +55,33 @@ def test_version_is_that_of_the_package(capsys):
     assert capsys.readouterr().out == f"fastdp {__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["train"], []])
-def test_an_unknown_command_and_none_are_usage_errors(arguments, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(arguments)
-    assert "COMMAND" in capsys.readouterr().err
-
-
-def test_devices_without_any_says_how_to_get_virtual_ones():
+def test_devices_without_any_says_what_is_missing_and_how_to_get_virtual_ones():
     done = run("devices")
-    assert done.returncode == 0
-    assert "FASTDP_VIRTUAL_DEVICES=4" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "FASTDP_VIRTUAL_DEVICES=4 fastdp devices" in done.stdout
+    assert 'gpus="auto"' in done.stdout
+
+
+def test_devices_names_missing_libraries_with_the_line_that_installs_them():
+    done = run("devices", "--json", code=WITHOUT_KERAS)
+    problems = json.loads(done.stdout)["problems"]
+    assert "torch is not installed, which Keras models and torch modules need. Install it with: pip install torch" in (
+        problems
+    )
+    assert any("pip install 'fastdp[keras]'" in problem for problem in problems)
+
+
+def test_devices_as_json_is_one_line_with_all_that_is_known():
+    done = run("devices", "--json", "--measure", FASTDP_VIRTUAL_DEVICES="2", FASTDP_VIRTUAL_KIND="host")
+    assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 1)
+    found = json.loads(done.stdout)
+    assert [device["name"] for device in found["devices"]] == ["virtual:0", "virtual:1"]
+    assert found["problems"] == found["paths"] == []
+    assert found["measured"]["decides"] == "nothing to choose between"
+    size = found["measured"]["sizes"][0]
+    assert size["nbytes"] == 4096
+    assert size["used"] == "host"
+    assert 0 < size["seconds"]["host"] < 1
 
 
 def test_devices_measures_how_virtual_ones_add_up():
@@ -80,7 +97,7 @@ def test_devices_measures_how_virtual_ones_add_up():
 
 def test_devices_lists_the_virtual_ones_without_keras():
     done = run("devices", code=WITHOUT_KERAS, FASTDP_VIRTUAL_DEVICES="2")
-    assert done.stdout.splitlines() == [
+    assert done.stdout.splitlines()[:2] == [
         "0: virtual:0 (virtual, host memory)",
         "1: virtual:1 (virtual, host memory)",
     ]
@@ -89,9 +106,18 @@ def test_devices_lists_the_virtual_ones_without_keras():
 @needs_sklearn
 def test_demo_without_keras_says_what_to_install(tmp_path):
     done = run("demo", "--out", str(tmp_path), code="import sys; sys.modules['keras'] = None; ")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "pip install 'fastdp[keras]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_demo_refuses_a_file_as_its_folder(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "inside"):
+        assert main(["demo", "--out", str(out)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("fastdp demo: argument --out: must be a folder")
+        assert str(out) in said
 
 
 @pytest.mark.parametrize(
@@ -124,6 +150,18 @@ def test_convert_never_overwrites_a_file(tmp_path, capsys):
     assert main(["convert", str(source), str(destination)]) == 1
     assert destination.read_bytes() == b"precious"
     assert str(destination) in capsys.readouterr().err
+
+
+@needs_keras
+def test_convert_as_json_has_the_notes_and_alone_prints_them(tmp_path, capsys, monkeypatch):
+    module = load("fastdp.keras.h5_files.convert", "keras")
+    monkeypatch.setattr(module, "convert", lambda source, destination: module.warn_user("a note"))
+    assert main(["convert", "a.h5", "b.h5", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {"source": "a.h5", "destination": "b.h5", "notes": ["a note"]}
+    assert said.err == ""
+    assert main(["convert", "a.h5", "b.h5"]) == 0
+    assert capsys.readouterr() == ("Wrote b.h5\n", "fastdp convert: a note\n")
 
 
 def test_bench_alone_prints_help_with_examples(capsys):

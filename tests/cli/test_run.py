@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -83,11 +84,14 @@ def test_exit_status_and_traceback_are_those_of_plain_python(tmp_path, code):
     ("arguments", "status", "message"),
     [
         (["missing.py"], 2, "can't open file"),
-        (["--virtual", "2", "-m", "no_such_module"], 1, "no module named no_such_module"),
-        (["--virtual", "2", "-m", "no_such.module"], 1, "no module named no_such.module"),
+        (["--virtual", "2", "-m", "no_such_module"], 2, "no module named no_such_module"),
+        (["--virtual", "2", "-m", "no_such.module"], 2, "no module named no_such.module"),
         ([], 2, "name a script, or a module after -m"),
-        (["--virtual", "2", "--gpus", "3", "a.py"], 1, "wants the devices [0, 1, 2]"),
+        (["--virtual", "2", "--gpus", "3", "a.py"], 2, "wants the devices [0, 1, 2]"),
         (["--gpus", "many", "a.py"], 2, "must be a number"),
+        (["--virtual", "2", "-m", ".x"], 2, "no module named .x"),
+        (["."], 2, "a folder needs a __main__.py"),
+        (["a" * 5000], 2, "can't open file"),
     ],
 )
 def test_what_cannot_be_run_says_why(tmp_path, arguments, status, message):
@@ -96,6 +100,26 @@ def test_what_cannot_be_run_says_why(tmp_path, arguments, status, message):
     assert done.returncode == status
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_auto_runs_anywhere_and_one_line_says_on_what(tmp_path):
+    (tmp_path / "a.py").write_text("import fastdp, torch; print(len(fastdp.wrap(torch.nn.Linear(2, 1)).devices))")
+    done = fastdp_run("--gpus", "auto", "a.py", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "1\n")
+    assert [line[:29] for line in done.stderr.splitlines()] == ["fastdp: no GPU is visible, so"]
+    many = fastdp_run("--gpus", "auto", "--virtual", "3", "a.py", folder=tmp_path)
+    assert (many.returncode, many.stdout, many.stderr) == (0, "3\n", "")
+
+
+def test_json_ends_with_one_line_for_programs(tmp_path):
+    (tmp_path / "train.py").write_text(TRAINING)
+    done = fastdp_run("--virtual", "2", "--json", "train.py", folder=tmp_path)
+    assert json.loads(done.stderr.splitlines()[-1]) == {
+        "script": "train.py",
+        "devices": ["virtual:0", "virtual:1"],
+        "keras": True,
+        "torch": [],
+    }
 
 
 @pytest.mark.slow

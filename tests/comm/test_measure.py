@@ -7,11 +7,12 @@ import pytest
 
 from fastdp.cli.devices import table
 from fastdp.comm import kept_table, measure, tuning
-from fastdp.comm.algorithm import VARIABLE, Choice, Limits, built_in
+from fastdp.comm.algorithm import Choice, Limits, built_in
 from fastdp.comm.host.communicator import HostCommunicator
 from fastdp.comm.measure import SIZES, best_limits
 from fastdp.errors import DeviceTimeoutError
 from fastdp.runtime.host.device import HostDevice
+from fastdp.settings import ALL_REDUCE
 
 KIB = 1024
 BUILT_IN = Limits(256 * KIB, 2048 * KIB)
@@ -107,7 +108,7 @@ class Cards(HostCommunicator):
 def cards(hosts, monkeypatch, tmp_path):
     """`cards(fast)`: a communicator that finds `fast` the fastest; the same machine each time."""
     monkeypatch.setenv("FASTDP_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv(VARIABLE, "measured")
+    monkeypatch.setenv(ALL_REDUCE, "measured")
     monkeypatch.setattr(tuning, "key_of", lambda devices, libraries: {"cards": "here"})
     monkeypatch.setattr(
         tuning,
@@ -154,7 +155,7 @@ def test_without_a_file_nothing_is_measured_and_the_built_in_limits_hold(hosts, 
     ("asked", "ways"), [("fixed", ["one-shot", "nccl"]), ("kernels", ["one-shot", "two-shot"]), ("nccl", ["nccl"] * 2)]
 )
 def test_what_the_user_asks_for_is_not_measured(monkeypatch, asked, ways):
-    monkeypatch.setenv(VARIABLE, f" {asked}")
+    monkeypatch.setenv(ALL_REDUCE, f" {asked}")
     choice = Choice(**TUNABLE)
     assert not choice.untuned
     choice.use(Limits(3, 5))
@@ -162,14 +163,14 @@ def test_what_the_user_asks_for_is_not_measured(monkeypatch, asked, ways):
 
 
 def test_an_unknown_choice_of_the_user_s_is_refused(monkeypatch):
-    monkeypatch.setenv(VARIABLE, "ring")
+    monkeypatch.setenv(ALL_REDUCE, "ring")
     with pytest.raises(ValueError, match=r"FASTDP_ALL_REDUCE must be one of .*'ring'"):
         Choice(**TUNABLE)
 
 
 @pytest.mark.parametrize("lacks", list(TUNABLE))
 def test_only_cards_of_their_own_with_all_algorithms_are_measured(monkeypatch, lacks):
-    monkeypatch.setenv(VARIABLE, "")
+    monkeypatch.setenv(ALL_REDUCE, "")
     assert Choice(**TUNABLE).untuned
     assert not Choice(**{**TUNABLE, lacks: False}).untuned
 

@@ -23,6 +23,7 @@ def no_gpus(monkeypatch):
     monkeypatch.setattr(pynvml, "nvmlInit", _no_driver)
     monkeypatch.delenv("FASTDP_VIRTUAL_DEVICES", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(devices_module._default, "told", False)
     yield
     fastdp.set_virtual_devices(0)
 
@@ -121,10 +122,10 @@ def test_wrap_takes_one_device(gpus):
     assert names(gpus, minimum=1) == ["virtual:0"]
 
 
-@pytest.mark.parametrize("count", [-1, 2.0, "2", None, True, [2], np.array(2)])
+@pytest.mark.parametrize("count", [-1, 2.0, "2", None, True, [2], np.array(2), 1025, 10**20])
 def test_a_count_that_is_no_whole_number_is_refused(count):
     fastdp.set_virtual_devices(2)
-    with pytest.raises(ValueError, match=r"`count` must be a whole number >= 0\. Received: count="):
+    with pytest.raises(ValueError, match=r"`count` must be a whole number from 0 to 1024\. Received: count="):
         fastdp.set_virtual_devices(count)
     assert len(fastdp.devices()) == 2
 
@@ -274,3 +275,49 @@ except ImportError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.split() == ["1", "cupy"]
+
+
+def test_auto_is_all_devices_where_there_are_any(capsys):
+    fastdp.set_virtual_devices(3)
+    assert names("auto", minimum=1) == ["virtual:0", "virtual:1", "virtual:2"]
+    assert capsys.readouterr().err == ""
+
+
+def test_auto_without_devices_is_one_on_the_cpu_and_one_line_says_so(capsys):
+    first, again = resolve("auto"), resolve("auto")
+    assert [device.name for device in first] == ["cpu:0"]
+    assert first == again
+    assert fastdp.devices() == []  # it is not one that `gpus=` counts
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fastdp: no GPU is visible, so fastdp.wrap runs on one device on the CPU")
+    assert "`fastdp devices` says what is missing" in line
+    with pytest.raises(ValueError, match="no visible NVIDIA GPU"):
+        resolve(2)
+
+
+def test_closing_all_virtual_devices_closes_the_one_on_the_cpu():
+    (device,) = resolve("auto")
+    device.compute.enqueue(lambda: None)
+    device.synchronize(5)
+    fastdp.set_virtual_devices(0)
+    with pytest.raises(RuntimeError, match="cpu:0 is closed"):
+        device.compute.enqueue(print)
+    assert resolve("auto")[0] is not device
+
+
+def test_where_two_devices_are_needed_auto_is_no_number_of_them():
+    fastdp.set_virtual_devices(2)
+    with pytest.raises(ValueError, match=r"gpus='auto'"):
+        names("auto")
+
+
+def test_a_default_of_auto_is_all_devices_where_two_are_needed():
+    devices_module.set_default_devices("auto")
+    try:
+        assert [device.name for device in resolve(None)] == ["cpu:0"]
+        with pytest.raises(ValueError, match="no visible NVIDIA GPU"):
+            names(None)
+        fastdp.set_virtual_devices(2)
+        assert names(None) == ["virtual:0", "virtual:1"]
+    finally:
+        devices_module.set_default_devices(None)

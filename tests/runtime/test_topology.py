@@ -147,7 +147,34 @@ def test_a_torch_for_another_cuda_is_named(box, cuda, torch, said):
     box.wheels = {"cupy-cuda12x" if cuda < 13000 else "cupy-cuda13x", "nvidia-nccl-cu12"}
     problems = topology.problems()
     assert len(problems) == (said is not None)
-    assert said is None or re.search(f"{said}.*Install torch for CUDA {cuda // 1000} ", problems[0])
+    line = rf"pip install --force-reinstall torch==2\.13\.0 --index-url \S+/{'cu126' if cuda < 13000 else 'cu130'}$"
+    assert said is None or re.search(f"{said}.*{line}", problems[0])
+
+
+@pytest.mark.parametrize(
+    ("system", "line"),
+    [
+        ({"ID": "ubuntu", "ID_LIKE": "debian"}, "sudo ubuntu-drivers install"),
+        ({"ID": "mint", "ID_LIKE": "ubuntu debian"}, "sudo ubuntu-drivers install"),
+        ({"ID": "debian"}, "sudo apt install nvidia-driver"),
+        ({"ID": "nixos"}, "https://www.nvidia.com/drivers"),
+        (None, "https://www.nvidia.com/drivers"),
+    ],
+)
+def test_a_missing_driver_comes_with_the_line_that_installs_it(monkeypatch, system, line):
+    def release():
+        if system is None:
+            raise OSError
+        return system
+
+    def no_driver():
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(topology.platform, "freedesktop_os_release", release)
+    monkeypatch.setattr(pynvml, "nvmlInit", no_driver)
+    (problem,) = topology.problems()
+    assert line in problem
+    assert "--gpus all" in problem
 
 
 def test_the_build_of_torch_is_read_without_importing_it(monkeypatch, tmp_path):

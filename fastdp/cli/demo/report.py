@@ -1,8 +1,7 @@
-"""What the demo prints and writes: tables, a picture of the curves, and the JSON line."""
+"""What the demo prints and writes: tables, a picture of the curves, and the result for programs."""
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ def print_tables(runs: Sequence[Run]) -> None:
     for epoch, values in enumerate(zip(*(run.history["loss"] for run in runs), strict=True), 1):
         difference = max(values) - min(values)
         losses.add_row(str(epoch), *(f"{value:.6f}" for value in values), f"{difference:.1e}")
-    summary = tables.Table("run", "test accuracy", "samples/s", title="Accuracy and speed")
+    summary = tables.Table("run", "test accuracy", "samples/s", title="Accuracy, and speed of warm steps")
     for run in runs:
         summary.add_row(run.label, f"{run.accuracy:.4f}", f"{run.samples_per_second:,.0f}")
     work = tables.Table("run", "device", "rows", "ms", title="Forward and backward of one full batch")
@@ -54,18 +53,15 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
     load("matplotlib.backends.backend_agg", "demo").FigureCanvasAgg(figure).print_png(path)
 
 
-def json_line(runs: Sequence[Run], devices: Sequence[str], seconds: float) -> str:
-    """The result as one line of JSON; `accuracy` is from the run on all devices."""
-    return json.dumps(
-        {
-            "accuracy": round(runs[-1].accuracy, 4),
-            "max_loss_difference": loss_difference(runs),
-            "samples_per_second": {str(len(run.devices)): round(run.samples_per_second, 1) for run in runs},
-            "devices": list(devices),
-            "versions": _versions(),
-            "seconds": round(seconds, 1),
-        }
-    )
+def result(runs: Sequence[Run], devices: Sequence[str]) -> dict[str, Any]:
+    """The result for `--json`; `accuracy` is from the run on all devices, `samples_per_second` is by their number."""
+    return {
+        "accuracy": round(runs[-1].accuracy, 4),
+        "max_loss_difference": loss_difference(runs),
+        "samples_per_second": {str(len(run.devices)): round(run.samples_per_second, 1) for run in runs},
+        "devices": list(devices),
+        "versions": _versions(),
+    }
 
 
 def _versions() -> dict[str, Any]:

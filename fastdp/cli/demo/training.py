@@ -1,9 +1,10 @@
-"""One training run of the demo: the curves, the time of each epoch, and what each device did."""
+"""One training run of the demo: the curves, the time of its warm steps, and what each device did."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ class Run:
     model: Any
     history: dict[str, list[float]]
     accuracy: float
-    epoch_seconds: list[float]
+    samples_per_second: float
     devices: list[DeviceWork]
     report: str
 
@@ -37,11 +38,6 @@ class Run:
     def label(self) -> str:
         """Its name in tables and legends."""
         return f"{len(self.devices)} device" + "s" * (len(self.devices) > 1)
-
-    @property
-    def samples_per_second(self) -> float:
-        """Training rows per second, without validation: the median of the epochs after the first."""
-        return TRAIN_ROWS / statistics.median(self.epoch_seconds[1:] or self.epoch_seconds)
 
 
 def train(digits: Digits, devices: int, *, epochs: int, batch_size: int, verbose: int | str) -> Run:
@@ -61,7 +57,13 @@ def train(digits: Digits, devices: int, *, epochs: int, batch_size: int, verbose
         callbacks=[clock],
     ).history
     work = _work(runner, batch_size, clock.steps)
-    return Run(model, history, history["val_accuracy"][-1], clock.seconds, work, str(runner.report()))
+    speed = warm_speed(batch_size, clock.seconds)
+    return Run(model, history, history["val_accuracy"][-1], speed, work, str(runner.report()))
+
+
+def warm_speed(rows: int, seconds: Sequence[float]) -> float:
+    """Rows per second in the later half of the steps: the earlier ones are traced, and then compiled."""
+    return rows / statistics.median(seconds[len(seconds) // 2 :])
 
 
 def _work(runner: Any, batch_size: int, steps: list[list[float]]) -> list[DeviceWork]:
@@ -74,7 +76,7 @@ def _work(runner: Any, batch_size: int, steps: list[list[float]]) -> list[Device
 
 
 def _clock(full_batches: int) -> Any:
-    """A Keras callback that records the training seconds per epoch, and per device in steps on full batches."""
+    """A Keras callback that records the seconds of each step on a full batch, with its input, and those per device."""
     callback_class = load("keras", "keras").callbacks.Callback
 
     class Clock(callback_class):  # type: ignore[misc, valid-type]
@@ -83,13 +85,12 @@ def _clock(full_batches: int) -> Any:
             self.steps: list[list[float]] = []
 
         def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-            self._began = time.perf_counter()
+            self._ended = time.perf_counter()
 
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            before, self._ended = self._ended, time.perf_counter()
             if batch < full_batches:
+                self.seconds.append(self._ended - before)
                 self.steps.append(self.model.engine.times.latest_work)
-
-        def on_test_begin(self, logs: Any = None) -> None:
-            self.seconds.append(time.perf_counter() - self._began)
 
     return Clock()

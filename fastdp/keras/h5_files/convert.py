@@ -21,6 +21,10 @@ from fastdp.warn import warn_user
 
 ATTRIBUTE_NBYTES = 64512  # HDF5 keeps attributes of an object in a header of 64 KiB; Keras splits lists there
 WRAPPER_LAYERS = {"InputLayer", "Lambda", "Concatenate", "Merge"}
+# What h5py raises where a file is damaged, besides OSError and ValueError.
+_DAMAGED = (KeyError, MemoryError, OverflowError, RuntimeError, TypeError)
+# No filter of HDF5 makes data smaller than that: a larger array is one that the file only declares.
+MOST_COMPRESSION = 1100
 
 Layers = dict[str, list[str]]  # the names of the weights of each layer, in order
 
@@ -43,8 +47,8 @@ def convert(
     Raises:
         FileNotFoundError: there is no file `source`.
         FileExistsError: `destination` exists.
-        ValueError: `source` is not wrapper-shaped or holds external data, `destination` has another ending,
-            or a weight belongs to none of the layers.
+        ValueError: `source` is not wrapper-shaped, is damaged or holds external data, `destination` has another
+            ending, or a weight belongs to none of the layers.
         OSError: `source` is not HDF5.
 
     Warns:
@@ -57,6 +61,17 @@ def convert(
     """
     source, destination = os.fspath(source), os.fspath(destination)
     _check_paths(source, destination)
+    try:
+        _convert(source, destination, template)
+    except _DAMAGED as error:
+        raise ValueError(
+            f"source must be a whole HDF5 file, got {source!r}, which is damaged ({error}): take another copy of it"
+        ) from error
+    return destination
+
+
+def _convert(source: str, destination: str, template: keras.Model | None) -> None:
+    """Convert a file; errors of h5py about damaged files are its own."""
     with h5py.File(source, "r") as file:
         whole = "model_weights" in file and "layer_names" not in file.attrs
         weights = file["model_weights"] if whole else file
@@ -72,7 +87,6 @@ def convert(
             with h5py.File(partial, "w") as target:
                 _write(target, config, layers, group, weights)
             os.replace(partial, destination)
-    return destination
 
 
 def _check_paths(source: str, destination: str) -> None:
@@ -101,7 +115,7 @@ def _template_config(file: h5py.File, source: str) -> dict[str, Any]:
     text = file.attrs.get("model_config")
     if text is None:
         raise _not_wrapper_shaped(source, "weights of a whole model but no model_config")
-    config = json.loads(text)
+    config = _checked(json.loads(text) if isinstance(text, (str, bytes)) else None, source)
     layers = _layer_configs(config)
     nested = [layer for layer in layers if _layer_configs(layer)]
     others = {layer["class_name"] for layer in layers if not _layer_configs(layer)}
@@ -112,6 +126,22 @@ def _template_config(file: h5py.File, source: str) -> dict[str, Any]:
     if isinstance(template["config"], list):  # a Sequential of Keras before 2.2.3 has no name inside
         template["config"] = {"name": template.get("name", "sequential"), "layers": template["config"]}
     return template
+
+
+def _checked(config: Any, source: str) -> dict[str, Any]:
+    """The configuration of a layer or a model, which JSON may have anything in place of."""
+    inner = config.get("config") if isinstance(config, dict) else None
+    name = inner.get("name") if isinstance(inner, dict) else None
+    named = isinstance(name or (config.get("name", "") if isinstance(config, dict) else None), str)
+    if not isinstance(inner, (dict, list)) or not isinstance(config.get("class_name"), str) or not named:
+        raise ValueError(
+            f"source must describe each layer by its class, name and config, got {source!r} with "
+            f"{str(config)[:100]}: the file is damaged"
+        )
+    layers = inner if isinstance(inner, list) else inner.get("layers", [])
+    for layer in layers if isinstance(layers, list) else [layers]:
+        _checked(layer, source)
+    return dict(config)
 
 
 def _layer_configs(config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -247,6 +277,11 @@ def own_data(group: h5py.Group, name: str) -> np.ndarray[Any, Any]:
         raise ValueError(f"source must hold each weight it lists, got none for {name!r}: the file is damaged")
     if data.external or data.is_virtual or data.file.filename != group.file.filename:
         raise ValueError(f"source must hold its data itself, got {name!r} from another file: do not trust it")
+    if data.nbytes > MOST_COMPRESSION * max(data.id.get_storage_size(), 1 << 10):
+        raise ValueError(
+            f"source must hold each weight it lists, got {data.nbytes} bytes declared for {name!r} and not "
+            f"stored: the file is damaged"
+        )
     return np.asarray(data[()])
 
 
@@ -258,7 +293,11 @@ def read_names(group: h5py.Group, name: str) -> list[str]:
         chunks = []
         while f"{name}{len(chunks)}" in group.attrs:
             chunks.append(group.attrs[f"{name}{len(chunks)}"])
-    return [item.decode() if isinstance(item, bytes) else str(item) for chunk in chunks for item in chunk]
+    items = [item for chunk in chunks for item in (chunk.ravel() if isinstance(chunk, np.ndarray) else [None])]
+    names: list[Any] = [item.decode() if isinstance(item, bytes) else item for item in items]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{name} must be a list of names, got {str(chunks)[:100]}: the file is damaged")
+    return names
 
 
 def _write_names(group: h5py.Group, name: str, names: Sequence[str]) -> None:

@@ -150,6 +150,8 @@ def _cache_folder(cache_dir: str | os.PathLike[str] | None, cache_subdir: str) -
     home = os.path.expanduser(os.environ.get("KERAS_HOME") or os.path.join("~", ".keras"))
     folder = os.path.join(home, cache_subdir)
     try:
+        if home.startswith("~"):  # not a folder of that name in the current one
+            raise PermissionError("this user has no home folder")
         os.makedirs(folder, exist_ok=True)
     except PermissionError as error:
         folder = tempfile.mkdtemp(prefix="keras-")

@@ -19,6 +19,7 @@ class HostDevice(QueueDevice):
 
     Args:
         index: ordinal among the virtual devices.
+        name: shown in messages; None: "virtual:" and the ordinal.
 
     The first device makes malloc keep the memory that steps free, for the next step (host/resources.py).
     """
@@ -29,9 +30,9 @@ class HostDevice(QueueDevice):
     torch_device = "cpu"
     peak_nbytes = None  # all devices share the process's memory
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, name: str | None = None) -> None:
         keep_freed_memory()
-        super().__init__(index, f"virtual:{index}")
+        super().__init__(index, name or f"virtual:{index}")
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """Uninitialized memory of `shape` and `dtype`, 64-byte aligned, owned by the array."""

@@ -256,3 +256,77 @@ def test_a_weight_that_is_listed_but_missing_is_a_value_error(weight_file, tmp_p
     with pytest.raises(ValueError, match="got none for 'dense_2/kernel:0'"):
         convert(source, tmp_path / "new.h5")
     assert [path.name for path in tmp_path.iterdir()] == ["old.h5"]
+
+
+@pytest.mark.parametrize(
+    ("where", "key", "value"),
+    [
+        ("/", "layer_names", 1.5),
+        ("/", "layer_names", h5py.Empty("f")),
+        ("/", "layer_names", [1, 2]),
+        ("/sequential_1", "weight_names", np.zeros((2, 2))),
+        ("/sequential_1", "weight_names", b"one name"),
+    ],
+)
+def test_names_that_are_no_list_of_names_are_an_error_that_says_so(weight_file, tmp_path, where, key, value):
+    source, _ = weight_file
+    with h5py.File(source, "a") as file:
+        del file[where].attrs[key]
+        file[where].attrs[key] = value
+    with pytest.raises(ValueError, match=f"{key} must be a list of names"):
+        convert(source, tmp_path / "new.h5")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        b"[]",
+        b"null",
+        b'{"class_name": "Model"}',
+        b'{"class_name": 1, "config": {}}',
+        b'{"class_name": "Model", "config": {"layers": [null]}}',
+        b'{"class_name": "Model", "config": {"layers": {"a": 1}}}',
+        b'{"class_name": "Model", "config": {"name": 3, "layers": []}}',
+        b'{"class_name": "Model", "config": {"layers": [{"class_name": "Lambda", "config": [[]]}]}}',
+        b"[" * 100_000,
+        7,
+    ],
+)
+def test_a_configuration_that_is_none_is_an_error_that_says_so(weight_file, tmp_path, config):
+    source, _ = weight_file
+    with h5py.File(tmp_path / "whole.h5", "w") as whole, h5py.File(source) as file:
+        file.copy("/", whole, "model_weights")
+        whole.attrs["model_config"] = config
+    with pytest.raises(ValueError, match=r"^source must (describe each layer|be a whole HDF5 file)"):
+        convert(tmp_path / "whole.h5", tmp_path / "new.h5")
+    assert not (tmp_path / "new.h5").exists()
+
+
+def test_data_that_are_declared_and_not_stored_are_not_allocated(weight_file, tmp_path):
+    source, _ = weight_file
+    with h5py.File(source, "a") as file:
+        group = file["sequential_1"]
+        name = str(group.attrs["weight_names"][0])
+        del group[name]
+        group.create_dataset(name, (1 << 40,), "f8", chunks=(1 << 10,))
+    with pytest.raises(ValueError, match=r"bytes declared for .* and not stored"):
+        convert(source, tmp_path / "new.h5")
+
+
+def test_torn_and_garbled_files_end_in_an_error_of_convert(weight_file, tmp_path):
+    """Bytes are changed anywhere in the file, or its end is missing."""
+    source, _ = weight_file
+    data, generator, told = source.read_bytes(), np.random.default_rng(3), 0
+    for number in range(60):
+        changed = np.frombuffer(data, np.uint8).copy()
+        places = generator.integers(0, len(data), (1, 40, 400)[number % 3])
+        changed[places] = generator.integers(0, 256, len(places))
+        end = len(data) if number % 5 else int(generator.integers(0, len(data)))
+        (tmp_path / "torn.h5").write_bytes(changed[:end].tobytes())
+        try:
+            convert(tmp_path / "torn.h5", tmp_path / "new.h5")
+            (tmp_path / "new.h5").unlink()
+        except (OSError, ValueError):
+            told += 1
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["old.h5", "torn.h5"]
+    assert told > 20
