@@ -9,6 +9,7 @@ from typing import Any
 from fastdp.benchmark.arrays import Array, draw
 from fastdp.benchmark.request import SYNTHETIC, Request
 from fastdp.benchmark.target import Target
+from fastdp.benchmark.user_file import batch_of
 from fastdp.data.hdf5 import HDF5Matrix
 
 POOL = 4  # different batches, which are trained on in turn
@@ -47,7 +48,7 @@ def batches_of(target: Target, request: Request, rows: int | None = None) -> Bat
     if request.data != SYNTHETIC:
         return _from_file(target, request.data, rows)
     if target.make_batch is not None:
-        return _pooled([_checked(target.make_batch(rows), rows) for _ in range(2)], rows)
+        return _pooled([batch_of(target.make_batch, rows) for _ in range(2)], rows)
     nbytes = sum(array.nbytes(rows) for array in (*target.inputs, *target.targets))
     count = max(1, min(POOL, POOL_NBYTES // max(1, nbytes)))
     return _pooled([_drawn(target, rows, request.seed + number) for number in range(count)], rows)
@@ -63,17 +64,6 @@ def _drawn(target: Target, rows: int, seed: int) -> Batch:
     arrays = draw((*target.inputs, *target.targets), rows, seed)
     cut = len(target.inputs)
     return target.pack_inputs(arrays[:cut]), target.pack_targets(arrays[cut:])
-
-
-def _checked(batch: Any, rows: int) -> Batch:
-    """What the user's make_batch returned, if it is a pair.
-
-    Raises:
-        ValueError: it is none.
-    """
-    if not isinstance(batch, tuple) or len(batch) != 2:
-        raise ValueError(f"make_batch({rows}) must return a pair (inputs, targets). Received: {type(batch).__name__}")
-    return batch
 
 
 def _from_file(target: Target, data: str, rows: int) -> Batches:

@@ -89,7 +89,7 @@ def _own(request: Request, made: Any, make_batch: Any, title: str) -> Target:
     name = request.optimizer or ("" if compiled else "adam")
     chosen = optimizer(name) if name else model.optimizer
     own_loss = request.loss is not None or loss is not None
-    loss = request.loss or loss or (model.loss if compiled else default_loss(model))
+    loss = request.loss or loss or (model.loss if compiled else default_loss(model, make_batch))
     inside = keras.tree.pack_sequence_as
     return Target(
         title,
@@ -149,23 +149,37 @@ def _vocabulary(model: keras.Model) -> int:
     return int(min(sizes, default=2))
 
 
-def default_loss(model: keras.Model) -> Any:
-    """The loss for an output that the model's last layers tell: by softmax, by sigmoid, else the squared error."""
+def default_loss(model: keras.Model, make_batch: Any = None) -> Any:
+    """The loss for an output that the model's last layers tell: by softmax, by sigmoid, else the squared error.
+
+    The user's own batches tell by their labels: whole numbers are classes.
+    """
+    labels = (
+        keras.tree.flatten(user_file.batch_of(make_batch, 2)[1])
+        if make_batch is not None
+        else [None] * len(model.outputs)
+    )
     chosen = []
-    for place, _ in enumerate(model.outputs):
+    for place, label in enumerate(labels):
         activation = _activation(model, place)
+        whole = label is None or "int" in keras.backend.standardize_dtype(label.dtype)
         if activation == "softmax":
-            chosen.append("sparse_categorical_crossentropy")
+            chosen.append("sparse_categorical_crossentropy" if whole else "categorical_crossentropy")
         elif activation == "sigmoid":
             chosen.append("binary_crossentropy")
+        elif label is not None and whole:
+            chosen.append(keras.losses.SparseCategoricalCrossentropy(from_logits=True))
         else:
             chosen.append("mean_squared_error")
     return chosen[0] if len(chosen) == 1 else chosen
 
 
 def _activation(model: keras.Model, place: int) -> str:
-    """The name of the activation that makes an output; empty where there is none."""
-    history = getattr(model.outputs[place], "_keras_history", None)
+    """The name of the activation that makes an output; empty where there is none, or it is not known."""
+    outputs = getattr(model, "outputs", None)
+    if not outputs:
+        return ""
+    history = getattr(outputs[place], "_keras_history", None)
     layer = history.operation if history is not None else model.layers[-1]
     activation = getattr(layer, "activation", None)
     return "softmax" if isinstance(layer, keras.layers.Softmax) else str(getattr(activation, "__name__", ""))

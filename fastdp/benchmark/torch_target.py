@@ -111,28 +111,28 @@ def _own(request: Request, made: Any, make_batch: Any, title: str) -> Target:
         raise ValueError(f"{title} must return a keras.Model or a torch.nn.Module, got {type(module).__name__}")
     inputs: tuple[Array, ...] = ()
     targets: tuple[Array, ...] = ()
+    name = request.loss or ""
+    if name:
+        loss = loss_of(name)
     if make_batch is None:
         inputs = (first_input(module, title),)
-        given = torch.from_numpy(inputs[0].zeros(2))
-        outputs = _outputs(module, given)
-        targets = (_labels(outputs, title),) if loss is None and request.loss is None else ()
-        if not targets:
+        if loss is not None and not name:
             raise ValueError(f"{title}: the labels that its loss takes are unknown. {REMEDY}")
-        chosen = "cross_entropy" if targets[0].dtype == "int64" else "mse_loss"
-    else:
-        chosen = _loss_for(module, make_batch(2), title) if loss is None and request.loss is None else ""
-    name = request.loss or chosen
+        targets = (_labels(_outputs(module, torch.from_numpy(inputs[0].zeros(2))), name, title),)
+        name = name or ("cross_entropy" if targets[0].dtype == "int64" else "mse_loss")
+    elif loss is None:
+        name = _loss_for(module, user_file.batch_of(make_batch, 2), title)
     return Target(
         title,
         "torch",
         module,
-        loss_of(name) if loss is None else loss,
+        loss_of(name) if name else loss,
         optimizer(request.optimizer or "adam"),
         inputs,
         targets,
         make_batch,
-        reduction="mean" if loss is None else None,
-        loss_title=name if loss is None else str(getattr(loss, "__name__", type(loss).__name__)),
+        reduction="mean" if name else None,
+        loss_title=name or str(getattr(loss, "__name__", type(loss).__name__)),
         optimizer_title=request.optimizer or "adam",
     )
 
@@ -166,23 +166,24 @@ def _outputs(module: nn.Module, inputs: Any) -> Any:
         module.train(was)
 
 
-def _labels(outputs: Any, title: str) -> Array:
-    """Labels for outputs: classes if the last axis may be logits, else numbers of the same shape."""
+def _labels(outputs: Any, loss: str, title: str) -> Array:
+    """Labels for outputs and a loss: classes for the cross-entropy, else numbers of the same shape.
+
+    Without a loss the last axis are taken for logits of classes if it is longer than 1.
+    """
     if not isinstance(outputs, torch.Tensor):
         raise ValueError(f"{title}: the module returns {type(outputs).__name__}, and no loss is known for it. {PAIR}")
-    if outputs.ndim >= 2 and outputs.shape[-1] > 1:
+    if loss == "cross_entropy" or (not loss and outputs.ndim >= 2 and outputs.shape[-1] > 1):
         return Array("y", tuple(outputs.shape[1:-1]), "int64", int(outputs.shape[-1]))
     return Array("y", tuple(outputs.shape[1:]))
 
 
-def _loss_for(module: nn.Module, batch: Any, title: str) -> str:
+def _loss_for(module: nn.Module, batch: tuple[Any, Any], title: str) -> str:
     """The loss that fits the outputs and the labels of the user's own batch: by the dtype of the labels.
 
     Raises:
-        ValueError: the batch is no pair of inputs and targets, or none fits.
+        ValueError: none fits.
     """
-    if not isinstance(batch, tuple) or len(batch) != 2:
-        raise ValueError(f"{title}: make_batch(2) must return (inputs, targets). Received: {type(batch).__name__}")
     inputs, labels = pytree.tree_map(torch.as_tensor, batch)
     outputs = _outputs(module, inputs)
     if isinstance(outputs, torch.Tensor) and isinstance(labels, torch.Tensor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -46,3 +47,15 @@ def function_of(module: ModuleType, path: Path, name: str) -> Any:
         return found
     known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     raise ValueError(f"{path} has no function {name!r}. It has: {', '.join(known) or 'none'}")
+
+
+def batch_of(make_batch: Callable[[int], Any], rows: int) -> tuple[Any, Any]:
+    """Inputs and targets of so many rows, from the user's `make_batch`.
+
+    Raises:
+        ValueError: it returns something else than a pair.
+    """
+    batch = make_batch(rows)
+    if not isinstance(batch, tuple) or len(batch) != 2:
+        raise ValueError(f"make_batch({rows}) must return a pair (inputs, targets). Received: {type(batch).__name__}")
+    return batch
