@@ -5,8 +5,8 @@ The models of examples/pytorch/, at the sizes of `torch_model_cases.py`. The way
     torch               the loop on the plain module, one process, all cores
     torch-compile       the same, with torch.compile around each module
     ddp-2               the same under DistributedDataParallel, two processes over gloo, half of the cores each
-    fastdp-1-step       `train_step` on one device, eager; -loop: the loop on the wrapped module; -captured:
-                        `train_step` with compile="inductor", measured once all batch shapes are compiled
+    fastdp-1-step       `train_step` on one device, eager; -loop: the loop on the wrapped module; -captured and
+                        -captured-loop: both with compile="inductor", measured once all batch shapes are compiled
     fastdp-2-...        the same on two virtual devices
 
 Each way is a process of its own that builds the model and warms up before anything is timed. The ways take turns, one
@@ -37,8 +37,8 @@ from fastdp.benchmark.rounds import ratio, spread
 
 WAYS = (
     *("torch", "torch-compile", "ddp-2"),
-    *("fastdp-1-step", "fastdp-1-loop", "fastdp-1-captured"),
-    *("fastdp-2-step", "fastdp-2-loop", "fastdp-2-captured"),
+    *("fastdp-1-step", "fastdp-1-loop", "fastdp-1-captured", "fastdp-1-captured-loop"),
+    *("fastdp-2-step", "fastdp-2-loop", "fastdp-2-captured", "fastdp-2-captured-loop"),
 )
 LONG_STEP = 0.010  # seconds: from here on a second device must not cost more than a tenth
 
@@ -59,7 +59,7 @@ class Goal:
             return False
         if self.limit < 1.0:  # where Inductor helps: torch.compile gains as much
             return medians.get("torch-compile", 0.0) <= self.limit * medians["torch"]
-        return self.base != "fastdp-1-step" or medians[self.base] >= LONG_STEP
+        return self.base not in ("fastdp-1-step", "fastdp-1-captured") or medians[self.base] >= LONG_STEP
 
 
 GOALS = (
@@ -69,7 +69,10 @@ GOALS = (
     Goal("captured : torch.compile", "fastdp-1-captured", "torch-compile", 1.1),
     Goal("2 devices, step : DDP", "fastdp-2-step", "ddp-2", 1.0),
     Goal("2 devices, loop : DDP", "fastdp-2-loop", "ddp-2", 1.0),
+    Goal("2 devices, captured : DDP", "fastdp-2-captured", "ddp-2", 1.0),
+    Goal("2 devices, captured loop : DDP", "fastdp-2-captured-loop", "ddp-2", 1.0),
     Goal("2 devices : 1 device", "fastdp-2-step", "fastdp-1-step", 1.1),
+    Goal("2 devices : 1 device, captured", "fastdp-2-captured", "fastdp-1-captured", 1.1),
 )
 
 
@@ -127,7 +130,7 @@ def start(name: str, ways: Sequence[str], steps: int, timeout: float) -> tuple[d
 
     with ThreadPoolExecutor(2) as pool:
         list(
-            pool.map(begin, sorted(ways, key=lambda way: not way.endswith(("compile", "captured"))))
+            pool.map(begin, sorted(ways, key=lambda way: not ("compile" in way or "captured" in way)))
         )  # the longest first
     return {way: running[way] for way in ways if way in running}, failed
 

@@ -42,6 +42,11 @@ def loop(name: str, change: Callable[[nn.Module], Any], rows: slice = slice(None
     return example(name).loop(models if len(models) > 1 else models[0], batches)
 
 
+def wrapped_loop(name: str, **how: Any) -> Iterator[torch.Tensor]:
+    """The example's loop on wrapped modules."""
+    return loop(name, lambda module: fastdp.wrap(module, **how))
+
+
 def train_steps(name: str, **how: Any) -> Iterator[torch.Tensor]:
     """The example's train steps."""
     return example(name).train_step(build(name), itertools.cycle(CASES[name].batches()), **how)
@@ -55,8 +60,8 @@ def seconds(steps: Iterator[torch.Tensor], count: int) -> float:
     return time.perf_counter() - began
 
 
-def captured(name: str, devices: int) -> Iterator[torch.Tensor]:
-    """Train steps compiled by TorchInductor. Trains until every batch shape is compiled."""
+def captured(name: str, devices: int, how: Callable[..., Iterator[torch.Tensor]]) -> Iterator[torch.Tensor]:
+    """Steps of `how`, compiled by TorchInductor. Trains until every batch shape is compiled."""
     made: list[Any] = []
     wrap = fastdp.wrap
 
@@ -65,14 +70,15 @@ def captured(name: str, devices: int) -> Iterator[torch.Tensor]:
         return made[-1]
 
     fastdp.wrap = keep
-    steps = train_steps(name, gpus=devices, compile="inductor")
+    steps = how(name, gpus=devices, compile="inductor")
     began = time.perf_counter()
     while time.perf_counter() - began < PATIENCE:
         for _ in range(8):
             next(steps)
         for parallel in made:
             parallel.wait_compiled()
-        if all(entry["how"] != "traced" for parallel in made for entry in parallel.report()):
+        reports = [parallel.report() for parallel in made]
+        if all(entry["how"] != "traced" for report in reports for entry in [*report.steps, *report.passes]):
             break
     return steps
 
@@ -99,11 +105,13 @@ WAYS: dict[str, Callable[[str], Iterator[torch.Tensor]]] = {
     "torch": lambda name: loop(name, lambda module: module),
     "torch-compile": lambda name: loop(name, torch.compile),
     "fastdp-1-step": lambda name: train_steps(name, gpus=1, compile=None),
-    "fastdp-1-loop": lambda name: loop(name, lambda module: fastdp.wrap(module, gpus=1, compile=None)),
-    "fastdp-1-captured": lambda name: captured(name, 1),
+    "fastdp-1-loop": lambda name: wrapped_loop(name, gpus=1, compile=None),
+    "fastdp-1-captured": lambda name: captured(name, 1, train_steps),
+    "fastdp-1-captured-loop": lambda name: captured(name, 1, wrapped_loop),
     "fastdp-2-step": lambda name: train_steps(name, gpus=2, compile=None),
-    "fastdp-2-loop": lambda name: loop(name, lambda module: fastdp.wrap(module, gpus=2, compile=None)),
-    "fastdp-2-captured": lambda name: captured(name, 2),
+    "fastdp-2-loop": lambda name: wrapped_loop(name, gpus=2, compile=None),
+    "fastdp-2-captured": lambda name: captured(name, 2, train_steps),
+    "fastdp-2-captured-loop": lambda name: captured(name, 2, wrapped_loop),
 }
 
 

@@ -87,12 +87,15 @@ def train_step(modules: tuple[nn.Module, nn.Module], batches: Iterable[Batch], *
     making, judged = fastdp.wrap(generator, **how), fastdp.wrap(Judged(generator, discriminator), **how)
     pairs = fastdp.wrap(Pairs(discriminator), **how)
     own = len(list(generator.parameters()))
-    find = pairs.train_step(lambda logits: real_loss(logits[0]) + fake_loss(logits[1]), make_optimizer)
-    deceive = judged.train_step(real_loss, lambda parameters: make_optimizer(parameters[:own]))
+    # The losses are means over rows, and no modules that say so: told, each device computes its rows' part.
+    found_out = pairs.train_step(
+        lambda logits: real_loss(logits[0]) + fake_loss(logits[1]), make_optimizer, reduction="mean"
+    )
+    deceive = judged.train_step(real_loss, lambda parameters: make_optimizer(parameters[:own]), reduction="mean")
     for images, noise in batches:
         with torch.no_grad():
             made = making(noise)
-        found = find((images, made))
+        found = found_out((images, made))
         yield found + deceive(noise)
 
 

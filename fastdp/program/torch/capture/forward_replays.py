@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdp.capture.agreement import disagreement
+from fastdp.capture.agreement import Tensors, disagreement, moved
 from fastdp.capture.trace import Captured
 from fastdp.comm.context import Context
 from fastdp.program.base import Result
@@ -72,9 +72,13 @@ class ForwardReplays:
             draws, why = kept.of(captured, before, context)
             if why:
                 return why
+
+            def at(number: int) -> Tensors:
+                return captured.repeat(moved(before, number), given, context, draws).outputs
+
             outcome = captured.repeat(before, given, context, draws)
             arguments = [work.own_argument(number, batch, context) for number in outcome.form.written]
-            return self._difference(outcome, result, outputs, arguments, before, context)
+            return self._difference(outcome, at, result, outputs, arguments, before, context)
 
         captured.compare(difference)
         return result
@@ -82,17 +86,19 @@ class ForwardReplays:
     def _difference(
         self,
         outcome: ForwardOutcome,
+        at: Callable[[int], Tensors],
         result: Result,
         outputs: Sequence[torch.Tensor],
         arguments: Sequence[torch.Tensor],
         before: list[torch.Tensor],
         context: Context,
     ) -> str:
-        """What differs between a captured pass and the eager one; empty if nothing does."""
+        """What differs between a captured pass and the eager one; empty if nothing does. `at` as in `disagreement`."""
         rough = context.structure.autocast.enabled or any(one.dtype.itemsize < 4 for one in before if one.ndim)
         if outcome.form.nest != result.notes.nest:
             return "the structure of the outputs"
-        why = disagreement(outcome.outputs, outputs, [f"output {i}" for i in range(len(outputs))], rough=rough)
+        names = [f"output {i}" for i in range(len(outputs))]
+        why = disagreement(outcome.outputs, outputs, names, rough=rough, at=at)
         why = why or disagreement(outcome.written, arguments, ["an argument"] * len(arguments), rough=rough)
         if why:
             return why

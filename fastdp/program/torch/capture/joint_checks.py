@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.autograd.graph import get_gradient_edge
 
-from fastdp.capture.agreement import disagreement
+from fastdp.capture.agreement import Tensors, disagreement, moved
 from fastdp.capture.joint import CapturedJoint
 from fastdp.program.torch.capture.pure_joint import JointForm
 from fastdp.program.torch.nest import Nest
@@ -54,13 +54,24 @@ class EagerPasses:
         """
         if not self._is_alike:
             return "the structure of the outputs", []
+        found, values, gradients = self._captured_passes(inputs)
+
+        def at(number: int) -> Tensors:
+            outputs, _, by_leaves = self._captured_passes(moved(inputs, number))
+            return [*outputs, *by_leaves]
+
+        what = [f"output {i}" for i in range(len(found))] + [f"the gradient of {name}" for name in names]
+        expected = [*self._outputs, *self._gradients]
+        return disagreement([*found, *gradients], expected, what, rough=rough, at=at), values
+
+    def _captured_passes(
+        self, inputs: Sequence[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor | None]]:
+        """The outputs, other values and gradients of the captured passes."""
         captured = self._captured
         found, values, kept = captured.run(inputs)
         needed = [*(inputs[at] for at in captured.given), *kept]
-        gradients = captured.gradients(captured.passes, needed, self._tangents)
-        why = disagreement(found, self._outputs, [f"output {i}" for i in range(len(found))], rough=rough)
-        names = [f"the gradient of {name}" for name in names]
-        return why or disagreement(gradients, self._gradients, names, rough=rough), values
+        return found, values, captured.gradients(captured.passes, needed, self._tangents)
 
 
 def _random(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fastdp.buffers import FlatBuffers
-from fastdp.capture.agreement import disagreement
+from fastdp.capture.agreement import Tensors, disagreement, moved
 from fastdp.capture.resumed import ResumedCaptures
 from fastdp.capture.shapes import are_recorded
 from fastdp.capture.trace import Captured
@@ -115,24 +115,35 @@ class Replays:
 
         def difference() -> str:
             draws, why = kept.of(captured, before, context)
-            return why or self._difference(
-                captured.repeat(before, batch, context, draws), state, result, before, context
-            )
+            if why:
+                return why
+
+            def at(number: int) -> Tensors:
+                return captured.repeat(moved(before, number), batch, context, draws).gradients
+
+            outcome = captured.repeat(before, batch, context, draws)
+            return self._difference(outcome, at, state, result, before, context)
 
         captured.compare(difference)
         return result
 
     def _difference(
-        self, outcome: TorchOutcome, state: State, result: Result, before: list[torch.Tensor], context: Context
+        self,
+        outcome: TorchOutcome,
+        at: Callable[[int], Tensors],
+        state: State,
+        result: Result,
+        before: list[torch.Tensor],
+        context: Context,
     ) -> str:
-        """What differs between a captured step and the eager one; empty if nothing does."""
+        """What differs between a captured step and the eager one; empty if nothing does. `at` as in `disagreement`."""
         notes: Notes = result.notes
         rough = context.structure.autocast.enabled or outcome.form.loss_dtype not in (torch.float32, torch.float64)
         losses = [torch.tensor(float(sums[0]), dtype=outcome.form.loss_dtype) for sums in (outcome.sums, result.sums)]
         shared = self._merges and context.size > 1  # all of it is the first replica's, in eager steps
         why = disagreement([losses[0]], [losses[1]], ["the loss"], rough=rough) if not shared else ""
         used = [gradient if i in notes.found.used else None for i, gradient in enumerate(state.gradients.present)]
-        why = why or disagreement(outcome.gradients, used, self._names, rough=rough)
+        why = why or disagreement(outcome.gradients, used, self._names, rough=rough, at=at)
         if why:
             return why
         found = _result(outcome, context)
