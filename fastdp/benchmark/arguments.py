@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from fastdp.benchmark import user_file
-from fastdp.benchmark.models import MODELS
+from fastdp.benchmark.models import MODELS, find, is_builtin
 from fastdp.benchmark.request import LIBRARIES, MODES, SYNTHETIC, Request
 from fastdp.benchmark.settings import Settings
 from fastdp.runtime.select import devices
@@ -35,7 +35,7 @@ def settings_of(options: argparse.Namespace, command: Sequence[str], framework_o
     if "graph" in modes and kind != "gpu":
         raise ValueError("`--mode graph` records CUDA graphs, and there are none without GPUs. Leave it out.")
     framework = options.framework or _framework(target, framework_of)
-    known = MODELS.get(target)
+    known = find(target) if is_builtin(target) else None
     batch = options.batch or (known.batch if known is not None else DEFAULT_BATCH)
     data = options.data if options.data == SYNTHETIC else _data(options.data)
 
@@ -94,7 +94,8 @@ def target_of(text: str) -> str:
     Raises:
         ValueError: it is neither, or there is no such file.
     """
-    if text in MODELS:
+    if is_builtin(text):
+        find(text)
         return text
     named = user_file.split(text)
     path = named[0] if named is not None else Path(text)
@@ -155,15 +156,15 @@ def names(text: str | None, choices: Sequence[str], option: str) -> list[str]:
 
 def _framework(target: str, framework_of: Callable[[str], str]) -> str:
     """What a model is made of. A built-in one has a form for Keras, if it is installed, and one for torch."""
-    if target in MODELS:
-        forms = [one for one in MODELS[target].frameworks if importlib.util.find_spec(one) is not None]
-        return (forms or list(MODELS[target].frameworks))[0]
+    if is_builtin(target):
+        known = find(target).frameworks
+        return next((one for one in known if importlib.util.find_spec(one) is not None), known[0])
     return framework_of(target) if user_file.split(target) is not None else "keras"
 
 
 def _form(target: str, library: str, framework: str) -> str:
     """The form of the model that a library trains: built-in models have one for each."""
-    if target not in MODELS or library == "fastdp":
+    if not is_builtin(target) or library == "fastdp":
         return framework
     return "keras" if library.startswith("keras") else "torch"
 

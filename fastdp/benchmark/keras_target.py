@@ -10,7 +10,7 @@ import keras
 
 from fastdp.benchmark import user_file
 from fastdp.benchmark.arrays import Array
-from fastdp.benchmark.models import MODELS, build
+from fastdp.benchmark.models import find, is_builtin
 from fastdp.benchmark.request import Request
 from fastdp.benchmark.target import Target
 
@@ -25,7 +25,7 @@ def load(request: Request) -> Target:
     """
     keras.utils.set_random_seed(request.seed)
     keras.config.set_dtype_policy(POLICIES[request.precision])
-    if request.target in MODELS:
+    if is_builtin(request.target):
         return _builtin(request)
     named = user_file.split(request.target)
     if named is None:
@@ -37,17 +37,16 @@ def load(request: Request) -> Target:
 
 
 def _builtin(request: Request) -> Target:
-    known = MODELS[request.target]
-    model = build(request.target, "keras")
+    known = find(request.target)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     name = request.optimizer or known.optimizer
     return Target(
         known.title,
         "keras",
-        model,
+        known.build("keras"),
         keras.losses.get(request.loss) if request.loss else loss,
         optimizer(name),
-        known.inputs,
+        known.inputs_of("keras"),
         known.targets,
         loss_title=request.loss or "cross-entropy",
         optimizer_title=name,

@@ -20,7 +20,8 @@ class Request:
     """One way to train one model, as the driver asks for it. Travels to the worker process as JSON.
 
     Args:
-        target: name of a built-in model, absolute path of a `.keras` file, or "/abs/file.py:function".
+        target: name of a built-in model, perhaps with sizes (`resnet50:size=64`); absolute path of a `.keras` file; or
+            "/abs/file.py:function".
         framework: what the model is made of, "keras" or "torch".
         library: what trains it. "keras" is Keras's own `fit` on torch; "torch" is torch's loop in one process.
         devices: number of replicas.
@@ -71,7 +72,7 @@ class Request:
         count = "1 device" if self.devices == 1 else f"{self.devices} devices"
         titles = {"ddp": "DDP", "keras": "Keras fit", "keras-jax": "Keras JAX", "keras-tensorflow": "Keras TF"}
         form = " torch" if self.library == "fastdp" and self.framework == "torch" else ""
-        mode = "" if self.library not in ("fastdp", "torch") or self.mode == "auto" else f", {self.mode}"
+        mode = "" if self.mode == "auto" else f", {self.mode}"
         return f"{titles.get(self.library, self.library)}{form}, {count}{mode}"
 
     def to_json(self) -> str:

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fastdp.benchmark import user_file
 from fastdp.benchmark.arrays import Array
-from fastdp.benchmark.models import MODELS, build
+from fastdp.benchmark.models import find, is_builtin
 from fastdp.benchmark.request import Request
 from fastdp.benchmark.target import Target
 
@@ -44,7 +44,7 @@ def load(request: Request) -> Target:
         ValueError: the module or something that its training needs is unknown; the message has the remedy.
     """
     torch.manual_seed(request.seed)
-    if request.target in MODELS:
+    if is_builtin(request.target):
         return _builtin(request)
     named = user_file.split(request.target)
     if named is None:
@@ -58,12 +58,12 @@ def load(request: Request) -> Target:
 
 
 def _builtin(request: Request) -> Target:
-    known = MODELS[request.target]
+    known = find(request.target)
     name, loss = request.optimizer or known.optimizer, request.loss or "cross_entropy"
     return Target(
         known.title,
         "torch",
-        build(request.target, "torch"),
+        known.build("torch"),
         loss_of(loss),
         optimizer(name),
         known.inputs_of("torch"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 
 from fastdp.benchmark.request import Prepared, Request
 
@@ -37,10 +38,13 @@ def environment(request: Request) -> dict[str, str]:
     found = {"KERAS_BACKEND": BACKENDS.get(request.library, "torch"), "TF_CPP_MIN_LOG_LEVEL": "3"}
     if request.kind == "gpu":
         found["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the other ways need memory too
-        if request.devices > 1:
-            found["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
+        if request.devices > 1:  # both take effect only before CUDA starts
+            found |= {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGER"}
     else:
         found["CUDA_VISIBLE_DEVICES"] = ""
+        if request.library == "keras-jax":
+            flags = os.environ.get("XLA_FLAGS", "")
+            found["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={request.devices}".strip()
     return found
 
 

@@ -1,60 +1,43 @@
-"""Trains Keras models by fastdp: the steps of `fit`, on GPUs or virtual devices."""
+"""fastdp over Keras models: their `fit`, on GPUs or on virtual devices."""
 
 from __future__ import annotations
 
-import math
 import time
-from typing import Any
 
 from fastdp.api import wrap
 from fastdp.benchmark.data import batches_of
 from fastdp.benchmark.fastdp_report import report_of
-from fastdp.benchmark.request import Prepared, Request, Round
+from fastdp.benchmark.request import Prepared, Request
 from fastdp.benchmark.target import load
-from fastdp.runtime.select import set_virtual_devices
-
-# The arguments of `fastdp.wrap` for each mode.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "auto": {"compile": "auto", "graph": "auto"},
-    "eager": {"compile": None, "graph": None},
-    "traced": {"compile": "trace", "graph": None},
-    "compiled": {"compile": "inductor", "graph": None},
-    "graph": {"compile": "inductor", "graph": "auto"},
-}
-COMPILE_SECONDS = 600.0
+from fastdp.benchmark.ways.fastdp_form import OPTIONS, AutoSettled, choose_devices, finish, free_devices, settle
+from fastdp.benchmark.ways.keras_training import Fit, facts_of
 
 
 def prepare(request: Request) -> Prepared:
-    """Build and wrap the model, train the first step, and wait for the compiler."""
+    """Build, wrap and compile the model, and train until steps run in the form asked for.
+
+    Raises:
+        NotImplementedError, RuntimeError: the mode cannot be had; the message says why.
+    """
+    choose_devices(request)
     target = load(request)
     batches = batches_of(target, request)
-    if request.kind != "gpu":
-        set_virtual_devices(request.devices, kind="host")
+    began = time.perf_counter()
     parallel = wrap(target.model, gpus=request.devices, **OPTIONS[request.mode])
-    parallel.compile(target.optimizer, target.loss)
-    trained = 0
+    parallel.compile(target.optimizer, target.loss, loss_weights=target.loss_weights)
+    fit = Fit(parallel, batches, lambda: finish(parallel))
+    fit.train(1)
+    first = time.perf_counter() - began
+    settle(request, parallel, fit.train)
 
-    def train(steps: int) -> Round:
-        nonlocal trained
-        began = time.perf_counter()
-        for number in range(trained, trained + steps):
-            loss = parallel.train_on_batch(*batches(number))
-        float(loss)
-        trained += steps
-        return Round(steps, time.perf_counter() - began)
+    def close() -> None:
+        batches.close()
+        free_devices(request)
 
-    first = train(1).seconds
-    train(2)
-    parallel.wait_compiled(COMPILE_SECONDS)
-    facts = {
-        **target.facts,
-        "parameters": sum(math.prod(variable.shape) for variable in target.model.trainable_variables),
-        "first_step_seconds": first,
-    }
     return Prepared(
-        train,
-        {**report_of(parallel), **facts},
-        report=lambda: report_of(parallel),
-        settled=lambda: not parallel.compiling,
-        close=batches.close,
+        fit.train,
+        {**report_of(parallel), **facts_of(target, first)},
+        report=lambda: {**report_of(parallel), "loss": fit.loss, "trained": fit.trained},
+        settled=AutoSettled(request, parallel),
+        close=close,
     )

@@ -1,0 +1,1 @@
+"""The built-in models as Keras models, on any backend; imported where Keras is used."""

@@ -1,0 +1,1 @@
+"""The built-in models as torch modules; imported where torch is used."""
