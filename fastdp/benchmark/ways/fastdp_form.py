@@ -1,4 +1,4 @@
-"""fastdp's own part of its ways: devices, options by mode, and the check that steps run in the form asked for."""
+"""What the ways of fastdp share: devices, options by mode, and the check that steps run in the form asked for."""
 
 from __future__ import annotations
 

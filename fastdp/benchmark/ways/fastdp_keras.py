@@ -1,4 +1,4 @@
-"""fastdp over Keras models: their `fit`, on GPUs or on virtual devices."""
+"""Trains Keras models by fastdp: their `fit`, on GPUs or on virtual devices."""
 
 from __future__ import annotations
 

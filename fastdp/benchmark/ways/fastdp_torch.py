@@ -1,4 +1,4 @@
-"""fastdp over torch modules: their train steps, on GPUs or on virtual devices."""
+"""Trains torch modules by fastdp: their train steps, on GPUs or on virtual devices."""
 
 from __future__ import annotations
 

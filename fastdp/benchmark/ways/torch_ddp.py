@@ -1,4 +1,4 @@
-"""torch's DistributedDataParallel: one process per device, over NCCL on GPUs and over gloo on the CPU."""
+"""DistributedDataParallel of torch: one process per device, over NCCL on GPUs and over gloo on the CPU."""
 
 from __future__ import annotations
 

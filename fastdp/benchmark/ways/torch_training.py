@@ -1,4 +1,4 @@
-"""torch's training loop as a measured way: precision, data on its way to the device, loss, update, and waiting."""
+"""The training loop of torch as a measured way: precision, data, loss, update, and waiting until all is done."""
 
 from __future__ import annotations
 
