@@ -4,7 +4,7 @@
     fastdp bench my_model.keras
     fastdp bench my_file.py:make_model --batch 256 --compare torch,ddp
     fastdp bench mlp --virtual 1,2,4                    on a machine without GPUs
-    fastdp bench report A.json B.json                   compare results
+    fastdp bench report A.json B.json --output FOLDER   compare results, in a page as well
 
 Every way to train is a process of its own. All warm up until their step time stays the same, and then take turns.
 Figures are medians over the rounds, with their spread, and the noise of the machine beside them.
@@ -13,7 +13,6 @@ Figures are medians over the rounds, with their spread, and the noise of the mac
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import signal
 import sys
@@ -22,13 +21,16 @@ from typing import Any
 
 from fastdp.benchmark.arguments import settings_of
 from fastdp.benchmark.describe import framework_of
-from fastdp.benchmark.display import make_display
+from fastdp.benchmark.display import open_display
+from fastdp.benchmark.html import report_page
 from fastdp.benchmark.process import WayError
 from fastdp.benchmark.request import FRAMEWORKS, LIBRARIES, MODES, PRECISIONS, SYNTHETIC
 from fastdp.benchmark.result import FILE, save
 from fastdp.benchmark.run import run as measure
+from fastdp.cli import bench_report
 
 WRONG, FAILED, INTERRUPTED = 2, 1, 130
+PAGE = "report.html"  # beside the result in the folder of --output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
         print(options.help())
         return 0
     if options.target == "report":
-        return int(importlib.import_module("fastdp.benchmark.comparison").main([Path(one) for one in options.files]))
+        return bench_report.run(options.files, as_json=options.json, output=options.output)
     try:
         if options.files:
             raise ValueError(f"one model at a time: {options.target}. Received also: {' '.join(options.files)}")
@@ -114,7 +116,8 @@ def run(options: argparse.Namespace) -> int:
         return WRONG
     before = signal.signal(signal.SIGTERM, _end)
     try:
-        result = measure(settings, make_display(sys.stderr if options.json else sys.stdout))
+        with open_display(sys.stderr if options.json else sys.stdout) as display:
+            result = measure(settings, display)
     except KeyboardInterrupt:
         print("fastdp bench: interrupted; all its processes are ended", file=sys.stderr)
         return INTERRUPTED
@@ -134,6 +137,8 @@ def _write(result: dict[str, Any], options: argparse.Namespace) -> None:
     """Print the JSON and write the files that were asked for."""
     if options.output is not None:
         save(result, options.output / FILE)
-        print(f"Wrote {options.output / FILE}", file=sys.stderr)
+        page = options.output / PAGE
+        page.write_text(report_page(result, options.output), "utf-8")
+        print(f"Wrote {options.output / FILE} and {page}", file=sys.stderr)
     if options.json:
         print(json.dumps(result))
