@@ -12,6 +12,7 @@ from fastdp.benchmark.comparison import compare, ratio_of
 from fastdp.benchmark.figures import Spread
 from fastdp.benchmark.result import save
 from fastdp.cli import bench_report
+from fastdp.cli.status import WrongUseError
 
 
 def spread(rounds):
@@ -174,8 +175,11 @@ def test_the_page_of_one_result_is_made_again(files, tmp_path, capsys):
     assert "<h1>MLP of 3 layers" in (tmp_path / "out" / "report.html").read_text("utf-8")
 
 
-def test_a_missing_file_and_too_few_are_errors_with_a_remedy(files, tmp_path, capsys):
-    assert bench_report.run([str(tmp_path / "none.json"), files[0]], as_json=False, output=None) == 2
-    assert "there is no file" in capsys.readouterr().err
-    assert bench_report.run(files[:1], as_json=False, output=None) == 2
-    assert "fastdp bench report A.json B.json" in capsys.readouterr().err
+def test_a_missing_file_and_too_few_are_errors_with_a_remedy(files, tmp_path):
+    with pytest.raises(WrongUseError, match=r"none\.json: No such file"):
+        bench_report.run([str(tmp_path / "none.json"), files[0]], as_json=False, output=None)
+    with pytest.raises(WrongUseError, match=r"fastdp bench report A\.json B\.json"):
+        bench_report.run(files[:1], as_json=False, output=None)
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(WrongUseError, match=r"other\.json is no result of `fastdp bench`"):
+        bench_report.run([str(tmp_path / "other.json")] * 2, as_json=False, output=None)

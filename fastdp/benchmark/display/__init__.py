@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TextIO
 
-from fastdp.benchmark.display.comparison_blocks import comparison_blocks
+from fastdp.benchmark.display.comparison import comparison_blocks
 from fastdp.benchmark.display.lines import Lines
 from fastdp.benchmark.display.output import console_of, write_blocks
-from fastdp.benchmark.display.result_blocks import result_blocks
+from fastdp.benchmark.display.result import result_blocks
 from fastdp.rendering.blocks import Block
 
 __all__ = ["Display", "comparison_blocks", "open_display", "result_blocks", "write"]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from fastdp.benchmark.display.output import encodable, write_blocks
-from fastdp.benchmark.display.result_blocks import result_blocks
+from fastdp.benchmark.display.result import result_blocks
 from fastdp.benchmark.display.state import State, Way
 from fastdp.benchmark.figures import count, duration, number, plain, plural, rate
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastdp.benchmark.display.output import encodable, is_unicode, write_blocks
-from fastdp.benchmark.display.result_blocks import result_blocks
+from fastdp.benchmark.display.result import result_blocks
 from fastdp.benchmark.display.state import State, Way
 from fastdp.benchmark.entries import PARTS, VERBS, Device
 from fastdp.benchmark.figures import count, duration, median_of, milliseconds, percent, plural, rate, relative_of, size

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages of results and comparisons: no network, no script, light and dark, for screen and paper."""
+"""Self-contained HTML pages of results and comparisons: no network, no script, light and dark."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import html
 import os
 from pathlib import Path
 
-from fastdp.benchmark.html.comparison_page import comparison_page
+from fastdp.benchmark.html.comparison import comparison_page
 from fastdp.benchmark.html.report import report_page
 
 __all__ = ["Page", "comparison_page", "report_page"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastdp.benchmark.comparison import Comparison, Ratio
-from fastdp.benchmark.display.result_blocks import filled
+from fastdp.benchmark.display.result import filled
 from fastdp.benchmark.figures import MISSING, median_of, rate
 from fastdp.rendering.blocks import Block, Paragraph, Table
 

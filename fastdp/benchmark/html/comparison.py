@@ -1,4 +1,4 @@
-"""The comparison of several results as a page: what differs first, then each way with its ratio to the first result."""
+"""The comparison of results as a page: what differs first, then ratios to the first result."""
 
 from __future__ import annotations
 
