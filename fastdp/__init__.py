@@ -32,11 +32,12 @@ from fastdp.runtime.topology import DeviceInfo
 from fastdp.tracing.trace import trace
 
 if TYPE_CHECKING:
-    from fastdp import replica, utils
+    from fastdp import callbacks, replica, utils
     from fastdp.data.hdf5 import HDF5Matrix
     from fastdp.keras.install import install, uninstall
     from fastdp.keras.parallel_model import ParallelModel
     from fastdp.keras.wrap import multi_gpu_model
+    from fastdp.monitoring.progress import progress
     from fastdp.tensors.marks import mean_over, rows, same
 
 __all__ = [
@@ -49,12 +50,14 @@ __all__ = [
     "ReplicaError",
     "StepResult",
     "__version__",
+    "callbacks",
     "data",
     "device",
     "devices",
     "install",
     "mean_over",
     "multi_gpu_model",
+    "progress",
     "replica",
     "rows",
     "same",
@@ -69,9 +72,11 @@ __all__ = [
 _LATE = {
     "HDF5Matrix": "fastdp.data.hdf5",
     "ParallelModel": "fastdp.keras.parallel_model",
+    "callbacks": "fastdp.callbacks",
     "install": "fastdp.keras.install",
     "multi_gpu_model": "fastdp.keras.wrap",
     "mean_over": "fastdp.tensors.marks",
+    "progress": "fastdp.monitoring.progress",
     "replica": "fastdp.replica",
     "rows": "fastdp.tensors.marks",
     "same": "fastdp.tensors.marks",
@@ -98,7 +103,7 @@ def __getattr__(name: str) -> Any:
                 needs = "Keras and torch. Install them with: pip install 'fastdp[keras]'"
             raise ImportError(f"fastdp.{name} needs {needs}") from error
         raise
-    return module if name in ("replica", "utils") else getattr(module, name)
+    return module if name in ("callbacks", "replica", "utils") else getattr(module, name)
 
 
 def _choose_backend() -> None:

@@ -38,6 +38,7 @@ except ImportError:  # a GPU machine that runs the `gpu` tests alone
 NEEDS = {
     "cupy": ("cupy",),
     "fastdp.keras": ("keras", "torch"),
+    "fastdp.callbacks": ("keras", "torch"),
     "fastdp.capture": ("torch",),
     "fastdp.program.keras": ("keras", "torch"),
     "fastdp.program.torch": ("torch",),
@@ -48,7 +49,9 @@ NEEDS = {
     "linear_step": ("torch",),
     "matplotlib": ("matplotlib",),
     "pytest_benchmark": ("pytest_benchmark",),
+    "PIL": ("PIL",),
     "sklearn": ("sklearn",),
+    "tensorboard": ("tensorboard",),
     "torch": ("torch",),
 }
 

@@ -51,6 +51,19 @@ def test_the_lines_of_an_own_loop_train_as_on_one_device() -> None:
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_the_lines_that_watch_a_run_write_their_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fastdp.set_virtual_devices(2)
+    parallel = fastdp.wrap(keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)]), gpus=2, compile=None)
+    parallel.compile("sgd", "mse")
+    exec(CODE[2], {"parallel": parallel, "x": np.ones((30, 6)), "y": np.ones((30, 3))})
+    assert len((tmp_path / "run.csv").read_text().splitlines()) == 4
+    assert {path.name for path in (tmp_path / "logs").iterdir()} == {"train", "validation"}
+    assert "fastdp: 2 devices, 3 training steps." in capsys.readouterr().out
+
+
 def test_the_lines_for_a_torch_module_train_it() -> None:
     fastdp.set_virtual_devices(4)
     module = torch.nn.Linear(6, 3)
@@ -58,7 +71,7 @@ def test_the_lines_for_a_torch_module_train_it() -> None:
     x = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x.argmax(dim=1) % 3), batch_size=8)
     names: dict[str, Any] = {"fastdp": fastdp, "torch": torch, "module": module, "loader": loader}
-    exec(CODE[2], names)
+    exec(CODE[3], names)
     assert len(names["dp"].devices) == 4
     assert float(names["loss"]) > 0
     assert not torch.equal(module.weight, before)

@@ -244,6 +244,12 @@ def _known(model: keras.Model) -> _Known | None:
     return model.__dict__.get(_STEPS)
 
 
+def made_steps(model: keras.Model) -> Steps | None:
+    """The steps that `install` has made for a model; None if it has none."""
+    known = _known(model)
+    return known.steps if known is not None else None
+
+
 def _steps_of(model: keras.Model, installed: _Installed) -> Steps:
     """The steps of a model as it is compiled now."""
     known = _known(model)

@@ -15,7 +15,7 @@ from fastdp.engine.report import Report
 from fastdp.keras.checks import check_loop, check_options, check_template
 from fastdp.keras.compile_state import borrowed, follow, take_over
 from fastdp.keras.fit.arguments import arguments_by_name, stream_fit, stream_forward
-from fastdp.keras.fit.callbacks import at_once
+from fastdp.keras.fit.callbacks import at_once, close_files
 from fastdp.keras.fit.device_dataset import as_fed, resident_batch, resident_fit, resident_forward
 from fastdp.keras.fit.prefetch import in_host_memory
 from fastdp.keras.steps.call_checks import is_hooked, why_not_here
@@ -137,6 +137,7 @@ class ParallelModel(Traceable, TemplateView):
                 f"The model {self.name!r} is already in fit() in another thread. Train one parallel model from one "
                 "thread at a time, or wrap a model for each thread."
             )
+        arguments: dict[str, Any] = {}
         try:
             arguments = resident_fit(arguments_by_name(keras.Model.fit, args, kwargs), self.devices)
             self._begins_fit = True
@@ -147,6 +148,9 @@ class ParallelModel(Traceable, TemplateView):
                 io_utils.print_msg(self.report().line)
             self._small_work.check(self._steps.made_engine)
             return history
+        except BaseException:
+            close_files(arguments.get("callbacks"))
+            raise
         finally:
             self._begins_fit = False
             self._steps.end_following()

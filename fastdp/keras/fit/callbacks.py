@@ -1,4 +1,4 @@
-"""Tells callbacks of a batch's end on the thread that trains."""
+"""Tells callbacks of a batch's end on the thread that trains, and closes their files after an error."""
 
 from __future__ import annotations
 
@@ -29,3 +29,30 @@ def at_once(callbacks: Any) -> Any:
     if isinstance(callbacks, keras.callbacks.CallbackList):
         return callbacks
     return [*keras.tree.flatten(callbacks), AtOnce()] if callbacks else [AtOnce()]
+
+
+class WritesFiles(keras.callbacks.Callback):
+    """A callback with something to close.
+
+    `fit` of a parallel model closes it at its end and after an error. Plain Keras tells callbacks of no error: then it
+    is closed by the next `fit`, by `with`, by `close()`, or when the callback is gone. What has been written by then
+    is in the files in any case.
+    """
+
+    def close(self) -> None:
+        """Close what is open. Another `fit` opens it again. May be called any number of times."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def close_files(callbacks: Any) -> None:
+    """Close the files of the callbacks of a `fit` that has failed."""
+    found = callbacks.callbacks if isinstance(callbacks, keras.callbacks.CallbackList) else callbacks
+    for callback in keras.tree.flatten(found) if found else []:
+        if isinstance(callback, WritesFiles):
+            callback.close()

@@ -54,6 +54,7 @@ class Steps(ModelEngine):
 
     _model_calls: ModelCalls | None = None
     _told_of_values = False
+    trained_rows = 0  # rows of the training steps so far, for callbacks that tell samples per second
     _checked: tuple[Any, Batch] | None = None
     # The prefetched batches of the current `fit`; None where batches are not fetched ahead.
     ahead: Prefetch | None = None
@@ -99,7 +100,9 @@ class Steps(ModelEngine):
     def train(self, engine: DataParallel[CallProgram], data: Any) -> Any:
         """Run one training step; returns the logs."""
         if has_own(self.template, "train_step"):
-            return self._own_step("train_step", data)
+            logs = self._own_step("train_step", data)
+            self.trained_rows += _rows(data)
+            return logs
         ahead = self.ahead
         batch = self._batch(data, ahead)
         program = engine.program
@@ -121,6 +124,7 @@ class Steps(ModelEngine):
                 _check_is_undecided(error)
                 program.inspect(batch, every_row=True)
                 result = engine.train(batch, wants_outputs=wants_outputs, reduce=reduce)
+        self.trained_rows += batch.rows
         program.accumulation.stepped()
         program.leave_gradients(engine)
         if program.captures is not None:
@@ -311,6 +315,11 @@ def _cause_of_row_errors() -> Iterator[None]:
         if isinstance(error.__cause__, NotByRowsError):
             raise error.__cause__ from None
         raise
+
+
+def _rows(data: Any) -> int:
+    """The rows of a batch: those of its first array."""
+    return next((leaf.shape[0] for leaf in keras.tree.flatten(data) if len(getattr(leaf, "shape", ()))), 0)
 
 
 def _has_rows(data: Any) -> bool:

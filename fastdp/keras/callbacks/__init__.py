@@ -1,0 +1,1 @@
+"""The parts of `fastdp.callbacks`: what is watched, where it is written, and the callbacks."""
