@@ -66,7 +66,7 @@ class Monitor(WritesFiles):
             raise ValueError(f"`interval` must be a number of seconds, at least 0. Received: {interval}.")
         self._logs = make_logs(logs, append=append)
         self._every, self._bar, self._interval = every, bar, interval
-        # Keras may then call it in another thread at the end of a batch. On GPUs it would wait for each batch otherwise;
+        # Keras may then call it in another thread at the end of a batch. On GPUs it would wait for each batch else;
         # elsewhere the other thread takes a core from the step, and comes late.
         self.async_safe = torch.cuda.is_available()
         self._lock = threading.Lock()
