@@ -388,19 +388,48 @@ class Tells(Net):
         return y, y[0]
 
 
+class Features(Net):
+    def forward(self, x):
+        features = self.first(x)
+        return self.last(features), features
+
+
 class Replaces(Net):
     def forward(self, x):
         self.seen = self.seen * 0.9
         return self.last(self.first(x))
 
 
-@pytest.mark.parametrize(("kind", "why"), [(Returns, "share memory"), (Tells, "share memory"), (Replaces, "`seen`")])
+CALLER_CAN_TELL = [
+    (Returns, "share memory"),
+    (Tells, "share memory"),
+    (Features, "computes another one"),
+    (Replaces, "`seen`"),
+]
+
+
+@pytest.mark.parametrize(("kind", "why"), CALLER_CAN_TELL)
 def test_what_a_caller_on_one_device_can_tell_from_a_graph_stays_plain_torch(kind, why):
     loop = usual if kind is Replaces else of_the_first
     with pytest.warns(UserWarning, match=why):
         assert hows(check(kind(), loop, 1)) == {"eager"}
     if kind is not Tells:
         assert hows(check(kind(), loop, 3)) == {"traced"}
+
+
+@pytest.mark.filterwarnings("ignore:fastdp runs")
+def test_an_activation_that_is_returned_has_its_gradient_on_one_device():
+    parallel = fastdp.wrap(Features(), gpus=1, compile="trace")
+    for i in range(STEPS):
+        logits, features = parallel(rows(i))
+        seen: list[torch.Tensor] = []
+        features.register_hook(seen.append)
+        features.retain_grad()
+        F.cross_entropy(logits, classes(i)).backward()
+        assert features.grad is not None
+        assert torch.equal(seen[0], features.grad)
+        assert features.grad.abs().max() > 0
+    assert "computes another one" in whys(parallel)
 
 
 @pytest.mark.parametrize("devices", [1, 2])

@@ -16,6 +16,7 @@ from fastdp.capture.pure_step import Draws, ReplicaTensors
 from fastdp.capture.watch import Watch
 from fastdp.comm.context import Context
 from fastdp.errors import NotCapturable
+from fastdp.program.torch.activations import inner_of
 from fastdp.program.torch.batch import Structure, with_extremes
 from fastdp.program.torch.capture.guard import side_effect, watch_pass
 from fastdp.program.torch.capture.pure_pass import PurePass, classes_of
@@ -131,6 +132,9 @@ class TorchPureJoint(PurePass):
             nest, tensors = Nest.flatten(outputs, "The module's outputs")
             if self.most_replicas == 1 and not is_fake(variables):
                 self._refuse_shared(outputs, nest, tensors, [*given, *ran.values])
+                if len(tensors) > 1 and inner_of(tensors):
+                    # Its hooks, its `grad` and torch.autograd.grad by it would see the loss's own part alone.
+                    raise NotCapturable("an output from which the module computes another one")
                 if _leaves((args, kwargs)) != before:
                     raise NotCapturable("a list or dict among the arguments that forward changes")
             if context.rows.count < context.rows.total:
