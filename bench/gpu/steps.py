@@ -9,7 +9,7 @@ and is timed by the wall clock until its last loss is on the host. Virtual GPUs 
 the cost of the engine, not the gain of several cards.
 
 fastdp on one device is also timed with a half, a quarter and an eighth of a batch, for the sum of the parts of 2, 4 and
-8 replicas, and for bench/gpu/scaling_model.py. `fed` and `resident` are the engine's steps without Keras's loop, on a
+8 replicas, and for fastdp plan. `fed` and `resident` are the engine's steps without Keras's loop, on a
 batch in host memory and on the card; `bare` is the replica's work without the engine.
 
 After each round, the medians so far of each way are appended to FASTDP_GPU_LOG, so that an interrupted run keeps them;

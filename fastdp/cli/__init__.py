@@ -14,6 +14,7 @@ COMMANDS = {
     "devices": "list the devices that `gpus=` counts, and what is missing to use GPUs",
     "demo": "train a convolutional network on real digits, on several devices and on one, and compare",
     "bench": "measure how fast a model trains: built-in ones, a .keras file, or a function of your own",
+    "plan": "model steps and scaling on 1 to 8 GPUs of a box, from what one device takes",
     "run": "run an unmodified Keras or torch script on several devices",
     "convert": "turn an old parallel-model .h5 file into a plain one",
 }

@@ -94,6 +94,37 @@ def positive(what: str, *, zero: bool = False) -> Callable[[str], float]:
     return parse
 
 
+def number(what: str, least: float, most: float) -> Callable[[str], float]:
+    """An argument type: a number from `least` to `most`; `what` is its unit."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(
+                f"must be a number of {what} from {least:g} to {most:g}, got {shown(text)}"
+            )
+        return value
+
+    return parse
+
+
+def counts(most: int) -> Callable[[str], list[int]]:
+    """An argument type: whole numbers from 1 to `most` such as 1,2,4, sorted, each once."""
+
+    def parse(text: str) -> list[int]:
+        try:
+            return sorted({whole_number(1, most)(part) for part in text.split(",")})
+        except argparse.ArgumentTypeError:
+            raise argparse.ArgumentTypeError(
+                f"must be whole numbers from 1 to {most}, such as 1,2,4, got {shown(text)}"
+            ) from None
+
+    return parse
+
+
 def shown(text: str) -> str:
     """An argument as it stands in a message: cut where it is long."""
     return repr(text) if len(text) <= 60 else f"{text[:60]!r}..."

@@ -1,4 +1,4 @@
-"""What is made of measurements on a card: the goals, the tables of docs/hardware.md, the model of several GPUs.
+"""What is made of measurements on a card: the goals and the tables of docs/hardware.md.
 
 All of it on records that are made up: every figure here is invented.
 """
@@ -16,9 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from bench.gpu import goals as gpu_goals
 from bench.gpu import results as gpu_results
-from bench.gpu import scaling_model as scaling_model
 from bench.gpu.cases import CASES
-from bench.gpu.scaling_model import Link
 
 MACHINE = {
     "gpus": [{"name": "Made-up GPU"}],
@@ -252,100 +250,3 @@ def test_tables_replace_what_stands_between_the_marks_and_nothing_else(tmp_path,
 def test_docs_hardware_has_the_marks():
     text = (Path(__file__).parents[2] / "docs" / "hardware.md").read_text(encoding="utf-8")
     assert "tables" in gpu_results.put_into(text, "tables")
-
-
-# The model of several GPUs.
-
-FAST = Link(10e-6, 100e9, "made up")
-
-
-def test_a_bucket_takes_its_latency_and_its_share_of_the_bandwidth():
-    assert FAST.seconds(100_000_000, 1) == 0.0
-    assert FAST.seconds(100_000_000, 2) == pytest.approx(10e-6 + 1e-3)
-    assert FAST.seconds(100_000_000, 8) == pytest.approx(10e-6 + 1.75e-3)
-
-
-def test_without_overlap_all_of_the_all_reduce_is_left():
-    buckets = [50_000_000, 50_000_000]
-    assert scaling_model.reduced_after(buckets, 1.0, 2, FAST, overlap=False) == pytest.approx(2 * 510e-6)
-    assert scaling_model.reduced_after(buckets, 1.0, 1, FAST, overlap=True) == 0.0
-
-
-def test_with_overlap_the_last_bucket_is_left_where_backward_is_long_and_all_where_it_is_short():
-    buckets = [50_000_000, 50_000_000]
-    assert scaling_model.reduced_after(buckets, 1.0, 2, FAST, overlap=True) == pytest.approx(510e-6)
-    assert scaling_model.reduced_after(buckets, 0.0, 2, FAST, overlap=True) == pytest.approx(2 * 510e-6)
-    # Half of backward is 100 us: the first ends at 610 us, the second at 1120, backward at 200.
-    assert scaling_model.reduced_after(buckets, 200e-6, 2, FAST, overlap=True) == pytest.approx(920e-6)
-
-
-def test_a_step_is_computing_or_the_host_whichever_is_longer_and_what_is_left():
-    by_rows = {128: 8e-3, 64: 5e-3, 32: 3e-3, 16: 2e-3}
-    step = lambda n, **more: scaling_model.step_seconds(by_rows, 128, n, [], FAST, **more)  # noqa: E731
-    assert [step(n) for n in (1, 2, 4, 8)] == [8e-3, 5e-3, 3e-3, 2e-3]
-    assert step(8, host=1e-3) == pytest.approx(8e-3)
-    assert scaling_model.step_seconds(by_rows, 100, 3, [], FAST) == 5e-3  # 34 rows: measured for 64
-    with pytest.raises(ValueError, match="expected a measurement of 256 rows or more"):
-        scaling_model.step_seconds(by_rows, 256, 1, [])
-
-
-def modelled(lines, case="mlp"):
-    return scaling_model.predictions(gpu_goals.Found(gpu_goals.measurements(report_of(lines)), MACHINE), case)
-
-
-def parts_of_a_batch(case, *, one_row, parameters):
-    rows = CASES[case].rows
-    lines = [step(case, "fastdp 1 graph", 4.0), step(case, "fastdp 8 graph", 99.0, devices=8)]
-    lines += [step(case, f"fastdp 1 graph, rows/{n}", ms, rows=rows // n) for n, ms in ((2, 3.0), (4, 2.0), (8, 1.5))]
-    lines += [step(case, "fastdp 1 graph, 1 row", one_row, rows=1), step(case, "fastdp 1 eager", 77.0, how="eager")]
-    lines += [step(case, f"fastdp 1 graph, {how}", 66.0) for how in ("fed", "resident", "bare")]
-    return [*lines, ready(case, "fastdp 1 graph", 1, parameters=parameters)]
-
-
-@pytest.mark.parametrize("case", ["mlp", "resnet50-bf16-32", "xception-bf16-64", "encoder-bf16-32"])
-def test_the_model_reads_a_results_file_and_says_that_it_is_a_model(case):
-    found = modelled(parts_of_a_batch(case, one_row=1.0, parameters=250), case)
-    assert found["what"] == "modelled, not measured"
-    assert (found["rows"], found["gradient_nbytes"], found["buckets"]) == (CASES[case].rows, 1000, 1)
-    eight = found["one batch for all, without overlap"]["8"]
-    assert eight["bound_by_host"]
-    assert eight["milliseconds"] == pytest.approx(8.04, abs=0.01)  # 8 times the host's millisecond, and 40 us
-    assert found["one batch for all, without overlap"]["1"]["speedup"] == 1.0
-    assert all("modelled, not measured" in line for line in scaling_model.table(found).splitlines())
-    assert len(scaling_model.table(found).splitlines()) == 16
-
-
-def test_a_batch_for_each_gpu_keeps_the_step_and_multiplies_the_samples():
-    found = modelled(parts_of_a_batch("mlp", one_row=0.1, parameters=0))
-    one, eight = (found["a batch for each, with overlap"][n] for n in ("1", "8"))
-    assert (one["milliseconds"], eight["milliseconds"]) == (4.0, 4.0)
-    assert eight["speedup"] == 8.0
-    assert eight["samples_per_second"] == pytest.approx(8 * one["samples_per_second"])
-
-
-def test_the_first_bucket_is_small_and_all_bytes_are_in_one():
-    mib = 1 << 20
-    assert scaling_model.bucket_sizes(60 * mib) == [mib, 25 * mib, 25 * mib, 9 * mib]
-    assert scaling_model.bucket_sizes(100) == [100]
-    assert scaling_model.bucket_sizes(0) == []
-
-
-@pytest.mark.parametrize("lost", ["fastdp 1 graph, rows/2", "ready"])
-def test_the_model_says_what_it_lacks(lost):
-    lines = parts_of_a_batch("mlp", one_row=1.0, parameters=250)
-    few = [line for line in lines if line["what"] != "ready"] if lost == "ready" else [lines[0], lines[-1]]
-    with pytest.raises(ValueError, match="run make gpu-check with its bench stage"):
-        modelled(few)
-
-
-def test_the_model_prints_every_case_that_was_measured(tmp_path, monkeypatch, capsys):
-    file = tmp_path / "gpu.json"
-    file.write_text(json.dumps(report_of(parts_of_a_batch("xception-bf16-64", one_row=1.0, parameters=250))))
-    monkeypatch.setattr(sys, "argv", ["scaling_model.py", str(file)])
-    assert scaling_model.main() == 0
-    out = capsys.readouterr().out
-    assert out.startswith("*** modelled, not measured ***")
-    assert "[modelled, not measured] xception-bf16-64, 8 GPUs" in out
-    assert "mlp: no steps of fastdp on one device" in out
-    file.write_text(json.dumps(report_of([])))
-    assert scaling_model.main() == 1

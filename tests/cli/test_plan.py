@@ -1,0 +1,120 @@
+"""`fastdp plan`: what a newcomer types, what a script reads, and that each line says that it is a model."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastdp.cli
+from fastdp.benchmark.plan.boxes import BOXES
+from fastdp.cli import main
+from fastdp.cli.status import WrongUseError
+
+GIVEN = ["plan", "resnet50", "--batch", "256", "--step-ms", "250", "--box", "dgx-a100"]
+
+
+def test_the_plan_is_a_table_of_60_columns_whose_lines_say_that_it_is_modelled(capsys):
+    assert main(GIVEN) == 0
+    said = capsys.readouterr().out.splitlines()
+    rows = [line for line in said if line.startswith("modelled ")]
+    assert [line.split()[1] for line in rows] == ["1", "2", "4", "8"] * 2
+    assert max(map(len, rows)) <= 60
+    assert all(line.startswith(("modelled", "     ")) or not line for line in said)
+    assert rows[3].split()[2:4] == ["2048", "254.90"]
+
+
+def test_json_is_one_object_whose_rows_say_that_they_are_modelled(capsys):
+    assert main([*GIVEN, "--json", "--gpus", "8,1,8"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    found = json.loads(out)
+    assert found["what"] == "modelled, not measured"
+    assert {row["what"] for sharing in ("weak", "strong") for row in found[sharing]} == {found["what"]}
+    assert [row["gpus"] for row in found["weak"]] == [1, 8]
+    assert found["weak"][1]["efficiency"] == pytest.approx(0.98, abs=0.005)
+    assert found["strong"][1]["rows"] == 256
+    assert sum(found["buckets"]) == 4 * found["parameters"]
+    assert "nccl-tests issue 149" in found["box"]["source"]
+    assert any("assumed to take proportionally less" in note for note in found["assumptions"])
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_two_batches_are_fitted_on_every_box(box, capsys):
+    assert (
+        main(["plan", "--parameters", "25.6e6", "--batch", "64", "32", "--step-ms", "50", "28", "--box", box, "--json"])
+        == 0
+    )
+    found = json.loads(capsys.readouterr().out)
+    eight = found["strong"][-1]
+    assert eight["step_seconds"] > 0.006 + 8 * 0.022 / 32  # the fixed part does not shrink
+    assert not any("assumed to take proportionally" in note for note in found["assumptions"])
+
+
+def test_a_box_of_one_s_own_and_gradients_in_bf16(capsys):
+    own = ["plan", "vit-b16", "--step-ms", "90", "--bus-gbps", "20", "--latency-us", "50", "--json"]
+    seconds = []
+    for more in ([], ["--gradients", "bf16"]):
+        assert main([*own, *more]) == 0
+        seconds.append(json.loads(capsys.readouterr().out)["weak"][-1]["all_reduce_seconds"])
+    assert seconds[0] / seconds[1] == pytest.approx(2, rel=0.05)
+
+
+def test_alone_it_prints_its_help(capsys):
+    assert main(["plan"]) == 0
+    assert "fastdp plan --profile RESULT.json --box dgx-h100" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["resnet50"], "argument --box: name one of dgx-a100"),
+        (["resnet50", "--box", "pcie4"], "argument --step-ms: expected"),
+        (["x", "--step-ms", "5", "--box", "pcie4"], "argument --parameters: expected"),
+        (["x", "--step-ms", "5", "--parameters", "1e6", "--box", "pcie4"], "argument --batch: expected"),
+        (["resnet50", "--step-ms", "5", "6", "--box", "pcie4"], "argument --step-ms: expected one for each"),
+        (["resnet50", "--step-ms", "5", "6", "--batch", "8", "8", "--box", "pcie4"], "different batches"),
+        (["resnet50", "--step-ms", "5", "--bus-gbps", "3"], "argument --box"),
+        (["resnet50", "--step-ms", "5", "--box", "pcie4", "--latency-us", "3"], "argument --box: leave it out"),
+        (["--profile", "none.json", "--box", "pcie4"], "argument --profile: .*none.json"),
+        (["--profile", "none.json", "--box", "pcie4", "--batch", "3"], "argument --batch: leave it out"),
+    ],
+)
+def test_what_does_not_make_a_model_is_named(line, said, capsys):
+    assert main(["plan", *line]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("fastdp plan: ")
+    assert err.count("\n") == 1
+    assert re.search(said, err)
+
+
+NUMBERS = st.sampled_from(["1", "8", "0", "-1", "1e-300", "1e300", "inf", "nan", "25.6e6", "64", "x", ""])
+
+
+@given(st.lists(NUMBERS, min_size=10, max_size=10))
+def test_any_numbers_make_a_plan_or_a_usage_error(numbers):
+    """No overflow, no division by zero, no JSON that is none."""
+    names = ["--step-ms", "--batch", "--parameters", "--bus-gbps", "--latency-us", "--gpus", "--jitter"]
+    names += ["--backward-share", "--host-ms"]
+    line = ["plan", "m", "--json", *(word for pair in zip(names, numbers, strict=False) for word in pair)]
+    with pytest.MonkeyPatch.context() as patch:
+        printed: list[str] = []
+        patch.setattr("sys.stdout.write", lambda text: printed.append(text) or len(text))
+        patch.setattr("sys.stderr.write", len)
+        parser, _ = fastdp.cli._parser()
+        try:
+            options = parser.parse_args(line)
+        except SystemExit as end:
+            code = end.code
+        else:
+            try:
+                code = fastdp.cli.importlib.import_module("fastdp.cli.plan").run(options)
+            except WrongUseError:
+                code = 2
+    assert code in (0, 2)
+    if code == 0:
+        json.loads("".join(printed))
