@@ -128,6 +128,7 @@ def test_the_live_picture_fits_the_terminal(width):
     state = State()
     for event in events(benchmark_results.gpu_result()):
         state.apply(event)
+    assert state.told.name == "fastdp, 8 devices, graph"  # the last to tell of its devices
     state.current = state.ways["fastdp, 8 devices, graph"]
     console.print(picture(state, console, 83.0))
     lines = console.export_text().rstrip("\n").split("\n")

@@ -104,6 +104,7 @@ def test_the_page_has_every_section_and_figure():
     assert "ModuleNotFoundError: no module named 'jax'" in words
     assert "fastdp bench mlp --virtual 1,2,4 --output 'a folder'" in words
     assert "torch 2.13.0" in words
+    assert "GPUs 8 x NVIDIA H100 80GB HBM3, 85.0 GB, compute capability 9.0" in words
 
 
 def test_a_noisy_machine_is_said_before_the_figures():

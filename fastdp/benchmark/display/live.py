@@ -66,7 +66,7 @@ def picture(state: State, console: Console, seconds: float) -> RenderableType:
     Args:
         seconds: since the start.
     """
-    devices = state.current.devices if state.current else ()
+    devices = state.told.devices if state.told else ()
     below = len(devices) + 6 if devices else 0  # with its titles and legend, of which two may wrap
     ways = list(state.ways.values())
     shown = _window(ways, state.current, max(4, console.height - below - 6))
@@ -80,8 +80,8 @@ def picture(state: State, console: Console, seconds: float) -> RenderableType:
         parts.append(Text(encodable(state.batches[-1], console.encoding), "dim"))
     if len(shown) < len(ways):
         parts.append(Text(f"and {len(ways) - len(shown)} more", "dim"))
-    if state.current is not None and devices:
-        parts += [Text(), *_devices(state.current, console)]
+    if state.told is not None:  # it stays while ways run that tell of no devices
+        parts += [Text(), *_devices(state.told, console)]
     return Group(*parts)
 
 

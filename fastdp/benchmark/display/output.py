@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, TextIO
 
@@ -25,16 +26,19 @@ def write_blocks(blocks: Sequence[Block], stream: TextIO, console: Any) -> None:
     """Write blocks, each followed by an empty line or the table's own. Characters that the stream lacks become `?`.
 
     Args:
-        stream: where to write if there is no console.
-        console: a console of rich, or None.
+        stream: where to write.
+        console: a console of rich on this stream, or None.
     """
     encoding = console.encoding if console is not None else getattr(stream, "encoding", None)
     shown = [_encodable(block, encoding) for block in blocks]
     if console is None:
         stream.write(as_text(shown) + "\n")
-    else:
+        return
+    with nullcontext() if console.is_terminal else console.capture() as captured:
         for renderable in renderables(shown, console.width):
             console.print(renderable)
+    if captured is not None:  # files need no spaces at the ends of lines
+        stream.write("".join(f"{line.rstrip()}\n" for line in captured.get().split("\n")[:-1]))
 
 
 def encodable(text: str, encoding: str | None) -> str:

@@ -44,11 +44,16 @@ class Way:
 
 @dataclass(slots=True)
 class State:
-    """The target, all ways in their order, the way of the latest event, what was said of batches, and the result."""
+    """The target, all ways in their order, and the result once there is one.
+
+    `current` is the way of the latest event, `told` the latest that told of its devices, `batches` what was said of
+    batch sizes.
+    """
 
     title: str = "fastdp bench"
     ways: dict[str, Way] = field(default_factory=dict)
     current: Way | None = None
+    told: Way | None = None
     batches: list[str] = field(default_factory=list)
     result: Mapping[str, Any] | None = None
 
@@ -77,6 +82,7 @@ class State:
         way = self.way(event["way"])
         _CHANGES[kind](way, event)
         self.current = way
+        self.told = way if way.devices else self.told
         return way
 
     def way(self, name: Any) -> Way:

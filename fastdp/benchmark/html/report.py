@@ -133,15 +133,23 @@ def _about(result: Mapping[str, Any]) -> Element:
         "system": machine.get("system"),
         "driver": machine.get("driver"),
     }
-    for place, gpu in enumerate(machine.get("gpus") or []):
-        capability = gpu.get("compute_capability")
-        facts = [gpu.get("name"), size(number(gpu.get("memory_nbytes")))]
-        facts += [f"compute capability {capability}"] if capability is not None else []
-        box[f"GPU {place}"] = ", ".join(plain(fact) for fact in facts)
+    cards = [_card(gpu) for gpu in machine.get("gpus") or []]
+    if cards:
+        box["GPUs"] = "; ".join(f"{cards.count(card)} x {card}" for card in dict.fromkeys(cards))
     versions = {"fastdp": result.get("fastdp"), **(result.get("versions") or {})}
     groups = [("Model", model), ("Settings", settings), ("Machine", box), ("Versions", versions)]
     lists = [tag("div", tag("h3", name), _facts(facts)) for name, facts in groups]
     return tag("section", tag("h2", "What was measured, and on what"), tag("div", *lists, class_="columns"))
+
+
+def _card(gpu: Mapping[str, Any]) -> str:
+    """A GPU in words."""
+    facts = [plain(gpu.get("name"))]
+    if number(gpu.get("memory_nbytes")) is not None:
+        facts.append(size(number(gpu["memory_nbytes"])))
+    if gpu.get("compute_capability"):
+        facts.append(f"compute capability {'.'.join(map(plain, gpu['compute_capability']))}")
+    return ", ".join(facts)
 
 
 def _facts(facts: Mapping[str, Any]) -> Element:

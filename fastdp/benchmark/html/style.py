@@ -123,5 +123,8 @@ figure { margin: 12px 0 0; }
   figure, tr, .tile, h2, h3, .bars { break-inside: avoid; } h2, h3 { break-after: avoid; }
   * { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
   .scroll { overflow: visible; }
+  table { font-size: 8.5pt; } th, td { padding: 4px 8px 4px 0; } thead th.figure { white-space: normal; }
+  .tiles { grid-template-columns: repeat(auto-fit, minmax(100px, 1fr)); } .tile b { font-size: 13pt; }
+  .tile span { font-size: 8pt; }
 }
 """.strip()
