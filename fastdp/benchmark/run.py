@@ -165,13 +165,14 @@ class _Measurement:
         )
 
     def _trace(self, way: Way) -> None:
-        """Write a trace of some steps, if asked for."""
+        """Write a trace of some steps, if asked for. The result names the file, which lies beside it."""
         folder = self.settings.traces
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"trace-{re.sub(r'[^a-z0-9]+', '-', way.request.name.lower()).strip('-')}.json"
-        way.trace = way.process.ask({"trace": str(path)}, self.settings.timeout, "the trace")["trace"]
+        file = f"trace-{re.sub(r'[^a-z0-9]+', '-', way.request.name.lower()).strip('-')}.json"
+        asked = {"trace": str(folder.resolve() / file)}
+        way.trace = file if way.process.ask(asked, self.settings.timeout, "the trace")["trace"] else None
 
     def result(self) -> dict[str, Any]:
         """The result of what was measured."""

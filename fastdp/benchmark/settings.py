@@ -24,7 +24,7 @@ class Settings:
         rounds: how many, after the warm-up.
         timeout: seconds that a way may take to get ready, and a round more than it should.
         find_batch: search for the largest batch that fits and the one with the best throughput, and measure with that.
-        traces: folder for a Chrome trace of each way; None for none.
+        traces: folder for a Chrome trace of each way that has one; None for none.
         command: the command line, for the result.
     """
 

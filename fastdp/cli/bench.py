@@ -3,8 +3,9 @@
     fastdp bench resnet50 --gpus 1,2,4,8 --batch 64 --precision bf16
     fastdp bench my_model.keras
     fastdp bench my_file.py:make_model --batch 256 --compare torch,ddp
-    fastdp bench mlp --virtual 1,2,4                    on a machine without GPUs
-    fastdp bench report A.json B.json --output FOLDER   compare results, in a page as well
+    fastdp bench mlp --virtual 1,2,4              on a machine without GPUs
+    fastdp bench resnet50:size=64,classes=10      a built-in model of other sizes
+    fastdp bench report A.json B.json             compare results; a page by --output
 
 Every way to train is a process of its own. All warm up until their step time stays the same, and then take turns.
 Figures are medians over the rounds, with their spread, and the noise of the machine beside them.
@@ -13,8 +14,6 @@ Figures are medians over the rounds, with their spread, and the noise of the mac
 from __future__ import annotations
 
 import argparse
-import json
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,26 +22,32 @@ from fastdp.benchmark.arguments import settings_of
 from fastdp.benchmark.describe import framework_of
 from fastdp.benchmark.display import open_display
 from fastdp.benchmark.html import report_page
+from fastdp.benchmark.models import MODELS
 from fastdp.benchmark.process import WayError
 from fastdp.benchmark.request import FRAMEWORKS, LIBRARIES, MODES, PRECISIONS, SYNTHETIC
 from fastdp.benchmark.result import FILE, save
 from fastdp.benchmark.run import run as measure
 from fastdp.cli import bench_report
+from fastdp.cli.arguments import add_json, positive, whole_number
+from fastdp.cli.output import print_json
+from fastdp.cli.status import FAILED, OK, WrongUseError, say
 
-WRONG, FAILED, INTERRUPTED = 2, 1, 130
+COUNT = whole_number(1, 2**31 - 1)
 PAGE = "report.html"  # beside the result in the folder of --output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what to measure, on what, how, and where the result goes."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.set_defaults(help=parser.format_help)
     parser.add_argument(
-        "target", nargs="?", help="a built-in model, a .keras file, or file.py:function; or `report`, then JSON files"
+        "target",
+        nargs="?",
+        help=f"a built-in model ({', '.join(MODELS)}), a .keras file, or file.py:function, which returns a keras.Model, a "
+        "torch.nn.Module, or one of them with its loss; or `report`, then JSON files",
     )
     parser.add_argument("files", nargs="*", help=argparse.SUPPRESS)
     what = parser.add_argument_group("what is trained")
-    what.add_argument("--batch", type=_count, metavar="ROWS", help="rows of the global batch (default: the model's)")
+    what.add_argument("--batch", type=COUNT, metavar="ROWS", help="rows of the global batch (default: the model's)")
     what.add_argument("--per-device", action="store_true", help="--batch counts the rows of each device instead")
     what.add_argument("--precision", choices=PRECISIONS, default="float32", help="mixed precision (default: float32)")
     what.add_argument(
@@ -54,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--framework", choices=FRAMEWORKS, help="the form of a built-in model (default: keras)")
     what.add_argument("--loss", help="a loss by name (default: the model's own, or one that fits its output)")
     what.add_argument("--optimizer", help="an optimizer by name (default: the model's own, or a usual one)")
-    what.add_argument("--seed", type=int, default=0, help="of weights and synthetic data (default: 0)")
+    what.add_argument(
+        "--seed", type=whole_number(0, 2**31 - 1), default=0, help="of weights and synthetic data (default: 0)"
+    )
     how = parser.add_argument_group("how")
     how.add_argument("--gpus", metavar="1,2,4", help="counts of GPUs (default: 1 and all; without GPUs one CPU device)")
     how.add_argument("--virtual", metavar="1,2,4", help="counts of virtual devices in host memory")
@@ -66,71 +73,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--find-batch", action="store_true", help="find the largest batch that fits, and the fastest one")
     _add_rounds(parser)
     out = parser.add_argument_group("what comes out")
+    add_json(parser)
     out.add_argument("--profile", action="store_true", help="write a Chrome trace of a few steps of each way")
-    out.add_argument("--json", action="store_true", help="print the result as JSON; progress goes to stderr")
     out.add_argument("--output", type=Path, metavar="FOLDER", help="write the result as JSON and as an HTML page there")
 
 
 def _add_rounds(parser: argparse.ArgumentParser) -> None:
     """How long to measure."""
     times = parser.add_argument_group("how long")
-    times.add_argument("--rounds", type=_count, default=5, help="rounds in which the ways take turns (default: 5)")
-    times.add_argument("--seconds", type=_seconds, default=2.0, help="of a round of one way (default: 2)")
-    times.add_argument("--steps", type=_count, help="of a round, instead of --seconds")
+    times.add_argument("--rounds", type=COUNT, default=5, help="rounds in which the ways take turns (default: 5)")
+    times.add_argument("--seconds", type=positive("seconds"), default=2.0, help="of a round of one way (default: 2)")
+    times.add_argument("--steps", type=COUNT, help="of a round, instead of --seconds")
     times.add_argument(
-        "--timeout", type=_seconds, default=600.0, help="seconds until a way must be ready, and answer (default: 600)"
+        "--timeout",
+        type=positive("seconds"),
+        default=600.0,
+        help="seconds until a way must be ready, and answer (default: 600)",
     )
 
 
-def _count(text: str) -> int:
-    """Parse a whole number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1: {text!r}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    """Parse a number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0: {text!r}")
-    return value
-
-
 def run(options: argparse.Namespace) -> int:
-    """Measure and show; returns 0, 1 if nothing was measured or a way failed, 2 for wrong arguments."""
+    """Measure and show; returns 1 if nothing was measured, or one way alone of those that were to be compared.
+
+    Raises:
+        WrongUseError: an argument is wrong, or the model's file.
+        OSError: a file cannot be written.
+    """
     if options.target is None:
         print(options.help())
-        return 0
+        return OK
     if options.target == "report":
         return bench_report.run(options.files, as_json=options.json, output=options.output)
     try:
         if options.files:
             raise ValueError(f"one model at a time: {options.target}. Received also: {' '.join(options.files)}")
         settings = settings_of(options, ["fastdp", *sys.argv[1:]], framework_of)
-    except (ValueError, WayError) as error:
-        print(f"fastdp bench: {error}", file=sys.stderr)
-        return WRONG
-    before = signal.signal(signal.SIGTERM, _end)
-    try:
-        with open_display(sys.stderr if options.json else sys.stdout) as display:
-            result = measure(settings, display)
-    except KeyboardInterrupt:
-        print("fastdp bench: interrupted; all its processes are ended", file=sys.stderr)
-        return INTERRUPTED
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    except ValueError as error:
+        raise WrongUseError(str(error)) from error
+    except WayError as error:
+        say("bench", f"{options.target}: {error}")
+        return FAILED
+    with open_display(sys.stderr if options.json else sys.stdout) as display:
+        result = measure(settings, display)
     _write(result, options)
-    few = len(result["entries"]) < min(2, len(settings.ways))
-    return FAILED if few else 0
-
-
-def _end(number: int, frame: Any) -> None:
-    """End as after an interrupt, so that the workers are ended."""
-    raise KeyboardInterrupt
+    return OK if len(result["entries"]) >= min(2, len(settings.ways)) else FAILED
 
 
 def _write(result: dict[str, Any], options: argparse.Namespace) -> None:
@@ -141,4 +127,4 @@ def _write(result: dict[str, Any], options: argparse.Namespace) -> None:
         page.write_text(report_page(result, options.output), "utf-8")
         print(f"Wrote {options.output / FILE} and {page}", file=sys.stderr)
     if options.json:
-        print(json.dumps(result))
+        print_json(result)

@@ -9,6 +9,7 @@ from typing import Any
 from fastdp.benchmark.fastdp_report import report_of
 from fastdp.benchmark.request import Request
 from fastdp.runtime.select import set_virtual_devices
+from fastdp.tracing.trace import trace
 
 # The arguments of `fastdp.wrap` for each mode. "graph" is compiled steps that are recorded as CUDA graphs.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -23,6 +24,7 @@ FORMS = {"eager": ("eager",), "traced": ("traced",), "compiled": ("compiled",), 
 SETTLING_STEPS = 8  # a torch module's captured steps are compared with eager ones for some steps
 COMPILE_SECONDS = 900.0
 FINISH_SECONDS = 600.0
+TRACED_STEPS = 5
 
 
 def choose_devices(request: Request) -> None:
@@ -60,6 +62,16 @@ def settle(request: Request, parallel: Any, train: Callable[[int], Any]) -> None
     told = report_of(parallel)
     if told["how"] not in FORMS[request.mode]:
         raise RuntimeError(f"asked for {request.mode} steps, but they run as {told['how']} ones: {told['why']}")
+
+
+def recorder(train: Callable[[int], Any]) -> Callable[[str], None]:
+    """A function that trains a few steps and writes their Chrome trace to a path."""
+
+    def record(path: str) -> None:
+        with trace(path):
+            train(TRACED_STEPS)
+
+    return record
 
 
 def finish(parallel: Any) -> None:

@@ -9,7 +9,15 @@ from fastdp.benchmark.data import batches_of
 from fastdp.benchmark.fastdp_report import report_of
 from fastdp.benchmark.request import Prepared, Request
 from fastdp.benchmark.target import load
-from fastdp.benchmark.ways.fastdp_form import OPTIONS, AutoSettled, choose_devices, finish, free_devices, settle
+from fastdp.benchmark.ways.fastdp_form import (
+    OPTIONS,
+    AutoSettled,
+    choose_devices,
+    finish,
+    free_devices,
+    recorder,
+    settle,
+)
 from fastdp.benchmark.ways.keras_training import Fit, facts_of
 
 
@@ -39,5 +47,6 @@ def prepare(request: Request) -> Prepared:
         {**report_of(parallel), **facts_of(target, first)},
         report=lambda: {**report_of(parallel), "loss": fit.loss, "trained": fit.trained},
         settled=AutoSettled(request, parallel),
+        trace=recorder(fit.train),
         close=close,
     )

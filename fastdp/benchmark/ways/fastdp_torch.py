@@ -12,7 +12,15 @@ from fastdp.benchmark.data import batches_of
 from fastdp.benchmark.fastdp_report import report_of
 from fastdp.benchmark.request import Prepared, Request, Round
 from fastdp.benchmark.target import load
-from fastdp.benchmark.ways.fastdp_form import OPTIONS, AutoSettled, choose_devices, finish, free_devices, settle
+from fastdp.benchmark.ways.fastdp_form import (
+    OPTIONS,
+    AutoSettled,
+    choose_devices,
+    finish,
+    free_devices,
+    recorder,
+    settle,
+)
 from fastdp.benchmark.ways.torch_training import (
     TensorBatches,
     arguments,
@@ -71,5 +79,6 @@ def prepare(request: Request) -> Prepared:
         {**report_of(parallel), **target.facts, "parameters": parameters, "first_step_seconds": first},
         report=lambda: {**report_of(parallel), "loss": float(loss), "trained": trained},
         settled=AutoSettled(request, parallel),
+        trace=recorder(train),
         close=close,
     )
