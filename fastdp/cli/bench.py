@@ -42,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target",
         nargs="?",
-        help=f"a built-in model ({', '.join(MODELS)}), a .keras file, or file.py:function, which returns a keras.Model, a "
-        "torch.nn.Module, or one of them with its loss; or `report`, then JSON files",
+        help=f"a built-in model ({', '.join(MODELS)}), a .keras file, or file.py:function, which returns a keras.Model "
+        "or a torch.nn.Module, alone or with its loss; or `report`, then JSON files",
     )
     parser.add_argument("files", nargs="*", help=argparse.SUPPRESS)
     what = parser.add_argument_group("what is trained")
