@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from fastdp.errors import DeviceTimeoutError
+from fastdp.runtime import forks
 from fastdp.runtime.base import DeviceMemory, Work
 from fastdp.runtime.events import QueueEvent, complete_all, first_done, here, joined
 from fastdp.runtime.queue_stream import QueueStream
@@ -68,7 +69,8 @@ class QueueDevice(DeviceMemory):
     The worker starts with the first work and ends with `close()`. `delay` is for tests: the worker calls it
     before each item it runs. `unsettled` and `settle` are for the engine: the caller of earlier work left before that
     work was done, so the streams may still hold the work or its failure; `settle()(timeout)` rolls it back,
-    if that caller still exists. `closed`: the device takes no more work.
+    if that caller still exists. `closed`: the device takes no more work. `cut_short`: because a fork has ended its
+    worker in the middle of its work.
     """
 
     def __init__(self, index: int, name: str, stream: Callable[[QueueDevice, str], QueueStream] = QueueStream) -> None:
@@ -87,6 +89,8 @@ class QueueDevice(DeviceMemory):
         self.borrower: int | None = None
         self.serving = False
         self.closed = False
+        self.cut_short = False
+        forks.watch(self)
         self.compute = stream(self, "compute")
         self.copy_in = stream(self, "copy_in")
         self.copy_out = stream(self, "copy_out")
@@ -232,7 +236,22 @@ class QueueDevice(DeviceMemory):
         if thread.is_alive():
             raise DeviceTimeoutError(f"The worker of {self.name} was still busy after timeout={timeout} seconds.")
 
+    def after_fork(self) -> None:
+        """In a forked child: start a worker anew with the next work. Refuse work if the fork has cut some short."""
+        self.cut_short = self.on_gpu or any(stream._items or stream._running for stream in self._streams)
+        self.closed = self.closed or self.cut_short
+        self._lock, self._gate = threading.Lock(), threading.Lock()  # which another thread may have held
+        self._gate.acquire()
+        self._thread, self._asleep = None, False
+        self.borrower, self.serving, self.settled = None, False, []
+
     def _closed_error(self) -> RuntimeError:
+        if self.cut_short:
+            return RuntimeError(
+                f"Device {self.name} cannot be used in this process, which was forked "
+                f"{'from one that uses CUDA' if self.on_gpu else 'while another thread ran a step'}. Start it by "
+                'multiprocessing.get_context("spawn"), or before the model is wrapped.'
+            )
         return RuntimeError(
             f"Device {self.name} is closed (set_virtual_devices was called again, or the "
             "interpreter is ending). Wrap the model again to use the new devices."

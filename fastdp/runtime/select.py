@@ -71,6 +71,8 @@ class _VirtualDevices:
     def get(self) -> list[QueueDevice]:
         """All virtual devices. Virtual GPUs are assigned to the cards round-robin."""
         with self._lock:
+            if self.kind == "host" and any(device.cut_short for device in self._devices):
+                self._devices = []  # new models of a forked child can have new devices, and the old ones no work
             for index in range(len(self._devices), self.count()):
                 if self.kind == "host":
                     self._devices.append(HostDevice(index))
