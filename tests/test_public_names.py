@@ -227,7 +227,7 @@ def test_a_function_program_runs_without_torch_and_keras_and_the_process_ends(tm
     assert python(BLOCKER + ENGINE, tmp_path) == "[3.0, -2.0]"
 
 
-@pytest.mark.parametrize("name", ["multi_gpu_model", "ParallelModel", "utils", "backend.function"])
+@pytest.mark.parametrize("name", ["multi_gpu_model", "ParallelModel", "callbacks", "utils", "backend.function"])
 def test_a_keras_name_without_keras_is_an_import_error_with_the_remedy(tmp_path, name):
     code = f"{BLOCKER}\nimport fastdp\ntry:\n    fastdp.{name}\nexcept ImportError as error:\n    print(error)"
     message = python(code, tmp_path)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import gc
 
 import keras
 import numpy as np
+import pynvml
 import pytest
 import torch
 from test_placed_on_gpus import shared_lstm
 
+from fastdp.callbacks import Monitor, TensorBoard
 from fastdp.keras.parallel_model import ParallelModel
+from fastdp.monitoring import usage
 from fastdp.options import Options
 from fastdp.runtime.host.device import HostDevice
+from fastdp.runtime.topology import DeviceInfo
 from fastdp.tensors.arrays import peak_nbytes
 from fastdp.torch.parallel_module import TorchParallel
 
@@ -108,3 +113,52 @@ def test_a_gpu_that_only_placed_layers_use_is_there_too(box):
 
 def test_in_host_memory_torch_has_no_gpu_to_ask():
     assert peak_nbytes(HostDevice(0)) == 0
+
+
+class Nvml:
+    """The calls of NVML that a monitor makes, of two GPUs at work."""
+
+    users = 0
+    gpu, used = 60, 4_000_000_000  # per cent and bytes
+
+    def __init__(self, monkeypatch):
+        monkeypatch.setattr(
+            usage, "physical_devices", lambda: [DeviceInfo(i, "gpu", "cuda", physical=i) for i in range(2)]
+        )
+        for name, call in {
+            "nvmlInit": lambda: self.use(1),
+            "nvmlShutdown": lambda: self.use(-1),
+            "nvmlDeviceGetHandleByIndex": lambda index: index,
+            "nvmlDeviceGetUtilizationRates": lambda handle: self,
+            "nvmlDeviceGetMemoryInfo": lambda handle: self,
+        }.items():
+            monkeypatch.setattr(pynvml, name, call)
+
+    def use(self, change):
+        self.users += change
+
+
+def test_a_monitor_reads_each_gpu_and_changes_nothing(box, monkeypatch, tmp_path):
+    nvml = Nvml(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+
+    def weights(*callbacks):
+        keras.utils.set_random_seed(2)
+        model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(6), keras.layers.Dense(1)])
+        parallel = ParallelModel(model, box.devices(2), Options(timeout=LIMIT, compile=None))
+        parallel.compile("sgd", "mse")
+        assert parallel.fetch_ahead
+        x = np.arange(240, dtype="float32").reshape(30, 8) / 240
+        history = parallel.fit(x, x[:, :1], batch_size=10, epochs=2, verbose=0, callbacks=[*callbacks]).history
+        return model.get_weights(), history
+
+    wanted, _ = weights()
+    found, history = weights(Monitor("watched.csv", every=2, interval=0), TensorBoard("logs", histogram_freq=1))
+    for one, other in zip(wanted, found, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert nvml.users == 0
+    assert history["utilization_0"] == history["utilization_1"] == [0.6, 0.6]
+    assert history["memory_mb"] == [4000.0, 4000.0]
+    rows = list(csv.DictReader((tmp_path / "watched.csv").read_text().splitlines()))
+    assert [row["step"] for row in rows] == ["2", "3", "4", "6", "6"]
+    assert {row["memory_mb_1"] for row in rows} == {"4000.0"}

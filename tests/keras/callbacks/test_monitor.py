@@ -14,7 +14,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import fastdp
 from fastdp.callbacks import Monitor
-from fastdp.keras.callbacks import monitor as module
 
 X = np.random.default_rng(0).normal(size=(22, 3)).astype("float32")
 Y = X.sum(axis=1, keepdims=True)
@@ -307,11 +306,10 @@ def test_a_callback_of_another_thread_that_comes_late_adds_no_waiting(monkeypatc
     monitor.set_model(plain())
     monitor.on_train_begin()
     monitor.on_epoch_begin(0)
-    for batch, passes in enumerate((2.0, 5.0)):
+    for batch in range(3):  # each takes two seconds; its end is told in the middle of the next one
         monitor.on_train_batch_begin(batch)
-        clock[0] += passes
-    monitor.on_train_batch_end(0, {})
-    clock[0] += 1.0
-    monitor.on_train_batch_end(1, {})
+        clock[0] += 1.0
+        if batch:
+            monitor.on_train_batch_end(batch - 1, {})
+        clock[0] += 1.0
     assert (monitor._counts.waited, monitor._counts.steps) == (0.0, 2)
-    assert module.FEW_DEVICES == 4
