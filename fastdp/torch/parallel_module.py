@@ -248,10 +248,12 @@ class TorchParallel(Traceable, ModuleMembers[nn.Module]):
 
         Covers the latest `train_step`, and calls of the module.
         """
-        program = self._engine.program if self._engine is not None else None
         passes = [entry for calls in self._captured_calls() for entry in calls.report]
-        steps = program.steps_report if program is not None else [{"how": "eager", "why": "no train_step yet"}]
-        return make_report(self._engine, steps, library_nbytes=peak_nbytes, passes=passes)
+        engine = self._engine if self._engine is not None or self._calls is None else self._calls.engine
+        steps = [{"how": "eager", "why": "no train_step yet"}]
+        if engine is not None and engine.program.optimizers is not None:
+            steps = engine.program.steps_report
+        return make_report(engine, steps, library_nbytes=peak_nbytes, passes=passes)
 
     def _is_traced(self, program: object) -> bool:
         return isinstance(program, TorchProgram) and program.module is self.module

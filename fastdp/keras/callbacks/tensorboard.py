@@ -12,7 +12,7 @@ import keras
 
 from fastdp.keras.callbacks.embeddings import Embeddings
 from fastdp.keras.callbacks.event_files import EventFile
-from fastdp.keras.callbacks.profile import profiled_batches
+from fastdp.keras.callbacks.profile import Profile
 from fastdp.keras.callbacks.watched import Watched
 from fastdp.keras.callbacks.weight_images import pixels_of
 from fastdp.keras.fit.callbacks import WritesFiles
@@ -35,7 +35,8 @@ class TensorBoard(WritesFiles):
             number in it, to white, the largest. (Keras shows numbers from 0 to 1 and cuts off the others.)
         write_steps_per_second: write `epoch_steps_per_second`, and `batch_steps_per_second` where batches are written.
         update_freq: "epoch", "batch" for each batch, or a number of batches: how often to write losses and metrics.
-        profile_batch: 0. Others are refused, as by Keras on torch.
+        profile_batch: the number of a batch, counted from 1 over all epochs, or (first, last): write a trace of their
+            steps to `log_dir/train/trace_batch_N.json`, for https://ui.perfetto.dev (see `fastdp.trace`). 0: never.
         embeddings_freq: write the weights of Embedding layers every so many epochs, for TensorBoard's projector.
             0: never.
         embeddings_metadata: the file with a label for each row of an Embedding, in `log_dir` or by its whole path; or
@@ -73,19 +74,15 @@ class TensorBoard(WritesFiles):
         self.update_freq = _update_freq(update_freq)
         self.embeddings_freq = _every("embeddings_freq", embeddings_freq)
         self.embeddings_metadata = embeddings_metadata
-        if profiled_batches(profile_batch) is not None:
-            raise ValueError(
-                f"`profile_batch` must be 0. Received: {profile_batch!r}. To see where the time of a step goes, look "
-                "at parallel.report(), or use torch.profiler.profile() around fit()."
-            )
+        self._profile = Profile(profile_batch, Path(self.log_dir, "train"))
         self._train = EventFile(Path(self.log_dir, "train"), "fastdp.callbacks.TensorBoard")
         self._validation = EventFile(Path(self.log_dir, "validation"), "fastdp.callbacks.TensorBoard")
         self._batches = 0
         self._training = False
         self._told_of: set[str] = set()
         # Batches of each epoch are of no interest then: Keras may tell of them in another thread, as it does without.
-        self.async_safe = self.update_freq is None
-        self._closing = weakref.finalize(self, _close, self._train, self._validation)
+        self.async_safe = self.update_freq is None and self._profile.batches is None
+        self._closing = weakref.finalize(self, _close, self._train, self._validation, self._profile)
 
     def set_model(self, model: keras.Model) -> None:
         """Keras calls it at the beginning of `fit`, `evaluate` and `predict`."""
@@ -95,7 +92,7 @@ class TensorBoard(WritesFiles):
     def close(self) -> None:
         """Close the event files."""
         self._training = False
-        _close(self._train, self._validation)
+        _close(self._train, self._validation, self._profile)
 
     # What Keras calls.
 
@@ -115,10 +112,12 @@ class TensorBoard(WritesFiles):
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Begin a batch."""
         self._batches += 1
+        self._profile.begin(self._batches)
         self._batch_began = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Write the values of a batch."""
+        self._profile.end(self._batches)
         if self.update_freq is None or self._batches % self.update_freq:
             return
         values = {f"batch_{name}": value for name, value in _scalars(logs)}
@@ -154,6 +153,7 @@ class TensorBoard(WritesFiles):
     def on_train_end(self, logs: Any = None) -> None:
         """Close the event files."""
         self.close()
+        self._profile.check(self._batches)
 
     # What is written.
 

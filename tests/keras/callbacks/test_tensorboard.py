@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -233,6 +234,24 @@ def test_wrong_metadata_of_embeddings_is_named(tmp_path):
     board = TensorBoard("logs", embeddings_freq=1, embeddings_metadata=str(tmp_path / "short.tsv"))
     with pytest.raises(ValueError, match=r"one line for each row of the layer 'words': 5\. Received: 2 lines"):
         model.fit(IDS, Y[:8], callbacks=[board], **FIT)
+
+
+@pytest.mark.parametrize(("asked", "name", "steps"), [(2, "2", 1), ((2, 4), "2_4", 3), ("3,9", "3_9", 4)])
+def test_a_profile_is_a_trace_of_the_steps_of_those_batches(asked, name, steps):
+    board = TensorBoard("logs", profile_batch=asked)
+    assert not board.async_safe
+    made(2).fit(X, Y, epochs=2, callbacks=[board], **FIT)
+    events = json.loads(Path(f"logs/train/trace_batch_{name}.json").read_text())["traceEvents"]
+    # One run of forward and backward for each step and device.
+    assert len({event["args"]["step"] for event in events if "step" in event.get("args", {})}) == steps
+    assert {"scatter", "reduce", "update", "merge"} <= {event["name"] for event in events}
+
+
+def test_a_profile_of_nothing_is_told_of():
+    with pytest.warns(UserWarning, match=r"recorded nothing: it asks for batch 7, and this fit\(\) had 3"):
+        made(2).fit(X, Y, callbacks=[TensorBoard("logs", profile_batch=7)], **FIT)
+    with pytest.warns(UserWarning, match=r"trace_batch_1.json has no steps.*these were plain Keras's"):
+        made(None).fit(X, Y, callbacks=[TensorBoard("logs", profile_batch=1)], **FIT)
 
 
 @pytest.mark.parametrize(
