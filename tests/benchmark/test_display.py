@@ -189,9 +189,25 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("environ", [{"TERM": "dumb"}, {"TERM": "xterm", "NO_COLOR": "1"}])
-def test_simple_terminals_get_lines(environ):
+@pytest.mark.parametrize(
+    "environ", [{"TERM": "dumb"}, {"TERM": "xterm", "NO_COLOR": "1"}, {"TERM": "xterm", "JPY_PARENT_PID": "7"}]
+)
+def test_simple_terminals_and_commands_of_notebooks_get_lines(environ):
     assert isinstance(open_display(Terminal(), environ=environ), Lines)
+
+
+def test_forced_colors_make_no_terminal_of_a_pipe():
+    assert isinstance(open_display(io.StringIO(), environ={"FORCE_COLOR": "1", "TERM": "xterm"}), Lines)
+
+
+def test_a_kernel_of_a_notebook_gets_text_on_its_stream(monkeypatch):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    stream = io.StringIO()
+    with open_display(stream, environ={}) as display:
+        for event in events(benchmark_results.result()):
+            display(event)
+    assert "38,450" in stream.getvalue()
+    assert "\x1b" not in stream.getvalue()
 
 
 def test_a_terminal_gets_the_live_picture_and_its_cursor_back():

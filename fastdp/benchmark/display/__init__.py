@@ -18,6 +18,9 @@ from fastdp.rendering.blocks import Block
 __all__ = ["Display", "comparison_blocks", "open_display", "result_blocks", "write"]
 
 
+_NOTEBOOK = "JPY_PARENT_PID"  # Jupyter sets it for kernels and what they start
+
+
 class Display(AbstractContextManager[Any], Protocol):
     """Shows the events of a benchmark (`fastdp.benchmark.run`), each as it happens."""
 
@@ -50,7 +53,9 @@ def open_display(
     console = console_of(stream, environ, width)
     if console is None:
         return Lines(stream, None)
-    if console.is_terminal and not (console.is_dumb_terminal or console.is_jupyter or console.no_color):
+    # FORCE_COLOR makes a terminal of any stream for rich, and a notebook's `!command` runs on one that cannot go back.
+    terminal = stream.isatty() and console.is_terminal and _NOTEBOOK not in environ
+    if terminal and not (console.is_dumb_terminal or console.no_color):
         live: Display = importlib.import_module("fastdp.benchmark.display.live").LiveDisplay(stream, console)
         return live
     return Lines(stream, console)

@@ -19,7 +19,8 @@ def console_of(stream: TextIO, environ: Mapping[str, str], width: int | None = N
     if importlib.util.find_spec("rich") is None:
         return None
     make = importlib.import_module("rich.console").Console
-    return make(file=stream, highlight=False, width=width, _environ=environ)
+    # In a notebook rich would hand each line to the notebook instead of writing it.
+    return make(file=stream, highlight=False, width=width, force_jupyter=False, _environ=environ)
 
 
 def write_blocks(blocks: Sequence[Block], stream: TextIO, console: Any) -> None:
