@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Sequence
 
 from fastdp import settings
@@ -36,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: after `--help` and `--version`, and where the arguments are wrong.
     """
+    if sys.stdout is None:  # closed by the caller: `fastdp devices >&-`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process
     parser, parsers = _parser()
     options, unknown = parser.parse_known_args(arguments)
     if unknown:

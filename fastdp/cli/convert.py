@@ -11,7 +11,7 @@ import argparse
 import warnings
 
 from fastdp.cli.arguments import add_json
-from fastdp.cli.optional import load
+from fastdp.cli.optional import choose_torch, load
 from fastdp.cli.output import print_json
 from fastdp.cli.status import FAILED, OK, say
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Convert one file; returns 1 if it cannot be converted."""
-    load("keras", "keras")
+    choose_torch("convert")
     convert = load("fastdp.keras.h5_files.convert", "keras").convert
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)

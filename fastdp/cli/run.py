@@ -30,6 +30,7 @@ from typing import Any
 
 from fastdp.cli.arguments import shown, whole_number
 from fastdp.cli.imported import when_imported
+from fastdp.cli.optional import choose_torch
 from fastdp.cli.status import OK, WRONG_USE, say
 from fastdp.options import Options
 from fastdp.runtime.queue import QueueDevice
@@ -116,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
         return _say(f"{error}{hint}", WRONG_USE)
     if options.gpus is not None:
         set_default_devices(options.gpus)
-    _choose_torch()
+    choose_torch("run")
     script = _Script(options, devices, name)
     when_imported("torch", script.install_torch)
     when_imported("keras", script.install_keras)
@@ -202,14 +203,6 @@ class _Script:
         elif self._torch is not None:
             for line in self._torch.summary():
                 _say(line, OK)
-
-
-def _choose_torch() -> None:
-    """Select Keras's torch backend; print a note if KERAS_BACKEND names another."""
-    named = os.environ.get("KERAS_BACKEND", "torch")
-    if named != "torch":
-        _say(f"Keras runs on torch here, and not on KERAS_BACKEND={named}.", 0)
-    os.environ["KERAS_BACKEND"] = "torch"
 
 
 def _gpus(text: str) -> str | int | list[int]:

@@ -107,8 +107,39 @@ def test_devices_lists_the_virtual_ones_without_keras():
 def test_demo_without_keras_says_what_to_install(tmp_path):
     done = run("demo", "--out", str(tmp_path), code="import sys; sys.modules['keras'] = None; ")
     assert done.returncode == 2
-    assert "pip install 'fastdp[keras]'" in done.stderr
+    assert "needs keras" in done.stderr
+    assert "pip install 'fastdp[keras,demo]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@needs_keras
+@pytest.mark.parametrize("line", [["convert", "a.h5", "b.h5"], ["demo", "--epochs", "1"]])
+@pytest.mark.parametrize("library", ["torch", "keras"])
+def test_a_library_that_another_one_needs_is_named_too(line, library, tmp_path):
+    done = run(*line, code=f"import os, sys; sys.modules['{library}'] = None; os.chdir({str(tmp_path)!r}); ")
+    assert done.returncode == 2
+    assert f"needs {library}, which is not installed" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_keras
+@pytest.mark.parametrize("backend", ["jax", "nonsense"])
+def test_convert_runs_on_torch_whatever_the_environment_names(backend):
+    done = run("convert", "none.h5", "new.h5", KERAS_BACKEND=backend)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == (
+        f"fastdp convert: Keras runs on torch here, and not on KERAS_BACKEND={backend}."
+    )
+    assert "none.h5" in done.stderr.splitlines()[1]
+    assert done.stderr.count("\n") == 2
+
+
+@pytest.mark.parametrize("line", ["devices", "--help", ""])
+def test_a_closed_output_is_no_traceback(line):
+    closed = f"exec {sys.executable} -m fastdp {line} >&-"
+    done = subprocess.run(["bash", "-c", closed], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_demo_refuses_a_file_as_its_folder(tmp_path, capsys):
