@@ -10,6 +10,7 @@ from typing import Any
 from fastdp.buffers import Bucket, FlatBuffers
 from fastdp.comm.algorithm import Choice
 from fastdp.runtime.queue import QueueDevice, QueueEvent, joined
+from fastdp.tracing.spans import now, span
 
 
 class Reduction(ABC):
@@ -206,19 +207,27 @@ class Communicator(ABC):
 
     # Order.
 
-    def _each(self, ranks: Sequence[int], work: Callable[[int], object], computing: int | None = None) -> None:
+    def _each(
+        self, name: str, ranks: Sequence[int], work: Callable[[int], object], computing: int | None = None
+    ) -> None:
         """Run `work(rank)` on these communication streams, ordered against the compute streams of all devices.
 
-        `computing`: the first `computing` devices have compute work to wait for.
+        Args:
+            name: the work's, in traces.
+            ranks: whose streams.
+            work: what runs there.
+            computing: the first `computing` devices have compute work to wait for.
         """
-        done = self._after_compute(ranks, work, computing)
+        done = self._after_compute(name, ranks, work, computing)
         for device in self._devices:
             device.compute.wait(done)
 
     def _after_compute(
-        self, ranks: Sequence[int], work: Callable[[int], object], computing: int | None = None
+        self, name: str, ranks: Sequence[int], work: Callable[[int], object], computing: int | None = None
     ) -> QueueEvent:
         """Run `work(rank)` on these communication streams after all compute so far. Returns the event of its end."""
+        if now.recorder is not None:
+            work = partial(self._traced, name, work)
         before = joined([device.compute.record() for device in self._devices[:computing]])
         after = []
         for rank in ranks:
@@ -227,6 +236,11 @@ class Communicator(ABC):
             stream.enqueue(partial(work, rank))
             after.append(stream.record())
         return joined(after)
+
+    def _traced(self, name: str, work: Callable[[int], object], rank: int) -> None:
+        """Run `work(rank)` on a communication stream, for a trace."""
+        with span(name, self._devices[rank].communication):
+            work(rank)
 
     def _gather_by_copies(self, buffers: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
         """`all_gather` by copies: each rank pulls from all others."""
@@ -239,4 +253,4 @@ class Communicator(ABC):
                     buffers[rank].copy_part(buffers[peer], bucket.part(peer, ranks))
 
         if ranks > 1 and buckets:
-            self._each(range(ranks), pull)
+            self._each("all-gather", range(ranks), pull)

@@ -65,7 +65,7 @@ class Rendezvous:
                 self._waiting, self._round = [], turn + 1
                 self._changed.notify_all()
                 return self._values
-            with span("wait for replicas", at=_in_words(place)):
+            with span("wait for replicas"):
                 self._changed.wait_for(lambda: self._round > turn or self._cause is not None, self._timeout)
             if self._round > turn:
                 return self._values

@@ -17,6 +17,7 @@ import numpy as np
 from fastdp.comm.batch import Resident
 from fastdp.runtime.queue import QueueDevice
 from fastdp.shard import Rows
+from fastdp.tracing.spans import now, span
 
 Arrays = list[np.ndarray]
 
@@ -76,6 +77,13 @@ class Merger:
             ValueError: an output whose first axis is not a multiple of the replica's rows, or outputs that
                 differ from another replica's in number, dtype or the shape of a row.
         """
+        if now.recorder is None:
+            self._write(rank, outputs)
+        else:
+            with span("merge", self._devices[rank].compute):
+                self._write(rank, outputs)
+
+    def _write(self, rank: int, outputs: Sequence[np.ndarray]) -> None:
         rows = self._shards[rank]
         with self._lock:
             if self._merged is None:

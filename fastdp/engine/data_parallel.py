@@ -35,7 +35,7 @@ from fastdp.program.base import Program, Result, Totals, as_program
 from fastdp.runtime.select import devices_of_engine
 from fastdp.shard import Rows
 from fastdp.tracing import nvtx
-from fastdp.tracing.spans import span, verb
+from fastdp.tracing.spans import span
 from fastdp.tracing.trace import Traceable
 
 ProgramT_co = TypeVar("ProgramT_co", bound=Program, covariant=True)
@@ -261,14 +261,14 @@ class DataParallel(Traceable, Reporting, Generic[ProgramT_co]):
 
     def _scatter(self, step: Step) -> None:
         """Give each replica its rows of every array."""
-        verb("scatter")
+        step.watch.verb = "scatter"
         step.watch.scattering = time.perf_counter()
         step.batches = scatter(step.batch.arrays, step.shards, self.devices)
         step.watch.scattered = time.perf_counter()
 
     def _run(self, step: Step, work: Work, *, has_gradients: bool = False) -> None:
         """Enqueue each replica's work on its rows. A replica writes its outputs to their rows of the merged arrays."""
-        verb("run")
+        step.watch.verb = "run"
         step.results = [None] * len(step.shards)
         if step.by_host:
             self.host_launch.run(step)
@@ -283,7 +283,7 @@ class DataParallel(Traceable, Reporting, Generic[ProgramT_co]):
 
     def _reduce(self, step: Step) -> None:
         """Enqueue the reduction of gradients and sums. Every replica gets them, even without rows."""
-        verb("reduce")
+        step.watch.verb = "reduce"
         if step.by_host:
             self.host_launch.reduce(step)
         else:
@@ -291,7 +291,7 @@ class DataParallel(Traceable, Reporting, Generic[ProgramT_co]):
 
     def _update(self, step: Step) -> None:
         """Enqueue the update. Each replica applies it itself, or gets a copy of the first replica's variables."""
-        verb("update")
+        step.watch.verb = "update"
         with interrupts_wait() if step.by_host else nullcontext():  # once, and not in each replica's update
             self._updates.begin(step, accumulates=0 if step.reduces else len(step.shards))
 
@@ -299,7 +299,7 @@ class DataParallel(Traceable, Reporting, Generic[ProgramT_co]):
         """Wait for the replicas, and return the outputs merged in row order."""
         if step.over:
             return step.kept()
-        verb("merge")
+        step.watch.verb = "merge"
         self._recovery.finish(step)
         step.watch.finished = time.perf_counter()
         if step.totals is None:  # nothing was reduced

@@ -165,8 +165,7 @@ def _launch_graph(step: Step, replica: Replica, rank: int) -> None:
 def _write_outputs(step: Step, replica: Replica, rank: int) -> None:
     """Enqueue the copies of a replica's outputs to their rows of the merged arrays."""
     began = time.perf_counter()
-    with span("merge", replica.device.compute):
-        step.merger.write(rank, _of(step, rank).outputs())
+    step.merger.write(rank, _of(step, rank).outputs())
     step.watch.merging[rank] = time.perf_counter() - began
 
 

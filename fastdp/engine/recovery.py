@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 from fastdp.comm.base import Communicator
 from fastdp.engine.replicas import ReplicaGroup
@@ -10,8 +11,8 @@ from fastdp.engine.rollback import Rollback
 from fastdp.engine.state import EngineState
 from fastdp.engine.step import Operation, step_error
 from fastdp.errors import DeviceTimeoutError
-from fastdp.runtime.queue import first_done, joined
-from fastdp.tracing.spans import span
+from fastdp.runtime.queue import QueueEvent, first_done, joined
+from fastdp.tracing.spans import now, span
 
 
 class Recovery:
@@ -37,16 +38,14 @@ class Recovery:
             ReplicaError: a replica failed. The operation has been cleaned up.
             DeviceTimeoutError: the devices were not done in time. The next step cleans up.
         """
-        devices, timeout = self._replicas.devices, self._state.timeout
+        devices = self._replicas.devices
         events = operation.ends or [device.compute.record() for device in devices]
         try:
-            with span("wait for devices"):
-                if operation.ends:
-                    first_done(events, timeout)
-                elif operation.reduction is not None:
-                    operation.reduction.serve(joined(events), timeout)
-                else:
-                    joined(events).finish(timeout)
+            if now.recorder is None:
+                self._wait(operation, events)
+            else:
+                with span("wait for devices"):
+                    self._wait(operation, events)
         except DeviceTimeoutError:
             raise self.too_late(operation) from None
         failed = [(rank, event.error) for rank, event in enumerate(events) if event.error is not None]
@@ -54,6 +53,15 @@ class Recovery:
             self.settle()
             raise step_error([*operation.failures, *failed], operation, devices)
         self._communicator.check()
+
+    def _wait(self, operation: Operation, events: Sequence[QueueEvent]) -> None:
+        timeout = self._state.timeout
+        if operation.ends:
+            first_done(events, timeout)
+        elif operation.reduction is not None:
+            operation.reduction.serve(joined(events), timeout)
+        else:
+            joined(events).finish(timeout)
 
     def too_late(self, operation: Operation) -> DeviceTimeoutError:
         """The error of an operation that has taken too long."""

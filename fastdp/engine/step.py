@@ -17,13 +17,13 @@ from fastdp.comm.scatter_merge import Merger
 from fastdp.engine.interrupts import interrupts_wait
 from fastdp.engine.replicas import Replica
 from fastdp.engine.rollback import Rollback
-from fastdp.engine.timing import Watch
+from fastdp.engine.timing import TracedWatch, Watch
 from fastdp.errors import ReplicaError, StepAborted, replica_error_class
 from fastdp.program.base import Launched, Result, Totals
 from fastdp.runtime.queue import QueueDevice, QueueEvent
 from fastdp.runtime.work_stealing import WorkStealing
 from fastdp.shard import Rows
-from fastdp.tracing.spans import span
+from fastdp.tracing.spans import now, span
 
 
 @dataclass(slots=True)
@@ -212,7 +212,9 @@ def make_step(
         contexts=contexts,
         merger=merger,
         rendezvous=rendezvous,
-        watch=Watch([rows.stop - rows.start for rows in shards], len(devices)),
+        watch=(Watch if now.recorder is None else TracedWatch)(
+            [rows.stop - rows.start for rows in shards], len(devices)
+        ),
         reduces=reduces,
     )
 
@@ -227,14 +229,16 @@ def run_replica(
     watch = step.watch
     watch.compute_began[context.rank] = time.perf_counter()
     try:
-        with span("run", replica.device.compute, rows=watch.rows[context.rank]):
-            replica.prepare_thread(step.threads)
+        replica.prepare_thread(step.threads)
+        if now.recorder is None:
             result = work(replica, step.batches[context.rank], context)
+        else:
+            with span("run", replica.device.compute, rows=context.rows.count):
+                result = work(replica, step.batches[context.rank], context)
         step.rendezvous.leave(context.rank)
         if context.wants_outputs:
             merging = time.perf_counter()
-            with span("merge", replica.device.compute):
-                step.merger.write(context.rank, result.outputs)
+            step.merger.write(context.rank, result.outputs)
             watch.merging[context.rank] = time.perf_counter() - merging
         result.outputs = []
         step.results[context.rank] = result
@@ -303,9 +307,12 @@ def run_update(
             operation.updates_begun = True
         operation.totals.work_stealing = work_stealing
         replica.prepare_thread(threads)
-        # The worker may be the main thread.
-        with interrupts_wait(), span("update", replica.device.compute):
-            replica.update(operation.totals)
+        with interrupts_wait():  # the worker may be the main thread
+            if now.recorder is None:
+                replica.update(operation.totals)
+            else:
+                with span("update", replica.device.compute):
+                    replica.update(operation.totals)
             operation.updates_done.append(replica.rank)
         if threads > operation.threads:
             replica.prepare_thread(operation.threads)  # helper threads end slowly once all replicas compute again

@@ -14,8 +14,7 @@ from fastdp.engine.state import EngineState
 from fastdp.engine.step import Operation, Step, StepResult
 from fastdp.errors import DeviceTimeoutError
 from fastdp.runtime.events import here
-from fastdp.tracing import spans
-from fastdp.tracing.spans import Recorder
+from fastdp.tracing.spans import Recorder, now
 
 # Steps of different engines that share devices must not interleave: replicas block in exchanges.
 one_step_at_a_time = threading.RLock()
@@ -39,7 +38,7 @@ def meanwhile(step: Step, work: Callable[[], object], end: Callable[[], StepResu
     `end()` first waits for the current step, and its outcome is kept until `work()` returns.
     """
     _here.open = (step, end)
-    spans.verb("while running")
+    step.watch.verb = "while running"
     try:
         work()
     finally:
@@ -132,12 +131,15 @@ class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
         try:
             _wait_for_others(self._state.timeout)
             try:
-                self._begin_trace()
+                recorder = now.recorder
+                if recorder is not None:
+                    self._begin_trace(recorder)
                 self._prepare()
             except BaseException as error:
                 self._recovery.abandon(operation, error)
                 one_step_at_a_time.release()
-                self._end_trace(error)
+                if self._recorder is not None:
+                    self._end_trace(self._recorder, error)
                 raise
         except BaseException:
             self._state.leave()
@@ -182,20 +184,19 @@ class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
             self._state.steps += self._operation.counts
             one_step_at_a_time.release()
             self._state.leave()
-            self._end_trace(error)
+            if self._recorder is not None:
+                self._end_trace(self._recorder, error)
 
-    def _begin_trace(self) -> None:
-        """Tell traces, if there are any, that this operation begins."""
-        self._recorder = spans.now.recorder
-        if self._recorder is not None:
-            operation, program = self._operation, self._replicas.program
-            facts: dict[str, object] = {"program": type(program).__name__}
-            if isinstance(operation, Step):
-                facts["rows"] = operation.batch.rows
-            self._recorder.step_begins(program, operation.kind, self._state.steps, facts)
+    def _begin_trace(self, recorder: Recorder) -> None:
+        """Tell traces that this operation begins."""
+        self._recorder = recorder
+        operation, program = self._operation, self._replicas.program
+        facts: dict[str, object] = {"program": type(program).__name__}
+        if isinstance(operation, Step):
+            facts["rows"] = operation.batch.rows
+        recorder.step_begins(program, operation.kind, self._state.steps, facts)
 
-    def _end_trace(self, error: BaseException | None) -> None:
-        """Tell those that it is over. They may write their files now."""
-        recorder, self._recorder = self._recorder, None
-        if recorder is not None:
-            recorder.step_ends(self._replicas.program, self._operation.kind, error)
+    def _end_trace(self, recorder: Recorder, error: BaseException | None) -> None:
+        """Tell traces that it is over. They may write their files now."""
+        self._recorder = None
+        recorder.step_ends(self._replicas.program, self._operation.kind, error)

@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fastdp.tracing.spans import verb
+
 LATEST = 200
 VERBS = ("scatter", "compute", "merge", "wait", "communication", "update")
 
@@ -21,17 +23,18 @@ class Watch:
 
     Each worker writes the entry of its rank; the host thread writes the rest. `rows` holds the row counts of the
     devices that have rows. `early` is the number of gradient buckets that were complete on all devices before the
-    slowest device was done.
+    slowest device was done. `verb` is what the host thread is at.
     """
 
     __slots__ = (
         "arrived", "began", "compute_began", "compute_ended", "early", "ended", "finished", "merging", "rows",
-        "scattered", "scattering", "update_began", "update_ended",
+        "scattered", "scattering", "update_began", "update_ended", "verb",
     )  # fmt: skip
 
     def __init__(self, rows: Sequence[int], devices: int) -> None:
         self.rows = list(rows)
         self.early = 0
+        self.verb = ""
         self.began = time.perf_counter()
         self.scattering = self.scattered = self.arrived = self.finished = self.ended = self.began
         self.compute_began = [0.0] * len(self.rows)
@@ -59,6 +62,22 @@ class Watch:
             "communication": communication,
             "update": self.update_ended[rank] - self.update_began[rank],
         }
+
+
+class TracedWatch(Watch):
+    """The watch of a step that is recorded in traces, which get its verbs."""
+
+    __slots__ = ()
+
+    @property
+    def verb(self) -> str:
+        """What the host thread is at. Only set: traces have the times."""
+        raise AttributeError("verb")
+
+    @verb.setter
+    def verb(self, name: str) -> None:
+        if name:
+            verb(name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -223,7 +223,7 @@ class CudaCommunicator(Communicator):
 
     def broadcast(self, buffers: Sequence[FlatBuffers], readers: int | None = None) -> None:
         """Each device pulls a copy over its own link when all compute is done."""
-        self._each(range(1, len(buffers)), lambda rank: buffers[rank].copy_from(buffers[0]))
+        self._each("broadcast", range(1, len(buffers)), lambda rank: buffers[rank].copy_from(buffers[0]))
 
     def once(self, work: Callable[[], object]) -> None:
         """Run `work()`, ordered against all communication streams."""

@@ -11,7 +11,6 @@ from fastdp.buffers import Bucket, FlatBuffers, storage_dtype
 from fastdp.comm.base import Communicator
 from fastdp.comm.host.reduction import TILE, HostReduction, sum_in_order
 from fastdp.runtime.host.resources import CORES
-from fastdp.tracing.spans import span
 
 # Copying this much takes about as long as waking a thread.
 SMALL_NBYTES = 1 << 19
@@ -53,14 +52,13 @@ class HostCommunicator(Communicator):
             return
 
         def work(rank: int) -> None:
-            with span("reduce", self._devices[rank].communication):
-                if once is not None and rank == 0:
-                    once()
-                reduction.work_all()
+            if once is not None and rank == 0:
+                once()
+            reduction.work_all()
 
         # Waking more threads than there are cores or pieces would only cost time.
         helpers = min(len(self._devices), CORES, reduction.pieces)
-        end = self._after_compute(range(max(1, helpers)), work)
+        end = self._after_compute("reduce", range(max(1, helpers)), work)
         if not end.notify(lambda: reduction.close(end.error)):
             reduction.close(end.error)
         for device in self._devices[:readers]:
@@ -88,7 +86,7 @@ class HostCommunicator(Communicator):
                         values = [source.buffers[bucket.dtype][tile] for source in sources]
                         targets[rank].buffers[bucket.dtype][tile] = sum_in_order(values, bucket.dtype)
 
-        self._each(range(ranks), reduce)
+        self._each("reduce-scatter", range(ranks), reduce)
 
     def all_gather(self, buffers: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
         """Gather by copies; each rank's worker makes its own."""
@@ -106,10 +104,6 @@ class HostCommunicator(Communicator):
         pieces = [(dtype, at) for dtype, buffer in first.buffers.items() for at in range(0, buffer.size, TILE)]
 
         def copy(rank: int) -> None:
-            with span("broadcast", self._devices[rank].communication):
-                copy_pieces()
-
-        def copy_pieces() -> None:
             while pieces:
                 try:
                     dtype, at = pieces.pop()
@@ -120,7 +114,8 @@ class HostCommunicator(Communicator):
                     other.buffers[dtype][span] = first.buffers[dtype][span]
 
         little = first.nbytes * len(others) <= SMALL_NBYTES
-        self._each(range(1 if little else min(len(buffers), CORES, max(1, len(pieces)))), copy, readers)
+        ranks = range(1 if little else min(len(buffers), CORES, max(1, len(pieces))))
+        self._each("broadcast", ranks, copy, readers)
 
     def refresh(self, buffers: Sequence[FlatBuffers]) -> None:
         """Copy little at once on the calling thread: the workers, which it wakes next, then need not wait for each
@@ -137,7 +132,7 @@ class HostCommunicator(Communicator):
         if len(self._devices) == 1:
             self._devices[0].compute.enqueue(work)
         else:
-            self._each([0], lambda rank: work())
+            self._each("once", [0], lambda rank: work())
 
 
 def refuse_unknown(buckets: Sequence[Bucket]) -> None:
