@@ -11,6 +11,7 @@ import keras  # the guide's first lines need it
 import numpy as np
 import pytest
 import torch
+from trace_files import TraceFile
 
 import fastdp
 
@@ -64,6 +65,16 @@ def test_the_lines_that_watch_a_run_write_their_files(
     assert "fastdp: 2 devices, 3 training steps." in capsys.readouterr().out
 
 
+def test_the_lines_that_trace_steps_write_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fastdp.set_virtual_devices(2)
+    parallel = fastdp.wrap(keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)]), gpus=2, compile=None)
+    parallel.compile("sgd", "mse")
+    exec(CODE[3], {"fastdp": fastdp, "parallel": parallel, "x": np.ones((600, 6)), "y": np.ones((600, 3))})
+    found = [TraceFile(tmp_path / f"{name}.json").check().named("train step") for name in ("steps", "three")]
+    assert [len(steps) for steps in found] == [3, 3]
+
+
 def test_the_lines_for_a_torch_module_train_it() -> None:
     fastdp.set_virtual_devices(4)
     module = torch.nn.Linear(6, 3)
@@ -71,7 +82,7 @@ def test_the_lines_for_a_torch_module_train_it() -> None:
     x = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x.argmax(dim=1) % 3), batch_size=8)
     names: dict[str, Any] = {"fastdp": fastdp, "torch": torch, "module": module, "loader": loader}
-    exec(CODE[3], names)
+    exec(CODE[4], names)
     assert len(names["dp"].devices) == 4
     assert float(names["loss"]) > 0
     assert not torch.equal(module.weight, before)

@@ -193,7 +193,7 @@ def trace(path: str | os.PathLike[str], *, max_spans: int = MAX_SPANS, nvtx: boo
 
     Args:
         path: of the file, which is made when the block is entered.
-        max_spans: the most spans that are kept in memory (some 300 bytes each). What comes later is left out, and the
+        max_spans: the most spans that are kept in memory (some 400 bytes each). What comes later is left out, and the
             trace says so.
         nvtx: also mark NVTX ranges of the same names on the host's threads, for Nsight Systems (package `nvtx`).
             FASTDP_NVTX=1 marks them without a trace.
