@@ -133,7 +133,7 @@ def test_the_command_traces_a_script(tmp_path):
     found = TraceFile(tmp_path / "t.json.gz").check()
     assert len(found.named("backward step")) == len(found.named("call step")) > 0
     ran = fastdp_run("--virtual", "2", "--trace", "none/t.json", "train.py", "0", folder=tmp_path)
-    assert ran.returncode == 1
+    assert ran.returncode == 2
     assert ran.stderr.startswith("fastdp run: ")
     assert "The trace cannot be written: No such file or directory" in ran.stderr
     assert "Traceback" not in ran.stderr
