@@ -16,10 +16,11 @@ os.environ["KERAS_BACKEND"] = "torch"
 
 import keras
 from frameworks.cases import CASES
-from frameworks.keras_models import BUILDERS
 from report import finish, options, print_table
 
 import fastdp
+from fastdp.benchmark.arrays import draw
+from fastdp.benchmark.models import find
 from fastdp.benchmark.rounds import spread
 
 MODELS = ("mlp", "cnn", "resnet50", "xception")
@@ -30,10 +31,11 @@ LIMIT = 600.0
 def first_step(model_name: str, way: str) -> float:
     """Seconds to the first step in this process; `way` is "keras" or a number of devices."""
     case = CASES[model_name]
-    x, y = case.data(1)
+    builtin = find(case.target)
+    x, y = draw((*builtin.inputs_of("keras"), *builtin.targets), case.rows, 0)
     if way != "keras":
         fastdp.set_virtual_devices(int(way))
-    model = BUILDERS[model_name]()
+    model = builtin.build("keras")
     began = time.perf_counter()
     trained = model if way == "keras" else fastdp.wrap(model, gpus=int(way))
     trained.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))

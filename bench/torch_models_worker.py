@@ -6,6 +6,7 @@ STEPS steps.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import sys
@@ -15,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fastdp
-from bench.frameworks.ddp import WARM_UP, lead
 from bench.torch_model_cases import CASES, build, example
 from fastdp.benchmark.request import Prepared, Round
 from fastdp.benchmark.serve import serve
+from fastdp.benchmark.ways.process_group import ProcessGroup
 
+WARM_UP, PROCESSES = 3, 2
 PATIENCE = 150.0  # seconds for compiled steps to be ready
 
 
@@ -83,17 +84,33 @@ def captured(name: str, devices: int, how: Callable[..., Iterator[torch.Tensor]]
     return steps
 
 
-def trainer(rank: int, size: int, name: str, steps: int) -> tuple[Callable[[int], float], int]:
-    """A rank of DistributedDataParallel."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
-    own = CASES[name].rows // size
-    made = loop(name, nn.parallel.DistributedDataParallel, slice(rank * own, (rank + 1) * own))
+class Rank:
+    """A process of DistributedDataParallel: the example's loop on its own rows."""
 
-    def train(count: int) -> float:
-        dist.barrier()
-        return seconds(made, count)
+    def __init__(self, name: str, rank: int) -> None:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // PROCESSES))
+        own = CASES[name].rows // PROCESSES
+        self._steps = loop(name, nn.parallel.DistributedDataParallel, slice(rank * own, (rank + 1) * own))
 
-    return train, count_parameters(name)
+    def train(self, count: int) -> None:
+        """Train so many steps, together with the other processes."""
+        seconds(self._steps, count)
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def ddp(name: str) -> Prepared:
+    """The example's loop under DistributedDataParallel."""
+    group = ProcessGroup(PROCESSES, "gloo", functools.partial(Rank, name))
+    group.train(WARM_UP)
+
+    def train(count: int) -> Round:
+        began = time.perf_counter()
+        group.train(count)
+        return Round(count, time.perf_counter() - began)
+
+    return Prepared(train, {"parameters": count_parameters(name)}, close=group.close)
 
 
 def count_parameters(name: str) -> int:
@@ -118,7 +135,7 @@ WAYS: dict[str, Callable[[str], Iterator[torch.Tensor]]] = {
 def main(way: str, name: str, steps: int) -> None:
     """Prepare, and serve rounds."""
     if way == "ddp-2":
-        lead(2, name, steps, trainer)
+        serve(lambda: ddp(name))
         return
     fastdp.set_virtual_devices(2)
 

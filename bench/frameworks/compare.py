@@ -2,9 +2,9 @@
 
 Compares fastdp on 1 and 2 virtual devices with compiled steps, Keras's `fit` on torch, JAX and TensorFlow,
 keras.distribution's DataParallel over two host devices, MirroredStrategy over two logical CPUs, and plain torch in
-one process and in two with DistributedDataParallel over gloo. All train by SGD with momentum on the same global
-batches. Each peer is a separate process that builds, compiles and warms up before anything is timed. The peers then
-take turns, one round each; results are medians over the rounds.
+one process and in two with DistributedDataParallel over gloo. Models and ways are those of `fastdp bench`. All train by
+SGD with momentum on the same global batches. Each peer is a separate process that builds, compiles and warms up before
+anything is timed. The peers then take turns, one round each; results are medians over the rounds.
 
 Peers on two devices normalize each device's rows, except JAX, which normalizes the whole batch. A peer that fails or
 times out is recorded with the reason, and the others go on.
@@ -13,65 +13,72 @@ times out is recorded with the reason, and the others go on.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from bench.frameworks.cases import CASES
+from bench.frameworks.cases import CASES, Case
 from bench.frameworks.table import draw, markdown
 from bench.report import RESULTS, result_line, result_name
 from fastdp.benchmark.process import Process, WayError
+from fastdp.benchmark.request import Request
 from fastdp.benchmark.rounds import ratio, spread
-
-WORKERS = Path(__file__).parent
+from fastdp.benchmark.ways import environment, missing
+from fastdp.benchmark.worker import command
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One way to train: a script, its first argument, and environment variables."""
+    """One way to train, as `fastdp bench` has it: the fields of its request."""
 
     title: str
-    script: Path
-    how: str
-    environment: Mapping[str, str] = field(default_factory=dict)
-    needs: str = ""
+    library: str
+    framework: str = "keras"
+    devices: int = 1
+    kind: str = "cpu"
+    mode: str = "auto"
 
-    def start(self, model: str, steps: int, timeout: float) -> Process:
-        """Start the process that trains `model`.
+    def start(self, case: Case, timeout: float) -> Process:
+        """Start the process that trains a case.
 
         Raises:
             WayError: a library is missing, or the process failed.
         """
-        if self.needs and importlib.util.find_spec(self.needs) is None:
-            raise WayError(f"{self.needs} is not installed here")
-        return Process([sys.executable, str(self.script), self.how, model, str(steps)], self.environment, timeout)
+        request = Request(
+            target=case.target,
+            framework=self.framework,
+            library=self.library,
+            devices=self.devices,
+            kind=self.kind,
+            mode=self.mode,
+            batch=case.rows,
+            optimizer="sgd",
+        )
+        why = missing(request)
+        if why:
+            raise WayError(why)
+        return Process(command(request), environment(request), timeout)
 
 
-def _keras(title: str, how: str, backend: str, needs: str = "") -> Peer:
-    """A Keras peer on a backend."""
-    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_BACKEND": backend}
-    return Peer(title, WORKERS / "keras_worker.py", how, quiet, needs or backend)
-
-
+# "auto" reaches fastdp's compiled steps after training a shape for long enough; here they are compiled at once.
 PEERS = {
-    "fastdp-1": _keras("fastdp, 1 device", "fastdp-1", "torch"),
-    "fastdp-2": _keras("fastdp, 2 devices", "fastdp-2", "torch"),
-    "keras-torch": _keras("Keras torch, fit", "fit", "torch"),
-    "keras-jax": _keras("Keras JAX, fit", "fit", "jax"),
-    "keras-jax-2": _keras("Keras JAX, DataParallel on 2", "distribution", "jax"),
-    "keras-tf": _keras("Keras TensorFlow, fit", "fit", "tensorflow"),
-    "keras-tf-2": _keras("Keras TensorFlow, Mirrored on 2", "mirrored", "tensorflow"),
-    "torch": Peer("torch, 1 process", WORKERS / "torch_worker.py", "1", needs="torch"),
-    "torch-ddp-2": Peer("torch, DDP of 2 processes", WORKERS / "torch_worker.py", "2", needs="torch"),
+    "fastdp-1": Peer("fastdp, 1 device", "fastdp", kind="virtual", mode="compiled"),
+    "fastdp-2": Peer("fastdp, 2 devices", "fastdp", devices=2, kind="virtual", mode="compiled"),
+    "keras-torch": Peer("Keras torch, fit", "keras"),
+    "keras-jax": Peer("Keras JAX, fit", "keras-jax"),
+    "keras-jax-2": Peer("Keras JAX, DataParallel on 2", "keras-jax", devices=2),
+    "keras-tf": Peer("Keras TensorFlow, fit", "keras-tensorflow"),
+    "keras-tf-2": Peer("Keras TensorFlow, Mirrored on 2", "keras-tensorflow", devices=2),
+    "torch": Peer("torch, 1 process", "torch", "torch"),
+    "torch-ddp-2": Peer("torch, DDP of 2 processes", "ddp", "torch", devices=2),
 }
 
 
@@ -79,7 +86,7 @@ def measure(model: str, peers: Mapping[str, Peer], asked: argparse.Namespace) ->
     """Measure all peers on one model: samples per second, the ratio to fastdp, and the reasons of failures."""
     case = CASES[model]
     steps = asked.steps or case.steps
-    running, failed = _start(model, peers, steps, asked)
+    running, failed = _start(model, peers, asked)
     seconds: dict[str, list[float]] = {name: [] for name in running}
     try:
         for number in range(asked.rounds):
@@ -114,7 +121,7 @@ def measure(model: str, peers: Mapping[str, Peer], asked: argparse.Namespace) ->
 
 
 def _start(
-    model: str, peers: Mapping[str, Peer], steps: int, asked: argparse.Namespace
+    model: str, peers: Mapping[str, Peer], asked: argparse.Namespace
 ) -> tuple[dict[str, Process], dict[str, str]]:
     """Start all peers, one per core at a time; returns those that are ready, and the failures of the others."""
     running: dict[str, Process] = {}
@@ -123,7 +130,7 @@ def _start(
     def start(name: str) -> None:
         began = time.perf_counter()
         try:
-            running[name] = peers[name].start(model, steps, asked.start_timeout)
+            running[name] = peers[name].start(CASES[model], asked.start_timeout)
             say(f"{model}: {name} is ready after {time.perf_counter() - began:.1f} s")
         except WayError as error:
             failed[name] = str(error)

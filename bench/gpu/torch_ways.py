@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn import functional
 
 import fastdp
-from bench.frameworks.torch_models import BUILDERS
 from bench.gpu.cases import CLASSES, Case
+from fastdp.benchmark import models
 
 WARM_UP = 3
 Run = Callable[[], float]
@@ -63,7 +63,9 @@ class Encoder(nn.Module):
 def build(case: Case) -> nn.Module:
     """The module of a case, with a fixed seed."""
     torch.manual_seed(0)
-    return Encoder(**case.options) if case.model == "encoder" else BUILDERS[case.model]()
+    if case.model == "encoder":
+        return Encoder(**case.options)
+    return models.build(f"{case.model}:classes={CLASSES}", "torch")
 
 
 def optimizer_of(case: Case, parameters: Any, **more: Any) -> torch.optim.Optimizer:

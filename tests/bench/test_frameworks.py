@@ -8,9 +8,13 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib  # noqa: F401  draws the picture; names the need, so that this file is left out without it
 import pytest
+
+from fastdp.benchmark.process import Process
+from fastdp.benchmark.request import LIBRARIES
 
 BENCH = Path(__file__).parents[2] / "bench"
 sys.path.insert(0, str(BENCH.parent))
@@ -20,7 +24,7 @@ import os, sys, time
 sys.path.insert(0, {str(BENCH.parent)!r})
 from fastdp.benchmark.request import Prepared, Round
 from fastdp.benchmark.serve import serve
-how, model, steps = sys.argv[1:]
+how = sys.argv[1]
 print("printed, and no answer", end="")
 
 def prepare():
@@ -54,6 +58,19 @@ def peers():
     return importlib.import_module("bench.frameworks.compare")
 
 
+class Fake(NamedTuple):
+    """A peer that is a script of its own."""
+
+    title: str
+    script: Path
+    how: str
+    environment: dict[str, str]
+
+    def start(self, case, timeout: float) -> Process:
+        """Start the script."""
+        return Process([sys.executable, str(self.script), self.how], self.environment, timeout)
+
+
 @pytest.fixture
 def compare(peers, tmp_path):
     """Run the comparison on fake peers that take these seconds a round; the result, and the order of the turns."""
@@ -62,7 +79,7 @@ def compare(peers, tmp_path):
         script, turns = tmp_path / "peer.py", tmp_path / "turns"
         script.write_text(PEER)
         fakes = {
-            how: peers.Peer(f"the {how} one", script, how, {"SECONDS": str(value), "TURNS": str(turns)})
+            how: Fake(f"the {how} one", script, how, {"SECONDS": str(value), "TURNS": str(turns)})
             for how, value in seconds.items()
         }
         out = tmp_path / "out"
@@ -114,10 +131,11 @@ def test_a_late_peer_is_ended_with_all_that_it_started(compare):
     assert time.monotonic() - began < 55  # not waited for: each would sleep for 60 seconds
 
 
-def test_a_peer_whose_library_is_missing_is_not_started(peers, tmp_path, capsys):
-    absent = peers.Peer("absent", tmp_path / "none.py", "fit", needs="no_such_library")
-    assert peers.main(["--models", "mlp", "--out", str(tmp_path)], {"absent": absent}) == 1
-    assert "absent failed: no_such_library is not installed here" in capsys.readouterr().out
+def test_a_peer_whose_library_is_missing_is_not_started(peers, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "jax" else object())
+    asked = ["--models", "mlp", "--peers", "keras-jax", "--out", str(tmp_path)]
+    assert peers.main(asked) == 1
+    assert "keras-jax failed: not installed here: pip install jax" in capsys.readouterr().out
 
 
 def test_the_page_stars_a_model_of_another_size_and_the_picture_is_drawn(compare):
@@ -136,6 +154,27 @@ def test_options_that_name_nothing_are_usage_errors(peers, options, capsys):
     assert options[0] in capsys.readouterr().err
 
 
-def test_every_peer_is_a_script_of_the_checkout(peers):
+def test_a_peer_trains_a_case_by_the_ways_of_the_command(peers, tmp_path, monkeypatch):
+    small = {"mlp": peers.Case("mlp:features=6,width=8", 8, 2)}
+    monkeypatch.setattr(peers, "CASES", small)
+    assert (
+        peers.main(["--models", "mlp", "--peers", "keras-torch", "torch", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    )
+    (path,) = tmp_path.glob("*.json")
+    mlp = json.loads(path.read_text())["results"]["mlp"]
+    assert mlp["failed"] == {}
+    assert mlp["title"] == "MLP 6-8-8-10, batch 8"
+    assert {name: facts["parameters"] for name, facts in mlp["facts"].items()} == {"keras-torch": 218, "torch": 218}
+
+
+def test_every_peer_can_be_asked_for_every_case(peers):
     assert len(peers.PEERS) == 9
-    assert all(peer.script.is_file() for peer in peers.PEERS.values())
+    assert all(one.library in LIBRARIES for one in peers.PEERS.values())
+    assert all(case.title.endswith(f"batch {case.rows}") for case in peers.CASES.values())
+
+
+def test_pages_of_recorded_results_are_those_that_their_json_gives(peers):
+    pages = sorted(peers.RESULTS.glob("peers*.md"))
+    assert len(pages) >= 4
+    for page in pages:
+        assert peers.markdown(json.loads(page.with_suffix(".json").read_text("utf-8"))) == page.read_text("utf-8")
