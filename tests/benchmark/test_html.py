@@ -187,6 +187,20 @@ def test_the_ideal_line_begins_at_zero_and_goes_through_the_first_point():
     assert (ideal["x2"], ideal["y2"]) == (link["x2"], link["y2"])  # this series scales ideally
 
 
+def test_of_many_series_the_fastest_that_begins_with_one_device_gets_the_ideal_line():
+    def spread(value):
+        return Spread(value, value, value)
+
+    series = [
+        Series("slow", ((1, spread(50)), (4, spread(150)))),
+        Series("late", ((2, spread(300)), (4, spread(500)))),
+        Series("fast", ((1, spread(40)), (4, spread(160)))),
+    ]
+    figure = scaling(series, "words")
+    assert len(_lines(figure, "ideal")) == 1
+    assert "ideal of fast: each device as fast as in the first point" in "".join(figure.itertext())
+
+
 def test_an_ideal_far_above_the_figures_leaves_the_picture():
     figure = scaling([Series("one", ((1, Spread(100, 90, 110)), (8, Spread(120, 110, 130))))], "words")
     (ideal,) = _lines(figure, "ideal")
@@ -234,9 +248,11 @@ def test_a_trace_is_the_timeline(tmp_path):
     assert [one.begin for one in spans] == pytest.approx([0, 0.0005])
 
     result = benchmark_results.result()
+    result["entries"][0]["trace"] = "t.json"
     result["entries"][2]["trace"] = "elsewhere/t.json"  # the folder has moved since
     words = Checked(report_page(result, tmp_path)).words()
-    assert "fastdp, 4 devices, eager. A recorded step of 7.00 ms; elsewhere/t.json opens in Perfetto." in words
+    fastest = "fastdp, 4 devices, eager. A recorded step of 7.00 ms; elsewhere/t.json opens in Perfetto."
+    assert 0 < words.index(fastest) < words.index("fastdp, 1 device, eager. A recorded step")
     assert "not a recording" in Checked(report_page(result)).words()
 
 

@@ -48,9 +48,7 @@ def scaling(series: Sequence[Series], described: str) -> Element:
     """Throughput by number of devices, with the ideal line of each series that has several points."""
     counts = sorted({devices for one in series for devices, _ in one.points})
     best = max(max(spread.q3, spread.median) for one in series for _, spread in one.points)
-    scaled = [one for one in series if len(one.points) > 1]
-    # With many series, the ideal of the fastest alone.
-    ideals = scaled if len(scaled) <= 2 else [max(scaled, key=lambda one: one.ideal(1))]
+    ideals = _with_ideal(series)
     wanted = max([best, *(one.ideal(counts[-1]) for one in ideals)])
     ticks = nice_ticks(min(wanted, _ROOM * best))
     across, up = counts[-1] * 1.04, ticks[-1]
@@ -61,7 +59,18 @@ def scaling(series: Sequence[Series], described: str) -> Element:
         drawing.append(_line(0, 0, end / across, one.ideal(end) / up, "ideal", color(list(series).index(one))))
     for place, one in enumerate(series):
         drawing.extend(_points(one, place, across, up))
-    return tag("figure", tag("div", drawing, class_="plot"), _series_legend(series, bool(ideals)))
+    return tag("figure", tag("div", drawing, class_="plot"), _series_legend(series, ideals))
+
+
+def _with_ideal(series: Sequence[Series]) -> Sequence[Series]:
+    """The series that get an ideal line: those with several points; of more than two, the one that got fastest.
+
+    One that begins with fewer devices goes before: its line tells more.
+    """
+    scaled = [one for one in series if len(one.points) > 1]
+    if len(scaled) <= 2:
+        return scaled
+    return [max(scaled, key=lambda one: (-one.points[0][0], max(spread.median for _, spread in one.points)))]
 
 
 def _axes(counts: Sequence[int], ticks: Sequence[float], across: float) -> list[Element]:
@@ -104,14 +113,16 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str, stroke: str) ->
     return tag("line", **ends, class_=kind, style=f"stroke:{stroke}")
 
 
-def _series_legend(series: Sequence[Series], ideal: bool) -> Element:
+def _series_legend(series: Sequence[Series], ideals: Sequence[Series]) -> Element:
     items = []
     for place, one in enumerate(series):
         shape = tag("path", d=_SHAPES[place % len(_SHAPES)], style=f"fill:{color(place)}")
         mark = tag("svg", shape, width="14", height="14", viewBox="-7 -7 14 14", aria_hidden="true")
         items.append(tag("li", mark, one.name))
-    if ideal:
-        items.append(tag("li", tag("i", class_="dash"), "ideal: each device as fast as in the first point"))
+    if ideals:
+        of = f" of {ideals[0].name}" if len(ideals) < sum(len(one.points) > 1 for one in series) else ""
+        said = f"ideal{of}: each device as fast as in the first point"
+        items.append(tag("li", tag("i", class_="dash"), said))
     return tag("ul", *items, class_="legend")
 
 

@@ -63,22 +63,33 @@ def _folded(groups: Sequence[tuple[str, list[Element]]]) -> list[Element]:
 
 
 def timeline_section(entries: Sequence[Entry], folder: Path | None) -> Element | None:
-    """One step of the fastest way that has a trace, else of the fastest, whose parts are put one after another."""
-    shown = sorted(_timed(entries), key=lambda entry: -(entry.rate.median if entry.rate else 0.0))
-    problem = None
-    for entry in entries if folder is not None else ():
-        if entry.trace is None or folder is None:
+    """One step of each way that has a trace, the fastest first; without traces one put together from its parts.
+
+    Args:
+        folder: where the traces lie; None has none.
+    """
+    fastest = sorted(entries, key=lambda entry: -(entry.rate.median if entry.rate else 0.0))
+    steps, notes = [], []
+    for entry in fastest:
+        if folder is None or entry.trace is None:
             continue
         trace, problem = _read(folder, entry.trace)
         if trace is not None:
-            return _traced(entry, trace)
-    if not shown:
+            steps.append((entry.name, _traced(entry, trace)))
+        else:
+            notes.append(tag("p", problem, class_="note warn"))
+    if not steps:
+        steps = [(entry.name, _modelled(entry)) for entry in _timed(fastest)[:1]]
+    if not steps:
         return None
-    entry = shown[0]
+    others = [tag("details", tag("summary", name), step) for name, step in steps[1:]]
+    return tag("section", tag("h2", "One step"), *notes, steps[0][1], *others)
+
+
+def _modelled(entry: Entry) -> Element:
+    """The parts of a step one after another, for an entry whose devices tell some."""
     parts = [entry.parts(device) for device in entry.per_device]
-    longest = max((sum(one.values()) for one in parts), default=0.0)
-    if not longest:
-        return None
+    longest = max(sum(one.values()) for one in parts) or 1.0
     rows = []
     for device, one in zip(entry.per_device, parts, strict=True):
         spans, begin = [], 0.0
@@ -88,9 +99,7 @@ def timeline_section(entries: Sequence[Entry], folder: Path | None) -> Element |
         rows.append((device.name, spans))
     words = f"{entry.name}. Put together from the median times above, one after another: not a recording. With "
     said = tag("p", words, tag("code", "--profile"), " the step is recorded.", class_="soft")
-    return tag("section", tag("h2", "One step"), said,
-               tag("p", problem, class_="note warn") if problem else None,
-               tag("figure", lanes(rows, longest)), part_legend(parts))  # fmt: skip
+    return tag("div", said, tag("figure", lanes(rows, longest)), part_legend(parts))
 
 
 def _read(folder: Path, name: str) -> tuple[StepTrace | None, str | None]:
@@ -121,8 +130,8 @@ def _traced(entry: Entry, trace: StepTrace) -> Element:
     known = [{part: 1.0 for part in PARTS if _PART_COLORS[part] in used}]
     figures = tag("details", tag("summary", "Figures"),
                   table("The longest spans of each lane", ["lane", "spans"], rows, words=range(2)))  # fmt: skip
-    return tag("section", tag("h2", "One step"), tag("p", words, class_="soft"),
-               tag("figure", lanes(trace.lanes, trace.seconds)), part_legend(known), figures)  # fmt: skip
+    picture = tag("figure", lanes(trace.lanes, trace.seconds))
+    return tag("div", tag("p", words, class_="soft"), picture, part_legend(known), figures)
 
 
 def memory_section(entries: Sequence[Entry]) -> Element | None:
