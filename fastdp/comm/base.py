@@ -108,6 +108,17 @@ class Communicator(ABC):
                 compute streams must wait for some later event before they compute again.
         """
 
+    def begin_here(self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket], *, warm: bool, known: Any) -> Any:
+        """As `begin`, for a step that one thread launches on all devices, all of which have rows.
+
+        Args:
+            known: the result for an earlier step of these buffers, which may be used again; None if there was none.
+
+        Returns:
+            A `Reduction` for `finish_here`, whose `listeners` are called in place of `ready(rank)`.
+        """
+        raise NotImplementedError("Only GPUs run steps whose replicas are launched by one thread.")
+
     def finish_here(self, reduction: Any, computed: Sequence[QueueEvent]) -> list[tuple[int, BaseException]]:
         """As `finish`, on a thread that has all devices by `lent`: all calls of CUDA are made when this returns.
 

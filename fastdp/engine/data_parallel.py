@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -19,7 +18,6 @@ from fastdp.comm.tuning import tune
 from fastdp.engine.accumulation import AccumulatedGradients
 from fastdp.engine.home import HomeMemory
 from fastdp.engine.host_launch import HostLaunch
-from fastdp.engine.interrupts import interrupts_wait
 from fastdp.engine.make_report import Reporting
 from fastdp.engine.recovery import Recovery
 from fastdp.engine.reductions import Reductions
@@ -263,7 +261,10 @@ class DataParallel(Traceable, Reporting, Generic[ProgramT_co]):
         """Give each replica its rows of every array."""
         step.watch.verb = "scatter"
         step.watch.scattering = time.perf_counter()
-        step.batches = scatter(step.batch.arrays, step.shards, self.devices)
+        if step.by_host:
+            self.host_launch.scatter(step)
+        else:
+            step.batches = scatter(step.batch.arrays, step.shards, self.devices)
         step.watch.scattered = time.perf_counter()
 
     def _run(self, step: Step, work: Work, *, has_gradients: bool = False) -> None:
@@ -292,8 +293,7 @@ class DataParallel(Traceable, Reporting, Generic[ProgramT_co]):
     def _update(self, step: Step) -> None:
         """Enqueue the update. Each replica applies it itself, or gets a copy of the first replica's variables."""
         step.watch.verb = "update"
-        with interrupts_wait() if step.by_host else nullcontext():  # once, and not in each replica's update
-            self._updates.begin(step, accumulates=0 if step.reduces else len(step.shards))
+        self._updates.begin(step, accumulates=0 if step.reduces else len(step.shards))
 
     def _merge(self, step: Step) -> StepResult:
         """Wait for the replicas, and return the outputs merged in row order."""

@@ -8,9 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-_held: list[None] = []  # not empty while a block of the main thread holds interrupts back
-
-
+_held: list[_Holding] = []  # not empty while a block of the main thread holds interrupts back
 _nothing = contextlib.nullcontext()
 
 
@@ -20,20 +18,40 @@ def interrupts_wait() -> contextlib.AbstractContextManager[None]:
     Only the main thread receives signals, so on other threads this does nothing. It also does nothing where SIGINT is
     ignored or not handled in Python.
     """
+    if _held:  # by the main thread, for this block too, or another thread has nothing to hold back
+        return _nothing
     on_main = threading.current_thread() is threading.main_thread()
-    holds = on_main and not _held and callable(signal.getsignal(signal.SIGINT))
-    return _holding() if holds else _nothing
+    return _Holding() if on_main and callable(signal.getsignal(signal.SIGINT)) else _nothing
+
+
+class _Holding(contextlib.AbstractContextManager[None]):
+    """Keeps signals until its end. It may be paused."""
+
+    def __init__(self) -> None:
+        self._came: list[tuple[int, Any]] = []
+        self._before: Any = None
+
+    def __enter__(self) -> None:
+        self._before = signal.signal(signal.SIGINT, lambda number, frame: self._came.append((number, frame)))
+        _held.append(self)
+
+    def __exit__(self, *error: object) -> None:
+        if self not in _held:  # an interrupt has ended a pause
+            return
+        _held.clear()
+        signal.signal(signal.SIGINT, self._before)
+        came, self._came = self._came, []
+        if came:
+            self._before(*came[0])
 
 
 @contextlib.contextmanager
-def _holding() -> Iterator[None]:
-    came: list[tuple[int, Any]] = []
-    before: Any = signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
-    _held.append(None)
-    try:
+def interrupts_come() -> Iterator[None]:
+    """Let interrupts come in the middle of a block of `interrupts_wait`: those that came before, and later ones."""
+    holding = _held[0] if _held and threading.current_thread() is threading.main_thread() else None
+    if holding is None:
         yield
-    finally:
-        _held.clear()
-        signal.signal(signal.SIGINT, before)
-        if came:
-            before(*came[0])
+        return
+    holding.__exit__()
+    yield
+    holding.__enter__()

@@ -11,6 +11,7 @@ from fastdp.engine.accumulation import AccumulatedGradients
 from fastdp.engine.replicas import ReplicaGroup
 from fastdp.engine.step import Step, commit
 from fastdp.runtime.queue import QueueEvent
+from fastdp.tracing import spans
 
 # Steps of a batch shape after which a GPU's steps allocate nothing, and the number of shapes whose steps are counted.
 WARM_STEPS, MOST_SHAPES = 2, 256
@@ -28,6 +29,7 @@ class Reductions:
     def __init__(self, replicas: ReplicaGroup, communicator: Communicator, accumulation: AccumulatedGradients) -> None:
         self._replicas, self._communicator, self._accumulation = replicas, communicator, accumulation
         self._trained: dict[Any, int] = {}
+        self._here: Any = None  # the reduction of the latest step that one thread has launched on all devices
 
     def begin(self, step: Step) -> None:
         """Start the reduction of a step that is about to run, if buckets may be reduced before the replicas are done.
@@ -46,8 +48,15 @@ class Reductions:
             if len(self._trained) >= MOST_SHAPES:
                 self._trained.clear()
             self._trained[shape] = self._trained.get(shape, 0) + 1
-        ends = self._replicas.ends(len(step.shards))
-        step.reduction = self._communicator.begin(*ends, self._replicas.buckets, warm=warm)
+        ends, buckets = self._replicas.ends(len(step.shards)), self._replicas.buckets
+        everywhere = len(step.shards) == len(self._replicas.every)
+        if step.by_host and everywhere and spans.now.recorder is None:
+            self._here = here = self._communicator.begin_here(ends[1], buckets, warm=warm, known=self._here)
+            step.reduction = here
+            for context, listener in zip(step.contexts, here.listeners, strict=True):
+                context.ready = listener
+            return
+        step.reduction = self._communicator.begin(*ends, buckets, warm=warm)
         for context in step.contexts:
             context.ready = partial(step.reduction.ready, context.rank)
 

@@ -50,9 +50,10 @@ class Operation:
 
     `generation` is the number of its update (see `ReplicaGroup.advance`). `restorable`: a snapshot of the variables
     and slots has been taken. `came_home`: the program's own variables equal the first replica's. `cut_short` is the
-    communicator's count from before the operation. `ends` are the ends of the devices' compute work, if they have been
-    recorded. `close` ends the operation (`fastdp.engine.step_scope`); None when it is not open. `kind` is its name in
-    traces.
+    communicator's count from before the operation. `by_host`: the host thread does what workers would do
+    (`fastdp.engine.host_launch`). `prepared`: it is prepared for all devices at once, by `Program.launching`. `ends`
+    are the ends of the devices' compute work, if they have been recorded. `close` ends the operation
+    (`fastdp.engine.step_scope`); None when it is not open. `kind` is its name in traces.
     """
 
     threads: int
@@ -71,6 +72,8 @@ class Operation:
     close: Callable[[BaseException | None], None] | None = None
     trains: bool = False
     totals: Totals | None = None
+    by_host: bool = False
+    prepared: bool = False
 
     counts: ClassVar[bool] = False
 
@@ -113,8 +116,7 @@ class Step(Operation):
         contexts: the contexts of these replicas, in rank order.
         reduces: whether gradients are reduced; otherwise they stay on the replicas.
 
-    `by_host`: the host thread does what workers would do (`fastdp.engine.host_launch`). `launched` are then the
-    replicas' steps, by rank.
+    `launched`: by rank, the replicas' steps that the host thread has launched.
 
     `over`, `outcome` and `error` are for a step that ends while its thread does something else: see
     `step_scope.meanwhile`.
@@ -129,8 +131,7 @@ class Step(Operation):
     reduces: bool = field(kw_only=True)
     batches: list[list[np.ndarray]] = field(default_factory=list)
     results: list[Result | None] = field(default_factory=list)
-    by_host: bool = False
-    launched: list[Launched | None] = field(default_factory=list)
+    launched: list[Launched] = field(default_factory=list)
     over: bool = False
     outcome: StepResult | None = None
     error: BaseException | None = None
@@ -306,7 +307,8 @@ def run_update(
             operation.restorable = rollback.save()
             operation.updates_begun = True
         operation.totals.work_stealing = work_stealing
-        replica.prepare_thread(threads)
+        if not operation.prepared:
+            replica.prepare_thread(threads)
         with interrupts_wait():  # the worker may be the main thread
             if now.recorder is None:
                 replica.update(operation.totals)
@@ -314,7 +316,7 @@ def run_update(
                 with span("update", replica.device.compute):
                     replica.update(operation.totals)
             operation.updates_done.append(replica.rank)
-        if threads > operation.threads:
+        if threads > operation.threads and not operation.prepared:
             replica.prepare_thread(operation.threads)  # helper threads end slowly once all replicas compute again
         operation.update_ended(replica.rank)
         rollback.succeeded = True

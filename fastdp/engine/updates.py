@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from functools import partial
 
 from fastdp.engine.accumulation import AccumulatedGradients
-from fastdp.engine.replicas import ReplicaGroup
+from fastdp.engine.replicas import Replica, ReplicaGroup
 from fastdp.engine.rollback import Rollback
-from fastdp.engine.step import Operation, run_update
+from fastdp.engine.step import Operation, Step, run_update
 from fastdp.runtime.host.resources import CORES
 from fastdp.runtime.work_stealing import shared_with
+from fastdp.tracing import spans
 
 
 class Updates:
@@ -44,9 +47,16 @@ class Updates:
         alone = len(step.updating) == 1 and len(every) > 1
         work_stealing = self._work_stealing if alone and replicas.program.update_is_shared else None
         threads = step.cores if alone and work_stealing is None else step.threads
-        for replica in step.updating:
-            work = partial(run_update, step, replica, self._rollback, threads, work_stealing)
-            replica.device.compute.enqueue(work)
+        one_by_one = step.prepared and not replicas.program.uses_cupy and spans.now.recorder is None
+        here = isinstance(step, Step) and one_by_one
+        for replica in step.updating[: 1 if here else None]:
+            compute, given = replica.device.compute, (step, replica, self._rollback, threads, work_stealing)
+            if here:
+                compute.issue_here(run_update, *given)
+            else:
+                compute.enqueue(partial(run_update, *given))
+        if isinstance(step, Step) and here:
+            _update_here(step, step.updating[1:])
         if len(step.updating) < len(every) and not replicas.copies_before:
             replicas.copy_first(readers=None if step.reduction is None else len(step.updating))
         replicas.home.follow(every[0].memory.variables, step.note_home)
@@ -54,3 +64,23 @@ class Updates:
             self._accumulation.keep(accumulates)
         else:
             self._accumulation.clear()
+
+
+def _update_here(step: Step, replicas: Sequence[Replica]) -> None:
+    """As `run_update` for one replica after the other, behind that of the first, on the thread that has their devices.
+
+    No interrupt comes meanwhile. The replicas after one that fails keep what they have.
+    """
+    totals, done, watch = step.totals, step.updates_done, step.watch
+    now = time.perf_counter()
+    for replica in replicas:
+        if step.failures:
+            return
+        rank = replica.rank
+        watch.update_began[rank] = now
+        failure = replica.device.compute.issue_here(replica.update, totals)
+        if failure is not None:
+            step.failures.append((rank, failure))
+            return
+        done.append(rank)
+        watch.update_ended[rank] = now = time.perf_counter()

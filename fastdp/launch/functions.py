@@ -9,11 +9,14 @@ alignment of their elements; full speed needs 16 bytes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from fastdp.launch import args as ka
-from fastdp.launch.loader import Kernels
+from fastdp.launch.loader import BoundLaunches, Kernels
 from fastdp.launch.peer_group import PeerGroup, all_reduce_launch, reduce_scatter_launch
 from fastdp.launch.rows import RowPiece, RowSlice, concat_rows_launches, slice_rows_launches
+
+AnyKernels: TypeAlias = Kernels | BoundLaunches
 
 __all__ = [
     "all_reduce_one_shot",
@@ -24,7 +27,7 @@ __all__ = [
 ]
 
 
-def slice_rows(kernels: Kernels, slices: Sequence[RowSlice], *, index: int = 0, error: int = 0, stream: int) -> None:
+def slice_rows(kernels: AnyKernels, slices: Sequence[RowSlice], *, index: int = 0, error: int = 0, stream: int) -> None:
     """Copy a device's rows of every array of a batch, in one launch (for up to 52 arrays).
 
     Args:
@@ -42,7 +45,7 @@ def slice_rows(kernels: Kernels, slices: Sequence[RowSlice], *, index: int = 0, 
         kernels.launch("slice_rows", "slice_rows", grid, args, stream)
 
 
-def concat_rows(kernels: Kernels, pieces: Sequence[RowPiece], *, stream: int) -> None:
+def concat_rows(kernels: AnyKernels, pieces: Sequence[RowPiece], *, stream: int) -> None:
     """Copy replicas' rows of every output to their places in the merged buffers, 120 pieces per launch.
 
     Raises:
@@ -53,7 +56,15 @@ def concat_rows(kernels: Kernels, pieces: Sequence[RowPiece], *, stream: int) ->
 
 
 def all_reduce_one_shot(
-    kernels: Kernels, group: PeerGroup, *, x: int, y: int, n: int, dtype: str, scale: float = 1.0, stream: int
+    kernels: AnyKernels,
+    group: PeerGroup,
+    *,
+    x: int,
+    y: int,
+    n: int,
+    dtype: str,
+    scale: float = 1.0,
+    stream: int,
 ) -> None:
     """Sum x over all ranks, times scale, into y on each rank. Every rank reads all inputs. For small buckets.
 
@@ -73,7 +84,7 @@ def all_reduce_one_shot(
 
 
 def all_reduce_two_shot(
-    kernels: Kernels,
+    kernels: AnyKernels,
     group: PeerGroup,
     *,
     inputs: Sequence[int],
@@ -104,7 +115,7 @@ def all_reduce_two_shot(
 
 
 def reduce_scatter(
-    kernels: Kernels,
+    kernels: AnyKernels,
     group: PeerGroup,
     *,
     inputs: Sequence[int],

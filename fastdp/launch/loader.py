@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from fastdp.launch import args as ka
 from fastdp.launch import cubin
 
-__all__ = ["Kernels", "Launcher"]
+__all__ = ["BoundLaunches", "Kernels", "Launcher"]
 
 
 class Launcher(Protocol):
@@ -23,6 +23,9 @@ class Launcher(Protocol):
 
     def launch(self, function: Any, grid: int, block: int, args: ctypes.Structure, stream: int) -> None:
         """Enqueue a 1-D launch whose only parameter is `args`, by value; `args` may be dropped on return."""
+
+    def bound(self, function: Any, grid: int, block: int, args: ctypes.Structure, stream: int) -> Callable[[], None]:
+        """A launch to be made many times with the same arguments, while the device is current."""
 
 
 class Kernels:
@@ -63,8 +66,39 @@ class Kernels:
         self, file: str, entry: str, grid: int, args: ctypes.Structure, stream: int, block: int = ka.THREADS
     ) -> None:
         """Launch one entry of a kernel file on the stream."""
+        self._launcher.launch(self._function(file, entry), grid, block, args, stream)
+
+    def bound(
+        self, file: str, entry: str, grid: int, args: ctypes.Structure, stream: int, block: int = ka.THREADS
+    ) -> Callable[[], None]:
+        """As `launch`, but return the launch, to be made many times while the device is current."""
+        return self._launcher.bound(self._function(file, entry), grid, block, args, stream)
+
+    def _function(self, file: str, entry: str) -> Any:
         function = self._functions.get((file, entry))
         if function is None:
             self.load(file)
             function = self._functions[file, entry] = self._launcher.function(self._modules[file], entry)
-        self._launcher.launch(function, grid, block, args, stream)
+        return function
+
+
+class BoundLaunches:
+    """Stands in for a device's kernels where their functions are called, and keeps the launches instead of making them.
+
+    Args:
+        kernels: the device's.
+
+    Attributes:
+        made: the launches, in their order.
+    """
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.sm_count = kernels.sm_count
+        self.made: list[Callable[[], None]] = []
+        self._kernels = kernels
+
+    def launch(
+        self, file: str, entry: str, grid: int, args: ctypes.Structure, stream: int, block: int = ka.THREADS
+    ) -> None:
+        """Keep a launch."""
+        self.made.append(self._kernels.bound(file, entry, grid, args, stream, block))

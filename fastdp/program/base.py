@@ -97,6 +97,8 @@ class Program(ABC):
         cores: how many cores a step may use. Read on the host thread before each step. Default: those of the process.
         update_is_reliable: an `update` that has succeeded once will not raise, because it does not run the user's code.
 
+        uses_cupy: `update` may compute with CuPy, whose current stream is then the replica's.
+
     These attributes may be properties.
     """
 
@@ -108,6 +110,7 @@ class Program(ABC):
     update_is_shared: bool = False
     home_is_exposed: bool = False
     update_is_reliable: bool = False
+    uses_cupy: bool = True
     cores: int = CORES
 
     @property
@@ -178,8 +181,11 @@ class Program(ABC):
         """
         return False
 
-    def launching(self, devices: Sequence[QueueDevice]) -> AbstractContextManager[object]:
-        """A context manager that the host thread holds while it does the work of these devices' workers."""
+    def launching(self, devices: Sequence[QueueDevice], threads: int) -> AbstractContextManager[object]:
+        """A context manager that the host thread holds while it does the work of these devices' workers.
+
+        If each has a card of its own, it stands for `prepare_thread(threads, device)` of all of them.
+        """
         return nullcontext()
 
     def launch(self, state: Any, batch: list[np.ndarray], context: Context) -> Launched:

@@ -68,6 +68,14 @@ class DeviceMemory(ABC):
     def take_rows(self, batch: Sequence[Any], rows: Rows) -> list[Any]:
         """This device's rows of every array of a batch; compute work enqueued later waits for them."""
 
+    def take_idle_rows(self, batch: Sequence[Any], rows: Rows, shapes: Any) -> list[Any] | None:
+        """As `take_rows`, on a thread that has a GPU which does nothing. None where only `take_rows` can.
+
+        Args:
+            shapes: the shape of a row and the dtype of each array.
+        """
+        return None
+
     @abstractmethod
     def stage_rows(self, batch: Sequence[Any], rows: Rows) -> bool:
         """Prefetch the rows for the next `take_rows` of the same arrays; False if there is no room for them."""

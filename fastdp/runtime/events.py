@@ -101,13 +101,15 @@ def first_done(events: Sequence[QueueEvent], timeout: float) -> int | None:
         DeviceTimeoutError: not done within `timeout` seconds.
     """
     began = time.monotonic()
-    waiting = dict(enumerate(events))
+    waiting = list(enumerate(events))
     while True:
-        for place, event in list(waiting.items()):
-            if event.done:
-                if event.error is not None:
-                    return place
-                del waiting[place]
+        left = []
+        for place, event in waiting:
+            if not event.done:
+                left.append((place, event))
+            elif event.error is not None:
+                return place
+        waiting = left
         if not waiting:
             return None
         waited = time.monotonic() - began

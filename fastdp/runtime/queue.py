@@ -35,14 +35,16 @@ def lent(devices: Sequence[QueueDevice]) -> Iterator[bool]:
     Work that the thread enqueues then runs on it, at once if nothing holds it back, and wakes nobody. Yields whether
     it is the worker.
     """
-    before = {device for device in devices if device.mine}
-    others = [device for device in devices if device not in before]
+    me = threading.get_ident()
+    others = [device for device in devices if device.borrower != me]
     was_worker = getattr(here, "worker", False)
     try:
-        # Any device that is not to be had ends it, and the thread keeps none.
-        mine = all(device.take() for device in others)
-        if not mine:
-            _give_back(others)
+        mine = True
+        for device in others:
+            if not device.take():  # the thread keeps none
+                mine = False
+                _give_back(others)
+                break
         here.worker = was_worker or mine
         with devices[0].lent_scope() if mine and others else nullcontext():
             yield mine
@@ -53,8 +55,9 @@ def lent(devices: Sequence[QueueDevice]) -> Iterator[bool]:
 
 def _give_back(devices: Sequence[QueueDevice]) -> None:
     """Give back those that the thread has: also one that it was about to note when an interrupt came."""
+    me = threading.get_ident()
     for device in devices:
-        if device.mine:
+        if device.borrower == me:
             device.give_back()
 
 
@@ -88,6 +91,7 @@ class QueueDevice(DeviceMemory):
         self._thread: threading.Thread | None = None
         self.borrower: int | None = None
         self.serving = False
+        self.left = False  # whether items may be left that the borrowing thread has not run
         self.closed = False
         self.cut_short = False
         forks.watch(self)
@@ -108,7 +112,12 @@ class QueueDevice(DeviceMemory):
     @property
     def at_rest(self) -> bool:
         """Whether the worker sleeps and nothing is enqueued. It stays so as long as nobody enqueues anything."""
-        return (self._asleep or self._thread is None) and not any(stream._items for stream in self._streams)
+        return (self._asleep or self._thread is None) and not self._has_work
+
+    @property
+    def _has_work(self) -> bool:
+        """Whether anything is enqueued."""
+        return bool(self.compute._items or self.copy_in._items or self.copy_out._items or self.communication._items)
 
     def _worker_scope(self) -> AbstractContextManager[object]:
         """The context in which the worker runs for its whole life."""
@@ -133,19 +142,14 @@ class QueueDevice(DeviceMemory):
             stream._items.append(item)
             borrowed = self.borrower is not None
             if borrowed:
-                pass
+                self.left = True
             elif self._thread is None:
                 self._start()
             # Behind another item no wake-up is needed: that item runs soon, or its event wakes the worker.
             elif self._asleep and len(stream._items) == 1 and stream._ready(False):
                 self._rouse()
         if borrowed and self.mine and not self.serving:
-            self._serve()
-
-    def serve_rest(self) -> None:
-        """Run what work of the borrowing thread has enqueued meanwhile."""
-        if self.compute._items or self.copy_in._items or self.copy_out._items or self.communication._items:
-            self._serve()
+            self.serve()
 
     @contextmanager
     def lend(self) -> Iterator[bool]:
@@ -165,9 +169,11 @@ class QueueDevice(DeviceMemory):
     def take(self) -> bool:
         """Make the calling thread the worker, if the worker is idle. Returns whether it is; see `lent`."""
         with self._lock:
-            free = self.at_rest and self.borrower is None and self.delay is None
-            if free and not self.closed:
-                self.borrower, self._asleep = threading.get_ident(), False
+            rests = self._asleep or self._thread is None
+            if self.compute._items or self.copy_in._items or self.copy_out._items or self.communication._items:
+                return False
+            if rests and self.borrower is None and self.delay is None and not self.closed:
+                self.borrower, self._asleep, self.left = threading.get_ident(), False, False
                 return True
         return False
 
@@ -175,10 +181,10 @@ class QueueDevice(DeviceMemory):
         """End what `take` began. The worker goes on with work that is left."""
         with self._lock:
             self.borrower = None
-            for stream in self._streams:
-                stream._running = False
+            self.compute._running = self.copy_in._running = self.copy_out._running = False
+            self.communication._running = False
             self._asleep = self._thread is not None
-            if any(stream._items for stream in self._streams):  # they wait for other devices, or an interrupt came
+            if self.left and self._has_work:  # it waits for other devices, or an interrupt came
                 if self._thread is None:
                     self._start()
                 self._rouse()
@@ -282,7 +288,7 @@ class QueueDevice(DeviceMemory):
         with self._worker_scope():
             self._loop()
 
-    def _serve(self) -> None:
+    def serve(self) -> None:
         """Run all items that may run, on the borrowing thread. KeyboardInterrupt and SystemExit are raised at once."""
         self.serving = True
         stream: QueueStream | None = None
@@ -304,7 +310,8 @@ class QueueDevice(DeviceMemory):
                 elif not settled:
                     return
         finally:
-            self.serving = False
+            with self._lock:
+                self.serving, self.left = False, self._has_work
 
     def _loop(self) -> None:
         """Run items that may run; sleep when there are none."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from fastdp.runtime.base import Work
 from fastdp.runtime.events import QueueEvent
@@ -35,12 +37,22 @@ class QueueStream:
         """Run `work()` on the worker after everything enqueued before it."""
         self._device.push(self, work)
 
-    def issue(self, work: Work) -> None:
-        """As `enqueue`, for work that only makes calls of CUDA on this stream: it has no current stream of CuPy's."""
-        self.enqueue(work)
+    def issue(self, work: Callable[..., object], *given: Any) -> None:
+        """As `enqueue` of `work(*given)`, which only makes calls of CUDA on this stream: it has no current stream of
+        CuPy's."""
+        self.enqueue(partial(work, *given))
 
-    def record(self) -> QueueEvent:
-        """An event that is done when everything enqueued before it is."""
+    def issue_here(self, work: Callable[..., object], *given: Any) -> BaseException | None:
+        """As `issue`, on the thread that has the device by `lent`. Returns the stream's failure, if it has failed."""
+        self.issue(work, *given)
+        return self._error
+
+    def record(self, again: QueueEvent | None = None) -> QueueEvent:
+        """An event that is done when everything enqueued before it is.
+
+        Args:
+            again: an earlier result, for which nobody waits any more. GPUs may use it again.
+        """
         event = self._event()
         self._device.push(self, event)
         return event

@@ -56,29 +56,40 @@ def given_cores() -> int:
 
 def prepare_worker(threads: int, device: Any) -> None:
     """Set a worker's share of the cores, and send torch's work on this thread to the device's compute stream."""
-    fewer = threads < torch.get_num_threads()
-    torch.set_num_threads(threads)
-    if fewer:
-        end_pool()
-    if device.on_gpu:
-        # By default torch runs the backward passes of all replicas on a card in one thread of its own. Replicas that
-        # exchange values there would wait for each other, and the worker's thread-local state would be missing. With
-        # multithreading off, backward stays in the worker.
-        torch.autograd.set_multithreading_enabled(False)
+    _prepare_thread(threads, on_gpu=device.on_gpu)
     if device.on_gpu and device.torch_device.startswith("cuda"):
         handle = device.compute.for_torch()
         if torch.cuda.current_stream(device.torch_device).cuda_stream != handle:
             torch.cuda.set_stream(torch.cuda.ExternalStream(handle, device=device.torch_device))
 
 
+def _prepare_thread(threads: int, *, on_gpu: bool) -> None:
+    """What of `prepare_worker` does not depend on which device it is."""
+    fewer = threads < torch.get_num_threads()
+    torch.set_num_threads(threads)
+    if fewer:
+        end_pool()
+    if on_gpu:
+        # By default torch runs the backward passes of all replicas on a card in one thread of its own. Replicas that
+        # exchange values there would wait for each other, and the worker's thread-local state would be missing. With
+        # multithreading off, backward stays in the worker.
+        torch.autograd.set_multithreading_enabled(False)
+
+
 @contextmanager
-def in_place_of_workers(devices: Sequence[Any]) -> Iterator[None]:
-    """Held by a thread that does the work of these devices' workers: what `prepare_worker` changes is restored."""
-    names = dict.fromkeys(device.torch_device for device in devices if device.torch_device.startswith("cuda"))
-    streams = [torch.cuda.current_stream(name) for name in names]
+def in_place_of_workers(devices: Sequence[Any], threads: int) -> Iterator[None]:
+    """Held by a thread that does the work of these devices' workers: prepared as they are, and restored at the end.
+
+    Torch has a current stream for each card. Where devices share a card, `prepare_worker` goes from one to the other.
+    """
+    on_cuda = [device for device in devices if device.torch_device.startswith("cuda")]
+    streams = [torch.cuda.current_stream(name) for name in dict.fromkeys(device.torch_device for device in on_cuda)]
     card = torch.cuda.current_device() if streams else 0
     threaded = torch._C._is_multithreading_enabled()
     try:
+        _prepare_thread(threads, on_gpu=True)
+        for device in on_cuda:
+            torch.cuda.set_stream(torch.cuda.ExternalStream(device.compute.for_torch(), device=device.torch_device))
         yield
     finally:
         torch.autograd.set_multithreading_enabled(threaded)

@@ -149,11 +149,14 @@ def test_every_graph_is_uploaded_before_it_is_launched_and_first_launched_betwee
     box = gpus(2)
     seen, inside = [], []
     whole = importlib.import_module("fastdp.comm.cuda.step_graph.graph").StepGraph
-    launch, run = whole.launch, DataParallel.train
+    run = DataParallel.train
 
-    def noted(self, rank):
-        seen.append((self._launchable[rank], self._launchable[rank] in box.sim.uploaded, bool(inside)))
-        launch(self, rank)
+    def noting(launch):
+        def noted(self, rank):
+            seen.append((self._launchable[rank], self._launchable[rank] in box.sim.uploaded, bool(inside)))
+            launch(self, rank)
+
+        return noted
 
     def training(engine, *args, **more):
         inside.append(engine)
@@ -162,7 +165,8 @@ def test_every_graph_is_uploaded_before_it_is_launched_and_first_launched_betwee
         finally:
             inside.remove(engine)
 
-    monkeypatch.setattr(whole, "launch", noted)
+    for name in ("launch", "launch_here"):
+        monkeypatch.setattr(whole, name, noting(getattr(whole, name)))
     monkeypatch.setattr(DataParallel, "train", training)
     train(wrapped(normalized, box.devices(2), graph="step"), 5, sizes=(8,))
     assert all(uploaded for _, uploaded, _ in seen)

@@ -19,18 +19,21 @@ from fastdp.program.base import Launched, Program, Result, Totals
 from fastdp.runtime.cuda import cupy_api
 
 COLUMNS, LIMIT = 8, 30.0
+FLOAT64 = np.dtype("float64")
 NBYTES = 4 * COLUMNS  # of a row
 
 
 @dataclass
 class Replica:
-    """`loss` is the first number of its rows, on its device; `seen` is where graphs copy it to, in pinned memory."""
+    """`loss` is the first number of its rows, on its device; `seen` is where graphs copy it to, in pinned memory.
+    `update` are the arguments of the copy that is an update."""
 
     device: Any
     memory: Memory
     rank: int
     loss: Any
     seen: Any
+    update: tuple[int, int, int, int]
 
 
 @dataclass
@@ -40,6 +43,10 @@ class Recording:
     inputs: Any
     graphs: list[tuple[int, int]] = field(default_factory=list)
     ready: list[int] = field(default_factory=list)
+    launched: Any = None
+
+    def __post_init__(self) -> None:
+        self.inputs_at, self.nbytes = cupy_api.array_pointer(self.inputs), self.inputs.nbytes
 
 
 @dataclass
@@ -64,6 +71,8 @@ class RecordedProgram(Program):
     Gradients that wait replace those of the step that reduces them: `accumulate` copies.
     """
 
+    uses_cupy = False
+
     def __init__(self, rows: int, arrays: int = 3, *, whole: bool = False) -> None:
         self.rows, self.whole = rows, whole
         self.gradients = [ArraySpec(f"w{i}", (rows + 1, COLUMNS), "float32") for i in range(arrays)]
@@ -78,7 +87,9 @@ class RecordedProgram(Program):
 
     def bind(self, memory: Memory, device: Any, rank: int) -> Replica:
         one = np.dtype("float32")
-        replica = Replica(device, memory, rank, device.zeros((1,), one), device.pinned.empty((1,), one))
+        into, out_of = memory.variables.buffers["float32"], memory.gradients.buffers["float32"]
+        update = cupy_api.array_pointer(into), cupy_api.array_pointer(out_of), into.nbytes, device.compute.handle
+        replica = Replica(device, memory, rank, device.zeros((1,), one), device.pinned.empty((1,), one), update)
         self.replicas[rank] = replica
         return replica
 
@@ -92,6 +103,7 @@ class RecordedProgram(Program):
         for rank, rows in enumerate(shards):
             replica = self.replicas[rank]
             recording = Recording(replica.device.empty((rows.stop - rows.start, COLUMNS), np.dtype("float32")))
+            recording.launched = _launched(replica, recording.inputs)
             found.append(recording)
 
             def work(replica: Replica = replica, rows: Any = rows, recording: Recording = recording) -> None:
@@ -156,24 +168,24 @@ class RecordedProgram(Program):
         return found is not None and found.graph.broken
 
     def launch(self, state: Replica, batch: list[Any], context: Context) -> Launched:
-        recording = self.recorded[self._key_of(context)][state.rank]
+        batch_of_all = context.batch
+        recording = self.recorded[batch_of_all.rows, len(batch_of_all.shards)][state.rank]
         stream = state.device.compute.handle
-        inputs = recording.inputs
-        cupy_api.copy_async(cupy_api.array_pointer(inputs), cupy_api.array_pointer(batch[0]), inputs.nbytes, stream)
+        cupy_api.copy_async(recording.inputs_at, cupy_api.array_pointer(batch[0]), recording.nbytes, stream)
         if context.step_graph is not None:
             context.launch()
         else:
             for (_, bucket), ready in zip(recording.graphs, recording.ready, strict=True):
                 cupy_api.graph_launch(ready, stream)
                 context.ready(bucket)
-        return _launched(state, inputs)
+        return recording.launched
 
     def predict(self, state: Replica, batch: list[Any], context: Context) -> Result:
         return Result([batch[0]])
 
     def update(self, state: Replica, totals: Totals) -> None:
         if totals.reduced:
-            state.memory.variables.copy_from(state.memory.gradients)
+            cupy_api.copy_async(*state.update)
 
     def accumulate(self, total: FlatBuffers, part: FlatBuffers) -> None:
         total.copy_from(part)
@@ -181,7 +193,7 @@ class RecordedProgram(Program):
     # Parts.
 
     def _key(self, shards: Any) -> Any:
-        return tuple((rows.start, rows.stop) for rows in shards)
+        return shards[0].total, len(shards)
 
     def _key_of(self, context: Context) -> Any:
         return self._key(context.batch.shards)
@@ -202,7 +214,7 @@ class RecordedProgram(Program):
 
 def _launched(replica: Replica, rows: Any) -> Launched:
     """What the host does when the graphs are launched."""
-    return Launched(lambda: [rows], lambda: Result([], np.array(replica.seen, "float64")))
+    return Launched(lambda: [rows], lambda: Result([], np.array(replica.seen, FLOAT64)))
 
 
 def expected(program: RecordedProgram, before: np.ndarray, batch: np.ndarray) -> np.ndarray:

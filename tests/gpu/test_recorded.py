@@ -197,7 +197,7 @@ def test_a_call_that_fails_wherever_it_is_leaves_no_step_half_done(recorded, cal
     for step in range(4):
         engine.train(batch(ROWS, step))
     most = sum(calls.in_step(lambda: engine.train(batch(ROWS))).values())
-    assert most > 20
+    assert most > 10
     errors, said = (ReplicaError, "cudaError|CUDA_ERROR") if how == "refused" else (KeyboardInterrupt, None)
     calls.interrupts = how == "interrupted"
     for number in range(most):

@@ -16,6 +16,7 @@ from fastdp.comm.base import Communicator
 from fastdp.comm.cuda import at_exit as at_exit  # loaded for the end of the process
 from fastdp.comm.cuda.host_sum import HostSum
 from fastdp.comm.cuda.nccl import EagerNccl, NcclCollectives
+from fastdp.comm.cuda.one_thread import OneThreadReduction, bound_collectives
 from fastdp.comm.cuda.peer_kernels import PeerKernels, address_of, stream_of
 from fastdp.comm.cuda.reduction import CudaReduction, begin_together
 from fastdp.comm.cuda.step_graph.build import Parts, StepGraphs
@@ -57,6 +58,7 @@ class CudaCommunicator(Communicator):
     def __init__(self, devices: Sequence[CudaDevice], timeout: float = 60.0) -> None:
         super().__init__(devices)
         self._cards = [device.ordinal for device in devices]
+        self._computing = [_cuda(device.compute) for device in devices]
         run_deferred()
         cupy_api.check_environment(self._cards)
         several = len(devices) > 1
@@ -128,6 +130,33 @@ class CudaCommunicator(Communicator):
         early = [number for number, way in enumerate(ways) if way != "host"] if warm else []
         return CudaReduction(self._devices, len(sources), len(buckets), early, issue)
 
+    def begin_here(
+        self,
+        targets: Sequence[FlatBuffers],
+        buckets: Sequence[Bucket],
+        *,
+        warm: bool,
+        known: OneThreadReduction | None,
+    ) -> OneThreadReduction:
+        """As `Communicator.begin_here`. `known` is used again unless something has changed that it depends on."""
+        kernels = self._kernels
+        if self._cold:
+            warm, self._cold = False, self._cold - 1
+        made_for = warm, self.choice.limits, self._nccl.cut_short
+        if known is not None and known.made_for == made_for and known.memory is (kernels and kernels.memory):
+            return known.begin()
+        refuse_unknown(buckets)
+        ways = self._plan(buckets, self._ways, self.choice.how)
+        early = [warm and way != "host" for way in ways]  # as in `begin`
+        bound = bound_collectives(self._devices, kernels, self._nccl, targets, buckets, ways, early)
+
+        def issue(numbers: Sequence[int]) -> None:
+            self._run(targets, [(buckets[number], ways[number]) for number in numbers], (), self._nccl.all_reduce)
+
+        made = OneThreadReduction(self._devices, bound, issue)
+        made.made_for, made.memory = made_for, kernels and kernels.memory
+        return made
+
     def why_no_step_graph(self, buckets: Sequence[Bucket]) -> str:
         """Why a step with these buckets cannot run as one graph per GPU (`step_graph`); empty if it can."""
         return self._step_graphs.why_not([self.how(bucket) for bucket in buckets])
@@ -169,14 +198,14 @@ class CudaCommunicator(Communicator):
         self._issue(issue)
 
     def finish_here(
-        self, reduction: CudaReduction | StepGraphReduction, computed: Sequence[QueueEvent]
+        self, reduction: CudaReduction | OneThreadReduction | StepGraphReduction, computed: Sequence[QueueEvent]
     ) -> list[tuple[int, BaseException]]:
         """Reduce the rest, when all GPUs have come to it. A compute stream waits for its own rank's collectives."""
         if len(self._devices) == 1:
             return []
         by_graphs = isinstance(reduction, StepGraphReduction)
         self._in_graphs, self._before = self._in_graphs or by_graphs, list(computed)
-        streams = [_cuda(device.compute if by_graphs else device.communication) for device in self._devices]
+        streams = self._computing if by_graphs else self._streams
         rest = [] if by_graphs else reduction.rest()
         if rest:
             handles = [event.handle for event in computed if isinstance(event, CudaEvent) and event.handle]
@@ -186,7 +215,9 @@ class CudaCommunicator(Communicator):
                 reduction.issue(rest)
 
             streams[0].issue(issue)
-        streams[0].issue(lambda: self._show_errors(streams))
+        streams[0].issue(self._show_errors, streams)
+        if isinstance(reduction, OneThreadReduction) and streams[0].failure is None:
+            return reduction.join()
         if not by_graphs:
             for device, stream in zip(self._devices, streams, strict=True):
                 device.compute.wait(stream.record())
@@ -242,7 +273,8 @@ class CudaCommunicator(Communicator):
                 f"A collective on {self._devices[rank].name} gave up waiting for the other GPUs: the gradients "
                 "of this step are wrong. Run `fastdp devices` to look at the links, and see docs/hardware.md."
             )
-        for comms in (self._nccl.comms, *self._step_graphs.comms()):
+        used = [self._nccl.comms] if self._nccl.in_use else []
+        for comms in (*used, *(self._step_graphs.comms() if self._in_graphs else ())):
             for rank, comm in enumerate(comms):
                 error = cupy_api.nccl_async_error(comm)
                 if error is not None:
@@ -353,7 +385,7 @@ class CudaCommunicator(Communicator):
             streams: by rank, behind that collective. Default: the communication streams.
         """
         if self._kernels is not None:
-            self._kernels.show_errors(streams or [device.communication for device in self._devices])
+            self._kernels.show_errors(streams or self._streams)
 
 
 def _cuda(stream: QueueStream) -> CudaStream:

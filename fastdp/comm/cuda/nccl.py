@@ -52,6 +52,20 @@ class NcclCollectives:
 
         self._each(targets, buckets, call)
 
+    def bound(self, targets: Sequence[FlatBuffers], bucket: Bucket) -> Callable[[], None]:
+        """The `all_reduce` of a bucket, to be made many times on the same communicators."""
+        n, comms = bucket.stop - bucket.start, list(self._comms)
+        places = [
+            (address_of(target, bucket), stream_of(device))
+            for target, device in zip(targets, self._devices, strict=True)
+        ]
+
+        def call(rank: int) -> None:
+            address, stream = places[rank]
+            cupy_api.all_reduce(comms[rank], address, address, n, bucket.dtype, stream)
+
+        return functools.partial(self._grouped, [call])
+
     def reduce_scatter(self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
         """Sum buckets, each rank's part on that rank. NCCL's parts are equally long, so the short rest of the last part
         is all-reduced."""
@@ -88,14 +102,25 @@ class NcclCollectives:
         self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket], call: Callable[[int, int, Bucket, int], None]
     ) -> None:
         """Call `call(rank, address, bucket, stream)` for all buckets and ranks, in one NCCL group."""
+
+        def of(bucket: Bucket) -> Callable[[int], None]:
+            def on_rank(rank: int) -> None:
+                call(rank, address_of(targets[rank], bucket), bucket, stream_of(self._devices[rank]))
+
+            return on_rank
+
+        self._grouped([of(bucket) for bucket in buckets])
+
+    def _grouped(self, calls: Sequence[Callable[[int], None]]) -> None:
+        """Make each call for all ranks, in one NCCL group."""
         where = ""
         try:
-            with cupy_api.nccl_group():
-                for bucket in buckets:
-                    for rank, (device, target) in enumerate(zip(self._devices, targets, strict=True)):
+            with cupy_api.nccl_group(), cupy_api.restored_device(self._devices[0].ordinal):
+                for call in calls:
+                    for rank, device in enumerate(self._devices):
                         where = device.name
-                        with cupy_api.on(device.ordinal):
-                            call(rank, address_of(target, bucket), bucket, stream_of(device))
+                        cupy_api.switch_to(device.ordinal)
+                        call(rank)
                 where = _names(self._devices)
         except BaseException as error:
             self._failed()
@@ -168,11 +193,9 @@ class EagerNccl(NcclCollectives):
         self._aborting = None
         return True
 
-    def _each(
-        self, targets: Sequence[FlatBuffers], buckets: Sequence[Bucket], call: Callable[[int, int, Bucket, int], None]
-    ) -> None:
+    def _grouped(self, calls: Sequence[Callable[[int], None]]) -> None:
         self.in_use = True
-        super()._each(targets, buckets, call)
+        super()._grouped(calls)
 
     def _failed(self) -> None:
         self.abort()  # the others would wait for good

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from fastdp.launch import (
     reduce_scatter,
 )
 from fastdp.launch.args import PACK_NBYTES
+from fastdp.launch.loader import BoundLaunches, Kernels
 from fastdp.runtime.cuda import cupy_api
 from fastdp.runtime.cuda.device import CudaDevice
 from fastdp.runtime.cuda.streams import CudaStream
@@ -81,15 +82,29 @@ class PeerKernels:
 
     def run(self, targets: Sequence[FlatBuffers], bucket: Bucket, way: str) -> None:
         """Reduce one bucket by one launch per rank."""
+        self._run([device.kernels for device in self._devices], targets, bucket, way)
+
+    def bound(self, targets: Sequence[FlatBuffers], bucket: Bucket, way: str) -> list[list[Callable[[], None]]]:
+        """The launches of `run` by rank, to be made many times as long as `memory` is the same object.
+
+        Each is made while the rank's device is current.
+        """
+        bound = [BoundLaunches(device.kernels) for device in self._devices]
+        self._run(bound, targets, bucket, way)
+        return [one.made for one in bound]
+
+    def _run(
+        self, kernels: Sequence[Kernels | BoundLaunches], targets: Sequence[FlatBuffers], bucket: Bucket, way: str
+    ) -> None:
         addresses, n = [address_of(target, bucket) for target in targets], bucket.stop - bucket.start
         for rank, (device, group) in enumerate(zip(self._devices, self._groups, strict=True)):
             more: dict[str, Any] = {"y": addresses[rank], "n": n, "dtype": bucket.dtype, "stream": stream_of(device)}
             if way == "one-shot":
-                all_reduce_one_shot(device.kernels, group, x=addresses[rank], **more)
+                all_reduce_one_shot(kernels[rank], group, x=addresses[rank], **more)
             elif way == "two-shot":
-                all_reduce_two_shot(device.kernels, group, inputs=addresses, **more)
+                all_reduce_two_shot(kernels[rank], group, inputs=addresses, **more)
             else:
-                reduce_scatter(device.kernels, group, inputs=addresses, **more)
+                reduce_scatter(kernels[rank], group, inputs=addresses, **more)
 
     def show_errors(self, streams: Sequence[QueueStream]) -> None:
         """Enqueue copies of the ranks' error flags to the host for `given_up`, once, after the last launch.

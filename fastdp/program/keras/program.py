@@ -101,6 +101,8 @@ class KerasProgram(Program):
         self.states: weakref.WeakValueDictionary[int, ReplicaState] = weakref.WeakValueDictionary()
         self._autocast = Autocast.current()  # the state of the thread that calls steps
 
+    uses_cupy = False
+
     @property
     def trained(self) -> list[int]:
         """The numbers of the trainable variables."""

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastdp.runtime.cuda import cupy_api
+from fastdp.runtime.cuda.streams import CudaEvent
 
 # Alignment of arrays in a buffer, enough for the widest loads of the kernels.
 ALIGNMENT = 256
+
+
+@dataclass(frozen=True, slots=True)
+class CopyPlace:
+    """Where the rows of a batch go on their way: first to views of pinned memory, then by one copy to a device buffer.
+
+    Attributes:
+        buffer, pinned_at: the device buffer, and the address of the pinned one.
+        views: the arrays in pinned memory, by their number.
+        source, target, nbytes: of the copy.
+        arrays: the arrays in the device buffer.
+        read: the event behind the copy.
+    """
+
+    buffer: Any
+    pinned_at: int
+    views: list[tuple[int, NDArray[Any]]]
+    source: int
+    target: int
+    nbytes: int
+    arrays: list[Any]
+    read: CudaEvent
 
 
 class BatchLayout:
@@ -56,11 +80,28 @@ class BatchLayout:
 
     def fill(self, buffer: NDArray[np.uint8], at: int, parts: Sequence[Any]) -> None:
         """Copy the rows in host memory to a pinned buffer at an address."""
+        for i, view in zip(self.host, self._pinned_views(buffer, at, parts), strict=True):
+            np.copyto(view, parts[i])
+
+    def place(self, buffer: Any, pinned: NDArray[np.uint8], parts: Sequence[Any], read: CudaEvent) -> CopyPlace:
+        """Where one copy of all rows, which are in host memory, begins and ends.
+
+        Args:
+            buffer, pinned: the device buffer, and the pinned one.
+            parts: the rows of every array.
+            read: recorded after each such copy.
+        """
+        at = int(pinned.ctypes.data)
+        arrays = self.on(buffer, parts, cupy_api.array_device(buffer))
+        target = cupy_api.array_pointer(arrays[self.host[0]])
+        views = list(zip(self.host, self._pinned_views(pinned, at, parts), strict=True))
+        return CopyPlace(buffer, at, views, at + self.first, target, self.length, arrays, read)
+
+    def _pinned_views(self, buffer: NDArray[np.uint8], at: int, parts: Sequence[Any]) -> list[NDArray[Any]]:
         views = self.pinned.get(at)
         if views is None:
             views = self.pinned[at] = [
                 buffer[self.starts[i] : self.starts[i] + parts[i].nbytes].view(parts[i].dtype).reshape(parts[i].shape)
                 for i in self.host
             ]
-        for i, view in zip(self.host, views, strict=True):
-            np.copyto(view, parts[i])
+        return views

@@ -12,7 +12,6 @@ kind raises the failure, and so does `event_done`.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 from collections.abc import Iterator
 from typing import Any
 
@@ -106,10 +105,8 @@ def has_context() -> bool:
 
 
 def switch_to(device: int) -> None:
-    """Make a device current in this thread, inside `restored_device`. One call of CUDA where it is current already."""
-    if cudart.getDevice() != device:
-        cudart.setDevice(device)
-        _entered.add(device)
+    """Make a device current in this thread, inside `restored_device`."""
+    cudart.setDevice(device)
 
 
 def memory_info(device: int) -> tuple[int, int]:
@@ -310,14 +307,13 @@ def module_function(module: int, name: str) -> int:
     return int(driver.moduleGetFunction(module, name))
 
 
-def launch(function: int, grid: int, block: int, shared: int, stream: int, params: bytes | ctypes.Structure) -> None:
-    """Launch a kernel that takes one struct by value; CUDA has copied the struct on return.
+def launch(function: int, grid: int, block: int, shared: int, stream: int, arguments: int) -> None:
+    """Launch a kernel on its device, which is current. CUDA has copied the arguments on return.
 
-    The stream's device must be current.
+    Args:
+        arguments: the address of an array that holds the address of each argument.
     """
-    argument = ctypes.create_string_buffer(params, len(params)) if isinstance(params, bytes) else params
-    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
-    driver.launchKernel(function, grid, 1, 1, block, 1, 1, shared, stream, ctypes.addressof(pointers), 0)
+    driver.launchKernel(function, grid, 1, 1, block, 1, 1, shared, stream, arguments, 0)
 
 
 # Graphs

@@ -170,10 +170,13 @@ def broadcast(comm: Any, send: int, recv: int, count: int, dtype_name: str, stre
 def nccl_async_error(comm: Any) -> RuntimeError | None:
     """The error of a collective that was already enqueued, if any; one in progress is none."""
     try:
-        with _named():
-            comm.check_async_error()
-    except NcclError as error:
-        return None if getattr(error, "status", None) == _IN_PROGRESS else error
+        comm.check_async_error()
+    except (NcclError, KeyError):
+        try:
+            with _named():
+                raise
+        except NcclError as error:
+            return None if getattr(error, "status", None) == _IN_PROGRESS else error
     return None
 
 

@@ -63,4 +63,4 @@ def event_status(event: int) -> int:
     A query may block in the driver, for instance while another thread loads a kernel. CuPy's call would hold the
     interpreter's lock meanwhile, and with it the thread that must launch what the event waits for.
     """
-    return int(_function("cuEventQuery")(event))
+    return _function("cuEventQuery")(event)

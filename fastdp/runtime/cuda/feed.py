@@ -14,10 +14,10 @@ import numpy as np
 from fastdp.launch import RowSlice, slice_rows
 from fastdp.runtime.base import Work
 from fastdp.runtime.cuda import cupy_api
-from fastdp.runtime.cuda.batch_layout import ALIGNMENT, BatchLayout
+from fastdp.runtime.cuda.batch_layout import ALIGNMENT, BatchLayout, CopyPlace
 from fastdp.runtime.cuda.memory import StagingRing
 from fastdp.runtime.cuda.peer_access import reaches
-from fastdp.runtime.cuda.streams import CudaStream
+from fastdp.runtime.cuda.streams import CudaEvent, CudaStream
 from fastdp.runtime.queue import QueueEvent
 from fastdp.shard import Rows
 from fastdp.tracing import spans
@@ -87,6 +87,9 @@ class Feed:
         self._other_is_free: QueueEvent | None = None
         self._staged: _Staged | None = None
         self._layouts: dict[tuple[Any, ...], BatchLayout] = {}
+        self._places: dict[tuple[int, int, int, Any], CopyPlace] = {}
+        self._read: list[CudaEvent] = []  # by pinned buffer: the copy from it that `take_idle` has enqueued
+        self._copying = False  # whether rows that were staged may be on their way
         self._error: Any = None  # the kernel's error flag; never read, since row numbers are checked before
 
     def take(self, batch: Sequence[Any], rows: Rows) -> list[Any]:
@@ -94,6 +97,7 @@ class Feed:
 
         Staged rows have arrived or are being copied. Other rows are copied now; a larger batch than before allocates.
         """
+        self._copying = False  # the copy stream has ended all copies before that of this step
         staged = self._staged
         if staged is not None and staged.holds(batch, rows):
             self._turn, self._staged = self._other, None
@@ -108,6 +112,58 @@ class Feed:
             staged = self._send("scatter", batch, rows, parts, layout, self._turn, free)
         self._device.compute.wait(staged.arrived)
         return staged.arrays
+
+    def take_idle(self, batch: Sequence[Any], rows: Rows, shapes: Any) -> list[Any] | None:
+        """As `take`, on the thread that has the device by `lent`, while the GPU has nothing to do.
+
+        One copy on the compute stream brings the rows, so that no stream waits for another, or for earlier steps.
+
+        Args:
+            shapes: the shape of a row and the dtype of each array.
+
+        Returns:
+            None where `take` is needed: rows are staged or on a GPU, memory would have to be allocated, or something
+            is traced.
+        """
+        if self._copying or self._staged is not None or spans.now.recorder is not None:
+            return None
+        start, stop, turn, ring = rows.start, rows.stop, (self._turn + 1) % BATCHES_IN_FLIGHT, self._ring
+        number = ring.turn
+        place = self._places.get((turn, number, stop - start, shapes))
+        if place is None or place.buffer is not self._buffers[turn] or place.pinned_at != ring.slots[number].ptr:
+            place = self._placed(batch, rows, shapes)
+            if place is None:
+                return None
+        for i, view in place.views:
+            array = batch[i]
+            if type(array) is not np.ndarray or array.dtype is not view.dtype:
+                return None
+            np.copyto(view, array[start:stop])
+        read, handle = place.read, self._device.compute.handle
+        cupy_api.copy_async(place.target, place.source, place.nbytes, handle)
+        cupy_api.event_record(read.handle, handle)
+        read.error = None
+        ring.pass_on(read)
+        self._turn, self._other_is_free = turn, None
+        return place.arrays
+
+    def _placed(self, batch: Sequence[Any], rows: Rows, shapes: Any) -> CopyPlace | None:
+        """Where the rows that `take_idle` takes go; None if it must not take them."""
+        layout = self._layout_of(_parts(batch, rows))
+        ring, turn = self._ring, self._other
+        number, buffer = ring.turn, self._buffers[turn]
+        small = buffer is None or buffer.nbytes < layout.nbytes or ring.slots[number].nbytes < layout.nbytes
+        if small or not layout.whole or not ring.all_free:
+            return None
+        if len(self._places) >= MOST_LAYOUTS:
+            self._places.clear()
+        if not self._read:
+            cupy_api.switch_to(self._device.ordinal)
+            self._read = [self._device.compute.reusable_event() for _ in range(BATCHES_IN_FLIGHT)]
+        pinned = ring.view(number, layout.nbytes)
+        place = layout.place(buffer, pinned, _parts(batch, rows), self._read[number])
+        self._places[turn, number, rows.count, shapes] = place
+        return place
 
     def gather(self, sources: Sequence[Gather], index: np.ndarray) -> list[Any]:
         """Gather rows by number (int64, in range) from arrays on this GPU; later compute work waits for them."""
@@ -159,6 +215,7 @@ class Feed:
             return False
         if layout.cards:  # they do not use the host's link, and a kernel may have to be loaded
             return False
+        self._copying = True
         self._staged = self._send("stage", batch, rows, parts, layout, self._other, self._other_is_free)
         return True
 
@@ -173,6 +230,7 @@ class Feed:
     def recover(self) -> None:
         """Reset after a failure, when nothing runs: staged rows may be incomplete, and both buffers are free."""
         self._staged = self._other_is_free = None
+        self._copying = False
         self._ring.recover()
 
     def close(self) -> None:
@@ -180,7 +238,8 @@ class Feed:
         self.recover()
         self._error = None
         self._ring.close()
-        self._layouts.clear()
+        self._read.clear()
+        self._forget_layouts()
         self._buffers = [None] * BATCHES_IN_FLIGHT
 
     @property
@@ -205,8 +264,12 @@ class Feed:
         buffer = self._buffers[turn]
         if buffer is None or buffer.nbytes < nbytes:
             room = 1 << max(12, math.ceil(math.log2(max(1, nbytes))))
-            self._layouts.clear()  # they hold the buffer
+            self._forget_layouts()  # they hold the buffer
             self._buffers[turn] = self._device.empty((room,), np.dtype(np.uint8))
+
+    def _forget_layouts(self) -> None:
+        self._layouts.clear()
+        self._places.clear()
 
     def _layout_of(self, parts: Sequence[Any]) -> BatchLayout:
         """Where these rows lie in a buffer."""

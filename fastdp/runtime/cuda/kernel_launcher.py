@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 from fastdp.launch import cubin, nvrtc
 from fastdp.launch.loader import Kernels
@@ -33,7 +34,17 @@ class CudaLauncher:
     def launch(self, function: int, grid: int, block: int, args: ctypes.Structure, stream: int) -> None:
         """Enqueue a launch on one of the device's streams."""
         with cupy_api.on(self._device):
-            cupy_api.launch(function, grid, block, 0, stream, args)
+            self.bound(function, grid, block, args, stream)()
+
+    def bound(self, function: int, grid: int, block: int, args: ctypes.Structure, stream: int) -> Callable[[], None]:
+        """A launch to be made many times with the same arguments, while the device is current."""
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))
+        at = ctypes.addressof(pointers)
+
+        def launch(_kept: object = (pointers, args)) -> None:
+            cupy_api.launch(function, grid, block, 0, stream, at)
+
+        return launch
 
 
 def kernels(device: int) -> Kernels:

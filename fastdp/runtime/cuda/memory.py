@@ -153,7 +153,7 @@ class Arena:
             ) from error
 
 
-class _Slot:
+class Slot:
     """One buffer of the ring."""
 
     def __init__(self) -> None:
@@ -172,6 +172,7 @@ class StagingRing:
     Attributes:
         allocations: number of allocations from CUDA; constant after the largest batch.
         address: that of the buffer taken last.
+        slots, turn: the buffers, and the number of the one that is taken next.
 
     One thread at a time takes and releases buffers, in the same order.
 
@@ -187,16 +188,16 @@ class StagingRing:
             raise ValueError(f"slots={slots}: expected at least 1")
         self.allocations = 0
         self._timeout = timeout
-        self._slots = [_Slot() for _ in range(slots)]
-        self._turn = 0
-        self._taken: deque[_Slot] = deque()
+        self.slots = [Slot() for _ in range(slots)]
+        self.turn = 0
+        self._taken: deque[Slot] = deque()
         self._views: dict[tuple[int, int], NDArray[np.uint8]] = {}  # of the present buffers, by address and length
         self.address = 0
 
     @property
     def room(self) -> int:
         """Size in bytes of the smallest buffer, which `take` serves without an allocation."""
-        return min(slot.nbytes for slot in self._slots)
+        return min(slot.nbytes for slot in self.slots)
 
     def reserve(self, nbytes: int) -> None:
         """Grow all buffers to `nbytes`, once no copy reads from them. No buffer may be taken.
@@ -204,7 +205,7 @@ class StagingRing:
         Raises:
             fastdp.errors.DeviceTimeoutError: as in `take`.
         """
-        for slot in self._slots:
+        for slot in self.slots:
             if slot.nbytes < nbytes:
                 self._wait(slot)
                 self._resize(slot, nbytes)
@@ -216,22 +217,37 @@ class StagingRing:
             RuntimeError: all buffers are taken and none was released.
             fastdp.errors.DeviceTimeoutError: the GPUs still read from the buffer after `timeout` seconds.
         """
-        if len(self._taken) == len(self._slots):
-            raise RuntimeError(f"all {len(self._slots)} staging buffers are taken: release one with its event first")
-        slot = self._slots[self._turn]
+        if len(self._taken) == len(self.slots):
+            raise RuntimeError(f"all {len(self.slots)} staging buffers are taken: release one with its event first")
+        number = self.turn
+        slot = self.slots[number]
         self._wait(slot)
-        self._turn = (self._turn + 1) % len(self._slots)
+        self.turn = (number + 1) % len(self.slots)
         if slot.nbytes < nbytes:
             self._resize(slot, nbytes)
         self._taken.append(slot)
         self.address = slot.ptr
-        if not nbytes:
-            return np.empty(0, np.uint8)
-        view = self._views.get((slot.ptr, nbytes))
+        return self.view(number, nbytes) if nbytes else np.empty(0, np.uint8)
+
+    @property
+    def all_free(self) -> bool:
+        """Whether no buffer is taken."""
+        return not self._taken
+
+    def pass_on(self, until: QueueEvent) -> None:
+        """Take the next buffer while no copy reads from it, and release it until the event, of which each has one."""
+        slots, turn = self.slots, self.turn
+        slots[turn].in_use_until = until
+        self.turn = turn + 1 if slots[turn] is not slots[-1] else 0
+
+    def view(self, number: int, nbytes: int) -> NDArray[np.uint8]:
+        """The first bytes of a buffer."""
+        at = self.slots[number].ptr
+        view = self._views.get((at, nbytes))
         if view is None:
             if len(self._views) >= MOST_VIEWS:
                 self._views.clear()
-            view = self._views[slot.ptr, nbytes] = np.asarray(_Block(slot.ptr, nbytes))
+            view = self._views[at, nbytes] = np.asarray(_Block(at, nbytes))
         return view
 
     def release(self, event: QueueEvent) -> None:
@@ -250,18 +266,18 @@ class StagingRing:
 
     def close(self) -> None:
         """Wait until the buffers are unused, and free them. Idempotent."""
-        for slot in self._slots:
+        for slot in self.slots:
             self._wait(slot)
             self._resize(slot, 0)
         self._taken.clear()
 
-    def _wait(self, slot: _Slot) -> None:
+    def _wait(self, slot: Slot) -> None:
         """Wait until no copy reads from the buffer. The engine reports a failed step's error; its buffer is free."""
         if slot.in_use_until is not None:
             slot.in_use_until.finish(self._timeout)
             slot.in_use_until = None
 
-    def _resize(self, slot: _Slot, nbytes: int) -> None:
+    def _resize(self, slot: Slot, nbytes: int) -> None:
         if slot.ptr:
             self._views.clear()
             cupy_api.host_free(slot.ptr)

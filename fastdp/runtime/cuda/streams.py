@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from threading import get_ident
@@ -49,10 +50,27 @@ class CudaEvent(QueueEvent):
         if self.handle and not sys.is_finalizing():
             self.stream.take_back(self.handle)
 
+    def again(self) -> None:
+        """Record an event of `CudaStream.reusable_event` behind what has been issued to its stream so far.
+
+        Streams that wait for its last record still wait for that.
+        """
+        self.error = None
+        cupy_api.event_record(self.handle, self.stream.handle)
+
     @property
     def done(self) -> bool:
         """True once the GPU has reached the event, or the work before it was skipped."""
-        return self._issued and (not self.handle or self._query())
+        if not (self._issued and self.handle):
+            return self._issued
+        try:
+            if _worker.has_context or _worker.find_context():  # of any card
+                return cupy_api.event_done(self.handle)
+            with cupy_api.on(self.stream.ordinal):
+                return cupy_api.event_done(self.handle)
+        except cupy_api.CudaError as error:
+            self.error = self.error if self.error is not None else error
+            return True
 
     def leaves(self) -> tuple[QueueEvent, ...]:
         """The event itself."""
@@ -68,17 +86,6 @@ class CudaEvent(QueueEvent):
             if deadline is not None and now > deadline:
                 raise DeviceTimeoutError(f"A GPU was not done with its work within timeout={timeout} seconds.")
             time.sleep(pause_after(now - began))
-
-    def _query(self) -> bool:
-        """Query CUDA. An event on a failed GPU counts as done, with an error."""
-        try:
-            if cupy_api.has_context():  # of any card
-                return cupy_api.event_done(self.handle)
-            with cupy_api.on(self.stream.ordinal):
-                return cupy_api.event_done(self.handle)
-        except cupy_api.CudaError as error:
-            self.error = self.error if self.error is not None else error
-            return True
 
 
 class CudaStream(QueueStream):
@@ -172,21 +179,28 @@ class CudaStream(QueueStream):
         else:
             super().enqueue(work)
 
-    def issue(self, work: Work) -> None:
-        """As `enqueue`, without a current stream of CuPy's."""
+    def issue(self, work: Callable[..., object], *given: Any) -> None:
+        """As `enqueue` of `work(*given)`, without a current stream of CuPy's."""
+        if self.device.borrower == get_ident():
+            self.issue_here(work, *given)
+        else:
+            super().enqueue(partial(work, *given))
+
+    def issue_here(self, work: Callable[..., object], *given: Any) -> BaseException | None:
+        """As `issue`, on the thread that has the device by `lent`. Returns the stream's failure, if it has failed."""
         device = self.device
-        if device.borrower != get_ident() or device.serving or self._items:
-            super().enqueue(work)
-            return
+        if self._items or device.serving:
+            super().enqueue(partial(work, *given))
+            return self._error
         if self._error is not None:
-            return
+            return self._error
         device.serving = True
         before, _worker.stream = _worker.stream, self
         try:
             cupy_api.switch_to(self.ordinal)
             if self._waits:
                 self._order()
-            work()
+            work(*given)
         except BaseException as error:
             self._error = error
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
@@ -194,24 +208,34 @@ class CudaStream(QueueStream):
         finally:
             device.serving = False
             _worker.stream = before
-        device.serve_rest()
+        if device.left:
+            device.serve()
+        return self._error
 
-    def record(self) -> QueueEvent:
-        """An event that is done when everything enqueued before it is."""
-        if self.device.borrower != get_ident() or self.device.serving or self._items:
+    def record(self, again: QueueEvent | None = None) -> QueueEvent:
+        """An event that is done when everything enqueued before it is.
+
+        Args:
+            again: an earlier result, for which nobody waits any more, from the thread that has the device by `lent`. It
+                is recorded again if no queue is in the way.
+        """
+        device = self.device
+        if self._items or device.serving or (again is None and device.borrower != get_ident()):
             return super().record()
-        handle = 0
+        event = again if type(again) is CudaEvent else CudaEvent.issued_already(self, 0, None)
         try:
-            cupy_api.switch_to(self.ordinal)
             if self._waits:
                 self._order()
-            handle = self._unused_event()
-            cupy_api.event_record(handle, self.handle)
+            if not event.handle:
+                cupy_api.switch_to(self.ordinal)
+                event.handle = self._unused_event()
+            cupy_api.event_record(event.handle, self.handle)
         except BaseException as error:
             self._error = self._error if self._error is not None else error
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
-        return CudaEvent.issued_already(self, handle, self._error)
+        event.error = self._error
+        return event
 
     def wait(self, event: QueueEvent) -> None:
         """Hold back everything enqueued from now on until `event` is done."""
@@ -219,6 +243,10 @@ class CudaStream(QueueStream):
             super().wait(event)
         else:
             self._follow(event)
+
+    def reusable_event(self) -> CudaEvent:
+        """An event to be recorded by `again`, in each step anew. The stream's device must be current."""
+        return CudaEvent.issued_already(self, self._unused_event(), None)
 
     def issued_so_far(self) -> CudaEvent:
         """An event behind what any thread has issued to the CUDA stream, past the queue. Its device must be current."""
@@ -272,6 +300,12 @@ class _Worker(threading.local):
     """A thread that issues a stream's work."""
 
     stream: CudaStream | None = None
+    has_context = False
+
+    def find_context(self) -> bool:
+        """Whether CUDA has a current context on this thread, of any card. Once it has, it stays so."""
+        self.has_context = cupy_api.has_context()
+        return self.has_context
 
 
 _worker = _Worker()

@@ -51,7 +51,8 @@ class StepGraphs:
 
     def comms(self) -> list[list[Any]]:
         """NCCL's communicators that are in graphs; each list is in rank order."""
-        return [list(owner.held.comms) for owner in self._owners.values()]
+        owners = [reference() for reference in self._owners.valuerefs()]
+        return [list(owner.held.comms) for owner in owners if owner is not None]
 
     def abort(self) -> bool:
         """Make the GPUs leave NCCL's kernels in graphs, and never launch those graphs again; whether there are any."""

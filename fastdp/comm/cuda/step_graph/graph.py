@@ -15,6 +15,7 @@ from fastdp.runtime.cuda import cupy_api
 from fastdp.runtime.cuda.device import CudaDevice
 from fastdp.runtime.cuda.memory import defer
 from fastdp.runtime.cuda.streams import CudaStream
+from fastdp.tracing import spans
 from fastdp.tracing.spans import span
 
 # All that is held in this process.
@@ -101,6 +102,8 @@ class StepGraph:
         self.early = early
         self.size = len(devices)
         self._owner, self._devices, self._launchable = owner, list(devices), list(launchable)
+        self._cards = [device.ordinal for device in devices]
+        self._streams = [device.compute.handle for device in devices if isinstance(device.compute, CudaStream)]
         self._kernels, self._memory = kernels, kernels.memory if kernels is not None else None
         self._kept = kept
         weakref.finalize(self, defer, functools.partial(owner.held.drop, list(launchable))).atexit = False
@@ -122,6 +125,14 @@ class StepGraph:
         assert isinstance(stream, CudaStream)
         with cupy_api.on(device.ordinal), span("step graph", stream):
             cupy_api.graph_launch(self._launchable[rank], stream.handle)
+
+    def launch_here(self, rank: int) -> None:
+        """As `launch`, on the thread that has all devices by `lent`. The current device changes."""
+        cupy_api.switch_to(self._cards[rank])
+        if spans.now.recorder is not None:
+            self.launch(rank)
+        else:
+            cupy_api.graph_launch(self._launchable[rank], self._streams[rank])
 
     def abort(self) -> None:
         """Make the GPUs leave the collectives, and never launch the graphs again. Our own kernels time out."""

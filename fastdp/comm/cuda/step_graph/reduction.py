@@ -24,6 +24,9 @@ class Launchable(Protocol):
     def launch(self, rank: int) -> None:
         """Enqueue a rank's graph."""
 
+    def launch_here(self, rank: int) -> None:
+        """As `launch`, on the one thread that launches the graphs of all ranks."""
+
     def abort(self) -> None:
         """Make the GPUs leave the collectives that they wait in."""
 
@@ -69,14 +72,24 @@ class StepGraphReduction(Reduction):
             raise
         self._left(rank, launched=True)
 
-    def launch_here(self, rank: int) -> None:
-        """As `launch`, on the one thread that launches for all replicas, when all have their inputs in place."""
+    def launch_here(self, ranks: Sequence[int]) -> list[tuple[int, BaseException]]:
+        """Launch these replicas' graphs, when all have their inputs in place, on the thread that has all devices.
+
+        Returns:
+            The rank whose launch failed, and why; nothing if none did.
+        """
+        rank = 0
         try:
-            self._step.launch(rank)
+            for rank in ranks:
+                self._step.launch_here(rank)
+                self._launched.add(rank)
+        except RuntimeError as error:  # CUDA's
+            self._give_up(always=True)
+            return [(rank, error)]
         except BaseException:
             self._give_up(always=True)
             raise
-        self._launched.add(rank)
+        return []
 
     def abandon(self, error: BaseException | None) -> None:
         """Give the step up, and leave no GPU waiting in a collective that others do not reach.
