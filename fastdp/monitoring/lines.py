@@ -1,4 +1,4 @@
-"""A progress bar where there is no terminal: a line now and then, on stderr."""
+"""A progress bar where there is no terminal: a line now and then on stderr, one that changes in a notebook."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import sys
 import time
 from collections.abc import Callable
 
+NOTEBOOK = 0.5  # seconds after which the line in a notebook changes
+
 
 class Lines:
-    """A line every `every` seconds, and one at the end."""
+    """A line every `every` seconds, and one at the end. In a notebook they are the same line, on stdout."""
 
     def __init__(self, every: float) -> None:
-        self._every = every
+        self._in_notebook = "ipykernel" in sys.modules
+        self._every = NOTEBOOK if self._in_notebook else every
+        self._longest = 0
 
     def begin(self, description: str, total: int | None) -> Lines:
         """Begin a loop of `total` steps, if that is known."""
@@ -30,12 +34,17 @@ class Lines:
 
     def end(self, steps: int, words: Callable[[], str]) -> None:
         """The loop is over, for whatever reason."""
-        self._say(steps, f"{words()}, {clock(time.perf_counter() - self._began)} in all")
+        self._say(steps, f"{words()}, {clock(time.perf_counter() - self._began)} in all", ends=True)
 
-    def _say(self, steps: int, words: str) -> None:
+    def _say(self, steps: int, words: str, *, ends: bool = False) -> None:
         of = f"/{self._total}" if self._total is not None else ""
-        sys.stderr.write(f"{self._prefix}{steps}{of} steps, {words}\n")
-        sys.stderr.flush()
+        line = f"{self._prefix}{steps}{of} steps, {words}"
+        stream = sys.stdout if self._in_notebook else sys.stderr  # notebooks show stderr in red
+        if self._in_notebook:
+            self._longest = max(self._longest, len(line))
+            line = f"\r{line.ljust(self._longest)}"
+        stream.write(line if self._in_notebook and not ends else f"{line}\n")
+        stream.flush()
 
 
 def clock(seconds: float) -> str:

@@ -147,9 +147,9 @@ def progress(
 ) -> Progress[ItemT]:
     """Iterate over batches with a progress bar, on stderr.
 
-    In a terminal, and with the library rich, it is a bar with the time that is left; elsewhere a line every `every`
-    seconds and one at the end. Both tell samples per second, the share of the time that the loop waits for the
-    loader, memory, and with `parallel` the utilization of each device.
+    In a terminal, and with the library rich, it is a bar with the time that is left; in a notebook a line that
+    changes; elsewhere a line every `every` seconds and one at the end. They tell samples per second, the share of the
+    time that the loop waits for the loader, memory, and with `parallel` the utilization of each device.
 
     Args:
         loader: any iterable. Its items come unchanged and in order; errors of it and of the loop pass through.

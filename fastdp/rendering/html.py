@@ -24,7 +24,7 @@ _STYLE = """
 .fastdp-report th { font-weight: 600; }
 .fastdp-report th.fastdp-words, .fastdp-report td.fastdp-words { text-align: left; }
 .fastdp-report td.fastdp-words { white-space: normal; }
-.fastdp-report .fastdp-bar { display: flex; width: 220px; height: 12px; margin-top: 3px; border-radius: 2px;
+.fastdp-report .fastdp-bar { display: flex; width: 160px; height: 12px; margin-top: 3px; border-radius: 2px;
   overflow: hidden; }
 .fastdp-report .fastdp-key { display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 4px; }
 .fastdp-report .fastdp-note { opacity: .75; margin: 4px 0 0; }
@@ -43,20 +43,19 @@ def _paragraph(block: Paragraph) -> str:
 
 
 def _table(table: Table) -> str:
-    """A table that scrolls by itself where the page is narrow."""
+    """A table that scrolls by itself where the page is narrow. The bar stands second, so that it is always seen."""
     words = [' class="fastdp-words"' if table.has_words(column) else "" for column in range(len(table.header))]
-    head = "".join(
-        f"<th{css}>{_key(table, name)}{escape(name)}</th>" for name, css in zip(table.header, words, strict=True)
-    )
+    head = [f"<th{css}>{_key(table, name)}{escape(name)}</th>" for name, css in zip(table.header, words, strict=True)]
+    head[1:1] = ["<th></th>"] if table.parts else []
     rows = []
     for row in table.rows:
-        cells = "".join(f"<td{css}>{escape(cell)}</td>" for cell, css in zip(row, words, strict=True))
-        rows.append(f"<tr>{cells}{_bar(table, row)}</tr>")
-    bar = "<th></th>" if table.parts else ""
+        cells = [f"<td{css}>{escape(cell)}</td>" for cell, css in zip(row, words, strict=True)]
+        cells[1:1] = [_bar(table, row)]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
     note = f'<p class="fastdp-note">{escape(table.note)}</p>' if table.note else ""
     return (
         f'<div class="fastdp-wide"><table><caption>{escape(table.title)}</caption>'
-        f"<thead><tr>{head}{bar}</tr></thead><tbody>{''.join(rows)}</tbody></table>{note}</div>"
+        f"<thead><tr>{''.join(head)}</tr></thead><tbody>{''.join(rows)}</tbody></table>{note}</div>"
     )
 
 

@@ -158,6 +158,21 @@ def test_the_rows_of_a_batch_are_those_of_its_first_array(item, rows):
     assert rows_of(item) == rows
 
 
+def test_in_a_notebook_it_is_one_line_that_changes(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    for number in fastdp.progress([0, 1]):
+        now[0] += 1.0 + 1e4 * number
+    out, err = capsys.readouterr()
+    first, *_, last = out.removeprefix("\r").split("\r")
+    assert err == ""
+    assert first.startswith("1/2 steps, 1.0 steps/s")
+    assert last.startswith("2/2 steps, 0.0 steps/s")
+    assert last.endswith("2:46:42 in all\n")
+    assert out.count("\n") == 1
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
