@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import benchmark_results
 import keras  # the guide's first lines need it
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from trace_files import TraceFile
 
 import fastdp
+from fastdp.benchmark.result import save
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
@@ -75,6 +77,17 @@ def test_the_lines_that_trace_steps_write_their_files(tmp_path: Path, monkeypatc
     assert [len(steps) for steps in found] == [3, 3]
 
 
+def test_the_lines_that_show_a_benchmark_in_a_notebook_make_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(benchmark_results.result(), tmp_path / "results" / "result.json")
+    value = compile(CODE[4].replace("\nPage(", "\npage = Page("), "guide", "exec")
+    names: dict[str, Any] = {}
+    exec(value, names)
+    assert "MLP of 3 layers" in names["page"]._repr_html_()
+
+
 def test_the_lines_for_a_torch_module_train_it() -> None:
     fastdp.set_virtual_devices(4)
     module = torch.nn.Linear(6, 3)
@@ -82,7 +95,7 @@ def test_the_lines_for_a_torch_module_train_it() -> None:
     x = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x.argmax(dim=1) % 3), batch_size=8)
     names: dict[str, Any] = {"fastdp": fastdp, "torch": torch, "module": module, "loader": loader}
-    exec(CODE[4], names)
+    exec(CODE[5], names)
     assert len(names["dp"].devices) == 4
     assert float(names["loss"]) > 0
     assert not torch.equal(module.weight, before)

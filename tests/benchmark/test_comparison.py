@@ -11,7 +11,7 @@ import pytest
 from fastdp.benchmark.comparison import compare, ratio_of
 from fastdp.benchmark.figures import Spread
 from fastdp.benchmark.result import save
-from fastdp.cli import bench_report
+from fastdp.cli import bench_report, main
 from fastdp.cli.status import WrongUseError
 
 
@@ -165,7 +165,7 @@ def test_the_command_prints_and_writes_the_comparison(files, tmp_path, capsys):
 
 
 def test_json_is_all_that_stdout_gets(files, capsys):
-    assert bench_report.run(files, as_json=True, output=None) == 0
+    assert main(["bench", "report", *files, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["rows"][0]["ratios"][1]["verdict"] == "20.0% faster"
 
@@ -173,6 +173,11 @@ def test_json_is_all_that_stdout_gets(files, capsys):
 def test_the_page_of_one_result_is_made_again(files, tmp_path, capsys):
     assert bench_report.run(files[1:], as_json=False, output=tmp_path / "out") == 0
     assert "<h1>MLP of 3 layers" in (tmp_path / "out" / "report.html").read_text("utf-8")
+
+
+def test_the_command_ends_with_the_status_of_wrong_use(files, capsys):
+    assert main(["bench", "report", files[0], "nothing.json"]) == 2
+    assert capsys.readouterr().err == "fastdp bench: cannot read nothing.json: No such file or directory\n"
 
 
 def test_a_missing_file_and_too_few_are_errors_with_a_remedy(files, tmp_path):

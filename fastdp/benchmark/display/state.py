@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastdp.benchmark.entries import Device, devices_of
-from fastdp.benchmark.figures import Spread, number, plain, rate
+from fastdp.benchmark.figures import Spread, number, plain, rate, spread_of
+from fastdp.benchmark.rounds import spread
 
 
 @dataclass(slots=True)
@@ -34,12 +34,7 @@ class Way:
     @property
     def rate(self) -> Spread | None:
         """Samples per second over the rounds so far."""
-        if not self.rates:
-            return None
-        if len(self.rates) == 1:
-            return Spread(self.rates[0], self.rates[0], self.rates[0], tuple(self.rates))
-        q1, median, q3 = statistics.quantiles(self.rates, n=4, method="inclusive")
-        return Spread(median, q1, q3, tuple(self.rates))
+        return spread_of({**spread(self.rates), "rounds": self.rates}) if self.rates else None
 
 
 @dataclass(slots=True)
