@@ -118,3 +118,15 @@ def test_any_numbers_make_a_plan_or_a_usage_error(numbers):
     assert code in (0, 2)
     if code == 0:
         json.loads("".join(printed))
+
+
+def test_marks_of_what_holds_steps_up_are_explained_where_they_stand(capsys):
+    assert main(["plan", "resnet50", "--step-ms", "30", "--box", "pcie4", "--gpus", "8"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^modelled +8 .*a$", said, re.MULTILINE)
+    assert "modelled: a: a tenth of the step or more is waiting for the all-reduce." in said
+    assert "modelled: h:" not in said
+    assert main([*GIVEN, "--host-ms", "100"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^modelled +8 .*h$", said, re.MULTILINE)
+    assert "modelled: h: the host" in said

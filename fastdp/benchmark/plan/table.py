@@ -10,7 +10,11 @@ from fastdp.benchmark.plan.boxes import Box
 from fastdp.benchmark.plan.model import JITTER, MARK, predicted
 from fastdp.benchmark.plan.profile import Profile
 
-_COLUMNS = f"{'':8}{'GPUs':>4}{'rows':>8}{'ms':>9}{'rows/s':>10}{'times':>6}{'effic.':>7}{'best %':>7}"
+_COLUMNS = f"{'':8}{'GPUs':>4}{'rows':>8}{'ms':>9}{'rows/s':>10}{'times':>6}{'eff. %':>7}{'best %':>7}"
+_BOUND = {
+    "all-reduce": ("a", "a tenth of the step or more is waiting for the all-reduce"),
+    "host": ("h", "the host issues work for all GPUs more slowly than they do it"),
+}
 SHARINGS = {"weak": "a batch for each GPU", "strong": "one batch for all GPUs"}
 
 
@@ -61,11 +65,13 @@ def lines(planned: dict[str, Any]) -> list[tuple[str, bool]]:
         found.append((_COLUMNS, False))
         found += [(_row(one), False) for one in planned[sharing]]
     notes = [f"modelled: {note}." for note in planned["assumptions"]]
+    bound = {one["bound_by"] for sharing in SHARINGS for one in planned[sharing]}
+    notes += [f"modelled: {mark}: {what}." for kind, (mark, what) in _BOUND.items() if kind in bound]
     return [*found, ("", False), *((note, True) for note in notes)]
 
 
 def _row(one: dict[str, Any]) -> str:
-    bound = {"host": "h", "all-reduce": "a"}.get(one["bound_by"], "")
+    bound, _ = _BOUND.get(one["bound_by"], ("", ""))
     return (
         f"modelled{one['gpus']:>4}{one['rows']:>8}{1e3 * one['step_seconds']:>9.2f}"
         f"{one['samples_per_second']:>10,.0f}{one['speedup']:>6.2f}"
