@@ -60,4 +60,10 @@ def follow_environment() -> None:
         return
     if text != "1":
         raise ValueError(f"The environment variable {VARIABLE} must be 0 or 1. Received: {text!r}")
+    _always()
+
+
+@functools.cache
+def _always() -> None:
+    """Mark ranges until the process ends."""
     spans.start(ranges=ranges())

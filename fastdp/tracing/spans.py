@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -108,6 +109,7 @@ class Recorder:
     def __init__(self) -> None:
         self.sinks: tuple[Sink, ...] = ()
         self.ranges: tuple[Ranges, ...] = ()
+        self.asked: Counter[Ranges] = Counter()  # how many want these ranges
         self.step: int | None = None
 
     def span(self, name: str, stream: Stream | None = None, **facts: Any) -> OpenSpan:
@@ -116,6 +118,8 @@ class Recorder:
 
     def add(self, name: str, lane: Any, began: int | Timestamp, ended: int | Timestamp, facts: dict[str, Any]) -> None:
         """Add a span that is over. `lane`: a stream, or None for the calling thread."""
+        if not self.sinks:
+            return
         if lane is None:
             thread = threading.current_thread()
             lane = thread.ident, thread.name
@@ -198,7 +202,7 @@ class OpenSpan:
         stream = self._stream
         outer.append(stream)
         self._recorder.push(self._name)
-        if stream is not None and not stream.timed_by_host:
+        if stream is not None and not stream.timed_by_host and self._recorder.sinks:
             self._timestamp = stream.timestamp()
         self._began = time.perf_counter_ns()
         return self
@@ -227,7 +231,7 @@ class OpenSpans:
 
     def __enter__(self) -> OpenSpans:
         self._recorder.push(self._name)
-        self._timestamps = [stream.timestamp() for stream in self._streams]
+        self._timestamps = [stream.timestamp() if self._recorder.sinks else None for stream in self._streams]
         self._began = time.perf_counter_ns()
         return self
 
@@ -300,8 +304,9 @@ def start(*, sink: Sink | None = None, ranges: Ranges | None = None) -> None:
         recorder = now.recorder or Recorder()
         if sink is not None:
             recorder.sinks = (*recorder.sinks, sink)
-        if ranges is not None and ranges not in recorder.ranges:
-            recorder.ranges = (*recorder.ranges, ranges)
+        if ranges is not None:
+            recorder.asked[ranges] += 1
+            recorder.ranges = tuple(recorder.asked)
         if recorder is not now.recorder:
             now.epoch += 1
             now.recorder = recorder
@@ -314,6 +319,8 @@ def stop(*, sink: Sink | None = None, ranges: Ranges | None = None) -> None:
         if recorder is None:
             return
         recorder.sinks = tuple(one for one in recorder.sinks if one is not sink)
-        recorder.ranges = tuple(one for one in recorder.ranges if one is not ranges)
+        if ranges is not None:
+            recorder.asked -= Counter([ranges])  # drops those that nobody wants any more
+            recorder.ranges = tuple(recorder.asked)
         if not recorder.sinks and not recorder.ranges:
             now.recorder = None

@@ -18,13 +18,18 @@ from fastdp.tracing import nvtx, spans
 def two_devices(monkeypatch):
     fastdp.set_virtual_devices(2)
     monkeypatch.delenv("FASTDP_NVTX", raising=False)
-    nvtx.ranges.cache_clear()
+    forget()
     yield
     for ranges in getattr(spans.now.recorder, "ranges", ()):
         spans.stop(ranges=ranges)
-    nvtx.ranges.cache_clear()
+    forget()
     fastdp.set_virtual_devices(0)
     assert spans.now.recorder is None
+
+
+def forget():
+    nvtx.ranges.cache_clear()
+    nvtx._always.cache_clear()
 
 
 class Domain:
@@ -95,6 +100,22 @@ def test_the_variable_marks_ranges_without_a_trace(domain, monkeypatch):
         "train step 1",
         "predict step 2",
     ]
+
+
+def test_a_trace_that_ends_leaves_the_ranges_of_the_variable_and_of_other_traces(domain, monkeypatch, tmp_path):
+    one = engine()
+    with fastdp.trace(tmp_path / "t.json", nvtx=True):
+        with fastdp.trace(tmp_path / "u.json", nvtx=True):
+            one.train(batch())
+        one.train(batch())
+    one.train(batch())
+    monkeypatch.setenv("FASTDP_NVTX", "1")
+    engine()
+    with fastdp.trace(tmp_path / "v.json", nvtx=True):
+        one.train(batch())
+    one.train(batch())
+    steps = [name for name in domain.seen["MainThread"] if name.startswith("train step")]
+    assert steps == [f"train step {i}" for i in (0, 1, 3, 4)]  # each once
 
 
 def test_a_missing_package_is_an_error_that_names_it(monkeypatch, tmp_path):
