@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdp.runtime.base import Work
 from fastdp.runtime.events import QueueEvent
-from fastdp.tracing.spans import Timestamp
+from fastdp.tracing.protocols import Timestamp
 
 if TYPE_CHECKING:
     from fastdp.runtime.queue import QueueDevice
@@ -19,7 +19,7 @@ class QueueStream:
     """An ordered queue of work for one device's worker.
 
     `inline`: an event of this stream is only a mark, and any worker may complete it. `timed_by_host`: see
-    `fastdp.tracing.spans.Stream`.
+    `fastdp.tracing.protocols.Stream`.
     """
 
     inline = True
@@ -76,7 +76,7 @@ class QueueStream:
         """Clear a failure."""
         self._error = None
 
-    # For traces: see `fastdp.tracing.spans.Stream`.
+    # For traces: see `fastdp.tracing.protocols.Stream`.
 
     @property
     def lane(self) -> tuple[int, str, str]:

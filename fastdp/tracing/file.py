@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any, cast
 
-from fastdp.tracing.spans import VERBS, Span, Timestamp
+from fastdp.tracing.protocols import VERBS, Span, Timestamp
 
 _PROCESS = 1
 # The order of a device's lanes.

@@ -16,7 +16,7 @@ from typing import IO, Any
 from fastdp._version import __version__
 from fastdp.tracing import file, spans
 from fastdp.tracing.nvtx import ranges
-from fastdp.tracing.spans import Span, Stream
+from fastdp.tracing.protocols import Span, Stream
 from fastdp.warn import warn_user
 
 MAX_SPANS = 500_000

@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("rendering/",),
     ("launch/",),
     ("launch/reference.py",),
-    ("tracing/spans.py", "tracing/__init__.py"),
+    ("tracing/__init__.py", "tracing/protocols.py", "tracing/spans.py"),
     ("tracing/",),
     ("runtime/",),
     ("runtime/host/",),

@@ -12,6 +12,7 @@ from least_squares import WIDTH, predict, train
 
 import fastdp
 from fastdp.tracing import nvtx, spans
+from fastdp.tracing.protocols import VERBS
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +79,7 @@ def test_ranges_are_those_of_the_spans(domain, tmp_path):
         one.train(batch())
     main = domain.seen["MainThread"]
     assert main[0] == "train step 0"
-    verbs = [name for name in main if name in spans.VERBS]
+    verbs = [name for name in main if name in VERBS]
     assert verbs == ["scatter", "scatter", "scatter", "run", "reduce", "update", "merge"]  # two for the devices
     assert domain.seen["fastdp-virtual:0"][:2] == ["run", "merge"]
     assert "update" in domain.seen["fastdp-virtual:0"]

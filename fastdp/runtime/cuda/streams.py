@@ -22,7 +22,7 @@ from fastdp.runtime.base import Work
 from fastdp.runtime.cuda import cupy_api
 from fastdp.runtime.events import pause_after
 from fastdp.runtime.queue import QueueEvent, QueueStream
-from fastdp.tracing.spans import Timestamp
+from fastdp.tracing.protocols import Timestamp
 
 # Streams of closed devices that torch was given, by card and priority; the next device of the card takes them.
 _kept: defaultdict[tuple[int, int], list[int]] = defaultdict(list)

@@ -26,7 +26,7 @@ ATTEMPTS, GOOD, FAILED = 20, 20_000, 1_000_000_000
 
 
 class CudaTimestamp:
-    """A point in a stream of a GPU. `nanoseconds`: as in `fastdp.tracing.spans.Timestamp`."""
+    """A point in a stream of a GPU. `nanoseconds`: as in `fastdp.tracing.protocols.Timestamp`."""
 
     __slots__ = ("event", "nanoseconds")
 
