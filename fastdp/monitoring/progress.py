@@ -11,6 +11,7 @@ from fastdp.monitoring.devices import DeviceMeter, DeviceUsage, memory_mb
 from fastdp.monitoring.lines import Lines
 from fastdp.monitoring.rates import Counts, Stretch
 from fastdp.monitoring.rich_bars import rich_bars
+from fastdp.tracing.spans import span
 
 ItemT = TypeVar("ItemT")
 REFRESH = 0.2  # seconds between two looks of the bar
@@ -53,7 +54,8 @@ class Progress(Generic[ItemT]):
             while True:
                 began = time.perf_counter()
                 try:
-                    item = next(items)
+                    with span("input"):
+                        item = next(items)
                 except StopIteration:
                     return
                 finally:

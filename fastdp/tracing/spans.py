@@ -113,9 +113,9 @@ class Recorder:
         if error is not None:
             step.facts["error"] = type(error).__name__
         self.add(step.name, None, step.began, ended, step.facts)
+        self.step = _here.steps[-1].facts["step"] if _here.steps else None
         if not _here.steps:
             _here.ended = self, ended
-            self.step = None
         for sink in self.sinks:
             sink.step_ends(program, kind)
 

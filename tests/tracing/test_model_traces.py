@@ -53,7 +53,10 @@ def test_a_fit_of_a_keras_model(tmp_path, count, compile):
         assert bool(segments) == bool(compile)
         assert all(any(inside(run, segment) for run in runs) for segment in segments)
         assert len(found.named("merge", f"virtual:{device} compute")) == 8  # metrics read the outputs
-    assert len(found.named("between steps")) == 7
+    between = found.named("between steps")
+    assert len(between) == 7
+    inputs = found.named("input", found.host)
+    assert all(any(inside(gap, span) for span in inputs) for gap in between[:5])
     assert found.named("update", "virtual:0 compute")
 
 

@@ -285,3 +285,24 @@ def test_a_batch_that_is_staged_while_a_step_runs_is_in_it(tmp_path):
     assert any(inside(outside[0], span) for span in found.named("stage"))
     steps = [name for name in found.names(found.host) if name.endswith(" step")]
     assert steps == ["train step", "train step", "predict step", "train step"]
+
+
+def test_a_step_inside_a_step_of_one_device_lies_inside_it(tmp_path):
+    inner = engine([1])
+    inner.predict(batch(4))
+    inner.predict(batch(4))
+
+    def calling(parameters, rows):
+        inner.predict(batch(4))
+        return train(parameters, rows)
+
+    one = engine(1, calling)
+    one.train(batch())
+    with fastdp.trace(tmp_path / "t.json"):
+        one.train(batch())
+        one.train(batch())
+    found = TraceFile(tmp_path / "t.json").check()
+    for outer, predicted in zip(found.named("train step"), found.named("predict step"), strict=True):
+        assert inside(outer, predicted)
+    assert [span["args"]["step"] for span in found.named("update", "virtual:0")] == [1, 2]  # and not the inner step's
+    assert len(found.named("between steps")) == 1

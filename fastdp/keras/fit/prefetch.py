@@ -16,6 +16,7 @@ from fastdp.comm.batch import Batch
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.program.keras.batch import make_batch, unpack
 from fastdp.program.keras.layer_calls import CallProgram
+from fastdp.tracing.spans import span
 
 
 class Prefetch:
@@ -102,7 +103,7 @@ def _fetched_on_host(batches: Iterator[Any]) -> Iterator[Any]:
     """The same batches, each fetched while Keras's device is the CPU."""
     end = object()
     while True:
-        with keras.device("cpu"):
+        with span("input"), keras.device("cpu"):
             data = next(batches, end)
         if data is end:
             return
