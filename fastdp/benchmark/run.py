@@ -88,12 +88,18 @@ class _Measurement:
             self._take_turns()
             for name in list(self.running):
                 self._guarded(name, self._trace)
-        finally:
-            while self.running:
-                name, way = self.running.popitem()
-                if way.rounds:
-                    self.over[name] = way
-                way.process.close(5.0)
+            self._close(5.0)
+        except BaseException:
+            self._close(0.0)  # an interrupt is not kept waiting
+            raise
+
+    def _close(self, patience: float) -> None:
+        """End all processes, and keep the ways that were measured."""
+        while self.running:
+            name, way = self.running.popitem()
+            if way.rounds:
+                self.over[name] = way
+            way.process.close(patience)
 
     def _start(self, request: Request) -> None:
         """Start a way's process and wait until it is ready."""
@@ -225,6 +231,7 @@ def _entry(way: Way, ways: Sequence[Way]) -> dict[str, Any]:
         "kind": request.kind,
         "mode": request.mode,
         "batch": request.batch,
+        "parameters": facts.get("parameters"),
         "samples_per_second": _spread([request.batch / seconds for seconds in step_seconds]),
         "step_seconds": _spread(step_seconds),
         "efficiency": _efficiency(way, ways),
