@@ -37,8 +37,8 @@ class Batches:
         return self._make(number)
 
 
-def batches_of(target: Target, request: Request, rows: int | None = None) -> Batches:
-    """The batches of a request; with `rows`, of so many rows.
+def batches_of(target: Target, request: Request, rows: int | None = None, part: slice | None = None) -> Batches:
+    """The batches of a request; with `rows`, of so many rows. Of a batch only the rows of `part` are kept, and read.
 
     Raises:
         ValueError: the file has not what the model takes; the message says what it has.
@@ -46,17 +46,28 @@ def batches_of(target: Target, request: Request, rows: int | None = None) -> Bat
     """
     rows = rows or request.batch
     if request.data != SYNTHETIC:
-        return _from_file(target, request.data, rows)
+        return _from_file(target, request.data, rows, part or slice(0, rows))
     if target.make_batch is not None:
-        return _pooled([batch_of(target.make_batch, rows) for _ in range(2)], rows)
+        return _pooled([batch_of(target.make_batch, rows) for _ in range(2)], rows, part)
     nbytes = sum(array.nbytes(rows) for array in (*target.inputs, *target.targets))
     count = max(1, min(POOL, POOL_NBYTES // max(1, nbytes)))
-    return _pooled([_drawn(target, rows, request.seed + number) for number in range(count)], rows)
+    return _pooled([_drawn(target, rows, request.seed + number) for number in range(count)], rows, part)
 
 
-def _pooled(pool: Sequence[Batch], rows: int) -> Batches:
+def _pooled(pool: Sequence[Batch], rows: int, part: slice | None) -> Batches:
     """Batches that come again and again."""
+    if part is not None:
+        pool = [_cut(batch, part) for batch in pool]
     return Batches(lambda number: pool[number % len(pool)], rows)
+
+
+def _cut(value: Any, part: slice) -> Any:
+    """Some rows of each array in a nest of tuples, lists and dicts; zero-dim ones and plain values as they are."""
+    if isinstance(value, dict):
+        return {name: _cut(one, part) for name, one in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_cut(one, part) for one in value)
+    return value[part] if getattr(value, "ndim", 0) else value
 
 
 def _drawn(target: Target, rows: int, seed: int) -> Batch:
@@ -66,8 +77,11 @@ def _drawn(target: Target, rows: int, seed: int) -> Batch:
     return target.pack_inputs(arrays[:cut]), target.pack_targets(arrays[cut:])
 
 
-def _from_file(target: Target, data: str, rows: int) -> Batches:
-    """Rows of an HDF5 file in order, from the start again at its end."""
+def _from_file(target: Target, data: str, rows: int, part: slice) -> Batches:
+    """Rows of an HDF5 file in order, from the start again at its end; of each batch those of `part`.
+
+    Numbers get the model's dtypes.
+    """
     path, names = split(data)
     wanted = (*target.inputs, *target.targets)
     if not wanted:
@@ -87,7 +101,8 @@ def _from_file(target: Target, data: str, rows: int) -> Batches:
 
     def make(number: int) -> Batch:
         start = number % count * rows
-        values = [matrix[start : start + rows] for matrix in found]
+        read = [matrix[start + part.start : start + part.stop] for matrix in found]
+        values = [rows.astype(array.dtype, copy=False) for rows, array in zip(read, wanted, strict=True)]
         return target.pack_inputs(values[:cut]), target.pack_targets(values[cut:])
 
     def close() -> None:

@@ -102,7 +102,7 @@ def _own(request: Request, made: Any, make_batch: Any, title: str) -> Target:
         pack_inputs=lambda arrays: inside(model._inputs_struct, list(arrays)) if len(arrays) > 1 else arrays[0],
         pack_targets=lambda arrays: inside(model._outputs_struct, list(arrays)) if len(arrays) > 1 else arrays[0],
         loss_weights=model.get_compile_config().get("loss_weights") if compiled and not own_loss else None,
-        loss_title=_title(loss),
+        loss_title="the model's own" if loss is None else _title(loss),
         optimizer_title=name or _title(chosen),
     )
 
@@ -151,13 +151,12 @@ def _vocabulary(model: keras.Model) -> int:
 def default_loss(model: keras.Model, make_batch: Any = None) -> Any:
     """The loss for an output that the model's last layers tell: by softmax, by sigmoid, else the squared error.
 
-    The user's own batches tell by their labels: whole numbers are classes.
+    The user's own batches tell by their labels: whole numbers are classes. Without labels the model adds its loss itself,
+    and there is no other.
     """
-    labels = (
-        keras.tree.flatten(user_file.batch_of(make_batch, 2)[1])
-        if make_batch is not None
-        else [None] * len(model.outputs)
-    )
+    labels = [None] * len(model.outputs) if make_batch is None else labels_of(make_batch)
+    if not labels:
+        return None
     chosen = []
     for place, label in enumerate(labels):
         activation = _activation(model, place)
@@ -171,6 +170,11 @@ def default_loss(model: keras.Model, make_batch: Any = None) -> Any:
         else:
             chosen.append("mean_squared_error")
     return chosen[0] if len(chosen) == 1 else chosen
+
+
+def labels_of(make_batch: Any) -> list[Any]:
+    """The labels in a batch of the user's own, flat; empty where it has None or an empty tuple in their place."""
+    return [label for label in keras.tree.flatten(user_file.batch_of(make_batch, 2)[1]) if label is not None]
 
 
 def _activation(model: keras.Model, place: int) -> str:

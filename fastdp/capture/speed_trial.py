@@ -21,13 +21,14 @@ class SpeedTrial:
         eager: whether to try eager steps too.
 
     After the trial `chosen` is the form that stays, and `why` says why it is not the first one; else it is empty.
+    During the trial `why` says that it goes on.
     """
 
     def __init__(self, captured: CapturedForm, compiled: Any | None, *, eager: bool = False) -> None:
         self._captured, self._compiled = captured, compiled
         self._forms = [*(["compiled"] if compiled is not None else []), "traced", *(["eager"] if eager else [])]
         self._seconds: list[float] = []
-        self.why = ""
+        self.why = f"being timed: {', '.join(self._forms)}"
         self.chosen = self._forms[0]
         self._take(self.chosen)
 
@@ -41,7 +42,7 @@ class SpeedTrial:
 
     def end(self) -> None:
         """Let the present form stay."""
-        self._forms, self._seconds = [], []
+        self._forms, self._seconds, self.why = [], [], ""
         self._take(self.chosen)
 
     @property
@@ -72,7 +73,7 @@ class SpeedTrial:
         medians = {
             form: statistics.median(self._seconds[i * STEPS : (i + 1) * STEPS]) for i, form in enumerate(self._forms)
         }
-        self.chosen = min(medians, key=medians.__getitem__)
+        self.chosen, self.why = min(medians, key=medians.__getitem__), ""
         if self.chosen != self._forms[0]:
             first, *others = (f"{1e3 * seconds:.2f} {form}" for form, seconds in medians.items())
             self.why = f"a step takes {first.replace(' ', ' ms ', 1)} and {' and '.join(others)}"

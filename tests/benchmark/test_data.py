@@ -65,6 +65,24 @@ def test_data_sets_may_be_named(file):
     batches.close()
 
 
+def test_a_process_reads_its_own_rows_in_the_model_s_dtypes(file):
+    batches = batches_of(TARGET, request(file()), part=slice(1, 3))
+    x, y = batches(1)
+    assert x[:, 0, 0].tolist() == [4.0, 5.0]
+    assert (x.dtype, y.dtype) == (np.float32, np.int64)
+    batches.close()
+
+
+def test_drawn_batches_are_cut_in_any_nest():
+    nest = ({"a": np.arange(4), "b": [np.arange(8).reshape(4, 2), 0.5]}, None)
+    own = Target("t", "torch", None, None, None, (), (), make_batch=lambda rows: nest)
+    (named, targets) = batches_of(own, request(batch=4), part=slice(2, 4))(0)
+    assert named["a"].tolist() == [2, 3]
+    assert named["b"][0].tolist() == [[4, 5], [6, 7]]
+    assert named["b"][1] == 0.5
+    assert targets is None
+
+
 @pytest.mark.parametrize(
     ("names", "shape", "batch", "data", "said"),
     [

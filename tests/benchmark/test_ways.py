@@ -16,7 +16,7 @@ from small_targets import SMALL
 from fastdp.benchmark.process import Process, WayError
 from fastdp.benchmark.request import Request
 from fastdp.benchmark.target import load
-from fastdp.benchmark.ways import environment, fastdp_form, missing, prepare, torch_loop, torch_training
+from fastdp.benchmark.ways import environment, fastdp_form, keras_training, missing, prepare, torch_loop, torch_training
 from fastdp.benchmark.worker import command
 
 STEPS = 14  # more than any way trains before it is ready
@@ -26,7 +26,9 @@ STEPS = 14  # more than any way trains before it is ready
 def settings_of_libraries():
     """A way sets up its whole process: put back what it leaves."""
     policy, threads = keras.config.dtype_policy(), torch.get_num_threads()
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
     keras.config.set_dtype_policy(policy)
     torch.set_num_threads(threads)
 
@@ -283,6 +285,76 @@ def processes() -> list[str]:
     return found
 
 
+KERAS = """
+import keras
+import numpy as np
+from keras import layers
+
+
+def make_two():
+    words, numbers = keras.Input((5,), dtype="int32", name="words"), keras.Input((3,), name="numbers")
+    x = layers.Concatenate()([layers.GlobalAveragePooling1D()(layers.Embedding(11, 4)(words)), numbers])
+    outputs = {"kind": layers.Dense(3, activation="softmax", name="kind")(x), "size": layers.Dense(1, name="size")(x)}
+    model = keras.Model({"words": words, "numbers": numbers}, outputs)
+    losses = {"kind": "sparse_categorical_crossentropy", "size": "mse"}
+    model.compile(keras.optimizers.SGD(0.1), losses, loss_weights={"kind": 1.0, "size": 0.5})
+    return model
+"""
+
+INSIDE_KERAS = """
+import keras
+import numpy as np
+
+
+class Inside(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(3)
+
+    def call(self, x):
+        y = self.dense(x)
+        self.add_loss(keras.ops.mean(keras.ops.square(y)))
+        return y
+
+
+def make():
+    return Inside()
+
+
+def make_batch(rows):
+    return np.random.default_rng(rows).standard_normal((rows, 4), np.float32), None
+"""
+
+
+@pytest.mark.parametrize(("function", "text"), [("make_two", KERAS), ("make", INSIDE_KERAS)])
+def test_keras_models_with_several_inputs_and_outputs_or_a_loss_of_their_own(tmp_path, function, text):
+    target = own_file(tmp_path, function, text)
+    plain = losses(request(target, framework="keras", library="keras"))[-1]
+    found = losses(request(target, framework="keras", devices=2, kind="virtual", mode="eager"))[-1]
+    assert found == pytest.approx(plain, rel=1e-5)
+
+
+def test_float32_is_no_tf32_on_gpus():
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch_training.choose_arithmetic(request("mlp", kind="gpu", precision="bf16"))
+    assert torch.backends.cudnn.allow_tf32
+    torch_training.choose_arithmetic(request("mlp", kind="gpu"))
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True
+    keras_training.choose_arithmetic(request("mlp", framework="keras", kind="gpu"))
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_graphs_that_torch_leaves_out_are_an_error(monkeypatch):
+    counters = {"inductor": {"cudagraph_skips": 2}, "graph_break": {"a print": 1}}
+    monkeypatch.setattr(torch._dynamo.utils, "counters", counters)
+    with pytest.raises(RuntimeError, match="left out 2 CUDA graphs"):
+        torch_loop.how(request("mlp", library="torch", mode="graph", kind="gpu"))
+    told = torch_loop.how(request("mlp", library="torch", mode="compiled"))
+    assert told == {"how": "compiled", "why": "1 graph breaks"}
+
+
 def test_a_library_that_is_not_installed_is_named_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "jax" else object())
     assert missing(request("mlp", library="keras-jax", framework="keras")) == "not installed here: pip install jax"
@@ -297,13 +369,14 @@ def test_jax_gets_as_many_host_devices_as_replicas(monkeypatch):
     assert environment(asked)["KERAS_BACKEND"] == "jax"
 
 
-def test_tensors_of_a_batch_are_made_once_and_only_its_rows_are_kept():
-    arrays = [np.arange(8.0), np.arange(4)]
-    pool = [((arrays[0], {"y": arrays[1]}), None)]
-    batches = torch_training.TensorBatches(lambda number: pool[number % 1], request("mlp"), slice(2, 4))
-    first, again = batches(0), batches(1)
-    assert first is again
-    (x, named), targets = first
-    assert x.tolist() == [2.0, 3.0]
-    assert named["y"].tolist() == [2, 3]
+def test_tensors_of_a_batch_are_made_once():
+    pool = [((np.arange(8.0), {"y": np.arange(4)}, 0.5), None), ((np.zeros(8), {"y": np.zeros(4)}, 0.5), None)]
+    batches = torch_training.TensorBatches(lambda number: pool[number % 2], request("mlp"))
+    first = batches(0)
+    assert batches(2) is first
+    assert batches(1) is not first
+    (x, named, scale), targets = first
+    assert x.tolist() == list(range(8))
+    assert named["y"].tolist() == [0, 1, 2, 3]
+    assert scale == 0.5
     assert targets is None

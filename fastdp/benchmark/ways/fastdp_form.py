@@ -99,4 +99,6 @@ class AutoSettled:
 
 
 def _undecided(why: str) -> bool:
-    return any(words in why for words in ("not trained for long enough", "being compiled", "being compared"))
+    return any(
+        words in why for words in ("not trained for long enough", "being compiled", "being compared", "being timed")
+    )

@@ -18,7 +18,7 @@ from fastdp.benchmark.ways.fastdp_form import (
     recorder,
     settle,
 )
-from fastdp.benchmark.ways.keras_training import Fit, facts_of
+from fastdp.benchmark.ways.keras_training import Fit, choose_arithmetic, facts_of
 
 
 def prepare(request: Request) -> Prepared:
@@ -28,8 +28,11 @@ def prepare(request: Request) -> Prepared:
         NotImplementedError, RuntimeError: the mode cannot be had; the message says why.
     """
     choose_devices(request)
+    choose_arithmetic(request)
     target = load(request)
     batches = batches_of(target, request)
+    if not target.model.built:  # a subclassed model, which Keras builds on its first batch
+        target.model(batches(0)[0])
     began = time.perf_counter()
     parallel = wrap(target.model, gpus=request.devices, **OPTIONS[request.mode])
     parallel.compile(target.optimizer, target.loss, loss_weights=target.loss_weights)

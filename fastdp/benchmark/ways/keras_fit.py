@@ -13,7 +13,7 @@ from fastdp.benchmark.data import batches_of
 from fastdp.benchmark.request import Prepared, Request
 from fastdp.benchmark.target import load
 from fastdp.benchmark.ways.first_step import compile_seconds, host_peak_nbytes
-from fastdp.benchmark.ways.keras_training import Fit, facts_of
+from fastdp.benchmark.ways.keras_training import Fit, choose_arithmetic, facts_of
 
 # The arguments of Keras's `compile` for each mode, by backend, and how steps then run.
 MODES: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
@@ -45,7 +45,7 @@ def prepare(request: Request) -> Prepared:
     """
     backend = keras.backend.backend()
     how = _mode(request, backend)
-    _choose_arithmetic(request, backend)
+    choose_arithmetic(request)
     with _devices(request, backend):
         target = load(request)
         began = time.perf_counter()
@@ -74,19 +74,6 @@ def _mode(request: Request, backend: str) -> tuple[dict[str, Any], str]:
             "keras-jax or keras-tensorflow, or with one device."
         )
     return modes[request.mode]
-
-
-def _choose_arithmetic(request: Request, backend: str) -> None:
-    """Let float32 be float32 on every backend: JAX and TensorFlow use TF32 on GPUs unless told otherwise."""
-    if request.precision != "float32" or request.kind != "gpu":
-        return
-    library: Any = importlib.import_module(backend)
-    if backend == "jax":
-        library.config.update("jax_default_matmul_precision", "highest")
-    elif backend == "tensorflow":
-        library.config.experimental.enable_tensor_float_32_execution(False)
-    else:
-        library.backends.cuda.matmul.allow_tf32 = library.backends.cudnn.allow_tf32 = False
 
 
 def _devices(request: Request, backend: str) -> contextlib.AbstractContextManager[Any]:

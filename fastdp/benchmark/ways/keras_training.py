@@ -12,8 +12,22 @@ from typing import Any
 import keras
 
 from fastdp.benchmark.data import Batches
-from fastdp.benchmark.request import Round
+from fastdp.benchmark.request import Request, Round
 from fastdp.benchmark.target import Target
+
+
+def choose_arithmetic(request: Request) -> None:
+    """Let float32 be float32 on every backend: all of them use TF32 on GPUs in places, unless told otherwise."""
+    if request.precision != "float32" or request.kind != "gpu":
+        return
+    backend = keras.backend.backend()
+    library: Any = importlib.import_module(backend)
+    if backend == "jax":
+        library.config.update("jax_default_matmul_precision", "highest")
+    elif backend == "tensorflow":
+        library.config.experimental.enable_tensor_float_32_execution(False)
+    else:
+        library.backends.cuda.matmul.allow_tf32 = library.backends.cudnn.allow_tf32 = False
 
 
 class Clock(keras.callbacks.Callback):

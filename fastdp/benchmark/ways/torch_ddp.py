@@ -84,7 +84,7 @@ class Rank:
         if not on_gpu:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // request.devices))
         target = load(request)
-        self._arrays = batches_of(target, request)
+        self._arrays = batches_of(target, request, part=slice(rank * self._rows, (rank + 1) * self._rows))
         self.facts = {**target.facts, "parameters": parameters_of(target.model)}
         self.began = time.perf_counter()
         change = changed_by(request)
@@ -92,8 +92,7 @@ class Rank:
         def wrapped(module: nn.Module) -> Any:
             return change(nn.parallel.DistributedDataParallel(module, device_ids=[rank] if on_gpu else None))
 
-        batches = TensorBatches(self._arrays, request, slice(rank * self._rows, (rank + 1) * self._rows))
-        self._loop = Loop(request, target, batches, wrapped, self._device)
+        self._loop = Loop(request, target, TensorBatches(self._arrays, request), wrapped, self._device)
 
     def train(self, steps: int) -> None:
         """Train so many steps, together with the other processes."""

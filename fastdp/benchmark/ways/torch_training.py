@@ -20,7 +20,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def choose_arithmetic(request: Request) -> None:
     """Let float32 be float32 on GPUs: torch's convolutions use TF32 unless told otherwise."""
-    if request.precision == "float32":
+    if request.precision == "float32" and request.kind == "gpu":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
@@ -47,11 +47,10 @@ class TensorBatches:
     Args:
         batches: the arrays.
         request: what they are for.
-        rows: which rows of a batch; None for all.
     """
 
-    def __init__(self, batches: Batches, request: Request, rows: slice | None = None) -> None:
-        self._batches, self._rows, self._pins = batches, rows, request.kind == "gpu"
+    def __init__(self, batches: Batches, request: Request) -> None:
+        self._batches, self._pins = batches, request.kind == "gpu"
         self._known: dict[int, tuple[Any, Any]] = {}  # by the identity of the batch, which is kept
 
     def __call__(self, number: int) -> Any:
@@ -66,12 +65,10 @@ class TensorBatches:
         return made
 
     def _tensor(self, value: Any) -> Any:
-        """An array or tensor as a tensor of the wanted rows."""
+        """An array as a tensor."""
         if not hasattr(value, "shape"):
             return value
         tensor = torch.as_tensor(value)
-        if self._rows is not None and tensor.ndim:
-            tensor = tensor[self._rows]
         return tensor.pin_memory() if self._pins and tensor.device.type == "cpu" else tensor
 
 
