@@ -151,8 +151,8 @@ def _vocabulary(model: keras.Model) -> int:
 def default_loss(model: keras.Model, make_batch: Any = None) -> Any:
     """The loss for an output that the model's last layers tell: by softmax, by sigmoid, else the squared error.
 
-    The user's own batches tell by their labels: whole numbers are classes. Without labels the model adds its loss itself,
-    and there is no other.
+    The user's own batches tell by their labels: whole numbers are classes. Without labels the model adds its loss
+    itself, and there is no other.
     """
     labels = [None] * len(model.outputs) if make_batch is None else labels_of(make_batch)
     if not labels:
