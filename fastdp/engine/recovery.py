@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 
 from fastdp.comm.base import Communicator
 from fastdp.engine.replicas import ReplicaGroup
@@ -13,6 +14,9 @@ from fastdp.engine.step import Operation, step_error
 from fastdp.errors import DeviceTimeoutError
 from fastdp.runtime.queue import QueueEvent, first_done, joined
 from fastdp.tracing.spans import now, span
+from fastdp.warn import warn_user
+
+PATIENCE = 10.0  # seconds to wait for a step that its caller has left
 
 
 class Recovery:
@@ -92,6 +96,24 @@ class Recovery:
             device.unsettled = True
             if device.settle() is None:
                 device.settle = weakref.WeakMethod(self.settle)
+
+    def end(self, error: BaseException) -> None:
+        """Wait for an operation that its caller leaves, so that it changes nothing behind the caller's back.
+
+        Ctrl-C, and an error of a data set, come while the devices are at work. Whoever catches them and saves the model
+        gets the weights before the step or after it. A second Ctrl-C ends the wait.
+        """
+        if self._state.unsettled is None or isinstance(error, DeviceTimeoutError):
+            return
+        seconds = min(PATIENCE, self._state.timeout)
+        with suppress(RuntimeError):  # no collective can run any more: the next step says so, this error comes first
+            try:
+                self.settle(seconds)
+            except DeviceTimeoutError:
+                warn_user(
+                    f"fastdp: a step was left by {type(error).__name__}, and devices are still at work on it after "
+                    f"{seconds:g} seconds. Until they are done the weights may change; the next step waits for them."
+                )
 
     def prepare(self, operation: Operation) -> None:
         """Clean up before an operation if another was abandoned, of this engine or of another on the same devices.

@@ -174,18 +174,24 @@ class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
         self._closed = True
         self._operation.close = None  # breaks a reference cycle, so that the step's memory is freed at once
         try:
-            if error is None:
-                self._state.unsettled = None
-            else:
-                self._recovery.abandon(self._operation, error)
-            # The scopes see the failure and cannot suppress it.
-            self._scopes.__exit__(None if error is None else type(error), error, None)
+            self._end(error)
         finally:
             self._state.steps += self._operation.counts
             one_step_at_a_time.release()
             self._state.leave()
             if self._recorder is not None:
                 self._end_trace(self._recorder, error)
+
+    def _end(self, error: BaseException | None) -> None:
+        """Leave the scopes, which see the failure and cannot suppress it, once the devices are done."""
+        try:
+            if error is None:
+                self._state.unsettled = None
+            else:
+                self._recovery.abandon(self._operation, error)
+                self._recovery.end(error)
+        finally:
+            self._scopes.__exit__(None if error is None else type(error), error, None)
 
     def _begin_trace(self, recorder: Recorder) -> None:
         """Tell traces that this operation begins."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import os
 import random
 import signal
 import sys
@@ -14,6 +15,7 @@ import pytest
 from least_squares import WIDTH, predict, train
 
 import fastdp
+from fastdp.engine import recovery
 from fastdp.engine.step_scope import alone
 from fastdp.program.functions import FunctionProgram
 from fastdp.runtime.host.device import HostDevice
@@ -458,6 +460,70 @@ def test_ctrl_c_in_an_update_on_the_main_thread_comes_when_the_update_is_over(si
     for batch in data:
         reference.train(batch)
     assert weights(engine) == weights(reference)
+
+
+@pytest.mark.parametrize("where", ["train", "update"])
+@pytest.mark.parametrize("devices", [2, 3])
+def test_a_step_that_ctrl_c_leaves_is_over_when_control_comes_back(where, devices, sigint_is_pythons):
+    armed = [False]
+
+    def slowly(work):
+        def interrupted(*args):
+            if armed[0]:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.05)
+            return work(*args)
+
+        return interrupted
+
+    changed = {"train": train, "update": update}
+    changed[where] = slowly(changed[where])
+    engine, data, reference = parallel(devices, program(**changed)), batches(3), parallel(devices)
+    for one in (engine, reference):
+        one.train(data[0])
+    armed[0] = True
+    with pytest.raises(KeyboardInterrupt):
+        engine.train(data[1])
+    armed[0] = False
+    found, before = weights(engine), weights(reference)
+    time.sleep(0.1)
+    assert weights(engine) == found
+    reference.train(data[1])
+    assert found in (before, weights(reference))
+    assert len(set(found)) == 1
+    engine.train(data[2])
+    assert len(set(weights(engine))) == 1
+
+
+def test_a_step_that_ctrl_c_leaves_and_that_hangs_is_named(sigint_is_pythons, monkeypatch):
+    monkeypatch.setattr(recovery, "PATIENCE", 0.1)
+    gate = threading.Event()
+
+    once = iter([True])
+
+    def hangs(*args):
+        if next(once, False):  # a second one would end the wait
+            os.kill(os.getpid(), signal.SIGINT)
+        gate.wait(LIMIT)
+        return train(*args)
+
+    engine, reference, batch = parallel(2, program(hangs)), parallel(2), batches(1)[0]
+    try:
+        with (
+            pytest.warns(
+                UserWarning, match=r"left by KeyboardInterrupt, and devices are still at work on it after 0\.1"
+            ),
+            pytest.raises(KeyboardInterrupt),
+        ):
+            engine.train(batch)
+    finally:
+        gate.set()
+    engine.train(batch)
+    once_or_twice = []
+    for _ in range(2):
+        reference.train(batch)
+        once_or_twice.append(weights(reference))
+    assert weights(engine) in once_or_twice
 
 
 @pytest.mark.parametrize("exchange", [False, True])
