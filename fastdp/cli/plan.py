@@ -1,6 +1,8 @@
 r"""The command `plan`: models steps and scaling on 1 to 8 GPUs of a box, from what one device takes.
 
     fastdp plan --profile RESULT.json --box dgx-h100
+    fastdp bench mlp --json | \
+        fastdp plan --profile - --box pcie5
     fastdp plan resnet50 --step-ms 26 --box dgx-a100
     fastdp plan resnet50 --step-ms 90 --box pcie4 --json
     fastdp plan --parameters 25.6e6 --batch 64 32 \
@@ -24,7 +26,7 @@ from fastdp.benchmark.plan.boxes import BOXES, MOST_GPUS, Box, own_box
 from fastdp.benchmark.plan.model import BACKWARD_SHARE, JITTER
 from fastdp.benchmark.plan.profile import GRADIENT_NBYTES, Profile, from_files, from_points
 from fastdp.benchmark.plan.table import lines, plan
-from fastdp.cli.arguments import add_json, counts, number, positive, whole_number
+from fastdp.cli.arguments import add_json, counts, number, whole_number
 from fastdp.cli.output import print_json, print_sentence
 from fastdp.cli.status import OK, WrongUseError
 
@@ -37,10 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     one = parser.add_argument_group("one device: measured, or given")
     one.add_argument(
-        "--profile", nargs="+", type=Path, metavar="FILE", help="results of fastdp bench, or of make gpu-check"
+        "--profile",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="results of fastdp bench (- is the standard input), or of make gpu-check",
     )
     one.add_argument(
-        "--step-ms", nargs="+", type=positive("milliseconds"), metavar="MS", help="of a step, one per batch"
+        "--step-ms", nargs="+", type=number("milliseconds", 1e-6, 1e9), metavar="MS", help="of a step, one per batch"
     )
     one.add_argument(
         "--batch",
@@ -49,10 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ROWS",
         help="of one device, one per step (default: that of the built-in model)",
     )
-    one.add_argument("--parameters", type=positive("parameters"), metavar="N", help="such as 25.6e6")
+    one.add_argument("--parameters", type=number("parameters", 1, 1e12), metavar="N", help="such as 25.6e6")
     one.add_argument(
         "--host-ms",
-        type=positive("milliseconds", zero=True),
+        type=number("milliseconds", 0, 1e9),
         default=0.0,
         metavar="MS",
         help="to issue one device's step",
@@ -61,11 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     named = "; ".join(f"{name} ({known.title})" for name, known in BOXES.items())
     box.add_argument("--box", choices=[*BOXES], metavar="BOX", help=named)
     box.add_argument(
-        "--bus-gbps", type=positive("GB/s"), metavar="GB/S", help="bus bandwidth of nccl-tests, of your own box"
+        "--bus-gbps",
+        type=number("GB/s", 1e-3, 1e6),
+        metavar="GB/S",
+        help="bus bandwidth of nccl-tests, of your own box",
     )
     box.add_argument(
         "--latency-us",
-        type=positive("microseconds", zero=True),
+        type=number("microseconds", 0, 1e9),
         metavar="US",
         help="of an all-reduce, of your own box",
     )

@@ -203,8 +203,21 @@ def test_while_json_is_wanted_the_output_is_kept_for_it(capsys):
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "", "x", "1e999"])
+def test_a_number_is_within_its_limits(text):
+    with pytest.raises(arguments.argparse.ArgumentTypeError, match=r"must be a number of ms from 0\.5 to 1e\+09, got"):
+        arguments.number("ms", 0.5, 1e9)(text)
+    assert arguments.number("parameters", 1, 1e12)("25.6e6") == 25_600_000
+
+
+@pytest.mark.parametrize("text", ["", "0", "9", "1,", "a", "1,,2", "-1"])
+def test_counts_are_whole_numbers_within_their_limits(text):
+    with pytest.raises(arguments.argparse.ArgumentTypeError, match="must be whole numbers from 1 to 8"):
+        arguments.counts(8)(text)
+    assert arguments.counts(8)("8,1, 2,1") == [1, 2, 8]
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "", "x", "1e999"])
 def test_a_positive_number_is_finite_and_above_zero(text):
     with pytest.raises(arguments.argparse.ArgumentTypeError, match="must be a number of ms above 0"):
         arguments.positive("ms")(text)
     assert arguments.positive("ms", zero=True)("0") == 0.0
-    assert arguments.positive("parameters")("25.6e6") == 25_600_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 
 from fastdp.benchmark.plan.compute import Compute
 from fastdp.benchmark.plan.model import Work, bucket_sizes
-from fastdp.benchmark.result import load
+from fastdp.benchmark.result import FILE, check
 
 GRADIENT_NBYTES = {"fp32": 4, "bf16": 2}
 MOST_FILE_NBYTES = 256 << 20
+MOST_PARAMETERS = 10**13
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,12 @@ def from_points(
         host: seconds that the host needs to issue one replica's step; 0 if unknown.
         buckets: bytes of each bucket of fp32 gradients; empty: split by size alone.
         source: where the figures come from.
+
+    Raises:
+        ValueError: no step, one that is not above zero, or a number of parameters that no model has.
     """
+    if not 0 < parameters <= MOST_PARAMETERS:
+        raise ValueError(f"`parameters` must be from 1 to {MOST_PARAMETERS:.0e}. Received: {parameters}")
     compute, nbytes = Compute(points), GRADIENT_NBYTES[gradients]
     sizes = [one * nbytes // 4 for one in buckets] or bucket_sizes(parameters * nbytes)
     basis = [
@@ -81,7 +88,7 @@ def from_files(paths: Sequence[Path], name: str | None = None, gradients: str = 
     """The profiles in result files of `fastdp bench` (one each), or in those of one `make gpu-check`.
 
     Args:
-        paths: JSON files; of a folder, the result inside.
+        paths: JSON files; of a folder, the result inside; "-" is the standard input.
         name: the model or case to read; None: all of them.
         gradients: "fp32" or "bf16".
 
@@ -92,11 +99,18 @@ def from_files(paths: Sequence[Path], name: str | None = None, gradients: str = 
     found: list[Profile] = []
     of_gpu_check: list[tuple[Path, Mapping[str, Any]]] = []
     for path in paths:
-        report = _gpu_check(path)
-        if report is not None:
+        report = _read(path)
+        if "stages" in report:
             of_gpu_check.append((path, report))
             continue
-        profile = _from_bench(path, load(path), gradients)
+        try:
+            profile = _from_bench(path, report, gradients)
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError) as error:
+            if str(path) in str(error):  # it is told already what is wrong with the file
+                raise
+            raise ValueError(
+                f"{path} is no whole result of `fastdp bench` ({type(error).__name__}: {error})"
+            ) from error
         if name not in (None, profile.name):
             raise ValueError(f"{path} is a result of {profile.name!r}, not of {name!r}")
         found.append(profile)
@@ -105,19 +119,31 @@ def from_files(paths: Sequence[Path], name: str | None = None, gradients: str = 
     return found
 
 
-def _gpu_check(path: Path) -> Mapping[str, Any] | None:
-    """The report in a file of `make gpu-check`; None if it is another file, of which `load` tells what is wrong."""
-    if path.is_dir():
-        return None
-    if path.stat().st_size > MOST_FILE_NBYTES:
-        raise ValueError(f"{path} is larger than {MOST_FILE_NBYTES >> 20} MiB: no result file is")
+def _read(path: Path) -> Mapping[str, Any]:
+    """The report in a file, in the folder of a result, or ("-") in the standard input."""
+    remedy = "Make one with: fastdp bench MODEL --gpus 1 --output FOLDER"
+    path = path / FILE if path.is_dir() else path
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError(f"{path} is no result: it is nested too deeply") from error
-    except ValueError:
-        return None
-    return report if isinstance(report, dict) and "stages" in report else None
+        text = sys.stdin.read(MOST_FILE_NBYTES + 1) if str(path) == "-" else _text(path)
+        report = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no result: it is not JSON ({error}). {remedy}") from error
+    if isinstance(report, dict) and "stages" in report:
+        return report
+    try:
+        check(report, str(path))
+    except ValueError as error:
+        raise ValueError(f"{error}. {remedy}") from None
+    return dict(report)
+
+
+def _text(path: Path) -> str:
+    """The text of a file, if it is not larger than any result is."""
+    with path.open(encoding="utf-8") as file:  # a pipe has no size to ask for
+        text = file.read(MOST_FILE_NBYTES + 1)
+    if len(text) > MOST_FILE_NBYTES:
+        raise ValueError(f"it is larger than {MOST_FILE_NBYTES >> 20} MiB")
+    return text
 
 
 def _from_bench(path: Path, report: Mapping[str, Any], gradients: str) -> Profile:

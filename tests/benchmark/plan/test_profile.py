@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,7 +108,7 @@ def test_a_share_and_a_host_time_of_one_s_own_replace_what_is_unknown():
         ({"schema": 2}, "schema"),
         (result([]), "holds no step of one device"),
         (result([entry(64, 0.05, devices=2)]), "holds no step of one device"),
-        ("[" * 100_000, "nested too deeply"),
+        ("[" * 100_000, "it is not JSON"),
         ({"stages": 3}, "must be whole results of `make gpu-check`"),
         ({"stages": {}, "machine": {}}, "no steps of fastdp on one device"),
     ],
@@ -123,6 +125,36 @@ def test_a_result_without_a_number_of_parameters_says_so(file_of):
     report["target"]["parameters"] = None
     with pytest.raises(ValueError, match="holds no number of parameters"):
         from_files([file_of(report)])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("batches", {"tried": [{"batch": "x", "samples_per_second": 1.0}]}),
+        ("batches", {"tried": 3}),
+        ("entries", [entry(64, float("nan"))]),
+        ("entries", [entry(64, -1.0)]),
+        ("entries", [entry(0, 1.0)]),
+        ("entries", [entry(64, 0.05, buckets=[float("inf")])]),
+    ],
+)
+def test_a_result_whose_fields_hold_what_cannot_be_is_an_error_that_says_so(file_of, field, value):
+    report = result([entry(64, 0.05)])
+    report[field] = value
+    with pytest.raises(ValueError, match=r"result\.json is no whole result of `fastdp bench`"):
+        from_files([file_of(report)])
+
+
+@pytest.mark.parametrize("parameters", [-1, 10**14])
+def test_a_number_of_parameters_that_no_model_has_is_refused(parameters):
+    with pytest.raises(ValueError, match="`parameters` must be from 1 to"):
+        from_points("m", {8: 0.1}, parameters)
+
+
+def test_a_result_may_come_by_a_pipe(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(result([entry(64, 0.05)]))))
+    (profile,) = from_files([Path("-")])
+    assert profile.work.compute.points == {64: 0.05}
 
 
 def test_a_model_that_the_files_do_not_hold_is_named(file_of):
