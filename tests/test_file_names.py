@@ -37,6 +37,8 @@ QUESTIONS = {
     "Where is the *timing* of the verbs?": "engine/timing.py",
     "What does the *engine* *report*?": "engine/report.py",
     "Where is the *parallel_model*?": "keras/parallel_model.py",
+    "Where is the *monitor* of a fit?": "keras/callbacks/monitor.py",
+    "Where is the *progress* bar of loops?": "monitoring/progress.py",
     "Which *rows* does a *probe* run?": "program/keras/rows/probe.py",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,7 +53,7 @@ class CsvLog:
             self._columns += new
             self._write_all(rows)
         with self._path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self._columns, restval="").writerow(row)
+            csv.DictWriter(file, self._columns, restval="", lineterminator="\n").writerow(row)
 
     def close(self) -> None:
         """Nothing is open."""
@@ -63,7 +64,7 @@ class CsvLog:
             return []
         text = self._path.read_text("utf-8")
         whole = text[: text.rfind("\n") + 1]
-        reader = csv.DictReader(whole.splitlines())
+        reader = csv.DictReader(io.StringIO(whole, newline=""))
         rows = [{name: value or "" for name, value in row.items() if name} for row in reader]
         self._columns = list(reader.fieldnames or [])
         if whole != text:
@@ -74,7 +75,7 @@ class CsvLog:
         """Write the file anew with all columns, and put it in place of the old one at once."""
         new = self._path.with_name(f"{self._path.name}.new")
         with new.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self._columns, restval="")
+            writer = csv.DictWriter(file, self._columns, restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
         new.replace(self._path)

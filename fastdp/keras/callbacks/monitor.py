@@ -36,7 +36,7 @@ class Monitor(WritesFiles):
         every: also write every so many steps.
         bar: whether the progress bar and the history get the numbers.
         append: go on in a CSV file that is there, and count its steps on; else it is overwritten.
-        interval: seconds between two measurements for the progress bar.
+        interval: seconds between two measurements for the progress bar, and between two looks at devices.
 
     Raises:
         ValueError, TypeError: an unknown log, or `every` or `interval` below 1 or 0.
@@ -74,6 +74,7 @@ class Monitor(WritesFiles):
         self._epoch = 0
         self._shown: dict[str, float] = {}
         self._devices: DeviceMeter | None = None
+        self._used: list[DeviceUsage] = []
         self._counts = Counts()
         self._closing = weakref.finalize(self, _close, self._logs)
 
@@ -106,7 +107,7 @@ class Monitor(WritesFiles):
         self._rows_before = self._counts.rows or 0.0
         self._whole = Stretch(self._counts)
         self._ended: float | None = time.perf_counter()
-        self._measured = float("-inf")
+        self._measured = self._looked = float("-inf")
         self._counts.resume()
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
@@ -164,14 +165,17 @@ class Monitor(WritesFiles):
             rows = self._watched.epoch_rows
             self._counts.rows = None if rows is None else self._rows_before + rows
 
-    def _read_devices(self) -> list[DeviceUsage]:
-        """What each device uses now."""
-        return self._devices.read() if self._devices is not None else []
+    def _read_devices(self, *, anew: bool = False) -> list[DeviceUsage]:
+        """What each device uses now, or did at most `interval` seconds ago: looking takes as long as a small step."""
+        now = time.perf_counter()
+        if self._devices is not None and (anew or now - self._looked >= self._interval):
+            self._looked, self._used = now, self._devices.read()
+        return self._used
 
     def _short(self, stretch: Stretch) -> dict[str, float]:
         """The numbers for the progress bar and the history."""
         self._count_rows()
-        rates, devices = stretch.rates(), self._read_devices()
+        rates, devices = stretch.rates(), self._read_devices(anew=stretch is self._whole)
         if stretch is self._latest:
             self._measured = time.perf_counter()
             stretch.restart()
@@ -183,7 +187,7 @@ class Monitor(WritesFiles):
         if not self._logs:
             return
         self._count_rows()
-        rates, devices = stretch.rates(), self._read_devices()
+        rates, devices = stretch.rates(), self._read_devices(anew=stretch is self._whole and not self._bar)
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         row = {"kind": kind, "time": now, "epoch": self._epoch, "step": self._step}
         numbers = {
