@@ -99,8 +99,8 @@ def _entry(raw: Mapping[str, Any]) -> Entry:
         kind=plain(raw.get("kind") or ""),
         mode=plain(raw.get("mode") or ""),
         batch=_whole(raw.get("batch")),
-        rate=spread_of(raw.get("samples_per_second")),
-        step=spread_of(raw.get("step_seconds")),
+        rate=_positive(spread_of(raw.get("samples_per_second"))),
+        step=_positive(spread_of(raw.get("step_seconds"))),
         efficiency=number(raw.get("efficiency")),
         warm_up_steps=number(warm_up.get("steps")),
         warm_up_seconds=number(warm_up.get("seconds")),
@@ -117,6 +117,17 @@ def _entry(raw: Mapping[str, Any]) -> Entry:
         joules_per_sample=number(raw.get("joules_per_sample")),
         trace=raw.get("trace") if isinstance(raw.get("trace"), str) else None,
     )
+
+
+def tried_of(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The batch sizes that a result says were tried; the schema leaves open what it holds of them."""
+    tried = (result.get("batches") or {}).get("tried")
+    return [one for one in tried if isinstance(one, Mapping)] if isinstance(tried, list) else []
+
+
+def _positive(spread: Spread | None) -> Spread | None:
+    """A spread whose median can be divided by."""
+    return spread if spread is not None and spread.median > 0 else None
 
 
 def devices_of(verbs: Sequence[Mapping[str, Any]] | None) -> tuple[Device, ...]:

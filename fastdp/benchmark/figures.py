@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ MISSING = "-"
 # private use, line and paragraph separators.
 _UNSAFE = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
 _LONGEST_TEXT = 2000
+_ABSURD = 1e100  # no time, size or rate: and sums and products of smaller ones stay finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +33,14 @@ class Spread:
 
 
 def number(value: Any) -> float | None:
-    """A finite number as a float; None for anything else."""
+    """A number as a float; None for anything else, and for infinite and absurd ones."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         found = float(value)
     except OverflowError:  # an integer of hundreds of digits
         return None
-    return found if math.isfinite(found) else None
+    return found if abs(found) < _ABSURD else None  # False for NaN
 
 
 def spread_of(value: Any) -> Spread | None:

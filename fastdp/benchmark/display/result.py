@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fastdp.benchmark.entries import VERBS, Entry, entries_of
+from fastdp.benchmark.entries import VERBS, Entry, entries_of, tried_of
 from fastdp.benchmark.figures import (
     MISSING,
     batches_words,
@@ -127,7 +127,7 @@ def _batches(result: Mapping[str, Any]) -> list[Block]:
     batches = result.get("batches")
     if not batches:
         return []
-    tried = batches.get("tried") or []
+    tried = tried_of(result)
     columns = {
         "batch": [plain(one.get("batch")) for one in tried],
         "samples/s": [rate(number(one.get("samples_per_second"))) for one in tried],

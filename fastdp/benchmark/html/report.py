@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from fastdp.benchmark.entries import Entry, entries_of
+from fastdp.benchmark.entries import Entry, entries_of, tried_of
 from fastdp.benchmark.figures import (
     batches_words,
     count,
@@ -91,7 +91,7 @@ def _batches(result: Mapping[str, Any]) -> Element | None:
         return None
     rows = [
         [plain(one.get("batch")), rate(number(one.get("samples_per_second"))), plain(one.get("reason") or "")]
-        for one in batches.get("tried") or []
+        for one in tried_of(result)
     ]
     return tag(
         "section",
