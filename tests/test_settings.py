@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdp import settings
-from fastdp.launch import cubin
+from fastdp import private_files, settings
 
 PACKAGE = Path(settings.__file__).parent
 
@@ -92,13 +91,13 @@ def test_importing_fastdp_survives_a_wrong_number_of_devices(value):
 def test_a_user_without_a_home_folder_can_import_fastdp_and_has_no_cache(monkeypatch):
     """No HOME, and no entry in the system's list of users."""
     no_user = "import os, pwd; os.getuid = lambda: 54321\n"
-    code = "import fastdp; from fastdp.launch import cubin; print(cubin.cache_folder(), os.environ['KERAS_BACKEND'])"
+    code = "from fastdp import private_files as files; print(files.cache_folder(), os.environ['KERAS_BACKEND'])"
     done = python(no_user + code, HOME=None, KERAS_BACKEND=None, XDG_CACHE_HOME=None)
     assert (done.stdout, done.stderr) == ("/dev/null/no-home-folder torch\n", "")
     with pytest.raises(OSError, match="Not a directory"):
         (Path("/dev/null/no-home-folder") / "x").mkdir(parents=True)
     monkeypatch.setenv(settings.CACHE_DIR, "/tmp/elsewhere")
-    assert cubin.cache_folder() == Path("/tmp/elsewhere")
+    assert private_files.cache_folder() == Path("/tmp/elsewhere")
 
 
 def python(code: str, **environment: str | None) -> subprocess.CompletedProcess[str]:

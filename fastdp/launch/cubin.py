@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
-import sys
-import tempfile
 import warnings
 from pathlib import Path
 
-from fastdp import settings
+from fastdp import private_files
 from fastdp.launch import nvrtc
 
-__all__ = ["OPTIONS", "cache_folder", "cubin", "kernel_folder", "kernel_names"]
+__all__ = ["OPTIONS", "cubin", "kernel_folder", "kernel_names"]
+
+FOLDER = "kernels"
+MOST_NBYTES = 1 << 26
+CHECKSUM_NBYTES = 32  # SHA-256 of the code, at the head of its file
 
 # --fmad=false: a product and a sum round separately, as in the NumPy twins (see kernels/common.cuh).
 OPTIONS = ("--std=c++17", "--fmad=false")
@@ -40,26 +41,6 @@ def kernel_names() -> list[str]:
     return sorted(path.stem for path in kernel_folder().glob("*.cu"))
 
 
-def cache_folder() -> Path:
-    """The folder of the cubin cache: FASTDP_CACHE_DIR, or the platform's cache folder of this user.
-
-    A user without a home folder has none that is private: the path then is one that can neither be read nor made.
-    """
-    chosen = settings.cache_dir()
-    if chosen is not None:
-        return chosen
-    home = Path(os.path.expanduser("~"))  # unlike Path.home(), no error where there is none
-    if sys.platform == "win32" and "LOCALAPPDATA" in os.environ:
-        return Path(os.environ["LOCALAPPDATA"]) / "fastdp" / "Cache"
-    if sys.platform not in ("win32", "darwin") and os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"]) / "fastdp"
-    if not home.is_absolute():
-        return Path(os.devnull) / "no-home-folder"
-    if sys.platform == "win32":
-        return home / "AppData" / "Local" / "fastdp" / "Cache"
-    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "fastdp"
-
-
 def cubin(name: str, architecture: int, compiler: nvrtc.Nvrtc | None = None) -> bytes:
     """The machine code of one kernel file for one architecture, from the cache or newly compiled.
 
@@ -68,8 +49,9 @@ def cubin(name: str, architecture: int, compiler: nvrtc.Nvrtc | None = None) -> 
         architecture: the GPU's compute capability, such as 90.
         compiler: the NVRTC to use; None loads the best one of this machine.
 
-    Safe from several threads and processes: a cache file appears whole or not at all. If the cache cannot be written,
-    a warning says so once, and every process compiles the code.
+    Safe from several threads and processes: a cache file appears whole or not at all. One that is not this user's own
+    (see fastdp.private_files), or whose checksum is wrong, counts as none and is replaced. If the cache cannot be
+    written, a warning says so once, and every process compiles the code.
 
     Raises:
         ValueError: the compiler does not know the architecture.
@@ -83,19 +65,31 @@ def cubin(name: str, architecture: int, compiler: nvrtc.Nvrtc | None = None) -> 
         )
     source, headers = _sources(name)
     options = (*OPTIONS, f"--gpu-architecture=sm_{architecture}")
-    path = cache_folder() / f"{name}-sm_{architecture}-{_digest(source, headers, options, compiler)}.cubin"
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        _warn_without_cache(path.parent, str(error))
+    folder = private_files.cache_folder() / FOLDER
+    file = f"{name}-sm_{architecture}-{_digest(source, headers, options, compiler)}.cubin"
+    kept = _kept(folder, file)
+    if kept is not None:
+        return kept
     code = compiler.compile(source, name=f"{name}.cu", headers=headers, options=options)
     try:
-        _write_whole(path, code)
+        with private_files.opened_folder(folder, make=True) as opened:
+            private_files.put(opened, file, hashlib.sha256(code).digest() + code, replace=True)
     except OSError as error:
-        _warn_without_cache(path.parent, str(error))
+        _warn_without_cache(folder, str(error))
     return code
+
+
+def _kept(folder: Path, file: str) -> bytes | None:
+    """The code in a file of the cache, or None."""
+    try:
+        with private_files.opened_folder(folder, make=False) as opened:
+            content = private_files.read(opened, file, MOST_NBYTES)
+    except OSError:
+        return None  # writing meets the same error, and reports it
+    if content is None or len(content) <= CHECKSUM_NBYTES:
+        return None
+    checksum, code = content[:CHECKSUM_NBYTES], content[CHECKSUM_NBYTES:]
+    return code if hashlib.sha256(code).digest() == checksum else None
 
 
 def _sources(name: str) -> tuple[str, dict[str, str]]:
@@ -112,19 +106,6 @@ def _digest(source: str, headers: dict[str, str], options: tuple[str, ...], comp
 
 def _version(compiler: nvrtc.Nvrtc) -> str:
     return "{}.{}".format(*compiler.version)
-
-
-def _write_whole(path: Path, code: bytes) -> None:
-    """Write to a temporary file in the same folder, then rename it, so that readers never see a partial file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(code)
-        os.replace(temporary, path)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 @functools.cache

@@ -105,7 +105,7 @@ def worker_is(monkeypatch, code):
     popen = subprocess.Popen
 
     def started(command, **options):
-        return popen([sys.executable, "-c", "import os, signal, sys, time\n" + code, *command[3:]], **options)
+        return popen([sys.executable, "-c", "import os, signal, sys, time\n" + code, *command[4:]], **options)
 
     monkeypatch.setattr(subprocess, "Popen", started)
 

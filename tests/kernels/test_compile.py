@@ -5,6 +5,8 @@ Needs an NVRTC library, for instance of the wheel nvidia-cuda-nvrtc-cu12 (the la
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from fastdp import private_files
 from fastdp.launch import Kernels, cubin, nvrtc
 from fastdp.launch.args import ConcatRowsArgs
 
@@ -38,7 +41,11 @@ def compilers() -> list[nvrtc.Nvrtc]:
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTDP_CACHE_DIR", str(tmp_path / "cache"))
     cubin._warn_without_cache.cache_clear()
-    return tmp_path / "cache"
+    return tmp_path / "cache" / "kernels"
+
+
+def with_checksum(code: bytes) -> bytes:
+    return hashlib.sha256(code).digest() + code
 
 
 def entries(name: str) -> list[str]:
@@ -65,8 +72,35 @@ def test_the_second_request_is_read_from_the_cache(compilers, cache):
     architecture = compilers[0].architectures[-1]
     first = cubin.cubin("concat_rows", architecture, compilers[0])
     (file,) = cache.iterdir()
-    file.write_bytes(b"from the cache")
+    file.write_bytes(with_checksum(b"from the cache"))
     assert cubin.cubin("concat_rows", architecture, compilers[0]) == b"from the cache" != first
+
+
+@pytest.mark.parametrize("fault", ["empty", "cut", "changed", "linked", "pipe", "others may write", "of another user"])
+def test_a_cached_file_that_is_not_whole_and_ones_own_is_compiled_anew(compilers, cache, fault, tmp_path, monkeypatch):
+    architecture = compilers[0].architectures[-1]
+    code = cubin.cubin("concat_rows", architecture, compilers[0])
+    (file,) = cache.iterdir()
+    whole = file.read_bytes()
+    contents = {"empty": b"", "cut": whole[:-1], "changed": whole[:-1] + bytes([whole[-1] ^ 1])}
+    file.write_bytes(contents.get(fault, with_checksum(b"planted")))
+    if fault == "linked":
+        file.rename(tmp_path / "elsewhere")
+        file.symlink_to(tmp_path / "elsewhere")
+    elif fault == "pipe":
+        file.unlink()
+        os.mkfifo(file)
+    elif fault == "others may write":
+        file.chmod(0o666)
+    elif fault == "of another user":
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        with pytest.warns(RuntimeWarning, match="belongs to another user"):
+            assert cubin.cubin("concat_rows", architecture, compilers[0]) == code
+        return
+    assert cubin.cubin("concat_rows", architecture, compilers[0]) == code
+    assert file.read_bytes() == whole
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert not file.is_symlink()
 
 
 def test_other_options_architectures_and_sources_have_other_files(compilers, cache, monkeypatch, tmp_path):
@@ -86,6 +120,7 @@ def test_other_options_architectures_and_sources_have_other_files(compilers, cac
 
 
 def test_a_cache_that_cannot_be_written_is_named_once_and_the_code_is_still_compiled(compilers, cache):
+    cache.parent.mkdir()
     cache.write_text("a file where the folder should be")
     architecture = compilers[0].architectures[-1]
     with pytest.warns(RuntimeWarning, match="FASTDP_CACHE_DIR") as caught:
@@ -163,11 +198,11 @@ def test_kernels_are_compiled_when_first_launched_and_once(compilers, cache):
 
 def test_the_cache_folder_follows_the_variable_then_the_platform(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTDP_CACHE_DIR", str(tmp_path))
-    assert cubin.cache_folder() == tmp_path
+    assert private_files.cache_folder() == tmp_path
     monkeypatch.delenv("FASTDP_CACHE_DIR")
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cubin.cache_folder() == tmp_path / "xdg" / "fastdp"
+    assert private_files.cache_folder() == tmp_path / "xdg" / "fastdp"
 
 
 def test_without_a_library_the_error_says_how_to_get_one(monkeypatch):

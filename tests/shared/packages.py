@@ -18,7 +18,7 @@ PACKAGE = ROOT / "fastdp"
 # prefixes.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("_version.py",),
-    ("errors.py", "warn.py", "options.py", "patching.py", "settings.py"),
+    ("errors.py", "warn.py", "options.py", "patching.py", "settings.py", "private_files.py"),
     ("shard.py",),
     ("bfloat16.py",),
     ("buffers.py",),

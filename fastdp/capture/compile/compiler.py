@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import weakref
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from fastdp.capture.compile import isolation
 from fastdp.capture.faults import Attempt, in_words
 from fastdp.capture.graph.serialize import to_bytes
 from fastdp.runtime.host.resources import CORES
@@ -124,6 +124,7 @@ class BackgroundCompiler:
                 raise CompileError(f"the compiler's process ended with status {status}: {_last_line(job.folder)}")
             began = time.perf_counter()
             with Attempt() as attempt:
+                isolation.keep_headers(str(isolation.cache()))  # loading links the parts of a step anew
                 run = _artifact_class().load(path=str(artifact), format="binary")
             if attempt.error is not None:
                 raise CompileError(f"the compiled step cannot be loaded: {attempt.why}") from attempt.error
@@ -145,6 +146,7 @@ class BackgroundCompiler:
         while self._waiting and not self._started:
             job = self._waiting.popleft()
             with Attempt() as attempt:
+                isolation.use_cache()  # before the thread, which compiles and loads a test of the CPU
                 _readying()
                 _start(job)
                 self._started.append(job)
@@ -157,20 +159,17 @@ def _start(job: Job) -> None:
     """Write a job's graph to a file and start its worker."""
     if not sys.executable:
         raise FileNotFoundError("sys.executable does not say where Python is")
-    job.folder = Path(tempfile.mkdtemp(prefix="fastdp-compile-"))
+    job.folder = isolation.temporary_folder("fastdp-compile-")
     (job.folder / "graph").write_bytes(job.data)
-    command = [sys.executable, "-m", "fastdp.capture.compile.worker", str(job.folder / "graph")]
-    command += [str(job.folder / "artifact"), str(job.threads), str(max(1, CORES // 2))]
-    # The parent may have imported fastdp from a path that is not on the default search path: pass it to the worker.
-    paths = [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    files = str(job.folder / "graph"), str(job.folder / "artifact")
     with (job.folder / "errors").open("wb") as errors:
         job.process = subprocess.Popen(
-            command,
+            isolation.command(*files, str(job.threads), str(max(1, CORES // 2))),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=errors,
-            env=environment,
+            env=isolation.environment(job.folder),
+            cwd=job.folder,
             start_new_session=True,
         )
     job.began = time.monotonic()

@@ -1,8 +1,9 @@
 """The process that compiles one captured step by TorchInductor.
 
-`python -m fastdp.capture.compile.worker GRAPH ARTIFACT THREADS CORES` reads a graph, compiles it for `THREADS` cores
-while using `CORES` cores itself, and saves an artifact that the training process can load. It ends with its parent,
-which closes its standard input.
+`main(GRAPH, ARTIFACT, THREADS, CORES)` reads a graph, compiles it for `THREADS` cores while using `CORES` cores itself,
+and saves an artifact that the training process can load. It ends with its parent, which closes its standard input. The
+parent starts it isolated (`fastdp.capture.compile.isolation`), and the graph lies in a private folder of the parent:
+one that another user wrote, or could write, is not read.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch._inductor import CompiledArtifact, standalone_compile
 from torch._inductor.exc import InductorError
 
+from fastdp import private_files
 from fastdp.capture.graph import rewrites
 from fastdp.capture.graph.serialize import from_bytes, is_deterministic
 from fastdp.tensors import recurrent_ops
@@ -45,7 +47,11 @@ def main(graph: str, artifact: str, threads: str, cores: str) -> None:
 
 def _compiled(graph: str, settings: dict[str, Any]) -> CompiledArtifact:
     """Compile the graph in a file with these settings of TorchInductor."""
-    data = Path(graph).read_bytes()
+    path = Path(graph)
+    with private_files.opened_folder(path.parent, make=False) as folder:
+        data = private_files.read(folder, path.name, sys.maxsize - 1)
+    if data is None:
+        raise PermissionError(f"{graph} must be a file of this user's own, which nobody else can write to")
     torch.use_deterministic_algorithms(is_deterministic(data))
     module, inputs, mode = from_bytes(data)
     # The tracing context passes on the inputs' fake mode: torch 2.11 has no argument for it.
@@ -60,7 +66,3 @@ def _end_with_parent(folder: Path) -> None:
     os.read(0, 1)  # not sys.stdin: holding its lock here would abort the interpreter at exit
     shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
