@@ -1,4 +1,4 @@
-"""Private files: what another user, a link or a torn write has put there counts as none, and no link is written through."""
+"""Private files: what another user, a link or a torn write has put there counts as none; no link is written through."""
 
 from __future__ import annotations
 

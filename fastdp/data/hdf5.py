@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from fastdp.data.h5_checks import check_stored, damage_named, declared_nbytes
 from fastdp.data.selection import parse_rows, read_rows, split_key
 
 Normalizer = Callable[[Any], Any]
@@ -40,6 +41,9 @@ class HDF5Matrix:
         follow_external: also read data outside `datapath`: external links, external storage and virtual data
             sets. Off by default, because a file from elsewhere could name any file of this machine.
 
+    What is read at once may be 1 MiB large, or 1,100 times as large as what the file stores of the data set: more is
+    only declared, or packed to fill the memory.
+
     Indexing follows NumPy: an int, a slice with any step, a list or array of ints (in any order, repeated or
     not), a boolean mask, an Ellipsis, or a tuple whose first element addresses rows. Rows count from
     `start`; a single row or an index list past the end is an error, a slice stops there. Each result is a
@@ -54,11 +58,11 @@ class HDF5Matrix:
 
     Raises:
         FileNotFoundError: there is no file `datapath`.
-        OSError: the file is not HDF5.
+        OSError: the file is not HDF5, or cannot be read.
         KeyError: `dataset` is not a data set of the file; the message lists those that are.
         TypeError: `start` or `end` is not an int, or `normalizer` is not callable.
-        ValueError: `start` or `end` lies outside the data set, the data set has no rows axis, or its data lies
-            outside the file. Also raised by reads after `close()`.
+        ValueError: `start` or `end` lies outside the data set, the data set has no rows axis, its data lies outside the
+            file, or the file is damaged or declares more than it stores. Reads raise it too, also after `close()`.
 
     Example:
         >>> x = HDF5Matrix("train.h5", "x", start=0, end=50_000, normalizer=lambda block: block / 255)
@@ -82,10 +86,11 @@ class HDF5Matrix:
         self.dataset = dataset
         self.normalizer = normalizer
         self.follow_external = follow_external
-        self._file: h5py.File | None = _open_file(self.datapath)
-        self._data: h5py.Dataset | None = _open_dataset(self._file, dataset, follow_external)
+        with damage_named(self.datapath, "datapath"):
+            self._file: h5py.File | None = _open_file(self.datapath)
+            self._data: h5py.Dataset | None = _open_dataset(self._file, dataset, follow_external)
         self.start, self.end = _check_bounds(start, end, self._data.shape[0])
-        first = self._data[self.start : self.start + 1]
+        first = self._read(range(self.start, min(self.start + 1, self._data.shape[0])))
         if normalizer is not None and len(first):
             first = np.asarray(normalizer(first))
         self.dtype: np.dtype[Any] = first.dtype
@@ -164,14 +169,24 @@ class HDF5Matrix:
             )
         return data
 
+    def _read(self, rows: range | NDArray[np.int64], first_row: int = 0) -> NDArray[Any]:
+        """Rows as they are stored, counted from `first_row` of the data set."""
+        data = self._open()
+        with damage_named(self.datapath, "datapath"):
+            if not (data.external or data.is_virtual):  # what another file stores is not looked up
+                row = declared_nbytes(data.shape[1:], data.dtype)
+                chunk = declared_nbytes(data.chunks or (), data.dtype)
+                check_stored(data, max(row * len(rows), chunk) if len(rows) else 0, self.datapath, "datapath")
+            return read_rows(data, rows, first_row)
+
     def _row(self, row: int) -> Any:
         """One normalized row, without the rows axis."""
-        value = self._open()[self.start + row]
+        value = self._read(range(self.start + row, self.start + row + 1))[0]
         return value if self.normalizer is None else np.asarray(self.normalizer(value))[()]
 
     def _block(self, rows: range | NDArray[np.int64]) -> NDArray[Any]:
         """Several normalized rows."""
-        block = read_rows(self._open(), rows, self.start)
+        block = self._read(rows, self.start)
         if self.normalizer is None:
             return block
         if len(block) == 0:  # a normalizer may fail on an empty block, as np.max does

@@ -38,7 +38,7 @@ def test_a_worker_looks_for_modules_nowhere_but_where_libraries_are(tmp_path, mo
 
 
 def test_neither_planted_modules_nor_the_guessable_cache_reach_compiled_steps(tmp_path):
-    """In the current folder, on PYTHONPATH's empty entry, and in torch's folder among temporary files, which torch may make, but leaves empty."""
+    """Planted in the current folder; torch's folder among temporary files is made by torch itself, and stays empty."""
     for name in ("shutil", "sympy", "torch"):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'planted')!r}, 'w').close()\n")
     temporary = tmp_path / "temporary"

@@ -17,7 +17,8 @@ import keras
 from keras.src.legacy.saving.legacy_h5_format import save_weights_to_hdf5_group
 from numpy.typing import NDArray
 
-from fastdp.keras.h5_files.convert import is_wrapper_shaped, own_data, read_names
+from fastdp.data.h5_checks import check_tree, damage_named, own_data, read_names
+from fastdp.keras.h5_files.convert import is_wrapper_shaped
 from fastdp.warn import warn_user
 
 Path = str | os.PathLike[str]
@@ -79,8 +80,9 @@ def load_weights(model: keras.Model, filepath: Path, *, by_name: bool = False, s
     path = _checked(filepath)
     if not os.path.exists(path):
         raise FileNotFoundError(f"`filepath` must be an existing file. Received: {path!r}: check the path")
-    with h5py.File(path, "r") as file:
+    with damage_named(path, "`filepath`"), h5py.File(path, "r") as file:
         group = file["model_weights"] if "layer_names" not in file.attrs and "model_weights" in file else file
+        check_tree(group, path, "`filepath`")
         names = read_names(group, "layer_names")
         if not names:
             raise ValueError(
@@ -88,10 +90,12 @@ def load_weights(model: keras.Model, filepath: Path, *, by_name: bool = False, s
                 "list of layers. A file in Keras 3's format must be named `.weights.h5`."
             )
         _check_not_wrapped(group, model, path)
-        if by_name:
-            _load_by_name(_pairs(group, names, model), names, model, path, skip_mismatch)
-            return
-    model.load_weights(path, skip_mismatch=skip_mismatch)
+        pairs = _pairs(group, names, model, path) if by_name else []
+    if by_name:
+        _load_by_name(pairs, names, model, path, skip_mismatch)
+        return
+    with damage_named(path, "`filepath`"):
+        model.load_weights(path, skip_mismatch=skip_mismatch)
 
 
 def _checked(filepath: Path) -> str:
@@ -117,7 +121,7 @@ def _check_not_wrapped(group: h5py.Group, model: keras.Model, path: str) -> None
         )
 
 
-def _pairs(group: h5py.Group, names: list[str], model: keras.Model) -> list[_Saved]:
+def _pairs(group: h5py.Group, names: list[str], model: keras.Model, path: str) -> list[_Saved]:
     """Read the layers of the file whose names occur in the model."""
     owners: list[tuple[str, Any, list[Any]]] = [
         (layer.name, layer, [*layer.trainable_weights, *layer.non_trainable_weights]) for layer in model.layers
@@ -130,8 +134,12 @@ def _pairs(group: h5py.Group, names: list[str], model: keras.Model) -> list[_Sav
         if name in names or name == TOP:
             saved = read_names(group[name], "weight_names")
             if saved or variables:
-                pairs.append(_Saved(layer, variables, saved, [own_data(group[name], key) for key in saved]))
+                pairs.append(_Saved(layer, variables, saved, [_value(group[name], key, path) for key in saved]))
     return pairs
+
+
+def _value(group: h5py.Group, name: str, path: str) -> NDArray[Any]:
+    return own_data(group, name, path, "`filepath`")
 
 
 def _load_by_name(pairs: list[_Saved], names: list[str], model: keras.Model, path: str, skip: bool) -> None:

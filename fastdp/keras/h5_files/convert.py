@@ -17,14 +17,11 @@ import h5py
 import keras
 import numpy as np
 
+from fastdp.data.h5_checks import check_tree, damage_named, own_data, read_names
 from fastdp.warn import warn_user
 
 ATTRIBUTE_NBYTES = 64512  # HDF5 keeps attributes of an object in a header of 64 KiB; Keras splits lists there
 WRAPPER_LAYERS = {"InputLayer", "Lambda", "Concatenate", "Merge"}
-# What h5py raises where a file is damaged, besides OSError and ValueError.
-_DAMAGED = (KeyError, MemoryError, OverflowError, RuntimeError, TypeError)
-# No filter of HDF5 makes data smaller than that: a larger array is one that the file only declares.
-MOST_COMPRESSION = 1100
 
 Layers = dict[str, list[str]]  # the names of the weights of each layer, in order
 
@@ -61,18 +58,15 @@ def convert(
     """
     source, destination = os.fspath(source), os.fspath(destination)
     _check_paths(source, destination)
-    try:
+    with damage_named(source, "source"):
         _convert(source, destination, template)
-    except _DAMAGED as error:
-        raise ValueError(
-            f"source must be a whole HDF5 file, got {source!r}, which is damaged ({error}): take another copy of it"
-        ) from error
     return destination
 
 
 def _convert(source: str, destination: str, template: keras.Model | None) -> None:
     """Convert a file; errors of h5py about damaged files are its own."""
     with h5py.File(source, "r") as file:
+        check_tree(file, source, "source")
         whole = "model_weights" in file and "layer_names" not in file.attrs
         weights = file["model_weights"] if whole else file
         config = _template_config(file, source) if whole else None
@@ -267,37 +261,7 @@ def _write(
         layer_group = top.create_group(layer)
         _write_names(layer_group, "weight_names", weight_names)
         for weight in weight_names:
-            layer_group.create_dataset(weight, data=own_data(group, weight))
-
-
-def own_data(group: h5py.Group, name: str) -> np.ndarray[Any, Any]:
-    """The values of a weight, which must be stored in the file itself."""
-    data = group.get(name)
-    if not isinstance(data, h5py.Dataset):
-        raise ValueError(f"source must hold each weight it lists, got none for {name!r}: the file is damaged")
-    if data.external or data.is_virtual or data.file.filename != group.file.filename:
-        raise ValueError(f"source must hold its data itself, got {name!r} from another file: do not trust it")
-    if data.nbytes > MOST_COMPRESSION * max(data.id.get_storage_size(), 1 << 10):
-        raise ValueError(
-            f"source must hold each weight it lists, got {data.nbytes} bytes declared for {name!r} and not "
-            f"stored: the file is damaged"
-        )
-    return np.asarray(data[()])
-
-
-def read_names(group: h5py.Group, name: str) -> list[str]:
-    """Read a list of names that Keras stores in one attribute or splits over several."""
-    if name in group.attrs:
-        chunks = [group.attrs[name]]
-    else:
-        chunks = []
-        while f"{name}{len(chunks)}" in group.attrs:
-            chunks.append(group.attrs[f"{name}{len(chunks)}"])
-    items = [item for chunk in chunks for item in (chunk.ravel() if isinstance(chunk, np.ndarray) else [None])]
-    names: list[Any] = [item.decode() if isinstance(item, bytes) else item for item in items]
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{name} must be a list of names, got {str(chunks)[:100]}: the file is damaged")
-    return names
+            layer_group.create_dataset(weight, data=own_data(group, weight, old.file.filename, "source"))
 
 
 def _write_names(group: h5py.Group, name: str, names: Sequence[str]) -> None:

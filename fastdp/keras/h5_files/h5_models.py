@@ -13,11 +13,12 @@ from typing import Any
 
 import h5py
 import keras
-import numpy as np
 from numpy.typing import NDArray
 
+from fastdp.data.h5_checks import check_tree, damage_named, own_data, read_names
 from fastdp.keras.h5_files.by_name import is_keras_2_file
-from fastdp.keras.h5_files.convert import is_wrapper_config, read_names
+from fastdp.keras.h5_files.convert import is_wrapper_config
+from fastdp.keras.h5_files.size_limit import SizesBounded
 from fastdp.warn import warn_user
 
 
@@ -37,10 +38,17 @@ def load_model(
 
     Returns a plain Keras model: train it as it is, or wrap it on any number of devices.
 
+    A `.h5` file may come from anywhere. What lies in other files is refused, as are links; arrays may be 1,100 times as
+    large as what the file stores of them, and the model 16 times as large as the arrays, plus 256 MiB. `.keras` files
+    are checked by Keras alone.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file does not hold a whole model, or holds a Keras 2 `multi_gpu_model`, which `fastdp convert`
-            unwraps.
+        OSError: the file is not HDF5, or cannot be read.
+        TypeError: Keras does not know a class of the file, or cannot make an object of it.
+        ValueError: the file does not hold a whole model, is damaged, leads to other files, declares more than it
+            stores, describes a model far larger than its weights, needs safe_mode=False, or holds a Keras 2
+            `multi_gpu_model`, which `fastdp convert` unwraps.
 
     Warns:
         UserWarning: the file has no compile settings, or its optimizer's state does not fit.
@@ -57,29 +65,48 @@ def load_model(
     path = os.fspath(filepath)
     if not os.path.exists(path):
         raise FileNotFoundError(f"`filepath` must be an existing file. Received: {path!r}: check the path")
-    with h5py.File(path, "r") as file:
-        if "model_config" not in file.attrs or "model_weights" not in file:
-            raise ValueError(
-                f"`filepath` must be a file that save() wrote. Received: {path!r}, which holds no model's "
-                "configuration. Build the model, and load weights by model.load_weights(path)."
-            )
-        if is_wrapper_config(json.loads(file.attrs["model_config"])):
-            raise ValueError(
-                f"`filepath` was saved from a parallel model of Keras 2. Received: {path!r}. Unwrap it by "
-                f"`fastdp convert {os.path.basename(path)} plain.h5`, and load that."
-            )
-        settings = json.loads(file.attrs["training_config"]) if "training_config" in file.attrs else None
-        group = file.get("optimizer_weights")
-        slots = [] if group is None else [np.asarray(group[name][()]) for name in read_names(group, "weight_names")]
-    model = keras.models.load_model(path, custom_objects=objects, compile=False, safe_mode=safe_mode)
+    with damage_named(path, "`filepath`"):
+        settings, slots, nbytes = _read(path)
+    with damage_named(path, "`filepath`"), SizesBounded(path, nbytes):
+        model = keras.models.load_model(path, custom_objects=objects, compile=False, safe_mode=safe_mode)
     if not compile:
         return model
     if settings is None:
         warn_user(f"{path!r} has no compile settings: compile the model.")
     else:
-        _compile(model, settings, objects)
+        with damage_named(path, "`filepath`"):
+            _compile(model, settings, objects)
         _restore(model, slots, path)
     return model
+
+
+def _read(path: str) -> tuple[dict[str, Any] | None, list[NDArray[Any]], int]:
+    """The compile settings in a file, the values of the optimizer's state, and the declared bytes of all arrays."""
+    with h5py.File(path, "r") as file:
+        nbytes = check_tree(file, path, "`filepath`")
+        if "model_config" not in file.attrs or not isinstance(file.get("model_weights"), h5py.Group):
+            raise ValueError(
+                f"`filepath` must be a file that save() wrote. Received: {path!r}, which holds no model's "
+                "configuration. Build the model, and load weights by model.load_weights(path)."
+            )
+        if is_wrapper_config(_settings(file, "model_config", path)):
+            raise ValueError(
+                f"`filepath` was saved from a parallel model of Keras 2. Received: {path!r}. Unwrap it by "
+                f"`fastdp convert {os.path.basename(path)} plain.h5`, and load that."
+            )
+        settings = _settings(file, "training_config", path) if "training_config" in file.attrs else None
+        group = file.get("optimizer_weights")
+        names = [] if group is None else read_names(group, "weight_names")
+        return settings, [own_data(group, name, path, "`filepath`") for name in names], nbytes
+
+
+def _settings(file: h5py.File, name: str, path: str) -> dict[str, Any]:
+    """A configuration that lies in an attribute of a file as JSON."""
+    text = file.attrs[name]
+    settings = json.loads(text) if isinstance(text, (str, bytes)) else None
+    if not isinstance(settings, dict):
+        raise ValueError(f"`filepath` must hold its {name} as a JSON object, got {path!r} with {str(text)[:100]}")
+    return settings
 
 
 def _compile(model: keras.Model, settings: dict[str, Any], objects: dict[str, Any]) -> None:

@@ -245,7 +245,7 @@ def test_weights_that_lie_in_another_file_are_refused(weight_file, tmp_path):
     with h5py.File(source, "r+") as file:
         del file["sequential_1/dense_2/kernel:0"]
         file["sequential_1/dense_2/kernel:0"] = h5py.ExternalLink(str(tmp_path / "secret.h5"), "x")
-    with pytest.raises(ValueError, match="source must hold its data itself, got 'dense_2/kernel:0' from another file"):
+    with pytest.raises(ValueError, match=r"source must hold its data itself, got .*'kernel:0'.* a link to elsewhere"):
         convert(source, tmp_path / "new.h5")
 
 
@@ -253,7 +253,7 @@ def test_a_weight_that_is_listed_but_missing_is_a_value_error(weight_file, tmp_p
     source, _ = weight_file
     with h5py.File(source, "r+") as file:
         del file["sequential_1/dense_2/kernel:0"]
-    with pytest.raises(ValueError, match="got none for 'dense_2/kernel:0'"):
+    with pytest.raises(ValueError, match="without 'dense_2/kernel:0'"):
         convert(source, tmp_path / "new.h5")
     assert [path.name for path in tmp_path.iterdir()] == ["old.h5"]
 
@@ -273,7 +273,7 @@ def test_names_that_are_no_list_of_names_are_an_error_that_says_so(weight_file, 
     with h5py.File(source, "a") as file:
         del file[where].attrs[key]
         file[where].attrs[key] = value
-    with pytest.raises(ValueError, match=f"{key} must be a list of names"):
+    with pytest.raises(ValueError, match=f"{key} must be a list of different names"):
         convert(source, tmp_path / "new.h5")
 
 
@@ -309,7 +309,7 @@ def test_data_that_are_declared_and_not_stored_are_not_allocated(weight_file, tm
         name = str(group.attrs["weight_names"][0])
         del group[name]
         group.create_dataset(name, (1 << 40,), "f8", chunks=(1 << 10,))
-    with pytest.raises(ValueError, match=r"bytes declared for .* and not stored"):
+    with pytest.raises(ValueError, match=r"bytes declared for .* and 0 stored"):
         convert(source, tmp_path / "new.h5")
 
 
