@@ -1,4 +1,4 @@
-"""What compiles steps reads only what is the user's own: a search path of libraries, and a private cache for Inductor.
+"""Isolates what compiles steps: a search path of libraries alone, and a private cache for TorchInductor.
 
 TorchInductor keeps machine code in `/tmp/torchinductor_USER`, a name that anybody can guess and take first, and loads
 what it finds there. Here its folder is one of fastdp's private folders.
