@@ -23,6 +23,7 @@ from pathlib import Path
 
 from fastdp.benchmark.models import MODELS
 from fastdp.benchmark.plan.boxes import BOXES, MOST_GPUS, Box, own_box
+from fastdp.benchmark.plan.known_buckets import KNOWN_BUCKETS
 from fastdp.benchmark.plan.model import BACKWARD_SHARE, JITTER
 from fastdp.benchmark.plan.profile import GRADIENT_NBYTES, Profile, from_files, from_points
 from fastdp.benchmark.plan.table import lines, plan
@@ -163,5 +164,6 @@ def _given(options: argparse.Namespace) -> Profile:
             f"argument --step-ms: expected one for each of the different batches {batches}, got {options.step_ms}"
         )
     points = {rows: milliseconds / 1e3 for rows, milliseconds in zip(batches, options.step_ms, strict=True)}
-    profile = from_points(name, points, round(parameters), gradients=options.gradients)
+    buckets = () if options.parameters else KNOWN_BUCKETS.get(name, ())
+    profile = from_points(name, points, round(parameters), gradients=options.gradients, buckets=buckets)
     return profile.with_share(options.backward_share / 100, options.host_ms / 1e3)

@@ -22,7 +22,7 @@ def test_the_plan_is_a_table_of_60_columns_whose_lines_say_that_it_is_modelled(c
     assert [line.split()[1] for line in rows] == ["1", "2", "4", "8"] * 2
     assert max(map(len, rows)) <= 60
     assert all(line.startswith(("modelled", "     ")) or not line for line in said)
-    assert rows[3].split()[2:4] == ["2048", "254.90"]
+    assert rows[3].split()[2:4] == ["2048", "254.79"]
 
 
 def test_json_is_one_object_whose_rows_say_that_they_are_modelled(capsys):
