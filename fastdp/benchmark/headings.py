@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from fastdp.benchmark.entries import Entry
 from fastdp.benchmark.figures import count, number, percent, plain, plural, size
 
 
@@ -44,6 +45,13 @@ def noise_words(result: Mapping[str, Any]) -> tuple[str, bool]:
         return f"The machine was quiet.{varied}", True
     said = verdict.partition(":")[2].strip()
     return f"The machine was noisy: {said.rstrip('.')}." if said else f"The machine was noisy.{varied}", False
+
+
+def clock_words(entries: Sequence[Entry]) -> str:
+    """Whose clock the times per device are of, where that is not plain: on GPUs."""
+    if not any(entry.kind == "gpu" and entry.per_device for entry in entries):
+        return ""
+    return "On GPUs these are times of the host's threads, which launch the work: --profile records the GPUs' own."
 
 
 def date_words(value: Any) -> str:

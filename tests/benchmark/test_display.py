@@ -137,9 +137,26 @@ def test_the_live_picture_fits_the_terminal(width):
     text = "\n".join(lines)
     assert "9 of 9 ways, 83.0 s" in text
     assert re.search(r"cuda:7 +32 +2,3\d\d +█+ +31.0 GB", text)
-    assert re.search(r"fastdp, 8 devices, graph +3 of 3 +18,[67]\d\d", text)
+    assert re.search(r"fastdp, 8 devices, graph +round 3 of 3 +18,[67]\d\d", text)
     for word in ("scatter", "compute", "communication", "update", "waiting for input"):
         assert word in " ".join(text.split())
+
+
+def test_devices_that_tell_of_memory_alone_have_no_bar_and_those_that_tell_nothing_are_not_shown():
+    console = Console(file=io.StringIO(), width=80, height=24, force_terminal=True, record=True)
+    state = State()
+    state.apply({"event": "started", "ways": ["ddp", "torch"]})
+    silent = {"device": "cpu", "rows": 8, "seconds": {}, "nbytes": {}, "peak_nbytes": None}
+    for name, device in (("ddp", silent | {"device": "cuda:0", "peak_nbytes": 3_000_000}), ("torch", silent)):
+        report = {"verbs": [device]}
+        round_of = {"event": "round", "way": name, "number": 1, "of": 2, "samples_per_second": 10.0, "report": report}
+        state.apply(round_of)
+    console.print(picture(state, console, 1.0))
+    text = console.export_text()
+    assert re.search(r"^ddp *\n", text, re.MULTILINE)
+    assert re.search(r"cuda:0 +8 +10.0 +3.00 MB", text)
+    assert "cpu" not in text
+    assert "a step of" not in text
 
 
 def test_a_picture_of_many_ways_shows_those_around_the_current_one():

@@ -107,6 +107,11 @@ def test_the_page_has_every_section_and_figure():
     assert "GPUs 8 x NVIDIA H100 80GB HBM3, 85.0 GB, compute capability 9.0" in words
 
 
+def test_times_on_gpus_are_said_to_be_the_hosts():
+    assert "times of the host's threads" in Checked(report_page(benchmark_results.gpu_result())).words()
+    assert "times of the host's threads" not in Checked(report_page(benchmark_results.result())).words()
+
+
 def test_a_noisy_machine_is_said_before_the_figures():
     result = benchmark_results.result()
     result["noise"]["verdict"] = "noisy: other programs keep 1.7 of 2 cores busy"

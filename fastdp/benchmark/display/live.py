@@ -108,7 +108,7 @@ def _grid(*titles: str) -> Table:
 def _ways(ways: Sequence[Way], current: Way | None, console: Console) -> Table:
     table = _grid("way", "state", "samples/s", "spread")
     for way in ways:
-        rounds = f"{way.number} of {way.of}" if way.state == "measured" else way.state
+        rounds = f"round {way.number} of {way.of}" if way.state == "measured" else way.state
         style = "bold" if way is current else ""
         table.add_row(
             Text(encodable(way.name, console.encoding), style),
@@ -137,8 +137,10 @@ def _devices(way: Way, console: Console) -> list[RenderableType]:
             bar(seconds, longest, width, blocks=is_unicode(console.encoding)),
             size(device.memory),
         )
-    wait = f", {milliseconds(way.between_seconds)} ms of it waiting for input" if way.between_seconds else ""
-    head = Text.assemble((encodable(way.name, console.encoding), "bold"), f": a step of {duration(longest)}{wait}")
+    said = f": a step of {duration(longest)}" if longest else ""
+    if longest and way.between_seconds:
+        said += f", {milliseconds(way.between_seconds)} ms of it waiting for input"
+    head = Text.assemble((encodable(way.name, console.encoding), "bold"), said)
     return [head, table, _legend(parts, console.width, blocks=is_unicode(console.encoding))]
 
 

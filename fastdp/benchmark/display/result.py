@@ -20,7 +20,7 @@ from fastdp.benchmark.figures import (
     rate,
     relative_of,
 )
-from fastdp.benchmark.headings import headings, noise_words
+from fastdp.benchmark.headings import clock_words, headings, noise_words
 from fastdp.rendering.blocks import Block, Paragraph, Table
 
 # With more rows than this, the times per device are shown for the fastest way alone: files have them all.
@@ -107,6 +107,8 @@ def _devices(entries: Sequence[Entry]) -> Iterator[Block]:
         fastest = max(shown, key=lambda entry: median_of(entry.rate) or 0.0)
         yield Paragraph(f"Times per device of the fastest of {plural(len(shown), 'way')}; the files have all.")
         shown = [fastest]
+    if clock_words(shown):
+        yield Paragraph(clock_words(shown))
     for entry in shown:
         devices = entry.per_device
         verbs = {

@@ -77,7 +77,8 @@ class State:
         way = self.way(event["way"])
         _CHANGES[kind](way, event)
         self.current = way
-        self.told = way if way.devices else self.told
+        if any(device.seconds or device.memory is not None for device in way.devices):
+            self.told = way
         return way
 
     def way(self, name: Any) -> Way:

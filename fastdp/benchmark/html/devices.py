@@ -8,6 +8,7 @@ from xml.etree.ElementTree import Element
 
 from fastdp.benchmark.entries import PARTS, Entry
 from fastdp.benchmark.figures import count, duration, milliseconds, plural, size
+from fastdp.benchmark.headings import clock_words
 from fastdp.benchmark.html.charts import Span, color, lanes, part_legend, stacked
 from fastdp.benchmark.html.elements import Child, table, tag
 from fastdp.benchmark.html.speed import without_empty
@@ -40,7 +41,7 @@ def time_section(entries: Sequence[Entry]) -> Element | None:
         groups.append((entry.name, [stacked(rows, longest, _PART_COLORS), figures_below]))
     words = (
         "Median milliseconds of each part of a step, all ways on one scale. Input is the time between steps; wait is "
-        "the time until the slowest device is done; other is what no clock covers."
+        f"the time until the slowest device is done; other is what no clock covers. {clock_words(shown)}"
     )
     all_parts = [one for each in parts for one in each]
     return tag("section", tag("h2", "Where the time goes"), tag("p", words, class_="soft"), part_legend(all_parts),
