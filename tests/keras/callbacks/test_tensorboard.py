@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import keras
@@ -285,3 +289,60 @@ def test_arguments_are_keras_s():
     mine = signature(TensorBoard.__init__).parameters
     assert list(mine) == list(theirs)
     assert {name: one.default for name, one in mine.items()} == {name: one.default for name, one in theirs.items()}
+
+
+BESIDE_KERAS = """
+    import glob
+    import os
+    import fastdp
+    import keras
+    import numpy as np
+    import tensorflow as tf
+    from fastdp.callbacks import TensorBoard
+
+    fastdp.set_virtual_devices(3)
+    x = np.random.default_rng(0).normal(size=(22, 6, 6, 1)).astype("float32")
+    y = x.mean((1, 2))
+    layers = keras.layers
+
+    def written(board, gpus):
+        keras.utils.clear_session()
+        keras.utils.set_random_seed(2)
+        model = keras.Sequential([keras.Input((6, 6, 1)), layers.Conv2D(2, 3), layers.Flatten(), layers.Dense(1)])
+        model = model if gpus is None else fastdp.wrap(model, gpus=gpus)
+        model.compile("sgd", "mse", metrics=["mae"])
+        data = {"validation_data": (x, y), "batch_size": 8, "shuffle": False, "verbose": 0}
+        model.fit(x, y, epochs=2, callbacks=[board], **data)
+        found = {}
+        for file in sorted(glob.glob(f"{board.log_dir}/**/events*", recursive=True)):
+            for event in tf.compat.v1.train.summary_iterator(file):
+                for value in event.summary.value:
+                    place = os.path.relpath(os.path.dirname(file), board.log_dir), value.tag
+                    found.setdefault(place, []).append(event.step)
+        return found
+
+    options = {"histogram_freq": 1, "write_images": True, "update_freq": 1, "write_steps_per_second": True}
+    theirs = written(keras.callbacks.TensorBoard("keras", **options), None)
+    assert len(theirs) > 20, theirs
+    assert written(TensorBoard("plain", **options), None) == theirs
+    assert written(TensorBoard("parallel", **options), 3) == theirs
+    print("the same", len(theirs))
+"""
+
+
+@pytest.mark.slow
+def test_folders_tags_and_steps_are_those_that_keras_writes_by_tensorflow(tmp_path):
+    if importlib.util.find_spec("tensorflow") is None:
+        pytest.skip("keras.callbacks.TensorBoard needs tensorflow, not installed here")
+    (tmp_path / "beside.py").write_text(textwrap.dedent(BESIDE_KERAS), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "beside.py"],
+        cwd=tmp_path,
+        env={**os.environ, "KERAS_BACKEND": "torch", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "the same" in done.stdout
