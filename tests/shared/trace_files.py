@@ -58,6 +58,10 @@ class TraceFile:
             span for own, spans in self.lanes.items() if own.startswith(lane) for span in spans if span["name"] == name
         ]
 
+    def uncertain(self, device: str) -> float:
+        """Within how many microseconds a GPU's clock is set against the host's."""
+        return float(self.facts["clocks"][device].split("within ")[1].split()[0])
+
     @property
     def host(self) -> str:
         """The lane of the main thread."""

@@ -109,7 +109,9 @@ def test_spans_of_computing_agree_with_the_report(tmp_path):
         measured = [span["dur"] / 1e6 for span in found.named("run", f"virtual:{device} compute")]
         assert min(measured) >= 0.004
         # The engine's watch also has what comes right after the run.
-        assert statistics.median(measured) == pytest.approx(one.times.device(device).seconds["compute"], rel=0.1)
+        assert statistics.median(measured) == pytest.approx(
+            one.times.device(device).seconds["compute"], rel=0.1, abs=1e-3
+        )
         updates = sum(span["dur"] / 1e6 for span in found.named("update", f"virtual:{device} compute"))
         assert (updates > 0) == (one.times.device(device).seconds["update"] > 0)
 

@@ -117,18 +117,25 @@ class Timeline:
             cupy_api.stream_destroy(stream)
 
     def _anchored(self, stream: int) -> tuple[int, int]:
-        """An event that an idle stream has just passed, and when that was: in the middle between two looks."""
-        event = self._event()
+        """An event that an idle stream has passed, and when that was: in the middle of the quickest two looks."""
+        best, found, at = FAILED, 0, 0
         for _ in range(ATTEMPTS):
+            event = self._event()
             before = after = time.perf_counter_ns()
             cupy_api.event_record(event, stream)
             while not self._is_done(event) and after - before < FAILED:
                 after = time.perf_counter_ns()
-            after = time.perf_counter_ns()
-            if not GOOD < after - before < FAILED:
+            taken = time.perf_counter_ns() - before
+            if found and taken >= best:
+                self._spare.append(event)
+                continue
+            if found:
+                self._spare.append(found)
+            best, found, at = taken, event, before + taken // 2
+            if not GOOD < taken < FAILED:
                 break
-        self._uncertain = (after - before) // 2
-        return event, before + self._uncertain
+        self._uncertain = best // 2
+        return found, at
 
     def _read(self, most: int) -> None:
         """Read the oldest timestamps, as far as the GPU has passed them."""
