@@ -124,12 +124,11 @@ def test_a_library_that_another_one_needs_is_named_too(line, library, tmp_path):
 
 
 @needs_keras
-@pytest.mark.parametrize("backend", ["jax", "nonsense"])
-def test_convert_runs_on_torch_whatever_the_environment_names(backend):
-    done = run("convert", "none.h5", "new.h5", KERAS_BACKEND=backend)
+def test_convert_runs_on_torch_whatever_the_environment_names():
+    done = run("convert", "none.h5", "new.h5", KERAS_BACKEND="nonsense")
     assert done.returncode == 1
     assert done.stderr.splitlines()[0] == (
-        f"fastdp convert: Keras runs on torch here, and not on KERAS_BACKEND={backend}."
+        "fastdp convert: Keras runs on torch here, and not on KERAS_BACKEND=nonsense."
     )
     assert "none.h5" in done.stderr.splitlines()[1]
     assert done.stderr.count("\n") == 2
