@@ -125,6 +125,7 @@ class HostLaunch:
             failure = replica.device.compute.issue_here(work, step, replica, rank)
             if failure is not None:
                 step.failures.append((rank, failure))
+            if step.failures:
                 self._fail(step)
 
     def _recorded(self, events: Sequence[QueueEvent | None]) -> list[QueueEvent]:

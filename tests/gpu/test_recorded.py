@@ -307,3 +307,126 @@ def test_large_batches_in_host_memory_are_copied_by_workers_unless_they_were_sta
     woken.clear()
     engine.train(after)
     assert woken == []
+
+
+def steps_are_right(engine, program, sizes, before_each=lambda step: None) -> None:
+    """Train on batches of these sizes, and look at the weights after each step."""
+    from recorded_program import expected
+
+    for step, size in enumerate(sizes):
+        more = before_each(step) or {}
+        given, was = batch(size, step), weights(engine)
+        engine.train(given, **more)
+        for array, before in zip(weights(engine), was, strict=True):
+            np.testing.assert_array_equal(array, expected(program, before, given[0]), f"step {step}")
+    engine.assert_replicas_equal()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("count", [2])
+def test_rows_come_right_whether_others_were_staged_taken_replaced_or_forgotten(recorded, count, whole):
+    """Copies of rows that no step takes may still be on their way when rows go by the compute stream."""
+    engine, program = recorded(count, whole=whole, sizes=(ROWS, ROWS - 1))
+    nothing, next_one, another = (lambda step: None), (lambda step: batch(ROWS, step + 1)), (lambda step: batch(ROWS))
+    ways = [nothing, next_one, another, nothing, another, next_one, another, another, nothing]
+    staged = [None]
+
+    def meanwhile(step: int) -> dict[str, Any]:
+        if step % 4 == 3:
+            engine.forget_staged()
+
+        def stage() -> None:
+            staged[0] = ways[step % len(ways)](step)
+            if staged[0] is not None:
+                engine.stage(staged[0])
+                if step % 5 == 4:
+                    engine.stage(batch(ROWS, 1000))
+
+        return {"while_running": stage}
+
+    steps_are_right(engine, program, [ROWS if step % 7 else ROWS - 1 for step in range(27)], meanwhile)
+
+
+@pytest.mark.parametrize("count", [2])
+def test_bound_collectives_follow_the_choice_of_algorithms_and_the_memory_of_kernels(recorded, count):
+    """They hold addresses of memory that a model with larger buckets has made anew."""
+    from fastdp.comm.algorithm import Limits
+
+    engine, program = recorded(count)
+    communicator = engine._communicator
+    made = []
+
+    def change(step: int) -> None:
+        made.append(engine._reductions._here)
+        if step == 5:
+            communicator.choice.limits = Limits(1 << 30, 1 << 30)
+        if step == 9:
+            held = communicator._kernels._groups[0].half_nbytes
+            communicator._kernels._allocate(4 * held)
+        if step == 13:
+            communicator.choice.limits = Limits(-1, 1 << 30)
+        if step == 17:
+            communicator.choice.limits = None
+
+    steps_are_right(engine, program, [ROWS] * 22, change)
+    assert len({id(one) for one in made if one is not None}) == 6  # two before steps are warm and after, then four
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("count", [2, 8])
+def test_a_step_makes_no_object_for_each_event(recorded, calls, monkeypatch, count, whole):
+    """And no stream waits for an earlier step, or for rows."""
+    from fastdp.runtime.cuda import streams
+
+    engine, program = recorded(count, whole=whole)
+    engine.check_replicas, program.update_is_reliable = False, True
+    for step in range(5):
+        engine.train(batch(ROWS, step), wants_outputs=False)
+    made = []
+    for name in ("issued_already", "__init__"):
+        found = vars(streams.CudaEvent)[name]
+        plain = found.__func__ if isinstance(found, classmethod) else found
+
+        def noted(*given: Any, plain: Any = plain) -> Any:
+            made.append(given)
+            return plain(*given)
+
+        monkeypatch.setattr(streams.CudaEvent, name, classmethod(noted) if plain is not found else noted)
+    found = calls.in_step(lambda: engine.train(batch(ROWS), wants_outputs=False))
+    assert made == []
+    buckets = len(program.replicas[0].memory.gradients.buckets())
+    # Behind the rows, the graphs and the update; each bucket; the collectives; the gates of buckets.
+    assert found["eventRecord"] == 3 * count + (0 if whole else count * buckets + count + buckets)
+    # One rank's collectives wait for all, the others' for it; compute streams for the collectives.
+    assert found["streamWaitEvent"] == (0 if whole else buckets * (2 * count - 1) + count)
+
+
+@pytest.mark.parametrize("count", [2])
+def test_an_interrupt_before_the_values_are_there_ends_the_wait_for_them(recorded, monkeypatch, count):
+    """It is held back while calls are made, but not while the host waits for a GPU that may never be done."""
+    from fastdp.engine import host_launch
+
+    engine, program = recorded(count)
+    steps_are_right(engine, program, [ROWS] * 4)
+    before, wait = weights(engine), host_launch.first_done
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        waited = []
+
+        def interrupted(events: Any, timeout: float) -> Any:
+            waited.append(timeout)
+            signal.raise_signal(signal.SIGINT)
+            return wait(events, timeout)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(host_launch, "first_done", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                engine.train(batch(ROWS))
+        assert waited == [LIMIT]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, old)
+    engine.accumulated()  # brings all to an end
+    for array, was in zip(weights(engine), before, strict=True):
+        np.testing.assert_array_equal(array, was)
+    steps_are_right(engine, program, [ROWS] * 2)
