@@ -7,7 +7,8 @@ with the collectives in them. Per step:
     wake-ups   of workers
     calls      of CUDA that enqueue something
     python     microseconds of the processor for Python alone: every call of CUDA is replaced by a function that does
-               nothing, and the GPU is always done
+               nothing, and the GPU is always done. What a further replica adds is told from 2 cards on, and from 1 on,
+               which also counts what a step of several devices has once
     wall       microseconds of a whole step on the rig, by the host thread and by workers in turns, and their ratio. The
                cards are threads on the same cores: only the ratio means anything.
 
@@ -45,9 +46,9 @@ HEADER = (
 )
 
 
-def show(found: dict[str, Any]) -> dict[str, float]:
-    """Print the tables; returns microseconds of Python that a further replica adds, by form."""
-    each: dict[str, float] = {}
+def show(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Print the tables; returns microseconds of Python that a further replica adds, by form and first count."""
+    each: dict[str, dict[str, float]] = {}
     for form in FORMS:
         rows = []
         for count in COUNTS:
@@ -63,16 +64,20 @@ def show(found: dict[str, Any]) -> dict[str, float]:
                     entry["wall_ratio"],
                 )
             )
-        ends = [found[f"{form}-{count}"]["python_us"]["median"] for count in (COUNTS[0], COUNTS[-1])]
-        each[form] = round((ends[1] - ends[0]) / (COUNTS[-1] - COUNTS[0]), 1)
-        print_table(f"graphs in {form}: a further replica adds {each[form]} us of Python", HEADER, rows)
+        python = {count: found[f"{form}-{count}"]["python_us"]["median"] for count in COUNTS}
+        last = COUNTS[-1]
+        each[form] = {
+            f"from {first}": round((python[last] - python[first]) / (last - first), 1) for first in COUNTS[:2]
+        }
+        title = f"graphs in {form}: a further replica adds {each[form]['from 2']} us of Python"
+        print_table(f"{title} ({each[form]['from 1']} from one card on)", HEADER, rows)
     return each
 
 
 def main() -> None:
     """Measure in a process that has the rig's cards."""
     args = options(__doc__)
-    settings = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGER"}
+    settings = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGER", "FASTDP_ALL_REDUCE": "fixed"}
     environment = build_rig.environment(build_rig.built(), COUNTS[-1], **settings)
     folders = os.pathsep.join([str(ROOT / "tests" / "gpu"), environment["PYTHONPATH"]])
     command = [sys.executable, str(Path(__file__).with_name("host_launch_worker.py")), "3" if args.quick else "31"]

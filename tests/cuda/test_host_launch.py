@@ -12,6 +12,7 @@ from simulated_memory import RaceError
 from small_buckets import make_buckets_small
 
 import fastdp.comm.algorithm
+from fastdp.comm.batch import Batch
 from fastdp.errors import DeviceTimeoutError, ReplicaError
 from fastdp.runtime.queue import QueueDevice
 
@@ -144,4 +145,19 @@ def test_a_step_that_takes_too_long_is_given_up_and_the_next_one_works(gpus, mon
         parallel.train_on_batch(x, y)
     parallel.engine.host_launch._wait, parallel.engine.timeout = wait, 20.0
     for _ in range(2):
+        assert parallel.train_on_batch(x, y) == other.train_on_batch(x, y)
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_rows_of_an_idle_gpu_do_not_race_with_rows_that_were_staged_for_nothing(gpus, forgotten):
+    """The copies that staging has enqueued on another stream may still run, to the same buffer."""
+    box = gpus(2, seed=3)
+    parallel, other = (prepared(wrapped(normalized, box.devices(2))) for prepared in (by_host, by_workers))
+    for one in (parallel, other):
+        train(one, 5, sizes=(8,))
+    for step, (x, y) in enumerate(batches(6, sizes=(8,))):
+        if step % 2:
+            parallel.engine.stage(Batch.of([x.copy(), y.copy()]))
+            if forgotten:
+                parallel.engine.forget_staged()
         assert parallel.train_on_batch(x, y) == other.train_on_batch(x, y)
