@@ -7,7 +7,8 @@ with the collectives in them. Per step:
     wake-ups   of workers
     calls      of CUDA that enqueue something
     python     microseconds of the processor for Python alone: every call of CUDA is replaced by a function that does
-               nothing, and the GPU is always done. What a further replica adds is told from 2 cards on, and from 1 on,
+               nothing, and the GPU is always done. The least and the median of the rounds: other work on the machine
+               takes caches away. What a further replica adds is told of the least, from 2 cards on, and from 1 on,
                which also counts what a step of several devices has once
     wall       microseconds of a whole step on the rig, by the host thread and by workers in turns, and their ratio. The
                cards are threads on the same cores: only the ratio means anything.
@@ -39,7 +40,7 @@ HEADER = (
     "calls",
     "by workers",
     "python us",
-    "/ cards",
+    "median",
     "wall us",
     "by workers",
     "ratio",
@@ -57,14 +58,14 @@ def show(found: dict[str, Any]) -> dict[str, dict[str, float]]:
                 (
                     count,
                     *(entry[by][what] for what in ("wake_ups", "calls") for by in ("host", "workers")),
+                    entry["python_us"]["min"],
                     entry["python_us"]["median"],
-                    round(entry["python_us"]["median"] / count, 1),
                     entry["host"]["wall_us"]["median"],
                     entry["workers"]["wall_us"]["median"],
                     entry["wall_ratio"],
                 )
             )
-        python = {count: found[f"{form}-{count}"]["python_us"]["median"] for count in COUNTS}
+        python = {count: found[f"{form}-{count}"]["python_us"]["min"] for count in COUNTS}
         last = COUNTS[-1]
         each[form] = {
             f"from {first}": round((python[last] - python[first]) / (last - first), 1) for first in COUNTS[:2]

@@ -69,7 +69,7 @@ class CudaCommunicator(Communicator):
         self._cut_short = 0
         # Whether a step graph was launched since the last step that ended well.
         self._in_graphs = False
-        self._before: list[QueueEvent] = []
+        self._before: Sequence[QueueEvent] = ()
         has_kernels = peers is not None and len(devices) <= MAX_RANKS and peers.complete
         self._kernels = PeerKernels(devices) if has_kernels else None
         self._step_graphs = StepGraphs(devices, self._kernels)
@@ -203,8 +203,8 @@ class CudaCommunicator(Communicator):
         """Reduce the rest, when all GPUs have come to it. A compute stream waits for its own rank's collectives."""
         if len(self._devices) == 1:
             return []
-        by_graphs = isinstance(reduction, StepGraphReduction)
-        self._in_graphs, self._before = self._in_graphs or by_graphs, list(computed)
+        by_graphs = type(reduction) is StepGraphReduction  # abstract base classes make `isinstance` slow
+        self._in_graphs, self._before = self._in_graphs or by_graphs, computed
         streams = self._computing if by_graphs else self._streams
         rest = [] if by_graphs else reduction.rest()
         if rest:
@@ -215,8 +215,9 @@ class CudaCommunicator(Communicator):
                 reduction.issue(rest)
 
             streams[0].issue(issue)
-        streams[0].issue(self._show_errors, streams)
-        if isinstance(reduction, OneThreadReduction) and streams[0].failure is None:
+        if self._kernels is not None and self._kernels.memory:
+            streams[0].issue(self._show_errors, streams)
+        if type(reduction) is OneThreadReduction and streams[0].failure is None:
             return reduction.join()
         if not by_graphs:
             for device, stream in zip(self._devices, streams, strict=True):
@@ -378,7 +379,7 @@ class CudaCommunicator(Communicator):
                     with spans(name, self._streams, way="host", nbytes=bucket.nbytes):
                         self._sum_on_host(targets, bucket)
 
-    def _show_errors(self, streams: Sequence[QueueStream] = ()) -> None:
+    def _show_errors(self, streams: Sequence[CudaStream] = ()) -> None:
         """Enqueue copies of the kernels' error flags for `check`, after the last collective: once per step.
 
         Args:

@@ -55,6 +55,7 @@ class OneThreadReduction(Reduction):
                 self._ends.append(_cuda(device.communication).reusable_event())
                 for marks in self._marks:
                     marks.append(_cuda(device.compute).reusable_event())
+        self._marks_of = [[event.handle for event in marks] for marks in self._marks]
         with cupy_api.on(devices[0].ordinal):
             self._gate = _cuda(devices[0].communication).reusable_event()
         self.begin()
@@ -76,11 +77,12 @@ class OneThreadReduction(Reduction):
         collective, came = self._collectives[bucket], self._announced[bucket]
         if collective is None or came >> rank & 1:
             return
-        self._marks[bucket][rank].again()
+        handles = self._marks_of[bucket]
+        cupy_api.event_record(handles[rank], self._waiting[rank])
         self._announced[bucket] = came = came | 1 << rank
         if came == self._everyone:
             self._left.remove(bucket)
-            begin_together(self._streams, [event.handle for event in self._marks[bucket]], self._gate)
+            begin_together(self._streams, handles, self._gate)
             collective()
             cupy_api.switch_to(self._devices[rank].ordinal)
             self._begun += 1
@@ -101,7 +103,7 @@ class OneThreadReduction(Reduction):
         rank = 0
         try:
             for rank, end in enumerate(self._ends):
-                end.again()
+                cupy_api.event_record(end.handle, self._streams[rank].handle)
                 cupy_api.stream_wait_event(self._waiting[rank], end.handle)
         except cupy_api.CudaError as error:
             return [(rank, error)]
@@ -128,13 +130,13 @@ def bound_collectives(
 
     def by_kernels(bucket: Bucket, way: str) -> Callable[[], None]:
         assert kernels is not None
-        pairs = list(zip(devices, kernels.bound(targets, bucket, way), strict=True))
+        bound = zip(devices, kernels.bound(targets, bucket, way), strict=True)
+        pairs = [(device.ordinal, one) for device, launches in bound for one in launches]
 
         def launch() -> None:
-            for device, launches in pairs:
-                cupy_api.switch_to(device.ordinal)
-                for one in launches:
-                    one()
+            for card, one in pairs:
+                cupy_api.switch_to(card)
+                one()
 
         return launch
 

@@ -24,7 +24,8 @@ from fastdp.launch.loader import BoundLaunches, Kernels
 from fastdp.runtime.cuda import cupy_api
 from fastdp.runtime.cuda.device import CudaDevice
 from fastdp.runtime.cuda.streams import CudaStream
-from fastdp.runtime.queue import QueueStream
+
+FLAG_NBYTES = 4  # of a rank's error flag
 
 
 @dataclass
@@ -106,7 +107,7 @@ class PeerKernels:
             else:
                 reduce_scatter(kernels[rank], group, inputs=addresses, **more)
 
-    def show_errors(self, streams: Sequence[QueueStream]) -> None:
+    def show_errors(self, streams: Sequence[CudaStream]) -> None:
         """Enqueue copies of the ranks' error flags to the host for `given_up`, once, after the last launch.
 
         Does nothing before the first bucket is reduced by these kernels.
@@ -115,8 +116,7 @@ class PeerKernels:
             streams: by rank, those that follow the last launch.
         """
         for stream, memory in zip(streams, self._ranks, strict=False):
-            assert isinstance(stream, CudaStream)
-            cupy_api.copy_async(memory.seen_at, memory.error_at, memory.seen.nbytes, stream.handle)
+            cupy_api.copy_async(memory.seen_at, memory.error_at, FLAG_NBYTES, stream.handle)
 
     def given_up(self) -> list[int]:
         """The ranks that gave up waiting for another. Called when the GPUs are done with the step."""

@@ -101,6 +101,7 @@ class StepGraph:
     ) -> None:
         self.early = early
         self.size = len(devices)
+        self.changed = threading.Condition()
         self._owner, self._devices, self._launchable = owner, list(devices), list(launchable)
         self._cards = [device.ordinal for device in devices]
         self._streams = [device.compute.handle for device in devices if isinstance(device.compute, CudaStream)]

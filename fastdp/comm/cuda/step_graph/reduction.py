@@ -20,6 +20,7 @@ class Launchable(Protocol):
 
     early: int
     size: int
+    changed: threading.Condition  # one step after the other uses it
 
     def launch(self, rank: int) -> None:
         """Enqueue a rank's graph."""
@@ -40,7 +41,7 @@ class StepGraphReduction(Reduction):
 
     def __init__(self, step: Launchable) -> None:
         self._step = step
-        self._changed = threading.Condition()
+        self._changed = step.changed
         self._launching: set[int] = set()
         self._launched: set[int] = set()
         self._given_up = False
