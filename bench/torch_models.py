@@ -33,7 +33,7 @@ from bench.report import RESULTS, result_line, result_name
 from bench.torch_model_cases import CASES
 from fastdp.benchmark.noise import Noise
 from fastdp.benchmark.process import Process, WayError
-from fastdp.benchmark.rounds import ratio, spread
+from fastdp.benchmark.rounds import ratio, spread, turns
 
 WAYS = (
     *("torch", "torch-compile", "ddp-2"),
@@ -85,14 +85,13 @@ def measure(name: str, ways: Sequence[str], rounds: int, steps: int, timeout: fl
     running, failed = start(name, ways, steps, timeout)
     seconds: dict[str, list[float]] = {way: [] for way in running}
     try:
-        for _ in range(rounds):
-            for way in list(running):
-                try:
-                    seconds[way].append(running[way].round(steps, timeout).seconds / steps)
-                except WayError as error:
-                    failed[way] = str(error)
-                    seconds.pop(way)
-                    running.pop(way).close(0.0)
+        for _, way in turns(running, rounds):
+            try:
+                seconds[way].append(running[way].round(steps, timeout).seconds / steps)
+            except WayError as error:
+                failed[way] = str(error)
+                seconds.pop(way)
+                running.pop(way).close(0.0)
     finally:
         with ThreadPoolExecutor(max(1, len(running))) as pool:
             list(pool.map(Process.close, running.values()))

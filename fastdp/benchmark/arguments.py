@@ -16,6 +16,7 @@ from fastdp.runtime.select import devices
 # Libraries that train on several devices in a way of their own; the others train on one.
 SEVERAL = ("ddp", "keras-jax", "keras-tensorflow")
 DEFAULT_BATCH = 32
+_NO_GPU = "no GPU is visible here: one CPU device is measured. Several virtual ones: --virtual 1,2,4"
 
 
 def settings_of(options: argparse.Namespace, command: Sequence[str], framework_of: Callable[[str], str]) -> Settings:
@@ -75,6 +76,7 @@ def settings_of(options: argparse.Namespace, command: Sequence[str], framework_o
         find_batch=options.find_batch,
         traces=Path(options.output or ".") if options.profile else None,
         command=command,
+        note=_NO_GPU if kind == "cpu" else "",
     )
 
 

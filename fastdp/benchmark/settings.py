@@ -26,6 +26,7 @@ class Settings:
         find_batch: search for the largest batch that fits and the one with the best throughput, and measure with that.
         traces: folder for a Chrome trace of each way that has one; None for none.
         command: the command line, for the result.
+        note: what a user should know of the choices that were made for them; empty if nothing.
     """
 
     target: str
@@ -44,6 +45,7 @@ class Settings:
     find_batch: bool = False
     traces: Path | None = None
     command: Sequence[str] = ()
+    note: str = ""
 
     def with_batch(self, batch: int) -> Settings:
         """The same with another batch: of the global batch, or of each device if `per_device`."""

@@ -113,6 +113,8 @@ def run(options: argparse.Namespace) -> int:
     except WayError as error:
         say("bench", f"{options.target}: {error}")
         return FAILED
+    if settings.note:
+        say("bench", settings.note)
     with open_display(sys.stderr if options.json else sys.stdout) as display:
         result = measure(settings, display)
     _write(result, options)

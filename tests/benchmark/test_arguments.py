@@ -44,9 +44,11 @@ def test_without_gpus_one_cpu_device_is_measured():
     assert ways("mlp") == [("fastdp", 1, "cpu", "auto")]
     assert (settings.batch, settings.precision, settings.data, settings.rounds) == (128, "float32", "synthetic", 5)
     assert settings.command == ["fastdp", "bench", "mlp"]
+    assert "one CPU device is measured" in settings.note
 
 
 def test_virtual_devices_by_name_and_as_they_are_set():
+    assert asked("mlp", "--virtual", "1").note == ""
     assert ways("mlp", "--virtual", "1,2,4") == [("fastdp", count, "virtual", "auto") for count in (1, 2, 4)]
     fastdp.set_virtual_devices(4)
     assert ways("mlp", "--gpus", "1,4") == [("fastdp", count, "virtual", "auto") for count in (1, 4)]

@@ -54,6 +54,7 @@ def test_a_file_is_read_in_order_by_the_model_s_names_or_usual_ones(file, x, y):
     batches = batches_of(TARGET, request(file(x, y)))
     assert [list(batches(number)[1]) for number in range(4)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [0, 1, 2]]
     assert batches(1)[0][2, 0, 0] == 5.0
+    assert batches(1)[0].dtype == np.float32  # the file has float64
     batches.close()
 
 
