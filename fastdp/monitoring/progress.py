@@ -112,7 +112,7 @@ def _said(stretch: Stretch, devices: list[DeviceUsage]) -> str:
     words.append(f"input wait {rates.input_wait:.0%}")
     memory = memory_mb(devices)
     if memory is not None:
-        words.append(f"memory {memory:,.0f} MB")
+        words.append(f"{memory:,.0f} MB")
     used = [f"{device.utilization:.0%}" for device in devices if device.utilization is not None]
     return ", ".join([*words, *([f"utilization {' '.join(used)}"] if used else [])])
 

@@ -33,7 +33,7 @@ def test_the_items_are_the_loaders_own(capsys):
     assert all(one is other for one, other in zip(seen, loader, strict=True))
     found = last_line(capsys)
     assert (found["steps"], found["total"]) == ("3", "3")
-    assert re.search(r"[\d,]+ samples/s, input wait \d+%, memory [\d,]+ MB, 0:00:0\d in all$", found["rates"])
+    assert re.search(r"[\d,]+ samples/s, input wait \d+%, [\d,]+ MB, 0:00:0\d in all$", found["rates"])
 
 
 @pytest.mark.parametrize("total", [None, 3])

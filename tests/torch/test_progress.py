@@ -57,7 +57,7 @@ def test_a_loop_trains_the_same_with_a_bar(way, capsys):
         assert [device.name for device in report.devices] == ["virtual:0", "virtual:1"]
     assert torch.equal(*weights)
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.match(r"3/3 steps, [\d,]+ samples/s, input wait \d+%, memory [\d,]+ MB", line)
+    assert re.match(r"3/3 steps, [\d,]+ samples/s, input wait \d+%, [\d,]+ MB", line)
     assert bool(re.search(r"utilization \d+% \d+%", line)) == (way is by_step)
 
 
