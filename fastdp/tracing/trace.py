@@ -20,7 +20,7 @@ from fastdp.tracing.protocols import Span, Stream
 from fastdp.warn import warn_user
 
 MAX_SPANS = 500_000
-# That the end of a trace waits for the times of work that GPUs are not done with.
+# That the end of a trace waits for the times of work that GPUs are not done with, all of them together.
 SECONDS = 10.0
 
 
@@ -141,7 +141,8 @@ class Trace:
         for span in self._spans:
             if not isinstance(span.lane, tuple):
                 streams.setdefault(span.lane.lane[1], span.lane)
-        clocks = {name: stream.read_timestamps(SECONDS) for name, stream in streams.items()}
+        end = time.monotonic() + SECONDS
+        clocks = {name: stream.read_timestamps(max(0.0, end - time.monotonic())) for name, stream in streams.items()}
         notes = []
         if self._left_out:
             notes.append(f"The trace ends here: max_spans={self._max_spans}, and {self._left_out} more were left out.")

@@ -125,17 +125,17 @@ def test_a_step_that_fails_on_a_gpu_leaves_a_file_that_loads(gpus, tmp_path):
 
 
 def test_a_gpu_that_is_not_done_is_left_out_with_a_note(gpus, monkeypatch, tmp_path):
-    box = gpus(1)
+    box = gpus(2)
     trace_module = importlib.import_module("fastdp.tracing.trace")
     monkeypatch.setattr(trace_module, "SECONDS", 0.05)
-    parallel = wrapped(dense, box.devices(1), graph=None)
+    parallel = wrapped(dense, box.devices(2), graph=None)
     train(parallel, 2, (8,))
     with fastdp.trace(tmp_path / "t.json"):
         train(parallel, 1, (8,))
         monkeypatch.setattr(box.runtime, "event_done", lambda event: False)
     found = TraceFile(tmp_path / "t.json").check()
     monkeypatch.undo()
-    assert found.facts["clocks"]["gpu:0"] == "the GPU was not done with its work within 0.05 seconds"
+    assert set(found.facts["clocks"].values()) == {"the GPU was not done with its work in time"}
     assert "spans of GPUs are missing" in found.facts["notes"][0]
     assert "gpu:0 compute" not in found.lanes
     assert found.named("train step")

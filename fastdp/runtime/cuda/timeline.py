@@ -85,7 +85,7 @@ class Timeline:
                     return f"CUDA events, on the host's clock within {self._uncertain / 1e3:.1f} microseconds"
             waited = time.monotonic() - began
             if waited > seconds:
-                return f"the GPU was not done with its work within {seconds:g} seconds"
+                return "the GPU was not done with its work in time"
             time.sleep(pause_after(waited))
 
     def close(self) -> None:
