@@ -82,6 +82,14 @@ def test_other_libraries_train_on_as_many_devices_as_they_can(gpus):
     ]
 
 
+@pytest.mark.parametrize(
+    ("modes", "wanted"),
+    [("auto", ["eager"]), ("traced,compiled", ["eager", "compiled"]), ("graph", ["eager", "graph"])],
+)
+def test_plain_torch_runs_eagerly_and_in_the_modes_asked_for_that_it_has(gpus, modes, wanted):
+    assert [way[3] for way in ways("mlp", "--mode", modes, "--compare", "torch") if way[0] == "torch"] == wanted
+
+
 def test_built_in_models_come_in_the_form_of_each_library():
     settings = asked("mlp", "--virtual", "2", "--compare", "ddp,keras", "--framework", "keras")
     assert [(way.library, way.framework, way.kind) for way in settings.ways] == [
