@@ -81,7 +81,7 @@ def settings_of(options: argparse.Namespace, command: Sequence[str], framework_o
 
 
 def _peers(library: str, counts: Sequence[int], modes: Sequence[str]) -> Iterator[tuple[str, int, str]]:
-    """The ways of a library: on one device, or on as many as fastdp where it can; torch also compiled or in graphs where asked."""
+    """The ways of a library: on one device, or on as many as fastdp where it can; torch also in modes asked for."""
     if library == "torch":
         yield from ((library, 1, mode) for mode in ("eager", "compiled", "graph") if mode == "eager" or mode in modes)
     elif library in SEVERAL:
