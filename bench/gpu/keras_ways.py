@@ -11,6 +11,7 @@ from typing import Any
 import keras
 
 from bench.gpu.cases import CLASSES, Case
+from fastdp.benchmark import models
 
 layers = keras.layers
 WARM_UP = 3
@@ -41,12 +42,6 @@ def encoder(width: int, depth: int, heads: int, wide: int, vocabulary: int, toke
     return keras.Model(inputs, layers.Dense(CLASSES, dtype="float32")(layers.GlobalAveragePooling1D()(x)))
 
 
-def mlp() -> keras.Model:
-    """784-512-512-10."""
-    dense = [layers.Dense(512, activation="relu") for _ in range(2)]
-    return keras.Sequential([layers.Input((784,)), *dense, layers.Dense(CLASSES, dtype="float32")])
-
-
 def application(name: str, shape: tuple[int, ...]) -> keras.Model:
     """A model of keras.applications that ends in fp32 logits."""
     made = getattr(keras.applications, name)(weights=None, input_shape=shape, include_top=False, pooling="avg")
@@ -60,7 +55,7 @@ def build(case: Case) -> keras.Model:
     if case.model == "encoder":
         return encoder(**case.options)
     if case.model == "mlp":
-        return mlp()
+        return models.build("mlp", "keras")
     return application({"resnet50": "ResNet50", "xception": "Xception"}[case.model], case.shape)
 
 
