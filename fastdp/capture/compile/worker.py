@@ -21,11 +21,15 @@ from torch._inductor import CompiledArtifact, standalone_compile
 from torch._inductor.exc import InductorError
 
 from fastdp import private_files
-from fastdp.capture.graph import rewrites
+from fastdp.capture.graph import recurrent, rewrites
 from fastdp.capture.graph.serialize import from_bytes, is_deterministic
 from fastdp.tensors import recurrent_ops
 
-OWN_OPERATIONS = (rewrites, recurrent_ops)  # importing the modules registers operations that graphs may contain
+OWN_OPERATIONS = (
+    rewrites,
+    recurrent,
+    recurrent_ops,
+)  # importing the modules registers operations that graphs may contain
 YIELDING = 10  # lower priority than the training it shares the cores with
 
 

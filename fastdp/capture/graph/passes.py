@@ -15,6 +15,7 @@ import torch
 from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx import Graph, GraphModule, Node
 
+from fastdp.capture.graph.recurrent import keep_workspaces
 from fastdp.capture.graph.rewrites import fuse_convolutions
 from fastdp.errors import NotCapturable
 
@@ -64,6 +65,7 @@ def optimized(module: GraphModule) -> GraphModule:
     _without_layout_changes(graph)
     _contiguous_paddings(graph)
     fuse_convolutions(graph)
+    keep_workspaces(graph)
     graph.eliminate_dead_code()
     return GraphModule(module, fx_graph_cse(graph))
 
