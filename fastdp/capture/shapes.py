@@ -126,7 +126,10 @@ def are_recorded(find: Callable[[Context], Any], contexts: Sequence[Context]) ->
     """Whether the next steps of these replicas are recorded, so that to run them is to launch graphs.
 
     Args:
-        find: `Captures.find`.
+        find: `Captures.find`. Its results are noted in the contexts.
     """
-    found = [(find(context), context.rank) for context in contexts]
-    return all(c is not None and not c.checks and not c.disagreed and rank in c.recordings for c, rank in found)
+    for context in contexts:
+        context.found = found = find(context)
+        if found is None or found.checks or found.disagreed or context.rank not in found.recordings:
+            return False
+    return True

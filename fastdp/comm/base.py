@@ -181,8 +181,14 @@ class Communicator(ABC):
         """
 
     def refresh(self, buffers: Sequence[FlatBuffers]) -> None:
-        """Copy the first device's buffers to the others before an operation, when no work of another one is left."""
-        self.broadcast(buffers)
+        """Copy the first device's buffers to the others before an operation, when no work of another one is left.
+
+        Each device pulls its copy on its compute stream. Later compute work of the first one waits for all of them.
+        """
+        first = self._devices[0].compute
+        for device, target in zip(self._devices[1:], buffers[1:], strict=False):
+            device.compute.issue(target.copy_from, buffers[0])
+            first.wait(device.compute.record())
 
     @abstractmethod
     def once(self, work: Callable[[], object]) -> None:

@@ -38,6 +38,8 @@ class Context:
     `step_graph` is the result of the program's `step_graph` for this step, or None. With it, the replica's graph also
     reduces the gradients. `launch()` launches the graph on the device's compute stream. Each replica calls it exactly
     once, when its inputs are in place. It waits on the host until all replicas call it, and raises if one has failed.
+
+    `found` is the program's: what its `launches` has found for the replica's rows, for its `launch`.
     """
 
     rank: int
@@ -52,6 +54,7 @@ class Context:
     ready: Callable[[int], None] = _not_listening
     step_graph: Any = None
     launch: Callable[[], None] = _no_graph
+    found: Any = None
 
     @classmethod
     def alone(cls, batch: Any, structure: Any, start: int, stop: int, total: int) -> Context:

@@ -430,3 +430,21 @@ def test_an_interrupt_before_the_values_are_there_ends_the_wait_for_them(recorde
     for array, was in zip(weights(engine), before, strict=True):
         np.testing.assert_array_equal(array, was)
     steps_are_right(engine, program, [ROWS] * 2)
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_weights_that_the_user_may_write_are_copied_before_each_step_by_calls_that_grow_with_the_devices(
+    recorded, calls, monkeypatch, count
+):
+    """Each device pulls them, and the first one waits for all before it writes them again."""
+    from recorded_program import RecordedProgram
+
+    monkeypatch.setattr(RecordedProgram, "home_is_exposed", True)
+    engine, program = recorded(count)
+    steps_are_right(engine, program, [ROWS, ROWS, ROWS - 1, ROWS, 1, ROWS])
+    program.update_is_reliable = True
+    engine.train(batch(ROWS))
+    found = calls.in_step(lambda: engine.train(batch(ROWS), wants_outputs=False))
+    buckets = len(program.replicas[0].memory.gradients.buckets())
+    assert found["memcpyPeerAsync"] + found["memcpyAsync"] == count * 3 + 1 + count - 1
+    assert found["streamWaitEvent"] == count - 1 + buckets * (2 * count - 1) + count

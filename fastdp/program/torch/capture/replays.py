@@ -81,14 +81,13 @@ class Replays:
         """Whether these replicas' steps are recorded, and none meets others for outputs that have no rows."""
         if not are_recorded(self.captures.find, contexts):
             return False
-        forms: list[Any] = [found.form for found in map(self.captures.find, contexts) if found is not None]
+        forms: list[Any] = [context.found.form for context in contexts]
         layouts = [layout for form in forms if form.outputs is not None for layout in form.outputs[1]]
         return all(context.size > 1 for context in contexts) and all(one.effect is Effect.ROWS for one in layouts)
 
     def launch(self, state: State, batch: list[np.ndarray], context: Context) -> Launched:
         """Enqueue a recorded step of a replica."""
-        captured = self.captures.find(context)
-        assert captured is not None, "`launches` has found it"
+        captured: Captured[TorchOutcome] = context.found
         outcome = captured.replay(self._replicas[context.rank], batch, context)
         state.gradients.replayed()
         nests: list[Nest] = []
