@@ -149,6 +149,11 @@ def size(nbytes: float | None) -> str:
     return f"{nbytes:.0f} B"
 
 
+def batch_words(settings: Mapping[str, Any]) -> str:
+    """The batch that was asked for: the global one, or that of each device."""
+    return f"batch {plain(settings.get('batch'))}{' per device' if settings.get('per_device') else ''}"
+
+
 def batches_words(batches: Mapping[str, Any]) -> str:
     """What the search for a batch size found."""
     if number(batches.get("largest")) is None:

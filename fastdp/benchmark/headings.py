@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from fastdp.benchmark.entries import Entry
-from fastdp.benchmark.figures import count, number, percent, plain, plural, size
+from fastdp.benchmark.figures import batch_words, count, number, percent, plain, plural, size
 
 
 def headings(result: Mapping[str, Any]) -> list[str]:
@@ -17,7 +17,7 @@ def headings(result: Mapping[str, Any]) -> list[str]:
     if number(target.get("parameters")) is not None:
         what.append(f"{count(number(target['parameters']))} parameters")
     if settings.get("batch") is not None:
-        what.append(f"batch {plain(settings['batch'])}")
+        what.append(batch_words(settings))
     what += [plain(settings[key]) for key in ("precision", "data") if settings.get(key)]
     return [", ".join(what), machine_line(machine)]
 

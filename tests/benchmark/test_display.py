@@ -16,6 +16,7 @@ from fastdp.benchmark.display.live import LiveDisplay, bar, picture
 from fastdp.benchmark.display.state import State
 from fastdp.benchmark.entries import entries_of
 from fastdp.benchmark.figures import milliseconds, rate
+from fastdp.benchmark.headings import headings
 
 RESULTS = {
     "several": benchmark_results.result,
@@ -286,3 +287,10 @@ def test_a_comparison_fits_the_width_and_says_first_what_differs(width, capsys):
     assert max(map(len, text.split("\n"))) <= width
     assert text.index("A: a.json") < text.index("2.14.0") < text.index("1.000")
     assert "noise" in text
+
+
+def test_a_batch_of_each_device_is_called_so():
+    result = benchmark_results.result()
+    assert "batch 256," in headings(result)[0]
+    result["settings"]["per_device"] = True
+    assert "batch 256 per device," in headings(result)[0]

@@ -10,6 +10,7 @@ from xml.etree.ElementTree import Element
 
 from fastdp.benchmark.entries import Entry, entries_of, tried_of
 from fastdp.benchmark.figures import (
+    batch_words,
     batches_words,
     count,
     duration,
@@ -48,7 +49,7 @@ def report_page(result: Mapping[str, Any], folder: Path | None = None) -> str:
 
 def _head(result: Mapping[str, Any], title: str) -> Element:
     settings = result.get("settings") or {}
-    said = [f"batch {plain(settings['batch'])}" if settings.get("batch") is not None else None]
+    said = [batch_words(settings) if settings.get("batch") is not None else None]
     said += [plain(settings[key]) for key in ("precision", "data") if settings.get(key)]
     said += [machine_line(result.get("machine") or {}), date_words(result.get("date"))]
     return tag("header", tag("h1", title), tag("p", ", ".join(one for one in said if one), class_="soft"))
