@@ -6,6 +6,7 @@ import math
 import os
 import textwrap
 import time
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -16,7 +17,16 @@ from small_targets import SMALL
 from fastdp.benchmark.process import Process, WayError
 from fastdp.benchmark.request import Request
 from fastdp.benchmark.target import load
-from fastdp.benchmark.ways import environment, fastdp_form, keras_training, missing, prepare, torch_loop, torch_training
+from fastdp.benchmark.ways import (
+    environment,
+    fastdp_form,
+    keras_fit,
+    keras_training,
+    missing,
+    prepare,
+    torch_loop,
+    torch_training,
+)
 from fastdp.benchmark.worker import command
 
 STEPS = 14  # more than any way trains before it is ready
@@ -344,6 +354,23 @@ def test_float32_is_no_tf32_on_gpus():
     torch.backends.cudnn.allow_tf32 = True
     keras_training.choose_arithmetic(request("mlp", framework="keras", kind="gpu"))
     assert not torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize(("library", "backend"), [("keras-jax", "jax"), ("keras-tensorflow", "tensorflow")])
+def test_peak_memory_of_gpus_is_what_the_backend_tells(library, backend, monkeypatch):
+    devices = [
+        SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 7}),
+        SimpleNamespace(memory_stats=lambda: None),
+    ]
+    told = SimpleNamespace(get_memory_info=lambda name: {"peak": {"GPU:0": 7, "GPU:1": None}[name]})
+    fakes = {
+        "jax": SimpleNamespace(local_devices=lambda: devices),
+        "tensorflow": SimpleNamespace(config=SimpleNamespace(experimental=told)),
+    }
+    monkeypatch.setattr(keras.backend, "backend", lambda: backend)
+    monkeypatch.setattr(keras_fit.importlib, "import_module", fakes.__getitem__)
+    found = keras_fit._memory(request("mlp", library=library, framework="keras", kind="gpu", devices=2, batch=5))
+    assert [(one["device"], one["rows"], one["peak_nbytes"]) for one in found] == [("gpu:0", 3, 7), ("gpu:1", 2, None)]
 
 
 def test_graphs_that_torch_leaves_out_are_an_error(monkeypatch):

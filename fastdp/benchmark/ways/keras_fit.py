@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import keras
+import numpy as np
 
 from fastdp.benchmark.data import batches_of
 from fastdp.benchmark.request import Prepared, Request
@@ -58,7 +59,7 @@ def prepare(request: Request) -> Prepared:
     facts = {**facts_of(target, first), "how": how[1]}
     if how[1] != "eager":
         facts["compile_seconds"] = compile_seconds(first, fit.step_seconds)
-    return Prepared(fit.train, facts, report=lambda: _report(fit), close=batches.close)
+    return Prepared(fit.train, facts, report=lambda: _report(request, fit), close=batches.close)
 
 
 def _mode(request: Request, backend: str) -> tuple[dict[str, Any], str]:
@@ -107,5 +108,26 @@ def _enough(request: Request, found: int) -> None:
         raise ValueError(f"`devices`: {request.library} finds {found} devices here. Received: {request.devices}")
 
 
-def _report(fit: Fit) -> dict[str, Any]:
-    return {"loss": fit.loss, "trained": fit.trained, "peak_host_nbytes": host_peak_nbytes()}
+def _report(request: Request, fit: Fit) -> dict[str, Any]:
+    """What `Prepared.report` tells."""
+    told = {"loss": fit.loss, "trained": fit.trained, "peak_host_nbytes": host_peak_nbytes()}
+    return {**told, "verbs": _memory(request) if request.kind == "gpu" else []}
+
+
+def _memory(request: Request) -> list[dict[str, Any]]:
+    """Each GPU with its peak memory, as far as the backend tells. No backend times verbs."""
+    backend = keras.backend.backend()
+    library: Any = importlib.import_module(backend)
+    count = request.devices
+    if backend == "jax":
+        stats = [device.memory_stats() for device in library.local_devices()[:count]]  # None where it does not tell
+        peaks = [one and one.get("peak_bytes_in_use") for one in stats]
+    elif backend == "tensorflow":
+        peaks = [library.config.experimental.get_memory_info(f"GPU:{gpu}")["peak"] for gpu in range(count)]
+    else:
+        peaks = [library.cuda.max_memory_allocated(gpu) for gpu in range(count)]
+    rows = [len(part) for part in np.array_split(range(request.batch), count)]
+    return [
+        {"device": f"gpu:{gpu}", "rows": own, "seconds": {}, "nbytes": {}, "peak_nbytes": peak}
+        for gpu, (own, peak) in enumerate(zip(rows, peaks, strict=True))
+    ]
