@@ -128,7 +128,9 @@ class Process:
         """The reason why the process ended: the first line of its last exception, else the last line on stderr."""
         code = self._process.wait()
         self._errors.seek(0)
-        said = [line for line in self._errors.read().splitlines() if line.strip()]
+        # torch.distributed puts the rank before each line of an exception.
+        lines = (re.sub(r"^\[rank\d+\]: ?", "", line) for line in self._errors.read().splitlines())
+        said = [line for line in lines if line.strip()]
         traces = [place for place, line in enumerate(said) if line.startswith("Traceback (")]
         raised = [line for line in said[traces[-1] + 1 :] if not line.startswith(" ")] if traces else said[-1:]
         return f"ended with status {code}: {raised[0].strip()[:500] if raised else 'it said nothing'}"

@@ -233,6 +233,15 @@ def make_large():
     return Large(4, 3), lambda outputs: outputs.sum()
 
 
+def make_failing():
+    class Failing(WithLoss):
+        def forward(self, x, labels):
+            if torch.distributed.get_rank() == 1:
+                raise ValueError("only here")
+            return super().forward(x, labels)
+    return Failing(), lambda outputs: outputs["loss"]
+
+
 def make_batch(rows):
     draw = torch.Generator().manual_seed(rows)
     return (torch.randn(rows, 4, generator=draw), torch.arange(rows) % 3), ()
@@ -269,7 +278,8 @@ def test_a_loss_that_the_module_computes_itself(tmp_path):
 @pytest.mark.parametrize(
     ("function", "library", "said"),
     [
-        ("make_broken", "ddp", "RuntimeError: no weights for you"),
+        ("make_failing", "ddp", "RuntimeError: rank 1 of 2: ValueError: only here"),
+        ("make_broken", "torch", "RuntimeError: no weights for you"),
         ("make_large", "torch", r"OutOfMemoryError: .*900 GiB"),
     ],
 )

@@ -48,7 +48,9 @@ class ProcessGroup(Generic[MemberT]):
         self._folder = tempfile.TemporaryDirectory()
         join = (f"file://{self._folder.name}/store", size, backend, make)
         context = mp.get_context("spawn")
-        self._others = [context.Process(target=_follow, args=(rank, *join), daemon=True) for rank in range(1, size)]
+        self._failures = context.SimpleQueue()
+        arguments = ((rank, self._failures, *join) for rank in range(1, size))
+        self._others = [context.Process(target=_follow, args=one, daemon=True) for one in arguments]
         try:
             for other in self._others:
                 other.start()
@@ -61,11 +63,18 @@ class ProcessGroup(Generic[MemberT]):
         """Train so many steps in all processes, and wait for all of them.
 
         Raises:
-            RuntimeError: another process has ended.
+            RuntimeError: another process has failed; the message has its reason.
         """
-        _agreed(steps)
-        self.own.train(steps)
-        dist.barrier()
+        try:
+            _agreed(steps)
+            self.own.train(steps)
+            dist.barrier()
+        except RuntimeError as error:  # collectives raise it where another process is gone
+            for other in self._others:
+                other.join(1.0)
+            if self._failures.empty():
+                raise
+            raise RuntimeError(self._failures.get()) from error
 
     def close(self) -> None:
         """End all processes."""
@@ -84,6 +93,7 @@ class ProcessGroup(Generic[MemberT]):
                 other.join(JOIN_SECONDS)
         if dist.is_initialized():
             dist.destroy_process_group()
+        self._failures.close()
         self._folder.cleanup()
 
 
@@ -95,13 +105,17 @@ def _join(rank: int, store: str, size: int, backend: str, make: Callable[[int], 
     return make(rank)
 
 
-def _follow(rank: int, store: str, size: int, backend: str, make: Callable[[int], Member]) -> None:
+def _follow(rank: int, failures: Any, store: str, size: int, backend: str, make: Callable[[int], Member]) -> None:
     """Run a rank other than 0: train as many steps as rank 0 announces, until it announces 0."""
-    own = _join(rank, store, size, backend, make)
-    while steps := _agreed(0):
-        own.train(steps)
-        dist.barrier()
-    own.close()
+    try:
+        own = _join(rank, store, size, backend, make)
+        while steps := _agreed(0):
+            own.train(steps)
+            dist.barrier()
+        own.close()
+    except BaseException as error:
+        failures.put(f"rank {rank} of {size}: {type(error).__name__}: {error}")
+        raise
     dist.destroy_process_group()
 
 
