@@ -105,3 +105,10 @@ def test_every_peer_can_be_asked_for_every_case(peers):
         assert len(names) == 9
         assert case.title.endswith(f"batch {case.rows}")
     assert {fields["library"] for fields in peers.PEERS.values()} == set(LIBRARIES)
+
+
+def test_pages_of_recorded_results_are_those_that_their_json_gives(peers):
+    pages = sorted(peers.RESULTS.glob("peers*.md"))
+    assert len(pages) >= 4
+    for page in pages:
+        assert peers.markdown(json.loads(page.with_suffix(".json").read_text("utf-8"))) == page.read_text("utf-8")
