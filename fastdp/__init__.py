@@ -21,6 +21,7 @@ from fastdp import backend as backend
 from fastdp import data
 from fastdp._version import __version__
 from fastdp.api import wrap
+from fastdp.checkpoint.run import Checkpoint
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.step import StepResult
 from fastdp.errors import DeviceTimeoutError, ReplicaError
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from fastdp.tensors.marks import mean_over, rows, same
 
 __all__ = [
+    "Checkpoint",
     "DataParallel",
     "DeviceInfo",
     "DeviceTimeoutError",

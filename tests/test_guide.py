@@ -19,7 +19,9 @@ from fastdp.benchmark.result import save
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
-CODE = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+ALL_CODE = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+CHECKPOINTS = [code for code in ALL_CODE if "Checkpoint(" in code]
+CODE = [code for code in ALL_CODE if code not in CHECKPOINTS]
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +38,19 @@ def test_the_first_lines_train_and_save(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(names["parallel"].devices) == 4
     loaded = keras.models.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(loaded.predict(x, verbose=0), names["model"].predict(x, verbose=0))
+
+
+def test_the_lines_that_keep_checkpoints_go_on_where_they_have_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fastdp.set_virtual_devices(2)
+    for _ in range(2):
+        names: dict[str, Any] = {}
+        exec(CHECKPOINTS[0], names)
+        assert names["checkpoint"].position == (3, 0, 12)
+        weights = torch.load(tmp_path / "run" / "step-00000012" / "model.pt")
+        torch.testing.assert_close(weights, names["module"].state_dict(), rtol=0, atol=0)
 
 
 def test_the_lines_of_an_own_loop_train_as_on_one_device() -> None:

@@ -41,6 +41,7 @@ LATE_LOADERS: dict[str, str] = {
     "runtime/select.py": "the GPUs' device layer needs CuPy, which is there where GPUs are",
     "placement.py": "places are noted on Keras models only, so Keras is loaded when the first is",
     "api.py": "the model's own library decides which side is loaded",
+    "checkpoint/": "tensors are copied where torch is there, and runs of NumPy functions work without it",
     "benchmark/": "a model's own library decides which side is loaded, in the worker processes alone",
     "cli/": "a command loads when it is asked for, so that `devices` and `plan` work without Keras and torch",
 }

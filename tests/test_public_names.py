@@ -55,6 +55,7 @@ def python(code, home, **environment):
 
 def test_the_public_names_of_fastdp():
     assert fastdp.__all__ == [
+        "Checkpoint",
         "DataParallel",
         "DeviceInfo",
         "DeviceTimeoutError",

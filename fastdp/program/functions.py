@@ -89,6 +89,32 @@ class FunctionProgram(Program):
                 self._device.copy(old, new)
         self._changed = True
 
+    def state_dict(self) -> dict[str, Arrays]:
+        """Copies of the parameters and slots by name, in host memory: `{"parameters": ..., "slots": ...}`."""
+        slots = self._initial_slots if self._home_slots is None else _named(self._home_slots)
+        parts = {"parameters": self.parameters, "slots": slots}
+        return {part: {name: np.array(_on_host(one)) for name, one in values.items()} for part, values in parts.items()}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        """Overwrite parameters and slots by what `state_dict` has returned; all replicas follow at the next step.
+
+        Raises:
+            KeyError: it has other names than this program. Nothing has changed.
+            ValueError: a shape that cannot be broadcast to the own one.
+        """
+        own = self.state_dict()
+        for part, values in own.items():
+            if set(state[part]) != set(values):
+                raise KeyError(f"`state` has the {part} {sorted(state[part])}. Expected: {sorted(values)}")
+        for name, value in state["slots"].items():
+            old = own["slots"][name]
+            old[...] = value
+            if self._home_slots is None or self._device is None:
+                self._initial_slots[name] = old
+            else:
+                self._device.copy(_named(self._home_slots)[name], old)
+        self.set_parameters(state["parameters"])
+
     # Members of Program.
 
     def home(self, device: Allocator) -> Home:

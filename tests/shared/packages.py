@@ -40,6 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("replica.py",),
     ("capture/",),
     ("data/",),
+    ("checkpoint/",),
     ("program/__init__.py",),  # runs before any module of its folder: alone, so that it cannot pull torch in
     ("program/base.py",),
     ("program/functions.py",),

@@ -1,0 +1,122 @@
+"""Values in any nest of lists, tuples and dicts as JSON and arrays, without pickle: what a state is stored as."""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+STRUCTURE, ARRAYS = "state.json", "state.npz"
+
+
+class Tensors(Protocol):
+    """A library's tensors as arrays. `fastdp.tensors.checkpoints` is torch's."""
+
+    def pack(self, value: Any) -> tuple[str, list[np.ndarray]] | None:
+        """A tensor as its kind and copies of its arrays in host memory; None where the value is no tensor."""
+
+    def unpack(self, kind: str, arrays: Sequence[np.ndarray]) -> Any:
+        """The tensor, in host memory."""
+
+
+@dataclass
+class Packed:
+    """A value that shares no memory with what it was packed from: its structure for JSON, and its arrays."""
+
+    structure: Any
+    arrays: list[np.ndarray] = field(default_factory=list)
+
+    def write(self, folder: Path) -> None:
+        """Write the two files into a folder."""
+        (folder / STRUCTURE).write_text(json.dumps(self.structure), "utf-8")
+        np.savez(folder / ARRAYS, *self.arrays)
+
+
+def pack(value: Any, tensors: Tensors | None = None) -> Packed:
+    """Copy a value.
+
+    Raises:
+        TypeError: a part of it is neither plain data nor an array; the message names its place.
+    """
+    packed = Packed(None)
+    packed.structure = _pack(value, "", packed.arrays, tensors)
+    return packed
+
+
+def read(folder: Path, tensors: Tensors | None = None) -> Any:
+    """The value that `Packed.write` has written into a folder, in new memory.
+
+    Raises:
+        ValueError: the files are no such value, or hold tensors and there is no torch.
+    """
+    structure = json.loads((folder / STRUCTURE).read_text("utf-8"))
+    with np.load(folder / ARRAYS, allow_pickle=False) as file:
+        arrays = [file[f"arr_{i}"] for i in range(len(file.files))]
+    return _unpack(structure, arrays, tensors)
+
+
+_PLAIN = (bool, int, float, str)
+_DICTS = {"dict": dict, "ordered": collections.OrderedDict, "counter": collections.Counter}
+
+
+def _pack(value: Any, place: str, arrays: list[np.ndarray], tensors: Tensors | None) -> Any:
+    if value is None or type(value) in _PLAIN:
+        return value
+    if isinstance(value, (np.ndarray, np.generic)) and not value.dtype.hasobject:
+        arrays.append(np.array(value))
+        return {"array" if isinstance(value, np.ndarray) else "number": len(arrays) - 1}
+    if isinstance(value, bytes):
+        arrays.append(np.frombuffer(value, np.uint8).copy())
+        return {"bytes": len(arrays) - 1}
+    if isinstance(value, (list, tuple)):
+        parts = [_pack(part, f"{place}[{i}]", arrays, tensors) for i, part in enumerate(value)]
+        return {"list" if isinstance(value, list) else "tuple": parts}
+    if isinstance(value, dict):
+        kind = next((name for name, one in _DICTS.items() if type(value) is one), "dict")
+        pairs = [
+            [_pack(key, f"{place} key", arrays, tensors), _pack(part, f"{place}[{key!r}]", arrays, tensors)]
+            for key, part in value.items()
+        ]
+        return {kind: pairs}
+    packed = tensors.pack(value) if tensors is not None else None
+    if packed is not None:
+        first = len(arrays)
+        arrays.extend(packed[1])
+        return {"tensor": [packed[0], first, len(arrays)]}
+    if isinstance(value, _PLAIN):  # an enum's, say: its plain value
+        return next(kind(value) for kind in _PLAIN if isinstance(value, kind))
+    raise TypeError(
+        "A state must be plain data: numbers, strings, arrays and tensors in lists, tuples and dicts. "
+        f"Received an object of type {type(value).__name__} at state{place}. Leave it out of `state_dict`, or convert "
+        "it."
+    )
+
+
+def _unpack(structure: Any, arrays: Sequence[np.ndarray], tensors: Tensors | None) -> Any:
+    if not isinstance(structure, dict):
+        return structure
+    ((kind, content),) = structure.items()
+    if kind == "array":
+        return arrays[content]
+    if kind == "number":
+        return arrays[content][()]
+    if kind == "bytes":
+        return arrays[content].tobytes()
+    if kind in ("list", "tuple"):
+        parts = [_unpack(part, arrays, tensors) for part in content]
+        return parts if kind == "list" else tuple(parts)
+    if kind in _DICTS:
+        pairs = [(_unpack(key, arrays, tensors), _unpack(part, arrays, tensors)) for key, part in content]
+        return _DICTS[kind](dict(pairs))
+    if kind == "tensor":
+        if tensors is None:
+            raise ValueError("The checkpoint holds tensors of torch: import torch before it is restored.")
+        return tensors.unpack(content[0], arrays[content[1] : content[2]])
+    raise ValueError(
+        f"A state of a checkpoint has a part of unknown kind {kind!r}: a newer fastdp may have written it."
+    )

@@ -1,0 +1,244 @@
+"""`fastdp.Checkpoint`: exact checkpoints of loops that train torch modules or programs of NumPy functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from fastdp.checkpoint import nest
+from fastdp.checkpoint.generators import read_generators, torch_side, write_generators
+from fastdp.checkpoint.order import EpochData
+from fastdp.checkpoint.store import KEEP, Store
+from fastdp.warn import warn_user
+
+MODEL = "model.pt"
+MINUTES = 10.0
+T = TypeVar("T")
+
+
+class Position(NamedTuple):
+    """Where a run goes on: the epoch (from 0), the batches of it that are done, and the steps that were made so far."""
+
+    epoch: int
+    batch: int
+    step: int
+
+
+class Checkpoint:
+    """Saves a run again and again, and lets the same script go on where it was killed, bit for bit.
+
+    Args:
+        folder: for this run's checkpoints; made where it is missing. Each is a folder in it, `step-00001234/`.
+        model: a torch module, what `fastdp.wrap` has made of it, or a `FunctionProgram`.
+        every_steps: save every so many steps.
+        every_minutes: save every so many minutes. Without both: every 10 minutes.
+        keep: how many of the newest to keep; None: all.
+        step: the train step (`model.train_step(...)`), with its optimizers, scaler, counters and waiting gradients.
+        optimizer: in a loop of your own: the optimizer, or a list of them.
+        scheduler: learning-rate scheduler, or a list of them.
+        scaler: in a loop of your own: the GradScaler.
+        extra: further objects by name, each with `state_dict` and `load_state_dict`, such as a StatefulDataLoader.
+
+    The states of the generators of Python, NumPy and torch are saved too. A snapshot is copied in the loop; a thread
+    writes it while training goes on, at most one at a time. A checkpoint is whole or not there, and one whose files
+    have changed is left out, with a warning. `model.pt` is what `torch.save(module.state_dict())` writes, and loads in
+    plain torch. Nothing depends on the number of devices, but the bits of a sum: with the same number the run ends with
+    the weights of one that was never killed, if captured steps do not change their form by the clock (`compile=None` or
+    `deterministic=True`).
+
+    Raises:
+        ValueError, TypeError: an argument is of no use.
+        RuntimeError: another process writes into the folder.
+        OSError: the folder cannot be made or written to. If a checkpoint cannot be written later (the disk is full),
+            the next one, or the end of `with`, raises it; caught, the loop can go on, and the next one tries anew.
+
+    Example:
+        >>> with fastdp.Checkpoint("run", model=model, step=step, every_minutes=10) as checkpoint:  # doctest: +SKIP
+        ...     checkpoint.restore()
+        ...     for epoch in checkpoint.epochs(90):
+        ...         for x, y in checkpoint.batches(loader):
+        ...             step(x, y)
+        ...             checkpoint.step()
+    """
+
+    def __init__(
+        self,
+        folder: Any,
+        *,
+        model: Any,
+        every_steps: int | None = None,
+        every_minutes: float | None = None,
+        keep: int | None = KEEP,
+        step: Any = None,
+        optimizer: Any = None,
+        scheduler: Any = None,
+        scaler: Any = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._model = _stateful("model", model)
+        named = {"step": step, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+        self._parts = {name: _list_of(name, part) for name, part in named.items() if part is not None}
+        for name, part in (extra or {}).items():
+            self._parts[f"extra {name}"] = [_stateful(f"extra[{name!r}]", part)]
+        if every_steps is None and every_minutes is None:
+            every_minutes = MINUTES
+        self._store = Store(folder, every_steps, every_minutes, keep)
+        self._position = Position(0, 0, 0)
+        self._data: EpochData[Any] | None = None
+        self._resumed: Mapping[str, Any] = {"data": None, "generators": None}
+        self._saved: Position | None = None
+
+    @property
+    def position(self) -> Position:
+        """Where the run is: epoch, batches done in it, steps so far."""
+        return self._position
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Save the end of the run, and close. After an error nothing is saved: the state may be of half a step."""
+        if kind is None:
+            try:
+                if self._position != self._saved:
+                    self.save()
+            finally:
+                self.close()
+            return
+        try:
+            self.close()
+        except OSError as error:
+            warn_user(str(error))
+
+    def close(self) -> None:
+        """Wait until everything is written, and let others have the folder. May be called again.
+
+        Raises:
+            OSError: a checkpoint could not be written.
+        """
+        self._store.close()
+
+    # The loop.
+
+    def restore(self) -> Position | None:
+        """Load the newest whole checkpoint, if there is one. Call it before the first step.
+
+        Returns:
+            The position where the run goes on; None if there is no checkpoint.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: it is of another model or other parts than this one.
+        """
+        found = self._store.newest()
+        if found is None:
+            return None
+        library = torch_side()
+        state = nest.read(found[1], library)
+        weights = library.read_state(found[1] / MODEL) if (found[1] / MODEL).exists() else {}
+        _check_parts(found[1], state["parts"], self._parts)
+        self._model.load_state_dict({**weights, **state["model"]})
+        for name, parts in self._parts.items():
+            for part, saved in zip(parts, state["parts"][name], strict=True):
+                part.load_state_dict(saved)
+        write_generators(state["generators"])
+        self._position = self._saved = Position(*state["position"])
+        self._resumed = state
+        return self._position
+
+    def epochs(self, count: int) -> Iterator[int]:
+        """The numbers of the epochs from where the run is, up to `count` in all."""
+        while self._position.epoch < count:
+            epoch = self._position.epoch
+            yield epoch
+            if self._position.epoch == epoch:
+                self._position = Position(epoch + 1, 0, self._position.step)
+                self._data = None
+
+    def batches(self, data: Iterable[T]) -> Iterator[T]:
+        """The batches of one epoch, after a restart without those that are done.
+
+        Args:
+            data: a DataLoader, or anything that can be iterated anew and whose order is that of torch's, NumPy's or
+                Python's generators, or of the loader's own.
+
+        Raises:
+            TypeError: an iterator.
+            ValueError: there are fewer batches than are done.
+        """
+        resumed, self._resumed = self._resumed, {"data": None, "generators": None}
+        self._data = EpochData(data, resumed["data"], resumed["generators"])
+        yield from self._data
+
+    def step(self, *, epoch: int | None = None, batch: int | None = None) -> None:
+        """Say that a step is over, and save if it is time.
+
+        Args:
+            epoch, batch: the numbers, from 0, of the epoch and of the batch in it that the step has trained on. Not
+                needed inside `epochs` and `batches`, which count.
+
+        Raises:
+            OSError: the checkpoint before could not be written; its path is in the message.
+            ValueError: the folder has checkpoints of another run.
+            TypeError: a part's state is no plain data.
+        """
+        before = self._position
+        counted = self._data.taken if self._data is not None else before.batch + 1
+        done = counted if batch is None else batch + 1
+        self._position = Position(before.epoch if epoch is None else epoch, done, before.step + 1)
+        if self._store.due(self._position.step):
+            self.save()
+
+    def save(self) -> None:
+        """Save now: copy everything, and let a thread write it.
+
+        Raises:
+            OSError, ValueError, TypeError: as `step`.
+        """
+        library = torch_side()
+        model = self._model.state_dict()
+        weights, rest = library.split_state(model) if library is not None else ({}, model)
+        packed = nest.pack(
+            {
+                "position": tuple(self._position),
+                "model": rest,
+                "parts": {name: [part.state_dict() for part in parts] for name, parts in self._parts.items()},
+                "generators": read_generators(),
+                "data": self._data.state_dict() if self._data is not None else None,
+            },
+            library,
+        )
+
+        def fill(folder: Path) -> None:
+            packed.write(folder)
+            if weights:
+                library.write_state(weights, folder / MODEL)
+
+        self._store.save(self._position.step, fill)
+        self._saved = self._position
+
+
+def _stateful(name: str, part: Any) -> Any:
+    """Check that an argument has a state."""
+    if not (hasattr(part, "state_dict") and hasattr(part, "load_state_dict")):
+        raise TypeError(
+            f"`{name}` must have `state_dict` and `load_state_dict`, as torch's objects have. Received an object of "
+            f"type {type(part).__name__}."
+        )
+    return part
+
+
+def _list_of(name: str, part: Any) -> list[Any]:
+    """One part, or several."""
+    parts = list(part) if isinstance(part, (list, tuple)) else [part]
+    return [_stateful(name, one) for one in parts]
+
+
+def _check_parts(place: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Check that a checkpoint has the parts of this run, before anything changes."""
+    theirs, ours = ({name: len(parts) for name, parts in one.items()} for one in (saved, own))
+    if theirs != ours:
+        raise ValueError(
+            f"The checkpoint {place} has the parts {theirs or 'none'} (names and numbers), and this run has "
+            f"{ours or 'none'}. Give `fastdp.Checkpoint` the same parts as before."
+        )
