@@ -1,4 +1,4 @@
-"""One checkpoint is one folder of plain files with checksums: written whole or not at all, checked before it is read.
+"""One checkpoint is one folder of plain files with checksums: written whole, and checked before it is read.
 
 A checkpoint `step-00001234/` has its files and a `manifest.json` with the size and the SHA-256 of each, and of itself.
 It is written under another name beside its place, brought to the disk, and renamed: at no moment does a part of one
