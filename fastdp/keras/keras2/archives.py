@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import os
 import pathlib
-import shutil
 import tarfile
 import tempfile
 import zipfile
 from collections.abc import Sequence
 
+from fastdp.keras.keras2.archive_limits import Budget, DamagedArchiveError, damage_named, is_tar, opened_tar
+
 ARCHIVE_FORMATS = ("tar", "zip")
 
 
 def extract_archive(
-    path: str, folder: str, formats: Sequence[str] = ARCHIVE_FORMATS, *, top_folder: str | None = None
+    path: str,
+    folder: str,
+    formats: Sequence[str] = ARCHIVE_FORMATS,
+    *,
+    top_folder: str | None = None,
+    max_nbytes: int | None = None,
 ) -> None:
     """Unpack `path` into the existing `folder`, over files of the same name.
 
@@ -23,29 +29,42 @@ def extract_archive(
     executable bit. With `top_folder`, an archive whose content is not a single folder of that name is
     unpacked into such a folder.
 
+    `max_nbytes` limits what is unpacked, where each member counts at least 4 KiB. None means 200 times the size of
+    the archive, but at least 1 GiB.
+
     Raises:
-        ValueError: the archive has none of the `formats`, or a member would leave the folder.
+        DamagedArchiveError: the archive is cut or damaged. It is a ValueError.
+        ValueError: the archive has none of the `formats`, is too large, or a member would leave the folder.
+        OSError: there is no space for it.
 
     Example:
         >>> extract_archive("flowers.tar.gz", "datasets")
     """
-    is_tar = "tar" in formats and tarfile.is_tarfile(path)
-    if not is_tar and not ("zip" in formats and zipfile.is_zipfile(path)):
-        raise ValueError(
-            f"archive_format must fit the file, expected {' or '.join(formats)}, got {path!r} of another "
-            "format: check what was downloaded, or pass extract=False"
-        )
+    kind = _kind(path, formats)
+    budget = Budget(path, folder, max_nbytes)
     with tempfile.TemporaryDirectory(prefix=".extract-", dir=folder) as temporary:
         content = tempfile.mkdtemp(dir=temporary)  # a name that no link in the archive can guess
-        if is_tar:
-            _extract_tar(path, content)
-        else:
-            _extract_zip(path, content)
+        with damage_named(path):
+            _extract_tar(path, content, budget) if kind == "tar" else _extract_zip(path, content, budget)
         if top_folder is not None and os.listdir(content) != [top_folder]:
             wrapped = tempfile.mkdtemp(dir=temporary)
             os.rename(content, os.path.join(wrapped, top_folder))
             content = wrapped
         _merge(content, folder)
+
+
+def _kind(path: str, formats: Sequence[str]) -> str:
+    """Which of the formats an archive has: by its content, since it may be named anything."""
+    if "tar" in formats and is_tar(path):
+        return "tar"
+    with open(path, "rb") as file:
+        cut_zip = file.read(4) == b"PK\3\4"  # the rest of a zip makes it one for the library
+    if "zip" in formats and (cut_zip or zipfile.is_zipfile(path)):
+        return "zip"
+    raise ValueError(
+        f"archive_format must fit the file, expected {' or '.join(formats)}, got {path!r} of another "
+        "format: check what was downloaded, or pass extract=False"
+    )
 
 
 def _inside(root: str, name: str, archive: str) -> str:
@@ -63,43 +82,49 @@ def _leaves_folder(archive: str, name: str) -> ValueError:
     )
 
 
-def _extract_zip(path: str, root: str) -> None:
+def _extract_zip(path: str, root: str, budget: Budget) -> None:
     """Write a zip's folders and files. Links become files that contain their target."""
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             target = _inside(root, member.filename, path)
+            budget.begin(member.filename)
             if member.is_dir():
                 os.makedirs(target, exist_ok=True)
                 continue
             os.makedirs(os.path.dirname(target), exist_ok=True)
-            with archive.open(member) as source, open(target, "wb") as file:
-                shutil.copyfileobj(source, file)
+            with archive.open(member) as source:
+                budget.copy(source, target, member.file_size)
             _keep_executable(target, member.external_attr >> 16)
 
 
-def _extract_tar(path: str, root: str) -> None:
+def _extract_tar(path: str, root: str, budget: Budget) -> None:
     """Write a tar's folders and files, then its links, so that nothing is written through a link."""
     links: list[tarfile.TarInfo] = []
-    with tarfile.open(path) as archive:
+    place = -1
+    with opened_tar(path) as archive:
         for member in archive:
+            if member.offset <= place or member.size < 0:  # Python before 2025 would read it for ever
+                raise DamagedArchiveError(f"{path!r} is damaged: its member {member.name!r} leads back")
+            place = member.offset
             target = _inside(root, member.name, path)
+            budget.begin(member.name)
             if member.isdir():
                 os.makedirs(target, exist_ok=True)
             elif member.isreg():
                 os.makedirs(os.path.dirname(target), exist_ok=True)
                 source = archive.extractfile(member)
                 assert source is not None  # a regular member has content
-                with source, open(target, "wb") as file:
-                    shutil.copyfileobj(source, file)
+                with source:
+                    budget.copy(source, target, member.size)
                 _keep_executable(target, member.mode)
             elif member.issym() or member.islnk():
                 links.append(member)
             else:
                 raise _leaves_folder(path, member.name)
-    _make_links(links, root, path)
+    _make_links(links, root, path, budget)
 
 
-def _make_links(links: list[tarfile.TarInfo], root: str, archive: str) -> None:
+def _make_links(links: list[tarfile.TarInfo], root: str, archive: str, budget: Budget) -> None:
     """Make a tar's links: copy the file for a hard link, and allow symbolic links that stay inside the folder."""
     for member in links:
         if member.islnk():
@@ -107,7 +132,8 @@ def _make_links(links: list[tarfile.TarInfo], root: str, archive: str) -> None:
             if not os.path.isfile(source):
                 raise _leaves_folder(archive, member.name)
             os.makedirs(os.path.dirname(target), exist_ok=True)
-            shutil.copyfile(source, target)
+            with open(source, "rb") as file:
+                budget.copy(file, target, os.path.getsize(source))
     symbolic = {_inside(root, member.name, archive): member for member in links if member.issym()}
     for target in symbolic:
         os.makedirs(os.path.dirname(target), exist_ok=True)

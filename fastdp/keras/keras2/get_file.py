@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import pathlib
 import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import keras
 
+from fastdp.keras.keras2.archive_limits import DamagedArchiveError
 from fastdp.keras.keras2.archives import ARCHIVE_FORMATS, extract_archive
 from fastdp.warn import warn_user
 
@@ -32,6 +34,8 @@ def get_file(
     extract: bool = False,
     archive_format: str | Sequence[str] | None = "auto",
     cache_dir: str | os.PathLike[str] | None = None,
+    *,
+    max_extracted_nbytes: int | None = None,
 ) -> str:
     """Download a file unless it is in the cache, and return its path.
 
@@ -50,13 +54,15 @@ def get_file(
         extract: unpack the archive into its folder on each call, and return the path of the archive.
         archive_format: "tar", "zip", "auto" for both, a list of these, or None to unpack nothing.
         cache_dir: None means `$KERAS_HOME`, else `~/.keras`.
+        max_extracted_nbytes: what an archive may unpack to. None means 200 times its size, but at least 1 GiB.
 
     The file appears under its name only when it is complete and its hash is right, so several processes may
-    fetch it at the same time. No archive member is written outside its folder.
+    fetch it at the same time. No archive member is written outside its folder. Without a hash, a cached archive that
+    turns out to be cut or damaged is fetched once more, and is not kept if that one is damaged too.
 
     Raises:
         ValueError: the hash is wrong (nothing is kept), the hash or the name is invalid, or the archive has
-            another format or holds a path or link that leaves its folder.
+            another format, is damaged or too large, or holds a path or link that leaves its folder.
         OSError: the origin cannot be fetched, or the folder cannot be written.
 
     Example:
@@ -64,6 +70,8 @@ def get_file(
     """
     if md5_hash is not None and file_hash is None:
         file_hash, hash_algorithm = md5_hash, "md5"
+    if max_extracted_nbytes is not None and max_extracted_nbytes < 0:
+        raise ValueError(f"max_extracted_nbytes must be 0 or more bytes, or None, got {max_extracted_nbytes!r}")
     algorithm = None if file_hash is None else _check_hash_arguments(file_hash, hash_algorithm)
     formats = ["tar"] if untar else _check_formats(archive_format)
     folder = _cache_folder(cache_dir, cache_subdir)
@@ -73,12 +81,36 @@ def get_file(
     known = os.path.exists(archive) and (algorithm is None or hash_file(archive, algorithm) == _plain(file_hash))
     if not known:
         _fetch(origin, archive, algorithm, _plain(file_hash))
-    if untar:
-        if not (known and os.path.exists(path)):
-            extract_archive(archive, os.path.dirname(path), formats, top_folder=os.path.basename(path))
-    elif extract and formats:
-        extract_archive(archive, os.path.dirname(path), formats)
+
+    def unpack() -> None:
+        if untar:
+            top = os.path.basename(path)
+            extract_archive(archive, os.path.dirname(path), formats, top_folder=top, max_nbytes=max_extracted_nbytes)
+        elif extract and formats:
+            extract_archive(archive, os.path.dirname(path), formats, max_nbytes=max_extracted_nbytes)
+
+    if untar and known and os.path.exists(path):
+        return path
+    try:
+        unpack()
+    except DamagedArchiveError:
+        if algorithm is not None:  # it is what the hash says
+            raise
+        if not known:
+            os.remove(archive)
+            raise
+        _fetch(origin, archive, None, "")
+        _unpack_or_remove(unpack, archive)
     return path
+
+
+def _unpack_or_remove(unpack: Callable[[], None], archive: str) -> None:
+    """Unpack an archive that was fetched just now; one that is damaged is not kept."""
+    try:
+        unpack()
+    except DamagedArchiveError:
+        os.remove(archive)
+        raise
 
 
 def hash_file(path: str | os.PathLike[str], algorithm: str = "sha256") -> str:
@@ -181,14 +213,14 @@ def _download(origin: str, path: str) -> None:
             urllib.request.urlopen(origin, timeout=NETWORK_TIMEOUT_SECONDS) as response,
             open(path, "xb") as file,
         ):
-            length = response.headers.get("Content-Length")
-            total = int(length) if length else None
+            length = response.headers.get("Content-Length") or ""
+            total = int(length) if length.isascii() and length.isdecimal() and len(length) < 20 else None
             bar, done = keras.utils.Progbar(total), 0
             while chunk := response.read(CHUNK_NBYTES):
                 file.write(chunk)
                 done += len(chunk)
                 bar.update(done)
-    except urllib.error.URLError as error:
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
         raise OSError(f"origin must be a URL that can be fetched, got {origin!r}: {error}; check it") from error
     if total is not None and done != total:
         raise OSError(f"origin {origin!r} broke off: expected {total} bytes, got {done}; try again")

@@ -1,5 +1,6 @@
 """get_file with file:// origins: the cache, the hash, and archives that mean harm."""
 
+import gzip
 import hashlib
 import io
 import os
@@ -8,9 +9,11 @@ import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from fastdp.keras.keras2 import archive_limits
 from fastdp.keras.keras2.get_file import get_file, hash_file
 
 CONTENT = b"eight rows of data"
@@ -299,6 +302,137 @@ def test_a_zip_that_leaves_its_folder_is_refused_whole(tmp_path, cache, name):
         get_file("a.zip", origin, cache_dir=cache, extract=True)
     assert everything_under(cache) == ["datasets", "datasets/a.zip"]
     assert not os.path.exists("/tmp/fastdp-evil.txt")
+
+
+def cut(path, keep):
+    """The first part of a file."""
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+
+
+NOISE = os.urandom(20_000)
+ARCHIVES = {
+    "zip": lambda path: zip_of(path, ("a/rose.bin", NOISE), ("tulip.bin", NOISE)),
+    "tar": lambda path: tar_of(path, ("a/rose.bin", NOISE), ("tulip.bin", NOISE), mode="w"),
+    "tgz": lambda path: tar_of(path, ("a/rose.bin", NOISE), ("tulip.bin", NOISE)),
+    "tar.bz2": lambda path: tar_of(path, ("a/rose.bin", NOISE), ("tulip.bin", NOISE), mode="w:bz2"),
+    "tar.xz": lambda path: tar_of(path, ("a/rose.bin", NOISE), ("tulip.bin", NOISE), mode="w:xz"),
+}
+
+
+@pytest.mark.parametrize("kind", ARCHIVES)
+@pytest.mark.parametrize("keep", [0.3, 0.7])
+def test_an_archive_that_is_cut_is_not_kept_and_a_cut_one_in_the_cache_is_fetched_anew(tmp_path, cache, kind, keep):
+    source = tmp_path / f"a.{kind}"
+    origin = ARCHIVES[kind](source)
+    whole = source.read_bytes()
+    cut(source, keep)
+    with pytest.raises(ValueError, match=r"(cut|damaged).*") as error:
+        get_file("archive", origin, cache_dir=cache, extract=True)
+    assert str(cache / "datasets" / "archive") in str(error.value)
+    assert everything_under(cache) == ["datasets"]
+    get_file("archive", origin, cache_dir=cache)  # the cut one is in the cache
+    source.write_bytes(whole)
+    get_file("archive", origin, cache_dir=cache, extract=True)
+    assert (cache / "datasets/tulip.bin").read_bytes() == NOISE
+    assert (cache / "datasets/archive").read_bytes() == whole
+
+
+def test_an_archive_whose_hash_is_right_is_kept_even_if_it_is_damaged(tmp_path, cache):
+    source = tmp_path / "a.tgz"
+    origin = ARCHIVES["tgz"](source)
+    cut(source, 0.5)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="cut or damaged"):
+            get_file("a.tgz", origin, cache_dir=cache, extract=True, file_hash=hash_file(source))
+    assert everything_under(cache) == ["datasets", "datasets/a.tgz"]
+
+
+def test_a_compressed_file_that_is_no_tar_is_of_another_format_and_stays(tmp_path, cache):
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"1,2,3" * 1000))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="archive_format must fit the file"):
+            get_file("a.csv.gz", (tmp_path / "a.csv.gz").as_uri(), cache_dir=cache, extract=True)
+    assert everything_under(cache) == ["datasets", "datasets/a.csv.gz"]
+
+
+@pytest.mark.parametrize("kind", ["zip", "tgz"])
+def test_an_archive_unpacks_to_as_much_as_allowed_and_to_nothing_if_it_is_more(tmp_path, cache, kind, monkeypatch):
+    zeros = bytes(3 << 20)
+    make = {"zip": lambda path: zip_of(path, ("zeros", zeros)), "tgz": lambda path: tar_of(path, ("zeros", zeros))}[
+        kind
+    ]
+    origin = make(tmp_path / "a")
+    if kind == "zip":
+        with zipfile.ZipFile(tmp_path / "a", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("zeros", zeros)
+    with pytest.raises(ValueError, match=r"at most 3,000,000 bytes, got 3,149,824 with 'zeros'.*max_extracted_nbytes"):
+        get_file("a", origin, cache_dir=cache, extract=True, max_extracted_nbytes=3_000_000)
+    assert everything_under(cache) == ["datasets", "datasets/a"]
+    monkeypatch.setattr(archive_limits, "FREE_NBYTES", 0)
+    with pytest.raises(ValueError, match="must unpack to at most"):
+        get_file("a", origin, cache_dir=cache, extract=True)
+    get_file("a", origin, cache_dir=cache, extract=True, max_extracted_nbytes=4 << 20)
+    assert (cache / "datasets/zeros").stat().st_size == 3 << 20
+    with pytest.raises(ValueError, match="max_extracted_nbytes must be 0 or more"):
+        get_file("a", origin, cache_dir=cache, extract=True, max_extracted_nbytes=-1)
+
+
+def test_many_empty_members_count_too(tmp_path, cache):
+    origin = tar_of(tmp_path / "a.tgz", *[(f"f{number}", b"") for number in range(300)])
+    with pytest.raises(ValueError, match=r"at most 1,048,576 bytes"):
+        get_file("a.tgz", origin, cache_dir=cache, extract=True, max_extracted_nbytes=1 << 20)
+
+
+def test_a_disk_without_space_is_an_os_error_before_it_is_full(tmp_path, cache, monkeypatch):
+    origin = tar_of(tmp_path / "a.tgz", ("zeros", bytes(1 << 20)))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1 << 19))
+    with pytest.raises(OSError, match=r"no space for .* bytes"):
+        get_file("a.tgz", origin, cache_dir=cache, extract=True)
+    assert everything_under(cache) == ["datasets", "datasets/a.tgz"]
+
+
+def test_a_header_that_declares_more_than_there_can_be_is_not_read_into_memory(tmp_path, cache):
+    """Zeros compress a thousandfold: tarfile would read the text of this header at once."""
+    head = tarfile.TarInfo("pax")
+    head.type, head.size = tarfile.XHDTYPE, 1 << 40
+    with gzip.open(tmp_path / "a.tgz", "wb") as file:
+        file.write(head.tobuf(tarfile.GNU_FORMAT) + bytes(1 << 20))
+    with pytest.raises(ValueError, match=r"declares a header of 1,099,511,627,776 bytes"):
+        get_file("a.tgz", (tmp_path / "a.tgz").as_uri(), cache_dir=cache, extract=True)
+    assert everything_under(cache) == ["datasets"]
+
+
+def test_a_tar_whose_sizes_lead_back_ends(tmp_path, cache):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        for name in ("a", "b"):
+            member = tarfile.TarInfo(name)
+            member.pax_headers = {"size": "-2048"}
+            archive.addfile(member)
+    with pytest.raises(ValueError, match=r"a\.tar.*(cut|damaged)"):
+        get_file("a.tar", (tmp_path / "a.tar").as_uri(), cache_dir=cache, extract=True)
+
+
+def test_a_download_in_chunks_that_breaks_off_is_an_os_error_and_nothing_is_kept(cache):
+    class Short(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"ff\r\nten bytes.")
+            self.close_connection = True
+
+        def log_message(self, *arguments):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Short) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        with pytest.raises(OSError, match=r"origin must be a URL that can be fetched, got .*IncompleteRead"):
+            get_file("x.bin", f"http://127.0.0.1:{server.server_port}/x.bin", cache_dir=cache)
+        thread.join()
+    assert everything_under(cache) == ["datasets"]
 
 
 def test_hash_file_gives_what_the_command_line_programs_give(origin):
