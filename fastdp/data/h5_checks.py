@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import mmap
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -19,30 +20,34 @@ import numpy as np
 # declares, or one that was packed again and again to fill memory.
 MOST_COMPRESSION = 1100
 FREE_NBYTES = 1 << 20  # an array this small is read without asking: fill values are not stored
-# What h5py and Keras raise where a file is damaged, besides OSError, ValueError and TypeError.
+_HEAP = b"GCOL\1\0\0\0"
+# What h5py and Keras raise where a file is damaged, besides OSError, TypeError and ValueError.
 _DAMAGED = (AttributeError, EOFError, IndexError, KeyError, MemoryError, OverflowError, RuntimeError, AssertionError)
 
 
 @contextlib.contextmanager
-def damage_named(path: str, argument: str) -> Iterator[None]:
+def damage_named(path: str, argument: str, *, type_errors: bool = False) -> Iterator[None]:
     """Turn what libraries raise about a damaged file into errors that name the file.
 
-    OSError, TypeError and ValueError stay what they are, and get the file's name if they lack it. All else that comes
-    from damage becomes a ValueError. Errors that name the file pass as they are.
+    OSError and ValueError stay what they are, and get the file's name if they lack it; with `type_errors` also
+    TypeError, by which Keras tells of classes that it does not know. All else that comes from damage becomes a
+    ValueError. Errors that name the file pass as they are.
     """
     try:
         yield
-    except _DAMAGED as error:
+    except (*_DAMAGED, TypeError) as error:
         if path in str(error):
             raise
+        if type_errors and isinstance(error, TypeError):
+            raise TypeError(f"{argument} {path!r} cannot be read: {error}") from error
         said = f"{type(error).__name__}: {str(error)[:300]}"
         raise ValueError(
             f"{argument} must be a whole HDF5 file, got {path!r}, which is damaged ({said}): take another copy of it"
         ) from error
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         if path in str(error) or (isinstance(error, OSError) and error.filename is not None):
             raise
-        kind = next(kind for kind in (OSError, TypeError, ValueError) if isinstance(error, kind))
+        kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"{argument} {path!r} cannot be read: {error}") from error
 
 
@@ -76,6 +81,7 @@ def check_tree(group: h5py.Group, path: str, argument: str) -> int:
     Raises:
         ValueError: it is not so.
     """
+    check_texts(path, argument)
     size, total, seen, waiting = os.path.getsize(path), 0, set(), [group]
     while waiting:
         here = waiting.pop()
@@ -103,11 +109,38 @@ def check_tree(group: h5py.Group, path: str, argument: str) -> int:
     return total
 
 
+def check_texts(path: str, argument: str) -> None:
+    """Make sure that texts of variable length can be read: HDF5 loops for ever where one of their heaps does.
+
+    Looks for heaps in the whole file. Source of the format: the HDF5 file format specification, III.E, "Global Heap".
+
+    Raises:
+        ValueError: an object of a heap leads back or out of it, or the file has no 8-byte sizes, as all of h5py's have.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        sizes = content[13:15] if content[8:9] < b"\2" else content[9:11]
+        steps = -1 if content[:8] != b"\x89HDF\r\n\x1a\n" or sizes != b"\x08\x08" else size // 4
+        start = content.find(_HEAP)
+        while start >= 0 and steps >= 0:
+            place, end = start + 16, start + int.from_bytes(content[start + 8 : start + 16], "little")
+            while place + 16 <= min(end, size) and steps >= 0:
+                number, nbytes = content[place : place + 2], int.from_bytes(content[place + 8 : place + 16], "little")
+                length = 16 + (nbytes + 7) // 8 * 8 if number != b"\0\0" else nbytes
+                steps = steps - 1 if 0 < length <= end - place else -1
+                place += length
+            start = content.find(_HEAP, start + 1)
+    if steps < 0:
+        raise ValueError(
+            f"{argument} must be a whole HDF5 file, got {path!r} with texts that cannot be read: the file is damaged"
+        )
+
+
 def _checked_nbytes(data: h5py.Dataset, path: str, argument: str) -> int:
     """The declared size of a data set of numbers that lies in the file."""
     if data.external or data.is_virtual:
         raise _refused(path, argument, f"{data.name!r}, whose data lies in other files")
-    if data.dtype.kind not in "biufV" or data.dtype.names:  # V: bfloat16
+    if data.dtype.kind not in "biuf":
         raise _refused(path, argument, f"{data.name!r} of dtype {data.dtype}, which are no numbers")
     nbytes = declared_nbytes(data.shape, data.dtype)
     check_stored(data, nbytes, path, argument)

@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdp.data.h5_checks import check_stored, damage_named, declared_nbytes
+from fastdp.data.h5_checks import check_stored, check_texts, damage_named, declared_nbytes
 from fastdp.data.selection import parse_rows, read_rows, split_key
 
 Normalizer = Callable[[Any], Any]
@@ -89,6 +89,8 @@ class HDF5Matrix:
         with damage_named(self.datapath, "datapath"):
             self._file: h5py.File | None = _open_file(self.datapath)
             self._data: h5py.Dataset | None = _open_dataset(self._file, dataset, follow_external)
+            if self._data.dtype.hasobject and not follow_external:
+                check_texts(self.datapath, "datapath")
         self.start, self.end = _check_bounds(start, end, self._data.shape[0])
         first = self._read(range(self.start, min(self.start + 1, self._data.shape[0])))
         if normalizer is not None and len(first):

@@ -67,16 +67,16 @@ def load_model(
         raise FileNotFoundError(f"`filepath` must be an existing file. Received: {path!r}: check the path")
     with damage_named(path, "`filepath`"):
         settings, slots, nbytes = _read(path)
-    with damage_named(path, "`filepath`"), SizesBounded(path, nbytes):
+    with damage_named(path, "`filepath`", type_errors=True), SizesBounded(path, nbytes):
         model = keras.models.load_model(path, custom_objects=objects, compile=False, safe_mode=safe_mode)
     if not compile:
         return model
     if settings is None:
         warn_user(f"{path!r} has no compile settings: compile the model.")
     else:
-        with damage_named(path, "`filepath`"):
+        with damage_named(path, "`filepath`", type_errors=True):
             _compile(model, settings, objects)
-        _restore(model, slots, path)
+            _restore(model, slots, path)
     return model
 
 

@@ -42,8 +42,17 @@ _BROKEN = (
     AttributeError,
     TypeError,
 )
-# What the file system says to names that are too long, or are those of a file and of a folder.
-_BAD_NAMES = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.EILSEQ}
+# What the file system says to names that are too long or empty, or are those of a file and of a folder.
+_BAD_NAMES = {
+    errno.ENOENT,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.EINVAL,
+    errno.ELOOP,
+    errno.EILSEQ,
+}
 
 
 class DamagedArchiveError(ValueError):

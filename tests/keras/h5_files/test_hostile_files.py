@@ -104,7 +104,11 @@ def texts(group: h5py.Group, name: str, folder: Path) -> None:
     group.create_dataset(name, data=["text"] * 3)
 
 
-FAULTS = [external_link, soft_link, external_storage, virtual, not_stored, overflowing, packed, pairs, texts]
+def opaque(group: h5py.Group, name: str, folder: Path) -> None:
+    group.create_dataset(name, (3, 4), "V4")
+
+
+FAULTS = [external_link, soft_link, external_storage, virtual, not_stored, overflowing, packed, pairs, texts, opaque]
 ARGUMENT = r"must (hold its data itself|store what it declares)"
 
 
@@ -272,6 +276,28 @@ def test_a_huge_row_or_chunk_that_is_not_stored_is_not_allocated(tmp_path: Path)
         assert np.asarray(real).nbytes == 4_000_000
 
 
+def heap_of(content: bytes) -> int:
+    """Where the texts of variable length lie in a file."""
+    return content.index(b"GCOL\1\0\0\0")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("nbytes", [0, (1 << 64) - 16, 1 << 40])
+def test_texts_whose_sizes_lead_back_do_not_hang_any_reader(path: Path, nbytes: int, tmp_path: Path) -> None:
+    """HDF5 2.0 reads such a heap for ever, and no signal ends it."""
+    with h5py.File(path, "a") as file:
+        file["texts"] = ["a", "b"]
+    content = bytearray(path.read_bytes())
+    place = heap_of(content) + 16
+    while content[place : place + 2] != b"\0\0":
+        place += 16 + (int.from_bytes(content[place + 8 : place + 16], "little") + 7) // 8 * 8
+    content[place + 8 : place + 16] = nbytes.to_bytes(8, "little")
+    path.write_bytes(content)
+    for read in (load_model, lambda p: load_weights(build(), p), lambda p: HDF5Matrix(p, "texts")):
+        with pytest.raises(ValueError, match=r"with texts that cannot be read: the file is damaged"):
+            read(path)
+
+
 def test_errors_of_libraries_get_the_name_of_the_file_and_keep_their_class() -> None:
     for raised, expected in (
         (KeyError("x"), ValueError),
@@ -279,10 +305,15 @@ def test_errors_of_libraries_get_the_name_of_the_file_and_keep_their_class() -> 
         (RecursionError("deep"), ValueError),
         (OSError("torn"), OSError),
         (json.JSONDecodeError("bad", "{", 1), ValueError),
-        (TypeError("kind"), TypeError),
+        (TypeError("kind"), ValueError),
     ):
         with pytest.raises(expected, match=re.escape("argument '/a/b.h5' cannot be read|damaged").replace(r"\|", "|")):
             _raise_within(raised)
+    with (
+        pytest.raises(TypeError, match=r"'/a/b\.h5' cannot be read: kind"),
+        damage_named("/a/b.h5", "argument", type_errors=True),
+    ):
+        raise TypeError("kind")
     named = KeyError("no data set in '/a/b.h5'")
     with pytest.raises(KeyError) as error:
         _raise_within(named)
