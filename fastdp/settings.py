@@ -24,7 +24,7 @@ MEANINGS = {
     VIRTUAL_DEVICES: "have this many virtual devices, 0 to 1024",
     VIRTUAL_KIND: "what virtual devices are parts of: host, or gpu",
     ALL_REDUCE: "how GPUs add up gradients: measured, fixed, kernels or nccl",
-    CACHE_DIR: "the folder of compiled kernels and of what was measured",
+    CACHE_DIR: "the folder of compiled kernels and steps, and of what was measured",
 }
 
 

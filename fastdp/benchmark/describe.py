@@ -1,4 +1,4 @@
-"""Tells what the model of the user's file is made of: `python -m fastdp.benchmark.describe FILE.py:FUNCTION`."""
+"""Tells what the model of the user's file is made of: `main()` takes FILE.py:FUNCTION from the command line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import sys
 
 from fastdp.benchmark import user_file
-from fastdp.benchmark.process import Process
+from fastdp.benchmark.process import Process, module_command
 from fastdp.benchmark.request import FRAMEWORKS
 from fastdp.benchmark.serve import PREFIX
 
@@ -19,9 +19,7 @@ def framework_of(target: str) -> str:
     Raises:
         WayError: the user's file or function failed, or returned something else; the message has the reason.
     """
-    process = Process(
-        [sys.executable, "-m", "fastdp.benchmark.describe", target], {"CUDA_VISIBLE_DEVICES": ""}, SECONDS
-    )
+    process = Process(module_command("fastdp.benchmark.describe", target), {"CUDA_VISIBLE_DEVICES": ""}, SECONDS)
     process.close()
     return str(process.facts["framework"])
 
@@ -41,7 +39,3 @@ def main() -> None:
             f"Received: {type(model).__name__}"
         )
     sys.stdout.write(f"\n{PREFIX}{json.dumps({'framework': framework})}\n")
-
-
-if __name__ == "__main__":
-    main()

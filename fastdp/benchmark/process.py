@@ -9,6 +9,7 @@ import queue
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,15 @@ _NO_MEMORY = re.compile(r"out of memory|OutOfMemory|RESOURCE_EXHAUSTED|MemoryErr
 def for_want_of_memory(reason: str) -> bool:
     """Whether a way failed because there was no memory: by the words of torch, JAX, NumPy and C++, or killed."""
     return _NO_MEMORY.search(reason) is not None
+
+
+def module_command(module: str, argument: str) -> list[str]:
+    """The command that calls a module's `main()` in a process of its own.
+
+    `python -m` would look for every library in the current folder first, where anybody's `shutil.py` may lie.
+    """
+    last = "import sys; sys.path[:1] == [''] and sys.path.append(sys.path.pop(0))"
+    return [sys.executable, "-c", f"{last}; from {module} import main; main()", argument]
 
 
 class WayError(Exception):

@@ -1,10 +1,11 @@
-"""A worker process of `fastdp bench`: `python -m fastdp.benchmark.worker REQUEST`, with the request as JSON."""
+"""A worker process of `fastdp bench`: `main()` takes the request from the command line, as JSON."""
 
 from __future__ import annotations
 
 import os
 import sys
 
+from fastdp.benchmark.process import module_command
 from fastdp.benchmark.request import Request
 from fastdp.benchmark.serve import serve
 from fastdp.benchmark.ways import prepare
@@ -12,7 +13,7 @@ from fastdp.benchmark.ways import prepare
 
 def command(request: Request) -> list[str]:
     """The command that starts a worker for a request."""
-    return [sys.executable, "-m", "fastdp.benchmark.worker", request.to_json()]
+    return module_command("fastdp.benchmark.worker", request.to_json())
 
 
 def main() -> None:
@@ -21,7 +22,3 @@ def main() -> None:
         sys.modules["tensorflow"] = None  # type: ignore[assignment]
     request = Request.from_json(sys.argv[1])
     serve(lambda: prepare(request))
-
-
-if __name__ == "__main__":
-    main()
