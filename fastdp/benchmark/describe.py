@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 from fastdp.benchmark import user_file
 from fastdp.benchmark.process import Process, module_command
-from fastdp.benchmark.request import FRAMEWORKS
-from fastdp.benchmark.serve import PREFIX
+from fastdp.benchmark.serve import private_streams, say
 
 SECONDS = 600.0
 
@@ -29,13 +27,13 @@ def main() -> None:
     named = user_file.split(sys.argv[1])
     assert named is not None
     path, function = named
-    made = user_file.function_of(user_file.load(path), path, function)()
+    answers = private_streams()[1]
+    made = user_file.make(path, function)[0]
     model = made[0] if isinstance(made, tuple) else made
-    libraries = {cls.__module__.split(".")[0] for cls in type(model).__mro__}
-    framework = next((one for one in FRAMEWORKS if one in libraries), None)  # Keras's layers are torch modules too
+    framework = user_file.framework_of(model)
     if framework is None:
         raise TypeError(
             f"{path.name}:{function} must return a keras.Model or a torch.nn.Module, or a pair of it and a loss. "
             f"Received: {type(model).__name__}"
         )
-    sys.stdout.write(f"\n{PREFIX}{json.dumps({'framework': framework})}\n")
+    say(answers, {"framework": framework})

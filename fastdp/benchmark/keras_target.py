@@ -31,9 +31,7 @@ def load(request: Request) -> Target:
     if named is None:
         return _own(request, _from_file(request), None, Path(request.target).name)
     path, function = named
-    module = user_file.load(path)
-    made = user_file.function_of(module, path, function)()
-    return _own(request, made, getattr(module, "make_batch", None), f"{path.name}:{function}")
+    return _own(request, *user_file.make(path, function), f"{path.name}:{function}")
 
 
 def _builtin(request: Request) -> Target:

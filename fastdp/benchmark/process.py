@@ -12,12 +12,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastdp.benchmark.request import Round
 from fastdp.benchmark.serve import PREFIX
 
+LOOK = 1.0  # seconds between two looks whether the process lives
 _NO_MEMORY = re.compile(r"out of memory|OutOfMemory|RESOURCE_EXHAUSTED|MemoryError|bad_alloc|status -9\b")
 
 
@@ -62,7 +64,8 @@ class Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            text=True,
+            encoding="utf-8",
+            errors="replace",  # what C libraries print need not be text
             start_new_session=True,  # so that its child processes can be ended with it
         )
         self._lines: queue.Queue[str] = queue.Queue()
@@ -123,16 +126,26 @@ class Process:
 
     def _answer(self, timeout: float, what: str) -> dict[str, Any]:
         """The next answer of the process."""
-        try:
-            line = self._lines.get(timeout=timeout)
-        except queue.Empty:
-            raise WayError(f"{what} took longer than {timeout:g} seconds") from None
+        line = self._next_line(timeout, what)
         if not line:
             raise WayError(self._end())
         answer = dict(json.loads(line))
         if "error" in answer:
             raise WayError(answer["error"])
         return answer
+
+    def _next_line(self, timeout: float, what: str) -> str:
+        """The next line that is an answer; empty if the process has ended, though its children may hold its stdout."""
+        end = time.monotonic() + timeout
+        while True:
+            ended = self._process.poll() is not None
+            left = end - time.monotonic()
+            with contextlib.suppress(queue.Empty):
+                return self._lines.get(timeout=max(0.0, min(left, LOOK)))
+            if ended:
+                return ""
+            if left <= LOOK:
+                raise WayError(f"{what} took longer than {timeout:g} seconds")
 
     def _end(self) -> str:
         """The reason why the process ended: the first line of its last exception, else the last line on stderr."""
@@ -141,6 +154,6 @@ class Process:
         # torch.distributed puts the rank before each line of an exception.
         lines = (re.sub(r"^\[rank\d+\]: ?", "", line) for line in self._errors.read().splitlines())
         said = [line for line in lines if line.strip()]
-        traces = [place for place, line in enumerate(said) if line.startswith("Traceback (")]
+        traces = [place for place, line in enumerate(said) if "Traceback (most recent" in line]  # after a print
         raised = [line for line in said[traces[-1] + 1 :] if not line.startswith(" ")] if traces else said[-1:]
         return f"ended with status {code}: {raised[0].strip()[:500] if raised else 'it said nothing'}"

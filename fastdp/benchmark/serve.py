@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import IO, Any
 
 from fastdp.benchmark.request import Prepared
 
-PREFIX = "fastdp-bench: "  # marks answers, since libraries print on stdout too
+PREFIX = "fastdp-bench: "  # marks answers, since C libraries may have printed on stdout before
 
 
 def serve(prepare: Callable[[], Prepared]) -> None:
@@ -23,14 +24,29 @@ def serve(prepare: Callable[[], Prepared]) -> None:
         {"settled": true}        whether steps run as they will from now on
         {"trace": "step.json"}   write a Chrome trace of a few steps
     """
+    questions, answers = private_streams()
     began = time.perf_counter()
     way = prepare()
     try:
-        _say({"ready_seconds": time.perf_counter() - began, **way.facts})
-        for line in sys.stdin:
-            _say(_answer(way, json.loads(line)))
+        say(answers, {"ready_seconds": time.perf_counter() - began, **way.facts})
+        for line in questions:
+            say(answers, _answer(way, json.loads(line)))
     finally:
         way.close()
+
+
+def private_streams() -> tuple[IO[str], IO[str]]:
+    """Take stdin and stdout for the driver alone, as streams that last as long as the process.
+
+    A user's code may then print, ask, close or replace both: what it prints goes to stderr, and it reads an empty file.
+    """
+    sys.stdout.flush()
+    questions, answers = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    return questions, answers
 
 
 def _answer(way: Prepared, asked: dict[str, Any]) -> dict[str, Any]:
@@ -47,7 +63,7 @@ def _answer(way: Prepared, asked: dict[str, Any]) -> dict[str, Any]:
     return {"trace": asked["trace"]}
 
 
-def _say(answer: dict[str, Any]) -> None:
-    """Print one answer on its own line, even after an unfinished line."""
-    sys.stdout.write(f"\n{PREFIX}{json.dumps(answer)}\n")
-    sys.stdout.flush()
+def say(answers: IO[str], answer: dict[str, Any]) -> None:
+    """Write one answer on its own line, even after an unfinished line."""
+    answers.write(f"\n{PREFIX}{json.dumps(answer)}\n")
+    answers.flush()

@@ -52,9 +52,7 @@ def load(request: Request) -> Target:
             f"{request.target} holds no torch module: give file.py:function, with a function that makes one"
         )
     path, function = named
-    module = user_file.load(path)
-    made = user_file.function_of(module, path, function)()
-    return _own(request, made, getattr(module, "make_batch", None), f"{path.name}:{function}")
+    return _own(request, *user_file.make(path, function), f"{path.name}:{function}")
 
 
 def _builtin(request: Request) -> Target:
@@ -150,7 +148,7 @@ def first_input(module: nn.Module, title: str) -> Array:
         first = module[1]
     if not isinstance(first, nn.Linear):
         raise ValueError(f"{title}: the inputs of a torch module are not known from the module. {REMEDY}")
-    return Array("x", (first.in_features,))
+    return Array("x", (first.in_features,), "float64" if first.weight.dtype is torch.float64 else "float32")
 
 
 def _outputs(module: nn.Module, inputs: Any) -> Any:

@@ -78,17 +78,17 @@ def whole_number(least: int, most: int) -> Callable[[str], int]:
     return parse
 
 
-def positive(what: str, *, zero: bool = False) -> Callable[[str], float]:
-    """An argument type: a finite number above 0 (or from 0 on), such as 25.6e6; `what` is its unit."""
+def positive(what: str, *, zero: bool = False, most: float = math.inf) -> Callable[[str], float]:
+    """An argument type: a finite number above 0 (or from 0 on) up to `most`, such as 25.6e6; `what` is its unit."""
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
-            least = "of 0 or more" if zero else "above 0"
-            raise argparse.ArgumentTypeError(f"must be a number of {what} {least}, got {shown(text)}")
+        if not (math.isfinite(value) and value <= most and (value > 0 or (zero and value == 0))):
+            limits = ("of 0 or more" if zero else "above 0") + (f" and up to {most:g}" if math.isfinite(most) else "")
+            raise argparse.ArgumentTypeError(f"must be a number of {what} {limits}, got {shown(text)}")
         return value
 
     return parse

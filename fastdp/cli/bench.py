@@ -33,6 +33,9 @@ from fastdp.cli.output import print_json
 from fastdp.cli.status import FAILED, OK, WrongUseError, say
 
 COUNT = whole_number(1, 2**31 - 1)
+ROUNDS = whole_number(1, 100_000)
+STEPS = whole_number(1, 10_000_000)
+SECONDS = positive("seconds", most=24 * 3600)  # what would go on for longer is a slip, and would never end
 PAGE = "report.html"  # beside the result in the folder of --output
 
 
@@ -81,12 +84,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_rounds(parser: argparse.ArgumentParser) -> None:
     """How long to measure."""
     times = parser.add_argument_group("how long")
-    times.add_argument("--rounds", type=COUNT, default=5, help="rounds in which the ways take turns (default: 5)")
-    times.add_argument("--seconds", type=positive("seconds"), default=2.0, help="of a round of one way (default: 2)")
-    times.add_argument("--steps", type=COUNT, help="of a round, instead of --seconds")
+    times.add_argument("--rounds", type=ROUNDS, default=5, help="rounds in which the ways take turns (default: 5)")
+    times.add_argument("--seconds", type=SECONDS, default=2.0, help="of a round of one way (default: 2)")
+    times.add_argument("--steps", type=STEPS, help="of a round, instead of --seconds")
     times.add_argument(
         "--timeout",
-        type=positive("seconds"),
+        type=SECONDS,
         default=600.0,
         help="seconds until a way must be ready, and answer (default: 600)",
     )

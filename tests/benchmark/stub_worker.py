@@ -32,6 +32,16 @@ def train(steps: int) -> Round:
 def prepare() -> Prepared:
     """Pretend to build a model."""
     sys.stdout.write("printed, and no answer")
+    if how == "rude":
+        sys.stdout.flush()
+        os.write(1, b"\xff\xfe is no text\n")
+        if sys.stdin.read():
+            raise AssertionError("it has read the driver's questions")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  as scripts silence libraries
+        os.close(1)
+    if how == "orphans":
+        os.fork() or time.sleep(600)
+        os._exit(3)
     if how == "broken":
         sys.stderr.write("words on stderr\n")
         raise ValueError("cannot build")

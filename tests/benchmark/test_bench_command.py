@@ -121,7 +121,16 @@ def test_wrong_use_is_told_in_one_line(line, said, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--batch", "0"), ("--rounds", "many"), ("--seconds", "-1"), ("--precision", "int8"), ("--framework", "jax")],
+    [
+        ("--batch", "0"),
+        ("--rounds", "many"),
+        ("--rounds", "1000000"),
+        ("--seconds", "-1"),
+        ("--seconds", "1e20"),
+        ("--timeout", "1e20"),
+        ("--precision", "int8"),
+        ("--framework", "jax"),
+    ],
 )
 def test_values_out_of_range_are_usage_errors(option, value, capsys):
     with pytest.raises(SystemExit, match="2"):

@@ -107,6 +107,19 @@ def test_a_late_way_is_ended_with_all_that_it_started(measure):
     assert "a round took longer than" in result["failed"][0]["reason"]
 
 
+def test_what_a_model_prints_asks_closes_or_replaces_does_not_disturb_the_talk(measure):
+    result, _, _ = measure(request(1, "rude"), rounds=1)
+    assert result["failed"] == []
+    assert len(result["entries"]) == 1
+
+
+def test_a_dead_process_is_noticed_though_its_child_lives_on(measure):
+    began = time.monotonic()
+    result, _, _ = measure(request(1, "orphans"))
+    assert time.monotonic() - began < 25  # of 30 seconds until it would be late
+    assert "ended with status 3" in result["failed"][0]["reason"]
+
+
 def test_the_batch_of_the_best_throughput_is_measured_with(measure):
     result, events, turns = measure(request(1), request(2), find_batch=True, rounds=1)
     assert result["batches"]["way"] == "fastdp torch, 2 devices"
