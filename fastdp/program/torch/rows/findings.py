@@ -297,10 +297,11 @@ class Findings:
                 continue
             if finite and not bool(torch.isfinite(values[2]).all()):
                 continue
-            left = state_candidates(values[:2], values[2], before, self._rows, rough=self._rough)
+            known = self._states.get(at)
+            left = state_candidates(values[:2], values[2], before, self._rows, rough=self._rough, among=known)
             if left is None:
                 continue
-            left = self._states.get(at, left) & left
+            left = left if known is None else known & left
             if not left or (slot.is_parameter and Effect.SAME not in left):
                 raise refused_state("parameter" if slot.is_parameter else "buffer", slot.name)
             if not slot.is_parameter:

@@ -105,21 +105,24 @@ def candidates(
     *,
     rough: bool,
     weights: Weights | None = None,
+    among: Candidates | None = None,
 ) -> Candidates:
     """The effects that a value without rows may have, judged by its values.
 
     Args:
         parts, whole, rows, rough: as in `row_layout`.
         weights: ways to weigh rows in a mean, each with the weights of the parts.
+        among: the effects to look for, other than by weights; None for all.
     """
-    weights = weights or {}
+    weights, among = weights or {}, _ALL if among is None else among
     if not whole.numel():
         return frozenset({Effect.SAME})
+    if not among and not weights:
+        return frozenset()
     if not is_exact(whole) and not bool(torch.isfinite(whole).all()):
         return _ALL.union(weights)  # the whole batch gives no number either
     wide, target, exact = [_wide(one) for one in parts], _wide(whole), is_exact(whole)
-    sizes = [one.abs()[torch.isfinite(one)] for one in (*wide, target)]
-    scale = _tolerance(whole, rough=rough) * max(float(one.max()) for one in sizes if one.numel())
+    scale = 0.0 if exact else _tolerance(whole, rough=rough) * max(map(_largest, (*wide, target)))
 
     def close(found: torch.Tensor) -> bool:
         return torch.equal(found, target) if exact else bool(((found - target).abs() <= scale).all())
@@ -128,17 +131,24 @@ def candidates(
         weighted = [value * weight for value, weight in zip(wide, weights, strict=True) if weight]
         return close(sum(weighted[1:], weighted[0]) / sum(weights))
 
-    found: set[Effect | Counted | MeanOver] = {Effect.SAME} if all(close(one) for one in wide) else set()
-    if not exact and is_mean(rows):
+    found: set[Effect | Counted | MeanOver] = set()
+    if Effect.SAME in among and all(close(one) for one in wide):
+        found.add(Effect.SAME)
+    if Effect.MEAN in among and not exact and is_mean(rows):
         found.add(Effect.MEAN)
     found.update(way for way, weight in weights.items() if not exact and is_mean(weight if sum(weight) else rows))
-    if whole.dtype != torch.bool and close(sum(wide[1:], wide[0])):
+    if Effect.SUM in among and whole.dtype != torch.bool and close(sum(wide[1:], wide[0])):
         found.add(Effect.SUM)
-    if not whole.is_complex() and close(torch.stack(wide).amax(0)):
+    if Effect.LARGEST in among and not whole.is_complex() and close(torch.stack(wide).amax(0)):
         found.add(Effect.LARGEST)
-    if not whole.is_complex() and close(torch.stack(wide).amin(0)):
+    if Effect.SMALLEST in among and not whole.is_complex() and close(torch.stack(wide).amin(0)):
         found.add(Effect.SMALLEST)
     return frozenset(found)
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    """The magnitude of the largest finite element; zero if there is none."""
+    return float(tensor.abs().nan_to_num_(0.0, 0.0, 0.0).amax())
 
 
 def agrees(
@@ -161,26 +171,32 @@ def agrees(
 
 
 def state_candidates(
-    parts: Sequence[torch.Tensor], whole: torch.Tensor, before: torch.Tensor, rows: Sequence[int], *, rough: bool
+    parts: Sequence[torch.Tensor],
+    whole: torch.Tensor,
+    before: torch.Tensor,
+    rows: Sequence[int],
+    *,
+    rough: bool,
+    among: Candidates | None = None,
 ) -> Candidates | None:
     """The effects that the new value of a buffer may have; None if no run has changed it.
 
-    SUM and MEAN are of its changes, LARGEST and SMALLEST of its values. Arguments as in `row_layout`.
+    SUM and MEAN are of its changes, LARGEST and SMALLEST of its values. Arguments as in `candidates`.
     """
-    values = [*parts, whole]
+    values, among = [*parts, whole], _ALL if among is None else among
     if all(torch.equal(value, before) for value in values):
         return None
-    by_value = candidates(parts, whole, rows, rough=rough)
     if before.dtype == torch.bool:
-        return by_value
+        return candidates(parts, whole, rows, rough=rough, among=among)
     changes = [_wide(value) - _wide(before) for value in values]
     if not all(bool(torch.isfinite(one).all()) for one in changes):
-        return by_value - {Effect.MEAN, Effect.SUM}
+        return candidates(parts, whole, rows, rough=rough, among=among - {Effect.MEAN, Effect.SUM})
     # Changes of single-precision values have few digits of their own.
     few_digits = not is_exact(before) and _tolerance(before, rough=rough) > 1e-9
-    by_change = candidates(changes[:-1], changes[-1], rows, rough=few_digits)
     kept = {Effect.SAME, Effect.SUM} if is_exact(before) else {Effect.SAME, Effect.MEAN, Effect.SUM}
-    return (by_change & kept) | (by_value & {Effect.LARGEST, Effect.SMALLEST})
+    by_change = candidates(changes[:-1], changes[-1], rows, rough=few_digits, among=among & kept)
+    extremes = among & {Effect.LARGEST, Effect.SMALLEST}
+    return (by_change & kept) | (candidates(parts, whole, rows, rough=rough, among=extremes) & extremes)
 
 
 def decided(found: Candidates, *, exact: bool) -> Effect | None:
