@@ -1,6 +1,7 @@
-"""Keras callbacks that watch a run: `Monitor`, and a `TensorBoard` that needs no TensorFlow."""
+"""Keras callbacks: `Checkpoint` saves a run, `Monitor` watches it, and `TensorBoard` needs no TensorFlow."""
 
+from fastdp.keras.callbacks.checkpoint import Checkpoint
 from fastdp.keras.callbacks.monitor import Monitor
 from fastdp.keras.callbacks.tensorboard import TensorBoard
 
-__all__ = ["Monitor", "TensorBoard"]
+__all__ = ["Checkpoint", "Monitor", "TensorBoard"]

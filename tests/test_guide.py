@@ -53,6 +53,17 @@ def test_the_lines_that_keep_checkpoints_go_on_where_they_have_ended(
         torch.testing.assert_close(weights, names["module"].state_dict(), rtol=0, atol=0)
 
 
+def test_the_lines_that_keep_checkpoints_of_fit_leave_a_plain_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fastdp.set_virtual_devices(2)
+    names: dict[str, Any] = {"fastdp": fastdp}
+    exec(CHECKPOINTS[1], names)
+    loaded = keras.models.load_model(tmp_path / "fit" / "step-00000012" / "model.keras")
+    np.testing.assert_array_equal(loaded.get_weights()[0], names["template"].get_weights()[0])
+
+
 def test_the_lines_of_an_own_loop_train_as_on_one_device() -> None:
     x = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
     weights = []

@@ -60,6 +60,11 @@ def read(folder: Path, tensors: Tensors | None = None) -> Any:
     return _unpack(structure, arrays, tensors)
 
 
+def unpack(packed: Packed, tensors: Tensors | None = None) -> Any:
+    """The value that was packed. It shares the packed arrays."""
+    return _unpack(packed.structure, packed.arrays, tensors)
+
+
 _PLAIN = (bool, int, float, str)
 _DICTS = {"dict": dict, "ordered": collections.OrderedDict, "counter": collections.Counter}
 

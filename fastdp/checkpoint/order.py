@@ -31,7 +31,7 @@ class EpochData(Generic[T]):
                 f"type {type(data).__name__}, whose batches cannot come again after a restart."
             )
         self.taken = 0
-        self._own = _own_generators(data)
+        self._own = own_generators(data)
         if resumed is None:
             self._begin = self._read()
             self._batches: Iterator[T] = iter(data)
@@ -70,7 +70,7 @@ class EpochData(Generic[T]):
                 ) from None
 
 
-def _own_generators(data: Any) -> list[Any]:
+def own_generators(data: Any) -> list[Any]:
     """The generators that a DataLoader and its sampler have for themselves."""
     found = (getattr(data, "generator", None), getattr(getattr(data, "sampler", None), "generator", None))
     own = {id(one): one for one in found if hasattr(one, "get_state") and hasattr(one, "set_state")}

@@ -103,6 +103,10 @@ class Store:
         finally:
             self._lock.release()
 
+    def abandon(self) -> None:
+        """Let others have the folder, when the owner is gone without a `close`. What is under way is still written."""
+        self._lock.release()
+
     def _check_own(self, step: int) -> None:
         """A run that begins from its beginning must not mix its checkpoints with those of an earlier one."""
         if self._continues:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -96,6 +97,15 @@ class ArrayBatches(keras.utils.PyDataset):
     def on_epoch_end(self) -> None:
         """Start the next epoch, and draw its order."""
         self.epoch += 1
+        self._order = self._draw_order()
+
+    def state_dict(self) -> dict[str, int]:
+        """What its order depends on, for `fastdp.callbacks.Checkpoint`."""
+        return {"seed": self.seed, "epoch": self.epoch}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on in the epoch in which `state_dict` was called, in its order."""
+        self.seed, self.epoch = state["seed"], state["epoch"]
         self._order = self._draw_order()
 
     def _draw_order(self) -> NDArray[np.int64]:
