@@ -1,4 +1,4 @@
-"""`fastdp.callbacks.Checkpoint`: a `fit` that is killed at any moment goes on bit for bit when it is started again."""
+"""`fastdp.callbacks.Checkpoint`: a `fit` that is killed at any moment goes on bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plain `.keras` file from a snapshot: values are copied at once, and the file is written later by another thread."""
+"""A plain `.keras` file from a snapshot: values are copied at once, and another thread writes the file."""
 
 from __future__ import annotations
 
