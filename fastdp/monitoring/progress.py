@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, Generic, Protocol, TypeVar
 
 from fastdp.engine.report import Report
@@ -164,7 +165,7 @@ def progress(
         An iterable. Each iteration over it has a bar of its own; bars may be nested.
 
     Raises:
-        TypeError: `loader` is no iterable, or `parallel` has no `report()`.
+        TypeError: `loader` is no iterable, `parallel` has no `report()`, `total` or `every` is no number.
         ValueError: a negative `total` or `every`.
 
     Memory is that of the fullest GPU, or of the process; rows are those of the first array in a batch.
@@ -180,7 +181,11 @@ def progress(
             "`parallel` must be what fastdp.wrap returned, or a fastdp.DataParallel. Received: a "
             f"{type(parallel).__name__}, which has no report(). Pass the parallel model, not its step or module."
         )
-    for name, value in (("total", total), ("every", every)):
-        if value is not None and value < 0:
+    for name, value, kind, words in (("total", total, Integral, "a whole number"), ("every", every, Real, "seconds")):
+        if value is None and name == "total":
+            continue
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise TypeError(f"`{name}` must be {words}. Received: {value!r}, a {type(value).__name__}.")
+        if value < 0:
             raise ValueError(f"`{name}` must not be negative. Received: {value}.")
     return Progress(loader, parallel, total, description, every)

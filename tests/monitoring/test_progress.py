@@ -141,6 +141,13 @@ def test_what_is_no_loader_or_no_parallel_model_is_an_error():
         fastdp.progress([], parallel=lambda: None)
     with pytest.raises(ValueError, match=r"`total` must not be negative\. Received: -1"):
         fastdp.progress([], total=-1)
+    with pytest.raises(TypeError, match=r"`total` must be a whole number\. Received: '2', a str"):
+        fastdp.progress([], total="2")
+    with pytest.raises(TypeError, match=r"`total` must be a whole number\. Received: 1\.5, a float"):
+        fastdp.progress([], total=1.5)
+    with pytest.raises(TypeError, match=r"`every` must be seconds\. Received: None"):
+        fastdp.progress([], every=None)
+    assert len(fastdp.progress([], total=np.int64(2))) == 2
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import keras
@@ -60,8 +61,9 @@ class Monitor(WritesFiles):
         interval: float = 1.0,
     ) -> None:
         super().__init__()
-        if every is not None and every < 1:
-            raise ValueError(f"`every` must be a number of steps, at least 1, or None. Received: {every}.")
+        self._arguments = {"logs": logs, "every": every, "bar": bar, "append": append, "interval": interval}
+        if every is not None and (isinstance(every, bool) or not isinstance(every, Integral) or every < 1):
+            raise ValueError(f"`every` must be a number of steps, at least 1, or None. Received: {every!r}.")
         if interval < 0:
             raise ValueError(f"`interval` must be a number of seconds, at least 0. Received: {interval}.")
         self._logs = make_logs(logs, append=append)

@@ -67,6 +67,17 @@ class TensorBoard(WritesFiles):
         embeddings_metadata: Any = None,
     ) -> None:
         super().__init__()
+        self._arguments = {
+            "log_dir": log_dir,
+            "histogram_freq": histogram_freq,
+            "write_graph": write_graph,
+            "write_images": write_images,
+            "write_steps_per_second": write_steps_per_second,
+            "update_freq": update_freq,
+            "profile_batch": profile_batch,
+            "embeddings_freq": embeddings_freq,
+            "embeddings_metadata": embeddings_metadata,
+        }
         self.log_dir = str(log_dir)
         self.histogram_freq = _every("histogram_freq", histogram_freq)
         self.write_graph, self.write_images = write_graph, write_images

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -36,8 +38,13 @@ class WritesFiles(keras.callbacks.Callback):
 
     `fit` of a parallel model closes it at its end and after an error. Plain Keras tells callbacks of no error: then it
     is closed by the next `fit`, by `with`, by `close()`, or when the callback is gone. What has been written by then
-    is in the files in any case.
+    is in the files in any case. A copy, such as tuners make for each trial, has the same arguments and begins anew.
     """
+
+    _arguments: Mapping[str, Any]  # those of the constructor, by name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(type(self), **self._arguments), ()
 
     def close(self) -> None:
         """Close what is open. Another `fit` opens it again. May be called any number of times."""

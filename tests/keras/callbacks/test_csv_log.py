@@ -63,9 +63,18 @@ def test_another_fit_of_the_same_monitor_goes_on_and_another_run_begins_anew(tmp
     assert [row["step"] for row in read(path)] == ["7"] * append + ["9", "10"]
 
 
-def test_the_file_of_another_program_is_left_alone(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"a,b\n1,2\n", r"the columns \['a', 'b'\]"),
+        (b"a,b\n1,2\n3,4", r"the columns \['a', 'b'\]"),  # without a newline at its end
+        (b"kind,step\nepoch,many\n", "steps that are no numbers"),
+        (b"kind,step\nepoch,\xe9\n", "bytes that are no UTF-8"),
+    ],
+)
+def test_the_file_of_another_program_is_left_alone(tmp_path, content, said):
     path = tmp_path / "log.csv"
-    path.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match=r"goes on in a file that a Monitor has written.*\['a', 'b'\]"):
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"goes on in a file that a Monitor has written.*{said}.*Choose another"):
         CsvLog(path, append=True).begin()
-    assert path.read_text() == "a,b\n1,2\n"
+    assert path.read_bytes() == content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import importlib.util
 import sys
@@ -13,7 +14,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import fastdp
-from fastdp.callbacks import Monitor
+from fastdp.callbacks import Monitor, TensorBoard
 
 X = np.random.default_rng(0).normal(size=(22, 3)).astype("float32")
 Y = X.sum(axis=1, keepdims=True)
@@ -287,6 +288,8 @@ def test_missing_libraries_are_errors_with_the_remedy(monkeypatch):
         ({"logs": "tensorbord"}, ValueError, r'`logs` must be "csv", .*\(./tensorbord\).*Received: \'tensorbord\''),
         ({"logs": 3}, TypeError, "`logs` must be a name, a path, or a list of them. Received: a int"),
         ({"every": 0}, ValueError, "`every` must be a number of steps, at least 1, or None. Received: 0"),
+        ({"every": 2.5}, ValueError, "`every` must be a number of steps, at least 1, or None. Received: 2.5"),
+        ({"every": "epoch"}, ValueError, "`every` must be a number of steps, at least 1, or None. Received: 'epoch'"),
         ({"interval": -1}, ValueError, "`interval` must be a number of seconds, at least 0. Received: -1"),
     ],
 )
@@ -313,3 +316,15 @@ def test_a_callback_of_another_thread_that_comes_late_adds_no_waiting(monkeypatc
             monitor.on_train_batch_end(batch - 1, {})
         clock[0] += 1.0
     assert (monitor._counts.waited, monitor._counts.steps) == (0.0, 2)
+
+
+def test_copies_as_tuners_make_them_have_the_same_arguments_and_begin_anew():
+    x, y = np.ones((8, 3), np.float32), np.ones((8, 1), np.float32)
+    monitor, board = Monitor(logs="m.csv", every=1, append=True), TensorBoard("board", update_freq=2, histogram_freq=1)
+    for _ in range(2):
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+        model.fit(x, y, batch_size=4, verbose=0, callbacks=copy.deepcopy([monitor, board]))
+    assert [row["step"] for row in rows("m.csv") if row["kind"] == "steps"] == ["1", "2", "3", "4"]
+    copied = copy.deepcopy(board)
+    assert (copied.log_dir, copied.update_freq, copied.histogram_freq) == ("board", 2, 1)
