@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -332,8 +333,9 @@ def step_error(
     causes = [failure for failure in failures if not isinstance(failure[1], StepAborted)] or list(failures)
     rank, cause = causes[0]
     where, rows = operation.rows_of(rank)
+    text = traceback.TracebackException(type(cause), cause, None)  # even of an error whose own text fails
     message = (
-        f"The replica on {devices[rank].name}{where} failed with {type(cause).__name__}: {cause}\nThe step was stopped"
+        f"The replica on {devices[rank].name}{where} failed with {type(cause).__name__}: {text}\nThe step was stopped"
     )
     if operation.updates_begun and not operation.restorable:
         message += " in the middle of its update: all replicas go on from the weights of the first."

@@ -113,6 +113,7 @@ def test_a_compiler_that_dies_is_told_once_and_steps_go_on_traced():
     process = parallel._steps.captures._compiler._started[0].process
     process.kill()
     process.wait()
+    background._readying().join(WAIT)  # a job is done once its artifact could be loaded
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         train(parallel, 4)

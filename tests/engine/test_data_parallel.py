@@ -311,9 +311,17 @@ class OwnError(ValueError):
     """A class that is not built in."""
 
 
+class SpeechlessError(Exception):
+    """Its own text fails."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
 @pytest.mark.parametrize(
     "error",
     [
+        SpeechlessError(),
         OSError(28, "disk full"),
         OwnError("own"),
         UnicodeDecodeError("utf-8", b"x", 0, 1, "bad byte"),
