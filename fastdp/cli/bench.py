@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +117,30 @@ def run(options: argparse.Namespace) -> int:
     except WayError as error:
         say("bench", f"{options.target}: {error}")
         return FAILED
+    if options.output is not None:
+        _check_folder(options.output)
     if settings.note:
         say("bench", settings.note)
     with open_display(sys.stderr if options.json else sys.stdout) as display:
         result = measure(settings, display)
     _write(result, options)
     return OK if len(result["entries"]) >= min(2, len(settings.ways)) else FAILED
+
+
+def _check_folder(folder: Path) -> None:
+    """Make the folder of the results and write to it, before anything is measured.
+
+    Raises:
+        WrongUseError: that cannot be done.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise WrongUseError(
+            f"--output must be a folder that can be written to. Received: {str(folder)!r} ({error.strerror})"
+        ) from error
 
 
 def _write(result: dict[str, Any], options: argparse.Namespace) -> None:

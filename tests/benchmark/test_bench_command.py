@@ -136,3 +136,13 @@ def test_values_out_of_range_are_usage_errors(option, value, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["bench", "mlp", option, value])
     assert option in capsys.readouterr().err
+
+
+def test_a_place_where_no_result_can_be_written_is_told_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fastdp.cli.bench.measure", lambda *_: pytest.fail("it was measured"))
+    taken = tmp_path / "taken"
+    taken.write_text("a file")
+    assert main(["bench", "mlp", "--virtual", "1", "--output", str(taken)]) == 2
+    said = capsys.readouterr().err
+    assert "--output must be a folder that can be written to" in said
+    assert str(taken) in said
