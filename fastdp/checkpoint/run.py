@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 from fastdp.checkpoint import nest
 from fastdp.checkpoint.generators import read_generators, torch_side, write_generators
 from fastdp.checkpoint.order import EpochData
+from fastdp.checkpoint.signals import EndSignals
 from fastdp.checkpoint.store import KEEP, Store
 from fastdp.warn import warn_user
 
@@ -47,6 +48,10 @@ class Checkpoint:
     the weights of one that was never killed, if captured steps do not change their form by the clock (`compile=None` or
     `deterministic=True`).
 
+    Inside `with`, on the main thread, SIGTERM (a machine that is taken away) and Ctrl-C let the step end and save; then
+    the process ends with status 143, or KeyboardInterrupt is raised. A second signal does not wait. A handler of your
+    own runs after the saving; if it returns, the loop goes on.
+
     Raises:
         ValueError, TypeError: an argument is of no use.
         RuntimeError: another process writes into the folder.
@@ -84,6 +89,7 @@ class Checkpoint:
         if every_steps is None and every_minutes is None:
             every_minutes = MINUTES
         self._store = Store(folder, every_steps, every_minutes, keep)
+        self._signals = EndSignals()
         self._position = Position(0, 0, 0)
         self._data: EpochData[Any] | None = None
         self._resumed: Mapping[str, Any] = {"data": None, "generators": None}
@@ -95,6 +101,7 @@ class Checkpoint:
         return self._position
 
     def __enter__(self) -> Checkpoint:
+        self._signals.hold()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
@@ -103,6 +110,7 @@ class Checkpoint:
             try:
                 if self._position != self._saved:
                     self.save()
+                self._end_if_told()
             finally:
                 self.close()
             return
@@ -117,6 +125,7 @@ class Checkpoint:
         Raises:
             OSError: a checkpoint could not be written.
         """
+        self._signals.release()
         self._store.close()
 
     # The loop.
@@ -186,8 +195,15 @@ class Checkpoint:
         counted = self._data.taken if self._data is not None else before.batch + 1
         done = counted if batch is None else batch + 1
         self._position = Position(before.epoch if epoch is None else epoch, done, before.step + 1)
-        if self._store.due(self._position.step):
+        if self._store.due(self._position.step) or self._signals.came:
             self.save()
+            self._end_if_told()
+
+    def _end_if_told(self) -> None:
+        """After a signal: wait until all is written, and let it end the run."""
+        if self._signals.came:
+            self._store.settle()
+            self._signals.deliver(f"saved {self._store.latest}")
 
     def save(self) -> None:
         """Save now: copy everything, and let a thread write it.

@@ -84,6 +84,11 @@ class Store:
         self._saved_step, self._saved_at = step, time.monotonic()
         self._background.start(lambda: self._write(step, fill))
 
+    @property
+    def latest(self) -> Path:
+        """The place of the checkpoint that was saved last."""
+        return self.folder / folders.name_of(self._saved_step)
+
     def settle(self) -> None:
         """Wait until everything is written.
 

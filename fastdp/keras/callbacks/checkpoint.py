@@ -10,6 +10,7 @@ from typing import Any
 from fastdp.checkpoint import nest
 from fastdp.checkpoint.generators import read_generators, torch_side, write_generators
 from fastdp.checkpoint.run import MINUTES
+from fastdp.checkpoint.signals import EndSignals
 from fastdp.checkpoint.store import KEEP, Store, check_arguments
 from fastdp.keras.checkpoint import model_file
 from fastdp.keras.checkpoint.callback_states import CallbackStates
@@ -39,6 +40,10 @@ class Checkpoint(WritesFiles):
     epoch to epoch and has no `state_dict`) let the epoch begin anew, with a warning. `on_epoch_begin` of callbacks is
     called again in the epoch that goes on. States of callbacks: those of Keras, and what others give by `state_dict`.
 
+    On the main thread, SIGTERM (a machine that is taken away) and Ctrl-C let the step end, and validation if it runs,
+    and save; then the process ends with status 143, or KeyboardInterrupt is raised. A second signal does not wait. A
+    handler of your own runs after the saving; if it returns, `fit` goes on.
+
     Raises:
         ValueError, TypeError: an argument is of no use, the run is over, or the checkpoint is of another model.
         RuntimeError: another process writes into the folder; the model is not built.
@@ -67,6 +72,7 @@ class Checkpoint(WritesFiles):
         self._loop: FitLoop | None = None
         self._epoch = self._step = self._begun = 0
         self._over = False
+        self._signals = EndSignals()
 
     def close(self) -> None:
         """Wait until everything is written, and let others have the folder.
@@ -74,6 +80,7 @@ class Checkpoint(WritesFiles):
         Raises:
             OSError: a checkpoint could not be written.
         """
+        self._signals.release()
         store, self._store, self._loop = self._store, None, None
         if store is not None:
             self._release.detach()
@@ -93,6 +100,7 @@ class Checkpoint(WritesFiles):
         self._release = weakref.finalize(self, self._store.abandon)
         me = weakref.ref(self)  # Keras keeps the loop's iterator
         self._loop = FitLoop(self.model, lambda batch: _alive(me)._before_batch(batch))
+        self._signals.hold(self._loop.code)
         self._states: CallbackStates | None = None
         self._epoch = self._step = self._begun = 0
         found = self._store.newest()
@@ -115,7 +123,10 @@ class Checkpoint(WritesFiles):
         if self._step > self._begun:
             self._save(0)
         self._over = True
-        self.close()
+        try:
+            self._end_if_told()
+        finally:
+            self.close()
 
     # Saving and restoring.
 
@@ -126,8 +137,15 @@ class Checkpoint(WritesFiles):
         if batch:
             self._step += 1
         assert self._store is not None
-        if self._step > self._begun and self._store.due(self._step):
+        if self._signals.came or (self._step > self._begun and self._store.due(self._step)):
             self._save(batch)
+            self._end_if_told()
+
+    def _end_if_told(self) -> None:
+        """After a signal: wait until all is written, and let it end the run."""
+        if self._signals.came and self._store is not None:
+            self._store.settle()
+            self._signals.deliver(f"saved {self._store.latest}")
 
     def _begin_states(self) -> CallbackStates:
         assert self._loop is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from types import CodeType
 from typing import Any
 
 import keras
@@ -32,7 +33,7 @@ class FitLoop:
     """
 
     def __init__(self, model: keras.Model, before_batch: Callable[[int], None]) -> None:
-        epochs, self.callbacks = _running_fit(model)
+        epochs, self.callbacks, self.code = _running_fit(model)
         self._epochs = weakref.ref(epochs)
         self._before_batch = before_batch
         self._taken = 0
@@ -133,13 +134,13 @@ class FitLoop:
         }
 
 
-def _running_fit(model: keras.Model) -> tuple[Any, list[keras.callbacks.Callback]]:
-    """The iterator over epochs and the callbacks of the `fit` that calls."""
+def _running_fit(model: keras.Model) -> tuple[Any, list[keras.callbacks.Callback], CodeType]:
+    """The iterator over epochs and the callbacks of the `fit` that calls, and its code."""
     frame = sys._getframe(1)
     while frame is not None:
         found = frame.f_locals
         if frame.f_code.co_name == "fit" and found.get("self") is model and "epoch_iterator" in found:
-            return found["epoch_iterator"], found["callbacks"].callbacks
+            return found["epoch_iterator"], found["callbacks"].callbacks, frame.f_code
         frame = frame.f_back  # type: ignore[assignment]
     raise RuntimeError(
         "fastdp.callbacks.Checkpoint works in Keras's own `fit`, with whose data it goes on. In a loop of your own, "
