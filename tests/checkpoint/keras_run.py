@@ -29,7 +29,8 @@ x, y = rng.normal(size=(90, 6)).astype("float32"), rng.integers(0, 3, 90)
 layers = [
     keras.layers.Dense(8, use_bias=False),
     keras.layers.BatchNormalization(),
-    keras.layers.Dropout(0.4),
+    keras.layers.Dropout(0.3),
+    keras.layers.Dropout(0.2, seed=11),
     keras.layers.Dense(3),
 ]
 model = keras.Sequential([keras.Input((6,)), *layers])
