@@ -43,11 +43,6 @@ class Watched:
             return self._model.report()
         return make_report(engine, engine.program.steps_report, library_nbytes=peak_nbytes)
 
-    def settle(self) -> None:
-        """Hand gradients that wait in replicas to the optimizer's own accumulators."""
-        if self._steps is not None:
-            self._steps.settle()
-
     def begin_epoch(self) -> None:
         """Rows are counted from here on."""
         steps = self._steps

@@ -15,7 +15,6 @@ from keras.src.backend.common import global_state
 from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
 from keras.src.saving import saving_lib
 
-from fastdp.keras.callbacks.watched import Watched
 from fastdp.keras.compile_state import borrowed
 from fastdp.keras.parallel_model import ParallelModel
 
@@ -30,7 +29,6 @@ class ModelSnapshot:
     """
 
     def __init__(self, model: keras.Model) -> None:
-        Watched(model).settle()
         self._rest = io.BytesIO()
         with _template_of(model) as template, zipfile.ZipFile(self._rest, "w") as archive:
             config, metadata = saving_lib._serialize_model_as_json(template)
