@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import collections
 import json
-from collections.abc import Sequence
+import math
+import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,9 +57,34 @@ def read(folder: Path, tensors: Tensors | None = None) -> Any:
         ValueError: the files are no such value, or hold tensors and there is no torch.
     """
     structure = json.loads((folder / STRUCTURE).read_text("utf-8"))
+    _check_sizes(folder / ARRAYS)
     with np.load(folder / ARRAYS, allow_pickle=False) as file:
         arrays = [file[f"arr_{i}"] for i in range(len(file.files))]
     return _unpack(structure, arrays, tensors)
+
+
+def _check_sizes(path: Path) -> None:
+    """Check that no array is larger than what is stored of it: NumPy allocates first.
+
+    Raises:
+        ValueError: one is, or is compressed, which `Packed.write` does not do.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            with archive.open(info) as file:
+                known = _HEADERS.get(np.lib.format.read_magic(file))
+                shape, _, dtype = known(file) if known is not None else ((), None, None)
+            stored = info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
+            if dtype is None or not stored or math.prod(shape) * dtype.itemsize > info.file_size:
+                raise ValueError(
+                    f"{path} is no file of a checkpoint: {info.filename} is larger than what is stored of it."
+                )
+
+
+_HEADERS: dict[tuple[int, int], Callable[[Any], tuple[Any, ...]]] = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 def unpack(packed: Packed, tensors: Tensors | None = None) -> Any:

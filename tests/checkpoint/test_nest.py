@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import io
 import random
+import zipfile
 
 import numpy as np
 import pytest
@@ -65,6 +67,24 @@ def test_a_snapshot_does_not_follow_what_it_was_made_of(tmp_path):
 def test_what_is_no_data_is_an_error_that_names_its_place(value):
     with pytest.raises(TypeError, match=r"type (object|set|ndarray) at state(\['a'\]|\[0\])?\."):
         nest.pack(value, checkpoints)
+
+
+def declared(shape):
+    """A file whose one array says that it has a shape."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    return file.getvalue() + bytes(16)
+
+
+@pytest.mark.parametrize(
+    ("content", "how"), [(declared((2**40,)), zipfile.ZIP_STORED), (declared((2,)), zipfile.ZIP_DEFLATED)]
+)
+def test_an_array_that_is_larger_than_what_is_stored_of_it_is_refused_before_it_is_allocated(tmp_path, content, how):
+    nest.pack([np.zeros(2)]).write(tmp_path)
+    with zipfile.ZipFile(tmp_path / nest.ARRAYS, "w", how) as archive:
+        archive.writestr("arr_0.npy", content)
+    with pytest.raises(ValueError, match=r"arr_0\.npy is larger than what is stored of it"):
+        nest.read(tmp_path)
 
 
 def test_all_generators_go_on_where_they_were(tmp_path):
