@@ -21,6 +21,7 @@ class EndSignals:
 
     def __init__(self) -> None:
         self._before: dict[int, Any] = {}
+        self._holds = False
         self._came: int | None = None
         self._within: CodeType | None = None
 
@@ -37,19 +38,27 @@ class EndSignals:
                 through. None: until `release`.
         """
         self._within = within
-        if self._before or threading.current_thread() is not threading.main_thread():
+        if self._holds or threading.current_thread() is not threading.main_thread():
             return
+        self._holds = True
         for number in _SIGNALS:
             before = signal.getsignal(number)
+            if before == self._note:  # it could not be given back
+                continue
             if callable(before) or (before is signal.SIG_DFL and number == signal.SIGTERM):
                 self._before[number] = before
                 signal.signal(number, self._note)
 
     def release(self) -> None:
-        """Give the signals back to who had them. May be called again."""
-        before, self._before = self._before, {}
-        for number, handler in before.items():
-            if signal.getsignal(number) == self._note:  # else somebody else has taken it since
+        """Give the signals back to who had them. May be called again.
+
+        From another thread, where handlers cannot be set, and where somebody else has taken a signal since, they pass.
+        """
+        held, self._holds = self._holds, False
+        if not held or threading.current_thread() is not threading.main_thread():
+            return
+        for number, handler in self._before.items():
+            if signal.getsignal(number) == self._note:
                 signal.signal(number, handler)
 
     def deliver(self, saved: str) -> None:
@@ -73,7 +82,7 @@ class EndSignals:
         raise SystemExit(TERMINATED)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._came is None and (self._within is None or _runs(self._within, frame)):
+        if self._holds and self._came is None and (self._within is None or _runs(self._within, frame)):
             self._came = number
             return
         before = self._before.get(number)

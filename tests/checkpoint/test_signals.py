@@ -120,3 +120,30 @@ def test_on_another_thread_signals_are_left_alone(tmp_path):
     thread.start()
     thread.join(30)
     assert found == HANDLERS
+
+
+def test_a_fit_that_cannot_begin_leaves_no_handler(tmp_path):
+    model().fit(X, X[:, :1], verbose=0, callbacks=[Checkpoint(tmp_path)])
+    other = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
+    other.compile("sgd", "mse")
+    for _ in range(2):  # the folder is free again, too
+        with pytest.raises(ValueError, match="could not be loaded"):
+            other.fit(X, X[:, :1], epochs=2, verbose=0, callbacks=[Checkpoint(tmp_path)])
+    assert {number: signal.getsignal(number) for number in HANDLERS} == HANDLERS
+
+
+def test_handlers_of_runs_within_runs_pass_what_is_not_theirs(tmp_path):
+    module = nn.Linear(1, 1)
+    outer, inner = (fastdp.Checkpoint(tmp_path / name, model=module) for name in ("outer", "inner"))
+    before = signal.getsignal(signal.SIGINT)
+    outer.__enter__()
+    inner.__enter__()
+    outer.close()  # in the wrong order
+    inner.close()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        for number, handler in HANDLERS.items():
+            signal.signal(number, handler)
+    assert before is HANDLERS[signal.SIGINT]

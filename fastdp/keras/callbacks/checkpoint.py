@@ -97,15 +97,19 @@ class Checkpoint(WritesFiles):
             )
         self.close()
         self._store = Store(self._folder, *self._options)
-        self._release = weakref.finalize(self, self._store.abandon)
+        self._release = weakref.finalize(self, _abandon, self._store, self._signals)
         me = weakref.ref(self)  # Keras keeps the loop's iterator
         self._loop = FitLoop(self.model, lambda batch: _alive(me)._before_batch(batch))
         self._signals.hold(self._loop.code)
         self._states: CallbackStates | None = None
         self._epoch = self._step = self._begun = 0
-        found = self._store.newest()
-        if found is not None:
-            self._restore(found[1])
+        try:
+            found = self._store.newest()
+            if found is not None:
+                self._restore(found[1])
+        except BaseException:
+            self.close()
+            raise
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Note the epoch. Another `fit` begins where it is told to."""
@@ -202,6 +206,12 @@ class Checkpoint(WritesFiles):
             model_file.write_variables(self.model, state["variables"], "metrics")
         model_file.write_global_seed(state["global seed"])
         write_generators(state["generators"])
+
+
+def _abandon(store: Store, signals: EndSignals) -> None:
+    """Plain Keras tells callbacks of no error: let go of what one has that is gone."""
+    store.abandon()
+    signals.release()
 
 
 def _alive(reference: weakref.ref[Checkpoint]) -> Checkpoint:
