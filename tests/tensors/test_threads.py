@@ -92,12 +92,16 @@ def test_a_thread_that_works_in_place_of_workers_gets_its_streams_device_and_mod
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: streams.update([stream]))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "set_device", lambda card: current.__setitem__(0, card))
-    devices = [SimpleNamespace(torch_device=name) for name in ("cuda:0", "cuda:1", "cuda:1")]
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: (device, handle))
+    devices = [
+        SimpleNamespace(torch_device=name, compute=SimpleNamespace(for_torch=lambda: "ours"))
+        for name in ("cuda:0", "cuda:1", "cuda:1")
+    ]
 
     def work() -> None:
-        with in_place_of_workers(devices):
-            torch.autograd.set_multithreading_enabled(False)
-            streams.update({"cuda:0": "ours", "cuda:1": "ours"})
+        with in_place_of_workers(devices, torch.get_num_threads()):
+            assert streams == {"cuda:0": "ours", "cuda:1": "ours"}
+            assert not torch._C._is_multithreading_enabled()
             current[0] = 0
             raise ArithmeticError
 
