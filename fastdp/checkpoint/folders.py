@@ -74,6 +74,8 @@ def write(folder: Path, step: int, fill: Callable[[Path], None]) -> Path:
         new.rename(place)
         _sync(folder)
     except BaseException:
+        if old.exists() and not place.exists():  # it failed between the two renames: the one before is still the best
+            old.rename(place)
         shutil.rmtree(new, ignore_errors=True)
         raise
     if old.exists():

@@ -208,3 +208,20 @@ def test_it_is_due_by_steps_and_by_minutes(tmp_path):
     assert not never.due(10**9)
     for store in (by_steps, by_time, never):
         store.close()
+
+
+def test_one_whose_place_cannot_be_taken_is_kept(tmp_path, monkeypatch):
+    place = folders.write(tmp_path, 3, lambda new: (new / "weights").write_text("first"))
+    rename = Path.rename
+
+    def fails_once(path, target):
+        if target == place and not path.name.startswith(f"{place.name}.old"):
+            raise OSError("planned")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails_once)
+    with pytest.raises(OSError, match="planned"):
+        folders.write(tmp_path, 3, lambda new: (new / "weights").write_text("second"))
+    assert (place / "weights").read_text() == "first"
+    assert folders.what_is_wrong(place) is None
+    assert [path.name for path in tmp_path.iterdir()] == [place.name]
