@@ -1,4 +1,4 @@
-"""README's table of figures, made of what `fastdp bench` wrote to bench/results. Run as a program it writes the table."""
+"""README's table of figures, from the results of `fastdp bench` in bench/results. Run as a program, it writes the table."""
 
 from __future__ import annotations
 
@@ -45,10 +45,13 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         "|---" + "|---:" * len(found) + "|",
     ]
     for way, label in ROWS.items():
-        cells = [f"{column[way]:,.0f}" for column in columns]
-        bold = [f"**{cell}**" if column[way] == max(column.values()) else cell for cell, column in zip(cells, columns)]
-        lines.append(f"| {label} | " + " | ".join(bold) + " |")
+        lines.append(f"| {label} | " + " | ".join(_cell(column, way) for column in columns) + " |")
     return "\n".join(lines)
+
+
+def _cell(column: dict[str, float], way: str) -> str:
+    text = f"{column[way]:,.0f}"
+    return f"**{text}**" if column[way] == max(column.values()) else text
 
 
 def written(text: str, found: dict[str, dict[str, Any]]) -> str:
