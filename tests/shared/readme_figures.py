@@ -1,4 +1,4 @@
-"""README's table of figures, from the results of `fastdp bench` in bench/results. Run as a program, it writes the table."""
+"""README's table of figures, made of results in bench/results. Run as a program, it writes the table into README."""
 
 from __future__ import annotations
 
