@@ -9,7 +9,6 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from fastdp.buffers import FlatBuffers
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.comm.scatter_merge import Merger, scatter, stage
@@ -21,15 +20,17 @@ from fastdp.engine.host_launch import HostLaunch
 from fastdp.engine.make_report import Reporting
 from fastdp.engine.recovery import Recovery
 from fastdp.engine.reductions import Reductions
+from fastdp.engine.replica_work import abort_if_skipped, add_up, run_replica
 from fastdp.engine.replicas import Call, Replica, ReplicaGroup
 from fastdp.engine.rollback import Rollback
 from fastdp.engine.state import EngineState
-from fastdp.engine.step import Operation, Step, StepResult, abort_if_skipped, add_up, make_step, run_replica
+from fastdp.engine.step import Step, StepResult, make_step
 from fastdp.engine.step_scope import StepScope, alone, meanwhile, one_step_at_a_time
 from fastdp.engine.timing import Timings
 from fastdp.engine.updates import Updates
+from fastdp.engine.waiting_gradients import WaitingGradients
 from fastdp.options import Options, one_of
-from fastdp.program.base import Program, Result, Totals, as_program
+from fastdp.program.base import Program, Result, as_program
 from fastdp.runtime.select import devices_of_engine
 from fastdp.shard import Rows
 from fastdp.tracing import nvtx
@@ -41,7 +42,7 @@ Arrays = Sequence[np.ndarray]
 Work = Callable[[Replica, list[np.ndarray], Context], Result]
 
 
-class DataParallel(Traceable, Reporting, Generic[ProgramT_co]):
+class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co]):
     """Runs a program on several devices as if on one.
 
     Args:
@@ -210,51 +211,6 @@ class DataParallel(Traceable, Reporting, Generic[ProgramT_co]):
         for device in self.devices:
             device.forget_staged()
 
-    def end_window(self, totals: Totals) -> bool:
-        """Reduce the accumulated gradients now, and run an update by them without another batch.
-
-        Args:
-            totals: what the program's `update` gets.
-
-        Returns:
-            Whether there were accumulated gradients. If not, there is no update.
-
-        Raises:
-            ReplicaError, DeviceTimeoutError: as in `train`. The gradients still wait.
-        """
-        cores = self._program.cores
-        operation = Operation(max(1, cores // len(self.replicas)), cores, "update", trains=True, totals=totals)
-        with StepScope(self._state, self._recovery, self.group, operation):
-            sources = self._accumulation.hand_over(0)
-            if not sources:
-                return False
-            self._reductions.reduce(sources)
-            self._updates.begin(operation)
-            self._recovery.finish(operation)
-            self._program.committed()
-            if self.check_replicas:
-                self.assert_replicas_equal()
-        return True
-
-    def fold(self) -> None:
-        """Reduce the accumulated gradients now, and let the program move them into its slots.
-
-        Raises:
-            ReplicaError, DeviceTimeoutError: as in `train`.
-        """
-        with self._idle() as folding:
-            sources = self._accumulation.hand_over(0)
-            if not sources:
-                return
-            self._reductions.reduce(sources)
-            for replica in self.group.updating:
-                replica.device.compute.enqueue(replica.fold)
-            self._accumulation.clear()
-            self.group.home.follow(self.replicas[0].memory.variables, folding.note_home)
-            self.group.advance()
-            self._recovery.finish(folding)
-            self._program.committed()
-
     # The five verbs.
 
     def _scatter(self, step: Step) -> None:
@@ -362,33 +318,6 @@ class DataParallel(Traceable, Reporting, Generic[ProgramT_co]):
     def steps(self) -> int:
         """The number of steps so far, including failed ones and steps without an update."""
         return self._state.steps
-
-    @property
-    def holds_gradients(self) -> bool:
-        """Whether replicas hold accumulated gradients, or may hold some once an abandoned step has ended."""
-        return self._accumulation.count > 0 or self._state.unsettled is not None
-
-    def accumulated(self) -> Sequence[FlatBuffers]:
-        """The sums of gradients that wait for a step that reduces: one of each replica that has any, in rank order.
-
-        They are the engine's, on the replicas' devices, and valid until the next step.
-        """
-        with self._idle():
-            return self._accumulation.sums
-
-    def hold(self, replicas: int) -> Sequence[FlatBuffers]:
-        """Drop the gradients that wait, and let the first replicas hold others.
-
-        Returns:
-            One buffer of zeros for each of these replicas, on its device. The caller writes the gradients there.
-        """
-        with self._idle():
-            return self._accumulation.hold(replicas)
-
-    def _idle(self) -> StepScope[Operation]:
-        """A scope in which nothing runs on the devices, and what an abandoned step has left is cleaned up."""
-        cores = self._program.cores
-        return StepScope(self._state, self._recovery, self.group, Operation(cores, cores))
 
     def assert_replicas_equal(self) -> None:
         """Compare all replicas with the first, bit by bit.

@@ -18,9 +18,10 @@ from fastdp.comm.scatter_merge import scatter
 from fastdp.engine.interrupts import interrupts_come, interrupts_wait
 from fastdp.engine.recovery import Recovery
 from fastdp.engine.reductions import Reductions
+from fastdp.engine.replica_work import commit
 from fastdp.engine.replicas import Replica, ReplicaGroup
 from fastdp.engine.state import EngineState
-from fastdp.engine.step import Step, commit
+from fastdp.engine.step import Step
 from fastdp.errors import DeviceTimeoutError
 from fastdp.runtime.queue import QueueEvent, first_done, lent
 from fastdp.tracing import spans

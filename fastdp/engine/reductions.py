@@ -8,8 +8,9 @@ from typing import Any
 
 from fastdp.comm.base import Communicator
 from fastdp.engine.accumulation import AccumulatedGradients
+from fastdp.engine.replica_work import commit
 from fastdp.engine.replicas import ReplicaGroup
-from fastdp.engine.step import Step, commit
+from fastdp.engine.step import Step
 from fastdp.runtime.queue import QueueEvent
 from fastdp.tracing import spans
 

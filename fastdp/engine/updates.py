@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from functools import partial
 
 from fastdp.engine.accumulation import AccumulatedGradients
+from fastdp.engine.replica_work import run_update
 from fastdp.engine.replicas import Replica, ReplicaGroup
 from fastdp.engine.rollback import Rollback
-from fastdp.engine.step import Operation, Step, run_update
+from fastdp.engine.step import Operation, Step
 from fastdp.runtime.host.resources import CORES
 from fastdp.runtime.work_stealing import shared_with
 from fastdp.tracing import spans

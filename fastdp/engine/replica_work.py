@@ -1,0 +1,124 @@
+"""What a step runs on the devices' workers: each replica's passes, the sums of their values, and the updates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from fastdp.comm.context import Context
+from fastdp.engine.interrupts import interrupts_wait
+from fastdp.engine.replicas import Replica
+from fastdp.engine.rollback import Rollback
+from fastdp.engine.step import Operation, Step
+from fastdp.errors import StepAborted
+from fastdp.program.base import Result, Totals
+from fastdp.runtime.queue import QueueEvent
+from fastdp.runtime.work_stealing import WorkStealing
+from fastdp.tracing.spans import now, span
+
+
+def run_replica(
+    step: Step,
+    replica: Replica,
+    context: Context,
+    work: Callable[[Replica, list[np.ndarray], Context], Result],
+) -> None:
+    """Run one replica's work on its device's worker. A failure wakes the replicas that wait for it."""
+    watch = step.watch
+    watch.compute_began[context.rank] = time.perf_counter()
+    try:
+        replica.prepare_thread(step.threads)
+        if now.recorder is None:
+            result = work(replica, step.batches[context.rank], context)
+        else:
+            with span("run", replica.device.compute, rows=context.rows.count):
+                result = work(replica, step.batches[context.rank], context)
+        step.rendezvous.leave(context.rank)
+        if context.wants_outputs:
+            merging = time.perf_counter()
+            step.merger.write(context.rank, result.outputs)
+            watch.merging[context.rank] = time.perf_counter() - merging
+        result.outputs = []
+        step.results[context.rank] = result
+        if step.reduction is not None:
+            step.reduction.ended(context.rank)
+    except BaseException as error:
+        step.failures.append((context.rank, error))
+        step.rendezvous.abort(error)
+        raise
+    finally:
+        watch.compute_ended[context.rank] = time.perf_counter()
+
+
+def abort_if_skipped(step: Step, ran: QueueEvent) -> None:
+    """Wake replicas that wait for one whose work is skipped, since its rows could not be copied.
+
+    Args:
+        ran: a mark behind the replica's work.
+    """
+
+    def check() -> None:
+        if ran.error is not None:
+            step.rendezvous.abort(ran.error)
+
+    if not ran.notify(check):
+        check()
+
+
+def commit(step: Step) -> None:
+    """Add up the sums and let the updates begin, on all replicas, or on none if the step was abandoned."""
+    if step.rendezvous.aborted:
+        raise StepAborted("The step was given up before its update.")
+    step.watch.arrived = time.perf_counter()
+    step.watch.early = step.reduction.early if step.reduction is not None else 0
+    add_up(step)
+
+
+def add_up(step: Step) -> None:
+    """Add up the replicas' sums, in rank order."""
+    results = [result for result in step.results if result is not None]
+    sums = results[0].sums.copy()
+    for result in results[1:]:
+        sums += result.sums
+    every_note = [result.notes for result in results]
+    agree = getattr(results[0].notes, "agree", None)
+    if agree is not None and len(results) > 1:
+        agree(every_note)
+    step.totals = Totals(sums, results[0].notes, every_note, step.reduces)
+
+
+def run_update(
+    operation: Operation, replica: Replica, rollback: Rollback, threads: int, work_stealing: WorkStealing | None
+) -> None:
+    """Update one replica on its device's worker. The first replica takes a snapshot before, if one is needed.
+
+    Args:
+        rollback: the snapshot of the first replica.
+        threads: cores that one operation may use.
+        work_stealing: runs parts of the update on several workers, if the program splits its update.
+    """
+    assert operation.totals is not None
+    operation.update_began(replica.rank)
+    try:
+        if replica.rank == 0:
+            operation.restorable = rollback.save()
+            operation.updates_begun = True
+        operation.totals.work_stealing = work_stealing
+        if not operation.prepared:
+            replica.prepare_thread(threads)
+        with interrupts_wait():  # the worker may be the main thread
+            if now.recorder is None:
+                replica.update(operation.totals)
+            else:
+                with span("update", replica.device.compute):
+                    replica.update(operation.totals)
+            operation.updates_done.append(replica.rank)
+        if threads > operation.threads and not operation.prepared:
+            replica.prepare_thread(operation.threads)  # helper threads end slowly once all replicas compute again
+        operation.update_ended(replica.rank)
+        rollback.succeeded = True
+    except BaseException as error:
+        operation.failures.append((replica.rank, error))
+        raise
