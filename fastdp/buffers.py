@@ -158,6 +158,11 @@ class FlatBuffers:
         for name, buffer in self.buffers.items():
             self._device.copy(buffer, other.buffers[name])
 
+    def clear(self) -> None:
+        """Set all values to zero."""
+        for buffer in self.buffers.values():
+            buffer[...] = 0
+
     def copy_part(self, other: FlatBuffers, part: Bucket) -> None:
         """Copy one span of the values of `other`, which has the same specs."""
         span = slice(part.start, part.stop)

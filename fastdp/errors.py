@@ -28,6 +28,10 @@ class DeviceTimeoutError(TimeoutError):
     """A wait on a device took longer than its limit."""
 
 
+class ProcessError(RuntimeError):
+    """Another process of the same training failed, ended, or did not come. The message names its rank."""
+
+
 def replica_error_class(cause: type[BaseException]) -> type[ReplicaError]:
     """A subclass of ReplicaError and, if `cause` is built in, of `cause`, so that `except ValueError` works."""
     if cause.__module__ != "builtins" or not issubclass(cause, Exception):

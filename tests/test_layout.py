@@ -38,6 +38,7 @@ LATE_LOADERS: dict[str, str] = {
     "__init__.py": "names of Keras and torch load on first use, so that `import fastdp` works without them",
     "backend.py": "Keras 2's `K.function` keeps its name, and `import fastdp` works without Keras",
     "comm/select.py": "the collectives of GPUs need CuPy, which is there where GPUs are",
+    "engine/across.py": "torch.distributed connects processes, and is there where torchrun is",
     "runtime/select.py": "the GPUs' device layer needs CuPy, which is there where GPUs are",
     "placement.py": "places are noted on Keras models only, so Keras is loaded when the first is",
     "api.py": "the model's own library decides which side is loaded",
@@ -309,7 +310,7 @@ def test_the_lists_of_packages_in_the_pages_are_those_of_the_code():
     assert page.read_text("utf-8") == packages.page(MODULES), "`make modules` writes docs/modules.md"
 
 
-@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/design.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/design.md"])
 def test_the_files_that_a_page_names_exist(page):
     text = (packages.ROOT / page).read_text("utf-8")
     names = set(re.findall(r"`((?:\w+/)*\w+\.py|(?:\w+/)+)`", text))

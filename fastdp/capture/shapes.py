@@ -130,6 +130,6 @@ def are_recorded(find: Callable[[Context], Any], contexts: Sequence[Context]) ->
     """
     for context in contexts:
         context.found = found = find(context)
-        if found is None or found.checks or found.disagreed or context.rank not in found.recordings:
+        if found is None or found.checks or found.disagreed or context.index not in found.recordings:
             return False
     return True

@@ -357,7 +357,7 @@ class Captures(Generic[CapturedT]):
         compiling = bool(shape.jobs) and not shape.compiled
         captured, ran = shape.captured, shape.steps > shape.since
         if self._recorder is not None and captured is not None and ran and not compiling and not captured.checks:
-            replica = self._step.replicas[context.rank]
+            replica = self._step.replicas[context.index]
             context.device = replica.device
             shape.no_graph = self._recorder.consider(captured, replica, own_rows(context), context)
 

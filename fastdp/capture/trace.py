@@ -89,9 +89,9 @@ class Captured(CapturedForm, Generic[OutcomeT]):
                 replica.gradients[i].zero_()
                 gradients[i] = None
             draws, moved = step.draw(self._draws, variables, context) if self._draws else ([], [])
-            recording = self.recordings.get(context.rank)
+            recording = self.recordings.get(context.index)
             if context.step_graph is not None:
-                found = context.step_graph.recordings[context.rank].replay_in_step_graph(
+                found = context.step_graph.recordings[context.index].replay_in_step_graph(
                     [*rows, *draws], context.launch
                 )
             elif recording is not None:
@@ -177,7 +177,7 @@ class Captured(CapturedForm, Generic[OutcomeT]):
         buffers = list(compress(replica.gradients, self._has_gradient))
         with torch.no_grad():
             recording = Recording(graphs, self._steps[where], list(replica.variables), inputs, buffers)
-        self.recordings[context.rank] = recording
+        self.recordings[context.index] = recording
 
     def _optimized(self, traced: GraphModule) -> GraphModule:
         """The graph without what a replay need not do."""

@@ -14,7 +14,12 @@ from fastdp.tracing.spans import now, span
 
 
 class Reduction(ABC):
-    """The all-reduce of one step. A bucket may be reduced while replicas are still in their backward pass."""
+    """The all-reduce of one step. A bucket may be reduced while replicas are still in their backward pass.
+
+    `summed`, if not None, is called with the number of each bucket whose sum is there, on any thread.
+    """
+
+    summed: Callable[[int], None] | None = None
 
     @property
     @abstractmethod

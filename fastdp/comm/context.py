@@ -40,6 +40,9 @@ class Context:
     once, when its inputs are in place. It waits on the host until all replicas call it, and raises if one has failed.
 
     `found` is the program's: what its `launches` has found for the replica's rows, for its `launch`.
+
+    `rank` and `size` count the replicas of all processes that train together. `first` is the rank of this process's
+    first replica, `here` the number of its replicas, and `index` the replica's place among them.
     """
 
     rank: int
@@ -55,6 +58,16 @@ class Context:
     step_graph: Any = None
     launch: Callable[[], None] = _no_graph
     found: Any = None
+    first: int = 0
+    here: int = 0
+
+    def __post_init__(self) -> None:
+        self.here = self.here or self.size
+
+    @property
+    def index(self) -> int:
+        """The replica's place among those of this process."""
+        return self.rank - self.first
 
     @classmethod
     def alone(cls, batch: Any, structure: Any, start: int, stop: int, total: int) -> Context:
@@ -87,9 +100,9 @@ class Context:
         if self.size == 1:
             return [value]
         if self.device is None or not self.device.on_gpu:
-            return self.rendezvous.exchange(self.rank, value, place)
+            return self.rendezvous.exchange(self.index, value, place)
         name = self.torch_device
-        values = self.rendezvous.exchange(self.rank, _moved(value, lambda tensor: tensor.cpu()), place)
+        values = self.rendezvous.exchange(self.index, _moved(value, lambda tensor: tensor.cpu()), place)
         return [_moved(one, lambda tensor: tensor.to(name)) for one in values]
 
 

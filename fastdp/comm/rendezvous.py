@@ -61,7 +61,7 @@ class Rendezvous:
             self._waiting.append(rank)
             self._place = place
             if len(self._waiting) == self._size:
-                self._values, self._arrived = self._arrived, [None] * self._size
+                self._values, self._arrived = self._completed(self._arrived, place), [None] * self._size
                 self._waiting, self._round = [], turn + 1
                 self._changed.notify_all()
                 return self._values
@@ -76,6 +76,10 @@ class Rendezvous:
             )
             self.abort(late)  # a thread that arrives later would wait for this one, which leaves
             raise late
+
+    def _completed(self, values: list[Any], place: object) -> list[Any]:
+        """What all threads get, from their values in rank order. Called once per exchange, by the last thread."""
+        return values
 
     def leave(self, rank: int) -> None:
         """Note that a thread has ended its work: whoever waits for it, now or later, gets the error at once."""

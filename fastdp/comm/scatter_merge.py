@@ -118,13 +118,14 @@ class Merger:
         assert self._merged is not None, "no replica has written its outputs"
         for merged, parts in zip(self._merged, self._scalars, strict=True):
             if merged.ndim == 0:
-                merged[...] = self._mean(parts)
+                merged[...] = self._mean(parts, self._shards)
         return self._merged
 
-    def _mean(self, parts: Sequence[np.ndarray]) -> object:
+    @staticmethod
+    def _mean(parts: Sequence[np.ndarray], shards: Sequence[Rows]) -> object:
         """The mean of the replicas' scalars over the global batch. A value equal on all replicas is kept exactly."""
-        total = self._shards[0].total
-        weighted = sum(part.item() * rows.count for part, rows in zip(parts, self._shards, strict=True))
+        total = shards[0].total
+        weighted = sum(part.item() * rows.count for part, rows in zip(parts, shards, strict=True))
         return round(Fraction(weighted, total)) if isinstance(weighted, int) else weighted / total
 
     def _allocate(self, output: np.ndarray, rows: Rows, index: int) -> np.ndarray:

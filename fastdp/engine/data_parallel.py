@@ -15,11 +15,12 @@ from fastdp.comm.scatter_merge import Merger, scatter, stage
 from fastdp.comm.select import communicator
 from fastdp.comm.tuning import tune
 from fastdp.engine.accumulation import AccumulatedGradients
+from fastdp.engine.across import StepAcross, connect
 from fastdp.engine.home import HomeMemory
 from fastdp.engine.host_launch import HostLaunch
 from fastdp.engine.make_report import Reporting
 from fastdp.engine.recovery import Recovery
-from fastdp.engine.reductions import Reductions
+from fastdp.engine.reductions import ProcessesReductions, Reductions
 from fastdp.engine.replica_work import abort_if_skipped, add_up, run_replica
 from fastdp.engine.replicas import Call, Replica, ReplicaGroup
 from fastdp.engine.rollback import Rollback
@@ -51,6 +52,8 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
             number, a list of ordinals, None for all).
         timeout, update, cpu_merge, merge_device, cpu_relocation, check_replicas: as in `fastdp.wrap`.
         options: an object with all of these, instead of keywords.
+
+    `size` is the number of replicas, of all processes where torchrun has started several.
 
     The engine owns the replicas' memory. For updates that may fail it also owns a snapshot of the first replica's
     variables and slots, used to roll back a failed update. One thread at a time uses the engine. The devices have
@@ -106,11 +109,17 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
         self.replicas = self.group.every
         self.rollback = Rollback(self.replicas[0])
         self._recovery = Recovery(self._state, self.group, self._communicator, self.rollback)
+        self._across = connect(self.devices, options.timeout)
+        self.size = len(devices)
+        if self._across is not None:
+            self._across.copy_first(self.replicas[0].lasting)
+            self.size = self._across.size
         self._communicator.prepare(self.group.buckets)
         for device in () if options.cpu_merge else self.devices:
             device.prepare_to_merge()
         self._accumulation = AccumulatedGradients(self.replicas, self._communicator)
-        self._reductions = Reductions(self.group, self._communicator, self._accumulation)
+        about = self.group, self._communicator, self._accumulation
+        self._reductions = Reductions(*about) if self._across is None else ProcessesReductions(*about, self._across)
         self.host_launch = HostLaunch(self._state, self.group, self._reductions, self._recovery)
         self._updates = Updates(self.group, self.rollback, self._accumulation, options.timeout)
 
@@ -143,8 +152,7 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
             DeviceTimeoutError: the step took longer than `timeout` seconds.
         """
         batch = batch if type(batch) is Batch else Batch.of(batch, structure)
-        shards = self._deal_out(batch)
-        with self._begin("train", batch, shards, wants_outputs, reduces=reduce) as step:
+        with self._begin("train", batch, self._most, wants_outputs, reduces=reduce) as step:
             with self.host_launch.of(step):
                 self._scatter(step)
                 self._run(step, Replica.train, has_gradients=True)
@@ -157,7 +165,7 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
     def predict(self, batch: Batch | Arrays, *, structure: object = None) -> StepResult:
         """Run the forward pass on a global batch. Arguments, result and errors as in `train`."""
         batch = batch if type(batch) is Batch else Batch.of(batch, structure)
-        return self._forward("predict", batch, self._deal_out(batch), Replica.predict)
+        return self._forward("predict", batch, self._most, Replica.predict)
 
     def call(self, batch: Batch, work: Call) -> StepResult:
         """Run `work(state, rows, context)` on each replica in place of the program's `predict`.
@@ -165,7 +173,7 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
         The rows are split over all devices, regardless of the program's `most_replicas`. Result and errors as in
         `train`.
         """
-        return self._forward("call", batch, batch.deal(len(self.replicas)), partial(Replica.call, work=work))
+        return self._forward("call", batch, self.size, partial(Replica.call, work=work))
 
     def backward(self, batch: Batch, work: Call) -> StepResult:
         """Run a backward pass: `work(state, rows, context)` on each replica, which writes its gradients to the state's
@@ -178,8 +186,7 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
             batch: a batch of as many rows as that of the forward pass; its arrays are handed out as there.
             work: as in `call`.
         """
-        shards = batch.deal(len(self.replicas))
-        with self._begin("backward", batch, shards) as step:
+        with self._begin("backward", batch, self.size) as step:
             self._scatter(step)
             self._run(step, partial(Replica.call, work=work), has_gradients=True)
             self._reduce(step)
@@ -202,7 +209,7 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
             ValueError: arrays without rows, or of unequal length.
         """
         batch = batch if type(batch) is Batch else Batch.of(batch)
-        shards = self._deal_out(batch)
+        shards = self._step_of(batch, "stage", self._most)[0]
         with one_step_at_a_time, span("stage"), self.host_launch.staging(batch.arrays):
             return stage(batch.arrays, shards, self.devices)
 
@@ -271,24 +278,35 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
         notes, every_note = step.totals.notes, step.totals.every_note
         return StepResult(outputs, step.totals.sums, notes, step.batch.rows, every_note)
 
-    def _forward(self, kind: str, batch: Batch, shards: Sequence[Rows], work: Work) -> StepResult:
+    def _forward(self, kind: str, batch: Batch, most: int, work: Work) -> StepResult:
         """Run a step without gradients."""
-        with self._begin(kind, batch, shards) as step:
+        with self._begin(kind, batch, most) as step:
             self._scatter(step)
             self._run(step, work)
             return self._merge(step)
 
     # Around a step.
 
-    def _deal_out(self, batch: Batch) -> Sequence[Rows]:
-        """Split the rows over the replicas."""
-        return batch.deal(min(self._program.most_replicas, len(self.replicas)))
+    @property
+    def _most(self) -> int:
+        """How many replicas may share a step of the program."""
+        return min(self._program.most_replicas, self.size)
+
+    def _step_of(self, batch: Batch, kind: str, most: int) -> tuple[Sequence[Rows], StepAcross | None]:
+        """Split the rows over at most so many replicas: those of this process, and its part in a step of several."""
+        if self._across is None:
+            return batch.deal(most), None
+        across = self._across.step(batch, kind, most, self._program)
+        return across.shards, across
 
     def _begin(
-        self, kind: str, batch: Batch, shards: Sequence[Rows], wants_outputs: bool = True, *, reduces: bool = True
+        self, kind: str, batch: Batch, most: int, wants_outputs: bool = True, *, reduces: bool = True
     ) -> StepScope[Step]:
-        """Make a step on these shards. It begins when the returned scope is entered."""
-        merger = Merger(shards, self.devices, self._merge_device, on_host=self._cpu_merge)
+        """Make a step on at most so many replicas. It begins when the returned scope is entered."""
+        shards, across = self._step_of(batch, kind, most)
+        about = self.devices, self._merge_device
+        merge = partial(Merger, shards) if across is None else across.merger
+        merger = merge(*about, on_host=self._cpu_merge)
         step = make_step(
             batch,
             shards,
@@ -300,6 +318,7 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
             wants_outputs=wants_outputs,
             kind=kind,
             reduces=reduces,
+            across=across,
         )
         return StepScope(self._state, self._recovery, self.group, step)
 
@@ -326,3 +345,5 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
             RuntimeError: a replica's variables or slots differ; the message names the device.
         """
         self.group.assert_equal(self.steps)
+        if self._across is not None:
+            self._across.check_equal(self.replicas[0].lasting)

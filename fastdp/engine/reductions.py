@@ -8,6 +8,7 @@ from typing import Any
 
 from fastdp.comm.base import Communicator
 from fastdp.engine.accumulation import AccumulatedGradients
+from fastdp.engine.across import Across, ProcessReduction
 from fastdp.engine.replica_work import commit
 from fastdp.engine.replicas import ReplicaGroup
 from fastdp.engine.step import Step
@@ -59,7 +60,7 @@ class Reductions:
             return
         step.reduction = self._communicator.begin(*ends, buckets, warm=warm)
         for context in step.contexts:
-            context.ready = partial(step.reduction.ready, context.rank)
+            context.ready = partial(step.reduction.ready, context.index)
 
     def finish(self, step: Step) -> None:
         """Enqueue the rest of the reduction, also for replicas without rows, and then the commit."""
@@ -123,3 +124,57 @@ class Reductions:
 
 def _later() -> None:
     """The host thread launches the graphs of all replicas when the last replica's inputs are in place."""
+
+
+class ProcessesReductions(Reductions):
+    """Reduces in this process, and then over all processes. Arguments as of `Reductions`, and `across`.
+
+    A bucket that is complete early goes to the other processes while backward goes on.
+    """
+
+    def __init__(
+        self, replicas: ReplicaGroup, communicator: Communicator, accumulation: AccumulatedGradients, across: Across
+    ) -> None:
+        super().__init__(replicas, communicator, accumulation)
+        self._across = across
+        self._reduction: ProcessReduction | None = None
+
+    def begin(self, step: Step) -> None:
+        """As in `Reductions`. One device, too, has buckets that other processes wait for."""
+        self._reduction = None
+        assert step.across is not None
+        if not step.reduces or self._accumulation.count or not step.across.shared:
+            return
+        ends, buckets = self._replicas.ends(len(step.shards)), self._replicas.buckets
+        self._reduction = step.across.reduction(self._replicas.every[0].gradients, buckets)
+        step.reduction = self._communicator.begin(*ends, buckets)
+        step.reduction.summed = self._reduction.complete
+        for context in step.contexts:
+            context.ready = partial(step.reduction.ready, context.index)
+
+    def finish(self, step: Step) -> None:
+        """As in `Reductions`, then over the processes."""
+        assert step.across is not None
+        if not step.across.counts_here:
+            for replica in self._replicas.every[: len(step.shards)]:
+                replica.device.compute.enqueue(replica.gradients.clear)
+        by_reduce = step.reduction is None and (len(self._replicas.every) > 1 or self._accumulation.count > 0)
+        super().finish(step)
+        if step.reduces and not by_reduce:
+            self._over_processes()
+
+    def reduce(self, sources: int, once: Callable[[], object] | None = None) -> None:
+        """As in `Reductions`, then over the processes."""
+        super().reduce(sources, once)
+        self._over_processes()
+
+    def _over_processes(self) -> None:
+        """Enqueue the reduction over the processes, before any update."""
+        every, across = self._replicas.every, self._across
+        reduction, self._reduction = self._reduction, None
+        if reduction is None:
+            flat, buckets = every[0].gradients, self._replicas.buckets
+            reduction = ProcessReduction(across.processes, flat, buckets, across.timeout, "a training step")
+        every[0].device.compute.enqueue(reduction.finish)
+        if len(self._replicas.updating) > 1:
+            self._communicator.broadcast([replica.gradients for replica in every])

@@ -27,29 +27,29 @@ def run_replica(
 ) -> None:
     """Run one replica's work on its device's worker. A failure wakes the replicas that wait for it."""
     watch = step.watch
-    watch.compute_began[context.rank] = time.perf_counter()
+    watch.compute_began[context.index] = time.perf_counter()
     try:
         replica.prepare_thread(step.threads)
         if now.recorder is None:
-            result = work(replica, step.batches[context.rank], context)
+            result = work(replica, step.batches[context.index], context)
         else:
             with span("run", replica.device.compute, rows=context.rows.count):
-                result = work(replica, step.batches[context.rank], context)
-        step.rendezvous.leave(context.rank)
+                result = work(replica, step.batches[context.index], context)
+        step.rendezvous.leave(context.index)
         if context.wants_outputs:
             merging = time.perf_counter()
-            step.merger.write(context.rank, result.outputs)
-            watch.merging[context.rank] = time.perf_counter() - merging
+            step.merger.write(context.index, result.outputs)
+            watch.merging[context.index] = time.perf_counter() - merging
         result.outputs = []
-        step.results[context.rank] = result
+        step.results[context.index] = result
         if step.reduction is not None:
-            step.reduction.ended(context.rank)
+            step.reduction.ended(context.index)
     except BaseException as error:
-        step.failures.append((context.rank, error))
+        step.failures.append((context.index, error))
         step.rendezvous.abort(error)
         raise
     finally:
-        watch.compute_ended[context.rank] = time.perf_counter()
+        watch.compute_ended[context.index] = time.perf_counter()
 
 
 def abort_if_skipped(step: Step, ran: QueueEvent) -> None:
@@ -77,16 +77,19 @@ def commit(step: Step) -> None:
 
 
 def add_up(step: Step) -> None:
-    """Add up the replicas' sums, in rank order."""
+    """Add up the sums of all replicas, in rank order."""
     results = [result for result in step.results if result is not None]
+    mine = results[0].notes
+    if step.across is not None:
+        results = step.across.everybody(results)
     sums = results[0].sums.copy()
     for result in results[1:]:
         sums += result.sums
     every_note = [result.notes for result in results]
-    agree = getattr(results[0].notes, "agree", None)
+    agree = getattr(mine, "agree", None)
     if agree is not None and len(results) > 1:
         agree(every_note)
-    step.totals = Totals(sums, results[0].notes, every_note, step.reduces)
+    step.totals = Totals(sums, mine, every_note, step.reduces)
 
 
 def run_update(

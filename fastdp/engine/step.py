@@ -15,9 +15,10 @@ from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.comm.scatter_merge import Merger
+from fastdp.engine.across import StepAcross
 from fastdp.engine.replicas import Replica
 from fastdp.engine.timing import TracedWatch, Watch
-from fastdp.errors import ReplicaError, StepAborted, replica_error_class
+from fastdp.errors import ProcessError, ReplicaError, StepAborted, replica_error_class
 from fastdp.program.base import Launched, Result, Totals
 from fastdp.runtime.queue import QueueDevice, QueueEvent
 from fastdp.shard import Rows
@@ -116,6 +117,8 @@ class Step(Operation):
 
     `launched`: by rank, the replicas' steps that the host thread has launched.
 
+    `across` is the step's part in that of several processes, if there are several.
+
     `over`, `outcome` and `error` are for a step that ends while its thread does something else: see
     `step_scope.meanwhile`.
     """
@@ -133,12 +136,15 @@ class Step(Operation):
     over: bool = False
     outcome: StepResult | None = None
     error: BaseException | None = None
+    across: StepAcross | None = None
 
     counts: ClassVar[bool] = True
 
     def abandon(self, error: BaseException) -> None:
         """Wake replicas that wait for each other. An update that has not begun will not begin."""
         self.rendezvous.abort(error)
+        if self.across is not None and self.results:
+            self.across.fail(error)
         Operation.abandon(self, error)  # not `super()`: slots=True makes the class twice, and it refers to the first
 
     @property
@@ -187,6 +193,7 @@ def make_step(
     wants_outputs: bool,
     kind: str,
     reduces: bool,
+    across: StepAcross | None = None,
 ) -> Step:
     """Make a step on these shards. Enqueues nothing.
 
@@ -195,11 +202,15 @@ def make_step(
         timeout: seconds that replicas may wait for each other in the middle of the step.
         cores: cores that all replicas may use together.
         kind: "train", "predict", "call" or "backward".
+        across: the step's part in that of several processes.
     """
-    rendezvous = Rendezvous(len(shards), timeout, [device.name for device in devices])
-    common = (number, rendezvous, len(shards), batch, batch.structure, wants_outputs)
+    names, here = [device.name for device in devices], len(shards)
+    rendezvous = Rendezvous(here, timeout, names) if across is None else across.rendezvous(timeout, names)
+    first, size = (0, here) if across is None else (across.first, across.size)
+    common = (number, rendezvous, size, batch, batch.structure, wants_outputs)
     contexts = [
-        Context(rank, rows, *common, device) for rank, (rows, device) in enumerate(zip(shards, devices, strict=False))
+        Context(first + place, rows, *common, device, first=first, here=here)
+        for place, (rows, device) in enumerate(zip(shards, devices, strict=False))
     ]
     return Step(
         max(1, cores // len(shards)),
@@ -215,15 +226,18 @@ def make_step(
             [rows.stop - rows.start for rows in shards], len(devices)
         ),
         reduces=reduces,
+        across=across,
     )
 
 
 def step_error(
     failures: Sequence[tuple[int, BaseException]], operation: Operation, devices: Sequence[QueueDevice]
-) -> ReplicaError:
+) -> ReplicaError | ProcessError:
     """The error to raise for a failed operation. It names the first cause, the device and the rows."""
     causes = [failure for failure in failures if not isinstance(failure[1], StepAborted)] or list(failures)
     rank, cause = causes[0]
+    if isinstance(cause, ProcessError):  # no device of this process has failed
+        return cause
     where, rows = operation.rows_of(rank)
     text = traceback.TracebackException(type(cause), cause, None)  # even of an error whose own text fails
     message = (

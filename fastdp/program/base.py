@@ -137,6 +137,10 @@ class Program(ABC):
     def bind(self, memory: Memory, device: QueueDevice, rank: int) -> Any:
         """A replica's state over `memory`."""
 
+    def known_parts(self) -> Sequence[object]:
+        """Objects that every process has in the same order, and that notes refer to: layers, say. Default: none."""
+        return ()
+
     def changed_outside(self) -> bool:
         """Whether anything but `update` has changed the home's values since `committed()`. Default: no."""
         return False

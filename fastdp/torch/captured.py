@@ -12,6 +12,7 @@ from fastdp.capture.kinds import CapturesByKind
 from fastdp.capture.resumed import ResumedCaptures
 from fastdp.capture.steps import Captures
 from fastdp.capture.trace import Captured
+from fastdp.comm.processes import SEVERAL, several
 from fastdp.engine.step_scope import alone
 from fastdp.options import Options
 from fastdp.program.torch.capture.call_kinds import CallKind
@@ -25,8 +26,8 @@ from fastdp.runtime.queue import QueueDevice
 
 def capture(program: TorchProgram, options: Options, devices: Sequence[QueueDevice]) -> None:
     """Let a program capture its training steps, if the options say so. Called before the engine is made."""
-    if options.compile is None:
-        program.why_eager = "compile=None"
+    if options.compile is None or several():
+        program.why_eager = "compile=None" if options.compile is None else SEVERAL
         return
     graphs = chosen_graphs(options, devices)
     step = program.pure_step(len(devices))
@@ -49,7 +50,7 @@ def capture_forwards(
     program: LoopProgram, options: Options, devices: Sequence[QueueDevice]
 ) -> CapturesByKind[Captured[ForwardOutcome]] | None:
     """The captured forward passes without gradients of a program's calls; None if the options say so."""
-    if options.compile is None:
+    if options.compile is None or several():
         return None
     mode, parts = options.compile, len(devices)
     recorder = Recorder(type(program.module).__name__, alone) if chosen_graphs(options, devices) else None
@@ -65,7 +66,7 @@ def capture_loops(
     program: LoopProgram, options: Options, devices: Sequence[QueueDevice]
 ) -> CapturesByKind[CapturedJoint] | None:
     """The captured passes with gradients of a program's calls; None if there are none."""
-    if options.compile is None or devices[0].on_gpu:
+    if options.compile is None or devices[0].on_gpu or several():
         return None
     mode, parts = options.compile, len(devices)
 

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from fastdp.capture.kinds import CapturesByKind
+from fastdp.comm.processes import several
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.make_report import make_report
 from fastdp.engine.report import Report
@@ -127,7 +128,7 @@ class TorchParallel(Traceable, ModuleMembers[nn.Module]):
             NotImplementedError: the call is inside a mode that other threads do not see.
         """
         values = (args, kwargs, ())
-        if len(self.devices) == 1:
+        if len(self.devices) == 1 and not several():
             return self._alone(values)
         if sys._getframe(1).f_code is FUNCTIONAL_CALL:
             raise NotImplementedError(

@@ -43,7 +43,7 @@ class TrainStep:
         self._declared = declared
         self._outputs = outputs
         self._needs_targets = _takes_targets(engine.program.loss_fn)
-        self._on_workers = len(engine.devices) > 1 or engine.devices[0].on_gpu
+        self._on_workers = engine.size > 1 or engine.devices[0].on_gpu
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -97,7 +97,7 @@ class TrainStep:
         batch = self._program.batch(args, kwargs, targets, self._declared, no_graphs=True)
         with self._scope():
             with torch.enable_grad():
-                batch = self._program.judge(batch, len(self._engine.devices))
+                batch = self._program.judge(batch, self._engine.size)
             captures = self._program.captures
             if captures is not None:
                 captures.prepare(batch, self._outputs, eager=is_observed())

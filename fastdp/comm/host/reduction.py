@@ -56,7 +56,8 @@ class HostReduction(Reduction):
         self._pieces: list[list[int]] = [
             [] if trivial else list(range(bucket.start, bucket.stop, TILE))[::-1] for bucket in buckets
         ]
-        self._left = self.pieces = sum(map(len, self._pieces))
+        self._left_in = [len(pieces) for pieces in self._pieces]
+        self._left = self.pieces = sum(self._left_in)
         self._lock = threading.Lock()
         # Threads that work on a piece.
         self._takers: set[int] = set()
@@ -115,6 +116,8 @@ class HostReduction(Reduction):
     def _start(self, buckets: Sequence[int]) -> None:
         """Let free threads reduce these complete buckets, as far as there are free cores."""
         for bucket in buckets:
+            if not self._left_in[bucket] and self.summed is not None:  # there is nothing to add
+                self.summed(bucket)
             self._calls.put(bucket)
         free = CORES - self._announced.working - 1
         for device in self._devices:
@@ -158,7 +161,17 @@ class HostReduction(Reduction):
                 raise
             finally:
                 self._put_back(error)
+            if self.summed is not None:
+                self._count(number)
             start = self._take(number)
+
+    def _count(self, number: int) -> None:
+        """Count a piece of a bucket, and tell when that was the last."""
+        with self._lock:
+            self._left_in[number] -= 1
+            last = not self._left_in[number]
+        if last and self.summed is not None:
+            self.summed(number)
 
     def _sum(self, dtype: str, span: slice) -> None:
         """Sum one piece, and write it to all targets."""

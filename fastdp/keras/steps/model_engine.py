@@ -11,6 +11,8 @@ import torch
 from fastdp.capture.cuda_graphs.recorder import Recorder, chosen_graphs
 from fastdp.capture.steps import Captures
 from fastdp.capture.trace import Captured
+from fastdp.comm.processes import SEVERAL, several
+from fastdp.engine.across import all_replicas
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.step_scope import alone
 from fastdp.keras.steps.custom import has_own
@@ -96,7 +98,7 @@ class ModelEngine:
                 own_train_step=has_own(self.template, "train_step"),
                 sync_batch_norm=self._options.sync_batch_norm,
                 template_state=self._template_state,
-                replicas=len(self.devices),
+                replicas=all_replicas(len(self.devices)),
                 policy=self._policy,
                 groups=self.device_groups,
             )
@@ -112,8 +114,8 @@ class ModelEngine:
 
     def _why_eager(self, program: CallProgram) -> str:
         """Why a program's training steps are not captured; empty if they are."""
-        if self._capture_mode is None:
-            return "compile=None"
+        if self._capture_mode is None or several():
+            return "compile=None" if self._capture_mode is None else SEVERAL
         if program.own_train_step:
             return "a train_step of the model's own; calls of its layers are split"
         return "" if program.optimizer is not None else "no optimizer: the model is not compiled"

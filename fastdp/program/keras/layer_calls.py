@@ -221,7 +221,7 @@ class CallProgram(KerasProgram):
         keep_values(run, scope, state.mapping)
         form, found, numbers = OutputForm.of(y)
         outputs, structure = flatten_outputs(found)
-        if context.rank == 0:
+        if context.index == 0:
             work.form = form
             work.number_dtypes = [tensor.dtype for tensor in (*losses, *numbers)]
             work.added_by = [run.added_by.get(id(loss)) for loss in scope.losses]
@@ -234,7 +234,7 @@ class CallProgram(KerasProgram):
         if work.differentiable:
             wanted = [tensor for tensor, wants in zip(shared, work.shared_want, strict=True) if wants]
             leaves = [*wanted, *(scope.get_current_value(v) for v in work.weights)]
-            work.ran[context.rank] = _Ran(context, run, inputs, leaves, outputs, numbers, scope)
+            work.ran[context.index] = _Ran(context, run, inputs, leaves, outputs, numbers, scope)
         detached = [number.detach() for number in numbers]
         outcome = StepSums([], detached, outputs, structure, SideEffects.of(scope, state.mapping, run))
         return outcome.result(state.mapping, context, Notes(structure, len(numbers)), work.effects)
@@ -253,7 +253,7 @@ class CallProgram(KerasProgram):
     def backward(self, work: Backward, state: ReplicaState, batch: list[np.ndarray], context: Context) -> Result:
         """Compute a replica's part of the gradients. The result's outputs are the gradients by the row arrays."""
         self.doubt()
-        ran = work.forward.ran[context.rank]
+        ran = work.forward.ran[context.index]
         ran.context.rendezvous = context.rendezvous  # for the backward of synchronized moments
         roots, seeds = [], []
         for output, gradient in zip(ran.outputs, work.outputs, strict=False):
@@ -271,7 +271,7 @@ class CallProgram(KerasProgram):
         with replica_scope(ran.run), ran.scope:
             found = gradients_of(ran.run, roots, seeds, targets, retain=True)
         everyone = context.exchange(found[len(wanted) :], "the sum of the gradients")
-        for i in range(context.rank, len(ran.leaves), context.size):  # each replica sums its part of the leaves
+        for i in range(context.index, len(ran.leaves), context.here):  # each replica sums its part of the leaves
             parts = [part[i] for part in everyone if part[i] is not None]
             work.leaves[i] = sum(parts[1:], parts[0]) if parts else None
         rows_found = [torch.zeros_like(row) if g is None else g for row, g in zip(wanted, found, strict=False)]

@@ -127,6 +127,10 @@ class KerasProgram(Program):
         self._adopted.append(adopted(self.optimizer, self._update.slots, device))
         return self._adopted[-1].home.variables
 
+    def known_parts(self) -> Sequence[object]:
+        """The model, its layers and its variables."""
+        return [self.model, *self.model._flatten_layers(), *self.variables]
+
     def changed_outside(self) -> bool:
         """Whether a callback or the user assigned a weight, the learning rate, or anything else."""
         changed = [one.changed() for one in self._adopted]  # not any(...): `changed` also adopts new values
@@ -239,12 +243,12 @@ class KerasProgram(Program):
             spans_devices: run the layers on the devices where they are placed.
         """
         effects = effects or (self.effects if training else self.forward_effects)
-        generators = self.draws.of_replica(context.rank)
+        generators = self.draws.of_replica(context.index)
         run = ReplicaContext(context, self.sync_batch_norm, generators=generators, sites=effects.sites)
         run.units = effects.units()
         run.watches_torch = self.loss.is_merged or not self._is_known
         if self._groups is not None and spans_devices:
-            run.placed = graph_of(self.model), PlacedGraph(self._groups[context.rank])
+            run.placed = graph_of(self.model), PlacedGraph(self._groups[context.index])
         return run
 
     # The update.

@@ -31,6 +31,8 @@ class HalfGradients:
         outputs: the replica's outputs, attached to the graph. Their values are not kept.
     """
 
+    stays_in_process = True
+
     def __init__(self, outputs: Sequence[torch.Tensor]) -> None:
         self._roots = [output.grad_fn for output in outputs if output.grad_fn is not None]
 

@@ -57,6 +57,7 @@ class StepResult(Protocol):
 
     outputs: list[np.ndarray]
     sums: np.ndarray
+    notes: Any
     every_note: list[Any]
 
 
@@ -151,13 +152,13 @@ class LoopProgram(TorchProgram):
                 notes = ForwardNotes(nest, layouts, wanted, [], structure.draws, writes, buffers)
                 state.replica.restore_buffers()
         if work.keeps:
-            work.kept[context.rank] = KeptGraph(running, tensors, leaves.rows, leaves.shared)
+            work.kept[context.index] = KeptGraph(running, tensors, leaves.rows, leaves.shared)
         arrays, notes.others = parts_of(tensors, layouts, context)
         return Result(arrays, np.concatenate([np.zeros(0), *sums]), notes), tensors
 
     def backward(self, work: BackwardPass, state: State, batch: list[np.ndarray], context: Context) -> Result:
         """Run backward. The result's outputs are the gradients by inputs with rows."""
-        kept = work.forward.kept[context.rank]
+        kept = work.forward.kept[context.index]
         running, users = kept.running, self._users
         running.context.rendezvous, running.context.ready = context.rendezvous, context.ready
         roots, seeds = [], []
@@ -171,7 +172,7 @@ class LoopProgram(TorchProgram):
             if tensor.requires_grad:
                 tensor.retain_grad()
         # Torch itself runs the hooks of the user's parameters, when it gets the reduced gradients.
-        aside = HookedGradients(users, self._passes.nodes) if context.rank == 0 else None
+        aside = HookedGradients(users, self._passes.nodes) if context.index == 0 else None
         with state.gradients.passes(users, aside), ExitStack() as together:
             if context.size > 1 and not kept.captured:
                 together.enter_context(peers_scope(StepPeers(running.context)))  # for hooks
@@ -195,7 +196,7 @@ class LoopProgram(TorchProgram):
         found = [torch.zeros_like(x) if g is None else g for x, g in zip(kept.rows, by_rows, strict=True)]
         layouts = work.forward.row_layouts
         arrays = [output_array(rows_first(g, one), context.device) for g, one in zip(found, layouts, strict=True)]
-        if context.rank == 0 and may_overflow(work.forward.batch.structure.autocast, roots):
+        if context.index == 0 and may_overflow(work.forward.batch.structure.autocast, roots):
             notes.half = HalfGradients(roots)
         return Result(arrays, np.zeros(0), notes)
 
@@ -204,8 +205,8 @@ class LoopProgram(TorchProgram):
     def merged(self, work: ForwardPass, result: StepResult) -> list[torch.Tensor]:
         """Assign the buffers of a forward pass, and merge its outputs. The caller owns them."""
         every: list[ForwardNotes] = result.every_note
-        notes = every[0]
-        written = self._merged_writes([note.writes for note in every])
+        notes: ForwardNotes = result.notes
+        written = self._merged_writes([note.writes for note in every if note.writes is not None])
         self.assign(result.sums, notes.buffers)
         work.layouts, work.nest, work.used = notes.layouts, notes.nest, notes.used
         given = ((number, work.arrays[number]) for number in work.written)
@@ -279,7 +280,7 @@ class LoopProgram(TorchProgram):
             merged = forward.merged[at]()
             if merged is not None:
                 keep(merged, parts, forward.layouts[at], work.gradients[at])
-        written = self._merged_writes([note.writes for note in result.every_note])
+        written = self._merged_writes([note.writes for note in result.every_note if note.writes is not None])
         self._following.finish(written.every, written.merged, {})
 
     def restore(self) -> None:
@@ -291,8 +292,8 @@ class LoopProgram(TorchProgram):
         flat = self._states[0].gradients.flat
         found = Found().with_all(note.found for note in result.every_note).gradients(flat)
         mine = [g.clone() if g is own else g for g, own in zip(found, flat, strict=True)]
-        if result.every_note[0].half is not None:
-            result.every_note[0].half.overflow(self._users, mine)
+        if result.notes.half is not None:
+            result.notes.half.overflow(self._users, mine)
         settle(g for g in mine if g is not None)
         return mine
 

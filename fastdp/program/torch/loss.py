@@ -235,3 +235,14 @@ def _leaves_below(loss: torch.Tensor) -> set[int]:
                 seen.add(below)
                 nodes.append(below)
     return leaves
+
+
+def check_options(reduction: str | None, accumulate: int) -> None:
+    """Check the values of a train step's options."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f'`reduction` must be one of {REDUCTIONS}: None for any loss, computed on the merged outputs; "mean" or '
+            f'"sum" for a loss that is the mean or the sum over samples. Received: reduction={reduction!r}'
+        )
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(f"`accumulate` must be a whole number >= 1. Received: accumulate={accumulate!r}")

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-_TRAINED = object()
+
+class _Trained:
+    """The place of the number that is trained on."""
+
+    def __reduce__(self) -> str:
+        return "_TRAINED"  # the same one in other processes
+
+
+_TRAINED = _Trained()
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ class Nest:
     leaves: tuple[Any, ...]
     dtypes: tuple[str, ...]
     axes: tuple[int, ...] = ()  # of merged outputs: where their rows are
+
+    stays_in_process: ClassVar[bool] = True  # that of each process is the same
 
     @classmethod
     def flatten(cls, values: Any, what: str, *, dense: bool = True) -> tuple[Nest, list[torch.Tensor]]:
@@ -83,6 +85,9 @@ class Nest:
 
 class _Hole:
     """The place of a tensor in a nest."""
+
+    def __reduce__(self) -> str:
+        return "HOLE"  # the same one in other processes
 
 
 HOLE = _Hole()

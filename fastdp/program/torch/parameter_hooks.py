@@ -71,6 +71,8 @@ class HookedGradients:
         nodes: finds hooks on autograd's nodes, and knows what it has found; None: look now.
     """
 
+    stays_in_process = True
+
     def __init__(self, users: Sequence[torch.Tensor], nodes: NodeHooks | None = None) -> None:
         self._users = users
         self._tables = (nodes or NodeHooks()).of(users)

@@ -166,7 +166,7 @@ class Passes:
         together = context.size > 1
         run = self._train_together if together else self._train_alone
         hooked = None
-        if context.rank == 0 and self.replicas > 1:
+        if context.index == 0 and self.replicas > 1:
             hooked = HookedGradients(users, self.nodes)
             if hooked and together and self.accumulate > 1:
                 raise ValueError(HOOKS_IN_A_WINDOW)
@@ -175,7 +175,7 @@ class Passes:
         aside = hooked if together else None
         with torch.enable_grad(), state.replica.passes(), state.gradients.passes(users, aside):
             result = run(state, users, batch, context)
-        if context.rank == 0:
+        if context.index == 0:
             self.hooked = bool(hooked) and together
             result.notes.hooked = hooked if self.hooked else None
         return result
@@ -252,7 +252,7 @@ class Passes:
         notes.reported, notes.trains = part.reported, bool(part.roots or part.direct)
         # In a window each call's sum over rows is a float16 number, and there is only one sum over all calls.
         may = self.scaler is not None or may_overflow(structure.autocast, part.roots)
-        if may and context.rank == 0 and self.accumulate == 1:
+        if may and context.index == 0 and self.accumulate == 1:
             notes.half = HalfGradients(part.roots)
         sums = gather_buffers(state.replica, running, notes.buffers)
         state.replica.restore_buffers()

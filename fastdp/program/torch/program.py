@@ -17,6 +17,7 @@ from fastdp.capture.resumed import ResumedCaptures
 from fastdp.capture.trace import Captured
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
+from fastdp.comm.processes import launched
 from fastdp.program.base import Launched, Program, Result, Totals
 from fastdp.program.torch.batch import Structure, make_batch, undivided_batch
 from fastdp.program.torch.capture.outcome import TorchOutcome
@@ -26,7 +27,7 @@ from fastdp.program.torch.following.follow import Following
 from fastdp.program.torch.following.merged import MergedWrite, WriteNotes
 from fastdp.program.torch.following.writes import Place
 from fastdp.program.torch.gradients import Gradients
-from fastdp.program.torch.loss import REDUCTIONS, LossFunction
+from fastdp.program.torch.loss import LossFunction, check_options
 from fastdp.program.torch.module import AdoptedSlots, adopted, slots_of, users_own
 from fastdp.program.torch.module_buffers import assign_buffers
 from fastdp.program.torch.optimizer import OptimizerFactory, Optimizers
@@ -81,7 +82,7 @@ class TorchProgram(Program):
         rules: UpdateRules | None = None,
         accumulate: int = 1,
     ) -> None:
-        _check_options(reduction, accumulate)
+        check_options(reduction, accumulate)
         self.module = module
         self.loss_fn = loss_fn
         self.reduction = reduction
@@ -191,6 +192,10 @@ class TorchProgram(Program):
         ours = self.optimizers is not None and self.optimizers.are_reliable() and self.rules.are_reliable
         return ours and self._has_stepped and not self._passes.hooked
 
+    def known_parts(self) -> Sequence[object]:
+        """The module, its submodules, parameters and buffers."""
+        return [*self.module.modules(), *(slot.tensor for slot in self._slots)]
+
     def changed_outside(self) -> bool:
         """Whether the user replaced a parameter or a buffer by another one."""
         assert self._adopted is not None
@@ -221,7 +226,7 @@ class TorchProgram(Program):
         gradients = Gradients(copies, memory.gradients, tensors_of(memory.gradients))
         variables = tensors_of(memory.variables)
         self._states.append(State(replica, variables, gradients))
-        self._passes.replicas = len(self._states)
+        self._passes.replicas = max(len(self._states), launched()[1])
         self._captured[rank] = CapturedReplica(device, variables, gradients.flat, memory.gradients)
         return self._states[-1]
 
@@ -237,7 +242,7 @@ class TorchProgram(Program):
     @contextmanager
     def running(self, threads: int) -> Iterator[None]:
         """Sync replicas with the user's module, note the user's thread, and divide the cores."""
-        self._thread = self._trials.thread_state(several=len(self._states) > 1)
+        self._thread = self._trials.thread_state(several=self._passes.replicas > 1)
         if not self._followed:
             self._following.follow()
         self._followed = False
@@ -387,14 +392,3 @@ class TorchProgram(Program):
             return self._users
         pairs = zip(self._users, self._bound, strict=True)
         return [user if user is bound or self.optimizers.holds(user) else bound for user, bound in pairs]
-
-
-def _check_options(reduction: str | None, accumulate: int) -> None:
-    """Check the values of the options."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(
-            f'`reduction` must be one of {REDUCTIONS}: None for any loss, computed on the merged outputs; "mean" or '
-            f'"sum" for a loss that is the mean or the sum over samples. Received: reduction={reduction!r}'
-        )
-    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-        raise ValueError(f"`accumulate` must be a whole number >= 1. Received: accumulate={accumulate!r}")

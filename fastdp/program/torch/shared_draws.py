@@ -119,6 +119,8 @@ class SharedDraws:
         repeated_places: where they are in draws that backward may repeat.
     """
 
+    stays_in_process = True
+
     def __init__(self) -> None:
         self.places: DrawPlaces | None = None
         self._draws: dict[int, _Draw] = {}

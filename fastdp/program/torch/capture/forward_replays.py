@@ -47,7 +47,7 @@ class ForwardReplays:
             return eager(batch, context)[0]
         if captured.checks:
             return self._compared(captured, work, state, batch, context, eager)
-        outcome = captured.replay(self._replicas[context.rank], batch, context)
+        outcome = captured.replay(self._replicas[context.index], batch, context)
         with torch.no_grad():
             for number, value in zip(outcome.form.written, outcome.written, strict=True):
                 work.own_argument(number, batch, context).copy_(value)

@@ -117,7 +117,7 @@ class JointReplays:
             form.nest, layouts, list(form.requires_grad), others, structure.draws, writes, buffers, list(form.used)
         )
         normalizes = bool(form.buffers.normalized)
-        work.kept[context.rank] = KeptGraph(running, tensors, leaves.rows, leaves.shared, True, normalizes)
+        work.kept[context.index] = KeptGraph(running, tensors, leaves.rows, leaves.shared, True, normalizes)
         return Result(arrays, sums, notes)
 
     def _compared(
@@ -156,7 +156,7 @@ class JointReplays:
         outputs: Sequence[torch.Tensor],
     ) -> EagerPasses:
         """Run backward of an eager pass for a comparison."""
-        kept, parameters = work.kept[context.rank], self._parameters(state)
+        kept, parameters = work.kept[context.index], self._parameters(state)
         kept.running.backward = True
         try:
             with ExitStack() as stack:

@@ -73,7 +73,7 @@ class Replays:
             return eager(context)
         if captured.checks:
             return self._compared(captured, state, batch, context, eager)
-        outcome = captured.replay(self._replicas[context.rank], batch, context)
+        outcome = captured.replay(self._replicas[context.index], batch, context)
         state.gradients.replayed()
         return _result(outcome, context)
 
@@ -88,7 +88,7 @@ class Replays:
     def launch(self, state: State, batch: list[np.ndarray], context: Context) -> Launched:
         """Enqueue a recorded step of a replica."""
         captured: Captured[TorchOutcome] = context.found
-        outcome = captured.replay(self._replicas[context.rank], batch, context)
+        outcome = captured.replay(self._replicas[context.index], batch, context)
         state.gradients.replayed()
         nests: list[Nest] = []
 

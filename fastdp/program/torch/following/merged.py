@@ -70,6 +70,20 @@ class WriteNotes:
     rows: Rows
     roles: Roles
 
+    @property
+    def stays_in_process(self) -> bool:
+        """What was written cannot be merged with what other processes have written.
+
+        Raises:
+            NotImplementedError: something was.
+        """
+        if self.written:
+            raise NotImplementedError(
+                f"forward writes {', '.join(sorted({place.name for place in self.written}))}, which several processes "
+                "cannot merge. Return it from forward, keep it in a buffer, or train in one process."
+            )
+        return True
+
 
 def write_notes(guard: Guard | None, roles: Roles, rows: Rows) -> WriteNotes:
     """What a replica has written since its guard has recorded. Arguments as of `WriteNotes`."""

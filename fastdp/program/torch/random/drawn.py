@@ -92,7 +92,7 @@ class How:
             draw: makes the draw.
         """
         draws: SharedDraws = running.context.structure.draws
-        replicas = 1 if request is None else running.context.size
+        replicas = 1 if request is None else running.context.here
         if self.repeats:
             return draws.repeat(number, replicas, draw)
         if request is None:
