@@ -23,7 +23,7 @@ from report import finish, options, print_table
 import fastdp
 from bench.torch_model_cases import CASES, build
 from fastdp.benchmark.rounds import alternate, ratio, spread
-from fastdp.capture import steps as capture_steps
+from fastdp.capture import patience
 
 ROUNDS, SECONDS, PATIENCE = 9, 0.15, 120.0
 MODELS = ("mlp", "graph_net", "gpt", "resnet")
@@ -68,7 +68,7 @@ def ways(module: nn.Module, arguments: Sequence[torch.Tensor]) -> dict[str, Call
 def main() -> None:
     arguments = options(__doc__)
     fastdp.set_virtual_devices(2)
-    capture_steps.COMPILE_SECONDS = 0.5  # "auto" decides soon
+    patience.COMPILE_SECONDS = 0.5  # "auto" decides soon
     results: dict[str, Any] = {}
     for name in MODELS:
         torch.manual_seed(0)

@@ -11,6 +11,7 @@ import os
 import secrets
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,6 +113,29 @@ def put(folder: int, name: str, content: bytes, *, replace: bool) -> bool:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part, dir_fd=folder)
+
+
+def remove(folder: int, name: str) -> None:
+    """Remove a file from an opened folder. Does nothing where there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=folder)
+
+
+def keep_newest(folder: int, most: int, *, seconds: float = 3600.0) -> None:
+    """Remove files from an opened folder until `most` are left: the oldest first, and none younger than `seconds`.
+
+    Files that another process removes meanwhile count as removed.
+    """
+    names = os.listdir(folder)
+    if len(names) <= most:
+        return
+    ages: list[tuple[float, str]] = []
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            ages.append((os.stat(name, dir_fd=folder, follow_symlinks=False).st_mtime, name))
+    for written, name in sorted(ages)[: max(0, len(ages) - most)]:
+        if written < time.time() - seconds:
+            remove(folder, name)
 
 
 def check_path(path: Path) -> None:

@@ -11,6 +11,7 @@ VIRTUAL_DEVICES = "FASTDP_VIRTUAL_DEVICES"
 VIRTUAL_KIND = "FASTDP_VIRTUAL_KIND"
 ALL_REDUCE = "FASTDP_ALL_REDUCE"
 CACHE_DIR = "FASTDP_CACHE_DIR"
+REMEMBER = "FASTDP_REMEMBER"
 
 # Each virtual device is a thread with memory of its own: more than this is a slip of the keyboard.
 MOST_VIRTUAL_DEVICES = 1024
@@ -18,6 +19,7 @@ VIRTUAL_KINDS = ("host", "gpu")
 # How gradients are added up on GPUs: by the limits that were measured on them, by the built-in ones, by our kernels
 # alone or by NCCL alone.
 ALL_REDUCES = ("measured", "fixed", "kernels", "nccl")
+REMEMBERS = ("on", "off")
 
 # What the help of the command line says about each.
 MEANINGS = {
@@ -25,6 +27,7 @@ MEANINGS = {
     VIRTUAL_KIND: "what virtual devices are parts of: host, or gpu",
     ALL_REDUCE: "how GPUs add up gradients: measured, fixed, kernels or nccl",
     CACHE_DIR: "the folder of compiled kernels and steps, and of what was measured",
+    REMEMBER: "whether the next run starts with the compiled steps of this one: on, or off",
 }
 
 
@@ -61,6 +64,16 @@ def all_reduce() -> str:
     return _choice(ALL_REDUCE, ALL_REDUCES) or ALL_REDUCES[0]
 
 
+def remembers() -> bool:
+    """Whether compiled steps, and decisions between forms of a step, are kept for later runs: unless FASTDP_REMEMBER
+    is "off".
+
+    Raises:
+        ValueError: it is neither "on" nor "off".
+    """
+    return _choice(REMEMBER, REMEMBERS) != "off"
+
+
 def cache_dir() -> Path | None:
     """The folder that FASTDP_CACHE_DIR names, which need not exist yet; None if it is not set."""
     text = os.environ.get(CACHE_DIR, "")
@@ -70,7 +83,7 @@ def cache_dir() -> Path | None:
 def problems() -> list[str]:
     """What is wrong with the variables that are set, one sentence each; empty if all is well."""
     found = []
-    for check in (virtual_devices, virtual_kind, all_reduce):
+    for check in (virtual_devices, virtual_kind, all_reduce, remembers):
         try:
             check()
         except ValueError as error:

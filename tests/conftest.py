@@ -10,6 +10,8 @@ os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 # Algorithms by size, and not by what a machine at work measures.
 os.environ.setdefault("FASTDP_ALL_REDUCE", "fixed")
+# Steps as in a first run: what an earlier run of the tests has decided or compiled must not matter.
+os.environ.setdefault("FASTDP_REMEMBER", "off")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch: OpenMP's threads that wait for work awake would take the cores from the other processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -115,6 +115,15 @@ class PureFunction(Protocol):
     def key(self, context: Context) -> Hashable:
         """What a graph depends on besides the shapes and number of rows and whether outputs are wanted."""
 
+    def shape_name(self, context: Context) -> str:
+        """The name of what a graph depends on besides the model, the same in each process."""
+
+    def structure(self) -> str:
+        """The model's parts and its variables' shapes as text, the same in each process.
+
+        Models with equal texts may differ: the text only tells which of them an earlier run may have trained.
+        """
+
     def rows(self, batch: Sequence[Any], context: Context) -> list[torch.Tensor]:
         """A replica's rows as contiguous tensors, on their present device."""
 

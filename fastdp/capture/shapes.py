@@ -12,7 +12,7 @@ from fastdp.capture.captured_form import CapturedForm, Run
 from fastdp.capture.compile.compiler import BackgroundCompiler, Job
 from fastdp.capture.cuda_graphs.recording import Recording
 from fastdp.capture.pure_step import PureFunction
-from fastdp.capture.speed_trial import SpeedTrial
+from fastdp.capture.speed_trial import Decision, SpeedTrial
 from fastdp.comm.context import Context
 
 CapturedT = TypeVar("CapturedT", bound=CapturedForm)
@@ -20,7 +20,10 @@ CapturedT = TypeVar("CapturedT", bound=CapturedForm)
 
 @dataclass(slots=True, eq=False)
 class Shape(Generic[CapturedT]):
-    """The record of the steps of one shape of a replica's rows. `name` tells shapes apart in other processes too."""
+    """The record of the steps of one shape of a replica's rows. `name` tells shapes apart in other processes too.
+
+    `remembered` is what an earlier run decided, and `key` the name of that decision (`fastdp.capture.decisions`).
+    """
 
     rows: int
     of: int
@@ -39,6 +42,8 @@ class Shape(Generic[CapturedT]):
     no_step_graph: str = ""
     trial: SpeedTrial | None = None
     why: str = "seen once so far"
+    key: str = ""
+    remembered: Decision | None = None
 
     @property
     def is_replayed(self) -> bool:
@@ -47,8 +52,14 @@ class Shape(Generic[CapturedT]):
 
     @property
     def stays_eager(self) -> bool:
-        """Whether a trial has found eager steps to be the fastest."""
+        """Whether a trial has found eager steps to be the fastest, in this run or in an earlier one."""
+        if self.remembered is not None and self.remembered.form == "eager":
+            return True
         return self.trial is not None and self.trial.is_over and self.trial.chosen == "eager"
+
+    def go_back(self, why: str) -> None:
+        """Note that the compiled form has failed, and the traced one stays."""
+        self.jobs, self.runs, self.trial, self.compiled, self.why = [], [], None, False, why
 
     def note(self, seconds: float) -> None:
         """Add the duration of a step."""
@@ -91,6 +102,8 @@ def entry_of(shape: Shape[Any]) -> dict[str, Any]:
     if shape.compiled and shape.jobs:
         entry["compile_seconds"] = sum(job.seconds for job in shape.jobs)
         entry["load_seconds"] = sum(job.load_seconds for job in shape.jobs)
+    if shape.remembered is not None:
+        entry["remembered"] = shape.remembered.form
     if recordings:
         entry |= {"replicas": len(recordings), "segments": recordings[0].segments}
         entry |= {

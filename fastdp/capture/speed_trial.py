@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import dataclass
 from typing import Any
 
 from fastdp.capture.captured_form import CapturedForm
 
 STEPS = 10  # of each kind
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The fastest form of a step in an earlier run, and why it was not the compiled one."""
+
+    form: str
+    why: str = ""
 
 
 class SpeedTrial:

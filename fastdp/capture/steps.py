@@ -24,7 +24,6 @@ is made again (`capture/guard.py`).
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -35,9 +34,11 @@ import torch
 from fastdp.capture.compile.compiler import BackgroundCompiler, CompileError, missing_compiler
 from fastdp.capture.cuda_graphs.recorder import Recorder
 from fastdp.capture.cuda_graphs.step_graphs import RecordedStepGraph, StepGraphJoiner
+from fastdp.capture.decisions import Decisions
 from fastdp.capture.faults import Attempt
 from fastdp.capture.guard import Guard
 from fastdp.capture.notices import Notices
+from fastdp.capture.patience import compile_is_due, trace_is_due
 from fastdp.capture.pure_step import PureFunction
 from fastdp.capture.second_try import SecondTry
 from fastdp.capture.shapes import CapturedT, Shape, entry_of, key_of, own_rows, recordings_of
@@ -51,12 +52,6 @@ from fastdp.tensors.threads import given_cores
 
 MOST_SHAPES = 8
 MOST_KNOWN = 200  # further shapes have no entry in the report, and run eagerly
-# Seconds that "auto" expects tracing and compiling to take. A trace takes about ten eager steps, since it runs the same
-# Python code under a tracer, after it has loaded parts of torch. Compile time grows with the number of operations.
-TRACE_SECONDS, TRACE_STEPS = 0.5, 10
-COMPILE_SECONDS, COMPILE_SECONDS_PER_OPERATION = 10.0, 0.02
-# Compiling runs beside the training: it begins once training has taken this fraction of the expected time.
-COMPILE_PATIENCE = 0.25
 # A model that changes repeatedly within so few steps is taken to change itself.
 MOST_CHANGES, STEPS_BETWEEN_CHANGES = 3, 50
 _POLL_SECONDS = 0.05
@@ -99,6 +94,8 @@ class Captures(Generic[CapturedT]):
         self.present: list[Shape[CapturedT]] = []
         self._compiler = BackgroundCompiler()
         self._no_compiler = missing_compiler() if mode != "trace" else 'compile="trace"'
+        decides = mode == "auto" and not deterministic
+        self._decisions = Decisions(step, parts, recorder is not None, self._no_compiler) if decides else None
         joins = recorder is not None and recorder.parts
         self._step_graphs = StepGraphJoiner(recorder, step.spans_devices) if recorder is not None and joins else None
         self._guard = Guard(step)
@@ -154,6 +151,8 @@ class Captures(Generic[CapturedT]):
                     replicas.append(shape)
                     continue
                 self._shapes[key] = shape
+                if self._decisions is not None:
+                    self._decisions.begin(shape, context)
                 self._begin(shape, context)
             if shape not in self.present:
                 self.present.append(shape)
@@ -201,6 +200,8 @@ class Captures(Generic[CapturedT]):
         """Add the duration of the prepared step, or of an earlier one, whose `present` shapes these were."""
         for shape in self.present if shapes is None else shapes:
             shape.note(seconds)
+            if self._decisions is not None:
+                self._decisions.note(shape)
 
     @property
     def compiling(self) -> bool:
@@ -303,27 +304,17 @@ class Captures(Generic[CapturedT]):
         if sum(other.captured is not None for other in self._shapes.values()) >= MOST_SHAPES:
             shape.why = f"{MOST_SHAPES} other shapes are captured"
             return False
-        if self._mode != "auto" or self._deterministic:
-            return True
-        # The first step of a shape includes warm-up: the latest steps show how long a step takes.
-        shape.why = "not trained for long enough yet"
-        expected = TRACE_SECONDS + TRACE_STEPS * statistics.median(shape.recent)
-        return shape.steps > 1 and shape.seconds > expected
+        return self._mode != "auto" or self._deterministic or trace_is_due(shape)
 
     def _may_compile(self, shape: Shape[CapturedT]) -> bool:
         """Whether it is time to compile."""
-        assert shape.captured is not None
         if self._no_compiler:
             shape.why = self._no_compiler
             return False
         if self._mode == "auto" and self._deterministic:
             shape.why = 'deterministic=True: compiled with compile="inductor" only'
             return False
-        if self._mode != "auto":
-            return True
-        shape.why = "not trained for long enough yet to be compiled"
-        expected = COMPILE_SECONDS + COMPILE_SECONDS_PER_OPERATION * shape.captured.operations
-        return shape.seconds > COMPILE_PATIENCE * expected
+        return self._mode != "auto" or compile_is_due(shape)
 
     def _trace(self, shape: Shape[CapturedT], context: Context, *, refuses: bool = True) -> None:
         """Trace one shape. If that fails, warn and trace no shape from then on, or leave it eager for now."""
@@ -390,7 +381,9 @@ class Captures(Generic[CapturedT]):
         """Return permanently to the traced form of a step whose compiled form has failed."""
         why = captured.failed
         captured.use_traced()
-        shape.jobs, shape.runs, shape.trial, shape.compiled, shape.why = [], [], None, False, why
+        shape.go_back(why)
+        if self._decisions is not None:
+            self._decisions.drop(shape)
         self._give_up_compiling(why)
 
     def _give_up_compiling(self, why: str) -> None:

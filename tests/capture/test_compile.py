@@ -19,7 +19,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastdp
-from fastdp.capture import speed_trial
+from fastdp.capture import patience, speed_trial
 from fastdp.capture import steps as capture_steps
 from fastdp.capture.compile import compiler as background
 from fastdp.capture.compile import worker as compile_worker
@@ -175,12 +175,12 @@ def test_auto_runs_eagerly_then_traced_once_a_shape_has_been_trained_for_long(mo
     train(parallel, 4)
     assert hows(parallel) == {"eager"}
     assert "not trained for long" in parallel.report()[0]["why"]
-    monkeypatch.setattr(capture_steps, "TRACE_SECONDS", 0.0)
-    monkeypatch.setattr(capture_steps, "TRACE_STEPS", 0)
+    monkeypatch.setattr(patience, "TRACE_SECONDS", 0.0)
+    monkeypatch.setattr(patience, "TRACE_STEPS", 0)
     train(parallel, 1)
     assert hows(parallel) == {"traced"}
     assert not parallel.compiling
-    monkeypatch.setattr(capture_steps, "COMPILE_PATIENCE", 0.0)
+    monkeypatch.setattr(patience, "COMPILE_PATIENCE", 0.0)
     train(parallel, 1)
     assert parallel.compiling
     parallel._steps.forget_engine()
@@ -302,8 +302,8 @@ def test_a_graph_as_bytes_names_no_module_but_those_that_its_reader_has():
 
 def quick(monkeypatch):
     """Shapes are traced at their second step."""
-    monkeypatch.setattr(capture_steps, "TRACE_SECONDS", 0.0)
-    monkeypatch.setattr(capture_steps, "TRACE_STEPS", 0)
+    monkeypatch.setattr(patience, "TRACE_SECONDS", 0.0)
+    monkeypatch.setattr(patience, "TRACE_STEPS", 0)
 
 
 @pytest.mark.parametrize(("compiled", "how"), [(0.001, "compiled"), (0.5, "traced")])

@@ -12,7 +12,7 @@ import torch
 from graph_models import batches, convolutional, dense, embedded, hows, normalized, train, unused, wrapped
 
 import fastdp.buffers
-from fastdp.capture import steps as capture_steps
+from fastdp.capture import patience
 from fastdp.capture import trace as capture_trace
 from fastdp.capture.cuda_graphs import recording
 from fastdp.engine.replicas import Replica
@@ -319,8 +319,8 @@ def test_a_bucket_that_is_announced_before_its_graph_is_launched_is_found(gpus, 
 
 
 def test_a_step_that_is_traced_late_is_recorded_before_it_runs(gpus, monkeypatch):
-    monkeypatch.setattr(capture_steps, "TRACE_SECONDS", -1.0)
-    monkeypatch.setattr(capture_steps, "TRACE_STEPS", 0)
+    monkeypatch.setattr(patience, "TRACE_SECONDS", -1.0)
+    monkeypatch.setattr(patience, "TRACE_STEPS", 0)
     box = gpus(1)
     parallel = wrapped(normalized, box.devices(2), compile="auto")
     seen = []

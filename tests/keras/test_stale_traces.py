@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fastdp
+from fastdp.capture import patience
 from fastdp.capture import steps as capture_steps
 
 L = keras.layers
@@ -635,16 +636,16 @@ def test_changes_far_apart_are_captured_anew_each_time(monkeypatch):
 
 @pytest.mark.parametrize("change", [adapt_again])
 def test_in_auto_mode(change, monkeypatch):
-    monkeypatch.setattr(capture_steps, "TRACE_SECONDS", 0.0)
-    monkeypatch.setattr(capture_steps, "TRACE_STEPS", 0)
+    monkeypatch.setattr(patience, "TRACE_SECONDS", 0.0)
+    monkeypatch.setattr(patience, "TRACE_STEPS", 0)
     plain, _ = losses(normalized, change)
     found, _ = losses(normalized, change, 2, mode="auto")
     np.testing.assert_allclose(found, plain, rtol=2e-5)
 
 
 def test_code_of_ones_own_that_comes_later_is_not_captured_in_auto_mode(monkeypatch):
-    monkeypatch.setattr(capture_steps, "TRACE_SECONDS", 0.0)
-    monkeypatch.setattr(capture_steps, "TRACE_STEPS", 0)
+    monkeypatch.setattr(patience, "TRACE_SECONDS", 0.0)
+    monkeypatch.setattr(patience, "TRACE_STEPS", 0)
     change = setting("activation", Scaled(2.0))
     plain, _ = losses(dense, change)
     keras.utils.set_random_seed(7)

@@ -129,6 +129,12 @@ class LinearStep:
     def key(self, context: Context) -> str:
         return context.structure
 
+    def shape_name(self, context: Context) -> str:
+        return repr((context.rows, context.batch.shapes, context.structure))
+
+    def structure(self) -> str:
+        return self.name
+
     def rows(self, batch: Sequence[Any], context: Context) -> list[torch.Tensor]:
         return [as_tensor(array).contiguous() for array in batch]
 

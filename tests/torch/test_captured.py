@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastdp
-from fastdp.capture import speed_trial
+from fastdp.capture import patience, speed_trial
 from fastdp.capture import steps as capture_steps
 from fastdp.capture.compile.compiler import missing_compiler
 
@@ -572,8 +572,8 @@ def test_the_report_tells_of_steps_before_there_is_a_train_step_and_without_capt
 
 
 def test_auto_keeps_the_form_whose_steps_are_fastest(monkeypatch):
-    monkeypatch.setattr(capture_steps, "TRACE_SECONDS", 0.0)
-    monkeypatch.setattr(capture_steps, "TRACE_STEPS", 0)
+    monkeypatch.setattr(patience, "TRACE_SECONDS", 0.0)
+    monkeypatch.setattr(patience, "TRACE_STEPS", 0)
     monkeypatch.setattr(capture_steps, "missing_compiler", lambda: "no compiler")
     monkeypatch.setattr(speed_trial, "STEPS", 3)
     notes = capture_steps.Captures.note
@@ -645,8 +645,8 @@ def test_a_step_inside_a_mode_that_counts_operations_runs_eagerly():
 
 
 def test_auto_tells_in_the_report_alone_why_a_step_cannot_be_captured(monkeypatch):
-    monkeypatch.setattr(capture_steps, "TRACE_SECONDS", 0.0)
-    monkeypatch.setattr(capture_steps, "TRACE_STEPS", 0)
+    monkeypatch.setattr(patience, "TRACE_SECONDS", 0.0)
+    monkeypatch.setattr(patience, "TRACE_STEPS", 0)
     parallel = check(Reads(), data(), F.cross_entropy, 1, options={"compile": "auto"})  # warnings are errors here
     assert hows(parallel) == {"eager"}
     assert REFUSED[Reads] in whys(parallel)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fastdp
-from fastdp.capture import speed_trial
+from fastdp.capture import patience, speed_trial
 from fastdp.capture import steps as capture_steps
 from fastdp.capture.compile.compiler import missing_compiler
 from fastdp.capture.joint import CapturedJoint
@@ -476,8 +476,8 @@ def test_compiled_loops_train_as_plain_torch(monkeypatch):
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_auto_keeps_the_fastest_form_and_only_the_report_says_which(devices, monkeypatch):
-    monkeypatch.setattr(capture_steps, "TRACE_SECONDS", 0.0)
-    monkeypatch.setattr(capture_steps, "TRACE_STEPS", 0)
+    monkeypatch.setattr(patience, "TRACE_SECONDS", 0.0)
+    monkeypatch.setattr(patience, "TRACE_STEPS", 0)
     monkeypatch.setattr(capture_steps, "missing_compiler", lambda: "no compiler")
     monkeypatch.setattr(speed_trial, "STEPS", 2)
     parallel = check(Net(), usual, devices, 14, mode="auto")

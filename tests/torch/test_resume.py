@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastdp
-from fastdp.capture import speed_trial
+from fastdp.capture import patience, speed_trial
 from fastdp.capture import steps as capture_steps
 
 each_number = pytest.mark.parametrize("devices", [1, 2, 3, 8])
@@ -122,8 +122,8 @@ class Captured(Drops):
 @pytest.mark.parametrize(("mode", "devices"), [("trace", 1), ("trace", 3), ("auto", 1), ("auto", 2)])
 def test_captured_steps_go_on_bit_for_bit(mode, devices, monkeypatch):
     """Each step has the form that it has in the uninterrupted run: forms round differently."""
-    monkeypatch.setattr(capture_steps, "TRACE_SECONDS", 0.0)
-    monkeypatch.setattr(capture_steps, "TRACE_STEPS", 0)
+    monkeypatch.setattr(patience, "TRACE_SECONDS", 0.0)
+    monkeypatch.setattr(patience, "TRACE_STEPS", 0)
     monkeypatch.setattr(capture_steps, "missing_compiler", lambda: "no compiler")
     monkeypatch.setattr(speed_trial, "STEPS", 1)
     sizes = [batches()[i] for i in ((1, 2) if mode == "trace" else (1,))]  # a trial has ended after seven steps

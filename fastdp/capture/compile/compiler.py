@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fastdp.capture.compile import isolation
+from fastdp.capture.compile import isolation, kept_code
 from fastdp.capture.faults import Attempt, in_words
 from fastdp.capture.graph.serialize import to_bytes
 from fastdp.runtime.host.resources import CORES
@@ -44,7 +44,8 @@ class CompileError(Exception):
 class Job:
     """A graph to compile, and the worker that compiles it.
 
-    `began` and `seconds` time the worker; `load_seconds` is the time that the caller of `result` spent loading.
+    `began` and `seconds` time the worker; `load_seconds` is the time that the caller spent loading. `name` is that of
+    the code in the cache folder, and `kept` what was found there. `run` is the loaded code.
     """
 
     data: bytes
@@ -57,6 +58,9 @@ class Job:
     load_seconds: float = 0.0
     parent: int = field(default_factory=os.getpid)
     failure: str = ""
+    name: str = ""
+    kept: bytes | None = None
+    run: Run | None = None
 
 
 class BackgroundCompiler:
@@ -75,12 +79,19 @@ class BackgroundCompiler:
         self._timeout = timeout
         self._waiting: deque[Job] = deque()
         self._started: list[Job] = []
+        self._kept: list[Job] = []  # in the cache folder, and not loaded yet
         self._closed = weakref.finalize(self, _end, self._started, self._waiting)
 
     @property
     def busy(self) -> bool:
-        """Whether a job is running or queued."""
-        return bool(self._started or self._waiting)
+        """Whether a job is running, queued, or to be loaded."""
+        return bool(self._started or self._waiting or self._kept)
+
+    @staticmethod
+    def prepare() -> None:
+        """Let a thread import what loading needs, so that the first `done` does not wait for it."""
+        isolation.use_cache()  # before the thread, which compiles and loads a test of the CPU
+        _readying()
 
     def submit(self, module: GraphModule, threads: int) -> Job:
         """Queue a graph for compilation. Its operations may use `threads` cores."""
@@ -88,15 +99,25 @@ class BackgroundCompiler:
             data, constants = to_bytes(module)
         if attempt.error is not None:
             return Job(b"", [], threads, failure=f"the graph cannot be handed to the compiler: {attempt.why}")
-        job = Job(data, constants, threads)
-        self._waiting.append(job)
-        self._start_next()
+        job = Job(data, constants, threads, name=kept_code.name_of(data, threads))
+        job.kept = kept_code.find(job.name)
+        if job.kept is not None:
+            self._kept.append(job)
+            self.prepare()
+        else:
+            self._waiting.append(job)
+            self._start_next()
         return job
 
     def done(self, job: Job) -> bool:
-        """Whether `result` may be called: the job has succeeded, failed or timed out."""
-        if job.failure:
+        """Whether `result` may be called: the job has succeeded, failed or timed out.
+
+        Code from the cache folder that cannot be loaded is removed, and the job starts anew.
+        """
+        if job.failure or job.run is not None:
             return True
+        if job.kept is not None:
+            return _readying().over and self._loads(job, job.kept)
         if job.process is None:
             return False
         if job.process.poll() is not None:
@@ -112,6 +133,8 @@ class BackgroundCompiler:
         """
         if job.failure:
             raise CompileError(job.failure)
+        if job.run is not None:
+            return job.run
         assert job.process is not None
         assert job.folder is not None
         job.seconds = time.monotonic() - job.began
@@ -122,15 +145,13 @@ class BackgroundCompiler:
                 raise CompileError(f"the compiler took longer than {self._timeout} seconds")
             if status != 0 or not artifact.exists():
                 raise CompileError(f"the compiler's process ended with status {status}: {_last_line(job.folder)}")
-            began = time.perf_counter()
             with Attempt() as attempt:
-                isolation.keep_headers(str(isolation.cache()))  # loading links the parts of a step anew
-                run = _artifact_class().load(path=str(artifact), format="binary")
+                _load(job, artifact)
             if attempt.error is not None:
                 raise CompileError(f"the compiled step cannot be loaded: {attempt.why}") from attempt.error
-            job.load_seconds = time.perf_counter() - began
-            constants = job.constants
-            return (lambda *arguments: run(*arguments, *constants)) if constants else run
+            kept_code.keep(job.name, artifact.read_bytes())
+            assert job.run is not None
+            return job.run
         finally:
             if job in self._started:
                 self._started.remove(job)
@@ -139,15 +160,30 @@ class BackgroundCompiler:
 
     def close(self) -> None:
         """Kill the worker and drop queued jobs. Idempotent."""
+        self._kept.clear()
         _end(self._started, self._waiting)
+
+    def _loads(self, job: Job, code: bytes) -> bool:
+        """Load a job's code from the cache folder. If that fails, compile it."""
+        self._kept.remove(job)
+        with Attempt() as attempt:
+            job.folder = isolation.temporary_folder("fastdp-compile-")
+            (job.folder / "artifact").write_bytes(code)
+            _load(job, job.folder / "artifact")
+        _discard(job)
+        job.folder, job.kept = None, None
+        if attempt.error is not None:
+            kept_code.drop(job.name)
+            self._waiting.append(job)
+            self._start_next()
+        return job.run is not None
 
     def _start_next(self) -> None:
         """Start the worker for the next job if none is running. If the worker cannot be started, the job fails."""
         while self._waiting and not self._started:
             job = self._waiting.popleft()
             with Attempt() as attempt:
-                isolation.use_cache()  # before the thread, which compiles and loads a test of the CPU
-                _readying()
+                self.prepare()
                 _start(job)
                 self._started.append(job)
             if attempt.error is not None:
@@ -173,6 +209,15 @@ def _start(job: Job) -> None:
             start_new_session=True,
         )
     job.began = time.monotonic()
+
+
+def _load(job: Job, artifact: Path) -> None:
+    """Load what a worker has made for a job."""
+    began = time.perf_counter()
+    isolation.keep_headers(str(isolation.cache()))  # loading links the parts of a step anew
+    run, constants = _artifact_class().load(path=str(artifact), format="binary"), job.constants
+    job.run = (lambda *arguments: run(*arguments, *constants)) if constants else run
+    job.load_seconds = time.perf_counter() - began
 
 
 class _Ready(threading.Thread):

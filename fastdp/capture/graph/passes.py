@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx import Graph, GraphModule, Node
 
+from fastdp.capture.graph.common_subexpressions import merge_equal
 from fastdp.capture.graph.recurrent import keep_workspaces
 from fastdp.capture.graph.rewrites import fuse_convolutions
 from fastdp.errors import NotCapturable
@@ -67,7 +67,8 @@ def optimized(module: GraphModule) -> GraphModule:
     fuse_convolutions(graph)
     keep_workspaces(graph)
     graph.eliminate_dead_code()
-    return GraphModule(module, fx_graph_cse(graph))
+    merge_equal(graph)
+    return GraphModule(module, graph)
 
 
 def stored(module: GraphModule, gradients: int) -> GraphModule:

@@ -31,14 +31,15 @@ def own_code(program: KerasProgram) -> str:
     for variable in program.trainable:
         if variable.regularizer is not None and not _is_keras(type(variable.regularizer)):
             return f"the regularizer of {variable.path!r}"
-    for loss in _losses(program.trainer._compile_loss):
+    for loss in losses_of(program):
         if not _is_keras(loss):
             return f"the loss {getattr(loss, '__name__', type(loss).__name__)!r}"
     return ""
 
 
-def _losses(compiled: Any) -> Iterator[Any]:
-    """The losses passed to `compile`: functions, unwrapped from Keras's wrappers, and classes."""
+def losses_of(program: KerasProgram) -> Iterator[Any]:
+    """The losses passed to `compile` by the user: functions, unwrapped from Keras's wrappers, and classes."""
+    compiled: Any = program.trainer._compile_loss
     for loss in keras.tree.flatten(compiled._user_loss) if compiled is not None else []:
         if loss is not None and not isinstance(loss, str):
             yield getattr(loss, "fn", type(loss) if isinstance(loss, keras.Loss) else loss)

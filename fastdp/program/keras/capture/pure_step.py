@@ -16,7 +16,7 @@ from fastdp.capture.watch import Watch
 from fastdp.comm.context import Context
 from fastdp.errors import NotCapturable
 from fastdp.program.keras.capture.guard import watch_step
-from fastdp.program.keras.capture.own_code import own_code
+from fastdp.program.keras.capture.own_code import losses_of, own_code
 from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.program import KerasProgram
 from fastdp.program.keras.replica import keras_device, replica_scope
@@ -86,6 +86,18 @@ class KerasPureStep:
         """As `PureStep.key`. The first replica counts regularizers; NumPy does not know all dtypes of a batch."""
         is_regularized = context.rank == 0 and any(v.regularizer is not None for v in self._program.trainable)
         return is_regularized, context.structure.dtypes
+
+    def shape_name(self, context: Context) -> str:
+        """As `PureStep.shape_name`."""
+        rows = context.rows
+        return repr((rows.count, rows.total, context.wants_outputs, context.batch.shapes, self.key(context)))
+
+    def structure(self) -> str:
+        """As `PureStep.structure`."""
+        program = self._program
+        parts = [type(layer).__qualname__ for layer in program.model._flatten_layers()]
+        losses = [getattr(loss, "__qualname__", type(loss).__qualname__) for loss in losses_of(program)]
+        return repr((parts, losses, [(tuple(v.shape), v.dtype) for v in program.variables], program.trained))
 
     def rows(self, batch: Sequence[Any], context: Context) -> list[torch.Tensor]:
         """As `PureStep.rows`."""

@@ -100,6 +100,11 @@ class PurePass:
         key = rows.count, rows.total, context.wants_outputs, context.batch.shapes, kind, self.key(context)[1]
         return hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", repr(key)).encode()).hexdigest()
 
+    def structure(self) -> str:
+        """As `PureStep.structure`."""
+        parts = [type(part).__qualname__ for part in self._module.modules()]
+        return repr((type(self).__name__, parts, [(tuple(v.shape), v.dtype) for v in self.variables]))
+
     def rows(self, batch: Sequence[Any], context: Context) -> list[torch.Tensor]:
         """As `PureStep.rows`: the arrays, and the tensors that all rows share."""
         structure: Structure = context.structure
