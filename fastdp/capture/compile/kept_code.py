@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from fastdp import __version__, private_files, settings
+from fastdp import private_files, settings
+from fastdp._version import __version__
 
 FOLDER = "step-code"
 MOST_FILES, MOST_NBYTES = 200, 1 << 28
