@@ -1,6 +1,7 @@
 """Computes equal expressions of a graph once.
 
-Torch's own pass would import all of TorchInductor, for most of a second. Graphs have no writes here (`fastdp.capture.trace.graph_of`), so operations with equal operands have equal results.
+Torch's own pass would import all of TorchInductor, for most of a second. Graphs have no writes here
+(`fastdp.capture.trace.graph_of`), so operations with equal operands have equal results.
 """
 
 from __future__ import annotations
