@@ -65,7 +65,7 @@ docs: $(STAMP)  ## the pages of docs/ as a site in build/site
 layers: $(STAMP)  ## write docs/layers.md from tests/shared/layer_cases.py
 	$(BIN)/python tests/shared/layer_cases.py
 
-modules: $(STAMP)  ## write the lists of packages in README.md, docs/design.md and docs/modules.md
+modules: $(STAMP)  ## write the lists of packages in CONTRIBUTING.md, docs/design.md and docs/modules.md
 	$(BIN)/python tests/shared/packages.py
 
 # Keras's tests import more than Keras does: that lies in an environment of its own, on top of .venv.

@@ -310,7 +310,7 @@ def test_the_lists_of_packages_in_the_pages_are_those_of_the_code():
     assert page.read_text("utf-8") == packages.page(MODULES), "`make modules` writes docs/modules.md"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/design.md"])
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/design.md"])
 def test_the_files_that_a_page_names_exist(page):
     text = (packages.ROOT / page).read_text("utf-8")
     names = set(re.findall(r"`((?:\w+/)*\w+\.py|(?:\w+/)+)`", text))

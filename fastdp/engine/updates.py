@@ -11,7 +11,7 @@ from fastdp.engine.replica_work import run_update
 from fastdp.engine.replicas import Replica, ReplicaGroup
 from fastdp.engine.rollback import Rollback
 from fastdp.engine.step import Operation, Step
-from fastdp.runtime.host.resources import CORES
+from fastdp.runtime.host.resources import CORES, SEVERAL_THREADS_NBYTES
 from fastdp.runtime.work_stealing import shared_with
 from fastdp.tracing import spans
 
@@ -47,7 +47,9 @@ class Updates:
         # The other devices are idle while the first one updates for all.
         alone = len(step.updating) == 1 and len(every) > 1
         work_stealing = self._work_stealing if alone and replicas.program.update_is_shared else None
-        threads = step.cores if alone and work_stealing is None else step.threads
+        # Helper threads are made for it, and ended when the replicas go on: a small update is over before.
+        large = every[0].memory.variables.nbytes > SEVERAL_THREADS_NBYTES
+        threads = step.cores if alone and work_stealing is None and large else step.threads
         one_by_one = step.prepared and not replicas.program.uses_cupy and spans.now.recorder is None
         here = isinstance(step, Step) and one_by_one
         for replica in step.updating[: 1 if here else None]:

@@ -6,6 +6,11 @@ operations. When there are more, GNU's OpenMP puts every helper of the process t
 to wake them: on two cores, with a pool on the host thread and one on a worker, small operations took five times as
 long. So pools are ended after use: the host thread has no pool while replicas run, and a worker's pool never has more
 threads than its share.
+
+A user's loop makes many short passes, with its loss and its optimizer between them on the host thread. There a new
+helper begins on a core that another thread has just left or not left yet, and while the host thread waits for it awake,
+it may wait for a whole time slice: GAN's loop lost 40 of 65 ms a step so. So a small model's loop stays on one device's
+share of the cores from a forward pass to the optimizer's step (`LoopShare`).
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _PAUSE_SOFT = 1  # omp_pause_soft, OpenMP 5.0
 
@@ -38,9 +44,15 @@ end_pool = _pool_ender()
 
 
 class _Given(threading.local):
-    """The number of cores that torch had on this thread before replicas ran; None while none run."""
+    """The number of cores that torch had on this thread before replicas ran; None while none run.
+
+    `shared`: the number that the user has given and the share that is in its place, between the passes of a loop.
+    `passes`: the passes that keep it so.
+    """
 
     cores: int | None = None
+    shared: tuple[int, int] | None = None
+    passes: int = 0
 
 
 _given = _Given()
@@ -49,9 +61,12 @@ _given = _Given()
 def given_cores() -> int:
     """The cores that the user lets torch use on this thread: `torch.set_num_threads`, `OMP_NUM_THREADS` or the default.
 
-    While replicas run, the number from before.
+    While replicas run, and between the passes of a loop, the number from before.
     """
-    return torch.get_num_threads() if _given.cores is None else _given.cores
+    if _given.cores is not None:
+        return _given.cores
+    present, shared = torch.get_num_threads(), _given.shared
+    return shared[0] if shared is not None and shared[1] == present else present
 
 
 def prepare_worker(threads: int, device: Any) -> None:
@@ -115,6 +130,54 @@ def replicas_run(threads: int) -> Iterator[None]:
             yield
     finally:
         _given.cores = before
+        if not _given.passes:
+            _end_share()
+
+
+class LoopShare:
+    """Keeps torch on this thread at a device's share of the cores while a pass of a loop is open.
+
+    It ends when an optimizer has made its step, or all passes are gone. What the user sets meanwhile stays.
+
+    Args:
+        threads: the share.
+    """
+
+    __slots__ = ("_thread", "_threads")
+
+    def __init__(self, threads: int) -> None:
+        _follow_optimizers()
+        self._threads, self._thread = threads, threading.get_ident()
+        _given.passes += 1
+        self.keep()
+
+    def keep(self) -> None:
+        """Go on in a backward pass that comes behind an optimizer's step."""
+        given = given_cores()
+        if self._threads < given and self._thread == threading.get_ident():
+            _given.shared = (given, self._threads)
+            torch.set_num_threads(self._threads)
+
+    def __del__(self) -> None:
+        if self._thread == threading.get_ident():
+            _given.passes -= 1
+            if not _given.passes:
+                _end_share()
+
+
+def _end_share() -> None:
+    """Give torch the user's number of cores, unless the user has set another, or replicas run."""
+    if _given.shared is None or _given.cores is not None:
+        return
+    (before, threads), _given.shared = _given.shared, None
+    if torch.get_num_threads() == threads:
+        torch.set_num_threads(before)
+
+
+@functools.cache
+def _follow_optimizers() -> object:
+    """Have each optimizer's step end the share of the thread that makes it. Once a process."""
+    return register_optimizer_step_post_hook(lambda *_: _end_share())
 
 
 @contextmanager

@@ -19,23 +19,26 @@ from fastdp.options import Options
 from fastdp.program.torch.capture.call_kinds import CallKinds
 from fastdp.program.torch.loop import LoopProgram
 from fastdp.program.torch.loop_passes import BackwardPass, ForwardPass
+from fastdp.runtime.host.resources import SEVERAL_THREADS_NBYTES
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import to_tensor
 from fastdp.tensors.compiled import not_compiled
 from fastdp.tensors.thread_state import check_around
+from fastdp.tensors.threads import LoopShare, given_cores
 from fastdp.torch.captured import capture_forwards, capture_loops, is_observed
 from fastdp.warn import warn_user
 
 
 @dataclass(slots=True)
 class _OpenPass:
-    """A forward pass, and what is needed to repeat it on one device."""
+    """A forward pass, and what is needed to repeat it on one device. `share`: of the cores, while it is open."""
 
     calls: Calls
     work: ForwardPass
     values: Any
     numbers: list[int]
     drawn: torch.Tensor = field(default_factory=torch.get_rng_state)
+    share: LoopShare | None = None
 
 
 class Calls:
@@ -84,6 +87,7 @@ class Calls:
             self._prepare_loop(work)
             tensors = _Node.apply(opened, *work.given, *(users[i] for i in numbers))
             work.note_merged(tensors)
+            opened.share = self._share(tensors)
         else:
             tensors = self._without_gradients(work)
         assert work.nest is not None
@@ -138,11 +142,21 @@ class Calls:
         rows = Batch([], None, opened.work.batch.rows)
         with self._scope():
             result = self.engine.backward(rows, partial(self.program.run, self.program.backward, work))
+            if opened.share is not None:
+                opened.share.keep()
             found = self.program.gradients_of(work, result)
             reduced = self.program.reduced(result)
             self.program.settle_backward(work, result)
         opened.work.ended(gradients, time.perf_counter() - began)
         return [*found, *(reduced[i] for i in opened.numbers)]
+
+    def _share(self, outputs: Sequence[torch.Tensor]) -> LoopShare | None:
+        """Keep the user's loop at a device's share of the cores, if its loss and its optimizer have little to do."""
+        devices = self.engine.devices
+        nbytes = self.engine.replicas[0].memory.variables.nbytes + sum(tensor.nbytes for tensor in outputs)
+        if devices[0].on_gpu or nbytes > SEVERAL_THREADS_NBYTES:
+            return None
+        return LoopShare(max(1, given_cores() // len(devices)))
 
     def with_graph(
         self, opened: _OpenPass, tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]

@@ -1,5 +1,5 @@
-"""The packages of fastdp in their import order: the one list that the layout test, README, docs/design.md and
-docs/modules.md go by. Run as a program it writes the lists in those pages (`make modules`).
+"""The packages of fastdp in their import order: the one list that the layout test, CONTRIBUTING, docs/design.md
+and docs/modules.md go by. Run as a program it writes the lists in those pages (`make modules`).
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def page(sources: dict[str, str]) -> str:
 
 def blocks(sources: dict[str, str]) -> Iterator[tuple[Path, str, str]]:
     """Each list that stands in a page: the page, the name of its place, and the list."""
-    yield ROOT / "README.md", "packages", tree(sources)
+    yield ROOT / "CONTRIBUTING.md", "packages", tree(sources)
     yield ROOT / "docs" / "design.md", "packages", tree(sources, deep=False)
 
 
@@ -175,7 +175,7 @@ def placed(text: str, name: str, block: str) -> str:
 
 
 def main() -> None:
-    """Write the lists in README.md and docs/design.md, and docs/modules.md."""
+    """Write the lists in CONTRIBUTING.md and docs/design.md, and docs/modules.md."""
     sources = modules()
     for path, name, block in blocks(sources):
         path.write_text(placed(path.read_text("utf-8"), name, block), "utf-8")

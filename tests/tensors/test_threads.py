@@ -109,3 +109,69 @@ def test_a_thread_that_works_in_place_of_workers_gets_its_streams_device_and_mod
         work()
     assert (streams, current) == ({"cuda:0": "the user's", "cuda:1": "default"}, [1])
     assert torch._C._is_multithreading_enabled()
+
+
+@pytest.fixture
+def cores():
+    """Two virtual devices, and four cores given to torch."""
+    fastdp.set_virtual_devices(2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield torch.get_num_threads
+    torch.set_num_threads(before)
+    fastdp.set_virtual_devices(0)
+
+
+def test_a_loop_has_a_device_s_share_of_the_cores_from_forward_to_the_optimizer_s_step(cores):
+    module = torch.nn.Linear(3, 1)
+    model, optimizer = fastdp.wrap(module, gpus=2, compile=None), torch.optim.SGD(module.parameters(), 0.1)
+    for _ in range(2):
+        loss = model(torch.randn(4, 3)).sum()
+        assert cores() == 2
+        loss.backward()
+        assert cores() == 2
+        optimizer.step()
+        assert cores() == 4
+    with torch.no_grad():
+        model(torch.randn(4, 3))
+    assert cores() == 4
+
+
+def test_a_loop_without_optimizer_gets_the_cores_back_with_its_last_graph(cores):
+    model = fastdp.wrap(torch.nn.Linear(3, 1), gpus=2, compile=None)
+    first, second = model(torch.randn(4, 3)), model(torch.randn(4, 3))
+    del first
+    assert cores() == 2
+    del second
+    assert cores() == 4
+
+
+def test_a_backward_pass_behind_an_optimizer_s_step_has_the_share_again(cores):
+    module = torch.nn.Linear(3, 1)
+    model, optimizer = fastdp.wrap(module, gpus=2, compile=None), torch.optim.SGD(module.parameters(), 0.1)
+    seen = []
+    module.weight.register_hook(lambda gradient: seen.append(cores()))
+    loss = model(torch.randn(4, 3)).sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    assert cores() == 4
+    loss.backward()
+    assert (seen, cores()) == ([2, 2], 2)
+
+
+def test_a_loop_leaves_the_cores_that_the_user_gives_torch_meanwhile(cores):
+    module = torch.nn.Linear(3, 1)
+    model, optimizer = fastdp.wrap(module, gpus=2, compile=None), torch.optim.SGD(module.parameters(), 0.1)
+    loss = model(torch.randn(4, 3)).sum()
+    torch.set_num_threads(3)
+    loss.backward()
+    optimizer.step()
+    assert cores() == 3
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(3, 1 << 21), (1 << 21, 2)])
+def test_a_loop_of_large_outputs_or_weights_keeps_all_cores(cores, inputs, outputs):
+    model = fastdp.wrap(torch.nn.Linear(inputs, outputs, bias=False), gpus=2, compile=None)
+    made = model(torch.randn(2, inputs))
+    assert made.requires_grad
+    assert cores() == 4

@@ -25,6 +25,8 @@ _SETTINGS = {
     -1: (1 << 31) - 1,  # M_TRIM_THRESHOLD: free memory at the heap's end is returned only beyond 2 GiB
     -2: 64 << 20,  # M_TOP_PAD: a heap grows by at least this much, and keeps this much when trimmed
 }
+# Work on less memory than this is over before further threads help: they have to be woken, or made, first.
+SEVERAL_THREADS_NBYTES = 16 << 20
 # Arrays of at least this size come from the system instead of malloc.
 LARGE_NBYTES = 4 << 20
 
