@@ -46,6 +46,7 @@ def wrap(
     timeout: float = 1800.0,
     check_replicas: bool = False,
     rows: str | None = None,
+    shards: int | None = None,
 ) -> ParallelModel: ...
 @overload
 def wrap(
@@ -63,6 +64,7 @@ def wrap(
     timeout: float = 1800.0,
     check_replicas: bool = False,
     rows: dict[str, Any] | None = None,
+    shards: int | None = None,
 ) -> TorchParallel: ...
 def wrap(
     model: Any,
@@ -79,6 +81,7 @@ def wrap(
     timeout: float = 1800.0,
     check_replicas: bool = False,
     rows: str | dict[str, Any] | None = None,
+    shards: int | None = None,
 ) -> ParallelModel | TorchParallel:
     """Run a model on several devices as if on one.
 
@@ -155,6 +158,14 @@ def wrap(
             rows share, and for outputs also "sum", "mean" or `fastdp.mean_over`; `{"buffer:peak": "max"}` is for a
             buffer. By default rows are along the first axis of inputs, or where a trial on a few rows finds them, and
             the trial tells what outputs are. `fastdp.rows(tensor, axis)` and `fastdp.same(tensor)` mark single tensors.
+        shards: cut every global batch into this many parts, whatever the number of devices, and make everything that
+            is summed, drawn or normalized depend on them instead of on the devices. Then 1, 2, 3 or 8 devices of one
+            kind give the same weights, losses and metrics to the last bit, and a run may go on from its checkpoint on
+            fewer or more devices. At least the number of devices; at most 8 on GPUs. A device runs its shards one
+            after the other. Gradients are added in one fixed binary tree over the shards. It includes
+            `deterministic=True`, and each shard has its own weights and gradients: a device needs the memory of as
+            many replicas as it has shards. A batch of fewer rows than shards has a shard for each row. None: one
+            replica for each device.
 
     Returns:
         For a Keras model a `fastdp.ParallelModel`, a `keras.Model` that shares the model's weights. For a torch module
@@ -183,6 +194,7 @@ def wrap(
         timeout=timeout,
         check_replicas=check_replicas,
         rows=rows,
+        shards=shards,
     )
     libraries = {cls.__module__.split(".")[0] for cls in type(model).__mro__}
     for library, (module, function) in _WRAPPERS.items():

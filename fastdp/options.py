@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 COMPILE_MODES = (None, "trace", "inductor", "auto")
@@ -9,6 +10,7 @@ COMPILE_MODES = (None, "trace", "inductor", "auto")
 GRAPHS = ("auto", "bucket", "step", None)
 UPDATES = ("first", "each", None)
 ROW_POLICIES = (None, "merge", "replica")
+MOST_SHARDS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +21,9 @@ class Options:
     devices resolves what depends on them: which device merges, and what None means on GPUs.
 
     Raises:
-        ValueError: an unknown `compile`, `graph`, `update` or `rows`.
+        ValueError: an unknown `compile`, `graph`, `update` or `rows`; `shards` that is no whole number from 1 to 1024.
+
+    `shards` sets `deterministic`: bits that depend on the clock would not be those of another number of devices.
     """
 
     cpu_merge: bool = True
@@ -33,6 +37,7 @@ class Options:
     timeout: float = 1800.0
     check_replicas: bool = False
     rows: str | dict[str, int | str] | None = None
+    shards: int | None = None
 
     def __post_init__(self) -> None:
         if self.compile not in COMPILE_MODES:
@@ -43,6 +48,9 @@ class Options:
             raise ValueError(f'`update` must be "first" or "each". Received: update={self.update!r}')
         if not isinstance(self.rows, dict) and self.rows not in ROW_POLICIES:
             raise ValueError(f"`rows` must be one of {ROW_POLICIES}. Received: rows={self.rows!r}")
+        if self.shards is not None:
+            object.__setattr__(self, "shards", _number_of_shards(self.shards))
+            object.__setattr__(self, "deterministic", True)
 
     @property
     def row_policy(self) -> str | None:
@@ -54,6 +62,20 @@ class Options:
         if isinstance(self.rows, dict):
             raise ValueError(f"`rows` as a dict is for torch modules. Received: rows={self.rows!r} for a Keras model.")
         return self.rows
+
+
+def _number_of_shards(value: object) -> int:
+    """`shards` as an int, if it is a whole number in range."""
+    try:
+        shards = 0 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        shards = 0
+    if not 1 <= shards <= MOST_SHARDS:
+        raise ValueError(
+            f"`shards` must be None or a whole number from 1 to {MOST_SHARDS}: the parts that every global batch is "
+            f"cut into. Received: shards={value!r}"
+        )
+    return shards
 
 
 def one_of(options: Options | None, keywords: Options) -> Options:

@@ -1,6 +1,7 @@
 // all_reduce_one_shot: every rank reads every rank's input once. For small buckets, where latency dominates.
 //
-//   output[i] = cast((x_0[i] + x_1[i] + ... + x_{R-1}[i]) * scale)     in fp32, in rank order, on every rank
+//   output[i] = cast((x_0[i] + x_1[i] + ... + x_{R-1}[i]) * scale)     in fp32, on every rank, in rank order,
+//                                                                      or in a binary tree (peer_signals.cuh)
 //
 //   stage    copy this rank's input to one half of its staging buffer
 //   barrier  with the same block of all ranks

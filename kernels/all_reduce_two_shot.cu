@@ -1,6 +1,7 @@
 // all_reduce_two_shot: reduce-scatter, then all-gather, through peer memory. For larger buckets.
 //
-//   output[i] = cast((x_0[i] + x_1[i] + ... + x_{R-1}[i]) * scale)     in fp32, in rank order, on every rank
+//   output[i] = cast((x_0[i] + x_1[i] + ... + x_{R-1}[i]) * scale)     in fp32, on every rank, in rank order,
+//                                                                      or in a binary tree (peer_signals.cuh)
 //
 //   barrier         all inputs are ready
 //   reduce-scatter  rank r sums slice r of all ranks' inputs into one half of its staging buffer

@@ -42,6 +42,7 @@ struct AllReduceArgs {
     int rank;
     int ranks;
     u32 spin_limit;
+    int tree;  // whether ranks are added in a binary tree instead of in their order
 };
 
 // Whether an earlier wait of this rank timed out. The whole block gets one answer, since another block of this
@@ -85,7 +86,32 @@ __device__ __forceinline__ void finish_launch(const AllReduceArgs& args, u64 lau
     }
 }
 
-// The sum of one pack over all ranks, in rank order, times scale: the same bits on every rank.
+// The sum of `ranks` numbers in rank order.
+__device__ __forceinline__ float sum_in_order(const float (&x)[kMaxRanks], int ranks) {
+    float sum = x[0];
+#pragma unroll
+    for (int rank = 1; rank < kMaxRanks; ++rank) {
+        if (rank < ranks) sum += x[rank];
+    }
+    return sum;
+}
+
+// The sum of `ranks` numbers in a binary tree: neighbours first, then neighbouring pairs, and so on.
+__device__ __forceinline__ float sum_in_tree(const float (&x)[kMaxRanks], int ranks) {
+    float sum[kMaxRanks];
+#pragma unroll
+    for (int rank = 0; rank < kMaxRanks; ++rank) sum[rank] = x[rank];
+#pragma unroll
+    for (int step = 1; step < kMaxRanks; step *= 2) {
+#pragma unroll
+        for (int rank = 0; rank + step < kMaxRanks; rank += 2 * step) {
+            if (rank + step < ranks) sum[rank] += sum[rank + step];
+        }
+    }
+    return sum[0];
+}
+
+// The sum of one pack over all ranks, in rank order or in a tree, times scale: the same bits on every rank.
 template <class T>
 __device__ __forceinline__ Pack<T, elements_of<T>::per_pack> sum_pack(const AllReduceArgs& args,
                                                                       const T* const (&arrays)[kMaxRanks], i64 pack) {
@@ -98,11 +124,10 @@ __device__ __forceinline__ Pack<T, elements_of<T>::per_pack> sum_pack(const AllR
     Pack<T, count> y;
 #pragma unroll
     for (int e = 0; e < count; ++e) {
-        float sum = to_float(x[0].at[e]);
+        float one[kMaxRanks];
 #pragma unroll
-        for (int rank = 1; rank < kMaxRanks; ++rank) {
-            if (rank < args.ranks) sum += to_float(x[rank].at[e]);
-        }
+        for (int rank = 0; rank < kMaxRanks; ++rank) one[rank] = rank < args.ranks ? to_float(x[rank].at[e]) : 0.0f;
+        const float sum = args.tree ? sum_in_tree(one, args.ranks) : sum_in_order(one, args.ranks);
         y.at[e] = from_float<T>(sum * args.scale);
     }
     return y;

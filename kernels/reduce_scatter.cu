@@ -1,6 +1,6 @@
 // reduce_scatter: each rank sums its part of all ranks' inputs, which it reads through peer memory.
 //
-//   output[i] = cast((x_0[i] + x_1[i] + ... + x_{R-1}[i]) * scale)     in fp32, in rank order,
+//   output[i] = cast((x_0[i] + x_1[i] + ... + x_{R-1}[i]) * scale)     in fp32, in rank order or in a tree,
 //                                                                      for i in the rank's part of [0, n) only
 //
 //   barrier  all inputs are ready

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from fastdp.comm.turns import Turn
 from fastdp.errors import DeviceTimeoutError, StepAborted
 from fastdp.tracing.spans import span
 
@@ -17,12 +18,14 @@ class Rendezvous:
         size: the number of threads.
         timeout: seconds that one exchange may take.
         names: what messages call the threads, by rank: the names of their devices.
+        turns: by rank, the turns of threads that take turns. A thread that waits gives its turn to another.
     """
 
-    def __init__(self, size: int, timeout: float, names: Sequence[str] = ()) -> None:
+    def __init__(self, size: int, timeout: float, names: Sequence[str] = (), turns: Sequence[Turn | None] = ()) -> None:
         self._size = size
         self._timeout = timeout
         self._names = names
+        self._turns = turns
         self._changed = threading.Condition()
         self._arrived: list[Any] = [None] * size
         self._waiting: list[int] = []
@@ -50,6 +53,16 @@ class Rendezvous:
             StepAborted: another thread failed.
             DeviceTimeoutError: another thread did not arrive in time.
         """
+        turn = self._turns[rank] if self._turns else None
+        if turn is None:
+            return self._exchange(rank, value, place)
+        turn.give()
+        values = self._exchange(rank, value, place)
+        turn.take()  # outside of the lock, since the shard that has the turn may want that
+        return values
+
+    def _exchange(self, rank: int, value: Any, place: object) -> list[Any]:
+        """As `exchange`, without turns."""
         with self._changed:
             self._go_on()
             if self.one_thread and self._size > 1:

@@ -69,10 +69,16 @@ class Across:
         size: the number of all replicas.
 
     Raises:
-        NotImplementedError: the devices are GPUs.
+        NotImplementedError: the devices are GPUs, or run shards.
     """
 
     def __init__(self, connected: Processes, devices: Sequence[QueueDevice], timeout: float) -> None:
+        if devices[0].part_of is not None:
+            raise NotImplementedError(
+                "`shards` is for the devices of one process, so far: the sums of several processes depend on their "
+                f"number. Leave `shards` out in process {connected.rank} of {connected.size}, or start the script "
+                "without torchrun."
+            )
         if devices[0].on_gpu:
             raise NotImplementedError(
                 f"Several processes train together on virtual devices only, so far. Received: {list(devices)} in "

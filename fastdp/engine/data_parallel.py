@@ -33,6 +33,7 @@ from fastdp.engine.waiting_gradients import WaitingGradients
 from fastdp.options import Options, one_of
 from fastdp.program.base import Program, Result, as_program
 from fastdp.runtime.select import devices_of_engine
+from fastdp.runtime.shards import on_shards
 from fastdp.shard import Rows
 from fastdp.tracing import nvtx
 from fastdp.tracing.spans import span
@@ -50,7 +51,7 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
         program: what each replica runs: a `fastdp.program.base.Program`, or an object with its members.
         devices: the devices of the replicas, in the order of the rows, or a value as for `gpus=` in `fastdp.wrap` (a
             number, a list of ordinals, None for all).
-        timeout, update, cpu_merge, merge_device, cpu_relocation, check_replicas: as in `fastdp.wrap`.
+        timeout, update, cpu_merge, merge_device, cpu_relocation, check_replicas, shards: as in `fastdp.wrap`.
         options: an object with all of these, instead of keywords.
 
     `size` is the number of replicas, of all processes where torchrun has started several.
@@ -75,6 +76,7 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
         merge_device: int = 0,
         cpu_relocation: bool = False,
         check_replicas: bool = False,
+        shards: int | None = None,
         options: Options | None = None,
     ) -> None:
         keywords = Options(
@@ -84,10 +86,11 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
             merge_device=merge_device,
             cpu_relocation=cpu_relocation,
             check_replicas=check_replicas,
+            shards=shards,
         )
         options = one_of(options, keywords)
         nvtx.follow_environment()
-        devices = devices_of_engine(devices, options.merge_device)
+        devices, options = on_shards(devices_of_engine(devices, options.merge_device), options)
         self.program = program
         self.devices = list(devices)
         self.check_replicas = options.check_replicas

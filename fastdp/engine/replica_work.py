@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from fastdp.comm.context import Context
+from fastdp.comm.tree import sum_in_tree
 from fastdp.engine.interrupts import interrupts_wait
 from fastdp.engine.replicas import Replica
 from fastdp.engine.rollback import Rollback
@@ -26,9 +27,14 @@ def run_replica(
     work: Callable[[Replica, list[np.ndarray], Context], Result],
 ) -> None:
     """Run one replica's work on its device's worker. A failure wakes the replicas that wait for it."""
-    watch = step.watch
+    watch, turn = step.watch, step.turns[context.index]
     watch.compute_began[context.index] = time.perf_counter()
     try:
+        if turn is not None:
+            turn.take()
+            watch.compute_began[context.index] = time.perf_counter()
+            if step.rendezvous.aborted:
+                raise StepAborted("The step was stopped by a failure of another shard.")
         replica.prepare_thread(step.threads)
         if now.recorder is None:
             result = work(replica, step.batches[context.index], context)
@@ -50,6 +56,8 @@ def run_replica(
         raise
     finally:
         watch.compute_ended[context.index] = time.perf_counter()
+        if turn is not None:
+            turn.give()
 
 
 def abort_if_skipped(step: Step, ran: QueueEvent) -> None:
@@ -77,14 +85,17 @@ def commit(step: Step) -> None:
 
 
 def add_up(step: Step) -> None:
-    """Add up the sums of all replicas, in rank order."""
+    """Add up the sums of all replicas: in rank order, or in the tree of the shards."""
     results = [result for result in step.results if result is not None]
     mine = results[0].notes
     if step.across is not None:
         results = step.across.everybody(results)
     sums = results[0].sums.copy()
-    for result in results[1:]:
-        sums += result.sums
+    if step.contexts[0].device is not None and step.contexts[0].device.part_of is not None:
+        sums = sum_in_tree([result.sums for result in results], sums)
+    else:
+        for result in results[1:]:
+            sums += result.sums
     every_note = [result.notes for result in results]
     agree = getattr(mine, "agree", None)
     if agree is not None and len(results) > 1:

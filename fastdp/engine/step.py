@@ -15,6 +15,7 @@ from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.comm.scatter_merge import Merger
+from fastdp.comm.turns import Turn, turns_of
 from fastdp.engine.across import StepAcross
 from fastdp.engine.replicas import Replica
 from fastdp.engine.timing import TracedWatch, Watch
@@ -114,6 +115,7 @@ class Step(Operation):
         shards: the rows of each replica that has any.
         contexts: the contexts of these replicas, in rank order.
         reduces: whether gradients are reduced; otherwise they stay on the replicas.
+        turns: by rank, the turns of replicas that are shards of one device.
 
     `launched`: by rank, the replicas' steps that the host thread has launched.
 
@@ -130,6 +132,7 @@ class Step(Operation):
     rendezvous: Rendezvous = field(kw_only=True)
     watch: Watch = field(kw_only=True)
     reduces: bool = field(kw_only=True)
+    turns: Sequence[Turn | None] = field(kw_only=True)
     batches: list[list[np.ndarray]] = field(default_factory=list)
     results: list[Result | None] = field(default_factory=list)
     launched: list[Launched] = field(default_factory=list)
@@ -205,7 +208,8 @@ def make_step(
         across: the step's part in that of several processes.
     """
     names, here = [device.name for device in devices], len(shards)
-    rendezvous = Rendezvous(here, timeout, names) if across is None else across.rendezvous(timeout, names)
+    turns = turns_of(devices[:here], timeout)
+    rendezvous = Rendezvous(here, timeout, names, turns) if across is None else across.rendezvous(timeout, names)
     first, size = (0, here) if across is None else (across.first, across.size)
     common = (number, rendezvous, size, batch, batch.structure, wants_outputs)
     contexts = [
@@ -222,6 +226,7 @@ def make_step(
         contexts=contexts,
         merger=merger,
         rendezvous=rendezvous,
+        turns=turns,
         watch=(Watch if now.recorder is None else TracedWatch)(
             [rows.stop - rows.start for rows in shards], len(devices)
         ),

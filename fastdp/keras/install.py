@@ -31,7 +31,7 @@ from fastdp.keras.template_view import TemplateView
 from fastdp.options import Options
 from fastdp.patching import Patch
 from fastdp.runtime.queue import QueueDevice
-from fastdp.runtime.select import resolve
+from fastdp.runtime.shards import resolve_devices
 from fastdp.tensors.deterministic import deterministic_algorithms
 from fastdp.tensors.row_effects import NotByRowsError, refusal
 from fastdp.warn import warn_user
@@ -78,7 +78,7 @@ def install(
             "replica" lets each device use only its own rows. None: models that mix rows run in plain Keras, except
             where merging their outputs is enough.
         compile, graph, deterministic: as in `fastdp.wrap`.
-        options: `update`, `timeout` and `check_replicas`, as in `fastdp.wrap`.
+        options: `update`, `timeout`, `check_replicas` and `shards`, as in `fastdp.wrap`.
 
     Raises:
         ValueError: invalid `gpus`, or an unknown `compile`, `graph`, `rows` or `update`.
@@ -90,10 +90,9 @@ def install(
         >>> model.fit(x, y)  # doctest: +SKIP
     """
     check_backend("fastdp.install")
-    unknown = set(options) - {"update", "timeout", "check_replicas"}
+    unknown = set(options) - {"update", "timeout", "check_replicas", "shards"}
     if unknown:
         raise TypeError(f"`fastdp.install` has no option {sorted(unknown)}.")
-    devices = resolve(gpus, caller="fastdp.install")
     chosen = Options(
         sync_batch_norm=sync_batch_norm,
         compile=compile,
@@ -102,6 +101,7 @@ def install(
         deterministic=deterministic,
         **options,
     )
+    devices, chosen = resolve_devices(gpus, chosen, "fastdp.install")
     check_options(chosen, devices)
     uninstall()
     _patch.enter()

@@ -11,6 +11,7 @@ from fastdp.keras.parallel_model import ParallelModel
 from fastdp.keras.placement import check_places, resolve_groups, spans_groups
 from fastdp.options import Options
 from fastdp.runtime.select import resolve
+from fastdp.runtime.shards import resolve_devices
 
 
 def multi_gpu_model(
@@ -55,7 +56,15 @@ def wrap_keras(model: keras.Model, gpus: Any, options: Options) -> ParallelModel
     _check_model(model, "fastdp.wrap")
     groups = resolve_groups(gpus) if spans_groups(gpus) else None
     check_places(model, groups)
-    devices = [group[0] for group in groups] if groups else resolve(gpus)
+    if groups and options.shards is not None:
+        raise ValueError(
+            f"`shards` is for replicas on one device each. Received: shards={options.shards} with gpus={gpus!r}, whose "
+            "replicas span several devices. Leave `shards` out, or name one device for each replica."
+        )
+    if groups:
+        devices = [group[0] for group in groups]
+    else:
+        devices, options = resolve_devices(gpus, options)
     return ParallelModel(model, devices, options, device_groups=groups and tuple(map(tuple, groups)))
 
 

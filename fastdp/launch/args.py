@@ -124,6 +124,7 @@ class AllReduceArgs(ctypes.Structure):
         ("rank", c_int32),
         ("ranks", c_int32),
         ("spin_limit", c_uint32),
+        ("tree", c_int32),
     )
 
 

@@ -24,6 +24,7 @@ class PeerGroup:
         max_blocks: the most blocks of a launch, the same on all ranks; see coresident_blocks.
         threads: threads per block, at most 512; the same on all ranks.
         spin_limit: polls before a wait gives up.
+        tree: whether the ranks' values are added in a binary tree, as those of shards are, instead of in rank order.
     """
 
     rank: int
@@ -34,6 +35,7 @@ class PeerGroup:
     max_blocks: int
     threads: int = 512
     spin_limit: int = 50_000_000
+    tree: bool = False
 
     def __post_init__(self) -> None:
         ranks = len(self.signals)
@@ -79,6 +81,7 @@ def all_reduce_launch(
         rank=group.rank,
         ranks=len(group.signals),
         spin_limit=group.spin_limit,
+        tree=group.tree,
     )
     for rank, (x, staging, signals) in enumerate(zip(inputs, group.staging, group.signals, strict=True)):
         args.inputs[rank], args.staging[rank], args.signals[rank] = x, staging, signals

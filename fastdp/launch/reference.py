@@ -85,16 +85,25 @@ def concat_rows(source: Array, destination: Array, *, destination_row: int) -> N
     destination[destination_row : destination_row + len(source)] = source
 
 
-def all_reduce(inputs: Sequence[Array], *, scale: float = 1.0) -> Array:
-    """The sum over ranks in rank order, in fp32, times scale. Every rank gets it from either all-reduce."""
-    total = to_float32(inputs[0])
+def all_reduce(inputs: Sequence[Array], *, scale: float = 1.0, tree: bool = False) -> Array:
+    """The sum over ranks, in fp32, times scale. Every rank gets it from either all-reduce.
+
+    Args:
+        tree: add neighbours first, then neighbouring pairs, and so on, instead of in rank order.
+    """
+    sums = [to_float32(x) for x in inputs]
     with np.errstate(**_SILENT):
-        for x in inputs[1:]:
-            total = total + to_float32(x)
+        while len(sums) > 1:
+            ahead = len(sums) // 2 * 2 if tree else 2
+            pairs = [sums[at] + sums[at + 1] for at in range(0, ahead, 2)]
+            sums = pairs + sums[ahead:]
+        total = sums[0]
         return _from_float32(total * np.float32(scale), _bits(inputs[0]).dtype)
 
 
-def reduce_scatter(inputs: Sequence[Array], output: Array, rank: int, *, scale: float = 1.0) -> None:
+def reduce_scatter(
+    inputs: Sequence[Array], output: Array, rank: int, *, scale: float = 1.0, tree: bool = False
+) -> None:
     """Write the rank's part of the sum over ranks into the output. shard.rank_range defines the parts."""
     first, last = rank_range(output.size, rank, len(inputs), ka.PART_NBYTES // output.itemsize)
-    output[first:last] = all_reduce([x[first:last] for x in inputs], scale=scale)
+    output[first:last] = all_reduce([x[first:last] for x in inputs], scale=scale, tree=tree)

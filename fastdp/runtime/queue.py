@@ -72,8 +72,9 @@ class QueueDevice(DeviceMemory):
     The worker starts with the first work and ends with `close()`. `delay` is for tests: the worker calls it
     before each item it runs. `unsettled` and `settle` are for the engine: the caller of earlier work left before that
     work was done, so the streams may still hold the work or its failure; `settle()(timeout)` rolls it back,
-    if that caller still exists. `closed`: the device takes no more work. `cut_short`: because a fork has ended its
-    worker in the middle of its work.
+    if that caller still exists. `part_of`: the device whose shards this one runs; None for a device of its own.
+    `parts`: such devices of this one, which close with it. `closed`: the device takes no more work. `cut_short`:
+    because a fork has ended its worker in the middle of its work.
     """
 
     def __init__(self, index: int, name: str, stream: Callable[[QueueDevice, str], QueueStream] = QueueStream) -> None:
@@ -92,6 +93,8 @@ class QueueDevice(DeviceMemory):
         self.borrower: int | None = None
         self.serving = False
         self.left = False  # whether items may be left that the borrowing thread has not run
+        self.part_of: QueueDevice | None = None
+        self.parts: list[QueueDevice] = []
         self.closed = False
         self.cut_short = False
         forks.watch(self)
@@ -118,6 +121,10 @@ class QueueDevice(DeviceMemory):
     def _has_work(self) -> bool:
         """Whether anything is enqueued."""
         return bool(self.compute._items or self.copy_in._items or self.copy_out._items or self.communication._items)
+
+    def part(self, name: str) -> QueueDevice:
+        """Make another device on this one's memory or card, with a worker and streams of its own."""
+        raise NotImplementedError
 
     def _worker_scope(self) -> AbstractContextManager[object]:
         """The context in which the worker runs for its whole life."""
@@ -232,6 +239,10 @@ class QueueDevice(DeviceMemory):
         Raises:
             DeviceTimeoutError: the worker was still busy after `timeout` seconds.
         """
+        deadline = time.monotonic() + timeout
+        for part in self.parts:
+            part.close(timeout)
+            timeout = max(0.0, deadline - time.monotonic())
         with self._lock:
             self.closed = True
             self._rouse()

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from fastdp.options import Options
-from fastdp.runtime.select import resolve
+from fastdp.runtime.shards import resolve_devices
 from fastdp.torch.checks import check_module
 from fastdp.torch.parallel_module import TorchParallel
 
@@ -28,4 +28,4 @@ def wrap_torch(module: nn.Module, gpus: Any, options: Options) -> TorchParallel:
     if isinstance(module, TorchParallel):
         raise ValueError("`model` is parallel already. Wrap its module: model.module")
     check_module(module)
-    return TorchParallel(module, resolve(gpus), options)
+    return TorchParallel(module, *resolve_devices(gpus, options))

@@ -104,9 +104,9 @@ def _all_reduce(args: ka.AllReduceArgs, dtype, launch: tuple) -> Launch:
     writes = [(args.output, nbytes), (args.staging[own], 2 * args.staging_half_bytes), (args.signals[own], 16)]
 
     def together(places: list[tuple[int, int]]) -> None:
-        sum_ranks(places, args.n, dtype, args.scale)
+        sum_ranks(places, args.n, dtype, args.scale, tree=bool(args.tree))
 
-    signature = (*launch, args.n, args.scale, args.ranks, tuple(args.staging), args.staging_half_bytes)
+    signature = (*launch, args.n, args.scale, args.ranks, args.tree, tuple(args.staging), args.staging_half_bytes)
     return Launch(reads, writes, lambda: None, tuple(args.signals[: args.ranks]), own, signature, together)
 
 
@@ -122,16 +122,16 @@ def _reduce_scatter(args: ka.AllReduceArgs, dtype, launch: tuple) -> Launch:
         for rank, (_, y) in enumerate(places):
             begin, _ = rank_range(args.n, rank, args.ranks, align)
             output = view(y - begin * np.dtype(dtype).itemsize, args.n, dtype)
-            twins.reduce_scatter(kept, output, rank, scale=args.scale)
+            twins.reduce_scatter(kept, output, rank, scale=args.scale, tree=bool(args.tree))
 
     reads = [(args.inputs[args.rank], nbytes)]
     writes = [own, (args.signals[args.rank], 16)]
     return Launch(reads, writes, lambda: None, whole.ranks, args.rank, whole.signature, together)
 
 
-def sum_ranks(places: list[tuple[int, int]], n: int, dtype, scale: float) -> None:
+def sum_ranks(places: list[tuple[int, int]], n: int, dtype, scale: float, *, tree: bool = False) -> None:
     """What an all-reduce kernel writes on every rank, of (input, output) addresses in rank order."""
-    total = twins.all_reduce([view(x, n, dtype) for x, _ in places], scale=scale)
+    total = twins.all_reduce([view(x, n, dtype) for x, _ in places], scale=scale, tree=tree)
     for _, y in places:
         view(y, n, dtype)[:] = total
 

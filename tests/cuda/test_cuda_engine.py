@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib
 
+import fake_cupy
 import keras
 import numpy as np
 import pytest
@@ -45,6 +46,36 @@ def test_a_function_program_trains_as_on_the_host(gpus, count, cards, n, seed):
         device.close()
     del engine, ours, got
     gc.collect()
+
+
+@pytest.mark.parametrize("update", ["first", "each"])
+@pytest.mark.parametrize("cards", [1, 2, 3, 4, 8])
+def test_shards_on_any_number_of_cards_have_the_bits_of_those_in_host_memory(gpus, monkeypatch, cards, update):
+    monkeypatch.setattr(fake_cupy, "MULTIPROCESSORS", 8)
+    box = gpus(cards, seed=0)
+    ours, theirs = line(bias=True), line(bias=True)
+    devices, host = box.devices(cards), [HostDevice(0)]
+    engine = fastdp.DataParallel(ours, devices, shards=8, timeout=LIMIT, check_replicas=True, update=update)
+    reference = fastdp.DataParallel(theirs, host, shards=8, timeout=LIMIT)
+    assert len(engine.replicas) == len(reference.replicas) == 8
+    assert {part.part_of for part in engine.devices} == set(devices)
+    assert set(engine._communicator.choice.ways) == {"one-shot", "two-shot"}  # NCCL's sums depend on the cards
+    for step, n in enumerate((32, 5, 32, 19)):
+        batch = rows(n, step)
+        got, want = engine.train(batch), reference.train(batch)
+        assert got.sums.tobytes() == want.sums.tobytes()
+        assert np.asarray(got.outputs[0]).tobytes() == np.asarray(want.outputs[0]).tobytes()
+    for name, value in theirs.parameters.items():
+        assert np.asarray(ours.parameters[name]).tobytes() == value.tobytes()
+    host[0].close()
+    del engine, ours, got
+    gc.collect()
+
+
+def test_gpus_add_up_at_most_eight_shards(gpus):
+    box = gpus(2)
+    with pytest.raises(ValueError, match=r"`shards` must be at most 8 on GPUs\. Received: shards=16"):
+        fastdp.DataParallel(line(), box.devices(2), shards=16)
 
 
 @pytest.mark.parametrize("seed", [None, 0])

@@ -9,6 +9,7 @@ import pytest
 
 from fastdp import launch
 from fastdp.bfloat16 import to_bfloat16
+from fastdp.comm.tree import sum_in_tree
 from fastdp.launch import SIGNALS_NBYTES, PeerGroup, coresident_blocks
 from fastdp.launch import reference as twins
 
@@ -58,25 +59,25 @@ class Ranks:
         return [int(self.host.get(group.error, np.zeros(1, np.uint32))[0]) for group in self.groups]
 
 
-def reduced(kind, arrays, before, scale=1.0):
+def reduced(kind, arrays, before, scale=1.0, *, tree=False):
     """What each rank's output holds afterwards; a reduce-scatter leaves what is not the rank's own."""
     if kind != "reduce_scatter":
-        return [twins.all_reduce(arrays, scale=scale)] * len(arrays)
+        return [twins.all_reduce(arrays, scale=scale, tree=tree)] * len(arrays)
     results = [x.copy() for x in before]
     for rank, result in enumerate(results):
-        twins.reduce_scatter(arrays, result, rank, scale=scale)
+        twins.reduce_scatter(arrays, result, rank, scale=scale, tree=tree)
     return results
 
 
-def check_once(host, kind, count, n, dtype, *, in_place=False, lead=0, scale=1.0, **options):
+def check_once(host, kind, count, n, dtype, *, in_place=False, lead=0, scale=1.0, tree=False, **options):
     arrays = [random_array(dtype, n, seed) for seed in range(count)]
     with host.scope():
-        ranks = Ranks(host, count, **options)
+        ranks = Ranks(host, count, tree=tree, **options)
         inputs = [host.put(x, lead * x.itemsize) for x in arrays]
         before = arrays if in_place else [np.full_like(x, 7) for x in arrays]
         outputs = inputs if in_place else [host.put(x, lead * x.itemsize) for x in before]
         ranks.enqueue(kind, inputs, outputs, n, dtype, scale)
-        for output, expected in zip(outputs, reduced(kind, arrays, before, scale), strict=True):
+        for output, expected in zip(outputs, reduced(kind, arrays, before, scale, tree=tree), strict=True):
             assert host.get(output, expected).tobytes() == expected.tobytes()
         assert ranks.errors() == [0] * count
 
@@ -87,6 +88,22 @@ def check_once(host, kind, count, n, dtype, *, in_place=False, lead=0, scale=1.0
 def test_every_rank_gets_the_bits_of_the_sum_in_rank_order(host, kind, dtype, count):
     for n in (1, 7, 130, 1000):
         check_once(host, kind, count, n, dtype, scale=1 / count)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+def test_shards_are_added_in_a_tree(host, kind, count):
+    check_once(host, kind, count, 130, "float32", tree=True)
+    check_once(host, kind, count, 130, "bfloat16", tree=True)
+
+
+def test_a_tree_has_other_bits_than_the_order_of_ranks():
+    arrays = [random_array("float32", 1000, seed) for seed in range(8)]
+    in_tree = twins.all_reduce(arrays, tree=True)
+    a, b, c, d, e, f, g, h = arrays
+    assert in_tree.tobytes() == (((a + b) + (c + d)) + ((e + f) + (g + h))).tobytes()
+    assert in_tree.tobytes() == sum_in_tree(arrays).tobytes()
+    assert in_tree.tobytes() != twins.all_reduce(arrays).tobytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)

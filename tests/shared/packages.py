@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("runtime/topology.py",),
     ("runtime/select.py",),
     ("runtime/cuda/",),
+    ("runtime/shards.py",),
     ("comm/",),
     ("comm/host/",),
     ("comm/cuda/",),

@@ -47,7 +47,7 @@ class CudaCommunicator(Communicator):
     Memory for the kernels is allocated when buckets are larger than before.
 
     Our kernels and the host sum in rank order, fp16 and bf16 in fp32 with one rounding. NCCL has its own order, the
-    same for all ranks.
+    same for all ranks. Devices that run shards are summed in the tree of the shards, never by NCCL.
 
     Raises:
         RuntimeError: several GPUs cannot work together under the process's settings (CUDA_LAUNCH_BLOCKING=1).
@@ -63,7 +63,7 @@ class CudaCommunicator(Communicator):
         cupy_api.check_environment(self._cards)
         several = len(devices) > 1
         peers = PeerAccess(sorted(set(self._cards)), timeout) if several else None
-        self._nccl = EagerNccl(self._devices)
+        self._nccl = EagerNccl(self._devices, connects=self._devices[0].part_of is None)
         self._cold = 0
         self._timeout = timeout
         self._cut_short = 0

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 from fastdp.buffers import Bucket, FlatBuffers
-from fastdp.comm.host.reduction import sum_in_order
+from fastdp.comm.host.reduction import sum_for
 from fastdp.runtime.cuda.device import CudaDevice
 
 
@@ -19,6 +19,7 @@ class HostSum:
 
     def __init__(self, devices: Sequence[CudaDevice]) -> None:
         self._devices = list(devices)
+        self._add = sum_for(devices)
         self._told = False
 
     def __call__(self, targets: Sequence[FlatBuffers], bucket: Bucket) -> None:
@@ -37,6 +38,6 @@ class HostSum:
         for device, end in zip(self._devices, ends, strict=True):
             # On the rank's own stream, so that the read comes after everything that stream waits for.
             values.append(device.read(end, device.communication))
-        total = sum_in_order(values, bucket.dtype)
+        total = self._add(values, bucket.dtype)
         for device, end in zip(self._devices, ends, strict=True):
             device.write(end, total, device.communication)

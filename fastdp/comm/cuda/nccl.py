@@ -137,15 +137,16 @@ class EagerNccl(NcclCollectives):
 
     Args:
         devices: one per rank.
+        connects: False makes no communicators, for devices that run shards: NCCL's sums depend on the number of cards.
 
     Attributes:
         in_use: whether collectives were issued since the caller set it to False.
         cut_short: how many times the communicators were aborted.
     """
 
-    def __init__(self, devices: Sequence[CudaDevice]) -> None:
+    def __init__(self, devices: Sequence[CudaDevice], *, connects: bool = True) -> None:
         self._cards = [device.ordinal for device in devices]
-        super().__init__(devices, connect(self._cards) if len(devices) > 1 else [])
+        super().__init__(devices, connect(self._cards) if connects and len(devices) > 1 else [])
         self.in_use = False
         self.cut_short = 0
         self._aborting: threading.Thread | None = None

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastdp.buffers import Bucket, FlatBuffers, storage_dtype
 from fastdp.comm.base import Communicator
-from fastdp.comm.host.reduction import TILE, HostReduction, sum_in_order
+from fastdp.comm.host.reduction import TILE, HostReduction, sum_for
 from fastdp.runtime.host.resources import CORES
 
 # Copying this much takes about as long as waking a thread.
@@ -21,9 +21,9 @@ REFRESH_NBYTES = 1 << 21
 class HostCommunicator(Communicator):
     """Collectives over devices in host memory.
 
-    Each piece of a bucket is summed once, in rank order, and written to all targets, so all replicas hold the same
-    bits. Sources may be targets. fp16 and bf16 are summed in fp32 and rounded once. Infinities and NaNs raise no
-    warning.
+    Each piece of a bucket is summed once, in rank order or in the tree of the shards, and written to all targets, so
+    all replicas hold the same bits. Sources may be targets. fp16 and bf16 are summed in fp32 and rounded once.
+    Infinities and NaNs raise no warning.
     """
 
     def all_reduce_by(self, way: str, buffers: Sequence[FlatBuffers], bucket: Bucket) -> None:
@@ -73,7 +73,7 @@ class HostCommunicator(Communicator):
     ) -> None:
         """Sum each part once, on its rank's worker, with the order and bits of `all_reduce`."""
         refuse_unknown(buckets)
-        ranks = len(self._devices)
+        ranks, add = len(self._devices), sum_for(self._devices)
 
         def reduce(rank: int) -> None:
             if once is not None and rank == 0:
@@ -84,7 +84,7 @@ class HostCommunicator(Communicator):
                     for low in range(part.start, part.stop, TILE):
                         tile = slice(low, min(low + TILE, part.stop))
                         values = [source.buffers[bucket.dtype][tile] for source in sources]
-                        targets[rank].buffers[bucket.dtype][tile] = sum_in_order(values, bucket.dtype)
+                        targets[rank].buffers[bucket.dtype][tile] = add(values, bucket.dtype)
 
         self._each("reduce-scatter", range(ranks), reduce)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import numpy as np
@@ -14,6 +14,7 @@ from fastdp.bfloat16 import from_bfloat16, to_bfloat16
 from fastdp.buffers import Bucket, FlatBuffers
 from fastdp.comm.base import Reduction
 from fastdp.comm.ready_buckets import ReadyBuckets
+from fastdp.comm.tree import sum_in_tree
 from fastdp.errors import DeviceTimeoutError
 from fastdp.runtime.host.resources import CORES
 from fastdp.runtime.queue import QueueDevice, QueueEvent
@@ -47,6 +48,7 @@ class HostReduction(Reduction):
     ) -> None:
         self.over = QueueEvent()
         self._devices = devices
+        self._add = sum_for(devices)
         self._sources, self._targets, self._buckets = sources, targets, buckets
         # The sum is written in place unless that overwrites a gradient that is still to be read. A single replica's
         # gradient is the sum; if no other buffer needs it, there is nothing to do.
@@ -177,7 +179,7 @@ class HostReduction(Reduction):
         """Sum one piece, and write it to all targets."""
         place = self._sum_lies_in
         out = place.buffers[dtype][span] if place is not None else None
-        total = sum_in_order([source.buffers[dtype][span] for source in self._sources], dtype, out)
+        total = self._add([source.buffers[dtype][span] for source in self._sources], dtype, out)
         for target in self._targets:
             if target is not place:
                 target.buffers[dtype][span] = total
@@ -212,6 +214,22 @@ class HostReduction(Reduction):
             over = self._closed and not self._takers
         if over:
             self.over.complete(self._error)
+
+
+def sum_for(devices: Sequence[QueueDevice]) -> Callable[..., np.ndarray]:
+    """The function that adds up the vectors of these devices: `sum_in_order`, or `sum_by_shards` if they run shards."""
+    return sum_in_order if devices[0].part_of is None else sum_by_shards
+
+
+def sum_by_shards(values: Sequence[np.ndarray], dtype: str, out: np.ndarray | None = None) -> np.ndarray:
+    """As `sum_in_order`, in the tree of the shards."""
+    if len(values) == 1 or dtype not in ("bfloat16", "float16"):
+        return sum_in_tree(values, out)
+    total = _narrow(sum_in_tree([_widen(value, dtype) for value in values]), dtype)
+    if out is None:
+        return total
+    out[...] = total
+    return out
 
 
 def sum_in_order(values: Sequence[np.ndarray], dtype: str, out: np.ndarray | None = None) -> np.ndarray:

@@ -32,6 +32,7 @@ class CudaDevice(QueueDevice):
         index: ordinal among the devices that `gpus=` counts.
         ordinal: CUDA's ordinal of the card among the visible ones.
         virtual: whether this is one of several devices on its card.
+        name: shown in messages; None: "gpu:" or "virtual:" and the number.
         timeout: seconds that a synchronous copy of the host thread may take.
 
     Arrays are cupy.ndarray over plain cudaMalloc memory, which peers and NCCL can access. All streams are non-blocking.
@@ -40,7 +41,9 @@ class CudaDevice(QueueDevice):
 
     on_gpu = True
 
-    def __init__(self, index: int, ordinal: int, *, virtual: bool = False, timeout: float = 60.0) -> None:
+    def __init__(
+        self, index: int, ordinal: int, *, virtual: bool = False, name: str | None = None, timeout: float = 60.0
+    ) -> None:
         self.ordinal = ordinal
         self.kind = "virtual gpu" if virtual else "gpu"
         self.space = f"cuda:{ordinal}"
@@ -49,7 +52,7 @@ class CudaDevice(QueueDevice):
         first = cupy_api.stream_priority_range(ordinal)[1]
         super().__init__(
             index,
-            f"virtual:{index}" if virtual else f"gpu:{ordinal}",
+            name or (f"virtual:{index}" if virtual else f"gpu:{ordinal}"),
             lambda device, name: CudaStream(device, name, first if name == "communication" else 0),
         )
         self.arena = Arena(ordinal)
@@ -75,6 +78,10 @@ class CudaDevice(QueueDevice):
         for stream in self._streams:
             assert isinstance(stream, CudaStream)
             stream.destroy()
+
+    def part(self, name: str) -> CudaDevice:
+        """Another device on this card, for a shard."""
+        return CudaDevice(self.index, self.ordinal, virtual=self.kind != "gpu", name=name, timeout=self._timeout)
 
     def _worker_scope(self) -> AbstractContextManager[object]:
         return cupy_api.on(self.ordinal)

@@ -34,6 +34,10 @@ class HostDevice(QueueDevice):
         keep_freed_memory()
         super().__init__(index, name or f"virtual:{index}")
 
+    def part(self, name: str) -> HostDevice:
+        """Another virtual device, for a shard."""
+        return HostDevice(self.index, name)
+
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """Uninitialized memory of `shape` and `dtype`, 64-byte aligned, owned by the array."""
         dtype = np.dtype(dtype)
