@@ -25,6 +25,7 @@ SIZES = {
     "lstm": (11, 12),
     "graph_net": (11, 8),
     "gan": (13, 8),
+    "diffusion": (64, 40),
 }
 
 
@@ -48,6 +49,17 @@ def test_an_example_trains_and_has_the_losses_of_plain_torch(name, monkeypatch, 
     assert last < first or name == "gan"
     assert [line.split(":")[0] for line in others] == ["loop on 3 devices", "train_step on 3 devices"]
     assert all(float(line.split()[-1]) < 1e-9 for line in others)
+
+
+def test_the_familiar_loop_learns_and_its_file_loads_into_a_plain_module(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["torch_loop", "--devices", "2", "--epochs", "2"])
+    runpy.run_path(str(EXAMPLES.parent / "torch_loop.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    first, last = map(float, re.findall(r"loss (\S+)", printed))
+    assert last < first
+    assert float(re.search(r"not trained on: (\S+)", printed).group(1)) > 0.6
+    assert set(torch.load(tmp_path / "digits.pt")) == {"0.weight", "0.bias", "5.weight", "5.bias"}
 
 
 def test_every_example_with_torch_is_run_here():
