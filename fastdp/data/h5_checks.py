@@ -56,15 +56,18 @@ def declared_nbytes(shape: tuple[int, ...] | None, dtype: np.dtype[Any]) -> int:
     return 0 if shape is None else math.prod(map(int, shape)) * dtype.itemsize
 
 
-def check_stored(data: h5py.Dataset, nbytes: int, path: str, argument: str) -> None:
+def check_stored(data: h5py.Dataset, nbytes: int, path: str, argument: str, stored: int | None = None) -> None:
     """Refuse to read `nbytes` of a data set if the file stores too little for that.
+
+    `stored` is what the file stores of it, if that is known: HDF5 adds up all chunks each time it is asked.
 
     Raises:
         ValueError: they are more than 1 MiB, and more than 1,100 times what is stored.
     """
     if nbytes <= FREE_NBYTES:
         return
-    stored = min(data.id.get_storage_size(), os.path.getsize(path))  # a damaged file declares storage too
+    # A damaged file declares storage too.
+    stored = min(data.id.get_storage_size() if stored is None else stored, os.path.getsize(path))
     if nbytes > MOST_COMPRESSION * stored:
         raise ValueError(
             f"{argument} must store what it declares, got {path!r} with {nbytes:,} bytes declared for {data.name!r} "

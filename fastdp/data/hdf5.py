@@ -15,8 +15,9 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdp.data.h5_checks import check_stored, check_texts, damage_named, declared_nbytes
-from fastdp.data.selection import parse_rows, read_rows, split_key
+from fastdp.data.h5_checks import check_texts, damage_named
+from fastdp.data.h5_rows import StoredRows
+from fastdp.data.selection import parse_rows, split_key
 
 Normalizer = Callable[[Any], Any]
 
@@ -88,11 +89,12 @@ class HDF5Matrix:
         self.follow_external = follow_external
         with damage_named(self.datapath, "datapath"):
             self._file: h5py.File | None = _open_file(self.datapath)
-            self._data: h5py.Dataset | None = _open_dataset(self._file, dataset, follow_external)
-            if self._data.dtype.hasobject and not follow_external:
+            data = _open_dataset(self._file, dataset, follow_external)
+            if data.dtype.hasobject and not follow_external:
                 check_texts(self.datapath, "datapath")
-        self.start, self.end = _check_bounds(start, end, self._data.shape[0])
-        first = self._read(range(self.start, min(self.start + 1, self._data.shape[0])))
+            self._rows: StoredRows | None = StoredRows(data, "datapath")
+        self.start, self.end = _check_bounds(start, end, data.shape[0])
+        first = self._read(range(self.start, min(self.start + 1, data.shape[0])))
         if normalizer is not None and len(first):
             first = np.asarray(normalizer(first))
         self.dtype: np.dtype[Any] = first.dtype
@@ -111,7 +113,7 @@ class HDF5Matrix:
     @property
     def closed(self) -> bool:
         """Whether `close()` was called."""
-        return self._data is None
+        return self._rows is None
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -141,7 +143,7 @@ class HDF5Matrix:
 
     def close(self) -> None:
         """Release the file, which closes once no other matrix uses it. Idempotent."""
-        self._data = self._file = None
+        self._rows = self._file = None
 
     def __enter__(self) -> HDF5Matrix:
         return self
@@ -162,24 +164,23 @@ class HDF5Matrix:
             f"shape {self.shape}, dtype {self.dtype}{', closed' if self.closed else ''}>"
         )
 
-    def _open(self) -> h5py.Dataset:
-        data = self._data
-        if data is None:
+    def stored(self) -> StoredRows:
+        """The rows of the whole data set as they are stored.
+
+        Raises:
+            ValueError: the matrix was closed.
+        """
+        rows = self._rows
+        if rows is None:
             raise ValueError(
                 f"expected an open HDF5Matrix, got one of {self.datapath!r} that was closed: "
                 "read before close(), or make a new one"
             )
-        return data
+        return rows
 
     def _read(self, rows: range | NDArray[np.int64], first_row: int = 0) -> NDArray[Any]:
         """Rows as they are stored, counted from `first_row` of the data set."""
-        data = self._open()
-        with damage_named(self.datapath, "datapath"):
-            if not (data.external or data.is_virtual):  # what another file stores is not looked up
-                row = declared_nbytes(data.shape[1:], data.dtype)
-                chunk = declared_nbytes(data.chunks or (), data.dtype)
-                check_stored(data, max(row * len(rows), chunk) if len(rows) else 0, self.datapath, "datapath")
-            return read_rows(data, rows, first_row)
+        return self.stored().read(rows, first_row)
 
     def _row(self, row: int) -> Any:
         """One normalized row, without the rows axis."""
