@@ -180,9 +180,9 @@ class Reader:
         ]
         size = max(1, GROUP_NBYTES // layout.pipeline.nbytes)
         groups = [work[start : start + size] for start in range(0, len(work), size)]
-        return [functools.partial(self._place, group, out) for group in groups]
+        return [functools.partial(self._place, group, out, isinstance(rows, range)) for group in groups]
 
-    def _place(self, group: list[tuple[int, int, int, Part, Part]], out: NDArray[Any]) -> None:
+    def _place(self, group: list[tuple[int, int, int, Part, Part]], out: NDArray[Any], in_order: bool) -> None:
         """Put the rows of some chunks to their places in the result."""
         for cell, place, column, dest, local in group:
             outside, inside = self.columns[column]
@@ -203,7 +203,7 @@ class Reader:
             _copy_rows(out, where, chunk, what)
             if self.meter:
                 self.meter.add("copy", began)
-            if not self._used_up(cell, local):
+            if not self._used_up(cell, local, in_order):
                 self.cache.put(cell, chunk)
 
     def _plain_rows(self, place: int, out: NDArray[Any], dest: Part, local: Part) -> bool:
@@ -238,12 +238,12 @@ class Reader:
             return None
         return out[dest].reshape(-1).view(np.uint8)
 
-    def _used_up(self, cell: int, local: Part) -> bool:
-        """Whether these are all rows of a chunk, or its last ones in order."""
+    def _used_up(self, cell: int, local: Part, in_order: bool) -> bool:
+        """Whether these are all rows of a chunk, or its last ones where rows are read in order."""
+        if not isinstance(local, slice) or (local.start and not in_order):
+            return False
         first = cell // len(self.columns) * self.layout.rows_of_chunk
-        return isinstance(local, slice) and first + local.stop >= min(
-            first + self.layout.rows_of_chunk, self.layout.shape[0]
-        )
+        return first + local.stop >= min(first + self.layout.rows_of_chunk, self.layout.shape[0])
 
     def _chunk(self, cell: int, place: int, target: NDArray[np.uint8] | None) -> NDArray[Any]:
         """One decoded chunk, in `target` if that is possible."""

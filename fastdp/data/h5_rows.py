@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fastdp.data.h5_checks import check_stored, damage_named, declared_nbytes
 from fastdp.data.h5_layout import why_not
 from fastdp.data.h5_reader import Reader
+from fastdp.data.row_order import WINDOW_CHUNKS, mixing_window
 from fastdp.data.selection import parse_rows, read_rows, split_key
 
 # One reader per data set, by device, inode and address: it knows the index of the chunks, and keeps decoded ones.
@@ -47,6 +48,7 @@ class StoredRows:
         self.shape: tuple[int, ...] = data.shape
         self.dtype: np.dtype[Any] = data.dtype
         self.ndim = len(self.shape)
+        self.name = str(data.name)
         self._elsewhere = bool(data.external) or data.is_virtual or not os.path.isfile(self.path)
         load_filters(data)
         with damage_named(self.path, argument):
@@ -112,19 +114,45 @@ class StoredRows:
                 self._reader = _shared_reader(self._open())
             return self._reader
 
-    def keep_chunks(self, count: int) -> None:
-        """Keep at least this many decoded rows of chunks, as mixed rows need."""
+    def keep_window(self, batch_size: int) -> int:
+        """Keep as many decoded chunks as rows in `chunk_order` need.
+
+        Returns:
+            The window of that order, in chunks.
+        """
+        if self.chunk_rows == 1:
+            return WINDOW_CHUNKS
+        window = mixing_window(self.chunk_rows * self.row_nbytes)
         reader = self.reader()
-        if reader is not None and reader.layout.chunks is not None:
-            beside = len(reader.columns)
-            reader.cache.keep_at_least(count * beside * reader.layout.pipeline.nbytes)
+        if reader is not None:
+            count = window + 2 + -(-batch_size // self.chunk_rows)
+            reader.cache.keep_at_least(count * len(reader.columns) * reader.layout.pipeline.nbytes)
+        return window
+
+    def stored_part(self) -> tuple[StoredRows, int]:
+        """The data set, and the row of it that is row 0 here: itself, and 0."""
+        return self, 0
+
+    def reads_again(self, batch_size: int) -> float:
+        """How often a chunk is decoded in an epoch of rows in a uniform order, about; 1 if that is once."""
+        reader = self.reader()
+        if reader is None or not reader.layout.pipeline.filters or self.chunk_rows == 1:
+            return 1.0
+        whole = self.row_nbytes * len(self)
+        if whole <= reader.cache.limit:
+            return 1.0
+        chunks = -(-len(self) // self.chunk_rows)
+        # The chunks that a batch of rows meets, for all batches.
+        met = chunks * (1 - (1 - 1 / chunks) ** batch_size)
+        return max(1.0, met * len(self) / batch_size / chunks)
 
     def describe(self) -> str:
         """How the rows are read, in a few words."""
         if self.why_h5py:
             return f"by h5py: {self.why_h5py}"
-        reader = self.reader()
-        assert reader is not None
+        reader = self._reader
+        if reader is None:
+            return "by threads; not yet read"
         left = [f"{count} chunks by h5py: {why}" for why, count in reader.left_to_h5py.items()]
         return "; ".join([f"by threads: {reader.layout}", *left])
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import operator
 import os
-import posixpath
-import threading
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,17 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdp.data.h5_checks import check_texts, damage_named
+from fastdp.data.h5_open import open_dataset, open_file
 from fastdp.data.h5_rows import StoredRows
+from fastdp.data.read_ahead import AHEAD, ReadAhead
+from fastdp.data.row_order import chunk_order
 from fastdp.data.selection import parse_rows, split_key
 
 Normalizer = Callable[[Any], Any]
-
-# One read-only handle per file, by (device, inode). HDF5 closes it when the last matrix drops it.
-_open_files: weakref.WeakValueDictionary[tuple[int, int], h5py.File] = weakref.WeakValueDictionary()
-_open_files_lock = threading.Lock()
-
-MOST_NAMES_SHOWN = 20
-MOST_SOFT_LINKS = 64
 
 
 class HDF5Matrix:
@@ -50,7 +42,9 @@ class HDF5Matrix:
     `start`; a single row or an index list past the end is an error, a slice stops there. Each result is a
     new array that the caller owns.
 
-    `shape` and `dtype` are those after the normalizer. Reading is thread-safe (HDF5 reads one at a time).
+    `shape` and `dtype` are those after the normalizer. Any thread may read. Threads read and decode the chunks of a
+    file without h5py's lock where they know its filters; `stored().describe()` says so, or why h5py reads. Do not
+    change the file while it is read: that is an error. `batches` reads ahead.
     Matrices on one file share one handle; `close()`, or leaving a `with` block, releases this matrix's
     reference. A copy or an unpickled matrix reopens the file by its absolute path.
 
@@ -88,8 +82,8 @@ class HDF5Matrix:
         self.normalizer = normalizer
         self.follow_external = follow_external
         with damage_named(self.datapath, "datapath"):
-            self._file: h5py.File | None = _open_file(self.datapath)
-            data = _open_dataset(self._file, dataset, follow_external)
+            self._file: h5py.File | None = open_file(self.datapath)
+            data = open_dataset(self._file, dataset, follow_external)
             if data.dtype.hasobject and not follow_external:
                 check_texts(self.datapath, "datapath")
             self._rows: StoredRows | None = StoredRows(data, "datapath")
@@ -141,6 +135,56 @@ class HDF5Matrix:
         block = self._block(range(len(self)))
         return block if dtype is None else block.astype(dtype, copy=False)
 
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool | str = False,
+        seed: int | None = None,
+        drop_last: bool = False,
+        ahead: int = AHEAD,
+    ) -> Iterator[NDArray[Any]]:
+        """The rows of one epoch in batches, which a thread reads ahead of the loop.
+
+        Args:
+            batch_size: rows of a batch; the last one may have fewer.
+            shuffle: `"chunks"` mixes rows so that each chunk is read once: chunks are permuted, and rows mixed in a
+                window (`fastdp.data.row_order`). True takes the rows in a uniform order, which reads a chunk again for
+                almost each row of it. False keeps the order.
+            seed: seed of that order; None gives another one each time.
+            drop_last: omit a last batch that has fewer rows.
+            ahead: how many batches are read ahead.
+
+        Raises:
+            ValueError: `batch_size` is below 1, `ahead` is negative, or `shuffle` has another value.
+        """
+        if batch_size < 1 or ahead < 0:
+            raise ValueError(f"batch_size must be at least 1 and ahead at least 0, got {batch_size} and {ahead}")
+        if shuffle not in (True, False, "chunks"):
+            raise ValueError(f'shuffle must be True, False or "chunks", got {shuffle!r}: choose one of them')
+        order = self._order(shuffle, np.random.default_rng(seed), batch_size) if shuffle else None
+        count = len(self) // batch_size if drop_last else -(-len(self) // batch_size)
+
+        def read(number: int) -> NDArray[Any]:
+            rows = slice(number * batch_size, min((number + 1) * batch_size, len(self)))
+            return self[rows] if order is None else self[order[rows]]
+
+        reading = ReadAhead(read, ahead, f"{self.dataset!r} of {self.datapath!r}")
+        try:
+            for number in range(count):
+                yield reading.take(number, count)
+        finally:
+            reading.close()
+
+    def _order(self, shuffle: bool | str, generator: np.random.Generator, batch_size: int) -> NDArray[np.int64]:
+        """A random order of the rows."""
+        if shuffle is True:
+            return generator.permutation(len(self))
+        stored = self.stored()
+        rows = stored.chunk_rows if stored.chunk_rows > 1 else batch_size
+        window = stored.keep_window(batch_size)
+        return chunk_order(len(self), rows, generator, window, self.start)
+
     def close(self) -> None:
         """Release the file, which closes once no other matrix uses it. Idempotent."""
         self._rows = self._file = None
@@ -178,6 +222,10 @@ class HDF5Matrix:
             )
         return rows
 
+    def stored_part(self) -> tuple[StoredRows, int]:
+        """The data set, and the row of it that is row 0 here."""
+        return self.stored(), self.start
+
     def _read(self, rows: range | NDArray[np.int64], first_row: int = 0) -> NDArray[Any]:
         """Rows as they are stored, counted from `first_row` of the data set."""
         return self.stored().read(rows, first_row)
@@ -197,25 +245,6 @@ class HDF5Matrix:
         return np.asarray(self.normalizer(block))
 
 
-def _open_file(path: str) -> h5py.File:
-    """The shared read-only handle of the file that is now at `path`."""
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        problem = "datapath must be an existing HDF5 file, check the path; found no file"
-        raise FileNotFoundError(errno.ENOENT, problem, path) from None
-    key = (status.st_dev, status.st_ino)
-    with _open_files_lock:
-        file = _open_files.get(key)
-        if not file:  # none yet, or a handle that was closed elsewhere
-            with open(path, "rb"):
-                pass  # a folder or a file without permission raises its own OSError here
-            if not h5py.is_hdf5(path):
-                raise OSError(f"datapath must be an HDF5 file, got {path!r} of another format: convert it first")
-            file = _open_files[key] = h5py.File(path, "r")
-    return file
-
-
 def _check_bounds(start: Any, end: Any, count: int) -> tuple[int, int]:
     """`start` and `end` as ints with 0 <= start <= end <= count."""
     for name, value in (("start", start), ("end", end)):
@@ -230,52 +259,3 @@ def _check_bounds(start: Any, end: Any, count: int) -> tuple[int, int]:
             "pass a row in that range, or None for all rows"
         )
     return start, end
-
-
-def _open_dataset(file: h5py.File, name: str, follow_external: bool) -> h5py.Dataset:
-    """Open the data set `name`. It must have rows and, unless `follow_external`, lie in the file itself."""
-    place = name if follow_external else _resolve(file, name)
-    data = None if place is None else file.get(place)
-    if not isinstance(data, h5py.Dataset):
-        found: list[str] = []
-        file.visititems(lambda path, item: found.append(path) if isinstance(item, h5py.Dataset) else None)
-        shown = ", ".join(repr(path) for path in sorted(found)[:MOST_NAMES_SHOWN]) or "none"
-        more = f" and {len(found) - MOST_NAMES_SHOWN} more" if len(found) > MOST_NAMES_SHOWN else ""
-        what = "a group" if isinstance(data, h5py.Group) else "no data set"
-        raise KeyError(f"dataset must name a data set of {file.filename!r}: {name!r} is {what}, it has {shown}{more}")
-    if not follow_external and (data.external or data.is_virtual):
-        raise _leaves_file(file, name, "external storage" if data.external else "a virtual data set")
-    if not data.shape:
-        raise ValueError(
-            f"dataset must have at least one axis, its rows; {name!r} has shape {data.shape}: store an array"
-        )
-    return data
-
-
-def _resolve(file: h5py.File, name: str) -> str | None:
-    """Resolve `name` to a path of hard links, or None. Follows soft links, rejects external ones."""
-    parts, here, soft_links = name.split("/"), "/", 0
-    while parts:
-        part = parts.pop(0)
-        if part in ("", "."):
-            continue
-        group = file[here]
-        link = group.get(part, getlink=True) if isinstance(group, h5py.Group) else None
-        if link is None or soft_links > MOST_SOFT_LINKS:
-            return None
-        if isinstance(link, h5py.ExternalLink):
-            raise _leaves_file(file, name, f"an external link to {link.filename!r}")
-        if isinstance(link, h5py.SoftLink):
-            soft_links += 1
-            here = "/" if link.path.startswith("/") else here
-            parts = link.path.split("/") + parts
-        else:
-            here = posixpath.join(here, part)
-    return here
-
-
-def _leaves_file(file: h5py.File, name: str, why: str) -> ValueError:
-    return ValueError(
-        f"dataset must lie in {file.filename!r} itself; {name!r} is {why}: "
-        "pass follow_external=True if you trust where this file comes from"
-    )

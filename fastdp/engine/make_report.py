@@ -45,16 +45,17 @@ def make_report(
     further_devices: Sequence[QueueDevice] = (),
     calls: Sequence[dict[str, Any]] = (),
     passes: Sequence[dict[str, Any]] = (),
+    inputs: Sequence[dict[str, Any]] = (),
 ) -> Report:
     """Make the report of an engine with these entries about its steps. Without an engine it has only the entries.
 
     Args:
-        calls, passes: these entries of the report.
+        calls, passes, inputs: these entries of the report.
         library_nbytes: gives the peak memory of the model's library on a device's card, without the engine's memory.
         further_devices: the devices of replicas that span several, other than the engine's.
     """
     if engine is None:
-        return Report(steps, passes=list(passes))
+        return Report(steps, passes=list(passes), inputs=list(inputs))
     times = engine.times
     cards = _cards([*engine.devices, *further_devices], library_nbytes)
     peaks = {card.name: card.peak_nbytes for card in cards}
@@ -86,6 +87,7 @@ def make_report(
         early_buckets=times.early,
         calls=list(calls),
         passes=list(passes),
+        inputs=list(inputs),
     )
 
 

@@ -73,6 +73,8 @@ class Report(Sequence[dict[str, Any]]):
         calls: for a model with its own training step, per `layer`: how many of its calls were `split`, how many ran on
             `one_device`, and `why`.
         passes: for calls of a torch module without gradients, entries like those of `steps`, each with its `mode`.
+        inputs: how the arrays of the latest `fit` that lie in files were read: for each `array`, `how`, and the
+            `waited_seconds` in which the loop waited for all `batches`.
     """
 
     steps: list[dict[str, Any]]
@@ -90,6 +92,7 @@ class Report(Sequence[dict[str, Any]]):
     early_buckets: int = 0
     calls: list[dict[str, Any]] = field(default_factory=list)
     passes: list[dict[str, Any]] = field(default_factory=list)
+    inputs: list[dict[str, Any]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -165,6 +168,9 @@ class Report(Sequence[dict[str, Any]]):
         if self.calls:
             rows = [[str(entry[key]) for key in _CALLS] for entry in self.calls]
             blocks.append(Table("Calls of layers in steps of the model's own", list(_CALLS.values()), rows))
+        if self.inputs:
+            rows = [[_cell(entry[key]) for key in _INPUTS] for entry in self.inputs]
+            blocks.append(Table("Arrays that were read from files", list(_INPUTS.values()), rows))
         if self.timed:
             blocks += self._times()
         if self.devices:
@@ -237,6 +243,9 @@ _COLUMNS = {
     "why": "why",
 }
 _CALLS = {"layer": "layer", "split": "on all devices", "one_device": "on one device", "why": "why"}
+
+
+_INPUTS = {"array": "array", "batches": "batches", "waited_seconds": "waited in s", "how": "how"}
 
 
 def _how(title: str, entries: Sequence[dict[str, Any]]) -> Table:

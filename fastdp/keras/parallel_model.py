@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import keras
@@ -15,6 +16,7 @@ from fastdp.engine.report import Report
 from fastdp.keras.checks import check_loop, check_options, check_template
 from fastdp.keras.compile_state import borrowed, follow, take_over
 from fastdp.keras.fit.arguments import arguments_by_name, stream_fit, stream_forward
+from fastdp.keras.fit.array_batches import input_report
 from fastdp.keras.fit.callbacks import at_once, close_files
 from fastdp.keras.fit.device_dataset import as_fed, resident_batch, resident_fit, resident_forward
 from fastdp.keras.fit.prefetch import in_host_memory
@@ -83,6 +85,7 @@ class ParallelModel(Traceable, TemplateView):
         )
         self._fitting = threading.RLock()
         self._begins_fit = False
+        self._latest_fit = SimpleNamespace(inputs=[])  # an object of its own, whose lists Keras does not track
         self.fetch_ahead = any(device.on_gpu for device in devices)
         self._small_work = SmallWorkWarning()
         self._call_has_training_arg = True
@@ -120,7 +123,9 @@ class ParallelModel(Traceable, TemplateView):
     # Keras's own loops, which here read an `HDF5Matrix` batch by batch.
 
     def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
-        """Train; arguments as in Keras. `HDF5Matrix` is read by batches; `shuffle="batch"` as in Keras 2.
+        """Train; arguments as in Keras. `HDF5Matrix` and `h5py.Dataset` are read by batches, ahead of the steps.
+
+        `shuffle="batch"` works as in Keras 2; `"chunks"` mixes rows and reads each chunk of a file once.
 
         `x` and `validation_data` may each be a `fastdp.data.DeviceDataset` that includes targets and weights.
 
@@ -142,7 +147,8 @@ class ParallelModel(Traceable, TemplateView):
             arguments = resident_fit(arguments_by_name(keras.Model.fit, args, kwargs), self.devices)
             self._begins_fit = True
             with replica_aware():  # once, not for each step
-                history = super().fit(**self._told_at_once(stream_fit(arguments)))
+                arguments = stream_fit(arguments)
+                history = super().fit(**self._told_at_once(arguments))
             self._steps.settle()
             if arguments.get("verbose") == 2:
                 io_utils.print_msg(self.report().line)
@@ -152,6 +158,7 @@ class ParallelModel(Traceable, TemplateView):
             close_files(arguments.get("callbacks"))
             raise
         finally:
+            self._latest_fit.inputs = input_report(arguments.get("x"))
             self._begins_fit = False
             self._steps.end_following()
             self._fitting.release()
@@ -312,7 +319,14 @@ class ParallelModel(Traceable, TemplateView):
         further = [device for group in self._steps.device_groups or () for device in group[1:]]
         engine, calls = self._steps.made_engine, self._steps.calls_report
         entries = engine.program.steps_report if engine is not None else [{"how": "eager", "why": "no step yet"}]
-        return make_report(engine, entries, library_nbytes=peak_nbytes, further_devices=further, calls=calls)
+        return make_report(
+            engine,
+            entries,
+            library_nbytes=peak_nbytes,
+            further_devices=further,
+            calls=calls,
+            inputs=self._latest_fit.inputs,
+        )
 
     def _is_traced(self, program: object) -> bool:
         return isinstance(program, KerasProgram) and program.model is self.template

@@ -414,3 +414,24 @@ def test_the_representation_names_file_rows_and_shape(path):
     assert "rows 3 to 20, shape (17, 4, 2), dtype float32" in repr(matrix)
     matrix.close()
     assert repr(matrix).endswith("closed>")
+
+
+@pytest.mark.parametrize("shuffle", [False, True, "chunks"])
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_batches_give_each_row_once_in_a_seeded_order(matrix, shuffle, ahead):
+    batches = list(matrix.batches(4, shuffle=shuffle, seed=1, ahead=ahead))
+    assert [len(batch) for batch in batches] == [4, 4, 4, 4, 1]
+    found = np.concatenate(batches)
+    np.testing.assert_array_equal(found[np.argsort(found[:, 0, 0])], SLICE, strict=True)
+    assert np.array_equal(found, SLICE) == (shuffle is False)
+    again = np.concatenate(list(matrix.batches(4, shuffle=shuffle, seed=1, ahead=ahead)))
+    np.testing.assert_array_equal(found, again)
+    assert len(list(matrix.batches(4, drop_last=True, ahead=ahead))) == 4
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"batch_size": 0}, {"batch_size": 2, "shuffle": "rows"}, {"batch_size": 2, "ahead": -1}]
+)
+def test_wrong_arguments_of_batches_are_value_errors_that_name_them(matrix, wrong):
+    with pytest.raises(ValueError, match=list(wrong)[-1]):
+        next(matrix.batches(**wrong))

@@ -1,8 +1,8 @@
 """Arguments of `fit`, `evaluate` and `predict` that Keras would read whole or understand differently.
 
-Keras converts an `HDF5Matrix` to one NumPy array before the first batch; here it is read batch by batch.
-`shuffle="batch"` works as in Keras 2, for any arrays: it shuffles the order of whole batches, and the rows inside a
-batch stay in order.
+Keras converts an `HDF5Matrix` to one NumPy array before the first batch; here it is read batch by batch, and so are an
+`h5py.Dataset` and other arrays of chunks. `shuffle="batch"` works as in Keras 2, for any arrays: it shuffles the order
+of whole batches, and the rows inside a batch stay in order. `shuffle="chunks"` mixes rows and reads each chunk once.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import h5py
 import keras
 import numpy as np
 
-from fastdp.data.hdf5 import HDF5Matrix
+from fastdp.data.h5_rows import StoredRows
 from fastdp.keras.fit.array_batches import ArrayBatches
 from fastdp.keras.fit.threaded import without_forks
 
@@ -28,6 +29,8 @@ class RowRange:
         self._array, self._start = array, start
         self.shape = (stop - start, *array.shape[1:])
         self.dtype = array.dtype
+        if hasattr(array, "stored_part"):
+            self.stored_part = self._stored_part
 
     def __getitem__(self, rows: Any) -> Any:
         """A slice of rows, or rows by number."""
@@ -35,6 +38,11 @@ class RowRange:
             start, stop, step = rows.indices(self.shape[0])
             return self._array[slice(self._start + start, self._start + stop, step)]
         return self._array[np.asarray(rows) + self._start]
+
+    def _stored_part(self) -> tuple[StoredRows, int]:
+        """The data set in a file, and its row that is row 0 here."""
+        rows, first = self._array.stored_part()
+        return rows, first + self._start
 
 
 def stream_fit(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -45,9 +53,9 @@ def stream_fit(arguments: dict[str, Any]) -> dict[str, Any]:
         size = arguments.get("validation_batch_size") or arguments.get("batch_size")
         arguments["validation_data"] = _batches(*validation, batch_size=size, shuffle=False)
         arguments.pop("validation_batch_size", None)
-    data = [arguments.get(name) for name in ("x", "y", "sample_weight")]
+    data = [_opened(arguments.get(name), name) for name in ("x", "y", "sample_weight")]
     shuffle = arguments.get("shuffle", True)
-    if not _on_disk(data) and not (isinstance(shuffle, str) and shuffle == "batch" and _arrays(data[0])):
+    if not _on_disk(data) and not (isinstance(shuffle, str) and shuffle in ("batch", "chunks") and _arrays(data[0])):
         return arguments
     size = arguments.pop("batch_size", None)
     # Keras uses `batch_size` as the default of `validation_batch_size`, but no longer gets `batch_size`.
@@ -66,7 +74,7 @@ def stream_fit(arguments: dict[str, Any]) -> dict[str, Any]:
 def stream_forward(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `evaluate` or `predict`, with matrices on disk replaced by data sets."""
     arguments = without_forks(arguments)
-    data = [arguments.get(name) for name in ("x", "y", "sample_weight")]
+    data = [_opened(arguments.get(name), name) for name in ("x", "y", "sample_weight")]
     if not _on_disk(data):
         return arguments
     rest = {k: v for k, v in arguments.items() if k not in ("x", "y", "sample_weight", "batch_size")}
@@ -98,9 +106,19 @@ def _split(data: list[Any], fraction: float) -> tuple[list[Any], list[Any]]:
     return [cut(part, 0, border) for part in data], [cut(part, border, rows) for part in data]
 
 
+def _opened(part: Any, name: str) -> Any:
+    """`part` with rows that can be split in place of each `h5py.Dataset`."""
+    if part is None:
+        return None
+    return keras.tree.map_structure(
+        lambda leaf: StoredRows(leaf, name) if isinstance(leaf, h5py.Dataset) else leaf, part
+    )
+
+
 def _on_disk(data: list[Any]) -> bool:
-    """Whether any of the arrays is an HDF5Matrix."""
-    return any(isinstance(leaf, HDF5Matrix) for part in data if part is not None for leaf in keras.tree.flatten(part))
+    """Whether any of the arrays lies in a file: an HDF5Matrix, an h5py.Dataset, or one of chunks, such as zarr's."""
+    leaves = [leaf for part in data if part is not None for leaf in keras.tree.flatten(part)]
+    return any(hasattr(leaf, "stored_part") or (hasattr(leaf, "chunks") and hasattr(leaf, "shape")) for leaf in leaves)
 
 
 def _arrays(x: Any) -> bool:

@@ -11,9 +11,11 @@ import keras
 import numpy as np
 import torch
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
+from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
 
 from fastdp.comm.batch import Batch
 from fastdp.engine.data_parallel import DataParallel
+from fastdp.keras.fit.array_batches import ArrayBatches
 from fastdp.program.keras.batch import make_batch, unpack
 from fastdp.program.keras.layer_calls import CallProgram
 from fastdp.tracing.spans import span
@@ -33,7 +35,7 @@ class Prefetch:
     def __init__(self, epochs: Any) -> None:
         self._epochs = weakref.ref(epochs)
         self._current: _Batches | None = None
-        self._copies = not isinstance(epochs.data_adapter, ArrayDataAdapter)
+        self._copies = not _gives_new_arrays(epochs.data_adapter)
         self._fetched: tuple[Any, Batch] | None = None
         begin = _beginning(epochs)
         epochs._get_iterator = lambda: self._follow(begin())
@@ -71,6 +73,13 @@ class Prefetch:
     def _follow(self, batches: Any) -> _Batches:
         self._current = _Batches(iter(batches), self._copies)
         return self._current
+
+
+def _gives_new_arrays(adapter: Any) -> bool:
+    """Whether each batch of Keras's adapter is made of new arrays, which nobody writes again."""
+    if isinstance(adapter, PyDatasetAdapter):
+        return isinstance(adapter.py_dataset, ArrayBatches)
+    return isinstance(adapter, ArrayDataAdapter)
 
 
 def in_host_memory(epochs: Any) -> None:

@@ -69,6 +69,31 @@ def test_fit_on_matrices_equals_fit_on_arrays_without_reading_them_whole(path, m
     np.testing.assert_allclose(from_disk.predict(matrices[0], verbose=0), from_arrays.predict(x, verbose=0), rtol=1e-6)
 
 
+def test_fit_takes_h5py_data_sets_and_its_report_says_how_they_were_read(path):
+    x, y = arrays(path)
+    options = {"batch_size": 9, "shuffle": False, "validation_split": 0.3, "epochs": 2, "verbose": 0}
+    expected = parallel_model().fit(x, y, **options).history
+    model = parallel_model()
+    with h5py.File(path) as file:
+        found = model.fit(file["x"], file["y"], **options).history
+        assert model.evaluate(file["x"], file["y"], verbose=0) == model.evaluate(x, y, verbose=0)
+    assert found == expected
+    x_entry, y_entry = model.report().inputs
+    assert (x_entry["array"], y_entry["array"], x_entry["how"]) == ("x", "y", "by threads: one piece")
+    assert x_entry["batches"] >= 8
+    assert x_entry["waited_seconds"] > 0
+    assert "Arrays that were read from files" in str(model.report())
+
+
+def test_fit_mixes_the_rows_of_chunks_of_arrays_too(path):
+    x, y = arrays(path)
+    losses = []
+    for data in ((x, y), (fastdp.HDF5Matrix(path, "x"), fastdp.HDF5Matrix(path, "y"))):
+        model = parallel_model()
+        losses.append(model.fit(*data, batch_size=9, shuffle="chunks", epochs=2, verbose=0).history["loss"])
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("how", ["split", "data"])
 def test_validation_rows_come_from_the_end_and_are_not_shuffled(path, how):
     x, y = arrays(path)

@@ -1,5 +1,7 @@
 """ArrayBatches against plain arrays, and HDF5Matrix in Keras's own fit, evaluate and predict."""
 
+import threading
+
 import h5py
 import keras
 import numpy as np
@@ -8,6 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastdp.data import h5_cache, read_ahead
+from fastdp.data.h5_codecs import Pipeline
 from fastdp.data.hdf5 import HDF5Matrix
 from fastdp.keras.fit.array_batches import ArrayBatches
 
@@ -42,7 +46,7 @@ def row_numbers(batches):
 
 @given(
     batch_size=st.integers(1, ROWS + 3),
-    shuffle=st.sampled_from([True, False, "batch"]),
+    shuffle=st.sampled_from([True, False, "batch", "chunks"]),
     seed=st.integers(0, 9),
 )
 def test_each_epoch_gives_each_row_once_with_its_target(batch_size, shuffle, seed):
@@ -188,6 +192,91 @@ def test_fit_takes_a_new_order_each_epoch(matrices, workers):
     assert len(set(seen)) == 3
 
 
+def stored_numbers(path, rows=600, chunk=16):
+    """A data set whose rows are their numbers, in chunks of 16 rows, and one of targets in other chunks."""
+    numbers = np.arange(rows, dtype=np.float32)
+    with h5py.File(path, "w") as file:
+        file.create_dataset("x", data=np.repeat(numbers[:, None], 200, 1), chunks=(chunk, 200), compression="gzip")
+        file.create_dataset("y", data=numbers[:, None], chunks=(100, 1))
+    return path
+
+
+def test_shuffled_chunks_mix_rows_and_decode_each_chunk_once(tmp_path, monkeypatch):
+    path, decoded = stored_numbers(tmp_path / "a.h5"), []
+    real = Pipeline.decode
+    monkeypatch.setattr(Pipeline, "decode", lambda self, *rest: decoded.append(self.nbytes) or real(self, *rest))
+    with HDF5Matrix(path, "x", 5, 590) as x, HDF5Matrix(path, "y", 5, 590) as y:
+        batches = ArrayBatches(x, y, batch_size=24, shuffle="chunks", seed=3)
+        batches.on_epoch_end()
+        found = [batches[number] for number in range(len(batches))]
+        for inputs, targets in found:
+            np.testing.assert_array_equal(inputs, np.repeat(targets, 200, 1))
+        order = np.concatenate([targets[:, 0] for _, targets in found]).astype(int)
+        assert sorted(order) == list(range(5, 590))
+        assert decoded.count(16 * 200 * 4) == 37  # the chunks that hold rows 5 to 589
+        # Rows are mixed: neighbors come from different chunks, and the order is another one in the next epoch.
+        assert np.mean(order[1:] // 16 == order[:-1] // 16) < 0.3
+        assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.5
+        batches.on_epoch_end()
+        assert batches[0][1][:, 0].astype(int).tolist() != order[:24].tolist()
+        again = ArrayBatches(x, y, batch_size=24, shuffle="chunks", seed=3)
+        again.on_epoch_end()
+        np.testing.assert_array_equal(again[5][1], found[5][1])
+
+
+def test_batches_are_read_ahead_in_their_order_and_no_further_than_asked_for(matrices):
+    batches = ArrayBatches(*matrices, batch_size=2, shuffle=False, ahead=3)
+    read, real = [], batches._read_batch
+    batches.reading._read = lambda number: read.append(number) or real(number)
+    for number in (0, 1, 7, 8):
+        np.testing.assert_array_equal(batches[number][0], X[2 * number : 2 * number + 2])
+        batches.reading._pool.submit(lambda: None).result(10)
+        assert read[-1] == number + 3
+    for number in range(9, 12):
+        batches[number]
+    assert read == [0, 1, 2, 3, 4, 7, 8, 9, 10, 11]
+    assert batches.reading.taken == 7
+    batches.reading.close()
+
+
+def test_an_error_of_a_batch_read_ahead_comes_with_that_batch(path):
+    with h5py.File(path) as file:
+        batches = ArrayBatches(file["x"], batch_size=2, shuffle=False)
+        real = batches._read_batch
+
+        def read(number):
+            if number == 2:
+                raise OSError("of batch 2")
+            return real(number)
+
+        batches.reading._read = read
+        batches[0], batches[1]
+        with pytest.raises(OSError, match="of batch 2"):
+            batches[2]
+        assert batches[3][0].shape == (2, 5)
+        batches.reading.close()
+
+
+def test_a_slow_source_is_named_and_a_dead_one_is_an_error(matrices, monkeypatch):
+    batches, answer = ArrayBatches(*matrices, batch_size=2, shuffle=False), threading.Event()
+    monkeypatch.setattr(read_ahead, "SLOW_SECONDS", 0.05)
+    monkeypatch.setattr(read_ahead, "MOST_SECONDS", 0.2)
+    batches.reading._read = lambda number: answer.wait(30)
+    slow = pytest.warns(UserWarning, match=r"batch 0 of '.*data\.h5'.* has been read for")
+    with slow, pytest.raises(TimeoutError, match=r"Batch 0 of '.*data\.h5' was not read in"):
+        batches[0]
+    answer.set()
+    batches.reading.close()
+
+
+def test_a_uniform_order_over_large_compressed_chunks_is_told_of(tmp_path, monkeypatch):
+    path = stored_numbers(tmp_path / "a.h5")
+    monkeypatch.setattr(h5_cache.ChunkCache.__init__, "__defaults__", (1 << 15,))
+    told = pytest.warns(UserWarning, match=r"decodes each chunk of '/x' .* times an epoch.*shuffle=\"chunks\"")
+    with HDF5Matrix(path, "x") as x, told:
+        ArrayBatches(x, batch_size=10, seed=0)
+
+
 @pytest.mark.parametrize("shuffle", [True, False, "batch"])
 def test_keras_itself_takes_hdf5_matrices_in_fit_evaluate_and_predict(matrices, shuffle):
     x, y = matrices
@@ -215,7 +304,7 @@ def test_keras_splits_hdf5_matrices_for_validation(matrices):
         ((X, None, Y), {}, ValueError, "y must be given along with sample_weight"),
         ((X,), {"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ((X,), {"batch_size": 2.5}, TypeError, "float"),
-        ((X,), {"shuffle": "rows"}, ValueError, "shuffle must be True, False or .batch., got 'rows'"),
+        ((X,), {"shuffle": "rows"}, ValueError, """shuffle must be True, False, "batch" or "chunks", got 'rows'"""),
         (([1.0, 2.0],), {}, TypeError, "x must hold arrays with rows, got float"),
         ((X, 3), {}, TypeError, "y must hold arrays with rows, got int"),
     ],
