@@ -1,4 +1,4 @@
-"""`StoredRows`: rows of an `h5py.Dataset`, read by threads without h5py's lock where that is possible, else by h5py."""
+"""`StoredRows`: rows of an `h5py.Dataset`, read by threads where that is possible, and else by h5py."""
 
 from __future__ import annotations
 
