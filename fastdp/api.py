@@ -47,6 +47,7 @@ def wrap(
     check_replicas: bool = False,
     rows: str | None = None,
     shards: int | None = None,
+    on_nonfinite: str | None = None,
 ) -> ParallelModel: ...
 @overload
 def wrap(
@@ -65,6 +66,7 @@ def wrap(
     check_replicas: bool = False,
     rows: dict[str, Any] | None = None,
     shards: int | None = None,
+    on_nonfinite: str | None = None,
 ) -> TorchParallel: ...
 def wrap(
     model: Any,
@@ -82,6 +84,7 @@ def wrap(
     check_replicas: bool = False,
     rows: str | dict[str, Any] | None = None,
     shards: int | None = None,
+    on_nonfinite: str | None = None,
 ) -> ParallelModel | TorchParallel:
     """Run a model on several devices as if on one.
 
@@ -166,6 +169,18 @@ def wrap(
             `deterministic=True`, and each shard has its own weights and gradients: a device needs the memory of as
             many replicas as it has shards. A batch of fewer rows than shards has a shard for each row. None: one
             replica for each device.
+        on_nonfinite: what to do when the loss or the gradient of the global batch has a NaN or an infinite number.
+
+            - None: nothing, as in plain Keras and torch.
+            - "raise": the step is an error (a `ReplicaError` that is also a FloatingPointError). It names the device,
+              its rows, and the parameters; weights, optimizer and statistics are as before the step.
+            - "skip": the step changes nothing, as if its batch had not come, and training goes on. The first one is a
+              warning; `step.result.skipped` tells of each, and Keras's metrics leave it out. In a loop of your own,
+              `loss.backward()` leaves no gradient, so torch's optimizers leave the parameters as they are; running
+              statistics have moved, as in plain torch.
+
+            Each update then waits for its gradient, also on GPUs. With loss scaling (a `scaler`, or Keras's
+            `LossScaleOptimizer`) it does nothing: infinite gradients are a part of it, and the scaler skips them.
 
     Returns:
         For a Keras model a `fastdp.ParallelModel`, a `keras.Model` that shares the model's weights. For a torch module
@@ -195,6 +210,7 @@ def wrap(
         check_replicas=check_replicas,
         rows=rows,
         shards=shards,
+        on_nonfinite=on_nonfinite,
     )
     libraries = {cls.__module__.split(".")[0] for cls in type(model).__mro__}
     for library, (module, function) in _WRAPPERS.items():

@@ -7,13 +7,15 @@ class ReplicaError(RuntimeError):
     """One replica failed; the step was stopped and no replica's weights were changed.
 
     The original exception is the `__cause__`. `device` is the device's name. `rows` is the half-open range
-    of global-batch rows that the replica was processing, or None outside a batch.
+    of global-batch rows that the replica was processing, or None outside a batch. `verb` is the part of the step:
+    "scatter", "run", "reduce", "update" or "merge".
     """
 
-    def __init__(self, message: str, *, device: str, rows: tuple[int, int] | None) -> None:
+    def __init__(self, message: str, *, device: str, rows: tuple[int, int] | None, verb: str = "run") -> None:
         super().__init__(message)
         self.device = device
         self.rows = rows
+        self.verb = verb
 
     def __str__(self) -> str:
         # A subclass may also be a KeyError or a UnicodeError, which format their arguments differently.

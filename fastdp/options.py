@@ -11,6 +11,7 @@ GRAPHS = ("auto", "bucket", "step", None)
 UPDATES = ("first", "each", None)
 ROW_POLICIES = (None, "merge", "replica")
 MOST_SHARDS = 1024
+NONFINITE = (None, "raise", "skip")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +22,8 @@ class Options:
     devices resolves what depends on them: which device merges, and what None means on GPUs.
 
     Raises:
-        ValueError: an unknown `compile`, `graph`, `update` or `rows`; `shards` that is no whole number from 1 to 1024.
+        ValueError: an unknown `compile`, `graph`, `update`, `rows` or `on_nonfinite`; `shards` that is no whole number
+            from 1 to 1024; a `timeout` that is not above 0.
 
     `shards` sets `deterministic`: bits that depend on the clock would not be those of another number of devices.
     """
@@ -38,6 +40,7 @@ class Options:
     check_replicas: bool = False
     rows: str | dict[str, int | str] | None = None
     shards: int | None = None
+    on_nonfinite: str | None = None
 
     def __post_init__(self) -> None:
         if self.compile not in COMPILE_MODES:
@@ -46,6 +49,10 @@ class Options:
             raise ValueError(f"`graph` must be one of {GRAPHS}. Received: graph={self.graph!r}")
         if self.update not in UPDATES:
             raise ValueError(f'`update` must be "first" or "each". Received: update={self.update!r}')
+        if self.on_nonfinite not in NONFINITE:
+            raise ValueError(f"`on_nonfinite` must be one of {NONFINITE}. Received: on_nonfinite={self.on_nonfinite!r}")
+        if isinstance(self.timeout, bool) or not isinstance(self.timeout, (int, float)) or not self.timeout > 0:
+            raise ValueError(f"`timeout` must be a number of seconds above 0. Received: timeout={self.timeout!r}")
         if not isinstance(self.rows, dict) and self.rows not in ROW_POLICIES:
             raise ValueError(f"`rows` must be one of {ROW_POLICIES}. Received: rows={self.rows!r}")
         if self.shards is not None:

@@ -168,9 +168,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def fastdp_threads() -> list[str]:
-    """The names of fastdp's threads that are alive, but for one that communicators of NCCL have until the end."""
+    """The names of fastdp's threads that are alive, but for two that last until the end: NCCL's and the watchdog."""
     names = [thread.name for thread in threading.enumerate()]
-    return sorted(name for name in names if name.startswith("fastdp") and name != "fastdp-exit")
+    return sorted(
+        name for name in names if name.startswith("fastdp") and name not in ("fastdp-exit", "fastdp-watchdog")
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)

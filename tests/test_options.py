@@ -25,6 +25,7 @@ def test_wrap_takes_every_option_with_its_default():
 
 def test_the_engine_has_the_same_defaults():
     names = ["timeout", "update", "cpu_merge", "merge_device", "cpu_relocation", "check_replicas", "shards"]
+    names.append("on_nonfinite")
     assert keywords(fastdp.DataParallel) == {name: DEFAULTS[name] for name in names}
 
 
@@ -44,6 +45,12 @@ def test_multi_gpu_model_has_the_same_defaults():
         ),
         ("graph", "all", r"`graph` must be one of \('auto', 'bucket', 'step', None\)\. Received: graph='all'"),
         ("update", "all", r"`update` must be \"first\" or \"each\"\. Received: update='all'"),
+        (
+            "on_nonfinite",
+            "stop",
+            r"`on_nonfinite` must be one of \(None, 'raise', 'skip'\)\. Received: on_nonfinite='stop'",
+        ),
+        ("timeout", 0, r"`timeout` must be a number of seconds above 0\. Received: timeout=0"),
         ("rows", "merged", r"`rows` must be one of \(None, 'merge', 'replica'\)\. Received: rows='merged'"),
     ],
 )

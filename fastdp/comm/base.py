@@ -38,6 +38,11 @@ class Reduction(ABC):
     def abandon(self, error: BaseException | None) -> None:
         """The step failed with this error, and nobody waits for it any more. Called on the host thread."""
 
+    @property
+    def position(self) -> str:
+        """Which buckets are not reduced yet, in words that begin with a space; empty where that is not known."""
+        return ""
+
     def all_done(self) -> None:
         """All replicas are done. Called on the thread that then reduces the rest."""
         return

@@ -27,6 +27,10 @@ class ReadyBuckets:
         """How many replicas are still at work."""
         return self._working
 
+    def incomplete(self) -> list[list[int]]:
+        """By bucket, the replicas that have not completed it."""
+        return [[rank for rank, left in enumerate(self._open) if bucket in left] for bucket in range(len(self._left))]
+
     def say(self, rank: int, bucket: int) -> bool:
         """Announce a bucket of a replica. True if that completes it on all replicas. Repeated calls change nothing."""
         with self._lock:

@@ -83,9 +83,10 @@ class Rendezvous:
             if self._round > turn:
                 return self._values
             self._go_on()
-            missing = self._size - len(self._waiting)
+            missing = [one for one in range(self._size) if one not in self._waiting]
             late = DeviceTimeoutError(
-                f"{missing} of {self._size} replicas did not reach {_in_words(place)} within {self._timeout} seconds."
+                f"{len(missing)} of {self._size} replicas did not reach {_in_words(place)} within {self._timeout} "
+                f"seconds: {self._named(missing)}."
             )
             self.abort(late)  # a thread that arrives later would wait for this one, which leaves
             raise late

@@ -51,7 +51,8 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
         program: what each replica runs: a `fastdp.program.base.Program`, or an object with its members.
         devices: the devices of the replicas, in the order of the rows, or a value as for `gpus=` in `fastdp.wrap` (a
             number, a list of ordinals, None for all).
-        timeout, update, cpu_merge, merge_device, cpu_relocation, check_replicas, shards: as in `fastdp.wrap`.
+        timeout, update, cpu_merge, merge_device, cpu_relocation, check_replicas, shards, on_nonfinite: as in
+            `fastdp.wrap`.
         options: an object with all of these, instead of keywords.
 
     `size` is the number of replicas, of all processes where torchrun has started several.
@@ -77,6 +78,7 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
         cpu_relocation: bool = False,
         check_replicas: bool = False,
         shards: int | None = None,
+        on_nonfinite: str | None = None,
         options: Options | None = None,
     ) -> None:
         keywords = Options(
@@ -87,6 +89,7 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
             cpu_relocation=cpu_relocation,
             check_replicas=check_replicas,
             shards=shards,
+            on_nonfinite=on_nonfinite,
         )
         options = one_of(options, keywords)
         nvtx.follow_environment()
@@ -124,7 +127,7 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
         about = self.group, self._communicator, self._accumulation
         self._reductions = Reductions(*about) if self._across is None else ProcessesReductions(*about, self._across)
         self.host_launch = HostLaunch(self._state, self.group, self._reductions, self._recovery)
-        self._updates = Updates(self.group, self.rollback, self._accumulation, options.timeout)
+        self._updates = Updates(self.group, self.rollback, self._accumulation, options)
 
     # Steps.
 
@@ -193,6 +196,7 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
             self._scatter(step)
             self._run(step, partial(Replica.call, work=work), has_gradients=True)
             self._reduce(step)
+            self._updates.check(step)
             return self._merge(step)
 
     def stage(self, batch: Batch | Arrays) -> bool:
@@ -279,7 +283,7 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
         if step.trains:
             self.times.add(step.watch)
         notes, every_note = step.totals.notes, step.totals.every_note
-        return StepResult(outputs, step.totals.sums, notes, step.batch.rows, every_note)
+        return StepResult(outputs, step.totals.sums, notes, step.batch.rows, every_note, step.skipped)
 
     def _forward(self, kind: str, batch: Batch, most: int, work: Work) -> StepResult:
         """Run a step without gradients."""

@@ -89,7 +89,7 @@ class HostLaunch:
                 found = device.take_idle_rows(arrays, rows, shapes)
                 batches.append(device.take_rows(arrays, rows) if found is None else found)
         except RuntimeError as error:  # CUDA's
-            step.failures.append((rank, error))
+            step.fail(rank, error, "scatter")
             self._fail(step)
 
     def run(self, step: Step) -> None:
@@ -125,7 +125,7 @@ class HostLaunch:
             rank = replica.rank
             failure = replica.device.compute.issue_here(work, step, replica, rank)
             if failure is not None:
-                step.failures.append((rank, failure))
+                step.fail(rank, failure, "merge" if work is _write_outputs else "run")
             if step.failures:
                 self._fail(step)
 
@@ -152,7 +152,7 @@ class HostLaunch:
         if failed is not None:
             error = computed[failed].error
             assert error is not None
-            step.failures.append((failed, error))
+            step.fail(failed, error, "run")
             self._recovery.card_failed(step, error)
 
     def _collect(self, step: Step) -> None:
@@ -170,7 +170,7 @@ class HostLaunch:
             commit(step)
         # Any error of a program ends the step with it.
         except BaseException as error:
-            step.failures.append((rank, error))
+            step.fail(rank, error, "run")
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
             self._fail(step)

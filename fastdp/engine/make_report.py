@@ -10,6 +10,7 @@ from fastdp.engine.replicas import Replica, ReplicaGroup
 from fastdp.engine.report import ENOUGH_STEPS, CardReport, DeviceReport, Report
 from fastdp.engine.rollback import Rollback
 from fastdp.engine.timing import Timings
+from fastdp.engine.updates import Updates
 from fastdp.runtime.queue import QueueDevice
 from fastdp.warn import warn_user
 
@@ -28,6 +29,12 @@ class Reporting:
     rollback: Rollback
     group: ReplicaGroup
     update: str
+    _updates: Updates
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps changed nothing because of `on_nonfinite="skip"`."""
+        return self._updates.skipped
 
     def report(self) -> Report:
         """How training steps run, where their time goes, and where the memory is. Prints as tables.

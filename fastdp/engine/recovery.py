@@ -12,6 +12,7 @@ from fastdp.engine.rollback import Rollback
 from fastdp.engine.state import EngineState
 from fastdp.engine.step import Operation, step_error
 from fastdp.errors import DeviceTimeoutError
+from fastdp.runtime.positions import busy, report
 from fastdp.runtime.queue import QueueEvent, first_done, joined
 from fastdp.tracing.spans import now, span
 from fastdp.warn import warn_user
@@ -57,6 +58,8 @@ class Recovery:
             self.settle()
             raise step_error([*operation.failures, *failed], operation, devices)
         self._communicator.check()
+        if operation.skipped and operation.check is not None:
+            operation.check.note(operation)
 
     def _wait(self, operation: Operation, events: Sequence[QueueEvent]) -> None:
         timeout = self._state.timeout
@@ -69,8 +72,12 @@ class Recovery:
 
     def too_late(self, operation: Operation) -> DeviceTimeoutError:
         """The error of an operation that has taken too long."""
-        what = operation.unfinished(self._replicas.devices, self._communicator.late())
-        return DeviceTimeoutError(f"{what} took longer than timeout={self._state.timeout} seconds.")
+        devices, late = self._replicas.devices, self._communicator.late()
+        what = operation.unfinished(devices, late)
+        collective = operation.reduction.position if operation.reduction is not None else ""
+        return DeviceTimeoutError(
+            f"{what} took longer than timeout={self._state.timeout} seconds.{collective}{report(devices)}"
+        )
 
     def card_failed(self, operation: Operation, error: BaseException) -> None:
         """Let the other devices stop waiting for one that has failed, in collectives that it will not end."""
@@ -157,12 +164,11 @@ class Recovery:
                 if timeout is None or not device.closed:
                     device.synchronize(seconds)
         except DeviceTimeoutError:
-            late = self._communicator.late()
-            if not late:
-                raise
+            devices = self._replicas.devices
+            late = self._communicator.late() or busy(devices)
             raise DeviceTimeoutError(
                 f"{late} were not done with an earlier step within another timeout={seconds} seconds, and the other "
-                "devices wait for them."
+                f"devices wait for them.{report(devices)}"
             ) from None
         for device in self._replicas.devices:
             device.recover()

@@ -29,6 +29,7 @@ def run_replica(
     """Run one replica's work on its device's worker. A failure wakes the replicas that wait for it."""
     watch, turn = step.watch, step.turns[context.index]
     watch.compute_began[context.index] = time.perf_counter()
+    verb = "run"
     try:
         if turn is not None:
             turn.take()
@@ -43,7 +44,7 @@ def run_replica(
                 result = work(replica, step.batches[context.index], context)
         step.rendezvous.leave(context.index)
         if context.wants_outputs:
-            merging = time.perf_counter()
+            merging, verb = time.perf_counter(), "merge"
             step.merger.write(context.index, result.outputs)
             watch.merging[context.index] = time.perf_counter() - merging
         result.outputs = []
@@ -51,7 +52,7 @@ def run_replica(
         if step.reduction is not None:
             step.reduction.ended(context.index)
     except BaseException as error:
-        step.failures.append((context.index, error))
+        step.fail(context.index, error, verb)
         step.rendezvous.abort(error)
         raise
     finally:
@@ -116,6 +117,8 @@ def run_update(
     assert operation.totals is not None
     operation.update_began(replica.rank)
     try:
+        if operation.check is not None and not operation.check.passes(operation, replica):
+            return
         if replica.rank == 0:
             operation.restorable = rollback.save()
             operation.updates_begun = True
@@ -134,5 +137,5 @@ def run_update(
         operation.update_ended(replica.rank)
         rollback.succeeded = True
     except BaseException as error:
-        operation.failures.append((replica.rank, error))
+        operation.fail(replica.rank, error, "update")
         raise

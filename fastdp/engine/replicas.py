@@ -70,6 +70,10 @@ class Replica:
         """Apply the reduced gradients. Runs on the device's worker."""
         self._program.update(self._state, totals)
 
+    def skip(self, totals: Totals) -> None:
+        """Note that the update is not made. Runs on the device's worker."""
+        self._program.skip(self._state, totals)
+
     @property
     def update_is_reliable(self) -> bool:
         """Whether none of the user's code runs in an update."""

@@ -6,7 +6,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -29,13 +29,24 @@ from fastdp.tracing.spans import now
 @dataclass(slots=True)
 class StepResult:
     """A step's result for the caller: merged outputs (owned by the caller), summed numbers, the number of rows, the
-    first replica's notes and those of all replicas."""
+    first replica's notes and those of all replicas, and whether the update was skipped."""
 
     outputs: list[np.ndarray]
     sums: np.ndarray
     notes: Any
     rows: int
     every_note: list[Any] = field(default_factory=list)
+    skipped: bool = False
+
+
+class UpdateCheck(Protocol):
+    """Decides whether an update is made (`fastdp.engine.nonfinite`)."""
+
+    def passes(self, operation: Operation, replica: Replica) -> bool:
+        """Whether a replica may make the update. On its device's worker."""
+
+    def note(self, operation: Operation) -> None:
+        """Count an operation whose update was skipped. On the host thread."""
 
 
 @dataclass(slots=True)
@@ -53,7 +64,9 @@ class Operation:
     communicator's count from before the operation. `by_host`: the host thread does what workers would do
     (`fastdp.engine.host_launch`). `prepared`: it is prepared for all devices at once, by `Program.launching`. `ends`
     are the ends of the devices' compute work, if they have been recorded. `close` ends the operation
-    (`fastdp.engine.step_scope`); None when it is not open. `kind` is its name in traces.
+    (`fastdp.engine.step_scope`); None when it is not open. `kind` is its name in traces. `check` decides whether its
+    update is made, and `skipped` tells that it was not. `verbs` are the verbs of its failures, by the exception's id.
+    `blamed` is the rank that a failure of the whole step came from; None if that is unknown, -1 if there is none.
     """
 
     threads: int
@@ -74,8 +87,17 @@ class Operation:
     totals: Totals | None = None
     by_host: bool = False
     prepared: bool = False
+    check: UpdateCheck | None = None
+    skipped: bool = False
+    verbs: dict[int, str] = field(default_factory=dict)
+    blamed: int | None = -1
 
     counts: ClassVar[bool] = False
+
+    def fail(self, rank: int, error: BaseException, verb: str) -> None:
+        """Note a replica's failure, and in which verb it came."""
+        self.verbs.setdefault(id(error), verb)
+        self.failures.append((rank, error))
 
     def abandon(self, error: BaseException) -> None:
         """Stop the operation after this error. Nobody waits for it any more."""
@@ -94,6 +116,10 @@ class Operation:
     def rows_of(self, rank: int) -> tuple[str, tuple[int, int] | None]:
         """A replica's rows, as text for a message and as (start, stop); empty and None if there is no batch."""
         return "", None
+
+    def verb_of(self, rank: int) -> str:
+        """The verb in which a device's stream has failed, outside of the replica's own work."""
+        return "reduce"
 
     def update_began(self, rank: int) -> None:
         """A replica begins its update. Only the updates of steps are timed."""
@@ -168,6 +194,10 @@ class Step(Operation):
         rows = self.shards[rank]
         return f" (rows {rows.start} to {rows.stop} of the batch's {total})", (rows.start, rows.stop)
 
+    def verb_of(self, rank: int) -> str:
+        """Before the replica has run: the copies of its rows."""
+        return "scatter" if rank < len(self.results) and self.results[rank] is None else Operation.verb_of(self, rank)
+
     def update_began(self, rank: int) -> None:
         """Take the time."""
         self.watch.update_began[rank] = time.perf_counter()
@@ -238,20 +268,22 @@ def make_step(
 def step_error(
     failures: Sequence[tuple[int, BaseException]], operation: Operation, devices: Sequence[QueueDevice]
 ) -> ReplicaError | ProcessError:
-    """The error to raise for a failed operation. It names the first cause, the device and the rows."""
+    """The error to raise for a failed operation. It names the first cause, the device, the rows and the verb."""
     causes = [failure for failure in failures if not isinstance(failure[1], StepAborted)] or list(failures)
     rank, cause = causes[0]
     if isinstance(cause, ProcessError):  # no device of this process has failed
         return cause
-    where, rows = operation.rows_of(rank)
+    verb = operation.verbs.get(id(cause)) or operation.verb_of(rank)
+    blamed = operation.blamed if operation.blamed != -1 else rank
+    where, rows = operation.rows_of(blamed or 0)
     text = traceback.TracebackException(type(cause), cause, None)  # even of an error whose own text fails
-    message = (
-        f"The replica on {devices[rank].name}{where} failed with {type(cause).__name__}: {text}\nThe step was stopped"
-    )
+    who = "The step" if blamed is None else f"The replica on {devices[blamed].name}{where}"
+    message = f"{who} failed with {type(cause).__name__}: {text}\nThe step was stopped in `{verb}`"
     if operation.updates_begun and not operation.restorable:
         message += " in the middle of its update: all replicas go on from the weights of the first."
     else:
         message += " and no replica's weights were changed."
-    error = replica_error_class(type(cause))(message, device=devices[rank].name, rows=rows)
+    device = devices[blamed if blamed is not None else rank].name
+    error = replica_error_class(type(cause))(message, device=device, rows=None if blamed is None else rows, verb=verb)
     error.__cause__ = cause
     return error

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from functools import partial
 
 from fastdp.engine.accumulation import AccumulatedGradients
+from fastdp.engine.nonfinite import FiniteCheck
 from fastdp.engine.replica_work import run_update
 from fastdp.engine.replicas import Replica, ReplicaGroup
 from fastdp.engine.rollback import Rollback
 from fastdp.engine.step import Operation, Step
+from fastdp.options import Options
 from fastdp.runtime.host.resources import CORES, SEVERAL_THREADS_NBYTES
 from fastdp.runtime.work_stealing import shared_with
 from fastdp.tracing import spans
@@ -23,14 +25,29 @@ class Updates:
         replicas: the engine's replicas.
         rollback: the snapshot of the first replica.
         accumulation: gradients of steps that are not reduced.
-        timeout: seconds to wait for another device's worker that runs a part of an update.
+        options: the timeout is for another device's worker that runs a part of an update, and `on_nonfinite` decides
+            which updates are made.
     """
 
     def __init__(
-        self, replicas: ReplicaGroup, rollback: Rollback, accumulation: AccumulatedGradients, timeout: float
+        self, replicas: ReplicaGroup, rollback: Rollback, accumulation: AccumulatedGradients, options: Options
     ) -> None:
         self._replicas, self._rollback, self._accumulation = replicas, rollback, accumulation
-        self._work_stealing = shared_with(replicas.devices[1:CORES], timeout)
+        self._work_stealing = shared_with(replicas.devices[1:CORES], options.timeout)
+        self._finite = FiniteCheck(options.on_nonfinite, replicas) if options.on_nonfinite is not None else None
+
+    @property
+    def skipped(self) -> int:
+        """The number of updates that were skipped because of numbers that are not finite."""
+        return self._finite.skipped if self._finite is not None else 0
+
+    def check(self, step: Step) -> None:
+        """Enqueue the check of a sum of gradients that somebody else uses. Does nothing where none is asked for."""
+        if self._finite is None or not self._finite.applies:
+            return
+        step.check = self._finite
+        first = self._replicas.every[0]
+        first.device.compute.enqueue(partial(self._finite.check_sum, step, first))
 
     def begin(self, step: Operation, *, accumulates: int = 0) -> None:
         """Enqueue the same update for all replicas, after the step's reduction.
@@ -41,6 +58,7 @@ class Updates:
         """
         replicas = self._replicas
         every = replicas.every
+        step.check = self._finite if self._finite is not None and self._finite.applies else None
         # Counted before the update, which may happen even when nobody waits for it any more.
         step.generation = replicas.advance()
         step.updating = every if accumulates else replicas.updating
@@ -51,6 +69,7 @@ class Updates:
         large = every[0].memory.variables.nbytes > SEVERAL_THREADS_NBYTES
         threads = step.cores if alone and work_stealing is None and large else step.threads
         one_by_one = step.prepared and not replicas.program.uses_cupy and spans.now.recorder is None
+        one_by_one = one_by_one and step.check is None  # which may compute with CuPy
         here = isinstance(step, Step) and one_by_one
         for replica in step.updating[: 1 if here else None]:
             compute, given = replica.device.compute, (step, replica, self._rollback, threads, work_stealing)
@@ -83,7 +102,7 @@ def _update_here(step: Step, replicas: Sequence[Replica]) -> None:
         watch.update_began[rank] = now
         failure = replica.device.compute.issue_here(replica.update, totals)
         if failure is not None:
-            step.failures.append((rank, failure))
+            step.fail(rank, failure, "update")
             return
         done.append(rank)
         watch.update_ended[rank] = now = time.perf_counter()

@@ -78,7 +78,7 @@ def install(
             "replica" lets each device use only its own rows. None: models that mix rows run in plain Keras, except
             where merging their outputs is enough.
         compile, graph, deterministic: as in `fastdp.wrap`.
-        options: `update`, `timeout`, `check_replicas` and `shards`, as in `fastdp.wrap`.
+        options: `update`, `timeout`, `check_replicas`, `shards` and `on_nonfinite`, as in `fastdp.wrap`.
 
     Raises:
         ValueError: invalid `gpus`, or an unknown `compile`, `graph`, `rows` or `update`.
@@ -90,7 +90,7 @@ def install(
         >>> model.fit(x, y)  # doctest: +SKIP
     """
     check_backend("fastdp.install")
-    unknown = set(options) - {"update", "timeout", "check_replicas", "shards"}
+    unknown = set(options) - {"update", "timeout", "check_replicas", "shards", "on_nonfinite"}
     if unknown:
         raise TypeError(f"`fastdp.install` has no option {sorted(unknown)}.")
     chosen = Options(

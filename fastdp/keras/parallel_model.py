@@ -223,7 +223,7 @@ class ParallelModel(Traceable, TemplateView):
             self._steps.check_batch(data_batch)
         super()._symbolic_build(iterator, data_batch)
         if iterator is not None:
-            in_host_memory(iterator)
+            in_host_memory(iterator, self._options.timeout)
             if self._begins_fit and self.fetch_ahead:
                 self._steps.follow(iterator)
             self._begins_fit = False

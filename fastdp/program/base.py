@@ -97,6 +97,7 @@ class Program(ABC):
         cores: how many cores a step may use. Read on the host thread before each step. Default: those of the process.
         update_is_reliable: an `update` that has succeeded once will not raise, because it does not run the user's code.
 
+        scales_loss: the loss is scaled, so gradients may be infinite, and `update` sees to it.
         uses_cupy: `update` may compute with CuPy, whose current stream is then the replica's.
 
     These attributes may be properties.
@@ -110,6 +111,7 @@ class Program(ABC):
     update_is_shared: bool = False
     home_is_exposed: bool = False
     update_is_reliable: bool = False
+    scales_loss: bool = False
     uses_cupy: bool = True
     cores: int = CORES
 
@@ -223,6 +225,17 @@ class Program(ABC):
             Whether the update could be tried. Default: no; the engine then takes a snapshot before the update runs.
         """
         return False
+
+    def skip(self, state: Any, totals: Totals) -> None:  # noqa: B027
+        """Called in the place of an update that is not made, since the loss or the gradient is not finite."""
+
+    def loss_of(self, totals: Totals) -> float:
+        """The loss of the global batch; 0 if there is none. For `on_nonfinite`."""
+        return self.loss_of_one(totals.sums)
+
+    def loss_of_one(self, sums: np.ndarray) -> float:
+        """A replica's part of the loss. Default: the first of the sums."""
+        return float(sums[0]) if sums.size else 0.0
 
     # Gradient accumulation.
 

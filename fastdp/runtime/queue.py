@@ -118,6 +118,15 @@ class QueueDevice(DeviceMemory):
         return (self._asleep or self._thread is None) and not self._has_work
 
     @property
+    def runs(self) -> bool:
+        """Whether an item of a stream is running at the time of the call."""
+        return any(stream._running for stream in self._streams)
+
+    def position(self) -> str:
+        """What the streams do or wait for at the time of the call, in words."""
+        return "; ".join(filter(None, (stream.position() for stream in self._streams))) or "idle"
+
+    @property
     def _has_work(self) -> bool:
         """Whether anything is enqueued."""
         return bool(self.compute._items or self.copy_in._items or self.copy_out._items or self.communication._items)
@@ -230,6 +239,14 @@ class QueueDevice(DeviceMemory):
             stream.recover()
         self.unsettled, self.settle = False, lambda: None
 
+    def begin_close(self) -> None:
+        """Refuse further work, and let the worker end when it is done. Does not wait."""
+        for part in self.parts:
+            part.begin_close()
+        with self._lock:
+            self.closed = True
+            self._rouse()
+
     def close(self, timeout: float = 60.0) -> None:
         """Let the worker finish all work that can still run, then stop it. Idempotent.
 
@@ -239,14 +256,12 @@ class QueueDevice(DeviceMemory):
         Raises:
             DeviceTimeoutError: the worker was still busy after `timeout` seconds.
         """
+        self.begin_close()
         deadline = time.monotonic() + timeout
         for part in self.parts:
             part.close(timeout)
             timeout = max(0.0, deadline - time.monotonic())
-        with self._lock:
-            self.closed = True
-            self._rouse()
-            thread = self._thread
+        thread = self._thread
         if thread is None or thread is threading.current_thread():
             return
         thread.join(timeout)

@@ -76,6 +76,17 @@ class QueueStream:
         """Clear a failure."""
         self._error = None
 
+    def position(self) -> str:
+        """What the stream does or waits for at the time of the call, in words; empty where it is idle."""
+        items = list(self._items)
+        then = f", {len(items)} more items wait" if items else ""
+        if self._running:
+            return f"{self.name} is at work{then}"
+        if not items:
+            return ""
+        what = "waits for another stream or device" if isinstance(items[0], tuple) else "is to be run"
+        return f"{self.name} {what}{then}"
+
     # For traces: see `fastdp.tracing.protocols.Stream`.
 
     @property

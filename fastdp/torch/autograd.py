@@ -148,6 +148,8 @@ class Calls:
             reduced = self.program.reduced(result)
             self.program.settle_backward(work, result)
         opened.work.ended(gradients, time.perf_counter() - began)
+        if result.skipped:  # nothing changes: optimizers leave parameters without a gradient as they are
+            return [None] * (len(found) + len(opened.numbers))
         return [*found, *(reduced[i] for i in opened.numbers)]
 
     def _share(self, outputs: Sequence[torch.Tensor]) -> LoopShare | None:

@@ -255,7 +255,9 @@ def test_at_the_end_collectives_are_closed_before_the_devices():
 import sys, types, fastdp
 from fastdp.runtime import select
 sys.modules["fastdp.comm.cuda.at_exit"] = types.SimpleNamespace(close=lambda seconds: print("collectives"))
-select._gpus._devices[0] = types.SimpleNamespace(close=lambda seconds: print("device"))
+select._gpus._devices[0] = types.SimpleNamespace(
+    begin_close=lambda: None, close=lambda seconds: print("device")
+)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.split() == ["collectives", "device"]

@@ -53,6 +53,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine/accumulation.py", "engine/rollback.py"),
     ("engine/step.py",),
     ("engine/replica_work.py",),
+    ("engine/nonfinite.py",),
     ("engine/reductions.py", "engine/updates.py", "engine/state.py"),
     ("engine/recovery.py",),
     ("engine/step_scope.py", "engine/host_launch.py"),

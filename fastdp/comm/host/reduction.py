@@ -73,6 +73,17 @@ class HostReduction(Reduction):
         """How many buckets were complete before all replicas were done."""
         return self._announced.early
 
+    @property
+    def position(self) -> str:
+        """The buckets that are not reduced, and on which devices they are not complete."""
+        late = self._announced.incomplete()
+        parts = []
+        for number, (pieces, ranks) in enumerate(zip(self._pieces, late, strict=True)):
+            names = [self._devices[rank].name for rank in ranks]
+            if pieces:
+                parts.append(f"{number} (waits for {names})" if names else f"{number}")
+        return f" The all-reduce has these buckets left of {len(self._buckets)}: {', '.join(parts)}." if parts else ""
+
     # While replicas work.
 
     def ready(self, rank: int, bucket: int) -> None:

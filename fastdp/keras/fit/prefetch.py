@@ -18,6 +18,7 @@ from fastdp.engine.data_parallel import DataParallel
 from fastdp.keras.fit.array_batches import ArrayBatches
 from fastdp.program.keras.batch import make_batch, unpack
 from fastdp.program.keras.layer_calls import CallProgram
+from fastdp.runtime.watchdog import Watched
 from fastdp.tracing.spans import span
 
 
@@ -82,17 +83,21 @@ def _gives_new_arrays(adapter: Any) -> bool:
     return isinstance(adapter, ArrayDataAdapter)
 
 
-def in_host_memory(epochs: Any) -> None:
+def in_host_memory(epochs: Any, timeout: float) -> None:
     """Make Keras's iterator over epochs create its tensors in host memory, from where each GPU gets its own rows.
 
     Otherwise Keras would copy each batch to its default device, the first GPU, and the engine would copy it back. An
     iterator is changed only once, because Keras keeps the one for the validation data.
+
+    Args:
+        epochs: Keras's iterator.
+        timeout: seconds that one batch may take; then fetching it is a DeviceTimeoutError.
     """
     if getattr(epochs, "_fastdp_in_host_memory", False):
         return
     epochs._fastdp_in_host_memory = True
     begin = _beginning(epochs)
-    epochs._get_iterator = lambda: _fetched_on_host(iter(begin()))
+    epochs._get_iterator = lambda: _fetched_on_host(iter(begin()), timeout)
 
 
 def _beginning(epochs: Any) -> Callable[[], Any]:
@@ -108,11 +113,11 @@ def _beginning(epochs: Any) -> Callable[[], Any]:
     return lambda: begin(owner())
 
 
-def _fetched_on_host(batches: Iterator[Any]) -> Iterator[Any]:
+def _fetched_on_host(batches: Iterator[Any], timeout: float) -> Iterator[Any]:
     """The same batches, each fetched while Keras's device is the CPU."""
-    end = object()
+    end, watch = object(), Watched("The next batch of the data set", timeout)
     while True:
-        with span("input"), keras.device("cpu"):
+        with span("input"), keras.device("cpu"), watch:
             data = next(batches, end)
         if data is end:
             return

@@ -129,6 +129,8 @@ class Steps(ModelEngine):
         program.leave_gradients(engine)
         if program.captures is not None:
             program.captures.note(time.perf_counter() - began)
+        if result.skipped:  # as if the batch had not come
+            return self.trainer.get_metrics_result()
         self._track_loss(result)
         self._leave_losses(result.sums[1 + result.notes.terms - result.notes.added : 1 + result.notes.terms])
         x = y = sample_weight = y_pred = None

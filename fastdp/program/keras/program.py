@@ -77,6 +77,7 @@ class KerasProgram(Program):
         self.variables = variables_of(model)
         self._index = {id(v): i for i, v in enumerate(self.variables)}
         self.optimizer = optimizer = optimizer_of(trainer)
+        self.scales_loss = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
         self.trainable = list(model.trainable_variables) if optimizer is not None else []
         self.accumulation = Accumulation(optimizer, self.trainable)
         self.slot_variables = list(optimizer.variables) if optimizer is not None else []

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fastdp.buffers import Allocator, ArraySpec, FlatBuffers, Home, Memory
+from fastdp.buffers import Allocator, ArraySpec, Home, Memory
 from fastdp.capture.cuda_graphs.step_graphs import RecordedStepGraph
 from fastdp.capture.resumed import ResumedCaptures
 from fastdp.capture.trace import Captured
@@ -88,6 +88,7 @@ class TorchProgram(Program):
         self.reduction = reduction
         self.sync_batch_norm = sync_batch_norm
         self.rules = rules or UpdateRules()
+        self.scales_loss = self.rules.scaler is not None and self.rules.scaler.is_enabled()
         self.applied: Applied | None = None  # by the latest call; None if it made no update
         self._has_stepped = False
         self.accumulate_calls = accumulate
@@ -319,13 +320,13 @@ class TorchProgram(Program):
         """Assign buffers; at the end of a window, apply the optimizers to the summed gradients."""
         self._thread.run(self._update, state, totals)
 
-    def accumulate(self, total: FlatBuffers, part: FlatBuffers) -> None:
-        """Add gradients up."""
-        accumulate(total, part)
+    def skip(self, state: State, totals: Totals) -> None:
+        """Note that the update is not made, restore what forward has changed, and begin a new window."""
+        if state is self._states[0]:
+            self._undo()
+            self.applied, self.window = Applied(updated=False, skipped=True), Window()
 
-    def fold(self, state: State) -> None:
-        """Refused: torch's optimizers have no place for gradients of an unfinished window."""
-        raise NotImplementedError("Torch's optimizers do not accumulate gradients: end the window by its last call.")
+    accumulate = staticmethod(accumulate)
 
     # Parts of the step.
 

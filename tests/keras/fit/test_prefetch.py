@@ -98,7 +98,7 @@ def test_keras_puts_batches_into_host_memory_and_not_on_a_gpu_of_its_own(ahead):
     with keras.device("meta"):
         seen.clear()
         adapter = TorchEpochIterator(Looking([]))
-        in_host_memory(adapter)
+        in_host_memory(adapter, 60.0)
         (_, _, ((x, y),)) = next(iter(adapter))
     assert set(seen) == {"cpu"}
     assert x.device.type == y.device.type == "cpu"
