@@ -76,7 +76,7 @@ def run_tests(files: list[Path], virtual: int | None) -> Outcomes:
         with tempfile.TemporaryDirectory() as folder:
             report, steps = Path(folder, "report.xml"), Path(folder, "steps.json")
             Path(folder, "fastdp_conformance_plugin.py").write_text(PLUGIN)
-            prefix = [] if virtual is None else ["-m", "fastdp", "run", "--virtual", str(virtual)]
+            prefix = [] if virtual is None else ["-m", "fastdp", "run", "--always", "--virtual", str(virtual)]
             plugin = [] if virtual is None else ["-p", "fastdp_conformance_plugin"]
             command = [sys.executable, *prefix, "-m", "pytest", "-q", f"--junitxml={report}", "-p", "no:cacheprovider"]
             command += [*plugin, f"--rootdir={folder}", "-c", os.devnull, "--timeout=300", str(file)]

@@ -3,12 +3,15 @@
     fastdp run train.py --epochs 3
     fastdp run --gpus 8 train.py --epochs 3
     fastdp run --gpus auto train.py
+    fastdp run --gpus 8 --always train.py
     fastdp run --virtual 4 -m package.train
 
 Keras models run their steps on all devices. So do the calls of a torch module that an optimizer trains: the outputs of
 `model(x)` and the gradients of `loss.backward()` are those of one device. What cannot be split exactly runs as in plain
-Keras or torch, and a warning says why, with what to write instead. At the end a line for each torch module says what it
-ran on (on the error stream, as the output is the script's).
+Keras or torch, and a warning says why, with what to write instead. Keras steps that are not captured (those with a
+`train_step` or layers of the script's own, predictions) are timed on all devices and on one in the first steps, and
+run on one where that is faster, with a line that says so; `--always` keeps all. At the end a line for each torch module
+says what it ran on (on the error stream, as the output is the script's).
 
 Everything else is as with plain `python`: sys.argv, sys.path, `__main__`, exit status and tracebacks. Keras runs on
 torch, whatever backend the script names.
@@ -71,6 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--local-batch-norm", action="store_true", help="normalize by each device's rows, not by the global batch"
+    )
+    parser.add_argument(
+        "--always",
+        action="store_true",
+        help="keep all devices where Keras steps are faster on one (default: steps that are not captured are timed)",
     )
     parser.add_argument(
         "--trace",
@@ -180,6 +188,7 @@ class _Script:
                 compile=None if options.compile == "none" else options.compile,
                 graph=None if options.graph == "none" else options.graph,
                 deterministic=options.deterministic,
+                always=options.always,
             )
         except (ValueError, RuntimeError) as error:
             raise SystemExit(_say(str(error), WRONG_USE)) from error

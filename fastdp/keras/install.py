@@ -10,6 +10,8 @@ A call of a whole model from the script's own code runs on all devices too (`fas
 
 from __future__ import annotations
 
+import sys
+import time
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,6 +27,7 @@ from keras.src.backend.torch.trainer import TorchTrainer
 from fastdp.errors import ReplicaError
 from fastdp.keras.checks import check_backend, check_options, check_template, is_built, unbuilt_layers
 from fastdp.keras.steps.custom import has_own
+from fastdp.keras.steps.device_trial import DeviceTrial, first_rows, wait_for_gpu
 from fastdp.keras.steps.own_loops import inside_step, is_own_call, say_once
 from fastdp.keras.steps.standard import Steps
 from fastdp.keras.template_view import TemplateView
@@ -47,6 +50,7 @@ class _Installed:
 
     devices: list[QueueDevice]
     options: Options
+    always: bool
     models: weakref.WeakSet[keras.Model] = field(default_factory=weakref.WeakSet)
 
 
@@ -61,6 +65,7 @@ def install(
     graph: str | None = "auto",
     rows: str | None = "merge",
     deterministic: bool = False,
+    always: bool = True,
     **options: Any,
 ) -> None:
     """Run every Keras model of this process on several devices, from the next `fit`, `evaluate`, `predict` or call on.
@@ -78,6 +83,10 @@ def install(
             "replica" lets each device use only its own rows. None: models that mix rows run in plain Keras, except
             where merging their outputs is enough.
         compile, graph, deterministic: as in `fastdp.wrap`.
+        always: run all steps on all devices that can be split. False: steps of a model that are not captured (a
+            `train_step` or layers of its own, `predict`) are timed on all devices and on one, within the first 24 of
+            a kind, and run on one device from then on, as plain Keras, where that is faster; a line on the error
+            stream says so. Results are the same. With `deterministic`, `shards` or `on_nonfinite` all devices stay.
         options: `update`, `timeout`, `check_replicas`, `shards` and `on_nonfinite`, as in `fastdp.wrap`.
 
     Raises:
@@ -105,7 +114,7 @@ def install(
     check_options(chosen, devices)
     uninstall()
     _patch.enter()
-    _installed.append(_Installed(devices, chosen))
+    _installed.append(_Installed(devices, chosen, always))
 
 
 def uninstall() -> None:
@@ -165,6 +174,9 @@ class _ParallelFunction:
         self._kind, self._model, self._plain, self._installed = kind, model, plain, installed
         self._model_fits = False
         self._refused: str | None = None
+        options = installed.options
+        stays = installed.always or options.deterministic or options.on_nonfinite is not None
+        self._trial = None if stays or len(installed.devices) == 1 else DeviceTrial()
 
     def look_again(self) -> None:
         """Check the model again before the next step, since it may have changed."""
@@ -187,13 +199,48 @@ class _ParallelFunction:
         if reason is None:
             steps = _steps_of(model, self._installed)
             try:
-                engine = steps.engine if self._kind == "train" else steps.engine_of_model
-                return getattr(steps, self._kind)(engine, data[0])
+                if self._trial is not None:
+                    return self._timed(self._trial, steps, data)
+                return self._on_all(steps, data)
             except (NotByRowsError, ReplicaError) as error:  # weights and everything else are unchanged
                 reason = self._refused = refusal(error)
         _warn_once(model, self._kind, reason)
         with deterministic_algorithms() if self._installed.options.deterministic else nullcontext():
             return self._plain(data)
+
+    def _on_all(self, steps: Steps, data: Any) -> Any:
+        """Run one step on all devices."""
+        engine = steps.engine if self._kind == "train" else steps.engine_of_model
+        return getattr(steps, self._kind)(engine, data[0])
+
+    def _timed(self, trial: DeviceTrial, steps: Steps, data: Any) -> Any:
+        """Run one step on all devices or on one, as the trial of both says."""
+        if trial.is_over or self._may_be_captured(steps):
+            return self._on_all(steps, data) if trial.on_all else self._plain(data)
+        began = time.perf_counter()
+        if trial.on_all:
+            found = self._on_all(steps, data)
+        else:
+            if steps.made_engine is not None:
+                steps.made_engine.program.doubt()
+            found = self._plain(data)
+            wait_for_gpu()
+        said = trial.note(time.perf_counter() - began, first_rows(data[0]))
+        if said and sys.stderr is not None:
+            name, kind = steps.template.name, {"train": "training", "test": "test", "predict": "predict"}[self._kind]
+            sys.stderr.write(
+                f"fastdp: {kind} steps of {name!r} {said} on {len(steps.devices)}, so they run on one from now on "
+                "(`fastdp run --always` keeps all).\n"
+            )
+        return found
+
+    def _may_be_captured(self, steps: Steps) -> bool:
+        """Whether these steps may get faster on all devices later, or leave gradients there between two of them."""
+        engine = steps.made_engine
+        if self._kind != "train" or engine is None:
+            return False
+        program = engine.program
+        return program.accumulation.defers(engine) or (program.captures is not None and not program.captures.is_refused)
 
 
 def _calling(original: Callable[..., Any]) -> Callable[..., Any]:

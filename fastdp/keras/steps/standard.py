@@ -20,6 +20,7 @@ from fastdp.errors import ReplicaError
 from fastdp.keras.fit.prefetch import Prefetch
 from fastdp.keras.steps.call_checks import why_not_here
 from fastdp.keras.steps.custom import has_own, layer_calls
+from fastdp.keras.steps.device_trial import first_rows
 from fastdp.keras.steps.layer_calls import LayerCalls
 from fastdp.keras.steps.model_engine import ModelEngine
 from fastdp.keras.steps.own_loops import ModelCalls, inside_step, say_once
@@ -101,7 +102,7 @@ class Steps(ModelEngine):
         """Run one training step; returns the logs."""
         if has_own(self.template, "train_step"):
             logs = self._own_step("train_step", data)
-            self.trained_rows += _rows(data)
+            self.trained_rows += first_rows(data)
             return logs
         ahead = self.ahead
         batch = self._batch(data, ahead)
@@ -317,11 +318,6 @@ def _cause_of_row_errors() -> Iterator[None]:
         if isinstance(error.__cause__, NotByRowsError):
             raise error.__cause__ from None
         raise
-
-
-def _rows(data: Any) -> int:
-    """The rows of a batch: those of its first array."""
-    return next((leaf.shape[0] for leaf in keras.tree.flatten(data) if len(getattr(leaf, "shape", ()))), 0)
 
 
 def _has_rows(data: Any) -> bool:
