@@ -3,8 +3,8 @@
 Models as their users write them (`custom_step_models.py`): a tiny `train_step`, a Siamese network with batch 16, a
 gradient penalty, distillation, a graph attention network whose rows meet, and PixelCNN's masked convolutions. Each
 trains by `fit` in plain Keras, on all devices (`fastdp run --always`), and as `fastdp run` does it, which may choose
-one device. Each way has a process, and they take turns. A step's time is that between the ends of two batches, after the
-decision of `run`. With arguments (names of cases) only these are measured.
+one device. Each way has a process, and they take turns. A step's time is that between the ends of two batches, after
+the decision of `run`. With arguments (names of cases) only these are measured.
 """
 
 from __future__ import annotations
