@@ -202,7 +202,7 @@ class Checkpoint:
     def _end_if_told(self) -> None:
         """After a signal: wait until all is written, and let it end the run."""
         if self._signals.came:
-            self._store.settle()
+            self._store.settle_all()
             self._signals.deliver(f"saved {self._store.latest}")
 
     def save(self) -> None:
@@ -211,6 +211,9 @@ class Checkpoint:
         Raises:
             OSError, ValueError, TypeError: as `step`.
         """
+        self._saved = self._position
+        if not self._store.leads:
+            return
         library = torch_side()
         model = self._model.state_dict()
         weights, rest = library.split_state(model) if library is not None else ({}, model)
@@ -230,6 +233,7 @@ class Checkpoint:
             if weights:
                 library.write_state(weights, folder / MODEL)
 
+        self._saved = None
         self._store.save(self._position.step, fill)
         self._saved = self._position
 

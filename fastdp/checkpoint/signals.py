@@ -8,12 +8,16 @@ import threading
 from types import CodeType, FrameType
 from typing import Any
 
+from fastdp.comm.processes import ending, several
+
 TERMINATED = 128 + signal.SIGTERM  # the status of a shell for a process that the signal has ended
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class EndSignals:
     """Holds SIGTERM and SIGINT back until the run has saved. A second one comes through at once.
+
+    Of several processes that train together, all end behind the same step if one is told to.
 
     Only the main thread receives signals: on others nothing is held back, and signals do what they did. Nothing is held
     back either where a signal is ignored.
@@ -28,7 +32,7 @@ class EndSignals:
     @property
     def came(self) -> bool:
         """Whether the run is to save and end."""
-        return self._came is not None
+        return ending.agreed if several() else self._came is not None
 
     def hold(self, within: CodeType | None = None) -> None:
         """Begin to hold back.
@@ -70,8 +74,10 @@ class EndSignals:
             saved: what has been saved, for the line that tells.
         """
         number, self._came = self._came, None
-        if number is None:
+        if number is None and not ending.agreed:
             return
+        number = number or signal.SIGTERM  # another process has been told
+        ending.here = ending.agreed = False
         before = self._before.get(number, signal.SIG_DFL)
         self.release()
         print(f"fastdp: {signal.Signals(number).name}: {saved}", file=sys.stderr, flush=True)  # noqa: T201
@@ -84,6 +90,7 @@ class EndSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._holds and self._came is None and (self._within is None or _runs(self._within, frame)):
             self._came = number
+            ending.here = True
             return
         before = self._before.get(number)
         if callable(before):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import time
@@ -12,13 +13,15 @@ from typing import Any
 from fastdp.checkpoint import folders
 from fastdp.checkpoint.background import Background
 from fastdp.checkpoint.lock import FolderLock
+from fastdp.comm.processes import Processes, leads, several
 from fastdp.warn import warn_user
 
 KEEP = 3
+TOGETHER = 600.0  # seconds that processes wait for each other's files
 
 
 class Store:
-    """The checkpoints of one run.
+    """The checkpoints of one run. Of several processes, process 0 writes and holds the folder; all read.
 
     Args:
         folder: made where it is missing.
@@ -38,13 +41,14 @@ class Store:
         self._every_steps, self._keep = every_steps, keep
         self._every_seconds = None if every_minutes is None else every_minutes * 60
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FolderLock(self.folder)
+        self.leads = leads()
+        self._lock = FolderLock(self.folder) if self.leads else None
         self._background = Background()
         self._bad: set[int] = set()  # what was not whole
         self._saved_step = 0
         self._saved_at = time.monotonic()
         self._continues = False
-        for partial in folders.partial_in(self.folder):
+        for partial in folders.partial_in(self.folder) if self.leads else ():
             warn_user(f"The checkpoint {partial} is a part of one: the process that wrote it was ended. It is removed.")
             shutil.rmtree(partial)
 
@@ -52,6 +56,29 @@ class Store:
         """Step and folder of the newest whole checkpoint; None if there is none. Warns of those that are not whole."""
         self.settle()
         self._continues = True
+        found = self._newest() if self.leads else None
+        return found if not several() else self._of_all(found)
+
+    def _of_all(self, found: tuple[int, Path] | None) -> tuple[int, Path] | None:
+        """What process 0 has found, in every process.
+
+        Raises:
+            OSError: this process does not see it.
+        """
+        every = _processes().gather(found and found[0], "the newest checkpoint", TOGETHER)
+        if every[0] is None:
+            return None
+        place = self.folder / folders.name_of(every[0])
+        if not place.is_dir():
+            raise OSError(
+                f"Process 0 goes on from the checkpoint {place}, which this process does not see. Put the folder on a "
+                "file system that all processes share."
+            )
+        self._saved_step = every[0]
+        return every[0], place
+
+    def _newest(self) -> tuple[int, Path] | None:
+        """The newest whole checkpoint."""
         for step in folders.steps_in(self.folder):
             place = self.folder / folders.name_of(step)
             wrong = folders.what_is_wrong(place)
@@ -64,6 +91,8 @@ class Store:
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint of this step is to be written."""
+        if not self.leads:
+            return False
         by_steps = self._every_steps is not None and step - self._saved_step >= self._every_steps
         return by_steps or (
             self._every_seconds is not None and time.monotonic() - self._saved_at >= self._every_seconds
@@ -97,6 +126,12 @@ class Store:
         """
         self._background.wait()
 
+    def settle_all(self) -> None:
+        """As `settle`, in all processes: none ends before process 0 has written."""
+        self.settle()
+        if several():
+            _processes().gather(None, "the last checkpoint", TOGETHER)
+
     def close(self) -> None:
         """Wait until everything is written, and let others have the folder. May be called again.
 
@@ -106,11 +141,12 @@ class Store:
         try:
             self._background.wait()
         finally:
-            self._lock.release()
+            self.abandon()
 
     def abandon(self) -> None:
         """Let others have the folder, when the owner is gone without a `close`. What is under way is still written."""
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def _check_own(self, step: int) -> None:
         """A run that begins from its beginning must not mix its checkpoints with those of an earlier one."""
@@ -146,6 +182,11 @@ class Store:
         for one in there:
             if one not in kept and (one < step or one in self._bad):
                 folders.remove(self.folder / folders.name_of(one))
+
+
+def _processes() -> Processes:
+    found: Processes = importlib.import_module("fastdp.tensors.process_group").join()
+    return found
 
 
 def check_arguments(every_steps: int | None, every_minutes: float | None, keep: int | None) -> None:

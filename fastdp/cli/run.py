@@ -35,6 +35,7 @@ from fastdp.cli.arguments import shown, whole_number
 from fastdp.cli.imported import when_imported
 from fastdp.cli.optional import choose_torch
 from fastdp.cli.status import OK, WRONG_USE, say
+from fastdp.comm.processes import several
 from fastdp.options import Options
 from fastdp.runtime.queue import QueueDevice
 from fastdp.runtime.select import AUTO, resolve, set_default_devices, set_virtual_devices
@@ -173,7 +174,7 @@ class _Script:
     def install_torch(self) -> None:
         """Split the calls of the script's torch modules. One device is plain torch."""
         options = self._options
-        if len(self._devices) > 1:
+        if len(self._devices) > 1 or several():
             chosen = Options(sync_batch_norm=not options.local_batch_norm, deterministic=options.deterministic)
             self._torch = importlib.import_module("fastdp.torch.script_calls").install(self._devices, chosen)
         self._keep_apart()

@@ -35,6 +35,26 @@ def launched() -> tuple[int, int]:
     return int(texts[0]), int(texts[1])
 
 
+class Ending:
+    """Whether some process has been told to end (SIGTERM, Ctrl-C). All learn it by the same step, and end behind it.
+
+    Attributes:
+        here: this process has been told.
+        agreed: one was told, and all know. Set by the engine.
+    """
+
+    here = False
+    agreed = False
+
+
+ending = Ending()
+
+
+def leads() -> bool:
+    """Whether this process writes the files, prints and shows progress: process 0, or the only one."""
+    return launched()[0] == 0
+
+
 def several() -> bool:
     """Whether torchrun has started several processes, which then train together."""
     return launched()[1] > 1

@@ -20,7 +20,7 @@ import numpy as np
 from fastdp.buffers import Bucket, FlatBuffers
 from fastdp.checkpoint.generators import read_generators, write_generators
 from fastdp.comm.batch import Batch
-from fastdp.comm.processes import Processes, ProcessesRendezvous, several
+from fastdp.comm.processes import Processes, ProcessesRendezvous, ending, several
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.comm.scatter_merge import Merger
 from fastdp.program.base import Program, Result
@@ -165,12 +165,11 @@ class StepAcross:
         """
         if not (self.shared or self._trains):
             return results
-        mine = self._mark, [(result.sums, result.notes) for result in results]
+        mine = self._mark, ending.here, [(result.sums, result.notes) for result in results]
         every = self._processes.gather(mine, self._what, self._across.timeout, self._known)
-        self._check([mark for mark, _ in every])
-        if not self.shared:
-            every = every[:1]
-        found = [one for _, theirs in every for one in theirs]
+        self._check([mark for mark, *_ in every])
+        ending.agreed = ending.agreed or any(told for _, told, _ in every)
+        found = [one for *_, theirs in every[: None if self.shared else 1] for one in theirs]
         return [Result([], sums, notes) for sums, notes in found]
 
     def _check(self, marks: Sequence[int]) -> None:

@@ -26,6 +26,7 @@ from keras.src.backend.torch.trainer import TorchTrainer
 
 from fastdp.errors import ReplicaError
 from fastdp.keras.checks import check_backend, check_options, check_template, is_built, unbuilt_layers
+from fastdp.keras.fit.callbacks import quiet_elsewhere
 from fastdp.keras.steps.custom import has_own
 from fastdp.keras.steps.device_trial import DeviceTrial, first_rows, wait_for_gpu
 from fastdp.keras.steps.own_loops import inside_step, is_own_call, say_once
@@ -112,6 +113,7 @@ def install(
     )
     devices, chosen = resolve_devices(gpus, chosen, "fastdp.install")
     check_options(chosen, devices)
+    quiet_elsewhere()
     uninstall()
     _patch.enter()
     _installed.append(_Installed(devices, chosen, always))

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 from keras.src.utils import io_utils
 
+from fastdp.comm.processes import leads
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.make_report import SmallWorkWarning, make_report
 from fastdp.engine.report import Report
@@ -17,7 +18,7 @@ from fastdp.keras.checks import check_loop, check_options, check_template
 from fastdp.keras.compile_state import borrowed, follow, take_over
 from fastdp.keras.fit.arguments import arguments_by_name, stream_fit, stream_forward
 from fastdp.keras.fit.array_batches import input_report
-from fastdp.keras.fit.callbacks import at_once, close_files
+from fastdp.keras.fit.callbacks import at_once, close_files, quiet_elsewhere
 from fastdp.keras.fit.device_dataset import as_fed, resident_batch, resident_fit, resident_forward
 from fastdp.keras.fit.prefetch import in_host_memory
 from fastdp.keras.steps.call_checks import is_hooked, why_not_here
@@ -67,6 +68,7 @@ class ParallelModel(Traceable, TemplateView):
     ) -> None:
         check_template(template)
         check_options(options, devices)
+        quiet_elsewhere()
         super().__init__(name=f"{template.name}_parallel", dtype=template.dtype_policy)
         self.template = template
         self._merge_layer = merged_outputs()
@@ -150,7 +152,7 @@ class ParallelModel(Traceable, TemplateView):
                 arguments = stream_fit(arguments)
                 history = super().fit(**self._told_at_once(arguments))
             self._steps.settle()
-            if arguments.get("verbose") == 2:
+            if arguments.get("verbose") == 2 and leads():
                 io_utils.print_msg(self.report().line)
             self._small_work.check(self._steps.made_engine)
             return history

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.amp import GradScaler
 
+from fastdp.comm.processes import several
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.program.torch.gradients import Found
 from fastdp.program.torch.optimizer import Optimizers
@@ -84,6 +85,11 @@ def _gpus(engine: DataParallel[TorchProgram]) -> list[str]:
 def _read_window(engine: DataParallel[TorchProgram]) -> dict[str, Any]:
     """The gradients that wait, by replica, and what is known of the calls that have left them."""
     window, names = engine.program.window, [spec.name for spec in engine.program.gradients]
+    if window.calls and several():
+        raise NotImplementedError(
+            f"Gradients of {window.calls} calls wait in each of several processes, and a state has those of one "
+            f"process. Read the state behind each {engine.program.accumulate_calls}th call, or `flush()` before."
+        )
     sums = engine.accumulated() if window.calls else []
     used = sorted(window.found.used)
     return {

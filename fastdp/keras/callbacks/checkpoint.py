@@ -55,6 +55,8 @@ class Checkpoint(WritesFiles):
         >>> parallel.fit(x, y, epochs=90, callbacks=[checkpoint])  # doctest: +SKIP
     """
 
+    writes_alone = False  # all processes read and end together
+
     def __init__(
         self,
         folder: Any,
@@ -148,7 +150,7 @@ class Checkpoint(WritesFiles):
     def _end_if_told(self) -> None:
         """After a signal: wait until all is written, and let it end the run."""
         if self._signals.came and self._store is not None:
-            self._store.settle()
+            self._store.settle_all()
             self._signals.deliver(f"saved {self._store.latest}")
 
     def _begin_states(self) -> CallbackStates:
@@ -160,6 +162,8 @@ class Checkpoint(WritesFiles):
         """Copy everything, and let a thread write it."""
         assert self._store is not None
         assert self._loop is not None
+        if not self._store.leads:
+            return
         snapshot = model_file.ModelSnapshot(self.model)
         states = self._states or self._begin_states()
         packed = nest.pack(
