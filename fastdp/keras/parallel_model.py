@@ -20,6 +20,13 @@ from fastdp.keras.fit.arguments import arguments_by_name, stream_fit, stream_for
 from fastdp.keras.fit.array_batches import input_report
 from fastdp.keras.fit.callbacks import at_once, close_files, quiet_elsewhere
 from fastdp.keras.fit.device_dataset import as_fed, resident_batch, resident_fit, resident_forward
+from fastdp.keras.fit.executions import (
+    Executions,
+    joined,
+    looks_at_batches,
+    one_batch_at_a_time,
+    several_steps,
+)
 from fastdp.keras.fit.prefetch import in_host_memory
 from fastdp.keras.steps.call_checks import is_hooked, why_not_here
 from fastdp.keras.steps.custom import check_own_step
@@ -88,6 +95,8 @@ class ParallelModel(Traceable, TemplateView):
         self._fitting = threading.RLock()
         self._begins_fit = False
         self._latest_fit = SimpleNamespace(inputs=[])  # an object of its own, whose lists Keras does not track
+        self._looked_at = True
+        self._executions: Executions | None = None
         self.fetch_ahead = any(device.on_gpu for device in devices)
         self._small_work = SmallWorkWarning()
         self._call_has_training_arg = True
@@ -107,7 +116,9 @@ class ParallelModel(Traceable, TemplateView):
 
         Raises:
             ValueError: a template that can no longer be replicated, or one whose own `train_step` has no layer that
-            could be split. `fit` and `evaluate` refuse `steps_per_execution` other than 1, as Keras does on torch.
+            could be split.
+
+        `steps_per_execution=k` runs k steps between two calls of callbacks, as on Keras's other backends.
         """
         check_template(self.template)
         check_own_step(self.template)
@@ -148,7 +159,8 @@ class ParallelModel(Traceable, TemplateView):
         try:
             arguments = resident_fit(arguments_by_name(keras.Model.fit, args, kwargs), self.devices)
             self._begins_fit = True
-            with replica_aware():  # once, not for each step
+            self._looked_at = looks_at_batches(arguments.get("callbacks"), arguments.get("verbose", "auto"))
+            with replica_aware(), several_steps(self.steps_per_execution):  # once, not for each step
                 arguments = stream_fit(arguments)
                 history = super().fit(**self._told_at_once(arguments))
             self._steps.settle()
@@ -162,6 +174,7 @@ class ParallelModel(Traceable, TemplateView):
         finally:
             self._latest_fit.inputs = input_report(arguments.get("x"))
             self._begins_fit = False
+            self._executions = None
             self._steps.end_following()
             self._fitting.release()
 
@@ -169,13 +182,15 @@ class ParallelModel(Traceable, TemplateView):
         """Test; arguments as in Keras. `HDF5Matrix` is read by batches; `x` may be a DeviceDataset."""
         check_loop(self.template, "evaluate", "make_test_function")
         arguments = resident_forward(arguments_by_name(keras.Model.evaluate, args, kwargs), self.devices)
-        return super().evaluate(**self._told_at_once(stream_forward(arguments)))
+        with several_steps(self.steps_per_execution):
+            return super().evaluate(**self._told_at_once(stream_forward(arguments)))
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Predict; arguments as in Keras. `HDF5Matrix` is read by batches; `x` may be a DeviceDataset."""
         check_loop(self.template, "predict", "make_predict_function")
         arguments = resident_forward(arguments_by_name(keras.Model.predict, args, kwargs), self.devices)
-        return super().predict(**self._told_at_once(stream_forward(arguments)))
+        with several_steps(self.steps_per_execution):
+            return super().predict(**self._told_at_once(stream_forward(arguments)))
 
     def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Train on one batch; arguments as in Keras. `x` may be a batch of a DeviceDataset (`data.rows(numbers)`)."""
@@ -223,43 +238,45 @@ class ParallelModel(Traceable, TemplateView):
         """Build metrics as Keras does, for a batch whose arrays have the same number of rows."""
         if data_batch is not None:
             self._steps.check_batch(data_batch)
-        super()._symbolic_build(iterator, data_batch)
+        with one_batch_at_a_time(iterator):
+            super()._symbolic_build(iterator, data_batch)
         if iterator is not None:
             in_host_memory(iterator, self._options.timeout)
-            if self._begins_fit and self.fetch_ahead:
-                self._steps.follow(iterator)
+            if self._begins_fit:
+                self._executions = Executions(iterator, looked_at=self._looked_at)
+                if self.fetch_ahead:
+                    self._steps.follow(iterator)
             self._begins_fit = False
 
     def make_train_function(self, force: bool = False) -> Callable[..., Any]:
-        """The function that Keras's `fit` calls for each batch."""
-        self._one_step_per_execution()
-        self.train_function = self._on_first(self._steps.train)
+        """The function that Keras's `fit` calls for each execution."""
+        assert self.engine is not None  # made here, before the loop begins
+        self.train_function = self._train_execution
         return self.train_function
 
     def make_test_function(self, force: bool = False) -> Callable[..., Any]:
-        """The function that Keras's `evaluate` calls for each batch."""
-        self._one_step_per_execution()
-        self.test_function = self._on_first(self._steps.test)
+        """The function that Keras's `evaluate` calls for each execution."""
+        assert self.engine is not None
+        steps = self._steps
+        self.test_function = lambda data: [steps.test(steps.engine_within_loop, one) for one in data][-1]
         return self.test_function
 
     def make_predict_function(self, force: bool = False) -> Callable[..., Any]:
-        """The function that Keras's `predict` calls for each batch."""
+        """The function that Keras's `predict` calls for each execution."""
         assert self._steps.engine_of_model is not None
-        self.predict_function = lambda data: self._steps.predict(self._steps.engine_for_calls, data[0])
+        steps = self._steps
+        self.predict_function = lambda data: joined([steps.predict(steps.engine_for_calls, one) for one in data])
         return self.predict_function
 
-    def _one_step_per_execution(self) -> None:
-        """Keras's own rule for the torch backend."""
-        if self.steps_per_execution > 1:
-            raise ValueError(
-                "`steps_per_execution` must be 1 with the PyTorch backend. "
-                f"Received: steps_per_execution={self.steps_per_execution}"
-            )
-
-    def _on_first(self, step: Callable[[DataParallel[CallProgram], Any], Any]) -> Callable[[Any], Any]:
-        """A step for Keras's loops, which pass a list of one batch. The engine is made here, before the loop begins."""
-        assert self.engine is not None
-        return lambda data: step(self._steps.engine_within_loop, data[0])
+    def _train_execution(self, data: list[Any]) -> Any:
+        """Train on the batches of one execution, and of further ones where no callback looks; returns the last logs."""
+        steps, executions, logs = self._steps, self._executions, None
+        for number, one in enumerate(data, 1):
+            logs = steps.train_quietly(steps.engine_within_loop, one, data[number] if number < len(data) else None)
+        if executions is not None and executions.go_on and steps.needs_no_logs() and not self.run_eagerly:
+            for one in executions.further(lambda: not self.stop_training):
+                logs = steps.train_quietly(steps.engine_within_loop, one)
+        return steps.results() if logs is None else logs
 
     # Calls.
 

@@ -121,6 +121,26 @@ def test_data_of_each_kind_go_on_in_mid_epoch(tmp_path, kind, devices):
         np.testing.assert_array_equal(whole, cut)
 
 
+@pytest.mark.parametrize(("stops", "steps"), [(2, 8), (4, 14)])  # ten batches: executions of 4, 4 and 2 steps
+def test_several_steps_per_execution_go_on_between_two_executions(tmp_path, stops, steps):
+    weights = []
+    for name, stop in (("whole", None), ("cut", stops), ("cut", None)):
+        model = fresh(1)
+        model.compile(keras.optimizers.Adam(0.01), "mse", steps_per_execution=4)
+        callbacks = [Checkpoint(tmp_path / name, every_steps=1)]
+        if stop:
+            with pytest.raises(Stop):
+                model.fit(X, Y, batch_size=4, epochs=2, verbose=0, callbacks=[*callbacks, StopsAt(stop)])
+            callbacks[0].close()
+            assert max(path.name for path in (tmp_path / name).glob("step-*")) == f"step-{steps:08}"
+        else:
+            model.fit(X, Y, batch_size=4, epochs=2, verbose=0, callbacks=callbacks)
+            assert int(model.optimizer.iterations) == 20
+            weights.append(model.get_weights())
+    for whole, cut in zip(*weights, strict=True):
+        np.testing.assert_array_equal(whole, cut)
+
+
 def test_gradients_that_wait_in_two_devices_go_on(tmp_path):
     weights = []
     for name, stops in (("whole", None), ("cut", 13), ("cut", None)):

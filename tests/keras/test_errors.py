@@ -202,13 +202,6 @@ def test_two_threads_that_fit_one_model_get_an_error_or_wait_and_none_hangs() ->
     assert_works(parallel)
 
 
-def test_several_steps_per_execution_are_keras_own_error() -> None:
-    parallel = fastdp.wrap(build(), gpus=2)
-    parallel.compile("sgd", "mse", steps_per_execution=2)
-    with pytest.raises(ValueError, match="steps_per_execution"):
-        parallel.fit(rows_of(64), rows_of(64, 1), batch_size=8, verbose=0)
-
-
 def test_an_empty_batch_is_an_error_and_the_next_call_works() -> None:
     parallel = compiled(build())
     with pytest.raises(ValueError, match="at least one row"):

@@ -121,7 +121,8 @@ class Checkpoint(WritesFiles):
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Note that the epoch is over."""
         self._epoch = epoch + 1
-        self._step += 1  # the last one of the epoch
+        assert self._loop is not None
+        self._step += self._loop.latest  # the last ones of the epoch
 
     def on_train_end(self, logs: Any = None) -> None:
         """Save the end of the run, and close."""
@@ -137,12 +138,13 @@ class Checkpoint(WritesFiles):
     # Saving and restoring.
 
     def _before_batch(self, batch: int) -> None:
-        """Between two batches: save if it is time."""
+        """Between two batches, or executions of several: save if it is time."""
         if self._states is None:
             self._begin_states()
-        if batch:
-            self._step += 1
         assert self._store is not None
+        assert self._loop is not None
+        if batch:
+            self._step += self._loop.latest
         if self._signals.came or (self._step > self._begun and self._store.due(self._step)):
             self._save(batch)
             self._end_if_told()

@@ -26,7 +26,10 @@ class FitLoop:
     Args:
         model: the model that trains.
         before_batch: called in each epoch before the first batch, with 0, and before each further one with the number
-            of batches that are done. All callbacks have seen the batch before by then.
+            of batches that are done. With several steps per execution: before each execution. All callbacks that look
+            at batches have seen those before by then.
+
+    `latest` is the number of batches of the latest execution.
 
     Raises:
         RuntimeError: `model.fit` is not running.
@@ -36,7 +39,7 @@ class FitLoop:
         epochs, self.callbacks, self.code = _running_fit(model)
         self._epochs = weakref.ref(epochs)
         self._before_batch = before_batch
-        self._taken = 0
+        self._taken = self.latest = 0
         self._begin: dict[str, Any] = self._read()
         self._resumed: tuple[int, Mapping[str, Any], Callable[[int], None]] | None = None
         epochs._get_iterator = self._noting(vars(epochs).get("_get_iterator"))
@@ -82,18 +85,26 @@ class FitLoop:
             done, state, then = resumed
             self._repeat(epochs, state, done)
         batches = type(epochs)._enumerate_iterator(epochs)
-        for _ in range(done):
+        for _ in range(0, done, epochs.steps_per_execution):
             _, _, iterator = next(batches)
-            self._take(iterator)
+            for _ in range(epochs.steps_per_execution):
+                self._take(iterator)
         if resumed is not None:
             then(done)
         else:
             self._before_batch(0)
-        for batch in batches:
-            if batch[0] > done:
-                self._before_batch(batch[0])
+        for begin, end, iterator in batches:
+            if begin > done:
+                self._before_batch(begin)
+            self.latest = 0
+            yield begin, end, self._counted(iterator)
+
+    def _counted(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        """The batches of an execution, counted as Keras takes them."""
+        for data in iterator:
             self._taken += 1
-            yield batch
+            self.latest += 1
+            yield data
 
     def _repeat(self, epochs: Any, state: Mapping[str, Any], done: int) -> None:
         """Set the generators to where the order was drawn. An iterator over several epochs begins with those before."""

@@ -16,6 +16,7 @@ from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
 from fastdp.comm.batch import Batch
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.keras.fit.array_batches import ArrayBatches
+from fastdp.keras.fit.host_batches import batches_of
 from fastdp.program.keras.batch import make_batch, unpack
 from fastdp.program.keras.layer_calls import CallProgram
 from fastdp.runtime.watchdog import Watched
@@ -52,17 +53,27 @@ class Prefetch:
             return known[1]
         return make_batch(unpack(data))
 
-    def advance(self, engine: DataParallel[CallProgram]) -> None:
-        """Fetch the epoch's next batch, if there is one, and start to copy its rows. Called in the middle of a step."""
-        batches, epochs = self._current, self._epochs()
-        if batches is None or epochs is None or not batches.fetch(epochs.steps_per_epoch, epochs._num_batches):
+    def advance(self, engine: DataParallel[CallProgram], following: Any = None) -> None:
+        """Fetch the epoch's next batch, if there is one, and start to copy its rows. Called in the middle of a step.
+
+        Args:
+            following: the next batch, if Keras has fetched it already.
+        """
+        data = following if following is not None else self._fetch()
+        if data is None:
             return
-        data = batches.fetched
         # An invalid batch raises in its own step.
         with contextlib.suppress(TypeError, ValueError):
             batch = make_batch(unpack(data))
             engine.stage(batch)
             self._fetched = data, batch
+
+    def _fetch(self) -> Any:
+        """The epoch's next batch; None without one."""
+        batches, epochs = self._current, self._epochs()
+        if batches is None or epochs is None or not batches.fetch(epochs.steps_per_epoch, epochs._num_batches):
+            return None
+        return batches.fetched
 
     def end(self, engine: DataParallel[CallProgram] | None) -> None:
         """Drop a batch that was fetched and not used, at the end of `fit`."""
@@ -97,7 +108,7 @@ def in_host_memory(epochs: Any, timeout: float) -> None:
         return
     epochs._fastdp_in_host_memory = True
     begin = _beginning(epochs)
-    epochs._get_iterator = lambda: _fetched_on_host(iter(begin()), timeout)
+    epochs._get_iterator = lambda: _fetched_on_host(batches_of(begin()), timeout)
 
 
 def _beginning(epochs: Any) -> Callable[[], Any]:

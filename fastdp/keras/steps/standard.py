@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from fastdp.keras.steps.call_checks import why_not_here
 from fastdp.keras.steps.custom import has_own, layer_calls
 from fastdp.keras.steps.device_trial import first_rows
 from fastdp.keras.steps.layer_calls import LayerCalls
+from fastdp.keras.steps.mean_metrics import MeanMetrics
 from fastdp.keras.steps.model_engine import ModelEngine
 from fastdp.keras.steps.own_loops import ModelCalls, inside_step, say_once
 from fastdp.keras.steps.rollback import StepRollback
@@ -39,9 +40,11 @@ def _deterministic_if_asked(step: Callable[..., Any]) -> Callable[..., Any]:
     """Make a method of `Steps` use torch's deterministic algorithms where the options request it."""
 
     @functools.wraps(step)
-    def run(self: Steps, engine: DataParallel[CallProgram], data: Any) -> Any:
-        with deterministic_algorithms() if self._options.deterministic else nullcontext():
-            return step(self, engine, data)
+    def run(self: Steps, engine: DataParallel[CallProgram], data: Any, *further: Any) -> Any:
+        if not self._options.deterministic:
+            return step(self, engine, data, *further)
+        with deterministic_algorithms():
+            return step(self, engine, data, *further)
 
     return run
 
@@ -59,6 +62,10 @@ class Steps(ModelEngine):
     _checked: tuple[Any, Batch] | None = None
     # The prefetched batches of the current `fit`; None where batches are not fetched ahead.
     ahead: Prefetch | None = None
+
+    @functools.cached_property
+    def _means(self) -> MeanMetrics:
+        return MeanMetrics()
 
     def follow(self, epochs: Any) -> None:
         """Prefetch the batches of this `fit`, unless the template's own `train_step` takes them one by one."""
@@ -97,9 +104,19 @@ class Steps(ModelEngine):
         """How many calls of each layer were split in the template's own steps."""
         return self._calls.report if self._calls is not None else []
 
-    @_deterministic_if_asked
     def train(self, engine: DataParallel[CallProgram], data: Any) -> Any:
         """Run one training step; returns the logs."""
+        logs = self.train_quietly(engine, data)
+        return self.results() if logs is None else logs
+
+    @_deterministic_if_asked
+    def train_quietly(self, engine: DataParallel[CallProgram], data: Any, following: Any = None) -> Any:
+        """Run one training step; returns logs only where the template makes them itself. `results()` are the others.
+
+        Args:
+            engine, data: as for `train`.
+            following: the next batch, if it is there already.
+        """
         if has_own(self.template, "train_step"):
             logs = self._own_step("train_step", data)
             self.trained_rows += first_rows(data)
@@ -117,7 +134,7 @@ class Steps(ModelEngine):
         began = time.perf_counter()
         reduce = program.accumulation.reduces(engine)
         # Code that draws random numbers while it makes batches must run after the step's own draws.
-        meanwhile = None if ahead is None or program.draws.moves else lambda: ahead.advance(engine)
+        meanwhile = None if ahead is None or program.draws.moves else partial(ahead.advance, engine, following)
         with _cause_of_row_errors():
             try:
                 result = engine.train(batch, wants_outputs=wants_outputs, reduce=reduce, while_running=meanwhile)
@@ -131,14 +148,42 @@ class Steps(ModelEngine):
         if program.captures is not None:
             program.captures.note(time.perf_counter() - began)
         if result.skipped:  # as if the batch had not come
-            return self.trainer.get_metrics_result()
+            return None
         self._track_loss(result)
         self._leave_losses(result.sums[1 + result.notes.terms - result.notes.added : 1 + result.notes.terms])
+        compiled = self.trainer._compile_metrics
+        if compiled is None and not self._has_own_metrics():
+            return None
         x = y = sample_weight = y_pred = None
         if result.notes.structure is not None:  # otherwise nothing reads the outputs
             x, y, sample_weight = batch.structure.pack(batch.arrays, inputs=self._has_own_metrics())
             y_pred = result.notes.structure.pack(result.outputs)
-        return self.trainer.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
+        if self._has_own_metrics():
+            return self.trainer.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
+        compiled.update_state(y, y_pred, own_copy(sample_weight))
+        return None
+
+    def results(self) -> dict[str, Any]:
+        """The present results of all metrics, as Keras's `get_metrics_result` gives them. Means are Python numbers."""
+        if type(self.trainer).get_metrics_result is not keras.Model.get_metrics_result:
+            return dict(self.trainer.get_metrics_result())
+        found: dict[str, Any] = {}
+        for metric in self.trainer.metrics:
+            result = self._means.result(metric)
+            found.update(result if isinstance(result, dict) else {metric.name: result})
+        return found
+
+    def needs_no_logs(self) -> bool:
+        """Whether nobody can tell whether logs are made after each training step, if no callback reads them.
+
+        A template's own methods and metrics may do anything when they are asked for results.
+        """
+        return not (
+            has_own(self.template, "train_step")
+            or self._has_own_metrics()
+            or type(self.trainer).get_metrics_result is not keras.Model.get_metrics_result
+            or any(not type(metric).__module__.startswith("keras.") for metric in _each(self.trainer.metrics))
+        )
 
     @_deterministic_if_asked
     def test(self, engine: DataParallel[CallProgram], data: Any) -> Any:
@@ -268,10 +313,10 @@ class Steps(ModelEngine):
     def _track_loss(self, result: StepResult) -> None:
         """Update Keras's trackers of the loss and its terms as one device would."""
         loss, *terms = result.sums[: 1 + result.notes.terms].tolist()
-        _add_to_mean(self.trainer._loss_tracker, loss, result.rows)
+        self._means.add(self.trainer._loss_tracker, loss, result.rows)
         compiled = self.trainer._compile_loss
         for metric, term in zip(compiled.metrics if compiled is not None else [], terms, strict=False):
-            _add_to_mean(metric, term, result.rows)
+            self._means.add(metric, term, result.rows)
 
     def _leave_losses(self, values: np.ndarray) -> None:
         """Put the `add_loss` terms of this step into `model.losses`, where callbacks find them in plain Keras too."""
@@ -293,14 +338,11 @@ class Steps(ModelEngine):
         return type(self.template).compute_loss is not keras.Model.compute_loss
 
 
-def _add_to_mean(metric: keras.metrics.Metric, value: float, rows: int) -> None:
-    """`metric.update_state(value, sample_weight=rows)`; Keras's own float32 mean is updated without its overhead."""
-    if type(metric) is not keras.metrics.Mean or metric.dtype != "float32":
-        metric.update_state(value, sample_weight=rows)
-        return
-    with torch.no_grad():
-        metric.total.value.add_(float(np.float32(value) * np.float32(rows)))
-        metric.count.value.add_(float(rows))
+def _each(metrics: Any) -> Iterator[Any]:
+    """Metrics, and those that they consist of."""
+    for metric in metrics:
+        yield metric
+        yield from _each(getattr(metric, "metrics", ()))
 
 
 def _check_is_undecided(error: BaseException) -> None:

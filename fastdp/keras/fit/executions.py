@@ -1,0 +1,124 @@
+"""Runs several steps for one call from Keras's loop: as many as `steps_per_execution` says, or those of a whole epoch.
+
+Keras's `fit` calls its train function with the batches of one execution, and callbacks before and after it. Where no
+callback looks at batches, nothing of Keras happens between two executions: the train function takes the further batches
+of the epoch from Keras's own iterator and runs their steps too, without going back.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
+from typing import Any
+
+import keras
+from keras.src.backend.torch.trainer import TorchEpochIterator
+from keras.src.utils.python_utils import is_default
+
+from fastdp.keras.fit.callbacks import AtOnce
+from fastdp.patching import Patch
+
+# Hooks of callbacks for each batch of training.
+_HOOKS = ("on_batch_begin", "on_batch_end", "on_train_batch_begin", "on_train_batch_end")
+
+
+def looks_at_batches(callbacks: Any, verbose: Any) -> bool:
+    """Whether a callback has a hook for batches of training, or there is a progress bar.
+
+    Args:
+        callbacks: as `fit` gets them.
+        verbose: as `fit` gets it.
+    """
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks = callbacks.callbacks
+    elif verbose not in (0, 2):
+        return True
+    every = keras.tree.flatten(callbacks) if callbacks else []
+    return any(
+        type(callback) is not AtOnce and not all(is_default(getattr(callback, name)) for name in _HOOKS)
+        for callback in every
+    )
+
+
+class Executions:
+    """The executions of one `fit`.
+
+    Args:
+        epochs: Keras's iterator over its epochs.
+        looked_at: whether a callback looks at batches.
+
+    `go_on` says whether one call may run several executions.
+    """
+
+    def __init__(self, epochs: Any, *, looked_at: bool) -> None:
+        self._epochs = weakref.ref(epochs)
+        # With `verbose=2`, Keras learns an unknown number of batches from the last one that callbacks are told of.
+        self.go_on = not looked_at and epochs.num_batches is not None
+
+    def further(self, goes_on: Callable[[], bool]) -> Iterator[Any]:
+        """The batches of the epoch's further executions. Called only if `go_on`.
+
+        Args:
+            goes_on: asked before each further execution.
+
+        What the data set raises is raised here.
+        """
+        epochs: Any = self._epochs()
+        while epochs is not None and goes_on():
+            try:
+                _, _, batches = next(epochs)
+            except StopIteration:
+                epochs._epoch_iterator = iter(())  # Keras asks once more, and must not ask the data set again
+                return
+            yield from batches
+
+
+@contextmanager
+def one_batch_at_a_time(epochs: Any) -> Iterator[None]:
+    """Let Keras take no more than one batch, by which it builds the model: others of a generator would be lost."""
+    several = epochs.steps_per_execution if epochs is not None else 1
+    if several > 1:
+        epochs.steps_per_execution = 1
+    try:
+        yield
+    finally:
+        if several > 1:
+            epochs.steps_per_execution = several
+
+
+def joined(outputs: list[Any]) -> Any:
+    """The outputs of the batches of one execution as those of one batch."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return keras.tree.map_structure(lambda *parts: keras.ops.concatenate(parts, 0), *outputs)
+
+
+def several_steps(steps_per_execution: int) -> AbstractContextManager[None]:
+    """A context in which Keras's iterator over epochs gives several batches per execution, as on its other backends.
+
+    On torch, where Keras refuses several steps per execution, that iterator would warn of too few data where the last
+    execution of an epoch has fewer batches.
+    """
+    return _patch if steps_per_execution > 1 else nullcontext()
+
+
+def _next_execution(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`EpochIterator.__next__`, whose last execution may have fewer batches."""
+
+    def __next__(self: Any) -> Any:
+        if self.steps_per_execution == 1:
+            return original(self)
+        begin, end, iterator = next(self._epoch_iterator)
+        batches = list(islice(iterator, self.steps_per_execution))
+        if not batches:
+            with self.catch_stop_iteration():
+                raise StopIteration
+            raise StopIteration
+        return begin, end, batches
+
+    return __next__
+
+
+_patch = Patch([(TorchEpochIterator, "__next__", _next_execution)])
