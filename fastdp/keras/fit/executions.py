@@ -1,4 +1,4 @@
-"""Runs several steps for one call from Keras's loop: `steps_per_execution`, or all where no callback looks."""
+"""Runs several steps for one call from Keras's loop: `steps_per_execution`, or all where no callback looks.
 
 Keras's `fit` calls its train function with the batches of one execution, and callbacks before and after it. Where no
 callback looks at batches, nothing of Keras happens between two executions: the train function takes the further batches

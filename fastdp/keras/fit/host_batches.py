@@ -1,4 +1,4 @@
-"""Takes batches of arrays, generators and data sets as Keras does, without the cost of torch's DataLoader."""
+"""Takes batches of arrays, generators and data sets as Keras does, without the cost of torch's DataLoader.
 
 Keras reads all of these through a DataLoader that converts each array twice and walks each batch as a tree. The batches
 here are the same, bit for bit and in the same order: torch's own samplers deal out the row numbers, after the same
