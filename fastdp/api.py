@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any, Protocol, overload
 
 from fastdp.options import Options
@@ -48,6 +49,7 @@ def wrap(
     rows: str | None = None,
     shards: int | None = None,
     on_nonfinite: str | None = None,
+    fingerprint: str | os.PathLike[str] | None = None,
 ) -> ParallelModel: ...
 @overload
 def wrap(
@@ -67,6 +69,7 @@ def wrap(
     rows: dict[str, Any] | None = None,
     shards: int | None = None,
     on_nonfinite: str | None = None,
+    fingerprint: str | os.PathLike[str] | None = None,
 ) -> TorchParallel: ...
 def wrap(
     model: Any,
@@ -85,6 +88,7 @@ def wrap(
     rows: str | dict[str, Any] | None = None,
     shards: int | None = None,
     on_nonfinite: str | None = None,
+    fingerprint: str | os.PathLike[str] | None = None,
 ) -> ParallelModel | TorchParallel:
     """Run a model on several devices as if on one.
 
@@ -181,6 +185,10 @@ def wrap(
 
             Each update then waits for its gradient, also on GPUs. With loss scaling (a `scaler`, or Keras's
             `LossScaleOptimizer`) it does nothing: infinite gradients are a part of it, and the scaler skips them.
+        fingerprint: append hashes of the batch, losses, gradients and weights of each training step to this file, by
+            which `fastdp verify A B` finds the first step where two runs part. A run that goes on from a checkpoint
+            goes on in its file. The environment variable FASTDP_FINGERPRINT does the same for a whole process. Hashing
+            takes about a second per GB.
 
     Returns:
         For a Keras model a `fastdp.ParallelModel`, a `keras.Model` that shares the model's weights. For a torch module
@@ -211,6 +219,7 @@ def wrap(
         rows=rows,
         shards=shards,
         on_nonfinite=on_nonfinite,
+        fingerprint=fingerprint,
     )
     libraries = {cls.__module__.split(".")[0] for cls in type(model).__mro__}
     for library, (module, function) in _WRAPPERS.items():

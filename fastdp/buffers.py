@@ -172,6 +172,10 @@ class FlatBuffers:
         """Whether every bit is the same. NaNs with the same bits are equal."""
         return all(np.array_equal(self._bits(dtype), other._bits(dtype)) for dtype in self.buffers)
 
+    def on_host(self) -> list[np.ndarray]:
+        """The values of all buffers, in host memory; they may share the buffers' memory."""
+        return [self._device.to_host(buffer) for buffer in self.buffers.values()]
+
     def _bits(self, dtype: str) -> np.ndarray:
         """The bits of one buffer, on the host, in words as long as its length allows."""
         array = self._device.to_host(self.buffers[dtype])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from dataclasses import dataclass
 
 COMPILE_MODES = (None, "trace", "inductor", "auto")
@@ -24,6 +25,7 @@ class Options:
     Raises:
         ValueError: an unknown `compile`, `graph`, `update`, `rows` or `on_nonfinite`; `shards` that is no whole number
             from 1 to 1024; a `timeout` that is not above 0.
+        TypeError: `fingerprint` that is no path.
 
     `shards` sets `deterministic`: bits that depend on the clock would not be those of another number of devices.
     """
@@ -41,6 +43,7 @@ class Options:
     rows: str | dict[str, int | str] | None = None
     shards: int | None = None
     on_nonfinite: str | None = None
+    fingerprint: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         if self.compile not in COMPILE_MODES:
@@ -55,6 +58,8 @@ class Options:
             raise ValueError(f"`timeout` must be a number of seconds above 0. Received: timeout={self.timeout!r}")
         if not isinstance(self.rows, dict) and self.rows not in ROW_POLICIES:
             raise ValueError(f"`rows` must be one of {ROW_POLICIES}. Received: rows={self.rows!r}")
+        if self.fingerprint is not None and not isinstance(self.fingerprint, (str, os.PathLike)):
+            raise TypeError(f"`fingerprint` must be a path. Received: {self.fingerprint!r}")
         if self.shards is not None:
             object.__setattr__(self, "shards", _number_of_shards(self.shards))
             object.__setattr__(self, "deterministic", True)

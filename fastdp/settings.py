@@ -12,6 +12,7 @@ VIRTUAL_KIND = "FASTDP_VIRTUAL_KIND"
 ALL_REDUCE = "FASTDP_ALL_REDUCE"
 CACHE_DIR = "FASTDP_CACHE_DIR"
 REMEMBER = "FASTDP_REMEMBER"
+FINGERPRINT = "FASTDP_FINGERPRINT"
 
 # Each virtual device is a thread with memory of its own: more than this is a slip of the keyboard.
 MOST_VIRTUAL_DEVICES = 1024
@@ -28,6 +29,7 @@ MEANINGS = {
     ALL_REDUCE: "how GPUs add up gradients: measured, fixed, kernels or nccl",
     CACHE_DIR: "the folder of compiled kernels and steps, and of what was measured",
     REMEMBER: "whether the next run starts with the compiled steps of this one: on, or off",
+    FINGERPRINT: "append a hash of each training step to this file, for `fastdp verify`",
 }
 
 
@@ -80,6 +82,12 @@ def cache_dir() -> Path | None:
     return Path(text) if text else None
 
 
+def fingerprint() -> Path | None:
+    """The file that FASTDP_FINGERPRINT names, which need not exist yet; None if it is not set."""
+    text = os.environ.get(FINGERPRINT, "")
+    return Path(text) if text else None
+
+
 def problems() -> list[str]:
     """What is wrong with the variables that are set, one sentence each; empty if all is well."""
     found = []
@@ -91,6 +99,9 @@ def problems() -> list[str]:
     folder = cache_dir()
     if folder is not None and os.path.lexists(folder) and not folder.is_dir():
         found.append(str(_wrong(CACHE_DIR, "a folder, or a path where one can be made")))
+    file = fingerprint()
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        found.append(str(_wrong(FINGERPRINT, "a file in a folder that exists")))
     return found
 
 

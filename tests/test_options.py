@@ -25,7 +25,7 @@ def test_wrap_takes_every_option_with_its_default():
 
 def test_the_engine_has_the_same_defaults():
     names = ["timeout", "update", "cpu_merge", "merge_device", "cpu_relocation", "check_replicas", "shards"]
-    names.append("on_nonfinite")
+    names += ["on_nonfinite", "fingerprint"]
     assert keywords(fastdp.DataParallel) == {name: DEFAULTS[name] for name in names}
 
 

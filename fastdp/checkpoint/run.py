@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from fastdp.checkpoint import nest
+from fastdp.checkpoint import nest, shards
 from fastdp.checkpoint.generators import read_generators, torch_side, write_generators
 from fastdp.checkpoint.order import EpochData
 from fastdp.checkpoint.signals import EndSignals
@@ -46,7 +46,7 @@ class Checkpoint:
     have changed is left out, with a warning. `model.pt` is what `torch.save(module.state_dict())` writes, and loads in
     plain torch. Nothing depends on the number of devices, but the bits of a sum: with the same number the run ends with
     the weights of one that was never killed, if captured steps do not change their form by the clock (`compile=None` or
-    `deterministic=True`).
+    `deterministic=True`); with `fastdp.wrap(..., shards=8)` on any number. Another number of shards is told.
 
     Inside `with`, on the main thread, SIGTERM (a machine that is taken away) and Ctrl-C let the step end and save; then
     the process ends with status 143, or KeyboardInterrupt is raised. A second signal does not wait. A handler of your
@@ -146,6 +146,7 @@ class Checkpoint:
         state = nest.read(found[1], library)
         weights = library.read_state(found[1] / MODEL) if (found[1] / MODEL).exists() else {}
         _check_parts(found[1], state["parts"], self._parts)
+        shards.warn_of_others(found[1], state, self._model)
         self._model.load_state_dict({**weights, **state["model"]})
         for name, parts in self._parts.items():
             for part, saved in zip(parts, state["parts"][name], strict=True):
@@ -220,6 +221,7 @@ class Checkpoint:
         packed = nest.pack(
             {
                 "position": tuple(self._position),
+                shards.KEY: shards.shards_of(self._model),
                 "model": rest,
                 "parts": {name: [part.state_dict() for part in parts] for name, parts in self._parts.items()},
                 "generators": read_generators(),

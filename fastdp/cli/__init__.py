@@ -18,6 +18,7 @@ COMMANDS = {
     "bench": "measure how fast a model trains: built-in ones, a .keras file, or a function of your own",
     "plan": "model steps and scaling on 1 to 8 GPUs of a box, from what one device takes",
     "run": "run an unmodified Keras or torch script on several devices",
+    "verify": "compare two runs bit by bit: their checkpoints, or the fingerprints of their steps",
     "convert": "turn an old parallel-model .h5 file into a plain one",
 }
 _DESCRIPTION = """Data-parallel training on all GPUs of one machine, from one process: Keras 3, torch, NumPy and CuPy.

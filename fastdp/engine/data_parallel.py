@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from fastdp.comm.select import communicator
 from fastdp.comm.tuning import tune
 from fastdp.engine.accumulation import AccumulatedGradients
 from fastdp.engine.across import StepAcross, connect
+from fastdp.engine.fingerprint import FINGERPRINTED, writer
 from fastdp.engine.home import HomeMemory
 from fastdp.engine.host_launch import HostLaunch
 from fastdp.engine.make_report import Reporting
@@ -51,8 +53,8 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
         program: what each replica runs: a `fastdp.program.base.Program`, or an object with its members.
         devices: the devices of the replicas, in the order of the rows, or a value as for `gpus=` in `fastdp.wrap` (a
             number, a list of ordinals, None for all).
-        timeout, update, cpu_merge, merge_device, cpu_relocation, check_replicas, shards, on_nonfinite: as in
-            `fastdp.wrap`.
+        timeout, update, cpu_merge, merge_device, cpu_relocation, check_replicas, shards, on_nonfinite,
+            fingerprint: as in `fastdp.wrap`.
         options: an object with all of these, instead of keywords.
 
     `size` is the number of replicas, of all processes where torchrun has started several.
@@ -79,6 +81,7 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
         check_replicas: bool = False,
         shards: int | None = None,
         on_nonfinite: str | None = None,
+        fingerprint: str | os.PathLike[str] | None = None,
         options: Options | None = None,
     ) -> None:
         keywords = Options(
@@ -90,6 +93,7 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
             check_replicas=check_replicas,
             shards=shards,
             on_nonfinite=on_nonfinite,
+            fingerprint=fingerprint,
         )
         options = one_of(options, keywords)
         nvtx.follow_environment()
@@ -128,6 +132,8 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
         self._reductions = Reductions(*about) if self._across is None else ProcessesReductions(*about, self._across)
         self.host_launch = HostLaunch(self._state, self.group, self._reductions, self._recovery)
         self._updates = Updates(self.group, self.rollback, self._accumulation, options)
+        first = self._across is None or self._across.first == 0  # the other processes have the same weights
+        self._fingerprint = writer(options, self.group) if first else None
 
     # Steps.
 
@@ -282,6 +288,8 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
         outputs = step.merger.result() if step.contexts[0].wants_outputs else []
         if step.trains:
             self.times.add(step.watch)
+        if self._fingerprint is not None and step.kind in FINGERPRINTED:
+            self._fingerprint.add(step.kind, step.totals, step.batch.arrays, step.batch.rows)
         notes, every_note = step.totals.notes, step.totals.every_note
         return StepResult(outputs, step.totals.sums, notes, step.batch.rows, every_note, step.skipped)
 
@@ -310,6 +318,8 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
         self, kind: str, batch: Batch, most: int, wants_outputs: bool = True, *, reduces: bool = True
     ) -> StepScope[Step]:
         """Make a step on at most so many replicas. It begins when the returned scope is entered."""
+        if self._fingerprint is not None and kind in FINGERPRINTED:
+            self._fingerprint.begin()
         shards, across = self._step_of(batch, kind, most)
         about = self.devices, self._merge_device
         merge = partial(Merger, shards) if across is None else across.merger

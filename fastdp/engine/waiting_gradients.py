@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from fastdp.buffers import FlatBuffers
 from fastdp.engine.accumulation import AccumulatedGradients
+from fastdp.engine.fingerprint import FingerprintWriter
 from fastdp.engine.recovery import Recovery
 from fastdp.engine.reductions import Reductions
 from fastdp.engine.replicas import Replica, ReplicaGroup
@@ -28,6 +29,7 @@ class WaitingGradients:
     _accumulation: AccumulatedGradients
     _reductions: Reductions
     _updates: Updates
+    _fingerprint: FingerprintWriter | None
 
     @property
     def holds_gradients(self) -> bool:
@@ -75,6 +77,8 @@ class WaitingGradients:
             self._program.committed()
             if self.check_replicas:
                 self.group.assert_equal(self._state.steps)
+            if self._fingerprint is not None:
+                self._fingerprint.add("update", totals)
         return True
 
     def fold(self) -> None:

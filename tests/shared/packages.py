@@ -50,7 +50,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine/interrupts.py", "engine/timing.py", "engine/home.py"),
     ("engine/replicas.py",),
     ("engine/across.py",),
-    ("engine/accumulation.py", "engine/rollback.py"),
+    ("engine/accumulation.py", "engine/rollback.py", "engine/fingerprint.py"),
     ("engine/step.py",),
     ("engine/replica_work.py",),
     ("engine/nonfinite.py",),

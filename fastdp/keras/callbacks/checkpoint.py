@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastdp.checkpoint import nest
+from fastdp.checkpoint import nest, shards
 from fastdp.checkpoint.generators import read_generators, torch_side, write_generators
 from fastdp.checkpoint.run import MINUTES
 from fastdp.checkpoint.signals import EndSignals
@@ -24,7 +24,8 @@ class Checkpoint(WritesFiles):
 
     The same script, started again, goes on where it was: weights, optimizer, loss scale, epoch, place in the epoch and
     order of its data, metrics, history, states of callbacks and of all generators. With `compile=None` or
-    `deterministic=True`, on as many devices as before, the run ends with the bits of one that was never killed.
+    `deterministic=True`, on as many devices as before, the run ends with the bits of one that was never killed; with
+    `fastdp.wrap(..., shards=8)` on any number of devices.
 
     Args:
         folder: for this run's checkpoints; made where it is missing. Each is a folder in it, `step-00001234/`, with a
@@ -170,6 +171,7 @@ class Checkpoint(WritesFiles):
         states = self._states or self._begin_states()
         packed = nest.pack(
             {
+                shards.KEY: shards.shards_of(self.model),
                 "epoch": self._epoch,
                 "batch": batch,
                 "step": self._step,
@@ -193,6 +195,7 @@ class Checkpoint(WritesFiles):
         """Load a checkpoint. What `fit` and other callbacks set at their beginning is set before the next batch."""
         assert self._loop is not None
         state = nest.read(place, torch_side())
+        shards.warn_of_others(place, state, self.model)
         model_file.load_into(self.model, place)
         self._step = self._begun = state["step"]
         self._epoch = self.model._initial_epoch = state["epoch"]
