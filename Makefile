@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 # Written last, removed first: an install that was interrupted leaves no stamp and starts afresh.
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test lint types check layers modules bench bench-peers bench-parts conformance gpu-check clean distclean docs
+.PHONY: help venv demo test lint types check layers modules bench bench-peers bench-parts conformance gpu-check clean dist distclean docs
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -57,10 +57,17 @@ types: $(STAMP)  ## mypy on fastdp/
 
 check: lint types  ## lint and types
 
-# MkDocs is needed for this alone, and fetched when it is.
-docs: $(STAMP)  ## the pages of docs/ as a site in build/site
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt mkdocs==1.6.1
-	$(BIN)/mkdocs build --quiet
+# MkDocs is needed for this alone, and fetched when it is. A broken link or a name that is not there ends the build.
+docs: $(STAMP)  ## the pages of docs/ as a site in build/site, which needs no network to be read
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt mkdocs-material 'mkdocstrings[python]'
+	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# SOURCE_DATE_EPOCH, the time of the latest commit, makes two builds of a commit the same to the last byte.
+dist: $(STAMP)  ## build wheel and sdist into dist/, and try the wheel in an empty environment
+	rm -rf dist build/lib build/bdist.*
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || echo 1700000000) \
+	    $(BIN)/python tests/shared/build_package.py dist
+	$(BIN)/python tests/shared/try_wheel.py dist/*.whl
 
 layers: $(STAMP)  ## write docs/layers.md from tests/shared/layer_cases.py
 	$(BIN)/python tests/shared/layer_cases.py
