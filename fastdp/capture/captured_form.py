@@ -27,11 +27,12 @@ class CapturedForm(ABC):
         operations: their number.
         seconds: how long tracing took.
         recordings: CUDA graphs by rank.
+        meets: whether replicas meet in the middle of it, so that it is neither compiled nor recorded.
     """
 
     def __init__(self) -> None:
         self.checks, self.disagreed, self.runs_eagerly = 0, "", False
-        self.operations, self.seconds = 0, 0.0
+        self.operations, self.seconds, self.meets = 0, 0.0, False
         self.recordings: dict[int, Recording] = {}
 
     def compare(self, difference: Callable[[], str]) -> None:

@@ -17,9 +17,8 @@ recorded. `graph="step"` joins the graphs of all replicas with their collectives
 (`fastdp.capture.cuda_graphs.step_graphs`).
 
 The host thread traces between steps, while no replica runs. A model that cannot be traced (it reads a value on the
-host, or replicas exchange values in the middle of a step) runs eagerly from then on, with one warning that says why,
-until what it reads has changed (`capture/second_try.py`). When a Python value that a trace has read changes, the trace
-is made again (`capture/guard.py`).
+host, or its loss needs the merged outputs) runs eagerly from then on, with one warning that says why, until what it
+reads has changed (`capture/second_try.py`). When a Python value that a trace has read changes, the trace is made again.
 """
 
 from __future__ import annotations
@@ -55,6 +54,7 @@ MOST_KNOWN = 200  # further shapes have no entry in the report, and run eagerly
 # A model that changes repeatedly within so few steps is taken to change itself.
 MOST_CHANGES, STEPS_BETWEEN_CHANGES = 3, 50
 _POLL_SECONDS = 0.05
+MEETS = "replicas meet in the middle of the step"
 
 
 class Captures(Generic[CapturedT]):
@@ -88,8 +88,8 @@ class Captures(Generic[CapturedT]):
         capture: Callable[..., Any] = Captured,
     ) -> None:
         self._capture: Callable[..., CapturedT] = capture
-        self._deterministic, self._checks = deterministic, checks
-        self._step, self._mode, self._parts, self._recorder, self._alone = step, mode, parts, recorder, alone
+        self._deterministic, self._checks, self._alone = deterministic, checks, alone
+        self._step, self._mode, self._parts, self._recorder = step, mode, parts, recorder
         self._shapes: dict[Any, Shape[CapturedT]] = {}
         self.present: list[Shape[CapturedT]] = []
         self._compiler = BackgroundCompiler()
@@ -308,8 +308,9 @@ class Captures(Generic[CapturedT]):
 
     def _may_compile(self, shape: Shape[CapturedT]) -> bool:
         """Whether it is time to compile."""
-        if self._no_compiler:
-            shape.why = self._no_compiler
+        assert shape.captured is not None
+        if shape.captured.meets or self._no_compiler:
+            shape.why = MEETS if shape.captured.meets else str(self._no_compiler)
             return False
         if self._mode == "auto" and self._deterministic:
             shape.why = 'deterministic=True: compiled with compile="inductor" only'
@@ -347,7 +348,11 @@ class Captures(Generic[CapturedT]):
         """Record a shape on a replica, once it has run there in its present form."""
         compiling = bool(shape.jobs) and not shape.compiled
         captured, ran = shape.captured, shape.steps > shape.since
-        if self._recorder is not None and captured is not None and ran and not compiling and not captured.checks:
+        if self._recorder is None or captured is None:
+            return
+        if captured.meets:
+            shape.no_graph = f"no CUDA graph: {MEETS}"
+        elif ran and not compiling and not captured.checks:
             replica = self._step.replicas[context.index]
             context.device = replica.device
             shape.no_graph = self._recorder.consider(captured, replica, own_rows(context), context)

@@ -35,6 +35,7 @@ from fastdp.comm.rendezvous import Rendezvous
 from fastdp.errors import NotCapturable
 from fastdp.tensors.arrays import settle
 from fastdp.tensors.indices import CheckedOneHot
+from fastdp.tensors.replica_sums import exchanging, meets
 
 
 class Captured(CapturedForm, Generic[OutcomeT]):
@@ -75,6 +76,7 @@ class Captured(CapturedForm, Generic[OutcomeT]):
         self.run: Any = in_place(self.graph)
         self._traced: tuple[Any, Any] | None = None  # the traced form, if `use` has replaced it
         self.operations = sum(node.op == "call_function" for node in self.run.graph.nodes)
+        self.meets = meets(self.graph.graph)
         self._buckets = [bucket.arrays for bucket in step.replicas[0].gradient_buffers.buckets()]
         self._steps = self._on_every_device(sum(counts))
         self.seconds = time.perf_counter() - began
@@ -98,7 +100,9 @@ class Captured(CapturedForm, Generic[OutcomeT]):
                 found = recording.replay([*rows, *draws], context.ready)
             else:
                 buffers = compress(replica.gradients, self._has_gradient)
-                found = self._steps[context.torch_device]([*variables, *rows, *draws, *buffers], context.ready)
+                given = [*variables, *rows, *draws, *buffers]
+                with exchanging(context.exchange) if self.meets else nullcontext():
+                    found = self._steps[context.torch_device](given, context.ready)
         return self._form.filled(gradients, iter(found), moved)
 
     def repeat(

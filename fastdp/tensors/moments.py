@@ -12,14 +12,14 @@ needs one more exchange, of the gradients of mean and variance, since every valu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-Exchange = Callable[[Any, object], Sequence[Any]]
+from fastdp.tensors.replica_sums import ReplicaSum
 
 
 @dataclass(slots=True)
@@ -68,11 +68,18 @@ def count_of(inputs: torch.Tensor, mask: torch.Tensor | None, axes: Sequence[int
     return float(mask.sum()) * per_entry
 
 
+def _count(inputs: torch.Tensor, mask: torch.Tensor | None, axes: Sequence[int]) -> torch.Tensor:
+    """As `count_of`, as a float64 vector of one: without a wait for the device, and in a graph."""
+    if mask is None:
+        return torch.full((1,), count_of(inputs, mask, axes), dtype=torch.float64, device=inputs.device)
+    return mask.sum().double().reshape(1) * (inputs[..., 0].numel() / mask.numel())
+
+
 def global_moments(
     inputs: torch.Tensor,
     mask: torch.Tensor | None,
     axes: Sequence[int],
-    exchange: Exchange,
+    summed: ReplicaSum,
     place: str,
     sum_dtype: torch.dtype | None = None,
     epsilon: float = 0.0,
@@ -81,12 +88,12 @@ def global_moments(
 
     Args:
         inputs, mask, axes: as in `count_of`.
-        exchange: returns the values that all replicas passed, in rank order. Every replica makes the same calls.
-        place: names the layer, for the exchanges.
+        summed: adds up the tensors that all replicas pass, in rank order. Every replica makes the same calls.
+        place: names the layer, for the sums.
         sum_dtype: the dtype of sums over a replica's values; None for the dtype of the inputs.
         epsilon: added to the number of values before sums are divided by it.
     """
-    mean, variance = _GlobalMoments.apply(inputs, mask, tuple(axes), exchange, place, sum_dtype, epsilon)
+    mean, variance = _GlobalMoments.apply(inputs, mask, tuple(axes), summed, place, sum_dtype, epsilon)
     return mean, variance
 
 
@@ -99,25 +106,26 @@ class _GlobalMoments(torch.autograd.Function):
         inputs: torch.Tensor,
         mask: torch.Tensor | None,
         axes: tuple[int, ...],
-        exchange: Exchange,
+        summed: ReplicaSum,
         place: str,
         sum_dtype: torch.dtype | None,
         epsilon: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Exchange sums, then sums of squares about the global mean, so that nothing cancels."""
+        """Add up counts and sums, then sums of squares about the global mean, so that nothing cancels."""
         weights = None if mask is None else mask.unsqueeze(-1).to(inputs.dtype).expand(inputs.shape)
         values = inputs if weights is None else inputs * weights
-        parts = exchange((count_of(inputs, mask, axes), values.sum(axes, dtype=sum_dtype)), ("the sums of", place))
-        total = max(sum(part[0] for part in parts) + epsilon, torch.finfo(torch.float64).tiny)
-        mean = sum(part[1].double() for part in parts) / total
+        own = torch.cat([_count(inputs, mask, axes), values.sum(axes, dtype=sum_dtype).double()])
+        count, *sums = summed(own, f"the sums of {place}").split([1, own.numel() - 1])
+        total = (count + epsilon).clamp_min(torch.finfo(torch.float64).tiny)
+        mean = sums[0] / total
         shape = [1 if axis in axes else size for axis, size in enumerate(inputs.shape)]
         centered = inputs - mean.to(inputs.dtype).reshape(shape)
         if weights is not None:
             centered = centered * weights
-        squares = exchange((centered * centered).sum(axes, dtype=sum_dtype), ("the squares of", place))
-        variance = sum(square.double() for square in squares) / total
+        squares = (centered * centered).sum(axes, dtype=sum_dtype).double()
+        variance = summed(squares, f"the squares of {place}") / total
         ctx.save_for_backward(centered, weights)
-        ctx.total, ctx.shape, ctx.exchange, ctx.place = total, shape, exchange, place
+        ctx.total, ctx.shape, ctx.summed, ctx.place = total, shape, summed, place
         # The mean of (x - mean), which is not zero if epsilon makes the mean differ from sum / count.
         ctx.off_center = mean * (epsilon / total) if epsilon else None
         return mean.to(inputs.dtype), variance.to(inputs.dtype)
@@ -126,9 +134,9 @@ class _GlobalMoments(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None, None]:
         """d mean / dx is 1/n, d variance / dx is 2 (x - mean)/n, each times the gradients of all replicas' losses."""
         centered, weights = ctx.saved_tensors
-        parts = ctx.exchange(tuple(gradients), ("the gradients of", ctx.place))
-        of_mean = sum(part[0] for part in parts).reshape(ctx.shape) / ctx.total
-        of_variance = sum(part[1] for part in parts).reshape(ctx.shape) / ctx.total
+        total = ctx.total.reshape(())  # without an axis it leaves the dtype of the gradients
+        sums = ctx.summed(torch.stack(gradients), f"the gradients of {ctx.place}") / total
+        of_mean, of_variance = (one.reshape(ctx.shape) for one in sums)
         if ctx.off_center is not None:
             of_mean = of_mean - 2.0 * of_variance * ctx.off_center.to(of_variance.dtype).reshape(ctx.shape)
         first = of_mean.expand(centered.shape) if weights is None else of_mean * weights

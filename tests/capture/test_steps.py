@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import fastdp
+from fastdp.capture.trace import Captured
+from fastdp.tensors.replica_sums import in_graph
 
 L = keras.layers
 
@@ -227,14 +229,68 @@ def test_a_loss_of_the_whole_batch_is_not_captured_on_one_device_either():
     np.testing.assert_allclose(losses, expected, rtol=1e-6)
 
 
+def synchronized(layers=normalized, **options):
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential(layers())
+    parallel = fastdp.wrap(model, sync_batch_norm=True, check_replicas=True, **options)
+    parallel.compile(keras.optimizers.SGD(0.1, 0.9), "mse")
+    losses = [parallel.train_on_batch(x, y) for x, y in batches(7)]
+    return losses, parallel.get_weights(), parallel
+
+
+def images_normalized():
+    normalize = [L.BatchNormalization(name="one"), L.BatchNormalization(name="two"), L.Activation("relu")]
+    return [keras.Input((6,)), L.Reshape((2, 3, 1)), L.Conv2D(4, 2), *normalize, L.Flatten(), L.Dense(3)]
+
+
+@pytest.mark.parametrize("layers", [normalized, images_normalized])
+@pytest.mark.parametrize("gpus", [2, 3])
+def test_replicas_meet_inside_a_captured_step_for_synchronized_batch_norm(gpus, layers):
+    expected, weights, eager = synchronized(layers, gpus=gpus, compile=None)
+    losses, found, parallel = synchronized(layers, gpus=gpus, compile="trace")
+    assert {entry["how"] for entry in eager.report()} == {"eager"}
+    assert hows(parallel) == {"traced"}
+    assert losses == expected  # sums in rank order, as in eager steps
+    for one, other in zip(found, weights, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
+    alone, _, _ = synchronized(layers, gpus=[0], compile=None)
+    np.testing.assert_allclose(losses, alone, rtol=1e-5)
+
+
+def test_a_step_in_which_replicas_meet_is_not_compiled_and_one_device_meets_nobody():
+    _, _, parallel = synchronized(gpus=2, compile="inductor")
+    assert not parallel.compiling
+    assert {entry["why"] for entry in parallel.report()} == {"replicas meet in the middle of the step"}
+    _, _, alone = synchronized(gpus=[0], compile="trace")
+    assert hows(alone) == {"traced"}
+    assert not any(shape.captured.meets for shape in alone._steps.captures._shapes.values())
+
+
+def test_a_replica_that_fails_before_the_meeting_ends_the_step_of_all(monkeypatch):
+    _, before, parallel = synchronized(gpus=2, compile="trace")
+    replay = Captured.replay
+
+    def fails(self, replica, batch, context):
+        if context.rank == 1:
+            raise MemoryError("no memory left")
+        return replay(self, replica, batch, context)
+
+    monkeypatch.setattr(Captured, "replay", fails)
+    with pytest.raises(fastdp.ReplicaError, match="no memory left"):
+        parallel.train_on_batch(*next(batches(1)))
+    for one, other in zip(parallel.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(one, other)
+    monkeypatch.undo()
+    parallel.train_on_batch(*next(batches(1)))
+
+
+def test_a_sum_over_replicas_outside_of_a_replay_is_an_error():
+    with pytest.raises(RuntimeError, match="came to the place on a thread that replays no replica"):
+        in_graph(torch.ones(2), "the place")
+
+
 @pytest.mark.filterwarnings("ignore:fastdp runs")
-def test_synchronized_batch_norm_and_loss_scaling_are_known_not_to_be_captured():
-    model = keras.Sequential(normalized())
-    parallel = fastdp.wrap(model, gpus=2, compile="trace", sync_batch_norm=True)
-    parallel.compile("sgd", "mse")
-    for x, y in batches(3):
-        parallel.train_on_batch(x, y)
-    assert "sync_batch_norm" in parallel.report()[0]["why"]
+def test_loss_scaling_is_known_not_to_be_captured():
     scaled = fastdp.wrap(keras.Sequential(convolutional()), gpus=2, compile="trace")
     scaled.compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()), "mse")
     for x, y in batches(3):

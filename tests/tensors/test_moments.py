@@ -11,6 +11,7 @@ import torch
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.shard import split_rows
 from fastdp.tensors.moments import Moments, combine, count_of, global_moments, unbiased
+from fastdp.tensors.replica_sums import by_exchange, of_one
 
 ROWS, REPLICAS = 11, 3
 AXES = (0, 1)
@@ -76,7 +77,7 @@ def test_global_moments_and_their_gradients_are_those_of_one_device(masked, sum_
 
     def replica(exchange, rank):
         own = parts_of(x.detach())[rank].clone().requires_grad_()
-        found = global_moments(own, masks[rank], AXES, exchange, "a layer", sum_dtype)
+        found = global_moments(own, masks[rank], AXES, by_exchange(exchange), "a layer", sum_dtype)
         # Each replica's loss is a part of the whole one.
         share = (1.0, 2.0, 4.0)[rank] / 7.0
         loss = share * (found[0].sin().sum() + (found[1] * torch.arange(5.0)).sum())
@@ -91,5 +92,5 @@ def test_global_moments_and_their_gradients_are_those_of_one_device(masked, sum_
 
 def test_moments_are_in_the_dtype_of_the_inputs():
     x = batch().float()
-    mean, variance = global_moments(x, None, AXES, lambda value, place: [value], "a layer", torch.float64)
+    mean, variance = global_moments(x, None, AXES, of_one, "a layer", torch.float64)
     assert mean.dtype == variance.dtype == torch.float32

@@ -8,9 +8,11 @@ from typing import Any
 import keras
 import numpy as np
 import torch
+from torch._subclasses import FakeTensor
 
-from fastdp.program.keras.replica import running
+from fastdp.program.keras.replica import ReplicaContext, running
 from fastdp.tensors.moments import Moments, count_of, global_moments
+from fastdp.tensors.replica_sums import ReplicaSum, by_exchange, in_graph, of_one
 from fastdp.tensors.sums import like
 
 
@@ -24,16 +26,29 @@ def moments_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
         if state.frozen_moments:
             return layer.moving_mean.value.to(inputs.dtype), layer.moving_variance.value.to(inputs.dtype)
         axes = layer._reduction_axes
-        if state.sync_batch_norm and state.context.size > 1:
+        if state.sync_batch_norm and not _is_alone(state):
             epsilon = 0.0 if mask is None else keras.config.epsilon()  # Keras adds it to the count that it divides by
             place = f"the synchronized moments of {layer.path or layer.name}"
-            mean, variance = global_moments(inputs, mask, axes, state.context.exchange, place, epsilon=epsilon)
+            mean, variance = global_moments(inputs, mask, axes, _sum_for(state, inputs), place, epsilon=epsilon)
         else:
             mean, variance = original(layer, inputs, mask)
         state.moments.append((layer, Moments(mean.detach(), variance.detach(), count_of(inputs, mask, axes))))
         return mean, variance
 
     return moments
+
+
+def _is_alone(state: ReplicaContext) -> bool:
+    """Whether a replica has all rows. In a trace, which names no other replicas, the rows tell."""
+    rows = state.context.rows
+    return state.context.size == 1 if state.draws is None else rows.count == rows.total
+
+
+def _sum_for(state: ReplicaContext, inputs: torch.Tensor) -> ReplicaSum:
+    """How moments are added up: in the graph while it is traced. The run that records draws needs no values."""
+    if state.draws is None:
+        return by_exchange(state.context.exchange)
+    return in_graph if isinstance(inputs, FakeTensor) else of_one
 
 
 def statistics(layer: keras.layers.Layer) -> list[keras.Variable]:

@@ -21,6 +21,7 @@ from fastdp.program.torch.replica import Normalized, ReplicaContext
 from fastdp.tensors.call_path import running_part
 from fastdp.tensors.function_mode import Handler
 from fastdp.tensors.moments import Moments, global_moments, unbiased
+from fastdp.tensors.replica_sums import by_exchange
 
 _NAMES = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
@@ -62,7 +63,7 @@ def _synchronized(
         count = x.numel() // x.shape[1]
         own_variance, own_mean = torch.var_mean(wide, axes, correction=0)
     wide = wide if not x.requires_grad else x.to(wide.dtype)
-    mean, variance = global_moments(wide, None, axes, context.exchange, place, torch.float64)
+    mean, variance = global_moments(wide, None, axes, by_exchange(context.exchange), place, torch.float64)
     shape = [1, -1] + [1] * (x.ndim - 2)
     scale = torch.rsqrt(variance + eps)
     y = (x.to(wide.dtype) - mean.reshape(shape)) * scale.reshape(shape)

@@ -67,9 +67,6 @@ class KerasPureStep:
     def why_never(self) -> str:
         """As `PureStep.why_never`."""
         program = self._program
-        normalizes = any(isinstance(one, keras.layers.BatchNormalization) for one in program.model._flatten_layers())
-        if program.sync_batch_norm and normalizes:
-            return "sync_batch_norm: replicas exchange moments in the middle of a step"
         if isinstance(program.optimizer, keras.optimizers.LossScaleOptimizer):
             return "loss scaling: the scale changes from step to step"
         return ""
