@@ -19,6 +19,7 @@ COMMANDS = {
     "plan": "model steps and scaling on 1 to 8 GPUs of a box, from what one device takes",
     "run": "run an unmodified Keras or torch script on several devices",
     "verify": "compare two runs bit by bit: their checkpoints, or the fingerprints of their steps",
+    "data": "measure how fast an HDF5 file is read, or pack images into one for training",
     "convert": "turn an old parallel-model .h5 file into a plain one",
 }
 _DESCRIPTION = """Data-parallel training on all GPUs of one machine, from one process: Keras 3, torch, NumPy and CuPy.

@@ -59,4 +59,10 @@ class ChunkCache:
     def after_fork(self) -> None:
         """A lock that another thread held stays locked in a forked child."""
         self._lock = threading.Lock()
-        self._chunks, self._held = OrderedDict(), 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop all chunks."""
+        with self._lock:
+            self._chunks.clear()
+            self._held = 0

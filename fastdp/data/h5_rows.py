@@ -129,6 +129,11 @@ class StoredRows:
             reader.cache.keep_at_least(count * len(reader.columns) * reader.layout.pipeline.nbytes)
         return window
 
+    def forget_chunks(self) -> None:
+        """Drop all decoded chunks that are kept."""
+        if self._reader is not None:
+            self._reader.cache.clear()
+
     def stored_part(self) -> tuple[StoredRows, int]:
         """The data set, and the row of it that is row 0 here: itself, and 0."""
         return self, 0
