@@ -1,4 +1,4 @@
-"""Writes images into an HDF5 file that is laid out for training, in parts, so that it goes on after an interruption."""
+"""Packs images into an HDF5 file for training, in parts, so that it goes on after an interruption."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `data`: measures how fast an HDF5 file is read, or packs images into one that is laid out for training.
+"""The command `data`: measures how fast an HDF5 file is read, or packs images into one for training.
 
     fastdp data bench train.h5
     fastdp data bench train.h5:images --batch 512 --json
