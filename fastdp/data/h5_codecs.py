@@ -16,12 +16,14 @@ import importlib.util
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fastdp.data import h5_blosc2
+from fastdp.data.h5_libraries import function, plugin, plugin_folder
 
 Bytes = NDArray[np.uint8]
 
@@ -36,7 +38,6 @@ NAMES = {
     BLOSC2: "blosc2",
 }
 _PLUGINS = {BLOSC: "blosc", ZSTD: "zstd", BLOSC2: "blosc2"}
-_MOST_AXES = 32  # more than any library's arrays have
 
 
 class DecodeError(ValueError):
@@ -78,7 +79,7 @@ class Pipeline:
         if len(packers) > 1:
             return f"{len(packers)} compressing filters"
         for code in packers:
-            if code in _PLUGINS and not _plugin_folder():
+            if code in _PLUGINS and not plugin_folder():
                 return f"the filter {NAMES[code]} without hdf5plugin: pip install 'fastdp[hdf5]'"
             if code not in NAMES or not _decoder(code):
                 return f"the filter {NAMES.get(code, code)}"
@@ -120,14 +121,14 @@ class Pipeline:
     def _unpacked(self, code: int, data: Bytes, target: Bytes) -> Bytes:
         """What a compressing filter has packed, which must fill `target`."""
         decoder = _decoder(code)
-        written = decoder(data, target, self) if decoder and len(data) else -1
+        written = decoder(data, target, self.chunk, self.itemsize) if decoder and len(data) else -1
         if written != len(target):
             kind = DamagedError if code == LZF else DecodeError
             raise kind(f"{NAMES[code]} must give {len(target):,} bytes, got {written:,}")
         return target
 
 
-Decoder = Callable[[Bytes, Bytes, Pipeline], int]
+Decoder = Callable[[Bytes, Bytes, tuple[int, ...], int], int]
 
 
 def _checked(data: Bytes) -> Bytes:
@@ -187,7 +188,7 @@ def _unshuffled(data: Bytes, size: int, target: Bytes | None) -> Bytes:
     return out
 
 
-def _gunzip(data: Bytes, target: Bytes, pipeline: Pipeline) -> int:
+def _gunzip(data: Bytes, target: Bytes, chunk: tuple[int, ...], itemsize: int) -> int:
     """gzip, which HDF5 calls deflate: a stream of zlib's."""
     library = _zlib()
     stream = library.decompressobj()
@@ -216,50 +217,30 @@ def gzip_library() -> str:
 def _decoder(code: int) -> Decoder | None:
     """The decoder of a compressing filter; None if there is none, or its library lacks a function."""
     try:
-        return {DEFLATE: lambda: _gunzip, LZF: _lzf, BLOSC: _blosc, ZSTD: _zstd, BLOSC2: _blosc2}[code]()
+        return {DEFLATE: lambda: _gunzip, LZF: _lzf, BLOSC: _blosc, ZSTD: _zstd, BLOSC2: h5_blosc2.decoder}[code]()
     except (KeyError, OSError, AttributeError):  # no such filter, library or function
         return None
-
-
-def _function(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Any:
-    function = getattr(library, name)
-    function.restype, function.argtypes = result, arguments
-    return function
 
 
 def _lzf() -> Decoder:
     """The function of the lzf library that h5py carries."""
     library = ctypes.CDLL(importlib.import_module("h5py.h5z").__file__)
     pointer, number = ctypes.c_void_p, ctypes.c_uint
-    run = _function(library, "lzf_decompress", number, pointer, number, pointer, number)
-    return lambda data, target, _: run(data.ctypes.data, len(data), target.ctypes.data, len(target))
-
-
-@functools.cache
-def _plugin_folder() -> Path | None:
-    """Where hdf5plugin keeps its libraries; None if it is not installed."""
-    found = importlib.util.find_spec("hdf5plugin")
-    return None if found is None or found.origin is None else Path(found.origin).parent / "plugins"
-
-
-def _plugin(name: str) -> ctypes.CDLL:
-    found = sorted((_plugin_folder() or Path()).glob(f"libh5{name}.*"))
-    if not found:
-        raise OSError(f"hdf5plugin has no library for {name}")
-    return ctypes.CDLL(str(found[0]))
+    run = function(library, "lzf_decompress", number, pointer, number, pointer, number)
+    return lambda data, target, *_: run(data.ctypes.data, len(data), target.ctypes.data, len(target))
 
 
 def _zstd() -> Decoder:
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
-    run = _function(_plugin("zstd"), "ZSTD_decompress", size, pointer, size, pointer, size)
-    return lambda data, target, _: run(target.ctypes.data, len(target), data.ctypes.data, len(data))
+    run = function(plugin("zstd"), "ZSTD_decompress", size, pointer, size, pointer, size)
+    return lambda data, target, *_: run(target.ctypes.data, len(target), data.ctypes.data, len(data))
 
 
 def _blosc() -> Decoder:
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
-    run = _function(_plugin("blosc"), "blosc_decompress_ctx", ctypes.c_int, pointer, pointer, size, ctypes.c_int)
+    run = function(plugin("blosc"), "blosc_decompress_ctx", ctypes.c_int, pointer, pointer, size, ctypes.c_int)
 
-    def decode(data: Bytes, target: Bytes, pipeline: Pipeline) -> int:
+    def decode(data: Bytes, target: Bytes, chunk: tuple[int, ...], itemsize: int) -> int:
         # The header says how many bytes the library reads and writes: bytes 4 to 7 decoded, 12 to 15 stored.
         if len(data) < 16 or not 16 <= int(data[12:16].view("<u4")[0]) <= len(data):
             return -1
@@ -268,61 +249,3 @@ def _blosc() -> Decoder:
         return run(data.ctypes.data, target.ctypes.data, len(target), 1)
 
     return decode
-
-
-def _blosc2() -> Decoder:
-    """Blosc2's frames: of one chunk, or of an array of several axes."""
-    library = _plugin("blosc2")
-    pointer, int64, status = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    _function(library, "blosc2_init", None)()
-    opened = _function(library, "blosc2_schunk_from_buffer", pointer, pointer, int64, ctypes.c_bool)
-    unpack = _function(library, "blosc2_schunk_decompress_chunk", status, pointer, int64, pointer, ctypes.c_int32)
-    free = _function(library, "blosc2_schunk_free", status, pointer)
-    opened_array = _function(
-        library, "b2nd_from_cframe", status, pointer, int64, ctypes.c_bool, ctypes.POINTER(pointer)
-    )
-    unpack_array = _function(
-        library, "b2nd_get_slice_cbuffer", status, pointer, pointer, pointer, pointer, pointer, int64
-    )
-    free_array = _function(library, "b2nd_free", status, pointer)
-
-    def decode(data: Bytes, target: Bytes, pipeline: Pipeline) -> int:
-        if not _frame_fits(data, len(target)):
-            return -1
-        if data[:4096].tobytes().find(b"b2nd") < 0:
-            chunk = opened(data.ctypes.data, len(data), False)
-            if not chunk:
-                return -1
-            try:
-                return unpack(chunk, 0, target.ctypes.data, len(target))
-            finally:
-                free(chunk)
-        array, axes = pointer(), np.zeros((2, _MOST_AXES), np.int64)
-        axes[1, : len(pipeline.chunk)] = pipeline.chunk
-        if opened_array(data.ctypes.data, len(data), False, ctypes.byref(array)) < 0:
-            return -1
-        shape = bytes([0x90 | len(pipeline.chunk)]) + b"".join(
-            b"\xd3" + side.to_bytes(8, "big") for side in pipeline.chunk
-        )
-        if data[:4096].tobytes().find(shape) < 0:
-            target[:] = 0  # an array of another shape than its data set's leaves parts as they are
-        start, stop = axes.ctypes.data, axes[1].ctypes.data
-        try:
-            wrong = unpack_array(array, start, stop, target.ctypes.data, stop, len(target))
-            return -1 if wrong < 0 else len(target)
-        finally:
-            free_array(array)
-
-    return decode
-
-
-def _frame_fits(data: Bytes, nbytes: int) -> bool:
-    """Whether a frame's header agrees with the data set: its own length, and the decoded bytes.
-
-    Source: the format of Blosc2's contiguous frames. An array is filled up to whole blocks, so it may be larger.
-    """
-    head = data[:64].tobytes()
-    if len(head) < 64 or head[2:9] != b"b2frame":
-        return False
-    stored, decoded = int.from_bytes(head[16:24], "big"), int.from_bytes(head[30:38], "big")
-    return stored <= len(data) and 0 < decoded <= 16 * nbytes + (1 << 20)

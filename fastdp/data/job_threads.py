@@ -68,9 +68,13 @@ class JobThreads:
             waiting.clear()
             # A helper that has not begun finds no job; it is not waited for.
             errors = [helper.exception() for helper in helpers if not helper.cancel()]
-        for error in errors:
-            if error is not None:
-                raise error
+        try:
+            for error in errors:
+                if error is not None:
+                    raise error
+        finally:
+            # An error holds this frame: without a cycle, who read is gone as soon as the error is.
+            del errors, helpers
 
     def after_fork(self) -> None:
         """A forked child has none of the threads: begin anew."""

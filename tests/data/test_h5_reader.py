@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdp.data import h5_layout
+from fastdp.data.h5_blosc2 import block_shape
 from fastdp.data.h5_codecs import NAMES, DecodeError, Pipeline, gzip_library
 from fastdp.data.h5_rows import StoredRows
 from fastdp.data.hdf5 import HDF5Matrix
@@ -132,6 +133,23 @@ def test_a_chunk_of_which_a_batch_took_a_part_is_decoded_once(large, monkeypatch
         for start in range(0, 300, 10):
             np.testing.assert_array_equal(matrix[start : start + 10], array[start : start + 10])
     assert len(decoded) == -(-300 // 16)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "dtype"),
+    [((8, 64, 64, 3), "u1"), ((16, 96, 96), "f4"), ((13, 61, 67), "i2"), ((9, 300, 300), "c16"), ((70000,), "u1")],
+)
+def test_chunks_of_blosc2_that_lie_in_blocks_come_in_order(tmp_path, chunk, dtype):
+    array = np.random.default_rng(0).integers(0, 99, chunk).astype(dtype)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("x", data=array, chunks=chunk, **hdf5plugin.Blosc2())
+        stored = file["x"].id.read_direct_chunk((0,) * len(chunk))[1]
+    blocks = block_shape(stored[:4096], chunk)
+    assert (blocks is None) == (len(chunk) == 1)
+    with h5py.File(tmp_path / "a.h5") as file:
+        rows = StoredRows(file["x"])
+        np.testing.assert_array_equal(rows[:], array, strict=True)
+        assert not rows.reader().left_to_h5py
 
 
 # What threads leave to h5py.
