@@ -88,7 +88,7 @@ conformance: $(STAMP)  ## run Keras's own trainer, callback and model tests on f
 	.venv-conformance/bin/python bench/keras_conformance.py --write docs/conformance.md $(ARGS)
 
 # The project's own questions, one script each; `fastdp bench` measures models.
-QUESTIONS ?= virtual_devices first_step driver_overhead all_reduce
+QUESTIONS ?= virtual_devices first_step driver_overhead all_reduce hdf5
 
 bench: $(STAMP)  ## the project's own benchmarks: QUESTIONS="first_step" runs some, ARGS=--save keeps the results
 	for question in $(QUESTIONS); do $(BIN)/python bench/$$question.py $(ARGS); done

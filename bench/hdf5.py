@@ -1,6 +1,6 @@
 """How fast is HDF5 as training input, beside NumPy, h5py and torch's DataLoader?
 
-On 768 images of 224 x 224 pixels, uint8, warm in the page cache, in batches of 128, in alternating rounds:
+On 512 images of 224 x 224 pixels, uint8, warm in the page cache, in batches of 128, in alternating rounds:
 
     one piece   `HDF5Matrix` slices of a contiguous data set, against a NumPy copy of the same bytes
     gzip, ...   `HDF5Matrix` slices of chunks of 8 images, against slices of h5py
@@ -39,10 +39,9 @@ from fastdp.benchmark.rounds import ratio, turns
 from fastdp.data.hdf5 import HDF5Matrix
 from fastdp.keras.fit.array_batches import ArrayBatches
 
-ROWS, SIDE, BATCH, CHUNK = 768, 224, 128, 8
+ROWS, SIDE, BATCH, CHUNK = 512, 224, 128, 8
 SMALL_ROWS, SMALL_SIDE, SMALL_BATCH = 2048, 64, 128
 CODECS: dict[str, dict[str, Any]] = {
-    "no filter": {},
     "gzip": {"compression": "gzip"},
     "lzf": {"compression": "lzf"},
     "blosc2": {**hdf5plugin.Blosc2(cname="lz4", clevel=5)},
@@ -122,7 +121,7 @@ class Rows(torch.utils.data.Dataset):
 
 def loaders(path: str, rounds: int) -> dict[str, float]:
     """`matrix.batches` and DataLoaders, on images stored by gzip. Workers stay between rounds."""
-    keep = {"num_workers": 2, "persistent_workers": True, "multiprocessing_context": "spawn"}
+    keep: dict[str, Any] = {"num_workers": 2, "persistent_workers": True, "multiprocessing_context": "spawn"}
     by_slices = torch.utils.data.DataLoader(Rows(path, "gzip", BATCH // 2), batch_size=None, **keep)
     by_rows = torch.utils.data.DataLoader(Rows(path, "gzip", 1), batch_size=BATCH // 2, **keep)
 
@@ -228,7 +227,7 @@ def memory(folder: str) -> dict[str, float]:
 def main() -> None:
     """Measure and print."""
     chosen = options(__doc__)
-    rounds = 2 if chosen.quick else 7
+    rounds = 2 if chosen.quick else 5
     fastdp.set_virtual_devices(2)
     array = images(ROWS, SIDE)
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", "/var/tmp")) as folder:
