@@ -8,6 +8,13 @@ import pytest
 import fastdp
 
 
+@pytest.fixture(autouse=True)
+def _two_devices():
+    fastdp.set_virtual_devices(2)
+    yield
+    fastdp.set_virtual_devices(0)
+
+
 class Stop(keras.callbacks.Callback):
     """Ends `fit` by an error behind a batch."""
 
