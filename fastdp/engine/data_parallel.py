@@ -171,7 +171,7 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
                 self._reduce(step)
                 self._update(step)
             if while_running is not None:
-                meanwhile(step, while_running, partial(self._merge, step))
+                meanwhile(step, partial(self._state.fetch, while_running), partial(self._merge, step))
             return self._merge(step)
 
     def predict(self, batch: Batch | Arrays, *, structure: object = None) -> StepResult:

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from fastdp.runtime.events import here
+
 _held: list[_Holding] = []  # not empty while a block of the main thread holds interrupts back
 _nothing = contextlib.nullcontext()
 
@@ -18,6 +20,10 @@ def interrupts_wait() -> contextlib.AbstractContextManager[None]:
     Only the main thread receives signals, so on other threads this does nothing. It also does nothing where SIGINT is
     ignored or not handled in Python.
     """
+    serving = getattr(here, "interrupts", None)
+    if serving is not None:
+        held: contextlib.AbstractContextManager[None] = serving.hold()
+        return held
     if _held:  # by the main thread, for this block too, or another thread has nothing to hold back
         return _nothing
     on_main = threading.current_thread() is threading.main_thread()

@@ -51,8 +51,8 @@ class Recovery:
             else:
                 with span("wait for devices"):
                     self._wait(operation, events)
-        except DeviceTimeoutError:
-            raise self.too_late(operation) from None
+        except DeviceTimeoutError as error:
+            raise self.too_late(operation, getattr(error, "found", None)) from None
         failed = [(rank, event.error) for rank, event in enumerate(events) if event.error is not None]
         if failed or operation.failures:
             self.settle()
@@ -70,13 +70,13 @@ class Recovery:
         else:
             joined(events).finish(timeout)
 
-    def too_late(self, operation: Operation) -> DeviceTimeoutError:
-        """The error of an operation that has taken too long."""
+    def too_late(self, operation: Operation, found: str | None = None) -> DeviceTimeoutError:
+        """The error of an operation that has taken too long. `found`: where all threads were, if they have gone on."""
         devices, late = self._replicas.devices, self._communicator.late()
         what = operation.unfinished(devices, late)
         collective = operation.reduction.position if operation.reduction is not None else ""
         return DeviceTimeoutError(
-            f"{what} took longer than timeout={self._state.timeout} seconds.{collective}{report(devices)}"
+            f"{what} took longer than timeout={self._state.timeout} seconds.{collective}{found or report(devices)}"
         )
 
     def card_failed(self, operation: Operation, error: BaseException) -> None:

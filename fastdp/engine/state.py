@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 
 from fastdp.engine.step import Operation
 from fastdp.errors import DeviceTimeoutError
+
+# Seconds that fetching a batch may take on a thread that is to be a worker of the step meanwhile.
+FAST_FETCH = 1e-3
 
 
 class EngineState:
@@ -17,6 +22,7 @@ class EngineState:
     Attributes:
         unsettled: the operation in flight, or one that was given up and may still run on the devices.
         busy: held by the thread that uses the engine.
+        fetching: seconds that the caller's own work takes during a step, on the average of the latest ones.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -24,7 +30,19 @@ class EngineState:
         self.steps = 0
         self.unsettled: Operation | None = None
         self.busy = threading.Lock()
+        self.fetching = 0.0
         self._training = False
+
+    @property
+    def fetches_fast(self) -> bool:
+        """Whether the thread that uses the engine has time to do a worker's part of a step."""
+        return self.fetching <= FAST_FETCH
+
+    def fetch(self, work: Callable[[], object]) -> None:
+        """Run the caller's own work during a step, and note how long it takes."""
+        began = time.perf_counter()
+        work()
+        self.fetching += (time.perf_counter() - began - self.fetching) / 2
 
     def take(self, *, trains: bool) -> None:
         """Wait until the engine is free, and take it. Training one model from two threads fails at once.

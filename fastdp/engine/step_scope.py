@@ -14,6 +14,8 @@ from fastdp.engine.state import EngineState
 from fastdp.engine.step import Operation, Step, StepResult
 from fastdp.errors import DeviceTimeoutError
 from fastdp.runtime.events import here
+from fastdp.runtime.host.resources import CORES
+from fastdp.runtime.host_worker import in_place_of_worker
 from fastdp.tracing.spans import Recorder, now
 
 # Steps of different engines that share devices must not interleave: replicas block in exchanges.
@@ -64,13 +66,14 @@ def _end_open_step() -> None:
 def _check_not_inside() -> None:
     """Check that this thread is not a part of a step, which another step would have to wait for.
 
-    On one virtual device a step runs on the thread that holds the lock, and may have others inside.
+    On one virtual device a step runs on the thread that holds the lock, and may have others inside. On several, the
+    first one's part does, and the others would wait for it.
 
     Raises:
         RuntimeError: it is.
     """
     if getattr(here, "worker", False):
-        if not one_step_at_a_time.acquire(blocking=False):
+        if getattr(here, "serving", False) or not one_step_at_a_time.acquire(blocking=False):
             raise RuntimeError(
                 "A parallel model was called inside a step of a parallel model (in forward, a loss function, an "
                 "optimizer or a hook), on one of the devices that it would wait for. Call the plain module there, such "
@@ -137,6 +140,7 @@ class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
                 self._prepare()
             except BaseException as error:
                 self._recovery.abandon(operation, error)
+                self._scopes.close()
                 one_step_at_a_time.release()
                 if self._recorder is not None:
                     self._end_trace(self._recorder, error)
@@ -152,6 +156,10 @@ class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
         operation, devices = self._operation, self._replicas.devices
         self._recovery.prepare(operation)
         self._state.unsettled = operation
+        # With cores to spare the workers have one each, and this thread sums buckets meanwhile.
+        spare = devices[0].on_gpu or len(devices) < max(CORES, 2)
+        if not spare and self._replicas.program.first_may_run_here and self._state.fetches_fast:
+            self._scopes.enter_context(in_place_of_worker(devices[0]))
         self._replicas.bring_up_to_date(operation.active or len(self._replicas.every))
         self._scopes.enter_context(self._replicas.program.running(self._operation.threads))
         if len(devices) == 1 and not devices[0].on_gpu:

@@ -96,7 +96,7 @@ class Program(ABC):
             replicas at the beginning of each step instead of its end.
         cores: how many cores a step may use. Read on the host thread before each step. Default: those of the process.
         update_is_reliable: an `update` that has succeeded once will not raise, because it does not run the user's code.
-
+        first_may_run_here: on several virtual devices, the first replica may run on the thread that calls the engine.
         scales_loss: the loss is scaled, so gradients may be infinite, and `update` sees to it.
         uses_cupy: `update` may compute with CuPy, whose current stream is then the replica's.
 
@@ -111,6 +111,7 @@ class Program(ABC):
     update_is_shared: bool = False
     home_is_exposed: bool = False
     update_is_reliable: bool = False
+    first_may_run_here: bool = True
     scales_loss: bool = False
     uses_cupy: bool = True
     cores: int = CORES

@@ -82,6 +82,10 @@ class QueueEvent:
         """Block until the worker has reached the event."""
         if self._issued:
             return
+        wait = getattr(here, "wait", None)
+        if wait is not None:
+            wait(self, timeout)
+            return
         gate = threading.Lock()
         gate.acquire()
         if not self.notify(gate.release):
@@ -127,7 +131,9 @@ def pause_after(waited: float) -> float:
     return min(max(2e-5, 0.05 * waited), 1e-3)
 
 
-# Thread state: `pending`, the events that this thread is completing; `worker`, whether it is a worker.
+# Thread state: `pending`, the events that this thread is completing; `worker`, whether it is a worker; `wait`, how it
+# waits for an event if it has work of its own meanwhile, `serving`, whether it does that, and `interrupts`, which
+# come to it then (`host_worker`).
 here = threading.local()
 
 

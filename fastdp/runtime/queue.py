@@ -95,6 +95,8 @@ class QueueDevice(DeviceMemory):
         self.left = False  # whether items may be left that the borrowing thread has not run
         self.part_of: QueueDevice | None = None
         self.parts: list[QueueDevice] = []
+        self._at_once = True
+        self._wake_borrower: Callable[[], object] | None = None  # while that thread sleeps in the worker's place
         self.closed = False
         self.cut_short = False
         forks.watch(self)
@@ -115,7 +117,7 @@ class QueueDevice(DeviceMemory):
     @property
     def at_rest(self) -> bool:
         """Whether the worker sleeps and nothing is enqueued. It stays so as long as nobody enqueues anything."""
-        return (self._asleep or self._thread is None) and not self._has_work
+        return (self._asleep or self._thread is None or self.mine) and not self._has_work
 
     @property
     def runs(self) -> bool:
@@ -157,14 +159,13 @@ class QueueDevice(DeviceMemory):
                 return
             stream._items.append(item)
             borrowed = self.borrower is not None
-            if borrowed:
-                self.left = True
-            elif self._thread is None:
+            self.left = self.left or borrowed
+            if self._thread is None and not borrowed:
                 self._start()
             # Behind another item no wake-up is needed: that item runs soon, or its event wakes the worker.
             elif self._asleep and len(stream._items) == 1 and stream._ready(False):
                 self._rouse()
-        if borrowed and self.mine and not self.serving:
+        if borrowed and self._at_once and self.mine and not self.serving:
             self.serve()
 
     @contextmanager
@@ -182,21 +183,25 @@ class QueueDevice(DeviceMemory):
         """Whether the calling thread is the worker by `lent`."""
         return self.borrower == threading.get_ident()
 
-    def take(self) -> bool:
-        """Make the calling thread the worker, if the worker is idle. Returns whether it is; see `lent`."""
+    def take(self, *, at_once: bool = True) -> bool:
+        """Make the calling thread the worker, if the worker is idle. Returns whether it is; see `lent`.
+
+        `at_once`: what it enqueues runs at once if nothing holds it back, not when it waits (`host_worker`).
+        """
         with self._lock:
             rests = self._asleep or self._thread is None
             if self.compute._items or self.copy_in._items or self.copy_out._items or self.communication._items:
                 return False
             if rests and self.borrower is None and self.delay is None and not self.closed:
                 self.borrower, self._asleep, self.left = threading.get_ident(), False, False
+                self._at_once = at_once
                 return True
         return False
 
     def give_back(self) -> None:
         """End what `take` began. The worker goes on with work that is left."""
         with self._lock:
-            self.borrower = None
+            self.borrower = self._wake_borrower = None
             self.compute._running = self.copy_in._running = self.copy_out._running = False
             self.communication._running = False
             self._asleep = self._thread is not None
@@ -276,6 +281,7 @@ class QueueDevice(DeviceMemory):
         self._gate.acquire()
         self._thread, self._asleep = None, False
         self.borrower, self.serving, self.settled = None, False, []
+        self._wake_borrower = None
 
     def _closed_error(self) -> RuntimeError:
         if self.cut_short:
@@ -298,7 +304,10 @@ class QueueDevice(DeviceMemory):
         """Wake the worker if it sleeps. Called with the lock held."""
         if self._asleep:
             self._asleep = False
-            self._gate.release()
+            if self._wake_borrower is None:
+                self._gate.release()
+            else:
+                self._wake_borrower()
 
     def _next(self) -> tuple[QueueStream, Work | QueueEvent | tuple[QueueEvent]] | None:
         """Remove a head that may run; returns its stream and the head. Called with the lock held."""

