@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +99,8 @@ def _why_not_chunks(data: h5py.Dataset) -> str:
 
 def _why_not_file(file: h5py.File) -> str:
     """What of the file is not known here: only plain files that nobody writes are."""
+    if not hasattr(os, "preadv"):
+        return "a system without preadv"
     if file.driver != "sec2":
         return f"a file of the driver {file.driver!r}"
     if file.mode != "r" or file.swmr_mode:

@@ -303,7 +303,10 @@ class Reader:
 
 def _opened(path: str, known: int) -> int:
     """The file of a descriptor, opened anew: a duplicate would keep HDF5's lock on the file for as long as it lives."""
-    file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    try:
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    except FileNotFoundError:
+        return os.dup(known)  # it was removed since h5py opened it
     if os.path.samestat(os.fstat(file), os.fstat(known)):
         return file
     os.close(file)

@@ -105,11 +105,11 @@ class StoredRows:
         """What reads without h5py; None if h5py reads.
 
         Raises:
-            OSError, RuntimeError: the index of the chunks cannot be read.
+            OSError, ValueError: the index of the chunks cannot be read; the message names the file.
         """
         if self.why_h5py:
             return None
-        with self._lock:
+        with self._lock, damage_named(self.path, self._argument):
             if self._reader is None:
                 self._reader = _shared_reader(self._open())
             return self._reader

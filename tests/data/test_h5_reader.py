@@ -239,6 +239,18 @@ def test_a_file_that_is_written_while_it_is_read_is_an_error_that_names_it(own):
             matrix[:40]
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_was_removed_or_replaced_is_read_on_as_it_was_opened(own, replaced):
+    path, array = own
+    with h5py.File(path) as file:
+        os.remove(path)
+        if replaced:
+            path.write_bytes(b"another file")
+        rows = StoredRows(file["gzip"])
+        np.testing.assert_array_equal(rows[10:60], array[10:60])
+        assert rows.describe().startswith("by threads")
+
+
 def test_a_file_that_is_closed_while_its_data_set_is_read_is_an_error_that_names_it(own):
     with h5py.File(own[0]) as file:
         rows = StoredRows(file["gzip"])
