@@ -250,3 +250,20 @@ def _host_warning():
 def _stored(values: np.ndarray, dtype: str) -> np.ndarray:
     """fp32 numbers as the buffers of `dtype` keep them."""
     return to_bfloat16(values) if dtype == "bfloat16" else values.astype(dtype)
+
+
+def shards_do_not_know_their_devices(all_devices: list[list], hosts: list, compute: Compute = as_it_is) -> None:
+    """Eight shards have the same bits on each list of devices, and the sums of the host's tree where NumPy computes."""
+    results = []
+    for devices in all_devices:
+        engine = fastdp.DataParallel(linear(compute), devices, shards=8, timeout=LIMIT, check_replicas=True)
+        told = [engine.train(rows(n, seed)) for seed, n in enumerate((64, 5, 64))]
+        values = engine.replicas[0].memory.variables.on_host()
+        results.append([bytes(np.asarray(one)) for one in (*values, *[part.sums for part in told])])
+        del engine
+    assert all(result == results[0] for result in results[1:])
+    reference = fastdp.DataParallel(linear(), hosts, shards=8, timeout=LIMIT)
+    for seed, n in enumerate((64, 5, 64)):
+        reference.train(rows(n, seed))
+    (ours,) = reference.replicas[0].memory.variables.on_host()
+    np.testing.assert_allclose(np.frombuffer(results[0][0], np.float32), ours, rtol=1e-5, atol=1e-5)

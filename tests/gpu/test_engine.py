@@ -22,6 +22,12 @@ def test_a_function_program_trains_as_on_the_host(gpus, compute, hosts, count, n
     checks.trains_as_on_the_host(gpus(count), hosts(count), n, compute)
 
 
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_shards_do_not_know_their_devices(gpus, compute, hosts, count):
+    devices = gpus(count)
+    checks.shards_do_not_know_their_devices([devices[:1], devices[:-1], devices], hosts(1), compute)
+
+
 @pytest.mark.parametrize("count", COUNTS)
 def test_the_steady_state_allocates_nothing(gpus, compute, count, record_property):
     record_property("allocations", checks.allocates_nothing_in_the_steady_state(gpus(count), compute))
