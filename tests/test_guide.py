@@ -24,6 +24,11 @@ CHECKPOINTS = [code for code in ALL_CODE if "Checkpoint(" in code]
 CODE = [code for code in ALL_CODE if code not in CHECKPOINTS]
 
 
+def code_with(part: str) -> str:
+    """The guide's block that has this in it."""
+    return next(code for code in CODE if part in code)
+
+
 @pytest.fixture(autouse=True)
 def no_devices_afterwards() -> Iterator[None]:
     yield
@@ -64,6 +69,15 @@ def test_the_lines_that_keep_checkpoints_of_fit_leave_a_plain_file(
     np.testing.assert_array_equal(loaded.get_weights()[0], names["template"].get_weights()[0])
 
 
+def test_the_lines_with_shards_train_and_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fastdp.set_virtual_devices(8)
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
+    exec(CHECKPOINTS[2], {"fastdp": fastdp, "model": model, "x": np.ones((30, 6)), "y": np.ones((30, 3))})
+    assert "shards=8" in CHECKPOINTS[2]
+    assert (tmp_path / "run" / "step-00000001").is_dir()
+
+
 def test_the_lines_of_an_own_loop_train_as_on_one_device() -> None:
     x = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
     weights = []
@@ -74,7 +88,10 @@ def test_the_lines_of_an_own_loop_train_as_on_one_device() -> None:
         parallel = fastdp.wrap(model, gpus=3) if count else model
         batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x[:, :3]), batch_size=8)
         loss = torch.nn.functional.mse_loss
-        exec(CODE[1], {"torch": torch, "parallel": parallel, "batches": batches, "loss_function": loss})
+        exec(
+            code_with("loss_function"),
+            {"torch": torch, "parallel": parallel, "batches": batches, "loss_function": loss},
+        )
         weights.append(model.get_weights())
     for found, wanted in zip(*weights, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
@@ -87,7 +104,7 @@ def test_the_lines_that_watch_a_run_write_their_files(
     fastdp.set_virtual_devices(2)
     parallel = fastdp.wrap(keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)]), gpus=2, compile=None)
     parallel.compile("sgd", "mse")
-    exec(CODE[2], {"parallel": parallel, "x": np.ones((30, 6)), "y": np.ones((30, 3))})
+    exec(code_with('Monitor("run.csv"'), {"parallel": parallel, "x": np.ones((30, 6)), "y": np.ones((30, 3))})
     assert len((tmp_path / "run.csv").read_text().splitlines()) == 4
     assert {path.name for path in (tmp_path / "logs").iterdir()} == {"train", "validation"}
     assert "fastdp: 2 devices, 3 training steps." in capsys.readouterr().out
@@ -98,7 +115,10 @@ def test_the_lines_that_trace_steps_write_their_files(tmp_path: Path, monkeypatc
     fastdp.set_virtual_devices(2)
     parallel = fastdp.wrap(keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)]), gpus=2, compile=None)
     parallel.compile("sgd", "mse")
-    exec(CODE[3], {"fastdp": fastdp, "parallel": parallel, "x": np.ones((600, 6)), "y": np.ones((600, 3))})
+    exec(
+        code_with("fastdp.trace("),
+        {"fastdp": fastdp, "parallel": parallel, "x": np.ones((600, 6)), "y": np.ones((600, 3))},
+    )
     found = [TraceFile(tmp_path / f"{name}.json").check().named("train step") for name in ("steps", "three")]
     assert [len(steps) for steps in found] == [3, 3]
 
@@ -108,7 +128,7 @@ def test_the_lines_that_show_a_benchmark_in_a_notebook_make_its_page(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     save(benchmark_results.result(), tmp_path / "results" / "result.json")
-    value = compile(CODE[4].replace("\nPage(", "\npage = Page("), "guide", "exec")
+    value = compile(code_with("report_page").replace("\nPage(", "\npage = Page("), "guide", "exec")
     names: dict[str, Any] = {}
     exec(value, names)
     assert "MLP of 3 layers" in names["page"]._repr_html_()
@@ -121,7 +141,7 @@ def test_the_lines_for_a_torch_module_train_it() -> None:
     x = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x.argmax(dim=1) % 3), batch_size=8)
     names: dict[str, Any] = {"fastdp": fastdp, "torch": torch, "module": module, "loader": loader}
-    exec(CODE[5], names)
+    exec(code_with(".train_step("), names)
     assert len(names["dp"].devices) == 4
     assert float(names["loss"]) > 0
     assert not torch.equal(module.weight, before)
