@@ -10,6 +10,7 @@ COMPILE_MODES = (None, "trace", "inductor", "auto")
 # "bucket" means "auto", but also warns where there is nothing to record.
 GRAPHS = ("auto", "bucket", "step", None)
 UPDATES = ("first", "each", None)
+GRAD_DTYPES = (None, "bfloat16")
 ROW_POLICIES = (None, "merge", "replica")
 MOST_SHARDS = 1024
 NONFINITE = (None, "raise", "skip")
@@ -23,8 +24,8 @@ class Options:
     devices resolves what depends on them: which device merges, and what None means on GPUs.
 
     Raises:
-        ValueError: an unknown `compile`, `graph`, `update`, `rows` or `on_nonfinite`; `shards` that is no whole number
-            from 1 to 1024; a `timeout` that is not above 0.
+        ValueError: an unknown `compile`, `graph`, `update`, `rows`, `on_nonfinite` or `grad_dtype`; `shards` that is no
+            whole number from 1 to 1024; a `timeout` that is not above 0.
         TypeError: `fingerprint` that is no path.
 
     `shards` sets `deterministic`: bits that depend on the clock would not be those of another number of devices.
@@ -44,6 +45,7 @@ class Options:
     shards: int | None = None
     on_nonfinite: str | None = None
     fingerprint: str | os.PathLike[str] | None = None
+    grad_dtype: str | None = None
 
     def __post_init__(self) -> None:
         if self.compile not in COMPILE_MODES:
@@ -54,6 +56,8 @@ class Options:
             raise ValueError(f'`update` must be "first" or "each". Received: update={self.update!r}')
         if self.on_nonfinite not in NONFINITE:
             raise ValueError(f"`on_nonfinite` must be one of {NONFINITE}. Received: on_nonfinite={self.on_nonfinite!r}")
+        if self.grad_dtype not in GRAD_DTYPES:
+            raise ValueError(f"`grad_dtype` must be one of {GRAD_DTYPES}. Received: grad_dtype={self.grad_dtype!r}")
         if isinstance(self.timeout, bool) or not isinstance(self.timeout, (int, float)) or not self.timeout > 0:
             raise ValueError(f"`timeout` must be a number of seconds above 0. Received: timeout={self.timeout!r}")
         if not isinstance(self.rows, dict) and self.rows not in ROW_POLICIES:

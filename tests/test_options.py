@@ -25,7 +25,7 @@ def test_wrap_takes_every_option_with_its_default():
 
 def test_the_engine_has_the_same_defaults():
     names = ["timeout", "update", "cpu_merge", "merge_device", "cpu_relocation", "check_replicas", "shards"]
-    names += ["on_nonfinite", "fingerprint"]
+    names += ["on_nonfinite", "fingerprint", "grad_dtype"]
     assert keywords(fastdp.DataParallel) == {name: DEFAULTS[name] for name in names}
 
 
@@ -50,6 +50,7 @@ def test_multi_gpu_model_has_the_same_defaults():
             "stop",
             r"`on_nonfinite` must be one of \(None, 'raise', 'skip'\)\. Received: on_nonfinite='stop'",
         ),
+        ("grad_dtype", "half", r"`grad_dtype` must be one of \(None, 'bfloat16'\)\. Received: grad_dtype='half'"),
         ("timeout", 0, r"`timeout` must be a number of seconds above 0\. Received: timeout=0"),
         ("rows", "merged", r"`rows` must be one of \(None, 'merge', 'replica'\)\. Received: rows='merged'"),
     ],

@@ -23,6 +23,7 @@ from fastdp.comm.batch import Batch
 from fastdp.comm.processes import Processes, ProcessesRendezvous, ending, several
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.comm.scatter_merge import Merger
+from fastdp.options import Options
 from fastdp.program.base import Program, Result
 from fastdp.runtime.queue import QueueDevice
 from fastdp.shard import Rows, dealt_rows
@@ -50,10 +51,21 @@ def all_replicas(here: int) -> int:
     return here if connected is None else sum(connected.gather(here, "making replicas", JOIN_TIMEOUT))
 
 
-def connect(devices: Sequence[QueueDevice], timeout: float) -> Across | None:
-    """The replicas of all processes of this torchrun; None where there is one process. Arguments as of `Across`."""
+def connect(devices: Sequence[QueueDevice], options: Options) -> Across | None:
+    """The replicas of all processes of this torchrun; None where there is one process. Arguments as of `Across`.
+
+    Raises:
+        ValueError: one process, which sends no gradients, has a `grad_dtype`.
+    """
     connected = processes()
-    return None if connected is None else Across(connected, devices, timeout)
+    if connected is not None:
+        return Across(connected, devices, options)
+    if options.grad_dtype is not None:
+        raise ValueError(
+            "`grad_dtype` is the dtype in which gradients travel between processes, and there is one process. "
+            f"Received: grad_dtype={options.grad_dtype!r}. Leave it out, or start the script by torchrun."
+        )
+    return None
 
 
 class Across:
@@ -62,7 +74,7 @@ class Across:
     Args:
         connected: connects the processes.
         devices: this process's devices.
-        timeout: seconds to wait for another process.
+        options: `timeout` is for another process, and `grad_dtype` for gradients on the way there.
 
     Attributes:
         first: the rank of this process's first replica.
@@ -72,7 +84,7 @@ class Across:
         NotImplementedError: the devices are GPUs, or run shards.
     """
 
-    def __init__(self, connected: Processes, devices: Sequence[QueueDevice], timeout: float) -> None:
+    def __init__(self, connected: Processes, devices: Sequence[QueueDevice], options: Options) -> None:
         if devices[0].part_of is not None:
             raise NotImplementedError(
                 "`shards` is for the devices of one process, so far: the sums of several processes depend on their "
@@ -84,14 +96,15 @@ class Across:
                 f"Several processes train together on virtual devices only, so far. Received: {list(devices)} in "
                 f"process {connected.rank} of {connected.size}. Start one process per box without torchrun."
             )
-        self.processes, self.timeout = connected, timeout
-        counts = connected.gather(len(devices), "wrapping a model", timeout)
+        self.processes, self.timeout = connected, options.timeout
+        self.halves = options.grad_dtype == "bfloat16"
+        counts = connected.gather(len(devices), "wrapping a model", self.timeout)
         self.bounds = [0, *accumulate(counts)]
         self.first, self.size = self.bounds[connected.rank], self.bounds[-1]
         self._here = len(devices)
         self.steps = 0
         if os.getpid() not in _seeded:  # unseeded scripts must draw alike
-            every = connected.gather(read_generators(), "the random generators", timeout)
+            every = connected.gather(read_generators(), "the random generators", self.timeout)
             write_generators(every[0])
             _seeded.add(os.getpid())
 
@@ -189,7 +202,7 @@ class StepAcross:
 
     def reduction(self, gradients: FlatBuffers, buckets: Sequence[Bucket]) -> ProcessReduction:
         """The reduction of this process's sums over all processes."""
-        return ProcessReduction(self._processes, gradients, buckets, self._across.timeout, self._what)
+        return ProcessReduction(self._across, gradients, buckets, self._what)
 
     def fail(self, error: BaseException) -> None:
         """This process gives the step up."""
@@ -226,17 +239,14 @@ class ProcessReduction:
     """Sums a process's gradients over all processes, bucket by bucket in one order, while later ones are computed.
 
     Args:
-        processes: connects them.
+        across: the processes.
         gradients: the sums of this process; they become those of all.
         buckets: all buckets.
-        timeout, what: as in `Processes.gather`.
+        what: as in `Processes.gather`.
     """
 
-    def __init__(
-        self, processes: Processes, gradients: FlatBuffers, buckets: Sequence[Bucket], timeout: float, what: str
-    ) -> None:
-        self._processes, self._gradients, self._buckets = processes, gradients, buckets
-        self._timeout, self._what = timeout, what
+    def __init__(self, across: Across, gradients: FlatBuffers, buckets: Sequence[Bucket], what: str) -> None:
+        self._across, self._gradients, self._buckets, self._what = across, gradients, buckets, what
         self._lock = threading.Lock()
         self._complete: set[int] = set()
         self._waits: list[Callable[[float, str], None]] = []
@@ -256,12 +266,12 @@ class ProcessReduction:
             while len(self._waits) < len(self._buckets):
                 self._start()
         for wait in self._waits:
-            wait(self._timeout, f"the gradients of {self._what}")
+            wait(self._across.timeout, f"the gradients of {self._what}")
 
     def _start(self) -> None:
         bucket = self._buckets[len(self._waits)]
         part = self._gradients.buffers[bucket.dtype][bucket.start : bucket.stop]
-        self._waits.append(self._processes.sum(part, bucket.dtype))
+        self._waits.append(self._across.processes.sum(part, bucket.dtype, halves=self._across.halves))
 
 
 def _sample(arrays: Any) -> int:

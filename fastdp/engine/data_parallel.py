@@ -54,7 +54,7 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
         devices: the devices of the replicas, in the order of the rows, or a value as for `gpus=` in `fastdp.wrap` (a
             number, a list of ordinals, None for all).
         timeout, update, cpu_merge, merge_device, cpu_relocation, check_replicas, shards, on_nonfinite,
-            fingerprint: as in `fastdp.wrap`.
+            fingerprint, grad_dtype: as in `fastdp.wrap`.
         options: an object with all of these, instead of keywords.
 
     `size` is the number of replicas, of all processes where torchrun has started several.
@@ -82,6 +82,7 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
         shards: int | None = None,
         on_nonfinite: str | None = None,
         fingerprint: str | os.PathLike[str] | None = None,
+        grad_dtype: str | None = None,
         options: Options | None = None,
     ) -> None:
         keywords = Options(
@@ -94,6 +95,7 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
             shards=shards,
             on_nonfinite=on_nonfinite,
             fingerprint=fingerprint,
+            grad_dtype=grad_dtype,
         )
         options = one_of(options, keywords)
         nvtx.follow_environment()
@@ -119,7 +121,7 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
         self.replicas = self.group.every
         self.rollback = Rollback(self.replicas[0])
         self._recovery = Recovery(self._state, self.group, self._communicator, self.rollback)
-        self._across = connect(self.devices, options.timeout)
+        self._across = connect(self.devices, options)
         self.size = len(devices)
         if self._across is not None:
             self._across.copy_first(self.replicas[0].lasting)

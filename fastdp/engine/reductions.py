@@ -174,7 +174,7 @@ class ProcessesReductions(Reductions):
         reduction, self._reduction = self._reduction, None
         if reduction is None:
             flat, buckets = every[0].gradients, self._replicas.buckets
-            reduction = ProcessReduction(across.processes, flat, buckets, across.timeout, "a training step")
+            reduction = ProcessReduction(across, flat, buckets, "a training step")
         every[0].device.compute.enqueue(reduction.finish)
         if len(self._replicas.updating) > 1:
             self._communicator.broadcast([replica.gradients for replica in every])

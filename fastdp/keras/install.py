@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from keras.src.backend.torch.trainer import TorchTrainer
 
+from fastdp.comm.processes import several
 from fastdp.errors import ReplicaError
 from fastdp.keras.checks import check_backend, check_options, check_template, is_built, unbuilt_layers
 from fastdp.keras.fit.callbacks import quiet_elsewhere
@@ -88,7 +89,7 @@ def install(
             `train_step` or layers of its own, `predict`) are timed on all devices and on one, within the first 24 of
             a kind, and run on one device from then on, as plain Keras, where that is faster; a line on the error
             stream says so. Results are the same. With `deterministic`, `shards` or `on_nonfinite` all devices stay.
-        options: `update`, `timeout`, `check_replicas`, `shards` and `on_nonfinite`, as in `fastdp.wrap`.
+        options: `update`, `timeout`, `check_replicas`, `shards`, `on_nonfinite` and `grad_dtype`, as in `fastdp.wrap`.
 
     Raises:
         ValueError: invalid `gpus`, or an unknown `compile`, `graph`, `rows` or `update`.
@@ -100,7 +101,7 @@ def install(
         >>> model.fit(x, y)  # doctest: +SKIP
     """
     check_backend("fastdp.install")
-    unknown = set(options) - {"update", "timeout", "check_replicas", "shards", "on_nonfinite"}
+    unknown = set(options) - {"update", "timeout", "check_replicas", "shards", "on_nonfinite", "grad_dtype"}
     if unknown:
         raise TypeError(f"`fastdp.install` has no option {sorted(unknown)}.")
     chosen = Options(
@@ -178,7 +179,7 @@ class _ParallelFunction:
         self._refused: str | None = None
         options = installed.options
         stays = installed.always or options.deterministic or options.on_nonfinite is not None
-        self._trial = None if stays or len(installed.devices) == 1 else DeviceTrial()
+        self._trial = None if stays or several() or len(installed.devices) == 1 else DeviceTrial()
 
     def look_again(self) -> None:
         """Check the model again before the next step, since it may have changed."""

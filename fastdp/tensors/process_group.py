@@ -52,7 +52,7 @@ class ProcessGroups(Processes):
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
-        self._store = _store(rank, size)
+        self._store: Any = _store(rank, size)
         self._generation = 0
         self._broken: BaseException | None = None
         self._failed_in = -1
@@ -64,8 +64,8 @@ class ProcessGroups(Processes):
         store = dist.PrefixStore(str(self._generation), self._store)
         limit = timedelta(seconds=JOIN_TIMEOUT)
         try:
-            self._talk = dist.ProcessGroupGloo(dist.PrefixStore("talk", store), self.rank, self.size, limit)
-            self._sums = dist.ProcessGroupGloo(dist.PrefixStore("sums", store), self.rank, self.size, limit)
+            self._talk: Any = dist.ProcessGroupGloo(dist.PrefixStore("talk", store), self.rank, self.size, limit)
+            self._sums: Any = dist.ProcessGroupGloo(dist.PrefixStore("sums", store), self.rank, self.size, limit)
         except RuntimeError as error:
             raise ProcessError(
                 f"Process {self.rank} of {self.size} could not connect to all others within {JOIN_TIMEOUT:g} seconds: "
@@ -125,9 +125,11 @@ class ProcessGroups(Processes):
 
     # Gradients.
 
-    def sum(self, array: np.ndarray, dtype: str) -> Callable[[float, str], None]:
+    def sum(self, array: np.ndarray, dtype: str, *, halves: bool = False) -> Callable[[float, str], None]:
         """16-bit floats are summed in fp32 and rounded once."""
         self._check()
+        if halves and dtype in ("float32", "float64"):
+            return self._sum_of_halves(array)
         wide = array
         if dtype in ("bfloat16", "float16"):
             wide = from_bfloat16(array) if dtype == "bfloat16" else array.astype(np.float32)
@@ -141,10 +143,28 @@ class ProcessGroups(Processes):
 
         return wait
 
+    def _sum_of_halves(self, array: np.ndarray) -> Callable[[float, str], None]:
+        """Each process adds one part up, in rank order, and gives the sum to all."""
+        each = -(-array.size // self.size)
+        given, taken = (np.zeros((self.size, each), np.uint16) for _ in range(2))
+        given.reshape(-1)[: array.size] = to_bfloat16(array.astype(np.float32, copy=False))
+        work = self._start(self._sums.alltoall_base, _bytes(taken), _bytes(given), [], [])
+
+        def wait(timeout: float, what: str) -> None:
+            self._wait(work, timeout, what)
+            total = from_bfloat16(taken[0])
+            for part in taken[1:]:
+                total += from_bfloat16(part)
+            parts = [torch.zeros(2 * each, dtype=torch.uint8) for _ in range(self.size)]
+            self._wait(self._start(self._sums.allgather, [parts], [_bytes(to_bfloat16(total))]), timeout, what)
+            array[...] = from_bfloat16(torch.cat(parts).numpy().view(np.uint16)[: array.size])
+
+        return wait
+
     def copy_first(self, array: np.ndarray) -> Callable[[float, str], None]:
         """By a broadcast of the bytes."""
         self._check()
-        work = self._start(self._sums.broadcast, [torch.from_numpy(array.reshape(-1).view(np.uint8))])
+        work = self._start(self._sums.broadcast, [_bytes(array)])
         return lambda timeout, what: self._wait(work, timeout, what)
 
     # Failures.
@@ -264,8 +284,11 @@ class ProcessGroups(Processes):
             group.abort()
 
     def _leave(self) -> None:
-        """Tell the others that the script has ended."""
+        """Tell the others that the script has ended, and end gloo's threads while the interpreter still runs."""
         self._note("left", socket.gethostname())
+        if self._broken is not None:
+            self._close()
+        self._talk = self._sums = self._store = None
 
 
 def _store(rank: int, size: int) -> Any:
@@ -285,6 +308,11 @@ def _store(rank: int, size: int) -> Any:
         raise ProcessError(f"Process {rank} of {size} found no store at {host}:{port}: {error}") from error
     run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"fastdp/{run}", store)
+
+
+def _bytes(array: np.ndarray) -> torch.Tensor:
+    """The memory of an array as bytes."""
+    return torch.from_numpy(array.reshape(-1).view(np.uint8))
 
 
 def _real(dtype: np.dtype) -> np.dtype:

@@ -152,7 +152,20 @@ def own_step(devices: int) -> dict[str, Any]:
     return {**{f"weight {i}": v for i, v in enumerate(model.get_weights())}, "loss": np.array(history["loss"])}
 
 
-CASES = {"train_step": train_step, "loop": loop, "keras_fit": keras_fit, "own_step": own_step}
+def halves(devices: int) -> dict[str, Any]:
+    """One step with gradients that travel as bfloat16, in fp32 and several buckets' worth of numbers."""
+    torch.manual_seed(RANK)
+    module = nn.Linear(700, 500)
+    several = {"grad_dtype": "bfloat16"} if "RANK" in os.environ else {}
+    parallel = fastdp.wrap(module, gpus=devices, check_replicas=True, **several)
+    step = parallel.train_step(F.mse_loss, lambda p: torch.optim.SGD(p, lr=1.0))
+    before = found_in(module)  # by now those of process 0
+    draw = torch.Generator().manual_seed(1)
+    step(torch.randn(9, 700, generator=draw), torch.randn(9, 500, generator=draw))
+    return {name: before[name] - value for name, value in found_in(module).items()}
+
+
+CASES = {"train_step": train_step, "loop": loop, "keras_fit": keras_fit, "own_step": own_step, "halves": halves}
 
 
 def run(devices: int, names: list[str]) -> dict[str, dict[str, Any]]:
