@@ -22,12 +22,19 @@ from fastdp.tracing.spans import now, span
 Arrays = list[np.ndarray]
 
 
-def scatter(arrays: Sequence[Any], shards: Sequence[Rows], devices: Sequence[QueueDevice]) -> list[list[Any]]:
-    """Each replica's rows of every array, on its device. The batch must not change until the step is over."""
-    pairs = zip(devices, shards, strict=False)
-    if type(arrays) is not list and _are_resident(arrays):
-        return [arrays.rows_on(device, rows) for device, rows in pairs]
-    return [device.take_rows(arrays, rows) for device, rows in pairs]
+def scatter(
+    arrays: Sequence[Any], shards: Sequence[Rows], devices: Sequence[QueueDevice], into: list[list[Any]] | None = None
+) -> list[list[Any]]:
+    """Each replica's rows of every array, on its device. The batch must not change until the step is over.
+
+    Args:
+        into: a list that gets them one by one: after a failure its length tells which device has failed.
+    """
+    taken = [] if into is None else into
+    resident = type(arrays) is not list and _are_resident(arrays)
+    for device, rows in zip(devices, shards, strict=False):
+        taken.append(arrays.rows_on(device, rows) if resident else device.take_rows(arrays, rows))  # type: ignore[attr-defined]
+    return taken
 
 
 def stage(arrays: Sequence[Any], shards: Sequence[Rows], devices: Sequence[QueueDevice]) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
-from fastdp.comm.scatter_merge import Merger, scatter, stage
+from fastdp.comm.scatter_merge import Merger, stage
 from fastdp.comm.select import communicator
 from fastdp.comm.tuning import tune
 from fastdp.engine.accumulation import AccumulatedGradients
@@ -23,7 +23,7 @@ from fastdp.engine.host_launch import HostLaunch
 from fastdp.engine.make_report import Reporting
 from fastdp.engine.recovery import Recovery
 from fastdp.engine.reductions import ProcessesReductions, Reductions
-from fastdp.engine.replica_work import abort_if_skipped, add_up, run_replica
+from fastdp.engine.replica_work import abort_if_skipped, add_up, run_replica, scatter_rows
 from fastdp.engine.replicas import Call, Replica, ReplicaGroup
 from fastdp.engine.rollback import Rollback
 from fastdp.engine.state import EngineState
@@ -242,7 +242,7 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
         if step.by_host:
             self.host_launch.scatter(step)
         else:
-            step.batches = scatter(step.batch.arrays, step.shards, self.devices)
+            scatter_rows(step, self.devices)
         step.watch.scattered = time.perf_counter()
 
     def _run(self, step: Step, work: Work, *, has_gradients: bool = False) -> None:

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from fastdp.comm.context import Context
+from fastdp.comm.scatter_merge import scatter
 from fastdp.comm.tree import sum_in_tree
 from fastdp.engine.interrupts import interrupts_wait
 from fastdp.engine.replicas import Replica
 from fastdp.engine.rollback import Rollback
-from fastdp.engine.step import Operation, Step
+from fastdp.engine.step import Operation, Step, step_error
 from fastdp.errors import StepAborted
 from fastdp.program.base import Result, Totals
-from fastdp.runtime.queue import QueueEvent
+from fastdp.runtime.queue import QueueDevice, QueueEvent
 from fastdp.runtime.work_stealing import WorkStealing
 from fastdp.tracing.spans import now, span
+
+
+def scatter_rows(step: Step, devices: Sequence[QueueDevice]) -> None:
+    """Bring each replica's rows to its device. On the host thread.
+
+    Raises:
+        ReplicaError: a device could not take them.
+    """
+    step.batches = []
+    try:
+        scatter(step.batch.arrays, step.shards, devices, into=step.batches)
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        step.fail(len(step.batches), error, "scatter")
+        raise step_error(step.failures, step, devices) from error
 
 
 def run_replica(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
+from torch.utils._pytree import tree_map_only
 
 OptimizerFactory = Callable[[list[torch.Tensor]], "Optimizer | Sequence[Optimizer]"]
 
@@ -117,6 +119,30 @@ class Optimizers:
         """Update the module's parameters by what they have as `grad`."""
         for one in self.all:
             one.step()
+
+    @contextmanager
+    def restored_on_failure(self) -> Iterator[None]:
+        """Give the optimizers back what they keep if the block fails: their state, and their groups' settings.
+
+        The weights are the engine's (`fastdp.engine.rollback`). Tensors of the state are copied.
+        """
+        states = [
+            {key: tree_map_only(torch.Tensor, torch.clone, dict(kept)) for key, kept in one.state.items()}
+            for one in self.all
+        ]
+        settings = [
+            [{name: value for name, value in group.items() if name != "params"} for group in one.param_groups]
+            for one in self.all
+        ]
+        try:
+            yield
+        except BaseException:
+            for one, state, groups in zip(self.all, states, settings, strict=True):
+                one.state.clear()
+                one.state.update(state)
+                for group, before in zip(one.param_groups, groups, strict=False):
+                    group.update(before)
+            raise
 
     # Files.
 

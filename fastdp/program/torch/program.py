@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -377,7 +377,8 @@ class TorchProgram(Program):
         gradients = window.found.gradients(state.gradients.present)
         if notes.half is not None:
             notes.half.overflow(self._users, gradients)
-        with grads_restored(users):
+        restored = nullcontext() if self.update_is_reliable else self.optimizers.restored_on_failure()
+        with grads_restored(users), restored:
             if notes.hooked is not None:
                 notes.hooked.run(gradients)
             for user, gradient in zip(users, gradients, strict=True):

@@ -1,0 +1,208 @@
+"""One small model of each kind that fastdp trains, all used alike: train on the batch of a step, look at all state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+
+import fastdp
+
+WIDTH, ROWS = 6, 12
+
+
+class Kind(ABC):
+    """A model on several devices.
+
+    Args:
+        devices: how many.
+    """
+
+    verbs: tuple[str, ...] = ("scatter", "run", "reduce", "update", "merge")
+    corruptible: tuple[str, ...] = ("scatter", "run", "reduce")
+
+    @abstractmethod
+    def __init__(self, devices: int) -> None: ...
+
+    @abstractmethod
+    def step(self, number: int) -> None:
+        """Train on the batch of a step."""
+
+    @abstractmethod
+    def state(self) -> list[np.ndarray]:
+        """Copies of weights, buffers and the optimizer's state."""
+
+    def parts(self) -> dict[str, Any]:
+        """The parts that `fastdp.Checkpoint` saves."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def load(self, state: list[np.ndarray]) -> None:
+        """Set them to what `state` has returned."""
+
+
+def rows_of(number: int) -> tuple[np.ndarray, np.ndarray]:
+    """The batch of a step, of its own number of rows."""
+    rng = np.random.default_rng(number)
+    rows = ROWS - number % 3
+    return rng.normal(size=(rows, WIDTH)).astype("f4"), rng.normal(size=(rows, 1)).astype("f4")
+
+
+class FunctionKind(Kind):
+    """Functions of NumPy, with momentum."""
+
+    def __init__(self, devices: int) -> None:
+        from fastdp.program.functions import FunctionProgram
+
+        def forward(parameters: Any, batch: Any) -> list[np.ndarray]:
+            return [np.tanh(batch[0] @ parameters["w"]) @ parameters["v"]]
+
+        def train(parameters: Any, batch: Any) -> tuple[float, dict[str, Any], list[np.ndarray]]:
+            x, y = batch
+            hidden = np.tanh(x @ parameters["w"])
+            error = hidden @ parameters["v"] - y
+            inner = error @ parameters["v"].T * (1 - hidden**2)
+            scale = 2 / len(x)
+            return float((error**2).mean()), {"w": scale * x.T @ inner, "v": scale * hidden.T @ error}, [error]
+
+        def update(parameters: Any, slots: Any, gradients: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+            slots = {name: 0.9 * slots[name] + gradients[name] for name in slots}
+            return {name: parameters[name] - 0.01 * slots[name] for name in slots}, slots
+
+        rng = np.random.default_rng(0)
+        start = {"w": rng.normal(size=(WIDTH, 5)).astype("f4"), "v": rng.normal(size=(5, 1)).astype("f4")}
+        self.program = FunctionProgram(start, train, update, forward, {k: np.zeros_like(v) for k, v in start.items()})
+        self.engine = fastdp.DataParallel(self.program, devices, on_nonfinite="raise", timeout=60.0)
+
+    def step(self, number: int) -> None:
+        self.engine.train(list(rows_of(number)))
+
+    def state(self) -> list[np.ndarray]:
+        parts = self.program.state_dict()
+        return [values[name].copy() for values in parts.values() for name in sorted(values)]
+
+    def parts(self) -> dict[str, Any]:
+        return {"model": self.program}
+
+    def load(self, state: list[np.ndarray]) -> None:
+        parts, given = self.program.state_dict(), iter(state)
+        self.program.load_state_dict({part: {k: next(given) for k in sorted(v)} for part, v in parts.items()})
+
+
+class TorchStepKind(Kind):
+    """A torch module by `train_step`, with batch normalization, dropout and Adam."""
+
+    def __init__(self, devices: int) -> None:
+        import torch
+        from torch import nn
+
+        torch.manual_seed(0)
+        self.module = nn.Sequential(nn.Linear(WIDTH, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(0.2), nn.Linear(5, 1))
+        self._make(devices)
+
+    def _make(self, devices: int) -> None:
+        import torch
+        from torch import nn
+
+        self.parallel = fastdp.wrap(self.module, devices, on_nonfinite="raise", compile=None, timeout=60.0)
+        self.train_step = self.parallel.train_step(nn.MSELoss(), lambda p: torch.optim.Adam(p, 0.01), outputs=True)
+        self.optimizer = self.train_step.optimizer
+
+    def step(self, number: int) -> None:
+        import torch
+
+        torch.manual_seed(number)
+        x, y = map(torch.from_numpy, rows_of(number))
+        self.train_step(x, y)
+
+    def parts(self) -> dict[str, Any]:
+        return {"model": self.parallel, "step": self.train_step}
+
+    def _tensors(self) -> list[Any]:
+        slots = [value for p in self.module.parameters() for _, value in sorted(self.optimizer.state[p].items())]
+        return [*self.module.state_dict().values(), *slots]
+
+    def state(self) -> list[np.ndarray]:
+        return [tensor.detach().numpy().copy() for tensor in self._tensors()]
+
+    def load(self, state: list[np.ndarray]) -> None:
+        import torch
+
+        if len(self._tensors()) < len(state):  # Adam makes its state in the first step
+            self.step(0)
+        with torch.no_grad():
+            for tensor, value in zip(self._tensors(), state, strict=True):
+                tensor.copy_(torch.from_numpy(value))
+
+
+class TorchLoopKind(TorchStepKind):
+    """The same module in a loop of one's own, whose optimizer steps on the host."""
+
+    verbs = ("scatter", "run", "reduce", "merge")
+    corruptible = ("run", "reduce")  # in host memory replicas read the caller's own tensors, not what was scattered
+
+    def _make(self, devices: int) -> None:
+        import torch
+
+        self.parallel = fastdp.wrap(self.module, devices, on_nonfinite="raise", compile=None, timeout=60.0)
+        self.optimizer = torch.optim.Adam(self.module.parameters(), 0.01)
+
+    def step(self, number: int) -> None:
+        import torch
+
+        torch.manual_seed(number)
+        x, y = map(torch.from_numpy, rows_of(number))
+        self.optimizer.zero_grad()
+        before = [buffer.clone() for buffer in self.module.buffers()]
+        try:
+            torch.nn.functional.mse_loss(self.parallel(x), y).backward()
+        except RuntimeError:  # a forward pass that was whole has moved the running statistics, as in plain torch
+            for buffer, value in zip(self.module.buffers(), before, strict=True):
+                buffer.copy_(value)
+            raise
+        self.optimizer.step()
+
+
+class KerasKind(Kind):
+    """A Keras model with batch normalization, dropout and Adam."""
+
+    def __init__(self, devices: int) -> None:
+        import keras
+
+        keras.utils.set_random_seed(0)
+        layers = keras.layers
+        self.model = keras.Sequential(
+            [
+                keras.Input((WIDTH,)),
+                layers.Dense(5),
+                layers.BatchNormalization(),
+                layers.Dropout(0.2, seed=1),
+                layers.Dense(1),
+            ]
+        )
+        self.parallel = fastdp.wrap(self.model, devices, on_nonfinite="raise", compile=None, timeout=60.0)
+        self.parallel.compile(keras.optimizers.Adam(0.01), "mse", metrics=["mae"])
+
+    def step(self, number: int) -> None:
+        self.parallel.train_on_batch(*rows_of(number))
+
+    def _variables(self) -> list[Any]:
+        return [*self.model.variables, *self.parallel.optimizer.variables]
+
+    def state(self) -> list[np.ndarray]:
+        return [variable.numpy().copy() for variable in self._variables()]
+
+    def load(self, state: list[np.ndarray]) -> None:
+        if len(self._variables()) < len(state):
+            self.step(0)
+        for variable, value in zip(self._variables(), state, strict=True):
+            variable.assign(value)
+
+
+KINDS: dict[str, type[Kind]] = {
+    "functions": FunctionKind,
+    "torch step": TorchStepKind,
+    "torch loop": TorchLoopKind,
+    "keras": KerasKind,
+}
