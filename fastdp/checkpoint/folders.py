@@ -96,6 +96,8 @@ def what_is_wrong(place: Path) -> str | None:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError) as error:
         return f"it cannot be read ({error})"
+    except (LookupError, TypeError, AttributeError, RecursionError) as error:  # checksums that somebody has made anew
+        return f"{MANIFEST} is not what was written ({type(error).__name__})"
 
 
 def remove(place: Path) -> None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import collections
 import json
 import math
+import pickle
+import struct
 import zipfile
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,6 +52,75 @@ def pack(value: Any, tensors: Tensors | None = None) -> Packed:
     packed = Packed(None)
     packed.structure = _pack(value, "", packed.arrays, tensors)
     return packed
+
+
+# What Python's, NumPy's and torch's readers raise for content that nobody has written.
+_ODD = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    pickle.UnpicklingError,
+)
+
+
+# What models raise for states of others, or for a file of theirs that is none, besides their documented errors.
+_UNFIT = (
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    OSError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+class NeedsTorchError(ValueError):
+    """A checkpoint holds tensors, and nobody has imported torch."""
+
+
+@contextmanager
+def reading(place: Path) -> Iterator[None]:
+    """While a checkpoint is read: content that makes no sense, though its checksums do, is one error that names it.
+
+    Raises:
+        ValueError: it has such content.
+    """
+    try:
+        yield
+    except NeedsTorchError:
+        raise
+    except _ODD as error:
+        raise ValueError(
+            f"The checkpoint {place} cannot be read, though its checksums are right ({type(error).__name__}: {error}). "
+            "Remove it, so that the one before it is used."
+        ) from error
+
+
+@contextmanager
+def loading(place: Path) -> Iterator[None]:
+    """While what was read is given to models and optimizers: what does not fit them is an error that names it.
+
+    Raises:
+        ValueError: a part is missing or of another form. Errors of the models' own (ValueError, TypeError,
+            RuntimeError) pass.
+    """
+    try:
+        yield
+    except _UNFIT as error:
+        raise ValueError(
+            f"The checkpoint {place} does not fit this run: {type(error).__name__}: {error}. Make the same model and "
+            "the same parts as before, or choose another folder."
+        ) from error
 
 
 def read(folder: Path, tensors: Tensors | None = None) -> Any:
@@ -147,7 +220,7 @@ def _unpack(structure: Any, arrays: Sequence[np.ndarray], tensors: Tensors | Non
         return _DICTS[kind](dict(pairs))
     if kind == "tensor":
         if tensors is None:
-            raise ValueError("The checkpoint holds tensors of torch: import torch before it is restored.")
+            raise NeedsTorchError("The checkpoint holds tensors of torch: import torch before it is restored.")
         return tensors.unpack(content[0], arrays[content[1] : content[2]])
     raise ValueError(
         f"A state of a checkpoint has a part of unknown kind {kind!r}: a newer fastdp may have written it."

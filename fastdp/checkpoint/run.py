@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -137,23 +138,28 @@ class Checkpoint:
             The position where the run goes on; None if there is no checkpoint.
 
         Raises:
-            ValueError, TypeError, RuntimeError: it is of another model or other parts than this one.
+            ValueError, TypeError, RuntimeError: it is of another model or other parts than this one, or its content is
+                not what was written, though its checksums are right.
         """
         found = self._store.newest()
         if found is None:
             return None
         library = torch_side()
-        state = nest.read(found[1], library)
-        weights = library.read_state(found[1] / MODEL) if (found[1] / MODEL).exists() else {}
-        _check_parts(found[1], state["parts"], self._parts)
-        shards.warn_of_others(found[1], state, self._model)
-        self._model.load_state_dict({**weights, **state["model"]})
-        for name, parts in self._parts.items():
-            for part, saved in zip(parts, state["parts"][name], strict=True):
-                part.load_state_dict(saved)
-        write_generators(state["generators"])
-        self._position = self._saved = Position(*state["position"])
-        self._resumed = state
+        with nest.reading(found[1]):
+            state = nest.read(found[1], library)
+            weights = library.read_state(found[1] / MODEL) if (found[1] / MODEL).exists() else {}
+            position = Position(*(operator.index(number) for number in state["position"]))
+            model, parts_there = {**weights, **state["model"]}, {**state["parts"]}
+            self._resumed = {"data": state["data"], "generators": state["generators"]}
+        with nest.loading(found[1]):
+            _check_parts(found[1], parts_there, self._parts)
+            shards.warn_of_others(found[1], state, self._model)
+            self._model.load_state_dict(model)
+            for name, parts in self._parts.items():
+                for part, saved in zip(parts, parts_there[name], strict=True):
+                    part.load_state_dict(saved)
+            write_generators(state["generators"])
+        self._position = self._saved = position
         return self._position
 
     def epochs(self, count: int) -> Iterator[int]:

@@ -5,6 +5,7 @@
     fastdp run --gpus auto train.py
     fastdp run --gpus 8 --always train.py
     fastdp run --virtual 4 -m package.train
+    fastdp run --restarts 3 train.py
 
 Keras models run their steps on all devices. So do the calls of a torch module that an optimizer trains: the outputs of
 `model(x)` and the gradients of `loss.backward()` are those of one device. What cannot be split exactly runs as in plain
@@ -34,6 +35,7 @@ from typing import Any
 from fastdp.cli.arguments import shown, whole_number
 from fastdp.cli.imported import when_imported
 from fastdp.cli.optional import choose_torch
+from fastdp.cli.restarts import MOST_RESTARTS, is_supervised, supervise
 from fastdp.cli.status import OK, WRONG_USE, say
 from fastdp.comm.processes import several
 from fastdp.options import Options
@@ -90,6 +92,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json", action="store_true", help="at the end, one line of JSON on the error stream: what ran on what"
     )
     parser.add_argument(
+        "--restarts",
+        type=whole_number(0, MOST_RESTARTS),
+        default=0,
+        metavar="N",
+        help="start the script again when it fails, N times at most: it goes on from its checkpoint, if it has one",
+    )
+    parser.add_argument(
         "-m",
         dest="module",
         nargs=argparse.REMAINDER,
@@ -112,6 +121,8 @@ def run(options: argparse.Namespace) -> int:
     unfit = None if by_name else _why_not_a_script(name)
     if unfit is not None:
         return _say(f"can't open file {os.path.abspath(name)!r}: {unfit}", WRONG_USE)
+    if not is_supervised() and options.restarts:
+        return supervise(name, options.restarts)
     # As in `python`: the script's own folder, or the current folder for a module.
     sys.path[0] = os.getcwd() if by_name else str(Path(name).resolve().parent)
     sys.argv[:] = command

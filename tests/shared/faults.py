@@ -97,7 +97,8 @@ def _in_scatter(fault: Fault, original: Callable[..., Any]) -> Callable[..., Any
     def take_rows(device: HostDevice, batch: Any, rows: Any) -> Any:
         taken = original(device, batch, rows)
         if fault.strikes("scatter", device.name):
-            taken = [np.array(array) for array in taken]  # rows are views: the caller's arrays stay as they are
+            if fault.kind == "corrupt":  # rows are views: the caller's arrays stay as they are
+                taken = [np.array(array) for array in taken]
             fault.strike(lambda: taken)
         return taken
 

@@ -73,7 +73,7 @@ class FunctionKind(Kind):
         rng = np.random.default_rng(0)
         start = {"w": rng.normal(size=(WIDTH, 5)).astype("f4"), "v": rng.normal(size=(5, 1)).astype("f4")}
         self.program = FunctionProgram(start, train, update, forward, {k: np.zeros_like(v) for k, v in start.items()})
-        self.engine = fastdp.DataParallel(self.program, devices, on_nonfinite="raise", timeout=60.0)
+        self.engine = fastdp.DataParallel(self.program, devices, on_nonfinite="raise", timeout=900.0)
 
     def step(self, number: int) -> None:
         self.engine.train(list(rows_of(number)))
@@ -105,7 +105,7 @@ class TorchStepKind(Kind):
         import torch
         from torch import nn
 
-        self.parallel = fastdp.wrap(self.module, devices, on_nonfinite="raise", compile=None, timeout=60.0)
+        self.parallel = fastdp.wrap(self.module, devices, on_nonfinite="raise", compile=None, timeout=900.0)
         self.train_step = self.parallel.train_step(nn.MSELoss(), lambda p: torch.optim.Adam(p, 0.01), outputs=True)
         self.optimizer = self.train_step.optimizer
 
@@ -145,7 +145,7 @@ class TorchLoopKind(TorchStepKind):
     def _make(self, devices: int) -> None:
         import torch
 
-        self.parallel = fastdp.wrap(self.module, devices, on_nonfinite="raise", compile=None, timeout=60.0)
+        self.parallel = fastdp.wrap(self.module, devices, on_nonfinite="raise", compile=None, timeout=900.0)
         self.optimizer = torch.optim.Adam(self.module.parameters(), 0.01)
 
     def step(self, number: int) -> None:
@@ -181,7 +181,7 @@ class KerasKind(Kind):
                 layers.Dense(1),
             ]
         )
-        self.parallel = fastdp.wrap(self.model, devices, on_nonfinite="raise", compile=None, timeout=60.0)
+        self.parallel = fastdp.wrap(self.model, devices, on_nonfinite="raise", compile=None, timeout=900.0)
         self.parallel.compile(keras.optimizers.Adam(0.01), "mse", metrics=["mae"])
 
     def step(self, number: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -194,11 +195,16 @@ class Checkpoint(WritesFiles):
     def _restore(self, place: Path) -> None:
         """Load a checkpoint. What `fit` and other callbacks set at their beginning is set before the next batch."""
         assert self._loop is not None
-        state = nest.read(place, torch_side())
-        shards.warn_of_others(place, state, self.model)
-        model_file.load_into(self.model, place)
-        self._step = self._begun = state["step"]
-        self._epoch = self.model._initial_epoch = state["epoch"]
+        with nest.reading(place):
+            state = nest.read(place, torch_side())
+            step, epoch, _ = (operator.index(state[name]) for name in ("step", "epoch", "batch"))
+            for name in ("stopped", "callbacks", "data", "variables", "global seed", "generators"):
+                state[name]
+        with nest.loading(place):
+            shards.warn_of_others(place, state, self.model)
+            model_file.load_into(self.model, place)
+        self._step = self._begun = step
+        self._epoch = self.model._initial_epoch = epoch
         epochs = self.params.get("epochs") or 0
         if state["stopped"] or state["epoch"] >= epochs:  # it is over: there is no next batch
             warn_user(f"The run in {self._folder} is over, after epoch {state['epoch']}: this `fit` trains no more.")

@@ -1,0 +1,34 @@
+"""A short soak, and runs that are killed in each verb: `python tests/shared/soak.py` is the long one."""
+
+from __future__ import annotations
+
+import pytest
+import soak
+from faults import VERBS
+
+import fastdp
+
+
+@pytest.fixture
+def three_devices():
+    fastdp.set_virtual_devices(soak.DEVICES)
+    yield
+    fastdp.set_virtual_devices(0)
+
+
+def test_random_faults_lose_nothing_and_leave_threads_and_files_as_they_were(three_devices):
+    run = soak.Soak(1, ("functions",))
+    run.run(40)
+    before = soak.resources()
+    run.run(120)
+    after = soak.resources()
+    assert run.counts["faults"] > 20
+    assert (after["threads"], after["files"]) == (before["threads"], before["files"])
+    assert after["objects"] < before["objects"] * 1.02
+
+
+def test_a_run_that_is_killed_in_any_verb_goes_on_bit_for_bit():
+    end = soak.kill("functions", "", None, 0)
+    for step, verb in enumerate(VERBS, 1):
+        device = None if verb in ("reduce", "update") else f"virtual:{step % soak.DEVICES}"
+        soak.kill("functions", verb, device, step, end)
