@@ -61,6 +61,17 @@ class Shape(Generic[CapturedT]):
         """Note that the compiled form has failed, and the traced one stays."""
         self.jobs, self.runs, self.trial, self.compiled, self.why = [], [], None, False, why
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether further steps run as compiled, without anything to decide or to compare."""
+        captured = self.captured
+        return (
+            captured is not None
+            and self.compiled
+            and (self.trial is None or self.trial.is_over)
+            and not (captured.checks or captured.runs_eagerly or captured.failed or captured.disagreed)
+        )
+
     def note(self, seconds: float) -> None:
         """Add the duration of a step."""
         self.steps += 1

@@ -274,8 +274,12 @@ class ParallelModel(Traceable, TemplateView):
         for number, one in enumerate(data, 1):
             logs = steps.train_quietly(steps.engine_within_loop, one, data[number] if number < len(data) else None)
         if executions is not None and executions.go_on and steps.needs_no_logs() and not self.run_eagerly:
+            quiet = executions.quiet(steps.runs_no_other_code())
+            engine = steps.engine_within_loop
             for one in executions.further(lambda: not self.stop_training):
-                logs = steps.train_quietly(steps.engine_within_loop, one)
+                unchanged = quiet()
+                engine = engine if unchanged else steps.engine_within_loop
+                logs = steps.train_quietly(engine, one, None, unchanged)
         return steps.results() if logs is None else logs
 
     # Calls.

@@ -7,6 +7,7 @@ of the epoch from Keras's own iterator and runs their steps too, without going b
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,11 +16,14 @@ from typing import Any
 
 import keras
 from keras.src.backend.torch.trainer import TorchEpochIterator
+from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from keras.src.utils.python_utils import is_default
 
 from fastdp.keras.fit.callbacks import AtOnce
 from fastdp.patching import Patch
 
+# Seconds until what another thread has changed is looked for, where no code of the user's runs in this one.
+LOOK_SECONDS = 0.02
 # Hooks of callbacks for each batch of training.
 _HOOKS = ("on_batch_begin", "on_batch_end", "on_train_batch_begin", "on_train_batch_end")
 
@@ -56,6 +60,30 @@ class Executions:
         self._epochs = weakref.ref(epochs)
         # With `verbose=2`, Keras learns an unknown number of batches from the last one that callbacks are told of.
         self.go_on = not looked_at and epochs.num_batches is not None
+
+    def quiet(self, runs_no_other_code: bool) -> Callable[[], bool]:
+        """A function that says, between two steps, whether nothing but fastdp and Keras has run since the last one.
+
+        Then nothing can have changed what a step reads of Python, but for other threads and handlers of signals, which
+        come at no certain step: it says no every `LOOK_SECONDS`, so that their changes count soon.
+
+        Args:
+            runs_no_other_code: whether no other code runs in steps.
+        """
+        epochs = self._epochs()
+        if not runs_no_other_code or not isinstance(getattr(epochs, "data_adapter", None), ArrayDataAdapter):
+            return lambda: False
+        looked = time.perf_counter()
+
+        def is_quiet() -> bool:
+            nonlocal looked
+            now = time.perf_counter()
+            if now - looked < LOOK_SECONDS:
+                return True
+            looked = now
+            return False
+
+        return is_quiet
 
     def further(self, goes_on: Callable[[], bool]) -> Iterator[Any]:
         """The batches of the epoch's further executions. Called only if `go_on`.

@@ -60,6 +60,7 @@ class Steps(ModelEngine):
     _told_of_values = False
     trained_rows = 0  # rows of the training steps so far, for callbacks that tell samples per second
     _checked: tuple[Any, Batch] | None = None
+    _prepared: Any = None  # what captured steps were last prepared for
     # The prefetched batches of the current `fit`; None where batches are not fetched ahead.
     ahead: Prefetch | None = None
 
@@ -110,12 +111,15 @@ class Steps(ModelEngine):
         return self.results() if logs is None else logs
 
     @_deterministic_if_asked
-    def train_quietly(self, engine: DataParallel[CallProgram], data: Any, following: Any = None) -> Any:
+    def train_quietly(
+        self, engine: DataParallel[CallProgram], data: Any, following: Any = None, unchanged: bool = False
+    ) -> Any:
         """Run one training step; returns logs only where the template makes them itself. `results()` are the others.
 
         Args:
             engine, data: as for `train`.
             following: the next batch, if it is there already.
+            unchanged: nothing but fastdp and Keras has run since the last step.
         """
         if has_own(self.template, "train_step"):
             logs = self._own_step("train_step", data)
@@ -130,7 +134,10 @@ class Steps(ModelEngine):
             warn_user("The model does not have any trainable weights.")
         wants_outputs = self._wants_outputs()
         if program.captures is not None:
-            program.captures.prepare(batch, wants_outputs)
+            prepared = (program.captures, batch.rows, batch.shapes, batch.structure, wants_outputs)
+            if not (unchanged and prepared == self._prepared and all(s.is_settled for s in program.captures.present)):
+                program.captures.prepare(batch, wants_outputs)
+                self._prepared = prepared
         began = time.perf_counter()
         reduce = program.accumulation.reduces(engine)
         # Code that draws random numbers while it makes batches must run after the step's own draws.
@@ -183,6 +190,19 @@ class Steps(ModelEngine):
             or self._has_own_metrics()
             or type(self.trainer).get_metrics_result is not keras.Model.get_metrics_result
             or any(not type(metric).__module__.startswith("keras.") for metric in _each(self.trainer.metrics))
+        )
+
+    def runs_no_other_code(self) -> bool:
+        """Whether nothing but fastdp and Keras runs in a captured training step, and after it, on the host.
+
+        That code might change what a step reads of Python.
+        """
+        program = self.made_engine.program if self.made_engine is not None else None
+        return (
+            program is not None
+            and program.captures is not None
+            and program.update_is_reliable
+            and self.trainer._compile_metrics is None
         )
 
     @_deterministic_if_asked

@@ -18,6 +18,11 @@ from fastdp.tensors.row_effects import MEAN_SCALAR, ROWS_FIRST, Effect, Layout
 # The nest of most batches: x, y and sample_weight, each one array or None. No tree walk is needed.
 _PLAIN = (0, 0, 0)
 _PARTS = ("x", "y", "sample_weight")
+# The names of dtypes that need no conversion between torch and NumPy.
+_NAMES = {
+    dtype: dtype_name(torch.empty(0, dtype=dtype))
+    for dtype in (torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
+}
 _ARRAY_OR_NONE = (torch.Tensor, np.ndarray, type(None))
 
 
@@ -101,6 +106,11 @@ def flatten_batch(data: Any) -> tuple[Any, Structure]:
     for leaf in leaves:
         if leaf is None:
             dtypes.append(None)
+            continue
+        name = _NAMES.get(leaf.dtype) if type(leaf) is torch.Tensor and leaf.is_cpu else None
+        if name is not None and leaf.layout == torch.strided and not leaf.requires_grad:
+            arrays.append(leaf.numpy())
+            dtypes.append(name)
             continue
         tensor = leaf if isinstance(leaf, torch.Tensor) else _host_tensor(leaf)
         arrays.append(as_array(tensor))
