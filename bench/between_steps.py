@@ -1,7 +1,7 @@
 """How long does `fit` take between two steps, and is a step of the MLP as fast as plain torch's?
 
-784-512-512-10, batch 128, Adam, one virtual device, compiled steps. Whole epochs of `fit` take turns with each other and
-with a loop of plain torch over the same ready batches:
+784-512-512-10, batch 128, Adam, one virtual device, compiled steps. Whole epochs of `fit` take turns with each other
+and with a loop of plain torch over the same ready batches:
 
     arrays        shuffled rows are cut from arrays of 77 MB; no callback looks at batches
     generator     ready batches; no callback looks at batches

@@ -96,7 +96,7 @@ class ParallelModel(Traceable, TemplateView):
         self._begins_fit = False
         self._latest_fit = SimpleNamespace(inputs=[])  # an object of its own, whose lists Keras does not track
         self._looked_at = True
-        self._executions: Executions | None = None
+        self._executions = Executions(None, looked_at=True)
         self.fetch_ahead = any(device.on_gpu for device in devices)
         self._small_work = SmallWorkWarning()
         self._call_has_training_arg = True
@@ -174,7 +174,7 @@ class ParallelModel(Traceable, TemplateView):
         finally:
             self._latest_fit.inputs = input_report(arguments.get("x"))
             self._begins_fit = False
-            self._executions = None
+            self._executions = Executions(None, looked_at=True)
             self._steps.end_following()
             self._fitting.release()
 
@@ -270,16 +270,16 @@ class ParallelModel(Traceable, TemplateView):
 
     def _train_execution(self, data: list[Any]) -> Any:
         """Train on the batches of one execution, and of further ones where no callback looks; returns the last logs."""
-        steps, executions, logs = self._steps, self._executions, None
-        for number, one in enumerate(data, 1):
-            logs = steps.train_quietly(steps.engine_within_loop, one, data[number] if number < len(data) else None)
-        if executions is not None and executions.go_on and steps.needs_no_logs() and not self.run_eagerly:
+        steps, executions = self._steps, self._executions
+        engine = steps.engine_within_loop
+        logs = steps.train_quietly(engine, data[0], data[1] if len(data) > 1 else None)
+        if executions.go_on or len(data) > 1:
             quiet = executions.quiet(steps.runs_no_other_code())
-            engine = steps.engine_within_loop
-            for one in executions.further(lambda: not self.stop_training):
+            goes_on = executions.go_on and steps.needs_no_logs() and not self.run_eagerly
+            for one, following in executions.rest(data, lambda: goes_on and not self.stop_training):
                 unchanged = quiet()
                 engine = engine if unchanged else steps.engine_within_loop
-                logs = steps.train_quietly(engine, one, None, unchanged)
+                logs = steps.train_quietly(engine, one, following, unchanged)
         return steps.results() if logs is None else logs
 
     # Calls.

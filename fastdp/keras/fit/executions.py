@@ -50,16 +50,16 @@ class Executions:
     """The executions of one `fit`.
 
     Args:
-        epochs: Keras's iterator over its epochs.
+        epochs: Keras's iterator over its epochs; None where no `fit` runs.
         looked_at: whether a callback looks at batches.
 
     `go_on` says whether one call may run several executions.
     """
 
     def __init__(self, epochs: Any, *, looked_at: bool) -> None:
-        self._epochs = weakref.ref(epochs)
+        self._epochs: Callable[[], Any] = weakref.ref(epochs) if epochs is not None else lambda: None
         # With `verbose=2`, Keras learns an unknown number of batches from the last one that callbacks are told of.
-        self.go_on = not looked_at and epochs.num_batches is not None
+        self.go_on = not looked_at and epochs is not None and epochs.num_batches is not None
 
     def quiet(self, runs_no_other_code: bool) -> Callable[[], bool]:
         """A function that says, between two steps, whether nothing but fastdp and Keras has run since the last one.
@@ -85,22 +85,25 @@ class Executions:
 
         return is_quiet
 
-    def further(self, goes_on: Callable[[], bool]) -> Iterator[Any]:
-        """The batches of the epoch's further executions. Called only if `go_on`.
+    def rest(self, data: list[Any], goes_on: Callable[[], bool]) -> Iterator[tuple[Any, Any]]:
+        """The batches of an execution but the first, then those of the epoch's further executions.
 
         Args:
+            data: the batches of the execution.
             goes_on: asked before each further execution.
 
-        What the data set raises is raised here.
+        Yields:
+            A batch, and the one after it if it is there already. What the data set raises is raised here.
         """
-        epochs: Any = self._epochs()
+        yield from zip(data[1:], [*data[2:], None], strict=False)
+        epochs = self._epochs()
         while epochs is not None and goes_on():
             try:
                 _, _, batches = next(epochs)
             except StopIteration:
                 epochs._epoch_iterator = iter(())  # Keras asks once more, and must not ask the data set again
                 return
-            yield from batches
+            yield from zip(batches, [*batches[1:], None], strict=True)
 
 
 @contextmanager

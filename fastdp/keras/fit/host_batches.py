@@ -39,7 +39,11 @@ def batches_of(loader: Any) -> Iterator[Any]:
     if cut is None:
         return batches
     in_order = isinstance(getattr(loader.batch_sampler, "sampler", None), SequentialSampler)
-    return map(cut, map(_as_slice if in_order else _as_index, batches._sampler_iter))
+    return CutBatches(cut, map(_as_slice if in_order else _as_index, batches._sampler_iter))
+
+
+class CutBatches(map):  # type: ignore[type-arg]
+    """Batches that are cut from arrays in host memory: no code of the user's runs meanwhile, and nothing can hang."""
 
 
 def _is_keras_own(dataset: Any) -> bool:

@@ -16,7 +16,7 @@ from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
 from fastdp.comm.batch import Batch
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.keras.fit.array_batches import ArrayBatches
-from fastdp.keras.fit.host_batches import batches_of
+from fastdp.keras.fit.host_batches import CutBatches, batches_of
 from fastdp.program.keras.batch import make_batch, unpack
 from fastdp.program.keras.layer_calls import CallProgram
 from fastdp.runtime.watchdog import Watched
@@ -126,9 +126,23 @@ def _beginning(epochs: Any) -> Callable[[], Any]:
 
 def _fetched_on_host(batches: Iterator[Any], timeout: float) -> Iterator[Any]:
     """The same batches, each fetched while Keras's device is the CPU."""
+    if isinstance(batches, CutBatches):
+        yield from _cut(batches)
+        return
     end, watch = object(), Watched("The next batch of the data set", timeout)
     while True:
         with span("input"), keras.device("cpu"), watch:
+            data = next(batches, end)
+        if data is end:
+            return
+        yield data
+
+
+def _cut(batches: CutBatches) -> Iterator[Any]:
+    """Batches that need neither a device of Keras's nor a watchdog."""
+    end = object()
+    while True:
+        with span("input"):
             data = next(batches, end)
         if data is end:
             return

@@ -12,6 +12,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import fastdp
+from fastdp.capture.shapes import Shape
+from fastdp.capture.steps import Captures
+from fastdp.keras.fit import executions
 from fastdp.keras.fit.executions import looks_at_batches
 from fastdp.keras.steps.standard import Steps
 
@@ -38,7 +41,7 @@ def template():
 
 def compiled(model, metrics=(), **options):
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.Adam(0.05), loss, metrics=list(metrics), **options)
+    model.compile(keras.optimizers.Adam(0.05), loss, metrics=list(metrics) or None, **options)
     return model
 
 
@@ -308,6 +311,31 @@ def test_unknown_lengths_are_told_to_callbacks_at_the_end(capsys):
         with pytest.warns(UserWarning, match="ran out of data"):
             parallel().fit(((X[:4], Y[:4]) for _ in range(5)), verbose=verbose, shuffle=False)
     assert "5/5" in capsys.readouterr().out
+
+
+def test_what_cannot_have_changed_is_not_compared_before_each_step(monkeypatch):
+    """Here traced steps pass for settled ones: what is compared does not depend on it, and compiling takes long."""
+    prepare, prepared, weights = Captures.prepare, [], []
+    monkeypatch.setattr(Captures, "prepare", lambda self, *a, **k: prepared.append(0) or prepare(self, *a, **k))
+    monkeypatch.setattr(Shape, "is_settled", property(lambda self: self.is_replayed))
+    for seconds, callback, options, most in (
+        (1e9, Epochs, {}, 9),  # the first step of an epoch, and those of another number of rows
+        (1e9, Batches, {"steps_per_execution": 3}, 10),
+        (0.0, Epochs, {}, 18),
+        (1e9, Batches, {}, 18),
+        (1e9, Epochs, {"metrics": [lambda y, outputs: outputs[:, 0]]}, 18),
+    ):
+        monkeypatch.setattr(executions, "LOOK_SECONDS", seconds)
+        model = fastdp.wrap(template(), gpus=1, compile="trace")
+        prepared.clear()
+        weights.append(fit(compiled(model, **options), "arrays", callback())[2])
+        assert most / 2 < len(prepared) <= most, callback
+    prepared.clear()
+    fit(compiled(fastdp.wrap(template(), gpus=1, compile="trace")), "data set", Epochs())
+    assert len(prepared) == 15  # its code may change anything
+    for every in zip(*weights, strict=True):
+        for one in every:
+            np.testing.assert_array_equal(one, every[0])
 
 
 def test_who_looks():
