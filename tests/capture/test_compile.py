@@ -95,6 +95,16 @@ def test_a_step_is_compiled_in_the_background_takes_over_and_equals_the_eager_on
         np.testing.assert_allclose(weight, other, rtol=1e-4, atol=1e-5)
 
 
+def test_a_compiler_gets_the_cores_that_training_leaves_in_a_session_of_its_own_too():
+    code = "from fastdp.capture.compile.worker import *; yield_cores(); print(os.nice(0))"
+    code += "; group = Path('/proc/self/autogroup'); print(group.read_text() if group.exists() else '')"
+    command = [sys.executable, "-c", code]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, start_new_session=True, timeout=WAIT)
+    niceness, group = told.stdout.splitlines()[:2]
+    assert niceness == "19"
+    assert not group or group.endswith("nice 19")
+
+
 def test_waiting_for_the_compiler_has_a_timeout_and_compiling_anew_ends_it():
     parallel = wrapped("inductor")
     train(parallel, 2)
