@@ -186,7 +186,7 @@ class ProcessGroups(Processes):
         steps = [self._failed_in]
         for rank in range(self.size):
             if rank != self.rank:
-                text = self._read(rank, "failed", min(timeout, 2 * PATIENCE))
+                text = self._read(rank, "failed", max(timeout, 4 * PATIENCE))  # it may still ask who is there
                 steps.append(int(text.split(":")[0].removeprefix("step ")) if text else -2)
         if len(set(steps)) > 1:
             raise ProcessError(

@@ -52,11 +52,11 @@ def test_errors_name_the_process_that_failed_differs_or_hangs(tmp_path):
         assert kind == "ProcessError"
         assert "process 1 failed in step 2" in text
         assert "the label 7" in text
-        assert seconds < 10
+        assert seconds < 60  # of a busy machine
         kind, text, seconds = other["hangs"]
         assert kind == "ProcessError"
         assert "process 1 does not answer" in text
-        assert seconds < 10
+        assert seconds < 60  # of a busy machine
     assert second["failed"][0] == "ReplicaKeyError"
     for one in (first, second, third):
         assert "Process 2 has another batch than process 0" in one["other batch"][1]
