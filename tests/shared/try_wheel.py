@@ -35,6 +35,7 @@ CALLS = (
     (("demo",), 2, "pip install"),
     (("bench", "mlp", "--virtual", "1"), 1, "pip install"),
     (("plan", "vit-b16", "--step-ms", "90", "--bus-gbps", "200", "--latency-us", "50"), 0, "modelled"),
+    (("verify", "--help"), 0, "checkpoint"),
     (("convert", "none.h5", "new.h5"), 2, "pip install"),
 )
 
