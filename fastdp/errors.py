@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 
 class ReplicaError(RuntimeError):
     """One replica failed; the step was stopped and no replica's weights were changed.
@@ -38,6 +40,12 @@ def replica_error_class(cause: type[BaseException]) -> type[ReplicaError]:
     """A subclass of ReplicaError and, if `cause` is built in, of `cause`, so that `except ValueError` works."""
     if cause.__module__ != "builtins" or not issubclass(cause, Exception):
         return ReplicaError
+    return _both(cause)
+
+
+@functools.cache  # a class costs kilobytes, and a run may survive thousands of errors
+def _both(cause: type[BaseException]) -> type[ReplicaError]:
+    """A subclass of both, as far as Python allows it."""
     try:
         both = type(f"Replica{cause.__name__}", (ReplicaError, cause), {"__module__": ReplicaError.__module__})
         both("", device="", rows=None)
