@@ -40,7 +40,7 @@ def replica_error_class(cause: type[BaseException]) -> type[ReplicaError]:
     """A subclass of ReplicaError and, if `cause` is built in, of `cause`, so that `except ValueError` works."""
     if cause.__module__ != "builtins" or not issubclass(cause, Exception):
         return ReplicaError
-    return _both(cause)
+    return _both(cause)  # type: ignore[arg-type]
 
 
 @functools.cache  # a class costs kilobytes, and a run may survive thousands of errors
