@@ -157,7 +157,8 @@ class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
         self._recovery.prepare(operation)
         self._state.unsettled = operation
         # With cores to spare the workers have one each, and this thread sums buckets meanwhile.
-        spare = devices[0].on_gpu or len(devices) < max(CORES, 2)
+        # Shards of one device take turns among workers.
+        spare = devices[0].on_gpu or devices[0].part_of is not None or len(devices) < max(CORES, 2)
         if not spare and self._replicas.program.first_may_run_here and self._state.fetches_fast:
             self._scopes.enter_context(in_place_of_worker(devices[0]))
         self._replicas.bring_up_to_date(operation.active or len(self._replicas.every))
