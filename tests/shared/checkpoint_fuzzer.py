@@ -2,7 +2,7 @@
 
 Bytes are flipped, cut, filled and inserted; files are removed, renamed, linked and swapped; JSON, arrays and the
 manifest are changed deep inside. In half of the tries all checksums are made anew, as somebody who means harm would do.
-A restart must find values of one of the checkpoints, or raise a documented error that names the folder, and must leave
+A restart must find values of one of the checkpoints, or raise a documented error, and must leave
 everything outside as it was. KIND is "functions", "torch" or "keras".
 """
 
