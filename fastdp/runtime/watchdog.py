@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -145,9 +146,12 @@ class _Leaving:
             self._installed = True
             self._before = signal.signal(_SIGNAL, self._came)
 
-    def _came(self, number: int, frame: object) -> None:
+    def _came(self, number: int, frame: types.FrameType | None) -> None:
         if _watchdog.calls_main():
-            raise _Late
+            # As `__exit__` begins the block is over, and nobody would catch the error.
+            if frame is None or frame.f_code is not Watched.__exit__.__code__:
+                raise _Late
+            return
         if callable(self._before):
             self._before(number, frame)
 

@@ -7,6 +7,7 @@ import queue
 import signal
 import threading
 import time
+import types
 
 import pytest
 
@@ -85,6 +86,16 @@ def test_the_same_signal_of_somebody_else_is_passed_on():
     finally:
         signal.signal(signal.SIGURG, before)
         watchdog._leaving._installed = False
+
+
+def test_a_signal_that_comes_as_the_block_has_just_ended_raises_nothing():
+    watch = watchdog.Watched("nothing", LIMIT)
+    with watch:
+        watch.found = "all threads"  # the watchdog has decided, and its signal is on the way
+        leaving = types.SimpleNamespace(f_code=watchdog.Watched.__exit__.__code__)
+        watchdog._leaving._came(signal.SIGURG, leaving)
+        with pytest.raises(watchdog._Late):
+            watchdog._leaving._came(signal.SIGURG, types.SimpleNamespace(f_code=stalls.__code__))
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), "60", True])
