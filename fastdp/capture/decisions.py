@@ -22,8 +22,10 @@ from fastdp.comm.context import Context
 FOLDER = "step-decisions"
 MOST_NBYTES = 4096
 FORMS = ("compiled", "traced", "eager")
-# A form that needs no compiler is not timed against a compiled one again, so that decision has an end.
+# A form that needs no compiler is not timed against a compiled one again. So that decision has an end, and it takes two
+# runs that agree: one alone may have been timed while the machine was busy, when compiled steps suffer most.
 VALID_SECONDS = 14 * 24 * 3600.0
+AGREEING_RUNS = 2
 
 
 class Decisions:
@@ -57,7 +59,9 @@ class Decisions:
         if shape.remembered is not None and shape.remembered.form != trial.chosen:
             self.drop(shape)
             return
-        content = {"form": trial.chosen, "why": trial.why[:500], "time": time.time()}
+        before = _content(kept_code.found(FOLDER, shape.key, MOST_NBYTES))
+        agreeing = _runs(before) + 1 if before.get("form") == trial.chosen else 1
+        content = {"form": trial.chosen, "why": trial.why[:500], "time": time.time(), "runs": agreeing}
         kept_code.put(FOLDER, shape.key, json.dumps(content).encode())
         shape.key = ""
 
@@ -69,16 +73,28 @@ class Decisions:
 
 
 def _read(content: bytes | None) -> Decision | None:
-    """The decision in a file; None where it is none, or too old."""
-    if content is None:
+    """The decision in a file; None where it is none, too old, or of too few runs."""
+    found = _content(content)
+    if found.get("form") not in FORMS or not isinstance(found.get("time"), (int, float)):
         return None
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
-        return None
-    if not isinstance(found, dict) or found.get("form") not in FORMS or not isinstance(found.get("time"), (int, float)):
-        return None
-    if found["form"] != "compiled" and not 0 <= time.time() - found["time"] <= VALID_SECONDS:
+    if found["form"] != "compiled" and not (
+        _runs(found) >= AGREEING_RUNS and 0 <= time.time() - found["time"] <= VALID_SECONDS
+    ):
         return None
     why = "".join(c if c.isprintable() else " " for c in str(found.get("why", "")))[:500]
     return Decision(found["form"], f"in an earlier run {why}" if why else "")
+
+
+def _content(content: bytes | None) -> dict[str, Any]:
+    """What a file holds; nothing where it is damaged."""
+    try:
+        found = json.loads(content or b"{}")
+    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _runs(found: dict[str, Any]) -> int:
+    """How many runs in a row came to this decision."""
+    runs = found.get("runs")
+    return runs if isinstance(runs, int) and runs > 0 else 0

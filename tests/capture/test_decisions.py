@@ -115,10 +115,11 @@ def test_the_next_run_starts_with_the_form_that_was_faster(quick, monkeypatch):
 def test_a_step_that_was_faster_traced_is_not_compiled_again(quick, monkeypatch):
     compiled_takes(monkeypatch, 0.5)
     run(8)
-    assert Interpreter.submitted == 1
+    run(8)
+    assert Interpreter.submitted == 2  # one run alone may have been timed on a busy machine
     parallel, hows = run(4)
     assert hows == ["eager", *["traced"] * 3]
-    assert Interpreter.submitted == 1
+    assert Interpreter.submitted == 2
     assert parallel.report()[0]["why"].startswith("in an earlier run a step takes 500.00 ms compiled")
     (kept,) = files(decisions.FOLDER)
     with open(kept) as file:
@@ -126,7 +127,19 @@ def test_a_step_that_was_faster_traced_is_not_compiled_again(quick, monkeypatch)
     with open(kept, "w") as file:  # the decision is a month old
         json.dump(found | {"time": time.time() - 30 * 24 * 3600}, file)
     run(8)
-    assert Interpreter.submitted == 2
+    assert Interpreter.submitted == 3
+
+
+def test_runs_that_do_not_agree_decide_nothing(quick, monkeypatch):
+    with monkeypatch.context() as busy:
+        compiled_takes(busy, 0.5)
+        run(8)
+    with monkeypatch.context() as quiet:
+        compiled_takes(quiet, 0.001)
+        run(8)
+    (kept,) = files(decisions.FOLDER)
+    with open(kept) as file:
+        assert json.load(file)["form"] == "compiled"
 
 
 def test_a_decision_that_no_longer_holds_is_dropped(quick, monkeypatch):
@@ -150,7 +163,16 @@ def test_a_decision_for_code_that_fails_is_dropped(quick, monkeypatch):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\xff\xfe", b"[" * 4000, b"[]", b'{"form": "fast"}', b'{"form": "compiled"}', b'{"form": 1, "time": {}}'],
+    [
+        b"",
+        b"\xff\xfe",
+        b"[" * 4000,
+        b"[]",
+        b'{"form": "fast"}',
+        b'{"form": "compiled"}',
+        b'{"form": 1, "time": {}}',
+        b'{"form": "traced", "time": 1, "runs": "2"}',
+    ],
 )
 def test_a_damaged_decision_counts_as_none(content, quick, monkeypatch):
     compiled_takes(monkeypatch, 0.001)
