@@ -50,6 +50,7 @@ NEEDS = {
     "keras": ("keras", "torch"),
     "linear_step": ("torch",),
     "matplotlib": ("matplotlib",),
+    "nbclient": ("nbclient", "ipykernel", "keras", "torch"),
     "pytest_benchmark": ("pytest_benchmark",),
     "PIL": ("PIL",),
     "sklearn": ("sklearn",),
