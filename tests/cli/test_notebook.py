@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import nbformat
@@ -29,7 +27,6 @@ parallel.report()
     "!fastdp bench mlp:features=8,width=8 --virtual 1 --batch 8 --rounds 2 --steps 3 --mode eager --output result",
     """
 from IPython.display import HTML
-from pathlib import Path
 
 HTML(next(Path("result").glob("*.html")).read_text("utf-8"))
 """,
@@ -41,7 +38,7 @@ for batch in fastdp.progress(range(3)):
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[list[Any]]]:
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> list[list[Any]]:
     """The outputs of each cell."""
     folder = tmp_path_factory.mktemp("notebook")
     with pytest.MonkeyPatch.context() as patch:
@@ -50,7 +47,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[list[Any]
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell.strip()) for cell in CELLS])
         client = NotebookClient(notebook, timeout=TIMEOUT, resources={"metadata": {"path": str(folder)}})
         asyncio.run(client.async_execute())
-    yield [cell.outputs for cell in notebook.cells]
+    return [cell.outputs for cell in notebook.cells]
 
 
 def text_of(cell: list[Any]) -> str:
