@@ -47,12 +47,13 @@ class _Given(threading.local):
     """The number of cores that torch had on this thread before replicas ran; None while none run.
 
     `shared`: the number that the user has given and the share that is in its place, between the passes of a loop.
-    `passes`: the passes that keep it so.
+    `passes`: the passes that keep it so, by their `id`.
     """
 
-    cores: int | None = None
-    shared: tuple[int, int] | None = None
-    passes: int = 0
+    def __init__(self) -> None:
+        self.cores: int | None = None
+        self.shared: tuple[int, int] | None = None
+        self.passes: set[int] = set()
 
 
 _given = _Given()
@@ -131,7 +132,7 @@ def replicas_run(threads: int) -> Iterator[None]:
     finally:
         _given.cores = before
         if not _given.passes:
-            _end_share()
+            end_share()
 
 
 class LoopShare:
@@ -143,12 +144,13 @@ class LoopShare:
         threads: the share.
     """
 
-    __slots__ = ("_thread", "_threads")
+    __slots__ = ("_passes", "_thread", "_threads")
 
     def __init__(self, threads: int) -> None:
         _follow_optimizers()
         self._threads, self._thread = threads, threading.get_ident()
-        _given.passes += 1
+        self._passes = _given.passes
+        self._passes.add(id(self))
         self.keep()
 
     def keep(self) -> None:
@@ -159,13 +161,12 @@ class LoopShare:
             torch.set_num_threads(self._threads)
 
     def __del__(self) -> None:
-        if self._thread == threading.get_ident():
-            _given.passes -= 1
-            if not _given.passes:
-                _end_share()
+        self._passes.discard(id(self))  # also where another thread drops the last of a graph
+        if not self._passes and self._thread == threading.get_ident():
+            end_share()
 
 
-def _end_share() -> None:
+def end_share(*_: object) -> None:
     """Give torch the user's number of cores, unless the user has set another, or replicas run."""
     if _given.shared is None or _given.cores is not None:
         return
@@ -177,7 +178,7 @@ def _end_share() -> None:
 @functools.cache
 def _follow_optimizers() -> object:
     """Have each optimizer's step end the share of the thread that makes it. Once a process."""
-    return register_optimizer_step_post_hook(lambda *_: _end_share())
+    return register_optimizer_step_post_hook(end_share)
 
 
 @contextmanager

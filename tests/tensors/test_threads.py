@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -143,6 +144,18 @@ def test_a_loop_without_optimizer_gets_the_cores_back_with_its_last_graph(cores)
     del first
     assert cores() == 2
     del second
+    assert cores() == 4
+
+
+def test_a_graph_that_another_thread_drops_leaves_no_share_behind(cores):
+    model = fastdp.wrap(torch.nn.Linear(3, 1), gpus=2, compile=None)
+    outputs = [model(torch.randn(4, 3))]
+    thread = threading.Thread(target=outputs.clear)
+    thread.start()
+    thread.join()
+    last = model(torch.randn(4, 3))
+    assert cores() == 2
+    del last
     assert cores() == 4
 
 

@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 from torch.utils._pytree import tree_map_only
 
+from fastdp.tensors.threads import end_share
+
 OptimizerFactory = Callable[[list[torch.Tensor]], "Optimizer | Sequence[Optimizer]"]
 
 _REMEDY = (
@@ -111,7 +113,8 @@ class Optimizers:
 
     def are_reliable(self) -> bool:
         """Whether a step runs none of the user's code."""
-        if torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks:
+        for_all = [torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks]
+        if any(hook is not end_share for hooks in for_all for hook in hooks.values()):
             return False
         return all(_is_torchs_own(one) for one in self.all)
 
