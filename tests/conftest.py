@@ -21,6 +21,7 @@ import functools
 import gc
 import importlib.util
 import json
+import signal
 import sys
 import threading
 import warnings
@@ -59,6 +60,10 @@ NEEDS = {
 }
 
 left_out: dict[str, str] = {}
+
+# A run in the background inherits that interrupts are ignored, and tests and their child processes send some.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if settings is not None:
     # ci: the same examples on every machine. Without a deadline, since a loaded machine is not a bug.
