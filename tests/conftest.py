@@ -171,6 +171,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         gc.collect()
         gc.freeze()
         item.config.stash[LEFT_OUT_AT] = len(sys.modules)
+    threads = sys.modules.get("fastdp.tensors.threads")
+    if threads is not None:  # graphs that an earlier test has left keep torch at a device's share of the cores
+        threads._given.passes.clear()
+        threads.end_share()
 
 
 def fastdp_threads() -> list[str]:
@@ -185,6 +189,8 @@ def fastdp_threads() -> list[str]:
 def no_thread_outlives_the_session() -> Iterator[None]:
     """After the last test, once the process's own virtual devices are closed, no fastdp thread is alive."""
     yield
+    gc.unfreeze()  # what was kept out of collections may have become garbage, with a thread
+    gc.collect()
     device = sys.modules.get("fastdp.runtime.select")
     if device is not None:
         device.set_virtual_devices(0)

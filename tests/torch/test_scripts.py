@@ -62,7 +62,8 @@ def run(script, devices=None):
 def compare(script, devices=3):
     plain, _, before = run(script)
     parallel, lines, after = run(script, devices)
-    torch.testing.assert_close(parallel, plain, rtol=1e-9, atol=1e-11)
+    # The gradient of a bias before a BatchNorm is rounding alone, of 1e-17, which Adam divides by its epsilon of 1e-8.
+    torch.testing.assert_close(parallel, plain, rtol=1e-9, atol=1e-9)
     return lines, [text for text in after if text not in before]
 
 
