@@ -51,7 +51,6 @@ NEEDS = {
     "keras": ("keras", "torch"),
     "linear_step": ("torch",),
     "matplotlib": ("matplotlib",),
-    "nbclient": ("nbclient", "ipykernel", "keras", "torch"),
     "pytest_benchmark": ("pytest_benchmark",),
     "PIL": ("PIL",),
     "sklearn": ("sklearn",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import queue
 import signal
 import sys
 import threading
@@ -33,7 +34,8 @@ class Watchdog:
     """One thread for all waits of the process. It sleeps until the earliest deadline, so a wait costs it nothing."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        # A queue written in C: a Ctrl-C in the middle of Python's own conditions would leave their lock taken for good.
+        self._woken: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._watches: set[Watched] = set()
         self._thread: threading.Thread | None = None
         self._wakes = math.inf
@@ -42,12 +44,12 @@ class Watchdog:
     def add(self, watch: Watched) -> None:
         """Begin to watch. The thread is woken only where it would be late."""
         self._watches.add(watch)  # before the look at `_wakes`: the thread changes that before it looks at the waits
-        if watch.deadline < self._wakes or self._thread is None:
-            with self._changed:
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._run, name=NAME, daemon=True)
-                    self._thread.start()
-                self._changed.notify()
+        if self._thread is None:  # two threads at once may begin two: each is enough, and neither is in the other's way
+            thread = threading.Thread(target=self._run, name=NAME, daemon=True)
+            thread.start()
+            self._thread = thread
+        if watch.deadline < self._wakes:
+            self._woken.put(None)
 
     def remove(self, watch: Watched) -> None:
         """The wait is over."""
@@ -59,19 +61,19 @@ class Watchdog:
 
     def after_fork(self) -> None:
         """A forked child has neither the thread nor the waits."""
-        self._changed, self._watches, self._thread = threading.Condition(), set(), None
+        self._woken, self._watches, self._thread = queue.SimpleQueue(), set(), None
 
     def _run(self) -> None:
         """The thread's main function."""
-        with self._changed:
-            while True:
-                self._wakes, now = math.inf, time.monotonic()
-                for watch in list(self._watches):
-                    if watch.deadline <= now:
-                        self._too_late(watch)
-                self._wakes = min((watch.deadline for watch in list(self._watches)), default=math.inf)
-                left = self._wakes - time.monotonic()
-                self._changed.wait(None if left == math.inf else min(max(0.0, left), threading.TIMEOUT_MAX))
+        while True:
+            self._wakes, now = math.inf, time.monotonic()
+            for watch in list(self._watches):
+                if watch.deadline <= now:
+                    self._too_late(watch)
+            self._wakes = min((watch.deadline for watch in list(self._watches)), default=math.inf)
+            left = self._wakes - time.monotonic()
+            with contextlib.suppress(queue.Empty):
+                self._woken.get(timeout=None if left == math.inf else min(max(0.0, left), threading.TIMEOUT_MAX))
 
     def _too_late(self, watch: Watched) -> None:
         """Wake the thread that waits; if it does not leave its wait, say where it is."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import queue
 import signal
@@ -86,6 +88,33 @@ def test_the_same_signal_of_somebody_else_is_passed_on():
     finally:
         signal.signal(signal.SIGURG, before)
         watchdog._leaving._installed = False
+
+
+class Moment(BaseException):
+    pass
+
+
+def test_interrupts_at_any_moment_leave_the_watchdog_at_work():
+    """A lock that an interrupt leaves taken would stop the watchdog for good."""
+
+    def came(number, frame):
+        raise Moment
+
+    before = signal.signal(signal.SIGALRM, came)
+    try:
+        for i in range(3000):
+            with contextlib.suppress(Moment):
+                signal.setitimer(signal.ITIMER_REAL, 20e-6 + i % 100 * 1e-6)
+                while True:
+                    watchdog._watchdog._wakes = math.inf  # so that the thread is woken each time
+                    with watchdog.Watched("nothing", LIMIT):
+                        pass
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+    watchdog._watchdog._watches.clear()  # a block that an interrupt kept from ending
+    with pytest.raises(fastdp.DeviceTimeoutError):
+        list(watch_data(stalls(lambda: time.sleep(5.0)), timeout=0.2))
 
 
 def test_a_signal_that_comes_as_the_block_has_just_ended_raises_nothing():
