@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING
 
 CELLS = (
     """
-import fastdp, keras, json
+import fastdp, keras, sys
 import numpy as np
 
 fastdp.set_virtual_devices(2)
@@ -26,8 +26,8 @@ parallel.compile("sgd", "mse")
 parallel.fit(np.ones((32, 6)), np.ones((32, 2)), batch_size=8, verbose=0)
 parallel.report()
 """,
-    "!fastdp devices --json",
-    "!fastdp bench mlp:features=8,width=8 --virtual 1 --batch 8 --rounds 2 --steps 3 --mode eager --output result",
+    "!{sys.executable} -m fastdp devices --json",
+    "!{sys.executable} -m fastdp bench mlp:width=8 --virtual 1 --rounds 2 --steps 3 --mode eager --output result",
     """
 from IPython.display import HTML
 from pathlib import Path
