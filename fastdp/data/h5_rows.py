@@ -17,7 +17,7 @@ from fastdp.data.h5_checks import check_stored, damage_named, declared_nbytes
 from fastdp.data.h5_layout import why_not
 from fastdp.data.h5_reader import Reader
 from fastdp.data.row_order import WINDOW_CHUNKS, mixing_window
-from fastdp.data.selection import parse_rows, read_rows, split_key
+from fastdp.data.selection import block_of, parse_rows, read_rows, split_key
 
 # One reader per data set, by device, inode and address: it knows the index of the chunks, and keeps decoded ones.
 _readers: weakref.WeakValueDictionary[tuple[int, int, int], Reader] = weakref.WeakValueDictionary()
@@ -63,15 +63,9 @@ class StoredRows:
     def __getitem__(self, key: Any) -> Any:
         """Rows by NumPy's rules; what follows the rows in the index is taken of the rows that were read."""
         first, rest = split_key(key, self.ndim)
-        rows = parse_rows(first, len(self))
-        index: tuple[Any, ...]
-        if isinstance(rows, int):
-            rows, index = range(rows, rows + 1), (0, *rest)
-        elif isinstance(rows, range):
-            index = (slice(None), *rest)
-        else:
-            rows, index = rows.reshape(-1), (np.arange(rows.size).reshape(rows.shape), *rest)
-        return self.read(rows)[index]
+        rows, index = block_of(parse_rows(first, len(self)), rest)
+        block = self.read(rows)
+        return block[index] if index else block
 
     @property
     def chunk_rows(self) -> int:

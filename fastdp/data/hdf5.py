@@ -16,7 +16,7 @@ from fastdp.data.h5_open import open_dataset, open_file
 from fastdp.data.h5_rows import StoredRows
 from fastdp.data.read_ahead import AHEAD, ReadAhead
 from fastdp.data.row_order import chunk_order
-from fastdp.data.selection import parse_rows, split_key
+from fastdp.data.selection import block_of, parse_rows, split_key
 
 Normalizer = Callable[[Any], Any]
 
@@ -115,15 +115,12 @@ class HDF5Matrix:
     def __getitem__(self, key: Any) -> Any:
         first, rest = split_key(key, self.ndim)
         rows = parse_rows(first, len(self))
-        index: tuple[Any, ...]
         if isinstance(rows, int):
-            block, index = self._row(rows), (0, *rest)
-            return np.asarray(block)[np.newaxis][index] if rest else block
-        if isinstance(rows, range):
-            block, index = self._block(rows), (slice(None), *rest)
-            return block[index] if rest else block
-        block, index = self._block(rows.reshape(-1)), (np.arange(rows.size).reshape(rows.shape), *rest)
-        return block[index] if rest or rows.ndim > 1 else block
+            row, within = self._row(rows), (0, *rest)
+            return np.asarray(row)[np.newaxis][within] if rest else row
+        wanted, index = block_of(rows, rest)
+        block = self._block(wanted)
+        return block[index] if index else block
 
     def __iter__(self) -> Iterator[Any]:
         for row in range(len(self)):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from fastdp.runtime import forks
+from fastdp.runtime.host.resources import CORES
 
 Job = Callable[[], None]
 
@@ -18,8 +18,7 @@ MOST_THREADS = 16
 
 def thread_count() -> int:
     """The processor cores that this process may use, at most 16."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, MOST_THREADS))
+    return min(CORES, MOST_THREADS)
 
 
 class JobThreads:

@@ -131,3 +131,17 @@ def read_rows(data: Any, rows: range | NDArray[np.int64], first_row: int = 0) ->
         return np.asarray(data[first_row + low : first_row + low + span])[rows - low]
     block = np.asarray(data[first_row + unique])
     return block if len(unique) == len(rows) and np.array_equal(unique, rows) else block[order.reshape(-1)]
+
+
+def block_of(rows: Rows, rest: tuple[Any, ...]) -> tuple[range | NDArray[np.int64], tuple[Any, ...]]:
+    """The rows to read for an index, as one axis, and what to take of the block of them; () for the block as it is.
+
+    Args:
+        rows, rest: from `parse_rows` and `split_key`.
+    """
+    if isinstance(rows, int):
+        return range(rows, rows + 1), (0, *rest)
+    if isinstance(rows, range):
+        return rows, (slice(None), *rest) if rest else ()
+    whole = not rest and rows.ndim == 1  # not indexed again, which would copy it
+    return rows.reshape(-1), () if whole else (np.arange(rows.size).reshape(rows.shape), *rest)

@@ -61,8 +61,6 @@ def dumps(value: Any, known: Sequence[object]) -> bytes:
     file = io.BytesIO()
     try:
         _Pickler(file, known).dump(value)
-    except NotImplementedError:
-        raise
     except (pickle.PicklingError, AttributeError, TypeError, ValueError) as error:
         raise TypeError(
             f"A value that the replicas of several processes exchange cannot be sent between them: {error}. Train this "
