@@ -35,6 +35,7 @@ from fastdp.capture.cuda_graphs.recorder import Recorder
 from fastdp.capture.cuda_graphs.step_graphs import RecordedStepGraph, StepGraphJoiner
 from fastdp.capture.decisions import Decisions
 from fastdp.capture.faults import Attempt
+from fastdp.capture.graph.sources import Sources
 from fastdp.capture.guard import Guard
 from fastdp.capture.notices import Notices
 from fastdp.capture.patience import compile_is_due, trace_is_due
@@ -321,8 +322,9 @@ class Captures(Generic[CapturedT]):
         """Trace one shape. If that fails, warn and trace no shape from then on, or leave it eager for now."""
         with Attempt() as attempt:
             self._guard.renew()
-            with self._alone(), self._guard.tracing():
+            with self._alone(), self._guard.tracing(), Sources() as sources:
                 shape.captured = self._capture(self._step, own_rows(context), context)
+                sources.belong_to(shape.captured)
                 shape.captured.checks = self._checks
         if attempt.error is None:
             # A shape that has trained for several steps is recorded at once (see `_collect`).
@@ -337,7 +339,7 @@ class Captures(Generic[CapturedT]):
 
     def _submit(self, shape: Shape[CapturedT], captured: CapturedT, rows: Rows) -> None:
         """Submit a captured step to the compiler. If that fails, warn and compile nothing from then on."""
-        with Attempt() as attempt:
+        with Attempt() as attempt, Sources():
             cores = max(1, given_cores() // min(self._parts, rows.total))  # of one replica while the others run
             shape.jobs = [self._compiler.submit(graph, cores) for graph in captured.to_compile()]
             shape.why = "being compiled"

@@ -33,6 +33,7 @@ class Rendezvous:
         self._gone: list[int] = []
         self._round = 0
         self._values: list[Any] = []
+        self._aborted = self._over = False
         self._cause: BaseException | None = None
         self._parted = ""  # how the threads missed each other
         self.one_thread = False  # a single thread runs all parts of the step: whoever waits would wait for ever
@@ -79,7 +80,7 @@ class Rendezvous:
                 self._changed.notify_all()
                 return self._values
             with span("wait for replicas"):
-                self._changed.wait_for(lambda: self._round > turn or self._cause is not None, self._timeout)
+                self._changed.wait_for(lambda: self._round > turn or self._aborted, self._timeout)
             if self._round > turn:
                 return self._values
             self._go_on()
@@ -99,7 +100,7 @@ class Rendezvous:
         """Note that a thread has ended its work: whoever waits for it, now or later, gets the error at once."""
         with self._changed:
             self._gone.append(rank)
-            if self._waiting and self._cause is None:
+            if self._waiting and not self._aborted:
                 self._parted = self._missed()
                 self.abort(RuntimeError(self._parted))
 
@@ -111,19 +112,30 @@ class Rendezvous:
     @property
     def aborted(self) -> bool:
         """Whether `abort` was called."""
-        return self._cause is not None
+        return self._aborted
 
     def abort(self, cause: BaseException) -> None:
         """Wake all waiting threads, and refuse later ones, because a thread failed."""
         with self._changed:
-            self._cause = cause if self._cause is None else self._cause
+            if not self._aborted and not self._over:
+                self._cause = cause
+            self._aborted = True
             self._changed.notify_all()
+
+    def end(self) -> None:
+        """Note that the step is over, and let go of what has aborted it.
+
+        The traceback of an error holds all of its step. Torch's graphs may hold this object by references that Python's
+        garbage collector does not see, and the step would then stay in memory for good.
+        """
+        with self._changed:
+            self._over, self._cause = True, None
 
     def _go_on(self) -> None:
         """Raise if the threads do not exchange any more."""
         if self._parted:
             raise RuntimeError(self._parted)
-        if self._cause is not None:
+        if self._aborted:
             raise StepAborted("The step was stopped by a failure on another device.") from self._cause
 
     def _part(self, how: str) -> None:

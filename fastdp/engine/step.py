@@ -109,6 +109,9 @@ class Operation:
         """The number of replicas that have rows; 0 if that is not the question."""
         return 0
 
+    def end(self) -> None:
+        """Let go of the error that has ended it. Called when it is over, and nobody waits for it any more."""
+
     def unfinished(self, devices: Sequence[QueueDevice], late: Sequence[str]) -> str:
         """Name the work that has not ended, for the message of a timeout. `late`: as in `Communicator.late`."""
         return f"The all-reduce, which {list(late)} did not come to," if late else "The update"
@@ -175,6 +178,10 @@ class Step(Operation):
         if self.across is not None and self.results:
             self.across.fail(error)
         Operation.abandon(self, error)  # not `super()`: slots=True makes the class twice, and it refers to the first
+
+    def end(self) -> None:
+        """As `Operation.end`: the replicas' contexts outlive the step with the user's graphs."""
+        self.rendezvous.end()
 
     @property
     def active(self) -> int:

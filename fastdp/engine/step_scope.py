@@ -185,6 +185,7 @@ class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
         try:
             self._end(error)
         finally:
+            self._operation.end()
             self._state.steps += self._operation.counts
             one_step_at_a_time.release()
             self._state.leave()
