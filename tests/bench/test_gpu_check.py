@@ -47,7 +47,24 @@ def scratch(tmp_path, monkeypatch):
 
 
 def environment():
-    return {**os.environ, "PYTHONPATH": str(BENCH.parent)}
+    """A process finds the checkout; its pytest loads no plugin but the one that is asked for."""
+    return {**os.environ, "PYTHONPATH": str(BENCH.parent), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+
+@pytest.fixture
+def time_is_over_once(monkeypatch):
+    """`time_is_over_once(seen)`: a part's time is over when `seen()` is true, and it has all the time until then."""
+
+    def start(seen):
+        class Clock:
+            @staticmethod
+            def monotonic():
+                return time.monotonic() + (1e6 if seen() else 0.0)
+
+        monkeypatch.setattr(gpu_check, "SAVE_SECONDS", 0.05)
+        monkeypatch.setattr(gpu_check, "time", Clock)
+
+    return start
 
 
 def planted(folder, *, sleep=0, skip="", seconds=60.0):
@@ -86,22 +103,25 @@ def test_tests_are_counted_with_names_reasons_last_lines_and_measurements(scratc
     assert any("1 failed, 2 passed, 1 skipped" in line for line in result["last_lines"])
 
 
-def test_a_part_that_is_late_is_ended_and_what_it_found_counts(scratch):
-    result = gpu_check.run_part("kernels", planted(scratch, sleep=600, seconds=8.0), environment())
+def test_a_part_that_is_late_is_ended_and_what_it_found_counts(scratch, time_is_over_once):
+    log = scratch / "kernels-tests.jsonl"
+    time_is_over_once(lambda: any("test_late" in line["test"] for line in gpu_check.read_lines(log)))
+    result = gpu_check.run_part("kernels", planted(scratch, sleep=600), environment())
     assert (result["status"], result["passed"], result["failed"], result["exit"]) == ("timed out", 1, 1, None)
     assert result["unfinished"][0].endswith("::test_late")
     assert "stopped in" in gpu_check.summary(result)
 
 
-def test_what_a_late_part_started_is_ended_with_it(scratch):
+def test_what_a_late_part_started_is_ended_with_it(scratch, time_is_over_once):
     mark = scratch / "pid"
+    time_is_over_once(lambda: mark.exists() and mark.read_text())
     program = f"""
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 open({str(mark)!r}, "w").write(str(child.pid))
 time.sleep(600)
 """
-    result = gpu_check.run_part("bench", bench_part("late", program, 10.0), environment())
+    result = gpu_check.run_part("bench", bench_part("late", program, 60.0), environment())
     assert result["status"] == "timed out"
     deadline = time.monotonic() + 20
     while alive(mark.read_text()) and time.monotonic() < deadline:
@@ -271,9 +291,9 @@ time.sleep(600)
 """
 
 
-def test_what_a_run_has_found_is_in_the_file_while_it_still_runs(scratch, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_check, "SAVE_SECONDS", 0.2)
+def test_what_a_run_has_found_is_in_the_file_while_it_still_runs(scratch, monkeypatch, capsys, time_is_over_once):
     seen = []
+    time_is_over_once(lambda: any(one["status"] == "running" and one["measurements"] for one in seen))
     write = gpu_check.Report.write
 
     def noted(report):
@@ -282,7 +302,7 @@ def test_what_a_run_has_found_is_in_the_file_while_it_still_runs(scratch, monkey
         return path
 
     monkeypatch.setattr(gpu_check.Report, "write", noted)
-    stages = {"bench": (bench_part("late", LATE, 20.0),)}
+    stages = {"bench": (bench_part("late", LATE, 60.0),)}
     status, _ = run_main(monkeypatch, capsys, scratch, stages, gpus=[{"name": "card"}])
     assert status == 1
     running = [one for one in seen if one["status"] == "running"]
@@ -327,9 +347,10 @@ sys.exit(gpu_check.main())
 
 def test_tests_that_would_begin_too_late_are_skipped_and_the_run_ends_by_itself(scratch):
     file = scratch / "test_late.py"
-    file.write_text("import time\ndef test_first(): time.sleep(2)\ndef test_second(): raise AssertionError\n")
+    first = "def test_first(): pytest_log._began -= 1000.0"  # as if it took so long
+    file.write_text(f"from bench.gpu import pytest_log\n{first}\ndef test_second(): raise AssertionError\n")
     command = planted(scratch).command[:-1]
-    environment_ = {**environment(), "FASTDP_GPU_TEST_SECONDS": "1", "FASTDP_GPU_LOG": str(scratch / "log")}
+    environment_ = {**environment(), "FASTDP_GPU_TEST_SECONDS": "500", "FASTDP_GPU_LOG": str(scratch / "log")}
     subprocess.run([sys.executable, *command, str(file)], env=environment_, check=True, timeout=60, cwd=scratch)
     found = gpu_check.count_tests(gpu_check.read_lines(scratch / "log"))
     assert (found["passed"], found["failed"], found["skipped"]) == (1, 0, {"Skipped: no time was left for it": 1})

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "rig"))
 
+import build_rig
 from fake_cupy import installed
 from gpus import Gpus
+from rig_runs import Rig
 from simulation import Simulation
 from small_buckets import make_buckets_small
 
@@ -74,9 +77,30 @@ def box(gpus) -> Gpus:
     return gpus(1)
 
 
+@pytest.fixture(scope="module")
+def shared_traces() -> Iterator[None]:
+    """Steps of these tests that compute the same are traced once: what follows a trace is tested here."""
+    from shared_traces import share_traces
+
+    with pytest.MonkeyPatch.context() as patch:
+        share_traces(patch)
+        yield
+
+
 @pytest.fixture(params=[False, True], ids=["one bucket", "several buckets"])
 def small_buckets(request, monkeypatch):
     """Buckets so small that each model has several of them, or one."""
     if request.param:
         make_buckets_small(monkeypatch)
     return request.param
+
+
+@pytest.fixture(scope="module")
+def rig() -> Iterator[Rig]:
+    """The rig, built if it is not there yet."""
+    try:
+        made = Rig(build_rig.built())
+    except build_rig.NotToBeHad as why:
+        pytest.skip(str(why))
+    yield made
+    made.close()

@@ -1,4 +1,4 @@
-"""What the checks of tests/gpu rest on. The checks themselves run on the rig (test_rig.py)."""
+"""What the checks of tests/gpu rest on. The checks themselves run on the rig (test_gpu_tests_on_rig.py)."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import fastdp
 import fastdp.comm.algorithm
 from fastdp.errors import ReplicaError
 
-pytestmark = pytest.mark.usefixtures("few_arrays_in_a_bucket")
+pytestmark = pytest.mark.usefixtures("few_arrays_in_a_bucket", "shared_traces")
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from fastdp.capture import trace as capture_trace
 from fastdp.capture.cuda_graphs import recording
 from fastdp.engine.replicas import Replica
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
 ORIGINALS = {name: getattr(Replica, name) for name in ("train", "launch", "predict", "update")}
 
 

@@ -16,7 +16,7 @@ from fastdp.comm.batch import Batch
 from fastdp.errors import DeviceTimeoutError, ReplicaError
 from fastdp.runtime.queue import QueueDevice
 
-pytestmark = pytest.mark.usefixtures("few_arrays_in_a_bucket")
+pytestmark = pytest.mark.usefixtures("few_arrays_in_a_bucket", "shared_traces")
 
 
 @pytest.fixture

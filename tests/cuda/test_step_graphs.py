@@ -24,7 +24,7 @@ from fastdp.capture.cuda_graphs.step_graphs import StepGraphJoiner
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.errors import DeviceTimeoutError, ReplicaError
 
-pytestmark = pytest.mark.usefixtures("few_arrays_in_a_bucket")
+pytestmark = pytest.mark.usefixtures("few_arrays_in_a_bucket", "shared_traces")
 
 
 @pytest.fixture

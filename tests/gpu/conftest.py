@@ -1,7 +1,7 @@
 """What the GPU tests share: helpers of this folder, devices of a real GPU, and the seconds that a wait may take.
 
 Without a GPU each test is skipped with the reason (tests/conftest.py). The checks themselves (`*_checks.py`) take
-the device that they run on: tests/cuda/test_rig.py runs them without a GPU.
+the device that they run on: tests/cuda/test_gpu_tests_on_rig.py runs them without a GPU.
 """
 
 from __future__ import annotations

@@ -136,8 +136,8 @@ def _build(folder: Path, packages: Path) -> None:
     _translate(packages, objects / "binding.cpp")
     headers = packages / "headers" / "nvidia" / "cuda_runtime" / "include"
     include = ["-isystem", str(HERE / "include"), "-isystem", str(headers)]
-    # The binding includes CuPy's headers relative to its own folder.
-    python = ["-w", "-I", sysconfig.get_path("include"), "-I", str(packages / "cupy/cupy_backends/cuda/api")]
+    # The binding includes CuPy's headers relative to its own folder. It is long, and calls what takes the time.
+    python = ["-w", "-O0", "-I", sysconfig.get_path("include"), "-I", str(packages / "cupy/cupy_backends/cuda/api")]
     host = [*WARNINGS, "-I", str(HOST_CUDA.parent)]
     jobs: dict[str, list[str]] = {"binding.o": [*python, *include, str(objects / "binding.cpp")]}
     for source in sorted(HERE.glob("*.cpp")):

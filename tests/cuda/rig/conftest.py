@@ -1,4 +1,4 @@
-"""Tests that are run on the rig, in a process of its own (tests/cuda/test_rig.py), and what they look at there."""
+"""Tests that are run on the rig, in a process of its own (test_gpu_tests_on_rig.py), and what they look at there."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import pytest
 from fastdp.errors import DeviceTimeoutError
 from fastdp.runtime.cuda.peer_access import PeerAccess
 
-# Of the ten cards 7 and 9 do not reach each other, and 8 and 9 say that they do (tests/cuda/test_rig.py).
+# Of the ten cards 7 and 9 do not reach each other, and 8 and 9 say that they do (tests/cuda/test_gpu_tests_on_rig.py).
 APART, FALSELY = (7, 9), (8, 9)
 
 
