@@ -44,9 +44,10 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 demo: $(STAMP)  ## train on virtual devices or GPUs and show what happens
 	$(BIN)/python -m fastdp demo $(ARGS)
 
-# Two processes: a test uses little more than one core. All tests of a file run in one of them. ARGS="-n 0" is one process.
+# Two processes: a test uses little more than one core. All tests of a file run in one of them, in the order that
+# tests/conftest.py gives them: the longest files first. ARGS="-n 0" is one process.
 test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .

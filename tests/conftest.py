@@ -141,8 +141,21 @@ def gpu_count() -> tuple[int, str]:
             return 0, f"CuPy reaches no GPU ({error})"
 
 
+# The files that take longest. They come first, as a process that begins one at the end would keep the others waiting.
+LONGEST = (
+    "cuda/test_gpu_tests_on_rig.py",
+    "cuda/test_step_graphs.py",
+    "cuda/test_graphs.py",
+    "capture/test_compile.py",
+    "bench/test_gpu_steps.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip `gpu` tests without a GPU and `peer` tests without two, and say why."""
+    """Begin with the longest files. Skip `gpu` tests without a GPU and `peer` tests without two, and say why."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
     for item in items:
         needed = 2 if item.get_closest_marker("peer") else 1 if item.get_closest_marker("gpu") else 0
         if not needed:

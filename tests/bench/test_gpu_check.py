@@ -12,6 +12,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -56,13 +57,11 @@ def time_is_over_once(monkeypatch):
     """`time_is_over_once(seen)`: a part's time is over when `seen()` is true, and it has all the time until then."""
 
     def start(seen):
-        class Clock:
-            @staticmethod
-            def monotonic():
-                return time.monotonic() + (1e6 if seen() else 0.0)
+        def monotonic():
+            return time.monotonic() + (1e6 if seen() else 0.0)
 
         monkeypatch.setattr(gpu_check, "SAVE_SECONDS", 0.05)
-        monkeypatch.setattr(gpu_check, "time", Clock)
+        monkeypatch.setattr(gpu_check, "time", SimpleNamespace(monotonic=monotonic, strftime=time.strftime))
 
     return start
 

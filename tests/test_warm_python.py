@@ -1,0 +1,47 @@
+"""tests/shared/warm_python.py: a copy of a process is what a process of its own would be."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+from warm_python import WarmPython
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmPython]:
+    made = WarmPython(["decimal"], os.environ, tmp_path_factory.mktemp("warm"))
+    yield made
+    made.close()
+
+
+def test_a_program_has_its_arguments_environment_outputs_and_the_libraries(warm) -> None:
+    program = "import os, sys\nprint(sys.argv, __name__, os.environ['A'], 'decimal' in sys.modules)"
+    done = warm.run(["-c", program + "\nprint('e', file=sys.stderr)\nsys.exit(3)", "x"], {**os.environ, "A": "b"}, 60.0)
+    assert (done.returncode, done.stderr) == (3, "e\n")
+    assert done.stdout == "['-c', 'x'] __main__ b True\n"
+    again = warm.run(["-c", "import os\nprint('A' in os.environ, 'x' in globals())\nx = 1"], os.environ, 60.0)
+    assert (again.returncode, again.stdout, again.stderr) == (0, "False False\n", "")
+
+
+def test_a_program_ends_as_any_does_after_its_threads_and_with_its_error(warm) -> None:
+    program = "import atexit, threading, time\natexit.register(print, 'end')\n"
+    program += "threading.Thread(target=lambda: (time.sleep(0.1), print('thread'))).start()\n1 / 0"
+    done = warm.run(["-c", program], os.environ, 60.0)
+    assert (done.returncode, done.stdout) == (1, "thread\nend\n")
+    assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
+    assert warm.run(["-c", "import os; os.abort()"], os.environ, 60.0).returncode == -6
+
+
+def test_a_module_runs_by_its_name(warm) -> None:
+    done = warm.run(["-m", "calendar", "2024", "2"], os.environ, 60.0)
+    assert (done.returncode, done.stdout.split()[:2]) == (0, ["February", "2024"])
+
+
+def test_a_program_that_is_late_is_killed_and_what_it_said_is_told(warm) -> None:
+    with pytest.raises(subprocess.TimeoutExpired) as late:
+        warm.run(["-c", "import time; print('x', flush=True); time.sleep(600)"], os.environ, 2.0)
+    assert late.value.stdout == b"x\n"
+    assert warm.run(["-c", "print('next')"], os.environ, 60.0).stdout == "next\n"
