@@ -58,10 +58,12 @@ types: $(STAMP)  ## mypy on fastdp/
 
 check: lint types  ## lint and types
 
-# MkDocs is needed for this alone, and fetched when it is. A broken link or a name that is not there ends the build.
+# MkDocs is needed for this alone, and fetched when it is. A broken link or a name that is not there ends the build, and so
+# does what site_check.py finds on the pages.
 docs: $(STAMP)  ## the pages of docs/ as a site in build/site, which needs no network to be read
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt mkdocs-material 'mkdocstrings[python]'
 	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	$(BIN)/python tests/shared/site_check.py build/site
 
 # SOURCE_DATE_EPOCH, the time of the latest commit, makes two builds of a commit the same to the last byte.
 dist: $(STAMP)  ## build wheel and sdist into dist/, and try the wheel in an empty environment

@@ -72,5 +72,5 @@ def test_keras_xception_saves_a_file_that_plain_keras_loads(tmp_path):
 
 def test_every_example_is_run_here():
     tested = set(re.findall(r'run\("(\w+\.py)"', Path(__file__).read_text(encoding="utf-8")))
-    tested.add("torch_loop.py")  # by test_torch_examples.py
+    tested |= {"torch_loop.py", "cupy_language_model.py"}  # by test_torch_examples.py and test_cupy_example.py
     assert tested == {path.name for path in EXAMPLES.glob("*.py")}

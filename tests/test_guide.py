@@ -147,6 +147,42 @@ def test_the_lines_for_a_torch_module_train_it() -> None:
     assert not torch.equal(module.weight, before)
 
 
+def test_the_line_that_leaves_out_steps_with_a_nan_leaves_the_weights() -> None:
+    fastdp.set_virtual_devices(8)
+    names: dict[str, Any] = {"fastdp": fastdp, "model": keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])}
+    exec(code_with("on_nonfinite"), names)
+    names["parallel"].compile("sgd", "mse")
+    before = names["model"].get_weights()
+    with pytest.warns(UserWarning, match="a step changed nothing"):
+        names["parallel"].train_on_batch(np.full((8, 6), np.nan), np.ones((8, 3)))
+    for one, other in zip(names["model"].get_weights(), before, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_lines_for_data_on_the_devices_convert_them_there() -> None:
+    fastdp.set_virtual_devices(2)
+    images, sizes = np.full((6, 4), 51, np.uint8), np.ones((6, 2), np.float32)
+    inputs = {"image": keras.Input((4,), name="image"), "size": keras.Input((2,), name="size")}
+    outputs = keras.layers.Dense(1, kernel_initializer="ones")(keras.layers.concatenate(list(inputs.values())))
+    parallel = fastdp.wrap(keras.Model(inputs, outputs), gpus=2, compile=None)
+    parallel.compile("sgd", "mse")
+    names: dict[str, Any] = {"fastdp": fastdp, "parallel": parallel, "images": images, "sizes": sizes}
+    found: dict[str, Any] = names | {"labels": np.full((6, 1), 2.8, np.float32)}
+    exec(code_with("DeviceDataset("), found)
+    assert parallel.evaluate(found["data"], batch_size=6, verbose=0) == pytest.approx(0, abs=1e-9)  # 4 x 51 / 255 + 2
+
+
+def test_the_lines_for_the_profiler_of_torch_write_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done: list[Any] = []
+    exec(
+        code_with("torch.profiler"),
+        {"step": lambda x, y: done.append(x @ y), "x": torch.ones(3, 3), "y": torch.ones(3)},
+    )
+    assert len(done) == 1
+    assert "aten::" in (tmp_path / "torch.json").read_text(encoding="utf-8")
+
+
 def test_every_script_of_the_faq_is_in_the_guide_and_every_one_named_there_exists() -> None:
     named = set(re.findall(r"`(\w+\.py)`", GUIDE))
     there = {path.name for path in (ROOT / "examples" / "faq").glob("*.py")}
