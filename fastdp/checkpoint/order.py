@@ -25,7 +25,7 @@ class EpochData(Generic[T]):
     """
 
     def __init__(self, data: Any, resumed: Mapping[str, Any] | None, after: Mapping[str, Any]) -> None:
-        if isinstance(data, Iterator):
+        if isinstance(data, Iterator) or getattr(data, "is_iterator", False):  # a `PrefetchedLoader` of one
             raise TypeError(
                 "`data` must be something that can be iterated anew, such as a DataLoader. Received an iterator of "
                 f"type {type(data).__name__}, whose batches cannot come again after a restart."

@@ -1,7 +1,8 @@
-"""Data sets on disk (hdf5.py) and on the devices (device_dataset.py)."""
+"""Data sets on disk (hdf5.py), on the devices (device_dataset.py), and loaders read ahead (loaders.py)."""
 
 from fastdp.data.device_dataset import DeviceDataset, Scaled
+from fastdp.data.loaders import prefetch
 from fastdp.data.row_batch import ResidentBatch
 from fastdp.runtime.watchdog import watch_data
 
-__all__ = ["DeviceDataset", "ResidentBatch", "Scaled", "watch_data"]
+__all__ = ["DeviceDataset", "ResidentBatch", "Scaled", "prefetch", "watch_data"]

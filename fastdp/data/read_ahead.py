@@ -39,7 +39,7 @@ class ReadAhead(Generic[T]):
         self._lock = threading.Lock()
         self._slow = False
         self.waited = 0.0  # seconds that callers waited for batches
-        self.taken = 0
+        self.taken = self.read_ahead = 0
         forks.watch(self)
 
     def take(self, number: int, last: int) -> T:
@@ -55,6 +55,7 @@ class ReadAhead(Generic[T]):
                     return self._read(number)
                 with self._lock:
                     found = self._waiting.pop(number, None)
+                    self.read_ahead += found is not None
                     if found is None:  # the caller jumps
                         self._drop()
                         found = self._begin(number)

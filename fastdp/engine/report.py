@@ -73,8 +73,9 @@ class Report(Sequence[dict[str, Any]]):
         calls: for a model with its own training step, per `layer`: how many of its calls were `split`, how many ran on
             `one_device`, and `why`.
         passes: for calls of a torch module without gradients, entries like those of `steps`, each with its `mode`.
-        inputs: how the arrays of the latest `fit` that lie in files were read: for each `array`, `how`, and the
-            `waited_seconds` in which the loop waited for all `batches`.
+        inputs: how the batches of the latest `fit` came, for each `array` in a file, or all in one entry: `how`; how
+            many `batches`, of which a thread took `read_ahead` before they were asked for; the `waited_seconds` of the
+            loop, the `wait_per_step`, and the `share` of the time from the first batch to the last.
     """
 
     steps: list[dict[str, Any]]
@@ -169,8 +170,8 @@ class Report(Sequence[dict[str, Any]]):
             rows = [[str(entry[key]) for key in _CALLS] for entry in self.calls]
             blocks.append(Table("Calls of layers in steps of the model's own", list(_CALLS.values()), rows))
         if self.inputs:
-            rows = [[_cell(entry[key]) for key in _INPUTS] for entry in self.inputs]
-            blocks.append(Table("Arrays that were read from files", list(_INPUTS.values()), rows))
+            rows = [[_input_cell(key, entry[key]) for key in _INPUTS] for entry in self.inputs]
+            blocks.append(Table("Batches of the latest fit", list(_INPUTS.values()), rows))
         if self.timed:
             blocks += self._times()
         if self.devices:
@@ -245,7 +246,21 @@ _COLUMNS = {
 _CALLS = {"layer": "layer", "split": "on all devices", "one_device": "on one device", "why": "why"}
 
 
-_INPUTS = {"array": "array", "batches": "batches", "waited_seconds": "waited in s", "how": "how"}
+_INPUTS = {
+    "array": "array",
+    "batches": "batches",
+    "read_ahead": "ahead",
+    "waited_seconds": "waited in s",
+    "wait_per_step": "a step, in ms",
+    "share": "share",
+    "how": "how",
+}
+
+
+def _input_cell(key: str, value: Any) -> str:
+    if key == "share":
+        return f"{value:.0%}"
+    return _ms(value) if key == "wait_per_step" else _cell(value)
 
 
 def _how(title: str, entries: Sequence[dict[str, Any]]) -> Table:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,13 +13,13 @@ import keras
 from keras.src.utils import io_utils
 
 from fastdp.comm.processes import leads
+from fastdp.data.read_ahead import AHEAD
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.make_report import SmallWorkWarning, make_report
 from fastdp.engine.report import Report
 from fastdp.keras.checks import check_loop, check_options, check_template
 from fastdp.keras.compile_state import borrowed, follow, take_over
 from fastdp.keras.fit.arguments import arguments_by_name, stream_fit, stream_forward
-from fastdp.keras.fit.array_batches import input_report
 from fastdp.keras.fit.callbacks import at_once, close_files, quiet_elsewhere
 from fastdp.keras.fit.device_dataset import as_fed, resident_batch, resident_fit, resident_forward
 from fastdp.keras.fit.executions import (
@@ -27,7 +29,7 @@ from fastdp.keras.fit.executions import (
     one_batch_at_a_time,
     several_steps,
 )
-from fastdp.keras.fit.prefetch import in_host_memory
+from fastdp.keras.fit.feeding import Feeds, feed_here, feeding, input_report
 from fastdp.keras.steps.call_checks import is_hooked, why_not_here
 from fastdp.keras.steps.custom import check_own_step
 from fastdp.keras.steps.own_loops import calls_model, is_plain_call, wants_gradient, within_step
@@ -62,6 +64,8 @@ class ParallelModel(Traceable, TemplateView):
         fetch_ahead: whether `fit` fetches the next batch of an epoch, and sends its rows to the devices, while a step
             runs. True on GPUs. Set it to False for a data set that reads the model's weights itself: during a step it
             may see old or new ones.
+        prefetch: how many batches a thread reads ahead in `fit`, `evaluate` and `predict`, never beyond an epoch; 2.
+            Data whose results would change are not read ahead, and `report().inputs` says why. 0 reads none ahead.
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class ParallelModel(Traceable, TemplateView):
         self._looked_at = True
         self._executions = Executions(None, looked_at=True)
         self.fetch_ahead = any(device.on_gpu for device in devices)
+        self.prefetch = AHEAD
         self._small_work = SmallWorkWarning()
         self._call_has_training_arg = True
         self._compute_loss_has_training_arg = True
@@ -160,9 +165,12 @@ class ParallelModel(Traceable, TemplateView):
             arguments = resident_fit(arguments_by_name(keras.Model.fit, args, kwargs), self.devices)
             self._begins_fit = True
             self._looked_at = looks_at_batches(arguments.get("callbacks"), arguments.get("verbose", "auto"))
-            with replica_aware(), several_steps(self.steps_per_execution):  # once, not for each step
-                arguments = stream_fit(arguments)
-                history = super().fit(**self._told_at_once(arguments))
+            with replica_aware(), several_steps(self.steps_per_execution), self._feeding(arguments) as feeds:  # once
+                arguments = stream_fit(arguments, self.prefetch)
+                try:
+                    history = super().fit(**self._told_at_once(arguments))
+                finally:
+                    self._latest_fit.inputs = input_report(arguments.get("x"), feeds)
             self._steps.settle()
             if arguments.get("verbose") == 2 and leads():
                 io_utils.print_msg(self.report().line)
@@ -172,7 +180,6 @@ class ParallelModel(Traceable, TemplateView):
             close_files(arguments.get("callbacks"))
             raise
         finally:
-            self._latest_fit.inputs = input_report(arguments.get("x"))
             self._begins_fit = False
             self._executions = Executions(None, looked_at=True)
             self._steps.end_following()
@@ -182,15 +189,15 @@ class ParallelModel(Traceable, TemplateView):
         """Test; arguments as in Keras. `HDF5Matrix` is read by batches; `x` may be a DeviceDataset."""
         check_loop(self.template, "evaluate", "make_test_function")
         arguments = resident_forward(arguments_by_name(keras.Model.evaluate, args, kwargs), self.devices)
-        with several_steps(self.steps_per_execution):
-            return super().evaluate(**self._told_at_once(stream_forward(arguments)))
+        with several_steps(self.steps_per_execution), self._feeding(arguments):
+            return super().evaluate(**self._told_at_once(stream_forward(arguments, self.prefetch)))
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Predict; arguments as in Keras. `HDF5Matrix` is read by batches; `x` may be a DeviceDataset."""
         check_loop(self.template, "predict", "make_predict_function")
         arguments = resident_forward(arguments_by_name(keras.Model.predict, args, kwargs), self.devices)
-        with several_steps(self.steps_per_execution):
-            return super().predict(**self._told_at_once(stream_forward(arguments)))
+        with several_steps(self.steps_per_execution), self._feeding(arguments):
+            return super().predict(**self._told_at_once(stream_forward(arguments, self.prefetch)))
 
     def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Train on one batch; arguments as in Keras. `x` may be a batch of a DeviceDataset (`data.rows(numbers)`)."""
@@ -227,6 +234,10 @@ class ParallelModel(Traceable, TemplateView):
             return arguments
         return {**arguments, "callbacks": at_once(arguments.get("callbacks"))}
 
+    def _feeding(self, arguments: dict[str, Any]) -> AbstractContextManager[Feeds]:
+        """The block of one of Keras's loops, whose batches a thread reads ahead."""
+        return feeding(self._options.timeout, self.prefetch, arguments.get("callbacks"))
+
     # Methods that Keras's loops call.
 
     def _assert_compile_called(self, method_name: str | None = None) -> None:
@@ -241,7 +252,7 @@ class ParallelModel(Traceable, TemplateView):
         with one_batch_at_a_time(iterator):
             super()._symbolic_build(iterator, data_batch)
         if iterator is not None:
-            in_host_memory(iterator, self._options.timeout)
+            feed_here(iterator, self._options.timeout)
             if self._begins_fit:
                 self._executions = Executions(iterator, looked_at=self._looked_at)
                 if self.fetch_ahead:
@@ -264,6 +275,9 @@ class ParallelModel(Traceable, TemplateView):
     def make_predict_function(self, force: bool = False) -> Callable[..., Any]:
         """The function that Keras's `predict` calls for each execution."""
         assert self._steps.engine_of_model is not None
+        epochs = sys._getframe(1).f_locals.get("epoch_iterator")  # Keras's `predict` gives it to no method
+        if epochs is not None:
+            feed_here(epochs, self._options.timeout)
         steps = self._steps
         self.predict_function = lambda data: joined([steps.predict(steps.engine_for_calls, one) for one in data])
         return self.predict_function

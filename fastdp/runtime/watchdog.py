@@ -111,7 +111,7 @@ class Watched(contextlib.AbstractContextManager[None]):
     """
 
     def __init__(self, what: str, seconds: float) -> None:
-        self.what, self._seconds = what, seconds
+        self.what, self.seconds = what, seconds
         self.ident = threading.get_ident()
         self.in_main = self.ident == threading.main_thread().ident
         self.deadline = math.inf
@@ -121,7 +121,7 @@ class Watched(contextlib.AbstractContextManager[None]):
         if self.in_main:
             _leaving.install()
         self.found = None
-        self.deadline = time.monotonic() + self._seconds
+        self.deadline = time.monotonic() + self.seconds
         _watchdog.add(self)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
@@ -131,7 +131,7 @@ class Watched(contextlib.AbstractContextManager[None]):
             _watchdog.remove(self)
         if isinstance(error, _Late):
             raise DeviceTimeoutError(
-                f"{self.what} took longer than timeout={self._seconds} seconds.{self.found}"
+                f"{self.what} took longer than timeout={self.seconds} seconds.{self.found}"
             ) from None
 
 

@@ -16,7 +16,9 @@ import keras
 import numpy as np
 
 from fastdp.data.h5_rows import StoredRows
+from fastdp.data.read_ahead import AHEAD
 from fastdp.keras.fit.array_batches import ArrayBatches
+from fastdp.keras.fit.sources import continued
 from fastdp.keras.fit.threaded import without_forks
 
 BATCH_SIZE = 32
@@ -45,13 +47,13 @@ class RowRange:
         return rows, first + self._start
 
 
-def stream_fit(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `fit`, with matrices on disk replaced by data sets."""
-    arguments = without_forks(arguments)
+def stream_fit(arguments: dict[str, Any], ahead: int = AHEAD) -> dict[str, Any]:
+    """The arguments of `fit`, with matrices on disk replaced by data sets that read so many batches ahead."""
+    arguments = without_forks({**arguments, **_continued(arguments)})
     validation = arguments.get("validation_data")
     if isinstance(validation, (list, tuple)) and _on_disk(list(validation)):
         size = arguments.get("validation_batch_size") or arguments.get("batch_size")
-        arguments["validation_data"] = _batches(*validation, batch_size=size, shuffle=False)
+        arguments["validation_data"] = _batches(*validation, batch_size=size, shuffle=False, ahead=ahead)
         arguments.pop("validation_batch_size", None)
     data = [_opened(arguments.get(name), name) for name in ("x", "y", "sample_weight")]
     shuffle = arguments.get("shuffle", True)
@@ -64,26 +66,33 @@ def stream_fit(arguments: dict[str, Any]) -> dict[str, Any]:
     if split and validation is None:
         data, held_out = _split(data, split)
         arguments["validation_data"] = _batches(
-            *held_out, batch_size=arguments.pop("validation_batch_size", None) or size, shuffle=False
+            *held_out, batch_size=arguments.pop("validation_batch_size", None) or size, shuffle=False, ahead=ahead
         )
     for name in ("x", "y", "sample_weight"):
         arguments.pop(name, None)
-    return {**arguments, "x": _batches(*data, batch_size=size, shuffle=shuffle), "shuffle": False}
+    return {**arguments, "x": _batches(*data, batch_size=size, shuffle=shuffle, ahead=ahead), "shuffle": False}
 
 
-def stream_forward(arguments: dict[str, Any]) -> dict[str, Any]:
+def stream_forward(arguments: dict[str, Any], ahead: int = AHEAD) -> dict[str, Any]:
     """The arguments of `evaluate` or `predict`, with matrices on disk replaced by data sets."""
-    arguments = without_forks(arguments)
+    arguments = without_forks({**arguments, **_continued(arguments)})
     data = [_opened(arguments.get(name), name) for name in ("x", "y", "sample_weight")]
     if not _on_disk(data):
         return arguments
     rest = {k: v for k, v in arguments.items() if k not in ("x", "y", "sample_weight", "batch_size")}
-    return {**rest, "x": _batches(*data, batch_size=arguments.get("batch_size"), shuffle=False)}
+    return {**rest, "x": _batches(*data, batch_size=arguments.get("batch_size"), shuffle=False, ahead=ahead)}
 
 
-def _batches(x: Any, y: Any = None, sample_weight: Any = None, *, batch_size: int | None, shuffle: Any) -> ArrayBatches:
+def _batches(
+    x: Any, y: Any = None, sample_weight: Any = None, *, batch_size: int | None, shuffle: Any, ahead: int
+) -> ArrayBatches:
     """A data set of batches."""
-    return ArrayBatches(x, y, sample_weight, batch_size=batch_size or BATCH_SIZE, shuffle=shuffle)
+    return ArrayBatches(x, y, sample_weight, batch_size=batch_size or BATCH_SIZE, shuffle=shuffle, ahead=ahead)
+
+
+def _continued(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The generators among the data, as ones that begin with batches which an earlier loop has left."""
+    return {name: continued(arguments[name]) for name in ("x", "validation_data") if name in arguments}
 
 
 def _split(data: list[Any], fraction: float) -> tuple[list[Any], list[Any]]:

@@ -203,14 +203,6 @@ def _as_arrays(name: str, part: Any) -> Any:
     return keras.tree.map_structure(check, part)
 
 
-def input_report(data: Any) -> list[dict[str, Any]]:
-    """How the data of a `fit` were read, for its report: of an ArrayBatches with arrays in files; else empty."""
-    if not isinstance(data, ArrayBatches):
-        return []
-    waited, taken = data.reading.waited, data.reading.taken
-    return [{**entry, "waited_seconds": waited, "batches": taken} for entry in data.describe()]
-
-
 def _tell_of_repeats(stored: list[StoredRows], batch_size: int) -> None:
     """Warn if a uniform order decodes chunks again and again."""
     for rows in stored:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -16,11 +16,9 @@ from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
 from fastdp.comm.batch import Batch
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.keras.fit.array_batches import ArrayBatches
-from fastdp.keras.fit.host_batches import CutBatches, batches_of
+from fastdp.keras.fit.feeding import Feed, beginning
 from fastdp.program.keras.batch import make_batch, unpack
 from fastdp.program.keras.layer_calls import CallProgram
-from fastdp.runtime.watchdog import Watched
-from fastdp.tracing.spans import span
 
 
 class Prefetch:
@@ -37,9 +35,10 @@ class Prefetch:
     def __init__(self, epochs: Any) -> None:
         self._epochs = weakref.ref(epochs)
         self._current: _Batches | None = None
-        self._copies = not _gives_new_arrays(epochs.data_adapter)
+        self._feed: Feed | None = getattr(epochs, "_fastdp_feed", None)
+        self._copies = not (self._feed is not None and self._feed.owns) and not _gives_new_arrays(epochs.data_adapter)
         self._fetched: tuple[Any, Batch] | None = None
-        begin = _beginning(epochs)
+        begin = beginning(epochs)
         epochs._get_iterator = lambda: self._follow(begin())
 
     def batch_of(self, data: Any) -> Batch:
@@ -78,6 +77,8 @@ class Prefetch:
     def end(self, engine: DataParallel[CallProgram] | None) -> None:
         """Drop a batch that was fetched and not used, at the end of `fit`."""
         fetched = self._fetched is not None
+        if self._feed is not None and self._current is not None and self._current.fetched is not None:
+            self._feed.give_back(self._current.fetched)
         self._current = self._fetched = None
         if fetched and engine is not None:
             engine.forget_staged()
@@ -92,61 +93,6 @@ def _gives_new_arrays(adapter: Any) -> bool:
     if isinstance(adapter, PyDatasetAdapter):
         return isinstance(adapter.py_dataset, ArrayBatches)
     return isinstance(adapter, ArrayDataAdapter)
-
-
-def in_host_memory(epochs: Any, timeout: float) -> None:
-    """Make Keras's iterator over epochs create its tensors in host memory, from where each GPU gets its own rows.
-
-    Otherwise Keras would copy each batch to its default device, the first GPU, and the engine would copy it back. An
-    iterator is changed only once, because Keras keeps the one for the validation data.
-
-    Args:
-        epochs: Keras's iterator.
-        timeout: seconds that one batch may take; then fetching it is a DeviceTimeoutError.
-    """
-    if getattr(epochs, "_fastdp_in_host_memory", False):
-        return
-    epochs._fastdp_in_host_memory = True
-    begin = _beginning(epochs)
-    epochs._get_iterator = lambda: _fetched_on_host(batches_of(begin()), timeout)
-
-
-def _beginning(epochs: Any) -> Callable[[], Any]:
-    """`epochs._get_iterator` for code that replaces it, without a strong reference to `epochs`.
-
-    A reference cycle would leave the iterator over the data to the garbage collector, which may run in the middle of a
-    step on a device's thread. There the iterator of a torch DataLoader waits five seconds for each worker process.
-    """
-    replaced: Callable[[], Any] | None = vars(epochs).get("_get_iterator")
-    if replaced is not None:
-        return replaced
-    begin, owner = type(epochs)._get_iterator, weakref.ref(epochs)
-    return lambda: begin(owner())
-
-
-def _fetched_on_host(batches: Iterator[Any], timeout: float) -> Iterator[Any]:
-    """The same batches, each fetched while Keras's device is the CPU."""
-    if isinstance(batches, CutBatches):
-        yield from _cut(batches)
-        return
-    end, watch = object(), Watched("The next batch of the data set", timeout)
-    while True:
-        with span("input"), keras.device("cpu"), watch:
-            data = next(batches, end)
-        if data is end:
-            return
-        yield data
-
-
-def _cut(batches: CutBatches) -> Iterator[Any]:
-    """Batches that need neither a device of Keras's nor a watchdog."""
-    end = object()
-    while True:
-        with span("input"):
-            data = next(batches, end)
-        if data is end:
-            return
-        yield data
 
 
 class _Batches:

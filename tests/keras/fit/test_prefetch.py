@@ -15,7 +15,7 @@ from keras.src.backend.torch.trainer import TorchEpochIterator
 
 import fastdp
 from fastdp.engine.replicas import Replica
-from fastdp.keras.fit.prefetch import in_host_memory
+from fastdp.keras.fit.feeding import feed
 
 ROWS = 6
 
@@ -98,7 +98,7 @@ def test_keras_puts_batches_into_host_memory_and_not_on_a_gpu_of_its_own(ahead):
     with keras.device("meta"):
         seen.clear()
         adapter = TorchEpochIterator(Looking([]))
-        in_host_memory(adapter, 60.0)
+        feed(adapter, 60.0)
         (_, _, ((x, y),)) = next(iter(adapter))
     assert set(seen) == {"cpu"}
     assert x.device.type == y.device.type == "cpu"

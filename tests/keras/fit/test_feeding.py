@@ -1,0 +1,325 @@
+"""What `fit`, `evaluate` and `predict` are fed is read ahead by a thread, and is what plain Keras would get."""
+
+import gc
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import h5py
+import keras
+import numpy as np
+import pytest
+import torch
+from ahead_threads import LIMIT, alive, wait_until
+from torch.utils.data import DataLoader, TensorDataset
+
+import fastdp
+from fastdp.data import ahead_guard, prefetch
+from fastdp.keras.fit import sources
+
+ROWS, BATCHES = 4, 7
+
+
+@pytest.fixture(autouse=True)
+def _two_devices(monkeypatch):
+    monkeypatch.setattr(ahead_guard, "LOOK_SECONDS", 0.0)
+    fastdp.set_virtual_devices(2, kind="host")
+    yield
+    fastdp.set_virtual_devices(0)
+    gc.collect()
+    wait_until(lambda: not alive())
+
+
+def batch(i):
+    rng = np.random.default_rng(i)
+    return rng.normal(size=(ROWS, 3)).astype("float32"), rng.normal(size=(ROWS, 2)).astype("float32")
+
+
+X, Y = (np.concatenate(parts) for parts in zip(*map(batch, range(BATCHES)), strict=True))
+
+
+def model(ahead=2):
+    keras.utils.set_random_seed(1)
+    parallel = fastdp.wrap(keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]), gpus=2, compile=None)
+    parallel.compile("sgd", "mse")
+    parallel.prefetch = ahead
+    return parallel
+
+
+class Data(keras.utils.PyDataset):
+    def __len__(self):
+        return BATCHES
+
+    def __getitem__(self, i):
+        return batch(i)
+
+
+def generator(count=1000, asked=None):
+    for i in range(count):
+        if asked is not None:
+            asked.append(i)
+        yield batch(i)
+
+
+class Chunked:
+    """By the protocol of zarr: shape, dtype, chunks, rows by slices and numbers."""
+
+    chunks = (3, 3)
+
+    def __init__(self, array):
+        self._array, self.shape, self.dtype = array, array.shape, array.dtype
+
+    def __getitem__(self, rows):
+        return self._array[rows]
+
+
+class IterDataset:
+    """By the protocol of grain."""
+
+    def __iter__(self):
+        return generator(BATCHES)
+
+
+IterDataset.__module__ = "grain._src.python.dataset"
+LOADER = {"batch_size": ROWS, "shuffle": True}
+SOURCES = {
+    "dataset": lambda: {"x": Data()},
+    "tensors": lambda: {"x": DataLoader(TensorDataset(torch.tensor(X), torch.tensor(Y)), **LOADER)},
+    "rows": lambda: {"x": DataLoader(list(zip(X, Y, strict=True)), **LOADER)},
+    "generator": lambda: {"x": generator(), "steps_per_epoch": 6, "shuffle": False},
+    "prefetch": lambda: {"x": prefetch(DataLoader(list(zip(X, Y, strict=True)), **LOADER))},
+    "arrays": lambda: {"x": X, "y": Y, "batch_size": ROWS},
+    "torch": lambda: {"x": torch.tensor(X), "y": torch.tensor(Y), "batch_size": ROWS},
+    "zarr": lambda: {"x": Chunked(X), "y": Y, "batch_size": ROWS, "shuffle": "chunks"},
+}
+
+
+def trained(source, ahead, **options):
+    parallel = model(ahead)
+    arguments = {"shuffle": False, **SOURCES[source]()} if "x" in SOURCES[source]() else {}
+    history = parallel.fit(**{**arguments, "epochs": 2, "verbose": 0, **options}).history
+    return history, parallel.get_weights(), parallel.report()
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_each_source_trains_as_without_a_thread_and_is_read_ahead(source, monkeypatch):
+    monkeypatch.setattr(sources, "LARGE_NBYTES", 1)
+    history, weights, report = trained(source, 2)
+    plain, expected, still = trained(source, 0)
+    assert history == plain
+    for one, other in zip(weights, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    (entry,), (before,) = report.inputs, still.inputs
+    assert entry["read_ahead"] >= 7 > before["read_ahead"] == 0
+    assert entry["batches"] == before["batches"] >= 12
+    assert "read ahead by" in entry["how"]
+    assert 0 < entry["wait_per_step"] <= entry["waited_seconds"]
+    assert "Batches of the latest fit" in str(report)
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_grain_is_read_ahead_by_its_protocol():
+    source = sources.source_of(type("Adapter", (), {"_dataset": IterDataset()})(), [])
+    assert (source.guard.why, source.copies, source.by) == (None, True, None)
+
+
+def test_evaluate_and_predict_are_fed_too():
+    parallel, plain = model(2), model(0)
+    assert parallel.evaluate(Data(), verbose=0) == plain.evaluate(Data(), verbose=0)
+    np.testing.assert_array_equal(parallel.predict(Data(), verbose=0), plain.predict(Data(), verbose=0))
+    names = []
+
+    class Looking(Data):
+        def __getitem__(self, i):
+            names.append(threading.current_thread() in alive())
+            return super().__getitem__(i)
+
+    parallel.predict(Looking(), verbose=0)
+    assert names == [False, False, *[True] * 5]
+
+
+def test_validation_data_are_fed_in_each_epoch():
+    runs = [model(ahead).fit(X, Y, validation_data=Data(), epochs=2, verbose=0).history for ahead in (2, 0)]
+    assert runs[0] == runs[1]
+
+
+def test_a_generator_is_asked_for_no_batch_beyond_the_epoch_and_goes_on_in_the_next_fit():
+    asked = []
+    data, parallel = generator(asked=asked), model()
+    for fits in (1, 2):
+        parallel.fit(data, steps_per_epoch=5, epochs=2, verbose=0, shuffle=False)
+        assert asked == list(range(10 * fits))
+        assert not alive()
+
+
+class Stop(keras.callbacks.Callback):
+    def __init__(self, at, error=None):
+        super().__init__()
+        self._at, self._error = at, error
+
+    def on_train_batch_end(self, step, logs=None):
+        if step == self._at:
+            if self._error is not None:
+                raise self._error
+            self.model.stop_training = True
+
+
+@pytest.mark.parametrize("error", [None, ZeroDivisionError("of the loop"), KeyboardInterrupt()])
+@pytest.mark.parametrize("fetch_ahead", [False, True])
+def test_a_fit_that_stops_in_mid_epoch_loses_no_batch_of_a_generator(error, fetch_ahead):
+    seen, data = [], generator()
+
+    def noted():
+        for x, y in data:
+            seen.append(float(x[0, 0]))
+            yield x, y
+
+    source, parallel = noted(), model()
+    parallel.fetch_ahead = fetch_ahead
+    try:
+        parallel.fit(source, steps_per_epoch=20, verbose=0, shuffle=False, callbacks=[Stop(5, error)])
+    except (ZeroDivisionError, KeyboardInterrupt) as caught:
+        assert caught is error  # noqa: PT017 - one of the runs raises nothing
+    assert not alive()
+    trained_on = []
+
+    class Rows(keras.callbacks.Callback):
+        def on_train_batch_begin(self, step, logs=None):
+            trained_on.append(step)
+
+    before = len(seen)
+    assert before > 6  # some were read ahead
+    made = sources.continued(source)
+    following = [float(next(made)[0][0, 0]) for _ in range(3)]
+    assert following == [float(batch(i)[0][0, 0]) for i in (6, 7, 8)]
+
+
+def test_an_error_of_the_data_set_reaches_the_user_with_its_own_class_and_place():
+    class Fails(Data):
+        def __getitem__(self, i):
+            if i == 4:
+                raise LookupError("batch 4 is broken")
+            return super().__getitem__(i)
+
+    steps = []
+    count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda step, logs: steps.append(step))
+    with pytest.raises(LookupError, match="batch 4 is broken"):
+        model().fit(Fails(), verbose=0, shuffle=False, callbacks=[count])
+    assert steps == [0, 1, 2, 3]
+
+
+def test_a_hung_data_set_is_named():
+    gate = threading.Event()
+
+    class Hangs(Data):
+        def __getitem__(self, i):
+            if i == 4:
+                threading.Timer(1.0, gate.set).start()
+                gate.wait(LIMIT)
+            return super().__getitem__(i)
+
+    parallel = model()
+    parallel._options = fastdp.options.Options(timeout=0.3)
+    with pytest.raises(fastdp.DeviceTimeoutError, match=r"next batch of the data set \(.*Hangs\) took longer"):
+        parallel.fit(Hangs(), verbose=0, shuffle=False)
+
+
+class Level:
+    value = 0.0
+
+
+class Curriculum(keras.callbacks.Callback):
+    def __init__(self, level):
+        super().__init__()
+        self._level = level
+
+    def on_train_batch_end(self, step, logs=None):
+        self._level.value += 1.0
+
+
+def looked(data, callbacks=(), draw=None):
+    """What batches had when they were made; and why they were not read ahead."""
+    parallel = model()
+    parallel.fit(data, verbose=0, shuffle=False, callbacks=list(callbacks), steps_per_epoch=6)
+    (entry,) = parallel.report().inputs
+    assert entry["read_ahead"] == 0
+    return entry["how"]
+
+
+def test_data_that_callbacks_change_models_that_data_read_and_draws_are_not_read_ahead():
+    level, seen = Level(), []
+
+    def by_level():
+        for i in range(99):
+            seen.append(level.value)
+            yield batch(i)
+
+    assert "a callback refers to its Level too" in looked(by_level(), [Curriculum(level)])
+    assert seen == [0, 0, 0, 1, 2, 3] or seen[2:] == [2.0, 3.0, 4.0, 5.0]  # Keras asks for the first two before
+    template = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+
+    def by_model():
+        for i in range(99):
+            x, y = batch(i)
+            yield x + template.get_weights()[1], y
+
+    assert "its code refers to the model or layer Sequential" in looked(by_model())
+
+    def by_draws():
+        for i in range(99):
+            x, y = batch(i)
+            yield x + np.random.rand(), y  # noqa: NPY002
+
+    assert "NumPy's generator moves" in looked(by_draws())
+
+    def by_keras():
+        for i in range(99):
+            x, y = batch(i)
+            yield x + np.asarray(keras.random.uniform(())), y
+
+    assert "Keras's generator moves" in looked(by_keras())
+
+
+CHILD = """
+import os, sys
+os.environ["KERAS_BACKEND"] = "torch"
+import h5py, keras, numpy as np, fastdp
+path, folder, kill_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
+fastdp.set_virtual_devices(2, kind="host")
+
+class Kill(keras.callbacks.Callback):
+    left = kill_at
+    def on_train_batch_end(self, step, logs=None):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), 9)
+
+keras.utils.set_random_seed(2)
+model = fastdp.wrap(keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)]), gpus=2, compile=None)
+model.compile(keras.optimizers.Adam(0.01), "mse")
+with h5py.File(path) as file:
+    checkpoint = fastdp.callbacks.Checkpoint(folder, every_steps=2)
+    model.fit(file["x"], file["y"], batch_size=8, epochs=2, verbose=0, shuffle="chunks", callbacks=[checkpoint, Kill()])
+np.save(path + ".npy", np.concatenate([weights.ravel() for weights in model.get_weights()]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="the system has no SIGKILL")
+def test_a_killed_fit_from_hdf5_goes_on_in_mid_epoch_with_the_same_bits(tmp_path):
+    path, generator = str(tmp_path / "a.h5"), np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        file.create_dataset("x", data=generator.normal(size=(80, 8)).astype("f4"), chunks=(16, 8), compression="gzip")
+        file["y"] = generator.normal(size=(80, 3)).astype("f4")
+
+    def run(folder, kill_at):
+        code = textwrap.dedent(CHILD)
+        command = [sys.executable, "-c", code, path, str(tmp_path / folder), str(kill_at)]
+        return subprocess.run(command, check=False, timeout=300, capture_output=True).returncode
+
+    assert run("whole", 0) == 0
+    whole = np.load(path + ".npy")
+    assert run("killed", 7) == -signal.SIGKILL
+    assert run("killed", 0) == 0
+    np.testing.assert_array_equal(np.load(path + ".npy"), whole)
