@@ -33,7 +33,7 @@ class ReadAhead(Generic[T]):
     """
 
     def __init__(self, read: Callable[[int], T], count: int, name: str) -> None:
-        self._read, self._count, self._name = read, count, name
+        self._read, self.count, self._name = read, count, name
         self._waiting: dict[int, Future[T]] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
@@ -51,7 +51,7 @@ class ReadAhead(Generic[T]):
         began = time.perf_counter()
         try:
             with span("input"):
-                if not self._count:
+                if not self.count:
                     return self._read(number)
                 with self._lock:
                     found = self._waiting.pop(number, None)
@@ -59,7 +59,7 @@ class ReadAhead(Generic[T]):
                     if found is None:  # the caller jumps
                         self._drop()
                         found = self._begin(number)
-                    for following in range(number + 1, min(number + 1 + self._count, last)):
+                    for following in range(number + 1, min(number + 1 + self.count, last)):
                         if following not in self._waiting:
                             self._waiting[following] = self._begin(following)
                 return self._result(found, number)

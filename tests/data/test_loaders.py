@@ -248,6 +248,7 @@ def test_a_loop_goes_on_in_mid_epoch_from_a_checkpoint(tmp_path):
         loader = prefetch(DataLoader(TensorDataset(ROWS), 2, shuffle=True))
         seen = []
         with fastdp.Checkpoint(tmp_path / str(stop is not None), model=model, every_steps=1) as checkpoint:
+            checkpoint.restore()
             for _ in checkpoint.epochs(2):
                 for (x,) in checkpoint.batches(loader):
                     seen.append(x.tolist())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 import weakref
@@ -48,7 +47,6 @@ class Feed:
         self._began = self._ended = 0.0
         self.batches = self.read_ahead = 0
         self.waited = 0.0
-        self._returned: list[Any] = []
         begin = beginning(epochs)
         epochs._get_iterator = lambda: self._batches(batches_of(begin()))
 
@@ -73,7 +71,8 @@ class Feed:
 
     def give_back(self, batch: Any) -> None:
         """Somebody took this batch and did not use it: it comes first when the generator goes on."""
-        self._returned.append(batch)
+        if self.source.generator is not None:
+            hold(self.source.generator, [batch])
 
     def close(self) -> None:
         """End the thread. What it has read of a generator is kept for the next loop over it."""
@@ -82,9 +81,8 @@ class Feed:
             return
         left = ring.leave()
         generator = self.source.generator
-        if generator is not None and (left is not None or self._returned):
-            hold(generator, itertools.chain(self._returned, left or ()))
-        self._returned = []
+        if generator is not None and left is not None:
+            hold(generator, left, first=False)
 
     def _may_read(self) -> bool:
         guard = self.source.guard
@@ -256,9 +254,8 @@ def input_report(data: Any, feeds: Feeds) -> list[dict[str, Any]]:
     if not feeds.all:
         return []
     first = feeds.all[0]
-    files = data.describe() if isinstance(data, ArrayBatches) else []
-    if not files:
+    if not isinstance(data, ArrayBatches):
         return [first.entry()]
     reading = data.reading
-    counted = {"waited_seconds": reading.waited, "batches": reading.taken, **first.shares()}
-    return [{**entry, **counted, "read_ahead": reading.read_ahead} for entry in files]
+    counted = {"waited_seconds": reading.waited, "batches": reading.taken, "read_ahead": reading.read_ahead}
+    return [{**entry, **counted, **first.shares()} for entry in data.describe() or [first.entry()]]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +91,9 @@ def _of_arrays(adapter: Any, others: Sequence[Any]) -> Source:
 def _of_dataset(adapter: Any, others: Sequence[Any]) -> Source:
     data = adapter.py_dataset
     if isinstance(data, ArrayBatches):
-        return Source("arrays of ArrayBatches", by="read ahead by its own thread")
+        return Source(
+            "arrays of ArrayBatches", by="read ahead by its own thread" if data.reading.count else "not read ahead"
+        )
     inner = data._data if isinstance(data, Threaded) else data
     if adapter.enqueuer is not None:
         return Source(described(inner), by=f"read ahead by Keras's {data.workers} worker threads", copies=True)
@@ -127,9 +130,10 @@ def continued(data: Any) -> Any:
     return outer
 
 
-def hold(generator: Any, batches: Iterator[Any]) -> None:
-    """Keep batches for the next loop over this generator."""
-    _held[generator] = batches
+def hold(generator: Any, batches: Iterable[Any], *, first: bool = True) -> None:
+    """Keep batches for the next loop over this generator, before (`first`) or behind those that are kept already."""
+    kept = _held.get(generator, ())
+    _held[generator] = itertools.chain(batches, kept) if first else itertools.chain(kept, batches)
 
 
 def _from(generator: Iterator[Any]) -> Iterator[Any]:

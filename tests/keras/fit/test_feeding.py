@@ -1,12 +1,14 @@
 """What `fit`, `evaluate` and `predict` are fed is read ahead by a thread, and is what plain Keras would get."""
 
 import gc
+import os
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
+from pathlib import Path
 
+import ahead_threads
 import h5py
 import keras
 import numpy as np
@@ -18,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fastdp
 from fastdp.data import ahead_guard, prefetch
 from fastdp.keras.fit import sources
+from fastdp.options import Options
 
 ROWS, BATCHES = 4, 7
 
@@ -221,7 +224,7 @@ def test_a_hung_data_set_is_named():
             return super().__getitem__(i)
 
     parallel = model()
-    parallel._options = fastdp.options.Options(timeout=0.3)
+    parallel._options = Options(timeout=0.3)
     with pytest.raises(fastdp.DeviceTimeoutError, match=r"next batch of the data set \(.*Hangs\) took longer"):
         parallel.fit(Hangs(), verbose=0, shuffle=False)
 
@@ -282,44 +285,47 @@ def test_data_that_callbacks_change_models_that_data_read_and_draws_are_not_read
     assert "Keras's generator moves" in looked(by_keras())
 
 
+def fit_from_file(path, folder, kill_at=0):
+    """Weights of a fit, which ends by SIGKILL behind a batch."""
+
+    class Kill(keras.callbacks.Callback):
+        left = kill_at
+
+        def on_train_batch_end(self, step, logs=None):
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    keras.utils.set_random_seed(2)
+    parallel = fastdp.wrap(keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)]), gpus=2, compile=None)
+    parallel.compile(keras.optimizers.Adam(0.01), "mse")
+    callbacks = [fastdp.callbacks.Checkpoint(folder, every_steps=2), Kill()]
+    with h5py.File(path) as file:
+        options = {"batch_size": 8, "epochs": 2, "verbose": 0, "shuffle": "chunks", "callbacks": callbacks}
+        parallel.fit(file["x"], file["y"], **options)
+    return parallel.get_weights()
+
+
 CHILD = """
 import os, sys
 os.environ["KERAS_BACKEND"] = "torch"
-import h5py, keras, numpy as np, fastdp
-path, folder, kill_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
+sys.path[:0] = sys.argv[3:]
+import fastdp, test_feeding
 fastdp.set_virtual_devices(2, kind="host")
-
-class Kill(keras.callbacks.Callback):
-    left = kill_at
-    def on_train_batch_end(self, step, logs=None):
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), 9)
-
-keras.utils.set_random_seed(2)
-model = fastdp.wrap(keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)]), gpus=2, compile=None)
-model.compile(keras.optimizers.Adam(0.01), "mse")
-with h5py.File(path) as file:
-    checkpoint = fastdp.callbacks.Checkpoint(folder, every_steps=2)
-    model.fit(file["x"], file["y"], batch_size=8, epochs=2, verbose=0, shuffle="chunks", callbacks=[checkpoint, Kill()])
-np.save(path + ".npy", np.concatenate([weights.ravel() for weights in model.get_weights()]))
+test_feeding.fit_from_file(sys.argv[1], sys.argv[2], kill_at=17)
 """
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="the system has no SIGKILL")
 def test_a_killed_fit_from_hdf5_goes_on_in_mid_epoch_with_the_same_bits(tmp_path):
-    path, generator = str(tmp_path / "a.h5"), np.random.default_rng(0)
+    path, rng = str(tmp_path / "a.h5"), np.random.default_rng(0)
     with h5py.File(path, "w") as file:
-        file.create_dataset("x", data=generator.normal(size=(80, 8)).astype("f4"), chunks=(16, 8), compression="gzip")
-        file["y"] = generator.normal(size=(80, 3)).astype("f4")
-
-    def run(folder, kill_at):
-        code = textwrap.dedent(CHILD)
-        command = [sys.executable, "-c", code, path, str(tmp_path / folder), str(kill_at)]
-        return subprocess.run(command, check=False, timeout=300, capture_output=True).returncode
-
-    assert run("whole", 0) == 0
-    whole = np.load(path + ".npy")
-    assert run("killed", 7) == -signal.SIGKILL
-    assert run("killed", 0) == 0
-    np.testing.assert_array_equal(np.load(path + ".npy"), whole)
+        file.create_dataset("x", data=rng.normal(size=(80, 8)).astype("f4"), chunks=(16, 8), compression="gzip")
+        file["y"] = rng.normal(size=(80, 3)).astype("f4")
+    whole = fit_from_file(path, tmp_path / "whole")
+    folders = [str(Path(__file__).parent), str(Path(ahead_threads.__file__).parent)]
+    child = [sys.executable, "-c", CHILD, path, str(tmp_path / "killed"), *folders]
+    done = subprocess.run(child, check=False, timeout=300, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    for one, other in zip(fit_from_file(path, tmp_path / "killed"), whole, strict=True):
+        np.testing.assert_array_equal(one, other)
