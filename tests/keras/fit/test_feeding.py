@@ -316,6 +316,7 @@ test_feeding.fit_from_file(sys.argv[1], sys.argv[2], kill_at=17)
 """
 
 
+@pytest.mark.filterwarnings("ignore:The checkpoint .* is a part of one")  # it was being written
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="the system has no SIGKILL")
 def test_a_killed_fit_from_hdf5_goes_on_in_mid_epoch_with_the_same_bits(tmp_path):
     path, rng = str(tmp_path / "a.h5"), np.random.default_rng(0)
