@@ -15,6 +15,7 @@ from keras.src.backend.common import global_state
 from fastdp.data.batch_copies import Repeats, each_copied
 from fastdp.data.loaders import waiting
 from fastdp.data.ring import Ring
+from fastdp.data.thread_settings import modes_of_caller
 from fastdp.keras.fit.array_batches import ArrayBatches
 from fastdp.keras.fit.host_batches import CutBatches, batches_of
 from fastdp.keras.fit.sources import Source, hold, source_of
@@ -104,6 +105,7 @@ class Feed:
         guard = self.source.guard
         if guard is not None:
             guard.begin()
+            guard.why = guard.why or modes_of_caller()
         while True:
             began = time.perf_counter()
             waited, ahead = ring.waited, ring.read_ahead

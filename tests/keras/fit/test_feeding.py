@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from ahead_threads import LIMIT, alive, wait_until
+from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastdp
@@ -122,10 +123,11 @@ def test_each_source_trains_as_without_a_thread_and_is_read_ahead(source, monkey
     assert "Batches of the latest fit" in str(report)
 
 
-@pytest.mark.filterwarnings("ignore:Your input ran out of data")
-def test_grain_is_read_ahead_by_its_protocol():
+def test_grain_and_tf_data_are_read_ahead_by_their_protocol():
     source = sources.source_of(type("Adapter", (), {"_dataset": IterDataset()})(), [])
     assert (source.guard.why, source.copies, source.by) == (None, True, None)
+    source = sources.source_of(object.__new__(TFDatasetAdapter), [])
+    assert (source.name, source.guard, source.by) == ("a tf.data.Dataset", None, None)
 
 
 def test_evaluate_and_predict_are_fed_too():
