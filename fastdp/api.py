@@ -51,6 +51,7 @@ def wrap(
     on_nonfinite: str | None = None,
     fingerprint: str | os.PathLike[str] | None = None,
     grad_dtype: str | None = None,
+    shard_optimizer: bool = False,
 ) -> ParallelModel: ...
 @overload
 def wrap(
@@ -72,6 +73,7 @@ def wrap(
     on_nonfinite: str | None = None,
     fingerprint: str | os.PathLike[str] | None = None,
     grad_dtype: str | None = None,
+    shard_optimizer: bool = False,
 ) -> TorchParallel: ...
 def wrap(
     model: Any,
@@ -92,6 +94,7 @@ def wrap(
     on_nonfinite: str | None = None,
     fingerprint: str | os.PathLike[str] | None = None,
     grad_dtype: str | None = None,
+    shard_optimizer: bool = False,
 ) -> ParallelModel | TorchParallel:
     """Run a model on several devices as if on one.
 
@@ -227,6 +230,7 @@ def wrap(
         on_nonfinite=on_nonfinite,
         fingerprint=fingerprint,
         grad_dtype=grad_dtype,
+        shard_optimizer=shard_optimizer,
     )
     libraries = {cls.__module__.split(".")[0] for cls in type(model).__mro__}
     for library, (module, function) in _WRAPPERS.items():

@@ -153,6 +153,10 @@ class FlatBuffers:
         """Bytes of all buffers."""
         return sum(buffer.nbytes for buffer in self.buffers.values())
 
+    def span(self, number: int) -> tuple[str, int, int]:
+        """Where an array lies: the name of its buffer, and its first and last elements there."""
+        return self.names[number], *self._spans[number]
+
     def copy_from(self, other: FlatBuffers) -> None:
         """Copy the values of `other`, which has the same specs and layout."""
         for name, buffer in self.buffers.items():
@@ -274,8 +278,14 @@ class Home:
 
 @dataclass(slots=True)
 class Memory:
-    """The flat buffers of one replica."""
+    """The flat buffers of one replica.
+
+    `ranks` is the number of replicas that each update their part of the variables; 1 if one updates all of them.
+    `parts` are then the slots of this replica's part, which the program makes.
+    """
 
     variables: FlatBuffers
     slots: FlatBuffers
     gradients: FlatBuffers
+    ranks: int = 1
+    parts: FlatBuffers | None = None

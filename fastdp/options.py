@@ -10,7 +10,7 @@ COMPILE_MODES = (None, "trace", "inductor", "auto")
 # "bucket" means "auto", but also warns where there is nothing to record.
 GRAPHS = ("auto", "bucket", "step", None)
 UPDATES = ("first", "each", None)
-GRAD_DTYPES = (None, "bfloat16")
+GRAD_DTYPES = (None, "bfloat16", "float16")
 ROW_POLICIES = (None, "merge", "replica")
 MOST_SHARDS = 1024
 NONFINITE = (None, "raise", "skip")
@@ -25,8 +25,8 @@ class Options:
 
     Raises:
         ValueError: an unknown `compile`, `graph`, `update`, `rows`, `on_nonfinite` or `grad_dtype`; `shards` that is no
-            whole number from 1 to 1024; a `timeout` that is not above 0.
-        TypeError: `fingerprint` that is no path.
+            whole number from 1 to 1024; a `timeout` that is not above 0; `update` beside `shard_optimizer`.
+        TypeError: `fingerprint` that is no path; `shard_optimizer` that is no bool.
 
     `shards` sets `deterministic`: bits that depend on the clock would not be those of another number of devices.
     """
@@ -46,6 +46,7 @@ class Options:
     on_nonfinite: str | None = None
     fingerprint: str | os.PathLike[str] | None = None
     grad_dtype: str | None = None
+    shard_optimizer: bool = False
 
     def __post_init__(self) -> None:
         if self.compile not in COMPILE_MODES:
@@ -64,6 +65,13 @@ class Options:
             raise ValueError(f"`rows` must be one of {ROW_POLICIES}. Received: rows={self.rows!r}")
         if self.fingerprint is not None and not isinstance(self.fingerprint, (str, os.PathLike)):
             raise TypeError(f"`fingerprint` must be a path. Received: {self.fingerprint!r}")
+        if not isinstance(self.shard_optimizer, bool):
+            raise TypeError(f"`shard_optimizer` must be True or False. Received: {self.shard_optimizer!r}")
+        if self.shard_optimizer and self.update is not None:
+            raise ValueError(
+                f"`update` says where one optimizer runs, and with shard_optimizer=True each device updates its part. "
+                f"Received: update={self.update!r}. Leave `update` out."
+            )
         if self.shards is not None:
             object.__setattr__(self, "shards", _number_of_shards(self.shards))
             object.__setattr__(self, "deterministic", True)

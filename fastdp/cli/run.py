@@ -5,13 +5,15 @@
     fastdp run --gpus auto train.py
     fastdp run --gpus 8 --always train.py
     fastdp run --virtual 4 -m package.train
+    fastdp run --shards 8 train.py
     fastdp run --restarts 3 train.py
 
 Keras models run their steps on all devices. So do the calls of a torch module that an optimizer trains: the outputs of
 `model(x)` and the gradients of `loss.backward()` are those of one device. What cannot be split exactly runs as in plain
 Keras or torch, and a warning says why, with what to write instead. Keras steps that are not captured (those with a
 `train_step` or layers of the script's own, predictions) are timed on all devices and on one in the first steps, and
-run on one where that is faster, with a line that says so; `--always` keeps all. At the end a line for each torch module
+run on one where that is faster, with a line that says so; `--always` keeps all. `--shards 8` cuts every batch into 8
+parts, so that the results are the same to the last bit on any number of devices of one kind up to 8. At the end a line for each torch module
 says what it ran on (on the error stream, as the output is the script's).
 
 Everything else is as with plain `python`: sys.argv, sys.path, `__main__`, exit status and tracebacks. Keras runs on
@@ -38,9 +40,10 @@ from fastdp.cli.optional import choose_torch
 from fastdp.cli.restarts import MOST_RESTARTS, is_supervised, supervise
 from fastdp.cli.status import OK, WRONG_USE, say
 from fastdp.comm.processes import several
-from fastdp.options import Options
+from fastdp.options import MOST_SHARDS, Options
 from fastdp.runtime.queue import QueueDevice
 from fastdp.runtime.select import AUTO, resolve, set_default_devices, set_virtual_devices
+from fastdp.runtime.shards import on_shards
 from fastdp.settings import MOST_VIRTUAL_DEVICES
 from fastdp.tracing.trace import trace
 
@@ -74,6 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--deterministic", action="store_true", help="results repeat bit for bit; operations that cannot are errors"
+    )
+    parser.add_argument(
+        "--shards",
+        type=whole_number(1, MOST_SHARDS),
+        metavar="N",
+        help="cut every batch into N parts: the same bits on any number of devices up to N (implies --deterministic)",
     )
     parser.add_argument(
         "--local-batch-norm", action="store_true", help="normalize by each device's rows, not by the global batch"
@@ -132,6 +141,7 @@ def run(options: argparse.Namespace) -> int:
         if options.virtual is not None:
             set_virtual_devices(options.virtual)
         devices = resolve(options.gpus, caller="fastdp run")
+        on_shards(devices, Options(shards=options.shards))
     except ValueError as error:
         hint = " Here: fastdp run --virtual n." if "set_virtual_devices" in str(error) else ""
         return _say(f"{error}{hint}", WRONG_USE)
@@ -185,9 +195,14 @@ class _Script:
     def install_torch(self) -> None:
         """Split the calls of the script's torch modules. One device is plain torch."""
         options = self._options
-        if len(self._devices) > 1 or several():
-            chosen = Options(sync_batch_norm=not options.local_batch_norm, deterministic=options.deterministic)
-            self._torch = importlib.import_module("fastdp.torch.script_calls").install(self._devices, chosen)
+        if len(self._devices) > 1 or several() or options.shards is not None:
+            chosen = Options(
+                sync_batch_norm=not options.local_batch_norm,
+                deterministic=options.deterministic,
+                shards=options.shards,
+            )
+            given = on_shards(self._devices, chosen)
+            self._torch = importlib.import_module("fastdp.torch.script_calls").install(*given)
         self._keep_apart()
 
     def install_keras(self) -> None:
@@ -200,6 +215,7 @@ class _Script:
                 compile=None if options.compile == "none" else options.compile,
                 graph=None if options.graph == "none" else options.graph,
                 deterministic=options.deterministic,
+                shards=options.shards,
                 always=options.always,
             )
         except (ValueError, RuntimeError) as error:

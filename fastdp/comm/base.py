@@ -98,6 +98,7 @@ class Communicator(ABC):
         buckets: Sequence[Bucket],
         *,
         warm: bool = True,
+        scatters: bool = False,
     ) -> Any:
         """Begin the reduction of a step whose replicas are about to run. Returns a `Reduction` for `finish`.
 
@@ -105,6 +106,7 @@ class Communicator(ABC):
 
         Args:
             warm: such steps have run before, and allocate nothing any more.
+            scatters: each target gets its own rank's part of each bucket alone, as by `reduce_scatter`.
         """
 
     @abstractmethod

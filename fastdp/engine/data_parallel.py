@@ -44,6 +44,10 @@ from fastdp.tracing.trace import Traceable
 ProgramT_co = TypeVar("ProgramT_co", bound=Program, covariant=True)
 Arrays = Sequence[np.ndarray]
 Work = Callable[[Replica, list[np.ndarray], Context], Result]
+_NOT_SHARDED = (
+    "`shard_optimizer` is for Keras models and for train steps of torch modules. Received: shard_optimizer=True for a {}. "
+    "Leave it out."
+)
 
 
 class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co]):
@@ -105,7 +109,11 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
         self.check_replicas = options.check_replicas
         self.times = Timings()
         self._program = as_program(program)
+        if options.shard_optimizer and not self._program.shards_optimizer:
+            raise ValueError(_NOT_SHARDED.format(type(program).__name__))
         chosen = options.update or ("each" if devices[0].on_gpu else "first")
+        if self._program.updates_parts and len(self.devices) > 1:
+            chosen = "parts"
         # The others would update themselves for nothing: they get an exposed home's variables before each step.
         self.update = "first" if self._program.home_is_exposed else chosen
         self._state = EngineState(options.timeout)
@@ -119,7 +127,7 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
         home = HomeMemory(self._program, devices, self._communicator, on_host=options.cpu_relocation)
         self.group = ReplicaGroup(self._program, self.devices, home, self._communicator, self.update)
         self.replicas = self.group.every
-        self.rollback = Rollback(self.replicas[0])
+        self.rollback = Rollback(self.replicas[0], parts=self.group.in_parts)
         self._recovery = Recovery(self._state, self.group, self._communicator, self.rollback)
         self._across = connect(self.devices, options)
         self.size = len(devices)
@@ -136,6 +144,8 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
         self._updates = Updates(self.group, self.rollback, self._accumulation, options)
         first = self._across is None or self._across.first == 0  # the other processes have the same weights
         self._fingerprint = writer(options, self.group) if first else None
+        if self._fingerprint is not None or options.on_nonfinite is not None:
+            self._reductions.needs_whole = True
 
     # Steps.
 

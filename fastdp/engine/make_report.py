@@ -73,7 +73,7 @@ def make_report(
         device = replica.device
         nbytes = {
             "variables": memory.variables.nbytes,
-            "slots": memory.slots.nbytes,
+            "slots": memory.slots.nbytes + (memory.parts.nbytes if memory.parts is not None else 0),
             "gradients": memory.gradients.nbytes,
             "spare": engine.rollback.nbytes if rank == 0 else 0,
         }

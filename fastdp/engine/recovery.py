@@ -143,7 +143,8 @@ class Recovery:
         if self._replicas.home.home.doubtful:
             raise RuntimeError(
                 "The weights and the optimizer's slots of this model may be wrong: an all-reduce was given up while "
-                "its update waited for it. Build the model again, load a checkpoint, and wrap it."
+                "its update waited for it, or a device failed in the middle of updating its part. Build the model "
+                "again, load a checkpoint, and wrap it."
             )
         operation.cut_short = self._communicator.cut_short
 
@@ -184,10 +185,11 @@ class Recovery:
         if left is None or home.home.generation != left.generation:
             return
         wrong = left.updates_begun and left.cut_short != self._communicator.cut_short
-        home.home.doubtful = wrong and not left.restorable
+        short = left.updates_begun and len(left.updates_done) < len(left.updating)
+        home.home.doubtful = (wrong or (short and self._replicas.in_parts)) and not left.restorable
         if not left.updates_begun:
             return
-        if left.restorable and (wrong or len(left.updates_done) < len(left.updating)):
-            self._rollback.restore(self._replicas.every)
+        if left.restorable and (wrong or short):
+            self._rollback.restore(self._replicas.every, left.generation)
         elif home.apart and not left.came_home:  # all replicas continue from the first
             home.home.variables.copy_from(self._replicas.every[0].memory.variables)

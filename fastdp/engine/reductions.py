@@ -26,7 +26,12 @@ class Reductions:
         replicas: the engine's replicas. Their program's `step_graph` decides whether replicas reduce inside their work.
         communicator: over their devices.
         accumulation: gradients of earlier steps, which are added to those of the next step that reduces.
+
+    Attributes:
+        needs_whole: something but the update looks at the sums: a fingerprint, or a check for NaN.
     """
+
+    needs_whole = False
 
     def __init__(self, replicas: ReplicaGroup, communicator: Communicator, accumulation: AccumulatedGradients) -> None:
         self._replicas, self._communicator, self._accumulation = replicas, communicator, accumulation
@@ -52,15 +57,25 @@ class Reductions:
             self._trained[shape] = self._trained.get(shape, 0) + 1
         ends, buckets = self._replicas.ends(len(step.shards)), self._replicas.buckets
         everywhere = len(step.shards) == len(self._replicas.every)
-        if step.by_host and everywhere and spans.now.recorder is None:
+        scatters = step.trains and self.scatters()
+        if step.by_host and everywhere and not scatters and spans.now.recorder is None:
             self._here = here = self._communicator.begin_here(ends[1], buckets, warm=warm, known=self._here)
             step.reduction = here
             for context, listener in zip(step.contexts, here.listeners, strict=True):
                 context.ready = listener
             return
-        step.reduction = self._communicator.begin(*ends, buckets, warm=warm)
+        step.reduction = self._communicator.begin(*ends, buckets, warm=warm, scatters=scatters)
         for context in step.contexts:
             context.ready = partial(step.reduction.ready, context.index)
+
+    def scatters(self) -> bool:
+        """Whether each replica gets its part of the sums alone, since it updates that part. Before a step.
+
+        Raises:
+            ValueError: the optimizer's settings have changed, and parts can no longer be updated.
+        """
+        replicas = self._replicas
+        return replicas.in_parts and not (self.needs_whole or replicas.program.part_needs_whole())
 
     def finish(self, step: Step) -> None:
         """Enqueue the rest of the reduction, also for replicas without rows, and then the commit."""
@@ -101,12 +116,18 @@ class Reductions:
 
     def reduce(self, sources: int, once: Callable[[], object] | None = None) -> None:
         """Enqueue the all-reduce of the first `sources` replicas' gradients, and then `once()`."""
-        self._communicator.all_reduce(*self._replicas.ends(sources), self._replicas.buckets, once=once)
+        ends, buckets = self._replicas.ends(sources), self._replicas.buckets
+        if self.scatters():
+            self._communicator.reduce_scatter(*ends, buckets, once=once)
+        else:
+            self._communicator.all_reduce(*ends, buckets, once=once)
 
     def _is_by_step_graph(self, step: Step) -> bool:
         """Let the replicas reduce inside their own work if their program has a graph for it. Returns whether it has."""
         why_not = ""
-        if not step.reduces:
+        if self._replicas.in_parts:
+            why_not = "each device updates its part of the weights"
+        elif not step.reduces:
             why_not = "gradients wait for a later step"
         elif self._accumulation.count:
             why_not = "gradients of earlier steps are added"
@@ -136,6 +157,7 @@ class ProcessesReductions(Reductions):
         self, replicas: ReplicaGroup, communicator: Communicator, accumulation: AccumulatedGradients, across: Across
     ) -> None:
         super().__init__(replicas, communicator, accumulation)
+        self.needs_whole = True  # the sums of a process are added to those of the others
         self._across = across
         self._reduction: ProcessReduction | None = None
 

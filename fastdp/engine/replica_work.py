@@ -136,8 +136,9 @@ def run_update(
     try:
         if operation.check is not None and not operation.check.passes(operation, replica):
             return
-        if replica.rank == 0:
-            operation.restorable = rollback.save()
+        if replica.rank == 0 or rollback.parts:
+            saved = rollback.save(replica, operation.generation)
+            operation.restorable = operation.restorable and saved
             operation.updates_begun = True
         operation.totals.work_stealing = work_stealing
         if not operation.prepared:

@@ -42,9 +42,15 @@ class Replica:
         return self.memory.gradients
 
     @property
-    def lasting(self) -> tuple[FlatBuffers, FlatBuffers]:
+    def lasting(self) -> tuple[FlatBuffers, ...]:
         """Variables and slots, which last from step to step."""
         return self.memory.variables, self.memory.slots
+
+    @property
+    def own(self) -> tuple[FlatBuffers, ...]:
+        """What an update of this replica changes: also the slots of its part, if it has a part."""
+        parts = self.memory.parts
+        return self.lasting if parts is None else (*self.lasting, parts)
 
     def prepare_thread(self, threads: int) -> None:
         """Let the device's worker use `threads` cores in one operation. Runs on it before each step's work."""
@@ -100,13 +106,15 @@ class ReplicaGroup:
         devices: their devices, in the order of the rows.
         home: the memory of the program's own variables. The first replica shares it if it is on the first device.
         communicator: over the devices.
-        update: "each": every replica applies the update. "first": the first replica applies it for all.
+        update: "each": every replica applies the update. "first": the first replica applies it for all. "parts": every
+            replica updates its part of the variables, and has the slots of that part alone.
 
     Attributes:
         every: the replicas, in the order of the devices.
         updating: the replicas that apply the update themselves.
         buckets: the buckets of the gradients, in the order in which backward completes them.
         copies_before: whether each step begins with copies of the first replica's variables, and ends without.
+        in_parts: whether every replica updates a part.
     """
 
     def __init__(
@@ -121,8 +129,9 @@ class ReplicaGroup:
         self._communicator, self._update = communicator, update
         self._generation = -1
         self.copies_before = program.home_is_exposed and len(devices) > 1
+        self.in_parts = update == "parts"
         self.every = [self._replicate(rank) for rank in range(len(devices))]
-        self.updating = self.every if update == "each" else self.every[:1]
+        self.updating = self.every[:1] if update == "first" else self.every
         self.buckets = self.every[0].gradients.buckets()
         self._gradients = [replica.gradients for replica in self.every]
         self._variables = [replica.memory.variables for replica in self.every]
@@ -131,9 +140,10 @@ class ReplicaGroup:
         """Make the replica of one device. The first replica lives in the program's home."""
         device, program = self.devices[rank], self.program
         gradients = FlatBuffers(program.gradients, device)
-        own = program.slots if self._update == "each" else []
+        own = program.slots if self._update != "first" else []
         slots = program.home_slots(device) if rank == 0 else FlatBuffers(own, device)
-        return Replica(program, device, rank, Memory(self.home.variables(rank, device), slots, gradients))
+        ranks = len(self.devices) if self.in_parts else 1
+        return Replica(program, device, rank, Memory(self.home.variables(rank, device), slots, gradients, ranks))
 
     def ends(self, sources: int) -> tuple[list[FlatBuffers], list[FlatBuffers]]:
         """The buffers of an all-reduce: gradients of the first `sources` replicas, and of those that get the sum.
@@ -165,10 +175,14 @@ class ReplicaGroup:
         with lent(self.devices) if self.devices[0].on_gpu else nullcontext():  # a GPU's worker would only enqueue
             self.home.lead(self._variables[0])
             self._communicator.refresh(self._variables[:active])
-            if self._update == "each" and active is None:
+            if self._update != "first" and active is None:
                 self._communicator.refresh([replica.memory.slots for replica in self.every])
         self.program.committed()
         self._generation = self.home.home.generation
+
+    def gather_parts(self) -> None:
+        """Enqueue copies of each replica's part of the updated variables to all others."""
+        self._communicator.all_gather(self._variables, self.buckets)
 
     def copy_first(self, readers: int | None) -> None:
         """Enqueue copies of the first replica's updated variables to the others.
@@ -195,7 +209,7 @@ class ReplicaGroup:
         first = self.every[0]
         for replica in self.every[1:]:
             for what, ours, theirs in zip(("variables", "slots"), first.lasting, replica.lasting, strict=True):
-                if (what == "variables" or self._update == "each") and not ours.equals(theirs):
+                if (what == "variables" or self._update != "first") and not ours.equals(theirs):
                     raise RuntimeError(
                         f"The {what} on {replica.device.name} differ from those on {first.device.name} "
                         f"after step {step}. This is a bug in fastdp or in the program's update."

@@ -65,7 +65,7 @@ class Report(Sequence[dict[str, Any]]):
         between_seconds: median seconds between steps: waiting for input, callbacks, metrics.
         overhead_seconds: median seconds of a step beyond the work of its slowest device and the update.
         optimizer: how the optimizer is applied.
-        update: where it is applied, "first" or "each" device.
+        update: where it is applied, "first" or "each" device, or "parts": each updates its part.
         cards: the GPUs of the replicas with their peak memory; empty on virtual devices in host memory.
         peak_nbytes: peak host memory of the process; None where the system does not report it.
         buckets: the number of gradient buckets.
@@ -195,7 +195,8 @@ class Report(Sequence[dict[str, Any]]):
             return "fastdp: no step has run yet."
         words = f"{self._size()}."
         if self.optimizer:
-            where = "on each device" if self.update == "each" else "on the first device, for all"
+            wheres = {"each": "on each device", "parts": "on each device, for its part of the weights"}
+            where = wheres.get(self.update, "on the first device, for all")
             words += f" The optimizer is applied {where}: {self.optimizer}."
         return words
 

@@ -286,7 +286,9 @@ def step_error(
     text = traceback.TracebackException(type(cause), cause, None)  # even of an error whose own text fails
     who = "The step" if blamed is None else f"The replica on {devices[blamed].name}{where}"
     message = f"{who} failed with {type(cause).__name__}: {text}\nThe step was stopped in `{verb}`"
-    if operation.updates_begun and not operation.restorable:
+    if operation.updates_begun and not operation.restorable and operation.updating[0].memory.parts is not None:
+        message += " in the middle of its update: the devices have updated other parts. Load a checkpoint."
+    elif operation.updates_begun and not operation.restorable:
         message += " in the middle of its update: all replicas go on from the weights of the first."
     else:
         message += " and no replica's weights were changed."

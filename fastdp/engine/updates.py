@@ -79,7 +79,9 @@ class Updates:
                 compute.enqueue(partial(run_update, *given))
         if isinstance(step, Step) and here:
             _update_here(step, step.updating[1:])
-        if len(step.updating) < len(every) and not replicas.copies_before:
+        if replicas.in_parts and not accumulates:
+            replicas.gather_parts()
+        elif len(step.updating) < len(every) and not replicas.copies_before:
             replicas.copy_first(readers=None if step.reduction is None else len(step.updating))
         replicas.home.follow(every[0].memory.variables, step.note_home)
         if accumulates:

@@ -42,6 +42,7 @@ from fastdp.tensors.row_effects import NotByRowsError, refusal
 from fastdp.warn import warn_user
 
 _KINDS = ("train", "test", "predict")
+_FURTHER = {"update", "timeout", "check_replicas", "shards", "on_nonfinite", "grad_dtype", "shard_optimizer"}
 NOT_BUILT = "it is not built: it makes its variables when it is called"
 _STEPS = "_fastdp_steps"  # kept in a model's __dict__: it lives as long as the model, and Keras does not track it
 
@@ -89,7 +90,8 @@ def install(
             `train_step` or layers of its own, `predict`) are timed on all devices and on one, within the first 24 of
             a kind, and run on one device from then on, as plain Keras, where that is faster; a line on the error
             stream says so. Results are the same. With `deterministic`, `shards` or `on_nonfinite` all devices stay.
-        options: `update`, `timeout`, `check_replicas`, `shards`, `on_nonfinite` and `grad_dtype`, as in `fastdp.wrap`.
+        options: `update`, `timeout`, `check_replicas`, `shards`, `on_nonfinite`, `grad_dtype` and `shard_optimizer`, as
+            in `fastdp.wrap`.
 
     Raises:
         ValueError: invalid `gpus`, or an unknown `compile`, `graph`, `rows` or `update`.
@@ -101,7 +103,7 @@ def install(
         >>> model.fit(x, y)  # doctest: +SKIP
     """
     check_backend("fastdp.install")
-    unknown = set(options) - {"update", "timeout", "check_replicas", "shards", "on_nonfinite", "grad_dtype"}
+    unknown = set(options) - _FURTHER
     if unknown:
         raise TypeError(f"`fastdp.install` has no option {sorted(unknown)}.")
     chosen = Options(

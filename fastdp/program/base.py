@@ -98,6 +98,9 @@ class Program(ABC):
         update_is_reliable: an `update` that has succeeded once will not raise, because it does not run the user's code.
         first_may_run_here: on several virtual devices, the first replica may run on the thread that calls the engine.
         scales_loss: the loss is scaled, so gradients may be infinite, and `update` sees to it.
+        updates_parts: `update` updates a replica's part of the variables: the part of each bucket of gradients that is
+            its own between a reduce-scatter and an all-gather. Of several replicas each then makes its update.
+        shards_optimizer: it can do so, if it is told to.
         uses_cupy: `update` may compute with CuPy, whose current stream is then the replica's.
 
     These attributes may be properties.
@@ -113,6 +116,8 @@ class Program(ABC):
     update_is_reliable: bool = False
     first_may_run_here: bool = True
     scales_loss: bool = False
+    updates_parts: bool = False
+    shards_optimizer: bool = False
     uses_cupy: bool = True
     cores: int = CORES
 
@@ -216,6 +221,14 @@ class Program(ABC):
         If `totals` are not reduced, it runs on every replica, including replicas without slots. It must then not change
         the gradients, and leave the same variables on all replicas.
         """
+
+    def part_needs_whole(self) -> bool:
+        """Whether the update of a part needs the sums of all gradients. Called on the host thread before a step.
+
+        Raises:
+            ValueError: parts can no longer be updated.
+        """
+        return False
 
     def rehearse_update(self, state: Any) -> bool:
         """Try an update on copies of a few numbers, with the present settings and gradients. Runs on the worker.

@@ -38,7 +38,7 @@ class Installed:
     """Splits the calls of a script's modules over devices.
 
     Args:
-        devices: two or more.
+        devices: two or more, or the parts of devices that run shards.
         options: as in `fastdp.wrap`.
 
     Calls in other threads and processes than the one that made this object are plain torch, as are calls inside other
@@ -47,6 +47,7 @@ class Installed:
 
     def __init__(self, devices: Sequence[QueueDevice], options: Options) -> None:
         self._devices, self._options = list(devices), options
+        self._count = len({device.part_of or device for device in devices})
         self._thread, self._process = threading.get_ident(), os.getpid()
         self._inside = False
         self._busy: list[Callable[[], bool]] = []
@@ -187,8 +188,8 @@ class Installed:
         """What ran where, a line for each module that was trained; empty if the script has wrapped what it trains."""
         lines = self._counts()
         if not lines and not self._has_wrapped and not self._busy:
-            return [_NOTHING.format(len(self._devices))]
-        return [_line(name, reason, ran, plain, len(self._devices)) for (name, reason), (ran, plain) in lines.items()]
+            return [_NOTHING.format(self._count)]
+        return [_line(name, reason, ran, plain, self._count) for (name, reason), (ran, plain) in lines.items()]
 
     def counts(self) -> list[dict[str, Any]]:
         """The same for programs: the calls of each trained module on all devices and on one, and why not on all."""
@@ -210,7 +211,7 @@ class Installed:
 
 def _line(name: str, reason: str, parallel: int, plain: int, devices: int) -> str:
     """The summary of a module, or of several modules of a class."""
-    parts = [f"{parallel} calls on {devices} devices"] if parallel else []
+    parts = [f"{parallel} calls on {devices} device{'s' * (devices > 1)}"] if parallel else []
     parts += [f"{plain} {'' if parallel else 'calls '}on one device"] if plain else []
     return f"{name}: {', '.join(parts)}" + (f": {reason}" if reason else ".")
 
@@ -222,7 +223,7 @@ def install(devices: Sequence[QueueDevice], options: Options) -> Installed:
     """Split the calls of a script's modules from now on. A second call replaces the first.
 
     Args:
-        devices: two or more.
+        devices: two or more, or the parts of devices that run shards.
         options: as in `fastdp.wrap`.
     """
     uninstall()

@@ -109,6 +109,7 @@ class CudaCommunicator(Communicator):
         buckets: Sequence[Bucket],
         *,
         warm: bool = True,
+        scatters: bool = False,
     ) -> CudaReduction:
         """A reduction whose buckets may be announced one by one.
 
@@ -120,11 +121,14 @@ class CudaCommunicator(Communicator):
         several = len(self._devices) > 1
         if self._cold:
             warm, self._cold = False, self._cold - 1
-        ways = self._plan(buckets, self._ways, self.choice.how) if several else []
+        known, how = (self._scatter_ways, self.choice.how_to_scatter) if scatters else (self._ways, self.choice.how)
+        ways = self._plan(buckets, known, how) if several else []
+        by_nccl = self._nccl.reduce_scatter if scatters else self._nccl.all_reduce
+        name = "reduce-scatter" if scatters else "all-reduce"
 
         def issue(numbers: Sequence[int]) -> None:
             chosen = [(buckets[number], ways[number]) for number in numbers]
-            self._run(targets, chosen, range(len(sources), len(targets)), self._nccl.all_reduce)
+            self._run(targets, chosen, range(len(sources), len(targets)), by_nccl, name)
 
         # Reducing on the host waits for the GPUs, which must not happen in the middle of a replica's work.
         early = [number for number, way in enumerate(ways) if way != "host"] if warm else []

@@ -37,10 +37,11 @@ class HostCommunicator(Communicator):
         buckets: Sequence[Bucket],
         *,
         warm: bool = True,
+        scatters: bool = False,
     ) -> HostReduction:
         """A reduction whose buckets may be announced one by one. `warm` has no effect."""
         refuse_unknown(buckets)
-        return HostReduction(self._devices, sources, targets, buckets)
+        return HostReduction(self._devices, sources, targets, buckets, scatters=scatters)
 
     def finish(
         self, reduction: HostReduction, once: Callable[[], object] | None = None, readers: int | None = None
@@ -71,26 +72,26 @@ class HostCommunicator(Communicator):
         buckets: Sequence[Bucket],
         once: Callable[[], object] | None = None,
     ) -> None:
-        """Sum each part once, on its rank's worker, with the order and bits of `all_reduce`."""
-        refuse_unknown(buckets)
-        ranks, add = len(self._devices), sum_for(self._devices)
-
-        def reduce(rank: int) -> None:
-            if once is not None and rank == 0:
-                once()
-            with np.errstate(over="ignore", invalid="ignore"):
-                for bucket in buckets:
-                    part = bucket.part(rank, ranks)
-                    for low in range(part.start, part.stop, TILE):
-                        tile = slice(low, min(low + TILE, part.stop))
-                        values = [source.buffers[bucket.dtype][tile] for source in sources]
-                        targets[rank].buffers[bucket.dtype][tile] = add(values, bucket.dtype)
-
-        self._each("reduce-scatter", range(ranks), reduce)
+        """Sum each part once, with the order and bits of `all_reduce`."""
+        self.finish(self.begin(sources, targets, buckets, scatters=True), once)
 
     def all_gather(self, buffers: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
-        """Gather by copies; each rank's worker makes its own."""
-        self._gather_by_copies(buffers, buckets)
+        """Gather by copies; each rank's worker makes its own. One worker copies little alone."""
+        if sum(bucket.nbytes for bucket in buckets) * len(buffers) > SMALL_NBYTES:
+            self._gather_by_copies(buffers, buckets)
+            return
+        ranks = range(len(buffers))
+
+        def copy(_: int) -> None:
+            for bucket in buckets:
+                for owner in ranks:
+                    part = bucket.part(owner, len(ranks))
+                    for rank in ranks if part.stop > part.start else ():
+                        if rank != owner:
+                            buffers[rank].copy_part(buffers[owner], part)
+
+        if len(ranks) > 1 and buckets:
+            self._each("all-gather", [0], copy)
 
     def broadcast(self, buffers: Sequence[FlatBuffers], readers: int | None = None) -> None:
         """Copy in pieces; each is read once and written to all.

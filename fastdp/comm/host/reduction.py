@@ -25,6 +25,9 @@ from fastdp.tracing.spans import now, span
 TILE = 1 << 16
 
 
+Piece = tuple[slice, "int | None"]  # where a piece lies, and the rank that alone gets its sum
+
+
 class HostReduction(Reduction):
     """The reduction of one step's buckets, in pieces that free threads take. Each piece is summed once.
 
@@ -36,6 +39,7 @@ class HostReduction(Reduction):
     Args:
         devices: all devices.
         sources, targets, buckets: as in `HostCommunicator.all_reduce`.
+        scatters: each target gets its own part of each bucket alone.
 
     `over` completes when nobody works on the reduction any more, with the error if it failed.
     """
@@ -46,6 +50,8 @@ class HostReduction(Reduction):
         sources: Sequence[FlatBuffers],
         targets: Sequence[FlatBuffers],
         buckets: Sequence[Bucket],
+        *,
+        scatters: bool = False,
     ) -> None:
         self.over = QueueEvent()
         self._devices = devices
@@ -56,9 +62,8 @@ class HostReduction(Reduction):
         in_place = all(source is not targets[0] for source in sources[1:])
         self._sum_lies_in = sources[0] if len(sources) == 1 else targets[0] if in_place else None
         trivial = len(sources) == 1 and all(target is sources[0] for target in targets)
-        self._pieces: list[list[int]] = [
-            [] if trivial else list(range(bucket.start, bucket.stop, TILE))[::-1] for bucket in buckets
-        ]
+        ranks = len(targets) if scatters else 0
+        self._pieces: list[list[Piece]] = [[] if trivial else _cut(bucket, ranks)[::-1] for bucket in buckets]
         self._left_in = [len(pieces) for pieces in self._pieces]
         self._left = self.pieces = sum(self._left_in)
         self._lock = threading.Lock()
@@ -157,22 +162,22 @@ class HostReduction(Reduction):
         """Sum pieces of these buckets until none is left. On any thread."""
         with np.errstate(over="ignore", invalid="ignore"):
             for number in buckets:
-                start = self._take(number)
-                if start is None:
+                piece = self._take(number)
+                if piece is None:
                     continue
                 if now.recorder is None:
-                    self._work_on(number, start)
+                    self._work_on(number, piece)
                 else:
                     with span("all-reduce", bucket=number, nbytes=self._buckets[number].nbytes):
-                        self._work_on(number, start)
+                        self._work_on(number, piece)
 
-    def _work_on(self, number: int, start: int | None) -> None:
+    def _work_on(self, number: int, piece: Piece | None) -> None:
         """Sum pieces of a bucket, beginning with the one that was taken, until none is left."""
         bucket = self._buckets[number]
-        while start is not None:
+        while piece is not None:
             error: BaseException | None = None
             try:
-                self._sum(bucket.dtype, slice(start, min(start + TILE, bucket.stop)))
+                self._sum(bucket.dtype, *piece)
             except BaseException as failure:
                 error = failure
                 raise
@@ -180,7 +185,7 @@ class HostReduction(Reduction):
                 self._put_back(error)
             if self.summed is not None:
                 self._count(number)
-            start = self._take(number)
+            piece = self._take(number)
 
     def _count(self, number: int) -> None:
         """Count a piece of a bucket, and tell when that was the last."""
@@ -190,12 +195,17 @@ class HostReduction(Reduction):
         if last and self.summed is not None:
             self.summed(number)
 
-    def _sum(self, dtype: str, span: slice) -> None:
-        """Sum one piece, and write it to all targets."""
-        place = self._sum_lies_in
+    def _sum(self, dtype: str, span: slice, owner: int | None) -> None:
+        """Sum one piece, and write it to all targets, or to the one that owns it."""
+        place, targets = self._sum_lies_in, self._targets
+        if owner is not None:
+            targets = [targets[owner]]
+            place = None if any(source is targets[0] for source in self._sources[1:]) else targets[0]
         out = place.buffers[dtype][span] if place is not None else None
         total = self._add([source.buffers[dtype][span] for source in self._sources], dtype, out)
-        for target in self._targets:
+        if len(self._sources) == 1 and place is not self._sources[0]:
+            place = None  # a single vector is returned itself
+        for target in targets:
             if target is not place:
                 target.buffers[dtype][span] = total
 
@@ -210,8 +220,8 @@ class HostReduction(Reduction):
         if over:
             self.over.complete(self._error)
 
-    def _take(self, bucket: int) -> int | None:
-        """Take a piece of a bucket. Returns where it begins; None if none is left."""
+    def _take(self, bucket: int) -> Piece | None:
+        """Take a piece of a bucket; None if none is left."""
         with self._lock:
             if self._closed or not self._pieces[bucket]:
                 return None
@@ -229,6 +239,16 @@ class HostReduction(Reduction):
             over = self._closed and not self._takers
         if over:
             self.over.complete(self._error)
+
+
+def _cut(bucket: Bucket, ranks: int) -> list[Piece]:
+    """A bucket in pieces, each in one rank's part of it; `ranks` is 0 if there are no parts."""
+    parts = [(bucket.part(rank, ranks), rank) for rank in range(ranks)] if ranks else [(bucket, None)]
+    return [
+        (slice(start, min(start + TILE, part.stop)), owner)
+        for part, owner in parts
+        for start in range(part.start, part.stop, TILE)
+    ]
 
 
 def sum_for(devices: Sequence[QueueDevice]) -> Callable[..., np.ndarray]:

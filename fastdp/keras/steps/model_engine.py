@@ -91,6 +91,12 @@ class ModelEngine:
 
     def _made(self) -> DataParallel[CallProgram]:
         """Make an engine."""
+        in_parts = self._options.shard_optimizer and len(self.devices) > 1
+        if in_parts and has_own(self.template, "train_step"):
+            raise ValueError(
+                f"`shard_optimizer` needs the train step of Keras, and {type(self.template).__name__} has a `train_step` "
+                "of its own, which updates all weights on the first device. Leave `shard_optimizer` out."
+            )
         with torch.inference_mode(False):  # tensors made in inference mode can never take part in autograd
             program = CallProgram(
                 self.template,
@@ -101,6 +107,7 @@ class ModelEngine:
                 replicas=all_replicas(len(self.devices)),
                 policy=self._policy,
                 groups=self.device_groups,
+                in_parts=in_parts,
             )
             program.why_eager = self._why_eager(program)
             if self._capture_mode is not None and not program.why_eager:

@@ -58,6 +58,10 @@ class KerasProgram(Program):
         replicas: the number of replicas. A single one needs no trial of how values depend on rows.
         policy: what to do if a layer mixes rows.
         groups: all devices of each replica, if replicas span several.
+        in_parts: each of several replicas updates its part of the weights, and has the slots of this part alone.
+
+    Raises:
+        ValueError: the optimizer cannot update parts.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class KerasProgram(Program):
         replicas: int = 2,
         policy: Policy | None = None,
         groups: Sequence[Sequence[QueueDevice]] | None = None,
+        in_parts: bool = False,
     ) -> None:
         self.model, self.trainer = model, trainer
         self.sync_batch_norm = sync_batch_norm
@@ -94,7 +99,7 @@ class KerasProgram(Program):
         self.passes = Passes(call, self.loss, self.trainable, self.effects, self.forward_effects)
         self._is_known = has_known_regularizers(self.trainable) and keeps_rows_apart(model)
         self.draws = StepDraws(moves=bool(self.effects.seeds) or not self._is_known)
-        self._update = OptimizerUpdate(optimizer, self.trainable, self.draws)
+        self._update = OptimizerUpdate(optimizer, self.trainable, self.draws, in_parts=in_parts)
         self.slots: Sequence[ArraySpec] = [spec_of(v.path, v.value) for v in self._update.slots]
         self._left = LeftGradients(self.trainable)
         self._adopted: list[AdoptedVariables] = []
@@ -103,6 +108,7 @@ class KerasProgram(Program):
         self._autocast = Autocast.current()  # the state of the thread that calls steps
 
     uses_cupy = False
+    shards_optimizer = True
 
     @property
     def trained(self) -> list[int]:
@@ -134,6 +140,7 @@ class KerasProgram(Program):
 
     def changed_outside(self) -> bool:
         """Whether a callback or the user assigned a weight, the learning rate, or anything else."""
+        self._update.claim()
         changed = [one.changed() for one in self._adopted]  # not any(...): `changed` also adopts new values
         if any(changed):
             settle(v.value for v in self.variables)
@@ -146,7 +153,7 @@ class KerasProgram(Program):
 
     def bind(self, memory: Memory, device: QueueDevice, rank: int) -> ReplicaState:
         """A replica's tensors over its memory."""
-        state = ReplicaState.over(memory, device, self.variables, self.trained, self._update.flat(memory))
+        state = ReplicaState.over(memory, device, self.variables, self.trained, self._update.flat(memory, device, rank))
         self.states[rank] = state
         return state
 
@@ -277,7 +284,17 @@ class KerasProgram(Program):
     @property
     def update_is_shared(self) -> bool:  # type: ignore[override]
         """Whether the optimizer is applied to parts of the buffers by several threads."""
-        return self._update.how == "flat"
+        return self._update.is_flat
+
+    @property
+    def updates_parts(self) -> bool:  # type: ignore[override]
+        """Whether each replica updates its part of the weights."""
+        return self._update.in_parts
+
+    def part_needs_whole(self) -> bool:
+        """Whether the update of a part needs the gradients of all weights. Raises ValueError as at first."""
+        self._update.check()
+        return self._update.needs_whole
 
     @property
     def update_is_reliable(self) -> bool:  # type: ignore[override]
@@ -287,9 +304,10 @@ class KerasProgram(Program):
     def leave_gradients(self, engine: Engine) -> None:
         """After a training step, leave its gradients on the template's variables, as Keras's trainer does.
 
-        Not if gradients are accumulated on the replicas: then the gradient of the whole batch does not exist.
+        Not if gradients are accumulated on the replicas, where the gradient of the whole batch does not exist, or if
+        each replica has its part of it.
         """
-        if self.accumulation.defers(engine):
+        if self.accumulation.defers(engine) or self.updates_parts:
             self._left.forget()
         else:
             self._left.leave(self.states[0].gradients)
@@ -298,6 +316,10 @@ class KerasProgram(Program):
 
     def fold(self, state: ReplicaState) -> None:
         """Add reduced gradients of an unfinished cycle to the optimizer's accumulators."""
+        if self.updates_parts and state.flat_update is not None:
+            with torch.no_grad():
+                state.flat_update.fold("_accumulated_gradients", self.optimizer.loss_scale_factor)
+            return
         slots = dict(zip(map(id, self._update.slots), state.slots, strict=True))
         self.accumulation.fold(slots, state.gradients)
 

@@ -12,7 +12,7 @@ import pytest
 
 import fastdp
 from fastdp.program.base import Totals
-from fastdp.program.keras.optimizer import flat as flat_optimizer
+from fastdp.program.keras.optimizer import regions
 from fastdp.program.keras.step_sums import Notes
 
 optimizers, layers = keras.optimizers, keras.layers
@@ -57,7 +57,7 @@ TOLERANCES = {"float64": 1e-12, "float32": 1e-6, "float16": 2e-3, "bfloat16": 2e
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that these models are cut into several."""
-    monkeypatch.setattr(flat_optimizer, "PIECE", 16)
+    monkeypatch.setattr(regions, "PIECE", 16)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -98,7 +98,8 @@ class Accumulation:
         self._accumulators = [optimizer._accumulated_gradients[optimizer._get_variable_index(v)] for v in trainable]
         self._waiting = vars(optimizer).setdefault("_fastdp_waiting", self._waiting)  # bypasses Keras's tracking
         for accumulator in self._accumulators:
-            accumulator.__class__ = Accumulator
+            if not isinstance(accumulator, Accumulator):
+                accumulator.__class__ = Accumulator
             accumulator._waiting = weakref.ref(self._waiting)
 
     @property
@@ -122,7 +123,8 @@ class Accumulation:
             return "variables have constraints, which hold in inner steps too"
         if optimizer.use_ema and optimizer.ema_overwrite_frequency:
             return "averages overwrite the variables in inner steps too"
-        if not all(type(v) in (keras.Variable, Accumulator) for v in getattr(optimizer, "_accumulated_gradients", [])):
+        accumulators = getattr(optimizer, "_accumulated_gradients", [])
+        if not all(type(v) is keras.Variable or isinstance(v, Accumulator) for v in accumulators):
             return f"{name} has accumulators of its own"
         return ""
 

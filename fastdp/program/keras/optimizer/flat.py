@@ -8,27 +8,24 @@ gradient accumulation, weight averages) to the pieces.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import keras
 import torch
+from keras.src.optimizers.base_optimizer import global_norm
 
-from fastdp.buffers import FlatBuffers, Memory
+from fastdp.buffers import Memory
 from fastdp.program.keras.optimizer.fused import fused_step
-from fastdp.program.keras.optimizer.slots import Slots, chain
+from fastdp.program.keras.optimizer.regions import Region, regions_of
+from fastdp.program.keras.optimizer.sharded import SlotParts
+from fastdp.program.keras.optimizer.slots import Slots, chain, needs_whole
 from fastdp.runtime.host.resources import CORES
 from fastdp.runtime.work_stealing import WorkStealing
-from fastdp.tensors.arrays import as_tensor, dtype_name
+from fastdp.tensors.arrays import dtype_name, tensors_of
 
-# Elements per piece on a CPU. An update passes over its operands several times, and a piece stays in the caches
-# meanwhile. bench/optimizers.py has the measurements.
-PIECE = 1 << 18
-# With several threads: pieces per core, so that all threads end at about the same time, and the smallest piece.
-SHARED_PIECES, SMALLEST_PIECE = 3, 1 << 14
 _REMEMBERED = 8
 
 
@@ -56,28 +53,11 @@ class FlatVariable(keras.Variable):
 
 
 @dataclass(slots=True)
-class _Region:
-    """All trainable variables of one dtype: the memory of the variables, the gradients and each kind of slots.
-
-    `members` are the numbers of the variables, `starts` their offsets. The gaps between them stay zero.
-    """
-
-    variables: torch.Tensor
-    gradients: torch.Tensor
-    kinds: list[torch.Tensor]
-    members: list[int]
-    starts: list[int]
-    gaps: torch.Tensor
-
-    def first(self) -> _Region:
-        """A region with copies of the first element of each buffer."""
-        variables, gradients, *kinds = (t[:1].clone() for t in (self.variables, self.gradients, *self.kinds))
-        return _Region(variables, gradients, kinds, self.members[:1], [0], self.gaps[:0])
-
-
-@dataclass(slots=True)
 class _Pieces:
-    """The flat buffers split into pieces whose variables are treated alike."""
+    """The flat buffers split into pieces whose variables are treated alike.
+
+    `whole` are the gradients of all variables, where `gradients` are those of this replica's part.
+    """
 
     variables: list[FlatVariable]
     kinds: list[list[FlatVariable]]
@@ -85,6 +65,7 @@ class _Pieces:
     decays: dict[int, bool]
     used: list[FlatVariable]
     gradients: list[torch.Tensor]
+    whole: list[torch.Tensor]
 
 
 class FlatUpdate:
@@ -95,14 +76,32 @@ class FlatUpdate:
         slots: its slots, laid out for flat buffers.
         trainable: the variables to train, the first ones in `memory.variables`.
         memory: the replica's buffers, written in place.
+        parts: the slots, if each replica updates its part of the variables; None if this one updates all of them.
+        rank: the replica's.
     """
 
-    def __init__(self, optimizer: Any, slots: Slots, trainable: Sequence[keras.Variable], memory: Memory) -> None:
+    def __init__(
+        self,
+        optimizer: Any,
+        slots: Slots,
+        trainable: Sequence[keras.Variable],
+        memory: Memory,
+        parts: SlotParts | None = None,
+        rank: int = 0,
+    ) -> None:
         self._optimizer = optimizer
         self._slots = slots
         self._trainable = list(trainable)
-        self._regions = _regions(slots, memory)
-        at = {id(v): view for v, view in zip(slots.order, _tensors(memory.slots), strict=True)}
+        self._whole = regions_of(memory, len(slots.kinds) if parts is None else 0)
+        self._regions = {dtype: [region] for dtype, region in self._whole.items()}
+        self._scratch: dict[str, Region] = {}
+        if parts is not None:
+            self._regions = _own_regions(self._whole, parts, rank, len(slots.kinds))
+            tensors = {dtype: [parts.tensor(rank, kind, dtype) for kind in range(len(slots.kinds))] for dtype in self._whole}
+            self._scratch = {dtype: one.part(0, 1, tensors[dtype]).scratch() for dtype, one in self._whole.items()}
+        self._parts = parts
+        order = slots.order if parts is None else [v for slot in slots.scalars for v in slot.variables]
+        at = {id(v): view for v, view in zip(order, tensors_of(memory.slots), strict=True)}
         self._scalars = [FlatVariable(at[id(slot.variables[0])]) for slot in slots.scalars]
         self._pieces: dict[tuple[frozenset[int], tuple[bool, ...], bool], _Pieces] = {}
 
@@ -132,21 +131,29 @@ class FlatUpdate:
         stand_in = self._stand_in(pieces, share)
         if not reduced:
             vars(stand_in)["_backend_increment_gradient_accumulators"] = lambda gradients, accumulated: None
-        if len(self._regions) == 1 and not unused and _is_bare(stand_in):
+        if len(self._whole) == 1 and not unused and _is_bare(stand_in):
             # The core of `apply`. Its surrounding calls took as long as the update of a small network.
             stand_in._backend_update_step(pieces.gradients, pieces.used, stand_in.learning_rate)
             stand_in._iterations.tensor.add_(1)
         else:
             stand_in.apply(pieces.gradients, pieces.used)
-        for region in self._regions:
+        for region in [region for of_dtype in self._regions.values() for region in of_dtype]:
             if region.gaps.numel():  # 0 / 0 is not zero
                 for tensor in (region.variables, *region.kinds):
                     tensor.index_fill_(0, region.gaps, 0)
 
+    def fold(self, attribute: str, scale: float | None) -> None:
+        """Add reduced gradients to the slots of one kind, which accumulate them."""
+        kind = next(at for at, slot in enumerate(self._slots.kinds) if slot.attribute == attribute)
+        for region in [region for of_dtype in self._regions.values() for region in of_dtype]:
+            region.kinds[kind].add_(region.gradients if scale is None else region.gradients / scale)
+
     def rehearse(self) -> None:
         """Update copies of one element per dtype, to raise any error of the settings before a real update."""
         rehearsal = copy.copy(self)
-        rehearsal._regions = [region.first() for region in self._regions]
+        rehearsal._regions = {
+            dtype: [region.first() for region in regions] for dtype, regions in self._regions.items()
+        }
         rehearsal._scalars = [FlatVariable(scalar.value.detach().clone()) for scalar in self._scalars]
         rehearsal._pieces = {}
         with torch.no_grad():
@@ -170,30 +177,32 @@ class FlatUpdate:
                     own[slot.attribute] = scalar
             if inner is not None:
                 own["inner_optimizer"] = inner
-            elif len(self._regions) == 1:
+            elif len(self._whole) == 1:
                 # With several dtypes Keras computes all of them with the scalars of the first dtype, so they need one
                 # common call.
                 own["_backend_update_step"] = _piece_by_piece(stand_in, share)
                 own["_apply_weight_decay"] = lambda variables: None  # `_piece_by_piece` does it
             inner = stand_in
+        if self._parts is not None and needs_whole(self._optimizer):
+            _judge_by_whole(inner, pieces.whole)
         return inner
+
+    def _movers(self, dtype: str, unused: frozenset[int]) -> list[Region]:
+        """An element of its own, for a replica whose part has no gradient, or not those of each dtype: so the scalars
+        move on every replica alike, by the first dtype's numbers."""
+        if not self._scratch:
+            return []
+        mine = [i for regions in self._regions.values() for region in regions for i in region.members]
+        needed = len(self._whole) > 1 or all(i in unused for i in mine)
+        return [self._scratch[dtype]] if needed else []
 
     def _cut(self, unused: frozenset[int], decays: Sequence[bool], shared: bool) -> _Pieces:
         """Split the buffers into pieces of adjacent variables that are treated alike; if `shared`, a few per core."""
-        pieces = _Pieces([], [[] for _ in self._slots.kinds], {}, {}, [], [])
-        for region in sorted(self._regions, key=lambda region: _first_used(region, unused)):
-            length = region.variables.numel()
-            # On a GPU one large kernel is faster.
-            size = PIECE if region.variables.device.type == "cpu" else length
-            if shared:
-                size = min(size, max(SMALLEST_PIECE, -(-length // (SHARED_PIECES * CORES))))
-            alike = [(i in unused, decays[i]) for i in region.members]
-            spans = zip(region.starts, [*region.starts[1:], length], alike, strict=True)
-            for (is_unused, decay), group in groupby(spans, key=lambda span: span[2]):
-                neighbours = list(group)
-                begin, end = neighbours[0][0], neighbours[-1][1]
-                for start in range(begin, end, size):
-                    part = slice(start, min(start + size, end))
+        pieces = _Pieces([], [[] for _ in self._slots.kinds], {}, {}, [], [], [])
+        dtypes = sorted(self._whole, key=lambda dtype: _first_used(self._whole[dtype], unused))
+        for dtype in dtypes:
+            for region in [*self._movers(dtype, unused), *self._regions[dtype]]:
+                for part, is_unused, decay in region.spans(unused, decays, CORES if shared else None):
                     variable = FlatVariable(region.variables[part])
                     pieces.indices[id(variable)] = len(pieces.variables)
                     pieces.decays[id(variable)] = decay
@@ -203,7 +212,51 @@ class FlatUpdate:
                     if not is_unused:
                         pieces.used.append(variable)
                         pieces.gradients.append(region.gradients[part])
+        if self._parts is not None:
+            cores = CORES if CORES > 1 and self._whole[dtypes[0]].variables.device.type == "cpu" else None
+            for dtype in dtypes:  # as one device would cut them
+                whole = self._whole[dtype]
+                spans = whole.spans(unused, decays, cores)
+                pieces.whole += [whole.gradients[part] for part, is_unused, _ in spans if not is_unused]
         return pieces
+
+
+def _own_regions(whole: Mapping[str, Region], parts: SlotParts, rank: int, kinds: int) -> dict[str, list[Region]]:
+    """A replica's part of the regions: one for each bucket of gradients."""
+    regions: dict[str, list[Region]] = {}
+    for dtype, region in whole.items():
+        regions[dtype] = []
+        for low, high, _, at in (place for place in parts.places[dtype] if place[2] == rank):
+            tensors = [parts.tensor(rank, kind, dtype)[at : at + high - low] for kind in range(kinds)]
+            regions[dtype].append(region.part(low, high, tensors))
+    return regions
+
+
+def _judge_by_whole(stand_in: Any, whole: Sequence[torch.Tensor]) -> None:
+    """Let clipping by the global norm, and the check for infinite numbers, look at the gradient of all variables."""
+    owners = chain(stand_in)
+    innermost = owners[-1]
+
+    def clipped(gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        every = list(whole)
+        for owner in owners[:-1]:
+            every = [keras.ops.divide(gradient, owner.dynamic_scale) for gradient in every]
+        if innermost.loss_scale_factor is not None:
+            every = [gradient / innermost.loss_scale_factor for gradient in every]
+        norm, most = global_norm(every), innermost.global_clipnorm
+        # As `clip_by_global_norm`, whose norm would be that of this part.
+        scale = most * keras.ops.minimum(1.0 / norm, 1.0 / most) + (norm - norm)
+        return [gradient * scale for gradient in gradients]
+
+    if innermost.global_clipnorm:
+        vars(innermost)["_clip_gradients"] = clipped
+    for owner in owners[:-1]:
+        vars(owner)["check_finite"] = lambda gradients, kind=type(owner), owner=owner: kind.check_finite(owner, whole)
+
+
+def _first_used(region: Region, unused: frozenset[int]) -> int:
+    """The number of the first variable that has a gradient."""
+    return min((i for i in region.members if i not in unused), default=len(unused) + region.members[-1])
 
 
 def _is_bare(optimizer: Any) -> bool:
@@ -246,44 +299,3 @@ def _piece_by_piece(
                 part()
 
     return step
-
-
-def _first_used(region: _Region, unused: frozenset[int]) -> int:
-    """The number of the first variable that has a gradient."""
-    return min((i for i in region.members if i not in unused), default=len(unused) + region.members[-1])
-
-
-def _regions(slots: Slots, memory: Memory) -> list[_Region]:
-    """The flat buffers by dtype, in the order in which dtypes first appear."""
-    gradients = _tensors(memory.gradients)
-    variables = _tensors(memory.variables)[: len(gradients)]
-    by_slot = _tensors(memory.slots)
-    kinds = [by_slot[i * len(gradients) : (i + 1) * len(gradients)] for i in range(len(slots.kinds))]
-    regions = []
-    for dtype, buffer in memory.gradients.buffers.items():
-        numbers = [i for i, g in enumerate(gradients) if dtype_name(g) == dtype and g.numel()]
-        if not numbers:
-            continue
-        flat = as_tensor(buffer, dtype)
-        starts = _starts(flat, [gradients[i] for i in numbers])
-        parts = []
-        for memory_of_part, views in ((memory.variables, variables), *((memory.slots, views) for views in kinds)):
-            whole = as_tensor(memory_of_part.buffers[dtype], dtype)
-            found = _starts(whole, [views[i] for i in numbers])
-            if [start - found[0] for start in found] != [start - starts[0] for start in starts]:
-                raise RuntimeError("Variables, gradients and slots are laid out differently. This is a bug in fastdp.")
-            parts.append(whole[found[0] : found[0] + flat.numel()])
-        ends = [start + gradients[i].numel() for start, i in zip(starts, numbers, strict=True)]
-        gaps = [g for end, start in zip(ends, [*starts[1:], flat.numel()], strict=True) for g in range(end, start)]
-        index = torch.tensor(gaps, dtype=torch.int64, device=flat.device)
-        regions.append(_Region(parts[0], flat, parts[1:], numbers, starts, index))
-    return regions
-
-
-def _starts(flat: torch.Tensor, views: Sequence[torch.Tensor]) -> list[int]:
-    """The offsets of views in their flat buffer, in elements."""
-    return [(view.data_ptr() - flat.data_ptr()) // flat.itemsize for view in views]
-
-
-def _tensors(flat: FlatBuffers) -> list[torch.Tensor]:
-    return [as_tensor(view, spec.dtype) for view, spec in zip(flat.views, flat.specs, strict=True)]

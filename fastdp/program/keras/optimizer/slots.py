@@ -115,6 +115,24 @@ def why_not_now(optimizer: Any) -> str:
     return ""
 
 
+def needs_whole(optimizer: Any) -> bool:
+    """Whether an update of some elements depends on the gradients of all others: on their norm, or an infinite one."""
+    wrappers = chain(optimizer)
+    return len(wrappers) > 1 or bool(wrappers[-1].global_clipnorm)
+
+
+def why_not_in_parts(optimizer: Any, layout: Slots) -> str:
+    """Why an optimizer cannot update a part of the variables on each device, and what to do; empty if it can."""
+    name = type(optimizer).__name__
+    why = layout.how.partition(": ")[2] or why_not_now(optimizer)
+    if why:
+        return f"{name} updates variable by variable: {why}. Use {', '.join(one.__name__ for one in ELEMENTWISE)}"
+    innermost = chain(optimizer)[-1]
+    if innermost.global_clipnorm and innermost.gradient_accumulation_steps:
+        return f"{name} clips accumulated gradients by their global norm. Leave one of the two out, or use `clipvalue`"
+    return ""
+
+
 def _not_elementwise(optimizer: Any, trainable: Sequence[keras.Variable]) -> str:
     """Why elements cannot all be treated alike, for reasons that cannot change later; empty if they can."""
     *wrappers, innermost = chain(optimizer)

@@ -11,9 +11,17 @@ import keras
 from fastdp.buffers import Memory
 from fastdp.program.base import Totals
 from fastdp.program.keras.optimizer.flat import FlatUpdate
-from fastdp.program.keras.optimizer.slots import apply_by_variable, slots_of, why_not_now
+from fastdp.program.keras.optimizer.sharded import SlotParts, release
+from fastdp.program.keras.optimizer.slots import (
+    apply_by_variable,
+    needs_whole,
+    slots_of,
+    why_not_in_parts,
+    why_not_now,
+)
 from fastdp.program.keras.random.step_draws import StepDraws
 from fastdp.program.keras.variables import ReplicaState
+from fastdp.runtime.queue import QueueDevice
 
 
 class OptimizerUpdate:
@@ -23,23 +31,67 @@ class OptimizerUpdate:
         optimizer: the user's optimizer, built for `trainable`, or None.
         trainable: the variables that it trains, the first ones of a replica.
         draws: the random generators of a step. An optimizer of the user's may draw.
+        in_parts: each device keeps the slots of its part of the variables, and updates these.
 
     Attributes:
-        slots: the optimizer's variables, in the order in which they lie in memory.
+        slots: the optimizer's variables, in the order in which they lie in memory. In parts, the scalars alone.
+        in_parts: whether each device updates a part.
+
+    Raises:
+        ValueError: the optimizer cannot update parts.
     """
 
-    def __init__(self, optimizer: Any, trainable: Sequence[keras.Variable], draws: StepDraws) -> None:
+    def __init__(
+        self, optimizer: Any, trainable: Sequence[keras.Variable], draws: StepDraws, *, in_parts: bool = False
+    ) -> None:
         self._optimizer = optimizer
         self._trainable = list(trainable)
         self._draws = draws
         self._layout = slots_of(optimizer, trainable)
+        self.in_parts = in_parts and optimizer is not None and bool(trainable)
+        self._parts: SlotParts | None = None
         self.slots = self._layout.order
+        if self.in_parts:
+            self.check()
+            self.slots = [v for slot in self._layout.scalars for v in slot.variables]
+        else:
+            release(self.slots)
+
+    def check(self) -> None:
+        """Check that the optimizer can update parts, as its settings are now, if it has to.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        why = why_not_in_parts(self._optimizer, self._layout) if self.in_parts else ""
+        if why:
+            raise ValueError(
+                "`shard_optimizer` needs an optimizer that treats all elements of all variables alike, and "
+                f"{why}; or leave `shard_optimizer` out."
+            )
+
+    @property
+    def needs_whole(self) -> bool:
+        """Whether each device needs the gradients of all variables, though it updates a part of them."""
+        return self.in_parts and needs_whole(self._optimizer)
+
+    def claim(self) -> None:
+        """Take the values of slots back that somebody has read since the last step. Between steps."""
+        if self._parts is not None:
+            self._parts.claim()
 
     @property
     def how(self) -> str:
         """How the optimizer is applied: "flat", to all variables as one, or "per variable: " and the reason."""
         why = why_not_now(self._optimizer) if self._layout.how == "flat" else ""
+        if self.in_parts:
+            return "flat, in parts: each device its own"
         return f"per variable: {why}" if why else self._layout.how
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the optimizer is applied to all variables as one."""
+        return self._layout.how == "flat" and (self.in_parts or not why_not_now(self._optimizer))
 
     @property
     def is_reliable(self) -> bool:
@@ -48,17 +100,23 @@ class OptimizerUpdate:
         parts = [self._optimizer, rate, *(v.constraint for v in self._trainable)]
         return all(part is None or type(part).__module__.startswith("keras.") for part in parts)
 
-    def flat(self, memory: Memory) -> FlatUpdate | None:
+    def flat(self, memory: Memory, device: QueueDevice, rank: int) -> FlatUpdate | None:
         """The update of a replica's flat buffers; None if the optimizer acts on each variable.
 
         A replica without slots gets its variables from another one.
         """
+        if self.in_parts:
+            if rank == 0:
+                self._parts = SlotParts(self._layout.kinds, memory.gradients, memory.ranks)
+            assert self._parts is not None
+            memory.parts = self._parts.make(rank, device)
+            return FlatUpdate(self._optimizer, self._layout, self._trainable, memory, self._parts, rank)
         is_flat = bool(memory.slots.specs) and self._layout.how == "flat"
         return FlatUpdate(self._optimizer, self._layout, self._trainable, memory) if is_flat else None
 
     def rehearse(self, state: ReplicaState) -> bool:
         """Try the optimizer on copies, if it acts on flat buffers; whether it does."""
-        if state.flat_update is None or self.how != "flat":
+        if state.flat_update is None or not self.is_flat:
             return False
         state.flat_update.rehearse()
         return True
@@ -70,7 +128,7 @@ class OptimizerUpdate:
             unused: numbers of the variables without a gradient.
             totals: of the step.
         """
-        if state.flat_update is not None and self.how == "flat":
+        if state.flat_update is not None and self.is_flat:
             state.flat_update.apply(unused, totals.reduced, totals.work_stealing)
             return
         # Before the last step of a cycle Keras gets zeros, so that gradients accumulated on the replicas do not count
