@@ -195,9 +195,20 @@ def wrap(
             which `fastdp verify A B` finds the first step where two runs part. A run that goes on from a checkpoint
             goes on in its file. The environment variable FASTDP_FINGERPRINT does the same for a whole process. Hashing
             takes about a second per GB.
-        grad_dtype: how gradients travel between the processes of torchrun: None, as they are; "bfloat16", half as many
-            bytes for fp32. Each process's sum is rounded once, they are added in fp32, and the sum is rounded once: a
-            number is wrong by at most 1/256 of the sum of the processes' magnitudes.
+        grad_dtype: how gradients of float32 and float64 travel between devices (virtual ones, so far) and between the
+            processes of torchrun: None, as they are; "bfloat16" or "float16", half as many bytes for float32. Each
+            gradient is rounded once, they are added in float32 in the order of the devices (with `shards`, in their
+            tree), and the sum is rounded once: a number is wrong by at most 1/127 ("float16": 1/1023, and
+            3e-8 for each device) of the sum of the devices' magnitudes. With several processes that is so for the sum of
+            each process and again for that of all. Beyond 65504 "float16" is an error, or infinite under loss scaling.
+        shard_optimizer: let each device update its part of the weights, and keep the optimizer's slots of that part
+            alone: their memory is divided by the number of devices. Gradients are reduced and scattered, and the new
+            weights gathered. Weights, losses and files are to the last bit those of one optimizer (weights of 16 bits
+            may be rounded otherwise where a part ends), so a run may go on from its file on another number of devices,
+            or without this. For Keras models with SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax, Nadam, Lion or
+            Ftrl; others, `clipnorm` and constraints are an error. Not for a `train_step` of the model's own, nor for
+            torch modules. `v.value.grad` is not left behind. Whoever reads a slot has it whole on the first
+            device until the next step.
 
     Returns:
         For a Keras model a `fastdp.ParallelModel`, a `keras.Model` that shares the model's weights. For a torch module

@@ -50,7 +50,11 @@ def test_multi_gpu_model_has_the_same_defaults():
             "stop",
             r"`on_nonfinite` must be one of \(None, 'raise', 'skip'\)\. Received: on_nonfinite='stop'",
         ),
-        ("grad_dtype", "half", r"`grad_dtype` must be one of \(None, 'bfloat16'\)\. Received: grad_dtype='half'"),
+        (
+            "grad_dtype",
+            "half",
+            r"`grad_dtype` must be one of \(None, 'bfloat16', 'float16'\)\. Received: grad_dtype='half'",
+        ),
         ("timeout", 0, r"`timeout` must be a number of seconds above 0\. Received: timeout=0"),
         ("rows", "merged", r"`rows` must be one of \(None, 'merge', 'replica'\)\. Received: rows='merged'"),
     ],

@@ -12,9 +12,11 @@ Keras models run their steps on all devices. So do the calls of a torch module t
 `model(x)` and the gradients of `loss.backward()` are those of one device. What cannot be split exactly runs as in plain
 Keras or torch, and a warning says why, with what to write instead. Keras steps that are not captured (those with a
 `train_step` or layers of the script's own, predictions) are timed on all devices and on one in the first steps, and
-run on one where that is faster, with a line that says so; `--always` keeps all. `--shards 8` cuts every batch into 8
-parts, so that the results are the same to the last bit on any number of devices of one kind up to 8. At the end a line for each torch module
+run on one where that is faster, with a line that says so; `--always` keeps all. At the end a line for each torch module
 says what it ran on (on the error stream, as the output is the script's).
+
+`--shards 8` cuts every batch into 8 parts: results are the same to the last bit on any number of devices of one kind up
+to 8.
 
 Everything else is as with plain `python`: sys.argv, sys.path, `__main__`, exit status and tracebacks. Keras runs on
 torch, whatever backend the script names.

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastdp.buffers import Bucket, FlatBuffers
 from fastdp.comm.algorithm import Choice
+from fastdp.comm.transport import Transport
 from fastdp.runtime.queue import QueueDevice, QueueEvent, joined
 from fastdp.tracing.spans import now, span
 
@@ -69,6 +70,21 @@ class Communicator(ABC):
     def __init__(self, devices: Sequence[QueueDevice], choice: Choice | None = None) -> None:
         self._devices = list(devices)
         self.choice = choice or Choice(kernels=False, nccl=False, apart=False)
+
+    transport: Transport | None = None  # how gradients travel; None: as they are
+
+    def send_by(self, transport: Transport | None) -> None:
+        """Let gradients of float32 and float64 travel as 16-bit floats from now on.
+
+        Raises:
+            NotImplementedError: these devices cannot do so.
+        """
+        if transport is not None and len(self._devices) > 1:
+            raise NotImplementedError(
+                "`grad_dtype` is for virtual devices and processes, so far. Received: "
+                f"grad_dtype={transport.dtype!r} for {[device.name for device in self._devices]}. Leave it out, or "
+                "keep the weights in 16 bits: the gradients are then, too."
+            )
 
     def prepare(self, buckets: Sequence[Bucket]) -> None:
         """Allocate the memory that all-reduces of these buckets need. Between steps only, since it may wait."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastdp.comm.rendezvous import Rendezvous
+from fastdp.comm.transport import Transport
 
 # Set by torchrun for each process that it starts.
 RANK, WORLD_SIZE = "RANK", "WORLD_SIZE"
@@ -88,14 +89,14 @@ class Processes(ABC):
         """
 
     @abstractmethod
-    def sum(self, array: np.ndarray, dtype: str, *, halves: bool = False) -> Callable[[float, str], None]:
+    def sum(self, array: np.ndarray, dtype: str, *, transport: Transport | None = None) -> Callable[[float, str], None]:
         """Start to replace a vector in host memory by the sum over all processes, with the same bits everywhere.
 
         Args:
             array: contiguous, not touched until the returned call is over.
             dtype: the name of its dtype, which may be stored as another one ("bfloat16").
-            halves: send float32 and float64 as bfloat16. What each process gives is rounded once, then added in
-                float32, and the sum is rounded once.
+            transport: how float32 and float64 travel; None: as they are. What each process gives is rounded once, then
+                added in float32 in the order of the processes, and the sum is rounded once.
 
         Returns:
             `wait(timeout, what)`, which returns when the sum is there.

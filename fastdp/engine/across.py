@@ -23,6 +23,7 @@ from fastdp.comm.batch import Batch
 from fastdp.comm.processes import Processes, ProcessesRendezvous, ending, several
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.comm.scatter_merge import Merger
+from fastdp.comm.transport import Transport
 from fastdp.options import Options
 from fastdp.program.base import Program, Result
 from fastdp.runtime.queue import QueueDevice
@@ -51,21 +52,10 @@ def all_replicas(here: int) -> int:
     return here if connected is None else sum(connected.gather(here, "making replicas", JOIN_TIMEOUT))
 
 
-def connect(devices: Sequence[QueueDevice], options: Options) -> Across | None:
-    """The replicas of all processes of this torchrun; None where there is one process. Arguments as of `Across`.
-
-    Raises:
-        ValueError: one process, which sends no gradients, has a `grad_dtype`.
-    """
+def connect(devices: Sequence[QueueDevice], options: Options, transport: Transport | None) -> Across | None:
+    """The replicas of all processes of this torchrun; None where there is one process. Arguments as of `Across`."""
     connected = processes()
-    if connected is not None:
-        return Across(connected, devices, options)
-    if options.grad_dtype is not None:
-        raise ValueError(
-            "`grad_dtype` is the dtype in which gradients travel between processes, and there is one process. "
-            f"Received: grad_dtype={options.grad_dtype!r}. Leave it out, or start the script by torchrun."
-        )
-    return None
+    return None if connected is None else Across(connected, devices, options, transport)
 
 
 class Across:
@@ -74,7 +64,8 @@ class Across:
     Args:
         connected: connects the processes.
         devices: this process's devices.
-        options: `timeout` is for another process, and `grad_dtype` for gradients on the way there.
+        options: `timeout` is for another process.
+        transport: how gradients travel there; None: as they are.
 
     Attributes:
         first: the rank of this process's first replica.
@@ -84,7 +75,9 @@ class Across:
         NotImplementedError: the devices are GPUs, or run shards.
     """
 
-    def __init__(self, connected: Processes, devices: Sequence[QueueDevice], options: Options) -> None:
+    def __init__(
+        self, connected: Processes, devices: Sequence[QueueDevice], options: Options, transport: Transport | None
+    ) -> None:
         if devices[0].part_of is not None:
             raise NotImplementedError(
                 "`shards` is for the devices of one process, so far: the sums of several processes depend on their "
@@ -96,8 +89,7 @@ class Across:
                 f"Several processes train together on virtual devices only, so far. Received: {list(devices)} in "
                 f"process {connected.rank} of {connected.size}. Start one process per box without torchrun."
             )
-        self.processes, self.timeout = connected, options.timeout
-        self.halves = options.grad_dtype == "bfloat16"
+        self.processes, self.timeout, self.transport = connected, options.timeout, transport
         counts = connected.gather(len(devices), "wrapping a model", self.timeout)
         self.bounds = [0, *accumulate(counts)]
         self.first, self.size = self.bounds[connected.rank], self.bounds[-1]
@@ -271,7 +263,7 @@ class ProcessReduction:
     def _start(self) -> None:
         bucket = self._buckets[len(self._waits)]
         part = self._gradients.buffers[bucket.dtype][bucket.start : bucket.stop]
-        self._waits.append(self._across.processes.sum(part, bucket.dtype, halves=self._across.halves))
+        self._waits.append(self._across.processes.sum(part, bucket.dtype, transport=self._across.transport))
 
 
 def _sample(arrays: Any) -> int:

@@ -14,6 +14,7 @@ from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.comm.scatter_merge import Merger, stage
 from fastdp.comm.select import communicator
+from fastdp.comm.transport import Transport
 from fastdp.comm.tuning import tune
 from fastdp.engine.accumulation import AccumulatedGradients
 from fastdp.engine.across import StepAcross, connect
@@ -44,10 +45,7 @@ from fastdp.tracing.trace import Traceable
 ProgramT_co = TypeVar("ProgramT_co", bound=Program, covariant=True)
 Arrays = Sequence[np.ndarray]
 Work = Callable[[Replica, list[np.ndarray], Context], Result]
-_NOT_SHARDED = (
-    "`shard_optimizer` is for Keras models and for train steps of torch modules. Received: shard_optimizer=True for a {}. "
-    "Leave it out."
-)
+_NOT_SHARDED = "`shard_optimizer` is for Keras models. Received: shard_optimizer=True for a {}. Leave it out."
 
 
 class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co]):
@@ -119,6 +117,9 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
         self._state = EngineState(options.timeout)
         self._cpu_merge, self._merge_device = options.cpu_merge, self.devices[options.merge_device]
         self._communicator = communicator(self.devices)
+        sent_as = options.grad_dtype
+        transport = None if sent_as is None else Transport(sent_as, self._program.scales_loss)
+        self._communicator.send_by(transport)
         if options.deterministic:
             self._communicator.choice.use(None)
         elif self._communicator.choice.untuned:
@@ -129,7 +130,7 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
         self.replicas = self.group.every
         self.rollback = Rollback(self.replicas[0], parts=self.group.in_parts)
         self._recovery = Recovery(self._state, self.group, self._communicator, self.rollback)
-        self._across = connect(self.devices, options)
+        self._across = connect(self.devices, options, transport)
         self.size = len(devices)
         if self._across is not None:
             self._across.copy_first(self.replicas[0].lasting)

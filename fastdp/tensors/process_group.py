@@ -15,8 +15,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fastdp.bfloat16 import from_bfloat16, to_bfloat16
+from fastdp.buffers import storage_dtype
+from fastdp.comm.host.reduction import sum_in_order
 from fastdp.comm.processes import Processes, launched
+from fastdp.comm.transport import SIXTEEN_BITS, Transport, narrowed, widened
 from fastdp.errors import ProcessError
 from fastdp.tensors.wire import dumps, loads
 
@@ -125,39 +127,37 @@ class ProcessGroups(Processes):
 
     # Gradients.
 
-    def sum(self, array: np.ndarray, dtype: str, *, halves: bool = False) -> Callable[[float, str], None]:
+    def sum(self, array: np.ndarray, dtype: str, *, transport: Transport | None = None) -> Callable[[float, str], None]:
         """16-bit floats are summed in fp32 and rounded once."""
         self._check()
-        if halves and dtype in ("float32", "float64"):
-            return self._sum_of_halves(array)
-        wide = array
-        if dtype in ("bfloat16", "float16"):
-            wide = from_bfloat16(array) if dtype == "bfloat16" else array.astype(np.float32)
+        if transport is not None and dtype in ("float32", "float64"):
+            return self._sum_of_halves(array, transport)
+        wide = widened(array, dtype) if dtype in SIXTEEN_BITS else array
         numbers = wide.view(_real(wide.dtype)) if np.iscomplexobj(wide) else wide
         work = self._start(self._sums.allreduce, [torch.from_numpy(numbers)])
 
         def wait(timeout: float, what: str) -> None:
             self._wait(work, timeout, what)
             if wide is not array:
-                array[...] = to_bfloat16(wide) if dtype == "bfloat16" else wide.astype(np.float16)
+                array[...] = narrowed(wide, dtype)
 
         return wait
 
-    def _sum_of_halves(self, array: np.ndarray) -> Callable[[float, str], None]:
+    def _sum_of_halves(self, array: np.ndarray, transport: Transport) -> Callable[[float, str], None]:
         """Each process adds one part up, in rank order, and gives the sum to all."""
         each = -(-array.size // self.size)
-        given, taken = (np.zeros((self.size, each), np.uint16) for _ in range(2))
-        given.reshape(-1)[: array.size] = to_bfloat16(array.astype(np.float32, copy=False))
+        given, taken = (np.zeros((self.size, each), storage_dtype(transport.dtype)) for _ in range(2))
+        given.reshape(-1)[: array.size] = transport.rounded(array)
         work = self._start(self._sums.alltoall_base, _bytes(taken), _bytes(given), [], [])
 
         def wait(timeout: float, what: str) -> None:
             self._wait(work, timeout, what)
-            total = from_bfloat16(taken[0])
-            for part in taken[1:]:
-                total += from_bfloat16(part)
+            total = transport.added(list(taken), sum_in_order)
             parts = [torch.zeros(2 * each, dtype=torch.uint8) for _ in range(self.size)]
-            self._wait(self._start(self._sums.allgather, [parts], [_bytes(to_bfloat16(total))]), timeout, what)
-            array[...] = from_bfloat16(torch.cat(parts).numpy().view(np.uint16)[: array.size])
+            self._wait(
+                self._start(self._sums.allgather, [parts], [_bytes(narrowed(total, transport.dtype))]), timeout, what
+            )
+            array[...] = widened(torch.cat(parts).numpy().view(taken.dtype)[: array.size], transport.dtype)
 
         return wait
 

@@ -28,4 +28,10 @@ def wrap_torch(module: nn.Module, gpus: Any, options: Options) -> TorchParallel:
     if isinstance(module, TorchParallel):
         raise ValueError("`model` is parallel already. Wrap its module: model.module")
     check_module(module)
+    if options.shard_optimizer:
+        raise ValueError(
+            "`shard_optimizer` is for Keras models, so far: the optimizer of a torch module runs on the first device, "
+            "with all of its state. Received: shard_optimizer=True. Leave it out, or put the state into fewer bytes: "
+            "torch.optim.SGD, or Adafactor."
+        )
     return TorchParallel(module, *resolve_devices(gpus, options))

@@ -160,3 +160,32 @@ def test_a_script_with_keras_and_torch_has_both_split(tmp_path):
     assert plain.stdout.splitlines()[1:] == parallel.stdout.splitlines()[1:], parallel.stderr
     assert parallel.stdout.startswith("_ParallelFunction\n")
     assert parallel.stderr == "fastdp run: Sequential: 3 calls on 3 devices, 1 on one device.\n"
+
+
+SHARDED = """
+import hashlib, torch
+torch.manual_seed(0)
+parts = torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5), torch.nn.Dropout(0.2), torch.nn.Linear(5, 2)
+model = torch.nn.Sequential(*parts)
+optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+for _ in range(4):
+    optimizer.zero_grad()
+    (model(torch.randn(21, 6)) ** 2).mean().backward()
+    optimizer.step()
+print(hashlib.sha256(b"".join(v.numpy().tobytes() for v in model.state_dict().values())).hexdigest())
+"""
+
+
+def test_with_shards_a_script_ends_with_the_same_bits_on_one_and_on_three_devices(tmp_path):
+    (tmp_path / "train.py").write_text(SHARDED)
+    runs = [
+        fastdp_run("--virtual", "3", "--gpus", gpus, "--shards", "4", "train.py", folder=tmp_path)
+        for gpus in ("1", "3")
+    ]
+    assert [run.returncode for run in runs] == [0, 0], runs
+    assert runs[0].stdout == runs[1].stdout != ""
+    assert "calls on 1 device" in runs[0].stderr
+    assert "calls on 3 devices" in runs[1].stderr
+    wrong = fastdp_run("--virtual", "3", "--shards", "2", "train.py", folder=tmp_path)
+    assert wrong.returncode == 2
+    assert "`shards` must be at least the number of devices" in wrong.stderr

@@ -51,10 +51,10 @@ class Reduced:
         self._changed = threading.Condition()
         kept = HostReduction._sum
 
-        def summed(reduction, dtype, span):
+        def summed(reduction, dtype, span, owner):
             if self.trouble is not None:
                 self.trouble()
-            kept(reduction, dtype, span)
+            kept(reduction, dtype, span, owner)
             with self._changed:
                 self.spans.append((span.start, span.stop))
                 self.threads.append(threading.current_thread().name)

@@ -57,10 +57,3 @@ def test_gradients_that_travel_as_bfloat16_are_rounded_twice_and_no_more(alone, 
     for name, exact in alone["halves"].items():
         wrong = np.abs(together[0]["halves"][name] - exact)
         assert 0 < wrong.max() <= np.abs(exact).max() / 64, name
-
-
-def test_one_process_sends_no_gradients():
-    fastdp.set_virtual_devices(2)
-    step = fastdp.wrap(torch.nn.Linear(2, 1), gpus=2, grad_dtype="bfloat16").train_step
-    with pytest.raises(ValueError, match=r"`grad_dtype` is the dtype in which gradients travel between processes"):
-        step(torch.nn.MSELoss(), torch.optim.SGD)

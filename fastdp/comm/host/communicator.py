@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from fastdp.buffers import Bucket, FlatBuffers, storage_dtype
 from fastdp.comm.base import Communicator
-from fastdp.comm.host.reduction import TILE, HostReduction, sum_for
+from fastdp.comm.host.reduction import TILE, HostReduction
+from fastdp.comm.transport import Transport
 from fastdp.runtime.host.resources import CORES
 
 # Copying this much takes about as long as waking a thread.
@@ -26,6 +25,10 @@ class HostCommunicator(Communicator):
     Infinities and NaNs raise no warning.
     """
 
+    def send_by(self, transport: Transport | None) -> None:
+        """As in `Communicator`."""
+        self.transport = transport
+
     def all_reduce_by(self, way: str, buffers: Sequence[FlatBuffers], bucket: Bucket) -> None:
         """All-reduce one bucket in place; there is one way."""
         self.all_reduce(buffers, buffers, [bucket])
@@ -41,7 +44,7 @@ class HostCommunicator(Communicator):
     ) -> HostReduction:
         """A reduction whose buckets may be announced one by one. `warm` has no effect."""
         refuse_unknown(buckets)
-        return HostReduction(self._devices, sources, targets, buckets, scatters=scatters)
+        return HostReduction(self._devices, sources, targets, buckets, scatters=scatters, transport=self.transport)
 
     def finish(
         self, reduction: HostReduction, once: Callable[[], object] | None = None, readers: int | None = None

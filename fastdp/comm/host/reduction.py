@@ -5,15 +5,15 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import numpy as np
 
-from fastdp.bfloat16 import from_bfloat16, to_bfloat16
 from fastdp.buffers import Bucket, FlatBuffers
 from fastdp.comm.base import Reduction
 from fastdp.comm.ready_buckets import ReadyBuckets
+from fastdp.comm.transport import SIXTEEN_BITS, Add, Transport, narrowed, sent, widened
 from fastdp.comm.tree import sum_in_tree
 from fastdp.errors import DeviceTimeoutError
 from fastdp.runtime.events import here
@@ -40,6 +40,7 @@ class HostReduction(Reduction):
         devices: all devices.
         sources, targets, buckets: as in `HostCommunicator.all_reduce`.
         scatters: each target gets its own part of each bucket alone.
+        transport: how gradients travel.
 
     `over` completes when nobody works on the reduction any more, with the error if it failed.
     """
@@ -52,10 +53,11 @@ class HostReduction(Reduction):
         buckets: Sequence[Bucket],
         *,
         scatters: bool = False,
+        transport: Transport | None = None,
     ) -> None:
         self.over = QueueEvent()
         self._devices = devices
-        self._add = sum_for(devices)
+        self._add = sent(sum_for(devices), transport)
         self._sources, self._targets, self._buckets = sources, targets, buckets
         # The sum is written in place unless that overwrites a gradient that is still to be read. A single replica's
         # gradient is the sum; if no other buffer needs it, there is nothing to do.
@@ -251,16 +253,16 @@ def _cut(bucket: Bucket, ranks: int) -> list[Piece]:
     ]
 
 
-def sum_for(devices: Sequence[QueueDevice]) -> Callable[..., np.ndarray]:
+def sum_for(devices: Sequence[QueueDevice]) -> Add:
     """The function that adds up the vectors of these devices: `sum_in_order`, or `sum_by_shards` if they run shards."""
     return sum_in_order if devices[0].part_of is None else sum_by_shards
 
 
 def sum_by_shards(values: Sequence[np.ndarray], dtype: str, out: np.ndarray | None = None) -> np.ndarray:
     """As `sum_in_order`, in the tree of the shards."""
-    if len(values) == 1 or dtype not in ("bfloat16", "float16"):
+    if len(values) == 1 or dtype not in SIXTEEN_BITS:
         return sum_in_tree(values, out)
-    total = _narrow(sum_in_tree([_widen(value, dtype) for value in values]), dtype)
+    total = narrowed(sum_in_tree([widened(value, dtype) for value in values]), dtype)
     if out is None:
         return total
     out[...] = total
@@ -274,11 +276,11 @@ def sum_in_order(values: Sequence[np.ndarray], dtype: str, out: np.ndarray | Non
     """
     if len(values) == 1:
         return values[0]
-    if dtype in ("bfloat16", "float16"):
-        wide = _widen(values[0], dtype)
+    if dtype in SIXTEEN_BITS:
+        wide = widened(values[0], dtype)
         for value in values[1:]:
-            wide += _widen(value, dtype)
-        total = _narrow(wide, dtype)
+            wide += widened(value, dtype)
+        total = narrowed(wide, dtype)
         if out is None:
             return total
         out[...] = total
@@ -287,13 +289,3 @@ def sum_in_order(values: Sequence[np.ndarray], dtype: str, out: np.ndarray | Non
     for value in values[2:]:
         np.add(total, value, out=total)
     return total
-
-
-def _widen(values: np.ndarray, dtype: str) -> np.ndarray:
-    """16-bit floats as fp32."""
-    return values.astype(np.float32) if dtype == "float16" else from_bfloat16(values)
-
-
-def _narrow(values: np.ndarray, dtype: str) -> np.ndarray:
-    """fp32 as 16-bit floats, rounded to nearest even."""
-    return values.astype(np.float16) if dtype == "float16" else to_bfloat16(values)

@@ -94,8 +94,8 @@ class ModelEngine:
         in_parts = self._options.shard_optimizer and len(self.devices) > 1
         if in_parts and has_own(self.template, "train_step"):
             raise ValueError(
-                f"`shard_optimizer` needs the train step of Keras, and {type(self.template).__name__} has a `train_step` "
-                "of its own, which updates all weights on the first device. Leave `shard_optimizer` out."
+                f"`shard_optimizer` needs the train step of Keras, and {type(self.template).__name__} has a "
+                "`train_step` of its own, which updates all weights on the first device. Leave `shard_optimizer` out."
             )
         with torch.inference_mode(False):  # tensors made in inference mode can never take part in autograd
             program = CallProgram(

@@ -12,6 +12,7 @@ import pytest
 
 import fastdp
 from fastdp.program.base import Totals
+from fastdp.program.keras.optimizer import flat as flat_optimizer
 from fastdp.program.keras.optimizer import regions
 from fastdp.program.keras.step_sums import Notes
 

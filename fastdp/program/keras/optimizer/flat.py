@@ -97,8 +97,9 @@ class FlatUpdate:
         self._scratch: dict[str, Region] = {}
         if parts is not None:
             self._regions = _own_regions(self._whole, parts, rank, len(slots.kinds))
-            tensors = {dtype: [parts.tensor(rank, kind, dtype) for kind in range(len(slots.kinds))] for dtype in self._whole}
-            self._scratch = {dtype: one.part(0, 1, tensors[dtype]).scratch() for dtype, one in self._whole.items()}
+            for dtype, whole in self._whole.items():
+                tensors = [parts.tensor(rank, kind, dtype) for kind in range(len(slots.kinds))]
+                self._scratch[dtype] = whole.part(0, 1, tensors).scratch()
         self._parts = parts
         order = slots.order if parts is None else [v for slot in slots.scalars for v in slot.variables]
         at = {id(v): view for v, view in zip(order, tensors_of(memory.slots), strict=True)}
@@ -151,9 +152,7 @@ class FlatUpdate:
     def rehearse(self) -> None:
         """Update copies of one element per dtype, to raise any error of the settings before a real update."""
         rehearsal = copy.copy(self)
-        rehearsal._regions = {
-            dtype: [region.first() for region in regions] for dtype, regions in self._regions.items()
-        }
+        rehearsal._regions = {dtype: [region.first() for region in regions] for dtype, regions in self._regions.items()}
         rehearsal._scalars = [FlatVariable(scalar.value.detach().clone()) for scalar in self._scalars]
         rehearsal._pieces = {}
         with torch.no_grad():
@@ -251,7 +250,12 @@ def _judge_by_whole(stand_in: Any, whole: Sequence[torch.Tensor]) -> None:
     if innermost.global_clipnorm:
         vars(innermost)["_clip_gradients"] = clipped
     for owner in owners[:-1]:
-        vars(owner)["check_finite"] = lambda gradients, kind=type(owner), owner=owner: kind.check_finite(owner, whole)
+        vars(owner)["check_finite"] = partial(_check_all, owner, whole)
+
+
+def _check_all(owner: Any, whole: Sequence[torch.Tensor], part: Sequence[torch.Tensor]) -> Any:
+    """Keras's check for infinite numbers, of the whole gradient instead of a part of it."""
+    return type(owner).check_finite(owner, whole)
 
 
 def _first_used(region: Region, unused: frozenset[int]) -> int:

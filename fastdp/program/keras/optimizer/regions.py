@@ -73,9 +73,7 @@ class Region:
             size = min(size, max(SMALLEST_PIECE, -(-length // (SHARED_PIECES * cores))))
         alike = [(i in unused, i >= 0 and decays[i]) for i in self.members]
         ends = [*self.starts[1:], length]
-        for (is_unused, decay), group in groupby(
-            zip(self.starts, ends, alike, strict=True), key=lambda span: span[2]
-        ):
+        for (is_unused, decay), group in groupby(zip(self.starts, ends, alike, strict=True), key=lambda span: span[2]):
             neighbours = list(group)
             begin, end = neighbours[0][0], neighbours[-1][1]
             for start in range(begin, end, size):

@@ -31,7 +31,7 @@ class ShardedSlot(keras.Variable):
     @_value.setter
     def _value(self, value: Any) -> None:
         if vars(self).get("_place") is None:
-            vars(self)["_own"] = value
+            self.__dict__["_own"] = value
         else:
             self._value.data.copy_(value)
 
