@@ -198,9 +198,9 @@ def wrap(
         grad_dtype: how gradients of float32 and float64 travel between devices (virtual ones, so far) and between the
             processes of torchrun: None, as they are; "bfloat16" or "float16", half as many bytes for float32. Each
             gradient is rounded once, they are added in float32 in the order of the devices (with `shards`, in their
-            tree), and the sum is rounded once: a number is wrong by at most 1/127 ("float16": 1/1023, and
-            3e-8 for each device) of the sum of the devices' magnitudes. With several processes that is so for the sum of
-            each process and again for that of all. Beyond 65504 "float16" is an error, or infinite under loss scaling.
+            tree), and the sum is rounded once: a number is wrong by at most 1/127 ("float16": 1/1023, and 3e-8 for each
+            device) of the sum of the devices' magnitudes. With several processes that is so for the sum of each process
+            and again for that of all. Beyond 65504 "float16" is an error, or infinite under loss scaling.
         shard_optimizer: let each device update its part of the weights, and keep the optimizer's slots of that part
             alone: their memory is divided by the number of devices. Gradients are reduced and scattered, and the new
             weights gathered. Weights, losses and files are to the last bit those of one optimizer (weights of 16 bits
