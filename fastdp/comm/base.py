@@ -181,7 +181,6 @@ class Communicator(ABC):
         """
         self.finish(self.begin(sources, targets, buckets), once)
 
-    @abstractmethod
     def reduce_scatter(
         self,
         sources: Sequence[FlatBuffers],
@@ -191,9 +190,10 @@ class Communicator(ABC):
     ) -> None:
         """Sum the given buckets of `sources` into `targets`; each target gets its own rank's part (`Bucket.part`).
 
-        The rest of a target is undefined afterwards. There is one target per device. Other arguments and errors as in
-        `all_reduce`.
+        The rest of a target is undefined afterwards. There is one target per device. Other arguments, errors and bits
+        are those of `all_reduce`, except that sums by NCCL may differ.
         """
+        self.finish(self.begin(sources, targets, buckets, scatters=True), once)
 
     @abstractmethod
     def all_gather(self, buffers: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:

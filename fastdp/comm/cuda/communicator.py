@@ -228,28 +228,6 @@ class CudaCommunicator(Communicator):
                 device.compute.wait(stream.record())
         return [(rank, stream.failure) for rank, stream in enumerate(streams) if stream.failure is not None]
 
-    def reduce_scatter(
-        self,
-        sources: Sequence[FlatBuffers],
-        targets: Sequence[FlatBuffers],
-        buckets: Sequence[Bucket],
-        once: Callable[[], object] | None = None,
-    ) -> None:
-        """Sum with the same bits as `all_reduce`, except that sums by NCCL may differ."""
-        refuse_unknown(buckets)
-        _check_in_place(sources, targets)
-        ways = self._plan(buckets, self._scatter_ways, self.choice.how_to_scatter) if len(self._devices) > 1 else []
-
-        def issue() -> None:
-            if once is not None:
-                once()
-            idle = range(len(sources), len(targets))
-            planned = list(zip(buckets, ways, strict=False))
-            self._run(targets, planned, idle, self._nccl.reduce_scatter, "reduce-scatter")
-            self._show_errors()
-
-        self._issue(issue)
-
     def all_gather(self, buffers: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
         """Gather by NCCL, or by copies over the links."""
         by_nccl = [one for one in buckets if self.choice.how_to_gather(one.nbytes) == "nccl"]

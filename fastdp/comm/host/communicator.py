@@ -68,16 +68,6 @@ class HostCommunicator(Communicator):
         for device in self._devices[:readers]:
             device.compute.wait(reduction.over)
 
-    def reduce_scatter(
-        self,
-        sources: Sequence[FlatBuffers],
-        targets: Sequence[FlatBuffers],
-        buckets: Sequence[Bucket],
-        once: Callable[[], object] | None = None,
-    ) -> None:
-        """Sum each part once, with the order and bits of `all_reduce`."""
-        self.finish(self.begin(sources, targets, buckets, scatters=True), once)
-
     def all_gather(self, buffers: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> None:
         """Gather by copies; each rank's worker makes its own. One worker copies little alone."""
         if sum(bucket.nbytes for bucket in buckets) * len(buffers) > SMALL_NBYTES:
