@@ -201,11 +201,8 @@ _patch = pytest.MonkeyPatch()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """For the whole session. Steps that compute the same are traced once."""
-    from shared_traces import share_traces
-
+    """For the whole session."""
     patch_all(_patch)
-    share_traces(_patch)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
