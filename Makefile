@@ -46,8 +46,10 @@ demo: $(STAMP)  ## train on virtual devices or GPUs and show what happens
 
 # Two processes: a test uses little more than one core. All tests of a file run in one of them, in the order that
 # tests/conftest.py gives them: the longest files first. ARGS="-n 0" is one process.
+# Python keeps the code that it has compiled, whatever the shell says: tests start some hundred processes.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest
 test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -12,6 +12,10 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 os.environ.setdefault("FASTDP_ALL_REDUCE", "fixed")
 # Steps as in a first run: what an earlier run of the tests has decided or compiled must not matter.
 os.environ.setdefault("FASTDP_REMEMBER", "off")
+# Keras's import without what no test needs of it, here and in the processes that tests start.
+LEAN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "shared", "lean")
+if LEAN not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [LEAN, os.environ.get("PYTHONPATH")]))
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch: OpenMP's threads that wait for work awake would take the cores from the other processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -21,6 +25,7 @@ import functools
 import gc
 import importlib.util
 import json
+import runpy
 import signal
 import sys
 import threading
@@ -60,6 +65,11 @@ NEEDS = {
 
 left_out: dict[str, str] = {}
 
+if getattr(sys.modules.get("sitecustomize"), "__file__", None) != os.path.join(LEAN, "sitecustomize.py"):
+    runpy.run_path(os.path.join(LEAN, "sitecustomize.py"))
+# Of what test files may need, what is not installed: most files are not even parsed.
+NOT_INSTALLED = {need for needs in NEEDS.values() for need in needs if importlib.util.find_spec(need) is None}
+
 # A run in the background inherits that interrupts are ignored, and tests and their child processes send some.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -73,6 +83,8 @@ if settings is not None:
 
 def missing_needs(source: str) -> list[str]:
     """The libraries that a test file's imports at its top need and that are not installed."""
+    if not any(key.rpartition(".")[2] in source for key, needs in NEEDS.items() if not NOT_INSTALLED.isdisjoint(needs)):
+        return []
     names: set[str] = set()
     for node in ast.parse(source).body:
         if isinstance(node, ast.Import):
@@ -81,7 +93,7 @@ def missing_needs(source: str) -> list[str]:
             names.add(node.module)
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
     needed = {need for key, needs in NEEDS.items() for need in needs if any(_within(n, key) for n in names)}
-    return sorted(need for need in needed if importlib.util.find_spec(need) is None)
+    return sorted(needed & NOT_INSTALLED)
 
 
 def _within(name: str, package: str) -> bool:

@@ -35,16 +35,14 @@ STUBS = {
     ),
 }
 
-# Of fastdp only what `wrap` is about: the rest takes time, and has its own check.
+# Of fastdp only what `wrap` is about, and of libraries the stubs: the rest takes time, and has its own check.
 CONFIG = f"""
 [mypy]
 mypy_path = {ROOT}:$MYPY_CONFIG_FILE_DIR/stubs
 python_version = {sys.version_info.major}.{sys.version_info.minor}
-follow_imports = silent
-ignore_missing_imports = true
-[mypy-fastdp.*]
 follow_imports = skip
-[mypy-fastdp,fastdp.api,fastdp.options,fastdp.keras.parallel_model,fastdp.torch.parallel_module,numpy]
+ignore_missing_imports = true
+[mypy-fastdp,fastdp.api,fastdp.options,fastdp.keras.parallel_model,fastdp.torch.parallel_module]
 follow_imports = silent
 """
 
