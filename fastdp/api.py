@@ -52,6 +52,7 @@ def wrap(
     fingerprint: str | os.PathLike[str] | None = None,
     grad_dtype: str | None = None,
     shard_optimizer: bool = False,
+    augment: Any = None,
 ) -> ParallelModel: ...
 @overload
 def wrap(
@@ -74,6 +75,7 @@ def wrap(
     fingerprint: str | os.PathLike[str] | None = None,
     grad_dtype: str | None = None,
     shard_optimizer: bool = False,
+    augment: Any = None,
 ) -> TorchParallel: ...
 def wrap(
     model: Any,
@@ -95,6 +97,7 @@ def wrap(
     fingerprint: str | os.PathLike[str] | None = None,
     grad_dtype: str | None = None,
     shard_optimizer: bool = False,
+    augment: Any = None,
 ) -> ParallelModel | TorchParallel:
     """Run a model on several devices as if on one.
 
@@ -209,6 +212,16 @@ def wrap(
             Ftrl; others, `clipnorm` and constraints are an error. Not for a `train_step` of the model's own, nor for
             torch modules. `v.value.grad` is not left behind. Whoever reads a slot has it whole on the first
             device until the next step.
+        augment: what stands between the data and the model, and runs on each device on its rows, with draws by the row
+            of the global batch: 1, 2, 3 and 8 devices get the same augmented batch. Images stay uint8 until they are
+            there.
+
+            - For a Keras model a layer, a list of layers, a `keras.layers.Pipeline`, a `keras.Sequential`, or a
+              `fastdp.data.Augment`, which also says which targets move along. `fit` and `train_on_batch` augment;
+              `evaluate`, `predict` and a call of the model run the same layers with `training=False`, so they take
+              the same data. The model's files have none of these layers.
+            - For a torch module an nn.Module (such as torchvision's transforms) or a function of the module's first
+              argument, run in training mode alone: as a forward pre-hook of the module, which each `wrap` sets anew.
 
     Returns:
         For a Keras model a `fastdp.ParallelModel`, a `keras.Model` that shares the model's weights. For a torch module
@@ -216,7 +229,7 @@ def wrap(
 
     Raises:
         ValueError: `gpus` is invalid, or the model cannot be replicated. The message says what to do.
-        TypeError: `model` is neither a `keras.Model` nor a `torch.nn.Module`.
+        TypeError: `model` is neither a `keras.Model` nor a `torch.nn.Module`, or `augment` is of no known kind.
         ImportError: the model's library is not installed.
 
     Example:
@@ -242,6 +255,7 @@ def wrap(
         fingerprint=fingerprint,
         grad_dtype=grad_dtype,
         shard_optimizer=shard_optimizer,
+        augment=augment,
     )
     libraries = {cls.__module__.split(".")[0] for cls in type(model).__mro__}
     for library, (module, function) in _WRAPPERS.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from dataclasses import dataclass
+from typing import Any
 
 COMPILE_MODES = (None, "trace", "inductor", "auto")
 # "bucket" means "auto", but also warns where there is nothing to record.
@@ -47,6 +48,7 @@ class Options:
     fingerprint: str | os.PathLike[str] | None = None
     grad_dtype: str | None = None
     shard_optimizer: bool = False
+    augment: Any = None
 
     def __post_init__(self) -> None:
         if self.compile not in COMPILE_MODES:

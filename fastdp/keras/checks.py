@@ -55,6 +55,31 @@ def check_options(options: Options, devices: Sequence[QueueDevice]) -> None:
         check_deterministic(devices)
 
 
+def check_augment(model: keras.Model, *, spans_devices: bool) -> None:
+    """Check that a model can have layers between the data and it (`augment`).
+
+    Args:
+        model: the template.
+        spans_devices: whether a replica spans several devices.
+
+    Raises:
+        ValueError: its own code would get the data without these layers, or a replica spans devices.
+    """
+    losses = ("compute_loss", "compute_metrics")
+    own = [name for name in losses if getattr(type(model), name) is not getattr(keras.Model, name)]
+    own += [step for step in OWN_STEPS if has_own(model, step)]
+    if own:
+        raise ValueError(
+            f"`augment` is for models whose steps are Keras's own. The model {model.name!r} has its own {own[0]}(), "
+            "which would get the data as they are. Call the layers there, or make them a part of the model."
+        )
+    if spans_devices:
+        raise ValueError(
+            "`augment` is for replicas on one device each. Received: `gpus` whose replicas span several devices. Make "
+            "the layers a part of the model, or name one device for each replica."
+        )
+
+
 def is_built(model: keras.Model) -> bool:
     """Whether a model has all variables that its call uses. A layer that it holds but never calls does not count.
 
@@ -117,7 +142,8 @@ def check_template(model: keras.Model, *, any_batch_size: bool = False) -> None:
         if isinstance(layer, (keras.layers.MixUp, keras.layers.CutMix)):
             raise ValueError(
                 f"The layer {layer.name!r} mixes rows of the batch, but each device has only its own rows. Take it "
-                "out of the model, and apply it to the data before fit (in a generator or a PyDataset)."
+                "out of the model, and pass it as fastdp.wrap(model, augment=layer), which mixes labels along, or apply "
+                "it to the data before fit."
             )
         if isinstance(layer, TorchModuleWrapper):
             _check_module(layer.name, layer.module)

@@ -17,7 +17,7 @@ from fastdp.data.read_ahead import AHEAD
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.make_report import SmallWorkWarning, make_report
 from fastdp.engine.report import Report
-from fastdp.keras.checks import check_loop, check_options, check_template
+from fastdp.keras.checks import check_augment, check_loop, check_options, check_template
 from fastdp.keras.compile_state import borrowed, follow, take_over
 from fastdp.keras.fit.arguments import arguments_by_name, stream_fit, stream_forward
 from fastdp.keras.fit.callbacks import at_once, close_files, quiet_elsewhere
@@ -79,6 +79,8 @@ class ParallelModel(Traceable, TemplateView):
     ) -> None:
         check_template(template)
         check_options(options, devices)
+        if options.augment is not None:
+            check_augment(template, spans_devices=device_groups is not None)
         quiet_elsewhere()
         super().__init__(name=f"{template.name}_parallel", dtype=template.dtype_policy)
         self.template = template
@@ -96,6 +98,7 @@ class ParallelModel(Traceable, TemplateView):
             template_state=lambda: borrowed(template, self),
             device_groups=device_groups,
         )
+        self._augmented = self._steps.augmented
         self._fitting = threading.RLock()
         self._begins_fit = False
         self._latest_fit = SimpleNamespace(inputs=[])  # an object of its own, whose lists Keras does not track
@@ -311,6 +314,7 @@ class ParallelModel(Traceable, TemplateView):
         looks_only = is_plain_call(args, kwargs) and not wants_gradient(self.template, args, kwargs)
         if looks_only and why_not_here() is None:
             return super().__call__(*args, **kwargs)
+        args, kwargs = self._prepared(args, kwargs)
         return self._steps.call(_call_layer, args, kwargs)
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None, **kwargs: Any) -> Any:
@@ -320,10 +324,22 @@ class ParallelModel(Traceable, TemplateView):
         if training is not None and self.template._call_has_training_arg:
             kwargs["training"] = training
         if keras.src.backend.in_stateless_scope() or within_step():
-            return self.template(inputs, **kwargs)
+            args, kwargs = self._prepared((inputs,), kwargs)
+            return self.template(*args, **kwargs)
         if is_plain_call((inputs,), kwargs) and not wants_gradient(self.template, (inputs,), kwargs):
             return self._steps.merged_outputs(inputs)
-        return self._steps.call(_call_layer, (inputs,), kwargs)
+        args, kwargs = self._prepared((inputs,), kwargs)
+        return self._steps.call(_call_layer, args, kwargs)
+
+    def _prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call of the template: inputs as they leave the layers of `augment`, run on this thread."""
+        if self._augmented is None:
+            return args, kwargs
+        kwargs = dict(kwargs)
+        inputs, *others = args or (kwargs.pop("inputs"),)
+        inputs = keras.tree.map_structure(keras.ops.convert_to_tensor, inputs)
+        x, _ = self._augmented.prepared(inputs, None, None, training=bool(kwargs.get("training")))
+        return (x, *others), kwargs
 
     def symbolic_call(self, *args: Any, **kwargs: Any) -> Any:
         """Make this model part of another one, with a warning: training the other model is not parallel."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from fastdp.options import Options
 from fastdp.runtime.shards import resolve_devices
+from fastdp.torch.augment import set_augmentation
 from fastdp.torch.checks import check_module
 from fastdp.torch.parallel_module import TorchParallel
 
@@ -19,7 +20,7 @@ def wrap_torch(module: nn.Module, gpus: Any, options: Options) -> TorchParallel:
         A `TorchParallel` that trains `module` in place.
 
     Raises:
-        TypeError: `module` is not a torch.nn.Module.
+        TypeError: `module` is not a torch.nn.Module, or `augment` cannot be called.
         ValueError: invalid `gpus`, a module that cannot be replicated, or an option for Keras models.
 
     Example:
@@ -34,4 +35,7 @@ def wrap_torch(module: nn.Module, gpus: Any, options: Options) -> TorchParallel:
             "with all of its state. Received: shard_optimizer=True. Leave it out, or put the state into fewer bytes: "
             "torch.optim.SGD, or Adafactor."
         )
-    return TorchParallel(module, *resolve_devices(gpus, options))
+    devices, options = resolve_devices(gpus, options)
+    parallel = TorchParallel(module, devices, options)
+    set_augmentation(module, options.augment)
+    return parallel

@@ -188,7 +188,7 @@ def cell(layer: Any, xs: list[Any]) -> Any:
 
 
 STATEFUL = r"is stateful: its state belongs to the rows of one batch.*Use stateful=False"
-MIXES = r"mixes rows of the batch.*before fit"
+MIXES = r"mixes rows of the batch.*augment=layer"
 TENSORFLOW = "TensorFlow"
 UNIT = {"value_range": (0, 1), "seed": 5}
 SYNC = {"sync_batch_norm": True}

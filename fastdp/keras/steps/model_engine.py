@@ -18,6 +18,7 @@ from fastdp.engine.step_scope import alone
 from fastdp.keras.steps.custom import has_own
 from fastdp.keras.steps.layer_calls import LayerCalls
 from fastdp.options import Options
+from fastdp.program.keras.augmented import augmented
 from fastdp.program.keras.capture.pure_step import KerasPureStep
 from fastdp.program.keras.layer_calls import CallProgram
 from fastdp.program.keras.optimizer.slots import optimizer_of
@@ -60,6 +61,7 @@ class ModelEngine:
         self._graphs = chosen_graphs(options, self.devices)
         self._template_state = template_state
         self._falls_back = falls_back
+        self.augmented = augmented(template, options.augment)
         self._policy = Policy(options.row_policy, falls_back)
         self._engine: DataParallel[CallProgram] | None = None
         self._calls: LayerCalls | None = None
@@ -99,7 +101,7 @@ class ModelEngine:
             )
         with torch.inference_mode(False):  # tensors made in inference mode can never take part in autograd
             program = CallProgram(
-                self.template,
+                self.template if self.augmented is None else self.augmented,
                 self.trainer,
                 own_train_step=has_own(self.template, "train_step"),
                 sync_batch_norm=self._options.sync_batch_norm,

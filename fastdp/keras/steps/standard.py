@@ -165,6 +165,7 @@ class Steps(ModelEngine):
         if result.notes.structure is not None:  # otherwise nothing reads the outputs
             x, y, sample_weight = batch.structure.pack(batch.arrays, inputs=self._has_own_metrics())
             y_pred = result.notes.structure.pack(result.outputs)
+            y_pred, y = self._with_targets(y_pred, y)
         if self._has_own_metrics():
             return self.trainer.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
         compiled.update_state(y, y_pred, own_copy(sample_weight))
@@ -214,12 +215,17 @@ class Steps(ModelEngine):
         y_pred, result = self._forward(engine, batch)
         looks = self._has_own_metrics() or self._has_own_loss()
         x, y, sample_weight = batch.structure.pack(batch.arrays, inputs=looks)
+        y_pred, y = self._with_targets(y_pred, y)
         added = map(keras.ops.convert_to_tensor, result.sums[: result.notes.terms])
         named = IndicesNamed(partial(self._loss_of_rows, (x, y, y_pred, sample_weight)), 0, result.rows)
         with _losses_of_step(self.template, [*added, *engine.program.loss.regularization()]), named:
             loss = self.trainer._compute_loss(x, y, y_pred, own_copy(sample_weight), training=False)
         self.trainer._loss_tracker.update_state(loss, sample_weight=result.rows)
         return self.trainer.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
+
+    def _with_targets(self, outputs: Any, y: Any) -> tuple[Any, Any]:
+        """The model's outputs of a step, and the targets: those of the batch, or as they have moved with the inputs."""
+        return outputs if self.augmented is not None and self.augmented.moves(y) else (outputs, y)
 
     def _loss_of_rows(self, data: tuple[Any, ...], start: int, stop: int) -> None:
         """Compute the loss of some rows without any effect on state."""

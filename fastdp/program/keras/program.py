@@ -29,6 +29,7 @@ from fastdp.program.keras.optimizer.accumulation import Accumulation, Engine
 from fastdp.program.keras.optimizer.slots import optimizer_of
 from fastdp.program.keras.optimizer.update import OptimizerUpdate
 from fastdp.program.keras.passes import ModelCall, Passes
+from fastdp.program.keras.prepared_rows import PreparedRows
 from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.placement.graph import PlacedGraph, graph_of
 from fastdp.program.keras.random.step_draws import StepDraws
@@ -197,7 +198,9 @@ class KerasProgram(Program):
         captured = self._captures.find(context) if self._captures is not None else None
         with RowsNamed(self, batch, context, state.mapping, trains=True):
             if captured is not None:
-                outcome = captured.replay(state, batch, context)  # writes the gradients
+                rows, moved = self._rows_of(state, batch, context)
+                outcome = captured.replay(state, rows, context)  # writes the gradients
+                outcome.effects.assigned.extend(moved)
                 unused = frozenset(i for i, gradient in enumerate(outcome.gradients) if gradient is None)
             else:
                 # If a replica spans devices, backward goes call by call: gradients come in parts, from several threads.
@@ -207,6 +210,15 @@ class KerasProgram(Program):
                 unused = state.arrivals.store(outcome.gradients)
         return outcome.result(state.mapping, context, self._notes(outcome, unused), self.effects)
 
+    def _rows_of(self, state: ReplicaState, batch: Any, context: Context) -> tuple[Any, list[tuple[int, torch.Tensor]]]:
+        """What a captured step takes of a replica's rows, and the seeds that layers in front of the model advance."""
+        if self.passes.call.augmented is None:
+            return batch, []
+        run = self.running_replica(context)
+        rows = PreparedRows.of(self.passes.call, state.mapping, batch, context, run)
+        self.draws.begun(context.index, run.generators)
+        return rows, rows.moved
+
     def _notes(self, outcome: StepSums, unused: frozenset[int]) -> Notes:
         """The notes of a training step in which these trainable variables have no gradient."""
         unused |= {i for i, v in enumerate(self.trainable) if not v._value.requires_grad}  # frozen through torch
@@ -214,7 +226,8 @@ class KerasProgram(Program):
 
     def launches(self, contexts: Sequence[Context]) -> bool:
         """Whether the replicas' steps are recorded as CUDA graphs."""
-        return self._captures is not None and are_recorded(self._captures.find, contexts)
+        eager = self.passes.call.augmented is not None  # layers in front of the model run on the workers
+        return self._captures is not None and not eager and are_recorded(self._captures.find, contexts)
 
     launching = staticmethod(in_place_of_workers)  # the thread gets its streams and modes of torch back
 

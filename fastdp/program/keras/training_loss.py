@@ -63,6 +63,8 @@ class TrainingLoss:
         extra: list[torch.Tensor],
         scope: ReplicaScope,
         run: ReplicaContext,
+        *,
+        moved: bool = False,
     ) -> Roots:
         """Compute the loss; returns where the replica's backward starts.
 
@@ -72,6 +74,7 @@ class TrainingLoss:
             extra: the replica's contributions to the `add_loss` terms.
             scope: the replica's stateless scope, which must be active.
             run: the replica.
+            moved: whether `y` is not that of the batch, but has moved along with the inputs.
         """
         context = run.context
         if not self.is_merged:
@@ -90,7 +93,7 @@ class TrainingLoss:
                 # All replicas get here, but some may still be on the way, so the host thread changes the decision for
                 # the next steps.
                 self._found_not_per_sample = True
-        return merged_loss(self, y_pred, extra, scope, context)
+        return merged_loss(self, y_pred, extra, scope, context, y if moved else None)
 
     def _roots(self, parts: list[torch.Tensor], terms: list[torch.Tensor]) -> Roots:
         """The roots for a backward pass from the sum of all parts."""

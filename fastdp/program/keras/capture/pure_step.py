@@ -18,6 +18,7 @@ from fastdp.errors import NotCapturable
 from fastdp.program.keras.capture.guard import watch_step
 from fastdp.program.keras.capture.own_code import losses_of, own_code
 from fastdp.program.keras.patches import replica_aware
+from fastdp.program.keras.prepared_rows import PreparedRows
 from fastdp.program.keras.program import KerasProgram
 from fastdp.program.keras.replica import keras_device, replica_scope
 from fastdp.program.keras.step_sums import StepSums, StepSumsForm
@@ -97,7 +98,15 @@ class KerasPureStep:
         return repr((parts, losses, [(tuple(v.shape), v.dtype) for v in program.variables], program.trained))
 
     def rows(self, batch: Sequence[Any], context: Context) -> list[torch.Tensor]:
-        """As `PureStep.rows`."""
+        """As `PureStep.rows`. Layers in front of the model are no part of the step: it gets what they return."""
+        program = self._program
+        if isinstance(batch, PreparedRows):
+            return batch.tensors
+        if program.passes.call.augmented is not None:
+            mapping = list(zip(program.variables, self.variables, strict=True))
+            apart = Context.alone(batch, context.structure, context.rows.start, context.rows.stop, context.rows.total)
+            apart.device = context.device
+            return PreparedRows.of(program.passes.call, mapping, batch, apart, program.running_replica(apart)).tensors
         return [tensor.contiguous() for tensor in context.structure.tensors(batch)]
 
     def compute(
@@ -108,7 +117,8 @@ class KerasPureStep:
         run = program.running_replica(context)
         run.draws = draws
         mapping = list(zip(program.variables, variables, strict=True))
-        return program.passes.train(mapping, context.structure.nested(rows), run)
+        prepared = program.passes.call.augmented is not None
+        return program.passes.train(mapping, context.structure.nested(rows), run, prepared=prepared)
 
     def flatten(self, outcome: StepSums) -> tuple[list[torch.Tensor], StepSumsForm]:
         """As `PureStep.flatten`."""

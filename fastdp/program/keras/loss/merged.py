@@ -38,6 +38,7 @@ def merged_loss(
     extra: list[torch.Tensor],
     scope: ReplicaScope,
     context: Context,
+    y: Any = None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor | None], list[torch.Tensor]]:
     """The tensors where a replica's backward starts, their gradients, and the loss and its terms.
 
@@ -49,10 +50,11 @@ def merged_loss(
         extra: the replica's contributions to the `add_loss` terms.
         scope: the replica's stateless scope, which must be active.
         context: the replica's place in the step.
+        y: the replica's targets where they are not those of the batch; None where they are.
     """
     leaves, plain = split_leaves(y_pred)
     layouts = layouts_of(leaves, training_loss.effects.layouts, context.rows)
-    everyone = context.exchange(_Given(leaves, plain, extra, context), "the loss of the merged outputs")
+    everyone = context.exchange(_Given(leaves, plain, extra, context, y), "the loss of the merged outputs")
     answer = None
     if context.rank == 0:
         run = running()
@@ -82,17 +84,22 @@ def merged_loss(
 class _Given:
     """What a replica contributes: its detached outputs, outputs that are not tensors, masks and terms."""
 
-    def __init__(self, leaves: list[torch.Tensor], plain: Plain, extra: list[torch.Tensor], context: Context) -> None:
+    def __init__(
+        self, leaves: list[torch.Tensor], plain: Plain, extra: list[torch.Tensor], context: Context, y: Any = None
+    ) -> None:
         self.leaves = [leaf.detach() for leaf in leaves]
         self.masks = [getattr(leaf, "_keras_mask", None) for leaf in leaves]
         self.extra = [term.detach() for term in extra]
         self.plain = plain
         self.rows = context.rows
+        self.targets = None if y is None else [leaf.detach() for leaf in keras.tree.flatten(y)]
+        self.nest = y
 
     def moved(self, how: Callable[[Any], Any]) -> _Given:
         """The same with its tensors moved."""
         twin = copy.copy(self)
         twin.leaves, twin.masks, twin.extra = how(self.leaves), how(self.masks), how(self.extra)
+        twin.targets = how(self.targets)
         return twin
 
 
@@ -141,8 +148,9 @@ def _compute(
         tensor.requires_grad_()
     answer = _Answer()
     nest = pack_like(y_pred, with_plain(merged, everyone[0].plain))
-    with IndicesNamed(partial(_of_rows, training_loss, nest, scope, context), 0, context.rows.total):
-        loss, answer.terms = _loss_of_all(training_loss, nest, extra, scope, context)
+    y = _targets(everyone)
+    with IndicesNamed(partial(_of_rows, training_loss, nest, y, scope, context), 0, context.rows.total):
+        loss, answer.terms = _loss_of_all(training_loss, nest, extra, scope, context, y)
     scaled = training_loss.optimizer.scale_loss(loss)
     gradients: list[torch.Tensor | None] = [None] * len(inputs)
     if scaled.requires_grad:
@@ -156,7 +164,7 @@ def _compute(
 
 
 def _of_rows(
-    training_loss: TrainingLoss, y_pred: Any, scope: ReplicaScope, context: Context, start: int, stop: int
+    training_loss: TrainingLoss, y_pred: Any, y: Any, scope: ReplicaScope, context: Context, start: int, stop: int
 ) -> None:
     """Compute the loss of some rows of the global batch, without recording it."""
     some = Batch([array[start:stop] for array in context.batch], context.structure, stop - start)
@@ -164,15 +172,22 @@ def _of_rows(
     outputs = keras.tree.map_structure(
         lambda leaf: rows_of(getattr(leaf, "detach", lambda: leaf)(), start, stop), y_pred
     )
-    _loss_of_all(training_loss, outputs, [], scope, part)
+    targets = None if y is None else keras.tree.map_structure(lambda leaf: rows_of(leaf, start, stop), y)
+    _loss_of_all(training_loss, outputs, [], scope, part, targets)
 
 
 def _loss_of_all(
-    training_loss: TrainingLoss, y_pred: Any, extra: list[torch.Tensor], scope: ReplicaScope, context: Context
+    training_loss: TrainingLoss,
+    y_pred: Any,
+    extra: list[torch.Tensor],
+    scope: ReplicaScope,
+    context: Context,
+    targets: Any = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The loss of the global batch, and detached values to record: the loss and Keras's terms."""
     batch = context.structure.pack(context.batch, inputs=training_loss.is_own)  # Keras's own loss does not use x
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+    y = y if targets is None else targets
     compiled = training_loss.trainer._compile_loss
     metrics = compiled.metrics if compiled is not None else []
     for metric in metrics:  # reset, so that they hold only this step's terms
@@ -189,6 +204,15 @@ def _loss_of_all(
         loss = parts[0] if len(parts) == 1 else keras.ops.sum(parts)
     values = [(scope.get_current_value(m.total), scope.get_current_value(m.count)) for m in metrics]
     return loss, [loss.detach(), *((total / count).detach() for total, count in values)]
+
+
+def _targets(everyone: list[_Given]) -> Any:
+    """The targets of all rows where they are not those of the batch; None where they are."""
+    first = everyone[0]
+    if first.targets is None:
+        return None
+    columns = zip(*(given.targets or [] for given in everyone), strict=True)
+    return pack_like(first.nest, [torch.cat(list(parts)) for parts in columns])
 
 
 def _merge(layout: Layout, parts: Sequence[torch.Tensor], everyone: list[_Given]) -> torch.Tensor:

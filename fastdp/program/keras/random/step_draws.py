@@ -22,11 +22,13 @@ class StepDraws:
         self._step: StepGenerators | None = None
         self._first: Generators | None = None
         self._updated: Generators | None = None
+        self._begun: dict[int, Generators] = {}
 
     @contextmanager
     def during_step(self) -> Iterator[None]:
         """Entered by the host thread while replicas run. A failed step leaves all generators unchanged."""
         self._step, self._first, self._updated = StepGenerators(), None, None
+        self._begun = {}
         try:
             yield
             last = self._updated or self._first
@@ -38,10 +40,14 @@ class StepDraws:
 
     def of_replica(self, rank: int) -> Generators:
         """The generators of one replica. Outside a step they are for a trial and are discarded."""
-        generators = Generators(self._step)
+        generators = self._begun.get(rank) or Generators(self._step)
         if rank == 0:
             self._first = generators
         return generators
+
+    def begun(self, rank: int, generators: Generators) -> None:
+        """Let the rest of a replica's step go on with generators that a part of it, run by itself, has advanced."""
+        self._begun[rank] = generators
 
     @contextmanager
     def during_update(self) -> Iterator[None]:
