@@ -31,8 +31,8 @@ class Augment:
         TypeError: `targets` is neither a string, nor a dict, nor None.
 
     Example:
-        >>> layers = keras.layers  # doctest: +SKIP
-        >>> augment = Augment([layers.RandomFlip(seed=1), layers.MixUp(seed=2), layers.Rescaling(1 / 255)])  # doctest: +SKIP
+        >>> stages = [keras.layers.RandomFlip(seed=1), keras.layers.MixUp(seed=2)]  # doctest: +SKIP
+        >>> augment = Augment(stages, images="photo")  # doctest: +SKIP
         >>> parallel = fastdp.wrap(model, gpus=8, augment=augment)  # doctest: +SKIP
     """
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdp.comm.batch import count_rows
-from fastdp.data.row_batch import ResidentBatch, places_of
+from fastdp.data.row_batch import ResidentBatch, filled, places_of
 from fastdp.launch.reference import slice_rows
 from fastdp.runtime.queue import QueueDevice
 
@@ -50,7 +50,10 @@ class DeviceDataset:
 
     The host sends only row numbers to a step. On a GPU one launch gathers the rows of all arrays; in host memory each
     device's worker gathers its own rows. `fit`, `evaluate` and `predict` of a Keras model from `fastdp.wrap` take the
-    data set as their only data argument `x`; engines of any program take its `batches`.
+    data set as their only data argument `x`, and so do those of any Keras model after `fastdp.install`, which returns
+    what `devices` takes. Torch modules and their train steps take the arrays of its batches in place of tensors, and
+    `torch.utils.data.DataLoader(data, collate_fn=data.collate, ...)` makes such batches in torch's own order. Engines
+    of any program take its `batches`.
 
     Raises:
         ValueError: the arrays differ in length or have no rows, or a cast names an array that is not uint8.
@@ -60,6 +63,10 @@ class DeviceDataset:
     Example:
         >>> data = fastdp.data.DeviceDataset((images, labels), parallel, casts={0: Scaled()})  # doctest: +SKIP
         >>> parallel.fit(data, batch_size=1024, epochs=10)  # doctest: +SKIP
+
+        >>> data = DeviceDataset((images, labels), parallel_module, casts={0: Scaled()})  # doctest: +SKIP
+        >>> for x, y in torch.utils.data.DataLoader(data, 256, True, collate_fn=data.collate):  # doctest: +SKIP
+        ...     loss = step(x, y)
 
         >>> engine = fastdp.DataParallel(program, 8)  # doctest: +SKIP
         >>> data = fastdp.data.DeviceDataset([images, labels], engine.devices, casts={0: Scaled()})  # doctest: +SKIP
@@ -86,12 +93,29 @@ class DeviceDataset:
         """The number of rows."""
         return self._rows
 
+    def __getitem__(self, number: int) -> Any:
+        """One row, in the structure of the data set, with values in host memory."""
+        return filled(self.nest, [np.asarray(column)[0] for column in self.rows([number])])
+
+    def __getitems__(self, numbers: Sequence[int]) -> ResidentBatch:
+        """The batch that torch's `DataLoader` asks for. With `collate_fn=data.collate` it gives nested arrays."""
+        return self.rows(np.asarray(numbers))
+
+    @staticmethod
+    def collate(batch: ResidentBatch) -> Any:
+        """The arrays of a batch in the structure of the data set, for `torch.utils.data.DataLoader`."""
+        return batch.nested()
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """The bytes of its copies by memory: those of each card, such as "cuda:0"; the arrays' own as "host"."""
+        held = {space: sum(copy.nbytes for copy in copies) for space, copies in sorted(self._copies.items())}
+        return {"host": sum(array.nbytes for array in self.arrays), **held}
+
     def __repr__(self) -> str:
         """Appears in Keras's messages when a model that fastdp did not wrap gets the data set."""
         where = ", ".join(sorted(self._copies)) or "host memory"
-        return (
-            f"<DeviceDataset of {self._rows} rows in {where}; only a model returned by fastdp.wrap can read its rows>"
-        )
+        return f"<DeviceDataset of {self._rows} rows in {where}; only models run by fastdp can read its rows>"
 
     def rows(self, index: Any) -> ResidentBatch:
         """The batch of these rows, in this order; numbers may repeat.

@@ -101,6 +101,10 @@ class ResidentColumn:
         """DLPack's device of host memory."""
         return np.empty(0).__dlpack_device__()
 
+    def check_devices(self, devices: Sequence[QueueDevice]) -> None:
+        """Check that the values are in the memory of these devices. Raises as `DeviceDataset.check_devices` does."""
+        self._data.check_devices(devices)
+
     def batch_of(self, arrays: Sequence[Any]) -> ResidentBatch | None:
         """The batch of these arrays if all belong to the same batch as this one, else None."""
         for array in arrays:

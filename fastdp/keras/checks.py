@@ -142,8 +142,8 @@ def check_template(model: keras.Model, *, any_batch_size: bool = False) -> None:
         if isinstance(layer, (keras.layers.MixUp, keras.layers.CutMix)):
             raise ValueError(
                 f"The layer {layer.name!r} mixes rows of the batch, but each device has only its own rows. Take it "
-                "out of the model, and pass it as fastdp.wrap(model, augment=layer), which mixes labels along, or apply "
-                "it to the data before fit."
+                "out of the model, and pass it as fastdp.wrap(model, augment=layer), which mixes labels "
+                "along, or apply it to the data before fit."
             )
         if isinstance(layer, TorchModuleWrapper):
             _check_module(layer.name, layer.module)

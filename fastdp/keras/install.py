@@ -24,10 +24,13 @@ import numpy as np
 import torch
 from keras.src.backend.torch.trainer import TorchTrainer
 
+from fastdp.comm.batch import ResidentArray
 from fastdp.comm.processes import several
 from fastdp.errors import ReplicaError
 from fastdp.keras.checks import check_backend, check_options, check_template, is_built, unbuilt_layers
 from fastdp.keras.fit.callbacks import quiet_elsewhere
+from fastdp.keras.fit.device_dataset import as_fed
+from fastdp.keras.fit.resident_loops import LOOPS, on_host, with_data_sets
 from fastdp.keras.steps.custom import has_own
 from fastdp.keras.steps.device_trial import DeviceTrial, first_rows, wait_for_gpu
 from fastdp.keras.steps.own_loops import inside_step, is_own_call, say_once
@@ -48,16 +51,21 @@ _STEPS = "_fastdp_steps"  # kept in a model's __dict__: it lives as long as the 
 
 
 @dataclass(slots=True)
-class _Installed:
-    """The devices and options given to `install`, and the models that have run with them."""
+class Installed:
+    """The devices and options given to `install`, and the models that have run with them.
+
+    `fastdp.data.DeviceDataset(arrays, installed)` takes it.
+    """
 
     devices: list[QueueDevice]
     options: Options
     always: bool
     models: weakref.WeakSet[keras.Model] = field(default_factory=weakref.WeakSet)
 
+    as_fed = staticmethod(as_fed)
 
-_installed: list[_Installed] = []  # one, or none
+
+_installed: list[Installed] = []  # one, or none
 
 
 def install(
@@ -70,7 +78,7 @@ def install(
     deterministic: bool = False,
     always: bool = True,
     **options: Any,
-) -> None:
+) -> Installed:
     """Run every Keras model of this process on several devices, from the next `fit`, `evaluate`, `predict` or call on.
 
     A call is one from the script's own code of a whole model (`model(x, training=True)`) on two rows or more. Its
@@ -92,6 +100,10 @@ def install(
             stream says so. Results are the same. With `deterministic`, `shards` or `on_nonfinite` all devices stay.
         options: `update`, `timeout`, `check_replicas`, `shards`, `on_nonfinite`, `grad_dtype` and `shard_optimizer`, as
             in `fastdp.wrap`.
+
+    Returns:
+        What `fastdp.data.DeviceDataset(arrays, installed)` takes to put data on these devices: `fit`, `evaluate`,
+        `predict` and their `_on_batch` forms of all models then take that data set as `x`.
 
     Raises:
         ValueError: invalid `gpus`, or an unknown `compile`, `graph`, `rows` or `update`.
@@ -119,7 +131,8 @@ def install(
     quiet_elsewhere()
     uninstall()
     _patch.enter()
-    _installed.append(_Installed(devices, chosen, always))
+    _installed.append(Installed(devices, chosen, always))
+    return _installed[-1]
 
 
 def uninstall() -> None:
@@ -174,9 +187,10 @@ class _ParallelFunction:
     """
 
     def __init__(
-        self, kind: str, model: weakref.ref[keras.Model], plain: Callable[..., Any], installed: _Installed
+        self, kind: str, model: weakref.ref[keras.Model], plain: Callable[..., Any], installed: Installed
     ) -> None:
-        self._kind, self._model, self._plain, self._installed = kind, model, plain, installed
+        self._kind, self._model, self._installed = kind, model, installed
+        self._plain = lambda data: plain([on_host(one) for one in data])
         self._model_fits = False
         self._refused: str | None = None
         options = installed.options
@@ -273,13 +287,14 @@ def _calling(original: Callable[..., Any]) -> Callable[..., Any]:
 
 _patch = Patch(
     [
+        *((TorchTrainer, name, partial(with_data_sets, name, _now)) for name in LOOPS),
         *((TorchTrainer, f"make_{kind}_function", partial(_maker, kind)) for kind in _KINDS),
         (keras.Layer, "__call__", _calling),
     ]
 )
 
 
-def _now() -> _Installed | None:
+def _now() -> Installed | None:
     """The current installation, or None."""
     return next(iter(_installed), None)
 
@@ -302,7 +317,7 @@ def made_steps(model: keras.Model) -> Steps | None:
     return known.steps if known is not None else None
 
 
-def _steps_of(model: keras.Model, installed: _Installed) -> Steps:
+def _steps_of(model: keras.Model, installed: Installed) -> Steps:
     """The steps of a model as it is compiled now."""
     known = _known(model)
     if known is None or known.loss_tracker is not model._loss_tracker:
@@ -327,7 +342,7 @@ def _why_not_split(data: Any) -> str | None:
     """Why a batch cannot be split by rows; None where it can."""
     leaves = [leaf for leaf in keras.tree.flatten(data) if leaf is not None]
     for leaf in leaves:
-        if not isinstance(leaf, (torch.Tensor, np.ndarray)):
+        if not isinstance(leaf, (torch.Tensor, np.ndarray, ResidentArray)):
             return f"its batches hold {type(leaf).__name__} values, which have no rows"
         if isinstance(leaf, torch.Tensor) and leaf.layout != torch.strided:
             return "its batches are sparse"

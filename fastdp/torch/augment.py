@@ -46,8 +46,8 @@ def set_augmentation(module: nn.Module, transform: Any) -> None:
         )
     if isinstance(transform, nn.Module) and any(one.requires_grad for one in transform.parameters()):
         raise ValueError(
-            "`augment` has parameters that require gradients, but the optimizer of the module does not train them. Call "
-            "augment.requires_grad_(False), or make it a part of the module."
+            "`augment` has parameters that require gradients, but the optimizer of the module does not train them. "
+            "Call augment.requires_grad_(False), or make it a part of the module."
         )
     before = [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, Augmentation)]
     for key in before:

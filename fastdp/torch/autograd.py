@@ -69,16 +69,25 @@ class Calls:
         self._scope = scope
         self._told = False
 
-    def run(self, batch: Batch, values: tuple[Any, ...], *, inference: bool = False) -> Any:
+    def run(
+        self,
+        batch: Batch,
+        values: tuple[Any, ...],
+        *,
+        inference: bool = False,
+        placed: Callable[[Batch], Batch] | None = None,
+    ) -> Any:
         """The merged outputs of a batch that was made of `values`; part of autograd's graph where plain torch's are.
 
-        `inference`: the call is in torch's inference mode, which is off here.
+        `inference`: the call is in torch's inference mode, which is off here. `placed`: gives the batch whose arrays
+        lie on the devices, if there is one.
         """
         users = self.program.users
         batch.structure.inference = inference
         keeps = torch.is_grad_enabled()
         with self._scope():
             batch = self.program.judge(batch, self.engine.size, wants=keeps)
+            batch = batch if placed is None else placed(batch)
         work = ForwardPass.of(batch, values, keeps=keeps)
         numbers = [i for i, user in enumerate(users) if user.requires_grad] if keeps else []
         work.keeps = bool(numbers or work.given)

@@ -39,6 +39,7 @@ from fastdp.torch.captured import capture
 from fastdp.torch.checks import check_module, check_options
 from fastdp.torch.members import ModuleMembers
 from fastdp.torch.plain_calls import PlainCalls
+from fastdp.torch.resident import ResidentValues
 from fastdp.torch.train_step import TrainStep
 from fastdp.tracing.trace import Traceable
 
@@ -112,9 +113,9 @@ class TorchParallel(Traceable, ModuleMembers[nn.Module]):
         """The module's outputs for a global batch, as of the module itself: part of autograd, with gradients enabled.
 
         Args:
-            args, kwargs: the module's arguments: tensors or NumPy arrays with rows along the first axis, or where
-                trials find them, in any nest of tuples, lists and dicts. Zero-dim tensors and plain values go to all
-                replicas.
+            args, kwargs: the module's arguments: tensors, NumPy arrays or arrays of a `DeviceDataset`'s batch, with
+                rows along the first axis, or where trials find them, in any nest of tuples, lists and dicts. Zero-dim
+                tensors and plain values go to all replicas.
 
         Returns:
             The module's outputs for all rows in order, on the CPU; the caller owns them.
@@ -128,6 +129,9 @@ class TorchParallel(Traceable, ModuleMembers[nn.Module]):
             NotImplementedError: the call is inside a mode that other threads do not see.
         """
         values = (args, kwargs, ())
+        resident = ResidentValues.among(values, self.devices)
+        if resident is not None:
+            values = resident.on_host
         if len(self.devices) == 1 and not several():
             return self._alone(values)
         if sys._getframe(1).f_code is FUNCTIONAL_CALL:
@@ -137,12 +141,18 @@ class TorchParallel(Traceable, ModuleMembers[nn.Module]):
             )
         if torch.is_inference_mode_enabled():  # whose tensors, as memory of the replicas, could never be trained
             with torch.inference_mode(False), torch.no_grad():
-                return self._together(values, inference=True)
-        return self._together(values)
+                return self._together(values, resident, inference=True)
+        return self._together(values, resident)
 
     forward = __call__
 
-    def _together(self, values: tuple[tuple[Any, ...], dict[str, Any], Any], *, inference: bool = False) -> Any:
+    def _together(
+        self,
+        values: tuple[tuple[Any, ...], dict[str, Any], Any],
+        resident: ResidentValues | None = None,
+        *,
+        inference: bool = False,
+    ) -> Any:
         """The outputs of all devices. `inference`: the call is in torch's inference mode."""
         check_around(self.module, "A call of a parallel module")
         args, kwargs, _ = values
@@ -152,7 +162,8 @@ class TorchParallel(Traceable, ModuleMembers[nn.Module]):
                 return self._alone(values)
         if self._calls is None:
             self._calls = Calls(self.module, self.devices, self._options, self._scope, self._program_class)
-        return self._calls.run(batch, values, inference=inference)
+        placed = None if resident is None else resident.placed
+        return self._calls.run(batch, values, inference=inference, placed=placed)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

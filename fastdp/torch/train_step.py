@@ -17,6 +17,7 @@ from fastdp.program.torch.rows.declared import DeclaredRows
 from fastdp.tensors.compiled import not_compiled
 from fastdp.tensors.thread_state import check_around
 from fastdp.torch.captured import is_observed
+from fastdp.torch.resident import ResidentValues
 from fastdp.torch.step_state import read_state, write_state
 from fastdp.torch.train_result import TrainResult, read_result
 
@@ -67,7 +68,7 @@ class TrainStep:
 
         Args:
             inputs: the module's input: a tensor or array with rows first, a tuple or list of several arguments,
-                or a dict of keyword arguments.
+                or a dict of keyword arguments. Arrays may be those of a `fastdp.data.DeviceDataset`'s batch.
             targets: further arguments of `loss_fn` after the outputs; may be nested.
 
         Returns:
@@ -92,12 +93,17 @@ class TrainStep:
                 "A `loss_fn` of outputs alone has one argument."
             )
         args, kwargs = _arguments(inputs)
+        resident = ResidentValues.among((args, kwargs, targets), self._engine.devices)
+        if resident is not None:
+            args, kwargs, targets = resident.on_host
         if self._on_workers:
             check_around(self._program.module, "A train step")
         batch = self._program.batch(args, kwargs, targets, self._declared, no_graphs=True)
         with self._scope():
             with torch.enable_grad():
                 batch = self._program.judge(batch, self._engine.size)
+            if resident is not None:
+                batch = resident.placed(batch)
             captures = self._program.captures
             if captures is not None:
                 captures.prepare(batch, self._outputs, eager=is_observed())

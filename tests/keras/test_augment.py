@@ -85,7 +85,7 @@ CHAINS = {
         L.RandomPosterization(4, **GRAY, seed=5),
         L.RandomGaussianBlur(**GRAY, seed=6),
         L.RandomGrayscale(seed=7),
-        L.Solarization(40.0, 20.0, **GRAY, seed=8),
+        L.Solarization(0.2, 0.4, **GRAY, seed=8),
     ],
     "policies": lambda: keras.Sequential(
         [
@@ -94,7 +94,13 @@ CHAINS = {
             L.Normalization(mean=[100.0] * 3, variance=[400.0] * 3),
         ]
     ),
-    "mixed": lambda: [L.CenterCrop(8, 8), L.MixUp(seed=1), L.RandomFlip(seed=3), L.CutMix(seed=2), L.Rescaling(1 / 255)],
+    "mixed": lambda: [
+        L.CenterCrop(8, 8),
+        L.MixUp(seed=1),
+        L.RandomFlip(seed=3),
+        L.CutMix(seed=2),
+        L.Rescaling(1 / 255),
+    ],
 }
 
 
@@ -126,7 +132,7 @@ def test_every_number_of_devices_gets_the_batch_of_plain_keras_to_the_bit(name):
         parallel.compile(optimizer, lambda y, y_pred: keras.ops.mean(y_pred, (1, 2, 3)), metrics=[kept])
         for _ in range(2):
             parallel.train_on_batch(IMAGES, LABELS)
-        for (x, y), (found, target) in zip(expected, kept.seen, strict=True):
+        for (x, y), (found, target) in zip(expected, kept.seen[-2:], strict=True):  # not what Keras builds metrics with
             np.testing.assert_array_equal(found, x, err_msg=f"{gpus} devices")
             np.testing.assert_array_equal(target, y, err_msg=f"{gpus} devices")
 
@@ -169,7 +175,9 @@ def test_the_same_data_go_to_evaluate_predict_and_calls_which_draw_nothing():
     expected = parallel.template.predict(x, verbose=0)
     np.testing.assert_allclose(parallel.predict(IMAGES, verbose=0), expected, rtol=1e-5)
     np.testing.assert_allclose(keras.ops.convert_to_numpy(parallel(IMAGES)), expected, rtol=1e-5)
-    np.testing.assert_allclose(parallel.test_on_batch(IMAGES, LABELS)[0], parallel.evaluate(IMAGES, LABELS, verbose=0)[0])
+    np.testing.assert_allclose(
+        parallel.test_on_batch(IMAGES, LABELS)[0], parallel.evaluate(IMAGES, LABELS, verbose=0)[0]
+    )
     layers = parallel._augmented.stages
     for layer, state in zip(layers, seeds, strict=False):
         np.testing.assert_array_equal(keras.ops.convert_to_numpy(layer.generator.state), state)
@@ -189,7 +197,7 @@ def test_masks_and_boxes_move_along():
         parallel.compile("sgd", {"segmentation_masks": "mse"}, metrics={"segmentation_masks": kept})
         for _ in range(2):
             parallel.train_on_batch(IMAGES, {"segmentation_masks": marks})
-        found.append([y for _, y in kept.seen])
+        found.append([y for _, y in kept.seen[-2:]])
     np.testing.assert_array_equal(found[1], found[0])
     assert found[0][0].dtype == np.int64
     assert (found[0][0] != marks).any()
@@ -206,7 +214,7 @@ def test_masks_and_boxes_move_along():
             metrics={"bounding_boxes": {"boxes": kept, "labels": None}},
         )
         parallel.train_on_batch(IMAGES, {"bounding_boxes": boxes})
-        flipped.append(kept.seen[0][1])
+        flipped.append(kept.seen[-1][1])
     np.testing.assert_array_equal(flipped[1], flipped[0])
     turned = {tuple(box) for box in flipped[0][:, 0].tolist()}
     assert turned == {(1.0, 2.0, 4.0, 7.0), (6.0, 2.0, 9.0, 7.0)}

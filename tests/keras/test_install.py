@@ -19,6 +19,7 @@ from keras.src.backend.torch.trainer import TorchTrainer
 from numpy.random import rand  # by name: out of fastdp's reach
 
 import fastdp
+from fastdp.data import DeviceDataset
 from fastdp.engine.data_parallel import DataParallel
 
 
@@ -447,3 +448,28 @@ def test_every_warning_of_fastdp_points_at_a_line_of_the_script(how, tmp_path):
     own = [line for line in told if f"{os.sep}site-packages{os.sep}" not in line]
     assert own, result.stderr
     assert all(line.startswith(f"{script}:") for line in own), own
+
+
+@pytest.mark.parametrize("splits", [True, False])
+def test_a_data_set_on_the_devices_gives_what_arrays_give(splits, steps):
+    installed = fastdp.install(gpus=2)
+    data = DeviceDataset((X, Y), installed)
+    assert installed.devices[0].name == "virtual:0"
+    found = []
+    for given in ({"x": X, "y": Y}, {"x": data}):
+        model = small()
+        model.layers[0].stateful = not splits  # refused: plain Keras gets the rows on the host
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if not splits else "error")
+            history = model.fit(**given, batch_size=7, epochs=2, validation_data=(X, Y), shuffle=splits, verbose=0)
+            results = (
+                model.evaluate(**given, batch_size=7, verbose=0),
+                model.predict(given["x"], batch_size=7, verbose=0),
+            )
+            rows = [1, 5, 2, 4, 0, 3, 6]
+            batch = {"x": X[rows], "y": Y[rows]} if "y" in given else {"x": data.rows(rows)}
+            results += (model.train_on_batch(**batch), model.test_on_batch(**batch), model.predict_on_batch(batch["x"]))
+        found.append((history.history, *results))
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        keras.tree.map_structure(np.testing.assert_array_equal, ours, theirs)
+    assert bool(steps) == splits

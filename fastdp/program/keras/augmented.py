@@ -183,7 +183,7 @@ class _Masks:
 def _mixed(stage: Any, images: Any, moved: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Run a layer that mixes the rows of the global batch: on all of them, of which the replica keeps its own."""
     run = running()
-    if run is not None and (run.frozen_moments or (run.context.size == 1 and not run.context.rows.share == 1.0)):
+    if run is not None and (run.frozen_moments or (run.context.size == 1 and run.context.rows.share != 1.0)):
         # A trial of whether the model itself mixes rows, or rows for a trace.
         return keras.ops.cast(images, stage.compute_dtype), moved
     if run is None:

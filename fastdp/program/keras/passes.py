@@ -129,9 +129,7 @@ class Passes:
         return StepSums([], extra, outputs, structure, SideEffects.of(scope, mapping, run))
 
 
-def _with_targets(
-    y_pred: Any, y: Any, effects: Effects, rows: Rows
-) -> tuple[list[torch.Tensor], OutputStructure]:
+def _with_targets(y_pred: Any, y: Any, effects: Effects, rows: Rows) -> tuple[list[torch.Tensor], OutputStructure]:
     """The outputs of a replica, with targets that have moved along with its inputs, if any: as `(outputs, targets)`."""
     if y is None:
         return flatten_outputs(y_pred, effects.layouts, rows)

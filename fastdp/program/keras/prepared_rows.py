@@ -1,4 +1,4 @@
-"""`PreparedRows`: a replica's rows behind the layers in front of a model, which a captured step takes in place of them."""
+"""`PreparedRows`: what the layers in front of a model make of a replica's rows, for a captured step."""
 
 from __future__ import annotations
 

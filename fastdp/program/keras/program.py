@@ -29,9 +29,9 @@ from fastdp.program.keras.optimizer.accumulation import Accumulation, Engine
 from fastdp.program.keras.optimizer.slots import optimizer_of
 from fastdp.program.keras.optimizer.update import OptimizerUpdate
 from fastdp.program.keras.passes import ModelCall, Passes
-from fastdp.program.keras.prepared_rows import PreparedRows
 from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.placement.graph import PlacedGraph, graph_of
+from fastdp.program.keras.prepared_rows import PreparedRows
 from fastdp.program.keras.random.step_draws import StepDraws
 from fastdp.program.keras.replica import ReplicaContext, keras_device
 from fastdp.program.keras.rows.known_layers import has_known_regularizers, keeps_rows_apart

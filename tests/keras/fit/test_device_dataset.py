@@ -426,9 +426,7 @@ def test_a_model_without_fastdp_is_told_whose_data_set_it_is():
     parallel, (x, y) = made(plain)
     held = DeviceDataset((x, y), parallel)
     parallel.template.compile("adam", "mse")
-    with pytest.raises(
-        ValueError, match=r"DeviceDataset of 23 rows in host memory; only a model returned by fastdp.wrap"
-    ):
+    with pytest.raises(ValueError, match=r"DeviceDataset of 23 rows in host memory; only models run by fastdp"):
         parallel.template.fit(held, verbose=0)
     for owner in (parallel.template, 8, []):
         with pytest.raises(
