@@ -285,6 +285,11 @@ def _calling(original: Callable[..., Any]) -> Callable[..., Any]:
     return __call__
 
 
+def _now() -> Installed | None:
+    """The current installation, or None."""
+    return next(iter(_installed), None)
+
+
 _patch = Patch(
     [
         *((TorchTrainer, name, partial(with_data_sets, name, _now)) for name in LOOPS),
@@ -292,11 +297,6 @@ _patch = Patch(
         (keras.Layer, "__call__", _calling),
     ]
 )
-
-
-def _now() -> Installed | None:
-    """The current installation, or None."""
-    return next(iter(_installed), None)
 
 
 class _Known(NamedTuple):

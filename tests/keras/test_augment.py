@@ -243,9 +243,9 @@ def test_targets_that_cannot_move_along_are_refused():
 def test_what_is_no_augmentation_is_refused():
     with pytest.raises(TypeError, match=r"`augment` must be a Keras layer, a list.*Received: 'flip'"):
         wrapped("flip")
+    dense = L.Dense(3)
+    dense.build((None, 3))
     with pytest.raises(ValueError, match=r"weights that would be trained.*trainable = False"):
-        dense = L.Dense(3)
-        dense.build((None, 3))
         wrapped(dense)
     with pytest.raises(ValueError, match=r"`targets` must be of the kinds.*Received: 'mask'"):
         Augment(L.RandomFlip(), targets="mask")

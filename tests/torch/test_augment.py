@@ -85,7 +85,7 @@ def test_what_mixes_rows_is_refused():
 
 
 def test_what_is_no_transform_is_refused():
-    with pytest.raises(TypeError, match="`augment` of a torch module must be.*Received: 'flip'"):
+    with pytest.raises(TypeError, match=r"`augment` of a torch module must be.*Received: 'flip'"):
         fastdp.wrap(Looks(), gpus=2, augment="flip")
     with pytest.raises(ValueError, match=r"requires_grad_\(False\)"):
         fastdp.wrap(Looks(), gpus=2, augment=nn.Linear(2, 2))
