@@ -24,6 +24,7 @@ from fastdp.keras.fit.callbacks import at_once, close_files, quiet_elsewhere
 from fastdp.keras.fit.device_dataset import as_fed, resident_batch, resident_fit, resident_forward
 from fastdp.keras.fit.executions import (
     Executions,
+    first_batch,
     joined,
     looks_at_batches,
     one_batch_at_a_time,
@@ -253,6 +254,9 @@ class ParallelModel(Traceable, TemplateView):
         if data_batch is not None:
             self._steps.check_batch(data_batch)
         with one_batch_at_a_time(iterator):
+            if self._augmented is not None and not self._augmented.stages_built:
+                data_batch = first_batch(iterator) if data_batch is None else data_batch
+                self._augmented.build_stages(data_batch)  # not below, where tensors have no values
             super()._symbolic_build(iterator, data_batch)
         if iterator is not None:
             feed_here(iterator, self._options.timeout)

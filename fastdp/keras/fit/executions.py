@@ -119,6 +119,13 @@ def one_batch_at_a_time(epochs: Any) -> Iterator[None]:
             epochs.steps_per_execution = several
 
 
+def first_batch(epochs: Any) -> Any:
+    """The batch by which Keras builds a model: the first of an iterator over epochs, which is reset afterwards."""
+    for _, _, batches in epochs:
+        return batches[0] if isinstance(batches, (list, tuple)) else next(batches)
+    return None
+
+
 def joined(outputs: list[Any]) -> Any:
     """The outputs of the batches of one execution as those of one batch."""
     if len(outputs) == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import numpy as np
 import torch
 from keras.src.layers.preprocessing.image_preprocessing.base_image_preprocessing_layer import (
     BaseImagePreprocessingLayer,
@@ -67,6 +68,17 @@ class AugmentedModel(keras.Model):
     def of_prepared(self, x: Any, *, training: bool) -> Any:
         """The model's outputs for inputs that have gone through the layers."""
         return self.template(x, training=training) if self.template._call_has_training_arg else self.template(x)
+
+    @property
+    def stages_built(self) -> bool:
+        """Whether all layers in front are built."""
+        return all(layer.built for stage in self.stages for layer in stage._flatten_layers())
+
+    def build_stages(self, batch: Any) -> None:
+        """Build the layers in front, by the first row of a batch."""
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
+        row = keras.tree.map_structure(lambda array: keras.ops.convert_to_tensor(np.array(array[:1])), x)
+        self.prepared(row, None, None, training=False)
 
     def moves(self, y: Any) -> bool:
         """Whether targets of this nest go through the layers."""
