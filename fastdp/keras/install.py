@@ -190,7 +190,7 @@ class _ParallelFunction:
         self, kind: str, model: weakref.ref[keras.Model], plain: Callable[..., Any], installed: Installed
     ) -> None:
         self._kind, self._model, self._installed = kind, model, installed
-        self._plain = lambda data: plain([on_host(one) for one in data])
+        self._plain = partial(_as_plain_keras, plain)
         self._model_fits = False
         self._refused: str | None = None
         options = installed.options
@@ -260,6 +260,11 @@ class _ParallelFunction:
             return False
         program = engine.program
         return program.accumulation.defers(engine) or (program.captures is not None and not program.captures.is_refused)
+
+
+def _as_plain_keras(plain: Callable[..., Any], data: Any) -> Any:
+    """Run Keras's own step function."""
+    return plain([on_host(one) for one in data])
 
 
 def _calling(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -342,7 +347,9 @@ def _why_not_split(data: Any) -> str | None:
     """Why a batch cannot be split by rows; None where it can."""
     leaves = [leaf for leaf in keras.tree.flatten(data) if leaf is not None]
     for leaf in leaves:
-        if not isinstance(leaf, (torch.Tensor, np.ndarray, ResidentArray)):
+        if isinstance(leaf, ResidentArray):
+            continue
+        if not isinstance(leaf, (torch.Tensor, np.ndarray)):
             return f"its batches hold {type(leaf).__name__} values, which have no rows"
         if isinstance(leaf, torch.Tensor) and leaf.layout != torch.strided:
             return "its batches are sparse"
