@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import keras
 import numpy as np
 import torch
+from keras.src.backend import get_stateless_scope, in_stateless_scope
 from keras.src.layers.preprocessing.image_preprocessing.base_image_preprocessing_layer import (
     BaseImagePreprocessingLayer,
 )
@@ -14,6 +17,7 @@ from keras.src.layers.preprocessing.image_preprocessing.base_image_preprocessing
 from fastdp.data.augment import Augment
 from fastdp.program.keras.random.ops import whole_batch
 from fastdp.program.keras.replica import running
+from fastdp.program.keras.variables import ReplicaScope
 from fastdp.shard import Rows
 from fastdp.tensors.row_effects import NotByRowsError
 
@@ -99,6 +103,16 @@ class AugmentedModel(keras.Model):
         moved = {kind: y if key is None else y[key] for kind, key in kinds.items()}
         self._check(images, y, moved, sample_weight, training)
         forms = _Masks(moved)
+        with nullcontext() if training else self._seeds_kept():
+            images, moved = self._through(images, moved, training)
+        moved = forms.restored(moved)
+        if kinds:
+            whole = next((moved[kind] for kind, place in kinds.items() if place is None), None)
+            y = whole if whole is not None else {**y, **{place: moved[kind] for kind, place in kinds.items()}}
+        return (images if key is None else {**x, key: images}), y
+
+    def _through(self, images: Any, moved: dict[str, Any], training: bool) -> tuple[Any, dict[str, Any]]:
+        """Images and targets behind all layers."""
         for stage in self.stages:
             if isinstance(stage, _MIXES):  # these would draw outside of training, too
                 images, moved = _mixed(stage, images, moved) if training else (images, moved)
@@ -108,11 +122,24 @@ class AugmentedModel(keras.Model):
                 moved = {kind: found[kind] for kind in moved}
             else:
                 images = stage(images, training=training) if stage._call_has_training_arg else stage(images)
-        moved = forms.restored(moved)
-        if kinds:
-            whole = next((moved[kind] for kind, place in kinds.items() if place is None), None)
-            y = whole if whole is not None else {**y, **{place: moved[kind] for kind, place in kinds.items()}}
-        return (images if key is None else {**x, key: images}), y
+        return images, moved
+
+    @contextmanager
+    def _seeds_kept(self) -> Iterator[None]:
+        """Let no draw count: some layers (`RandomSharpness`) draw outside of training and do not use it."""
+        scope: Any = get_stateless_scope() if in_stateless_scope() else None
+        if isinstance(scope, ReplicaScope):
+            with scope.twin():
+                yield
+            return
+        layers = [layer for stage in self.stages for layer in stage._flatten_layers()]
+        states = [generator.state for layer in layers for generator in layer._seed_generators] if scope is None else []
+        before = [keras.ops.copy(state.value) for state in states]
+        try:
+            yield
+        finally:
+            for state, value in zip(states, before, strict=True):
+                state.assign(value)
 
     def _images(self, x: Any) -> tuple[Any, str | None]:
         """The images among the inputs, and their key."""
