@@ -159,9 +159,14 @@ def trained(gpus, source="arrays", **options):
     return found, model.get_weights(), seeds, parallel
 
 
+@pytest.fixture(scope="module")
+def of_one_device(_devices):
+    return trained(1, compile=None)[:3]
+
+
 @pytest.mark.parametrize(("gpus", "how"), [(3, "eager"), (2, "trace"), (2, "devices"), (3, "shards")])
-def test_fit_trains_as_one_device_and_captured_steps_do_too(gpus, how):
-    expected, weights, seeds, _ = trained(1, compile=None)
+def test_fit_trains_as_one_device_and_captured_steps_do_too(gpus, how, of_one_device):
+    expected, weights, seeds = of_one_device
     options = {"trace": {"compile": "trace"}, "shards": {"compile": None, "shards": 4}}.get(how, {"compile": None})
     found, other, states, parallel = trained(gpus, how, **options)
     np.testing.assert_allclose(found, expected, rtol=1e-5)

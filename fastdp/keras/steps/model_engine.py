@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import keras
 import torch
@@ -90,6 +91,10 @@ class ModelEngine:
             self._parts = self._count_parts()
         self._trains = self._trainability(self._engine.program)
         return self._engine
+
+    def _with_targets(self, outputs: Any, y: Any) -> tuple[Any, Any]:
+        """The model's outputs of a step, and the targets: those of the batch, or as they have moved with the inputs."""
+        return outputs if self.augmented is not None and self.augmented.moves(y) else (outputs, y)
 
     def _made(self) -> DataParallel[CallProgram]:
         """Make an engine."""

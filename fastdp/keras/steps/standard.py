@@ -223,10 +223,6 @@ class Steps(ModelEngine):
         self.trainer._loss_tracker.update_state(loss, sample_weight=result.rows)
         return self.trainer.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
 
-    def _with_targets(self, outputs: Any, y: Any) -> tuple[Any, Any]:
-        """The model's outputs of a step, and the targets: those of the batch, or as they have moved with the inputs."""
-        return outputs if self.augmented is not None and self.augmented.moves(y) else (outputs, y)
-
     def _loss_of_rows(self, data: tuple[Any, ...], start: int, stop: int) -> None:
         """Compute the loss of some rows without any effect on state."""
         x, y, y_pred, weights = keras.tree.map_structure(partial(rows_of, start=start, stop=stop), data)
