@@ -24,11 +24,11 @@ from fastdp.keras.fit.callbacks import at_once, close_files, quiet_elsewhere
 from fastdp.keras.fit.device_dataset import as_fed, resident_batch, resident_fit, resident_forward
 from fastdp.keras.fit.executions import (
     Executions,
-    first_batch,
     joined,
     looks_at_batches,
     one_batch_at_a_time,
     several_steps,
+    stages_built,
 )
 from fastdp.keras.fit.feeding import Feeds, feed_here, feeding, input_report
 from fastdp.keras.steps.call_checks import is_hooked, why_not_here
@@ -37,6 +37,7 @@ from fastdp.keras.steps.own_loops import calls_model, is_plain_call, wants_gradi
 from fastdp.keras.steps.standard import Steps
 from fastdp.keras.template_view import TemplateView, merged_outputs
 from fastdp.options import Options
+from fastdp.program.keras.augmented import prepared_call
 from fastdp.program.keras.layer_calls import CallProgram
 from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.program import KerasProgram
@@ -254,9 +255,7 @@ class ParallelModel(Traceable, TemplateView):
         if data_batch is not None:
             self._steps.check_batch(data_batch)
         with one_batch_at_a_time(iterator):
-            if self._augmented is not None and not self._augmented.stages_built:
-                data_batch = first_batch(iterator) if data_batch is None else data_batch
-                self._augmented.build_stages(data_batch)  # not below, where tensors have no values
+            data_batch = stages_built(self._augmented, iterator, data_batch)
             super()._symbolic_build(iterator, data_batch)
         if iterator is not None:
             feed_here(iterator, self._options.timeout)
@@ -318,7 +317,7 @@ class ParallelModel(Traceable, TemplateView):
         looks_only = is_plain_call(args, kwargs) and not wants_gradient(self.template, args, kwargs)
         if looks_only and why_not_here() is None:
             return super().__call__(*args, **kwargs)
-        args, kwargs = self._prepared(args, kwargs)
+        args, kwargs = prepared_call(self._augmented, args, kwargs)
         return self._steps.call(_call_layer, args, kwargs)
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None, **kwargs: Any) -> Any:
@@ -328,22 +327,12 @@ class ParallelModel(Traceable, TemplateView):
         if training is not None and self.template._call_has_training_arg:
             kwargs["training"] = training
         if keras.src.backend.in_stateless_scope() or within_step():
-            args, kwargs = self._prepared((inputs,), kwargs)
+            args, kwargs = prepared_call(self._augmented, (inputs,), kwargs)
             return self.template(*args, **kwargs)
         if is_plain_call((inputs,), kwargs) and not wants_gradient(self.template, (inputs,), kwargs):
             return self._steps.merged_outputs(inputs)
-        args, kwargs = self._prepared((inputs,), kwargs)
+        args, kwargs = prepared_call(self._augmented, (inputs,), kwargs)
         return self._steps.call(_call_layer, args, kwargs)
-
-    def _prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a call of the template: inputs as they leave the layers of `augment`, run on this thread."""
-        if self._augmented is None:
-            return args, kwargs
-        kwargs = dict(kwargs)
-        inputs, *others = args or (kwargs.pop("inputs"),)
-        inputs = keras.tree.map_structure(keras.ops.convert_to_tensor, inputs)
-        x, _ = self._augmented.prepared(inputs, None, None, training=bool(kwargs.get("training")))
-        return (x, *others), kwargs
 
     def symbolic_call(self, *args: Any, **kwargs: Any) -> Any:
         """Make this model part of another one, with a warning: training the other model is not parallel."""

@@ -21,6 +21,7 @@ from keras.src.utils.python_utils import is_default
 
 from fastdp.keras.fit.callbacks import AtOnce
 from fastdp.patching import Patch
+from fastdp.program.keras.augmented import AugmentedModel
 
 # Seconds until what another thread has changed is looked for, where no code of the user's runs in this one.
 LOOK_SECONDS = 0.02
@@ -119,11 +120,21 @@ def one_batch_at_a_time(epochs: Any) -> Iterator[None]:
             epochs.steps_per_execution = several
 
 
-def first_batch(epochs: Any) -> Any:
-    """The batch by which Keras builds a model: the first of an iterator over epochs, which is reset afterwards."""
-    for _, _, batches in epochs:
-        return batches[0] if isinstance(batches, (list, tuple)) else next(batches)
-    return None
+def stages_built(model: AugmentedModel | None, epochs: Any, batch: Any) -> Any:
+    """Build layers in front of a model before Keras does so, by tensors without values: the batch for Keras, if any.
+
+    Args:
+        model: the model with the layers; None without any.
+        epochs: Keras's iterator over epochs, which is reset afterwards; None if there is a batch.
+        batch: the batch, or None.
+    """
+    if model is None or model.stages_built:
+        return batch
+    if batch is None:
+        _, _, batches = next(iter(epochs))
+        batch = batches[0] if isinstance(batches, (list, tuple)) else next(batches)
+    model.build_stages(batch)
+    return batch
 
 
 def joined(outputs: list[Any]) -> Any:

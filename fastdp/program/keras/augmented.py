@@ -260,6 +260,19 @@ def _stages(given: Any) -> list[Any]:
     return [given]
 
 
+def prepared_call(
+    model: AugmentedModel | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call of the template: inputs as they leave the layers in front, run on this thread."""
+    if model is None:
+        return args, kwargs
+    kwargs = dict(kwargs)
+    inputs, *others = args or (kwargs.pop("inputs"),)
+    inputs = keras.tree.map_structure(keras.ops.convert_to_tensor, inputs)
+    x, _ = model.prepared(inputs, None, None, training=bool(kwargs.get("training")))
+    return (x, *others), kwargs
+
+
 def augmented(template: keras.Model, augment: Any) -> AugmentedModel | None:
     """A model with the layers of `augment` in front of it; None without any."""
     if augment is None:
