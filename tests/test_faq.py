@@ -163,6 +163,11 @@ def test_a_data_set_on_the_devices_gives_what_arrays_give(run: Run) -> None:
     assert len(names["history"].history["val_loss"]) == 3
 
 
+def test_layers_in_front_augment_as_one_device_would(run: Run) -> None:
+    _, printed = run("augmentation.py")
+    assert printed == "losses as on one device: True\npredicted (64, 2)\n"
+
+
 def test_the_utilities_work_by_their_old_names(run: Run) -> None:
     names, printed = run("utilities.py")
     assert isinstance(names["layer"].kernel_regularizer, names["MyObject"])
