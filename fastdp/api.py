@@ -53,6 +53,8 @@ def wrap(
     grad_dtype: str | None = None,
     shard_optimizer: bool = False,
     augment: Any = None,
+    on_oom: str = "raise",
+    on_device_loss: str = "raise",
 ) -> ParallelModel: ...
 @overload
 def wrap(
@@ -76,6 +78,8 @@ def wrap(
     grad_dtype: str | None = None,
     shard_optimizer: bool = False,
     augment: Any = None,
+    on_oom: str = "raise",
+    on_device_loss: str = "raise",
 ) -> TorchParallel: ...
 def wrap(
     model: Any,
@@ -98,6 +102,8 @@ def wrap(
     grad_dtype: str | None = None,
     shard_optimizer: bool = False,
     augment: Any = None,
+    on_oom: str = "raise",
+    on_device_loss: str = "raise",
 ) -> ParallelModel | TorchParallel:
     """Run a model on several devices as if on one.
 
@@ -222,6 +228,29 @@ def wrap(
               the same data. The model's files have none of these layers.
             - For a torch module an nn.Module (such as torchvision's transforms) or a function of the module's first
               argument, run in training mode alone: as a forward pre-hook of the module, which each `wrap` sets anew.
+        on_oom: what to do when a device runs out of memory in a forward or backward pass.
+
+            - "raise": the step is an error (a `ReplicaError`), and nothing has changed.
+            - "split": the step is repeated with the rows of that device in two parts, four, and so on down to one row.
+              They run one after the other. Gradients, losses, draws and outputs are those of the global batch as
+              before, up to rounding. The parts stay for later steps; a warning and `report()` tell. Each part has
+              weights and gradients of its own, so memory is saved where activations take more. In a loop of your own
+              backward computes the parts of such a device again. What is computed from all rows of a device (batch
+              normalization without `sync_batch_norm`) cannot be split, and the error says so; nor can the memory of
+              `scatter`, `reduce` and `update`, which does not depend on the rows. With `shards` the shard of the device
+              is cut, and its sum is rounded in another way: the bits are those of a run with the same cut at that step.
+        on_device_loss: what to do when a device is lost.
+
+            - "raise": the step is an error (a `ReplicaError`), and nothing has changed.
+            - "continue": the other devices take its rows, and the step is repeated from the state before it. With
+              `shards` not even the bits change; otherwise results are those of the remaining devices, up to rounding.
+              The device is closed, and a warning and `report()` tell. If it answers again, it joins at the next epoch
+              of `fit`, or when you call `rejoin_devices()`. This works for virtual devices. An error that costs a GPU
+              costs its process: `fastdp run --restarts` starts that again, on the GPUs that are left.
+            - "continue_stalled": the same, and a virtual device that does not end a step within `timeout` counts as
+              lost, unless it is the first one.
+
+            Neither this nor `on_oom` goes with `shard_optimizer`, whose slots lie in parts on the devices.
 
     Returns:
         For a Keras model a `fastdp.ParallelModel`, a `keras.Model` that shares the model's weights. For a torch module
@@ -256,6 +285,8 @@ def wrap(
         grad_dtype=grad_dtype,
         shard_optimizer=shard_optimizer,
         augment=augment,
+        on_oom=on_oom,
+        on_device_loss=on_device_loss,
     )
     libraries = {cls.__module__.split(".")[0] for cls in type(model).__mro__}
     for library, (module, function) in _WRAPPERS.items():

@@ -32,6 +32,18 @@ class DeviceTimeoutError(TimeoutError):
     """A wait on a device took longer than its limit."""
 
 
+class DeviceLostError(RuntimeError):
+    """A device is lost: it does not answer any more, or a failure has left it unusable. The message says why."""
+
+
+class GraphsLostError(DeviceLostError):
+    """The graphs of a forward pass lie on a device that is lost, or on replicas that were made anew since."""
+
+
+class CannotSplitError(RuntimeError):
+    """What a device computes from all of its rows cannot be computed from parts of them. The message says what."""
+
+
 class ProcessError(RuntimeError):
     """Another process of the same training failed, ended, or did not come. The message names its rank."""
 

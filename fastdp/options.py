@@ -15,6 +15,8 @@ GRAD_DTYPES = (None, "bfloat16", "float16")
 ROW_POLICIES = (None, "merge", "replica")
 MOST_SHARDS = 1024
 NONFINITE = (None, "raise", "skip")
+ON_OOM = ("raise", "split")
+ON_DEVICE_LOSS = ("raise", "continue", "continue_stalled")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,8 +27,9 @@ class Options:
     devices resolves what depends on them: which device merges, and what None means on GPUs.
 
     Raises:
-        ValueError: an unknown `compile`, `graph`, `update`, `rows`, `on_nonfinite` or `grad_dtype`; `shards` that is no
-            whole number from 1 to 1024; a `timeout` that is not above 0; `update` beside `shard_optimizer`.
+        ValueError: an unknown `compile`, `graph`, `update`, `rows`, `on_nonfinite`, `grad_dtype`, `on_oom` or
+            `on_device_loss`; `shards` that is no whole number from 1 to 1024; a `timeout` that is not above 0;
+            `update`, `on_oom` or `on_device_loss` beside `shard_optimizer`.
         TypeError: `fingerprint` that is no path; `shard_optimizer` that is no bool.
 
     `shards` sets `deterministic`: bits that depend on the clock would not be those of another number of devices.
@@ -49,6 +52,8 @@ class Options:
     grad_dtype: str | None = None
     shard_optimizer: bool = False
     augment: Any = None
+    on_oom: str = "raise"
+    on_device_loss: str = "raise"
 
     def __post_init__(self) -> None:
         if self.compile not in COMPILE_MODES:
@@ -59,6 +64,12 @@ class Options:
             raise ValueError(f'`update` must be "first" or "each". Received: update={self.update!r}')
         if self.on_nonfinite not in NONFINITE:
             raise ValueError(f"`on_nonfinite` must be one of {NONFINITE}. Received: on_nonfinite={self.on_nonfinite!r}")
+        if self.on_oom not in ON_OOM:
+            raise ValueError(f"`on_oom` must be one of {ON_OOM}. Received: on_oom={self.on_oom!r}")
+        if self.on_device_loss not in ON_DEVICE_LOSS:
+            raise ValueError(
+                f"`on_device_loss` must be one of {ON_DEVICE_LOSS}. Received: on_device_loss={self.on_device_loss!r}"
+            )
         if self.grad_dtype not in GRAD_DTYPES:
             raise ValueError(f"`grad_dtype` must be one of {GRAD_DTYPES}. Received: grad_dtype={self.grad_dtype!r}")
         if isinstance(self.timeout, bool) or not isinstance(self.timeout, (int, float)) or not self.timeout > 0:
@@ -69,6 +80,12 @@ class Options:
             raise TypeError(f"`fingerprint` must be a path. Received: {self.fingerprint!r}")
         if not isinstance(self.shard_optimizer, bool):
             raise TypeError(f"`shard_optimizer` must be True or False. Received: {self.shard_optimizer!r}")
+        if self.shard_optimizer and self.survives:
+            raise ValueError(
+                "`on_oom` and `on_device_loss` make replicas anew, and by shard_optimizer=True each device has a part "
+                f"of the slots. Received: on_oom={self.on_oom!r}, on_device_loss={self.on_device_loss!r}. Leave out "
+                "either."
+            )
         if self.shard_optimizer and self.update is not None:
             raise ValueError(
                 f"`update` says where one optimizer runs, and with shard_optimizer=True each device updates its part. "
@@ -77,6 +94,11 @@ class Options:
         if self.shards is not None:
             object.__setattr__(self, "shards", _number_of_shards(self.shards))
             object.__setattr__(self, "deterministic", True)
+
+    @property
+    def survives(self) -> bool:
+        """Whether training goes on after a device has run out of memory or was lost."""
+        return self.on_oom == "split" or self.on_device_loss != "raise"
 
     @property
     def row_policy(self) -> str | None:

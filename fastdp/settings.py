@@ -16,6 +16,7 @@ FINGERPRINT = "FASTDP_FINGERPRINT"
 
 # Each virtual device is a thread with memory of its own: more than this is a slip of the keyboard.
 MOST_VIRTUAL_DEVICES = 1024
+RESTARTED = "_FASTDP_RESTARTED"  # set by `fastdp run --restarts` alone
 VIRTUAL_KINDS = ("host", "gpu")
 # How gradients are added up on GPUs: by the limits that were measured on them, by the built-in ones, by our kernels
 # alone or by NCCL alone.
@@ -86,6 +87,11 @@ def fingerprint() -> Path | None:
     """The file that FASTDP_FINGERPRINT names, which need not exist yet; None if it is not set."""
     text = os.environ.get(FINGERPRINT, "")
     return Path(text) if text else None
+
+
+def restarted() -> bool:
+    """Whether `fastdp run --restarts` has started this process again, since the one before it failed."""
+    return os.environ.get(RESTARTED) == "1"
 
 
 def problems() -> list[str]:

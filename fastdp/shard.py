@@ -56,9 +56,46 @@ def split_rows(total: int, parts: int) -> list[Rows]:
 
 
 @lru_cache(maxsize=1024)
-def dealt_rows(total: int, parts: int) -> tuple[Rows, ...]:
-    """`split_rows` as a tuple, cached: most batches have the same size."""
-    return tuple(split_rows(total, parts))
+def dealt_rows(total: int, parts: int, cuts: tuple[int, ...] = ()) -> tuple[Rows, ...]:
+    """`split_rows` as a tuple, cached: most batches have the same size. `cuts`: as in `Deal`."""
+    if not cuts:
+        return tuple(split_rows(total, parts))
+    shares = split_rows(total, parts)
+    if any(share.count < pieces for share, pieces in zip(shares, cuts, strict=False)) or len(shares) < parts:
+        return tuple(split_rows(total, sum(cuts)))  # else later shares would run on devices of earlier ones
+    pairs = zip(shares, cuts, strict=True)
+    cut = [(share.start, part) for share, pieces in pairs for part in split_rows(share.count, pieces)]
+    return tuple(Rows(start + part.start, start + part.stop, total) for start, part in cut)
+
+
+@dataclass(frozen=True, slots=True)
+class Deal:
+    """How the rows of a batch are dealt: evenly in `shares`, some of which are cut into further parts.
+
+    Args:
+        shares: the number of equal shares.
+        cuts: by share, the number of parts that it is cut into; empty where none is cut.
+
+    Example:
+        >>> [rows.count for rows in Deal(2, (1, 2)).rows(8)]
+        [4, 2, 2]
+    """
+
+    shares: int
+    cuts: tuple[int, ...] = ()
+
+    @property
+    def parts(self) -> int:
+        """The number of parts of a batch with enough rows."""
+        return sum(self.cuts) if self.cuts else self.shares
+
+    def rows(self, total: int) -> tuple[Rows, ...]:
+        """The rows of each part, none empty. Evenly over all parts where a share has fewer rows than cuts."""
+        return dealt_rows(total, self.shares, self.cuts)
+
+    def limited(self, most: int) -> Deal:
+        """The same for at most so many parts: without cuts where there are more."""
+        return self if self.parts <= most else Deal(most)
 
 
 def rank_range(length: int, rank: int, ranks: int, align: int = 1) -> tuple[int, int]:

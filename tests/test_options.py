@@ -25,7 +25,7 @@ def test_wrap_takes_every_option_with_its_default():
 
 def test_the_engine_has_the_same_defaults():
     names = ["timeout", "update", "cpu_merge", "merge_device", "cpu_relocation", "check_replicas", "shards"]
-    names += ["on_nonfinite", "fingerprint", "grad_dtype"]
+    names += ["on_nonfinite", "fingerprint", "grad_dtype", "on_oom", "on_device_loss"]
     assert keywords(fastdp.DataParallel) == {name: DEFAULTS[name] for name in names}
 
 
@@ -55,6 +55,8 @@ def test_multi_gpu_model_has_the_same_defaults():
             "half",
             r"`grad_dtype` must be one of \(None, 'bfloat16', 'float16'\)\. Received: grad_dtype='half'",
         ),
+        ("on_oom", "halve", r"`on_oom` must be one of \('raise', 'split'\)\. Received: on_oom='halve'"),
+        ("on_device_loss", "go on", r"`on_device_loss` must be one of .*\. Received: on_device_loss='go on'"),
         ("timeout", 0, r"`timeout` must be a number of seconds above 0\. Received: timeout=0"),
         ("rows", "merged", r"`rows` must be one of \(None, 'merge', 'replica'\)\. Received: rows='merged'"),
     ],

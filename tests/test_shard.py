@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdp.shard import plan_buckets, split_rows
+from fastdp.shard import Deal, plan_buckets, split_rows
 
 sizes = st.lists(st.integers(0, 60), max_size=40)
 
@@ -22,6 +22,20 @@ def test_rows_cover_the_batch_in_order_and_differ_by_at_most_one(total, parts):
     assert counts == sorted(counts, reverse=True)
     assert sum(shard.share for shard in shards) == pytest.approx(1.0)
     assert {shard.total for shard in shards} == {total}
+
+
+@given(total=st.integers(1, 200), cuts=st.lists(st.integers(1, 5), min_size=1, max_size=6))
+def test_shares_that_are_cut_keep_their_rows(total, cuts):
+    deal = Deal(len(cuts), tuple(cuts))
+    parts, shares = deal.rows(total), split_rows(total, len(cuts))
+    assert [row for part in parts for row in range(part.start, part.stop)] == list(range(total))
+    assert min(part.count for part in parts) >= 1
+    assert len(parts) <= deal.parts == sum(cuts)
+    if len(shares) == len(cuts) and all(share.count >= cut for share, cut in zip(shares, cuts, strict=True)):
+        assert len(parts) == deal.parts
+        assert {share.start for share in shares} <= {part.start for part in parts}
+    assert deal.limited(deal.parts - 1) == Deal(deal.parts - 1)
+    assert deal.limited(deal.parts) is deal
 
 
 def test_fewer_rows_than_replicas_leave_replicas_out():

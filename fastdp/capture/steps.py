@@ -47,7 +47,7 @@ from fastdp.capture.trace import Captured, NoExchange
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.errors import DeviceTimeoutError, NotCapturable
-from fastdp.shard import Rows
+from fastdp.shard import Deal, Rows
 from fastdp.tensors.threads import given_cores
 
 MOST_SHAPES = 8
@@ -90,7 +90,7 @@ class Captures(Generic[CapturedT]):
     ) -> None:
         self._capture: Callable[..., CapturedT] = capture
         self._deterministic, self._checks, self._alone = deterministic, checks, alone
-        self._step, self._mode, self._parts, self._recorder = step, mode, parts, recorder
+        self._step, self._mode, self._deal, self._recorder = step, mode, Deal(parts), recorder
         self._shapes: dict[Any, Shape[CapturedT]] = {}
         self.present: list[Shape[CapturedT]] = []
         self._compiler = BackgroundCompiler()
@@ -142,7 +142,7 @@ class Captures(Generic[CapturedT]):
         if self._refused:
             return
         nobody, device = NoExchange(2, 0.0), self._step.replicas[0].device
-        for rank, rows in enumerate(batch.deal(min(self._parts, self._step.most_replicas))):
+        for rank, rows in enumerate(batch.deal(self._deal.limited(self._step.most_replicas))):
             context = Context(rank, rows, 0, nobody, 2, batch, batch.structure, wants_outputs, device)
             key = key_of(context, self._step)
             shape = self._shapes.get(key)
@@ -169,7 +169,7 @@ class Captures(Generic[CapturedT]):
             why = self._step_graphs.consider(recordings_of(replicas), self._step.replicas)
             for shape in self.present:
                 shape.no_step_graph = why
-                shape.ran_step_graph = not why and self._parts == 1
+                shape.ran_step_graph = not why and self._deal.parts == 1
 
     def stays_eager(self, context: Context) -> bool:
         """Whether steps of these rows will go on eagerly, as far as is known: refused, or slower otherwise."""
@@ -230,6 +230,16 @@ class Captures(Generic[CapturedT]):
         for shape in self._shapes.values():
             if shape.jobs and not shape.compiled:
                 shape.jobs, shape.runs, shape.why = [], [], self._no_compiler
+
+    def deal_by(self, deal: Deal) -> None:
+        """Replicas were made anew, and rows are dealt in this way. What was captured of other rows is dropped."""
+        self.forget_graphs()
+        if deal == self._deal:
+            return
+        self._deal, self._decisions = deal, None  # which are kept for the number of replicas
+        self.close("the number of replicas has changed")
+        self._shapes.clear()
+        self.generation += 1
 
     def forget_graphs(self) -> None:
         """Drop recorded graphs and free their memory. Called between steps."""
@@ -340,7 +350,7 @@ class Captures(Generic[CapturedT]):
     def _submit(self, shape: Shape[CapturedT], captured: CapturedT, rows: Rows) -> None:
         """Submit a captured step to the compiler. If that fails, warn and compile nothing from then on."""
         with Attempt() as attempt, Sources():
-            cores = max(1, given_cores() // min(self._parts, rows.total))  # of one replica while the others run
+            cores = max(1, given_cores() // min(self._deal.parts, rows.total))  # of one replica while the others run
             shape.jobs = [self._compiler.submit(graph, cores) for graph in captured.to_compile()]
             shape.why = "being compiled"
         if attempt.error is not None:

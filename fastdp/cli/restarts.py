@@ -10,6 +10,7 @@ import time
 from types import FrameType
 
 from fastdp.cli.status import INTERRUPTED, OK, PIPE_CLOSED, TERMINATED, WRONG_USE, say
+from fastdp.settings import RESTARTED
 
 _VARIABLE = "_FASTDP_SUPERVISOR"  # the process that supervises this one
 _PAUSE = 1.0  # seconds before a start: a card that has failed needs a moment
@@ -37,7 +38,7 @@ def supervise(name: str, restarts: int) -> int:
         The status of the last one; 128 and the number of a signal that has ended it.
     """
     for start in range(restarts + 1):
-        status, told = _run()
+        status, told = _run(again=start > 0)
         if status in _FINAL or told:
             return status
         if start == restarts:
@@ -48,9 +49,12 @@ def supervise(name: str, restarts: int) -> int:
     return status
 
 
-def _run() -> tuple[int, bool]:
-    """Run the command line once; its status, and whether this process was told to end meanwhile."""
-    environment = {**os.environ, _VARIABLE: str(os.getpid())}
+def _run(*, again: bool) -> tuple[int, bool]:
+    """Run the command line once; its status, and whether this process was told to end meanwhile.
+
+    `again`: another one has failed, perhaps for a card that is gone. Then fewer devices will do.
+    """
+    environment = {**os.environ, _VARIABLE: str(os.getpid()), RESTARTED: str(int(again))}
     process = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment)
     told = False
 

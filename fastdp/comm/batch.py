@@ -8,7 +8,7 @@ from typing import Any, Protocol, final, runtime_checkable
 import numpy as np
 
 from fastdp.runtime.queue import QueueDevice
-from fastdp.shard import Rows, dealt_rows
+from fastdp.shard import Deal, Rows
 
 # The shape of a row and the dtype of each array.
 Shapes = tuple[tuple[tuple[int, ...], str], ...]
@@ -43,13 +43,14 @@ class Batch:
         shards: the rows of each replica; empty before `deal`.
     """
 
-    __slots__ = ("_shapes", "arrays", "rows", "shards", "structure")
+    __slots__ = ("_deal", "_shapes", "arrays", "rows", "shards", "structure")
 
     def __init__(self, arrays: Any, structure: Any, rows: int) -> None:
         self.arrays = arrays
         self.structure = structure
         self.rows = rows
         self.shards: Sequence[Rows] = ()
+        self._deal = Deal(0)
         self._shapes: Shapes | None = None
 
     @classmethod
@@ -82,10 +83,11 @@ class Batch:
     def __iter__(self) -> Iterator[Any]:
         return iter(self.arrays)
 
-    def deal(self, parts: int) -> Sequence[Rows]:
-        """Split the rows over at most `parts` replicas. The result is kept for the next call."""
-        if len(self.shards) != min(parts, self.rows):
-            self.shards = dealt_rows(self.rows, parts)
+    def deal(self, parts: int | Deal) -> Sequence[Rows]:
+        """Split the rows over at most `parts` replicas, evenly or as a `Deal` says. Kept for the next call."""
+        deal = parts if isinstance(parts, Deal) else Deal(parts)
+        if deal != self._deal:
+            self._deal, self.shards = deal, deal.rows(self.rows)
         return self.shards
 
     @property

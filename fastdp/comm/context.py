@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastdp.comm.batch import Batch
 from fastdp.comm.rendezvous import Rendezvous
+from fastdp.errors import CannotSplitError
 from fastdp.runtime.queue import QueueDevice
-from fastdp.shard import Rows
+from fastdp.shard import Rows, dealt_rows
 
 
 def _not_listening(bucket: int) -> None:
@@ -43,6 +44,9 @@ class Context:
 
     `rank` and `size` count the replicas of all processes that train together. `first` is the rank of this process's
     first replica, `here` the number of its replicas, and `index` the replica's place among them.
+
+    `is_cut`: the rows of the replica's device run in parts, one after the other, since it has run out of memory.
+    `among_cut`: so do those of another replica of the step, or its own.
     """
 
     rank: int
@@ -60,6 +64,8 @@ class Context:
     found: Any = None
     first: int = 0
     here: int = 0
+    is_cut: bool = False
+    among_cut: bool = False
 
     def __post_init__(self) -> None:
         self.here = self.here or self.size
@@ -68,6 +74,24 @@ class Context:
     def index(self) -> int:
         """The replica's place among those of this process."""
         return self.rank - self.first
+
+    @property
+    def shards(self) -> Sequence[Rows]:
+        """The rows of every replica of the step, of all processes."""
+        dealt = self.batch.shards
+        return dealt if len(dealt) == self.size else dealt_rows(self.rows.total, self.size)
+
+    def check_whole(self, what: str, *, unless: bool = False) -> None:
+        """Check that the replica has all rows of its device, which `what` is computed from unless that is set.
+
+        Raises:
+            CannotSplitError: they are cut.
+        """
+        if self.is_cut and not unless:
+            raise CannotSplitError(
+                f"{what} uses the moments of all rows of a device, and those of parts are others. With "
+                "sync_batch_norm=True they are those of the global batch, in train_step and in fit."
+            )
 
     @classmethod
     def alone(cls, batch: Any, structure: Any, start: int, stop: int, total: int) -> Context:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from fastdp.errors import DeviceTimeoutError
 from fastdp.runtime.host.resources import CORES
@@ -43,7 +43,7 @@ class Turn:
             self._places.release()
 
 
-def turns_of(devices: Sequence[QueueDevice], timeout: float) -> list[Turn | None]:
+def turns_of(devices: Sequence[QueueDevice], timeout: float, tight: Collection[QueueDevice] = ()) -> list[Turn | None]:
     """A turn for each shard of a step; None for shards that have their device to themselves.
 
     Virtual devices that have cores to spare run several of their shards at a time: as many as make all devices of the
@@ -51,14 +51,20 @@ def turns_of(devices: Sequence[QueueDevice], timeout: float) -> list[Turn | None
 
     Args:
         devices: by shard.
+        tight: devices that have run out of memory. Of each, also of a GPU, one shard runs at a time.
     """
     owners = [device.part_of for device in devices]
-    if owners[0] is None or devices[0].on_gpu:
+    if not any(owners) or (devices[0].on_gpu and not tight):
         return [None] * len(devices)
-    distinct = dict.fromkeys(owners)
-    most = max(1, CORES // len(distinct))
-    places = {owner: threading.Semaphore(most) for owner in distinct if owners.count(owner) > most}
+    distinct = dict.fromkeys(owner for owner in owners if owner is not None)
+    usual = (
+        len(devices)
+        if devices[0].on_gpu
+        else max(1, CORES // len({o or d for o, d in zip(owners, devices, strict=True)}))
+    )
+    most = {owner: 1 if owner in tight else usual for owner in distinct}
+    places = {owner: threading.Semaphore(most[owner]) for owner in distinct if owners.count(owner) > most[owner]}
     return [
-        Turn(places[owner], timeout, device.name) if owner in places else None
+        Turn(places[owner], timeout, device.name) if owner is not None and owner in places else None
         for owner, device in zip(owners, devices, strict=True)
     ]

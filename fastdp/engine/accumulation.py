@@ -43,6 +43,18 @@ class AccumulatedGradients:
         self.count = replicas
         return self._sums
 
+    def take_over(self, held: Sequence[FlatBuffers]) -> None:
+        """Let the replicas hold what those before them have held. Only while nothing runs."""
+        if not held:
+            return
+        sums = self.hold(min(len(held), len(self._replicas)))
+        for number, flat in enumerate(held):
+            replica, total = self._replicas[number % len(sums)], sums[number % len(sums)]
+            if number < len(sums):
+                total.copy_from(flat)
+            else:
+                replica.accumulate(total, flat)
+
     def reserve(self, active: int) -> None:
         """Allocate the sums of the first `active` replicas. On the host thread, before the step."""
         for replica in self._replicas[len(self._sums) : active]:

@@ -21,6 +21,7 @@ from fastdp.engine.across import StepAcross, connect
 from fastdp.engine.fingerprint import FINGERPRINTED, writer
 from fastdp.engine.home import HomeMemory
 from fastdp.engine.host_launch import HostLaunch
+from fastdp.engine.inspection import Inspection
 from fastdp.engine.make_report import Reporting
 from fastdp.engine.recovery import Recovery
 from fastdp.engine.reductions import ProcessesReductions, Reductions
@@ -30,11 +31,13 @@ from fastdp.engine.rollback import Rollback
 from fastdp.engine.state import EngineState
 from fastdp.engine.step import Step, StepResult, make_step
 from fastdp.engine.step_scope import StepScope, alone, meanwhile, one_step_at_a_time
+from fastdp.engine.survival import Survival
 from fastdp.engine.timing import Timings
 from fastdp.engine.updates import Updates
 from fastdp.engine.waiting_gradients import WaitingGradients
 from fastdp.options import Options, one_of
 from fastdp.program.base import Program, Result, as_program
+from fastdp.runtime.roster import Roster
 from fastdp.runtime.select import devices_of_engine
 from fastdp.runtime.shards import on_shards
 from fastdp.shard import Rows
@@ -48,19 +51,18 @@ Work = Callable[[Replica, list[np.ndarray], Context], Result]
 _NOT_SHARDED = "`shard_optimizer` is for Keras models. Received: shard_optimizer=True for a {}. Leave it out."
 
 
-class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co]):
+class DataParallel(Traceable, Reporting, Inspection, Survival, WaitingGradients, Generic[ProgramT_co]):
     """Runs a program on several devices as if on one.
 
     Args:
         program: what each replica runs: a `fastdp.program.base.Program`, or an object with its members.
         devices: the devices of the replicas, in the order of the rows, or a value as for `gpus=` in `fastdp.wrap` (a
-            number, a list of ordinals, None for all).
+            number, a list of ordinals, None for all), or the `Roster` of a model that has several engines.
         timeout, update, cpu_merge, merge_device, cpu_relocation, check_replicas, shards, on_nonfinite,
-            fingerprint, grad_dtype: as in `fastdp.wrap`.
+            fingerprint, grad_dtype, on_oom, on_device_loss: as in `fastdp.wrap`.
         options: an object with all of these, instead of keywords.
 
     `size` is the number of replicas, of all processes where torchrun has started several.
-
     The engine owns the replicas' memory. For updates that may fail it also owns a snapshot of the first replica's
     variables and slots, used to roll back a failed update. One thread at a time uses the engine. The devices have
     threads; the engine has none.
@@ -85,6 +87,8 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
         on_nonfinite: str | None = None,
         fingerprint: str | os.PathLike[str] | None = None,
         grad_dtype: str | None = None,
+        on_oom: str = "raise",
+        on_device_loss: str = "raise",
         options: Options | None = None,
     ) -> None:
         keywords = Options(
@@ -98,57 +102,74 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
             on_nonfinite=on_nonfinite,
             fingerprint=fingerprint,
             grad_dtype=grad_dtype,
+            on_oom=on_oom,
+            on_device_loss=on_device_loss,
         )
         options = one_of(options, keywords)
         nvtx.follow_environment()
-        devices, options = on_shards(devices_of_engine(devices, options.merge_device), options)
+        if not isinstance(devices, Roster):
+            devices = Roster(*on_shards(devices_of_engine(devices, options.merge_device), options))
         self.program = program
-        self.devices = list(devices)
         self.check_replicas = options.check_replicas
-        self.times = Timings()
+        self._roster, self._options = devices, options
         self._program = as_program(program)
         if options.shard_optimizer and not self._program.shards_optimizer:
             raise ValueError(_NOT_SHARDED.format(type(program).__name__))
-        chosen = options.update or ("each" if devices[0].on_gpu else "first")
-        if self._program.updates_parts and len(self.devices) > 1:
+        chosen = options.update or ("each" if devices.present[0].on_gpu else "first")
+        if self._program.updates_parts and len(devices.formation().devices) > 1:
             chosen = "parts"
         # The others would update themselves for nothing: they get an exposed home's variables before each step.
         self.update = "first" if self._program.home_is_exposed else chosen
         self._state = EngineState(options.timeout)
-        self._cpu_merge, self._merge_device = options.cpu_merge, self.devices[options.merge_device]
-        self._communicator = communicator(self.devices)
-        sent_as = options.grad_dtype
-        transport = None if sent_as is None else Transport(sent_as, self._program.scales_loss)
-        self._communicator.send_by(transport)
+        self._cpu_merge = options.cpu_merge
+        sent = options.grad_dtype
+        self._transport = None if sent is None else Transport(sent, self._program.scales_loss)
+        self.formed = 0
+        self._form()
+
+    def _form(self) -> None:
+        """Make the replicas on the roster's present devices. Those of before end; gradients that wait are kept."""
+        options = self._options
+        self._version, self.formation = self._roster.version, self._roster.formation()
+        devices = self.devices = self.formation.devices
+        self._merge_device = self.formation.merge
+        held = list(self._accumulation.sums) if self.formed else []
+        if self.formed:
+            self._program.unbind(self.formation.deal)
+        self.times = Timings()
+        self._communicator = communicator(devices)
+        self._communicator.send_by(self._transport)
         if options.deterministic:
             self._communicator.choice.use(None)
         elif self._communicator.choice.untuned:
             with alone(options.timeout):
-                tune(self._communicator, self.devices)
+                tune(self._communicator, devices)
         home = HomeMemory(self._program, devices, self._communicator, on_host=options.cpu_relocation)
         self.group = ReplicaGroup(self._program, self.devices, home, self._communicator, self.update)
         self.replicas = self.group.every
         self.rollback = Rollback(self.replicas[0], parts=self.group.in_parts)
         self._recovery = Recovery(self._state, self.group, self._communicator, self.rollback)
-        self._across = connect(self.devices, options, transport)
+        if not self.formed:
+            self._across = connect(devices, options, self._transport)
         self.size = len(devices)
         if self._across is not None:
             self._across.copy_first(self.replicas[0].lasting)
             self.size = self._across.size
         self._communicator.prepare(self.group.buckets)
-        for device in () if options.cpu_merge else self.devices:
+        for device in () if options.cpu_merge else devices:
             device.prepare_to_merge()
         self._accumulation = AccumulatedGradients(self.replicas, self._communicator)
         about = self.group, self._communicator, self._accumulation
         self._reductions = Reductions(*about) if self._across is None else ProcessesReductions(*about, self._across)
         self.host_launch = HostLaunch(self._state, self.group, self._reductions, self._recovery)
-        self._updates = Updates(self.group, self.rollback, self._accumulation, options)
-        first = self._across is None or self._across.first == 0  # the other processes have the same weights
-        self._fingerprint = writer(options, self.group) if first else None
+        skipped = self.skipped_steps if self.formed else 0
+        self._updates = Updates(self.group, self.rollback, self._accumulation, options, skipped)
+        writes = self._across is None or self._across.first == 0  # the other processes have the same weights
+        self._fingerprint = writer(options, self.group) if writes else None
         if self._fingerprint is not None or options.on_nonfinite is not None:
             self._reductions.needs_whole = True
-
-    # Steps.
+        self._accumulation.take_over(held)
+        self.formed += 1
 
     def train(
         self,
@@ -177,30 +198,42 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
             DeviceTimeoutError: the step took longer than `timeout` seconds.
         """
         batch = batch if type(batch) is Batch else Batch.of(batch, structure)
+        return self.surviving(partial(self._train, batch, wants_outputs, reduce, [while_running]))
+
+    def _train(
+        self, batch: Batch, wants_outputs: bool, reduce: bool, once: list[Callable[[], object] | None]
+    ) -> StepResult:
+        """As `train`. `once` has `while_running`, which is called by one try only."""
         with self._begin("train", batch, self._most, wants_outputs, reduces=reduce) as step:
             with self.host_launch.of(step):
                 self._scatter(step)
                 self._run(step, Replica.train, has_gradients=True)
                 self._reduce(step)
                 self._update(step)
+            while_running = once[0]
             if while_running is not None:
+                once[0] = None
                 meanwhile(step, partial(self._state.fetch, while_running), partial(self._merge, step))
             return self._merge(step)
 
     def predict(self, batch: Batch | Arrays, *, structure: object = None) -> StepResult:
         """Run the forward pass on a global batch. Arguments, result and errors as in `train`."""
         batch = batch if type(batch) is Batch else Batch.of(batch, structure)
-        return self._forward("predict", batch, self._most, Replica.predict)
+        return self._forward("predict", batch, lambda: self._most, Replica.predict)
 
-    def call(self, batch: Batch, work: Call) -> StepResult:
+    def call(self, batch: Batch, work: Call, formed: int | None = None) -> StepResult:
         """Run `work(state, rows, context)` on each replica in place of the program's `predict`.
 
         The rows are split over all devices, regardless of the program's `most_replicas`. Result and errors as in
         `train`.
-        """
-        return self._forward("call", batch, self.size, partial(Replica.call, work=work))
 
-    def backward(self, batch: Batch, work: Call) -> StepResult:
+        Args:
+            formed: for a backward pass, the engine's `formed` at its forward pass.
+        """
+        run = partial(self._forward, "call", batch, lambda: self.size, partial(Replica.call, work=work))
+        return run() if formed is None else self.through_graphs(formed, run)
+
+    def backward(self, batch: Batch, work: Call, formed: int | None = None) -> StepResult:
         """Run a backward pass: `work(state, rows, context)` on each replica, which writes its gradients to the state's
         buffers. They are summed, and nothing is updated.
 
@@ -210,7 +243,15 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
         Args:
             batch: a batch of as many rows as that of the forward pass; its arrays are handed out as there.
             work: as in `call`.
+            formed: the engine's `formed` at the forward pass; None: now.
+
+        Raises:
+            GraphsLostError: the graphs are those of replicas that are no more.
         """
+        return self.through_graphs(self.formed if formed is None else formed, partial(self._backward, batch, work))
+
+    def _backward(self, batch: Batch, work: Call) -> StepResult:
+        """As `backward`."""
         with self._begin("backward", batch, self.size) as step:
             self._scatter(step)
             self._run(step, partial(Replica.call, work=work), has_gradients=True)
@@ -306,12 +347,16 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
         notes, every_note = step.totals.notes, step.totals.every_note
         return StepResult(outputs, step.totals.sums, notes, step.batch.rows, every_note, step.skipped)
 
-    def _forward(self, kind: str, batch: Batch, most: int, work: Work) -> StepResult:
-        """Run a step without gradients."""
-        with self._begin(kind, batch, most) as step:
-            self._scatter(step)
-            self._run(step, work)
-            return self._merge(step)
+    def _forward(self, kind: str, batch: Batch, most: Callable[[], int], work: Work) -> StepResult:
+        """Run a step without gradients, on at most so many replicas."""
+
+        def once() -> StepResult:
+            with self._begin(kind, batch, most()) as step:
+                self._scatter(step)
+                self._run(step, work)
+                return self._merge(step)
+
+        return self.surviving(once)
 
     # Around a step.
 
@@ -323,7 +368,7 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
     def _step_of(self, batch: Batch, kind: str, most: int) -> tuple[Sequence[Rows], StepAcross | None]:
         """Split the rows over at most so many replicas: those of this process, and its part in a step of several."""
         if self._across is None:
-            return batch.deal(most), None
+            return batch.deal(self.deal.limited(most)), None
         across = self._across.step(batch, kind, most, self._program)
         return across.shards, across
 
@@ -349,31 +394,6 @@ class DataParallel(Traceable, Reporting, WaitingGradients, Generic[ProgramT_co])
             kind=kind,
             reduces=reduces,
             across=across,
+            tight=self.formation.tight,
         )
         return StepScope(self._state, self._recovery, self.group, step)
-
-    # State.
-
-    @property
-    def timeout(self) -> float:
-        """Seconds before a step is given up."""
-        return self._state.timeout
-
-    @timeout.setter
-    def timeout(self, seconds: float) -> None:
-        self._state.timeout = seconds
-
-    @property
-    def steps(self) -> int:
-        """The number of steps so far, including failed ones and steps without an update."""
-        return self._state.steps
-
-    def assert_replicas_equal(self) -> None:
-        """Compare all replicas with the first, bit by bit.
-
-        Raises:
-            RuntimeError: a replica's variables or slots differ; the message names the device.
-        """
-        self.group.assert_equal(self.steps)
-        if self._across is not None:
-            self._across.check_equal(self.replicas[0].lasting)

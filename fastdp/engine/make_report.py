@@ -12,6 +12,7 @@ from fastdp.engine.rollback import Rollback
 from fastdp.engine.timing import Timings
 from fastdp.engine.updates import Updates
 from fastdp.runtime.queue import QueueDevice
+from fastdp.runtime.roster import Roster
 from fastdp.warn import warn_user
 
 try:
@@ -29,6 +30,7 @@ class Reporting:
     rollback: Rollback
     group: ReplicaGroup
     update: str
+    _roster: Roster
     _updates: Updates
 
     @property
@@ -95,6 +97,7 @@ def make_report(
         calls=list(calls),
         passes=list(passes),
         inputs=list(inputs),
+        faults=list(engine._roster.told),
     )
 
 

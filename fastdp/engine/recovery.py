@@ -13,7 +13,7 @@ from fastdp.engine.state import EngineState
 from fastdp.engine.step import Operation, step_error
 from fastdp.errors import DeviceTimeoutError
 from fastdp.runtime.positions import busy, report
-from fastdp.runtime.queue import QueueEvent, first_done, joined
+from fastdp.runtime.queue import QueueDevice, QueueEvent, first_done, joined
 from fastdp.tracing.spans import now, span
 from fastdp.warn import warn_user
 
@@ -28,6 +28,9 @@ class Recovery:
         replicas: the engine's replicas.
         communicator: over their devices.
         rollback: the snapshot of the first replica.
+
+    Attributes:
+        without: devices of their own that hang, and that nobody waits for any more.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class Recovery:
     ) -> None:
         self._state, self._replicas = state, replicas
         self._communicator, self._rollback = communicator, rollback
+        self.without: frozenset[QueueDevice] = frozenset()
 
     def finish(self, operation: Operation) -> None:
         """Wait until all devices are done.
@@ -161,7 +165,7 @@ class Recovery:
         """
         seconds = self._state.timeout if timeout is None else timeout
         try:
-            for device in self._replicas.devices:
+            for device in self._waited:
                 if timeout is None or not device.closed:
                     device.synchronize(seconds)
         except DeviceTimeoutError:
@@ -171,7 +175,7 @@ class Recovery:
                 f"{late} were not done with an earlier step within another timeout={seconds} seconds, and the other "
                 f"devices wait for them.{report(devices)}"
             ) from None
-        for device in self._replicas.devices:
+        for device in self._waited:
             device.recover()
         try:
             self._communicator.recover()
@@ -193,3 +197,8 @@ class Recovery:
             self._rollback.restore(self._replicas.every, left.generation)
         elif home.apart and not left.came_home:  # all replicas continue from the first
             home.home.variables.copy_from(self._replicas.every[0].memory.variables)
+
+    @property
+    def _waited(self) -> list[QueueDevice]:
+        """The devices that are waited for."""
+        return [device for device in self._replicas.devices if (device.part_of or device) not in self.without]

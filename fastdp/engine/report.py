@@ -76,6 +76,7 @@ class Report(Sequence[dict[str, Any]]):
         inputs: how the batches of the latest `fit` came, for each `array` in a file, or all in one entry: `how`; how
             many `batches`, of which a thread took `read_ahead` before they were asked for; the `waited_seconds` of the
             loop, the `wait_per_step`, and the `share` of the time from the first batch to the last.
+        faults: what happened to devices: which ran out of memory, and which were lost or came back.
     """
 
     steps: list[dict[str, Any]]
@@ -94,6 +95,7 @@ class Report(Sequence[dict[str, Any]]):
     calls: list[dict[str, Any]] = field(default_factory=list)
     passes: list[dict[str, Any]] = field(default_factory=list)
     inputs: list[dict[str, Any]] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -164,6 +166,7 @@ class Report(Sequence[dict[str, Any]]):
     def _blocks(self) -> list[Block]:
         """Everything, in order."""
         blocks: list[Block] = [Paragraph(self._header()), _how("How training steps run", self.steps)]
+        blocks += [Paragraph(fault) for fault in self.faults]
         if self.passes:
             blocks.append(_how("How calls without gradients run", self.passes))
         if self.calls:

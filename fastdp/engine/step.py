@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -234,6 +234,7 @@ def make_step(
     kind: str,
     reduces: bool,
     across: StepAcross | None = None,
+    tight: Collection[QueueDevice] = (),
 ) -> Step:
     """Make a step on these shards. Enqueues nothing.
 
@@ -243,14 +244,24 @@ def make_step(
         cores: cores that all replicas may use together.
         kind: "train", "predict", "call" or "backward".
         across: the step's part in that of several processes.
+        tight: devices whose rows run in parts, one after the other.
     """
     names, here = [device.name for device in devices], len(shards)
-    turns = turns_of(devices[:here], timeout)
+    turns = turns_of(devices[:here], timeout, tight)
     rendezvous = Rendezvous(here, timeout, names, turns) if across is None else across.rendezvous(timeout, names)
     first, size = (0, here) if across is None else (across.first, across.size)
     common = (number, rendezvous, size, batch, batch.structure, wants_outputs)
     contexts = [
-        Context(first + place, rows, *common, device, first=first, here=here)
+        Context(
+            first + place,
+            rows,
+            *common,
+            device,
+            first=first,
+            here=here,
+            is_cut=device.part_of in tight,
+            among_cut=bool(tight),
+        )
         for place, (rows, device) in enumerate(zip(shards, devices, strict=False))
     ]
     return Step(

@@ -27,14 +27,22 @@ class Updates:
         accumulation: gradients of steps that are not reduced.
         options: the timeout is for another device's worker that runs a part of an update, and `on_nonfinite` decides
             which updates are made.
+        skipped: the number of updates that were skipped so far.
     """
 
     def __init__(
-        self, replicas: ReplicaGroup, rollback: Rollback, accumulation: AccumulatedGradients, options: Options
+        self,
+        replicas: ReplicaGroup,
+        rollback: Rollback,
+        accumulation: AccumulatedGradients,
+        options: Options,
+        skipped: int = 0,
     ) -> None:
         self._replicas, self._rollback, self._accumulation = replicas, rollback, accumulation
         self._work_stealing = shared_with(replicas.devices[1:CORES], options.timeout)
         self._finite = FiniteCheck(options.on_nonfinite, replicas) if options.on_nonfinite is not None else None
+        if self._finite is not None:
+            self._finite.skipped = skipped
 
     @property
     def skipped(self) -> int:

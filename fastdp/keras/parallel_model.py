@@ -31,6 +31,7 @@ from fastdp.keras.fit.executions import (
     stages_built,
 )
 from fastdp.keras.fit.feeding import Feeds, feed_here, feeding, input_report
+from fastdp.keras.membership import Membership
 from fastdp.keras.steps.call_checks import is_hooked, why_not_here
 from fastdp.keras.steps.custom import check_own_step
 from fastdp.keras.steps.own_loops import calls_model, is_plain_call, wants_gradient, within_step
@@ -48,7 +49,7 @@ from fastdp.warn import warn_user
 
 
 @keras.saving.register_keras_serializable(package="fastdp")
-class ParallelModel(Traceable, TemplateView):
+class ParallelModel(Traceable, Membership, TemplateView):
     """The template, trained and run on several devices. Made by `fastdp.wrap` and `multi_gpu_model`.
 
     Keras's own `fit`, `evaluate` and `predict` loops, data adapters and callbacks run on the host; the engine runs
@@ -87,7 +88,6 @@ class ParallelModel(Traceable, TemplateView):
         super().__init__(name=f"{template.name}_parallel", dtype=template.dtype_policy)
         self.template = template
         self._merge_layer = merged_outputs()
-        self.devices = list(devices)
         self.numbers_all_outputs = numbers_all_outputs
         self.cpu_merge = options.cpu_merge
         self.cpu_relocation = options.cpu_relocation
@@ -102,7 +102,7 @@ class ParallelModel(Traceable, TemplateView):
         )
         self._augmented = self._steps.augmented
         self._fitting = threading.RLock()
-        self._begins_fit = False
+        self._begins_fit = self._in_fit = False
         self._latest_fit = SimpleNamespace(inputs=[])  # an object of its own, whose lists Keras does not track
         self._looked_at = True
         self._executions = Executions(None, looked_at=True)
@@ -168,7 +168,7 @@ class ParallelModel(Traceable, TemplateView):
         arguments: dict[str, Any] = {}
         try:
             arguments = resident_fit(arguments_by_name(keras.Model.fit, args, kwargs), self.devices)
-            self._begins_fit = True
+            self._begins_fit = self._in_fit = True
             self._looked_at = looks_at_batches(arguments.get("callbacks"), arguments.get("verbose", "auto"))
             with replica_aware(), several_steps(self.steps_per_execution), self._feeding(arguments) as feeds:  # once
                 arguments = stream_fit(arguments, self.prefetch)
@@ -185,7 +185,7 @@ class ParallelModel(Traceable, TemplateView):
             close_files(arguments.get("callbacks"))
             raise
         finally:
-            self._begins_fit = False
+            self._begins_fit = self._in_fit = False
             self._executions = Executions(None, looked_at=True)
             self._steps.end_following()
             self._fitting.release()

@@ -61,6 +61,12 @@ def wrap_keras(model: keras.Model, gpus: Any, options: Options) -> ParallelModel
             f"`shards` is for replicas on one device each. Received: shards={options.shards} with gpus={gpus!r}, whose "
             "replicas span several devices. Leave `shards` out, or name one device for each replica."
         )
+    if groups and options.survives:
+        raise ValueError(
+            "`on_oom` and `on_device_loss` are for replicas on one device each. Received: "
+            f"on_oom={options.on_oom!r}, on_device_loss={options.on_device_loss!r} with gpus={gpus!r}, whose replicas "
+            "span several devices. Leave them out."
+        )
     if groups:
         devices = [group[0] for group in groups]
     else:

@@ -32,6 +32,7 @@ from fastdp.comm.context import Context
 from fastdp.runtime.host.resources import CORES
 from fastdp.runtime.queue import QueueDevice
 from fastdp.runtime.work_stealing import WorkStealing
+from fastdp.shard import Deal
 
 
 @dataclass(slots=True)
@@ -144,6 +145,13 @@ class Program(ABC):
     @abstractmethod
     def bind(self, memory: Memory, device: QueueDevice, rank: int) -> Any:
         """A replica's state over `memory`."""
+
+    def unbind(self, deal: Deal) -> None:  # noqa: B027
+        """Forget all replicas: `home`, `home_slots` and `bind` are called again, for another number of them perhaps.
+
+        Args:
+            deal: how rows are dealt to the replicas that come.
+        """
 
     def known_parts(self) -> Sequence[object]:
         """Objects that every process has in the same order, and that notes refer to: layers, say. Default: none."""

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from fastdp.errors import DeviceTimeoutError
+from fastdp.errors import DeviceLostError, DeviceTimeoutError
 from fastdp.runtime import forks
 from fastdp.runtime.base import DeviceMemory, Work
 from fastdp.runtime.events import QueueEvent, complete_all, first_done, here, joined
@@ -74,7 +74,7 @@ class QueueDevice(DeviceMemory):
     work was done, so the streams may still hold the work or its failure; `settle()(timeout)` rolls it back,
     if that caller still exists. `part_of`: the device whose shards this one runs; None for a device of its own.
     `parts`: such devices of this one, which close with it. `closed`: the device takes no more work. `cut_short`:
-    because a fork has ended its worker in the middle of its work.
+    because a fork has ended its worker in the middle of its work. `lost`: why it is lost; empty if it is not.
     """
 
     def __init__(self, index: int, name: str, stream: Callable[[QueueDevice, str], QueueStream] = QueueStream) -> None:
@@ -99,6 +99,7 @@ class QueueDevice(DeviceMemory):
         self._wake_borrower: Callable[[], object] | None = None  # while that thread sleeps in the worker's place
         self.closed = False
         self.cut_short = False
+        self.lost = ""
         forks.watch(self)
         self.compute = stream(self, "compute")
         self.copy_in = stream(self, "copy_in")
@@ -252,6 +253,15 @@ class QueueDevice(DeviceMemory):
             self.closed = True
             self._rouse()
 
+    def drop_work(self, error: BaseException) -> None:
+        """Drop what is enqueued and has not begun. Whoever waits for it gets the error. For a worker that hangs."""
+        for part in self.parts:
+            part.drop_work(error)
+        with self._lock:
+            dropped = [(event, stream) for stream in self._streams for event in stream._drop(error)]
+        for event, stream in dropped:
+            event.complete(stream._error)
+
     def close(self, timeout: float = 60.0) -> None:
         """Let the worker finish all work that can still run, then stop it. Idempotent.
 
@@ -283,7 +293,15 @@ class QueueDevice(DeviceMemory):
         self.borrower, self.serving, self.settled = None, False, []
         self._wake_borrower = None
 
+    def answers(self) -> bool:
+        """Whether another device may take the place of this one, which was lost. Default: no, as for a card."""
+        return False
+
     def _closed_error(self) -> RuntimeError:
+        lost = self.lost or (self.part_of.lost if self.part_of is not None else "")
+        if lost:
+            remedy = 'Wrap the model again on the others, or with on_device_loss="continue".'
+            return DeviceLostError(f"Device {self.name} was lost: {lost}. {remedy}")
         if self.cut_short:
             return RuntimeError(
                 f"Device {self.name} cannot be used in this process, which was forked "

@@ -73,6 +73,7 @@ class _VirtualDevices:
         with self._lock:
             if self.kind == "host" and any(device.cut_short for device in self._devices):
                 self._devices = []  # new models of a forked child can have new devices, and the old ones no work
+            self._devices = [HostDevice(one.index) if one.lost and one.answers() else one for one in self._devices]
             for index in range(len(self._devices), self.count()):
                 if self.kind == "host":
                     self._devices.append(HostDevice(index))
@@ -246,6 +247,8 @@ def resolve(gpus: Any, *, minimum: int = 1, caller: str = "fastdp.wrap") -> list
         gpus = 0
     ordinals = _ordinals(gpus, len(available), caller)
     shown = f"Received: gpus={gpus!r}"
+    if settings.restarted() and available:
+        ordinals = _those_left(ordinals, available, gpus)
     if not available:
         raise ValueError(
             f"`{caller}` needs at least {minimum} device(s), but this machine has no visible NVIDIA GPU. "
@@ -273,6 +276,14 @@ def resolve(gpus: Any, *, minimum: int = 1, caller: str = "fastdp.wrap") -> list
         return [_gpus.get(i) for i in ordinals]
     pool = _virtual.get()
     return [pool[i] for i in ordinals]
+
+
+def present_device(lost: QueueDevice) -> QueueDevice | None:
+    """The device that has taken the place of one that was lost; None while there is none."""
+    if not lost.answers() or lost.kind != "virtual":
+        return None
+    pool = _virtual.get()
+    return pool[lost.index] if lost.index < len(pool) and not pool[lost.index].closed else None
 
 
 def devices_of_engine(devices: Any, merge_device: Any) -> list[QueueDevice]:
@@ -317,6 +328,19 @@ def _on_the_cpu(caller: str) -> QueueDevice:
             "says what is missing.\n"
         )
     return _virtual.cpu()
+
+
+def _those_left(ordinals: Sequence[int], available: Sequence[DeviceInfo], gpus: Any) -> Sequence[int]:
+    """The ordinals of devices that are there, in a process that takes the place of one that has failed."""
+    named = ordinals[: settings.MOST_VIRTUAL_DEVICES]  # a number may be huge
+    left = [ordinal for ordinal in named if ordinal < len(available)]
+    if len(left) == len(named) or not left or min(left) < 0:
+        return ordinals
+    warn_user(
+        f"fastdp: gpus={gpus!r} means more devices than this machine has by now. The script was started again after a "
+        f"failure, and goes on with {[available[one].name for one in left]}."
+    )
+    return left
 
 
 def _ordinals(gpus: Any, available: int, caller: str) -> Sequence[int]:

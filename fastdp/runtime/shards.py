@@ -51,11 +51,11 @@ def on_shards(devices: Sequence[QueueDevice], options: Options) -> tuple[list[Qu
     for rank, rows in enumerate(split_rows(options.shards, len(devices))):
         if rank == options.merge_device:
             merge_device = rows.start
-        parts += [_part(devices[rank], place) for place in range(rows.count)]
+        parts += [part_of_device(devices[rank], place) for place in range(rows.count)]
     return parts, replace(options, merge_device=merge_device)
 
 
-def _part(device: QueueDevice, place: int) -> QueueDevice:
+def part_of_device(device: QueueDevice, place: int) -> QueueDevice:
     """The part of a device that runs the shard at this place among its own. Made on first use, and after a fork."""
     while place >= len(device.parts):
         device.parts.append(_new_part(device, len(device.parts)))

@@ -15,12 +15,14 @@ from torch.utils import _pytree as pytree
 
 from fastdp.comm.batch import Batch
 from fastdp.engine.data_parallel import DataParallel
+from fastdp.errors import GraphsLostError
 from fastdp.options import Options
 from fastdp.program.torch.capture.call_kinds import CallKinds
 from fastdp.program.torch.loop import LoopProgram
 from fastdp.program.torch.loop_passes import BackwardPass, ForwardPass
 from fastdp.runtime.host.resources import SEVERAL_THREADS_NBYTES
 from fastdp.runtime.queue import QueueDevice
+from fastdp.runtime.roster import Roster
 from fastdp.tensors.arrays import to_tensor
 from fastdp.tensors.compiled import not_compiled
 from fastdp.tensors.thread_state import check_around
@@ -31,12 +33,16 @@ from fastdp.warn import warn_user
 
 @dataclass(slots=True)
 class _OpenPass:
-    """A forward pass, and what is needed to repeat it on one device. `share`: of the cores, while it is open."""
+    """A forward pass, and what is needed to repeat it on one device.
+
+    `formed` is the engine's at the pass. `share`: of the cores, while it is open.
+    """
 
     calls: Calls
     work: ForwardPass
     values: Any
     numbers: list[int]
+    formed: int
     drawn: torch.Tensor = field(default_factory=torch.get_rng_state)
     share: LoopShare | None = None
 
@@ -55,7 +61,7 @@ class Calls:
     def __init__(
         self,
         module: nn.Module,
-        devices: Sequence[QueueDevice],
+        devices: Sequence[QueueDevice] | Roster,
         options: Options,
         scope: Callable[[], AbstractContextManager[object]] = nullcontext,
         program_class: type[LoopProgram] = LoopProgram,
@@ -63,11 +69,17 @@ class Calls:
         self.program = program_class(module, sync_batch_norm=options.sync_batch_norm)
         # The user's optimizer updates the first replica's variables, from where all others get them.
         self.engine = DataParallel(self.program, devices, options=replace(options, update="first"))
-        self.captures = capture_forwards(self.program, options, devices)
-        self.loops = capture_loops(self.program, options, devices)
+        self._options, self._deal = options, self.engine.deal
+        self._capture()
         self._kinds = CallKinds(module)
         self._scope = scope
         self._told = False
+
+    def _capture(self) -> None:
+        """Have passes captured on the present replicas."""
+        self._deal = self.engine.deal
+        self.captures = capture_forwards(self.program, self._options, self.engine.devices)
+        self.loops = capture_loops(self.program, self._options, self.engine.devices)
 
     def run(
         self,
@@ -82,6 +94,8 @@ class Calls:
         `inference`: the call is in torch's inference mode, which is off here. `placed`: gives the batch whose arrays
         lie on the devices, if there is one.
         """
+        if self.engine.deal != self._deal:
+            self._capture()
         users = self.program.users
         batch.structure.inference = inference
         keeps = torch.is_grad_enabled()
@@ -92,7 +106,7 @@ class Calls:
         numbers = [i for i, user in enumerate(users) if user.requires_grad] if keeps else []
         work.keeps = bool(numbers or work.given)
         if work.keeps:
-            opened = _OpenPass(self, work, values, numbers)
+            opened = _OpenPass(self, work, values, numbers, self.engine.formed)
             self._prepare_loop(work)
             tensors = _Node.apply(opened, *work.given, *(users[i] for i in numbers))
             work.note_merged(tensors)
@@ -141,16 +155,44 @@ class Calls:
         return outputs
 
     def backward(
+        self,
+        opened: _OpenPass,
+        gradients: Sequence[torch.Tensor | None],
+        *,
+        retain: bool,
+        given: Callable[[], Sequence[torch.Tensor]],
+    ) -> list[torch.Tensor | None]:
+        """Run backward on the replicas; the gradients by the tensors that were given, then those by the parameters.
+
+        If the graphs of a replica are lost, the pass is repeated on one device, with the same draws.
+
+        Args:
+            given: gives the tensors of the pass that may have a gradient.
+        """
+        try:
+            return self._on_replicas(opened, gradients, retain=retain)
+        except GraphsLostError as error:
+            work = opened.work
+            if work.normalizes_by_replica and not self.program.sync_batch_norm:
+                raise GraphsLostError(
+                    f"{error} (It cannot be repeated: batch normalization used each device's own rows.)"
+                ) from error
+            self.engine.keep_up()
+            with torch.enable_grad():
+                return self._repeated_gradients(opened, given(), gradients, create_graph=False)
+
+    def _on_replicas(
         self, opened: _OpenPass, gradients: Sequence[torch.Tensor | None], *, retain: bool
     ) -> list[torch.Tensor | None]:
-        """Run backward on the replicas; the gradients by the tensors that were given, then those by the parameters."""
+        """As `backward`, through the replicas' graphs."""
         began = time.perf_counter()
         check_around(self.program.module, "A backward pass of a parallel module")
         opened.work.check_written()
         work = BackwardPass(opened.work, gradients, retain, opened.work.retained(gradients))
         rows = Batch([], None, opened.work.batch.rows)
         with self._scope():
-            result = self.engine.backward(rows, partial(self.program.run, self.program.backward, work))
+            run = partial(self.program.run, self.program.backward, work)
+            result = self.engine.backward(rows, run, opened.formed)
             if opened.share is not None:
                 opened.share.keep()
             found = self.program.gradients_of(work, result)
@@ -189,6 +231,17 @@ class Calls:
                 "A gradient of a gradient (create_graph=True) through batch normalization needs the moments of the "
                 "global batch: wrap the module with sync_batch_norm=True."
             )
+        return self._repeated_gradients(opened, tensors, gradients, create_graph=True)
+
+    def _repeated_gradients(
+        self,
+        opened: _OpenPass,
+        tensors: Sequence[torch.Tensor],
+        gradients: Sequence[torch.Tensor | None],
+        *,
+        create_graph: bool,
+    ) -> list[torch.Tensor | None]:
+        """The gradients of a pass that is repeated on one device."""
         outputs = [leaf for leaf in self._repeated(opened, tensors) if isinstance(leaf, torch.Tensor)]
         gradients, others = gradients[: len(outputs)], gradients[len(outputs) :]
         if any(gradient is not None for gradient in others):
@@ -198,7 +251,7 @@ class Calls:
             )
         pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if g is not None and y.requires_grad]
         roots, seeds = [root for root, _ in pairs], [seed for _, seed in pairs]
-        found = torch.autograd.grad(roots, list(tensors), seeds, create_graph=True, allow_unused=True)
+        found = torch.autograd.grad(roots, list(tensors), seeds, create_graph=create_graph, allow_unused=True)
         return list(found)
 
     def _repeated(self, opened: _OpenPass, tensors: Sequence[torch.Tensor]) -> list[Any]:
@@ -253,4 +306,5 @@ class _Node(torch.autograd.Function):
         if torch.is_grad_enabled():
             return None, *opened.calls.with_graph(opened, ctx.saved_tensors, gradients)
         retain = torch._C._autograd._get_current_graph_task_keep_graph()
-        return None, *opened.calls.backward(opened, gradients, retain=retain)
+        given = partial(getattr, ctx, "saved_tensors")
+        return None, *opened.calls.backward(opened, gradients, retain=retain, given=given)

@@ -30,6 +30,7 @@ from fastdp.program.torch.program import TorchProgram
 from fastdp.program.torch.rows.declared import DeclaredRows
 from fastdp.program.torch.update import UpdateRules
 from fastdp.runtime.queue import QueueDevice
+from fastdp.runtime.roster import Roster
 from fastdp.tensors.arrays import peak_nbytes, to_tensor
 from fastdp.tensors.compiled import not_compiled
 from fastdp.tensors.deterministic import deterministic_algorithms
@@ -78,6 +79,7 @@ class TorchParallel(Traceable, ModuleMembers[nn.Module]):
         "cpu_merge",
         "cpu_relocation",
         "_options",
+        "_roster",
         "_scope",
         "_declared",
         "_engine",
@@ -96,6 +98,8 @@ class TorchParallel(Traceable, ModuleMembers[nn.Module]):
         super().__init__(module, devices)
         self.cpu_merge = options.cpu_merge
         self.cpu_relocation = options.cpu_relocation
+        self._roster = Roster(self.devices, options)
+        self._roster.follow(self.devices)
         self._options = replace(options, cpu_relocation=False)  # a module's parameters stay with the first device
         self._scope = deterministic_algorithms if options.deterministic else nullcontext
         self._declared = DeclaredRows(module, options.rows if isinstance(options.rows, dict) else None)
@@ -161,9 +165,24 @@ class TorchParallel(Traceable, ModuleMembers[nn.Module]):
             with torch.inference_mode() if inference else nullcontext():
                 return self._alone(values)
         if self._calls is None:
-            self._calls = Calls(self.module, self.devices, self._options, self._scope, self._program_class)
-        placed = None if resident is None else resident.placed
-        return self._calls.run(batch, values, inference=inference, placed=placed)
+            self._calls = Calls(self.module, self._roster, self._options, self._scope, self._program_class)
+        calls, made, placed = self._calls, [batch], None if resident is None else resident.placed
+
+        def once() -> Any:
+            batch = made.pop() if made else TorchProgram.batch(args, kwargs, declared=self._declared)
+            return calls.run(batch, values, inference=inference, placed=placed)
+
+        return calls.engine.surviving(once)
+
+    def rejoin_devices(self) -> list[str]:
+        """Take back devices that were lost and answer again; see `on_device_loss` of `fastdp.wrap`.
+
+        Called between steps, at the end of an epoch, say. The next step runs on them too.
+
+        Returns:
+            Their names; empty where none is back.
+        """
+        return self._roster.rejoin()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -193,7 +212,7 @@ class TorchParallel(Traceable, ModuleMembers[nn.Module]):
     def _predicting(self) -> DataParallel[TorchProgram]:
         """An engine for forward passes."""
         program = TorchProgram(self.module, sync_batch_norm=self._options.sync_batch_norm)
-        return DataParallel(program, self.devices, options=self._options)
+        return DataParallel(program, self._roster, options=self._options)
 
     def train_step(
         self,
@@ -252,7 +271,7 @@ class TorchParallel(Traceable, ModuleMembers[nn.Module]):
         )
         capture(program, self._options, self.devices)
         with torch.inference_mode(False):
-            self._engine = DataParallel(program, self.devices, options=self._options)
+            self._engine = DataParallel(program, self._roster, options=self._options)
         return TrainStep(self._engine, self._scope, self._declared, outputs=outputs)
 
     def report(self) -> Report:

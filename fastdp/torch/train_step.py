@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastdp.engine.data_parallel import DataParallel
+from fastdp.engine.step import StepResult
 from fastdp.program.torch.passes import no_totals
 from fastdp.program.torch.program import TorchProgram
 from fastdp.program.torch.rows.declared import DeclaredRows
@@ -44,7 +45,6 @@ class TrainStep:
         self._declared = declared
         self._outputs = outputs
         self._needs_targets = _takes_targets(engine.program.loss_fn)
-        self._on_workers = engine.size > 1 or engine.devices[0].on_gpu
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -96,24 +96,31 @@ class TrainStep:
         resident = ResidentValues.among((args, kwargs, targets), self._engine.devices)
         if resident is not None:
             args, kwargs, targets = resident.on_host
-        if self._on_workers:
+        if self._engine.size > 1 or self._engine.devices[0].on_gpu:
             check_around(self._program.module, "A train step")
-        batch = self._program.batch(args, kwargs, targets, self._declared, no_graphs=True)
         with self._scope():
-            with torch.enable_grad():
-                batch = self._program.judge(batch, self._engine.size)
-            if resident is not None:
-                batch = resident.placed(batch)
-            captures = self._program.captures
-            if captures is not None:
-                captures.prepare(batch, self._outputs, eager=is_observed())
-            began = time.perf_counter()
-            result = self._engine.train(batch, wants_outputs=self._outputs, reduce=self._program.reduces)
-            if captures is not None:
-                captures.note(time.perf_counter() - began)
+            result = self._engine.surviving(lambda: self._step(args, kwargs, targets, resident))
         self._program.calls += 1
         self.result = read_result(result, self._program.applied, outputs=self._outputs)
         return self.result.loss
+
+    def _step(
+        self, args: Sequence[Any], kwargs: dict[str, Any], targets: Sequence[Any], resident: ResidentValues | None
+    ) -> StepResult:
+        """Run the step on the replicas that there are. `resident` has what lies on the devices."""
+        batch = self._program.batch(args, kwargs, targets, self._declared, no_graphs=True)
+        with torch.enable_grad():
+            batch = self._program.judge(batch, self._engine.size)
+        if resident is not None:
+            batch = resident.placed(batch)
+        captures = self._program.captures
+        if captures is not None:
+            captures.prepare(batch, self._outputs, eager=is_observed())
+        began = time.perf_counter()
+        result = self._engine.train(batch, wants_outputs=self._outputs, reduce=self._program.reduces)
+        if captures is not None:
+            captures.note(time.perf_counter() - began)
+        return result
 
     def flush(self) -> bool:
         """End a window of `accumulate` calls that was cut short, at the end of an epoch, say: update by what is there.

@@ -323,3 +323,18 @@ def test_a_default_of_auto_is_all_devices_where_two_are_needed():
         assert names(None) == ["virtual:0", "virtual:1"]
     finally:
         devices_module.set_default_devices(None)
+
+
+@pytest.mark.parametrize(("gpus", "left"), [(4, [0, 1]), ([0, 3], [0]), (2, [0, 1])])
+def test_a_script_that_was_started_again_goes_on_with_the_devices_that_are_left(monkeypatch, recwarn, gpus, left):
+    fastdp.set_virtual_devices(2)
+    try:
+        monkeypatch.setenv("_FASTDP_RESTARTED", "1")
+        assert [device.index for device in resolve(gpus)] == left
+        assert len(recwarn) == (gpus != 2)
+        monkeypatch.setenv("_FASTDP_RESTARTED", "0")
+        if gpus != 2:
+            with pytest.raises(ValueError, match="this machine has 2"):
+                resolve(gpus)
+    finally:
+        fastdp.set_virtual_devices(0)

@@ -16,10 +16,11 @@ import numpy as np
 from fastdp.comm.host.reduction import HostReduction
 from fastdp.comm.scatter_merge import Merger
 from fastdp.engine.replicas import Replica
+from fastdp.errors import DeviceLostError
 from fastdp.runtime.host.device import HostDevice
 
 VERBS = ("scatter", "run", "reduce", "update", "merge")
-KINDS = ("raise", "memory", "delay", "corrupt", "interrupt", "kill")
+KINDS = ("raise", "memory", "lose", "delay", "corrupt", "interrupt", "kill")
 DELAY = 0.02
 
 
@@ -55,6 +56,8 @@ class Fault:
             raise RuntimeError(f"injected in {self.verb}")
         if self.kind == "memory":
             raise MemoryError(f"injected in {self.verb}")
+        if self.kind == "lose":
+            raise DeviceLostError(f"injected in {self.verb}.")
         if self.kind == "delay":
             time.sleep(DELAY)
         if self.kind == "interrupt":

@@ -10,6 +10,7 @@ import numpy as np
 import fastdp
 
 WIDTH, ROWS = 6, 12
+OPTIONS: dict[str, Any] = {"on_nonfinite": "raise", "timeout": 900.0}
 
 
 class Kind(ABC):
@@ -17,13 +18,16 @@ class Kind(ABC):
 
     Args:
         devices: how many.
+        normalizes: with batch normalization, where the kind has any.
+        dtype: of weights and batches.
+        options: of the model.
     """
 
     verbs: tuple[str, ...] = ("scatter", "run", "reduce", "update", "merge")
     corruptible: tuple[str, ...] = ("scatter", "run", "reduce")
 
     @abstractmethod
-    def __init__(self, devices: int) -> None: ...
+    def __init__(self, devices: int, *, normalizes: bool = True, dtype: str = "float32", **options: Any) -> None: ...
 
     @abstractmethod
     def step(self, number: int) -> None:
@@ -42,17 +46,17 @@ class Kind(ABC):
         """Set them to what `state` has returned."""
 
 
-def rows_of(number: int) -> tuple[np.ndarray, np.ndarray]:
+def rows_of(number: int, dtype: str = "float32") -> tuple[np.ndarray, np.ndarray]:
     """The batch of a step, of its own number of rows."""
     rng = np.random.default_rng(number)
     rows = ROWS - number % 3
-    return rng.normal(size=(rows, WIDTH)).astype("f4"), rng.normal(size=(rows, 1)).astype("f4")
+    return rng.normal(size=(rows, WIDTH)).astype(dtype), rng.normal(size=(rows, 1)).astype(dtype)
 
 
 class FunctionKind(Kind):
     """Functions of NumPy, with momentum."""
 
-    def __init__(self, devices: int) -> None:
+    def __init__(self, devices: int, *, normalizes: bool = True, dtype: str = "float32", **options: Any) -> None:
         from fastdp.program.functions import FunctionProgram
 
         def forward(parameters: Any, batch: Any) -> list[np.ndarray]:
@@ -71,12 +75,13 @@ class FunctionKind(Kind):
             return {name: parameters[name] - 0.01 * slots[name] for name in slots}, slots
 
         rng = np.random.default_rng(0)
-        start = {"w": rng.normal(size=(WIDTH, 5)).astype("f4"), "v": rng.normal(size=(5, 1)).astype("f4")}
+        start = {"w": rng.normal(size=(WIDTH, 5)).astype(dtype), "v": rng.normal(size=(5, 1)).astype(dtype)}
         self.program = FunctionProgram(start, train, update, forward, {k: np.zeros_like(v) for k, v in start.items()})
-        self.engine = fastdp.DataParallel(self.program, devices, on_nonfinite="raise", timeout=900.0)
+        self._dtype = dtype
+        self.engine = fastdp.DataParallel(self.program, devices, **{**OPTIONS, **options})
 
     def step(self, number: int) -> None:
-        self.engine.train(list(rows_of(number)))
+        self.engine.train(list(rows_of(number, self._dtype)))
 
     def state(self) -> list[np.ndarray]:
         parts = self.program.state_dict()
@@ -93,19 +98,22 @@ class FunctionKind(Kind):
 class TorchStepKind(Kind):
     """A torch module by `train_step`, with batch normalization, dropout and Adam."""
 
-    def __init__(self, devices: int) -> None:
+    def __init__(self, devices: int, *, normalizes: bool = True, dtype: str = "float32", **options: Any) -> None:
         import torch
         from torch import nn
 
         torch.manual_seed(0)
-        self.module = nn.Sequential(nn.Linear(WIDTH, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(0.2), nn.Linear(5, 1))
-        self._make(devices)
+        norm = [nn.BatchNorm1d(5)] if normalizes else []
+        self.module = nn.Sequential(nn.Linear(WIDTH, 5), *norm, nn.ReLU(), nn.Dropout(0.2), nn.Linear(5, 1))
+        self.module.to(getattr(torch, dtype))
+        self._dtype = dtype
+        self._make(devices, {**OPTIONS, "compile": None, **options})
 
-    def _make(self, devices: int) -> None:
+    def _make(self, devices: int, options: dict[str, Any]) -> None:
         import torch
         from torch import nn
 
-        self.parallel = fastdp.wrap(self.module, devices, on_nonfinite="raise", compile=None, timeout=900.0)
+        self.parallel = fastdp.wrap(self.module, devices, **options)
         self.train_step = self.parallel.train_step(nn.MSELoss(), lambda p: torch.optim.Adam(p, 0.01), outputs=True)
         self.optimizer = self.train_step.optimizer
 
@@ -113,7 +121,7 @@ class TorchStepKind(Kind):
         import torch
 
         torch.manual_seed(number)
-        x, y = map(torch.from_numpy, rows_of(number))
+        x, y = map(torch.from_numpy, rows_of(number, self._dtype))
         self.train_step(x, y)
 
     def parts(self) -> dict[str, Any]:
@@ -142,17 +150,17 @@ class TorchLoopKind(TorchStepKind):
     verbs = ("scatter", "run", "reduce", "merge")
     corruptible = ("run", "reduce")  # in host memory replicas read the caller's own tensors, not what was scattered
 
-    def _make(self, devices: int) -> None:
+    def _make(self, devices: int, options: dict[str, Any]) -> None:
         import torch
 
-        self.parallel = fastdp.wrap(self.module, devices, on_nonfinite="raise", compile=None, timeout=900.0)
+        self.parallel = fastdp.wrap(self.module, devices, **options)
         self.optimizer = torch.optim.Adam(self.module.parameters(), 0.01)
 
     def step(self, number: int) -> None:
         import torch
 
         torch.manual_seed(number)
-        x, y = map(torch.from_numpy, rows_of(number))
+        x, y = map(torch.from_numpy, rows_of(number, self._dtype))
         self.optimizer.zero_grad()
         before = [buffer.clone() for buffer in self.module.buffers()]
         try:
@@ -167,25 +175,26 @@ class TorchLoopKind(TorchStepKind):
 class KerasKind(Kind):
     """A Keras model with batch normalization, dropout and Adam."""
 
-    def __init__(self, devices: int) -> None:
+    def __init__(self, devices: int, *, normalizes: bool = True, dtype: str = "float32", **options: Any) -> None:
         import keras
 
         keras.utils.set_random_seed(0)
         layers = keras.layers
         self.model = keras.Sequential(
             [
-                keras.Input((WIDTH,)),
-                layers.Dense(5),
-                layers.BatchNormalization(),
-                layers.Dropout(0.2, seed=1),
-                layers.Dense(1),
+                keras.Input((WIDTH,), dtype=dtype),
+                layers.Dense(5, dtype=dtype),
+                *([layers.BatchNormalization(dtype=dtype)] if normalizes else []),
+                layers.Dropout(0.2, seed=1, dtype=dtype),
+                layers.Dense(1, dtype=dtype),
             ]
         )
-        self.parallel = fastdp.wrap(self.model, devices, on_nonfinite="raise", compile=None, timeout=900.0)
+        self.parallel = fastdp.wrap(self.model, devices, **{**OPTIONS, "compile": None, **options})
+        self._dtype = dtype
         self.parallel.compile(keras.optimizers.Adam(0.01), "mse", metrics=["mae"])
 
     def step(self, number: int) -> None:
-        self.parallel.train_on_batch(*rows_of(number))
+        self.parallel.train_on_batch(*rows_of(number, self._dtype))
 
     def _variables(self) -> list[Any]:
         return [*self.model.variables, *self.parallel.optimizer.variables]

@@ -63,7 +63,7 @@ class CudaCommunicator(Communicator):
         cupy_api.check_environment(self._cards)
         several = len(devices) > 1
         peers = PeerAccess(sorted(set(self._cards)), timeout) if several else None
-        self._nccl = EagerNccl(self._devices, connects=self._devices[0].part_of is None)
+        self._nccl = EagerNccl(self._devices, connects=not any(one.part_of for one in self._devices))
         self._cold = 0
         self._timeout = timeout
         self._cut_short = 0

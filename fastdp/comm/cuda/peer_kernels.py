@@ -159,7 +159,7 @@ class PeerKernels:
                 signals=tuple(cupy_api.array_pointer(one.signals) for one in self._ranks),
                 error=cupy_api.array_pointer(self._ranks[rank].error),
                 max_blocks=blocks,
-                tree=self._devices[rank].part_of is not None,
+                tree=any(one.part_of is not None for one in self._devices),
             )
             for rank in range(len(self._devices))
         ]

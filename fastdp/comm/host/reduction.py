@@ -255,7 +255,7 @@ def _cut(bucket: Bucket, ranks: int) -> list[Piece]:
 
 def sum_for(devices: Sequence[QueueDevice]) -> Add:
     """The function that adds up the vectors of these devices: `sum_in_order`, or `sum_by_shards` if they run shards."""
-    return sum_in_order if devices[0].part_of is None else sum_by_shards
+    return sum_by_shards if any(one.part_of is not None for one in devices) else sum_in_order
 
 
 def sum_by_shards(values: Sequence[np.ndarray], dtype: str, out: np.ndarray | None = None) -> np.ndarray:

@@ -13,6 +13,7 @@ from keras.src.backend.torch.core import get_device
 
 from fastdp.comm.batch import Batch
 from fastdp.engine.data_parallel import DataParallel
+from fastdp.engine.step import StepResult
 from fastdp.keras.steps.call_arguments import DealtCall
 from fastdp.program.keras.layer_calls import Backward, CallProgram, Forward
 from fastdp.program.keras.rows.call_probe import LayerEffects
@@ -74,11 +75,13 @@ class _Step:
         self.work, self._batch = work, batch
         self.masked: Sequence[bool] = ()
         self.outputs = 0
+        self.formed = 0
         self.given: list[weakref.ref[torch.Tensor]] = []
 
     def forward(self) -> list[torch.Tensor]:
         """Run forward; the merged outputs, their masks, the sums of the `add_loss` terms, and single-number outputs."""
-        result = self._engine.call(self._batch, partial(self._program.forward, self.work))
+        result = self._engine.surviving(self._forward)
+        self.formed = self._engine.formed
         notes = result.notes
         self._program.assign(result.sums, notes, result.every_note, self.work.effects)
         self.masked, self.outputs = notes.structure.masked, len(result.outputs)
@@ -89,13 +92,18 @@ class _Step:
         made = [torch.tensor(n if t.is_floating_point else round(n), dtype=t, device=device) for n, t in numbers]
         return [*merged, *made]
 
+    def _forward(self) -> StepResult:
+        """Run forward on the replicas that there are."""
+        self.work.ran.clear()
+        return self._engine.call(self._batch, partial(self._program.forward, self.work))
+
     def backward(self, gradients: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor | None]:
         """Run backward; the gradients of the row tensors, of the shared tensors and of the weights."""
         self._check_chains()
         forward = self.work
         work = Backward(forward, gradients[: self.outputs], gradients[self.outputs :])
         work.leaves = [None] * forward.leaf_count
-        result = self._engine.call(self._batch, partial(self._program.backward, work))
+        result = self._engine.call(self._batch, partial(self._program.backward, work), self.formed)
         wanted = [d for d, wants in zip(self._batch.structure.dtypes, forward.rows_want, strict=False) if wants]
         rows = iter(as_tensor(array, dtype) for array, dtype in zip(result.outputs, wanted, strict=True))
         leaves = iter(work.leaves)

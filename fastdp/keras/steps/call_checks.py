@@ -1,9 +1,15 @@
-"""Checks whether a call is bound to its thread, so that other threads cannot take parts of it."""
+"""Checks whether a call is bound to its thread, and whether its error says that it cannot be split by rows."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import keras
 import torch
+
+from fastdp.errors import ReplicaError
+from fastdp.tensors.row_effects import NotByRowsError, UndecidedError
 
 
 def is_hooked(layer: keras.Layer) -> bool:
@@ -23,3 +29,20 @@ def why_not_here() -> str | None:
     if torch._C._len_torch_dispatch_stack():
         return "a torch dispatch mode sees operations on this thread only"
     return None
+
+
+def check_is_undecided(error: BaseException) -> None:
+    """Re-raise an error unless it says that the rows tried before the step did not decide how to merge."""
+    if not isinstance(error, UndecidedError) and not isinstance(error.__cause__, UndecidedError):
+        raise error
+
+
+@contextmanager
+def cause_of_row_errors() -> Iterator[None]:
+    """Raise a replica's `NotByRowsError` itself instead of the `ReplicaError` around it."""
+    try:
+        yield
+    except ReplicaError as error:
+        if isinstance(error.__cause__, NotByRowsError):
+            raise error.__cause__ from None
+        raise

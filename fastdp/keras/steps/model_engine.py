@@ -26,6 +26,7 @@ from fastdp.program.keras.optimizer.slots import optimizer_of
 from fastdp.program.keras.rows.policy import Policy
 from fastdp.program.keras.step_sums import StepSums
 from fastdp.runtime.queue import QueueDevice
+from fastdp.runtime.roster import Roster
 
 
 class ModelEngine:
@@ -55,7 +56,8 @@ class ModelEngine:
     ) -> None:
         self.template = template
         self.trainer = trainer
-        self.devices = list(devices)
+        self.roster = Roster(devices, options)
+        self.devices = self.roster.follow(list(devices))
         self.device_groups = device_groups
         self._options = options
         self._capture_mode = options.compile
@@ -124,7 +126,7 @@ class ModelEngine:
                 program.capture_by(
                     Captures(step, self._capture_mode, len(self.devices), recorder, alone, self._options.deterministic)
                 )
-            return DataParallel(program, self.devices, options=self._options)
+            return DataParallel(program, self.roster, options=self._options)
 
     def _why_eager(self, program: CallProgram) -> str:
         """Why a program's training steps are not captured; empty if they are."""

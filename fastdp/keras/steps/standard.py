@@ -18,7 +18,7 @@ from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.step import StepResult
 from fastdp.errors import ReplicaError
 from fastdp.keras.fit.prefetch import Prefetch
-from fastdp.keras.steps.call_checks import why_not_here
+from fastdp.keras.steps.call_checks import cause_of_row_errors, check_is_undecided, why_not_here
 from fastdp.keras.steps.custom import has_own, layer_calls
 from fastdp.keras.steps.device_trial import first_rows
 from fastdp.keras.steps.layer_calls import LayerCalls
@@ -32,7 +32,7 @@ from fastdp.program.keras.layer_calls import CallProgram
 from fastdp.program.keras.loss.per_sample import own_copy
 from fastdp.tensors.arrays import as_tensor
 from fastdp.tensors.deterministic import deterministic_algorithms
-from fastdp.tensors.row_effects import NotByRowsError, UndecidedError
+from fastdp.tensors.row_effects import UndecidedError
 from fastdp.warn import warn_user
 
 
@@ -127,11 +127,21 @@ class Steps(ModelEngine):
             return logs
         ahead = self.ahead
         batch = self._batch(data, ahead)
-        program = engine.program
         self._check_variables()
-        program.inspect(batch)
-        if not program.trainable:
+        if not engine.program.trainable:
             warn_user("The model does not have any trainable weights.")
+        result = engine.surviving(partial(self._trained, engine, batch, [ahead], following, unchanged))
+        self.trained_rows += batch.rows
+        if result.skipped:  # as if the batch had not come
+            return None
+        return self._told_metrics(batch, result)
+
+    def _trained(
+        self, engine: DataParallel[CallProgram], batch: Batch, once: list[Any], following: Any, unchanged: bool
+    ) -> StepResult:
+        """Run a training step on the replicas that there are. `once` has what fetches ahead, for the first try."""
+        program, ahead = engine.program, once.pop() if once else None
+        program.inspect(batch)
         wants_outputs = self._wants_outputs()
         if program.captures is not None:
             prepared = (program.captures, batch.rows, batch.shapes, batch.structure, wants_outputs)
@@ -142,20 +152,21 @@ class Steps(ModelEngine):
         reduce = program.accumulation.reduces(engine)
         # Code that draws random numbers while it makes batches must run after the step's own draws.
         meanwhile = None if ahead is None or program.draws.moves else partial(ahead.advance, engine, following)
-        with _cause_of_row_errors():
+        with cause_of_row_errors():
             try:
                 result = engine.train(batch, wants_outputs=wants_outputs, reduce=reduce, while_running=meanwhile)
             except ReplicaError as error:  # nothing was changed yet
-                _check_is_undecided(error)
+                check_is_undecided(error)
                 program.inspect(batch, every_row=True)
                 result = engine.train(batch, wants_outputs=wants_outputs, reduce=reduce)
-        self.trained_rows += batch.rows
         program.accumulation.stepped()
         program.leave_gradients(engine)
         if program.captures is not None:
             program.captures.note(time.perf_counter() - began)
-        if result.skipped:  # as if the batch had not come
-            return None
+        return result
+
+    def _told_metrics(self, batch: Batch, result: StepResult) -> Any:
+        """Update the metrics by a training step; returns logs only where the template makes them itself."""
         self._track_loss(result)
         self._leave_losses(result.sums[1 + result.notes.terms - result.notes.added : 1 + result.notes.terms])
         compiled = self.trainer._compile_metrics
@@ -320,12 +331,12 @@ class Steps(ModelEngine):
         """Run the replicas forward; returns the merged outputs and the engine's result."""
         program = engine.program
         program.inspect(batch, training=False)
-        with _cause_of_row_errors():
+        with cause_of_row_errors():
             try:
                 result = engine.predict(batch)
                 program.assign(result.sums, result.notes, result.every_note)
             except (ReplicaError, UndecidedError) as error:  # nothing was changed yet
-                _check_is_undecided(error)
+                check_is_undecided(error)
                 program.inspect(batch, training=False, every_row=True)
                 result = engine.predict(batch)
                 program.assign(result.sums, result.notes, result.every_note)
@@ -365,23 +376,6 @@ def _each(metrics: Any) -> Iterator[Any]:
     for metric in metrics:
         yield metric
         yield from _each(getattr(metric, "metrics", ()))
-
-
-def _check_is_undecided(error: BaseException) -> None:
-    """Re-raise an error unless it says that the rows tried before the step did not decide how to merge."""
-    if not isinstance(error, UndecidedError) and not isinstance(error.__cause__, UndecidedError):
-        raise error
-
-
-@contextmanager
-def _cause_of_row_errors() -> Iterator[None]:
-    """Raise a replica's `NotByRowsError` itself instead of the `ReplicaError` around it."""
-    try:
-        yield
-    except ReplicaError as error:
-        if isinstance(error.__cause__, NotByRowsError):
-            raise error.__cause__ from None
-        raise
 
 
 def _has_rows(data: Any) -> bool:

@@ -31,6 +31,7 @@ def moments_of_replica(original: Callable[..., Any]) -> Callable[..., Any]:
             place = f"the synchronized moments of {layer.path or layer.name}"
             mean, variance = global_moments(inputs, mask, axes, _sum_for(state, inputs), place, epsilon=epsilon)
         else:
+            state.context.check_whole(f"The layer {layer.path or layer.name!r}")
             mean, variance = original(layer, inputs, mask)
         state.moments.append((layer, Moments(mean.detach(), variance.detach(), count_of(inputs, mask, axes))))
         return mean, variance

@@ -41,6 +41,7 @@ from fastdp.program.keras.step_sums import Notes, StepSums, Summed
 from fastdp.program.keras.training_loss import TrainingLoss
 from fastdp.program.keras.variables import AdoptedVariables, ReplicaState, adopted, variables_of
 from fastdp.runtime.queue import QueueDevice
+from fastdp.shard import Deal
 from fastdp.tensors.arrays import accumulate, settle, spec_of
 from fastdp.tensors.autocast import Autocast
 from fastdp.tensors.threads import given_cores, in_place_of_workers, prepare_worker, replicas_run
@@ -151,6 +152,13 @@ class KerasProgram(Program):
         """Note that all replicas have the present values."""
         for one in self._adopted:
             one.note()
+
+    def unbind(self, deal: Deal) -> None:
+        """Forget all replicas. Captured steps are kept where the rows of a replica stay what they are."""
+        self._replicas = deal.parts
+        self.states.clear()
+        if self._captures is not None:
+            self._captures.deal_by(deal)
 
     def bind(self, memory: Memory, device: QueueDevice, rank: int) -> ReplicaState:
         """A replica's tensors over its memory."""

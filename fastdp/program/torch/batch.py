@@ -23,7 +23,6 @@ from fastdp.program.torch.rows.judged import Judged
 from fastdp.program.torch.rows.merging import merge, plain_layouts
 from fastdp.program.torch.rows.weights import RowWeights, agreed
 from fastdp.program.torch.shared_draws import SharedDraws
-from fastdp.shard import dealt_rows
 from fastdp.tensors.arrays import as_array, as_tensor, dtype_name, output_array, to_tensor
 from fastdp.tensors.autocast import Autocast
 from fastdp.tensors.collectives import StepPeers
@@ -354,7 +353,7 @@ def outputs_to_arrays(
     structure: Structure = context.structure
     layouts = structure.layouts_of(outputs, tensors) if layouts is None else layouts
     alone = context.size == 1
-    shards = dealt_rows(context.rows.total, context.size)
+    shards = context.shards
     arrays, dtypes, leaves = [], [], list(nest.leaves)
     places = [place for place, leaf in enumerate(leaves) if leaf is HOLE]
     axes: list[int] = []

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fastdp.buffers import FlatBuffers, Memory
 from fastdp.comm.context import Context
@@ -46,6 +47,7 @@ from fastdp.program.torch.rows.declared import parts_fit, rows_back, rows_first
 from fastdp.program.torch.rows.forms import OutputForm
 from fastdp.program.torch.rows.merging import merge, own_gradient, own_part
 from fastdp.runtime.queue import QueueDevice
+from fastdp.shard import Deal
 from fastdp.tensors.arrays import as_tensor, dtype_name, output_array, settle, spec_of
 from fastdp.tensors.collectives import StepPeers, peers_scope
 from fastdp.tensors.function_mode import plain
@@ -83,6 +85,11 @@ class LoopProgram(TorchProgram):
         self._memory[rank] = CapturedReplica(device, state.variables, [], FlatBuffers([], device))
         return state
 
+    def unbind(self, deal: Deal) -> None:
+        """As in `TorchProgram`."""
+        super().unbind(deal)
+        self._memory.clear()
+
     def pure_forward(self, devices: int, *, records: bool) -> TorchPureForward:
         """A forward pass without gradients for captured passes on this number of devices.
 
@@ -119,6 +126,8 @@ class LoopProgram(TorchProgram):
         eager = partial(self._eagerly, work, state)
         if not work.keeps:
             return self._forwards.run(work, state, batch, context, eager)
+        if context.among_cut:  # captured passes keep what backward needs
+            return eager(batch, context)[0]
         state.gradients.follow(self._users)
         running, leaves = self._passes.running(context), partial(_leaves, work, batch, context)
         return self._joints.run(work, state, batch, context, running, eager, leaves)
@@ -133,13 +142,17 @@ class LoopProgram(TorchProgram):
         running = self._passes.running(context)
         running.draws_by = state.draws_by
         running.keeps_graph = True
+        running.repeatable = int(work.keeps and context.among_cut)  # whoever draws first draws for parts that run again
         state.gradients.follow(self._users)
         with torch.set_grad_enabled(work.records), state.replica.passes(), ExitStack() as together:
             if context.size > 1:
                 together.enter_context(peers_scope(StepPeers(context)))
                 together.enter_context(together_with(running))
             with structure.entered():
-                outputs = with_extremes(state.replica.module(*args, **kwargs), context)
+                module: Callable[..., Any] = state.replica.module
+                if context.is_cut and work.keeps:  # backward computes it again, part by part
+                    module = partial(checkpoint, module, use_reentrant=False)
+                outputs = with_extremes(module(*args, **kwargs), context)
             with plain():
                 nest, tensors = Nest.flatten(outputs, "The module's outputs")
                 layouts = structure.layouts_of(outputs, tensors)

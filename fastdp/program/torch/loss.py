@@ -26,7 +26,7 @@ from fastdp.program.torch.rows.declared import parts_fit
 from fastdp.program.torch.rows.forms import OutputForm
 from fastdp.program.torch.rows.hints import refuse_lists
 from fastdp.program.torch.rows.merging import merge, own_gradient
-from fastdp.shard import Rows, split_rows
+from fastdp.shard import Rows
 from fastdp.tensors.function_mode import plain
 from fastdp.tensors.row_effects import Effect, Layout
 
@@ -142,7 +142,7 @@ def _merged(
         everyone = context.exchange([tensor.detach() for tensor in tensors], "the loss of the merged outputs")
     answer = None
     if context.rank == 0:
-        shards = split_rows(context.rows.total, context.size)
+        shards = context.shards
         merged = zip(zip(*everyone, strict=True), layouts, strict=True)
         with plain():
             leaves = [_leaf(merge(parts, layout, shards)) for parts, layout in merged]

@@ -42,7 +42,7 @@ class Optimizers:
     def __init__(self, given: OptimizerFactory | Optimizer | Sequence[Optimizer]) -> None:
         if not isinstance(given, (Optimizer, list, tuple)) and not callable(given):
             raise TypeError(f"`optimizer` is {given!r} (of type {type(given).__name__}). {_REMEDY}")
-        self._given = given
+        self._given: Any = given
         self._held: list[torch.Tensor] = []
         self._places: list[list[int]] = []  # their identities, by groups
         self.all: list[Optimizer] = []
@@ -79,7 +79,7 @@ class Optimizers:
                 )
         if not found:
             raise TypeError(f"`optimizer` makes or holds no optimizer. {_REMEDY}")
-        self.all = found
+        self.all = self._given = found  # replicas that are made anew keep them
         self.check(parameters)
         for one in found:
             if one.state and any(parameter.is_cuda for parameter in self._held):  # the state has stayed on the host
@@ -110,6 +110,13 @@ class Optimizers:
     def holds(self, parameter: torch.Tensor) -> bool:
         """Whether an optimizer updates this parameter."""
         return any(parameter is held for held in self._held)
+
+    def updated(self, users: Sequence[torch.Tensor], bound: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What they update: the user's parameters, or those that were in their places at first and share their memory.
+
+        A parameter is replaced by `load_state_dict(assign=True)`, say, and optimizers go on with the one before.
+        """
+        return [user if user is first or self.holds(user) else first for user, first in zip(users, bound, strict=True)]
 
     def are_reliable(self) -> bool:
         """Whether a step runs none of the user's code."""

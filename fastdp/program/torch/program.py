@@ -38,6 +38,7 @@ from fastdp.program.torch.rows.trials import Trials
 from fastdp.program.torch.update import Applied, UpdateRules, apply, grads_restored
 from fastdp.program.torch.window import Window
 from fastdp.runtime.queue import QueueDevice
+from fastdp.shard import Deal
 from fastdp.tensors.arrays import accumulate, settle, spec_of, tensors_of
 from fastdp.tensors.thread_state import ThreadState
 from fastdp.tensors.threads import given_cores, in_place_of_workers, prepare_worker, replicas_run
@@ -212,6 +213,15 @@ class TorchProgram(Program):
         for state in self._states:
             state.replica.pending = False
 
+    def unbind(self, deal: Deal) -> None:
+        """Forget all replicas. Captured steps are kept where the rows of a replica stay what they are."""
+        self._states.clear()
+        self._captured.clear()
+        self._following.forget_copies()
+        self._passes.replicas = 0
+        if self.captures is not None:
+            self.captures.deal_by(deal)
+
     def bind(self, memory: Memory, device: QueueDevice, rank: int) -> State:
         """The user's module in its memory and its optimizers, or a copy of it over other memory."""
         assert self._adopted is not None
@@ -373,7 +383,9 @@ class TorchProgram(Program):
     def _apply(self, window: Window, state: State, notes: Notes) -> Applied:
         """Run the optimizers on the gradients of a window."""
         assert self.optimizers is not None
-        users = self._updated()
+        users = self._users
+        if [*map(id, users)] != self._bound_ids:
+            users = self.optimizers.updated(users, self._bound)
         gradients = window.found.gradients(state.gradients.present)
         if notes.half is not None:
             notes.half.overflow(self._users, gradients)
@@ -384,14 +396,3 @@ class TorchProgram(Program):
             for user, gradient in zip(users, gradients, strict=True):
                 user.grad = gradient
             return apply(self.optimizers, users, window.losses, self.rules)
-
-    def _updated(self) -> list[torch.Tensor]:
-        """What the optimizers update: the user's parameters, or those that were in their places and share their memory.
-
-        A parameter is replaced by `load_state_dict(assign=True)`, say, and optimizers go on with the one before.
-        """
-        assert self.optimizers is not None
-        if [*map(id, self._users)] == self._bound_ids:
-            return self._users
-        pairs = zip(self._users, self._bound, strict=True)
-        return [user if user is bound or self.optimizers.holds(user) else bound for user, bound in pairs]

@@ -34,6 +34,10 @@ class HostDevice(QueueDevice):
         keep_freed_memory()
         super().__init__(index, name or f"virtual:{index}")
 
+    def answers(self) -> bool:
+        """Yes: a virtual device is a thread, and another one takes its place."""
+        return True
+
     def part(self, name: str) -> HostDevice:
         """Another virtual device, for a shard."""
         return HostDevice(self.index, name)

@@ -54,6 +54,10 @@ class Following:
         self._show()
         return replica
 
+    def forget_copies(self) -> None:
+        """Forget all copies, since others are made."""
+        self._copies, self._guard, self._kind, self.user = [], None, None, None
+
     def contents(self) -> Contents:
         """What the module holds now."""
         return Contents(self._module, [slot.tensor for slot in self._slots if slot.table.get(slot.key) is not None])
