@@ -33,6 +33,7 @@ import torch
 from fastdp.capture.compile.compiler import BackgroundCompiler, CompileError, missing_compiler
 from fastdp.capture.cuda_graphs.recorder import Recorder
 from fastdp.capture.cuda_graphs.step_graphs import RecordedStepGraph, StepGraphJoiner
+from fastdp.capture.dealing import Dealing
 from fastdp.capture.decisions import Decisions
 from fastdp.capture.faults import Attempt
 from fastdp.capture.graph.sources import Sources
@@ -58,7 +59,7 @@ _POLL_SECONDS = 0.05
 MEETS = "replicas meet in the middle of the step"
 
 
-class Captures(Generic[CapturedT]):
+class Captures(Dealing, Generic[CapturedT]):
     """What is captured of a model, by batch shape: its steps, or its passes.
 
     Args:
@@ -230,22 +231,6 @@ class Captures(Generic[CapturedT]):
         for shape in self._shapes.values():
             if shape.jobs and not shape.compiled:
                 shape.jobs, shape.runs, shape.why = [], [], self._no_compiler
-
-    def deal_by(self, deal: Deal) -> None:
-        """Replicas were made anew, and rows are dealt in this way. What was captured of other rows is dropped."""
-        self.forget_graphs()
-        if deal == self._deal:
-            return
-        self._deal, self._decisions = deal, None  # which are kept for the number of replicas
-        self.close("the number of replicas has changed")
-        self._shapes.clear()
-        self.generation += 1
-
-    def forget_graphs(self) -> None:
-        """Drop recorded graphs and free their memory. Called between steps."""
-        for shape in self._shapes.values():
-            if shape.captured is not None:
-                shape.captured.recordings = {}
 
     @property
     def is_refused(self) -> bool:
