@@ -120,8 +120,8 @@ def _in_run(fault: Fault, original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _in_reduce(fault: Fault, original: Callable[..., Any]) -> Callable[..., Any]:
-    def sum_piece(reduction: HostReduction, dtype: str, span: slice) -> None:
-        original(reduction, dtype, span)
+    def sum_piece(reduction: HostReduction, dtype: str, span: slice, *further: Any) -> None:
+        original(reduction, dtype, span, *further)
         if fault.strikes("reduce", None):
             fault.strike(lambda: [target.buffers[dtype][span] for target in reduction._targets])
 
