@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 # Written last, removed first: an install that was interrupted leaves no stamp and starts afresh.
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test lint types check layers modules bench bench-peers bench-parts conformance gpu-check clean dist distclean docs
+.PHONY: help venv demo test test-quick lint types check layers modules bench bench-peers bench-parts conformance gpu-check clean dist distclean docs
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -50,6 +50,9 @@ demo: $(STAMP)  ## train on virtual devices or GPUs and show what happens
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest
 test: $(STAMP)  ## run the tests
 	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-quick: $(STAMP)  ## run a few tests of each package, in about a minute
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder $(ARGS) $$($(BIN)/python tests/shared/quick.py)
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .

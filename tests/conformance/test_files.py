@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
+from warm_python import WarmPython
 
 import fastdp
 
@@ -30,6 +30,7 @@ class Blocker:
 
 
 sys.meta_path.insert(0, Blocker())
+assert not [name for name in sys.modules if name.startswith("fastdp")]
 import keras
 import numpy as np
 
@@ -70,19 +71,25 @@ def trained(callbacks: Any = (), epochs: int = 2) -> fastdp.ParallelModel:
     return parallel
 
 
-def in_plain_keras(what: str, path: Path, folder: Path) -> dict[str, np.ndarray]:
+InPlainKeras = Callable[[str, Path, Path], dict[str, np.ndarray]]
+
+
+@pytest.fixture(scope="module")
+def in_plain_keras(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InPlainKeras]:
     """What a process without fastdp makes of a file: three more losses, then the weights."""
-    x, y = data()
-    np.savez(folder / "data.npz", x=x, y=y)
-    (folder / "plain.py").write_text(PLAIN, encoding="utf-8")
-    subprocess.run(
-        [sys.executable, str(folder / "plain.py"), what, str(path), str(folder / "result.npz")],
-        check=True,
-        env={**os.environ, "KERAS_BACKEND": "torch"},
-        cwd=folder,
-        timeout=120,
-    )
-    return dict(np.load(folder / "result.npz"))
+    environment = {**os.environ, "KERAS_BACKEND": "torch"}
+    python = WarmPython(["keras"], environment, tmp_path_factory.mktemp("plain"))
+
+    def load(what: str, path: Path, folder: Path) -> dict[str, np.ndarray]:
+        x, y = data()
+        np.savez(folder / "data.npz", x=x, y=y)
+        result = folder / "result.npz"
+        done = python.run(["-c", PLAIN, what, str(path), str(result)], environment, 120)
+        assert done.returncode == 0, done.stderr
+        return dict(np.load(result))
+
+    yield load
+    python.close()
 
 
 def assert_continues(found: dict[str, np.ndarray], parallel: keras.Model) -> None:
@@ -96,7 +103,9 @@ def assert_continues(found: dict[str, np.ndarray], parallel: keras.Model) -> Non
 
 
 @pytest.mark.parametrize("by", ["template", "parallel"])
-def test_an_h5_file_holds_weights_and_optimizer_without_fastdp(by: str, tmp_path: Path) -> None:
+def test_an_h5_file_holds_weights_and_optimizer_without_fastdp(
+    by: str, tmp_path: Path, in_plain_keras: InPlainKeras
+) -> None:
     """keras-team/keras #8446 #9197. Keras 3.15 trains on from no .h5 file, its own neither (its loader builds the
     optimizer for no variables): the weights are loaded, and the optimizer's are looked up in the file."""
     parallel = trained()
@@ -121,7 +130,7 @@ def test_an_h5_file_holds_weights_and_optimizer_without_fastdp(by: str, tmp_path
 
 
 @pytest.mark.parametrize("by", ["template", "parallel"])
-def test_a_saved_model_goes_on_training_without_fastdp(by: str, tmp_path: Path) -> None:
+def test_a_saved_model_goes_on_training_without_fastdp(by: str, tmp_path: Path, in_plain_keras: InPlainKeras) -> None:
     """keras-team/keras #8764 #9548 #8446 #8463 #11253 #9197."""
     parallel = trained()
     path = tmp_path / "m.keras"
@@ -130,7 +139,7 @@ def test_a_saved_model_goes_on_training_without_fastdp(by: str, tmp_path: Path) 
     assert_continues(in_plain_keras("model", path, tmp_path), parallel)
 
 
-def test_saved_weights_load_without_fastdp(tmp_path: Path) -> None:
+def test_saved_weights_load_without_fastdp(tmp_path: Path, in_plain_keras: InPlainKeras) -> None:
     parallel = trained()
     parallel.save_weights(tmp_path / "m.weights.h5")
     found = in_plain_keras("weights", tmp_path / "m.weights.h5", tmp_path)
@@ -139,7 +148,9 @@ def test_saved_weights_load_without_fastdp(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("best", [False, True])
-def test_model_checkpoint_of_full_models_loads_without_fastdp(best: bool, tmp_path: Path) -> None:
+def test_model_checkpoint_of_full_models_loads_without_fastdp(
+    best: bool, tmp_path: Path, in_plain_keras: InPlainKeras
+) -> None:
     """keras-team/keras #8446 #8463."""
     path = tmp_path / "checkpoint.keras"
     callback = keras.callbacks.ModelCheckpoint(path, monitor="loss", save_best_only=best)

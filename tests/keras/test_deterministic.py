@@ -28,7 +28,10 @@ def _devices():
 
 def bits_of(runs, seed):
     """What a process of its own has learned in each of these runs; `seed` for hashes and delays."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(seed)}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]]),
+        "PYTHONHASHSEED": str(seed),
+    }
     command = [sys.executable, str(ROOT / "tests" / "shared" / "repeated.py"), str(seed), *runs]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

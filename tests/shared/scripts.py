@@ -13,7 +13,12 @@ ROOT = Path(__file__).parents[2]
 def python(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """What a process prints, from `folder`."""
     kept = {k: v for k, v in os.environ.items() if k != "FASTDP_VIRTUAL_DEVICES"}
-    kept |= {"PYTHONPATH": str(ROOT), "KERAS_BACKEND": "torch", "CUDA_VISIBLE_DEVICES": "", **environment}
+    kept |= {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]]),
+        "KERAS_BACKEND": "torch",
+        "CUDA_VISIBLE_DEVICES": "",
+        **environment,
+    }
     return subprocess.run(
         [sys.executable, *arguments], env=kept, cwd=folder, capture_output=True, text=True, timeout=120, check=False
     )
