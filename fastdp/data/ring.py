@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, TypeVar
@@ -23,6 +24,10 @@ Outcome = tuple[Any, "BaseException | None"]
 
 SLOW_SECONDS = 60.0  # a batch that takes longer is told of once
 LOOK_SECONDS = 1.0  # between two looks at whether the thread is alive
+# A thread costs about a millisecond a batch, by which it and the caller hold up each other (measured on two cores). So
+# reading ahead pays where each of a few batches in a row has taken longer than that, clearly.
+WORTH_SECONDS = 0.002
+WORTH_BATCHES = 3
 LEAVE_SECONDS = 5.0  # for the thread to end its present item before the caller goes on
 NAME = "fastdp-ahead"
 
@@ -57,6 +62,7 @@ class Ring(Generic[T]):
         self.waited = 0.0  # seconds that the caller waited
         self.taken = 0
         self.read_ahead = 0  # how many of them the thread took
+        self._made: deque[float] = deque(maxlen=WORTH_BATCHES)  # seconds that the latest items took without a thread
         forks.watch(self)
 
     def take(self, further: Callable[[], int]) -> T:
@@ -92,8 +98,11 @@ class Ring(Generic[T]):
     def _next(self) -> T:
         line = self._line
         if line is None or not line.ordered:
+            began = time.perf_counter()
             with self._scope(), self._watch:
-                return next(self._items)
+                item = next(self._items)
+            self._made.append(time.perf_counter() - began)
+            return item
         item, error = self._wait(line)
         line.ordered -= 1
         self.read_ahead += 1
@@ -105,6 +114,11 @@ class Ring(Generic[T]):
             raise error
         finally:
             del error  # it holds this frame
+
+    @property
+    def worth(self) -> bool:
+        """Whether items take so long that a thread for them pays, as far as is known by now."""
+        return len(self._made) == WORTH_BATCHES and min(self._made) >= WORTH_SECONDS
 
     def _order(self, count: int) -> None:
         """Have the thread take items until so many wait."""

@@ -13,7 +13,6 @@ import keras
 from keras.src.utils import io_utils
 
 from fastdp.comm.processes import leads
-from fastdp.data.read_ahead import AHEAD
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.make_report import SmallWorkWarning, make_report
 from fastdp.engine.report import Report
@@ -67,8 +66,9 @@ class ParallelModel(Traceable, Membership, TemplateView):
         fetch_ahead: whether `fit` fetches the next batch of an epoch, and sends its rows to the devices, while a step
             runs. True on GPUs. Set it to False for a data set that reads the model's weights itself: during a step it
             may see old or new ones.
-        prefetch: how many batches a thread reads ahead in `fit`, `evaluate` and `predict`, never beyond an epoch; 2.
-            Data whose results would change are not read ahead, and `report().inputs` says why. 0 reads none ahead.
+        prefetch: how many batches a thread reads ahead in `fit`, `evaluate` and `predict`, never beyond an epoch. None,
+            the default: two, where making a batch takes two milliseconds or more. 0 reads none ahead. Data whose
+            results would change are not read ahead, and `report().inputs` says why.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class ParallelModel(Traceable, Membership, TemplateView):
         self._looked_at = True
         self._executions = Executions(None, looked_at=True)
         self.fetch_ahead = any(device.on_gpu for device in devices)
-        self.prefetch = AHEAD
+        self.prefetch: int | None = None
         self._small_work = SmallWorkWarning()
         self._call_has_training_arg = True
         self._compute_loss_has_training_arg = True

@@ -47,8 +47,8 @@ class RowRange:
         return rows, first + self._start
 
 
-def stream_fit(arguments: dict[str, Any], ahead: int = AHEAD) -> dict[str, Any]:
-    """The arguments of `fit`, with matrices on disk replaced by data sets that read so many batches ahead."""
+def stream_fit(arguments: dict[str, Any], ahead: int | None = None) -> dict[str, Any]:
+    """The arguments of `fit`, with matrices on disk replaced by data sets that read so many batches ahead (None: two)."""
     arguments = without_forks({**arguments, **_continued(arguments)})
     validation = arguments.get("validation_data")
     if isinstance(validation, (list, tuple)) and _on_disk(list(validation)):
@@ -73,7 +73,7 @@ def stream_fit(arguments: dict[str, Any], ahead: int = AHEAD) -> dict[str, Any]:
     return {**arguments, "x": _batches(*data, batch_size=size, shuffle=shuffle, ahead=ahead), "shuffle": False}
 
 
-def stream_forward(arguments: dict[str, Any], ahead: int = AHEAD) -> dict[str, Any]:
+def stream_forward(arguments: dict[str, Any], ahead: int | None = None) -> dict[str, Any]:
     """The arguments of `evaluate` or `predict`, with matrices on disk replaced by data sets."""
     arguments = without_forks({**arguments, **_continued(arguments)})
     data = [_opened(arguments.get(name), name) for name in ("x", "y", "sample_weight")]
@@ -84,9 +84,10 @@ def stream_forward(arguments: dict[str, Any], ahead: int = AHEAD) -> dict[str, A
 
 
 def _batches(
-    x: Any, y: Any = None, sample_weight: Any = None, *, batch_size: int | None, shuffle: Any, ahead: int
+    x: Any, y: Any = None, sample_weight: Any = None, *, batch_size: int | None, shuffle: Any, ahead: int | None
 ) -> ArrayBatches:
     """A data set of batches."""
+    ahead = AHEAD if ahead is None else ahead
     return ArrayBatches(x, y, sample_weight, batch_size=batch_size or BATCH_SIZE, shuffle=shuffle, ahead=ahead)
 
 

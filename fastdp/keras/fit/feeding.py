@@ -14,6 +14,7 @@ from keras.src.backend.common import global_state
 
 from fastdp.data.batch_copies import Repeats, each_copied
 from fastdp.data.loaders import waiting
+from fastdp.data.read_ahead import AHEAD
 from fastdp.data.ring import Ring
 from fastdp.data.thread_settings import modes_of_caller
 from fastdp.keras.fit.array_batches import ArrayBatches
@@ -29,24 +30,26 @@ class Feed:
         epochs: Keras's iterator. From now on its tensors are made in host memory, from where each GPU gets its own
             rows; otherwise Keras would copy each batch to its default device, and the engine would copy it back.
         timeout: seconds that one batch may take; then fetching it is a DeviceTimeoutError.
-        count: how many batches a thread may read ahead.
+        count: how many batches a thread may read ahead. None: two, where making a batch takes long enough for that.
         others: callbacks, which run between the batches.
 
     Nothing is read beyond an epoch: a generator that goes on in the next one is where Keras would leave it. Batches
     that were read when a loop ends in the middle of an epoch are kept for the next loop over the same generator.
     """
 
-    def __init__(self, epochs: Any, timeout: float, count: int, others: list[Any]) -> None:
+    def __init__(self, epochs: Any, timeout: float, count: int | None, others: list[Any]) -> None:
         self._epochs = weakref.ref(epochs)
         self._timeout = timeout
         self.source: Source = source_of(epochs.data_adapter, others)
-        self._count = count if self.source.by is None else 0
+        self._chosen = count is not None
+        self._count = (AHEAD if count is None else count) if self.source.by is None else 0
         # What is not read ahead Keras uses up before the next batch is made.
         self.owns = not self.source.copies or (self._count > 0 and self._may_read())
         self._repeats = Repeats()
         self._ring: Ring[Any] | None = None
         self._began = self._ended = 0.0
         self.batches = self.read_ahead = 0
+        self._slow = False  # whether a thread has been found to pay
         self.waited = 0.0
         begin = beginning(epochs)
         epochs._get_iterator = lambda: self._batches(batches_of(begin()))
@@ -60,6 +63,8 @@ class Feed:
             how = f"{source.name}, not read ahead: prefetch is 0"
         elif guard is not None and guard.why is not None:
             how = f"{source.name}, not read ahead, since {guard.why}"
+        elif not self._chosen and not self._slow:
+            how = f"{source.name}, not read ahead: batches are made faster than a thread would hand them over"
         else:
             how = f"{source.name}, read ahead by a thread, up to {self._count} batches"
         entry = {"array": "x", "how": how, "batches": self.batches, "read_ahead": self.read_ahead}
@@ -148,7 +153,8 @@ class Feed:
             guard.why = guard.why or self._repeats.found
             if not guard.allows():
                 return 0
-        return self._left(taken)
+        self._slow = self._slow or (self._ring is not None and self._ring.worth)
+        return self._left(taken) if self._chosen or self._slow else 0
 
     def _left(self, taken: int) -> int:
         """How many batches of the epoch are left; where nobody knows, as many as may be read ahead."""
@@ -175,7 +181,7 @@ def beginning(epochs: Any) -> Callable[[], Any]:
     return lambda: begin(owner())
 
 
-def feed(epochs: Any, timeout: float, count: int = 0, others: list[Any] | None = None) -> Feed:
+def feed(epochs: Any, timeout: float, count: int | None = 0, others: list[Any] | None = None) -> Feed:
     """The feed of Keras's iterator; it is made once, because Keras keeps the iterator over validation data."""
     known: Feed | None = getattr(epochs, "_fastdp_feed", None)
     if known is None:
@@ -191,7 +197,7 @@ class Feeds:
         callbacks: those of the call.
     """
 
-    def __init__(self, timeout: float, count: int, callbacks: Any) -> None:
+    def __init__(self, timeout: float, count: int | None, callbacks: Any) -> None:
         self._timeout, self._count = timeout, count
         given = callbacks.callbacks if isinstance(callbacks, keras.callbacks.CallbackList) else callbacks
         self._callbacks = keras.tree.flatten(given) if given else []
@@ -212,7 +218,7 @@ _here = _Here()
 
 
 @contextmanager
-def feeding(timeout: float, count: int, callbacks: Any) -> Iterator[Feeds]:
+def feeding(timeout: float, count: int | None, callbacks: Any) -> Iterator[Feeds]:
     """Iterators of Keras's that are made in this block, on this thread, are fed; threads end with it."""
     outer, feeds = _here.feeds, Feeds(timeout, count, callbacks)
     _here.feeds = feeds

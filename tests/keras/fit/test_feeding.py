@@ -19,7 +19,7 @@ from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastdp
-from fastdp.data import ahead_guard, prefetch
+from fastdp.data import ahead_guard, prefetch, ring
 from fastdp.keras.fit import sources
 from fastdp.options import Options
 
@@ -102,7 +102,7 @@ SOURCES = {
 
 def trained(source, ahead, **options):
     parallel = model(ahead)
-    arguments = {"shuffle": False, **SOURCES[source]()} if "x" in SOURCES[source]() else {}
+    arguments = {"shuffle": False, **SOURCES[source]()} if source in SOURCES else {}
     history = parallel.fit(**{**arguments, "epochs": 2, "verbose": 0, **options}).history
     return history, parallel.get_weights(), parallel.report()
 
@@ -121,6 +121,21 @@ def test_each_source_trains_as_without_a_thread_and_is_read_ahead(source, monkey
     assert "read ahead by" in entry["how"]
     assert 0 < entry["wait_per_step"] <= entry["waited_seconds"]
     assert "Batches of the latest fit" in str(report)
+
+
+def slow(count, seconds):
+    for one in generator(count):
+        threading.Event().wait(seconds)
+        yield one
+
+
+def test_by_default_a_thread_reads_what_takes_long_to_make_and_leaves_alone_what_does_not():
+    quick = trained("generator", None)[2].inputs[0]
+    assert quick["read_ahead"] == 0
+    assert "faster than a thread would hand them over" in quick["how"]
+    slow_one = trained("none", None, x=slow(12, 2 * ring.WORTH_SECONDS), steps_per_epoch=6, shuffle=False)[2].inputs[0]
+    assert slow_one["read_ahead"] >= 6
+    assert "read ahead by a thread, up to 2 batches" in slow_one["how"]
 
 
 def test_grain_and_tf_data_are_read_ahead_by_their_protocol():
