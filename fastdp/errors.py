@@ -44,6 +44,10 @@ class CannotSplitError(RuntimeError):
     """What a device computes from all of its rows cannot be computed from parts of them. The message says what."""
 
 
+class OthersBusyError(DeviceTimeoutError):
+    """A step of another thread goes on for so long that it may hang. What needs all devices is tried again later."""
+
+
 class ProcessError(RuntimeError):
     """Another process of the same training failed, ended, or did not come. The message names its rank."""
 

@@ -47,7 +47,7 @@ from fastdp.capture.speed_trial import SpeedTrial
 from fastdp.capture.trace import Captured, NoExchange
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
-from fastdp.errors import DeviceTimeoutError, NotCapturable
+from fastdp.errors import DeviceTimeoutError, NotCapturable, OthersBusyError
 from fastdp.shard import Deal, Rows
 from fastdp.tensors.threads import given_cores
 
@@ -324,12 +324,12 @@ class Captures(Dealing, Generic[CapturedT]):
         if attempt.error is None:
             # A shape that has trained for several steps is recorded at once (see `_collect`).
             shape.since, shape.why = min(shape.steps, 1), ""
-            alone = self._mode == "auto" and self._no_compiler and self._recorder is None and not self._deterministic
-            if alone and self._checks and shape.captured is not None:
+            lone = self._mode == "auto" and self._no_compiler and self._recorder is None and not self._deterministic
+            if lone and self._checks and shape.captured is not None:
                 shape.trial = SpeedTrial(shape.captured, None, eager=True)
             return
         shape.captured, said = None, f"an error while it was traced: {attempt.why}"
-        if refuses:
+        if refuses and not isinstance(attempt.error, OthersBusyError):  # of that the next step tries again
             self.refuse(str(attempt.error) if isinstance(attempt.error, NotCapturable) else said)
 
     def _submit(self, shape: Shape[CapturedT], captured: CapturedT, rows: Rows) -> None:

@@ -30,7 +30,7 @@ from fastdp.engine.replicas import Call, Replica, ReplicaGroup
 from fastdp.engine.rollback import Rollback
 from fastdp.engine.state import EngineState
 from fastdp.engine.step import Step, StepResult, make_step
-from fastdp.engine.step_scope import StepScope, alone, meanwhile, one_step_at_a_time
+from fastdp.engine.step_scope import StepScope, alone, meanwhile, turn_of
 from fastdp.engine.survival import Survival
 from fastdp.engine.timing import Timings
 from fastdp.engine.updates import Updates
@@ -277,7 +277,7 @@ class DataParallel(Traceable, Reporting, Inspection, Survival, WaitingGradients,
         """
         batch = batch if type(batch) is Batch else Batch.of(batch)
         shards = self._step_of(batch, "stage", self._most)[0]
-        with one_step_at_a_time, span("stage"), self.host_launch.staging(batch.arrays):
+        with turn_of(self.devices, self.timeout), span("stage"), self.host_launch.staging(batch.arrays):
             return stage(batch.arrays, shards, self.devices)
 
     def forget_staged(self) -> None:

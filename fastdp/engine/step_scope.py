@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -12,14 +13,17 @@ from fastdp.engine.recovery import Recovery
 from fastdp.engine.replicas import ReplicaGroup
 from fastdp.engine.state import EngineState
 from fastdp.engine.step import Operation, Step, StepResult
-from fastdp.errors import DeviceTimeoutError
+from fastdp.engine.step_lock import StepLock
+from fastdp.errors import DeviceTimeoutError, OthersBusyError
+from fastdp.options import Options
 from fastdp.runtime.events import here
 from fastdp.runtime.host.resources import CORES
 from fastdp.runtime.host_worker import in_place_of_worker
+from fastdp.runtime.queue import QueueDevice
 from fastdp.tracing.spans import Recorder, now
 
 # Steps of different engines that share devices must not interleave: replicas block in exchanges.
-one_step_at_a_time = threading.RLock()
+one_step_at_a_time = StepLock()
 
 OperationT = TypeVar("OperationT", bound=Operation)
 
@@ -72,41 +76,71 @@ def _check_not_inside() -> None:
     Raises:
         RuntimeError: it is.
     """
-    if getattr(here, "worker", False):
-        if getattr(here, "serving", False) or not one_step_at_a_time.acquire(blocking=False):
-            raise RuntimeError(
-                "A parallel model was called inside a step of a parallel model (in forward, a loss function, an "
-                "optimizer or a hook), on one of the devices that it would wait for. Call the plain module there, such "
-                "as `model.module`; or write the loop, where loss functions run outside steps."
-            )
-        one_step_at_a_time.release()
+    if getattr(here, "worker", False) and (getattr(here, "serving", False) or one_step_at_a_time.is_held_by_others()):
+        raise RuntimeError(
+            "A parallel model was called inside a step of a parallel model (in forward, a loss function, an "
+            "optimizer or a hook), on one of the devices that it would wait for. Call the plain module there, such "
+            "as `model.module`; or write the loop, where loss functions run outside steps."
+        )
 
 
-def _wait_for_others(timeout: float) -> None:
-    """Wait until no other engine runs a step.
+def _wait_for_others(devices: Sequence[QueueDevice] | None, timeout: float) -> None:
+    """Wait until no other engine runs a step that must be over before one on these devices; None: any step.
 
     Raises:
         DeviceTimeoutError: a step took longer than `timeout` seconds.
     """
-    if not one_step_at_a_time.acquire(timeout=timeout):
-        raise DeviceTimeoutError(f"Another model kept the devices busy for {timeout} seconds.")
+    if not one_step_at_a_time.acquire(devices, timeout):
+        which = "the devices" if devices is None else " or ".join(dict.fromkeys(device.name for device in devices))
+        raise DeviceTimeoutError(f"Another model kept {which} busy for timeout={timeout} seconds.")
 
 
 @contextmanager
-def alone(timeout: float = 1800.0) -> Iterator[None]:
-    """Keep all engines of this process from running a step. A step that this thread has open is ended first.
+def turn_of(devices: Sequence[QueueDevice], timeout: float) -> Iterator[None]:
+    """Keep other engines from running a step on these devices.
 
     Raises:
-        RuntimeError: this thread is a part of a step.
         DeviceTimeoutError: a step took longer than `timeout` seconds.
     """
-    _check_not_inside()
-    _end_open_step()
-    _wait_for_others(timeout)
+    _wait_for_others(devices, timeout)
     try:
         yield
     finally:
         one_step_at_a_time.release()
+
+
+@contextmanager
+def alone(timeout: float = 1800.0, *, patient: bool = True) -> Iterator[None]:
+    """Keep all engines of this process from running a step. A step that this thread has open is ended first.
+
+    Args:
+        timeout: seconds to wait for steps.
+        patient: False does not wait for a step that may hang.
+
+    Raises:
+        RuntimeError: this thread is a part of a step.
+        OthersBusyError: a step of another thread may hang, and `patient` is False.
+        DeviceTimeoutError: a step took longer than `timeout` seconds.
+    """
+    _check_not_inside()
+    _end_open_step()
+    if patient:
+        _wait_for_others(None, timeout)
+    elif not one_step_at_a_time.acquire(None, one_step_at_a_time.patience):
+        raise OthersBusyError("a step of another model does not end, and nothing can be captured beside it")
+    try:
+        yield
+    finally:
+        one_step_at_a_time.release()
+
+
+def alone_for(options: Options) -> Callable[[], AbstractContextManager[None]]:
+    """`alone` as a model with these options captures its steps.
+
+    A capture can wait until a step that may hang is over, and steps stay eager until then. With `deterministic=True`
+    their number decides, so they wait.
+    """
+    return partial(alone, patient=options.deterministic)
 
 
 class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
@@ -132,7 +166,7 @@ class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
         operation = self._operation
         self._state.take(trains=operation.trains)
         try:
-            _wait_for_others(self._state.timeout)
+            _wait_for_others(self._replicas.devices, self._state.timeout)
             try:
                 recorder = now.recorder
                 if recorder is not None:

@@ -13,7 +13,7 @@ from fastdp.capture.resumed import ResumedCaptures
 from fastdp.capture.steps import Captures
 from fastdp.capture.trace import Captured
 from fastdp.comm.processes import SEVERAL, several
-from fastdp.engine.step_scope import alone
+from fastdp.engine.step_scope import alone, alone_for
 from fastdp.options import Options
 from fastdp.program.torch.capture.call_kinds import CallKind
 from fastdp.program.torch.capture.joint_captures import JointCaptures
@@ -38,7 +38,7 @@ def capture(program: TorchProgram, options: Options, devices: Sequence[QueueDevi
             options.compile,
             len(devices),
             recorder,
-            alone,
+            alone_for(options),
             options.deterministic,
             checks=CHECKS,
             shape_name=step.shape_name,
@@ -57,7 +57,7 @@ def capture_forwards(
 
     def make(kind: CallKind) -> Captures[Captured[ForwardOutcome]]:
         step = program.pure_forward(parts, records=kind.records)
-        return Captures(step, mode, parts, recorder, alone, options.deterministic, checks=CHECKS)
+        return Captures(step, mode, parts, recorder, alone_for(options), options.deterministic, checks=CHECKS)
 
     return CapturesByKind(make)
 
@@ -71,7 +71,8 @@ def capture_loops(
     mode, parts = options.compile, len(devices)
 
     def make(kind: CallKind) -> Captures[CapturedJoint]:
-        return JointCaptures(program.pure_joint(parts), mode, parts, alone, deterministic=options.deterministic)
+        joint, within = program.pure_joint(parts), alone_for(options)
+        return JointCaptures(joint, mode, parts, within, deterministic=options.deterministic)
 
     return CapturesByKind(make)
 

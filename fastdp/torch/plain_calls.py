@@ -20,7 +20,7 @@ from fastdp.capture.steps import Captures
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.comm.rendezvous import Rendezvous
-from fastdp.engine.step_scope import alone
+from fastdp.engine.step_scope import alone_for
 from fastdp.errors import DeviceTimeoutError
 from fastdp.options import Options
 from fastdp.program.torch.batch import Structure
@@ -63,7 +63,9 @@ class PlainCalls:
         self._plain = "compile=None" if options.compile is None else ""  # why all calls are plain torch
         self._loop: LoneLoop | None = None
         if options.compile is not None:
-            self._loop = LoneLoop(module, device, options.compile, alone, deterministic=options.deterministic)
+            self._loop = LoneLoop(
+                module, device, options.compile, alone_for(options), deterministic=options.deterministic
+            )
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's outputs. Arrays among the arguments are tensors for it."""
@@ -177,7 +179,7 @@ class PlainCalls:
             step,
             options.compile,
             1,
-            alone=alone,
+            alone=alone_for(options),
             deterministic=options.deterministic,
             checks=CHECKS,
             capture=OwnedCaptured,

@@ -15,7 +15,7 @@ from fastdp.capture.trace import Captured
 from fastdp.comm.processes import SEVERAL, several
 from fastdp.engine.across import all_replicas
 from fastdp.engine.data_parallel import DataParallel
-from fastdp.engine.step_scope import alone
+from fastdp.engine.step_scope import alone, alone_for
 from fastdp.keras.steps.custom import has_own
 from fastdp.keras.steps.layer_calls import LayerCalls
 from fastdp.options import Options
@@ -122,9 +122,9 @@ class ModelEngine:
             if self._capture_mode is not None and not program.why_eager:
                 parts = self._graphs == "step"
                 recorder = Recorder(self.template.name, alone, parts=parts) if self._graphs else None
-                step = KerasPureStep(program)
+                step, within = KerasPureStep(program), alone_for(self._options)
                 program.capture_by(
-                    Captures(step, self._capture_mode, len(self.devices), recorder, alone, self._options.deterministic)
+                    Captures(step, self._capture_mode, len(self.devices), recorder, within, self._options.deterministic)
                 )
             return DataParallel(program, self.roster, options=self._options)
 
