@@ -23,8 +23,9 @@ from fastdp.runtime.topology import DeviceInfo, physical_devices
 from fastdp.warn import warn_user
 
 AUTO = "auto"
-# That closing devices may take, while the process runs and when it ends.
-CLOSE_SECONDS, EXIT_SECONDS = 60.0, 20.0
+# That closing devices may take: while the process runs, when it ends, and then for one that a step was given up on,
+# which has been waited for already.
+CLOSE_SECONDS, EXIT_SECONDS, GIVEN_UP_SECONDS = 60.0, 20.0, 1.0
 
 
 class _VirtualDevices:
@@ -113,14 +114,20 @@ class _Gpus:
             return dropped
 
 
-def _closed(devices: Sequence[QueueDevice], seconds: float) -> list[DeviceTimeoutError]:
-    """Close all devices within a time limit for all of them. Returns the errors of those still busy."""
-    failures, deadline = [], time.monotonic() + seconds
+def _closed(
+    devices: Sequence[QueueDevice], seconds: float, given_up: float = CLOSE_SECONDS
+) -> list[DeviceTimeoutError]:
+    """Close all devices within a time limit for all of them. Returns the errors of those still busy.
+
+    `given_up`: another limit, for devices on which a step was given up.
+    """
+    failures, began = [], time.monotonic()
     for device in devices:  # all of them end at the same time
         device.begin_close()
     for device in devices:
+        limit = min(seconds, given_up) if any(one.unsettled for one in (device, *device.parts)) else seconds
         try:
-            device.close(max(0.1, round(deadline - time.monotonic(), 1)))
+            device.close(max(0.1, round(began + limit - time.monotonic(), 1)))
         except DeviceTimeoutError as error:  # the others are closed all the same
             failures.append(error)
     return failures
@@ -168,7 +175,7 @@ def _close_collectives() -> None:
 
 def _close_devices() -> None:
     """Close all devices at the end of the process. What is still busy then is left to the system, with a word."""
-    for error in _closed([*_virtual.hand_over(), *_gpus.hand_over()], EXIT_SECONDS):
+    for error in _closed([*_virtual.hand_over(), *_gpus.hand_over()], EXIT_SECONDS, GIVEN_UP_SECONDS):
         sys.stderr.write(f"fastdp: {error} It is left as it is.\n")
 
 
