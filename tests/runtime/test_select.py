@@ -256,7 +256,7 @@ import sys, types, fastdp
 from fastdp.runtime import select
 sys.modules["fastdp.comm.cuda.at_exit"] = types.SimpleNamespace(close=lambda seconds: print("collectives"))
 select._gpus._devices[0] = types.SimpleNamespace(
-    begin_close=lambda: None, close=lambda seconds: print("device")
+    begin_close=lambda: None, close=lambda seconds: print("device"), unsettled=False, parts=()
 )
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
