@@ -734,7 +734,9 @@ def test_devices_that_another_model_keeps_are_a_timeout_of_devices():
     other.start()
     assert begun.wait(LIMIT)
     try:
-        with pytest.raises(fastdp.DeviceTimeoutError, match=r"Another model kept virtual:0 or virtual:1 busy for timeout=0\.1"):
+        with pytest.raises(
+            fastdp.DeviceTimeoutError, match=r"Another model kept virtual:0 or virtual:1 busy for timeout=0\.1"
+        ):
             engine.train(second)
     finally:
         over.set()
