@@ -48,7 +48,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("program/functions.py",),
     ("program/torch/",),
     ("program/keras/",),
-    ("engine/interrupts.py", "engine/timing.py", "engine/home.py"),
+    ("engine/interrupts.py", "engine/timing.py", "engine/home.py", "engine/step_lock.py"),
     ("engine/replicas.py",),
     ("engine/across.py",),
     ("engine/accumulation.py", "engine/rollback.py", "engine/fingerprint.py"),
