@@ -48,7 +48,7 @@ class RowRange:
 
 
 def stream_fit(arguments: dict[str, Any], ahead: int | None = None) -> dict[str, Any]:
-    """The arguments of `fit`, with matrices on disk replaced by data sets that read so many batches ahead (None: two)."""
+    """The arguments of `fit`, with matrices on disk as data sets that read so many batches ahead; two by default."""
     arguments = without_forks({**arguments, **_continued(arguments)})
     validation = arguments.get("validation_data")
     if isinstance(validation, (list, tuple)) and _on_disk(list(validation)):
