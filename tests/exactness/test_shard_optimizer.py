@@ -114,6 +114,25 @@ def test_a_file_is_that_of_one_optimizer(tmp_path: Path):
         np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (ours, theirs)))
 
 
+def resumed(path: Path, first: int, then: int, *, parts: bool) -> list[bytes]:
+    """Train on some devices, and on others from the file."""
+    options: dict[str, Any] = {"shards": 6, "shard_optimizer": parts}
+    begun = wrapped(first, optimizers.Adam(0.01, use_ema=True), **options)
+    step(begun, 0, 1)
+    begun.save(path)
+    loaded = keras.models.load_model(path)
+    again = fastdp.wrap(loaded, gpus=then, compile=None, **options)
+    again.compile(loaded.optimizer, "mse")
+    step(again, 3, 4)
+    return bits(again)
+
+
+@pytest.mark.parametrize(("first", "then"), [(3, 2), (1, 3)])
+def test_a_file_is_resumed_on_another_number_of_devices_with_the_same_bits(first, then, tmp_path: Path):
+    expected = resumed(tmp_path / "one.keras", 3, 3, parts=False)
+    assert resumed(tmp_path / "parts.keras", first, then, parts=True) == expected
+
+
 def test_slots_may_be_read_written_and_used_by_keras_itself_between_steps():
     def run(**options: Any) -> list[bytes]:
         parallel = wrapped(3, MADE["Adam"](), **options)
