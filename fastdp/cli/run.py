@@ -41,7 +41,7 @@ from fastdp.cli.imported import when_imported
 from fastdp.cli.optional import choose_torch
 from fastdp.cli.restarts import MOST_RESTARTS, is_supervised, supervise
 from fastdp.cli.status import OK, WRONG_USE, say
-from fastdp.comm.processes import several
+from fastdp.comm.processes import launched, several
 from fastdp.options import MOST_SHARDS, Options
 from fastdp.runtime.queue import QueueDevice
 from fastdp.runtime.select import AUTO, resolve, set_default_devices, set_virtual_devices
@@ -143,7 +143,7 @@ def run(options: argparse.Namespace) -> int:
         if options.virtual is not None:
             set_virtual_devices(options.virtual)
         devices = resolve(options.gpus, caller="fastdp run")
-        on_shards(devices, Options(shards=options.shards))
+        on_shards(devices, Options(shards=options.shards), launched())
     except ValueError as error:
         hint = " Here: fastdp run --virtual n." if "set_virtual_devices" in str(error) else ""
         return _say(f"{error}{hint}", WRONG_USE)
@@ -203,7 +203,7 @@ class _Script:
                 deterministic=options.deterministic,
                 shards=options.shards,
             )
-            given = on_shards(self._devices, chosen)
+            given = on_shards(self._devices, chosen, launched())
             self._torch = importlib.import_module("fastdp.torch.script_calls").install(*given)
         self._keep_apart()
 

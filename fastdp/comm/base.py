@@ -115,6 +115,7 @@ class Communicator(ABC):
         *,
         warm: bool = True,
         scatters: bool = False,
+        branches: Sequence[tuple[int, int]] | None = None,
     ) -> Any:
         """Begin the reduction of a step whose replicas are about to run. Returns a `Reduction` for `finish`.
 
@@ -123,6 +124,8 @@ class Communicator(ABC):
         Args:
             warm: such steps have run before, and allocate nothing any more.
             scatters: each target gets its own rank's part of each bucket alone, as by `reduce_scatter`.
+            branches: of the tree over the shards of several processes, by source: only these are summed, each in its
+                first source's memory. For devices in host memory.
         """
 
     @abstractmethod

@@ -11,6 +11,7 @@ import numpy as np
 
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.comm.transport import Transport
+from fastdp.comm.turns import Turn
 
 # Set by torchrun for each process that it starts.
 RANK, WORLD_SIZE = "RANK", "WORLD_SIZE"
@@ -103,6 +104,27 @@ class Processes(ABC):
         """
 
     @abstractmethod
+    def sum_branches(
+        self,
+        own: Sequence[np.ndarray],
+        every: Sequence[Sequence[tuple[int, int]]],
+        dtype: str,
+        *,
+        transport: Transport | None = None,
+    ) -> Callable[[float, str], None]:
+        """Start to sum vectors of all processes in the tree over their shards (`fastdp.comm.tree`).
+
+        Args:
+            own: this process's vectors, each the sum of a branch. The first one becomes the whole sum.
+            every: by process, the branches of its vectors. 16-bit vectors are single shards, so that sums are rounded
+                once.
+            dtype, transport: as in `sum`.
+
+        Returns:
+            As `sum` does.
+        """
+
+    @abstractmethod
     def copy_first(self, array: np.ndarray) -> Callable[[float, str], None]:
         """Start to replace an array in host memory by that of process 0. Returns as `sum` does."""
 
@@ -128,14 +150,20 @@ class ProcessesRendezvous(Rendezvous):
 
     Args:
         processes: connects them.
-        size, timeout, names: of this process's replicas, as in `Rendezvous`.
+        size, timeout, names, turns: of this process's replicas, as in `Rendezvous`.
         known: as in `Processes.gather`.
     """
 
     def __init__(
-        self, processes: Processes, size: int, timeout: float, names: Sequence[str], known: Sequence[object]
+        self,
+        processes: Processes,
+        size: int,
+        timeout: float,
+        names: Sequence[str],
+        known: Sequence[object],
+        turns: Sequence[Turn | None] = (),
     ) -> None:
-        super().__init__(size, timeout, names)
+        super().__init__(size, timeout, names, turns)
         self._processes, self._known = processes, known
 
     def _completed(self, values: list[Any], place: object) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -26,3 +26,40 @@ def sum_in_tree(values: Sequence[np.ndarray], out: np.ndarray | None = None) -> 
     half = 1 << (len(values) - 1).bit_length() - 1
     left = sum_in_tree(values[:half], out)
     return np.add(left, sum_in_tree(values[half:]), out=out)
+
+
+def branches(count: int, first: int, last: int) -> list[tuple[int, int]]:
+    """The largest branches of the tree over `count` values that lie in `[first, last)`, in order, as `(start, stop)`.
+
+    The sum of a branch by `sum_in_tree` is the one that the whole tree has there.
+
+    Example:
+        >>> branches(8, 3, 8)
+        [(3, 4), (4, 8)]
+    """
+    found: list[tuple[int, int]] = []
+
+    def visit(start: int, stop: int) -> None:
+        if first <= start and stop <= last:
+            found.append((start, stop))
+        elif start < last and first < stop:
+            middle = start + (1 << (stop - start - 1).bit_length() - 1)
+            visit(start, middle)
+            visit(middle, stop)
+
+    visit(0, count)
+    return found
+
+
+def join_branches(
+    sums: Mapping[tuple[int, int], np.ndarray], count: int, add: Callable[..., np.ndarray] = np.add
+) -> np.ndarray:
+    """The sum of the tree over `count` values, of which some branches are there; these are all values together."""
+
+    def joined(start: int, stop: int) -> np.ndarray:
+        if (start, stop) in sums:
+            return sums[start, stop]
+        middle = start + (1 << (stop - start - 1).bit_length() - 1)
+        return add(joined(start, middle), joined(middle, stop))
+
+    return joined(0, count)

@@ -12,7 +12,7 @@ import os
 import threading
 import zlib
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,9 @@ from fastdp.comm.batch import Batch
 from fastdp.comm.processes import Processes, ProcessesRendezvous, ending, several
 from fastdp.comm.rendezvous import Rendezvous
 from fastdp.comm.scatter_merge import Merger
-from fastdp.comm.transport import Transport
+from fastdp.comm.transport import SIXTEEN_BITS, Transport
+from fastdp.comm.tree import branches
+from fastdp.comm.turns import Turn
 from fastdp.options import Options
 from fastdp.program.base import Program, Result
 from fastdp.runtime.queue import QueueDevice
@@ -72,18 +74,13 @@ class Across:
         size: the number of all replicas.
 
     Raises:
-        NotImplementedError: the devices are GPUs, or run shards.
+        NotImplementedError: the devices are GPUs.
+        ValueError: the processes have unequal numbers of devices, and share shards.
     """
 
     def __init__(
         self, connected: Processes, devices: Sequence[QueueDevice], options: Options, transport: Transport | None
     ) -> None:
-        if devices[0].part_of is not None:
-            raise NotImplementedError(
-                "`shards` is for the devices of one process, so far: the sums of several processes depend on their "
-                f"number. Leave `shards` out in process {connected.rank} of {connected.size}, or start the script "
-                "without torchrun."
-            )
         if devices[0].on_gpu:
             raise NotImplementedError(
                 f"Several processes train together on virtual devices only, so far. Received: {list(devices)} in "
@@ -94,6 +91,12 @@ class Across:
         self.bounds = [0, *accumulate(counts)]
         self.first, self.size = self.bounds[connected.rank], self.bounds[-1]
         self._here = len(devices)
+        self.shards = options.shards
+        if options.shards is not None and self.size != options.shards:
+            raise ValueError(
+                f"`shards` needs as many devices in each process. Received: shards={options.shards}, of which the "
+                f"processes run {counts}. Give the same gpus= to each."
+            )
         self.steps = 0
         if os.getpid() not in _seeded:  # unseeded scripts must draw alike
             every = connected.gather(read_generators(), "the random generators", self.timeout)
@@ -139,23 +142,24 @@ class StepAcross:
     def __init__(self, across: Across, batch: Batch, kind: str, most: int, known: Sequence[object]) -> None:
         self._across, self._processes = across, across.processes
         self._known = known
-        here = across._here
-        self.shared = batch.rows >= across.size and most >= across.size
-        parts = across.size if self.shared else min(most, here)
-        every = batch.deal(parts)
-        self.first = across.first if self.shared else 0
+        self.bounds = _bounds(across, batch.rows, most)
+        self.shared = self.bounds is not None
+        every = batch.deal(min(most, across._here) if self.bounds is None else self.bounds[-1])
+        self.first, last = 0, len(every)
+        if self.bounds is not None:
+            self.first, last = self.bounds[self._processes.rank : self._processes.rank + 2]
         self.size = len(every)
-        self.shards: Sequence[Rows] = every[self.first : self.first + here] if self.shared else every
+        self.shards: Sequence[Rows] = every[self.first : last]
         self._rows, self._number = batch.rows, across.steps
         self._trains = kind in ("train", "backward")
         self._what = f"a {kind} step of {batch.rows} rows"
         self._mark = _sample(batch.arrays)
 
-    def rendezvous(self, timeout: float, names: Sequence[str]) -> Rendezvous:
+    def rendezvous(self, timeout: float, names: Sequence[str], turns: Sequence[Turn | None]) -> Rendezvous:
         """Where the replicas that share the step meet."""
         if not self.shared:
-            return Rendezvous(len(self.shards), timeout, names)
-        return ProcessesRendezvous(self._processes, len(self.shards), timeout, names, self._known)
+            return Rendezvous(len(self.shards), timeout, names, turns)
+        return ProcessesRendezvous(self._processes, len(self.shards), timeout, names, self._known, turns)
 
     @property
     def counts_here(self) -> bool:
@@ -192,9 +196,14 @@ class StepAcross:
             return Merger(self.shards, devices, target, on_host=on_host)
         return _ProcessesMerger(self, devices, target, on_host=on_host)
 
-    def reduction(self, gradients: FlatBuffers, buckets: Sequence[Bucket]) -> ProcessReduction:
+    def reduction(self, gradients: Sequence[FlatBuffers], buckets: Sequence[Bucket]) -> ProcessReduction:
         """The reduction of this process's sums over all processes."""
-        return ProcessReduction(self._across, gradients, buckets, self._what)
+        return ProcessReduction(self._across, gradients, buckets, self._what, self.bounds)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all replicas of all processes have rows."""
+        return self.size == self._across.size
 
     def fail(self, error: BaseException) -> None:
         """This process gives the step up."""
@@ -213,7 +222,8 @@ class _ProcessesMerger(Merger):
         assert self._merged is not None, "no replica has written its outputs"
         across, what = self._step._across, f"the outputs of {self._step._what}"
         scalars = [parts for merged, parts in zip(self._merged, self._scalars, strict=True) if merged.ndim == 0]
-        every = dealt_rows(self._shards[0].total, across.size)
+        assert self._step.bounds is not None
+        every = dealt_rows(self._shards[0].total, self._step.size)
         if scalars:
             gathered = across.processes.gather(scalars, what, across.timeout)
             everyone = iter([[part for one in gathered for part in one[i]] for i in range(len(scalars))])
@@ -222,7 +232,7 @@ class _ProcessesMerger(Merger):
                 merged[...] = self._mean(next(everyone), every)
                 continue
             per_row = merged.shape[0] // self._shards[0].total
-            starts = [every[rank].start * per_row for rank in across.bounds[:-1]]
+            starts = [every[rank].start * per_row for rank in self._step.bounds[:-1]]
             across.processes.share(merged, [*starts, merged.shape[0]], across.timeout, what)
         return self._merged
 
@@ -232,13 +242,25 @@ class ProcessReduction:
 
     Args:
         across: the processes.
-        gradients: the sums of this process; they become those of all.
+        gradients: of this process's replicas. The first has the sum of this process, which becomes that of all.
         buckets: all buckets.
         what: as in `Processes.gather`.
+        bounds: where each process's replicas begin, and their number; None if the gradients of process 0 count.
+
+    With shards, replicas have the sums of the branches of their tree, each in its first replica's memory; nothing is
+    summed that is rounded to 16 bits.
     """
 
-    def __init__(self, across: Across, gradients: FlatBuffers, buckets: Sequence[Bucket], what: str) -> None:
+    def __init__(
+        self,
+        across: Across,
+        gradients: Sequence[FlatBuffers],
+        buckets: Sequence[Bucket],
+        what: str,
+        bounds: Sequence[int] | None,
+    ) -> None:
         self._across, self._gradients, self._buckets, self._what = across, gradients, buckets, what
+        self._bounds = bounds
         self._lock = threading.Lock()
         self._complete: set[int] = set()
         self._waits: list[Callable[[float, str], None]] = []
@@ -261,9 +283,47 @@ class ProcessReduction:
             wait(self._across.timeout, f"the gradients of {self._what}")
 
     def _start(self) -> None:
-        bucket = self._buckets[len(self._waits)]
-        part = self._gradients.buffers[bucket.dtype][bucket.start : bucket.stop]
-        self._waits.append(self._across.processes.sum(part, bucket.dtype, transport=self._across.transport))
+        bucket, connected = self._buckets[len(self._waits)], self._across.processes
+        part, transport = slice(bucket.start, bucket.stop), self._across.transport
+        first = self._gradients[0].buffers[bucket.dtype][part]
+        if self._across.shards is None:
+            self._waits.append(connected.sum(first, bucket.dtype, transport=transport))
+        elif self._bounds is None:
+            self._waits.append(connected.copy_first(first))
+        else:
+            single = transport is not None or bucket.dtype in SIXTEEN_BITS
+            every = [local_branches(self._bounds, rank, single=single) for rank in range(connected.size)]
+            start = self._bounds[connected.rank]
+            own = [self._gradients[at - start].buffers[bucket.dtype][part] for at, _ in every[connected.rank]]
+            self._waits.append(connected.sum_branches(own, every, bucket.dtype, transport=transport))
+
+
+def local_branches(bounds: Sequence[int], rank: int, *, single: bool = False) -> list[tuple[int, int]]:
+    """The branches of the tree over all shards that a process has whole; or its shards one by one."""
+    first, last = bounds[rank], bounds[rank + 1]
+    return [(at, at + 1) for at in range(first, last)] if single else branches(bounds[-1], first, last)
+
+
+def _bounds(across: Across, rows: int, most: int) -> list[int] | None:
+    """Where the replicas of each process begin in a step, and their number; None if every process runs the whole batch.
+
+    Raises:
+        NotImplementedError: shards that have rows can neither be given to all processes nor run in one.
+    """
+    if min(rows, most) >= across.size:
+        return across.bounds
+    counts = [stop - start for start, stop in pairwise(across.bounds)]
+    active = min(rows, most)
+    if across.shards is None or active <= min(counts):
+        return None
+    if active < len(counts):
+        raise NotImplementedError(
+            f"`shards` across {len(counts)} processes needs a batch of at least {len(counts)} rows, or of at most "
+            f"{min(counts)}. Received: {rows} rows. Leave the last rows out (drop_last=True), or use fewer processes."
+        )
+    while sum(counts) > active:  # the last process that has most gives one up
+        counts[len(counts) - 1 - counts[::-1].index(max(counts))] -= 1
+    return [0, *accumulate(counts)]
 
 
 def _sample(arrays: Any) -> int:

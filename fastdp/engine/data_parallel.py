@@ -12,6 +12,7 @@ import numpy as np
 
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
+from fastdp.comm.processes import launched
 from fastdp.comm.scatter_merge import Merger, stage
 from fastdp.comm.select import communicator
 from fastdp.comm.transport import Transport
@@ -108,7 +109,8 @@ class DataParallel(Traceable, Reporting, Inspection, Survival, WaitingGradients,
         options = one_of(options, keywords)
         nvtx.follow_environment()
         if not isinstance(devices, Roster):
-            devices = Roster(*on_shards(devices_of_engine(devices, options.merge_device), options))
+            process = launched()
+            devices = Roster(*on_shards(devices_of_engine(devices, options.merge_device), options, process), process)
         self.program = program
         self.check_replicas = options.check_replicas
         self._roster, self._options = devices, options

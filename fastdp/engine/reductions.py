@@ -8,7 +8,7 @@ from typing import Any
 
 from fastdp.comm.base import Communicator
 from fastdp.engine.accumulation import AccumulatedGradients
-from fastdp.engine.across import Across, ProcessReduction
+from fastdp.engine.across import Across, ProcessReduction, local_branches
 from fastdp.engine.replica_work import commit
 from fastdp.engine.replicas import ReplicaGroup
 from fastdp.engine.step import Step
@@ -165,11 +165,18 @@ class ProcessesReductions(Reductions):
         """As in `Reductions`. One device, too, has buckets that other processes wait for."""
         self._reduction = None
         assert step.across is not None
-        if not step.reduces or self._accumulation.count or not step.across.shared:
+        waiting = not step.reduces or self._accumulation.count
+        if waiting and self._across.shards is not None and not step.across.is_full:
+            raise NotImplementedError(
+                f"With `shards` across processes, accumulated gradients need batches of at least "
+                f"{self._across.shards} rows, one for each shard. Received: {step.batch.rows} rows. Leave the last "
+                "rows out (drop_last=True), or do not accumulate."
+            )
+        if waiting or not step.across.shared:
             return
         ends, buckets = self._replicas.ends(len(step.shards)), self._replicas.buckets
-        self._reduction = step.across.reduction(self._replicas.every[0].gradients, buckets)
-        step.reduction = self._communicator.begin(*ends, buckets)
+        self._reduction = step.across.reduction(ends[0], buckets)
+        step.reduction = self._communicator.begin(*ends, buckets, branches=self._branches(step.across.bounds))
         step.reduction.summed = self._reduction.complete
         for context in step.contexts:
             context.ready = partial(step.reduction.ready, context.index)
@@ -187,16 +194,30 @@ class ProcessesReductions(Reductions):
 
     def reduce(self, sources: int, once: Callable[[], object] | None = None) -> None:
         """As in `Reductions`, then over the processes."""
-        super().reduce(sources, once)
-        self._over_processes()
+        bounds = self._across.bounds if self._across.shards is not None and self._accumulation.count else None
+        if bounds is None:
+            super().reduce(sources, once)
+        else:
+            begun = self._communicator.begin(
+                *self._replicas.ends(sources), self._replicas.buckets, branches=self._branches(bounds)
+            )
+            self._communicator.finish(begun, once=once)
+        self._over_processes(bounds)
 
-    def _over_processes(self) -> None:
+    def _branches(self, bounds: Sequence[int] | None) -> list[tuple[int, int]] | None:
+        """By replica of this process, the branches of the tree over the shards of all; None without shards."""
+        if self._across.shards is None or bounds is None:
+            return None
+        rank = self._across.processes.rank
+        return [(start - bounds[rank], stop - bounds[rank]) for start, stop in local_branches(bounds, rank)]
+
+    def _over_processes(self, bounds: Sequence[int] | None = None) -> None:
         """Enqueue the reduction over the processes, before any update."""
         every, across = self._replicas.every, self._across
         reduction, self._reduction = self._reduction, None
         if reduction is None:
-            flat, buckets = every[0].gradients, self._replicas.buckets
-            reduction = ProcessReduction(across, flat, buckets, "a training step")
+            flats, buckets = [replica.gradients for replica in every], self._replicas.buckets
+            reduction = ProcessReduction(across, flats, buckets, "a training step", bounds)
         every[0].device.compute.enqueue(reduction.finish)
         if len(self._replicas.updating) > 1:
             self._communicator.broadcast([replica.gradients for replica in every])

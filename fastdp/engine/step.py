@@ -248,7 +248,7 @@ def make_step(
     """
     names, here = [device.name for device in devices], len(shards)
     turns = turns_of(devices[:here], timeout, tight)
-    rendezvous = Rendezvous(here, timeout, names, turns) if across is None else across.rendezvous(timeout, names)
+    rendezvous = Rendezvous(here, timeout, names, turns) if across is None else across.rendezvous(timeout, names, turns)
     first, size = (0, here) if across is None else (across.first, across.size)
     common = (number, rendezvous, size, batch, batch.structure, wants_outputs)
     contexts = [
@@ -264,8 +264,9 @@ def make_step(
         )
         for place, (rows, device) in enumerate(zip(shards, devices, strict=False))
     ]
+    by_shards = devices[0].part_of is not None  # whose bits depend on the cores that each has
     return Step(
-        max(1, cores // len(shards)),
+        max(1, cores // (size if by_shards else here)),
         cores,
         kind=kind,
         trains=kind == "train",

@@ -25,7 +25,7 @@ import torch
 from keras.src.backend.torch.trainer import TorchTrainer
 
 from fastdp.comm.batch import ResidentArray
-from fastdp.comm.processes import several
+from fastdp.comm.processes import launched, several
 from fastdp.errors import ReplicaError
 from fastdp.keras.checks import check_backend, check_options, check_template, is_built, unbuilt_layers
 from fastdp.keras.fit.callbacks import quiet_elsewhere
@@ -126,7 +126,7 @@ def install(
         deterministic=deterministic,
         **options,
     )
-    devices, chosen = resolve_devices(gpus, chosen, "fastdp.install")
+    devices, chosen = resolve_devices(gpus, chosen, "fastdp.install", launched())
     check_options(chosen, devices)
     quiet_elsewhere()
     uninstall()

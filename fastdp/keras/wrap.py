@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 
+from fastdp.comm.processes import launched
 from fastdp.keras.checks import check_backend
 from fastdp.keras.parallel_model import ParallelModel
 from fastdp.keras.placement import check_places, resolve_groups, spans_groups
@@ -70,7 +71,7 @@ def wrap_keras(model: keras.Model, gpus: Any, options: Options) -> ParallelModel
     if groups:
         devices = [group[0] for group in groups]
     else:
-        devices, options = resolve_devices(gpus, options)
+        devices, options = resolve_devices(gpus, options, process=launched())
     return ParallelModel(model, devices, options, device_groups=groups and tuple(map(tuple, groups)))
 
 

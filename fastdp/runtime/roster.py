@@ -39,6 +39,7 @@ class Roster:
     Args:
         devices: as they were given, in the order of the rows; or their parts, by `on_shards`.
         options: with `merge_device` as an index into `devices`.
+        process: as in `on_shards`.
 
     Attributes:
         present: the devices of their own that are there, in the order of the rows. The same list at all times.
@@ -48,8 +49,8 @@ class Roster:
         version: a number that grows with each change.
     """
 
-    def __init__(self, devices: Sequence[QueueDevice], options: Options) -> None:
-        self._options = options
+    def __init__(self, devices: Sequence[QueueDevice], options: Options, process: tuple[int, int] = (0, 1)) -> None:
+        self._options, self._process = options, process
         owners = [device.part_of or device for device in devices]
         self._order = list(dict.fromkeys(owners))
         self._merge = owners[options.merge_device]
@@ -99,7 +100,7 @@ class Roster:
 
     def _shares(self) -> list[QueueDevice]:
         """The devices of equal shares of the rows."""
-        return on_shards(self.present, replace(self._options, merge_device=0))[0]
+        return on_shards(self.present, replace(self._options, merge_device=0), self._process)[0]
 
     def _key(self, number: int, share: QueueDevice) -> QueueDevice | int:
         """What the cuts of a share are kept by: a shard may move to another device, and keeps its cuts."""

@@ -21,37 +21,47 @@ from fastdp.shard import split_rows
 MOST_ON_GPUS = 8
 
 
-def resolve_devices(gpus: Any, options: Options, caller: str = "fastdp.wrap") -> tuple[list[QueueDevice], Options]:
+def resolve_devices(
+    gpus: Any, options: Options, caller: str = "fastdp.wrap", process: tuple[int, int] = (0, 1)
+) -> tuple[list[QueueDevice], Options]:
     """The devices that `gpus` means, or their parts if `options.shards` is set, with the options for these devices.
+
+    Args:
+        process: as in `on_shards`.
 
     Raises:
         ValueError: any problem with `gpus` or `shards`.
     """
-    return on_shards(resolve(gpus, caller=caller), options)
+    return on_shards(resolve(gpus, caller=caller), options, process)
 
 
-def on_shards(devices: Sequence[QueueDevice], options: Options) -> tuple[list[QueueDevice], Options]:
+def on_shards(
+    devices: Sequence[QueueDevice], options: Options, process: tuple[int, int] = (0, 1)
+) -> tuple[list[QueueDevice], Options]:
     """A device for each shard, in the order of the rows, and `options` with `merge_device` as an index into them.
 
     Returns both as they are without `options.shards`, and for devices that are parts already.
 
     Args:
         devices: devices of their own. Each gets neighbouring shards, the first ones one more if they do not divide.
+        process: this process's number, and how many there are with as many devices each, which share the shards.
 
     Raises:
         ValueError: more devices than shards; more shards than GPUs can add up.
     """
     if options.shards is None or any(device.part_of is not None for device in devices):
         return list(devices), options
-    _check(devices, options.shards)
+    rank, processes = process
+    _check(devices, options.shards, processes)
     parts: list[QueueDevice] = []
     merge_device = options.merge_device
     if devices[0].on_gpu and options.shards > len(devices):
         ask_for(*WANTED)
-    for rank, rows in enumerate(split_rows(options.shards, len(devices))):
-        if rank == options.merge_device:
-            merge_device = rows.start
-        parts += [part_of_device(devices[rank], place) for place in range(rows.count)]
+    every = split_rows(options.shards, len(devices) * processes)
+    for number, rows in enumerate(every[rank * len(devices) : (rank + 1) * len(devices)]):
+        if number == options.merge_device:
+            merge_device = len(parts)
+        parts += [part_of_device(devices[number], place) for place in range(rows.count)]
     return parts, replace(options, merge_device=merge_device)
 
 
@@ -70,13 +80,14 @@ def _new_part(device: QueueDevice, place: int) -> QueueDevice:
     return part
 
 
-def _check(devices: Sequence[QueueDevice], shards: int) -> None:
+def _check(devices: Sequence[QueueDevice], shards: int, processes: int) -> None:
     """Check that there is work for each device, and a sum over all shards."""
-    if len(devices) > shards:
+    if len(devices) * processes > shards:
+        several = f" in each of {processes} processes" if processes > 1 else ""
         raise ValueError(
             f"`shards` must be at least the number of devices, so that each has work. Received: shards={shards} for "
-            f"{len(devices)} devices. Use fewer devices (gpus={shards}). More shards give other bits: keep their "
-            "number for a run that goes on."
+            f"{len(devices)} devices{several}. Use fewer devices (gpus={max(1, shards // processes)}). More shards "
+            "give other bits: keep their number for a run that goes on."
         )
     if devices[0].on_gpu and shards > MOST_ON_GPUS:
         raise ValueError(f"`shards` must be at most {MOST_ON_GPUS} on GPUs. Received: shards={shards}")

@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 
 from fastdp.buffers import storage_dtype
-from fastdp.comm.host.reduction import sum_in_order
+from fastdp.comm.host.reduction import sum_by_shards, sum_in_order
 from fastdp.comm.processes import Processes, launched
 from fastdp.comm.transport import SIXTEEN_BITS, Transport, narrowed, widened
+from fastdp.comm.tree import join_branches
 from fastdp.errors import ProcessError
 from fastdp.tensors.wire import dumps, loads
 
@@ -158,6 +159,41 @@ class ProcessGroups(Processes):
                 self._start(self._sums.allgather, [parts], [_bytes(narrowed(total, transport.dtype))]), timeout, what
             )
             array[...] = widened(torch.cat(parts).numpy().view(taken.dtype)[: array.size], transport.dtype)
+
+        return wait
+
+    def sum_branches(
+        self,
+        own: Sequence[np.ndarray],
+        every: Sequence[Sequence[tuple[int, int]]],
+        dtype: str,
+        *,
+        transport: Transport | None = None,
+    ) -> Callable[[float, str], None]:
+        """Each process adds one part of all vectors up, and gives the sum to all."""
+        self._check()
+        travels = transport if dtype in ("float32", "float64") else None
+        wire = travels.dtype if travels is not None else dtype
+        size, kind = own[0].size, storage_dtype(wire)
+        each = -(-size // self.size)
+        given = np.zeros((self.size, len(own), each), kind)
+        for number, vector in enumerate(own):
+            padded = np.zeros(self.size * each, kind)
+            padded[:size] = vector if travels is None else travels.rounded(vector)
+            given[:, number] = padded.reshape(self.size, each)
+        taken = np.zeros((sum(map(len, every)), each), kind)
+        lengths = [len(branches) * each * kind.itemsize for branches in every]
+        equal = [len(own) * each * kind.itemsize] * self.size
+        work = self._start(self._sums.alltoall_base, _bytes(taken), _bytes(given), lengths, equal)
+
+        def wait(timeout: float, what: str) -> None:
+            self._wait(work, timeout, what)
+            places = [branch for branches in every for branch in branches]
+            total = _in_tree(dict(zip(places, taken, strict=True)), wire, travels)
+            parts = [torch.zeros(total.nbytes, dtype=torch.uint8) for _ in range(self.size)]
+            self._wait(self._start(self._sums.allgather, [parts], [_bytes(total)]), timeout, what)
+            whole = torch.cat(parts).numpy().view(kind)[:size]
+            own[0][...] = whole if travels is None else widened(whole, wire)
 
         return wait
 
@@ -308,6 +344,18 @@ def _store(rank: int, size: int) -> Any:
         raise ProcessError(f"Process {rank} of {size} found no store at {host}:{port}: {error}") from error
     run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"fastdp/{run}", store)
+
+
+def _in_tree(sums: Mapping[tuple[int, int], np.ndarray], dtype: str, transport: Transport | None) -> np.ndarray:
+    """The sum of the tree over the shards, of vectors as they have travelled. 16-bit ones are rounded once."""
+    count = max(stop for _, stop in sums)
+    if dtype not in SIXTEEN_BITS:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return join_branches(sums, count)
+    values = [sums[branch] for branch in sorted(sums)]
+    if transport is None:
+        return sum_by_shards(values, dtype)
+    return narrowed(transport.added(values, sum_by_shards), dtype)
 
 
 def _bytes(array: np.ndarray) -> torch.Tensor:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from fastdp.capture.kinds import CapturesByKind
-from fastdp.comm.processes import several
+from fastdp.comm.processes import launched, several
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.make_report import make_report
 from fastdp.engine.report import Report
@@ -98,7 +98,7 @@ class TorchParallel(Traceable, ModuleMembers[nn.Module]):
         super().__init__(module, devices)
         self.cpu_merge = options.cpu_merge
         self.cpu_relocation = options.cpu_relocation
-        self._roster = Roster(self.devices, options)
+        self._roster = Roster(self.devices, options, launched())
         self._roster.follow(self.devices)
         self._options = replace(options, cpu_relocation=False)  # a module's parameters stay with the first device
         self._scope = deterministic_algorithms if options.deterministic else nullcontext

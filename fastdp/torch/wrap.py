@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from fastdp.comm.processes import launched
 from fastdp.options import Options
 from fastdp.runtime.shards import resolve_devices
 from fastdp.torch.augment import set_augmentation
@@ -35,7 +36,7 @@ def wrap_torch(module: nn.Module, gpus: Any, options: Options) -> TorchParallel:
             "with all of its state. Received: shard_optimizer=True. Leave it out, or put the state into fewer bytes: "
             "torch.optim.SGD, or Adafactor."
         )
-    devices, options = resolve_devices(gpus, options)
+    devices, options = resolve_devices(gpus, options, process=launched())
     parallel = TorchParallel(module, devices, options)
     set_augmentation(module, options.augment)
     return parallel

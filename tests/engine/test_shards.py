@@ -11,7 +11,7 @@ from least_squares import line, rows
 
 import fastdp
 from fastdp.comm import turns
-from fastdp.comm.tree import sum_in_tree
+from fastdp.comm.tree import branches, join_branches, sum_in_tree
 from fastdp.comm.turns import turns_of
 from fastdp.errors import ReplicaError
 from fastdp.options import Options
@@ -157,3 +157,20 @@ def test_the_tree_adds_neighbours_first(count):
     assert sum_in_tree(values, values[0] if count > 1 else None).tobytes() == level[0].tobytes()
     for value, before in zip(values[1:], kept[1:], strict=True):
         assert value.tobytes() == before.tobytes()  # only the first one is overwritten
+
+
+@pytest.mark.parametrize("count", [1, 3, 6, 8, 13])
+def test_branches_of_any_split_add_up_to_the_same_bits(count):
+    values = [np.float32(np.random.default_rng(i).normal(size=50) * 10.0**i) for i in range(count)]
+    for first in range(count):
+        for second in range(first, count + 1):
+            places = [branches(count, *pair) for pair in ((0, first), (first, second), (second, count))]
+            sums = {(a, b): sum_in_tree(values[a:b]) for part in places for a, b in part}
+            np.testing.assert_array_equal(join_branches(sums, count), sum_in_tree(values))
+
+
+def test_processes_share_the_shards_of_all_their_devices():
+    names = [[part.name for part in on_shards(resolve(2), Options(shards=6), (rank, 2))[0]] for rank in range(2)]
+    assert [len(one) for one in names] == [4, 2]
+    with pytest.raises(ValueError, match=r"shards=3 for 2 devices in each of 2 processes.*gpus=1"):
+        on_shards(resolve(2), Options(shards=3), (0, 2))

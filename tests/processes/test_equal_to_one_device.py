@@ -13,7 +13,7 @@ from torchrun import torchrun
 
 import fastdp
 
-CASES = [name for name in process_cases.CASES if name != "halves"]
+CASES = [name for name in process_cases.CASES if name not in ("halves", "shards")]
 IN_FLOAT64 = ("train_step", "loop")
 
 
@@ -47,6 +47,12 @@ def test_two_processes_of_two_devices_equal_one_device(case, alone, together):
 def test_processes_end_with_the_same_bits(case, together):
     for name, value in together[0][case].items():
         assert np.array_equal(value, together[1][case][name]), name
+
+
+def test_shards_have_the_same_bits_on_two_processes_of_two_devices_as_on_one_device(alone, together):
+    for found in together:
+        for name, value in alone["shards"].items():
+            assert np.array_equal(found["shards"][name], value), name
 
 
 def test_the_generator_goes_on_as_on_one_device(alone, together):

@@ -165,7 +165,28 @@ def halves(devices: int) -> dict[str, Any]:
     return {name: before[name] - value for name, value in found_in(module).items()}
 
 
-CASES = {"train_step": train_step, "loop": loop, "keras_fit": keras_fit, "own_step": own_step, "halves": halves}
+def shards(devices: int) -> dict[str, Any]:
+    """Steps of six shards in float32: of all rows, of fewer rows than shards, and of rows that one process runs."""
+    torch.set_num_threads(1)
+    module = net().float()
+    parallel = fastdp.wrap(module, gpus=devices, shards=6, check_replicas=True, sync_batch_norm=True)
+    step = parallel.train_step(F.cross_entropy, lambda p: torch.optim.Adam(p, lr=0.05), reduction="mean")
+    torch.manual_seed(5)
+    losses = []
+    for number, rows in enumerate((13, 5, 2, 12)):
+        x, y = torch_data(rows, number)
+        losses.append(float(step(x.float(), y)))
+    return {**found_in(module), "losses": np.array(losses)}
+
+
+CASES = {
+    "train_step": train_step,
+    "loop": loop,
+    "keras_fit": keras_fit,
+    "own_step": own_step,
+    "halves": halves,
+    "shards": shards,
+}
 
 
 def run(devices: int, names: list[str]) -> dict[str, dict[str, Any]]:

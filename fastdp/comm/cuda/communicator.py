@@ -110,6 +110,7 @@ class CudaCommunicator(Communicator):
         *,
         warm: bool = True,
         scatters: bool = False,
+        branches: Sequence[tuple[int, int]] | None = None,
     ) -> CudaReduction:
         """A reduction whose buckets may be announced one by one.
 

@@ -41,10 +41,14 @@ class HostCommunicator(Communicator):
         *,
         warm: bool = True,
         scatters: bool = False,
+        branches: Sequence[tuple[int, int]] | None = None,
     ) -> HostReduction:
-        """A reduction whose buckets may be announced one by one. `warm` has no effect."""
+        """A reduction whose buckets may be announced one by one. `warm` has no effect. `branches` as in
+        `HostReduction`."""
         refuse_unknown(buckets)
-        return HostReduction(self._devices, sources, targets, buckets, scatters=scatters, transport=self.transport)
+        return HostReduction(
+            self._devices, sources, targets, buckets, scatters=scatters, transport=self.transport, branches=branches
+        )
 
     def finish(
         self, reduction: HostReduction, once: Callable[[], object] | None = None, readers: int | None = None

@@ -41,6 +41,8 @@ class HostReduction(Reduction):
         sources, targets, buckets: as in `HostCommunicator.all_reduce`.
         scatters: each target gets its own part of each bucket alone.
         transport: how gradients travel.
+        branches: by source, those that are added to the first of them, in its memory; targets get nothing. Sums that
+            are rounded to 16 bits are made elsewhere, of all sources at once.
 
     `over` completes when nobody works on the reduction any more, with the error if it failed.
     """
@@ -54,7 +56,9 @@ class HostReduction(Reduction):
         *,
         scatters: bool = False,
         transport: Transport | None = None,
+        branches: Sequence[tuple[int, int]] | None = None,
     ) -> None:
+        self._branches, self._rounds = branches, transport is not None
         self.over = QueueEvent()
         self._devices = devices
         self._add = sent(sum_for(devices), transport)
@@ -63,7 +67,7 @@ class HostReduction(Reduction):
         # gradient is the sum; if no other buffer needs it, there is nothing to do.
         in_place = all(source is not targets[0] for source in sources[1:])
         self._sum_lies_in = sources[0] if len(sources) == 1 else targets[0] if in_place else None
-        trivial = len(sources) == 1 and all(target is sources[0] for target in targets)
+        trivial = branches is None and len(sources) == 1 and all(target is sources[0] for target in targets)
         ranks = len(targets) if scatters else 0
         self._pieces: list[list[Piece]] = [[] if trivial else _cut(bucket, ranks)[::-1] for bucket in buckets]
         self._left_in = [len(pieces) for pieces in self._pieces]
@@ -199,6 +203,11 @@ class HostReduction(Reduction):
 
     def _sum(self, dtype: str, span: slice, owner: int | None) -> None:
         """Sum one piece, and write it to all targets, or to the one that owns it."""
+        if self._branches is not None:
+            for first, last in () if self._rounds or dtype in SIXTEEN_BITS else self._branches:
+                values = [source.buffers[dtype][span] for source in self._sources[first:last]]
+                self._add(values, dtype, values[0])
+            return
         place, targets = self._sum_lies_in, self._targets
         if owner is not None:
             targets = [targets[owner]]

@@ -12,7 +12,7 @@ import torch
 from fastdp.capture.cuda_graphs.recorder import Recorder, chosen_graphs
 from fastdp.capture.steps import Captures
 from fastdp.capture.trace import Captured
-from fastdp.comm.processes import SEVERAL, several
+from fastdp.comm.processes import SEVERAL, launched, several
 from fastdp.engine.across import all_replicas
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.step_scope import alone, alone_for
@@ -56,7 +56,7 @@ class ModelEngine:
     ) -> None:
         self.template = template
         self.trainer = trainer
-        self.roster = Roster(devices, options)
+        self.roster = Roster(devices, options, launched())
         self.devices = self.roster.follow(list(devices))
         self.device_groups = device_groups
         self._options = options
