@@ -40,7 +40,6 @@ from fastdp.options import Options, one_of
 from fastdp.program.base import Program, Result, as_program
 from fastdp.runtime.roster import Roster
 from fastdp.runtime.select import devices_of_engine
-from fastdp.runtime.shards import on_shards
 from fastdp.shard import Rows
 from fastdp.tracing import nvtx
 from fastdp.tracing.spans import span
@@ -109,8 +108,7 @@ class DataParallel(Traceable, Reporting, Inspection, Survival, WaitingGradients,
         options = one_of(options, keywords)
         nvtx.follow_environment()
         if not isinstance(devices, Roster):
-            process = launched()
-            devices = Roster(*on_shards(devices_of_engine(devices, options.merge_device), options, process), process)
+            devices = Roster.on_shards(devices_of_engine(devices, options.merge_device), options, launched())
         self.program = program
         self.check_replicas = options.check_replicas
         self._roster, self._options = devices, options

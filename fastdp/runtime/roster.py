@@ -62,6 +62,11 @@ class Roster:
         self._followers: list[list[QueueDevice]] = []
         self._formation = self._formed()
 
+    @classmethod
+    def on_shards(cls, devices: Sequence[QueueDevice], options: Options, process: tuple[int, int]) -> Roster:
+        """A roster of these devices, or of their parts where `options.shards` is set. Arguments as of `on_shards`."""
+        return cls(*on_shards(devices, options, process), process)
+
     def formation(self) -> Formation:
         """The devices of the replicas now."""
         return self._formation
