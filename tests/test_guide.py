@@ -69,6 +69,19 @@ def test_the_lines_that_keep_checkpoints_of_fit_leave_a_plain_file(
     np.testing.assert_array_equal(loaded.get_weights()[0], names["template"].get_weights()[0])
 
 
+def test_the_lines_with_augmentation_mix_labels_on_both_devices() -> None:
+    names: dict[str, Any] = {}
+    exec(code_with("augment=layers"), names)
+    assert names["parallel"].optimizer.iterations == 2
+
+
+def test_the_lines_with_a_loader_read_it_ahead() -> None:
+    names: dict[str, Any] = {}
+    exec(code_with("prefetch(torch.utils.data.DataLoader"), names)
+    assert names["x"].shape == (16, 4)
+    assert names["loader"].report()["batches"] == 4
+
+
 def test_the_lines_with_shards_train_and_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     fastdp.set_virtual_devices(8)

@@ -8,9 +8,8 @@ from least_squares import line
 from least_squares import rows as make_rows
 
 import fastdp
-from fastdp.comm import batch as batch_module
 from fastdp.comm.batch import Batch, count_rows
-from fastdp.shard import dealt_rows, split_rows
+from fastdp.shard import Deal, dealt_rows, split_rows
 
 
 class Counted:
@@ -79,13 +78,12 @@ def test_rows_are_dealt_as_split_rows_deals_them(total, parts):
 
 
 def test_rows_are_dealt_once_and_anew_for_another_number_of_parts(monkeypatch):
-    dealt = []
-    monkeypatch.setattr(batch_module, "dealt_rows", lambda *of: dealt.append(of) or tuple(split_rows(*of)))
+    dealt, rows = [], Deal.rows
+    monkeypatch.setattr(Deal, "rows", lambda deal, total: dealt.append((total, deal.shares)) or rows(deal, total))
     batch = Batch.of([np.zeros(5)])
     assert batch.deal(2) is batch.deal(2)
     assert len(batch.deal(1)) == 1
     assert len(batch.deal(9)) == 5
-    assert batch.deal(7) is batch.deal(9)
     assert dealt == [(5, 2), (5, 1), (5, 9)]
 
 

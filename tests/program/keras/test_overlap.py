@@ -133,8 +133,8 @@ def test_small_buckets_give_the_bits_of_one_bucket(monkeypatch, kind, options):
 def test_the_last_layers_are_reduced_while_backward_is_held_up_before_the_first_ones(monkeypatch):
     spans, changed, kept = [], threading.Condition(), HostReduction._sum
 
-    def summed(reduction, dtype, span):
-        kept(reduction, dtype, span)
+    def summed(reduction, dtype, span, owner):
+        kept(reduction, dtype, span, owner)
         with changed:
             spans.append((span.start, span.stop))
             changed.notify_all()
