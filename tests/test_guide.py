@@ -82,6 +82,13 @@ def test_the_lines_with_a_loader_read_it_ahead() -> None:
     assert names["loader"].report()["batches"] == 4
 
 
+def test_the_lines_with_rows_on_the_devices_train_a_module() -> None:
+    names: dict[str, Any] = {}
+    exec(code_with("collate_fn=data.collate"), names)
+    assert [entry["steps"] for entry in names["parallel"].report()] == [4]
+    assert float(names["loss"]) > 0
+
+
 def test_the_lines_with_shards_train_and_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     fastdp.set_virtual_devices(8)
@@ -154,7 +161,7 @@ def test_the_lines_for_a_torch_module_train_it() -> None:
     x = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x.argmax(dim=1) % 3), batch_size=8)
     names: dict[str, Any] = {"fastdp": fastdp, "torch": torch, "module": module, "loader": loader}
-    exec(code_with(".train_step("), names)
+    exec(code_with("dp.train_step("), names)
     assert len(names["dp"].devices) == 4
     assert float(names["loss"]) > 0
     assert not torch.equal(module.weight, before)

@@ -155,9 +155,18 @@ def counting():
     return backend, compiled, ran
 
 
+@pytest.fixture
+def one_thread():
+    """Torch compiles again for another number of threads, and a loop changes the host thread's."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("how", [lambda module, backend: torch.compile(module, backend=backend), None])
-def test_each_replica_compiles_once_and_trials_do_not(how, late):
+def test_each_replica_compiles_once_and_trials_do_not(how, late, one_thread):
     backend, compiled, ran = counting()
     module = Drawless()
     x = torch.randn(9, 4, dtype=torch.float64)
