@@ -155,18 +155,9 @@ def counting():
     return backend, compiled, ran
 
 
-@pytest.fixture
-def one_thread():
-    """Torch compiles again for another number of threads, and a loop changes the host thread's."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("how", [lambda module, backend: torch.compile(module, backend=backend), None])
-def test_each_replica_compiles_once_and_trials_do_not(how, late, one_thread):
+def test_each_replica_compiles_once_and_trials_do_not(how, late):
     backend, compiled, ran = counting()
     module = Drawless()
     x = torch.randn(9, 4, dtype=torch.float64)
@@ -185,6 +176,18 @@ def test_each_replica_compiles_once_and_trials_do_not(how, late, one_thread):
         model(x).sum().backward()
     assert len(compiled) == before
     assert ran == {f"fastdp-virtual:{rank}": 3 for rank in range(3)}
+
+
+def test_a_module_that_is_compiled_after_its_first_call_is_not_captured():
+    backend, compiled, _ = counting()
+    module, x = Drawless(), torch.randn(9, 4, dtype=torch.float64)
+    model = fastdp.wrap(module, gpus=3, compile="trace")
+    model(x)
+    module.compile(backend=backend)
+    with pytest.warns(UserWarning, match=r"torch\.compile: the module runs its own compilation"):
+        for _ in range(3):
+            model(x).sum().backward()
+    assert len(compiled) == 3
 
 
 @pytest.mark.parametrize("devices", [1, 2])

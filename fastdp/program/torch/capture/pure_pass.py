@@ -29,6 +29,8 @@ from fastdp.program.torch.shared_draws import SharedDraws
 from fastdp.tensors.collectives import peers_scope
 from fastdp.tensors.function_mode import ReplicaMode
 
+OWN_COMPILATION = "torch.compile: the module runs its own compilation"
+
 
 @dataclass(slots=True)
 class RunningPass:
@@ -79,9 +81,12 @@ class PurePass:
 
     def why_never(self) -> str:
         """As `PureStep.why_never`."""
-        if any(is_compiled(part) for part in self._module.modules()):
-            return "torch.compile: the module runs its own compilation"
+        if self._compiles_itself():
+            return OWN_COMPILATION
         return "" if self._slots else "a module without parameters"
+
+    def _compiles_itself(self) -> bool:
+        return any(is_compiled(part) for part in self._module.modules())
 
     def prepare(self) -> None:
         """As `PureStep.prepare`."""
@@ -136,6 +141,8 @@ class PurePass:
     @contextmanager
     def lent_pass(self, variables: Sequence[torch.Tensor], context: Context, draws: Draws) -> Iterator[RunningPass]:
         """Within this the module runs on copies of `variables`, in the functions of a replica with these rows."""
+        if self._compiles_itself():  # since `why_never` was asked
+            raise NotCapturable(OWN_COMPILATION)
         draws_of_trace = SharedDraws()  # not those of the pass that follows
         draws_of_trace.places = context.structure.draws.places
         context = replace(context, structure=replace(context.structure, draws=draws_of_trace))
