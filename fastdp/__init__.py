@@ -17,29 +17,28 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdp import backend as backend
-from fastdp import data
 from fastdp._version import __version__
-from fastdp.api import wrap
-from fastdp.checkpoint.run import Checkpoint
-from fastdp.engine.data_parallel import DataParallel
-from fastdp.engine.step import StepResult
-from fastdp.errors import DeviceTimeoutError, ReplicaError
-from fastdp.placement import device
-from fastdp.program.functions import FunctionProgram
 from fastdp.runtime import environment
-from fastdp.runtime.select import devices, set_virtual_devices
-from fastdp.runtime.topology import DeviceInfo
-from fastdp.tracing.trace import trace
 
 if TYPE_CHECKING:
-    from fastdp import callbacks, replica, utils
+    from fastdp import backend as backend
+    from fastdp import callbacks, data, replica, utils
+    from fastdp.api import wrap
+    from fastdp.checkpoint.run import Checkpoint
     from fastdp.data.hdf5 import HDF5Matrix
+    from fastdp.engine.data_parallel import DataParallel
+    from fastdp.engine.step import StepResult
+    from fastdp.errors import DeviceTimeoutError, ReplicaError
     from fastdp.keras.install import install, uninstall
     from fastdp.keras.parallel_model import ParallelModel
     from fastdp.keras.wrap import multi_gpu_model
     from fastdp.monitoring.progress import progress
+    from fastdp.placement import device
+    from fastdp.program.functions import FunctionProgram
+    from fastdp.runtime.select import devices, set_virtual_devices
+    from fastdp.runtime.topology import DeviceInfo
     from fastdp.tensors.marks import mean_over, rows, same
+    from fastdp.tracing.trace import trace
 
 __all__ = [
     "Checkpoint",
@@ -70,34 +69,45 @@ __all__ = [
     "wrap",
 ]
 
-# Loaded on first use, so that `import fastdp` is fast and works without Keras and torch.
+# All names are loaded on first use, so that `import fastdp` is fast and works without Keras and torch.
 _LATE = {
+    "Checkpoint": "fastdp.checkpoint.run",
+    "DataParallel": "fastdp.engine.data_parallel",
+    "DeviceInfo": "fastdp.runtime.topology",
+    "DeviceTimeoutError": "fastdp.errors",
+    "FunctionProgram": "fastdp.program.functions",
     "HDF5Matrix": "fastdp.data.hdf5",
     "ParallelModel": "fastdp.keras.parallel_model",
-    "callbacks": "fastdp.callbacks",
+    "ReplicaError": "fastdp.errors",
+    "StepResult": "fastdp.engine.step",
+    "device": "fastdp.placement",
+    "devices": "fastdp.runtime.select",
     "install": "fastdp.keras.install",
-    "multi_gpu_model": "fastdp.keras.wrap",
     "mean_over": "fastdp.tensors.marks",
+    "multi_gpu_model": "fastdp.keras.wrap",
     "progress": "fastdp.monitoring.progress",
-    "replica": "fastdp.replica",
     "rows": "fastdp.tensors.marks",
     "same": "fastdp.tensors.marks",
+    "set_virtual_devices": "fastdp.runtime.select",
+    "trace": "fastdp.tracing.trace",
     "uninstall": "fastdp.keras.install",
-    "utils": "fastdp.utils",
+    "wrap": "fastdp.api",
 }
+_LATE_MODULES = {name: f"fastdp.{name}" for name in ("backend", "callbacks", "data", "replica", "utils")}
 _OF_TORCH = ("mean_over", "replica", "rows", "same")
 
 
 def __getattr__(name: str) -> Any:
-    """Load one of the names in `_LATE`.
+    """Load one of the names in `_LATE` and `_LATE_MODULES`, once.
 
     Raises:
         ImportError: Keras or torch is missing; the message says how to install them.
     """
-    if name not in _LATE:
+    place = _LATE.get(name) or _LATE_MODULES.get(name)
+    if place is None:
         raise AttributeError(f"module 'fastdp' has no attribute {name!r}")
     try:
-        module = importlib.import_module(_LATE[name])
+        module = importlib.import_module(place)
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.split(".")[0] in ("keras", "torch"):
             needs = "torch. Install it with: pip install torch"
@@ -105,7 +115,14 @@ def __getattr__(name: str) -> Any:
                 needs = "Keras and torch. Install them with: pip install 'fastdp[keras]'"
             raise ImportError(f"fastdp.{name} needs {needs}") from error
         raise
-    return module if name in ("callbacks", "replica", "utils") else getattr(module, name)
+    value = module if name in _LATE_MODULES else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """All names, loaded or not."""
+    return sorted({*globals(), *_LATE, *_LATE_MODULES})
 
 
 def _choose_backend() -> None:
