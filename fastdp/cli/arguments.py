@@ -6,11 +6,13 @@ import argparse
 import math
 import re
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
-from fastdp.cli.status import PIPE_CLOSED, drop_stdout
+from fastdp.cli.status import PIPE_CLOSED, WrongUseError, drop_stdout
 
 # "  0    it worked": a name, and what it means in a column of its own.
 _ENTRY = re.compile(r" +\S+  +(?=\S)")
@@ -123,6 +125,23 @@ def counts(most: int) -> Callable[[str], list[int]]:
             ) from None
 
     return parse
+
+
+def check_folder(argument: str, folder: Path) -> None:
+    """Make the folder of what a command writes, and write to it: before libraries are loaded and anything is computed.
+
+    Raises:
+        WrongUseError: that cannot be done.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise WrongUseError(
+            f"argument {argument}: must be a folder that can be written to, or a path where one can be made. "
+            f"Received: {str(folder)!r} ({error.strerror})"
+        ) from error
 
 
 def shown(text: str) -> str:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from fastdp.benchmark.request import FRAMEWORKS, LIBRARIES, MODES, PRECISIONS, S
 from fastdp.benchmark.result import FILE, save
 from fastdp.benchmark.run import run as measure
 from fastdp.cli import bench_report
-from fastdp.cli.arguments import add_json, positive, whole_number
+from fastdp.cli.arguments import add_json, check_folder, positive, whole_number
 from fastdp.cli.output import print_json
 from fastdp.cli.status import FAILED, OK, WrongUseError, say
 
@@ -118,29 +117,13 @@ def run(options: argparse.Namespace) -> int:
         say("bench", f"{options.target}: {error}")
         return FAILED
     if options.output is not None:
-        _check_folder(options.output)
+        check_folder("--output", options.output)
     if settings.note:
         say("bench", settings.note)
     with open_display(sys.stderr if options.json else sys.stdout) as display:
         result = measure(settings, display)
     _write(result, options)
     return OK if len(result["entries"]) >= min(2, len(settings.ways)) else FAILED
-
-
-def _check_folder(folder: Path) -> None:
-    """Make the folder of the results and write to it, before anything is measured.
-
-    Raises:
-        WrongUseError: that cannot be done.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise WrongUseError(
-            f"--output must be a folder that can be written to. Received: {str(folder)!r} ({error.strerror})"
-        ) from error
 
 
 def _write(result: dict[str, Any], options: argparse.Namespace) -> None:

@@ -26,15 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Convert one file; returns 1 if it cannot be converted."""
     choose_torch("convert")
-    convert = load("fastdp.keras.h5_files.convert", "keras").convert
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        try:
-            convert(options.source, options.destination)
-        except (OSError, ValueError) as error:
-            say("convert", str(error))
-            return FAILED
-    notes = [str(one.message) for one in caught if one.category is UserWarning]
+    try:
+        load("fastdp.data.h5_checks", "keras").check_conversion(options.source, options.destination)  # before Keras
+        notes = _convert(options.source, options.destination)
+    except (OSError, ValueError) as error:
+        say("convert", str(error))
+        return FAILED
     if options.json:
         print_json({"source": options.source, "destination": options.destination, "notes": notes})
         return OK
@@ -42,3 +39,12 @@ def run(options: argparse.Namespace) -> int:
         say("convert", note)
     print(f"Wrote {options.destination}")
     return OK
+
+
+def _convert(source: str, destination: str) -> list[str]:
+    """Convert a file, and return what it warns of."""
+    convert = load("fastdp.keras.h5_files.convert", "keras").convert
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        convert(source, destination)
+    return [str(one.message) for one in caught if one.category is UserWarning]

@@ -51,6 +51,25 @@ def damage_named(path: str, argument: str, *, type_errors: bool = False) -> Iter
         raise kind(f"{argument} {path!r} cannot be read: {error}") from error
 
 
+def check_conversion(source: str, destination: str) -> None:
+    """Check the two paths of a conversion, which needs no library but h5py.
+
+    Raises:
+        OSError, ValueError: there is no such HDF5 file, or no new file of that name can be written.
+    """
+    if not os.path.exists(source):
+        raise FileNotFoundError(f"source must be an existing .h5 file, got {source!r}: check the path")
+    if not h5py.is_hdf5(source):
+        raise OSError(f"source must be an HDF5 file, got {source!r} of another format: pass a Keras 2 .h5 file")
+    if not destination.endswith((".h5", ".hdf5")) or destination.endswith(".weights.h5"):
+        raise ValueError(
+            f"destination must end in .h5 or .hdf5, and not in .weights.h5, which Keras 3 reads as another "
+            f"format, got {destination!r}: rename it"
+        )
+    if os.path.lexists(destination):
+        raise FileExistsError(f"destination must be a new file, got {destination!r}, which exists: choose another")
+
+
 def declared_nbytes(shape: tuple[int, ...] | None, dtype: np.dtype[Any]) -> int:
     """The size of an array in memory, by numbers that do not overflow. An empty data set has no shape."""
     return 0 if shape is None else math.prod(map(int, shape)) * dtype.itemsize

@@ -43,6 +43,13 @@ def join() -> ProcessGroups | None:
         return _joined[os.getpid()]
 
 
+class _Begun:
+    """A collective under way."""
+
+    def __init__(self, work: Any) -> None:
+        self.work = work
+
+
 class ProcessGroups(Processes):
     """All processes of this torchrun.
 
@@ -57,7 +64,7 @@ class ProcessGroups(Processes):
         self.rank, self.size = rank, size
         self._store: Any = _store(rank, size)
         self._generation = 0
-        self._broken: BaseException | None = None
+        self._broken = ""  # what has gone wrong: an error would keep its frames, and by them gloo's work, to the end
         self._failed_in = -1
         self._connect()
         atexit.register(self._leave)
@@ -207,17 +214,17 @@ class ProcessGroups(Processes):
 
     def fail(self, error: BaseException, step: int) -> None:
         """Leaves a note for the others, and closes the connections, which ends their waits."""
-        if self._broken is not None and self._failed_in >= 0:
+        if self._broken and self._failed_in >= 0:
             return
         self._failed_in = step
         text = f"step {step}: {type(error).__name__}: {error}"
-        self._broken = ProcessError(f"Process {self.rank} failed in {text}")
+        self._broken = f"Process {self.rank} failed in {text}"
         self._note("failed", text)
         self._close()
 
     def recover(self, timeout: float) -> None:
         """Connects again if every process has failed in the same step, and rolled it back."""
-        if self._broken is None:
+        if not self._broken:
             return
         steps = [self._failed_in]
         for rank in range(self.size):
@@ -228,36 +235,38 @@ class ProcessGroups(Processes):
             raise ProcessError(
                 f"{self._broken} The processes are not at the same step any more, so this training cannot go on. End "
                 "all of them, and start again from a checkpoint (torchrun --max-restarts does so)."
-            ) from self._broken
+            )
         self._generation += 1
         self._connect()
-        self._broken, self._failed_in = None, -1
+        self._broken, self._failed_in = "", -1
 
     def _check(self) -> None:
-        if self._broken is not None:
-            raise ProcessError(str(self._broken)) from self._broken
+        if self._broken:
+            raise ProcessError(self._broken)
 
-    def _start(self, call: Callable[..., Any], *args: Any) -> Any:
+    def _start(self, call: Callable[..., Any], *args: Any) -> _Begun:
         """Start a collective."""
         try:
-            return call(*args)
+            return _Begun(call(*args))
         except RuntimeError as error:
             raise self._lost(str(error), "a collective") from error
 
-    def _wait(self, work: Any, timeout: float, what: str) -> None:
-        """Wait for a collective in slices."""
+    def _wait(self, begun: _Begun, timeout: float, what: str) -> None:
+        """Wait for a collective in slices. It is let go of, since the frames of an error may live to the very end."""
         deadline = time.monotonic() + timeout
-        while True:
-            try:
-                work.wait(timedelta(seconds=max(0.001, min(SLICE, deadline - time.monotonic()))))
-                return
-            except RuntimeError as error:
-                if work.is_completed():
-                    raise self._lost(str(error), what) from error
-                if time.monotonic() >= deadline:
-                    raise self._lost(f"not all came within {timeout:g} seconds", what) from error
-            if self._broken is not None:
+        try:
+            while True:
+                try:
+                    begun.work.wait(timedelta(seconds=max(0.001, min(SLICE, deadline - time.monotonic()))))
+                    return
+                except RuntimeError as error:
+                    if begun.work.is_completed():
+                        raise self._lost(str(error), what) from error
+                    if time.monotonic() >= deadline:
+                        raise self._lost(f"not all came within {timeout:g} seconds", what) from error
                 self._check()
+        finally:
+            begun.work = None
 
     def _lost(self, why: str, what: str) -> ProcessError:
         """The error after a collective that did not end: asks the others where they are."""
@@ -279,7 +288,7 @@ class ProcessGroups(Processes):
             )
         reason = "; ".join(failed or told)
         error = ProcessError(f"Process {self.rank} of {self.size} lost the others at {what}: {reason} ({why}).")
-        self._broken = self._broken or error
+        self._broken = self._broken or str(error)
         return error
 
     def _last(self, rank: int, deadline: float) -> str:
@@ -322,7 +331,7 @@ class ProcessGroups(Processes):
     def _leave(self) -> None:
         """Tell the others that the script has ended, and end gloo's threads while the interpreter still runs."""
         self._note("left", socket.gethostname())
-        if self._broken is not None:
+        if self._broken:
             self._close()
         self._talk = self._sums = self._store = None
 

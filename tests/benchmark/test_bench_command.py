@@ -144,5 +144,5 @@ def test_a_place_where_no_result_can_be_written_is_told_before_anything_is_measu
     taken.write_text("a file")
     assert main(["bench", "mlp", "--virtual", "1", "--output", str(taken)]) == 2
     said = capsys.readouterr().err
-    assert "--output must be a folder that can be written to" in said
+    assert "argument --output: must be a folder that can be written to" in said
     assert str(taken) in said

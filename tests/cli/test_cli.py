@@ -141,13 +141,22 @@ def test_a_closed_output_is_no_traceback(line):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_demo_refuses_a_file_as_its_folder(tmp_path, capsys):
+def test_demo_refuses_a_file_as_its_folder_before_it_loads_libraries(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "load", lambda *_: pytest.fail("a library was loaded"))
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "inside"):
         assert main(["demo", "--out", str(out)]) == 2
         said = capsys.readouterr().err
         assert said.startswith("fastdp demo: argument --out: must be a folder")
         assert str(out) in said
+
+
+def test_convert_looks_at_its_paths_before_it_loads_keras(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastdp.keras.h5_files.convert", None)  # an import of it is an error
+    (tmp_path / "text.h5").write_text("no HDF5")
+    for source, said in (("none.h5", "must be an existing .h5 file"), ("text.h5", "must be an HDF5 file")):
+        assert main(["convert", str(tmp_path / source), str(tmp_path / "new.h5")]) == 1
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -186,6 +195,7 @@ def test_convert_never_overwrites_a_file(tmp_path, capsys):
 def test_convert_as_json_has_the_notes_and_alone_prints_them(tmp_path, capsys, monkeypatch):
     module = load("fastdp.keras.h5_files.convert", "keras")
     monkeypatch.setattr(module, "convert", lambda source, destination: module.warn_user("a note"))
+    monkeypatch.setattr("fastdp.data.h5_checks.check_conversion", lambda *_: None)
     assert main(["convert", "a.h5", "b.h5", "--json"]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out) == {"source": "a.h5", "destination": "b.h5", "notes": ["a note"]}

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from fastdp.cli.arguments import add_json, whole_number
+from fastdp.cli.arguments import add_json, check_folder, whole_number
 from fastdp.cli.demo.digits import TRAIN_ROWS, Digits, open_digits, write_digits
 from fastdp.cli.demo.report import draw_curves, loss_difference, print_tables, result
 from fastdp.cli.demo.training import Run, train
 from fastdp.cli.optional import choose_torch, load
 from fastdp.cli.output import only_json, print_json
-from fastdp.cli.status import FAILED, OK, WrongUseError, say
+from fastdp.cli.status import FAILED, OK, say
 from fastdp.runtime.select import devices, resolve, set_virtual_devices
 
 # What is expected after so many epochs of batches of so many rows or fewer. Shorter runs are not judged.
@@ -52,13 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Train on all devices and on one, compare, and write files; returns 1 if a check fails."""
     began = time.perf_counter()
+    check_folder("--out", options.out)
     choose_torch("demo")
     for library in ("keras", "rich", "sklearn", "matplotlib"):  # before the training, not after it
         load(library, "keras,demo")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WrongUseError(f"argument --out: must be a folder, or a path where one can be made. {error}") from error
     with only_json(options.json):
         found, problems = _demonstrate(options)
     for problem in problems:

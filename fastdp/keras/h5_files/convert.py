@@ -17,7 +17,7 @@ import h5py
 import keras
 import numpy as np
 
-from fastdp.data.h5_checks import check_tree, damage_named, own_data, read_names
+from fastdp.data.h5_checks import check_conversion, check_tree, damage_named, own_data, read_names
 from fastdp.warn import warn_user
 
 ATTRIBUTE_NBYTES = 64512  # HDF5 keeps attributes of an object in a header of 64 KiB; Keras splits lists there
@@ -57,7 +57,7 @@ def convert(
         >>> model.load_weights("template.h5")
     """
     source, destination = os.fspath(source), os.fspath(destination)
-    _check_paths(source, destination)
+    check_conversion(source, destination)
     with damage_named(source, "source"):
         _convert(source, destination, template)
     return destination
@@ -81,20 +81,6 @@ def _convert(source: str, destination: str, template: keras.Model | None) -> Non
             with h5py.File(partial, "w") as target:
                 _write(target, config, layers, group, weights)
             os.replace(partial, destination)
-
-
-def _check_paths(source: str, destination: str) -> None:
-    if not os.path.exists(source):
-        raise FileNotFoundError(f"source must be an existing .h5 file, got {source!r}: check the path")
-    if not h5py.is_hdf5(source):
-        raise OSError(f"source must be an HDF5 file, got {source!r} of another format: pass a Keras 2 .h5 file")
-    if not destination.endswith((".h5", ".hdf5")) or destination.endswith(".weights.h5"):
-        raise ValueError(
-            f"destination must end in .h5 or .hdf5, and not in .weights.h5, which Keras 3 reads as another "
-            f"format, got {destination!r}: rename it"
-        )
-    if os.path.lexists(destination):
-        raise FileExistsError(f"destination must be a new file, got {destination!r}, which exists: choose another")
 
 
 def _not_wrapper_shaped(source: str, found: str) -> ValueError:
