@@ -215,9 +215,14 @@ def wrap(
             weights gathered. Weights, losses and files are to the last bit those of one optimizer (weights of 16 bits
             may be rounded otherwise where a part ends), so a run may go on from its file on another number of devices,
             or without this. For Keras models with SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax, Nadam, Lion or
-            Ftrl; others, `clipnorm` and constraints are an error. Not for a `train_step` of the model's own, nor for
-            torch modules. `v.value.grad` is not left behind. Whoever reads a slot has it whole on the first
+            Ftrl; others, `clipnorm` and constraints are an error. Not for a `train_step` of the model's own.
+            `v.value.grad` is not left behind. Whoever reads a slot has it whole on the first
             device until the next step.
+
+            For the train steps of torch modules each parameter belongs to one device, which steps it and has the
+            optimizer's state of it; a device is given parameters until all have about as many elements. `state_dict()`
+            is whole at any time. For torch.optim's optimizers without a closure; others, and hooks on their steps, are
+            an error, as is `loss.backward()` of a loop of your own.
         augment: what stands between the data and the model, and runs on each device on its rows, with draws by the row
             of the global batch: 1, 2, 3 and 8 devices get the same augmented batch. Images stay uint8 until they are
             there.
@@ -250,7 +255,8 @@ def wrap(
             - "continue_stalled": the same, and a virtual device that does not end a step within `timeout` counts as
               lost, unless it is the first one.
 
-            Neither this nor `on_oom` goes with `shard_optimizer`, whose slots lie in parts on the devices.
+            With `shard_optimizer` this and `on_oom` are for torch modules: slots of a Keras model lie in parts on the
+            devices.
 
     Returns:
         For a Keras model a `fastdp.ParallelModel`, a `keras.Model` that shares the model's weights. For a torch module

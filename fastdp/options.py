@@ -29,7 +29,7 @@ class Options:
     Raises:
         ValueError: an unknown `compile`, `graph`, `update`, `rows`, `on_nonfinite`, `grad_dtype`, `on_oom` or
             `on_device_loss`; `shards` that is no whole number from 1 to 1024; a `timeout` that is not above 0;
-            `update`, `on_oom` or `on_device_loss` beside `shard_optimizer`.
+            `update` beside `shard_optimizer`.
         TypeError: `fingerprint` that is no path; `shard_optimizer` that is no bool.
 
     `shards` sets `deterministic`: bits that depend on the clock would not be those of another number of devices.
@@ -80,12 +80,6 @@ class Options:
             raise TypeError(f"`fingerprint` must be a path. Received: {self.fingerprint!r}")
         if not isinstance(self.shard_optimizer, bool):
             raise TypeError(f"`shard_optimizer` must be True or False. Received: {self.shard_optimizer!r}")
-        if self.shard_optimizer and self.survives:
-            raise ValueError(
-                "`on_oom` and `on_device_loss` make replicas anew, and by shard_optimizer=True each device has a part "
-                f"of the slots. Received: on_oom={self.on_oom!r}, on_device_loss={self.on_device_loss!r}. Leave out "
-                "either."
-            )
         if self.shard_optimizer and self.update is not None:
             raise ValueError(
                 f"`update` says where one optimizer runs, and with shard_optimizer=True each device updates its part. "

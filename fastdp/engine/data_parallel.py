@@ -34,7 +34,7 @@ from fastdp.engine.step import Step, StepResult, make_step
 from fastdp.engine.step_scope import StepScope, alone, meanwhile, turn_of
 from fastdp.engine.survival import Survival
 from fastdp.engine.timing import Timings
-from fastdp.engine.updates import Updates
+from fastdp.engine.updates import Updates, update_mode
 from fastdp.engine.waiting_gradients import WaitingGradients
 from fastdp.options import Options, one_of
 from fastdp.program.base import Program, Result, as_program
@@ -48,7 +48,6 @@ from fastdp.tracing.trace import Traceable
 ProgramT_co = TypeVar("ProgramT_co", bound=Program, covariant=True)
 Arrays = Sequence[np.ndarray]
 Work = Callable[[Replica, list[np.ndarray], Context], Result]
-_NOT_SHARDED = "`shard_optimizer` is for Keras models. Received: shard_optimizer=True for a {}. Leave it out."
 
 
 class DataParallel(Traceable, Reporting, Inspection, Survival, WaitingGradients, Generic[ProgramT_co]):
@@ -113,13 +112,7 @@ class DataParallel(Traceable, Reporting, Inspection, Survival, WaitingGradients,
         self.check_replicas = options.check_replicas
         self._roster, self._options = devices, options
         self._program = as_program(program)
-        if options.shard_optimizer and not self._program.shards_optimizer:
-            raise ValueError(_NOT_SHARDED.format(type(program).__name__))
-        chosen = options.update or ("each" if devices.present[0].on_gpu else "first")
-        if self._program.updates_parts and len(devices.formation().devices) > 1:
-            chosen = "parts"
-        # The others would update themselves for nothing: they get an exposed home's variables before each step.
-        self.update = "first" if self._program.home_is_exposed else chosen
+        self.update = update_mode(self._program, options, devices.formation().devices)
         self._state = EngineState(options.timeout)
         self._cpu_merge = options.cpu_merge
         sent = options.grad_dtype

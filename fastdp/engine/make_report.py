@@ -65,7 +65,7 @@ def make_report(
     """
     if engine is None:
         return Report(steps, passes=list(passes), inputs=list(inputs))
-    times = engine.times
+    times, program = engine.times, engine.group.program
     cards = _cards([*engine.devices, *further_devices], library_nbytes)
     peaks = {card.name: card.peak_nbytes for card in cards}
     devices = []
@@ -75,7 +75,8 @@ def make_report(
         device = replica.device
         nbytes = {
             "variables": memory.variables.nbytes,
-            "slots": memory.slots.nbytes + (memory.parts.nbytes if memory.parts is not None else 0),
+            "slots": sum(flat.nbytes for flat in (memory.slots, memory.parts) if flat is not None)
+            + program.slots_nbytes(rank),
             "gradients": memory.gradients.nbytes,
             "spare": engine.rollback.nbytes if rank == 0 else 0,
         }
@@ -88,8 +89,8 @@ def make_report(
         step_seconds=times.step,
         between_seconds=times.between,
         overhead_seconds=times.overhead,
-        optimizer=engine.group.program.update_how,
-        update=engine.update,
+        optimizer=program.update_how,
+        update="parts" if program.divides_update else engine.update,
         cards=cards,
         peak_nbytes=_peak_nbytes(),
         buckets=len(engine.group.buckets),

@@ -13,7 +13,9 @@ from fastdp.engine.replicas import Replica, ReplicaGroup
 from fastdp.engine.rollback import Rollback
 from fastdp.engine.step import Operation, Step
 from fastdp.options import Options
+from fastdp.program.base import Program
 from fastdp.runtime.host.resources import CORES, SEVERAL_THREADS_NBYTES
+from fastdp.runtime.queue import QueueDevice
 from fastdp.runtime.work_stealing import shared_with
 from fastdp.tracing import spans
 
@@ -96,6 +98,31 @@ class Updates:
             self._accumulation.keep(accumulates)
         else:
             self._accumulation.clear()
+
+
+def update_mode(program: Program, options: Options, devices: Sequence[QueueDevice]) -> str:
+    """Which replicas apply updates, as `ReplicaGroup` names it.
+
+    Raises:
+        ValueError: `shard_optimizer` for a program that cannot divide its update, or cannot if replicas are made anew.
+    """
+    if options.shard_optimizer and not program.shards_optimizer:
+        raise ValueError(
+            "`shard_optimizer` is for Keras models and torch modules. Received: shard_optimizer=True for a "
+            f"{type(program).__name__}. Leave it out."
+        )
+    if program.updates_parts and options.survives:
+        raise ValueError(
+            "`on_oom` and `on_device_loss` make replicas anew, and by shard_optimizer=True each device has a part "
+            f"of the slots. Received: on_oom={options.on_oom!r}, on_device_loss={options.on_device_loss!r}. Leave out "
+            "either."
+        )
+    if program.updates_parts and len(devices) > 1:
+        return "parts"
+    # The others would update themselves for nothing: they get an exposed home's variables before each step.
+    if program.home_is_exposed:
+        return "first"
+    return options.update or ("each" if devices[0].on_gpu else "first")
 
 
 def _update_here(step: Step, replicas: Sequence[Replica]) -> None:

@@ -101,7 +101,8 @@ class Program(ABC):
         scales_loss: the loss is scaled, so gradients may be infinite, and `update` sees to it.
         updates_parts: `update` updates a replica's part of the variables: the part of each bucket of gradients that is
             its own between a reduce-scatter and an all-gather. Of several replicas each then makes its update.
-        shards_optimizer: it can do so, if it is told to.
+        shards_optimizer: it can do so, or divide the update, if it is told to.
+        divides_update: the first replica's `update` has each device update a part, and keep its slots.
         uses_cupy: `update` may compute with CuPy, whose current stream is then the replica's.
 
     These attributes may be properties.
@@ -119,6 +120,7 @@ class Program(ABC):
     scales_loss: bool = False
     updates_parts: bool = False
     shards_optimizer: bool = False
+    divides_update: bool = False
     uses_cupy: bool = True
     cores: int = CORES
 
@@ -141,6 +143,10 @@ class Program(ABC):
     def home_slots(self, device: Allocator) -> FlatBuffers:
         """The slots of the first replica, filled with their present values. Default: zeros."""
         return FlatBuffers(self.slots, device)
+
+    def slots_nbytes(self, rank: int) -> int:
+        """Bytes of a replica's slots that are not in the engine's memory, for `report()`. Default: none."""
+        return 0
 
     @abstractmethod
     def bind(self, memory: Memory, device: QueueDevice, rank: int) -> Any:

@@ -68,7 +68,9 @@ class Calls:
     ) -> None:
         self.program = program_class(module, sync_batch_norm=options.sync_batch_norm)
         # The user's optimizer updates the first replica's variables, from where all others get them.
-        self.engine = DataParallel(self.program, devices, options=replace(options, update="first"))
+        self.engine = DataParallel(
+            self.program, devices, options=replace(options, update="first", shard_optimizer=False)
+        )
         self._options, self._deal = options, self.engine.deal
         self._capture()
         self._kinds = CallKinds(module)
@@ -180,6 +182,15 @@ class Calls:
             self.engine.keep_up()
             with torch.enable_grad():
                 return self._repeated_gradients(opened, given(), gradients, create_graph=False)
+
+    def check_optimizer(self) -> None:
+        """Refuse a backward pass for an optimizer that is to be divided, and that nobody can divide."""
+        if self._options.shard_optimizer:
+            raise NotImplementedError(
+                "shard_optimizer=True divides the optimizer of a train step, and in a loop of your own the steps of the "
+                "optimizer are yours, with all of its state on the first device. Train by model.train_step(loss_fn, "
+                "optimizer), or wrap the module without `shard_optimizer`."
+            )
 
     def _on_replicas(
         self, opened: _OpenPass, gradients: Sequence[torch.Tensor | None], *, retain: bool
@@ -303,6 +314,7 @@ class _Node(torch.autograd.Function):
     @not_compiled
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         opened: _OpenPass = ctx.opened
+        opened.calls.check_optimizer()
         if torch.is_grad_enabled():
             return None, *opened.calls.with_graph(opened, ctx.saved_tensors, gradients)
         retain = torch._C._autograd._get_current_graph_task_keep_graph()

@@ -268,6 +268,7 @@ class TorchParallel(Traceable, ModuleMembers[nn.Module]):
             sync_batch_norm=self._options.sync_batch_norm,
             rules=UpdateRules(clip_grad_norm, grad_norm, skip_nonfinite, scaler),
             accumulate=accumulate,
+            shards_optimizer=self._options.shard_optimizer,
         )
         capture(program, self._options, self.devices)
         with torch.inference_mode(False):

@@ -30,12 +30,6 @@ def wrap_torch(module: nn.Module, gpus: Any, options: Options) -> TorchParallel:
     if isinstance(module, TorchParallel):
         raise ValueError("`model` is parallel already. Wrap its module: model.module")
     check_module(module)
-    if options.shard_optimizer:
-        raise ValueError(
-            "`shard_optimizer` is for Keras models, so far: the optimizer of a torch module runs on the first device, "
-            "with all of its state. Received: shard_optimizer=True. Leave it out, or put the state into fewer bytes: "
-            "torch.optim.SGD, or Adafactor."
-        )
     devices, options = resolve_devices(gpus, options, process=launched())
     parallel = TorchParallel(module, devices, options)
     set_augmentation(module, options.augment)

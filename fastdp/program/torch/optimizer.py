@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastdp.tensors.threads import end_share
 
@@ -125,6 +125,11 @@ class Optimizers:
             return False
         return all(_is_torchs_own(one) for one in self.all)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all state."""
+        return state_nbytes(kept for one in self.all for kept in one.state.values())
+
     def step(self) -> None:
         """Update the module's parameters by what they have as `grad`."""
         for one in self.all:
@@ -174,9 +179,15 @@ class Optimizers:
             one.load_state_dict(dict(state))
 
 
+def state_nbytes(states: Iterable[Any]) -> int:
+    """Bytes of the tensors in what optimizers keep for parameters."""
+    leaves = [leaf for kept in states for leaf in tree_leaves(kept)]
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, torch.Tensor))
+
+
 def _is_torchs_own(one: Optimizer) -> bool:
     """Whether an optimizer of torch's own classes has no hooks, and a `step` that at most a scheduler has wrapped."""
     hooked = one._optimizer_step_pre_hooks or one._optimizer_step_post_hooks
     step = vars(one).get("step")
     scheduled = step is None or hasattr(step, "_wrapped_by_lr_sched")
-    return type(one).__module__.startswith("torch.optim.") and not hooked and scheduled
+    return f"{type(one).__module__}.".startswith("torch.optim.") and not hooked and scheduled

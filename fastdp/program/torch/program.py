@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from fastdp.capture.trace import Captured
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
 from fastdp.comm.processes import launched
-from fastdp.program.base import Launched, Program, Result, Totals
+from fastdp.program.base import Launched, Result
 from fastdp.program.torch.batch import Structure, make_batch, undivided_batch
 from fastdp.program.torch.capture.outcome import TorchOutcome
 from fastdp.program.torch.capture.pure_step import TorchPureStep
@@ -29,22 +29,23 @@ from fastdp.program.torch.following.writes import Place
 from fastdp.program.torch.gradients import Gradients
 from fastdp.program.torch.loss import LossFunction, check_options
 from fastdp.program.torch.module import AdoptedSlots, adopted, slots_of, users_own
-from fastdp.program.torch.module_buffers import assign_buffers
 from fastdp.program.torch.optimizer import OptimizerFactory, Optimizers
-from fastdp.program.torch.passes import Notes, Passes, State
+from fastdp.program.torch.passes import Passes, State
 from fastdp.program.torch.rows.declared import DeclaredRows
 from fastdp.program.torch.rows.loss_trial import DeclaredLoss
 from fastdp.program.torch.rows.trials import Trials
-from fastdp.program.torch.update import Applied, UpdateRules, apply, grads_restored
+from fastdp.program.torch.sharded import OptimizerShards
+from fastdp.program.torch.update import Applied, UpdateRules
+from fastdp.program.torch.updating import TorchUpdate
 from fastdp.program.torch.window import Window
 from fastdp.runtime.queue import QueueDevice
 from fastdp.shard import Deal
-from fastdp.tensors.arrays import accumulate, settle, spec_of, tensors_of
+from fastdp.tensors.arrays import settle, spec_of, tensors_of
 from fastdp.tensors.thread_state import ThreadState
 from fastdp.tensors.threads import given_cores, in_place_of_workers, prepare_worker, replicas_run
 
 
-class TorchProgram(Program):
+class TorchProgram(TorchUpdate):
     """Runs a torch module as replicas.
 
     Args:
@@ -55,6 +56,7 @@ class TorchProgram(Program):
             "mean" or "sum" if it is the mean or sum over samples (each replica computes its own part).
         sync_batch_norm: normalize by the global batch instead of each replica's rows.
         rules: what happens to the gradient of the global batch before the optimizer uses it.
+        shards_optimizer: each device steps its parameters, and keeps the optimizer's state of these.
         accumulate: update once per `accumulate` calls, with the mean of their gradients.
 
     Buffers that the replicas' forward passes assign are combined for the global batch: the running statistics
@@ -82,6 +84,7 @@ class TorchProgram(Program):
         sync_batch_norm: bool = False,
         rules: UpdateRules | None = None,
         accumulate: int = 1,
+        shards_optimizer: bool = False,
     ) -> None:
         check_options(reduction, accumulate)
         self.module = module
@@ -108,6 +111,7 @@ class TorchProgram(Program):
         self._following = Following(module, self._slots)
         self._followed = False  # since the module was judged
         self._writes: tuple[list[WriteNotes], dict[Place, MergedWrite]] | None = None  # of the present step
+        self._shards = OptimizerShards() if shards_optimizer else None
         self._trials = Trials(module, DeclaredLoss(loss_fn, reduction) if loss_fn and reduction else None)
         self._adopted: AdoptedSlots | None = None
         self._states: list[State] = []
@@ -189,12 +193,6 @@ class TorchProgram(Program):
         self._adopted = adopted(self.module, device)
         return self._adopted.home
 
-    @property
-    def update_is_reliable(self) -> bool:  # type: ignore[override]
-        """Whether optimizers and scaler are torch's own and have made a step, and no hooks run on gradients."""
-        ours = self.optimizers is not None and self.optimizers.are_reliable() and self.rules.are_reliable
-        return ours and self._has_stepped and not self._passes.hooked
-
     def known_parts(self) -> Sequence[object]:
         """The module, its submodules, parameters and buffers."""
         return [*self.module.modules(), *(slot.tensor for slot in self._slots)]
@@ -219,6 +217,8 @@ class TorchProgram(Program):
         self._captured.clear()
         self._following.forget_copies()
         self._passes.replicas = 0
+        if self._shards is not None:
+            self._shards.begin_anew()
         if self.captures is not None:
             self.captures.deal_by(deal)
 
@@ -234,6 +234,8 @@ class TorchProgram(Program):
             self.optimizers.make(list(self.module.parameters()))
             self._bound = self.users
             self._bound_ids = [*map(id, self._bound)]
+        if self._shards is not None:
+            self._shards.add(device, rank)
         copies = None if replica.adopted is not None else self._pick(replica.parameters)
         gradients = Gradients(copies, memory.gradients, tensors_of(memory.gradients))
         variables = tensors_of(memory.variables)
@@ -259,8 +261,7 @@ class TorchProgram(Program):
             self._following.follow()
         self._followed = False
         self._users = self.users
-        if self.optimizers is not None:
-            self.optimizers.check(self.module.parameters())
+        self._check_optimizers(self.module.parameters())
         if self.rules.scaler is not None:
             self._passes.scale = self.rules.scaler.get_scale()
         with self._undone_on_failure(), self._thread.held(), replicas_run(threads):
@@ -327,18 +328,6 @@ class TorchProgram(Program):
         """Run forward only. Changes no parameter and no buffer, even in training mode."""
         return self._thread.run(self._passes.predict, state, batch, context)
 
-    def update(self, state: State, totals: Totals) -> None:
-        """Assign buffers; at the end of a window, apply the optimizers to the summed gradients."""
-        self._thread.run(self._update, state, totals)
-
-    def skip(self, state: State, totals: Totals) -> None:
-        """Note that the update is not made, restore what forward has changed, and begin a new window."""
-        if state is self._states[0]:
-            self._undo()
-            self.applied, self.window = Applied(updated=False, skipped=True), Window()
-
-    accumulate = staticmethod(accumulate)
-
     # Parts of the step.
 
     @contextmanager
@@ -357,42 +346,7 @@ class TorchProgram(Program):
             self._following.undo()
             raise
 
-    def _undo(self) -> None:
-        """Restore buffers that forward has changed in a step that failed."""
-        for state in self._states:
-            state.replica.undo()
-
     def _pick(self, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The parameters that can have a gradient."""
         at = dict(zip((i for i, s in enumerate(self._slots) if s.is_parameter), parameters, strict=True))
         return [at[i] for i in self._differentiable]
-
-    def _update(self, state: State, totals: Totals) -> None:
-        """Assign buffers on each replica; run the optimizers with the first one's gradients at the end of a window."""
-        with torch.no_grad():
-            assign_buffers(state.variables, totals.sums[1:], totals.notes.buffers)
-            if state is not self._states[0]:
-                return
-            if totals.notes.merged:
-                self._writes = [note.writes for note in totals.every_note], totals.notes.merged
-            window = self.window.with_call(totals)
-            self.applied = self._apply(window, state, totals.notes) if totals.reduced else None
-            self.window = Window() if totals.reduced else window
-            self._has_stepped |= self.applied is not None and self.applied.updated
-
-    def _apply(self, window: Window, state: State, notes: Notes) -> Applied:
-        """Run the optimizers on the gradients of a window."""
-        assert self.optimizers is not None
-        users = self._users
-        if [*map(id, users)] != self._bound_ids:
-            users = self.optimizers.updated(users, self._bound)
-        gradients = window.found.gradients(state.gradients.present)
-        if notes.half is not None:
-            notes.half.overflow(self._users, gradients)
-        restored = nullcontext() if self.update_is_reliable else self.optimizers.restored_on_failure()
-        with grads_restored(users), restored:
-            if notes.hooked is not None:
-                notes.hooked.run(gradients)
-            for user, gradient in zip(users, gradients, strict=True):
-                user.grad = gradient
-            return apply(self.optimizers, users, window.losses, self.rules)
