@@ -187,7 +187,7 @@ class Calls:
         """Refuse a backward pass for an optimizer that is to be divided, and that nobody can divide."""
         if self._options.shard_optimizer:
             raise NotImplementedError(
-                "shard_optimizer=True divides the optimizer of a train step, and in a loop of your own the steps of the "
+                "shard_optimizer=True divides the optimizer of a train step; in a loop of your own the steps of the "
                 "optimizer are yours, with all of its state on the first device. Train by model.train_step(loss_fn, "
                 "optimizer), or wrap the module without `shard_optimizer`."
             )
