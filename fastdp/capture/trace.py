@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fastdp.capture.captured_form import CapturedForm, Run
 from fastdp.capture.cuda_graphs.recording import Graphs, Recording
 from fastdp.capture.faults import Compiled
+from fastdp.capture.graph.functional import without_writes
 from fastdp.capture.graph.indices import guarded
 from fastdp.capture.graph.passes import in_place, optimized, refuse_writes, stored, writes
 from fastdp.capture.graph.rewrites import for_compiler
@@ -238,7 +239,8 @@ def graph_of(function: Callable[..., Any], arguments: list[torch.Tensor]) -> Gra
     """
     found = _traced(function, arguments)
     refuse_writes(found.graph)
-    if writes(found.graph):  # passes take equal operations for one, which writes would make untrue
+    # Passes take equal operations for one, which writes would make untrue.
+    if writes(found.graph) and not without_writes(found):
         with as_traced():
             found = _traced(torch.func.functionalize(found, remove="mutations"), arguments)
     return found

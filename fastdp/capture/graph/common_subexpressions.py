@@ -21,10 +21,10 @@ def merge_equal(graph: Graph) -> None:
     Results that are equal keep memory of their own, as in an eager step.
     """
     (output,) = graph.find_nodes(op="output")
-    given = {storage for node in output.all_input_nodes if (storage := _storage(node)) is not None}
+    given = {storage for node in output.all_input_nodes if (storage := storage_of(node)) is not None}
     first: dict[Hashable, Node] = {}
     for node in [*graph.nodes]:
-        if node.op != "call_function" or _is_its_own(node) or _storage(node) in given:
+        if node.op != "call_function" or _is_its_own(node) or storage_of(node) in given:
             continue
         same = first.setdefault((node.target, _key(node.args), _key(node.kwargs)), node)
         if same is not node:
@@ -38,7 +38,7 @@ def _is_its_own(node: Node) -> bool:
     return drawn or getattr(node.target, "overloadpacket", None) in (aten.empty, aten.empty_like, aten.empty_strided)
 
 
-def _storage(node: Node) -> int | None:
+def storage_of(node: Node) -> int | None:
     """The identity of the memory behind a node's tensor; None if it is no tensor."""
     value = node.meta.get("val")
     strided = isinstance(value, torch.Tensor) and value.layout is torch.strided
