@@ -1,4 +1,4 @@
-"""Replaces operations in place by ones that make new values, so that a step with such operations is traced only once.
+"""Replaces operations in place by ones that make new values, so that a step that has them is traced once.
 
 Torch's `functionalize` does that for any graph, by tracing it again, which takes two thirds of the time of the first
 trace. Most writes need none of it: normalizations and activations write to a value that nobody else has.
