@@ -1,10 +1,12 @@
 // slice_rows: copies a device's rows of every array of a batch, in one launch.
 //
-//   destination[j][r, :] = convert_j(source[j][index ? index[first_row + r] : first_row + r, :])
+//   destination[j][to, :] = convert_j(source[j][index ? index[first_row + r] : first_row + r, :])
+//   to = places ? places[first_row + r] : r; so rows of several owners' memory take turns in one destination
 //   convert: the bytes unchanged, or cast(x * scale + offset) from uint8 to fp32, fp16 or bf16
 //
 // Without an index the rows are contiguous: launch/rows.py folds first_row into the pointer and all rows into one.
-// An index outside [0, source_rows) leaves its row unwritten and sets *error to 1.
+// An index outside [0, source_rows), or a place outside [0, destination_rows), leaves its row unwritten and sets
+// *error to 1.
 // Grid: 1-D; array j owns blocks [first_block, first_block + blocks), in proportion to its bytes; 256
 // threads. Two layouts, chosen by launch/rows.py:
 //   vector == 0  segments: a block copies 16 KiB of one row (contiguous arrays, long rows), unaligned ends
@@ -12,10 +14,10 @@
 //   vector  > 0  gather: rows shorter than a segment; thread t copies input vectors of `vector` bytes number
 //                t, t + threads, ... of the flat output, and advances row and column without a division
 // Pointers may be local, peer or pinned host. Bytes moved: one read and one write of each element, plus
-// 8 bytes per row for the index. NumPy twin: fastdp.launch.reference.slice_rows
+// 8 bytes per row for the index, and for the places. NumPy twin: fastdp.launch.reference.slice_rows
 #include "row_copy.cuh"
 
-constexpr int kMaxCopies = 52;  // 52 x 72 bytes + 24 stay below the 4,096 bytes of kernel parameters
+constexpr int kMaxCopies = 52;  // 52 x 72 bytes + 40 stay below the 4,096 bytes of kernel parameters
 
 enum Conversion { kBytes = 0, kFloat = 1, kHalf = 2, kBfloat16 = 3 };
 
@@ -36,16 +38,26 @@ struct RowCopy {
 
 struct SliceRowsArgs {
     const i64* index;
+    const i64* places;
+    i64 destination_rows;
     u32* error;
     int count;
     RowCopy copies[kMaxCopies];
 };
 
-// The source row of output row r, or -1 if the index is out of bounds.
-__device__ __forceinline__ i64 source_row(const i64* index, const RowCopy& copy, i64 r) {
-    if (!index) return r;
-    const i64 row = index[copy.first_row + r];
-    return row >= 0 && row < copy.source_rows ? row : -1;
+struct RowPair {
+    i64 source, destination;
+    bool valid;
+};
+
+// The source row and the destination row number r of a copy, and whether both are in bounds.
+__device__ __forceinline__ RowPair row_pair(const SliceRowsArgs& args, const RowCopy& copy, i64 r) {
+    if (!args.index) return {r, r, true};
+    const i64 row = args.index[copy.first_row + r];
+    const bool inside = row >= 0 && row < copy.source_rows;
+    if (!args.places) return {row, r, inside};
+    const i64 place = args.places[copy.first_row + r];
+    return {row, place, inside && place >= 0 && place < args.destination_rows};
 }
 
 template <class Convert>
@@ -56,14 +68,14 @@ __device__ void copy_segments(const SliceRowsArgs& args, const RowCopy& copy, co
     for (i64 unit = blockIdx.x - copy.first_block; unit < copy.rows * per_row; unit += copy.blocks) {
         const i64 r = unit / per_row;
         const i64 at = (unit - r * per_row) * segment;
-        const i64 row = source_row(args.index, copy, r);
-        if (row < 0) {
+        const RowPair row = row_pair(args, copy, r);
+        if (!row.valid) {
             store_relaxed_system(args.error, 1);
             continue;
         }
         const i64 left = copy.row_elements - at;
-        const u8* begin = copy.source + row * copy.row_elements;
-        copy_segment(static_cast<Out*>(copy.destination) + r * copy.row_elements + at, begin + at,
+        const u8* begin = copy.source + row.source * copy.row_elements;
+        copy_segment(static_cast<Out*>(copy.destination) + row.destination * copy.row_elements + at, begin + at,
                      left < segment ? left : segment, begin, begin + copy.row_elements, convert);
     }
 }
@@ -98,9 +110,9 @@ __device__ void gather_vectors(const SliceRowsArgs& args, const RowCopy& copy, c
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
             const bool live = at.row < copy.rows;
-            const i64 row = live ? source_row(args.index, copy, at.row) : -1;
-            to[u] = row >= 0 ? at.row * per_row + at.column : -1;
-            if (row >= 0) x[u].bits = source[row * per_row + at.column];
+            const RowPair row = live ? row_pair(args, copy, at.row) : RowPair{0, 0, false};
+            to[u] = row.valid ? row.destination * per_row + at.column : -1;
+            if (row.valid) x[u].bits = source[row.source * per_row + at.column];
             else if (live) store_relaxed_system(args.error, 1);
             at.advance(step, per_row);
         }

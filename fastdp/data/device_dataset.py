@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fastdp.comm.batch import count_rows
 from fastdp.data.row_batch import ResidentBatch, filled, places_of
+from fastdp.data.row_parts import RowParts
 from fastdp.launch.reference import slice_rows
 from fastdp.runtime.queue import QueueDevice
 
@@ -36,20 +37,24 @@ class Scaled:
 
 
 class DeviceDataset:
-    """Arrays kept whole in the memory of each device, and batches of their rows.
+    """Arrays kept in the memory of the devices, whole in each or each a part, and batches of their rows.
 
     Args:
         arrays: host arrays with the same number of rows; do not change them while the data set is in use. A sequence,
             as an engine's program takes them; for a Keras model `x`, `(x,)`, `(x, y)` or `(x, y, sample_weight)`, each
-            of which may be a list, tuple or dict of arrays. Each card gets one copy, which its virtual devices share;
-            virtual devices in host memory use the arrays themselves.
+            of which may be a list, tuple or dict of arrays. Each card gets one copy or part, which its virtual devices
+            share; virtual devices in host memory use the arrays themselves.
         devices: the model or engine that trains on the data: the result of `fastdp.wrap`, an engine, or its
             `engine.devices`. For a Keras model, arrays are converted as in `fit`: floats become
             `keras.config.floatx()`, which copies those of another dtype.
         casts: conversions of uint8 arrays, by position in `arrays` or by key in a dict of arrays.
+        sharded: whether each device keeps an equal part of the rows instead of all of them: 1/N of the memory on each
+            of N devices, with the same batches, in the same order and with the same bits. Default: False.
 
     The host sends only row numbers to a step. On a GPU one launch gathers the rows of all arrays; in host memory each
-    device's worker gathers its own rows. `fit`, `evaluate` and `predict` of a Keras model from `fastdp.wrap` take the
+    device's worker gathers its own rows. If the data set is sharded, that launch reads other GPUs' rows over the link
+    between them. Rows of GPUs that its kernels do not reach, or that are lost, come from the arrays in host memory.
+    `fit`, `evaluate` and `predict` of a Keras model from `fastdp.wrap` take the
     data set as their only data argument `x`, and so do those of any Keras model after `fastdp.install`, which returns
     what `devices` takes. Torch modules and their train steps take the arrays of its batches in place of tensors, and
     `torch.utils.data.DataLoader(data, collate_fn=data.collate, ...)` makes such batches in torch's own order. Engines
@@ -57,7 +62,7 @@ class DeviceDataset:
 
     Raises:
         ValueError: the arrays differ in length or have no rows, or a cast names an array that is not uint8.
-        TypeError: an item is not an array, or `devices` has no devices.
+        TypeError: an item is not an array, `devices` has no devices, or `sharded` is not a bool.
         MemoryError: a GPU has too little free memory.
 
     Example:
@@ -75,8 +80,15 @@ class DeviceDataset:
         ...         engine.train(batch)
     """
 
-    def __init__(self, arrays: Any, devices: Any, casts: Mapping[int | str, Scaled] | None = None) -> None:
+    def __init__(
+        self, arrays: Any, devices: Any, casts: Mapping[int | str, Scaled] | None = None, *, sharded: bool = False
+    ) -> None:
+        if not isinstance(sharded, bool):
+            raise TypeError(
+                f"`sharded` must be True (each device keeps a part of the rows) or False (all). Received: {sharded!r}"
+            )
         owner, devices = devices, _devices_of(devices)
+        self._devices = devices
         if hasattr(owner, "as_fed"):
             arrays = owner.as_fed(arrays)
         keys: list[str | None] = []
@@ -87,7 +99,8 @@ class DeviceDataset:
         self._casts = self._checked_casts(casts or {}, keys)
         # Keyed by memory space, so that the virtual GPUs of a card share one copy.
         self._gpus = {device.space: device for device in reversed(devices) if device.on_gpu}
-        self._copies = {space: [_put(device, array) for array in self.arrays] for space, device in self._gpus.items()}
+        self._parts = RowParts(self._rows, _owners(devices, self._gpus)) if sharded else None
+        self._copies = {space: [self._put(space, array) for array in self.arrays] for space in self._gpus}
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -107,15 +120,37 @@ class DeviceDataset:
         return batch.nested()
 
     @property
+    def sharded(self) -> bool:
+        """Whether each device keeps a part of the rows."""
+        return self._parts is not None
+
+    @property
     def nbytes(self) -> dict[str, int]:
-        """The bytes of its copies by memory: those of each card, such as "cuda:0"; the arrays' own as "host"."""
+        """The bytes of its copies by memory: those of each card, such as "cuda:0"; the arrays' own as "host".
+
+        If it is sharded over virtual devices in host memory, the part of each, such as "virtual:0". These parts are
+        views of the arrays.
+        """
         held = {space: sum(copy.nbytes for copy in copies) for space, copies in sorted(self._copies.items())}
+        if self._parts is not None and not held:
+            for name, rows in self._parts.rows.items():
+                held[name] = sum(array[rows.start : rows.stop].nbytes for array in self.arrays)
         return {"host": sum(array.nbytes for array in self.arrays), **held}
+
+    @property
+    def held(self) -> str:
+        """Who has how many bytes, in words."""
+        sizes = {name: nbytes for name, nbytes in self.nbytes.items() if name != "host"}
+        if not sizes:
+            return "whose rows the devices have"
+        words = ", ".join(f"{nbytes / 1e6:,.1f} MB on {name}" for name, nbytes in sizes.items())
+        return f"whose rows {'the devices have in parts' if self.sharded else 'each device has'}: {words}"
 
     def __repr__(self) -> str:
         """Appears in Keras's messages when a model that fastdp did not wrap gets the data set."""
         where = ", ".join(sorted(self._copies)) or "host memory"
-        return f"<DeviceDataset of {self._rows} rows in {where}; only models run by fastdp can read its rows>"
+        how = "in parts in" if self.sharded else "in"
+        return f"<DeviceDataset of {self._rows} rows {how} {where}; only models run by fastdp can read its rows>"
 
     def rows(self, index: Any) -> ResidentBatch:
         """The batch of these rows, in this order; numbers may repeat.
@@ -163,9 +198,7 @@ class DeviceDataset:
         count_rows([*self.arrays, array])
         twin = copy.copy(self)
         twin.arrays = [*self.arrays, np.ascontiguousarray(array)]
-        twin._copies = {
-            space: [*copies, _put(self._gpus[space], twin.arrays[-1])] for space, copies in self._copies.items()
-        }
+        twin._copies = {space: [*copies, self._put(space, twin.arrays[-1])] for space, copies in self._copies.items()}
         return twin
 
     def check_devices(self, devices: Sequence[QueueDevice]) -> None:
@@ -193,10 +226,9 @@ class DeviceDataset:
             device.compute.enqueue(lambda: self._take(places, index, taken))
             return taken
         self.check_devices([device])
-        copies = self._copies[device.space]
         casts = [self._casts.get(place) for place in places]
         numbers = [None if cast is None else (cast.dtype, cast.scale, cast.offset) for cast in casts]
-        gathered: list[Any] = device.gather_rows([copies[place] for place in places], numbers, index)
+        gathered: list[Any] = device.gather_rows(**self._sources(device, index, places), casts=numbers)
         return gathered
 
     def on_host(self, place: int, index: NDArray[np.int64]) -> np.ndarray:
@@ -211,11 +243,47 @@ class DeviceDataset:
         array, cast = self.arrays[place], self._casts.get(place)
         return array.shape[1:], np.dtype(cast.dtype) if cast else array.dtype
 
+    def _sources(self, device: Any, index: NDArray[np.int64], places: Sequence[int]) -> dict[str, Any]:
+        """From where a GPU gathers rows: arguments of its `gather_rows`, by name."""
+        if self._parts is None:
+            copies = self._copies[device.space]
+            return {"parts": [[copies[place] for place in places]], "counts": [len(index)], "index": index}
+        lost = {one.space for one in self._devices if one.lost}
+        numbers, order = self._parts.by_owner(index)
+        parts = []
+        near = [
+            space
+            for space, gpu in self._gpus.items()
+            if space == device.space or (space not in lost and device.reads(gpu))
+        ]
+        for space in numbers:
+            rows = self._parts.rows[space]
+            copies = self._copies[space] if space in near else [array[rows.start : rows.stop] for array in self.arrays]
+            parts.append([copies[place] for place in places])
+        return {
+            "parts": parts,
+            "counts": [len(local) for local in numbers.values()],
+            "index": np.concatenate(list(numbers.values())),
+            "places": order,
+            "host_rows": 0 if len(near) == len(self._gpus) else len(index),
+        }
+
+    def _put(self, space: str, array: np.ndarray) -> Any:
+        """Copy an array, or a card's part of it, to the card; the copy is complete on return."""
+        rows = None if self._parts is None else self._parts.rows[space]
+        part = array if rows is None else array[rows.start : rows.stop]
+        made = self._gpus[space].empty(part.shape, part.dtype)
+        self._gpus[space].copy(made, part)
+        return made
+
     def _take(self, places: Sequence[int], index: NDArray[np.int64], targets: Sequence[np.ndarray]) -> None:
         """Gather rows in host memory; row numbers must be in range."""
         for place, target in zip(places, targets, strict=True):
             array, cast = self.arrays[place], self._casts.get(place)
-            if cast is None:
+            if self._parts is not None and not self._gpus:
+                scaling = () if cast is None else (cast.scale, cast.offset)
+                self._parts.take(array, index, target, *scaling)
+            elif cast is None:
                 np.take(array, index, axis=0, out=target, mode="clip")  # other modes buffer the output
             else:
                 slice_rows(array, target, index=index, scale=cast.scale, offset=cast.offset)
@@ -253,8 +321,8 @@ def _devices_of(owner: Any) -> list[QueueDevice]:
     return found
 
 
-def _put(device: QueueDevice, array: np.ndarray) -> Any:
-    """Copy an array to a GPU; the copy is complete on return."""
-    made = device.empty(array.shape, array.dtype)
-    device.copy(made, array)
-    return made
+def _owners(devices: Sequence[QueueDevice], gpus: Mapping[str, QueueDevice]) -> list[str]:
+    """Who keeps a part: the cards in the order of their devices, or each virtual device in host memory."""
+    if gpus:
+        return list(dict.fromkeys(device.space for device in devices if device.on_gpu))
+    return list(dict.fromkeys((device.part_of or device).name for device in devices))

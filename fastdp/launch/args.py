@@ -71,6 +71,8 @@ class SliceRowsArgs(ctypes.Structure):
 
     _fields_ = (
         ("index", c_void_p),
+        ("places", c_void_p),
+        ("destination_rows", c_int64),
         ("error", c_void_p),
         ("count", c_int32),
         ("copies", RowCopy * MAX_COPIES),

@@ -27,21 +27,34 @@ __all__ = [
 ]
 
 
-def slice_rows(kernels: AnyKernels, slices: Sequence[RowSlice], *, index: int = 0, error: int = 0, stream: int) -> None:
+def slice_rows(
+    kernels: AnyKernels,
+    slices: Sequence[RowSlice],
+    *,
+    index: int = 0,
+    places: int = 0,
+    destination_rows: int = 0,
+    error: int = 0,
+    stream: int,
+) -> None:
     """Copy a device's rows of every array of a batch, in one launch (for up to 52 arrays).
 
     Args:
         kernels: the kernels of the device that runs the copy.
         slices: the arrays; empty ones are skipped.
         index: address of int64 row numbers for a shuffled gather, at least first_row + rows of them.
-        error: address of a uint32 that becomes 1 if a row number is out of range (that row is left
+        places: address of as many int64 rows of the destination, where the rows of the index go; 0: in order. No row of
+            a destination may be named twice.
+        destination_rows: with places, the rows of each destination.
+        error: address of a uint32 that becomes 1 if a row number or a place is out of range (that row is left
             unchanged). Needed with an index, and zeroed by the caller.
         stream: the stream of the copy.
 
     Raises:
         ValueError: see fastdp.launch.rows.slice_rows_launches.
     """
-    for grid, args in slice_rows_launches(slices, index=index, error=error, sm_count=kernels.sm_count):
+    where = {"index": index, "places": places, "destination_rows": destination_rows, "error": error}
+    for grid, args in slice_rows_launches(slices, **where, sm_count=kernels.sm_count):
         kernels.launch("slice_rows", "slice_rows", grid, args, stream)
 
 

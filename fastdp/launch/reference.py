@@ -51,6 +51,8 @@ def slice_rows(
     *,
     first_row: int = 0,
     index: Array | None = None,
+    places: Array | None = None,
+    rows: int | None = None,
     scale: float = 1.0,
     offset: float = 0.0,
 ) -> bool:
@@ -60,23 +62,28 @@ def slice_rows(
         source: (rows, ...).
         destination: (rows wanted, ...), of the source's dtype. If the source is uint8 it may be of a float type, and
             gets x * scale + offset.
-        first_row: the first row of the source, or the first entry of the index.
+        first_row: the first row of the source, or the first entry of the index and of the places.
         index: int64 row numbers for a shuffled gather.
+        places: with an index, the rows of the destination where they go; None: in order.
+        rows: how many rows are copied; None: as many as the destination has.
 
-    Returns: whether a row number was out of range. Such rows are left unchanged.
+    Returns: whether a row number or a place was out of range. Such rows are left unchanged.
     """
-    rows = np.arange(first_row, first_row + len(destination))
+    count = len(destination) if rows is None else rows
+    numbers, to = np.arange(first_row, first_row + count), np.arange(count)
+    if places is not None:
+        to = places[numbers]
     if index is not None:
-        rows = index[rows]
-    valid = (rows >= 0) & (rows < len(source))
-    taken = _bits(source)[rows[valid]]
+        numbers = index[numbers]
+    valid = (numbers >= 0) & (numbers < len(source)) & (to >= 0) & (to < len(destination))
+    taken, to = _bits(source)[numbers[valid]], to[valid]
     target = _bits(destination)
     if taken.dtype == target.dtype:
-        target[valid] = taken
+        target[to] = taken
     else:
         values = taken.astype(np.float32) * np.float32(scale) + np.float32(offset)
         with np.errstate(**_SILENT):
-            target[valid] = _from_float32(values, target.dtype)
+            target[to] = _from_float32(values, target.dtype)
     return not valid.all()
 
 

@@ -24,10 +24,10 @@ class RowSlice:
     Attributes:
         source, destination: device addresses, local, peer or pinned host. Row 0 of the result goes to `destination`,
             which must be aligned to its element if `cast` is given.
-        rows: how many rows the destination gets.
+        rows: how many rows the destination gets from this source.
         row_elements: elements per row if `cast` is given, else bytes per row.
         source_rows: rows of the source array.
-        first_row: the first row of the source, or the first entry of the index if there is one.
+        first_row: the first row of the source, or the first entry of the index (and of the places) if there is one.
         cast: "float32", "float16" or "bfloat16" for a uint8 source, with the result x * scale + offset.
             None copies bytes.
     """
@@ -63,14 +63,22 @@ class RowPiece:
 
 
 def slice_rows_launches(
-    slices: Sequence[RowSlice], *, index: int, error: int, sm_count: int
+    slices: Sequence[RowSlice],
+    *,
+    index: int,
+    error: int,
+    sm_count: int,
+    places: int = 0,
+    destination_rows: int = 0,
 ) -> Iterable[tuple[int, ka.SliceRowsArgs]]:
     """The (grid, argument) of each launch: one for up to 52 arrays that have something to copy.
 
     Raises:
-        ValueError: rows outside the source, an index without an error flag, an unknown cast, or a destination
-            that is not aligned to its element.
+        ValueError: rows outside the source, an index without an error flag, places without an index, an unknown cast,
+            or a destination that is not aligned to its element.
     """
+    if places and not index:
+        raise ValueError("places with index=0: expected the address of an index, whose rows go to these places")
     if index and not error:
         raise ValueError("error=0 with an index: expected the address of a uint32 that takes out-of-range rows")
     for item in slices:
@@ -79,7 +87,9 @@ def slice_rows_launches(
         copies = [_row_copy(item, bool(index)) for item in group]
         units = [_units(copy) for copy in copies]
         blocks = ka.share_blocks(units, sm_count * ka.BLOCKS_PER_SM)
-        args = ka.SliceRowsArgs(index=index, error=error, count=len(copies))
+        args = ka.SliceRowsArgs(
+            index=index, places=places, destination_rows=destination_rows, error=error, count=len(copies)
+        )
         for i, copy in enumerate(copies):
             copy.first_block, copy.blocks = sum(blocks[:i]), blocks[i]
             args.copies[i] = copy

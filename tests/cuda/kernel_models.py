@@ -61,6 +61,9 @@ def _slice_rows(args: ka.SliceRowsArgs) -> Launch:
     for copy in copies:
         count = copy.rows * copy.row_elements
         reads.append((copy.source, copy.source_rows * copy.row_elements))
+        if args.places:
+            reads.append((args.places + 8 * copy.first_row, 8 * copy.rows))
+            count = args.destination_rows * copy.row_elements
         writes.append((copy.destination, count * np.dtype(CONVERTED[copy.conversion]).itemsize))
         if args.index:
             reads.append((args.index + 8 * copy.first_row, 8 * copy.rows))
@@ -70,13 +73,16 @@ def _slice_rows(args: ka.SliceRowsArgs) -> Launch:
     def run() -> None:
         for copy in copies:
             source = view(copy.source, copy.source_rows * copy.row_elements, np.uint8)
-            destination = view(copy.destination, copy.rows * copy.row_elements, CONVERTED[copy.conversion])
+            rows = args.destination_rows if args.places else copy.rows
+            destination = view(copy.destination, rows * copy.row_elements, CONVERTED[copy.conversion])
             index = view(args.index, copy.first_row + copy.rows, np.int64) if args.index else None
             outside = twins.slice_rows(
                 source.reshape(copy.source_rows, copy.row_elements),
-                destination.reshape(copy.rows, copy.row_elements),
+                destination.reshape(rows, copy.row_elements),
                 first_row=copy.first_row,
                 index=index,
+                places=view(args.places, copy.first_row + copy.rows, np.int64) if args.places else None,
+                rows=copy.rows,
                 scale=copy.scale,
                 offset=copy.offset,
             )

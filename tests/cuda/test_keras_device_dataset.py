@@ -35,8 +35,8 @@ def wrapped(devices, loss="sparse_categorical_crossentropy", **options):
     return parallel
 
 
-def resident(parallel):
-    return DeviceDataset(arrays(), parallel, {"pixels": Scaled()})
+def resident(parallel, sharded=False):
+    return DeviceDataset(arrays(), parallel, {"pixels": Scaled()}, sharded=sharded)
 
 
 def results(parallel, data, fit):
@@ -78,6 +78,16 @@ def test_it_computes_what_arrays_in_host_memory_give(gpus, compile, how, count, 
     assert len(data._copies) == cards
     assert_close(results(parallel, {"x": data}, FIT), on_the_host(FIT, count))
     assert {entry["how"] for entry in parallel.report()} == {how}
+    parallel = data = None
+
+
+def test_it_may_be_sharded_over_the_cards(gpus):
+    box = gpus(2, seed=1)
+    parallel = wrapped(box.devices(4, 2), compile="trace")
+    data = resident(parallel, sharded=True)
+    assert_close(results(parallel, {"x": data}, FIT), on_the_host(FIT, 4))
+    (entry,) = parallel.report().inputs
+    assert entry["how"].endswith("whose rows the devices have in parts: 0.0 MB on cuda:0, 0.0 MB on cuda:1")
     parallel = data = None
 
 

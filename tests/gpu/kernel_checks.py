@@ -73,6 +73,25 @@ def slice_rows_out_of_range(device: Any) -> None:
         assert device.get(error, np.zeros(1, np.uint32))[0] == 1
 
 
+def slice_rows_to_places(device: Any, row: int, cast: str | None, leads: tuple[int, int] = (0, 0)) -> None:
+    """Rows of three sources that take turns in one destination."""
+    rng, dtype = np.random.default_rng(row), NUMPY[cast or "uint8"]
+    expected = np.full(14 * row * np.dtype(dtype).itemsize, POISON, np.uint8).view(dtype).reshape(14, row)
+    index, places = rng.integers(0, 23, 14).astype(np.int64), rng.permutation(14).astype(np.int64)
+    with device.scope():
+        out = device.empty(expected.nbytes, leads[1] // expected.itemsize * expected.itemsize)
+        slices = []
+        for first, count in ((0, 3), (3, 10), (13, 1)):
+            source = rng.integers(0, 256, (23, row), np.uint8)
+            taken = {"first_row": first, "index": index, "places": places, "rows": count}
+            assert not twins.slice_rows(source, expected, **taken, scale=1 / 127.5, offset=-1.0)
+            slices.append(RowSlice(device.put(source, leads[0]), out, count, row, 23, first, cast, 1 / 127.5, -1.0))
+        error, where = device.put(np.uint32([0])), {"index": device.put(index), "places": device.put(places)}
+        launch.slice_rows(device.kernels, slices, **where, destination_rows=14, error=error, stream=0)
+        assert device.get(out, expected).tobytes() == expected.tobytes()
+        assert device.get(error, np.zeros(1, np.uint32))[0] == 0
+
+
 def concat_rows(device: Any, counts: list[int], row: int, lead: int, seed: int) -> None:
     """Ragged rows of replicas to their places."""
     rng = np.random.default_rng(seed)

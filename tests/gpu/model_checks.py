@@ -125,7 +125,7 @@ def a_placed_model_equals_plain_keras(devices: list, groups: list[tuple[int, ...
         np.testing.assert_allclose(new, old, rtol=1e-3, atol=1e-4)
 
 
-def a_data_set_on_the_devices_equals_arrays(devices: list, name: str) -> None:
+def a_data_set_on_the_devices_equals_arrays(devices: list, name: str, *, sharded: bool = False) -> None:
     """Seven epochs in Keras's shuffled order, with sample weights, on one model; its steps are captured on the way."""
     data = keras_data(name, 20)
     results = []
@@ -137,7 +137,9 @@ def a_data_set_on_the_devices_equals_arrays(devices: list, name: str) -> None:
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
             model.compile(optimizer="sgd", loss=loss, metrics=["accuracy"])
             names = ("x", "y", "sample_weight")
-            held = {"x": DeviceDataset(data, model)} if resident else dict(zip(names, data, strict=True))
+            held = (
+                {"x": DeviceDataset(data, model, sharded=sharded)} if resident else dict(zip(names, data, strict=True))
+            )
             history = model.fit(**held, batch_size=12, epochs=7, verbose=0).history
             outputs = model.predict(held["x"], batch_size=12, verbose=0)
             results.append((history, outputs, model.evaluate(**held, batch_size=12, verbose=0)))

@@ -39,6 +39,13 @@ def test_slice_rows(device, row, cast, shuffled):
         checks.slice_rows(device, row, cast, shuffled=shuffled, leads=leads, seed=row)
 
 
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("cast", [None, "float32", "float16", "bfloat16"])
+def test_slice_rows_to_places(device, row, cast):
+    for leads in ((0, 0), (3, 4)):
+        checks.slice_rows_to_places(device, row, cast, leads)
+
+
 def test_slice_rows_finds_a_row_number_out_of_range(device):
     checks.slice_rows_out_of_range(device)
 

@@ -44,9 +44,9 @@ def test_batches_of_fewer_rows_than_devices(gpus, keras_checks, count):
 
 
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("name", ["mlp", "cnn"])
-def test_a_data_set_on_the_gpus_equals_arrays(gpus, keras_checks, name, count):
-    keras_checks.a_data_set_on_the_devices_equals_arrays(gpus(count), name)
+@pytest.mark.parametrize(("name", "sharded"), [("mlp", False), ("cnn", False), ("mlp", True)])
+def test_a_data_set_on_the_gpus_equals_arrays(gpus, keras_checks, name, sharded, count):
+    keras_checks.a_data_set_on_the_devices_equals_arrays(gpus(count), name, sharded=sharded)
 
 
 @pytest.mark.parametrize("count", [2, 3])

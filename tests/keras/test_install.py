@@ -451,10 +451,10 @@ def test_every_warning_of_fastdp_points_at_a_line_of_the_script(how, tmp_path):
     assert all(line.startswith(f"{script}:") for line in own), own
 
 
-@pytest.mark.parametrize("splits", [True, False])
-def test_a_data_set_on_the_devices_gives_what_arrays_give(splits, steps):
+@pytest.mark.parametrize(("splits", "sharded"), [(True, False), (False, False), (True, True)])
+def test_a_data_set_on_the_devices_gives_what_arrays_give(splits, sharded, steps):
     installed = fastdp.install(gpus=2)
-    data = DeviceDataset((X, Y), installed)
+    data = DeviceDataset((X, Y), installed, sharded=sharded)
     assert installed.devices[0].name == "virtual:0"
     found = []
     for given in ({"x": X, "y": Y}, {"x": data}):

@@ -17,6 +17,7 @@ import kernel_checks as checks
 def test_rows(host, shuffled, cast):
     checks.slice_rows(host, 1030, cast, shuffled=shuffled, leads=(3, 4), seed=1)
     checks.slice_rows_out_of_range(host)
+    checks.slice_rows_to_places(host, 1030, cast, (3, 4))
     checks.concat_rows(host, [3, 0, 5], 784, 5, 0)
 
 

@@ -132,6 +132,38 @@ def test_many_arrays_take_one_launch_for_every_52(host):
             assert same_bytes(host.get(out, source[1:3]), source[1:3])
 
 
+@given(
+    row=ROW_NBYTES,
+    leads=st.tuples(st.integers(0, 15), st.integers(0, 15)),
+    cast=st.sampled_from([None, *FLOATS]),
+    counts=st.lists(st.integers(0, 6), min_size=1, max_size=4),
+    outside=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_rows_of_several_sources_take_their_places_in_one_destination(host, row, leads, cast, counts, outside, seed):
+    with host.scope():
+        rng, row = np.random.default_rng(seed), row // (8 if cast else 1)
+        total = sum(counts)
+        index = rng.integers(0, SOURCE_ROWS, total).astype(np.int64)
+        places = rng.permutation(total).astype(np.int64)
+        if outside and total:
+            places[0] = total + seed if seed % 2 else -1
+        expected = poisoned((total, row), FLOATS.get(cast, np.uint8))
+        destination = host.empty(expected.nbytes, leads[1] // expected.itemsize * expected.itemsize)
+        slices, first, scaling, wrong = [], 0, {"scale": 1 / 127.5, "offset": -1.0}, False
+        for number, count in enumerate(counts):
+            source = random_bytes((SOURCE_ROWS, row), seed + number)
+            at = host.put(source, leads[0])
+            taken = {"first_row": first, "index": index, "places": places, "rows": count}
+            wrong |= twins.slice_rows(source, expected, **taken, **scaling) and row > 0
+            slices.append(RowSlice(at, destination, count, row, SOURCE_ROWS, first, cast, **scaling))
+            first += count
+        error, where = host.put(np.uint32([0])), {"index": host.put(index), "places": host.put(places)}
+        launch.slice_rows(host.kernels, slices, **where, destination_rows=total, error=error, stream=0)
+        assert same_bytes(host.get(destination, expected), expected)
+        assert host.get(error, np.zeros(1, np.uint32))[0] == wrong == bool(outside and total and row)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -150,6 +182,11 @@ def test_a_slice_that_cannot_be_is_refused(host, change, said):
 def test_an_index_without_an_error_flag_is_refused(host):
     with pytest.raises(ValueError, match="error=0 with an index"):
         launch.slice_rows(host.kernels, [], index=4096, stream=0)
+
+
+def test_places_without_an_index_are_refused(host):
+    with pytest.raises(ValueError, match="places with index=0"):
+        launch.slice_rows(host.kernels, [], places=4096, stream=0)
 
 
 @given(

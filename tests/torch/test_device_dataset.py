@@ -31,10 +31,10 @@ def wrapped(gpus):
     return fastdp.wrap(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 3)), gpus=gpus)
 
 
-def loaders(parallel):
+def loaders(parallel, sharded):
     """The data set and the same as tensors, in torch's own order."""
     x, y = arrays()
-    data = DeviceDataset((x, y), parallel, casts={0: Scaled(scale=1 / 255)})
+    data = DeviceDataset((x, y), parallel, casts={0: Scaled(scale=1 / 255)}, sharded=sharded)
     floats = torch.from_numpy(x).float() * np.float32(1 / 255)
     for kind in ("data set", "tensors"):
         torch.manual_seed(4)
@@ -44,10 +44,10 @@ def loaders(parallel):
             yield DataLoader(data, 6, shuffle=True, collate_fn=data.collate)
 
 
-@pytest.mark.parametrize("gpus", [1, 2, 3, 8])
-def test_a_train_step_and_a_loop_give_what_they_give_on_tensors(gpus):
+@pytest.mark.parametrize(("gpus", "sharded"), [(1, False), (2, False), (3, False), (8, False), (2, True), (3, True)])
+def test_a_train_step_and_a_loop_give_what_they_give_on_tensors(gpus, sharded):
     found = []
-    for loader in loaders(wrapped(gpus)):
+    for loader in loaders(wrapped(gpus), sharded):
         parallel, loss_fn = wrapped(gpus), nn.CrossEntropyLoss()
         step = parallel.train_step(loss_fn, lambda p: torch.optim.SGD(p, 0.1), reduction="mean")
         losses = [float(step(x, y)) for x, y in loader]

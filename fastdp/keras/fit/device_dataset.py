@@ -153,6 +153,9 @@ class ResidentRows(ArrayDataAdapter):
     Raises:
         ValueError: the data set is for other devices, its nest is not `x`, `(x, y)` or `(x, y, sample_weight)`, or
             Keras rejects its arrays or `class_weight`.
+
+    Attributes:
+        held: who has how many bytes, in words.
     """
 
     def __init__(
@@ -189,6 +192,7 @@ class ResidentRows(ArrayDataAdapter):
         self._inputs: Any = rows  # the base class deals out row numbers
         self._order = _WholeBatches(len(rows), self.batch_size) if shuffle == "batch" else None
         self._dealt = dealt
+        self.held = data.held
 
     def get_torch_dataloader(self) -> torch.utils.data.DataLoader[Any]:
         """The batches of an epoch."""

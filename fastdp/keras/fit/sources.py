@@ -78,7 +78,7 @@ def source_of(adapter: Any, others: Sequence[Any]) -> Source:
 
 def _of_arrays(adapter: Any, others: Sequence[Any]) -> Source:
     if type(adapter) is not ArrayDataAdapter:
-        return Source("a DeviceDataset", by="whose rows the devices have")
+        return Source("a DeviceDataset", by=adapter.held)
     arrays = [one for one in keras.tree.flatten(adapter._inputs) if one is not None]
     rows = min(adapter._batch_size, adapter._num_samples)
     nbytes = sum(getattr(one, "nbytes", 0) for one in arrays) * rows // max(1, adapter._num_samples)

@@ -12,12 +12,13 @@ import numpy as np
 from fastdp.errors import DeviceTimeoutError
 from fastdp.launch import RowPiece, concat_rows
 from fastdp.runtime.cuda import cupy_api
-from fastdp.runtime.cuda.feed import Feed, Gather
+from fastdp.runtime.cuda.feed import Feed
 from fastdp.runtime.cuda.kernel_launcher import kernels
 from fastdp.runtime.cuda.memory import Arena, PinnedPool
 from fastdp.runtime.cuda.outputs import OutputPool
 from fastdp.runtime.cuda.peer_access import reaches
 from fastdp.runtime.cuda.pinned_home import HostHome
+from fastdp.runtime.cuda.row_gather import Cast, RowGather
 from fastdp.runtime.cuda.streams import CudaStream, current_stream
 from fastdp.runtime.cuda.timeline import Timeline
 from fastdp.runtime.events import pause_after
@@ -172,19 +173,29 @@ class CudaDevice(QueueDevice):
         return self._feed.take_idle(batch, rows, shapes)
 
     def gather_rows(
-        self, arrays: Sequence[Any], casts: Sequence[tuple[str, float, float] | None], index: np.ndarray
+        self,
+        parts: Sequence[Sequence[Any]],
+        counts: Sequence[int],
+        casts: Sequence[Cast],
+        index: np.ndarray,
+        places: np.ndarray | None = None,
+        host_rows: int = 0,
     ) -> list[Any]:
-        """Gather rows by number from arrays on this GPU; compute work enqueued later waits for them.
+        """Gather rows by number from arrays on GPUs or in host memory; compute work enqueued later waits for them.
 
         Args:
-            arrays: C-contiguous; the caller keeps them alive until the step is done.
+            parts: by owner: its C-contiguous part of every array, in memory that this GPU `reads` or of the host; the
+                caller keeps them alive until the step is done.
+            counts, index, places, host_rows: as for `RowGather`.
             casts: per array None, or (dtype, scale, offset) of the floats to which a uint8 array is converted.
-            index: int64 row numbers, all in range.
 
         Valid as long as the result of `take_rows`.
         """
-        sources = [Gather(array, *cast) if cast else Gather(array) for array, cast in zip(arrays, casts, strict=True)]
-        return self._feed.gather(sources, index)
+        return self._feed.gather(RowGather(parts, counts, casts, index, places, host_rows))
+
+    def reads(self, other: QueueDevice) -> bool:
+        """Whether this GPU's kernels reach the memory of another one."""
+        return isinstance(other, CudaDevice) and reaches(self.ordinal, other.ordinal)
 
     def stage_rows(self, batch: Sequence[Any], rows: Rows) -> bool:
         """Prefetch the rows for the next `take_rows` of the same arrays; False if there is no room for them."""

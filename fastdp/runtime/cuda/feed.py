@@ -14,9 +14,10 @@ import numpy as np
 from fastdp.launch import RowSlice, slice_rows
 from fastdp.runtime.base import Work
 from fastdp.runtime.cuda import cupy_api
-from fastdp.runtime.cuda.batch_layout import ALIGNMENT, BatchLayout, CopyPlace
+from fastdp.runtime.cuda.batch_layout import BatchLayout, CopyPlace
 from fastdp.runtime.cuda.memory import StagingRing
 from fastdp.runtime.cuda.peer_access import reaches
+from fastdp.runtime.cuda.row_gather import RowGather
 from fastdp.runtime.cuda.streams import CudaEvent, CudaStream
 from fastdp.runtime.queue import QueueEvent
 from fastdp.shard import Rows
@@ -42,16 +43,6 @@ class _Staged:
         return same and rows == self.rows
 
 
-@dataclass(frozen=True, slots=True)
-class Gather:
-    """An array on a GPU to gather rows from; `cast` is the float dtype of x * scale + offset for a uint8 array."""
-
-    array: Any
-    cast: str | None = None
-    scale: float = 1.0
-    offset: float = 0.0
-
-
 class CallersWork:
     """An event on the current device's default stream, destroyed when the last reference goes."""
 
@@ -73,7 +64,7 @@ class Feed:
 
     Rows of host arrays go through one pinned buffer and one copy. Rows of arrays on a GPU are copied over the link, or
     by one launch for all of them if this GPU's kernels can access their memory; the copies run after the work that the
-    caller has enqueued on that GPU's default stream. One launch gathers rows by number from arrays on this GPU.
+    caller has enqueued on that GPU's default stream. One launch gathers rows by number (row_gather.py).
     A step's rows stay in one of two device buffers until the step after the next takes its rows; the other buffer
     is for rows that are staged meanwhile. Call it from the thread that runs steps.
     """
@@ -165,40 +156,20 @@ class Feed:
         self._places[turn, number, rows.count, shapes] = place
         return place
 
-    def gather(self, sources: Sequence[Gather], index: np.ndarray) -> list[Any]:
-        """Gather rows by number (int64, in range) from arrays on this GPU; later compute work waits for them."""
-        rows = len(index)
-        shapes = [(rows, *source.array.shape[1:]) for source in sources]
-        dtypes = [np.dtype(source.cast or source.array.dtype) for source in sources]
-        needed = [index.nbytes, *(math.prod(s) * d.itemsize for s, d in zip(shapes, dtypes, strict=True))]
-        sizes = [-(-nbytes // ALIGNMENT) * ALIGNMENT for nbytes in needed]
-        free = self._turn_over(sum(sizes), index.nbytes)
+    def gather(self, rows: RowGather) -> list[Any]:
+        """Gather rows by number; later compute work waits for them."""
+        free = self._turn_over(rows.nbytes, rows.pinned_room)
         if self._error is None:
             self._error = self._device.zeros((1,), np.dtype(np.uint32))
             self._device.kernels.load("slice_rows")
         buffer, copy_in = self._buffers[self._turn], self._device.copy_in
-        places = [cupy_api.array_pointer(buffer) + sum(sizes[:i]) for i in range(len(sizes))]
-        slices = [
-            RowSlice(
-                source=cupy_api.array_pointer(source.array) if source.array.nbytes else 0,
-                destination=place,
-                rows=rows,
-                row_elements=math.prod(shape[1:]) * (1 if source.cast else source.array.dtype.itemsize),
-                source_rows=source.array.shape[0],
-                cast=source.cast,
-                scale=source.scale,
-                offset=source.offset,
-            )
-            for source, place, shape in zip(sources, places[1:], shapes, strict=True)
-        ]
+        results = rows.results(buffer, self._device.ordinal)
         copy_in.wait(free)
-        gather = partial(self._gather, slices, places[0], index)
-        copy_in.enqueue(gather if spans.now.recorder is None else partial(self._traced, "scatter", rows, gather))
+        gather = partial(self._gather, rows, cupy_api.array_pointer(buffer))
+        traced = partial(self._traced, "scatter", len(results[0]), gather)
+        copy_in.enqueue(gather if spans.now.recorder is None else traced)
         self._device.compute.wait(copy_in.record())
-        return [
-            cupy_api.array(place, shape, dtype, self._device.ordinal, (buffer, source.array))
-            for place, shape, dtype, source in zip(places[1:], shapes, dtypes, sources, strict=True)
-        ]
+        return results
 
     def stage(self, batch: Sequence[Any], rows: Rows) -> bool:
         """Prefetch the rows of the next batch while a step computes; `take` then finds them.
@@ -340,16 +311,16 @@ class Feed:
         for target, part in near + far:
             self._device.copy_rows(target, part, stream.handle)
 
-    def _gather(self, slices: Sequence[RowSlice], index_at: int, index: np.ndarray) -> None:
-        """Copy the row numbers to the GPU and launch the gather. Runs on the worker as copy stream work."""
+    def _gather(self, rows: RowGather, at: int) -> None:
+        """Copy row numbers to a buffer of the GPU and launch the gather. Runs on the worker as copy stream work."""
         stream = self._device.copy_in
         assert isinstance(stream, CudaStream)
-        pinned = self._ring.take(index.nbytes)
-        pinned.view(np.int64)[:] = index
-        cupy_api.copy_async(index_at, pinned.ctypes.data, index.nbytes, stream.handle)
+        pinned = self._ring.take(rows.pinned_nbytes)
+        rows.fill(pinned)
+        cupy_api.copy_async(at, pinned.ctypes.data, rows.pinned_nbytes, stream.handle)
         self._ring.release(stream.now())
         error = cupy_api.array_pointer(self._error)
-        slice_rows(self._device.kernels, slices, index=index_at, error=error, stream=stream.handle)
+        slice_rows(self._device.kernels, **rows.launch(at), error=error, stream=stream.handle)
 
 
 def _whole(target: Any, part: Any) -> RowSlice:

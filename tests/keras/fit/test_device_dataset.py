@@ -137,14 +137,15 @@ def assert_same(got, want):
         np.testing.assert_array_equal(a, b)
 
 
-def on_both(build, fit, devices=3, **options):
+def on_both(build, fit, devices=3, *, sharded=False, **options):
     """History, weights, evaluation and prediction, on the arrays and on a data set."""
     results = []
     for resident in (False, True):
         parallel, data = made(build, devices, **options)
-        held = {"x": DeviceDataset(data, parallel)} if resident else as_arguments(data)
+        held = {"x": DeviceDataset(data, parallel, sharded=sharded)} if resident else as_arguments(data)
         keras.utils.set_random_seed(5)
         history = parallel.fit(**held, verbose=0, **fit).history
+        assert ("in parts: 0.0 MB on virtual:0" in parallel.report().inputs[0]["how"]) == (resident and sharded)
         evaluated = parallel.evaluate(**held, batch_size=7, verbose=0, return_dict=True)
         predicted = parallel.predict(held["x"], batch_size=7, verbose=0)
         results.append([history, parallel.get_weights(), evaluated, predicted, parallel.report()[0]["how"]])
@@ -166,6 +167,16 @@ def test_it_is_as_on_the_arrays(build, compile, recwarn):
 @pytest.mark.parametrize("devices", [1, 2])
 def test_on_fewer_devices_too(devices):
     on_both(weighted, {"batch_size": 4, "epochs": 2}, devices)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 8])
+def test_sharded_over_the_devices_too(devices):
+    fastdp.set_virtual_devices(8)
+    on_both(weighted, {"batch_size": 5, "epochs": 2, "validation_split": 0.2}, devices, sharded=True)
+
+
+def test_classes_are_weighted_in_a_sharded_one():
+    on_both(classes(False), {"class_weight": {0: 3.0, 2: 0.2}, "batch_size": 5}, sharded=True)
 
 
 def test_a_compiled_step_takes_its_rows_from_it():
