@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import struct
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,22 @@ from fastdp.data.h5_checks import MOST_COMPRESSION, check_tree, damage_named
 # Parts of a state that tell of the clock, of logs and of how steps ran: they may differ where all numbers are equal.
 LEFT_OUT = ("captures", "callbacks")
 _WEIGHTS = "model.weights.h5"
-# What torch raises where a file is of another kind, or damaged.
-_DAMAGED = (RuntimeError, ValueError, EOFError, KeyError, IndexError, AttributeError, TypeError)
+# What the libraries raise for files that are damaged.
+_DAMAGED = (
+    RuntimeError,
+    ValueError,
+    EOFError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    MemoryError,
+    OverflowError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    pickle.UnpicklingError,
+)
 
 
 class Numbers(dict[str, Any]):
@@ -58,8 +74,9 @@ def read(path: Path) -> Numbers:
     for name in ("model.pt", "model.keras"):
         if (place / name).exists():
             _read_file(place / name, "model/", found)
-    state = nest.read(place, _torch() if "tensor" in (place / nest.STRUCTURE).read_text("utf-8") else None)
-    _add("", state, found)
+    with nest.reading(place):
+        state = nest.read(place, _torch() if "tensor" in (place / nest.STRUCTURE).read_text("utf-8") else None)
+        _add("", state, found)
     return found
 
 
@@ -78,13 +95,29 @@ def _place_in(path: Path) -> Path:
 
 
 def _read_file(path: Path, prefix: str, found: Numbers) -> None:
+    """Add the numbers of one file.
+
+    Raises:
+        OSError, ValueError: that cannot be done; the message names the file.
+    """
+    try:
+        _read_by_name(path, prefix, found)
+    except (OSError, *_DAMAGED) as error:
+        if str(path) in str(error) and isinstance(error, (OSError, ValueError)):
+            raise
+        said = str(error).partition("\n")[0] or type(error).__name__
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{path} cannot be read: {said}") from error
+
+
+def _read_by_name(path: Path, prefix: str, found: Numbers) -> None:
     name = path.name.lower()
     if name.endswith(".keras"):
         _read_keras(path, prefix, found)
     elif name.endswith((".h5", ".hdf5")):
         _read_h5(path, prefix, found)
     elif name.endswith(".npz"):
-        nest._check_sizes(path)
+        nest.check_arrays(path)
         with np.load(path, allow_pickle=False) as file:
             for one in file.files:
                 found[prefix + one] = file[one]
@@ -99,14 +132,11 @@ def _read_file(path: Path, prefix: str, found: Numbers) -> None:
 
 def _read_keras(path: Path, prefix: str, found: Numbers) -> None:
     """The weights of a `.keras` archive, which has one HDF5 file."""
-    try:
-        with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as scratch:
-            info = archive.getinfo(_WEIGHTS)
-            if info.file_size > MOST_COMPRESSION * max(1, info.compress_size):
-                raise ValueError(f"{path} declares more than it stores: the file is damaged, or made to fill the disk.")
-            _read_h5(Path(archive.extract(info, scratch)), prefix, found, str(path))
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise ValueError(f"{path} is no whole .keras file: {error}.") from error
+    with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as scratch:
+        info = archive.getinfo(_WEIGHTS)
+        if info.file_size > MOST_COMPRESSION * max(1, info.compress_size):
+            raise ValueError(f"{path} declares more than it stores: the file is damaged, or made to fill the disk.")
+        _read_h5(Path(archive.extract(info, scratch)), prefix, found, str(path))
 
 
 def _read_h5(path: Path, prefix: str, found: Numbers, called: str | None = None) -> None:
@@ -124,12 +154,10 @@ def _torch() -> Any:
 
 def _torch_file(path: Path) -> Mapping[str, Any]:
     """A state_dict of tensors, and of nests of them."""
-    library = _torch()
-    try:
-        return library.read_state(path)
-    except (*_DAMAGED, pickle.UnpicklingError) as error:
-        said = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path} is no file of tensors: {said}") from error
+    if zipfile.is_zipfile(path):  # older ones are not
+        nest.check_stored(path)
+    state: Mapping[str, Any] = _torch().read_state(path)
+    return state
 
 
 def _add(name: str, value: Any, found: Numbers) -> None:

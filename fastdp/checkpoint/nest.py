@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -130,28 +131,48 @@ def read(folder: Path, tensors: Tensors | None = None) -> Any:
         ValueError: the files are no such value, or hold tensors and there is no torch.
     """
     structure = json.loads((folder / STRUCTURE).read_text("utf-8"))
-    _check_sizes(folder / ARRAYS)
+    check_arrays(folder / ARRAYS)
     with np.load(folder / ARRAYS, allow_pickle=False) as file:
         arrays = [file[f"arr_{i}"] for i in range(len(file.files))]
     return _unpack(structure, arrays, tensors)
 
 
-def _check_sizes(path: Path) -> None:
-    """Check that no array is larger than what is stored of it: NumPy allocates first.
+def check_stored(path: Path) -> None:
+    """Check that an archive stores all that it declares: its readers allocate first.
 
     Raises:
-        ValueError: one is, or is compressed, which `Packed.write` does not do.
+        ValueError: it does not, or is compressed, which no writer of a checkpoint's files does.
     """
+    with zipfile.ZipFile(path) as archive:
+        found = archive.infolist()
+    stored = all(one.compress_type == zipfile.ZIP_STORED and one.file_size == one.compress_size for one in found)
+    if not stored or sum(one.file_size for one in found) > path.stat().st_size:
+        raise ValueError(f"{path} declares more than it stores: it is damaged, or made to fill the memory.")
+
+
+def check_arrays(path: Path) -> None:
+    """Check that no array of NumPy's archive is larger than what is stored of it.
+
+    Raises:
+        ValueError: one is, or is none, or is compressed.
+    """
+    check_stored(path)
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             with archive.open(info) as file:
-                known = _HEADERS.get(np.lib.format.read_magic(file))
-                shape, _, dtype = known(file) if known is not None else ((), None, None)
-            stored = info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
-            if dtype is None or not stored or math.prod(shape) * dtype.itemsize > info.file_size:
-                raise ValueError(
-                    f"{path} is no file of a checkpoint: {info.filename} is larger than what is stored of it."
-                )
+                shape, dtype = _header(file)
+            if dtype is None or math.prod(shape) * dtype.itemsize > info.file_size:
+                raise ValueError(f"{path} declares more than it stores: {info.filename} is larger than its part.")
+
+
+def _header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any] | None]:
+    """Shape and dtype of an array in a file; no dtype where it has an unknown format, or is none."""
+    known = _HEADERS.get(np.lib.format.read_magic(file))
+    try:
+        shape, _, dtype = known(file) if known is not None else ((), None, None)
+    except tokenize.TokenError as error:  # NumPy reads headers by Python's tokenizer
+        raise ValueError(f"its header is damaged ({error})") from error
+    return shape, dtype
 
 
 _HEADERS: dict[tuple[int, int], Callable[[Any], tuple[Any, ...]]] = {

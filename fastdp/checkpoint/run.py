@@ -147,7 +147,7 @@ class Checkpoint:
         library = torch_side()
         with nest.reading(found[1]):
             state = nest.read(found[1], library)
-            weights = library.read_state(found[1] / MODEL) if (found[1] / MODEL).exists() else {}
+            weights = _weights(found[1] / MODEL, library) if (found[1] / MODEL).exists() else {}
             position = Position(*(operator.index(number) for number in state["position"]))
             model, parts_there = {**weights, **state["model"]}, {**state["parts"]}
             self._resumed = {"data": state["data"], "generators": state["generators"]}
@@ -244,6 +244,13 @@ class Checkpoint:
         self._saved = None
         self._store.save(self._position.step, fill)
         self._saved = self._position
+
+
+def _weights(path: Path, library: Any) -> Mapping[str, Any]:
+    """The tensors of `model.pt`."""
+    nest.check_stored(path)
+    state: Mapping[str, Any] = library.read_state(path)
+    return state
 
 
 def _stateful(name: str, part: Any) -> Any:

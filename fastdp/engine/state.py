@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from fastdp.engine.step import Operation
 from fastdp.errors import DeviceTimeoutError
+from fastdp.runtime import forks
 
 # Seconds that fetching a batch may take on a thread that is to be a worker of the step meanwhile.
 FAST_FETCH = 1e-3
@@ -32,6 +33,8 @@ class EngineState:
         self.busy = threading.Lock()
         self.fetching = 0.0
         self._training = False
+        self._owner, self._cut_short = 0, False
+        forks.watch(self)
 
     @property
     def fetches_fast(self) -> bool:
@@ -48,9 +51,14 @@ class EngineState:
         """Wait until the engine is free, and take it. Training one model from two threads fails at once.
 
         Raises:
-            RuntimeError: another thread is training this model.
+            RuntimeError: another thread is training this model, or was running it when this process was forked.
             DeviceTimeoutError: the engine was not free in time.
         """
+        if self._cut_short:
+            raise RuntimeError(
+                "This model cannot be used in this process, which was forked while another thread ran a step of it. "
+                'Start it by multiprocessing.get_context("spawn"), or before the model is wrapped.'
+            )
         if not self.busy.acquire(blocking=False):
             if trains and self._training:
                 raise RuntimeError(
@@ -59,9 +67,14 @@ class EngineState:
                 )
             if not self.busy.acquire(timeout=self.timeout):
                 raise DeviceTimeoutError(f"Another thread kept this model busy for {self.timeout} seconds.")
-        self._training = trains
+        self._training, self._owner = trains, threading.get_ident()
 
     def leave(self) -> None:
         """Free the engine. The note that a step trains is cleared first: the next thread may not train."""
         self._training = False
         self.busy.release()
+
+    def after_fork(self) -> None:
+        """In a forked child: a step of another thread, which is gone, is never over."""
+        if self.busy.locked() and self._owner != threading.get_ident():
+            self.busy, self._cut_short = threading.Lock(), True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
@@ -41,6 +40,7 @@ from fastdp.program.keras.augmented import prepared_call
 from fastdp.program.keras.layer_calls import CallProgram
 from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.program import KerasProgram
+from fastdp.runtime.forks import LongLock
 from fastdp.runtime.queue import QueueDevice
 from fastdp.tensors.arrays import peak_nbytes
 from fastdp.tracing.trace import Traceable
@@ -101,7 +101,7 @@ class ParallelModel(Traceable, Membership, TemplateView):
             device_groups=device_groups,
         )
         self._augmented = self._steps.augmented
-        self._fitting = threading.RLock()
+        self._fitting = LongLock()
         self._begins_fit = self._in_fit = False
         self._latest_fit = SimpleNamespace(inputs=[])  # an object of its own, whose lists Keras does not track
         self._looked_at = True

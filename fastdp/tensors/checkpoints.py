@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 # What NumPy has no numbers for is stored by its bits.
+_FREE_NBYTES, _MOST_REPEATED = 1 << 20, 1100  # strides repeat numbers; as for HDF5 files (`fastdp.data`)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
@@ -75,8 +76,25 @@ def write_state(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of `write_state`, in host memory. Runs no code of the file."""
-    return dict(torch.load(path, map_location="cpu", weights_only=True))
+    """The tensors of `write_state`, in host memory. Runs no code of the file.
+
+    Raises:
+        ValueError: one of them is much larger than what is stored of it, so a copy would fill the memory.
+    """
+    state = dict(torch.load(path, map_location="cpu", weights_only=True))
+    _check_declared(state, path)
+    return state
+
+
+def _check_declared(value: Any, path: Path) -> None:
+    """Look at the tensors in a nest."""
+    if isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_declared(part, path)
+    elif isinstance(value, torch.Tensor) and value.layout == torch.strided:
+        declared, stored = value.numel() * value.element_size(), value.untyped_storage().nbytes()
+        if declared > max(_FREE_NBYTES, _MOST_REPEATED * stored):
+            raise ValueError(f"{path} declares a tensor of {declared:,} bytes and stores {stored:,} of it.")
 
 
 def read_generators() -> dict[str, Any]:

@@ -8,19 +8,19 @@ batch agree. Other generators draw for the whole batch, and each replica keeps i
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from fastdp.runtime.forks import LongLock
 from fastdp.shard import Rows
 
 _PER_BLOCK = 8  # fp32 numbers of one counter
 
 # Held while code inside a step reads or forks torch's global generator.
-global_generator = threading.RLock()
+global_generator = LongLock()
 
 
 def uniform_rows(key: tuple[int, int], first: int, count: int, per_row: int) -> np.ndarray:

@@ -30,6 +30,7 @@ from fastdp.program.torch.capture.plain_forward import OwnedCaptured, PlainForwa
 from fastdp.program.torch.capture.plain_replays import PlainReplays
 from fastdp.program.torch.capture.replays import CHECKS
 from fastdp.program.torch.nest import PLAIN, Nest
+from fastdp.runtime.forks import LongLock
 from fastdp.runtime.queue import QueueDevice
 from fastdp.shard import Rows
 from fastdp.tensors.arrays import to_tensor
@@ -59,7 +60,7 @@ class PlainCalls:
         self.captures: CapturesByKind[OwnedCaptured] = CapturesByKind(self._make)
         self._settled: set[Any] = set()  # shapes whose calls go on as plain torch
         self._specs: dict[int, Any] = {}
-        self._lock, self._owner = threading.Lock(), 0
+        self._lock, self._owner = LongLock(), 0
         self._plain = "compile=None" if options.compile is None else ""  # why all calls are plain torch
         self._loop: LoneLoop | None = None
         if options.compile is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import zipfile
 
 import h5py
 import numpy as np
@@ -104,7 +105,11 @@ def test_files_are_not_trusted(tmp_path, monkeypatch, capsys):
     (tmp_path / "f.txt").write_text("x")
     (tmp_path / "g.jsonl").write_text('{"x": 1}\n')
     (tmp_path / "h").mkdir()
-    for name in ("a.pt", "b.pt", "c.npz", "d.h5", "e.keras", "f.txt", "g.jsonl", "h", "nowhere"):
+    torch.save({"w": {"x": torch.zeros(1).expand(1 << 60)}}, tmp_path / "i.pt")
+    torch.save({"w": torch.zeros(5)}, tmp_path / "j.pt")
+    with zipfile.ZipFile(tmp_path / "j.pt", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("j/data/1", bytes(1 << 20))
+    for name in ("a.pt", "b.pt", "c.npz", "d.h5", "e.keras", "f.txt", "g.jsonl", "h", "i.pt", "j.pt", "nowhere"):
         (tmp_path / "planted").unlink(missing_ok=True)
         assert main(["verify", name]) == 2, name
         said = capsys.readouterr().err

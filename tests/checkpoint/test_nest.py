@@ -83,7 +83,22 @@ def test_an_array_that_is_larger_than_what_is_stored_of_it_is_refused_before_it_
     nest.pack([np.zeros(2)]).write(tmp_path)
     with zipfile.ZipFile(tmp_path / nest.ARRAYS, "w", how) as archive:
         archive.writestr("arr_0.npy", content)
-    with pytest.raises(ValueError, match=r"arr_0\.npy is larger than what is stored of it"):
+    with pytest.raises(ValueError, match="declares more than it stores"):
+        nest.read(tmp_path)
+
+
+def test_parts_of_an_archive_that_lie_upon_each_other_are_refused_and_a_damaged_header_is_named(tmp_path):
+    path = tmp_path / nest.ARRAYS
+    nest.pack([]).write(tmp_path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0.npy", declared((2,)).replace(b"(2,)", b"(2, "))
+    with pytest.raises(ValueError, match="header is damaged"):
+        nest.read(tmp_path)
+    nest.pack([np.zeros(50)]).write(tmp_path)
+    with zipfile.ZipFile(path, "a") as archive:  # a second name for the same part
+        archive.filelist.append(archive.filelist[0])
+        archive._didModify = True
+    with pytest.raises(ValueError, match="declares more than it stores"):
         nest.read(tmp_path)
 
 

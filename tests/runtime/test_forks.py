@@ -9,6 +9,8 @@ from collections.abc import Callable
 import pytest
 from forked_child import in_child
 
+from fastdp.engine.state import EngineState
+from fastdp.runtime.forks import LongLock
 from fastdp.runtime.host.device import HostDevice
 
 pytestmark = [
@@ -59,3 +61,34 @@ def test_a_child_that_was_forked_in_the_middle_of_work_is_told_so_at_once(device
         goes_on.set()
     assert found.startswith("RuntimeError: Device")
     assert "forked while another thread ran a step" in found
+
+
+def held_by_another_thread(take: Callable[[], object]) -> Callable[[], None]:
+    """Take something on a thread that goes on having it. Returns what ends that thread."""
+    taken, over = threading.Event(), threading.Event()
+    thread = threading.Thread(target=lambda: (take(), taken.set(), over.wait(60)))
+    thread.start()
+    assert taken.wait(10)
+    return lambda: (over.set(), thread.join(10))
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_child_that_was_forked_in_a_step_of_another_thread_between_its_works_is_told_so_at_once(trains):
+    state = EngineState(timeout=90.0)
+    end = held_by_another_thread(lambda: state.take(trains=False))
+    try:
+        found = in_child(lambda: state.take(trains=trains))
+    finally:
+        end()
+    assert found.startswith("RuntimeError: This model cannot be used in this process, which was forked while another")
+
+
+def test_a_child_finds_locks_free_that_another_thread_had_and_keeps_its_own():
+    lock, own = LongLock(), LongLock()
+    end = held_by_another_thread(lock.acquire)
+    try:
+        with own:
+            found = in_child(lambda: [lock.acquire(blocking=False), own.acquire(blocking=False), own.release()])
+    finally:
+        end()
+    assert found == [True, True, None]

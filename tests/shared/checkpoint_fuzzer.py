@@ -129,9 +129,9 @@ class Fuzzer:
         file = self._random.choice(sorted(place.iterdir()))
         how = self._random.choice([self._bytes, self._bytes, self._names, self._inside, self._inside, self._manifest])
         told = how(place, file)
-        if self._random.random() < 0.5 and how is not self._manifest:
+        if self._random.random() < 0.5 and how != self._manifest:
             _sign(place)
-            told += ", inside" if how is self._bytes else ", signed"
+            told += ", inside" if how == self._bytes else ", signed"
         return f"{place.name}/{file.name}: {told}"
 
     def _bytes(self, place: Path, file: Path) -> str:

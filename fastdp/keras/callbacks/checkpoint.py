@@ -200,6 +200,7 @@ class Checkpoint(WritesFiles):
             step, epoch, _ = (operator.index(state[name]) for name in ("step", "epoch", "batch"))
             for name in ("stopped", "callbacks", "data", "variables", "global seed", "generators"):
                 state[name]
+            nest.check_stored(place / model_file.NAME)
         with nest.loading(place):
             shards.warn_of_others(place, state, self.model)
             model_file.load_into(self.model, place)

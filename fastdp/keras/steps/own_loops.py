@@ -21,6 +21,7 @@ from fastdp.engine.data_parallel import DataParallel
 from fastdp.keras.steps.call_arguments import CallArguments
 from fastdp.keras.steps.layer_calls import Attempt, LayerCalls
 from fastdp.program.keras.layer_calls import CallProgram
+from fastdp.runtime.forks import LongLock
 from fastdp.warn import warn_user
 
 
@@ -42,7 +43,7 @@ class ModelCalls(LayerCalls):
         super().__init__(engine)
         self._unbuilt = not all(layer.built for layer in self.program.model._flatten_layers())
         self._begun: set[Any] = set()
-        self._one_at_a_time = threading.RLock()
+        self._one_at_a_time = LongLock()
 
     def run(self, layer: Any, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run one call of the model: on all devices if possible, else as plain Keras, with one warning."""
