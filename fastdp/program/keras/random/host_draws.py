@@ -121,7 +121,9 @@ def held_generators_stay(model: keras.Model) -> Iterator[None]:
     before = [_state(generator) for generator, _ in held]
     try:
         yield
-        moved = [what for (generator, what), state in zip(held, before, strict=True) if _state(generator) != state]
+        moved = [
+            what for (generator, what), state in zip(held, before, strict=True) if not _same(_state(generator), state)
+        ]
     finally:
         for (generator, _), state in zip(held, before, strict=True):
             _set_state(generator, state)
@@ -133,11 +135,18 @@ def held_generators_stay(model: keras.Model) -> Iterator[None]:
 
 
 def _state(generator: Any) -> Any:
-    """The state of a generator, as comparable values."""
+    """The state of a generator: a copy of its own, in which arrays stay arrays."""
     if isinstance(generator, random.Random):
         return generator.getstate()
     bits = generator.bit_generator if isinstance(generator, np.random.Generator) else generator._bit_generator
-    return copy.deepcopy(keras.tree.map_structure(lambda v: v.tolist() if isinstance(v, np.ndarray) else v, bits.state))
+    return copy.deepcopy(bits.state)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two states are equal in every word."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(value, b[name]) for name, value in a.items())
+    return np.array_equal(a, b) if isinstance(a, np.ndarray) else bool(a == b)
 
 
 def _set_state(generator: Any, state: Any) -> None:
@@ -146,11 +155,4 @@ def _set_state(generator: Any, state: Any) -> None:
         generator.setstate(state)
     else:
         bits = generator.bit_generator if isinstance(generator, np.random.Generator) else generator._bit_generator
-        bits.state = _as_arrays(state)
-
-
-def _as_arrays(state: Any) -> Any:
-    """Convert lists of words back to arrays."""
-    if isinstance(state, dict):
-        return {name: _as_arrays(value) for name, value in state.items()}
-    return np.array(state, dtype=np.uint32) if isinstance(state, list) else state
+        bits.state = state
