@@ -40,6 +40,18 @@ def test_a_module_runs_by_its_name(warm) -> None:
     assert (done.returncode, done.stdout.split()[:2]) == (0, ["February", "2024"])
 
 
+def test_a_script_runs_by_its_path_from_a_folder_of_its_own(warm, tmp_path) -> None:
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "neighbour.py").write_text("word = 'found'")
+    text = "import os, sys, neighbour\nprint(neighbour.word, sys.argv, __name__, __file__, os.getcwd())\n"
+    (tmp_path / "scripts" / "show.py").write_text(text + "print(sys.modules['__main__'].neighbour.word)\n1 / 0")
+    done = warm.run(["scripts/show.py", "-m"], os.environ, 60.0, folder=tmp_path)
+    assert done.stdout == f"found ['scripts/show.py', '-m'] __main__ scripts/show.py {tmp_path}\nfound\n"
+    assert 'scripts/show.py", line 4, in <module>\n    1 / 0\n' in done.stderr
+    assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
+    assert warm.run(["-c", "import os; print(os.getcwd())"], os.environ, 60.0).stdout != f"{tmp_path}\n"
+
+
 def test_a_program_that_is_late_is_killed_and_what_it_said_is_told(warm) -> None:
     with pytest.raises(subprocess.TimeoutExpired) as late:
         warm.run(["-c", "import time; print('x', flush=True); time.sleep(600)"], os.environ, 2.0)

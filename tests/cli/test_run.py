@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from scripts import fastdp_run, python
+from scripts import fastdp_run, loaded_python, loaded_run, python
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="Keras is not installed")
 
@@ -27,8 +27,8 @@ print(type(model.train_function).__name__, file=sys.stderr)
 
 def test_a_script_trains_as_plain_python_and_on_the_devices(tmp_path):
     (tmp_path / "train.py").write_text(TRAINING)
-    plain = python("train.py", folder=tmp_path)
-    parallel = fastdp_run("--virtual", "2", "train.py", folder=tmp_path)
+    plain = loaded_python("train.py", folder=tmp_path)
+    parallel = loaded_run("--virtual", "2", "train.py", folder=tmp_path)
     assert plain.stdout == parallel.stdout
     assert parallel.stderr.strip() == "_ParallelFunction"
     assert plain.stderr.strip() == "function"
@@ -37,17 +37,17 @@ def test_a_script_trains_as_plain_python_and_on_the_devices(tmp_path):
 def test_keras_runs_on_torch_whatever_the_environment_names(tmp_path):
     (tmp_path / "show.py").write_text("import keras; print(keras.backend.backend())")
     for environment in ({"KERAS_BACKEND": "jax"}, {"KERAS_BACKEND": "torch"}):
-        ran = fastdp_run("--virtual", "2", "show.py", folder=tmp_path, **environment)
+        ran = loaded_run("--virtual", "2", "show.py", folder=tmp_path, **environment)
         assert ran.stdout == "torch\n"
         assert ("not on KERAS_BACKEND=jax" in ran.stderr) == (environment["KERAS_BACKEND"] == "jax")
 
 
 def test_graphs_are_asked_for_as_of_install(tmp_path):
     (tmp_path / "train.py").write_text(TRAINING)
-    done = fastdp_run("--virtual", "2", "--graph", "step", "train.py", folder=tmp_path)
+    done = loaded_run("--virtual", "2", "--graph", "step", "train.py", folder=tmp_path)
     assert 'graph="step" has nothing to record on virtual devices in host memory' in done.stderr
     assert "_ParallelFunction" in done.stderr
-    assert "invalid choice: 'fast'" in fastdp_run("--graph", "fast", "train.py", folder=tmp_path).stderr
+    assert "invalid choice: 'fast'" in loaded_run("--graph", "fast", "train.py", folder=tmp_path).stderr
 
 
 SHOW = "import sys; print(__name__, sys.argv, sys.path[0], __import__('neighbour').word)"
@@ -104,16 +104,16 @@ def test_what_cannot_be_run_says_why(tmp_path, arguments, status, message):
 
 def test_auto_runs_anywhere_and_one_line_says_on_what(tmp_path):
     (tmp_path / "a.py").write_text("import fastdp, torch; print(len(fastdp.wrap(torch.nn.Linear(2, 1)).devices))")
-    done = fastdp_run("--gpus", "auto", "a.py", folder=tmp_path)
+    done = loaded_run("--gpus", "auto", "a.py", folder=tmp_path)
     assert (done.returncode, done.stdout) == (0, "1\n")
     assert [line[:29] for line in done.stderr.splitlines()] == ["fastdp: no GPU is visible, so"]
-    many = fastdp_run("--gpus", "auto", "--virtual", "3", "a.py", folder=tmp_path)
+    many = loaded_run("--gpus", "auto", "--virtual", "3", "a.py", folder=tmp_path)
     assert (many.returncode, many.stdout, many.stderr) == (0, "3\n", "")
 
 
 def test_json_ends_with_one_line_for_programs(tmp_path):
     (tmp_path / "train.py").write_text(TRAINING)
-    done = fastdp_run("--virtual", "2", "--json", "train.py", folder=tmp_path)
+    done = loaded_run("--virtual", "2", "--json", "train.py", folder=tmp_path)
     assert json.loads(done.stderr.splitlines()[-1]) == {
         "script": "train.py",
         "devices": ["virtual:0", "virtual:1"],
@@ -128,6 +128,6 @@ def test_keras_own_test_of_a_callback_passes_on_the_devices(tmp_path):
     spec = importlib.util.find_spec("keras")
     file = Path(spec.origin).parent / "src" / "callbacks" / "monitor_callback_test.py"
     settings = ["-q", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={tmp_path}"]
-    done = fastdp_run("--virtual", "2", "-m", "pytest", *settings, str(file), folder=tmp_path)
+    done = loaded_run("--virtual", "2", "-m", "pytest", *settings, str(file), folder=tmp_path)
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
-from scripts import fastdp_run, python
+from scripts import fastdp_run, loaded_python, loaded_run
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 
@@ -68,13 +68,13 @@ torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 def test_a_classifier_with_workers_ends_with_plain_torchs_weights(tmp_path):
     (tmp_path / "train.py").write_text(CLASSIFIER)
-    plain = python("train.py", "--epochs", "2", "--save", "plain.pt", folder=tmp_path)
-    parallel = fastdp_run("--virtual", "3", "train.py", "--epochs", "2", "--save", "parallel.pt", folder=tmp_path)
+    plain = loaded_python("train.py", "--epochs", "2", "--save", "plain.pt", folder=tmp_path)
+    parallel = loaded_run("--virtual", "3", "train.py", "--epochs", "2", "--save", "parallel.pt", folder=tmp_path)
     assert (plain.returncode, plain.stderr) == (parallel.returncode, "") == (0, "")
     assert parallel.stderr == "fastdp run: Net: 8 calls on 3 devices, 2 on one device.\n"
     numbers = [[float(line) for line in ran.stdout.split()] for ran in (plain, parallel)]
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-12)
-    compared = python("-c", COMPARE, folder=tmp_path)
+    compared = loaded_python("-c", COMPARE, folder=tmp_path)
     assert compared.returncode == 0, compared.stderr
 
 
@@ -121,7 +121,7 @@ thread.join()
 
 def test_a_script_that_trains_where_nothing_can_be_split_is_told_so(tmp_path):
     (tmp_path / "train.py").write_text(ELSEWHERE)
-    ran = fastdp_run("--virtual", "3", "train.py", folder=tmp_path)
+    ran = loaded_run("--virtual", "3", "train.py", folder=tmp_path)
     assert ran.returncode == 0
     assert ran.stderr.startswith(
         "fastdp run: nothing ran on 3 devices: no module that an optimizer of torch.optim trains"
@@ -154,8 +154,8 @@ print([round(float(p.detach().sum()), 4) for p in (*module.parameters(), *kind.p
 @pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="Keras is not installed")
 def test_a_script_with_keras_and_torch_has_both_split(tmp_path):
     (tmp_path / "train.py").write_text(MIXED)
-    plain = python("train.py", folder=tmp_path)
-    parallel = fastdp_run("--virtual", "3", "train.py", folder=tmp_path)
+    plain = loaded_python("train.py", folder=tmp_path)
+    parallel = loaded_run("--virtual", "3", "train.py", folder=tmp_path)
     assert plain.returncode == 0, plain.stderr
     assert plain.stdout.splitlines()[1:] == parallel.stdout.splitlines()[1:], parallel.stderr
     assert parallel.stdout.startswith("_ParallelFunction\n")
@@ -179,13 +179,13 @@ print(hashlib.sha256(b"".join(v.numpy().tobytes() for v in model.state_dict().va
 def test_with_shards_a_script_ends_with_the_same_bits_on_one_and_on_three_devices(tmp_path):
     (tmp_path / "train.py").write_text(SHARDED)
     runs = [
-        fastdp_run("--virtual", "3", "--gpus", gpus, "--shards", "4", "train.py", folder=tmp_path)
+        loaded_run("--virtual", "3", "--gpus", gpus, "--shards", "4", "train.py", folder=tmp_path)
         for gpus in ("1", "3")
     ]
     assert [run.returncode for run in runs] == [0, 0], runs
     assert runs[0].stdout == runs[1].stdout != ""
     assert "calls on 1 device" in runs[0].stderr
     assert "calls on 3 devices" in runs[1].stderr
-    wrong = fastdp_run("--virtual", "3", "--shards", "2", "train.py", folder=tmp_path)
+    wrong = loaded_run("--virtual", "3", "--shards", "2", "train.py", folder=tmp_path)
     assert wrong.returncode == 2
     assert "`shards` must be at least the number of devices" in wrong.stderr

@@ -1,8 +1,8 @@
 """A Python process with libraries loaded, of which each program gets a forked copy instead of a start of its own.
 
 `python warm_python.py numpy torch` loads those and reads requests from standard input, one JSON object a line. A copy
-gets the arguments, environment and output files that a request names, runs like `python -c` or `python -m`, and ends
-as any interpreter does.
+gets the arguments, environment, folder and output files that a request names, runs like `python -c`, `python -m` or
+`python FILE`, and ends as any interpreter does.
 """
 
 from __future__ import annotations
@@ -43,16 +43,20 @@ class WarmPython:
         )
 
     def run(
-        self, command: Sequence[str], environment: Mapping[str, str], seconds: float
+        self, command: Sequence[str], environment: Mapping[str, str], seconds: float, folder: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Run `["-c", program]` or `["-m", module, ...]`; output and exit status are as subprocess.run's.
+        """Run `["-c", program]`, `["-m", module, ...]` or `[file, ...]`; what comes is as subprocess.run's.
+
+        `folder` is the current one of this program, instead of all programs' one.
 
         Raises:
             subprocess.TimeoutExpired: it took longer than so many seconds, and was killed.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            out, err = Path(folder, "out"), Path(folder, "err")
+        with tempfile.TemporaryDirectory() as scratch:
+            out, err = Path(scratch, "out"), Path(scratch, "err")
             request = {"command": command, "environment": {**environment}, "out": str(out), "err": str(err)}
+            if folder is not None:
+                request["folder"] = str(folder)
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(request) + "\n")
             child = self._answer(LOAD_SECONDS)
@@ -121,18 +125,22 @@ def run(request: dict[str, Any]) -> None:
         os.close(file)
     os.environ.clear()
     os.environ.update(request["environment"])
-    how, what, *arguments = request["command"]
-    sys.argv = [how, *arguments]
+    os.chdir(request.get("folder", "."))
+    how, *arguments = request["command"]
     if how == "-m":
-        sys.path[0] = os.getcwd()
-        runpy.run_module(what, run_name="__main__", alter_sys=True)
+        sys.argv, sys.path[0] = arguments, os.getcwd()
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
         return
-    assert how == "-c", how
-    sys.path[0] = ""
     main = types.ModuleType("__main__")
     main.__builtins__ = __builtins__
     sys.modules["__main__"] = main
-    exec(compile(what, "<string>", "exec"), main.__dict__)
+    if how == "-c":
+        sys.argv, sys.path[0] = ["-c", *arguments[1:]], ""
+        exec(compile(arguments[0], "<string>", "exec"), main.__dict__)
+        return
+    sys.argv, sys.path[0] = [how, *arguments], str(Path(how).resolve().parent)
+    main.__file__ = how
+    exec(compile(Path(how).read_bytes(), how, "exec"), main.__dict__)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import torch
-from scripts import fastdp_run
+from scripts import loaded_run
 from torch import nn
 from torch.nn import functional as F
 from trace_files import TraceFile, inside
@@ -131,11 +131,11 @@ sys.exit(int(sys.argv[1]))
 
 def test_the_command_traces_a_script(tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
-    ran = fastdp_run("--virtual", "2", "--trace", "t.json.gz", "train.py", "3", folder=tmp_path)
+    ran = loaded_run("--virtual", "2", "--trace", "t.json.gz", "train.py", "3", folder=tmp_path)
     assert ran.returncode == 3, ran.stderr
     found = TraceFile(tmp_path / "t.json.gz").check()
     assert len(found.named("backward step")) == len(found.named("call step")) > 0
-    ran = fastdp_run("--virtual", "2", "--trace", "none/t.json", "train.py", "0", folder=tmp_path)
+    ran = loaded_run("--virtual", "2", "--trace", "none/t.json", "train.py", "0", folder=tmp_path)
     assert ran.returncode == 2
     assert ran.stderr.startswith("fastdp run: ")
     assert "The trace cannot be written: No such file or directory" in ran.stderr
