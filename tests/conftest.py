@@ -75,9 +75,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if settings is not None:
-    # ci: the same examples on every machine. Without a deadline, since a loaded machine is not a bug.
+    # ci: the same examples on every machine; dev: others in each run. `--hypothesis-profile thorough` looks longer.
+    # Without a deadline, since a loaded machine is not a bug.
     settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25)
-    settings.register_profile("dev", deadline=None, max_examples=100)
+    settings.register_profile("dev", deadline=None, max_examples=25)
+    settings.register_profile("thorough", deadline=None, max_examples=300)
     settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 import sklearn  # noqa: F401  numpy_mlp's data; names the need, so that this file is left out without it
+from scripts import loaded_python
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def run(name: str, *arguments: str, folder: Path, **environment: str) -> str:
     """What an example prints; warnings of fastdp are errors."""
-    kept = {key: value for key, value in os.environ.items() if key != "FASTDP_VIRTUAL_DEVICES"}
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments],
-        cwd=folder,
-        env={**kept, "CUDA_VISIBLE_DEVICES": "", **environment},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = loaded_python(str(EXAMPLES / name), *arguments, folder=folder, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

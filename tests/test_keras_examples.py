@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
+from scripts import loaded_run
 from sklearn.datasets import load_digits
 
 import fastdp
@@ -84,8 +84,7 @@ def test_a_loss_of_the_whole_batch_is_the_same_on_one_device_and_on_three(run: R
 def test_a_plain_script_gives_the_same_under_fastdp_run(run: Run, tmp_path: Path) -> None:
     alone = run("plain_script.py")
     script = str(EXAMPLES / "keras" / "plain_script.py")
-    command = [sys.executable, "-m", "fastdp", "run", "--virtual", "2", script]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=True)
+    done = loaded_run("--virtual", "2", script, folder=tmp_path)
     plain, parallel = ([float(number) for number in re.findall(r"\d\.\d+", text)] for text in (alone, done.stdout))
     assert len(plain) == 5
     assert parallel == pytest.approx(plain, abs=2e-3)

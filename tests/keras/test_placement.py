@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import subprocess
-import sys
 import threading
 import weakref
 from pathlib import Path
@@ -13,6 +11,7 @@ import keras
 import numpy as np
 import pytest
 import torch
+from scripts import loaded_python
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -271,9 +270,9 @@ def test_synchronized_statistics_in_a_branch_of_several_replicas_are_refused():
         parallel.train_on_batch(*data())
 
 
-def test_the_faqs_example_runs():
+def test_the_faqs_example_runs(tmp_path):
     script = Path(__file__).parents[2] / "examples" / "faq" / "two_branches.py"
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, check=False)
+    done = loaded_python(str(script), folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "two branches on virtual:0 and virtual:1: loss" in done.stdout
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import loaded_python
 from torch import nn
 from torch.nn import functional as F
 
@@ -196,7 +194,7 @@ import sys
 
 import torch
 
-sys.path.insert(0, {folder!r})
+sys.path[:0] = {folders!r}
 import fastdp
 from test_resume import batches, build, everything, loaded, run
 
@@ -216,10 +214,10 @@ def test_another_process_goes_on_bit_for_bit(devices, tmp_path):
     file = tmp_path / "checkpoint.pt"
     file.write_bytes(saved(model, step, schedules).getvalue())
     expected = run(step, schedules, batches()[4:])
-    folder = Path(__file__).parent
-    code = SCRIPT.format(folder=str(folder), devices=devices, file=str(file))
-    environment = os.environ | {"PYTHONPATH": str(folder.parents[1])}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "shared")]
+    code = SCRIPT.format(folders=folders, devices=devices, file=str(file))
+    done = loaded_python("-c", code, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
     losses, values = torch.load(file)
     assert losses == expected
     torch.testing.assert_close(values, everything(model, step), rtol=0, atol=0)
