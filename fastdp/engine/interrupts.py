@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import contextlib
 import signal
 import threading
@@ -10,6 +11,8 @@ from typing import Any
 
 from fastdp.runtime.events import here
 
+# `signal` looks each handler up among its enums, which takes longer than the calls of `_signal` behind it.
+_SIGINT = int(signal.SIGINT)
 _held: list[_Holding] = []  # not empty while a block of the main thread holds interrupts back
 _nothing = contextlib.nullcontext()
 
@@ -27,7 +30,7 @@ def interrupts_wait() -> contextlib.AbstractContextManager[None]:
     if _held:  # by the main thread, for this block too, or another thread has nothing to hold back
         return _nothing
     on_main = threading.current_thread() is threading.main_thread()
-    return _Holding() if on_main and callable(signal.getsignal(signal.SIGINT)) else _nothing
+    return _Holding() if on_main and callable(_signal.getsignal(_SIGINT)) else _nothing
 
 
 class _Holding(contextlib.AbstractContextManager[None]):
@@ -38,14 +41,14 @@ class _Holding(contextlib.AbstractContextManager[None]):
         self._before: Any = None
 
     def __enter__(self) -> None:
-        self._before = signal.signal(signal.SIGINT, lambda number, frame: self._came.append((number, frame)))
+        self._before = _signal.signal(_SIGINT, lambda number, frame: self._came.append((number, frame)))
         _held.append(self)
 
     def __exit__(self, *error: object) -> None:
         if self not in _held:  # an interrupt has ended a pause
             return
         _held.clear()
-        signal.signal(signal.SIGINT, self._before)
+        _signal.signal(_SIGINT, self._before)
         came, self._came = self._came, []
         if came:
             self._before(*came[0])

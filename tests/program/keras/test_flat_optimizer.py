@@ -9,11 +9,14 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import torch
 
 import fastdp
 from fastdp.program.base import Totals
 from fastdp.program.keras.optimizer import flat as flat_optimizer
 from fastdp.program.keras.optimizer import regions
+from fastdp.program.keras.optimizer.direct import DirectUpdate
+from fastdp.program.keras.optimizer.fused import rate_of_adam
 from fastdp.program.keras.step_sums import Notes
 
 optimizers, layers = keras.optimizers, keras.layers
@@ -352,19 +355,16 @@ def test_a_rehearsal_changes_nothing(name: str, around: dict[str, Any]) -> None:
 def test_a_first_update_that_fails_in_its_rehearsal_changes_nothing_and_saves_nothing(
     gpus: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(optimizer: Any, like: Any, rate: Any) -> Any:
-        def step(gradient: Any, variable: Any) -> None:
-            variable.value.add_(1)  # harmless to a copy
-            raise MemoryError("no room for it")
-
-        return step
+    def broken(variables: Any, *others: Any, **settings: Any) -> None:
+        variables[0].add_(1)  # harmless to a copy
+        raise MemoryError("no room for it")
 
     parallel = fastdp.wrap(build(), gpus=gpus, compile=None)
     parallel.compile(optimizer=FORMULAS["Adam"](), loss="mse")
     assert parallel.engine.program.slot_variables  # made for training, before anything is predicted
     parallel.predict(data()["x"], verbose=0)  # all replicas have the weights
     before = lasting(parallel.engine)
-    monkeypatch.setattr(flat_optimizer, "fused_step", broken)
+    monkeypatch.setattr(torch, "_fused_adam_", broken)
     with pytest.raises(MemoryError, match="no replica's weights were changed"):
         parallel.fit(**data(), epochs=1, verbose=0)
     assert lasting(parallel.engine) == before
@@ -388,3 +388,61 @@ def test_saved_optimizer_is_kerass_own_and_training_goes_on_from_it(tmp_path: Pa
         one.fit(**data(), batch_size=4, verbose=0, shuffle=False)
     for a, b in zip(values(again.variables), values(parallel.variables), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+SETTINGS = {"SGD": (), "SGD nesterov": ("momentum",)}  # that change from step to step below
+
+
+@pytest.mark.parametrize("name", ["SGD", "SGD nesterov", "Adam", "AMSGrad"])
+def test_an_update_without_keras_has_the_same_bits_by_the_settings_of_each_step(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(*, direct: bool) -> tuple[list[bytes], int]:
+        model, optimizer, engine = flat(FORMULAS[name], 1)
+        calls = 0
+        once = DirectUpdate.__call__
+
+        def counted(self: Any, present: Any) -> bool:
+            nonlocal calls
+            calls += 1
+            return once(self, present)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(DirectUpdate, "__call__", counted)
+            if not direct:
+                patch.setattr(flat_optimizer, "is_plain", lambda optimizer: False)
+            for step, rate in enumerate((0.05, 0.02, 0.0), start=1):
+                optimizer.learning_rate = rate
+                for setting in SETTINGS.get(name, ("beta_1", "beta_2")):
+                    setattr(optimizer, setting, 0.5 + 0.1 * step)
+                if step == 3 and hasattr(optimizer, "epsilon"):
+                    optimizer.epsilon = 0.0  # 0 / 0 in the gaps
+                engine.program.changed_outside()
+                update(engine, [g + 1 for g in gradients(model, step)])
+                assert_gaps_are_zero(engine)
+        return lasting(engine), calls
+
+    (expected, none), (found, calls) = trained(direct=False), trained(direct=True)
+    assert (none, calls) == (0, 3)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    "around", [*AROUND.values(), {"learning_rate": optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)}]
+)
+def test_what_keras_does_around_an_update_is_left_to_it(
+    around: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DirectUpdate, "__call__", lambda *_: pytest.fail("Keras was left out"))
+    flat(lambda: optimizers.Adam(**around), 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adams_rate_in_python_is_kerass(dtype: torch.dtype) -> None:
+    digits = torch.finfo(dtype).eps
+    for done in (0, 1, 2, 50, 999, 10**5, 2**24 + 1):
+        step = torch.tensor(done + 1).to(dtype)
+        first, second = (torch.full_like(step, beta).pow(step) for beta in (0.9, 0.999))
+        expected = float(torch.tensor(0.01).to(dtype) * torch.sqrt(1 - second) / (1 - first))
+        found = rate_of_adam(float(torch.tensor(0.01)), done, dtype, 0.9, 0.999)
+        assert abs(found - expected) <= 2 * digits * expected

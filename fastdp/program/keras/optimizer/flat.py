@@ -18,6 +18,7 @@ import torch
 from keras.src.optimizers.base_optimizer import global_norm
 
 from fastdp.buffers import Memory
+from fastdp.program.keras.optimizer.direct import DirectUpdate, direct_update, is_bare, is_plain
 from fastdp.program.keras.optimizer.fused import fused_step
 from fastdp.program.keras.optimizer.regions import Region, regions_of
 from fastdp.program.keras.optimizer.sharded import SlotParts
@@ -56,7 +57,8 @@ class FlatVariable(keras.Variable):
 class _Pieces:
     """The flat buffers split into pieces whose variables are treated alike.
 
-    `whole` are the gradients of all variables, where `gradients` are those of this replica's part.
+    `whole` are the gradients of all variables, where `gradients` are those of this replica's part. `direct` updates
+    the pieces without Keras, where it may.
     """
 
     variables: list[FlatVariable]
@@ -66,6 +68,7 @@ class _Pieces:
     used: list[FlatVariable]
     gradients: list[torch.Tensor]
     whole: list[torch.Tensor]
+    direct: DirectUpdate | None = None
 
 
 class FlatUpdate:
@@ -129,15 +132,27 @@ class FlatUpdate:
             while len(self._pieces) >= _REMEMBERED:
                 self._pieces.pop(next(iter(self._pieces)))
             pieces = self._pieces[key] = self._cut(unused, decays, share is not None)
+        if pieces.direct is not None and share is None and is_plain(self._optimizer) and self._has_scalars():
+            if not pieces.direct(self._optimizer):
+                self._clear_gaps()
+            return
         stand_in = self._stand_in(pieces, share)
         if not reduced:
             vars(stand_in)["_backend_increment_gradient_accumulators"] = lambda gradients, accumulated: None
-        if len(self._whole) == 1 and not unused and _is_bare(stand_in):
+        if len(self._whole) == 1 and not unused and is_bare(stand_in):
             # The core of `apply`. Its surrounding calls took as long as the update of a small network.
             stand_in._backend_update_step(pieces.gradients, pieces.used, stand_in.learning_rate)
             stand_in._iterations.tensor.add_(1)
         else:
             stand_in.apply(pieces.gradients, pieces.used)
+        self._clear_gaps()
+
+    def _has_scalars(self) -> bool:
+        """Whether the optimizer still has the counter and the learning rate that lie in this memory."""
+        return all(getattr(slot.owner, slot.attribute) is slot.variables[0] for slot in self._slots.scalars)
+
+    def _clear_gaps(self) -> None:
+        """Make the gaps between variables zero again."""
         for region in [region for of_dtype in self._regions.values() for region in of_dtype]:
             if region.gaps.numel():  # 0 / 0 is not zero
                 for tensor in (region.variables, *region.kinds):
@@ -157,6 +172,10 @@ class FlatUpdate:
         rehearsal._pieces = {}
         with torch.no_grad():
             rehearsal.apply(frozenset())
+            (pieces,) = rehearsal._pieces.values()
+            if pieces.direct is not None:  # several threads share the other way of the same update
+                pieces.direct = None
+                rehearsal.apply(frozenset())
 
     def _stand_in(self, pieces: _Pieces, share: WorkStealing | None) -> Any:
         """An optimizer with the user's settings whose variables are the pieces."""
@@ -217,6 +236,15 @@ class FlatUpdate:
                 whole = self._whole[dtype]
                 spans = whole.spans(unused, decays, cores)
                 pieces.whole += [whole.gradients[part] for part, is_unused, _ in spans if not is_unused]
+        if len(self._whole) == 1 and self._parts is None and not unused:
+            kinds = {slot.attribute: kind for slot, kind in zip(self._slots.kinds, pieces.kinds, strict=True)}
+            pieces.direct = direct_update(
+                self._optimizer,
+                [variable.tensor for variable in pieces.used],
+                pieces.gradients,
+                {name: [one.tensor for one in kind] for name, kind in kinds.items()},
+                {slot.attribute: one.tensor for slot, one in zip(self._slots.scalars, self._scalars, strict=True)},
+            )
         return pieces
 
 
@@ -261,15 +289,6 @@ def _check_all(owner: Any, whole: Sequence[torch.Tensor], part: Sequence[torch.T
 def _first_used(region: Region, unused: frozenset[int]) -> int:
     """The number of the first variable that has a gradient."""
     return min((i for i in region.members if i not in unused), default=len(unused) + region.members[-1])
-
-
-def _is_bare(optimizer: Any) -> bool:
-    """Whether Keras's `apply` only decays the weights, runs the update step and counts."""
-    around = (
-        *(optimizer.gradient_accumulation_steps, optimizer.use_ema, optimizer.loss_scale_factor),
-        *(optimizer.clipnorm, optimizer.clipvalue, optimizer.global_clipnorm),
-    )
-    return not hasattr(optimizer, "inner_optimizer") and not any(around)
 
 
 def _piece_by_piece(
