@@ -240,7 +240,8 @@ def wrap(
               They run one after the other. Gradients, losses, draws and outputs are those of the global batch as
               before, up to rounding. The parts stay for later steps; a warning and `report()` tell. Each part has
               weights and gradients of its own, so memory is saved where activations take more. In a loop of your own
-              backward computes the parts of such a device again. What is computed from all rows of a device (batch
+              backward computes the parts of such a device again; where backward itself runs out of memory, the forward
+              pass is repeated, if that is exact. What is computed from all rows of a device (batch
               normalization without `sync_batch_norm`) cannot be split, and the error says so; nor can the memory of
               `scatter`, `reduce` and `update`, which does not depend on the rows. With `shards` the shard of the device
               is cut, and its sum is rounded in another way: the bits are those of a run with the same cut at that step.

@@ -13,6 +13,8 @@ class ReplicaError(RuntimeError):
     "scatter", "run", "reduce", "update" or "merge".
     """
 
+    rows_cut = False  # the rows of the device run in more parts from now on, so that the work may be tried again
+
     def __init__(self, message: str, *, device: str, rows: tuple[int, int] | None, verb: str = "run") -> None:
         super().__init__(message)
         self.device = device

@@ -226,7 +226,7 @@ class DataParallel(Traceable, Reporting, Inspection, Survival, WaitingGradients,
         run = partial(self._forward, "call", batch, lambda: self.size, partial(Replica.call, work=work))
         return run() if formed is None else self.through_graphs(formed, run)
 
-    def backward(self, batch: Batch, work: Call, formed: int | None = None) -> StepResult:
+    def backward(self, batch: Batch, work: Call, formed: int | None = None, whole: str = "") -> StepResult:
         """Run a backward pass: `work(state, rows, context)` on each replica, which writes its gradients to the state's
         buffers. They are summed, and nothing is updated.
 
@@ -237,11 +237,13 @@ class DataParallel(Traceable, Reporting, Inspection, Survival, WaitingGradients,
             batch: a batch of as many rows as that of the forward pass; its arrays are handed out as there.
             work: as in `call`.
             formed: the engine's `formed` at the forward pass; None: now.
+            whole: why the rows of a device cannot run in parts; empty if they can.
 
         Raises:
             GraphsLostError: the graphs are those of replicas that are no more.
         """
-        return self.through_graphs(self.formed if formed is None else formed, partial(self._backward, batch, work))
+        run = partial(self._backward, batch, work)
+        return self.through_graphs(self.formed if formed is None else formed, run, whole)
 
     def _backward(self, batch: Batch, work: Call) -> StepResult:
         """As `backward`."""

@@ -46,6 +46,8 @@ class Survival:
     _state: EngineState
     _recovery: Recovery
     _survivor: int | None = None
+    _cuts_before: dict[QueueDevice | int, int] | None = None  # before cuts that no forward pass has tried yet
+    _never: str = ""  # why rows do not run in parts, as such a pass has found
     _version: int
 
     def _form(self) -> None:
@@ -86,13 +88,15 @@ class Survival:
         finally:
             self._survivor = None
 
-    def through_graphs(self, formed: int, work: Callable[[], T]) -> T:
-        """Run `work()`, a backward pass through graphs that the replicas keep, which cannot be repeated.
+    def through_graphs(self, formed: int, work: Callable[[], T], whole: str = "") -> T:
+        """Run `work()`, a backward pass through graphs that the replicas keep, which only its caller can repeat.
 
         Args:
             formed: the engine's `formed` at the forward pass.
+            whole: why the rows of a device cannot run in parts; empty if they can.
 
         Raises:
+            ReplicaError: a device failed. `rows_cut` if its rows run in more parts from now on.
             GraphsLostError: the graphs are those of replicas that are no more, or a device was lost now.
         """
         if not self._options.survives:
@@ -104,7 +108,7 @@ class Survival:
             return work()
         except ReplicaError as error:
             if is_out_of_memory(error) and self._options.on_oom == "split":
-                raise _with(error, self._cut_later(error)) from error.__cause__
+                raise self._cut_later(error, whole) from error.__cause__
             if not is_lost(error) or self._options.on_device_loss == "raise":
                 raise
             _, owner = self.owner_of(error.device)
@@ -127,13 +131,26 @@ class Survival:
             return "one row alone needs more memory than the device has"
         return ""
 
-    def _cut_later(self, error: ReplicaError) -> str:
-        """Cut the rows of a device that has no memory left in a backward pass, if possible. Returns what to say."""
-        why = self.why_whole(error)
+    def _cut_later(self, error: ReplicaError, whole: str) -> ReplicaError:
+        """Cut the rows of a device that has no memory left in a backward pass, if possible. Returns the error."""
+        why = whole or self._never or self.why_whole(error)
         if why:
-            return f"{_WHOLE}{why}"
-        _, parts = self._roster.cut(self.owner_of(error.device)[0])
-        return f"Its rows run in {parts} parts from the next forward pass on: run the one of this batch again."
+            return _with(error, f"{_WHOLE}{why}")
+        self._cuts_before = dict(self._roster.cuts) if self._cuts_before is None else self._cuts_before
+        name, parts = self._roster.cut(self.owner_of(error.device)[0])
+        error.rows_cut = True
+        words = f"rows run in {parts} parts from the next forward pass on"
+        self._tell(f"{name} ran out of memory in a backward pass. Its {words}, one after the other.")
+        return _with(error, f"Its {words}.")
+
+    def tried_cuts(self, why_not: str = "") -> bool:
+        """Keep cuts that a backward pass has made, or take them back since the rows cannot run so. Whether it does."""
+        before, self._cuts_before = self._cuts_before, None
+        if before is None or not why_not:
+            return False
+        self._never = why_not
+        self._roster.set_cuts(before)
+        return True
 
     def keep_up(self) -> None:
         """Make the replicas anew if devices are lost or back, or rows are cut in another way. Between steps.
@@ -228,6 +245,8 @@ class _Tries:
             self._split(error)
         elif isinstance(error.__cause__, CannotSplitError) and self._short is not None:
             self._whole_again(str(error.__cause__), error)
+        elif isinstance(error.__cause__, CannotSplitError) and self._engine.tried_cuts(str(error.__cause__)):
+            return
         elif is_lost(error) and self._options.on_device_loss != "raise":
             _, owner = self._engine.owner_of(error.device)
             if owner.on_gpu or several():
@@ -277,6 +296,7 @@ class _Tries:
 
     def _done(self) -> None:
         """Tell of the parts in which rows run from now on."""
+        self._engine.tried_cuts()
         if self._short is None:
             return
         name, parts = self._cut

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fastdp.comm.batch import Batch
 from fastdp.engine.data_parallel import DataParallel
-from fastdp.errors import GraphsLostError
+from fastdp.errors import GraphsLostError, ReplicaError
 from fastdp.options import Options
 from fastdp.program.torch.capture.call_kinds import CallKinds
 from fastdp.program.torch.loop import LoopProgram
@@ -28,6 +28,7 @@ from fastdp.tensors.compiled import not_compiled
 from fastdp.tensors.thread_state import check_around
 from fastdp.tensors.threads import LoopShare, given_cores
 from fastdp.torch.captured import capture_forwards, capture_loops, is_observed
+from fastdp.torch.repeated_passes import Seen, again, changed_since, split_refused
 from fastdp.warn import warn_user
 
 
@@ -35,7 +36,8 @@ from fastdp.warn import warn_user
 class _OpenPass:
     """A forward pass, and what is needed to repeat it on one device.
 
-    `formed` is the engine's at the pass. `share`: of the cores, while it is open.
+    `formed` is the engine's at the pass. `share`: of the cores, while it is open. `seen`: for a pass that may be
+    repeated.
     """
 
     calls: Calls
@@ -45,6 +47,7 @@ class _OpenPass:
     formed: int
     drawn: torch.Tensor = field(default_factory=torch.get_rng_state)
     share: LoopShare | None = None
+    seen: Seen | None = None
 
 
 class Calls:
@@ -109,6 +112,7 @@ class Calls:
         work.keeps = bool(numbers or work.given)
         if work.keeps:
             opened = _OpenPass(self, work, values, numbers, self.engine.formed)
+            opened.seen = Seen.by(self.program, work, values) if self._options.survives else None
             self._prepare_loop(work)
             tensors = _Node.apply(opened, *work.given, *(users[i] for i in numbers))
             work.note_merged(tensors)
@@ -166,22 +170,37 @@ class Calls:
     ) -> list[torch.Tensor | None]:
         """Run backward on the replicas; the gradients by the tensors that were given, then those by the parameters.
 
-        If the graphs of a replica are lost, the pass is repeated on one device, with the same draws.
+        If the graphs of a replica are lost, or it has no memory for its rows at once, the pass is repeated on the
+        devices that there are, with the same draws.
 
         Args:
             given: gives the tensors of the pass that may have a gradient.
         """
-        try:
-            return self._on_replicas(opened, gradients, retain=retain)
-        except GraphsLostError as error:
-            work = opened.work
-            if work.normalizes_by_replica and not self.program.sync_batch_norm:
-                raise GraphsLostError(
-                    f"{error} (It cannot be repeated: batch normalization used each device's own rows.)"
-                ) from error
-            self.engine.keep_up()
-            with torch.enable_grad():
-                return self._repeated_gradients(opened, given(), gradients, create_graph=False)
+        while True:
+            try:
+                return self._on_replicas(opened, gradients, retain=retain)
+            except (GraphsLostError, ReplicaError) as error:
+                if isinstance(error, ReplicaError) and not error.rows_cut:
+                    raise
+                given()  # torch checks that they were not written to
+                opened.work = again(self.program, opened.work, opened.seen, partial(self._forward_of, opened), error)
+                opened.formed = self.engine.formed
+
+    def _forward_of(self, opened: _OpenPass) -> ForwardPass:
+        """Another forward pass on the arguments of a pass."""
+        made: list[ForwardPass] = []
+
+        def once() -> None:
+            args, kwargs, _ = opened.values
+            batch = self.program.batch(args, kwargs, (), opened.work.batch.structure.declared)
+            with self._scope():
+                batch = self.program.judge(batch, self.engine.size, wants=True)
+            work = ForwardPass.of(batch, opened.values, keeps=True)
+            self.forward(work)
+            made.append(work)
+
+        self.engine.surviving(once)
+        return made[-1]
 
     def check_optimizer(self) -> None:
         """Refuse a backward pass for an optimizer that is to be divided, and that nobody can divide."""
@@ -199,11 +218,15 @@ class Calls:
         began = time.perf_counter()
         check_around(self.program.module, "A backward pass of a parallel module")
         opened.work.check_written()
+        why = changed_since(self.program, opened.seen) if opened.seen is not None and self.engine.deal.cuts else ""
+        if why:
+            raise RuntimeError(f"Backward runs rows again for which a device has no memory at once, but {why}.")
         work = BackwardPass(opened.work, gradients, retain, opened.work.retained(gradients))
         rows = Batch([], None, opened.work.batch.rows)
         with self._scope():
             run = partial(self.program.run, self.program.backward, work)
-            result = self.engine.backward(rows, run, opened.formed)
+            refused = split_refused(opened.work)
+            result = self.engine.backward(rows, run, opened.formed, refused)
             if opened.share is not None:
                 opened.share.keep()
             found = self.program.gradients_of(work, result)

@@ -12,7 +12,7 @@ Several forward passes may be open. The graphs of a pass are freed as torch's ar
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdp.buffers import FlatBuffers, Memory
 from fastdp.comm.context import Context
+from fastdp.errors import CannotSplitError
 from fastdp.program.base import Result
 from fastdp.program.torch.activations import keep
 from fastdp.program.torch.batch import Structure, with_extremes
@@ -37,6 +38,7 @@ from fastdp.program.torch.following.merged import WriteNotes, merge_writes, writ
 from fastdp.program.torch.gradients import Found
 from fastdp.program.torch.half import HalfGradients, may_overflow
 from fastdp.program.torch.loop_passes import BackwardNotes, BackwardPass, ForwardNotes, ForwardPass, KeptGraph
+from fastdp.program.torch.module import Buffer, ReplicaModule
 from fastdp.program.torch.module_buffers import BufferNotes, assign_buffers, gather_buffers
 from fastdp.program.torch.nest import Nest
 from fastdp.program.torch.parameter_hooks import HookedGradients
@@ -151,7 +153,7 @@ class LoopProgram(TorchProgram):
             with structure.entered():
                 module: Callable[..., Any] = state.replica.module
                 if context.is_cut and work.keeps:  # backward computes it again, part by part
-                    module = partial(checkpoint, module, use_reentrant=False)
+                    module = partial(checkpoint, _Recomputed(state.replica), use_reentrant=False)
                 outputs = with_extremes(module(*args, **kwargs), context)
             with plain():
                 nest, tensors = Nest.flatten(outputs, "The module's outputs")
@@ -161,6 +163,8 @@ class LoopProgram(TorchProgram):
                 buffers = BufferNotes()
                 sums = gather_buffers(state.replica, running, buffers)
                 writes = write_notes(state.replica.guard, structure.roles, context.rows)
+                if context.is_cut and work.keeps and writes is not None and writes.written:
+                    raise CannotSplitError(f"`forward` sets `{next(iter(writes.written)).name}`. {_AGAIN}")
                 wanted = [tensor.requires_grad for tensor in tensors]
                 notes = ForwardNotes(nest, layouts, wanted, [], structure.draws, writes, buffers)
                 state.replica.restore_buffers()
@@ -220,6 +224,8 @@ class LoopProgram(TorchProgram):
         every: list[ForwardNotes] = result.every_note
         notes: ForwardNotes = result.notes
         written = self._merged_writes([note.writes for note in every if note.writes is not None])
+        if work.before is not None:
+            work.before.update({at: self._states[0].variables[at].clone() for at in notes.buffers.places})
         self.assign(result.sums, notes.buffers)
         work.layouts, work.nest, work.used = notes.layouts, notes.nest, notes.used
         given = ((number, work.arrays[number]) for number in work.written)
@@ -310,6 +316,29 @@ class LoopProgram(TorchProgram):
         settle(g for g in mine if g is not None)
         return mine
 
+    @property
+    def changes(self) -> int:
+        """A number that another one takes the place of when what the module holds is changed, or by forward itself."""
+        return self._following.changes
+
+    @property
+    def user_buffers(self) -> list[Buffer]:
+        """The buffers of the user's module."""
+        return self._states[0].replica.buffers
+
+    def exchange_buffers(self, values: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Give buffers these values, by their places among the variables. Returns those that they had."""
+        assert self._adopted is not None
+        variables = self._states[0].variables
+        before = {at: variables[at].clone() for at in values}
+        if values:
+            with torch.no_grad():
+                for at, value in values.items():
+                    variables[at].copy_(value)
+            settle(variables)
+            self._adopted.home.advance()
+        return before
+
     def assign(self, sums: np.ndarray, notes: BufferNotes) -> None:
         """Give the module's buffers their values after a forward pass of the global batch."""
         assert self._adopted is not None
@@ -319,6 +348,35 @@ class LoopProgram(TorchProgram):
             assign_buffers(self._states[0].variables, sums, notes)
         settle(self._states[0].variables)
         self._adopted.home.advance()
+
+
+_AGAIN = (
+    "Backward runs the parts of a device's rows again, and forward would find another value there: return it, or keep "
+    "it in a registered buffer."
+)
+
+
+class _Recomputed:
+    """A module that backward runs again with the buffers that it had.
+
+    Args:
+        replica: the module.
+    """
+
+    def __init__(self, replica: ReplicaModule) -> None:
+        self._replica = replica
+        self._before: dict[int, torch.Tensor] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's outputs."""
+        module: Callable[..., Any] = self._replica.module
+        if self._before is None:
+            outputs = module(*args, **kwargs)
+            with plain():
+                self._before = {at: before.clone() for at, _, before in self._replica.changed_buffers()}
+            return outputs
+        with self._replica.with_buffers(self._before):
+            return module(*args, **kwargs)
 
 
 def _leaves(work: ForwardPass, batch: Sequence[np.ndarray], context: Context) -> GivenLeaves:

@@ -82,7 +82,8 @@ class ForwardPass:
         keeps: keep the graphs.
 
     `records`: gradients are enabled, though perhaps nothing has any. `captures` are the captured passes of its kind;
-    None if it runs eagerly. `shapes` are those of its rows, `seconds` what forward has taken, and `used` as in
+    None if it runs eagerly. `before`: the buffers that forward has changed, as they were, by their places; None if
+    nobody asks. `shapes` are those of its rows, `seconds` what forward has taken, and `used` as in
     `ForwardNotes`.
     """
 
@@ -103,6 +104,7 @@ class ForwardPass:
     seconds: float = 0.0
     used: list[bool] | None = None
     records: bool = False
+    before: dict[int, torch.Tensor] | None = None
     merged: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
     inner: Collection[int] = ()
 

@@ -202,6 +202,18 @@ class ReplicaModule:
         finally:
             self._busy = False
 
+    @contextmanager
+    def with_buffers(self, values: Mapping[int, torch.Tensor]) -> Iterator[None]:
+        """While the block runs, buffers are copies of these values, by their indices."""
+        present = [(one, one.slot.tensor) for one in self.buffers if one.index in values]
+        try:
+            for one, _ in present:
+                one.slot.table[one.slot.key] = values[one.index].clone()
+            yield
+        finally:
+            for one, tensor in present:
+                one.slot.table[one.slot.key] = tensor
+
     def restore_buffers(self) -> None:
         """Give the user's buffers their values from before the step. Their versions do not count this."""
         if self.adopted is None:

@@ -31,6 +31,12 @@ class BufferNotes:
     normalized: list[tuple[int, int, float]] = field(default_factory=list)
     unjudged: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def places(self) -> list[int]:
+        """The indices of the buffers that forward has changed."""
+        pairs = [(mean, variance) for mean, variance, _ in self.normalized]
+        return sorted({*self.moved, *(index for index, _ in self.constant), *(i for pair in pairs for i in pair)})
+
     def check(self, every: Sequence[BufferNotes]) -> None:
         """Check that all replicas agree on the buffers that only a step has changed, and not its trial.
 

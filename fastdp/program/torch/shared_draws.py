@@ -143,6 +143,11 @@ class SharedDraws:
                 generator.set_state(state)
 
     @property
+    def generators(self) -> list[torch.Generator]:
+        """Those that the step has used."""
+        return list(self._begun)
+
+    @property
     def tried(self) -> bool:
         """Whether a trial has seen the draws of the module."""
         return self.places is not None

@@ -44,6 +44,12 @@ class Following:
         self._checked: dict[int, Roles] = {}  # found not to be read by the loss function
         self.user: ReplicaModule | None = None
         self.remade = 0
+        self._changes = 0
+
+    @property
+    def changes(self) -> int:
+        """A number that another one takes the place of when what the module holds is changed."""
+        return self._changes + (self._guard is not None and self._guard.wrote())
 
     def replicate(self, variables: list[torch.Tensor]) -> ReplicaModule:
         """A copy of the module that follows it. Arguments and errors as of `fastdp.program.torch.following.copies`."""
@@ -56,6 +62,7 @@ class Following:
 
     def forget_copies(self) -> None:
         """Forget all copies, since others are made."""
+        self._changes = self.changes
         self._copies, self._guard, self._kind, self.user = [], None, None, None
 
     def contents(self) -> Contents:
@@ -82,6 +89,7 @@ class Following:
         guard = self._guard
         if guard is None:
             return
+        self._changes = self.changes
         if guard.changed():
             self._kind = None
             changes = guard.plain_changes()
@@ -153,6 +161,7 @@ class Following:
         """Give the user's module and its copies what forward has written, merged. Arguments as of `assign`."""
         if self._guard is None or not merged:
             return
+        self._changes += 1
         assign(self._guards(), every, merged, graphs)
         keep = not self._retarget(merged) and all(guard.keeps_kinds() for guard in self._guards())
         if keep:
