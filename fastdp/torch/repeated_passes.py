@@ -1,4 +1,4 @@
-"""Repeats the forward pass of a loop for its backward pass: its graphs are lost, or a device had no memory for them."""
+"""Repeats the forward pass of a loop whose graphs are lost, or for whose backward pass a device has no memory."""
 
 from __future__ import annotations
 

@@ -163,8 +163,7 @@ class LoopProgram(TorchProgram):
                 buffers = BufferNotes()
                 sums = gather_buffers(state.replica, running, buffers)
                 writes = write_notes(state.replica.guard, structure.roles, context.rows)
-                if context.is_cut and work.keeps and writes is not None and writes.written:
-                    raise CannotSplitError(f"`forward` sets `{next(iter(writes.written)).name}`. {_AGAIN}")
+                _check_parts(work, context, writes)
                 wanted = [tensor.requires_grad for tensor in tensors]
                 notes = ForwardNotes(nest, layouts, wanted, [], structure.draws, writes, buffers)
                 state.replica.restore_buffers()
@@ -354,6 +353,12 @@ _AGAIN = (
     "Backward runs the parts of a device's rows again, and forward would find another value there: return it, or keep "
     "it in a registered buffer."
 )
+
+
+def _check_parts(work: ForwardPass, context: Context, writes: WriteNotes | None) -> None:
+    """Refuse to run parts again by a forward that writes to what it may read."""
+    if context.is_cut and work.keeps and writes is not None and writes.written:
+        raise CannotSplitError(f"`forward` sets `{next(iter(writes.written)).name}`. {_AGAIN}")
 
 
 class _Recomputed:
