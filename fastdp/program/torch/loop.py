@@ -24,7 +24,6 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdp.buffers import FlatBuffers, Memory
 from fastdp.comm.context import Context
-from fastdp.errors import CannotSplitError
 from fastdp.program.base import Result
 from fastdp.program.torch.activations import keep
 from fastdp.program.torch.batch import Structure, with_extremes
@@ -38,12 +37,13 @@ from fastdp.program.torch.following.merged import WriteNotes, merge_writes, writ
 from fastdp.program.torch.gradients import Found
 from fastdp.program.torch.half import HalfGradients, may_overflow
 from fastdp.program.torch.loop_passes import BackwardNotes, BackwardPass, ForwardNotes, ForwardPass, KeptGraph
-from fastdp.program.torch.module import Buffer, ReplicaModule
+from fastdp.program.torch.module import Buffer
 from fastdp.program.torch.module_buffers import BufferNotes, assign_buffers, gather_buffers
 from fastdp.program.torch.nest import Nest
 from fastdp.program.torch.parameter_hooks import HookedGradients
 from fastdp.program.torch.passes import State, together_with
 from fastdp.program.torch.program import TorchProgram
+from fastdp.program.torch.recomputed import Recomputed, check_parts
 from fastdp.program.torch.replica import backward
 from fastdp.program.torch.rows.declared import parts_fit, rows_back, rows_first
 from fastdp.program.torch.rows.forms import OutputForm
@@ -153,7 +153,7 @@ class LoopProgram(TorchProgram):
             with structure.entered():
                 module: Callable[..., Any] = state.replica.module
                 if context.is_cut and work.keeps:  # backward computes it again, part by part
-                    module = partial(checkpoint, _Recomputed(state.replica), use_reentrant=False)
+                    module = partial(checkpoint, Recomputed(state.replica), use_reentrant=False)
                 outputs = with_extremes(module(*args, **kwargs), context)
             with plain():
                 nest, tensors = Nest.flatten(outputs, "The module's outputs")
@@ -163,7 +163,7 @@ class LoopProgram(TorchProgram):
                 buffers = BufferNotes()
                 sums = gather_buffers(state.replica, running, buffers)
                 writes = write_notes(state.replica.guard, structure.roles, context.rows)
-                _check_parts(work, context, writes)
+                check_parts(work, context, writes)
                 wanted = [tensor.requires_grad for tensor in tensors]
                 notes = ForwardNotes(nest, layouts, wanted, [], structure.draws, writes, buffers)
                 state.replica.restore_buffers()
@@ -347,41 +347,6 @@ class LoopProgram(TorchProgram):
             assign_buffers(self._states[0].variables, sums, notes)
         settle(self._states[0].variables)
         self._adopted.home.advance()
-
-
-_AGAIN = (
-    "Backward runs the parts of a device's rows again, and forward would find another value there: return it, or keep "
-    "it in a registered buffer."
-)
-
-
-def _check_parts(work: ForwardPass, context: Context, writes: WriteNotes | None) -> None:
-    """Refuse to run parts again by a forward that writes to what it may read."""
-    if context.is_cut and work.keeps and writes is not None and writes.written:
-        raise CannotSplitError(f"`forward` sets `{next(iter(writes.written)).name}`. {_AGAIN}")
-
-
-class _Recomputed:
-    """A module that backward runs again with the buffers that it had.
-
-    Args:
-        replica: the module.
-    """
-
-    def __init__(self, replica: ReplicaModule) -> None:
-        self._replica = replica
-        self._before: dict[int, torch.Tensor] | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's outputs."""
-        module: Callable[..., Any] = self._replica.module
-        if self._before is None:
-            outputs = module(*args, **kwargs)
-            with plain():
-                self._before = {at: before.clone() for at, _, before in self._replica.changed_buffers()}
-            return outputs
-        with self._replica.with_buffers(self._before):
-            return module(*args, **kwargs)
 
 
 def _leaves(work: ForwardPass, batch: Sequence[np.ndarray], context: Context) -> GivenLeaves:
