@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 import torch
-from keras.src.backend.torch.trainer import TorchTrainer
+from keras.src.backend.torch.trainer import TorchEpochIterator, TorchTrainer
 
 from fastdp.comm.batch import ResidentArray
 from fastdp.comm.processes import launched, several
@@ -30,7 +30,8 @@ from fastdp.errors import ReplicaError
 from fastdp.keras.checks import check_backend, check_options, check_template, is_built, unbuilt_layers
 from fastdp.keras.fit.callbacks import quiet_elsewhere
 from fastdp.keras.fit.device_dataset import as_fed
-from fastdp.keras.fit.resident_loops import LOOPS, on_host, with_data_sets
+from fastdp.keras.fit.feeding import begin_here, begun_iterator
+from fastdp.keras.fit.resident_loops import LOOPS, fed, on_host, on_keras_device, with_data_sets
 from fastdp.keras.steps.custom import has_own
 from fastdp.keras.steps.device_trial import DeviceTrial, first_rows, wait_for_gpu
 from fastdp.keras.steps.own_loops import inside_step, is_own_call, say_once
@@ -55,12 +56,19 @@ class Installed:
     """The devices and options given to `install`, and the models that have run with them.
 
     `fastdp.data.DeviceDataset(arrays, installed)` takes it.
+
+    Attributes:
+        prefetch: how many batches of `fit`, `evaluate` and `predict` a thread may read ahead, as in a parallel model.
+            None: two, where making a batch takes long enough for that.
+        inputs: how the batches of the latest `fit` came, as `report().inputs` of a parallel model tells.
     """
 
     devices: list[QueueDevice]
     options: Options
     always: bool
     models: weakref.WeakSet[keras.Model] = field(default_factory=weakref.WeakSet)
+    prefetch: int | None = None
+    inputs: list[dict[str, Any]] = field(default_factory=list)
 
     as_fed = staticmethod(as_fed)
 
@@ -159,11 +167,13 @@ def _maker(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
         if present is not None and not force and not _made_by_keras(present):
             if isinstance(present, _ParallelFunction):
                 present.look_again()
+                begin_here()
             return present  # a parallel function, or the script's own
         setattr(self, name, None)
         original(self, force=force)
         parallel = _ParallelFunction(kind, weakref.ref(self), getattr(self, name), installed)
         setattr(self, name, parallel)
+        begin_here()
         return parallel
 
     return make_function
@@ -264,7 +274,7 @@ class _ParallelFunction:
 
 def _as_plain_keras(plain: Callable[..., Any], data: Any) -> Any:
     """Run Keras's own step function."""
-    return plain([on_host(one) for one in data])
+    return plain([on_keras_device(on_host(one)) for one in data])
 
 
 def _calling(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -297,7 +307,9 @@ def _now() -> Installed | None:
 
 _patch = Patch(
     [
+        *((TorchTrainer, name, partial(fed, name, _now)) for name in ("fit", "evaluate", "predict")),
         *((TorchTrainer, name, partial(with_data_sets, name, _now)) for name in LOOPS),
+        (TorchEpochIterator, "_get_iterator", begun_iterator),
         *((TorchTrainer, f"make_{kind}_function", partial(_maker, kind)) for kind in _KINDS),
         (keras.Layer, "__call__", _calling),
     ]

@@ -52,7 +52,13 @@ class Feed:
         self._slow = False  # whether a thread has been found to pay
         self.waited = 0.0
         begin = beginning(epochs)
-        epochs._get_iterator = lambda: self._batches(batches_of(begin()))
+        epochs._get_iterator = lambda: self._begun(begin)
+
+    def _begun(self, begin: Callable[[], Any]) -> Iterator[Any]:
+        """The batches of one of Keras's iterators, in the block that is open on this thread, if one is."""
+        if _here.feeds is not None and self not in _here.feeds.all:
+            _here.feeds.all.append(self)
+        return self._batches(batches_of(begin()))
 
     def entry(self) -> dict[str, Any]:
         """How batches came, for the report of a `fit`."""
@@ -141,6 +147,8 @@ class Feed:
         """A batch has come."""
         self._began = self._began or began
         self._ended = time.perf_counter()
+        if _here.feeds is not None:
+            _here.feeds.latest = self
         self.waited += waited
         self.batches += 1
 
@@ -195,9 +203,17 @@ class Feeds:
     Args:
         timeout, count: as for `Feed`.
         callbacks: those of the call.
+        waits: whether iterators of Keras's are fed from the moment when the loop begins (`begin_here`): for loops that
+            are Keras's own. Before that, Keras may take a batch to build the model, and go back.
+
+    Attributes:
+        all: the feeds; the first is that of the call's own data.
+        latest: the one that a batch came from last.
     """
 
-    def __init__(self, timeout: float, count: int | None, callbacks: Any) -> None:
+    def __init__(self, timeout: float, count: int | None, callbacks: Any, *, waits: bool = False) -> None:
+        self.waits, self.begun = waits, False
+        self.latest: Feed | None = None
         self._timeout, self._count = timeout, count
         given = callbacks.callbacks if isinstance(callbacks, keras.callbacks.CallbackList) else callbacks
         self._callbacks = keras.tree.flatten(given) if given else []
@@ -218,9 +234,12 @@ _here = _Here()
 
 
 @contextmanager
-def feeding(timeout: float, count: int | None, callbacks: Any) -> Iterator[Feeds]:
-    """Iterators of Keras's that are made in this block, on this thread, are fed; threads end with it."""
-    outer, feeds = _here.feeds, Feeds(timeout, count, callbacks)
+def feeding(timeout: float, count: int | None, callbacks: Any, *, waits: bool = False) -> Iterator[Feeds]:
+    """Iterators of Keras's that are made in this block, on this thread, are fed; threads end with it.
+
+    The arguments are those of `Feeds`.
+    """
+    outer, feeds = _here.feeds, Feeds(timeout, count, callbacks, waits=waits)
     _here.feeds = feeds
     try:
         yield feeds
@@ -236,6 +255,31 @@ def feed_here(epochs: Any, timeout: float) -> None:
         _here.feeds.add(epochs)
     else:
         feed(epochs, timeout)
+
+
+def begin_here() -> None:
+    """The loop of the innermost block begins, on this thread."""
+    if _here.feeds is not None:
+        _here.feeds.begun = _here.feeds.waits
+
+
+def begun_iterator(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Keras's `_get_iterator` of an iterator over epochs, fed where a loop of Keras's own has begun."""
+
+    def _get_iterator(self: Any) -> Any:
+        feeds = _here.feeds
+        if feeds is None or not feeds.begun or hasattr(self, "_fastdp_feed"):
+            return original(self)
+        feeds.add(self)
+        return self._get_iterator()
+
+    return _get_iterator
+
+
+def moved_by_keras() -> bool:
+    """Whether the latest batch on this thread was made in host memory where Keras's own loop would have moved it."""
+    feeds = _here.feeds
+    return feeds is not None and feeds.waits and feeds.latest is not None and feeds.latest.source.moves
 
 
 def _on_cpu() -> Callable[[], AbstractContextManager[None]]:

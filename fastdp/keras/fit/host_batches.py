@@ -34,7 +34,7 @@ def batches_of(loader: Any) -> Iterator[Any]:
     if type(loader) is not DataLoader or loader.num_workers or not _is_keras_own(loader.dataset):
         return batches
     if type(loader.dataset).__qualname__ == _OF_BATCHES:
-        return map(_converted, iter(loader.dataset.iterable))
+        return _each_converted(loader.dataset.iterable)
     cut = _cutter(loader.dataset.array)
     if cut is None:
         return batches
@@ -80,6 +80,15 @@ def _cutter(arrays: Any) -> Callable[[Any], Any] | None:
 def _is_plain(part: Any) -> bool:
     """Whether Keras feeds these rows to torch as they are."""
     return type(part) is NumpySliceable and _is_array(part.array)
+
+
+def _each_converted(iterable: Any) -> Iterator[Any]:
+    """The batches of an iterable, which is asked for an iterator when the first one is wanted, as Keras does.
+
+    At the end of an epoch Keras makes an iterator that it never uses, and a tf.data.Dataset shuffles anew for each one.
+    """
+    for batch in iterable:
+        yield _converted(batch)
 
 
 def _converted(batch: Any) -> Any:

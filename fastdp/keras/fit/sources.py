@@ -37,6 +37,7 @@ class Source:
         guard: looks whether reading ahead leaves results as they are; None where no code of the user's runs.
         copies: whether a batch may be written again by the next one.
         generator: the user's generator, if that is what it is.
+        moves: whether Keras moves its batches to the default device; a DataLoader's stay where they are.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Source:
     guard: Guard | None = None
     copies: bool = False
     generator: types.GeneratorType[Any, Any, Any] | None = None
+    moves: bool = True
 
 
 def source_of(adapter: Any, others: Sequence[Any]) -> Source:
@@ -58,12 +60,7 @@ def source_of(adapter: Any, others: Sequence[Any]) -> Source:
     if isinstance(adapter, PyDatasetAdapter):
         return _of_dataset(adapter, others)
     if isinstance(adapter, TorchDataLoaderAdapter):
-        loader = adapter._dataloader
-        if loader.num_workers:
-            return Source(described(loader), by=f"read ahead by its {loader.num_workers} worker processes")
-        if runs_no_code_of_users(loader):
-            return Source(described(loader))
-        return Source(described(loader), guard=_guard([loader], others), copies=not makes_new_batches(loader))
+        return _of_loader(adapter._dataloader, others)
     if isinstance(adapter, TFDatasetAdapter):
         return Source("a tf.data.Dataset")
     if isinstance(adapter, GeneratorDataAdapter):
@@ -86,6 +83,15 @@ def _of_arrays(adapter: Any, others: Sequence[Any]) -> Source:
         return Source("arrays in memory", by="cut when they are asked for, since a batch is below 1 MiB")
     why = why_not_ahead(arrays, others, arrays=True)
     return Source("arrays in memory", guard=Guard(why) if why else None)
+
+
+def _of_loader(loader: Any, others: Sequence[Any]) -> Source:
+    name = described(loader)
+    if loader.num_workers:
+        return Source(name, by=f"read ahead by its {loader.num_workers} worker processes", moves=False)
+    if runs_no_code_of_users(loader):
+        return Source(name, moves=False)
+    return Source(name, guard=_guard([loader], others), copies=not makes_new_batches(loader), moves=False)
 
 
 def _of_dataset(adapter: Any, others: Sequence[Any]) -> Source:

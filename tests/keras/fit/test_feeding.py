@@ -13,17 +13,14 @@ import h5py
 import keras
 import numpy as np
 import pytest
-import torch
 from ahead_threads import LIMIT, alive, wait_until
+from fed_sources import BATCHES, SOURCES, Data, Stop, X, Y, batch, generator
 from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
-from torch.utils.data import DataLoader, TensorDataset
 
 import fastdp
-from fastdp.data import ahead_guard, prefetch, ring
+from fastdp.data import ahead_guard, ring
 from fastdp.keras.fit import sources
 from fastdp.options import Options
-
-ROWS, BATCHES = 4, 7
 
 
 @pytest.fixture(autouse=True)
@@ -36,47 +33,12 @@ def _two_devices(monkeypatch):
     wait_until(lambda: not alive())
 
 
-def batch(i):
-    rng = np.random.default_rng(i)
-    return rng.normal(size=(ROWS, 3)).astype("float32"), rng.normal(size=(ROWS, 2)).astype("float32")
-
-
-X, Y = (np.concatenate(parts) for parts in zip(*map(batch, range(BATCHES)), strict=True))
-
-
 def model(ahead=2):
     keras.utils.set_random_seed(1)
     parallel = fastdp.wrap(keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]), gpus=2, compile=None)
     parallel.compile("sgd", "mse")
     parallel.prefetch = ahead
     return parallel
-
-
-class Data(keras.utils.PyDataset):
-    def __len__(self):
-        return BATCHES
-
-    def __getitem__(self, i):
-        return batch(i)
-
-
-def generator(count=1000, asked=None):
-    for i in range(count):
-        if asked is not None:
-            asked.append(i)
-        yield batch(i)
-
-
-class Chunked:
-    """By the protocol of zarr: shape, dtype, chunks, rows by slices and numbers."""
-
-    chunks = (3, 3)
-
-    def __init__(self, array):
-        self._array, self.shape, self.dtype = array, array.shape, array.dtype
-
-    def __getitem__(self, rows):
-        return self._array[rows]
 
 
 class IterDataset:
@@ -87,17 +49,6 @@ class IterDataset:
 
 
 IterDataset.__module__ = "grain._src.python.dataset"
-LOADER = {"batch_size": ROWS, "shuffle": True}
-SOURCES = {
-    "dataset": lambda: {"x": Data()},
-    "tensors": lambda: {"x": DataLoader(TensorDataset(torch.tensor(X), torch.tensor(Y)), **LOADER)},
-    "rows": lambda: {"x": DataLoader(list(zip(X, Y, strict=True)), **LOADER)},
-    "generator": lambda: {"x": generator(), "steps_per_epoch": 6, "shuffle": False},
-    "prefetch": lambda: {"x": prefetch(DataLoader(list(zip(X, Y, strict=True)), **LOADER))},
-    "arrays": lambda: {"x": X, "y": Y, "batch_size": ROWS},
-    "torch": lambda: {"x": torch.tensor(X), "y": torch.tensor(Y), "batch_size": ROWS},
-    "zarr": lambda: {"x": Chunked(X), "y": Y, "batch_size": ROWS, "shuffle": "chunks"},
-}
 
 
 def trained(source, ahead, **options):
@@ -172,18 +123,6 @@ def test_a_generator_is_asked_for_no_batch_beyond_the_epoch_and_goes_on_in_the_n
         parallel.fit(data, steps_per_epoch=5, epochs=2, verbose=0, shuffle=False)
         assert asked == list(range(10 * fits))
         assert not alive()
-
-
-class Stop(keras.callbacks.Callback):
-    def __init__(self, at, error=None):
-        super().__init__()
-        self._at, self._error = at, error
-
-    def on_train_batch_end(self, step, logs=None):
-        if step == self._at:
-            if self._error is not None:
-                raise self._error
-            self.model.stop_training = True
 
 
 @pytest.mark.parametrize("error", [None, ZeroDivisionError("of the loop"), KeyboardInterrupt()])

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from keras.src.backend.torch.trainer import TorchEpochIterator
+from keras.src.trainers.data_adapters.data_adapter_utils import get_torch_dataloader
 from torch.utils.data import DataLoader
 
 import fastdp  # noqa: F401 - chooses Keras's backend
@@ -144,3 +145,20 @@ def test_what_a_generator_raises_comes_out():
     assert len([next(batches) for _ in range(3)]) == 3
     with pytest.raises(OSError, match="no more"):
         next(batches)
+
+
+def test_an_iterator_is_asked_for_when_its_first_batch_is():
+    """A tf.data.Dataset shuffles anew for each iterator, and Keras makes one at the end of an epoch for nothing."""
+    begun = []
+
+    class Reshuffled:
+        def __iter__(self):
+            begun.append(len(begun))
+            return iter([(np.full((2, 1), begun[-1], "float32"),)])
+
+    for take in (iter, batches_of):
+        loader, before = get_torch_dataloader(Reshuffled()), len(begun)
+        unused, used = take(loader), take(loader)
+        assert len(list(used)) == 1
+        assert len(begun) == before + 1
+        del unused
