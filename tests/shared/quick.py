@@ -1,11 +1,17 @@
 """The tests of `make test-quick`: for each package a few that start no process and compile no model.
 
-`python tests/shared/quick.py` prints them; tests/test_quick.py holds that each package has some.
+`python tests/shared/quick.py` prints those whose libraries are installed; tests/test_quick.py holds that each package
+has some.
 """
 
 from __future__ import annotations
 
+import runpy
 import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
 
 # By package or module of fastdp/, and by folder of tests/ that belongs to none.
 QUICK = {
@@ -59,5 +65,22 @@ def files() -> list[str]:
     return list(dict.fromkeys(file for found in QUICK.values() for file in found))
 
 
+def installed(missing: Callable[[str], list[str]]) -> list[str]:
+    """Those whose files, and the conftest.py beside them, import nothing that `missing` finds in their source.
+
+    A whole run leaves such files out by itself. Named on the command line, they would be errors.
+    """
+    found = []
+    for name in files():
+        path = ROOT / name.partition("::")[0]
+        folder = path if path.is_dir() else path.parent
+        sources = [*folder.glob("conftest.py"), *([path] if path.is_file() else path.glob("test_*.py"))]
+        if not any(missing(source.read_text(encoding="utf-8")) for source in sources):
+            found.append(name)
+    return found
+
+
 if __name__ == "__main__":
-    sys.stdout.write("\n".join(files()) + "\n")
+    # By its path: with tests/ on sys.path, the folder tests/keras would be the library keras.
+    conftest = runpy.run_path(str(ROOT / "tests" / "conftest.py"))
+    sys.stdout.write("\n".join(installed(conftest["missing_needs"])) + "\n")
