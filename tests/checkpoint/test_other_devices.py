@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 import torch
+from faults import Fault, injected
 from torch import nn
 from torch.nn import functional
 
@@ -94,6 +95,19 @@ def test_a_run_goes_on_with_other_devices_to_the_same_bits(run, tmp_path, capsys
     assert "The same in all 9 steps" in capsys.readouterr().out
     assert main(["verify", "--json", str(parts.with_suffix(".jsonl"))]) == 0
     assert json.loads(capsys.readouterr().out)["parts"] == 3
+
+
+@pytest.mark.filterwarnings("ignore:fastdp. virtual")
+@pytest.mark.parametrize("run", [fitted, trained])
+def test_a_run_that_has_lost_a_device_goes_on_on_others_to_the_same_bits(run, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(whole, 2)
+    with injected(Fault("run", "virtual:2 (part 0)", "lose")) as fault:
+        run(parts, 3, stops_at=4, on_device_loss="continue")
+    assert fault.struck
+    run(parts, [4, 5])
+    assert main(["verify", str(whole), str(parts)]) == 0
+    assert main(["verify", str(whole.with_suffix(".jsonl")), str(parts.with_suffix(".jsonl"))]) == 0
 
 
 def test_another_number_of_shards_is_told_and_verify_finds_the_first_step(tmp_path, capsys):

@@ -10,19 +10,22 @@ import fastdp
 
 
 @pytest.fixture
-def three_devices():
-    fastdp.set_virtual_devices(soak.DEVICES)
+def all_devices():
+    fastdp.set_virtual_devices(3 * soak.DEVICES)
     yield
     fastdp.set_virtual_devices(0)
 
 
-def test_random_faults_lose_nothing_and_leave_threads_and_files_as_they_were(three_devices):
-    run = soak.Soak(1, ("functions",))
-    run.run(40)
+@pytest.mark.filterwarnings("ignore:fastdp. virtual")
+def test_random_faults_lose_nothing_and_leave_threads_and_files_as_they_were(all_devices):
+    run = soak.Soak(1, ("functions", "functions that survive"))
+    run.run(60)
     before = soak.resources()
-    run.run(120)
+    run.run(160)
     after = soak.resources()
-    assert run.counts["faults"] > 20
+    assert run.counts["faults"] > 40
+    assert run.counts["devices that came back"] > 3
+    assert run.counts["steps in parts"] > 0
     assert (after["threads"], after["files"]) == (before["threads"], before["files"])
     assert after["objects"] < before["objects"] * 1.02
 

@@ -33,6 +33,10 @@ class Kind(ABC):
     def step(self, number: int) -> None:
         """Train on the batch of a step."""
 
+    def rows(self, number: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+        """The batch of a step. A test may replace it on an object."""
+        return rows_of(number, dtype)
+
     @abstractmethod
     def state(self) -> list[np.ndarray]:
         """Copies of weights, buffers and the optimizer's state."""
@@ -81,7 +85,7 @@ class FunctionKind(Kind):
         self.engine = fastdp.DataParallel(self.program, devices, **{**OPTIONS, **options})
 
     def step(self, number: int) -> None:
-        self.engine.train(list(rows_of(number, self._dtype)))
+        self.engine.train(list(self.rows(number, self._dtype)))
 
     def state(self) -> list[np.ndarray]:
         parts = self.program.state_dict()
@@ -121,7 +125,7 @@ class TorchStepKind(Kind):
         import torch
 
         torch.manual_seed(number)
-        x, y = map(torch.from_numpy, rows_of(number, self._dtype))
+        x, y = map(torch.from_numpy, self.rows(number, self._dtype))
         self.train_step(x, y)
 
     def parts(self) -> dict[str, Any]:
@@ -156,11 +160,14 @@ class TorchLoopKind(TorchStepKind):
         self.parallel = fastdp.wrap(self.module, devices, **options)
         self.optimizer = torch.optim.Adam(self.module.parameters(), 0.01)
 
+    def parts(self) -> dict[str, Any]:
+        return {"model": self.parallel, "optimizer": self.optimizer}
+
     def step(self, number: int) -> None:
         import torch
 
         torch.manual_seed(number)
-        x, y = map(torch.from_numpy, rows_of(number, self._dtype))
+        x, y = map(torch.from_numpy, self.rows(number, self._dtype))
         self.optimizer.zero_grad()
         before = [buffer.clone() for buffer in self.module.buffers()]
         try:
@@ -194,7 +201,7 @@ class KerasKind(Kind):
         self.parallel.compile(keras.optimizers.Adam(0.01), "mse", metrics=["mae"])
 
     def step(self, number: int) -> None:
-        self.parallel.train_on_batch(*rows_of(number, self._dtype))
+        self.parallel.train_on_batch(*self.rows(number, self._dtype))
 
     def _variables(self) -> list[Any]:
         return [*self.model.variables, *self.parallel.optimizer.variables]
