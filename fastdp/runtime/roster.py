@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,8 @@ from fastdp.runtime.queue import QueueDevice
 from fastdp.runtime.select import present_device
 from fastdp.runtime.shards import on_shards, part_of_device
 from fastdp.shard import Deal
+
+MOST_TOLD = 1000  # a device may come and go for weeks
 
 _CLOSE_SECONDS = 10.0
 
@@ -45,7 +48,7 @@ class Roster:
         present: the devices of their own that are there, in the order of the rows. The same list at all times.
         lost: why each of the others is not there.
         cuts: the number of parts in which the rows of a device run, or those of a shard (by its number).
-        told: what has happened so far, in words, for reports.
+        told: what has happened lately, in words, for reports.
         version: a number that grows with each change.
     """
 
@@ -57,7 +60,7 @@ class Roster:
         self.present = list(self._order)
         self.lost: dict[QueueDevice, str] = {}
         self.cuts: dict[QueueDevice | int, int] = {}
-        self.told: list[str] = []
+        self.told: deque[str] = deque(maxlen=MOST_TOLD)
         self.version = 0
         self._followers: list[list[QueueDevice]] = []
         self._formation = self._formed()

@@ -314,6 +314,19 @@ def test_the_first_device_that_stalls_is_an_error(monkeypatch):
     model.step(0)
 
 
+@pytest.mark.filterwarnings("ignore:fastdp. virtual")
+def test_reports_tell_the_latest_faults_however_often_a_device_goes(monkeypatch):
+    monkeypatch.setattr("fastdp.runtime.roster.MOST_TOLD", 3)
+    model = made("functions", DEVICES, **SURVIVES)
+    for number in range(3):
+        with injected(Fault("run", "virtual:1", "lose")):
+            model.step(number)
+        model.engine.rejoin_devices()
+    faults = model.engine.report().faults
+    assert len(faults) == 3
+    assert "came back" in faults[-1]
+
+
 def test_the_last_device_that_is_lost_is_an_error():
     model = made("functions", 1, **SURVIVES)
     with injected(Fault("run", "virtual:0", "lose")), pytest.raises(DeviceLostError, match="no other device is left"):

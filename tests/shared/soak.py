@@ -116,6 +116,11 @@ class Soak:
             self._rejoin(name)
             self._step(name, 0.0)
 
+    def close(self) -> None:
+        """End the threads that read ahead."""
+        for model, _ in self._pairs.values():
+            model.rows.close()  # type: ignore[attr-defined]
+
     def _rejoin(self, name: str) -> None:
         if VARIANTS[name].survives:
             self.counts["devices that came back"] += len(_parallel_of(self._pairs[name][0]).rejoin_devices())
@@ -142,6 +147,8 @@ class Soak:
         on_host = "update" not in model.verbs  # Ctrl-C in an optimizer that steps on the host is the caller's own
         if (kind == "corrupt" and verb not in model.corruptible) or (kind == "interrupt" and on_host):
             kind = "raise"
+        if VARIANTS[name].own and verb == "update":
+            kind = "delay"  # others have updated their parts by then, and the model refuses to go on
         every = 1 if verb in ("reduce", "update") else DEVICES
         number_of_device = _groups[survives][self._random.randrange(every)]
         device = None if verb == "reduce" else f"virtual:{number_of_device}{' (part 0)' * survives}"
@@ -299,6 +306,7 @@ def main(minutes: float, seed: int = 0, killed: int = 0) -> None:
         if len(seen) % 10 == 0:
             print(json.dumps({"steps": soak.counts["steps"], **seen[-1]}), flush=True)  # noqa: T201
     assert all(one["threads"] == seen[0]["threads"] and one["files"] == seen[0]["files"] for one in seen), seen
+    soak.close()
     found = {"seed": seed, **soak.counts, "first": seen[0], "last": seen[-1], "rss": [one["rss_kib"] for one in seen]}
     found["minutes"] = round((time.monotonic() - began) / 60, 1)
     print(json.dumps(found), flush=True)  # noqa: T201
