@@ -105,6 +105,11 @@ class HDF5Matrix:
         return int(np.prod(self.shape, dtype=np.int64))
 
     @property
+    def new_rows(self) -> bool:
+        """Whether slices of it are new arrays, which nobody else has: no code of the user's makes them."""
+        return self.normalizer is None and type(self) is HDF5Matrix
+
+    @property
     def closed(self) -> bool:
         """Whether `close()` was called."""
         return self._rows is None

@@ -31,6 +31,7 @@ class RowRange:
         self._array, self._start = array, start
         self.shape = (stop - start, *array.shape[1:])
         self.dtype = array.dtype
+        self.new_rows: bool = getattr(array, "new_rows", type(array) is np.ndarray)
         if hasattr(array, "stored_part"):
             self.stored_part = self._stored_part
 

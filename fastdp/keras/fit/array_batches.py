@@ -237,7 +237,9 @@ def _read(array: Any, rows: slice | NDArray[np.int64]) -> NDArray[Any]:
     floatx = keras.config.floatx()
     dtype = floatx if np.issubdtype(block.dtype, np.floating) else block.dtype
     if order is None:
-        return block.astype(dtype, copy=not block.flags.owndata)
+        # Any other array may hand out the same memory again.
+        new = block.flags.owndata and getattr(array, "new_rows", type(array) is np.ndarray)
+        return block.astype(dtype, copy=not new)
     placed = np.empty(block.shape, dtype)
     placed[order] = block
     return placed

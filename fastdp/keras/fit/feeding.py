@@ -58,7 +58,7 @@ class Feed:
         """The batches of one of Keras's iterators, in the block that is open on this thread, if one is."""
         if _here.feeds is not None and self not in _here.feeds.all:
             _here.feeds.all.append(self)
-        return self._batches(batches_of(begin()))
+        return self._batches(batches_of(begin(), new=self.source.new))
 
     def entry(self) -> dict[str, Any]:
         """How batches came, for the report of a `fit`."""

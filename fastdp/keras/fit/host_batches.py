@@ -24,17 +24,18 @@ _OF_BATCHES = "get_torch_dataloader.<locals>.ConverterIterableDataset"
 _SAME_IN_TORCH = frozenset(["?", "b", "B", "h", "i", "l", "q", "e", "f", "d"])
 
 
-def batches_of(loader: Any) -> Iterator[Any]:
+def batches_of(loader: Any, *, new: bool = False) -> Iterator[Any]:
     """The batches of one epoch, in host memory. They belong to the caller.
 
     Args:
         loader: what Keras's iterator over epochs would iterate over: as a rule a DataLoader.
+        new: whether a data set makes batches of new arrays, which nobody else has, so that they need no copy.
     """
     batches = iter(loader)  # a DataLoader draws a number here
     if type(loader) is not DataLoader or loader.num_workers or not _is_keras_own(loader.dataset):
         return batches
     if type(loader.dataset).__qualname__ == _OF_BATCHES:
-        return _each_converted(loader.dataset.iterable)
+        return _each_converted(loader.dataset.iterable, new)
     cut = _cutter(loader.dataset.array)
     if cut is None:
         return batches
@@ -82,19 +83,19 @@ def _is_plain(part: Any) -> bool:
     return type(part) is NumpySliceable and _is_array(part.array)
 
 
-def _each_converted(iterable: Any) -> Iterator[Any]:
+def _each_converted(iterable: Any, new: bool) -> Iterator[Any]:
     """The batches of an iterable, which is asked for an iterator when the first one is wanted, as Keras does.
 
     At the end of an epoch Keras makes an iterator that it never uses, and a tf.data.Dataset shuffles anew for each one.
     """
     for batch in iterable:
-        yield _converted(batch)
+        yield _converted(batch, new)
 
 
-def _converted(batch: Any) -> Any:
+def _converted(batch: Any, new: bool) -> Any:
     """A batch of a generator or a data set, as it comes out of Keras's conversion and torch's."""
     if type(batch) is tuple and all(_is_array(part) for part in batch):
-        return [_own_tensor(part) for part in batch]
+        return [_own_tensor(part, new) for part in batch]
     return default_convert(keras.tree.map_structure(convert_to_tensor, batch, none_is_leaf=False))
 
 
@@ -102,5 +103,5 @@ def _is_array(part: Any) -> bool:
     return type(part) is np.ndarray and part.dtype.char in _SAME_IN_TORCH and part.dtype.isnative and part.ndim > 0
 
 
-def _own_tensor(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(array.copy())
+def _own_tensor(array: np.ndarray, new: bool) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array) if new else array.copy())

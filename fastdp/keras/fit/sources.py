@@ -37,6 +37,7 @@ class Source:
         guard: looks whether reading ahead leaves results as they are; None where no code of the user's runs.
         copies: whether a batch may be written again by the next one.
         generator: the user's generator, if that is what it is.
+        new: whether batches are made of new arrays, which nobody else has.
         moves: whether Keras moves its batches to the default device; a DataLoader's stay where they are.
     """
 
@@ -45,6 +46,7 @@ class Source:
     guard: Guard | None = None
     copies: bool = False
     generator: types.GeneratorType[Any, Any, Any] | None = None
+    new: bool = False
     moves: bool = True
 
 
@@ -97,9 +99,8 @@ def _of_loader(loader: Any, others: Sequence[Any]) -> Source:
 def _of_dataset(adapter: Any, others: Sequence[Any]) -> Source:
     data = adapter.py_dataset
     if isinstance(data, ArrayBatches):
-        return Source(
-            "arrays of ArrayBatches", by="read ahead by its own thread" if data.reading.count else "not read ahead"
-        )
+        by = "read ahead by its own thread" if data.reading.count else "not read ahead"
+        return Source("arrays of ArrayBatches", by=by, new=type(data) is ArrayBatches)
     inner = data._data if isinstance(data, Threaded) else data
     if adapter.enqueuer is not None:
         return Source(described(inner), by=f"read ahead by Keras's {data.workers} worker threads", copies=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -14,6 +17,8 @@ from keras.src.trainers.data_adapters.data_adapter_utils import get_torch_datalo
 from torch.utils.data import DataLoader
 
 import fastdp  # noqa: F401 - chooses Keras's backend
+from fastdp.data.hdf5 import HDF5Matrix
+from fastdp.keras.fit.array_batches import ArrayBatches
 from fastdp.keras.fit.host_batches import batches_of
 
 DTYPES = ("float32", "float64", "float16", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "bool")
@@ -162,3 +167,42 @@ def test_an_iterator_is_asked_for_when_its_first_batch_is():
         assert len(list(used)) == 1
         assert len(begun) == before + 1
         del unused
+
+
+class Reused:
+    """An array in chunks that hands out the same memory each time."""
+
+    chunks = (4, 3)
+
+    def __init__(self, array):
+        self.array, self.shape, self.dtype, self.block = array, array.shape, array.dtype, np.empty((4, 3), "float32")
+
+    def __getitem__(self, rows):
+        np.copyto(self.block, self.array[rows])
+        return self.block
+
+
+def test_batches_from_files_are_not_copied_and_no_memory_that_others_write_is_handed_over(tmp_path):
+    x = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
+    path = tmp_path / "x.h5"
+    with h5py.File(path, "w") as file:
+        file["x"] = x
+
+    def halved(block, kept=np.empty((4, 3), "float32")):  # noqa: B008 - the same memory each time
+        return np.multiply(block, 0.5, out=kept[: len(block)])
+
+    with h5py.File(path) as file:
+        given = {
+            "file": (file["x"], x),
+            "matrix": (HDF5Matrix(str(path), "x"), x),
+            "normalized": (HDF5Matrix(str(path), "x", normalizer=halved), x / 2),
+            "reused": (Reused(x), x),
+            "memory": (x, x),
+        }
+        for name, (array, want) in given.items():
+            taken = ArrayBatches(array, batch_size=4, shuffle=False, ahead=0)
+            batches = [taken[i][0] for i in range(4)]
+            np.testing.assert_array_equal(np.concatenate(batches), want, err_msg=name)
+            assert not any(np.shares_memory(a, b) for a, b in itertools.pairwise(batches))
+            tensors = [one[0] for one in batches_of(get_torch_dataloader([(b,) for b in batches]), new=True)]
+            assert [t.numpy().ctypes.data for t in tensors] == [b.ctypes.data for b in batches]
