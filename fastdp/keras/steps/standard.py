@@ -16,9 +16,11 @@ import torch
 from fastdp.comm.batch import Batch, ResidentArray
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.step import StepResult
+from fastdp.engine.step_scope import alone_for
 from fastdp.errors import ReplicaError
 from fastdp.keras.fit.prefetch import Prefetch
 from fastdp.keras.steps.call_checks import cause_of_row_errors, check_is_undecided, why_not_here
+from fastdp.keras.steps.captured_metrics import CapturedMetrics, are_kerass, each_metric
 from fastdp.keras.steps.custom import has_own, layer_calls
 from fastdp.keras.steps.device_trial import first_rows
 from fastdp.keras.steps.layer_calls import LayerCalls
@@ -61,12 +63,17 @@ class Steps(ModelEngine):
     trained_rows = 0  # rows of the training steps so far, for callbacks that tell samples per second
     _checked: tuple[Any, Batch] | None = None
     _prepared: Any = None  # what captured steps were last prepared for
+    _is_same = False  # whether the step is like the last one, and only fastdp and Keras ran in between
     # The prefetched batches of the current `fit`; None where batches are not fetched ahead.
     ahead: Prefetch | None = None
 
     @functools.cached_property
     def _means(self) -> MeanMetrics:
         return MeanMetrics()
+
+    @functools.cached_property
+    def _captured_metrics(self) -> CapturedMetrics:
+        return CapturedMetrics(alone_for(self._options))
 
     def follow(self, epochs: Any) -> None:
         """Prefetch the batches of this `fit`, unless the template's own `train_step` takes them one by one."""
@@ -145,7 +152,8 @@ class Steps(ModelEngine):
         wants_outputs = self._wants_outputs()
         if program.captures is not None:
             prepared = (program.captures, batch.rows, batch.shapes, batch.structure, wants_outputs)
-            if not (unchanged and prepared == self._prepared and all(s.is_settled for s in program.captures.present)):
+            self._is_same = unchanged and prepared == self._prepared
+            if not (self._is_same and all(s.is_settled for s in program.captures.present)):
                 program.captures.prepare(batch, wants_outputs)
                 self._prepared = prepared
         began = time.perf_counter()
@@ -179,7 +187,11 @@ class Steps(ModelEngine):
             y_pred, y = self._with_targets(y_pred, y)
         if self._has_own_metrics():
             return self.trainer.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
-        compiled.update_state(y, y_pred, own_copy(sample_weight))
+        captures = self.captures
+        if captures is not None and captures.are_used:
+            self._captured_metrics.update(compiled, y, y_pred, own_copy(sample_weight), unchanged=self._is_same)
+        else:
+            compiled.update_state(y, y_pred, own_copy(sample_weight))
         return None
 
     def results(self) -> dict[str, Any]:
@@ -201,7 +213,7 @@ class Steps(ModelEngine):
             has_own(self.template, "train_step")
             or self._has_own_metrics()
             or type(self.trainer).get_metrics_result is not keras.Model.get_metrics_result
-            or any(not type(metric).__module__.startswith("keras.") for metric in _each(self.trainer.metrics))
+            or any(not type(metric).__module__.startswith("keras.") for metric in each_metric(self.trainer.metrics))
         )
 
     def runs_no_other_code(self) -> bool:
@@ -214,7 +226,7 @@ class Steps(ModelEngine):
             program is not None
             and program.captures is not None
             and program.update_is_reliable
-            and self.trainer._compile_metrics is None
+            and are_kerass(self.trainer._compile_metrics)
         )
 
     @_deterministic_if_asked
@@ -369,13 +381,6 @@ class Steps(ModelEngine):
     def _has_own_loss(self) -> bool:
         """Whether the template overrides `compute_loss`, which may then read `x`."""
         return type(self.template).compute_loss is not keras.Model.compute_loss
-
-
-def _each(metrics: Any) -> Iterator[Any]:
-    """Metrics, and those that they consist of."""
-    for metric in metrics:
-        yield metric
-        yield from _each(getattr(metric, "metrics", ()))
 
 
 def _has_rows(data: Any) -> bool:

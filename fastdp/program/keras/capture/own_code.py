@@ -17,22 +17,22 @@ def own_code(program: KerasProgram) -> str:
     """A part of a training step that is the user's code, in words; empty if all of it is Keras's."""
     model = program.model
     for layer in model._flatten_layers():
-        if not _is_keras(type(layer)) or isinstance(layer, (keras.layers.Lambda, keras.layers.TorchModuleWrapper)):
+        if not is_keras(type(layer)) or isinstance(layer, (keras.layers.Lambda, keras.layers.TorchModuleWrapper)):
             return f"the layer {layer.name!r} ({type(layer).__name__})"
-        if "call" in vars(layer) or not _is_keras(type(layer).call):
+        if "call" in vars(layer) or not is_keras(type(layer).call):
             return f"call() of {layer.name!r}"
         if any(getattr(layer, name) for name in HOOKS):
             return f"a hook of {layer.name!r}"
         activation = getattr(layer, "activation", None)
-        if activation is not None and not _is_keras(activation):
+        if activation is not None and not is_keras(activation):
             return f"the activation of {layer.name!r}"
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "a hook of all modules"
     for variable in program.trainable:
-        if variable.regularizer is not None and not _is_keras(type(variable.regularizer)):
+        if variable.regularizer is not None and not is_keras(type(variable.regularizer)):
             return f"the regularizer of {variable.path!r}"
     for loss in losses_of(program):
-        if not _is_keras(loss):
+        if not is_keras(loss):
             return f"the loss {getattr(loss, '__name__', type(loss).__name__)!r}"
     return ""
 
@@ -45,7 +45,7 @@ def losses_of(program: KerasProgram) -> Iterator[Any]:
             yield getattr(loss, "fn", type(loss) if isinstance(loss, keras.Loss) else loss)
 
 
-def _is_keras(thing: Any) -> bool:
+def is_keras(thing: Any) -> bool:
     """Whether a class or function is Keras's own. For objects, such as some activations, their class decides."""
     module = getattr(thing, "__module__", None) or type(thing).__module__
     return str(module).split(".")[0] == "keras"
