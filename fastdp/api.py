@@ -256,8 +256,8 @@ def wrap(
             - "continue_stalled": the same, and a virtual device that does not end a step within `timeout` counts as
               lost, unless it is the first one.
 
-            With `shard_optimizer` this and `on_oom` are for torch modules: slots of a Keras model lie in parts on the
-            devices.
+            With `shard_optimizer` the others take over the slots of a lost virtual device, whose memory is the
+            process's. A Keras model then copies weights and slots before each update.
 
     Returns:
         For a Keras model a `fastdp.ParallelModel`, a `keras.Model` that shares the model's weights. For a torch module

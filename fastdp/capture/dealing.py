@@ -31,6 +31,6 @@ class Dealing:
         if deal == self._deal:
             return
         self._deal, self._decisions = deal, None  # which are kept for the number of replicas
-        self.close("the number of replicas has changed")
+        self.close("")  # what compiles is of other rows; those of now are compiled anew
         self._shapes.clear()
         self.generation += 1

@@ -140,7 +140,8 @@ class DataParallel(Traceable, Reporting, Inspection, Survival, WaitingGradients,
         home = HomeMemory(self._program, devices, self._communicator, on_host=options.cpu_relocation)
         self.group = ReplicaGroup(self._program, self.devices, home, self._communicator, self.update)
         self.replicas = self.group.every
-        self.rollback = Rollback(self.replicas[0], parts=self.group.in_parts)
+        parts = self.group.in_parts
+        self.rollback = Rollback(self.replicas[0], parts=parts, always=parts and options.survives)
         self._recovery = Recovery(self._state, self.group, self._communicator, self.rollback)
         if not self.formed:
             self._across = connect(devices, options, self._transport)

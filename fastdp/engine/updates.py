@@ -104,18 +104,12 @@ def update_mode(program: Program, options: Options, devices: Sequence[QueueDevic
     """Which replicas apply updates, as `ReplicaGroup` names it.
 
     Raises:
-        ValueError: `shard_optimizer` for a program that cannot divide its update, or cannot if replicas are made anew.
+        ValueError: `shard_optimizer` for a program that cannot divide its update.
     """
     if options.shard_optimizer and not program.shards_optimizer:
         raise ValueError(
             "`shard_optimizer` is for Keras models and torch modules. Received: shard_optimizer=True for a "
             f"{type(program).__name__}. Leave it out."
-        )
-    if program.updates_parts and options.survives:
-        raise ValueError(
-            "`on_oom` and `on_device_loss` make replicas anew, and by shard_optimizer=True each device has a part "
-            f"of the slots. Received: on_oom={options.on_oom!r}, on_device_loss={options.on_device_loss!r}. Leave out "
-            "either."
         )
     if program.updates_parts and len(devices) > 1:
         return "parts"

@@ -46,7 +46,10 @@ from fastdp.tensors.row_effects import NotByRowsError, refusal
 from fastdp.warn import warn_user
 
 _KINDS = ("train", "test", "predict")
-_FURTHER = {"update", "timeout", "check_replicas", "shards", "on_nonfinite", "grad_dtype", "shard_optimizer"}
+_FURTHER = {
+    *("update", "timeout", "check_replicas", "shards", "on_nonfinite", "grad_dtype", "shard_optimizer"),
+    *("on_oom", "on_device_loss"),
+}
 NOT_BUILT = "it is not built: it makes its variables when it is called"
 _STEPS = "_fastdp_steps"  # kept in a model's __dict__: it lives as long as the model, and Keras does not track it
 
@@ -106,8 +109,8 @@ def install(
             `train_step` or layers of its own, `predict`) are timed on all devices and on one, within the first 24 of
             a kind, and run on one device from then on, as plain Keras, where that is faster; a line on the error
             stream says so. Results are the same. With `deterministic`, `shards` or `on_nonfinite` all devices stay.
-        options: `update`, `timeout`, `check_replicas`, `shards`, `on_nonfinite`, `grad_dtype` and `shard_optimizer`, as
-            in `fastdp.wrap`.
+        options: `update`, `timeout`, `check_replicas`, `shards`, `on_nonfinite`, `grad_dtype`, `shard_optimizer`,
+            `on_oom` and `on_device_loss`, as in `fastdp.wrap`. Lost devices that answer again join at the next `fit`.
 
     Returns:
         What `fastdp.data.DeviceDataset(arrays, installed)` takes to put data on these devices: `fit`, `evaluate`,
@@ -168,6 +171,9 @@ def _maker(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
             if isinstance(present, _ParallelFunction):
                 present.look_again()
                 begin_here()
+                known = _known(self)
+                if known is not None and known.steps.roster.lost:
+                    known.steps.roster.rejoin()
             return present  # a parallel function, or the script's own
         setattr(self, name, None)
         original(self, force=force)

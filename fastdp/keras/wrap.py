@@ -16,7 +16,13 @@ from fastdp.runtime.shards import resolve_devices
 
 
 def multi_gpu_model(
-    model: keras.Model, gpus: Any = None, cpu_merge: bool = True, cpu_relocation: bool = False
+    model: keras.Model,
+    gpus: Any = None,
+    cpu_merge: bool = True,
+    cpu_relocation: bool = False,
+    *,
+    on_oom: str = "raise",
+    on_device_loss: str = "raise",
 ) -> ParallelModel:
     """Replicate a Keras model on several devices: Keras 2.3.1's function, with its rules for `gpus`.
 
@@ -28,6 +34,7 @@ def multi_gpu_model(
         gpus: a whole number >= 2, a list of at least two device ordinals, or None for all.
         cpu_merge: merge outputs in host memory; False: on the first device of the list.
         cpu_relocation: keep the template's weights in host memory. The model is never cloned, so its weights stay.
+        on_oom, on_device_loss: as in `fastdp.wrap`. Keras 2 did not have them.
 
     Returns:
         A Keras model to compile and fit. Outputs that share a name are called `name_1`, `name_2` and so on.
@@ -47,7 +54,7 @@ def multi_gpu_model(
     _check_model(model, "multi_gpu_model")
     check_places(model, None)
     devices = resolve(gpus, minimum=2, caller="multi_gpu_model")
-    options = Options(cpu_merge=cpu_merge, cpu_relocation=cpu_relocation)
+    options = Options(cpu_merge=cpu_merge, cpu_relocation=cpu_relocation, on_oom=on_oom, on_device_loss=on_device_loss)
     return ParallelModel(model, devices, options, numbers_all_outputs=True)
 
 

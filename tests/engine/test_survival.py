@@ -276,6 +276,62 @@ def test_in_fit_a_device_that_is_back_joins_at_the_next_epoch():
     np.testing.assert_allclose(mine.history["loss"], theirs.history["loss"], rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:fastdp. virtual")
+@pytest.mark.parametrize("kind", ["lose", "memory"])
+@pytest.mark.parametrize("how", ["install", "multi_gpu_model"])
+def test_installed_models_and_those_of_multi_gpu_model_go_on_too(how, kind):
+    keras = pytest.importorskip("keras")
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(12, 5)).astype("float32"), rng.normal(size=(12, 1)).astype("float32")
+
+    def fitted(fault):
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential([keras.Input((5,)), keras.layers.Dropout(0.2, seed=1), keras.layers.Dense(1)])
+        survives = {"on_oom": "split", "on_device_loss": "continue"}
+        if how == "install":
+            fastdp.install(3, compile=None, **survives)
+        parallel = model if how == "install" else fastdp.multi_gpu_model(model, 3, **survives)
+        try:
+            parallel.compile(keras.optimizers.SGD(0.1), "mse")
+            counts = []
+            for number in range(3):
+                with injected(Fault("run", "virtual:1", fault if number == 1 else "delay")) as injection:
+                    parallel.fit(x, y, batch_size=6, verbose=0, shuffle=False)
+                steps = made_steps(model) if how == "install" else parallel._steps
+                counts.append(len(steps.devices))
+                assert injection.struck or number == 2  # whose rows may run in parts, by other names
+            return counts, model.get_weights()
+        finally:
+            fastdp.uninstall()
+
+    from fastdp.keras.install import made_steps
+
+    counts, weights = fitted(kind)
+    assert counts == ([3, 2, 3] if kind == "lose" else [3, 4, 4])  # a lost device is back at the next fit
+    for ours, theirs in zip(weights, fitted("delay")[1], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:fastdp. virtual")
+def test_steps_of_other_rows_are_compiled_anew_when_a_device_is_lost():
+    pytest.importorskip("torch")
+    model, untouched = (
+        KINDS["torch step"](gpus, normalizes=False, dtype="float64", **SURVIVES, compile=compile)
+        for gpus, compile in ((2, "inductor"), ([3, 4], None))
+    )
+    for number in (0, 3, 6, 9, 12, 15):  # batches of as many rows
+        with injected(Fault("run", "virtual:1", "lose" if number == 6 else "delay")):
+            model.step(number)
+        untouched.step(number)
+        assert_close(model, untouched)
+    assert len(engine_of(model).devices) == 1
+    assert model.parallel.compiling
+    assert {entry["why"] for entry in model.parallel.report()} == {"being compiled"}
+    engine_of(model).program.captures.close()
+    for thread in [one for one in threading.enumerate() if one.name == "fastdp-compile-ready"]:
+        thread.join(60)  # it imports what loading needs
+
+
 def test_a_stalled_device_counts_as_lost_if_asked(monkeypatch):
     go_on = threading.Event()
 

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 import torch
+from faults import Fault, injected
 from least_squares import line
 
 import fastdp
@@ -189,6 +190,37 @@ def test_a_batch_that_is_not_finite_is_skipped_on_all_parts():
     with pytest.warns(UserWarning, match="a step changed nothing"):
         parallel.train_on_batch(np.full((6, 19), np.nan, "f4"), np.zeros((6, 3), "f4"))
     assert bits(parallel)[-4:] == before
+
+
+@pytest.mark.filterwarnings("ignore:fastdp. virtual")
+@pytest.mark.parametrize("verb", ["run", "update"])
+def test_the_slots_of_a_lost_device_go_on_on_the_others(verb):
+    parallel = wrapped(3, MADE["Adam"](), shard_optimizer=True, shards=6, on_device_loss="continue")
+    step(parallel, 0)
+    with injected(Fault(verb, "virtual:1 (part 0)", "lose")) as fault:
+        step(parallel, 1)
+    assert fault.struck
+    step(parallel, 3)
+    twin = wrapped(3, MADE["Adam"](), shards=6)
+    step(twin, 0, 1, 3)
+    assert bits(parallel) == bits(twin)
+    assert {replica.device.part_of.name for replica in parallel.engine.replicas} == {"virtual:0", "virtual:2"}
+    assert all(replica.memory.parts.nbytes for replica in parallel.engine.replicas)
+
+
+@pytest.mark.filterwarnings("ignore:fastdp. virtual")
+def test_parts_of_a_full_device_have_parts_of_the_slots():
+    def run(**options: Any) -> list[np.ndarray]:
+        parallel = wrapped(2, MADE["SGD"](), sync_batch_norm=True, **options)
+        step(parallel, 0)
+        with injected(Fault("run", "virtual:0", "memory" if options else "delay")):
+            step(parallel, 1)
+        step(parallel, 3)
+        assert len(parallel.engine.replicas) == 2 + bool(options)
+        return [keras.ops.convert_to_numpy(v) for v in [*parallel.template.variables, *parallel.optimizer.variables]]
+
+    for ours, theirs in zip(run(shard_optimizer=True, on_oom="split"), run(), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 class Own(keras.Model):
