@@ -32,7 +32,8 @@ def test_the_engine_has_the_same_defaults():
 def test_multi_gpu_model_has_the_same_defaults():
     pytest.importorskip("keras")
     pytest.importorskip("torch")
-    assert keywords(fastdp.multi_gpu_model) == {name: DEFAULTS[name] for name in ("cpu_merge", "cpu_relocation")}
+    names = ("cpu_merge", "cpu_relocation", "on_oom", "on_device_loss")
+    assert keywords(fastdp.multi_gpu_model) == {name: DEFAULTS[name] for name in names}
 
 
 @pytest.mark.parametrize(
