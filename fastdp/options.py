@@ -17,6 +17,16 @@ MOST_SHARDS = 1024
 NONFINITE = (None, "raise", "skip")
 ON_OOM = ("raise", "split")
 ON_DEVICE_LOSS = ("raise", "continue", "continue_stalled")
+_CHOICES = {
+    "compile": COMPILE_MODES,
+    "graph": GRAPHS,
+    "update": UPDATES,
+    "on_nonfinite": NONFINITE,
+    "on_oom": ON_OOM,
+    "on_device_loss": ON_DEVICE_LOSS,
+    "grad_dtype": GRAD_DTYPES,
+}
+_FLAGS = ("cpu_merge", "cpu_relocation", "sync_batch_norm", "deterministic", "check_replicas", "shard_optimizer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +40,8 @@ class Options:
         ValueError: an unknown `compile`, `graph`, `update`, `rows`, `on_nonfinite`, `grad_dtype`, `on_oom` or
             `on_device_loss`; `shards` that is no whole number from 1 to 1024; a `timeout` that is not above 0;
             `update` beside `shard_optimizer`.
-        TypeError: `fingerprint` that is no path; `shard_optimizer` that is no bool.
+        TypeError: `fingerprint` that is no path; `merge_device` that is no whole number; a flag that is neither True
+            nor False ("no" would count as True).
 
     `shards` sets `deterministic`: bits that depend on the clock would not be those of another number of devices.
     """
@@ -56,30 +67,22 @@ class Options:
     on_device_loss: str = "raise"
 
     def __post_init__(self) -> None:
-        if self.compile not in COMPILE_MODES:
-            raise ValueError(f"`compile` must be one of {COMPILE_MODES}. Received: compile={self.compile!r}")
-        if self.graph not in GRAPHS:
-            raise ValueError(f"`graph` must be one of {GRAPHS}. Received: graph={self.graph!r}")
-        if self.update not in UPDATES:
-            raise ValueError(f'`update` must be "first" or "each". Received: update={self.update!r}')
-        if self.on_nonfinite not in NONFINITE:
-            raise ValueError(f"`on_nonfinite` must be one of {NONFINITE}. Received: on_nonfinite={self.on_nonfinite!r}")
-        if self.on_oom not in ON_OOM:
-            raise ValueError(f"`on_oom` must be one of {ON_OOM}. Received: on_oom={self.on_oom!r}")
-        if self.on_device_loss not in ON_DEVICE_LOSS:
-            raise ValueError(
-                f"`on_device_loss` must be one of {ON_DEVICE_LOSS}. Received: on_device_loss={self.on_device_loss!r}"
-            )
-        if self.grad_dtype not in GRAD_DTYPES:
-            raise ValueError(f"`grad_dtype` must be one of {GRAD_DTYPES}. Received: grad_dtype={self.grad_dtype!r}")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if not isinstance(value, (str, type(None))) or value not in choices:  # an array is equal to none of them
+                raise ValueError(f"`{name}` must be one of {choices}. Received: {name}={value!r}")
+        for name in _FLAGS:
+            check_flag(name, getattr(self, name))
+        if not hasattr(type(self.merge_device), "__index__"):
+            raise TypeError(f"`merge_device` must be an index. Received: merge_device={self.merge_device!r}")
         if isinstance(self.timeout, bool) or not isinstance(self.timeout, (int, float)) or not self.timeout > 0:
             raise ValueError(f"`timeout` must be a number of seconds above 0. Received: timeout={self.timeout!r}")
-        if not isinstance(self.rows, dict) and self.rows not in ROW_POLICIES:
+        if not isinstance(self.rows, dict) and not (
+            isinstance(self.rows, (str, type(None))) and self.rows in ROW_POLICIES
+        ):
             raise ValueError(f"`rows` must be one of {ROW_POLICIES}. Received: rows={self.rows!r}")
         if self.fingerprint is not None and not isinstance(self.fingerprint, (str, os.PathLike)):
             raise TypeError(f"`fingerprint` must be a path. Received: {self.fingerprint!r}")
-        if not isinstance(self.shard_optimizer, bool):
-            raise TypeError(f"`shard_optimizer` must be True or False. Received: {self.shard_optimizer!r}")
         if self.shard_optimizer and self.update is not None:
             raise ValueError(
                 f"`update` says where one optimizer runs, and with shard_optimizer=True each device updates its part. "
@@ -104,6 +107,16 @@ class Options:
         if isinstance(self.rows, dict):
             raise ValueError(f"`rows` as a dict is for torch modules. Received: rows={self.rows!r} for a Keras model.")
         return self.rows
+
+
+def check_flag(name: str, value: object) -> None:
+    """Check an argument that is True or False; 1 and 0 will do.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(value, int) or value not in (0, 1):
+        raise TypeError(f"`{name}` must be True or False. Received: {name}={value!r}")
 
 
 def _number_of_shards(value: object) -> int:

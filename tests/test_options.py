@@ -45,7 +45,7 @@ def test_multi_gpu_model_has_the_same_defaults():
             r"`compile` must be one of \(None, 'trace', 'inductor', 'auto'\)\. Received: compile='fast'",
         ),
         ("graph", "all", r"`graph` must be one of \('auto', 'bucket', 'step', None\)\. Received: graph='all'"),
-        ("update", "all", r"`update` must be \"first\" or \"each\"\. Received: update='all'"),
+        ("update", "all", r"`update` must be one of \('first', 'each', None\)\. Received: update='all'"),
         (
             "on_nonfinite",
             "stop",
@@ -65,6 +65,27 @@ def test_multi_gpu_model_has_the_same_defaults():
 def test_an_unknown_choice_is_a_value_error(name, value, expected):
     with pytest.raises(ValueError, match=expected):
         Options(**{name: value})
+
+
+@pytest.mark.parametrize("value", [np.arange(3), [], b"auto", 2])
+@pytest.mark.parametrize("name", ["compile", "graph", "update", "on_nonfinite", "on_oom", "on_device_loss", "rows"])
+def test_a_choice_of_another_type_is_a_value_error_that_names_it(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be one of"):
+        Options(**{name: value})
+
+
+@pytest.mark.parametrize("value", ["no", None, 2, 0.0, np.arange(2)])
+@pytest.mark.parametrize("name", [name for name, value in DEFAULTS.items() if isinstance(value, bool)])
+def test_a_flag_that_is_neither_true_nor_false_is_an_error(name, value):
+    with pytest.raises(TypeError, match=f"`{name}` must be True or False"):
+        Options(**{name: value})
+    assert getattr(Options(**{name: 1}), name)
+
+
+@pytest.mark.parametrize("value", [None, 1.0, "1", slice(None)])
+def test_the_device_that_merges_is_an_index(value):
+    with pytest.raises(TypeError, match="`merge_device` must be an index"):
+        Options(merge_device=value)
 
 
 def test_options_do_not_change():

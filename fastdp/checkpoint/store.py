@@ -37,7 +37,9 @@ class Store:
 
     def __init__(self, folder: Any, every_steps: int | None, every_minutes: float | None, keep: int | None) -> None:
         check_arguments(every_steps, every_minutes, keep)
-        self.folder = Path(os.fspath(folder))
+        if not isinstance(folder, (str, os.PathLike)):
+            raise TypeError(f"`folder` must be a path. Received: {folder!r}.")
+        self.folder = Path(folder)
         self._every_steps, self._keep = every_steps, keep
         self._every_seconds = None if every_minutes is None else every_minutes * 60
         self.folder.mkdir(parents=True, exist_ok=True)

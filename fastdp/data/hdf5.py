@@ -77,6 +77,10 @@ class HDF5Matrix:
     ) -> None:
         if normalizer is not None and not callable(normalizer):
             raise TypeError(f"normalizer must be callable or None, got {normalizer!r}: pass a function of one block")
+        if not isinstance(datapath, (str, os.PathLike)):
+            raise TypeError(f"datapath must be a path, got {datapath!r}: pass the path of an HDF5 file")
+        if not isinstance(dataset, str):
+            raise TypeError(f"dataset must be a name in the file, got {dataset!r}: pass a text")
         self.datapath = os.path.abspath(os.fspath(datapath))
         self.dataset = dataset
         self.normalizer = normalizer

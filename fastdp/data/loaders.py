@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import sys
 import time
@@ -218,6 +219,10 @@ def prefetch(
     """
     if not any(hasattr(type(loader), method) for method in ("__iter__", "__getitem__")):
         raise TypeError(f"`loader` must be an iterable of batches. Received: a {type(loader).__name__}.")
+    if not hasattr(type(batches), "__index__"):
+        raise TypeError(
+            f"`batches` must be a whole number: how many are read ahead. Received: {type(batches).__name__}."
+        )
     count = operator.index(batches)
     if count < 0:
         raise ValueError(f"`batches` must be 0 or more: how many are read ahead. Received: batches={batches}")
@@ -242,7 +247,8 @@ def _name_of(dtype: Any) -> str:
     """
     name = str(dtype).removeprefix("torch.")
     if name not in _FLOATS:
-        name = np.dtype(dtype).name if isinstance(dtype, (str, type, np.dtype)) else name
+        with contextlib.suppress(TypeError):  # NumPy knows no type of that name
+            name = np.dtype(dtype).name if isinstance(dtype, (str, type, np.dtype)) else name
     if name not in _FLOATS:
         raise ValueError(f"`dtype` must be one of {', '.join(_FLOATS)}. Received: dtype={dtype!r}")
     return name

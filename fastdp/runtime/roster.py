@@ -56,6 +56,11 @@ class Roster:
         self._options, self._process = options, process
         owners = [device.part_of or device for device in devices]
         self._order = list(dict.fromkeys(owners))
+        if not -len(owners) <= options.merge_device < len(owners):
+            raise ValueError(
+                f"`merge_device` must be an index from 0 to {len(owners) - 1} into `gpus`. Received: "
+                f"merge_device={options.merge_device!r}"
+            )
         self._merge = owners[options.merge_device]
         self.present = list(self._order)
         self.lost: dict[QueueDevice, str] = {}

@@ -22,7 +22,7 @@ from fastdp.comm.processes import launched, several
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.make_report import make_report
 from fastdp.engine.report import Report
-from fastdp.options import Options
+from fastdp.options import Options, check_flag
 from fastdp.program.torch.loop import LoopProgram
 from fastdp.program.torch.loss import LossFunction
 from fastdp.program.torch.optimizer import OptimizerFactory
@@ -260,6 +260,8 @@ class TorchParallel(Traceable, ModuleMembers[nn.Module]):
             >>> step = dp.train_step(nn.CrossEntropyLoss(), torch.optim.Adam)  # doctest: +SKIP
             >>> loss = step(x, y)  # doctest: +SKIP
         """
+        for name, flag in (("outputs", outputs), ("grad_norm", grad_norm), ("skip_nonfinite", skip_nonfinite)):
+            check_flag(name, flag)
         program = TorchProgram(
             self.module,
             loss_fn,

@@ -147,6 +147,8 @@ class Soak:
         on_host = "update" not in model.verbs  # Ctrl-C in an optimizer that steps on the host is the caller's own
         if (kind == "corrupt" and verb not in model.corruptible) or (kind == "interrupt" and on_host):
             kind = "raise"
+        if kind == "lose":
+            self._rejoin(name)  # the last one cannot be lost
         if VARIANTS[name].own and verb == "update":
             kind = "delay"  # others have updated their parts by then, and the model refuses to go on
         every = 1 if verb in ("reduce", "update") else DEVICES

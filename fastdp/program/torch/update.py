@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch.amp import GradScaler
@@ -36,8 +37,8 @@ class UpdateRules:
 
     def __post_init__(self) -> None:
         limit = self.clip_grad_norm
-        if limit is not None and not limit > 0:
-            raise ValueError(f"`clip_grad_norm` must be None or above 0. Received: clip_grad_norm={limit!r}")
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, Real) or not limit > 0):
+            raise ValueError(f"`clip_grad_norm` must be None or a number above 0. Received: clip_grad_norm={limit!r}")
         if self.scaler is not None and not isinstance(self.scaler, GradScaler):
             raise TypeError(
                 '`scaler` must be a torch.amp.GradScaler("cpu" or "cuda"), or None. Received: '
