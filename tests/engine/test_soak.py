@@ -20,7 +20,7 @@ def kept() -> int:
 
 @pytest.fixture
 def all_devices():
-    fastdp.set_virtual_devices(3 * soak.DEVICES)
+    fastdp.set_virtual_devices(6 * soak.DEVICES)
     yield
     fastdp.set_virtual_devices(0)
 
