@@ -76,11 +76,14 @@ class CapturedMetrics:
 
         def update(*flat: torch.Tensor) -> list[torch.Tensor]:
             values, leaves = flat[: len(variables)], iter(flat[len(variables) :])
-            nest = keras.tree.map_structure(lambda leaf: None if leaf is None else next(leaves), given)
+            nest = keras.tree.map_structure(lambda is_absent: None if is_absent else next(leaves), absent)
             with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))) as scope:
                 compiled.update_state(*nest)
             return [scope.get_current_value(variable) for variable in variables]
 
+        # What is traced may be kept in cycles for a while, and outputs lie in memory that steps use again.
+        arguments = [torch.empty_like(tensor) for tensor in arguments]
+        absent = keras.tree.map_structure(lambda leaf: leaf is None, given)
         try:
             with self._alone(), torch.no_grad():
                 graph = trace.graph_of(update, arguments)

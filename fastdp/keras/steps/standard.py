@@ -188,7 +188,7 @@ class Steps(ModelEngine):
         if self._has_own_metrics():
             return self.trainer.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
         captures = self.captures
-        if captures is not None and captures.are_used:
+        if captures is not None and captures.are_used and not self.devices[0].on_gpu:  # there it was never measured
             self._captured_metrics.update(compiled, y, y_pred, own_copy(sample_weight), unchanged=self._is_same)
         else:
             compiled.update_state(y, y_pred, own_copy(sample_weight))
