@@ -295,14 +295,16 @@ class Calls:
         places = {id(given): tensor for given, tensor in zip(work.given, tensors, strict=False)}
         args, kwargs, _ = pytree.tree_unflatten([places.get(id(x), to_tensor(x)) for x in leaves], spec)
         buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+        slots = [(one.slot, one.slot.tensor) for one in self.program.user_buffers]
         drawn = torch.get_rng_state()
         torch.set_rng_state(opened.drawn)
         try:
-            with torch.enable_grad(), work.batch.structure.autocast.enter():
+            with self.program.as_before(work), torch.enable_grad(), work.batch.structure.autocast.enter():
                 return pytree.tree_leaves(module(*args, **kwargs))
         finally:
             torch.set_rng_state(drawn)
-            self.program.restore()
+            for slot, buffer in slots:  # forward may have put another tensor there
+                slot.table[slot.key] = buffer
             for buffer, before in buffers:
                 buffer.data.copy_(before)
 

@@ -42,7 +42,7 @@ class Seen:
     def by(cls, program: LoopProgram, work: ForwardPass, values: Any) -> Seen:
         """What a pass on these arguments begins with. The pass notes its buffers."""
         tensors = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
-        work.before = {}
+        work.may_repeat = True
         return cls([*tensors, *program.module.parameters()], program.changes, work.before)
 
 

@@ -12,8 +12,8 @@ Several forward passes may be open. The graphs of a pass are freed as torch's ar
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -146,7 +146,8 @@ class LoopProgram(TorchProgram):
         running.keeps_graph = True
         running.repeatable = int(work.keeps and context.among_cut)  # whoever draws first draws for parts that run again
         state.gradients.follow(self._users)
-        with torch.set_grad_enabled(work.records), state.replica.passes(), ExitStack() as together:
+        written = (() if structure.judged is None else structure.judged.states) if work.keeps else None
+        with torch.set_grad_enabled(work.records), state.replica.passes(written), ExitStack() as together:
             if context.size > 1:
                 together.enter_context(peers_scope(StepPeers(context)))
                 together.enter_context(together_with(running))
@@ -168,6 +169,7 @@ class LoopProgram(TorchProgram):
                 notes = ForwardNotes(nest, layouts, wanted, [], structure.draws, writes, buffers)
                 state.replica.restore_buffers()
         if work.keeps:
+            state.replica.outdate(buffers.unjudged)
             work.kept[context.index] = KeptGraph(running, tensors, leaves.rows, leaves.shared)
         arrays, notes.others = parts_of(tensors, layouts, context)
         return Result(arrays, np.concatenate([np.zeros(0), *sums]), notes), tensors
@@ -223,8 +225,9 @@ class LoopProgram(TorchProgram):
         every: list[ForwardNotes] = result.every_note
         notes: ForwardNotes = result.notes
         written = self._merged_writes([note.writes for note in every if note.writes is not None])
-        if work.before is not None:
-            work.before.update({at: self._states[0].variables[at].clone() for at in notes.buffers.places})
+        if work.keeps:
+            places = notes.buffers.places if work.may_repeat else notes.buffers.readable
+            work.before.update({at: self._states[0].variables[at].clone() for at in places})
         self.assign(result.sums, notes.buffers)
         work.layouts, work.nest, work.used = notes.layouts, notes.nest, notes.used
         given = ((number, work.arrays[number]) for number in work.written)
@@ -301,9 +304,17 @@ class LoopProgram(TorchProgram):
         written = self._merged_writes([note.writes for note in result.every_note if note.writes is not None])
         self._following.finish(written.every, written.merged, {})
 
-    def restore(self) -> None:
-        """Give the module what it held after the latest pass on the devices."""
-        self._following.restore()
+    @contextmanager
+    def as_before(self, work: ForwardPass) -> Iterator[None]:
+        """While the block runs, the user's module holds what it held before this pass."""
+        assert work.noted is not None
+        self._following.take_back(work.noted)
+        try:
+            # Copies, as the graph that is made now may need them later.
+            with self._states[0].replica.with_buffers(work.before):
+                yield
+        finally:
+            self._following.restore()
 
     def reduced(self, result: StepResult) -> list[torch.Tensor | None]:
         """The reduced gradients of a backward pass by the module's parameters. The caller owns them."""

@@ -82,8 +82,9 @@ class ForwardPass:
         keeps: keep the graphs.
 
     `records`: gradients are enabled, though perhaps nothing has any. `captures` are the captured passes of its kind;
-    None if it runs eagerly. `before`: the buffers that forward has changed, as they were, by their places; None if
-    nobody asks. `shapes` are those of its rows, `seconds` what forward has taken, and `used` as in
+    None if it runs eagerly. `before`: the buffers that forward has changed and may have read, as they were, by their
+    places; all that it has changed if the pass `may_repeat` on the replicas.
+    `shapes` are those of its rows, `seconds` what forward has taken, and `used` as in
     `ForwardNotes`.
     """
 
@@ -104,7 +105,8 @@ class ForwardPass:
     seconds: float = 0.0
     used: list[bool] | None = None
     records: bool = False
-    before: dict[int, torch.Tensor] | None = None
+    before: dict[int, torch.Tensor] = field(default_factory=dict)
+    may_repeat: bool = False
     merged: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
     inner: Collection[int] = ()
 

@@ -160,6 +160,7 @@ class Buffer:
     work: torch.Tensor
     before: torch.Tensor
     own: bool = False  # forward has resized it: from then on it is private to the replica
+    late: bool = False  # a step has changed it, and no trial
 
 
 @dataclass(slots=True)
@@ -180,19 +181,29 @@ class ReplicaModule:
     _busy: bool = False
 
     @contextmanager
-    def passes(self) -> Iterator[None]:
-        """Hold this while passes run. Buffers begin with their values of record, and get them back on failure."""
+    def passes(self, written: Collection[int] | None = None) -> Iterator[None]:
+        """Hold this while passes run. Buffers begin with their values of record, and get them back on failure.
+
+        Args:
+            written: where backward comes later, the indices of buffers that forward is known to write to. It gets
+                copies of these: the graph may need a value that has been replaced by then.
+        """
         kept = [one for one in self.buffers if not one.own]
+        copied = [] if written is None else [one for one in kept if one.late or one.index in written]
         if self.adopted is None:
             # Not counted as changes: graphs of earlier forward passes may need these buffers with their present values.
             _copy_all([one.work.data for one in kept], [one.before for one in kept])
             for one in kept:
                 one.slot.table[one.slot.key] = one.work
+            for one in copied:
+                one.slot.table[one.slot.key] = one.work.clone()
             yield
             return
         for one in kept:
             one.work = one.slot.tensor
         _copy_all([one.before for one in kept], [one.work for one in kept])
+        for one in copied:
+            one.slot.table[one.slot.key] = one.work.clone()
         self.pending = self._busy = True
         try:
             yield
@@ -223,6 +234,14 @@ class ReplicaModule:
                 one.slot.table[one.slot.key] = one.work
                 one.work.data.copy_(one.before)
         self.pending = False
+
+    def outdate(self, names: Collection[str]) -> None:
+        """Let graphs that need these buffers fail, as they get other values before backward; the next graphs do not."""
+        with torch.no_grad():
+            for one in self.buffers:
+                if one.slot.name in names and not one.late:
+                    one.work.copy_(one.work)  # counted as a change, as torch does for writes in place
+                    one.late = True
 
     def restore_written(self) -> None:
         """Give attributes and whatever else the module holds their values from before the step."""

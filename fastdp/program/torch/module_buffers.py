@@ -37,6 +37,11 @@ class BufferNotes:
         pairs = [(mean, variance) for mean, variance, _ in self.normalized]
         return sorted({*self.moved, *(index for index, _ in self.constant), *(i for pair in pairs for i in pair)})
 
+    @property
+    def readable(self) -> list[int]:
+        """Those of them that forward may have read. In training, statistics of batch normalization are only written."""
+        return sorted({*self.moved, *(index for index, _ in self.constant)})
+
     def check(self, every: Sequence[BufferNotes]) -> None:
         """Check that all replicas agree on the buffers that only a step has changed, and not its trial.
 

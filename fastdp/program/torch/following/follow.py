@@ -11,6 +11,7 @@ from torch import nn
 
 from fastdp.program.torch.following.contents import Contents
 from fastdp.program.torch.following.copies import Copied, remake, replicate
+from fastdp.program.torch.following.graphs import PassWrites
 from fastdp.program.torch.following.guard import Guard, get
 from fastdp.program.torch.following.holders import Holder
 from fastdp.program.torch.following.kinds import kind_of
@@ -200,6 +201,12 @@ class Following:
         """Give the user's module what it held when the copies were made or a step had ended."""
         if self._guard is not None and self._guard.wrote():
             restore(self._guard, writes_of(self._guard))
+
+    def take_back(self, writes: PassWrites) -> None:
+        """Give the user's module what it held before a pass that has written this. `restore` ends it."""
+        if self._guard is not None and writes.every:
+            written = writes.every[0].written  # by the user's module, which is the first replica's
+            restore(self._guard, {place: written[place] for place in writes.merged if place in written})
 
     def check_reader(self, loss_fn: Any, roles: Roles) -> None:
         """Check that the loss function of a step does not read what the step's forward passes write.

@@ -1,0 +1,118 @@
+"""Backward passes of loops need the values that forward had, also of what forward itself has written since."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fastdp
+
+pytestmark = pytest.mark.filterwarnings("ignore:fastdp. gradients of gradients")
+
+
+class Written(nn.Module):
+    """Reads a value, and then or before writes it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.kind = nn.Linear(4, 5), nn.Linear(5, 1), kind
+        if kind in ("a number", "a tensor"):
+            self.value = 1.0 if kind == "a number" else torch.ones(())
+        else:
+            self.register_buffer("value", torch.ones(5 if kind == "a mean of rows" else ()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "a buffer before":
+            self.value.mul_(1.5)
+        hidden = self.first(x)
+        mixed = torch.tanh(hidden * (1 + self.value)) * self.value if self.kind != "a mean of rows" else None
+        if self.kind == "a mean of rows":
+            mixed = torch.tanh(hidden * (1 + self.value))
+            with torch.no_grad():
+                self.value += 0.1 * hidden.mean(0)
+        elif self.kind != "a buffer before":
+            self.value = self.value * 2 + 1
+        return self.second(mixed)
+
+
+KINDS = ["a buffer", "a buffer before", "a mean of rows", "a number", "a tensor"]
+
+
+@pytest.fixture(autouse=True)
+def devices():
+    torch.set_default_dtype(torch.float64)
+    fastdp.set_virtual_devices(3)
+    yield
+    fastdp.set_virtual_devices(0)
+    torch.set_default_dtype(torch.float32)
+
+
+def found(module: nn.Module) -> list[torch.Tensor]:
+    return [*(p.grad.clone() for p in module.parameters()), *(b.clone() for b in module.buffers())]
+
+
+def penalties(module: nn.Module, model: nn.Module, passes: int) -> list[torch.Tensor]:
+    """A penalty on the slope, with other forward passes between the pass and its gradient."""
+    rows, values = torch.Generator().manual_seed(1), []
+    for _ in range(2):
+        x = torch.randn(7, 4, generator=rows).requires_grad_()
+        y = model(x)
+        for _ in range(passes - 1):
+            model(torch.randn(7, 4, generator=rows))
+        (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        module.zero_grad()
+        ((slope.square().sum(1) - 1).square().mean() + y.mean()).backward()
+        values += [y.detach(), slope.detach(), *found(module)]
+    return values
+
+
+def sums(module: nn.Module, model: nn.Module, passes: int) -> list[torch.Tensor]:
+    """One backward pass through several forward passes."""
+    rows, values = torch.Generator().manual_seed(1), []
+    for _ in range(2):
+        module.zero_grad()
+        sum(model(torch.randn(7, 4, generator=rows)).square().mean() for _ in range(passes)).backward()
+        values += found(module)
+    return values
+
+
+@pytest.mark.parametrize("gpus", [2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("loop", "passes"), [(penalties, 1), (penalties, 2), (sums, 1), (sums, 2)])
+def test_gradients_are_those_of_one_device(loop, passes, kind, gpus):
+    if kind == "a buffer before" and passes == 2:
+        plain = Written(kind)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loop(plain, plain, passes)
+        return
+    alone, module = Written(kind), Written(kind)
+    expected = loop(alone, alone, passes)
+    for one, other in zip(expected, loop(module, fastdp.wrap(module, gpus=gpus), passes), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12)
+
+
+class WrittenLate(Written):
+    """Writes a buffer for large inputs alone, which no trial sees."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        before = self.value
+        y = super().forward(x)
+        if float(x.detach().abs().max()) < 50:
+            self.value = before
+        return y
+
+
+def test_a_buffer_that_no_trial_saw_written_is_an_error_once_and_not_another_gradient():
+    alone, module = WrittenLate("a buffer"), WrittenLate("a buffer")
+    model, x = fastdp.wrap(module, gpus=2), torch.ones(8, 4)
+    model(x).mean().backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        model(x * 60).mean().backward()
+    module.zero_grad()
+    alone(x), alone(x * 60)
+    for one in (alone, model):
+        one(x * 60).mean().backward()
+    for one, other in zip(found(alone), found(module), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12)
