@@ -128,15 +128,18 @@ def counts(most: int) -> Callable[[str], list[int]]:
 
 
 def check_folder(argument: str, folder: Path) -> None:
-    """Make the folder of what a command writes, and write to it: before libraries are loaded and anything is computed.
+    """Try the folder of what a command writes, before libraries are loaded and anything is computed. Leaves nothing.
 
     Raises:
-        WrongUseError: that cannot be done.
+        WrongUseError: it cannot be made, or not be written to.
     """
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        for one in new:
+            one.rmdir()
     except OSError as error:
         raise WrongUseError(
             f"argument {argument}: must be a folder that can be written to, or a path where one can be made. "

@@ -118,6 +118,7 @@ def run(options: argparse.Namespace) -> int:
         return FAILED
     if options.output is not None:
         check_folder("--output", options.output)
+        options.output.mkdir(parents=True, exist_ok=True)
     if settings.note:
         say("bench", settings.note)
     with open_display(sys.stderr if options.json else sys.stdout) as display:

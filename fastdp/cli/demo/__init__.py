@@ -68,6 +68,7 @@ def run(options: argparse.Namespace) -> int:
 def _demonstrate(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """Train, compare and write files; returns the result for `--json`, and what is wrong with it."""
     names = _choose_devices(options.devices)
+    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / FILES[0]
     write_digits(path)
     digits = open_digits(path)
