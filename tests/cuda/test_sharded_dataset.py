@@ -94,7 +94,7 @@ def test_what_kernels_do_not_reach_and_what_is_lost_comes_from_the_host(gpus, mo
     assert max(sent) == 2 * 8 * 8  # row numbers and places
     devices[1].lost = "as a test says"
     check()
-    assert min(sent[3], sent[5]) > 2 * 8 * 8
+    assert sorted(sent[3:])[1] > 2 * 8 * 8  # the two others, in any order, send rows of the lost one too
     devices[1].lost = ""
     monkeypatch.setattr(box.device.CudaDevice, "reads", lambda device, other: False)
     check()
