@@ -116,3 +116,67 @@ def test_a_buffer_that_no_trial_saw_written_is_an_error_once_and_not_another_gra
         one(x * 60).mean().backward()
     for one, other in zip(found(alone), found(module), strict=True):
         torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12)
+
+
+class HeldTwice(nn.Module):
+    """Writes a buffer in place by one name, and reads it by another."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.how = nn.Linear(4, 5), how
+        self.register_buffer("value", torch.ones(()))
+        self.other = nn.Module()
+        if how.startswith("buffers"):
+            self.other.register_buffer("value", self.value)
+        else:
+            self.other.value = self.value
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        written, read = (self.value, self.other.value) if self.how.endswith("first") else (self.other.value, self.value)
+        written.add_(1)
+        return self.first(x).square() * read
+
+
+@pytest.mark.parametrize("gpus", [2, 3])
+@pytest.mark.parametrize(
+    "how", ["buffers, by the first", "buffers, by the second", "an attribute, by the first", "an attribute"]
+)
+def test_what_is_written_in_place_is_seen_by_whoever_holds_it(how, gpus):
+    alone, module = HeldTwice(how), HeldTwice(how)
+    expected = sums(alone, alone, 1)
+    for one, other in zip(expected, sums(module, fastdp.wrap(module, gpus=gpus), 1), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12)
+
+
+class HoldsView(nn.Module):
+    def __init__(self, view) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 5)
+        self.register_buffer("value", torch.ones(3))
+        self.kept = view(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    ("view", "named"),
+    [
+        (lambda module: module.layer.weight.detach(), "`kept` shares memory with the parameter `layer.weight`"),
+        (lambda module: [module.value[1:]], r"`kept\[0\]` shares memory with the buffer `value`"),
+        (lambda module: module.layer.bias.detach().numpy(), "`kept` shares memory with the parameter `layer.bias`"),
+    ],
+)
+def test_a_view_that_would_not_follow_its_parameter_is_refused(view, named):
+    with pytest.raises(ValueError, match=named):
+        fastdp.wrap(HoldsView(view), gpus=2)(torch.ones(4, 4))
+
+
+def test_copies_and_whole_tensors_are_no_views():
+    for view in (
+        lambda module: module.value[1:].clone(),
+        lambda module: module.value,
+        lambda module: torch.ones(2)[1:],
+    ):
+        assert fastdp.wrap(HoldsView(view), gpus=2)(torch.ones(4, 4)).shape == (4, 5)

@@ -146,8 +146,8 @@ class LoopProgram(TorchProgram):
         running.keeps_graph = True
         running.repeatable = int(work.keeps and context.among_cut)  # whoever draws first draws for parts that run again
         state.gradients.follow(self._users)
-        written = (() if structure.judged is None else structure.judged.states) if work.keeps else None
-        with torch.set_grad_enabled(work.records), state.replica.passes(written), ExitStack() as together:
+        replaced = (() if structure.judged is None else structure.judged.replaced) if work.keeps else None
+        with torch.set_grad_enabled(work.records), state.replica.passes(replaced), ExitStack() as together:
             if context.size > 1:
                 together.enter_context(peers_scope(StepPeers(context)))
                 together.enter_context(together_with(running))
@@ -167,9 +167,10 @@ class LoopProgram(TorchProgram):
                 check_parts(work, context, writes)
                 wanted = [tensor.requires_grad for tensor in tensors]
                 notes = ForwardNotes(nest, layouts, wanted, [], structure.draws, writes, buffers)
+                if work.keeps:
+                    state.replica.outdate(buffers.unjudged)
                 state.replica.restore_buffers()
         if work.keeps:
-            state.replica.outdate(buffers.unjudged)
             work.kept[context.index] = KeptGraph(running, tensors, leaves.rows, leaves.shared)
         arrays, notes.others = parts_of(tensors, layouts, context)
         return Result(arrays, np.concatenate([np.zeros(0), *sums]), notes), tensors

@@ -21,6 +21,7 @@ from torch import nn
 from fastdp.buffers import Allocator
 from fastdp.program.torch.following.guard import Guard
 from fastdp.program.torch.following.writes import restore, writes_of
+from fastdp.program.torch.views import refuse_views
 from fastdp.tensors.adopted import Adopted, Homes
 from fastdp.tensors.arrays import spec_of
 from fastdp.tensors.row_effects import Effect
@@ -145,7 +146,12 @@ def adopted(module: nn.Module, device: Allocator) -> AdoptedSlots:
     slots = slots_of(module)
     # Tables by identity: a part that took the place of another one may have tensors of the same names and shapes.
     tensors = [(slot.name, id(slot.table), slot.tensor.dtype, slot.tensor.shape) for slot in slots]
-    return _homes.of(module, tensors, lambda: AdoptedSlots(slots, device))
+
+    def make() -> AdoptedSlots:
+        refuse_views(module, slots)
+        return AdoptedSlots(slots, device)
+
+    return _homes.of(module, tensors, make)
 
 
 @dataclass(slots=True)
@@ -160,7 +166,7 @@ class Buffer:
     work: torch.Tensor
     before: torch.Tensor
     own: bool = False  # forward has resized it: from then on it is private to the replica
-    late: bool = False  # a step has changed it, and no trial
+    replaced: bool = False  # a step has put another tensor in its place, and no trial
 
 
 @dataclass(slots=True)
@@ -181,15 +187,16 @@ class ReplicaModule:
     _busy: bool = False
 
     @contextmanager
-    def passes(self, written: Collection[int] | None = None) -> Iterator[None]:
+    def passes(self, replaced: Collection[int] | None = None) -> Iterator[None]:
         """Hold this while passes run. Buffers begin with their values of record, and get them back on failure.
 
         Args:
-            written: where backward comes later, the indices of buffers that forward is known to write to. It gets
-                copies of these: the graph may need a value that has been replaced by then.
+            replaced: where backward comes later, the indices of buffers in whose place forward is known to put other
+                tensors. It gets copies of these: their memory has the new values by then, and the graph may need the
+                old ones. Where forward writes in place, whoever else holds the tensor must see it.
         """
         kept = [one for one in self.buffers if not one.own]
-        copied = [] if written is None else [one for one in kept if one.late or one.index in written]
+        copied = [] if replaced is None else [one for one in kept if one.replaced or one.index in replaced]
         if self.adopted is None:
             # Not counted as changes: graphs of earlier forward passes may need these buffers with their present values.
             _copy_all([one.work.data for one in kept], [one.before for one in kept])
@@ -236,12 +243,13 @@ class ReplicaModule:
         self.pending = False
 
     def outdate(self, names: Collection[str]) -> None:
-        """Let graphs that need these buffers fail, as they get other values before backward; the next graphs do not."""
+        """Let graphs fail that need these buffers, if forward has replaced them, which no trial has seen. They get
+        other values before backward; in the next passes forward gets copies."""
         with torch.no_grad():
             for one in self.buffers:
-                if one.slot.name in names and not one.late:
+                if one.slot.name in names and one.slot.tensor is not one.work and not one.replaced:
                     one.work.copy_(one.work)  # counted as a change, as torch does for writes in place
-                    one.late = True
+                    one.replaced = True
 
     def restore_written(self) -> None:
         """Give attributes and whatever else the module holds their values from before the step."""

@@ -58,6 +58,7 @@ class Findings:
         self._trusted = self._meets = False
         self._structure = structure
         self._written: set[int] = set()
+        self._replaced: set[int] = set()
         self._compared: set[float] = set()
         self._roles = WrittenRoles(rows, rough=self._rough)
 
@@ -103,7 +104,9 @@ class Findings:
             if effect is None or effect is Effect.UNKNOWN:
                 raise refused_state("buffer", self._slots[at].name)
             effects[at] = effect
-        return Judged(None if self._trusted else known, effects, draws, self._written_arrays(), self._roles.roles())
+        judged = Judged(None if self._trusted else known, effects, draws, self._written_arrays(), self._roles.roles())
+        judged.replaced = frozenset(self._replaced)
+        return judged
 
     def _written_arrays(self) -> frozenset[int]:
         """The arrays that forward changes in place, by their numbers.
@@ -289,6 +292,7 @@ class Findings:
         runs = (*parts, whole)
         if any(len(run.values) != len(trial.slots) for run in runs):
             return  # forward has removed or added some: each replica has its own
+        self._replaced.update(*(run.replaced for run in runs))
         for at, slot in enumerate(trial.slots):
             before, values = slot.tensor.detach(), [run.values[at] for run in runs]
             if any(value.shape != before.shape or value.dtype != before.dtype for value in values):

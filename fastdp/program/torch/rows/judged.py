@@ -34,6 +34,7 @@ class Judged:
         written: the arrays that forward changes in place, by their numbers.
         roles: how what forward writes to attributes and containers depends on the rows.
         inner: the outputs from which others are computed, by number, once a step has shown them.
+        replaced: the buffers in whose place forward puts other tensors, by their numbers.
     """
 
     outputs: list[Layout] | None = None
@@ -42,11 +43,13 @@ class Judged:
     written: frozenset[int] = frozenset()
     roles: Roles = field(default_factory=dict)
     inner: frozenset[int] | None = None
+    replaced: frozenset[int] = frozenset()
 
     def is_like(self, other: Judged) -> bool:
         """Whether steps do the same with other lengths."""
         mine, others = ([(one.effect, one.axis) for one in judged.outputs or ()] for judged in (self, other))
-        same = (self.states, self.draws, self.written) == (other.states, other.draws, other.written)
+        mine_of = (self.states, self.draws, self.written, self.replaced)
+        same = mine_of == (other.states, other.draws, other.written, other.replaced)
         return same and mine == others and (self.outputs is None) == (other.outputs is None)
 
     @property

@@ -48,12 +48,14 @@ class Run:
     Attributes:
         outputs: its outputs, as it returned them.
         values: its parameters and buffers afterwards.
+        replaced: in whose place forward has put another tensor, by their numbers.
         written: what it wrote to attributes and containers.
         guard: of the copy that ran.
     """
 
     outputs: Any
     values: list[torch.Tensor]
+    replaced: set[int]
     written: dict[Place, Written]
     guard: Guard
 
@@ -152,10 +154,12 @@ class Trial:
         """
         rows = Rows(start, stop, self._total)
         replica, copied = replicate(self._module, self.slots, self._fresh(), self._contents)
+        held = [(slot, slot.tensor) for slot in slots_of(replica.module)]
         for _ in range(times):
             outputs = self._pass(replica.module, rows, then)
         values = [slot.tensor.detach() for slot in slots_of(replica.module)]
-        run = Run(outputs, values, writes_of(copied.guard), copied.guard)
+        replaced = {at for at, (slot, tensor) in enumerate(held) if slot.table.get(slot.key) is not tensor}
+        run = Run(outputs, values, replaced, writes_of(copied.guard), copied.guard)
         check_leaves(run.tensors(), copied.guard.contents.tensors)
         return run
 

@@ -1,0 +1,52 @@
+"""Refuses values of a module that share memory with its parameters and buffers, which get other memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from fastdp.program.torch.following.contents import Contents
+
+if TYPE_CHECKING:
+    from fastdp.program.torch.module import Slot
+
+
+def refuse_views(module: nn.Module, slots: Sequence[Slot]) -> None:
+    """Check, before they move, that nothing which the module holds is a view of its tensors.
+
+    Args:
+        slots: the module's parameters and buffers.
+
+    Raises:
+        ValueError: something is. It would keep today's values for good, without a word.
+    """
+    homes = [(*_span(slot.tensor), slot) for slot in slots if slot.tensor.numel()]
+    for name, start, stop in _held(Contents(module, [slot.tensor for slot in slots])):
+        for begin, end, slot in homes:
+            if start < end and begin < stop:
+                kind = "parameter" if slot.is_parameter else "buffer"
+                raise ValueError(
+                    f"`{name}` shares memory with the {kind} `{slot.name}`, which moves into the memory of the devices: "
+                    "it would not follow its changes any more. Make the view in forward, or keep a copy (.clone()) if "
+                    "its value is to stay."
+                )
+
+
+def _held(contents: Contents) -> Iterator[tuple[str, int, int]]:
+    """What a module holds besides its parameters and buffers: names, and where they begin and end in memory."""
+    tensors = ((name, tensor) for name, tensor in contents.tensors if tensor.layout is torch.strided)
+    yield from ((name, *_span(tensor)) for name, tensor in tensors if tensor.numel() and not tensor.is_meta)
+    for name, array in contents.arrays:
+        if array.size and not array.dtype.hasobject:
+            begin = int(array.__array_interface__["data"][0])
+            yield name, begin, begin + array.nbytes
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where a tensor's elements begin and end in memory."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    begin = tensor.data_ptr()
+    return begin, begin + (last + 1) * tensor.itemsize
