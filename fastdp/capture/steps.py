@@ -206,11 +206,6 @@ class Captures(Dealing, Generic[CapturedT]):
                 self._decisions.note(shape)
 
     @property
-    def are_used(self) -> bool:
-        """Whether the prepared step is a captured one, on all replicas."""
-        return bool(self.present) and all(shape.is_replayed for shape in self.present)
-
-    @property
     def compiling(self) -> bool:
         """Whether a step is being compiled, or a compiled step will take over before the next step."""
         return self._compiler.busy

@@ -16,15 +16,14 @@ import torch
 from fastdp.comm.batch import Batch, ResidentArray
 from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.step import StepResult
-from fastdp.engine.step_scope import alone_for
 from fastdp.errors import ReplicaError
 from fastdp.keras.fit.prefetch import Prefetch
 from fastdp.keras.steps.call_checks import cause_of_row_errors, check_is_undecided, why_not_here
-from fastdp.keras.steps.captured_metrics import CapturedMetrics, are_kerass, each_metric
 from fastdp.keras.steps.custom import has_own, layer_calls
 from fastdp.keras.steps.device_trial import first_rows
 from fastdp.keras.steps.layer_calls import LayerCalls
 from fastdp.keras.steps.mean_metrics import MeanMetrics
+from fastdp.keras.steps.metric_code import are_kerass, each_metric
 from fastdp.keras.steps.model_engine import ModelEngine
 from fastdp.keras.steps.own_loops import ModelCalls, inside_step, say_once
 from fastdp.keras.steps.rollback import StepRollback
@@ -63,17 +62,12 @@ class Steps(ModelEngine):
     trained_rows = 0  # rows of the training steps so far, for callbacks that tell samples per second
     _checked: tuple[Any, Batch] | None = None
     _prepared: Any = None  # what captured steps were last prepared for
-    _is_same = False  # whether the step is like the last one, and only fastdp and Keras ran in between
     # The prefetched batches of the current `fit`; None where batches are not fetched ahead.
     ahead: Prefetch | None = None
 
     @functools.cached_property
     def _means(self) -> MeanMetrics:
         return MeanMetrics()
-
-    @functools.cached_property
-    def _captured_metrics(self) -> CapturedMetrics:
-        return CapturedMetrics(alone_for(self._options))
 
     def follow(self, epochs: Any) -> None:
         """Prefetch the batches of this `fit`, unless the template's own `train_step` takes them one by one."""
@@ -152,8 +146,7 @@ class Steps(ModelEngine):
         wants_outputs = self._wants_outputs()
         if program.captures is not None:
             prepared = (program.captures, batch.rows, batch.shapes, batch.structure, wants_outputs)
-            self._is_same = unchanged and prepared == self._prepared
-            if not (self._is_same and all(s.is_settled for s in program.captures.present)):
+            if not (unchanged and prepared == self._prepared and all(s.is_settled for s in program.captures.present)):
                 program.captures.prepare(batch, wants_outputs)
                 self._prepared = prepared
         began = time.perf_counter()
@@ -187,11 +180,7 @@ class Steps(ModelEngine):
             y_pred, y = self._with_targets(y_pred, y)
         if self._has_own_metrics():
             return self.trainer.compute_metrics(x, y, y_pred, sample_weight=own_copy(sample_weight))
-        captures = self.captures
-        if captures is not None and captures.are_used and not self.devices[0].on_gpu:  # there it was never measured
-            self._captured_metrics.update(compiled, y, y_pred, own_copy(sample_weight), unchanged=self._is_same)
-        else:
-            compiled.update_state(y, y_pred, own_copy(sample_weight))
+        compiled.update_state(y, y_pred, own_copy(sample_weight))
         return None
 
     def results(self) -> dict[str, Any]:

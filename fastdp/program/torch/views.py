@@ -29,7 +29,7 @@ def refuse_views(module: nn.Module, slots: Sequence[Slot]) -> None:
             if start < end and begin < stop:
                 kind = "parameter" if slot.is_parameter else "buffer"
                 raise ValueError(
-                    f"`{name}` shares memory with the {kind} `{slot.name}`, which moves into the memory of the devices: "
+                    f"`{name}` shares memory with the {kind} `{slot.name}`, which moves into memory of the devices: "
                     "it would not follow its changes any more. Make the view in forward, or keep a copy (.clone()) if "
                     "its value is to stay."
                 )
