@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import importlib.util
@@ -150,3 +151,23 @@ class Gpus:
             return self._behind_graphs(done, compute) if name == "launch" else done
 
         return run
+
+
+@contextlib.contextmanager
+def steady_state(box, devices):
+    """A block of steps that allocates and loads nothing; gives the bytes of each copy into these devices."""
+    sent, copy = [], box.runtime.copy_async
+    feeding = [device.copy_in.handle for device in devices]
+
+    def noted(target, source, nbytes, stream):
+        if stream in feeding:
+            sent.append(nbytes)
+        copy(target, source, nbytes, stream)
+
+    before, box.runtime.copy_async = dict(box.sim.calls), noted
+    try:
+        yield sent
+    finally:
+        box.runtime.copy_async = copy
+    for name in ("malloc", "free", "hostAlloc", "freeHost", "moduleLoadData"):
+        assert box.sim.calls[name] == before.get(name, 0), name

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from fastdp.program.torch.following.contents import Contents
 
@@ -37,7 +38,10 @@ def refuse_views(module: nn.Module, slots: Sequence[Slot]) -> None:
 
 def _held(contents: Contents) -> Iterator[tuple[str, int, int]]:
     """What a module holds besides its parameters and buffers: names, and where they begin and end in memory."""
-    tensors = ((name, tensor) for name, tensor in contents.tensors if tensor.layout is torch.strided)
+    # An optimizer may have parameters from before the module was changed: whoever steps it says so.
+    optimizers = [holder.owner for holder in contents.holders if isinstance(holder.owner, Optimizer)]
+    trained = {id(one) for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]}
+    tensors = ((n, one) for n, one in contents.tensors if one.layout is torch.strided and id(one) not in trained)
     yield from ((name, *_span(tensor)) for name, tensor in tensors if tensor.numel() and not tensor.is_meta)
     for name, array in contents.arrays:
         if array.size and not array.dtype.hasobject:
