@@ -173,6 +173,13 @@ def test_a_view_that_would_not_follow_its_parameter_is_refused(view, named):
         fastdp.wrap(HoldsView(view), gpus=2)(torch.ones(4, 4))
 
 
+def test_what_torchs_own_hook_replaces_before_each_forward_is_no_view():
+    """`spectral_norm` keeps `weight.data` as `weight` until its first forward."""
+    layer = torch.nn.utils.spectral_norm(nn.Linear(4, 5))
+    assert layer.weight.data_ptr() == layer.weight_orig.data_ptr()
+    assert fastdp.wrap(nn.Sequential(layer), gpus=2)(torch.ones(4, 4)).shape == (4, 5)
+
+
 def test_copies_and_whole_tensors_are_no_views():
     for view in (
         lambda module: module.value[1:].clone(),

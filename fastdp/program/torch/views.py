@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fastdp.program.torch.following.contents import Contents
+from fastdp.program.torch.rows.plain import is_torchs_hook
 
 if TYPE_CHECKING:
     from fastdp.program.torch.module import Slot
@@ -40,8 +41,12 @@ def _held(contents: Contents) -> Iterator[tuple[str, int, int]]:
     """What a module holds besides its parameters and buffers: names, and where they begin and end in memory."""
     # An optimizer may have parameters from before the module was changed: whoever steps it says so.
     optimizers = [holder.owner for holder in contents.holders if isinstance(holder.owner, Optimizer)]
-    trained = {id(one) for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]}
-    tensors = ((n, one) for n, one in contents.tensors if one.layout is torch.strided and id(one) not in trained)
+    known = {id(one) for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]}
+    # `torch.nn.utils.spectral_norm` leaves one where its hook puts another weight before each forward.
+    for part in contents.parts:
+        hooks = [hook for hook in part._forward_pre_hooks.values() if is_torchs_hook(hook)]
+        known.update(id(getattr(part, hook.name, None)) for hook in hooks if hasattr(hook, "name"))
+    tensors = ((n, one) for n, one in contents.tensors if one.layout is torch.strided and id(one) not in known)
     yield from ((name, *_span(tensor)) for name, tensor in tensors if tensor.numel() and not tensor.is_meta)
     for name, array in contents.arrays:
         if array.size and not array.dtype.hasobject:
