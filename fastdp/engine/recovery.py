@@ -62,6 +62,8 @@ class Recovery:
             self.settle()
             raise step_error([*operation.failures, *failed], operation, devices)
         self._communicator.check()
+        # Only now: a replica that updates its part must not go without a snapshot because another one was quick.
+        self._rollback.succeeded = self._rollback.succeeded or bool(operation.updates_done)
         if operation.skipped and operation.check is not None:
             operation.check.note(operation)
 

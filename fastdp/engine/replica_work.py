@@ -137,8 +137,8 @@ def run_update(
         if operation.check is not None and not operation.check.passes(operation, replica):
             return
         if replica.rank == 0 or rollback.parts:
-            saved = rollback.save(replica, operation.generation)
-            operation.restorable = operation.restorable and saved
+            if not rollback.save(replica, operation.generation):
+                operation.restorable = False  # never back to True: other replicas may be at this line too
             operation.updates_begun = True
         operation.totals.work_stealing = work_stealing
         if not operation.prepared:
@@ -153,7 +153,6 @@ def run_update(
         if threads > operation.threads and not operation.prepared:
             replica.prepare_thread(operation.threads)  # helper threads end slowly once all replicas compute again
         operation.update_ended(replica.rank)
-        rollback.succeeded = True
     except BaseException as error:
         operation.fail(replica.rank, error, "update")
         raise

@@ -21,7 +21,7 @@ class Rollback:
     numbers is enough.
 
     Attributes:
-        succeeded: whether an update has succeeded.
+        succeeded: whether an update has succeeded, on all devices that make it.
     """
 
     def __init__(self, replica: Replica, *, parts: bool = False, always: bool = False) -> None:

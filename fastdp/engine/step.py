@@ -301,7 +301,8 @@ def step_error(
     if operation.updates_begun and not operation.restorable and operation.updating[0].memory.parts is not None:
         message += " in the middle of its update: the devices have updated other parts. Load a checkpoint."
     elif operation.updates_begun and not operation.restorable:
-        message += " in the middle of its update: all replicas go on from the weights of the first."
+        message += " in the middle of its update: all replicas go on from the weights of the first. "
+        message += "Weights and optimizer state may have been updated in part. Load a checkpoint to undo that."
     else:
         message += " and no replica's weights were changed."
     device = devices[blamed if blamed is not None else rank].name

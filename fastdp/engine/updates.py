@@ -80,7 +80,9 @@ class Updates:
         threads = step.cores if alone and work_stealing is None and large else step.threads
         one_by_one = step.prepared and not replicas.program.uses_cupy and spans.now.recorder is None
         one_by_one = one_by_one and step.check is None  # which may compute with CuPy
-        here = isinstance(step, Step) and one_by_one
+        # Without `run_update` no replica but the first takes a snapshot.
+        saves_parts = self._rollback.parts and not self._rollback.succeeded
+        here = isinstance(step, Step) and one_by_one and not saves_parts
         for replica in step.updating[: 1 if here else None]:
             compute, given = replica.device.compute, (step, replica, self._rollback, threads, work_stealing)
             if here:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,10 @@ from faults import Fault, injected
 from least_squares import line
 
 import fastdp
+from fastdp.engine.replicas import Replica
+from fastdp.engine.rollback import Rollback
 from fastdp.options import Options
+from fastdp.program.keras.program import KerasProgram
 
 optimizers, layers = keras.optimizers, keras.layers
 MADE: dict[str, Any] = {
@@ -180,6 +186,64 @@ def test_a_failed_update_leaves_weights_and_all_parts_as_they_were():
     step(parallel, 1)
     twin = wrapped(3, optimizers.Adam(Late()))
     step(twin, 0, 1)
+    assert bits(parallel) == bits(twin)
+
+
+@pytest.mark.parametrize("call", range(3))
+@pytest.mark.parametrize(
+    "options", [{"shard_optimizer": True}, {"update": "each"}], ids=lambda options: next(iter(options))
+)
+def test_the_update_of_one_device_that_fails_leaves_all_devices_as_they_were(call, options):
+    calls = itertools.count()
+
+    class Failing(optimizers.schedules.LearningRateSchedule):
+        strikes: Any = ()
+
+        def __call__(self, step: Any) -> Any:
+            if next(calls) in Failing.strikes:
+                raise ArithmeticError("of the schedule")
+            return 0.01
+
+    parallel = wrapped(3, optimizers.Adam(Failing()), check_replicas=True, **options)
+    step(parallel, 0)
+    before, Failing.strikes = bits(parallel), [next(calls) + 1 + call]
+    with pytest.raises(ArithmeticError, match="no replica's weights were changed"):
+        step(parallel, 1)
+    assert bits(parallel) == before
+    step(parallel, 1)
+    twin = wrapped(3, optimizers.Adam(Failing()))
+    step(twin, 0, 1)
+    assert bits(parallel) == bits(twin)
+
+
+def test_no_device_trusts_its_first_update_because_that_of_another_has_succeeded(monkeypatch):
+    done, save, update = threading.Event(), Rollback.save, Replica.update
+
+    def late(rollback: Rollback, replica: Replica, generation: int) -> bool:
+        assert replica.rank != 1 or done.wait(60)
+        time.sleep(0.05)  # whoever is done has noted it
+        return save(rollback, replica, generation)
+
+    def failing(replica: Replica, totals: Any) -> None:
+        update(replica, totals)
+        if replica.rank == 0:
+            done.set()
+        if replica.rank == 1:
+            raise ArithmeticError("of a device")
+
+    monkeypatch.setattr(KerasProgram, "rehearse_update", lambda *_: False)  # as on GPUs
+    parallel = wrapped(3, MADE["Adam"](), shard_optimizer=True)
+    parallel.make_train_function()
+    before = bits(parallel)
+    with monkeypatch.context() as patched:
+        patched.setattr(Rollback, "save", late)
+        patched.setattr(Replica, "update", failing)
+        with pytest.raises(ArithmeticError, match="no replica's weights were changed"):
+            step(parallel, 0)
+    assert bits(parallel) == before
+    step(parallel, 0)
+    twin = wrapped(3, MADE["Adam"]())
+    step(twin, 0)
     assert bits(parallel) == bits(twin)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 from functools import partial
 
 import pytest
@@ -186,20 +187,25 @@ def test_numbers_that_are_not_finite_change_nothing():
     assert bits((parallel, step)) == before
 
 
-def test_a_failed_update_changes_neither_weights_nor_state(monkeypatch):
-    parallel, step = run(3, MADE["Adam"], range(0))
-    own = step.optimizer.param_groups[0]
-    twins = []
+def fail_in(monkeypatch, call):
+    """Let Adam's step fail behind its work in this call of all devices, which may come at the same time."""
+    numbers, plain = itertools.count(), optim.Adam.step  # `next` of it is atomic
 
     def fails(self, closure=None):
-        twins.append(self)
+        number = next(numbers)
         result = plain(self, closure)
-        if len(twins) == 2:
+        if number == call:
             raise ArithmeticError("of a device")
         return result
 
-    plain = optim.Adam.step
     monkeypatch.setattr(optim.Adam, "step", fails)
+
+
+@pytest.mark.parametrize("call", range(3))
+def test_a_failed_update_changes_neither_weights_nor_state(call, monkeypatch):
+    parallel, step = run(3, MADE["Adam"], range(0))
+    own = step.optimizer.param_groups[0]
+    fail_in(monkeypatch, call)
     before = bits((parallel, step))
     with pytest.raises(ArithmeticError, match="no replica's weights were changed"):
         step(torch.ones(9, 5), torch.zeros(9, 2))
@@ -207,6 +213,15 @@ def test_a_failed_update_changes_neither_weights_nor_state(monkeypatch):
     assert step.optimizer.param_groups == [own]
     monkeypatch.undo()
     assert "step" not in vars(step.optimizer)
+
+
+def test_an_update_that_is_trusted_and_fails_says_what_may_have_changed(monkeypatch):
+    parallel, step = run(3, MADE["Adam"])
+    before = bits((parallel, step))
+    fail_in(monkeypatch, 1)
+    with pytest.raises(ArithmeticError, match=r"Weights and optimizer state may have been updated in part\. Load a"):
+        step(torch.ones(9, 5), torch.zeros(9, 2))
+    assert bits((parallel, step)) != before
 
 
 @pytest.mark.filterwarnings("ignore:fastdp. virtual")
