@@ -44,7 +44,7 @@ class Recovery:
         """Wait until all devices are done.
 
         Raises:
-            ReplicaError: a replica failed. The operation has been cleaned up.
+            BaseException: a replica failed (`step_error`). The operation has been cleaned up.
             DeviceTimeoutError: the devices were not done in time. The next step cleans up.
         """
         devices = self._replicas.devices

@@ -286,11 +286,14 @@ def make_step(
 
 def step_error(
     failures: Sequence[tuple[int, BaseException]], operation: Operation, devices: Sequence[QueueDevice]
-) -> ReplicaError | ProcessError:
-    """The error to raise for a failed operation. It names the first cause, the device, the rows and the verb."""
+) -> BaseException:
+    """The error to raise for a failed operation. It names the first cause, the device, the rows and the verb.
+
+    An exit or an interrupt that the caller's code has raised on a device stays what it is: it ends the program.
+    """
     causes = [failure for failure in failures if not isinstance(failure[1], StepAborted)] or list(failures)
     rank, cause = causes[0]
-    if isinstance(cause, ProcessError):  # no device of this process has failed
+    if isinstance(cause, (ProcessError, KeyboardInterrupt, SystemExit)):  # no device of this process has failed
         return cause
     verb = operation.verbs.get(id(cause)) or operation.verb_of(rank)
     blamed = operation.blamed if operation.blamed != -1 else rank

@@ -332,8 +332,6 @@ class SpeechlessError(Exception):
         UnicodeDecodeError("utf-8", b"x", 0, 1, "bad byte"),
         SyntaxError("odd"),
         StopIteration(3),
-        KeyboardInterrupt("in the worker"),
-        SystemExit("in the worker"),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -345,6 +343,20 @@ def test_any_other_failure_is_a_readable_replica_error_with_its_cause(error):
     with pytest.raises(fastdp.ReplicaError, match=f"virtual:0 .*failed with {type(error).__name__}: ") as caught:
         engine.train(batch)
     assert caught.value.__cause__ is error
+    trouble.error = None
+    engine.train(batch)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt("in the worker"), SystemExit(3)], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("device", [0, 2])
+def test_what_ends_a_program_ends_it_from_a_replica_too(error, device):
+    trouble = Trouble()
+    engine = failing("train", trouble)
+    trouble.error, trouble.device = error, device
+    batch = batches(1, most=30)[0]
+    with pytest.raises(type(error)) as caught:
+        engine.train(batch)
+    assert caught.value is error
     trouble.error = None
     engine.train(batch)
 

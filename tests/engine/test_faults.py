@@ -10,8 +10,14 @@ from trained_kinds import KINDS
 import fastdp
 
 DEVICES = 3
-# By kind of fault: the class that the error also has. None: no error.
-ERRORS = {"raise": RuntimeError, "memory": MemoryError, "delay": None, "corrupt": FloatingPointError}
+# By kind of fault: the class that the error also has. None: no error. `sys.exit` ends the program as anywhere.
+ERRORS = {
+    "raise": RuntimeError,
+    "exit": SystemExit,
+    "memory": MemoryError,
+    "delay": None,
+    "corrupt": FloatingPointError,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,7 +60,9 @@ def test_a_fault_anywhere_changes_nothing_names_its_place_and_training_goes_on_b
                         with pytest.raises(error) as caught:
                             model.step(number)
                 assert fault.struck, (verb, device, kind)
-                if error is not None:
+                if kind == "exit":
+                    assert caught.value.code == 3
+                elif error is not None:
                     assert isinstance(caught.value, fastdp.ReplicaError)
                     if kind != "corrupt":
                         assert caught.value.verb == verb
@@ -62,6 +70,7 @@ def test_a_fault_anywhere_changes_nothing_names_its_place_and_training_goes_on_b
                     if verb != "reduce":
                         assert caught.value.device == name, (verb, kind, str(caught.value))
                         assert caught.value.rows is not None
+                if error is not None:
                     after = model.state()
                     assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=False)), (verb, device, kind)
                     model.step(number)

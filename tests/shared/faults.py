@@ -20,7 +20,7 @@ from fastdp.errors import DeviceLostError
 from fastdp.runtime.host.device import HostDevice
 
 VERBS = ("scatter", "run", "reduce", "update", "merge")
-KINDS = ("raise", "memory", "lose", "delay", "corrupt", "interrupt", "kill")
+KINDS = ("raise", "exit", "memory", "lose", "delay", "corrupt", "interrupt", "kill")
 DELAY = 0.02
 
 
@@ -54,6 +54,8 @@ class Fault:
         """Do it. `values()` are the arrays that it may corrupt."""
         if self.kind == "raise":
             raise RuntimeError(f"injected in {self.verb}")
+        if self.kind == "exit":
+            raise SystemExit(3)
         if self.kind == "memory":
             raise MemoryError(f"injected in {self.verb}")
         if self.kind == "lose":

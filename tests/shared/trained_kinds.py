@@ -172,7 +172,10 @@ class TorchLoopKind(TorchStepKind):
         before = [buffer.clone() for buffer in self.module.buffers()]
         try:
             torch.nn.functional.mse_loss(self.parallel(x), y).backward()
-        except RuntimeError:  # a forward pass that was whole has moved the running statistics, as in plain torch
+        except (
+            RuntimeError,
+            SystemExit,
+        ):  # a forward pass that was whole has moved the running statistics, as in plain torch
             for buffer, value in zip(self.module.buffers(), before, strict=True):
                 buffer.copy_(value)
             raise
