@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 
 import pytest
+import warm_python
 from warm_python import WarmPython
 
 
@@ -57,3 +59,34 @@ def test_a_program_that_is_late_is_killed_and_what_it_said_is_told(warm) -> None
         warm.run(["-c", "import time; print('x', flush=True); time.sleep(600)"], os.environ, 2.0)
     assert late.value.stdout == b"x\n"
     assert warm.run(["-c", "print('next')"], os.environ, 60.0).stdout == "next\n"
+
+
+def test_the_status_of_a_program_that_ended_before_anybody_asked_is_not_waited_for(warm, monkeypatch) -> None:
+    answer, began = WarmPython._answer, time.monotonic()
+
+    def late(self: WarmPython, seconds: float) -> int:
+        time.sleep(0.5)  # the next line has come by now, too
+        return answer(self, seconds)
+
+    monkeypatch.setattr(WarmPython, "_answer", late)
+    assert warm.run(["-c", "print('quick')"], os.environ, 15.0).stdout == "quick\n"
+    assert time.monotonic() - began < 15.0
+
+
+def test_a_process_that_loads_for_too_long_is_begun_anew(monkeypatch, tmp_path) -> None:
+    (tmp_path / "slow.py").write_text("import os, time\ntime.sleep(0 if os.path.exists('quick') else 600)")
+    made = WarmPython(["slow"], {**os.environ, "PYTHONPATH": str(tmp_path)}, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(warm_python, "LOAD_SECONDS", 0.2)
+        with pytest.raises(subprocess.TimeoutExpired):
+            made.run(["-c", "print('x')"], os.environ, 60.0)
+    (tmp_path / "quick").touch()
+    assert made.run(["-c", "print('next')"], os.environ, 60.0).stdout == "next\n"
+    made.close()
+
+
+def test_where_other_programs_use_the_cores_one_is_waited_for_longer(monkeypatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    for load, seconds in ((0.5, 10.0), (4.0, 20.0), (40.0, 30.0)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert warm_python.patient(10.0) == seconds
