@@ -62,15 +62,14 @@ def test_a_program_that_is_late_is_killed_and_what_it_said_is_told(warm) -> None
 
 
 def test_the_status_of_a_program_that_ended_before_anybody_asked_is_not_waited_for(warm, monkeypatch) -> None:
-    answer, began = WarmPython._answer, time.monotonic()
+    answer = WarmPython._answer
 
     def late(self: WarmPython, seconds: float) -> int:
-        time.sleep(0.5)  # the next line has come by now, too
+        time.sleep(3.0)  # both answers have come by now
         return answer(self, seconds)
 
     monkeypatch.setattr(WarmPython, "_answer", late)
-    assert warm.run(["-c", "print('quick')"], os.environ, 15.0).stdout == "quick\n"
-    assert time.monotonic() - began < 15.0
+    assert warm.run(["-c", "print('quick')"], os.environ, 5.0).stdout == "quick\n"
 
 
 def test_a_process_that_loads_for_too_long_is_begun_anew(monkeypatch, tmp_path) -> None:

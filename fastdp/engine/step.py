@@ -19,7 +19,7 @@ from fastdp.comm.turns import Turn, turns_of
 from fastdp.engine.across import StepAcross
 from fastdp.engine.replicas import Replica
 from fastdp.engine.timing import TracedWatch, Watch
-from fastdp.errors import ProcessError, ReplicaError, StepAborted, replica_error_class
+from fastdp.errors import ProcessError, StepAborted, replica_error_class
 from fastdp.program.base import Launched, Result, Totals
 from fastdp.runtime.queue import QueueDevice, QueueEvent
 from fastdp.shard import Rows
