@@ -31,6 +31,7 @@ from typing import Any, Generic
 import torch
 
 from fastdp.capture.compile.compiler import BackgroundCompiler, CompileError, missing_compiler
+from fastdp.capture.compile.niceness import SHARING, YIELDING
 from fastdp.capture.cuda_graphs.recorder import Recorder
 from fastdp.capture.cuda_graphs.step_graphs import RecordedStepGraph, StepGraphJoiner
 from fastdp.capture.dealing import Dealing
@@ -218,11 +219,15 @@ class Captures(Dealing, Generic[CapturedT]):
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         self._collect()
-        while self.compiling:
-            if deadline is not None and time.monotonic() > deadline:
-                raise DeviceTimeoutError(f"Steps were still being compiled after timeout={timeout} seconds.")
-            time.sleep(_POLL_SECONDS)
-            self._collect()
+        try:
+            while self.compiling:
+                if deadline is not None and time.monotonic() > deadline:
+                    raise DeviceTimeoutError(f"Steps were still being compiled after timeout={timeout} seconds.")
+                self._compiler.set_niceness(SHARING)  # nothing trains meanwhile
+                time.sleep(_POLL_SECONDS)
+                self._collect()
+        finally:
+            self._compiler.set_niceness(YIELDING)
 
     def close(self, why: str = "compiling was ended") -> None:
         """Stop compiling. Captured and compiled steps stay in use."""

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fastdp.capture.compile import isolation, kept_code
+from fastdp.capture.compile import isolation, kept_code, niceness
 from fastdp.capture.faults import Attempt, in_words
 from fastdp.capture.graph.serialize import to_bytes
 from fastdp.runtime.host.resources import CORES
@@ -46,6 +46,7 @@ class Job:
 
     `began` and `seconds` time the worker; `load_seconds` is the time that the caller spent loading. `name` is that of
     the code in the cache folder, and `kept` what was found there. `run` is the loaded code.
+    `niceness` is that of the worker's session.
     """
 
     data: bytes
@@ -61,6 +62,7 @@ class Job:
     name: str = ""
     kept: bytes | None = None
     run: Run | None = None
+    niceness: int = 0
 
 
 class BackgroundCompiler:
@@ -158,6 +160,12 @@ class BackgroundCompiler:
             _discard(job)
             self._start_next()
 
+    def set_niceness(self, value: int) -> None:
+        """Let the worker go behind the training (`niceness.YIELDING`), or beside it (`SHARING`). Cheap to repeat."""
+        for job in self._started:
+            if job.process is not None and job.niceness != value and niceness.set_group(job.process.pid, value):
+                job.niceness = value
+
     def close(self) -> None:
         """Kill the worker and drop queued jobs. Idempotent."""
         self._kept.clear()
@@ -186,6 +194,7 @@ class BackgroundCompiler:
                 self.prepare()
                 _start(job)
                 self._started.append(job)
+                self.set_niceness(niceness.YIELDING)
             if attempt.error is not None:
                 _discard(job)
                 job.failure = f"the compiler's process cannot be started: {attempt.why}"

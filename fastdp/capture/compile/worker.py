@@ -13,7 +13,6 @@ import shutil
 import signal
 import sys
 import threading
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch._inductor import CompiledArtifact, standalone_compile
 from torch._inductor.exc import InductorError
 
 from fastdp import private_files
+from fastdp.capture.compile.niceness import YIELDING
 from fastdp.capture.graph import recurrent, rewrites
 from fastdp.capture.graph.serialize import from_bytes, is_deterministic
 from fastdp.tensors import recurrent_ops
@@ -31,13 +31,12 @@ OWN_OPERATIONS = (
     recurrent,
     recurrent_ops,
 )  # importing the modules registers operations that graphs may contain
-YIELDING = 19  # lower priority than the training it shares the cores with
 
 
 def main(graph: str, artifact: str, threads: str, cores: str) -> None:
     """Compile the graph in one file into the artifact in another."""
     threading.Thread(target=_end_with_parent, args=(Path(graph).parent,), daemon=True).start()
-    yield_cores()
+    os.nice(YIELDING)
     settings = {"cpp.threads": int(threads), "compile_threads": int(cores)}
     # A C++ wrapper releases the interpreter's lock for the whole step. The Python wrapper calls kernels with the lock
     # held, so that only one replica could compute at a time.
@@ -63,17 +62,6 @@ def _compiled(graph: str, settings: dict[str, Any]) -> CompiledArtifact:
     context = torch._guards.tracing(torch._guards.TracingContext(mode))
     with torch.no_grad(), torch._inductor.config.patch(settings), context:
         return standalone_compile(module, inputs, dynamic_shapes="from_tracing_context")
-
-
-def yield_cores() -> None:
-    """Let the training go first: a helper thread of OpenMP that loses its core keeps all others waiting, awake.
-
-    Where Linux groups processes by session, a niceness counts within its group alone, and this process has a session of
-    its own. So the group gets the niceness too.
-    """
-    os.nice(YIELDING)
-    with suppress(OSError):
-        Path("/proc/self/autogroup").write_text(str(YIELDING), encoding="ascii")
 
 
 def _end_with_parent(folder: Path) -> None:
