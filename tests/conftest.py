@@ -44,6 +44,7 @@ except ImportError:  # a GPU machine that runs the `gpu` tests alone
 # What a test file needs when it imports a name at its top. A file whose need is not installed is left out,
 # and the summary says so.
 NEEDS = {
+    "bench.gpu.keras_ways": ("keras", "torch"),
     "cupy": ("cupy",),
     "fastdp.keras": ("keras", "torch"),
     "fastdp.callbacks": ("keras", "torch"),
@@ -52,12 +53,15 @@ NEEDS = {
     "fastdp.program.torch": ("torch",),
     "fastdp.tensors": ("torch",),
     "fastdp.torch": ("torch",),
+    "file_fuzzer": ("keras", "torch"),
     "hypothesis": ("hypothesis",),
     "keras": ("keras", "torch"),
     "linear_step": ("torch",),
     "matplotlib": ("matplotlib",),
     "pytest_benchmark": ("pytest_benchmark",),
     "PIL": ("PIL",),
+    "process_runs": ("keras", "torch"),
+    "rich": ("rich",),
     "sklearn": ("sklearn",),
     "tensorboard": ("tensorboard",),
     "torch": ("torch",),

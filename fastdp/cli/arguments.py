@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import re
 import sys
@@ -10,9 +11,12 @@ import tempfile
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from fastdp.cli.status import PIPE_CLOSED, WrongUseError, drop_stdout
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 # "  0    it worked": a name, and what it means in a column of its own.
 _ENTRY = re.compile(r" +\S+  +(?=\S)")
@@ -24,6 +28,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: object) -> None:
         options = {"formatter_class": HelpFormatter, "allow_abbrev": False, **options}
         super().__init__(**options)  # type: ignore[arg-type]
+
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
+        """Print the help. A closed pipe is no error here, as in Python 3.11's own method: `exit` finds it."""
+        with contextlib.suppress(BrokenPipeError):
+            super().print_help(file)
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """Print what was found wrong, if anything, and end the process."""

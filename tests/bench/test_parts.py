@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import pytest_benchmark  # noqa: F401  names the need, so that this file is left out without it
 
+needs_keras = pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="Keras is not installed")
 BENCH = Path(__file__).parents[2] / "bench"
 
 
@@ -32,6 +34,7 @@ def found(tmp_path_factory) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+@needs_keras
 def test_medians_of_the_parts_asked_for_are_written(found):
     steps = {f"{part}[{count}]" for part in ("scatter", "merge") for count in (1, 2, 4, 8)}
     assert {name for name in found["results"] if not name.startswith("feed[")} == steps
@@ -39,6 +42,7 @@ def test_medians_of_the_parts_asked_for_are_written(found):
     assert found["versions"]["pytest-benchmark"]
 
 
+@needs_keras
 def test_a_batch_is_fed_from_arrays_and_from_data_sets(found):
     ways = {f"feed[{way}]" for way in ("float_arrays", "data_set", "data_set_of_bytes")}
     assert {name for name in found["results"] if name.startswith("feed[")} == ways

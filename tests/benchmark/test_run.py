@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -146,6 +147,7 @@ def test_traces_are_written_where_a_library_has_them(measure, tmp_path):
     assert second["trace"] is None
 
 
+@pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="Keras is not installed")
 @pytest.mark.parametrize(("sent", "status", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "")])
 def test_an_interrupt_ends_all_processes(tmp_path, sent, status, said):
     turns = tmp_path / "turns"

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 from rig_runs import run_on, run_tests
 
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("keras", "torch")), reason="Keras or torch is not installed"
+)
 # Why tests of tests/gpu may be skipped on the rig.
 SKIPPED = {
     "this torch is built without CUDA, or finds no GPU",
