@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -36,6 +37,7 @@ from fastdp.engine.survival import Survival
 from fastdp.engine.timing import Timings
 from fastdp.engine.updates import Updates, update_mode
 from fastdp.engine.waiting_gradients import WaitingGradients
+from fastdp.errors import OthersBusyError
 from fastdp.options import Options, one_of
 from fastdp.program.base import Program, Result, as_program
 from fastdp.runtime.roster import Roster
@@ -135,7 +137,7 @@ class DataParallel(Traceable, Reporting, Inspection, Survival, WaitingGradients,
         if options.deterministic:
             self._communicator.choice.use(None)
         elif self._communicator.choice.untuned:
-            with alone(options.timeout):
+            with suppress(OthersBusyError), alone(patient=False):  # beside a step that hangs built-in sizes do
                 tune(self._communicator, devices)
         home = HomeMemory(self._program, devices, self._communicator, on_host=options.cpu_relocation)
         self.group = ReplicaGroup(self._program, self.devices, home, self._communicator, self.update)

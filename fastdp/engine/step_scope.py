@@ -134,6 +134,20 @@ def alone(timeout: float = 1800.0, *, patient: bool = True) -> Iterator[None]:
         one_step_at_a_time.release()
 
 
+@contextmanager
+def between_steps(devices: Sequence[QueueDevice], timeout: float) -> Iterator[None]:
+    """Keep other engines from running a step on these devices. A step that this thread has open is ended first.
+
+    Raises:
+        RuntimeError: this thread is a part of a step.
+        DeviceTimeoutError: a step took longer than `timeout` seconds.
+    """
+    _check_not_inside()
+    _end_open_step()
+    with turn_of(devices, timeout):
+        yield
+
+
 def alone_for(options: Options) -> Callable[[], AbstractContextManager[None]]:
     """`alone` as a model with these options captures its steps.
 

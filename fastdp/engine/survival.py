@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from fastdp.comm.processes import several
 from fastdp.engine.recovery import Recovery
 from fastdp.engine.state import EngineState
-from fastdp.engine.step_scope import alone
+from fastdp.engine.step_scope import between_steps
 from fastdp.errors import CannotSplitError, DeviceLostError, DeviceTimeoutError, GraphsLostError, ReplicaError
 from fastdp.options import Options
 from fastdp.runtime.device_faults import is_lost, is_out_of_memory, is_sticky
@@ -163,7 +163,8 @@ class Survival:
                 raise device._closed_error()
             self.lose(device, device.lost)
         if self._version != self._roster.version:
-            with alone(self._state.timeout):
+            # Not alone: a step of others that hangs would keep this model from leaving a device of its own.
+            with between_steps([*self.devices, *self._roster.formation().devices], self._state.timeout):
                 self._form()
 
     def lose(self, device: QueueDevice, why: str, *, stalled: bool = False) -> None:

@@ -8,10 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from faults import Fault, injected
 from torch import nn
 
 import fastdp
-from fastdp.engine import step_lock
+from fastdp.comm.algorithm import Choice
+from fastdp.engine import data_parallel, step_lock
 from fastdp.engine.step_lock import StepLock
 from fastdp.program.functions import FunctionProgram
 from fastdp.runtime.select import resolve
@@ -124,6 +126,50 @@ def test_steps_stay_eager_beside_one_that_hangs_and_are_traced_later():
         nn.functional.mse_loss(twin(x), y).backward()
         optimizer.step()
     torch.testing.assert_close(module.weight, twin.weight)
+
+
+@pytest.mark.filterwarnings("ignore:fastdp. virtual")
+def test_a_model_leaves_a_device_of_its_own_beside_a_step_that_hangs():
+    hang = Hang()
+    hanging, _ = engine([0, 1], hang)
+    others, twin = engine([2, 3], timeout=20, on_device_loss="continue")
+    with ThreadPoolExecutor(1) as threads:
+        try:
+            step = threads.submit(hanging.train, [X, Y])
+            assert hang.began.wait(60)
+            with injected(Fault("run", "virtual:3", "lose")) as fault:
+                others.train([X, Y])
+            assert fault.struck
+            assert [device.name for device in others.devices] == ["virtual:2"]
+            assert others.rejoin_devices() == ["virtual:3"]
+            others.train([X, Y])
+            assert len(others.devices) == 2
+            assert not step.done()
+        finally:
+            hang.over.set()
+        step.result(60)
+    expected = engine([0, 1])
+    for _ in range(2):
+        expected[0].train([X, Y])
+    np.testing.assert_allclose(weights(twin), weights(expected[1]), rtol=1e-6)
+
+
+def test_all_reduces_are_not_measured_beside_a_step_that_hangs(monkeypatch):
+    hang, measured = Hang(), []
+    hanging, _ = engine([0, 1], hang)
+    monkeypatch.setattr(Choice, "untuned", True)
+    monkeypatch.setattr(data_parallel, "tune", lambda *_: measured.append(step.done()))
+    with ThreadPoolExecutor(1) as threads:
+        try:
+            step = threads.submit(hanging.train, [X, Y])
+            assert hang.began.wait(60)
+            engine([2, 3])[0].train([X, Y])
+            assert measured == []
+        finally:
+            hang.over.set()
+        step.result(60)
+    engine([2, 3])
+    assert measured == [True]
 
 
 def test_within_its_patience_a_step_is_waited_for_and_one_that_must_be_alone_always(monkeypatch):
