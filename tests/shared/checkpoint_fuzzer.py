@@ -1,13 +1,14 @@
 """Mutates checkpoints and restarts from them: python tests/shared/checkpoint_fuzzer.py KIND TRIES [SEED], by hand.
 
-Bytes are flipped, cut, filled and inserted; files are removed, renamed, linked and swapped; JSON, arrays and the
-manifest are changed deep inside. In half of the tries all checksums are made anew, as somebody who means harm would do.
-A restart must find values of one of the checkpoints, or raise a documented error, and must leave
-everything outside as it was. KIND is "functions", "torch" or "keras".
+Bytes are flipped, cut, filled and inserted; files are removed, renamed, linked and swapped; JSON, arrays, the manifest
+and the HDF5 file in a Keras model's archive are changed deep inside. In half of the tries all checksums are made anew,
+as somebody who means harm would do. A restart must find values of one of the checkpoints, or raise a documented error,
+and must leave everything outside as it was. KIND is "functions", "torch" or "keras".
 """
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import json
 import random
@@ -15,11 +16,13 @@ import shutil
 import sys
 import tempfile
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import file_mutations
 import numpy as np
 from trained_kinds import KINDS
 
@@ -27,6 +30,7 @@ import fastdp
 from fastdp.checkpoint import folders
 
 SECRET = 123456.75
+SECONDS = 60
 
 
 class Fuzzer:
@@ -44,6 +48,7 @@ class Fuzzer:
         self._outside.mkdir()
         np.savez(self._outside / "state.npz", np.full(30, SECRET))
         (self._outside / "state.json").write_text('{"list": []}')
+        file_mutations.write_secrets(self._outside)
         self._original = place / "original"
         self._states = {0: self._fresh()}
         self._write()
@@ -93,13 +98,16 @@ class Fuzzer:
         for _ in range(self._random.randint(1, 2)):
             step = self._random.choice([3, 3, 3, 2])
             told.append(self._mutate(folder / folders.name_of(step)))
+        faulthandler.dump_traceback_later(SECONDS, exit=True)  # a library that hangs hears no signal
         outcome, state = self._restart(folder)
+        faulthandler.cancel_dump_traceback_later()
         self.outcomes[outcome] += 1
         if state is not None:
             right = any(_equal(state, known) for known in self._states.values())
             changed = any("inside" in one for one in told)  # values that somebody has signed anew are what they are
             assert right or changed, f"{told}: wrong values"
-            assert not any((array == SECRET).any() for array in state), f"{told}: values of another file"
+            for secret in (SECRET, file_mutations.SECRET):
+                assert not any((array == secret).any() for array in state), f"{told}: values of another file"
         assert self._contents() == self._outside_before, f"{told}: something outside has changed"
 
     def _restart(self, folder: Path) -> tuple[str, list[np.ndarray] | None]:
@@ -118,6 +126,7 @@ class Fuzzer:
                 return f"restored step {position.step if position else None}", self._state(model)
         undocumented = isinstance(caught, (RecursionError, NotImplementedError, UnicodeError))
         assert not undocumented, f"{type(caught).__name__}: {caught}"
+        assert self._kind != "keras" or str(folder) in str(caught), f"which checkpoint? {caught}"
         return f"error {type(caught).__name__}", None
 
     # Mutations.
@@ -127,7 +136,8 @@ class Fuzzer:
         if not place.is_dir() or not list(place.iterdir()):
             return "gone"
         file = self._random.choice(sorted(place.iterdir()))
-        how = self._random.choice([self._bytes, self._bytes, self._names, self._inside, self._inside, self._manifest])
+        ways = [self._bytes, self._bytes, self._names, self._inside, self._inside, self._manifest]
+        how = self._random.choice([*ways, *([self._weights] * 6 if self._kind == "keras" else [])])
         told = how(place, file)
         if self._random.random() < 0.5 and how != self._manifest:
             _sign(place)
@@ -186,6 +196,32 @@ class Fuzzer:
             np.savez(path, *self._random.choices(arrays, k=self._random.randrange(40)), allow_pickle=True)
         _sign(place)
         return "inside"
+
+    def _weights(self, place: Path, file: Path) -> str:
+        """Change the HDF5 file in a Keras model's archive, which is whole again, and signed."""
+        path = place / "model.keras"
+        if not path.is_file() or path.is_symlink() or not zipfile.is_zipfile(path):
+            return "gone"
+        try:
+            with zipfile.ZipFile(path) as archive:
+                parts = {name: archive.read(name) for name in archive.namelist()}
+        except (zipfile.BadZipFile, OSError, EOFError, RuntimeError):  # RuntimeError: it declares to be encrypted
+            return "broken already"
+        inner = self._place / "weights.h5"
+        inner.write_bytes(parts.get("model.weights.h5", b""))
+        of_structure = [kind for kind in file_mutations.H5_MUTATIONS if kind != "configuration"]
+        # The bytes last: the fuzzer itself opens no damaged file.
+        kinds = self._random.choices(of_structure, k=self._random.randint(0, 2))
+        kinds += self._random.choices(file_mutations.BYTE_MUTATIONS, k=self._random.randint(0 if kinds else 1, 1))
+        for kind in kinds:
+            file_mutations.mutate_h5(inner, kind, self._random.getrandbits(32), self._outside)
+        parts["model.weights.h5"] = inner.read_bytes()
+        inner.unlink()
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in parts.items():
+                archive.writestr(name, content)
+        _sign(place)
+        return f"inside weights by {kinds}"
 
     def _changed(self, value: Any) -> Any:
         """A value with one part of it changed, somewhere deep."""

@@ -76,12 +76,18 @@ def load_into(model: keras.Model, folder: Path) -> None:
     """Give a built and compiled model the weights and the optimizer's state of a file.
 
     Raises:
-        ValueError: it is of another model; the message is Keras's.
+        ValueError: it is of another model, or damaged; the message names the file and has Keras's reason.
     """
     with _template_of(model) as template:
         if template.optimizer is not None and not template.optimizer.built:
             template.optimizer.build(template.trainable_variables)
-        saving_lib.load_weights_only(template, str(folder / NAME))
+        try:
+            saving_lib.load_weights_only(template, str(folder / NAME))
+        except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: h5py's, of a damaged file
+            raise ValueError(
+                f"{folder / NAME} does not fit this model, or is damaged: {error} Parts of it may be loaded already. "
+                "Build the same model as before, or remove this checkpoint, so that the one before it is used."
+            ) from error
 
 
 @contextmanager
