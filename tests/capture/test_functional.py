@@ -22,6 +22,13 @@ def chain(x, y):
     return [value.t() * 2, first, kept]
 
 
+def alias(x, y):
+    value = x * y
+    kept = torch.ops.aten.alias(value)
+    value.rsqrt_()
+    return [kept.mul_(y), value + 1]
+
+
 def view_after(x, y):
     value = x + y
     value.relu_().sub_(y, alpha=2)
@@ -70,7 +77,7 @@ def traced(function):
     return make_fx(function, tracing_mode="fake")(X, Y)
 
 
-@pytest.mark.parametrize("function", [chain, view_after, parts, copied, rounds])
+@pytest.mark.parametrize("function", [chain, alias, view_after, parts, copied, rounds])
 def test_writes_become_new_values_with_the_same_bits(function):
     module = traced(function)
     assert writes(module.graph)

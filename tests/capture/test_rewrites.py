@@ -51,6 +51,13 @@ def pooled(window: Any, stride: Any = None, padding: Any = 0) -> Callable[..., A
     return function
 
 
+def test_other_names_of_a_value_are_gone_in_a_replay():
+    x = torch.arange(3.0)
+    module = optimized(traced(lambda x: [aten.alias(x.detach()) + 1], x))
+    assert targets(module) == {"aten.add.Tensor": 1}
+    same(module(x), [x + 1])
+
+
 @pytest.mark.parametrize(
     ("shape", "window"),
     [((2, 3, 8, 8), [2, 2]), ((3, 5, 11, 7), [2, 2]), ((2, 4, 9, 10), [3, 2]), ((1, 1, 6, 5), [1, 5])],

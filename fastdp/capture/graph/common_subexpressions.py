@@ -14,6 +14,9 @@ from torch.fx import Graph, Node
 
 aten = torch.ops.aten
 
+# All of a value under another name: the same memory, shape and strides. Torch traces `detach` as `alias` from 2.14 on.
+SAME = (aten.detach.default, aten.alias.default)
+
 
 def merge_equal(graph: Graph) -> None:
     """Let each operation that an earlier one equals give way to it, unless its memory is part of a result.

@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from fastdp.capture.graph.common_subexpressions import storage_of
+from fastdp.capture.graph.common_subexpressions import SAME, storage_of
 
 aten = torch.ops.aten
 
@@ -39,7 +39,7 @@ def without_writes(module: GraphModule) -> bool:
     made_by: dict[int, Node] = {}
     for node, storage in storages.items():
         first = made_by.setdefault(storage, node)
-        follows = node.target is aten.detach.default or node in written_by
+        follows = node.target in SAME or node in written_by
         if storage in written and (node is first or (follows and node.args[0] in whole)):
             whole.add(node)
     for node, storage in storages.items():

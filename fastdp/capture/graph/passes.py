@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from fastdp.capture.graph.common_subexpressions import merge_equal
+from fastdp.capture.graph.common_subexpressions import SAME, merge_equal
 from fastdp.capture.graph.recurrent import keep_workspaces
 from fastdp.capture.graph.rewrites import fuse_convolutions
 from fastdp.errors import NotCapturable
@@ -164,8 +164,8 @@ def _drops_nothing(node: Node) -> bool:
 
 
 def _without_detaches(graph: Graph) -> None:
-    """Remove detaches: a replay is not differentiated."""
-    for node in list(graph.find_nodes(op="call_function", target=aten.detach.default)):
+    """Remove detaches and aliases: a replay is not differentiated."""
+    for node in [found for target in SAME for found in graph.find_nodes(op="call_function", target=target)]:
         node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
 
