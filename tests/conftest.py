@@ -165,6 +165,7 @@ LONGEST = (
     "cuda/test_step_graphs.py",
     "cuda/test_graphs.py",
     "capture/test_compile.py",
+    "engine/test_survival_compiled.py",
     "bench/test_gpu_steps.py",
 )
 
