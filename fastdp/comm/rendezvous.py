@@ -26,7 +26,7 @@ class Rendezvous:
         self._timeout = timeout
         self._names = names
         self._turns = turns
-        self._changed = threading.Condition()
+        self._changed: Any = threading.Condition() if size > 1 else threading.Lock()  # for which nobody waits
         self._arrived: list[Any] = [None] * size
         self._waiting: list[int] = []
         self._place: object = None  # of those who wait
@@ -77,7 +77,8 @@ class Rendezvous:
             if len(self._waiting) == self._size:
                 self._values, self._arrived = self._completed(self._arrived, place), [None] * self._size
                 self._waiting, self._round = [], turn + 1
-                self._changed.notify_all()
+                if self._size > 1:
+                    self._changed.notify_all()
                 return self._values
             with span("wait for replicas"):
                 self._changed.wait_for(lambda: self._round > turn or self._aborted, self._timeout)
@@ -120,7 +121,8 @@ class Rendezvous:
             if not self._aborted and not self._over:
                 self._cause = cause
             self._aborted = True
-            self._changed.notify_all()
+            if self._size > 1:
+                self._changed.notify_all()
 
     def end(self) -> None:
         """Note that the step is over, and let go of what has aborted it.

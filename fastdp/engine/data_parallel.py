@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -48,6 +48,7 @@ from fastdp.tracing.spans import span
 from fastdp.tracing.trace import Traceable
 
 ProgramT_co = TypeVar("ProgramT_co", bound=Program, covariant=True)
+_NOTHING = nullcontext()
 Arrays = Sequence[np.ndarray]
 Work = Callable[[Replica, list[np.ndarray], Context], Result]
 
@@ -194,6 +195,8 @@ class DataParallel(Traceable, Reporting, Inspection, Survival, WaitingGradients,
             DeviceTimeoutError: the step took longer than `timeout` seconds.
         """
         batch = batch if type(batch) is Batch else Batch.of(batch, structure)
+        if not self._options.survives:
+            return self._train(batch, wants_outputs, reduce, [while_running])
         return self.surviving(partial(self._train, batch, wants_outputs, reduce, [while_running]))
 
     def _train(
@@ -201,7 +204,7 @@ class DataParallel(Traceable, Reporting, Inspection, Survival, WaitingGradients,
     ) -> StepResult:
         """As `train`. `once` has `while_running`, which is called by one try only."""
         with self._begin("train", batch, self._most, wants_outputs, reduces=reduce) as step:
-            with self.host_launch.of(step):
+            with self.host_launch.of(step) if self.host_launch.enabled else _NOTHING:
                 self._scatter(step)
                 self._run(step, Replica.train, has_gradients=True)
                 self._reduce(step)
@@ -302,6 +305,9 @@ class DataParallel(Traceable, Reporting, Inspection, Survival, WaitingGradients,
         if step.by_host:
             self.host_launch.run(step)
             return
+        if step.here:
+            self.replicas[0].device.compute.issue_here(run_replica, step, self.replicas[0], step.contexts[0], work)
+            return
         if has_gradients:
             self._reductions.begin(step)
         for context, replica in zip(step.contexts, self.replicas, strict=False):
@@ -377,9 +383,8 @@ class DataParallel(Traceable, Reporting, Inspection, Survival, WaitingGradients,
         if self._fingerprint is not None and kind in FINGERPRINTED:
             self._fingerprint.begin()
         shards, across = self._step_of(batch, kind, most)
-        about = self.devices, self._merge_device
         merge = partial(Merger, shards) if across is None else across.merger
-        merger = merge(*about, on_host=self._cpu_merge)
+        merger = merge(self.devices, self._merge_device, on_host=self._cpu_merge)
         step = make_step(
             batch,
             shards,

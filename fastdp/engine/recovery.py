@@ -48,6 +48,9 @@ class Recovery:
             DeviceTimeoutError: the devices were not done in time. The next step cleans up.
         """
         devices = self._replicas.devices
+        if operation.here and not devices[0].has_work:  # all of it has run
+            self._finish(operation, [devices[0].compute.failure])
+            return
         events = operation.ends or [device.compute.record() for device in devices]
         try:
             if now.recorder is None:
@@ -57,10 +60,14 @@ class Recovery:
                     self._wait(operation, events)
         except DeviceTimeoutError as error:
             raise self.too_late(operation, getattr(error, "found", None)) from None
-        failed = [(rank, event.error) for rank, event in enumerate(events) if event.error is not None]
+        self._finish(operation, [event.error for event in events])
+
+    def _finish(self, operation: Operation, errors: Sequence[BaseException | None]) -> None:
+        """As `finish`, when the devices are done, with these failures of their compute streams."""
+        failed = [(rank, error) for rank, error in enumerate(errors) if error is not None]
         if failed or operation.failures:
             self.settle()
-            raise step_error([*operation.failures, *failed], operation, devices)
+            raise step_error([*operation.failures, *failed], operation, self._replicas.devices)
         self._communicator.check()
         # Only now: a replica that updates its part must not go without a snapshot because another one was quick.
         self._rollback.succeeded = self._rollback.succeeded or bool(operation.updates_done)

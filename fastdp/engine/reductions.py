@@ -83,7 +83,10 @@ class Reductions:
             self._accumulation.reserve(len(step.shards))
             self._communicator.once(partial(commit, step))
         elif len(self._replicas.every) == 1 and not self._accumulation.count:  # its gradients are the sums
-            self._communicator.once(partial(commit, step))
+            if step.here:
+                self._replicas.devices[0].compute.issue_here(commit, step)
+            else:
+                self._communicator.once(partial(commit, step))
         elif step.reduction is not None:
             # Devices that do not update wait for the updated variables, and thereby for the sums.
             readers = len(self._replicas.updating) if step.trains else None

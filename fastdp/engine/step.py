@@ -62,7 +62,8 @@ class Operation:
     `generation` is the number of its update (see `ReplicaGroup.advance`). `restorable`: a snapshot of the variables
     and slots has been taken. `came_home`: the program's own variables equal the first replica's. `cut_short` is the
     communicator's count from before the operation. `by_host`: the host thread does what workers would do
-    (`fastdp.engine.host_launch`). `prepared`: it is prepared for all devices at once, by `Program.launching`. `ends`
+    (`fastdp.engine.host_launch`). `here`: its only device's work runs on the calling thread as soon as it is enqueued.
+    `prepared`: it is prepared for all devices at once, by `Program.launching`. `ends`
     are the ends of the devices' compute work, if they have been recorded. `close` ends the operation
     (`fastdp.engine.step_scope`); None when it is not open. `kind` is its name in traces. `check` decides whether its
     update is made, and `skipped` tells that it was not. `verbs` are the verbs of its failures, by the exception's id.
@@ -86,6 +87,7 @@ class Operation:
     trains: bool = False
     totals: Totals | None = None
     by_host: bool = False
+    here: bool = False
     prepared: bool = False
     check: UpdateCheck | None = None
     skipped: bool = False

@@ -50,16 +50,17 @@ class StepLock:
             timeout: seconds.
         """
         me, needed = threading.get_ident(), _numbers(devices)
-        deadline = time.monotonic() + timeout
+        deadline = None
         while True:
-            gate = threading.Lock()
             with self._lock:
-                seconds = self._wait(me, needed)
+                seconds = self._wait(me, needed) if self._holders else 0
                 if seconds <= 0:
                     self._take(me, needed)
                     return True
+                gate = threading.Lock()
                 gate.acquire()
                 self._gates.append(gate)
+            deadline = time.monotonic() + timeout if deadline is None else deadline
             left = min(seconds, deadline - time.monotonic(), threading.TIMEOUT_MAX)
             if left <= 0:
                 return False

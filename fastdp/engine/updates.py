@@ -75,9 +75,9 @@ class Updates:
         # The other devices are idle while the first one updates for all.
         alone = len(step.updating) == 1 and len(every) > 1
         work_stealing = self._work_stealing if alone and replicas.program.update_is_shared else None
-        # Helper threads are made for it, and ended when the replicas go on: a small update is over before.
-        large = every[0].memory.variables.nbytes > SEVERAL_THREADS_NBYTES
-        threads = step.cores if alone and work_stealing is None and large else step.threads
+        threads = step.threads
+        if alone and work_stealing is None and every[0].memory.variables.nbytes > SEVERAL_THREADS_NBYTES:
+            threads = step.cores  # helper threads are made, and ended when the replicas go on: not for a small update
         one_by_one = step.prepared and not replicas.program.uses_cupy and spans.now.recorder is None
         one_by_one = one_by_one and step.check is None  # which may compute with CuPy
         # Without `run_update` no replica but the first takes a snapshot.
@@ -85,7 +85,7 @@ class Updates:
         here = isinstance(step, Step) and one_by_one and not saves_parts
         for replica in step.updating[: 1 if here else None]:
             compute, given = replica.device.compute, (step, replica, self._rollback, threads, work_stealing)
-            if here:
+            if here or step.here:
                 compute.issue_here(run_update, *given)
             else:
                 compute.enqueue(partial(run_update, *given))

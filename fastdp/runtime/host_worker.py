@@ -105,7 +105,7 @@ def _serve(device: QueueDevice, wake: Callable[[], object], interrupts: _Interru
             found = device._next()
             settled, device.settled = device.settled, []
             if found is None and not settled:
-                device._wake_borrower, device._asleep, device.left = wake, True, device._has_work
+                device._wake_borrower, device._asleep, device.left = wake, True, device.has_work
         if settled:
             complete_all(settled)
         if found is None:

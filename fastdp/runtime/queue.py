@@ -16,49 +16,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from fastdp.errors import DeviceLostError, DeviceTimeoutError
 from fastdp.runtime import forks
 from fastdp.runtime.base import DeviceMemory, Work
 from fastdp.runtime.events import QueueEvent, complete_all, first_done, here, joined
+from fastdp.runtime.lending import lent
 from fastdp.runtime.queue_stream import QueueStream
 
 __all__ = ["QueueDevice", "QueueEvent", "QueueStream", "first_done", "joined", "lent"]
-
-
-@contextmanager
-def lent(devices: Sequence[QueueDevice]) -> Iterator[bool]:
-    """Make the calling thread the worker of these devices, or of none of them if a worker is busy or a test delays it.
-
-    Work that the thread enqueues then runs on it, at once if nothing holds it back, and wakes nobody. Yields whether
-    it is the worker.
-    """
-    me = threading.get_ident()
-    others = [device for device in devices if device.borrower != me]
-    was_worker = getattr(here, "worker", False)
-    try:
-        mine = True
-        for device in others:
-            if not device.take():  # the thread keeps none
-                mine = False
-                _give_back(others)
-                break
-        here.worker = was_worker or mine
-        with devices[0].lent_scope() if mine and others else nullcontext():
-            yield mine
-    finally:
-        here.worker = was_worker
-        _give_back(others)
-
-
-def _give_back(devices: Sequence[QueueDevice]) -> None:
-    """Give back those that the thread has: also one that it was about to note when an interrupt came."""
-    me = threading.get_ident()
-    for device in devices:
-        if device.borrower == me:
-            device.give_back()
 
 
 class QueueDevice(DeviceMemory):
@@ -118,7 +86,7 @@ class QueueDevice(DeviceMemory):
     @property
     def at_rest(self) -> bool:
         """Whether the worker sleeps and nothing is enqueued. It stays so as long as nobody enqueues anything."""
-        return (self._asleep or self._thread is None or self.mine) and not self._has_work
+        return (self._asleep or self._thread is None or self.mine) and not self.has_work
 
     @property
     def runs(self) -> bool:
@@ -130,7 +98,7 @@ class QueueDevice(DeviceMemory):
         return "; ".join(filter(None, (stream.position() for stream in self._streams))) or "idle"
 
     @property
-    def _has_work(self) -> bool:
+    def has_work(self) -> bool:
         """Whether anything is enqueued."""
         return bool(self.compute._items or self.copy_in._items or self.copy_out._items or self.communication._items)
 
@@ -169,15 +137,13 @@ class QueueDevice(DeviceMemory):
         if borrowed and self._at_once and self.mine and not self.serving:
             self.serve()
 
-    @contextmanager
-    def lend(self) -> Iterator[bool]:
+    def lend(self) -> AbstractContextManager[bool]:
         """Make the calling thread the worker: work that it enqueues runs on it, at once if nothing holds it back.
 
         Does nothing while the worker has work or a test delays it. Thread settings that the work changes persist in
         the calling thread, and a step that runs this way cannot be stopped by a time-out.
         """
-        with lent([self]) as mine:
-            yield mine
+        return lent([self])
 
     @property
     def mine(self) -> bool:
@@ -206,7 +172,7 @@ class QueueDevice(DeviceMemory):
             self.compute._running = self.copy_in._running = self.copy_out._running = False
             self.communication._running = False
             self._asleep = self._thread is not None
-            if self.left and self._has_work:  # it waits for other devices, or an interrupt came
+            if self.left and self.has_work:  # it waits for other devices, or an interrupt came
                 if self._thread is None:
                     self._start()
                 self._rouse()
@@ -364,7 +330,7 @@ class QueueDevice(DeviceMemory):
                     return
         finally:
             with self._lock:
-                self.serving, self.left = False, self._has_work
+                self.serving, self.left = False, self.has_work
 
     def _loop(self) -> None:
         """Run items that may run; sleep when there are none."""

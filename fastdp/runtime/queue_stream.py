@@ -44,7 +44,24 @@ class QueueStream:
 
     def issue_here(self, work: Callable[..., object], *given: Any) -> BaseException | None:
         """As `issue`, on the thread that has the device by `lent`. Returns the stream's failure, if it has failed."""
-        self.issue(work, *given)
+        device = self._device
+        if device.serving or device.has_work:
+            self.issue(work, *given)
+            return self._error
+        if self._error is not None:
+            return self._error
+        # What others enqueue meanwhile waits, as behind an item of the queue.
+        device.serving = self._running = True
+        try:
+            work(*given)
+        except BaseException as error:
+            self._error = error
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+        finally:
+            device.serving = self._running = False
+        if device.left:
+            device.serve()
         return self._error
 
     def record(self, again: QueueEvent | None = None) -> QueueEvent:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from operator import methodcaller
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -12,6 +13,8 @@ import torch
 from fastdp.buffers import Allocator, ArraySpec, Home
 from fastdp.tensors.arrays import tensors_of
 from fastdp.tensors.threads import intra_op_threads
+
+_POINTER = methodcaller("data_ptr")
 
 
 class Adopted(ABC):
@@ -30,6 +33,7 @@ class Adopted(ABC):
         self._tensors = tensors_of(self.home.variables)
         # Compared at each step. None for empty tensors, which have no storage.
         self._pointers = [tensor.data_ptr() if tensor.numel() else None for tensor in self._tensors]
+        self._has_empty = None in self._pointers
         self._marks: list[Any] = []
         if self._adopt(self.present()):
             self.home.advance()
@@ -57,6 +61,9 @@ class Adopted(ABC):
 
     def _adopt(self, present: list[torch.Tensor]) -> bool:
         """Move values whose storage is not in the buffers (any more) into them; True if there were any."""
+        # Most often all lie where they should: compared without Python for each of them.
+        if not self._has_empty and list(map(_POINTER, present)) == self._pointers:
+            return False
         elsewhere = [
             (value, tensor)
             for value, tensor, pointer in zip(present, self._tensors, self._pointers, strict=True)

@@ -19,7 +19,7 @@ import ctypes
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,24 +115,59 @@ def in_place_of_workers(devices: Sequence[Any], threads: int) -> Iterator[None]:
             torch.cuda.set_device(card)
 
 
-@contextmanager
-def replicas_run(threads: int) -> Iterator[None]:
+class _ReplicasRun(AbstractContextManager[None]):
+    """As `replicas_run`. A class: a generator with torch's contexts inside costs a small step several times as much."""
+
+    __slots__ = ("_before", "_modes", "_present", "_threads")
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._modes: ExitStack | None = None
+
+    def __enter__(self) -> None:
+        self._before = _given.cores
+        _given.cores = cores = given_cores()
+        self._present = torch.get_num_threads()
+        try:
+            if self._threads < cores:
+                end_pool()
+            if self._present != self._threads:
+                torch.set_num_threads(self._threads)
+            if not _records_gradients():
+                self._modes = ExitStack()
+                self._modes.enter_context(torch.inference_mode(False))
+                self._modes.enter_context(torch.enable_grad())
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            if self._modes is not None:
+                self._modes.close()
+            elif not torch.is_grad_enabled():  # code of the user's has left it so
+                torch._C._set_grad_enabled(True)
+            if self._present != self._threads:
+                torch.set_num_threads(self._present)
+        finally:
+            _given.cores = self._before
+            if not _given.passes:
+                end_share()
+
+
+def replicas_run(threads: int) -> AbstractContextManager[None]:
     """Held by the host thread while replicas run, with `threads` cores each. With several replicas it has no pool.
 
     A single replica runs on the host thread itself, with the same torch modes as on a worker. Torch's thread count is
     partly per thread (OpenMP) and partly global (MKL): workers set theirs once, and the host thread sets the global one
     for the duration of a step.
     """
-    before, _given.cores = _given.cores, given_cores()
-    try:
-        if threads < _given.cores:
-            end_pool()
-        with intra_op_threads(threads), torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        _given.cores = before
-        if not _given.passes:
-            end_share()
+    return _ReplicasRun(threads)
+
+
+def _records_gradients() -> bool:
+    """Whether torch is in the modes that replicas need."""
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and torch._C._is_fwd_grad_enabled()
 
 
 class LoopShare:

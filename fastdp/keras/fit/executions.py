@@ -98,13 +98,25 @@ class Executions:
         """
         yield from zip(data[1:], [*data[2:], None], strict=False)
         epochs = self._epochs()
+        one_by_one = epochs is not None and epochs.steps_per_execution == 1 and type(epochs) is TorchEpochIterator
         while epochs is not None and goes_on():
             try:
-                _, _, batches = next(epochs)
+                batches = [_next_batch(epochs)] if one_by_one else next(epochs)[2]
             except StopIteration:
                 epochs._epoch_iterator = iter(())  # Keras asks once more, and must not ask the data set again
                 return
             yield from zip(batches, [*batches[1:], None], strict=True)
+
+
+def _next_batch(epochs: TorchEpochIterator) -> Any:
+    """What `next(epochs)` gives for one step per execution, without a context for each batch."""
+    _, _, iterator = next(epochs._epoch_iterator)
+    try:
+        return next(iterator)
+    except StopIteration:
+        with epochs.catch_stop_iteration():
+            raise
+    raise StopIteration
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
 
 import keras
 import torch
@@ -37,12 +37,12 @@ def check_is_undecided(error: BaseException) -> None:
         raise error
 
 
-@contextmanager
-def cause_of_row_errors() -> Iterator[None]:
-    """Raise a replica's `NotByRowsError` itself instead of the `ReplicaError` around it."""
-    try:
-        yield
-    except ReplicaError as error:
-        if isinstance(error.__cause__, NotByRowsError):
+class CauseOfRowErrors:
+    """A context that raises a replica's `NotByRowsError` itself instead of the `ReplicaError` around it."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, ReplicaError) and isinstance(error.__cause__, NotByRowsError):
             raise error.__cause__ from None
-        raise

@@ -18,7 +18,7 @@ from fastdp.engine.data_parallel import DataParallel
 from fastdp.engine.step import StepResult
 from fastdp.errors import ReplicaError
 from fastdp.keras.fit.prefetch import Prefetch
-from fastdp.keras.steps.call_checks import cause_of_row_errors, check_is_undecided, why_not_here
+from fastdp.keras.steps.call_checks import CauseOfRowErrors, check_is_undecided, why_not_here
 from fastdp.keras.steps.custom import has_own, layer_calls
 from fastdp.keras.steps.device_trial import first_rows
 from fastdp.keras.steps.layer_calls import LayerCalls
@@ -131,7 +131,10 @@ class Steps(ModelEngine):
         self._check_variables()
         if not engine.program.trainable:
             warn_user("The model does not have any trainable weights.")
-        result = engine.surviving(partial(self._trained, engine, batch, [ahead], following, unchanged))
+        if self._options.survives:
+            result = engine.surviving(partial(self._trained, engine, batch, [ahead], following, unchanged))
+        else:
+            result = self._trained(engine, batch, [ahead], following, unchanged)
         self.trained_rows += batch.rows
         if result.skipped:  # as if the batch had not come
             return None
@@ -153,7 +156,7 @@ class Steps(ModelEngine):
         reduce = program.accumulation.reduces(engine)
         # Code that draws random numbers while it makes batches must run after the step's own draws.
         meanwhile = None if ahead is None or program.draws.moves else partial(ahead.advance, engine, following)
-        with cause_of_row_errors():
+        with CauseOfRowErrors():
             try:
                 result = engine.train(batch, wants_outputs=wants_outputs, reduce=reduce, while_running=meanwhile)
             except ReplicaError as error:  # nothing was changed yet
@@ -169,7 +172,8 @@ class Steps(ModelEngine):
     def _told_metrics(self, batch: Batch, result: StepResult) -> Any:
         """Update the metrics by a training step; returns logs only where the template makes them itself."""
         self._track_loss(result)
-        self._leave_losses(result.sums[1 + result.notes.terms - result.notes.added : 1 + result.notes.terms])
+        if result.notes.added:
+            self._leave_losses(result.sums[1 + result.notes.terms - result.notes.added : 1 + result.notes.terms])
         compiled = self.trainer._compile_metrics
         if compiled is None and not self._has_own_metrics():
             return None
@@ -332,7 +336,7 @@ class Steps(ModelEngine):
         """Run the replicas forward; returns the merged outputs and the engine's result."""
         program = engine.program
         program.inspect(batch, training=False)
-        with cause_of_row_errors():
+        with CauseOfRowErrors():
             try:
                 result = engine.predict(batch)
                 program.assign(result.sums, result.notes, result.every_note)
@@ -348,7 +352,7 @@ class Steps(ModelEngine):
         """Update Keras's trackers of the loss and its terms as one device would."""
         loss, *terms = result.sums[: 1 + result.notes.terms].tolist()
         self._means.add(self.trainer._loss_tracker, loss, result.rows)
-        compiled = self.trainer._compile_loss
+        compiled = self.trainer._compile_loss if terms else None
         for metric, term in zip(compiled.metrics if compiled is not None else [], terms, strict=False):
             self._means.add(metric, term, result.rows)
 

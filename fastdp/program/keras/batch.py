@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,7 @@ _NAMES = {
     for dtype in (torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
 }
 _ARRAY_OR_NONE = (torch.Tensor, np.ndarray, type(None))
+_MOST_STRUCTURES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,12 @@ def make_batch(data: Any) -> Batch:
     return Batch.of(arrays, structure, lambda: structure.names)
 
 
+@functools.lru_cache(maxsize=_MOST_STRUCTURES)
+def _plain_structure(dtypes: tuple[str | None, ...]) -> Structure:
+    """The structure of three leaves, each an array or None: the same object for each batch."""
+    return Structure(_PLAIN, dtypes)
+
+
 def flatten_batch(data: Any) -> tuple[Any, Structure]:
     """Flatten a batch `(x, y, sample_weight)` into host arrays and their structure.
 
@@ -94,7 +102,7 @@ def flatten_batch(data: Any) -> tuple[Any, Structure]:
     """
     arrays: list[np.ndarray] = []
     dtypes: list[str | None] = []
-    plain = type(data) is tuple and len(data) == 3 and all(isinstance(part, _ARRAY_OR_NONE) for part in data)
+    plain = type(data) is tuple and len(data) == 3 and all([isinstance(part, _ARRAY_OR_NONE) for part in data])  # noqa: C419
     leaves = data if plain else keras.tree.flatten(data)
     present = [] if plain else [leaf for leaf in leaves if leaf is not None]
     resident = present[0].batch_of(present) if present and isinstance(present[0], ResidentArray) else None
@@ -115,7 +123,9 @@ def flatten_batch(data: Any) -> tuple[Any, Structure]:
         tensor = leaf if isinstance(leaf, torch.Tensor) else _host_tensor(leaf)
         arrays.append(as_array(tensor))
         dtypes.append(dtype_name(tensor))
-    return arrays, Structure(_PLAIN if plain else keras.tree.map_structure(lambda _: 0, data), tuple(dtypes))
+    if plain:
+        return arrays, _plain_structure(tuple(dtypes))
+    return arrays, Structure(keras.tree.map_structure(lambda _: 0, data), tuple(dtypes))
 
 
 def _host_tensor(leaf: Any) -> torch.Tensor:

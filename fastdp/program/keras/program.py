@@ -7,8 +7,8 @@ state: no model is ever cloned. The model itself, the *template*, aliases the fi
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
@@ -29,7 +29,6 @@ from fastdp.program.keras.optimizer.accumulation import Accumulation, Engine
 from fastdp.program.keras.optimizer.slots import optimizer_of
 from fastdp.program.keras.optimizer.update import OptimizerUpdate
 from fastdp.program.keras.passes import ModelCall, Passes
-from fastdp.program.keras.patches import replica_aware
 from fastdp.program.keras.placement.graph import PlacedGraph, graph_of
 from fastdp.program.keras.prepared_rows import PreparedRows
 from fastdp.program.keras.random.step_draws import StepDraws
@@ -37,6 +36,7 @@ from fastdp.program.keras.replica import ReplicaContext, keras_device
 from fastdp.program.keras.rows.known_layers import has_known_regularizers, keeps_rows_apart
 from fastdp.program.keras.rows.policy import ModelEffects, Policy
 from fastdp.program.keras.rows.probe import Effects
+from fastdp.program.keras.running import Running
 from fastdp.program.keras.step_sums import Notes, StepSums, Summed
 from fastdp.program.keras.training_loss import TrainingLoss
 from fastdp.program.keras.variables import AdoptedVariables, ReplicaState, adopted, variables_of
@@ -44,7 +44,7 @@ from fastdp.runtime.queue import QueueDevice
 from fastdp.shard import Deal
 from fastdp.tensors.arrays import accumulate, settle, spec_of
 from fastdp.tensors.autocast import Autocast
-from fastdp.tensors.threads import given_cores, in_place_of_workers, prepare_worker, replicas_run
+from fastdp.tensors.threads import given_cores, in_place_of_workers, prepare_worker
 
 
 class KerasProgram(Program):
@@ -177,18 +177,20 @@ class KerasProgram(Program):
         """Set the worker's number of threads."""
         prepare_worker(threads, device)
 
-    @contextmanager
-    def running(self, threads: int) -> Iterator[None]:
+    def running(self, threads: int) -> AbstractContextManager[None]:
         """Hold what Keras and torch need while replicas run."""
-        with ExitStack() as stack:
-            stack.enter_context(replica_aware())
-            stack.enter_context(replicas_run(threads))
-            if self.loss.is_own and self._template_state is not None:
-                stack.enter_context(self._template_state())
-            self.loss.prepare()
-            stack.enter_context(self.draws.during_step())
-            self._autocast = Autocast.current()
-            yield
+        return Running(self, threads)
+
+    def begun(self) -> None:
+        """Prepare what a step reads of the calling thread. Within `running`."""
+        self.loss.prepare()
+        self.draws.begin()
+        self._autocast = Autocast.current()
+
+    @property
+    def template_state(self) -> Callable[[], AbstractContextManager[None]] | None:
+        """Makes the context in which a template's own loss is computed; None where none is needed."""
+        return self._template_state if self.loss.is_own else None
 
     # Train and predict.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import keras
@@ -20,6 +21,7 @@ from fastdp.tensors.arrays import spec_of, tensors_of
 from fastdp.tensors.gradient_buckets import GradientBuckets
 from fastdp.tensors.row_effects import NotByRowsError
 
+_VALUE, _VERSION = attrgetter("_value"), attrgetter("_version")
 Mapping = list[tuple[keras.Variable, torch.Tensor]]
 
 
@@ -47,11 +49,11 @@ class AdoptedVariables(Adopted):
 
     def present(self) -> list[torch.Tensor]:
         """The variables' values. Not through `.value`, which looks for scopes first: there are none between steps."""
-        return [variable._value for variable in self.variables]
+        return list(map(_VALUE, self.variables))
 
     def marks(self, present: list[torch.Tensor]) -> list[int]:
         """The version counters of the values."""
-        return [value._version for value in present]
+        return list(map(_VERSION, present))
 
     def check(self, value: torch.Tensor, kept: torch.Tensor) -> None:
         """Refuse another dtype.

@@ -24,15 +24,17 @@ class StepDraws:
         self._updated: Generators | None = None
         self._begun: dict[int, Generators] = {}
 
-    @contextmanager
-    def during_step(self) -> Iterator[None]:
-        """Entered by the host thread while replicas run. A failed step leaves all generators unchanged."""
+    def begin(self) -> None:
+        """Called by the host thread before replicas run."""
         self._step, self._first, self._updated = StepGenerators(), None, None
         self._begun = {}
+
+    def end(self, *, failed: bool) -> None:
+        """Called by the host thread when they are done. A failed step leaves all generators unchanged."""
         try:
-            yield
-            last = self._updated or self._first
-            self.moves = last is not None and last.used
+            last = None if failed else self._updated or self._first
+            if not failed:
+                self.moves = last is not None and last.used
             if last is not None:
                 last.keep()
         finally:
