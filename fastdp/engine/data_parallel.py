@@ -195,8 +195,6 @@ class DataParallel(Traceable, Reporting, Inspection, Survival, WaitingGradients,
             DeviceTimeoutError: the step took longer than `timeout` seconds.
         """
         batch = batch if type(batch) is Batch else Batch.of(batch, structure)
-        if not self._options.survives:
-            return self._train(batch, wants_outputs, reduce, [while_running])
         return self.surviving(partial(self._train, batch, wants_outputs, reduce, [while_running]))
 
     def _train(
