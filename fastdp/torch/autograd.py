@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from fastdp.comm.batch import Batch
 from fastdp.engine.data_parallel import DataParallel
@@ -20,24 +20,25 @@ from fastdp.options import Options
 from fastdp.program.torch.capture.call_kinds import CallKinds
 from fastdp.program.torch.loop import LoopProgram
 from fastdp.program.torch.loop_passes import BackwardPass, ForwardPass
+from fastdp.program.torch.paths import PathPass, merged_path
 from fastdp.runtime.host.resources import SEVERAL_THREADS_NBYTES
 from fastdp.runtime.queue import QueueDevice
 from fastdp.runtime.roster import Roster
-from fastdp.tensors.arrays import to_tensor
 from fastdp.tensors.compiled import not_compiled
 from fastdp.tensors.thread_state import check_around
 from fastdp.tensors.threads import LoopShare, given_cores
 from fastdp.torch.captured import capture_forwards, capture_loops, is_observed
+from fastdp.torch.paths import Watched, in_place_of, with_paths
 from fastdp.torch.repeated_passes import Seen, again, changed_since, split_refused
-from fastdp.warn import warn_user
+from fastdp.torch.second_gradients import SecondGradients
 
 
 @dataclass(slots=True)
-class _OpenPass:
+class OpenPass:
     """A forward pass, and what is needed to repeat it on one device.
 
     `formed` is the engine's at the pass. `share`: of the cores, while it is open. `seen`: for a pass that may be
-    repeated.
+    repeated. `node` is that of autograd's graph, and `returned` the number of outputs that are no attributes.
     """
 
     calls: Calls
@@ -48,6 +49,9 @@ class _OpenPass:
     drawn: torch.Tensor = field(default_factory=torch.get_rng_state)
     share: LoopShare | None = None
     seen: Seen | None = None
+    watched: Watched = field(default_factory=Watched)
+    node: Callable[[], Any] = lambda: None
+    returned: int = 0
 
 
 class Calls:
@@ -78,7 +82,7 @@ class Calls:
         self._capture()
         self._kinds = CallKinds(module)
         self._scope = scope
-        self._told = False
+        self.second = SecondGradients(self.program)
 
     def _capture(self) -> None:
         """Have passes captured on the present replicas."""
@@ -111,11 +115,10 @@ class Calls:
         numbers = [i for i, user in enumerate(users) if user.requires_grad] if keeps else []
         work.keeps = bool(numbers or work.given)
         if work.keeps:
-            opened = _OpenPass(self, work, values, numbers, self.engine.formed)
+            opened = OpenPass(self, work, values, numbers, self.engine.formed)
             opened.seen = Seen.by(self.program, work, values) if self._options.survives else None
             self._prepare_loop(work)
-            tensors = _Node.apply(opened, *work.given, *(users[i] for i in numbers))
-            work.note_merged(tensors)
+            tensors = self._recorded(opened, [*work.given, *(users[i] for i in numbers)])
             opened.share = self._share(tensors)
         else:
             tensors = self._without_gradients(work)
@@ -123,6 +126,24 @@ class Calls:
         count = len(work.nest.dtypes)
         self.program.settle(work, tensors[count:])
         return work.nest.pack(tensors[:count])
+
+    def _recorded(self, opened: OpenPass, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The merged outputs of a pass as part of autograd's graph. `leaves`: whose gradients are wanted."""
+        work = opened.work
+        with torch.no_grad():
+            outputs = self.forward(work)
+            work.find_inner()
+            ends = [at for at in work.inner.sources if work.requires_grad[at]]
+            given = in_place_of(outputs, ends) if ends else outputs
+        assert work.nest is not None
+        opened.returned = len(work.nest.dtypes)
+        tensors = list(_Node.apply(opened, given, *leaves))
+        if work.inner:
+            nodes = (tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None)
+            opened.node = weakref.ref(next(nodes))
+            tensors = with_paths(opened, outputs, tensors)
+        work.note_merged(tensors)
+        return tensors
 
     def _without_gradients(self, work: ForwardPass) -> list[torch.Tensor]:
         """As `forward`, captured where it may be."""
@@ -141,7 +162,7 @@ class Calls:
     def _prepare_loop(self, work: ForwardPass) -> None:
         """Have a pass with gradients captured, where it may be."""
         structure = work.batch.structure
-        if self.loops is None:
+        if self.loops is None or (structure.judged is not None and structure.judged.watched):
             return
         kind = self._kinds.of(structure)
         work.captures = self.loops.of(kind, f"{kind.label}, with gradients")
@@ -162,7 +183,7 @@ class Calls:
 
     def backward(
         self,
-        opened: _OpenPass,
+        opened: OpenPass,
         gradients: Sequence[torch.Tensor | None],
         *,
         retain: bool,
@@ -186,7 +207,7 @@ class Calls:
                 opened.work = again(self.program, opened.work, opened.seen, partial(self._forward_of, opened), error)
                 opened.formed = self.engine.formed
 
-    def _forward_of(self, opened: _OpenPass) -> ForwardPass:
+    def _forward_of(self, opened: OpenPass) -> ForwardPass:
         """Another forward pass on the arguments of a pass."""
         made: list[ForwardPass] = []
 
@@ -212,7 +233,7 @@ class Calls:
             )
 
     def _on_replicas(
-        self, opened: _OpenPass, gradients: Sequence[torch.Tensor | None], *, retain: bool
+        self, opened: OpenPass, gradients: Sequence[torch.Tensor | None], *, retain: bool
     ) -> list[torch.Tensor | None]:
         """As `backward`, through the replicas' graphs."""
         began = time.perf_counter()
@@ -221,7 +242,8 @@ class Calls:
         why = changed_since(self.program, opened.seen) if opened.seen is not None and self.engine.deal.cuts else ""
         if why:
             raise RuntimeError(f"Backward runs rows again for which a device has no memory at once, but {why}.")
-        work = BackwardPass(opened.work, gradients, retain, opened.work.retained(gradients))
+        cut = opened.watched.present_cut()
+        work = BackwardPass(opened.work, gradients, retain, opened.work.retained(gradients, cut), cut)
         rows = Batch([], None, opened.work.batch.rows)
         with self._scope():
             run = partial(self.program.run, self.program.backward, work)
@@ -245,77 +267,26 @@ class Calls:
             return None
         return LoopShare(max(1, given_cores() // len(devices)))
 
-    def with_graph(
-        self, opened: _OpenPass, tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
+    def path(
+        self, opened: OpenPass, ends: Sequence[int], gradients: Sequence[torch.Tensor | None], starts: Sequence[int]
     ) -> list[torch.Tensor | None]:
-        """As `backward`, but differentiable again: the pass is repeated on one device, with the same draws.
+        """The gradients by outputs from which others are computed, as far as they come from these others.
+
+        Args:
+            ends: the others, by number.
+            gradients: of the loss by them.
+            starts: whose gradients are wanted, by number.
 
         Raises:
-            NotImplementedError: batch normalization used each replica's own moments.
+            NotImplementedError: it is to be differentiated again, and several devices cannot.
         """
-        self._tell_once()
-        work = opened.work
-        if work.retained(gradients):
-            raise NotImplementedError(
-                "retain_grad() on an output from which the module has computed another one, in a gradient of a "
-                "gradient (create_graph=True): several devices do not know it. Use gpus=[0]."
-            )
-        if work.normalizes_by_replica and not self.program.sync_batch_norm:
-            raise NotImplementedError(
-                "A gradient of a gradient (create_graph=True) through batch normalization needs the moments of the "
-                "global batch: wrap the module with sync_batch_norm=True."
-            )
-        return self._repeated_gradients(opened, tensors, gradients, create_graph=True)
-
-    def _repeated_gradients(
-        self,
-        opened: _OpenPass,
-        tensors: Sequence[torch.Tensor],
-        gradients: Sequence[torch.Tensor | None],
-        *,
-        create_graph: bool,
-    ) -> list[torch.Tensor | None]:
-        """The gradients of a pass that is repeated on one device."""
-        outputs = [leaf for leaf in self._repeated(opened, tensors) if isinstance(leaf, torch.Tensor)]
-        gradients, others = gradients[: len(outputs)], gradients[len(outputs) :]
-        if any(gradient is not None for gradient in others):
-            raise NotImplementedError(
-                "A gradient of a gradient (create_graph=True) cannot go through values that forward sets as "
-                "attributes. Return them from forward."
-            )
-        pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if g is not None and y.requires_grad]
-        roots, seeds = [root for root, _ in pairs], [seed for _, seed in pairs]
-        found = torch.autograd.grad(roots, list(tensors), seeds, create_graph=create_graph, allow_unused=True)
-        return list(found)
-
-    def _repeated(self, opened: _OpenPass, tensors: Sequence[torch.Tensor]) -> list[Any]:
-        """The leaves of the outputs of a pass that is repeated by the user's own module, on one device."""
-        work, module = opened.work, self.program.module
-        leaves, spec = pytree.tree_flatten(opened.values)
-        places = {id(given): tensor for given, tensor in zip(work.given, tensors, strict=False)}
-        args, kwargs, _ = pytree.tree_unflatten([places.get(id(x), to_tensor(x)) for x in leaves], spec)
-        buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-        slots = [(one.slot, one.slot.tensor) for one in self.program.user_buffers]
-        drawn = torch.get_rng_state()
-        torch.set_rng_state(opened.drawn)
-        try:
-            with self.program.as_before(work), torch.enable_grad(), work.batch.structure.autocast.enter():
-                return pytree.tree_leaves(module(*args, **kwargs))
-        finally:
-            torch.set_rng_state(drawn)
-            for slot, buffer in slots:  # forward may have put another tensor there
-                slot.table[slot.key] = buffer
-            for buffer, before in buffers:
-                buffer.data.copy_(before)
-
-    def _tell_once(self) -> None:
-        """Warn once that gradients of gradients are computed on one device."""
-        if not self._told:
-            self._told = True
-            warn_user(
-                f"fastdp: gradients of gradients (create_graph=True) of {type(self.program.module).__name__} are "
-                "computed on one device."
-            )
+        if torch.is_grad_enabled():
+            return self.second.path(opened, ends, gradients, starts)
+        work = PathPass(opened.work, ends, gradients, starts)
+        rows = Batch([], None, opened.work.batch.rows)
+        with self._scope():
+            run = partial(self.program.run, self.program.path, work)
+            return merged_path(work, self.engine.call(rows, run, opened.formed).every_note)
 
 
 class _Node(torch.autograd.Function):
@@ -326,11 +297,12 @@ class _Node(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, opened: _OpenPass, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: Any, opened: OpenPass, outputs: Sequence[torch.Tensor], *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         ctx.opened = opened
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        outputs = opened.calls.forward(opened.work)
         wanted = opened.work.requires_grad
         ctx.mark_non_differentiable(*(y for y, wants in zip(outputs, wanted, strict=True) if not wants))
         return tuple(outputs)
@@ -338,10 +310,10 @@ class _Node(torch.autograd.Function):
     @staticmethod
     @not_compiled
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        opened: _OpenPass = ctx.opened
+        opened: OpenPass = ctx.opened
         opened.calls.check_optimizer()
         if torch.is_grad_enabled():
-            return None, *opened.calls.with_graph(opened, ctx.saved_tensors, gradients)
+            return None, None, *opened.calls.second.with_graph(opened, ctx.saved_tensors, gradients)
         retain = torch._C._autograd._get_current_graph_task_keep_graph()
         given = partial(getattr, ctx, "saved_tensors")
-        return None, *opened.calls.backward(opened, gradients, retain=retain, given=given)
+        return None, None, *opened.calls.backward(opened, gradients, retain=retain, given=given)

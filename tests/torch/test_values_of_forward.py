@@ -93,6 +93,31 @@ def test_gradients_are_those_of_one_device(loop, passes, kind, gpus):
         torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12)
 
 
+class HeldBesides(Written):
+    """Reads a buffer by other names than its own, and writes it in place."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__("a buffer")
+        self.kept = {"an attribute": self.value, "a list": [self.value], "a tuple": (1, self.value)}[kind]
+        self.find = lambda: self.kept if kind == "an attribute" else self.kept[-1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mixed = torch.tanh(self.first(x) * (1 + self.find().clone())) * self.find().clone()
+        with torch.no_grad():
+            self.value.mul_(1.5).add_(0.1)
+        return self.second(mixed)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("kind", ["an attribute", "a list", "a tuple"])
+def test_second_gradients_read_the_value_of_the_pass_by_whatever_name(kind, passes):
+    alone, module = HeldBesides(kind), HeldBesides(kind)
+    expected = penalties(alone, alone, passes)
+    for one, other in zip(expected, penalties(module, fastdp.wrap(module, gpus=2), passes), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12)
+    assert module.find() is module.value
+
+
 class WrittenLate(Written):
     """Writes a buffer for large inputs alone, which no trial sees."""
 
@@ -163,14 +188,55 @@ class HoldsView(nn.Module):
 @pytest.mark.parametrize(
     ("view", "named"),
     [
-        (lambda module: module.layer.weight.detach(), "`kept` shares memory with the parameter `layer.weight`"),
         (lambda module: [module.value[1:]], r"`kept\[0\]` shares memory with the buffer `value`"),
+        (lambda module: module.layer.weight.t(), "`kept` shares memory with the parameter `layer.weight`"),
         (lambda module: module.layer.bias.detach().numpy(), "`kept` shares memory with the parameter `layer.bias`"),
+        (lambda module: module.layer.bias.detach().view(torch.int64), "`kept` shares memory with the parameter"),
     ],
 )
 def test_a_view_that_would_not_follow_its_parameter_is_refused(view, named):
     with pytest.raises(ValueError, match=named):
         fastdp.wrap(HoldsView(view), gpus=2)(torch.ones(4, 4))
+
+
+class UsesViews(nn.Module):
+    """Computes with views of what is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.out = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.turned, self.views = self.layer.weight.detach().t(), {"bias": self.layer.bias.data[1:]}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.layer(x) + x @ self.turned.clone())
+        return self.out(hidden) + self.views["bias"].sum()
+
+
+def trained(module: nn.Module, call, how: str) -> list[torch.Tensor]:
+    """Weights after some steps; in one of them a parameter gets memory of its own, which its views do not see."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.3)
+    for step in range(5):
+        x = torch.randn(7, 4, generator=torch.Generator().manual_seed(step))
+        if how == "steps":
+            call = call if callable(call) and step else call.train_step(nn.functional.mse_loss, optimizer)
+            call(x, x[:, :3])
+        else:
+            optimizer.zero_grad()
+            nn.functional.mse_loss(call(x), x[:, :3]).backward()
+            optimizer.step()
+        if step == 3:
+            module.layer.bias.data = module.layer.bias.data * 2
+    return [*module.state_dict().values(), module.turned, module.views["bias"]]
+
+
+@pytest.mark.parametrize(("gpus", "how", "traced"), [(2, "loop", "trace"), (3, "loop", None), (3, "steps", "trace")])
+def test_views_follow_what_they_are_views_of(gpus, how, traced):
+    alone, module = UsesViews(), UsesViews()
+    expected = trained(alone, alone, "loop")
+    found = trained(module, fastdp.wrap(module, gpus=gpus, compile=traced), how)
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12)
 
 
 def test_what_torchs_own_hook_replaces_before_each_forward_is_no_view():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.hooks import RemovableHandle
 
 from fastdp.program.torch.replica import ReplicaContext
 from fastdp.tensors.function_mode import Handler
@@ -26,15 +26,40 @@ def _retain_grad(running: ReplicaContext, function: Any, args: Any, kwargs: Any)
 HANDLERS: dict[Any, Handler] = {torch.Tensor.retain_grad: _retain_grad}
 
 
-def inner_of(parts: Sequence[torch.Tensor]) -> frozenset[int]:
-    """The outputs from which other outputs are computed, by their numbers, found in a replica's graph."""
+@dataclass(frozen=True, slots=True)
+class Inner:
+    """Which outputs are computed from which others, by their numbers.
+
+    Attributes:
+        sources: of each output that is computed from others: these.
+        same: of each output that is the same as one before it: that one.
+    """
+
+    sources: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    same: Mapping[int, int] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.sources or self.same)
+
+    @property
+    def starts(self) -> frozenset[int]:
+        """The outputs from which others are computed."""
+        return frozenset().union(*self.sources.values())
+
+
+def inner_of(parts: Sequence[torch.Tensor]) -> Inner:
+    """Which of a replica's outputs are computed from others, found in its graph."""
     edges = [(part.grad_fn, part.output_nr) for part in parts]
-    found: set[int] = set()
+    places: dict[Any, int] = {}
+    same = {i: places[edge] for i, edge in enumerate(edges) if edge[0] and places.setdefault(edge, i) != i}
+    sources = {}
     for at, edge in enumerate(edges):
-        if edge[0] is not None:
+        if edge[0] is not None and at not in same:
             reached = _edges_below(edge[0])
-            found.update(i for i, other in enumerate(edges) if i != at and (other in reached or other == edge))
-    return frozenset(found)
+            found = frozenset(place for other, place in places.items() if place != at and other in reached)
+            if found:
+                sources[at] = found
+    return Inner(sources, same)
 
 
 def _edges_below(root: Any) -> set[tuple[Any, int]]:
@@ -50,65 +75,33 @@ def _edges_below(root: Any) -> set[tuple[Any, int]]:
     return edges
 
 
-class OnlyThrough:
-    """A hook on a merged output from which others are computed: it refuses gradients that end there.
-
-    Torch, for which the module is one node, sees no path from the other outputs to it.
-
-    Args:
-        node: of autograd's graph, that of the module.
-    """
-
-    def __init__(self, node: Any) -> None:
-        self._node = node
-
-    def __call__(self, gradient: Any) -> None:
-        """Called by torch in backward."""
-        further = [node for node, _ in self._node.next_functions if node is not None]
-        if gradient is not None and not any(map(torch._C._will_engine_execute_node, further)):
-            raise NotImplementedError(
-                "torch.autograd.grad by a tensor that the module has returned or kept, and from which it has computed "
-                "another output: on several devices the gradient that comes through the module would be left out. Call "
-                "retain_grad() on the tensor and read `grad` after backward, or use gpus=[0]."
-            )
-
-
-def refuse_ends(merged: torch.Tensor) -> None:
-    """Hook `OnlyThrough` to an output. Torch's count of hooks, by which others notice new ones, stays."""
-    count, RemovableHandle.next_id = RemovableHandle.next_id, -1
-    try:
-        merged.register_hook(OnlyThrough(merged.grad_fn))
-    finally:
-        RemovableHandle.next_id = count
-
-
 def retained(
-    merged: Mapping[int, torch.Tensor], inner: Collection[int], gradients: Sequence[torch.Tensor | None]
+    merged: Mapping[int, torch.Tensor], starts: Collection[int], gradients: Sequence[torch.Tensor | None]
 ) -> list[int]:
-    """The merged outputs whose gradients are wanted and are not only those that torch finds, by their numbers.
+    """The merged outputs that retain their gradients, which are not only those that torch finds, by their numbers.
 
     Args:
         merged: the outputs that the user still has, by number.
-        inner: the outputs from which others are computed.
+        starts: those from which others are computed, unless torch gets their gradients through the module.
         gradients: of the loss by the merged outputs, as far as torch finds them.
-
-    Raises:
-        NotImplementedError: there is a hook on one.
     """
-    found = []
-    for at, one in merged.items():
-        if at not in inner or not any(one is not None for i, one in enumerate(gradients) if i != at):
-            continue
-        if any(not isinstance(hook, OnlyThrough) for hook in (one._backward_hooks or {}).values()):
-            raise NotImplementedError(
-                f"There is a hook on a tensor of shape {tuple(one.shape)} that the module has returned or kept, and "
-                "from which it has computed another output. On several devices the hook would not see the gradient "
-                "that comes through the module. Call retain_grad() on the tensor and read `grad` after backward, "
-                "register the hook inside forward, or use gpus=[0]."
-            )
-        if one.retains_grad:
-            found.append(at)
-    return found
+    return [
+        at
+        for at, one in merged.items()
+        if at in starts and one.retains_grad and any(one is not None for i, one in enumerate(gradients) if i != at)
+    ]
+
+
+def merged_gradient(parts: Sequence[torch.Tensor | None], layout: Layout) -> torch.Tensor | None:
+    """The gradient by a merged output, from the replicas' gradients by their parts of it; None if there is none."""
+    found = [part for part in parts if part is not None]
+    if not found:
+        return None
+    if layout.effect is Effect.ROWS:
+        if len(found) < len(parts):
+            raise RuntimeError("Backward has reached an output of the module on some devices only.")
+        return torch.cat(found, layout.axis or 0)
+    return found[0] if layout.effect is Effect.SUM else sum(found[1:], found[0])
 
 
 def keep(
@@ -122,15 +115,9 @@ def keep(
         layout: how it depends on the rows.
         external: what torch itself has just added.
     """
-    found = [part for part in parts if part is not None]
-    if not found:
+    total = merged_gradient(parts, layout)
+    if total is None:
         return
-    if layout.effect is Effect.ROWS:
-        if len(found) < len(parts):
-            raise RuntimeError("Backward has reached a retained tensor on some devices only.")
-        total = torch.cat(found, layout.axis or 0)
-    else:
-        total = found[0] if layout.effect is Effect.SUM else sum(found[1:], found[0])
     before = merged.grad
     if before is None or (external is not None and torch.equal(before, external)):
         merged.grad = total.to(merged)

@@ -33,7 +33,7 @@ from fastdp.program.torch.capture.pure_forward import TorchPureForward
 from fastdp.program.torch.capture.pure_joint import TorchPureJoint
 from fastdp.program.torch.capture.replays import CapturedReplica
 from fastdp.program.torch.following.graphs import PassWrites
-from fastdp.program.torch.following.merged import WriteNotes, merge_writes, write_notes
+from fastdp.program.torch.following.merged import IN_BACKWARD, REMEDY, WriteNotes, merge_writes, write_notes
 from fastdp.program.torch.gradients import Found
 from fastdp.program.torch.half import HalfGradients, may_overflow
 from fastdp.program.torch.loop_passes import BackwardNotes, BackwardPass, ForwardNotes, ForwardPass, KeptGraph
@@ -42,6 +42,7 @@ from fastdp.program.torch.module_buffers import BufferNotes, assign_buffers, gat
 from fastdp.program.torch.nest import Nest
 from fastdp.program.torch.parameter_hooks import HookedGradients
 from fastdp.program.torch.passes import State, together_with
+from fastdp.program.torch.paths import PathPass, arriving, go_back, hooked
 from fastdp.program.torch.program import TorchProgram
 from fastdp.program.torch.recomputed import Recomputed, check_parts
 from fastdp.program.torch.replica import backward
@@ -196,7 +197,8 @@ class LoopProgram(TorchProgram):
             if context.size > 1 and not kept.captured:
                 together.enter_context(peers_scope(StepPeers(running.context)))  # for hooks
                 together.enter_context(together_with(running))
-            with state.gradients.announcing(running, {}):
+            whole = {tensor: total.to(tensor.device) for tensor, total in _whole(work, kept, context)}
+            with state.gradients.announcing(running, {}), hooked(arriving(whole)):
                 backward(running, roots, seeds, retain=work.retain)
             gradients = state.gradients.store({})
         roles = work.forward.batch.structure.roles
@@ -218,6 +220,10 @@ class LoopProgram(TorchProgram):
         if context.index == 0 and may_overflow(work.forward.batch.structure.autocast, roots):
             notes.half = HalfGradients(roots)
         return Result(arrays, np.zeros(0), notes)
+
+    def path(self, work: PathPass, state: State, batch: list[np.ndarray], context: Context) -> Result:
+        """Run backward from some outputs to others."""
+        return go_back(work, state, context)
 
     # On the host's thread.
 
@@ -262,14 +268,14 @@ class LoopProgram(TorchProgram):
             graphs = {(one.place, one.number): tensor for one, tensor in zip(work.graphs, tensors, strict=True)}
             self._following.finish(work.noted.every, work.noted.merged, graphs)
 
-    def _merged_writes(self, every: list[WriteNotes]) -> PassWrites:
-        """What the replicas have written, merged.
+    def _merged_writes(self, every: list[WriteNotes], remedy: str = REMEDY) -> PassWrites:
+        """What the replicas have written, merged. `remedy` as of `merge_writes`.
 
         Raises:
             ValueError: it cannot be merged. The module has what it held before.
         """
         try:
-            return PassWrites(every, merge_writes(every))
+            return PassWrites(every, merge_writes(every, remedy))
         except ValueError:
             self._following.undo()
             raise
@@ -302,7 +308,8 @@ class LoopProgram(TorchProgram):
             merged = forward.merged[at]()
             if merged is not None:
                 keep(merged, parts, forward.layouts[at], work.gradients[at])
-        written = self._merged_writes([note.writes for note in result.every_note if note.writes is not None])
+        every = [note.writes for note in result.every_note if note.writes is not None]
+        written = self._merged_writes(every, IN_BACKWARD)
         self._following.finish(written.every, written.merged, {})
 
     @contextmanager
@@ -359,6 +366,15 @@ class LoopProgram(TorchProgram):
             assign_buffers(self._states[0].variables, sums, notes)
         settle(self._states[0].variables)
         self._adopted.home.advance()
+
+
+def _whole(work: BackwardPass, kept: KeptGraph, context: Context) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """A replica's outputs at which another gradient arrives than its whole one, with that one."""
+    for at in work.cut:
+        part, total = kept.outputs[at], work.gradients[at]
+        if total is not None and part.requires_grad:
+            own = own_gradient(total, part, work.forward.layouts[at], context.rows)
+            yield part, torch.zeros_like(part) if own is None else own
 
 
 def _leaves(work: ForwardPass, batch: Sequence[np.ndarray], context: Context) -> GivenLeaves:

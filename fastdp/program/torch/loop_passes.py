@@ -14,7 +14,7 @@ from fastdp.capture.shapes import Shape
 from fastdp.capture.steps import Captures
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
-from fastdp.program.torch.activations import inner_of, refuse_ends, retained
+from fastdp.program.torch.activations import Inner, inner_of, retained
 from fastdp.program.torch.following.graphs import Leaf, PassWrites
 from fastdp.program.torch.following.merged import WriteNotes
 from fastdp.program.torch.gradients import Found
@@ -108,7 +108,7 @@ class ForwardPass:
     before: dict[int, torch.Tensor] = field(default_factory=dict)
     may_repeat: bool = False
     merged: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
-    inner: Collection[int] = ()
+    inner: Inner = field(default_factory=Inner)
 
     @classmethod
     def of(cls, batch: Batch, values: object, *, keeps: bool) -> ForwardPass:
@@ -127,32 +127,46 @@ class ForwardPass:
                 shared[place] = leaf
         return cls(batch, arrays, rows, shared, keeps, records=keeps)
 
+    def find_inner(self) -> None:
+        """Find in a replica's graph which outputs are computed from others."""
+        judged, outputs = self.batch.structure.judged, self.kept[0].outputs
+        if len(outputs) > 1 and judged is not None:
+            if judged.inner is None and not self.kept[0].captured:
+                judged.inner = inner_of(outputs)
+            self.inner = judged.inner or Inner()
+
     def note_merged(self, tensors: Sequence[torch.Tensor]) -> None:
         """Note the merged outputs. Those whose parts retain their gradients do so too."""
         self.merged = [weakref.ref(tensor) for tensor in tensors]
-        judged = self.batch.structure.judged
-        if len(tensors) > 1 and judged is not None:
-            if judged.inner is None and not self.kept[0].captured:
-                judged.inner = inner_of(self.kept[0].outputs)
-            self.inner = judged.inner or ()
-            for at in self.inner:
-                if tensors[at].requires_grad:
-                    refuse_ends(tensors[at])
         for at, tensor in enumerate(tensors):
             parts = [kept.outputs[at] for kept in self.kept.values()]
             if tensor.requires_grad and any(part.retains_grad for part in parts):
                 tensor.retain_grad()
 
-    def retained(self, gradients: Sequence[torch.Tensor | None]) -> list[int]:
-        """As `activations.retained`, in a backward pass from these gradients."""
-        users = ((at, self.merged[at]()) for at in self.inner)
-        found = retained({at: one for at, one in users if one is not None}, self.inner, gradients)
-        if found and self.kept[0].captured:
-            raise NotImplementedError(
-                "retain_grad() on an output from which the module has computed another one, after a pass that was "
-                "captured and kept no graph between the two. Use fastdp.wrap(module, compile=None)."
-            )
+    def retained(self, gradients: Sequence[torch.Tensor | None], cut: Collection[int]) -> list[int]:
+        """As `activations.retained`, in a backward pass from these gradients. `cut` as in `BackwardPass`."""
+        starts = self.inner.starts - set(cut)
+        users = ((at, self.merged[at]()) for at in starts)
+        found = retained({at: one for at, one in users if one is not None}, starts, gradients)
+        if found:
+            self.note_watched()
         return found
+
+    def note_watched(self) -> None:
+        """Note that a gradient by an output is wanted from which others are computed.
+
+        Raises:
+            NotImplementedError: the pass was captured.
+        """
+        judged = self.batch.structure.judged
+        if judged is not None:
+            judged.watched = True
+        if self.kept[0].captured:
+            raise NotImplementedError(
+                "A gradient by an output from which the module has computed another one (retain_grad(), a hook, "
+                "torch.autograd.grad), after a pass that was captured and kept no graph between the two. Later passes "
+                "are not captured: run the step again, or use fastdp.wrap(module, compile=None)."
+            )
 
     @property
     def written(self) -> frozenset[int]:
@@ -227,12 +241,14 @@ class BackwardPass:
         gradients: of the loss by the merged outputs; None where it does not depend on one.
         retain: keep the graphs for another backward pass.
         retained: the outputs whose gradients are wanted, by number.
+        cut: the outputs whose gradients have in them what comes through the module, by number.
     """
 
     forward: ForwardPass
     gradients: Sequence[torch.Tensor | None]
     retain: bool
     retained: Sequence[int] = ()
+    cut: Collection[int] = ()
 
 
 @dataclass(slots=True)

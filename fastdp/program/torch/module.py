@@ -9,7 +9,8 @@ step fails, so that a failed step has changed nothing.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import weakref
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
@@ -19,9 +20,10 @@ import torch
 from torch import nn
 
 from fastdp.buffers import Allocator
+from fastdp.program.torch.following.exchanged import exchanged
 from fastdp.program.torch.following.guard import Guard
 from fastdp.program.torch.following.writes import restore, writes_of
-from fastdp.program.torch.views import refuse_views
+from fastdp.program.torch.views import View, movable_views
 from fastdp.tensors.adopted import Adopted, Homes
 from fastdp.tensors.arrays import spec_of
 from fastdp.tensors.row_effects import Effect
@@ -59,15 +61,25 @@ def slots_of(module: nn.Module) -> list[Slot]:
 
 
 class AdoptedSlots(Adopted):
-    """A module's tensors, whose storage lies in flat buffers."""
+    """A module's tensors, whose storage lies in flat buffers.
 
-    def __init__(self, slots: list[Slot], device: Allocator) -> None:
+    Args:
+        slots: where they are.
+        device: whose memory has the buffers.
+        views: what the module holds besides in their memory. It moves with them.
+    """
+
+    def __init__(self, slots: list[Slot], device: Allocator, views: Sequence[View] = ()) -> None:
         self.slots = slots
+        self._views: list[tuple[weakref.ref[torch.Tensor], int]] = []
         self._kinds = [(slot.tensor.dtype, slot.tensor.shape) for slot in slots]
         self._released: dict[int, torch.Tensor] = {}
         self._seen: tuple[list[int], list[int], list[torch.Size]] = ([], [], [])
         specs = [spec_of(slot.name, slot.tensor) for slot in slots]
         super().__init__(specs, device, _homes.lent(self.places, specs, device))
+        for view in views:
+            view.tensor.data = view.of(slots[view.number].tensor)
+            self._views.append((weakref.ref(view.tensor), view.number))
 
     @property
     def places(self) -> list[tuple[int, str]]:
@@ -102,6 +114,18 @@ class AdoptedSlots(Adopted):
                 )
             values.append(value)
         return values
+
+    def _adopt(self, present: list[torch.Tensor]) -> bool:
+        """As in `Adopted`. A tensor with new storage (`p.data = x`) has left its views the old values."""
+        pointers, kept = self._pointers, []
+        for ref, number in self._views:
+            view = ref()
+            if view is not None and present[number].data_ptr() != pointers[number]:
+                view.data = view.data.clone()
+            elif view is not None:
+                kept.append((ref, number))
+        self._views = kept
+        return super()._adopt(present)
 
     def release(self, index: int, last: torch.Tensor) -> None:
         """No longer keep a buffer that forward has replaced by one of another shape. `last` is the one kept so far."""
@@ -148,8 +172,7 @@ def adopted(module: nn.Module, device: Allocator) -> AdoptedSlots:
     tensors = [(slot.name, id(slot.table), slot.tensor.dtype, slot.tensor.shape) for slot in slots]
 
     def make() -> AdoptedSlots:
-        refuse_views(module, slots)
-        return AdoptedSlots(slots, device)
+        return AdoptedSlots(slots, device, movable_views(module, slots))
 
     return _homes.of(module, tensors, make)
 
@@ -222,15 +245,18 @@ class ReplicaModule:
 
     @contextmanager
     def with_buffers(self, values: Mapping[int, torch.Tensor]) -> Iterator[None]:
-        """While the block runs, buffers are copies of these values, by their indices."""
+        """While the block runs, buffers are copies of these values, by their indices, whoever else holds them."""
         present = [(one, one.slot.tensor) for one in self.buffers if one.index in values]
-        try:
-            for one, _ in present:
-                one.slot.table[one.slot.key] = values[one.index].clone()
-            yield
-        finally:
-            for one, tensor in present:
-                one.slot.table[one.slot.key] = tensor
+        copies = {tensor: values[one.index].clone() for one, tensor in present}
+        holders = self.guard.contents.holders if self.guard is not None else ()
+        with exchanged(holders, copies):
+            try:
+                for one, tensor in present:
+                    one.slot.table[one.slot.key] = copies[tensor]
+                yield
+            finally:
+                for one, tensor in present:
+                    one.slot.table[one.slot.key] = tensor
 
     def restore_buffers(self) -> None:
         """Give the user's buffers their values from before the step. Their versions do not count this."""

@@ -13,6 +13,7 @@ from fastdp.program.torch.following.contents import Contents
 from fastdp.program.torch.following.functions import copy_functions, fill_functions
 from fastdp.program.torch.following.guard import Guard
 from fastdp.program.torch.module import Buffer, ReplicaModule, Slot, slots_of
+from fastdp.program.torch.views import views_in
 from fastdp.tensors.compiled import compile_alike
 
 
@@ -27,7 +28,7 @@ class Copied:
     def __init__(self, module: nn.Module, contents: Contents, memo: dict[int, Any]) -> None:
         own = dict(memo)
         for _, tensor in contents.tensors:
-            own[id(tensor)] = _copy_of(tensor)
+            own.setdefault(id(tensor), _copy_of(tensor))
         for value in contents.shared:
             own.setdefault(id(value), value)
         for part in contents.parts:  # most of their tables are empty, and `deepcopy` is slow
@@ -69,6 +70,7 @@ def replicate(
             parameters.append(memo[id(slot.tensor)])
         else:
             memo[id(slot.tensor)] = variable.clone()
+    memo.update(_views(slots, contents, memo))
     copied = Copied(module, contents, memo)
     buffers = [
         Buffer(index, own, own.tensor, variables[index])
@@ -94,12 +96,20 @@ def remake(replica: ReplicaModule, module: nn.Module, slots: list[Slot], content
         if user is not None:
             kept = buffer.slot.table.get(buffer.slot.key) if buffer.own else buffer.work
             memo[id(user)] = user.clone() if kept is None else kept
+    memo.update(_views(slots, contents, memo))
     copied = Copied(module, contents, memo)
     own = {slot.name: slot for slot in slots_of(copied.module)}
     for buffer in replica.buffers:
         buffer.slot = own.get(buffer.slot.name, buffer.slot)
     replica.module = copied.module
     return copied
+
+
+def _views(slots: list[Slot], contents: Contents, memo: dict[int, Any]) -> dict[int, torch.Tensor]:
+    """What the copy has for tensors in the memory of parameters and buffers, by identity: views of the copies."""
+    present = [slot for slot in slots if slot.table.get(slot.key) is not None]
+    views = views_in([tensor for _, tensor in contents.tensors], present)
+    return {id(view.tensor): view.of(memo[id(present[view.number].tensor)]) for view in views}
 
 
 _TABLES = (OrderedDict, dict, set)

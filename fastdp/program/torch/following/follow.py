@@ -20,6 +20,7 @@ from fastdp.program.torch.following.readers import read_by
 from fastdp.program.torch.following.writes import Place, restore, writes_of
 from fastdp.program.torch.module import ReplicaModule, Slot, slots_of
 from fastdp.program.torch.rows.plain import keeps_rows_apart
+from fastdp.program.torch.views import views_in
 
 
 class Following:
@@ -45,6 +46,7 @@ class Following:
         self._checked: dict[int, Roles] = {}  # found not to be read by the loss function
         self.user: ReplicaModule | None = None
         self.remade = 0
+        self._viewed: list[tuple[int, int]] = []
         self._changes = 0
 
     @property
@@ -58,6 +60,7 @@ class Following:
             self._guard = Guard(self.contents())
         replica, copied = replicate(self._module, self._slots, variables, self._guard.contents)
         self._copies.append((replica, copied))
+        self._viewed = self._views()
         self._show()
         return replica
 
@@ -91,6 +94,9 @@ class Following:
         if guard is None:
             return
         self._changes = self.changes
+        if self._viewed and self._viewed != self._views():
+            self._remake()
+            return
         if guard.changed():
             self._kind = None
             changes = guard.plain_changes()
@@ -113,9 +119,16 @@ class Following:
         self._refuse_shared(contents)
         made = [remake(replica, self._module, self._slots, contents) for replica, _ in self._copies]
         self._copies = [(replica, copied) for (replica, _), copied in zip(self._copies, made, strict=True)]
-        self._guard = Guard(contents)
+        self._guard, self._kind = Guard(contents), None
+        self._viewed = self._views()
         self._show()
         self.remade += 1
+
+    def _views(self) -> list[tuple[int, int]]:
+        """Which tensors are views of which parameters, by identity and number. The copies have such views too."""
+        slots = [slot for slot in self._slots if slot.table.get(slot.key) is not None]
+        tensors = self._guard.contents.tensors if self._guard is not None else ()
+        return [(id(view.tensor), view.number) for view in views_in([tensor for _, tensor in tensors], slots)]
 
     def _show(self) -> None:
         """Give the replicas the guards by which they notice what forward writes."""

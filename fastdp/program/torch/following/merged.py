@@ -21,6 +21,10 @@ REMEDY = (
     "Return it from forward, which merges outputs; combine the replicas' values in forward by "
     "fastdp.replica.all_reduce or fastdp.replica.all_gather; or use gpus=[0]."
 )
+IN_BACKWARD = (
+    "It was written in backward, perhaps by a hook that keeps a gradient. Let the module return or keep the activation "
+    "instead, call retain_grad() on it and read its `grad` after backward, or register the hook there; or use gpus=[0]."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,27 +95,28 @@ def write_notes(guard: Guard | None, roles: Roles, rows: Rows) -> WriteNotes:
     return WriteNotes(guard, written, rows, roles)
 
 
-def merge_writes(every: Sequence[WriteNotes]) -> dict[Place, MergedWrite]:
+def merge_writes(every: Sequence[WriteNotes], remedy: str = REMEDY) -> dict[Place, MergedWrite]:
     """What the user's module and its copies have after a step.
 
     Args:
         every: what each replica with rows has written, in rank order.
+        remedy: what the error says to do.
 
     Raises:
         ValueError: the replicas have written what cannot be merged; the message names it.
     """
     places = dict.fromkeys(place for notes in every for place in notes.written)
-    return {place: _merge(place, every) for place in places}
+    return {place: _merge(place, every, remedy) for place in places}
 
 
-def _merge(place: Place, every: Sequence[WriteNotes]) -> MergedWrite:
+def _merge(place: Place, every: Sequence[WriteNotes], remedy: str) -> MergedWrite:
     found: list[Written] = []
     for notes in every:
         own = notes.written.get(place)
         if own is None and notes.guard is not None:
             own = present(notes.guard, place)
         if own is None or (found and own.spec != found[0].spec):
-            raise refused(place.name, "on some devices only, or in another structure than on others")
+            raise refused(place.name, "on some devices only, or in another structure than on others", remedy)
         found.append(own)
     rows = [notes.rows for notes in every]
     before = next((one.before for one in found if one.before is not MISSING), MISSING)
@@ -120,11 +125,22 @@ def _merge(place: Place, every: Sequence[WriteNotes]) -> MergedWrite:
         role = every[0].roles.get((place, i))
         if role is None or role.layout.effect is Effect.SAME:
             if not all(equal(parts[0], part) for part in parts[1:]):
-                raise refused(place.name, "to different values on different devices")
+                raise refused(place.name, "to different values on different devices", remedy)
+            if role is None and _may_have_rows(parts, rows):
+                raise refused(place.name, "to equal values on all devices that may be of each one's rows", remedy)
             role = _SAME
         leaves.append(_merged(parts, role, before, rows))
         roles.append(role)
     return MergedWrite(found[0].spec, leaves, roles)
+
+
+def _may_have_rows(parts: Sequence[Any], rows: Sequence[Rows]) -> bool:
+    """Whether each device's tensor has an axis that is as long as the device has rows."""
+    if len(parts) == 1 or not isinstance(parts[0], (torch.Tensor, np.ndarray)):
+        return False
+    return any(
+        all(part.shape[at] == one.count for part, one in zip(parts, rows, strict=True)) for at in range(parts[0].ndim)
+    )
 
 
 def _merged(parts: Sequence[Any], role: Role, before: Any, rows: Sequence[Rows]) -> Any:
@@ -209,6 +225,6 @@ def equal(value: Any, other: Any) -> bool:
     return bool(value == other or (value != value and other != other))
 
 
-def refused(name: str, how: str) -> ValueError:
+def refused(name: str, how: str, remedy: str = REMEDY) -> ValueError:
     """The error for what forward writes and several devices cannot merge."""
-    return ValueError(f"The module sets `{name}` {how}. {REMEDY}")
+    return ValueError(f"The module sets `{name}` {how}. {remedy}")

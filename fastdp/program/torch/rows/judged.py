@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fastdp.program.torch.activations import Inner
 from fastdp.program.torch.following.merged import Roles
 from fastdp.program.torch.rows.weights import Counted
 from fastdp.program.torch.shared_draws import DrawPlaces
@@ -33,7 +34,8 @@ class Judged:
         draws: where the rows are in the random draws of forward, by number.
         written: the arrays that forward changes in place, by their numbers.
         roles: how what forward writes to attributes and containers depends on the rows.
-        inner: the outputs from which others are computed, by number, once a step has shown them.
+        inner: which outputs are computed from others, once a step has shown it.
+        watched: whether somebody wanted a gradient by such an output.
         replaced: the buffers in whose place forward puts other tensors, by their numbers.
     """
 
@@ -42,7 +44,8 @@ class Judged:
     draws: DrawPlaces = field(default_factory=DrawPlaces)
     written: frozenset[int] = frozenset()
     roles: Roles = field(default_factory=dict)
-    inner: frozenset[int] | None = None
+    inner: Inner | None = None
+    watched: bool = False
     replaced: frozenset[int] = frozenset()
 
     def is_like(self, other: Judged) -> bool:
