@@ -1,4 +1,4 @@
-"""Views of parameters and buffers among what a module holds: those of parameters go where these go, or are refused."""
+"""Views of parameters that a module holds move with these; those of buffers, which would go stale, are refused."""
 
 from __future__ import annotations
 
