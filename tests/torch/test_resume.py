@@ -199,6 +199,7 @@ import fastdp
 from test_resume import batches, build, everything, loaded, run
 
 fastdp.set_virtual_devices(8)
+torch.set_num_threads({threads})  # their number changes the last bits of sums
 torch.rand(17)  # another place in another generator
 model, step, schedules = build({devices}, 5, 3)
 loaded(model, step, schedules, {file!r})
@@ -215,7 +216,7 @@ def test_another_process_goes_on_bit_for_bit(devices, tmp_path):
     file.write_bytes(saved(model, step, schedules).getvalue())
     expected = run(step, schedules, batches()[4:])
     folders = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "shared")]
-    code = SCRIPT.format(folders=folders, devices=devices, file=str(file))
+    code = SCRIPT.format(folders=folders, threads=torch.get_num_threads(), devices=devices, file=str(file))
     done = loaded_python("-c", code, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     losses, values = torch.load(file)

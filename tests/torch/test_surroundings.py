@@ -492,3 +492,59 @@ def test_hooks_on_several_gradients_run_in_loops_and_are_refused_by_train_steps(
     torch.testing.assert_close(seen, [[p.grad for p in reference.parameters()]], rtol=1e-9, atol=1e-12)
     with pytest.raises(NotImplementedError, match=r"register_multi_grad_hook.*loss.backward\(\)"):
         model.train_step(F.mse_loss, sgd)(x, y)
+
+
+class Slopes(nn.Module):
+    """Along one direction, in forward."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(2)
+        self.how, self.first, self.last = how, nn.Linear(4, 4), nn.Linear(4, 2)
+        self.double()
+
+    def forward(self, x):
+        def inner(value):
+            return torch.tanh(self.first(value))
+
+        ones = torch.ones_like(x)
+        if self.how == "jvp":
+            slope = torch.func.jvp(inner, (x,), (ones,))[1]
+        elif self.how == "jacfwd":
+            slope = torch.func.vmap(torch.func.jacfwd(inner))(x).sum(2)
+        elif self.how == "dual":
+            with torch.autograd.forward_ad.dual_level():
+                dual = torch.autograd.forward_ad.make_dual(x, ones)
+                slope = torch.autograd.forward_ad.unpack_dual(inner(dual)).tangent
+        elif self.how == "jacrev":
+            slope = torch.func.vmap(torch.func.jacrev(inner))(x).sum(2)
+        elif self.how == "vjp":
+            slope = torch.func.vjp(inner, x)[1](ones)[0]
+        else:
+            slope = torch.autograd.functional.jvp(inner, x, ones, create_graph=True)[1]
+        return self.last(slope)
+
+
+def slopes(how, devices):
+    module = Slopes(how)
+    model = fastdp.wrap(module, gpus=devices) if devices else module
+    x = torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    model(x).square().sum().backward()
+    return [p.grad for p in module.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own decompositions
+@pytest.mark.parametrize("how", ["jvp", "jacfwd", "dual"])
+def test_forward_mode_derivatives_in_forward_are_refused_on_several_devices(how):
+    """Torch keeps one state of them per process."""
+    for one, other in zip(slopes(how, 0), slopes(how, 1), strict=True):
+        torch.testing.assert_close(other, one)
+    with pytest.raises(Exception, match=r"Forward-mode derivatives .*torch\.func\.vjp"):
+        slopes(how, 3)
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+@pytest.mark.parametrize("how", ["jacrev", "vjp", "functional"])
+def test_reverse_mode_derivatives_in_forward_are_those_of_one_device(how, devices):
+    for one, other in zip(slopes(how, 0), slopes(how, devices), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12)

@@ -240,4 +240,22 @@ def _seed(root: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor | Non
     return torch.ones_like(root) if weight is None and root.numel() == 1 else weight
 
 
-HANDLERS: dict[Any, Handler] = {torch.autograd.backward: _backward_again, torch.Tensor.backward: _backward_again}
+def _forward_mode(running: ReplicaContext, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Refuse derivatives in forward mode, whose levels torch counts for the whole process.
+
+    Raises:
+        NotImplementedError: always. Replicas at the same time would take or end each other's levels.
+    """
+    raise NotImplementedError(
+        "Forward-mode derivatives (torch.func.jvp, jacfwd, hessian, torch.autograd.forward_ad) work for one thread of "
+        "a process at a time, so they cannot be part of what several devices run. Use torch.func.vjp or jacrev, or "
+        "torch.autograd.functional.jvp, inside of forward; or compute them outside of it, by model.module; or use "
+        "gpus=[0]."
+    )
+
+
+HANDLERS: dict[Any, Handler] = {
+    torch.autograd.backward: _backward_again,
+    torch.Tensor.backward: _backward_again,
+    torch._make_dual: _forward_mode,
+}
