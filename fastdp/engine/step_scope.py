@@ -20,12 +20,12 @@ from fastdp.runtime.events import here
 from fastdp.runtime.host.resources import CORES
 from fastdp.runtime.host_worker import in_place_of_worker
 from fastdp.runtime.queue import QueueDevice
+from fastdp.runtime.scopes import Scopes
 from fastdp.tracing.spans import Recorder, now
 
 # Steps of different engines that share devices must not interleave: replicas block in exchanges.
 one_step_at_a_time = StepLock()
 
-T = TypeVar("T")
 OperationT = TypeVar("OperationT", bound=Operation)
 
 
@@ -171,7 +171,7 @@ class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
     def __init__(self, state: EngineState, recovery: Recovery, replicas: ReplicaGroup, operation: OperationT) -> None:
         self._state, self._recovery, self._replicas = state, recovery, replicas
         self._operation = operation
-        self._scopes: list[AbstractContextManager[object]] = []
+        self._scopes = Scopes()
         self._closed = False
         self._recorder: Recorder | None = None
 
@@ -190,7 +190,7 @@ class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
             except BaseException as error:
                 self._recovery.abandon(operation, error)
                 try:
-                    self._leave(None)
+                    self._scopes.leave()
                 finally:
                     one_step_at_a_time.release()
                 if self._recorder is not None:
@@ -211,30 +211,16 @@ class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
         # Shards of one device take turns among workers.
         spare = devices[0].on_gpu or devices[0].part_of is not None or len(devices) < max(CORES, 2)
         if not spare and self._replicas.program.first_may_run_here and self._state.fetches_fast:
-            self._enter(in_place_of_worker(devices[0]))
+            self._scopes.enter(in_place_of_worker(devices[0]))
         self._replicas.bring_up_to_date(operation.active or len(self._replicas.every))
-        self._enter(self._replicas.program.running(self._operation.threads))
+        self._scopes.enter(self._replicas.program.running(self._operation.threads))
         if len(devices) == 1 and not devices[0].on_gpu:
             # This thread would only wait for the worker, so it takes the worker's place. Torch's helper threads also
             # stay awake only while a single thread uses them.
-            mine = self._enter(devices[0].lend())
+            mine = self._scopes.enter(devices[0].lend())
             operation.here = (
                 mine and self._recorder is None and isinstance(operation, Step) and operation.across is None
             )
-
-    def _enter(self, scope: AbstractContextManager[T]) -> T:
-        """Enter a scope that lasts as long as the operation."""
-        entered = scope.__enter__()
-        self._scopes.append(scope)
-        return entered
-
-    def _leave(self, error: BaseException | None) -> None:
-        """Leave the scopes, the last one first. They see the error, and cannot suppress it."""
-        if self._scopes:
-            try:
-                self._scopes.pop().__exit__(None if error is None else type(error), error, None)
-            finally:
-                self._leave(error)
 
     def __exit__(
         self,
@@ -269,7 +255,7 @@ class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):
                 self._recovery.abandon(self._operation, error)
                 self._recovery.end(error)
         finally:
-            self._leave(error)
+            self._scopes.leave(error)
 
     def _begin_trace(self, recorder: Recorder) -> None:
         """Tell traces that this operation begins."""

@@ -118,7 +118,7 @@ def in_place_of_workers(devices: Sequence[Any], threads: int) -> Iterator[None]:
 class _ReplicasRun(AbstractContextManager[None]):
     """As `replicas_run`. A class: a generator with torch's contexts inside costs a small step several times as much."""
 
-    __slots__ = ("_before", "_modes", "_present", "_threads")
+    __slots__ = ("_before", "_modes", "_present", "_recorded", "_threads")
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
@@ -128,12 +128,13 @@ class _ReplicasRun(AbstractContextManager[None]):
         self._before = _given.cores
         _given.cores = cores = given_cores()
         self._present = torch.get_num_threads()
+        self._recorded = _records_gradients()
         try:
             if self._threads < cores:
                 end_pool()
             if self._present != self._threads:
                 torch.set_num_threads(self._threads)
-            if not _records_gradients():
+            if not self._recorded:
                 self._modes = ExitStack()
                 self._modes.enter_context(torch.inference_mode(False))
                 self._modes.enter_context(torch.enable_grad())
@@ -145,7 +146,7 @@ class _ReplicasRun(AbstractContextManager[None]):
         try:
             if self._modes is not None:
                 self._modes.close()
-            elif not torch.is_grad_enabled():  # code of the user's has left it so
+            elif self._recorded and not torch.is_grad_enabled():  # code of the user's has left it so
                 torch._C._set_grad_enabled(True)
             if self._present != self._threads:
                 torch.set_num_threads(self._present)

@@ -13,6 +13,7 @@ import torch
 
 import fastdp
 from fastdp.runtime.host.resources import CORES
+from fastdp.tensors import threads
 from fastdp.tensors.threads import in_place_of_workers
 
 SCRIPT = """
@@ -188,3 +189,16 @@ def test_a_loop_of_large_outputs_or_weights_keeps_all_cores(cores, inputs, outpu
     made = model(torch.randn(2, inputs))
     assert made.requires_grad
     assert cores() == 4
+
+
+def test_replicas_that_cannot_begin_leave_torch_without_gradients_where_it_was(monkeypatch):
+    """The mode of the caller, also when what comes before it fails."""
+
+    def fails(count):
+        raise OSError("no threads")
+
+    monkeypatch.setattr(threads, "end_pool", lambda: fails(1))
+    with torch.no_grad():
+        with pytest.raises(OSError, match="no threads"), threads.replicas_run(0):
+            pass
+        assert not torch.is_grad_enabled()

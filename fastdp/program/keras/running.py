@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from fastdp.program.keras.patches import replica_aware
+from fastdp.runtime.scopes import Scopes
 from fastdp.tensors.threads import replicas_run
 
 if TYPE_CHECKING:
@@ -23,22 +24,22 @@ class Running(AbstractContextManager[None]):
         threads: cores for each.
     """
 
-    __slots__ = ("_entered", "_program", "_threads")
+    __slots__ = ("_program", "_scopes", "_threads")
 
     def __init__(self, program: KerasProgram, threads: int) -> None:
         self._program, self._threads = program, threads
-        self._entered: list[AbstractContextManager[None]] = []
+        self._scopes = Scopes()
 
     def __enter__(self) -> None:
         try:
-            self._enter(replica_aware())
-            self._enter(replicas_run(self._threads))
+            self._scopes.enter(replica_aware())
+            self._scopes.enter(replicas_run(self._threads))
             state = self._program.template_state
             if state is not None:
-                self._enter(state())
+                self._scopes.enter(state())
             self._program.begun()
         except BaseException as error:
-            self._leave(type(error), error, error.__traceback__)
+            self._scopes.leave(error)
             raise
 
     def __exit__(
@@ -47,20 +48,6 @@ class Running(AbstractContextManager[None]):
         try:
             self._program.draws.end(failed=kind is not None)
         except BaseException as failure:
-            self._leave(type(failure), failure, failure.__traceback__)
+            self._scopes.leave(failure)
             raise
-        self._leave(kind, error, traceback)
-
-    def _enter(self, scope: AbstractContextManager[None]) -> None:
-        scope.__enter__()
-        self._entered.append(scope)
-
-    def _leave(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Leave what was entered, the last one first."""
-        if self._entered:
-            try:
-                self._entered.pop().__exit__(kind, error, traceback)
-            finally:
-                self._leave(kind, error, traceback)
+        self._scopes.leave(error)
