@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from fastdp._version import __version__
+from fastdp.checkpoint import damage
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 _PARTIAL = ".tmp"
 _NAME = re.compile(r"step-(\d{8,18})")
+_PARTIAL_NAME = re.compile(r"step-\d{8,18}(\.old)?\.tmp")
 _MOST_MANIFEST = 1 << 20
 
 
@@ -39,8 +41,8 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def partial_in(folder: Path) -> list[Path]:
-    """The folders that a process which ended while it wrote has left."""
-    return sorted(path for path in folder.iterdir() if path.name.startswith("step-") and path.suffix == _PARTIAL)
+    """What a process that ended while it wrote has left."""
+    return sorted(path for path in folder.iterdir() if _PARTIAL_NAME.fullmatch(path.name))
 
 
 def write(folder: Path, step: int, fill: Callable[[Path], None]) -> Path:
@@ -56,9 +58,8 @@ def write(folder: Path, step: int, fill: Callable[[Path], None]) -> Path:
     """
     place = folder / name_of(step)
     new, old = folder / f"{place.name}{_PARTIAL}", folder / f"{place.name}.old{_PARTIAL}"
-    for rest in (new, old):
-        if rest.exists():  # of a failed try, which could not remove it
-            shutil.rmtree(rest)
+    for rest in (new, old):  # of a failed try, which could not remove it
+        remove_rest(rest)
     try:
         new.mkdir()
         fill(new)
@@ -69,22 +70,27 @@ def write(folder: Path, step: int, fill: Callable[[Path], None]) -> Path:
         (new / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
         _sync(new / MANIFEST)
         _sync(new)
-        if place.exists():
+        if os.path.lexists(place):
             place.rename(old)
         new.rename(place)
         _sync(folder)
     except BaseException:
-        if old.exists() and not place.exists():  # it failed between the two renames: the one before is still the best
+        if os.path.lexists(old) and not os.path.lexists(
+            place
+        ):  # failed between two renames: the one before is the best
             old.rename(place)
         shutil.rmtree(new, ignore_errors=True)
         raise
-    if old.exists():
-        shutil.rmtree(old)
+    remove_rest(old)
     return place
 
 
 def what_is_wrong(place: Path) -> str | None:
-    """Why a checkpoint must not be read: something is missing, or is not what was written. None where all is well."""
+    """Why a checkpoint must not be read: something is missing, or is not what was written. None where all is well.
+
+    Raises:
+        OSError: the machine does not let it be read; the message names it.
+    """
     try:
         if not stat.S_ISDIR(place.lstat().st_mode):
             return "it is no folder"
@@ -95,16 +101,35 @@ def what_is_wrong(place: Path) -> str | None:
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and damage.of_the_machine(error):
+            raise OSError(
+                error.errno,
+                f"The checkpoint {place} cannot be read now, and no older one is used in its place: {error} Let this "
+                "process read it, or remove it, so that the one before it is used.",
+            ) from error
         return f"it cannot be read ({error})"
     except (LookupError, TypeError, AttributeError, RecursionError) as error:  # checksums that somebody has made anew
         return f"{MANIFEST} is not what was written ({type(error).__name__})"
 
 
 def remove(place: Path) -> None:
-    """Remove a checkpoint. It loses its name first, so what is left after a kill is no checkpoint."""
+    """Remove a checkpoint. It loses its name first, so what is left after a kill is no checkpoint.
+
+    Raises:
+        OSError: that cannot be done.
+    """
     gone = place.with_name(f"{place.name}.old{_PARTIAL}")
+    remove_rest(gone)
     place.rename(gone)
-    shutil.rmtree(gone)
+    remove_rest(gone)
+
+
+def remove_rest(path: Path) -> None:
+    """Remove what lies at a path: a folder with all that is in it, a file, or a link, but not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _manifest(step: int, files: list[Path]) -> dict[str, Any]:

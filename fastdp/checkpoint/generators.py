@@ -35,3 +35,16 @@ def write_generators(states: Mapping[str, Any]) -> None:
     library = torch_side()
     if library is not None and states["torch"] is not None:
         library.write_generators(states["torch"])
+
+
+def check_generators(states: Mapping[str, Any]) -> None:
+    """Try what `write_generators` would set, and leave all as it is.
+
+    Raises:
+        ValueError, TypeError, LookupError, AttributeError, RuntimeError: it is not what `read_generators` returns.
+    """
+    before = read_generators()
+    try:
+        write_generators(states)
+    finally:
+        write_generators(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -46,8 +47,9 @@ class FolderLock:
                 "End that one first, or choose another folder."
             ) from None
         _held.add(self._folder)
-        os.ftruncate(self._file, 0)
-        os.write(self._file, f"{os.getpid()}\n".encode())
+        with contextlib.suppress(OSError):  # the disk is full: others are told no number then
+            os.ftruncate(self._file, 0)
+            os.write(self._file, f"{os.getpid()}\n".encode())
 
     def release(self) -> None:
         """Let others have the folder. May be called again."""

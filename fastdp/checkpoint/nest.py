@@ -18,6 +18,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fastdp.checkpoint import damage
+
 STRUCTURE, ARRAYS = "state.json", "state.npz"
 
 
@@ -95,15 +97,17 @@ def reading(place: Path) -> Iterator[None]:
 
     Raises:
         ValueError: it has such content.
+        OSError: the machine does not let it be read.
     """
     try:
         yield
     except NeedsTorchError:
         raise
     except _ODD as error:
+        if damage.of_the_machine(error):
+            raise
         raise ValueError(
-            f"The checkpoint {place} cannot be read, though its checksums are right ({type(error).__name__}: {error}). "
-            "Remove it, so that the one before it is used."
+            f"The checkpoint {place} cannot be read, though its checksums are right ({type(error).__name__}: {error})."
         ) from error
 
 
@@ -114,10 +118,13 @@ def loading(place: Path) -> Iterator[None]:
     Raises:
         ValueError: a part is missing or of another form. Errors of the models' own (ValueError, TypeError,
             RuntimeError) pass.
+        OSError: the machine does not let it be read.
     """
     try:
         yield
     except _UNFIT as error:
+        if damage.of_the_machine(error):
+            raise
         raise ValueError(
             f"The checkpoint {place} does not fit this run: {type(error).__name__}: {error}. Make the same model and "
             "the same parts as before, or choose another folder."

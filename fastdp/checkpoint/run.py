@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from fastdp.checkpoint import nest, shards
-from fastdp.checkpoint.generators import read_generators, torch_side, write_generators
+from fastdp.checkpoint.before import Before
+from fastdp.checkpoint.generators import check_generators, read_generators, torch_side, write_generators
 from fastdp.checkpoint.order import EpochData
 from fastdp.checkpoint.signals import EndSignals
 from fastdp.checkpoint.store import KEEP, Store
 from fastdp.warn import warn_user
 
 MODEL = "model.pt"
+EXTRA = "extra "  # begins the names of parts that are given as `extra`
 MINUTES = 10.0
 T = TypeVar("T")
 
@@ -57,7 +59,8 @@ class Checkpoint:
         ValueError, TypeError: an argument is of no use.
         RuntimeError: another process writes into the folder.
         OSError: the folder cannot be made or written to. If a checkpoint cannot be written later (the disk is full),
-            the next one, or the end of `with`, raises it; caught, the loop can go on, and the next one tries anew.
+            the next one raises it; caught, the loop can go on, and the next one tries anew. At the end of `with`, and
+            after a signal, that is a warning, and the last one is tried.
 
     Example:
         >>> with fastdp.Checkpoint("run", model=model, step=step, every_minutes=10) as checkpoint:  # doctest: +SKIP
@@ -86,7 +89,7 @@ class Checkpoint:
         named = {"step": step, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
         self._parts = {name: _list_of(name, part) for name, part in named.items() if part is not None}
         for name, part in (extra or {}).items():
-            self._parts[f"extra {name}"] = [_stateful(f"extra[{name!r}]", part)]
+            self._parts[f"{EXTRA}{name}"] = [_stateful(f"extra[{name!r}]", part)]
         if every_steps is None and every_minutes is None:
             every_minutes = MINUTES
         self._store = Store(folder, every_steps, every_minutes, keep)
@@ -110,7 +113,7 @@ class Checkpoint:
         if kind is None:
             try:
                 if self._position != self._saved:
-                    self.save()
+                    self._save(last=True)
                 self._end_if_told()
             finally:
                 self.close()
@@ -134,33 +137,52 @@ class Checkpoint:
     def restore(self) -> Position | None:
         """Load the newest whole checkpoint, if there is one. Call it before the first step.
 
+        One whose content cannot be loaded, though its checksums are right, is left out with a warning, and the one
+        before it is loaded.
+
         Returns:
             The position where the run goes on; None if there is no checkpoint.
 
         Raises:
-            ValueError, TypeError, RuntimeError: it is of another model or other parts than this one, or its content is
-                not what was written, though its checksums are right.
+            ValueError, TypeError, RuntimeError: none can be loaded, since they are of another model or other parts than
+                this one, or damaged. The model and all parts are as before, but for objects in `extra`.
+            OSError: the machine does not let it be read (rights, memory).
         """
-        found = self._store.newest()
-        if found is None:
+        library, before = torch_side(), list[Before]()
+
+        def load(place: Path) -> Mapping[str, Any]:
+            state = _read(place, library)
+            with nest.loading(place):
+                _check_parts(place, state["parts"], self._parts)
+                if not before:
+                    before.append(Before(self._own_parts(), library))
+                self._load(state)
+            return {**state, "place": place}
+
+        def undo() -> None:
+            for one in before:
+                one.give_back()
+
+        state = self._store.restore(load, undo)
+        if state is None:
             return None
-        library = torch_side()
-        with nest.reading(found[1]):
-            state = nest.read(found[1], library)
-            weights = _weights(found[1] / MODEL, library) if (found[1] / MODEL).exists() else {}
-            position = Position(*(operator.index(number) for number in state["position"]))
-            model, parts_there = {**weights, **state["model"]}, {**state["parts"]}
-            self._resumed = {"data": state["data"], "generators": state["generators"]}
-        with nest.loading(found[1]):
-            _check_parts(found[1], parts_there, self._parts)
-            shards.warn_of_others(found[1], state, self._model)
-            self._model.load_state_dict(model)
-            for name, parts in self._parts.items():
-                for part, saved in zip(parts, parts_there[name], strict=True):
-                    part.load_state_dict(saved)
-            write_generators(state["generators"])
-        self._position = self._saved = position
+        shards.warn_of_others(state["place"], state, self._model)
+        self._resumed = {"data": state["data"], "generators": state["generators"]}
+        self._position = self._saved = state["position"]
         return self._position
+
+    def _own_parts(self) -> list[Any]:
+        """The model and what belongs to it. To read the state of other objects may begin something, as workers."""
+        named = [parts for name, parts in self._parts.items() if not name.startswith(EXTRA)]
+        return [self._model, *(part for parts in named for part in parts)]
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """Give everything its state."""
+        self._model.load_state_dict(state["model"])
+        for name, parts in self._parts.items():
+            for part, saved in zip(parts, state["parts"][name], strict=True):
+                part.load_state_dict(saved)
+        write_generators(state["generators"])
 
     def epochs(self, count: int) -> Iterator[int]:
         """The numbers of the epochs from where the run is, up to `count` in all."""
@@ -203,7 +225,7 @@ class Checkpoint:
         done = counted if batch is None else batch + 1
         self._position = Position(before.epoch if epoch is None else epoch, done, before.step + 1)
         if self._store.due(self._position.step) or self._signals.came:
-            self.save()
+            self._save(last=self._signals.came)
             self._end_if_told()
 
     def _end_if_told(self) -> None:
@@ -218,6 +240,10 @@ class Checkpoint:
         Raises:
             OSError, ValueError, TypeError: as `step`.
         """
+        self._save(last=False)
+
+    def _save(self, *, last: bool) -> None:
+        """`last`: as in `Store.save`."""
         self._saved = self._position
         if not self._store.leads:
             return
@@ -242,8 +268,26 @@ class Checkpoint:
                 library.write_state(weights, folder / MODEL)
 
         self._saved = None
-        self._store.save(self._position.step, fill)
+        self._store.save(self._position.step, fill, last=last)
         self._saved = self._position
+
+
+def _read(place: Path, library: Any) -> dict[str, Any]:
+    """What a checkpoint holds, its position as one, the model's state as a whole. Nothing changes.
+
+    Raises:
+        ValueError: the content is not what was written.
+    """
+    with nest.reading(place):
+        state = nest.read(place, library)
+        weights = _weights(place / MODEL, library) if (place / MODEL).exists() else {}
+        position = Position(*(operator.index(number) for number in state["position"]))
+        model, parts = {**weights, **state["model"]}, {**state["parts"]}
+        check_generators(state["generators"])
+        if state["data"] is not None:
+            operator.index(state["data"]["taken"])
+            check_generators(state["data"]["generators"])
+        return {**state, "position": position, "model": model, "parts": parts}
 
 
 def _weights(path: Path, library: Any) -> Mapping[str, Any]:

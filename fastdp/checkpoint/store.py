@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from fastdp.checkpoint import folders
+from fastdp.checkpoint import damage, folders
 from fastdp.checkpoint.background import Background
 from fastdp.checkpoint.lock import FolderLock
 from fastdp.comm.processes import Processes, leads, several
@@ -18,6 +17,7 @@ from fastdp.warn import warn_user
 
 KEEP = 3
 TOGETHER = 600.0  # seconds that processes wait for each other's files
+T = TypeVar("T")
 
 
 class Store:
@@ -36,9 +36,7 @@ class Store:
     """
 
     def __init__(self, folder: Any, every_steps: int | None, every_minutes: float | None, keep: int | None) -> None:
-        check_arguments(every_steps, every_minutes, keep)
-        if not isinstance(folder, (str, os.PathLike)):
-            raise TypeError(f"`folder` must be a path. Received: {folder!r}.")
+        check_arguments(folder, every_steps, every_minutes, keep)
         self.folder = Path(folder)
         self._every_steps, self._keep = every_steps, keep
         self._every_seconds = None if every_minutes is None else every_minutes * 60
@@ -46,19 +44,86 @@ class Store:
         self.leads = leads()
         self._lock = FolderLock(self.folder) if self.leads else None
         self._background = Background()
-        self._bad: set[int] = set()  # what was not whole
+        self._bad: set[int] = set()  # what was not whole, or could not be loaded
         self._saved_step = 0
         self._saved_at = time.monotonic()
         self._continues = False
-        for partial in folders.partial_in(self.folder) if self.leads else ():
-            warn_user(f"The checkpoint {partial} is a part of one: the process that wrote it was ended. It is removed.")
-            shutil.rmtree(partial)
+        try:
+            self._remove_partial()
+        except BaseException:
+            self.abandon()
+            raise
 
-    def newest(self) -> tuple[int, Path] | None:
-        """Step and folder of the newest whole checkpoint; None if there is none. Warns of those that are not whole."""
+    def _remove_partial(self) -> None:
+        for partial in folders.partial_in(self.folder) if self.leads else ():
+            folders.remove_rest(partial)
+            warn_user(f"The checkpoint {partial} was a part of one, whose writer was ended. It is removed.")
+
+    def restore(self, load: Callable[[Path], T], undo: Callable[[], None]) -> T | None:
+        """Load the newest checkpoint that can be loaded, in all processes the same. Warns of those that cannot.
+
+        Args:
+            load: loads the checkpoint in a folder.
+            undo: makes everything what it was, after a `load` that has failed here or in another process.
+
+        Returns:
+            What `load` has returned; None if there is no checkpoint.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: none can be loaded: what `load` has raised for the newest of them.
+            OSError: as `newest`.
+        """
+        failures: dict[int, BaseException] = {}
+        found = self.newest()
+        while found is not None:
+            step, place = found
+            loaded, failure = self._tried(place, load, undo)
+            if failure is None:
+                for wrong, error in failures.items():
+                    self._bad.add(wrong)
+                    left = self.folder / folders.name_of(wrong)
+                    warn_user(f"The checkpoint {left} is left out, and {place.name} is used: {error}")
+                return loaded
+            failures[step] = failure
+            found = self.newest(before=step)
+        if failures:
+            self._continues, self._saved_step = False, 0
+            raise next(iter(failures.values()))
+        return None
+
+    def _tried(
+        self, place: Path, load: Callable[[Path], T], undo: Callable[[], None]
+    ) -> tuple[T | None, BaseException | None]:
+        """What `load` returns, or why this checkpoint cannot be used. Other errors than those of content are raised."""
+        loaded: T | None = None
+        failure: BaseException | None = None
+        try:
+            loaded = load(place)
+        except BaseException as error:
+            undo()
+            if not damage.of_content(error):
+                raise
+            failure = error
+        if several():
+            every = _processes().gather(failure and str(failure), "loading the checkpoint", TOGETHER)
+            rank, said = next(((rank, said) for rank, said in enumerate(every) if said is not None), (0, None))
+            if failure is None and said is not None:
+                undo()
+                failure = ValueError(f"Process {rank} cannot load the checkpoint {place}: {said}")
+        return loaded, failure
+
+    def newest(self, before: int | None = None) -> tuple[int, Path] | None:
+        """Step and folder of the newest whole checkpoint; None if there is none. Warns of those that are not whole.
+
+        Args:
+            before: only earlier ones than that of this step.
+
+        Raises:
+            OSError: rights, memory or a server are missing to read it. No older one is used then.
+        """
         self.settle()
         self._continues = True
-        found = self._newest() if self.leads else None
+        found = self._newest(before) if self.leads else None
         return found if not several() else self._of_all(found)
 
     def _of_all(self, found: tuple[int, Path] | None) -> tuple[int, Path] | None:
@@ -79,9 +144,11 @@ class Store:
         self._saved_step = every[0]
         return every[0], place
 
-    def _newest(self) -> tuple[int, Path] | None:
+    def _newest(self, before: int | None) -> tuple[int, Path] | None:
         """The newest whole checkpoint."""
         for step in folders.steps_in(self.folder):
+            if before is not None and step >= before:
+                continue
             place = self.folder / folders.name_of(step)
             wrong = folders.what_is_wrong(place)
             if wrong is None:
@@ -100,18 +167,25 @@ class Store:
             self._every_seconds is not None and time.monotonic() - self._saved_at >= self._every_seconds
         )
 
-    def save(self, step: int, fill: Callable[[Path], None]) -> None:
+    def save(self, step: int, fill: Callable[[Path], None], *, last: bool = False) -> None:
         """Write a checkpoint in the background. Waits for the one before it.
 
         Args:
             step: its number.
             fill: writes its files into the folder that it gets. Runs on another thread.
+            last: the run ends: if the one before could not be written, that is a warning, and this one is written.
 
         Raises:
             OSError: the one before it could not be written; the message names it. Another call tries anew.
             ValueError: the folder has checkpoints of another run.
         """
         self._check_own(step)
+        try:
+            self._background.wait()
+        except OSError as error:
+            if not last:
+                raise
+            warn_user(str(error))
         self._saved_step, self._saved_at = step, time.monotonic()
         self._background.start(lambda: self._write(step, fill))
 
@@ -168,12 +242,13 @@ class Store:
         place = self.folder / folders.name_of(step)
         try:
             folders.write(self.folder, step, fill)
-            self._bad.discard(step)
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch's and h5py's, of a full disk
+            raise _unwritten(place, error) from error
+        self._bad.discard(step)
+        try:
             self._remove_old(step)
         except OSError as error:
-            raise OSError(
-                error.errno, f"The checkpoint {place} could not be written: {error.strerror or error}"
-            ) from error
+            warn_user(f"The checkpoint {place} is written, and an older one could not be removed: {error}")
 
     def _remove_old(self, step: int) -> None:
         """Keep the newest ones up to `step`, which is whole. What was not whole counts for nothing."""
@@ -186,17 +261,29 @@ class Store:
                 folders.remove(self.folder / folders.name_of(one))
 
 
+def _unwritten(place: Path, error: OSError | RuntimeError) -> OSError:
+    """The error of a checkpoint that could not be written, by the system's reason where a library has another one."""
+    reason: BaseException | None = error
+    while reason is not None and not isinstance(reason, OSError):
+        reason = reason.__context__
+    number = None if reason is None else reason.errno
+    told = f"The checkpoint {place} could not be written: {(reason and reason.strerror) or error}"
+    return OSError(told) if number is None else OSError(number, told)
+
+
 def _processes() -> Processes:
     found: Processes = importlib.import_module("fastdp.tensors.process_group").join()
     return found
 
 
-def check_arguments(every_steps: int | None, every_minutes: float | None, keep: int | None) -> None:
+def check_arguments(folder: Any, every_steps: int | None, every_minutes: float | None, keep: int | None) -> None:
     """Check the arguments that all checkpoints have.
 
     Raises:
         ValueError, TypeError: one is of no use.
     """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"`folder` must be a path. Received: {folder!r}.")
     for name, value, unit in (("every_steps", every_steps, "steps"), ("keep", keep, "checkpoints")):
         if value is None:
             continue

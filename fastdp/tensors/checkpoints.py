@@ -71,8 +71,13 @@ def split_state(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict
 
 
 def write_state(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write tensors by name as `torch.save` does: `module.load_state_dict(torch.load(path))` reads it."""
-    torch.save(dict(tensors), path)
+    """Write tensors by name as `torch.save` does: `module.load_state_dict(torch.load(path))` reads it.
+
+    Raises:
+        OSError: it cannot be written. By a path torch would say no reason of the system.
+    """
+    with path.open("wb") as file:
+        torch.save(dict(tensors), file)
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:

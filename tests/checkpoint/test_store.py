@@ -101,7 +101,7 @@ def test_a_manifest_that_names_files_elsewhere_or_a_later_format_is_left_out(run
 
 def test_what_a_killed_process_has_begun_is_removed_with_a_warning(run):
     shutil.copytree(run / "step-00000003", run / "step-00000004.tmp")
-    with pytest.warns(UserWarning, match=r"step-00000004\.tmp is a part of one"):
+    with pytest.warns(UserWarning, match=r"step-00000004\.tmp was a part of one"):
         assert newest(run) == (3, 3)
     assert not (run / "step-00000004.tmp").exists()
 

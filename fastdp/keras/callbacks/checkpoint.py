@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastdp.checkpoint import nest, shards
-from fastdp.checkpoint.generators import read_generators, torch_side, write_generators
+from fastdp.checkpoint.generators import check_generators, read_generators, torch_side, write_generators
 from fastdp.checkpoint.run import MINUTES
 from fastdp.checkpoint.signals import EndSignals
 from fastdp.checkpoint.store import KEEP, Store, check_arguments
@@ -50,7 +52,7 @@ class Checkpoint(WritesFiles):
         ValueError, TypeError: an argument is of no use, the run is over, or the checkpoint is of another model.
         RuntimeError: another process writes into the folder; the model is not built.
         OSError: the folder cannot be written to. If a checkpoint cannot be written (the disk is full), `fit` ends with
-            it when the next one is due, or at its end.
+            it when the next one is due. At its end, and after a signal, that is a warning, and the last one is tried.
 
     Example:
         >>> checkpoint = fastdp.callbacks.Checkpoint("run", every_minutes=10)  # doctest: +SKIP
@@ -68,7 +70,7 @@ class Checkpoint(WritesFiles):
         keep: int | None = KEEP,
     ) -> None:
         super().__init__()
-        check_arguments(every_steps, every_minutes, keep)
+        check_arguments(folder, every_steps, every_minutes, keep)
         if every_steps is None and every_minutes is None:
             every_minutes = MINUTES
         self._folder, self._options = folder, (every_steps, every_minutes, keep)
@@ -108,9 +110,7 @@ class Checkpoint(WritesFiles):
         self._states: CallbackStates | None = None
         self._epoch = self._step = self._begun = 0
         try:
-            found = self._store.newest()
-            if found is not None:
-                self._restore(found[1])
+            self._restore(self._store)
         except BaseException:
             self.close()
             raise
@@ -130,7 +130,7 @@ class Checkpoint(WritesFiles):
         """Save the end of the run, and close."""
         self.model._initial_epoch = None
         if self._step > self._begun:
-            self._save(0)
+            self._save(0, last=True)
         self._over = True
         try:
             self._end_if_told()
@@ -148,7 +148,7 @@ class Checkpoint(WritesFiles):
         if batch:
             self._step += self._loop.latest
         if self._signals.came or (self._step > self._begun and self._store.due(self._step)):
-            self._save(batch)
+            self._save(batch, last=self._signals.came)
             self._end_if_told()
 
     def _end_if_told(self) -> None:
@@ -162,8 +162,8 @@ class Checkpoint(WritesFiles):
         self._states = CallbackStates(self._loop.callbacks, self)
         return self._states
 
-    def _save(self, batch: int) -> None:
-        """Copy everything, and let a thread write it."""
+    def _save(self, batch: int, *, last: bool) -> None:
+        """Copy everything, and let a thread write it. `last`: as in `Store.save`."""
         assert self._store is not None
         assert self._loop is not None
         if not self._store.leads:
@@ -190,22 +190,35 @@ class Checkpoint(WritesFiles):
             packed.write(folder)
             snapshot.write(folder)
 
-        self._store.save(self._step, fill)
+        self._store.save(self._step, fill, last=last)
 
-    def _restore(self, place: Path) -> None:
-        """Load a checkpoint. What `fit` and other callbacks set at their beginning is set before the next batch."""
+    def _restore(self, store: Store) -> None:
+        """Load the newest checkpoint. What `fit` and callbacks set at their beginning is set before the next batch."""
+        before: list[model_file.ModelValues] = []
+
+        def load(place: Path) -> dict[str, Any]:
+            state = _read(place)
+            with nest.loading(place):
+                if not before:
+                    before.append(model_file.ModelValues(self.model))
+                model_file.load_into(self.model, place)
+                model_file.write_variables(self.model, state["variables"], "seeds")
+            return {**state, "place": place}
+
+        def undo() -> None:
+            for one in before:
+                one.give_back()
+
+        state = store.restore(load, undo)
+        if state is not None:
+            shards.warn_of_others(state["place"], state, self.model)
+            self._go_on(state)
+
+    def _go_on(self, state: Mapping[str, Any]) -> None:
+        """Have `fit` go on where a checkpoint was made."""
         assert self._loop is not None
-        with nest.reading(place):
-            state = nest.read(place, torch_side())
-            step, epoch, _ = (operator.index(state[name]) for name in ("step", "epoch", "batch"))
-            for name in ("stopped", "callbacks", "data", "variables", "global seed", "generators"):
-                state[name]
-            nest.check_stored(place / model_file.NAME)
-        with nest.loading(place):
-            shards.warn_of_others(place, state, self.model)
-            model_file.load_into(self.model, place)
-        self._step = self._begun = step
-        self._epoch = self.model._initial_epoch = epoch
+        self._step = self._begun = state["step"]
+        self._epoch = self.model._initial_epoch = state["epoch"]
         epochs = self.params.get("epochs") or 0
         if state["stopped"] or state["epoch"] >= epochs:  # it is over: there is no next batch
             warn_user(f"The run in {self._folder} is over, after epoch {state['epoch']}: this `fit` trains no more.")
@@ -222,6 +235,27 @@ class Checkpoint(WritesFiles):
             model_file.write_variables(self.model, state["variables"], "metrics")
         model_file.write_global_seed(state["global seed"])
         write_generators(state["generators"])
+
+
+def _read(place: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside the model's file. Nothing changes.
+
+    Raises:
+        ValueError: the content is not what was written.
+    """
+    with nest.reading(place):
+        state = nest.read(place, torch_side())
+        numbers = {name: operator.index(state[name]) for name in ("step", "epoch", "batch")}
+        data, variables, seed = (state[name] for name in ("data", "variables", "global seed"))
+        operator.index(data["taken"])
+        for generators in (state["generators"], data["generators"]):
+            check_generators(generators)
+        arrays = [*variables["seeds"], *variables["metrics"]]
+        found = isinstance(state["callbacks"], dict) and all(isinstance(one, np.ndarray) for one in arrays)
+        if not found or not (seed is None or np.shape(seed) == (2,)):
+            raise ValueError("states of callbacks, seeds or metrics are none")
+        nest.check_stored(place / model_file.NAME)
+        return {**state, **numbers, "stopped": bool(state["stopped"])}
 
 
 def _abandon(store: Store, signals: EndSignals) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from keras.src.backend.common import global_state
 from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
 from keras.src.saving import saving_lib
 
+from fastdp.checkpoint import damage
 from fastdp.keras.compile_state import borrowed
 from fastdp.keras.parallel_model import ParallelModel
 
@@ -73,21 +75,51 @@ class _Recorded(saving_lib.H5IOStore):
 
 
 def load_into(model: keras.Model, folder: Path) -> None:
-    """Give a built and compiled model the weights and the optimizer's state of a file.
+    """Give a built and compiled model, whose optimizer is built too, the weights and the optimizer's state of a file.
 
     Raises:
         ValueError: it is of another model, or damaged; the message names the file and has Keras's reason.
+        OSError: the machine does not let it be read.
     """
-    with _template_of(model) as template:
-        if template.optimizer is not None and not template.optimizer.built:
-            template.optimizer.build(template.trainable_variables)
+    with _template_of(model) as template, warnings.catch_warnings():
+        warnings.filterwarnings("error", "Skipping variable loading for optimizer")  # it would begin anew
         try:
             saving_lib.load_weights_only(template, str(folder / NAME))
-        except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: h5py's, of a damaged file
+        except (ValueError, TypeError, RuntimeError, OSError) as error:  # the last two: h5py's, of a damaged file
+            if damage.of_the_machine(error):
+                raise
             raise ValueError(
-                f"{folder / NAME} does not fit this model, or is damaged: {error} Parts of it may be loaded already. "
-                "Build the same model as before, or remove this checkpoint, so that the one before it is used."
+                f"{folder / NAME} does not fit this model, or is damaged: {error} Build and compile the same model as "
+                "before, or choose another folder."
             ) from error
+
+
+class ModelValues:
+    """Copies of all that `load_into` changes, in host memory: weights, the optimizer's state, seeds and metrics.
+
+    Args:
+        model: a built and compiled model. Its optimizer is built now, if it is not yet.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        self._model = model
+        with _template_of(model) as template:
+            if template.optimizer is not None and not template.optimizer.built:
+                template.optimizer.build(template.trainable_variables)
+            self._values = [np.array(keras.ops.convert_to_numpy(one)) for one in _variables(template)]
+
+    def give_back(self) -> None:
+        """Make all of it what it was."""
+        with _template_of(self._model) as template:
+            for variable, value in zip(_variables(template), self._values, strict=True):
+                variable.assign(value)
+
+
+def _variables(template: keras.Model) -> list[keras.Variable]:
+    """Every variable of a model and of its optimizer, once."""
+    optimizer = [] if template.optimizer is None else template.optimizer.variables
+    found = [*template.variables, *_seeds(template), *template.metrics_variables, *optimizer]
+    return list({id(one): one for one in found}.values())
 
 
 @contextmanager
