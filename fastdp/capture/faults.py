@@ -20,6 +20,9 @@ class Attempt:
     caught. No error of the user's code is lost: the step itself runs the same code outside of any attempt and raises
     there. KeyboardInterrupt and SystemExit pass through.
 
+    Args:
+        through: exceptions that pass through too.
+
     Example:
         >>> with Attempt() as attempt:
         ...     raise OSError("no space left")
@@ -27,14 +30,15 @@ class Attempt:
         'OSError: no space left'
     """
 
-    def __init__(self) -> None:
+    def __init__(self, through: type[Exception] | tuple[type[Exception], ...] = ()) -> None:
         self.error: Exception | None = None
+        self._through = through
 
     def __enter__(self) -> Attempt:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> bool:
-        if not isinstance(error, Exception):
+        if not isinstance(error, Exception) or isinstance(error, self._through):
             return False
         self.error = error
         return True

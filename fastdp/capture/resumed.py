@@ -13,6 +13,7 @@ from fastdp.capture.shapes import CapturedT, Shape
 from fastdp.capture.speed_trial import SpeedTrial
 from fastdp.capture.steps import Captures
 from fastdp.comm.context import Context
+from fastdp.errors import OthersBusyError
 
 _KEPT = ("steps", "seconds", "recent")
 
@@ -59,7 +60,12 @@ class ResumedCaptures(Captures[CapturedT]):
         if not state["captured"]:
             _take(shape, state)
             return
-        self._trace(shape, context, refuses=False)
+        try:
+            self._trace(shape, context, refuses=False)
+        except OthersBusyError:  # the next step begins with the shape anew
+            self._saved[shape.name] = state
+            self._shapes = {key: one for key, one in self._shapes.items() if one is not shape}
+            raise
         captured = shape.captured
         if captured is None:
             return

@@ -320,7 +320,7 @@ class Captures(Dealing, Generic[CapturedT]):
 
     def _trace(self, shape: Shape[CapturedT], context: Context, *, refuses: bool = True) -> None:
         """Trace one shape. If that fails, warn and trace no shape from then on, or leave it eager for now."""
-        with Attempt() as attempt:
+        with Attempt(OthersBusyError if self._deterministic else ()) as attempt:  # eager, it might have other bits
             self._guard.renew()
             with self._alone(), self._guard.tracing(), Sources() as sources:
                 shape.captured = self._capture(self._step, own_rows(context), context)

@@ -22,6 +22,7 @@ from fastdp.runtime.host_worker import in_place_of_worker
 from fastdp.runtime.queue import QueueDevice
 from fastdp.runtime.scopes import Scopes
 from fastdp.tracing.spans import Recorder, now
+from fastdp.warn import warn_user
 
 # Steps of different engines that share devices must not interleave: replicas block in exchanges.
 one_step_at_a_time = StepLock()
@@ -115,24 +116,43 @@ def alone(timeout: float = 1800.0, *, patient: bool = True) -> Iterator[None]:
     """Keep all engines of this process from running a step. A step that this thread has open is ended first.
 
     Args:
-        timeout: seconds to wait for steps.
-        patient: False does not wait for a step that may hang.
+        timeout: seconds to wait for steps, where `patient`.
+        patient: False does not wait for a step that may hang. True warns of one.
 
     Raises:
         RuntimeError: this thread is a part of a step.
-        OthersBusyError: a step of another thread may hang, and `patient` is False.
-        DeviceTimeoutError: a step took longer than `timeout` seconds.
+        OthersBusyError: a step of another thread may hang, or took longer than `timeout` seconds.
     """
     _check_not_inside()
     _end_open_step()
-    if patient:
-        _wait_for_others(None, timeout)
-    elif not one_step_at_a_time.acquire(None, one_step_at_a_time.patience):
-        raise OthersBusyError("a step of another model does not end, and nothing can be captured beside it")
+    patience = one_step_at_a_time.patience
+    if not one_step_at_a_time.acquire(None, min(patience, timeout)):
+        if not patient:
+            raise OthersBusyError("a step of another model does not end, and nothing can be captured beside it")
+        _wait_out(timeout, min(patience, timeout))
     try:
         yield
     finally:
         one_step_at_a_time.release()
+
+
+def _wait_out(timeout: float, waited: float) -> None:
+    """Take the lock alone after a step that may hang, and tell of the wait.
+
+    Raises:
+        OthersBusyError: it did not end.
+    """
+    if waited < timeout:
+        warn_user(
+            "fastdp: a step of another model has not ended for some seconds. This model is to capture its step now, "
+            f"beside which nothing may run, so it waits, at most timeout={timeout} seconds. With shards= or "
+            "deterministic=True it may not run the step in another form, which could change bits."
+        )
+    if not one_step_at_a_time.acquire(None, timeout - waited):
+        raise OthersBusyError(
+            f"Another model has kept its devices busy for timeout={timeout} seconds, and this one must capture its "
+            "step now. Nothing has changed; the next step tries again."
+        )
 
 
 @contextmanager
@@ -149,13 +169,13 @@ def between_steps(devices: Sequence[QueueDevice], timeout: float) -> Iterator[No
         yield
 
 
-def alone_for(options: Options) -> Callable[[], AbstractContextManager[None]]:
-    """`alone` as a model with these options captures its steps.
+def alone_for(options: Options, *, records: bool = False) -> Callable[[], AbstractContextManager[None]]:
+    """`alone` as a model with these options captures its steps, or records them as CUDA graphs.
 
     A capture can wait until a step that may hang is over, and steps stay eager until then. With `deterministic=True`
-    their number decides, so they wait.
+    their number decides, so they wait, as recordings do.
     """
-    return partial(alone, patient=options.deterministic)
+    return partial(alone, options.timeout, patient=options.deterministic or records)
 
 
 class StepScope(AbstractContextManager[OperationT], Generic[OperationT]):

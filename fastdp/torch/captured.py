@@ -13,7 +13,7 @@ from fastdp.capture.resumed import ResumedCaptures
 from fastdp.capture.steps import Captures
 from fastdp.capture.trace import Captured
 from fastdp.comm.processes import SEVERAL, several
-from fastdp.engine.step_scope import alone, alone_for
+from fastdp.engine.step_scope import alone_for
 from fastdp.options import Options
 from fastdp.program.torch.capture.call_kinds import CallKind
 from fastdp.program.torch.capture.joint_captures import JointCaptures
@@ -31,7 +31,7 @@ def capture(program: TorchProgram, options: Options, devices: Sequence[QueueDevi
         return
     graphs = chosen_graphs(options, devices)
     step = program.pure_step(len(devices))
-    recorder = Recorder(step.name, alone, parts=graphs == "step") if graphs else None
+    recorder = Recorder(step.name, alone_for(options, records=True), parts=graphs == "step") if graphs else None
     program.capture_by(
         ResumedCaptures(
             step,
@@ -53,7 +53,8 @@ def capture_forwards(
     if options.compile is None or several():
         return None
     mode, parts = options.compile, len(devices)
-    recorder = Recorder(type(program.module).__name__, alone) if chosen_graphs(options, devices) else None
+    name, within = type(program.module).__name__, alone_for(options, records=True)
+    recorder = Recorder(name, within) if chosen_graphs(options, devices) else None
 
     def make(kind: CallKind) -> Captures[Captured[ForwardOutcome]]:
         step = program.pure_forward(parts, records=kind.records)

@@ -128,6 +128,32 @@ def test_steps_stay_eager_beside_one_that_hangs_and_are_traced_later():
     torch.testing.assert_close(module.weight, twin.weight)
 
 
+def test_a_deterministic_model_waits_for_a_step_that_hangs_as_long_as_its_own_timeout_and_keeps_its_form():
+    hang = Hang()
+    hanging, _ = engine([0, 1], hang)
+    torch.manual_seed(0)
+    parallel = fastdp.wrap(nn.Linear(2, 1), [2, 3], compile="trace", deterministic=True, timeout=0.6)
+    step = parallel.train_step(nn.MSELoss(), lambda p: torch.optim.SGD(p, 0.1))
+    x, y = torch.from_numpy(X), torch.from_numpy(Y)
+    with ThreadPoolExecutor(1) as threads:
+        try:
+            hung = threads.submit(hanging.train, [X, Y])
+            assert hang.began.wait(60)
+            step(x, y)  # the first one of a shape is eager
+            with (
+                pytest.warns(UserWarning, match="waits, at most timeout=0.6 seconds"),
+                pytest.raises(fastdp.DeviceTimeoutError, match=r"Another model has kept.*the next step tries again"),
+            ):
+                step(x, y)
+            assert not hung.done()
+        finally:
+            hang.over.set()
+        hung.result(60)
+    step(x, y)
+    (told,) = parallel.report().steps
+    assert (told["how"], told["steps"]) == ("traced", 2)
+
+
 @pytest.mark.filterwarnings("ignore:fastdp. virtual")
 def test_a_model_leaves_a_device_of_its_own_beside_a_step_that_hangs():
     hang = Hang()

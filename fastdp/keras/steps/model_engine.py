@@ -15,7 +15,7 @@ from fastdp.capture.trace import Captured
 from fastdp.comm.processes import SEVERAL, launched, several
 from fastdp.engine.across import all_replicas
 from fastdp.engine.data_parallel import DataParallel
-from fastdp.engine.step_scope import alone, alone_for
+from fastdp.engine.step_scope import alone_for
 from fastdp.keras.steps.custom import has_own
 from fastdp.keras.steps.layer_calls import LayerCalls
 from fastdp.options import Options
@@ -121,8 +121,9 @@ class ModelEngine:
             program.why_eager = self._why_eager(program)
             if self._capture_mode is not None and not program.why_eager:
                 parts = self._graphs == "step"
-                recorder = Recorder(self.template.name, alone, parts=parts) if self._graphs else None
                 step, within = KerasPureStep(program), alone_for(self._options)
+                recording = alone_for(self._options, records=True)
+                recorder = Recorder(self.template.name, recording, parts=parts) if self._graphs else None
                 program.capture_by(
                     Captures(step, self._capture_mode, len(self.devices), recorder, within, self._options.deterministic)
                 )
