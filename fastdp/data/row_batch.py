@@ -19,6 +19,10 @@ class Source(Protocol):
     arrays: list[np.ndarray]
     nest: Any
 
+    @property
+    def held(self) -> str:
+        """Who has how many bytes, in words."""
+
     def spec(self, place: int) -> tuple[tuple[int, ...], np.dtype]:
         """Row shape and dtype of an array as a step gets them."""
 
@@ -100,6 +104,11 @@ class ResidentColumn:
     def __dlpack_device__(self) -> tuple[int, int]:
         """DLPack's device of host memory."""
         return np.empty(0).__dlpack_device__()
+
+    @property
+    def source(self) -> Source:
+        """The data set."""
+        return self._data
 
     def check_devices(self, devices: Sequence[QueueDevice]) -> None:
         """Check that the values are in the memory of these devices. Raises as `DeviceDataset.check_devices` does."""

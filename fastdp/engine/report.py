@@ -75,7 +75,8 @@ class Report(Sequence[dict[str, Any]]):
         passes: for calls of a torch module without gradients, entries like those of `steps`, each with its `mode`.
         inputs: how the batches of the latest `fit` came, for each `array` in a file, or all in one entry: `how`; how
             many `batches`, of which a thread took `read_ahead` before they were asked for; the `waited_seconds` of the
-            loop, the `wait_per_step`, and the `share` of the time from the first batch to the last.
+            loop, the `wait_per_step`, and the `share` of the time from the first batch to the last. For torch modules:
+            of each `DeviceDataset` so far, in its train steps and calls.
         faults: what happened to devices: which ran out of memory, and which were lost or came back.
     """
 
@@ -174,7 +175,7 @@ class Report(Sequence[dict[str, Any]]):
             blocks.append(Table("Calls of layers in steps of the model's own", list(_CALLS.values()), rows))
         if self.inputs:
             rows = [[_input_cell(key, entry[key]) for key in _INPUTS] for entry in self.inputs]
-            blocks.append(Table("Batches of the latest fit", list(_INPUTS.values()), rows))
+            blocks.append(Table("How batches came", list(_INPUTS.values()), rows))
         if self.timed:
             blocks += self._times()
         if self.devices:

@@ -40,7 +40,7 @@ from fastdp.torch.captured import capture
 from fastdp.torch.checks import check_module, check_options
 from fastdp.torch.members import ModuleMembers
 from fastdp.torch.plain_calls import PlainCalls
-from fastdp.torch.resident import ResidentValues
+from fastdp.torch.resident import ResidentInputs, ResidentValues
 from fastdp.torch.train_step import TrainStep
 from fastdp.tracing.trace import Traceable
 
@@ -84,6 +84,7 @@ class TorchParallel(Traceable, ModuleMembers[nn.Module]):
         "_declared",
         "_engine",
         "_calls",
+        "_inputs",
         "_plain",
     }
 
@@ -106,6 +107,7 @@ class TorchParallel(Traceable, ModuleMembers[nn.Module]):
         self._engine: DataParallel[TorchProgram] | None = None
         self._calls: Calls | None = None
         self._plain: PlainCalls | None = None
+        self._inputs = ResidentInputs()
 
     def __repr__(self) -> str:
         return f"TorchParallel({type(self.module).__name__} on {[device.name for device in self.devices]})"
@@ -133,7 +135,7 @@ class TorchParallel(Traceable, ModuleMembers[nn.Module]):
             NotImplementedError: the call is inside a mode that other threads do not see.
         """
         values = (args, kwargs, ())
-        resident = ResidentValues.among(values, self.devices)
+        resident = self._inputs.among(values, self.devices)
         if resident is not None:
             values = resident.on_host
         if len(self.devices) == 1 and not several():
@@ -275,7 +277,7 @@ class TorchParallel(Traceable, ModuleMembers[nn.Module]):
         capture(program, self._options, self.devices)
         with torch.inference_mode(False):
             self._engine = DataParallel(program, self._roster, options=self._options)
-        return TrainStep(self._engine, self._scope, self._declared, outputs=outputs)
+        return TrainStep(self._engine, self._scope, self._declared, self._inputs, outputs=outputs)
 
     def report(self) -> Report:
         """Report how steps run, where their time goes and what uses the memory. Prints as tables.
@@ -287,7 +289,7 @@ class TorchParallel(Traceable, ModuleMembers[nn.Module]):
         steps = [{"how": "eager", "why": "no train_step yet"}]
         if engine is not None and engine.program.optimizers is not None:
             steps = engine.program.steps_report
-        return make_report(engine, steps, library_nbytes=peak_nbytes, passes=passes)
+        return make_report(engine, steps, library_nbytes=peak_nbytes, passes=passes, inputs=self._inputs.entries())
 
     def _is_traced(self, program: object) -> bool:
         return isinstance(program, TorchProgram) and program.module is self.module

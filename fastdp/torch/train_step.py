@@ -18,7 +18,7 @@ from fastdp.program.torch.rows.declared import DeclaredRows
 from fastdp.tensors.compiled import not_compiled
 from fastdp.tensors.thread_state import check_around
 from fastdp.torch.captured import is_observed
-from fastdp.torch.resident import ResidentValues
+from fastdp.torch.resident import ResidentInputs, ResidentValues
 from fastdp.torch.step_state import read_state, write_state
 from fastdp.torch.train_result import TrainResult, read_result
 
@@ -35,6 +35,7 @@ class TrainStep:
         engine: DataParallel[TorchProgram],
         scope: Callable[[], Any],
         declared: DeclaredRows,
+        inputs: ResidentInputs,
         *,
         outputs: bool,
     ) -> None:
@@ -43,6 +44,7 @@ class TrainStep:
         self._engine = engine
         self._scope = scope
         self._declared = declared
+        self._inputs = inputs
         self._outputs = outputs
         self._needs_targets = _takes_targets(engine.program.loss_fn)
 
@@ -93,7 +95,7 @@ class TrainStep:
                 "A `loss_fn` of outputs alone has one argument."
             )
         args, kwargs = _arguments(inputs)
-        resident = ResidentValues.among((args, kwargs, targets), self._engine.devices)
+        resident = self._inputs.among((args, kwargs, targets), self._engine.devices)
         if resident is not None:
             args, kwargs, targets = resident.on_host
         if self._engine.size > 1 or self._engine.devices[0].on_gpu:

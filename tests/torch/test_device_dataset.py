@@ -74,3 +74,22 @@ def test_its_rows_and_its_memory():
     assert row["y"] == y[5]
     batch = data.collate(data.__getitems__([3, 1]))
     np.testing.assert_array_equal(np.asarray(batch["x"]), x[[3, 1]])
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_the_report_says_where_the_rows_of_each_data_set_are_and_how_many_batches_came(gpus):
+    parallel = wrapped(gpus)
+    step = parallel.train_step(nn.CrossEntropyLoss(), lambda p: torch.optim.SGD(p, 0.1))
+    sets = [DeviceDataset(arrays(), parallel, {0: Scaled()}, sharded=sharded) for sharded in (True, False)]
+    for data, count in zip(sets, (3, 2), strict=True):
+        for x, y in [batch.nested() for batch in data.batches(6)][:count]:
+            step(x, y)
+            parallel(x)
+    step(torch.zeros(4, 6), torch.zeros(4, dtype=torch.int64))
+    sharded, whole = parallel.report().inputs
+    assert (sharded["batches"], whole["batches"]) == (6, 4)
+    assert sharded["how"].startswith("a DeviceDataset, whose rows the devices have in parts: 0.0 MB on virtual:0")
+    assert whole["how"] == "a DeviceDataset, whose rows the devices have"
+    assert sharded["waited_seconds"] > 0
+    assert 0 < sharded["share"] < 1
+    assert "How batches came" in str(parallel.report())

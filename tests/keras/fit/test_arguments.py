@@ -82,7 +82,7 @@ def test_fit_takes_h5py_data_sets_and_its_report_says_how_they_were_read(path):
     assert (x_entry["array"], y_entry["array"], x_entry["how"]) == ("x", "y", "by threads: one piece")
     assert x_entry["batches"] >= 8
     assert x_entry["waited_seconds"] > 0
-    assert "Batches of the latest fit" in str(model.report())
+    assert "How batches came" in str(model.report())
 
 
 def test_fit_mixes_the_rows_of_chunks_of_arrays_too(path):
