@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import collections
 import concurrent.futures
 import ctypes
 import functools
@@ -44,6 +45,7 @@ UNREAD: tuple[type, ...] = (
     types.ClassMethodDescriptorType,
     types.GetSetDescriptorType,
     types.MemberDescriptorType,
+    type(vars(collections.namedtuple("_", "x"))["x"]),  # a field of a named tuple
 )
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils import _pytree as pytree
+
+from fastdp.tensors import pytree
 
 _NOTHING = "nothing"
 
@@ -33,7 +34,7 @@ class _Pickler(pickle.Pickler):
                 plain = plain.as_subclass(torch.Tensor)
             return _tensor, (plain.reshape(-1).view(torch.uint8).numpy().tobytes(), plain.dtype, tuple(plain.shape))
         if isinstance(obj, pytree.TreeSpec):  # pickled as an object it is read with a warning
-            return pytree.treespec_loads, (pytree.treespec_dumps(obj),)
+            return pytree.tree_structure, (obj.unflatten(range(obj.num_leaves)),)
         return NotImplemented
 
 

@@ -15,7 +15,6 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.nn.utils import stateless
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
 from fastdp.capture.kinds import CapturesByKind
 from fastdp.comm.processes import launched, several
@@ -31,6 +30,7 @@ from fastdp.program.torch.rows.declared import DeclaredRows
 from fastdp.program.torch.update import UpdateRules
 from fastdp.runtime.queue import QueueDevice
 from fastdp.runtime.roster import Roster
+from fastdp.tensors import pytree
 from fastdp.tensors.arrays import peak_nbytes, to_tensor
 from fastdp.tensors.compiled import not_compiled
 from fastdp.tensors.deterministic import deterministic_algorithms

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from fastdp.errors import GraphsLostError, ReplicaError
 from fastdp.program.torch.loop import LoopProgram
 from fastdp.program.torch.loop_passes import ForwardPass
+from fastdp.tensors import pytree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

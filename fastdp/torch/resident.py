@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from fastdp.comm.batch import Batch
 from fastdp.data.loaders import waiting
 from fastdp.data.row_batch import ResidentColumn, Source
 from fastdp.runtime.queue import QueueDevice
+from fastdp.tensors import pytree
 from fastdp.tensors.arrays import to_tensor
 from fastdp.tensors.row_effects import ROWS_FIRST
 

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
-from torch.utils import _pytree as pytree
 
 from fastdp.comm.batch import Batch
 from fastdp.errors import ReplicaError
@@ -21,6 +20,7 @@ from fastdp.program.torch.loop import LoopProgram
 from fastdp.program.torch.rows.judge import FAILURES
 from fastdp.program.torch.rows.plain import is_torchs_hook
 from fastdp.runtime.queue import QueueDevice
+from fastdp.tensors import pytree
 from fastdp.torch.assignments import Assignments, KeepsValuesError, refused, watched
 from fastdp.torch.checks import check_module
 from fastdp.torch.parallel_module import TorchParallel

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from fastdp.program.torch.loop import LoopProgram
 from fastdp.program.torch.paths import arriving, between, hooked
+from fastdp.tensors import pytree
 from fastdp.tensors.arrays import to_tensor
 from fastdp.warn import warn_user
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import traceback
 import warnings
 
@@ -73,11 +72,6 @@ def first_of(outputs, *targets):
 
 def special(x):
     return bool((x[:, 3] == 1).any())
-
-
-@dataclasses.dataclass
-class Output:
-    logits: torch.Tensor
 
 
 class Tagged(torch.Tensor):
@@ -173,13 +167,6 @@ REFUSED = {
         (),
         lambda o: o.to_dense().sum(),
         "outputs must be dense.*to_dense",
-    ),
-    "dataclass": (
-        lambda: Net(lambda net, x: Output(net.layer(x))),
-        (SEVEN,),
-        (),
-        lambda o: o.logits.sum(),
-        r"torch.export.register_dataclass\(Output\)",
     ),
     "array": (
         lambda: Net(lambda net, x: (net.layer(x), x.numpy())),
@@ -526,3 +513,28 @@ def test_modules_that_compute_weights_or_average_all_batches_train_as_on_one_dev
             losses.append(float(loss.detach()))
         found.append((losses, dict(module.state_dict())))
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+class Remembers(nn.Module):
+    """A cache of keys, one row for each row of the batch, in a list or in a buffer."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.layer, self.where, self.cache = nn.Linear(4, 4).double(), where, []
+        self.register_buffer("state", torch.zeros(7, 4, dtype=DOUBLE) if where == "state" else None)
+
+    def forward(self, x):
+        if self.where == "state":
+            self.state = torch.tanh(self.layer(x) + self.state).detach()
+            return self.state
+        self.cache.append(self.layer(x))
+        return torch.stack(self.cache).sum(0)
+
+
+@pytest.mark.parametrize(("where", "name"), [("cache", r"cache\[0\]"), ("state", "state")])
+def test_a_state_by_rows_that_forward_reads_is_named_with_its_remedy(where, name):
+    model = fastdp.wrap(Remembers(where), gpus=2)
+    if where == "cache":
+        model(SEVEN)
+    with pytest.raises(ValueError, match=rf"holds `{name}`.*pass it as an argument and return the new"):
+        model(SEVEN)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import queue
 
 import pytest
@@ -378,31 +377,6 @@ def test_a_module_whose_parts_were_changed_must_be_wrapped_again(change, part):
     with pytest.raises(RuntimeError, match=f"The parts of `{part}` were changed.*Wrap the changed module again"):
         step(*pair())
     fastdp.wrap(module, gpus=2).train_step(F.mse_loss, sgd)(*pair())
-
-
-@dataclasses.dataclass
-class Outputs:
-    logits: torch.Tensor
-    hidden: torch.Tensor | None = None
-
-
-class GivesOutputs(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return Outputs(self.inner(x))
-
-
-def test_a_dataclass_of_outputs_says_how_to_register_it_and_then_works():
-    dp = fastdp.wrap(GivesOutputs(), gpus=3)
-    with pytest.raises(TypeError, match=r"a Outputs in it.*torch\.export\.register_dataclass\(Outputs\)"):
-        dp(pair()[0])
-    torch.export.register_dataclass(Outputs)
-    found = dp(pair()[0])
-    torch.testing.assert_close(found.logits, dp.module.inner(pair()[0]).detach())
-    assert found.hidden is None
 
 
 def test_unequal_rows_are_named():

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils import _pytree as pytree
 
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
@@ -23,6 +22,7 @@ from fastdp.program.torch.rows.judged import Judged
 from fastdp.program.torch.rows.merging import merge, plain_layouts
 from fastdp.program.torch.rows.weights import RowWeights, agreed
 from fastdp.program.torch.shared_draws import SharedDraws
+from fastdp.tensors import pytree
 from fastdp.tensors.arrays import as_array, as_tensor, dtype_name, output_array, to_tensor
 from fastdp.tensors.autocast import Autocast
 from fastdp.tensors.collectives import StepPeers

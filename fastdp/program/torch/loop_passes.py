@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from fastdp.capture.shapes import Shape
 from fastdp.capture.steps import Captures
@@ -25,6 +24,7 @@ from fastdp.program.torch.replica import ReplicaContext
 from fastdp.program.torch.rows.declared import rows_back
 from fastdp.program.torch.rows.merging import own_part
 from fastdp.program.torch.shared_draws import SharedDraws
+from fastdp.tensors import pytree
 from fastdp.tensors.arrays import as_tensor
 from fastdp.tensors.row_effects import ROWS_FIRST, Layout
 

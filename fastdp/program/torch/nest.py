@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,8 +11,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.utils import _pytree as pytree
 
+from fastdp.tensors import pytree
 from fastdp.tensors.arrays import dtype_name
 
 PLAIN = (type(None), bool, int, float, complex, str)
@@ -55,8 +54,8 @@ class Nest:
                 continue
             if not isinstance(leaf, PLAIN):
                 raise TypeError(
-                    f"{what} must be tensors, or nested tuples, lists and dicts of them and of plain values. "
-                    f"Received a {type(leaf).__name__} in it. {_instead_of(leaf)}"
+                    f"{what} must be tensors, or nested tuples, lists, dicts and dataclasses of them and of plain "
+                    f"values. Received a {type(leaf).__name__} in it{_place_of(len(leaves), spec)}. {_instead_of(leaf)}"
                 )
             leaves.append(leaf)
         return cls(spec, tuple(leaves), tuple(dtype_name(t) for t in tensors)), tensors
@@ -116,13 +115,19 @@ def _not_dense(tensor: torch.Tensor, what: str) -> str:
     return f"{what} must be dense torch.Tensors on several devices. Received {kind} in it. {remedy}, or use gpus=[0]."
 
 
+def _place_of(number: int, spec: Any) -> str:
+    """Where a leaf is in a nest, for messages, by its number among the leaves."""
+    name = pytree.keystr(list(pytree.paths_of(spec))[number])
+    return f", at `{name}`" if name else ""
+
+
 def _instead_of(leaf: object) -> str:
     """What to write instead of a leaf that is neither a tensor nor a plain value."""
     name = type(leaf).__name__
     if isinstance(leaf, (np.ndarray, np.generic)):
         return "Return tensors, and convert the merged ones."
-    if dataclasses.is_dataclass(leaf):
-        return f"torch.export.register_dataclass({name}) makes a nest of it."
     if isinstance(leaf, Mapping):
         return "Make it a plain dict."
-    return "Make it tensors in a tuple, a list or a dict, or keep it in the module as an attribute."
+    if name.endswith("Cache") and type(leaf).__module__.startswith("transformers."):
+        return "Train without a cache: module.config.use_cache = False, or use_cache=False in the call."
+    return "Make it tensors in a tuple, a list, a dict or a dataclass, or keep it in the module as an attribute."

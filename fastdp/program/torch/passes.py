@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch.amp import GradScaler
-from torch.utils import _pytree as pytree
 
 from fastdp.capture.pure_step import Draws
 from fastdp.comm.context import Context
@@ -39,6 +38,7 @@ from fastdp.program.torch.random import handlers as random_handlers
 from fastdp.program.torch.random.checkpoints import REPEATED_DRAWS
 from fastdp.program.torch.replica import ReplicaContext, backward
 from fastdp.program.torch.shared_draws import SharedDraws
+from fastdp.tensors import pytree
 from fastdp.tensors.collectives import StepPeers, peers_scope
 from fastdp.tensors.function_mode import Handler, ReplicaMode
 

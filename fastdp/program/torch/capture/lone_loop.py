@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd import Variable
-from torch.utils import _pytree as pytree
 
 from fastdp.buffers import FlatBuffers
 from fastdp.capture.joint import CapturedJoint
@@ -34,6 +33,7 @@ from fastdp.program.torch.nest import Nest, is_dense
 from fastdp.program.torch.parameter_hooks import HookedGradients
 from fastdp.runtime.queue import QueueDevice
 from fastdp.shard import Rows
+from fastdp.tensors import pytree
 
 _LOOK = attrgetter("shape", "dtype", "device", "is_leaf")
 _NOBODY = Rendezvous(1, 1.0)

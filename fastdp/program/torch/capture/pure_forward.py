@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from fastdp.capture.pure_step import Draws, Moved, ReplicaTensors
 from fastdp.capture.watch import Watch
@@ -24,6 +23,7 @@ from fastdp.program.torch.module import Slot
 from fastdp.program.torch.module_buffers import BufferNotes
 from fastdp.program.torch.nest import Nest
 from fastdp.program.torch.rows.declared import parts_fit
+from fastdp.tensors import pytree
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from fastdp.capture.graph.ownership import memory_of
 from fastdp.capture.joint import JointOutcome, Tangents
@@ -25,6 +24,7 @@ from fastdp.program.torch.half import may_overflow
 from fastdp.program.torch.module import Slot
 from fastdp.program.torch.nest import Nest
 from fastdp.program.torch.rows.declared import parts_fit
+from fastdp.tensors import pytree
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 Used = tuple[bool, ...]

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from fastdp.comm.batch import Batch
 from fastdp.program.torch.batch import Structure
@@ -27,6 +26,7 @@ from fastdp.program.torch.rows.trial import Run, Trial
 from fastdp.program.torch.rows.weights import Counted
 from fastdp.program.torch.rows.written import is_number
 from fastdp.shard import Rows
+from fastdp.tensors import pytree
 from fastdp.tensors.row_effects import ROWS_FIRST, Effect, Layout, NotByRowsError
 
 

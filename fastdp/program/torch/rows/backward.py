@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from fastdp.comm.batch import Batch
 from fastdp.program.torch.rows.declared import output_roles
@@ -24,6 +23,7 @@ from fastdp.program.torch.rows.merging import own_gradient
 from fastdp.program.torch.rows.trial import Differentiated, Trial
 from fastdp.program.torch.rows.weights import agreed
 from fastdp.shard import Rows
+from fastdp.tensors import pytree
 from fastdp.tensors.marks import MeanOver
 from fastdp.tensors.row_effects import Effect, Layout
 

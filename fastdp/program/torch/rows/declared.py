@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from fastdp.program.torch.rows.readings import Given
 from fastdp.shard import Rows
+from fastdp.tensors import pytree
 from fastdp.tensors.arrays import to_tensor
 from fastdp.tensors.marks import MeanOver, mark_of
 from fastdp.tensors.row_effects import Effect, Layout
@@ -41,6 +44,7 @@ class DeclaredRows:
         self._parameters = list(self._signature.parameters.values())
         rows = rows or {}
         self._roles = {name: self._role(name, value) for name, value in rows.items() if not name.startswith(_BUFFER)}
+        self._met: set[str] = set()  # names of outputs that there were: a loss, say, is not in all calls
         given = {name.removeprefix(_BUFFER): value for name, value in rows.items() if name.startswith(_BUFFER)}
         self.buffers = {name: _buffer_effect(module, name, value) for name, value in given.items()}
 
@@ -81,7 +85,7 @@ class DeclaredRows:
 
     def _role(self, name: str, value: Any) -> Layout:
         """The layout that an entry declares."""
-        root = name.split("[")[0]
+        root = _root_of(name)
         names = [one.name for one in self._parameters]
         open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in self._parameters)
         if root not in (*names, "target", "output") and not open_ended:
@@ -145,7 +149,7 @@ class DeclaredRows:
         targets = sum(1 for leaf in pytree.tree_leaves(values[2]) if getattr(leaf, "ndim", 0))
         for place, (name, layout, array) in enumerate(zip(names, layouts, arrays, strict=True)):
             shape, is_target = tuple(array.shape), place >= len(arrays) - targets
-            group = f"{name.split('[')[0]} {shape} {layout}"
+            group = f"{_root_of(name)} {shape} {layout}"
             found.append(Given(group, shape, layout, is_target, whole_targets))
         return found
 
@@ -159,8 +163,10 @@ class DeclaredRows:
         names = [name for name, _ in roles]
         found = [role or other for (_, role), other in zip(roles, others, strict=True)]
         for one in self._roles:
-            if one.split("[")[0] == "output" and not any(_is_below(name, one) for name in names):
-                raise ValueError(f"`rows` names {one!r}, which is no output of the module. Its outputs: {names}")
+            if _root_of(one) == "output" and one not in self._met:
+                if not any(_is_below(name, one) for name in (*names, *_without_tensors(outputs))):
+                    raise ValueError(f"`rows` names {one!r}, which is no output of the module. Its outputs: {names}")
+                self._met.add(one)
         return found
 
     def declared(self, name: str) -> Layout | None:
@@ -213,9 +219,29 @@ def output_roles(outputs: Any, declared: DeclaredRows | None) -> list[tuple[str,
     return found
 
 
+def _without_tensors(outputs: Any) -> list[str]:
+    """The names of outputs that are None or another plain value, and of fields that are not there."""
+    leaves = pytree.tree_leaves_with_path(outputs)
+    names = ["output" + pytree.keystr(path) for path, leaf in leaves if not isinstance(leaf, torch.Tensor)]
+    fields = dataclasses.fields(outputs) if dataclasses.is_dataclass(outputs) else ()
+    return [*names, *(f"output.{field.name}" for field in fields)]
+
+
 def _is_below(name: str, declared: str) -> bool:
     """Whether a declared name stands for a tensor of this name."""
+    name, declared = _with_keys(name), _with_keys(declared)
     return name == declared or name.startswith(f"{declared}[") or (declared == "target[0]" and name == "target")
+
+
+@lru_cache(1024)
+def _with_keys(name: str) -> str:
+    """A name in which fields are keys, since outputs such as those of transformers have both."""
+    return re.sub(r"\.([^\W\d]\w*)", r"['\1']", re.sub(r'\["([^"\']*)"\]', r"['\1']", name))
+
+
+def _root_of(name: str) -> str:
+    """The argument, or `target` or `output`, in a name with a path."""
+    return re.split(r"[.\[]", name)[0]
 
 
 def rows_first(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:

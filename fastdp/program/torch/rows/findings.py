@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from fastdp.program.torch.batch import Structure
 from fastdp.program.torch.module import Slot
@@ -31,6 +30,7 @@ from fastdp.program.torch.rows.weights import Counted, counted
 from fastdp.program.torch.rows.written import WrittenRoles
 from fastdp.program.torch.shared_draws import DrawPlaces
 from fastdp.shard import Rows
+from fastdp.tensors import pytree
 from fastdp.tensors.marks import MeanOver
 from fastdp.tensors.row_effects import ROWS_FIRST, Effect, Layout
 

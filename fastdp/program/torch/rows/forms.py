@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.utils import _pytree as pytree
 
 from fastdp.program.torch.nest import Nest
 from fastdp.shard import Rows
+from fastdp.tensors import pytree
 from fastdp.tensors.row_effects import Effect, Layout
 
 

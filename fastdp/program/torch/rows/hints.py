@@ -9,6 +9,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from fastdp.program.torch.nest import PLAIN
+from fastdp.tensors import pytree
 
 TOTAL_LENGTH = "pad_packed_sequence(..., total_length=x.shape[1])"
 
@@ -104,6 +105,8 @@ _KINDS: list[tuple[Callable[[object], bool], str]] = [
 def _parts(values: Any) -> Iterator[Any]:
     """All containers and leaves of a nest."""
     yield values
-    inner = values.values() if isinstance(values, dict) else values if isinstance(values, (list, tuple)) else ()
-    for one in inner:
-        yield from _parts(one)
+    if isinstance(values, (dict, list, tuple)):
+        for one in values.values() if isinstance(values, dict) else values:
+            yield from _parts(one)
+    elif not isinstance(values, torch.Tensor):
+        yield from (leaf for leaf in pytree.tree_leaves(values) if leaf is not values)

@@ -146,7 +146,7 @@ class Judge:
             if list(chosen) != sorted(chosen):  # rows may have to be in descending order of lengths
                 return self._look(sorted(chosen), noise)
             if self._runs():
-                raise failed(error, self._rows, self._batch.rows, self._batch.structure.values) from error
+                raise self._failed(error, trial) from error
             return False
         try:
             parts = [trial.run(0, first), trial.run(first, total)]
@@ -156,9 +156,14 @@ class Judge:
         except NotImplementedError:  # fastdp's own refusals, of which the step gives the right ones
             return False
         except FAILURES as error:
-            raise failed(error, self._rows, self._batch.rows, self._batch.structure.values) from error
+            raise self._failed(error, trial) from error
         self.findings.see(trial, parts, whole)
         return True
+
+    def _failed(self, error: BaseException, trial: Trial) -> ValueError:
+        """The error for a module that does not run on the rows of a trial."""
+        rows = self._batch.rows
+        return failed(error, self._rows, rows, self._batch.structure.values, trial.held(rows))
 
     def _note_draws(self, trial: Trial) -> None:
         """Keep where the rows are in the draws of a trial.

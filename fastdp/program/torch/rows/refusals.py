@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastdp.program.torch.rows.hints import of_values
@@ -14,13 +15,28 @@ _REMEDIES = (
 )
 
 
-def failed(error: BaseException, rows: tuple[int, int], total: int, values: Any) -> ValueError:
-    """The error for a module that runs on a batch of `total` rows, but not on so few. `values` are the batch's."""
+def failed(
+    error: BaseException, rows: tuple[int, int], total: int, values: Any, held: Sequence[str] = ()
+) -> ValueError:
+    """The error for a module that runs on a batch of `total` rows, but not on so few.
+
+    Args:
+        values: the batch's.
+        held: tensors that the module holds, with an axis as long as the batch, by name.
+    """
     first, last = rows
+    state = (
+        f" The module holds {', '.join(f'`{name}`' for name in held[:3])}, with an axis as long as the batch. If "
+        "forward reads a state by rows there, such as a cache or hidden states, pass it as an argument and return the "
+        "new one, since arguments are split by rows; or reset it before each call."
+        if held
+        else ""
+    )
     return ValueError(
         f"The module does not run on {first}, {last} or {first + last} of the batch's {total} rows, as several devices "
         f"would run it: {type(error).__name__}: {error} If an argument has no rows, say so: "
         'fastdp.wrap(module, rows={"mask": "same"}), or the number of the axis that has the rows; or use gpus=[0].'
+        + state
         + of_values(values)
     )
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from fastdp.comm.batch import Batch
 from fastdp.comm.context import Context
@@ -29,6 +28,7 @@ from fastdp.program.torch.rows.inputs import Change, Injected, TrialInputs
 from fastdp.program.torch.rows.surroundings import HANDLERS, TrialPeers, Watch, undisturbed
 from fastdp.program.torch.shared_draws import DrawPlace
 from fastdp.shard import Rows
+from fastdp.tensors import pytree
 from fastdp.tensors.arrays import settle
 from fastdp.tensors.collectives import peers_scope
 from fastdp.tensors.function_mode import ReplicaMode
@@ -146,6 +146,11 @@ class Trial:
     def draw_places(self) -> dict[int, DrawPlace]:
         """Where the rows are in the draws of the runs, by number."""
         return self._draws.found
+
+    def held(self, rows: int) -> list[str]:
+        """The names of tensors of the module, other than parameters, that have an axis of this length."""
+        buffers = ((slot.name, slot.tensor) for slot in self.slots if not slot.is_parameter)
+        return [name for name, one in (*self._contents.tensors, *buffers) if rows in one.shape]
 
     def run(self, start: int, stop: int, *, times: int = 1, then: Then | None = None) -> Run:
         """Run the module on rows `[start, stop)` of the chosen ones, so many times one after the other.

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from fastdp.comm.batch import Batch
 from fastdp.program.torch.batch import Structure, undivided_batch
@@ -26,6 +25,7 @@ from fastdp.program.torch.rows.outside import SharedState
 from fastdp.program.torch.rows.plain import keeps_rows_apart
 from fastdp.program.torch.rows.readings import Reading, readings
 from fastdp.program.torch.shared_draws import DrawPlaces
+from fastdp.tensors import pytree
 from fastdp.tensors.row_effects import ROWS_FIRST, NotByRowsError
 from fastdp.tensors.thread_state import ThreadState
 from fastdp.tensors.threads import intra_op_threads
