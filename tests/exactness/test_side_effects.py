@@ -177,3 +177,69 @@ def test_normalizing_layers_do_not_mix_rows_in_the_trial() -> None:
     model.add(layers.Dropout(0.5))
     x = np.random.default_rng(0).normal(size=(6, 4, 4, 6)).astype("float32")
     assert fastdp.wrap(model, gpus=2).predict(x, verbose=0).shape == (6, 3, 3, 6)
+
+
+class Adaptive(keras.losses.Loss):
+    """Divides by a running mean of itself, which it keeps in a variable of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = keras.Variable(1.0, trainable=False, name="running")
+
+    def call(self, y: Any, y_pred: Any) -> Any:
+        error = ops.mean(ops.square(y - y_pred), axis=-1)
+        self.mean.assign(0.9 * self.mean + 0.1 * ops.mean(error))
+        return error / self.mean
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 3, 8])
+def test_a_variable_that_a_loss_assigns_equals_one_device(gpus: int, twins: Any, same: Any) -> None:
+    """The loss sees the merged outputs, so its variable moves once a step."""
+    losses: list[Adaptive] = []
+
+    def made() -> dict[str, Any]:
+        losses.append(Adaptive())
+        return {"optimizer": "sgd", "loss": losses[-1]}
+
+    recipe = twins(between(lambda: layers.Activation("tanh")), made)
+    same(recipe.by_batches(None, batches()), recipe.by_batches(gpus, batches()))
+    expected, found = (float(loss.mean) for loss in losses)
+    assert expected != 1.0
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def counting(count: keras.Variable) -> keras.Model:
+    def warm(x: Any) -> Any:
+        count.assign_add(1.0)
+        return x * ops.minimum(count / 4, 1.0)
+
+    keras.utils.set_random_seed(1)
+    model = between(lambda: layers.Lambda(warm, output_shape=(4,)))()
+    count.assign(0.0)
+    return model
+
+
+def test_a_variable_of_nobody_that_call_assigns_is_an_error_on_several_devices() -> None:
+    count = keras.Variable(0.0, trainable=False, name="count")
+    parallel = fastdp.wrap(counting(count), gpus=3)
+    parallel.compile(**settings())
+    with pytest.raises(ValueError, match=r"assigns the variable 'count'.*belongs to no layer.*add_weight"):
+        parallel.train_on_batch(**batches()[0])
+    assert float(count) == 0.0
+
+
+@pytest.mark.parametrize("how", ["one", "own step", "install"])
+@pytest.mark.filterwarnings("ignore:fastdp. train steps")
+def test_such_a_variable_moves_as_often_as_in_plain_keras_on_one_device(how: str) -> None:
+    runs = []
+    for gpus in (0, 1):
+        count = keras.Variable(0.0, trainable=False)
+        model = counting(count)
+        trained = fastdp.wrap(model, gpus=1) if gpus and how == "one" else model
+        if gpus and how != "one":
+            fastdp.install(3)
+        trained.compile(**settings())
+        logs = [trained.train_on_batch(**batch) for batch in batches()]
+        fastdp.uninstall()
+        runs.append([*np.ravel(logs), float(count), *(w.sum() for w in model.get_weights())])
+    np.testing.assert_allclose(runs[1], runs[0], rtol=1e-5, atol=1e-6)

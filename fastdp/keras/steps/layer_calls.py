@@ -86,6 +86,11 @@ class LayerCalls:
         self._said: set[tuple[str, str]] = set()
 
     @property
+    def has_others(self) -> bool:
+        """Whether there are several devices: on one, calls that stay where they are need no word."""
+        return len(self.engine.devices) > 1
+
+    @property
     def count(self) -> int:
         """Calls that ran on all devices."""
         return sum(count.split for count in self.counts.values())
@@ -115,7 +120,8 @@ class LayerCalls:
         outputs = original(layer, *args, **kwargs)
         count.one_device, count.why = count.one_device + 1, attempt.why_not
         known = (layer.name, attempt.why_not)
-        if known not in self._said and not attempt.open:  # after the call, so that a call that fails does not warn too
+        # After the call, so that a call that fails does not warn too.
+        if known not in self._said and not attempt.open and self.has_others:
             self._said.add(known)
             warn_user(
                 f"fastdp: calls of {layer.name!r} from the model's own step run on one device: {attempt.why_not}."

@@ -56,7 +56,7 @@ class ModelCalls(LayerCalls):
                 if attempt.why_not is None:
                     return attempt.outputs
                 reason = attempt.why_not
-            if reason is not None:
+            if reason is not None and self.has_others:
                 say_once(layer, reason)
             return original(layer, *args, **kwargs)
 

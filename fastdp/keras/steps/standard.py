@@ -299,7 +299,7 @@ class Steps(ModelEngine):
             stack.enter_context(inside_step())
             stack.enter_context(layer_calls(calls))
             logs = getattr(self.template, name)(data)
-            if not (calls.count or calls.told or calls.postponed) and _has_rows(data):
+            if calls.has_others and not (calls.count or calls.told or calls.postponed) and _has_rows(data):
                 if before is not None:
                     before.restore()
                 self._not_split(name, calls)

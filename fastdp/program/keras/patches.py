@@ -32,7 +32,7 @@ from keras.src.utils.torch_utils import TorchModuleWrapper
 from torch.utils import checkpoint
 
 from fastdp.patching import Patch
-from fastdp.program.keras import recompute, torch_modules
+from fastdp.program.keras import forward_mode, recompute, torch_modules
 from fastdp.program.keras.batch_norm import moments_of_replica
 from fastdp.program.keras.placement import graph as placed_graph
 from fastdp.program.keras.random import augmentation
@@ -72,6 +72,7 @@ def _by_replica() -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
     yield torch_image, "elastic_transform", augmentation.elastic_by_rows
     yield keras.layers.Equalization, "_custom_histogram_fixed_width", augmentation.histogram_of_batch
     yield aug_mix, "py_random", augmentation.PythonRandom
+    yield from forward_mode.changes()
     # Calls of layers and operations.
     yield Function, "_run_through_graph", placed_graph.run_through_graph
     yield keras.Operation, "__call__", units.call_of_unit

@@ -288,6 +288,8 @@ class KerasProgram(Program):
         """Write assigned variables, then apply Keras's optimizer to the summed gradients."""
         with torch.no_grad():
             every = [note.effects for note in totals.every_note]
+            if state is self.states.get(0):
+                every[0].assign_foreign()
             Summed.apply(every, state.variables, totals.sums[1 + totals.notes.terms :], self._index, self.effects)
             if self.trainable and (totals.reduced or state.slots):  # without slots nothing else is to do
                 unused = frozenset.intersection(*[note.unused for note in totals.every_note])
@@ -375,4 +377,5 @@ class KerasProgram(Program):
         if any(every):
             values = [v.value for v in self.variables]
             with torch.no_grad():
+                every[0].assign_foreign()
                 Summed.apply(every, values, sums[notes.terms :], self._index, effects or self.forward_effects)

@@ -53,6 +53,8 @@ class ReplicaContext:
 
     `placed` holds the graph of a model whose layers run on several devices of the replica, and its runner.
 
+    `waited_for` says that all other replicas wait for this one, which computes the loss of the merged outputs.
+
     `frozen_moments` makes BatchNormalization use its moving statistics (for probing, where rows must not
     influence each other).
     """
@@ -76,6 +78,12 @@ class ReplicaContext:
     added_by: dict[int, Any] = field(default_factory=dict)
     by_loss: frozenset[int] = frozenset()
     parts: list[Any] = field(default_factory=list)
+    waited_for: bool = False
+
+    @property
+    def is_among_others(self) -> bool:
+        """Whether other replicas run at the same time, or a trial asks for them."""
+        return self.frozen_moments or (self.context.here > 1 and not self.waited_for)
 
     def entries_per_row(self, shape: Any, seed: Any = None) -> int:
         """The number of entries of a draw's first axis per row of the replica; 0 if the draw is not by rows.

@@ -43,18 +43,23 @@ class SideEffects:
         assigned: the numbers (in the program) and new values of the variables that it assigned.
         moments: BatchNormalization layers and the moments of their inputs, in the order of the calls.
         by_loss: ids of variables that the loss of the merged outputs assigned, on the first replica only.
+        foreign: variables that replicas do not hold, and the values that they were assigned for all rows.
     """
 
     assigned: list[tuple[int, torch.Tensor]] = field(default_factory=list)
     moments: list[tuple[keras.layers.BatchNormalization, Moments]] = field(default_factory=list)
     by_loss: frozenset[int] = frozenset()
+    foreign: Mapping = field(default_factory=list)
 
     @classmethod
     def of(cls, scope: ReplicaScope, mapping: Mapping, run: ReplicaContext) -> SideEffects:
         """The side effects of the forward pass that ran within `scope`, over the variables of `mapping`."""
         # A layer with its own rule for statistics assigns them like any other variable: its moments are skipped.
         moments = [(layer, found) for layer, found in run.moments if statistics(layer)]
-        return cls(scope.assigned(mapping), moments, run.by_loss)
+        foreign = scope.assigned_foreign(run.by_loss, alone=run.context.size == 1) if scope.foreign else []
+        if foreign:
+            run.not_captured("an assignment to a variable that belongs to no layer of the model")
+        return cls(scope.assigned(mapping), moments, run.by_loss, foreign)
 
     def tensors(self) -> list[torch.Tensor]:
         """All values, in the order that `EffectsForm.filled` expects."""
@@ -73,7 +78,7 @@ class SideEffects:
             share: the replica's share of the rows of the global batch.
             effects: how variables depend on the rows.
         """
-        notes = Summed(normalized=[layer for layer, _ in self.moments], share=share)
+        notes = Summed(normalized=[layer for layer, _ in self.moments], share=share, foreign=self.foreign)
         by_moments = {id(v) for layer in notes.normalized for v in statistics(layer)}
         sums = []
         for i, value in self.assigned:
@@ -113,16 +118,23 @@ class Summed:
 
     The numbers hold, for each entry of `assigned`, by how much each element of the variable moves; then, for each entry
     of `normalized`, its moments. `kept` are assigned values, with the variable's number, that are not sums: the same on
-    all replicas, or extremes over them. `share` is the replica's part of the rows.
+    all replicas, or extremes over them. `share` is the replica's part of the rows. `foreign` are values for variables
+    that no replica holds.
     """
 
     assigned: list[int] = field(default_factory=list)
     kept: list[tuple[int, Effect, torch.Tensor]] = field(default_factory=list)
     normalized: list[keras.layers.BatchNormalization] = field(default_factory=list)
     share: float = 1.0
+    foreign: Mapping = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.assigned or self.kept or self.normalized)
+        return bool(self.assigned or self.kept or self.normalized or self.foreign)
+
+    def assign_foreign(self) -> None:
+        """Give the variables that no replica holds their values. Called once in a step."""
+        for variable, value in self.foreign:
+            variable._value.copy_(value)
 
     @staticmethod
     def apply(

@@ -23,6 +23,7 @@ from fastdp.tensors.row_effects import NotByRowsError
 
 _VALUE, _VERSION = attrgetter("_value"), attrgetter("_version")
 Mapping = list[tuple[keras.Variable, torch.Tensor]]
+Foreign = dict[int, keras.Variable]
 
 
 def variables_of(model: keras.Model) -> list[keras.Variable]:
@@ -126,12 +127,15 @@ class ReplicaScope(keras.StatelessScope):
 
     As in plain Keras on torch, no gradient flows through an assignment. A trainable variable that the forward pass
     assigns (spectral normalization) becomes a new leaf, whose gradient is that of the assigned value.
+
+    `foreign` are variables that were assigned although the replicas do not hold them, by id.
     """
 
     def __init__(self, mapping: Sequence[tuple[keras.Variable, torch.Tensor]], leaves: set[int]) -> None:
         super().__init__(state_mapping=None, collect_losses=True, initialize_variables=False)
         self.state_mapping = {id(variable): tensor for variable, tensor in mapping}
         self._leaves = leaves
+        self.foreign: Foreign = {}
 
     def __exit__(self, *args: Any, **kwargs: Any) -> None:
         """Leave the scope. Variables created in it are initialized, as by the first call of their layer.
@@ -160,11 +164,37 @@ class ReplicaScope(keras.StatelessScope):
         values = ((i, self.get_current_value(v), before) for i, (v, before) in enumerate(mapping))
         return [(i, value) for i, value, before in values if value is not before]
 
+    def assigned_foreign(self, by: frozenset[int], *, alone: bool) -> list[tuple[keras.Variable, torch.Tensor]]:
+        """The variables that replicas do not hold and that were assigned, with their values.
+
+        Args:
+            by: ids of the variables that the loss of the merged outputs has assigned, for all rows.
+            alone: whether this replica has all rows itself.
+
+        Raises:
+            NotByRowsError: another part of the model has assigned one, from the replica's rows.
+        """
+        for number, variable in self.foreign.items():
+            if not alone and number not in by:
+                raise NotByRowsError(
+                    f"The model assigns the variable {variable.path!r} in its forward pass, which belongs to no layer "
+                    "of it, so devices do not hold it. Let the layer that assigns it make it by self.add_weight(), or "
+                    "assign it to an attribute of that layer, before the model is built; or use gpus=[0]."
+                )
+        return [(variable, self.state_mapping[number].detach()) for number, variable in self.foreign.items()]
+
     def add_update(self, update: tuple[keras.Variable, torch.Tensor]) -> None:
         """Note an assignment. No gradient flows through it: in plain Keras it copies into the variable's memory."""
         variable, value = update
+        if id(variable) in self.foreign or (id(variable) not in self.state_mapping and _has_state(variable)):
+            self.foreign[id(variable)] = variable
         value = value.detach().requires_grad_() if id(variable) in self._leaves else value.detach()
         super().add_update((variable, value))
+
+
+def _has_state(variable: keras.Variable) -> bool:
+    """Whether an assignment to a variable outside of the model is more than a draw: replicas know how to draw."""
+    return variable._value is not None and variable.name != "seed_generator_state"
 
 
 def _refuse_new_variables() -> None:

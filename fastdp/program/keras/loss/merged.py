@@ -7,7 +7,8 @@ each. Every replica runs backward from the gradient of its own rows.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from fastdp.program.keras.indices import IndicesNamed, rows_of
 from fastdp.program.keras.loss.per_sample import own_copy
 from fastdp.program.keras.plain_outputs import Plain, check_same
 from fastdp.program.keras.random.ops import whole_batch
-from fastdp.program.keras.replica import running
+from fastdp.program.keras.replica import ReplicaContext, running
 from fastdp.program.keras.rows.units import own_part
 from fastdp.program.keras.variables import ReplicaScope
 from fastdp.tensors.row_effects import Effect, Layout
@@ -60,7 +61,7 @@ def merged_loss(
         run = running()
         assert run is not None, "a replica computes the loss"
         before = dict(scope.state_mapping)
-        with whole_batch(run):  # the loss draws for all rows
+        with whole_batch(run), _waited_for(run):  # the loss draws for all rows
             answer = _compute(training_loss, y_pred, layouts, everyone, scope, context)
         run.by_loss = frozenset(n for n, value in scope.state_mapping.items() if before.get(n) is not value)
     answer = context.exchange(answer, "the gradients of the loss of the merged outputs")[0]
@@ -79,6 +80,16 @@ def merged_loss(
         seeds.append(None)
     zeros = [torch.zeros(()) for _ in answer.terms]
     return roots, seeds, answer.terms if context.rank == 0 else zeros
+
+
+@contextmanager
+def _waited_for(run: ReplicaContext) -> Iterator[None]:
+    """Note that all other replicas wait for this one."""
+    run.waited_for = True
+    try:
+        yield
+    finally:
+        run.waited_for = False
 
 
 class _Given:
@@ -191,8 +202,8 @@ def _loss_of_all(
     compiled = training_loss.trainer._compile_loss
     metrics = compiled.metrics if compiled is not None else []
     for metric in metrics:  # reset, so that they hold only this step's terms
-        scope.add_update((metric.total, torch.zeros(())))
-        scope.add_update((metric.count, torch.zeros(())))
+        for variable in (metric.total, metric.count):
+            scope.state_mapping[id(variable)] = keras.ops.zeros((), dtype=variable.dtype)
     if training_loss.is_own:
         # `self.losses` inside compute_loss reads the scope, so the scope gets the terms of the global batch.
         scope.losses[:] = extra

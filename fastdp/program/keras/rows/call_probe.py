@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -105,13 +106,19 @@ class LayerEffects(Effects):
             return None
         places = ((start, start + 2), (start, start + 1), (start + 1, start + 2))
         attempt = Attempt()
-        with attempt, replica_aware():
+        with attempt, replica_aware(), self._noting_writes() as writes:
             both, a, b = (self._on_rows(call, batch, structure, shared, *place) for place in places)
         if attempt.error is not None:
             self._answer(f"it fails on a part of the rows: {_told(attempt.error)}")
             return None
+        found = writes.found()
         self.refused = None
         self._judge(a, b, both)
+        if found is not None:
+            self._answer(
+                f"its forward pass writes the attribute {found[1]!r} of {found[0].name!r}, each time another value, "
+                "and all devices would write it at the same time"
+            )
         return start, both
 
     def is_part_of(self, rows: Any, call: Callable[[], Any], batch: Sequence[np.ndarray], structure: Structure) -> bool:
@@ -119,7 +126,7 @@ class LayerEffects(Effects):
         start, both = rows
         count = len(batch[0])
         attempt = Attempt()
-        with attempt, replica_aware():
+        with attempt, replica_aware(), self._noting_writes():
             whole = self._on_rows(lambda *_: call(), batch, structure, (), 0, count)
         if attempt.error is not None or len(whole.outputs) != len(both.outputs):
             return False
@@ -176,11 +183,13 @@ class LayerEffects(Effects):
         context = Context.alone(batch, structure, start, stop, len(batch[0]))
         run = ReplicaContext(context, frozen_moments=True, seed=self._seed, sites=self.sites)
         mapping = [(v, v.value.detach()) for v in self._variables]
-        with quiet(), torch.no_grad(), replica_scope(run), ReplicaScope(mapping, set()) as scope:
+        noted = self._writes.noting() if self._writes is not None else nullcontext()
+        with quiet(), noted, torch.no_grad(), replica_scope(run), ReplicaScope(mapping, set()) as scope:
             rows, _, _ = unpack(structure.pack([array[start:stop].copy() for array in batch]))
             outputs = keras.tree.flatten(call(rows, [tensor.detach() for tensor in shared]))
             masks = [getattr(out, "_keras_mask", None) for out in outputs]
             losses = [keras.ops.sum(loss) for loss in scope.losses]
+        scope.assigned_foreign(frozenset(), alone=False)
         outputs += [mask for mask in masks if mask is not None]
         others = {id(v) for layer in self._model._flatten_layers() for v in statistics(layer)} | self.seeds
         moved = {}

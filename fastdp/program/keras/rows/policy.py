@@ -131,7 +131,7 @@ class ModelEffects(Effects):
         if not self.asks_of(len(batch[0]), every_row=every_row):
             return
         self.asked_of_every_row |= every_row
-        with replica_aware(), generators_kept():
+        with replica_aware(), generators_kept(), self._noting_writes():
             tried = self._tried(batch, structure, every_row)
             if tried is not None:
                 self._decide(tried)
@@ -147,7 +147,7 @@ class ModelEffects(Effects):
         for chosen, cut in halves if every_row else [(some, 1), *halves]:
             arrays = [np.asarray(array[chosen]) for array in batch]
             try:
-                tried = Tried(self, arrays, structure, cut)
+                tried = self._tried_once(arrays, structure, cut)
             except NotByRowsError as error:  # its message gives the reason
                 self._cannot_try(error, str(error))
                 return None
@@ -167,6 +167,24 @@ class ModelEffects(Effects):
             f"be split between devices ({type(failed).__name__}: {said[0] if said else ''}).",
         )
         return None
+
+    def _tried_once(self, arrays: list[np.ndarray], structure: Structure, cut: int) -> Tried:
+        """Run the model on some rows and on two parts of them.
+
+        Raises:
+            NotByRowsError: a layer writes something else to an attribute in each of these passes.
+        """
+        assert self._writes is not None
+        self._writes.begin()
+        tried = Tried(self, arrays, structure, cut)
+        found = self._writes.found()
+        if found is not None:
+            raise NotByRowsError(
+                f"{capital(title(found[0]))} writes its attribute {found[1]!r} in its forward pass, each time another "
+                "value. All devices would write it at the same time, each the value of its rows. Return the value from "
+                "call(), or keep it in a variable (self.add_weight(..., trainable=False)), or use gpus=[0]."
+            )
+        return tried
 
     def _cannot_try(self, failed: Exception, why: str) -> None:
         """Handle a model that cannot run on a part of the batch.

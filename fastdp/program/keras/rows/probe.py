@@ -6,7 +6,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from fastdp.program.keras.random.draw_sites import DrawSites
 from fastdp.program.keras.random.host_draws import held_generators_stay
 from fastdp.program.keras.replica import ReplicaContext, replica_scope
 from fastdp.program.keras.rows.units import Call, Recorder, Unit
+from fastdp.program.keras.rows.written import Writes, writes_of
 from fastdp.program.keras.variables import Mapping, ReplicaScope
 from fastdp.tensors.row_effects import Effect, Layout, classify
 
@@ -61,6 +62,17 @@ class Effects:
         self._metric_ids = {number for metric in self._metrics for number in metric}
         self._assigned: dict[int, Effect] = {}
         self._losses: list[Effect] | None = None
+        self._writes: Writes | None = None
+
+    @contextmanager
+    def _noting_writes(self) -> Iterator[Writes]:
+        """Note what the passes of a trial write to attributes, and take it back at the end."""
+        with writes_of(self._model) as writes:
+            self._writes = writes
+            try:
+                yield writes
+            finally:
+                self._writes = None
 
     def units(self) -> Any:
         """An object that controls how the units of a replica's forward pass run; None if nothing does."""
@@ -163,12 +175,14 @@ class Effects:
             mapping = [(v, change(v, t, generator) if t.is_floating_point() else t) for v, t in mapping]
         scope = _TrialScope(mapping, recorder)
         held = held_generators_stay(self._model)
-        with quiet(), _explained(stop - start), held, torch.no_grad(), replica_scope(run), scope:
+        noted = self._writes.noting() if self._writes is not None else nullcontext()
+        with quiet(), _explained(stop - start), held, noted, torch.no_grad(), replica_scope(run), scope:
             x, _, _ = unpack(structure.pack([array[start:stop].copy() for array in batch]))
             nest = self._call(x, self.training)
             tensors, plain = split_leaves(nest)
             outputs = [leaf.detach() for leaf in tensors]
             losses = [keras.ops.sum(loss) for loss in scope.losses]
+        scope.assigned_foreign(frozenset(), alone=False)
         normalized = {id(v) for layer in self._model._flatten_layers() for v in statistics(layer)}
         moved = {}
         for i, (variable, before) in enumerate(mapping):
