@@ -184,4 +184,4 @@ def _fill(container: Any, before: Any) -> None:
     if kind is list:
         list.extend(container, before)
     else:
-        kind.update(container, before)  # type: ignore[attr-defined]
+        kind.update(container, before)
