@@ -28,7 +28,7 @@ class Augment:
 
     Raises:
         ValueError: another kind of target.
-        TypeError: `targets` is neither a string, nor a dict, nor None.
+        TypeError: `targets` is neither a string, nor a dict, nor None; `images` is neither a string nor None.
 
     Example:
         >>> stages = [keras.layers.RandomFlip(seed=1), keras.layers.MixUp(seed=2)]  # doctest: +SKIP
@@ -42,6 +42,8 @@ class Augment:
 
     def __post_init__(self) -> None:
         targets = self.targets
+        if self.images is not None and not isinstance(self.images, str):
+            raise TypeError(f"`images` must be the key of the images in a dict, or None. Received: {self.images!r}")
         if targets is not None and not isinstance(targets, (str, Mapping)):
             raise TypeError(f"`targets` must be None, a kind of targets, or a dict of kinds. Received: {targets!r}")
         kinds = (*KINDS, KEEP)

@@ -14,9 +14,11 @@ from fastdp.comm.batch import count_rows
 from fastdp.data.row_batch import ResidentBatch, filled, places_of
 from fastdp.data.row_parts import RowParts
 from fastdp.launch.reference import slice_rows
+from fastdp.options import check_flag
 from fastdp.runtime.queue import QueueDevice
 
 FLOATS = ("float32", "float16")
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,8 @@ class Scaled:
     """Converts a uint8 array on its way into a step: `x * scale + offset` in fp32, rounded to `dtype`.
 
     Raises:
-        ValueError: a dtype other than "float32" and "float16".
+        ValueError: a dtype other than "float32" and "float16"; a `scale` or `offset` that is not finite.
+        TypeError: a `scale` or `offset` that is no number.
     """
 
     dtype: str = "float32"
@@ -34,6 +37,12 @@ class Scaled:
     def __post_init__(self) -> None:
         if self.dtype not in FLOATS:
             raise ValueError(f"`dtype` must be one of {FLOATS}. Received: dtype={self.dtype!r}")
+        for name in ("scale", "offset"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+                raise TypeError(f"`{name}` must be a number. Received: {name}={value!r}")
+            if not abs(value) <= LARGEST:
+                raise ValueError(f"`{name}` must be a number that float32 has. Received: {name}={value!r}")
 
 
 class DeviceDataset:
@@ -62,7 +71,8 @@ class DeviceDataset:
 
     Raises:
         ValueError: the arrays differ in length or have no rows, or a cast names an array that is not uint8.
-        TypeError: an item is not an array, `devices` has no devices, or `sharded` is not a bool.
+        TypeError: an item is not an array, `devices` has no devices, `casts` is no dict of `Scaled`, or `sharded` is
+            not a bool.
         MemoryError: a GPU has too little free memory.
 
     Example:
@@ -96,7 +106,7 @@ class DeviceDataset:
         # The structure of `arrays`, with indices into `self.arrays` as leaves.
         self.nest = places_of(arrays, self.arrays, keys)
         self._rows = count_rows(self.arrays)
-        self._casts = self._checked_casts(casts or {}, keys)
+        self._casts = self._checked_casts({} if casts is None else casts, keys)
         # Keyed by memory space, so that the virtual GPUs of a card share one copy.
         self._gpus = {device.space: device for device in reversed(devices) if device.on_gpu}
         self._parts = RowParts(self._rows, _owners(devices, self._gpus)) if sharded else None
@@ -183,11 +193,21 @@ class DeviceDataset:
             drop_last: omit a last batch that has fewer rows.
 
         Raises:
-            ValueError: `batch_size` is below 1.
+            ValueError: `batch_size` is below 1, or `seed` below 0.
+            TypeError: an argument of another kind.
         """
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1. Received: batch_size={batch_size}")
-        order = np.random.default_rng(seed).permutation(self._rows) if shuffle else np.arange(self._rows)
+        for name, number, least in (("batch_size", batch_size, 1), ("seed", 0 if seed is None else seed, 0)):
+            if isinstance(number, bool) or not isinstance(number, (int, np.integer)):
+                raise TypeError(f"`{name}` must be a whole number. Received: {name}={number!r}")
+            if number < least:
+                raise ValueError(f"`{name}` must be at least {least}. Received: {name}={number}")
+        check_flag("shuffle", shuffle)
+        check_flag("drop_last", drop_last)
+        return self._batches(batch_size, seed if shuffle else False, drop_last=drop_last)
+
+    def _batches(self, batch_size: int, seed: int | bool | None, *, drop_last: bool) -> Iterator[ResidentBatch]:
+        """`seed`: False for the rows in their order."""
+        order = np.arange(self._rows) if seed is False else np.random.default_rng(seed).permutation(self._rows)
         for start in range(0, self._rows, batch_size):
             index = order[start : start + batch_size]
             if len(index) == batch_size or not drop_last:
@@ -290,6 +310,8 @@ class DeviceDataset:
 
     def _checked_casts(self, casts: Mapping[int | str, Scaled], keys: Sequence[str | None]) -> dict[int, Scaled]:
         """Casts by place."""
+        if not isinstance(casts, Mapping) or not all(isinstance(cast, Scaled) for cast in casts.values()):
+            raise TypeError(f"`casts` must be a dict of Scaled(...) by place or key, or None. Received: {casts!r}")
         found = {}
         for name, cast in casts.items():
             places = [place for place, key in enumerate(keys) if name in (place, key)]

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from fastdp._version import __version__
+from fastdp.options import check_flag
 from fastdp.tracing import file, spans
 from fastdp.tracing.nvtx import ranges
 from fastdp.tracing.protocols import Span, Stream
@@ -55,6 +56,9 @@ class Trace:
             raise ValueError(f"`max_spans` must be a positive number of spans. Received: max_spans={max_spans!r}")
         if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
             raise ValueError(f"`steps` must be a positive number of steps, or None. Received: steps={steps!r}")
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"`path` must be the path of a file. Received: path={path!r}")
+        check_flag("nvtx", nvtx)
         self.path = Path(path)
         self.steps = 0
         self._wanted, self._counts = steps, counts
@@ -203,6 +207,7 @@ def trace(path: str | os.PathLike[str], *, max_spans: int = MAX_SPANS, nvtx: boo
         OSError: the file cannot be written; when the block is entered, or at its end if the disk is full.
         ImportError: `nvtx`, and the package is not installed.
         ValueError: `max_spans` is not a positive number.
+        TypeError: `path` is no path, or `nvtx` no bool.
 
     Example:
         >>> with fastdp.trace("step.json"):  # doctest: +SKIP

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import inspect
+import itertools
 import json
 import math
 import random
@@ -24,8 +25,11 @@ import numpy as np
 import torch
 
 import fastdp
+import fastdp.callbacks
 import fastdp.data
 from fastdp.checkpoint import contents
+from fastdp.data import DeviceDataset, Scaled
+from fastdp.runtime.select import resolve
 from fastdp.torch.parallel_module import TorchParallel
 from fastdp.utils import HDF5Matrix
 
@@ -80,12 +84,35 @@ def calls(folder: Path) -> dict[str, tuple[Callable[..., Any], Callable[[], dict
         with HDF5Matrix(**given) as rows:
             rows[0:2]
 
+    def resident(**given: Any) -> None:
+        data = DeviceDataset(devices=resolve(2), **given)
+        list(data.batches(3))
+
+    def rows(**given: Any) -> None:
+        x = np.arange(12.0).reshape(6, 2)
+        data = DeviceDataset([x], [*resolve(2)])
+        for batch in itertools.islice(data.batches(**given), 9):
+            np.asarray(batch[0])
+
+    def traced(**given: Any) -> None:
+        with fastdp.trace(**given):
+            pass
+
+    def watched(**given: Any) -> None:
+        list(fastdp.data.watch_data([1, 2], **given))
+
     def read_ahead(**given: Any) -> None:
         list(fastdp.data.prefetch(**given))
 
     options = inspect.signature(fastdp.wrap).parameters
     names = [name for name in options if name not in ("model", "gpus", "fingerprint")]
     defaults = {name: options[name].default for name in names}
+    kept = ("self", "log_dir")
+    board = {
+        n: p.default
+        for n, p in inspect.signature(fastdp.callbacks.TensorBoard.__init__).parameters.items()
+        if n not in kept
+    }
     steps = inspect.signature(TorchParallel.train_step).parameters
     more = {n: p.default for n, p in steps.items() if p.default is not inspect.Parameter.empty and n != "self"}
     return {
@@ -98,6 +125,24 @@ def calls(folder: Path) -> dict[str, tuple[Callable[..., Any], Callable[[], dict
         ),
         "HDF5Matrix": (matrix, lambda: {"datapath": str(folder / "a.h5"), "dataset": "x", "start": 0, "end": None}),
         "prefetch": (read_ahead, lambda: {"loader": [1, 2], "batches": 2, "timeout": 9.0, "dtype": None}),
+        "Monitor": (
+            fastdp.callbacks.Monitor,
+            lambda: {"logs": None, "every": None, "bar": True, "append": False, "interval": 1.0},
+        ),
+        "TensorBoard": (fastdp.callbacks.TensorBoard, lambda: {"log_dir": folder / "logs", **board}),
+        "callbacks.Checkpoint": (
+            fastdp.callbacks.Checkpoint,
+            lambda: {"folder": folder / "fit", "every_steps": 5, "every_minutes": None, "keep": 3},
+        ),
+        "DeviceDataset": (
+            resident,
+            lambda: {"arrays": [np.ones((4, 2), np.uint8)], "casts": {0: Scaled()}, "sharded": False},
+        ),
+        "Scaled": (Scaled, lambda: {"dtype": "float32", "scale": 0.5, "offset": 0.0}),
+        "batches": (rows, lambda: {"batch_size": 2, "shuffle": True, "seed": 1, "drop_last": False}),
+        "Augment": (fastdp.data.Augment, lambda: {"layers": [], "images": None, "targets": None}),
+        "trace": (traced, lambda: {"path": folder / "trace.json", "max_spans": 100}),
+        "watch_data": (watched, lambda: {"timeout": 9.0}),
         "verify": (lambda path: contents.read(Path(path)), lambda: {"path": folder / "a.h5"}),
     }
 

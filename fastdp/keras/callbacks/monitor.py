@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import keras
@@ -18,6 +18,7 @@ from fastdp.keras.callbacks.watched import Watched
 from fastdp.keras.fit.callbacks import WritesFiles
 from fastdp.monitoring.devices import DeviceMeter, DeviceUsage, memory_mb
 from fastdp.monitoring.rates import Counts, Rates, Stretch
+from fastdp.options import check_flag
 
 FEW_DEVICES = 4  # of so many each has its own number in the progress bar
 
@@ -40,7 +41,7 @@ class Monitor(WritesFiles):
         interval: seconds between two measurements for the progress bar, and between two looks at devices.
 
     Raises:
-        ValueError, TypeError: an unknown log, or `every` or `interval` below 1 or 0.
+        ValueError, TypeError: an unknown log, `every` or `interval` below 1 or 0, or an argument of another kind.
         ImportError: a library for a log is not installed; the message says how to install it.
 
     Utilization is that of NVML on GPUs, and on virtual devices the share of the time that a worker computes. A CSV file
@@ -62,9 +63,14 @@ class Monitor(WritesFiles):
     ) -> None:
         super().__init__()
         self._arguments = {"logs": logs, "every": every, "bar": bar, "append": append, "interval": interval}
+        check_flag("bar", bar)
+        check_flag("append", append)
         if every is not None and (isinstance(every, bool) or not isinstance(every, Integral) or every < 1):
             raise ValueError(f"`every` must be a number of steps, at least 1, or None. Received: {every!r}.")
-        if interval < 0:
+        asked: object = interval  # for mypy a float is no Real
+        if isinstance(asked, bool) or not isinstance(asked, Real):
+            raise TypeError(f"`interval` must be a number of seconds, at least 0. Received: {interval!r}.")
+        if not interval >= 0:
             raise ValueError(f"`interval` must be a number of seconds, at least 0. Received: {interval}.")
         self._logs = make_logs(logs, append=append)
         self._every, self._bar, self._interval = every, bar, interval

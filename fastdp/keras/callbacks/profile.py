@@ -74,7 +74,7 @@ def profiled_batches(asked: Any) -> tuple[int, int] | None:
     try:
         parts = asked.split(",") if isinstance(asked, str) else asked
         numbers = [int(part) for part in parts] if isinstance(parts, (list, tuple)) else [int(parts)]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers = []
     is_pair = len(numbers) == 2 and 0 < numbers[0] <= numbers[1]
     if not is_pair and (len(numbers) != 1 or numbers[0] < 0):

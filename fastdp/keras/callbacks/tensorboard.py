@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 import weakref
 from collections.abc import Iterator, Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from fastdp.keras.callbacks.profile import Profile
 from fastdp.keras.callbacks.watched import Watched
 from fastdp.keras.callbacks.weight_images import pixels_of
 from fastdp.keras.fit.callbacks import WritesFiles
+from fastdp.options import check_flag
 from fastdp.warn import warn_user
 
 
@@ -78,6 +81,10 @@ class TensorBoard(WritesFiles):
             "embeddings_freq": embeddings_freq,
             "embeddings_metadata": embeddings_metadata,
         }
+        if not isinstance(log_dir, (str, os.PathLike)):
+            raise TypeError(f"`log_dir` must be the path of a folder. Received: {log_dir!r}.")
+        for name in ("write_graph", "write_images", "write_steps_per_second"):
+            check_flag(name, self._arguments[name])
         self.log_dir = str(log_dir)
         self.histogram_freq = _every("histogram_freq", histogram_freq)
         self.write_graph, self.write_images = write_graph, write_images
@@ -237,13 +244,14 @@ def _scalars(logs: Mapping[str, Any] | None) -> list[tuple[str, float]]:
     return found
 
 
-def _every(name: str, epochs: int) -> int:
+def _every(name: str, epochs: Any) -> int:
     """Check a number of epochs.
 
     Raises:
         ValueError: it is not a whole number, at least 0.
     """
-    if isinstance(epochs, bool) or int(epochs) != epochs or epochs < 0:
+    whole = isinstance(epochs, Integral) or (isinstance(epochs, Real) and float(epochs).is_integer())
+    if isinstance(epochs, bool) or not whole or epochs < 0:
         raise ValueError(f"`{name}` must be a number of epochs, or 0 for never. Received: {epochs!r}.")
     return int(epochs)
 
