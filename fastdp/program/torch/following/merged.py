@@ -119,7 +119,7 @@ def _merge(place: Place, every: Sequence[WriteNotes], remedy: str) -> MergedWrit
             raise refused(place.name, "on some devices only, or in another structure than on others", remedy)
         found.append(own)
     rows = [notes.rows for notes in every]
-    before = next((one.before for one in found if one.before is not MISSING), MISSING)
+    first = next((one for one in found if one.before is not MISSING), found[0])
     leaves, roles = [], []
     for i, parts in enumerate(zip(*(one.leaves for one in found), strict=True)):
         role = every[0].roles.get((place, i))
@@ -129,7 +129,7 @@ def _merge(place: Place, every: Sequence[WriteNotes], remedy: str) -> MergedWrit
             if role is None and _may_have_rows(parts, rows):
                 raise refused(place.name, "to equal values on all devices that may be of each one's rows", remedy)
             role = _SAME
-        leaves.append(_merged(parts, role, before, rows))
+        leaves.append(_merged(parts, role, first.before_at(i), rows))
         roles.append(role)
     return MergedWrite(found[0].spec, leaves, roles)
 

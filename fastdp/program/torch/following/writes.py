@@ -71,6 +71,13 @@ class Written:
         leaves, spec = pytree.tree_flatten(value)
         return cls(spec, [_leaf(one, guard) for one in leaves], before)
 
+    def before_at(self, number: int) -> Any:
+        """What was in the place of a leaf before; MISSING if nothing was, or a nest of another structure."""
+        if self.before is MISSING:
+            return MISSING
+        leaves, spec = pytree.tree_flatten(self.before)
+        return leaves[number] if spec == self.spec else MISSING
+
 
 def _leaf(value: Any, guard: Guard) -> Any:
     if id(value) in guard.numbers:

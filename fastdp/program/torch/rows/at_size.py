@@ -137,7 +137,8 @@ class _Check:
                 raise self._refused(f"sets `{place.name}` to something else")
             for number, values in enumerate(zip(*(one.leaves for one in found), strict=True)):
                 role = self._judged.roles.get((place, number), _SAME)
-                before = next((one.before for one in found if one.before is not MISSING), MISSING)
+                first = next((one for one in found if one.before is not MISSING), found[-1])
+                before = first.before_at(number)
                 if not self._fits_written(values, role, before):
                     raise self._refused(f"sets `{place.name}` to something else")
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastdp.program.torch.batch import Structure
+from fastdp.program.torch.following.writes import Place
 from fastdp.program.torch.module import Slot
 from fastdp.program.torch.nest import PLAIN, Nest
 from fastdp.program.torch.rows.declared import output_roles
@@ -180,6 +181,25 @@ class Findings:
                     self._check_output(trial, at, values, declared)
         self._judge_states(trial, parts, whole, finite=True)
         self._roles.look_again(parts, whole, trusted=self._meets)
+
+    def see_later(self, trial: Trial, parts: Sequence[Run], whole: Run) -> None:
+        """Keep what a second pass leaves possible for buffers and for what is written.
+
+        Raises:
+            ValueError: nothing.
+        """
+        self._judge_states(trial, parts, whole, finite=True)
+        self._roles.look_later(parts, whole, trusted=trial.meets)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether forward keeps something that may depend on the rows."""
+        return any(left != {Effect.SAME} for left in self._states.values()) or self._roles.keeps()
+
+    def kept_by_rows(self, run: Run) -> dict[tuple[Place, int], Layout]:
+        """Where the rows are in what this run has written by rows, by place and number of the leaf."""
+        found = self._roles.by_rows().items()
+        return {leaf: layout for leaf, layout in found if leaf[0] in run.written}
 
     def keep_means(self, means: Mapping[int, Candidates]) -> None:
         """Keep what is possible for means in batches of other lengths too."""

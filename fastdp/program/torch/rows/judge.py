@@ -14,6 +14,7 @@ from fastdp.program.torch.rows.draws import CannotSplitError, OtherDrawsError
 from fastdp.program.torch.rows.findings import Findings
 from fastdp.program.torch.rows.inputs import Change, Injected, OtherValues, TrialInputs, choices_of
 from fastdp.program.torch.rows.judged import Candidates, Judged, is_exact
+from fastdp.program.torch.rows.later import look_later
 from fastdp.program.torch.rows.outside import SharedState
 from fastdp.program.torch.rows.refusals import failed
 from fastdp.program.torch.rows.trial import Trial
@@ -104,6 +105,9 @@ class Judge:
             if not self._look_again(choices[0], OtherValues(flags=flags), noise=noise):
                 self._look_again(choices[0], OtherValues(flags=flags, exact=False), noise=noise)
         self._weigh(choices[-1])
+        if self.findings.keeps:
+            trial = Trial(self._module, self._batch, choices[0], self._wanted)
+            look_later(trial, self.findings, self._rows, (*FAILURES, NotImplementedError))
         return True
 
     # Trials.

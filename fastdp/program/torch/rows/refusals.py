@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastdp.program.torch.rows.hints import of_values
@@ -54,6 +54,16 @@ def refused_argument(name: str) -> NotByRowsError:
     return NotByRowsError(
         f"forward changes its argument `{name}` in place, and on several devices each replica would change it, or a "
         f"copy. Let forward change a copy: {name} = {name}.clone(), or use gpus=[0]."
+    )
+
+
+def refused_reading(names: Iterable[str]) -> NotByRowsError:
+    """The error for a state by rows, under these names, that the next forward reads."""
+    return NotByRowsError(
+        f"forward sets {', '.join(f'`{name}`' for name in names)} to values with the rows of the batch, and the next "
+        "forward reads them, where each device would have its own rows. Pass the state as an argument and return the "
+        "new one, since arguments are split by rows; keep those of all rows, fastdp.replica.all_gather(value); reset "
+        "it before each call; or use gpus=[0]."
     )
 
 

@@ -51,6 +51,7 @@ class Run:
         replaced: in whose place forward has put another tensor, by their numbers.
         written: what it wrote to attributes and containers.
         guard: of the copy that ran.
+        module: this copy.
     """
 
     outputs: Any
@@ -58,6 +59,7 @@ class Run:
     replaced: set[int]
     written: dict[Place, Written]
     guard: Guard
+    module: nn.Module
 
     def tensors(self) -> list[torch.Tensor]:
         """All tensors that it gave: outputs and what it wrote."""
@@ -96,6 +98,7 @@ class Trial:
         inputs: the rows.
         is_noisy: whether random numbers are added to the parameters.
         wanted: as given.
+        rows: how many.
         compared: the numbers that the module has compared tensors with.
         is_coarse: whether something was computed in single or half precision.
         watch: of the run that `then` goes on with.
@@ -114,7 +117,7 @@ class Trial:
         on_host: bool = False,
         is_wide: bool = False,
     ) -> None:
-        self._module, self._batch, self._total = module, batch, len(chosen)
+        self._module, self._batch, self._chosen, self.rows = module, batch, chosen, len(chosen)
         self.wanted, self._noise, self._is_wide = wanted, noise, is_wide
         change = _widened if is_wide and change is None else change
         self.inputs = TrialInputs(batch, list(chosen), change)
@@ -147,6 +150,16 @@ class Trial:
         """Where the rows are in the draws of the runs, by number."""
         return self._draws.found
 
+    def after(self, run: Run, drawn: Trial | None = None) -> Trial:
+        """A trial on the same rows of the copy that has run, as it was left.
+
+        `drawn`: one whose draws and results of collectives it repeats.
+        """
+        later = Trial(run.module, self._batch, self._chosen, self.wanted)
+        if drawn is not None:
+            later._draws, later._met, later._aligned = drawn._draws, drawn._met, drawn._aligned
+        return later
+
     def held(self, rows: int) -> list[str]:
         """The names of tensors of the module, other than parameters, that have an axis of this length."""
         buffers = ((slot.name, slot.tensor) for slot in self.slots if not slot.is_parameter)
@@ -157,14 +170,14 @@ class Trial:
 
         `then` goes on with what the module was given and its outputs.
         """
-        rows = Rows(start, stop, self._total)
+        rows = Rows(start, stop, self.rows)
         replica, copied = replicate(self._module, self.slots, self._fresh(), self._contents)
         held = [(slot, slot.tensor) for slot in slots_of(replica.module)]
         for _ in range(times):
             outputs = self._pass(replica.module, rows, then)
         values = [slot.tensor.detach() for slot in slots_of(replica.module)]
         replaced = {at for at, (slot, tensor) in enumerate(held) if slot.table.get(slot.key) is not tensor}
-        run = Run(outputs, values, replaced, writes_of(copied.guard), copied.guard)
+        run = Run(outputs, values, replaced, writes_of(copied.guard), copied.guard, replica.module)
         check_leaves(run.tensors(), copied.guard.contents.tensors)
         return run
 
@@ -175,7 +188,7 @@ class Trial:
             roots_of: gives the tensors among the outputs for these rows from which backward begins, with gradients.
             sizes: what these gradients are multiplied by.
         """
-        rows = Rows(start, stop, self._total)
+        rows = Rows(start, stop, self.rows)
         replica, _ = replicate(self._module, self.slots, self._fresh(), self._contents)
         found: list[Differentiated] = []
 
@@ -200,7 +213,7 @@ class Trial:
         """The outputs of a copy for some rows. All passes draw the same random numbers."""
         structure: Structure = self._batch.structure
         own = Structure(structure.nest, draws=self._draws, _seed=1)
-        running = ReplicaContext(Context(0, rows, 0, Rendezvous(1, 1.0), 2, Batch([], own, self._total), own), rows)
+        running = ReplicaContext(Context(0, rows, 0, Rendezvous(1, 1.0), 2, Batch([], own, self.rows), own), rows)
         sought = self._injected.number if self._injected is not None else None
         wanted, generators = self.wanted if torch.is_grad_enabled() else (), self._contents.generators
         with (

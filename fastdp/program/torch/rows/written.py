@@ -33,6 +33,7 @@ class WrittenRoles:
         self._left: dict[_Leaf, Candidates] = {}
         self._exact: dict[_Leaf, bool] = {}
         self._adds: dict[_Leaf, bool] = {}
+        self._specs: dict[Place, Any] = {}
 
     def look(self, parts: Sequence[Run], whole: Run, again: Callable[[], Run], *, trusted: bool) -> None:
         """Judge one trial.
@@ -50,9 +51,9 @@ class WrittenRoles:
             if every is None:
                 self._refuse(place, "for some rows of the batch only, or in another structure than for others", trusted)
                 continue
-            before = whole.written[place].before if place in whole.written else MISSING
+            self._specs.setdefault(place, every[-1].spec)
             for i, values in enumerate(zip(*(one.leaves for one in every), strict=True)):
-                self._leaf((place, i), values, before, second, trusted)
+                self._leaf((place, i), values, _before(whole, place, i), second, trusted)
 
     def look_again(self, parts: Sequence[Run], whole: Run, *, trusted: bool) -> None:
         """Judge one trial on rows with other values, where all runs have written values of one shape.
@@ -61,22 +62,44 @@ class WrittenRoles:
             ValueError: something that is written cannot be merged.
         """
         for place, every in _places((*parts, whole)):
-            for i, values in enumerate(zip(*(one.leaves for one in every), strict=True) if every is not None else ()):
-                left = self._left.get((place, i))
-                if left is None or not all(is_number(value) for value in values):
-                    continue
-                tensors = [as_tensor(value).detach() for value in values]
-                if len({value.shape for value in tensors}) > 1 or not bool(torch.isfinite(tensors[2]).all()):
-                    continue
-                before = whole.written[place].before if place in whole.written else MISSING
-                base = self._base(before, tensors[2]) if self._adds.get((place, i)) else None
-                found: Candidates | None
-                if base is None:
-                    found = candidates(tensors[:2], tensors[2], self._rows, rough=self._rough)
-                else:
-                    found = state_candidates(tensors[:2], tensors[2], base, self._rows, rough=self._rough)
-                if found is not None:
-                    self._keep((place, i), found, trusted=trusted)
+            if every is not None:
+                self._again(place, every, whole, trusted)
+
+    def _again(self, place: Place, every: Sequence[Written], whole: Run, trusted: bool) -> None:
+        """Judge again what was written at one place."""
+        for i, values in enumerate(zip(*(one.leaves for one in every), strict=True)):
+            left = self._left.get((place, i))
+            if left is None or not all(is_number(value) for value in values):
+                continue
+            tensors = [as_tensor(value).detach() for value in values]
+            if len({value.shape for value in tensors}) > 1 or not bool(torch.isfinite(tensors[2]).all()):
+                continue
+            base = self._base(_before(whole, place, i), tensors[2]) if self._adds.get((place, i)) else None
+            found: Candidates | None
+            if base is None:
+                found = candidates(tensors[:2], tensors[2], self._rows, rough=self._rough)
+            else:
+                found = state_candidates(tensors[:2], tensors[2], base, self._rows, rough=self._rough)
+            if found is not None:
+                self._keep((place, i), found, trusted=trusted)
+
+    def look_later(self, parts: Sequence[Run], whole: Run, *, trusted: bool) -> None:
+        """Judge what a second pass has written, where it has the structure of what the first one has.
+
+        Raises:
+            ValueError: it cannot be merged as that of the first one.
+        """
+        for place, every in _places((*parts, whole)):
+            if every is not None and every[-1].spec == self._specs.get(place):
+                self._again(place, every, whole, trusted)
+
+    def keeps(self) -> bool:
+        """Whether something is written that may depend on the rows."""
+        return bool(self.by_rows()) or any(left != {Effect.SAME} for left in self._left.values())
+
+    def by_rows(self) -> dict[_Leaf, Layout]:
+        """Where the rows are in what is written by rows."""
+        return {leaf: layout for leaf, layout in self._layouts.items() if layout.effect is Effect.ROWS}
 
     def has_means(self) -> bool:
         """Whether something that is written is a mean."""
@@ -152,7 +175,8 @@ class WrittenRoles:
             adds = self._adds_up(leaf, values[2], second)
             if adds:
                 changed = state_candidates(values[:2], values[2], base, self._rows, rough=self._rough)
-                left = changed if changed is not None else left
+                adds = changed is None or bool(changed)  # else each run gives another one of several
+                left = changed if changed is not None and adds else left
             self._adds[leaf] = adds or self._adds.get(leaf, False)
         self._exact[leaf] = is_exact(values[2])
         self._keep(leaf, left, trusted=trusted)
@@ -186,6 +210,11 @@ class WrittenRoles:
     def _refuse(place: Place, how: str, trusted: bool) -> None:
         if not trusted:
             raise refused(place.name, how)
+
+
+def _before(run: Run, place: Place, number: int) -> Any:
+    """What was in the place of a leaf before a run; MISSING if it has not written there, or nothing was there."""
+    return run.written[place].before_at(number) if place in run.written else MISSING
 
 
 def is_number(value: Any) -> bool:
